@@ -1,0 +1,101 @@
+"""The base of every packed format: registry, block sizes, shape algebra, chunked unpacking.
+
+A packed format stores a weight as equal blocks of bytes. Each block holds `block_length` consecutive
+values of one row. A format is one class in `ops/formats`; it registers by being defined.
+"""
+import torch
+
+# Values unpacked at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
+# makes unpacking a large weight about ten times faster than unpacking it whole.
+CPU_CHUNK_VALUES = 1 << 18
+# On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
+DEVICE_CHUNK_VALUES = 1 << 24
+
+FORMATS: dict[str, type["Format"]] = {}
+GGML_FORMATS: dict[int, type["Format"]] = {}
+
+
+class FormatError(ValueError):
+    """A weight that cannot be held in the format asked for. The message says what was found and expected."""
+
+
+class Format:
+    """One way of packing floats into bytes.
+
+    Subclasses set `block_length` (values per block) and `block_bytes` (bytes per block), describe the byte
+    layout of a block in their docstring and implement `unpack`. Defining one registers it under its class
+    name, and under its ggml type id where it has one.
+    """
+
+    block_length: int
+    block_bytes: int
+    ggml_type: int | None = None
+
+    def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._constants = {}
+        if cls.__name__ in FORMATS:
+            raise TypeError(f"The packed format {cls.__name__} is defined twice.")
+        if ggml_type is not None:
+            if ggml_type in GGML_FORMATS:
+                raise TypeError(f"ggml type {ggml_type} is claimed by {GGML_FORMATS[ggml_type].__name__} and {cls.__name__}.")
+            GGML_FORMATS[ggml_type] = cls
+        cls.ggml_type = ggml_type
+        FORMATS[cls.__name__] = cls
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        """Values of some blocks.
+
+        blocks: uint8 (n, block_bytes), rows may be strided. Returns float32 (n, block_length), computed in
+        float32 in the order of operations of ggml's reference, so that it is bit-exact with it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def constant(cls, name: str, device: torch.device) -> torch.Tensor:
+        """A small lookup table of the format on `device`, built on first use by the classmethod `name`."""
+        key = (name, device)
+        if key not in cls._constants:
+            cls._constants[key] = getattr(cls, name)().to(device)
+        return cls._constants[key]
+
+    @classmethod
+    def packed_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in bytes, uint8, of a weight of logical `shape`: only the last dimension changes."""
+        if not shape or shape[-1] % cls.block_length:
+            raise FormatError(
+                f"{cls.__name__} packs rows in blocks of {cls.block_length} values; shape {tuple(shape)} does not divide."
+            )
+        return (*shape[:-1], shape[-1] // cls.block_length * cls.block_bytes)
+
+    @classmethod
+    def unpack_into(cls, packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Unpack whole rows into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
+
+        packed: uint8, contiguous, n blocks in any shape. out: any float dtype, contiguous, n * block_length
+        values on the same device. Returns `out`.
+        """
+        blocks = packed.view(-1, cls.block_bytes)
+        values = out.view(-1, cls.block_length)
+        chunk_values = CPU_CHUNK_VALUES if packed.device.type == "cpu" else DEVICE_CHUNK_VALUES
+        step = max(1, chunk_values // cls.block_length)
+        for start in range(0, blocks.shape[0], step):
+            values[start:start + step].copy_(cls.unpack(blocks[start:start + step]))
+        return out
+
+
+def half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
+    """The float16 scale at byte `offset` of each block, as float32 (n, 1)."""
+    return blocks[:, offset:offset + 2].contiguous().view(torch.float16).float()
+
+
+def bit_fields(data: torch.Tensor, width: int, shift: int) -> torch.Tensor:
+    """`width` bits of every byte, starting at bit `shift`.
+
+    data: uint8, last dimension a multiple of 4. Returns uint8 of the same shape. Works on four bytes at a time in int32
+    lanes: faster than shifting bytes, which also crashes on some Intel GPUs.
+    """
+    mask = ((1 << width) - 1) * 0x01010101
+    lanes = data.contiguous().view(torch.int32)
+    return ((lanes >> shift if shift else lanes) & (mask - (1 << 32) if mask >> 31 else mask)).view(torch.uint8)
