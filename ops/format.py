@@ -33,6 +33,8 @@ class Format:
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "block_bytes" not in cls.__dict__:
+            return  # the shared base of a family, not a format
         cls._constants = {}
         if cls.__name__ in FORMATS:
             raise TypeError(f"The packed format {cls.__name__} is defined twice.")

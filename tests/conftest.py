@@ -1,0 +1,42 @@
+"""Puts the real host on the path and this pack under the package name `featherweight`.
+
+The pack's own `__init__.py` is not executed: it is what the host runs, and the server tests cover it.
+"""
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parent.parent
+HOST = Path(os.environ.get("COMFYUI_PATH", PACK / ".dev" / "host"))
+
+if not (HOST / "comfy").is_dir():
+    raise pytest.UsageError(f"No ComfyUI at {HOST}. Run `python3 dev.py test`, or set COMFYUI_PATH.")
+
+sys.path.insert(0, str(HOST))
+_arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.cli_args  # noqa: E402, F401  parses sys.argv once
+
+sys.argv = _arguments
+
+_pack = types.ModuleType("featherweight")
+_pack.__path__ = [str(PACK)]
+sys.modules["featherweight"] = _pack
+
+
+def pytest_addoption(parser):
+    parser.addoption("--heavy", action="store_true", help="also run tests that need minutes or gigabytes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--heavy"):
+        return
+    skip = pytest.mark.skip(reason="heavy: run `python3 dev.py test --heavy`")
+    for item in items:
+        if "heavy" in item.keywords:
+            item.add_marker(skip)
