@@ -1,0 +1,79 @@
+"""Real GGUF files for tests, demo and bench, written with the `gguf` package.
+
+`gguf.quants` can pack some types and unpack all. For the types it cannot pack, weights are drawn from random
+blocks whose values (by gguf's own reference) are of a usual size, so no per-format knowledge is needed here.
+"""
+import functools
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+
+
+@functools.lru_cache(maxsize=None)
+def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3, seed: int = 0) -> np.ndarray:
+    """Random valid blocks, uint8 (n, block_bytes), whose largest value lies between the two bounds."""
+    ggml_type = GGMLQuantizationType[type_name]
+    block_bytes = GGML_QUANT_SIZES[ggml_type][1]
+    generator = np.random.default_rng([seed, int(ggml_type)])
+    accepted, count = [], 0
+    while count < 256:
+        blocks = generator.integers(0, 256, (16384, block_bytes), dtype=np.uint8)
+        with np.errstate(all="ignore"):
+            peak = np.abs(gguf.quants.dequantize(blocks, ggml_type)).max(axis=-1)
+        accepted.append(blocks[(peak <= largest) & (peak >= smallest)])  # NaN compares false
+        count += len(accepted[-1])
+    return np.concatenate(accepted)
+
+
+def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
+    """Packed rows, uint8, of float32 `values`; random blocks of the same shape where gguf cannot pack the type."""
+    ggml_type = GGMLQuantizationType[type_name]
+    try:
+        return gguf.quants.quantize(values, ggml_type)
+    except NotImplementedError:
+        pool = block_pool(type_name)
+        block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
+        picks = np.random.default_rng([seed, values.size]).integers(0, len(pool), values.size // block_length)
+        return pool[picks].reshape(*values.shape[:-1], values.shape[-1] // block_length * block_bytes)
+
+
+def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", metadata: dict | None = None) -> dict:
+    """Write float tensors as a GGUF file and return the values a reader should see.
+
+    tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose blocks do not
+    divide the rows is replaced by F32. Returns name -> float32 array unpacked by gguf's reference.
+    """
+    writer = gguf.GGUFWriter(str(path), architecture or "none")
+    if architecture is None:
+        writer.kv_data[0].pop("general.architecture")
+    for key, value in (metadata or {}).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_array(key, value)
+    seen = {}
+    for seed, (name, tensor) in enumerate(tensors.items()):
+        values = np.asarray(tensor, dtype=np.float32)
+        type_name = type_of(name, values)
+        if values.ndim == 0 or values.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0]:
+            type_name = "F32"
+        if values.ndim > 4:  # ggml stores at most four dimensions
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(values.shape))
+            values = values.reshape(-1, values.shape[-1]) if type_name != "F32" else values.reshape(-1)
+        if type_name == "F32":
+            writer.add_tensor(name, values)
+            seen[name] = values.reshape(np.shape(tensor))
+        else:
+            ggml_type = GGMLQuantizationType[type_name]
+            packed = values.astype(np.float16) if type_name == "F16" else pack(values, type_name, seed)
+            writer.add_tensor(name, packed, raw_dtype=ggml_type)
+            seen[name] = gguf.quants.dequantize(packed, ggml_type).reshape(np.shape(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return seen
