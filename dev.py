@@ -1,0 +1,35 @@
+"""One command for everything a developer does here: python3 dev.py demo | test | bench | setup"""
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("Failed: dev.py needs Python 3.10 or newer, this is %d.%d." % sys.version_info[:2])
+
+from devtools import environment  # noqa: E402  the check above must come first
+
+USAGE = """usage: python3 dev.py COMMAND [arguments]
+
+  demo [--gpu]                 make a picture with a small packed model on the real ComfyUI server
+  test [--heavy] [pytest ...]  run the linter and every test
+  bench [arguments]            measure speed and memory side by side
+  setup                        only make the environment that the others use
+
+Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 2.5 GB (more
+where pip chooses a GPU build of torch). To use an existing ComfyUI, set COMFYUI_PATH to its folder and run dev.py
+with its Python; if that Python has no torch, the environment under .dev is used."""
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in environment.COMMANDS:
+        print(USAGE)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    try:
+        return environment.COMMANDS[arguments[0]](arguments[1:])
+    except environment.SetupError as error:
+        print(f"Failed: {error}")
+    except KeyboardInterrupt:
+        print("Stopped. Run the same command again to go on: finished steps are kept.")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

