@@ -1,0 +1,109 @@
+"""python3 dev.py demo: a shipped example workflow, on the real server, with a small packed model."""
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from devtools import tiny_models
+from devtools.gguf_files import write_gguf
+from devtools.server import ROOT, Run, Server, ServerError
+from devtools.workflow import to_api
+
+WORKFLOW = ROOT / "example_workflows" / "Featherweight demo.json"
+LOADER = "FeatherweightLoadDiffusionModel"
+MODEL_NAME = "featherweight_demo_Q8_0.gguf"
+VAE_NAME = "featherweight_demo_vae.safetensors"
+# The line our loader logs for each file it loads.
+LOADED = re.compile(r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \((?P<formats>[^)]*)\), "
+                    r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes held")
+
+
+def make_models(base: Path):
+    """Write the files the demo workflow names into `base`/models, if they are not there."""
+    model, vae = base / "models" / "diffusion_models" / MODEL_NAME, base / "models" / "vae" / VAE_NAME
+    for path, write in ((model, _write_model), (vae, _write_vae)):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name("partial-" + path.name)
+            write(partial)
+            partial.replace(path)
+
+
+def _write_model(path: Path):
+    def type_of(name, values):
+        return "Q8_0" if values.ndim == 2 else "F32"
+    write_gguf(path, tiny_models.flux(), type_of, architecture="flux")
+
+
+def _write_vae(path: Path):
+    save_file(tiny_models.autoencoder(), path)
+
+
+def run_workflow(server: Server, on_progress=None) -> tuple[Run, dict]:
+    """Queue the shipped workflow as it is; return its run and its API form."""
+    prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+    return server.queue(prompt, on_progress), prompt
+
+
+def report(server: Server, run: Run, prompt: dict) -> dict:
+    """What the demo measured: the model's file, formats, bytes on disk and held in memory, seconds per step."""
+    sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
+    line = next(LOADED.finditer(server.log()), None)
+    if line is None:
+        raise ServerError(f"The loader reported nothing about the model; see {server.log_path}.")
+    formats = {name: int(count) for name, count in (part.split() for part in line["formats"].split(", "))}
+    device = server.system_stats()["devices"][0]["name"]
+    return {"file": line["file"], "tensors": int(line["tensors"]), "formats": formats,
+            "bytes_on_disk": int(line["disk"]), "bytes_held": int(line["held"]),
+            "seconds_per_step": run.seconds_per_step(sampler), "device": device}
+
+
+def _as_text(facts: dict) -> str:
+    formats = ", ".join(f"{count} in {name}" for name, count in facts["formats"].items())
+    return "\n".join([
+        f"  model            {facts['file']}",
+        f"  tensors          {facts['tensors']}: {formats}",
+        f"  on disk          {facts['bytes_on_disk'] / 1e6:.1f} MB",
+        f"  held in memory   {facts['bytes_held'] / 1e6:.1f} MB, packed",
+        f"  speed            {facts['seconds_per_step']:.2f} s per step on {facts['device']}",
+    ])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dev.py demo", description="Make a picture on the real ComfyUI server.")
+    parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU instead of the CPU")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for picture and report")
+    options = parser.parse_args(arguments)
+    base, started = ROOT / ".dev" / "demo", time.monotonic()
+    options.output.mkdir(parents=True, exist_ok=True)
+    make_models(base)
+
+    def show(node_id, value, maximum):
+        if maximum:
+            print(f"  step {value}/{maximum}", flush=True)
+
+    print("Starting ComfyUI" + ("" if options.gpu else " on the CPU"), flush=True)
+    try:
+        with Server(base, cpu=not options.gpu) as server:
+            print(f"Running \"{WORKFLOW.relative_to(ROOT)}\"", flush=True)
+            run, prompt = run_workflow(server, show)
+            entry = next(output["images"][0] for output in run.outputs.values() if "images" in output)
+            picture = options.output / "picture.png"
+            picture.write_bytes(server.image(entry))
+            facts = report(server, run, prompt)
+    except (ServerError, ValueError) as error:
+        print(f"Failed: {error}")
+        return 1
+    text = _as_text(facts)
+    (options.output / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (options.output / "report.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\nDone: {picture} ({time.monotonic() - started:.0f} s, report beside it)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,224 @@
+"""The real ComfyUI server, headless, with this pack in it, and a small client for it."""
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import websocket
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK = "ComfyUI-Featherweight"
+HOST = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "host"))
+
+
+class ServerError(Exception):
+    """The server did not start, refused a workflow, or a node in it failed."""
+
+
+@dataclass
+class Run:
+    """What one queued workflow gave.
+
+    outputs: node id -> its entry in the history, such as {"images": [{"filename", "subfolder", "type"}]}.
+    texts: node id -> progress texts the node sent. steps: node id -> monotonic time of each progress step.
+    """
+    prompt_id: str
+    outputs: dict = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    steps: dict[str, list[float]] = field(default_factory=dict)
+
+    def seconds_per_step(self, node_id: str) -> float | None:
+        """Mean time between the steps of a node; the first, which also loads the model, is not counted."""
+        times = self.steps.get(node_id, [])
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+
+class Server:
+    """A server on 127.0.0.1 and a free port, alive inside a `with` block.
+
+    base: folder that gets models, custom_nodes, input, output, temp, user and server.log.
+    extra_custom_nodes: name -> source text of a single-file pack to plant beside this one.
+    cpu: False lets the host use a GPU. arguments: further command-line arguments of the host.
+    """
+
+    def __init__(self, base, host=HOST, cpu: bool = True, arguments=(), extra_custom_nodes: dict[str, str] | None = None,
+                 env: dict[str, str] | None = None, with_pack: bool = True):
+        self.base, self.host = Path(base).resolve(), Path(host).resolve()
+        self.log_path = self.base / "server.log"
+        self.arguments = (["--cpu"] if cpu else []) + list(arguments)
+        self.env = env or {}
+        self.extra_custom_nodes = extra_custom_nodes or {}
+        self.with_pack = with_pack
+        self.client_id = uuid.uuid4().hex
+        self.process = None
+
+    def __enter__(self) -> "Server":
+        self._plant_custom_nodes()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, str(Path(__file__).with_name("run_host.py")), str(os.getpid()),
+                   str(self.host / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port),
+                   "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
+                   "--disable-api-nodes", "--disable-auto-launch", *self.arguments]
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env})
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _plant_custom_nodes(self):
+        for name in ("models", "custom_nodes", "input", "output", "user"):
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        custom_nodes = self.base / "custom_nodes"
+        pack = custom_nodes / PACK
+        if pack.is_symlink() or pack.is_file():
+            pack.unlink()
+        elif pack.is_dir():
+            shutil.rmtree(pack)
+        if self.with_pack:
+            try:
+                pack.symlink_to(ROOT, target_is_directory=True)
+            except OSError:  # Windows without the right to make links
+                shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__"))
+        for name, source in self.extra_custom_nodes.items():
+            (custom_nodes / f"{name}.py").write_text(source, encoding="utf-8")
+
+    def _wait_until_ready(self, timeout: float = 180):
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"ComfyUI stopped while starting. The end of {self.log_path}:\n{self._log_tail()}")
+            try:
+                self.system_stats()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise ServerError(f"ComfyUI did not answer within {timeout:.0f} s. The end of {self.log_path}:\n{self._log_tail()}")
+
+    def _log_tail(self, lines: int = 20) -> str:
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def log(self) -> str:
+        """Everything the server has written so far."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> bytes:
+        """Body of GET `path`; urllib.error.HTTPError for a status other than 200."""
+        with urllib.request.urlopen(self.url + urllib.parse.quote(path, safe="/?&=%"), timeout=60) as reply:
+            return reply.read()
+
+    def get_json(self, path: str):
+        return json.loads(self.get(path))
+
+    def system_stats(self) -> dict:
+        return self.get_json("/system_stats")
+
+    def object_info(self) -> dict:
+        """Node id -> its inputs and outputs, as the frontend sees them."""
+        return self.get_json("/object_info")
+
+    def image(self, entry: dict) -> bytes:
+        """The file behind one {"filename", "subfolder", "type"} entry of `Run.outputs`."""
+        return self.get("/view?" + urllib.parse.urlencode(entry))
+
+    def queue(self, prompt: dict, on_progress=None, timeout: float = 600) -> Run:
+        """Run an API-format workflow to its end.
+
+        on_progress(node_id, value, maximum) is called for each step a node reports, and with (node_id, 0, 0) when a
+        node starts. Raises ServerError with the node's own message when the workflow is refused or fails.
+        """
+        socket_url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
+        connection = websocket.create_connection(socket_url, timeout=timeout)
+        try:
+            run = Run(self._post_prompt(prompt))
+            self._follow(connection, run, prompt, on_progress or (lambda *_: None), time.monotonic() + timeout)
+        finally:
+            connection.close()
+        run.outputs = self._history(run.prompt_id)["outputs"]
+        return run
+
+    def _post_prompt(self, prompt: dict) -> str:
+        body = json.dumps({"prompt": prompt, "client_id": self.client_id}).encode()
+        request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise ServerError(_refusal(error.read(), prompt)) from None
+
+    def _follow(self, connection, run: Run, prompt: dict, on_progress, deadline: float):
+        while True:
+            try:
+                connection.settimeout(max(0.01, deadline - time.monotonic()))
+                message = connection.recv()
+            except websocket.WebSocketTimeoutException:
+                raise ServerError(f"The workflow did not finish in time; see {self.log_path}.") from None
+            except (websocket.WebSocketException, OSError):
+                raise ServerError(f"ComfyUI went away. The end of {self.log_path}:\n{self._log_tail()}") from None
+            if isinstance(message, bytes):
+                kind, length = struct.unpack(">II", message[:8])
+                if kind == 3:  # BinaryEventTypes.TEXT: length of the node id, node id, text
+                    node = message[8:8 + length].decode()
+                    run.texts.setdefault(node, []).append(message[8 + length:].decode())
+                continue
+            event = json.loads(message)
+            data = event.get("data", {})
+            if data.get("prompt_id") != run.prompt_id:
+                continue
+            if event["type"] == "progress":
+                run.steps.setdefault(data["node"], []).append(time.monotonic())
+                on_progress(data["node"], data["value"], data["max"])
+            elif event["type"] == "executing" and data["node"]:
+                on_progress(data["node"], 0, 0)
+            elif event["type"] == "execution_error":
+                raise ServerError(f"{data['node_type']}: {data['exception_message'].strip()}")
+            elif event["type"] == "execution_interrupted":
+                raise ServerError(f"{data['node_type']} was interrupted.")
+            elif event["type"] == "execution_success":
+                return
+
+    def _history(self, prompt_id: str) -> dict:
+        for _ in range(200):  # the entry can come a moment after execution_success
+            history = self.get_json(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id]
+            time.sleep(0.05)
+        raise ServerError(f"ComfyUI finished the workflow but kept no history of it; see {self.log_path}.")
+
+
+def _refusal(body: bytes, prompt: dict) -> str:
+    """One line per reason why the host did not accept a workflow."""
+    try:
+        reply = json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")
+    reasons = []
+    for node_id, node in (reply.get("node_errors") or {}).items():
+        name = node.get("class_type") or prompt[node_id]["class_type"]
+        reasons += [f"{name}: {error['message']}: {error['details']}" for error in node["errors"]]
+    error = reply.get("error", {})
+    return "\n".join(reasons) or f"{error.get('message', reply)} {error.get('details', '')}".strip()

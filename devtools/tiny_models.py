@@ -1,0 +1,76 @@
+"""Small models with seeded weights that the host accepts as real: a Flux and a tiny autoencoder.
+
+They are not trained: their pictures are patterns. Names and shapes are those of the official files.
+"""
+import numpy as np
+
+LATENT_CHANNELS = 16
+
+
+def flux(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2, context: int = 1024,
+         seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 tensors of a Flux without guidance and without pooled text (as schnell is, a plain flow model).
+
+    hidden: a multiple of 128, the width of one head. context: width of the text conditioning.
+    """
+    generator = np.random.default_rng(seed)
+    tensors = {}
+
+    def linear(name: str, rows: int, columns: int, gain: float = 1.0):
+        weight = generator.standard_normal((rows, columns), dtype=np.float32)
+        tensors[f"{name}.weight"] = weight * np.float32(gain / np.sqrt(columns))
+        tensors[f"{name}.bias"] = generator.standard_normal(rows, dtype=np.float32) * np.float32(0.02)
+
+    def head_norms(name: str):
+        for part in ("query_norm", "key_norm"):
+            tensors[f"{name}.{part}.scale"] = np.ones(128, np.float32)
+
+    linear("img_in", hidden, LATENT_CHANNELS * 4)
+    linear("txt_in", hidden, context)
+    linear("time_in.in_layer", hidden, 256)
+    linear("time_in.out_layer", hidden, hidden)
+    for block in range(double_blocks):
+        for side in ("img", "txt"):
+            name = f"double_blocks.{block}.{side}"
+            linear(f"{name}_mod.lin", 6 * hidden, hidden)
+            linear(f"{name}_attn.qkv", 3 * hidden, hidden)
+            linear(f"{name}_attn.proj", hidden, hidden)
+            head_norms(f"{name}_attn.norm")
+            linear(f"{name}_mlp.0", 4 * hidden, hidden)
+            linear(f"{name}_mlp.2", hidden, 4 * hidden)
+    for block in range(single_blocks):
+        name = f"single_blocks.{block}"
+        linear(f"{name}.modulation.lin", 3 * hidden, hidden)
+        linear(f"{name}.linear1", 7 * hidden, hidden)
+        linear(f"{name}.linear2", hidden, 5 * hidden)
+        head_norms(f"{name}.norm")
+    linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
+    linear("final_layer.linear", LATENT_CHANNELS * 4, hidden)
+    return tensors
+
+
+def autoencoder(seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 tensors of a TAESD-shaped autoencoder of 16 latent channels, scaled as Flux's latents are."""
+    generator = np.random.default_rng(seed)
+    tensors = {}
+
+    def convolution(name: str, outputs: int, inputs: int, bias: bool = True, gain: float = 1.0):
+        weight = generator.standard_normal((outputs, inputs, 3, 3), dtype=np.float32)
+        tensors[f"{name}.weight"] = weight * np.float32(gain / np.sqrt(9 * inputs))
+        if bias:
+            tensors[f"{name}.bias"] = np.zeros(outputs, np.float32)
+
+    def half(name: str, blocks: list[int], samplers: list[int], first: tuple[int, int, int], last: tuple[int, int, int]):
+        convolution(f"{name}.{first[0]}", first[1], first[2])
+        for block in blocks:
+            for part in (0, 2, 4):
+                convolution(f"{name}.{block}.conv.{part}", 64, 64)
+        for sampler in samplers:
+            convolution(f"{name}.{sampler}", 64, 64, bias=False)
+        convolution(f"{name}.{last[0]}", last[1], last[2], gain=0.3)
+
+    half("taesd_encoder", [1, 3, 4, 5, 7, 8, 9, 11, 12, 13], [2, 6, 10], (0, 64, 3), (14, LATENT_CHANNELS, 64))
+    half("taesd_decoder", [3, 4, 5, 8, 9, 10, 13, 14, 15, 18], [7, 12, 17], (1, 64, LATENT_CHANNELS), (19, 3, 64))
+    tensors["taesd_decoder.19.bias"] += np.float32(0.5)  # mid grey
+    tensors["vae_scale"], tensors["vae_shift"] = np.float32(0.3611), np.float32(0.1159)
+    return {name: np.asarray(value) for name, value in tensors.items()}
