@@ -72,18 +72,19 @@ class Format:
         return (*shape[:-1], shape[-1] // cls.block_length * cls.block_bytes)
 
     @classmethod
-    def unpack_into(cls, packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Unpack whole rows into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
+    def unpack_into(cls, packed: torch.Tensor, out: torch.Tensor, value_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Unpack whole blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
 
-        packed: uint8, contiguous, n blocks in any shape. out: any float dtype, contiguous, n * block_length
-        values on the same device. Returns `out`.
+        packed: uint8, contiguous, n blocks in any shape. out: any float dtype, contiguous, n * block_length values on
+        the same device. value_dtype: round the values to this dtype before. Returns `out`.
         """
         blocks = packed.view(-1, cls.block_bytes)
         values = out.view(-1, cls.block_length)
         chunk_values = CPU_CHUNK_VALUES if packed.device.type == "cpu" else DEVICE_CHUNK_VALUES
         step = max(1, chunk_values // cls.block_length)
         for start in range(0, blocks.shape[0], step):
-            values[start:start + step].copy_(cls.unpack(blocks[start:start + step]))
+            chunk = cls.unpack(blocks[start:start + step])
+            values[start:start + step].copy_(chunk if value_dtype is None else chunk.to(value_dtype))
         return out
 
 
@@ -101,3 +102,37 @@ def bit_fields(data: torch.Tensor, width: int, shift: int) -> torch.Tensor:
     mask = ((1 << width) - 1) * 0x01010101
     lanes = data.contiguous().view(torch.int32)
     return ((lanes >> shift if shift else lanes) & (mask - (1 << 32) if mask >> 31 else mask)).view(torch.uint8)
+
+
+def bit_planes(data: torch.Tensor, width: int, at: int = 0) -> torch.Tensor:
+    """All fields of `width` bits of every byte, lowest bits first, each moved to bit `at` of a byte of its own.
+
+    data: uint8 (..., B), B a multiple of 4. Returns uint8 (..., 8 // width, B): plane i holds field i of the B bytes.
+    """
+    lanes = data.contiguous().view(torch.int32)
+    mask = ((1 << width) - 1 << at) * 0x01010101
+    if mask >> 31:
+        mask -= 1 << 32
+    planes = lanes.new_empty((*lanes.shape[:-1], 8 // width, lanes.shape[-1]))
+    for index in range(8 // width):
+        shift = index * width - at
+        moved = lanes >> shift if shift > 0 else lanes << -shift if shift else lanes
+        torch.bitwise_and(moved, mask, out=planes[..., index, :])
+    return planes.view(torch.uint8)
+
+
+def split_bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    """The `count` lowest fields of `width` bits of every word, lowest first.
+
+    words: int32, any shape. Returns int32 (*words.shape, count).
+    """
+    return torch.stack([words >> width * index for index in range(count)], -1) & ((1 << width) - 1)
+
+
+def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries of a codebook of small integers.
+
+    table: (entries,) of int16, int32 or int64, each entry being 2, 4 or 8 int8 values side by side: one gather fetches
+    them all. index: any integer dtype and shape. Returns int8 (*index.shape, values per entry).
+    """
+    return table.index_select(0, index.reshape(-1).int()).view(torch.int8).view(*index.shape, -1)

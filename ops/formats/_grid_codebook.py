@@ -1,0 +1,43 @@
+"""Formats whose codes name four or eight values at once: a point of a grid. The grids are gguf's own tables."""
+import torch
+
+from ..format import Format
+
+
+def grid_values(name: str) -> torch.Tensor:
+    """The grid of a format, int8 (points, values per point), decoded from `gguf.quants`."""
+    from gguf import quants  # here, so that importing the formats needs nothing but torch
+
+    reference = getattr(quants, name)
+    packed = torch.frombuffer(bytearray.fromhex(reference.grid_hex.decode()), dtype=torch.uint8).int()
+    width = 2 if len(reference.grid_map) <= 4 else 4
+    codes = torch.stack([packed >> shift & (1 << width) - 1 for shift in range(0, 8, width)], -1)
+    return torch.tensor(reference.grid_map, dtype=torch.int8)[codes].view(reference.grid_shape)
+
+
+def sign_values(signs: torch.Tensor) -> torch.Tensor:
+    """int64 (entries,): eight int8 signs for every byte of `signs`, -1 where the bit is set, lowest bit first."""
+    bits = signs.unsqueeze(-1) >> torch.arange(8) & 1
+    return (1 - 2 * bits).to(torch.int8).view(torch.int64).view(-1)
+
+
+class GridCodebook(Format):
+    """Base of formats that multiply grid points by signs."""
+
+    @classmethod
+    def grid(cls) -> torch.Tensor:
+        """int32 or int64 (points,), the four or eight int8 values of every point side by side."""
+        values = grid_values(cls.__name__)
+        return values.view(torch.int32 if values.shape[-1] == 4 else torch.int64).view(-1)
+
+    @staticmethod
+    def signs() -> torch.Tensor:
+        """Signs for every byte."""
+        return sign_values(torch.arange(256))
+
+    @staticmethod
+    def even_signs() -> torch.Tensor:
+        """Signs for every 7-bit code: the eighth bit makes the number of minus signs even."""
+        from gguf import quants
+
+        return sign_values(torch.tensor(list(quants.IQ2_XXS.ksigns)))

@@ -1,0 +1,74 @@
+"""The formats between 2.06 and 2.5 bits: points of a grid of eight magnitudes, times signs.
+
+Sources: `block_iq2_*`, `iq2*_grid`, `ksigns_iq2xs` in ggml-common.h, `dequantize_row_iq2_*` in ggml-quants.c,
+gguf-py 0.19 `quants.py`. In all of them value = (d * (0.5 + scale) * 0.25) * grid[index] * sign.
+"""
+import torch
+
+from ..format import half, lookup, split_bits
+from ._grid_codebook import GridCodebook
+
+
+class IQ2_XXS(GridCodebook, ggml_type=16):
+    """One index and one 7-bit sign code per 8 values, one scale per 32.
+
+    | offset | size | meaning                                                                                      |
+    |--------|------|----------------------------------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                                                   |
+    | 2      | 64   | qs, 8 bytes per 32 values: four indices; uint32 of four sign codes, then the scale (4 bits)  |
+    """
+
+    block_length, block_bytes = 256, 66
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        codes = blocks[:, 2:].contiguous()
+        words = codes.view(torch.int32).view(-1, 8, 2)[..., 1]
+        scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
+        values = lookup(cls.constant("grid", blocks.device), codes.view(-1, 8, 8)[..., :4])
+        values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)))
+        return values.view(-1, 8, 32).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
+
+
+class IQ2_XS(GridCodebook, ggml_type=17):
+    """One index and one 7-bit sign code per 8 values, one scale per 16.
+
+    | offset | size | meaning                                                             |
+    |--------|------|---------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                          |
+    | 2      | 64   | qs, uint16 per 8 values: index (9 bits), then sign code (7 bits)    |
+    | 66     | 8    | scales, 4 bits, low nibble first                                    |
+    """
+
+    block_length, block_bytes = 256, 74
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        codes = blocks[:, 2:66].contiguous().view(torch.int16).int()
+        scales = split_bits(blocks[:, 66:].int(), 4, 2).view(-1, 16).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
+        values = lookup(cls.constant("grid", blocks.device), codes & 0x1FF)
+        values.mul_(lookup(cls.constant("even_signs", blocks.device), codes >> 9 & 0x7F))
+        return values.view(-1, 16, 16).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
+
+
+class IQ2_S(GridCodebook, ggml_type=22):
+    """One index and one byte of signs per 8 values, one scale per 16.
+
+    | offset | size | meaning                                                  |
+    |--------|------|----------------------------------------------------------|
+    | 0      | 2    | d, float16                                               |
+    | 2      | 32   | qs, low eight bits of the indices                        |
+    | 34     | 32   | signs, minus where the bit is set                        |
+    | 66     | 8    | qh, high two bits of the indices, four a byte, low first |
+    | 74     | 8    | scales, 4 bits, low nibble first                         |
+    """
+
+    block_length, block_bytes = 256, 82
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        index = split_bits(blocks[:, 66:74].int(), 2, 4).view(-1, 32) << 8 | blocks[:, 2:34]
+        scales = split_bits(blocks[:, 74:].int(), 4, 2).view(-1, 16).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
+        values = lookup(cls.constant("grid", blocks.device), index)
+        values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 34:66]))
+        return values.view(-1, 16, 16).float().mul_(scales.unsqueeze(-1)).view(-1, 256)

@@ -1,0 +1,49 @@
+"""The 4-bit formats with a non-linear codebook.
+
+Sources: `block_iq4_*`, `kvalues_iq4nl` in ggml-common.h, `dequantize_row_iq4_*` in ggml-quants.c, gguf-py 0.19.
+"""
+import torch
+
+from ..format import half, split_bits
+from ._nibble_codebook import NibbleCodebook
+
+KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+class IQ4_NL(NibbleCodebook, ggml_type=20):
+    """value = d * values[code]
+
+    | offset | size | meaning                                                                |
+    |--------|------|------------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                             |
+    | 2      | 16   | qs, codes, values 0..15 in the low nibbles, 16..31 in the high ones    |
+    """
+
+    block_length, block_bytes = 32, 18
+    values = KVALUES
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        return cls.code_values(blocks[:, 2:]).mul_(half(blocks, 0))
+
+
+class IQ4_XS(NibbleCodebook, ggml_type=23):
+    """value = (d * (scale - 32)) * values[code], one scale per 32 values
+
+    | offset | size | meaning                                                                               |
+    |--------|------|---------------------------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                                            |
+    | 2      | 2    | high two bits of the eight scales, lowest first                                       |
+    | 4      | 4    | low four bits of the eight scales, two a byte, low nibble first                       |
+    | 8      | 128  | qs, codes; of 16 neighbouring bytes the low nibbles hold 16 values, then the high     |
+    """
+
+    block_length, block_bytes = 256, 136
+    values = KVALUES
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        high = split_bits(blocks[:, 2:4].int(), 2, 4).view(-1, 8)
+        low = split_bits(blocks[:, 4:8].int(), 4, 2).view(-1, 8)
+        scales = (low | high << 4).float().sub_(32).mul_(half(blocks, 0)).unsqueeze(-1)
+        return cls.code_values(blocks[:, 8:].view(-1, 8, 16)).mul_(scales).view(-1, 256)

@@ -1,0 +1,156 @@
+"""The K-quants: 256 values in groups of 16 or 32, whose scales are themselves quantised under float16 super-scales.
+
+Sources: `block_q*_K` in ggml-common.h, `dequantize_row_q*_K` in ggml-quants.c, gguf-py 0.19 `quants.py`.
+Unless a table says otherwise, the fields of equal position in 32 neighbouring bytes hold 32 neighbouring values.
+"""
+import torch
+
+from ..format import Format, bit_planes, half
+
+
+class Q2_K(Format, ggml_type=10):
+    """value = (d * scale) * code - (dmin * min), one scale and one min per 16 values
+
+    | offset | size | meaning                                           |
+    |--------|------|---------------------------------------------------|
+    | 0      | 16   | scales in the low nibbles, mins in the high ones  |
+    | 16     | 64   | qs, codes, four a byte                            |
+    | 80     | 2    | d, float16                                        |
+    | 82     | 2    | dmin, float16                                     |
+    """
+
+    block_length, block_bytes = 256, 84
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        scales, mins = bit_planes(blocks[:, :16], 4).float().unbind(1)
+        scales = scales.mul_(half(blocks, 80)).unsqueeze(-1)
+        mins = mins.mul_(half(blocks, 82)).unsqueeze(-1)
+        codes = bit_planes(blocks[:, 16:80].view(-1, 2, 32), 2).view(-1, 16, 16)
+        return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+
+
+class Q3_K(Format, ggml_type=11):
+    """value = (d * (scale - 32)) * (code - 4), one scale per 16 values
+
+    | offset | size | meaning                                                                              |
+    |--------|------|--------------------------------------------------------------------------------------|
+    | 0      | 32   | hmask, third bits of the codes, bit i of the bytes for values 32 i to 32 i + 31      |
+    | 32     | 64   | qs, low two bits of the codes, four a byte                                           |
+    | 96     | 8    | low four bits of scales 0..7 in the low nibbles, of scales 8..15 in the high ones    |
+    | 104    | 4    | high two bits of scales 0..3 in bits 0 and 1, of scales 4..7 in bits 2 and 3, and on |
+    | 108    | 2    | d, float16                                                                           |
+    """
+
+    block_length, block_bytes = 256, 110
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        scales = bit_planes(blocks[:, 96:104], 4).view(-1, 16) | bit_planes(blocks[:, 104:108], 2, at=4).view(-1, 16)
+        scales = scales.float().sub_(32).mul_(half(blocks, 108)).unsqueeze(-1)
+        codes = bit_planes(blocks[:, 32:96].view(-1, 2, 32), 2).view(-1, 256)
+        codes.view(torch.int32).bitwise_or_(bit_planes(blocks[:, :32], 1, at=2).view(-1, 256).view(torch.int32))
+        return codes.float().sub_(4).view(-1, 16, 16).mul_(scales).view(-1, 256)
+
+
+def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
+    """Eight 6-bit scales, then eight 6-bit mins, float32 (n, 16), of Q4_K and Q5_K.
+
+    packed: uint8 (n, 12), three groups of four bytes; uppercase letters are scales, lowercase mins, most significant
+    bit first: EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD, eeaaaaaa ffbbbbbb ggcccccc hhdddddd, eeeeEEEE ffffFFFF ggggGGGG
+    hhhhHHHH.
+    """
+    scales, mins, low = packed.contiguous().view(torch.int32).unbind(-1)
+    lanes = (
+        scales & 0x3F3F3F3F,
+        (low & 0x0F0F0F0F) | ((scales >> 2) & 0x30303030),
+        mins & 0x3F3F3F3F,
+        ((low >> 4) & 0x0F0F0F0F) | ((mins >> 2) & 0x30303030),
+    )
+    return torch.stack(lanes, -1).view(torch.uint8).float()
+
+
+class Q4_K(Format, ggml_type=12):
+    """value = (d * scale) * code - (dmin * min), one scale and one min per 32 values
+
+    | offset | size | meaning                                        |
+    |--------|------|------------------------------------------------|
+    | 0      | 2    | d, float16                                     |
+    | 2      | 2    | dmin, float16                                  |
+    | 4      | 12   | scales and mins, 6 bits: `_scales_and_mins`    |
+    | 16     | 128  | qs, codes, two a byte                          |
+    """
+
+    block_length, block_bytes = 256, 144
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        scales, mins = _scales_and_mins(blocks[:, 4:16]).view(-1, 2, 8, 1).unbind(1)
+        scales.mul_(half(blocks, 0).unsqueeze(-1))
+        mins.mul_(half(blocks, 2).unsqueeze(-1))
+        codes = bit_planes(blocks[:, 16:].view(-1, 4, 32), 4).view(-1, 8, 32)
+        return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+
+
+class Q5_K(Format, ggml_type=13):
+    """value = (d * scale) * code - (dmin * min), one scale and one min per 32 values
+
+    | offset | size | meaning                                                                          |
+    |--------|------|----------------------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                                       |
+    | 2      | 2    | dmin, float16                                                                    |
+    | 4      | 12   | scales and mins, 6 bits: `_scales_and_mins`                                      |
+    | 16     | 32   | qh, fifth bits of the codes, bit i of the bytes for values 32 i to 32 i + 31     |
+    | 48     | 128  | qs, low four bits of the codes, two a byte                                       |
+    """
+
+    block_length, block_bytes = 256, 176
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        scales, mins = _scales_and_mins(blocks[:, 4:16]).view(-1, 2, 8, 1).unbind(1)
+        scales.mul_(half(blocks, 0).unsqueeze(-1))
+        mins.mul_(half(blocks, 2).unsqueeze(-1))
+        codes = bit_planes(blocks[:, 48:].view(-1, 4, 32), 4).view(-1, 8, 32)
+        codes.view(torch.int32).bitwise_or_(bit_planes(blocks[:, 16:48], 1, at=4).view(torch.int32))
+        return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+
+
+class Q6_K(Format, ggml_type=14):
+    """value = (d * scale) * (code - 32), one scale per 16 values
+
+    | offset | size | meaning                                                                             |
+    |--------|------|-------------------------------------------------------------------------------------|
+    | 0      | 128  | ql, low four bits of the codes, two a byte; 64 neighbouring bytes hold 128 values   |
+    | 128    | 64   | qh, high two bits of the codes, four a byte                                         |
+    | 192    | 16   | scales, int8                                                                        |
+    | 208    | 2    | d, float16                                                                          |
+    """
+
+    block_length, block_bytes = 256, 210
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        scales = blocks[:, 192:208].view(torch.int8).float().mul_(half(blocks, 208)).unsqueeze(-1)
+        codes = bit_planes(blocks[:, :128].view(-1, 2, 64), 4).view(-1, 256)
+        high = bit_planes(blocks[:, 128:192].view(-1, 2, 32), 2, at=4).view(-1, 256)
+        codes.view(torch.int32).bitwise_or_(high.view(torch.int32))
+        return codes.float().sub_(32).view(-1, 16, 16).mul_(scales).view(-1, 256)
+
+
+class Q8_K(Format, ggml_type=15):
+    """value = d * code. Unlike its siblings it has one float32 scale; ggml makes it of activations.
+
+    | offset | size | meaning                                                          |
+    |--------|------|------------------------------------------------------------------|
+    | 0      | 4    | d, float32                                                       |
+    | 4      | 256  | qs, codes, int8                                                  |
+    | 260    | 32   | bsums, int16, sums of 16 codes for dot products; no value needs them |
+    """
+
+    block_length, block_bytes = 256, 292
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        d = blocks[:, :4].contiguous().view(torch.float32)
+        return blocks[:, 4:260].view(torch.int8).float().mul_(d)

@@ -1,0 +1,63 @@
+"""The microscaling 4-bit floats: E2M1 codes under small float scales.
+
+Sources: `block_mxfp4`, `block_nvfp4` in ggml-common.h, `dequantize_row_*` in ggml-quants.c, the scale conversions in
+ggml-impl.h, gguf-py 0.19 `quants.py`. As there, the E2M1 values are doubled and the scales halved.
+"""
+import math
+
+import torch
+
+from ._nibble_codebook import NibbleCodebook
+
+# Code 8, minus zero, gives plus zero.
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+class MXFP4(NibbleCodebook, ggml_type=39):
+    """value = scale * values[code], scale = 2**(e - 128)
+
+    | offset | size | meaning                                                                |
+    |--------|------|------------------------------------------------------------------------|
+    | 0      | 1    | e, exponent E8M0                                                       |
+    | 1      | 16   | qs, codes, values 0..15 in the low nibbles, 16..31 in the high ones    |
+    """
+
+    block_length, block_bytes = 32, 17
+    values = E2M1_DOUBLED
+
+    @staticmethod
+    def scales() -> torch.Tensor:
+        """float32 (256,): the scale of every exponent; the two lowest are subnormal, none is NaN."""
+        return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)])
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        scales = cls.constant("scales", blocks.device).index_select(0, blocks[:, 0].int()).unsqueeze(-1)
+        return cls.code_values(blocks[:, 1:]).mul_(scales)
+
+
+class NVFP4(NibbleCodebook, ggml_type=40):
+    """value = scale * values[code], one scale per 16 values
+
+    | offset | size | meaning                                                                          |
+    |--------|------|----------------------------------------------------------------------------------|
+    | 0      | 4    | scales, unsigned E4M3                                                            |
+    | 4      | 32   | qs, codes; of 8 neighbouring bytes the low nibbles hold 8 values, then the high  |
+    """
+
+    block_length, block_bytes = 64, 36
+    values = E2M1_DOUBLED
+
+    @staticmethod
+    def scales() -> torch.Tensor:
+        """float32 (256,): half the value of every E4M3 byte, its top bit ignored; the NaN 0x7F counts as zero."""
+        def half_value(byte: int) -> float:
+            exponent, mantissa = byte >> 3 & 15, byte & 7
+            return math.ldexp(8 + mantissa, exponent - 11) if exponent else math.ldexp(mantissa, -10)
+
+        return torch.tensor([0.0 if byte == 0x7F else half_value(byte) for byte in range(256)])
+
+    @classmethod
+    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+        scales = cls.constant("scales", blocks.device).index_select(0, blocks[:, :4].reshape(-1).int()).view(-1, 4, 1)
+        return cls.code_values(blocks[:, 4:].view(-1, 4, 8)).mul_(scales).view(-1, 64)
