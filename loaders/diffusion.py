@@ -1,0 +1,91 @@
+"""Diffusion models: a weight file -> the host's own model, with packed weights."""
+import collections
+import logging
+import os
+import re
+
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from ..ops.linear import bare_parameters_unpacked, packed_operations
+from ..ops.format import FORMATS
+from ..ops.tensor import is_packed, packed_tensor, relabelled
+from .container import WeightFile, WeightFileError, open_weights
+
+log = logging.getLogger(__name__)
+
+
+def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
+                         disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Load a diffusion model file with its packed weights kept packed.
+
+    value_dtype, patch_dtype: see `PackedLayer`. disable_dynamic: the host asks for it when it needs a model outside of
+    dynamic VRAM. A file that is not GGUF goes to the host's own loader. Raises WeightFileError.
+    """
+    if not str(path).lower().endswith(".gguf"):
+        return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
+    file = open_weights(path)
+    refuse_other_kinds(file)
+    state_dict = fix_keys(packed_state_dict(file))
+    options = {"custom_operations": packed_operations(value_dtype, patch_dtype)}
+    metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+    with bare_parameters_unpacked():
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            state_dict, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic)
+    if patcher is None:
+        raise WeightFileError(
+            f"{os.path.basename(path)} holds no diffusion model that this ComfyUI knows"
+            f" (architecture {metadata.get('general.architecture', 'not named')!r}, {len(file.entries)} tensors, first"
+            f" {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
+    patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
+    log.info("[Featherweight] %s", report(file, patcher))
+    return patcher
+
+
+def packed_state_dict(file: WeightFile) -> dict[str, torch.Tensor]:
+    """Name -> tensor of the whole file: packed tensors where the format is packed, plain ones otherwise. No copies."""
+    return {
+        name: packed_tensor(FORMATS[entry.format], file.tensor(name), entry.shape) if entry.format in FORMATS else file.tensor(name)
+        for name, entry in file.entries.items()
+    }
+
+
+def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
+    """One line for the log: what the file holds, its size, and the bytes its weights take in memory."""
+    formats = collections.Counter(entry.format for entry in file.entries.values())
+    counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
+    return (f"{os.path.basename(file.path)}: {len(file.entries)} tensors ({counts}), {file.tensor_bytes} bytes on disk,"
+            f" {patcher.model_size()} bytes held")
+
+
+# What tells other kinds of files from a diffusion model: a tensor name, what the file is, and what to do with it.
+OTHER_KINDS = (
+    (r"^(enc\.)?blk\.\d|^token_embd\.", "a text encoder", "Pick it in a text encoder loader (CLIPLoaderGGUF)."),
+    (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder", "Pick it in a text encoder loader, not as a model."),
+    (r"\.lora_(a|b|A|B|up|down)(\.weight)?$", "a LoRA", "Load a model here and put the LoRA in a LoRA loader behind it."),
+)
+
+
+def refuse_other_kinds(file: WeightFile):
+    """Raise WeightFileError for a text encoder, mmproj or LoRA picked as a diffusion model."""
+    for pattern, kind, advice in OTHER_KINDS:
+        found = next((name for name in file.entries if re.search(pattern, name)), None)
+        if found is not None:
+            raise WeightFileError(
+                f"{os.path.basename(file.path)} is {kind} (it has {found!r}), expected a diffusion model. {advice}")
+
+
+def fix_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo what converters changed in names and shapes that the host's detection reads."""
+    for name, tensor in list(state_dict.items()):
+        # Some conversions name the scale of a query or key norm `.scale` where the host wants `.weight`.
+        if re.search(r"(query|key|_q|_k|\.q|\.k)_norm\.scale$", name):
+            state_dict[name.removesuffix("scale") + "weight"] = state_dict.pop(name)
+        # stable-diffusion.cpp keeps SDXL's and SD2's linear projections as 1x1 convolutions; only SD1 has those.
+        elif re.search(r"\.proj_(in|out)\.weight$", name) and tensor.shape[2:] == (1, 1):
+            context = state_dict.get(re.sub(r"proj_(in|out)\.weight$", "transformer_blocks.0.attn2.to_k.weight", name))
+            if context is not None and context.shape[1] != 768:
+                shape = tensor.shape[:2]
+                state_dict[name] = relabelled(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)
+    return state_dict

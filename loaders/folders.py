@@ -1,0 +1,42 @@
+"""Model folders: where files are found. The only user of the host's `folder_paths`."""
+import folder_paths
+
+from .container import WeightFileError
+
+# Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
+GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders"}
+
+
+def register_folders():
+    """Make the host list GGUF files, under the keys other packs use for them.
+
+    Directories that a user's yaml or another pack put there stay. The lists of other keys are not touched: some packs
+    let two keys share one list.
+    """
+    registered = folder_paths.folder_names_and_paths
+    for key, host_key in GGUF_FOLDERS.items():
+        directories, extensions = registered.get(key, ([], set()))
+        missing = [directory for directory in registered[host_key][0] if directory not in directories]
+        registered[key] = ([*directories, *missing], {*extensions, ".gguf"})
+
+
+def list_files(*keys: str) -> list[str]:
+    """Names of the model files in the folders of all `keys`, GGUF files first, without duplicates."""
+    names = {name for key in keys for name in folder_paths.get_filename_list(key)}
+    return sorted(names, key=lambda name: (not name.lower().endswith(".gguf"), name.lower()))
+
+
+def find_file(name: str, *keys: str) -> str:
+    """Full path of a listed file. Names from workflows made on another system may use its path separator.
+
+    Raises WeightFileError when no folder of the keys holds it.
+    """
+    for key in keys:
+        for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
+            path = folder_paths.get_full_path(key, spelling)
+            if path is not None:
+                return path
+    folders = sorted({directory for key in keys for directory in folder_paths.get_folder_paths(key)})
+    raise WeightFileError(
+        f"{name} is in none of the model folders ({', '.join(folders)}). Put the file there, or pick another one;"
+        " press R in ComfyUI to refresh the list.")

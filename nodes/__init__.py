@@ -1,0 +1,49 @@
+"""The ComfyUI extension: finds the nodes in the files of this folder.
+
+A node file defines classes that derive directly from `io.ComfyNode`. One that fails to import or to state its schema is
+named in the log and left out; the others load. Ids that do not begin with "Featherweight" belong to packs that shared
+workflows were made with: they are left out while somebody else holds them.
+"""
+import importlib
+import logging
+import pkgutil
+
+import nodes as host_nodes
+from comfy_api.latest import ComfyExtension, io
+
+from ..loaders.folders import register_folders
+
+log = logging.getLogger(__name__)
+
+OWN_PREFIX = "Featherweight"
+
+
+class FeatherweightExtension(ComfyExtension):
+    async def on_load(self):
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        found = []
+        for module in pkgutil.iter_modules(__path__):
+            try:
+                found += find_nodes(importlib.import_module(f"{__name__}.{module.name}"))
+            except Exception:
+                log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", module.name)
+        return [node for node in found if not taken(node.GET_SCHEMA().node_id)]
+
+
+def find_nodes(module) -> list[type[io.ComfyNode]]:
+    """Node classes a module defines, each with a schema that can be stated."""
+    found = [value for value in vars(module).values()
+             if isinstance(value, type) and issubclass(value, io.ComfyNode) and value.__module__ == module.__name__]
+    for node in found:
+        node.GET_SCHEMA()
+    return found
+
+
+def taken(node_id: str) -> bool:
+    """Whether another pack holds a legacy id already. Displacing its class would break packs that call it."""
+    if node_id.startswith(OWN_PREFIX) or node_id not in host_nodes.NODE_CLASS_MAPPINGS:
+        return False
+    log.info("[Featherweight] %s is provided by another node pack and stays with it.", node_id)
+    return True

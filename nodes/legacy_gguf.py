@@ -1,0 +1,71 @@
+"""Node ids of ComfyUI-GGUF, with the same inputs in the same order, so that shared workflows open and run."""
+import torch
+from comfy_api.latest import io
+
+from ..loaders.diffusion import load_diffusion_model
+from ..loaders.folders import find_file, list_files
+
+FOLDERS = ("unet_gguf", "diffusion_models")
+CATEGORY = "Featherweight/legacy"
+
+# "default" and "target" both mean the dtype the model computes in: values are unpacked in float32 and rounded once.
+DTYPES = {"default": None, "target": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def unet_name_input():
+    return io.Combo.Input("unet_name", options=list_files(*FOLDERS),
+                          tooltip="A file in models/diffusion_models or models/unet.")
+
+
+class UnetLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="UnetLoaderGGUF",
+            display_name="Unet Loader (GGUF)",
+            category=CATEGORY,
+            description="The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (Featherweight).",
+            inputs=[unet_name_input()],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, unet_name):
+        return True  # names from other systems are resolved, and missing files explained, when the node runs
+
+    @classmethod
+    def execute(cls, unet_name) -> io.NodeOutput:
+        return io.NodeOutput(load_diffusion_model(find_file(unet_name, *FOLDERS)))
+
+
+class UnetLoaderAdvanced(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        dtypes = list(DTYPES)
+        return io.Schema(
+            node_id="UnetLoaderGGUFAdvanced",
+            display_name="Unet Loader (GGUF/Advanced)",
+            category=CATEGORY,
+            description="The advanced loader of ComfyUI-GGUF workflows, with a choice of dtypes.",
+            inputs=[
+                unet_name_input(),
+                io.Combo.Input("dequant_dtype", options=dtypes, default="default", optional=True,
+                               tooltip="Round unpacked weights to this dtype before they are used. default and target:"
+                                       " straight to the dtype the model computes in, which is the most exact."),
+                io.Combo.Input("patch_dtype", options=dtypes, default="default", optional=True,
+                               tooltip="The dtype in which patches are added to an unpacked weight. default and target:"
+                                       " ComfyUI's choice."),
+                io.Boolean.Input("patch_on_device", default=False, optional=True,
+                                 tooltip="Kept for old workflows. ComfyUI places patches by itself."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, unet_name):
+        return True
+
+    @classmethod
+    def execute(cls, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False) -> io.NodeOutput:
+        path = find_file(unet_name, *FOLDERS)
+        return io.NodeOutput(load_diffusion_model(path, DTYPES[dequant_dtype], DTYPES[patch_dtype]))

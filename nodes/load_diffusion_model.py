@@ -1,0 +1,35 @@
+"""Featherweight Load Diffusion Model."""
+from comfy_api.latest import io
+
+from ..loaders.diffusion import load_diffusion_model
+from ..loaders.folders import find_file, list_files
+
+FOLDERS = ("unet_gguf", "diffusion_models")
+
+
+class LoadDiffusionModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightLoadDiffusionModel",
+            display_name="Load Diffusion Model (Featherweight)",
+            category="Featherweight",
+            description="Loads a GGUF diffusion model and keeps its weights packed in memory. Any model ComfyUI knows, any"
+                        " GGUF type. Other files load as with ComfyUI's own loader.",
+            search_aliases=["gguf", "unet", "unet loader", "load gguf", "quantized", "quantised"],
+            inputs=[
+                io.Combo.Input("model_name", options=list_files(*FOLDERS), display_name="model",
+                               tooltip="A file in models/diffusion_models or models/unet."),
+                io.Combo.Input("compute", options=["exact"], default="exact", optional=True,
+                               tooltip="exact: the float product of the unpacked weights."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name):
+        return True  # names from other systems are resolved, and missing files explained, when the node runs
+
+    @classmethod
+    def execute(cls, model_name, compute="exact") -> io.NodeOutput:
+        return io.NodeOutput(load_diffusion_model(find_file(model_name, *FOLDERS)))

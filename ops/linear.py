@@ -1,0 +1,160 @@
+"""The `operations` class handed to the host: the layers a model is built from when its weights are packed.
+
+Linear, Embedding and convolutions hold packed weights. All other layers are the host's own.
+"""
+import contextlib
+import itertools
+
+import comfy.float
+import comfy.ops
+import torch
+
+from . import product
+from .tensor import is_packed, relabelled
+
+
+class PackedLayer:
+    """What the packed layers share. A mixin before one of the host's layer classes.
+
+    `value_dtype`: unpacked values are rounded to this dtype before they are cast to the compute dtype; None: not.
+    `patch_dtype`: dtype in which the host adds patches to an unpacked weight; None: the host's choice.
+    """
+
+    value_dtype: torch.dtype | None = None
+    patch_dtype: torch.dtype | None = None
+
+    def __init__(self, *args, device=None, **kwargs):
+        super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
+        self._scratch = product.shared_scratch()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name, param in self._parameters.items():
+            key = prefix + name
+            if param is None:
+                continue
+            value = state_dict.get(key)
+            if value is None:
+                missing_keys.append(key)
+                value = torch.zeros(param.shape, dtype=param.dtype)
+            value = _fit_shape(value, param.shape)
+            if value.shape != param.shape:
+                error_msgs.append(f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}.")
+                continue
+            if is_packed(value):
+                value = relabelled(value, dtype=param.dtype)
+            elif not assign:
+                value = value.to(param.dtype)
+            self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+        unexpected_keys.extend(
+            key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
+
+    def _apply(self, fn, recurse=True):
+        # torch would rebuild the parameters in place, which unpacks them.
+        for name, param in self._parameters.items():
+            if param is not None and not param.is_meta:
+                self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+        return self
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        """The dense weight the host adds patches to."""
+        return product.unpack(weight, self.patch_dtype or weight.dtype) if is_packed(weight) else weight
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Take a patched weight from the host. It stays dense: packing it again would lose the patch."""
+        weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
+        if return_weight:
+            return weight
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
+    def forward_comfy_cast_weights(self, input):
+        # A packed weight keeps its dtype on the way to the device: any other would make the host unpack it.
+        # Functions on the weight do need it dense.
+        dtype = self.weight.dtype if is_packed(self.weight) and not self.weight_function else input.dtype
+        weight, bias, offload_stream = comfy.ops.cast_bias_weight(
+            self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
+        if is_packed(weight):
+            out = product.linear(input, weight, bias, self.value_dtype)
+        else:
+            out = torch.nn.functional.linear(input, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
+        return out
+
+
+class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
+    def forward_comfy_cast_weights(self, input, out_dtype=None):
+        if not is_packed(self.weight) or self.weight_function:
+            return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
+        # The rows travel, not the table.
+        rows = product.embedding(input.to(self.weight.device), self.weight, out_dtype or self.weight.dtype)
+        return rows.to(input.device)
+
+
+class _PackedConv(PackedLayer):
+    def _conv_forward(self, input, weight, bias, *args, **kwargs):
+        if is_packed(weight):
+            weight = product.unpack(weight, input.dtype, self.value_dtype)
+        return super()._conv_forward(input, weight, bias, *args, **kwargs)
+
+
+class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
+    pass
+
+
+class Conv2d(_PackedConv, comfy.ops.manual_cast.Conv2d):
+    pass
+
+
+class Conv3d(_PackedConv, comfy.ops.manual_cast.Conv3d):
+    pass
+
+
+PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
+
+
+def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None) -> type:
+    """The class for the host's `custom_operations`. The two dtypes are those of `PackedLayer`."""
+    options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype}
+    layers = {layer.__name__: type(layer.__name__, (layer,), options) for layer in PACKED_LAYERS}
+    return type("PackedOperations", (comfy.ops.manual_cast,), layers)
+
+
+@contextlib.contextmanager
+def bare_parameters_unpacked():
+    """While the host builds and loads a model: what its modules own outside of our layers is unpacked on the way in.
+
+    Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model as plain tensors.
+    """
+    hooks = []
+
+    def on_submodule(parent, name, module):
+        if module is not None and not isinstance(module, PackedLayer):
+            hooks.append(module.register_load_state_dict_pre_hook(_unpack_own_parameters))
+
+    hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _unpack_own_parameters(module, state_dict, prefix, *args):
+    for name, param in itertools.chain(module._parameters.items(), module._buffers.items()):
+        value = state_dict.get(prefix + name)
+        if value is None or param is None:
+            continue
+        if is_packed(value):
+            value = product.unpack(value, param.dtype)
+        state_dict[prefix + name] = _fit_shape(value, param.shape)
+
+
+def _fit_shape(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`value` with the dimensions of size 1 that files add or drop (pad tokens, 1x1 convolutions) as in `shape`."""
+    if value.shape == shape or [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
+        return value
+    if is_packed(value):
+        return relabelled(value, shape=shape)
+    return value.reshape(shape)

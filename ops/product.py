@@ -1,0 +1,154 @@
+"""Arithmetic on packed weights, as torch operators: `linear`, `embedding`, `unpack`.
+
+Everything here is plain torch, runs on every device and is the reference for faster kernels. The operators are registered
+with torch, so `torch.compile(fullgraph=True)` takes a packed layer as it is.
+"""
+import contextlib
+import math
+import threading
+import weakref
+
+import torch
+
+from .format import FORMATS, Format
+from .tensor import QuantizedTensor
+
+# A weight is unpacked into at most this many bytes at a time. Larger weights go through the product in slices of rows.
+SCRATCH_BYTES = 64 << 20
+DEVICE_SCRATCH_BYTES = 256 << 20
+
+
+class Scratch:
+    """One reused CPU buffer for unpacked weights. Fresh pages for every weight would cost more than unpacking it.
+
+    Elsewhere torch's caching allocator does the same, and gives the memory back when the host asks for it.
+    """
+
+    def __init__(self):
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.lock = threading.Lock()  # held while a weight in the buffer is in use
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised CPU tensor, valid until the next call."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._buffer.numel() < nbytes:
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffer[:nbytes].view(dtype).view(shape)
+
+
+_scratches = weakref.WeakValueDictionary()
+
+
+def shared_scratch() -> Scratch:
+    """The scratch of all layers. It lives as long as somebody holds it: each packed layer does."""
+    scratch = _scratches.get("cpu")
+    if scratch is None:
+        scratch = _scratches["cpu"] = Scratch()
+    return scratch
+
+
+def _rows_per_slice(packed_format: type[Format], rows: int, columns: int, itemsize: int, limit: int) -> int:
+    """Rows that fit into `limit` bytes; a slice must begin and end between blocks."""
+    aligned = packed_format.block_length // math.gcd(packed_format.block_length, columns)
+    return min(rows, max(1, limit // (columns * itemsize * aligned)) * aligned)
+
+
+def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, rows: int,
+            value_dtype: torch.dtype | None) -> torch.Tensor:
+    packed_format = FORMATS[format]
+    columns = input.shape[-1]
+    on_cpu = input.device.type == "cpu"
+    step = _rows_per_slice(packed_format, rows, columns, input.dtype.itemsize,
+                           SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
+    blocks = packed.view(-1, packed_format.block_bytes)
+    scratch = shared_scratch()
+
+    def weight_slice(start: int, stop: int) -> torch.Tensor:
+        shape = (stop - start, columns)
+        weight = scratch.take(shape, input.dtype) if on_cpu else input.new_empty(shape)
+        first, last = (row * columns // packed_format.block_length for row in (start, stop))
+        return packed_format.unpack_into(blocks[first:last], weight, value_dtype)
+
+    with scratch.lock if on_cpu else contextlib.nullcontext():
+        if step == rows:
+            return torch.nn.functional.linear(input, weight_slice(0, rows), bias)
+        flat = input.reshape(-1, columns)
+        out = input.new_empty((flat.shape[0], rows))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            weight = weight_slice(start, stop)
+            if bias is None:
+                torch.mm(flat, weight.t(), out=out[:, start:stop])
+            else:
+                torch.addmm(bias[start:stop], flat, weight.t(), out=out[:, start:stop])
+        return out.view(*input.shape[:-1], rows)
+
+
+def _linear_fake(input, packed, bias, format, rows, value_dtype):
+    return input.new_empty((*input.shape[:-1], rows))
+
+
+def _embedding(ids: torch.Tensor, packed: torch.Tensor, format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    packed_format = FORMATS[format]
+    row_bytes = columns // packed_format.block_length * packed_format.block_bytes
+    rows = packed.view(-1, row_bytes)[ids.flatten()]
+    out = torch.empty((*ids.shape, columns), dtype=dtype, device=packed.device)
+    return packed_format.unpack_into(rows, out)
+
+
+def _embedding_fake(ids, packed, format, columns, dtype):
+    return torch.empty((*ids.shape, columns), dtype=dtype, device=packed.device)
+
+
+def _unpack(packed: torch.Tensor, format: str, shape: list[int], dtype: torch.dtype,
+            value_dtype: torch.dtype | None) -> torch.Tensor:
+    return FORMATS[format].unpack_into(packed, torch.empty(shape, dtype=dtype, device=packed.device), value_dtype)
+
+
+def _unpack_fake(packed, format, shape, dtype, value_dtype):
+    return torch.empty(shape, dtype=dtype, device=packed.device)
+
+
+_library = torch.library.Library("featherweight", "DEF")
+for _schema, _function, _fake in (
+    ("linear(Tensor input, Tensor packed, Tensor? bias, str format, int rows, ScalarType? value_dtype) -> Tensor",
+     _linear, _linear_fake),
+    ("embedding(Tensor ids, Tensor packed, str format, int columns, ScalarType dtype) -> Tensor",
+     _embedding, _embedding_fake),
+    ("unpack(Tensor packed, str format, int[] shape, ScalarType dtype, ScalarType? value_dtype) -> Tensor",
+     _unpack, _unpack_fake),
+):
+    _name = _schema.split("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"featherweight::{_name}", _fake, lib=_library)
+
+
+def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None,
+           value_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`input @ weight.T + bias` in the dtype of `input`, the weight unpacked slice by slice.
+
+    input: (..., K) float. weight: packed, logical shape (N, K), same device. bias: (N,) in input's dtype or None.
+    value_dtype: round the unpacked values to this dtype first (None: straight to input's). Returns (..., N).
+    """
+    if input.requires_grad and torch.is_grad_enabled():
+        return torch.nn.functional.linear(input, unpack(weight, input.dtype, value_dtype), bias)
+    return torch.ops.featherweight.linear(
+        input, weight._qdata, bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype)
+
+
+def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a packed table: only the rows asked for are unpacked.
+
+    ids: integer, any shape, on the table's device. weight: packed, logical shape (rows, K). Returns (*ids.shape, K) in `dtype`.
+    """
+    packed_format = weight.layout_cls.format
+    if weight.shape[1] % packed_format.block_length:  # blocks cross rows
+        return torch.nn.functional.embedding(ids, unpack(weight, dtype))
+    return torch.ops.featherweight.embedding(ids, weight._qdata, packed_format.__name__, weight.shape[1], dtype)
+
+
+def unpack(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The whole dense weight in `dtype`, rounded once from float32 (or first to `value_dtype`)."""
+    return torch.ops.featherweight.unpack(
+        weight._qdata, weight.layout_cls.format.__name__, list(weight.shape), dtype, value_dtype)
