@@ -1,0 +1,196 @@
+"""Weight files: the names, logical shapes, formats, bytes and metadata in a file, whatever its container.
+
+A container is one class in one file of this folder. It registers by being defined, is imported by the
+package's `__init__`, and is chosen by the first bytes of a file, never by the file's name.
+"""
+import mmap
+import os
+import stat
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..ops.format import FORMATS
+
+# Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
+PLAIN_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+}
+
+# torch and the unpacking code assume that elements of up to 8 bytes lie at multiples of their size.
+ALIGNED = 8
+
+CONTAINERS: dict[bytes, type["WeightFile"]] = {}
+
+
+class WeightFileError(ValueError):
+    """A file that cannot be read. The message names the file, what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies and what it is.
+
+    shape: logical shape, outermost dimension first. stored_shape: the shape along whose last dimension the
+    blocks run; differs from `shape` only where the blocks do not divide the logical rows. format: name of a
+    packed format (a key of `FORMATS`) or of a plain dtype (a key of `PLAIN_DTYPES`). offset, nbytes: from
+    the start of the file `WeightFile.paths[part]`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    format: str
+    offset: int
+    nbytes: int
+    part: int = 0
+
+
+class WeightFile:
+    """One model's weights on disk, memory-mapped; its parts where the model is split over several files.
+
+    path: as asked for. paths: every file read, in order. metadata: key -> value. entries: name -> Entry, in
+    the order of the file. The files stay open while this object or a tensor of it lives, and no longer.
+    """
+
+    magic: ClassVar[bytes]
+    path: Path
+    paths: tuple[Path, ...]
+    metadata: Mapping[str, Any]
+    entries: dict[str, Entry]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.magic in CONTAINERS:
+            raise TypeError(f"Files beginning with {cls.magic!r} are claimed by {CONTAINERS[cls.magic].__name__} and {cls.__name__}.")
+        CONTAINERS[cls.magic] = cls
+
+    def __init__(
+        self, path: Path, paths: Sequence[Path], buffers: Sequence[mmap.mmap], metadata: Mapping[str, Any], entries: dict[str, Entry]
+    ):
+        self.path = path
+        self.paths = tuple(paths)
+        self.metadata = metadata
+        self.entries = entries
+        self._buffers = tuple(buffers)
+
+    @classmethod
+    def recognises(cls, head: bytes) -> bool:
+        """Whether a file with these first bytes (up to 512) is of this container."""
+        return head.startswith(cls.magic)
+
+    @property
+    def kind(self) -> str:
+        """What the file says it is, for error texts only; "" where it says nothing."""
+        return ""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors together, without header and padding."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The bytes of one tensor, not copied from the mapping and owning its own storage.
+
+        Packed formats: uint8, `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype, `entry.shape`.
+        Read-only: the pages belong to the file, writing into them ends the process. Raises KeyError for an
+        unknown name.
+        """
+        entry = self.entries[name]
+        data = memoryview(self._buffers[entry.part])[entry.offset:entry.offset + entry.nbytes]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            tensor = torch.frombuffer(data, dtype=torch.uint8)
+        if entry.offset % ALIGNED:
+            tensor = tensor.clone()
+        if entry.format in PLAIN_DTYPES:
+            return tensor.view(PLAIN_DTYPES[entry.format]).view(entry.shape)
+        return tensor.view(FORMATS[entry.format].packed_shape(entry.stored_shape))
+
+
+def open_weights(path: str | os.PathLike) -> WeightFile:
+    """Open a weight file of any registered container. Raises WeightFileError, and nothing else, for a bad file."""
+    path = Path(path)
+    head = map_file(path)[:512]
+    for container in CONTAINERS.values():
+        if container.recognises(head):
+            return container(path)
+    raise WeightFileError(f"{path.name} is not a weight file that can be read here: {_mistaken_for(head)}")
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The whole file, mapped read-only, at least one byte. Raises WeightFileError."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise WeightFileError(f"{path} is a folder or a device, not a file; pick a weight file.")
+        if not status.st_size:
+            raise WeightFileError(f"{path.name} is empty (0 bytes), so its download failed; download it again.")
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise WeightFileError(f"{path} does not exist, or no longer; refresh the node list (press R) and pick a file again.") from error
+    except PermissionError as error:
+        raise WeightFileError(f"{path} may not be read by this user; change the file's permissions.") from error
+    except OSError as error:
+        raise WeightFileError(f"{path} cannot be read ({error.strerror}); check the drive it lies on.") from error
+
+
+def shown(value) -> str:
+    """A name or value from a file as it may stand in a message: escaped and of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+ARCHIVE = "it is an archive. Unpack it and pick the model file inside."
+CHECKPOINT = (
+    "it is a torch checkpoint (.pt, .pth, .ckpt, .bin) or a zip archive. Unpack it if it is an archive; otherwise "
+    "use a ComfyUI loader, or get the model as GGUF."
+)
+OLD_GGML = "it is in a ggml format older than GGUF. Get the model as GGUF."
+
+# First bytes of what people save under a model's name, and what to do about it.
+MISTAKES = {
+    b"version https://git-lfs": "it is a git-lfs pointer, a few lines of text in place of the model. Run `git lfs pull`, or download the model itself.",
+    b"PK\x03\x04": CHECKPOINT,
+    b"\x80\x02": CHECKPOINT,
+    b"\x80\x03": CHECKPOINT,
+    b"\x80\x04": CHECKPOINT,
+    b"\x80\x05": CHECKPOINT,
+    b"\x1f\x8b": ARCHIVE,
+    b"7z\xbc\xaf": ARCHIVE,
+    b"Rar!": ARCHIVE,
+    b"lmgg": OLD_GGML,
+    b"fmgg": OLD_GGML,
+    b"tjgg": OLD_GGML,
+    b"algg": OLD_GGML,
+    b"FUGG": "it is a big-endian GGUF file. Get the little-endian version, which is the usual one.",
+}
+
+
+def _mistaken_for(head: bytes) -> str:
+    for magic, advice in MISTAKES.items():
+        if head.startswith(magic):
+            return advice
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return "it is a safetensors file. Use a ComfyUI loader for it, or get the model as GGUF."
+    if not head.strip(b"\0"):
+        return "it begins with zeros, so its download never finished. Download it again."
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text[:1] == b"<":
+        return "it is a web page, saved in place of the model (the site may want you to log in first). Download the model itself."
+    if text[:64].isascii() and text[:64].decode("latin-1").replace("\n", " ").isprintable():
+        return f"it is a text that begins with {shown(text[:60].decode('ascii', 'replace'))}. Download the model itself."
+    known = ", ".join(repr(magic.decode("ascii", "replace")) for magic in CONTAINERS)
+    return f"it begins with the bytes {head[:8].hex(' ')} instead of {known}. Download it again, or pick another file."

@@ -1,0 +1,353 @@
+"""GGUF files, versions 2 and 3, little endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+
+| part | content |
+|---|---|
+| header | "GGUF", u32 version, u64 tensor count, u64 metadata count |
+| metadata | per entry: string key, u32 value type, value |
+| tensor infos | per tensor: string name, u32 dimension count, u64 dimensions (innermost first), u32 ggml type, u64 offset |
+| data | at the next multiple of `general.alignment`; offsets count from here |
+
+A string is u64 length and bytes; an array is u32 item type, u64 count and items. Opening a file reads only the
+header, walks over the metadata without decoding it, and checks every count and length against the bytes that
+are left, so a damaged file costs neither memory nor time.
+"""
+import os
+import re
+import struct
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..ops import formats  # noqa: F401  registers the packed formats
+from ..ops.format import GGML_FORMATS
+from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, map_file, shown
+
+PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
+
+# ggml types that models are not stored in, or no longer (ggml.h): named so that the message is of use.
+UNSTORED_TYPES = {
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}
+
+# Metadata value types.
+SCALARS = {kind: struct.Struct("<" + code) for kind, code in {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}.items()}
+STRING, ARRAY = 8, 9
+
+U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
+ARRAY_HEAD = struct.Struct("<IQ")
+
+DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+MAX_ORIGINAL_DIMENSIONS = 8
+MAX_ELEMENTS = (1 << 63) - 1
+MAX_NAME_BYTES = (1 << 16) - 1  # of a metadata key, by the specification
+# Metadata entries, tensors and strings in one header. The largest headers known hold a million; without a bound
+# a damaged count makes us walk through gigabytes of weights.
+MAX_ITEMS = 1 << 24
+
+DAMAGED = "The file is damaged or its download incomplete; download it again."
+
+
+class _TensorInfo(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+
+
+class _Metadata(Mapping):
+    """Key -> value, decoded from the mapped file at each access; nothing decoded is kept.
+
+    Integers, floats, bools and strings come as Python's own, arrays as lists of them. A byte that is not
+    UTF-8 reads as \\xNN, so a careless author name does not stop a model and distinct tokens stay distinct.
+    """
+
+    def __init__(self, buffer, positions: dict[str, int]):
+        self._buffer = buffer
+        self._positions = positions
+
+    def __getitem__(self, key: str) -> Any:
+        position = self._positions[key]
+        kind, position = self._number(U32, position), position + 4
+        if kind in SCALARS:
+            return self._number(SCALARS[kind], position)
+        if kind == STRING:
+            return next(self._strings(position, 1))
+        (kind, count), position = ARRAY_HEAD.unpack_from(self._buffer, position), position + ARRAY_HEAD.size
+        if kind == STRING:
+            return list(self._strings(position, count))
+        return list(struct.unpack_from(f"<{count}{SCALARS[kind].format[1:]}", self._buffer, position))
+
+    def _number(self, layout: struct.Struct, position: int):
+        return layout.unpack_from(self._buffer, position)[0]
+
+    def _strings(self, position: int, count: int) -> Iterator[str]:
+        for _ in range(count):
+            end = position + 8 + self._number(U64, position)
+            yield str(self._buffer[position + 8:end], "utf-8", "backslashreplace")
+            position = end
+
+    def __contains__(self, key) -> bool:  # the inherited one decodes the value
+        return key in self._positions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+
+class _Header:
+    """The header of one GGUF file: `metadata`, `tensors` and `data_start`, all checked against the file's size."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.buffer = map_file(path)
+        self.size = len(self.buffer)
+        self.position = 0
+        self.items = 0
+        self._read_version()
+        tensor_count = self._count("tensors", 24, "the header")
+        metadata_count = self._count("metadata entries", 13, "the header")
+        self.metadata = _Metadata(self.buffer, self._read_metadata(metadata_count))
+        self.tensors = [self._read_tensor(index) for index in range(tensor_count)]
+        self.alignment = self._read_alignment()
+        self.data_start = -(-self.position // self.alignment) * self.alignment
+
+    def error(self, problem: str) -> WeightFileError:
+        return WeightFileError(f"{self.path.name}: {problem}")
+
+    def _skip(self, nbytes: int, what: str) -> int:
+        """Position of the next `nbytes` bytes, which are passed over."""
+        start = self.position
+        if nbytes > self.size - start:
+            raise self._truncated(what)
+        self.position = start + nbytes
+        return start
+
+    def _truncated(self, what: str) -> WeightFileError:
+        return self.error(f"the file ends at byte {self.size}, inside {what}. {DAMAGED}")
+
+    def _read(self, layout: struct.Struct, what: str):
+        return layout.unpack_from(self.buffer, self._skip(layout.size, what))
+
+    def _count(self, things: str, smallest: int, what: str) -> int:
+        """A stated number of `things`, each at least `smallest` bytes long."""
+        (count,) = self._read(U64, what)
+        self._check_count(count, things, smallest, what)
+        return count
+
+    def _check_count(self, count: int, things: str, smallest: int, what: str):
+        left = self.size - self.position
+        self.items += count
+        if count * smallest > left or self.items > MAX_ITEMS:
+            raise self.error(f"{what} announces {count} {things}, more than its {left} bytes left can hold or than any model has. {DAMAGED}")
+
+    def _name(self, what: str) -> str:
+        (length,) = self._read(U64, f"the name of {what}")
+        if length > MAX_NAME_BYTES:
+            raise self.error(f"the name of {what} is {length} bytes long, at most {MAX_NAME_BYTES} are allowed. {DAMAGED}")
+        start = self._skip(length, f"the name of {what}")
+        try:
+            return str(self.buffer[start:start + length], "utf-8")
+        except UnicodeDecodeError:
+            raise self.error(f"the name of {what} is not UTF-8 text. {DAMAGED}") from None
+
+    def _read_version(self):
+        self._skip(4, "the first four bytes")
+        if self.buffer[:4] != GGUFFile.magic:
+            raise self.error(f"it begins with the bytes {self.buffer[:4].hex(' ')} instead of 'GGUF'. {DAMAGED}")
+        (version,) = self._read(U32, "the version")
+        if version and version % (1 << 16) == 0:
+            raise self.error("it is a big-endian GGUF file; only little-endian ones are read. Get the little-endian version, which is the usual one.")
+        if version not in (2, 3):
+            raise self.error(f"it is GGUF version {version}; versions 2 and 3 are read. Get a newer conversion of the model, or update this pack.")
+
+    def _read_metadata(self, count: int) -> dict[str, int]:
+        positions: dict[str, int] = {}
+        for index in range(count):
+            key = self._name(f"metadata entry {index}")
+            if key in positions:
+                raise self.error(f"the metadata holds {shown(key)} twice. {DAMAGED}")
+            positions[key] = self.position
+            self._skip_value(f"the metadata value {shown(key)}")
+        return positions
+
+    def _skip_value(self, what: str):
+        (kind,) = self._read(U32, what)
+        count = 1
+        if is_array := kind == ARRAY:
+            kind, count = self._read(ARRAY_HEAD, what)
+        if kind in SCALARS:
+            self._skip(count * SCALARS[kind].size, what)
+        elif kind == STRING:
+            self._check_count(count, "strings", 8, what)
+            self._skip_strings(count, what)
+        elif is_array and kind == ARRAY:
+            raise self.error(f"{what} is an array of arrays, which neither ggml nor this pack reads. Get another conversion of the model.")
+        else:
+            raise self.error(f"{what} has the unknown type {kind}; types 0 to 12 are read. {DAMAGED}")
+
+    def _skip_strings(self, count: int, what: str):
+        buffer, length_at, position, last = self.buffer, U64.unpack_from, self.position, self.size - 8
+        for _ in range(count):
+            if position > last:
+                raise self._truncated(what)
+            position += 8 + length_at(buffer, position)[0]
+        self._skip(position - self.position, what)
+
+    def _read_alignment(self) -> int:
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self.error(f"general.alignment is {shown(alignment)}; it must be a power of two. {DAMAGED}")
+        return alignment
+
+    def _read_tensor(self, index: int) -> _TensorInfo:
+        name = self._name(f"tensor {index}")
+        what = f"the description of tensor {shown(name)}"
+        (rank,) = self._read(U32, what)
+        if rank > MAX_DIMENSIONS:
+            raise self.error(f"tensor {shown(name)} has {rank} dimensions; GGUF files hold at most {MAX_DIMENSIONS}. {DAMAGED}")
+        shape = self._read(struct.Struct(f"<{rank}Q"), what)[::-1]
+        if not all(shape):
+            raise self.error(f"tensor {shown(name)} of shape {shape} is empty; every dimension must be at least 1. {DAMAGED}")
+        if prod(shape) > MAX_ELEMENTS:
+            raise self.error(f"tensor {shown(name)} of shape {shape} has more elements than any file can hold. {DAMAGED}")
+        (ggml_type,) = self._read(U32, what)
+        (offset,) = self._read(U64, what)
+        return _TensorInfo(name, shape, ggml_type, offset)
+
+    def entries(self, metadata: Mapping[str, Any], part: int) -> list[Entry]:
+        """The tensors of this file, with the logical shapes that `metadata` states, in the file's order."""
+        entries = [self._entry(tensor, metadata, part) for tensor in self.tensors]
+        self._check_layout(entries)
+        return entries
+
+    def _entry(self, tensor: _TensorInfo, metadata: Mapping[str, Any], part: int) -> Entry:
+        name, shape = tensor.name, tensor.shape
+        if tensor.ggml_type in PLAIN_TYPES:
+            format_name, block_length = PLAIN_TYPES[tensor.ggml_type], 1
+            block_bytes = PLAIN_DTYPES[format_name].itemsize
+        elif tensor.ggml_type in GGML_FORMATS:
+            packed = GGML_FORMATS[tensor.ggml_type]
+            format_name, block_length, block_bytes = packed.__name__, packed.block_length, packed.block_bytes
+        else:
+            known = ", ".join([*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())])
+            raise self.error(
+                f"tensor {shown(name)} has the ggml type {tensor.ggml_type} ({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot "
+                f"be read. Supported are {known}. Get the model in one of these types, or update this pack."
+            )
+        row = shape[-1] if shape else 1
+        if row % block_length:
+            raise self.error(f"tensor {shown(name)} of shape {shape} is {format_name}, whose blocks of {block_length} do not divide its rows. {DAMAGED}")
+        if tensor.offset % self.alignment:
+            raise self.error(f"tensor {shown(name)} lies at offset {tensor.offset}, which is not a multiple of the alignment {self.alignment}. {DAMAGED}")
+
+        logical = self._original_shape(name, shape, metadata)
+        stored = logical if logical and logical[-1] % block_length == 0 else shape
+        nbytes = prod(shape) // block_length * block_bytes
+        return Entry(name, logical, stored, format_name, self.data_start + tensor.offset, nbytes, part)
+
+    def _original_shape(self, name: str, shape: tuple[int, ...], metadata: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape before conversion, for tensors that ComfyUI-GGUF's converter had to reshape."""
+        original = metadata.get(f"comfy.gguf.orig_shape.{name}")
+        if original is None:
+            return shape
+        if (
+            not isinstance(original, list)
+            or len(original) > MAX_ORIGINAL_DIMENSIONS
+            or not all(isinstance(size, int) and size > 0 for size in original)
+            or prod(original) != prod(shape)
+        ):
+            raise self.error(
+                f"the metadata gives tensor {shown(name)} the shape {shown(original)}, which does not hold the "
+                f"{prod(shape)} elements of its stored shape {shape}. Get another conversion of the model."
+            )
+        return tuple(original)
+
+    def _check_layout(self, entries: list[Entry]):
+        """Every tensor within the file, none over another."""
+        if not entries:
+            return
+        end = max(entry.offset + entry.nbytes for entry in entries)
+        if end > self.size:
+            complete = self.data_start + sum(-(-entry.nbytes // self.alignment) * self.alignment for entry in entries)
+            for entry in entries:
+                if entry.offset + entry.nbytes > complete:
+                    raise self.error(
+                        f"tensor {shown(entry.name)} is said to lie at bytes {entry.offset} to {entry.offset + entry.nbytes}, "
+                        f"outside the file of {self.size} bytes. {DAMAGED}"
+                    )
+            raise self.error(
+                f"{end - self.size} bytes are missing: the tensors end at byte {end}, the file at byte {self.size}. "
+                f"Its download is probably incomplete; download it again."
+            )
+        for before, after in pairwise(sorted(entries, key=lambda entry: entry.offset)):
+            if before.offset + before.nbytes > after.offset:
+                raise self.error(f"the tensors {shown(before.name)} and {shown(after.name)} overlap. {DAMAGED}")
+
+
+class GGUFFile(WeightFile):
+    """A GGUF model, of one file or split (`name-00001-of-00003.gguf`, opened by any of its parts).
+
+    Logical shapes are the stored ones reversed, or `comfy.gguf.orig_shape.<name>` where the metadata has it.
+    Of a key in several parts the first part's value counts. Raises WeightFileError.
+    """
+
+    magic = b"GGUF"
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        headers = _parts(_Header(path))
+        metadata = ChainMap(*(header.metadata for header in headers))
+        entries: dict[str, Entry] = {}
+        for part, header in enumerate(headers):
+            for entry in header.entries(metadata, part):
+                if entry.name in entries:
+                    raise header.error(f"there are two tensors named {shown(entry.name)}. {DAMAGED}")
+                entries[entry.name] = entry
+        super().__init__(path, [header.path for header in headers], [header.buffer for header in headers], metadata, entries)
+
+    @property
+    def kind(self) -> str:
+        """`general.type` where it says more than "model" ("adapter", "mmproj" ...), else `general.architecture`."""
+        kind = self.metadata.get("general.type", "model")
+        return str(kind if kind != "model" else self.metadata.get("general.architecture", ""))
+
+
+def _parts(header: _Header) -> list[_Header]:
+    """The headers of all files of the model that `header` is one file of."""
+    path, count = header.path, header.metadata.get("split.count", 1)
+    if count == 1 or count == 0:
+        return [header]
+    names = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
+    if names is None or not isinstance(count, int) or int(names[3]) != count:
+        raise header.error(
+            f"it is one file of a model split into {shown(count)}, but its name does not end in -00001-of-0000N.gguf, by "
+            f"which the others are found. Give all of them the names they were published under."
+        )
+    paths = [path.with_name(f"{names[1]}{number:05d}-of-{names[3]}{names[4]}") for number in range(1, count + 1)]
+    missing = [sibling.name for sibling in paths if not os.path.exists(sibling)]
+    if missing:
+        raise header.error(
+            f"it is one file of a model split into {count}; {missing[0]} is missing beside it"
+            f"{f' and {len(missing) - 1} more are' if missing[1:] else ''}. Download all {count} into one folder."
+        )
+    headers = [header if sibling == path else _Header(sibling) for sibling in paths]
+    for number, part in enumerate(headers):
+        found = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if found != (number, count):
+            raise part.error(
+                f"by its name it is file {number + 1} of {count}, but inside it says split.no {found[0]} of split.count "
+                f"{found[1]}. Give all files the names they were published under."
+            )
+    expected, found = headers[0].metadata.get("split.tensors.count"), sum(len(part.tensors) for part in headers)
+    if expected is not None and expected != found:
+        raise header.error(f"the {count} files hold {found} tensors together, {shown(expected)} are expected. Download all of them again from one place.")
+    return headers
