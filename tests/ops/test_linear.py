@@ -1,0 +1,213 @@
+"""The operations class: layers with packed weights compute what dense layers compute, and never keep a dense weight."""
+import gc
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from comfy.ops import manual_cast
+from featherweight.ops import product
+from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.linear import bare_parameters_unpacked, packed_operations
+from featherweight.ops.tensor import is_packed, packed_tensor
+
+from devtools.gguf_files import pack
+
+OPERATIONS = packed_operations()
+FORMAT_NAMES = [f.__name__ for f in GGML_FORMATS.values() if gguf.GGMLQuantizationType(f.ggml_type) in gguf.quants._type_traits]
+
+
+def random_weight(format_name, shape, seed=0):
+    """A packed weight and its dense float32 values by gguf's reference."""
+    packed_format = FORMATS[format_name]
+    stored = shape if shape[-1] % packed_format.block_length == 0 else (-1, packed_format.block_length)
+    values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32).reshape(stored)
+    data = pack(values, format_name, seed)
+    dense = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name]).reshape(shape)
+    return packed_tensor(packed_format, torch.from_numpy(data), shape), torch.from_numpy(dense)
+
+
+def packed_linear(format_name="Q8_0", rows=48, columns=512, bias=True, dtype=torch.float32, operations=OPERATIONS):
+    weight, dense = random_weight(format_name, (rows, columns))
+    layer = operations.Linear(columns, rows, bias=bias, dtype=dtype)
+    state = {"weight": weight}
+    if bias:
+        state["bias"] = torch.linspace(-1, 1, rows)
+    layer.load_state_dict(state)
+    return layer, dense, state.get("bias")
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_linear_equals_the_dense_product_of_the_reference_values(format_name):
+    layer, dense, bias = packed_linear(format_name)
+    for shape in ((512,), (1, 512), (5, 512), (2, 3, 512)):
+        input = torch.randn(shape)
+        assert relative_error(layer(input), torch.nn.functional.linear(input, dense, bias)) < 1e-6
+    assert is_packed(layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_in_half_precision_rounds_each_weight_once(dtype):
+    layer, dense, bias = packed_linear("Q4_K", dtype=dtype)
+    input = torch.randn(3, 512, dtype=dtype)
+    expected = torch.nn.functional.linear(input, dense.to(dtype), bias.to(dtype))
+    assert torch.equal(layer(input), expected)
+
+
+def test_value_dtype_rounds_unpacked_values_before_use():
+    layer, dense, bias = packed_linear("Q4_K", operations=packed_operations(value_dtype=torch.float16))
+    input = torch.randn(3, 512)
+    assert torch.equal(layer(input), torch.nn.functional.linear(input, dense.half().float(), bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
+    layer, dense, bias_values = packed_linear("Q8_0", rows=70, bias=bias)
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 16 * 512 * 4)
+    taken = []
+    take = product.Scratch.take
+    monkeypatch.setattr(product.Scratch, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
+    input = torch.randn(2, 3, 512)
+    assert relative_error(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
+    assert taken == [(16, 512)] * 4 + [(6, 512)]
+
+
+def test_slices_end_between_blocks_where_blocks_cross_rows(monkeypatch):
+    weight, dense = random_weight("Q4_K", (64, 320))
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 1)
+    input = torch.randn(4, 320)
+    assert relative_error(product.linear(input, weight), torch.nn.functional.linear(input, dense)) < 1e-6
+
+
+def test_the_scratch_is_reused_and_freed_with_the_last_layer():
+    gc.collect()
+    layer, *_ = packed_linear()
+    with torch.no_grad():
+        layer(torch.randn(1, 512))
+        buffer = layer._scratch._buffer.data_ptr()
+        layer(torch.randn(1, 512))
+    assert layer._scratch._buffer.data_ptr() == buffer and layer._scratch._buffer.nbytes <= product.SCRATCH_BYTES
+    assert packed_linear()[0]._scratch is layer._scratch
+    del layer
+    gc.collect()
+    assert not product._scratches
+
+
+def test_gradients_flow_to_the_input():
+    layer, dense, bias = packed_linear("Q5_K")
+    input, twin = (torch.ones(2, 512, requires_grad=True) for _ in range(2))
+    layer(input).sum().backward()
+    torch.nn.functional.linear(twin, dense, bias).sum().backward()
+    assert relative_error(input.grad, twin.grad) < 1e-6
+
+
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_K", "IQ2_XS"])
+def test_compiled_fullgraph_agrees_with_eager(format_name):
+    layer, *_ = packed_linear(format_name)
+    input = torch.randn(4, 512)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(input), layer(input))
+
+
+def test_the_operators_have_right_fakes():
+    weight, _ = random_weight("Q4_K", (64, 512))
+    torch.library.opcheck(torch.ops.featherweight.linear.default, (torch.randn(2, 512), weight._qdata, None, "Q4_K", 64, None))
+    torch.library.opcheck(torch.ops.featherweight.embedding.default, (torch.tensor([[1, 2]]), weight._qdata, "Q4_K", 512, torch.float32))
+    torch.library.opcheck(torch.ops.featherweight.unpack.default, (weight._qdata, "Q4_K", [64, 512], torch.bfloat16, None))
+
+
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_embedding_gathers_rows_and_unpacks_only_those(format_name, monkeypatch):
+    weight, dense = random_weight(format_name, (100, 512))
+    layer = OPERATIONS.Embedding(100, 512, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight})
+    unpacked = []
+    packed_format = FORMATS[format_name]
+    unpack = packed_format.unpack
+    monkeypatch.setattr(packed_format, "unpack", lambda blocks: unpacked.append(len(blocks)) or unpack(blocks))
+    ids = torch.tensor([[3, 99, 0], [3, 50, 1]])
+    assert torch.equal(layer(ids), dense[ids])
+    assert sum(unpacked) == ids.numel() * 512 // packed_format.block_length
+    assert layer(ids, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_embedding_of_rows_that_share_blocks_is_right():
+    weight, dense = random_weight("Q4_K", (16, 320))
+    layer = OPERATIONS.Embedding(16, 320, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight})
+    assert torch.equal(layer(torch.tensor([0, 15, 7])), dense[[0, 15, 7]])
+
+
+@pytest.mark.parametrize("name, kernel, input_shape", [
+    ("Conv1d", (3,), (1, 64, 9)), ("Conv2d", (3, 3), (1, 64, 5, 6)), ("Conv3d", (1, 2, 2), (1, 64, 3, 4, 4)),
+])
+def test_convolutions_unpack_as_they_run(name, kernel, input_shape):
+    weight, dense = random_weight("Q8_0", (32, 64, *kernel))
+    layer = getattr(OPERATIONS, name)(64, 32, kernel, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight, "bias": torch.ones(32)})
+    twin = getattr(manual_cast, name)(64, 32, kernel, dtype=torch.float32)
+    twin.load_state_dict({"weight": dense, "bias": torch.ones(32)})
+    for dtype in (torch.float32, torch.bfloat16):
+        input = torch.randn(input_shape, dtype=dtype)
+        assert torch.equal(layer(input), twin(input))
+    assert is_packed(layer.weight)
+
+
+def test_construction_allocates_no_weight():
+    for layer in (OPERATIONS.Linear(1 << 20, 1 << 20), OPERATIONS.Embedding(1 << 20, 1 << 20),
+                  OPERATIONS.Conv2d(1 << 15, 1 << 15, 3), OPERATIONS.conv_nd(3, 1 << 12, 1 << 12, 3)):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+def test_a_module_move_keeps_the_packed_weight():
+    layer, dense, bias = packed_linear("Q4_K")
+    model = torch.nn.Sequential(layer).to(torch.bfloat16).to("cpu:0")
+    assert is_packed(model[0].weight) and model[0].weight.dtype == model[0].bias.dtype == torch.bfloat16
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_reported_as_torch_does():
+    layer = OPERATIONS.Linear(64, 8, dtype=torch.float32)
+    missing, unexpected = layer.load_state_dict({"bias": torch.zeros(8), "scale": torch.zeros(1)}, strict=False)
+    assert missing == ["weight"] and unexpected == ["scale"]
+    assert torch.equal(layer.weight, torch.zeros(8, 64))
+    with pytest.raises(RuntimeError, match=r"weight has shape \(8, 32\), the model expects \(8, 64\)"):
+        layer.load_state_dict({"weight": torch.zeros(8, 32), "bias": torch.zeros(8)})
+
+
+def test_plain_tensors_take_the_models_dtype_unless_assigned():
+    layer = OPERATIONS.Linear(4, 4, dtype=torch.bfloat16)
+    state = {"weight": torch.zeros(4, 4), "bias": torch.zeros(4)}
+    layer.load_state_dict(state)
+    assert layer.weight.dtype == torch.bfloat16
+    layer = OPERATIONS.Linear(4, 4, dtype=torch.bfloat16)
+    layer.load_state_dict(state, assign=True)
+    assert layer.weight.data_ptr() == state["weight"].data_ptr()
+
+
+class ModelWithBareParameters(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.registers = torch.nn.Parameter(torch.empty(1, 4, 64))
+        self.register_buffer("table", torch.empty(2, 64))
+        self.proj = OPERATIONS.Linear(64, 64, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_parameters_a_model_owns_outside_of_layers_are_unpacked_at_load(assign):
+    registers, dense_registers = random_weight("Q8_0", (4, 64), 1)
+    table, dense_table = random_weight("Q8_0", (2, 64), 2)
+    weight, _ = random_weight("Q8_0", (64, 64), 3)
+    holder = torch.nn.Module()
+    with bare_parameters_unpacked():
+        holder.model = ModelWithBareParameters()
+        holder.model.load_state_dict(
+            {"registers": registers, "table": table, "proj.weight": weight, "proj.bias": torch.zeros(64)}, assign=assign)
+    assert torch.equal(holder.model.registers, dense_registers.view(1, 4, 64)) and not is_packed(holder.model.registers)
+    assert torch.equal(holder.model.table, dense_table)
+    assert is_packed(holder.model.proj.weight)
+    assert not torch.nn.modules.module._global_module_registration_hooks and not holder.model._load_state_dict_pre_hooks
