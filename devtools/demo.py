@@ -23,24 +23,12 @@ LOADED = re.compile(r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \
 
 
 def make_models(base: Path):
-    """Write the files the demo workflow names into `base`/models, if they are not there."""
+    """Write the files the demo workflow names into `base`/models; it takes a moment and is always up to date."""
     model, vae = base / "models" / "diffusion_models" / MODEL_NAME, base / "models" / "vae" / VAE_NAME
-    for path, write in ((model, _write_model), (vae, _write_vae)):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name("partial-" + path.name)
-            write(partial)
-            partial.replace(path)
-
-
-def _write_model(path: Path):
-    def type_of(name, values):
-        return "Q8_0" if values.ndim == 2 else "F32"
-    write_gguf(path, tiny_models.flux(), type_of, architecture="flux")
-
-
-def _write_vae(path: Path):
-    save_file(tiny_models.autoencoder(), path)
+    for path in (model, vae):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(model, tiny_models.flux(), lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+    save_file(tiny_models.autoencoder(), vae)
 
 
 def run_workflow(server: Server, on_progress=None) -> tuple[Run, dict]:

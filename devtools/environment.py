@@ -24,7 +24,8 @@ HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 HOST_FOLDER = "vendor/ComfyUI/"
 
 TORCH = "torch==2.13.0"
-EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff"]
+# gguf: the pack runs with an older one too, the tests compare with its newest formats.
+EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff", "gguf>=0.19.0"]
 OPTIONAL = ["bitsandbytes"]
 
 
@@ -49,7 +50,7 @@ def prepare() -> Environment:
     own_host = os.environ.get("COMFYUI_PATH")
     host = Path(own_host).expanduser().resolve() if own_host else DEV / "host"
     if own_host and not (host / "main.py").is_file():
-        raise SetupError(f"COMFYUI_PATH is {host}, which has no main.py. Set it to the folder of a ComfyUI, or unset it.")
+        raise SetupError(f"COMFYUI_PATH is {host}, which has no main.py. Set it to a ComfyUI's folder, or unset it.")
     if own_host and _can_import(sys.executable, "torch"):
         _require_tools(sys.executable)
         print(f"Using ComfyUI in {host} with {sys.executable}")
@@ -93,7 +94,8 @@ def _require_tools(python: str):
     needed = {"gguf": "gguf", "pytest": "pytest", "websocket": "websocket-client", "ruff": "ruff"}
     missing = [package for module, package in needed.items() if not _can_import(python, module)]
     if missing:
-        raise SetupError(f"{python} lacks {', '.join(missing)}. Install with: {python} -m pip install {' '.join(missing)}")
+        raise SetupError(f"{python} lacks {', '.join(missing)}. "
+                         f"Run {python} -m pip install {' '.join(missing)}, then this again.")
 
 
 def _make_venv(python: Path):
@@ -168,7 +170,7 @@ def _install_packages(host: Path, python: Path):
     for package in OPTIONAL:
         command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), package]
         if subprocess.run(command, capture_output=True).returncode:
-            print(f"Note: {package} could not be installed here; it is optional, tests that compare with it are skipped.")
+            print(f"Note: {package} could not be installed; it is optional, tests that compare with it are skipped.")
 
 
 def _install_shim(python: Path):
@@ -181,7 +183,7 @@ def _install_shim(python: Path):
         shutil.copyfile(Path(__file__).with_name("cpu_torch_shim.py"), site_packages / f"{SHIM}.py")
         hook.write_text(f"import {SHIM}\n")
         if not _can_import(python, "torchvision", "torchaudio"):
-            print("Note: torchvision or torchaudio cannot be imported here; nodes of ComfyUI that need them are missing.")
+            print("Note: torchvision or torchaudio cannot be imported; nodes of ComfyUI that need them are missing.")
 
 
 def setup(arguments: list[str]) -> int:
@@ -196,7 +198,7 @@ def test(arguments: list[str]) -> int:
     environment = prepare()
     started = time.monotonic()
     print("Linting", flush=True)
-    lint = environment.run("-m", "ruff", "check", "--quiet", ".")
+    lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")
     print("Running the tests", flush=True)
     named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments if not argument.startswith("-"))
     tests = environment.run("-m", "pytest", *([] if named else ["tests"]), *arguments)

@@ -48,11 +48,12 @@ class Server:
 
     base: folder that gets models, custom_nodes, input, output, temp, user and server.log.
     extra_custom_nodes: name -> source text of a single-file pack to plant beside this one.
-    cpu: False lets the host use a GPU. arguments: further command-line arguments of the host.
+    cpu: False lets the host use a GPU. arguments: further command-line arguments of the host. with_pack: False leaves
+    this pack out. env: further environment variables.
     """
 
-    def __init__(self, base, host=HOST, cpu: bool = True, arguments=(), extra_custom_nodes: dict[str, str] | None = None,
-                 env: dict[str, str] | None = None, with_pack: bool = True):
+    def __init__(self, base, host=HOST, cpu: bool = True, arguments=(), with_pack: bool = True,
+                 extra_custom_nodes: dict[str, str] | None = None, env: dict[str, str] | None = None):
         self.base, self.host = Path(base).resolve(), Path(host).resolve()
         self.log_path = self.base / "server.log"
         self.arguments = (["--cpu"] if cpu else []) + list(arguments)
@@ -117,7 +118,7 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.1)
-        raise ServerError(f"ComfyUI did not answer within {timeout:.0f} s. The end of {self.log_path}:\n{self._log_tail()}")
+        raise ServerError(f"ComfyUI did not answer in {timeout:.0f} s. The end of {self.log_path}:\n{self._log_tail()}")
 
     def _log_tail(self, lines: int = 20) -> str:
         return "\n".join(self.log().splitlines()[-lines:])

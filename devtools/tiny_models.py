@@ -5,6 +5,7 @@ They are not trained: their pictures are patterns. Names and shapes are those of
 import numpy as np
 
 LATENT_CHANNELS = 16
+BLUR = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
 
 
 def flux(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2, context: int = 1024,
@@ -49,25 +50,26 @@ def flux(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2, cont
     return tensors
 
 
-def autoencoder(seed: int = 0) -> dict[str, np.ndarray]:
+def autoencoder(seed: int = 3) -> dict[str, np.ndarray]:
     """Float32 tensors of a TAESD-shaped autoencoder of 16 latent channels, scaled as Flux's latents are."""
     generator = np.random.default_rng(seed)
     tensors = {}
 
     def convolution(name: str, outputs: int, inputs: int, bias: bool = True, gain: float = 1.0):
-        weight = generator.standard_normal((outputs, inputs, 3, 3), dtype=np.float32)
-        tensors[f"{name}.weight"] = weight * np.float32(gain / np.sqrt(9 * inputs))
+        # Every kernel blurs, so that a decoded picture is clouds of colour and not a grain.
+        mix = generator.standard_normal((outputs, inputs, 1, 1), dtype=np.float32) * np.float32(gain / np.sqrt(inputs))
+        tensors[f"{name}.weight"] = mix * BLUR
         if bias:
             tensors[f"{name}.bias"] = np.zeros(outputs, np.float32)
 
-    def half(name: str, blocks: list[int], samplers: list[int], first: tuple[int, int, int], last: tuple[int, int, int]):
-        convolution(f"{name}.{first[0]}", first[1], first[2])
+    def half(name: str, blocks: list[int], samplers: list[int], first: tuple, last: tuple):
+        convolution(f"{name}.{first[0]}", first[1], first[2])  # position in the sequence, outputs, inputs
         for block in blocks:
             for part in (0, 2, 4):
                 convolution(f"{name}.{block}.conv.{part}", 64, 64)
         for sampler in samplers:
             convolution(f"{name}.{sampler}", 64, 64, bias=False)
-        convolution(f"{name}.{last[0]}", last[1], last[2], gain=0.3)
+        convolution(f"{name}.{last[0]}", last[1], last[2], gain=1.6)
 
     half("taesd_encoder", [1, 3, 4, 5, 7, 8, 9, 11, 12, 13], [2, 6, 10], (0, 64, 3), (14, LATENT_CHANNELS, 64))
     half("taesd_decoder", [3, 4, 5, 8, 9, 10, 13, 14, 15, 18], [7, 12, 17], (1, 64, LATENT_CHANNELS), (19, 3, 64))

@@ -1,0 +1,66 @@
+"""What only the real server can show: the pack imports, nodes and help pages are there, the demo makes a picture."""
+import ast
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from devtools import demo
+from devtools.server import PACK, ROOT, ServerError
+
+
+def node_ids():
+    """Literal `node_id=` of every node file: what the Manager's scan finds."""
+    found = []
+    for path in sorted((ROOT / "nodes").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "node_id" and isinstance(node.value, ast.Constant):
+                found.append(node.value.value)
+    return found
+
+
+def test_every_pack_imports(server):
+    assert "IMPORT FAILED" not in server.log()
+
+
+def test_every_node_is_registered(server):
+    info = server.object_info()
+    registered = {name for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
+    assert demo.LOADER in registered
+    assert registered == set(node_ids())
+
+
+@pytest.mark.parametrize("node_id", node_ids())
+def test_every_node_has_a_help_page(server, node_id):
+    assert server.get(f"/extensions/{PACK}/docs/{node_id}.md").strip()
+
+
+def test_demo_workflow_makes_a_picture(server):
+    progress = []
+    run, prompt = demo.run_workflow(server, lambda *step: progress.append(step))
+    images = [entry for output in run.outputs.values() for entry in output.get("images", [])]
+    pixels = np.asarray(Image.open(io.BytesIO(server.image(images[0]))), dtype=np.float32)
+    assert pixels.shape == (512, 512, 3)
+    assert pixels.std(axis=(0, 1)).min() > 5
+    sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
+    assert (sampler, 4, 4) in progress
+
+    facts = demo.report(server, run, prompt)
+    assert facts["file"] == demo.MODEL_NAME
+    size = (server.base / "models" / "diffusion_models" / demo.MODEL_NAME).stat().st_size
+    assert facts["bytes_on_disk"] == pytest.approx(size, rel=0.01)  # weights without the file's header
+    assert facts["bytes_held"] == pytest.approx(size, rel=0.01)
+    assert facts["seconds_per_step"] > 0
+
+
+def test_a_refused_workflow_says_why(server):
+    latent = {"width": 64, "height": 64, "batch_size": 1}
+    prompt = {
+        "1": {"class_type": "VAELoader", "inputs": {"vae_name": "absent.safetensors"}},
+        "2": {"class_type": "EmptySD3LatentImage", "inputs": latent},
+        "3": {"class_type": "VAEDecode", "inputs": {"vae": ["1", 0], "samples": ["2", 0]}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "refused"}},
+    }
+    with pytest.raises(ServerError, match="absent.safetensors"):
+        server.queue(prompt)

@@ -1,0 +1,76 @@
+"""Rules about the files themselves: who imports whom, and what must stand beside what."""
+import ast
+import sys
+
+import pytest
+from conftest import HOST, PACK
+
+LAYERS = ("nodes", "loaders", "ops")  # each may import itself and those after it
+HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
+USES_HOST = {
+    "__init__.py", "loaders/checkpoint.py", "loaders/diffusion.py", "loaders/folders.py", "loaders/text_encoder.py",
+    "ops/linear.py", "ops/lora.py", "ops/patcher.py", "ops/tensor.py",
+}
+SOURCES = [PACK / "__init__.py", *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))]
+
+
+def imports(path):
+    """(absolute module names, modules of this pack as dotted paths from its root) that a source file imports."""
+    absolute, own = set(), set()
+    package = path.relative_to(PACK).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level <= len(package) + 1, f"{path}: an import leaves the pack"
+            base = [*package[:len(package) + 1 - node.level], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            own |= {".".join(base)} if node.module else {".".join([*base, alias.name]) for alias in node.names}
+    return absolute, own
+
+
+def each_source():
+    return pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACK).as_posix())
+
+
+@each_source()
+def test_imports_point_down(path):
+    where = path.relative_to(PACK).as_posix()
+    absolute, own = imports(path)
+    layer = where.split("/")[0]
+    allowed = LAYERS[LAYERS.index(layer):] if layer in LAYERS else LAYERS
+    assert {name.split(".")[0] for name in own} <= set(allowed)
+    if where.startswith("ops/formats/"):
+        assert all(name == "ops.format" or name.startswith("ops.formats") for name in own)
+        assert {name.split(".")[0] for name in absolute} <= {"torch", "gguf"} | sys.stdlib_module_names
+    if where == "ops/format.py":
+        assert not own
+        assert {name.split(".")[0] for name in absolute} <= {"torch"} | sys.stdlib_module_names
+
+
+@each_source()
+def test_the_host_is_used_only_where_the_design_says(path):
+    where = path.relative_to(PACK).as_posix()
+    absolute, _ = imports(path)
+    used = {name for name in absolute if name.split(".")[0] in HOST_MODULES}
+    assert not used or where in USES_HOST or where.startswith("nodes/")
+
+
+@each_source()
+def test_own_modules_are_imported_relatively(path):
+    absolute, _ = imports(path)
+    assert not {name.split(".")[0] for name in absolute} & {"featherweight", "loaders", "ops", "devtools", "tests"}
+
+
+def test_requirements_are_those_of_the_project_file():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (PACK / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1] == project["dependencies"]
+
+
+def test_every_example_workflow_has_its_picture():
+    workflows = {path.stem for path in (PACK / "example_workflows").glob("*.json")}
+    assert workflows
+    assert workflows == {path.stem for path in (PACK / "example_workflows").glob("*.jpg")}
