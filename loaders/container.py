@@ -73,11 +73,13 @@ class WeightFile:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.magic in CONTAINERS:
-            raise TypeError(f"Files beginning with {cls.magic!r} are claimed by {CONTAINERS[cls.magic].__name__} and {cls.__name__}.")
+            claimed = CONTAINERS[cls.magic].__name__
+            raise TypeError(f"Files beginning with {cls.magic!r} are claimed by {claimed} and {cls.__name__}.")
         CONTAINERS[cls.magic] = cls
 
     def __init__(
-        self, path: Path, paths: Sequence[Path], buffers: Sequence[mmap.mmap], metadata: Mapping[str, Any], entries: dict[str, Entry]
+        self, path: Path, paths: Sequence[Path], buffers: Sequence[mmap.mmap],
+        metadata: Mapping[str, Any], entries: dict[str, Entry],
     ):
         self.path = path
         self.paths = tuple(paths)
@@ -140,7 +142,7 @@ def map_file(path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise WeightFileError(f"{path} does not exist, or no longer; refresh the node list (press R) and pick a file again.") from error
+        raise WeightFileError(f"{path} does not exist, or no longer; refresh the list (R) and pick again.") from error
     except PermissionError as error:
         raise WeightFileError(f"{path} may not be read by this user; change the file's permissions.") from error
     except OSError as error:
@@ -158,11 +160,12 @@ CHECKPOINT = (
     "it is a torch checkpoint (.pt, .pth, .ckpt, .bin) or a zip archive. Unpack it if it is an archive; otherwise "
     "use a ComfyUI loader, or get the model as GGUF."
 )
+LFS_POINTER = "it is a git-lfs pointer, text in place of the model. Run `git lfs pull`, or download the model itself."
 OLD_GGML = "it is in a ggml format older than GGUF. Get the model as GGUF."
 
 # First bytes of what people save under a model's name, and what to do about it.
 MISTAKES = {
-    b"version https://git-lfs": "it is a git-lfs pointer, a few lines of text in place of the model. Run `git lfs pull`, or download the model itself.",
+    b"version https://git-lfs": LFS_POINTER,
     b"PK\x03\x04": CHECKPOINT,
     b"\x80\x02": CHECKPOINT,
     b"\x80\x03": CHECKPOINT,
@@ -189,8 +192,8 @@ def _mistaken_for(head: bytes) -> str:
         return "it begins with zeros, so its download never finished. Download it again."
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text[:1] == b"<":
-        return "it is a web page, saved in place of the model (the site may want you to log in first). Download the model itself."
+        return "it is a web page, not the model; the site may want you to log in first. Download the model itself."
     if text[:64].isascii() and text[:64].decode("latin-1").replace("\n", " ").isprintable():
-        return f"it is a text that begins with {shown(text[:60].decode('ascii', 'replace'))}. Download the model itself."
+        return f"it is a text that begins with {shown(text[:60].decode('ascii'))}. Download the model itself."
     known = ", ".join(repr(magic.decode("ascii", "replace")) for magic in CONTAINERS)
     return f"it begins with the bytes {head[:8].hex(' ')} instead of {known}. Download it again, or pick another file."

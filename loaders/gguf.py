@@ -4,7 +4,7 @@
 |---|---|
 | header | "GGUF", u32 version, u64 tensor count, u64 metadata count |
 | metadata | per entry: string key, u32 value type, value |
-| tensor infos | per tensor: string name, u32 dimension count, u64 dimensions (innermost first), u32 ggml type, u64 offset |
+| tensors | per tensor: string name, u32 rank, u64 dimensions (innermost first), u32 ggml type, u64 offset |
 | data | at the next multiple of `general.alignment`; offsets count from here |
 
 A string is u64 length and bytes; an array is u32 item type, u64 count and items. Opening a file reads only the
@@ -51,7 +51,6 @@ MAX_NAME_BYTES = (1 << 16) - 1  # of a metadata key, by the specification
 # a damaged count makes us walk through gigabytes of weights.
 MAX_ITEMS = 1 << 24
 
-DAMAGED = "The file is damaged or its download incomplete; download it again."
 
 
 class _TensorInfo(NamedTuple):
@@ -123,6 +122,9 @@ class _Header:
     def error(self, problem: str) -> WeightFileError:
         return WeightFileError(f"{self.path.name}: {problem}")
 
+    def damaged(self, problem: str) -> WeightFileError:
+        return self.error(f"{problem}. The file is damaged or its download incomplete; download it again.")
+
     def _skip(self, nbytes: int, what: str) -> int:
         """Position of the next `nbytes` bytes, which are passed over."""
         start = self.position
@@ -132,7 +134,7 @@ class _Header:
         return start
 
     def _truncated(self, what: str) -> WeightFileError:
-        return self.error(f"the file ends at byte {self.size}, inside {what}. {DAMAGED}")
+        return self.damaged(f"the file ends at byte {self.size}, inside {what}")
 
     def _read(self, layout: struct.Struct, what: str):
         return layout.unpack_from(self.buffer, self._skip(layout.size, what))
@@ -147,34 +149,37 @@ class _Header:
         left = self.size - self.position
         self.items += count
         if count * smallest > left or self.items > MAX_ITEMS:
-            raise self.error(f"{what} announces {count} {things}, more than its {left} bytes left can hold or than any model has. {DAMAGED}")
+            raise self.damaged(f"{what} announces {count} {things}, more than {left} bytes can hold or any model has")
 
     def _name(self, what: str) -> str:
         (length,) = self._read(U64, f"the name of {what}")
         if length > MAX_NAME_BYTES:
-            raise self.error(f"the name of {what} is {length} bytes long, at most {MAX_NAME_BYTES} are allowed. {DAMAGED}")
+            raise self.damaged(f"the name of {what} is {length} bytes long, at most {MAX_NAME_BYTES} are allowed")
         start = self._skip(length, f"the name of {what}")
         try:
             return str(self.buffer[start:start + length], "utf-8")
         except UnicodeDecodeError:
-            raise self.error(f"the name of {what} is not UTF-8 text. {DAMAGED}") from None
+            raise self.damaged(f"the name of {what} is not UTF-8 text") from None
 
     def _read_version(self):
         self._skip(4, "the first four bytes")
         if self.buffer[:4] != GGUFFile.magic:
-            raise self.error(f"it begins with the bytes {self.buffer[:4].hex(' ')} instead of 'GGUF'. {DAMAGED}")
+            raise self.damaged(f"it begins with the bytes {self.buffer[:4].hex(' ')} instead of 'GGUF'")
         (version,) = self._read(U32, "the version")
         if version and version % (1 << 16) == 0:
-            raise self.error("it is a big-endian GGUF file; only little-endian ones are read. Get the little-endian version, which is the usual one.")
+            raise self.error("it is a big-endian GGUF file. Get the little-endian version, which is the usual one.")
         if version not in (2, 3):
-            raise self.error(f"it is GGUF version {version}; versions 2 and 3 are read. Get a newer conversion of the model, or update this pack.")
+            raise self.error(
+                f"it is GGUF version {version}; versions 2 and 3 are read. Get a newer conversion of the model, or "
+                f"update this pack."
+            )
 
     def _read_metadata(self, count: int) -> dict[str, int]:
         positions: dict[str, int] = {}
         for index in range(count):
             key = self._name(f"metadata entry {index}")
             if key in positions:
-                raise self.error(f"the metadata holds {shown(key)} twice. {DAMAGED}")
+                raise self.damaged(f"the metadata holds {shown(key)} twice")
             positions[key] = self.position
             self._skip_value(f"the metadata value {shown(key)}")
         return positions
@@ -190,9 +195,9 @@ class _Header:
             self._check_count(count, "strings", 8, what)
             self._skip_strings(count, what)
         elif is_array and kind == ARRAY:
-            raise self.error(f"{what} is an array of arrays, which neither ggml nor this pack reads. Get another conversion of the model.")
+            raise self.error(f"{what} is an array of arrays, which ggml does not read either. Get another conversion.")
         else:
-            raise self.error(f"{what} has the unknown type {kind}; types 0 to 12 are read. {DAMAGED}")
+            raise self.damaged(f"{what} has the unknown type {kind}; types 0 to 12 are read")
 
     def _skip_strings(self, count: int, what: str):
         buffer, length_at, position, last = self.buffer, U64.unpack_from, self.position, self.size - 8
@@ -205,7 +210,7 @@ class _Header:
     def _read_alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.error(f"general.alignment is {shown(alignment)}; it must be a power of two. {DAMAGED}")
+            raise self.damaged(f"general.alignment is {shown(alignment)}; it must be a power of two")
         return alignment
 
     def _read_tensor(self, index: int) -> _TensorInfo:
@@ -213,12 +218,12 @@ class _Header:
         what = f"the description of tensor {shown(name)}"
         (rank,) = self._read(U32, what)
         if rank > MAX_DIMENSIONS:
-            raise self.error(f"tensor {shown(name)} has {rank} dimensions; GGUF files hold at most {MAX_DIMENSIONS}. {DAMAGED}")
+            raise self.damaged(f"tensor {shown(name)} has {rank} dimensions; GGUF files hold at most {MAX_DIMENSIONS}")
         shape = self._read(struct.Struct(f"<{rank}Q"), what)[::-1]
         if not all(shape):
-            raise self.error(f"tensor {shown(name)} of shape {shape} is empty; every dimension must be at least 1. {DAMAGED}")
+            raise self.damaged(f"tensor {shown(name)} of shape {shape} is empty; every dimension must be at least 1")
         if prod(shape) > MAX_ELEMENTS:
-            raise self.error(f"tensor {shown(name)} of shape {shape} has more elements than any file can hold. {DAMAGED}")
+            raise self.damaged(f"tensor {shown(name)} of shape {shape} has more elements than any file can hold")
         (ggml_type,) = self._read(U32, what)
         (offset,) = self._read(U64, what)
         return _TensorInfo(name, shape, ggml_type, offset)
@@ -238,16 +243,22 @@ class _Header:
             packed = GGML_FORMATS[tensor.ggml_type]
             format_name, block_length, block_bytes = packed.__name__, packed.block_length, packed.block_bytes
         else:
-            known = ", ".join([*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())])
+            known = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]
             raise self.error(
-                f"tensor {shown(name)} has the ggml type {tensor.ggml_type} ({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot "
-                f"be read. Supported are {known}. Get the model in one of these types, or update this pack."
+                f"tensor {shown(name)} has the ggml type {tensor.ggml_type} "
+                f"({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot be read. Supported are "
+                f"{', '.join(known)}. Get the model in one of these types, or update this pack."
             )
         row = shape[-1] if shape else 1
         if row % block_length:
-            raise self.error(f"tensor {shown(name)} of shape {shape} is {format_name}, whose blocks of {block_length} do not divide its rows. {DAMAGED}")
+            raise self.damaged(
+                f"tensor {shown(name)} of shape {shape} is {format_name}, whose blocks of {block_length} do not divide "
+                f"its rows"
+            )
         if tensor.offset % self.alignment:
-            raise self.error(f"tensor {shown(name)} lies at offset {tensor.offset}, which is not a multiple of the alignment {self.alignment}. {DAMAGED}")
+            raise self.damaged(
+                f"tensor {shown(name)} lies at offset {tensor.offset}, not a multiple of the alignment {self.alignment}"
+            )
 
         logical = self._original_shape(name, shape, metadata)
         stored = logical if logical and logical[-1] % block_length == 0 else shape
@@ -277,20 +288,21 @@ class _Header:
             return
         end = max(entry.offset + entry.nbytes for entry in entries)
         if end > self.size:
+            # What a complete file needs tells a wrong offset from a file cut short.
             complete = self.data_start + sum(-(-entry.nbytes // self.alignment) * self.alignment for entry in entries)
-            for entry in entries:
-                if entry.offset + entry.nbytes > complete:
-                    raise self.error(
-                        f"tensor {shown(entry.name)} is said to lie at bytes {entry.offset} to {entry.offset + entry.nbytes}, "
-                        f"outside the file of {self.size} bytes. {DAMAGED}"
-                    )
+            if end > complete:
+                last = max(entries, key=lambda entry: entry.offset + entry.nbytes)
+                raise self.damaged(
+                    f"tensor {shown(last.name)} is said to lie at bytes {last.offset} to {end}, outside the file of "
+                    f"{self.size} bytes"
+                )
             raise self.error(
                 f"{end - self.size} bytes are missing: the tensors end at byte {end}, the file at byte {self.size}. "
                 f"Its download is probably incomplete; download it again."
             )
         for before, after in pairwise(sorted(entries, key=lambda entry: entry.offset)):
             if before.offset + before.nbytes > after.offset:
-                raise self.error(f"the tensors {shown(before.name)} and {shown(after.name)} overlap. {DAMAGED}")
+                raise self.damaged(f"the tensors {shown(before.name)} and {shown(after.name)} overlap")
 
 
 class GGUFFile(WeightFile):
@@ -310,9 +322,10 @@ class GGUFFile(WeightFile):
         for part, header in enumerate(headers):
             for entry in header.entries(metadata, part):
                 if entry.name in entries:
-                    raise header.error(f"there are two tensors named {shown(entry.name)}. {DAMAGED}")
+                    raise header.damaged(f"there are two tensors named {shown(entry.name)}")
                 entries[entry.name] = entry
-        super().__init__(path, [header.path for header in headers], [header.buffer for header in headers], metadata, entries)
+        paths, buffers = [header.path for header in headers], [header.buffer for header in headers]
+        super().__init__(path, paths, buffers, metadata, entries)
 
     @property
     def kind(self) -> str:
@@ -329,8 +342,8 @@ def _parts(header: _Header) -> list[_Header]:
     names = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
     if names is None or not isinstance(count, int) or int(names[3]) != count:
         raise header.error(
-            f"it is one file of a model split into {shown(count)}, but its name does not end in -00001-of-0000N.gguf, by "
-            f"which the others are found. Give all of them the names they were published under."
+            f"it is one file of a model split into {shown(count)}, but its name does not end in -00001-of-0000N.gguf, "
+            f"by which the others are found. Give all of them the names they were published under."
         )
     paths = [path.with_name(f"{names[1]}{number:05d}-of-{names[3]}{names[4]}") for number in range(1, count + 1)]
     missing = [sibling.name for sibling in paths if not os.path.exists(sibling)]
@@ -344,10 +357,13 @@ def _parts(header: _Header) -> list[_Header]:
         found = part.metadata.get("split.no"), part.metadata.get("split.count")
         if found != (number, count):
             raise part.error(
-                f"by its name it is file {number + 1} of {count}, but inside it says split.no {found[0]} of split.count "
-                f"{found[1]}. Give all files the names they were published under."
+                f"by its name it is file {number + 1} of {count}, but inside it says split.no {shown(found[0])} of "
+                f"split.count {shown(found[1])}. Give all files the names they were published under."
             )
     expected, found = headers[0].metadata.get("split.tensors.count"), sum(len(part.tensors) for part in headers)
     if expected is not None and expected != found:
-        raise header.error(f"the {count} files hold {found} tensors together, {shown(expected)} are expected. Download all of them again from one place.")
+        raise header.error(
+            f"the {count} files hold {found} tensors together, {shown(expected)} are expected. Download all of them "
+            f"again from one place."
+        )
     return headers
