@@ -77,3 +77,36 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
     writer.write_tensors_to_file()
     writer.close()
     return seen
+
+
+def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architecture: str = "flux"):
+    """Write a GGUF file of any size with random valid blocks of one type, a tensor at a time.
+
+    shapes: name -> logical shape. One-dimensional tensors are F32 zeros, or ones for the scale of a norm.
+    """
+    packed = {name: len(shape) > 1 for name, shape in shapes.items()}
+    ggml_type = GGMLQuantizationType[type_name]
+    pool = block_pool(type_name)
+    generator = np.random.default_rng(0)
+
+    def data_of(name: str) -> np.ndarray:
+        shape = shapes[name]
+        if not packed[name]:
+            return np.full(shape, name.endswith(".scale"), np.float32)
+        byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, ggml_type)
+        picks = generator.integers(0, len(pool), byte_shape[0] * byte_shape[1] // pool.shape[1])
+        return pool[picks].reshape(byte_shape)
+
+    writer = gguf.GGUFWriter(str(path), architecture)
+    for name, shape in shapes.items():
+        if packed[name]:
+            byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, ggml_type)
+            writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), byte_shape[0] * byte_shape[1], raw_dtype=ggml_type)
+        else:
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in shapes:
+        writer.write_tensor_data(data_of(name))
+    writer.close()

@@ -8,23 +8,20 @@ LATENT_CHANNELS = 16
 BLUR = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
 
 
-def flux(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2, context: int = 1024,
-         seed: int = 0) -> dict[str, np.ndarray]:
-    """Float32 tensors of a Flux without guidance and without pooled text (as schnell is, a plain flow model).
+def flux_shapes(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2, context: int = 1024) -> dict[str, tuple]:
+    """Shapes of a Flux without guidance and without pooled text (as schnell is, a plain flow model).
 
-    hidden: a multiple of 128, the width of one head. context: width of the text conditioning.
+    hidden: a multiple of 128, the width of one head; 3072 in the real one. context: width of the text conditioning.
     """
-    generator = np.random.default_rng(seed)
-    tensors = {}
+    shapes = {}
 
-    def linear(name: str, rows: int, columns: int, gain: float = 1.0):
-        weight = generator.standard_normal((rows, columns), dtype=np.float32)
-        tensors[f"{name}.weight"] = weight * np.float32(gain / np.sqrt(columns))
-        tensors[f"{name}.bias"] = generator.standard_normal(rows, dtype=np.float32) * np.float32(0.02)
+    def linear(name: str, rows: int, columns: int):
+        shapes[f"{name}.weight"] = (rows, columns)
+        shapes[f"{name}.bias"] = (rows,)
 
     def head_norms(name: str):
         for part in ("query_norm", "key_norm"):
-            tensors[f"{name}.{part}.scale"] = np.ones(128, np.float32)
+            shapes[f"{name}.{part}.scale"] = (128,)
 
     linear("img_in", hidden, LATENT_CHANNELS * 4)
     linear("txt_in", hidden, context)
@@ -47,6 +44,19 @@ def flux(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2, cont
         head_norms(f"{name}.norm")
     linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
     linear("final_layer.linear", LATENT_CHANNELS * 4, hidden)
+    return shapes
+
+
+def flux(seed: int = 0, **sizes) -> dict[str, np.ndarray]:
+    """Float32 tensors of a Flux of the given `flux_shapes`."""
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in flux_shapes(**sizes).items():
+        if name.endswith(".scale"):
+            tensors[name] = np.ones(shape, np.float32)
+        else:
+            spread = 1 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.02
+            tensors[name] = generator.standard_normal(shape, dtype=np.float32) * np.float32(spread)
     return tensors
 
 

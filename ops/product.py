@@ -131,6 +131,9 @@ def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | No
     input: (..., K) float. weight: packed, logical shape (N, K), same device. bias: (N,) in input's dtype or None.
     value_dtype: round the unpacked values to this dtype first (None: straight to input's). Returns (..., N).
     """
+    if input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"A layer of {weight.shape[1]} input features was given {input.shape[-1]}: the model and what is fed"
+                           " to it (often the text encoder's output) do not belong together.")
     if input.requires_grad and torch.is_grad_enabled():
         return torch.nn.functional.linear(input, unpack(weight, input.dtype, value_dtype), bias)
     return torch.ops.featherweight.linear(

@@ -211,3 +211,9 @@ def test_parameters_a_model_owns_outside_of_layers_are_unpacked_at_load(assign):
     assert torch.equal(holder.model.table, dense_table)
     assert is_packed(holder.model.proj.weight)
     assert not torch.nn.modules.module._global_module_registration_hooks and not holder.model._load_state_dict_pre_hooks
+
+
+def test_input_of_another_width_is_refused_with_a_reason():
+    layer, *_ = packed_linear(columns=512)
+    with pytest.raises(RuntimeError, match="512 input features was given 768"):
+        layer(torch.randn(2, 768))
