@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     except environment.SetupError as error:
         print(f"Failed: {error}")
     except KeyboardInterrupt:
-        print("Stopped. Run the same command again to go on: finished steps are kept.")
+        print("Stopped. Run the same command again to go on.")
     return 1
 
 

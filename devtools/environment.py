@@ -99,7 +99,7 @@ def _require_tools(python: str):
 
 
 def _make_venv(python: Path):
-    if python.exists() and _can_import(python, "pip"):
+    if python.exists() and not _unfinished(python).exists() and _can_import(python, "pip"):
         return
     folder = python.parent.parent
     print(f"Making a virtual environment in {folder}", flush=True)
@@ -108,12 +108,20 @@ def _make_venv(python: Path):
                          "On Debian and Ubuntu, install the package python3-venv, then run this again.")
 
 
+def _unfinished(python: Path) -> Path:
+    """Mark of a pip that was killed: it takes half-copied packages for installed ones, so the next run starts over."""
+    return python.parent.parent / "unfinished"
+
+
 def _pip(python: Path, *arguments: str, action: str = "install"):
     quiet = [] if sys.stdout.isatty() else ["--quiet"]  # progress bars only where somebody watches them
     command = [str(python), "-m", "pip", action, "--disable-pip-version-check", *quiet, *arguments]
-    if subprocess.call(command):
+    _unfinished(python).touch()
+    failed = subprocess.call(command)
+    _unfinished(python).unlink()
+    if failed:
         raise SetupError("pip did not finish (its message is above). If it finds no matching torch, use another Python "
-                         "version; otherwise check the connection and run this again: finished steps are kept.")
+                         "version; otherwise check the connection and run this again.")
 
 
 def _fetch_host(host: Path, python: Path):
