@@ -1,0 +1,148 @@
+"""python3 dev.py bench: speed and memory, side by side in one run.
+
+Each case runs its variants in turn, round after round, so that a noisy machine disturbs all of them alike: read the
+ratios, not the milliseconds.
+"""
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import conftest  # noqa: E402, F401  the host and the pack, as in the tests
+import gguf  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from featherweight.loaders.container import open_weights  # noqa: E402
+from featherweight.ops import product  # noqa: E402
+from featherweight.ops.format import FORMATS  # noqa: E402
+from featherweight.ops.tensor import packed_tensor  # noqa: E402
+
+from devtools.gguf_files import block_pool, write_random_gguf  # noqa: E402
+from devtools.tiny_models import flux_shapes  # noqa: E402
+
+SHAPE = (3072, 12288)
+VOCABULARY = 262_144
+
+
+def side_by_side(variants: dict, rounds: int) -> dict[str, dict]:
+    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up."""
+    times = {name: [] for name in variants}
+    for round_number in range(rounds + 1):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            if round_number:
+                times[name].append(time.perf_counter() - started)
+    return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+
+
+def show(title: str, result: dict[str, dict]):
+    """One line per case: the first variant is what the others are compared with."""
+    first = next(iter(result.values()))["median"]
+    cells = [f"{name} {t['median'] * 1e3:8.1f} ms ({t['min'] * 1e3:.1f}-{t['max'] * 1e3:.1f}), x{t['median'] / first:.2f}"
+             for name, t in result.items()]
+    print(f"  {title:24s}" + " | ".join(cells), flush=True)
+
+
+def random_weight(format_name: str):
+    packed_format = FORMATS[format_name]
+    pool = block_pool(format_name)
+    picks = np.random.default_rng(0).integers(0, len(pool), SHAPE[0] * SHAPE[1] // packed_format.block_length)
+    return packed_tensor(packed_format, torch.from_numpy(pool[picks]).view(packed_format.packed_shape(SHAPE)), SHAPE)
+
+
+def bench_unpack(options) -> dict:
+    """A whole weight to float32: in chunks into one reused buffer, all at once, and by gguf's numpy reference."""
+    results = {}
+    out = torch.empty(SHAPE)
+    for name in options.formats:
+        weight = random_weight(name)
+        packed_format, blocks = FORMATS[name], weight._qdata.view(-1, FORMATS[name].block_bytes)
+        results[name] = side_by_side({
+            "chunks, reused buffer": lambda: packed_format.unpack_into(weight._qdata, out),
+            "whole": lambda: packed_format.unpack(blocks),
+            "gguf (numpy)": lambda: gguf.quants.dequantize(weight._qdata.numpy(), gguf.GGMLQuantizationType[name]),
+        }, options.rounds)
+        show(name, results[name])
+    return results
+
+
+def bench_linear(options) -> dict:
+    """The product with a packed weight against `F.linear` with the same weight dense."""
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = torch.randn(SHAPE, dtype=dtype)
+        for tokens in (1, 64, 1024):
+            rows = torch.randn(tokens, SHAPE[1], dtype=dtype)
+            variants = {"dense": lambda: torch.nn.functional.linear(rows, dense)}
+            for name in options.formats:
+                variants[name] = lambda weight=random_weight(name): product.linear(rows, weight)
+            title = f"{str(dtype).removeprefix('torch.')} M={tokens}"
+            results[title] = side_by_side(variants, options.rounds)
+            show(title, results[title])
+    return results
+
+
+def bench_header(options) -> dict:
+    """Opening a text encoder file with a 262,144-token vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        writer = gguf.GGUFWriter(str(path), "gemma3")
+        writer.add_token_list([f"token{number}" for number in range(VOCABULARY)])
+        writer.add_token_scores([0.0] * VOCABULARY)
+        writer.add_token_types([1] * VOCABULARY)
+        writer.add_token_merges([f"left{number} right{number}" for number in range(2 * VOCABULARY)])
+        writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        result = side_by_side({"Featherweight": lambda: open_weights(path), "gguf package": lambda: gguf.GGUFReader(path)}, 1)
+    show("open", result)
+    return result
+
+
+def bench_memory(options) -> dict:
+    """Loading a 2 GB Q8_0 Flux of real layer sizes and running one step of it, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "flux-q8_0.gguf"
+        write_random_gguf(path, flux_shapes(hidden=3072, double_blocks=4, single_blocks=4, context=4096), "Q8_0")
+        probe = subprocess.run([sys.executable, str(Path(__file__).with_name("memory_probe.py")), str(path)],
+                               capture_output=True, text=True, check=True)
+    result = json.loads(probe.stdout.splitlines()[-1])
+    for name, value in result.items():
+        print(f"  {name:24s}{value:14.1f} s" if name.endswith("seconds") else f"  {name:24s}{value / 1e6:14.1f} MB")
+    return result
+
+
+CASES = {"unpack": bench_unpack, "linear": bench_linear, "header": bench_header, "memory": bench_memory}
+if sys.platform != "linux":
+    del CASES["memory"]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python3 dev.py bench", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=ROOT / ".dev" / "bench.json", help="where to write the figures")
+    options = parser.parse_args()
+    figures = {"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+               "torch": torch.__version__}
+    print(f"{figures['machine']}, torch {torch.__version__}, weight {SHAPE[0]} x {SHAPE[1]}")
+    for name in options.only:
+        print(f"{name}: {CASES[name].__doc__}", flush=True)
+        figures[name] = CASES[name](options)
+    options.json.write_text(json.dumps(figures, indent=1))
+    print(f"Done: figures in {options.json}")
+
+
+if __name__ == "__main__":
+    main()
