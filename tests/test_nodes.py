@@ -1,0 +1,151 @@
+"""Nodes: what they are called, what they take, and how they stand beside other packs."""
+import asyncio
+import sys
+
+import featherweight.nodes
+import folder_paths
+import nodes as host_nodes
+import pytest
+import torch
+from comfy_api.latest import io
+from conftest import PACK
+from featherweight.loaders import folders
+from featherweight.loaders.container import WeightFileError
+from featherweight.nodes import FeatherweightExtension, legacy_gguf
+
+from devtools import tiny_models
+from devtools.gguf_files import write_gguf
+
+
+async def load_extension():
+    extension = FeatherweightExtension()
+    await extension.on_load()
+    return await extension.get_node_list()
+
+
+def node_list():
+    return asyncio.run(load_extension())
+
+
+NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
+
+# Inputs that workflows made with other packs rely on, in the order of their widgets.
+LEGACY_INPUTS = {
+    "UnetLoaderGGUF": ["unet_name"],
+    "UnetLoaderGGUFAdvanced": ["unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"],
+}
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_node_has_a_help_page_and_a_description(node_id):
+    assert (PACK / "nodes" / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8").startswith("# ")
+    schema = NODES[node_id].GET_SCHEMA()
+    assert schema.description and schema.display_name and schema.category.startswith("Featherweight")
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_input_has_a_tooltip(node_id):
+    assert all(input.tooltip for input in NODES[node_id].GET_SCHEMA().inputs)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_nodes_derive_directly_from_the_hosts_class(node_id):
+    assert io.ComfyNode in NODES[node_id].__bases__ or NODES[node_id].__bases__[0].__bases__ == (io.ComfyNode,)
+
+
+@pytest.mark.parametrize("node_id", LEGACY_INPUTS)
+def test_legacy_nodes_take_the_inputs_shared_workflows_have(node_id):
+    schema = NODES[node_id].GET_SCHEMA()
+    assert [input.id for input in schema.inputs] == LEGACY_INPUTS[node_id]
+    assert [output.io_type for output in schema.outputs] == ["MODEL"]
+    assert all(input.optional for input in schema.inputs[1:])
+
+
+def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "UnetLoaderGGUF", object)
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "FeatherweightLoadDiffusionModel", object)  # a reload of our own
+    ids = {node.GET_SCHEMA().node_id for node in node_list()}
+    assert ids == NODES.keys() - {"UnetLoaderGGUF"}
+
+
+@pytest.mark.parametrize("source", [
+    "raise RuntimeError('broken on import')",
+    "from comfy_api.latest import io\n"
+    "class Broken(io.ComfyNode):\n"
+    "    @classmethod\n"
+    "    def define_schema(cls):\n"
+    "        raise RuntimeError('broken schema')\n",
+])
+def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypatch, caplog, source):
+    (tmp_path / "broken_node.py").write_text(source)
+    monkeypatch.setattr(featherweight.nodes, "__path__", [*featherweight.nodes.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "featherweight.nodes.broken_node", raising=False)
+    assert {node.GET_SCHEMA().node_id for node in node_list()} == NODES.keys()
+    assert "nodes/broken_node.py" in caplog.text
+
+
+@pytest.fixture
+def host_folders(tmp_path, monkeypatch):
+    """The host's folder table with one directory per kind of model."""
+    table = {}
+    for key in ("diffusion_models", "text_encoders"):
+        (tmp_path / key).mkdir()
+        table[key] = ([str(tmp_path / key)], set(folder_paths.supported_pt_extensions))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return table
+
+
+def test_gguf_folders_keep_directories_of_a_users_yaml_and_gain_the_hosts(host_folders, tmp_path):
+    host_folders["unet_gguf"] = ([str(tmp_path / "mine")], set())
+    folders.register_folders()
+    assert host_folders["unet_gguf"] == ([str(tmp_path / "mine"), str(tmp_path / "diffusion_models")], {".gguf"})
+    assert host_folders["clip_gguf"] == ([str(tmp_path / "text_encoders")], {".gguf"})
+
+
+def test_gguf_folders_do_not_write_into_lists_another_pack_shares(host_folders, tmp_path):
+    shared = host_folders["diffusion_models"][0]
+    host_folders["unet_gguf"] = (shared, {".gguf"})  # what ComfyUI-GGUF does
+    folders.register_folders()
+    folders.register_folders()
+    assert shared == [str(tmp_path / "diffusion_models")]
+    assert host_folders["unet_gguf"] == (shared, {".gguf"})
+    assert ".gguf" not in host_folders["diffusion_models"][1]
+
+
+def test_files_are_listed_gguf_first_and_found_under_another_systems_separator(host_folders, tmp_path):
+    folders.register_folders()
+    for name in ("b.safetensors", "flux/a.gguf"):
+        path = tmp_path / "diffusion_models" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert folders.list_files("unet_gguf", "diffusion_models") == ["flux/a.gguf", "b.safetensors"]
+    expected = str(tmp_path / "diffusion_models" / "flux" / "a.gguf")
+    assert folders.find_file("flux\\a.gguf", "unet_gguf") == expected == folders.find_file("flux/a.gguf", "unet_gguf")
+    with pytest.raises(WeightFileError, match="gone.gguf is in none of the model folders"):
+        folders.find_file("gone.gguf", "unet_gguf")
+
+
+@pytest.fixture
+def flux_file(host_folders, tmp_path):
+    folders.register_folders()
+    path = tmp_path / "diffusion_models" / "flux.gguf"
+    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda name, values: "Q8_0")
+    return path.name
+
+
+@pytest.mark.parametrize("dequant, patch, expected", [
+    ("default", "default", (None, None)), ("target", "target", (None, None)),
+    ("float16", "bfloat16", (torch.float16, torch.bfloat16)), ("bfloat16", "float32", (torch.bfloat16, torch.float32)),
+])
+def test_the_advanced_loader_hands_its_dtypes_to_the_layers(flux_file, dequant, patch, expected):
+    model = legacy_gguf.UnetLoaderAdvanced.execute(flux_file, dequant, patch, True)[0]
+    layer = model.model.diffusion_model.img_in
+    assert (layer.value_dtype, layer.patch_dtype) == expected
+    assert layer.convert_weight(layer.weight).dtype == (expected[1] or layer.weight.dtype)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_loaders_run_with_only_a_file_name(flux_file, node_id):
+    model = NODES[node_id].execute(flux_file)[0]
+    assert type(model.model).__module__ == "comfy.model_base"
