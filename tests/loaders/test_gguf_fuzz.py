@@ -178,6 +178,6 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("seed", range(10, 20))
+@pytest.mark.parametrize("seed", range(10, 15))
 def test_many_more_mutated_headers(tmp_path, seed):
     assert fuzz(tmp_path, 20_000, seed) > 1000
