@@ -7,7 +7,7 @@ import torch
 
 # Values unpacked at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
 # makes unpacking a large weight about ten times faster than unpacking it whole.
-CPU_CHUNK_VALUES = 1 << 18
+CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
 DEVICE_CHUNK_VALUES = 1 << 24
 
@@ -88,9 +88,17 @@ class Format:
         return out
 
 
+def reinterpret(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of `data`, uint8, as numbers of a wider `dtype`; the last dimension shrinks.
+
+    Always copies: a view fails at odd addresses, and `contiguous` leaves a single row at the address it has.
+    """
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
     """The float16 scale at byte `offset` of each block, as float32 (n, 1)."""
-    return blocks[:, offset:offset + 2].contiguous().view(torch.float16).float()
+    return reinterpret(blocks[:, offset:offset + 2], torch.float16).float()
 
 
 def bit_fields(data: torch.Tensor, width: int, shift: int) -> torch.Tensor:
@@ -100,7 +108,7 @@ def bit_fields(data: torch.Tensor, width: int, shift: int) -> torch.Tensor:
     lanes: faster than shifting bytes, which also crashes on some Intel GPUs.
     """
     mask = ((1 << width) - 1) * 0x01010101
-    lanes = data.contiguous().view(torch.int32)
+    lanes = reinterpret(data, torch.int32)
     return ((lanes >> shift if shift else lanes) & (mask - (1 << 32) if mask >> 31 else mask)).view(torch.uint8)
 
 
@@ -109,16 +117,13 @@ def bit_planes(data: torch.Tensor, width: int, at: int = 0) -> torch.Tensor:
 
     data: uint8 (..., B), B a multiple of 4. Returns uint8 (..., 8 // width, B): plane i holds field i of the B bytes.
     """
-    lanes = data.contiguous().view(torch.int32)
+    lanes = reinterpret(data, torch.int32)
     mask = ((1 << width) - 1 << at) * 0x01010101
     if mask >> 31:
         mask -= 1 << 32
-    planes = lanes.new_empty((*lanes.shape[:-1], 8 // width, lanes.shape[-1]))
-    for index in range(8 // width):
-        shift = index * width - at
-        moved = lanes >> shift if shift > 0 else lanes << -shift if shift else lanes
-        torch.bitwise_and(moved, mask, out=planes[..., index, :])
-    return planes.view(torch.uint8)
+    shifts = [index * width - at for index in range(8 // width)]
+    moved = [lanes >> shift if shift > 0 else lanes << -shift if shift else lanes for shift in shifts]
+    return torch.stack(moved, -2).bitwise_and_(mask).view(torch.uint8)
 
 
 def split_bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
@@ -135,4 +140,4 @@ def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     table: (entries,) of int16, int32 or int64, each entry being 2, 4 or 8 int8 values side by side: one gather fetches
     them all. index: any integer dtype and shape. Returns int8 (*index.shape, values per entry).
     """
-    return table.index_select(0, index.reshape(-1).int()).view(torch.int8).view(*index.shape, -1)
+    return table.index_select(0, index.reshape(-1).int()).view(torch.int8).view(*index.shape, table.element_size())

@@ -4,7 +4,7 @@ Sources: `block_iq1_*`, `iq1s_grid` in ggml-common.h, `dequantize_row_iq1_*` in 
 """
 import torch
 
-from ..format import Format, half, split_bits
+from ..format import Format, half, reinterpret, split_bits
 from ._grid_codebook import grid_values
 
 
@@ -29,7 +29,7 @@ class IQ1_S(Format, ggml_type=19):
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        high = blocks[:, 34:].contiguous().view(torch.int16).int()
+        high = reinterpret(blocks[:, 34:], torch.int16).int()
         scales = (2 * (high >> 12 & 7) + 1).float().mul_(half(blocks, 0))
         index = split_bits(high, 3, 4) << 8 | (high >> 4 & 0x800).unsqueeze(-1)
         index |= blocks[:, 2:34].view(-1, 8, 4)
@@ -52,7 +52,7 @@ class IQ1_M(Format, ggml_type=29):
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        packed = blocks[:, 48:].contiguous().view(torch.int16).int()
+        packed = reinterpret(blocks[:, 48:], torch.int16).int()
         parts = (packed >> 12 & 15).unbind(-1)
         d = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
         d = d.to(torch.int16).view(torch.float16).float().unsqueeze(-1)

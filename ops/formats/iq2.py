@@ -5,7 +5,7 @@ gguf-py 0.19 `quants.py`. In all of them value = (d * (0.5 + scale) * 0.25) * gr
 """
 import torch
 
-from ..format import half, lookup, split_bits
+from ..format import half, lookup, reinterpret, split_bits
 from ._grid_codebook import GridCodebook
 
 
@@ -22,10 +22,10 @@ class IQ2_XXS(GridCodebook, ggml_type=16):
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        codes = blocks[:, 2:].contiguous()
-        words = codes.view(torch.int32).view(-1, 8, 2)[..., 1]
+        codes = blocks[:, 2:].view(-1, 8, 8)
+        words = reinterpret(codes[..., 4:], torch.int32).squeeze(-1)
         scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
-        values = lookup(cls.constant("grid", blocks.device), codes.view(-1, 8, 8)[..., :4])
+        values = lookup(cls.constant("grid", blocks.device), codes[..., :4])
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)))
         return values.view(-1, 8, 32).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
 
@@ -44,7 +44,7 @@ class IQ2_XS(GridCodebook, ggml_type=17):
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        codes = blocks[:, 2:66].contiguous().view(torch.int16).int()
+        codes = reinterpret(blocks[:, 2:66], torch.int16).int()
         scales = split_bits(blocks[:, 66:].int(), 4, 2).view(-1, 16).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
         values = lookup(cls.constant("grid", blocks.device), codes & 0x1FF)
         values.mul_(lookup(cls.constant("even_signs", blocks.device), codes >> 9 & 0x7F))

@@ -5,7 +5,7 @@ gguf-py 0.19 `quants.py`.
 """
 import torch
 
-from ..format import half, lookup, split_bits
+from ..format import half, lookup, reinterpret, split_bits
 from ._grid_codebook import GridCodebook
 
 
@@ -23,7 +23,7 @@ class IQ3_XXS(GridCodebook, ggml_type=18):
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        words = blocks[:, 66:].contiguous().view(torch.int32)
+        words = reinterpret(blocks[:, 66:], torch.int32)
         scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.5)
         values = lookup(cls.constant("grid", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)).view(-1, 8, 32))

@@ -5,7 +5,7 @@ Unless a table says otherwise, the fields of equal position in 32 neighbouring b
 """
 import torch
 
-from ..format import Format, bit_planes, half
+from ..format import Format, bit_planes, half, reinterpret
 
 
 class Q2_K(Format, ggml_type=10):
@@ -60,7 +60,7 @@ def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
     bit first: EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD, eeaaaaaa ffbbbbbb ggcccccc hhdddddd, eeeeEEEE ffffFFFF ggggGGGG
     hhhhHHHH.
     """
-    scales, mins, low = packed.contiguous().view(torch.int32).unbind(-1)
+    scales, mins, low = reinterpret(packed, torch.int32).unbind(-1)
     lanes = (
         scales & 0x3F3F3F3F,
         (low & 0x0F0F0F0F) | ((scales >> 2) & 0x30303030),
@@ -152,5 +152,4 @@ class Q8_K(Format, ggml_type=15):
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        d = blocks[:, :4].contiguous().view(torch.float32)
-        return blocks[:, 4:260].view(torch.int8).float().mul_(d)
+        return blocks[:, 4:260].view(torch.int8).float().mul_(reinterpret(blocks[:, :4], torch.float32))
