@@ -11,6 +11,7 @@ import torch
 from ..ops.linear import bare_parameters_unpacked, packed_operations
 from ..ops.format import FORMATS
 from ..ops.tensor import is_packed, packed_tensor, relabelled
+from ..ops.patcher import adopt
 from .container import WeightFile, WeightFileError, open_weights
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
             f"{os.path.basename(path)} holds no diffusion model that this ComfyUI knows"
             f" (architecture {metadata.get('general.architecture', 'not named')!r}, {len(file.entries)} tensors, first"
             f" {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
+    adopt(patcher)
     patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
     log.info("[Featherweight] %s", report(file, patcher))
     return patcher

@@ -10,6 +10,7 @@ import comfy.ops
 import torch
 
 from . import product
+from .lora import LayerPatches
 from .tensor import is_packed, relabelled
 
 
@@ -22,6 +23,8 @@ class PackedLayer:
 
     value_dtype: torch.dtype | None = None
     patch_dtype: torch.dtype | None = None
+    has_branch = False  # whether plain LoRAs run beside the product instead of on the unpacked weight
+    lora: LayerPatches | None = None  # set and cleared by the patcher
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
@@ -41,8 +44,10 @@ class PackedLayer:
             if value.shape != param.shape:
                 error_msgs.append(f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}.")
                 continue
-            if is_packed(value):
+            if is_packed(value) and name == "weight":
                 value = relabelled(value, dtype=param.dtype)
+            elif is_packed(value):
+                value = product.unpack(value, param.dtype)  # a bias: the product takes it dense
             elif not assign:
                 value = value.to(param.dtype)
             self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
@@ -55,6 +60,17 @@ class PackedLayer:
             if param is not None and not param.is_meta:
                 self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
         return self
+
+    def patched_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight in `dtype` with the patches that change the weight itself, from a packed or a dense one."""
+        if is_packed(weight):
+            if self.lora is None:
+                return product.unpack(weight, dtype, self.value_dtype)
+            weight = product.unpack(weight, self.patch_dtype or torch.float32, self.value_dtype)
+            return self.lora.patch_weight(weight).to(dtype)
+        if self.lora is None or not self.lora.weight_patches:
+            return weight
+        return self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)).to(dtype)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """The dense weight the host adds patches to."""
@@ -69,16 +85,21 @@ class PackedLayer:
 
 
 class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
+    has_branch = True
+
     def forward_comfy_cast_weights(self, input):
         # A packed weight keeps its dtype on the way to the device: any other would make the host unpack it.
         # Functions on the weight do need it dense.
         dtype = self.weight.dtype if is_packed(self.weight) and not self.weight_function else input.dtype
         weight, bias, offload_stream = comfy.ops.cast_bias_weight(
             self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
-        if is_packed(weight):
-            out = product.linear(input, weight, bias, self.value_dtype)
+        down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input.dtype)
+        if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
+            out = product.linear(input, weight, bias, self.value_dtype, down, ups, slices)
         else:
-            out = torch.nn.functional.linear(input, weight, bias)
+            out = torch.nn.functional.linear(input, self.patched_weight(weight, input.dtype), bias)
+            if down is not None:
+                product.add_branch(out.view(-1, out.shape[-1]), input.reshape(-1, input.shape[-1]), down, ups, slices)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return out
 
@@ -87,16 +108,17 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
     def forward_comfy_cast_weights(self, input, out_dtype=None):
         if not is_packed(self.weight) or self.weight_function:
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
-        # The rows travel, not the table.
-        rows = product.embedding(input.to(self.weight.device), self.weight, out_dtype or self.weight.dtype)
+        ids, dtype = input.to(self.weight.device), out_dtype or self.weight.dtype
+        if self.lora is None:
+            rows = product.embedding(ids, self.weight, dtype)  # the rows travel, not the table
+        else:
+            rows = torch.nn.functional.embedding(ids, self.patched_weight(self.weight, dtype))
         return rows.to(input.device)
 
 
 class _PackedConv(PackedLayer):
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
-        if is_packed(weight):
-            weight = product.unpack(weight, input.dtype, self.value_dtype)
-        return super()._conv_forward(input, weight, bias, *args, **kwargs)
+        return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
 
 
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):

@@ -54,7 +54,8 @@ def _rows_per_slice(packed_format: type[Format], rows: int, columns: int, itemsi
 
 
 def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, rows: int,
-            value_dtype: torch.dtype | None) -> torch.Tensor:
+            value_dtype: torch.dtype | None, down: torch.Tensor | None, ups: list[torch.Tensor],
+            slices: list[int]) -> torch.Tensor:
     packed_format = FORMATS[format]
     columns = input.shape[-1]
     on_cpu = input.device.type == "cpu"
@@ -62,30 +63,66 @@ def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
                            SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
     blocks = packed.view(-1, packed_format.block_bytes)
     scratch = shared_scratch()
+    factors = _slice_factors(down, ups, slices)
+    flat = input.reshape(-1, columns)
+    merge = merging_is_cheaper(flat.shape[0], columns, factors)
 
     def weight_slice(start: int, stop: int) -> torch.Tensor:
         shape = (stop - start, columns)
         weight = scratch.take(shape, input.dtype) if on_cpu else input.new_empty(shape)
         first, last = (row * columns // packed_format.block_length for row in (start, stop))
-        return packed_format.unpack_into(blocks[first:last], weight, value_dtype)
+        packed_format.unpack_into(blocks[first:last], weight, value_dtype)
+        if merge:
+            for row, row_end, up, part in factors:
+                low, high = max(row, start), min(row_end, stop)
+                if low < high:
+                    weight[low - start:high - start].addmm_(up[low - row:high - row], part)
+        return weight
 
     with scratch.lock if on_cpu else contextlib.nullcontext():
         if step == rows:
-            return torch.nn.functional.linear(input, weight_slice(0, rows), bias)
-        flat = input.reshape(-1, columns)
-        out = input.new_empty((flat.shape[0], rows))
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            weight = weight_slice(start, stop)
-            if bias is None:
-                torch.mm(flat, weight.t(), out=out[:, start:stop])
-            else:
-                torch.addmm(bias[start:stop], flat, weight.t(), out=out[:, start:stop])
-        return out.view(*input.shape[:-1], rows)
+            out = torch.nn.functional.linear(flat, weight_slice(0, rows), bias)
+        else:
+            out = input.new_empty((flat.shape[0], rows))
+            for start in range(0, rows, step):
+                stop = min(rows, start + step)
+                weight = weight_slice(start, stop)
+                if bias is None:
+                    torch.mm(flat, weight.t(), out=out[:, start:stop])
+                else:
+                    torch.addmm(bias[start:stop], flat, weight.t(), out=out[:, start:stop])
+    if factors and not merge:
+        add_branch(out, flat, down, ups, slices)
+    return out.view(*input.shape[:-1], rows)
 
 
-def _linear_fake(input, packed, bias, format, rows, value_dtype):
+def _linear_fake(input, packed, bias, format, rows, value_dtype, down, ups, slices):
     return input.new_empty((*input.shape[:-1], rows))
+
+
+def _slice_factors(down, ups, slices) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """(first row, end row, up, its part of down) of each slice of a low-rank branch; slices holds four numbers a slice."""
+    return [(slices[4 * index], slices[4 * index + 1], up, down[slices[4 * index + 2]:slices[4 * index + 3]])
+            for index, up in enumerate(ups)]
+
+
+def merging_is_cheaper(tokens: int, columns: int, factors) -> bool:
+    """Whether adding B A to the unpacked weight costs less than a branch on the activations; both give the same result.
+
+    Per rank the branch costs tokens * (columns + rows) products, merging rows * columns and one more pass over the weight,
+    which counts about as much again.
+    """
+    branch = sum(part.shape[0] * tokens * (columns + row_end - row) for row, row_end, _, part in factors)
+    merged = sum(part.shape[0] * 2 * columns * (row_end - row) for row, row_end, _, part in factors)
+    return branch > merged
+
+
+def add_branch(out: torch.Tensor, input: torch.Tensor, down: torch.Tensor, ups: list[torch.Tensor], slices: list[int]):
+    """`out += (input A^T) B^T` in place. out: (M, N). input: (M, K). down: A (R, K). ups, slices: see `_slice_factors`."""
+    hidden = input @ down.t()
+    for index, up in enumerate(ups):
+        row, row_end, rank, rank_end = slices[4 * index:4 * index + 4]
+        out[:, row:row_end].addmm_(hidden[:, rank:rank_end], up.t())
 
 
 def _embedding(ids: torch.Tensor, packed: torch.Tensor, format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -111,7 +148,8 @@ def _unpack_fake(packed, format, shape, dtype, value_dtype):
 
 _library = torch.library.Library("featherweight", "DEF")
 for _schema, _function, _fake in (
-    ("linear(Tensor input, Tensor packed, Tensor? bias, str format, int rows, ScalarType? value_dtype) -> Tensor",
+    ("linear(Tensor input, Tensor packed, Tensor? bias, str format, int rows, ScalarType? value_dtype, Tensor? down, "
+     "Tensor[] ups, int[] slices) -> Tensor",
      _linear, _linear_fake),
     ("embedding(Tensor ids, Tensor packed, str format, int columns, ScalarType dtype) -> Tensor",
      _embedding, _embedding_fake),
@@ -125,19 +163,23 @@ for _schema, _function, _fake in (
 
 
 def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None,
-           value_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`input @ weight.T + bias` in the dtype of `input`, the weight unpacked slice by slice.
+           value_dtype: torch.dtype | None = None, down: torch.Tensor | None = None, ups=(), slices=()) -> torch.Tensor:
+    """`input @ weight.T + bias` in the dtype of `input`, the weight unpacked slice by slice, plus a low-rank branch.
 
     input: (..., K) float. weight: packed, logical shape (N, K), same device. bias: (N,) in input's dtype or None.
-    value_dtype: round the unpacked values to this dtype first (None: straight to input's). Returns (..., N).
+    value_dtype: round the unpacked values to this dtype first (None: straight to input's). down: (R, K), ups: each (n, r),
+    slices: four numbers for each up, its rows in the output and its ranks in down; all in input's dtype. Returns (..., N).
     """
     if input.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"A layer of {weight.shape[1]} input features was given {input.shape[-1]}: the model and what is fed"
                            " to it (often the text encoder's output) do not belong together.")
     if input.requires_grad and torch.is_grad_enabled():
-        return torch.nn.functional.linear(input, unpack(weight, input.dtype, value_dtype), bias)
+        dense = unpack(weight, input.dtype, value_dtype)
+        for row, row_end, up, part in _slice_factors(down, ups, slices):
+            dense[row:row_end] += up @ part
+        return torch.nn.functional.linear(input, dense, bias)
     return torch.ops.featherweight.linear(
-        input, weight._qdata, bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype)
+        input, weight._qdata, bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype, down, ups, slices)
 
 
 def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,179 @@
+"""Patches on a packed weight: a low-rank branch beside the product, or arithmetic on the unpacked weight.
+
+The host keeps, per weight, a list of patches `(strength, value, strength_model, offset, function)` that it would apply in
+order. Packed bytes are never changed; one list becomes one `LayerPatches`:
+
+- plain LoRAs after the last patch that is not a sum become a branch, `y += (x A^T) B^T`, A and B concatenated over all
+  LoRAs of the layer along their ranks;
+- everything else is applied to the unpacked weight each time the layer runs, by the host's own `calculate_weight`.
+"""
+import logging
+
+import comfy.lora
+import torch
+from comfy.weight_adapter import (
+    BOFTAdapter, GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter, WeightAdapterBase,
+)
+
+log = logging.getLogger(__name__)
+
+# Where an adapter's tuple of weights holds its DoRA scale.
+DORA_SCALE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}
+
+
+class LayerPatches:
+    """What one layer adds to its packed weight of logical shape (N, K).
+
+    down: (R, K), the A factors of all branch LoRAs, or None. ups: B factors (n, r), strength and alpha folded in, one per
+    slice of rows. slices: four numbers for each up: first and end row, first and end rank in `down`. weight_patches: the
+    host's patches for the unpacked weight, in order. key: the weight's name in the model.
+    """
+
+    def __init__(self, key: str, down=None, ups=(), slices=(), weight_patches=(), original_weights=None):
+        self.key = key
+        self.down, self.ups, self.slices = down, list(ups), list(slices)
+        self.weight_patches = list(weight_patches)
+        self.original_weights = original_weights
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the compute device."""
+        branch = [] if self.down is None else [self.down, *self.ups]
+        adapters = [tensor for patch in self.weight_patches for tensor in adapter_tensors(patch[1])]
+        return sum(tensor.nbytes for tensor in branch + adapters)
+
+    def branch(self, dtype: torch.dtype) -> tuple:
+        """(down, ups, slices) in the dtype of the activations; cast once, not per step."""
+        if self.down is not None and self.down.dtype != dtype:
+            self.down, self.ups = self.down.to(dtype), [up.to(dtype) for up in self.ups]
+        return self.down, self.ups, self.slices
+
+    def patch_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """An unpacked weight with the host's patches applied in order. `weight` may be changed in place."""
+        if not self.weight_patches:
+            return weight
+        return comfy.lora.calculate_weight(self.weight_patches, weight, self.key, original_weights=self.original_weights)
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """A dense weight with every patch in it, the branch too; the protocol of the host's weight functions."""
+        merged = self.patch_weight(weight.to(torch.float32, copy=True))
+        if self.down is not None:
+            down, ups, slices = self.down.float(), self.ups, self.slices
+            for index, up in enumerate(ups):
+                row, row_end, rank, rank_end = slices[4 * index:4 * index + 4]
+                merged.flatten(1)[row:row_end].addmm_(up.float(), down[rank:rank_end])
+        return merged.to(weight.dtype)
+
+
+def build_patches(key: str, patches: list, shape: torch.Size, device: torch.device, dtype: torch.dtype, branch: bool = True,
+                  original_weights: dict | None = None) -> LayerPatches | None:
+    """Turn the host's patch list of one packed weight into what its layer runs; None when nothing is left to do.
+
+    shape: logical shape of the weight. device, dtype: of the branch's factors. branch: whether the layer has a branch
+    (only Linear has). Patches that do not fit the weight are left out, with one warning.
+    """
+    patches = [patch for patch in patches if _fits(key, patch, shape)]
+    cut = max((index + 1 for index, patch in enumerate(patches) if not is_sum(patch)), default=0)
+    branch_patches, weight_patches = [], []
+    for index, patch in enumerate(patches):
+        on_branch = branch and index >= cut and type(patch[1]) is LoRAAdapter and patch[4] is None and patch[1].weights[3] is None
+        if not on_branch:
+            weight_patches.append((patch[0], _moved(patch[1], device), *patch[2:]))
+        elif patch[0] != 0:
+            branch_patches.append(patch)
+    if not branch_patches and not weight_patches:
+        return None
+    return LayerPatches(key, *_branch(branch_patches, shape, device, dtype), weight_patches, original_weights)
+
+
+def is_sum(patch: tuple) -> bool:
+    """Whether a patch only adds to the weight something that does not depend on the weight."""
+    strength, value, strength_model, offset, function = patch
+    if strength_model != 1.0:
+        return False
+    if isinstance(value, (OFTAdapter, BOFTAdapter, GLoRAAdapter)):
+        return False
+    if isinstance(value, WeightAdapterBase):
+        dora = DORA_SCALE.get(type(value))
+        return dora is not None and value.weights[dora] is None
+    if isinstance(value, list) or len(value) == 1:
+        return True
+    kind, data = value
+    return kind == "diff" and not (len(data) > 1 and data[1]["pad_weight"])
+
+
+def _branch(patches: list, shape, device, dtype):
+    """(down, ups, slices) of LoRA patches; LoRAs on the same rows share one up factor."""
+    if not patches:
+        return None, (), ()
+    rows, columns = shape[0], shape[1:].numel()
+    groups = {}
+    for strength, adapter, _, offset, _ in patches:
+        up, down, alpha = adapter.weights[:3]
+        down = down.to(device, torch.float32).flatten(1)
+        scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
+        up = up.to(device, torch.float32).flatten(1) * scale
+        row, row_end = 0, rows
+        if offset is not None and offset[0] == 0:
+            row, row_end = offset[1], offset[1] + offset[2]
+        elif offset is not None:
+            down = torch.nn.functional.pad(down, (offset[1], columns - offset[1] - offset[2]))
+        downs, ups = groups.setdefault((row, row_end), ([], []))
+        downs.append(down)
+        ups.append(up)
+    slices, rank = [], 0
+    for (row, row_end), (downs, _) in groups.items():
+        ranks = sum(down.shape[0] for down in downs)
+        slices += [row, row_end, rank, rank + ranks]
+        rank += ranks
+    down = torch.cat([down for downs, _ in groups.values() for down in downs]).to(dtype)
+    return down, [torch.cat(ups, 1).to(dtype) for _, ups in groups.values()], slices
+
+
+def _fits(key: str, patch: tuple, shape: torch.Size) -> bool:
+    """Whether a patch can be applied to a weight of `shape`; the host would log an error at every step instead."""
+    _, value, _, offset, _ = patch
+    target = list(shape)
+    if offset is not None:
+        target[offset[0]] = offset[2]
+    target = torch.Size(target)
+    if type(value) is LoRAAdapter:
+        up, down = value.weights[0], value.weights[1]
+        rows, ranks = up.shape[0], up.shape[1:].numel()
+        reason = None
+        if value.weights[3] is None and (ranks != down.shape[0] or rows != target[0] or down.shape[1:].numel() != target[1:].numel()):
+            reason = f"it is made for a weight of {rows} x {down.shape[1:].numel()}"
+        elif ranks == 0:
+            reason = "its rank is 0"
+        elif not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+            reason = "it holds NaN or infinite values"
+    elif isinstance(value, tuple) and len(value) == 2 and value[0] == "diff" and value[1][0].shape != target and len(value[1]) == 1:
+        reason = f"it is made for a weight of shape {tuple(value[1][0].shape)}"
+    else:
+        reason = None
+    if reason is not None:
+        log.warning("[Featherweight] A LoRA is left out of %s, which is %s: %s.", key, " x ".join(map(str, target)), reason)
+    return reason is None
+
+
+def _moved(value, device):
+    """An adapter with its factors on `device`. Other patches may hold whole models and stay where they are."""
+    if not isinstance(value, WeightAdapterBase):
+        return value
+    return type(value)(value.loaded_keys, _tensors_to(value.weights, device))
+
+
+def _tensors_to(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_tensors_to(item, device) for item in value)
+    return value
+
+
+def adapter_tensors(value) -> list[torch.Tensor]:
+    """The factors of an adapter; none of other patches, which stay where they are."""
+    if not isinstance(value, WeightAdapterBase):
+        return []
+    items = [item for part in value.weights for item in (part if isinstance(part, (tuple, list)) else (part,))]
+    return [item for item in items if isinstance(item, torch.Tensor)]

@@ -1,0 +1,293 @@
+"""The mixin over the host's model patchers that keeps packed weights packed while patches are applied.
+
+`patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads a model, the patches of
+packed weights are out of its sight, and each packed layer gets them as `LayerPatches` on its attribute `lora`. What is
+applied right now lives on the model, which all clones of a patcher share, never on a patcher.
+"""
+import collections
+import contextlib
+
+import comfy.hooks
+import comfy.lora
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.patcher_extension import CallbacksMP
+
+from . import product
+from .linear import PackedLayer
+from .lora import LayerPatches, adapter_tensors, build_patches
+from .tensor import is_packed
+
+Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
+
+
+class Applied:
+    """What is applied to a model's packed layers now.
+
+    layers: weight name -> LayerPatches. before_hooks: what hooks have replaced for the moment. nbytes: of the factors in
+    `layers`, counted in the host's `model_loaded_weight_memory`.
+    """
+
+    def __init__(self):
+        self.layers = {}
+        self.before_hooks = {}
+        self.nbytes = 0
+
+
+_adopted_classes = {}
+
+
+def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """Make a patcher of the host, freshly loaded or cloned, keep packed weights packed. Returns it."""
+    cls = type(patcher)
+    if not issubclass(cls, PackedPatcher):
+        if cls not in _adopted_classes:
+            _adopted_classes[cls] = type(f"Packed{cls.__name__}", (PackedPatcher, cls), {})
+        patcher.__class__ = _adopted_classes[cls]
+    if not hasattr(patcher.model, "packed_patches"):
+        patcher.model.packed_patches = Applied()
+    return patcher
+
+
+class PackedPatcher:
+    """The methods of `ModelPatcher` and `ModelPatcherDynamic` that would touch packed weights."""
+
+    _hidden = None  # all patches, while `patches` holds only those the host may see
+
+    # --- which patches are ours ---
+
+    def _layer(self, key: str):
+        return comfy.utils.get_attr(self.model, key.removesuffix(".weight"))
+
+    def _packed_weight(self, key: str):
+        """The packed weight named `key`, or None."""
+        if not key.endswith(".weight"):
+            return None
+        layer = self._layer(key)
+        return layer.weight if isinstance(layer, PackedLayer) and is_packed(layer.weight) else None
+
+    def _owns(self, key: str, patches: list) -> bool:
+        """Whether these patches run in a packed layer. A weight that a patch reshapes is the host's to replace."""
+        weight = self._packed_weight(key)
+        return weight is not None and comfy.lora.calculate_shape(patches, weight, key) == weight.shape
+
+    @property
+    def _all_patches(self) -> dict:
+        return self.patches if self._hidden is None else self._hidden
+
+    def _packed_keys(self) -> list[str]:
+        return [key for key, patches in self._all_patches.items() if self._owns(key, patches)]
+
+    @contextlib.contextmanager
+    def _packed_patches_hidden(self):
+        """Inside this block the host does not see the patches of packed weights."""
+        if self._hidden is not None:
+            yield
+            return
+        packed = set(self._packed_keys())
+        self._hidden = self.patches
+        self.patches = {key: patches for key, patches in self.patches.items() if key not in packed}
+        try:
+            yield
+        finally:
+            self.patches, self._hidden = self._hidden, None
+
+    # --- building and applying ---
+
+    def _build(self, key: str, patches: list, device, original_weights=None) -> LayerPatches | None:
+        layer = self._layer(key)
+        dtype = self.object_patches.get("manual_cast_dtype")
+        if dtype is None:  # text encoders do not say; their factors are cast at first use
+            dtype = self.model.get_dtype_inference() if hasattr(self.model, "get_dtype_inference") else torch.float32
+        branch = layer.has_branch and key not in self.weight_wrapper_patches
+        return build_patches(key, patches, layer.weight.shape, device, dtype, branch, original_weights)
+
+    def _set(self, key: str, patches: LayerPatches | None):
+        """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""
+        layer = self._layer(key)
+        functions = [function for function in layer.weight_function if not isinstance(function, LayerPatches)]
+        if functions and patches is not None:
+            layer.lora, layer.weight_function = None, [patches, *functions]
+        else:
+            layer.lora, layer.weight_function = patches, functions
+
+    def _apply_packed(self, device):
+        """Give every packed layer its patches, and count their factors as loaded."""
+        applied = self.model.packed_patches
+        self._clear_packed()
+        patches = self._all_patches
+        for key in self._packed_keys():
+            built = self._build(key, patches[key], device)
+            if built is not None:
+                applied.layers[key] = built
+                self._set(key, built)
+        applied.nbytes = sum(built.nbytes for built in applied.layers.values())
+        self.model.model_loaded_weight_memory += applied.nbytes
+
+    def _clear_packed(self):
+        """Free what packed layers run; the host sets its own counter of loaded memory."""
+        applied = self.model.packed_patches
+        for key in applied.layers.keys() | applied.before_hooks.keys():
+            self._set(key, None)
+        applied.layers, applied.before_hooks, applied.nbytes = {}, {}, 0
+
+    def _factor_bytes(self) -> int:
+        """About what the factors of this patcher's patches take on the device, before they are built."""
+        return sum(tensor.nbytes for key in self._packed_keys() for patch in self._all_patches[key]
+                   for tensor in adapter_tensors(patch[1]))
+
+    def model_size(self):
+        return super().model_size() + self._factor_bytes()  # so that the host makes room for them
+
+    def clone(self, *args, **kwargs):
+        clone = adopt(super().clone(*args, **kwargs))
+        clone.size = self.size  # the host handed on model_size(), which counts this patcher's factors
+        return clone
+
+    # --- loading and unloading ---
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **dynamic):
+        if self.is_dynamic():
+            self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
+        else:
+            factors = self._factor_bytes()
+            budget = lowvram_model_memory if full_load else max(1, lowvram_model_memory - factors)
+            with self._packed_patches_hidden():
+                super().load(device_to, budget, force_patch_weights, full_load)
+            if full_load:
+                self.model.model_loaded_weight_memory -= factors  # the host has just set it to model_size()
+            self._apply_packed(device_to)
+        if self.current_hooks is not None:
+            self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
+
+    def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
+        # The host's `dirty` uploads every weight again. Only weights that it patches itself need that.
+        def patched_by_host():
+            return {module for module in self.model.modules()
+                    if getattr(module, "weight_lowvram_function", None) or getattr(module, "bias_lowvram_function", None)}
+
+        before = patched_by_host()
+        with self._packed_patches_hidden():
+            super().load(device_to, lowvram_model_memory)
+        if dirty:
+            for module in before | patched_by_host():
+                module._v_signature = None
+        self._apply_packed(device_to)
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if not self.is_dynamic() and self._can_swap(device_to, force_patch_weights):
+            with self.use_ejected(skip_and_inject_on_exit_only=True):
+                try:
+                    self._swap_patches(device_to)
+                except Exception:
+                    self.detach()
+                    raise
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+    def _can_swap(self, device_to, force_patch_weights) -> bool:
+        """Whether only patches differ from what is loaded, so that no base weight needs to move."""
+        loaded = self.model.current_weight_patches_uuid
+        force_cast = next((module.comfy_force_cast_weights for module in self.model.modules()
+                           if hasattr(module, "comfy_force_cast_weights")), self.force_cast_weights)
+        return (loaded is not None and loaded != self.patches_uuid and not force_patch_weights
+                and self.model.device == device_to and force_cast == self.force_cast_weights)
+
+    def _swap_patches(self, device_to):
+        """Exchange the applied patches for this patcher's where the weights lie; the host then finds nothing to do."""
+        self.unpatch_hooks()
+        self.model.model_loaded_weight_memory -= self.model.packed_patches.nbytes
+        for key, backup in self.backup.items():
+            device = comfy.utils.get_attr(self.model, key).device
+            comfy.utils.set_attr_param(self.model, key, backup.weight.to(device))
+        self.backup.clear()
+        with self._packed_patches_hidden():
+            for name, module in self.model.named_modules():
+                self._swap_host_patches(name, module, device_to)
+        self._apply_packed(device_to)
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            callback(self, device_to, 0, False, False)
+
+    def _swap_host_patches(self, name: str, module, device_to):
+        """Patches of one module that the host applies, as its own `load` leaves them."""
+        resident = getattr(module, "comfy_patched_weights", False)
+        for param, _ in module.named_parameters(recurse=False):
+            key = f"{name}.{param}"
+            functions = []
+            if key in self.patches and not resident:
+                _, set_func, convert_func = comfy.model_patcher.get_key_weight(self.model, key)
+                functions.append(comfy.model_patcher.LowVramPatch(key, self.patches, convert_func, set_func))
+            elif key in self.patches:
+                self.patch_weight_to_device(key, device_to=device_to)
+            if hasattr(module, f"{param}_function"):
+                setattr(module, f"{param}_function", functions + self.weight_wrapper_patches.get(key, []))
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            self._clear_packed()
+
+    def restore_loaded_backups(self):
+        restored = super().restore_loaded_backups()
+        self._clear_packed()
+        return restored
+
+    def partially_unload(self, *args, **kwargs):
+        with self._packed_patches_hidden():
+            return super().partially_unload(*args, **kwargs)
+
+    # --- single weights: saving, forced moves ---
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+        patches = self._all_patches.get(key, [])
+        weight = self._packed_weight(key)
+        if weight is None or not self._owns(key, patches):
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        if return_weight:
+            dense = product.unpack(weight.to(device_to), torch.float32)
+            return comfy.lora.calculate_weight(patches, dense, key).to(weight.dtype)
+        if force_cast:
+            if key not in self.backup:
+                self.backup[key] = Backup(weight.to(self.offload_device), False)
+            comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
+        return weight
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        state_dict = super().model_state_dict_for_saving(model, prefix)
+        for name in state_dict:
+            weight = self._packed_weight(prefix + name)
+            if weight is not None:  # written dense, one at a time, with its patches
+                empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                state_dict[name] = comfy.model_patcher.LazyCastingParam(self, prefix + name, empty)
+        return state_dict
+
+    # --- hooks ---
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        base = self._all_patches.get(key, [])
+        if key not in combined_patches or not self._owns(key, base + combined_patches[key]):
+            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        originals = {key: original_weights.pop(key)}
+        patches = self._build(key, base + combined_patches[key], self.load_device, originals)
+        self._set_for_hooks(key, patches)
+        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
+            self.cached_hook_patches.setdefault(hooks, {})[key] = patches
+
+    def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
+        if isinstance(cached_weights[key], (LayerPatches, type(None))):
+            self._set_for_hooks(key, cached_weights[key])
+        else:
+            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+
+    def _set_for_hooks(self, key: str, patches: LayerPatches | None):
+        applied = self.model.packed_patches
+        applied.before_hooks.setdefault(key, applied.layers.get(key))
+        self._set(key, patches)
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        before_hooks = self.model.packed_patches.before_hooks
+        for key in list(before_hooks):
+            if not whitelist_keys_set or key in whitelist_keys_set:
+                self._set(key, before_hooks.pop(key))
+        super().unpatch_hooks(whitelist_keys_set)
