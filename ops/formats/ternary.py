@@ -24,7 +24,10 @@ class TQ1_0(Format, ggml_type=34):
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         powers = [(blocks[:, :52].short() * 3**i & 0xFF) * 3 >> 8 for i in range(5)]
         digits = torch.cat(
-            [power[:, :32] for power in powers] + [power[:, 32:48] for power in powers] + [power[:, 48:] for power in powers[:4]], -1
+            [power[:, :32] for power in powers]
+            + [power[:, 32:48] for power in powers]
+            + [power[:, 48:] for power in powers[:4]],
+            -1,
         )
         return digits.float().sub_(1).mul_(half(blocks, 52))
 
@@ -43,4 +46,4 @@ class TQ2_0(Format, ggml_type=35):
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         codes = bit_planes(blocks[:, :64].view(-1, 2, 32), 2).view(-1, 256)
-        return codes.float().sub_(1).mul_(half(blocks, 64))
+        return codes.view(torch.int8).sub_(1).float().mul_(half(blocks, 64))
