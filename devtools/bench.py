@@ -16,10 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402, F401  the host and the pack, as in the tests
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
 import gguf  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from featherweight.loaders.container import open_weights  # noqa: E402
+from featherweight.loaders.diffusion import load_diffusion_model  # noqa: E402
 from featherweight.ops import product  # noqa: E402
 from featherweight.ops.format import FORMATS  # noqa: E402
 from featherweight.ops.tensor import packed_tensor  # noqa: E402
@@ -32,10 +35,15 @@ VOCABULARY = 262_144
 
 
 def side_by_side(variants: dict, rounds: int) -> dict[str, dict]:
-    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up."""
+    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up.
+
+    A variant's attribute `prepare`, if it has one, is called before each run and not timed.
+    """
     times = {name: [] for name in variants}
     for round_number in range(rounds + 1):
         for name, run in variants.items():
+            if hasattr(run, "prepare"):
+                run.prepare()
             started = time.perf_counter()
             run()
             if round_number:
@@ -122,7 +130,76 @@ def bench_memory(options) -> dict:
     return result
 
 
-CASES = {"unpack": bench_unpack, "linear": bench_linear, "header": bench_header, "memory": bench_memory}
+def lora_file(shapes: dict[str, tuple], rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA in BFL's key names on every matrix of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            tensors[f"{layer}.lora_up.weight"] = torch.randn(shape[0], rank, generator=generator) * 0.01
+            tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, shape[1], generator=generator) * 0.01
+    return tensors
+
+
+def bench_lora(options) -> dict:
+    """A step of a Flux of one double and one single block, real layer sizes, 1024 tokens, Q4_K, with and without LoRAs."""
+    shapes = flux_shapes(hidden=3072, double_blocks=1, single_blocks=1, context=4096)
+    loras = {"2 of rank 16": [lora_file(shapes, 16, seed) for seed in range(2)],
+             "4 of rank 32": [lora_file(shapes, 32, seed) for seed in range(4)]}
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "flux-q4_k.gguf"
+        write_random_gguf(path, shapes, "Q4_K")
+        packs = {"Featherweight": load_diffusion_model}
+        if options.peer:
+            packs[options.peer.name] = peer_loader(options.peer)
+        for pack, load in packs.items():
+            models = {"no LoRA": load(str(path))}
+            for title, files in loras.items():
+                model = models["no LoRA"]
+                for file in files:
+                    model, _ = comfy.sd.load_lora_for_models(model, None, file, 1.0, 0.0)
+                models[title] = model
+            results[pack] = side_by_side({title: step_of(model) for title, model in models.items()}, options.rounds)
+            show(pack, results[pack])
+    return results
+
+
+def step_of(patcher):
+    """A function that runs one step at 1024 tokens; what it runs first loads the model, which is not timed."""
+    latent, time_step, context = torch.randn(1, 16, 64, 64), torch.tensor([0.5]), torch.randn(1, 8, 4096)
+
+    def prepare():
+        comfy.model_management.load_models_gpu([patcher])
+
+    def run():
+        with torch.no_grad():
+            patcher.model.apply_model(latent, time_step, c_crossattn=context)
+
+    run.prepare = prepare
+    return run
+
+
+def peer_loader(folder: Path):
+    """The function behind `UnetLoaderGGUF` of another installed pack, loaded into this host."""
+    import asyncio
+
+    import folder_paths
+    import nodes
+
+    asyncio.run(nodes.load_custom_node(str(folder)))
+    node = nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]
+
+    def load(path: str):
+        directories, extensions = folder_paths.folder_names_and_paths["unet_gguf"]
+        folder_paths.folder_names_and_paths["unet_gguf"] = ([str(Path(path).parent), *directories], extensions)
+        return getattr(node(), node.FUNCTION)(unet_name=Path(path).name)[0]
+
+    return load
+
+
+CASES = {"unpack": bench_unpack, "linear": bench_linear, "lora": bench_lora, "header": bench_header, "memory": bench_memory}
 if sys.platform != "linux":
     del CASES["memory"]
 
@@ -132,6 +209,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF, to run the lora case on")
     parser.add_argument("--json", type=Path, default=ROOT / ".dev" / "bench.json", help="where to write the figures")
     options = parser.parse_args()
     figures = {"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",

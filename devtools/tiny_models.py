@@ -8,7 +8,8 @@ LATENT_CHANNELS = 16
 BLUR = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
 
 
-def flux_shapes(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2, context: int = 1024) -> dict[str, tuple]:
+def flux_shapes(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2,
+                context: int = 1024) -> dict[str, tuple]:
     """Shapes of a Flux without guidance and without pooled text (as schnell is, a plain flow model).
 
     hidden: a multiple of 128, the width of one head; 3072 in the real one. context: width of the text conditioning.

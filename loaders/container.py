@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..ops.format import FORMATS
+from ..ops.tensor import packed_tensor
 
 # Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
 PLAIN_DTYPES: dict[str, torch.dtype] = {
@@ -119,6 +120,17 @@ class WeightFile:
         if entry.format in PLAIN_DTYPES:
             return tensor.view(PLAIN_DTYPES[entry.format]).view(entry.shape)
         return tensor.view(FORMATS[entry.format].packed_shape(entry.stored_shape))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain ones otherwise.
+
+        Packed tensors show float32, the dtype their values have; a layer that takes one gives it the model's dtype.
+        """
+        return {name: self._as_tensor(entry) for name, entry in self.entries.items()}
+
+    def _as_tensor(self, entry: Entry) -> torch.Tensor:
+        data = self.tensor(entry.name)
+        return packed_tensor(FORMATS[entry.format], data, entry.shape) if entry.format in FORMATS else data
 
 
 def open_weights(path: str | os.PathLike) -> WeightFile:

@@ -9,9 +9,8 @@ import comfy.sd
 import torch
 
 from ..ops.linear import bare_parameters_unpacked, packed_operations
-from ..ops.format import FORMATS
-from ..ops.tensor import is_packed, packed_tensor, relabelled
 from ..ops.patcher import adopt
+from ..ops.tensor import is_packed, relabelled
 from .container import WeightFile, WeightFileError, open_weights
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    state_dict = fix_keys(packed_state_dict(file))
+    state_dict = fix_keys(file.state_dict())
     options = {"custom_operations": packed_operations(value_dtype, patch_dtype)}
     metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
     with bare_parameters_unpacked():
@@ -43,14 +42,6 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
     patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
     log.info("[Featherweight] %s", report(file, patcher))
     return patcher
-
-
-def packed_state_dict(file: WeightFile) -> dict[str, torch.Tensor]:
-    """Name -> tensor of the whole file: packed tensors where the format is packed, plain ones otherwise. No copies."""
-    return {
-        name: packed_tensor(FORMATS[entry.format], file.tensor(name), entry.shape) if entry.format in FORMATS else file.tensor(name)
-        for name, entry in file.entries.items()
-    }
 
 
 def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:

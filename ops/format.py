@@ -6,7 +6,8 @@ values of one row. A format is one class in `ops/formats`; it registers by being
 import torch
 
 # Values unpacked at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
-# makes unpacking a large weight about ten times faster than unpacking it whole.
+# makes unpacking a large weight about ten times faster than unpacking it whole. Smaller chunks lose to the cost
+# of starting an operation; larger ones gain little and can make malloc return its memory after every chunk.
 CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
 DEVICE_CHUNK_VALUES = 1 << 24
@@ -132,6 +133,12 @@ def split_bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
     words: int32, any shape. Returns int32 (*words.shape, count).
     """
     return torch.stack([words >> width * index for index in range(count)], -1) & ((1 << width) - 1)
+
+
+def bit_table(clear: int, raised: int) -> torch.Tensor:
+    """A table for `lookup`, int64 (256,): eight int8 values for every byte, one per bit, lowest bit first."""
+    bits = (torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1).bool()
+    return torch.where(bits, raised, clear).to(torch.int8).view(torch.int64).view(-1)
 
 
 def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

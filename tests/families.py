@@ -1,28 +1,32 @@
 """The host's diffusion models at sizes a test can afford, built from the host's own classes.
 
-A family's weights are random with a fixed seed, under the names the host's model gives them. Rows divide by 32 and mostly
-by 256, so that every format of ggml can pack them.
+A family's weights are random with a fixed seed, under the names the host's model gives them. Their rows divide by 32
+and mostly by 256, so that every format of ggml can pack them.
 """
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
+import comfy.sd
 import comfy.supported_models
 import torch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One architecture.
 
     host_class: the class of `patcher.model` the host must choose. supported: the host's entry in `supported_models`.
-    config: the shrunken configuration. latent, context: shapes of the model's main inputs; no latent: the model is not run.
-    extra: further arguments of `apply_model`, a tuple being a shape for random values. fixed: names in `config` whose value
-    the host does not read from a file; such a model runs only with the host's answer corrected (`shrunken_detection`).
-    metadata: what the file has to say beside its tensors. heavy: too large for every run, though shrunken.
+    config: the shrunken configuration. latent, context: shapes of the model's main inputs; no latent: the model is not
+    run. extra: further arguments of `apply_model`, a tuple being a shape for random values. fixed: the host's own
+    values of what it does not read from a file; such a model runs shrunken only with the host's answer corrected.
+    metadata: what the file has to say beside its tensors.
     """
 
     host_class: str
@@ -31,9 +35,8 @@ class Family:
     latent: tuple[int, ...] | None
     context: tuple[int, ...] | None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fixed: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    heavy: bool = False
 
 
 def host_model(family: Family, config: Mapping[str, Any], device: str = "cpu") -> torch.nn.Module:
@@ -44,12 +47,12 @@ def host_model(family: Family, config: Mapping[str, Any], device: str = "cpu") -
     return model_config.get_model({}, "", device=device).diffusion_model
 
 
+@functools.lru_cache(maxsize=1)
 def random_weights(family: Family) -> dict[str, torch.Tensor]:
     """Name -> float32 tensor of the shrunken model."""
     generator = torch.Generator().manual_seed(0)
-    model = host_model(family, family.config)
-    weights = model.state_dict()  # buffers keep their values
-    for name, param in model.named_parameters():
+    weights = host_model(family, family.config).state_dict()
+    for name, param in weights.items():
         values = torch.randn(param.shape, generator=generator)
         if param.ndim > 1:
             values *= min(0.05, (param.shape[0] / param.numel()) ** 0.5)
@@ -60,10 +63,9 @@ def random_weights(family: Family) -> dict[str, torch.Tensor]:
 
 
 def full_width_shapes(family: Family) -> dict[str, torch.Size]:
-    """Name -> shape of the model with the few blocks of the shrunken one and the widths the host insists on."""
-    shrunken = host_model(family, family.config, "meta").state_dict()
-    config = comfy.model_detection.detect_unet_config(shrunken, "")
-    return {name: value.shape for name, value in host_model(family, config, "meta").state_dict().items()}
+    """Name -> shape of the model with the widths the host insists on."""
+    model = host_model(family, {**family.config, **family.fixed}, "meta")
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def shrunken_detection(family: Family, monkeypatch):
@@ -91,6 +93,36 @@ def inputs(family: Family) -> dict[str, Any]:
     if family.context is not None:
         arguments["c_crossattn"] = value(family.context)
     return arguments | {name: value(shape) for name, shape in family.extra.items()}
+
+
+def host_patcher(weights: Mapping[str, Any], family: Family, **options) -> comfy.model_patcher.ModelPatcher:
+    """What the host's own loader makes of dense weights."""
+    weights = {name: torch.tensor(values) for name, values in weights.items()}
+    return comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, metadata=family.metadata)
+
+
+def run(patcher: comfy.model_patcher.ModelPatcher, family: Family) -> torch.Tensor:
+    """What the model adds to its input. The denoised image alone would hide a small error behind the input."""
+    comfy.model_management.load_models_gpu([patcher])
+    arguments = inputs(family)
+    with torch.inference_mode():
+        return patcher.model.apply_model(**arguments) - arguments["x"]
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    assert expected.isfinite().all() and expected.norm() > 0
+    return ((out - expected).norm() / expected.norm()).item()
+
+
+def comfyui_gguf_style(packed_type: str = "Q8_0") -> dict[str, Any]:
+    """Arguments of `write_gguf` for what ComfyUI-GGUF's converter writes: matrices are packed, norms and biases are F32."""
+    return {"type_of": lambda name, values: packed_type if values.ndim == 2 else "F32", "architecture": "flux"}
+
+
+def stable_diffusion_cpp_style(packed_type: str = "Q4_0", vector_type: str = "F16") -> dict[str, Any]:
+    """What stable-diffusion.cpp writes: every matrix whose rows divide is packed, and no architecture is named."""
+    types = {1: vector_type, 2: packed_type}
+    return {"type_of": lambda name, values: types.get(values.ndim, "F16"), "architecture": None}
 
 
 _FLUX = dict(
@@ -132,14 +164,11 @@ _LUMINA = dict(
 _COSMOS = dict(
     max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16, patch_spatial=2, patch_temporal=1,
     model_channels=256, num_blocks=1, num_heads=2, concat_padding_mask=True, crossattn_emb_channels=1024,
-    pos_emb_cls="rope3d", pos_emb_learnable=True, pos_emb_interpolation="crop", min_fps=1, max_fps=30,
-    use_adaln_lora=True, adaln_lora_dim=256, extra_per_block_abs_pos_emb=False, rope_h_extrapolation_ratio=4.0,
-    rope_w_extrapolation_ratio=4.0, rope_t_extrapolation_ratio=1.0, extra_h_extrapolation_ratio=1.0,
-    extra_w_extrapolation_ratio=1.0, extra_t_extrapolation_ratio=1.0, rope_enable_fps_modulation=False)
+    pos_emb_cls="rope3d", pos_emb_interpolation="crop", use_adaln_lora=True, adaln_lora_dim=256)
 
-_KANDINSKY = dict(
-    image_model="kandinsky5", model_dim=256, axes_dims=(16, 24, 24), time_dim=256, ff_dim=512, visual_embed_dim=132,
-    num_text_blocks=1, num_visual_blocks=1)
+_COSMOS2 = dict(
+    _COSMOS, pos_emb_learnable=True, min_fps=1, max_fps=30, extra_per_block_abs_pos_emb=False,
+    rope_h_extrapolation_ratio=4.0, rope_w_extrapolation_ratio=4.0, rope_enable_fps_modulation=False)
 
 _LTX2 = dict(
     attention_head_dim=8, cross_attention_dim=256, audio_attention_head_dim=8, audio_cross_attention_dim=256,
@@ -164,7 +193,7 @@ FAMILIES = {
         latent=(1, 16, 8, 8), context=(1, 7, 256)),
     "chroma": Family(
         "comfy.model_base.Chroma", "Chroma", _CHROMA, latent=(1, 16, 8, 8), context=(1, 7, 256),
-        extra={"guidance": torch.tensor([0.0])}, fixed=("out_dim", "hidden_dim", "n_layers")),
+        extra={"guidance": torch.tensor([0.0])}, fixed={"out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}),
     "sd3.5": Family(
         "comfy.model_base.SD3", "SD3", _SD3, latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"y": (1, 256)}),
     "sd1.5": Family(
@@ -187,7 +216,8 @@ FAMILIES = {
     "wan2.1-vace": Family(
         "comfy.model_base.WAN21_Vace", "WAN21_Vace",
         {**_WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96},
-        latent=(1, 16, 2, 4, 4), context=(1, 7, 4096), extra={"vace_context": (1, 1, 96, 2, 4, 4), "vace_strength": [1.0]}),
+        latent=(1, 16, 2, 4, 4), context=(1, 7, 4096),
+        extra={"vace_context": (1, 1, 96, 2, 4, 4), "vace_strength": [1.0]}),
     "wan2.1-camera": Family(
         "comfy.model_base.WAN21_Camera", "WAN21_Camera", {**_WAN, "model_type": "camera", "in_dim": 32},
         latent=(1, 16, 2, 4, 4), context=(1, 7, 4096),
@@ -196,8 +226,8 @@ FAMILIES = {
         "comfy.model_base.WAN21_HuMo", "WAN21_HuMo", {**_WAN, "model_type": "humo", "in_dim": 36},
         latent=None, context=None),
     "wan2.2-animate": Family(
-        "comfy.model_base.WAN22_Animate", "WAN22_Animate", {**_WAN, "model_type": "animate", "in_dim": 36},
-        latent=None, context=None),
+        "comfy.model_base.WAN22_Animate", "WAN22_Animate",
+        {**_WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, latent=None, context=None),
     "wan2.2-s2v": Family(
         "comfy.model_base.WAN22_S2V", "WAN22_S2V", {**_WAN, "model_type": "s2v", "num_layers": 40},
         latent=None, context=None),
@@ -231,19 +261,19 @@ FAMILIES = {
     "aura-flow": Family(
         "comfy.model_base.AuraFlow", "AuraFlow",
         dict(max_seq=64, cond_seq_dim=2048, n_double_layers=1, n_layers=2, dim=256, n_heads=1, global_conddim=256),
-        latent=(1, 4, 8, 8), context=(1, 7, 2048), fixed=("dim", "n_heads", "global_conddim")),
+        latent=(1, 4, 8, 8), context=(1, 7, 2048), fixed={"dim": 3072, "n_heads": 12, "global_conddim": 3072}),
     "pixart-sigma": Family(
         "comfy.model_base.PixArt", "PixArtSigma",
         dict(image_model="pixart_sigma", num_heads=2, patch_size=2, hidden_size=256, in_channels=4, depth=1,
              model_max_length=300, micro_condition=False),
-        latent=(1, 4, 64, 64), context=(1, 7, 4096), fixed=("num_heads", "hidden_size")),
+        latent=(1, 4, 64, 64), context=(1, 7, 4096), fixed={"num_heads": 16, "hidden_size": 1152}),
     "hunyuan-dit": Family(
         "comfy.model_base.HunyuanDiT", "HunyuanDiT",
-        dict(image_model="hydit", depth=2, hidden_size=256, num_heads=2),
-        latent=(1, 4, 8, 8), context=(1, 77, 1024),
-        extra={"text_embedding_mask": torch.ones(1, 77), "encoder_hidden_states_t5": (1, 256, 2048),
+        dict(image_model="hydit", depth=2, hidden_size=256, num_heads=2, text_states_dim=256, text_states_dim_t5=256),
+        latent=(1, 4, 8, 8), context=(1, 77, 256),
+        extra={"text_embedding_mask": torch.ones(1, 77), "encoder_hidden_states_t5": (1, 256, 256),
                "text_embedding_mask_t5": torch.ones(1, 256), "image_meta_size": torch.full((1, 6), 1024.0)},
-        fixed=("num_heads",)),
+        fixed={"num_heads": 16, "text_states_dim": 1024, "text_states_dim_t5": 2048}),
     "mochi": Family(
         "comfy.model_base.GenmoMochi", "GenmoMochi",
         dict(image_model="mochi_preview", depth=2, patch_size=2, num_heads=2, hidden_size_x=256, hidden_size_y=128,
@@ -252,34 +282,38 @@ FAMILIES = {
              attend_to_padding=False, timestep_scale=1000.0, use_t5=True, t5_feat_dim=256, t5_token_length=8,
              rope_theta=10000.0),
         latent=(1, 12, 2, 4, 4), context=(1, 8, 256), extra={"attention_mask": torch.ones(1, 8), "num_tokens": 8},
-        fixed=("depth", "num_heads", "hidden_size_x", "hidden_size_y", "mlp_ratio_x", "t5_feat_dim", "t5_token_length")),
+        fixed={"depth": 48, "num_heads": 24, "hidden_size_x": 3072, "hidden_size_y": 1536, "mlp_ratio_x": 4.0,
+               "t5_feat_dim": 4096, "t5_token_length": 256}),
     "lumina2": Family(
         "comfy.model_base.Lumina2", "Lumina2",
         {**_LUMINA, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [32, 48, 48], "axes_lens": [300, 512, 512],
          "rope_theta": 10000.0, "ffn_dim_multiplier": 1.0},
         latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"num_tokens": 7},
-        fixed=("n_heads", "n_kv_heads", "axes_dims", "axes_lens", "rope_theta", "ffn_dim_multiplier")),
+        fixed={"dim": 2304, "n_heads": 24, "n_kv_heads": 8, "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512],
+               "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0}),
     "z-image": Family(
         "comfy.model_base.Lumina2", "ZImage",
         {**_LUMINA, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
          "rope_theta": 256.0, "ffn_dim_multiplier": 1.0, "z_image_modulation": True, "time_scale": 1000.0,
          "pad_tokens_multiple": 32},
         latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"num_tokens": 7},
-        fixed=("n_heads", "n_kv_heads", "axes_dims", "axes_lens", "rope_theta", "ffn_dim_multiplier",
-               "z_image_modulation", "time_scale", "pad_tokens_multiple")),
+        fixed={"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
+               "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0,
+               "pad_tokens_multiple": 32}),
     "qwen-image": Family(
         "comfy.model_base.QwenImage", "QwenImage",
         dict(image_model="qwen_image", in_channels=64, num_layers=1, num_attention_heads=2, joint_attention_dim=256),
-        latent=(1, 16, 1, 8, 8), context=(1, 7, 256), fixed=("num_attention_heads", "joint_attention_dim")),
+        latent=(1, 16, 1, 8, 8), context=(1, 7, 256), fixed={"num_attention_heads": 24, "joint_attention_dim": 3584}),
     "hidream": Family(
         "comfy.model_base.HiDream", "HiDream",
         dict(image_model="hidream", attention_head_dim=128, axes_dims_rope=[64, 32, 32], caption_channels=[256, 256],
              max_resolution=[128, 128], in_channels=16, llama_layers=[0, 1], num_attention_heads=2,
              num_routed_experts=4, num_activated_experts=2, num_layers=1, num_single_layers=1, out_channels=16,
              patch_size=2, text_emb_dim=256),
-        latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"y": (1, 256), "encoder_hidden_states_llama3": (1, 2, 7, 256)},
-        fixed=("caption_channels", "llama_layers", "num_attention_heads", "num_layers", "num_single_layers",
-               "text_emb_dim")),
+        latent=(1, 16, 8, 8), context=(1, 7, 256),
+        extra={"y": (1, 256), "encoder_hidden_states_llama3": (1, 2, 7, 256)},
+        fixed={"caption_channels": [4096, 4096], "llama_layers": [*range(32), *[31] * 16], "num_attention_heads": 20,
+               "num_layers": 16, "num_single_layers": 32, "text_emb_dim": 2048}),
     "omnigen2": Family(
         "comfy.model_base.Omnigen2", "Omnigen2",
         dict(image_model="omnigen2", axes_dim_rope=[40, 40, 40], axes_lens=[1024, 1664, 1664], ffn_dim_multiplier=None,
@@ -287,29 +321,29 @@ FAMILIES = {
              num_layers=1, num_refiner_layers=1, out_channels=None, patch_size=2, text_feat_dim=256,
              timestep_scale=1000.0),
         latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"num_tokens": 7},
-        fixed=("hidden_size", "num_attention_heads", "num_kv_heads", "num_layers", "num_refiner_layers",
-               "text_feat_dim")),
+        fixed={"hidden_size": 2520, "num_attention_heads": 21, "num_kv_heads": 7, "num_layers": 32,
+               "num_refiner_layers": 2, "text_feat_dim": 2048}),
     "cosmos-predict2": Family(
-        "comfy.model_base.CosmosPredict2", "CosmosT2IPredict2", {**_COSMOS, "image_model": "cosmos_predict2"},
+        "comfy.model_base.CosmosPredict2", "CosmosT2IPredict2", {**_COSMOS2, "image_model": "cosmos_predict2"},
         latent=(1, 16, 1, 8, 8), context=(1, 7, 1024),
-        fixed=("num_blocks", "num_heads")),
+        fixed={"model_channels": 2048, "num_blocks": 28, "num_heads": 16}),
     "anima": Family(
-        "comfy.model_base.Anima", "Anima", {**_COSMOS, "image_model": "anima"},
+        "comfy.model_base.Anima", "Anima", {**_COSMOS2, "image_model": "anima"},
         latent=(1, 16, 1, 8, 8), context=(1, 7, 1024),
-        extra={"t5xxl_ids": torch.arange(7)[None], "t5xxl_weights": torch.ones(1, 7, 1)}, heavy=True,
-        fixed=("num_blocks", "num_heads")),
+        extra={"t5xxl_ids": torch.arange(7)[None], "t5xxl_weights": torch.ones(1, 7, 1)},
+        fixed={"model_channels": 2048, "num_blocks": 28, "num_heads": 16}),
     "cosmos": Family(
         "comfy.model_base.CosmosVideo", "CosmosT2V",
-        {**{name: value for name, value in _COSMOS.items() if name not in ("min_fps", "max_fps", "rope_enable_fps_modulation")},
-         "image_model": "cosmos", "block_config": "FA-CA-MLP", "block_x_format": "THWBD",
-         "pos_emb_learnable": False, "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True,
-         "extra_per_block_abs_pos_emb_type": "learnable", "rope_h_extrapolation_ratio": 2.0,
-         "rope_w_extrapolation_ratio": 2.0, "rope_t_extrapolation_ratio": 2.0, "extra_h_extrapolation_ratio": 2.0,
-         "extra_w_extrapolation_ratio": 2.0, "extra_t_extrapolation_ratio": 2.0},
-        latent=(1, 16, 1, 8, 8), context=(1, 7, 1024), extra={"fps": None}, fixed=("num_blocks", "num_heads")),
+        {**_COSMOS, "image_model": "cosmos", "block_config": "FA-CA-MLP", "block_x_format": "THWBD",
+         "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable"},
+        latent=(1, 16, 1, 8, 8), context=(1, 7, 1024), extra={"fps": None},
+        fixed={"model_channels": 4096, "num_blocks": 28, "num_heads": 32}),
     "kandinsky5": Family(
-        "comfy.model_base.Kandinsky5", "Kandinsky5", _KANDINSKY, latent=(1, 16, 1, 8, 8), context=(1, 7, 3584),
-        extra={"y": (1, 768), "c_concat": (1, 17, 1, 8, 8)}, fixed=("axes_dims",)),
+        "comfy.model_base.Kandinsky5", "Kandinsky5",
+        dict(image_model="kandinsky5", model_dim=256, time_dim=256, ff_dim=512, visual_embed_dim=132,
+             num_text_blocks=1, num_visual_blocks=1),
+        latent=(1, 16, 1, 8, 8), context=(1, 7, 3584),
+        extra={"y": (1, 768), "c_concat": (1, 17, 1, 8, 8)}),
     "ace-step": Family(
         "comfy.model_base.ACEStep", "ACEStep",
         dict(audio_model="ace", attention_head_dim=128, in_channels=8, inner_dim=256, max_height=16, max_position=1024,
@@ -319,31 +353,33 @@ FAMILIES = {
              lyric_hidden_size=1024),
         latent=(1, 8, 16, 8), context=(1, 7, 256),
         extra={"lyric_token_idx": torch.arange(9)[None], "speaker_embeds": (1, 512), "lyrics_strength": 1.0},
-        heavy=True, fixed=("inner_dim", "max_position", "num_attention_heads", "num_layers", "text_embedding_dim",
-               "ssl_latent_dims", "lyric_encoder_vocab_size")),
+        fixed={"inner_dim": 2560, "max_position": 32768, "num_attention_heads": 20, "num_layers": 24,
+               "text_embedding_dim": 768, "ssl_latent_dims": [1024, 768], "lyric_encoder_vocab_size": 6693}),
     "ace-step-1.5": Family(
         "comfy.model_base.ACEStep15", "ACEStep15",
         dict(audio_model="ace1.5", hidden_size=256, intermediate_size=256, num_heads=8, encoder_hidden_size=256,
              encoder_num_heads=8, encoder_intermediate_size=256, num_dit_layers=1, fsq_dim=256),
         latent=(1, 64, 10), context=(1, 7, 1024),
-        extra={"lyric_embed": (1, 5, 1024), "refer_audio": (1, 64, 10), "is_covers": False}, fixed=("fsq_dim",)),
+        extra={"lyric_embed": (1, 5, 1024), "refer_audio": (1, 64, 10), "is_covers": False},
+        fixed={"encoder_hidden_size": 2048, "fsq_dim": 2048}),
     "ernie-image": Family(
         "comfy.model_base.ErnieImage", "ErnieImage",
         dict(image_model="ernie", hidden_size=256, num_attention_heads=2, num_layers=1, ffn_hidden_size=512,
              text_in_dim=512),
         latent=(1, 128, 4, 4), context=(1, 7, 512),
-        fixed=("hidden_size", "num_attention_heads", "num_layers", "ffn_hidden_size", "text_in_dim")),
+        fixed={"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288,
+               "text_in_dim": 3072}),
     "krea2": Family(
         "comfy.model_base.Krea2", "Krea2",
         dict(image_model="krea2", features=256, channels=16, patch=2, layers=1, heads=2, kvheads=1, txtlayers=2,
              txtdim=256, txtheads=2, txtkvheads=2),
-        latent=(1, 16, 1, 8, 8), context=(1, 7, 512), fixed=("txtheads", "txtkvheads")),
+        latent=(1, 16, 1, 8, 8), context=(1, 7, 512), fixed={"txtdim": 2560, "txtheads": 20, "txtkvheads": 20}),
     "boogu": Family(
         "comfy.model_base.Boogu", "Boogu",
         dict(image_model="boogu", hidden_size=480, num_layers=1, num_double_stream_layers=1, num_refiner_layers=1,
              instruction_feat_dim=256, num_attention_heads=4, num_kv_heads=2),
         latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"num_tokens": 7},
-        fixed=("num_attention_heads", "num_kv_heads")),
+        fixed={"hidden_size": 3360, "num_attention_heads": 28, "num_kv_heads": 7}),
     "lens": Family(
         "comfy.model_base.Lens", "Lens",
         dict(image_model="lens", in_channels=128, out_channels=32, num_layers=1, num_attention_heads=4,

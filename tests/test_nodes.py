@@ -8,13 +8,13 @@ import nodes as host_nodes
 import pytest
 import torch
 from comfy_api.latest import io
-from conftest import PACK
 from featherweight.loaders import folders
 from featherweight.loaders.container import WeightFileError
 from featherweight.nodes import FeatherweightExtension, legacy_gguf
 
 from devtools import tiny_models
 from devtools.gguf_files import write_gguf
+from devtools.server import ROOT
 
 
 async def load_extension():
@@ -38,7 +38,7 @@ LEGACY_INPUTS = {
 
 @pytest.mark.parametrize("node_id", NODES)
 def test_every_node_has_a_help_page_and_a_description(node_id):
-    assert (PACK / "nodes" / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8").startswith("# ")
+    assert (ROOT / "nodes" / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8").startswith("# ")
     schema = NODES[node_id].GET_SCHEMA()
     assert schema.description and schema.display_name and schema.category.startswith("Featherweight")
 

@@ -1,10 +1,13 @@
 """Rules about the files themselves: who imports whom, and what must stand beside what."""
 import ast
 import sys
+from pathlib import Path
 
+import comfy.options
 import pytest
-from conftest import HOST, PACK
 
+PACK = Path(__file__).resolve().parent.parent
+HOST = Path(comfy.options.__file__).resolve().parent.parent
 LAYERS = ("nodes", "loaders", "ops")  # each may import itself and those after it
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 USES_HOST = {

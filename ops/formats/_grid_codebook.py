@@ -1,7 +1,7 @@
 """Formats whose codes name four or eight values at once: a point of a grid. The grids are gguf's own tables."""
 import torch
 
-from ..format import Format
+from ..format import Format, bit_table
 
 
 def grid_values(name: str) -> torch.Tensor:
@@ -15,12 +15,6 @@ def grid_values(name: str) -> torch.Tensor:
     return torch.tensor(reference.grid_map, dtype=torch.int8)[codes].view(reference.grid_shape)
 
 
-def sign_values(signs: torch.Tensor) -> torch.Tensor:
-    """int64 (entries,): eight int8 signs for every byte of `signs`, -1 where the bit is set, lowest bit first."""
-    bits = signs.unsqueeze(-1) >> torch.arange(8) & 1
-    return (1 - 2 * bits).to(torch.int8).view(torch.int64).view(-1)
-
-
 class GridCodebook(Format):
     """Base of formats that multiply grid points by signs."""
 
@@ -32,12 +26,12 @@ class GridCodebook(Format):
 
     @staticmethod
     def signs() -> torch.Tensor:
-        """Signs for every byte."""
-        return sign_values(torch.arange(256))
+        """The signs of eight values for every byte."""
+        return bit_table(1, -1)
 
     @staticmethod
     def even_signs() -> torch.Tensor:
-        """Signs for every 7-bit code: the eighth bit makes the number of minus signs even."""
+        """The signs of eight values for every 7-bit code: the eighth bit makes the number of minus signs even."""
         from gguf import quants
 
-        return sign_values(torch.tensor(list(quants.IQ2_XXS.ksigns)))
+        return bit_table(1, -1)[list(quants.IQ2_XXS.ksigns)]

@@ -50,7 +50,7 @@ class Q3_K(Format, ggml_type=11):
         scales = scales.float().sub_(32).mul_(half(blocks, 108)).unsqueeze(-1)
         codes = bit_planes(blocks[:, 32:96].view(-1, 2, 32), 2).view(-1, 256)
         codes.view(torch.int32).bitwise_or_(bit_planes(blocks[:, :32], 1, at=2).view(-1, 256).view(torch.int32))
-        return codes.float().sub_(4).view(-1, 16, 16).mul_(scales).view(-1, 256)
+        return codes.view(torch.int8).sub_(4).float().view(-1, 16, 16).mul_(scales).view(-1, 256)
 
 
 def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ class Q6_K(Format, ggml_type=14):
         codes = bit_planes(blocks[:, :128].view(-1, 2, 64), 4).view(-1, 256)
         high = bit_planes(blocks[:, 128:192].view(-1, 2, 32), 2, at=4).view(-1, 256)
         codes.view(torch.int32).bitwise_or_(high.view(torch.int32))
-        return codes.float().sub_(32).view(-1, 16, 16).mul_(scales).view(-1, 256)
+        return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(scales).view(-1, 256)
 
 
 class Q8_K(Format, ggml_type=15):

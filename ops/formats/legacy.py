@@ -5,7 +5,7 @@ The low nibbles of `qs` hold values 0..15, the high nibbles values 16..31.
 """
 import torch
 
-from ..format import Format, bit_planes, half, lookup
+from ..format import Format, bit_planes, bit_table, half, lookup
 
 
 class Q4_0(Format, ggml_type=2):
@@ -22,7 +22,7 @@ class Q4_0(Format, ggml_type=2):
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         codes = bit_planes(blocks[:, 2:], 4).view(-1, 32)
-        return codes.float().sub_(8).mul_(half(blocks, 0))
+        return codes.view(torch.int8).sub_(8).float().mul_(half(blocks, 0))
 
 
 class Q4_1(Format, ggml_type=3):
@@ -43,20 +43,21 @@ class Q4_1(Format, ggml_type=3):
         return codes.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
-def _fifth_bits() -> torch.Tensor:
-    """int64 (256,): for each byte of `qh`, 16 in every byte whose bit is set."""
-    bits = torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1
-    return (bits * 16).to(torch.int8).view(torch.int64).view(-1)
+class FiveBitCodes(Format):
+    """Base of the formats that keep the fifth bits of the codes apart."""
+
+    @staticmethod
+    def fifth_bits() -> torch.Tensor:
+        return bit_table(0, 16)
+
+    @classmethod
+    def codes(cls, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """Codes, int8 (n, 32), from the fifth bits `qh`, uint8 (n, 4), and the nibbles `qs`, uint8 (n, 16)."""
+        codes = bit_planes(low, 4).view(torch.int8).view(-1, 32)
+        return codes.bitwise_or_(lookup(cls.constant("fifth_bits", low.device), high).view(-1, 32))
 
 
-def _five_bit_codes(table: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """Codes, uint8 (n, 32), from the fifth bits `qh`, uint8 (n, 4), and the nibbles `qs`, uint8 (n, 16)."""
-    codes = bit_planes(low, 4).view(-1, 32)
-    codes.view(torch.int32).bitwise_or_(lookup(table, high).view(-1, 32).view(torch.int32))
-    return codes
-
-
-class Q5_0(Format, ggml_type=6):
+class Q5_0(FiveBitCodes, ggml_type=6):
     """value = d * (code - 16)
 
     | offset | size | meaning                                            |
@@ -67,15 +68,13 @@ class Q5_0(Format, ggml_type=6):
     """
 
     block_length, block_bytes = 32, 22
-    fifth_bits = staticmethod(_fifth_bits)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        codes = _five_bit_codes(cls.constant("fifth_bits", blocks.device), blocks[:, 2:6], blocks[:, 6:])
-        return codes.float().sub_(16).mul_(half(blocks, 0))
+        return cls.codes(blocks[:, 2:6], blocks[:, 6:]).sub_(16).float().mul_(half(blocks, 0))
 
 
-class Q5_1(Format, ggml_type=7):
+class Q5_1(FiveBitCodes, ggml_type=7):
     """value = d * code + m
 
     | offset | size | meaning                                            |
@@ -87,12 +86,10 @@ class Q5_1(Format, ggml_type=7):
     """
 
     block_length, block_bytes = 32, 24
-    fifth_bits = staticmethod(_fifth_bits)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        codes = _five_bit_codes(cls.constant("fifth_bits", blocks.device), blocks[:, 4:8], blocks[:, 8:])
-        return codes.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
+        return cls.codes(blocks[:, 4:8], blocks[:, 8:]).float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
 class Q8_0(Format, ggml_type=8):

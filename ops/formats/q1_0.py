@@ -1,7 +1,7 @@
 """One bit a value: the sign of a float16 scale."""
 import torch
 
-from ..format import Format, half, lookup
+from ..format import Format, bit_table, half, lookup
 
 
 class Q1_0(Format, ggml_type=41):
@@ -19,9 +19,7 @@ class Q1_0(Format, ggml_type=41):
 
     @staticmethod
     def signs() -> torch.Tensor:
-        """int64 (256,): for each byte, 1 in every byte whose bit is set, else -1."""
-        bits = torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1
-        return (bits * 2 - 1).to(torch.int8).view(torch.int64).view(-1)
+        return bit_table(-1, 1)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:

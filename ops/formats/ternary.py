@@ -10,22 +10,21 @@ from ..format import Format, bit_planes, half
 class TQ1_0(Format, ggml_type=34):
     """value = d * (digit - 1). A byte b holds base-3 digits: digit i is (b * 3**i mod 256) * 3 >> 8.
 
-    | offset | size | meaning                                                          |
-    |--------|------|------------------------------------------------------------------|
+    | offset | size | meaning                                                                   |
+    |--------|------|---------------------------------------------------------------------------|
     | 0      | 32   | values 0..159: digit i of the bytes holds values 32 i to 32 i + 31        |
     | 32     | 16   | values 160..239: digit i of the bytes holds 16 neighbouring values        |
     | 48     | 4    | values 240..255: digit i of the bytes, i < 4, holds 4 neighbouring values |
-    | 52     | 2    | d, float16                                                       |
+    | 52     | 2    | d, float16                                                                |
     """
 
     block_length, block_bytes = 256, 54
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        powers = [(blocks[:, :52].short() * 3**i & 0xFF) * 3 >> 8 for i in range(5)]
-        digits = torch.cat(
-            [power[:, :32] for power in powers] + [power[:, 32:48] for power in powers] + [power[:, 48:] for power in powers[:4]], -1
-        )
+        packed = blocks[:, :52].short()
+        planes = torch.stack([(packed * 3**i & 0xFF) * 3 >> 8 for i in range(5)], 1)
+        digits = torch.cat([planes[..., :32].flatten(1), planes[..., 32:48].flatten(1), planes[:, :4, 48:].flatten(1)], -1)
         return digits.float().sub_(1).mul_(half(blocks, 52))
 
 
@@ -43,4 +42,4 @@ class TQ2_0(Format, ggml_type=35):
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         codes = bit_planes(blocks[:, :64].view(-1, 2, 32), 2).view(-1, 256)
-        return codes.float().sub_(1).mul_(half(blocks, 64))
+        return codes.view(torch.int8).sub_(1).float().mul_(half(blocks, 64))

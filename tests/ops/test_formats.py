@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from featherweight.devtools.gguf_files import block_pool
+from devtools.gguf_files import block_pool
 from featherweight.ops import format as base
 from featherweight.ops import formats
 from featherweight.ops.format import FORMATS, GGML_FORMATS
@@ -159,7 +159,8 @@ def test_lookup_tables_are_built_once(fmt):
     assert not calls.names & {"arange", "lift_fresh", "lift_fresh_copy", "scalar_tensor", "full", "zeros", "ones"}
 
 
-@pytest.mark.parametrize("path", [Path(base.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [Path(base.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))], ids=lambda path: path.stem)
 def test_formats_import_only_torch_and_never_use_numpy(path):
     tree = ast.parse(path.read_text())
     for node in tree.body:

@@ -1,0 +1,247 @@
+"""What converters do to names, shapes and types, and what people pick by mistake."""
+import logging
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import pytest
+import torch
+from families import (
+    FAMILIES, comfyui_gguf_style, host_patcher, random_weights, relative_error, run, shrunken_detection,
+    stable_diffusion_cpp_style,
+)
+from featherweight.devtools.gguf_files import write_gguf
+from featherweight.loaders.container import WeightFileError
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.ops.tensor import is_packed
+
+PREFIX = "model.diffusion_model."
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_nothing_left_loaded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def family(request, monkeypatch):
+    family = FAMILIES[request.param]
+    shrunken_detection(family, monkeypatch)
+    return family
+
+
+def families(*names):
+    return pytest.mark.parametrize("family", names, indirect=True)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "model.gguf")
+
+
+def load_without_complaint(path, caplog):
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        patcher = load_diffusion_model(path)
+    complaints = ("unet missing", "unet unexpected", "left over keys")
+    assert not [record.getMessage() for record in caplog.records if record.getMessage().startswith(complaints)]
+    return patcher
+
+
+def layer_of(patcher, name):
+    return patcher.model.diffusion_model.get_submodule(name.removesuffix(".weight"))
+
+
+def rearranged(weights):
+    """Weights and metadata as ComfyUI-GGUF's converter stores those whose last dimension K-quants do not divide."""
+    stored, shapes = {}, {}
+    for name, values in weights.items():
+        if values.ndim > 1 and values.numel() >= 512 and values.numel() % 256 == 0 and values.shape[-1] % 256:
+            stored[name] = values.reshape(-1, 256)
+            shapes[f"comfy.gguf.orig_shape.{name}"] = list(values.shape)
+        else:
+            stored[name] = values
+    return stored, shapes
+
+
+@families("sd1.5", "sdxl", "wan2.1-t2v")
+@pytest.mark.parametrize("packed_type", ["Q4_K", "Q8_0"])
+def test_weights_stored_in_rows_of_256_keep_their_shape(family, packed_type, path, caplog):
+    weights = random_weights(family)
+    stored, shapes = rearranged(weights)
+    seen = write_gguf(path, stored, **comfyui_gguf_style(packed_type), metadata=shapes)
+    patcher = load_without_complaint(path, caplog)
+    layers = patcher.model.diffusion_model
+    reshaped = [name for name in weights if weights[name].shape != stored[name].shape and name.endswith(".weight")]
+    assert {weights[name].ndim for name in reshaped} >= ({2, 4} if "sd" in family.supported.lower() else {5})
+    seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+    for name in reshaped:
+        assert is_packed(layers.get_parameter(name)) and layers.get_parameter(name).shape == weights[name].shape
+
+
+@families("sdxl")
+def test_linear_projections_of_sdxl_stored_as_convolutions(family, path, caplog):
+    weights = random_weights(family)
+    stored = {PREFIX + name: values[:, :, None, None] if "proj_in.weight" in name or "proj_out.weight" in name else values
+              for name, values in weights.items()}
+    assert sum(values.shape[2:] == (1, 1) for values in stored.values()) > 2
+    seen = write_gguf(path, stored, **stable_diffusion_cpp_style())
+    seen = {name.removeprefix(PREFIX): values for name, values in seen.items()}
+    seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+@families("flux-schnell", "ltx-2")
+def test_packed_vectors(family, path, caplog):
+    seen = write_gguf(path, random_weights(family), **stable_diffusion_cpp_style("Q8_0", vector_type="Q8_0"), metadata=family.metadata)
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+@families("z-image")
+@pytest.mark.parametrize("packed_type", ["F32", "Q8_0"])
+def test_pad_tokens_without_their_first_dimension(family, packed_type, path, caplog):
+    weights = random_weights(family)
+    stored = {name: values[0] if name.endswith("pad_token") else values for name, values in weights.items()}
+    seen = write_gguf(path, stored, lambda name, values: packed_type if values.ndim == 2 or "pad_token" in name else "F32")
+    seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+@families("flux-schnell", "flux2", "chroma", "longcat-image", "hunyuan-video", "z-image", "lumina2", "kandinsky5")
+def test_query_and_key_norms_named_scale(family, path, caplog):
+    weights = random_weights(family)
+    names = {name: name.removesuffix("weight") + "scale" for name in weights
+             if name.endswith(("query_norm.weight", "key_norm.weight", "q_norm.weight", "k_norm.weight"))}
+    assert names
+    seen = write_gguf(path, {names.get(name, name): values for name, values in weights.items()}, **comfyui_gguf_style())
+    seen = {name: seen[names.get(name, name)] for name in weights}
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+@pytest.mark.parametrize("family, name", [
+    ("ltxv", "transformer_blocks.0.scale_shift_table"),
+    ("ltx-2", "video_embeddings_connector.learnable_registers"),
+    ("hidream", "double_stream_blocks.0.block.ff_i.gate.weight"),
+    ("aura-flow", "register_tokens"),
+    ("wan2.1-t2v", "blocks.0.modulation"),
+    ("omnigen2", "image_index_embedding"),
+    ("pixart-sigma", "final_layer.scale_shift_table"),
+    ("hunyuan-dit", "text_embedding_padding"),
+    ("sd3.5", "pos_embed"),
+], indirect=["family"])
+def test_parameters_outside_of_layers_are_unpacked_at_load(family, name, path, caplog):
+    weights = random_weights(family)
+    seen = write_gguf(path, weights, lambda key, values: "Q4_0" if key == name else "F32", metadata=family.metadata)
+    patcher = load_without_complaint(path, caplog)
+    value = patcher.model.diffusion_model.state_dict()[name]
+    assert not is_packed(value) and value.dtype == torch.float32
+    assert torch.equal(value, torch.from_numpy(seen[name])) and not torch.equal(value, weights[name])
+
+
+def test_registers_of_ltx_2_reach_the_text_connector(path, monkeypatch, caplog):
+    family = FAMILIES["ltx-2"]
+    seen = write_gguf(path, random_weights(family), **comfyui_gguf_style(), metadata=family.metadata)
+    context = torch.randn(1, 7, 256, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        out, expected = (patcher.model.diffusion_model.preprocess_text_embeds(context, unprocessed=True)
+                         for patcher in (load_without_complaint(path, caplog), host_patcher(seen, family)))
+    assert relative_error(out, expected) < 1e-5
+
+
+@families("sd1.5", "flux-dev")
+def test_whole_checkpoint_gives_its_diffusion_model(family, path, caplog):
+    weights = {PREFIX + name: values for name, values in random_weights(family).items()}
+    others = {"first_stage_model.decoder.conv_in.weight": torch.ones(8, 4, 3, 3),
+              "first_stage_model.decoder.mid.attn_1.q.weight": torch.ones(64, 64),
+              "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(64, 64),
+              "cond_stage_model.1.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(64, 64),
+              "alphas_cumprod": torch.ones(1000)}
+    seen = write_gguf(path, others | weights, **stable_diffusion_cpp_style())
+    seen = {name.removeprefix(PREFIX): values for name, values in seen.items() if name.startswith(PREFIX)}
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+# Names of the host's layers for those of diffusers, by the host's own tables.
+DIFFUSERS = {
+    "flux-dev": lambda config: comfy.utils.flux_to_diffusers(config),
+    "sd3.5": lambda config: comfy.utils.mmdit_to_diffusers({**config, "num_blocks": config["depth"]}),
+    "aura-flow": lambda config: comfy.utils.auraflow_to_diffusers(config),
+    "pixart-sigma": lambda config: comfy.utils.pixart_to_diffusers(config),
+    "z-image": lambda config: comfy.utils.z_image_to_diffusers(config),
+}
+
+
+def in_diffusers_names(weights, table):
+    """The weights as diffusers keeps them: q, k and v apart, shift and scale swapped."""
+    stored = {}
+    for name, target in table.items():
+        target, place, change = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
+        if target in weights:
+            values = weights[target] if place is None else weights[target].narrow(*place)
+            stored[name] = change(values) if change else values
+    return stored
+
+
+@pytest.mark.parametrize("family, types", [
+    *((name, ["Q8_0"]) for name in DIFFUSERS), ("flux-dev", ["Q8_0", "Q4_0", "F16"]), ("flux-dev", ["Q6_K"]),
+], indirect=["family"])
+def test_names_of_diffusers(family, types, path, caplog):
+    weights = random_weights(family)
+    name = next(name for name, other in FAMILIES.items() if other is family)
+    stored = in_diffusers_names(weights, DIFFUSERS[name](family.config))
+    turn = iter(range(len(stored)))
+    seen = write_gguf(path, stored, lambda key, values: types[next(turn) % len(types)] if values.ndim == 2 else "F16")
+    patcher = load_without_complaint(path, caplog)
+    packed = [module for module in patcher.model.diffusion_model.modules()
+              if isinstance(module, torch.nn.Linear) and is_packed(module.weight)]
+    assert len(packed) >= (len([values for values in weights.values() if values.ndim == 2]) - 4 if len(types) == 1 else 1)
+    expected = host_patcher(seen, family)
+    assert relative_error(run(patcher, family), run(expected, family)) < 1e-5
+
+
+def refused(path, tensors, *said):
+    """Loading a file of these tensors fails with all of `said` in the message, and leaves loaded models alone."""
+    values = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    write_gguf(path, values, lambda name, values: "F16", architecture=None)
+    family = FAMILIES["flux-schnell"]
+    other = host_patcher(random_weights(family), family)
+    comfy.model_management.load_models_gpu([other])
+    before = list(comfy.model_management.current_loaded_models)
+    with pytest.raises(WeightFileError) as error:
+        load_diffusion_model(path)
+    assert comfy.model_management.current_loaded_models == before and before
+    for words in ("model.gguf", *said):
+        assert words in str(error.value)
+
+
+def test_text_encoder_is_refused(path):
+    refused(path, {"token_embd.weight": (64, 32), "blk.0.attn_q.weight": (32, 32)}, "a text encoder", "token_embd.weight",
+            "text encoder loader")
+
+
+def test_t5_encoder_is_refused(path):
+    refused(path, {"enc.blk.0.attn_q.weight": (32, 32)}, "a text encoder", "enc.blk.0.attn_q.weight")
+
+
+def test_mmproj_is_refused(path):
+    refused(path, {"v.blk.0.attn_q.weight": (32, 32), "mm.0.weight": (32, 32)}, "mmproj", "v.blk.0.attn_q.weight",
+            "text encoder loader")
+
+
+def test_lora_is_refused(path):
+    refused(path, {"double_blocks.0.img_attn.qkv.lora_A.weight": (4, 32), "double_blocks.0.img_attn.qkv.lora_B.weight": (96, 4)},
+            "a LoRA", "lora_A", "LoRA loader")
+
+
+def test_unknown_model_is_refused(path):
+    refused(path, {"layer.weight": (32, 32)}, "no diffusion model", "'layer.weight'", "Update ComfyUI")
