@@ -142,11 +142,25 @@ def lora_file(shapes: dict[str, tuple], rank: int, seed: int) -> dict[str, torch
     return tensors
 
 
+LORA_CASES = {"2 of rank 16": (2, 16), "4 of rank 32": (4, 32)}
+
+
 def bench_lora(options) -> dict:
-    """A step of a Flux of one double and one single block, real layer sizes, 1024 tokens, Q4_K, with and without LoRAs."""
+    """The product of 3072 x 12288 in Q4_K with 1024 tokens, with and without LoRAs on it."""
+    weight, rows = random_weight("Q4_K"), torch.randn(1024, SHAPE[1])
+    variants = {"no LoRA": lambda: product.linear(rows, weight)}
+    for title, (count, rank) in LORA_CASES.items():
+        down, up = torch.randn(count * rank, SHAPE[1]), torch.randn(SHAPE[0], count * rank)
+        slices = [0, SHAPE[0], 0, count * rank]
+        variants[title] = lambda down=down, up=up, slices=slices: product.linear(rows, weight, None, None, down, [up], slices)
+    result = side_by_side(variants, options.rounds)
+    show("Q4_K M=1024", result)
+    return result
+
+
+def bench_step(options) -> dict:
+    """A step of a Flux of one double and one single block, real layer sizes, 256 tokens, Q4_K, with and without LoRAs."""
     shapes = flux_shapes(hidden=3072, double_blocks=1, single_blocks=1, context=4096)
-    loras = {"2 of rank 16": [lora_file(shapes, 16, seed) for seed in range(2)],
-             "4 of rank 32": [lora_file(shapes, 32, seed) for seed in range(4)]}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux-q4_k.gguf"
@@ -156,10 +170,10 @@ def bench_lora(options) -> dict:
             packs[options.peer.name] = peer_loader(options.peer)
         for pack, load in packs.items():
             models = {"no LoRA": load(str(path))}
-            for title, files in loras.items():
+            for title, (count, rank) in LORA_CASES.items():
                 model = models["no LoRA"]
-                for file in files:
-                    model, _ = comfy.sd.load_lora_for_models(model, None, file, 1.0, 0.0)
+                for seed in range(count):
+                    model, _ = comfy.sd.load_lora_for_models(model, None, lora_file(shapes, rank, seed), 1.0, 0.0)
                 models[title] = model
             results[pack] = side_by_side({title: step_of(model) for title, model in models.items()}, options.rounds)
             show(pack, results[pack])
@@ -167,8 +181,8 @@ def bench_lora(options) -> dict:
 
 
 def step_of(patcher):
-    """A function that runs one step at 1024 tokens; what it runs first loads the model, which is not timed."""
-    latent, time_step, context = torch.randn(1, 16, 64, 64), torch.tensor([0.5]), torch.randn(1, 8, 4096)
+    """A function that runs one step at 256 tokens; what it runs first loads the model, which is not timed."""
+    latent, time_step, context = torch.randn(1, 16, 32, 32), torch.tensor([0.5]), torch.randn(1, 8, 4096)
 
     def prepare():
         comfy.model_management.load_models_gpu([patcher])
@@ -192,14 +206,14 @@ def peer_loader(folder: Path):
     node = nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]
 
     def load(path: str):
-        directories, extensions = folder_paths.folder_names_and_paths["unet_gguf"]
-        folder_paths.folder_names_and_paths["unet_gguf"] = ([str(Path(path).parent), *directories], extensions)
+        folder_paths.add_model_folder_path("diffusion_models", str(Path(path).parent))
         return getattr(node(), node.FUNCTION)(unet_name=Path(path).name)[0]
 
     return load
 
 
-CASES = {"unpack": bench_unpack, "linear": bench_linear, "lora": bench_lora, "header": bench_header, "memory": bench_memory}
+CASES = {"unpack": bench_unpack, "linear": bench_linear, "lora": bench_lora, "step": bench_step,
+         "header": bench_header, "memory": bench_memory}
 if sys.platform != "linux":
     del CASES["memory"]
 
@@ -209,7 +223,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF, to run the lora case on")
+    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF, to run the step case on")
     parser.add_argument("--json", type=Path, default=ROOT / ".dev" / "bench.json", help="where to write the figures")
     options = parser.parse_args()
     figures = {"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",

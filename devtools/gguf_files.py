@@ -82,10 +82,12 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
 def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architecture: str = "flux"):
     """Write a GGUF file of any size with random valid blocks of one type, a tensor at a time.
 
-    shapes: name -> logical shape. One-dimensional tensors are F32 zeros, or ones for the scale of a norm.
+    shapes: name -> logical shape. What has one dimension, or rows that blocks do not divide, is F32: zeros, or ones for
+    the scale of a norm.
     """
-    packed = {name: len(shape) > 1 for name, shape in shapes.items()}
     ggml_type = GGMLQuantizationType[type_name]
+    block_length = GGML_QUANT_SIZES[ggml_type][0]
+    packed = {name: len(shape) > 1 and shape[-1] % block_length == 0 for name, shape in shapes.items()}
     pool = block_pool(type_name)
     generator = np.random.default_rng(0)
 
@@ -103,7 +105,7 @@ def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architectu
             byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, ggml_type)
             writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), byte_shape[0] * byte_shape[1], raw_dtype=ggml_type)
         else:
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
