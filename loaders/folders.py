@@ -4,7 +4,7 @@ import folder_paths
 from .container import WeightFileError
 
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
-GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders"}
+GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras"}
 
 
 def register_folders():

@@ -1,0 +1,57 @@
+"""GGUF adapters (`general.type = adapter`), as llama.cpp writes them: `<tensor>.lora_a` and `.lora_b` beside one alpha."""
+import re
+
+import gguf
+import torch
+
+from ..ops.format import FORMATS
+from .container import WeightFileError, open_weights, shown
+
+PAIR = re.compile(r"^(?P<layer>.+?)(\.weight)?\.lora_(?P<half>[aAbB])(\.weight)?$")
+KNOWN_PREFIX = re.compile(r"^(diffusion_model|transformer|unet|lora_|text_encoder|base_model)")
+
+
+def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(name -> float32 tensor, metadata) with names as the host reads them. Raises WeightFileError."""
+    file = open_weights(path)
+    pairs = {name: match for name in file.entries if (match := PAIR.match(name))}
+    if not pairs:
+        what = f"a GGUF file of kind {shown(file.kind)}" if file.kind else "a GGUF model"
+        raise WeightFileError(f"{file.path.name} is {what} without a LoRA in it (its first tensor is"
+                              f" {shown(next(iter(file.entries), 'none'))}). Pick it in a model or text encoder loader.")
+    layers = {match["layer"] for match in pairs.values()}
+    spelling = _text_encoder_names(file, layers)
+    state_dict, alpha = {}, file.metadata.get("adapter.lora.alpha")
+    for name, match in pairs.items():
+        layer = spelling.get(match["layer"], match["layer"])
+        if not KNOWN_PREFIX.match(layer):
+            layer = f"diffusion_model.{layer.removeprefix('model.diffusion_model.')}"
+        state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = _unpacked(file, name)
+        if alpha is not None:
+            state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return state_dict, {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+
+
+def _unpacked(file, name: str) -> torch.Tensor:
+    entry = file.entries[name]
+    if entry.format in FORMATS:
+        return FORMATS[entry.format].unpack_into(file.tensor(name), torch.empty(entry.shape))
+    return file.tensor(name).float()
+
+
+def _text_encoder_names(file, layers: set[str]) -> dict[str, str]:
+    """llama.cpp's layer name -> the one of the text encoder's own library, by the table of the `gguf` package."""
+    blocks = [int(found[1]) for layer in layers if (found := re.match(r"(?:enc\.)?blk\.(\d+)\.", layer))]
+    if not blocks:
+        return {}
+    architecture = str(file.metadata.get("general.architecture", ""))
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}.get(architecture)
+    # llama.cpp permutes the rows of q and k of these, by a number of heads that an adapter does not hold.
+    if known is None or architecture == "llama":
+        raise WeightFileError(f"{file.path.name} is a LoRA for a text encoder of kind {shown(architecture or 'unnamed')}, which"
+                              " is not supported as GGUF. Get it as safetensors.")
+    names = {}
+    for name, (_, short) in gguf.get_tensor_name_map(known, max(blocks) + 1).mapping.items():
+        if re.match(r"model\.layers\.|encoder\.block\.", name):
+            names.setdefault(short, f"text_encoders.transformer.{name}")
+    return names

@@ -1,0 +1,68 @@
+"""Featherweight Apply LoRA."""
+import os
+
+from comfy_api.latest import io
+
+from ..loaders.folders import find_file, list_files
+from ..loaders.lora import apply_lora, check_lora, load_lora_file, report_text, weight_keys
+from ..loaders.lora_blocks import parse_block_weights
+
+FOLDERS = ("loras", "loras_gguf")
+APPLY, FAIL = "apply the rest", "fail"
+
+
+class ApplyLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+        return io.Schema(
+            node_id="FeatherweightApplyLora",
+            display_name="Apply LoRA (Featherweight)",
+            category="Featherweight",
+            description="Applies a LoRA to a model, packed or not, and to its text encoder: with a strength for each block if"
+                        " you like, and a report that says in a sentence whether the LoRA fits.",
+            search_aliases=["lora", "lora loader", "load lora", "apply lora", "lora block weight", "lbw", "gguf lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model the LoRA is applied to."),
+                io.Combo.Input("lora_name", options=list_files(*FOLDERS), display_name="lora",
+                               tooltip="A file in models/loras; GGUF adapters work too."),
+                io.Float.Input("strength_model", **strength, tooltip="How strongly the diffusion model is changed; may be negative."),
+                io.Float.Input("strength_clip", **strength, tooltip="How strongly the text encoder is changed; may be negative."),
+                io.String.Input("block_weights", default="", multiline=True,
+                                tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or preset:OUTALL; empty: all blocks"
+                                        " alike. The help page of this node has the list."),
+                io.Combo.Input("misfits", options=[APPLY, FAIL], default=APPLY,
+                               tooltip="What to do when some layers of the LoRA do not fit: apply the others, or stop with an"
+                                       " error that names them. A LoRA of which nothing fits is always an error."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder the LoRA is applied to, if it has layers for one."),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Clip.Output(),
+                io.String.Output(display_name="report", tooltip="Whether and how the LoRA fits, as a short table."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name):
+        return True  # names from other systems are resolved, and missing files explained, when the node runs
+
+    @classmethod
+    def execute(cls, model, lora_name, strength_model=1.0, strength_clip=1.0, block_weights="", misfits=APPLY,
+                clip=None) -> io.NodeOutput:
+        if strength_model == 0 and strength_clip == 0:
+            return io.NodeOutput(model, clip, f"{lora_name} is not applied: both strengths are 0.")
+        factor = parse_block_weights(block_weights, weight_keys(model, clip))
+        report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)), measure=False)
+        strengths = f"model {strength_model:g}" + ("" if clip is None else f", text encoder {strength_clip:g}")
+        settings = {"file": os.path.basename(lora_name), "strength": strengths}
+        if block_weights.strip():
+            settings["blocks"] = " ".join(block_weights.split())
+        if report.fits == "no":
+            raise ValueError(f"{lora_name} is not applied. {report.verdict}")
+        if report.misfits and misfits == FAIL:
+            some = "; ".join(f"{layer}: {reason}" for layer, reason in list(report.misfits.items())[:3])
+            raise ValueError(f"{lora_name} is not applied, because misfits says fail. {report.verdict} {len(report.misfits)} do not"
+                             f" fit: {some}{' …' if len(report.misfits) > 3 else ''}")
+        model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
+        return io.NodeOutput(model, clip, report_text(report, settings))

@@ -1,0 +1,46 @@
+"""Featherweight Check LoRA."""
+import os
+
+from comfy_api.latest import io, ui
+
+from ..loaders.folders import find_file, list_files
+from ..loaders.lora import check_lora, load_lora_file, report_text
+from ..loaders.lora_picture import report_picture
+
+FOLDERS = ("loras", "loras_gguf")
+
+
+class CheckLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightCheckLora",
+            display_name="Check LoRA (Featherweight)",
+            category="Featherweight",
+            description="Says before anything runs whether a LoRA fits a model: which layers match, which do not and why, what"
+                        " model it looks made for, its kind and rank, and how much it changes each block.",
+            search_aliases=["lora", "lora check", "check lora", "lora info", "lora report", "lora compatibility", "inspect lora"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model the LoRA is held against. It is not changed."),
+                io.Combo.Input("lora_name", options=list_files(*FOLDERS), display_name="lora",
+                               tooltip="A file in models/loras; GGUF adapters work too."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, to check the layers meant for it as well."),
+            ],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="The report as a short table, the verdict first."),
+                io.Image.Output(display_name="picture", tooltip="How much the LoRA changes each block, as a bar chart."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name):
+        return True  # names from other systems are resolved, and missing files explained, when the node runs
+
+    @classmethod
+    def execute(cls, model, lora_name, clip=None) -> io.NodeOutput:
+        name = os.path.basename(lora_name)
+        report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)))
+        text, picture = report_text(report, {"file": name}), report_picture(report, name)
+        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(text, picture, ui=shown)
