@@ -81,7 +81,10 @@ class PackedLayer:
         weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
         if return_weight:
             return weight
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if inplace_update and not is_packed(self.weight):
+            self.weight.data.copy_(weight)
+        else:
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
@@ -93,13 +96,15 @@ class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
         dtype = self.weight.dtype if is_packed(self.weight) and not self.weight_function else input.dtype
         weight, bias, offload_stream = comfy.ops.cast_bias_weight(
             self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
-        down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input.dtype)
+        down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input)
         if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
             out = product.linear(input, weight, bias, self.value_dtype, down, ups, slices)
-        else:
+        elif down is None:
             out = torch.nn.functional.linear(input, self.patched_weight(weight, input.dtype), bias)
-            if down is not None:
-                product.add_branch(out.view(-1, out.shape[-1]), input.reshape(-1, input.shape[-1]), down, ups, slices)
+        else:
+            flat = input.reshape(-1, input.shape[-1])
+            out = product.branch(flat, bias, self.out_features, down, ups, slices)
+            out = out.addmm(flat, self.patched_weight(weight, input.dtype).t()).view(*input.shape[:-1], -1)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return out
 

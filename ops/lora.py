@@ -17,8 +17,9 @@ from comfy.weight_adapter import (
 
 log = logging.getLogger(__name__)
 
-# Where an adapter's tuple of weights holds its DoRA scale.
+# The adapters that add to the weight, and where their tuple of weights holds the DoRA scale, with which they do not.
 DORA_SCALE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}
+ANY = -1  # a number of rows or columns an adapter leaves open
 
 
 class LayerPatches:
@@ -42,10 +43,10 @@ class LayerPatches:
         adapters = [tensor for patch in self.weight_patches for tensor in adapter_tensors(patch[1])]
         return sum(tensor.nbytes for tensor in branch + adapters)
 
-    def branch(self, dtype: torch.dtype) -> tuple:
-        """(down, ups, slices) in the dtype of the activations; cast once, not per step."""
-        if self.down is not None and self.down.dtype != dtype:
-            self.down, self.ups = self.down.to(dtype), [up.to(dtype) for up in self.ups]
+    def branch(self, input: torch.Tensor) -> tuple:
+        """(down, ups, slices) in the dtype and on the device of the activations; cast once, not per step."""
+        if self.down is not None and (self.down.dtype != input.dtype or self.down.device != input.device):
+            self.down, self.ups = self.down.to(input), [up.to(input) for up in self.ups]
         return self.down, self.ups, self.slices
 
     def patch_weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -76,10 +77,10 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
     cut = max((index + 1 for index, patch in enumerate(patches) if not is_sum(patch)), default=0)
     branch_patches, weight_patches = [], []
     for index, patch in enumerate(patches):
-        on_branch = branch and index >= cut and type(patch[1]) is LoRAAdapter and patch[4] is None and patch[1].weights[3] is None
-        if not on_branch:
-            weight_patches.append((patch[0], _moved(patch[1], device), *patch[2:]))
-        elif patch[0] != 0:
+        strength, value, _, _, function = patch
+        if not (branch and index >= cut and type(value) is LoRAAdapter and value.weights[3] is None and function is None):
+            weight_patches.append((strength, _moved(value, device), *patch[2:]))
+        elif strength != 0:
             branch_patches.append(patch)
     if not branch_patches and not weight_patches:
         return None
@@ -90,8 +91,6 @@ def is_sum(patch: tuple) -> bool:
     """Whether a patch only adds to the weight something that does not depend on the weight."""
     strength, value, strength_model, offset, function = patch
     if strength_model != 1.0:
-        return False
-    if isinstance(value, (OFTAdapter, BOFTAdapter, GLoRAAdapter)):
         return False
     if isinstance(value, WeightAdapterBase):
         dora = DORA_SCALE.get(type(value))
@@ -132,28 +131,69 @@ def _branch(patches: list, shape, device, dtype):
 
 def _fits(key: str, patch: tuple, shape: torch.Size) -> bool:
     """Whether a patch can be applied to a weight of `shape`; the host would log an error at every step instead."""
+    reason = misfit(patch, shape)
+    if reason is not None:
+        log.warning("[Featherweight] A LoRA is left out of %s, which is %s: %s.", key, " x ".join(map(str, shape)), reason)
+    return reason is None
+
+
+def misfit(patch: tuple, shape: torch.Size) -> str | None:
+    """Why one of the host's patches cannot be applied to a weight of `shape`, or None."""
     _, value, _, offset, _ = patch
     target = list(shape)
     if offset is not None:
         target[offset[0]] = offset[2]
-    target = torch.Size(target)
-    if type(value) is LoRAAdapter:
-        up, down = value.weights[0], value.weights[1]
-        rows, ranks = up.shape[0], up.shape[1:].numel()
-        reason = None
-        if value.weights[3] is None and (ranks != down.shape[0] or rows != target[0] or down.shape[1:].numel() != target[1:].numel()):
-            reason = f"it is made for a weight of {rows} x {down.shape[1:].numel()}"
-        elif ranks == 0:
-            reason = "its rank is 0"
-        elif not (torch.isfinite(up).all() and torch.isfinite(down).all()):
-            reason = "it holds NaN or infinite values"
-    elif isinstance(value, tuple) and len(value) == 2 and value[0] == "diff" and value[1][0].shape != target and len(value[1]) == 1:
-        reason = f"it is made for a weight of shape {tuple(value[1][0].shape)}"
+    target = (target[0], torch.Size(target[1:]).numel())
+    if isinstance(value, WeightAdapterBase):
+        tensors = adapter_tensors(value)
+        if not all(tensor.numel() for tensor in tensors):
+            return "its rank is 0"
+        made_for = adapter_shape(value) if all(tensor.ndim > 1 for tensor in tensors) else None
+        if made_for is None:
+            return "its factors do not fit each other"
+    elif isinstance(value, tuple) and (len(value) == 1 or value[0] in ("diff", "set")):
+        tensors = value[-1][:1] if len(value) > 1 else value
+        made_for = (tensors[0].shape[0], tensors[0].shape[1:].numel())
     else:
-        reason = None
-    if reason is not None:
-        log.warning("[Featherweight] A LoRA is left out of %s, which is %s: %s.", key, " x ".join(map(str, target)), reason)
-    return reason is None
+        return None
+    if any(made not in (wanted, ANY) for made, wanted in zip(made_for, target)):
+        return f"it is made for a weight of {made_for[0]} x {made_for[1]}"
+    if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):
+        return "it holds NaN or infinite values"
+    return None
+
+
+def adapter_shape(adapter: WeightAdapterBase) -> tuple[int, int] | None:
+    """(rows, columns) of the flattened weight an adapter is made for, where it says; None: its factors contradict.
+
+    The host's `weight_adapter` has the meaning of the factors; it fails in the midst of a step when they do not fit.
+    """
+    weights = adapter.weights
+    if isinstance(adapter, LoRAAdapter):
+        up, down, mid = weights[0].flatten(1), weights[1].flatten(1), weights[3]
+        return _product_shape(up, down) if mid is None else _product_shape(up.t(), down, mid)
+    if isinstance(adapter, LoHaAdapter):
+        a1, b1, _, a2, b2, core1, core2 = weights[:7]
+        first, second = _product_shape(a1, b1, core1), _product_shape(a2, b2, core2)
+        return first if first == second else None
+    if isinstance(adapter, LoKrAdapter):
+        w1, w2, _, a1, b1, a2, b2, core = weights[:8]
+        first = _product_shape(a1, b1) if w1 is None else (w1.shape[0], w1.shape[1:].numel())
+        second = _product_shape(a2, b2, core) if w2 is None else (w2.shape[0], w2.shape[1:].numel())
+        return first and second and (first[0] * second[0], first[1] * second[1])
+    if isinstance(adapter, GLoRAAdapter):  # two orders of the factors are in use; the rank is the smaller side
+        b1, b2 = (factor.flatten(1) for factor in weights[2:4])
+        return max(b1.shape[0], b2.shape[0]), max(b1.shape[1], b2.shape[1])
+    if isinstance(adapter, (OFTAdapter, BOFTAdapter)):  # blocks along the rows: (..., blocks, size, size)
+        return weights[0].shape[-3] * weights[0].shape[-2], ANY
+    return ANY, ANY
+
+
+def _product_shape(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None = None) -> tuple[int, int] | None:
+    """Flattened shape of `a @ b`, or of a Tucker product of core (i, j, ...), a (i, rows), b (j, columns)."""
+    if core is None:
+        return (a.shape[0], b.shape[1]) if a.shape[1] == b.shape[0] else None
+    return (a.shape[1], b.shape[1] * core.shape[2:].numel()) if core.shape[:2] == (a.shape[0], b.shape[0]) else None
 
 
 def _moved(value, device):

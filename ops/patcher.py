@@ -12,6 +12,7 @@ import comfy.lora
 import comfy.model_patcher
 import comfy.utils
 import torch
+from comfy.model_patcher import LazyCastingParam, LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
 from . import product
@@ -133,7 +134,9 @@ class PackedPatcher:
         applied.layers, applied.before_hooks, applied.nbytes = {}, {}, 0
 
     def _factor_bytes(self) -> int:
-        """About what the factors of this patcher's patches take on the device, before they are built."""
+        """What the factors of this patcher's patches take on the device; about, as long as they are not built."""
+        if self.model.current_weight_patches_uuid == self.patches_uuid:
+            return self.model.packed_patches.nbytes
         return sum(tensor.nbytes for key in self._packed_keys() for patch in self._all_patches[key]
                    for tensor in adapter_tensors(patch[1]))
 
@@ -155,11 +158,20 @@ class PackedPatcher:
             budget = lowvram_model_memory if full_load else max(1, lowvram_model_memory - factors)
             with self._packed_patches_hidden():
                 super().load(device_to, budget, force_patch_weights, full_load)
+            self._drop_double_patches()
             if full_load:
-                self.model.model_loaded_weight_memory -= factors  # the host has just set it to model_size()
+                self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
             self._apply_packed(device_to)
         if self.current_hooks is not None:
             self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
+
+    def _drop_double_patches(self):
+        """Where a loaded module falls out of the budget the host leaves its patched weights and patches them once more."""
+        for module in self.model.modules():
+            if getattr(module, "comfy_patched_weights", False) and hasattr(module, "weight_function"):
+                for name in ("weight_function", "bias_function"):
+                    functions = getattr(module, name)
+                    setattr(module, name, [function for function in functions if not isinstance(function, LowVramPatch)])
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that.
@@ -217,7 +229,7 @@ class PackedPatcher:
             functions = []
             if key in self.patches and not resident:
                 _, set_func, convert_func = comfy.model_patcher.get_key_weight(self.model, key)
-                functions.append(comfy.model_patcher.LowVramPatch(key, self.patches, convert_func, set_func))
+                functions.append(LowVramPatch(key, self.patches, convert_func, set_func))
             elif key in self.patches:
                 self.patch_weight_to_device(key, device_to=device_to)
             if hasattr(module, f"{param}_function"):
@@ -259,14 +271,15 @@ class PackedPatcher:
             weight = self._packed_weight(prefix + name)
             if weight is not None:  # written dense, one at a time, with its patches
                 empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-                state_dict[name] = comfy.model_patcher.LazyCastingParam(self, prefix + name, empty)
+                state_dict[name] = LazyCastingParam(self, prefix + name, empty)
         return state_dict
 
     # --- hooks ---
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
         base = self._all_patches.get(key, [])
-        if key not in combined_patches or not self._owns(key, base + combined_patches[key]):
+        if not self._owns(key, base + combined_patches[key]):
+            self._make_writable(key)
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         originals = {key: original_weights.pop(key)}
         patches = self._build(key, base + combined_patches[key], self.load_device, originals)
@@ -278,7 +291,14 @@ class PackedPatcher:
         if isinstance(cached_weights[key], (LayerPatches, type(None))):
             self._set_for_hooks(key, cached_weights[key])
         else:
+            self._make_writable(key)
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+
+    def _make_writable(self, key: str):
+        """Hooks of the host write into dense weights where they lie, which may be in a mapped file."""
+        if not self.is_dynamic() and key not in self.hook_backup:
+            self.unpin_weight(key)
+            comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).clone())
 
     def _set_for_hooks(self, key: str, patches: LayerPatches | None):
         applied = self.model.packed_patches

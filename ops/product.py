@@ -79,8 +79,14 @@ def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
                     weight[low - start:high - start].addmm_(up[low - row:high - row], part)
         return weight
 
+    # The larger product comes last, so that low precision rounds the sum once.
+    out = branch(flat, bias, rows, down, ups, slices) if factors and not merge else None
     with scratch.lock if on_cpu else contextlib.nullcontext():
-        if step == rows:
+        if out is not None:
+            for start in range(0, rows, step):
+                stop = min(rows, start + step)
+                out[:, start:stop].addmm_(flat, weight_slice(start, stop).t())
+        elif step == rows:
             out = torch.nn.functional.linear(flat, weight_slice(0, rows), bias)
         else:
             out = input.new_empty((flat.shape[0], rows))
@@ -91,8 +97,6 @@ def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
                     torch.mm(flat, weight.t(), out=out[:, start:stop])
                 else:
                     torch.addmm(bias[start:stop], flat, weight.t(), out=out[:, start:stop])
-    if factors and not merge:
-        add_branch(out, flat, down, ups, slices)
     return out.view(*input.shape[:-1], rows)
 
 
@@ -117,12 +121,20 @@ def merging_is_cheaper(tokens: int, columns: int, factors) -> bool:
     return branch > merged
 
 
-def add_branch(out: torch.Tensor, input: torch.Tensor, down: torch.Tensor, ups: list[torch.Tensor], slices: list[int]):
-    """`out += (input A^T) B^T` in place. out: (M, N). input: (M, K). down: A (R, K). ups, slices: see `_slice_factors`."""
+def branch(input: torch.Tensor, bias: torch.Tensor | None, rows: int, down: torch.Tensor, ups: list[torch.Tensor],
+           slices: list[int]) -> torch.Tensor:
+    """`(input A^T) B^T + bias`, to which the product with the weight is added. Returns (M, rows).
+
+    input: (M, K). bias: (rows,) or None. down: A (R, K). ups, slices: see `_slice_factors`.
+    """
     hidden = input @ down.t()
+    if slices[:2] == [0, rows] and len(ups) == 1:
+        return torch.nn.functional.linear(hidden, ups[0], bias)
+    out = input.new_zeros((input.shape[0], rows)) if bias is None else bias.repeat(input.shape[0], 1)
     for index, up in enumerate(ups):
         row, row_end, rank, rank_end = slices[4 * index:4 * index + 4]
         out[:, row:row_end].addmm_(hidden[:, rank:rank_end], up.t())
+    return out
 
 
 def _embedding(ids: torch.Tensor, packed: torch.Tensor, format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:

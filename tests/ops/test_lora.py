@@ -1,0 +1,390 @@
+"""Patches on packed weights give what the host's own patching gives on dense weights of the same values, in float32."""
+import contextlib
+import logging
+
+import comfy.float
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import pytest
+import torch
+import torch._dynamo.testing
+from comfy.ops import manual_cast
+from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
+from featherweight.ops import product
+from featherweight.ops.linear import packed_operations
+from featherweight.ops.lora import LayerPatches, build_patches, misfit
+from featherweight.ops.tensor import is_packed
+from patched_models import (
+    FORMAT_NAMES, KINDS, LIMIT, adapter, error_by_effect, flux_file, flux_inputs, flux_pair, forget_models, lora_for,
+    packed_anyhow, packed_layers, patched, relative, run,
+)
+
+OPERATIONS = packed_operations()
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products are too small to share
+    yield
+    torch.set_num_threads(threads)
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_model_outlives_its_tests():
+    yield
+    forget_models()
+
+
+def assert_same_effect(format_name, *loras, inputs=None):
+    packed, dense = flux_pair(format_name)
+    count = len(packed_layers(packed))
+    without = run(dense)
+    expected = run(patched(dense, *loras), inputs)
+    actual = run(patched(packed, *loras), inputs)
+    assert error_by_effect(actual, expected, without) < LIMIT
+    assert len(packed_layers(packed)) == count
+
+
+# --- kinds, stacks, key styles ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_every_kind_of_lora_has_its_exact_effect(format_name, kind):
+    assert_same_effect(format_name, (lora_for(flux_file(format_name)[1], kind), 0.9))
+
+
+@pytest.mark.parametrize("kinds", [
+    ("lora", "lora"), ("lora", "lora", "lora", "lora"), ("lora", "dora", "lora"), ("loha", "lora"), ("lora", "set", "lora"),
+    ("oft", "lora", "glora"), ("lora", "diff", "lokr"),
+], ids="-".join)
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_stacked_loras_have_their_exact_effect_in_their_order(format_name, kinds):
+    values = flux_file(format_name)[1]
+    loras = [lora_for(values, kind, seed) for seed, kind in enumerate(kinds)]
+    assert_same_effect(format_name, *zip(loras, (1.0, -0.7, 0.5, 0.3)))
+
+
+def diffusers_names():
+    """The host's table for this model: diffusers' name -> (the model's name, slice or None, ...)."""
+    config = flux_pair("Q8_0")[0].model.model_config.unet_config
+    names = comfy.utils.flux_to_diffusers(config, output_prefix="")
+    return {name.removesuffix(".weight"): target if isinstance(target, tuple) else (target, None)
+            for name, target in names.items() if name.endswith(".weight")}
+
+
+def lora_by_diffusers_names(values, layer_name, up, down, alpha=False):
+    lora = {}
+    for seed, (name, (target, part, *_)) in enumerate(diffusers_names().items()):
+        weight = values.get(target)
+        if weight is None or weight.ndim != 2:
+            continue
+        weight = weight if part is None else weight.narrow(*part)
+        factors = adapter("lora", weight, seed)
+        lora[f"{layer_name(name)}.{up}"] = factors["lora_up.weight"]
+        lora[f"{layer_name(name)}.{down}"] = factors["lora_down.weight"] * 0.5
+        if alpha:
+            lora[f"{layer_name(name)}.alpha"] = factors["alpha"]
+    return lora
+
+
+STYLES = {
+    "diffusers, PEFT": ("transformer.{}".format, "lora_B.weight", "lora_A.weight"),
+    "DiffSynth": ("{}".format, "lora_B.default.weight", "lora_A.default.weight"),
+    "OneTrainer": (lambda name: "lora_transformer_" + name.replace(".", "_"), "lora_up.weight", "lora_down.weight", True),
+    "SimpleTuner LyCORIS": (lambda name: "lycoris_" + name.replace(".", "_"), "lora_up.weight", "lora_down.weight", True),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_loras_on_slices_of_fused_weights(format_name, style):
+    lora = lora_by_diffusers_names(flux_file(format_name)[1], *STYLES[style])
+    names = [name for name in lora if "to_q" in name or "proj_mlp" in name]
+    assert len(names) >= 4
+    assert_same_effect(format_name, (lora, 0.8), (lora, 0.3))
+
+
+def test_generic_names_as_ai_toolkit_writes_them():
+    lora = {}
+    for name, tensor in lora_for(flux_file("Q4_K")[1], layer_name="diffusion_model.{}".format).items():
+        lora[name.replace("lora_up", "lora_B").replace("lora_down", "lora_A")] = tensor
+    assert_same_effect("Q4_K", (lora, 0.8))
+
+
+def test_xlabs_names():
+    parts = {"img_attn.qkv": "qkv_lora1", "txt_attn.qkv": "qkv_lora2", "img_attn.proj": "proj_lora1",
+             "txt_attn.proj": "proj_lora2"}
+    values = flux_file("Q4_K")[1]
+    lora = {}
+    for seed, (layer, part) in enumerate(parts.items()):
+        factors = adapter("lora", values[f"double_blocks.0.{layer}.weight"], seed, size=2.0)
+        for side in ("up", "down"):
+            lora[f"double_blocks.0.processor.{part}.{side}.weight"] = factors[f"lora_{side}.weight"]
+    single = values["single_blocks.0.linear1.weight"][:768]
+    for name, weight in (("qkv_lora", single), ("proj_lora", values["single_blocks.0.linear2.weight"])):
+        factors = adapter("lora", weight, 9, size=2.0)
+        for side in ("up", "down"):
+            lora[f"single_blocks.0.processor.{name}.{side}.weight"] = factors[f"lora_{side}.weight"]
+    # By the last blocks of the real model the host recognises the style.
+    for last in ("single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2"):
+        lora[f"{last}.up.weight"] = torch.ones(1, 1)
+    assert_same_effect("Q4_K", (lora, 0.8))
+
+
+@pytest.mark.parametrize("strength_model", [1.0, 0.5])
+def test_slices_of_columns_functions_and_scaled_weights(strength_model):
+    packed, dense = flux_pair("Q4_K")
+    key = "diffusion_model.single_blocks.0.linear2.weight"
+    weight = flux_file("Q4_K")[1]["single_blocks.0.linear2.weight"]
+
+    def lora(part, seed):
+        factors = adapter("lora", part, seed, size=2.0)
+        return LoRAAdapter(set(), (factors["lora_up.weight"], factors["lora_down.weight"], 3.0, None, None, None))
+
+    patches = [{(key, (1, 256, 512)): lora(weight[:, 256:768], 1)}, {(key, (0, 64, 128)): lora(weight[64:192], 2)},
+               {(key, None, lambda delta: delta.tril()): lora(weight, 3)}, {key: (torch.full_like(weight, 0.05),)}]
+
+    def with_patches(patcher):
+        patcher = patcher.clone()
+        for patch in patches:
+            patcher.add_patches(patch, 0.8, strength_model)
+        return patcher
+
+    without = run(dense)
+    assert error_by_effect(run(with_patches(packed)), run(with_patches(dense)), without) < LIMIT
+
+
+def test_a_control_lora_reshapes_a_layer_and_gives_it_back():
+    packed, dense = flux_pair("Q8_0")
+    values = flux_file("Q8_0")[1]
+    wide = torch.cat([values["img_in.weight"]] * 2, 1)
+    lora = {}
+    for name, weight in (("img_in", wide), ("single_blocks.0.linear1", values["single_blocks.0.linear1.weight"])):
+        factors = adapter("lora", weight, 1)
+        lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"] = factors["lora_down.weight"], factors["lora_up.weight"]
+        lora[f"{name}.lora_B.bias"] = torch.full((weight.shape[0],), 0.1)
+    lora["single_blocks.0.norm.key_norm.scale"] = torch.linspace(0.8, 1.2, 128)
+    count = len(packed_layers(packed))
+    without, inputs = run(dense), flux_inputs(concat=True)
+    controlled = patched(packed, (lora, 1.0))
+    assert error_by_effect(run(controlled, inputs), run(patched(dense, (lora, 1.0)), inputs), without) < LIMIT
+    assert len(packed_layers(packed)) == count - 1  # the host replaced the widened layer
+    assert torch.equal(run(packed), without) and len(packed_layers(packed)) == count
+    plain = lora_for(values)
+    run(patched(packed, (lora, 1.0), (plain, 0.5)), inputs)
+    expected = run(patched(dense, (plain, 0.5)))
+    assert error_by_effect(run(patched(packed, (plain, 0.5))), expected, without) < LIMIT
+    assert len(packed_layers(packed)) == count
+
+
+# --- convolutions ---
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "loha-dora"])
+@pytest.mark.parametrize("name, kernel, input_shape", [
+    ("Conv1d", (3,), (1, 32, 9)), ("Conv2d", (3, 3), (1, 32, 6, 5)), ("Conv2d", (1, 1), (1, 32, 6, 5)),
+    ("Conv3d", (1, 2, 2), (1, 32, 2, 4, 4)),
+], ids=["1d", "2d", "1x1", "3d"])
+def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
+    if kind == "locon" and len(kernel) != 2:
+        pytest.skip("the host has mid weights of two-dimensional convolutions only")
+    weight, dense = packed_anyhow(torch.randn(64, 32, *kernel) / 8, "Q8_0")
+    layer = getattr(OPERATIONS, name)(32, 64, kernel, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight, "bias": torch.ones(64)})
+    lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, dense, 1).items()}
+    value = comfy.lora.load_lora(lora, {"x": "w.weight"})["w.weight"]
+    patches = [(0.9, value, 1.0, None, None)]
+    layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"), torch.float32, layer.has_branch)
+    merged = comfy.lora.calculate_weight(patches, dense.clone(), "w.weight")
+    twin = getattr(manual_cast, name)(32, 64, kernel, dtype=torch.float32)
+    twin.load_state_dict({"weight": merged, "bias": torch.ones(64)})
+    input = torch.randn(input_shape)
+    assert relative(merged, dense) > 0.05
+    assert torch.equal(layer(input), twin(input)) and is_packed(layer.weight)
+
+
+# --- what does not fit ---
+
+
+def broken(lora, kind):
+    for name in list(lora):
+        tensor = lora[name]
+        if kind == "wrong rows" and name.endswith(("up.weight", "w1_a", "w2_a", "diff")):
+            lora[name] = torch.cat([tensor, tensor])
+        elif kind == "wrong columns" and name.endswith(("down.weight", "w1_b", "w2_b", "diff", "lokr_w1")):
+            lora[name] = torch.cat([tensor, tensor], 1)
+        elif kind == "ranks that differ" and name.endswith(("down.weight", "w1_b", "w2_b")):
+            lora[name] = torch.cat([tensor, tensor])
+        elif kind == "rank 0" and name.endswith(("up.weight", "w1_a", "w2_a")):
+            lora[name] = tensor[:, :0]
+        elif kind == "rank 0" and name.endswith(("down.weight", "w1_b", "w2_b")):
+            lora[name] = tensor[:0]
+        elif kind in ("nan", "inf") and name.endswith(("up.weight", "w1_a", "lokr_w1", "diff", "oft_blocks")):
+            tensor.view(-1)[7] = float(kind)
+        elif kind == "wrong blocks" and name.endswith("oft_blocks"):
+            lora[name] = torch.cat([tensor, tensor], -3)
+    return lora
+
+
+@pytest.mark.parametrize("kind, what", [
+    (kind, what) for kind in ("lora", "dora", "loha", "lokr")
+    for what in ("wrong rows", "wrong columns", "ranks that differ", "rank 0", "nan", "inf")
+    if (kind, what) not in (("lokr", "wrong rows"),)
+] + [("diff", what) for what in ("wrong rows", "wrong columns", "nan")]
+  + [(kind, what) for kind in ("oft", "boft") for what in ("wrong blocks", "nan")])
+def test_a_lora_that_does_not_fit_is_left_out_with_one_warning_a_weight(kind, what, caplog):
+    packed, dense = flux_pair("Q8_0")
+    values = {name: value for name, value in flux_file("Q8_0")[1].items() if name.startswith("double_blocks")}
+    good, bad = lora_for(values), broken(lora_for(values, kind, 1), what)
+    for name in [name for name in bad if name.endswith("diff_b")]:  # belongs to a dense bias: it does fit
+        del bad[name]
+    without, good_alone = run(packed), run(patched(packed, (good, 0.8)))
+    weights = sum(value.ndim > 1 for value in values.values())
+    for loras, expected in (((bad, 1.0),), without), (((good, 0.8), (bad, 1.0)), good_alone):
+        patcher = patched(packed, *loras)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            actual = [run(patcher), run(patcher)]
+        assert torch.equal(actual[0], expected) and torch.equal(actual[1], expected)
+        assert len(caplog.records) == weights
+        assert all("left out of diffusion_model.double_blocks.0." in record.getMessage() for record in caplog.records)
+
+
+def test_the_warning_says_what_the_lora_is_made_for(caplog):
+    weight = torch.ones(8, 6)
+    value = LoRAAdapter(set(), (torch.ones(8, 2), torch.ones(2, 12), None, None, None, None))
+    assert build_patches("a.weight", [(1.0, value, 1.0, None, None)], weight.shape, "cpu", torch.float32) is None
+    assert "left out of a.weight, which is 8 x 6: it is made for a weight of 8 x 12." in caplog.text
+
+
+@pytest.mark.parametrize("half", ["up", "down"])
+def test_half_a_pair_leaves_the_model_as_it_was(half):
+    packed, _ = flux_pair("Q8_0")
+    lora = {name: tensor for name, tensor in lora_for(flux_file("Q8_0")[1]).items() if f"lora_{half}" not in name}
+    without = run(packed)
+    with contextlib.nullcontext() if half == "up" else pytest.raises(KeyError):  # the host's answer
+        assert torch.equal(run(patched(packed, (lora, 1.0))), without)
+    assert torch.equal(run(packed), without)
+
+
+def test_a_lora_of_another_family_changes_nothing():
+    packed, _ = flux_pair("Q8_0")
+    lora = {f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.{name}": tensor
+            for name, tensor in adapter("lora", torch.randn(320, 320), 1).items()}
+    without = run(packed)
+    assert torch.equal(run(patched(packed, (lora, 1.0))), without)
+
+
+def test_adapters_this_pack_does_not_know_are_the_hosts_to_judge():
+    class Future(LoKrAdapter.__base__):
+        loaded_keys, weights = set(), (torch.ones(2, 2),)
+
+    assert misfit((1.0, Future(), 1.0, None, None), torch.Size((8, 6))) is None
+
+
+# --- branch or merge ---
+
+
+def branch_of(rows, columns, *parts, seed=0):
+    """LayerPatches of LoRAs on the given slices of rows: (first row, end row, rank) each."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = []
+    for row, row_end, rank in parts:
+        factors = torch.randn(row_end - row, rank, generator=generator) / 150, torch.randn(rank, columns, generator=generator)
+        patches.append((1.0, LoRAAdapter(set(), (*factors, float(rank), None, None, None)), 1.0, (0, row, row_end - row), None))
+    return build_patches("x.weight", patches, torch.Size((rows, columns)), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("scratch_bytes", [1, 1 << 26])  # also in slices of rows that cut through the slices of the LoRA
+def test_branch_and_merge_give_the_same(monkeypatch, scratch_bytes):
+    weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
+    patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8), (16, 48, 2), (33, 96, 3))
+    input = torch.randn(5, 512)
+    monkeypatch.setattr(product, "SCRATCH_BYTES", scratch_bytes)
+    expected = torch.nn.functional.linear(input, patches(dense.clone()))
+    base = torch.nn.functional.linear(input, dense)
+    for merge in (False, True):
+        monkeypatch.setattr(product, "merging_is_cheaper", lambda *args: merge)
+        actual = product.linear(input, weight, None, None, *patches.branch(input))
+        assert error_by_effect(actual, expected, base) < LIMIT
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_whole_model_agrees_with_either_choice(monkeypatch, merge):
+    monkeypatch.setattr(product, "merging_is_cheaper", lambda *args: merge)
+    values = flux_file("Q4_K")[1]
+    assert_same_effect("Q4_K", (lora_for(values), 1.0), (lora_by_diffusers_names(values, *STYLES["diffusers, PEFT"]), 0.5))
+
+
+def test_more_tokens_never_turn_merging_into_the_dearer_choice():
+    for parts in ([(0, 3072, 16)], [(0, 1024, 64), (1024, 3072, 4)], [(0, 12288, 128)]):
+        patches = branch_of(12288, 256, *parts)
+        factors = product._slice_factors(patches.down, patches.ups, patches.slices)
+        choices = [product.merging_is_cheaper(tokens, 256, factors) for tokens in (1, 16, 128, 512, 1024, 4096, 16384)]
+        assert choices == sorted(choices) and choices[0] is False and choices[-1] is True
+
+
+def test_the_operator_has_a_right_fake_with_a_branch():
+    weight, _ = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
+    patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8))
+    for bias in (None, torch.ones(96)):
+        arguments = (torch.randn(2, 512), weight._qdata, bias, "Q8_0", 96, None, patches.down, patches.ups, patches.slices)
+        torch.library.opcheck(torch.ops.featherweight.linear.default, arguments)
+
+
+def test_gradients_flow_through_a_branch():
+    weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
+    patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8))
+    input, twin = (torch.ones(2, 512, requires_grad=True) for _ in range(2))
+    product.linear(input, weight, None, None, *patches.branch(input)).sum().backward()
+    torch.nn.functional.linear(twin, patches(dense)).sum().backward()
+    assert relative(input.grad, twin.grad) < 1e-6
+
+
+# --- dtypes, compilation ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("merge", [False, True])
+def test_half_precision_is_as_good_as_the_hosts_merged_weight(monkeypatch, dtype, merge):
+    monkeypatch.setattr(product, "merging_is_cheaper", lambda *args: merge)
+    weight, dense = packed_anyhow(torch.randn(256, 512) / 20, "Q4_K")
+    patches = branch_of(256, 512, (0, 256, 16))
+    input = torch.randn(64, 512)
+    exact = torch.nn.functional.linear(input, patches(dense))
+    merged = comfy.float.stochastic_rounding(patches(dense.to(dtype).float()), dtype, seed=1)  # as the host patches
+    host = torch.nn.functional.linear(input.to(dtype), merged).float()
+    actual = product.linear(input.to(dtype), weight, None, None, *patches.branch(input.to(dtype))).float()
+    assert relative(actual, exact) < 1.1 * relative(host, exact)
+
+
+def test_compiled_with_a_lora_there_is_no_graph_break_and_a_strength_recompiles_nothing():
+    weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q4_K")
+    layer = OPERATIONS.Linear(512, 96, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight, "bias": torch.ones(96)})
+    input = torch.randn(4, 512)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    frames = []
+    with torch.no_grad():
+        for parts, seed in (((), 0), (((0, 96, 4),), 1), (((0, 96, 4),), 2), (((0, 96, 4),), 3), ((), 0)):
+            layer.lora = branch_of(96, 512, *parts, seed=seed) if parts else None
+            merged = layer.lora(dense) if parts else dense
+            assert relative(compiled(input), torch.nn.functional.linear(input, merged, torch.ones(96))) < 1e-6
+            frames.append(counter.frame_count)
+    assert frames == [1, 2, 2, 2, 2]
+    torch._dynamo.reset()
+
+
+def test_a_layer_that_runs_elsewhere_or_in_another_dtype_takes_its_factors_along():
+    patches = branch_of(96, 512, (0, 96, 4))
+    input = torch.empty(1, 512, dtype=torch.bfloat16, device="meta")
+    down, ups, _ = patches.branch(input)
+    assert {(factor.dtype, factor.device.type) for factor in (down, *ups)} == {(torch.bfloat16, "meta")}
+    assert patches.branch(input)[0] is down
+    assert LayerPatches("x").branch(input) == (None, [], [])

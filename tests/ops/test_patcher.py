@@ -1,0 +1,397 @@
+"""The patcher keeps weights packed and exact through everything the host does to a patched model."""
+import contextlib
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from featherweight.ops.linear import PackedLayer
+from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor import QuantizedTensor, is_packed
+from patched_models import (
+    FORMAT_NAMES, LIMIT, dense_flux, error_by_effect, flux_file, flux_pair, forget_models, forward,
+    lora_for, packed_flux, packed_layers, patched, relative, run,
+)
+
+# Two devices to the host, though tensors on both say "cpu": loading in part without a GPU.
+LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products are too small to share
+    yield
+    torch.set_num_threads(threads)
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_model_outlives_its_tests():
+    yield
+    forget_models()
+
+
+def loras(format_name="Q4_K"):
+    """Two LoRAs for the packed matrices, the second also one for dense norms and biases."""
+    values = flux_file(format_name)[1]
+    first, second = lora_for(values, seed=1), lora_for(values, seed=2)
+    for seed, (name, value) in enumerate(values.items()):
+        if value.ndim == 1:
+            generator = torch.Generator().manual_seed(seed)
+            layer, _, param = name.replace(".scale", ".weight").rpartition(".")  # as the host names norms
+            suffix = "diff_b" if param == "bias" else "diff"
+            second[f"diffusion_model.{layer}.{suffix}"] = torch.randn(value.shape, generator=generator) * 0.1
+    return first, second
+
+
+class Ledger:
+    """What the host does to base weights while a block runs."""
+
+    def __init__(self, patcher):
+        self.patcher = patcher
+        self.layers = packed_layers(patcher)
+        self.moves = self.copies = 0
+
+    def __enter__(self):
+        self.pointers = [layer.weight._qdata.data_ptr() for layer in self.layers]
+        self.stack = contextlib.ExitStack()
+        patch = pytest.MonkeyPatch()
+        self.stack.callback(patch.undo)
+        apply, dispatch = PackedLayer._apply, QuantizedTensor.__torch_dispatch__
+
+        def counted_apply(layer, fn, recurse=True):
+            self.moves += 1
+            return apply(layer, fn, recurse)
+
+        def counted_dispatch(func, kinds, args=(), kwargs=None):
+            self.copies += any(name in str(func) for name in ("copy", "clone", "dequantize"))
+            return dispatch(func, kinds, args, kwargs)
+
+        patch.setattr(PackedLayer, "_apply", counted_apply)
+        patch.setattr(QuantizedTensor, "__torch_dispatch__", counted_dispatch)
+        return self
+
+    def __exit__(self, *args):
+        self.stack.close()
+        self.kept = self.pointers == [layer.weight._qdata.data_ptr() for layer in self.layers]
+
+
+# --- switching while fully loaded ---
+
+
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_strength_change_removal_clones_and_reload_stay_exact(format_name):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
+    count, without = len(packed_layers(packed)), run(dense)
+    assert torch.equal(run(packed), without)
+    states = {name: (patched(packed, *stack), patched(dense, *stack)) for name, stack in {
+        "one": [(first, 1.0)], "weaker": [(first, 0.3)], "two": [(first, 0.8), (second, -0.6)],
+        "four": [(first, 0.5), (second, 0.4), (first, -0.2), (second, 0.3)], "dense keys": [(second, 0.9)]}.items()}
+    for name in ("one", "weaker", "two", "one", "four", None, "two", "two", "dense keys", "one", None):
+        if name is None:
+            assert torch.equal(run(packed), without)
+            assert not any(layer.lora for layer in packed_layers(packed))
+        else:
+            assert error_by_effect(run(states[name][0]), run(states[name][1]), without) < LIMIT, name
+        if name == "four":
+            comfy.model_management.unload_all_models()
+            assert not any(layer.lora for layer in packed_layers(packed))
+        assert len(packed_layers(packed)) == count
+
+
+def test_a_switch_moves_and_copies_no_base_weight():
+    packed, dense = flux_pair("Q4_K")
+    first, second = loras()
+    stacks = [((first, 1.0),), ((first, 0.5),), ((first, 0.5), (second, 0.7)), ((second, 0.7),), ((first, 1.0),)]
+    patchers = [patched(packed, *stack) for stack in stacks]
+    expected = [run(patched(dense, *stack)) for stack in stacks]
+    without = run(dense)
+    run(packed)
+    with Ledger(packed) as ledger:
+        outputs = []
+        for patcher in patchers:
+            comfy.model_management.load_models_gpu([patcher])
+            outputs.append(forward(patcher))
+        comfy.model_management.load_models_gpu([packed])
+    assert (ledger.moves, ledger.copies, ledger.kept) == (0, 0, True)
+    for actual, wanted in zip(outputs, expected):
+        assert error_by_effect(actual, wanted, without) < LIMIT
+
+
+def test_a_second_model_in_between_and_forced_patching():
+    packed, dense = flux_pair("Q4_K")
+    other, other_dense = flux_pair("Q8_0", 1)
+    first, second = loras()
+    without = run(dense)
+    a, b = patched(packed, (first, 1.0)), patched(packed, (second, 0.8))
+    other = patched(other, (lora_for(flux_file("Q8_0", 1)[1]), 0.5))
+    expected = run(patched(dense, (first, 1.0)))
+    load = comfy.model_management.load_models_gpu
+    for load_it in (lambda: load([a]), lambda: load([other, a]), lambda: load([a], force_patch_weights=True),
+                    lambda: (run(b), run(other), load([a]))):
+        load_it()
+        assert error_by_effect(forward(a), expected, without) < LIMIT
+        assert len(packed_layers(packed)) == 18 and len(packed_layers(other)) == len(packed_layers(flux_pair("Q8_0", 1)[0]))
+
+
+def test_patch_and_unpatch_outside_of_model_management():
+    packed, dense = flux_pair("Q4_K")
+    first, second = loras()
+    without, expected = run(dense), run(patched(dense, (first, 1.0), (second, 0.5)))
+    patcher = patched(packed, (first, 1.0), (second, 0.5))
+    patcher.patch_model(OFFLOAD)
+    assert error_by_effect(forward(patcher), expected, without) < LIMIT
+    patcher.unpatch_model(OFFLOAD)
+    assert torch.equal(forward(patcher), without)
+
+
+# --- loading in part ---
+
+
+def on_two_devices(patcher):
+    patcher = patcher.clone()
+    patcher.load_device, patcher.offload_device = LOAD, OFFLOAD
+    return patcher
+
+
+BUDGETS = (0.05, 0.3, 0.5, 0.8, 3.0)  # of the model's size; the last is a full load
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_loaded_in_part_then_switched_then_unloaded_in_part(format_name, budget):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
+    stacks = ([(second, 0.8)], [(first, 1.0), (second, 0.5)], [(first, -0.7)])
+    without, count = run(dense), len(packed_layers(packed))
+    expected = [run(patched(dense, *stack)) for stack in stacks]
+    patchers = [on_two_devices(patched(packed, *stack)) for stack in stacks]
+    size = packed.model_size()
+    loaded = []
+    for _ in range(3):
+        for patcher, wanted in zip(patchers, expected):
+            patcher.partially_load(LOAD, budget * size - patcher.loaded_size())  # as the host does
+            assert patcher.model.model_lowvram == (budget < 1)
+            assert error_by_effect(forward(patcher), wanted, without) < LIMIT
+            assert len(packed_layers(packed)) == count
+            assert patcher.loaded_size() <= max(budget * size, 1) + patcher.model.packed_patches.nbytes + 1
+            loaded.append(patcher.loaded_size())
+    assert loaded[3:6] == loaded[6:]  # nothing drifts
+    patchers[2].partially_load(LOAD, 0)  # nothing to spare: the host takes modules out of its budget without moving them
+    assert error_by_effect(forward(patchers[2]), expected[2], without) < LIMIT
+    for part in (0.1, 0.3, 0.3, 0.9):
+        patchers[2].partially_unload(OFFLOAD, part * size)
+        assert error_by_effect(forward(patchers[2]), expected[2], without) < LIMIT
+        assert len(packed_layers(packed)) == count
+    patchers[1].partially_load(LOAD, size)
+    assert error_by_effect(forward(patchers[1]), expected[1], without) < LIMIT
+    patchers[1].detach()
+    assert torch.equal(forward(packed), without) and packed.loaded_size() == 0
+
+
+# --- memory ---
+
+
+def test_factors_count_as_loaded_memory_and_are_freed():
+    packed, _ = flux_pair("Q4_K")
+    first, second = loras()
+    bare = packed.model_size()
+    run(packed)
+    assert packed.loaded_size() == bare
+    lora = sum(t.nbytes for name, t in first.items() if name.endswith(".weight") and layer_is_packed(packed, name))
+    one, two = patched(packed, (first, 1.0)), patched(packed, (first, 1.0), (second, 0.5))
+    assert one.model_size() == bare + lora and two.model_size() == bare + 2 * lora
+    assert one.clone().model_size() == one.model_size() and packed.clone().model_size() == bare
+    for _ in range(3):
+        for patcher, size in ((one, bare + lora), (two, bare + 2 * lora), (packed, bare), (two, bare + 2 * lora)):
+            run(patcher)
+            assert patcher.loaded_size() == patcher.model_size() == size
+        comfy.model_management.unload_all_models()
+        assert two.loaded_size() == 0 and not two.model.packed_patches.layers
+        assert all(layer.lora is None for layer in packed_layers(packed))
+
+
+def layer_is_packed(patcher, name):
+    layers = {f"lora_unet_{key.replace('.', '_')}" for key, module in patcher.model.diffusion_model.named_modules()
+              if isinstance(module, PackedLayer) and is_packed(module.weight)}
+    return name.split(".")[0] in layers
+
+
+def test_a_lora_stored_in_another_dtype_is_counted_as_it_is_held():
+    packed, _ = flux_pair("Q4_K")
+    half = patched(packed, ({name: t.half() for name, t in loras()[0].items()}, 1.0))
+    run(half)
+    assert half.loaded_size() == half.model_size() == packed.model_size() + half.model.packed_patches.nbytes
+
+
+def test_a_failed_load_leaves_no_patch_behind(monkeypatch):
+    packed, dense = flux_pair("Q4_K")
+    first, second = loras()
+    without = run(dense)
+    run(patched(packed, (first, 1.0)))
+    second = patched(packed, (second, 1.0))
+    monkeypatch.setattr(PackedPatcher, "_build", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(second)
+    monkeypatch.undo()
+    assert torch.equal(forward(packed), without) and packed.loaded_size() == 0
+    assert second.patches and second._hidden is None
+
+
+# --- hooks ---
+
+
+def hook_nodes():
+    import comfy_extras.nodes_hooks as nodes
+
+    return nodes
+
+
+def lora_hook(lora, strength, keyframes):
+    group = comfy.hooks.create_hook_lora(lora=lora, strength_model=strength, strength_clip=strength)
+    if keyframes:
+        frames = None
+        for strength, start in keyframes:
+            frames, = hook_nodes().CreateHookKeyframe().create_hook_keyframe(
+                strength_mult=strength, start_percent=start, prev_hook_kf=frames)
+        group, = hook_nodes().SetHookKeyframes().set_hook_keyframes(group, frames)
+    return group
+
+
+def sample(patcher, positive_hooks, negative_hooks=None, steps=4):
+    generator = torch.Generator().manual_seed(7)
+    noise, latent = torch.randn(1, 16, 8, 8, generator=generator), torch.zeros(1, 16, 8, 8)
+    conditions = []
+    for hooks in (positive_hooks, negative_hooks):
+        condition = [[torch.randn(1, 5, 256, generator=generator), {}]]
+        conditions.append(comfy.hooks.set_hooks_for_conditioning(condition, hooks))
+    return comfy.sample.sample(patcher, noise, steps, 2.0, "euler", "simple", *conditions, latent, seed=1, disable_pbar=True)
+
+
+@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("partly", [False, True], ids=["full", "partly"])
+def test_lora_hooks_with_keyframes_through_the_sampler(monkeypatch, mode, partly):
+    packed, dense = flux_pair("Q4_K")
+    first, second = loras()
+    other = lora_for(flux_file("Q4_K")[1], "dora", seed=3)
+
+    def result(patcher, hooked):
+        patcher = patched(patcher, (first, 0.5))
+        if partly and isinstance(patcher, PackedPatcher):
+            patcher = on_two_devices(patcher)
+            load = type(patcher).partially_load
+            monkeypatch.setattr(type(patcher), "partially_load",
+                                lambda self, device, extra=0, **kwargs: load(self, device, 0.4 * self.model_size(), **kwargs))
+        patcher.set_hook_mode(mode)
+        if not hooked:
+            return sample(patcher, None)
+        positive = lora_hook(second, 0.9, [(1.0, 0.0), (0.3, 0.4), (0.0, 0.8)]).clone_and_combine(lora_hook(first, 0.4, []))
+        output = sample(patcher, positive, lora_hook(other, 0.7, [(0.2, 0.0), (1.0, 0.5)]))
+        if isinstance(patcher, PackedPatcher):
+            assert not patcher.model.packed_patches.before_hooks and not patcher.hook_backup
+        again = sample(patcher, None)  # what hooks did is undone
+        return output, again
+
+    without = result(dense, False)
+    (expected, plain), (actual, plain_actual) = result(dense, True), result(packed, True)
+    assert torch.equal(plain, without)
+    assert error_by_effect(actual, expected, without) < LIMIT
+    assert relative(plain_actual, plain) < LIMIT
+    assert len(packed_layers(packed)) == 18
+
+
+@pytest.mark.parametrize("other_is_packed", [False, True])
+def test_a_model_as_a_lora_hook(other_is_packed):
+    packed, dense = flux_pair("Q4_K")
+    other = flux_pair("Q8_0", 1)[0 if other_is_packed else 1]
+    weights = comfy.hooks.get_patch_weights_from_model(other)
+    without, results = sample(dense, None), []
+    for patcher in (dense, packed):
+        hook = comfy.hooks.create_hook_model_as_lora(weights, None, strength_model=0.3, strength_clip=0.0)
+        results.append(sample(patcher.clone(), hook))
+    assert error_by_effect(results[1], results[0], without) < LIMIT
+
+
+# --- merging, saving, wrappers ---
+
+
+@pytest.mark.parametrize("base, other", [("packed", "packed"), ("packed", "dense"), ("dense", "packed")])
+def test_model_merges(base, other):
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    models = dict(zip(("packed", "dense"), flux_pair("Q4_K")))
+    others = dict(zip(("packed", "dense"), flux_pair("Q8_0", 1)))
+    lora = lora_for(flux_file("Q4_K")[1])
+    without = run(models["dense"])
+    expected = ModelMergeSimple().merge(patched(models["dense"], (lora, 0.3)), others["dense"], 0.7)[0]
+    merged = ModelMergeSimple().merge(patched(models[base], (lora, 0.3)), others[other], 0.7)[0]
+    assert error_by_effect(run(merged), run(expected), without) < LIMIT
+    after = patched(merged, (lora, 0.5))
+    assert error_by_effect(run(after), run(patched(expected, (lora, 0.5))), without) < LIMIT
+    assert torch.equal(run(models["packed"]), without) and len(packed_layers(models["packed"])) == 18
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_saved_model_is_dense_with_its_patches_in_it(tmp_path, loaded):
+    packed, dense = flux_pair("Q4_K")
+    first, second = loras()
+    stack = (first, 1.0), (second, 0.5)
+    saver = patched(packed, *stack)
+    if loaded:
+        run(saver)
+    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), saver)
+    comfy.sd.save_checkpoint(str(tmp_path / "dense.safetensors"), patched(dense, *stack))
+    saved, reference = (comfy.utils.load_torch_file(str(tmp_path / f"{name}.safetensors")) for name in ("saved", "dense"))
+    assert saved.keys() == reference.keys()
+    for name, value in reference.items():
+        assert saved[name].dtype == value.dtype and torch.allclose(saved[name], value, rtol=1e-5, atol=1e-6), name
+    assert len(packed_layers(packed)) == 18
+
+
+@pytest.mark.parametrize("wrapper_first", [False, True])
+def test_a_weight_wrapper_sees_the_patched_weight(wrapper_first):
+    packed, dense = flux_pair("Q4_K")
+    first, second = loras()
+    key = "diffusion_model.double_blocks.0.img_mlp.2.weight"
+
+    def build(patcher):
+        stages = [lambda p: patched(p, (first, 1.0), (second, 0.4)), lambda p: add_wrapper(p, key)]
+        for stage in reversed(stages) if wrapper_first else stages:
+            patcher = stage(patcher)
+        return patcher
+
+    def add_wrapper(patcher, key):
+        patcher = patcher.clone()
+        patcher.add_weight_wrapper(key, lambda weight: weight.relu())
+        return patcher
+
+    without = run(dense)
+    expected = run(build(dense))
+    assert error_by_effect(run(build(packed)), expected, without) < LIMIT
+    assert torch.equal(run(packed), without)
+    split = on_two_devices(build(packed))
+    split.partially_load(LOAD, 0.3 * packed.model_size())
+    assert error_by_effect(forward(split), expected, without) < LIMIT
+    assert len(packed_layers(packed)) == 18
+
+
+# --- compute dtypes ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_half_precision_is_as_good_as_the_hosts_dense_model(format_name, dtype):
+    exact = run(patched(flux_pair(format_name)[1], *((lora, 0.5) for lora in loras(format_name))))
+    errors = []
+    for patcher in (packed_flux(format_name, dtype=dtype), dense_flux(format_name, dtype=dtype)):
+        patcher = patched(patcher, *((lora, 0.5) for lora in loras(format_name)))
+        patcher.set_model_compute_dtype(dtype)
+        errors.append(relative(run(patcher), exact))
+    assert errors[0] < 1.1 * errors[1]

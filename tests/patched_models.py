@@ -1,0 +1,187 @@
+"""Small packed models beside the host's own dense ones of the same values, and LoRAs of every kind under their real names.
+
+The dense model is the reference: the host patches it by itself, in float32.
+"""
+import functools
+import tempfile
+
+import comfy.lora
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import gguf
+import torch
+from featherweight.devtools import tiny_models
+from featherweight.devtools.gguf_files import pack, write_gguf
+from featherweight.loaders.container import open_weights
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.ops.format import FORMATS
+from featherweight.ops.linear import PackedLayer, packed_operations
+from featherweight.ops.patcher import adopt
+from featherweight.ops.tensor import is_packed, packed_tensor
+
+FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS")
+LIMIT = 1e-5  # of the effect that the patches have, in float32
+RANK = 4
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="featherweight")
+
+
+@functools.cache
+def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Tensor]]:
+    """A Flux of one double and one single block: path of the packed file, and its values by gguf's reference."""
+    path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
+    tensors = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    seen = write_gguf(path, tensors, lambda name, values: format_name if values.ndim > 1 else "F32")
+    return path, {name: torch.tensor(values) for name, values in seen.items()}
+
+
+def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
+    """The host's own dense model of the same values."""
+    options = {} if dtype is None else {"dtype": dtype}
+    return comfy.sd.load_diffusion_model_state_dict(dict(flux_file(format_name, seed)[1]), model_options=options)
+
+
+def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
+    path, _ = flux_file(format_name, seed)
+    if dtype is None:
+        return load_diffusion_model(path)
+    options = {"custom_operations": packed_operations(), "dtype": dtype}
+    return adopt(comfy.sd.load_diffusion_model_state_dict(open_weights(path).state_dict(), model_options=options))
+
+
+@functools.cache
+def flux_pair(format_name: str, seed: int = 0) -> tuple:
+    """(packed patcher, dense patcher), shared by tests: patch clones only."""
+    return packed_flux(format_name, seed), dense_flux(format_name, seed)
+
+
+def forget_models():
+    """Free the shared models; some tests look at what is left when all packed layers are gone."""
+    comfy.model_management.unload_all_models()
+    flux_pair.cache_clear()
+
+
+def packed_anyhow(values: torch.Tensor, format_name: str, seed: int = 0):
+    """(packed tensor, its dense float32 values) of any shape; blocks may cross rows, as in a packed convolution."""
+    stored = values.reshape(-1, FORMATS[format_name].block_length).numpy()
+    data = pack(stored, format_name, seed)
+    dense = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name]).reshape(values.shape)
+    return packed_tensor(FORMATS[format_name], torch.from_numpy(data), values.shape), torch.from_numpy(dense)
+
+
+# --- running and comparing ---
+
+
+def flux_inputs(concat: bool = False) -> dict:
+    generator = torch.Generator().manual_seed(5)
+    inputs = {"x": torch.randn(1, 16, 8, 8, generator=generator), "t": torch.tensor([0.5]),
+              "c_crossattn": torch.randn(1, 5, 256, generator=generator)}
+    if concat:
+        inputs["c_concat"] = torch.randn(1, 16, 8, 8, generator=generator)
+    return inputs
+
+
+def forward(patcher, inputs: dict | None = None) -> torch.Tensor:
+    """One step of a model as it is loaded now."""
+    with torch.no_grad():
+        return patcher.model.apply_model(**(inputs or flux_inputs())).float()
+
+
+def run(patcher, inputs: dict | None = None) -> torch.Tensor:
+    comfy.model_management.load_models_gpu([patcher])
+    return forward(patcher, inputs)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def error_by_effect(actual: torch.Tensor, expected: torch.Tensor, without: torch.Tensor) -> float:
+    """The error of a patched output divided by what the patches change; all three in float32 and of a usual size."""
+    assert 0.02 < relative(expected, without) < 3, relative(expected, without)
+    return ((actual - expected).norm() / (expected - without).norm()).item()
+
+
+def packed_layers(patcher) -> list[PackedLayer]:
+    return [module for module in patcher.model.modules() if isinstance(module, PackedLayer) and is_packed(module.weight)]
+
+
+# --- LoRAs ---
+
+KINDS = ("lora", "locon", "dora", "dora-in", "loha", "loha-dora", "lokr", "lokr-dora", "oft", "boft", "glora", "diff", "set")
+
+
+def adapter(kind: str, weight: torch.Tensor, seed: int, rank: int = RANK, size: float = 0.3) -> dict[str, torch.Tensor]:
+    """Tensors of one adapter for a dense weight, under the names that follow the layer's own.
+
+    size: about the norm of what it adds, divided by the norm of the weight.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale: float = 1.0):
+        return torch.randn(shape, generator=generator) * scale
+
+    kind, _, dora = kind.partition("-")
+    rows, columns, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
+    spread = weight.std().item() * size
+    ones = (1,) * len(kernel)
+    if kind in ("lora", "dora"):
+        dora = dora or kind.removeprefix("lora")
+        tensors = {"lora_up.weight": normal(rows, rank, *ones, scale=spread),
+                   "lora_down.weight": normal(rank, columns, *kernel), "alpha": torch.tensor(float(rank) / 2)}
+    elif kind == "locon":
+        if not kernel:
+            return adapter("lora", weight, seed, rank, size)
+        tensors = {"lora_up.weight": normal(rows, rank, *ones, scale=spread),
+                   "lora_mid.weight": normal(rank, rank, *kernel),
+                   "lora_down.weight": normal(rank, columns, *ones, scale=0.5), "alpha": torch.tensor(float(rank) / 2)}
+    elif kind == "loha":
+        tensors = {"hada_w1_a": normal(rows, rank, scale=spread), "hada_w1_b": normal(rank, weight[0].numel()),
+                   "hada_w2_a": normal(rows, rank, scale=0.5), "hada_w2_b": normal(rank, weight[0].numel()),
+                   "alpha": torch.tensor(float(rank) / 2)}
+    elif kind == "lokr":
+        tensors = {"lokr_w1": normal(4, 4, scale=spread), "lokr_w2_a": normal(rows // 4, rank, scale=0.5),
+                   "lokr_w2_b": normal(rank, weight[0].numel() // 4), "alpha": torch.tensor(float(rank))}
+    elif kind == "oft":
+        tensors = {"oft_blocks": normal(rows // 8, 8, 8, scale=size / 8), "alpha": torch.tensor(0.0)}
+    elif kind == "boft":
+        tensors = {"oft_blocks": normal(2, rows // 8, 8, 8, scale=size / 8), "alpha": torch.tensor(0.0)}
+    elif kind == "glora":
+        tensors = {"a1.weight": normal(columns, rank, scale=size / columns ** 0.5),
+                   "a2.weight": normal(rank, columns, scale=1 / rank),
+                   "b1.weight": normal(rows, rank, scale=spread), "b2.weight": normal(rank, weight[0].numel())}
+    elif kind == "diff":
+        tensors = {"diff": normal(*weight.shape, scale=spread), "diff_b": normal(rows, scale=size / 4)}
+    elif kind == "set":
+        tensors = {"set_weight": weight + normal(*weight.shape, scale=spread)}
+    if dora:
+        by_column = weight.transpose(0, 1).flatten(1).norm(dim=1)[None]
+        norms = by_column if dora == "in" else weight.flatten(1).norm(dim=1)[:, None]
+        tensors["dora_scale"] = (norms * (1 + normal(*norms.shape, scale=size / 2))).reshape(*norms.shape, *ones)
+    return tensors
+
+
+def kohya(name: str) -> str:
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def lora_for(values: dict[str, torch.Tensor], kind: str = "lora", seed: int = 0, layer_name=kohya, **options) -> dict:
+    """A LoRA file for every matrix of a model of these dense values; layer_name: what its author calls a layer."""
+    lora = {}
+    for index, (name, weight) in enumerate(values.items()):
+        if weight.ndim < 2:
+            continue
+        for suffix, tensor in adapter(kind, weight, 1000 * seed + index, **options).items():
+            lora[f"{layer_name(name.removesuffix('.weight'))}.{suffix}"] = tensor
+    return lora
+
+
+def patched(patcher, *loras):
+    """A clone with LoRAs stacked by the host's own loader: (LoRA, strength) each."""
+    for lora, strength in loras:
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0)
+    return patcher
