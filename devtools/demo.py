@@ -17,6 +17,14 @@ WORKFLOW = ROOT / "example_workflows" / "Featherweight demo.json"
 LOADER = "FeatherweightLoadDiffusionModel"
 MODEL_NAME = "featherweight_demo_Q8_0.gguf"
 VAE_NAME = "featherweight_demo_vae.safetensors"
+LORA_WORKFLOW = ROOT / "example_workflows" / "Featherweight demo two LoRAs.json"
+# file -> arguments of `tiny_models.flux_lora`: one in the trainers' naming for the first half, one in PEFT's for the second
+LORAS = {
+    "featherweight_demo_lora_1.safetensors": dict(seed=11, part="double_blocks", layer="lora_unet_{flat}",
+                                                  down=".lora_down.weight", up=".lora_up.weight"),
+    "featherweight_demo_lora_2.safetensors": dict(seed=12, part="single_blocks", layer="diffusion_model.{name}",
+                                                  down=".lora_A.weight", up=".lora_B.weight"),
+}
 # The line our loader logs for each file it loads.
 LOADED = re.compile(r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \((?P<formats>[^)]*)\), "
                     r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes held")
@@ -29,11 +37,15 @@ def make_models(base: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(model, tiny_models.flux(), lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
     save_file(tiny_models.autoencoder(), vae)
+    loras = base / "models" / "loras"
+    loras.mkdir(parents=True, exist_ok=True)
+    for name, arguments in LORAS.items():
+        save_file(tiny_models.flux_lora(**arguments), loras / name)
 
 
-def run_workflow(server: Server, on_progress=None) -> tuple[Run, dict]:
-    """Queue the shipped workflow as it is; return its run and its API form."""
-    prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) -> tuple[Run, dict]:
+    """Queue a shipped workflow as it is; return its run and its API form."""
+    prompt = to_api(json.loads(workflow.read_text(encoding="utf-8")), server.object_info())
     return server.queue(prompt, on_progress), prompt
 
 

@@ -61,6 +61,25 @@ def flux(seed: int = 0, **sizes) -> dict[str, np.ndarray]:
     return tensors
 
 
+def flux_lora(seed: int, part: str, layer: str, down: str, up: str, rank: int = 4, strength: float = 1.0,
+              **sizes) -> dict[str, np.ndarray]:
+    """A LoRA for the layers of a Flux whose names contain `part`.
+
+    layer: format of a layer's name in the file; `{name}` as in the model, `{flat}` with underscores for dots. down, up: ends
+    of the names of its factors, (rank, K) and (N, rank). strength: norm of the change, in norms of the weights of `flux`.
+    """
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for weight, shape in flux_shapes(**sizes).items():
+        if part not in weight or not weight.endswith(".weight"):
+            continue
+        name = weight.removesuffix(".weight")
+        stem = layer.format(name=name, flat=name.replace(".", "_"))
+        for end, size, spread in ((down, (rank, shape[1]), shape[1] ** -0.5), (up, (shape[0], rank), strength * rank ** -0.5)):
+            tensors[stem + end] = generator.standard_normal(size, dtype=np.float32) * np.float32(spread)
+    return tensors
+
+
 def autoencoder(seed: int = 3) -> dict[str, np.ndarray]:
     """Float32 tensors of a TAESD-shaped autoencoder of 16 latent channels, scaled as Flux's latents are."""
     generator = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ from ..ops.tensor import is_packed
 from .container import LFS_POINTER, WeightFileError, map_file, shown
 from .lora_blocks import MODEL_PREFIX, block_of, is_text
 from .lora_change import SAMPLED_ROWS, change_norm, kind_of, rank_of, shape_of
-from .lora_families import PREFIX, Recognised, hints, recognise
+from .lora_families import Recognised, hints, recognise
 from .lora_gguf import read_gguf_adapter
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,13 @@ OTHER_FILES = (
     (r"^(emb_params|string_to_param|clip_[lg]$)", "an embedding (textual inversion)",
      "Put it into models/embeddings and write embedding:its-name into the prompt."),
     (r"^(model\.diffusion_model|cond_stage_model|conditioner)\.", "a whole checkpoint", "Load it with a checkpoint loader."),
-    (r"text_model\.encoder\.|^encoder\.block\.\d|^model\.layers\.\d+\.self_attn|^(enc\.)?blk\.\d|^token_embd", "a text encoder",
-     "Load it with a text encoder loader (CLIP)."),
+    (r"text_model\.encoder\.|^encoder\.block\.\d|^model\.layers\.\d+\.self_attn|^(enc\.)?blk\.\d|^token_embd",
+     "a text encoder", "Load it with a text encoder loader (CLIP)."),
     (r"^(first_stage_model\.)?(decoder|encoder)\.(conv_in|mid)", "a VAE", "Load it with Load VAE."),
 )
 MISSING = "missing in the model"
+# What the readers of torch and safetensors raise for bytes that are not theirs.
+UNREADABLE = (ValueError, TypeError, RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -69,7 +71,7 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     else:
         try:
             state_dict, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-        except (ValueError, TypeError, RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        except UNREADABLE as error:
             raise WeightFileError(f"{name} cannot be read as a LoRA: {_unreadable(head, error)}") from error
     state_dict = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     stems = _stems(state_dict)
@@ -177,8 +179,8 @@ class LoraReport:
 
     @property
     def fits(self) -> str:
-        """"yes": every layer; "partly": some; "no": none, or only those of a text encoder that other families have too."""
-        if not self.patches or not self.related and all(is_text(_key(target)) for target in self.patches):
+        """"yes": every layer; "partly": some; "no": none, or the few layers that another family happens to have too."""
+        if not self.patches or not self.related and self.matched * 2 < self.layers:
             return "no"
         return "partly" if self.misfits else "yes"
 
@@ -190,7 +192,8 @@ class LoraReport:
         if not self.related:
             made = f"This LoRA is made for {self.family}; the model is {self.model_family}"
             if self.fits == "no":
-                return f"{made}: it cannot be used."
+                same = f", though {self.matched} of its {self.layers} layers have the same shape" if self.matched else ""
+                return f"{made}: it cannot be used{same}."
             return f"{made}: only {self.matched} of its {self.layers} layers match, which is not what it was trained for."
         made = self.family.shared(self.model_family) if self.family else None
         name = f" for {' or '.join(made.names)}" if made else ""
@@ -282,18 +285,22 @@ def apply_lora(model, clip, report: LoraReport, strength_model: float, strength_
     return model, clip
 
 
-def report_text(report: LoraReport, settings: dict[str, str] | None = None, examples: int = 10) -> str:
-    """The report as a short table, the verdict first. settings: further rows, such as the strengths used."""
+def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None, examples: int = 10) -> str:
+    """The report as a short table, the verdict first. name: of the file. settings: further rows, such as the strengths."""
+    kinds = ", ".join(f"{kind} ({count})" if len(report.kinds) > 1 else kind for kind, count in report.kinds.items())
     ranks = "" if not report.ranks else f", rank {report.ranks[0]}" + (
         f" to {report.ranks[-1]}" if len(report.ranks) > 1 else "")
+    family = report.family and (report.family.shared(report.model_family) or report.family)
     rows = {
-        "kind": ", ".join(f"{kind} ({count})" if len(report.kinds) > 1 else kind for kind, count in report.kinds.items()) + ranks,
+        **({"file": name} if name else {}),
         "layers": f"{report.matched} of {report.layers} match",
-        "made for": f"{report.family or 'unknown'}" + (f"; the file says {report.said}" if report.said else ""),
-        "model": f"{report.model_family or 'unknown'}",
+        "kind": kinds + ranks,
         **(settings or {}),
+        "made for": f"{family or 'unknown'}" + (f"; the file says {report.said}" if report.said else ""),
+        "model": f"{report.model_family or 'unknown'}",
     }
-    strongest = sorted(((change / norm, block) for block, (change, norm) in report.blocks.items() if change and norm), reverse=True)
+    shares = ((change / norm, block) for block, (change, norm) in report.blocks.items() if change and norm)
+    strongest = sorted(shares, reverse=True)
     if strongest:
         rows["strongest"] = ", ".join(f"{block} {percent(share)}" for share, block in strongest[:3])
     elif report.blocks and not any(change for change, _ in report.blocks.values() if change is not None):
@@ -301,8 +308,10 @@ def report_text(report: LoraReport, settings: dict[str, str] | None = None, exam
     if report.unconnected:
         rows["not used"] = f"{report.unconnected} text encoder layers (no CLIP connected)"
     lines = [report.verdict, "", *(f"{name:<11} {value}" for name, value in rows.items())]
+    missing = sum(reason == MISSING for reason in report.misfits.values())
+    missing = f" ({missing} of them {MISSING})" if missing else ""
     for title, entries in (
-        (f"{len(report.misfits)} layers do not fit:", [f"{name}: {reason}" for name, reason in report.misfits.items()]),
+        (f"{len(report.misfits)} layers do not fit{missing}:", [f"{name}: {why}" for name, why in report.misfits.items()]),
         (f"{len(report.unread)} tensors are of no known kind:", report.unread),
     ):
         if entries:
@@ -375,11 +384,13 @@ def _together(norms: list[float | None]) -> float | None:
 
 def _weight_norm(weight: torch.Tensor) -> float | None:
     """Frobenius norm of a weight, estimated from some of its rows; None for a weight without values."""
-    if weight.is_meta:
+    if weight.is_meta or not weight.ndim:
         return None
     rows = torch.linspace(0, weight.shape[0] - 1, min(SAMPLED_ROWS, weight.shape[0]), device=weight.device).long()
-    if is_packed(weight):
-        values = product.embedding(rows, weight, torch.float32) if weight.ndim == 2 else product.unpack(weight, torch.float32)[rows]
-    else:
+    if not is_packed(weight):
         values = weight[rows]
+    elif weight.ndim == 2:
+        values = product.embedding(rows, weight, torch.float32)
+    else:
+        values = product.unpack(weight, torch.float32)[rows]
     return values.float().norm().item() * math.sqrt(weight.shape[0] / len(rows))

@@ -1,8 +1,8 @@
 """Blocks of a model, and the rules that give each its share of a LoRA's strength.
 
-A rule is `name=factor`; rules are separated by commas or lines, a later one wins, `#` begins a comment. A name is `all`, `text`,
-a kind of block (`double`, `input`, `layers`), some of its blocks (`double.0-9`, `single.20`, `IN04`, `OUT03-05`, `MID`), or the
-name of a layer inside the blocks (`img_attn`, `attn2`, `ff.net`). `preset:NAME` stands for rules of its own.
+A rule is `name=factor`; rules are separated by commas or lines, a later one wins, `#` begins a comment. A name is `all`,
+`text`, a kind of block (`double`, `input`), some of its blocks (`double.0-9`, `single.20`, `IN04`, `OUT03-05`, `MID`), or
+the name of a layer inside the blocks (`img_attn`, `attn2`, `ff.net`). `preset:NAME` stands for rules of its own.
 """
 import math
 import re
@@ -92,7 +92,7 @@ def _read(text: str, keys: list[str], rules: list):
             name = rule[len("preset:"):].strip()
             found = next((rules_of for preset, rules_of in known.items() if preset.lower() == name.lower()), None)
             if found is None:
-                raise ValueError(f"There is no preset {name!r} for this model in block weights. There are: {', '.join(known)}.")
+                raise ValueError(f"Block weights: this model has no preset {name!r}; it has {', '.join(known)}.")
             _read(found, keys, rules)
             continue
         name, equals, value = (part.strip() for part in rule.partition("="))
@@ -100,9 +100,9 @@ def _read(text: str, keys: list[str], rules: list):
         if not equals or not name or factor is None:
             raise ValueError(f"The block weight {rule!r} is not a rule such as double=0.5 or single.0-9=0.")
         matches = _matcher(name)
-        if not any(map(matches, keys)):
-            raise ValueError(f"The block weight {rule!r} names nothing in this model. Its blocks are:"
-                             f" {described_blocks(keys)}. Names of layers inside them, such as {_layer_example(keys)}, work too.")
+        if name not in ("all", "text") and not any(map(matches, keys)):
+            raise ValueError(f"The block weight {rule!r} names nothing in this model. Its blocks are {described_blocks(keys)};"
+                             f" the name of a layer inside them, such as {_layer_example(keys)}, works too.")
         rules.append((matches, factor))
 
 

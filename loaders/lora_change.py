@@ -61,7 +61,7 @@ def shape_of(value) -> tuple[int, int | None]:
         return left[0] * right[0], left[1] * right[1]
     if value.name == "glora":
         first, second = weights[2].flatten(1), weights[3].flatten(1)
-        if first.shape[1] != second.shape[0]:
+        if first.shape[0] < first.shape[1]:
             first, second = second, first  # the order of LyCORIS's first version
         return first.shape[0], second.shape[1]
     blocks = weights[0]  # OFT (n, size, size), BOFT (steps, n, size, size): they turn the rows
@@ -87,8 +87,8 @@ def change_norm(value, weight_norm: float | None) -> float | None:
         sampled = (first * second).norm().item()
         return _scale(weights[2], weights[1].shape[0]) * sampled * math.sqrt(weights[0].shape[0] / len(rows))
     if value.name == "lokr" and weights[7] is None:
-        left = weights[0].float().norm().item() if weights[0] is not None else _product_norm(weights[3].float(), weights[4].float())
-        right = weights[1].float().norm().item() if weights[1] is not None else _product_norm(weights[5].float(), weights[6].float())
+        left, right = (_product_norm(up.float(), down.float()) if whole is None else whole.float().norm().item()
+                       for whole, up, down in (weights[0:1] + weights[3:5], weights[1:2] + weights[5:7]))
         rank = rank_of(value)
         return left * right * (1.0 if rank is None else _scale(weights[2], rank))
     if value.name == "oft" and weight_norm is not None:

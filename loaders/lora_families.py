@@ -232,7 +232,8 @@ PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|base_model\.m
                     r"|lora_unet_+|lora_transformer_|lycoris_)+")
 
 
-def recognise(shapes: Mapping[str, tuple[int | None, int | None]], metadata: Mapping[str, str] | None = None) -> Recognised | None:
+def recognise(shapes: Mapping[str, tuple[int | None, int | None]],
+              metadata: Mapping[str, str] | None = None) -> Recognised | None:
     """The family that layers look like, or None.
 
     shapes: layer name, in any of the usual spellings, -> (rows, columns), None where unknown. metadata: of the file; what its
@@ -242,7 +243,7 @@ def recognise(shapes: Mapping[str, tuple[int | None, int | None]], metadata: Map
     found = [(explained, layout, *rest) for layout in LAYOUTS for explained, *rest in [_explain(layout, names)]]
     best = max(explained for explained, *_ in found)
     # A handful of names that happen to fit say nothing about a file of hundreds.
-    if best * 4 < len(names):
+    if not best or best * 4 < len(names):
         return None
     found = [(layout, width, depth) for explained, layout, width, depth in found if explained == best]
     families = [(family, layout, width) for layout, width, depth in found for family in layout.families

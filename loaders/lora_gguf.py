@@ -4,7 +4,8 @@ import re
 import gguf
 import torch
 
-from ..ops.format import FORMATS
+from ..ops import product
+from ..ops.tensor import is_packed
 from .container import WeightFileError, open_weights, shown
 
 PAIR = re.compile(r"^(?P<layer>.+?)(\.weight)?\.lora_(?P<half>[aAbB])(\.weight)?$")
@@ -21,22 +22,16 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
                               f" {shown(next(iter(file.entries), 'none'))}). Pick it in a model or text encoder loader.")
     layers = {match["layer"] for match in pairs.values()}
     spelling = _text_encoder_names(file, layers)
-    state_dict, alpha = {}, file.metadata.get("adapter.lora.alpha")
+    tensors, alpha, state_dict = file.state_dict(), file.metadata.get("adapter.lora.alpha"), {}
     for name, match in pairs.items():
         layer = spelling.get(match["layer"], match["layer"])
         if not KNOWN_PREFIX.match(layer):
             layer = f"diffusion_model.{layer.removeprefix('model.diffusion_model.')}"
-        state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = _unpacked(file, name)
+        value = product.unpack(tensors[name], torch.float32) if is_packed(tensors[name]) else tensors[name].float()
+        state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = value
         if alpha is not None:
             state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return state_dict, {key: value for key, value in file.metadata.items() if isinstance(value, str)}
-
-
-def _unpacked(file, name: str) -> torch.Tensor:
-    entry = file.entries[name]
-    if entry.format in FORMATS:
-        return FORMATS[entry.format].unpack_into(file.tensor(name), torch.empty(entry.shape))
-    return file.tensor(name).float()
 
 
 def _text_encoder_names(file, layers: set[str]) -> dict[str, str]:

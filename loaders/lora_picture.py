@@ -22,8 +22,8 @@ def report_picture(report: LoraReport, title: str = "") -> torch.Tensor:
     verdict = textwrap.wrap(report.verdict, 92)
     rows = [(block, change / norm if norm else change, norm is not None) for block, (change, norm) in report.blocks.items()
             if change is not None]
-    top = MARGIN + 26 * len(verdict) + (22 if title else 0) + 56
-    picture = Image.new("RGB", (WIDTH, top + max(2, len(rows)) * ROW + MARGIN), BACKGROUND)
+    top = MARGIN + 26 * len(verdict) + (22 if title else 0) + 60
+    picture = Image.new("RGB", (WIDTH, top + len(rows) * ROW + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     draw.rectangle((0, 0, 7, picture.height), fill=VERDICTS[report.fits])
 
@@ -38,10 +38,10 @@ def report_picture(report: LoraReport, title: str = "") -> torch.Tensor:
     ranks = "" if not report.ranks else f", rank {'-'.join(map(str, dict.fromkeys((report.ranks[0], report.ranks[-1]))))}"
     relative = all(known for *_, known in rows)
     measure = "percent of its weights" if relative else "absolute: the model holds no values"
-    draw.text((MARGIN, y + 4), f"{kinds}{ranks}.  Change of each block at strength 1, {measure}:", FAINT, body)
+    draw.text((MARGIN, y + 4), f"{kinds}{ranks}. {report.matched} of {report.layers} layers match.", FAINT, body)
+    what = f"Change of each block at strength 1, {measure}:" if rows else "Nothing to draw."
+    draw.text((MARGIN, y + 24), what, FAINT, body)
 
-    if not rows:
-        draw.text((MARGIN, top), "No bars: no layer fits, or what fits cannot be measured cheaply.", FAINT, body)
     most = max((share for _, share, _ in rows), default=0) or 1
     groups = list(dict.fromkeys(block.partition(".")[0] for block, *_ in rows))
     left, right = MARGIN + LABELS, WIDTH - MARGIN - 70

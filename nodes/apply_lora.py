@@ -26,15 +26,18 @@ class ApplyLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model the LoRA is applied to."),
                 io.Combo.Input("lora_name", options=list_files(*FOLDERS), display_name="lora",
                                tooltip="A file in models/loras; GGUF adapters work too."),
-                io.Float.Input("strength_model", **strength, tooltip="How strongly the diffusion model is changed; may be negative."),
-                io.Float.Input("strength_clip", **strength, tooltip="How strongly the text encoder is changed; may be negative."),
+                io.Float.Input("strength_model", **strength,
+                               tooltip="How strongly the diffusion model is changed; may be negative."),
+                io.Float.Input("strength_clip", **strength,
+                               tooltip="How strongly the text encoder is changed; may be negative."),
                 io.String.Input("block_weights", default="", multiline=True,
-                                tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or preset:OUTALL; empty: all blocks"
-                                        " alike. The help page of this node has the list."),
+                                tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or preset:OUTALL; empty:"
+                                        " all blocks alike. The help page of this node has the list."),
                 io.Combo.Input("misfits", options=[APPLY, FAIL], default=APPLY,
                                tooltip="What to do when some layers of the LoRA do not fit: apply the others, or stop with an"
                                        " error that names them. A LoRA of which nothing fits is always an error."),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder the LoRA is applied to, if it has layers for one."),
+                io.Clip.Input("clip", optional=True,
+                              tooltip="The text encoder the LoRA is applied to, if it has layers for one."),
             ],
             outputs=[
                 io.Model.Output(),
@@ -55,14 +58,14 @@ class ApplyLora(io.ComfyNode):
         factor = parse_block_weights(block_weights, weight_keys(model, clip))
         report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)), measure=False)
         strengths = f"model {strength_model:g}" + ("" if clip is None else f", text encoder {strength_clip:g}")
-        settings = {"file": os.path.basename(lora_name), "strength": strengths}
+        settings = {"strength": strengths}
         if block_weights.strip():
             settings["blocks"] = " ".join(block_weights.split())
         if report.fits == "no":
             raise ValueError(f"{lora_name} is not applied. {report.verdict}")
         if report.misfits and misfits == FAIL:
             some = "; ".join(f"{layer}: {reason}" for layer, reason in list(report.misfits.items())[:3])
-            raise ValueError(f"{lora_name} is not applied, because misfits says fail. {report.verdict} {len(report.misfits)} do not"
-                             f" fit: {some}{' …' if len(report.misfits) > 3 else ''}")
+            raise ValueError(f"{lora_name} is not applied, because misfits says fail. {report.verdict}"
+                             f" {len(report.misfits)} do not fit: {some}{' …' if len(report.misfits) > 3 else ''}")
         model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
-        return io.NodeOutput(model, clip, report_text(report, settings))
+        return io.NodeOutput(model, clip, report_text(report, os.path.basename(lora_name), settings))

@@ -19,7 +19,7 @@ class CheckLora(io.ComfyNode):
             category="Featherweight",
             description="Says before anything runs whether a LoRA fits a model: which layers match, which do not and why, what"
                         " model it looks made for, its kind and rank, and how much it changes each block.",
-            search_aliases=["lora", "lora check", "check lora", "lora info", "lora report", "lora compatibility", "inspect lora"],
+            search_aliases=["lora", "lora check", "check lora", "lora info", "lora report", "lora compatibility"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is held against. It is not changed."),
@@ -41,6 +41,6 @@ class CheckLora(io.ComfyNode):
     def execute(cls, model, lora_name, clip=None) -> io.NodeOutput:
         name = os.path.basename(lora_name)
         report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)))
-        text, picture = report_text(report, {"file": name}), report_picture(report, name)
+        text, picture = report_text(report, name), report_picture(report, name)
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(text, picture, ui=shown)
