@@ -1,0 +1,249 @@
+"""Dynamic VRAM, which the host uses on GPUs: LoRA on packed weights, with comfy_aimdo replaced by plain CPU memory."""
+import itertools
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.pinned_memory
+import comfy_aimdo.host_buffer
+import comfy_aimdo.model_vbar
+import comfy_aimdo.torch
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcherDynamic
+from featherweight.ops.patcher import PackedPatcher, adopt
+from featherweight.ops.tensor import is_packed
+from patched_models import (
+    LIMIT, adapter, dense_flux, error_by_effect, flux_file, flux_inputs, forget_models, forward, lora_for, packed_flux,
+    packed_layers, patched, run,
+)
+
+LOAD = torch.device("cpu:0")  # not the CPU, as far as the stubs tell the host
+
+
+class Slot:
+    """Device memory of one module."""
+
+    signatures = itertools.count(1)
+
+    def __init__(self, size):
+        self.memory = torch.zeros(size, dtype=torch.uint8)
+        self.signature = next(self.signatures)
+        self.fits = True
+
+
+class ModelVBAR:
+    def __init__(self, size, device):
+        self.slots = []
+
+    def alloc(self, size):
+        self.slots.append(Slot(size))
+        return self.slots[-1]
+
+    def prioritize(self):
+        pass
+
+    def loaded_size(self):
+        return sum(slot.memory.nbytes for slot in self.slots)
+
+    def free_memory(self, size):
+        """Throws everything out, whatever it was asked for."""
+        for slot in self.slots:
+            slot.memory.random_()
+            slot.signature = next(Slot.signatures)
+        return self.loaded_size()
+
+
+class HostBuffer:
+    size = 0
+
+    def __init__(self, *args):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def uploads(monkeypatch):
+    """The stubs. Gives the list of modules whose weights were uploaded."""
+    uploaded = []
+    cast_bias_weight, cast_modules = comfy.ops.cast_bias_weight, comfy.ops.cast_modules_with_vbar
+
+    def cast(module, input=None, dtype=None, device=None, bias_dtype=None, **kwargs):
+        dtype = input.dtype if dtype is None else dtype
+        return cast_bias_weight(module, None, dtype, LOAD, bias_dtype or dtype, **kwargs)
+
+    def cast_with_vbar(modules, *args):
+        stream = cast_modules(modules, *args)
+        uploaded.extend(module for module in modules if not module._prefetch["resident"])
+        return stream
+
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == torch.device("cpu"))
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
+    monkeypatch.setattr(comfy.ops, "cast_modules_with_vbar", cast_with_vbar)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", ModelVBAR)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda slot: slot.signature if slot.fits else None)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_signature_compare", lambda a, b: a is not None and a == b)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda slot: None)
+    monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda slot, device: slot.memory)
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
+    monkeypatch.setattr(comfy.pinned_memory, "get_pin", lambda module, subset="weights": None)
+    monkeypatch.setattr(comfy.pinned_memory, "pin_memory", lambda module, subset="weights", size=None: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield uploaded
+    torch.set_num_threads(threads)
+    forget_models()
+
+
+def dynamic(patcher):
+    """The patcher the host would have made of this freshly loaded model on a GPU."""
+    result = adopt(ModelPatcherDynamic(patcher.model, load_device=LOAD, offload_device=torch.device("cpu")))
+    result.cached_patcher_init = patcher.cached_patcher_init
+    return result
+
+
+def step(patcher, inputs=None):
+    patcher.partially_load(LOAD)
+    return forward(patcher, inputs)
+
+
+def slots(patcher):
+    return [module for module in patcher.model.modules() if hasattr(module, "_v")]
+
+
+@pytest.fixture
+def models():
+    """(dynamic packed patcher, dense patcher, dense output without patches)"""
+    packed, dense = dynamic(packed_flux("Q4_K")), dense_flux("Q4_K")
+    return packed, dense, run(dense)
+
+
+def test_loras_stack_switch_and_go(models, uploads):
+    packed, dense, without = models
+    values = flux_file("Q4_K")[1]
+    first, second, third = lora_for(values, seed=1), lora_for(values, seed=2), lora_for(values, "dora", seed=3)
+    second["diffusion_model.double_blocks.0.img_mlp.0.diff_b"] = torch.full((1024,), 0.1)
+    assert torch.equal(step(packed), without) and len(slots(packed)) > 10
+    every = len(uploads)
+    assert every == len(slots(packed))
+    assert torch.equal(step(packed), without) and len(uploads) == every
+    count = len(packed_layers(packed))
+    bias_layer = packed.model.diffusion_model.double_blocks[0].img_mlp[0]
+    for stack in ([(first, 1.0)], [(first, 0.4)], [(first, 0.4), (second, 0.7)], [(third, 0.8), (first, 0.5)],
+                  [(second, 1.0)], []):
+        uploads.clear()
+        actual, expected = step(patched(packed, *stack)), run(patched(dense, *stack))
+        if stack:
+            assert error_by_effect(actual, expected, without) < LIMIT
+        else:
+            assert torch.equal(actual, without)
+        assert all(not is_packed(module.weight) or module is bias_layer for module in uploads)
+        assert len(packed_layers(packed)) == count
+    assert not any(layer.lora for layer in packed_layers(packed))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_weights_that_never_become_resident(models, uploads, fits):
+    packed, dense, without = models
+    values = flux_file("Q4_K")[1]
+    stack = [(lora_for(values, seed=1), 1.0), (lora_for(values, "loha", seed=2), 0.5), (lora_for(values, seed=3), 0.5)]
+    step(packed)
+    for slot in packed.model.dynamic_vbars[LOAD].slots:
+        slot.fits = fits
+    expected, patcher = run(patched(dense, *stack)), patched(packed, *stack)
+    for _ in range(2):
+        assert error_by_effect(step(patcher), expected, without) < LIMIT
+
+
+def test_unloading_frees_the_factors_and_reloading_restores_them(models, uploads):
+    packed, dense, without = models
+    lora = lora_for(flux_file("Q4_K")[1])
+    patcher = patched(packed, (lora, 1.0))
+    expected, sizes = run(patched(dense, (lora, 1.0))), []
+    for unload in (lambda: patcher.partially_unload(torch.device("cpu"), 1e9), patcher.detach, lambda: None):
+        assert error_by_effect(step(patcher), expected, without) < LIMIT
+        sizes.append((patcher.loaded_size(), patcher.model_size()))
+        unload()
+    assert len(set(sizes)) == 1 and sizes[0][1] > packed.model_size()
+    patcher.detach()
+    assert not any(layer.lora for layer in packed_layers(packed)) and not packed.model.packed_patches.nbytes
+    assert patcher.model.model_loaded_weight_memory == 0
+    assert torch.equal(step(packed), without)
+
+
+def test_wrappers_see_the_patched_weight(models, uploads):
+    packed, dense, without = models
+    lora = lora_for(flux_file("Q4_K")[1])
+    outputs = []
+    for patcher in (packed, dense):
+        patcher = patched(patcher, (lora, 1.0))
+        patcher.add_weight_wrapper("diffusion_model.double_blocks.0.img_mlp.2.weight", lambda weight: weight.relu())
+        outputs.append((step if patcher.is_dynamic() else run)(patcher))
+    assert error_by_effect(*outputs, without) < LIMIT
+    assert torch.equal(step(packed), without)
+
+
+def test_a_reshaping_lora_replaces_the_layer_and_gives_it_back(uploads):
+    packed, dense = dynamic(packed_flux("Q8_0")), dense_flux("Q8_0")
+    values, inputs, without = flux_file("Q8_0")[1], flux_inputs(concat=True), run(dense)
+    factors = adapter("lora", torch.cat([values["img_in.weight"]] * 2, 1), 1)
+    control = {"diffusion_model.img_in.lora_A.weight": factors["lora_down.weight"],
+               "diffusion_model.img_in.lora_B.weight": factors["lora_up.weight"],
+               "diffusion_model.img_in.reshape_weight": torch.tensor([256, 128])}
+    plain = lora_for(values)
+    count = len(packed_layers(packed))
+    stack = (plain, 0.5), (control, 1.0)
+    assert torch.equal(step(packed), without)
+    assert error_by_effect(step(patched(packed, *stack), inputs), run(patched(dense, *stack), inputs), without) < LIMIT
+    assert len(packed_layers(packed)) == count - 1
+    for _ in range(2):
+        assert torch.equal(step(packed), without) and len(packed_layers(packed)) == count
+
+
+def test_a_layer_on_the_cpu_has_its_patches(models, uploads, monkeypatch):
+    packed, dense, without = models
+    # The host forgets patches on dense weights there.
+    values = {name: value for name, value in flux_file("Q4_K")[1].items() if name.startswith("double_blocks")}
+    stack = [(lora_for(values, "dora"), 0.5), (lora_for(values, seed=1), 0.8)]
+    patcher, expected = patched(packed, *stack), run(patched(dense, *stack))
+    assert error_by_effect(step(patcher), expected, without) < LIMIT
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: True)  # the host unpacks the weight
+    assert error_by_effect(forward(patcher), expected, without) < LIMIT
+
+
+def test_the_delegate_without_dynamic_vram_is_packed_and_patched(models, uploads):
+    packed, dense, without = models
+    lora = lora_for(flux_file("Q4_K")[1])
+    patcher = patched(packed, (lora, 1.0))
+    expected = run(patched(dense, (lora, 1.0)))
+    step(patcher)
+    delegate = patcher.get_non_dynamic_delegate()
+    assert isinstance(delegate, PackedPatcher) and not delegate.is_dynamic() and delegate.model is not packed.model
+    delegate.load_device = torch.device("cpu")
+    assert error_by_effect(run(delegate), expected, without) < LIMIT
+    assert len(packed_layers(delegate)) == len(packed_layers(packed))
+    assert patcher.get_non_dynamic_delegate().model is delegate.model
+    assert error_by_effect(step(patcher), expected, without) < LIMIT
+
+
+def test_a_clone_for_another_gpu_is_packed_and_patched(models, uploads):
+    packed, dense, without = models
+    lora = lora_for(flux_file("Q4_K")[1])
+    patcher = patched(packed, (lora, 1.0))
+    expected = run(patched(dense, (lora, 1.0)))
+    step(patcher)
+    clone = patcher.deepclone_multigpu(LOAD)
+    assert isinstance(clone, PackedPatcher) and clone.is_dynamic() and clone.model is not packed.model
+    assert error_by_effect(step(clone), expected, without) < LIMIT
+    assert error_by_effect(step(patcher), expected, without) < LIMIT
+    assert len(packed_layers(clone)) == len(packed_layers(packed))
+
+
+def test_a_model_is_saved_dense_while_loaded(models, uploads):
+    packed, dense, _ = models
+    lora = lora_for(flux_file("Q4_K")[1])
+    patcher, reference = patched(packed, (lora, 1.0)), patched(dense, (lora, 1.0))
+    step(patcher)
+    key = "double_blocks.0.img_mlp.2.weight"
+    saved = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")[key].to("cpu")
+    expected = reference.patch_weight_to_device(f"diffusion_model.{key}", torch.device("cpu"), return_weight=True)
+    assert torch.allclose(saved, expected, atol=1e-6) and not is_packed(saved)
