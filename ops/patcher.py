@@ -174,18 +174,20 @@ class PackedPatcher:
                     setattr(module, name, [function for function in functions if not isinstance(function, LowVramPatch)])
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
-        # The host's `dirty` uploads every weight again. Only weights that it patches itself need that.
-        def patched_by_host():
-            return {module for module in self.model.modules()
-                    if getattr(module, "weight_lowvram_function", None) or getattr(module, "bias_lowvram_function", None)}
-
-        before = patched_by_host()
+        # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
+        before = self._slots()
         with self._packed_patches_hidden():
             super().load(device_to, lowvram_model_memory)
-        if dirty:
-            for module in before | patched_by_host():
+        for module, (slot, patched) in self._slots().items():
+            old_slot, was_patched = before.get(module, (None, False))
+            if slot is not old_slot or (dirty and (patched or was_patched)):
                 module._v_signature = None
         self._apply_packed(device_to)
+
+    def _slots(self) -> dict:
+        """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
+        return {module: (module._v, any(getattr(module, f"{param}_lowvram_function", None) for param in ("weight", "bias")))
+                for module in self.model.modules() if hasattr(module, "_v")}
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         if not self.is_dynamic() and self._can_swap(device_to, force_patch_weights):

@@ -1,5 +1,6 @@
 """Dynamic VRAM, which the host uses on GPUs: LoRA on packed weights, with comfy_aimdo replaced by plain CPU memory."""
 import itertools
+import weakref
 
 import comfy.model_management
 import comfy.model_patcher
@@ -22,23 +23,31 @@ LOAD = torch.device("cpu:0")  # not the CPU, as far as the stubs tell the host
 
 
 class Slot:
-    """Device memory of one module."""
+    """Device memory of one module, gone with the slot."""
 
-    signatures = itertools.count(1)
+    fits = True
 
-    def __init__(self, size):
+    def __init__(self, vbar, size):
+        self.vbar = vbar
         self.memory = torch.zeros(size, dtype=torch.uint8)
-        self.signature = next(self.signatures)
-        self.fits = True
+
+    def __del__(self):
+        self.memory.random_()
 
 
 class ModelVBAR:
+    """All slots lie on one page: what was uploaded is there as long as the page's signature is the same."""
+
+    signatures = itertools.count(1)
+
     def __init__(self, size, device):
-        self.slots = []
+        self.slots = weakref.WeakSet()
+        self.signature = next(self.signatures)
 
     def alloc(self, size):
-        self.slots.append(Slot(size))
-        return self.slots[-1]
+        slot = Slot(self, size)
+        self.slots.add(slot)
+        return slot
 
     def prioritize(self):
         pass
@@ -50,7 +59,7 @@ class ModelVBAR:
         """Throws everything out, whatever it was asked for."""
         for slot in self.slots:
             slot.memory.random_()
-            slot.signature = next(Slot.signatures)
+        self.signature = next(self.signatures)
         return self.loaded_size()
 
 
@@ -80,7 +89,7 @@ def uploads(monkeypatch):
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
     monkeypatch.setattr(comfy.ops, "cast_modules_with_vbar", cast_with_vbar)
     monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", ModelVBAR)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda slot: slot.signature if slot.fits else None)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda slot: slot.vbar.signature if slot.fits else None)
     monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_signature_compare", lambda a, b: a is not None and a == b)
     monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda slot: None)
     monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda slot, device: slot.memory)
