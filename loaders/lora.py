@@ -307,7 +307,7 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
         rows["strongest"] = "nothing: all its values are zero, it has no effect"
     if report.unconnected:
         rows["not used"] = f"{report.unconnected} text encoder layers (no CLIP connected)"
-    lines = [report.verdict, "", *(f"{name:<11} {value}" for name, value in rows.items())]
+    lines = [report.verdict, "", *(f"{name}: {value}" for name, value in rows.items())]
     missing = sum(reason == MISSING for reason in report.misfits.values())
     missing = f" ({missing} of them {MISSING})" if missing else ""
     for title, entries in (

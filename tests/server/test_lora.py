@@ -43,6 +43,7 @@ def test_the_workflow_with_two_loras_changes_the_picture(server, plain):
     check = next(node for node, spec in prompt.items() if spec["class_type"] == "FeatherweightCheckLora")
     text, picture = run.outputs[check]["text"][0], run.outputs[check]["images"][0]
     assert text.startswith("This LoRA for Flux.1 fits: all 6 layers match the model.")
+    assert run.texts[check][-1] == text  # what the editor shows on the node
     assert Image.open(io.BytesIO(server.image(picture))).size[0] > 600
 
     # Each of the two does something of its own.
