@@ -2,7 +2,6 @@
 import os
 
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 from ..loaders.folders import find_file, list_files
 from ..loaders.lora import check_lora, load_lora_file, report_text
@@ -45,6 +44,7 @@ class CheckLora(io.ComfyNode):
         report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)))
         text, picture = report_text(report, name), report_picture(report, name)
         if cls.hidden is not None and cls.hidden.unique_id:
+            from server import PromptServer  # only where a server runs; importing it starts half of one
             PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # what the editor shows on the node
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(text, picture, ui=shown)
