@@ -143,21 +143,21 @@ def misfit(patch: tuple, shape: torch.Size) -> str | None:
     target = list(shape)
     if offset is not None:
         target[offset[0]] = offset[2]
-    target = (target[0], torch.Size(target[1:]).numel())
     if isinstance(value, WeightAdapterBase):
         tensors = adapter_tensors(value)
         if not all(tensor.numel() for tensor in tensors):
             return "its rank is 0"
+        target = [target[0], torch.Size(target[1:]).numel()]
         made_for = adapter_shape(value) if all(tensor.ndim > 1 for tensor in tensors) else None
         if made_for is None:
             return "its factors do not fit each other"
     elif isinstance(value, tuple) and (len(value) == 1 or value[0] in ("diff", "set")):
-        tensors = value[-1][:1] if len(value) > 1 else value
-        made_for = (tensors[0].shape[0], tensors[0].shape[1:].numel())
+        tensors = value if len(value) == 1 else value[1][:1]
+        made_for = tensors[0].shape
     else:
         return None
-    if any(made not in (wanted, ANY) for made, wanted in zip(made_for, target)):
-        return f"it is made for a weight of {made_for[0]} x {made_for[1]}"
+    if len(made_for) != len(target) or any(made not in (wanted, ANY) for made, wanted in zip(made_for, target)):
+        return f"it is made for a weight of {' x '.join(map(str, made_for))}"
     if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):
         return "it holds NaN or infinite values"
     return None
@@ -189,8 +189,10 @@ def adapter_shape(adapter: WeightAdapterBase) -> tuple[int, int] | None:
     return ANY, ANY
 
 
-def _product_shape(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None = None) -> tuple[int, int] | None:
+def _product_shape(a: torch.Tensor | None, b: torch.Tensor | None, core: torch.Tensor | None = None) -> tuple[int, int] | None:
     """Flattened shape of `a @ b`, or of a Tucker product of core (i, j, ...), a (i, rows), b (j, columns)."""
+    if a is None or b is None:
+        return None
     if core is None:
         return (a.shape[0], b.shape[1]) if a.shape[1] == b.shape[0] else None
     return (a.shape[1], b.shape[1] * core.shape[2:].numel()) if core.shape[:2] == (a.shape[0], b.shape[0]) else None

@@ -6,6 +6,7 @@ applied right now lives on the model, which all clones of a patcher share, never
 """
 import collections
 import contextlib
+import functools
 
 import comfy.hooks
 import comfy.lora
@@ -36,16 +37,15 @@ class Applied:
         self.nbytes = 0
 
 
-_adopted_classes = {}
+@functools.cache
+def _packed_class(cls: type) -> type:
+    return type(f"Packed{cls.__name__}", (PackedPatcher, cls), {})
 
 
 def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """Make a patcher of the host, freshly loaded or cloned, keep packed weights packed. Returns it."""
-    cls = type(patcher)
-    if not issubclass(cls, PackedPatcher):
-        if cls not in _adopted_classes:
-            _adopted_classes[cls] = type(f"Packed{cls.__name__}", (PackedPatcher, cls), {})
-        patcher.__class__ = _adopted_classes[cls]
+    if not isinstance(patcher, PackedPatcher):
+        patcher.__class__ = _packed_class(type(patcher))
     if not hasattr(patcher.model, "packed_patches"):
         patcher.model.packed_patches = Applied()
     return patcher
@@ -279,12 +279,11 @@ class PackedPatcher:
     # --- hooks ---
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
-        base = self._all_patches.get(key, [])
-        if not self._owns(key, base + combined_patches[key]):
+        if self._packed_weight(key) is None:
             self._make_writable(key)
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
-        originals = {key: original_weights.pop(key)}
-        patches = self._build(key, base + combined_patches[key], self.load_device, originals)
+        patches = self._all_patches.get(key, []) + combined_patches[key]
+        patches = self._build(key, patches, self.load_device, {key: original_weights.pop(key)})
         self._set_for_hooks(key, patches)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
             self.cached_hook_patches.setdefault(hooks, {})[key] = patches

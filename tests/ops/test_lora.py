@@ -261,6 +261,21 @@ def test_the_warning_says_what_the_lora_is_made_for(caplog):
     assert "left out of a.weight, which is 8 x 6: it is made for a weight of 8 x 12." in caplog.text
 
 
+def test_half_a_lokr_is_left_out(caplog):
+    packed, _ = flux_pair("Q8_0")
+    lora = {name: tensor for name, tensor in lora_for(flux_file("Q8_0")[1], "lokr").items() if "w2_b" not in name}
+    without = run(packed)
+    assert torch.equal(run(patched(packed, (lora, 1.0))), without)
+    assert "its factors do not fit each other" in caplog.text
+
+
+def test_a_diff_of_another_shape_is_left_out_even_of_as_many_values():
+    diff = torch.ones(4, 4, 1, 1)
+    for value in ((diff,), ("diff", (diff,)), ("set", (diff,))):
+        assert misfit((1.0, value, 1.0, None, None), torch.Size((4, 4))) == "it is made for a weight of 4 x 4 x 1 x 1"
+        assert misfit((1.0, value, 1.0, None, None), diff.shape) is None
+
+
 @pytest.mark.parametrize("half", ["up", "down"])
 def test_half_a_pair_leaves_the_model_as_it_was(half):
     packed, _ = flux_pair("Q8_0")

@@ -307,6 +307,16 @@ def test_lora_hooks_with_keyframes_through_the_sampler(monkeypatch, mode, partly
     assert len(packed_layers(packed)) == 18
 
 
+def test_a_reshaping_lora_in_a_hook_is_left_out(caplog):
+    packed, _ = flux_pair("Q8_0")
+    lora = {"lora_A.weight": torch.ones(4, 128), "lora_B.weight": torch.ones(256, 4), "reshape_weight": torch.tensor([256, 128])}
+    lora = {f"diffusion_model.img_in.{name}": tensor for name, tensor in lora.items()}
+    without = sample(packed, None)
+    assert relative(sample(packed.clone(), lora_hook(lora, 1.0, [])), without) < 1e-6  # the host batches hooked steps apart
+    assert "left out of diffusion_model.img_in.weight" in caplog.text
+    assert torch.equal(sample(packed, None), without)
+
+
 @pytest.mark.parametrize("other_is_packed", [False, True])
 def test_a_model_as_a_lora_hook(other_is_packed):
     packed, dense = flux_pair("Q4_K")
