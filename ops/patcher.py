@@ -101,8 +101,7 @@ class PackedPatcher:
         dtype = self.object_patches.get("manual_cast_dtype")
         if dtype is None:  # text encoders do not say; their factors are cast at first use
             dtype = self.model.get_dtype_inference() if hasattr(self.model, "get_dtype_inference") else torch.float32
-        branch = layer.has_branch and key not in self.weight_wrapper_patches
-        return build_patches(key, patches, layer.weight.shape, device, dtype, branch, original_weights)
+        return build_patches(key, patches, layer.weight.shape, device, dtype, layer.has_branch, original_weights)
 
     def _set(self, key: str, patches: LayerPatches | None):
         """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""

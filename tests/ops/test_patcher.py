@@ -309,7 +309,8 @@ def test_lora_hooks_with_keyframes_through_the_sampler(monkeypatch, mode, partly
 
 def test_a_reshaping_lora_in_a_hook_is_left_out(caplog):
     packed, _ = flux_pair("Q8_0")
-    lora = {"lora_A.weight": torch.ones(4, 128), "lora_B.weight": torch.ones(256, 4), "reshape_weight": torch.tensor([256, 128])}
+    lora = {"lora_A.weight": torch.ones(4, 128), "lora_B.weight": torch.ones(256, 4),
+            "reshape_weight": torch.tensor([256, 128])}
     lora = {f"diffusion_model.img_in.{name}": tensor for name, tensor in lora.items()}
     without = sample(packed, None)
     assert relative(sample(packed.clone(), lora_hook(lora, 1.0, [])), without) < 1e-6  # the host batches hooked steps apart
@@ -384,8 +385,9 @@ def test_a_weight_wrapper_sees_the_patched_weight(wrapper_first):
 
     without = run(dense)
     expected = run(build(dense))
-    assert error_by_effect(run(build(packed)), expected, without) < LIMIT
-    assert torch.equal(run(packed), without)
+    for _ in range(2):  # loaded, then switched to
+        assert error_by_effect(run(build(packed)), expected, without) < LIMIT
+        assert torch.equal(run(packed), without)
     split = on_two_devices(build(packed))
     split.partially_load(LOAD, 0.3 * packed.model_size())
     assert error_by_effect(forward(split), expected, without) < LIMIT

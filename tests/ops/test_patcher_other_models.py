@@ -184,6 +184,25 @@ def test_hooks_on_a_text_encoder_with_a_schedule(clips):
     assert relative(encode(packed), without[0]) < 1e-6
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_hooks_on_a_text_encoder_for_the_whole_prompt(clips, loaded):
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    packed, dense, values = clips
+    without, results = encode(dense), []
+    for clip in (packed, dense):
+        comfy.model_management.unload_all_models()
+        if loaded:
+            encode(clip)
+        _, clip = comfy.sd.load_lora_for_models(None, clip, te_lora(values, 1, size=0.2), 0, 0.5)
+        hooks = comfy.hooks.create_hook_lora(lora=te_lora(values, 2, size=0.2), strength_model=0.0, strength_clip=0.8)
+        hooked, = SetClipHooks().apply_hooks(clip, apply_to_conds=False, schedule_clip=False, hooks=hooks)
+        results.append([encode(hooked), encode(clip), encode(hooked)])
+    for actual, expected in zip(*results):
+        assert error_by_effect(actual, expected, without) < LIMIT
+    assert relative(results[0][0], results[0][1]) > 0.1
+
+
 def test_a_saved_text_encoder_is_dense_with_its_patches_in_it(clips):
     packed, dense, values = clips
     lora = te_lora(values, 1, size=0.2)
