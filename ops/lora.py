@@ -89,7 +89,7 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
 
 def is_sum(patch: tuple) -> bool:
     """Whether a patch only adds to the weight something that does not depend on the weight."""
-    strength, value, strength_model, offset, function = patch
+    _, value, strength_model, _, _ = patch
     if strength_model != 1.0:
         return False
     if isinstance(value, WeightAdapterBase):

@@ -2,6 +2,7 @@
 
 The dense model is the reference: the host patches it by itself, in float32.
 """
+import contextlib
 import functools
 import tempfile
 
@@ -10,6 +11,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import gguf
+import pytest
 import torch
 from featherweight.devtools import tiny_models
 from featherweight.devtools.gguf_files import pack, write_gguf
@@ -18,7 +20,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.format import FORMATS
 from featherweight.ops.linear import PackedLayer, packed_operations
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor import is_packed, packed_tensor
+from featherweight.ops.tensor import QuantizedTensor, is_packed, packed_tensor
 
 FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS")
 LIMIT = 1e-5  # of the effect that the patches have, in float32
@@ -110,6 +112,38 @@ def packed_layers(patcher) -> list[PackedLayer]:
     return [module for module in patcher.model.modules() if isinstance(module, PackedLayer) and is_packed(module.weight)]
 
 
+class Ledger:
+    """What the host does to base weights while a block runs: moves of layers, copies of packed tensors, storage kept."""
+
+    def __init__(self, patcher):
+        self.patcher = patcher
+        self.layers = packed_layers(patcher)
+        self.moves = self.copies = 0
+
+    def __enter__(self):
+        self.pointers = [layer.weight._qdata.data_ptr() for layer in self.layers]
+        self.stack = contextlib.ExitStack()
+        patch = pytest.MonkeyPatch()
+        self.stack.callback(patch.undo)
+        apply, dispatch = PackedLayer._apply, QuantizedTensor.__torch_dispatch__
+
+        def counted_apply(layer, fn, recurse=True):
+            self.moves += 1
+            return apply(layer, fn, recurse)
+
+        def counted_dispatch(func, kinds, args=(), kwargs=None):
+            self.copies += any(name in str(func) for name in ("copy", "clone", "dequantize"))
+            return dispatch(func, kinds, args, kwargs)
+
+        patch.setattr(PackedLayer, "_apply", counted_apply)
+        patch.setattr(QuantizedTensor, "__torch_dispatch__", counted_dispatch)
+        return self
+
+    def __exit__(self, *args):
+        self.stack.close()
+        self.kept = self.pointers == [layer.weight._qdata.data_ptr() for layer in self.layers]
+
+
 # --- LoRAs ---
 
 KINDS = ("lora", "locon", "dora", "dora-in", "loha", "loha-dora", "lokr", "lokr-dora", "oft", "boft", "glora", "diff", "set")
@@ -185,3 +219,24 @@ def patched(patcher, *loras):
     for lora, strength in loras:
         patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0)
     return patcher
+
+
+def broken(lora: dict, kind: str) -> dict:
+    """`lora` with every adapter spoilt in one way."""
+    for name in list(lora):
+        tensor = lora[name]
+        if kind == "wrong rows" and name.endswith(("up.weight", "w1_a", "w2_a", "diff")):
+            lora[name] = torch.cat([tensor, tensor])
+        elif kind == "wrong columns" and name.endswith(("down.weight", "w1_b", "w2_b", "diff", "lokr_w1")):
+            lora[name] = torch.cat([tensor, tensor], 1)
+        elif kind == "ranks that differ" and name.endswith(("down.weight", "w1_b", "w2_b")):
+            lora[name] = torch.cat([tensor, tensor])
+        elif kind == "rank 0" and name.endswith(("up.weight", "w1_a", "w2_a")):
+            lora[name] = tensor[:, :0]
+        elif kind == "rank 0" and name.endswith(("down.weight", "w1_b", "w2_b")):
+            lora[name] = tensor[:0]
+        elif kind in ("nan", "inf") and name.endswith(("up.weight", "w1_a", "lokr_w1", "diff", "oft_blocks")):
+            tensor.view(-1)[7] = float(kind)
+        elif kind == "wrong blocks" and name.endswith("oft_blocks"):
+            lora[name] = torch.cat([tensor, tensor], -3)
+    return lora

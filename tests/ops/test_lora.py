@@ -16,7 +16,7 @@ from featherweight.ops.linear import packed_operations
 from featherweight.ops.lora import LayerPatches, build_patches, misfit
 from featherweight.ops.tensor import is_packed
 from patched_models import (
-    FORMAT_NAMES, KINDS, LIMIT, adapter, error_by_effect, flux_file, flux_inputs, flux_pair, forget_models, lora_for,
+    FORMAT_NAMES, KINDS, LIMIT, adapter, broken, error_by_effect, flux_file, flux_inputs, flux_pair, forget_models, lora_for,
     packed_anyhow, packed_layers, patched, relative, run,
 )
 
@@ -210,26 +210,6 @@ def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
 # --- what does not fit ---
 
 
-def broken(lora, kind):
-    for name in list(lora):
-        tensor = lora[name]
-        if kind == "wrong rows" and name.endswith(("up.weight", "w1_a", "w2_a", "diff")):
-            lora[name] = torch.cat([tensor, tensor])
-        elif kind == "wrong columns" and name.endswith(("down.weight", "w1_b", "w2_b", "diff", "lokr_w1")):
-            lora[name] = torch.cat([tensor, tensor], 1)
-        elif kind == "ranks that differ" and name.endswith(("down.weight", "w1_b", "w2_b")):
-            lora[name] = torch.cat([tensor, tensor])
-        elif kind == "rank 0" and name.endswith(("up.weight", "w1_a", "w2_a")):
-            lora[name] = tensor[:, :0]
-        elif kind == "rank 0" and name.endswith(("down.weight", "w1_b", "w2_b")):
-            lora[name] = tensor[:0]
-        elif kind in ("nan", "inf") and name.endswith(("up.weight", "w1_a", "lokr_w1", "diff", "oft_blocks")):
-            tensor.view(-1)[7] = float(kind)
-        elif kind == "wrong blocks" and name.endswith("oft_blocks"):
-            lora[name] = torch.cat([tensor, tensor], -3)
-    return lora
-
-
 @pytest.mark.parametrize("kind, what", [
     (kind, what) for kind in ("lora", "dora", "loha", "lokr")
     for what in ("wrong rows", "wrong columns", "ranks that differ", "rank 0", "nan", "inf")
@@ -398,8 +378,9 @@ def test_compiled_with_a_lora_there_is_no_graph_break_and_a_strength_recompiles_
 
 def test_a_layer_that_runs_elsewhere_or_in_another_dtype_takes_its_factors_along():
     patches = branch_of(96, 512, (0, 96, 4))
-    input = torch.empty(1, 512, dtype=torch.bfloat16, device="meta")
-    down, ups, _ = patches.branch(input)
-    assert {(factor.dtype, factor.device.type) for factor in (down, *ups)} == {(torch.bfloat16, "meta")}
-    assert patches.branch(input)[0] is down
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.bfloat16, "meta")):
+        input = torch.empty(1, 512, dtype=dtype, device=device)
+        down, ups, _ = patches.branch(input)
+        assert {(factor.dtype, factor.device.type) for factor in (down, *ups)} == {(dtype, device)}
+        assert patches.branch(input)[0] is down
     assert LayerPatches("x").branch(input) == (None, [], [])

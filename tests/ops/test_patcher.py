@@ -1,6 +1,4 @@
 """The patcher keeps weights packed and exact through everything the host does to a patched model."""
-import contextlib
-
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
@@ -12,9 +10,9 @@ import pytest
 import torch
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor import QuantizedTensor, is_packed
+from featherweight.ops.tensor import is_packed
 from patched_models import (
-    FORMAT_NAMES, LIMIT, dense_flux, error_by_effect, flux_file, flux_pair, forget_models, forward,
+    FORMAT_NAMES, LIMIT, Ledger, dense_flux, error_by_effect, flux_file, flux_pair, forget_models, forward,
     lora_for, packed_flux, packed_layers, patched, relative, run,
 )
 
@@ -48,38 +46,6 @@ def loras(format_name="Q4_K"):
             suffix = "diff_b" if param == "bias" else "diff"
             second[f"diffusion_model.{layer}.{suffix}"] = torch.randn(value.shape, generator=generator) * 0.1
     return first, second
-
-
-class Ledger:
-    """What the host does to base weights while a block runs."""
-
-    def __init__(self, patcher):
-        self.patcher = patcher
-        self.layers = packed_layers(patcher)
-        self.moves = self.copies = 0
-
-    def __enter__(self):
-        self.pointers = [layer.weight._qdata.data_ptr() for layer in self.layers]
-        self.stack = contextlib.ExitStack()
-        patch = pytest.MonkeyPatch()
-        self.stack.callback(patch.undo)
-        apply, dispatch = PackedLayer._apply, QuantizedTensor.__torch_dispatch__
-
-        def counted_apply(layer, fn, recurse=True):
-            self.moves += 1
-            return apply(layer, fn, recurse)
-
-        def counted_dispatch(func, kinds, args=(), kwargs=None):
-            self.copies += any(name in str(func) for name in ("copy", "clone", "dequantize"))
-            return dispatch(func, kinds, args, kwargs)
-
-        patch.setattr(PackedLayer, "_apply", counted_apply)
-        patch.setattr(QuantizedTensor, "__torch_dispatch__", counted_dispatch)
-        return self
-
-    def __exit__(self, *args):
-        self.stack.close()
-        self.kept = self.pointers == [layer.weight._qdata.data_ptr() for layer in self.layers]
 
 
 # --- switching while fully loaded ---
