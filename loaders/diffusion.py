@@ -1,15 +1,18 @@
 """Diffusion models: a weight file -> the host's own model, with packed weights."""
+import bisect
 import collections
 import logging
 import os
 import re
 
+import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
 import torch
 
 from ..ops.linear import bare_parameters_unpacked, packed_operations
-from ..ops.tensor import is_packed, relabelled
+from ..ops.product import unpack
+from ..ops.tensor import is_packed, packed_tensor, relabelled
 from .container import WeightFile, WeightFileError, open_weights
 
 log = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    state_dict = fix_keys(file.state_dict())
+    state_dict = in_the_hosts_names(fix_keys(file.state_dict()))
     options = {"custom_operations": packed_operations(value_dtype, patch_dtype)}
     metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
     with bare_parameters_unpacked():
@@ -80,3 +83,46 @@ def fix_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 shape = tensor.shape[:2]
                 state_dict[name] = relabelled(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)
     return state_dict
+
+
+def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model in diffusers' names and parts (q, k and v apart) under the host's names and whole.
+
+    The host's conversion writes into plain tensors only. It gets row numbers in place of rows, and what it makes of them
+    tells where each row of a weight comes from. A weight with a part missing is left out, which the host reports.
+    """
+    if comfy.model_detection.detect_unet_config(state_dict, "") is not None:
+        return state_dict
+    names, starts, numbers, count = list(state_dict), [], {}, 0
+    for name, tensor in state_dict.items():
+        starts.append(count)
+        numbers[name] = torch.arange(count, count + tensor.shape[0])
+        count += tensor.shape[0] + 1  # a gap, so that two tensors never read as one run of rows
+    converted = comfy.model_detection.convert_diffusers_mmdit(numbers, "")
+    if converted is None:
+        return state_dict
+    out = {name: state_dict[name] for name in numbers}  # what the conversion does not know
+    for target, rows in converted.items():
+        parts = []
+        for run in rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1):
+            source = bisect.bisect(starts, run[0].item()) - 1
+            tensor, first = state_dict[names[source]], run[0].item() - starts[source]
+            if source < 0 or first + len(run) > tensor.shape[0]:
+                break
+            parts.append((tensor, first, first + len(run)))
+        else:
+            out[target] = _rows_joined(parts)
+    return out
+
+
+def _rows_joined(parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
+    """Rows `first` to `last` of each tensor, one below the other. Packed where all parts have one packed format."""
+    tensor, first, last = parts[0]
+    if len(parts) == 1 and last - first == tensor.shape[0]:
+        return tensor
+    formats = {part.layout_cls.format if is_packed(part) else None for part, _, _ in parts}
+    packed_format = formats.pop()
+    if formats or packed_format is None or tensor.shape[1:].numel() % packed_format.block_length:
+        return torch.cat([(unpack(part, part.dtype) if is_packed(part) else part)[first:last] for part, first, last in parts])
+    data = torch.cat([part._qdata.view(part.shape[0], -1)[first:last] for part, first, last in parts])
+    return packed_tensor(packed_format, data, (len(data), *tensor.shape[1:]), tensor.dtype)

@@ -97,7 +97,7 @@ def inputs(family: Family) -> dict[str, Any]:
 
 def host_patcher(weights: Mapping[str, Any], family: Family, **options) -> comfy.model_patcher.ModelPatcher:
     """What the host's own loader makes of dense weights."""
-    weights = {name: torch.tensor(values) for name, values in weights.items()}
+    weights = {name: torch.as_tensor(values).clone() for name, values in weights.items()}
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, metadata=family.metadata)
 
 
@@ -262,11 +262,11 @@ FAMILIES = {
         "comfy.model_base.AuraFlow", "AuraFlow",
         dict(max_seq=64, cond_seq_dim=2048, n_double_layers=1, n_layers=2, dim=256, n_heads=1, global_conddim=256),
         latent=(1, 4, 8, 8), context=(1, 7, 2048), fixed={"dim": 3072, "n_heads": 12, "global_conddim": 3072}),
-    "pixart-sigma": Family(
+    "pixart-sigma": Family(  # at full width: the host's table of diffusers' names holds it fixed too
         "comfy.model_base.PixArt", "PixArtSigma",
-        dict(image_model="pixart_sigma", num_heads=2, patch_size=2, hidden_size=256, in_channels=4, depth=1,
+        dict(image_model="pixart_sigma", num_heads=16, patch_size=2, hidden_size=1152, in_channels=4, depth=1,
              model_max_length=300, micro_condition=False),
-        latent=(1, 4, 64, 64), context=(1, 7, 4096), fixed={"num_heads": 16, "hidden_size": 1152}),
+        latent=(1, 4, 64, 64), context=(1, 7, 4096)),
     "hunyuan-dit": Family(
         "comfy.model_base.HunyuanDiT", "HunyuanDiT",
         dict(image_model="hydit", depth=2, hidden_size=256, num_heads=2, text_states_dim=256, text_states_dim_t5=256),

@@ -77,7 +77,7 @@ def test_weights_stored_in_rows_of_256_keep_their_shape(family, packed_type, pat
     patcher = load_without_complaint(path, caplog)
     layers = patcher.model.diffusion_model
     reshaped = [name for name in weights if weights[name].shape != stored[name].shape and name.endswith(".weight")]
-    assert {weights[name].ndim for name in reshaped} >= ({2, 4} if "sd" in family.supported.lower() else {5})
+    assert {weights[name].ndim for name in reshaped} == ({5} if family is FAMILIES["wan2.1-t2v"] else {2, 4})
     seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
     for name in reshaped:
@@ -99,7 +99,8 @@ def test_linear_projections_of_sdxl_stored_as_convolutions(family, path, caplog)
 
 @families("flux-schnell", "ltx-2")
 def test_packed_vectors(family, path, caplog):
-    seen = write_gguf(path, random_weights(family), **stable_diffusion_cpp_style("Q8_0", vector_type="Q8_0"), metadata=family.metadata)
+    style = stable_diffusion_cpp_style("Q8_0", vector_type="Q8_0")
+    seen = write_gguf(path, random_weights(family), **style, metadata=family.metadata)
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
@@ -209,6 +210,16 @@ def test_names_of_diffusers(family, types, path, caplog):
     assert relative_error(run(patcher, family), run(expected, family)) < 1e-5
 
 
+def test_diffusers_file_without_a_part_is_reported_by_the_host(path, caplog):
+    family = FAMILIES["flux-dev"]
+    stored = in_diffusers_names(random_weights(family), DIFFUSERS["flux-dev"](family.config))
+    del stored["transformer_blocks.0.attn.to_k.weight"]
+    write_gguf(path, stored, **comfyui_gguf_style())
+    with caplog.at_level(logging.WARNING):
+        load_diffusion_model(path)
+    assert "unet missing: ['double_blocks.0.img_attn.qkv.weight']" in caplog.text
+
+
 def refused(path, tensors, *said):
     """Loading a file of these tensors fails with all of `said` in the message, and leaves loaded models alone."""
     values = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
@@ -239,8 +250,8 @@ def test_mmproj_is_refused(path):
 
 
 def test_lora_is_refused(path):
-    refused(path, {"double_blocks.0.img_attn.qkv.lora_A.weight": (4, 32), "double_blocks.0.img_attn.qkv.lora_B.weight": (96, 4)},
-            "a LoRA", "lora_A", "LoRA loader")
+    name = "double_blocks.0.img_attn.qkv"
+    refused(path, {f"{name}.lora_A.weight": (4, 32), f"{name}.lora_B.weight": (96, 4)}, "a LoRA", "lora_A", "LoRA loader")
 
 
 def test_unknown_model_is_refused(path):
