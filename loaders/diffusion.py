@@ -80,9 +80,17 @@ def fix_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         elif re.search(r"\.proj_(in|out)\.weight$", name) and tensor.shape[2:] == (1, 1):
             context = state_dict.get(re.sub(r"proj_(in|out)\.weight$", "transformer_blocks.0.attn2.to_k.weight", name))
             if context is not None and context.shape[1] != 768:
-                shape = tensor.shape[:2]
-                state_dict[name] = relabelled(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)
+                state_dict[name] = _reshaped(tensor, tensor.shape[:2])
+        # It also folds the first two of five dimensions of the video models' first convolution into one.
+        elif re.search(r"(patch_embedding\w*|img_in(\.proj)?)\.weight$", name) and tensor.ndim == 4:
+            bias = state_dict.get(name.removesuffix("weight") + "bias")
+            if bias is not None and tensor.shape[0] > bias.shape[0] and tensor.shape[0] % bias.shape[0] == 0:
+                state_dict[name] = _reshaped(tensor, (bias.shape[0], tensor.shape[0] // bias.shape[0], *tensor.shape[1:]))
     return state_dict
+
+
+def _reshaped(tensor: torch.Tensor, shape) -> torch.Tensor:
+    return relabelled(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)
 
 
 def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -120,7 +120,10 @@ def comfyui_gguf_style(packed_type: str = "Q8_0") -> dict[str, Any]:
 
 
 def stable_diffusion_cpp_style(packed_type: str = "Q4_0", vector_type: str = "F16") -> dict[str, Any]:
-    """What stable-diffusion.cpp writes: every matrix whose rows divide is packed, and no architecture is named."""
+    """What stable-diffusion.cpp writes: every matrix whose rows divide is packed, and no architecture is named.
+
+    It also folds the first two of five dimensions into one, which is left to the caller.
+    """
     types = {1: vector_type, 2: packed_type}
     return {"type_of": lambda name, values: types.get(values.ndim, "F16"), "architecture": None}
 

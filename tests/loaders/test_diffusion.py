@@ -114,10 +114,12 @@ def test_packed_file_runs_as_in_the_host(name, style, tmp_path, monkeypatch, cap
     family = FAMILIES[name]
     shrunken_detection(family, monkeypatch)
     path = tmp_path / "model.gguf"
-    prefix = PREFIX if style is stable_diffusion_cpp_style else ""
-    weights = {prefix + key: values for key, values in random_weights(family).items()}
-    seen = write_gguf(path, weights, **style(), metadata=family.metadata)
-    seen = {key.removeprefix(prefix): values for key, values in seen.items()}
+    weights = random_weights(family)
+    stored = weights
+    if style is stable_diffusion_cpp_style:
+        stored = {PREFIX + key: values.flatten(0, 1) if values.ndim == 5 else values for key, values in weights.items()}
+    seen = write_gguf(path, stored, **style(), metadata=family.metadata)
+    seen = {key.removeprefix(PREFIX): values.reshape(weights[key.removeprefix(PREFIX)].shape) for key, values in seen.items()}
     check_same_as_host(path, seen, family, caplog)
 
 

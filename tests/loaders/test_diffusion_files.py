@@ -3,6 +3,7 @@ import logging
 
 import comfy.model_management
 import comfy.utils
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,46 @@ def test_linear_projections_of_sdxl_stored_as_convolutions(family, path, caplog)
     seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+@families("sd1.5")
+@pytest.mark.parametrize("packed_type", ["F16", "Q8_0"])
+def test_1x1_convolutions_stored_as_matrices(family, packed_type, path, caplog):
+    weights = random_weights(family)
+    stored = {name: values[:, :, 0, 0] if name.endswith("skip_connection.weight") else values
+              for name, values in weights.items()}
+    changed = [name for name in weights if weights[name].shape != stored[name].shape]
+    assert changed
+    seen = write_gguf(path, stored, lambda name, values: packed_type if name in changed else "F32")
+    seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+@pytest.mark.xfail(raises=WeightFileError, reason="the reader takes at most four dimensions")
+@families("wan2.1-t2v", "hunyuan-video")
+def test_five_dimensions_as_comfyui_gguf_writes_them(family, path, caplog):
+    """Its fix_5d_tensors.py adds the patch embedding with all of its dimensions, against ggml's limit of four."""
+    weights = random_weights(family)
+    writer = gguf.GGUFWriter(path, "wan")
+    for name, values in weights.items():
+        writer.add_tensor(name, values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(weights, family), family)) < 1e-5
+
+
+@pytest.mark.xfail(raises=WeightFileError, reason="the reader takes no empty tensor")
+@families("qwen-image")
+def test_empty_tensor_that_marks_a_variant(family, path, caplog):
+    """Qwen-Image-Edit 2511 is told from its predecessors by the name of a tensor without values."""
+    weights = random_weights(family) | {"__index_timestep_zero__": torch.empty(0)}
+    write_gguf(path, weights, lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+    patcher = load_diffusion_model(path)
+    assert patcher.model.diffusion_model.default_ref_method == "index_timestep_zero"
 
 
 @families("flux-schnell", "ltx-2")
