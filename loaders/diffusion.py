@@ -101,15 +101,17 @@ def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     """
     if comfy.model_detection.detect_unet_config(state_dict, "") is not None:
         return state_dict
-    names, starts, numbers, count = list(state_dict), [], {}, 0
-    for name, tensor in state_dict.items():
+    names = [name for name, tensor in state_dict.items() if tensor.ndim and tensor.numel()]
+    starts, numbers, count = [], {}, 0
+    for name in names:
         starts.append(count)
-        numbers[name] = torch.arange(count, count + tensor.shape[0])
-        count += tensor.shape[0] + 1  # a gap, so that two tensors never read as one run of rows
+        numbers[name] = torch.arange(count, count + len(state_dict[name]))
+        count += len(state_dict[name]) + 1  # a gap, so that two tensors never read as one run of rows
     converted = comfy.model_detection.convert_diffusers_mmdit(numbers, "")
     if converted is None:
         return state_dict
-    out = {name: state_dict[name] for name in numbers}  # what the conversion does not know
+    known = set(names).difference(numbers)  # the conversion takes out what it uses
+    out = {name: tensor for name, tensor in state_dict.items() if name not in known}
     for target, rows in converted.items():
         parts = []
         for run in rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1):

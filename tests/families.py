@@ -197,6 +197,14 @@ FAMILIES = {
     "chroma": Family(
         "comfy.model_base.Chroma", "Chroma", _CHROMA, latent=(1, 16, 8, 8), context=(1, 7, 256),
         extra={"guidance": torch.tensor([0.0])}, fixed={"out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}),
+    "chroma-radiance": Family(
+        "comfy.model_base.ChromaRadiance", "ChromaRadiance",
+        {**_CHROMA, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16,
+         "nerf_hidden_size": 64, "nerf_mlp_ratio": 4, "nerf_depth": 4, "nerf_max_freqs": 8, "nerf_tile_size": 512,
+         "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32, "use_x0": False,
+         "use_sequential_txt_ids": False},
+        latent=(1, 3, 32, 32), context=(1, 7, 256), extra={"guidance": torch.tensor([0.0])},
+        fixed={"out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}),
     "sd3.5": Family(
         "comfy.model_base.SD3", "SD3", _SD3, latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"y": (1, 256)}),
     "sd1.5": Family(
@@ -307,6 +315,15 @@ FAMILIES = {
         "comfy.model_base.QwenImage", "QwenImage",
         dict(image_model="qwen_image", in_channels=64, num_layers=1, num_attention_heads=2, joint_attention_dim=256),
         latent=(1, 16, 1, 8, 8), context=(1, 7, 256), fixed={"num_attention_heads": 24, "joint_attention_dim": 3584}),
+    "mage-flow": Family(
+        "comfy.model_base.MageFlow", "MageFlow",
+        dict(image_model="mage_flow", in_channels=128, num_layers=1, num_attention_heads=2),
+        latent=(1, 128, 4, 4), context=(1, 7, 2560), fixed={"num_attention_heads": 24}),
+    "joyimage": Family(
+        "comfy.model_base.JoyImage", "JoyImage",
+        dict(image_model="joyimage", in_channels=16, hidden_size=256, patch_size=[1, 2, 2], num_layers=1,
+             num_attention_heads=2, text_dim=4096),
+        latent=(1, 16, 1, 8, 8), context=(1, 7, 4096)),
     "hidream": Family(
         "comfy.model_base.HiDream", "HiDream",
         dict(image_model="hidream", attention_head_dim=128, axes_dims_rope=[64, 32, 32], caption_channels=[256, 256],

@@ -296,4 +296,4 @@ def test_lora_is_refused(path):
 
 
 def test_unknown_model_is_refused(path):
-    refused(path, {"layer.weight": (32, 32)}, "no diffusion model", "'layer.weight'", "Update ComfyUI")
+    refused(path, {"layer.weight": (32, 32), "layer.scale": ()}, "no diffusion model", "'layer.weight'", "Update ComfyUI")
