@@ -112,7 +112,6 @@ def test_1x1_convolutions_stored_as_matrices(family, packed_type, path, caplog):
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
 
-@pytest.mark.xfail(raises=WeightFileError, reason="the reader takes at most four dimensions")
 @families("wan2.1-t2v", "hunyuan-video")
 def test_five_dimensions_as_comfyui_gguf_writes_them(family, path, caplog):
     """Its fix_5d_tensors.py adds the patch embedding with all of its dimensions, against ggml's limit of four."""
@@ -128,7 +127,6 @@ def test_five_dimensions_as_comfyui_gguf_writes_them(family, path, caplog):
     assert relative_error(run(patcher, family), run(host_patcher(weights, family), family)) < 1e-5
 
 
-@pytest.mark.xfail(raises=WeightFileError, reason="the reader takes no empty tensor")
 @families("qwen-image")
 def test_empty_tensor_that_marks_a_variant(family, path, caplog):
     """Qwen-Image-Edit 2511 is told from its predecessors by the name of a tensor without values."""
