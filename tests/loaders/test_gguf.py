@@ -397,6 +397,7 @@ BAD_HEADERS = {
     "name not UTF-8": (build(info("a", [32]), info(b"\xc3\x28", [32])), ["tensor 1", "not UTF-8"]),
     "name length": (build(struct.pack("<Q", 2**40)), ["tensor 0", str(2**40)]),
     "name twice": (build(info("a", [16]), info("a", [16], offset=64)), ["two tensors named 'a'"]),
+    "empty but vast": (build(info("a", [2**63, 0])), ["'a' of shape (0, 9223372036854775808)"]),
     "nine dimensions": (build(info("a", [2] * 9)), ["'a' has 9 dimensions", "at most 8"]),
     "many dimensions": (build(text("a") + struct.pack("<I", 2**32 - 1)), ["'a' has 4294967295 dimensions"]),
     "too many elements": (build(info("a", [2**33, 2**33])), ["'a'", str(2**33), "more elements"]),
