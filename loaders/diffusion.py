@@ -12,6 +12,7 @@ from ..ops.linear import bare_parameters_unpacked, packed_operations
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed, relabelled
 from .container import WeightFile, WeightFileError, open_weights
+from .diffusers_names import in_the_hosts_names
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    state_dict = fix_keys(file.state_dict())
+    state_dict = in_the_hosts_names(fix_keys(file.state_dict()))
     options = {"custom_operations": packed_operations(value_dtype, patch_dtype)}
     metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
     with bare_parameters_unpacked():
@@ -79,6 +80,14 @@ def fix_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         elif re.search(r"\.proj_(in|out)\.weight$", name) and tensor.shape[2:] == (1, 1):
             context = state_dict.get(re.sub(r"proj_(in|out)\.weight$", "transformer_blocks.0.attn2.to_k.weight", name))
             if context is not None and context.shape[1] != 768:
-                shape = tensor.shape[:2]
-                state_dict[name] = relabelled(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)
+                state_dict[name] = _reshaped(tensor, tensor.shape[:2])
+        # It also folds the first two of five dimensions of the video models' first convolution into one.
+        elif re.search(r"(patch_embedding\w*|img_in(\.proj)?)\.weight$", name) and tensor.ndim == 4:
+            bias = state_dict.get(name.removesuffix("weight") + "bias")
+            if bias is not None and tensor.shape[0] > bias.shape[0] and tensor.shape[0] % bias.shape[0] == 0:
+                state_dict[name] = _reshaped(tensor, (bias.shape[0], tensor.shape[0] // bias.shape[0], *tensor.shape[1:]))
     return state_dict
+
+
+def _reshaped(tensor: torch.Tensor, shape) -> torch.Tensor:
+    return relabelled(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)

@@ -43,14 +43,12 @@ U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 ARRAY_HEAD = struct.Struct("<IQ")
 
 DEFAULT_ALIGNMENT = 32
-MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-MAX_ORIGINAL_DIMENSIONS = 8
+MAX_DIMENSIONS = 8  # ggml computes with four; converters store the five of video models too
 MAX_ELEMENTS = (1 << 63) - 1
 MAX_NAME_BYTES = (1 << 16) - 1  # of a metadata key, by the specification
 # Metadata entries, tensors and strings in one header. The largest headers known hold a million; without a bound
 # a damaged count makes us walk through gigabytes of weights.
 MAX_ITEMS = 1 << 24
-
 
 
 class _TensorInfo(NamedTuple):
@@ -220,9 +218,7 @@ class _Header:
         if rank > MAX_DIMENSIONS:
             raise self.damaged(f"tensor {shown(name)} has {rank} dimensions; GGUF files hold at most {MAX_DIMENSIONS}")
         shape = self._read(struct.Struct(f"<{rank}Q"), what)[::-1]
-        if not all(shape):
-            raise self.damaged(f"tensor {shown(name)} of shape {shape} is empty; every dimension must be at least 1")
-        if prod(shape) > MAX_ELEMENTS:
+        if _extent(shape) > MAX_ELEMENTS:
             raise self.damaged(f"tensor {shown(name)} of shape {shape} has more elements than any file can hold")
         (ggml_type,) = self._read(U32, what)
         (offset,) = self._read(U64, what)
@@ -272,9 +268,10 @@ class _Header:
             return shape
         if (
             not isinstance(original, list)
-            or len(original) > MAX_ORIGINAL_DIMENSIONS
-            or not all(isinstance(size, int) and size > 0 for size in original)
+            or len(original) > MAX_DIMENSIONS
+            or not all(isinstance(size, int) and size >= 0 for size in original)
             or prod(original) != prod(shape)
+            or _extent(original) > MAX_ELEMENTS
         ):
             raise self.error(
                 f"the metadata gives tensor {shown(name)} the shape {shown(original)}, which does not hold the "
@@ -332,6 +329,11 @@ class GGUFFile(WeightFile):
         """`general.type` where it says more than "model" ("adapter", "mmproj" ...), else `general.architecture`."""
         kind = self.metadata.get("general.type", "model")
         return str(kind if kind != "model" else self.metadata.get("general.architecture", ""))
+
+
+def _extent(shape) -> int:
+    """Elements of a shape, of an empty one too as if it were not: what torch can count."""
+    return prod(max(size, 1) for size in shape)
 
 
 def _parts(header: _Header) -> list[_Header]:

@@ -99,7 +99,8 @@ def reinterpret(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
     """The float16 scale at byte `offset` of each block, as float32 (n, 1)."""
-    return reinterpret(blocks[:, offset:offset + 2], torch.float16).float()
+    # Byte by byte, since copying many rows of two bytes takes twice as long.
+    return torch.stack([blocks[:, offset], blocks[:, offset + 1]], -1).view(torch.float16).float()
 
 
 def bit_fields(data: torch.Tensor, width: int, shift: int) -> torch.Tensor:

@@ -97,7 +97,7 @@ def inputs(family: Family) -> dict[str, Any]:
 
 def host_patcher(weights: Mapping[str, Any], family: Family, **options) -> comfy.model_patcher.ModelPatcher:
     """What the host's own loader makes of dense weights."""
-    weights = {name: torch.tensor(values) for name, values in weights.items()}
+    weights = {name: torch.as_tensor(values).clone() for name, values in weights.items()}
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, metadata=family.metadata)
 
 
@@ -120,7 +120,10 @@ def comfyui_gguf_style(packed_type: str = "Q8_0") -> dict[str, Any]:
 
 
 def stable_diffusion_cpp_style(packed_type: str = "Q4_0", vector_type: str = "F16") -> dict[str, Any]:
-    """What stable-diffusion.cpp writes: every matrix whose rows divide is packed, and no architecture is named."""
+    """What stable-diffusion.cpp writes: every matrix whose rows divide is packed, and no architecture is named.
+
+    It also folds the first two of five dimensions into one, which is left to the caller.
+    """
     types = {1: vector_type, 2: packed_type}
     return {"type_of": lambda name, values: types.get(values.ndim, "F16"), "architecture": None}
 
@@ -194,6 +197,14 @@ FAMILIES = {
     "chroma": Family(
         "comfy.model_base.Chroma", "Chroma", _CHROMA, latent=(1, 16, 8, 8), context=(1, 7, 256),
         extra={"guidance": torch.tensor([0.0])}, fixed={"out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}),
+    "chroma-radiance": Family(
+        "comfy.model_base.ChromaRadiance", "ChromaRadiance",
+        {**_CHROMA, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16,
+         "nerf_hidden_size": 64, "nerf_mlp_ratio": 4, "nerf_depth": 4, "nerf_max_freqs": 8, "nerf_tile_size": 512,
+         "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32, "use_x0": False,
+         "use_sequential_txt_ids": False},
+        latent=(1, 3, 32, 32), context=(1, 7, 256), extra={"guidance": torch.tensor([0.0])},
+        fixed={"out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}),
     "sd3.5": Family(
         "comfy.model_base.SD3", "SD3", _SD3, latent=(1, 16, 8, 8), context=(1, 7, 256), extra={"y": (1, 256)}),
     "sd1.5": Family(
@@ -262,11 +273,11 @@ FAMILIES = {
         "comfy.model_base.AuraFlow", "AuraFlow",
         dict(max_seq=64, cond_seq_dim=2048, n_double_layers=1, n_layers=2, dim=256, n_heads=1, global_conddim=256),
         latent=(1, 4, 8, 8), context=(1, 7, 2048), fixed={"dim": 3072, "n_heads": 12, "global_conddim": 3072}),
-    "pixart-sigma": Family(
+    "pixart-sigma": Family(  # at full width: the host's table of diffusers' names holds it fixed too
         "comfy.model_base.PixArt", "PixArtSigma",
-        dict(image_model="pixart_sigma", num_heads=2, patch_size=2, hidden_size=256, in_channels=4, depth=1,
+        dict(image_model="pixart_sigma", num_heads=16, patch_size=2, hidden_size=1152, in_channels=4, depth=1,
              model_max_length=300, micro_condition=False),
-        latent=(1, 4, 64, 64), context=(1, 7, 4096), fixed={"num_heads": 16, "hidden_size": 1152}),
+        latent=(1, 4, 64, 64), context=(1, 7, 4096)),
     "hunyuan-dit": Family(
         "comfy.model_base.HunyuanDiT", "HunyuanDiT",
         dict(image_model="hydit", depth=2, hidden_size=256, num_heads=2, text_states_dim=256, text_states_dim_t5=256),
@@ -304,6 +315,15 @@ FAMILIES = {
         "comfy.model_base.QwenImage", "QwenImage",
         dict(image_model="qwen_image", in_channels=64, num_layers=1, num_attention_heads=2, joint_attention_dim=256),
         latent=(1, 16, 1, 8, 8), context=(1, 7, 256), fixed={"num_attention_heads": 24, "joint_attention_dim": 3584}),
+    "mage-flow": Family(
+        "comfy.model_base.MageFlow", "MageFlow",
+        dict(image_model="mage_flow", in_channels=128, num_layers=1, num_attention_heads=2),
+        latent=(1, 128, 4, 4), context=(1, 7, 2560), fixed={"num_attention_heads": 24}),
+    "joyimage": Family(
+        "comfy.model_base.JoyImage", "JoyImage",
+        dict(image_model="joyimage", in_channels=16, hidden_size=256, patch_size=[1, 2, 2], num_layers=1,
+             num_attention_heads=2, text_dim=4096),
+        latent=(1, 16, 1, 8, 8), context=(1, 7, 4096)),
     "hidream": Family(
         "comfy.model_base.HiDream", "HiDream",
         dict(image_model="hidream", attention_head_dim=128, axes_dims_rope=[64, 32, 32], caption_channels=[256, 256],

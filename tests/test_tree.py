@@ -11,7 +11,8 @@ HOST = Path(comfy.options.__file__).resolve().parent.parent
 LAYERS = ("nodes", "loaders", "ops")  # each may import itself and those after it
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 USES_HOST = {
-    "__init__.py", "loaders/checkpoint.py", "loaders/diffusion.py", "loaders/folders.py", "loaders/lora.py",
+    "__init__.py", "loaders/checkpoint.py", "loaders/diffusers_names.py", "loaders/diffusion.py", "loaders/folders.py",
+    "loaders/lora.py", "loaders/text_encoder.py",
     "loaders/text_encoder.py",
     "ops/linear.py", "ops/lora.py", "ops/patcher.py", "ops/tensor.py",
 }

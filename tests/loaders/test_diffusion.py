@@ -1,7 +1,9 @@
 """Every family of the host's diffusion models: packed files give the host's own model and the host's own numbers."""
+import dataclasses
 import logging
 
 import comfy.model_management
+import comfy.utils
 import gguf
 import pytest
 import torch
@@ -112,10 +114,12 @@ def test_packed_file_runs_as_in_the_host(name, style, tmp_path, monkeypatch, cap
     family = FAMILIES[name]
     shrunken_detection(family, monkeypatch)
     path = tmp_path / "model.gguf"
-    prefix = PREFIX if style is stable_diffusion_cpp_style else ""
-    weights = {prefix + key: values for key, values in random_weights(family).items()}
-    seen = write_gguf(path, weights, **style(), metadata=family.metadata)
-    seen = {key.removeprefix(prefix): values for key, values in seen.items()}
+    weights = random_weights(family)
+    stored = weights
+    if style is stable_diffusion_cpp_style:
+        stored = {PREFIX + key: values.flatten(0, 1) if values.ndim == 5 else values for key, values in weights.items()}
+    seen = write_gguf(path, stored, **style(), metadata=family.metadata)
+    seen = {key.removeprefix(PREFIX): values.reshape(weights[key.removeprefix(PREFIX)].shape) for key, values in seen.items()}
     check_same_as_host(path, seen, family, caplog)
 
 
@@ -124,6 +128,22 @@ def test_full_width_file_is_recognised_and_every_name_finds_its_place(name, tmp_
     path = tmp_path / "model.gguf"
     write_holey_gguf(path, full_width_shapes(FAMILIES[name]), "Q4_0")
     check_packed(load(path, FAMILIES[name], caplog), path)
+
+
+@pytest.mark.parametrize("diffusers_names", [False, True])
+def test_full_size_sdxl_is_recognised_and_every_name_finds_its_place(diffusers_names, tmp_path, caplog):
+    base = FAMILIES["sdxl"]
+    config = {**base.config, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+              "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10}
+    family = dataclasses.replace(base, supported="SDXL", config=config)
+    shapes = full_width_shapes(family)
+    path = tmp_path / "model.gguf"
+    names = {name: name for name in shapes}
+    if diffusers_names:
+        names = {host: name for name, host in comfy.utils.unet_to_diffusers(config).items() if host in shapes}
+    write_holey_gguf(path, {names[name]: shape for name, shape in shapes.items()}, "Q4_0")
+    patcher = load(path, family, caplog)
+    assert len(packed_layers(patcher)) == sum(len(shape) == 2 and shape[-1] % 32 == 0 for shape in shapes.values())
 
 
 @pytest.mark.parametrize("packed_type", PACKED)

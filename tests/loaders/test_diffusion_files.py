@@ -3,6 +3,7 @@ import logging
 
 import comfy.model_management
 import comfy.utils
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_weights_stored_in_rows_of_256_keep_their_shape(family, packed_type, pat
     patcher = load_without_complaint(path, caplog)
     layers = patcher.model.diffusion_model
     reshaped = [name for name in weights if weights[name].shape != stored[name].shape and name.endswith(".weight")]
-    assert {weights[name].ndim for name in reshaped} >= ({2, 4} if "sd" in family.supported.lower() else {5})
+    assert {weights[name].ndim for name in reshaped} == ({5} if family is FAMILIES["wan2.1-t2v"] else {2, 4})
     seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
     for name in reshaped:
@@ -97,9 +98,48 @@ def test_linear_projections_of_sdxl_stored_as_convolutions(family, path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
 
+@families("sd1.5")
+@pytest.mark.parametrize("packed_type", ["F16", "Q8_0"])
+def test_1x1_convolutions_stored_as_matrices(family, packed_type, path, caplog):
+    weights = random_weights(family)
+    stored = {name: values[:, :, 0, 0] if name.endswith("skip_connection.weight") else values
+              for name, values in weights.items()}
+    changed = [name for name in weights if weights[name].shape != stored[name].shape]
+    assert changed
+    seen = write_gguf(path, stored, lambda name, values: packed_type if name in changed else "F32")
+    seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
+
+
+@families("wan2.1-t2v", "hunyuan-video")
+def test_five_dimensions_as_comfyui_gguf_writes_them(family, path, caplog):
+    """Its fix_5d_tensors.py adds the patch embedding with all of its dimensions, against ggml's limit of four."""
+    weights = random_weights(family)
+    writer = gguf.GGUFWriter(path, "wan")
+    for name, values in weights.items():
+        writer.add_tensor(name, values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    patcher = load_without_complaint(path, caplog)
+    assert relative_error(run(patcher, family), run(host_patcher(weights, family), family)) < 1e-5
+
+
+@families("qwen-image")
+def test_empty_tensor_that_marks_a_variant(family, path, caplog):
+    """Qwen-Image-Edit 2511 is told from its predecessors by the name of a tensor without values."""
+    weights = random_weights(family) | {"__index_timestep_zero__": torch.empty(0)}
+    write_gguf(path, weights, lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+    patcher = load_diffusion_model(path)
+    assert patcher.model.diffusion_model.default_ref_method == "index_timestep_zero"
+
+
 @families("flux-schnell", "ltx-2")
 def test_packed_vectors(family, path, caplog):
-    seen = write_gguf(path, random_weights(family), **stable_diffusion_cpp_style("Q8_0", vector_type="Q8_0"), metadata=family.metadata)
+    style = stable_diffusion_cpp_style("Q8_0", vector_type="Q8_0")
+    seen = write_gguf(path, random_weights(family), **style, metadata=family.metadata)
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
@@ -209,6 +249,16 @@ def test_names_of_diffusers(family, types, path, caplog):
     assert relative_error(run(patcher, family), run(expected, family)) < 1e-5
 
 
+def test_diffusers_file_without_a_part_is_reported_by_the_host(path, caplog):
+    family = FAMILIES["flux-dev"]
+    stored = in_diffusers_names(random_weights(family), DIFFUSERS["flux-dev"](family.config))
+    del stored["transformer_blocks.0.attn.to_k.weight"]
+    write_gguf(path, stored, **comfyui_gguf_style())
+    with caplog.at_level(logging.WARNING):
+        load_diffusion_model(path)
+    assert "unet missing: ['double_blocks.0.img_attn.qkv.weight']" in caplog.text
+
+
 def refused(path, tensors, *said):
     """Loading a file of these tensors fails with all of `said` in the message, and leaves loaded models alone."""
     values = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
@@ -239,9 +289,9 @@ def test_mmproj_is_refused(path):
 
 
 def test_lora_is_refused(path):
-    refused(path, {"double_blocks.0.img_attn.qkv.lora_A.weight": (4, 32), "double_blocks.0.img_attn.qkv.lora_B.weight": (96, 4)},
-            "a LoRA", "lora_A", "LoRA loader")
+    name = "double_blocks.0.img_attn.qkv"
+    refused(path, {f"{name}.lora_A.weight": (4, 32), f"{name}.lora_B.weight": (96, 4)}, "a LoRA", "lora_A", "LoRA loader")
 
 
 def test_unknown_model_is_refused(path):
-    refused(path, {"layer.weight": (32, 32)}, "no diffusion model", "'layer.weight'", "Update ComfyUI")
+    refused(path, {"layer.weight": (32, 32), "layer.scale": ()}, "no diffusion model", "'layer.weight'", "Update ComfyUI")

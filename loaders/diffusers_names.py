@@ -1,0 +1,53 @@
+"""Models in diffusers' names: the host's conversion, for packed weights."""
+import bisect
+
+import comfy.model_detection
+import torch
+
+from ..ops.product import unpack
+from ..ops.tensor import is_packed, packed_tensor
+
+
+def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model in diffusers' names and parts (q, k and v apart) under the host's names and whole.
+
+    The host's conversion writes into plain tensors only. It gets row numbers in place of rows, and what it makes of them
+    tells where each row of a weight comes from. A weight with a part missing is left out, which the host reports.
+    """
+    if comfy.model_detection.detect_unet_config(state_dict, "") is not None:
+        return state_dict
+    names = [name for name, tensor in state_dict.items() if tensor.ndim and tensor.numel()]
+    starts, numbers, count = [], {}, 0
+    for name in names:
+        starts.append(count)
+        numbers[name] = torch.arange(count, count + len(state_dict[name]))
+        count += len(state_dict[name]) + 1  # a gap, so that two tensors never read as one run of rows
+    converted = comfy.model_detection.convert_diffusers_mmdit(numbers, "")
+    if converted is None:
+        return state_dict
+    known = set(names).difference(numbers)  # the conversion takes out what it uses
+    out = {name: tensor for name, tensor in state_dict.items() if name not in known}
+    for target, rows in converted.items():
+        parts = []
+        for run in rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1):
+            source = bisect.bisect(starts, run[0].item()) - 1
+            tensor, first = state_dict[names[source]], run[0].item() - starts[source]
+            if source < 0 or first + len(run) > tensor.shape[0]:
+                break
+            parts.append((tensor, first, first + len(run)))
+        else:
+            out[target] = _rows_joined(parts)
+    return out
+
+
+def _rows_joined(parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
+    """Rows `first` to `last` of each tensor, one below the other. Packed where all parts have one packed format."""
+    tensor, first, last = parts[0]
+    if len(parts) == 1 and last - first == tensor.shape[0]:
+        return tensor
+    formats = {part.layout_cls.format if is_packed(part) else None for part, _, _ in parts}
+    packed_format = formats.pop()
+    if formats or packed_format is None or tensor.shape[1:].numel() % packed_format.block_length:
+        return torch.cat([(unpack(part, part.dtype) if is_packed(part) else part)[first:last] for part, first, last in parts])
+    data = torch.cat([part._qdata.view(part.shape[0], -1)[first:last] for part, first, last in parts])
+    return packed_tensor(packed_format, data, (len(data), *tensor.shape[1:]), tensor.dtype)
