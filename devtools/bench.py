@@ -223,15 +223,17 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF, to run the step case on")
+    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF, to run a step on")
     parser.add_argument("--json", type=Path, default=ROOT / ".dev" / "bench.json", help="where to write the figures")
     options = parser.parse_args()
+    scratch = product.shared_scratch()  # held, as the layers of a model hold it
     figures = {"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
                "torch": torch.__version__}
     print(f"{figures['machine']}, torch {torch.__version__}, weight {SHAPE[0]} x {SHAPE[1]}")
     for name in options.only:
         print(f"{name}: {CASES[name].__doc__}", flush=True)
         figures[name] = CASES[name](options)
+    figures["scratch_bytes"] = scratch.nbytes
     options.json.write_text(json.dumps(figures, indent=1))
     print(f"Done: figures in {options.json}")
 
