@@ -4,6 +4,7 @@ Linear, Embedding and convolutions hold packed weights. All other layers are the
 """
 import contextlib
 import itertools
+import math
 
 import comfy.float
 import comfy.ops
@@ -122,8 +123,24 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
 
 
 class _PackedConv(PackedLayer):
+    @property
+    def has_branch(self) -> bool:
+        return self.groups == 1
+
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
-        return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+        lora = self.lora
+        if lora is None or lora.down is None:
+            return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+        down, ups, slices = lora.branch(input)
+        positions = input.shape[0] * input.shape[2:].numel() // math.prod(self.stride)
+        if product.merging_is_cheaper(positions, down.shape[1], product.slice_factors(down, ups, slices)):
+            dense = product.unpack(weight, torch.float32, self.value_dtype) if is_packed(weight) else weight
+            return super()._conv_forward(input, lora(dense).to(input.dtype), bias, *args, **kwargs)
+        out = super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+        hidden = super()._conv_forward(input, down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
+        for row, row_end, up, rank, rank_end in product.each_slice(ups, slices):
+            out[:, row:row_end] += torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
+        return out
 
 
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):

@@ -15,6 +15,8 @@ from comfy.weight_adapter import (
     BOFTAdapter, GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter, WeightAdapterBase,
 )
 
+from . import product
+
 log = logging.getLogger(__name__)
 
 # The adapters that add to the weight, and where their tuple of weights holds the DoRA scale, with which they do not.
@@ -59,10 +61,8 @@ class LayerPatches:
         """A dense weight with every patch in it, the branch too; the protocol of the host's weight functions."""
         merged = self.patch_weight(weight.to(torch.float32, copy=True))
         if self.down is not None:
-            down, ups, slices = self.down.float(), self.ups, self.slices
-            for index, up in enumerate(ups):
-                row, row_end, rank, rank_end = slices[4 * index:4 * index + 4]
-                merged.flatten(1)[row:row_end].addmm_(up.float(), down[rank:rank_end])
+            for row, row_end, up, part in product.slice_factors(self.down.float(), self.ups, self.slices):
+                merged.flatten(1)[row:row_end].addmm_(up.float(), part)
         return merged.to(weight.dtype)
 
 
@@ -71,7 +71,7 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
     """Turn the host's patch list of one packed weight into what its layer runs; None when nothing is left to do.
 
     shape: logical shape of the weight. device, dtype: of the branch's factors. branch: whether the layer has a branch
-    (only Linear has). Patches that do not fit the weight are left out, with one warning.
+    (Linear and convolutions have). Patches that do not fit the weight are left out, with one warning.
     """
     patches = [patch for patch in patches if _fits(key, patch, shape)]
     cut = max((index + 1 for index, patch in enumerate(patches) if not is_sum(patch)), default=0)

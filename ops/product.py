@@ -67,7 +67,7 @@ def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
                            SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
     blocks = packed.view(-1, packed_format.block_bytes)
     scratch = shared_scratch()
-    factors = _slice_factors(down, ups, slices)
+    factors = slice_factors(down, ups, slices)
     flat = input.reshape(-1, columns)
     merge = merging_is_cheaper(flat.shape[0], columns, factors)
 
@@ -108,10 +108,14 @@ def _linear_fake(input, packed, bias, format, rows, value_dtype, down, ups, slic
     return input.new_empty((*input.shape[:-1], rows))
 
 
-def _slice_factors(down, ups, slices) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """(first row, end row, up, its part of down) of each slice of a low-rank branch; slices holds four numbers a slice."""
-    return [(slices[4 * index], slices[4 * index + 1], up, down[slices[4 * index + 2]:slices[4 * index + 3]])
-            for index, up in enumerate(ups)]
+def each_slice(ups, slices) -> list[tuple[int, int, torch.Tensor, int, int]]:
+    """(first row, end row, up, first rank, end rank) of each slice of a low-rank branch; `slices` has four numbers a slice."""
+    return [(*slices[4 * index:4 * index + 2], up, *slices[4 * index + 2:4 * index + 4]) for index, up in enumerate(ups)]
+
+
+def slice_factors(down, ups, slices) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """(first row, end row, up, its part of down) of each slice."""
+    return [(row, row_end, up, down[rank:rank_end]) for row, row_end, up, rank, rank_end in each_slice(ups, slices)]
 
 
 def merging_is_cheaper(tokens: int, columns: int, factors) -> bool:
@@ -128,14 +132,13 @@ def branch(input: torch.Tensor, bias: torch.Tensor | None, rows: int, down: torc
            slices: list[int]) -> torch.Tensor:
     """`(input A^T) B^T + bias`, to which the product with the weight is added. Returns (M, rows).
 
-    input: (M, K). bias: (rows,) or None. down: A (R, K). ups, slices: see `_slice_factors`.
+    input: (M, K). bias: (rows,) or None. down: A (R, K). ups, slices: see `slice_factors`.
     """
     hidden = input @ down.t()
     if slices[:2] == [0, rows] and len(ups) == 1:
         return torch.nn.functional.linear(hidden, ups[0], bias)
     out = input.new_zeros((input.shape[0], rows)) if bias is None else bias.repeat(input.shape[0], 1)
-    for index, up in enumerate(ups):
-        row, row_end, rank, rank_end = slices[4 * index:4 * index + 4]
+    for row, row_end, up, rank, rank_end in each_slice(ups, slices):
         out[:, row:row_end].addmm_(hidden[:, rank:rank_end], up.t())
     return out
 
@@ -190,7 +193,7 @@ def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | No
                            " to it (often the text encoder's output) do not belong together.")
     if input.requires_grad and torch.is_grad_enabled():
         dense = unpack(weight, input.dtype, value_dtype)
-        for row, row_end, up, part in _slice_factors(down, ups, slices):
+        for row, row_end, up, part in slice_factors(down, ups, slices):
             dense[row:row_end] += up @ part
         return torch.nn.functional.linear(input, dense, bias)
     return torch.ops.featherweight.linear(
