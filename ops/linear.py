@@ -67,6 +67,8 @@ class PackedLayer:
         if is_packed(weight):
             if self.lora is None:
                 return product.unpack(weight, dtype, self.value_dtype)
+            if self.lora.acts_on_rows and self.patch_dtype is None:
+                return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
             weight = product.unpack(weight, self.patch_dtype or torch.float32, self.value_dtype)
             return self.lora.patch_weight(weight).to(dtype)
         if self.lora is None or not self.lora.weight_patches:

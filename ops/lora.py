@@ -37,6 +37,7 @@ class LayerPatches:
         self.down, self.ups, self.slices = down, list(ups), list(slices)
         self.weight_patches = list(weight_patches)
         self.original_weights = original_weights
+        self.acts_on_rows = all(rows_of(patch, 0, 1) is not None for patch in self.weight_patches)
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +57,11 @@ class LayerPatches:
         if not self.weight_patches:
             return weight
         return comfy.lora.calculate_weight(self.weight_patches, weight, self.key, original_weights=self.original_weights)
+
+    def patch_rows(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """`patch_weight` of the weight's rows from `start` on; only where `acts_on_rows`."""
+        patches = [rows_of(patch, start, start + len(rows)) for patch in self.weight_patches]
+        return comfy.lora.calculate_weight(patches, rows, self.key)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """A dense weight with every patch in it, the branch too; the protocol of the host's weight functions."""
@@ -99,6 +105,25 @@ def is_sum(patch: tuple) -> bool:
         return True
     kind, data = value
     return kind == "diff" and not (len(data) > 1 and data[1]["pad_weight"])
+
+
+def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
+    """The part of a patch that concerns some rows of the weight; None for a patch that needs the whole weight at once."""
+    strength, value, strength_model, offset, function = patch
+    if offset is not None or function is not None:
+        return None
+    if type(value) is LoRAAdapter and value.weights[3:] == (None, None, None):
+        part = LoRAAdapter(value.loaded_keys, (value.weights[0][start:stop], *value.weights[1:]))
+    elif type(value) is LoHaAdapter and value.weights[5:] == (None, None, None):
+        a1, b1, alpha, a2, b2 = value.weights[:5]
+        part = LoHaAdapter(value.loaded_keys, (a1[start:stop], b1, alpha, a2[start:stop], b2, None, None, None))
+    elif isinstance(value, tuple) and len(value) == 1:
+        part = (value[0][start:stop],)
+    elif isinstance(value, tuple) and value[0] in ("diff", "set") and len(value[1]) == 1:
+        part = (value[0], (value[1][0][start:stop],))
+    else:
+        return None
+    return strength, part, strength_model, None, None
 
 
 def _branch(patches: list, shape, device, dtype):

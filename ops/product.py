@@ -215,3 +215,20 @@ def unpack(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype
     """The whole dense weight in `dtype`, rounded once from float32 (or first to `value_dtype`)."""
     return torch.ops.featherweight.unpack(
         weight._qdata, weight.layout_cls.format.__name__, list(weight.shape), dtype, value_dtype)
+
+
+def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The whole dense weight in `dtype`, each slice of its rows handed to `change` in float32 before it is rounded.
+
+    change(rows, start): float32 rows of the weight from row `start` on -> the rows to keep.
+    """
+    packed_format, shape = weight.layout_cls.format, weight.shape
+    columns = shape[1:].numel()
+    step = _rows_per_slice(packed_format, shape[0], columns, torch.float32.itemsize, SCRATCH_BYTES)
+    blocks = weight._qdata.view(-1, packed_format.block_bytes)
+    out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    for start in range(0, shape[0], step):
+        rows = torch.empty((min(step, shape[0] - start), *shape[1:]), device=blocks.device)
+        first, last = (row * columns // packed_format.block_length for row in (start, start + len(rows)))
+        out[start:start + len(rows)] = change(packed_format.unpack_into(blocks[first:last], rows, value_dtype), start)
+    return out

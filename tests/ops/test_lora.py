@@ -387,3 +387,23 @@ def test_a_layer_that_runs_elsewhere_or_in_another_dtype_takes_its_factors_along
         assert {(factor.dtype, factor.device.type) for factor in (down, *ups)} == {(dtype, device)}
         assert patches.branch(input)[0] is down
     assert LayerPatches("x").branch(input) == (None, [], [])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "reshape"])
+def test_patches_that_act_on_rows_take_the_weight_in_slices(kind, monkeypatch):
+    weight, dense = packed_anyhow(torch.randn(96, 320) / 8, "Q4_K")
+    lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, dense, 1).items()}
+    value = comfy.lora.load_lora(lora, {"x": "w.weight"})["w.weight"]
+    patches = [(0.9, value, 1.0, None, None)]
+    layer = OPERATIONS.Linear(320, 96, bias=False, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight})
+    layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"), torch.float32, branch=False)
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 20 * 320 * 4)
+    rows = []
+    calculate = comfy.lora.calculate_weight
+    monkeypatch.setattr(comfy.lora, "calculate_weight", lambda p, w, *a, **k: rows.append(len(w)) or calculate(p, w, *a, **k))
+    input = torch.randn(2, 320)
+    merged = calculate(patches, dense.clone(), "w.weight")
+    assert relative(layer(input), torch.nn.functional.linear(input, merged)) < 1e-6
+    expected = [20, 20, 20, 20, 16] if kind in ("lora", "locon", "loha", "diff", "set") else [96]
+    assert rows == expected
