@@ -27,8 +27,8 @@ from featherweight.ops import product  # noqa: E402
 from featherweight.ops.format import FORMATS  # noqa: E402
 from featherweight.ops.tensor import packed_tensor  # noqa: E402
 
-from devtools.gguf_files import block_pool, write_random_gguf  # noqa: E402
-from devtools.tiny_models import flux_shapes  # noqa: E402
+from devtools.gguf_files import block_pool, write_gguf, write_random_gguf  # noqa: E402
+from devtools.tiny_models import flux, flux_shapes  # noqa: E402
 
 SHAPE = (3072, 12288)
 VOCABULARY = 262_144
@@ -130,6 +130,40 @@ def bench_memory(options) -> dict:
     return result
 
 
+def bench_lora_error(options) -> dict:
+    """Error of a small quantised Flux against the unquantised one, without and with a LoRA on both (growth 1: none)."""
+    tensors = flux()
+    lora = lora_file({name: value.shape for name, value in tensors.items()}, 16, 0)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"float32": dense_flux(tensors), "fp8 (ComfyUI)": dense_flux(tensors, torch.float8_e4m3fn)}
+        for name in ("Q8_0", "Q5_0", "Q4_0"):
+            path = Path(folder) / f"{name}.gguf"
+            write_gguf(path, tensors, lambda key, values, name=name: name if values.ndim == 2 else "F32")
+            models[name] = load_diffusion_model(str(path))
+        patched = {name: comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0] for name, model in models.items()}
+        pictures = {name: (prediction(models[name]), prediction(patched[name])) for name in models}
+    exact = pictures.pop("float32")
+    for name, found in pictures.items():
+        without, with_lora = (((a - b).norm() / b.norm()).item() for a, b in zip(found, exact))
+        results[name] = {"without": without, "with": with_lora, "growth": with_lora / without}
+        print(f"  {name:24s}without {without:.4f} | with {with_lora:.4f} | growth {with_lora / without:.2f}", flush=True)
+    return results
+
+
+def dense_flux(tensors, dtype=torch.float32):
+    weights = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
+    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+
+
+def prediction(patcher) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latent, context = (torch.randn(shape, generator=generator) for shape in ((1, 16, 32, 32), (1, 32, 1024)))
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.no_grad():
+        return patcher.model.apply_model(latent, torch.tensor([0.5]), c_crossattn=context) - latent
+
+
 def lora_file(shapes: dict[str, tuple], rank: int, seed: int) -> dict[str, torch.Tensor]:
     """A LoRA in BFL's key names on every matrix of a model."""
     generator = torch.Generator().manual_seed(seed)
@@ -212,7 +246,7 @@ def peer_loader(folder: Path):
     return load
 
 
-CASES = {"unpack": bench_unpack, "linear": bench_linear, "lora": bench_lora, "step": bench_step,
+CASES = {"unpack": bench_unpack, "linear": bench_linear, "lora": bench_lora, "step": bench_step, "lora_error": bench_lora_error,
          "header": bench_header, "memory": bench_memory}
 if sys.platform != "linux":
     del CASES["memory"]
