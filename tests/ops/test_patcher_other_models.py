@@ -159,6 +159,19 @@ def test_a_lora_on_a_packed_embedding(clips):
     assert error_by_effect(*outputs, without) < LIMIT
 
 
+def test_an_embedding_in_the_prompt_with_a_lora_on_the_packed_text_encoder(clips, tmp_path):
+    packed, dense, values = clips
+    comfy.utils.save_torch_file({"clip_l": torch.randn(3, 768, generator=torch.Generator().manual_seed(5)) * 0.02},
+                                str(tmp_path / "my_style.safetensors"))
+    lora, outputs = te_lora(values, 1), []
+    for clip in (packed, dense):
+        _, clip = comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.5)
+        clip.tokenizer.clip_l.embedding_directory = str(tmp_path)
+        outputs.append((encode(clip, "a fox in embedding:my_style"), encode(clip, "a fox in")))
+    assert relative(outputs[0][0], outputs[1][0]) < 1e-5
+    assert relative(outputs[1][0], outputs[1][1]) > 1e-3  # the embedding is found, and matters
+
+
 def test_hooks_on_a_text_encoder_with_a_schedule(clips):
     from comfy_extras.nodes_hooks import SetClipHooks
 
