@@ -4,8 +4,8 @@ import os
 from comfy_api.latest import io
 
 from ..loaders.folders import find_file, list_files
-from ..loaders.lora import apply_lora, check_lora, load_lora_file, report_text, weight_keys
-from ..loaders.lora_blocks import parse_block_weights
+from ..loaders.lora import apply_lora, check_lora, load_lora_file, report_text
+from ..loaders.lora.blocks import parse_block_weights, weight_keys
 
 FOLDERS = ("loras", "loras_gguf")
 APPLY, FAIL = "apply the rest", "fail"

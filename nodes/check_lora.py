@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 
 from ..loaders.folders import find_file, list_files
 from ..loaders.lora import check_lora, load_lora_file, report_text
-from ..loaders.lora_picture import report_picture
+from ..loaders.lora.picture import report_picture
 
 FOLDERS = ("loras", "loras_gguf")
 

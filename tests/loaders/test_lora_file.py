@@ -6,9 +6,9 @@ import pytest
 import torch
 from featherweight.loaders.container import WeightFileError
 from featherweight.loaders.lora import apply_lora, check_lora, load_lora_file, report_text
-from featherweight.loaders.lora_change import change_norm
-from featherweight.loaders.lora_families import LAYOUTS, recognise
-from featherweight.loaders.lora_picture import report_picture
+from featherweight.loaders.lora.change import change_norm
+from featherweight.loaders.lora.families import LAYOUTS, recognise
+from featherweight.loaders.lora.picture import report_picture
 from safetensors.torch import save_file
 
 from lora_models import MODELS, empty_clip, empty_model, pairs, peft, weight_shapes

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .lora import LoraReport, percent
+from .report import LoraReport, percent
 
 WIDTH, MARGIN, LABELS, ROW = 960, 28, 190, 20
 BACKGROUND, TEXT, FAINT, GRID = (24, 26, 31), (236, 238, 242), (150, 156, 168), (52, 56, 66)

@@ -2,9 +2,14 @@
 
 Values are the host's: an adapter of `comfy.weight_adapter` with its tuple `weights`, or ("diff", (tensor,)) and its like.
 """
+import collections
 import math
 
 import torch
+
+from ...ops import product
+from ...ops.tensor import is_packed
+from .blocks import block_of, key_of
 
 SAMPLED_ROWS = 64
 
@@ -103,6 +108,20 @@ def change_norm(value, weight_norm: float | None) -> float | None:
     return None
 
 
+def block_changes(patches: dict, weights: dict[str, torch.Tensor]) -> dict[str, tuple[float | None, float | None]]:
+    """Block -> (norm of what patches change in it at strength 1, norm of its weights); None for what is not known.
+
+    patches: as the host's `add_patches` takes them. weights: the model's, by the keys the patches name.
+    """
+    norms = {key: _weight_norm(weights[key]) for key in dict.fromkeys(map(key_of, patches))}
+    changes, sizes = collections.defaultdict(list), collections.defaultdict(list)
+    for target, value in patches.items():
+        changes[block_of(key_of(target))].append(change_norm(value, norms[key_of(target)]))
+    for key, norm in norms.items():
+        sizes[block_of(key)].append(norm)
+    return {block: (_together(changes[block]), _together(sizes[block])) for block in changes}
+
+
 def _flat(shape: torch.Size) -> tuple[int, int]:
     return shape[0] if shape else 1, shape[1:].numel()
 
@@ -114,3 +133,22 @@ def _scale(alpha: float | None, rank: int) -> float:
 def _product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     """||left @ right||, of (N, r) and (r, K), through their r x r Gram matrices."""
     return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt().item()
+
+
+def _together(norms: list[float | None]) -> float | None:
+    known = [norm for norm in norms if norm is not None]
+    return math.sqrt(sum(norm * norm for norm in known)) if known else None
+
+
+def _weight_norm(weight: torch.Tensor) -> float | None:
+    """Frobenius norm of a weight, estimated from some of its rows; None for a weight without values."""
+    if weight.is_meta or not weight.ndim:
+        return None
+    rows = torch.linspace(0, weight.shape[0] - 1, min(SAMPLED_ROWS, weight.shape[0]), device=weight.device).long()
+    if not is_packed(weight):
+        values = weight[rows]
+    elif weight.ndim == 2:
+        values = product.embedding(rows, weight, torch.float32)
+    else:
+        values = product.unpack(weight, torch.float32)[rows]
+    return values.float().norm().item() * math.sqrt(weight.shape[0] / len(rows))

@@ -49,6 +49,17 @@ def is_text(key: str) -> bool:
     return not key.startswith(MODEL_PREFIX)
 
 
+def key_of(target) -> str:
+    """Key of the weight a patch is for; the host names some targets as (key, slice of the weight)."""
+    return target if isinstance(target, str) else target[0]
+
+
+def weight_keys(model, clip=None) -> list[str]:
+    """Names of all weights that a LoRA could change, as the host's patches name them."""
+    modules = [model.model] if clip is None else [model.model, clip.cond_stage_model]
+    return [key for module in modules for key, _ in module.named_parameters()]
+
+
 def presets(keys: Iterable[str]) -> dict[str, str]:
     """Name -> rules of the presets that this model has the blocks for."""
     groups = _groups(map(block_of, keys))
