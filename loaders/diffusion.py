@@ -1,4 +1,4 @@
-"""Diffusion models: a weight file -> the host's own model, with packed weights."""
+"""Diffusion models: a weight file or folder -> the host's own model, with packed weights."""
 import collections
 import logging
 import os
@@ -7,6 +7,7 @@ import re
 import comfy.model_patcher
 import comfy.sd
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..ops.linear import bare_parameters_unpacked, packed_operations
 from ..ops.patcher import adopt
@@ -17,32 +18,64 @@ from .diffusers_names import in_the_hosts_names
 log = logging.getLogger(__name__)
 
 
+# Names that bitsandbytes gives what it stores beside a packed weight; host-readable files have none of them.
+BITSANDBYTES = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file is for our reader: GGUF, a folder, or safetensors with weights that bitsandbytes packed.
+
+    Everything else is for the host's own loaders. A damaged safetensors file is ours, because our reader says what is wrong.
+    """
+    name = str(path).lower()
+    if name.endswith(".gguf") or os.path.isdir(path):
+        return True
+    if not name.endswith((".safetensors", ".sft")):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(BITSANDBYTES.search(key) for key in file.keys())
+    except (SafetensorError, OSError):
+        return True
+
+
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
                          disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """Load a diffusion model file with its packed weights kept packed.
+    """Load a diffusion model file or folder with its packed weights kept packed.
 
     value_dtype, patch_dtype: see `PackedLayer`. disable_dynamic: the host asks for it when it needs a model outside of
-    dynamic VRAM. A file that is not GGUF goes to the host's own loader. Raises WeightFileError.
+    dynamic VRAM. Of a whole checkpoint only the model is used. Files without packed weights go to the host's own loader.
+    Raises WeightFileError.
     """
-    if not str(path).lower().endswith(".gguf"):
+    if not is_ours(path):
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    state_dict = in_the_hosts_names(fix_keys(file.state_dict()))
+    patcher = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), value_dtype, patch_dtype, disable_dynamic)
+    patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
+    return patcher
+
+
+def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
+             patch_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The diffusion model among the weights of a file. Raises WeightFileError when there is none."""
     options = {"custom_operations": packed_operations(value_dtype, patch_dtype)}
-    metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
     with bare_parameters_unpacked():
         patcher = comfy.sd.load_diffusion_model_state_dict(
-            state_dict, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic)
+            state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)
     if patcher is None:
         raise WeightFileError(
-            f"{os.path.basename(path)} holds no diffusion model that this ComfyUI knows"
-            f" (architecture {metadata.get('general.architecture', 'not named')!r}, {len(file.entries)} tensors, first"
+            f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"
+            f" (architecture {file.metadata.get('general.architecture', 'not named')!r}, {len(file.entries)} tensors, first"
             f" {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
     adopt(patcher)
-    patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
     log.info("[Featherweight] %s", report(file, patcher))
     return patcher
+
+
+def text_metadata(file: WeightFile) -> dict[str, str]:
+    """What the host takes as a file's metadata."""
+    return {key: value for key, value in file.metadata.items() if isinstance(value, str)}
 
 
 def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
