@@ -93,6 +93,11 @@ def is_packed(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
 
 
+def packed_scale(tensor) -> torch.Tensor | None:
+    """The scales of a packed tensor whose format keeps them apart, None for all other tensors."""
+    return tensor._params.scale if is_packed(tensor) else None
+
+
 def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=None) -> QuantizedTensor:
     """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
     params = tensor._params

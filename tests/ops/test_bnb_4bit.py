@@ -68,3 +68,13 @@ def test_scales_of_another_shape_are_refused():
     data, absmax = packed_tensors(packed)
     with pytest.raises(FormatError):
         packed_tensor(FORMATS["NF4"], data, (12, 256), scale=absmax[:-1])
+
+
+def test_the_host_counts_codes_and_scales():
+    import comfy.model_management
+    packed, _, _ = packed_by_bitsandbytes((12, 256))
+    layer = packed_operations().Linear(256, 12, bias=False, dtype=torch.float32)
+    layer.load_state_dict({"weight": packed})
+    codes, absmax = packed_tensors(packed)
+    assert comfy.model_management.module_size(layer) == codes.nbytes + absmax.nbytes
+    assert all(getattr(layer, key) is not None for key in layer.state_dict())
