@@ -59,7 +59,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
 def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
              patch_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The diffusion model among the weights of a file. Raises WeightFileError when there is none."""
-    options = {"custom_operations": packed_operations(value_dtype, patch_dtype)}
+    options = {"custom_operations": operations_for(state_dict, value_dtype, patch_dtype)}
     with bare_parameters_unpacked():
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)
@@ -71,6 +71,13 @@ def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype:
     adopt(patcher)
     log.info("[Featherweight] %s", report(file, patcher))
     return patcher
+
+
+def operations_for(state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
+                   patch_dtype: torch.dtype | None = None) -> type:
+    """The operations for these weights, which may include layers in the host's own quantised formats."""
+    mixed = any(name.endswith(".comfy_quant") for name in state_dict)
+    return packed_operations(value_dtype, patch_dtype, mixed)
 
 
 def text_metadata(file: WeightFile) -> dict[str, str]:
@@ -88,7 +95,8 @@ def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
 
 # What tells other kinds of files from a diffusion model: a tensor name, what the file is, and what to do with it.
 OTHER_KINDS = (
-    (r"^(enc\.)?blk\.\d|^token_embd\.", "a text encoder", "Pick it in a text encoder loader (CLIPLoaderGGUF)."),
+    (r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|^text_model\.embeddings\.|^(model|encoder)\.embed_tokens\.",
+     "a text encoder", "Pick it in a text encoder loader (CLIPLoaderGGUF)."),
     (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder", "Pick it in a text encoder loader, not as a model."),
     (r"\.lora_(a|b|A|B|up|down)(\.weight)?$", "a LoRA", "Load a model here and put the LoRA in a LoRA loader behind it."),
 )
