@@ -11,8 +11,7 @@ from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .container import WeightFile, WeightFileError, open_weights
-from .diffusers_names import in_the_hosts_names
-from .diffusion import fix_keys, is_ours, model_of, operations_for, refuse_other_kinds, report, text_metadata
+from .diffusion import fix_keys, is_ours, model_of, operations_for, refuse_other_kinds, renamed, report, text_metadata
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
     refuse_other_kinds(file)
     state_dict = fix_keys(file.state_dict())
     if not is_checkpoint(state_dict):
-        model = model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic)
+        model = model_of(file, renamed(state_dict), disable_dynamic=disable_dynamic)
         clip, vae = None, comfy.sd.VAE(sd={})  # its first use raises the host's sentence about a checkpoint without one
     else:
         model, clip, vae = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
