@@ -46,7 +46,7 @@ def open_package(path: str | os.PathLike) -> ModelFolder:
 
 
 def _error(folder: Path, problem: str) -> WeightFileError:
-    return WeightFileError(f"{folder.name}: {problem}")
+    return WeightFileError(f"{Path(*folder.parts[-2:])}: {problem}")
 
 
 def _read_json(folder: Path, name: str) -> dict:
@@ -70,8 +70,9 @@ def _read_config(folder: Path) -> dict:
     config = _read_json(folder, "config.json")
     quantiser = config.get("quantization_config")
     if quantiser is not None:
-        bitsandbytes = isinstance(quantiser, dict) and (quantiser.get("load_in_4bit") or quantiser.get("load_in_8bit"))
-        name = quantiser.get("quant_method", "bitsandbytes" if bitsandbytes else None) if isinstance(quantiser, dict) else quantiser
+        known = quantiser if isinstance(quantiser, dict) else {}
+        unnamed = "bitsandbytes" if known.get("load_in_4bit") or known.get("load_in_8bit") else quantiser
+        name = known.get("quant_method", unnamed)
         if name != "bitsandbytes":
             raise _error(folder, f"its config.json says that the weights are quantised by {shown(name)}; of such folders"
                                  f" bitsandbytes' are supported (4-bit NF4 and FP4, int8). {OTHER_FORM}")
@@ -80,7 +81,10 @@ def _read_config(folder: Path) -> dict:
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of the weights, and what the index says about which tensor is in which."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise _error(folder, f"it cannot be listed ({error.strerror}); check its permissions and drive.") from error
     files = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(".safetensors" + INDEX)]
     for usual in USUAL_NAMES:
@@ -95,8 +99,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if len(files) == 1 and "-of-" not in files[0]:
         return [folder / files[0]], {}
     if files:
-        raise _error(folder, f"it has {files[0]}{' and others' if files[1:] else ''}, and no *.safetensors{INDEX} that says which"
-                             f" belong together. Download that file too.")
+        others = " and others" if files[1:] else ""
+        raise _error(folder, f"it has {files[0]}{others}, and no *.safetensors{INDEX} that says which belong together. Download"
+                             f" that file too.")
     others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf"))]
     found = f"only {others[0]}" if others else "none"
     raise _error(folder, f"*.safetensors weights are expected in it, there are {found}. Download them into it.")

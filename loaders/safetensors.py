@@ -31,11 +31,13 @@ from ..ops.tensor import packed_tensor
 from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, map_file, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more either
+MAX_ELEMENTS = (1 << 60) - 1  # of a tensor whose bytes torch can count
 
 QUANT_TYPES = {"nf4": FORMATS["NF4"], "fp4": FORMATS["FP4"]}
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)  # bitsandbytes' `quant_storage`
 BLOCK_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `functional.quantize_4bit`
 
-QUANT_STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<quant_type>\w+)")
+QUANT_STATE = re.compile(r"(?P<weight>.+)(?<!absmax)(?<!quant_map)(?<!SCB)\.quant_state\.bitsandbytes__(?P<quant_type>\w+)")
 SCALES_OF_INT8 = re.compile(r"(?P<layer>.+?)(\.weight)?\.SCB")
 SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.safetensors)", re.IGNORECASE)
 
@@ -49,6 +51,7 @@ LEFTOVERS = (
     (r"\.(wscales|smooth_factor|smooth_factor_orig)$", "part of a weight quantised by nunchaku (SVDQuant)",
      f"Use nunchaku's own nodes for it. {OTHER_FORM}"),
     (r"\.(qweight|qzeros|g_idx)$", "part of a weight quantised by GPTQ or AWQ, which are not supported", OTHER_FORM),
+    (r"\._weight_(qdata|scale|zero_point)$", "part of a weight quantised by torchao, which is not supported", OTHER_FORM),
     (r"\.weight\._(data|scale|shift|packed)$", "part of a weight quantised by quanto, which is not supported", OTHER_FORM),
     (r"\.W_q$", "part of a weight quantised by HQQ, which is not supported", OTHER_FORM),
 )
@@ -98,7 +101,7 @@ class SafetensorsFile(WeightFile):
         Everything else is as it is in the file, quantised layers in the host's own form too. Packed tensors show
         float32. Scales that are quantised themselves are expanded to float32.
         """
-        return _Collapse(self.path.name, super().state_dict(), self.entries).run()
+        return _Collapse(self, super().state_dict()).run()
 
 
 def _shards(path: Path) -> list[Path]:
@@ -139,7 +142,8 @@ def _read_header(path: Path, buffer, part: int, dtypes: Mapping[str, torch.dtype
     for name, info in header.items():
         try:
             dtype, shape, (first, last) = info["dtype"], info["shape"], info["data_offsets"]
-            numbers = all(type(number) is int and number >= 0 for number in [*shape, first, last])
+            numbers = all(type(number) is int and 0 <= number <= MAX_ELEMENTS for number in [*shape, first, last])
+            numbers = numbers and math.prod(max(size, 1) for size in shape) <= MAX_ELEMENTS
         except (TypeError, KeyError, ValueError):
             numbers = False
         if not numbers:
@@ -170,13 +174,16 @@ def _unique(pairs: list[tuple]) -> dict:
 class _Collapse:
     """One pass over the tensors of a file that puts those of one weight together."""
 
-    def __init__(self, file_name: str, tensors: dict[str, torch.Tensor], entries: Mapping[str, Entry]):
-        self.file_name = file_name
+    def __init__(self, file: SafetensorsFile, tensors: dict[str, torch.Tensor]):
+        self.file = file
+        self.entries = file.entries
         self.tensors = tensors
-        self.entries = entries
 
-    def error(self, problem: str, advice: str = "Download the file again, or get another conversion.") -> WeightFileError:
-        return WeightFileError(f"{self.file_name}: {problem}. {advice}")
+    def error(self, key: str, problem: str,
+              advice: str = "Download the file again, or get another conversion.") -> WeightFileError:
+        """key: a tensor of the file in question."""
+        path = self.file.paths[self.entries[key].part] if key in self.entries else self.file.path
+        return WeightFileError(f"{path.name}: {problem}. {advice}")
 
     def run(self) -> dict[str, torch.Tensor]:
         for key in list(self.entries):
@@ -191,34 +198,36 @@ class _Collapse:
     def part(self, key: str, weight: str, what: str) -> torch.Tensor:
         """Takes one part of a weight out of the tensors."""
         if key not in self.tensors:
-            raise self.error(f"{shown(key)} is missing, the {what} of {shown(weight)}")
+            raise self.error(weight, f"{shown(key)} is missing, the {what} of {shown(weight)}")
         return self.tensors.pop(key)
 
     def packed(self, key: str, weight: str, quant_type: str) -> torch.Tensor:
         """The packed tensor of a 4-bit weight; its parts are taken out of the tensors."""
         if quant_type not in QUANT_TYPES:
             known = " and ".join(QUANT_TYPES)
-            raise self.error(f"{shown(key)} names the quant_type {shown(quant_type)}; {known} are supported", OTHER_FORM)
+            raise self.error(key, f"{shown(key)} names the quant_type {shown(quant_type)}; {known} are supported", OTHER_FORM)
+        if any(f"{weight}.quant_state.bitsandbytes__{other}" in self.tensors for other in QUANT_TYPES if other != quant_type):
+            raise self.error(key, f"{shown(weight)} has two quant_states")
         state = self.quant_state(key, quant_type)
         packed_format = QUANT_TYPES[quant_type].of_block_length(state["blocksize"])
         shape = tuple(state["shape"])
         values = math.prod(shape)
         if weight not in self.tensors:
-            raise self.error(f"{shown(weight)} is missing, whose {shown(key)} is there")
+            raise self.error(key, f"{shown(weight)} is missing, whose {shown(key)} is there")
         stored = self.tensors[weight]
-        if not isinstance(stored, torch.Tensor) or stored.dtype not in STORAGE_DTYPES:
-            raise self.error(f"{shown(weight)} has the type {self.entries[weight].format}, not one that bitsandbytes keeps"
-                             f" 4-bit codes in")
+        if stored.dtype not in STORAGE_DTYPES:
+            raise self.error(key, f"{shown(weight)} has the type {self.entries[weight].format}, not one that bitsandbytes keeps"
+                                  f" 4-bit codes in")
         codes = stored.contiguous().view(-1).view(torch.uint8)
         needed = -(-values // 2)
         if not needed <= len(codes) < needed + stored.dtype.itemsize:
-            raise self.error(f"{shown(key)} gives {shown(weight)} the shape {list(shape)}, whose codes take {needed} bytes,"
-                             f" but it has {len(codes)}")
+            raise self.error(key, f"{shown(key)} gives {shown(weight)} the shape {shown(state['shape'])}, whose codes take"
+                                  f" {needed} bytes, but it has {len(codes)}")
         blocks = -(-values // packed_format.block_length)
         absmax = self.absmax(weight, state, blocks)
         code = self.part(f"{weight}.quant_map", weight, "codebook")
         if code.shape != (16,) or not torch.equal(code.float(), torch.tensor(packed_format.codebook)):
-            raise self.error(f"{shown(f'{weight}.quant_map')} is not the codebook of {quant_type}", OTHER_FORM)
+            raise self.error(key, f"{shown(f'{weight}.quant_map')} is not the codebook of {quant_type}", OTHER_FORM)
         return packed_tensor(packed_format, codes[:needed], shape, scale=absmax)
 
     def quant_state(self, key: str, quant_type: str) -> dict:
@@ -229,18 +238,19 @@ class _Collapse:
         except (ValueError, RecursionError):
             state = None
         if not isinstance(state, dict):
-            raise self.error(f"{shown(key)} is not a JSON object")
+            raise self.error(key, f"{shown(key)} is not a JSON object")
         missing = [field for field in ("quant_type", "blocksize", "shape") if field not in state]
         if missing:
-            raise self.error(f"{shown(key)} has no {' and no '.join(missing)}")
+            raise self.error(key, f"{shown(key)} has no {' and no '.join(missing)}")
         if state["quant_type"] != quant_type:
-            raise self.error(f"{shown(key)} says quant_type {shown(state['quant_type'])} inside")
+            raise self.error(key, f"{shown(key)} says quant_type {shown(state['quant_type'])} inside")
         if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_LENGTHS:
-            raise self.error(f"{shown(key)} says blocksize {shown(state['blocksize'])}; bitsandbytes writes"
-                             f" {', '.join(map(str, BLOCK_LENGTHS))}")
+            raise self.error(key, f"{shown(key)} says blocksize {shown(state['blocksize'])}; bitsandbytes writes"
+                                  f" {', '.join(map(str, BLOCK_LENGTHS))}")
         shape = state["shape"]
-        if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
-            raise self.error(f"{shown(key)} says shape {shown(shape)}, which no weight has")
+        if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape) or (
+                math.prod(shape) > MAX_ELEMENTS):
+            raise self.error(key, f"{shown(key)} says shape {shown(shape)}, which no weight has")
         return state
 
     def absmax(self, weight: str, state: dict, blocks: int) -> torch.Tensor:
@@ -248,52 +258,50 @@ class _Collapse:
         key = f"{weight}.absmax"
         absmax = self.part(key, weight, "scales").view(-1)
         if len(absmax) != blocks:
-            raise self.error(f"{shown(key)} has {len(absmax)} scales, {shown(weight)} of shape {state['shape']} has {blocks}"
-                             f" blocks of {state['blocksize']}")
+            raise self.error(key, f"{shown(key)} has {len(absmax)} scales, {shown(weight)} of shape {shown(state['shape'])} has"
+                                  f" {blocks} blocks of {state['blocksize']}")
         if absmax.is_floating_point():
             return absmax.float()
         if absmax.dtype != torch.uint8:
-            raise self.error(f"{shown(key)} has the type {self.entries[key].format}, expected F32, or U8 where it is quantised"
-                             f" itself")
+            raise self.error(key, f"{shown(key)} has the type {self.entries[key].format}, expected F32, or U8 where it is"
+                                  f" quantised itself")
         scales = self.part(f"{weight}.nested_absmax", weight, "scales of the scales").view(-1).float()
         code = self.part(f"{weight}.nested_quant_map", weight, "codebook of the scales").view(-1).float()
         length, offset = state.get("nested_blocksize"), state.get("nested_offset")
-        if type(length) is not int or length < 1 or type(offset) not in (int, float) or not math.isfinite(offset):
-            raise self.error(f"{shown(key)} is quantised itself, but the quant_state of {shown(weight)} gives nested_blocksize"
-                             f" {shown(length)} and nested_offset {shown(offset)}")
+        if type(length) is not int or length < 1 or type(offset) is not float or not math.isfinite(offset):
+            raise self.error(key, f"{shown(key)} is quantised itself, but the quant_state of {shown(weight)} gives"
+                                  f" nested_blocksize {shown(length)} and nested_offset {shown(offset)}")
         if len(scales) != -(-blocks // length) or len(code) != 256:
-            raise self.error(f"{shown(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
-                             f" {len(code)} values in its nested_quant_map, expected {-(-blocks // length)} and 256")
+            raise self.error(key, f"{shown(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
+                                  f" {len(code)} values in its nested_quant_map, expected {-(-blocks // length)} and 256")
         # bitsandbytes 0.50 `functional.dequantize_4bit`: each step rounds to float32.
-        return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(float(offset)))
+        return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(offset))
 
     def int8_layer(self, key: str, layer: str):
         """Puts the host's own int8 layer in place of bitsandbytes' one."""
         weight, scales = f"{layer}.weight", self.tensors.pop(key).view(-1)
         values = self.tensors.get(weight)
+        if f"{layer}.comfy_quant" in self.tensors:
+            raise self.error(key, f"{shown(weight)} has both {shown(key)} and {shown(f'{layer}.comfy_quant')}")
         if values is None or values.dtype != torch.int8 or values.ndim != 2:
             found = "missing" if values is None else f"{self.entries[weight].format} {list(values.shape)}"
-            raise self.error(f"{shown(weight)}, to which {shown(key)} belongs, is {found}, expected I8 [rows, columns]")
+            raise self.error(key, f"{shown(weight)}, to which {shown(key)} belongs, is {found}, expected I8 [rows, columns]")
         if len(scales) != len(values) or not scales.is_floating_point():
-            raise self.error(f"{shown(key)} has {len(scales)} scales of type {self.entries[key].format}, {shown(weight)} has"
-                             f" {len(values)} rows")
+            raise self.error(key, f"{shown(key)} has {len(scales)} scales of type {self.entries[key].format},"
+                                  f" {shown(weight)} has {len(values)} rows")
         order = [self.tensors.pop(name, None) for name in (f"{layer}.weight_format", f"{weight}.weight_format")]
         if any(tensor is not None and tensor.tolist() not in (0, [0]) for tensor in order):
-            raise self.error(f"{shown(weight)} is stored in the order of tiles of one kind of GPU (weight_format is not 0)",
+            raise self.error(key, f"{shown(weight)} is stored in tiles for one kind of GPU (its weight_format is not 0)",
                              "Get a conversion made with bitsandbytes 0.45 or newer.")
         self.tensors[f"{layer}.weight_scale"] = (scales.float() / 127).view(-1, 1)
         text = json.dumps({"format": "int8_tensorwise"}).encode()
         self.tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
 
     def refuse_leftovers(self):
-        for name in self.tensors:
-            for pattern, what, advice in LEFTOVERS:
-                if re.search(pattern, name):
-                    raise self.error(f"{shown(name)} is {what}", advice)
-            entry = self.entries.get(name)
-            if entry and entry.format == "U8" and name.endswith(".weight") and entry.shape[1:] == (1,) and (
-                    self.tensors[name].dtype == torch.uint8):
-                raise self.error(f"{shown(name)} holds 4-bit codes of bitsandbytes, and its quant_state is missing")
-
-
-STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)  # bitsandbytes' `quant_storage`
+        for pattern, what, advice in LEFTOVERS:
+            name = next((name for name in self.tensors if re.search(pattern, name)), None)
+            if name is not None:
+                raise self.error(name, f"{shown(name)} is {what}", advice)
+        for name, tensor in self.tensors.items():
+            if tensor.dtype == torch.uint8 and tensor.shape[1:] == (1,) and name.endswith(".weight"):
+                raise self.error(name, f"{shown(name)} holds 4-bit codes of bitsandbytes, and its quant_state is missing")
