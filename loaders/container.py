@@ -223,5 +223,5 @@ def _mistaken_for(head: bytes) -> str:
         return "it is a web page, not the model; the site may want you to log in first. Download the model itself."
     if text[:64].isascii() and text[:64].decode("latin-1").replace("\n", " ").isprintable():
         return f"it is a text that begins with {shown(text[:60].decode('ascii'))}. Download the model itself."
-    known = ", ".join(repr(magic.decode("ascii", "replace")) for magic in CONTAINERS)
-    return f"it begins with the bytes {head[:8].hex(' ')} instead of {known}. Download it again, or pick another file."
+    return (f"it begins with the bytes {head[:8].hex(' ')} instead of 'GGUF' or the header of a safetensors file. Download it"
+            f" again, or pick another file.")
