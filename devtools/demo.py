@@ -1,5 +1,6 @@
 """python3 dev.py demo: a shipped example workflow, on the real server, with a small packed model."""
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -100,7 +101,8 @@ def main(arguments: list[str]) -> int:
     base, started = ROOT / ".dev" / "demo", time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
     make_models(base)
-    make_checkpoint(base)
+    if importlib.util.find_spec("bitsandbytes"):
+        make_checkpoint(base)
 
     def show(node_id, value, maximum):
         if maximum:

@@ -1,4 +1,5 @@
-"""Checkpoints: diffusion model, text encoder and VAE in one file -> the host's own three, with packed weights."""
+"""Checkpoints: diffusion model, text encoder and VAE in one file or package -> the host's own three, with packed weights."""
+import json
 import logging
 import os
 
@@ -17,10 +18,20 @@ log = logging.getLogger(__name__)
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
+# Folders of a package as diffusers saves it.
+MODEL_FOLDERS = ("transformer", "unet")
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# What the host calls the text encoders of a pipeline, by how the pipeline's name begins; all others: stable diffusion.
+CLIP_TYPES = {
+    "flux2": "FLUX2", "flux": "FLUX", "stablediffusion3": "SD3", "pixart": "PIXART", "wan": "WAN", "ltx": "LTXV",
+    "mochi": "MOCHI", "chroma": "CHROMA", "hunyuanvideo": "HUNYUAN_VIDEO", "lumina": "LUMINA2", "zimage": "LUMINA2",
+    "qwenimage": "QWEN_IMAGE",
+}
+
 
 def load_checkpoint(path: str, embedding_directory: list[str] | None = None, output_model: bool = True,
                     output_clip: bool = True, output_vae: bool = True, disable_dynamic: bool = False) -> tuple:
-    """Load (model patcher, CLIP, VAE) from one file, with its packed weights kept packed.
+    """Load (model patcher, CLIP, VAE) from one file or package of diffusers, with its packed weights kept packed.
 
     What the file lacks: CLIP is None, and the VAE an object of the host's; both make the host say so where they are used.
     What is not asked for is None. Files without packed weights go to the host's own loader. Raises WeightFileError.
@@ -29,14 +40,10 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
     if not is_ours(path):
         return comfy.sd.load_checkpoint_guess_config(
             path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)[:3]
-    file = open_weights(path)
-    refuse_other_kinds(file)
-    state_dict = fix_keys(file.state_dict())
-    if not is_checkpoint(state_dict):
-        model = model_of(file, renamed(state_dict), disable_dynamic=disable_dynamic)
-        clip, vae = None, comfy.sd.VAE(sd={})  # its first use raises the host's sentence about a checkpoint without one
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic)
     else:
-        model, clip, vae = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
+        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic)
     options = (path, embedding_directory)
     if model is not None:
         model.cached_patcher_init = (_model_patcher, options)
@@ -45,6 +52,57 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
     if vae is not None and getattr(vae, "patcher", None) is not None:
         vae.patcher.cached_patcher_init = (_vae_patcher, options)
     return model, clip, vae
+
+
+def _no_vae() -> comfy.sd.VAE:
+    """What the host gives for a checkpoint without a VAE: its first use raises a sentence about that."""
+    return comfy.sd.VAE(sd={})
+
+
+def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
+    folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
+               if os.path.isfile(os.path.join(path, name, "config.json"))}
+    models = [folders[name] for name in MODEL_FOLDERS if name in folders]
+    if not models:
+        raise WeightFileError(f"{os.path.basename(path)} is no package of diffusers: it has no folder 'transformer' or 'unet'"
+                              " with a config.json. Pick the folder that has, or a checkpoint file.")
+    model = clip = vae = None
+    if outputs["output_model"]:
+        file = open_weights(models[0])
+        model = model_of(file, renamed(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic)
+    encoders = [open_weights(folders[name]).state_dict() for name in ENCODER_FOLDERS if name in folders]
+    if outputs["output_clip"] and encoders:
+        packed = any(is_packed(tensor) for encoder in encoders for tensor in encoder.values())
+        options = {"custom_operations": operations_for({name: None for encoder in encoders for name in encoder})}
+        with bare_parameters_unpacked():
+            clip = comfy.sd.load_text_encoder_state_dicts(
+                encoders, embedding_directory=embedding_directory, clip_type=_clip_type(path),
+                model_options=options if packed else {}, disable_dynamic=disable_dynamic)
+        adopt(clip.patcher)
+    if outputs["output_vae"]:
+        with bare_parameters_unpacked():
+            vae = comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict()) if "vae" in folders else _no_vae()
+    return model, clip, vae
+
+
+def _clip_type(path: str) -> comfy.sd.CLIPType:
+    """The host's name for the set of text encoders of a package, by the pipeline it was saved from."""
+    try:
+        with open(os.path.join(path, "model_index.json"), encoding="utf-8") as file:
+            pipeline = str(json.load(file).get("_class_name", "")).lower()
+    except (OSError, ValueError, AttributeError):
+        pipeline = "flux" if os.path.isdir(os.path.join(path, "transformer")) else ""
+    kind = next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "")
+    return getattr(comfy.sd.CLIPType, kind, comfy.sd.CLIPType.STABLE_DIFFUSION)
+
+
+def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
+    file = open_weights(path)
+    refuse_other_kinds(file)
+    state_dict = fix_keys(file.state_dict())
+    if is_checkpoint(state_dict):
+        return _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
+    return model_of(file, renamed(state_dict), disable_dynamic=disable_dynamic), None, _no_vae()
 
 
 def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:

@@ -1,4 +1,5 @@
 """Model folders: where files are found. The only user of the host's `folder_paths`."""
+import glob
 import json
 import os
 
@@ -38,6 +39,16 @@ def list_model_folders(*keys: str) -> list[str]:
             if _diffusers_class(_find_folder(name, key)).endswith(("Transformer2DModel", "TransformerModel", "Transformer3DModel",
                                                                   "UNet2DConditionModel")):
                 names.add(name)
+    return sorted(names, key=str.lower)
+
+
+def list_packages(*keys: str) -> list[str]:
+    """Names of the folders among all `keys` that hold a whole package as diffusers saves it."""
+    names = set()
+    for directory in (directory for key in keys for directory in folder_paths.get_folder_paths(key)):
+        for pattern in ("*/transformer/config.json", "*/unet/config.json", "*/*/transformer/config.json"):
+            found = glob.iglob(pattern, root_dir=directory)
+            names |= {os.path.dirname(os.path.dirname(name)) for name in found}
     return sorted(names, key=str.lower)
 
 

@@ -2,9 +2,9 @@
 from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
-from ..loaders.folders import embedding_folders, find_file, list_files
+from ..loaders.folders import embedding_folders, find_file, list_files, list_packages
 
-FOLDERS = ("checkpoints_gguf", "checkpoints")
+FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
 
 class LoadCheckpoint(io.ComfyNode):
@@ -19,8 +19,10 @@ class LoadCheckpoint(io.ComfyNode):
             search_aliases=["checkpoint", "load checkpoint", "checkpoint loader", "ckpt", "nf4", "fp4", "bitsandbytes", "bnb",
                             "gguf", "quantized", "quantised"],
             inputs=[
-                io.Combo.Input("checkpoint_name", options=list_files(*FOLDERS), display_name="checkpoint",
-                               tooltip="A file in models/checkpoints."),
+                io.Combo.Input("checkpoint_name", options=[*list_files(*FOLDERS), *list_packages(*FOLDERS)],
+                               display_name="checkpoint",
+                               tooltip="A file in models/checkpoints, or a package of diffusers (a folder with transformer,"
+                                       " text_encoder, vae …) there or in models/diffusers."),
                 io.Combo.Input("compute", options=["exact"], default="exact", optional=True,
                                tooltip="exact: the float product of the unpacked weights."),
             ],

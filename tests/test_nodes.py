@@ -90,7 +90,7 @@ def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypat
 def host_folders(tmp_path, monkeypatch):
     """The host's folder table with one directory per kind of model."""
     table = {}
-    for key in (*folders.GGUF_FOLDERS.values(), "embeddings"):
+    for key in (*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"):
         (tmp_path / key).mkdir()
         table[key] = ([str(tmp_path / key)], set(folder_paths.supported_pt_extensions))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
@@ -126,6 +126,26 @@ def test_files_are_listed_gguf_first_and_found_under_another_systems_separator(h
     assert folders.find_file("flux\\a.gguf", "unet_gguf") == expected == folders.find_file("flux/a.gguf", "unet_gguf")
     with pytest.raises(WeightFileError, match="gone.gguf is in none of the model folders"):
         folders.find_file("gone.gguf", "unet_gguf")
+
+
+def test_folders_of_diffusers_are_listed_and_found(host_folders, tmp_path):
+    def folder(key, name, config):
+        (tmp_path / key / name).mkdir(parents=True)
+        (tmp_path / key / name / "config.json").write_text(config)
+        (tmp_path / key / name / "weights.safetensors").touch()
+
+    for key in ("diffusion_models", "diffusers"):
+        folder(key, "package/transformer", '{"_class_name": "FluxTransformer2DModel"}')
+        folder(key, "package/vae", '{"_class_name": "AutoencoderKL"}')
+        folder(key, "package/text_encoder_2", '{"architectures": ["T5EncoderModel"]}')
+    folder("diffusion_models", "broken", "[not JSON")
+    assert folders.list_model_folders("diffusion_models") == ["package/transformer"]
+    assert folders.list_packages("checkpoints", "diffusers") == ["package"]
+    expected = str(tmp_path / "diffusion_models" / "package" / "transformer")
+    assert folders.find_file("package\\transformer", "diffusion_models") == expected
+    for outside in ("..", "../diffusers/package", ""):
+        with pytest.raises(WeightFileError, match="in none of the model folders"):
+            folders.find_file(outside, "diffusion_models")
 
 
 @pytest.fixture

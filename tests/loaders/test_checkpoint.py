@@ -1,5 +1,6 @@
 """Checkpoints with packed weights: model, text encoder and VAE are the host's, run as in the host, and stay packed."""
 import functools
+import json
 
 import comfy.model_management
 import comfy.sd
@@ -9,13 +10,15 @@ import torch
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from featherweight.devtools import tiny_models
-from featherweight.devtools.bnb_files import write_bnb
 from featherweight.devtools.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.container import WeightFileError
 from featherweight.ops.patcher import PackedPatcher
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patched, relative, run
 from safetensors.torch import save_file
+
+pytest.importorskip("bitsandbytes", reason="it writes the files")
+from featherweight.devtools.bnb_files import write_bnb  # noqa: E402
 
 MODEL, ENCODER, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
 SD15 = FAMILIES["sd1.5"]
@@ -118,6 +121,22 @@ def test_a_stable_diffusion_with_its_text_encoder(packed_encoder, path):
     assert torch.equal(decode(vae, 4), decode(expected_vae, 4))
 
 
+def test_parts_in_fp8_and_bf16_load_as_they_are(path):
+    family = FAMILIES["sd3.5"]
+    weights = {MODEL + name: value for name, value in random_weights(family).items()}
+    weights |= {f"text_encoders.clip_l.{name}": value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+                for name, value in clip_l().items()}
+    weights |= {VAE + name: value.bfloat16() if value.ndim else value for name, value in autoencoder().items()}
+    seen = write_bnb(path, weights, keep=lambda name, value: value.ndim != 2 or not name.startswith(MODEL))
+    others = {name: value for name, value in weights.items() if not name.startswith(MODEL)}
+    expected, expected_clip, expected_vae = of_the_host(seen | others)
+    model, clip, vae = load_checkpoint(path)
+    assert relative_error(run_family(model, family), run_family(expected, family)) < 1e-5
+    assert packed_layers(model) and not packed_in(clip)
+    assert relative(encode(clip), encode(expected_clip)) < 1e-3  # the host rounds fp8 to fp16 by itself, not to float32
+    assert torch.equal(decode(vae, 16), decode(expected_vae, 16))
+
+
 def test_a_gguf_of_stable_diffusion_cpp(tmp_path):
     path = str(tmp_path / "checkpoint.gguf")
     types = {1: "F16", 2: "Q8_0"}
@@ -149,6 +168,38 @@ def test_loras_reach_model_and_text_encoder(path):
     effect = (encode(wanted_clip) - encode(expected_clip)).norm()
     assert (encode(changed_clip) - encode(wanted_clip)).norm() / effect < LIMIT
     assert isinstance(changed_clip.patcher, PackedPatcher)
+
+
+@pytest.mark.parametrize("parts", [{"transformer", "text_encoder", "vae"}, {"transformer"}])
+def test_a_package_of_diffusers(parts, tmp_path):
+    weights = {"transformer": flux(), "vae": autoencoder(),
+               "text_encoder": {name.removeprefix("transformer."): value for name, value in clip_l().items()}}
+    seen = {}
+    for part in parts:
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+        keep = (lambda name, value: True) if part == "vae" else None
+        seen[part] = write_bnb(tmp_path / part / "model.safetensors", weights[part], keep=keep)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    model, clip, vae = load_checkpoint(str(tmp_path))
+    assert relative(run(model), run(comfy.sd.load_diffusion_model_state_dict(dict(seen["transformer"])))) < 1e-5
+    assert len(packed_layers(model)) == 19
+    if "vae" in parts:
+        expected = comfy.sd.load_text_encoder_state_dicts([dict(seen["text_encoder"])], clip_type=comfy.sd.CLIPType.FLUX,
+                                                          model_options={"dtype": torch.float32})
+        assert packed_in(clip) == 74 and relative(encode(clip), encode(expected)) < 1e-5
+        assert torch.equal(decode(vae, 16), decode(comfy.sd.VAE(sd=dict(seen["vae"])), 16))
+        again = clip.patcher.cached_patcher_init
+        assert isinstance(again[0](*again[1], disable_dynamic=True), PackedPatcher)
+    else:
+        assert clip is None
+        with pytest.raises(RuntimeError, match=NO_VAE):
+            decode(vae, 16)
+
+
+def test_a_folder_that_is_no_package_is_refused(tmp_path):
+    with pytest.raises(WeightFileError, match="is no package of diffusers"):
+        load_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("prefix", ["", MODEL])

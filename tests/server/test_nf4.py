@@ -9,6 +9,8 @@ from safetensors.numpy import save_file
 from devtools import demo, tiny_models
 from devtools.server import ServerError
 
+pytest.importorskip("bitsandbytes", reason="it writes the files")
+
 CHECKPOINT_LOADERS = {"FeatherweightLoadCheckpoint": "checkpoint_name", "CheckpointLoaderNF4": "ckpt_name"}
 MODEL_LOADERS = {"FeatherweightLoadDiffusionModel": "model_name", "UNETLoaderNF4": "unet_name"}
 
