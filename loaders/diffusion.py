@@ -135,7 +135,8 @@ def renamed(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     layers = [name.removesuffix(".comfy_quant") for name in state_dict if name.endswith(".comfy_quant")]
     if not layers:
         return in_the_hosts_names(state_dict)
-    extra = {f"{layer}.{part}": state_dict.get(f"{layer}.{part}") for layer in layers for part in ("weight_scale", "comfy_quant")}
+    parts = [f"{layer}.{part}" for layer in layers for part in ("weight_scale", "comfy_quant")]
+    extra = {name: state_dict.get(name) for name in parts}
     weights = {name: tensor for name, tensor in state_dict.items() if name not in extra}
     out = in_the_hosts_names(dict(weights))
     if out.keys() == weights.keys():

@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 
 import folder_paths
 
@@ -10,6 +11,9 @@ from .container import WeightFileError
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
 GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
                 "checkpoints_gguf": "checkpoints"}
+
+# Classes of diffusers that are diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel, UNet2DConditionModel ...
+DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
 
 
 def register_folders():
@@ -33,13 +37,9 @@ def list_files(*keys: str) -> list[str]:
 
 def list_model_folders(*keys: str) -> list[str]:
     """Names of the folders among all `keys` that hold one diffusion model as diffusers saves it, with its `config.json`."""
-    names = set()
-    for key in keys:
-        for name in {os.path.dirname(name) for name in folder_paths.get_filename_list(key)} - {""}:
-            if _diffusers_class(_find_folder(name, key)).endswith(("Transformer2DModel", "TransformerModel", "Transformer3DModel",
-                                                                  "UNet2DConditionModel")):
-                names.add(name)
-    return sorted(names, key=str.lower)
+    names = {(os.path.dirname(name), key) for key in keys for name in folder_paths.get_filename_list(key)}
+    found = {name for name, key in names if name and DIFFUSION_MODEL.search(_diffusers_class(_find_folder(name, key)))}
+    return sorted(found, key=str.lower)
 
 
 def list_packages(*keys: str) -> list[str]:

@@ -14,7 +14,7 @@ from featherweight.devtools.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.container import WeightFileError
 from featherweight.ops.patcher import PackedPatcher
-from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patched, relative, run
+from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
 from safetensors.torch import save_file
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")

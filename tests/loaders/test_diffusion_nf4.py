@@ -14,6 +14,7 @@ from featherweight.loaders.container import WeightFileError
 from featherweight.loaders.diffusion import is_ours, load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor import is_packed
+from patched_models import KINDS as LORA_KINDS
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patched, relative, run
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,7 @@ PREFIX = "model.diffusion_model."
 KINDS = {
     "NF4": {}, "NF4 with a prefix": {"prefix": PREFIX}, "NF4 double-quantised": {"nested": True},
     "NF4 stored as bf16": {"storage": torch.bfloat16}, "NF4 in blocks of 128": {"block_length": 128},
-    "FP4": {"quant_type": "fp4"}, "FP4 double-quantised, with a prefix": {"quant_type": "fp4", "nested": True, "prefix": PREFIX},
+    "FP4": {"quant_type": "fp4"}, "FP4 double-quantised, prefix": {"quant_type": "fp4", "nested": True, "prefix": PREFIX},
 }
 
 
@@ -110,14 +111,16 @@ def test_of_a_whole_checkpoint_only_the_model_is_used(path, caplog):
     assert "missing" not in caplog.text
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_a_lora_is_exact(quant_type, path):
-    seen = write_bnb(path, flux(), quant_type)
-    loras = (lora_for(seen), 0.8), (lora_for(seen, "dora", 1), 0.5)
+@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)])
+def test_loras_of_every_kind_are_exact(quant_type, nested, path):
+    seen = write_bnb(path, flux(), quant_type, nested=nested)
     patcher, reference = load_diffusion_model(path), dense(seen)
-    for stack in (loras[:1], loras):
-        expected, without = run(patched(reference, *stack)), run(reference)
-        assert error_by_effect(run(patched(patcher, *stack)), expected, without) < LIMIT
+    without = run(reference)
+    stacks = {kind: [(lora_for(seen, kind), 0.8)] for kind in LORA_KINDS}
+    stacks["stack"] = [*stacks["lora"], *stacks["dora"]]
+    errors = {kind: error_by_effect(run(patched(patcher, *stack)), run(patched(reference, *stack)), without)
+              for kind, stack in stacks.items()}
+    assert max(errors.values()) < LIMIT, errors
     assert len(packed_layers(patcher)) == 19
 
 
