@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 # Names that bitsandbytes gives what it stores beside a packed weight; host-readable files have none of them.
 BITSANDBYTES = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
 
+BITSANDBYTES_4BIT = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
+BITSANDBYTES_PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
+
 
 def is_ours(path: str) -> bool:
     """Whether a file is for our reader: GGUF, a folder, or safetensors with weights that bitsandbytes packed.
@@ -87,10 +90,17 @@ def text_metadata(file: WeightFile) -> dict[str, str]:
 
 def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
     """One line for the log: what the file holds, its size, and the bytes its weights take in memory."""
-    formats = collections.Counter(entry.format for entry in file.entries.values())
+    formats = collections.Counter(formats_in(file).values())
     counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
-    return (f"{os.path.basename(file.path)}: {len(file.entries)} tensors ({counts}), {file.tensor_bytes} bytes on disk,"
+    return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}), {file.tensor_bytes} bytes on disk,"
             f" {patcher.model_size()} bytes held")
+
+
+def formats_in(file: WeightFile) -> dict[str, str]:
+    """Name of each weight -> its format. What bitsandbytes keeps in several tensors is one weight."""
+    packed = {found[1]: found[2].upper() for found in map(BITSANDBYTES_4BIT.fullmatch, file.entries) if found}
+    return {name: packed.get(name, entry.format) for name, entry in file.entries.items()
+            if BITSANDBYTES_PART.sub("", name) not in packed or name in packed}
 
 
 # What tells other kinds of files from a diffusion model: a tensor name, what the file is, and what to do with it.

@@ -1,5 +1,6 @@
 """Diffusion models that bitsandbytes packed: files and folders run as the host runs their values, and stay packed."""
 import json
+import logging
 import os
 
 import comfy.model_management
@@ -91,9 +92,11 @@ def write_folder(folder, tensors, shards: int, config=None, **kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_file_runs_as_in_the_host_and_stays_packed(kind, path):
+def test_a_packed_file_runs_as_in_the_host_and_stays_packed(kind, path, caplog):
     seen = write_bnb(path, flux(), **KINDS[kind])
-    patcher = load_diffusion_model(path)
+    with caplog.at_level(logging.INFO):
+        patcher = load_diffusion_model(path)
+    assert f"{len(seen)} tensors (F32 {len(seen) - 19}, {kind[:3]} 19)" in caplog.text
     assert relative(run(patcher), run(dense(seen))) < 1e-5
     assert len(packed_layers(patcher)) == 19
     # Double-quantised scales are held as float32: 4 bytes for 64 values in place of 1.
