@@ -74,7 +74,7 @@ def bench_unpack(options) -> dict:
         weight = random_weight(name)
         packed_format, blocks = FORMATS[name], weight._qdata.view(-1, FORMATS[name].block_bytes)
         results[name] = side_by_side({
-            "chunks, reused buffer": lambda: packed_format.unpack_into(weight._qdata, out),
+            "chunks, reused buffer": lambda: packed_format.unpack_into([weight._qdata], out),
             "whole": lambda: packed_format.unpack(blocks),
             "gguf (numpy)": lambda: gguf.quants.dequantize(weight._qdata.numpy(), gguf.GGMLQuantizationType[name]),
         }, options.rounds)

@@ -1,5 +1,6 @@
 """python3 dev.py demo: a shipped example workflow, on the real server, with a small packed model."""
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -25,6 +26,8 @@ LORAS = {
     "featherweight_demo_lora_2.safetensors": dict(seed=12, part="single_blocks", layer="diffusion_model.{name}",
                                                   down=".lora_A.weight", up=".lora_B.weight"),
 }
+NF4_WORKFLOW = ROOT / "example_workflows" / "Featherweight demo NF4 checkpoint.json"
+CHECKPOINT_NAME = "featherweight_demo_nf4.safetensors"
 # The line our loader logs for each file it loads.
 LOADED = re.compile(r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \((?P<formats>[^)]*)\), "
                     r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes held")
@@ -41,6 +44,23 @@ def make_models(base: Path):
     loras.mkdir(parents=True, exist_ok=True)
     for name, arguments in LORAS.items():
         save_file(tiny_models.flux_lora(**arguments), loras / name)
+
+
+def make_checkpoint(base: Path, name: str = CHECKPOINT_NAME, with_vae: bool = True) -> Path:
+    """Write the NF4 checkpoint of `NF4_WORKFLOW`, which takes the `bitsandbytes` package. Returns its path."""
+    import torch  # heavy, and not needed by the demo itself
+    from safetensors.torch import load_file, save_file as save_tensors
+
+    from devtools.bnb_files import write_bnb
+
+    path = base / "models" / "checkpoints" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bnb(path, {name: torch.from_numpy(value) for name, value in tiny_models.flux().items()},
+              prefix="model.diffusion_model.")
+    if with_vae:
+        vae = {f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
+        save_tensors(load_file(path) | vae, path)
+    return path
 
 
 def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) -> tuple[Run, dict]:
@@ -81,6 +101,8 @@ def main(arguments: list[str]) -> int:
     base, started = ROOT / ".dev" / "demo", time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
     make_models(base)
+    if importlib.util.find_spec("bitsandbytes"):
+        make_checkpoint(base)
 
     def show(node_id, value, maximum):
         if maximum:

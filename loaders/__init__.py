@@ -1,2 +1,2 @@
 """Files to packed tensors to host models. Importing this package registers every container of weight files."""
-from . import gguf  # noqa: F401
+from . import gguf, safetensors  # noqa: F401

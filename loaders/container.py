@@ -62,10 +62,12 @@ class WeightFile:
     """One model's weights on disk, memory-mapped; its parts where the model is split over several files.
 
     path: as asked for. paths: every file read, in order. metadata: key -> value. entries: name -> Entry, in
-    the order of the file. The files stay open while this object or a tensor of it lives, and no longer.
+    the order of the file. dtypes: the plain dtypes of the container by their names in it. The files stay open while
+    this object or a tensor of it lives, and no longer.
     """
 
     magic: ClassVar[bytes]
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = PLAIN_DTYPES
     path: Path
     paths: tuple[Path, ...]
     metadata: Mapping[str, Any]
@@ -73,6 +75,8 @@ class WeightFile:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "magic" not in cls.__dict__:
+            return  # another way of finding the files of a container
         if cls.magic in CONTAINERS:
             claimed = CONTAINERS[cls.magic].__name__
             raise TypeError(f"Files beginning with {cls.magic!r} are claimed by {claimed} and {cls.__name__}.")
@@ -103,8 +107,12 @@ class WeightFile:
         """Bytes of all tensors together, without header and padding."""
         return sum(entry.nbytes for entry in self.entries.values())
 
+    def alignment(self, dtype: torch.dtype | None) -> int:
+        """What the offset of a tensor has to be a multiple of to be used where it is. dtype: None for packed bytes."""
+        return ALIGNED
+
     def tensor(self, name: str) -> torch.Tensor:
-        """The bytes of one tensor, not copied from the mapping and owning its own storage.
+        """The bytes of one tensor, not copied from the mapping (unless misaligned) and owning its own storage.
 
         Packed formats: uint8, `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype, `entry.shape`.
         Read-only: the pages belong to the file, writing into them ends the process. Raises KeyError for an
@@ -112,15 +120,16 @@ class WeightFile:
         """
         entry = self.entries[name]
         if not entry.nbytes:  # a marker: some models are told apart by the presence of an empty tensor
-            return torch.empty(entry.shape, dtype=PLAIN_DTYPES.get(entry.format, torch.uint8))
+            return torch.empty(entry.shape, dtype=self.dtypes.get(entry.format, torch.uint8))
         data = memoryview(self._buffers[entry.part])[entry.offset:entry.offset + entry.nbytes]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             tensor = torch.frombuffer(data, dtype=torch.uint8)
-        if entry.offset % ALIGNED:
+        dtype = self.dtypes.get(entry.format)
+        if entry.offset % self.alignment(dtype):
             tensor = tensor.clone()
-        if entry.format in PLAIN_DTYPES:
-            return tensor.view(PLAIN_DTYPES[entry.format]).view(entry.shape)
+        if dtype:
+            return tensor.view(dtype).view(entry.shape)
         return tensor.view(FORMATS[entry.format].packed_shape(entry.stored_shape))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -136,8 +145,15 @@ class WeightFile:
 
 
 def open_weights(path: str | os.PathLike) -> WeightFile:
-    """Open a weight file of any registered container. Raises WeightFileError, and nothing else, for a bad file."""
+    """Open a weight file of any registered container, or a folder of diffusers or transformers (with `config.json`).
+
+    Raises WeightFileError, and nothing else, for a bad one.
+    """
     path = Path(path)
+    if path.is_dir():
+        from .diffusers_folder import open_package  # builds on this module
+
+        return open_package(path)
     head = map_file(path)[:512]
     for container in CONTAINERS.values():
         if container.recognises(head):
@@ -200,8 +216,6 @@ def _mistaken_for(head: bytes) -> str:
     for magic, advice in MISTAKES.items():
         if head.startswith(magic):
             return advice
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
-        return "it is a safetensors file. Use a ComfyUI loader for it, or get the model as GGUF."
     if not head.strip(b"\0"):
         return "it begins with zeros, so its download never finished. Download it again."
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -209,5 +223,5 @@ def _mistaken_for(head: bytes) -> str:
         return "it is a web page, not the model; the site may want you to log in first. Download the model itself."
     if text[:64].isascii() and text[:64].decode("latin-1").replace("\n", " ").isprintable():
         return f"it is a text that begins with {shown(text[:60].decode('ascii'))}. Download the model itself."
-    known = ", ".join(repr(magic.decode("ascii", "replace")) for magic in CONTAINERS)
-    return f"it begins with the bytes {head[:8].hex(' ')} instead of {known}. Download it again, or pick another file."
+    return (f"it begins with the bytes {head[:8].hex(' ')} instead of 'GGUF' or the header of a safetensors file. Download it"
+            f" again, or pick another file.")

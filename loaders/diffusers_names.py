@@ -5,7 +5,7 @@ import comfy.model_detection
 import torch
 
 from ..ops.product import unpack
-from ..ops.tensor import is_packed, packed_tensor
+from ..ops.tensor import is_packed, packed_tensor, packed_tensors
 
 
 def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -49,5 +49,8 @@ def _rows_joined(parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
     packed_format = formats.pop()
     if formats or packed_format is None or tensor.shape[1:].numel() % packed_format.block_length:
         return torch.cat([(unpack(part, part.dtype) if is_packed(part) else part)[first:last] for part, first, last in parts])
-    data = torch.cat([part._qdata.view(part.shape[0], -1)[first:last] for part, first, last in parts])
-    return packed_tensor(packed_format, data, (len(data), *tensor.shape[1:]), tensor.dtype)
+    columns = tensor.shape[1:].numel()
+    pieces = [packed_format.rows(packed_tensors(part), columns, slice(first, last)) for part, first, last in parts]
+    data, *scale = (torch.cat(piece) for piece in zip(*pieces))
+    return packed_tensor(packed_format, data, (sum(last - first for _, first, last in parts), *tensor.shape[1:]), tensor.dtype,
+                         *scale)

@@ -1,4 +1,4 @@
-"""Diffusion models: a weight file -> the host's own model, with packed weights."""
+"""Diffusion models: a weight file or folder -> the host's own model, with packed weights."""
 import collections
 import logging
 import os
@@ -7,6 +7,7 @@ import re
 import comfy.model_patcher
 import comfy.sd
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..ops.linear import bare_parameters_unpacked, packed_operations
 from ..ops.patcher import adopt
@@ -17,45 +18,95 @@ from .diffusers_names import in_the_hosts_names
 log = logging.getLogger(__name__)
 
 
+# Names that bitsandbytes gives what it stores beside a packed weight; host-readable files have none of them.
+BITSANDBYTES = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
+
+BITSANDBYTES_4BIT = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
+BITSANDBYTES_PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file is for our reader: GGUF, a folder, or safetensors with weights that bitsandbytes packed.
+
+    Everything else is for the host's own loaders. A damaged safetensors file is ours, because our reader says what is wrong.
+    """
+    name = str(path).lower()
+    if name.endswith(".gguf") or os.path.isdir(path):
+        return True
+    if not name.endswith((".safetensors", ".sft")):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(BITSANDBYTES.search(key) for key in file.keys())
+    except (SafetensorError, OSError):
+        return True
+
+
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
                          disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """Load a diffusion model file with its packed weights kept packed.
+    """Load a diffusion model file or folder with its packed weights kept packed.
 
     value_dtype, patch_dtype: see `PackedLayer`. disable_dynamic: the host asks for it when it needs a model outside of
-    dynamic VRAM. A file that is not GGUF goes to the host's own loader. Raises WeightFileError.
+    dynamic VRAM. Of a whole checkpoint only the model is used. Files without packed weights go to the host's own loader.
+    Raises WeightFileError.
     """
-    if not str(path).lower().endswith(".gguf"):
+    if not is_ours(path):
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    state_dict = in_the_hosts_names(fix_keys(file.state_dict()))
-    options = {"custom_operations": packed_operations(value_dtype, patch_dtype)}
-    metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+    patcher = model_of(file, renamed(fix_keys(file.state_dict())), value_dtype, patch_dtype, disable_dynamic)
+    patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
+    return patcher
+
+
+def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
+             patch_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The diffusion model among the weights of a file. Raises WeightFileError when there is none."""
+    options = {"custom_operations": operations_for(state_dict, value_dtype, patch_dtype)}
     with bare_parameters_unpacked():
         patcher = comfy.sd.load_diffusion_model_state_dict(
-            state_dict, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic)
+            state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)
     if patcher is None:
         raise WeightFileError(
-            f"{os.path.basename(path)} holds no diffusion model that this ComfyUI knows"
-            f" (architecture {metadata.get('general.architecture', 'not named')!r}, {len(file.entries)} tensors, first"
+            f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"
+            f" (architecture {file.metadata.get('general.architecture', 'not named')!r}, {len(file.entries)} tensors, first"
             f" {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
     adopt(patcher)
-    patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
     log.info("[Featherweight] %s", report(file, patcher))
     return patcher
 
 
+def operations_for(state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
+                   patch_dtype: torch.dtype | None = None) -> type:
+    """The operations for these weights, which may include layers in the host's own quantised formats."""
+    mixed = any(name.endswith(".comfy_quant") for name in state_dict)
+    return packed_operations(value_dtype, patch_dtype, mixed)
+
+
+def text_metadata(file: WeightFile) -> dict[str, str]:
+    """What the host takes as a file's metadata."""
+    return {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+
+
 def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
     """One line for the log: what the file holds, its size, and the bytes its weights take in memory."""
-    formats = collections.Counter(entry.format for entry in file.entries.values())
+    formats = collections.Counter(formats_in(file).values())
     counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
-    return (f"{os.path.basename(file.path)}: {len(file.entries)} tensors ({counts}), {file.tensor_bytes} bytes on disk,"
+    return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}), {file.tensor_bytes} bytes on disk,"
             f" {patcher.model_size()} bytes held")
+
+
+def formats_in(file: WeightFile) -> dict[str, str]:
+    """Name of each weight -> its format. What bitsandbytes keeps in several tensors is one weight."""
+    packed = {found[1]: found[2].upper() for found in map(BITSANDBYTES_4BIT.fullmatch, file.entries) if found}
+    return {name: packed.get(name, entry.format) for name, entry in file.entries.items()
+            if BITSANDBYTES_PART.sub("", name) not in packed or name in packed}
 
 
 # What tells other kinds of files from a diffusion model: a tensor name, what the file is, and what to do with it.
 OTHER_KINDS = (
-    (r"^(enc\.)?blk\.\d|^token_embd\.", "a text encoder", "Pick it in a text encoder loader (CLIPLoaderGGUF)."),
+    (r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|^text_model\.embeddings\.|^(model|encoder)\.embed_tokens\.",
+     "a text encoder", "Pick it in a text encoder loader (CLIPLoaderGGUF)."),
     (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder", "Pick it in a text encoder loader, not as a model."),
     (r"\.lora_(a|b|A|B|up|down)(\.weight)?$", "a LoRA", "Load a model here and put the LoRA in a LoRA loader behind it."),
 )
@@ -87,6 +138,28 @@ def fix_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if bias is not None and tensor.shape[0] > bias.shape[0] and tensor.shape[0] % bias.shape[0] == 0:
                 state_dict[name] = _reshaped(tensor, (bias.shape[0], tensor.shape[0] // bias.shape[0], *tensor.shape[1:]))
     return state_dict
+
+
+def renamed(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the host's names, also those in its own int8 format, whose scales go where their rows go."""
+    layers = [name.removesuffix(".comfy_quant") for name in state_dict if name.endswith(".comfy_quant")]
+    if not layers:
+        return in_the_hosts_names(state_dict)
+    parts = [f"{layer}.{part}" for layer in layers for part in ("weight_scale", "comfy_quant")]
+    extra = {name: state_dict.get(name) for name in parts}
+    weights = {name: tensor for name, tensor in state_dict.items() if name not in extra}
+    out = in_the_hosts_names(dict(weights))
+    if out.keys() == weights.keys():
+        return state_dict
+    ones = {name: tensor.new_ones(len(tensor), 1, dtype=torch.float32) if tensor.ndim == 2 else tensor
+            for name, tensor in weights.items()}
+    scales = in_the_hosts_names(ones | {f"{layer}.weight": extra[f"{layer}.weight_scale"] for layer in layers})
+    for name, tensor in list(out.items()):
+        if tensor.dtype == torch.int8:
+            layer = name.removesuffix(".weight")
+            out[f"{layer}.weight_scale"] = scales[name]
+            out[f"{layer}.comfy_quant"] = extra[f"{layers[0]}.comfy_quant"]
+    return out
 
 
 def _reshaped(tensor: torch.Tensor, shape) -> torch.Tensor:

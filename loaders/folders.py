@@ -1,10 +1,19 @@
 """Model folders: where files are found. The only user of the host's `folder_paths`."""
+import glob
+import json
+import os
+import re
+
 import folder_paths
 
 from .container import WeightFileError
 
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
-GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras"}
+GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
+                "checkpoints_gguf": "checkpoints"}
+
+# Classes of diffusers that are diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel, UNet2DConditionModel ...
+DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
 
 
 def register_folders():
@@ -26,14 +35,51 @@ def list_files(*keys: str) -> list[str]:
     return sorted(names, key=lambda name: (not name.lower().endswith(".gguf"), name.lower()))
 
 
+def list_model_folders(*keys: str) -> list[str]:
+    """Names of the folders among all `keys` that hold one diffusion model as diffusers saves it, with its `config.json`."""
+    names = {(os.path.dirname(name), key) for key in keys for name in folder_paths.get_filename_list(key)}
+    found = {name for name, key in names if name and DIFFUSION_MODEL.search(_diffusers_class(_find_folder(name, key)))}
+    return sorted(found, key=str.lower)
+
+
+def list_packages(*keys: str) -> list[str]:
+    """Names of the folders among all `keys` that hold a whole package as diffusers saves it."""
+    names = set()
+    for directory in (directory for key in keys for directory in folder_paths.get_folder_paths(key)):
+        for pattern in ("*/transformer/config.json", "*/unet/config.json", "*/*/transformer/config.json"):
+            found = glob.iglob(pattern, root_dir=directory)
+            names |= {os.path.dirname(os.path.dirname(name)) for name in found}
+    return sorted(names, key=str.lower)
+
+
+def _diffusers_class(folder: str | None) -> str:
+    """The class that diffusers saved into this folder, or ""."""
+    try:
+        with open(os.path.join(folder or "", "config.json"), encoding="utf-8") as file:
+            return str(json.load(file).get("_class_name", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _find_folder(name: str, key: str) -> str | None:
+    name = os.path.relpath(os.path.join("/", name), "/")  # as the host does: no way out of the model folders
+    candidates = [os.path.join(directory, name) for directory in folder_paths.get_folder_paths(key)]
+    return next((candidate for candidate in candidates if name != "." and os.path.isdir(candidate)), None)
+
+
+def embedding_folders() -> list[str]:
+    """Where textual inversions lie, for text encoders."""
+    return folder_paths.get_folder_paths("embeddings")
+
+
 def find_file(name: str, *keys: str) -> str:
-    """Full path of a listed file. Names from workflows made on another system may use its path separator.
+    """Full path of a listed file or folder. Names from workflows made on another system may use its path separator.
 
     Raises WeightFileError when no folder of the keys holds it.
     """
     for key in keys:
         for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
-            path = folder_paths.get_full_path(key, spelling)
+            path = folder_paths.get_full_path(key, spelling) or _find_folder(spelling, key)
             if path is not None:
                 return path
     folders = sorted({directory for key in keys for directory in folder_paths.get_folder_paths(key)})

@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import find_file, list_files
+from ..loaders.folders import find_file, list_files, list_model_folders
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 
@@ -14,12 +14,15 @@ class LoadDiffusionModel(io.ComfyNode):
             node_id="FeatherweightLoadDiffusionModel",
             display_name="Load Diffusion Model (Featherweight)",
             category="Featherweight",
-            description="Loads a GGUF diffusion model and keeps its weights packed in memory. Any model ComfyUI knows, any"
-                        " GGUF type. Other files load as with ComfyUI's own loader.",
-            search_aliases=["gguf", "unet", "unet loader", "load gguf", "quantized", "quantised"],
+            description="Loads a GGUF or bitsandbytes (NF4, FP4, int8) diffusion model and keeps its weights packed in memory."
+                        " Any model ComfyUI knows. Other files load as with ComfyUI's own loader.",
+            search_aliases=["gguf", "unet", "unet loader", "load gguf", "nf4", "fp4", "bitsandbytes", "bnb", "quantized",
+                            "quantised"],
             inputs=[
-                io.Combo.Input("model_name", options=list_files(*FOLDERS), display_name="model",
-                               tooltip="A file in models/diffusion_models or models/unet."),
+                io.Combo.Input("model_name", options=[*list_files(*FOLDERS), *list_model_folders(*FOLDERS)],
+                               display_name="model",
+                               tooltip="A file in models/diffusion_models or models/unet, or a folder there that diffusers"
+                                       " saved (…/transformer)."),
                 io.Combo.Input("compute", options=["exact"], default="exact", optional=True,
                                tooltip="exact: the float product of the unpacked weights."),
             ],

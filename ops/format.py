@@ -73,20 +73,34 @@ class Format:
         return (*shape[:-1], shape[-1] // cls.block_length * cls.block_bytes)
 
     @classmethod
-    def unpack_into(cls, packed: torch.Tensor, out: torch.Tensor, value_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Unpack whole blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
+    def unpack_into(cls, tensors: list[torch.Tensor], out: torch.Tensor, value_dtype: torch.dtype | None = None,
+                    first: int = 0) -> torch.Tensor:
+        """Unpack blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
 
-        packed: uint8, contiguous, n blocks in any shape. out: any float dtype, contiguous, n * block_length values on
-        the same device. value_dtype: round the values to this dtype before. Returns `out`.
+        tensors: what the format holds of a whole weight, its packed bytes (uint8, contiguous, in any shape) first.
+        out: any float dtype, contiguous, as many values as wanted from block `first` on, on the same device.
+        value_dtype: round the values to this dtype before. Returns `out`.
         """
-        blocks = packed.view(-1, cls.block_bytes)
-        values = out.view(-1, cls.block_length)
-        chunk_values = CPU_CHUNK_VALUES if packed.device.type == "cpu" else DEVICE_CHUNK_VALUES
+        values = out.view(-1)
+        chunk_values = CPU_CHUNK_VALUES if out.device.type == "cpu" else DEVICE_CHUNK_VALUES
         step = max(1, chunk_values // cls.block_length)
-        for start in range(0, blocks.shape[0], step):
-            chunk = cls.unpack(blocks[start:start + step])
-            values[start:start + step].copy_(chunk if value_dtype is None else chunk.to(value_dtype))
+        for block in range(0, -(-len(values) // cls.block_length), step):
+            start = block * cls.block_length
+            stop = min(len(values), start + step * cls.block_length)
+            chunk = cls.unpack(*cls.blocks(tensors, first + block, first + -(-stop // cls.block_length))).view(-1)
+            chunk = chunk[:stop - start]
+            values[start:stop].copy_(chunk if value_dtype is None else chunk.to(value_dtype))
         return out
+
+    @classmethod
+    def blocks(cls, tensors: list[torch.Tensor], first: int, last: int) -> tuple[torch.Tensor, ...]:
+        """What `unpack` takes for blocks `first` to `last` of a weight."""
+        return (tensors[0].view(-1, cls.block_bytes)[first:last],)
+
+    @classmethod
+    def rows(cls, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:
+        """The tensors of some rows of a weight whose rows of `columns` values are whole blocks. index: a slice or ids."""
+        return [tensors[0].view(-1, columns // cls.block_length * cls.block_bytes)[index]]
 
 
 def reinterpret(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,6 +5,7 @@ Linear, Embedding and convolutions hold packed weights. All other layers are the
 import contextlib
 import itertools
 import math
+import types
 
 import comfy.float
 import comfy.ops
@@ -12,7 +13,10 @@ import torch
 
 from . import product
 from .lora import LayerPatches
-from .tensor import is_packed, relabelled
+from .tensor import is_packed, packed_scale, relabelled
+
+
+ABSMAX = "weight_absmax"
 
 
 class PackedLayer:
@@ -55,6 +59,16 @@ class PackedLayer:
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
 
+    @property
+    def weight_absmax(self) -> torch.Tensor | None:
+        """The scales that a packed weight keeps apart from its codes, if its format does."""
+        return packed_scale(self.weight)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_absmax is not None:  # the host counts memory by the state dict, and a packed tensor as its codes
+            destination[prefix + ABSMAX] = self.weight_absmax
+
     def _apply(self, fn, recurse=True):
         # torch would rebuild the parameters in place, which unpacks them.
         for name, param in self._parameters.items():
@@ -90,7 +104,7 @@ class PackedLayer:
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
+class _PackedLinear(PackedLayer):
     has_branch = True
 
     def forward_comfy_cast_weights(self, input):
@@ -110,6 +124,10 @@ class Linear(PackedLayer, comfy.ops.manual_cast.Linear):
             out = out.addmm(flat, self.patched_weight(weight, input.dtype).t()).view(*input.shape[:-1], -1)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return out
+
+
+class Linear(_PackedLinear, comfy.ops.manual_cast.Linear):
+    pass
 
 
 class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
@@ -157,14 +175,66 @@ class Conv3d(_PackedConv, comfy.ops.manual_cast.Conv3d):
     pass
 
 
+class _MixedLinear(_PackedLinear):
+    """A Linear that is packed, or in one of the host's own quantised formats, as its part of the file says.
+
+    Goes before the Linear of the host's `mixed_precision_ops`, whose methods run where the weight is the host's.
+    """
+
+    layout_type = None  # the host sets it on a layer in a format of its own
+
+    def __init__(self, *args, dtype=None, **kwargs):
+        super().__init__(*args, dtype=dtype, **kwargs)
+        self.factory_kwargs = {"device": None, "dtype": dtype}  # for what the host loads, which is not on meta
+        shape = (self.out_features, self.in_features)
+        self.weight = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
+
+    @property
+    def _host(self):
+        """The next method after those of the packed layers."""
+        return super(PackedLayer, self)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if f"{prefix}comfy_quant" not in state_dict:
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.bias is not None:
+            self.bias = torch.nn.Parameter(torch.empty_like(self.bias, device="cpu"), requires_grad=False)
+        self._host._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward_comfy_cast_weights(self, input, *args, **kwargs):
+        if self.layout_type is None:
+            return super().forward_comfy_cast_weights(input)
+        return self._host.forward_comfy_cast_weights(input, *args, **kwargs)
+
+    def state_dict(self, *args, **kwargs):
+        if self.layout_type is None:
+            return torch.nn.Module.state_dict(self, *args, **kwargs)
+        return self._host.state_dict(*args, **kwargs)
+
+    def convert_weight(self, weight, *args, **kwargs):
+        return (super() if self.layout_type is None else self._host).convert_weight(weight, *args, **kwargs)
+
+    def set_weight(self, weight, *args, **kwargs):
+        return (super() if self.layout_type is None else self._host).set_weight(weight, *args, **kwargs)
+
+
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
 
 
-def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None) -> type:
-    """The class for the host's `custom_operations`. The two dtypes are those of `PackedLayer`."""
+def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
+                      mixed: bool = False) -> type:
+    """The class for the host's `custom_operations`. The two dtypes are those of `PackedLayer`.
+
+    mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), which then run as the host's.
+    """
     options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype}
-    layers = {layer.__name__: type(layer.__name__, (layer,), options) for layer in PACKED_LAYERS}
-    return type("PackedOperations", (comfy.ops.manual_cast,), layers)
+    base, layers = comfy.ops.manual_cast, list(PACKED_LAYERS)
+    if mixed:
+        quantised = types.SimpleNamespace(quant_config={"mixed_ops": True})
+        base = comfy.ops.pick_operations(None, None, model_config=quantised)  # knows what the device can compute in
+        layers[0] = type("Linear", (_MixedLinear, base.Linear), {})
+    layers = {layer.__name__: type(layer.__name__, (layer,), options) for layer in layers}
+    return type("PackedOperations", (base,), layers)
 
 
 @contextlib.contextmanager

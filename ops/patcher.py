@@ -17,7 +17,7 @@ from comfy.model_patcher import LazyCastingParam, LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
 from . import product
-from .linear import PackedLayer
+from .linear import ABSMAX, PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
 from .tensor import is_packed
 
@@ -268,11 +268,12 @@ class PackedPatcher:
 
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)
-        for name in state_dict:
+        for name in [name for name in state_dict if not name.endswith(f".{ABSMAX}")]:
             weight = self._packed_weight(prefix + name)
             if weight is not None:  # written dense, one at a time, with its patches
                 empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
                 state_dict[name] = LazyCastingParam(self, prefix + name, empty)
+                state_dict.pop(f"{name.removesuffix('weight')}{ABSMAX}", None)
         return state_dict
 
     # --- hooks ---

@@ -11,7 +11,7 @@ import weakref
 import torch
 
 from .format import FORMATS, Format
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, packed_tensors
 
 # A weight is unpacked into at most this many bytes at a time. Larger weights go through the product in slices of rows.
 SCRATCH_BYTES = 64 << 20
@@ -57,7 +57,7 @@ def _rows_per_slice(packed_format: type[Format], rows: int, columns: int, itemsi
     return min(rows, max(1, limit // (columns * itemsize * aligned)) * aligned)
 
 
-def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, rows: int,
+def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str, rows: int,
             value_dtype: torch.dtype | None, down: torch.Tensor | None, ups: list[torch.Tensor],
             slices: list[int]) -> torch.Tensor:
     packed_format = FORMATS[format]
@@ -65,7 +65,6 @@ def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
     on_cpu = input.device.type == "cpu"
     step = _rows_per_slice(packed_format, rows, columns, input.dtype.itemsize,
                            SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
-    blocks = packed.view(-1, packed_format.block_bytes)
     scratch = shared_scratch()
     factors = slice_factors(down, ups, slices)
     flat = input.reshape(-1, columns)
@@ -74,8 +73,7 @@ def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
     def weight_slice(start: int, stop: int) -> torch.Tensor:
         shape = (stop - start, columns)
         weight = scratch.take(shape, input.dtype) if on_cpu else input.new_empty(shape)
-        first, last = (row * columns // packed_format.block_length for row in (start, stop))
-        packed_format.unpack_into(blocks[first:last], weight, value_dtype)
+        packed_format.unpack_into(packed, weight, value_dtype, start * columns // packed_format.block_length)
         if merge:
             for row, row_end, up, part in factors:
                 low, high = max(row, start), min(row_end, stop)
@@ -143,35 +141,33 @@ def branch(input: torch.Tensor, bias: torch.Tensor | None, rows: int, down: torc
     return out
 
 
-def _embedding(ids: torch.Tensor, packed: torch.Tensor, format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:
     packed_format = FORMATS[format]
-    row_bytes = columns // packed_format.block_length * packed_format.block_bytes
-    rows = packed.view(-1, row_bytes)[ids.flatten()]
-    out = torch.empty((*ids.shape, columns), dtype=dtype, device=packed.device)
-    return packed_format.unpack_into(rows, out)
+    out = torch.empty((*ids.shape, columns), dtype=dtype, device=packed[0].device)
+    return packed_format.unpack_into(packed_format.rows(packed, columns, ids.flatten()), out)
 
 
 def _embedding_fake(ids, packed, format, columns, dtype):
-    return torch.empty((*ids.shape, columns), dtype=dtype, device=packed.device)
+    return torch.empty((*ids.shape, columns), dtype=dtype, device=packed[0].device)
 
 
-def _unpack(packed: torch.Tensor, format: str, shape: list[int], dtype: torch.dtype,
+def _unpack(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
             value_dtype: torch.dtype | None) -> torch.Tensor:
-    return FORMATS[format].unpack_into(packed, torch.empty(shape, dtype=dtype, device=packed.device), value_dtype)
+    return FORMATS[format].unpack_into(packed, torch.empty(shape, dtype=dtype, device=packed[0].device), value_dtype)
 
 
 def _unpack_fake(packed, format, shape, dtype, value_dtype):
-    return torch.empty(shape, dtype=dtype, device=packed.device)
+    return torch.empty(shape, dtype=dtype, device=packed[0].device)
 
 
 _library = torch.library.Library("featherweight", "DEF")
 for _schema, _function, _fake in (
-    ("linear(Tensor input, Tensor packed, Tensor? bias, str format, int rows, ScalarType? value_dtype, Tensor? down, "
+    ("linear(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, ScalarType? value_dtype, Tensor? down, "
      "Tensor[] ups, int[] slices) -> Tensor",
      _linear, _linear_fake),
-    ("embedding(Tensor ids, Tensor packed, str format, int columns, ScalarType dtype) -> Tensor",
+    ("embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
      _embedding, _embedding_fake),
-    ("unpack(Tensor packed, str format, int[] shape, ScalarType dtype, ScalarType? value_dtype) -> Tensor",
+    ("unpack(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType? value_dtype) -> Tensor",
      _unpack, _unpack_fake),
 ):
     _name = _schema.split("(")[0]
@@ -197,7 +193,7 @@ def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | No
             dense[row:row_end] += up @ part
         return torch.nn.functional.linear(input, dense, bias)
     return torch.ops.featherweight.linear(
-        input, weight._qdata, bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype, down, ups, slices)
+        input, packed_tensors(weight), bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype, down, ups, slices)
 
 
 def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -208,13 +204,13 @@ def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) ->
     packed_format = weight.layout_cls.format
     if weight.shape[1] % packed_format.block_length:  # blocks cross rows
         return torch.nn.functional.embedding(ids, unpack(weight, dtype))
-    return torch.ops.featherweight.embedding(ids, weight._qdata, packed_format.__name__, weight.shape[1], dtype)
+    return torch.ops.featherweight.embedding(ids, packed_tensors(weight), packed_format.__name__, weight.shape[1], dtype)
 
 
 def unpack(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The whole dense weight in `dtype`, rounded once from float32 (or first to `value_dtype`)."""
     return torch.ops.featherweight.unpack(
-        weight._qdata, weight.layout_cls.format.__name__, list(weight.shape), dtype, value_dtype)
+        packed_tensors(weight), weight.layout_cls.format.__name__, list(weight.shape), dtype, value_dtype)
 
 
 def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -225,10 +221,10 @@ def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype
     packed_format, shape = weight.layout_cls.format, weight.shape
     columns = shape[1:].numel()
     step = _rows_per_slice(packed_format, shape[0], columns, torch.float32.itemsize, SCRATCH_BYTES)
-    blocks = weight._qdata.view(-1, packed_format.block_bytes)
-    out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    tensors = packed_tensors(weight)
+    out = torch.empty(shape, dtype=dtype, device=weight.device)
     for start in range(0, shape[0], step):
-        rows = torch.empty((min(step, shape[0] - start), *shape[1:]), device=blocks.device)
-        first, last = (row * columns // packed_format.block_length for row in (start, start + len(rows)))
-        out[start:start + len(rows)] = change(packed_format.unpack_into(blocks[first:last], rows, value_dtype), start)
+        rows = torch.empty((min(step, shape[0] - start), *shape[1:]), device=weight.device)
+        packed_format.unpack_into(tensors, rows, value_dtype, start * columns // packed_format.block_length)
+        out[start:start + len(rows)] = change(rows, start)
     return out

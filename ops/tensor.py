@@ -9,15 +9,16 @@ import torch
 from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
 
 from . import formats  # noqa: F401  registers every format
-from .format import FORMATS, Format, FormatError
+from .format import Format, FormatError
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedParams(BaseLayoutParams):
-    """Logical dtype and shape of a packed tensor. Everything else lies in its bytes, so `scale` is None."""
+    """Logical dtype and shape of a packed tensor. `scale`: the scales of formats that keep them apart from the codes
+    (NF4's absmax, float32), None for those whose blocks hold them."""
 
     def _tensor_fields(self) -> list[str]:
-        return []
+        return [] if self.scale is None else ["scale"]
 
 
 class PackedLayout(QuantizedLayout):
@@ -36,7 +37,7 @@ class PackedLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: PackedParams) -> torch.Tensor:
         out = torch.empty(params.orig_shape, dtype=params.orig_dtype, device=qdata.device)
-        return cls.format.unpack_into(qdata, out)
+        return cls.format.unpack_into([qdata] if params.scale is None else [qdata, params.scale], out)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -49,31 +50,52 @@ class PackedLayout(QuantizedLayout):
 
 def layout_name(packed_format: type[Format]) -> str:
     """Name of a format's layout in comfy_kitchen's registry, where a bare name could overwrite someone else's."""
-    return f"Featherweight{packed_format.__name__}"
+    name = f"Featherweight{packed_format.__name__}"
+    if name not in _layouts:
+        _layouts[name] = type(name, (PackedLayout,), {"format": packed_format})
+        register_layout_class(name, _layouts[name])
+    return name
 
 
-for _format in FORMATS.values():
-    register_layout_class(layout_name(_format), type(layout_name(_format), (PackedLayout,), {"format": _format}))
+_layouts: dict[str, type[PackedLayout]] = {}
 
 
-def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape, dtype=torch.float32) -> QuantizedTensor:
+def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape, dtype=torch.float32,
+                  scale: torch.Tensor | None = None) -> QuantizedTensor:
     """Wrap the bytes of a packed weight, without copying them.
 
     data: uint8, contiguous, the blocks of the weight in row order, in any shape. shape: logical shape. dtype: the float
-    dtype the tensor shows and unpacks to. Raises FormatError when the bytes are not those of `shape`.
+    dtype the tensor shows and unpacks to. scale: float32 (blocks,) for formats that keep scales apart. Raises FormatError
+    when the bytes are not those of `shape`.
     """
     shape = tuple(shape)
-    values = data.numel() // packed_format.block_bytes * packed_format.block_length
-    if data.numel() % packed_format.block_bytes or values != torch.Size(shape).numel():
+    values = torch.Size(shape).numel()
+    blocks = -(-values // packed_format.block_length)
+    if scale is None:
+        fits = values % packed_format.block_length == 0 and data.numel() == blocks * packed_format.block_bytes
+    else:
+        fits = data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length) and len(scale) == blocks
+    if not fits:
+        held = data.numel() // packed_format.block_bytes * packed_format.block_length
         raise FormatError(
-            f"{data.numel()} bytes of {packed_format.__name__} hold {values} values, not a weight of shape {shape}."
+            f"{data.numel()} bytes of {packed_format.__name__} hold {held} values, not a weight of shape {shape}."
         )
-    return QuantizedTensor(data, layout_name(packed_format), PackedParams(None, dtype, shape))
+    return QuantizedTensor(data, layout_name(packed_format), PackedParams(scale, dtype, shape))
+
+
+def packed_tensors(tensor: QuantizedTensor) -> list[torch.Tensor]:
+    """What a packed tensor holds: its bytes and, where the format keeps them apart, its scales."""
+    return [tensor._qdata] if tensor._params.scale is None else [tensor._qdata, tensor._params.scale]
 
 
 def is_packed(tensor) -> bool:
     """Whether a tensor is one of ours (the host has quantised tensors of its own)."""
     return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
+
+
+def packed_scale(tensor) -> torch.Tensor | None:
+    """The scales of a packed tensor whose format keeps them apart, None for all other tensors."""
+    return tensor._params.scale if is_packed(tensor) else None
 
 
 def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=None) -> QuantizedTensor:

@@ -33,6 +33,8 @@ NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 LEGACY_INPUTS = {
     "UnetLoaderGGUF": ["unet_name"],
     "UnetLoaderGGUFAdvanced": ["unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"],
+    "CheckpointLoaderNF4": ["ckpt_name", "bnb_dtype"],
+    "UNETLoaderNF4": ["unet_name", "bnb_dtype"],
 }
 
 
@@ -57,7 +59,7 @@ def test_nodes_derive_directly_from_the_hosts_class(node_id):
 def test_legacy_nodes_take_the_inputs_shared_workflows_have(node_id):
     schema = NODES[node_id].GET_SCHEMA()
     assert [input.id for input in schema.inputs] == LEGACY_INPUTS[node_id]
-    assert [output.io_type for output in schema.outputs] == ["MODEL"]
+    assert [output.io_type for output in schema.outputs] == ["MODEL", "CLIP", "VAE"][:3 if "Checkpoint" in node_id else 1]
     assert all(input.optional for input in schema.inputs[1:])
 
 
@@ -88,7 +90,7 @@ def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypat
 def host_folders(tmp_path, monkeypatch):
     """The host's folder table with one directory per kind of model."""
     table = {}
-    for key in folders.GGUF_FOLDERS.values():
+    for key in (*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"):
         (tmp_path / key).mkdir()
         table[key] = ([str(tmp_path / key)], set(folder_paths.supported_pt_extensions))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
@@ -126,11 +128,33 @@ def test_files_are_listed_gguf_first_and_found_under_another_systems_separator(h
         folders.find_file("gone.gguf", "unet_gguf")
 
 
+def test_folders_of_diffusers_are_listed_and_found(host_folders, tmp_path):
+    def folder(key, name, config):
+        (tmp_path / key / name).mkdir(parents=True)
+        (tmp_path / key / name / "config.json").write_text(config)
+        (tmp_path / key / name / "weights.safetensors").touch()
+
+    for key in ("diffusion_models", "diffusers"):
+        folder(key, "package/transformer", '{"_class_name": "FluxTransformer2DModel"}')
+        folder(key, "package/vae", '{"_class_name": "AutoencoderKL"}')
+        folder(key, "package/text_encoder_2", '{"architectures": ["T5EncoderModel"]}')
+    folder("diffusion_models", "broken", "[not JSON")
+    assert folders.list_model_folders("diffusion_models") == ["package/transformer"]
+    assert folders.list_packages("checkpoints", "diffusers") == ["package"]
+    expected = str(tmp_path / "diffusion_models" / "package" / "transformer")
+    assert folders.find_file("package\\transformer", "diffusion_models") == expected
+    for outside in ("..", "../diffusers/package", ""):
+        with pytest.raises(WeightFileError, match="in none of the model folders"):
+            folders.find_file(outside, "diffusion_models")
+
+
 @pytest.fixture
 def flux_file(host_folders, tmp_path):
+    """Name of a model that lies in every folder of models."""
     folders.register_folders()
     path = tmp_path / "diffusion_models" / "flux.gguf"
     write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda name, values: "Q8_0")
+    (tmp_path / "checkpoints" / path.name).write_bytes(path.read_bytes())
     return path.name
 
 

@@ -133,7 +133,7 @@ def test_unpack_into_rounds_once_over_whole_and_partial_chunks(fmt, dtype, monke
     monkeypatch.setattr(base, "CPU_CHUNK_VALUES", 1024)
     blocks = usual_blocks(fmt, 2 * 1024 // fmt.block_length + 3).reshape(1, -1)
     out = torch.full((blocks.size // fmt.block_bytes, fmt.block_length), torch.nan, dtype=dtype)
-    assert fmt.unpack_into(torch.from_numpy(blocks), out) is out
+    assert fmt.unpack_into([torch.from_numpy(blocks)], out) is out
     assert_same_bits(out, reference(fmt, blocks.reshape(-1, fmt.block_bytes)).to(dtype))
 
 

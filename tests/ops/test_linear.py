@@ -117,7 +117,7 @@ def test_compiled_fullgraph_agrees_with_eager(format_name):
 
 def test_the_operators_have_right_fakes():
     weight, _ = random_weight("Q4_K", (64, 512))
-    operators, packed = torch.ops.featherweight, weight._qdata
+    operators, packed = torch.ops.featherweight, [weight._qdata]
     torch.library.opcheck(operators.linear.default, (torch.randn(2, 512), packed, None, "Q4_K", 64, None, None, [], []))
     torch.library.opcheck(operators.embedding.default, (torch.tensor([[1, 2]]), packed, "Q4_K", 512, torch.float32))
     torch.library.opcheck(operators.unpack.default, (packed, "Q4_K", [64, 512], torch.bfloat16, None))
@@ -219,3 +219,23 @@ def test_input_of_another_width_is_refused_with_a_reason():
     layer, *_ = packed_linear(columns=512)
     with pytest.raises(RuntimeError, match="512 input features was given 768"):
         layer(torch.randn(2, 768))
+
+
+def test_layers_in_the_hosts_own_formats_run_beside_packed_ones():
+    operations = packed_operations(mixed=True)
+    values = torch.randn(64, 128) / 8
+    scale = values.abs().max() / 448
+    marker = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    host = operations.Linear(128, 64, bias=True, dtype=torch.float32)
+    host.load_state_dict({"weight": (values / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "comfy_quant": marker,
+                          "bias": torch.ones(64)})
+    packed, dense, bias = packed_linear("Q8_0", operations=operations)
+    plain = operations.Linear(128, 64, bias=False, dtype=torch.float32)
+    plain.load_state_dict({"weight": values})
+    input = torch.randn(3, 128)
+    with torch.no_grad():
+        assert relative_error(host(input), torch.nn.functional.linear(input, values, torch.ones(64))) < 0.1
+        assert relative_error(plain(input), torch.nn.functional.linear(input, values)) < 1e-6
+        input = torch.randn(3, 512)
+        assert relative_error(packed(input), torch.nn.functional.linear(input, dense, bias)) < 1e-6
+    assert is_packed(packed.weight) and not is_packed(host.weight) and host.weight.nbytes == values.numel()

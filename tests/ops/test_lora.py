@@ -330,7 +330,7 @@ def test_the_operator_has_a_right_fake_with_a_branch():
     weight, _ = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8))
     for bias in (None, torch.ones(96)):
-        arguments = (torch.randn(2, 512), weight._qdata, bias, "Q8_0", 96, None, patches.down, patches.ups, patches.slices)
+        arguments = (torch.randn(2, 512), [weight._qdata], bias, "Q8_0", 96, None, patches.down, patches.ups, patches.slices)
         torch.library.opcheck(torch.ops.featherweight.linear.default, arguments)
 
 

@@ -1,0 +1,147 @@
+"""Checkpoints: diffusion model, text encoder and VAE in one file or package -> the host's own three, with packed weights."""
+import json
+import logging
+import os
+
+import comfy.model_patcher
+import comfy.sd
+import torch
+from comfy.model_detection import model_config_from_unet, unet_prefix_from_state_dict
+
+from ..ops.linear import bare_parameters_unpacked
+from ..ops.patcher import adopt
+from ..ops.tensor import is_packed
+from .container import WeightFile, WeightFileError, open_weights
+from .diffusion import fix_keys, is_ours, model_of, operations_for, refuse_other_kinds, renamed, report, text_metadata
+
+log = logging.getLogger(__name__)
+
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+
+# Folders of a package as diffusers saves it.
+MODEL_FOLDERS = ("transformer", "unet")
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# What the host calls the text encoders of a pipeline, by how the pipeline's name begins; all others: stable diffusion.
+CLIP_TYPES = {
+    "flux2": "FLUX2", "flux": "FLUX", "stablediffusion3": "SD3", "pixart": "PIXART", "wan": "WAN", "ltx": "LTXV",
+    "mochi": "MOCHI", "chroma": "CHROMA", "hunyuanvideo": "HUNYUAN_VIDEO", "lumina": "LUMINA2", "zimage": "LUMINA2",
+    "qwenimage": "QWEN_IMAGE",
+}
+
+
+def load_checkpoint(path: str, embedding_directory: list[str] | None = None, output_model: bool = True,
+                    output_clip: bool = True, output_vae: bool = True, disable_dynamic: bool = False) -> tuple:
+    """Load (model patcher, CLIP, VAE) from one file or package of diffusers, with its packed weights kept packed.
+
+    What the file lacks: CLIP is None, and the VAE an object of the host's; both make the host say so where they are used.
+    What is not asked for is None. Files without packed weights go to the host's own loader. Raises WeightFileError.
+    """
+    outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
+    if not is_ours(path):
+        return comfy.sd.load_checkpoint_guess_config(
+            path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)[:3]
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic)
+    else:
+        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic)
+    options = (path, embedding_directory)
+    if model is not None:
+        model.cached_patcher_init = (_model_patcher, options)
+    if clip is not None:
+        clip.patcher.cached_patcher_init = (_clip_patcher, options)
+    if vae is not None and getattr(vae, "patcher", None) is not None:
+        vae.patcher.cached_patcher_init = (_vae_patcher, options)
+    return model, clip, vae
+
+
+def _no_vae() -> comfy.sd.VAE:
+    """What the host gives for a checkpoint without a VAE: its first use raises a sentence about that."""
+    return comfy.sd.VAE(sd={})
+
+
+def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
+    folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
+               if os.path.isfile(os.path.join(path, name, "config.json"))}
+    models = [folders[name] for name in MODEL_FOLDERS if name in folders]
+    if not models:
+        raise WeightFileError(f"{os.path.basename(path)} is no package of diffusers: it has no folder 'transformer' or 'unet'"
+                              " with a config.json. Pick the folder that has, or a checkpoint file.")
+    model = clip = vae = None
+    if outputs["output_model"]:
+        file = open_weights(models[0])
+        model = model_of(file, renamed(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic)
+    encoders = [open_weights(folders[name]).state_dict() for name in ENCODER_FOLDERS if name in folders]
+    if outputs["output_clip"] and encoders:
+        packed = any(is_packed(tensor) for encoder in encoders for tensor in encoder.values())
+        options = {"custom_operations": operations_for({name: None for encoder in encoders for name in encoder})}
+        with bare_parameters_unpacked():
+            clip = comfy.sd.load_text_encoder_state_dicts(
+                encoders, embedding_directory=embedding_directory, clip_type=_clip_type(path),
+                model_options=options if packed else {}, disable_dynamic=disable_dynamic)
+        adopt(clip.patcher)
+    if outputs["output_vae"]:
+        with bare_parameters_unpacked():
+            vae = comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict()) if "vae" in folders else _no_vae()
+    return model, clip, vae
+
+
+def _clip_type(path: str) -> comfy.sd.CLIPType:
+    """The host's name for the set of text encoders of a package, by the pipeline it was saved from."""
+    try:
+        with open(os.path.join(path, "model_index.json"), encoding="utf-8") as file:
+            pipeline = str(json.load(file).get("_class_name", "")).lower()
+    except (OSError, ValueError, AttributeError):
+        pipeline = "flux" if os.path.isdir(os.path.join(path, "transformer")) else ""
+    kind = next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "")
+    return getattr(comfy.sd.CLIPType, kind, comfy.sd.CLIPType.STABLE_DIFFUSION)
+
+
+def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
+    file = open_weights(path)
+    refuse_other_kinds(file)
+    state_dict = fix_keys(file.state_dict())
+    if is_checkpoint(state_dict):
+        return _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
+    return model_of(file, renamed(state_dict), disable_dynamic=disable_dynamic), None, _no_vae()
+
+
+def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether the model's weights carry a checkpoint's prefix. The host drops our operations where they do not."""
+    prefix = unet_prefix_from_state_dict(state_dict)
+    return sum(name.startswith(prefix) for name in state_dict) > 5
+
+
+def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory, outputs: dict, disable_dynamic: bool):
+    prefix = unet_prefix_from_state_dict(state_dict)
+    if model_config_from_unet(state_dict, prefix, metadata=text_metadata(file)) is None:
+        raise WeightFileError(
+            f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"
+            f" first {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
+    encoder = {name: tensor for name, tensor in state_dict.items() if not name.startswith((prefix, *VAE_PREFIXES))}
+    encoder_options = {"custom_operations": operations_for(encoder)} if any(map(is_packed, encoder.values())) else {}
+    model_options = {"custom_operations": operations_for({name: None for name in state_dict if name.startswith(prefix)})}
+    with bare_parameters_unpacked():
+        model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
+            state_dict, embedding_directory=embedding_directory, metadata=text_metadata(file),
+            model_options=model_options, te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)
+    if model is not None:
+        log.info("[Featherweight] %s", report(file, adopt(model)))
+    if clip is not None:
+        adopt(clip.patcher)
+    return model, clip, vae
+
+
+# What the host calls to have a part of a checkpoint once more, for another device or outside of dynamic VRAM.
+
+def _model_patcher(path, embedding_directory, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_checkpoint(path, embedding_directory, output_clip=False, output_vae=False, disable_dynamic=disable_dynamic)[0]
+
+
+def _clip_patcher(path, embedding_directory, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_checkpoint(path, embedding_directory, output_model=False, output_vae=False,
+                           disable_dynamic=disable_dynamic)[1].patcher
+
+
+def _vae_patcher(path, embedding_directory, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_checkpoint(path, embedding_directory, output_model=False, output_clip=False,
+                           disable_dynamic=disable_dynamic)[2].patcher

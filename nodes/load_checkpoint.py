@@ -1,0 +1,42 @@
+"""Featherweight Load Checkpoint."""
+from comfy_api.latest import io
+
+from ..loaders.checkpoint import load_checkpoint
+from ..loaders.folders import embedding_folders, find_file, list_files, list_packages
+
+FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
+
+
+class LoadCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightLoadCheckpoint",
+            display_name="Load Checkpoint (Featherweight)",
+            category="Featherweight",
+            description="Loads model, text encoder and VAE from one bitsandbytes (NF4, FP4, int8) or GGUF file and keeps packed"
+                        " weights packed in memory. Other checkpoints load as with ComfyUI's own loader.",
+            search_aliases=["checkpoint", "load checkpoint", "checkpoint loader", "ckpt", "nf4", "fp4", "bitsandbytes", "bnb",
+                            "gguf", "quantized", "quantised"],
+            inputs=[
+                io.Combo.Input("checkpoint_name", options=[*list_files(*FOLDERS), *list_packages(*FOLDERS)],
+                               display_name="checkpoint",
+                               tooltip="A file in models/checkpoints, or a package of diffusers (a folder with transformer,"
+                                       " text_encoder, vae …) there or in models/diffusers."),
+                io.Combo.Input("compute", options=["exact"], default="exact", optional=True,
+                               tooltip="exact: the float product of the unpacked weights."),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Clip.Output(tooltip="The text encoder. Without one in the file, the node that uses it says so."),
+                io.Vae.Output(tooltip="The autoencoder. Without one in the file, the node that uses it says so."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint_name):
+        return True  # names from other systems are resolved, and missing files explained, when the node runs
+
+    @classmethod
+    def execute(cls, checkpoint_name, compute="exact") -> io.NodeOutput:
+        return io.NodeOutput(*load_checkpoint(find_file(checkpoint_name, *FOLDERS), embedding_folders()))

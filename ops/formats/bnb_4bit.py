@@ -1,0 +1,73 @@
+"""bitsandbytes' 4-bit formats: a codebook of 16 values, scaled by the largest magnitude of each block.
+
+Sources: bitsandbytes 0.50 `functional.get_4bit_type`, `backends/default/ops.py`; the NF4 codebook is from QLoRA
+(https://arxiv.org/abs/2305.14314).
+"""
+import torch
+
+from ..format import FORMATS, Format
+
+
+class Codebook4Bit(Format):
+    """value = codebook[code] * absmax, blocks along the flattened weight; a block may cross rows, the last may be short.
+
+    | tensor | dtype, shape              | meaning                                       |
+    |--------|---------------------------|-----------------------------------------------|
+    | packed | uint8 (ceil(values / 2),) | codes, two a byte, the high nibble first      |
+    | absmax | float32 (blocks,)         | scale of each block of `block_length` values  |
+    """
+
+    codebook: tuple[float, ...]
+
+    @classmethod
+    def of_block_length(cls, block_length: int) -> type["Codebook4Bit"]:
+        """This format with blocks of another length, which is a format of its own."""
+        if block_length == cls.block_length:
+            return cls
+        name = f"{cls.__name__}_{block_length}"
+        sizes = {"block_length": block_length, "block_bytes": block_length // 2}
+        return FORMATS.get(name) or type(name, (cls,), sizes)
+
+    @classmethod
+    def code_pairs(cls) -> torch.Tensor:
+        """int64 (256,): the two float32 values of each byte, side by side."""
+        values, codes = torch.tensor(cls.codebook), torch.arange(256)
+        return torch.stack([values[codes >> 4], values[codes & 15]], -1).view(torch.int64).view(-1)
+
+    @classmethod
+    def blocks(cls, tensors, first, last):
+        return tensors[0].view(-1)[first * cls.block_bytes:last * cls.block_bytes], tensors[1][first:last]
+
+    @classmethod
+    def rows(cls, tensors, columns, index):
+        codes, absmax = tensors
+        return [codes.view(-1, columns // 2)[index], absmax.view(-1, columns // cls.block_length)[index].reshape(-1)]
+
+    @classmethod
+    def unpack(cls, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """codes: uint8 (bytes,), absmax: float32 (n,). Returns float32, the values of n blocks, the last perhaps short."""
+        table = cls.constant("code_pairs", codes.device)
+        values = table.index_select(0, codes.int()).view(torch.float32)
+        whole = len(values) // cls.block_length
+        values[:whole * cls.block_length].view(-1, cls.block_length).mul_(absmax[:whole].unsqueeze(-1))
+        if whole < len(absmax):
+            values[whole * cls.block_length:].mul_(absmax[whole])
+        return values
+
+
+class NF4(Codebook4Bit):
+    """The quantiles of a normal distribution."""
+
+    block_length, block_bytes = 64, 32
+    codebook = (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    )
+
+
+class FP4(Codebook4Bit):
+    """Sign, two bits of exponent, one of mantissa; in twelfths."""
+
+    block_length, block_bytes = 64, 32
+    codebook = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))

@@ -1,0 +1,241 @@
+"""Checkpoints with packed weights: model, text encoder and VAE are the host's, run as in the host, and stay packed."""
+import functools
+import json
+
+import comfy.model_management
+import comfy.sd
+import comfy.sd1_clip
+import pytest
+import torch
+from families import FAMILIES, random_weights, relative_error
+from families import run as run_family
+from featherweight.devtools import tiny_models
+from featherweight.devtools.gguf_files import write_gguf
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.container import WeightFileError
+from featherweight.ops.patcher import PackedPatcher
+from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
+from safetensors.torch import save_file
+
+pytest.importorskip("bitsandbytes", reason="it writes the files")
+from featherweight.devtools.bnb_files import write_bnb  # noqa: E402
+
+MODEL, ENCODER, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+SD15 = FAMILIES["sd1.5"]
+NO_VAE = "your checkpoint does not contain a valid VAE"
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_nothing_left_loaded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "checkpoint.safetensors")
+
+
+def flux() -> dict[str, torch.Tensor]:
+    values = tiny_models.flux(0, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def autoencoder() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
+
+
+@functools.cache
+def clip_l() -> dict[str, torch.Tensor]:
+    """CLIP-L, whose size the host holds fixed. Layers of one shape have equal values, which makes it quickly."""
+    model, values = comfy.sd1_clip.SD1ClipModel(device="meta", dtype=torch.float32), {}
+    weights = {}
+    for name, param in model.clip_l.state_dict().items():
+        if name.startswith("transformer.text_model."):
+            shape, norm = tuple(param.shape), "norm" in name and name.endswith("weight")
+            if (shape, norm) not in values:
+                generator = torch.Generator().manual_seed(len(values))
+                values[shape, norm] = (torch.randn(shape, generator=generator) * 0.03 + norm).half()
+            weights[name] = values[shape, norm].clone()  # a safetensors file shares nothing
+    return weights
+
+
+def with_prefixes(**parts):
+    prefixes = {"model": MODEL, "encoder": ENCODER, "vae": VAE}
+    return {prefixes[part] + name: value for part, values in parts.items() for name, value in values.items()}
+
+
+def stable_diffusion() -> dict[str, torch.Tensor]:
+    """A whole checkpoint of the SD1.5 kind, with a small model."""
+    vae = autoencoder()
+    for name in ("taesd_decoder.1.weight", "taesd_encoder.14.weight", "taesd_encoder.14.bias"):
+        axis = 1 if "decoder" in name else 0
+        vae[name] = vae[name].narrow(axis, 0, 4).contiguous()
+    return with_prefixes(model=random_weights(SD15), encoder=clip_l(), vae=vae)
+
+
+def of_the_host(seen):
+    """(model, CLIP, VAE) that the host makes of dense values, the text encoder in float32."""
+    return comfy.sd.load_state_dict_guess_config(
+        {name: value.clone() for name, value in seen.items()}, te_model_options={"dtype": torch.float32})[:3]
+
+
+def encode(clip) -> torch.Tensor:
+    return clip.encode_from_tokens(clip.tokenize("a feather on a scale"))
+
+
+def decode(vae, channels: int) -> torch.Tensor:
+    return vae.decode(torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(3)))
+
+
+def packed_in(clip) -> int:
+    return len(packed_layers(clip.patcher))
+
+
+@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False)])
+def test_a_flux_with_its_vae(quant_type, nested, path):
+    weights = {MODEL + name: value for name, value in flux().items()}
+    weights |= {f"vae.{name}": value.bfloat16() if value.ndim else value for name, value in autoencoder().items()}
+    seen = write_bnb(path, weights, quant_type, nested=nested)
+    expected, _, expected_vae = of_the_host(seen)
+    model, clip, vae = load_checkpoint(path)
+    assert relative(run(model), run(expected)) < 1e-5 and len(packed_layers(model)) == 19
+    assert clip is None  # the host's nodes say what that means
+    assert torch.equal(decode(vae, 16), decode(expected_vae, 16))
+
+
+@pytest.mark.parametrize("packed_encoder", [False, True])
+def test_a_stable_diffusion_with_its_text_encoder(packed_encoder, path):
+    skip = (VAE,) if packed_encoder else (VAE, ENCODER)
+    seen = write_bnb(path, stable_diffusion(), keep=lambda name, value: (
+        value.ndim != 2 or not name.endswith(".weight") or name.startswith(skip)))
+    expected, expected_clip, expected_vae = of_the_host(seen)
+    model, clip, vae = load_checkpoint(path)
+    assert relative_error(run_family(model, SD15), run_family(expected, SD15)) < 1e-5
+    assert packed_layers(model)
+    assert packed_in(clip) == (74 if packed_encoder else 0)
+    assert relative(encode(clip), encode(expected_clip)) < 1e-5
+    assert torch.equal(decode(vae, 4), decode(expected_vae, 4))
+
+
+def test_parts_in_fp8_and_bf16_load_as_they_are(path):
+    family = FAMILIES["sd3.5"]
+    weights = {MODEL + name: value for name, value in random_weights(family).items()}
+    weights |= {f"text_encoders.clip_l.{name}": value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+                for name, value in clip_l().items()}
+    weights |= {VAE + name: value.bfloat16() if value.ndim else value for name, value in autoencoder().items()}
+    seen = write_bnb(path, weights, keep=lambda name, value: value.ndim != 2 or not name.startswith(MODEL))
+    others = {name: value for name, value in weights.items() if not name.startswith(MODEL)}
+    expected, expected_clip, expected_vae = of_the_host(seen | others)
+    model, clip, vae = load_checkpoint(path)
+    assert relative_error(run_family(model, family), run_family(expected, family)) < 1e-5
+    assert packed_layers(model) and not packed_in(clip)
+    assert relative(encode(clip), encode(expected_clip)) < 1e-3  # the host rounds fp8 to fp16 by itself, not to float32
+    assert torch.equal(decode(vae, 16), decode(expected_vae, 16))
+
+
+def test_a_gguf_of_stable_diffusion_cpp(tmp_path):
+    path = str(tmp_path / "checkpoint.gguf")
+    types = {1: "F16", 2: "Q8_0"}
+    seen = write_gguf(path, {name: value.numpy() for name, value in stable_diffusion().items()},
+                      lambda name, values: types.get(values.ndim, "F16"), architecture=None)
+    expected, expected_clip, expected_vae = of_the_host({name: torch.tensor(value) for name, value in seen.items()})
+    model, clip, vae = load_checkpoint(path)
+    assert relative_error(run_family(model, SD15), run_family(expected, SD15)) < 1e-5
+    assert packed_layers(model) and packed_in(clip) > 70
+    assert relative(encode(clip), encode(expected_clip)) < 1e-5
+    assert relative(decode(vae, 4), decode(expected_vae, 4)) < 1e-5
+
+
+def test_loras_reach_model_and_text_encoder(path):
+    seen = write_bnb(path, stable_diffusion(), keep=lambda name, value: (
+        value.ndim != 2 or not name.endswith(".weight") or "embedding" in name or name.startswith(VAE)))
+    model, clip, _ = load_checkpoint(path, output_vae=False)
+    expected, expected_clip, _ = of_the_host(seen)
+    layers = {name.removeprefix(ENCODER + "transformer."): value for name, value in seen.items()
+              if name.startswith(ENCODER) and ".layers.0." in name and name.endswith("weight")}
+    lora = lora_for(layers, layer_name=lambda name: "lora_te_" + name.replace(".", "_"), size=0.1)
+    lora |= lora_for({name.removeprefix(MODEL): value for name, value in seen.items()
+                      if name.startswith(MODEL) and "transformer_blocks" in name and name.endswith("weight")},
+                     layer_name=lambda name: "diffusion_model." + name)
+    changed, changed_clip = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
+    wanted, wanted_clip = comfy.sd.load_lora_for_models(expected, expected_clip, lora, 1.0, 1.0)
+    without = run_family(expected, SD15)
+    assert error_by_effect(run_family(changed, SD15), run_family(wanted, SD15), without) < LIMIT
+    effect = (encode(wanted_clip) - encode(expected_clip)).norm()
+    assert (encode(changed_clip) - encode(wanted_clip)).norm() / effect < LIMIT
+    assert isinstance(changed_clip.patcher, PackedPatcher)
+
+
+@pytest.mark.parametrize("parts", [{"transformer", "text_encoder", "vae"}, {"transformer"}])
+def test_a_package_of_diffusers(parts, tmp_path):
+    weights = {"transformer": flux(), "vae": autoencoder(),
+               "text_encoder": {name.removeprefix("transformer."): value for name, value in clip_l().items()}}
+    seen = {}
+    for part in parts:
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+        keep = (lambda name, value: True) if part == "vae" else None
+        seen[part] = write_bnb(tmp_path / part / "model.safetensors", weights[part], keep=keep)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    model, clip, vae = load_checkpoint(str(tmp_path))
+    assert relative(run(model), run(comfy.sd.load_diffusion_model_state_dict(dict(seen["transformer"])))) < 1e-5
+    assert len(packed_layers(model)) == 19
+    if "vae" in parts:
+        expected = comfy.sd.load_text_encoder_state_dicts([dict(seen["text_encoder"])], clip_type=comfy.sd.CLIPType.FLUX,
+                                                          model_options={"dtype": torch.float32})
+        assert packed_in(clip) == 74 and relative(encode(clip), encode(expected)) < 1e-5
+        assert torch.equal(decode(vae, 16), decode(comfy.sd.VAE(sd=dict(seen["vae"])), 16))
+        again = clip.patcher.cached_patcher_init
+        assert isinstance(again[0](*again[1], disable_dynamic=True), PackedPatcher)
+    else:
+        assert clip is None
+        with pytest.raises(RuntimeError, match=NO_VAE):
+            decode(vae, 16)
+
+
+def test_a_folder_that_is_no_package_is_refused(tmp_path):
+    with pytest.raises(WeightFileError, match="is no package of diffusers"):
+        load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["", MODEL])
+def test_a_file_with_only_a_model(prefix, path):
+    seen = write_bnb(path, flux(), prefix=prefix)
+    model, clip, vae = load_checkpoint(path)
+    expected = comfy.sd.load_diffusion_model_state_dict(dict(seen))
+    assert isinstance(model, PackedPatcher) and relative(run(model), run(expected)) < 1e-5
+    assert clip is None
+    with pytest.raises(RuntimeError, match=NO_VAE):
+        decode(vae, 16)
+
+
+def test_a_checkpoint_without_packed_weights_is_the_hosts(path):
+    weights = {MODEL + name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in flux().items()}
+    save_file(weights, path)
+    model, clip, vae = load_checkpoint(path)
+    assert not isinstance(model, PackedPatcher) and clip is None
+    assert model.cached_patcher_init[0] is comfy.sd.load_checkpoint_guess_config
+
+
+def test_the_host_can_have_each_part_once_more(path):
+    write_bnb(path, stable_diffusion(), keep=lambda name, value: (
+        value.ndim != 2 or not name.endswith(".weight") or name.startswith(VAE)))
+    model, clip, vae = load_checkpoint(path)
+    for patcher in (model, clip.patcher, vae.patcher):
+        rebuild, arguments = patcher.cached_patcher_init
+        again = rebuild(*arguments, disable_dynamic=True)
+        assert type(again.model) is type(patcher.model)
+        assert again.model.state_dict().keys() == patcher.model.state_dict().keys()
+        assert isinstance(again, PackedPatcher) == (patcher is not vae.patcher)
+
+
+def test_what_is_no_checkpoint_is_refused(path):
+    for prefix, kind in ((MODEL, "no checkpoint"), ("", "no diffusion model")):
+        write_bnb(path, {f"{prefix}layers.{number}.weight": torch.randn(64, 64) for number in range(9)})
+        with pytest.raises(WeightFileError, match=f"checkpoint.safetensors holds {kind} that this ComfyUI knows") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)

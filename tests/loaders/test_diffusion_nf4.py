@@ -1,0 +1,200 @@
+"""Diffusion models that bitsandbytes packed: files and folders run as the host runs their values, and stay packed."""
+import json
+import logging
+import os
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from families import FAMILIES, host_patcher, random_weights, relative_error
+from families import run as run_family
+from featherweight.devtools import tiny_models
+from featherweight.loaders.container import WeightFileError
+from featherweight.loaders.diffusion import is_ours, load_diffusion_model
+from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor import is_packed
+from patched_models import KINDS as LORA_KINDS
+from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patched, relative, run
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("bitsandbytes", reason="it writes the files")
+from featherweight.devtools.bnb_files import write_bnb, write_bnb_int8  # noqa: E402
+
+PREFIX = "model.diffusion_model."
+KINDS = {
+    "NF4": {}, "NF4 with a prefix": {"prefix": PREFIX}, "NF4 double-quantised": {"nested": True},
+    "NF4 stored as bf16": {"storage": torch.bfloat16}, "NF4 in blocks of 128": {"block_length": 128},
+    "FP4": {"quant_type": "fp4"}, "FP4 double-quantised, prefix": {"quant_type": "fp4", "nested": True, "prefix": PREFIX},
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_loaded():
+    yield
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "model.safetensors")
+
+
+def flux(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A Flux of one double and one single block; 19 matrices."""
+    values = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def dense(seen):
+    return comfy.sd.load_diffusion_model_state_dict({name: value.clone() for name, value in seen.items()})
+
+
+# Names of the host's layers for those of diffusers, by the host's own tables.
+DIFFUSERS = {
+    "flux-dev": lambda config: comfy.utils.flux_to_diffusers(config),
+    "sd3.5": lambda config: comfy.utils.mmdit_to_diffusers({**config, "num_blocks": config["depth"]}),
+}
+
+
+def in_diffusers_names(name: str) -> dict[str, torch.Tensor]:
+    """The weights of a family as diffusers keeps them: q, k and v apart, shift and scale swapped."""
+    family, stored = FAMILIES[name], {}
+    weights, done = random_weights(family), set()
+    for source, target in DIFFUSERS[name](family.config).items():
+        target, place, change = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
+        if target in weights and (target, place) not in done:  # the host knows two names of some layers
+            done.add((target, place))
+            values = weights[target] if place is None else weights[target].narrow(*place)
+            stored[source] = (change(values) if change else values).contiguous()
+    return stored
+
+
+def write_folder(folder, tensors, shards: int, config=None, **kind):
+    """A folder as diffusers saves it, in several files; returns the values a reader should see."""
+    folder.mkdir(parents=True)
+    whole = folder / "whole.safetensors"
+    seen = write_bnb(whole, tensors, **kind)
+    stored = load_file(whole)
+    whole.unlink()
+    index = {}
+    for part in range(shards):
+        file = f"diffusion_pytorch_model-{part + 1:05d}-of-{shards:05d}.safetensors"
+        keys = list(stored)[part::shards]  # the parts of one weight lie in different files too
+        save_file({key: stored[key] for key in keys}, folder / file)
+        index |= dict.fromkeys(keys, file)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config = config or {"_class_name": "FluxTransformer2DModel",
+                        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_file_runs_as_in_the_host_and_stays_packed(kind, path, caplog):
+    seen = write_bnb(path, flux(), **KINDS[kind])
+    with caplog.at_level(logging.INFO):
+        patcher = load_diffusion_model(path)
+    assert f"{len(seen)} tensors (F32 {len(seen) - 19}, {kind[:3]} 19)" in caplog.text
+    assert relative(run(patcher), run(dense(seen))) < 1e-5
+    assert len(packed_layers(patcher)) == 19
+    # Double-quantised scales are held as float32: 4 bytes for 64 values in place of 1.
+    values = sum(value.numel() for value in seen.values())
+    assert patcher.model_size() <= 1.02 * os.path.getsize(path) + (values / 64 * 3 if "double" in kind else 0)
+
+
+def test_of_a_whole_checkpoint_only_the_model_is_used(path, caplog):
+    seen = write_bnb(path, flux(), prefix=PREFIX)
+    others = {f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
+    others["text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.weight"] = torch.ones(77, 768)
+    save_file(load_file(path) | others, path)
+    patcher = load_diffusion_model(path)
+    assert relative(run(patcher), run(dense(seen))) < 1e-5
+    assert "missing" not in caplog.text
+
+
+@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)])
+def test_loras_of_every_kind_are_exact(quant_type, nested, path):
+    seen = write_bnb(path, flux(), quant_type, nested=nested)
+    patcher, reference = load_diffusion_model(path), dense(seen)
+    without = run(reference)
+    stacks = {kind: [(lora_for(seen, kind), 0.8)] for kind in LORA_KINDS}
+    stacks["stack"] = [*stacks["lora"], *stacks["dora"]]
+    errors = {kind: error_by_effect(run(patched(patcher, *stack)), run(patched(reference, *stack)), without)
+              for kind, stack in stacks.items()}
+    assert max(errors.values()) < LIMIT, errors
+    assert len(packed_layers(patcher)) == 19
+
+
+def test_the_host_can_have_the_model_once_more(path):
+    write_bnb(path, flux())
+    patcher = load_diffusion_model(path)
+    rebuild, arguments = patcher.cached_patcher_init
+    again = rebuild(*arguments, disable_dynamic=True)
+    assert isinstance(again, PackedPatcher) and torch.equal(run(again), run(patcher))
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd3.5"])
+@pytest.mark.parametrize("kind", ["NF4", "NF4 double-quantised", "FP4"])
+def test_a_folder_of_diffusers_runs_packed(name, kind, tmp_path):
+    family = FAMILIES[name]
+    seen = write_folder(tmp_path / "package" / "transformer", in_diffusers_names(name), 3, **KINDS[kind])
+    patcher = load_diffusion_model(tmp_path / "package" / "transformer")
+    expected = host_patcher(seen, family)
+    assert relative_error(run_family(patcher, family), run_family(expected, family)) < 1e-5
+    matrices = [key for key, values in expected.model.diffusion_model.state_dict().items()
+                if values.ndim == 2 and key.endswith(".weight")]
+    dense_ones = [key for key in matrices if not is_packed(patcher.model.diffusion_model.get_parameter(key))]
+    assert not dense_ones
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_int8_weights_become_the_hosts_own(prefix, path):
+    seen = write_bnb_int8(path, flux(), prefix=prefix)
+    layers = load_diffusion_model(path).model.diffusion_model
+    for name, values in seen.items():
+        if values.ndim == 2:
+            weight = layers.get_parameter(name)
+            assert type(weight.data).__name__ == "QuantizedTensor" and weight.data._qdata.dtype == torch.int8
+            assert torch.allclose(weight.data.dequantize().float(), values, rtol=1e-6, atol=0)
+
+
+def test_int8_weights_in_diffusers_names_become_the_hosts_own(path):
+    family = FAMILIES["flux-dev"]
+    seen = write_bnb_int8(path, in_diffusers_names("flux-dev"))
+    layers, expected = (patcher.model.diffusion_model for patcher in (load_diffusion_model(path), host_patcher(seen, family)))
+    for name, values in expected.state_dict().items():
+        if values.ndim == 2:
+            weight = layers.get_parameter(name).data
+            assert weight._qdata.dtype == torch.int8
+            assert torch.allclose(weight.dequantize().float(), values, rtol=1e-6, atol=0)
+
+
+def test_files_without_packed_weights_are_the_hosts(path):
+    save_file({name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in flux().items()}, path)
+    assert not is_ours(path)
+    patcher = load_diffusion_model(path)
+    assert not isinstance(patcher, PackedPatcher) and patcher.cached_patcher_init[0] is comfy.sd.load_diffusion_model
+
+
+def test_a_damaged_file_is_one_plain_error(path):
+    write_bnb(path, flux())
+    for length in (os.path.getsize(path) - 100, 1000, 7, 0):
+        os.truncate(path, length)
+        with pytest.raises(WeightFileError, match="model.safetensors") as error:
+            load_diffusion_model(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "text_model.embeddings.token_embedding.weight", "model.embed_tokens.weight"])
+def test_a_text_encoder_is_named_for_what_it_is(name, path):
+    write_bnb(path, {name: torch.randn(64, 64), "some.layer.weight": torch.randn(64, 64)})
+    with pytest.raises(WeightFileError, match="model.safetensors is a text encoder"):
+        load_diffusion_model(path)
+
+
+def test_a_model_nobody_knows_is_refused(path):
+    write_bnb(path, {"some.layer.weight": torch.randn(64, 64)})
+    with pytest.raises(WeightFileError, match="model.safetensors holds no diffusion model that this ComfyUI knows"):
+        load_diffusion_model(path)
