@@ -1,11 +1,14 @@
 """Models in diffusers' names: the host's conversion, for packed weights."""
 import bisect
+import logging
 
 import comfy.model_detection
 import torch
 
 from ..ops.product import unpack
 from ..ops.tensor import is_packed, packed_tensor, packed_tensors
+
+log = logging.getLogger(__name__)
 
 
 def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,11 +39,11 @@ def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
                 break
             parts.append((tensor, first, first + len(run)))
         else:
-            out[target] = _rows_joined(parts)
+            out[target] = _rows_joined(target, parts)
     return out
 
 
-def _rows_joined(parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
+def _rows_joined(name: str, parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
     """Rows `first` to `last` of each tensor, one below the other. Packed where all parts have one packed format."""
     tensor, first, last = parts[0]
     if len(parts) == 1 and last - first == tensor.shape[0]:
@@ -48,6 +51,8 @@ def _rows_joined(parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
     formats = {part.layout_cls.format if is_packed(part) else None for part, _, _ in parts}
     packed_format = formats.pop()
     if formats or packed_format is None or tensor.shape[1:].numel() % packed_format.block_length:
+        if any(is_packed(part) for part, _, _ in parts):
+            log.info("[Featherweight] %s is unpacked: its parts have different formats, or blocks across their borders.", name)
         return torch.cat([(unpack(part, part.dtype) if is_packed(part) else part)[first:last] for part, first, last in parts])
     columns = tensor.shape[1:].numel()
     pieces = [packed_format.rows(packed_tensors(part), columns, slice(first, last)) for part, first, last in parts]

@@ -13,8 +13,8 @@ import comfy.utils
 import gguf
 import pytest
 import torch
-from featherweight.devtools import tiny_models
-from featherweight.devtools.gguf_files import pack, write_gguf
+from devtools import tiny_models
+from devtools.gguf_files import pack, write_gguf
 from featherweight.loaders.container import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.format import FORMATS

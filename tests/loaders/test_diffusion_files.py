@@ -1,4 +1,5 @@
 """What converters do to names, shapes and types, and what people pick by mistake."""
+import gc
 import logging
 
 import comfy.model_management
@@ -11,7 +12,7 @@ from families import (
     FAMILIES, comfyui_gguf_style, host_patcher, random_weights, relative_error, run, shrunken_detection,
     stable_diffusion_cpp_style,
 )
-from featherweight.devtools.gguf_files import write_gguf
+from devtools.gguf_files import write_gguf
 from featherweight.loaders.container import WeightFileError
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.tensor import is_packed
@@ -25,6 +26,7 @@ def one_thread_and_nothing_left_loaded():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    gc.collect()  # a model that dies while the host unloads others makes the host lose count of them
     comfy.model_management.unload_all_models()
 
 

@@ -4,7 +4,7 @@ import comfy.sd
 import pytest
 import torch
 from families import FAMILIES, comfyui_gguf_style, host_patcher, inputs, random_weights, relative_error, run
-from featherweight.devtools.gguf_files import write_gguf
+from devtools.gguf_files import write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.tensor import is_packed
 
