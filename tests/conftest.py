@@ -2,6 +2,7 @@
 
 The pack's own `__init__.py` is not executed: it is what the host runs, and the server tests cover it.
 """
+import gc
 import os
 import sys
 import types
@@ -23,6 +24,8 @@ comfy.options.enable_args_parsing()
 import comfy.cli_args  # noqa: E402, F401  parses sys.argv once
 
 sys.argv = _arguments
+import comfy.model_management  # noqa: E402
+import torch  # noqa: E402
 
 _pack = types.ModuleType("featherweight")
 _pack.__path__ = [str(PACK)]
@@ -40,3 +43,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "heavy" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def small_models():
+    """For tests that run small models: on one thread, and nothing stays loaded in the host."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small only wait for other threads, most of all on a busy machine
+    yield
+    torch.set_num_threads(threads)
+    gc.disable()  # a model that dies while the host unloads others makes the host lose count of them
+    comfy.model_management.unload_all_models()
+    gc.enable()

@@ -25,13 +25,7 @@ SD15 = FAMILIES["sd1.5"]
 NO_VAE = "your checkpoint does not contain a valid VAE"
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_nothing_left_loaded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.fixture

@@ -31,19 +31,7 @@ FULL_WIDTH = [name for name, family in FAMILIES.items()
 SLACK = 1 << 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only wait for other threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_loaded():
-    yield
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 def write_holey_gguf(path, shapes, packed_type):

@@ -1,5 +1,4 @@
 """What converters do to names, shapes and types, and what people pick by mistake."""
-import gc
 import logging
 
 import comfy.model_management
@@ -20,14 +19,7 @@ from featherweight.ops.tensor import is_packed
 PREFIX = "model.diffusion_model."
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_nothing_left_loaded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    gc.collect()  # a model that dies while the host unloads others makes the host lose count of them
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.fixture

@@ -30,10 +30,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_loaded():
-    yield
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.fixture

@@ -11,13 +11,7 @@ from featherweight.ops.tensor import is_packed
 FAMILY = FAMILIES["flux-schnell"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_nothing_left_loaded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,7 @@ from patched_models import (
 LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the products are too small to share
-    yield
-    torch.set_num_threads(threads)
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.fixture(autouse=True, scope="module")

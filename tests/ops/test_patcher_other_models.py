@@ -14,13 +14,7 @@ from patched_models import (
 )
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 def packed_state_dict(values, format_name, block):
