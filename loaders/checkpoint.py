@@ -12,7 +12,8 @@ from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .container import WeightFile, WeightFileError, open_weights
-from .diffusion import fix_keys, is_ours, model_of, operations_for, refuse_other_kinds, renamed, report, text_metadata
+from .diffusion import fix_keys, is_ours, model_of, operations_for, refuse_other_kinds, report, text_metadata
+from .diffusers_names import in_the_hosts_names
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     model = clip = vae = None
     if outputs["output_model"]:
         file = open_weights(models[0])
-        model = model_of(file, renamed(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic)
+        model = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic)
     encoders = [open_weights(folders[name]).state_dict() for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         packed = any(is_packed(tensor) for encoder in encoders for tensor in encoder.values())
@@ -102,7 +103,7 @@ def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
     state_dict = fix_keys(file.state_dict())
     if is_checkpoint(state_dict):
         return _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
-    return model_of(file, renamed(state_dict), disable_dynamic=disable_dynamic), None, _no_vae()
+    return model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic), None, _no_vae()
 
 
 def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:

@@ -54,7 +54,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    patcher = model_of(file, renamed(fix_keys(file.state_dict())), value_dtype, patch_dtype, disable_dynamic)
+    patcher = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), value_dtype, patch_dtype, disable_dynamic)
     patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
     return patcher
 
@@ -138,28 +138,6 @@ def fix_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if bias is not None and tensor.shape[0] > bias.shape[0] and tensor.shape[0] % bias.shape[0] == 0:
                 state_dict[name] = _reshaped(tensor, (bias.shape[0], tensor.shape[0] // bias.shape[0], *tensor.shape[1:]))
     return state_dict
-
-
-def renamed(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the host's names, also those in its own int8 format, whose scales go where their rows go."""
-    layers = [name.removesuffix(".comfy_quant") for name in state_dict if name.endswith(".comfy_quant")]
-    if not layers:
-        return in_the_hosts_names(state_dict)
-    parts = [f"{layer}.{part}" for layer in layers for part in ("weight_scale", "comfy_quant")]
-    extra = {name: state_dict.get(name) for name in parts}
-    weights = {name: tensor for name, tensor in state_dict.items() if name not in extra}
-    out = in_the_hosts_names(dict(weights))
-    if out.keys() == weights.keys():
-        return state_dict
-    ones = {name: tensor.new_ones(len(tensor), 1, dtype=torch.float32) if tensor.ndim == 2 else tensor
-            for name, tensor in weights.items()}
-    scales = in_the_hosts_names(ones | {f"{layer}.weight": extra[f"{layer}.weight_scale"] for layer in layers})
-    for name, tensor in list(out.items()):
-        if tensor.dtype == torch.int8:
-            layer = name.removesuffix(".weight")
-            out[f"{layer}.weight_scale"] = scales[name]
-            out[f"{layer}.comfy_quant"] = extra[f"{layers[0]}.comfy_quant"]
-    return out
 
 
 def _reshaped(tensor: torch.Tensor, shape) -> torch.Tensor:
