@@ -14,6 +14,8 @@ GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "
 
 # Classes of diffusers that are diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel, UNet2DConditionModel ...
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
+# Classes of transformers that are text encoders: T5EncoderModel, CLIPTextModelWithProjection, Qwen3ForCausalLM ...
+ENCODER = re.compile(r"Encoder|TextModel|ForCausalLM$|ForConditionalGeneration$|^(Gemma|Qwen|Llama|Mistral)\w*Model$")
 
 
 def register_folders():
@@ -35,10 +37,13 @@ def list_files(*keys: str) -> list[str]:
     return sorted(names, key=lambda name: (not name.lower().endswith(".gguf"), name.lower()))
 
 
-def list_model_folders(*keys: str) -> list[str]:
-    """Names of the folders among all `keys` that hold one diffusion model as diffusers saves it, with its `config.json`."""
+def list_model_folders(*keys: str, kind: re.Pattern = DIFFUSION_MODEL) -> list[str]:
+    """Names of the folders among all `keys` that hold one model as diffusers and transformers save it, with `config.json`.
+
+    kind: of the class of the model.
+    """
     names = {(os.path.dirname(name), key) for key in keys for name in folder_paths.get_filename_list(key)}
-    found = {name for name, key in names if name and DIFFUSION_MODEL.search(_diffusers_class(_find_folder(name, key)))}
+    found = {name for name, key in names if name and kind.search(_class_in(_find_folder(name, key)))}
     return sorted(found, key=str.lower)
 
 
@@ -52,12 +57,13 @@ def list_packages(*keys: str) -> list[str]:
     return sorted(names, key=str.lower)
 
 
-def _diffusers_class(folder: str | None) -> str:
-    """The class that diffusers saved into this folder, or ""."""
+def _class_in(folder: str | None) -> str:
+    """The class of diffusers or transformers that was saved into this folder, or ""."""
     try:
         with open(os.path.join(folder or "", "config.json"), encoding="utf-8") as file:
-            return str(json.load(file).get("_class_name", ""))
-    except (OSError, ValueError, AttributeError):
+            config = json.load(file)
+        return str(config.get("_class_name") or config["architectures"][0])
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
         return ""
 
 

@@ -1,0 +1,97 @@
+"""Families of text encoders: what their files call the weights, and what the host calls them.
+
+A family is one class in one file of `archs`. It registers by being defined, and is chosen by the names and shapes of the
+tensors: `general.architecture` is missing or wrong in many files. Files whose weights have the host's names already need
+no family.
+"""
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from ..ops.product import unpack
+from ..ops.tensor import is_packed
+
+ARCHS: list[type["Arch"]] = []
+
+Weights = dict[str, torch.Tensor]
+
+# The host's names for what it reads from a file's state dict to build a tokenizer: bytes as uint8 tensors.
+SENTENCEPIECE, TEKKEN, TOKENIZER_JSON = "spiece_model", "tekken_model", "tokenizer_json"
+
+# Where programs put an encoder inside of a larger file; what follows are its own names.
+PREFIXES = re.compile(r"^(text_encoders\.[^.]+\.(transformer|model)\.|cond_stage_model\.transformer\.|te\.)")
+
+
+class Arch:
+    """One family of text encoders.
+
+    names: the file's name -> the host's, both without `.weight` and `.bias`; `{}` is the number of a layer. None: the host
+    has no use for it. follows: the converter, with its version, whose names and changes these are.
+    """
+
+    names: ClassVar[Mapping[str, str | None]]
+    follows: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        ARCHS.append(cls)
+
+    @classmethod
+    def recognises(cls, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these are the weights of this family, and of no other."""
+        raise NotImplementedError
+
+    @classmethod
+    def convert(cls, weights: Weights, metadata: Mapping[str, Any]) -> Weights:
+        """The weights under the host's names, as the host's model wants them. Those of an mmproj file are among them."""
+        return renamed(weights, cls.names)
+
+    @classmethod
+    def tokenizer(cls, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Weights:
+        """What the host builds the tokenizer from, where it has none of its own (see SENTENCEPIECE).
+
+        weights: under the file's names. Raises KeyError with the key that the metadata lack.
+        """
+        return {}
+
+    sees: ClassVar[bool] = False  # whether the family has a vision tower, which comes in an mmproj file
+
+    @classmethod
+    def vision_width(cls, weights: Mapping[str, torch.Tensor], vision: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+        """(width of the text model, width that the vision tower of an mmproj file gives), under the files' names.
+
+        None: those are not the weights of this family's kind of tower.
+        """
+        return None
+
+
+def arch_of(weights: Mapping[str, torch.Tensor]) -> type[Arch] | None:
+    """The family of these weights, None where no family knows them."""
+    return next((arch for arch in ARCHS if arch.recognises(weights)), None)
+
+
+def without_prefix(weights: Weights) -> Weights:
+    """The weights of one encoder that a program wrote with its place in a larger file before the names."""
+    return {PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
+
+
+def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> Weights:
+    """The weights under the names of a table as `Arch.names`. Names that are not in it stay."""
+    out = {}
+    for name, tensor in weights.items():
+        stem, dot, ending = name.rpartition(".")
+        if ending not in ("weight", "bias"):
+            stem, dot, ending = name, "", ""
+        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", stem)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", stem)
+        target = names.get(stem, names.get(pattern, stem))
+        if target is not None:
+            out[target.format(*numbers) + dot + ending] = tensor
+    return out
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Float values of a tensor that may be packed."""
+    return unpack(tensor, torch.float32) if is_packed(tensor) else tensor

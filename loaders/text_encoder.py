@@ -1,0 +1,156 @@
+"""Text encoders: weight files and folders -> the host's own CLIP, with packed weights."""
+import difflib
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..ops.linear import bare_parameters_unpacked
+from ..ops.patcher import adopt
+from . import archs  # noqa: F401  registers the families
+from .arch import Weights, arch_of, without_prefix
+from .container import WeightFile, WeightFileError, open_weights
+from .diffusion import is_ours, operations_for
+from .encoder_kinds import TITLES, kind_of, refuse_misfits
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"  # an mmproj file is looked for beside its encoder
+
+
+def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", embedding_directory: list[str] | None = None,
+                      mmproj: str | None = AUTO, model_options: Mapping[str, Any] | None = None,
+                      disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """Load one to four files or folders as one CLIP, with packed weights kept packed. Any mix of kinds of files.
+
+    clip_type: lower-case name of the host's `CLIPType`. mmproj: file with the vision tower of an encoder that sees; AUTO: the
+    one beside it that fits; None: none. model_options: the host's, such as `load_device`. Files without packed weights
+    go to the host's own loader. Raises WeightFileError.
+    """
+    host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
+    model_options = dict(model_options or {})
+    if not any(map(is_ours, paths)) and mmproj in (AUTO, None):
+        return comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
+    weights = _weights_of(paths, mmproj)
+    _check(paths, weights, clip_type)
+    model_options["custom_operations"] = operations_for({name: None for part in weights for name in part})
+    with bare_parameters_unpacked():
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
+            disable_dynamic=disable_dynamic)
+    adopt(clip.patcher)
+    del model_options["custom_operations"]
+    clip.patcher.cached_patcher_init = (_patcher, (paths, clip_type, embedding_directory, mmproj, model_options))
+    return clip
+
+
+def _patcher(*arguments, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """What the host calls to have the encoder once more, for another device or outside of dynamic VRAM."""
+    return load_text_encoder(*arguments, disable_dynamic=disable_dynamic).patcher
+
+
+def _weights_of(paths: list[str], mmproj: str | None) -> list[Weights]:
+    """The state dict of each file under the host's names. The mmproj file goes to the encoder that has a place for it."""
+    files = [_Encoder(path) for path in paths]
+    if mmproj not in (AUTO, None):
+        vision = open_weights(mmproj)
+        for file in files:
+            if file.takes(vision, refuse=len(files) == 1):
+                break
+        else:
+            raise WeightFileError(f"{vision.path.name} fits none of {', '.join(file.name for file in files)}, of which none is"
+                                  " an encoder with that kind of vision tower. Pick another mmproj file, or none.")
+    elif mmproj == AUTO:
+        for file in files:
+            file.find_vision()
+    return [file.in_the_hosts_names() for file in files]
+
+
+class _Encoder:
+    """One file on its way from names and bytes to the host's names."""
+
+    def __init__(self, path: str):
+        self.path, self.name = Path(path), os.path.basename(path)
+        self.arch = None
+        if not is_ours(path):
+            weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+            self.weights, self.metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
+            return
+        file = open_weights(path)
+        self.weights, self.metadata = without_prefix(file.state_dict()), file.metadata
+        self.arch = arch_of(self.weights)
+        if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
+            raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder itself. Pick"
+                                  " the encoder here, and this file in the mmproj input of Load Text Encoder (Featherweight).")
+
+    def takes(self, vision: WeightFile, refuse: bool) -> bool:
+        """Add the tensors of an mmproj file. refuse: raise WeightFileError where it does not fit."""
+        widths = self.arch and self.arch.vision_width(self.weights, without_prefix(vision.state_dict()))
+        if widths and widths[0] == widths[1]:
+            self.weights |= vision.state_dict()
+            log.info("[Featherweight] %s sees through %s", self.name, vision.path.name)
+            return True
+        if refuse and widths:
+            raise WeightFileError(f"{vision.path.name} gives pictures a width of {widths[1]}, {self.name} has {widths[0]}: they"
+                                  f" are not of one model. Pick the mmproj file that was published with {self.name}.")
+        return False
+
+    def find_vision(self):
+        """Add the mmproj file that lies beside this one and fits; of several, the one with the most similar name."""
+        if self.arch is None or not self.arch.sees or self.path.suffix.lower() != ".gguf":
+            return
+        siblings = [path for path in self.path.parent.glob("*mmproj*") if path.suffix.lower() == ".gguf"]
+        siblings.sort(key=lambda path: -difflib.SequenceMatcher(None, path.stem.lower(), self.path.stem.lower()).ratio())
+        if not any(self.takes(open_weights(path), refuse=False) for path in siblings):
+            log.info("[Featherweight] %s has no mmproj file beside it that fits: a workflow that shows it pictures will not work."
+                     " Put it there, or pick it in Load Text Encoder (Featherweight).", self.name)
+
+    def in_the_hosts_names(self) -> Weights:
+        if self.arch is None:
+            return self.weights
+        stat = self.path.stat()
+        try:
+            tokenizer = _tokenizer(self.path, stat.st_mtime_ns, stat.st_size)
+        except KeyError as error:
+            raise WeightFileError(f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is made. Get"
+                                  " another conversion of the model.") from error
+        return self.arch.convert(self.weights, self.metadata) | tokenizer
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(path: Path, time_ns: int, size: int) -> Weights:
+    """What `Arch.tokenizer` makes of a file; once for each state of the file. Raises KeyError for missing metadata."""
+    file = open_weights(path)
+    weights = without_prefix(file.state_dict())
+    return arch_of(weights).tokenizer(weights, file.metadata)
+
+
+def _check(paths: list[str], weights: list[Weights], clip_type: str):
+    """Raise WeightFileError for files that are no text encoders, or none for this type."""
+    names = [os.path.basename(path) for path in paths]
+    kinds = []
+    for name, part in zip(names, weights):
+        found = comfy.sd.detect_te_model(part)
+        kinds.append(found and kind_of(found.name, part))
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(part)
+        if found is None and comfy.model_detection.detect_unet_config(part, prefix) is not None:
+            raise WeightFileError(f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion Model"
+                                  " (Featherweight).")
+    if kinds == [None]:
+        raise WeightFileError(
+            f"{names[0]} holds no text encoder that this ComfyUI knows ({len(weights[0])} tensors, first"
+            f" {next(iter(weights[0]), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
+    warning = refuse_misfits(names, kinds, clip_type)
+    if warning:
+        log.warning("[Featherweight] %s", warning)
+    for name, kind, part in zip(names, kinds, weights):
+        log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(kind, kind),
+                 sum(tensor.nbytes for tensor in part.values()))

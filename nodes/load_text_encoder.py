@@ -1,0 +1,67 @@
+"""Featherweight Load Text Encoder."""
+import nodes as host_nodes
+import torch
+from comfy_api.latest import io
+
+from ..loaders.folders import ENCODER, embedding_folders, find_file, list_files, list_model_folders
+from ..loaders.text_encoder import AUTO, load_text_encoder
+
+FOLDERS = ("clip_gguf", "text_encoders")
+NONE = "none"
+
+
+def encoder_types(*node_ids: str) -> list[str]:
+    """The types that the host's own loaders offer, in their order."""
+    offered = [host_nodes.NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES()["required"]["type"][0] for node_id in node_ids]
+    return list(dict.fromkeys(name for names in offered for name in names))
+
+
+class LoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = list_files(*FOLDERS)
+        encoders = [*[name for name in files if "mmproj" not in name.lower()], *list_model_folders(*FOLDERS, kind=ENCODER)]
+
+        def further(number: int):
+            return io.Combo.Input(f"text_encoder_{number}", options=[NONE, *encoders], default=NONE, optional=True,
+                                  display_name=f"text encoder {number}", advanced=number > 2,
+                                  tooltip=f"The {number}. encoder of models that have several, such as CLIP-L beside T5.")
+
+        return io.Schema(
+            node_id="FeatherweightLoadTextEncoder",
+            display_name="Load Text Encoder (Featherweight)",
+            category="Featherweight",
+            description="Loads one to four text encoders from GGUF, bitsandbytes (NF4, FP4, int8) and safetensors files in any mix,"
+                        " and keeps packed weights packed in memory.",
+            search_aliases=["clip", "clip loader", "load clip", "dual clip loader", "gguf", "clip gguf", "t5", "text encoder",
+                            "nf4", "fp4", "bitsandbytes", "mmproj", "quantized", "quantised"],
+            inputs=[
+                io.Combo.Input("text_encoder_1", options=encoders, display_name="text encoder",
+                               tooltip="A file in models/text_encoders or models/clip, or a folder there that transformers"
+                                       " saved (…/text_encoder_2)."),
+                io.Combo.Input("type", options=encoder_types("CLIPLoader", "DualCLIPLoader"),
+                               tooltip="The kind of model the text is encoded for."),
+                further(2), further(3), further(4),
+                io.Combo.Input("mmproj", optional=True, advanced=True, default=AUTO,
+                               options=[AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]],
+                               tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3 …). auto: the one that"
+                                       " lies beside the encoder and fits."),
+                io.Combo.Input("device", options=["default", "cpu"], default="default", optional=True, advanced=True,
+                               tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model."),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text_encoder_1, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO):
+        return True  # names from other systems are resolved, and missing files explained, when the node runs
+
+    @classmethod
+    def execute(cls, text_encoder_1, type, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
+                device="default") -> io.NodeOutput:
+        names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
+        paths = [find_file(name, *FOLDERS) for name in names]
+        vision = {AUTO: AUTO, NONE: None}[mmproj] if mmproj in (AUTO, NONE) else find_file(mmproj, *FOLDERS)
+        cpu = torch.device("cpu")
+        options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
+        return io.NodeOutput(load_text_encoder(paths, type, embedding_folders(), vision, options))

@@ -1,0 +1,25 @@
+"""Text encoders: from files to the host's own CLIP."""
+import comfy.sd
+import pytest
+import torch
+from featherweight.loaders.arch import ARCHS
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.ops.tensor import is_packed
+
+from families import relative_error
+from text_encoders import ENCODERS, hidden_states, host_clip, random_weights, text_model, write_encoder
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_of_llama_cpp_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
+    encoder = ENCODERS[name]
+    weights = random_weights(encoder)
+    path = tmp_path / "encoder.gguf"
+    write_encoder(path, encoder, weights)
+    clip = load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+    packed = hidden_states(clip)
+    matrices = {name: value for name, value in text_model(clip).transformer.state_dict().items() if value.ndim == 2}
+    assert all(is_packed(value) for value in matrices.values() if value.shape[-1] % 32 == 0)
+    assert relative_error(packed, hidden_states(host_clip(encoder, weights))) < 1e-4

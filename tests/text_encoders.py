@@ -1,0 +1,124 @@
+"""The host's text encoders at sizes a test can afford, as files of llama.cpp and as the host's own models.
+
+The host takes an encoder by the names of its tensors and the widths of some. What it does not read is shrunken. Names in GGUF
+files are those of gguf-py; what else a converter changes is stated here for each encoder.
+"""
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import gguf
+import numpy as np
+import torch
+from comfy.sd1_clip import SDClipModel
+
+from devtools.gguf_files import write_gguf
+
+TOKENS = [3, 17, 5, 250, 99, 42, 7, 1]
+
+Weights = dict[str, torch.Tensor]
+
+
+def as_it_is(weights: Weights) -> Weights:
+    return weights
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+    """One text encoder of the host.
+
+    te_model: the name the host detects. clip_type: as in a loader. config: what of the host's configuration is shrunken.
+    config_of: whose configuration: the host's prefix of `..._model_config`. markers: names and shapes of tensors that the
+    detection reads; those that the shrunken model lacks are written as zeros. architecture: gguf-py's; None for files with the host's names. changed: what
+    the converter does to the weights beside renaming, before it: the host's names -> the converter's. metadata: what the
+    file says beside its tensors. extra: what the host's loader needs beside the weights, such as a tokenizer.
+    """
+
+    te_model: str
+    clip_type: str
+    architecture: gguf.MODEL_ARCH | None
+    config: Mapping[str, Any]
+    config_of: str = ""
+    markers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    changed: Callable[[Weights], Weights] = as_it_is
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        return {f"{self.config_of}_model_config": dict(self.config), "dtype": torch.float32}
+
+
+T5_LAYER = "encoder.block.{}.layer.1.DenseReluDense.{}.weight"
+T5_SMALL = {"num_layers": 2, "vocab_size": 256, "d_model": 256, "d_ff": 512, "d_kv": 64, "num_heads": 4}
+
+ENCODERS = {
+    "t5-xxl": Encoder(
+        "T5_XXL", "sd3", gguf.MODEL_ARCH.T5ENCODER, T5_SMALL, "t5xxl", {T5_LAYER.format(23, "wi_1"): (10240, 32)}),
+    "t5-xxl-old": Encoder(
+        "T5_XXL_OLD", "cosmos", gguf.MODEL_ARCH.T5, T5_SMALL, "t5xxl", {T5_LAYER.format(23, "wi"): (32, 32)}),
+    "t5-base": Encoder("T5_BASE", "stable_audio", gguf.MODEL_ARCH.T5ENCODER, T5_SMALL, "t5base", {
+        "encoder.block.0.layer.0.SelfAttention.k.weight": (256, 256)}),
+}
+
+
+def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """Float32 weights: matrices that keep the size of what they multiply, norms about one."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        values = torch.randn(tuple(shape), generator=generator)
+        is_matrix = len(shape) > 1
+        weights[name] = values * shape[-1] ** -0.5 if is_matrix else 0.1 * values + ("norm" in name and "bias" not in name)
+    return weights
+
+
+def host_clip(encoder: Encoder, weights: Weights) -> comfy.sd.CLIP:
+    """What the host makes of dense weights under its own names."""
+    markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
+    return comfy.sd.load_text_encoder_state_dicts(
+        [weights | markers | dict(encoder.extra)],
+        clip_type=getattr(comfy.sd.CLIPType, encoder.clip_type.upper()), model_options=encoder.model_options)
+
+
+def text_model(clip: comfy.sd.CLIP) -> SDClipModel:
+    return next(module for module in clip.cond_stage_model.modules() if isinstance(module, SDClipModel))
+
+
+def random_weights(encoder: Encoder) -> Weights:
+    """Seeded weights under all names of the host's shrunken model; matrices have values that Q8_0 holds exactly."""
+    clip = host_clip(encoder, {})
+    shapes = {name: value.shape for name, value in text_model(clip).transformer.state_dict().items()}
+    return {name: rounded(values) if values.ndim == 2 else values for name, values in seeded(shapes).items()}
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """What is left of a matrix after it was packed as Q8_0; packed once more it does not change."""
+    if values.shape[-1] % 32:
+        return values
+    packed = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    return torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
+
+
+def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0"):
+    """Write a GGUF file as llama.cpp does: matrices packed, the rest F32."""
+    names = gguf.get_tensor_name_map(encoder.architecture, 64)
+    markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
+    stored = {}
+    for name, tensor in encoder.changed(weights | markers).items():
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name, f"gguf-py knows no name for {name}"
+        stored[gguf_name] = tensor
+    write_gguf(path, stored, type_of=lambda name, values: packed_type if values.ndim == 2 else "F32",
+               architecture=gguf.MODEL_ARCH_NAMES[encoder.architecture], metadata=encoder.metadata)
+
+
+def hidden_states(clip: comfy.sd.CLIP, tokens=TOKENS) -> torch.Tensor:
+    """What the last layer gives for some tokens, float32 (1, tokens, width)."""
+    comfy.model_management.load_models_gpu([clip.patcher])
+    model = text_model(clip)
+    model.layer, model.layer_idx = "last", None
+    with torch.inference_mode():
+        return model([tokens])[0]
