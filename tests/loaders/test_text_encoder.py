@@ -1,13 +1,10 @@
 """Text encoders: from files to the host's own CLIP."""
-import comfy.sd
 import pytest
-import torch
-from featherweight.loaders.arch import ARCHS
+from encoders import ENCODERS
+from encoders.encoder import hidden_states, host_clip, random_weights, text_model, write_encoder
+from families import relative_error
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.tensor import is_packed
-
-from families import relative_error
-from text_encoders import ENCODERS, hidden_states, host_clip, random_weights, text_model, write_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

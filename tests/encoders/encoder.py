@@ -10,7 +10,6 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import gguf
-import numpy as np
 import torch
 from comfy.sd1_clip import SDClipModel
 
@@ -29,11 +28,11 @@ def as_it_is(weights: Weights) -> Weights:
 class Encoder:
     """One text encoder of the host.
 
-    te_model: the name the host detects. clip_type: as in a loader. config: what of the host's configuration is shrunken.
-    config_of: whose configuration: the host's prefix of `..._model_config`. markers: names and shapes of tensors that the
-    detection reads; those that the shrunken model lacks are written as zeros. architecture: gguf-py's; None for files with the host's names. changed: what
-    the converter does to the weights beside renaming, before it: the host's names -> the converter's. metadata: what the
-    file says beside its tensors. extra: what the host's loader needs beside the weights, such as a tokenizer.
+    te_model: the name the host detects. clip_type: as in a loader. architecture: gguf-py's; None for files with the host's
+    names. config: what of the host's configuration is shrunken. config_of: the host's name before `_model_config`.
+    markers: names and shapes of tensors that the detection reads; those that the shrunken model lacks are written as zeros.
+    changed: what the converter does to the weights before it names them, host's names -> names that gguf-py knows.
+    metadata: what the file says beside its tensors. extra: what the host's loader needs beside the weights (a tokenizer).
     """
 
     te_model: str
@@ -49,19 +48,6 @@ class Encoder:
     @property
     def model_options(self) -> dict[str, Any]:
         return {f"{self.config_of}_model_config": dict(self.config), "dtype": torch.float32}
-
-
-T5_LAYER = "encoder.block.{}.layer.1.DenseReluDense.{}.weight"
-T5_SMALL = {"num_layers": 2, "vocab_size": 256, "d_model": 256, "d_ff": 512, "d_kv": 64, "num_heads": 4}
-
-ENCODERS = {
-    "t5-xxl": Encoder(
-        "T5_XXL", "sd3", gguf.MODEL_ARCH.T5ENCODER, T5_SMALL, "t5xxl", {T5_LAYER.format(23, "wi_1"): (10240, 32)}),
-    "t5-xxl-old": Encoder(
-        "T5_XXL_OLD", "cosmos", gguf.MODEL_ARCH.T5, T5_SMALL, "t5xxl", {T5_LAYER.format(23, "wi"): (32, 32)}),
-    "t5-base": Encoder("T5_BASE", "stable_audio", gguf.MODEL_ARCH.T5ENCODER, T5_SMALL, "t5base", {
-        "encoder.block.0.layer.0.SelfAttention.k.weight": (256, 256)}),
-}
 
 
 def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
