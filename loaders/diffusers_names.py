@@ -5,8 +5,8 @@ import logging
 import comfy.model_detection
 import torch
 
-from ..ops.product import unpack
-from ..ops.tensor import is_packed, packed_tensor, packed_tensors
+from ..ops.tensor import is_packed
+from .rows import join_rows, take_rows
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +67,7 @@ def _converted(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _rows_joined(name: str, parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
     """Rows `first` to `last` of each tensor, one below the other. Packed where all parts have one packed format."""
-    tensor, first, last = parts[0]
-    if len(parts) == 1 and last - first == tensor.shape[0]:
-        return tensor
-    formats = {part.layout_cls.format if is_packed(part) else None for part, _, _ in parts}
-    packed_format = formats.pop()
-    if formats or packed_format is None or tensor.shape[1:].numel() % packed_format.block_length:
-        if any(is_packed(part) for part, _, _ in parts):
-            log.info("[Featherweight] %s is unpacked: its parts have different formats, or blocks across their borders.", name)
-        return torch.cat([(unpack(part, part.dtype) if is_packed(part) else part)[first:last] for part, first, last in parts])
-    columns = tensor.shape[1:].numel()
-    pieces = [packed_format.rows(packed_tensors(part), columns, slice(first, last)) for part, first, last in parts]
-    data, *scale = (torch.cat(piece) for piece in zip(*pieces))
-    return packed_tensor(packed_format, data, (sum(last - first for _, first, last in parts), *tensor.shape[1:]), tensor.dtype,
-                         *scale)
+    joined = join_rows([take_rows(tensor, slice(first, last)) for tensor, first, last in parts])
+    if not is_packed(joined) and any(is_packed(tensor) for tensor, _, _ in parts):
+        log.info("[Featherweight] %s is unpacked: its parts have different formats, or blocks across their borders.", name)
+    return joined

@@ -16,9 +16,11 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
 
     tensor: (R, ...). index: a slice without a step, or int64 (n,). Returns (n, ...) in the format and dtype of `tensor`.
     """
+    count = len(range(*index.indices(len(tensor)))) if isinstance(index, slice) else len(index)
+    if isinstance(index, slice) and count == len(tensor):
+        return tensor
     if not _rows_are_whole_blocks(tensor):
         return _dense(tensor)[index]
-    count = len(range(*index.indices(len(tensor)))) if isinstance(index, slice) else len(index)
     packed_format = tensor.layout_cls.format
     data, *scale = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
     return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *scale)
@@ -42,8 +44,7 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
 def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all parts in turn: the first of each, then the second of each, and so on.
 
-    parts: P tensors of one shape (..., R, K); one without columns, such as a bias (..., R), is interleaved too when it is
-    given as (..., R, 1). Returns (..., P * R, K) in the dtype of the first.
+    parts: P tensors of one shape (..., R, K). Returns (..., P * R, K) in the dtype of the first.
     """
     *outer, rows, columns = parts[0].shape
     shape = (*outer, len(parts) * rows, columns)
