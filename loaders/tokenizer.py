@@ -8,3 +8,13 @@ import torch
 def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     """The bytes of a SentencePiece model, uint8. Raises KeyError with the key that the metadata lack."""
     raise NotImplementedError
+
+
+def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
+    """The bytes of Mistral's tekken.json, uint8. Raises KeyError with the key that the metadata lack."""
+    raise NotImplementedError
+
+
+def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
+    """The bytes of a tokenizer.json, uint8. Raises KeyError with the key that the metadata lack."""
+    raise NotImplementedError

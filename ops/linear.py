@@ -1,6 +1,6 @@
 """The `operations` class handed to the host: the layers a model is built from when its weights are packed.
 
-Linear, Embedding and convolutions hold packed weights. All other layers are the host's own.
+Linear, Embedding, convolutions and experts hold packed weights. All other layers are the host's own.
 """
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ import torch
 
 from . import product
 from .lora import LayerPatches
-from .tensor import is_packed, packed_scale, relabelled
+from .tensor import is_packed, packed_scale, part_of, relabelled
 
 
 ABSMAX = "weight_absmax"
@@ -175,6 +175,49 @@ class Conv3d(_PackedConv, comfy.ops.manual_cast.Conv3d):
     pass
 
 
+class _Experts(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+    """The parameters of the host's `MoEExperts`: weight (experts, N, K), bias (experts, N)."""
+
+    comfy_cast_weights = True
+
+    def __init__(self, num_experts, in_features, out_features, bias=True, device=None, dtype=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype), requires_grad=False)
+        self.bias = torch.nn.Parameter(
+            torch.empty(num_experts, out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+
+
+class MoEExperts(PackedLayer, _Experts):
+    """As many linear layers as there are experts, in one weight. Only those asked for are unpacked, one at a time."""
+
+    _resident = None
+
+    @contextlib.contextmanager
+    def bank_resident(self, input):
+        """Inside this block all experts are on the device of `input`."""
+        dtype = self.weight.dtype if is_packed(self.weight) and not self.weight_function else input.dtype
+        weight, bias, offload_stream = comfy.ops.cast_bias_weight(
+            self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
+        self._resident = weight if self.lora is None else self.patched_weight(weight, input.dtype), bias
+        try:
+            yield self
+        finally:
+            self._resident = None
+            comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
+
+    def expert_linear(self, input: torch.Tensor, expert: int) -> torch.Tensor:
+        """The layer of one expert. input: (..., K). Returns (..., N)."""
+        if self._resident is None:
+            with self.bank_resident(input):
+                return self.expert_linear(input, expert)
+        weight, bias = self._resident
+        bias = None if bias is None else bias[expert]
+        if is_packed(weight):
+            return product.linear(input, part_of(weight, expert), bias, self.value_dtype)
+        return torch.nn.functional.linear(input, weight[expert], bias)
+
+
 class _MixedLinear(_PackedLinear):
     """A Linear that is packed, or in one of the host's own quantised formats, as its part of the file says.
 
@@ -218,7 +261,7 @@ class _MixedLinear(_PackedLinear):
         return (super() if self.layout_type is None else self._host).set_weight(weight, *args, **kwargs)
 
 
-PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
+PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)
 
 
 def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,

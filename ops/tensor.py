@@ -98,6 +98,13 @@ def packed_scale(tensor) -> torch.Tensor | None:
     return tensor._params.scale if is_packed(tensor) else None
 
 
+def part_of(tensor: QuantizedTensor, index: int) -> QuantizedTensor:
+    """`tensor[index]`, which shares the bytes. What it holds must be whole blocks."""
+    packed_format, shape = tensor.layout_cls.format, tensor.shape[1:]
+    data, *scale = packed_format.rows(packed_tensors(tensor), shape.numel(), slice(index, index + 1))
+    return packed_tensor(packed_format, data, shape, tensor.dtype, *scale)
+
+
 def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=None) -> QuantizedTensor:
     """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
     params = tensor._params

@@ -1,5 +1,12 @@
-"""The names that llama.cpp gives to what all decoders have. A family adds its own, or says otherwise."""
+"""What all decoders have in llama.cpp's files: the names, and the row order of those with Llama's rotary embedding."""
+from collections.abc import Collection, Mapping
 
+import torch
+
+from ..arch import Weights, renamed
+from ..rows import take_rows
+
+# A family adds its own, or says otherwise.
 DECODER_NAMES = {
     "token_embd": "model.embed_tokens",
     "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
@@ -17,3 +24,27 @@ DECODER_NAMES = {
     "rope_freqs": None,
     "blk.{}.attn_rot_embd": None,
 }
+LAYER_0 = {f"{name.format(0)}.weight" for name in DECODER_NAMES if name.startswith("blk.")}
+
+HEAD = 128  # width of an attention head in all models that the host has
+
+
+def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int]) -> bool:
+    """Whether these are a decoder of one of these widths, with nothing in a layer but what all decoders have."""
+    layer = {name for name in weights if name.startswith("blk.0.")}
+    return ("blk.0.attn_k.weight" in layer <= LAYER_0 and len(weights["blk.0.attn_k.weight"]) % HEAD == 0
+            and weights["blk.0.attn_k.weight"].shape[1] in widths)
+
+
+def with_rotary_halves(weights: Weights) -> Weights:
+    """The weights of a plain decoder under the host's names, and with its rotary embedding.
+
+    llama.cpp turns neighbouring rows of q and k together, the host those that are half a head apart. The host has no use
+    for the output layer.
+    """
+    weights = renamed(weights, DECODER_NAMES | {"output": None})
+    for name, tensor in weights.items():
+        if name.endswith(("self_attn.q_proj.weight", "self_attn.k_proj.weight")):
+            order = torch.arange(len(tensor)).view(-1, HEAD // 2, 2).transpose(1, 2).flatten()
+            weights[name] = take_rows(tensor, order)
+    return weights
