@@ -12,6 +12,7 @@ import comfy.sd
 import gguf
 import torch
 from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders.gpt_oss import LensGptOssClipModel
 
 from devtools.gguf_files import write_gguf
 
@@ -29,7 +30,7 @@ class Encoder:
     """One text encoder of the host.
 
     te_model: the name the host detects. clip_type: as in a loader. architecture: gguf-py's; None for files with the host's
-    names. config: what of the host's configuration is shrunken. config_of: the host's name before `_model_config`.
+    names. config: what of the host's configuration is shrunken. config_of: the host's name before `_model_config` or `_config`.
     markers: names and shapes of tensors that the detection reads; those that the shrunken model lacks are written as zeros.
     changed: what the converter does to the weights before it names them, host's names -> names that gguf-py knows.
     metadata: what the file says beside its tensors. extra: what the host's loader needs beside the weights (a tokenizer).
@@ -47,7 +48,8 @@ class Encoder:
 
     @property
     def model_options(self) -> dict[str, Any]:
-        return {f"{self.config_of}_model_config": dict(self.config), "dtype": torch.float32}
+        config = {f"{self.config_of}{ending}": dict(self.config) for ending in ("_model_config", "_config")}
+        return {**config, "dtype": torch.float32}
 
 
 def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -69,15 +71,15 @@ def host_clip(encoder: Encoder, weights: Weights) -> comfy.sd.CLIP:
         clip_type=getattr(comfy.sd.CLIPType, encoder.clip_type.upper()), model_options=encoder.model_options)
 
 
-def text_model(clip: comfy.sd.CLIP) -> SDClipModel:
-    return next(module for module in clip.cond_stage_model.modules() if isinstance(module, SDClipModel))
+def text_model(clip: comfy.sd.CLIP) -> SDClipModel | LensGptOssClipModel:
+    return next(module for module in clip.cond_stage_model.modules() if isinstance(module, (SDClipModel, LensGptOssClipModel)))
 
 
 def random_weights(encoder: Encoder) -> Weights:
     """Seeded weights under all names of the host's shrunken model; matrices have values that Q8_0 holds exactly."""
     clip = host_clip(encoder, {})
     shapes = {name: value.shape for name, value in text_model(clip).transformer.state_dict().items()}
-    return {name: rounded(values) if values.ndim == 2 else values for name, values in seeded(shapes).items()}
+    return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in seeded(shapes).items()}
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
@@ -97,7 +99,8 @@ def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name, f"gguf-py knows no name for {name}"
         stored[gguf_name] = tensor
-    write_gguf(path, stored, type_of=lambda name, values: packed_type if values.ndim == 2 else "F32",
+    is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in stored.items()}
+    write_gguf(path, stored, type_of=lambda name, values: packed_type if is_matrix[name] else "F32",
                architecture=gguf.MODEL_ARCH_NAMES[encoder.architecture], metadata=encoder.metadata)
 
 
@@ -105,6 +108,8 @@ def hidden_states(clip: comfy.sd.CLIP, tokens=TOKENS) -> torch.Tensor:
     """What the last layer gives for some tokens, float32 (1, tokens, width)."""
     comfy.model_management.load_models_gpu([clip.patcher])
     model = text_model(clip)
-    model.layer, model.layer_idx = "last", None
     with torch.inference_mode():
+        if isinstance(model, LensGptOssClipModel):
+            return model.transformer(torch.tensor([tokens]))["last_hidden_state"]
+        model.layer, model.layer_idx = "last", None
         return model([tokens])[0]

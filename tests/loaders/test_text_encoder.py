@@ -4,6 +4,7 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, host_clip, random_weights, text_model, write_encoder
 from families import relative_error
 from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.ops.linear import PackedLayer
 from featherweight.ops.tensor import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -17,6 +18,6 @@ def test_an_encoder_of_llama_cpp_gives_the_hidden_states_of_the_dense_model(name
     write_encoder(path, encoder, weights)
     clip = load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
     packed = hidden_states(clip)
-    matrices = {name: value for name, value in text_model(clip).transformer.state_dict().items() if value.ndim == 2}
-    assert all(is_packed(value) for value in matrices.values() if value.shape[-1] % 32 == 0)
+    layers = [module for module in text_model(clip).transformer.modules() if isinstance(module, PackedLayer)]
+    assert layers and all(is_packed(layer.weight) for layer in layers if layer.weight.shape[-1] % 32 == 0)
     assert relative_error(packed, hidden_states(host_clip(encoder, weights))) < 1e-4
