@@ -3,13 +3,16 @@
 Every function takes metadata by key and returns the bytes of a file as a uint8 tensor, and raises KeyError with the key that
 the metadata lack.
 """
+import base64
+import json
 import struct
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-MODEL, TOKENS, SCORES, TYPES = (f"tokenizer.ggml.{key}" for key in ("model", "tokens", "scores", "token_type"))
+MODEL, TOKENS, SCORES, TYPES, MERGES = (
+    f"tokenizer.ggml.{key}" for key in ("model", "tokens", "scores", "token_type", "merges"))
 
 # Values of `tokenizer.ggml.token_type`, the same as of SentencePiece.Type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -26,6 +29,34 @@ ROLES = {
     "bos": ("tokenizer.ggml.bos_token_id", "<s>", 41, 46),
     "eos": ("tokenizer.ggml.eos_token_id", "</s>", 42, 47),
     "pad": ("tokenizer.ggml.padding_token_id", "<pad>", 43, 48),
+}
+
+# How a text is cut into words before their bytes are merged: Mistral's tekken.json and OpenAI's o200k (tiktoken 0.11).
+_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%(ending)s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%(ending)s|"
+    r"%(digits)s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN_WORDS = _WORDS % {"ending": "", "digits": r"\p{N}"}
+O200K_WORDS = _WORDS % {"ending": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p{N}{1,3}"}
+
+# The characters that stand for bytes in a vocabulary of bytes: GPT-2 gave those that cannot be seen others above 255.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
+
+# What stands around the merges in a tokenizer.json.
+BYTE_LEVEL = {
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": O200K_WORDS}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+}
+CHARACTER_LEVEL = {
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    "pre_tokenizer": None,
+    "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
 }
 
 
@@ -108,6 +139,46 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
+    """Mistral's tekken.json, from a vocabulary of bytes whose first tokens are the special ones (Small 3, Ministral 3)."""
+    tokens, types = metadata[TOKENS], metadata[TYPES]
+    special = next((index for index, type_ in enumerate(types) if type_ == NORMAL), len(types))
+    while types[-1] == UNUSED:
+        types = types[:-1]
+    vocabulary = tokens[special:len(types)]
+    return _as_json({
+        "config": {
+            "pattern": TEKKEN_WORDS, "num_vocab_tokens": len(vocabulary), "default_vocab_size": len(types),
+            "default_num_special_tokens": special, "version": "v7"},
+        "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(tokens[:special])],
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(bytes(map(BYTES.__getitem__, text))).decode(), "token_str": None}
+            for rank, text in enumerate(vocabulary)],
+    })
+
+
+def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
+    """A tokenizer.json of Hugging Face `tokenizers`: GPT-OSS (merges of bytes) and Gemma 4 (merges of characters)."""
+    tokens, types = metadata[TOKENS], metadata[TYPES]
+    of_bytes = metadata[MODEL] == "gpt2"
+    return _as_json({
+        "version": "1.0",
+        "added_tokens": [
+            {"id": index, "content": tokens[index], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": type_ == CONTROL}
+            for index, type_ in enumerate(types) if type_ in (CONTROL, USER_DEFINED)],
+        **(BYTE_LEVEL if of_bytes else CHARACTER_LEVEL),
+        "model": {
+            "type": "BPE", "unk_token": None if of_bytes else "<unk>", "fuse_unk": not of_bytes, "byte_fallback": not of_bytes,
+            "ignore_merges": of_bytes, "vocab": {text: index for index, text in enumerate(tokens) if types[index] != UNUSED},
+            "merges": metadata[MERGES]},
+    })
+
+
+def _as_json(content: dict[str, Any]) -> torch.Tensor:
+    return _as_tensor(json.dumps(content, ensure_ascii=False).encode())
 
 
 def _as_tensor(data: bytes) -> torch.Tensor:
