@@ -1,20 +1,185 @@
-"""Tokenizers from the metadata of GGUF files (`tokenizer.ggml.*`), in the forms the host reads."""
+"""Tokenizers from the metadata of GGUF files (`tokenizer.ggml.*`), in the forms the host reads.
+
+Every function takes metadata by key and returns the bytes of a file as a uint8 tensor, and raises KeyError with the key that
+the metadata lack.
+"""
+import base64
+import json
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+MODEL, TOKENS, SCORES, TYPES, MERGES = (
+    f"tokenizer.ggml.{key}" for key in ("model", "tokens", "scores", "token_type", "merges"))
+
+# Values of `tokenizer.ggml.token_type`, the same as of SentencePiece.Type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# Fields of ModelProto, TrainerSpec and NormalizerSpec in sentencepiece_model.proto (sentencepiece 0.2).
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK = 3, 4, 35
+CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
+UNIGRAM, BPE = 1, 2
+
+# Role -> key of the id, SentencePiece's default piece, fields of the id and of the piece in TrainerSpec.
+ROLES = {
+    "unk": ("tokenizer.ggml.unknown_token_id", "<unk>", 40, 45),
+    "bos": ("tokenizer.ggml.bos_token_id", "<s>", 41, 46),
+    "eos": ("tokenizer.ggml.eos_token_id", "</s>", 42, 47),
+    "pad": ("tokenizer.ggml.padding_token_id", "<pad>", 43, 48),
+}
+
+# How a text is cut into words before their bytes are merged: Mistral's tekken.json and OpenAI's o200k (tiktoken 0.11).
+_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%(ending)s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%(ending)s|"
+    r"%(digits)s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN_WORDS = _WORDS % {"ending": "", "digits": r"\p{N}"}
+O200K_WORDS = _WORDS % {"ending": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p{N}{1,3}"}
+
+# The characters that stand for bytes in a vocabulary of bytes: GPT-2 gave those that cannot be seen others above 255.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
+
+# What stands around the merges in a tokenizer.json.
+BYTE_LEVEL = {
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": O200K_WORDS}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+}
+CHARACTER_LEVEL = {
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    "pre_tokenizer": None,
+    "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+}
+
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
-    """The bytes of a SentencePiece model, uint8. Raises KeyError with the key that the metadata lack."""
-    raise NotImplementedError
+    """A SentencePiece model: T5's and XLM-R's (unigram), Gemma's and Llama 2's (byte-pair encoding)."""
+    kind = UNIGRAM if metadata[MODEL] == "t5" else BPE
+    tokens = metadata[TOKENS]
+    roles = _roles(metadata, tokens)
+    types = _piece_types(metadata[TYPES], roles, kind)
+    pieces = _pieces(tokens, metadata[SCORES], types)
+    trainer = _field(MODEL_TYPE, kind) + _field(VOCAB_SIZE, len(pieces)) + _field(BYTE_FALLBACK, BYTE in types)
+    for role, (_, default, id_field, piece_field) in ROLES.items():
+        index = roles.get(role, -1)
+        trainer += _field(id_field, index) + _field(piece_field, (default if index < 0 else tokens[index]).encode())
+    charsmap = bytes(value & 255 for value in metadata.get("tokenizer.ggml.precompiled_charsmap", ()))
+    normalizer = (
+        _field(CHARSMAP, charsmap)
+        + _field(ADD_DUMMY_PREFIX, bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
+        + _field(REMOVE_EXTRA_WHITESPACES, bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False))))
+    return _as_tensor(b"".join(pieces) + _field(TRAINER, trainer) + _field(NORMALIZER, normalizer))
+
+
+def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
+    """Role -> id of its token: what the metadata say, or the token with SentencePiece's default text."""
+    roles = {}
+    for role, (key, default, _, _) in ROLES.items():
+        index = metadata.get(key)
+        if index is None and default in tokens:
+            index = tokens.index(default)
+        if index is not None and 0 <= index < len(tokens):
+            roles[role] = index
+    if "unk" not in roles:
+        raise KeyError(ROLES["unk"][0])
+    return roles
+
+
+def _piece_types(types: list[int], roles: Mapping[str, int], kind: int) -> list[int]:
+    """The types as SentencePiece had them, without those of fillers at the end.
+
+    Converters make control tokens of `<unk>` and of the user-defined marks of a chat template, which SentencePiece then would
+    not find in a text. Fillers up to the rows of the embedding are unused, or unknown in older files.
+    """
+    changed = {UNKNOWN: UNUSED} | ({CONTROL: USER_DEFINED} if kind == BPE else {})
+    types = [changed.get(type_, type_) for type_ in types]
+    for role in ("pad", "eos", "bos", "unk"):
+        if role in roles:
+            types[roles[role]] = UNKNOWN if role == "unk" else CONTROL
+    while types[-1] == UNUSED:
+        types.pop()
+    return types
+
+
+def _pieces(tokens: list[str], scores: list[float], types: list[int]) -> list[bytes]:
+    """The field of each piece; its place is its id. SentencePiece wants them distinct and not empty."""
+    fields, seen = [], set()
+    for index, (text, score, type_) in enumerate(zip(tokens, scores, types)):
+        if type_ == USER_DEFINED:
+            text = text.replace(" ", "▁")  # as it was before the converter
+        if not text or text in seen:
+            text, type_ = f"<unused piece {index}>", UNUSED
+        seen.add(text)
+        fields.append(_field(PIECES, _field(1, text.encode()) + _field(2, score) + _field(3, type_)))
+    return fields
+
+
+def _field(number: int, value: int | float | bytes) -> bytes:
+    """A field of a protobuf message: varint, 32-bit float, or length and bytes."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(int(value) & (1 << 64) - 1)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, lowest first; the highest bit says that another byte follows."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
-    """The bytes of Mistral's tekken.json, uint8. Raises KeyError with the key that the metadata lack."""
-    raise NotImplementedError
+    """Mistral's tekken.json, from a vocabulary of bytes whose first tokens are the special ones (Small 3, Ministral 3)."""
+    tokens, types = metadata[TOKENS], metadata[TYPES]
+    special = next((index for index, type_ in enumerate(types) if type_ == NORMAL), len(types))
+    while types[-1] == UNUSED:
+        types = types[:-1]
+    vocabulary = tokens[special:len(types)]
+    return _as_json({
+        "config": {
+            "pattern": TEKKEN_WORDS, "num_vocab_tokens": len(vocabulary), "default_vocab_size": len(types),
+            "default_num_special_tokens": special, "version": "v7"},
+        "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(tokens[:special])],
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(bytes(map(BYTES.__getitem__, text))).decode(), "token_str": None}
+            for rank, text in enumerate(vocabulary)],
+    })
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
-    """The bytes of a tokenizer.json, uint8. Raises KeyError with the key that the metadata lack."""
-    raise NotImplementedError
+    """A tokenizer.json of Hugging Face `tokenizers`: GPT-OSS (merges of bytes) and Gemma 4 (merges of characters)."""
+    tokens, types = metadata[TOKENS], metadata[TYPES]
+    of_bytes = metadata[MODEL] == "gpt2"
+    return _as_json({
+        "version": "1.0",
+        "added_tokens": [
+            {"id": index, "content": tokens[index], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": type_ == CONTROL}
+            for index, type_ in enumerate(types) if type_ in (CONTROL, USER_DEFINED)],
+        **(BYTE_LEVEL if of_bytes else CHARACTER_LEVEL),
+        "model": {
+            "type": "BPE", "unk_token": None if of_bytes else "<unk>", "fuse_unk": not of_bytes, "byte_fallback": not of_bytes,
+            "ignore_merges": of_bytes, "vocab": {text: index for index, text in enumerate(tokens) if types[index] != UNUSED},
+            "merges": metadata[MERGES]},
+    })
+
+
+def _as_json(content: dict[str, Any]) -> torch.Tensor:
+    return _as_tensor(json.dumps(content, ensure_ascii=False).encode())
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
