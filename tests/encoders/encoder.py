@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import gguf
+import numpy as np
 import torch
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.gpt_oss import LensGptOssClipModel
@@ -34,6 +35,7 @@ class Encoder:
     markers: names and shapes of tensors that the detection reads; those that the shrunken model lacks are written as zeros.
     changed: what the converter does to the weights before it names them, host's names -> names that gguf-py knows.
     metadata: what the file says beside its tensors. extra: what the host's loader needs beside the weights (a tokenizer).
+    unusable: why the host cannot load it here.
     """
 
     te_model: str
@@ -45,6 +47,7 @@ class Encoder:
     changed: Callable[[Weights], Weights] = as_it_is
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unusable: str = ""
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -82,16 +85,20 @@ def random_weights(encoder: Encoder) -> Weights:
     return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in seeded(shapes).items()}
 
 
-def rounded(values: torch.Tensor) -> torch.Tensor:
-    """What is left of a matrix after it was packed as Q8_0; packed once more it does not change."""
+def rounded(values: torch.Tensor, packed_type: str = "Q8_0") -> torch.Tensor:
+    """What is left of a matrix after it was packed; packed once more as Q8_0 or MXFP4 it does not change."""
     if values.shape[-1] % 32:
         return values
-    packed = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    return torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
+    ggml_type = gguf.GGMLQuantizationType[packed_type]
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), ggml_type), ggml_type))
 
 
-def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0"):
-    """Write a GGUF file as llama.cpp does: matrices packed, the rest F32."""
+def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0",
+                  architecture: str | None = "") -> dict[str, np.ndarray]:
+    """Write a GGUF file as llama.cpp does: matrices packed, the rest F32. Returns what `write_gguf` does.
+
+    architecture: what the file says it is; None: nothing.
+    """
     names = gguf.get_tensor_name_map(encoder.architecture, 64)
     markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
     stored = {}
@@ -100,8 +107,10 @@ def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "
         assert gguf_name, f"gguf-py knows no name for {name}"
         stored[gguf_name] = tensor
     is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in stored.items()}
-    write_gguf(path, stored, type_of=lambda name, values: packed_type if is_matrix[name] else "F32",
-               architecture=gguf.MODEL_ARCH_NAMES[encoder.architecture], metadata=encoder.metadata)
+    if architecture == "":
+        architecture = gguf.MODEL_ARCH_NAMES[encoder.architecture]
+    return write_gguf(path, stored, type_of=lambda name, values: packed_type if is_matrix[name] else "F32",
+                      architecture=architecture, metadata=encoder.metadata)
 
 
 def hidden_states(clip: comfy.sd.CLIP, tokens=TOKENS) -> torch.Tensor:

@@ -19,7 +19,7 @@ VOCABULARY = {token: rank for rank, token in enumerate([*BYTE_LETTERS, "ab", "<|
 
 def split_and_named(weights: Weights) -> Weights:
     """conversion/gpt_oss.py of llama.cpp 0.5.0: the rows of gate and up apart, and `.weight` on the sinks."""
-    changed = {}
+    changed = {"lm_head.weight": weights["embed_tokens.weight"]}
     for name, values in weights.items():
         name = f"model.{name}"
         if ".gate_up_proj." in name:

@@ -4,10 +4,13 @@ import json
 
 import gguf
 import torch
+from comfy.text_encoders.flux import load_mistral_tokenizer
 
 from .encoder import Encoder, Weights
 
-SMALL = {"vocab_size": 256, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": 256, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+}
 HEADS = {"q_proj": 4, "k_proj": 2}
 
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -35,7 +38,7 @@ def as_bytes(text: str) -> torch.Tensor:
 
 
 def permuted(weights: Weights) -> Weights:
-    """`LlamaModel.permute` in conversion/llama.py of llama.cpp 0.5.0, and the table of Llama 3's scaled rotary embedding."""
+    """conversion/llama.py of llama.cpp 0.5.0: `LlamaModel.permute`, and what a language model has beside an encoder."""
     changed = {}
     for name, values in weights.items():
         projection = name.split(".")[-2]
@@ -43,14 +46,25 @@ def permuted(weights: Weights) -> Weights:
             heads = values.reshape(HEADS[projection], 2, len(values) // HEADS[projection] // 2, -1)
             values = heads.swapaxes(1, 2).reshape(values.shape)
         changed[name] = values
-    return changed | {"rope_freqs.weight": torch.ones(64)}
+    return changed | {"rope_freqs.weight": torch.ones(64), "lm_head.weight": weights["model.embed_tokens.weight"]}
 
 
 def marks(width: int, *layers: int) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{layer}.post_attention_layernorm.weight": (width,) for layer in layers or (0,)}
 
 
-MISTRAL = {"metadata": METADATA, "extra": {"tekken_model": as_bytes(json.dumps(TEKKEN))}, "changed": permuted}
+def tokenizer_problem(tekken: torch.Tensor) -> str:
+    """What keeps the host from reading a tekken.json, if anything does."""
+    try:
+        load_mistral_tokenizer(tekken)
+    except TypeError as error:
+        return f"this version of transformers has no tokenizer that the host can use: {error}"
+    return ""
+
+
+TEKKEN_BYTES = as_bytes(json.dumps(TEKKEN))
+MISTRAL = {"metadata": METADATA, "extra": {"tekken_model": TEKKEN_BYTES}, "changed": permuted,
+           "unusable": tokenizer_problem(TEKKEN_BYTES)}
 
 ENCODERS = {
     "llama-3-8b": Encoder("LLAMA3_8", "hidream", gguf.MODEL_ARCH.LLAMA, SMALL, "llama", marks(4096), changed=permuted),
@@ -59,5 +73,6 @@ ENCODERS = {
     "mistral-3-24b-flux2": Encoder(
         "MISTRAL3_24B_PRUNED_FLUX2", "flux2", gguf.MODEL_ARCH.MISTRAL3, SMALL, "mistral3_24b", marks(5120), **MISTRAL),
     "ministral-3-3b": Encoder(
-        "MINISTRAL_3_3B", "flux2", gguf.MODEL_ARCH.MISTRAL3, {**SMALL, "num_hidden_layers": 3}, "ministral3_3b", marks(3072), **MISTRAL),
+        "MINISTRAL_3_3B", "flux2", gguf.MODEL_ARCH.MISTRAL3, {**SMALL, "num_hidden_layers": 3}, "ministral3_3b", marks(3072),
+        **MISTRAL),
 }
