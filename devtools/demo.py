@@ -10,13 +10,14 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.gguf_files import write_gguf, write_random_gguf
 from devtools.server import ROOT, Run, Server, ServerError
 from devtools.workflow import to_api
 
 WORKFLOW = ROOT / "example_workflows" / "Featherweight demo.json"
 LOADER = "FeatherweightLoadDiffusionModel"
 MODEL_NAME = "featherweight_demo_Q8_0.gguf"
+ENCODER_NAME = "featherweight_demo_clip_l_Q8_0.gguf"
 VAE_NAME = "featherweight_demo_vae.safetensors"
 LORA_WORKFLOW = ROOT / "example_workflows" / "Featherweight demo two LoRAs.json"
 # file -> arguments of `tiny_models.flux_lora`: one in the trainers' naming for the first half, one in PEFT's for the second
@@ -36,9 +37,11 @@ LOADED = re.compile(r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \
 def make_models(base: Path):
     """Write the files the demo workflow names into `base`/models; it takes a moment and is always up to date."""
     model, vae = base / "models" / "diffusion_models" / MODEL_NAME, base / "models" / "vae" / VAE_NAME
-    for path in (model, vae):
+    encoder = base / "models" / "text_encoders" / ENCODER_NAME
+    for path in (model, vae, encoder):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_gguf(model, tiny_models.flux(), lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+    write_gguf(model, tiny_models.flux(context=768), lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+    write_random_gguf(encoder, tiny_models.clip_l_shapes(), "Q8_0", architecture=None)
     save_file(tiny_models.autoencoder(), vae)
     loras = base / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)

@@ -39,15 +39,21 @@ def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
         return pool[picks].reshape(*values.shape[:-1], values.shape[-1] // block_length * block_bytes)
 
 
+def gguf_writer(path, architecture: str | None) -> gguf.GGUFWriter:
+    """A writer for a file of this `general.architecture`, or for one without."""
+    writer = gguf.GGUFWriter(str(path), architecture or "none")
+    if architecture is None:
+        writer.kv_data[0].pop("general.architecture")
+    return writer
+
+
 def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", metadata: dict | None = None) -> dict:
     """Write float tensors as a GGUF file and return the values a reader should see.
 
     tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose blocks do not
     divide the rows is replaced by F32. Returns name -> float32 array unpacked by gguf's reference.
     """
-    writer = gguf.GGUFWriter(str(path), architecture or "none")
-    if architecture is None:
-        writer.kv_data[0].pop("general.architecture")
+    writer = gguf_writer(path, architecture)
     for key, value in (metadata or {}).items():
         if isinstance(value, str):
             writer.add_string(key, value)
@@ -79,11 +85,11 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
     return seen
 
 
-def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architecture: str = "flux"):
+def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architecture: str | None = "flux"):
     """Write a GGUF file of any size with random valid blocks of one type, a tensor at a time.
 
     shapes: name -> logical shape. What has one dimension, or rows that blocks do not divide, is F32: zeros, or ones for
-    the scale of a norm.
+    the scale of a norm. architecture: None for a file that names none.
     """
     ggml_type = GGMLQuantizationType[type_name]
     block_length = GGML_QUANT_SIZES[ggml_type][0]
@@ -94,12 +100,12 @@ def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architectu
     def data_of(name: str) -> np.ndarray:
         shape = shapes[name]
         if not packed[name]:
-            return np.full(shape, name.endswith(".scale"), np.float32)
+            return np.full(shape, name.endswith((".scale", "norm.weight", "norm1.weight", "norm2.weight")), np.float32)
         byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, ggml_type)
         picks = generator.integers(0, len(pool), byte_shape[0] * byte_shape[1] // pool.shape[1])
         return pool[picks].reshape(byte_shape)
 
-    writer = gguf.GGUFWriter(str(path), architecture)
+    writer = gguf_writer(path, architecture)
     for name, shape in shapes.items():
         if packed[name]:
             byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, ggml_type)

@@ -48,6 +48,20 @@ def flux_shapes(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 
     return shapes
 
 
+def clip_l_shapes() -> dict[str, tuple]:
+    """Shapes of the text encoder CLIP-L, which the host knows in one size: 123 million values."""
+    width, names = 768, "text_model.encoder.layers.{}"
+    shapes = {"text_model.embeddings.token_embedding.weight": (49408, width),
+              "text_model.embeddings.position_embedding.weight": (77, width)}
+    for layer in map(names.format, range(12)):
+        layers = {f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+        layers |= {"layer_norm1": (width,), "layer_norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        for part, shape in layers.items():
+            shapes |= {f"{layer}.{part}.weight": shape, f"{layer}.{part}.bias": shape[:1]}
+    return shapes | {"text_model.final_layer_norm.weight": (width,), "text_model.final_layer_norm.bias": (width,),
+                     "text_projection.weight": (width, width)}
+
+
 def flux(seed: int = 0, **sizes) -> dict[str, np.ndarray]:
     """Float32 tensors of a Flux of the given `flux_shapes`."""
     generator = np.random.default_rng(seed)

@@ -11,7 +11,6 @@ import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
-import torch
 
 from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
@@ -89,7 +88,7 @@ class _Encoder:
         self.arch = arch_of(self.weights)
         if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
             raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder itself. Pick"
-                                  " the encoder here, and this file in the mmproj input of Load Text Encoder (Featherweight).")
+                                  " that here, and this file in the mmproj input of Load Text Encoder (Featherweight).")
 
     def takes(self, vision: WeightFile, refuse: bool) -> bool:
         """Add the tensors of an mmproj file. refuse: raise WeightFileError where it does not fit."""
@@ -110,8 +109,8 @@ class _Encoder:
         siblings = [path for path in self.path.parent.glob("*mmproj*") if path.suffix.lower() == ".gguf"]
         siblings.sort(key=lambda path: -difflib.SequenceMatcher(None, path.stem.lower(), self.path.stem.lower()).ratio())
         if not any(self.takes(open_weights(path), refuse=False) for path in siblings):
-            log.info("[Featherweight] %s has no mmproj file beside it that fits: a workflow that shows it pictures will not work."
-                     " Put it there, or pick it in Load Text Encoder (Featherweight).", self.name)
+            log.info("[Featherweight] %s has no mmproj file beside it that fits: a workflow that shows it pictures will not"
+                     " work. Put it there, or pick it in Load Text Encoder (Featherweight).", self.name)
 
     def in_the_hosts_names(self) -> Weights:
         if self.arch is None:

@@ -31,8 +31,8 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="FeatherweightLoadTextEncoder",
             display_name="Load Text Encoder (Featherweight)",
             category="Featherweight",
-            description="Loads one to four text encoders from GGUF, bitsandbytes (NF4, FP4, int8) and safetensors files in any mix,"
-                        " and keeps packed weights packed in memory.",
+            description="Loads one to four text encoders from GGUF, bitsandbytes (NF4, FP4, int8) and safetensors files in any"
+                        " mix, and keeps packed weights packed in memory.",
             search_aliases=["clip", "clip loader", "load clip", "dual clip loader", "gguf", "clip gguf", "t5", "text encoder",
                             "nf4", "fp4", "bitsandbytes", "mmproj", "quantized", "quantised"],
             inputs=[
@@ -44,8 +44,8 @@ class LoadTextEncoder(io.ComfyNode):
                 further(2), further(3), further(4),
                 io.Combo.Input("mmproj", optional=True, advanced=True, default=AUTO,
                                options=[AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]],
-                               tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3 …). auto: the one that"
-                                       " lies beside the encoder and fits."),
+                               tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3 …). auto: the one"
+                                       " that lies beside the encoder and fits."),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", optional=True, advanced=True,
                                tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model."),
             ],

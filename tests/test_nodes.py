@@ -35,6 +35,10 @@ LEGACY_INPUTS = {
     "UnetLoaderGGUFAdvanced": ["unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"],
     "CheckpointLoaderNF4": ["ckpt_name", "bnb_dtype"],
     "UNETLoaderNF4": ["unet_name", "bnb_dtype"],
+    "CLIPLoaderGGUF": ["clip_name", "type"],
+    "DualCLIPLoaderGGUF": ["clip_name1", "clip_name2", "type"],
+    "TripleCLIPLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3"],
+    "QuadrupleCLIPLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3", "clip_name4"],
 }
 
 
@@ -59,8 +63,10 @@ def test_nodes_derive_directly_from_the_hosts_class(node_id):
 def test_legacy_nodes_take_the_inputs_shared_workflows_have(node_id):
     schema = NODES[node_id].GET_SCHEMA()
     assert [input.id for input in schema.inputs] == LEGACY_INPUTS[node_id]
-    assert [output.io_type for output in schema.outputs] == ["MODEL", "CLIP", "VAE"][:3 if "Checkpoint" in node_id else 1]
-    assert all(input.optional for input in schema.inputs[1:])
+    outputs = ["MODEL", "CLIP", "VAE"] if "Checkpoint" in node_id else ["CLIP"] if "CLIP" in node_id else ["MODEL"]
+    assert [output.io_type for output in schema.outputs] == outputs
+    required = ("unet_name", "ckpt_name", "clip_name", "type")
+    assert all(input.optional for input in schema.inputs if not input.id.startswith(required))
 
 
 def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):

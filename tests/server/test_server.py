@@ -53,6 +53,14 @@ def test_demo_workflow_makes_a_picture(server):
     assert facts["bytes_held"] == pytest.approx(size, rel=0.01)
     assert facts["seconds_per_step"] > 0
 
+    # Both the model and the text encoder are packed, and what is written in the prompt is seen in the picture.
+    assert f"{demo.ENCODER_NAME}: CLIP-L" in server.log()
+    text = next(node for node in prompt.values() if node["class_type"] == "CLIPTextEncode")
+    text["inputs"]["text"] = "an anvil"
+    images = [entry for output in server.queue(prompt).outputs.values() for entry in output.get("images", [])]
+    other = np.asarray(Image.open(io.BytesIO(server.image(images[0]))), dtype=np.float32)
+    assert np.abs(other - pixels).mean() > 0.1
+
 
 def test_a_refused_workflow_says_why(server):
     latent = {"width": 64, "height": 64, "batch_size": 1}
