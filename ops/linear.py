@@ -276,6 +276,7 @@ def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch
         quantised = types.SimpleNamespace(quant_config={"mixed_ops": True})
         base = comfy.ops.pick_operations(None, None, model_config=quantised)  # knows what the device can compute in
         layers[0] = type("Linear", (_MixedLinear, base.Linear), {})
+        layers.remove(MoEExperts)  # such a file has its experts in the host's format too
     layers = {layer.__name__: type(layer.__name__, (layer,), options) for layer in layers}
     return type("PackedOperations", (base,), layers)
 

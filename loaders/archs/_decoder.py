@@ -31,9 +31,10 @@ HEAD = 128  # width of an attention head in all models that the host has
 
 def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int]) -> bool:
     """Whether these are a decoder of one of these widths, with nothing in a layer but what all decoders have."""
-    layer = {name for name in weights if name.startswith("blk.0.")}
-    return ("blk.0.attn_k.weight" in layer <= LAYER_0 and len(weights["blk.0.attn_k.weight"]) % HEAD == 0
-            and weights["blk.0.attn_k.weight"].shape[1] in widths)
+    key = weights.get("blk.0.attn_k.weight")
+    if key is None or key.ndim != 2 or key.shape[0] % HEAD or key.shape[1] not in widths:
+        return False
+    return LAYER_0.issuperset(name for name in weights if name.startswith("blk.0."))
 
 
 def with_rotary_halves(weights: Weights) -> Weights:

@@ -8,11 +8,6 @@ from comfy.text_encoders.flux import load_mistral_tokenizer
 
 from .encoder import Encoder, Weights
 
-SMALL = {
-    "vocab_size": 256, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-}
-HEADS = {"q_proj": 4, "k_proj": 2}
-
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 BYTE_LETTERS = [*map(chr, PRINTABLE), *(chr(256 + i) for i in range(256 - len(PRINTABLE)))]  # as of GPT-2's tokenizer
 BYTE_VALUES = [*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE)]
@@ -31,6 +26,12 @@ TEKKEN = {
     "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
               for rank, token in enumerate([*(bytes([value]) for value in BYTE_VALUES), b"ab"])],
 }
+
+SMALL = {
+    "vocab_size": len(METADATA["tokenizer.ggml.tokens"]), "num_hidden_layers": 2, "intermediate_size": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}
+HEADS = {"q_proj": 4, "k_proj": 2}
 
 
 def as_bytes(text: str) -> torch.Tensor:

@@ -79,6 +79,18 @@ def test_hunyuan_video_takes_llama_beside_clip(tmp_path):
     assert relative_error(hidden_states(clip), expected) < 1e-4
 
 
+def test_ministral_writes_what_the_dense_model_writes(tmp_path):
+    encoder = ENCODERS["ministral-3-3b"]
+    if encoder.unusable:
+        pytest.skip(encoder.unusable)
+    weights = random_weights(encoder)
+    write_encoder(tmp_path / "encoder.gguf", encoder, weights)
+    written = []
+    for clip in (load(tmp_path / "encoder.gguf", encoder), host_clip(encoder, weights)):
+        written.append(clip.generate(clip.tokenize("a cat"), do_sample=False, max_length=4))
+    assert written[0] == written[1]
+
+
 @pytest.fixture
 def experts_in_mxfp4(tmp_path):
     """(path of a GPT-OSS whose matrices are MXFP4, their dense values under the host's names)"""
