@@ -122,7 +122,7 @@ def bench_memory(options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux-q8_0.gguf"
         write_random_gguf(path, flux_shapes(hidden=3072, double_blocks=4, single_blocks=4, context=4096), "Q8_0")
-        probe = subprocess.run([sys.executable, str(Path(__file__).with_name("memory_probe.py")), str(path)],
+        probe = subprocess.run([sys.executable, str(Path(__file__).with_name("memory_probe.py")), "model", str(path)],
                                capture_output=True, text=True, check=True)
     result = json.loads(probe.stdout.splitlines()[-1])
     for name, value in result.items():
