@@ -87,8 +87,8 @@ class _Encoder:
         self.weights, self.metadata = without_prefix(file.state_dict()), file.metadata
         self.arch = arch_of(self.weights)
         if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
-            raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder. Pick that here,"
-                                  " and this file in the mmproj input of Load Text Encoder (Featherweight).")
+            raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder. Pick that"
+                                  " here, and this file in the mmproj input of Load Text Encoder (Featherweight).")
 
     def takes(self, vision: WeightFile, refuse: bool) -> bool:
         """Add the tensors of an mmproj file. refuse: raise WeightFileError where it does not fit."""
