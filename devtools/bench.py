@@ -4,6 +4,7 @@ Each case runs its variants in turn, round after round, so that a noisy machine 
 ratios, not the milliseconds.
 """
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -82,6 +83,24 @@ def bench_unpack(options) -> dict:
     return results
 
 
+def bench_nf4(options) -> dict:
+    """An NF4 weight in blocks of 64 to bfloat16 into a reused buffer, beside copying it dense and bitsandbytes' own."""
+    if not importlib.util.find_spec("bitsandbytes"):
+        print("  bitsandbytes is not installed")
+        return {}
+    from bitsandbytes import functional
+
+    dense, out = torch.randn(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)
+    codes, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+    result = side_by_side({
+        "copy_": lambda: out.copy_(dense),
+        "Featherweight": lambda: FORMATS["NF4"].unpack_into([codes, state.absmax], out),
+        "bitsandbytes": lambda: functional.dequantize_4bit(codes, state),
+    }, options.rounds)
+    show("NF4", result)
+    return result
+
+
 def bench_linear(options) -> dict:
     """The product with a packed weight against `F.linear` with the same weight dense."""
     results = {}
@@ -122,7 +141,7 @@ def bench_memory(options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux-q8_0.gguf"
         write_random_gguf(path, flux_shapes(hidden=3072, double_blocks=4, single_blocks=4, context=4096), "Q8_0")
-        probe = subprocess.run([sys.executable, str(Path(__file__).with_name("memory_probe.py")), str(path)],
+        probe = subprocess.run([sys.executable, str(Path(__file__).with_name("memory_probe.py")), "model", str(path)],
                                capture_output=True, text=True, check=True)
     result = json.loads(probe.stdout.splitlines()[-1])
     for name, value in result.items():
@@ -246,8 +265,8 @@ def peer_loader(folder: Path):
     return load
 
 
-CASES = {"unpack": bench_unpack, "linear": bench_linear, "lora": bench_lora, "step": bench_step, "lora_error": bench_lora_error,
-         "header": bench_header, "memory": bench_memory}
+CASES = {"unpack": bench_unpack, "nf4": bench_nf4, "linear": bench_linear, "lora": bench_lora, "step": bench_step,
+         "lora_error": bench_lora_error, "header": bench_header, "memory": bench_memory}
 if sys.platform != "linux":
     del CASES["memory"]
 

@@ -1,4 +1,4 @@
-"""Loads a GGUF Flux, runs one step and prints as JSON what memory that took: python memory_probe.py FILE
+"""Loads a GGUF Flux, or a T5-XXL, runs it and prints as JSON what memory that took: python memory_probe.py model|encoder FILE
 
 Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
@@ -39,7 +39,7 @@ class PeakAnonymous:
         self.growth = self.peak - self.start
 
 
-def probe(path: str) -> dict:
+def probe_model(path: str) -> dict:
     import comfy.model_management
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
     import torch
@@ -67,5 +67,30 @@ def probe(path: str) -> dict:
     }
 
 
+def probe_encoder(path: str) -> dict:
+    import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
+    import torch
+    from featherweight.loaders.text_encoder import load_text_encoder
+
+    before = status("VmRSS")
+    started = time.perf_counter()
+    clip = load_text_encoder([path], "sd3")
+    load_seconds, peak = time.perf_counter() - started, status("VmHWM")
+
+    def encode(text: str) -> tuple[float, int]:
+        with PeakAnonymous() as growth, torch.inference_mode():
+            started = time.perf_counter()
+            clip.encode_from_tokens_scheduled(clip.tokenize(text))
+            seconds = time.perf_counter() - started
+        return seconds, growth.growth
+
+    first, second = encode("feather " * 250), encode("anvil " * 250)
+    return {
+        "file_bytes": Path(path).stat().st_size, "model_size": clip.patcher.model_size(), "resident_before": before,
+        "load_seconds": load_seconds, "peak_after_load": peak, "peak_after_encoding": status("VmHWM"),
+        "encode_seconds": [first[0], second[0]], "anonymous_growth": [first[1], second[1]],
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps(probe(sys.argv[1])))
+    print(json.dumps({"model": probe_model, "encoder": probe_encoder}[sys.argv[1]](sys.argv[2])))

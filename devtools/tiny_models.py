@@ -55,7 +55,8 @@ def clip_l_shapes() -> dict[str, tuple]:
               "text_model.embeddings.position_embedding.weight": (77, width)}
     for layer in map(names.format, range(12)):
         layers = {f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
-        layers |= {"layer_norm1": (width,), "layer_norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        layers |= {"layer_norm1": (width,), "layer_norm2": (width,)}
+        layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
         for part, shape in layers.items():
             shapes |= {f"{layer}.{part}.weight": shape, f"{layer}.{part}.bias": shape[:1]}
     return shapes | {"text_model.final_layer_norm.weight": (width,), "text_model.final_layer_norm.bias": (width,),

@@ -55,7 +55,7 @@ SETS = {
 def kind_of(te_model: str, weights: Mapping[str, torch.Tensor]) -> str:
     """A key of TITLES. te_model: what the host takes the weights for (a name of `comfy.sd.TEModel`)."""
     tokens = weights["shared.weight"].shape[0] if "shared.weight" in weights else 0
-    return f"U{te_model}" if te_model in ("T5_XXL", "T5_BASE") and tokens > UMT5_TOKENS else te_model
+    return f"UM{te_model}" if te_model in ("T5_XXL", "T5_BASE") and tokens > UMT5_TOKENS else te_model
 
 
 def refuse_misfits(names: Sequence[str], kinds: Sequence[str | None], clip_type: str) -> str:

@@ -87,8 +87,8 @@ class _Encoder:
         self.weights, self.metadata = without_prefix(file.state_dict()), file.metadata
         self.arch = arch_of(self.weights)
         if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
-            raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder itself. Pick"
-                                  " that here, and this file in the mmproj input of Load Text Encoder (Featherweight).")
+            raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder. Pick that"
+                                  " here, and this file in the mmproj input of Load Text Encoder (Featherweight).")
 
     def takes(self, vision: WeightFile, refuse: bool) -> bool:
         """Add the tensors of an mmproj file. refuse: raise WeightFileError where it does not fit."""
@@ -139,17 +139,21 @@ def _check(paths: list[str], weights: list[Weights], clip_type: str):
     for name, part in zip(names, weights):
         found = comfy.sd.detect_te_model(part)
         kinds.append(found and kind_of(found.name, part))
-        prefix = comfy.model_detection.unet_prefix_from_state_dict(part)
-        if found is None and comfy.model_detection.detect_unet_config(part, prefix) is not None:
+        if found is None and _is_diffusion_model(part):
             raise WeightFileError(f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion Model"
                                   " (Featherweight).")
-    if kinds == [None]:
+    if not any(kinds):
         raise WeightFileError(
-            f"{names[0]} holds no text encoder that this ComfyUI knows ({len(weights[0])} tensors, first"
-            f" {next(iter(weights[0]), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
+            f"{' and '.join(names)} hold{'' if names[1:] else 's'} no text encoder that this ComfyUI knows ({len(weights[0])}"
+            f" tensors, first {next(iter(weights[0]), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
     warning = refuse_misfits(names, kinds, clip_type)
     if warning:
         log.warning("[Featherweight] %s", warning)
     for name, kind, part in zip(names, kinds, weights):
         log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(kind, kind),
                  sum(tensor.nbytes for tensor in part.values()))
+
+
+def _is_diffusion_model(weights: Weights) -> bool:
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)
+    return any(comfy.model_detection.detect_unet_config(weights, start) is not None for start in ("", prefix))

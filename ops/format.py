@@ -3,6 +3,8 @@
 A packed format stores a weight as equal blocks of bytes. Each block holds `block_length` consecutive
 values of one row. A format is one class in `ops/formats`; it registers by being defined.
 """
+import math
+
 import torch
 
 # Values unpacked at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
@@ -11,6 +13,8 @@ import torch
 CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
 DEVICE_CHUNK_VALUES = 1 << 24
+# The threads of a CPU share a table lookup in pieces of this many entries.
+LOOKUP_PIECE = 4096
 
 FORMATS: dict[str, type["Format"]] = {}
 GGML_FORMATS: dict[int, type["Format"]] = {}
@@ -162,4 +166,14 @@ def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     table: (entries,) of int16, int32 or int64, each entry being 2, 4 or 8 int8 values side by side: one gather fetches
     them all. index: any integer dtype and shape. Returns int8 (*index.shape, values per entry).
     """
-    return table.index_select(0, index.reshape(-1).int()).view(torch.int8).view(*index.shape, table.element_size())
+    return select(table, index.reshape(-1)).view(torch.int8).view(*index.shape, table.element_size())
+
+
+def select(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`table[index]`, on all threads of a CPU. table: (entries,). index: any integer dtype, (n,). Returns (n,)."""
+    if index.device.type != "cpu" or torch.get_num_threads() == 1:
+        return table.index_select(0, index.int())
+    # `index_select` runs on one thread, and what it leaves in the cache of that core takes the others longer to fetch than
+    # the lookup itself. `gather` gives each thread the part that it has in the operations before and after, too.
+    pieces = index.long().view(-1, math.gcd(len(index), LOOKUP_PIECE))
+    return table.expand(len(pieces), -1).gather(1, pieces).view(-1)

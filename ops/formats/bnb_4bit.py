@@ -5,7 +5,7 @@ Sources: bitsandbytes 0.50 `functional.get_4bit_type`, `backends/default/ops.py`
 """
 import torch
 
-from ..format import FORMATS, Format
+from ..format import FORMATS, Format, select
 
 
 class Codebook4Bit(Format):
@@ -46,8 +46,7 @@ class Codebook4Bit(Format):
     @classmethod
     def unpack(cls, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
         """codes: uint8 (bytes,), absmax: float32 (n,). Returns float32, the values of n blocks, the last perhaps short."""
-        table = cls.constant("code_pairs", codes.device)
-        values = table.index_select(0, codes.int()).view(torch.float32)
+        values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
         whole = len(values) // cls.block_length
         values[:whole * cls.block_length].view(-1, cls.block_length).mul_(absmax[:whole].unsqueeze(-1))
         if whole < len(absmax):

@@ -1,4 +1,4 @@
-"""What loading and running a packed model takes in memory, on a Flux with real layer sizes and fewer blocks."""
+"""What loading and running takes in memory: a Flux with real layer sizes and fewer blocks, and a whole T5-XXL."""
 import json
 import subprocess
 import sys
@@ -22,7 +22,12 @@ def figures(request, tmp_path_factory):
     double_blocks, single_blocks = request.param
     shapes = flux_shapes(hidden=3072, double_blocks=double_blocks, single_blocks=single_blocks, context=4096)
     write_random_gguf(path, shapes, "Q8_0")
-    result = subprocess.run([sys.executable, str(PROBE), str(path)], capture_output=True, text=True, check=True)
+    return probed("model", path)
+
+
+def probed(kind: str, path: Path) -> dict:
+    """What the probe measures with a file, which is deleted."""
+    result = subprocess.run([sys.executable, str(PROBE), kind, str(path)], capture_output=True, text=True, check=True)
     path.unlink()
     figures = json.loads(result.stdout.splitlines()[-1])
     print(figures)
@@ -40,3 +45,24 @@ def test_loading_takes_at_most_400_mb_beside_the_file(figures):
 
 def test_a_step_adds_at_most_one_layers_dense_size(figures):
     assert figures["anonymous_growth_step"] <= figures["largest_dense_layer"]
+
+
+def t5_xxl_shapes() -> dict[str, tuple]:
+    """T5-XXL's encoder in llama.cpp's names: 4.76 billion values."""
+    shapes = {"token_embd.weight": (32128, 4096), "enc.output_norm.weight": (4096,), "enc.blk.0.attn_rel_b.weight": (32, 64)}
+    for layer in range(24):
+        parts = {f"attn_{part}": (4096, 4096) for part in "qkvo"} | {"attn_norm": (4096,), "ffn_norm": (4096,)}
+        parts |= {"ffn_gate": (10240, 4096), "ffn_up": (10240, 4096), "ffn_down": (4096, 10240)}
+        shapes |= {f"enc.blk.{layer}.{part}.weight": shape for part, shape in parts.items()}
+    return shapes
+
+
+@pytest.mark.heavy
+def test_a_t5_xxl_takes_its_file_and_half_a_gigabyte_and_keeps_its_weights_where_they_are(tmp_path):
+    path = tmp_path / "t5-xxl.gguf"
+    write_random_gguf(path, t5_xxl_shapes(), "Q4_K", architecture="t5encoder")
+    figures = probed("encoder", path)
+    assert figures["model_size"] <= 1.02 * figures["file_bytes"]
+    assert figures["peak_after_load"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
+    assert figures["peak_after_encoding"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
+    assert figures["anonymous_growth"][1] <= 100 * MB  # no weight is moved or copied for the second prompt

@@ -1,7 +1,7 @@
 """The base of packed formats: registration and shape algebra."""
 import pytest
 import torch
-from featherweight.ops.format import FORMATS, Format, FormatError, bit_fields
+from featherweight.ops.format import FORMATS, Format, FormatError, bit_fields, select
 
 
 def test_second_claim_on_a_ggml_type_is_refused():
@@ -24,3 +24,19 @@ def test_bit_fields_equal_shift_and_mask_of_each_byte(width):
     for shift in range(0, 8, width):
         expected = (data.int() >> shift) & ((1 << width) - 1)
         assert torch.equal(bit_fields(data, width, shift).int(), expected)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("length", [0, 1, 45, 4096 * 3, 70_000])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_select_equals_indexing(threads, length, dtype):
+    table = torch.randn(256)
+    index = torch.randint(256, (length,)).to(dtype)
+    assert torch.equal(select(table, index), table[index.long()])

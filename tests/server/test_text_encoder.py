@@ -1,0 +1,72 @@
+"""Text encoders through the real server: files that cannot be used are said in plain words, and the server goes on."""
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from devtools import demo, tiny_models
+from devtools.gguf_files import write_gguf
+from devtools.server import ServerError
+
+ONE = np.ones((4, 32), np.float32)
+LOADERS = {"FeatherweightLoadTextEncoder": "text_encoder_1", "CLIPLoaderGGUF": "clip_name"}
+
+
+@pytest.fixture(scope="module")
+def encoders(server):
+    return server.base / "models" / "text_encoders"
+
+
+def encode(server, loader, **inputs):
+    """Queue a loader and a prompt behind it."""
+    return server.queue({
+        "1": {"class_type": loader, "inputs": inputs},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 0], "text": "a feather"}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    })
+
+
+def write_flux(path):
+    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda name, values: "Q8_0")
+
+
+# name -> (writes the file, what the message must say beside the file's name)
+REFUSED = {
+    "mmproj alone": (lambda path: write_gguf(path, {"v.blk.0.attn_q.weight": ONE, "mm.0.weight": ONE}, lambda *_: "F32"),
+                     "is the vision part"),
+    "diffusion model": (write_flux, "is a diffusion model"),
+    "LoRA": (lambda path: write_gguf(path, {"lora_te1_mlp_fc1.lora_up.weight": ONE}, lambda *_: "F32"), "no text encoder"),
+    "damaged": (lambda path: path.write_bytes(b"GGUF" + bytes(5)), "version 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_file_that_is_no_text_encoder_is_one_plain_error(server, encoders, loader, case):
+    write, message = REFUSED[case]
+    path = encoders / f"{case}.gguf"
+    write(path)
+    with pytest.raises(ServerError, match=message) as error:
+        encode(server, loader, **{LOADERS[loader]: path.name, "type": "stable_diffusion"})
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_encoder_that_does_not_fit_the_type_is_said_before_sampling(server):
+    with pytest.raises(ServerError, match="is CLIP-L; wan wants UMT5-XXL"):
+        encode(server, "CLIPLoaderGGUF", clip_name=demo.ENCODER_NAME, type="wan")
+
+
+def test_the_same_encoder_twice_is_said_before_sampling(server):
+    with pytest.raises(ServerError, match="are both CLIP-L"):
+        encode(server, "DualCLIPLoaderGGUF", clip_name1=demo.ENCODER_NAME, clip_name2=demo.ENCODER_NAME, type="flux")
+
+
+def test_an_encoder_that_is_gone_is_named(server):
+    with pytest.raises(ServerError, match="gone.gguf is in none of the model folders"):
+        encode(server, "CLIPLoaderGGUF", clip_name="gone.gguf", type="wan")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_plain_safetensors_encoder_loads_as_with_the_hosts_loader(server, encoders, loader):
+    tensors = {name: np.zeros(shape, np.float16) for name, shape in tiny_models.clip_l_shapes().items()}
+    save_file(tensors, encoders / "plain.safetensors")
+    assert encode(server, loader, **{LOADERS[loader]: "plain.safetensors", "type": "stable_diffusion"}).outputs
