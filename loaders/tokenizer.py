@@ -63,10 +63,10 @@ CHARACTER_LEVEL = {
 def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     """A SentencePiece model: T5's and XLM-R's (unigram), Gemma's and Llama 2's (byte-pair encoding)."""
     kind = UNIGRAM if metadata[MODEL] == "t5" else BPE
-    tokens = metadata[TOKENS]
+    tokens, scores, types = metadata[TOKENS], metadata[SCORES], metadata[TYPES]
     roles = _roles(metadata, tokens)
-    types = _piece_types(metadata[TYPES], roles, kind)
-    pieces = _pieces(tokens, metadata[SCORES], types)
+    types = _piece_types(types, roles, kind)
+    pieces = _pieces(tokens, scores, types)
     trainer = _field(MODEL_TYPE, kind) + _field(VOCAB_SIZE, len(pieces)) + _field(BYTE_FALLBACK, BYTE in types)
     for role, (_, default, id_field, piece_field) in ROLES.items():
         index = roles.get(role, -1)
@@ -172,8 +172,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
         **(BYTE_LEVEL if of_bytes else CHARACTER_LEVEL),
         "model": {
             "type": "BPE", "unk_token": None if of_bytes else "<unk>", "fuse_unk": not of_bytes, "byte_fallback": not of_bytes,
-            "ignore_merges": of_bytes, "vocab": {text: index for index, text in enumerate(tokens) if types[index] != UNUSED},
-            "merges": metadata[MERGES]},
+            "ignore_merges": of_bytes, "vocab": {text: index for index, text in enumerate(tokens)}, "merges": metadata[MERGES]},
     })
 
 
