@@ -235,20 +235,20 @@ def test_words_are_cut_by_the_pattern_of_the_original_tokenizer(case, pattern):
 
 def test_gpt_oss_gets_a_tokenizer_of_bytes(llama3, tmp_path):
     vocabulary, added = llama3["model"]["vocab"], llama3["added_tokens"]
-    tokens = [*vocabulary, *(token["content"] for token in added), "[PAD20256]"]
+    tokens = [*vocabulary, *(token["content"] for token in added), f"[PAD{len(vocabulary) + len(added)}]"]
     types = [NORMAL] * len(vocabulary) + [CONTROL] * len(added) + [UNUSED]
     metadata = metadata_of(tmp_path / "gpt.gguf", "gpt2", tokens, types, merges=llama3["model"]["merges"], pre="gpt-4o")
     rebuilt = LensGptOssTokenizer(tokenizer_data={"tokenizer_json": tokenizer_json(metadata)}).tokenizer
     original = with_words(llama3, O200K_WORDS)
-    for text in [*TEXTS, "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|> [PAD20256]"]:
+    for text in [*TEXTS, "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|> [PAD20259]"]:
         assert rebuilt(text)["input_ids"] == ids(original, text), text
         assert rebuilt.decode(ids(original, text)) == original.decode(ids(original, text), skip_special_tokens=False)
 
 
 def test_mistral_gets_a_tekken_file(llama3, tmp_path):
     vocabulary = list(llama3["model"]["vocab"])
-    special = ["<unk>", "<s>", "</s>", *(token["content"] for token in llama3["added_tokens"])]
-    tokens = [*special, *vocabulary, "[PAD20259]"]
+    special = list(dict.fromkeys(["<unk>", "<s>", "</s>", *(token["content"] for token in llama3["added_tokens"])]))
+    tokens = [*special, *vocabulary, f"[PAD{len(special) + len(vocabulary)}]"]
     types = [CONTROL] * len(special) + [NORMAL] * len(vocabulary) + [UNUSED]
     metadata = metadata_of(tmp_path / "mistral.gguf", "gpt2", tokens, types, pre="tekken")
     model = tekken_model(metadata)
