@@ -39,10 +39,9 @@ _WORDS = (
 TEKKEN_WORDS = _WORDS % {"ending": "", "digits": r"\p{N}"}
 O200K_WORDS = _WORDS % {"ending": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p{N}{1,3}"}
 
-# The characters that stand for bytes in a vocabulary of bytes: GPT-2 gave those that cannot be seen others above 255.
+# In a vocabulary of bytes a character stands for a byte: GPT-2 gave those that cannot be seen characters from 256 on.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(byte): byte for byte in _VISIBLE} | {
-    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
+BYTES = {256 + place: byte for place, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
 
 # What stands around the merges in a tokenizer.json.
 BYTE_LEVEL = {
@@ -94,7 +93,7 @@ def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
 
 
 def _piece_types(types: list[int], roles: Mapping[str, int], kind: int) -> list[int]:
-    """The types as SentencePiece had them, without those of fillers at the end.
+    """The types as SentencePiece had them.
 
     Converters make control tokens of `<unk>` and of the user-defined marks of a chat template, which SentencePiece then would
     not find in a text. Fillers up to the rows of the embedding are unused, or unknown in older files.
@@ -104,8 +103,6 @@ def _piece_types(types: list[int], roles: Mapping[str, int], kind: int) -> list[
     for role in ("pad", "eos", "bos", "unk"):
         if role in roles:
             types[roles[role]] = UNKNOWN if role == "unk" else CONTROL
-    while types[-1] == UNUSED:
-        types.pop()
     return types
 
 
@@ -133,6 +130,8 @@ def _field(number: int, value: int | float | bytes) -> bytes:
 
 def _varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; the highest bit says that another byte follows."""
+    if value < 128:
+        return bytes((value,))
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -144,18 +143,17 @@ def _varint(value: int) -> bytes:
 def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     """Mistral's tekken.json, from a vocabulary of bytes whose first tokens are the special ones (Small 3, Ministral 3)."""
     tokens, types = metadata[TOKENS], metadata[TYPES]
+    if MERGES not in metadata:  # no vocabulary of bytes
+        raise KeyError(MERGES)
     special = next((index for index, type_ in enumerate(types) if type_ == NORMAL), len(types))
-    while types[-1] == UNUSED:
-        types = types[:-1]
-    vocabulary = tokens[special:len(types)]
+    vocabulary = (text.translate(BYTES).encode("latin-1", "backslashreplace") for text in tokens[special:])
     return _as_json({
         "config": {
-            "pattern": TEKKEN_WORDS, "num_vocab_tokens": len(vocabulary), "default_vocab_size": len(types),
+            "pattern": TEKKEN_WORDS, "num_vocab_tokens": len(tokens) - special, "default_vocab_size": len(tokens),
             "default_num_special_tokens": special, "version": "v7"},
         "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(tokens[:special])],
-        "vocab": [
-            {"rank": rank, "token_bytes": base64.b64encode(bytes(map(BYTES.__getitem__, text))).decode(), "token_str": None}
-            for rank, text in enumerate(vocabulary)],
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+                  for rank, token in enumerate(vocabulary)],
     })
 
 

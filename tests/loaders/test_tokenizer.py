@@ -42,7 +42,7 @@ TEXTS = [
     "1234567890 3.14159 0x7f 10,000,000",
     "it's DON'T we'll I'Ve XMLHttpRequest snake_case camelCase <b>html</b> (a:1.2) [x]",
     "control \x00\x01\x7f zero\u200bwidth \u00a0 \u3000 wide",
-    "<unk> <s> </s> <pad> <mask> [PAD7] <0x41>",
+    "<unk> <s> </s> <pad> <mask> [PAD998] <0x41>",
 ]
 MARKED = [
     "<start_of_turn>user\nHello  world<end_of_turn>\n<start_of_turn>model\n",
@@ -250,7 +250,7 @@ def test_mistral_gets_a_tekken_file(llama3, tmp_path):
     special = list(dict.fromkeys(["<unk>", "<s>", "</s>", *(token["content"] for token in llama3["added_tokens"])]))
     tokens = [*special, *vocabulary, f"[PAD{len(special) + len(vocabulary)}]"]
     types = [CONTROL] * len(special) + [NORMAL] * len(vocabulary) + [UNUSED]
-    metadata = metadata_of(tmp_path / "mistral.gguf", "gpt2", tokens, types, pre="tekken")
+    metadata = metadata_of(tmp_path / "mistral.gguf", "gpt2", tokens, types, merges=llama3["model"]["merges"], pre="tekken")
     model = tekken_model(metadata)
     assert json.loads(model.numpy().tobytes())["config"]["pattern"] == TEKKEN_WORDS
     try:
@@ -283,7 +283,7 @@ def test_vocabularies_of_llama_cpp_give_the_ids_it_expects(name, build, host_cla
     (sentencepiece_model, "model"), (sentencepiece_model, "tokens"), (sentencepiece_model, "token_type"),
     (sentencepiece_model, "scores"), (sentencepiece_model, "unknown_token_id"), (tokenizer_json, "model"),
     (tokenizer_json, "tokens"), (tokenizer_json, "token_type"), (tokenizer_json, "merges"), (tekken_model, "tokens"),
-    (tekken_model, "token_type")])
+    (tekken_model, "token_type"), (tekken_model, "merges")])
 def test_what_the_metadata_lack_is_named(build, key):
     vocabulary = {"model": "llama", "tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 0.0], "merges": ["a b"]}
     with pytest.raises(KeyError) as error:
