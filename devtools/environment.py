@@ -23,6 +23,13 @@ HOST_VERSION = "0.30.0"
 HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 HOST_FOLDER = "vendor/ComfyUI/"
 
+# llama.cpp's vocabularies with the ids it expects, and its source, for the tests of tokenizers.
+LLAMA_CPP = DEV / "llama.cpp"
+LLAMA_CPP_PACKAGE = "llama-cpp-python==0.3.36"
+LLAMA_CPP_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+LLAMA_CPP_FOLDER = "vendor/llama.cpp/"
+LLAMA_CPP_FILES = r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
+
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff", "gguf>=0.19.0"]
@@ -66,7 +73,7 @@ def prepare() -> Environment:
     stamp.unlink(missing_ok=True)
     _make_venv(python)
     if not own_host:
-        _fetch_host(host, python)
+        _fetch_tree(host, python, f"ComfyUI {HOST_VERSION}", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
     _install_packages(host, python)
     _install_shim(python)
     stamp.write_text(_fingerprint(host))
@@ -116,51 +123,64 @@ def _unfinished(python: Path) -> Path:
 def _pip(python: Path, *arguments: str, action: str = "install"):
     quiet = [] if sys.stdout.isatty() else ["--quiet"]  # progress bars only where somebody watches them
     command = [str(python), "-m", "pip", action, "--disable-pip-version-check", *quiet, *arguments]
-    _unfinished(python).touch()
+    if action == "install":
+        _unfinished(python).touch()
     failed = subprocess.call(command)
-    _unfinished(python).unlink()
+    _unfinished(python).unlink(missing_ok=True)
     if failed:
         raise SetupError("pip did not finish (its message is above). If it finds no matching torch, use another Python "
                          "version; otherwise check the connection and run this again.")
 
 
-def _fetch_host(host: Path, python: Path):
-    """Put the pinned ComfyUI tree at `host`; a mark inside says which archive it came from."""
+def _fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str, folder: str, wanted: str = ""):
+    """Put what a pinned source archive has in `folder`, and whose path there matches `wanted`, at `target`.
+
+    A mark inside says which archive it came from.
+    """
     mark = ".archive-sha256"
-    if _read(host / mark) == HOST_SHA256:
+    if _read(target / mark) == sha256:
         return
     downloads = DEV / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    archive = _find_archive(downloads)
+    archive = _find_archive(downloads, sha256)
     if archive is None:
-        print(f"Downloading ComfyUI {HOST_VERSION}", flush=True)
-        _pip(python, "--ignore-requires-python", "--no-deps", "--no-binary", ":all:", "--dest", str(downloads),
-             HOST_PACKAGE, action="download")
-        archive = _find_archive(downloads)
+        print(f"Downloading {what}", flush=True)
+        _pip(python, "--ignore-requires-python", "--no-deps", "--no-binary", package.partition("==")[0],
+             "--dest", str(downloads), package, action="download")
+        archive = _find_archive(downloads, sha256)
     if archive is None:
-        raise SetupError(f"The downloaded {HOST_PACKAGE} is not the pinned archive (sha256 {HOST_SHA256}). "
+        raise SetupError(f"The downloaded {package} is not the pinned archive (sha256 {sha256}). "
                          f"Delete {downloads} and run this again.")
-    print(f"Unpacking ComfyUI {HOST_VERSION} into {host}", flush=True)
-    partial = host.with_name("host.partial")
-    for folder in (partial, host):
-        shutil.rmtree(folder, ignore_errors=True)
+    print(f"Unpacking {what} into {target}", flush=True)
+    partial = target.with_name(f"{target.name}.partial")
+    for old in (partial, target):
+        shutil.rmtree(old, ignore_errors=True)
     with tarfile.open(archive) as tar:
         for member in tar:
-            _, _, inner = member.name.partition(HOST_FOLDER)
-            target = partial / inner
-            if not inner or not member.isfile() or not target.resolve().is_relative_to(partial.resolve()):
+            _, _, inner = member.name.partition(folder)
+            file = partial / inner
+            if not inner or not member.isfile() or not file.resolve().is_relative_to(partial.resolve()):
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(tar.extractfile(member).read())
-    (partial / mark).write_text(HOST_SHA256)
-    partial.rename(host)
+            if re.match(wanted, inner):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(tar.extractfile(member).read())
+    (partial / mark).write_text(sha256)
+    partial.rename(target)
 
 
-def _find_archive(downloads: Path) -> Path | None:
+def _find_archive(downloads: Path, sha256: str) -> Path | None:
     for path in downloads.glob("*.tar.gz"):
-        if hashlib.sha256(path.read_bytes()).hexdigest() == HOST_SHA256:
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path
     return None
+
+
+def _fetch_llama_cpp(python: Path):
+    try:
+        _fetch_tree(LLAMA_CPP, python, "vocabularies of llama.cpp (77 MB)", LLAMA_CPP_PACKAGE, LLAMA_CPP_SHA256,
+                    LLAMA_CPP_FOLDER, LLAMA_CPP_FILES)
+    except SetupError as error:
+        print(f"Note: tests that compare with llama.cpp's vocabularies are skipped: {error}")
 
 
 def _install_packages(host: Path, python: Path):
@@ -204,6 +224,7 @@ def setup(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     """Run the linter, then pytest with `arguments`."""
     environment = prepare()
+    _fetch_llama_cpp(environment.python)
     started = time.monotonic()
     print("Linting", flush=True)
     lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")

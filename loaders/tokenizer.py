@@ -39,10 +39,9 @@ _WORDS = (
 TEKKEN_WORDS = _WORDS % {"ending": "", "digits": r"\p{N}"}
 O200K_WORDS = _WORDS % {"ending": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p{N}{1,3}"}
 
-# The characters that stand for bytes in a vocabulary of bytes: GPT-2 gave those that cannot be seen others above 255.
+# In a vocabulary of bytes a character stands for a byte: GPT-2 gave those that cannot be seen characters from 256 on.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(byte): byte for byte in _VISIBLE} | {
-    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
+BYTES = {256 + place: byte for place, byte in enumerate(byte for byte in range(256) if byte not in _VISIBLE)}
 
 # What stands around the merges in a tokenizer.json.
 BYTE_LEVEL = {
@@ -63,10 +62,10 @@ CHARACTER_LEVEL = {
 def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     """A SentencePiece model: T5's and XLM-R's (unigram), Gemma's and Llama 2's (byte-pair encoding)."""
     kind = UNIGRAM if metadata[MODEL] == "t5" else BPE
-    tokens = metadata[TOKENS]
+    tokens, scores, types = metadata[TOKENS], metadata[SCORES], metadata[TYPES]
     roles = _roles(metadata, tokens)
-    types = _piece_types(metadata[TYPES], roles, kind)
-    pieces = _pieces(tokens, metadata[SCORES], types)
+    types = _piece_types(types, roles, kind)
+    pieces = _pieces(tokens, scores, types)
     trainer = _field(MODEL_TYPE, kind) + _field(VOCAB_SIZE, len(pieces)) + _field(BYTE_FALLBACK, BYTE in types)
     for role, (_, default, id_field, piece_field) in ROLES.items():
         index = roles.get(role, -1)
@@ -94,7 +93,7 @@ def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
 
 
 def _piece_types(types: list[int], roles: Mapping[str, int], kind: int) -> list[int]:
-    """The types as SentencePiece had them, without those of fillers at the end.
+    """The types as SentencePiece had them.
 
     Converters make control tokens of `<unk>` and of the user-defined marks of a chat template, which SentencePiece then would
     not find in a text. Fillers up to the rows of the embedding are unused, or unknown in older files.
@@ -104,8 +103,6 @@ def _piece_types(types: list[int], roles: Mapping[str, int], kind: int) -> list[
     for role in ("pad", "eos", "bos", "unk"):
         if role in roles:
             types[roles[role]] = UNKNOWN if role == "unk" else CONTROL
-    while types[-1] == UNUSED:
-        types.pop()
     return types
 
 
@@ -133,6 +130,8 @@ def _field(number: int, value: int | float | bytes) -> bytes:
 
 def _varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; the highest bit says that another byte follows."""
+    if value < 128:
+        return bytes((value,))
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -144,18 +143,17 @@ def _varint(value: int) -> bytes:
 def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     """Mistral's tekken.json, from a vocabulary of bytes whose first tokens are the special ones (Small 3, Ministral 3)."""
     tokens, types = metadata[TOKENS], metadata[TYPES]
+    if MERGES not in metadata:  # no vocabulary of bytes
+        raise KeyError(MERGES)
     special = next((index for index, type_ in enumerate(types) if type_ == NORMAL), len(types))
-    while types[-1] == UNUSED:
-        types = types[:-1]
-    vocabulary = tokens[special:len(types)]
+    vocabulary = (text.translate(BYTES).encode("latin-1", "backslashreplace") for text in tokens[special:])
     return _as_json({
         "config": {
-            "pattern": TEKKEN_WORDS, "num_vocab_tokens": len(vocabulary), "default_vocab_size": len(types),
+            "pattern": TEKKEN_WORDS, "num_vocab_tokens": len(tokens) - special, "default_vocab_size": len(tokens),
             "default_num_special_tokens": special, "version": "v7"},
         "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(tokens[:special])],
-        "vocab": [
-            {"rank": rank, "token_bytes": base64.b64encode(bytes(map(BYTES.__getitem__, text))).decode(), "token_str": None}
-            for rank, text in enumerate(vocabulary)],
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+                  for rank, token in enumerate(vocabulary)],
     })
 
 
@@ -172,8 +170,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
         **(BYTE_LEVEL if of_bytes else CHARACTER_LEVEL),
         "model": {
             "type": "BPE", "unk_token": None if of_bytes else "<unk>", "fuse_unk": not of_bytes, "byte_fallback": not of_bytes,
-            "ignore_merges": of_bytes, "vocab": {text: index for index, text in enumerate(tokens) if types[index] != UNUSED},
-            "merges": metadata[MERGES]},
+            "ignore_merges": of_bytes, "vocab": {text: index for index, text in enumerate(tokens)}, "merges": metadata[MERGES]},
     })
 
 
