@@ -19,7 +19,7 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     count = len(range(*index.indices(len(tensor)))) if isinstance(index, slice) else len(index)
     if isinstance(index, slice) and count == len(tensor):
         return tensor
-    if not _rows_are_whole_blocks(tensor):
+    if not _rows_are_whole_blocks(tensor, 1):
         return _dense(tensor)[index]
     packed_format = tensor.layout_cls.format
     data, *scale = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
@@ -33,7 +33,7 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     """
     if len(parts) == 1:
         return parts[0]
-    packed_format = _common_format(parts)
+    packed_format = _common_format(parts, 1)
     if packed_format is None:
         return torch.cat([_dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
@@ -48,12 +48,12 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
     """
     *outer, rows, columns = parts[0].shape
     shape = (*outer, len(parts) * rows, columns)
-    packed_format = _common_format(parts)
+    packed_format = _common_format(parts, -1)
     if packed_format is None:
         return torch.stack([_dense(part) for part in parts], -2).reshape(shape)
-    rows = parts[0].shape[:-1].numel()
+    count = parts[0].shape[:-1].numel()
     pieces = zip(*(_rows(part, columns) for part in parts))
-    data, *scale = (torch.stack([piece.view(rows, -1) for piece in same], 1).flatten(0, 1) for same in pieces)
+    data, *scale = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1) for same in pieces)
     return packed_tensor(packed_format, data, shape, parts[0].dtype, *(part.flatten() for part in scale))
 
 
@@ -62,15 +62,15 @@ def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
     return tensor.layout_cls.format.rows(packed_tensors(tensor), columns, slice(None))
 
 
-def _common_format(parts: Sequence[Tensor]):
+def _common_format(parts: Sequence[Tensor], axis: int):
     """The packed format of all parts, None where they differ or their rows cannot be moved as bytes."""
-    formats = {part.layout_cls.format if _rows_are_whole_blocks(part, -1) else None for part in parts}
+    formats = {part.layout_cls.format if _rows_are_whole_blocks(part, axis) else None for part in parts}
     return formats.pop() if len(formats) == 1 else None
 
 
-def _rows_are_whole_blocks(tensor: Tensor, first: int = 1) -> bool:
-    """Whether a packed tensor can be cut anywhere before dimension `first`. False for tensors that are not packed."""
-    return is_packed(tensor) and tensor.shape[first:].numel() % tensor.layout_cls.format.block_length == 0
+def _rows_are_whole_blocks(tensor: Tensor, axis: int) -> bool:
+    """Whether what is in the dimensions from `axis` on is whole blocks. False for tensors that are not packed."""
+    return is_packed(tensor) and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0
 
 
 def _dense(tensor: Tensor) -> Tensor:

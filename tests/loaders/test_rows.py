@@ -19,7 +19,7 @@ def weight(format_name: str, shape: tuple[int, ...], seed: int = 0) -> torch.Ten
     if format_name == "NF4":
         codes, state = bitsandbytes.functional.quantize_4bit(torch.from_numpy(values), quant_type="nf4", blocksize=64)
         return packed_tensor(FORMATS["NF4"], codes, shape, scale=state.absmax)
-    return packed_tensor(FORMATS[format_name], torch.from_numpy(pack(values, format_name, seed)), shape)
+    return packed_tensor(FORMATS[format_name], torch.from_numpy(pack(values.reshape(-1, 256), format_name, seed)), shape)
 
 
 PACKED = ("Q8_0", "Q4_K", "MXFP4", "NF4")
@@ -42,9 +42,10 @@ def test_a_slice_copies_no_bytes(format_name):
     assert part._qdata.untyped_storage().data_ptr() == tensor._qdata.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("columns", [(256,), (64, 2, 2)], ids=["matrices", "convolutions"])
 @pytest.mark.parametrize("format_name", [*PACKED, "F32"])
-def test_parts_are_joined_packed(format_name):
-    parts = [weight(format_name, (rows, 256), seed=rows) for rows in (2, 5, 3)]
+def test_parts_are_joined_packed(format_name, columns):
+    parts = [weight(format_name, (rows, *columns), seed=rows) for rows in (2, 5, 3)]
     joined = join_rows(parts)
     assert is_packed(joined) == is_packed(parts[0])
     assert torch.equal(dense(joined), torch.cat([dense(part) for part in parts]))
