@@ -20,8 +20,12 @@ Weights = dict[str, torch.Tensor]
 # The host's names for what it reads from a file's state dict to build a tokenizer: bytes as uint8 tensors.
 SENTENCEPIECE, TEKKEN, TOKENIZER_JSON = "spiece_model", "tekken_model", "tokenizer_json"
 
-# Where programs put an encoder inside of a larger file; what follows are its own names.
-PREFIXES = re.compile(r"^(text_encoders\.[^.]+\.(transformer|model)\.|cond_stage_model\.transformer\.|te\.)")
+# Where programs put an encoder inside of a larger file; what follows are its own names. ComfyUI, Forge, and what
+# stable-diffusion.cpp 2026-08 (src/convert.cpp, src/name_conversion.cpp) writes with and without converted names.
+PREFIXES = re.compile(
+    r"^(text_encoders\.llm|text_encoders\.[^.]+\.(transformer|model)|cond_stage_model\.(1\.)?(transformer|model)"
+    r"|conditioner\.embedders\.\d\.(transformer|(open_clip\.)?model)|te\d?(\.\d)?|text_encoder(_\d)?"
+    r"|(clip_[lgh]|t5xxl)(\.transformer)?)\.")
 
 
 class Arch:
@@ -73,8 +77,15 @@ def arch_of(weights: Mapping[str, torch.Tensor]) -> type[Arch] | None:
 
 
 def without_prefix(weights: Weights) -> Weights:
-    """The weights of one encoder that a program wrote with its place in a larger file before the names."""
-    return {PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
+    """The weights of one encoder that a program wrote with its place in a larger file before the names.
+
+    A file with several encoders stays as it is.
+    """
+    prefixes = {found[0] for found in map(PREFIXES.match, weights) if found}
+    if len(prefixes) != 1:
+        return weights
+    prefix = prefixes.pop()
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
 def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> Weights:

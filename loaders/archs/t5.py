@@ -1,11 +1,14 @@
-"""T5: XXL, XL, base, UMT5 and their older forms without a gate. llama.cpp's exports of encoders, or of whole models."""
-from ..arch import SENTENCEPIECE, Arch, renamed
-from ..tokenizer import sentencepiece_model
+"""T5: XXL, XL, base, ByT5, UMT5 and the older forms without a gate. Encoders, or whole models, of which the encoder is kept."""
+from ..arch import Arch, renamed
+from ._sentencepiece import sentencepiece
 
 LAYER = "encoder.block.{}.layer"
+UMT5_TOKENS = 100_000  # T5 has 32128, ByT5 1510, UMT5 256384
 
 
 class T5(Arch):
+    """Exports of llama.cpp, and files with the names of transformers, which are the host's but for the embedding's."""
+
     follows = "llama.cpp 0.5.0, conversion/t5.py"
     names = {
         "token_embd": "shared",
@@ -25,14 +28,19 @@ class T5(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        return "enc.blk.0.attn_q.weight" in weights
+        return any(name in weights for name in ("enc.blk.0.attn_q.weight", f"{LAYER}.0.SelfAttention.q.weight".format(0)))
 
     @classmethod
     def convert(cls, weights, metadata):
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("dec.", "output."))}
-        return renamed(weights, cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
+        weights = {name: tensor for name, tensor in weights.items()
+                   if not name.startswith(("dec.", "output.", "decoder.", "lm_head."))}
+        weights = renamed(weights, cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
+        # transformers saves the one embedding under either name, or both.
+        embedding = weights.pop("encoder.embed_tokens.weight", None)
+        return weights if embedding is None else {"shared.weight": embedding} | weights
 
     @classmethod
     def tokenizer(cls, weights, metadata):
-        # UMT5 has a bias in every layer. The host has the tokenizer of the others.
-        return {SENTENCEPIECE: sentencepiece_model(metadata)} if "enc.blk.1.attn_rel_b.weight" in weights else {}
+        names = ("token_embd.weight", "shared.weight", "encoder.embed_tokens.weight")
+        tokens = next((len(weights[name]) for name in names if name in weights), 0)
+        return sentencepiece(weights, metadata) if tokens > UMT5_TOKENS else {}  # the host has that of the others

@@ -34,8 +34,9 @@ class Encoder:
     names. config: what of the host's configuration is shrunken. config_of: the host's name before `_model_config` or `_config`.
     markers: names and shapes of tensors that the detection reads; those that the shrunken model lacks are written as zeros.
     changed: what the converter does to the weights before it names them, host's names -> names that gguf-py knows.
-    metadata: what the file says beside its tensors. extra: what the host's loader needs beside the weights (a tokenizer).
-    unusable: why the host cannot load it here.
+    metadata: what the file says beside its tensors. extra: what the host's loader needs beside the weights (a tokenizer),
+    which files with the host's names hold too. options: more of the host's `model_options`. unusable: why the host cannot load
+    it here.
     """
 
     te_model: str
@@ -47,12 +48,14 @@ class Encoder:
     changed: Callable[[Weights], Weights] = as_it_is
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unusable: str = ""
 
     @property
     def model_options(self) -> dict[str, Any]:
+        # The host puts the last into the place of the first for CLIP, with the length of its position embedding.
         config = {f"{self.config_of}{ending}": dict(self.config) for ending in ("_model_config", "_config")}
-        return {**config, "dtype": torch.float32}
+        return {**config, "dtype": torch.float32, **self.options, "model_config": dict(self.config)}
 
 
 def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -99,18 +102,27 @@ def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "
 
     architecture: what the file says it is; None: nothing.
     """
-    names = gguf.get_tensor_name_map(encoder.architecture, 64)
     markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
-    stored = {}
-    for name, tensor in encoder.changed(weights | markers).items():
+    stored = encoder.changed(weights | markers)
+    if encoder.architecture is None:
+        stored = stored | dict(encoder.extra)
+    else:
+        stored = in_gguf_names(stored, encoder.architecture)
+    is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in stored.items()}
+    if architecture == "":
+        architecture = gguf.MODEL_ARCH_NAMES.get(encoder.architecture)
+    return write_gguf(path, stored, type_of=lambda name, values: packed_type if is_matrix[name] else "F32",
+                      architecture=architecture, metadata=encoder.metadata)
+
+
+def in_gguf_names(weights: Weights, architecture: gguf.MODEL_ARCH) -> Weights:
+    """Weights under the names that gguf-py gives to those of transformers."""
+    names, stored = gguf.get_tensor_name_map(architecture, 64), {}
+    for name, tensor in weights.items():
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name, f"gguf-py knows no name for {name}"
         stored[gguf_name] = tensor
-    is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in stored.items()}
-    if architecture == "":
-        architecture = gguf.MODEL_ARCH_NAMES[encoder.architecture]
-    return write_gguf(path, stored, type_of=lambda name, values: packed_type if is_matrix[name] else "F32",
-                      architecture=architecture, metadata=encoder.metadata)
+    return stored
 
 
 def hidden_states(clip: comfy.sd.CLIP, tokens=TOKENS) -> torch.Tensor:
