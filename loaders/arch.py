@@ -25,7 +25,7 @@ SENTENCEPIECE, TEKKEN, TOKENIZER_JSON = "spiece_model", "tekken_model", "tokeniz
 PREFIXES = re.compile(
     r"^(text_encoders\.llm|text_encoders\.[^.]+\.(transformer|model)|cond_stage_model\.(1\.)?(transformer|model)"
     r"|conditioner\.embedders\.\d\.(transformer|(open_clip\.)?model)|te\d?(\.\d)?|text_encoder(_\d)?"
-    r"|(clip_[lgh]|t5xxl)(\.transformer)?)\.")
+    r"|(clip_[lgh]|t5xxl)(\.transformer(?!\.resblocks))?)\.")
 
 
 class Arch:

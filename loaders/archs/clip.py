@@ -13,7 +13,7 @@ class Clip(Arch):
     projection is open_clip's too.
     """
 
-    follows = "ComfyUI 0.30, comfy/utils.py clip_text_transformers_convert; stable-diffusion.cpp 2026-08, src/name_conversion.cpp"
+    follows = "ComfyUI 0.30, comfy.utils.clip_text_transformers_convert; stable-diffusion.cpp 2026-08, src/name_conversion.cpp"
     names = {
         "token_embedding": "text_model.embeddings.token_embedding",
         "positional_embedding": "text_model.embeddings.position_embedding.weight",

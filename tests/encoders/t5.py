@@ -45,11 +45,12 @@ ENCODERS = {
     "t5-xxl-old": Encoder(
         "T5_XXL_OLD", "cosmos", gguf.MODEL_ARCH.T5, T5_SMALL, "t5xxl", {T5_LAYER.format(23, "wi"): (32, 32)}),
     "t5-xl": Encoder(
-        "T5_XL", "stable_diffusion", gguf.MODEL_ARCH.T5ENCODER, T5_SMALL, "pile_t5xl", {T5_LAYER.format(23, "wi_1"): (5120, 32)}),
+        "T5_XL", "stable_diffusion", gguf.MODEL_ARCH.T5ENCODER, T5_SMALL, "pile_t5xl",
+        {T5_LAYER.format(23, "wi_1"): (5120, 32)}),
     "t5-base": Encoder("T5_BASE", "stable_audio", gguf.MODEL_ARCH.T5ENCODER, T5_SMALL, "t5base", {T5_KEY: (256, 256)}),
     "t5-base-gated": Encoder(
-        "T5_BASE", "stable_audio", gguf.MODEL_ARCH.T5ENCODER, {**T5_SMALL, "is_gated_act": True, "dense_act_fn": "gelu_pytorch_tanh"},
-        "t5base", {T5_KEY: (256, 256)}),
+        "T5_BASE", "stable_audio", gguf.MODEL_ARCH.T5ENCODER,
+        {**T5_SMALL, "is_gated_act": True, "dense_act_fn": "gelu_pytorch_tanh"}, "t5base", {T5_KEY: (256, 256)}),
     "t5-xxl of transformers": Encoder("T5_XXL", "sd3", None, T5_SMALL, "t5xxl", {T5_LAYER.format(23, "wi_1"): (10240, 32)}),
     "umt5-xxl of transformers": Encoder(
         "T5_XXL", "wan", None, UMT5_SMALL, "umt5xxl", {T5_LAYER.format(23, "wi_1"): (10240, 32)},
