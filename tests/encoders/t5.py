@@ -26,6 +26,26 @@ def spiece_model() -> torch.Tensor:
     return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
 
 
+@functools.cache
+def spiece_metadata() -> dict:
+    """The same model as llama.cpp 0.5.0, conversion/t5.py keeps it."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=spiece_model().numpy().tobytes())
+    ids = range(model.get_piece_size())
+    kinds = {
+        gguf.TokenType.UNKNOWN: model.is_unknown, gguf.TokenType.CONTROL: model.is_control, gguf.TokenType.BYTE: model.is_byte}
+    return {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": [model.id_to_piece(number) for number in ids],
+        "tokenizer.ggml.scores": [model.get_score(number) for number in ids],
+        "tokenizer.ggml.token_type": [
+            int(next((kind for kind, has in kinds.items() if has(number)), gguf.TokenType.NORMAL)) for number in ids],
+        "tokenizer.ggml.unknown_token_id": model.unk_id(),
+        "tokenizer.ggml.bos_token_id": model.bos_id(),
+        "tokenizer.ggml.eos_token_id": model.eos_id(),
+        "tokenizer.ggml.remove_extra_whitespaces": 1,
+    }
+
+
 class SmallT5GemmaConfig(comfy.text_encoders.sa3.T5GemmaEncoderConfig):
     def __init__(self):
         super().__init__()
@@ -52,8 +72,14 @@ ENCODERS = {
         "T5_BASE", "stable_audio", gguf.MODEL_ARCH.T5ENCODER,
         {**T5_SMALL, "is_gated_act": True, "dense_act_fn": "gelu_pytorch_tanh"}, "t5base", {T5_KEY: (256, 256)}),
     "t5-xxl of transformers": Encoder("T5_XXL", "sd3", None, T5_SMALL, "t5xxl", {T5_LAYER.format(23, "wi_1"): (10240, 32)}),
+    "umt5-xxl": Encoder(
+        "T5_XXL", "wan", gguf.MODEL_ARCH.T5ENCODER, UMT5_SMALL, "umt5xxl", {T5_LAYER.format(23, "wi_1"): (10240, 32)},
+        metadata=spiece_metadata(), extra={"spiece_model": spiece_model()}),
     "umt5-xxl of transformers": Encoder(
         "T5_XXL", "wan", None, UMT5_SMALL, "umt5xxl", {T5_LAYER.format(23, "wi_1"): (10240, 32)},
+        extra={"spiece_model": spiece_model()}),
+    "umt5-base": Encoder(
+        "T5_BASE", "ace", gguf.MODEL_ARCH.T5, UMT5_SMALL, "", {T5_KEY: (128, 32)}, metadata=spiece_metadata(),
         extra={"spiece_model": spiece_model()}),
     "umt5-base of transformers": Encoder(
         "T5_BASE", "ace", None, UMT5_SMALL, "", {T5_KEY: (128, 32)}, extra={"spiece_model": spiece_model()}),

@@ -1,4 +1,6 @@
 """T5 and its relatives: what files hold beside the encoder, and the encoders that load beside another one only."""
+import dataclasses
+
 import gguf
 import pytest
 import torch
@@ -22,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("small_models")
 # the other one and this one by, and what this one needs.
 BYT5 = (
     "hunyuan_image", {"qwen25_7b_class": Qwen25_3BModel, "qwen25_7b_model_config": {
-        "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 256},
+        "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "vocab_size": 256},
         "_model_config": {**T5_SMALL, "num_heads": 6}},
     {"model.layers.0.self_attn.k_proj.bias": (512,)}, {"encoder.block.0.layer.0.SelfAttention.k.weight": (384, 256)}, {})
 JINA = (
@@ -87,11 +90,12 @@ def test_the_tokenizer_in_a_file_is_read_whatever_type_a_converter_gave_it(name,
     assert found.dtype == torch.uint8 and torch.equal(found, spiece_model())
 
 
-def test_prompts_are_tokenized_by_the_tokenizer_in_the_file(tmp_path):
-    encoder = ENCODERS["umt5-xxl of transformers"]
+@pytest.mark.parametrize("name", ["umt5-xxl", "umt5-xxl of transformers"])
+def test_prompts_are_tokenized_by_the_tokenizer_in_the_file(name, tmp_path):
+    encoder = ENCODERS[name]
     weights = random_weights(encoder)
     write_encoder(tmp_path / "umt5.gguf", encoder, weights)
-    clips = load(tmp_path / "umt5.gguf", "umt5-xxl of transformers"), host_clip(encoder, weights)
+    clips = load(tmp_path / "umt5.gguf", name), host_clip(encoder, weights)
     found, expected = (clip.encode_from_tokens(clip.tokenize("a (red:1.2) fox")) for clip in clips)
     assert relative_error(found, expected) < 1e-4
 
@@ -129,6 +133,15 @@ def test_one_family_knows_them(name):
     weights = {name: torch.zeros(1, 1) for name in names}
     stored = weights if encoder.architecture is None else in_gguf_names(weights, encoder.architecture)
     assert [arch.__name__ for arch in ARCHS if arch.recognises(stored)] == ["T5Gemma" if name == "t5-gemma" else "T5"]
+
+
+@pytest.mark.parametrize("name", ["umt5-xxl", "umt5-xxl of transformers"])
+def test_a_umt5_without_its_tokenizer_is_refused(name, tmp_path):
+    encoder = dataclasses.replace(ENCODERS[name], metadata={}, extra={})
+    write_encoder(tmp_path / "umt5.gguf", encoder, {"shared.weight": torch.zeros(100_032, 32),
+                                                    "encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(32, 32)})
+    with pytest.raises(WeightFileError, match="umt5.gguf has no tokenizer.ggml.model in its metadata"):
+        load(tmp_path / "umt5.gguf", name)
 
 
 def test_a_t5_for_which_the_type_has_no_use_is_refused(tmp_path):
