@@ -74,7 +74,8 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     encoders = [open_weights(folders[name]).state_dict() for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         packed = any(is_packed(tensor) for encoder in encoders for tensor in encoder.values())
-        options = {"custom_operations": operations_for({name: None for encoder in encoders for name in encoder})}
+        options = {"custom_operations": operations_for(
+            {name: None for encoder in encoders for name in encoder}, full_precision=True)}
         with bare_parameters_unpacked():
             clip = comfy.sd.load_text_encoder_state_dicts(
                 encoders, embedding_directory=embedding_directory, clip_type=_clip_type(path),
@@ -119,7 +120,9 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"
             f" first {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
     encoder = {name: tensor for name, tensor in state_dict.items() if not name.startswith((prefix, *VAE_PREFIXES))}
-    encoder_options = {"custom_operations": operations_for(encoder)} if any(map(is_packed, encoder.values())) else {}
+    encoder_options = {}
+    if any(map(is_packed, encoder.values())):
+        encoder_options["custom_operations"] = operations_for(encoder, full_precision=True)
     model_options = {"custom_operations": operations_for({name: None for name in state_dict if name.startswith(prefix)})}
     with bare_parameters_unpacked():
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(

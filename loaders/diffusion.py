@@ -77,10 +77,10 @@ def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype:
 
 
 def operations_for(state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
-                   patch_dtype: torch.dtype | None = None) -> type:
-    """The operations for these weights, which may include layers in the host's own quantised formats."""
+                   patch_dtype: torch.dtype | None = None, full_precision: bool = False) -> type:
+    """The operations for these weights, which may include layers in the host's own quantised formats (`full_precision`)."""
     mixed = any(name.endswith(".comfy_quant") for name in state_dict)
-    return packed_operations(value_dtype, patch_dtype, mixed)
+    return packed_operations(value_dtype, patch_dtype, mixed, full_precision)
 
 
 def text_metadata(file: WeightFile) -> dict[str, str]:

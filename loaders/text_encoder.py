@@ -40,7 +40,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         return comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
     weights = _weights_of(paths, mmproj)
     _check(paths, weights, clip_type)
-    model_options["custom_operations"] = operations_for({name: None for part in weights for name in part})
+    model_options["custom_operations"] = operations_for(
+        {name: None for part in weights for name in part}, full_precision=True)
     with bare_parameters_unpacked():
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,

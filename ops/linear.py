@@ -261,21 +261,36 @@ class _MixedLinear(_PackedLinear):
         return (super() if self.layout_type is None else self._host).set_weight(weight, *args, **kwargs)
 
 
+class _MixedEmbedding(Embedding):
+    """The same for the table of an encoder's tokens, of which the host looks up rows in formats of its own."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        quantised = f"{prefix}comfy_quant" in state_dict
+        (super(PackedLayer, self) if quantised else super())._load_from_state_dict(state_dict, prefix, *args)
+
+    def state_dict(self, *args, **kwargs):
+        if is_packed(self.weight):
+            return torch.nn.Module.state_dict(self, *args, **kwargs)
+        return super().state_dict(*args, **kwargs)
+
+
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)
 
 
 def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
-                      mixed: bool = False) -> type:
+                      mixed: bool = False, full_precision: bool = False) -> type:
     """The class for the host's `custom_operations`. The two dtypes are those of `PackedLayer`.
 
     mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), which then run as the host's.
+    full_precision: those do not quantise their inputs, as in the host's text encoders.
     """
     options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype}
     base, layers = comfy.ops.manual_cast, list(PACKED_LAYERS)
     if mixed:
         quantised = types.SimpleNamespace(quant_config={"mixed_ops": True})
         base = comfy.ops.pick_operations(None, None, model_config=quantised)  # knows what the device can compute in
-        layers[0] = type("Linear", (_MixedLinear, base.Linear), {})
+        base._full_precision_mm = full_precision
+        layers[:2] = (type("Linear", (_MixedLinear, base.Linear), {}), type("Embedding", (_MixedEmbedding, base.Embedding), {}))
         layers.remove(MoEExperts)  # such a file has its experts in the host's format too
     layers = {layer.__name__: type(layer.__name__, (layer,), options) for layer in layers}
     return type("PackedOperations", (base,), layers)
