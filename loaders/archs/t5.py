@@ -1,5 +1,5 @@
 """T5: XXL, XL, base, ByT5, UMT5 and the older forms without a gate. Encoders, or whole models, of which the encoder is kept."""
-from ..arch import Arch, renamed
+from ..arch import SENTENCEPIECE, Arch, renamed
 from ._sentencepiece import sentencepiece
 
 LAYER = "encoder.block.{}.layer"
@@ -32,8 +32,9 @@ class T5(Arch):
 
     @classmethod
     def convert(cls, weights, metadata):
-        weights = {name: tensor for name, tensor in weights.items()
-                   if not name.startswith(("dec.", "output.", "decoder.", "lm_head."))}
+        # The host takes a base model with a tokenizer for UMT5; `tokenizer` gives what UMT5 needs.
+        others = ("dec.", "output.", "decoder.", "lm_head.", SENTENCEPIECE)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
         weights = renamed(weights, cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
         # transformers saves the one embedding under either name, or both.
         embedding = weights.pop("encoder.embed_tokens.weight", None)

@@ -12,7 +12,7 @@ from encoders import ENCODERS
 from encoders.encoder import TOKENS, hidden_states, host_clip, in_gguf_names, random_weights, rounded, seeded, write_encoder
 from encoders.t5 import T5_SMALL, spiece_model
 from families import relative_error
-from featherweight.loaders.arch import ARCHS, arch_of
+from featherweight.loaders.arch import ARCHS, arch_of, without_prefix
 from featherweight.loaders.container import WeightFileError, open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.tensor import is_packed
@@ -64,6 +64,16 @@ def test_of_a_whole_model_only_the_encoder_is_used(tmp_path, caplog):
     assert set(arch_of(weights).convert(weights | of_transformers, {})) == set(weights)
 
 
+@pytest.mark.parametrize("prefix", ["text_encoders.t5xxl.transformer.", "te3.", "t5xxl.", "t5xxl.transformer."])
+@pytest.mark.parametrize("name", ["t5-xxl", "t5-xxl of transformers"])
+def test_the_place_in_a_larger_file_is_taken_off_the_names(name, prefix):
+    """What stable-diffusion.cpp 2026-08 writes for `--t5xxl`: the names of the file it was given behind its own."""
+    weights = dict.fromkeys(random_weights(ENCODERS[name]), torch.zeros(1))
+    stored = weights if "transformers" in name else in_gguf_names(weights, ENCODERS[name].architecture)
+    found = without_prefix({prefix + name: tensor for name, tensor in stored.items()})
+    assert set(arch_of(found).convert(found, {})) == set(weights)
+
+
 @pytest.mark.parametrize("names", [["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]])
 def test_the_embedding_goes_by_either_of_its_names(names):
     weights = dict.fromkeys([*names, "encoder.block.0.layer.0.SelfAttention.q.weight"], torch.zeros(8, 8))
@@ -98,6 +108,24 @@ def test_prompts_are_tokenized_by_the_tokenizer_in_the_file(name, tmp_path):
     clips = load(tmp_path / "umt5.gguf", name), host_clip(encoder, weights)
     found, expected = (clip.encode_from_tokens(clip.tokenize("a (red:1.2) fox")) for clip in clips)
     assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("place", ["text_encoder/spiece.model", "tokenizer/spiece.model", "tokenizer/tokenizer.model"])
+@pytest.mark.parametrize("name", ["umt5-base", "t5-base"])
+def test_the_tokenizer_of_a_package_is_found(name, place, tmp_path):
+    encoder = ENCODERS[name]
+    weights = {"shared.weight": torch.zeros(encoder.config["vocab_size"], 1), "encoder.block.0.layer.0.SelfAttention.q.weight":
+               torch.zeros(1, 1)}
+    for folder in ("text_encoder", "tokenizer"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / place).write_bytes(spiece_model().numpy().tobytes())
+    (tmp_path / "text_encoder" / "config.json").write_text("{}")
+    save_file(weights, tmp_path / "text_encoder" / "model.safetensors")
+    file = open_weights(tmp_path / "text_encoder")
+    found, arch = file.state_dict(), arch_of(weights)
+    assert set(arch.convert(found, {})) == set(weights)
+    tokenizer = arch.tokenizer(found, {})
+    assert torch.equal(tokenizer["spiece_model"], spiece_model()) if name == "umt5-base" else tokenizer == {}
 
 
 @pytest.mark.parametrize("kind", [BYT5, JINA], ids=["byt5-small", "jina-clip-2"])
