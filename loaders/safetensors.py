@@ -294,7 +294,7 @@ class _Collapse:
             raise self.error(key, f"{shown(weight)} is stored in tiles for one kind of GPU (its weight_format is not 0)",
                              "Get a conversion made with bitsandbytes 0.45 or newer.")
         self.tensors[f"{layer}.weight_scale"] = (scales.float() / 127).view(-1, 1)
-        text = json.dumps({"format": "int8_tensorwise"}).encode()
+        text = json.dumps({"format": "int8_tensorwise", "full_precision_matrix_mult": True}).encode()
         self.tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
 
     def refuse_leftovers(self):

@@ -1,5 +1,8 @@
 """The mixin over the host's model patchers that keeps packed weights packed while patches are applied.
 
+Packed here are also weights in the host's own quantised formats, where they lie in one of our layers: the host would
+quantise them again with every patch.
+
 `patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads a model, the patches of
 packed weights are out of its sight, and each packed layer gets them as `LayerPatches` on its attribute `lora`. What is
 applied right now lives on the model, which all clones of a patcher share, never on a patcher.
@@ -17,9 +20,9 @@ from comfy.model_patcher import LazyCastingParam, LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
 from . import product
-from .linear import ABSMAX, PackedLayer
+from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
-from .tensor import is_packed
+from .tensor import QuantizedTensor, is_packed
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
 
@@ -66,7 +69,7 @@ class PackedPatcher:
         if not key.endswith(".weight"):
             return None
         layer = self._layer(key)
-        return layer.weight if isinstance(layer, PackedLayer) and is_packed(layer.weight) else None
+        return layer.weight if isinstance(layer, PackedLayer) and isinstance(layer.weight, QuantizedTensor) else None
 
     def _owns(self, key: str, patches: list) -> bool:
         """Whether these patches run in a packed layer. A weight that a patch reshapes is the host's to replace."""
@@ -257,8 +260,8 @@ class PackedPatcher:
         weight = self._packed_weight(key)
         if weight is None or not self._owns(key, patches):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        if return_weight:
-            dense = product.unpack(weight.to(device_to), torch.float32)
+        if return_weight and (patches or is_packed(weight)):
+            dense = self._layer(key).dense_weight(weight.to(device_to), torch.float32)
             return comfy.lora.calculate_weight(patches, dense, key).to(weight.dtype)
         if force_cast:
             if key not in self.backup:
@@ -268,12 +271,15 @@ class PackedPatcher:
 
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)
-        for name in [name for name in state_dict if not name.endswith(f".{ABSMAX}")]:
+        for name in list(state_dict):
             weight = self._packed_weight(prefix + name)
-            if weight is not None:  # written dense, one at a time, with its patches
-                empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-                state_dict[name] = LazyCastingParam(self, prefix + name, empty)
-                state_dict.pop(f"{name.removesuffix('weight')}{ABSMAX}", None)
+            if weight is None or not (is_packed(weight) or prefix + name in self._all_patches):
+                continue  # what the host can read again stays as it is
+            layer = name.removesuffix("weight")  # written dense, one at a time, with its patches
+            for part in [part for part in state_dict if part.startswith(layer) and part != f"{layer}bias"]:
+                del state_dict[part]
+            empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            state_dict[name] = LazyCastingParam(self, prefix + name, empty)
         return state_dict
 
     # --- hooks ---
