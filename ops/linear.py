@@ -13,10 +13,7 @@ import torch
 
 from . import product
 from .lora import LayerPatches
-from .tensor import QuantizedTensor, is_packed, packed_scale, relabelled
-
-
-ABSMAX = "weight_absmax"
+from .tensor import QuantizedTensor, is_packed, relabelled, scales_of
 
 
 class PackedLayer:
@@ -59,15 +56,10 @@ class PackedLayer:
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
 
-    @property
-    def weight_absmax(self) -> torch.Tensor | None:
-        """The scales that a packed weight keeps apart from its codes, if its format does."""
-        return packed_scale(self.weight)
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_absmax is not None:  # the host counts memory by the state dict, and a packed tensor as its codes
-            destination[prefix + ABSMAX] = self.weight_absmax
+        for name, scale in scales_of(self.weight).items():  # the host counts memory by this, and a packed tensor as its codes
+            destination[f"{prefix}weight_{name}"] = scale
 
     def _apply(self, fn, recurse=True):
         # torch would rebuild the parameters in place, which unpacks them.
@@ -210,9 +202,13 @@ class _MixedLinear(_PackedLinear):
         self._host._load_from_state_dict(state_dict, prefix, *args)
 
     def state_dict(self, *args, **kwargs):
-        if self._is_the_hosts:
-            return self._host.state_dict(*args, **kwargs)
-        return torch.nn.Module.state_dict(self, *args, **kwargs)
+        return torch.nn.Module.state_dict(self, *args, **kwargs)  # whole tensors, of which other models can make patches
+
+    def quantised_parts(self, prefix: str) -> dict[str, torch.Tensor]:
+        """What files keep of a weight in a format of the host: codes, scales and the name of the format."""
+        parts = self._host.state_dict(prefix=prefix)
+        parts.pop(f"{prefix}bias", None)
+        return parts
 
     def forward(self, input, *args, **kwargs):
         in_float = self._full_precision_mm or self.weight_function or (self.lora is not None and self.lora.weight_patches)

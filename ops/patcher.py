@@ -22,7 +22,7 @@ from comfy.patcher_extension import CallbacksMP
 from . import product
 from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
-from .tensor import QuantizedTensor, is_packed
+from .tensor import QuantizedTensor, is_packed, scales_of
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
 
@@ -269,17 +269,27 @@ class PackedPatcher:
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
         return weight
 
+    def model_state_dict(self, filter_prefix=None):
+        # The host looks up every name. Those of a packed weight's scales are there to be counted, and no weights of their own.
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, PackedLayer)}
+        parts = ((key.rpartition("."), value) for key, value in super().model_state_dict(filter_prefix).items())
+        return {f"{name}{dot}{param}": value for (name, dot, param), value in parts
+                if name not in layers or param in layers[name]._parameters}
+
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)
         for name in list(state_dict):
-            weight = self._packed_weight(prefix + name)
-            if weight is None or not (is_packed(weight) or prefix + name in self._all_patches):
-                continue  # what the host can read again stays as it is
-            layer = name.removesuffix("weight")  # written dense, one at a time, with its patches
-            for part in [part for part in state_dict if part.startswith(layer) and part != f"{layer}bias"]:
-                del state_dict[part]
-            empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-            state_dict[name] = LazyCastingParam(self, prefix + name, empty)
+            key = prefix + name
+            weight = self._packed_weight(key)
+            if weight is None:
+                continue
+            layer, start = self._layer(key), name.removesuffix("weight")
+            for part in {*layer._parameters, *(f"weight_{scale}" for scale in scales_of(weight))} - {"bias"}:
+                state_dict.pop(start + part, None)
+            if is_packed(weight) or key in self._all_patches:  # written dense, one at a time, with its patches
+                state_dict[name] = LazyCastingParam(self, key, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+            else:
+                state_dict |= layer.quantised_parts(start)
         return state_dict
 
     # --- hooks ---

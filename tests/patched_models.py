@@ -16,13 +16,13 @@ import torch
 from devtools import tiny_models
 from devtools.gguf_files import pack, write_gguf
 from featherweight.loaders.container import open_weights
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.diffusion import load_diffusion_model, operations_for
 from featherweight.ops.format import FORMATS
-from featherweight.ops.linear import PackedLayer, packed_operations
+from featherweight.ops.linear import PackedLayer
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor import QuantizedTensor, is_packed, packed_tensor
+from featherweight.ops.tensor import QuantizedTensor, packed_tensor
 
-FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS")
+FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # INT8: of bitsandbytes, in the host's own layers
 LIMIT = 1e-5  # of the effect that the patches have, in float32
 RANK = 4
 
@@ -34,9 +34,14 @@ def folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Tensor]]:
-    """A Flux of one double and one single block: path of the packed file, and its values by gguf's reference."""
+    """A Flux of one double and one single block: path of the packed file, and its values as the file's writer knows them."""
     path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
     tensors = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    if format_name == "INT8":
+        pytest.importorskip("bitsandbytes", reason="it writes the file")
+        from devtools.bnb_files import write_bnb_int8
+        path = path.replace(".gguf", ".safetensors")
+        return path, write_bnb_int8(path, {name: torch.from_numpy(values) for name, values in tensors.items()})
     seen = write_gguf(path, tensors, lambda name, values: format_name if values.ndim > 1 else "F32")
     return path, {name: torch.tensor(values) for name, values in seen.items()}
 
@@ -51,8 +56,9 @@ def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = Non
     path, _ = flux_file(format_name, seed)
     if dtype is None:
         return load_diffusion_model(path)
-    options = {"custom_operations": packed_operations(), "dtype": dtype}
-    return adopt(comfy.sd.load_diffusion_model_state_dict(open_weights(path).state_dict(), model_options=options))
+    state_dict = open_weights(path).state_dict()
+    options = {"custom_operations": operations_for(state_dict), "dtype": dtype}
+    return adopt(comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options))
 
 
 @functools.cache
@@ -109,7 +115,8 @@ def error_by_effect(actual: torch.Tensor, expected: torch.Tensor, without: torch
 
 
 def packed_layers(patcher) -> list[PackedLayer]:
-    return [module for module in patcher.model.modules() if isinstance(module, PackedLayer) and is_packed(module.weight)]
+    return [module for module in patcher.model.modules()
+            if isinstance(module, PackedLayer) and isinstance(module.weight, QuantizedTensor)]
 
 
 class Ledger:
