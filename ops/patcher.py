@@ -19,7 +19,6 @@ import torch
 from comfy.model_patcher import LazyCastingParam, LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from . import product
 from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
 from .tensor import QuantizedTensor, is_packed, scales_of
