@@ -32,16 +32,23 @@ def folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="featherweight")
 
 
+def tiny_flux(seed: int = 0) -> dict[str, torch.Tensor]:
+    """The weights of a Flux of one double and one single block; 19 matrices."""
+    values = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
 @functools.cache
 def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Tensor]]:
-    """A Flux of one double and one single block: path of the packed file, and its values as the file's writer knows them."""
+    """A small Flux: path of the packed file, and its values as the file's writer knows them."""
     path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
-    tensors = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    tensors = tiny_flux(seed)
     if format_name == "INT8":
         pytest.importorskip("bitsandbytes", reason="it writes the file")
         from devtools.bnb_files import write_bnb_int8
         path = path.replace(".gguf", ".safetensors")
-        return path, write_bnb_int8(path, {name: torch.from_numpy(values) for name, values in tensors.items()})
+        return path, write_bnb_int8(path, tensors)
+    tensors = {name: values.numpy() for name, values in tensors.items()}
     seen = write_gguf(path, tensors, lambda name, values: format_name if values.ndim > 1 else "F32")
     return path, {name: torch.tensor(values) for name, values in seen.items()}
 
