@@ -21,8 +21,9 @@ from featherweight.ops.format import FORMATS
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.patcher import adopt
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor
+from host_formats import write_mixed
 
-FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # INT8: of bitsandbytes, in the host's own layers
+FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsandbytes'
 LIMIT = 1e-5  # of the effect that the patches have, in float32
 RANK = 4
 
@@ -40,14 +41,20 @@ def tiny_flux(seed: int = 0) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Tensor]]:
-    """A small Flux: path of the packed file, and its values as the file's writer knows them."""
+    """A small Flux: path of the packed file, and its values as the file's writer knows them.
+
+    format_name: of GGUF, INT8 of bitsandbytes, or one of the host's, which is then beside NF4.
+    """
     path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
     tensors = tiny_flux(seed)
-    if format_name == "INT8":
+    if format_name not in FORMATS:
         pytest.importorskip("bitsandbytes", reason="it writes the file")
         from devtools.bnb_files import write_bnb_int8
+
         path = path.replace(".gguf", ".safetensors")
-        return path, write_bnb_int8(path, tensors)
+        if format_name == "INT8":
+            return path, write_bnb_int8(path, tensors)
+        return path, write_mixed(path, tensors, format_name)[0]
     tensors = {name: values.numpy() for name, values in tensors.items()}
     seen = write_gguf(path, tensors, lambda name, values: format_name if values.ndim > 1 else "F32")
     return path, {name: torch.tensor(values) for name, values in seen.items()}

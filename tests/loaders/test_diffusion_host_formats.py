@@ -1,4 +1,4 @@
-"""Model files with layers in the host's own quantised formats: bitsandbytes int8, and such layers beside NF4."""
+"""Model files with layers in the host's own quantised formats beside NF4."""
 import contextlib
 import functools
 
@@ -8,15 +8,12 @@ import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor import QuantizedTensor, is_packed
-from host_formats import HOST_FORMATS, in_host_format
+from host_formats import HOST_FORMATS, is_nf4, write_mixed
 from patched_models import (
-    KINDS, LIMIT, Ledger, error_by_effect, flux_file, flux_pair, forget_models, kohya, lora_for, packed_layers, patched, relative,
-    run, tiny_flux,
+    LIMIT, Ledger, error_by_effect, kohya, lora_for, packed_layers, patched, relative, run, tiny_flux,
 )
-from safetensors.torch import save_file
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
-from devtools.bnb_files import quantised  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -25,63 +22,22 @@ pytestmark = pytest.mark.usefixtures("small_models")
 def no_model_outlives_its_tests():
     yield
     mixed_models.cache_clear()
-    forget_models()
 
 
-# --- bitsandbytes int8 ---
-
-
-def test_int8_runs_the_float_product_of_its_values():
-    packed, dense = flux_pair("INT8")
-    assert relative(run(packed), run(dense)) < 1e-6
-    stored = {name: value for name, value in packed.model.diffusion_model.state_dict().items() if name.endswith(".weight")}
-    matrices = [value for value in stored.values() if value.ndim == 2]
-    assert len(matrices) == 19 and all(value._qdata.dtype == torch.int8 for value in matrices)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_loras_of_every_kind_are_exact_on_int8(kind):
-    packed, dense = flux_pair("INT8")
-    values = flux_file("INT8")[1]
-    stack = [(lora_for(values, kind), 0.8)]
-    before = codes(packed)
-    for stack in (stack, [*stack, (lora_for(values, seed=1), -0.4)]):
-        actual, expected = run(patched(packed, *stack)), run(patched(dense, *stack))
-        assert error_by_effect(actual, expected, run(dense)) < LIMIT
-    assert codes(packed).keys() == before.keys() and all(torch.equal(codes(packed)[name], before[name]) for name in before)
+@functools.cache
+def mixed_models(format_name: str, folder) -> tuple:
+    """(ours, the host's with NF4 dense and its own formats as they are, the host's all dense), and the dense values."""
+    path = str(folder / f"{format_name}.safetensors")
+    values, for_host = write_mixed(path, tiny_flux(), format_name)
+    dense = {name: value.clone() for name, value in values.items()}
+    host, dense = map(comfy.sd.load_diffusion_model_state_dict, (for_host, dense))
+    return load_diffusion_model(path), host, dense, values
 
 
 def codes(patcher) -> dict[str, torch.Tensor]:
     """Name -> codes of the quantised weights as they are now."""
     return {name: value._qdata.clone() for name, value in patcher.model.diffusion_model.state_dict().items()
             if isinstance(value, QuantizedTensor)}
-
-
-# --- NF4 and the host's own formats in one file ---
-
-
-def is_nf4(name: str) -> bool:
-    return "txt" in name or "_blocks." not in name  # the host reads some shapes of the model from layers outside of blocks
-
-
-@functools.cache
-def mixed_models(format_name: str, folder) -> tuple:
-    """(ours, the host's with NF4 dense and its own formats as they are, the host's all dense), and the dense values."""
-    stored, for_host, values = {}, {}, {}
-    for name, tensor in tiny_flux().items():
-        if tensor.ndim != 2:
-            parts, values[name] = {name: tensor}, tensor
-        elif is_nf4(name):
-            parts, values[name] = quantised(tensor, "nf4")
-            parts = {f"{name}{part}": value for part, value in parts.items()}
-        else:
-            parts, values[name] = in_host_format(name, tensor, format_name)
-        stored |= parts
-        for_host |= {name: values[name].clone()} if is_nf4(name) else {part: value.clone() for part, value in parts.items()}
-    path = str(folder / f"{format_name}.safetensors")
-    save_file({name: value.contiguous() for name, value in stored.items()}, path)
-    dense = comfy.sd.load_diffusion_model_state_dict({name: value.clone() for name, value in values.items()})
-    return load_diffusion_model(path), comfy.sd.load_diffusion_model_state_dict(for_host), dense, values
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from patched_models import (
 LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")
 
 
-COUNTS = {"Q4_K": 18, "INT8": 19}  # packed layers; a row of one is shorter than a block
-both_kinds = pytest.mark.parametrize("format_name", COUNTS)  # ours, and one of the host's own
+COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19}  # packed layers; rows of one are shorter than a block
+both_kinds = pytest.mark.parametrize("format_name", COUNTS)  # a format of ours, and one of the host's beside NF4
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
