@@ -2,6 +2,9 @@
 import json
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
@@ -101,6 +104,28 @@ def test_a_packed_file_runs_as_in_the_host_and_stays_packed(kind, path, caplog):
     assert patcher.model_size() <= 1.02 * os.path.getsize(path) + (values / 64 * 3 if "double" in kind else 0)
 
 
+WITHOUT_BITSANDBYTES = """
+import sys
+sys.modules["bitsandbytes"] = None  # an import of it fails
+sys.path[:0] = {folders!r}
+import conftest
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from patched_models import run
+torch.save(run(load_diffusion_model({path!r})), {path!r} + ".pt")
+"""
+
+
+@pytest.mark.parametrize("write", [write_bnb, write_bnb_int8], ids=["NF4", "int8"])
+def test_bitsandbytes_is_not_needed(write, path):
+    seen = write(path, flux())
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    script = WITHOUT_BITSANDBYTES.format(path=path, folders=folders)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert relative(torch.load(f"{path}.pt"), run(dense(seen))) < 1e-5
+
+
 def test_of_a_whole_checkpoint_only_the_model_is_used(path, caplog):
     seen = write_bnb(path, flux(), prefix=PREFIX)
     others = {f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
@@ -111,9 +136,9 @@ def test_of_a_whole_checkpoint_only_the_model_is_used(path, caplog):
     assert "missing" not in caplog.text
 
 
-@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)])
+@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", None)])
 def test_loras_of_every_kind_are_exact(quant_type, nested, path):
-    seen = write_bnb(path, flux(), quant_type, nested=nested)
+    seen = write_bnb_int8(path, flux()) if quant_type == "int8" else write_bnb(path, flux(), quant_type, nested=nested)
     patcher, reference = load_diffusion_model(path), dense(seen)
     without = run(reference)
     stacks = {kind: [(lora_for(seen, kind), 0.8)] for kind in LORA_KINDS}

@@ -254,3 +254,13 @@ def test_a_model_is_saved_dense_while_loaded(models, uploads):
     saved = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")[key].to("cpu")
     expected = reference.patch_weight_to_device(f"diffusion_model.{key}", torch.device("cpu"), return_weight=True)
     assert torch.allclose(saved, expected, atol=1e-6) and not isinstance(saved, QuantizedTensor)
+
+
+def test_integers_of_the_hosts_formats_are_saved_as_they_are(uploads):
+    patcher = dynamic(packed_flux("int8_tensorwise"))
+    step(patcher)
+    saved = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
+    layer = patcher.model.diffusion_model.single_blocks[0].linear2
+    for part, value in layer.weight.state_dict("weight").items():
+        assert torch.equal(saved[f"single_blocks.0.linear2.{part}"].to("cpu"), value)
+    assert "single_blocks.0.linear2.comfy_quant" in saved
