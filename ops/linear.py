@@ -211,8 +211,8 @@ class _MixedLinear(_PackedLinear):
         return parts
 
     def forward(self, input, *args, **kwargs):
-        in_float = self._full_precision_mm or self.weight_function or (self.lora is not None and self.lora.weight_patches)
-        if in_float or not self._is_the_hosts:
+        in_float = self._full_precision_mm or (self.lora is not None and self.lora.weight_patches)
+        if not self._is_the_hosts or (in_float and not self.weight_function):
             comfy.ops.run_every_op()
             return super().forward_comfy_cast_weights(input)
         out = self._host.forward(input, *args, **kwargs)
@@ -227,9 +227,17 @@ class _MixedLinear(_PackedLinear):
     def dense_weight(self, weight, dtype):
         if is_packed(weight):
             return super().dense_weight(weight, dtype)
-        dense = relabelled(weight, dtype=dtype).dequantize()
-        smoothing = getattr(self, "pre_quant_scale", None)  # the host multiplies the input of its own product by it
-        return dense if smoothing is None else dense * smoothing.to(dense)
+        return self._smoothed(relabelled(weight, dtype=dtype).dequantize())
+
+    def patched_weight(self, weight, dtype):
+        if self._is_the_hosts and not isinstance(weight, QuantizedTensor):  # so it comes in dynamic VRAM, on a CPU
+            weight = self._smoothed(weight)
+        return super().patched_weight(weight, dtype)
+
+    def _smoothed(self, dense: torch.Tensor) -> torch.Tensor:
+        """The weight for the input as it is. The host's own product takes the input times `pre_quant_scale`."""
+        scale = getattr(self, "pre_quant_scale", None)
+        return dense if scale is None else dense * scale.to(dense)
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d)

@@ -259,7 +259,7 @@ class PackedPatcher:
         weight = self._packed_weight(key)
         if weight is None or not self._owns(key, patches):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        if return_weight and (patches or is_packed(weight)):
+        if return_weight:
             dense = self._layer(key).dense_weight(weight.to(device_to), torch.float32)
             return comfy.lora.calculate_weight(patches, dense, key).to(weight.dtype)
         if force_cast:
