@@ -1,7 +1,6 @@
 """Text encoders that bitsandbytes packed, as files and as folders of transformers, beside every other kind of file."""
 import json
 
-import comfy.sd
 import pytest
 import torch
 from comfy.sd import CLIPType, load_text_encoder_state_dicts
@@ -121,12 +120,12 @@ def of_the_host(dtype, old=False, keep=keeps):
 
 PACKED = {
     "NF4": bnb(), "NF4 double-quantised": bnb(nested=True), "NF4 stored as bf16": bnb(storage=torch.bfloat16),
-    "NF4 in a larger file": bnb(prefix="text_encoders.any.transformer."), "FP4": bnb(quant_type="fp4"),
+    "int8": int8, "NF4 in a larger file": bnb(prefix="text_encoders.any.transformer."), "FP4": bnb(quant_type="fp4"),
     "NF4 folder": folder(1), "NF4 folder of three files": folder(3, nested=True), "FP4 folder": folder(2, quant_type="fp4"),
 }
 OTHERS = {
     "fp16": fp16, "GGUF": gguf_file("Q8_0"), "fp8 scaled": of_the_host(torch.float8_e4m3fn),
-    "fp8 scaled, old": of_the_host(torch.float8_e4m3fn, old=True),
+    "fp8 scaled, old": of_the_host(torch.float8_e4m3fn, old=True), "ComfyUI's int8": of_the_host(torch.int8),
     "fp8 scaled with its tokens": of_the_host(torch.float8_e4m3fn, keep=lambda name, tensor: "shared" not in name),
     "ComfyUI's int8 with its tokens": of_the_host(torch.int8, keep=lambda name, tensor: "shared" not in name),
 }
@@ -151,19 +150,10 @@ def test_any_two_kinds_of_files_together_give_what_the_dense_model_gives(clip_ki
         assert all(is_packed(value.data) for value in weights.values()) == (kind in PACKED or kind == "GGUF")
 
 
-def test_layers_in_formats_of_the_host_run_as_in_its_own_text_encoders(values, tmp_path):
-    """Its int8 rounds the inputs of a product, so that there is no dense model to compare with.
-
-    Its fp8 does so only on devices with such products, and in text encoders nowhere: each layer says whether it does.
-    """
-    fp16_clip, _ = fp16(tmp_path / "fp16", values[0])
-    nf4_clip, _ = bnb()(tmp_path / "nf4", values[0])
-    t5, _ = of_the_host(torch.int8)(tmp_path / "t5", values[1])
-    expected = comfy.sd.load_clip([str(fp16_clip), str(t5)], None, CLIPType.FLUX, options())
-    clip = load_text_encoder([str(nf4_clip), str(t5)], "flux", model_options=options())
-    with torch.inference_mode():
-        states = [encoders(each)[1]([TOKENS])[0] for each in (clip, expected)]
-    assert relative_error(*states) < 1e-6
-    for each in (clip, expected):
-        query = encoders(each)[1].transformer.encoder.block[0].layer[0].SelfAttention.q
-        assert query.quant_format == "int8_tensorwise" and query._full_precision_mm
+def test_a_table_of_tokens_in_a_format_of_the_host_is_saved_as_it_was(values, tmp_path):
+    path, _ = OTHERS["fp8 scaled with its tokens"](tmp_path / "t5", values[1])
+    clip = load_text_encoder([str(PACKED["NF4"](tmp_path / "clip", values[0])[0]), str(path)], "flux", model_options=options())
+    saved, stored = clip.patcher.model_state_dict_for_saving(), load_file(path)
+    for part in ("weight", "weight_scale", "comfy_quant"):
+        found, expected = saved[f"t5xxl.transformer.shared.{part}"], stored[f"shared.{part}"]
+        assert found.dtype == expected.dtype and torch.equal(found.float(), expected.float())
