@@ -12,28 +12,6 @@ log = logging.getLogger(__name__)
 
 
 def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the host's names, also those in its own int8 format, whose scales go where their rows go."""
-    layers = [name.removesuffix(".comfy_quant") for name in state_dict if name.endswith(".comfy_quant")]
-    if not layers:
-        return _converted(state_dict)
-    parts = [f"{layer}.{part}" for layer in layers for part in ("weight_scale", "comfy_quant")]
-    extra = {name: state_dict.get(name) for name in parts}
-    weights = {name: tensor for name, tensor in state_dict.items() if name not in extra}
-    out = _converted(dict(weights))
-    if out.keys() == weights.keys():
-        return state_dict
-    ones = {name: tensor.new_ones(len(tensor), 1, dtype=torch.float32) if tensor.ndim == 2 else tensor
-            for name, tensor in weights.items()}
-    scales = _converted(ones | {f"{layer}.weight": extra[f"{layer}.weight_scale"] for layer in layers})
-    for name, tensor in list(out.items()):
-        if tensor.dtype == torch.int8:
-            layer = name.removesuffix(".weight")
-            out[f"{layer}.weight_scale"] = scales[name]
-            out[f"{layer}.comfy_quant"] = extra[f"{layers[0]}.comfy_quant"]
-    return out
-
-
-def _converted(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a model in diffusers' names and parts (q, k and v apart) under the host's names and whole.
 
     The host's conversion writes into plain tensors only. It gets row numbers in place of rows, and what it makes of them

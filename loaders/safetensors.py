@@ -12,8 +12,7 @@ host that knows the dense model finds weights of the shapes it expects:
 | in the file (weight `X` of [N, K]) | in the state dict |
 |---|---|
 | `X` codes, `X.absmax`, `X.quant_map`, `X.quant_state.bitsandbytes__nf4` or `__fp4`, perhaps `X.nested_*` | `X` packed |
-| `L.weight` int8, `L.SCB` or `L.weight.SCB` float32 [N], `L.weight_format` | the host's own int8 layer: `L.weight`, |
-| | `L.weight_scale` float32 [N, 1], `L.comfy_quant` |
+| `L.weight` int8, `L.SCB` or `L.weight.SCB` float32 [N], `L.weight_format` | `L.weight` packed |
 """
 import json
 import math
@@ -25,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from ..ops import formats  # noqa: F401  registers the packed formats
 from ..ops.format import FORMATS
+from ..ops.formats.bnb_int8 import INT8
 from ..ops.tensor import packed_tensor
 from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, map_file, shown
 
@@ -191,7 +190,7 @@ class _Collapse:
                 weight = found["weight"]
                 self.tensors[weight] = self.packed(key, weight, found["quant_type"])
             elif found := SCALES_OF_INT8.fullmatch(key):
-                self.int8_layer(key, found["layer"])
+                self.int8_weight(key, found["layer"])
         self.refuse_leftovers()
         return self.tensors
 
@@ -277,13 +276,13 @@ class _Collapse:
         # bitsandbytes 0.50 `functional.dequantize_4bit`: each step rounds to float32.
         return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(offset))
 
-    def int8_layer(self, key: str, layer: str):
-        """Puts the host's own int8 layer in place of bitsandbytes' one."""
+    def int8_weight(self, key: str, layer: str):
+        """Puts the packed tensor in place of an int8 weight and its scales."""
         weight, scales = f"{layer}.weight", self.tensors.pop(key).view(-1)
         values = self.tensors.get(weight)
         if f"{layer}.comfy_quant" in self.tensors:
             raise self.error(key, f"{shown(weight)} has both {shown(key)} and {shown(f'{layer}.comfy_quant')}")
-        if values is None or values.dtype != torch.int8 or values.ndim != 2:
+        if values is None or values.dtype != torch.int8 or values.ndim != 2 or not values.numel():
             found = "missing" if values is None else f"{self.entries[weight].format} {list(values.shape)}"
             raise self.error(key, f"{shown(weight)}, to which {shown(key)} belongs, is {found}, expected I8 [rows, columns]")
         if len(scales) != len(values) or not scales.is_floating_point():
@@ -293,9 +292,8 @@ class _Collapse:
         if any(tensor is not None and tensor.tolist() not in (0, [0]) for tensor in order):
             raise self.error(key, f"{shown(weight)} is stored in tiles for one kind of GPU (its weight_format is not 0)",
                              "Get a conversion made with bitsandbytes 0.45 or newer.")
-        self.tensors[f"{layer}.weight_scale"] = (scales.float() / 127).view(-1, 1)
-        text = json.dumps({"format": "int8_tensorwise"}).encode()
-        self.tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+        self.tensors[weight] = packed_tensor(
+            INT8.of_columns(values.shape[1]), values.view(torch.uint8), values.shape, scale=scales.float() / 127)
 
     def refuse_leftovers(self):
         for pattern, what, advice in LEFTOVERS:

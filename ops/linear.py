@@ -13,10 +13,7 @@ import torch
 
 from . import product
 from .lora import LayerPatches
-from .tensor import is_packed, packed_scale, part_of, relabelled
-
-
-ABSMAX = "weight_absmax"
+from .tensor import QuantizedTensor, is_packed, part_of, relabelled, scales_of
 
 
 class PackedLayer:
@@ -59,15 +56,10 @@ class PackedLayer:
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
 
-    @property
-    def weight_absmax(self) -> torch.Tensor | None:
-        """The scales that a packed weight keeps apart from its codes, if its format does."""
-        return packed_scale(self.weight)
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_absmax is not None:  # the host counts memory by the state dict, and a packed tensor as its codes
-            destination[prefix + ABSMAX] = self.weight_absmax
+        for name, scale in scales_of(self.weight).items():  # the host counts memory by this, and a packed tensor as its codes
+            destination[f"{prefix}weight_{name}"] = scale
 
     def _apply(self, fn, recurse=True):
         # torch would rebuild the parameters in place, which unpacks them.
@@ -76,29 +68,33 @@ class PackedLayer:
                 self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
         return self
 
+    def dense_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
+        """The values of a packed weight in `dtype`."""
+        return product.unpack(weight, dtype, self.value_dtype)
+
     def patched_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight in `dtype` with the patches that change the weight itself, from a packed or a dense one."""
-        if is_packed(weight):
-            if self.lora is None:
-                return product.unpack(weight, dtype, self.value_dtype)
-            if self.lora.acts_on_rows and self.patch_dtype is None:
-                return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
-            weight = product.unpack(weight, self.patch_dtype or torch.float32, self.value_dtype)
-            return self.lora.patch_weight(weight).to(dtype)
-        if self.lora is None or not self.lora.weight_patches:
-            return weight
-        return self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)).to(dtype)
+        patched = self.lora is not None and self.lora.weight_patches
+        if not isinstance(weight, QuantizedTensor):
+            if not patched:
+                return weight
+            return self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)).to(dtype)
+        if not patched:
+            return self.dense_weight(weight, dtype)
+        if is_packed(weight) and self.lora.acts_on_rows and self.patch_dtype is None:
+            return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
+        return self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)).to(dtype)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """The dense weight the host adds patches to."""
-        return product.unpack(weight, self.patch_dtype or weight.dtype) if is_packed(weight) else weight
+        return self.dense_weight(weight, self.patch_dtype or weight.dtype) if isinstance(weight, QuantizedTensor) else weight
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """Take a patched weight from the host. It stays dense: packing it again would lose the patch."""
         weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
         if return_weight:
             return weight
-        if inplace_update and not is_packed(self.weight):
+        if inplace_update and not isinstance(self.weight, QuantizedTensor):
             self.weight.data.copy_(weight)
         else:
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -110,7 +106,8 @@ class _PackedLinear(PackedLayer):
     def forward_comfy_cast_weights(self, input):
         # A packed weight keeps its dtype on the way to the device: any other would make the host unpack it.
         # Functions on the weight do need it dense.
-        dtype = self.weight.dtype if is_packed(self.weight) and not self.weight_function else input.dtype
+        packed = isinstance(self.weight, QuantizedTensor)
+        dtype = self.weight.dtype if packed and not self.weight_function else input.dtype
         weight, bias, offload_stream = comfy.ops.cast_bias_weight(
             self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
         down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input)
@@ -221,10 +218,9 @@ class MoEExperts(PackedLayer, _Experts):
 class _MixedLinear(_PackedLinear):
     """A Linear that is packed, or in one of the host's own quantised formats, as its part of the file says.
 
-    Goes before the Linear of the host's `mixed_precision_ops`, whose methods run where the weight is the host's.
+    Goes before the Linear of the host's `mixed_precision_ops`, whose methods load and save the host's formats and run their
+    products. Patches are ours in both: a weight in a format of the host is never quantised again.
     """
-
-    layout_type = None  # the host sets it on a layer in a format of its own
 
     def __init__(self, *args, dtype=None, **kwargs):
         super().__init__(*args, dtype=dtype, **kwargs)
@@ -237,6 +233,10 @@ class _MixedLinear(_PackedLinear):
         """The next method after those of the packed layers."""
         return super(PackedLayer, self)
 
+    @property
+    def _is_the_hosts(self) -> bool:
+        return isinstance(self.weight, QuantizedTensor) and not is_packed(self.weight)
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if f"{prefix}comfy_quant" not in state_dict:
             return super()._load_from_state_dict(state_dict, prefix, *args)
@@ -244,21 +244,43 @@ class _MixedLinear(_PackedLinear):
             self.bias = torch.nn.Parameter(torch.empty_like(self.bias, device="cpu"), requires_grad=False)
         self._host._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward_comfy_cast_weights(self, input, *args, **kwargs):
-        if self.layout_type is None:
-            return super().forward_comfy_cast_weights(input)
-        return self._host.forward_comfy_cast_weights(input, *args, **kwargs)
-
     def state_dict(self, *args, **kwargs):
-        if self.layout_type is None:
-            return torch.nn.Module.state_dict(self, *args, **kwargs)
-        return self._host.state_dict(*args, **kwargs)
+        return torch.nn.Module.state_dict(self, *args, **kwargs)  # whole tensors, of which other models can make patches
 
-    def convert_weight(self, weight, *args, **kwargs):
-        return (super() if self.layout_type is None else self._host).convert_weight(weight, *args, **kwargs)
+    def quantised_parts(self, prefix: str) -> dict[str, torch.Tensor]:
+        """What files keep of a weight in a format of the host: codes, scales and the name of the format."""
+        parts = self._host.state_dict(prefix=prefix)
+        parts.pop(f"{prefix}bias", None)
+        return parts
 
-    def set_weight(self, weight, *args, **kwargs):
-        return (super() if self.layout_type is None else self._host).set_weight(weight, *args, **kwargs)
+    def forward(self, input, *args, **kwargs):
+        in_float = self._full_precision_mm or (self.lora is not None and self.lora.weight_patches)
+        if not self._is_the_hosts or (in_float and not self.weight_function):
+            comfy.ops.run_every_op()
+            return super().forward_comfy_cast_weights(input)
+        out = self._host.forward(input, *args, **kwargs)
+        if self.lora is None:
+            return out
+        flat = input.reshape(-1, self.in_features)
+        return out + product.branch(flat, None, self.out_features, *self.lora.branch(input)).view(out.shape)
+
+    def forward_comfy_cast_weights(self, *args, **kwargs):
+        return self._host.forward_comfy_cast_weights(*args, **kwargs)  # the host's `forward` goes on here
+
+    def dense_weight(self, weight, dtype):
+        if is_packed(weight):
+            return super().dense_weight(weight, dtype)
+        return self._smoothed(relabelled(weight, dtype=dtype).dequantize())
+
+    def patched_weight(self, weight, dtype):
+        if self._is_the_hosts and not isinstance(weight, QuantizedTensor):  # so it comes in dynamic VRAM, on a CPU
+            weight = self._smoothed(weight)
+        return super().patched_weight(weight, dtype)
+
+    def _smoothed(self, dense: torch.Tensor) -> torch.Tensor:
+        """The weight for the input as it is. The host's own product takes the input times `pre_quant_scale`."""
+        scale = getattr(self, "pre_quant_scale", None)
+        return dense if scale is None else dense * scale.to(dense)
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)
@@ -268,7 +290,7 @@ def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch
                       mixed: bool = False) -> type:
     """The class for the host's `custom_operations`. The two dtypes are those of `PackedLayer`.
 
-    mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), which then run as the host's.
+    mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose products are the host's.
     """
     options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype}
     base, layers = comfy.ops.manual_cast, list(PACKED_LAYERS)

@@ -1,5 +1,8 @@
 """The mixin over the host's model patchers that keeps packed weights packed while patches are applied.
 
+Packed here are also weights in the host's own quantised formats, where they lie in one of our layers: the host would
+quantise them again with every patch.
+
 `patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads a model, the patches of
 packed weights are out of its sight, and each packed layer gets them as `LayerPatches` on its attribute `lora`. What is
 applied right now lives on the model, which all clones of a patcher share, never on a patcher.
@@ -16,10 +19,9 @@ import torch
 from comfy.model_patcher import LazyCastingParam, LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from . import product
-from .linear import ABSMAX, PackedLayer
+from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
-from .tensor import is_packed
+from .tensor import QuantizedTensor, is_packed, scales_of
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
 
@@ -66,7 +68,7 @@ class PackedPatcher:
         if not key.endswith(".weight"):
             return None
         layer = self._layer(key)
-        return layer.weight if isinstance(layer, PackedLayer) and is_packed(layer.weight) else None
+        return layer.weight if isinstance(layer, PackedLayer) and isinstance(layer.weight, QuantizedTensor) else None
 
     def _owns(self, key: str, patches: list) -> bool:
         """Whether these patches run in a packed layer. A weight that a patch reshapes is the host's to replace."""
@@ -258,7 +260,7 @@ class PackedPatcher:
         if weight is None or not self._owns(key, patches):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         if return_weight:
-            dense = product.unpack(weight.to(device_to), torch.float32)
+            dense = self._layer(key).dense_weight(weight.to(device_to), torch.float32)
             return comfy.lora.calculate_weight(patches, dense, key).to(weight.dtype)
         if force_cast:
             if key not in self.backup:
@@ -266,14 +268,27 @@ class PackedPatcher:
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
         return weight
 
+    def model_state_dict(self, filter_prefix=None):
+        # The host looks up every name. Those of a packed weight's scales are there to be counted, and no weights of their own.
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, PackedLayer)}
+        parts = ((key.rpartition("."), value) for key, value in super().model_state_dict(filter_prefix).items())
+        return {f"{name}{dot}{param}": value for (name, dot, param), value in parts
+                if name not in layers or param in layers[name]._parameters}
+
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)
-        for name in [name for name in state_dict if not name.endswith(f".{ABSMAX}")]:
-            weight = self._packed_weight(prefix + name)
-            if weight is not None:  # written dense, one at a time, with its patches
-                empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-                state_dict[name] = LazyCastingParam(self, prefix + name, empty)
-                state_dict.pop(f"{name.removesuffix('weight')}{ABSMAX}", None)
+        for name in list(state_dict):
+            key = prefix + name
+            weight = self._packed_weight(key)
+            if weight is None:
+                continue
+            layer, start = self._layer(key), name.removesuffix("weight")
+            for part in {*layer._parameters, *(f"weight_{scale}" for scale in scales_of(weight))} - {"bias"}:
+                state_dict.pop(start + part, None)
+            if is_packed(weight) or key in self._all_patches:  # written dense, one at a time, with its patches
+                state_dict[name] = LazyCastingParam(self, key, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+            else:
+                state_dict |= layer.quantised_parts(start)
         return state_dict
 
     # --- hooks ---

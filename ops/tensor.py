@@ -93,9 +93,11 @@ def is_packed(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
 
 
-def packed_scale(tensor) -> torch.Tensor | None:
-    """The scales of a packed tensor whose format keeps them apart, None for all other tensors."""
-    return tensor._params.scale if is_packed(tensor) else None
+def scales_of(tensor) -> dict[str, torch.Tensor]:
+    """The scales that a quantised tensor, ours or the host's, keeps apart from its codes; none of all other tensors."""
+    if not isinstance(tensor, QuantizedTensor):
+        return {}
+    return {field: getattr(tensor._params, field) for field in tensor._params._tensor_fields()}
 
 
 def part_of(tensor: QuantizedTensor, index: int) -> QuantizedTensor:

@@ -16,13 +16,14 @@ import torch
 from devtools import tiny_models
 from devtools.gguf_files import pack, write_gguf
 from featherweight.loaders.container import open_weights
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.diffusion import load_diffusion_model, operations_for
 from featherweight.ops.format import FORMATS
-from featherweight.ops.linear import PackedLayer, packed_operations
+from featherweight.ops.linear import PackedLayer
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor import QuantizedTensor, is_packed, packed_tensor
+from featherweight.ops.tensor import QuantizedTensor, packed_tensor
+from host_formats import write_mixed
 
-FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS")
+FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsandbytes'
 LIMIT = 1e-5  # of the effect that the patches have, in float32
 RANK = 4
 
@@ -32,11 +33,29 @@ def folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="featherweight")
 
 
+def tiny_flux(seed: int = 0) -> dict[str, torch.Tensor]:
+    """The weights of a Flux of one double and one single block; 19 matrices."""
+    values = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
 @functools.cache
 def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Tensor]]:
-    """A Flux of one double and one single block: path of the packed file, and its values by gguf's reference."""
+    """A small Flux: path of the packed file, and its values as the file's writer knows them.
+
+    format_name: of GGUF, INT8 of bitsandbytes, or one of the host's, which is then beside NF4.
+    """
     path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
-    tensors = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    tensors = tiny_flux(seed)
+    if format_name not in FORMATS:
+        pytest.importorskip("bitsandbytes", reason="it writes the file")
+        from devtools.bnb_files import write_bnb_int8
+
+        path = path.replace(".gguf", ".safetensors")
+        if format_name == "INT8":
+            return path, write_bnb_int8(path, tensors)
+        return path, write_mixed(path, tensors, format_name)[0]
+    tensors = {name: values.numpy() for name, values in tensors.items()}
     seen = write_gguf(path, tensors, lambda name, values: format_name if values.ndim > 1 else "F32")
     return path, {name: torch.tensor(values) for name, values in seen.items()}
 
@@ -51,8 +70,9 @@ def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = Non
     path, _ = flux_file(format_name, seed)
     if dtype is None:
         return load_diffusion_model(path)
-    options = {"custom_operations": packed_operations(), "dtype": dtype}
-    return adopt(comfy.sd.load_diffusion_model_state_dict(open_weights(path).state_dict(), model_options=options))
+    state_dict = open_weights(path).state_dict()
+    options = {"custom_operations": operations_for(state_dict), "dtype": dtype}
+    return adopt(comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options))
 
 
 @functools.cache
@@ -109,7 +129,8 @@ def error_by_effect(actual: torch.Tensor, expected: torch.Tensor, without: torch
 
 
 def packed_layers(patcher) -> list[PackedLayer]:
-    return [module for module in patcher.model.modules() if isinstance(module, PackedLayer) and is_packed(module.weight)]
+    return [module for module in patcher.model.modules()
+            if isinstance(module, PackedLayer) and isinstance(module.weight, QuantizedTensor)]
 
 
 class Ledger:

@@ -2,6 +2,9 @@
 import json
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
@@ -101,6 +104,28 @@ def test_a_packed_file_runs_as_in_the_host_and_stays_packed(kind, path, caplog):
     assert patcher.model_size() <= 1.02 * os.path.getsize(path) + (values / 64 * 3 if "double" in kind else 0)
 
 
+WITHOUT_BITSANDBYTES = """
+import sys
+sys.modules["bitsandbytes"] = None  # an import of it fails
+sys.path[:0] = {folders!r}
+import conftest
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from patched_models import run
+torch.save(run(load_diffusion_model({path!r})), {path!r} + ".pt")
+"""
+
+
+@pytest.mark.parametrize("write", [write_bnb, write_bnb_int8], ids=["NF4", "int8"])
+def test_bitsandbytes_is_not_needed(write, path):
+    seen = write(path, flux())
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    script = WITHOUT_BITSANDBYTES.format(path=path, folders=folders)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert relative(torch.load(f"{path}.pt"), run(dense(seen))) < 1e-5
+
+
 def test_of_a_whole_checkpoint_only_the_model_is_used(path, caplog):
     seen = write_bnb(path, flux(), prefix=PREFIX)
     others = {f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
@@ -111,9 +136,9 @@ def test_of_a_whole_checkpoint_only_the_model_is_used(path, caplog):
     assert "missing" not in caplog.text
 
 
-@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)])
+@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", None)])
 def test_loras_of_every_kind_are_exact(quant_type, nested, path):
-    seen = write_bnb(path, flux(), quant_type, nested=nested)
+    seen = write_bnb_int8(path, flux()) if quant_type == "int8" else write_bnb(path, flux(), quant_type, nested=nested)
     patcher, reference = load_diffusion_model(path), dense(seen)
     without = run(reference)
     stacks = {kind: [(lora_for(seen, kind), 0.8)] for kind in LORA_KINDS}
@@ -147,25 +172,22 @@ def test_a_folder_of_diffusers_runs_packed(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_int8_weights_become_the_hosts_own(prefix, path):
+def test_int8_runs_the_float_product_of_its_values(prefix, path):
     seen = write_bnb_int8(path, flux(), prefix=prefix)
-    layers = load_diffusion_model(path).model.diffusion_model
-    for name, values in seen.items():
-        if values.ndim == 2:
-            weight = layers.get_parameter(name)
-            assert type(weight.data).__name__ == "QuantizedTensor" and weight.data._qdata.dtype == torch.int8
-            assert torch.allclose(weight.data.dequantize().float(), values, rtol=1e-6, atol=0)
+    patcher = load_diffusion_model(path)
+    assert relative(run(patcher), run(dense(seen))) < 1e-6
+    assert len(packed_layers(patcher)) == 19 and patcher.model_size() <= 1.02 * os.path.getsize(path)
 
 
-def test_int8_weights_in_diffusers_names_become_the_hosts_own(path):
+def test_int8_in_diffusers_names_stays_packed(path):
     family = FAMILIES["flux-dev"]
     seen = write_bnb_int8(path, in_diffusers_names("flux-dev"))
-    layers, expected = (patcher.model.diffusion_model for patcher in (load_diffusion_model(path), host_patcher(seen, family)))
-    for name, values in expected.state_dict().items():
+    patcher, expected = load_diffusion_model(path), host_patcher(seen, family)
+    assert relative_error(run_family(patcher, family), run_family(expected, family)) < 1e-5
+    for name, values in expected.model.diffusion_model.state_dict().items():
         if values.ndim == 2:
-            weight = layers.get_parameter(name).data
-            assert weight._qdata.dtype == torch.int8
-            assert torch.allclose(weight.dequantize().float(), values, rtol=1e-6, atol=0)
+            weight = patcher.model.diffusion_model.get_parameter(name)
+            assert is_packed(weight) and torch.equal(weight.dequantize(), values)
 
 
 def test_files_without_packed_weights_are_the_hosts(path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.tensor import QuantizedTensor
 from patched_models import (
     FORMAT_NAMES, LIMIT, Ledger, dense_flux, error_by_effect, flux_file, flux_pair, forget_models, forward,
     lora_for, packed_flux, packed_layers, patched, relative, run,
@@ -19,6 +19,9 @@ from patched_models import (
 # Two devices to the host, though tensors on both say "cpu": loading in part without a GPU.
 LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")
 
+
+COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19}  # packed layers; rows of one are shorter than a block
+both_kinds = pytest.mark.parametrize("format_name", COUNTS)  # a format of ours, and one of the host's beside NF4
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -66,9 +69,10 @@ def test_strength_change_removal_clones_and_reload_stay_exact(format_name):
         assert len(packed_layers(packed)) == count
 
 
-def test_a_switch_moves_and_copies_no_base_weight():
-    packed, dense = flux_pair("Q4_K")
-    first, second = loras()
+@both_kinds
+def test_a_switch_moves_and_copies_no_base_weight(format_name):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
     stacks = [((first, 1.0),), ((first, 0.5),), ((first, 0.5), (second, 0.7)), ((second, 0.7),), ((first, 1.0),)]
     patchers = [patched(packed, *stack) for stack in stacks]
     expected = [run(patched(dense, *stack)) for stack in stacks]
@@ -85,10 +89,11 @@ def test_a_switch_moves_and_copies_no_base_weight():
         assert error_by_effect(actual, wanted, without) < LIMIT
 
 
-def test_a_second_model_in_between_and_forced_patching():
-    packed, dense = flux_pair("Q4_K")
+@both_kinds
+def test_a_second_model_in_between_and_forced_patching(format_name):
+    packed, dense = flux_pair(format_name)
     other, other_dense = flux_pair("Q8_0", 1)
-    first, second = loras()
+    first, second = loras(format_name)
     without = run(dense)
     a, b = patched(packed, (first, 1.0)), patched(packed, (second, 0.8))
     other = patched(other, (lora_for(flux_file("Q8_0", 1)[1]), 0.5))
@@ -98,12 +103,14 @@ def test_a_second_model_in_between_and_forced_patching():
                     lambda: (run(b), run(other), load([a]))):
         load_it()
         assert error_by_effect(forward(a), expected, without) < LIMIT
-        assert len(packed_layers(packed)) == 18 and len(packed_layers(other)) == len(packed_layers(flux_pair("Q8_0", 1)[0]))
+        assert len(packed_layers(packed)) == COUNTS[format_name]
+        assert len(packed_layers(other)) == len(packed_layers(flux_pair("Q8_0", 1)[0]))
 
 
-def test_patch_and_unpatch_outside_of_model_management():
-    packed, dense = flux_pair("Q4_K")
-    first, second = loras()
+@both_kinds
+def test_patch_and_unpatch_outside_of_model_management(format_name):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
     without, expected = run(dense), run(patched(dense, (first, 1.0), (second, 0.5)))
     patcher = patched(packed, (first, 1.0), (second, 0.5))
     patcher.patch_model(OFFLOAD)
@@ -159,9 +166,10 @@ def test_loaded_in_part_then_switched_then_unloaded_in_part(format_name, budget)
 # --- memory ---
 
 
-def test_factors_count_as_loaded_memory_and_are_freed():
-    packed, _ = flux_pair("Q4_K")
-    first, second = loras()
+@both_kinds
+def test_factors_count_as_loaded_memory_and_are_freed(format_name):
+    packed, _ = flux_pair(format_name)
+    first, second = loras(format_name)
     bare = packed.model_size()
     run(packed)
     assert packed.loaded_size() == bare
@@ -180,13 +188,14 @@ def test_factors_count_as_loaded_memory_and_are_freed():
 
 def layer_is_packed(patcher, name):
     layers = {f"lora_unet_{key.replace('.', '_')}" for key, module in patcher.model.diffusion_model.named_modules()
-              if isinstance(module, PackedLayer) and is_packed(module.weight)}
+              if isinstance(module, PackedLayer) and isinstance(module.weight, QuantizedTensor)}
     return name.split(".")[0] in layers
 
 
-def test_a_lora_stored_in_another_dtype_is_counted_as_it_is_held():
-    packed, _ = flux_pair("Q4_K")
-    half = patched(packed, ({name: t.half() for name, t in loras()[0].items()}, 1.0))
+@both_kinds
+def test_a_lora_stored_in_another_dtype_is_counted_as_it_is_held(format_name):
+    packed, _ = flux_pair(format_name)
+    half = patched(packed, ({name: t.half() for name, t in loras(format_name)[0].items()}, 1.0))
     run(half)
     assert half.loaded_size() == half.model_size() == packed.model_size() + half.model.packed_patches.nbytes
 
@@ -235,12 +244,13 @@ def sample(patcher, positive_hooks, negative_hooks=None, steps=4):
     return comfy.sample.sample(patcher, noise, steps, 2.0, "euler", "simple", *conditions, latent, seed=1, disable_pbar=True)
 
 
+@both_kinds
 @pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("partly", [False, True], ids=["full", "partly"])
-def test_lora_hooks_with_keyframes_through_the_sampler(monkeypatch, mode, partly):
-    packed, dense = flux_pair("Q4_K")
-    first, second = loras()
-    other = lora_for(flux_file("Q4_K")[1], "dora", seed=3)
+def test_lora_hooks_with_keyframes_through_the_sampler(monkeypatch, mode, partly, format_name):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
+    other = lora_for(flux_file(format_name)[1], "dora", seed=3)
 
     def result(patcher, hooked):
         patcher = patched(patcher, (first, 0.5))
@@ -264,7 +274,7 @@ def test_lora_hooks_with_keyframes_through_the_sampler(monkeypatch, mode, partly
     assert torch.equal(plain, without)
     assert error_by_effect(actual, expected, without) < LIMIT
     assert relative(plain_actual, plain) < LIMIT
-    assert len(packed_layers(packed)) == 18
+    assert len(packed_layers(packed)) == COUNTS[format_name]
 
 
 def test_a_reshaping_lora_in_a_hook_is_left_out(caplog):
@@ -278,9 +288,10 @@ def test_a_reshaping_lora_in_a_hook_is_left_out(caplog):
     assert torch.equal(sample(packed, None), without)
 
 
+@both_kinds
 @pytest.mark.parametrize("other_is_packed", [False, True])
-def test_a_model_as_a_lora_hook(other_is_packed):
-    packed, dense = flux_pair("Q4_K")
+def test_a_model_as_a_lora_hook(other_is_packed, format_name):
+    packed, dense = flux_pair(format_name)
     other = flux_pair("Q8_0", 1)[0 if other_is_packed else 1]
     weights = comfy.hooks.get_patch_weights_from_model(other)
     without, results = sample(dense, None), []
@@ -293,26 +304,28 @@ def test_a_model_as_a_lora_hook(other_is_packed):
 # --- merging, saving, wrappers ---
 
 
+@both_kinds
 @pytest.mark.parametrize("base, other", [("packed", "packed"), ("packed", "dense"), ("dense", "packed")])
-def test_model_merges(base, other):
+def test_model_merges(base, other, format_name):
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
-    models = dict(zip(("packed", "dense"), flux_pair("Q4_K")))
+    models = dict(zip(("packed", "dense"), flux_pair(format_name)))
     others = dict(zip(("packed", "dense"), flux_pair("Q8_0", 1)))
-    lora = lora_for(flux_file("Q4_K")[1])
+    lora = lora_for(flux_file(format_name)[1])
     without = run(models["dense"])
     expected = ModelMergeSimple().merge(patched(models["dense"], (lora, 0.3)), others["dense"], 0.7)[0]
     merged = ModelMergeSimple().merge(patched(models[base], (lora, 0.3)), others[other], 0.7)[0]
     assert error_by_effect(run(merged), run(expected), without) < LIMIT
     after = patched(merged, (lora, 0.5))
     assert error_by_effect(run(after), run(patched(expected, (lora, 0.5))), without) < LIMIT
-    assert torch.equal(run(models["packed"]), without) and len(packed_layers(models["packed"])) == 18
+    assert torch.equal(run(models["packed"]), without) and len(packed_layers(models["packed"])) == COUNTS[format_name]
 
 
+@both_kinds
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_saved_model_is_dense_with_its_patches_in_it(tmp_path, loaded):
-    packed, dense = flux_pair("Q4_K")
-    first, second = loras()
+def test_a_saved_model_is_dense_with_its_patches_in_it(tmp_path, loaded, format_name):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
     stack = (first, 1.0), (second, 0.5)
     saver = patched(packed, *stack)
     if loaded:
@@ -323,13 +336,14 @@ def test_a_saved_model_is_dense_with_its_patches_in_it(tmp_path, loaded):
     assert saved.keys() == reference.keys()
     for name, value in reference.items():
         assert saved[name].dtype == value.dtype and torch.allclose(saved[name], value, rtol=1e-5, atol=1e-6), name
-    assert len(packed_layers(packed)) == 18
+    assert len(packed_layers(packed)) == COUNTS[format_name]
 
 
+@both_kinds
 @pytest.mark.parametrize("wrapper_first", [False, True])
-def test_a_weight_wrapper_sees_the_patched_weight(wrapper_first):
-    packed, dense = flux_pair("Q4_K")
-    first, second = loras()
+def test_a_weight_wrapper_sees_the_patched_weight(wrapper_first, format_name):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
     key = "diffusion_model.double_blocks.0.img_mlp.2.weight"
 
     def build(patcher):
@@ -351,7 +365,7 @@ def test_a_weight_wrapper_sees_the_patched_weight(wrapper_first):
     split = on_two_devices(build(packed))
     split.partially_load(LOAD, 0.3 * packed.model_size())
     assert error_by_effect(forward(split), expected, without) < LIMIT
-    assert len(packed_layers(packed)) == 18
+    assert len(packed_layers(packed)) == COUNTS[format_name]
 
 
 # --- compute dtypes ---

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcherDynamic
 from featherweight.ops.patcher import PackedPatcher, adopt
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.tensor import QuantizedTensor
 from patched_models import (
     LIMIT, adapter, dense_flux, error_by_effect, flux_file, flux_inputs, forget_models, forward, lora_for, packed_flux,
     packed_layers, patched, run,
@@ -119,16 +119,15 @@ def slots(patcher):
     return [module for module in patcher.model.modules() if hasattr(module, "_v")]
 
 
-@pytest.fixture
-def models():
-    """(dynamic packed patcher, dense patcher, dense output without patches)"""
-    packed, dense = dynamic(packed_flux("Q4_K")), dense_flux("Q4_K")
-    return packed, dense, run(dense)
+@pytest.fixture(params=["Q4_K", "float8_e4m3fn"])  # a format of ours, and one of the host's beside NF4
+def models(request):
+    """(dynamic packed patcher, dense patcher, dense output without patches, dense values)"""
+    packed, dense = dynamic(packed_flux(request.param)), dense_flux(request.param)
+    return packed, dense, run(dense), flux_file(request.param)[1]
 
 
 def test_loras_stack_switch_and_go(models, uploads):
-    packed, dense, without = models
-    values = flux_file("Q4_K")[1]
+    packed, dense, without, values = models
     first, second, third = lora_for(values, seed=1), lora_for(values, seed=2), lora_for(values, "dora", seed=3)
     second["diffusion_model.double_blocks.0.img_mlp.0.diff_b"] = torch.full((1024,), 0.1)
     assert torch.equal(step(packed), without) and len(slots(packed)) > 10
@@ -145,15 +144,14 @@ def test_loras_stack_switch_and_go(models, uploads):
             assert error_by_effect(actual, expected, without) < LIMIT
         else:
             assert torch.equal(actual, without)
-        assert all(not is_packed(module.weight) or module is bias_layer for module in uploads)
+        assert all(not isinstance(module.weight, QuantizedTensor) or module is bias_layer for module in uploads)
         assert len(packed_layers(packed)) == count
     assert not any(layer.lora for layer in packed_layers(packed))
 
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_weights_that_never_become_resident(models, uploads, fits):
-    packed, dense, without = models
-    values = flux_file("Q4_K")[1]
+    packed, dense, without, values = models
     stack = [(lora_for(values, seed=1), 1.0), (lora_for(values, "loha", seed=2), 0.5), (lora_for(values, seed=3), 0.5)]
     step(packed)
     for slot in packed.model.dynamic_vbars[LOAD].slots:
@@ -164,8 +162,8 @@ def test_weights_that_never_become_resident(models, uploads, fits):
 
 
 def test_unloading_frees_the_factors_and_reloading_restores_them(models, uploads):
-    packed, dense, without = models
-    lora = lora_for(flux_file("Q4_K")[1])
+    packed, dense, without, values = models
+    lora = lora_for(values)
     patcher = patched(packed, (lora, 1.0))
     expected, sizes = run(patched(dense, (lora, 1.0))), []
     for unload in (lambda: patcher.partially_unload(torch.device("cpu"), 1e9), patcher.detach, lambda: None):
@@ -180,8 +178,8 @@ def test_unloading_frees_the_factors_and_reloading_restores_them(models, uploads
 
 
 def test_wrappers_see_the_patched_weight(models, uploads):
-    packed, dense, without = models
-    lora = lora_for(flux_file("Q4_K")[1])
+    packed, dense, without, values = models
+    lora = lora_for(values)
     outputs = []
     for patcher in (packed, dense):
         patcher = patched(patcher, (lora, 1.0))
@@ -209,9 +207,9 @@ def test_a_reshaping_lora_replaces_the_layer_and_gives_it_back(uploads):
 
 
 def test_a_layer_on_the_cpu_has_its_patches(models, uploads, monkeypatch):
-    packed, dense, without = models
+    packed, dense, without, values = models
     # The host forgets patches on dense weights there.
-    values = {name: value for name, value in flux_file("Q4_K")[1].items() if name.startswith("double_blocks")}
+    values = {name: value for name, value in values.items() if name.startswith("double_blocks")}
     stack = [(lora_for(values, "dora"), 0.5), (lora_for(values, seed=1), 0.8)]
     patcher, expected = patched(packed, *stack), run(patched(dense, *stack))
     assert error_by_effect(step(patcher), expected, without) < LIMIT
@@ -220,8 +218,8 @@ def test_a_layer_on_the_cpu_has_its_patches(models, uploads, monkeypatch):
 
 
 def test_the_delegate_without_dynamic_vram_is_packed_and_patched(models, uploads):
-    packed, dense, without = models
-    lora = lora_for(flux_file("Q4_K")[1])
+    packed, dense, without, values = models
+    lora = lora_for(values)
     patcher = patched(packed, (lora, 1.0))
     expected = run(patched(dense, (lora, 1.0)))
     step(patcher)
@@ -235,8 +233,8 @@ def test_the_delegate_without_dynamic_vram_is_packed_and_patched(models, uploads
 
 
 def test_a_clone_for_another_gpu_is_packed_and_patched(models, uploads):
-    packed, dense, without = models
-    lora = lora_for(flux_file("Q4_K")[1])
+    packed, dense, without, values = models
+    lora = lora_for(values)
     patcher = patched(packed, (lora, 1.0))
     expected = run(patched(dense, (lora, 1.0)))
     step(patcher)
@@ -248,11 +246,21 @@ def test_a_clone_for_another_gpu_is_packed_and_patched(models, uploads):
 
 
 def test_a_model_is_saved_dense_while_loaded(models, uploads):
-    packed, dense, _ = models
-    lora = lora_for(flux_file("Q4_K")[1])
+    packed, dense, _, values = models
+    lora = lora_for(values)
     patcher, reference = patched(packed, (lora, 1.0)), patched(dense, (lora, 1.0))
     step(patcher)
     key = "double_blocks.0.img_mlp.2.weight"
     saved = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")[key].to("cpu")
     expected = reference.patch_weight_to_device(f"diffusion_model.{key}", torch.device("cpu"), return_weight=True)
-    assert torch.allclose(saved, expected, atol=1e-6) and not is_packed(saved)
+    assert torch.allclose(saved, expected, atol=1e-6) and not isinstance(saved, QuantizedTensor)
+
+
+def test_integers_of_the_hosts_formats_are_saved_as_they_are(uploads):
+    patcher = dynamic(packed_flux("int8_tensorwise"))
+    step(patcher)
+    saved = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")
+    layer = patcher.model.diffusion_model.single_blocks[0].linear2
+    for part, value in layer.weight.state_dict("weight").items():
+        assert torch.equal(saved[f"single_blocks.0.linear2.{part}"].to("cpu"), value)
+    assert "single_blocks.0.linear2.comfy_quant" in saved

@@ -1,0 +1,126 @@
+"""Layers in the host's own quantised formats: its product, our patches."""
+import comfy.ops
+import pytest
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from featherweight.ops.linear import packed_operations
+from featherweight.ops.lora import build_patches
+from host_formats import HOST_FORMATS, in_host_format
+
+OPERATIONS = packed_operations(mixed=True)
+ROWS, COLUMNS, RANK = 128, 256, 4
+
+
+@pytest.fixture(autouse=True)
+def same_inputs():
+    torch.manual_seed(0)
+
+
+def layers(format_name: str, dtype=torch.float32, smoothing=None, **config):
+    """(our layer, the host's own of the same bytes, the dense float32 weight)"""
+    generator = torch.Generator().manual_seed(0)
+    parts, values = in_host_format("weight", torch.randn(ROWS, COLUMNS, generator=generator) / 16, format_name, **config)
+    parts["bias"] = torch.linspace(-1, 1, ROWS).to(dtype)
+    if smoothing is not None:
+        parts["pre_quant_scale"], values = smoothing, values * smoothing
+    made = [OPERATIONS.Linear(COLUMNS, ROWS, dtype=dtype), host_operations(dtype).Linear(COLUMNS, ROWS, dtype=dtype)]
+    for layer in made:
+        layer.load_state_dict({name: value.clone() for name, value in parts.items()})
+    return *made, values
+
+
+def host_operations(dtype):
+    return comfy.ops.mixed_precision_ops({"mixed_ops": True}, dtype, disabled=OPERATIONS._disabled)
+
+
+def patches_of(kind: str, device="cpu", dtype=torch.float32, strength: float = 0.7):
+    """(what a layer runs, the function that does the same to its dense weight)"""
+    generator = torch.Generator().manual_seed(1)
+    up, down = torch.randn(ROWS, RANK, generator=generator) / 8, torch.randn(RANK, COLUMNS, generator=generator) / 8
+    if kind == "lora":
+        patch = (strength, LoRAAdapter(set(), (up, down, 2.0, None, None, None)), 1.0, None, None)
+        built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device), dtype)
+        return built, lambda weight: weight + strength * 2.0 / RANK * up @ down
+    patch = (strength, ("diff", (up @ down,)), 0.5, None, None)
+    built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device), dtype)
+    return built, lambda weight: 0.5 * weight + strength * up @ down
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("shape", [(COLUMNS,), (3, COLUMNS), (2, 5, COLUMNS)])
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_without_patches_it_is_the_hosts_layer(format_name, shape):
+    ours, host, _ = layers(format_name)
+    input = torch.randn(shape)
+    with torch.no_grad():
+        assert relative(ours(input), host(input)) < 1e-6
+
+
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_a_lora_adds_its_product_to_the_hosts(format_name):
+    ours, host, values = layers(format_name)
+    ours.lora, change = patches_of("lora")
+    codes, input = ours.weight._qdata.clone(), torch.randn(2, 5, COLUMNS)
+    with torch.no_grad():
+        added = ours(input) - host(input)
+    assert relative(added, torch.nn.functional.linear(input, change(values) - values)) < 1e-5
+    assert torch.equal(ours.weight._qdata, codes)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_patches_that_change_the_weight_run_in_float(format_name, dtype, limit):
+    ours, _, values = layers(format_name, dtype)
+    ours.lora, change = patches_of("diff", dtype=dtype)
+    codes, input = ours.weight._qdata.clone(), torch.randn(2, 5, COLUMNS)
+    expected = torch.nn.functional.linear(input, change(values), ours.bias.float())
+    with torch.no_grad():
+        assert relative(ours(input.to(dtype)).float(), expected) < limit
+    assert torch.equal(ours.weight._qdata, codes)
+
+
+@pytest.mark.parametrize("given", ["quantised", "dense"])
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+def test_smoothing_of_the_input_is_not_smoothing_of_the_patch(kind, given):
+    smoothing = torch.linspace(0.5, 2, COLUMNS)
+    ours, host, values = layers("nvfp4", smoothing=smoothing)
+    input = torch.randn(3, COLUMNS)
+    if given == "dense":
+        ours._v = object()  # a layer of dynamic VRAM, which the host casts for the CPU by unpacking it
+    with torch.no_grad():
+        assert relative(ours(input), host(input)) < 1e-6
+        ours.lora, change = patches_of(kind)
+        assert relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias)) < 1e-6
+
+
+def test_a_wrapper_of_a_smoothed_weight_runs_as_in_the_host():
+    ours, host, _ = layers("nvfp4", smoothing=torch.linspace(0.5, 2, COLUMNS))
+    input = torch.randn(3, COLUMNS)
+    for layer in (ours, host):
+        layer.weight_function = [torch.relu]
+    with torch.no_grad():
+        assert torch.equal(ours(input), host(input))
+
+
+def test_a_file_that_asks_for_the_float_product_of_int8_gets_it():
+    ours, host, values = layers("int8_tensorwise", full_precision_matrix_mult=True)
+    input = torch.randn(3, COLUMNS)
+    expected = torch.nn.functional.linear(input, values, ours.bias)
+    with torch.no_grad():
+        assert relative(ours(input), expected) < 1e-6 < 1e-3 < relative(host(input), expected)
+        ours.lora, change = patches_of("lora")
+        assert relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias)) < 1e-6
+
+
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_a_weight_the_host_patches_stays_dense(format_name):
+    ours, _, values = layers(format_name)
+    with torch.no_grad():
+        dense = ours.convert_weight(ours.weight)
+        assert torch.equal(dense, values)
+        ours.set_weight(dense + 1e-4)
+        input = torch.randn(3, COLUMNS)
+        assert relative(ours(input), torch.nn.functional.linear(input, values + 1e-4, ours.bias)) < 1e-6
