@@ -114,7 +114,7 @@ def _pieces(tokens: list[str], scores: list[float], types: list[int]) -> list[by
         if not text or text in seen:
             text, type_ = f"<unused piece {index}>", UNUSED
         seen.add(text)
-        fields.append(_field(PIECES, _field(1, text.encode()) + _field(2, score) + _field(3, type_)))
+        fields.append(_field(PIECES, _field(1, text.encode()) + _field(2, float(score)) + _field(3, type_)))
     return fields
 
 

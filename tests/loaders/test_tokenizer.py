@@ -263,7 +263,7 @@ def test_gpt_oss_gets_a_tokenizer_of_bytes(llama3, tmp_path):
 
 
 def transformers_reader(model: torch.Tensor, path: Path) -> tokenizers.Tokenizer:
-    """What transformers since 5.14 makes of a tekken.json. The host calls it as it was before."""
+    """What transformers since 5.15 makes of a tekken.json. The host calls it as it was before."""
     path.write_bytes(model.numpy().tobytes())
     return MistralConverter(str(path)).converted()
 
@@ -276,8 +276,8 @@ HOST_READS = "vocab" in inspect.signature(MistralConverter).parameters
 
 
 @pytest.mark.parametrize("read", [
-    pytest.param(host_reader, marks=pytest.mark.skipif(not HOST_READS, reason="the host needs a transformers before 5.14")),
-    pytest.param(transformers_reader, marks=pytest.mark.skipif(HOST_READS, reason="needs transformers 5.14"))])
+    pytest.param(host_reader, marks=pytest.mark.skipif(not HOST_READS, reason="the host needs a transformers before 5.15")),
+    pytest.param(transformers_reader, marks=pytest.mark.skipif(HOST_READS, reason="needs transformers 5.15"))])
 def test_mistral_gets_a_tekken_file(read, llama3, tmp_path):
     vocabulary = list(llama3["model"]["vocab"])
     special = list(dict.fromkeys(["<unk>", "<s>", "</s>", *(token["content"] for token in llama3["added_tokens"])]))
