@@ -32,7 +32,8 @@ LLAMA_CPP_FILES = r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\
 
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
-EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff", "gguf>=0.19.0"]
+# transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
+EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff", "gguf>=0.19.0", "transformers<5.15"]
 OPTIONAL = ["bitsandbytes"]
 
 

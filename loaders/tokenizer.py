@@ -23,12 +23,12 @@ MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK = 3, 4, 35
 CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
 UNIGRAM, BPE = 1, 2
 
-# Role -> key of the id, SentencePiece's default piece, fields of the id and of the piece in TrainerSpec.
+# Role -> key of its token's id, SentencePiece's default piece, field of the piece in TrainerSpec.
 ROLES = {
-    "unk": ("tokenizer.ggml.unknown_token_id", "<unk>", 40, 45),
-    "bos": ("tokenizer.ggml.bos_token_id", "<s>", 41, 46),
-    "eos": ("tokenizer.ggml.eos_token_id", "</s>", 42, 47),
-    "pad": ("tokenizer.ggml.padding_token_id", "<pad>", 43, 48),
+    "unk": ("tokenizer.ggml.unknown_token_id", "<unk>", 45),
+    "bos": ("tokenizer.ggml.bos_token_id", "<s>", 46),
+    "eos": ("tokenizer.ggml.eos_token_id", "</s>", 47),
+    "pad": ("tokenizer.ggml.padding_token_id", "<pad>", 48),
 }
 
 # How a text is cut into words before their bytes are merged: Mistral's tekken.json and OpenAI's o200k (tiktoken 0.11).
@@ -67,9 +67,8 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     types = _piece_types(types, roles, kind)
     pieces = _pieces(tokens, scores, types)
     trainer = _field(MODEL_TYPE, kind) + _field(VOCAB_SIZE, len(pieces)) + _field(BYTE_FALLBACK, BYTE in types)
-    for role, (_, default, id_field, piece_field) in ROLES.items():
-        index = roles.get(role, -1)
-        trainer += _field(id_field, index) + _field(piece_field, (default if index < 0 else tokens[index]).encode())
+    for role, (_, default, field) in ROLES.items():
+        trainer += _field(field, (tokens[roles[role]] if role in roles else default).encode())
     charsmap = bytes(value & 255 for value in metadata.get("tokenizer.ggml.precompiled_charsmap", ()))
     normalizer = (
         _field(CHARSMAP, charsmap)
@@ -81,7 +80,7 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
 def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
     """Role -> id of its token: what the metadata say, or the token with SentencePiece's default text."""
     roles = {}
-    for role, (key, default, _, _) in ROLES.items():
+    for role, (key, default, _) in ROLES.items():
         index = metadata.get(key)
         if index is None and default in tokens:
             index = tokens.index(default)
@@ -115,7 +114,7 @@ def _pieces(tokens: list[str], scores: list[float], types: list[int]) -> list[by
         if not text or text in seen:
             text, type_ = f"<unused piece {index}>", UNUSED
         seen.add(text)
-        fields.append(_field(PIECES, _field(1, text.encode()) + _field(2, score) + _field(3, type_)))
+        fields.append(_field(PIECES, _field(1, text.encode()) + _field(2, float(score)) + _field(3, type_)))
     return fields
 
 
@@ -125,7 +124,7 @@ def _field(number: int, value: int | float | bytes) -> bytes:
         return _varint(number << 3 | 2) + _varint(len(value)) + value
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
-    return _varint(number << 3) + _varint(int(value) & (1 << 64) - 1)
+    return _varint(number << 3) + _varint(int(value))
 
 
 def _varint(value: int) -> bytes:
@@ -149,11 +148,9 @@ def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     vocabulary = (text.translate(BYTES).encode("latin-1", "backslashreplace") for text in tokens[special:])
     return _as_json({
         "config": {
-            "pattern": TEKKEN_WORDS, "num_vocab_tokens": len(tokens) - special, "default_vocab_size": len(tokens),
-            "default_num_special_tokens": special, "version": "v7"},
-        "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(tokens[:special])],
-        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
-                  for rank, token in enumerate(vocabulary)],
+            "pattern": TEKKEN_WORDS, "default_vocab_size": len(tokens), "default_num_special_tokens": special},
+        "special_tokens": [{"rank": rank, "token_str": text} for rank, text in enumerate(tokens[:special])],
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode()} for rank, token in enumerate(vocabulary)],
     })
 
 
@@ -169,8 +166,8 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
             for index, type_ in enumerate(types) if type_ in (CONTROL, USER_DEFINED)],
         **(BYTE_LEVEL if of_bytes else CHARACTER_LEVEL),
         "model": {
-            "type": "BPE", "unk_token": None if of_bytes else "<unk>", "fuse_unk": not of_bytes, "byte_fallback": not of_bytes,
-            "ignore_merges": of_bytes, "vocab": {text: index for index, text in enumerate(tokens)}, "merges": metadata[MERGES]},
+            "type": "BPE", "byte_fallback": not of_bytes, "ignore_merges": of_bytes,
+            "vocab": {text: index for index, text in enumerate(tokens)}, "merges": metadata[MERGES]},
     })
 
 
