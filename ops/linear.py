@@ -128,6 +128,14 @@ class Linear(_PackedLinear, comfy.ops.manual_cast.Linear):
 
 
 class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # A converter may leave out the last rows, those of ids for which the tokenizer has no token (Gemma 3).
+        table = state_dict.get(f"{prefix}weight")
+        if table is not None and table.ndim == 2 and table.shape[0] < self.num_embeddings:
+            self.num_embeddings = table.shape[0]
+            self.weight = torch.nn.Parameter(self.weight[:self.num_embeddings], requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward_comfy_cast_weights(self, input, out_dtype=None):
         if not is_packed(self.weight) or self.weight_function:
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)

@@ -3,9 +3,11 @@
 The host takes an encoder by the names of its tensors and the widths of some. What it does not read is shrunken. Names in GGUF
 files are those of gguf-py; what else a converter changes is stated here for each encoder.
 """
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import comfy.model_management
 import comfy.sd
@@ -17,6 +19,7 @@ from comfy.text_encoders.gpt_oss import LensGptOssClipModel
 
 from devtools.gguf_files import write_gguf
 
+TOWERS = ("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector.")  # what comes in an mmproj file
 TOKENS = [3, 17, 5, 250, 99, 42, 7, 1]
 
 Weights = dict[str, torch.Tensor]
@@ -36,7 +39,8 @@ class Encoder:
     changed: what the converter does to the weights before it names them, host's names -> names that gguf-py knows.
     metadata: what the file says beside its tensors. extra: what the host's loader needs beside the weights (a tokenizer),
     which files with the host's names hold too. options: more of the host's `model_options`. unusable: why the host cannot load
-    it here.
+    it here. towers: dictionaries of the host that configure what an encoder sees and hears through, and what of each is
+    shrunken (see `small_towers`).
     """
 
     te_model: str
@@ -50,6 +54,7 @@ class Encoder:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unusable: str = ""
+    towers: Sequence[tuple[dict[str, Any], Mapping[str, Any]]] = ()
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -58,14 +63,24 @@ class Encoder:
         return {**config, "dtype": torch.float32, **self.options, "model_config": dict(self.config)}
 
 
+@contextlib.contextmanager
+def small_towers(encoder: Encoder):
+    """While models of this encoder are built, their towers are small."""
+    with contextlib.ExitStack() as stack:
+        for config, changes in encoder.towers:
+            stack.enter_context(mock.patch.dict(config, changes))
+        yield
+
+
 def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Float32 weights: matrices that keep the size of what they multiply, norms about one."""
+    """Float32 weights: matrices that keep the size of what they multiply, norms and other factors about one."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in shapes.items():
         values = torch.randn(tuple(shape), generator=generator)
         is_matrix = len(shape) > 1
-        weights[name] = values * shape[-1] ** -0.5 if is_matrix else 0.1 * values + ("norm" in name and "bias" not in name)
+        is_factor = "bias" not in name and ("norm" in name or "scala" in name)
+        weights[name] = values * shape[-1] ** -0.5 if is_matrix else 0.1 * values + is_factor
     return weights
 
 
@@ -81,10 +96,14 @@ def text_model(clip: comfy.sd.CLIP) -> SDClipModel | LensGptOssClipModel:
     return next(module for module in clip.cond_stage_model.modules() if isinstance(module, (SDClipModel, LensGptOssClipModel)))
 
 
-def random_weights(encoder: Encoder) -> Weights:
-    """Seeded weights under all names of the host's shrunken model; matrices have values that Q8_0 holds exactly."""
+def random_weights(encoder: Encoder, towers: bool = False) -> Weights:
+    """Seeded weights under all names of the host's shrunken model; matrices have values that Q8_0 holds exactly.
+
+    towers: those of the towers, in place of those of the text model.
+    """
     clip = host_clip(encoder, {})
-    shapes = {name: value.shape for name, value in text_model(clip).transformer.state_dict().items()}
+    shapes = {name: value.shape for name, value in text_model(clip).transformer.state_dict().items()
+              if name.startswith(TOWERS) == towers}
     return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in seeded(shapes).items()}
 
 
@@ -133,4 +152,8 @@ def hidden_states(clip: comfy.sd.CLIP, tokens=TOKENS) -> torch.Tensor:
         if isinstance(model, LensGptOssClipModel):
             return model.transformer(torch.tensor([tokens]))["last_hidden_state"]
         model.layer, model.layer_idx = "last", None
-        return model([tokens])[0]
+        if type(model).process_tokens is SDClipModel.process_tokens:
+            return model([tokens])[0]
+        # The host has this encoder only write text, for which it runs the model in another way.
+        embeds = SDClipModel.process_tokens(model, [tokens], torch.device("cpu"))[0]
+        return model.transformer.model(None, embeds=embeds, input_ids=torch.tensor([tokens]))[0]

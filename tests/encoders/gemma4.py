@@ -1,0 +1,46 @@
+"""Gemma 4."""
+import gguf
+import torch
+from comfy.text_encoders import gemma4 as host
+from featherweight.loaders.tokenizer import tokenizer_json
+
+from .encoder import Encoder, Weights
+from .gemma import SMALL
+
+VOCABULARY = {
+    "tokenizer.ggml.model": "gemma4",
+    "tokenizer.ggml.tokens": ["<pad>", "<eos>", "<bos>", "<unk>", "a", "b", "▁", "ab"],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.token_type": [3, 3, 3, 3, 1, 1, 1, 1],
+    "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3,
+    "tokenizer.ggml.padding_token_id": 0,
+}
+SMALL_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32, "num_hidden_layers": 2,
+                "position_embedding_size": 32}
+SMALL_AUDIO = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2,
+               "output_proj_dims": 96}
+SMALL_UNIFIED_VISION = {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 32}
+
+
+def as_converted(weights: Weights) -> Weights:
+    """As the converter stores them (llama.cpp 0.5.0, conversion/gemma.py): nothing added to the norms."""
+    weights = {name + ".weight" * name.endswith("layer_scalar"): values for name, values in weights.items()}
+    frequencies = torch.tensor([1.0] * 64 + [1e30] * 192)  # of rotary embeddings in global layers
+    return weights | {"rope_freqs.weight": frequencies}
+
+
+def gemma4(te_model: str, layers: int, last_layer: int, towers, **config) -> Encoder:
+    return Encoder(te_model, "stable_diffusion", gguf.MODEL_ARCH.GEMMA4, {**SMALL, "num_hidden_layers": layers, **config},
+                   "gemma4", changed=as_converted, metadata=VOCABULARY, extra={"tokenizer_json": tokenizer_json(VOCABULARY)},
+                   towers=towers, markers={
+                       "model.layers.0.post_feedforward_layernorm.weight": (256,),
+                       f"model.layers.{last_layer}.self_attn.q_norm.weight": (256,)})
+
+
+TOWERS = [(host.GEMMA4_VISION_CONFIG, SMALL_VISION), (host.GEMMA4_AUDIO_CONFIG, SMALL_AUDIO)]
+ENCODERS = {  # the last layer of each group has global attention; those that share keys and values have both kinds before them
+    "gemma-4-e2b": gemma4("GEMMA_4_E2B", 10, 34, TOWERS, num_kv_shared_layers=5, hidden_size_per_layer_input=64),
+    "gemma-4-e4b": gemma4("GEMMA_4_E4B", 12, 41, TOWERS, num_kv_shared_layers=6, hidden_size_per_layer_input=64),
+    "gemma-4-31b": gemma4("GEMMA_4_31B", 6, 59, [(host.GEMMA4_VISION_31B_CONFIG, SMALL_VISION)]),
+    "gemma-4-12b": gemma4("GEMMA_4_12B", 6, 47, [(host.GEMMA4_UNIFIED_VISION_CONFIG, SMALL_UNIFIED_VISION)]),
+}
