@@ -156,4 +156,5 @@ def hidden_states(clip: comfy.sd.CLIP, tokens=TOKENS) -> torch.Tensor:
             return model([tokens])[0]
         # The host has this encoder only write text, for which it runs the model in another way.
         embeds = SDClipModel.process_tokens(model, [tokens], torch.device("cpu"))[0]
-        return model.transformer.model(None, embeds=embeds, input_ids=torch.tensor([tokens]))[0]
+        ids = torch.tensor([[token for token in tokens if isinstance(token, int)]])
+        return model.transformer.model(None, embeds=embeds, input_ids=ids)[0]

@@ -39,3 +39,20 @@ ENCODERS = {  # every sixth layer of Gemma 3 has global attention
     "gemma-3-4b": gemma("GEMMA_3_4B", "lumina2", 6, "gemma3_4b", (QUERY_NORM,)),
     "gemma-3-12b": gemma("GEMMA_3_12B", "ltxv", 6, "", ("47.self_attn.q_norm", "5.self_attn.v_proj"), towers=TOWERS),
 }
+# The host takes it for another encoder than that without a tower.
+GEMMA_3_4B_VISION = gemma("GEMMA_3_4B_VISION", "lumina2", 6, "gemma3_4b_vision", (QUERY_NORM,), towers=TOWERS)
+GEMMA_3_4B_VISION.markers["vision_model.embeddings.patch_embedding.weight"] = (64, 3, 14, 14)
+
+
+def gemma3_mmproj(weights: Weights) -> Weights:
+    """The tower in the names of llama.cpp, as its converter stores it (llama.cpp 0.5.0, conversion/gemma.py)."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 4)
+    stored = {}
+    for name, values in weights.items():
+        if name.startswith("vision_model."):
+            name = f"vision_tower.{name}"
+        name = name.replace("_weight", ".weight")
+        if name.endswith("soft_emb_norm.weight"):
+            values = values + 1
+        stored[names.get_name(name, try_suffixes=(".weight", ".bias"))] = values
+    return stored

@@ -44,3 +44,50 @@ ENCODERS = {  # the last layer of each group has global attention; those that sh
     "gemma-4-31b": gemma4("GEMMA_4_31B", 6, 59, [(host.GEMMA4_VISION_31B_CONFIG, SMALL_VISION)]),
     "gemma-4-12b": gemma4("GEMMA_4_12B", 6, 47, [(host.GEMMA4_UNIFIED_VISION_CONFIG, SMALL_UNIFIED_VISION)]),
 }
+
+
+def gemma4_mmproj(weights: Weights) -> Weights:
+    """The towers in the names of llama.cpp, as its converter stores them (llama.cpp 0.5.0, conversion/gemma.py)."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 4)
+    limits = [f".{side}_{end}" for side in ("input", "output") for end in ("min", "max")]
+    stored = {}
+    for name, values in weights.items():
+        for ours, theirs in (
+                ("vision_model.encoder.", "vision_model.model."), ("vision_model.patch_embedder.", "model.vision_tower.patch_embedder."),
+                ("multi_modal_projector.", "model.embed_vision."), ("audio_projector.", "model.embed_audio."),
+                ("audio_model.", "conformer."), (".linear.", "."), ("position_embedding_table", "position_embedding_table.weight"),
+                ("per_dim_scale", "per_dim_scale.weight")):
+            name = name.replace(ours, theirs)
+        if name.endswith("per_dim_scale.weight"):
+            values = torch.nn.functional.softplus(values)
+        elif "depthwise_conv1d" in name:
+            values = values[:, 0]
+        elif name.endswith("patch_embedder.input_proj.weight"):
+            values = values.view(-1, 16, 16, 3).permute(0, 3, 1, 2)
+        stored[names.get_name(name, try_suffixes=(".weight", ".bias", *limits))] = values.reshape(values.shape or 1)
+    return stored
+
+
+# gguf-py 0.19 does not know these (llama.cpp 0.5.0, gguf-py/gguf/tensor_mapping.py).
+UNIFIED_NAMES = {
+    "vision_model.patch_ln1": "v.patch_norm.1", "vision_model.patch_ln2": "v.patch_norm.2", "vision_model.pos_norm": "v.patch_norm.3",
+    "vision_model.patch_dense": "v.patch_embd", "vision_model.pos_embedding": "v.position_embd.weight",
+    "multi_modal_projector.embedding_projection": "mm.input_projection",
+    "audio_projector.embedding_projection": "mm.a.input_projection",
+}
+
+
+def unified_mmproj(weights: Weights) -> Weights:
+    """The same for the encoder without towers: the colours of a patch lie one after the other."""
+    pixels = torch.arange(48 * 48 * 3)
+    colour, row, column = pixels // (48 * 48), pixels % (48 * 48) // 48, pixels % 48
+    order = row * 48 * 3 + column * 3 + colour
+    stored = {}
+    for name, values in weights.items():
+        if name.startswith(("vision_model.patch_dense.weight", "vision_model.patch_ln1.")):
+            values = values[..., order]
+        elif name.endswith("pos_embedding"):
+            values = values.permute(1, 0, 2)
+        stem = next(stem for stem in UNIFIED_NAMES if name.startswith(stem))
+        stored[name.replace(stem, UNIFIED_NAMES[stem])] = values
+    return stored

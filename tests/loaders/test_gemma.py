@@ -1,0 +1,213 @@
+"""Gemma 2, 3 and 4: what their converters change, what they see and hear through, the files of LTX-2."""
+import dataclasses
+
+import gguf
+import pytest
+import safetensors.torch
+import torch
+from encoders import ENCODERS
+from encoders.encoder import (
+    TOKENS,
+    hidden_states,
+    host_clip,
+    random_weights,
+    small_towers,
+    text_model,
+    write_encoder,
+)
+from encoders.gemma import GEMMA_3_4B_VISION, gemma3_mmproj
+from encoders.gemma4 import gemma4_mmproj, unified_mmproj
+from families import relative_error
+from featherweight.loaders.arch import arch_of
+from featherweight.loaders.container import WeightFileError, open_weights
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.ops.format import Format
+from featherweight.ops.tensor import is_packed, packed_tensors
+
+from devtools.gguf_files import write_gguf
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+PICTURE = torch.rand(1, 96, 144, 3, generator=torch.Generator().manual_seed(1))
+SOUND = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(2))
+SAMPLES = torch.randn(1, 5, 640, generator=torch.Generator().manual_seed(3))
+
+
+def picture():
+    return {"type": "image", "data": PICTURE}
+
+
+SENSES = {  # encoder, the mmproj file of its tower, what it is shown
+    "gemma-3-4b": (GEMMA_3_4B_VISION, gemma3_mmproj, picture),
+    "gemma-3-12b": (ENCODERS["gemma-3-12b"], gemma3_mmproj, picture),
+    "gemma-4-e2b": (ENCODERS["gemma-4-e2b"], gemma4_mmproj, picture),
+    "gemma-4-e4b": (ENCODERS["gemma-4-e4b"], gemma4_mmproj, picture),
+    "gemma-4-e4b-hears": (ENCODERS["gemma-4-e4b"], gemma4_mmproj, lambda: {"type": "audio", "data": SOUND}),
+    "gemma-4-31b": (ENCODERS["gemma-4-31b"], gemma4_mmproj, picture),
+    "gemma-4-12b": (ENCODERS["gemma-4-12b"], unified_mmproj, picture),
+    "gemma-4-12b-hears": (ENCODERS["gemma-4-12b"], unified_mmproj, lambda: {"type": "audio", "data": SAMPLES}),
+}
+
+
+def tower_weights(encoder):
+    """Random weights of the towers, with limits that what passes through them reaches."""
+    weights = random_weights(encoder, towers=True)
+    for name, values in weights.items():
+        if name.endswith(("_min", "_max")):
+            weights[name] = (1 + values.abs()) * (1 if name.endswith("max") else -1)
+        elif name == "vision_model.patch_dense.weight":
+            weights[name] = values.sign() * 127 / 8192  # what Q8_0 holds in any order
+    return weights
+
+
+def write_mmproj(path, tensors):
+    write_gguf(path, tensors, type_of=lambda name, values: "Q8_0" if values.ndim == 2 else "F32", architecture="clip")
+
+
+@pytest.mark.parametrize("name", SENSES)
+def test_what_an_mmproj_file_beside_the_encoder_lets_it_perceive_equals_that_of_the_dense_model(name, tmp_path):
+    encoder, mmproj_of, seen = SENSES[name]
+    with small_towers(encoder):
+        weights, tower = random_weights(encoder), tower_weights(encoder)
+        write_encoder(tmp_path / "gemma.gguf", ENCODERS[name.removesuffix("-hears")], weights)
+        write_mmproj(tmp_path / "mmproj-gemma.gguf", mmproj_of(tower))
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+        expected = hidden_states(host_clip(encoder, weights | tower), [3, seen(), 17])
+        assert relative_error(hidden_states(clip, [3, seen(), 17]), expected) < 1e-4
+        assert expected.shape[1] > 3
+
+
+def test_the_first_mmproj_files_of_gemma_3_have_two_layers_the_other_way_round(tmp_path):
+    encoder = GEMMA_3_4B_VISION
+    with small_towers(encoder):
+        weights, tower = random_weights(encoder), tower_weights(encoder)
+        write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], weights)
+        swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+        write_mmproj(tmp_path / "tower.gguf", {
+            ".".join(swap.get(part, part) for part in name.split(".")): values for name, values in gemma3_mmproj(tower).items()})
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, mmproj=str(tmp_path / "tower.gguf"),
+                                 model_options=encoder.model_options)
+        expected = hidden_states(host_clip(encoder, weights | tower), [3, picture(), 17])
+        assert relative_error(hidden_states(clip, [3, picture(), 17]), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name, encoder, mmproj_of, shape", [
+    ("gemma-3-4b", GEMMA_3_4B_VISION, gemma3_mmproj, (64, 512)),
+    ("gemma-4-31b", ENCODERS["gemma-4-31b"], gemma4_mmproj, (512, 64)),
+])
+def test_a_tower_of_another_width_is_told(name, encoder, mmproj_of, shape, tmp_path):
+    with small_towers(encoder):
+        write_encoder(tmp_path / "gemma.gguf", ENCODERS[name], random_weights(encoder))
+        tower = mmproj_of(tower_weights(encoder)) | {"mm.input_projection.weight": torch.zeros(shape)}
+        write_mmproj(tmp_path / "tower.gguf", tower)
+        with pytest.raises(WeightFileError, match="tower.gguf gives pictures a width of 512, gemma.gguf has 256"):
+            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, mmproj=str(tmp_path / "tower.gguf"))
+
+
+def test_a_tower_of_gemma_3_does_not_fit_gemma_4(tmp_path):
+    encoder = ENCODERS["gemma-4-e4b"]
+    with small_towers(GEMMA_3_4B_VISION):
+        write_mmproj(tmp_path / "tower.gguf", gemma3_mmproj(tower_weights(GEMMA_3_4B_VISION)))
+    with small_towers(encoder):
+        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
+        with pytest.raises(WeightFileError, match="tower.gguf fits none of gemma.gguf"):
+            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, mmproj=str(tmp_path / "tower.gguf"))
+
+
+NAMES = ["gemma-2-2b", "gemma-3-4b", "gemma-4-e4b"]
+
+
+@pytest.mark.parametrize("architecture", ["pig", "llama", None])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_family_is_known_by_its_tensors_whatever_the_file_says(name, architecture, tmp_path):
+    encoder = ENCODERS[name]
+    with small_towers(encoder):
+        write_encoder(tmp_path / "named.gguf", encoder, random_weights(encoder))
+    named = open_weights(tmp_path / "named.gguf").state_dict()
+    tensors = {name: unpacked(tensor) for name, tensor in named.items()}
+    write_gguf(tmp_path / "other.gguf", tensors, lambda name, values: "F32", architecture)
+    assert arch_of(open_weights(tmp_path / "other.gguf").state_dict()) is arch_of(named)
+
+
+def unpacked(tensor):
+    return tensor.dequantize() if is_packed(tensor) else tensor
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_k_quants_give_the_hidden_states_of_their_values(name, tmp_path):
+    encoder = ENCODERS[name]
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(tmp_path / "gemma.gguf", encoder, weights, "Q4_K")
+        names = gguf.get_tensor_name_map(encoder.architecture, 64)
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "gemma.gguf").tensors}
+        for host_name, values in weights.items():
+            tensor = stored.get(names.get_name(host_name, try_suffixes=(".weight",)))
+            if tensor is not None and values.ndim == 2:
+                weights[host_name] = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+        assert sum(tensor.tensor_type.name == "Q4_K" for tensor in stored.values()) > 20
+        assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e4b"])  # the second has a table for each layer too
+def test_no_embedding_table_is_unpacked_while_it_is_loaded_and_a_prompt_is_encoded(name, tmp_path, monkeypatch):
+    encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
+    with small_towers(encoder):
+        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
+        unpacked_bytes, unpack_into = [], Format.unpack_into.__func__
+
+        def count(cls, tensors, *args, **kwargs):
+            unpacked_bytes.append(tensors[0].numel())
+            return unpack_into(cls, tensors, *args, **kwargs)
+
+        monkeypatch.setattr(Format, "unpack_into", classmethod(count))
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+        hidden_states(clip)
+    tables = [tensor for name, tensor in text_model(clip).transformer.state_dict().items() if "embed_tokens" in name]
+    assert tables and all(len(tensor) == 8192 for tensor in tables)
+    row_bytes = [packed_tensors(table)[0].numel() // 8192 for table in tables]
+    assert max(unpacked_bytes) < min(row_bytes) * 8192
+    assert all(row * len(TOKENS) in unpacked_bytes for row in row_bytes)
+
+
+def test_a_table_without_the_rows_that_have_no_token_is_enough(tmp_path):
+    encoder = ENCODERS["gemma-3-4b"]
+    weights = random_weights(encoder)
+    tokens = 251  # of 256
+    write_encoder(tmp_path / "gemma.gguf", encoder, weights | {
+        "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:tokens]})
+    clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+    assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gemma-4-e2b", "gemma-4-e4b"])
+def test_layers_that_share_keys_and_values_need_none_of_their_own(name, tmp_path):
+    encoder = ENCODERS[name]
+    first_shared = encoder.config["num_hidden_layers"] - encoder.config["num_kv_shared_layers"]
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        kept = {name: values for name, values in weights.items()
+                if not (".self_attn." in name and name.split(".")[4] in ("k_proj", "v_proj", "k_norm")
+                        and int(name.split(".")[2]) >= first_shared)}
+        assert len(weights) - len(kept) > 9
+        write_encoder(tmp_path / "gemma.gguf", encoder, kept)
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+        assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+
+
+def test_a_gemma_4_with_experts_is_not_taken_for_another(tmp_path):
+    encoder = ENCODERS["gemma-4-31b"]
+    with small_towers(encoder):
+        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
+    weights = open_weights(tmp_path / "gemma.gguf").state_dict()
+    assert arch_of(weights | {"blk.0.ffn_gate_inp.weight": torch.zeros(4, 256)}) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_without_the_vocabulary_is_told(name, tmp_path):
+    encoder = dataclasses.replace(ENCODERS[name], metadata={})
+    with small_towers(encoder):
+        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
+    with pytest.raises(WeightFileError, match="gemma.gguf has no tokenizer.ggml.* in its metadata"):
+        load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type)
