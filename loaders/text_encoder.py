@@ -10,12 +10,13 @@ from typing import Any
 import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
+import comfy.text_encoders.lt
 import comfy.utils
 
 from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from . import archs  # noqa: F401  registers the families
-from .arch import Weights, arch_of, without_prefix
+from .arch import SENTENCEPIECE, Weights, arch_of, without_prefix
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusion import is_ours, operations_for
 from .encoder_kinds import TITLES, kind_of, refuse_misfits
@@ -40,6 +41,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         return comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
     weights = _weights_of(paths, mmproj)
     _check(paths, weights, clip_type)
+    if clip_type == "ltxv":
+        weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
     model_options["custom_operations"] = operations_for(
         {name: None for part in weights for name in part}, full_precision=True)
     with bare_parameters_unpacked():
@@ -140,7 +143,8 @@ def _check(paths: list[str], weights: list[Weights], clip_type: str):
     for name, part in zip(names, weights):
         found = comfy.sd.detect_te_model(part)
         kinds.append(found and kind_of(found.name, part))
-        if found is None and _is_diffusion_model(part):
+        # LTX-2 takes a projection from a file of its own or its whole checkpoint.
+        if found is None and not comfy.text_encoders.lt.sd_detect([part]) and _is_diffusion_model(part):
             raise WeightFileError(f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion Model"
                                   " (Featherweight).")
     if not any(kinds):

@@ -53,10 +53,10 @@ def gemma4_mmproj(weights: Weights) -> Weights:
     stored = {}
     for name, values in weights.items():
         for ours, theirs in (
-                ("vision_model.encoder.", "vision_model.model."), ("vision_model.patch_embedder.", "model.vision_tower.patch_embedder."),
+                ("vision_model.encoder.", "vision_model.model."), ("vision_model.patch_", "model.vision_tower.patch_"),
                 ("multi_modal_projector.", "model.embed_vision."), ("audio_projector.", "model.embed_audio."),
-                ("audio_model.", "conformer."), (".linear.", "."), ("position_embedding_table", "position_embedding_table.weight"),
-                ("per_dim_scale", "per_dim_scale.weight")):
+                ("audio_model.", "conformer."), (".linear.", "."), ("per_dim_scale", "per_dim_scale.weight"),
+                ("position_embedding_table", "position_embedding_table.weight")):
             name = name.replace(ours, theirs)
         if name.endswith("per_dim_scale.weight"):
             values = torch.nn.functional.softplus(values)
@@ -70,7 +70,8 @@ def gemma4_mmproj(weights: Weights) -> Weights:
 
 # gguf-py 0.19 does not know these (llama.cpp 0.5.0, gguf-py/gguf/tensor_mapping.py).
 UNIFIED_NAMES = {
-    "vision_model.patch_ln1": "v.patch_norm.1", "vision_model.patch_ln2": "v.patch_norm.2", "vision_model.pos_norm": "v.patch_norm.3",
+    "vision_model.patch_ln1": "v.patch_norm.1", "vision_model.patch_ln2": "v.patch_norm.2",
+    "vision_model.pos_norm": "v.patch_norm.3",
     "vision_model.patch_dense": "v.patch_embd", "vision_model.pos_embedding": "v.position_embd.weight",
     "multi_modal_projector.embedding_projection": "mm.input_projection",
     "audio_projector.embedding_projection": "mm.a.input_projection",

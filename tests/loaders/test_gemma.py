@@ -1,16 +1,20 @@
 """Gemma 2, 3 and 4: what their converters change, what they see and hear through, the files of LTX-2."""
 import dataclasses
 
+import comfy.sd
 import gguf
 import pytest
 import safetensors.torch
 import torch
+from comfy.text_encoders import lt
 from encoders import ENCODERS
 from encoders.encoder import (
     TOKENS,
     hidden_states,
     host_clip,
     random_weights,
+    rounded,
+    seeded,
     small_towers,
     text_model,
     write_encoder,
@@ -83,8 +87,9 @@ def test_the_first_mmproj_files_of_gemma_3_have_two_layers_the_other_way_round(t
         weights, tower = random_weights(encoder), tower_weights(encoder)
         write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], weights)
         swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+        stored = gemma3_mmproj(tower).items()
         write_mmproj(tmp_path / "tower.gguf", {
-            ".".join(swap.get(part, part) for part in name.split(".")): values for name, values in gemma3_mmproj(tower).items()})
+            ".".join(swap.get(part, part) for part in name.split(".")): values for name, values in stored})
         clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, mmproj=str(tmp_path / "tower.gguf"),
                                  model_options=encoder.model_options)
         expected = hidden_states(host_clip(encoder, weights | tower), [3, picture(), 17])
@@ -211,3 +216,57 @@ def test_a_file_without_the_vocabulary_is_told(name, tmp_path):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
     with pytest.raises(WeightFileError, match="gemma.gguf has no tokenizer.ggml.* in its metadata"):
         load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type)
+
+
+@pytest.fixture
+def ltx(monkeypatch):
+    """Gemma 3 12B, and the projection of LTX-2.3, whose sizes are fixed in the host, as small: 7 hidden states of 256."""
+    projection = lt.DualLinearProjection
+    monkeypatch.setattr(lt, "DualLinearProjection", lambda *sizes, **options: projection(7 * 256, 64, 32, **options))
+    encoder = ENCODERS["gemma-3-12b"]
+    with small_towers(encoder):
+        yield encoder
+
+
+def projection_weights():
+    shapes = {}
+    for kind, width in (("video", 64), ("audio", 32)):
+        layer = f"text_embedding_projection.{kind}_aggregate_embed"
+        shapes |= {f"{layer}.weight": (width, 7 * 256), f"{layer}.bias": (width,)}
+    return {name: rounded(values) if values.ndim == 2 else values for name, values in seeded(shapes).items()}
+
+
+def encoded(clip):
+    return clip.encode_from_tokens({"gemma3_12b": [[(token, 1.0) for token in TOKENS]]})
+
+
+@pytest.mark.parametrize("first", ["gemma", "projection"])
+@pytest.mark.parametrize("ending", ["gguf", "safetensors"])
+def test_the_projection_of_ltx_2_comes_from_a_second_file(ending, first, ltx, tmp_path):
+    weights, projection = random_weights(ltx), projection_weights()
+    paths = [tmp_path / "gemma.gguf", tmp_path / f"projection.{ending}"]
+    write_encoder(paths[0], ltx, weights)
+    if ending == "gguf":
+        write_gguf(paths[1], projection, lambda name, values: "Q8_0" if values.ndim == 2 else "F32", None)
+    else:
+        safetensors.torch.save_file(projection, paths[1])
+    paths.sort(key=lambda path: path.stem != first)
+    clip = load_text_encoder(list(map(str, paths)), "ltxv", model_options=ltx.model_options)
+    assert is_packed(clip.cond_stage_model.text_embedding_projection.audio_aggregate_embed.weight) == (ending == "gguf")
+    dense = comfy.sd.load_text_encoder_state_dicts(
+        [weights | {name: torch.zeros(shape) for name, shape in ltx.markers.items() if name not in weights} | dict(ltx.extra),
+         projection], clip_type=comfy.sd.CLIPType.LTXV, model_options=ltx.model_options)
+    assert relative_error(encoded(clip), encoded(dense)) < 1e-4
+
+
+def test_the_projection_of_ltx_2_may_lie_in_the_whole_checkpoint(ltx, tmp_path):
+    write_encoder(tmp_path / "gemma.gguf", ltx, random_weights(ltx))
+    projection = projection_weights()
+    model = "model.diffusion_model."
+    safetensors.torch.save_file(projection | {
+        f"{model}adaln_single.emb.timestep_embedder.linear_1.bias": torch.zeros(64),
+        f"{model}transformer_blocks.0.attn2.to_k.weight": torch.zeros(64, 64)}, tmp_path / "ltx-2.safetensors")
+    clip = load_text_encoder([str(tmp_path / "gemma.gguf"), str(tmp_path / "ltx-2.safetensors")], "ltxv",
+                             model_options=ltx.model_options)
+    loaded = clip.cond_stage_model.state_dict()
+    assert all(torch.equal(loaded[name], values) for name, values in projection.items())
