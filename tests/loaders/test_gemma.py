@@ -262,10 +262,10 @@ def test_the_projection_of_ltx_2_comes_from_a_second_file(ending, first, ltx, tm
 def test_the_projection_of_ltx_2_may_lie_in_the_whole_checkpoint(ltx, tmp_path):
     write_encoder(tmp_path / "gemma.gguf", ltx, random_weights(ltx))
     projection = projection_weights()
-    model = "model.diffusion_model."
-    safetensors.torch.save_file(projection | {
-        f"{model}adaln_single.emb.timestep_embedder.linear_1.bias": torch.zeros(64),
-        f"{model}transformer_blocks.0.attn2.to_k.weight": torch.zeros(64, 64)}, tmp_path / "ltx-2.safetensors")
+    blocks = {f"transformer_blocks.{index}.attn2.to_k.weight": torch.zeros(64, 64) for index in range(6)}
+    model = {"adaln_single.emb.timestep_embedder.linear_1.bias": torch.zeros(64), **blocks}
+    checkpoint = projection | {f"model.diffusion_model.{name}": values for name, values in model.items()}
+    safetensors.torch.save_file(checkpoint, tmp_path / "ltx-2.safetensors")
     clip = load_text_encoder([str(tmp_path / "gemma.gguf"), str(tmp_path / "ltx-2.safetensors")], "ltxv",
                              model_options=ltx.model_options)
     loaded = clip.cond_stage_model.state_dict()
