@@ -20,6 +20,7 @@ from .arch import SENTENCEPIECE, Weights, arch_of, without_prefix
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusion import is_ours, operations_for
 from .encoder_kinds import TITLES, kind_of, refuse_misfits
+from .towers import missing_towers_left_out
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
     model_options["custom_operations"] = operations_for(
         {name: None for part in weights for name in part}, full_precision=True)
-    with bare_parameters_unpacked():
+    with bare_parameters_unpacked(), missing_towers_left_out():
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)

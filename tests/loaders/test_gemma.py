@@ -10,6 +10,7 @@ from comfy.text_encoders import lt
 from encoders import ENCODERS
 from encoders.encoder import (
     TOKENS,
+    TOWERS,
     hidden_states,
     host_clip,
     random_weights,
@@ -79,6 +80,17 @@ def test_what_an_mmproj_file_beside_the_encoder_lets_it_perceive_equals_that_of_
         expected = hidden_states(host_clip(encoder, weights | tower), [3, seen(), 17])
         assert relative_error(hidden_states(clip, [3, seen(), 17]), expected) < 1e-4
         assert expected.shape[1] > 3
+
+
+@pytest.mark.parametrize("name", [name for name in SENSES if name != "gemma-3-4b"])  # the host has another class without tower
+def test_an_encoder_without_its_mmproj_file_has_no_tower_and_says_so(name, tmp_path):
+    encoder, _, seen = SENSES[name]
+    with small_towers(encoder):
+        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+    assert not [name for name in text_model(clip).transformer.state_dict() if name.startswith(TOWERS)]
+    with pytest.raises(WeightFileError, match="Pick the mmproj file"):
+        hidden_states(clip, [3, seen(), 17])
 
 
 def test_the_first_mmproj_files_of_gemma_3_have_two_layers_the_other_way_round(tmp_path):

@@ -1,0 +1,47 @@
+"""What a text encoder sees and hears through, where no file of it was given: left out of the host's model.
+
+The host builds these towers whether a file has them or not. Gemma 3 12B, which LTX-2 uses for text alone, would hold 1.6 GB
+for one that cannot work.
+"""
+import contextlib
+
+import torch
+
+from .container import WeightFileError
+
+TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_projector", "visual"}  # the host's names
+
+
+class MissingTower(torch.nn.Module):
+    """In the place of a tower. Says what is missing when it is used."""
+
+    def forward(self, *args, **kwargs):
+        raise WeightFileError("This text encoder was loaded without what it sees or hears through, and was given a picture or"
+                              " sound. Pick the mmproj file that was published with it in Load Text Encoder (Featherweight).")
+
+    patchify = forward  # what the host calls first where there is no tower but an embedding of pixels
+
+
+@contextlib.contextmanager
+def missing_towers_left_out():
+    """While the host builds and loads a text encoder."""
+    hooks = []
+
+    def on_submodule(parent, name, module):
+        if name == "transformer" and module is not None:
+            hooks.append(module.register_load_state_dict_post_hook(_leave_out))
+
+    hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _leave_out(model, keys):
+    for name in TOWERS & {name for name, _ in model.named_children()}:
+        own = {f"{name}.{key}" for key in getattr(model, name).state_dict()}
+        if own <= set(keys.missing_keys):
+            setattr(model, name, MissingTower())
+            keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]
