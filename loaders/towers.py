@@ -29,7 +29,7 @@ def missing_towers_left_out():
 
     def on_submodule(parent, name, module):
         if name == "transformer" and module is not None:
-            hooks.append(module.register_load_state_dict_post_hook(_leave_out))
+            hooks.append(module.register_load_state_dict_pre_hook(_leave_out))
 
     hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
     try:
@@ -39,9 +39,7 @@ def missing_towers_left_out():
             hook.remove()
 
 
-def _leave_out(model, keys):
+def _leave_out(model, state_dict, prefix, *args):
     for name in TOWERS & {name for name, _ in model.named_children()}:
-        own = {f"{name}.{key}" for key in getattr(model, name).state_dict()}
-        if own <= set(keys.missing_keys):
+        if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
             setattr(model, name, MissingTower())
-            keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]

@@ -9,9 +9,11 @@ import threading
 import weakref
 
 import torch
+from comfy_kitchen.tensor import register_layout_op
+from comfy_kitchen.tensor.base import dequantize_args
 
 from .format import FORMATS, Format
-from .tensor import QuantizedTensor, packed_tensors
+from .tensor import PackedLayout, QuantizedTensor, packed_tensors
 
 # A weight is unpacked into at most this many bytes at a time. Larger weights go through the product in slices of rows.
 SCRATCH_BYTES = 64 << 20
@@ -194,6 +196,15 @@ def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | No
         return torch.nn.functional.linear(input, dense, bias)
     return torch.ops.featherweight.linear(
         input, packed_tensors(weight), bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype, down, ups, slices)
+
+
+@register_layout_op(torch.ops.aten.linear.default, PackedLayout)
+def _linear_of_the_host(_, args, kwargs):
+    """`torch.nn.functional.linear` in inference mode, as where the host multiplies with an embedding table to write text."""
+    input, weight, bias = (*args, None)[:3]
+    if isinstance(input, QuantizedTensor) or isinstance(bias, QuantizedTensor):
+        return torch.nn.functional.linear(*dequantize_args((input, weight, bias)))
+    return linear(input, weight, bias)
 
 
 def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -26,8 +26,9 @@ from families import relative_error
 from featherweight.loaders.arch import arch_of
 from featherweight.loaders.container import WeightFileError, open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.ops import product
 from featherweight.ops.format import Format
-from featherweight.ops.tensor import is_packed, packed_tensors
+from featherweight.ops.tensor import is_packed
 
 from devtools.gguf_files import write_gguf
 
@@ -167,25 +168,46 @@ def test_k_quants_give_the_hidden_states_of_their_values(name, tmp_path):
         assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
 
 
+@pytest.fixture
+def unpacked_values(monkeypatch):
+    """How many values each call has unpacked so far."""
+    counts, unpack_into = [], Format.unpack_into.__func__
+
+    def count(cls, tensors, out, *args, **kwargs):
+        counts.append(out.numel())
+        return unpack_into(cls, tensors, out, *args, **kwargs)
+
+    monkeypatch.setattr(Format, "unpack_into", classmethod(count))
+    return counts
+
+
 @pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e4b"])  # the second has a table for each layer too
-def test_no_embedding_table_is_unpacked_while_it_is_loaded_and_a_prompt_is_encoded(name, tmp_path, monkeypatch):
+def test_no_embedding_table_is_unpacked_while_it_is_loaded_and_a_prompt_is_encoded(name, tmp_path, unpacked_values):
     encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
-        unpacked_bytes, unpack_into = [], Format.unpack_into.__func__
-
-        def count(cls, tensors, *args, **kwargs):
-            unpacked_bytes.append(tensors[0].numel())
-            return unpack_into(cls, tensors, *args, **kwargs)
-
-        monkeypatch.setattr(Format, "unpack_into", classmethod(count))
         clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
         hidden_states(clip)
     tables = [tensor for name, tensor in text_model(clip).transformer.state_dict().items() if "embed_tokens" in name]
-    assert tables and all(len(tensor) == 8192 for tensor in tables)
-    row_bytes = [packed_tensors(table)[0].numel() // 8192 for table in tables]
-    assert max(unpacked_bytes) < min(row_bytes) * 8192
-    assert all(row * len(TOKENS) in unpacked_bytes for row in row_bytes)
+    assert tables and all(is_packed(table) and len(table) == 8192 for table in tables)
+    assert max(unpacked_values) < min(table.numel() for table in tables)
+    assert all(len(TOKENS) * table.shape[1] in unpacked_values for table in tables)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_is_written_as_by_the_dense_model_with_the_table_unpacked_in_slices(name, tmp_path, unpacked_values, monkeypatch):
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 1 << 20)
+    encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(tmp_path / "gemma.gguf", encoder, weights)
+        clips = [load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options),
+                 host_clip(encoder, weights)]
+    prompt = {encoder.config_of: [[(token, 1.0) for token in TOKENS]]}
+    with torch.inference_mode():  # as the host runs nodes
+        packed, dense = (clip.generate(prompt, do_sample=False, max_length=6) for clip in clips)
+    assert packed == dense
+    assert max(unpacked_values) <= 1 << 18
 
 
 def test_a_table_without_the_rows_that_have_no_token_is_enough(tmp_path):
