@@ -1,4 +1,5 @@
 """Text encoders: weight files and folders -> the host's own CLIP, with packed weights."""
+import contextlib
 import difflib
 import functools
 import logging
@@ -46,7 +47,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
     model_options["custom_operations"] = operations_for(
         {name: None for part in weights for name in part}, full_precision=True)
-    with bare_parameters_unpacked(), missing_towers_left_out():
+    with bare_parameters_unpacked(), missing_towers_left_out(), _other_sizes_told(paths):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
@@ -158,6 +159,21 @@ def _check(paths: list[str], weights: list[Weights], clip_type: str):
     for name, kind, part in zip(names, kinds, weights):
         log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(kind, kind),
                  sum(tensor.nbytes for tensor in part.values()))
+
+
+@contextlib.contextmanager
+def _other_sizes_told(paths: list[str]):
+    """Raise WeightFileError where the host takes weights by their names for a model of another size."""
+    try:
+        yield
+    except RuntimeError as error:
+        model, *mismatches = str(error).split("\n\t")
+        if not mismatches or "loading state_dict for " not in model:
+            raise
+        raise WeightFileError(
+            f"{' and '.join(map(os.path.basename, paths))}: the names of the weights are those of"
+            f" {model.rpartition(' ')[2].rstrip(':')}, their sizes are not: {mismatches[0]} Get the size of the model that the"
+            " workflow is for.") from error
 
 
 def _is_diffusion_model(weights: Weights) -> bool:

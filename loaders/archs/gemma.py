@@ -1,24 +1,16 @@
 """Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
 from ..arch import SENTENCEPIECE, Arch, dense, renamed
 from ..tokenizer import sentencepiece_model
+from ._decoder import DECODER_NAMES
 
 LAYER, TOWER_LAYER = "model.layers.{}", "vision_model.encoder.layers.{}"
-DECODER_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "blk.{}.attn_norm": f"{LAYER}.input_layernorm",
-    "blk.{}.attn_q": f"{LAYER}.self_attn.q_proj",
-    "blk.{}.attn_k": f"{LAYER}.self_attn.k_proj",
-    "blk.{}.attn_v": f"{LAYER}.self_attn.v_proj",
-    "blk.{}.attn_output": f"{LAYER}.self_attn.o_proj",
+GEMMA_NAMES = {
+    **DECODER_NAMES,
     "blk.{}.attn_q_norm": f"{LAYER}.self_attn.q_norm",
     "blk.{}.attn_k_norm": f"{LAYER}.self_attn.k_norm",
     "blk.{}.post_attention_norm": f"{LAYER}.post_attention_layernorm",
     "blk.{}.ffn_norm": f"{LAYER}.pre_feedforward_layernorm",
-    "blk.{}.ffn_gate": f"{LAYER}.mlp.gate_proj",
-    "blk.{}.ffn_up": f"{LAYER}.mlp.up_proj",
-    "blk.{}.ffn_down": f"{LAYER}.mlp.down_proj",
     "blk.{}.post_ffw_norm": f"{LAYER}.post_feedforward_layernorm",
-    "output_norm": "model.norm",
     "output": None,  # the embedding table once more
 }
 # What other models with these norms lack: OLMo 2 the norm before attention, GLM 4 the gate.
@@ -29,7 +21,7 @@ PROJECTION, PROJECTION_NORM = "mm.input_projection.weight", "mm.soft_emb_norm.we
 
 class Gemma2(Arch):
     follows = "llama.cpp 0.5.0, conversion/gemma.py"
-    names = DECODER_NAMES
+    names = GEMMA_NAMES
 
     @classmethod
     def recognises(cls, weights):
@@ -46,7 +38,7 @@ class Gemma2(Arch):
 
 class Gemma3(Gemma2):
     names = {
-        **DECODER_NAMES,
+        **GEMMA_NAMES,
         "v.patch_embd": "vision_model.embeddings.patch_embedding",
         "v.position_embd": "vision_model.embeddings.position_embedding",
         "v.blk.{}.ln1": f"{TOWER_LAYER}.layer_norm1",

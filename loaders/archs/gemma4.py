@@ -6,7 +6,7 @@ import torch
 
 from ..arch import TOKENIZER_JSON, Arch, dense, renamed
 from ..tokenizer import tokenizer_json
-from .gemma import DECODER_NAMES, GEMMA_MARKS, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM
+from .gemma import GEMMA_MARKS, GEMMA_NAMES, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM
 
 EXPERTS = "blk.0.ffn_gate_inp.weight"
 PATCHES, PATCH_NORM, POSITIONS = "v.patch_embd.weight", "v.patch_norm.1", "v.position_embd"
@@ -39,8 +39,7 @@ LIMITS = ("input_min", "input_max", "output_min", "output_max")
 class Gemma4(Arch):
     follows = "llama.cpp 0.5.0, conversion/gemma.py"
     names = {
-        **DECODER_NAMES,
-        "rope_freqs": None,
+        **GEMMA_NAMES,
         "blk.{}.layer_output_scale": f"{LAYER}.layer_scalar",
         "per_layer_token_embd": "model.embed_tokens_per_layer",
         "per_layer_model_proj": "model.per_layer_model_projection",

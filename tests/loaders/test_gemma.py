@@ -226,6 +226,13 @@ def test_layers_that_share_keys_and_values_need_none_of_their_own(name, tmp_path
         assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
 
 
+def test_a_gemma_of_a_size_that_the_host_does_not_have_is_told(tmp_path):
+    write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], random_weights(ENCODERS["gemma-3-4b"]))
+    with pytest.raises(WeightFileError, match=r"gemma.gguf: the names .* are those of Gemma3_4B, .* the model expects"):
+        load_text_encoder([str(tmp_path / "gemma.gguf")], "lumina2",
+                          model_options={"gemma3_4b_model_config": {"num_hidden_layers": 6}})
+
+
 def test_a_gemma_4_with_experts_is_not_taken_for_another(tmp_path):
     encoder = ENCODERS["gemma-4-31b"]
     with small_towers(encoder):
