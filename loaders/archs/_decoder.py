@@ -1,4 +1,5 @@
 """What all decoders have in llama.cpp's files: the names, and the row order of those with Llama's rotary embedding."""
+import re
 from collections.abc import Collection, Mapping
 
 import torch
@@ -35,6 +36,21 @@ def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int
     if key is None or key.ndim != 2 or key.shape[0] % HEAD or key.shape[1] not in widths:
         return False
     return LAYER_0.issuperset(name for name in weights if name.startswith("blk.0."))
+
+
+def with_attention_split(weights: Mapping[str, torch.Tensor]) -> Weights:
+    """The weights under the file's names, with q, k and v apart where the converter was asked to put them together."""
+    split = {}
+    for name, tensor in weights.items():
+        if not re.fullmatch(r"blk\.\d+\.attn_qkv\.weight", name):
+            split[name] = tensor
+            continue
+        layer = name.removesuffix("attn_qkv.weight")
+        queries = weights[f"{layer}attn_output.weight"].shape[1]  # where their rows end, and below those of the keys
+        keys = (len(tensor) + queries) // 2
+        for part, rows in (("q", slice(0, queries)), ("k", slice(queries, keys)), ("v", slice(keys, len(tensor)))):
+            split[f"{layer}attn_{part}.weight"] = take_rows(tensor, rows)
+    return split
 
 
 def with_rotary_halves(weights: Weights) -> Weights:

@@ -1,7 +1,7 @@
 """Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
 from ..arch import SENTENCEPIECE, Arch, dense, renamed
 from ..tokenizer import sentencepiece_model
-from ._decoder import DECODER_NAMES
+from ._decoder import DECODER_NAMES, with_attention_split
 
 LAYER, TOWER_LAYER = "model.layers.{}", "vision_model.encoder.layers.{}"
 GEMMA_NAMES = {
@@ -29,7 +29,7 @@ class Gemma2(Arch):
 
     @classmethod
     def convert(cls, weights, metadata):
-        return renamed({name: _norm_of_the_host(name, tensor) for name, tensor in weights.items()}, cls.names)
+        return renamed(_as_the_host_reads(weights), cls.names)
 
     @classmethod
     def tokenizer(cls, weights, metadata):
@@ -64,7 +64,7 @@ class Gemma3(Gemma2):
 
     @classmethod
     def convert(cls, weights, metadata):
-        weights = {name: _norm_of_the_host(name, tensor) for name, tensor in weights.items()}
+        weights = _as_the_host_reads(weights)
         if PROJECTION in weights:  # the host has no module of this name, and so no `.weight`
             weights[PROJECTION.removesuffix(".weight")] = weights.pop(PROJECTION)
         down = weights.get("v.blk.0.ffn_down.weight")
@@ -78,6 +78,7 @@ class Gemma3(Gemma2):
         return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[1]
 
 
-def _norm_of_the_host(name, tensor):
-    """The converter adds 1 to the scales of these norms, and the host does so while it runs."""
-    return dense(tensor) - 1 if name.endswith("norm.weight") else tensor
+def _as_the_host_reads(weights):
+    # The converter adds 1 to the scales of these norms, and the host does so while it runs.
+    return {name: dense(tensor) - 1 if name.endswith("norm.weight") else tensor
+            for name, tensor in with_attention_split(weights).items()}

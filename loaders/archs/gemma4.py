@@ -6,6 +6,7 @@ import torch
 
 from ..arch import TOKENIZER_JSON, Arch, dense, renamed
 from ..tokenizer import tokenizer_json
+from ._decoder import with_attention_split
 from .gemma import GEMMA_MARKS, GEMMA_NAMES, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM
 
 EXPERTS = "blk.0.ffn_gate_inp.weight"
@@ -94,7 +95,7 @@ class Gemma4(Arch):
 
     @classmethod
     def convert(cls, weights, metadata):
-        weights = {WITHOUT_ENDING.sub(r"\1", name): tensor for name, tensor in weights.items()}
+        weights = {WITHOUT_ENDING.sub(r"\1", name): tensor for name, tensor in with_attention_split(weights).items()}
         for name, tensor in weights.items():
             if name in (PATCHES, f"{PATCH_NORM}.weight", f"{PATCH_NORM}.bias"):
                 weights[name] = _channels_last(dense(tensor))

@@ -1,5 +1,6 @@
 """Gemma 2, 3 and 4: what their converters change, what they see and hear through, the files of LTX-2."""
 import dataclasses
+import re
 
 import comfy.sd
 import gguf
@@ -23,10 +24,11 @@ from encoders.encoder import (
 from encoders.gemma import GEMMA_3_4B_VISION, gemma3_mmproj
 from encoders.gemma4 import gemma4_mmproj, unified_mmproj
 from families import relative_error
-from featherweight.loaders.arch import arch_of
+from featherweight.loaders.arch import arch_of, dense
 from featherweight.loaders.archs.gemma import Gemma2, Gemma3
 from featherweight.loaders.archs.gemma4 import Gemma4
 from featherweight.loaders.container import WeightFileError, open_weights
+from featherweight.loaders.rows import join_rows
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops import product
 from featherweight.ops.format import Format
@@ -239,6 +241,26 @@ def test_a_gemma_4_with_experts_is_not_taken_for_another(tmp_path):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
     weights = open_weights(tmp_path / "gemma.gguf").state_dict()
     assert arch_of(weights | {"blk.0.ffn_gate_inp.weight": torch.zeros(4, 256)}) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_with_q_k_and_v_in_one_tensor_gives_the_same(name, tmp_path):
+    encoder = ENCODERS[name]
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(tmp_path / "apart.gguf", encoder, weights)
+        apart = open_weights(tmp_path / "apart.gguf").state_dict()
+        fused = {}
+        for name, tensor in apart.items():
+            if not re.search(r"attn_[qkv]\.weight", name):
+                fused[name] = tensor
+            elif "attn_q." in name:
+                parts = [apart[name.replace("attn_q", f"attn_{part}")] for part in "qkv"]
+                fused[name.replace("attn_q", "attn_qkv")] = join_rows(parts)
+        family = arch_of(fused)
+        converted, expected = family.convert(fused, {}), family.convert(apart, {})
+    assert len(fused) < len(apart) and converted.keys() == expected.keys()
+    assert all(torch.equal(dense(converted[name]), dense(expected[name])) for name in expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
