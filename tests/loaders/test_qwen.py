@@ -15,7 +15,7 @@ from featherweight.ops.tensor import is_packed
 
 from devtools.gguf_files import write_gguf
 
-pytestmark = pytest.mark.usefixtures("small_models")
+pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 
 SEEING = {**qwen_vl.ENCODERS, **{name: qwen35.ENCODERS[name] for name in ("qwen3.5-0.8b", "qwen3.5-4b")}}
 ALL = {**qwen.ENCODERS, **qwen_vl.ENCODERS, **qwen35.ENCODERS}
@@ -55,8 +55,8 @@ def unpacked(path):
     return path.with_name("unpacked.gguf")
 
 
-@pytest.mark.parametrize("packed_type", ["Q4_K", "Q6_K"])
-@pytest.mark.parametrize("name", ["qwen2.5-3b", "qwen3-0.6b", "qwen3-vl-4b", "qwen3.5-4b", "qwen3.5-27b"])
+@pytest.mark.parametrize("name, packed_type", [
+    ("qwen2.5-3b", "Q4_K"), ("qwen3-0.6b", "Q4_K"), ("qwen3-vl-4b", "Q4_K"), ("qwen3.5-4b", "Q4_K"), ("qwen3.5-27b", "Q6_K")])
 def test_k_quants_give_the_hidden_states_of_the_same_values_unpacked(name, packed_type, tmp_path):
     encoder, path = ALL[name], tmp_path / "encoder.gguf"
     with small_towers(encoder):
@@ -95,8 +95,8 @@ def a_file(width: int, layers: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("width, layers, says_so, te_model", [
-    (2560, 36, False, "QWEN3_4B"), (2560, 36, True, "QWEN3VL_4B"), (4096, 36, False, "QWEN3_8B"), (4096, 36, True, "QWEN3VL_8B"),
-    (5120, 64, False, "QWEN3VL_32B")])
+    (2560, 36, False, "QWEN3_4B"), (2560, 36, True, "QWEN3VL_4B"), (4096, 36, False, "QWEN3_8B"),
+    (4096, 36, True, "QWEN3VL_8B"), (5120, 64, False, "QWEN3VL_32B")])
 def test_qwen3_vl_without_its_tower_is_what_its_metadata_and_size_say(width, layers, says_so, te_model):
     weights = a_file(width, layers)
     metadata = {"qwen3vl.n_deepstack_layers": 3} if says_so else {}
@@ -155,11 +155,10 @@ def test_a_tower_of_another_size_is_refused(name, other, tmp_path):
         load(tmp_path / name / "encoder.gguf", ALL[name], mmproj=str(tmp_path / other / "mmproj-encoder.gguf"))
 
 
-@pytest.mark.parametrize("family, fits", [(Qwen25VL, "qwen2.5-vl-7b"), (Qwen3VL, "qwen3-vl-4b"), (Qwen3VL32B, "qwen3-vl-32b"),
-                                          (Qwen35, "qwen3.5-2b")])
-def test_a_family_takes_the_towers_of_its_own_kind(family, fits):
-    text = {"token_embd.weight": torch.zeros(1, ALL[fits].config["hidden_size"])}
-    kinds = {name: family.vision_width(text, ALL[name].mmproj(tower_of(ALL[name])))
-             for name in ("qwen2.5-vl-7b", "qwen3-vl-4b", "qwen3-vl-32b", "qwen3.5-2b")}
-    assert kinds[fits][0] == kinds[fits][1]
-    assert all(widths is None or widths[0] != widths[1] for name, widths in kinds.items() if name != fits)
+def test_a_family_takes_the_towers_of_its_own_kind_and_width():
+    families = {"qwen2.5-vl-7b": Qwen25VL, "qwen3-vl-4b": Qwen3VL, "qwen3-vl-32b": Qwen3VL32B, "qwen3.5-2b": Qwen35}
+    mmprojs = {name: ALL[name].mmproj(tower_of(ALL[name])) for name in families}
+    for name, family in families.items():
+        text = {"token_embd.weight": torch.zeros(1, ALL[name].config["hidden_size"])}
+        widths = {other: family.vision_width(text, mmproj) for other, mmproj in mmprojs.items()}
+        assert [other for other, pair in widths.items() if pair and pair[0] == pair[1]] == [name]
