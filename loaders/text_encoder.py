@@ -1,4 +1,5 @@
 """Text encoders: weight files and folders -> the host's own CLIP, with packed weights."""
+import contextlib
 import difflib
 import functools
 import logging
@@ -11,6 +12,7 @@ import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import torch
 
 from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
@@ -23,6 +25,7 @@ from .encoder_kinds import TITLES, kind_of, refuse_misfits
 log = logging.getLogger(__name__)
 
 AUTO = "auto"  # an mmproj file is looked for beside its encoder
+TOWER, FIRST_OF_TOWER = "visual", "visual.patch_embed."  # the host's name of Qwen's vision towers
 
 
 def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", embedding_directory: list[str] | None = None,
@@ -42,7 +45,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
     _check(paths, weights, clip_type)
     model_options["custom_operations"] = operations_for(
         {name: None for part in weights for name in part}, full_precision=True)
-    with bare_parameters_unpacked():
+    with bare_parameters_unpacked(), _without_missing_towers(weights, [os.path.basename(path) for path in paths]):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
@@ -131,6 +134,32 @@ def _tokenizer(path: Path, time_ns: int, size: int) -> Weights:
     file = open_weights(path)
     weights = without_prefix(file.state_dict())
     return arch_of(weights).tokenizer(weights, file.metadata)
+
+
+class _MissingTower(torch.nn.Module):
+    """In the place of a vision tower whose weights did not come with the encoder."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names = names
+
+    def forward(self, *args, **kwargs):
+        raise WeightFileError(f"{' and '.join(self.names)} came without a vision part, so no picture can be shown to it. Put"
+                              " the mmproj file of the same model beside it, or pick it in Load Text Encoder (Featherweight).")
+
+
+@contextlib.contextmanager
+def _without_missing_towers(weights: list[Weights], names: list[str]):
+    """While the host builds an encoder: no vision tower where the files hold nothing of one. Zeros would take gigabytes."""
+    if any(FIRST_OF_TOWER in name for part in weights for name in part):
+        yield
+        return
+    hook = torch.nn.modules.module.register_module_module_registration_hook(
+        lambda parent, name, module: _MissingTower(names) if name == TOWER else None)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check(paths: list[str], weights: list[Weights], clip_type: str):

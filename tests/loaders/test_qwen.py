@@ -105,6 +105,30 @@ def test_qwen3_vl_without_its_tower_is_what_its_metadata_and_size_say(width, lay
     assert sum(tensor.untyped_storage().nbytes() for name, tensor in converted.items() if "visual" in name) < 100
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3.5-2b"])
+def test_without_its_tower_an_encoder_reads_and_says_why_it_cannot_see(name, tmp_path):
+    encoder, path = ALL[name], tmp_path / "encoder.gguf"
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(path, encoder, weights)
+        blind, dense = load(path, encoder, mmproj=None), host_clip(encoder, weights)
+    assert relative_error(hidden_states(blind), hidden_states(dense)) < 1e-4
+    assert not any("visual" in name for name in blind.patcher.model_state_dict())
+    with pytest.raises(WeightFileError, match="encoder.gguf came without a vision part"):
+        hidden_states(blind, [*TOKENS, picture()])
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-4b", "qwen3-vl-8b", "qwen3-vl-32b"])
+def test_qwen3_vl_without_its_tower_reads_as_it_does_with_one(name, tmp_path):
+    encoder, path = ALL[name], tmp_path / "encoder.gguf"
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(path, encoder, weights, metadata={"qwen3vl.n_deepstack_layers": 3})
+        seeing = load(path, encoder)
+    blind = load(path, encoder, mmproj=None)  # the tower in its real size, as the weights that stand for it are
+    assert torch.equal(hidden_states(blind), hidden_states(seeing))
+
+
 def test_of_qwen3_vl_32b_the_layers_that_the_host_runs_are_kept():
     weights = a_file(5120, 64)
     layers = {int(name.split(".")[2]) for name in arch_of(weights).convert(weights, {}) if "layers." in name}
