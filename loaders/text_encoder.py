@@ -108,7 +108,7 @@ class _Encoder:
 
     def find_vision(self):
         """Add the mmproj file that lies beside this one and fits; of several, the one with the most similar name."""
-        if self.arch is None or not self.arch.sees or self.path.suffix.lower() != ".gguf":
+        if self.arch is None or not self.arch.wants_vision(self.metadata) or self.path.suffix.lower() != ".gguf":
             return
         siblings = [path for path in self.path.parent.glob("*mmproj*") if path.suffix.lower() == ".gguf"]
         siblings.sort(key=lambda path: -difflib.SequenceMatcher(None, path.stem.lower(), self.path.stem.lower()).ratio())

@@ -79,6 +79,11 @@ class Qwen3VL(Qwen3):
         return (_width(weights), qwen_vl.width_given(vision)) if qwen_vl.is_qwen3_tower(vision, deepstack=True) else None
 
     @classmethod
+    def wants_vision(cls, metadata):
+        """Not where a file says that it is Qwen3: with the tower of a Qwen3-VL beside it, the host would take it for one."""
+        return not any(key.startswith("qwen3.") for key in metadata)
+
+    @classmethod
     def _is_qwen3_vl(cls, metadata) -> bool:
         """Whether a file without a tower says so. It is then no Qwen3: the host turns positions at another speed."""
         return any(key.endswith(".n_deepstack_layers") for key in metadata)

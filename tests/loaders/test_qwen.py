@@ -105,6 +105,17 @@ def test_qwen3_vl_without_its_tower_is_what_its_metadata_and_size_say(width, lay
     assert sum(tensor.untyped_storage().nbytes() for name, tensor in converted.items() if "visual" in name) < 100
 
 
+def test_qwen3_is_not_given_the_tower_of_a_qwen3_vl_in_its_folder(tmp_path):
+    encoder, path = ALL["qwen3-vl-4b"], tmp_path / "encoder.gguf"
+    with small_towers(encoder):
+        write_encoder(path, encoder, random_weights(encoder), architecture="qwen3", metadata={"qwen3.block_count": 3})
+        options = qwen.ENCODERS["qwen3-4b"].model_options | encoder.model_options
+        alone, asked_for = (load_text_encoder([str(path)], "lumina2", model_options=options, mmproj=mmproj)
+                            for mmproj in ("auto", str(path.with_name("mmproj-encoder.gguf"))))
+    assert not hasattr(text_model(alone).transformer, "visual")
+    assert hasattr(text_model(asked_for).transformer, "visual")
+
+
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3.5-2b"])
 def test_without_its_tower_an_encoder_reads_and_says_why_it_cannot_see(name, tmp_path):
     encoder, path = ALL[name], tmp_path / "encoder.gguf"
