@@ -63,6 +63,11 @@ class Arch:
     sees: ClassVar[bool] = False  # whether the family has a vision tower, which comes in an mmproj file
 
     @classmethod
+    def wants_vision(cls, metadata: Mapping[str, Any]) -> bool:
+        """Whether a file with these metadata is of a model that sees, so that its mmproj file is looked for."""
+        return cls.sees
+
+    @classmethod
     def vision_width(cls, weights: Mapping[str, torch.Tensor], vision: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
         """(width of the text model, width that the vision tower of an mmproj file gives), under the files' names.
 

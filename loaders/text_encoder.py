@@ -47,7 +47,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
     model_options["custom_operations"] = operations_for(
         {name: None for part in weights for name in part}, full_precision=True)
-    with bare_parameters_unpacked(), missing_towers_left_out(), _other_sizes_told(paths):
+    with bare_parameters_unpacked(), missing_towers_left_out(paths), _other_sizes_told(paths):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
@@ -110,7 +110,7 @@ class _Encoder:
 
     def find_vision(self):
         """Add the mmproj file that lies beside this one and fits; of several, the one with the most similar name."""
-        if self.arch is None or not self.arch.sees or self.path.suffix.lower() != ".gguf":
+        if self.arch is None or not self.arch.wants_vision(self.metadata) or self.path.suffix.lower() != ".gguf":
             return
         siblings = [path for path in self.path.parent.glob("*mmproj*") if path.suffix.lower() == ".gguf"]
         siblings.sort(key=lambda path: -difflib.SequenceMatcher(None, path.stem.lower(), self.path.stem.lower()).ratio())

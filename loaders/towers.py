@@ -4,6 +4,8 @@ The host builds these towers whether a file has them or not. Gemma 3 12B, which 
 for one that cannot work.
 """
 import contextlib
+import os
+from collections.abc import Sequence
 
 import torch
 
@@ -15,21 +17,32 @@ TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_project
 class MissingTower(torch.nn.Module):
     """In the place of a tower. Says what is missing when it is used."""
 
+    def __init__(self, names: str):
+        super().__init__()
+        self.names = names
+
     def forward(self, *args, **kwargs):
-        raise WeightFileError("This text encoder was loaded without what it sees or hears through, and was given a picture or"
-                              " sound. Pick the mmproj file that was published with it in Load Text Encoder (Featherweight).")
+        raise WeightFileError(
+            f"{self.names} came without the part that sees or hears (mmproj), so no picture or sound can be shown to it. Pick"
+            " the mmproj file that was published with it in Load Text Encoder (Featherweight), or put it beside this file.")
 
     patchify = forward  # what the host calls first where there is no tower but an embedding of pixels
 
 
 @contextlib.contextmanager
-def missing_towers_left_out():
-    """While the host builds and loads a text encoder."""
+def missing_towers_left_out(paths: Sequence[str]):
+    """While the host builds and loads a text encoder from these files."""
+    names = " and ".join(map(os.path.basename, paths))
     hooks = []
+
+    def leave_out(model, state_dict, prefix, *args):
+        for name in TOWERS & {name for name, _ in model.named_children()}:
+            if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+                setattr(model, name, MissingTower(names))
 
     def on_submodule(parent, name, module):
         if name == "transformer" and module is not None:
-            hooks.append(module.register_load_state_dict_pre_hook(_leave_out))
+            hooks.append(module.register_load_state_dict_pre_hook(leave_out))
 
     hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
     try:
@@ -37,9 +50,3 @@ def missing_towers_left_out():
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _leave_out(model, state_dict, prefix, *args):
-    for name in TOWERS & {name for name, _ in model.named_children()}:
-        if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
-            setattr(model, name, MissingTower())

@@ -2,11 +2,13 @@
 
 The pack's own `__init__.py` is not executed: it is what the host runs, and the server tests cover it.
 """
+import functools
 import gc
 import os
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -55,3 +57,13 @@ def small_models():
     gc.disable()  # a model that dies while the host unloads others makes the host lose count of them
     comfy.model_management.unload_all_models()
     gc.enable()
+
+
+@pytest.fixture(scope="session")
+def shared_tokenizers():
+    """The host reads the tokenizer of Qwen from its folder for every encoder, which takes longer than the small encoder."""
+    from transformers import Qwen2Tokenizer
+
+    read = functools.lru_cache(Qwen2Tokenizer.from_pretrained)
+    with mock.patch.object(Qwen2Tokenizer, "from_pretrained", read):
+        yield

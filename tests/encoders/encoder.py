@@ -19,7 +19,8 @@ from comfy.text_encoders.gpt_oss import LensGptOssClipModel
 
 from devtools.gguf_files import write_gguf
 
-TOWERS = ("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector.")  # what comes in an mmproj file
+# What comes in an mmproj file.
+TOWERS = ("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector.", "visual.")
 TOKENS = [3, 17, 5, 250, 99, 42, 7, 1]
 
 Weights = dict[str, torch.Tensor]
@@ -37,10 +38,11 @@ class Encoder:
     names. config: what of the host's configuration is shrunken. config_of: the host's name before `_model_config` or `_config`.
     markers: names and shapes of tensors that the detection reads; those that the shrunken model lacks are written as zeros.
     changed: what the converter does to the weights before it names them, host's names -> names that gguf-py knows.
-    metadata: what the file says beside its tensors. extra: what the host's loader needs beside the weights (a tokenizer),
-    which files with the host's names hold too. options: more of the host's `model_options`. unusable: why the host cannot load
-    it here. towers: dictionaries of the host that configure what an encoder sees and hears through, and what of each is
-    shrunken (see `small_towers`).
+    metadata: what the file says beside its tensors. published: the names in the host's model -> those in the files that the
+    host loads. towers: dictionaries of the host that configure what an encoder sees and hears through, and what of each is
+    shrunken (see `small_towers`). mmproj: the weights of the tower -> the tensors of the mmproj file that stands beside the
+    encoder. extra: what the host's loader needs beside the weights (a tokenizer), which files with the host's names hold too.
+    options: more of the host's `model_options`. unusable: why the host cannot load it here.
     """
 
     te_model: str
@@ -55,6 +57,8 @@ class Encoder:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unusable: str = ""
     towers: Sequence[tuple[dict[str, Any], Mapping[str, Any]]] = ()
+    published: Callable[[Weights], Weights] = as_it_is
+    mmproj: Callable[[Weights], Weights] | None = None
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -85,7 +89,8 @@ def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 
 def host_clip(encoder: Encoder, weights: Weights) -> comfy.sd.CLIP:
-    """What the host makes of dense weights under its own names."""
+    """What the host makes of dense weights under the names in its model."""
+    weights = encoder.published(weights)
     markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
     return comfy.sd.load_text_encoder_state_dicts(
         [weights | markers | dict(encoder.extra)],
@@ -99,11 +104,11 @@ def text_model(clip: comfy.sd.CLIP) -> SDClipModel | LensGptOssClipModel:
 def random_weights(encoder: Encoder, towers: bool = False) -> Weights:
     """Seeded weights under all names of the host's shrunken model; matrices have values that Q8_0 holds exactly.
 
-    towers: those of the towers, in place of those of the text model.
+    towers: those of the towers, in place of those of the text model. With an mmproj file they are always among them.
     """
     clip = host_clip(encoder, {})
     shapes = {name: value.shape for name, value in text_model(clip).transformer.state_dict().items()
-              if name.startswith(TOWERS) == towers}
+              if encoder.mmproj or name.startswith(TOWERS) == towers}
     return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in seeded(shapes).items()}
 
 
@@ -115,23 +120,30 @@ def rounded(values: torch.Tensor, packed_type: str = "Q8_0") -> torch.Tensor:
     return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), ggml_type), ggml_type))
 
 
-def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0",
-                  architecture: str | None = "") -> dict[str, np.ndarray]:
-    """Write a GGUF file as llama.cpp does: matrices packed, the rest F32. Returns what `write_gguf` does.
+def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0", architecture: str | None = "",
+                  metadata: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Write a GGUF file as llama.cpp does, and its mmproj file: matrices packed, the rest F32. Returns what `write_gguf` does.
 
-    architecture: what the file says it is; None: nothing.
+    architecture: what the file says it is; None: nothing. metadata: in place of the encoder's.
     """
+    def write(path, tensors, **options):
+        is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in tensors.items()}
+        return write_gguf(path, tensors, lambda name, values: packed_type if is_matrix[name] else "F32", **options)
+
+    if encoder.mmproj:
+        tower = {name: tensor for name, tensor in weights.items() if name.startswith(TOWERS)}
+        weights = {name: tensor for name, tensor in weights.items() if name not in tower}
+        write(path.with_name(f"mmproj-{path.name}"), encoder.mmproj(tower), architecture="clip")
+    weights = encoder.published(weights)
     markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
     stored = encoder.changed(weights | markers)
     if encoder.architecture is None:
         stored = stored | dict(encoder.extra)
     else:
         stored = in_gguf_names(stored, encoder.architecture)
-    is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in stored.items()}
     if architecture == "":
         architecture = gguf.MODEL_ARCH_NAMES.get(encoder.architecture)
-    return write_gguf(path, stored, type_of=lambda name, values: packed_type if is_matrix[name] else "F32",
-                      architecture=architecture, metadata=encoder.metadata)
+    return write(path, stored, architecture=architecture, metadata=encoder.metadata if metadata is None else metadata)
 
 
 def in_gguf_names(weights: Weights, architecture: gguf.MODEL_ARCH) -> Weights:

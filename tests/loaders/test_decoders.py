@@ -5,7 +5,7 @@ import comfy.sd
 import pytest
 import torch
 from encoders import ENCODERS
-from encoders.encoder import hidden_states, host_clip, random_weights, rounded, text_model, write_encoder
+from encoders.encoder import hidden_states, host_clip, random_weights, rounded, small_towers, text_model, write_encoder
 from families import relative_error
 from featherweight.loaders.arch import ARCHS, arch_of
 from featherweight.loaders.container import WeightFileError, open_weights
@@ -13,7 +13,7 @@ from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.tensor import is_packed
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.usefixtures("small_models")
+pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 
 LLAMA, GPT_OSS = ENCODERS["llama-3-8b"], ENCODERS["gpt-oss-20b"]
 EXPERTS = "layers.1.mlp.experts.down_proj.weight"
@@ -28,7 +28,8 @@ def test_one_family_knows_an_encoder_whatever_architecture_the_file_names(name, 
     encoder, path = ENCODERS[name], tmp_path / "encoder.gguf"
     if encoder.unusable:
         pytest.skip(encoder.unusable)
-    weights, families = random_weights(encoder), set()
+    with small_towers(encoder):
+        weights, families = random_weights(encoder), set()
     for architecture in ("pig", None, "t5"):
         write_encoder(path, encoder, weights, architecture=architecture)
         families |= {arch for arch in ARCHS if arch.recognises(open_weights(path).state_dict())}
@@ -37,8 +38,8 @@ def test_one_family_knows_an_encoder_whatever_architecture_the_file_names(name, 
 
 
 def load_names(path):
-    file = open_weights(path)
-    weights = file.state_dict()
+    file, mmproj = open_weights(path), path.with_name(f"mmproj-{path.name}")
+    weights = file.state_dict() | (open_weights(mmproj).state_dict() if mmproj.exists() else {})
     return arch_of(weights).convert(weights, file.metadata)
 
 

@@ -94,7 +94,7 @@ def test_an_encoder_without_its_mmproj_file_has_no_tower_and_says_so(name, tmp_p
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
         clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
     assert not [name for name in text_model(clip).transformer.state_dict() if name.startswith(TOWERS)]
-    with pytest.raises(WeightFileError, match="Pick the mmproj file"):
+    with pytest.raises(WeightFileError, match="came without the part that sees"):
         hidden_states(clip, [3, seen(), 17])
 
 

@@ -7,7 +7,7 @@ from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.tensor import is_packed
 
-pytestmark = pytest.mark.usefixtures("small_models")
+pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 
 
 @pytest.mark.parametrize("name", ENCODERS)

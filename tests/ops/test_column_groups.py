@@ -1,0 +1,36 @@
+"""Packed rows whose groups of columns come in another order."""
+import gguf
+import numpy as np
+import pytest
+import torch
+from featherweight.ops import product
+from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.tensor import packed_tensor
+
+from devtools.gguf_files import pack
+
+ROWS, OUTER, INNER, WIDTH = 300, 3, 2, 128
+COLUMNS = OUTER * INNER * WIDTH
+
+
+@pytest.mark.parametrize("name", [
+    fmt.__name__ for fmt in GGML_FORMATS.values()
+    if gguf.GGMLQuantizationType(fmt.ggml_type) in gguf.quants._type_traits and COLUMNS % fmt.block_length == 0])
+def test_values_are_those_of_the_packed_rows_in_the_new_order(name):
+    data = pack(np.random.default_rng(0).standard_normal((ROWS, COLUMNS), dtype=np.float32), name)
+    values = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]))
+    expected = values.unflatten(1, (OUTER, INNER, WIDTH)).transpose(1, 2).flatten(1)
+    reordered = ColumnGroups.of(FORMATS[name], COLUMNS, OUTER, INNER)
+    weight = packed_tensor(reordered, torch.from_numpy(data), (ROWS, COLUMNS))
+    assert torch.equal(product.unpack(weight, torch.float32), expected)
+    input = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(product.linear(input, weight), input @ expected.t())
+    ids = torch.tensor([[7, 0], [ROWS - 1, 7]])
+    assert torch.equal(product.embedding(ids, weight, torch.float32), expected[ids])
+
+
+def test_one_order_of_one_format_is_one_format():
+    first = ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, OUTER, INNER)
+    assert first is ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, OUTER, INNER)
+    assert first is not ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, INNER, OUTER)
