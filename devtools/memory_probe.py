@@ -3,6 +3,7 @@
 Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
 import json
+import operator
 import re
 import sys
 import threading
@@ -84,8 +85,14 @@ def probe_encoder(path: str) -> dict:
             seconds = time.perf_counter() - started
         return seconds, growth.growth
 
-    first, second = encode("feather " * 250), encode("anvil " * 250)
+    def places() -> list[int]:
+        tensors = (getattr(weight, "_qdata", weight) for weight in clip.patcher.model.parameters())
+        return [tensor.data_ptr() for tensor in tensors]
+
+    first, before_second = encode("feather " * 250), places()
+    second = encode("anvil " * 250)
     return {
+        "weights_moved": sum(map(operator.ne, before_second, places())),
         "file_bytes": Path(path).stat().st_size, "model_size": clip.patcher.model_size(), "resident_before": before,
         "load_seconds": load_seconds, "peak_after_load": peak, "peak_after_encoding": status("VmHWM"),
         "encode_seconds": [first[0], second[0]], "anonymous_growth": [first[1], second[1]],

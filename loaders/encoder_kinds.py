@@ -51,6 +51,9 @@ SETS = {
     4: {"hidream": [{"CLIP_L"}, {"CLIP_G"}, {"T5_XXL"}, {"LLAMA3_8"}]},
 }
 
+# Types whose models take text alone. With the tower of Gemma 3 4B in its files the host builds a model that only writes text.
+TEXT_ALONE = {"lumina2", "newbie"}
+
 
 def kind_of(te_model: str, weights: Mapping[str, torch.Tensor]) -> str:
     """A key of TITLES. te_model: what the host takes the weights for (a name of `comfy.sd.TEModel`)."""

@@ -20,7 +20,7 @@ from . import archs  # noqa: F401  registers the families
 from .arch import SENTENCEPIECE, Weights, arch_of, without_prefix
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusion import is_ours, operations_for
-from .encoder_kinds import TITLES, kind_of, refuse_misfits
+from .encoder_kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
 from .towers import missing_towers_left_out
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
     model_options = dict(model_options or {})
     if not any(map(is_ours, paths)) and mmproj in (AUTO, None):
         return comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
+    if mmproj == AUTO and clip_type in TEXT_ALONE:
+        mmproj = None
     weights = _weights_of(paths, mmproj)
     _check(paths, weights, clip_type)
     if clip_type == "ltxv":
@@ -114,9 +116,17 @@ class _Encoder:
             return
         siblings = [path for path in self.path.parent.glob("*mmproj*") if path.suffix.lower() == ".gguf"]
         siblings.sort(key=lambda path: -difflib.SequenceMatcher(None, path.stem.lower(), self.path.stem.lower()).ratio())
-        if not any(self.takes(open_weights(path), refuse=False) for path in siblings):
+        if not any(self.takes_quietly(path) for path in siblings):
             log.info("[Featherweight] %s has no mmproj file beside it that fits: a workflow that shows it pictures will not"
                      " work. Put it there, or pick it in Load Text Encoder (Featherweight).", self.name)
+
+    def takes_quietly(self, path: Path) -> bool:
+        """The same for a file that nobody picked: a bad one is named in the log."""
+        try:
+            return self.takes(open_weights(path), refuse=False)
+        except WeightFileError as error:
+            log.warning("[Featherweight] %s", error)
+            return False
 
     def in_the_hosts_names(self) -> Weights:
         if self.arch is None:

@@ -65,4 +65,4 @@ def test_a_t5_xxl_takes_its_file_and_half_a_gigabyte_and_keeps_its_weights_where
     assert figures["model_size"] <= 1.02 * figures["file_bytes"]
     assert figures["peak_after_load"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
     assert figures["peak_after_encoding"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
-    assert figures["anonymous_growth"][1] <= 100 * MB  # no weight is moved or copied for the second prompt
+    assert figures["weights_moved"] == 0 and figures["anonymous_growth"][1] <= 300 * MB  # activations and the scratch
