@@ -1,26 +1,121 @@
 """Text encoders: from files to the host's own CLIP."""
+import contextlib
+
+import comfy.sd
 import pytest
+import torch
+from comfy.weight_adapter import LoRAAdapter
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model, write_encoder
 from families import relative_error
+from featherweight.loaders import text_encoder
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.tensor import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 
+USABLE = {name: encoder for name, encoder in ENCODERS.items() if not encoder.unusable}
+ONE_OF_EACH = {encoder.architecture: name for name, encoder in USABLE.items()}.values()
+# The host cannot encode with these alone. See test_t5.py and test_clip.py (in pairs), test_gemma.py (its decoder).
+ELSEWHERE = {"BYT5_SMALL_GLYPH", "JINA_CLIP_2", "GEMMA_3_4B_VISION"}
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_of_llama_cpp_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
+
+@contextlib.contextmanager
+def packed_and_dense(name, tmp_path):
+    """One encoder from a file of llama.cpp, and as the host's own dense model."""
     encoder = ENCODERS[name]
-    if encoder.unusable:
-        pytest.skip(encoder.unusable)
     with small_towers(encoder):
         weights = random_weights(encoder)
         path = tmp_path / "encoder.gguf"
         write_encoder(path, encoder, weights)
-        clip = load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
-        packed = hidden_states(clip)
-        layers = [module for module in text_model(clip).transformer.modules() if isinstance(module, PackedLayer)]
+        packed = load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+        yield packed, host_clip(encoder, weights)
+
+
+def packed_layers(clip):
+    """Name in the state dict -> layer."""
+    return {f"{name}.weight": layer for name, layer in clip.cond_stage_model.named_modules() if isinstance(layer, PackedLayer)}
+
+
+def places(clip):
+    """Where the bytes of each packed weight lie in memory."""
+    return {name: value._qdata.data_ptr() for name, value in clip.patcher.model.named_parameters() if is_packed(value)}
+
+
+def test_every_encoder_of_the_host_is_covered():
+    assert {model.name for model in comfy.sd.TEModel} == {encoder.te_model for encoder in ENCODERS.values()} | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_of_llama_cpp_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
+    if name not in USABLE:
+        pytest.skip(ENCODERS[name].unusable)
+    with packed_and_dense(name, tmp_path) as (packed, dense):
+        states = hidden_states(packed)
+        layers = [module for module in text_model(packed).transformer.modules() if isinstance(module, PackedLayer)]
         assert layers and all(is_packed(layer.weight) for layer in layers if layer.weight.shape[-1] % 32 == 0)
-        assert relative_error(packed, hidden_states(host_clip(encoder, weights))) < 1e-4
+        assert relative_error(states, hidden_states(dense)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_lora_on_an_encoder_is_as_on_the_dense_model(name, tmp_path):
+    with packed_and_dense(name, tmp_path) as (packed, dense):
+        without = hidden_states(dense)
+        generator = torch.Generator().manual_seed(1)
+        patches = {}
+        for key, layer in packed_layers(packed).items():
+            if layer.has_branch and layer.weight.ndim == 2:
+                rows, columns = layer.weight.shape
+                up, down = torch.randn(rows, 4, generator=generator), torch.randn(4, columns, generator=generator)
+                patches[key] = LoRAAdapter(set(), (up, down * 0.2 * columns ** -0.5, 4.0, None, None, None))
+        before = places(packed)
+        for clip in (packed, dense):
+            assert len(clip.add_patches(patches, 1.0)) == len(patches) > 3
+        wanted = hidden_states(dense)
+        error = (hidden_states(packed) - wanted).norm() / (wanted - without).norm()
+        assert error < 1e-5
+        assert places(packed) == before
+
+
+def test_a_second_prompt_moves_no_weight(tmp_path):
+    with packed_and_dense("t5-xxl", tmp_path) as (packed, _):
+        hidden_states(packed)
+        before = places(packed)
+        hidden_states(packed, [5, 6, 7])
+        assert places(packed) == before
+
+
+def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(text_encoder, "arch_of", lambda weights, arch_of=text_encoder.arch_of: counting(arch_of(weights), made))
+    encoder = ENCODERS["umt5-xxl"]
+    path = tmp_path / "encoder.gguf"
+    write_encoder(path, encoder, random_weights(encoder))
+    for _ in range(2):
+        load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+    assert len(made) == 1
+
+
+def counting(arch, made: list):
+    """A family that counts the tokenizers it makes."""
+    class Counting:
+        wants_vision, convert = arch.wants_vision, arch.convert
+
+        @staticmethod
+        def tokenizer(*arguments):
+            made.append(arguments)
+            return arch.tokenizer(*arguments)
+    return Counting
+
+
+def test_a_damaged_mmproj_that_nobody_picked_is_named_and_does_no_harm(tmp_path, caplog):
+    encoder = next(encoder for encoder in ENCODERS.values() if encoder.te_model == "QWEN25_7B")
+    with small_towers(encoder):
+        path = tmp_path / "encoder.gguf"
+        write_encoder(path, encoder, random_weights(encoder))
+        for other in tmp_path.glob("*mmproj*"):
+            other.unlink()
+        (tmp_path / "mmproj-encoder.gguf").write_bytes(b"GGUF")
+        assert load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+    assert "mmproj-encoder.gguf" in caplog.text
