@@ -4,7 +4,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from devtools import demo, tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.gguf_files import write_gguf, write_random_gguf
 from devtools.server import ServerError
 
 ONE = np.ones((4, 32), np.float32)
@@ -70,3 +70,24 @@ def test_a_plain_safetensors_encoder_loads_as_with_the_hosts_loader(server, enco
     tensors = {name: np.zeros(shape, np.float16) for name, shape in tiny_models.clip_l_shapes().items()}
     save_file(tensors, encoders / "plain.safetensors")
     assert encode(server, loader, **{LOADERS[loader]: "plain.safetensors", "type": "stable_diffusion"}).outputs
+
+
+def test_a_packed_language_model_writes_text_through_the_hosts_node(server, encoders):
+    width, tokens = 1024, 151936  # Qwen3 0.6B, the smallest that writes
+    shapes = {"token_embd.weight": (tokens, width), "output_norm.weight": (width,)}
+    for layer in range(28):
+        parts = {"attn_q": (2048, width), "attn_k": (1024, width), "attn_v": (1024, width), "attn_output": (width, 2048)}
+        parts |= {"ffn_gate": (3072, width), "ffn_up": (3072, width), "ffn_down": (width, 3072)}
+        parts |= {"attn_norm": (width,), "ffn_norm": (width,), "attn_q_norm": (128,), "attn_k_norm": (128,)}
+        shapes |= {f"blk.{layer}.{part}.weight": shape for part, shape in parts.items()}
+    path = encoders / "qwen3.gguf"
+    write_random_gguf(path, shapes, "Q4_K", architecture="qwen3")
+    run = server.queue({
+        "1": {"class_type": "FeatherweightLoadTextEncoder", "inputs": {"text_encoder_1": path.name, "type": "stable_diffusion"}},
+        "2": {"class_type": "TextGenerate", "inputs": {
+            "clip": ["1", 0], "prompt": "a feather", "max_length": 3, "sampling_mode": "off"}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    })
+    path.unlink()
+    assert "".join(run.outputs["3"]["text"])
+    assert f"{path.name}: Qwen3 0.6B" in server.log()
