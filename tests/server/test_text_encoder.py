@@ -83,7 +83,7 @@ def test_a_packed_language_model_writes_text_through_the_hosts_node(server, enco
     path = encoders / "qwen3.gguf"
     write_random_gguf(path, shapes, "Q4_K", architecture="qwen3")
     run = server.queue({
-        "1": {"class_type": "FeatherweightLoadTextEncoder", "inputs": {"text_encoder_1": path.name, "type": "stable_diffusion"}},
+        "1": {"class_type": "CLIPLoaderGGUF", "inputs": {"clip_name": path.name, "type": "stable_diffusion"}},
         "2": {"class_type": "TextGenerate", "inputs": {
             "clip": ["1", 0], "prompt": "a feather", "max_length": 3, "sampling_mode": "off"}},
         "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
