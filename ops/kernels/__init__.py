@@ -35,8 +35,8 @@ class Kernel:
         reference's order, without fused multiply-add, so that the values have the reference's bits.
     run, "linear": run(packed_format, tensors, input, addend, out, value_dtype). out = input @ weight.T + addend, summed in
         float32 and rounded once. input: (M, K), contiguous, K a multiple of the block length. addend: (M, N) of any strides,
-        or None. out: (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and may then be rounded to
-        the input's dtype, as the reference does.
+        or None. out: (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and may
+        then be rounded to the input's dtype, as the reference does.
     """
     op: str
     formats: frozenset[str]

@@ -15,7 +15,7 @@ UNPACK_TILE = 4096  # values a program unpacks
 # One row of the input: a program sums rows of the weight this many at a time, this many columns at a time.
 VECTOR_TILE = (2, 1024)
 # Up to 16 rows, which is one tile of the matrix units.
-ROWS_TILE = (16, 256)
+ROWS_TILE = (16, 128)
 MAX_TOKENS = 16
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 TRITON_DTYPES = {None: None, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

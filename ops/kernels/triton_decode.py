@@ -6,8 +6,8 @@ A weight is seen as groups of neighbouring values that share their scales. A dec
 
 data: the packed bytes, at an address that 4 divides; size: how many. scales: float32, of formats that keep them apart.
 table: the codebook, of formats that have one. group: int64 (G, 1), counted from the start of the weight. lane: int32 (1, L),
-0 to L - 1, the places in a group. Returns float32 (G, L), computed in the order of operations of the class in `ops/formats`, where the
-byte layouts stand. What depends on the group alone is loaded once per group.
+0 to L - 1, the places in a group. Returns float32 (G, L), computed in the order of operations of the class in `ops/formats`,
+where the byte layouts stand. What depends on the group alone is loaded once per group.
 """
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -55,8 +55,8 @@ def backend(*kernels, name="made_up", probe=lambda device: None):
     return Backend(name, probe, kernels)
 
 
-def unpack_kernel(run, formats=("Q4_0",)):
-    return Kernel("unpack", frozenset(formats), FLOAT32, run)
+def unpack_kernel(run, name="Q4_0"):
+    return Kernel("unpack", frozenset([name]), FLOAT32, run)
 
 
 def packed(rows=6, columns=64):
@@ -116,14 +116,15 @@ def test_a_kernel_gets_only_what_it_accepts(use):
 
 
 def test_a_format_with_another_block_length_is_accepted_too():
-    kernel = unpack_kernel(unpack, ["NF4"])
+    kernel = unpack_kernel(unpack, "NF4")
     assert kernel.accepts(FORMATS["NF4"].of_block_length(128), torch.float32, None)
     assert not kernel.accepts(FORMATS["FP4"], torch.float32, None)
 
 
 def test_a_kernel_is_not_run_below_its_capability():
     kernel = Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack, capability=(8, 0))
-    assert [kernel.accepts(Q4_0, torch.float32, found) for found in ((7, 5), (8, 0), (12, 0), None)] == [False, True, True, True]
+    accepted = [kernel.accepts(Q4_0, torch.float32, capability) for capability in ((7, 5), (8, 0), (12, 0), None)]
+    assert accepted == [False, True, True, True]
 
 
 def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, caplog):
