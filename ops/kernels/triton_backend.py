@@ -1,6 +1,7 @@
 """Kernels in Triton, for CUDA and ROCm: unpacking in one pass, and the product with few rows straight from the packed bytes.
 
-Tiles are fixed here instead of tuned on the user's machine, which would take longer than most pictures.
+Tiles are fixed here instead of tuned on the user's machine, which would take longer than most pictures. Numbers that differ
+from layer to layer are not specialised, so that what was checked is what runs.
 """
 import contextlib
 
@@ -29,7 +30,7 @@ def _rounded(values, DTYPE: tl.constexpr):
         return values.to(DTYPE).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _unpack(data, size, scales, table, out, values, first,
             DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
             GROUPS: tl.constexpr):
@@ -42,7 +43,7 @@ def _unpack(data, size, scales, table, out, values, first,
     tl.store(out + index, decoded.to(out.dtype.element_ty), mask=index < values)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "addend_row"])
 def _vector(data, size, scales, table, input, addend, out, rows, columns, addend_row, addend_column,
             DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
             ROWS: tl.constexpr, GROUPS: tl.constexpr):
@@ -66,7 +67,7 @@ def _vector(data, size, scales, table, input, addend, out, rows, columns, addend
     tl.store(out + row, sums.to(out.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "addend_row"])
 def _few_rows(data, size, scales, table, input, addend, out, tokens, rows, columns, addend_row, addend_column,
               DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
               ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr):

@@ -115,6 +115,29 @@ def test_a_kernel_gets_only_what_it_accepts(use):
     assert found == [False, False, True, True, True, False, False]
 
 
+def test_a_kernel_is_checked_when_it_is_needed(use):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        multiply(*args)
+
+    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, recorded, max_tokens=16)))
+    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17)
+    assert not calls
+    for _ in range(2):
+        kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
+        assert [len(input) for _, _, input, *_ in calls] == [1, 16]
+
+
+def test_a_cpu_never_imports_triton(use, monkeypatch):
+    use()
+    module = f"{kernels.__name__}.triton_backend"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
+    assert module not in sys.modules
+
+
 def test_a_format_with_another_block_length_is_accepted_too():
     kernel = unpack_kernel(unpack, "NF4")
     assert kernel.accepts(FORMATS["NF4"].of_block_length(128), torch.float32, None)

@@ -196,16 +196,17 @@ class Compiled:
         names = self.kernel.arg_names
         values = {**dict(zip(names, args)), **{name: options.pop(name) for name in list(options) if name in names}}
         types, constants, aligned = {}, {}, {}
-        for index, name in enumerate(names):
-            value = values[name]
+        for index, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, values[parameter.name]
             if isinstance(value, torch.Tensor):
                 types[name] = "*" + {torch.uint8: "u8", torch.int8: "i8", torch.float32: "fp32", torch.float16: "fp16",
                                      torch.bfloat16: "bf16"}[value.dtype]
             else:
-                types[name] = "i32" if type(value) is int and value != 1 and name.islower() else "constexpr"
+                special = type(value) is not int or parameter.is_constexpr or value == 1 and not parameter.do_not_specialize
+                types[name] = "constexpr" if special else "i32"
             if types[name] == "constexpr":
                 constants[name] = value
-            elif types[name] != "i32" or value % 16 == 0:
+            elif types[name] != "i32" or value % 16 == 0 and not parameter.do_not_specialize:
                 aligned[index,] = [["tt.divisibility", 16]]
         source = triton.compiler.ASTSource(self.kernel, types, constants, aligned)
         self.result = triton.compile(source, target=self.target, options=options)
