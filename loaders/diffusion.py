@@ -107,7 +107,8 @@ def formats_in(file: WeightFile) -> dict[str, str]:
 OTHER_KINDS = (
     (r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|^text_model\.embeddings\.|^(model|encoder)\.embed_tokens\.",
      "a text encoder", "Pick it in Load Text Encoder (Featherweight)."),
-    (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder", "Pick it in Load Text Encoder (Featherweight), under mmproj."),
+    (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder",
+     "Pick it in Load Text Encoder (Featherweight), under mmproj."),
     (r"\.lora_(a|b|A|B|up|down)(\.weight)?$", "a LoRA", "Load a model here and put the LoRA in a LoRA loader behind it."),
 )
 
