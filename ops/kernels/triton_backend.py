@@ -1,7 +1,8 @@
 """Kernels in Triton, for CUDA and ROCm: unpacking in one pass, and the product with few rows straight from the packed bytes.
 
 Tiles are fixed here instead of tuned on the user's machine, which would take longer than most pictures. Numbers that differ
-from layer to layer are not specialised, so that what was checked is what runs.
+from layer to layer are not specialised, so that what was checked is what runs. The tile sizes are reasoned from the assembly
+(loads per value, barriers, shared memory), not measured on a GPU yet.
 """
 import contextlib
 

@@ -175,8 +175,10 @@ def weight_of(name, rows, columns):
 
 @runs_kernels
 @each_dtype
-@pytest.mark.parametrize("tokens, run", [(1, "vector"), (2, "few_rows"), (16, "few_rows"), (17, None)])
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name, tokens, run", [
+    *((name, tokens, run) for name in DECODED for tokens, run in ((1, "vector"), (5, "few_rows"))),
+    ("Q4_K", 2, "few_rows"), ("Q4_K", 16, "few_rows"), ("Q4_K", 17, None),
+])
 def test_multiplies_as_float64_does(name, tokens, run, dtype):
     rows, columns = 19, 1280  # neither is whole tiles
     weight, values = weight_of(name, rows, columns)
