@@ -1,0 +1,11 @@
+// bitsandbytes' 4-bit formats, before the scales: these lie in a tensor of their own. CODEBOOK comes from ops/formats/bnb_4bit.py.
+
+// Not __constant__: threads of a warp that read different entries would wait for each other.
+__device__ const float codebook[16] = {CODEBOOK};
+
+struct Codebook4Bit {
+    static __device__ void values(const Byte* block, int first, float* values) {
+        unsigned codes = load_word(block + first / 2);
+        for (int i = 0; i < 8; i++) values[i] = codebook[codes >> (i ^ 1) * 4 & 15];
+    }
+};
