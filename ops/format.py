@@ -35,6 +35,7 @@ class Format:
     block_length: int
     block_bytes: int
     ggml_type: int | None = None
+    scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -12,6 +12,7 @@ import torch
 from comfy_kitchen.tensor import register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
+from . import kernels
 from .format import FORMATS, Format
 from .tensor import PackedLayout, QuantizedTensor, packed_tensors
 
@@ -71,11 +72,13 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     factors = slice_factors(down, ups, slices)
     flat = input.reshape(-1, columns)
     merge = merging_is_cheaper(flat.shape[0], columns, factors)
+    fused = columns % packed_format.block_length == 0 and not merge and kernels.find(
+        "linear", flat.device, packed_format, flat.dtype, value_dtype, flat.shape[0])
 
     def weight_slice(start: int, stop: int) -> torch.Tensor:
         shape = (stop - start, columns)
         weight = scratch.take(shape, input.dtype) if on_cpu else input.new_empty(shape)
-        packed_format.unpack_into(packed, weight, value_dtype, start * columns // packed_format.block_length)
+        kernels.unpack_into(packed_format, packed, weight, value_dtype, start * columns // packed_format.block_length)
         if merge:
             for row, row_end, up, part in factors:
                 low, high = max(row, start), min(row_end, stop)
@@ -85,6 +88,11 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
 
     # The larger product comes last, so that low precision rounds the sum once.
     out = branch(flat, bias, rows, down, ups, slices) if factors and not merge else None
+    if fused:
+        addend = out if out is not None or bias is None else bias.expand(flat.shape[0], rows)
+        out = input.new_empty((flat.shape[0], rows))
+        fused(packed_format, packed, flat.contiguous(), addend, out, value_dtype)
+        return out.view(*input.shape[:-1], rows)
     with scratch.lock if on_cpu else contextlib.nullcontext():
         if out is not None:
             for start in range(0, rows, step):
@@ -146,7 +154,7 @@ def branch(input: torch.Tensor, bias: torch.Tensor | None, rows: int, down: torc
 def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:
     packed_format = FORMATS[format]
     out = torch.empty((*ids.shape, columns), dtype=dtype, device=packed[0].device)
-    return packed_format.unpack_into(packed_format.rows(packed, columns, ids.flatten()), out)
+    return kernels.unpack_into(packed_format, packed_format.rows(packed, columns, ids.flatten()), out)
 
 
 def _embedding_fake(ids, packed, format, columns, dtype):
@@ -155,7 +163,8 @@ def _embedding_fake(ids, packed, format, columns, dtype):
 
 def _unpack(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
             value_dtype: torch.dtype | None) -> torch.Tensor:
-    return FORMATS[format].unpack_into(packed, torch.empty(shape, dtype=dtype, device=packed[0].device), value_dtype)
+    out = torch.empty(shape, dtype=dtype, device=packed[0].device)
+    return kernels.unpack_into(FORMATS[format], packed, out, value_dtype)
 
 
 def _unpack_fake(packed, format, shape, dtype, value_dtype):
@@ -236,6 +245,6 @@ def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     for start in range(0, shape[0], step):
         rows = torch.empty((min(step, shape[0] - start), *shape[1:]), device=weight.device)
-        packed_format.unpack_into(tensors, rows, value_dtype, start * columns // packed_format.block_length)
+        kernels.unpack_into(packed_format, tensors, rows, value_dtype, start * columns // packed_format.block_length)
         out[start:start + len(rows)] = change(rows, start)
     return out

@@ -17,6 +17,7 @@ class Codebook4Bit(Format):
     | absmax | float32 (blocks,)         | scale of each block of `block_length` values  |
     """
 
+    scales_apart = True
     codebook: tuple[float, ...]
 
     @classmethod

@@ -16,6 +16,8 @@ class INT8(Format):
     | scale  | float32 (rows,)      | largest magnitude of the row (`SCB`) over 127   |
     """
 
+    scales_apart = True
+
     @classmethod
     def of_columns(cls, columns: int) -> type["INT8"]:
         """The format of weights of [N, columns]."""

@@ -1,0 +1,62 @@
+"""Kernels against the torch reference, on the device that is to run them."""
+import torch
+
+from ..format import Format
+
+BLOCKS = 24
+ROWS = 12
+CALM = 64.0  # blocks with larger values say little about a sum in float16
+
+
+def check(kernel, packed_format: type[Format], dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
+    """Raises ArithmeticError, or whatever the kernel raises, unless it gives the reference's results on random blocks."""
+    if kernel.op == "unpack":
+        _check_unpack(kernel, packed_format, dtype, value_dtype, device)
+    else:
+        for tokens in sorted({kernel.min_tokens, kernel.max_tokens or kernel.min_tokens}):
+            _check_linear(kernel, packed_format, dtype, value_dtype, device, tokens)
+
+
+def _check_unpack(kernel, packed_format, dtype, value_dtype, device):
+    tensors = random_tensors(packed_format, BLOCKS, device)
+    first = 3
+    got, expected = torch.empty((2, (BLOCKS - first) * packed_format.block_length), dtype=dtype, device=device)
+    kernel.run(packed_format, tensors, got, value_dtype, first)
+    packed_format.unpack_into(tensors, expected, value_dtype, first)
+    bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    wrong = ((got.view(bits) != expected.view(bits)) & ~(got.isnan() & expected.isnan())).sum().item()
+    if wrong:
+        raise ArithmeticError(f"{wrong} of {len(got)} values differ from the reference")
+
+
+def _check_linear(kernel, packed_format, dtype, value_dtype, device, tokens):
+    per_row = max(1, BLOCKS // ROWS)
+    tensors = random_tensors(packed_format, ROWS * per_row, device, calm=True)
+    columns = per_row * packed_format.block_length
+    generator = torch.Generator().manual_seed(tokens)
+    input = torch.randn((tokens, columns), generator=generator).to(device, dtype)
+    addend = torch.randn(ROWS, generator=generator).to(device, dtype).expand(tokens, ROWS)
+    got = input.new_empty((tokens, ROWS))
+    kernel.run(packed_format, tensors, input, addend, got, value_dtype)
+    weight = packed_format.unpack_into(tensors, input.new_empty((ROWS, columns), dtype=torch.float32), value_dtype)
+    # On the CPU: not every device has float64.
+    input, weight, addend, got = (tensor.cpu().double() for tensor in (input, weight, addend, got))
+    expected = input @ weight.t() + addend
+    allowed = torch.finfo(dtype).eps * expected.abs() + 1e-5 * (input.abs() @ weight.abs().t() + addend.abs())
+    error = ((got - expected).abs() / allowed).max().item()
+    if not error <= 1:  # NaN too
+        raise ArithmeticError(f"the product of {tokens} rows is off by {error:.3g} times what rounding allows")
+
+
+def random_tensors(packed_format: type[Format], blocks: int, device: torch.device, calm: bool = False) -> list[torch.Tensor]:
+    """What a weight of random blocks holds. calm: only blocks of finite values up to `CALM`."""
+    pool = 1024 if calm else blocks
+    generator = torch.Generator().manual_seed(blocks)
+    data = torch.randint(0, 256, (pool, packed_format.block_bytes), generator=generator, dtype=torch.uint8)
+    if packed_format.scales_apart:
+        scales = torch.rand(blocks, generator=generator)
+        return [data[:blocks].flatten().to(device), scales.to(device)]
+    if calm:
+        data = data[packed_format.unpack(data).abs().amax(-1) <= CALM]  # NaN compares false
+        data = data[torch.arange(blocks) % len(data)]
+    return [data.to(device)]
