@@ -1,6 +1,9 @@
 """Kernels for CUDA without Triton, such as portable ComfyUI on Windows: CUDA C++ in `cuda/`, compiled where it runs."""
 import functools
+import math
+from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,50 +14,64 @@ from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
 
 SOURCES = Path(__file__).with_name("cuda")
 TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-THROUGH = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMAT_NAMES = frozenset((
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Codebook4Bit"))
 CHUNK = 8  # values a thread handles at a time
 UNPACK_THREADS = 256
 LINEAR_THREADS = 128
-# tokens at most -> rows of the weight that a warp takes, as in kernels.cu
-LINEAR_ROWS = {1: 1, 4: 2, 16: 4}
+WARP = 32
+INPUT_ALIGNMENT = 16
 
 
-def source(packed_format: type[Format], dtype: torch.dtype) -> str:
-    """CUDA C++ of the kernels of one format and one type of activations."""
-    if packed_format.block_length % CHUNK:
-        raise CudaError(f"blocks of {packed_format.block_length} values are no whole chunks of {CHUNK}")
-    definitions = {
-        "FORMAT": next(base.__name__ for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES),
-        "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes, "TYPE": TYPES[dtype],
-    }
-    codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
-    if codebook:
-        exact = torch.tensor(codebook, dtype=torch.float32).tolist()
-        definitions["CODEBOOK"] = ", ".join(f"{value.hex()}f" for value in exact)
-    family = packed_format.__module__.rpartition(".")[2]
-    return "\n".join((*(f"#define {name} {value}" for name, value in definitions.items()),
-                      *(SOURCES.joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in ("chunks", family, "kernels"))))
+@dataclass(frozen=True)
+class Program:
+    """One kernel of `cuda/`, "unpack" or "linear", for one format.
+
+    dtype: of the values for "unpack", of input and output for "linear". value_dtype: see `Kernel`. alignment: of the packed
+    bytes' address, 1, 2 or 4. tokens: the most that "linear" takes; rows: of the weight, for each of its warps.
+    """
+    kernel: str
+    packed_format: type[Format]
+    dtype: torch.dtype
+    value_dtype: torch.dtype | None = None
+    alignment: int = 1
+    tokens: int = 1
+    rows: int = 1
+
+    def source(self) -> str:
+        """CUDA C++."""
+        packed_format = self.packed_format
+        if packed_format.block_length % CHUNK:
+            raise CudaError(f"blocks of {packed_format.block_length} values are not made of chunks of {CHUNK}")
+        definitions = {
+            "FORMAT": next(base.__name__ for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES),
+            "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes,
+            "ALIGNMENT": self.alignment, "TYPE": TYPES[self.dtype], "VALUE_TYPE": TYPES[self.value_dtype or torch.float32],
+            "TOKENS": self.tokens, "ROWS": self.rows,
+        }
+        codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
+        if codebook:
+            exact = torch.tensor(codebook, dtype=torch.float32).tolist()
+            definitions["CODEBOOK"] = ", ".join(f"{value.hex()}f" for value in exact)
+        files = "chunks", packed_format.__module__.rpartition(".")[2], "weight", self.kernel
+        return "\n".join((*(f"#define {name} {value}" for name, value in definitions.items()),
+                          *(SOURCES.joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in files)))
 
 
 class CudaKernels:
-    """Compiles a format's kernels for a device when they are first used there, and starts them on torch's current stream."""
+    """Compiles a program for a device when it is first used there, and starts it on torch's current stream."""
 
     def __init__(self, compiler: Compiler, driver: Driver):
         self._compiler, self._driver = compiler, driver
-        self._modules: dict[tuple[int, str, torch.dtype], Module] = {}
+        self._modules: dict[tuple[int, Program], Module] = {}
 
-    def _module(self, index: int, packed_format: type[Format], dtype: torch.dtype) -> Module:
-        key = index, packed_format.__name__, dtype
+    def _launch(self, program: Program, blocks: int, threads: int, device: torch.device, *arguments):
+        index = device.index or 0
+        key = index, program
         if key not in self._modules:
-            image = self._compiler.compile(source(packed_format, dtype), self._driver.capability(index))
+            image = self._compiler.compile(program.source(), self._driver.capability(index))
             self._modules[key] = Module(self._driver, index, image)
-        return self._modules[key]
-
-    def _launch(self, name, blocks, threads, packed_format, out, *arguments):
-        module = self._module(out.get_device(), packed_format, out.dtype)
-        module.launch(name, blocks, threads, torch.cuda.current_stream(out.device).cuda_stream, *arguments)
+        self._modules[key].launch(program.kernel, blocks, threads, torch.cuda.current_stream(device).cuda_stream, *arguments)
 
     def unpack(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`."""
@@ -62,26 +79,33 @@ class CudaKernels:
         if rest:
             packed_format.unpack_into(tensors, out, value_dtype, first)
             return
-        packed, scales = _pointers(packed_format, tensors, first)
-        self._launch("unpack", -(-chunks // UNPACK_THREADS), UNPACK_THREADS, packed_format, out,
-                     packed, scales, c_void_p(out.data_ptr()), c_longlong(chunks), c_int(THROUGH[value_dtype]))
+        packed, scales = _addresses(packed_format, tensors, first)
+        program = Program("unpack", packed_format, out.dtype, value_dtype, _alignment(packed_format, packed))
+        self._launch(program, -(-chunks // UNPACK_THREADS), UNPACK_THREADS, out.device,
+                     c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()), c_longlong(chunks))
 
-    def linear(self, most, packed_format, tensors, input, addend, out, value_dtype):
-        """See `Kernel.run`; for up to `most` tokens."""
-        tokens, columns = input.shape
-        rows = out.shape[1]
-        packed, scales = _pointers(packed_format, tensors)
-        token_stride, row_stride = (0, 0) if addend is None else addend.stride()
-        self._launch(f"linear_{most}", -(-rows // (LINEAR_ROWS[most] * LINEAR_THREADS // 32)), LINEAR_THREADS, packed_format, out,
-                     c_void_p(input.data_ptr()), packed, scales, c_void_p(None if addend is None else addend.data_ptr()),
-                     c_void_p(out.data_ptr()), c_int(tokens), c_int(rows), c_int(columns), c_int(token_stride),
-                     c_int(row_stride), c_int(THROUGH[value_dtype]))
+    def linear(self, most, rows_of_warp, packed_format, tensors, input, addend, out, value_dtype):
+        """See `Kernel.run`; for up to `most` tokens, each warp working on `rows_of_warp` rows."""
+        if input.data_ptr() % INPUT_ALIGNMENT:
+            input = input.clone()
+        (tokens, columns), rows = input.shape, out.shape[1]
+        packed, scales = _addresses(packed_format, tensors)
+        addend_address, strides = (None, (0, 0)) if addend is None else (addend.data_ptr(), addend.stride())
+        program = Program("linear", packed_format, out.dtype, value_dtype, _alignment(packed_format, packed), most, rows_of_warp)
+        self._launch(program, -(-rows // (rows_of_warp * LINEAR_THREADS // WARP)), LINEAR_THREADS, out.device,
+                     c_void_p(input.data_ptr()), c_void_p(packed), c_void_p(scales), c_void_p(addend_address),
+                     c_void_p(out.data_ptr()), c_int(tokens), c_int(rows), c_int(columns), *map(c_longlong, strides))
 
 
-def _pointers(packed_format, tensors, first=0) -> tuple[c_void_p, c_void_p]:
-    """Addresses of block `first` and of its scale; the latter null where the blocks hold their scales."""
-    scales = tensors[1].data_ptr() + first * tensors[1].itemsize if len(tensors) > 1 else None
-    return c_void_p(tensors[0].data_ptr() + first * packed_format.block_bytes), c_void_p(scales)
+def _addresses(packed_format, tensors, first=0) -> tuple[int, int | None]:
+    """Of block `first` and of its scale, if the blocks do not hold their scales."""
+    scales = tensors[1].data_ptr() + first * tensors[1].itemsize if packed_format.scales_apart else None
+    return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
+
+
+def _alignment(packed_format, address) -> int:
+    """What every block's address is a multiple of, at most 4."""
+    return math.gcd(packed_format.block_bytes, address, 4)
 
 
 @functools.cache
@@ -105,20 +129,20 @@ def probe(device: torch.device):
         raise CudaError("a block of zeros was unpacked to something else")
 
 
-def _unpack(*arguments):
-    _kernels().unpack(*arguments)
+def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
+    """The kernels as data. kernels: called when one runs."""
+    def unpack(*arguments):
+        kernels().unpack(*arguments)
+
+    def linear(most, rows_of_warp):
+        return lambda *arguments: kernels().linear(most, rows_of_warp, *arguments)
+
+    return (
+        Kernel("unpack", FORMAT_NAMES, frozenset(TYPES), unpack),
+        Kernel("linear", FORMAT_NAMES, frozenset(TYPES), linear(1, 1), 1, 1),
+        Kernel("linear", FORMAT_NAMES, frozenset(TYPES), linear(4, 2), 2, 4),
+        Kernel("linear", FORMAT_NAMES, frozenset(TYPES), linear(16, 2), 5, 16),
+    )
 
 
-def _linear(most, *arguments):
-    _kernels().linear(most, *arguments)
-
-
-def _kernel_table(unpack, linear) -> tuple[Kernel, ...]:
-    dtypes = frozenset(TYPES)
-    least = dict(zip(LINEAR_ROWS, (1, *(most + 1 for most in LINEAR_ROWS))))
-    return (Kernel("unpack", FORMAT_NAMES, dtypes, unpack),
-            *(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least[most], most)
-              for most in LINEAR_ROWS))
-
-
-BACKEND = Backend("nvrtc", probe, _kernel_table(_unpack, _linear))
+BACKEND = Backend("nvrtc", probe, kernel_table(_kernels))

@@ -46,60 +46,34 @@ __device__ inline float to_float(float value) { return value; }
 __device__ inline void round_to(float value, float& same) { same = value; }
 
 template <class T>
-__device__ inline float rounded_through(float value) {
-    T rounded;
-    round_to(value, rounded);
-    return to_float(rounded);
-}
-
-enum ValueDtype { UNROUNDED, THROUGH_HALF, THROUGH_BFLOAT16 };
-
-__device__ inline void round_values(float* values, int through) {
-    for (int i = 0; i < 8; i++) {
-        if (through == THROUGH_HALF) values[i] = rounded_through<Half>(values[i]);
-        if (through == THROUGH_BFLOAT16) values[i] = rounded_through<BFloat16>(values[i]);
-    }
-}
-
-template <class T>
 struct alignas(16) Chunk {
     T values[8];
 };
 
-__device__ inline bool is_aligned(const void* address) {
-    return ((unsigned long long)address & 15) == 0;
-}
-
+// from: a multiple of 16.
 template <class T>
 __device__ inline void load_chunk(const T* from, float* values) {
     Chunk<T> chunk;
-    if (is_aligned(from)) {
-        const uint4* source = (const uint4*)from;
-        for (int i = 0; i < (int)(sizeof(chunk) / sizeof(uint4)); i++) ((uint4*)&chunk)[i] = source[i];
-    } else {
-        for (int i = 0; i < 8; i++) chunk.values[i] = from[i];
-    }
+    for (int i = 0; i < (int)(sizeof(chunk) / sizeof(uint4)); i++) ((uint4*)&chunk)[i] = ((const uint4*)from)[i];
     for (int i = 0; i < 8; i++) values[i] = to_float(chunk.values[i]);
 }
 
+// to: any address.
 template <class T>
 __device__ inline void store_chunk(T* to, const float* values) {
     Chunk<T> chunk;
     for (int i = 0; i < 8; i++) round_to(values[i], chunk.values[i]);
-    if (is_aligned(to)) {
+    if ((unsigned long long)to % 16 == 0) {
         for (int i = 0; i < (int)(sizeof(chunk) / sizeof(uint4)); i++) ((uint4*)to)[i] = ((uint4*)&chunk)[i];
     } else {
         for (int i = 0; i < 8; i++) to[i] = chunk.values[i];
     }
 }
 
-// Four bytes of a block, with as few loads as their address allows.
+// Four bytes of a block at an address that is a multiple of ALIGNMENT.
 __device__ inline unsigned load_word(const Byte* from) {
-    if (BLOCK_BYTES % 4 == 0 && (unsigned long long)from % 4 == 0) return *(const unsigned*)from;
-    if ((unsigned long long)from % 2 == 0) {
-        const unsigned short* pairs = (const unsigned short*)from;
-        return pairs[0] | (unsigned)pairs[1] << 16;
-    }
+    if (ALIGNMENT == 4) return *(const unsigned*)from;
+    if (ALIGNMENT == 2) return ((const unsigned short*)from)[0] | (unsigned)((const unsigned short*)from)[1] << 16;
     return from[0] | from[1] << 8 | from[2] << 16 | (unsigned)from[3] << 24;
 }
 
