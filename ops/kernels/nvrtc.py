@@ -26,7 +26,7 @@ def nvrtc_libraries() -> list[str]:
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(torch.__file__).parent / "lib"]
     for root in map(Path, spec.submodule_search_locations or () if spec else ()):
-        folders += [path.parent for path in sorted(root.rglob("*nvrtc*")) if path.parent.name in ("lib", "bin", "x86_64", "x64")]
+        folders += [folder for place in ("*/lib", "*/bin", "*/bin/x86_64") for folder in sorted(root.glob(place))]
     pattern = "nvrtc64_*_0.dll" if ON_WINDOWS else "libnvrtc*.so*"
     found = dict.fromkeys(str(path) for folder in folders for path in sorted(folder.glob(pattern))
                           if "builtins" not in path.name and ".alt" not in path.name)

@@ -19,6 +19,9 @@ FORMAT_NAMES = frozenset((
 CHUNK = 8  # values a thread handles at a time
 UNPACK_THREADS = 256
 LINEAR_THREADS = 128
+# The most tokens "linear" takes -> rows of the weight that a warp takes. More rows load the input fewer times, but leave
+# fewer warps to hide the time of a load.
+LINEAR_ROWS = {1: 1, 4: 2, 16: 2}
 WARP = 32
 INPUT_ALIGNMENT = 16
 
@@ -53,9 +56,14 @@ class Program:
         if codebook:
             exact = torch.tensor(codebook, dtype=torch.float32).tolist()
             definitions["CODEBOOK"] = ", ".join(f"{value.hex()}f" for value in exact)
-        files = "chunks", packed_format.__module__.rpartition(".")[2], "weight", self.kernel
         return "\n".join((*(f"#define {name} {value}" for name, value in definitions.items()),
-                          *(SOURCES.joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in files)))
+                          *(path.read_text(encoding="utf-8") for path in source_files(packed_format, self.kernel))))
+
+
+def source_files(packed_format: type[Format], kernel: str) -> list[Path]:
+    """What makes a program, in order. A family of formats has one file, named as the one in ops/formats."""
+    family = packed_format.__module__.rpartition(".")[2]
+    return [SOURCES / f"{name}.cu" for name in ("chunks", family, "weight", kernel)]
 
 
 class CudaKernels:
@@ -76,22 +84,24 @@ class CudaKernels:
     def unpack(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`."""
         chunks, rest = divmod(out.numel(), CHUNK)
-        if rest:
+        if rest or not chunks:  # small weights of odd shapes, and lookups of no rows
             packed_format.unpack_into(tensors, out, value_dtype, first)
             return
         packed, scales = _addresses(packed_format, tensors, first)
-        program = Program("unpack", packed_format, out.dtype, value_dtype, _alignment(packed_format, packed))
+        program = Program("unpack", packed_format, out.dtype, value_dtype, alignment(packed_format, packed))
         self._launch(program, -(-chunks // UNPACK_THREADS), UNPACK_THREADS, out.device,
                      c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()), c_longlong(chunks))
 
-    def linear(self, most, rows_of_warp, packed_format, tensors, input, addend, out, value_dtype):
-        """See `Kernel.run`; for up to `most` tokens, each warp working on `rows_of_warp` rows."""
+    def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
+        """See `Kernel.run`; for up to `most_tokens` tokens, one of `LINEAR_ROWS`."""
         if input.data_ptr() % INPUT_ALIGNMENT:
             input = input.clone()
         (tokens, columns), rows = input.shape, out.shape[1]
+        rows_of_warp = LINEAR_ROWS[most_tokens]
         packed, scales = _addresses(packed_format, tensors)
         addend_address, strides = (None, (0, 0)) if addend is None else (addend.data_ptr(), addend.stride())
-        program = Program("linear", packed_format, out.dtype, value_dtype, _alignment(packed_format, packed), most, rows_of_warp)
+        program = Program("linear", packed_format, out.dtype, value_dtype, alignment(packed_format, packed), most_tokens,
+                          rows_of_warp)
         self._launch(program, -(-rows // (rows_of_warp * LINEAR_THREADS // WARP)), LINEAR_THREADS, out.device,
                      c_void_p(input.data_ptr()), c_void_p(packed), c_void_p(scales), c_void_p(addend_address),
                      c_void_p(out.data_ptr()), c_int(tokens), c_int(rows), c_int(columns), *map(c_longlong, strides))
@@ -103,28 +113,35 @@ def _addresses(packed_format, tensors, first=0) -> tuple[int, int | None]:
     return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
 
 
-def _alignment(packed_format, address) -> int:
+def alignment(packed_format, address) -> int:
     """What every block's address is a multiple of, at most 4."""
     return math.gcd(packed_format.block_bytes, address, 4)
 
 
 @functools.cache
 def _kernels() -> CudaKernels:
+    if torch.version.cuda is None:
+        raise CudaError("this torch is not built for CUDA")
+    driver = Driver()
     reasons = []
     for library in nvrtc_libraries():
         try:
-            return CudaKernels(Compiler(library), Driver())
+            return CudaKernels(Compiler(library), driver)
         except (OSError, AttributeError, CudaError) as error:
             reasons.append(f"{library}: {error}")
-    raise CudaError("; ".join(reasons) or "NVRTC is neither in torch nor in a package nvidia-cuda-nvrtc-cu12")
+    raise CudaError("; ".join(reasons) or "NVRTC is neither in torch nor in a package nvidia-cuda-nvrtc")
 
 
-def probe(device: torch.device):
-    """Unpacks one block."""
+def _probe(device: torch.device):
+    probe(_kernels(), device)
+
+
+def probe(kernels: CudaKernels, device: torch.device):
+    """Unpacks one block; raises where that fails."""
     packed_format = FORMATS["Q8_0"]
     block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
     out = torch.full((packed_format.block_length,), torch.nan, device=device)
-    _kernels().unpack(packed_format, [block], out, None, 0)
+    kernels.unpack(packed_format, [block], out, None, 0)
     if out.any():
         raise CudaError("a block of zeros was unpacked to something else")
 
@@ -134,15 +151,14 @@ def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     def unpack(*arguments):
         kernels().unpack(*arguments)
 
-    def linear(most, rows_of_warp):
-        return lambda *arguments: kernels().linear(most, rows_of_warp, *arguments)
+    def linear(*arguments):
+        kernels().linear(*arguments)
 
-    return (
-        Kernel("unpack", FORMAT_NAMES, frozenset(TYPES), unpack),
-        Kernel("linear", FORMAT_NAMES, frozenset(TYPES), linear(1, 1), 1, 1),
-        Kernel("linear", FORMAT_NAMES, frozenset(TYPES), linear(4, 2), 2, 4),
-        Kernel("linear", FORMAT_NAMES, frozenset(TYPES), linear(16, 2), 5, 16),
-    )
+    dtypes = frozenset(TYPES)
+    fewest = (1, *(most + 1 for most in LINEAR_ROWS))
+    return (Kernel("unpack", FORMAT_NAMES, dtypes, unpack),
+            *(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most)
+              for least, most in zip(fewest, LINEAR_ROWS)))
 
 
-BACKEND = Backend("nvrtc", probe, kernel_table(_kernels))
+BACKEND = Backend("nvrtc", _probe, kernel_table(_kernels))

@@ -1,10 +1,11 @@
 """The CUDA sources compile for every GPU without one, and give the reference's values: run on the CPU, by the same Python."""
-import ctypes
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -16,14 +17,15 @@ from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
-from featherweight.ops.kernels.nvrtc_backend import FORMAT_NAMES, Program
+from featherweight.ops.kernels.nvrtc_backend import FORMAT_NAMES, LINEAR_ROWS, SOURCES, Program, alignment, source_files
 from gguf import GGMLQuantizationType
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
 CPP = os.environ.get("CXX") or shutil.which("g++")
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
-CODEBOOK_FORMATS = [FORMATS[name].of_block_length(length) for name in ("NF4", "FP4") for length in (32, 64, 4096)]
-ALL_FORMATS = [fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES] + CODEBOOK_FORMATS
+GGML = [fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES]
+CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
+ALL_FORMATS = GGML + CODEBOOKS + [fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {4: torch.int32, 2: torch.int16}
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
@@ -48,7 +50,7 @@ class CpuCompiler:
     def library(self, name: str, text: str) -> str:
         source, library = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
         source.write_text(text, encoding="utf-8")
-        built = subprocess.run([CPP, "-std=c++17", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w",
+        built = subprocess.run([CPP, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w",
                                 f"-I{ON_CPU}", str(source), "-o", str(library), "-ldl"], capture_output=True, text=True)
         if built.returncode:
             raise CudaError(built.stderr)
@@ -100,3 +102,173 @@ def test_unpack_equals_the_reference_rounded_once(on_cpu, fmt, dtype):
     out = torch.empty(len(expected), dtype=dtype)
     on_cpu.unpack(fmt, tensors, out, None, 0)
     assert_same_bits(out, expected.to(dtype))
+
+
+@each_dtype
+@each_format
+def test_unpack_starts_at_any_block_and_writes_to_any_address(on_cpu, fmt, dtype):
+    tensors = random_tensors(fmt, 6, torch.device("cpu"), calm=True)
+    expected = fmt.unpack_into(tensors, torch.empty(3 * fmt.block_length - 8, dtype=dtype), first=2)
+    out = torch.empty(len(expected) + 2, dtype=dtype)
+    on_cpu.unpack(fmt, tensors, out[1:-1], None, 2)
+    assert_same_bits(out[1:-1], expected)
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["Q5_0"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
+def test_unpack_reads_from_any_address(on_cpu, fmt):
+    tensors = random_tensors(fmt, 6, torch.device("cpu"))
+    expected = fmt.unpack_into(tensors, torch.empty(6 * fmt.block_length))
+    for offset in (1, 2):
+        moved = torch.zeros(tensors[0].numel() + offset, dtype=torch.uint8)[offset:]
+        moved.copy_(tensors[0].flatten())
+        out = torch.empty_like(expected)
+        on_cpu.unpack(fmt, [moved, *tensors[1:]], out, None, 0)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
+def test_unpack_of_odd_weights_and_of_none(on_cpu, shape):
+    fmt, count = FORMATS["NF4"], shape[0] * shape[1]
+    packed, scales = random_tensors(fmt, -(-count // 64) or 1, torch.device("cpu"))
+    tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
+    out = torch.empty(shape, dtype=torch.float16)
+    on_cpu.unpack(fmt, tensors, out, None, 0)
+    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out)))
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fmt", [FORMATS["Q6_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
+def test_unpack_rounds_to_the_value_dtype_first(on_cpu, fmt, value_dtype):
+    tensors = random_tensors(fmt, 40, torch.device("cpu"))
+    out = torch.empty(40 * fmt.block_length)
+    on_cpu.unpack(fmt, tensors, out, value_dtype, 0)
+    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out), value_dtype))
+
+
+def kernels_of(on_cpu, op):
+    return [kernel for kernel in nvrtc_backend.kernel_table(lambda: on_cpu) if kernel.op == op]
+
+
+@each_format
+def test_product_with_one_row_is_right(on_cpu, fmt):
+    check(kernels_of(on_cpu, "linear")[0], fmt, torch.bfloat16, None, torch.device("cpu"))
+
+
+@each_dtype
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
+def test_product_sums_in_float32_and_rounds_once(on_cpu, tokens, dtype):
+    """Rows that no warp's share divides, an addend of odd strides, an input at an odd address."""
+    fmt, rows, columns = FORMATS["Q4_K"], 13, 1280
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, torch.device("cpu"), calm=True)
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(tokens * columns + 1, generator=generator).to(dtype)[1:].view(tokens, columns)
+    addend = torch.randn((rows, tokens), generator=generator).to(dtype).t()
+    run = next(kernel for kernel in kernels_of(on_cpu, "linear") if kernel.takes(tokens)).run
+    weight = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    for added in (addend, None):
+        out = torch.full((tokens, rows), torch.nan, dtype=dtype)
+        run(fmt, tensors, input, added, out, None)
+        expected = input.double() @ weight.t() + (0 if added is None else added)
+        allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6 * (input.double().abs() @ weight.abs().t())
+        assert ((out - expected).abs() <= allowed).all()
+
+
+def test_each_number_of_rows_up_to_16_has_one_product():
+    for tokens in range(1, 17):
+        assert sum(kernel.takes(tokens) for kernel in kernels_of(None, "linear")) == 1
+    assert not any(kernel.takes(17) for kernel in kernels_of(None, "linear"))
+
+
+@each_capability
+@pytest.mark.parametrize("fmt", GGML + CODEBOOKS, ids=lambda fmt: fmt.__name__)
+def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
+    if capability not in compiler.architectures:
+        pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
+    for dtype in DTYPES:
+        assert compiler.compile(Program("unpack", fmt, dtype, None, alignment(fmt, 0)).source(), capability).startswith(b"\x7fELF")
+    compiler.compile(Program("linear", fmt, torch.bfloat16, None, alignment(fmt, 0)).source(), capability)
+
+
+@each_dtype
+@each_capability
+def test_products_of_many_rows_compile_for_every_gpu(compiler, capability, dtype):
+    if capability not in compiler.architectures:
+        pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
+    for tokens, rows in LINEAR_ROWS.items():
+        program = Program("linear", FORMATS["Q6_K"], dtype, torch.float16, 2, tokens, rows)
+        assert compiler.compile(program.source(), capability).startswith(b"\x7fELF")
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
+    image = compiler.compile(Program("unpack", FORMATS["Q8_0"], torch.float16).source(), 999)
+    assert f".target sm_{max(compiler.architectures)}".encode() in image
+
+
+def test_what_nvrtc_refuses_is_said(compiler):
+    with pytest.raises(CudaError, match="no code for compute capability 1.0"):
+        compiler.compile("", 10)
+    with pytest.raises(CudaError, match='(?s)featherweight.cu.1.*"nonsense" is undefined'):
+        compiler.compile("int x = nonsense;", 80)
+
+
+def test_blocks_that_are_no_whole_chunks_are_refused():
+    with pytest.raises(CudaError, match="blocks of 12 values"):
+        Program("unpack", FORMATS["NF4"].of_block_length(12), torch.float32).source()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_without_cuda_the_backend_says_so():
+    with pytest.raises(CudaError, match="this torch is not built for CUDA"):
+        nvrtc_backend.BACKEND.probe(torch.device("cuda:0"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_driver_is_said():
+    with pytest.raises(OSError, match="no_such_driver"):
+        Driver("no_such_driver.so")
+
+
+@pytest.fixture
+def as_device(on_cpu, monkeypatch, caplog):
+    """The kernel layer, where nvrtc is the backend of the CPU."""
+    backend = kernel_layer.Backend("nvrtc", partial(nvrtc_backend.probe, on_cpu), nvrtc_backend.kernel_table(lambda: on_cpu))
+    monkeypatch.setattr(nvrtc_backend, "BACKEND", backend)
+    monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("nvrtc",)})
+    monkeypatch.setattr(kernel_layer, "_choices", {})
+    monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
+    caplog.set_level(logging.DEBUG)
+
+
+@pytest.mark.usefixtures("as_device")
+def test_a_device_uses_the_backend_after_its_probe(caplog):
+    tensors = random_tensors(FORMATS["Q5_1"], 8, torch.device("cpu"))
+    out = torch.empty(8 * 32)
+    assert kernel_layer.find("unpack", out.device, FORMATS["Q5_1"], out.dtype) is not None
+    assert_same_bits(kernel_layer.unpack_into(FORMATS["Q5_1"], tensors, out), reference(FORMATS["Q5_1"], tensors))
+    assert "packed weights on cpu use nvrtc" in caplog.text
+
+
+@pytest.mark.usefixtures("as_device")
+@pytest.mark.parametrize("right, wrong, reason", [
+    ("- 8", "- 7", "values differ from the reference"), ("- 8", "- eight", "eight")], ids=["wrong values", "no C++"])
+def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeypatch, caplog, right, wrong, reason):
+    source = Program.source
+    monkeypatch.setattr(Program, "source", lambda program: source(program).replace(right, wrong))
+    fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32, dtype=torch.float16)
+    tensors = random_tensors(fmt, 8, torch.device("cpu"))
+    assert kernel_layer.find("unpack", out.device, fmt, out.dtype, torch.bfloat16) is None
+    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out, torch.bfloat16),
+                     fmt.unpack_into(tensors, torch.empty_like(out), torch.bfloat16))
+    assert "unpack of Q4_0 to torch.float16 by nvrtc is off on cpu" in caplog.text and reason in caplog.text
+
+
+def test_every_source_is_used():
+    used = {path for fmt in ALL_FORMATS for kernel in ("unpack", "linear") for path in source_files(fmt, kernel)}
+    assert used == set(SOURCES.glob("*.cu"))
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_no_rule_leaves_a_source_out_of_the_package():
+    sources = sorted(map(str, SOURCES.glob("*.cu")))
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", *sources], cwd=SOURCES, capture_output=True, text=True)
+    assert not ignored.stdout
