@@ -27,6 +27,7 @@ GGML = [fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES]
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 ALL_FORMATS = GGML + CODEBOOKS + [fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ELF = b"\x7fELF"
 BITS = {4: torch.int32, 2: torch.int16}
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,8 +51,11 @@ class CpuCompiler:
     def library(self, name: str, text: str) -> str:
         source, library = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
         source.write_text(text, encoding="utf-8")
-        built = subprocess.run([CPP, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w",
-                                f"-I{ON_CPU}", str(source), "-o", str(library), "-ldl"], capture_output=True, text=True)
+        # A load from an address that a GPU refuses ends the process.
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=alignment,bounds",
+                 "-fsanitize-undefined-trap-on-error", "-w", "-fPIC", "-shared"]
+        built = subprocess.run([CPP, *flags, f"-I{ON_CPU}", str(source), "-o", str(library), "-ldl"],
+                               capture_output=True, text=True)
         if built.returncode:
             raise CudaError(built.stderr)
         return str(library)
@@ -184,19 +188,19 @@ def test_each_number_of_rows_up_to_16_has_one_product():
 def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
     if capability not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
-    for dtype in DTYPES:
-        assert compiler.compile(Program("unpack", fmt, dtype, None, alignment(fmt, 0)).source(), capability).startswith(b"\x7fELF")
-    compiler.compile(Program("linear", fmt, torch.bfloat16, None, alignment(fmt, 0)).source(), capability)
+    for kernel in ("unpack", "linear"):
+        program = Program(kernel, fmt, torch.bfloat16, None, alignment(fmt, 0))
+        assert compiler.compile(program.source(), capability).startswith(ELF)
 
 
 @each_dtype
 @each_capability
-def test_products_of_many_rows_compile_for_every_gpu(compiler, capability, dtype):
+def test_every_type_and_number_of_rows_compiles_for_every_gpu(compiler, capability, dtype):
     if capability not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
-    for tokens, rows in LINEAR_ROWS.items():
-        program = Program("linear", FORMATS["Q6_K"], dtype, torch.float16, 2, tokens, rows)
-        assert compiler.compile(program.source(), capability).startswith(b"\x7fELF")
+    programs = [Program("linear", FORMATS["Q6_K"], dtype, None, 2, tokens, rows) for tokens, rows in LINEAR_ROWS.items()]
+    for program in [*programs, Program("unpack", FORMATS["Q6_K"], dtype, torch.float16, 1)]:
+        assert compiler.compile(program.source(), capability).startswith(ELF)
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
