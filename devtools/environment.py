@@ -34,7 +34,8 @@ TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
 EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff", "gguf>=0.19.0", "transformers<5.15"]
-OPTIONAL = ["bitsandbytes"]
+# Compilers of GPU kernels: they need no GPU, and have no wheels for some systems.
+OPTIONAL = ["bitsandbytes", "triton>=3.6", "nvidia-cuda-nvrtc-cu12"]
 
 
 class SetupError(Exception):
@@ -199,7 +200,7 @@ def _install_packages(host: Path, python: Path):
     for package in OPTIONAL:
         command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), package]
         if subprocess.run(command, capture_output=True).returncode:
-            print(f"Note: {package} could not be installed; it is optional, tests that compare with it are skipped.")
+            print(f"Note: {package} could not be installed; it is optional, tests that need it are skipped.")
 
 
 def _install_shim(python: Path):

@@ -23,7 +23,7 @@ VARIABLE = "FEATHERWEIGHT_KERNELS"
 BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("triton", "nvrtc"), "mps": ("metal",)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One operation of a backend and what it accepts.
 
@@ -35,7 +35,8 @@ class Kernel:
         reference's order, without fused multiply-add, so that the values have the reference's bits.
     run, "linear": run(packed_format, tensors, input, addend, out, value_dtype). out = input @ weight.T + addend, summed in
         float32 and rounded once. input: (M, K), contiguous, K a multiple of the block length. addend: (M, N) of any strides,
-        or None. out: (M, N), contiguous. The weight's values are float32, or rounded to value_dtype if one is given.
+        or None. out: (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and may
+        then be rounded to the input's dtype, as the reference does.
     """
     op: str
     formats: frozenset[str]
@@ -70,21 +71,21 @@ class Choice:
         self.backend = _first_working(device)
         on_cuda = device.type == "cuda" and torch.version.hip is None
         self.capability = torch.cuda.get_device_capability(device) if on_cuda else None
-        self._proved: dict[tuple, list[Kernel]] = {}
+        self._right: dict[tuple, bool] = {}
         name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
         log.info("Featherweight: packed weights on %s use %s.", name, self.backend.name if self.backend else "torch")
 
     def find(self, op: str, packed_format: type[Format], dtype: torch.dtype, value_dtype: torch.dtype | None,
              tokens: int | None) -> Kernel | None:
-        if self.backend is None:
-            return None
-        key = op, packed_format, dtype, value_dtype
-        if key not in self._proved:
-            with _lock:
-                self._proved[key] = [kernel for kernel in self.backend.kernels if kernel.op == op
-                                     and kernel.accepts(packed_format, dtype, self.capability)
-                                     and self._is_right(kernel, packed_format, dtype, value_dtype)]
-        return next((kernel for kernel in self._proved[key] if kernel.takes(tokens)), None)
+        for kernel in self.backend.kernels if self.backend else ():
+            if kernel.op == op and kernel.takes(tokens):
+                key = kernel, packed_format, dtype, value_dtype
+                if key not in self._right:
+                    with _lock:
+                        self._right[key] = kernel.accepts(packed_format, dtype, self.capability) and self._is_right(*key)
+                if self._right[key]:
+                    return kernel
+        return None
 
     def _is_right(self, kernel, packed_format, dtype, value_dtype) -> bool:
         try:

@@ -39,13 +39,18 @@ def _check_linear(kernel, packed_format, dtype, value_dtype, device, tokens):
     got = input.new_empty((tokens, ROWS))
     kernel.run(packed_format, tensors, input, addend, got, value_dtype)
     weight = packed_format.unpack_into(tensors, input.new_empty((ROWS, columns), dtype=torch.float32), value_dtype)
-    # On the CPU: not every device has float64.
-    input, weight, addend, got = (tensor.cpu().double() for tensor in (input, weight, addend, got))
-    expected = input @ weight.t() + addend
-    allowed = torch.finfo(dtype).eps * expected.abs() + 1e-5 * (input.abs() @ weight.abs().t() + addend.abs())
-    error = ((got - expected).abs() / allowed).max().item()
+    error = min(_product_error(input, values, addend, got) for values in (weight, weight.to(dtype)))
     if not error <= 1:  # NaN too
         raise ArithmeticError(f"the product of {tokens} rows is off by {error:.3g} times what rounding allows")
+
+
+def _product_error(input, weight, addend, got) -> float:
+    """The largest error of `got`, where 1 is what a sum in float32, rounded once, may have."""
+    eps = torch.finfo(got.dtype).eps
+    input, weight, addend, got = (tensor.cpu().double() for tensor in (input, weight, addend, got))  # MPS has no float64
+    expected = input @ weight.t() + addend
+    allowed = eps * expected.abs() + 1e-5 * (input.abs() @ weight.abs().t() + addend.abs())
+    return ((got - expected).abs() / allowed).max().item()
 
 
 def random_tensors(packed_format: type[Format], blocks: int, device: torch.device, calm: bool = False) -> list[torch.Tensor]:

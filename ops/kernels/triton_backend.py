@@ -1,0 +1,167 @@
+"""Kernels in Triton, for CUDA and ROCm: unpacking in one pass, and the product with few rows straight from the packed bytes.
+
+Tiles are fixed here instead of tuned on the user's machine, which would take longer than most pictures. Numbers that differ
+from layer to layer are not specialised, so that what was checked is what runs.
+"""
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from . import Backend, Kernel
+from .triton_decode import DECODERS
+
+UNPACK_TILE = 4096  # values a program unpacks
+# One row of the input: a program sums rows of the weight this many at a time, this many columns at a time.
+VECTOR_TILE = (2, 1024)
+# Up to 16 rows, which is one tile of the matrix units.
+ROWS_TILE = (16, 128)
+MAX_TOKENS = 16
+FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
+TRITON_DTYPES = {None: None, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr):
+    if DTYPE is None:
+        return values
+    else:
+        return values.to(DTYPE).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _unpack(data, size, scales, table, out, values, first,
+            DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+            GROUPS: tl.constexpr):
+    """`values` values of the weight from group `first` on. Each program takes GROUPS groups."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    lane = tl.arange(0, GROUP)[None, :]
+    index = group * GROUP + lane
+    held = first + tl.minimum(group, (values - 1) // GROUP)
+    decoded = _rounded(DECODE(data, size, scales, table, held, lane, BLOCK_LENGTH), VALUE_DTYPE)
+    tl.store(out + index, decoded.to(out.dtype.element_ty), mask=index < values)
+
+
+@triton.jit(do_not_specialize=["rows", "addend_row"])
+def _vector(data, size, scales, table, input, addend, out, rows, columns, addend_row, addend_column,
+            DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+            ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """One row of the input. Each program sums ROWS rows of the weight, GROUPS groups of columns at a time."""
+    per_row = columns // GROUP
+    place = tl.arange(0, ROWS * GROUPS)[:, None]
+    row = tl.program_id(0).to(tl.int64) * ROWS + place // GROUPS
+    start = tl.minimum(row, rows - 1) * per_row
+    lane = tl.arange(0, GROUP)[None, :]
+    total = tl.zeros((ROWS * GROUPS, GROUP), tl.float32)
+    for first in range(0, per_row, GROUPS):
+        group = first + place % GROUPS
+        held = start + tl.minimum(group, per_row - 1)
+        weight = _rounded(DECODE(data, size, scales, table, held, lane, BLOCK_LENGTH), VALUE_DTYPE)
+        x = tl.load(input + group * GROUP + lane, mask=group < per_row, other=0).to(tl.float32)
+        total = tl.fma(x, weight, total)
+    sums = tl.sum(tl.reshape(tl.sum(total, 1), (ROWS, GROUPS)), 1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if addend is not None:
+        sums += tl.load(addend + row * addend_column, mask=row < rows, other=0).to(tl.float32)
+    tl.store(out + row, sums.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "addend_row"])
+def _few_rows(data, size, scales, table, input, addend, out, tokens, rows, columns, addend_row, addend_column,
+              DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+              ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
+    """Up to TOKENS rows of the input, multiplied in the input's dtype and summed in float32."""
+    per_row = columns // GROUP
+    place = tl.arange(0, ROWS * GROUPS)[:, None]
+    row = tl.program_id(0).to(tl.int64) * ROWS + place // GROUPS
+    start = tl.minimum(row, rows - 1) * per_row
+    lane = tl.arange(0, GROUP)[None, :]
+    token = tl.arange(0, TOKENS)[:, None]
+    column = tl.arange(0, GROUPS * GROUP)[None, :]
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for first in range(0, per_row, GROUPS):
+        held = start + tl.minimum(first + place % GROUPS, per_row - 1)
+        weight = _rounded(DECODE(data, size, scales, table, held, lane, BLOCK_LENGTH), VALUE_DTYPE)
+        weight = tl.reshape(weight.to(input.dtype.element_ty), (ROWS, GROUPS * GROUP))
+        at = first * GROUP + column
+        x = tl.load(input + token * columns + at, mask=(token < tokens) & (at < columns), other=0)
+        total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
+    inside = (token < tokens) & (row < rows)
+    if addend is not None:
+        total += tl.load(addend + token * addend_row + row * addend_column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + token * rows + row, total.to(out.dtype.element_ty), mask=inside)
+
+
+def _decoder(packed_format):
+    return next(DECODERS[base.__name__] for base in packed_format.__mro__ if base.__name__ in DECODERS)
+
+
+def _weight_arguments(packed_format, tensors, value_dtype) -> tuple[tuple, dict]:
+    """The first arguments of every kernel, and what it is specialised for."""
+    decoder = _decoder(packed_format)
+    if packed_format.block_length % decoder.group:
+        raise NotImplementedError(f"blocks of {packed_format.block_length} values are not groups of {decoder.group}")
+    data = tensors[0] if tensors[0].data_ptr() % 4 == 0 else tensors[0].clone()
+    scales = tensors[1] if packed_format.scales_apart else None
+    table = decoder.table(packed_format, data.device) if decoder.table else None
+    return (data, data.numel(), scales, table), {
+        "DECODE": decoder.function, "GROUP": decoder.group, "BLOCK_LENGTH": packed_format.block_length,
+        "VALUE_DTYPE": TRITON_DTYPES[value_dtype],
+        "enable_fp_fusion": False,  # a fused multiply-add rounds once where the reference rounds twice
+    }
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def unpack(packed_format, tensors, out, value_dtype, first):
+    weight, special = _weight_arguments(packed_format, tensors, value_dtype)
+    group = special["GROUP"]
+    with _on(out.device):
+        _unpack[(triton.cdiv(out.numel(), UNPACK_TILE),)](
+            *weight, out, out.numel(), first * (packed_format.block_length // group), GROUPS=UNPACK_TILE // group, **special)
+
+
+def vector(packed_format, tensors, input, addend, out, value_dtype):
+    _multiply(_vector, (), VECTOR_TILE, packed_format, tensors, input, addend, out, value_dtype)
+
+
+def few_rows(packed_format, tensors, input, addend, out, value_dtype):
+    _multiply(_few_rows, (len(input),), ROWS_TILE, packed_format, tensors, input, addend, out, value_dtype, TOKENS=MAX_TOKENS)
+
+
+def _multiply(kernel, tokens, tile, packed_format, tensors, input, addend, out, value_dtype, **special):
+    weight, more = _weight_arguments(packed_format, tensors, value_dtype)
+    rows, columns = tile
+    strides = (0, 0) if addend is None else addend.stride()
+    with _on(out.device):
+        kernel[(triton.cdiv(out.shape[1], rows),)](
+            *weight, input, addend, out, *tokens, out.shape[1], input.shape[1], *strides,
+            ROWS=rows, GROUPS=columns // more["GROUP"], **more, **special)
+
+
+@triton.jit
+def _increment(numbers):
+    at = numbers + tl.arange(0, 16)
+    tl.store(at, tl.load(at) + 1)
+
+
+def probe(device: torch.device):
+    """Triton can be importable and still lack a compiler, a driver or support for the GPU."""
+    numbers = torch.arange(16, dtype=torch.int32, device=device)
+    with _on(device):
+        _increment[(1,)](numbers)
+    if numbers.tolist() != list(range(1, 17)):
+        raise ArithmeticError("Triton's first kernel added wrongly")
+
+
+_formats = frozenset(DECODERS)
+BACKEND = Backend("triton", probe, (
+    Kernel("unpack", _formats, FLOATS, unpack),
+    Kernel("linear", _formats, FLOATS, vector, max_tokens=1),
+    Kernel("linear", _formats, FLOATS, few_rows, min_tokens=2, max_tokens=MAX_TOKENS),
+))

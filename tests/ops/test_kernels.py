@@ -1,0 +1,187 @@
+"""Which kernels a device uses. The backends here are made for the tests, of plain torch on the CPU."""
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from devtools.gguf_files import block_pool
+from featherweight.ops import formats, kernels, product  # noqa: F401
+from featherweight.ops.format import FORMATS
+from featherweight.ops.kernels import Backend, Kernel
+from featherweight.ops.tensor import packed_tensor
+
+CPU = torch.device("cpu")
+Q4_0 = FORMATS["Q4_0"]
+FLOAT32 = frozenset([torch.float32])
+
+
+def unpack(packed_format, tensors, out, value_dtype, first):
+    packed_format.unpack_into(tensors, out, value_dtype, first)
+
+
+def unpack_from_the_start(packed_format, tensors, out, value_dtype, first):
+    packed_format.unpack_into(tensors, out, value_dtype)
+
+
+def unpack_rounded(packed_format, tensors, out, value_dtype, first):
+    packed_format.unpack_into(tensors, out, torch.bfloat16, first)
+
+
+def multiply(packed_format, tensors, input, addend, out, value_dtype):
+    weight = packed_format.unpack_into(tensors, input.new_empty(out.shape[1], input.shape[1]), value_dtype)
+    out.copy_(input @ weight.t() + (0 if addend is None else addend))
+
+
+def multiply_without_addend(packed_format, tensors, input, addend, out, value_dtype):
+    multiply(packed_format, tensors, input, None, out, value_dtype)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def use(*backends):
+        monkeypatch.setattr(kernels, "_choices", {})
+        monkeypatch.setitem(kernels.BACKENDS, "cpu", tuple(backend.name for backend in backends))
+        for backend in backends:
+            monkeypatch.setitem(sys.modules, f"{kernels.__name__}.{backend.name}_backend", SimpleNamespace(BACKEND=backend))
+    return use
+
+
+def backend(*kernels, name="made_up", probe=lambda device: None):
+    return Backend(name, probe, kernels)
+
+
+def unpack_kernel(run, name="Q4_0"):
+    return Kernel("unpack", frozenset([name]), FLOAT32, run)
+
+
+def packed(rows=6, columns=64):
+    blocks = rows * columns // 32
+    return packed_tensor(Q4_0, torch.from_numpy(block_pool("Q4_0")[:blocks]), (rows, columns))
+
+
+def test_a_kernel_that_is_right_is_used(use):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        unpack(*args)
+
+    use(backend(unpack_kernel(recorded)))
+    values = product.unpack(packed(), torch.float32)
+    assert calls[-1][2] is values
+    assert torch.equal(values, packed().dequantize())
+
+
+@pytest.mark.parametrize("run", [unpack_from_the_start, unpack_rounded])
+def test_a_kernel_with_wrong_values_is_off_and_the_reference_used(run, use, caplog):
+    caplog.set_level(logging.DEBUG, kernels.__name__)
+    use(backend(unpack_kernel(run)))
+    assert torch.equal(product.unpack(packed(), torch.float32), packed().dequantize())
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
+    reasons = [record for record in caplog.records if "Q4_0" in record.message]
+    assert [record.levelno for record in reasons] == [logging.DEBUG]
+    assert "differ from the reference" in reasons[0].message
+
+
+@pytest.mark.parametrize("run, found", [(multiply, True), (multiply_without_addend, False)])
+def test_a_product_is_used_only_if_it_is_right(run, found, use):
+    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, run, max_tokens=4)))
+    assert (kernels.find("linear", CPU, Q4_0, torch.float32, tokens=3) is run) == found
+    generator = torch.Generator().manual_seed(0)
+    input, bias = torch.randn((3, 64), generator=generator), torch.randn(6, generator=generator)
+    expected = torch.nn.functional.linear(input, packed().dequantize(), bias)
+    assert torch.allclose(product.linear(input, packed(), bias), expected, atol=1e-5)
+
+
+def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
+    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply)))
+    generator = torch.Generator().manual_seed(0)
+    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in ((2, 64), (6,), (2, 64), (6, 2)))
+    expected = torch.nn.functional.linear(input, packed().dequantize() + up @ down, bias)
+    result = product.linear(input, packed(), bias, down=down, ups=[up], slices=[0, 6, 0, 2])
+    assert torch.allclose(result, expected, atol=1e-4)
+
+
+def test_a_kernel_gets_only_what_it_accepts(use):
+    use(backend(unpack_kernel(unpack), Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply, min_tokens=2, max_tokens=4)))
+    assert kernels.find("unpack", CPU, FORMATS["Q8_0"], torch.float32) is None
+    assert kernels.find("unpack", CPU, Q4_0, torch.float16) is None
+    found = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply for tokens in range(7)]
+    assert found == [False, False, True, True, True, False, False]
+
+
+def test_a_kernel_is_checked_when_it_is_needed(use):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        multiply(*args)
+
+    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, recorded, max_tokens=16)))
+    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17)
+    assert not calls
+    for _ in range(2):
+        kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
+        assert [len(input) for _, _, input, *_ in calls] == [1, 16]
+
+
+def test_a_cpu_never_imports_triton(use, monkeypatch):
+    use()
+    module = f"{kernels.__name__}.triton_backend"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
+    assert module not in sys.modules
+
+
+def test_a_format_with_another_block_length_is_accepted_too():
+    kernel = unpack_kernel(unpack, "NF4")
+    assert kernel.accepts(FORMATS["NF4"].of_block_length(128), torch.float32, None)
+    assert not kernel.accepts(FORMATS["FP4"], torch.float32, None)
+
+
+def test_a_kernel_is_not_run_below_its_capability():
+    kernel = Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack, capability=(8, 0))
+    accepted = [kernel.accepts(Q4_0, torch.float32, capability) for capability in ((7, 5), (8, 0), (12, 0), None)]
+    assert accepted == [False, True, True, True]
+
+
+def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, caplog):
+    def no_driver(device):
+        raise RuntimeError("no driver")
+
+    caplog.set_level(logging.DEBUG, kernels.__name__)
+    use(backend(unpack_kernel(unpack), name="broken", probe=no_driver), backend(unpack_kernel(unpack), name="working"))
+    for _ in range(3):
+        product.unpack(packed(), torch.float32)
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.DEBUG, "Featherweight: broken does not work on cpu: RuntimeError('no driver')"),
+        (logging.INFO, "Featherweight: packed weights on cpu use working."),
+    ]
+
+
+@pytest.mark.parametrize("asked, used", [("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second")])
+def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
+    use(backend(unpack_kernel(unpack), name="first"), backend(unpack_kernel(unpack_rounded), name="second"))
+    monkeypatch.setenv(kernels.VARIABLE, asked)
+    kernels.find("unpack", CPU, Q4_0, torch.float32)
+    chosen = kernels._choices[CPU].backend
+    assert (chosen and chosen.name) == used
+
+
+def test_an_unknown_choice_is_named_and_taken_as_auto(use, monkeypatch, caplog):
+    use(backend(unpack_kernel(unpack), name="first"))
+    monkeypatch.setenv(kernels.VARIABLE, "cuda")
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is unpack
+    assert "FEATHERWEIGHT_KERNELS is cuda; it can be auto, first, " in caplog.text
+
+
+def test_torch_compile_takes_a_layer_with_a_kernel_without_a_break(use):
+    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply)))
+    weight, input = packed(), torch.randn((2, 64), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda input: product.linear(input, weight) + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(input), product.linear(input, weight) + 1)
