@@ -6,18 +6,20 @@ import subprocess
 import sys
 import types
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from featherweight.ops import formats  # noqa: F401
+from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import FORMAT_NAMES, LINEAR_ROWS, SOURCES, Program, alignment, source_files
+from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
@@ -183,6 +185,30 @@ def test_each_number_of_rows_up_to_16_has_one_product():
     assert not any(kernel.takes(17) for kernel in kernels_of(None, "linear"))
 
 
+@pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.cuda_nvrtc") is None, reason="no nvidia-cuda-nvrtc-cu12")
+def test_nvrtc_is_found_in_its_package():
+    assert any("cuda_nvrtc" in library for library in nvrtc.nvrtc_libraries())
+
+
+@pytest.mark.parametrize("on_windows, files, found", [
+    (True, ["torch/lib/nvrtc64_120_0.dll", "torch/lib/nvrtc64_120_0.alt.dll", "torch/lib/nvrtc-builtins64_128.dll"], [0]),
+    (True, ["torch/c10.dll", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll", "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll"], [2, 1]),
+    (False, ["nvidia/cu13/lib/libnvrtc.so.13", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "nvidia/cu13/lib/libnvrtc.alt.so.13",
+             "nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.9"], [1, 0]),
+], ids=["Windows, in torch", "Windows, in packages", "Linux, in packages"])
+def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path, monkeypatch):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(nvrtc, "ON_WINDOWS", on_windows)
+    monkeypatch.setattr(nvrtc, "find_library", lambda name: None)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: packages)
+    assert nvrtc.nvrtc_libraries() == [str(tmp_path / files[index]) for index in found]
+
+
 @each_capability
 @pytest.mark.parametrize("fmt", GGML + CODEBOOKS, ids=lambda fmt: fmt.__name__)
 def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
@@ -250,6 +276,23 @@ def test_a_device_uses_the_backend_after_its_probe(caplog):
     assert kernel_layer.find("unpack", out.device, FORMATS["Q5_1"], out.dtype) is not None
     assert_same_bits(kernel_layer.unpack_into(FORMATS["Q5_1"], tensors, out), reference(FORMATS["Q5_1"], tensors))
     assert "packed weights on cpu use nvrtc" in caplog.text
+
+
+@pytest.mark.usefixtures("as_device")
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
+def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(fmt, tokens):
+    rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, torch.device("cpu"), calm=True)
+    dense = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
+    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
+                             ((2, tokens, columns), (rows,), (4, columns), (rows, 4)))
+    got = product.linear(input, weight, bias, down=down, ups=[up], slices=[0, rows, 0, 4])
+    expected = torch.nn.functional.linear(input.double(), dense + up.double() @ down.double(), bias.double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
+    ids = torch.tensor([[3, 0], [19, 3]])
+    assert torch.equal(product.embedding(ids, weight, torch.float32), dense.float()[ids])
 
 
 @pytest.mark.usefixtures("as_device")

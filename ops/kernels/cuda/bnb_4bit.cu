@@ -1,4 +1,5 @@
-// bitsandbytes' 4-bit formats, before the scales: these lie in a tensor of their own. CODEBOOK comes from ops/formats/bnb_4bit.py.
+// bitsandbytes' 4-bit formats, described in ops/formats/bnb_4bit.py, where CODEBOOK comes from. The scales lie in a tensor of
+// their own, and are applied in weight.cu.
 
 // Not __constant__: threads of a warp that read different entries would wait for each other.
 __device__ const float codebook[16] = {CODEBOOK};

@@ -1,5 +1,5 @@
-// out = input weight^T + addend for up to TOKENS rows of input, summed in float32 and rounded once. One warp for ROWS rows of the
-// weight: the more, the fewer times the input is loaded.
+// out = input weight^T + addend for up to TOKENS rows of input, summed in float32 and rounded once. One warp for ROWS rows of
+// the weight: the more, the fewer times the input is loaded.
 //
 // input: (tokens, columns). out: (tokens, rows). addend: (tokens, rows) of the strides given, or null.
 extern "C" __global__ void linear(const TYPE* input, const Byte* packed, const float* scales, const TYPE* addend, TYPE* out,

@@ -1,4 +1,4 @@
-// The functions of the CUDA driver that ops/kernels/nvrtc.py calls, for one device which is this CPU, of compute capability 8.6.
+// The functions of the CUDA driver that ops/kernels/nvrtc.py calls, for one device: this CPU, with compute capability 8.6.
 // An image is the path of a library of kernels that was compiled with kernel.h.
 #include <dlfcn.h>
 #include <string>
