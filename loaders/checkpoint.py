@@ -14,6 +14,7 @@ from ..ops.tensor import is_packed
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusion import fix_keys, is_ours, model_of, operations_for, refuse_other_kinds, report, text_metadata
 from .diffusers_names import in_the_hosts_names
+from .text_encoder import load_text_encoder
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,9 @@ MODEL_FOLDERS = ("transformer", "unet")
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # What the host calls the text encoders of a pipeline, by how the pipeline's name begins; all others: stable diffusion.
 CLIP_TYPES = {
-    "flux2": "FLUX2", "flux": "FLUX", "stablediffusion3": "SD3", "pixart": "PIXART", "wan": "WAN", "ltx": "LTXV",
-    "mochi": "MOCHI", "chroma": "CHROMA", "hunyuanvideo": "HUNYUAN_VIDEO", "lumina": "LUMINA2", "zimage": "LUMINA2",
-    "qwenimage": "QWEN_IMAGE",
+    "flux2": "flux2", "flux": "flux", "stablediffusion3": "sd3", "pixart": "pixart", "wan": "wan", "ltx": "ltxv",
+    "mochi": "mochi", "chroma": "chroma", "hunyuanvideo": "hunyuan_video", "lumina": "lumina2", "zimage": "lumina2",
+    "qwenimage": "qwen_image",
 }
 
 
@@ -71,31 +72,23 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     if outputs["output_model"]:
         file = open_weights(models[0])
         model = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic)
-    encoders = [open_weights(folders[name]).state_dict() for name in ENCODER_FOLDERS if name in folders]
+    encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
-        packed = any(is_packed(tensor) for encoder in encoders for tensor in encoder.values())
-        options = {"custom_operations": operations_for(
-            {name: None for encoder in encoders for name in encoder}, full_precision=True)}
-        with bare_parameters_unpacked():
-            clip = comfy.sd.load_text_encoder_state_dicts(
-                encoders, embedding_directory=embedding_directory, clip_type=_clip_type(path),
-                model_options=options if packed else {}, disable_dynamic=disable_dynamic)
-        adopt(clip.patcher)
+        clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
     if outputs["output_vae"]:
         with bare_parameters_unpacked():
             vae = comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict()) if "vae" in folders else _no_vae()
     return model, clip, vae
 
 
-def _clip_type(path: str) -> comfy.sd.CLIPType:
-    """The host's name for the set of text encoders of a package, by the pipeline it was saved from."""
+def _clip_type(path: str) -> str:
+    """The loaders' name for the set of text encoders of a package, by the pipeline it was saved from."""
     try:
         with open(os.path.join(path, "model_index.json"), encoding="utf-8") as file:
             pipeline = str(json.load(file).get("_class_name", "")).lower()
     except (OSError, ValueError, AttributeError):
         pipeline = "flux" if os.path.isdir(os.path.join(path, "transformer")) else ""
-    kind = next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "")
-    return getattr(comfy.sd.CLIPType, kind, comfy.sd.CLIPType.STABLE_DIFFUSION)
+    return next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "stable_diffusion")
 
 
 def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):

@@ -106,8 +106,9 @@ def formats_in(file: WeightFile) -> dict[str, str]:
 # What tells other kinds of files from a diffusion model: a tensor name, what the file is, and what to do with it.
 OTHER_KINDS = (
     (r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|^text_model\.embeddings\.|^(model|encoder)\.embed_tokens\.",
-     "a text encoder", "Pick it in a text encoder loader (CLIPLoaderGGUF)."),
-    (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder", "Pick it in a text encoder loader, not as a model."),
+     "a text encoder", "Pick it in Load Text Encoder (Featherweight)."),
+    (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder",
+     "Pick it in Load Text Encoder (Featherweight), under mmproj."),
     (r"\.lora_(a|b|A|B|up|down)(\.weight)?$", "a LoRA", "Load a model here and put the LoRA in a LoRA loader behind it."),
 )
 

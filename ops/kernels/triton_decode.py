@@ -181,6 +181,15 @@ def _iq4_xs(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     return tl.load(table + code * 2).to(tl.float32) * ((scale - 32).to(tl.float32) * _half(block))
 
 
+@_decodes("MXFP4", group=32, table=_nibble_values)
+@triton.jit
+def _mxfp4(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
+    block = data + group * 17
+    exponent = tl.load(block).to(tl.int32)
+    scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1), exponent - 1 << 23).to(tl.float32, bitcast=True)
+    return tl.load(table + _bits(block + 1 + lane % 16, lane // 16 * 4, 15) * 2).to(tl.float32) * scale
+
+
 def _codebook(packed_format, device) -> torch.Tensor:
     """float32: the value of code c at 2 c + 1."""
     return packed_format.constant("code_pairs", device).view(torch.float32)
@@ -193,3 +202,9 @@ def _codebook_4bit(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.cons
     pair = tl.load(data + byte, mask=byte < size, other=0).to(tl.int32)
     code = tl.interleave(pair >> 4, pair & 15)
     return tl.load(table + code * 2 + 1) * tl.load(scales + group * 32 // BLOCK_LENGTH)
+
+
+@_decodes("INT8", group=32)
+@triton.jit
+def _int8(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
+    return _signed(data + group * 32 + lane) * tl.load(scales + group * 32 // BLOCK_LENGTH)

@@ -40,7 +40,7 @@ ENCODERS = {  # every sixth layer of Gemma 3 has global attention
     "gemma-3-12b": gemma("GEMMA_3_12B", "ltxv", 6, "", ("47.self_attn.q_norm", "5.self_attn.v_proj"), towers=TOWERS),
 }
 # The host takes it for another encoder than that without a tower.
-GEMMA_3_4B_VISION = gemma("GEMMA_3_4B_VISION", "lumina2", 6, "gemma3_4b_vision", (QUERY_NORM,), towers=TOWERS)
+GEMMA_3_4B_VISION = gemma("GEMMA_3_4B_VISION", "stable_diffusion", 6, "gemma3_4b_vision", (QUERY_NORM,), towers=TOWERS)
 GEMMA_3_4B_VISION.markers["vision_model.embeddings.patch_embedding.weight"] = (64, 3, 14, 14)
 
 

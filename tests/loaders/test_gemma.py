@@ -87,6 +87,18 @@ def test_what_an_mmproj_file_beside_the_encoder_lets_it_perceive_equals_that_of_
         assert expected.shape[1] > 3
 
 
+def test_a_model_that_wants_text_alone_gets_the_encoder_without_the_tower_beside_it(tmp_path):
+    encoder, mmproj_of, _ = SENSES["gemma-3-4b"]
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], weights)
+        write_mmproj(tmp_path / "mmproj-gemma.gguf", mmproj_of(tower_weights(encoder)))
+    options = ENCODERS["gemma-3-4b"].model_options
+    clip = load_text_encoder([str(tmp_path / "gemma.gguf")], "lumina2", model_options=options)
+    states = hidden_states(clip)
+    assert relative_error(states, hidden_states(host_clip(ENCODERS["gemma-3-4b"], weights))) < 1e-4
+
+
 @pytest.mark.parametrize("name", [name for name in SENSES if name != "gemma-3-4b"])  # the host has another class without tower
 def test_an_encoder_without_its_mmproj_file_has_no_tower_and_says_so(name, tmp_path):
     encoder, _, seen = SENSES[name]

@@ -16,6 +16,7 @@ import torch
 from devtools.gguf_files import block_pool
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType
 
@@ -30,7 +31,7 @@ runs_kernels = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reas
 
 DECODED = sorted(triton_backend.DECODERS)
 BNB = ["FP4", "NF4"]
-GGML = [name for name in DECODED if name not in BNB]
+GGML = [name for name in DECODED if name in GGMLQuantizationType.__members__]
 each_ggml_format = pytest.mark.parametrize("name", GGML)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -91,12 +92,21 @@ def test_unpacks_to_ggufs_values(name, dtype):
 
 @runs_kernels
 @pytest.mark.parametrize("offset", [1, 2])
-def test_unpacks_bytes_at_any_address(offset):
+def test_unpacks_bytes_at_any_address(offset, monkeypatch):
+    """A GPU refuses to load two bytes from an odd address."""
+    kernel, addresses = triton_backend._unpack, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (addresses.append(args[0].data_ptr()), kernel[grid](*args, **options))
+
+    monkeypatch.setattr(triton_backend, "_unpack", Watched())
     data = torch.zeros(offset + 144 * 5, dtype=torch.uint8, device=DEVICE)[offset:]
     blocks = block_pool("Q4_K")[:5]
     data.copy_(torch.from_numpy(blocks).flatten())
     assert data.data_ptr() % 4
     assert_same_bits(unpacked(FORMATS["Q4_K"], [data], 5 * 256, torch.float32), ggml_values("Q4_K", blocks).flatten())
+    assert addresses and not any(address % 4 for address in addresses)
 
 
 def by_bitsandbytes(name, block_length, count):
@@ -128,6 +138,17 @@ def test_unpacks_through_another_dtype(dtype):
 
 
 @runs_kernels
+@each_dtype
+def test_unpacks_int8_rows(dtype):
+    columns, rows = 96, 77
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = torch.rand(rows, generator=generator)
+    values = unpacked(INT8.of_columns(columns), [codes.view(torch.uint8), scale], rows * columns, dtype)
+    assert_same_bits(values, torch.from_numpy(codes.numpy() * scale.numpy()[:, None]).flatten().to(dtype))
+
+
+@runs_kernels
 def test_blocks_that_are_no_groups_go_to_the_reference():
     packed_format = FORMATS["NF4"].of_block_length(24)
     assert kernels.find("unpack", DEVICE, packed_format, torch.float32) is None
@@ -135,10 +156,16 @@ def test_blocks_that_are_no_groups_go_to_the_reference():
 
 def weight_of(name, rows, columns):
     """A packed weight on the device and its values, float32 (rows, columns)."""
-    packed_format = FORMATS[name]
-    if name in BNB:
-        packed_format, tensors, values = by_bitsandbytes(name, packed_format.block_length, rows * columns)
+    if name == "INT8":
+        packed_format = INT8.of_columns(columns)
+        values = torch.randn((rows, columns), generator=torch.Generator().manual_seed(0))
+        scale = values.abs().amax(-1) / 127
+        codes = (values / scale[:, None]).round().to(torch.int8)
+        tensors, values = [codes.view(torch.uint8).flatten(), scale], codes * scale[:, None]
+    elif name in BNB:
+        packed_format, tensors, values = by_bitsandbytes(name, FORMATS[name].block_length, rows * columns)
     else:
+        packed_format = FORMATS[name]
         blocks = np.resize(block_pool(name), (rows * columns // packed_format.block_length, packed_format.block_bytes))
         tensors, values = [torch.from_numpy(blocks)], ggml_values(name, blocks)
     data, *scale = (tensor.to(DEVICE) for tensor in tensors)
@@ -165,14 +192,15 @@ def test_multiplies_as_float64_does(name, tokens, run, dtype):
         assert got.dtype == dtype
         error = (got.double() - expected).norm() / expected.norm()
         assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    without = product.linear(input.to(DEVICE), weight).cpu().double()
-    assert (without + bias.double() - input.double() @ values.double().t() - bias.double()).norm() < 8e-3 * expected.norm()
+    expected = input.double() @ values.double().t()
+    without_bias = product.linear(input.to(DEVICE), weight).cpu().double()
+    assert (without_bias - expected).norm() < 8e-3 * expected.norm()
 
 
 # Without a GPU, compiled for all of them.
 
 TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
-TARGETS |= {"gfx1100": ("hip", "gfx1100", 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS |= {"gfx1100": ("hip", "gfx1100", 32), "gfx1201": ("hip", "gfx1201", 32), "gfx942": ("hip", "gfx942", 64)}
 USUAL = {"sm_80", "gfx942"}
 ONE_OF_A_KIND = {"Q6_K", "IQ4_XS", "NF4"}  # plain blocks, with a codebook, with scales apart
 SHARED_MEMORY = 48 << 10  # that every GPU gives a program
@@ -216,8 +244,8 @@ class Compiled:
 @pytest.mark.parametrize("target, name", [case(target, name) for target in TARGETS for name in DECODED])
 def test_compiles_for(target, name, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    packed_format = FORMATS[name]
     rows, columns = 64, 4096
+    packed_format = INT8.of_columns(columns) if name == "INT8" else FORMATS[name]
     blocks = rows * columns // packed_format.block_length
     tensors = [torch.zeros(blocks * packed_format.block_bytes, dtype=torch.uint8), torch.zeros(blocks)]
     results = {}
