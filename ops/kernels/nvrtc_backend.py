@@ -15,7 +15,8 @@ from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
 SOURCES = Path(__file__).with_name("cuda")
 TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 FORMAT_NAMES = frozenset((
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Codebook4Bit"))
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4",
+    "Codebook4Bit", "INT8"))
 CHUNK = 8  # values a thread handles at a time
 UNPACK_THREADS = 256
 LINEAR_THREADS = 128

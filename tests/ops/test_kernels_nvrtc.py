@@ -15,6 +15,7 @@ import torch
 from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
@@ -27,7 +28,8 @@ CPP = os.environ.get("CXX") or shutil.which("g++")
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 GGML = [fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES]
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
-ALL_FORMATS = GGML + CODEBOOKS + [fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)]
+BASIC_FORMATS = [*GGML, *CODEBOOKS, INT8.of_columns(96)]
+ALL_FORMATS = BASIC_FORMATS + [fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELF = b"\x7fELF"
 BITS = {4: torch.int32, 2: torch.int16}
@@ -95,8 +97,11 @@ def reference(fmt, tensors) -> torch.Tensor:
     """float32 values by gguf, or by bitsandbytes' definition."""
     if fmt.ggml_type is not None:
         return torch.from_numpy(gguf.quants.dequantize(tensors[0].numpy(), GGMLQuantizationType(fmt.ggml_type))).flatten()
-    codes = torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()
-    return torch.tensor(fmt.codebook)[codes] * tensors[1].repeat_interleave(fmt.block_length)
+    if issubclass(fmt, INT8):
+        values = tensors[0].view(torch.int8).float()
+    else:
+        values = torch.tensor(fmt.codebook)[torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()]
+    return values * tensors[1].repeat_interleave(fmt.block_length)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -210,7 +215,7 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path,
 
 
 @each_capability
-@pytest.mark.parametrize("fmt", GGML + CODEBOOKS, ids=lambda fmt: fmt.__name__)
+@pytest.mark.parametrize("fmt", BASIC_FORMATS, ids=lambda fmt: fmt.__name__)
 def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
     if capability not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")

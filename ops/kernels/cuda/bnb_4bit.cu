@@ -1,9 +1,6 @@
 // bitsandbytes' 4-bit formats, described in ops/formats/bnb_4bit.py, where CODEBOOK comes from. The scales lie in a tensor of
 // their own, and are applied in weight.cu.
 
-// Not __constant__: threads of a warp that read different entries would wait for each other.
-__device__ const float codebook[16] = {CODEBOOK};
-
 struct Codebook4Bit {
     static __device__ void values(const Byte* block, int first, float* values) {
         unsigned codes = load_word(block + first / 2);

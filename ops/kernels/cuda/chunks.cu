@@ -91,3 +91,9 @@ __device__ inline float load_half(const Byte* from) {
     if (ALIGNMENT >= 2) return float_of_half(*(const unsigned short*)from);
     return float_of_half(from[0] | from[1] << 8);
 }
+
+#ifdef CODEBOOK
+// The value of each code, from the format's class. Not __constant__: threads of a warp that read different entries would wait
+// for each other.
+__device__ const float codebook[16] = {CODEBOOK};
+#endif

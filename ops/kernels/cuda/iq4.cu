@@ -1,9 +1,6 @@
 // The 4-bit formats with a codebook of integers. The layouts of the blocks stand in ops/formats/iq4.py; `first` is a chunk's
 // place in its block. CODEBOOK comes from there too.
 
-// Not __constant__: threads of a warp that read different entries would wait for each other.
-__device__ const float codebook[16] = {CODEBOOK};
-
 struct IQ4_NL {
     static __device__ void values(const Byte* block, int first, float* values) {
         float d = load_half(block);
