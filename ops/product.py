@@ -162,12 +162,12 @@ def _embedding_fake(ids, packed, format, columns, dtype):
 
 
 def _unpack(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
-            value_dtype: torch.dtype | None) -> torch.Tensor:
+            value_dtype: torch.dtype | None, first: int = 0) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype, device=packed[0].device)
-    return kernels.unpack_into(FORMATS[format], packed, out, value_dtype)
+    return kernels.unpack_into(FORMATS[format], packed, out, value_dtype, first)
 
 
-def _unpack_fake(packed, format, shape, dtype, value_dtype):
+def _unpack_fake(packed, format, shape, dtype, value_dtype, first=0):
     return torch.empty(shape, dtype=dtype, device=packed[0].device)
 
 
@@ -178,7 +178,7 @@ for _schema, _function, _fake in (
      _linear, _linear_fake),
     ("embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
      _embedding, _embedding_fake),
-    ("unpack(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType? value_dtype) -> Tensor",
+    ("unpack(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType? value_dtype, int first=0) -> Tensor",
      _unpack, _unpack_fake),
 ):
     _name = _schema.split("(")[0]
@@ -244,7 +244,8 @@ def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype
     tensors = packed_tensors(weight)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     for start in range(0, shape[0], step):
-        rows = torch.empty((min(step, shape[0] - start), *shape[1:]), device=weight.device)
-        kernels.unpack_into(packed_format, tensors, rows, value_dtype, start * columns // packed_format.block_length)
+        rows = torch.ops.featherweight.unpack(
+            tensors, packed_format.__name__, [min(step, shape[0] - start), *shape[1:]], torch.float32, value_dtype,
+            start * columns // packed_format.block_length)
         out[start:start + len(rows)] = change(rows, start)
     return out

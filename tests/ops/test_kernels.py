@@ -180,8 +180,14 @@ def test_an_unknown_choice_is_named_and_taken_as_auto(use, monkeypatch, caplog):
     assert "FEATHERWEIGHT_KERNELS is cuda; it can be auto, first, " in caplog.text
 
 
-def test_torch_compile_takes_a_layer_with_a_kernel_without_a_break(use):
-    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply)))
+@pytest.mark.parametrize("operation", [
+    lambda input, weight: product.linear(input, weight),
+    lambda input, weight: input @ product.unpack(weight, torch.float32).t(),
+    lambda input, weight: input @ product.unpack_rows(weight, torch.float32, lambda rows, start: rows * 2).t(),
+    lambda input, weight: input + product.embedding(torch.tensor([3, 1]), weight, torch.float32),
+], ids=["linear", "unpack", "unpack_rows", "embedding"])
+def test_torch_compile_meets_no_choice_of_kernels(operation, use):
+    use(backend(unpack_kernel(unpack), Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply)))
     weight, input = packed(), torch.randn((2, 64), generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(lambda input: product.linear(input, weight) + 1, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(input), product.linear(input, weight) + 1)
+    compiled = torch.compile(operation, fullgraph=True, backend="eager")(input, weight)
+    assert torch.equal(compiled, operation(input, weight))
