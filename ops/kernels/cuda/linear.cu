@@ -1,0 +1,40 @@
+// out = input weight^T + addend for up to TOKENS rows of input, summed in float32 and rounded once. One warp for ROWS rows of
+// the weight: the more, the fewer times the input is loaded.
+//
+// input: (tokens, columns). out: (tokens, rows). addend: (tokens, rows) of the strides given, or null.
+extern "C" __global__ void linear(const TYPE* input, const Byte* packed, const float* scales, const TYPE* addend, TYPE* out,
+                                  int tokens, int rows, int columns, long long addend_token_stride,
+                                  long long addend_row_stride) {
+    int first_row = (blockIdx.x * blockDim.x + threadIdx.x) / 32 * ROWS, lane = threadIdx.x % 32;
+    if (first_row >= rows) return;
+    int chunks = columns / 8;
+    float sums[TOKENS][ROWS] = {};
+    for (int chunk = lane; chunk < chunks; chunk += 32) {
+        float weights[ROWS][8];
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+            unpack_chunk(packed, scales, (long long)min(first_row + row, rows - 1) * chunks + chunk, weights[row]);
+#pragma unroll
+        for (int token = 0; token < TOKENS; token++) {
+            if (token >= tokens) break;
+            float inputs[8];
+            load_chunk(input + (long long)token * columns + chunk * 8, inputs);
+#pragma unroll
+            for (int row = 0; row < ROWS; row++)
+                for (int i = 0; i < 8; i++) sums[token][row] = fmaf(inputs[i], weights[row][i], sums[token][row]);
+        }
+    }
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++) {
+        if (token >= tokens) break;
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            float sum = sums[token][row];
+            for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
+            if (lane == 0 && first_row + row < rows) {
+                if (addend) sum += to_float(addend[token * addend_token_stride + (first_row + row) * addend_row_stride]);
+                round_to(sum, out[(long long)token * rows + first_row + row]);
+            }
+        }
+    }
+}

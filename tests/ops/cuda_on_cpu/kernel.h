@@ -1,0 +1,85 @@
+// What a kernel of ops/kernels/cuda needs to be a C++ function on a CPU. Threads are fibers that take turns at each shuffle.
+#include <math.h>
+#include <string.h>
+#include <ucontext.h>
+#include <utility>
+
+#define __device__
+#define __global__
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct Index { unsigned x; };
+
+const unsigned MAX_THREADS = 256, STACK_BYTES = 1 << 16;
+
+static Index threadIdx, blockIdx, blockDim;
+static ucontext_t scheduler, fibers[MAX_THREADS];
+static char stacks[MAX_THREADS][STACK_BYTES];
+static float exchanged[MAX_THREADS];
+static bool finished[MAX_THREADS];
+
+static int min(int a, int b) { return a < b ? a : b; }
+
+static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
+static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+static float float_of_half(unsigned short bits) { _Float16 half; memcpy(&half, &bits, 2); return half; }
+static unsigned short half_of_float(float value) {
+    _Float16 half = value;
+    unsigned short bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+
+static void take_turns() {
+    swapcontext(&fibers[threadIdx.x], &scheduler);
+}
+
+static float __shfl_xor_sync(unsigned, float value, int distance) {
+    exchanged[threadIdx.x] = value;
+    take_turns();
+    float other = exchanged[threadIdx.x ^ distance];
+    take_turns();
+    return other;
+}
+
+template <class... Arguments, std::size_t... I>
+static void call(void (*kernel)(Arguments...), void** arguments, std::index_sequence<I...>) {
+    kernel(*(Arguments*)arguments[I]...);
+}
+
+// cuLaunchKernel's part: arguments points at each argument of the kernel.
+template <class... Arguments>
+static void launch_on_cpu(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, void** arguments) {
+    static void (*the_kernel)(Arguments...);
+    static void** the_arguments;
+    the_kernel = kernel;
+    the_arguments = arguments;
+    void (*run)() = [] {
+        call(the_kernel, the_arguments, std::index_sequence_for<Arguments...>());
+        finished[threadIdx.x] = true;
+        take_turns();
+    };
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+        for (unsigned thread = 0; thread < threads; thread++) {
+            finished[thread] = false;
+            getcontext(&fibers[thread]);
+            fibers[thread].uc_stack.ss_sp = stacks[thread];
+            fibers[thread].uc_stack.ss_size = STACK_BYTES;
+            makecontext(&fibers[thread], run, 0);
+        }
+        for (unsigned running = threads; running;) {
+            running = 0;
+            for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) {
+                if (finished[threadIdx.x]) continue;
+                swapcontext(&scheduler, &fibers[threadIdx.x]);
+                running += !finished[threadIdx.x];
+            }
+        }
+    }
+}
+
+#define EXPORT(kernel) \
+    extern "C" void launch_##kernel(unsigned blocks, unsigned threads, void** arguments) { \
+        launch_on_cpu(kernel, blocks, threads, arguments); \
+    }
