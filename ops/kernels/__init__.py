@@ -19,6 +19,8 @@ from .check import check
 log = logging.getLogger(__name__)
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
+# Until the kernels have run on real GPUs: a check can refuse wrong values, not a launch that ends the process.
+DEFAULT = "torch"
 # Names of backends for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
 BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("triton", "nvrtc"), "mps": ("metal",)}
 
@@ -105,11 +107,11 @@ def _first_working(device: torch.device) -> Backend | None:
     names = BACKENDS.get(device.type, ())
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         names = (*names, "triton")
-    asked = os.environ.get(VARIABLE, "auto").lower()
+    asked = os.environ.get(VARIABLE, DEFAULT).lower()
     known = {"torch", "auto"}.union(*BACKENDS.values())
     if asked not in known:
-        log.warning("Featherweight: %s is %s; it can be %s. Taken as auto.", VARIABLE, asked, ", ".join(sorted(known)))
-        asked = "auto"
+        log.warning("Featherweight: %s is %s; it can be %s. Taken as %s.", VARIABLE, asked, ", ".join(sorted(known)), DEFAULT)
+        asked = DEFAULT
     for name in names:
         if asked not in ("auto", name):
             continue

@@ -40,7 +40,7 @@ def multiply_without_addend(packed_format, tensors, input, addend, out, value_dt
 @pytest.fixture
 def use(monkeypatch):
     """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def use(*backends):
@@ -164,19 +164,22 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
     ]
 
 
-@pytest.mark.parametrize("asked, used", [("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second")])
+@pytest.mark.parametrize("asked, used", [(None, None), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second")])
 def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
     use(backend(unpack_kernel(unpack), name="first"), backend(unpack_kernel(unpack_rounded), name="second"))
-    monkeypatch.setenv(kernels.VARIABLE, asked)
+    if asked is None:
+        monkeypatch.delenv(kernels.VARIABLE)
+    else:
+        monkeypatch.setenv(kernels.VARIABLE, asked)
     kernels.find("unpack", CPU, Q4_0, torch.float32)
     chosen = kernels._choices[CPU].backend
     assert (chosen and chosen.name) == used
 
 
-def test_an_unknown_choice_is_named_and_taken_as_auto(use, monkeypatch, caplog):
+def test_an_unknown_choice_is_named_and_taken_as_the_default(use, monkeypatch, caplog):
     use(backend(unpack_kernel(unpack), name="first"))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
-    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is unpack
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
     assert "FEATHERWEIGHT_KERNELS is cuda; it can be auto, first, " in caplog.text
 
 

@@ -270,7 +270,7 @@ def as_device(on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(nvrtc_backend, "BACKEND", backend)
     monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("nvrtc",)})
     monkeypatch.setattr(kernel_layer, "_choices", {})
-    monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
+    monkeypatch.setenv(kernel_layer.VARIABLE, "auto")
     caplog.set_level(logging.DEBUG)
 
 
