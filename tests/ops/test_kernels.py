@@ -164,7 +164,8 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
     ]
 
 
-@pytest.mark.parametrize("asked, used", [(None, None), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second")])
+@pytest.mark.parametrize("asked, used", [
+    (None, None), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second")])
 def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
     use(backend(unpack_kernel(unpack), name="first"), backend(unpack_kernel(unpack_rounded), name="second"))
     if asked is None:
