@@ -1,17 +1,19 @@
-"""Loads a GGUF Flux, or a T5-XXL, runs it and prints as JSON what memory that took: python memory_probe.py model|encoder FILE
+"""Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py model|picture|encoder FILE
 
-Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
+model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a T5-XXL in GGUF. Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
 import json
 import operator
+import os
 import re
 import sys
 import threading
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
-import conftest  # noqa: E402, F401  the host and the pack, as in the tests
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HOST_ARGUMENTS"] = "--cpu"
+import devtools.bench  # noqa: E402, F401  the host and the pack
 
 
 def status(field: str) -> int:
@@ -68,6 +70,31 @@ def probe_model(path: str) -> dict:
     }
 
 
+def probe_picture(path: str) -> dict:
+    """512 x 512 pixels, 512 tokens of text, in bfloat16 on a CPU that has it."""
+    import comfy.model_management
+    import torch
+    from featherweight.loaders.diffusion import load_diffusion_model
+
+    from devtools.bench.measure import has_bfloat16
+
+    started = time.perf_counter()
+    patcher = load_diffusion_model(path)
+    if has_bfloat16():
+        patcher.set_model_compute_dtype(torch.bfloat16)
+    comfy.model_management.load_models_gpu([patcher])
+    loaded = time.perf_counter()
+    context = patcher.model.diffusion_model.txt_in.in_features
+    inputs = {"c_crossattn": torch.randn(1, 512, context), "y": torch.randn(1, 768), "guidance": torch.tensor([3.5])}
+    with PeakAnonymous() as step, torch.no_grad():
+        picture = patcher.model.apply_model(torch.randn(1, 16, 64, 64), torch.tensor([0.5]), **inputs)
+    return {
+        "file_bytes": Path(path).stat().st_size, "model_size": patcher.model_size(), "peak": status("VmHWM"),
+        "peak_anonymous": step.peak, "finite": picture.isfinite().all().item(),
+        "load_seconds": loaded - started, "step_seconds": time.perf_counter() - loaded,
+    }
+
+
 def probe_encoder(path: str) -> dict:
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
     import torch
@@ -100,4 +127,5 @@ def probe_encoder(path: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"model": probe_model, "encoder": probe_encoder}[sys.argv[1]](sys.argv[2])))
+    probes = {"model": probe_model, "picture": probe_picture, "encoder": probe_encoder}
+    print(json.dumps(probes[sys.argv[1]](sys.argv[2])))

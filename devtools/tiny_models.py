@@ -9,10 +9,11 @@ BLUR = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
 
 
 def flux_shapes(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 2,
-                context: int = 1024) -> dict[str, tuple]:
-    """Shapes of a Flux without guidance and without pooled text (as schnell is, a plain flow model).
+                context: int = 1024, guidance: bool = False, pooled_text: bool = False) -> dict[str, tuple]:
+    """Shapes of a Flux, by default without guidance (as schnell is, a plain flow model) and without pooled text.
 
-    hidden: a multiple of 128, the width of one head; 3072 in the real one. context: width of the text conditioning.
+    hidden: a multiple of 128, the width of one head; 3072 in the real one. context: width of the text conditioning. guidance,
+    pooled_text: the layers that take them; Flux.1-dev has both, 19 double and 38 single blocks and a context of 4096.
     """
     shapes = {}
 
@@ -26,8 +27,10 @@ def flux_shapes(hidden: int = 256, double_blocks: int = 2, single_blocks: int = 
 
     linear("img_in", hidden, LATENT_CHANNELS * 4)
     linear("txt_in", hidden, context)
-    linear("time_in.in_layer", hidden, 256)
-    linear("time_in.out_layer", hidden, hidden)
+    embedders = {"time_in": 256} | ({"guidance_in": 256} if guidance else {}) | ({"vector_in": 768} if pooled_text else {})
+    for name, width in embedders.items():
+        linear(f"{name}.in_layer", hidden, width)
+        linear(f"{name}.out_layer", hidden, hidden)
     for block in range(double_blocks):
         for side in ("img", "txt"):
             name = f"double_blocks.{block}.{side}"

@@ -19,7 +19,7 @@ if not (HOST / "comfy").is_dir():
     raise pytest.UsageError(f"No ComfyUI at {HOST}. Run `python3 dev.py test`, or set COMFYUI_PATH.")
 
 sys.path.insert(0, str(HOST))
-_arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+_arguments, sys.argv = sys.argv, ["main.py", *os.environ.get("HOST_ARGUMENTS", "--cpu").split()]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()

@@ -1,0 +1,64 @@
+"""python3 dev.py bench: speed and memory, side by side in one run.
+
+Each case runs its variants in turn, round after round, so that a noisy machine disturbs all of them alike: read the ratios,
+not the milliseconds. Leaves bench.json, bench.md and bench.png.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from featherweight.ops import product
+
+from devtools.bench import ROOT, files, models, products
+from devtools.bench.measure import FORMAT_NAMES, QUICK, Sizes, machine
+from devtools.bench.picture import draw
+from devtools.bench.table import line, markdown
+
+CASES = {
+    "shapes": products.bench_shapes, "unpack": products.bench_unpack, "nf4": products.bench_nf4, "lora": products.bench_lora,
+    "model": models.bench_model, "step": models.bench_step, "lora_error": models.bench_lora_error,
+    "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory, "scale": files.bench_scale,
+}
+LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
+if sys.platform != "linux":
+    del CASES["memory"]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python3 dev.py bench", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=CASES, help=f"cases to run; by default all but {', '.join(LARGE)}")
+    parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, default=["Q8_0", "Q4_K", "NF4"], metavar="FORMAT")
+    parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"), help="size of the model in `model`")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF, for `step` and `load`")
+    parser.add_argument("--quick", action="store_true", help="every case at a tiny size, to see that it runs")
+    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")
+    options = parser.parse_args()
+    options.sizes = QUICK if options.quick else Sizes()
+    cases = options.only or [name for name in CASES if options.quick or name not in LARGE]
+
+    scratch = product.shared_scratch()  # held, as the layers of a model hold it
+    figures = {"machine": machine()}
+    print(figures["machine"])
+    for name in cases:
+        about = " ".join(CASES[name].__doc__.split())
+        print(f"{name}: {about}", flush=True)
+        figures[name] = {"about": about, "rows": {}}
+        for row, values in CASES[name](options):
+            figures[name]["rows"][row] = values
+            print("  " + line(row, values), flush=True)
+    figures["scratch_bytes"] = scratch.nbytes
+    write(figures, options.out)
+
+
+def write(figures: dict, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(figures, indent=1))
+    (folder / "bench.md").write_text(markdown(figures))
+    draw(figures).save(folder / "bench.png")
+    print(f"Done: bench.json, bench.md and bench.png in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Timing in turns, the sizes of the cases, random packed weights."""
+import math
+import platform
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import numpy as np
+import torch
+from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.bnb_4bit import Codebook4Bit
+from featherweight.ops.tensor import QuantizedTensor, packed_tensor
+
+from devtools.gguf_files import block_pool
+
+FORMAT_NAMES = [name for name, packed_format in FORMATS.items()
+                if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the cases are. Shapes are (N, K), blocks are (double, single) blocks of a Flux."""
+
+    shapes: tuple[tuple[int, int], ...] = ((3072, 3072), (3072, 12288), (3072, 9216), (4096, 10240))
+    tokens: tuple[int, ...] = (1, 16, 64, 256, 1024)
+    device_tokens: tuple[int, ...] = (4608,)  # more of them where there is a GPU
+    weight: tuple[int, int] = (3072, 12288)
+    hidden: int = 3072
+    context: int = 4096
+    model_tokens: int = 1024
+    model_blocks: tuple[int, int] = (1, 2)
+    file_blocks: tuple[int, int] = (4, 4)
+    scale_blocks: tuple[int, int] = (19, 38)
+    scale_tokens: int = 256
+    vocabulary: int = 262_144
+
+
+QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16), device_tokens=(), weight=(256, 512), hidden=256, context=1024,
+              model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512)
+
+
+def side_by_side(variants: dict, rounds: int) -> dict[str, dict]:
+    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up.
+
+    A variant's attribute `prepare`, if it has one, is called before each run and not timed.
+    """
+    times = {name: [] for name in variants}
+    for round_number in range(rounds + 1):
+        for name, run in variants.items():
+            if hasattr(run, "prepare"):
+                run.prepare()
+            wait()
+            started = time.perf_counter()
+            run()
+            wait()
+            if round_number:
+                times[name].append(time.perf_counter() - started)
+    return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+
+
+def wait():
+    """Until a GPU has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def machine() -> str:
+    """The GPU or the CPU, its threads, torch."""
+    if torch.accelerator.is_available():
+        return f"{comfy.model_management.get_torch_device_name(device())}, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def device() -> torch.device:
+    return comfy.model_management.get_torch_device()
+
+
+def has_bfloat16() -> bool:
+    """Whether the device multiplies in bfloat16; a CPU without it takes longer than in float32."""
+    return torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
+    """A packed weight of random valid blocks."""
+    packed_format, generator, values = FORMATS[format_name], np.random.default_rng(0), math.prod(shape)
+    scale = None
+    if packed_format.ggml_type is None:
+        data = torch.from_numpy(generator.integers(0, 256, values // 2, dtype=np.uint8))
+        blocks = -(-values // packed_format.block_length)
+        scale = torch.from_numpy(generator.uniform(0.01, 0.1, blocks).astype(np.float32))
+    else:
+        pool = block_pool(format_name)
+        picks = generator.integers(0, len(pool), values // packed_format.block_length)
+        data = torch.from_numpy(pool[picks]).view(packed_format.packed_shape(shape))
+    return packed_tensor(packed_format, data, shape, torch.float32, scale)

@@ -1,0 +1,159 @@
+"""Cases on Flux models of real layer sizes and few blocks: a step, its LoRAs, its error."""
+import tempfile
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.ops import product
+from featherweight.ops.format import FORMATS
+from featherweight.ops.linear import packed_operations
+from featherweight.ops.patcher import adopt
+from featherweight.ops.tensor import is_packed
+
+from devtools.bench.measure import device, has_bfloat16, random_weight, side_by_side
+from devtools.bench.products import LORA_CASES
+from devtools.gguf_files import write_gguf, write_random_gguf
+from devtools.tiny_models import flux, flux_shapes
+
+
+def bench_model(options):
+    """A step of a Flux with packed weights against one with the same weights dense, both computing in bfloat16 (on a CPU without
+    it in float32), with 1024 tokens of picture."""
+    sizes = options.sizes
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    double_blocks, single_blocks = options.blocks or sizes.model_blocks
+    shapes = flux_shapes(sizes.hidden, double_blocks, single_blocks, sizes.context)
+    first, *others = options.formats
+    weights = random_weights(shapes, first)
+    dense = {name: product.unpack(weight, dtype) if is_packed(weight) else weight for name, weight in weights.items()}
+    models = {"dense": comfy.sd.load_diffusion_model_state_dict(dense, model_options={"dtype": dtype})}
+    models[first] = packed_model(weights)
+    models |= {name: packed_model(random_weights(shapes, name)) for name in others}
+    for model in models.values():
+        model.set_model_compute_dtype(dtype)
+    variants = {name: step_of(model, sizes.model_tokens, sizes.context) for name, model in models.items()}
+    yield (f"{double_blocks} + {single_blocks} blocks, {str(dtype).removeprefix('torch.')}, {sizes.model_tokens} tokens",
+           side_by_side(variants, options.rounds))
+
+
+def random_weights(shapes: dict[str, tuple], format_name: str) -> dict:
+    """A state dict of packed matrices, where blocks divide the rows. Other matrices are float32, scales one, biases zero."""
+    block_length, weights = FORMATS[format_name].block_length, {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            weights[name] = torch.full(shape, float(name.endswith(".scale")))
+        elif shape[1] % block_length:
+            weights[name] = torch.randn(shape) / shape[1] ** 0.5
+        else:
+            weights[name] = random_weight(format_name, shape)
+    return weights
+
+
+def packed_model(weights: dict):
+    return adopt(comfy.sd.load_diffusion_model_state_dict(weights, model_options={"custom_operations": packed_operations()}))
+
+
+def bench_step(options):
+    """A step of a Flux of one double and one single block, real layer sizes, 256 tokens, Q4_K, with and without LoRAs."""
+    sizes = options.sizes
+    shapes = flux_shapes(sizes.hidden, 1, 1, sizes.context)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "flux-q4_k.gguf"
+        write_random_gguf(path, shapes, "Q4_K")
+        for pack, load in packs(options.peer).items():
+            models = {"no LoRA": load(str(path))}
+            for title, (count, rank) in LORA_CASES.items():
+                model = models["no LoRA"]
+                for seed in range(count):
+                    model, _ = comfy.sd.load_lora_for_models(model, None, lora_file(shapes, rank, seed), 1.0, 0.0)
+                models[title] = model
+            tokens = min(256, sizes.model_tokens)
+            variants = {title: step_of(model, tokens, sizes.context) for title, model in models.items()}
+            yield pack, side_by_side(variants, options.rounds)
+
+
+def step_of(patcher, tokens: int, context: int):
+    """A function that runs one step at `tokens` of picture, a multiple of 16, and 8 of text.
+
+    context: width of the text conditioning. What is run before the step loads the model, which is not timed.
+    """
+    latent = torch.randn(1, 16, 32, tokens // 8, device=device())
+    time_step, text = torch.tensor([0.5], device=device()), torch.randn(1, 8, context, device=device())
+    others = {"y": torch.zeros(1, 768, device=device()), "guidance": torch.tensor([3.5], device=device())}
+
+    def prepare():
+        comfy.model_management.load_models_gpu([patcher])
+
+    def run():
+        with torch.no_grad():
+            patcher.model.apply_model(latent, time_step, c_crossattn=text, **others)
+
+    run.prepare = prepare
+    return run
+
+
+def packs(peer: Path | None) -> dict:
+    """Name of each pack to compare -> its function that loads a GGUF model."""
+    return {"Featherweight": load_diffusion_model} | ({peer.name: peer_loader(peer)} if peer else {})
+
+
+def peer_loader(folder: Path):
+    """The function behind `UnetLoaderGGUF` of another installed pack, loaded into this host."""
+    import asyncio
+
+    import folder_paths
+    import nodes
+
+    asyncio.run(nodes.load_custom_node(str(folder)))
+    node = nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]
+
+    def load(path: str):
+        folder_paths.add_model_folder_path("diffusion_models", str(Path(path).parent), is_default=True)
+        return getattr(node(), node.FUNCTION)(unet_name=Path(path).name)[0]
+
+    return load
+
+
+def bench_lora_error(options):
+    """Error of a small quantised Flux against the unquantised one, without and with a LoRA on both (growth 1: none)."""
+    tensors = flux()
+    lora = lora_file({name: value.shape for name, value in tensors.items()}, 16, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"float32": dense_flux(tensors), "fp8 (ComfyUI)": dense_flux(tensors, torch.float8_e4m3fn)}
+        for name in ("Q8_0", "Q5_0", "Q4_0"):
+            path = Path(folder) / f"{name}.gguf"
+            write_gguf(path, tensors, lambda key, values, name=name: name if values.ndim == 2 else "F32")
+            models[name] = load_diffusion_model(str(path))
+        patched = {name: comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0] for name, model in models.items()}
+        pictures = {name: (prediction(models[name]), prediction(patched[name])) for name in models}
+    exact = pictures.pop("float32")
+    for name, found in pictures.items():
+        without, with_lora = (((a - b).norm() / b.norm()).item() for a, b in zip(found, exact))
+        yield name, {"without": without, "with": with_lora, "growth": with_lora / without}
+
+
+def dense_flux(tensors, dtype=torch.float32):
+    weights = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
+    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+
+
+def prediction(patcher) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latent, context = (torch.randn(shape, generator=generator).to(device()) for shape in ((1, 16, 32, 32), (1, 32, 1024)))
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.no_grad():
+        return patcher.model.apply_model(latent, torch.tensor([0.5], device=device()), c_crossattn=context) - latent
+
+
+def lora_file(shapes: dict[str, tuple], rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA in BFL's key names on every matrix of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            tensors[f"{layer}.lora_up.weight"] = torch.randn(shape[0], rank, generator=generator) * 0.01
+            tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, shape[1], generator=generator) * 0.01
+    return tensors

@@ -1,0 +1,78 @@
+"""Cases on one weight: unpacking it, and the product with it."""
+import importlib.util
+
+import gguf
+import torch
+from featherweight.ops import product
+from featherweight.ops.format import FORMATS
+from featherweight.ops.tensor import packed_tensors
+
+from devtools.bench.measure import device, has_bfloat16, random_weight, side_by_side
+
+LORA_CASES = {"2 of rank 16": (2, 16), "4 of rank 32": (4, 32)}
+
+
+def bench_shapes(options):
+    """The product with a packed weight against `F.linear` with a dense one, in bfloat16 and in float32, for each layer shape
+    N x K and M rows of input."""
+    dtypes = [torch.bfloat16, torch.float32] if has_bfloat16() else [torch.float32]
+    for shape in options.sizes.shapes:
+        dense = {dtype: torch.randn(shape, dtype=dtype, device=device()) for dtype in dtypes}
+        packed = {name: random_weight(name, shape).to(device()) for name in options.formats}
+        tokens = options.sizes.tokens + (options.sizes.device_tokens if device().type != "cpu" else ())
+        for count in tokens:
+            variants = {}
+            for dtype in dtypes:
+                rows = torch.randn(count, shape[1], dtype=dtype, device=device())
+                variants[dtype, "dense"] = lambda rows=rows, dtype=dtype: torch.nn.functional.linear(rows, dense[dtype])
+                for name, weight in packed.items():
+                    variants[dtype, name] = lambda rows=rows, weight=weight: product.linear(rows, weight)
+            times = side_by_side(variants, options.rounds)
+            for dtype in dtypes:
+                row = {name: taken for (of, name), taken in times.items() if of == dtype}
+                yield f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, M = {count}", row
+
+
+def bench_unpack(options):
+    """A whole weight to float32: in chunks into one reused buffer, all at once, and by gguf's numpy reference."""
+    shape = options.sizes.weight
+    out = torch.empty(shape)
+    for name in options.formats:
+        packed_format = FORMATS[name]
+        tensors = packed_tensors(random_weight(name, shape))
+        count = out.numel() // packed_format.block_length
+        variants = {"chunks, reused buffer": lambda: packed_format.unpack_into(tensors, out),
+                    "whole": lambda: packed_format.unpack(*packed_format.blocks(tensors, 0, count))}
+        if packed_format.ggml_type is not None:
+            variants["gguf (numpy)"] = lambda: gguf.quants.dequantize(tensors[0].numpy(), gguf.GGMLQuantizationType[name])
+        yield name, side_by_side(variants, options.rounds)
+
+
+def bench_nf4(options):
+    """An NF4 weight in blocks of 64 to bfloat16 into a reused buffer, beside copying it dense and bitsandbytes' own."""
+    if not importlib.util.find_spec("bitsandbytes"):
+        print("  bitsandbytes is not installed")
+        return
+    from bitsandbytes import functional
+
+    dense = torch.randn(options.sizes.weight, dtype=torch.bfloat16)
+    out = torch.empty_like(dense)
+    codes, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+    yield "NF4", side_by_side({
+        "copy_": lambda: out.copy_(dense),
+        "Featherweight": lambda: FORMATS["NF4"].unpack_into([codes, state.absmax], out),
+        "bitsandbytes": lambda: functional.dequantize_4bit(codes, state),
+    }, options.rounds)
+
+
+def bench_lora(options):
+    """The product of one weight in Q4_K with the rows of 1024 tokens, without LoRAs and with LoRAs on it."""
+    rows, columns = options.sizes.weight
+    weight = random_weight("Q4_K", (rows, columns)).to(device())
+    input = torch.randn(options.sizes.model_tokens, columns, device=device())
+    variants = {"no LoRA": lambda: product.linear(input, weight)}
+    for title, (count, rank) in LORA_CASES.items():
+        down, up = torch.randn(count * rank, columns, device=device()), torch.randn(rows, count * rank, device=device())
+        slices = [0, rows, 0, count * rank]
+        variants[title] = lambda down=down, up=up, slices=slices: product.linear(input, weight, None, None, down, [up], slices)
+    yield f"{rows} x {columns}, M = {len(input)}", side_by_side(variants, options.rounds)
