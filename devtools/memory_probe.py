@@ -1,6 +1,7 @@
 """Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py model|picture|encoder FILE
 
-model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a T5-XXL in GGUF. Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
+model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a T5-XXL in GGUF.
+Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
 import json
 import operator

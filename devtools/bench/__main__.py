@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from featherweight.ops import product
 
 from devtools.bench import ROOT, files, models, products
@@ -36,6 +37,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")
     options = parser.parse_args()
     options.sizes = QUICK if options.quick else Sizes()
+    if options.quick:
+        torch.set_num_threads(1)  # so small an operation only waits for other threads
     cases = options.only or [name for name in CASES if options.quick or name not in LARGE]
 
     scratch = product.shared_scratch()  # held, as the layers of a model hold it

@@ -36,7 +36,8 @@ def bench_header(options):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        yield "open", side_by_side({"Featherweight": lambda: open_weights(path), "gguf package": lambda: gguf.GGUFReader(path)}, 1)
+        variants = {"Featherweight": lambda: open_weights(path), "gguf package": lambda: gguf.GGUFReader(path)}
+        yield "open", side_by_side(variants, 1)
 
 
 def bench_load(options):
@@ -46,20 +47,20 @@ def bench_load(options):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux-q8_0.gguf"
         write_random_gguf(path, flux_shapes(sizes.hidden, *sizes.file_blocks, sizes.context), "Q8_0")
-        variants = {"read the file": lambda: read(path)}
         for pack, load in packs(options.peer).items():
-            def loaded(load=load):
+            def loaded():
                 patcher = load(str(path))
                 comfy.model_management.load_models_gpu([patcher])
                 return patcher
 
-            def first_step(loaded=loaded):
+            def first_step():
                 step_of(loaded(), 16, sizes.context)()
 
             loaded.prepare = first_step.prepare = comfy.model_management.unload_all_models
             later_step = step_of(loaded(), 16, sizes.context)
-            variants |= {f"load, {pack}": loaded, f"load and first step, {pack}": first_step, f"later step, {pack}": later_step}
-        yield f"{path.stat().st_size / 1e9:.1f} GB", side_by_side(variants, options.rounds)
+            variants = {"read the file": lambda: read(path), "load": loaded, "load, first step": first_step,
+                        "later step": later_step}
+            yield f"{pack}, {path.stat().st_size / 1e9:.1f} GB", side_by_side(variants, options.rounds)
 
 
 def read(path: Path):

@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from devtools.bench.table import is_timing, ratios, span
 
-WIDTH, MARGIN, GAP, LINE = 640, 24, 20, 22  # pixels: of a panel, inside it, between panels, from bar to bar
+WIDTH, MARGIN, GAP, LINE, SPACE = 640, 24, 20, 22, 8  # pixels: a panel, inside it, between panels, from bar to bar, row to row
 NAMES = 210  # where bars begin, and what comes before them
 VALUES = 150  # kept free on the right
 COLUMNS = 3
@@ -53,7 +53,7 @@ def panel(title: str, rows: dict) -> Image.Image:
     every = [value for row in found.values() for bounds in row.values() for value in bounds]
     low, high = math.log(min([0.8, *every])), math.log(max([1.25, *every]))
     count = sum(1 + len(row) for row in found.values())
-    image = Image.new("RGB", (WIDTH, 64 + LINE * count + MARGIN // 2), PANEL)
+    image = Image.new("RGB", (WIDTH, 64 + LINE * count + SPACE * len(rows)), PANEL)
     pen = ImageDraw.Draw(image)
     pen.text((MARGIN, 16), title, INK, TITLE)
 
@@ -72,4 +72,5 @@ def panel(title: str, rows: dict) -> Image.Image:
             pen.line((x(least), top + LINE // 2, x(most), top + LINE // 2), INK)
             pen.text((max(x(1), x(most)) + 8, top + LINE // 2), f"{ratio:.2f}", INK, TEXT, anchor="lm")
             top += LINE
+        top += SPACE
     return image

@@ -1,4 +1,4 @@
-"""What loading and running takes in memory: a Flux with real layer sizes and fewer blocks, and a whole T5-XXL."""
+"""What loading and running takes in memory: a Flux with real layer sizes and fewer blocks, a whole one, and a whole T5-XXL."""
 import json
 import subprocess
 import sys
@@ -9,7 +9,8 @@ import pytest
 from devtools.gguf_files import write_random_gguf
 from devtools.tiny_models import flux_shapes
 
-PROBE = Path(__file__).resolve().parents[2] / "devtools" / "memory_probe.py"
+PACK = Path(__file__).resolve().parents[2]
+PROBE = PACK / "devtools" / "memory_probe.py"
 MB = 1 << 20
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -27,8 +28,10 @@ def figures(request, tmp_path_factory):
 
 def probed(kind: str, path: Path) -> dict:
     """What the probe measures with a file, which is deleted."""
-    result = subprocess.run([sys.executable, str(PROBE), kind, str(path)], capture_output=True, text=True, check=True)
-    path.unlink()
+    try:
+        result = subprocess.run([sys.executable, str(PROBE), kind, str(path)], capture_output=True, text=True, check=True)
+    finally:
+        path.unlink()
     figures = json.loads(result.stdout.splitlines()[-1])
     print(figures)
     return figures
@@ -66,3 +69,39 @@ def test_a_t5_xxl_takes_its_file_and_half_a_gigabyte_and_keeps_its_weights_where
     assert figures["peak_after_load"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
     assert figures["peak_after_encoding"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
     assert figures["weights_moved"] == 0 and figures["anonymous_growth"][1] <= 300 * MB  # activations and the scratch
+
+
+@pytest.fixture(scope="module")
+def scale(tmp_path_factory):
+    """What the bench measures with a whole Flux.1-dev in Q4_K, and with parts of it."""
+    folder = tmp_path_factory.mktemp("scale")
+    arguments = ["--only", "scale", "--rounds", "2", "--out", str(folder)]
+    subprocess.run([sys.executable, "-m", "devtools.bench", *arguments], cwd=PACK, check=True)
+    return json.loads((folder / "bench.json").read_text())["scale"]["rows"]
+
+
+def check_memory_of_a_picture(figures: dict, parameters: float, bits: float):
+    assert figures["file_bytes"] == pytest.approx(parameters * bits / 8, rel=0.02)
+    assert figures["model_size"] <= 1.02 * figures["file_bytes"]
+    assert figures["peak"] <= figures["file_bytes"] + 1500 * MB
+    assert figures["finite"]
+
+
+@pytest.mark.heavy
+def test_a_flux_dev_of_12_billion_parameters_makes_a_step_in_its_file_and_1_5_gb(scale):
+    check_memory_of_a_picture(scale["memory"], 11.9e9, 4.5)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("row, variants", [
+    ("1/4 of the blocks", ("256 tokens", "1024 tokens")), ("256 tokens", ("1/4 of the blocks", "all"))])
+def test_a_step_of_four_times_the_tokens_or_blocks_takes_at_most_four_times_as_long(scale, row, variants):
+    one, four = (scale[row][name]["min"] for name in variants)
+    assert four <= 1.25 * 4 * one
+
+
+@pytest.mark.heavy
+def test_the_same_flux_dev_in_q8_0_makes_a_step_in_its_file_and_1_5_gb(tmp_path):
+    path = tmp_path / "flux-dev-q8_0.gguf"
+    write_random_gguf(path, flux_shapes(3072, 19, 38, 4096, guidance=True, pooled_text=True), "Q8_0")
+    check_memory_of_a_picture(probed("picture", path), 11.9e9, 8.5)
