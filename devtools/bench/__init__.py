@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+
 if torch.accelerator.is_available():
     os.environ.setdefault("HOST_ARGUMENTS", "")
-import conftest  # noqa: E402, F401  the host and the pack, as in the tests
+if "featherweight" not in sys.modules:  # as it is in a test
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest  # noqa: F401  the host and the pack

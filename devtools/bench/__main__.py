@@ -12,7 +12,7 @@ import torch
 from featherweight.ops import product
 
 from devtools.bench import ROOT, files, models, products
-from devtools.bench.measure import FORMAT_NAMES, QUICK, Sizes, machine
+from devtools.bench.measure import FORMAT_NAMES, ON_A_GPU, QUICK, Sizes, device, machine
 from devtools.bench.picture import draw
 from devtools.bench.table import line, markdown
 
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="every case at a tiny size, to see that it runs")
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")
     options = parser.parse_args()
-    options.sizes = QUICK if options.quick else Sizes()
+    options.sizes = QUICK if options.quick else Sizes() if device().type == "cpu" else ON_A_GPU
     if options.quick:
         torch.set_num_threads(1)  # so small an operation only waits for other threads
     cases = options.only or [name for name in CASES if options.quick or name not in LARGE]

@@ -22,11 +22,10 @@ FORMAT_NAMES = [name for name, packed_format in FORMATS.items()
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the cases are. Shapes are (N, K), blocks are (double, single) blocks of a Flux."""
+    """How large the cases are. Shapes are (N, K), tokens are M, blocks are (double, single) blocks of a Flux."""
 
     shapes: tuple[tuple[int, int], ...] = ((3072, 3072), (3072, 12288), (3072, 9216), (4096, 10240))
     tokens: tuple[int, ...] = (1, 16, 64, 256, 1024)
-    device_tokens: tuple[int, ...] = (4608,)  # more of them where there is a GPU
     weight: tuple[int, int] = (3072, 12288)
     hidden: int = 3072
     context: int = 4096
@@ -38,7 +37,8 @@ class Sizes:
     vocabulary: int = 262_144
 
 
-QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16), device_tokens=(), weight=(256, 512), hidden=256, context=1024,
+ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
+QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16), weight=(256, 512), hidden=256, context=1024,
               model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512)
 
 

@@ -20,7 +20,7 @@ from devtools.tiny_models import flux, flux_shapes
 
 def bench_model(options):
     """A step of a Flux with packed weights against one with the same weights dense, both computing in bfloat16 (on a CPU
-    without it in float32), with 1024 tokens of picture."""
+    without it in float32), with the tokens of a picture."""
     sizes = options.sizes
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     double_blocks, single_blocks = options.blocks or sizes.model_blocks

@@ -19,8 +19,7 @@ def bench_shapes(options):
     for shape in options.sizes.shapes:
         dense = {dtype: torch.randn(shape, dtype=dtype, device=device()) for dtype in dtypes}
         packed = {name: random_weight(name, shape).to(device()) for name in options.formats}
-        tokens = options.sizes.tokens + (options.sizes.device_tokens if device().type != "cpu" else ())
-        for count in tokens:
+        for count in options.sizes.tokens:
             variants = {}
             for dtype in dtypes:
                 rows = torch.randn(count, shape[1], dtype=dtype, device=device())
@@ -66,7 +65,7 @@ def bench_nf4(options):
 
 
 def bench_lora(options):
-    """The product of one weight in Q4_K with the rows of 1024 tokens, without LoRAs and with LoRAs on it."""
+    """The product of one weight in Q4_K with the tokens of a picture, without LoRAs and with LoRAs on it."""
     rows, columns = options.sizes.weight
     weight = random_weight("Q4_K", (rows, columns)).to(device())
     input = torch.randn(options.sizes.model_tokens, columns, device=device())

@@ -16,7 +16,7 @@ def cells(row: dict) -> dict[str, str]:
     """Variant or name -> what a table shows."""
     if not is_timing(row):
         return {name: quantity(name, value) for name, value in row.items()}
-    shown = {name: f"{span(t)}" for name, t in row.items()}
+    shown = {name: span(times) for name, times in row.items()}
     for name, (ratio, _, _) in ratios(row).items():
         shown[name] += f", ×{ratio:.2f}"
     return shown
@@ -24,8 +24,8 @@ def cells(row: dict) -> dict[str, str]:
 
 def span(times: dict) -> str:
     """Median and, in brackets, least and most: 1.42 s (1.38-1.60)."""
-    scale, unit = (1, "s") if times["median"] >= 10 else (1e3, "ms")
-    low, median, high = (f"{times[key] * scale:.4g}" for key in ("min", "median", "max"))
+    scale, unit, digits = (1, "s", 2) if times["median"] >= 1 else (1e3, "ms", 1 if times["median"] >= 0.01 else 3)
+    low, median, high = (f"{times[key] * scale:.{digits}f}" for key in ("min", "median", "max"))
     return f"{median} {unit} ({low}-{high})"
 
 
