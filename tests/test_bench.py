@@ -1,0 +1,46 @@
+"""Every case of the bench runs and gives figures, at a tiny size."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from devtools.bench.picture import FASTER, SLOWER
+
+PACK = Path(__file__).resolve().parent.parent
+# Named here, so that a case that gets lost is missed.
+CASES = ["shapes", "unpack", "nf4", "lora", "model", "step", "lora_error", "header", "load", "memory", "scale"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = ["--quick", "--rounds", "1", "--out", str(folder)]
+    subprocess.run([sys.executable, "-m", "devtools.bench", *arguments], cwd=PACK, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_case_gives_figures_and_a_table(results, case):
+    if case == "nf4":
+        pytest.importorskip("bitsandbytes")
+    if case == "memory" and sys.platform != "linux":
+        pytest.skip("reads /proc")
+    rows = json.loads((results / "bench.json").read_text())[case]["rows"]
+    assert rows and all(len(row) > 1 for row in rows.values())
+    table = (results / "bench.md").read_text().split(f"## {case}\n")[1].split("\n## ")[0]
+    assert all(f"\n| {title} | " in table for title in rows)
+
+
+def test_the_picture_has_bars(results):
+    with Image.open(results / "bench.png") as picture:
+        colours = {"#%02x%02x%02x" % colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert colours & {FASTER, SLOWER}
+
+
+def test_packed_products_are_compared_with_dense_ones_for_every_shape_and_number_of_rows(results):
+    rows = json.loads((results / "bench.json").read_text())["shapes"]["rows"]
+    assert {"256 x 512, float32, M = 1", "256 x 512, float32, M = 16"} <= set(rows)
+    assert all(list(row) == ["dense", "Q8_0", "Q4_K", "NF4"] for row in rows.values())
