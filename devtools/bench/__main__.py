@@ -18,7 +18,7 @@ from devtools.bench.table import line, markdown
 
 CASES = {
     "shapes": products.bench_shapes, "unpack": products.bench_unpack, "nf4": products.bench_nf4, "lora": products.bench_lora,
-    "model": models.bench_model, "step": models.bench_step, "lora_error": models.bench_lora_error,
+    "model": models.bench_model, "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
     "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory, "scale": files.bench_scale,
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
@@ -28,18 +28,19 @@ if sys.platform != "linux":
 
 def main():
     parser = argparse.ArgumentParser(prog="python3 dev.py bench", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=CASES, help=f"cases to run; by default all but {', '.join(LARGE)}")
+    parser.add_argument("--only", nargs="+", choices=CASES, help=f"cases to run; by default all but {', '.join(LARGE)}, peer")
     parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, default=["Q8_0", "Q4_K", "NF4"], metavar="FORMAT")
     parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"), help="size of the model in `model`")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF, for `step` and `load`")
+    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF")
     parser.add_argument("--quick", action="store_true", help="every case at a tiny size, to see that it runs")
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")
     options = parser.parse_args()
     options.sizes = QUICK if options.quick else Sizes() if device().type == "cpu" else ON_A_GPU
     if options.quick:
         torch.set_num_threads(1)  # so small an operation only waits for other threads
-    cases = options.only or [name for name in CASES if options.quick or name not in LARGE]
+    left_out = set() if options.quick else LARGE
+    cases = options.only or [name for name in CASES if name not in left_out and (options.peer or name != "peer")]
 
     scratch = product.shared_scratch()  # held, as the layers of a model hold it
     figures = {"machine": machine()}

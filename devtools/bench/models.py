@@ -116,6 +116,26 @@ def peer_loader(folder: Path):
     return load
 
 
+def bench_peer(options):
+    """One linear layer of a model in each pack, for each GGUF format: with M = 1 row nearly all of the time goes into
+    unpacking. Takes --peer."""
+    sizes = options.sizes
+    for name in options.formats if options.peer else ():
+        if FORMATS[name].ggml_type is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"flux-{name}.gguf"
+            write_random_gguf(path, flux_shapes(sizes.hidden, 1, 1, sizes.context), name)
+            models = {pack: load(str(path)) for pack, load in packs(options.peer).items()}
+            comfy.model_management.load_models_gpu(list(models.values()))
+            layers = {pack: model.model.diffusion_model.double_blocks[0].img_mlp[2] for pack, model in models.items()}
+            for tokens in (1, sizes.model_tokens):
+                rows = torch.randn(tokens, 4 * sizes.hidden, device=device())
+                variants = {pack: lambda rows=rows, layer=layer: layer(rows) for pack, layer in layers.items()}
+                with torch.no_grad():
+                    yield f"{name}, {sizes.hidden} x {4 * sizes.hidden}, M = {tokens}", side_by_side(variants, options.rounds)
+
+
 def bench_lora_error(options):
     """Error of a small quantised Flux against the unquantised one, without and with a LoRA on both (growth 1: none)."""
     tensors = flux()
