@@ -42,7 +42,7 @@ QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16), weight=(256, 512), hidden=25
               model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512)
 
 
-def side_by_side(variants: dict, rounds: int) -> dict[str, dict]:
+def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[str, dict]:
     """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up.
 
     A variant's attribute `prepare`, if it has one, is called before each run and not timed.
@@ -53,11 +53,11 @@ def side_by_side(variants: dict, rounds: int) -> dict[str, dict]:
             if hasattr(run, "prepare"):
                 run.prepare()
             wait()
-            started = time.perf_counter()
+            started = clock()
             run()
             wait()
             if round_number:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
 
 

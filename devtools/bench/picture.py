@@ -8,7 +8,7 @@ from devtools.bench.table import is_timing, ratios, span
 WIDTH, MARGIN, GAP, LINE, SPACE = 640, 24, 20, 22, 8  # pixels: a panel, inside it, between panels, from bar to bar, row to row
 NAMES = 210  # where bars begin, and what comes before them
 VALUES = 150  # kept free on the right
-COLUMNS = 3
+COLUMNS = 2
 PAPER, PANEL, INK, FAINT, FASTER, SLOWER = "#f4f4f2", "#ffffff", "#222222", "#8a8a8a", "#2a9d8f", "#d9773f"
 TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (19, 15, 13))
 
