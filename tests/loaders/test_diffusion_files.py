@@ -270,7 +270,7 @@ def refused(path, tensors, *said):
 
 def test_text_encoder_is_refused(path):
     refused(path, {"token_embd.weight": (64, 32), "blk.0.attn_q.weight": (32, 32)}, "a text encoder", "token_embd.weight",
-            "text encoder loader")
+            "Load Text Encoder (Featherweight)")
 
 
 def test_t5_encoder_is_refused(path):
@@ -279,7 +279,7 @@ def test_t5_encoder_is_refused(path):
 
 def test_mmproj_is_refused(path):
     refused(path, {"v.blk.0.attn_q.weight": (32, 32), "mm.0.weight": (32, 32)}, "mmproj", "v.blk.0.attn_q.weight",
-            "text encoder loader")
+            "Load Text Encoder (Featherweight)")
 
 
 def test_lora_is_refused(path):
