@@ -1,7 +1,6 @@
 """Text encoders: weight files and folders -> the host's own CLIP, with packed weights."""
 import contextlib
 import difflib
-import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -26,6 +25,10 @@ from .towers import missing_towers_left_out
 log = logging.getLogger(__name__)
 
 AUTO = "auto"  # an mmproj file is looked for beside its encoder
+
+# What `Arch.tokenizer` made of the files loaded last, by path, time and size.
+TOKENIZERS: dict[tuple[Path, int, int], Weights] = {}
+TOKENIZERS_KEPT = 4
 
 
 def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", embedding_directory: list[str] | None = None,
@@ -131,21 +134,24 @@ class _Encoder:
     def in_the_hosts_names(self) -> Weights:
         if self.arch is None:
             return self.weights
-        stat = self.path.stat()
         try:
-            tokenizer = _tokenizer(self.path, stat.st_mtime_ns, stat.st_size)
+            tokenizer = self._tokenizer()
         except KeyError as error:
             raise WeightFileError(f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is made. Get"
                                   " another conversion of the model.") from error
         return self.arch.convert(self.weights, self.metadata) | tokenizer
 
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer(path: Path, time_ns: int, size: int) -> Weights:
-    """What `Arch.tokenizer` makes of a file; once for each state of the file. Raises KeyError for missing metadata."""
-    file = open_weights(path)
-    weights = without_prefix(file.state_dict())
-    return arch_of(weights).tokenizer(weights, file.metadata)
+    def _tokenizer(self) -> Weights:
+        """What `Arch.tokenizer` makes of the file; once for each state of the file. Raises KeyError for missing metadata."""
+        status = self.path.stat()
+        state = self.path, status.st_mtime_ns, status.st_size
+        if state not in TOKENIZERS:
+            made = self.arch.tokenizer(self.weights, self.metadata)
+            # Copied: one that is a tensor of the file would keep the whole file mapped.
+            TOKENIZERS[state] = {name: tensor.clone() for name, tensor in made.items()}
+            if len(TOKENIZERS) > TOKENIZERS_KEPT:
+                del TOKENIZERS[next(iter(TOKENIZERS))]
+        return TOKENIZERS[state]
 
 
 def _check(paths: list[str], weights: list[Weights], clip_type: str):

@@ -1,5 +1,6 @@
 """Text encoders: from files to the host's own CLIP."""
 import contextlib
+import os
 
 import comfy.sd
 import pytest
@@ -9,9 +10,11 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model, write_encoder
 from families import relative_error
 from featherweight.loaders import text_encoder
+from featherweight.loaders.container import open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.tensor import is_packed
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 
@@ -95,6 +98,22 @@ def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monke
     for _ in range(2):
         load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
     assert len(made) == 1
+
+
+def test_few_tokenizers_are_kept_and_none_keeps_its_file_mapped(tmp_path, monkeypatch):
+    files = []
+    monkeypatch.setattr(text_encoder, "open_weights", lambda path: files.append(open_weights(path)) or files[-1])
+    encoder = ENCODERS["umt5-xxl of transformers"]
+    markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items()}
+    save_file(random_weights(encoder) | markers | dict(encoder.extra), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    for time in range(text_encoder.TOKENIZERS_KEPT + 1):
+        os.utime(tmp_path, (time, time))
+        load_text_encoder([str(tmp_path)], encoder.clip_type, model_options=encoder.model_options)
+    *others, (kept,) = (tokenizer.values() for tokenizer in text_encoder.TOKENIZERS.values())
+    assert len(others) == text_encoder.TOKENIZERS_KEPT - 1
+    mapped = files[-1].state_dict()["spiece_model"]
+    assert torch.equal(kept, mapped) and kept.data_ptr() != mapped.data_ptr()
 
 
 def counting(arch, made: list):
