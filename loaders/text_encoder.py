@@ -103,9 +103,12 @@ class _Encoder:
 
     def takes(self, vision: WeightFile, refuse: bool) -> bool:
         """Add the tensors of an mmproj file. refuse: raise WeightFileError where it does not fit."""
-        widths = self.arch and self.arch.vision_width(self.weights, without_prefix(vision.state_dict()))
+        if self.arch is None:
+            return False
+        tower = without_prefix(vision.state_dict())
+        widths = self.arch.vision_width(self.weights, tower)
         if widths and widths[0] == widths[1]:
-            self.weights |= vision.state_dict()
+            self.weights |= tower
             log.info("[Featherweight] %s sees through %s", self.name, vision.path.name)
             return True
         if refuse and widths:
