@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..ops.linear import before_each_loads
 from .container import WeightFileError
 
 TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_projector", "visual"}  # the host's names
@@ -29,24 +30,13 @@ class MissingTower(torch.nn.Module):
     patchify = forward  # what the host calls first where there is no tower but an embedding of pixels
 
 
-@contextlib.contextmanager
-def missing_towers_left_out(paths: Sequence[str]):
+def missing_towers_left_out(paths: Sequence[str]) -> contextlib.AbstractContextManager:
     """While the host builds and loads a text encoder from these files."""
     names = " and ".join(map(os.path.basename, paths))
-    hooks = []
 
     def leave_out(model, state_dict, prefix, *args):
         for name in TOWERS & {name for name, _ in model.named_children()}:
             if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 setattr(model, name, MissingTower(names))
 
-    def on_submodule(parent, name, module):
-        if name == "transformer" and module is not None:
-            hooks.append(module.register_load_state_dict_pre_hook(leave_out))
-
-    hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return before_each_loads(lambda name, module: name == "transformer", leave_out)

@@ -321,24 +321,33 @@ def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch
     return type("PackedOperations", (base,), layers)
 
 
-@contextlib.contextmanager
-def bare_parameters_unpacked():
+def bare_parameters_unpacked() -> contextlib.AbstractContextManager:
     """While the host builds and loads a model: what its modules own outside of our layers is unpacked on the way in.
 
     Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model as plain tensors.
     """
+    return before_each_loads(lambda name, module: not isinstance(module, PackedLayer), _unpack_own_parameters)
+
+
+@contextlib.contextmanager
+def before_each_loads(chosen, hook):
+    """While the host builds and loads a model: `hook` runs before a chosen module takes its part of the state dict.
+
+    chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix, ...): as torch calls what
+    `register_load_state_dict_pre_hook` is given.
+    """
     hooks = []
 
     def on_submodule(parent, name, module):
-        if module is not None and not isinstance(module, PackedLayer):
-            hooks.append(module.register_load_state_dict_pre_hook(_unpack_own_parameters))
+        if module is not None and chosen(name, module):
+            hooks.append(module.register_load_state_dict_pre_hook(hook))
 
     hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for registered in hooks:
+            registered.remove()
 
 
 def _unpack_own_parameters(module, state_dict, prefix, *args):
