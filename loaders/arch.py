@@ -10,9 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..ops.product import unpack
-from ..ops.tensor import is_packed
-
 ARCHS: list[type["Arch"]] = []
 
 Weights = dict[str, torch.Tensor]
@@ -106,8 +103,3 @@ def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]
         if target is not None:
             out[target.format(*numbers) + dot + ending] = tensor
     return out
-
-
-def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Float values of a tensor that may be packed."""
-    return unpack(tensor, torch.float32) if is_packed(tensor) else tensor

@@ -11,6 +11,11 @@ from ..ops.product import unpack
 from ..ops.tensor import is_packed, packed_tensor, packed_tensors
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """The values of a tensor that may be packed, in the dtype it shows: float32 for what comes packed from a file."""
+    return unpack(tensor, tensor.dtype) if is_packed(tensor) else tensor
+
+
 def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     """`tensor[index]` along the first dimension. A slice of a packed tensor shares its bytes.
 
@@ -20,7 +25,7 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     if isinstance(index, slice) and count == len(tensor):
         return tensor
     if not _rows_are_whole_blocks(tensor, 1):
-        return _dense(tensor)[index]
+        return dense(tensor)[index]
     packed_format = tensor.layout_cls.format
     data, *scale = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
     return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *scale)
@@ -35,7 +40,7 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     packed_format = _common_format(parts, 1)
     if packed_format is None:
-        return torch.cat([_dense(part) for part in parts])
+        return torch.cat([dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
     data, *scale = (torch.cat(piece) for piece in zip(*(_rows(part, columns) for part in parts)))
     return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype, *scale)
@@ -50,7 +55,7 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
     shape = (*outer, len(parts) * rows, columns)
     packed_format = _common_format(parts, -1)
     if packed_format is None:
-        return torch.stack([_dense(part) for part in parts], -2).reshape(shape)
+        return torch.stack([dense(part) for part in parts], -2).reshape(shape)
     count = parts[0].shape[:-1].numel()
     pieces = zip(*(_rows(part, columns) for part in parts))
     data, *scale = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1) for same in pieces)
@@ -71,7 +76,3 @@ def _common_format(parts: Sequence[Tensor], axis: int):
 def _rows_are_whole_blocks(tensor: Tensor, axis: int) -> bool:
     """Whether what is in the dimensions from `axis` on is whole blocks. False for tensors that are not packed."""
     return is_packed(tensor) and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return unpack(tensor, tensor.dtype) if is_packed(tensor) else tensor

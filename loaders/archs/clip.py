@@ -1,6 +1,6 @@
 """The text part of CLIP: L, H and bigG. Files with the names of transformers, which are the host's, or of open_clip."""
-from ..arch import Arch, dense, renamed
-from ..rows import take_rows
+from ..arch import Arch, renamed
+from ..rows import dense, take_rows
 
 LAYER = "text_model.encoder.layers.{}"
 FUSED = ".self_attn.in_proj."

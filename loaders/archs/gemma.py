@@ -1,5 +1,6 @@
 """Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
-from ..arch import SENTENCEPIECE, Arch, dense, renamed
+from ..arch import SENTENCEPIECE, Arch, renamed
+from ..rows import dense
 from ..tokenizer import sentencepiece_model
 from ._decoder import DECODER_NAMES, with_attention_split
 

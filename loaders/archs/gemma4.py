@@ -4,7 +4,8 @@ import re
 
 import torch
 
-from ..arch import TOKENIZER_JSON, Arch, dense, renamed
+from ..arch import TOKENIZER_JSON, Arch, renamed
+from ..rows import dense
 from ..tokenizer import tokenizer_json
 from ._decoder import with_attention_split
 from .gemma import GEMMA_MARKS, GEMMA_NAMES, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM

@@ -1,8 +1,8 @@
 """GPT-OSS 20B, the text encoder of Lens. Its experts stay in llama.cpp's MXFP4."""
 import torch
 
-from ..arch import TOKENIZER_JSON, Arch, dense, renamed
-from ..rows import interleave_rows
+from ..arch import TOKENIZER_JSON, Arch, renamed
+from ..rows import dense, interleave_rows
 from ..tokenizer import tokenizer_json
 from ._decoder import DECODER_NAMES
 

@@ -3,8 +3,8 @@ import torch
 
 from ...ops.formats.column_groups import ColumnGroups
 from ...ops.tensor import is_packed, packed_tensor, packed_tensors
-from ..arch import Arch, Weights, dense, renamed
-from ..rows import take_rows
+from ..arch import Arch, Weights, renamed
+from ..rows import dense, take_rows
 from . import qwen_vl
 from ._decoder import DECODER_NAMES
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..arch import Weights, dense, renamed
-from ..rows import join_rows
+from ..arch import Weights, renamed
+from ..rows import dense, join_rows
 
 BLOCK = "visual.blocks.{}"
 

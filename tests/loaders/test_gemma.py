@@ -24,11 +24,11 @@ from encoders.encoder import (
 from encoders.gemma import GEMMA_3_4B_VISION, gemma3_mmproj
 from encoders.gemma4 import gemma4_mmproj, unified_mmproj
 from families import relative_error
-from featherweight.loaders.arch import arch_of, dense
+from featherweight.loaders.arch import arch_of
 from featherweight.loaders.archs.gemma import Gemma2, Gemma3
 from featherweight.loaders.archs.gemma4 import Gemma4
 from featherweight.loaders.container import WeightFileError, open_weights
-from featherweight.loaders.rows import join_rows
+from featherweight.loaders.rows import dense, join_rows
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops import product
 from featherweight.ops.format import Format

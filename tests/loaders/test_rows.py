@@ -2,8 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from featherweight.loaders.arch import dense
-from featherweight.loaders.rows import interleave_rows, join_rows, take_rows
+from featherweight.loaders.rows import dense, interleave_rows, join_rows, take_rows
 from featherweight.ops.format import FORMATS
 from featherweight.ops.tensor import is_packed, packed_tensor
 
