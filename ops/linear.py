@@ -68,6 +68,17 @@ class PackedLayer:
                 self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
         return self
 
+    def cast_for(self, input: torch.Tensor):
+        """(weight, bias, stream) on the device of `input`, as `comfy.ops.uncast_bias_weight` takes them back.
+
+        A packed weight keeps its dtype on the way to the device: any other would make the host unpack it. Functions on the
+        weight do need it dense.
+        """
+        packed = isinstance(self.weight, QuantizedTensor)
+        dtype = self.weight.dtype if packed and not self.weight_function else input.dtype
+        return comfy.ops.cast_bias_weight(
+            self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
+
     def dense_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
         """The values of a packed weight in `dtype`."""
         return product.unpack(weight, dtype, self.value_dtype)
@@ -104,12 +115,7 @@ class _PackedLinear(PackedLayer):
     has_branch = True
 
     def forward_comfy_cast_weights(self, input):
-        # A packed weight keeps its dtype on the way to the device: any other would make the host unpack it.
-        # Functions on the weight do need it dense.
-        packed = isinstance(self.weight, QuantizedTensor)
-        dtype = self.weight.dtype if packed and not self.weight_function else input.dtype
-        weight, bias, offload_stream = comfy.ops.cast_bias_weight(
-            self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
+        weight, bias, offload_stream = self.cast_for(input)
         down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input)
         if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
             out = product.linear(input, weight, bias, self.value_dtype, down, ups, slices)
@@ -201,9 +207,7 @@ class MoEExperts(PackedLayer, _Experts):
     @contextlib.contextmanager
     def bank_resident(self, input):
         """Inside this block all experts are on the device of `input`."""
-        dtype = self.weight.dtype if is_packed(self.weight) and not self.weight_function else input.dtype
-        weight, bias, offload_stream = comfy.ops.cast_bias_weight(
-            self, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True, compute_dtype=input.dtype)
+        weight, bias, offload_stream = self.cast_for(input)
         self._resident = weight if self.lora is None else self.patched_weight(weight, input.dtype), bias
         try:
             yield self
