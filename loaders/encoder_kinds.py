@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .archs.t5 import UMT5_TOKENS
 from .container import WeightFileError
 
 # The host's name of an encoder (`comfy.sd.TEModel`), with UMT5 told from T5 -> what people call it.
@@ -24,7 +25,6 @@ TITLES = {
     "QWEN35_4B": "Qwen3.5 4B", "QWEN35_9B": "Qwen3.5 9B", "QWEN35_27B": "Qwen3.5 27B",
 }
 CLIP_OR_T5 = {kind for kind in TITLES if kind.startswith(("CLIP", "JINA", "T5", "UMT5", "BYT5"))}
-UMT5_TOKENS = 100_000  # T5 has 32128, UMT5 256384
 
 # type -> the encoders that models of this type take, one at a time.
 SINGLE = {
