@@ -14,14 +14,13 @@ from ..ops.patcher import adopt
 from ..ops.tensor import is_packed, relabelled
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusers_names import in_the_hosts_names
+from .safetensors import QUANT_STATE
 
 log = logging.getLogger(__name__)
 
 
 # Names that bitsandbytes gives what it stores beside a packed weight; host-readable files have none of them.
 BITSANDBYTES = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
-
-BITSANDBYTES_4BIT = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 BITSANDBYTES_PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
 
 
@@ -98,7 +97,8 @@ def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
 
 def formats_in(file: WeightFile) -> dict[str, str]:
     """Name of each weight -> its format. What bitsandbytes keeps in several tensors is one weight."""
-    packed = {found[1]: found[2].upper() for found in map(BITSANDBYTES_4BIT.fullmatch, file.entries) if found}
+    states = filter(None, map(QUANT_STATE.fullmatch, file.entries))
+    packed = {found["weight"]: found["quant_type"].upper() for found in states}
     return {name: packed.get(name, entry.format) for name, entry in file.entries.items()
             if BITSANDBYTES_PART.sub("", name) not in packed or name in packed}
 
