@@ -179,6 +179,19 @@ def test_a_tower_of_another_size_is_refused(name, other, tmp_path):
         load(tmp_path / name / "encoder.gguf", ALL[name], mmproj=str(tmp_path / other / "mmproj-encoder.gguf"))
 
 
+def test_a_tower_is_seen_through_with_its_place_in_a_larger_file_before_its_names(tmp_path):
+    encoder, path = SEEING["qwen3.5-0.8b"], tmp_path / "encoder.gguf"
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(path, encoder, weights)
+        tower = {name: tensor for name, tensor in weights.items() if name.startswith(TOWERS)}
+        stored = {f"text_encoders.llm.{name}": tensor for name, tensor in encoder.mmproj(tower).items()}
+        write_gguf(tmp_path / "tower.gguf", stored, type_of=lambda name, values: "F32", architecture=None)
+        clip = load(path, encoder, mmproj=str(tmp_path / "tower.gguf"))
+    tokens = [*TOKENS[:3], picture()]
+    assert hidden_states(clip, tokens).shape[1] > len(tokens)
+
+
 def test_a_family_takes_the_towers_of_its_own_kind_and_width():
     families = {"qwen2.5-vl-7b": Qwen25VL, "qwen3-vl-4b": Qwen3VL, "qwen3-vl-32b": Qwen3VL32B, "qwen3.5-2b": Qwen35}
     mmprojs = {name: ALL[name].mmproj(tower_of(ALL[name])) for name in families}
