@@ -19,10 +19,11 @@ from .check import check
 log = logging.getLogger(__name__)
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
-# Until the kernels have run on real GPUs: a check can refuse wrong values, not a launch that ends the process.
-DEFAULT = "torch"
 # Names of backends for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
-BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("triton", "nvrtc"), "mps": ("metal",)}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
+# The kinds of devices that use them unasked. No kernel has run on a real GPU yet, and a check can refuse wrong values, not a
+# launch that ends the process.
+UNASKED = {"cpu"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +108,13 @@ def _first_working(device: torch.device) -> Backend | None:
     names = BACKENDS.get(device.type, ())
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         names = (*names, "triton")
-    asked = os.environ.get(VARIABLE, DEFAULT).lower()
+    asked = os.environ.get(VARIABLE, "").lower()
     known = {"torch", "auto"}.union(*BACKENDS.values())
-    if asked not in known:
-        log.warning("Featherweight: %s is %s; it can be %s. Taken as %s.", VARIABLE, asked, ", ".join(sorted(known)), DEFAULT)
-        asked = DEFAULT
-    for name in names:
-        if asked not in ("auto", name):
-            continue
+    if asked and asked not in known:
+        log.warning("Featherweight: %s is %s; it can be %s. It counts as not set.", VARIABLE, asked, ", ".join(sorted(known)))
+    if asked == "torch" or asked != "auto" and asked not in names and device.type not in UNASKED:
+        return None
+    for name in (asked,) if asked in names else names:
         try:
             backend = importlib.import_module(f".{name}_backend", __package__).BACKEND
             backend.probe(device)

@@ -1,23 +1,18 @@
-"""Kernels for CUDA without Triton, such as portable ComfyUI on Windows: CUDA C++ in `cuda/`, compiled where it runs."""
+"""Kernels for CUDA without Triton, such as portable ComfyUI on Windows: CUDA C++ in `source/`, compiled where it runs."""
 import functools
 import math
 from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..format import FORMATS, Format
 from . import Backend, Kernel
 from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
+from .source import FORMAT_NAMES, TYPES, addresses, kernel_source
 
-SOURCES = Path(__file__).with_name("cuda")
-TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-FORMAT_NAMES = frozenset((
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4",
-    "Codebook4Bit", "INT8"))
-CHUNK = 8  # values a thread handles at a time
+CHUNK = 8  # values a thread handles at a time, LANES in source/cuda
 UNPACK_THREADS = 256
 LINEAR_THREADS = 128
 # The most tokens "linear" takes -> rows of the weight that a warp takes. More rows load the input fewer times, but leave
@@ -29,7 +24,7 @@ INPUT_ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Program:
-    """One kernel of `cuda/`, "unpack" or "linear", for one format.
+    """One kernel of `source/cuda`, "unpack" or "linear", for one format.
 
     dtype: of the values for "unpack", of input and output for "linear". value_dtype: see `Kernel`. alignment: of the packed
     bytes' address, 1, 2 or 4. tokens: the most that "linear" takes; rows: of the weight, for each of its warps.
@@ -44,27 +39,10 @@ class Program:
 
     def source(self) -> str:
         """CUDA C++."""
-        packed_format = self.packed_format
-        if packed_format.block_length % CHUNK:
-            raise CudaError(f"blocks of {packed_format.block_length} values are not made of chunks of {CHUNK}")
-        definitions = {
-            "FORMAT": next(base.__name__ for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES),
-            "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes,
-            "ALIGNMENT": self.alignment, "TYPE": TYPES[self.dtype], "VALUE_TYPE": TYPES[self.value_dtype or torch.float32],
-            "TOKENS": self.tokens, "ROWS": self.rows,
-        }
-        codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
-        if codebook:
-            exact = torch.tensor(codebook, dtype=torch.float32).tolist()
-            definitions["CODEBOOK"] = ", ".join(f"{value.hex()}f" for value in exact)
-        return "\n".join((*(f"#define {name} {value}" for name, value in definitions.items()),
-                          *(path.read_text(encoding="utf-8") for path in source_files(packed_format, self.kernel))))
-
-
-def source_files(packed_format: type[Format], kernel: str) -> list[Path]:
-    """What makes a program, in order. A family of formats has one file, named as the one in ops/formats."""
-    family = packed_format.__module__.rpartition(".")[2]
-    return [SOURCES / f"{name}.cu" for name in ("chunks", family, "weight", kernel)]
+        if self.packed_format.block_length % CHUNK:
+            raise CudaError(f"blocks of {self.packed_format.block_length} values are not made of chunks of {CHUNK}")
+        return kernel_source("cuda", self.kernel, self.packed_format, self.dtype, self.value_dtype,
+                             ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows)
 
 
 class CudaKernels:
@@ -88,7 +66,7 @@ class CudaKernels:
         if rest or not chunks:  # small weights of odd shapes, and lookups of no rows
             packed_format.unpack_into(tensors, out, value_dtype, first)
             return
-        packed, scales = _addresses(packed_format, tensors, first)
+        packed, scales = addresses(packed_format, tensors, first)
         program = Program("unpack", packed_format, out.dtype, value_dtype, alignment(packed_format, packed))
         self._launch(program, -(-chunks // UNPACK_THREADS), UNPACK_THREADS, out.device,
                      c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()), c_longlong(chunks))
@@ -99,19 +77,13 @@ class CudaKernels:
             input = input.clone()
         (tokens, columns), rows = input.shape, out.shape[1]
         rows_of_warp = LINEAR_ROWS[most_tokens]
-        packed, scales = _addresses(packed_format, tensors)
+        packed, scales = addresses(packed_format, tensors)
         addend_address, strides = (None, (0, 0)) if addend is None else (addend.data_ptr(), addend.stride())
         program = Program("linear", packed_format, out.dtype, value_dtype, alignment(packed_format, packed), most_tokens,
                           rows_of_warp)
         self._launch(program, -(-rows // (rows_of_warp * LINEAR_THREADS // WARP)), LINEAR_THREADS, out.device,
                      c_void_p(input.data_ptr()), c_void_p(packed), c_void_p(scales), c_void_p(addend_address),
                      c_void_p(out.data_ptr()), c_int(tokens), c_int(rows), c_int(columns), *map(c_longlong, strides))
-
-
-def _addresses(packed_format, tensors, first=0) -> tuple[int, int | None]:
-    """Of block `first` and of its scale, if the blocks do not hold their scales."""
-    scales = tensors[1].data_ptr() + first * tensors[1].itemsize if packed_format.scales_apart else None
-    return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
 
 
 def alignment(packed_format, address) -> int:

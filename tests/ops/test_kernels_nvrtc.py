@@ -19,7 +19,8 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
-from featherweight.ops.kernels.nvrtc_backend import FORMAT_NAMES, LINEAR_ROWS, SOURCES, Program, alignment, source_files
+from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
+from featherweight.ops.kernels.source import FORMAT_NAMES
 from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType
 

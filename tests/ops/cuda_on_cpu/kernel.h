@@ -8,11 +8,11 @@
 #define __global__
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct Index { unsigned x; };
+struct Dimensions { unsigned x; };
 
 const unsigned MAX_THREADS = 256, STACK_BYTES = 1 << 16;
 
-static Index threadIdx, blockIdx, blockDim;
+static Dimensions threadIdx, blockIdx, blockDim;
 static ucontext_t scheduler, fibers[MAX_THREADS];
 static char stacks[MAX_THREADS][STACK_BYTES];
 static float exchanged[MAX_THREADS];

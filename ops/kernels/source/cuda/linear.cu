@@ -2,26 +2,26 @@
 // the weight: the more, the fewer times the input is loaded.
 //
 // input: (tokens, columns). out: (tokens, rows). addend: (tokens, rows) of the strides given, or null.
-extern "C" __global__ void linear(const TYPE* input, const Byte* packed, const float* scales, const TYPE* addend, TYPE* out,
+extern "C" __global__ void linear(const TYPE* input, Packed packed, Scales scales, const TYPE* addend, TYPE* out,
                                   int tokens, int rows, int columns, long long addend_token_stride,
                                   long long addend_row_stride) {
     int first_row = (blockIdx.x * blockDim.x + threadIdx.x) / 32 * ROWS, lane = threadIdx.x % 32;
     if (first_row >= rows) return;
-    int chunks = columns / 8;
+    int chunks = columns / LANES;
     float sums[TOKENS][ROWS] = {};
     for (int chunk = lane; chunk < chunks; chunk += 32) {
-        float weights[ROWS][8];
+        Floats weights[ROWS];
 #pragma unroll
         for (int row = 0; row < ROWS; row++)
-            unpack_chunk(packed, scales, (long long)min(first_row + row, rows - 1) * chunks + chunk, weights[row]);
+            weights[row] = weight_chunk(packed, scales, (long long)min(first_row + row, rows - 1) * chunks + chunk);
 #pragma unroll
         for (int token = 0; token < TOKENS; token++) {
             if (token >= tokens) break;
-            float inputs[8];
-            load_chunk(input + (long long)token * columns + chunk * 8, inputs);
+            Floats inputs = load_chunk(input + (long long)token * columns + chunk * LANES);
 #pragma unroll
             for (int row = 0; row < ROWS; row++)
-                for (int i = 0; i < 8; i++) sums[token][row] = fmaf(inputs[i], weights[row][i], sums[token][row]);
+                for (int i = 0; i < LANES; i++)
+                    sums[token][row] = fmaf(inputs.lane[i], weights[row].lane[i], sums[token][row]);
         }
     }
 #pragma unroll

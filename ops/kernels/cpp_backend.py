@@ -1,0 +1,157 @@
+"""Kernels for CPUs: C++ in `source/`, compiled by the compiler of the machine, where there is one.
+
+A kernel takes half a second to compile and is kept for later runs. Without a compiler torch does the work.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from ctypes import c_int, c_longlong, c_void_p
+from pathlib import Path
+
+import torch
+
+from ..format import FORMATS, Format
+from . import Backend, Kernel
+from .source import FORMAT_NAMES, TYPES, addresses, kernel_source
+
+COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
+# Products and sums must not be contracted: the values are those of the reference, bit for bit.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
+         "-w")
+MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
+VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
+
+
+class CppError(RuntimeError):
+    """There is no compiler, or it refused a kernel. The message is its own."""
+
+
+class CppCompiler:
+    """command: a C++ compiler that takes the options of GCC. folder: where compiled kernels are kept."""
+
+    def __init__(self, command: str, folder: Path):
+        self.command, self.folder = command, folder
+        version = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
+        self._machine = f"{version.stdout} {FLAGS} {_cpu()}"
+
+    def library(self, source: str) -> ctypes.CDLL:
+        """The functions of a source. Compiled once for each source, compiler and kind of CPU."""
+        name = hashlib.sha256(f"{self._machine}\n{source}".encode()).hexdigest()[:32]
+        path = self.folder / f"{name}.so"
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
+                file.write_text(source, encoding="utf-8")
+                made = subprocess.run([self.command, *FLAGS, str(file), "-o", str(built)], capture_output=True, text=True,
+                                      timeout=300)
+                if made.returncode:
+                    raise CppError(f"{self.command}: {made.stderr[:2000]}")
+                os.replace(built, path)  # at once, for another process may want it too
+        return ctypes.CDLL(str(path))
+
+
+def _cpu() -> str:
+    """What decides which instructions `-march=native` uses."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
+    return " ".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or lines[:1]))
+
+
+def cache_folder() -> Path:
+    """Where the user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featherweight" / "kernels"
+
+
+class CpuKernels:
+    """Compiles a kernel when it is first used, and runs it on torch's threads."""
+
+    def __init__(self, compiler: CppCompiler):
+        self._compiler = compiler
+        self._functions = {}
+
+    def _function(self, kernel: str, packed_format: type[Format], *dtypes, **definitions):
+        key = kernel, packed_format, dtypes, *definitions.values()
+        if key not in self._functions:
+            source = kernel_source("cpu", kernel, packed_format, *dtypes, **definitions)
+            self._functions[key] = getattr(self._compiler.library(source), kernel)
+        return self._functions[key]
+
+    def unpack(self, packed_format, tensors, out, value_dtype, first):
+        """See `Kernel.run`."""
+        lanes = _lanes(packed_format, out.numel())
+        if not lanes or not out.numel():  # small weights of odd shapes, and lookups of no rows
+            packed_format.unpack_into(tensors, out, value_dtype, first)
+            return
+        run = self._function("unpack", packed_format, out.dtype, value_dtype, LANES=lanes)
+        run(*map(c_void_p, addresses(packed_format, tensors, first)), c_void_p(out.data_ptr()), c_longlong(out.numel()),
+            c_int(_threads(out.numel())))
+
+    def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
+        """See `Kernel.run`; for up to `most_tokens` tokens, one of `MOST_TOKENS`."""
+        (tokens, columns), rows = input.shape, out.shape[1]
+        lanes = _lanes(packed_format, packed_format.block_length)
+        if not lanes:
+            raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
+        run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=lanes, TOKENS=most_tokens)
+        input = input.float()
+        sums = out if out.dtype == torch.float32 and addend is None else torch.empty(out.shape)
+        run(c_void_p(input.data_ptr()), *map(c_void_p, addresses(packed_format, tensors)), c_void_p(sums.data_ptr()),
+            c_int(tokens), c_int(rows), c_int(columns), c_int(_threads(rows * columns)))
+        if addend is not None:
+            sums += addend
+        if sums is not out:
+            out.copy_(sums)
+
+
+def _lanes(packed_format: type[Format], count: int) -> int | None:
+    """How many values of a block are handled at once, if `count` of them can be."""
+    of_format = 8 if packed_format.__name__ == "NVFP4" else 16
+    widest = 16 if torch.cpu._is_avx512_supported() else 8
+    return next((lanes for lanes in (16, 8) if lanes <= min(of_format, widest)
+                 and packed_format.block_length % lanes == 0 and count % lanes == 0), None)
+
+
+def _threads(values: int) -> int:
+    return max(1, min(torch.get_num_threads(), values // VALUES_PER_THREAD))
+
+
+@functools.cache
+def _kernels() -> CpuKernels:
+    if sys.platform == "win32":
+        raise CppError("kernels are not compiled on Windows")
+    command = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
+    if command is None:
+        raise CppError("there is no C++ compiler")
+    return CpuKernels(CppCompiler(command, cache_folder()))
+
+
+def _probe(device: torch.device):
+    """Unpacks one block; raises where that fails."""
+    packed_format = FORMATS["Q8_0"]
+    out = torch.full((packed_format.block_length,), torch.nan)
+    _kernels().unpack(packed_format, [torch.zeros(packed_format.block_bytes, dtype=torch.uint8)], out, None, 0)
+    if out.any():
+        raise CppError("a block of zeros was unpacked to something else")
+
+
+def _unpack(*arguments):
+    _kernels().unpack(*arguments)
+
+
+def _linear(*arguments):
+    _kernels().linear(*arguments)
+
+
+_DTYPES = frozenset(TYPES)
+BACKEND = Backend("cpp", _probe, (
+    Kernel("unpack", FORMAT_NAMES, _DTYPES, _unpack),
+    *(Kernel("linear", FORMAT_NAMES, _DTYPES, functools.partial(_linear, most), least, most)
+      for least, most in zip((1, *(most + 1 for most in MOST_TOKENS)), MOST_TOKENS)),
+))

@@ -1,0 +1,44 @@
+"""The text of a kernel in C++: what the platforms share in `source/`, for one weight format and its dtypes.
+
+A platform is a folder of `source/`: `lanes.h` says what neighbouring values are there, each kernel has a file.
+"""
+from pathlib import Path
+
+import torch
+
+from ..format import Format
+
+SOURCES = Path(__file__).with_name("source")
+TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+FORMAT_NAMES = frozenset((
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4",
+    "Codebook4Bit", "INT8"))
+
+
+def kernel_source(platform: str, kernel: str, packed_format: type[Format], dtype: torch.dtype,
+                  value_dtype: torch.dtype | None, **definitions) -> str:
+    """C++ without any include of ours. dtype, value_dtype: as in `Kernel`. definitions: further constants of the kernel."""
+    definitions |= {
+        "FORMAT": next(base.__name__ for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES),
+        "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes,
+        "SCALES_APART": int(packed_format.scales_apart), "TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32],
+    }
+    codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
+    if codebook:
+        exact = torch.tensor(codebook, dtype=torch.float32).tolist()
+        definitions["CODEBOOK"] = ", ".join(f"{value.hex()}f" for value in exact)
+    return "\n".join((*(f"#define {name} {value}" for name, value in definitions.items()),
+                      *(path.read_text(encoding="utf-8") for path in source_files(platform, packed_format, kernel))))
+
+
+def source_files(platform: str, packed_format: type[Format], kernel: str) -> list[Path]:
+    """What makes a kernel, in order. A family of formats has one file, named as the one in ops/formats."""
+    family = packed_format.__module__.rpartition(".")[2]
+    folder = SOURCES / platform
+    return [folder / "lanes.h", SOURCES / "formats" / f"{family}.h", SOURCES / "weight.h", *folder.glob(f"{kernel}.*")]
+
+
+def addresses(packed_format: type[Format], tensors: list[torch.Tensor], first: int = 0) -> tuple[int, int | None]:
+    """Of block `first` and of its scale, if the blocks do not hold their scales."""
+    scales = tensors[1].data_ptr() + first * tensors[1].itemsize if packed_format.scales_apart else None
+    return tensors[0].data_ptr() + first * packed_format.block_bytes, scales

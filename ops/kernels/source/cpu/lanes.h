@@ -1,0 +1,157 @@
+// A CPU: vectors of LANES = 8 or 16 values, as GCC and Clang know them on every CPU. Conversions they do slowly are written
+// with the instructions of AVX-512 and AVX2.
+
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define FUNCTION inline __attribute__((always_inline))
+#define PRIVATE
+
+typedef unsigned char Byte;
+typedef const Byte* Packed;
+typedef const float* Scales;
+typedef long long Index;
+
+template <class T>
+struct Vector {
+    typedef T Lanes __attribute__((vector_size(LANES * sizeof(T))));
+};
+
+typedef Vector<int>::Lanes Ints;
+typedef Vector<unsigned>::Lanes Words;
+typedef Vector<float>::Lanes Floats;
+typedef Vector<unsigned char>::Lanes Bytes;
+typedef Vector<unsigned short>::Lanes Shorts;
+
+template <class To, class From>
+static FUNCTION To load(const From* from) {
+    To lanes;
+    memcpy(&lanes, from, sizeof(To));
+    return lanes;
+}
+
+static FUNCTION float float_of_bits(unsigned bits) { return load<float>(&bits); }
+
+static FUNCTION Floats floats(Ints a) { return __builtin_convertvector(a, Floats); }
+
+static FUNCTION Ints ints(Bytes bytes) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif LANES == 8 && defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&bytes));
+#else
+    return __builtin_convertvector(bytes, Ints);
+#endif
+}
+
+static FUNCTION Ints load_bytes(Packed from) { return ints(load<Bytes>(from)); }
+
+static FUNCTION Ints load_signed_bytes(Packed from) { return load_bytes(from) << 24 >> 24; }
+
+// Two lanes a byte, the high nibble first.
+static FUNCTION Ints load_nibble_pairs(Packed from) {
+    typedef unsigned char Half __attribute__((vector_size(LANES / 2)));
+    typedef unsigned short Pairs __attribute__((vector_size(LANES)));
+    Pairs pairs = __builtin_convertvector(load<Half>(from), Pairs);
+    pairs = pairs >> 4 | (pairs & 15) << 8;  // of two bytes the low one lies first
+    return ints(load<Bytes>(&pairs));
+}
+
+// Eight lanes a byte, the lowest bit first.
+static FUNCTION Ints load_bits(Packed from) {
+    Ints shifts;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) shifts[i] = i;
+    return (from[0] | (LANES > 8 ? from[1] << 8 : 0)) >> shifts & 1;
+}
+
+// Rounding to nearest, ties to even.
+struct Half {
+    unsigned short bits;
+};
+
+struct BFloat16 {
+    unsigned short bits;
+};
+
+#if LANES == 16 && defined(__AVX512F__)
+static FUNCTION Shorts low_halves(Words words) { return (Shorts)_mm512_cvtepi32_epi16((__m512i)words); }
+static FUNCTION Shorts halves(Floats values) { return (Shorts)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT); }
+static FUNCTION Floats of_halves(Shorts halves) { return (Floats)_mm512_cvtph_ps((__m256i)halves); }
+#elif LANES == 8 && defined(__AVX2__) && defined(__F16C__)
+static FUNCTION Shorts low_halves(Words words) {
+    __m256i pairs = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+    return (Shorts)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+}
+static FUNCTION Shorts halves(Floats values) { return (Shorts)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT); }
+static FUNCTION Floats of_halves(Shorts halves) { return (Floats)_mm256_cvtph_ps((__m128i)halves); }
+#else
+typedef Vector<_Float16>::Lanes Float16s;
+static FUNCTION Shorts low_halves(Words words) { return __builtin_convertvector(words, Shorts); }
+static FUNCTION Shorts halves(Floats values) { return (Shorts)__builtin_convertvector(values, Float16s); }
+static FUNCTION Floats of_halves(Shorts halves) { return __builtin_convertvector((Float16s)halves, Floats); }
+#endif
+
+static FUNCTION float load_half(Packed from) {
+#ifdef __F16C__
+    return _cvtsh_ss(load<unsigned short>(from));
+#else
+    return load<_Float16>(from);
+#endif
+}
+
+// The bits of the nearest bfloat16 in the upper halves.
+static FUNCTION Words bfloat16_bits(Floats values) {
+    Words bits = (Words)values, rounded = bits + 0x7FFF + (bits >> 16 & 1);
+    Words quiet_nan = bits | 0x7FC00000;
+    return values == values ? rounded : quiet_nan;
+}
+
+static FUNCTION void store(Floats values, float* to) { memcpy(to, &values, sizeof values); }
+
+static FUNCTION void store(Floats values, BFloat16* to) {
+    Shorts bits = low_halves(bfloat16_bits(values) >> 16);
+    memcpy(to, &bits, sizeof bits);
+}
+
+static FUNCTION void store(Floats values, Half* to) {
+    Shorts bits = halves(values);
+    memcpy(to, &bits, sizeof bits);
+}
+
+static FUNCTION Floats rounded_as(Floats values, const float*) { return values; }
+static FUNCTION Floats rounded_as(Floats values, const BFloat16*) { return (Floats)(bfloat16_bits(values) & 0xFFFF0000); }
+static FUNCTION Floats rounded_as(Floats values, const Half*) { return of_halves(halves(values)); }
+
+template <class T>
+static FUNCTION Floats rounded(Floats values) { return rounded_as(values, (const T*)0); }
+
+static FUNCTION Floats multiply_add(Floats a, Floats b, Floats c) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8 && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+#ifdef CODEBOOK
+static const float codebook[16] = {CODEBOOK};
+
+static FUNCTION Floats look_up(Ints codes) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (Floats)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(codebook));
+#elif LANES == 8 && defined(__AVX2__)
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook), (__m256i)codes);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook + 8), (__m256i)codes);
+    return (Floats)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28)));
+#else
+    Floats values;
+    for (int i = 0; i < LANES; i++) values[i] = codebook[codes[i]];
+    return values;
+#endif
+}
+#endif
