@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
 from pathlib import Path
 
@@ -141,17 +142,19 @@ def _probe(device: torch.device):
         raise CppError("a block of zeros was unpacked to something else")
 
 
-def _unpack(*arguments):
-    _kernels().unpack(*arguments)
+def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
+    """The kernels as data. kernels: called when one runs."""
+    def unpack(*arguments):
+        kernels().unpack(*arguments)
+
+    def linear(*arguments):
+        kernels().linear(*arguments)
+
+    dtypes = frozenset(TYPES)
+    fewest = (1, *(most + 1 for most in MOST_TOKENS))
+    return (Kernel("unpack", FORMAT_NAMES, dtypes, unpack),
+            *(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most)
+              for least, most in zip(fewest, MOST_TOKENS)))
 
 
-def _linear(*arguments):
-    _kernels().linear(*arguments)
-
-
-_DTYPES = frozenset(TYPES)
-BACKEND = Backend("cpp", _probe, (
-    Kernel("unpack", FORMAT_NAMES, _DTYPES, _unpack),
-    *(Kernel("linear", FORMAT_NAMES, _DTYPES, functools.partial(_linear, most), least, most)
-      for least, most in zip((1, *(most + 1 for most in MOST_TOKENS)), MOST_TOKENS)),
-))
+BACKEND = Backend("cpp", _probe, kernel_table(_kernels))

@@ -21,7 +21,8 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format], dtype
     definitions |= {
         "FORMAT": next(base.__name__ for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES),
         "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes,
-        "SCALES_APART": int(packed_format.scales_apart), "TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32],
+        "SCALES_APART": int(packed_format.scales_apart),
+        "TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32],
     }
     codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
     if codebook:

@@ -165,9 +165,13 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
 
 
 @pytest.mark.parametrize("asked, used", [
-    (None, None), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second")])
-def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
+    (None, None), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"), ("triton", None)])
+@pytest.mark.parametrize("unasked", [False, True])
+def test_the_environment_variable_chooses(asked, used, unasked, use, monkeypatch):
     use(backend(unpack_kernel(unpack), name="first"), backend(unpack_kernel(unpack_rounded), name="second"))
+    monkeypatch.setattr(kernels, "UNASKED", {"cpu"} if unasked else set())
+    if unasked and asked in (None, "triton"):  # a backend for other devices
+        used = "first"
     if asked is None:
         monkeypatch.delenv(kernels.VARIABLE)
     else:
@@ -177,7 +181,8 @@ def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
     assert (chosen and chosen.name) == used
 
 
-def test_an_unknown_choice_is_named_and_taken_as_the_default(use, monkeypatch, caplog):
+def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "UNASKED", set())
     use(backend(unpack_kernel(unpack), name="first"))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
     assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None

@@ -9,33 +9,23 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
-from featherweight.ops.kernels.source import FORMAT_NAMES
+from featherweight.ops.kernels.source import SOURCES, source_files
 from featherweight.ops.tensor import packed_tensor
-from gguf import GGMLQuantizationType
+from kernel_cases import ALL_FORMATS, BASIC_FORMATS, assert_same_bits, each_dtype, each_format, reference
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
 CPP = os.environ.get("CXX") or shutil.which("g++")
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
-GGML = [fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES]
-CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
-BASIC_FORMATS = [*GGML, *CODEBOOKS, INT8.of_columns(96)]
-ALL_FORMATS = BASIC_FORMATS + [fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELF = b"\x7fELF"
-BITS = {4: torch.int32, 2: torch.int16}
-each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_capability = pytest.mark.parametrize("capability", CAPABILITIES)
 
 
@@ -86,23 +76,6 @@ def on_cpu(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
         yield nvrtc_backend.CudaKernels(compiler, driver)
-
-
-def assert_same_bits(values, expected):
-    bits = BITS[values.dtype.itemsize]
-    wrong = (values.view(bits) != expected.view(bits)) & ~(values.isnan() & expected.isnan())
-    assert not wrong.any(), f"{wrong.sum()} of {wrong.numel()} values differ, the first at {wrong.nonzero()[0].tolist()}"
-
-
-def reference(fmt, tensors) -> torch.Tensor:
-    """float32 values by gguf, or by bitsandbytes' definition."""
-    if fmt.ggml_type is not None:
-        return torch.from_numpy(gguf.quants.dequantize(tensors[0].numpy(), GGMLQuantizationType(fmt.ggml_type))).flatten()
-    if issubclass(fmt, INT8):
-        values = tensors[0].view(torch.int8).float()
-    else:
-        values = torch.tensor(fmt.codebook)[torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()]
-    return values * tensors[1].repeat_interleave(fmt.block_length)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -316,12 +289,13 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
 
 
 def test_every_source_is_used():
-    used = {path for fmt in ALL_FORMATS for kernel in ("unpack", "linear") for path in source_files(fmt, kernel)}
-    assert used == set(SOURCES.glob("*.cu"))
+    used = {path for platform in ("cuda", "cpu") for fmt in ALL_FORMATS for kernel in ("unpack", "linear")
+            for path in source_files(platform, fmt, kernel)}
+    assert used == {path for path in SOURCES.rglob("*") if path.is_file()}
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_no_rule_leaves_a_source_out_of_the_package():
-    sources = sorted(map(str, SOURCES.glob("*.cu")))
+    sources = sorted(str(path) for path in SOURCES.rglob("*") if path.is_file())
     ignored = subprocess.run(["git", "check-ignore", "--no-index", *sources], cwd=SOURCES, capture_output=True, text=True)
     assert not ignored.stdout

@@ -1,0 +1,222 @@
+"""The kernels for CPUs, compiled as a user's machine compiles them, and for CPUs with fewer instructions."""
+import logging
+import os
+import platform
+import shutil
+import sys
+from functools import partial
+
+import pytest
+import torch
+from featherweight.ops import kernels as kernel_layer
+from featherweight.ops import product
+from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.kernels import cpp_backend
+from featherweight.ops.kernels.check import check, random_tensors
+from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
+from featherweight.ops.tensor import packed_tensor
+from kernel_cases import assert_same_bits, each_dtype, each_format, reference
+
+CPU = torch.device("cpu")
+COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Instructions to do without -> how many values are handled at once.
+FEWER = {"all": ((), (16, 8)), "AVX2": (("-mno-avx512f",), (8,)), "no AVX": (("-mno-avx",), (8,))}
+
+pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
+
+
+def test_a_compiler_is_found_here():
+    assert cpp_backend._kernels()._compiler.command
+
+
+@pytest.fixture(scope="module", params=FEWER)
+def on_cpu(request, tmp_path_factory):
+    """The kernels for this CPU, and for it without some of its instructions."""
+    options, lanes = FEWER[request.param]
+    if options and not ON_X86:
+        pytest.skip("instructions of x86")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp_backend, "FLAGS", (*cpp_backend.FLAGS, *options))
+        patch.setattr(torch.cpu, "_is_avx512_supported", partial(lambda: 16 in lanes))
+        yield CpuKernels(CppCompiler(COMMAND, tmp_path_factory.mktemp("kernels")))
+
+
+def kernels_of(on_cpu, op):
+    return [kernel for kernel in cpp_backend.kernel_table(lambda: on_cpu) if kernel.op == op]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@each_format
+def test_unpack_equals_the_reference_rounded_once(on_cpu, fmt):
+    tensors = random_tensors(fmt, 3 if fmt.block_length > 256 else 600, CPU)
+    expected = reference(fmt, tensors)
+    out = torch.empty(len(expected))
+    on_cpu.unpack(fmt, tensors, out, None, 0)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_values_are_rounded_once(on_cpu, dtype):
+    edges = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65520.0, 65519.99, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 2.0 ** -25, 3.39e38]
+    values = torch.cat([torch.randn(991) * 2.0 ** torch.randint(-24, 16, (991,)), torch.tensor(edges)])
+    fmt = INT8.of_columns(8)
+    codes = torch.ones(len(values), 8, dtype=torch.uint8)
+    out = torch.empty(len(values), 8, dtype=dtype)
+    on_cpu.unpack(fmt, [codes.flatten(), values], out, None, 0)
+    assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 8))
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NVFP4"], FORMATS["NF4"], INT8.of_columns(40)],
+                         ids=lambda fmt: fmt.__name__)
+@pytest.mark.parametrize("left", [8, 16, 24])
+def test_unpack_starts_at_any_block_and_ends_within_one(on_cpu, fmt, left):
+    tensors = random_tensors(fmt, 6, CPU, calm=not fmt.scales_apart)
+    out = torch.empty(3 * fmt.block_length - left + 2, dtype=torch.bfloat16)
+    on_cpu.unpack(fmt, tensors, out[1:-1], None, 2)
+    assert_same_bits(out[1:-1], fmt.unpack_into(tensors, torch.empty_like(out[1:-1]), first=2))
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_unpack_rounds_to_the_value_dtype_first(on_cpu, value_dtype):
+    fmt = FORMATS["Q6_K"]
+    tensors = random_tensors(fmt, 40, CPU)
+    out = torch.empty(40 * fmt.block_length)
+    on_cpu.unpack(fmt, tensors, out, value_dtype, 0)
+    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out), value_dtype))
+
+
+@pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
+def test_unpack_of_odd_weights_and_of_none(on_cpu, shape):
+    fmt, count = FORMATS["NF4"], shape[0] * shape[1]
+    packed, scales = random_tensors(fmt, -(-count // 64) or 1, CPU)
+    tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
+    out = torch.empty(shape, dtype=torch.float16)
+    on_cpu.unpack(fmt, tensors, out, None, 0)
+    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out)))
+
+
+@pytest.mark.parametrize("on_cpu", ["all"], indirect=True)
+@each_format
+def test_product_is_right(on_cpu, fmt):
+    check(kernels_of(on_cpu, "linear")[0], fmt, torch.bfloat16, None, CPU)
+
+
+@each_dtype
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_product_sums_in_float32_and_rounds_once(on_cpu, tokens, threads, dtype, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
+    fmt, rows, columns = FORMATS["Q4_K"], 13, 1280
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(tokens, columns, generator=generator).to(dtype)
+    addend = torch.randn((rows, tokens), generator=generator).to(dtype).t()
+    run = next(kernel for kernel in kernels_of(on_cpu, "linear") if kernel.takes(tokens)).run
+    weight = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    for added in (addend, None):
+        out = torch.full((tokens, rows), torch.nan, dtype=dtype)
+        run(fmt, tensors, input, added, out, None)
+        expected = input.double() @ weight.t() + (0 if added is None else added)
+        allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6 * (input.double().abs() @ weight.abs().t())
+        assert ((out - expected).abs() <= allowed).all()
+
+
+def test_each_number_of_rows_has_one_product():
+    for tokens in range(1, MOST_TOKENS[-1] + 1):
+        assert sum(kernel.takes(tokens) for kernel in kernels_of(None, "linear")) == 1
+    assert not any(kernel.takes(MOST_TOKENS[-1] + 1) for kernel in kernels_of(None, "linear"))
+
+
+def unpack_a_block(kernels):
+    kernels.unpack(FORMATS["Q4_0"], random_tensors(FORMATS["Q4_0"], 1, CPU), torch.empty(32), None, 0)
+
+
+def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatch):
+    command, calls = tmp_path / "compiler", tmp_path / "calls"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {COMMAND} "$@"\n')
+    command.chmod(0o755)
+
+    def compilations():
+        unpack_a_block(CpuKernels(CppCompiler(str(command), tmp_path / "kernels")))
+        return sum("kernel.cpp" in line for line in calls.read_text().splitlines())
+
+    assert [compilations(), compilations()] == [1, 1]
+    monkeypatch.setattr(cpp_backend, "_cpu", lambda: "another CPU")
+    assert compilations() == 2
+
+
+def test_what_the_compiler_refuses_is_said(tmp_path):
+    with pytest.raises(CppError, match="nonsense"):
+        CppCompiler(COMMAND, tmp_path).library("int x = nonsense;")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path, caplog):
+    """The kernel layer as at the start of ComfyUI, with nothing compiled yet."""
+    monkeypatch.setattr(kernel_layer, "_choices", {})
+    monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cpp_backend._kernels.cache_clear()
+    yield
+    cpp_backend._kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    fmt, out = FORMATS["Q5_1"], torch.empty(8 * 32)
+    tensors = random_tensors(fmt, 8, CPU)
+    assert kernel_layer.find("unpack", CPU, fmt, out.dtype) is not None
+    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
+    assert "packed weights on cpu use cpp" in caplog.text
+    assert list((tmp_path / "cache/featherweight/kernels").glob("*.so"))
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("obstacle", ["no compiler", "a compiler that fails", "no place to write"])
+def test_torch_does_the_work_quietly_where_nothing_can_be_compiled(obstacle, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    if obstacle == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    elif obstacle == "a compiler that fails":
+        monkeypatch.setenv("CXX", shutil.which("false"))
+    else:
+        (tmp_path / "cache").write_text("a file")
+    fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32)
+    tensors = random_tensors(fmt, 8, CPU)
+    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.INFO, "Featherweight: packed weights on cpu use torch.")]
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
+def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(fmt, tokens):
+    rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    dense = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
+    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
+                             ((2, tokens // 2, columns), (rows,), (4, columns), (rows, 4)))
+    got = product.linear(input, weight, bias, down=down, ups=[up], slices=[0, rows, 0, 4])
+    expected = torch.nn.functional.linear(input.double(), dense + up.double() @ down.double(), bias.double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
+    ids = torch.tensor([[3, 0], [19, 3]])
+    assert torch.equal(product.embedding(ids, weight, torch.float32), dense.float()[ids])
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    source = cpp_backend.kernel_source
+    monkeypatch.setattr(cpp_backend, "kernel_source", lambda *args, **kwargs: source(*args, **kwargs).replace("- 8)", "- 7)"))
+    fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32)
+    tensors = random_tensors(fmt, 8, CPU)
+    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
+    assert "unpack of Q4_0 to torch.float32 by cpp is off on cpu" in caplog.text
+    assert "values differ from the reference" in caplog.text
