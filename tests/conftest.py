@@ -18,7 +18,6 @@ HOST = Path(os.environ.get("COMFYUI_PATH", PACK / ".dev" / "host"))
 if not (HOST / "comfy").is_dir():
     raise pytest.UsageError(f"No ComfyUI at {HOST}. Run `python3 dev.py test`, or set COMFYUI_PATH.")
 
-os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")  # the reference; the tests of kernels ask for them
 sys.path.insert(0, str(HOST))
 _arguments, sys.argv = sys.argv, ["main.py", *os.environ.get("HOST_ARGUMENTS", "--cpu").split()]
 import comfy.options  # noqa: E402
@@ -33,6 +32,10 @@ import torch  # noqa: E402
 _pack = types.ModuleType("featherweight")
 _pack.__path__ = [str(PACK)]
 sys.modules["featherweight"] = _pack
+
+
+def pytest_configure():
+    os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")  # the reference; the tests of kernels ask for them
 
 
 def pytest_addoption(parser):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
+from featherweight.ops.kernels import backend_of
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor
 
 from devtools.gguf_files import block_pool
@@ -68,14 +69,15 @@ def wait():
 
 
 def machine() -> str:
-    """The GPU or the CPU, its threads, torch."""
+    """The GPU or the CPU, its threads, torch, and the kernels that packed weights use."""
+    kernels = f"torch {torch.__version__}, kernels: {backend_of(device())}"
     if torch.accelerator.is_available():
-        return f"{comfy.model_management.get_torch_device_name(device())}, torch {torch.__version__}"
+        return f"{comfy.model_management.get_torch_device_name(device())}, {kernels}"
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     name = found[1] if found else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {kernels}"
 
 
 def device() -> torch.device:

@@ -3,7 +3,7 @@ import importlib.util
 
 import gguf
 import torch
-from featherweight.ops import product
+from featherweight.ops import kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.tensor import packed_tensors
 
@@ -33,22 +33,25 @@ def bench_shapes(options):
 
 
 def bench_unpack(options):
-    """A whole weight to float32: in chunks into one reused buffer, all at once, and by gguf's numpy reference."""
+    """A whole weight to float32: by the kernels of this machine and by torch in chunks, both into one reused buffer; by torch
+    all at once; by gguf's numpy reference."""
     shape = options.sizes.weight
     out = torch.empty(shape)
     for name in options.formats:
         packed_format = FORMATS[name]
         tensors = packed_tensors(random_weight(name, shape))
         count = out.numel() // packed_format.block_length
-        variants = {"chunks, reused buffer": lambda: packed_format.unpack_into(tensors, out),
-                    "whole": lambda: packed_format.unpack(*packed_format.blocks(tensors, 0, count))}
+        variants = {"kernels": lambda: kernels.unpack_into(packed_format, tensors, out),
+                    "torch, chunks": lambda: packed_format.unpack_into(tensors, out),
+                    "torch, whole": lambda: packed_format.unpack(*packed_format.blocks(tensors, 0, count))}
         if packed_format.ggml_type is not None:
             variants["gguf (numpy)"] = lambda: gguf.quants.dequantize(tensors[0].numpy(), gguf.GGMLQuantizationType[name])
         yield name, side_by_side(variants, options.rounds)
 
 
 def bench_nf4(options):
-    """An NF4 weight in blocks of 64 to bfloat16 into a reused buffer, beside copying it dense and bitsandbytes' own."""
+    """An NF4 weight in blocks of 64 to bfloat16 into a reused buffer, by the kernels of this machine and by torch, beside
+    copying it dense and bitsandbytes' own."""
     if not importlib.util.find_spec("bitsandbytes"):
         print("  bitsandbytes is not installed")
         return
@@ -59,7 +62,8 @@ def bench_nf4(options):
     codes, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
     yield "NF4", side_by_side({
         "copy_": lambda: out.copy_(dense),
-        "Featherweight": lambda: FORMATS["NF4"].unpack_into([codes, state.absmax], out),
+        "kernels": lambda: kernels.unpack_into(FORMATS["NF4"], [codes, state.absmax], out),
+        "torch, chunks": lambda: FORMATS["NF4"].unpack_into([codes, state.absmax], out),
         "bitsandbytes": lambda: functional.dequantize_4bit(codes, state),
     }, options.rounds)
 

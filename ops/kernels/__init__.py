@@ -131,12 +131,22 @@ def find(op: str, device: torch.device, packed_format: type[Format], dtype: torc
     The first call for a device probes its backends; the first for a format and its dtypes checks the kernels. value_dtype
     is what `run` will be given. tokens: rows of the input, for "linear".
     """
+    kernel = _choice(device).find(op, packed_format, dtype, value_dtype, tokens)
+    return None if kernel is None else kernel.run
+
+
+def backend_of(device: torch.device) -> str:
+    """Name of the backend that a device uses, "torch" for none."""
+    backend = _choice(device).backend
+    return backend.name if backend else "torch"
+
+
+def _choice(device: torch.device) -> Choice:
     if device not in _choices:
         with _lock:
             if device not in _choices:
                 _choices[device] = Choice(device)
-    kernel = _choices[device].find(op, packed_format, dtype, value_dtype, tokens)
-    return None if kernel is None else kernel.run
+    return _choices[device]
 
 
 def unpack_into(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,

@@ -1,12 +1,19 @@
-"""One real server with this pack for all tests of this folder."""
+"""One real server with this pack for all tests of this folder. It runs as a user's: with the kernels of this machine."""
 import pytest
 
 from devtools import demo
 from devtools.server import Server
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
+@pytest.fixture(scope="package", autouse=True)
+def kernels_of_this_machine():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEATHERWEIGHT_KERNELS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory, kernels_of_this_machine):
     base = tmp_path_factory.mktemp("server")
     demo.make_models(base)
     with Server(base) as running:
