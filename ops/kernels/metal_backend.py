@@ -1,0 +1,51 @@
+"""Kernels for Apple GPUs: Metal in `source/`, compiled by torch where it runs. It has not run on a Mac yet.
+
+Apple GPUs take float32 subnormals for zero, in torch's operations as in a kernel: values are the reference's on that GPU, and
+differ from a CPU's where a scale is below 2**-118, which only MXFP4 and the formats with scales apart can have.
+"""
+import functools
+
+import torch
+
+from ..format import FORMATS
+from . import Backend, Kernel
+from .source import FORMAT_NAMES, TYPES, kernel_source
+
+CHUNK = 8  # values a thread handles, LANES in source/metal
+MOST_CHUNKS = 1 << 32  # of one launch: Metal counts threads in 32 bits
+GROUP = 256  # threads
+
+
+class MetalError(RuntimeError):
+    """A kernel gave something else than the reference."""
+
+
+@functools.cache
+def _shader(packed_format, dtype, value_dtype):
+    """The function that torch compiles, ready to be called with tensors."""
+    source = kernel_source("metal", "unpack", packed_format, dtype, value_dtype, LANES=CHUNK)
+    return torch.mps.compile_shader(source).unpack
+
+
+def unpack(packed_format, tensors, out, value_dtype, first):
+    """See `Kernel.run`."""
+    chunks, rest = divmod(out.numel(), CHUNK)
+    if rest or packed_format.block_length % CHUNK or not 0 < chunks < MOST_CHUNKS:  # odd shapes, and lookups of no rows
+        packed_format.unpack_into(tensors, out, value_dtype, first)
+        return
+    packed = tensors[0].view(-1)[first * packed_format.block_bytes:]
+    scales = tensors[1][first:] if packed_format.scales_apart else packed
+    _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks, group_size=GROUP)
+
+
+def _probe(device: torch.device):
+    """Unpacks one block; raises where that fails."""
+    packed_format = FORMATS["Q8_0"]
+    block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
+    out = torch.full((packed_format.block_length,), torch.nan, device=device)
+    unpack(packed_format, [block], out, None, 0)
+    if out.any():
+        raise MetalError("a block of zeros was unpacked to something else")
+
+
+BACKEND = Backend("metal", _probe, (Kernel("unpack", FORMAT_NAMES, frozenset(TYPES), unpack),))

@@ -1,0 +1,126 @@
+// Metal: a thread works on LANES = 8 values at a time.
+
+#include <metal_stdlib>
+
+// The values are those of the reference, bit for bit. The last line is for compilers that do not know the two before it.
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
+#pragma STDC FP_CONTRACT OFF
+
+using namespace metal;
+
+#define FUNCTION inline
+#define PRIVATE thread
+
+typedef const device uchar* Packed;
+typedef const device float* Scales;
+// 64 bits, for a weight may have more than 2^32 bytes. A position in the grid has 32: it counts chunks.
+typedef long Index;
+
+struct Ints {
+    int lane[LANES];
+};
+
+struct Floats {
+    float lane[LANES];
+};
+
+#define LANEWISE(Result, expression) \
+    { \
+        Result out; \
+        _Pragma("unroll") for (int i = 0; i < LANES; i++) out.lane[i] = expression; \
+        return out; \
+    }
+
+static FUNCTION Ints operator>>(Ints a, int b) LANEWISE(Ints, a.lane[i] >> b)
+static FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
+static FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
+static FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
+static FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
+static FUNCTION Floats operator*(float a, Floats b) LANEWISE(Floats, a * b.lane[i])
+static FUNCTION Floats operator+(Floats a, float b) LANEWISE(Floats, a.lane[i] + b)
+static FUNCTION Floats operator-(Floats a, float b) LANEWISE(Floats, a.lane[i] - b)
+static FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
+
+// Packed vectors lie wherever one of their elements may.
+
+static FUNCTION Ints load_bytes(Packed from) {
+    const device packed_uchar4* quads = (const device packed_uchar4*)from;
+    packed_uchar4 low = quads[0], high = quads[1];
+    Ints bytes;
+    for (int i = 0; i < 4; i++) {
+        bytes.lane[i] = low[i];
+        bytes.lane[i + 4] = high[i];
+    }
+    return bytes;
+}
+
+static FUNCTION Ints load_signed_bytes(Packed from) { return load_bytes(from) << 24 >> 24; }
+
+// Two lanes a byte, the high nibble first.
+static FUNCTION Ints load_nibble_pairs(Packed from) {
+    packed_uchar4 pairs = *(const device packed_uchar4*)from;
+    Ints nibbles;
+    for (int i = 0; i < LANES; i++) nibbles.lane[i] = pairs[i / 2] >> (i % 2 ? 0 : 4) & 15;
+    return nibbles;
+}
+
+// Eight lanes a byte, the lowest bit first.
+static FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
+
+static FUNCTION float load_half(Packed from) { return as_type<half>((ushort)(from[0] | from[1] << 8)); }
+
+static FUNCTION float float_of_bits(uint bits) { return as_type<float>(bits); }
+
+// Rounding to nearest, ties to even.
+
+typedef half Half;
+
+// Metal has a type for it from version 3.1 on.
+struct BFloat16 {
+    ushort bits;
+};
+
+static FUNCTION ushort bfloat16_bits(float value) {
+    uint bits = as_type<uint>(value);
+    return value == value ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
+}
+
+static FUNCTION float rounded_as(float value, thread const float*) { return value; }
+static FUNCTION float rounded_as(float value, thread const Half*) { return (Half)value; }
+static FUNCTION float rounded_as(float value, thread const BFloat16*) {
+    return float_of_bits((uint)bfloat16_bits(value) << 16);
+}
+
+template <class T>
+static FUNCTION Floats rounded(Floats values) LANEWISE(Floats, rounded_as(values.lane[i], (thread const T*)0))
+
+static FUNCTION void store(Floats values, device float* to) {
+    device packed_float4* quads = (device packed_float4*)to;
+    for (int i = 0; i < LANES / 4; i++) {
+        thread const float* lane = values.lane + i * 4;
+        quads[i] = packed_float4(lane[0], lane[1], lane[2], lane[3]);
+    }
+}
+
+static FUNCTION void store(Floats values, device Half* to) {
+    device packed_half4* quads = (device packed_half4*)to;
+    for (int i = 0; i < LANES / 4; i++) {
+        thread const float* lane = values.lane + i * 4;
+        quads[i] = packed_half4((half)lane[0], (half)lane[1], (half)lane[2], (half)lane[3]);
+    }
+}
+
+static FUNCTION void store(Floats values, device BFloat16* to) {
+    device packed_ushort4* quads = (device packed_ushort4*)to;
+    for (int i = 0; i < LANES / 4; i++) {
+        thread const float* lane = values.lane + i * 4;
+        quads[i] = packed_ushort4(bfloat16_bits(lane[0]), bfloat16_bits(lane[1]), bfloat16_bits(lane[2]), bfloat16_bits(lane[3]));
+    }
+}
+
+#ifdef CODEBOOK
+constant float codebook[16] = {CODEBOOK};
+
+static FUNCTION Floats look_up(Ints codes) LANEWISE(Floats, codebook[codes.lane[i]])
+#endif
