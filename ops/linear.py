@@ -26,11 +26,12 @@ class PackedLayer:
     value_dtype: torch.dtype | None = None
     patch_dtype: torch.dtype | None = None
     has_branch = False  # whether plain LoRAs run beside the product instead of on the unpacked weight
-    lora: LayerPatches | None = None  # set and cleared by the patcher
+    lora: LayerPatches | None  # set and cleared by the patcher
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
         self._scratch = product.shared_scratch()
+        self.lora = None  # the layer's own from the start: torch.compile would take its coming for a change of the layer
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         assign = local_metadata.get("assign_to_params_buffers", False)
