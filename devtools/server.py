@@ -132,6 +132,12 @@ class Server:
         with urllib.request.urlopen(self.url + urllib.parse.quote(path, safe="/?&=%"), timeout=60) as reply:
             return reply.read()
 
+    def post(self, path: str, value) -> bytes:
+        """Body of the answer to POST `path` with a value as JSON; urllib.error.HTTPError for a status other than 200."""
+        request = urllib.request.Request(self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.read()
+
     def get_json(self, path: str):
         return json.loads(self.get(path))
 
@@ -163,11 +169,8 @@ class Server:
         return run
 
     def _post_prompt(self, prompt: dict) -> str:
-        body = json.dumps({"prompt": prompt, "client_id": self.client_id}).encode()
-        request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                return json.load(reply)["prompt_id"]
+            return json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client_id}))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise ServerError(_refusal(error.read(), prompt)) from None
 

@@ -12,7 +12,7 @@ from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .container import WeightFile, WeightFileError, open_weights
-from .diffusion import fix_keys, is_ours, model_of, operations_for, refuse_other_kinds, report, text_metadata
+from .diffusion import fix_keys, is_ours, keep_choice, model_of, operations_for, refuse_other_kinds, report, text_metadata
 from .diffusers_names import in_the_hosts_names
 from .text_encoder import load_text_encoder
 
@@ -36,12 +36,22 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
     """Load (model patcher, CLIP, VAE) from one file or package of diffusers, with its packed weights kept packed.
 
     What the file lacks: CLIP is None, and the VAE an object of the host's; both make the host say so where they are used.
-    What is not asked for is None. Files without packed weights go to the host's own loader. Raises WeightFileError.
+    What is not asked for is None. disable_dynamic: keep model and CLIP out of dynamic VRAM; the host has no such choice for a
+    VAE. Files without packed weights go to the host's own loader. Raises WeightFileError.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
     if not is_ours(path):
-        return comfy.sd.load_checkpoint_guess_config(
-            path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)[:3]
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+            path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)
+    else:
+        model, clip, vae = _packed(path, embedding_directory, outputs, disable_dynamic)
+    for patcher in (model, clip and clip.patcher):
+        if patcher is not None:
+            keep_choice(patcher, disable_dynamic)
+    return model, clip, vae
+
+
+def _packed(path: str, embedding_directory, outputs: dict, disable_dynamic: bool) -> tuple:
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic)
     else:

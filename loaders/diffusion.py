@@ -1,5 +1,6 @@
 """Diffusion models: a weight file or folder -> the host's own model, with packed weights."""
 import collections
+import functools
 import logging
 import os
 import re
@@ -45,16 +46,27 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
                          disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """Load a diffusion model file or folder with its packed weights kept packed.
 
-    value_dtype, patch_dtype: see `PackedLayer`. disable_dynamic: the host asks for it when it needs a model outside of
-    dynamic VRAM. Of a whole checkpoint only the model is used. Files without packed weights go to the host's own loader.
-    Raises WeightFileError.
+    value_dtype, patch_dtype: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. Of a whole checkpoint
+    only the model is used. Files without packed weights go to the host's own loader. Raises WeightFileError.
     """
     if not is_ours(path):
-        return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
+        patcher = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
+        return keep_choice(patcher, disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
     patcher = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), value_dtype, patch_dtype, disable_dynamic)
     patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
+    return keep_choice(patcher, disable_dynamic)
+
+
+def keep_choice(patcher: comfy.model_patcher.ModelPatcher, disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher:
+    """Have a model that is kept out of dynamic VRAM stay out of it where the host loads it once more, for another device.
+
+    The host passes `disable_dynamic` by name where it asks for that itself.
+    """
+    if disable_dynamic:
+        function, *rest = patcher.cached_patcher_init
+        patcher.cached_patcher_init = (functools.partial(function, disable_dynamic=True), *rest)
     return patcher
 
 

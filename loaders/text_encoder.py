@@ -18,7 +18,7 @@ from ..ops.patcher import adopt
 from . import archs  # noqa: F401  registers the families
 from .arch import SENTENCEPIECE, Weights, arch_of, without_prefix
 from .container import WeightFile, WeightFileError, open_weights
-from .diffusion import is_ours, operations_for
+from .diffusion import is_ours, keep_choice, operations_for
 from .encoder_kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
 from .towers import missing_towers_left_out
 
@@ -37,13 +37,15 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
     """Load one to four files or folders as one CLIP, with packed weights kept packed. Any mix of kinds of files.
 
     clip_type: lower-case name of the host's `CLIPType`. mmproj: file with the vision tower of an encoder that sees; AUTO: the
-    one beside it that fits; None: none. model_options: the host's, such as `load_device`. Files without packed weights
-    go to the host's own loader. Raises WeightFileError.
+    one beside it that fits; None: none. model_options: the host's, such as `load_device`. disable_dynamic: keep the encoder
+    out of dynamic VRAM. Files without packed weights go to the host's own loader. Raises WeightFileError.
     """
     host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     model_options = dict(model_options or {})
     if not any(map(is_ours, paths)) and mmproj in (AUTO, None):
-        return comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
+        clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
+        keep_choice(clip.patcher, disable_dynamic)
+        return clip
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
     weights = _weights_of(paths, mmproj)
@@ -59,6 +61,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
     adopt(clip.patcher)
     del model_options["custom_operations"]
     clip.patcher.cached_patcher_init = (_patcher, (paths, clip_type, embedding_directory, mmproj, model_options))
+    keep_choice(clip.patcher, disable_dynamic)
     return clip
 
 

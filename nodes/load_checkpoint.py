@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.folders import embedding_folders, find_file, list_files, list_packages
+from .load_diffusion_model import disable_dynamic_vram_input
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
@@ -25,6 +26,7 @@ class LoadCheckpoint(io.ComfyNode):
                                        " text_encoder, vae …) there or in models/diffusers."),
                 io.Combo.Input("compute", options=["exact"], default="exact", optional=True,
                                tooltip="exact: the float product of the unpacked weights."),
+                disable_dynamic_vram_input(),
             ],
             outputs=[
                 io.Model.Output(),
@@ -38,5 +40,6 @@ class LoadCheckpoint(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, checkpoint_name, compute="exact") -> io.NodeOutput:
-        return io.NodeOutput(*load_checkpoint(find_file(checkpoint_name, *FOLDERS), embedding_folders()))
+    def execute(cls, checkpoint_name, compute="exact", disable_dynamic_vram=False) -> io.NodeOutput:
+        path = find_file(checkpoint_name, *FOLDERS)
+        return io.NodeOutput(*load_checkpoint(path, embedding_folders(), disable_dynamic=disable_dynamic_vram))

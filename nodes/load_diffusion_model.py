@@ -7,6 +7,14 @@ from ..loaders.folders import find_file, list_files, list_model_folders
 FOLDERS = ("unet_gguf", "diffusion_models")
 
 
+def disable_dynamic_vram_input():
+    return io.Boolean.Input("disable_dynamic_vram", default=False, optional=True, advanced=True,
+                            display_name="disable dynamic VRAM",
+                            tooltip="Keep what is loaded here out of ComfyUI's dynamic VRAM: how much of it lies on the GPU is"
+                                    " then estimated before it runs. Try it where a model is slow or runs out of memory. Does"
+                                    " nothing where ComfyUI runs without dynamic VRAM.")
+
+
 class LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -25,6 +33,7 @@ class LoadDiffusionModel(io.ComfyNode):
                                        " saved (…/transformer)."),
                 io.Combo.Input("compute", options=["exact"], default="exact", optional=True,
                                tooltip="exact: the float product of the unpacked weights."),
+                disable_dynamic_vram_input(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -34,5 +43,6 @@ class LoadDiffusionModel(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, model_name, compute="exact") -> io.NodeOutput:
-        return io.NodeOutput(load_diffusion_model(find_file(model_name, *FOLDERS)))
+    def execute(cls, model_name, compute="exact", disable_dynamic_vram=False) -> io.NodeOutput:
+        path = find_file(model_name, *FOLDERS)
+        return io.NodeOutput(load_diffusion_model(path, disable_dynamic=disable_dynamic_vram))

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..loaders.folders import ENCODER, embedding_folders, find_file, list_files, list_model_folders
 from ..loaders.text_encoder import AUTO, load_text_encoder
+from .load_diffusion_model import disable_dynamic_vram_input
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
@@ -48,6 +49,7 @@ class LoadTextEncoder(io.ComfyNode):
                                        " that lies beside the encoder and fits."),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", optional=True, advanced=True,
                                tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model."),
+                disable_dynamic_vram_input(),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -58,10 +60,10 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder_1, type, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
-                device="default") -> io.NodeOutput:
+                device="default", disable_dynamic_vram=False) -> io.NodeOutput:
         names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
         paths = [find_file(name, *FOLDERS) for name in names]
         vision = {AUTO: AUTO, NONE: None}[mmproj] if mmproj in (AUTO, NONE) else find_file(mmproj, *FOLDERS)
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
-        return io.NodeOutput(load_text_encoder(paths, type, embedding_folders(), vision, options))
+        return io.NodeOutput(load_text_encoder(paths, type, embedding_folders(), vision, options, disable_dynamic_vram))

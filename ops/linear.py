@@ -13,7 +13,7 @@ import torch
 
 from . import product
 from .lora import LayerPatches
-from .tensor import QuantizedTensor, is_packed, part_of, relabelled, scales_of
+from .tensor import QuantizedTensor, detached, is_packed, part_of, relabelled, scales_of
 
 
 class PackedLayer:
@@ -26,11 +26,12 @@ class PackedLayer:
     value_dtype: torch.dtype | None = None
     patch_dtype: torch.dtype | None = None
     has_branch = False  # whether plain LoRAs run beside the product instead of on the unpacked weight
-    lora: LayerPatches | None = None  # set and cleared by the patcher
+    lora: LayerPatches | None  # set and cleared by the patcher
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
         self._scratch = product.shared_scratch()
+        self.lora = None  # the layer's own from the start: torch.compile would take its coming for a change of the layer
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         assign = local_metadata.get("assign_to_params_buffers", False)
@@ -57,7 +58,9 @@ class PackedLayer:
             key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars=True)
+        if not keep_vars:
+            destination |= {prefix + name: detached(param) for name, param in self._parameters.items() if param is not None}
         for name, scale in scales_of(self.weight).items():  # the host counts memory by this, and a packed tensor as its codes
             destination[f"{prefix}weight_{name}"] = scale
 
@@ -65,7 +68,7 @@ class PackedLayer:
         # torch would rebuild the parameters in place, which unpacks them.
         for name, param in self._parameters.items():
             if param is not None and not param.is_meta:
-                self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+                self._parameters[name] = torch.nn.Parameter(detached(fn(param)), requires_grad=False)
         return self
 
     def cast_for(self, input: torch.Tensor):

@@ -112,3 +112,8 @@ def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=
     params = tensor._params
     params = dataclasses.replace(params, orig_dtype=dtype or params.orig_dtype, orig_shape=tuple(shape or params.orig_shape))
     return QuantizedTensor(tensor._qdata, tensor._layout_cls, params)
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor.detach()`, which fails in inference mode with a quantised tensor that was made outside of it."""
+    return relabelled(tensor) if isinstance(tensor, QuantizedTensor) else tensor.detach()

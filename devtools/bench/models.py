@@ -6,11 +6,11 @@ import comfy.model_management
 import comfy.sd
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops import product
+from featherweight.ops import kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.linear import packed_operations
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.tensor import is_packed, packed_tensors
 
 from devtools.bench.measure import device, has_bfloat16, random_weight, side_by_side
 from devtools.bench.products import LORA_CASES
@@ -117,8 +117,8 @@ def peer_loader(folder: Path):
 
 
 def bench_peer(options):
-    """One linear layer of a model in each pack, for each GGUF format: with M = 1 row nearly all of the time goes into
-    unpacking. Takes --peer."""
+    """One layer of a model in each pack, for each GGUF format: unpacking its whole weight, Featherweight's into a reused
+    buffer; and running it, with M = 1 row nearly all of the time going into unpacking. Takes --peer."""
     sizes = options.sizes
     for name in options.formats if options.peer else ():
         if FORMATS[name].ggml_type is None:
@@ -129,11 +129,24 @@ def bench_peer(options):
             models = {pack: load(str(path)) for pack, load in packs(options.peer).items()}
             comfy.model_management.load_models_gpu(list(models.values()))
             layers = {pack: model.model.diffusion_model.double_blocks[0].img_mlp[2] for pack, model in models.items()}
-            for tokens in (1, sizes.model_tokens):
-                rows = torch.randn(tokens, 4 * sizes.hidden, device=device())
-                variants = {pack: lambda rows=rows, layer=layer: layer(rows) for pack, layer in layers.items()}
-                with torch.no_grad():
-                    yield f"{name}, {sizes.hidden} x {4 * sizes.hidden}, M = {tokens}", side_by_side(variants, options.rounds)
+            title = f"{name}, {sizes.hidden} x {4 * sizes.hidden}"
+            with torch.no_grad():
+                for dtype in (torch.bfloat16, torch.float32):
+                    yield f"{title}, to {str(dtype).removeprefix('torch.')}", unpack_times(*layers.values(), dtype, options)
+                for tokens in (1, sizes.model_tokens):
+                    rows = torch.randn(tokens, 4 * sizes.hidden, device=device())
+                    variants = {pack: lambda rows=rows, layer=layer: layer(rows) for pack, layer in layers.items()}
+                    yield f"{title}, M = {tokens}", side_by_side(variants, options.rounds)
+
+
+def unpack_times(ours, peers, dtype: torch.dtype, options) -> dict[str, dict]:
+    """The whole weight of a layer of each pack in `dtype`; the peer's as its layer gets it while it runs."""
+    weight, buffer = ours.weight, torch.empty(ours.weight.shape, dtype=dtype, device=device())
+    packed_format, tensors = weight.layout_cls.format, packed_tensors(weight)
+    return side_by_side({
+        "Featherweight": lambda: kernels.unpack_into(packed_format, tensors, buffer),
+        options.peer.name: lambda: peers.get_weight(peers.weight, dtype),
+    }, options.rounds)
 
 
 def bench_lora_error(options):

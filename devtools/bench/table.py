@@ -38,7 +38,7 @@ def quantity(name: str, value) -> str:
 
 
 def line(title: str, row: dict) -> str:
-    return f"{title:36s}" + " | ".join(f"{name} {cell}" for name, cell in cells(row).items())
+    return f"{title:36s} " + " | ".join(f"{name} {cell}" for name, cell in cells(row).items())
 
 
 def markdown(figures: dict) -> str:

@@ -62,6 +62,14 @@ def test_demo_workflow_makes_a_picture(server):
     assert np.abs(other - pixels).mean() > 0.1
 
 
+def test_a_model_unloaded_by_hand_is_used_again(server):
+    _, prompt = demo.run_workflow(server, lambda *step: None)
+    server.post("/free", {"unload_models": True})
+    sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")
+    sampler["inputs"]["seed"] += 1
+    assert any(output.get("images") for output in server.queue(prompt).outputs.values())
+
+
 def test_a_refused_workflow_says_why(server):
     latent = {"width": 64, "height": 64, "batch_size": 1}
     prompt = {
