@@ -42,7 +42,7 @@ class PackedLayer:
             value = state_dict.get(key)
             if value is None:
                 missing_keys.append(key)
-                value = torch.zeros(param.shape, dtype=param.dtype)
+                value = torch.zeros((), dtype=param.dtype).expand(param.shape)  # takes no memory; whole encoders are missed
             value = _fit_shape(value, param.shape)
             if value.shape != param.shape:
                 error_msgs.append(f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}.")

@@ -172,6 +172,13 @@ def test_a_module_move_keeps_the_packed_weight():
     assert is_packed(model[0].weight) and model[0].weight.dtype == model[0].bias.dtype == torch.bfloat16
 
 
+def test_a_missing_weight_is_zeros_that_take_no_memory():
+    layer = OPERATIONS.Linear(512, 256, bias=False, dtype=torch.float32)
+    layer.load_state_dict({}, strict=False, assign=True)
+    assert layer.weight.untyped_storage().nbytes() <= 4
+    assert torch.equal(layer(torch.ones(2, 512)), torch.zeros(2, 256))
+
+
 def test_missing_unexpected_and_misshaped_tensors_are_reported_as_torch_does():
     layer = OPERATIONS.Linear(64, 8, dtype=torch.float32)
     missing, unexpected = layer.load_state_dict({"bias": torch.zeros(8), "scale": torch.zeros(1)}, strict=False)
