@@ -12,7 +12,9 @@ from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .container import WeightFile, WeightFileError, open_weights
-from .diffusion import fix_keys, is_ours, keep_choice, model_of, operations_for, refuse_other_kinds, report, text_metadata
+from .diffusion import (
+    fix_keys, is_ours, keep_choice, model_of, operations_for, refuse_other_kinds, report, text_metadata, warn_of_exact_products,
+)
 from .diffusers_names import in_the_hosts_names
 from .text_encoder import load_text_encoder
 
@@ -32,33 +34,35 @@ CLIP_TYPES = {
 
 
 def load_checkpoint(path: str, embedding_directory: list[str] | None = None, output_model: bool = True,
-                    output_clip: bool = True, output_vae: bool = True, disable_dynamic: bool = False) -> tuple:
+                    output_clip: bool = True, output_vae: bool = True, disable_dynamic: bool = False,
+                    compute: str = "exact") -> tuple:
     """Load (model patcher, CLIP, VAE) from one file or package of diffusers, with its packed weights kept packed.
 
     What the file lacks: CLIP is None, and the VAE an object of the host's; both make the host say so where they are used.
     What is not asked for is None. disable_dynamic: keep model and CLIP out of dynamic VRAM; the host has no such choice for a
-    VAE. Files without packed weights go to the host's own loader. Raises WeightFileError.
+    VAE. compute: of the model, see `PackedLayer`. Files without packed weights go to the host's own loader. Raises
+    WeightFileError.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
     if not is_ours(path):
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)
     else:
-        model, clip, vae = _packed(path, embedding_directory, outputs, disable_dynamic)
+        model, clip, vae = _packed(path, embedding_directory, outputs, disable_dynamic, compute)
     for patcher in (model, clip and clip.patcher):
         if patcher is not None:
             keep_choice(patcher, disable_dynamic)
     return model, clip, vae
 
 
-def _packed(path: str, embedding_directory, outputs: dict, disable_dynamic: bool) -> tuple:
+def _packed(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str) -> tuple:
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic)
+        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic, compute)
     else:
-        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic)
+        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic, compute)
     options = (path, embedding_directory)
     if model is not None:
-        model.cached_patcher_init = (_model_patcher, options)
+        model.cached_patcher_init = (_model_patcher, (*options, compute))
     if clip is not None:
         clip.patcher.cached_patcher_init = (_clip_patcher, options)
     if vae is not None and getattr(vae, "patcher", None) is not None:
@@ -71,7 +75,7 @@ def _no_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={})
 
 
-def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
+def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str):
     folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
                if os.path.isfile(os.path.join(path, name, "config.json"))}
     models = [folders[name] for name in MODEL_FOLDERS if name in folders]
@@ -81,7 +85,8 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     model = clip = vae = None
     if outputs["output_model"]:
         file = open_weights(models[0])
-        model = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic)
+        model = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic,
+                         compute=compute)
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
@@ -101,13 +106,14 @@ def _clip_type(path: str) -> str:
     return next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "stable_diffusion")
 
 
-def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
+def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str):
     file = open_weights(path)
     refuse_other_kinds(file)
     state_dict = fix_keys(file.state_dict())
     if is_checkpoint(state_dict):
-        return _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
-    return model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic), None, _no_vae()
+        return _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute)
+    model = model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic, compute=compute)
+    return model, None, _no_vae()
 
 
 def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:
@@ -116,7 +122,8 @@ def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:
     return sum(name.startswith(prefix) for name in state_dict) > 5
 
 
-def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory, outputs: dict, disable_dynamic: bool):
+def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory, outputs: dict, disable_dynamic: bool,
+           compute: str):
     prefix = unet_prefix_from_state_dict(state_dict)
     if model_config_from_unet(state_dict, prefix, metadata=text_metadata(file)) is None:
         raise WeightFileError(
@@ -126,13 +133,15 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
     encoder_options = {}
     if any(map(is_packed, encoder.values())):
         encoder_options["custom_operations"] = operations_for(encoder, full_precision=True)
-    model_options = {"custom_operations": operations_for({name: None for name in state_dict if name.startswith(prefix)})}
+    model_options = {"custom_operations": operations_for(
+        {name: None for name in state_dict if name.startswith(prefix)}, compute=compute)}
     with bare_parameters_unpacked():
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=text_metadata(file),
             model_options=model_options, te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)
     if model is not None:
         log.info("[Featherweight] %s", report(file, adopt(model)))
+        warn_of_exact_products(model, compute)
     if clip is not None:
         adopt(clip.patcher)
     return model, clip, vae
@@ -140,8 +149,9 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
 
 # What the host calls to have a part of a checkpoint once more, for another device or outside of dynamic VRAM.
 
-def _model_patcher(path, embedding_directory, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_checkpoint(path, embedding_directory, output_clip=False, output_vae=False, disable_dynamic=disable_dynamic)[0]
+def _model_patcher(path, embedding_directory, compute: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_checkpoint(path, embedding_directory, output_clip=False, output_vae=False, disable_dynamic=disable_dynamic,
+                           compute=compute)[0]
 
 
 def _clip_patcher(path, embedding_directory, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:

@@ -10,6 +10,7 @@ import comfy.sd
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..ops.int8 import multiplies_integers
 from ..ops.linear import bare_parameters_unpacked, packed_operations
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed, relabelled
@@ -43,19 +44,20 @@ def is_ours(path: str) -> bool:
 
 
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
-                         disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+                         compute: str = "exact", disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """Load a diffusion model file or folder with its packed weights kept packed.
 
-    value_dtype, patch_dtype: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. Of a whole checkpoint
-    only the model is used. Files without packed weights go to the host's own loader. Raises WeightFileError.
+    value_dtype, patch_dtype, compute: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. Of a whole
+    checkpoint only the model is used. Files without packed weights go to the host's own loader. Raises WeightFileError.
     """
     if not is_ours(path):
         patcher = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
         return keep_choice(patcher, disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    patcher = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), value_dtype, patch_dtype, disable_dynamic)
-    patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype))
+    patcher = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), value_dtype, patch_dtype, compute,
+                       disable_dynamic)
+    patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype, compute))
     return keep_choice(patcher, disable_dynamic)
 
 
@@ -71,9 +73,10 @@ def keep_choice(patcher: comfy.model_patcher.ModelPatcher, disable_dynamic: bool
 
 
 def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
-             patch_dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+             patch_dtype: torch.dtype | None = None, compute: str = "exact",
+             disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The diffusion model among the weights of a file. Raises WeightFileError when there is none."""
-    options = {"custom_operations": operations_for(state_dict, value_dtype, patch_dtype)}
+    options = {"custom_operations": operations_for(state_dict, value_dtype, patch_dtype, compute=compute)}
     with bare_parameters_unpacked():
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)
@@ -84,14 +87,22 @@ def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype:
             f" {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
     adopt(patcher)
     log.info("[Featherweight] %s", report(file, patcher))
+    warn_of_exact_products(patcher, compute)
     return patcher
 
 
+def warn_of_exact_products(patcher: comfy.model_patcher.ModelPatcher, compute: str):
+    """One line in the log where int8 products were asked for and the model's device has none."""
+    if compute == "int8" and not multiplies_integers(patcher.load_device):
+        log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses (NVIDIA from Turing on, and"
+                    " CPUs with VNNI or AMX, have them). The model computes as with exact.", patcher.load_device)
+
+
 def operations_for(state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
-                   patch_dtype: torch.dtype | None = None, full_precision: bool = False) -> type:
+                   patch_dtype: torch.dtype | None = None, full_precision: bool = False, compute: str = "exact") -> type:
     """The operations for these weights, which may include layers in the host's own quantised formats (`full_precision`)."""
     mixed = any(name.endswith(".comfy_quant") for name in state_dict)
-    return packed_operations(value_dtype, patch_dtype, mixed, full_precision)
+    return packed_operations(value_dtype, patch_dtype, mixed, full_precision, compute)
 
 
 def text_metadata(file: WeightFile) -> dict[str, str]:

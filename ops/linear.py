@@ -11,7 +11,7 @@ import comfy.float
 import comfy.ops
 import torch
 
-from . import product
+from . import int8, product
 from .lora import LayerPatches
 from .tensor import QuantizedTensor, detached, is_packed, part_of, relabelled, scales_of
 
@@ -21,10 +21,12 @@ class PackedLayer:
 
     `value_dtype`: unpacked values are rounded to this dtype before they are cast to the compute dtype; None: not.
     `patch_dtype`: dtype in which the host adds patches to an unpacked weight; None: the host's choice.
+    `compute`: "exact", or "int8" for linear layers that multiply in whole numbers where they can.
     """
 
     value_dtype: torch.dtype | None = None
     patch_dtype: torch.dtype | None = None
+    compute = "exact"
     has_branch = False  # whether plain LoRAs run beside the product instead of on the unpacked weight
     lora: LayerPatches | None  # set and cleared by the patcher
 
@@ -121,7 +123,8 @@ class _PackedLinear(PackedLayer):
         weight, bias, offload_stream = self.cast_for(input)
         down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input)
         if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
-            out = product.linear(input, weight, bias, self.value_dtype, down, ups, slices)
+            multiply = int8.linear if self.compute == "int8" else product.linear
+            out = multiply(input, weight, bias, self.value_dtype, down, ups, slices)
         elif down is None:
             out = torch.nn.functional.linear(input, self.patched_weight(weight, input.dtype), bias)
         else:
@@ -310,13 +313,13 @@ PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)
 
 
 def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
-                      mixed: bool = False, full_precision: bool = False) -> type:
-    """The class for the host's `custom_operations`. The two dtypes are those of `PackedLayer`.
+                      mixed: bool = False, full_precision: bool = False, compute: str = "exact") -> type:
+    """The class for the host's `custom_operations`. The two dtypes and `compute` are those of `PackedLayer`.
 
     mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose products are the host's.
     full_precision: those do not quantise their inputs, as in the host's text encoders.
     """
-    options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype}
+    options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute}
     base, layers = comfy.ops.manual_cast, list(PACKED_LAYERS)
     if mixed:
         quantised = types.SimpleNamespace(quant_config={"mixed_ops": True})

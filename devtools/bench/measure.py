@@ -102,3 +102,9 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
         picks = generator.integers(0, len(pool), values // packed_format.block_length)
         data = torch.from_numpy(pool[picks]).view(packed_format.packed_shape(shape))
     return packed_tensor(packed_format, data, shape, torch.float32, scale)
+
+
+def snr(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Signal to noise in dB; 20 dB are an error of a tenth."""
+    exact = exact.double()
+    return (20 * torch.log10(exact.norm() / (found.double() - exact).norm())).item()

@@ -30,9 +30,10 @@ UNASKED = {"cpu"}
 class Kernel:
     """One operation of a backend and what it accepts.
 
-    op: "unpack" or "linear". formats: names of formats; a format made of one of them (another block length) counts as it.
-    dtypes: of the values for "unpack", of input and output for "linear". min_tokens, max_tokens: rows of the input that
-    "linear" takes, both included; None: any. capability: the least CUDA compute capability; ROCm and others ignore it.
+    op: "unpack", "linear", "int8_rows" or "int8_tokens". formats: names of formats; a format made of one of them (another block
+    length) counts as it; none for "int8_tokens". dtypes: of the values for "unpack", of input and output for "linear", of the
+    input for "int8_tokens", int8 for "int8_rows". min_tokens, max_tokens: rows of the input that "linear" takes, both included;
+    None: any. capability: the least CUDA compute capability; ROCm and others ignore it.
 
     run, "unpack": run(packed_format, tensors, out, value_dtype, first), see `Format.unpack_into`: float32 arithmetic in the
         reference's order, without fused multiply-add, so that the values have the reference's bits.
@@ -40,6 +41,10 @@ class Kernel:
         float32 and rounded once. input: (M, K), contiguous, K a multiple of the block length. addend: (M, N) of any strides,
         or None. out: (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and may
         then be rounded to the input's dtype, as the reference does.
+    run, "int8_rows": run(packed_format, tensors, codes, scales, value_dtype, first), see `int8_codes.encode_rows`; K is a
+        multiple of 256 and of the block length.
+    run, "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may differ from the
+        reference's by one where a value lies within 0.01 of the middle between two, scales by 1e-5 of themselves.
     """
     op: str
     formats: frozenset[str]
@@ -49,10 +54,10 @@ class Kernel:
     max_tokens: int | None = None
     capability: tuple[int, int] = (0, 0)
 
-    def accepts(self, packed_format: type[Format], dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
         """Whether it can run at all; capability: the device's, None where there is no such thing."""
         return (dtype in self.dtypes and (capability is None or capability >= self.capability)
-                and any(base.__name__ in self.formats for base in packed_format.__mro__))
+                and (packed_format is None or any(base.__name__ in self.formats for base in packed_format.__mro__)))
 
     def takes(self, tokens: int | None) -> bool:
         return tokens is None or self.min_tokens <= tokens and (self.max_tokens is None or tokens <= self.max_tokens)
@@ -78,7 +83,7 @@ class Choice:
         name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
         log.info("Featherweight: packed weights on %s use %s.", name, self.backend.name if self.backend else "torch")
 
-    def find(self, op: str, packed_format: type[Format], dtype: torch.dtype, value_dtype: torch.dtype | None,
+    def find(self, op: str, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,
              tokens: int | None) -> Kernel | None:
         for kernel in self.backend.kernels if self.backend else ():
             if kernel.op == op and kernel.takes(tokens):
@@ -94,8 +99,9 @@ class Choice:
         try:
             check(kernel, packed_format, dtype, value_dtype, self.device)
         except Exception as error:  # a compiler or driver may raise anything, and torch does the work then
-            log.debug("Featherweight: %s of %s to %s by %s is off on %s: %s", kernel.op, packed_format.__name__, dtype,
-                      self.backend.name, self.device, error)
+            name = packed_format.__name__ if packed_format else "any format"
+            log.debug("Featherweight: %s of %s to %s by %s is off on %s: %s", kernel.op, name, dtype, self.backend.name,
+                      self.device, error)
             return False
         return True
 
@@ -124,12 +130,12 @@ def _first_working(device: torch.device) -> Backend | None:
     return None
 
 
-def find(op: str, device: torch.device, packed_format: type[Format], dtype: torch.dtype,
+def find(op: str, device: torch.device, packed_format: type[Format] | None, dtype: torch.dtype,
          value_dtype: torch.dtype | None = None, tokens: int | None = None) -> Callable[..., None] | None:
     """The `run` of a kernel (see `Kernel`), or None: use the reference.
 
     The first call for a device probes its backends; the first for a format and its dtypes checks the kernels. value_dtype
-    is what `run` will be given. tokens: rows of the input, for "linear".
+    is what `run` will be given. tokens: rows of the input, for "linear". packed_format: None for "int8_tokens".
     """
     kernel = _choice(device).find(op, packed_format, dtype, value_dtype, tokens)
     return None if kernel is None else kernel.run

@@ -1,17 +1,26 @@
 """Kernels against the torch reference, on the device that is to run them."""
+import math
+
 import torch
 
+from .. import int8_codes
 from ..format import Format
 
 BLOCKS = 24
 ROWS = 12
 CALM = 64.0  # blocks with larger values say little about a sum in float16
+NEAR_TIE = 0.01  # of a code: how near the middle between two codes another rounding may give the other
 
 
-def check(kernel, packed_format: type[Format], dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
+def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,
+          device: torch.device):
     """Raises ArithmeticError, or whatever the kernel raises, unless it gives the reference's results on random blocks."""
     if kernel.op == "unpack":
         _check_unpack(kernel, packed_format, dtype, value_dtype, device)
+    elif kernel.op == "int8_rows":
+        _check_int8_rows(kernel, packed_format, value_dtype, device)
+    elif kernel.op == "int8_tokens":
+        _check_int8_tokens(kernel, dtype, device)
     else:
         for tokens in sorted({kernel.min_tokens, kernel.max_tokens or kernel.min_tokens}):
             _check_linear(kernel, packed_format, dtype, value_dtype, device, tokens)
@@ -42,6 +51,40 @@ def _check_linear(kernel, packed_format, dtype, value_dtype, device, tokens):
     error = min(_product_error(input, values, addend, got) for values in (weight, weight.to(dtype)))
     if not error <= 1:  # NaN too
         raise ArithmeticError(f"the product of {tokens} rows is off by {error:.3g} times what rounding allows")
+
+
+def _check_int8_rows(kernel, packed_format, value_dtype, device):
+    columns = math.lcm(packed_format.block_length, 2 * int8_codes.GROUP)
+    per_row, skipped = columns // packed_format.block_length, 1
+    tensors = random_tensors(packed_format, ROWS * per_row, device, calm=True)
+    values = torch.empty((ROWS - skipped, columns), device=device)
+    packed_format.unpack_into(tensors, values, value_dtype, skipped * per_row)
+    _check_codes(values, lambda *out: kernel.run(packed_format, tensors, *out, value_dtype, skipped * per_row))
+
+
+def _check_int8_tokens(kernel, dtype, device):
+    for tokens in (1, 7):
+        input = torch.randn((tokens, 3 * int8_codes.GROUP), generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
+        input[:, 5] *= 50
+        if tokens > 1:
+            input[1], input[2, 300], input[3, 300] = 0, torch.nan, torch.inf
+        _check_codes(input.float(), lambda *out, input=input: kernel.run(input, *out))
+
+
+def _check_codes(values, encode):
+    """encode(codes, scales): writes those of the rows of `values @ R`."""
+    codes = torch.full(values.shape, -128, dtype=torch.int8, device=values.device)
+    scales = torch.full((len(values),), -1.0, device=values.device)
+    encode(codes, scales)
+    expected_codes, expected = torch.empty_like(codes), torch.empty_like(scales)
+    rows = int8_codes.rotated(values)
+    int8_codes.quantise_into(rows.clone(), expected_codes, expected)
+    if not torch.allclose(scales, expected, rtol=1e-5, atol=0, equal_nan=True):
+        raise ArithmeticError(f"the scales of rows are {scales.tolist()}, expected {expected.tolist()}")
+    known = expected.isfinite()
+    off = (codes.float() - rows / scales.unsqueeze(-1)).abs()[known].max().item()
+    if not off <= 0.5 + NEAR_TIE:
+        raise ArithmeticError(f"a code is {off:.3g} from its value, where rounding allows {0.5 + NEAR_TIE}")
 
 
 def _product_error(input, weight, addend, got) -> float:

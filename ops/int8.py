@@ -1,0 +1,135 @@
+"""`compute = "int8"`: the product of packed weights in whole numbers, faster than `product.linear` and less exact.
+
+x W^T = (x R) (W R)^T, both operands rotated and as int8 codes with one scale a row (see `int8_codes`), the weight's made anew
+in each product. The low-rank branch stays in float, on the input as it is.
+"""
+import contextlib
+import functools
+import math
+
+import torch
+
+from . import int8_codes, kernels, product
+from .format import FORMATS, Format
+from .tensor import QuantizedTensor, packed_tensors
+
+# With fewer rows of the input, unpacking is most of the work and the float product is as fast; CUDA's takes no fewer.
+MIN_TOKENS = {"cpu": 64, "cuda": 17}
+ROW_MULTIPLE = 8  # CUDA's product takes multiples of this as N
+# Sums of more products of codes could leave int32.
+MAX_COLUMNS = (1 << 31) // (int8_codes.LARGEST_CODE ** 2)
+CUDA_CAPABILITY = (7, 5)  # the first with matrix units for int8
+
+
+@functools.cache
+def multiplies_integers(device: torch.device) -> bool:
+    """Whether a device has units for int8 products and torch gives right ones: NVIDIA from Turing on, CPUs with VNNI."""
+    if device.type == "cuda":
+        capable = torch.version.hip is None and torch.cuda.get_device_capability(device) >= CUDA_CAPABILITY
+    else:
+        capable = device.type == "cpu" and _has_vnni()
+    if not capable:
+        return False
+    signs = torch.tensor((-1, 1), dtype=torch.int8, device=device).repeat(32, int8_codes.GROUP // 2)
+    signs[::2] = 1
+    codes = signs * int8_codes.LARGEST_CODE  # sums of these leave int16
+    try:
+        sums = torch._int_mm(codes, codes.t())
+    except RuntimeError:  # a build of torch without the product
+        return False
+    codes = codes.cpu().float()
+    return torch.equal(sums.cpu().float(), codes @ codes.t())
+
+
+def _has_vnni() -> bool:
+    """Whether the CPU sums products of bytes in int32; without that they may leave int16 on the way."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # before torch 2.11 or so
+
+
+def _takes(device: torch.device, tokens: int, rows: int, columns: int) -> bool:
+    return (columns % int8_codes.GROUP == 0 and columns <= MAX_COLUMNS and rows % ROW_MULTIPLE == 0
+            and tokens >= MIN_TOKENS.get(device.type, math.inf) and multiplies_integers(device))
+
+
+def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str, rows: int,
+            value_dtype: torch.dtype | None, down: torch.Tensor | None, ups: list[torch.Tensor],
+            slices: list[int]) -> torch.Tensor:
+    packed_format, device = FORMATS[format], input.device
+    flat = input.reshape(-1, input.shape[-1])
+    tokens, columns = flat.shape
+    if not _takes(device, tokens, rows, columns):
+        return product._linear(input, packed, bias, format, rows, value_dtype, down, ups, slices)
+    addend = bias if down is None else product.branch(flat, bias, rows, down, ups, slices)
+    codes, scales = _encoded_tokens(flat.contiguous())
+    out = input.new_empty((tokens, rows))
+    on_cpu = device.type == "cpu"
+    scratch = product.shared_scratch()
+    step = _rows_per_slice(packed_format, tokens, columns, product.SCRATCH_BYTES if on_cpu else product.DEVICE_SCRATCH_BYTES)
+    with scratch.lock if on_cpu else contextlib.nullcontext():
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            shape = (stop - start, columns)
+            weight = scratch.take(shape, torch.int8) if on_cpu else torch.empty(shape, dtype=torch.int8, device=device)
+            first = start * columns // packed_format.block_length
+            weight_scales = _encode_rows(packed_format, packed, weight, value_dtype, first)
+            sums = torch._int_mm(codes, weight.t()) * weight_scales
+            _finish(sums, scales, addend if addend is None else addend[..., start:stop], out[:, start:stop])
+    return out.view(*input.shape[:-1], rows)
+
+
+def _rows_per_slice(packed_format: type[Format], tokens: int, columns: int, limit: int) -> int:
+    """Rows whose codes and sums fit into `limit` bytes; a slice begins and ends between blocks."""
+    whole = math.lcm(packed_format.block_length // math.gcd(packed_format.block_length, columns), ROW_MULTIPLE)
+    bytes_per_row = columns + tokens * 2 * torch.float32.itemsize
+    return max(1, limit // (bytes_per_row * whole)) * whole
+
+
+def _encoded_tokens(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of the rows of an input."""
+    codes = torch.empty(input.shape, dtype=torch.int8, device=input.device)
+    scales = torch.empty(len(input), dtype=torch.float32, device=input.device)
+    encode = kernels.find("int8_tokens", input.device, None, input.dtype) or int8_codes.encode_tokens
+    encode(input, codes, scales)
+    return codes, scales
+
+
+def _encode_rows(packed_format, packed, codes, value_dtype, first) -> torch.Tensor:
+    """Writes the codes of rows of a weight and returns their scales."""
+    scales = torch.empty(len(codes), dtype=torch.float32, device=codes.device)
+    encode = codes.shape[1] % packed_format.block_length == 0 and kernels.find(
+        "int8_rows", codes.device, packed_format, codes.dtype, value_dtype)
+    if encode:
+        encode(packed_format, packed, codes, scales, value_dtype, first)
+    else:
+        int8_codes.encode_rows(packed_format, packed, codes, scales, value_dtype, first, kernels.unpack_into)
+    return scales
+
+
+def _finish(sums: torch.Tensor, scales: torch.Tensor, addend: torch.Tensor | None, out: torch.Tensor):
+    """`sums * scales + addend`, rounded once. sums: float32 (M, n), overwritten. scales: float32 (M,). out: (M, n)."""
+    if addend is None:
+        torch.mul(sums, scales.unsqueeze(-1), out=out)
+    else:
+        torch.add(sums.mul_(scales.unsqueeze(-1)), addend, out=out)
+
+
+_library = torch.library.Library("featherweight", "FRAGMENT")
+_library.define("int8_linear(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, ScalarType? value_dtype, "
+                "Tensor? down, Tensor[] ups, int[] slices) -> Tensor")
+_library.impl("int8_linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("featherweight::int8_linear", product._linear_fake, lib=_library)
+
+
+def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None,
+           value_dtype: torch.dtype | None = None, down: torch.Tensor | None = None, ups=(), slices=()) -> torch.Tensor:
+    """`product.linear` in whole numbers, where the device, the shapes and the rows of the input allow it, else as it is.
+
+    Needs K a multiple of 256, N of 8, no gradient. A row of the input, or of the weight, that is not finite gives NaN.
+    """
+    if input.shape[-1] != weight.shape[1] or input.requires_grad and torch.is_grad_enabled():
+        return product.linear(input, weight, bias, value_dtype, down, ups, slices)
+    return torch.ops.featherweight.int8_linear(
+        input, packed_tensors(weight), bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype, down, ups, slices)

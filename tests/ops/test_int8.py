@@ -1,0 +1,274 @@
+"""Products in whole numbers: what the codes are, how far the product is from the exact one, and where the exact one runs."""
+import pytest
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from devtools.bench.measure import snr
+from featherweight.ops import int8, int8_codes, product
+from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.kernels.check import random_tensors
+from featherweight.ops.linear import packed_operations
+from featherweight.ops.lora import build_patches
+from featherweight.ops.tensor import packed_tensor, packed_tensors
+
+CPU = torch.device("cpu")
+TOKENS, COLUMNS, ROWS = 80, 1024, 48
+PACKED = {packed.__name__: packed for packed in GGML_FORMATS.values()} | {
+    "NF4": FORMATS["NF4"], "FP4": FORMATS["FP4"], "INT8": INT8.of_columns(COLUMNS),
+    "NF4 with blocks across rows": FORMATS["NF4"].of_block_length(4096),
+    "Q4_K in another order": ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, 4, 8),
+}
+needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(CPU), reason="the CPU has no units for int8")
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def weight_of(name="Q8_0", rows=ROWS, columns=COLUMNS):
+    """A packed weight of random blocks of one format."""
+    base = getattr(PACKED[name], "base", PACKED[name])
+    data, *scale = random_tensors(base, rows * columns // base.block_length, CPU, calm=True)
+    return packed_tensor(PACKED[name], data, (rows, columns), torch.float32, *scale)
+
+
+def normal_weight(rows=512, columns=3072):
+    """A weight of bitsandbytes' int8 with the values of a normal distribution, which it holds almost exactly."""
+    values = normal(rows, columns, seed=1)
+    scale = values.abs().amax(-1) / 127
+    codes = (values / scale.unsqueeze(-1)).round().to(torch.int8)
+    return packed_tensor(INT8.of_columns(columns), codes.view(torch.uint8), (rows, columns), torch.float32, scale)
+
+
+def with_outliers(tokens=256, columns=3072):
+    input = normal(tokens, columns)
+    input[:, 7::columns // 8] *= 50
+    return input
+
+
+def encoded(values):
+    """codes * scales of the rows of `values`, not rotated."""
+    codes, scales = torch.empty(values.shape, dtype=torch.int8), torch.empty(len(values))
+    int8_codes.quantise_into(values.clone(), codes, scales)
+    return codes * scales.unsqueeze(-1)
+
+
+def layer_of(weight, compute="int8", bias=None, dtype=torch.float32):
+    rows, columns = weight.shape
+    layer = packed_operations(compute=compute).Linear(columns, rows, bias=bias is not None, dtype=dtype)
+    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return layer
+
+
+# --- the codes ---
+
+
+def test_the_rotation_is_orthogonal():
+    rotation = int8_codes.rotated(torch.eye(256))
+    assert torch.equal(rotation @ rotation.t(), torch.eye(256))
+
+
+@pytest.mark.parametrize("values", [torch.eye(256)[37:38], torch.ones(1, 256), 1 - 2 * (torch.arange(256) % 2).float()[None]],
+                         ids=["one value", "the same values", "alternating values"])
+def test_the_rotation_spreads_evenly(values):
+    assert len(int8_codes.rotated(values).abs().unique()) == 1
+
+
+def test_groups_of_columns_are_rotated_apart():
+    values = normal(3, 512)
+    parts = [int8_codes.rotated(part.contiguous()) for part in values.split(256, 1)]
+    assert torch.allclose(int8_codes.rotated(values), torch.cat(parts, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_rows_of_a_weight_are_coded_to_half_a_step(name):
+    weight = weight_of(name)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = int8._encode_rows(PACKED[name], packed_tensors(weight), codes, None, 0)
+    rows = int8_codes.rotated(weight.dequantize())
+    assert torch.allclose(scales, rows.abs().amax(1) / 127, rtol=1e-5)
+    assert (codes - rows / scales[:, None]).abs().max() <= 0.5 + 1e-2
+    assert (codes.abs().amax(1) == 127).all()
+
+
+def test_rows_are_coded_from_any_block_on_and_in_chunks(monkeypatch):
+    weight = weight_of("Q4_K")
+    codes, part = torch.empty(ROWS, COLUMNS, dtype=torch.int8), torch.empty(ROWS - 5, COLUMNS, dtype=torch.int8)
+    tensors = packed_tensors(weight)
+    int8_codes.encode_rows(PACKED["Q4_K"], tensors, codes, torch.empty(ROWS), None, 0)
+    monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 3 * COLUMNS)
+    int8_codes.encode_rows(PACKED["Q4_K"], tensors, part, torch.empty(ROWS - 5), None, 5 * COLUMNS // 256)
+    assert torch.equal(part, codes[5:])
+
+
+def test_rows_of_zeros_have_codes_of_zero():
+    assert not encoded(torch.zeros(2, 256)).any()
+
+
+# --- the product ---
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PACKED)
+def test_the_product_is_that_of_the_codes(name, dtype):
+    weight, bias = weight_of(name), normal(ROWS, seed=2, dtype=dtype)
+    input = normal(TOKENS, COLUMNS, dtype=dtype) / 64  # sums stay within float16
+    codes, scales = int8._encoded_tokens(input)
+    weight_codes = torch.empty(weight.shape, dtype=torch.int8)
+    weight_scales = int8._encode_rows(PACKED[name], packed_tensors(weight), weight_codes, None, 0)
+    exact = codes.double() @ weight_codes.double().t() * scales.double()[:, None] * weight_scales.double()
+    for addend in (None, bias):
+        expected = exact + (0 if addend is None else addend.double())
+        got = int8.linear(input, weight, addend)
+        assert got.dtype == dtype
+        rounding = torch.finfo(dtype)
+        allowed = rounding.eps * (exact.abs() + expected.abs() + rounding.tiny)
+        assert ((got.double() - expected).abs() <= allowed).all()
+
+
+@needs_vnni
+def test_a_large_weight_goes_through_the_product_in_slices(monkeypatch):
+    weight, input = weight_of("NF4 with blocks across rows"), normal(2, TOKENS // 2, COLUMNS)
+    whole = int8.linear(input, weight, normal(ROWS, seed=2))
+    assert whole.shape == (2, TOKENS // 2, ROWS)
+    taken = []
+    take = product.Scratch.take
+    monkeypatch.setattr(product.Scratch, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 20 * (COLUMNS + 8 * TOKENS))
+    assert torch.equal(int8.linear(input, weight, normal(ROWS, seed=2)), whole)
+    assert taken == [(16, COLUMNS)] * 3
+
+
+@needs_vnni
+def test_the_error_is_that_of_eight_bits():
+    weight, input = normal_weight(), normal(256, 3072)
+    assert snr(int8.linear(input, weight), product.linear(input, weight)) > 38
+
+
+@needs_vnni
+@pytest.mark.parametrize("input", [with_outliers(), torch.nn.functional.gelu(normal(256, 3072)), normal(256, 3072) + 3],
+                         ids=["outliers", "gelu", "mean"])
+def test_the_error_is_no_larger_where_columns_are(input):
+    weight = normal_weight()
+    assert snr(int8.linear(input, weight), product.linear(input, weight)) > 37.5
+
+
+def test_outliers_would_make_the_error_that_of_five_bits_without_the_rotation():
+    weight, input = normal_weight().dequantize(), with_outliers()
+    assert snr(encoded(input) @ encoded(weight).t(), input @ weight.t()) < 24
+
+
+@needs_vnni
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_changes(value):
+    weight, input = weight_of(), normal(TOKENS, COLUMNS)
+    expected = int8.linear(input, weight)
+    input[3, 500] = value
+    got = int8.linear(input, weight)
+    assert got[3].isnan().all()
+    assert torch.equal(got[4:], expected[4:]) and torch.equal(got[:3], expected[:3])
+
+
+@needs_vnni
+def test_rows_of_zeros_give_the_bias():
+    input, bias = normal(TOKENS, COLUMNS), normal(ROWS, seed=2)
+    input[3] = 0
+    assert torch.equal(int8.linear(input, weight_of(), bias)[3], bias)
+
+
+# --- LoRA ---
+
+
+def lora(strength=1.0, rank=4, rows=ROWS):
+    up, down = normal(rows, rank, seed=5) * 0.02, normal(rank, COLUMNS, seed=6) * COLUMNS ** -0.5
+    return (strength, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None), up @ down
+
+
+@needs_vnni
+def test_a_lora_has_its_exact_effect_at_any_strength_and_token_count():
+    for tokens in (TOKENS, 4096):  # at the second, the exact product merges the LoRA into the unpacked weight
+        layer, input = layer_of(normal_weight(ROWS, COLUMNS)), normal(tokens, COLUMNS)
+        without = layer(input)
+        for strength in (1.0, -0.5):
+            patch, delta = lora(strength)
+            layer.lora = build_patches("w.weight", [patch], layer.weight.shape, CPU, torch.float32)
+            effect = strength * input @ delta.t()
+            assert (layer(input) - without - effect).norm() < 1e-4 * effect.norm()
+            layer.lora = None
+
+
+@needs_vnni
+def test_a_lora_on_some_rows_has_its_exact_effect():
+    layer, input = layer_of(normal_weight(ROWS, COLUMNS)), normal(TOKENS, COLUMNS)
+    without = layer(input)
+    (strength, adapter, *rest, _, _), delta = lora(rows=16)
+    patch = (strength, adapter, *rest, (0, 16, 16), None)
+    layer.lora = build_patches("w.weight", [patch], layer.weight.shape, CPU, torch.float32)
+    effect = torch.zeros_like(without)
+    effect[:, 16:32] = input @ delta.t()
+    assert (layer(input) - without - effect).norm() < 1e-4 * effect.norm()
+
+
+# --- where it runs ---
+
+
+@pytest.mark.parametrize("case", ["columns", "rows", "tokens", "device", "gradient", "weight patch", "exact"])
+def test_elsewhere_the_product_is_exact(case, monkeypatch):
+    rows, columns, tokens = ROWS, COLUMNS, TOKENS
+    if case == "columns":
+        columns -= 32
+    elif case == "rows":
+        rows -= 4
+    elif case == "tokens":
+        tokens = int8.MIN_TOKENS["cpu"] - 1
+    elif case == "device":
+        monkeypatch.setattr(int8, "multiplies_integers", lambda device: False)
+    weight, bias = weight_of("Q8_0", rows, columns), normal(rows, seed=2)
+    input = normal(tokens, columns).requires_grad_(case == "gradient")
+    exact, layer = layer_of(weight, "exact", bias), layer_of(weight, "exact" if case == "exact" else "int8", bias)
+    if case == "weight patch":
+        patch = (1.0, (normal(rows, columns, seed=3),), 1.0, None, None)
+        exact.lora = layer.lora = build_patches("w.weight", [patch], weight.shape, CPU, torch.float32)
+    assert torch.equal(layer(input), exact(input))
+
+
+@needs_vnni
+def test_only_linear_layers_asked_for_it_multiply_in_whole_numbers():
+    weight, input = weight_of(), normal(TOKENS, COLUMNS)
+    exact = layer_of(weight, "exact")(input)
+    assert not torch.equal(layer_of(weight)(input), exact)
+    assert torch.equal(layer_of(weight, "exact")(input), exact)
+    experts = packed_operations(compute="int8").MoEExperts(1, COLUMNS, ROWS, bias=False, dtype=torch.float32)
+    experts.load_state_dict({"weight": packed_tensor(PACKED["Q8_0"], weight._qdata, (1, ROWS, COLUMNS))})
+    assert torch.equal(experts.expert_linear(input, 0), exact)
+
+
+def test_a_device_whose_sums_leave_int16_does_not_multiply_integers(monkeypatch):
+    multiply = torch._int_mm
+
+    def saturating(a, b):
+        return multiply(a, b).clamp(-(1 << 15), (1 << 15) - 1)
+
+    int8.multiplies_integers.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not int8.multiplies_integers(CPU)
+    monkeypatch.undo()
+    int8.multiplies_integers.cache_clear()
+
+
+@needs_vnni
+def test_compiled_fullgraph_agrees_with_eager_for_few_tokens_and_many():
+    layer = layer_of(weight_of("Q4_K"), bias=normal(ROWS, seed=2))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for tokens in (3, TOKENS):
+            assert torch.equal(compiled(normal(tokens, COLUMNS)), layer(normal(tokens, COLUMNS)))
+
+
+@needs_vnni
+def test_the_operator_has_a_right_fake():
+    weight = weight_of()
+    arguments = (normal(2, TOKENS, COLUMNS), packed_tensors(weight), None, "Q8_0", ROWS, None, None, [], [])
+    torch.library.opcheck(torch.ops.featherweight.int8_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
