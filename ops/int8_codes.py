@@ -21,7 +21,7 @@ TINY = 1e-30
 
 
 @functools.cache
-def _side(device: torch.device) -> torch.Tensor:
+def side_matrix(device: torch.device) -> torch.Tensor:
     """r, (16, 16): entries of a quarter and minus a quarter, row i with the sign of bits 0 and 1, xor bits 2 and 3, of i."""
     matrix = torch.ones(1, 1)
     while len(matrix) < SIDE:
@@ -33,7 +33,7 @@ def _side(device: torch.device) -> torch.Tensor:
 
 def rotated(values: torch.Tensor) -> torch.Tensor:
     """`values @ R`. values: float32 (n, K), contiguous, K a multiple of 256. Returns float32 (n, K)."""
-    side = _side(values.device)
+    side = side_matrix(values.device)
     half = torch.mm(values.view(-1, SIDE), side).view(-1, SIDE, SIDE)
     return torch.bmm(side.t().expand(half.shape), half).view(values.shape)
 

@@ -1,4 +1,5 @@
-"""Kernels in Triton, for CUDA and ROCm: unpacking in one pass, and the product with few rows straight from the packed bytes.
+"""Kernels in Triton, for CUDA and ROCm: unpacking in one pass, the product with few rows straight from the packed bytes, and
+the codes of the int8 product.
 
 Tiles are fixed here instead of tuned on the user's machine, which would take longer than most pictures. Numbers that differ
 from layer to layer are not specialised, so that what was checked is what runs. The tile sizes are reasoned from the assembly
@@ -10,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from . import Backend, Kernel
 from .triton_decode import DECODERS
 
@@ -19,6 +21,7 @@ VECTOR_TILE = (2, 1024)
 # Up to 16 rows, which is one tile of the matrix units.
 ROWS_TILE = (16, 128)
 MAX_TOKENS = 16
+CODES_TILE = 1024  # columns of a row that are rotated at a time, whole groups
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 TRITON_DTYPES = {None: None, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -95,6 +98,84 @@ def _few_rows(data, size, scales, table, input, addend, out, tokens, rows, colum
     tl.store(out + token * rows + row, total.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _rotated(values, side, TILE: tl.constexpr, SIDE: tl.constexpr):
+    """See `int8_codes.rotated`. values: float32 (TILE,). side: float32 (SIDE, SIDE)."""
+    half = tl.dot(tl.reshape(values, (TILE // SIDE, SIDE)), side, input_precision="ieee")
+    half = tl.permute(tl.reshape(half, (TILE // SIDE // SIDE, SIDE, SIDE)), (0, 2, 1))
+    whole = tl.dot(tl.reshape(half, (TILE // SIDE, SIDE)), side, input_precision="ieee")
+    return tl.reshape(tl.permute(tl.reshape(whole, (TILE // SIDE // SIDE, SIDE, SIDE)), (0, 2, 1)), (TILE,))
+
+
+@triton.jit
+def _side(matrix, SIDE: tl.constexpr):
+    return tl.load(matrix + tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :])
+
+
+@triton.jit
+def _weight_tile(data, size, scales, table, row, first, columns,
+                 DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+                 TILE: tl.constexpr):
+    """Values of a row of the weight from column `first` on, zeros behind its end."""
+    per_row = columns // GROUP
+    group = first // GROUP + tl.arange(0, TILE // GROUP)[:, None]
+    held = row * per_row + tl.minimum(group, per_row - 1)
+    values = _rounded(DECODE(data, size, scales, table, held, tl.arange(0, GROUP)[None, :], BLOCK_LENGTH), VALUE_DTYPE)
+    return tl.reshape(tl.where(group < per_row, values, 0.0), (TILE,))
+
+
+@triton.jit
+def _scale(largest, strange, TINY: tl.constexpr, LARGEST_CODE: tl.constexpr):
+    """The scale of a row. largest: its largest magnitude. strange: more than 0 if it is not finite."""
+    return tl.where(strange > 0, float("nan"), tl.maximum(largest, TINY) / LARGEST_CODE)
+
+
+@triton.jit
+def _store_codes(codes, values, scale, inside):
+    tl.store(codes, tl.floor(values / scale + 0.5).to(tl.int8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _int8_rows(data, size, scales, table, matrix, codes, code_scales, first, columns,
+               DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+               TILE: tl.constexpr, SIDE: tl.constexpr, TINY: tl.constexpr, LARGEST_CODE: tl.constexpr):
+    """A program codes one row; it unpacks and rotates it twice, since a row may not fit into registers."""
+    row = tl.program_id(0).to(tl.int64)
+    side = _side(matrix, SIDE)
+    lane = tl.arange(0, TILE)
+    largest, strange = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.int32)
+    for start in range(0, columns, TILE):
+        values = _weight_tile(data, size, scales, table, first + row, start, columns, DECODE, GROUP, BLOCK_LENGTH, VALUE_DTYPE,
+                              TILE)
+        values = tl.abs(_rotated(values, side, TILE, SIDE))
+        largest, strange = tl.maximum(largest, values), tl.where(values < float("inf"), strange, 1)
+    scale = _scale(tl.max(largest, 0), tl.max(strange, 0), TINY, LARGEST_CODE)
+    for start in range(0, columns, TILE):
+        values = _weight_tile(data, size, scales, table, first + row, start, columns, DECODE, GROUP, BLOCK_LENGTH, VALUE_DTYPE,
+                              TILE)
+        _store_codes(codes + row * columns + start + lane, _rotated(values, side, TILE, SIDE), scale, start + lane < columns)
+    tl.store(code_scales + row, scale)
+
+
+@triton.jit
+def _int8_tokens(input, matrix, codes, code_scales, columns,
+                 TILE: tl.constexpr, SIDE: tl.constexpr, TINY: tl.constexpr, LARGEST_CODE: tl.constexpr):
+    """A program codes one row of the input."""
+    row = tl.program_id(0).to(tl.int64)
+    side = _side(matrix, SIDE)
+    lane = tl.arange(0, TILE)
+    largest, strange = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.int32)
+    for start in range(0, columns, TILE):
+        values = tl.load(input + row * columns + start + lane, mask=start + lane < columns, other=0).to(tl.float32)
+        values = tl.abs(_rotated(values, side, TILE, SIDE))
+        largest, strange = tl.maximum(largest, values), tl.where(values < float("inf"), strange, 1)
+    scale = _scale(tl.max(largest, 0), tl.max(strange, 0), TINY, LARGEST_CODE)
+    for start in range(0, columns, TILE):
+        values = tl.load(input + row * columns + start + lane, mask=start + lane < columns, other=0).to(tl.float32)
+        _store_codes(codes + row * columns + start + lane, _rotated(values, side, TILE, SIDE), scale, start + lane < columns)
+    tl.store(code_scales + row, scale)
+
+
 def _decoder(packed_format):
     return next(DECODERS[base.__name__] for base in packed_format.__mro__ if base.__name__ in DECODERS)
 
@@ -145,6 +226,22 @@ def _multiply(kernel, tokens, tile, packed_format, tensors, input, addend, out, 
             ROWS=rows, GROUPS=columns // more["GROUP"], **more, **special)
 
 
+CODES = {"TILE": CODES_TILE, "SIDE": SIDE, "TINY": TINY, "LARGEST_CODE": LARGEST_CODE}
+
+
+def int8_rows(packed_format, tensors, codes, scales, value_dtype, first):
+    weight, special = _weight_arguments(packed_format, tensors, value_dtype)
+    rows, columns = codes.shape
+    with _on(codes.device):
+        _int8_rows[(rows,)](*weight, side_matrix(codes.device), codes, scales, first * packed_format.block_length // columns,
+                            columns, **CODES, **special)
+
+
+def int8_tokens(input, codes, scales):
+    with _on(codes.device):
+        _int8_tokens[(len(input),)](input, side_matrix(input.device), codes, scales, input.shape[1], **CODES)
+
+
 @triton.jit
 def _increment(numbers):
     at = numbers + tl.arange(0, 16)
@@ -165,4 +262,6 @@ BACKEND = Backend("triton", probe, (
     Kernel("unpack", _formats, FLOATS, unpack),
     Kernel("linear", _formats, FLOATS, vector, max_tokens=1),
     Kernel("linear", _formats, FLOATS, few_rows, min_tokens=2, max_tokens=MAX_TOKENS),
+    Kernel("int8_rows", _formats, frozenset([torch.int8]), int8_rows),
+    Kernel("int8_tokens", frozenset(), FLOATS, int8_tokens),
 ))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from devtools.gguf_files import block_pool
-from featherweight.ops import formats, kernels, product  # noqa: F401
+from featherweight.ops import formats, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.tensor import packed_tensor, packed_tensors
 from gguf import GGMLQuantizationType
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -200,6 +200,43 @@ def test_multiplies_as_float64_does(name, tokens, run, dtype):
     assert (without_bias - expected).norm() < 8e-3 * expected.norm()
 
 
+def assert_codes_of(values, codes, scales):
+    """Each within half a step of its value, as `Kernel` has it."""
+    rows = int8_codes.rotated(values)
+    assert torch.allclose(scales.cpu(), rows.abs().amax(1) / 127, rtol=1e-5)
+    assert (codes.cpu() - rows / scales.cpu()[:, None]).abs().max() <= 0.51
+
+
+@runs_kernels
+@pytest.mark.parametrize("columns", [256, 1024, 1280])
+@pytest.mark.parametrize("name", DECODED)
+def test_codes_the_rows_of_a_weight(name, columns):
+    if name != "INT8" and columns % FORMATS[name].block_length:
+        pytest.skip("blocks cross rows")
+    rows, skipped = 7, 2
+    weight, values = weight_of(name, rows, columns)
+    packed_format = weight.layout_cls.format
+    run = kernels.find("int8_rows", DEVICE, packed_format, torch.int8)
+    assert run is triton_backend.int8_rows
+    codes = torch.full((rows - skipped, columns), -128, dtype=torch.int8, device=DEVICE)
+    scales = torch.zeros(rows - skipped, device=DEVICE)
+    run(packed_format, packed_tensors(weight), codes, scales, torch.float16, skipped * columns // packed_format.block_length)
+    assert_codes_of(values.half().float()[skipped:], codes, scales)
+
+
+@runs_kernels
+@each_dtype
+def test_codes_rows_of_the_input(dtype):
+    assert kernels.find("int8_tokens", DEVICE, None, dtype) is triton_backend.int8_tokens
+    input = torch.randn((5, 1280), generator=torch.Generator().manual_seed(0)).to(dtype)
+    input[:, 3] *= 50
+    input[1], input[2, 7], input[3, 1279] = 0, torch.nan, -torch.inf
+    codes, scales = torch.zeros(5, 1280, dtype=torch.int8, device=DEVICE), torch.zeros(5, device=DEVICE)
+    triton_backend.int8_tokens(input.to(DEVICE), codes, scales)
+    assert scales.isnan().tolist() == [False, False, True, True, False] and not codes[1].any()
+    assert_codes_of(input.float()[[0, 4]], codes[[0, 4]], scales[[0, 4]])
+
+
 # Without a GPU, compiled for all of them.
 
 TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
@@ -254,10 +291,11 @@ def test_compiles_for(target, name, monkeypatch, tmp_path):
     results = {}
 
     def launch(function, kernel, *args):
+        arguments = args if kernel == "_int8_tokens" else (packed_format, tensors, *args)
         compiled = Compiled(getattr(triton_backend, kernel), TARGETS[target])
         with monkeypatch.context() as patch:
             patch.setattr(triton_backend, kernel, compiled)
-            function(packed_format, tensors, *args)
+            function(*arguments)
         assert compiled.result.metadata.shared <= SHARED_MEMORY
         results[kernel] = compiled.result
 
@@ -266,6 +304,9 @@ def test_compiles_for(target, name, monkeypatch, tmp_path):
                                             (triton_backend.few_rows, "_few_rows", 3, torch.float16)):
         input, out = torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
         launch(function, kernel, input, torch.zeros(rows, dtype=dtype).expand(tokens, rows), out, None)
+    codes, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows)
+    launch(triton_backend.int8_rows, "_int8_rows", codes, scales, None, 0)
+    launch(triton_backend.int8_tokens, "_int8_tokens", torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
     fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")  # a fused multiply-add in place of two roundings changes bits
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
     assert not fused.search(results["_unpack"].asm[assembly])
