@@ -13,8 +13,10 @@ from . import int8_codes, kernels, product
 from .format import FORMATS, Format
 from .tensor import QuantizedTensor, packed_tensors
 
-# With fewer rows of the input, unpacking is most of the work and the float product is as fast; CUDA's takes no fewer.
+# With fewer rows of the input the exact product is as fast, since most of the time goes into the weight; CUDA's integer product
+# takes no fewer. Without a kernel for the weight's codes torch makes them, in many passes. CUDA's numbers are estimates.
 MIN_TOKENS = {"cpu": 64, "cuda": 17}
+MIN_TOKENS_WITHOUT_KERNEL = {"cpu": 512, "cuda": 4096}
 ROW_MULTIPLE = 8  # CUDA's product takes multiples of this as N
 # Sums of more products of codes could leave int32.
 MAX_COLUMNS = (1 << 31) // (int8_codes.LARGEST_CODE ** 2)
@@ -49,9 +51,18 @@ def _has_vnni() -> bool:
     return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # before torch 2.11 or so
 
 
-def _takes(device: torch.device, tokens: int, rows: int, columns: int) -> bool:
-    return (columns % int8_codes.GROUP == 0 and columns <= MAX_COLUMNS and rows % ROW_MULTIPLE == 0
-            and tokens >= MIN_TOKENS.get(device.type, math.inf) and multiplies_integers(device))
+def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype: torch.dtype | None, tokens: int, rows: int,
+                 columns: int):
+    """What makes the codes of the weight, called as `int8_codes.encode_rows`; None where the exact product is to run."""
+    if (columns % int8_codes.GROUP or columns > MAX_COLUMNS or rows % ROW_MULTIPLE
+            or tokens < MIN_TOKENS.get(device.type, math.inf) or not multiplies_integers(device)):
+        return None
+    if columns % packed_format.block_length == 0:
+        encode = kernels.find("int8_rows", device, packed_format, torch.int8, value_dtype)
+        if encode is not None:
+            return encode
+    enough = tokens >= MIN_TOKENS_WITHOUT_KERNEL[device.type]
+    return functools.partial(int8_codes.encode_rows, unpack_into=kernels.unpack_into) if enough else None
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str, rows: int,
@@ -60,7 +71,8 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     packed_format, device = FORMATS[format], input.device
     flat = input.reshape(-1, input.shape[-1])
     tokens, columns = flat.shape
-    if not _takes(device, tokens, rows, columns):
+    encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
+    if encode is None:
         return product._linear(input, packed, bias, format, rows, value_dtype, down, ups, slices)
     addend = bias if down is None else product.branch(flat, bias, rows, down, ups, slices)
     codes, scales = _encoded_tokens(flat.contiguous())
@@ -73,8 +85,8 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             stop = min(rows, start + step)
             shape = (stop - start, columns)
             weight = scratch.take(shape, torch.int8) if on_cpu else torch.empty(shape, dtype=torch.int8, device=device)
-            first = start * columns // packed_format.block_length
-            weight_scales = _encode_rows(packed_format, packed, weight, value_dtype, first)
+            weight_scales = torch.empty(len(weight), dtype=torch.float32, device=device)
+            encode(packed_format, packed, weight, weight_scales, value_dtype, start * columns // packed_format.block_length)
             sums = torch._int_mm(codes, weight.t()) * weight_scales
             _finish(sums, scales, addend if addend is None else addend[..., start:stop], out[:, start:stop])
     return out.view(*input.shape[:-1], rows)
@@ -94,18 +106,6 @@ def _encoded_tokens(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     encode = kernels.find("int8_tokens", input.device, None, input.dtype) or int8_codes.encode_tokens
     encode(input, codes, scales)
     return codes, scales
-
-
-def _encode_rows(packed_format, packed, codes, value_dtype, first) -> torch.Tensor:
-    """Writes the codes of rows of a weight and returns their scales."""
-    scales = torch.empty(len(codes), dtype=torch.float32, device=codes.device)
-    encode = codes.shape[1] % packed_format.block_length == 0 and kernels.find(
-        "int8_rows", codes.device, packed_format, codes.dtype, value_dtype)
-    if encode:
-        encode(packed_format, packed, codes, scales, value_dtype, first)
-    else:
-        int8_codes.encode_rows(packed_format, packed, codes, scales, value_dtype, first, kernels.unpack_into)
-    return scales
 
 
 def _finish(sums: torch.Tensor, scales: torch.Tensor, addend: torch.Tensor | None, out: torch.Tensor):

@@ -18,6 +18,11 @@ pytestmark = pytest.mark.usefixtures("small_models")
 needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no units for int8")
 
 
+@pytest.fixture(autouse=True)
+def few_tokens_are_enough(monkeypatch):
+    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", int8.MIN_TOKENS)
+
+
 @pytest.fixture(params=["Q8_0", "Q4_K"])
 def values(request):
     """The values in the file."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..format import FORMATS, Format
+from ..int8_codes import LARGEST_CODE, TINY
 from . import Backend, Kernel
 from .source import FORMAT_NAMES, TYPES, addresses, kernel_source
 
@@ -26,6 +27,7 @@ COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
          "-w")
 MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
+CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
 
 
@@ -110,12 +112,34 @@ class CpuKernels:
         if sums is not out:
             out.copy_(sums)
 
+    def int8_rows(self, packed_format, tensors, codes, scales, value_dtype, first):
+        """See `Kernel.run`."""
+        lanes = _lanes(packed_format, packed_format.block_length)
+        if not lanes:
+            raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
+        run = self._function("int8_rows", packed_format, torch.float32, value_dtype, LANES=lanes, **CODES)
+        run(*map(c_void_p, addresses(packed_format, tensors, first)), *_code_arguments(codes, scales))
+
+    def int8_tokens(self, input, codes, scales):
+        """See `Kernel.run`."""
+        run = self._function("int8_tokens", None, input.dtype, LANES=_widest(), **CODES)
+        run(c_void_p(input.data_ptr()), *_code_arguments(codes, scales))
+
+
+def _code_arguments(codes, scales) -> tuple:
+    rows, columns = codes.shape
+    return (c_void_p(codes.data_ptr()), c_void_p(scales.data_ptr()), c_longlong(rows), c_int(columns),
+            c_int(_threads(codes.numel())))
+
+
+def _widest() -> int:
+    return 16 if torch.cpu._is_avx512_supported() else 8
+
 
 def _lanes(packed_format: type[Format], count: int) -> int | None:
     """How many values of a block are handled at once, if `count` of them can be."""
     of_format = 8 if packed_format.__name__ == "NVFP4" else 16
-    widest = 16 if torch.cpu._is_avx512_supported() else 8
-    return next((lanes for lanes in (16, 8) if lanes <= min(of_format, widest)
+    return next((lanes for lanes in (16, 8) if lanes <= min(of_format, _widest())
                  and packed_format.block_length % lanes == 0 and count % lanes == 0), None)
 
 
@@ -150,11 +174,19 @@ def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
     def linear(*arguments):
         kernels().linear(*arguments)
 
+    def int8_rows(*arguments):
+        kernels().int8_rows(*arguments)
+
+    def int8_tokens(*arguments):
+        kernels().int8_tokens(*arguments)
+
     dtypes = frozenset(TYPES)
     fewest = (1, *(most + 1 for most in MOST_TOKENS))
     return (Kernel("unpack", FORMAT_NAMES, dtypes, unpack),
             *(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most)
-              for least, most in zip(fewest, MOST_TOKENS)))
+              for least, most in zip(fewest, MOST_TOKENS)),
+            Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), int8_rows),
+            Kernel("int8_tokens", frozenset(), dtypes, int8_tokens))
 
 
 BACKEND = Backend("cpp", _probe, kernel_table(_kernels))

@@ -15,15 +15,20 @@ FORMAT_NAMES = frozenset((
     "Codebook4Bit", "INT8"))
 
 
-def kernel_source(platform: str, kernel: str, packed_format: type[Format], dtype: torch.dtype,
-                  value_dtype: torch.dtype | None, **definitions) -> str:
-    """C++ without any include of ours. dtype, value_dtype: as in `Kernel`. definitions: further constants of the kernel."""
-    definitions |= {
-        "FORMAT": next(base.__name__ for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES),
-        "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes,
-        "SCALES_APART": int(packed_format.scales_apart),
-        "TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32],
-    }
+def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None, dtype: torch.dtype,
+                  value_dtype: torch.dtype | None = None, **definitions) -> str:
+    """C++ without any include of ours.
+
+    packed_format: None for a kernel that takes no weight. dtype, value_dtype: as in `Kernel`. definitions: further constants of
+    the kernel.
+    """
+    definitions |= {"TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32]}
+    if packed_format is not None:
+        definitions |= {
+            "FORMAT": next(base.__name__ for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES),
+            "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes,
+            "SCALES_APART": int(packed_format.scales_apart),
+        }
     codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
     if codebook:
         exact = torch.tensor(codebook, dtype=torch.float32).tolist()
@@ -32,11 +37,13 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format], dtype
                       *(path.read_text(encoding="utf-8") for path in source_files(platform, packed_format, kernel))))
 
 
-def source_files(platform: str, packed_format: type[Format], kernel: str) -> list[Path]:
-    """What makes a kernel, in order. A family of formats has one file, named as the one in ops/formats."""
-    family = packed_format.__module__.rpartition(".")[2]
-    folder = SOURCES / platform
-    return [folder / "lanes.h", SOURCES / "formats" / f"{family}.h", SOURCES / "weight.h", *folder.glob(f"{kernel}.*")]
+def source_files(platform: str, packed_format: type[Format] | None, kernel: str) -> list[Path]:
+    """What makes a kernel, in order. A family of formats has one file, named as the one in ops/formats; kernels whose names
+    begin alike may have one too."""
+    folder, weight = SOURCES / platform, []
+    if packed_format is not None:
+        weight = [SOURCES / "formats" / f"{packed_format.__module__.rpartition('.')[2]}.h", SOURCES / "weight.h"]
+    return [folder / "lanes.h", *weight, *folder.glob(f"{kernel.partition('_')[0]}.h"), *folder.glob(f"{kernel}.*")]
 
 
 def addresses(packed_format: type[Format], tensors: list[torch.Tensor], first: int = 0) -> tuple[int, int | None]:

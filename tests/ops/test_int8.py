@@ -3,7 +3,7 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from devtools.bench.measure import snr
-from featherweight.ops import int8, int8_codes, product
+from featherweight.ops import int8, int8_codes, kernels, product
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
@@ -20,6 +20,14 @@ PACKED = {packed.__name__: packed for packed in GGML_FORMATS.values()} | {
     "Q4_K in another order": ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, 4, 8),
 }
 needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(CPU), reason="the CPU has no units for int8")
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_enough(monkeypatch):
+    """Without a kernel too. The codes here are torch's; kernels have tests of their own."""
+    monkeypatch.setenv(kernels.VARIABLE, "torch")
+    monkeypatch.setattr(kernels, "_choices", {})
+    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", dict(int8.MIN_TOKENS))
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -39,6 +47,13 @@ def normal_weight(rows=512, columns=3072):
     scale = values.abs().amax(-1) / 127
     codes = (values / scale.unsqueeze(-1)).round().to(torch.int8)
     return packed_tensor(INT8.of_columns(columns), codes.view(torch.uint8), (rows, columns), torch.float32, scale)
+
+
+def encoded_rows(weight):
+    """Codes and scales of a weight's rows."""
+    codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    int8_codes.encode_rows(weight.layout_cls.format, packed_tensors(weight), codes, scales, None, 0)
+    return codes, scales
 
 
 def with_outliers(tokens=256, columns=3072):
@@ -84,8 +99,7 @@ def test_groups_of_columns_are_rotated_apart():
 @pytest.mark.parametrize("name", PACKED)
 def test_rows_of_a_weight_are_coded_to_half_a_step(name):
     weight = weight_of(name)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = int8._encode_rows(PACKED[name], packed_tensors(weight), codes, None, 0)
+    codes, scales = encoded_rows(weight)
     rows = int8_codes.rotated(weight.dequantize())
     assert torch.allclose(scales, rows.abs().amax(1) / 127, rtol=1e-5)
     assert (codes - rows / scales[:, None]).abs().max() <= 0.5 + 1e-2
@@ -94,11 +108,9 @@ def test_rows_of_a_weight_are_coded_to_half_a_step(name):
 
 def test_rows_are_coded_from_any_block_on_and_in_chunks(monkeypatch):
     weight = weight_of("Q4_K")
-    codes, part = torch.empty(ROWS, COLUMNS, dtype=torch.int8), torch.empty(ROWS - 5, COLUMNS, dtype=torch.int8)
-    tensors = packed_tensors(weight)
-    int8_codes.encode_rows(PACKED["Q4_K"], tensors, codes, torch.empty(ROWS), None, 0)
+    (codes, _), part = encoded_rows(weight), torch.empty(ROWS - 5, COLUMNS, dtype=torch.int8)
     monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 3 * COLUMNS)
-    int8_codes.encode_rows(PACKED["Q4_K"], tensors, part, torch.empty(ROWS - 5), None, 5 * COLUMNS // 256)
+    int8_codes.encode_rows(PACKED["Q4_K"], packed_tensors(weight), part, torch.empty(ROWS - 5), None, 5 * COLUMNS // 256)
     assert torch.equal(part, codes[5:])
 
 
@@ -116,8 +128,7 @@ def test_the_product_is_that_of_the_codes(name, dtype):
     weight, bias = weight_of(name), normal(ROWS, seed=2, dtype=dtype)
     input = normal(TOKENS, COLUMNS, dtype=dtype) / 64  # sums stay within float16
     codes, scales = int8._encoded_tokens(input)
-    weight_codes = torch.empty(weight.shape, dtype=torch.int8)
-    weight_scales = int8._encode_rows(PACKED[name], packed_tensors(weight), weight_codes, None, 0)
+    weight_codes, weight_scales = encoded_rows(weight)
     exact = codes.double() @ weight_codes.double().t() * scales.double()[:, None] * weight_scales.double()
     for addend in (None, bias):
         expected = exact + (0 if addend is None else addend.double())
@@ -214,7 +225,8 @@ def test_a_lora_on_some_rows_has_its_exact_effect():
 # --- where it runs ---
 
 
-@pytest.mark.parametrize("case", ["columns", "rows", "tokens", "device", "gradient", "weight patch", "exact"])
+@pytest.mark.parametrize("case", [
+    "columns", "rows", "tokens", "tokens without a kernel", "device", "gradient", "weight patch", "exact"])
 def test_elsewhere_the_product_is_exact(case, monkeypatch):
     rows, columns, tokens = ROWS, COLUMNS, TOKENS
     if case == "columns":
@@ -223,6 +235,8 @@ def test_elsewhere_the_product_is_exact(case, monkeypatch):
         rows -= 4
     elif case == "tokens":
         tokens = int8.MIN_TOKENS["cpu"] - 1
+    elif case == "tokens without a kernel":
+        monkeypatch.setitem(int8.MIN_TOKENS_WITHOUT_KERNEL, "cpu", TOKENS + 1)
     elif case == "device":
         monkeypatch.setattr(int8, "multiplies_integers", lambda device: False)
     weight, bias = weight_of("Q8_0", rows, columns), normal(rows, seed=2)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from devtools.gguf_files import block_pool
-from featherweight.ops import formats, kernels, product  # noqa: F401
+from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import Backend, Kernel
 from featherweight.ops.tensor import packed_tensor
@@ -96,6 +96,58 @@ def test_a_product_is_used_only_if_it_is_right(run, found, use):
     input, bias = torch.randn((3, 64), generator=generator), torch.randn(6, generator=generator)
     expected = torch.nn.functional.linear(input, packed().dequantize(), bias)
     assert torch.allclose(product.linear(input, packed(), bias), expected, atol=1e-5)
+
+
+def encode_rows(*arguments):
+    int8_codes.encode_rows(*arguments)
+
+
+def encode_rows_from_the_start(packed_format, tensors, codes, scales, value_dtype, first):
+    int8_codes.encode_rows(packed_format, tensors, codes, scales, value_dtype, 0)
+
+
+def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
+    int8_codes.encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
+    codes.clamp_(-126, 126)
+
+
+def encode_tokens(input, codes, scales):
+    int8_codes.encode_tokens(input, codes, scales)
+
+
+def encode_tokens_as_they_are(input, codes, scales):
+    int8_codes.quantise_into(input.float(), codes, scales)
+
+
+def encode_tokens_without_nan(input, codes, scales):
+    int8_codes.encode_tokens(input, codes, scales)
+    scales.nan_to_num_()
+
+
+@pytest.mark.parametrize("op, run, found", [
+    ("int8_rows", encode_rows, True), ("int8_rows", encode_rows_from_the_start, False),
+    ("int8_rows", encode_rows_and_clip, False), ("int8_tokens", encode_tokens, True),
+    ("int8_tokens", encode_tokens_as_they_are, False), ("int8_tokens", encode_tokens_without_nan, False)])
+def test_codes_are_used_only_if_they_are_right(op, run, found, use):
+    rows = op == "int8_rows"
+    dtype = torch.int8 if rows else torch.float32
+    use(backend(Kernel(op, frozenset(["Q4_0"] if rows else []), frozenset([dtype]), run)))
+    assert (kernels.find(op, CPU, Q4_0 if rows else None, dtype) is run) == found
+
+
+def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
+    called = []
+    monkeypatch.setattr(int8, "multiplies_integers", lambda device: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
+    weight, input = packed(rows=8, columns=256), torch.randn((int8.MIN_TOKENS["cpu"], 256))
+    use()
+    exact = product.linear(input, weight)
+    assert torch.equal(int8.linear(input, weight), exact)  # too few tokens to do without
+    use(backend(
+        Kernel("int8_rows", frozenset(["Q4_0"]), frozenset([torch.int8]), lambda *args: (called.append(1), encode_rows(*args))),
+        Kernel("int8_tokens", frozenset(), FLOAT32, lambda *args: (called.append(2), encode_tokens(*args)))))
+    got = int8.linear(input, weight)
+    assert called[-2:] == [2, 1] and 0.001 < (got - exact).norm() / exact.norm() < 0.03
 
 
 def test_a_product_with_a_low_rank_branch_is_added_to_it(use):

@@ -123,6 +123,23 @@ def test_product_sums_in_float32_and_rounds_once(on_cpu, tokens, threads, dtype,
         assert ((out - expected).abs() <= allowed).all()
 
 
+@each_format
+def test_codes_of_a_weights_rows_are_right(on_cpu, fmt):
+    check(kernels_of(on_cpu, "int8_rows")[0], fmt, torch.int8, None, CPU)
+
+
+@each_dtype
+@pytest.mark.parametrize("threads", [1, 3])
+def test_codes_of_the_inputs_rows_are_right(on_cpu, threads, dtype, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
+    check(kernels_of(on_cpu, "int8_tokens")[0], None, dtype, None, CPU)
+
+
+def test_codes_are_those_of_values_rounded_to_the_value_dtype(on_cpu, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
+    check(kernels_of(on_cpu, "int8_rows")[0], FORMATS["Q6_K"], torch.int8, torch.bfloat16, CPU)
+
+
 def test_each_number_of_rows_has_one_product():
     for tokens in range(1, MOST_TOKENS[-1] + 1):
         assert sum(kernel.takes(tokens) for kernel in kernels_of(None, "linear")) == 1

@@ -1,0 +1,87 @@
+// Rows of floats as int8 codes of the rotated values, see ops/int8_codes.py. Everything here is of one row.
+
+#include <stdlib.h>
+
+const int GROUP = 256, VECTORS = GROUP / LANES;
+
+template <int DISTANCE>
+static FUNCTION Floats swapped(Floats values) {
+#ifdef __clang__
+    Floats lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) lanes[i] = values[i ^ DISTANCE];
+    return lanes;
+#else
+    Ints lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) lanes[i] = i ^ DISTANCE;
+    return __builtin_shuffle(values, lanes);
+#endif
+}
+
+// Sum and difference of the lanes that are DISTANCE apart, and of those that are less.
+template <int DISTANCE>
+static FUNCTION Floats butterflies(Floats values) {
+    Floats signs;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) signs[i] = i & DISTANCE ? -1 : 1;
+    return butterflies<DISTANCE / 2>(multiply_add(signs, values, swapped<DISTANCE>(values)));
+}
+
+template <>
+FUNCTION Floats butterflies<0>(Floats values) { return values; }
+
+static constexpr int sign_of_side(int i) { return (i & i >> 1 ^ i >> 2 & i >> 3) & 1 ? -1 : 1; }
+
+// Rotates one group in place. Returns the larger of `largest` and the magnitudes, as bits: those of NaN are larger than all.
+static FUNCTION Ints rotate(float* group, Ints largest) {
+    Floats vectors[VECTORS];
+#pragma GCC unroll 32
+    for (int vector = 0; vector < VECTORS; vector++) {
+        Floats signs;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            int place = vector * LANES + i;
+            signs[i] = sign_of_side(place / 16) * sign_of_side(place % 16) / 16.0f;
+        }
+        vectors[vector] = butterflies<LANES / 2>(signs * load<Floats>(group + vector * LANES));
+    }
+#pragma GCC unroll 5
+    for (int distance = 1; distance < VECTORS; distance *= 2) {
+#pragma GCC unroll 32
+        for (int vector = 0; vector < VECTORS; vector++) {
+            if (vector & distance) continue;
+            Floats low = vectors[vector], high = vectors[vector + distance];
+            vectors[vector] = low + high;
+            vectors[vector + distance] = low - high;
+        }
+    }
+#pragma GCC unroll 32
+    for (int vector = 0; vector < VECTORS; vector++) {
+        store(vectors[vector], group + vector * LANES);
+        Ints magnitudes = (Ints)vectors[vector] & 0x7FFFFFFF;
+        largest = magnitudes > largest ? magnitudes : largest;
+    }
+    return largest;
+}
+
+static FUNCTION void store_bytes(Ints values, signed char* to) {
+#if LANES == 16 && defined(__AVX512F__)
+    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)values);
+#else
+    Bytes bytes = __builtin_convertvector(values, Bytes);
+#endif
+    memcpy(to, &bytes, sizeof bytes);
+}
+
+// Codes of rotated values. largest: what `rotate` gave for all groups. Returns the scale.
+static FUNCTION float quantise(const float* values, int columns, Ints largest, signed char* codes) {
+    int bits = 0;
+    for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
+    float most = float_of_bits(bits < 0x7F800000 ? bits : 0x7FC00000);
+    if (most < TINY) most = TINY;
+    const float to_integer = 12582912;  // added, the last bits of the sum are the nearest integer
+    for (int column = 0; column < columns; column += LANES)
+        store_bytes((Ints)(load<Floats>(values + column) * (LARGEST_CODE / most) + to_integer), codes + column);
+    return most / LARGEST_CODE;
+}
