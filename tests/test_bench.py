@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from featherweight.ops import int8
 from PIL import Image
 
 from devtools.bench.picture import FASTER, SLOWER
 
 PACK = Path(__file__).resolve().parent.parent
 # Named here, so that a case that gets lost is missed.
-CASES = ["shapes", "unpack", "nf4", "lora", "model", "step", "lora_error", "header", "load", "memory", "scale"]
+CASES = ["shapes", "int8_error", "unpack", "nf4", "lora", "model", "step", "lora_error", "header", "load", "memory", "scale"]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,8 @@ def results(tmp_path_factory):
 def test_a_case_gives_figures_and_a_table(results, case):
     if case == "nf4":
         pytest.importorskip("bitsandbytes")
+    if case == "int8_error" and not int8.multiplies_integers(torch.device("cpu")):
+        pytest.skip("the CPU has no units for int8")
     if case == "memory" and sys.platform != "linux":
         pytest.skip("reads /proc")
     rows = json.loads((results / "bench.json").read_text())[case]["rows"]
@@ -45,4 +49,7 @@ def test_the_picture_has_bars(results):
 def test_packed_products_are_compared_with_dense_ones_for_every_shape_and_number_of_rows(results):
     rows = json.loads((results / "bench.json").read_text())["shapes"]["rows"]
     assert {"256 x 512, float32, M = 1", "256 x 512, float32, M = 16"} <= set(rows)
-    assert all(list(row) == ["dense", "Q8_0", "Q4_K", "NF4"] for row in rows.values())
+    assert all(list(row) == ["dense", "Q8_0", "Q4_K", "NF4"] for title, row in rows.items() if not title.endswith("M = 64"))
+    if int8.multiplies_integers(torch.device("cpu")):
+        assert list(rows["256 x 512, float32, M = 64"]) == ["dense", *(
+            name for fmt in ("Q8_0", "Q4_K", "NF4") for name in (fmt, f"{fmt} int8"))]

@@ -19,6 +19,7 @@ from devtools.bench.table import line, markdown
 CASES = {
     "shapes": products.bench_shapes, "unpack": products.bench_unpack, "nf4": products.bench_nf4, "lora": products.bench_lora,
     "model": models.bench_model, "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
+    "int8_error": models.bench_int8_error,
     "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory, "scale": files.bench_scale,
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for

@@ -1,4 +1,5 @@
 """Timing in turns, the sizes of the cases, random packed weights."""
+import importlib.util
 import math
 import platform
 import re
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
+import gguf
 import numpy as np
 import torch
 from featherweight.ops.format import FORMATS
@@ -39,7 +41,7 @@ class Sizes:
 
 
 ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
-QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16), weight=(256, 512), hidden=256, context=1024,
+QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 64), weight=(256, 512), hidden=256, context=1024,
               model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512)
 
 
@@ -102,6 +104,23 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
         picks = generator.integers(0, len(pool), values // packed_format.block_length)
         data = torch.from_numpy(pool[picks]).view(packed_format.packed_shape(shape))
     return packed_tensor(packed_format, data, shape, torch.float32, scale)
+
+
+def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | None:
+    """A weight of these values, float32 (N, K); None where there is nothing here that packs the format."""
+    packed_format = FORMATS[format_name]
+    if packed_format.ggml_type is not None:
+        try:
+            data = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[format_name])
+        except NotImplementedError:
+            return None
+        return packed_tensor(packed_format, torch.from_numpy(data), values.shape)
+    if not importlib.util.find_spec("bitsandbytes"):
+        return None
+    from bitsandbytes import functional
+
+    data, state = functional.quantize_4bit(values, blocksize=packed_format.block_length, quant_type=format_name.lower())
+    return packed_tensor(packed_format, data.flatten(), values.shape, torch.float32, state.absmax)
 
 
 def snr(found: torch.Tensor, exact: torch.Tensor) -> float:

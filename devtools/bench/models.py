@@ -6,13 +6,13 @@ import comfy.model_management
 import comfy.sd
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops import kernels, product
+from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.linear import packed_operations
 from featherweight.ops.patcher import adopt
 from featherweight.ops.tensor import is_packed, packed_tensors
 
-from devtools.bench.measure import device, has_bfloat16, random_weight, side_by_side
+from devtools.bench.measure import device, has_bfloat16, packed_weight, random_weight, side_by_side, snr
 from devtools.bench.products import LORA_CASES
 from devtools.gguf_files import write_gguf, write_random_gguf
 from devtools.tiny_models import flux, flux_shapes
@@ -167,14 +167,48 @@ def bench_lora_error(options):
         yield name, {"without": without, "with": with_lora, "growth": with_lora / without}
 
 
+def bench_int8_error(options):
+    """What `compute` int8 loses, as signal to noise. Of products: int8 against the exact product of the same packed weight, with
+    inputs of a normal distribution, and with such as have a column in 384 that is 50 times as large; beside it the exact
+    product against that of the weight before it was packed, for formats that can be packed here. Of a step of a small Flux:
+    exact and int8 against the unquantised model."""
+    if not int8.multiplies_integers(device()):
+        print("  the device has no units for int8")
+        return
+    columns = min(options.sizes.weight[1], 3072)
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn((columns, columns), generator=generator)
+    input = torch.randn((int8.MIN_TOKENS_WITHOUT_KERNEL[device().type], columns), generator=generator).to(device())
+    outliers = input * torch.where(torch.arange(columns, device=device()) % 384 == 7, 50.0, 1.0)
+    for name in options.formats:
+        packed = packed_weight(name, original)
+        weight = (random_weight(name, original.shape) if packed is None else packed).to(device())
+        exact = product.linear(input, weight)
+        row = {"int8, dB": snr(int8.linear(input, weight), exact),
+               "int8 with outliers, dB": snr(int8.linear(outliers, weight), product.linear(outliers, weight))}
+        if packed is not None:
+            row["format, dB"] = snr(exact, input @ original.to(device()).t())
+        yield name, row
+    tensors = flux()
+    unquantised = prediction(dense_flux(tensors), 64)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("Q8_0", "Q5_0", "Q4_0"):
+            path = Path(folder) / f"{name}.gguf"
+            write_gguf(path, tensors, lambda key, values, name=name: name if values.ndim == 2 else "F32")
+            models = {compute: load_diffusion_model(str(path), compute=compute) for compute in ("exact", "int8")}
+            found = {compute: prediction(model, 64) for compute, model in models.items()}
+            yield f"step, {name}", {f"{compute}, dB": snr(values, unquantised) for compute, values in found.items()}
+
+
 def dense_flux(tensors, dtype=torch.float32):
     weights = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
 
 
-def prediction(patcher) -> torch.Tensor:
+def prediction(patcher, size: int = 32) -> torch.Tensor:
+    """What a step adds to a latent of `size` by `size`, which is a quarter as many tokens."""
     generator = torch.Generator().manual_seed(0)
-    latent, context = (torch.randn(shape, generator=generator).to(device()) for shape in ((1, 16, 32, 32), (1, 32, 1024)))
+    latent, context = (torch.randn(shape, generator=generator).to(device()) for shape in ((1, 16, size, size), (1, 32, 1024)))
     comfy.model_management.load_models_gpu([patcher])
     with torch.no_grad():
         return patcher.model.apply_model(latent, torch.tensor([0.5], device=device()), c_crossattn=context) - latent

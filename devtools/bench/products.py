@@ -3,7 +3,7 @@ import importlib.util
 
 import gguf
 import torch
-from featherweight.ops import kernels, product
+from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.tensor import packed_tensors
 
@@ -14,7 +14,7 @@ LORA_CASES = {"2 of rank 16": (2, 16), "4 of rank 32": (4, 32)}
 
 def bench_shapes(options):
     """The product with a packed weight against `F.linear` with a dense one, in bfloat16 and in float32, for each layer shape
-    N x K and M rows of input."""
+    N x K and M rows of input. int8: with `compute` int8, for as many rows as it takes."""
     dtypes = [torch.bfloat16, torch.float32] if has_bfloat16() else [torch.float32]
     for shape in options.sizes.shapes:
         dense = {dtype: torch.randn(shape, dtype=dtype, device=device()) for dtype in dtypes}
@@ -26,10 +26,17 @@ def bench_shapes(options):
                 variants[dtype, "dense"] = lambda rows=rows, dtype=dtype: torch.nn.functional.linear(rows, dense[dtype])
                 for name, weight in packed.items():
                     variants[dtype, name] = lambda rows=rows, weight=weight: product.linear(rows, weight)
+                    if in_int8(count):
+                        variants[dtype, f"{name} int8"] = lambda rows=rows, weight=weight: int8.linear(rows, weight)
             times = side_by_side(variants, options.rounds)
             for dtype in dtypes:
                 row = {name: taken for (of, name), taken in times.items() if of == dtype}
                 yield f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, M = {count}", row
+
+
+def in_int8(tokens: int) -> bool:
+    """Whether this many rows of input are multiplied in whole numbers, if there is a kernel."""
+    return int8.multiplies_integers(device()) and tokens >= int8.MIN_TOKENS[device().type]
 
 
 def bench_unpack(options):

@@ -34,6 +34,8 @@ def quantity(name: str, value) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value / 1e6:.1f} MB"
+    if name.endswith("dB"):
+        return f"{value:.1f}"
     return f"{value:.1f} s" if name.endswith("seconds") else f"{value:.4f}"
 
 
