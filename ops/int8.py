@@ -15,7 +15,7 @@ from .tensor import QuantizedTensor, packed_tensors
 
 # With fewer rows of the input the exact product is as fast, since most of the time goes into the weight; CUDA's integer product
 # takes no fewer. Without a kernel for the weight's codes torch makes them, in many passes. CUDA's numbers are estimates.
-MIN_TOKENS = {"cpu": 64, "cuda": 17}
+MIN_TOKENS = {"cpu": 128, "cuda": 17}
 MIN_TOKENS_WITHOUT_KERNEL = {"cpu": 512, "cuda": 4096}
 ROW_MULTIPLE = 8  # CUDA's product takes multiples of this as N
 # Sums of more products of codes could leave int32.

@@ -41,7 +41,7 @@ class Sizes:
 
 
 ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
-QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 64), weight=(256, 512), hidden=256, context=1024,
+QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256, context=1024,
               model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512)
 
 

@@ -168,8 +168,8 @@ def bench_lora_error(options):
 
 
 def bench_int8_error(options):
-    """What `compute` int8 loses, as signal to noise. Of products: int8 against the exact product of the same packed weight, with
-    inputs of a normal distribution, and with such as have a column in 384 that is 50 times as large; beside it the exact
+    """What `compute` int8 loses, as signal to noise. Of products: int8 against the exact product of the same packed weight,
+    with inputs of a normal distribution, and with such as have a column in 384 that is 50 times as large; beside it the exact
     product against that of the weight before it was packed, for formats that can be packed here. Of a step of a small Flux:
     exact and int8 against the unquantised model."""
     if not int8.multiplies_integers(device()):

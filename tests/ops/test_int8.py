@@ -27,7 +27,8 @@ def few_tokens_are_enough(monkeypatch):
     """Without a kernel too. The codes here are torch's; kernels have tests of their own."""
     monkeypatch.setenv(kernels.VARIABLE, "torch")
     monkeypatch.setattr(kernels, "_choices", {})
-    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", dict(int8.MIN_TOKENS))
+    monkeypatch.setattr(int8, "MIN_TOKENS", {"cpu": TOKENS})
+    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", {"cpu": TOKENS})
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -116,6 +117,13 @@ def test_rows_are_coded_from_any_block_on_and_in_chunks(monkeypatch):
 
 def test_rows_of_zeros_have_codes_of_zero():
     assert not encoded(torch.zeros(2, 256)).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_have_no_scale(value):
+    values, scales = torch.tensor([[1.0, value], [1.0, 2.0]]), torch.empty(2)
+    int8_codes.quantise_into(values, torch.empty((2, 2), dtype=torch.int8), scales)
+    assert scales.isnan().tolist() == [True, False]
 
 
 # --- the product ---
@@ -234,7 +242,7 @@ def test_elsewhere_the_product_is_exact(case, monkeypatch):
     elif case == "rows":
         rows -= 4
     elif case == "tokens":
-        tokens = int8.MIN_TOKENS["cpu"] - 1
+        tokens -= 1
     elif case == "tokens without a kernel":
         monkeypatch.setitem(int8.MIN_TOKENS_WITHOUT_KERNEL, "cpu", TOKENS + 1)
     elif case == "device":
