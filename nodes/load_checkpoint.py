@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.folders import embedding_folders, find_file, list_files, list_packages
-from .load_diffusion_model import disable_dynamic_vram_input
+from .load_diffusion_model import compute_input, disable_dynamic_vram_input
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
@@ -24,10 +24,7 @@ class LoadCheckpoint(io.ComfyNode):
                                display_name="checkpoint",
                                tooltip="A file in models/checkpoints, or a package of diffusers (a folder with transformer,"
                                        " text_encoder, vae …) there or in models/diffusers."),
-                io.Combo.Input("compute", options=["exact", "int8"], default="exact", optional=True,
-                               tooltip="exact: the float product of the unpacked weights. int8: a faster, rougher product in"
-                                       " whole numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with VNNI; it"
-                                       " adds an error of about 1.5 % in each layer. Elsewhere the same as exact."),
+                compute_input(),
                 disable_dynamic_vram_input(),
             ],
             outputs=[

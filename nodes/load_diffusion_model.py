@@ -7,6 +7,13 @@ from ..loaders.folders import find_file, list_files, list_model_folders
 FOLDERS = ("unet_gguf", "diffusion_models")
 
 
+def compute_input():
+    return io.Combo.Input("compute", options=["exact", "int8"], default="exact", optional=True,
+                          tooltip="exact: the float product of the unpacked weights. int8: a faster, rougher product in whole"
+                                  " numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with VNNI; it adds an"
+                                  " error of about 1.5 % in each layer. Elsewhere the same as exact.")
+
+
 def disable_dynamic_vram_input():
     return io.Boolean.Input("disable_dynamic_vram", default=False, optional=True, advanced=True,
                             display_name="disable dynamic VRAM",
@@ -31,10 +38,7 @@ class LoadDiffusionModel(io.ComfyNode):
                                display_name="model",
                                tooltip="A file in models/diffusion_models or models/unet, or a folder there that diffusers"
                                        " saved (…/transformer)."),
-                io.Combo.Input("compute", options=["exact", "int8"], default="exact", optional=True,
-                               tooltip="exact: the float product of the unpacked weights. int8: a faster, rougher product in"
-                                       " whole numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with VNNI; it"
-                                       " adds an error of about 1.5 % in each layer. Elsewhere the same as exact."),
+                compute_input(),
                 disable_dynamic_vram_input(),
             ],
             outputs=[io.Model.Output()],

@@ -4,8 +4,11 @@ import logging
 import folder_paths
 import pytest
 import torch
+from devtools import tiny_models
 from devtools.bench.measure import snr
+from devtools.gguf_files import write_gguf
 from featherweight.loaders import diffusion, folders
+from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
 from featherweight.ops import int8
@@ -77,6 +80,14 @@ def test_copies_and_models_built_again_compute_alike(name, node):
     for copy in (patcher, patcher.clone(), patcher.clone(force_deepcopy=True), build(*arguments, disable_dynamic=True)):
         assert computes(copy) == {"int8"}
     assert computes(node.execute(name)[0]) == {"exact"}
+
+
+def test_the_model_of_a_whole_checkpoint_computes_so(tmp_path):
+    tensors = {f"model.diffusion_model.{name}": values for name, values in tiny_models.flux(double_blocks=1).items()}
+    write_gguf(tmp_path / "checkpoint.gguf", tensors, lambda name, values: "Q8_0")
+    for compute in ("exact", "int8"):
+        model, _, _ = load_checkpoint(str(tmp_path / "checkpoint.gguf"), compute=compute)
+        assert computes(model) == {compute}
 
 
 @pytest.mark.parametrize("node", NODES)
