@@ -4,6 +4,8 @@ import io
 
 import numpy as np
 import pytest
+import torch
+from featherweight.ops import int8
 from PIL import Image
 
 from devtools import demo
@@ -60,6 +62,19 @@ def test_demo_workflow_makes_a_picture(server):
     images = [entry for output in server.queue(prompt).outputs.values() for entry in output.get("images", [])]
     other = np.asarray(Image.open(io.BytesIO(server.image(images[0]))), dtype=np.float32)
     assert np.abs(other - pixels).mean() > 0.1
+
+
+@pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no units for int8")
+def test_compute_int8_changes_the_picture_a_little(server):
+    run, prompt = demo.run_workflow(server)
+    loader = next(node for node in prompt.values() if node["class_type"] == demo.LOADER)
+    assert loader["inputs"]["compute"] == "exact"
+    loader["inputs"]["compute"] = "int8"
+    pictures = []
+    for run in (run, server.queue(prompt)):
+        entry = next(output["images"][0] for output in run.outputs.values() if "images" in output)
+        pictures.append(np.asarray(Image.open(io.BytesIO(server.image(entry))), dtype=np.float32))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 3
 
 
 def test_a_model_unloaded_by_hand_is_used_again(server):
