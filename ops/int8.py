@@ -48,7 +48,7 @@ def _has_vnni() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # before torch 2.11 or so
+    return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # in older versions of torch
 
 
 def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype: torch.dtype | None, tokens: int, rows: int,
