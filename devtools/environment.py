@@ -249,4 +249,9 @@ def bench(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.bench", *arguments)
 
 
-COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench}
+def sizes(arguments: list[str]) -> int:
+    """Count what popular models take in each format."""
+    return prepare().run("-m", "devtools.sizes", *arguments)
+
+
+COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "sizes": sizes}
