@@ -17,8 +17,8 @@ class LoadCheckpoint(io.ComfyNode):
             category="Featherweight",
             description="Loads model, text encoder and VAE from one bitsandbytes (NF4, FP4, int8) or GGUF file and keeps packed"
                         " weights packed in memory. Other checkpoints load as with ComfyUI's own loader.",
-            search_aliases=["checkpoint", "load checkpoint", "checkpoint loader", "ckpt", "nf4", "fp4", "bitsandbytes", "bnb",
-                            "gguf", "quantized", "quantised"],
+            search_aliases=["checkpoint", "load checkpoint", "checkpoint loader", "ckpt", "nf4", "fp4", "int8", "bitsandbytes",
+                            "bnb", "gguf", "quantized", "quantised"],
             inputs=[
                 io.Combo.Input("checkpoint_name", options=[*list_files(*FOLDERS), *list_packages(*FOLDERS)],
                                display_name="checkpoint",

@@ -31,8 +31,8 @@ class LoadDiffusionModel(io.ComfyNode):
             category="Featherweight",
             description="Loads a GGUF or bitsandbytes (NF4, FP4, int8) diffusion model and keeps its weights packed in memory."
                         " Any model ComfyUI knows. Other files load as with ComfyUI's own loader.",
-            search_aliases=["gguf", "unet", "unet loader", "load gguf", "nf4", "fp4", "bitsandbytes", "bnb", "quantized",
-                            "quantised"],
+            search_aliases=["gguf", "unet", "unet loader", "load gguf", "nf4", "fp4", "int8", "bitsandbytes", "bnb",
+                            "quantized", "quantised"],
             inputs=[
                 io.Combo.Input("model_name", options=[*list_files(*FOLDERS), *list_model_folders(*FOLDERS)],
                                display_name="model",

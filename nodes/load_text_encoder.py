@@ -35,7 +35,7 @@ class LoadTextEncoder(io.ComfyNode):
             description="Loads one to four text encoders from GGUF, bitsandbytes (NF4, FP4, int8) and safetensors files in any"
                         " mix, and keeps packed weights packed in memory.",
             search_aliases=["clip", "clip loader", "load clip", "dual clip loader", "gguf", "clip gguf", "t5", "text encoder",
-                            "nf4", "fp4", "bitsandbytes", "mmproj", "quantized", "quantised"],
+                            "nf4", "fp4", "int8", "bitsandbytes", "bnb", "mmproj", "quantized", "quantised"],
             inputs=[
                 io.Combo.Input("text_encoder_1", options=encoders, display_name="text encoder",
                                tooltip="A file in models/text_encoders or models/clip, or a folder there that transformers"

@@ -1,0 +1,78 @@
+"""Help pages and docs: there in each language, about the inputs there are, quoting messages that the code has."""
+import ast
+import re
+
+import pytest
+from pack_nodes import node_list
+
+from devtools.server import ROOT
+
+NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
+DOCS = ROOT / "nodes" / "web" / "docs"
+# What the frontend asks for first is the page of its own language; the first of these it takes for all others.
+LANGUAGES = {"en": "{}.md", "ja": "{}/ja.md", "ko": "{}/ko.md", "de": "{}/de.md"}
+PAGES = {f"{node_id}-{language}": (node_id, DOCS / path.format(node_id))
+         for node_id in NODES for language, path in LANGUAGES.items()}
+MESSAGE = ("message", "メッセージ", "메시지", "Meldung")
+each_page = pytest.mark.parametrize("page", PAGES)
+
+
+def first_cells(text: str) -> list[str]:
+    return [line[2:].split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+
+
+@each_page
+def test_every_node_has_a_page_in_each_language_that_names_all_inputs(page):
+    node_id, path = PAGES[page]
+    text, schema = path.read_text(encoding="utf-8"), NODES[node_id].GET_SCHEMA()
+    assert text.startswith(f"# {schema.display_name}\n")
+    named = {name for cell in first_cells(text) for name in cell.split(", ")}
+    assert named >= {input.display_name or input.id for input in schema.inputs}
+
+
+@each_page
+def test_translations_have_the_same_headings_pictures_and_tables(page):
+    node_id, path = PAGES[page]
+    english = (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    for pattern in (r"^#+ ", r"\]\(.*\)", r"^\|", r"^```"):
+        assert len(re.findall(pattern, text, re.M)) == len(re.findall(pattern, english, re.M)), pattern
+
+
+@each_page
+def test_pictures_of_a_page_are_there(page):
+    for picture in re.findall(r"\]\((.*?)\)", PAGES[page][1].read_text(encoding="utf-8")):
+        assert (DOCS / picture).is_file()  # the frontend looks for them in the folder of the English pages
+
+
+def test_every_page_belongs_to_a_node():
+    assert set(DOCS.rglob("*.md")) == {path for _, path in PAGES.values()}
+
+
+def messages_in_code() -> list[str]:
+    """Every string of the pack, with a mark where a value is put in."""
+    texts = []
+    for folder in ("nodes", "loaders", "ops"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(node.value)
+    return texts
+
+
+MESSAGES = messages_in_code()
+
+
+def quoted_messages(text: str) -> list[str]:
+    """First cells of tables under "message", an ellipsis where a value is put in. Cells without one describe, not quote."""
+    tables = re.findall(rf"^\| (?:{'|'.join(MESSAGE)}) \|.*\n\|---.*\n((?:\|.*(?:\n|$))*)", text, re.M)
+    return [cell for table in tables for cell in first_cells(table) if "…" in cell]
+
+
+@pytest.mark.parametrize("path", [path for _, path in PAGES.values()], ids=PAGES)
+def test_messages_a_page_quotes_are_in_the_code(path):
+    for message in quoted_messages(path.read_text(encoding="utf-8")):
+        pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
+        assert any(re.search(pattern, text, re.S) for text in MESSAGES), message
