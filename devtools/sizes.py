@@ -1,7 +1,7 @@
 """python3 dev.py sizes: how many bytes popular models take in each format, and which format fits which GPU.
 
 Nothing is downloaded: the host's own classes are built on torch's meta device, and the shapes of their tensors counted by
-the rules that quantised files follow. Prints the tables of docs/choosing.md.
+the rules that quantised files follow. Prints the tables of docs/choosing.md, with the accuracy of formats beside.
 """
 import functools
 import json
@@ -22,12 +22,15 @@ import torch
 from featherweight.ops import formats  # noqa: F401  registers every format
 from featherweight.ops.format import FORMATS
 
+from devtools import bnb_files, gguf_files
+
 GB, GIB = 1e9, 2 ** 30
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
 COLUMNS = (*DENSE, *PACKED)
 # What llama.cpp takes instead where blocks of 256 do not divide a row, and then where blocks of 32 do not.
 FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
+RANK = 32  # of the LoRA whose size is counted
 CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
 SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
 
@@ -184,6 +187,12 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], column: str, is_encoder: bo
     return values * 2
 
 
+def lora_bytes(shapes: Shapes) -> int:
+    """A LoRA of rank `RANK` on every matrix of the blocks, in 16 bits."""
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and re.search(r"\.\d+\.", name)]
+    return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
+
+
 def gpu_bytes(model: Model, column: str) -> float:
     """Memory of a GPU that holds the whole model and runs a step of it."""
     shapes = model.shapes()
@@ -204,14 +213,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def sizes_table() -> str:
-    """Gigabytes (10⁹ bytes) of each model in each format."""
+    """Gigabytes (10⁹ bytes) of each model in each format, and of a LoRA for it."""
     rows = []
     for model in MODELS:
         shapes = model.shapes()
         parameters = sum(map(math.prod, shapes.values())) / 1e9
         sizes = [f"{bytes_of(shapes, column, model.encoder) / GB:.1f}" for column in COLUMNS]
-        rows.append([model.name, f"{parameters:.1f}", *sizes])
-    return table(["GB", "10⁹ parameters", *COLUMNS], rows)
+        rows.append([model.name, f"{parameters:.1f}", *sizes, "" if model.encoder else f"{lora_bytes(shapes) / GB:.2f}"])
+    return table(["GB", "10⁹ parameters", *COLUMNS, f"LoRA, rank {RANK}"], rows)
 
 
 def cards_table() -> str:
@@ -221,6 +230,23 @@ def cards_table() -> str:
     return table(["model", "for", "work, GiB", *[f"{card} GB" for card in CARDS]], rows)
 
 
+def accuracy_table() -> str:
+    """Signal to noise, in dB, of normally distributed weights after packing, for the formats that can be packed here."""
+    weights = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(0))
+    values = {"Q8_0": gguf_values(weights, "Q8_0"), "FP8": weights.to(torch.float8_e4m3fn).float(),
+              "Q5_0": gguf_values(weights, "Q5_0"), "Q4_0": gguf_values(weights, "Q4_0"),
+              "NF4": bnb_files.quantised(weights, "nf4")[1], "FP4": bnb_files.quantised(weights, "fp4")[1]}
+    noise = {name: 10 * math.log10(weights.square().sum() / (got - weights).square().sum()) for name, got in values.items()}
+    return table(["", *values], [["dB", *[f"{decibels:.1f}" for decibels in noise.values()]]])
+
+
+def gguf_values(weights: torch.Tensor, format_name: str) -> torch.Tensor:
+    packed = torch.from_numpy(gguf_files.pack(weights.numpy(), format_name))
+    return FORMATS[format_name].unpack_into([packed], torch.empty_like(weights))
+
+
+TABLES = (sizes_table, cards_table, accuracy_table)
+
 if __name__ == "__main__":
-    print(sizes_table())
-    print(cards_table())
+    for make in TABLES:
+        print(make())

@@ -5,6 +5,7 @@ import re
 import pytest
 from pack_nodes import node_list
 
+from devtools import sizes
 from devtools.server import ROOT
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
@@ -71,8 +72,35 @@ def quoted_messages(text: str) -> list[str]:
     return [cell for table in tables for cell in first_cells(table) if "…" in cell]
 
 
-@pytest.mark.parametrize("path", [path for _, path in PAGES.values()], ids=PAGES)
-def test_messages_a_page_quotes_are_in_the_code(path):
-    for message in quoted_messages(path.read_text(encoding="utf-8")):
-        pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
-        assert any(re.search(pattern, text, re.S) for text in MESSAGES), message
+def missing_in_code(text: str) -> list[str]:
+    patterns = {message: ".*".join(re.escape(part.strip()) for part in message.split("…"))
+                for message in quoted_messages(text)}
+    return [message for message, pattern in patterns.items()
+            if not any(re.search(pattern, known, re.S) for known in MESSAGES)]
+
+
+@each_page
+def test_messages_a_page_quotes_are_in_the_code(page):
+    assert not missing_in_code(PAGES[page][1].read_text(encoding="utf-8"))
+
+
+def test_messages_that_the_troubleshooting_page_calls_ours_are_in_the_code():
+    ours, _ = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split("## Messages of ComfyUI and torch")
+    assert len(quoted_messages(ours)) > 20
+    assert not missing_in_code(ours)
+
+
+@pytest.mark.parametrize("make", sizes.TABLES, ids=lambda make: make.__name__)
+def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
+    assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")],
+                         ids=lambda path: path.name)
+def test_links_within_the_repository_lead_somewhere(path):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings], link

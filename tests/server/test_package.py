@@ -1,0 +1,28 @@
+"""The package of the registry in the real host, under the folder name that it gets there."""
+import shutil
+
+import pytest
+
+from devtools.package import packed_files
+from devtools.server import ROOT, Server
+
+if not (ROOT / ".git").exists() or not shutil.which("git"):
+    pytest.skip("needs git and its checkout", allow_module_level=True)
+FOLDER = "featherweight"  # the project's name
+
+
+def test_the_unpacked_package_gives_every_node_its_help_and_the_templates(tmp_path, server):
+    for path in packed_files():
+        target = tmp_path / "custom_nodes" / FOLDER / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, target)
+    with Server(tmp_path, with_pack=False) as packed:
+        assert "IMPORT FAILED" not in packed.log()
+        info = packed.object_info()
+        nodes = {name for name, node in info.items() if node["python_module"] == f"custom_nodes.{FOLDER}"}
+        assert nodes == {name for name, node in server.object_info().items()
+                         if node["python_module"].startswith("custom_nodes.") and node["category"].startswith("Featherweight")}
+        for node in nodes:
+            for page in (f"{node}.md", f"{node}/ja.md"):
+                assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
+        assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]

@@ -1,0 +1,59 @@
+"""What the registry gets: `comfy node pack` takes the files that git tracks, but for those that .comfyignore names."""
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from devtools.package import packed_files
+from devtools.server import ROOT
+
+tomllib = pytest.importorskip("tomllib")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and its checkout")
+
+
+def tracked(*paths: str) -> set[str]:
+    return set(subprocess.run(["git", "ls-files", "-z", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+               .stdout.split("\0")) - {""}
+
+
+@in_a_checkout
+def test_the_package_holds_all_that_the_pack_is_made_of():
+    needed = tracked("nodes", "loaders", "ops", "example_workflows") | {
+        "__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"}
+    assert needed <= set(packed_files())
+    assert {"ops/kernels/source/weight.h", "nodes/web/docs/FeatherweightLoadDiffusionModel/ja.md"} <= needed
+
+
+@in_a_checkout
+def test_the_package_holds_nothing_of_the_developers():
+    folders = {"nodes", "loaders", "ops", "example_workflows", "docs"}
+    files = {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"}
+    assert {path.partition("/")[0] for path in packed_files()} == folders | files
+    suffixes = (".gguf", ".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
+    assert not [path for path in packed_files() if path.endswith(suffixes)]
+    assert sum((ROOT / path).stat().st_size for path in packed_files()) < 3_000_000
+
+
+def test_the_version_is_semantic_and_heads_the_changelog():
+    version = PROJECT["project"]["version"]
+    assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)", version)
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == version
+
+
+def test_readme_and_project_file_name_the_same_oldest_comfyui():
+    oldest = re.fullmatch(r">=(\d+)\.(\d+)\.0", PROJECT["tool"]["comfy"]["requires-comfyui"])
+    assert re.findall(r"ComfyUI (\d+\.\d+)\s+or\s+newer", README) == [f"{oldest[1]}.{oldest[2]}"]
+
+
+def test_addresses_are_those_of_one_repository():
+    repository = PROJECT["project"]["urls"]["Repository"]
+    assert f"git clone {repository}\n" in README
+    assert all(address.startswith(repository) for address in PROJECT["project"]["urls"].values())
+    raw = repository.replace("https://github.com", "https://raw.githubusercontent.com") + "/main/"
+    for key in ("Icon", "Banner"):
+        address = PROJECT["tool"]["comfy"][key]
+        assert address.startswith(raw) and (ROOT / address.removeprefix(raw)).is_file()
