@@ -67,6 +67,7 @@ def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, p
             needed = build().memory_required(latent)
         return max(0.8 * GIB, needed) + 0.4 * GIB  # the least ComfyUI leaves free, and what it leaves to the system
 
+    @functools.cache
     def shapes() -> Shapes:
         return shapes_of(build().diffusion_model)
 
@@ -76,6 +77,7 @@ def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, p
 def encoder(name: str, build: Callable, config: dict | None = None) -> Model:
     """build: the host's class."""
 
+    @functools.cache
     def shapes() -> Shapes:
         module = build(config or {}, torch.bfloat16, "meta", comfy.ops.disable_weight_init)
         return {name: shape for name, shape in shapes_of(module).items()
