@@ -22,7 +22,7 @@ import torch
 from featherweight.ops import formats  # noqa: F401  registers every format
 from featherweight.ops.format import FORMATS
 
-from devtools import bnb_files, gguf_files
+from devtools import gguf_files
 
 GB, GIB = 1e9, 2 ** 30
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
@@ -234,6 +234,8 @@ def cards_table() -> str:
 
 def accuracy_table() -> str:
     """Signal to noise, in dB, of normally distributed weights after packing, for the formats that can be packed here."""
+    from devtools import bnb_files  # needs bitsandbytes, which some systems do not have
+
     weights = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(0))
     values = {"Q8_0": gguf_values(weights, "Q8_0"), "FP8": weights.to(torch.float8_e4m3fn).float(),
               "Q5_0": gguf_values(weights, "Q5_0"), "Q4_0": gguf_values(weights, "Q4_0"),
