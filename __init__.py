@@ -13,8 +13,8 @@ def _numbers(version: str) -> list[int]:
 
 
 if _numbers(host_version) < _numbers(OLDEST_HOST):
-    logging.error("[Featherweight] This is ComfyUI %s and Featherweight needs %s or newer: update ComfyUI. None of its nodes are"
-                  " there until then.", host_version, OLDEST_HOST)
+    logging.error("[Featherweight] This is ComfyUI %s and Featherweight needs %s or newer: update ComfyUI. Until then"
+                  " none of its nodes are there.", host_version, OLDEST_HOST)
     NODE_CLASS_MAPPINGS = {}  # with it the host asks for no nodes in the way below
 
 

@@ -14,6 +14,7 @@ from ..ops.tensor import is_packed
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusion import fix_keys, is_ours, keep_choice, model_of, operations_for, refuse_other_kinds, report, text_metadata
 from .diffusers_names import in_the_hosts_names
+from .progress import Progress
 from .text_encoder import load_text_encoder
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,10 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     model = clip = vae = None
     if outputs["output_model"]:
         file = open_weights(models[0])
-        model = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic)
+        progress = Progress(stages=2)
+        state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.each)))
+        model = model_of(file, state_dict, disable_dynamic=disable_dynamic)
+        progress.stage()
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
@@ -104,10 +108,14 @@ def _clip_type(path: str) -> str:
 def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool):
     file = open_weights(path)
     refuse_other_kinds(file)
-    state_dict = fix_keys(file.state_dict())
+    progress = Progress(stages=2)
+    state_dict = fix_keys(file.state_dict(progress.each))
     if is_checkpoint(state_dict):
-        return _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
-    return model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic), None, _no_vae()
+        parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic)
+    else:
+        parts = model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic), None, _no_vae()
+    progress.stage()
+    return parts
 
 
 def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import find_file, list_files, list_model_folders
+from .shown import NEEDED, loaded
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 
@@ -35,6 +36,7 @@ class LoadDiffusionModel(io.ComfyNode):
                                tooltip="exact: the float product of the unpacked weights."),
                 disable_dynamic_vram_input(),
             ],
+            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -45,4 +47,4 @@ class LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, compute="exact", disable_dynamic_vram=False) -> io.NodeOutput:
         path = find_file(model_name, *FOLDERS)
-        return io.NodeOutput(load_diffusion_model(path, disable_dynamic=disable_dynamic_vram))
+        return loaded(cls, model=load_diffusion_model(path, disable_dynamic=disable_dynamic_vram))
