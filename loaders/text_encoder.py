@@ -20,6 +20,7 @@ from .arch import SENTENCEPIECE, Weights, arch_of, without_prefix
 from .container import WeightFile, WeightFileError, open_weights
 from .diffusion import is_ours, keep_choice, operations_for
 from .encoder_kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
+from .progress import Progress
 from .towers import missing_towers_left_out
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         return clip
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
-    weights = _weights_of(paths, mmproj)
+    progress = Progress(stages=len(paths) + 2)  # each is read, all are put in order, the host builds
+    weights = _weights_of(paths, mmproj, progress)
     _check(paths, weights, clip_type)
     if clip_type == "ltxv":
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
@@ -58,6 +60,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
+    progress.stage()
     adopt(clip.patcher)
     del model_options["custom_operations"]
     clip.patcher.cached_patcher_init = (_patcher, (paths, clip_type, embedding_directory, mmproj, model_options))
@@ -70,9 +73,9 @@ def _patcher(*arguments, disable_dynamic: bool = False) -> comfy.model_patcher.M
     return load_text_encoder(*arguments, disable_dynamic=disable_dynamic).patcher
 
 
-def _weights_of(paths: list[str], mmproj: str | None) -> list[Weights]:
+def _weights_of(paths: list[str], mmproj: str | None, progress: Progress) -> list[Weights]:
     """The state dict of each file under the host's names. The mmproj file goes to the encoder that has a place for it."""
-    files = [_Encoder(path) for path in paths]
+    files = [_Encoder(path, progress) for path in paths]
     if mmproj not in (AUTO, None):
         vision = open_weights(mmproj)
         for file in files:
@@ -84,21 +87,22 @@ def _weights_of(paths: list[str], mmproj: str | None) -> list[Weights]:
     elif mmproj == AUTO:
         for file in files:
             file.find_vision()
-    return [file.in_the_hosts_names() for file in files]
+    return [file.in_the_hosts_names() for file in progress.each(files)]
 
 
 class _Encoder:
     """One file on its way from names and bytes to the host's names."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, progress: Progress):
         self.path, self.name = Path(path), os.path.basename(path)
         self.arch = None
         if not is_ours(path):
             weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
             self.weights, self.metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
+            progress.stage()
             return
         file = open_weights(path)
-        self.weights, self.metadata = without_prefix(file.state_dict()), file.metadata
+        self.weights, self.metadata = without_prefix(file.state_dict(progress.each)), file.metadata
         self.arch = arch_of(self.weights)
         if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
             raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder. Pick that"

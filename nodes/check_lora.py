@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 from ..loaders.folders import find_file, list_files
 from ..loaders.lora import check_lora, load_lora_file, report_text
 from ..loaders.lora.picture import report_picture
+from .shown import NEEDED, show_text
 
 FOLDERS = ("loras", "loras_gguf")
 
@@ -21,7 +22,7 @@ class CheckLora(io.ComfyNode):
                         " model it looks made for, its kind and rank, and how much it changes each block.",
             search_aliases=["lora", "lora check", "check lora", "lora info", "lora report", "lora compatibility"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=NEEDED,
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is held against. It is not changed."),
                 io.Combo.Input("lora_name", options=list_files(*FOLDERS), display_name="lora",
@@ -43,8 +44,6 @@ class CheckLora(io.ComfyNode):
         name = os.path.basename(lora_name)
         report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)))
         text, picture = report_text(report, name), report_picture(report, name)
-        if cls.hidden is not None and cls.hidden.unique_id:
-            from server import PromptServer  # only where a server runs; importing it starts half of one
-            PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # what the editor shows on the node
+        show_text(cls, text)
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(text, picture, ui=shown)

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import find_file, list_files
+from .shown import NEEDED, loaded
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 CATEGORY = "Featherweight/legacy"
@@ -26,6 +27,7 @@ class UnetLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (Featherweight).",
             inputs=[unet_name_input()],
+            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -35,7 +37,7 @@ class UnetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name) -> io.NodeOutput:
-        return io.NodeOutput(load_diffusion_model(find_file(unet_name, *FOLDERS)))
+        return loaded(cls, model=load_diffusion_model(find_file(unet_name, *FOLDERS)))
 
 
 class UnetLoaderAdvanced(io.ComfyNode):
@@ -58,6 +60,7 @@ class UnetLoaderAdvanced(io.ComfyNode):
                 io.Boolean.Input("patch_on_device", default=False, optional=True,
                                  tooltip="Kept for old workflows. ComfyUI places patches by itself."),
             ],
+            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -68,4 +71,4 @@ class UnetLoaderAdvanced(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False) -> io.NodeOutput:
         path = find_file(unet_name, *FOLDERS)
-        return io.NodeOutput(load_diffusion_model(path, DTYPES[dequant_dtype], DTYPES[patch_dtype]))
+        return loaded(cls, model=load_diffusion_model(path, DTYPES[dequant_dtype], DTYPES[patch_dtype]))

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 from ..loaders.folders import embedding_folders, find_file, list_files
 from ..loaders.text_encoder import load_text_encoder
 from .load_text_encoder import FOLDERS, encoder_types
+from .shown import NEEDED, loaded
 
 CATEGORY = "Featherweight/legacy"
 TOOLTIP = "A file in models/text_encoders or models/clip: GGUF, NF4 or any other, in any order."
@@ -17,8 +18,9 @@ def type_input(host_node: str):
     return io.Combo.Input("type", options=encoder_types(host_node), tooltip="The kind of model the text is encoded for.")
 
 
-def load(clip_type: str, *names: str) -> io.NodeOutput:
-    return io.NodeOutput(load_text_encoder([find_file(name, *FOLDERS) for name in names], clip_type, embedding_folders()))
+def load(node: type[io.ComfyNode], clip_type: str, *names: str) -> io.NodeOutput:
+    paths = [find_file(name, *FOLDERS) for name in names]
+    return loaded(node, clip=load_text_encoder(paths, clip_type, embedding_folders()))
 
 
 class CLIPLoader(io.ComfyNode):
@@ -30,6 +32,7 @@ class CLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The text encoder loader of ComfyUI-GGUF workflows. Same as Load Text Encoder (Featherweight).",
             inputs=[name_input("clip_name"), type_input("CLIPLoader")],
+            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -39,7 +42,7 @@ class CLIPLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name, type="stable_diffusion") -> io.NodeOutput:
-        return load(type, clip_name)
+        return load(cls, type, clip_name)
 
 
 class DualCLIPLoader(io.ComfyNode):
@@ -51,6 +54,7 @@ class DualCLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader for two text encoders of ComfyUI-GGUF workflows.",
             inputs=[name_input("clip_name1"), name_input("clip_name2"), type_input("DualCLIPLoader")],
+            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -60,7 +64,7 @@ class DualCLIPLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name1, clip_name2, type) -> io.NodeOutput:
-        return load(type, clip_name1, clip_name2)
+        return load(cls, type, clip_name1, clip_name2)
 
 
 class TripleCLIPLoader(io.ComfyNode):
@@ -72,6 +76,7 @@ class TripleCLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader for the three text encoders of SD3 in ComfyUI-GGUF workflows.",
             inputs=[name_input("clip_name1"), name_input("clip_name2"), name_input("clip_name3")],
+            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -81,7 +86,7 @@ class TripleCLIPLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name1, clip_name2, clip_name3) -> io.NodeOutput:
-        return load("sd3", clip_name1, clip_name2, clip_name3)
+        return load(cls, "sd3", clip_name1, clip_name2, clip_name3)
 
 
 class QuadrupleCLIPLoader(io.ComfyNode):
@@ -93,6 +98,7 @@ class QuadrupleCLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader for the four text encoders of HiDream in ComfyUI-GGUF workflows.",
             inputs=[name_input("clip_name1"), name_input("clip_name2"), name_input("clip_name3"), name_input("clip_name4")],
+            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -102,4 +108,4 @@ class QuadrupleCLIPLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name1, clip_name2, clip_name3, clip_name4) -> io.NodeOutput:
-        return load("hidream", clip_name1, clip_name2, clip_name3, clip_name4)
+        return load(cls, "hidream", clip_name1, clip_name2, clip_name3, clip_name4)

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import embedding_folders, find_file, list_files, list_model_folders
+from .shown import NEEDED, loaded
 
 CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
 MODEL_FOLDERS = ("unet_gguf", "diffusion_models")
@@ -28,6 +29,7 @@ class CheckpointLoader(io.ComfyNode):
                 io.Combo.Input("ckpt_name", options=list_files(*CHECKPOINT_FOLDERS), tooltip="A file in models/checkpoints."),
                 bnb_dtype_input(),
             ],
+            hidden=NEEDED,
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
@@ -37,7 +39,8 @@ class CheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name, bnb_dtype="default") -> io.NodeOutput:
-        return io.NodeOutput(*load_checkpoint(find_file(ckpt_name, *CHECKPOINT_FOLDERS), embedding_folders()))
+        model, clip, vae = load_checkpoint(find_file(ckpt_name, *CHECKPOINT_FOLDERS), embedding_folders())
+        return loaded(cls, model=model, clip=clip, vae=vae)
 
 
 class UnetLoader(io.ComfyNode):
@@ -54,6 +57,7 @@ class UnetLoader(io.ComfyNode):
                                tooltip="A file in models/diffusion_models or models/unet."),
                 bnb_dtype_input(),
             ],
+            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -63,4 +67,4 @@ class UnetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name, bnb_dtype="default") -> io.NodeOutput:
-        return io.NodeOutput(load_diffusion_model(find_file(unet_name, *MODEL_FOLDERS)))
+        return loaded(cls, model=load_diffusion_model(find_file(unet_name, *MODEL_FOLDERS)))

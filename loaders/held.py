@@ -1,0 +1,35 @@
+"""What a loaded model holds, in a few words for its node."""
+import collections
+
+import torch
+
+from ..ops.tensor import is_packed
+from .container import PLAIN_DTYPES
+
+PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+SHOWN_FROM = 0.01  # of all bytes; biases and norms are less
+
+
+def held_text(patcher) -> str:
+    """The formats of a model's weights, those with the most bytes first, and all bytes: 'Q4_K + F32, 6.8 GB held'.
+
+    patcher: the host's ModelPatcher of a model, text encoder or VAE.
+    """
+    sizes = collections.Counter()
+    for tensor in patcher.model.parameters():
+        sizes[_format_name(tensor)] += tensor.nbytes
+    names = [name for name, size in sizes.most_common() if size >= SHOWN_FROM * sizes.total()]
+    return f"{' + '.join(names)}, {_size_text(patcher.model_size())} held"
+
+
+def _format_name(tensor: torch.Tensor) -> str:
+    if is_packed(tensor):
+        return tensor.layout_cls.format.__name__
+    layout = getattr(tensor, "_layout_cls", None)  # a tensor in a quantised format of the host
+    if layout is not None:
+        return layout.removeprefix("TensorCore").removesuffix("Layout")
+    return PLAIN_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+
+def _size_text(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,33 @@
+"""The bar of a load on its node. The host ends a load that the user cancels at its next step."""
+from collections.abc import Collection, Iterator
+
+from comfy.utils import ProgressBar
+
+STEPS = 100  # of a stage
+
+
+class Progress:
+    """A load of several stages, shown as if they took the same time: how long the host builds a model is not known before.
+
+    Once the user has cancelled, each step raises the host's InterruptProcessingException, which is not an Exception.
+    """
+
+    def __init__(self, stages: int):
+        self._bar = ProgressBar(stages * STEPS)
+        self._over = 0
+        self._show(0)
+
+    def _show(self, part: float):
+        self._bar.update_absolute(round((self._over + part) * STEPS))
+
+    def each(self, items: Collection) -> Iterator:
+        """The items one by one, as a stage."""
+        for count, item in enumerate(items, start=1):
+            yield item
+            self._show(count / len(items))
+        self._over += 1
+
+    def stage(self):
+        """A stage is over whose steps are not known."""
+        self._over += 1
+        self._show(0)

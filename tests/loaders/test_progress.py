@@ -1,0 +1,99 @@
+"""Loading shows how far it is, ends when the user cancels it, and then leaves nothing behind."""
+import gc
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import pytest
+import torch
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.text_encoder import load_text_encoder
+
+from devtools import tiny_models
+from devtools.gguf_files import write_gguf, write_random_gguf
+
+SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
+
+
+def model_file(path):
+    write_gguf(path, tiny_models.flux(**SIZES), lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+
+
+def nf4_file(path):
+    pytest.importorskip("bitsandbytes", reason="it writes the files")
+    from devtools.bnb_files import write_bnb
+
+    tensors = {name: torch.from_numpy(value) for name, value in tiny_models.flux(**SIZES).items()}
+    write_bnb(path, tensors, prefix="model.diffusion_model.", nested=True)
+
+
+def encoder_file(path):
+    write_random_gguf(path, tiny_models.clip_l_shapes(), "Q8_0", architecture=None)
+
+
+CASES = {
+    "model.gguf": (model_file, load_diffusion_model),
+    "checkpoint.safetensors": (nf4_file, load_checkpoint),
+    "encoder.gguf": (encoder_file, lambda path: load_text_encoder([path])),
+}
+
+
+@pytest.fixture(params=CASES)
+def load(request, tmp_path):
+    """A function that loads a file of one kind; `load.path` is the file."""
+    write, loader = CASES[request.param]
+    path = tmp_path / request.param
+    write(path)
+
+    def load():
+        return loader(str(path))
+
+    load.path = path
+    return load
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the bar shows, as (value, maximum); the hook is the host's own but for the server."""
+    def hook(value, total, preview, **kwargs):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        seen.append((value, total))
+        if len(seen) == seen.cancel_after:
+            comfy.model_management.interrupt_current_processing()
+
+    class Seen(list):
+        cancel_after = None
+
+    seen = Seen()
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0)
+    yield seen
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_a_load_shows_its_way_from_nothing_to_all(load, shown):
+    load()
+    values, totals = zip(*shown)
+    assert len(set(totals)) == 1 and values[0] == 0 and values[-1] == totals[0]
+    assert list(values) == sorted(values) and len(set(values)) > 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped where Linux shows it")
+@pytest.mark.parametrize("after", ["the first step", "half", "the last but one"])
+def test_a_cancelled_load_leaves_nothing_behind(load, shown, after):
+    load()
+    steps = len(shown)
+    shown.clear()
+    shown.cancel_after = {"the first step": 1, "half": steps // 2, "the last but one": steps - 1}[after]
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        load()
+    gc.collect()
+    assert len(shown) == shown.cancel_after and not is_mapped(load.path)
+    shown.cancel_after = None
+    loaded = load()
+    assert is_mapped(load.path) and loaded

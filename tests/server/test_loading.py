@@ -1,0 +1,60 @@
+"""Loaders on the real server: a bar while they load, what they hold as a text afterwards, and an end when cancelled."""
+import re
+
+import pytest
+
+from devtools import demo, tiny_models
+from devtools.gguf_files import write_random_gguf
+from devtools.server import ServerError
+
+LOADERS = {
+    "FeatherweightLoadDiffusionModel": {"model_name": demo.MODEL_NAME},
+    "UnetLoaderGGUF": {"unet_name": demo.MODEL_NAME},
+    "UnetLoaderGGUFAdvanced": {"unet_name": demo.MODEL_NAME},
+    "UNETLoaderNF4": {"unet_name": demo.MODEL_NAME},
+    "FeatherweightLoadTextEncoder": {"text_encoder_1": demo.ENCODER_NAME, "type": "stable_diffusion"},
+    "CLIPLoaderGGUF": {"clip_name": demo.ENCODER_NAME, "type": "stable_diffusion"},
+}
+
+
+def load(server, loader, inputs, on_progress=None):
+    """Queue one loader, as node 1, and a node that only shows what came out of it."""
+    return server.queue({
+        "1": {"class_type": loader, "inputs": inputs},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }, on_progress)
+
+
+@pytest.mark.parametrize("loader, inputs", LOADERS.items())
+def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs):
+    seen = []
+    run = load(server, loader, inputs, lambda node, value, maximum: seen.append((node, value, maximum)))
+    bar = [(value, maximum) for node, value, maximum in seen if node == "1" and maximum]
+    assert bar[0][0] == 0 and bar[-1][0] == bar[-1][1] > 0
+    [text] = run.texts["1"]
+    found = re.fullmatch(r"Q8_0( \+ F(16|32))?, ([\d.]+) MB held", text)
+    held = [line for line in re.findall(r"Featherweight\] (.*) bytes held", server.log())
+            if line.startswith((demo.MODEL_NAME, demo.ENCODER_NAME)) and line.split()[0].strip(":") in inputs.values()]
+    assert float(found[3]) == pytest.approx(int(held[-1].split()[-1]) / 1e6, rel=0.01)
+
+
+def test_a_checkpoint_shows_what_each_part_holds(server):
+    pytest.importorskip("bitsandbytes", reason="it writes the file")
+    path = demo.make_checkpoint(server.base)
+    for loader, key in (("FeatherweightLoadCheckpoint", "checkpoint_name"), ("CheckpointLoaderNF4", "ckpt_name")):
+        [text] = load(server, loader, {key: path.name}).texts["1"]
+        assert re.fullmatch(r"Model: NF4[^\n]*, [\d.]+ MB held\nVAE: F\w+, [\d.]+ MB held", text)
+
+
+def test_a_load_that_is_cancelled_ends_in_the_loader_and_can_be_run_again(server):
+    path = server.base / "models" / "diffusion_models" / "many layers.gguf"
+    write_random_gguf(path, tiny_models.flux_shapes(128, 40, 80), "Q8_0")
+    inputs = {"model_name": path.name}
+
+    def cancel(node, value, maximum):
+        if node == "1" and maximum and value == 0:
+            server.post("/interrupt", {})
+
+    with pytest.raises(ServerError, match="FeatherweightLoadDiffusionModel was interrupted"):
+        load(server, "FeatherweightLoadDiffusionModel", inputs, cancel)
+    assert load(server, "FeatherweightLoadDiffusionModel", inputs).texts["1"]

@@ -1,0 +1,37 @@
+"""A ComfyUI too old for the pack: one sentence that says so, no nodes, no traceback."""
+import ast
+
+from devtools.server import HOST, PACK, ROOT, Server
+
+CONSTANTS = {node.targets[0].id: node.value.value for node in ast.parse((ROOT / "__init__.py").read_text("utf-8")).body
+             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+OLDEST = CONSTANTS["OLDEST_HOST"]
+
+
+def host_of_version(folder, version):
+    """The host under test, saying that it is of another version."""
+    folder.mkdir()
+    for path in HOST.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "comfyui_version.py").unlink()
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    return folder
+
+
+def test_an_older_host_is_told_what_the_pack_needs(tmp_path):
+    with Server(tmp_path / "base", host_of_version(tmp_path / "host", "0.9.12")) as server:
+        ours = [name for name, node in server.object_info().items() if PACK in node["python_module"]]
+        log = server.log()
+    assert not ours
+    lines = [line for line in log.splitlines() if "[Featherweight]" in line]
+    assert len(lines) == 1 and f"This is ComfyUI 0.9.12 and Featherweight needs {OLDEST} or newer: update ComfyUI." in lines[0]
+    assert "Traceback" not in log and "IMPORT FAILED" not in log
+
+
+def test_the_oldest_host_gets_the_nodes(tmp_path):
+    with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST)) as server:
+        assert any(PACK in node["python_module"] for node in server.object_info().values())
+
+
+def test_the_project_file_says_the_same():
+    assert f'requires-comfyui = ">={OLDEST}"\n' in (ROOT / "pyproject.toml").read_text("utf-8")
