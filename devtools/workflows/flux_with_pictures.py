@@ -24,7 +24,9 @@ KONTEXT_GGUF = File("diffusion_models", "QuantStack/FLUX.1-Kontext-dev-GGUF", "f
 CONTROLNET = File("controlnet", "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0", "diffusion_pytorch_model.safetensors",
                   "4.3 GB", saved_as="FLUX.1-dev-ControlNet-Union-Pro-2.0.safetensors")
 KLEIN_GGUF = File("diffusion_models", "unsloth/FLUX.2-klein-4B-GGUF", "flux-2-klein-4b-Q5_K_M.gguf", "3.1 GB")
-KLEIN_LORA = File("loras", "fal/flux-2-klein-4B-outpaint-lora", "flux-outpaint-lora.safetensors")
+KLEIN_LORA = File("loras", "fal/flux-2-klein-4B-outpaint-lora",
+                  "LyNiaZ53Tudg0J6sT8Xbx_pytorch_lora_weights_comfy_converted.safetensors",
+                  saved_as="flux-2-klein-4b-outpaint-lora.safetensors")
 FLUX2_VAE = File("vae", "Comfy-Org/flux2-dev", "split_files/vae/flux2-vae.safetensors", "0.3 GB")
 
 
