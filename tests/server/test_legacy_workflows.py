@@ -45,6 +45,7 @@ def files(server):
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(models / "diffusion_models" / demo.MODEL_NAME, folders["diffusion_models"] / "flux-Q8_0.gguf")
+    shutil.copy(models / "text_encoders" / demo.ENCODER_NAME, folders["text_encoders"] / "clip_l-Q8_0.gguf")
     fp8 = {name: torch.from_numpy(value).to(torch.float8_e4m3fn if value.ndim == 2 else torch.float16)
            for name, value in tiny_models.flux(context=768).items()}
     save_file(fp8, folders["diffusion_models"] / "flux_fp8.safetensors")
@@ -54,7 +55,7 @@ def files(server):
     generator = torch.Generator().manual_seed(0)
     encoder = {name: torch.randn(shape, generator=generator) * 0.03 + ("norm" in name and name.endswith("weight"))
                for name, shape in tiny_models.clip_l_shapes().items()}
-    save_file({name: value.half() for name, value in encoder.items()}, folders["text_encoders"] / "clip_l.safetensors")
+    save_file(encoder, folders["text_encoders"] / "clip_l.safetensors")
 
 
 @pytest.fixture(scope="module")
