@@ -1,6 +1,6 @@
 """Turns a workflow as the editor saves it (UI format, version 0.4) into what the server runs (API format)."""
 
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WIDGET_TYPES = {"INT", "FLOAT", "FLOAT,INT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 NOTES = {"Note", "MarkdownNote"}
 AFTER_GENERATE = {"fixed", "increment", "decrement", "randomize"}
 
@@ -41,8 +41,10 @@ def _widget_values(node: dict, info: dict) -> dict:
             if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput") or not values:
                 continue
             result[name] = values.pop(0)
-            # The editor adds a widget of its own after a seed.
+            # The editor adds a widget of its own after a seed, and one after a picture.
             if options.get("control_after_generate") and values and values[0] in AFTER_GENERATE:
+                values.pop(0)
+            if options.get("image_upload") and values[:1] == ["image"]:
                 values.pop(0)
     return result
 

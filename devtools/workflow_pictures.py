@@ -19,11 +19,12 @@ from pathlib import Path
 import websocket
 from PIL import Image
 
-from devtools.server import Server
+from devtools.server import HOST, Server
 from devtools.workflows import FOLDER, WORKFLOWS
+from devtools.workflows.parts import PICTURE
 
 WIDTH = 720  # pixels of a thumbnail
-WINDOW = (1700, 1400)
+WINDOW = (2700, 1800)
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
 # Opens a workflow with its groups at the given corner of the window; gives their size.
 OPEN = """(async (workflow, left, top) => {
@@ -100,12 +101,13 @@ class Browser:
 
 
 def stand_in_files(base: Path):
-    """Empty files of every name that the workflows use."""
-    for node in (node for make in WORKFLOWS for node in make().nodes):
-        for file in node.files:
-            path = base / "models" / file.folder / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+    """Empty files of every name that the workflows use, and the picture that comes with ComfyUI."""
+    for file in (file for make in WORKFLOWS for file in make().files if file.repository):
+        path = base / "models" / file.folder / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (base / "input").mkdir()
+    shutil.copy(HOST / "input" / PICTURE, base / "input")
 
 
 def main(names: list[str]):

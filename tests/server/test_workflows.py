@@ -1,26 +1,18 @@
-"""The example workflows: they fit the server's nodes, say where their files belong, and make pictures with small models."""
-import functools
-import io
+"""The example workflows fit the server's nodes and say where their files belong."""
 import json
 
-import comfy.utils
-import numpy as np
 import pytest
-import torch
-from families import FAMILIES, random_weights
 from PIL import Image
-from safetensors.torch import save_file
 
-from devtools import demo, tiny_models
-from devtools.gguf_files import write_gguf
 from devtools.server import ROOT
-from devtools.workflow import AFTER_GENERATE, NOTES, WIDGET_TYPES, to_api
-from devtools.workflows import WORKFLOWS, as_ui
+from devtools.workflow import AFTER_GENERATE, NOTES, WIDGET_TYPES
+from devtools.workflows import WORKFLOWS
+from devtools.workflows.editor import as_ui
+from devtools.workflows.parts import PICTURE
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
-DEMOS = [path for path in EXAMPLES if path.stem.startswith("Featherweight demo")]  # other tests of this folder run them
+DEMOS = [path for path in EXAMPLES if path.stem.startswith("Featherweight demo")]
 SOURCE = "https://huggingface.co/"
-SIZES = {"hidden": 256, "double_blocks": 1, "single_blocks": 1, "context": 1024}  # 1024: what LotusConditioning gives
 
 
 def each(paths):
@@ -55,12 +47,20 @@ def widget_values(node, info) -> dict[str, object]:
             found[name] = values.pop(0)
             if options.get("control_after_generate"):
                 assert values.pop(0) in AFTER_GENERATE
+            if options.get("image_upload"):
+                assert values.pop(0) == "image"
     assert not values, f"{node['type']} has values of no widget"
     return found
 
 
 def is_file(value) -> bool:
     return isinstance(value, str) and (value.endswith((".safetensors", ".gguf")) or "/" in value)
+
+
+def choices(kind, options) -> list:
+    """What a combo offers. One whose other inputs depend on the choice has a key for each."""
+    offered = kind if isinstance(kind, list) else options["options"]
+    return [choice["key"] if isinstance(choice, dict) else choice for choice in offered]
 
 
 def note_of(workflow) -> str:
@@ -118,9 +118,10 @@ def test_widgets_hold_values_that_the_server_takes(path, object_info):
         inputs = schema_inputs(object_info[node["type"]])
         for name, value in widget_values(node, object_info[node["type"]]).items():
             kind, options = inputs[name]
-            if isinstance(kind, list) or kind == "COMBO":
-                assert value in (kind if isinstance(kind, list) else options["options"]) or is_file(value), (node["type"], name)
-            elif kind in ("INT", "FLOAT"):
+            if isinstance(kind, list) or "COMBO" in kind:
+                given_by_the_user = is_file(value) or value == PICTURE
+                assert given_by_the_user or value in choices(kind, options), (node["type"], name)
+            elif kind in ("INT", "FLOAT", "FLOAT,INT"):
                 assert isinstance(value, int if kind == "INT" else (int, float)) and not isinstance(value, bool)
                 assert options.get("min", value) <= value <= options.get("max", value), (node["type"], name)
             else:
@@ -154,121 +155,3 @@ def test_workflows_are_what_their_description_gives(object_info):
     for name, workflow in written.items():
         path = ROOT / "example_workflows" / f"{name}.json"
         assert workflow == read(path), "run `python -m devtools.workflows`"
-
-
-# Small models in place of the files that the workflows name.
-
-@functools.cache
-def flux() -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in tiny_models.flux(**SIZES).items()}
-
-
-def autoencoder(channels: int = tiny_models.LATENT_CHANNELS) -> dict[str, torch.Tensor]:
-    values = {name: torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
-    for name, axis in {"taesd_decoder.1.weight": 1, "taesd_encoder.14.weight": 0, "taesd_encoder.14.bias": 0}.items():
-        values[name] = values[name].narrow(axis, 0, channels).contiguous()
-    return values
-
-
-def write_nf4(path, weights=None, keep=None):
-    from devtools.bnb_files import write_bnb  # takes the bitsandbytes package
-    write_bnb(path, weights or flux(), keep=keep)
-
-
-def write_nf4_checkpoint(path):
-    weights = {f"model.diffusion_model.{name}": value for name, value in flux().items()}
-    vae = {f"vae.{name}": value for name, value in autoencoder().items()}
-    write_nf4(path, weights | vae, keep=lambda name, value: value.ndim != 2 or name.startswith("vae."))
-
-
-def write_nf4_folder(path):
-    """As diffusers saves a model: its own names, with q, k and v apart, and a config."""
-    names = comfy.utils.flux_to_diffusers({"depth": SIZES["double_blocks"], "depth_single_blocks": SIZES["single_blocks"],
-                                           "hidden_size": SIZES["hidden"]})
-    source = {name.replace("_norm.scale", "_norm.weight"): value for name, value in flux().items()}  # the table's spelling
-    weights, done = {}, set()
-    for name, target in names.items():
-        layer, part, swap = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
-        if layer in source and (layer, part) not in done:  # the host knows two names of some layers
-            done.add((layer, part))
-            value = source[layer] if part is None else source[layer].narrow(*part)
-            weights[name] = (swap(value) if swap else value).contiguous()
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "quantization_config": {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}))
-    write_nf4(path / "diffusion_pytorch_model.safetensors", weights)
-
-
-def write_flux_gguf(path):
-    write_gguf(path, flux(), lambda name, values: "Q4_K" if values.ndim == 2 else "F32")
-
-
-def write_stable_diffusion_gguf(path):
-    """As stable-diffusion.cpp: matrices packed, everything else in F16, nothing said about the architecture."""
-    weights = {f"model.diffusion_model.{name}": value for name, value in random_weights(FAMILIES["sd1.5"]).items()}
-    weights |= {f"first_stage_model.{name}": value for name, value in autoencoder(channels=4).items()}
-    generator = torch.Generator().manual_seed(1)
-    for name, shape in tiny_models.clip_l_shapes().items():
-        value = torch.randn(shape, generator=generator) * 0.03 + ("norm" in name and name.endswith("weight"))
-        weights[f"cond_stage_model.transformer.{name}"] = value
-    write_gguf(path, weights, lambda name, values: "Q8_0" if values.ndim == 2 else "F16", architecture=None)
-
-
-def write_vae(path):
-    save_file(autoencoder(), path)
-
-
-def write_lora(path, name):
-    lora = tiny_models.flux_lora(**demo.LORAS[name], context=SIZES["context"])
-    save_file({name: torch.from_numpy(value) for name, value in lora.items()}, path)
-
-
-FIRST, SECOND = demo.LORAS
-STAND_INS = {
-    "flux1-dev-bnb-nf4-v2.safetensors": write_nf4_checkpoint,
-    "flux1-dev-bnb_nf4.safetensors": write_nf4,
-    "flux.1-dev-nf4-pkg/transformer": write_nf4_folder,
-    "flux1-dev-Q4_K_S.gguf": write_flux_gguf,
-    "stable-diffusion-v1-5-pruned-emaonly-Q8_0.gguf": write_stable_diffusion_gguf,
-    "ae.safetensors": write_vae,
-    "Hyper-FLUX.1-dev-8steps-lora.safetensors": functools.partial(write_lora, name=FIRST),
-    "FLUX-dev-lora-add_details.safetensors": functools.partial(write_lora, name=SECOND),
-}
-# Flux's text encoder T5-XXL exists in one size, 4.8 billion weights: its conditioning comes from a node that needs none.
-NEEDS_T5 = "flux"
-
-
-def run_small(server, path, object_info):
-    """Run a workflow on stand-ins for its files, with a small picture and two steps. Returns the run and the prompt."""
-    workflow = read(path)
-    prompt = to_api(workflow, object_info)
-    for node in prompt.values():
-        if node["class_type"] == "CLIPTextEncode" and NEEDS_T5 in path.stem.lower():
-            node.update(class_type="LotusConditioning", inputs={})
-        values = node["inputs"]
-        values |= {name: small for name, small in {"width": 128, "height": 128, "steps": 2}.items() if name in values}
-    for name in {value for node in prompt.values() for value in node["inputs"].values() if is_file(value)} & set(STAND_INS):
-        place = server.base / "models" / where(name, workflow)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.exists():
-            STAND_INS[name](place)
-    return server.queue(prompt), prompt
-
-
-def pixels(server, run):
-    entry = next(entry for output in run.outputs.values() for entry in output.get("images", []) if entry["type"] == "output")
-    return np.asarray(Image.open(io.BytesIO(server.image(entry))), dtype=np.float32)
-
-
-@each([path for path in EXAMPLES if path not in DEMOS])
-def test_it_makes_a_picture_with_small_models_and_for_flux_without_the_text_encoder(path, server, object_info):
-    if "NF4" in path.stem or "4-bit" in path.stem:
-        pytest.importorskip("bitsandbytes", reason="it writes the files")
-    run, prompt = run_small(server, path, object_info)
-    picture = pixels(server, run)
-    assert picture.shape == (128, 128, 3) and picture.std(axis=(0, 1)).max() > 5
-    model = next(name for node in prompt.values() for name in node["inputs"].values() if is_file(name) and name in STAND_INS)
-    assert model.rpartition("/")[2] in {line["file"] for line in demo.LOADED.finditer(server.log())}
-    for node, spec in prompt.items():
-        if spec["class_type"] == "PreviewAny":
-            assert "This LoRA for Flux.1 fits" in run.outputs[node]["text"][0]

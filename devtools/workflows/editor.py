@@ -1,0 +1,174 @@
+"""Workflows as nodes with the values that matter, and the same as the editor saves them.
+
+The slots and widgets of each node, and the values that are not stated, come from the real server.
+"""
+import itertools
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from devtools.server import PACK
+from devtools.workflow import WIDGET_TYPES
+
+HOST_VERSION, OWN_VERSION = "0.30.0", "0.1.0"
+# Pixels of the editor
+WIDTH, NOTE_WIDTH = 380, 460
+TITLE, GAP, MARGIN, HEADING = 30, 30, 20, 50  # of a node; between nodes; around a group; its title
+TALL = {"CLIPTextEncode": 160, "SaveImage": 420, "PreviewAny": 200, "FeatherweightApplyLora": 290, "LoadImage": 330,
+        "PreviewImage": 300, "TextEncodeQwenImageEditPlus": 200, "SaveVideo": 380, "FeatherweightCheckLora": 420}
+
+
+class File(NamedTuple):
+    """folder: below ComfyUI/models. repository, path: on Hugging Face; without, the workflow's text says where it comes from.
+    size: as a reader sees it. saved_as: its name or place in `folder`, where that is not the end of `path`."""
+
+    folder: str
+    repository: str
+    path: str
+    size: str = ""
+    saved_as: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.saved_as or self.path.rpartition("/")[2]
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{self.repository}/resolve/main/{self.path}"
+
+
+@dataclass(eq=False)
+class Node:
+    """inputs: values of widgets, and for the other inputs a Node or (Node, output). files: those that its widgets name."""
+
+    type: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    files: tuple[File, ...] = ()
+
+
+@dataclass
+class Workflow:
+    """columns: from left to right, each with groups of nodes by their titles, from the top. A node comes after those that it
+    is linked to. about, memory, change, licence: the note's text, in Markdown."""
+
+    name: str
+    columns: list[dict[str, list[Node]]]
+    about: str
+    memory: str
+    change: str
+    licence: str = ""
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for column in self.columns for group in column.values() for node in group]
+
+    @property
+    def files(self) -> list[File]:
+        return list(dict.fromkeys(file for node in self.nodes for file in node.files))
+
+    @property
+    def note(self) -> str:
+        links = "\n".join(map(_download, filter(lambda file: file.repository, self.files)))
+        parts = (f"# {self.name}", self.about, f"```\n{_tree(self.files)}\n```", f"**Memory.** {self.memory}",
+                 f"**To change.** {self.change}", self.licence, f"**Download**\n\n{links}")
+        return "\n\n".join(part.strip() for part in parts if part)
+
+
+def _download(file: File) -> str:
+    """A link; the editor itself has a button for safetensors only."""
+    name = file.path.rpartition("/")[2]
+    return f"- [{file.name}]({file.url})" + (f", renamed from `{name}`" if name != file.name else "")
+
+
+def _tree(files: list[File]) -> str:
+    """The folders that the files belong into, drawn as a tree."""
+    models = {}
+    for file in files:
+        below = models
+        for part in (file.folder, *file.name.split("/")):
+            above, below = below, below.setdefault(part, {})
+        if "." in part:  # not a folder
+            above[part] = file.size
+    return "\n".join(["ComfyUI/", "└── models/", *_branches(models, "    ")])
+
+
+def _branches(entries: dict, indent: str) -> Iterator[str]:
+    for index, (name, below) in enumerate(entries.items(), start=1):
+        branch, further = ("└── ", "    ") if index == len(entries) else ("├── ", "│   ")
+        if isinstance(below, dict):
+            yield f"{indent}{branch}{name}/"
+            yield from _branches(below, indent + further)
+        else:
+            yield f"{indent}{branch}{name}" + (f"   {below}" if below else "")
+
+
+def as_ui(workflow: Workflow, object_info: dict) -> dict:
+    """The workflow as the editor saves it, format 0.4."""
+    nodes, links, groups = [_note(workflow)], [], []
+    number = {node: index for index, node in enumerate(workflow.nodes, start=2)}
+    for column, left in zip(workflow.columns, itertools.count(0, WIDTH + 3 * MARGIN)):
+        top = 0
+        for title, group in column.items():
+            start, top = top, top + HEADING
+            for node in group:
+                nodes.append(_node(node, number, links, object_info, [left, top + TITLE]))
+                top += TITLE + nodes[-1]["size"][1] + GAP
+            top += MARGIN - GAP
+            bounds = [left - MARGIN, start, WIDTH + 2 * MARGIN, top - start]
+            groups.append({"id": len(groups) + 1, "title": title, "bounding": bounds, "color": "#3f789e", "font_size": 24,
+                           "flags": {}})
+            top += MARGIN
+    for link, source, output, *_ in links:
+        nodes[source - 1]["outputs"][output]["links"].append(link)
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{workflow.name}")), "revision": 0,
+        "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes, "links": links, "groups": groups,
+        "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [NOTE_WIDTH + 140, 120]}}, "version": 0.4,
+    }
+
+
+def _note(workflow: Workflow) -> dict:
+    lines = sum(1 + len(line) // 75 for line in workflow.note.splitlines())
+    return {
+        "id": 1, "type": "MarkdownNote", "pos": [-NOTE_WIDTH - 2 * MARGIN, TITLE], "size": [NOTE_WIDTH, 100 + 12 * lines],
+        "flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {},
+        "widgets_values": [workflow.note], "color": "#222", "bgcolor": "#000", "title": "About this workflow",
+    }
+
+
+def _node(node: Node, number: dict[Node, int], links: list, object_info: dict, position: list[int]) -> dict:
+    """The node as the editor saves it; its links are added to `links`."""
+    info = object_info[node.type]
+    inputs = info["input"]["required"] | info["input"].get("optional", {})
+    unknown = node.inputs.keys() - inputs.keys()
+    if unknown:
+        raise ValueError(f"{node.type} has no input {', '.join(unknown)}.")
+    slots, values = [], []
+    for name, (kind, *options) in inputs.items():
+        if isinstance(kind, list) or kind in WIDGET_TYPES:
+            options = options[0] if options else {}
+            values.append(node.inputs[name] if name in node.inputs else options["default"])
+            if options.get("control_after_generate"):
+                values.append("randomize")
+            if options.get("image_upload"):
+                values.append("image")  # the button that uploads one
+            continue
+        link = None
+        if name in node.inputs:
+            source, output = node.inputs[name] if isinstance(node.inputs[name], tuple) else (node.inputs[name], 0)
+            link = len(links) + 1
+            links.append([link, number[source], output, number[node], len(slots), object_info[source.type]["output"][output]])
+        slots.append({"name": name, "type": kind, "link": link})
+    outputs = [{"name": name, "type": kind, "links": []} for name, kind in zip(info["output_name"], info["output"])]
+    height = 6 + 20 * max(len(slots), len(outputs)) + (8 + 24 * len(values) if values else 0)
+    own = node.type.startswith("Featherweight")
+    properties = {"Node name for S&R": node.type, "cnr_id": "featherweight" if own else "comfy-core",
+                  "ver": OWN_VERSION if own else HOST_VERSION}
+    if models := [file for file in node.files if file.repository]:
+        properties["models"] = [{"name": file.name, "url": file.url, "directory": file.folder} for file in models]
+    entry = {"id": number[node], "type": node.type, "pos": position, "size": [WIDTH, TALL.get(node.type, height)], "flags": {},
+             "order": number[node] - 1, "mode": 0, "inputs": slots, "outputs": outputs, "properties": properties,
+             "widgets_values": values}
+    return entry | ({"title": node.title} if node.title else {})

@@ -1,0 +1,114 @@
+"""Workflows as other people share them, with the node ids of other packs, open in the real editor and run."""
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from devtools import demo, tiny_models
+from devtools.workflow_pictures import Browser
+
+WORKFLOWS = sorted(Path(__file__).with_name("legacy_workflows").glob("*.json"))
+FOR_THE_SERVER = [path for path in WORKFLOWS if path.stem.startswith("api ")]
+FOR_THE_EDITOR = [path for path in WORKFLOWS if path.stem.startswith("ui ")]
+LOADERS = {"UnetLoaderGGUF", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "UNETLoaderNF4", "CheckpointLoaderNF4"}
+# Opens a workflow and gives the nodes that are red, each type it has, and what the editor would send to the server.
+OPEN = """(async workflow => {
+  await app.loadGraphData(workflow, true, true, null)
+  await new Promise(resolve => setTimeout(resolve, 500))
+  const all = graph => graph.nodes.flatMap(node => [node, ...(node.subgraph ? all(node.subgraph) : [])])
+  const nodes = all(app.graph)
+  const red = nodes.filter(node => node.has_errors || !(node.subgraph || LiteGraph.registered_node_types[node.type]))
+  const prompt = (await app.graphToPrompt()).output
+  return {red: red.map(node => node.type), types: nodes.map(node => node.type), prompt}
+})"""
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def files(server):
+    """The files that the workflows name, all in folders of their own: the demo's, and Flux and CLIP-L as plain files."""
+    models = server.base / "models"
+    folders = {key: models / key / "legacy" for key in ("diffusion_models", "text_encoders", "checkpoints")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(models / "diffusion_models" / demo.MODEL_NAME, folders["diffusion_models"] / "flux-Q8_0.gguf")
+    shutil.copy(models / "text_encoders" / demo.ENCODER_NAME, folders["text_encoders"] / "clip_l-Q8_0.gguf")
+    fp8 = {name: torch.from_numpy(value).to(torch.float8_e4m3fn if value.ndim == 2 else torch.float16)
+           for name, value in tiny_models.flux(context=768).items()}
+    save_file(fp8, folders["diffusion_models"] / "flux_fp8.safetensors")
+    vae = {f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
+    save_file({f"model.diffusion_model.{name}": value for name, value in fp8.items()} | vae,
+              folders["checkpoints"] / "flux_fp8_checkpoint.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    encoder = {name: torch.randn(shape, generator=generator) * 0.03 + ("norm" in name and name.endswith("weight"))
+               for name, shape in tiny_models.clip_l_shapes().items()}
+    save_file(encoder, folders["text_encoders"] / "clip_l.safetensors")
+
+
+@pytest.fixture(scope="module")
+def editor(server, files):
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        pytest.skip("there is no Chromium on the PATH")
+    settings = server.base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    with Browser() as browser:
+        browser.call("Page.navigate", url=server.url)
+        browser.wait_for("!!(window.app?.graph && window.app.canvas && document.querySelector('#graph-canvas'))")
+        yield browser
+
+
+def assert_makes_a_picture(server, prompt):
+    run = server.queue(prompt)
+    entry = next(entry for output in run.outputs.values() for entry in output.get("images", []))
+    picture = np.asarray(Image.open(io.BytesIO(server.image(entry))), dtype=np.float32)
+    assert picture.shape == (128, 128, 3) and picture.std(axis=(0, 1)).max() > 5
+
+
+@each(FOR_THE_SERVER)
+def test_an_api_workflow_runs(path, server, files):
+    prompt = read(path)
+    assert LOADERS & {node["class_type"] for node in prompt.values()}
+    assert_makes_a_picture(server, prompt)
+    assert "lora key not loaded" not in server.log()
+
+
+@each(FOR_THE_EDITOR)
+def test_it_opens_without_a_red_node_and_runs(path, server, editor):
+    opened = editor.evaluate(f"{OPEN}({path.read_text(encoding='utf-8')})")
+    assert not opened["red"] and LOADERS & set(opened["types"])
+    assert_makes_a_picture(server, opened["prompt"])
+
+
+@pytest.mark.parametrize("pack", [
+    {"cnr_id": "comfyui-gguf", "ver": "1.1.4"}, {"cnr_id": "ComfyUI-GGUF", "ver": "be2a083"}, {"cnr_id": "comfy-core"},
+    {"aux_id": "city96/ComfyUI-GGUF"}, {}], ids=str)
+def test_a_node_is_known_by_its_id_whatever_pack_the_file_names(pack, editor):
+    workflow = read(FOR_THE_EDITOR[0])
+    for node in workflow["nodes"]:
+        if node["type"] in LOADERS:
+            node["properties"] = {"Node name for S&R": node["type"], **pack}
+    opened = editor.evaluate(f"{OPEN}({json.dumps(workflow)})")
+    assert not opened["red"]
+    loader = next(node for node in opened["prompt"].values() if node["class_type"] == "UnetLoaderGGUF")
+    assert loader["inputs"] == {"unet_name": "legacy\\flux-Q8_0.gguf"}
+
+
+def test_a_node_that_nobody_has_is_red(editor):
+    """What the tests above rely on."""
+    workflow = read(FOR_THE_EDITOR[0])
+    workflow["nodes"][0]["type"] = "NobodysLoader"
+    assert editor.evaluate(f"{OPEN}({json.dumps(workflow)})")["red"] == ["NobodysLoader"]

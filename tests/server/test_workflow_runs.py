@@ -1,0 +1,129 @@
+"""The example workflows run, node for node, on small files in place of those that they name."""
+import io
+import json
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from workflow_files import FILES, FIXED, TEXT
+
+from devtools import demo
+from devtools.server import ROOT, Server
+from devtools.workflow import NOTES, to_api
+
+EXAMPLES = sorted(path for path in (ROOT / "example_workflows").glob("*.json") if "demo" not in path.stem)
+SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "start_at_step": 1, "end_at_step": 1,
+         "x": 16, "y": 16, "sigmas": "1.0, 0.5, 0.0"}
+READERS = ("CLIPTextEncode", "TextEncodeQwenImageEditPlus")
+STAND_INS = f'''
+import comfy.model_detection
+import torch
+
+detect = comfy.model_detection.detect_unet_config
+
+
+def detect_shrunken(*args, **kwargs):
+    config = detect(*args, **kwargs)
+    if config is not None:
+        config.update({FIXED}.get(config.get("image_model"), {{}}))
+    return config
+
+
+comfy.model_detection.detect_unet_config = detect_shrunken
+
+
+class StandInText:
+    """What a text encoder gives, as random values. With a picture: as a reference too."""
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{"required": {{"width": ("INT", {{"max": 9999}}), "pooled": ("INT", {{"max": 9999}})}},
+                "optional": {{"vae": ("VAE",), "image1": ("IMAGE",)}}}}
+
+    def run(self, width, pooled, vae=None, image1=None):
+        generator = torch.Generator().manual_seed(width)
+        extra = {{"pooled_output": torch.randn(1, pooled, generator=generator)}} if pooled else {{}}
+        if vae is not None:
+            extra["reference_latents"] = [vae.encode(image1)]
+        return [[torch.randn(1, 7, width, generator=generator), extra]],
+
+
+NODE_CLASS_MAPPINGS = {{"StandInText": StandInText}}
+'''
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("runs")
+    (base / "input").mkdir()
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).resize((160, 160)).save(base / "input" / "example.png")
+    with Server(base, extra_custom_nodes={"stand_ins": STAND_INS}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.object_info()
+
+
+def write_files(workflow, folder):
+    """The files that its loaders name, each in the folder that the loader looks in. Returns their names."""
+    folders = {"FeatherweightLoadCheckpoint": "checkpoints", "FeatherweightLoadDiffusionModel": "diffusion_models"}
+    written = []
+    for node in (node for node in workflow["nodes"] if node["type"] not in NOTES):
+        places = {model["name"]: model["directory"] for model in node["properties"].get("models", [])}
+        for name in set(map(str, node["widgets_values"])) & FILES.keys():
+            path = folder / (places.get(name) or folders[node["type"]]) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                FILES[name](path)
+            written.append(name)
+    return written
+
+
+def small(workflow, object_info, files):
+    """As the server takes it, with small sizes and few steps, and text of random values where the encoder has one size."""
+    prompt = to_api(workflow, object_info)
+    text = next((sizes for start, sizes in TEXT.items() if any(name.startswith(start) for name in files)), None)
+    for node in prompt.values():
+        values = node["inputs"]
+        if text and node["class_type"] in READERS:
+            pictures = {name: values[name] for name in ("vae", "image1") if name in values}
+            node.update(class_type="StandInText", inputs={"width": text[0], "pooled": text[1], **pictures})
+        elif node["class_type"] == "FluxKontextImageScale":  # about a million pixels
+            node.update(class_type="ImageScale", inputs={
+                "image": values["image"], "upscale_method": "area", "width": 128, "height": 128, "crop": "center"})
+        else:
+            values |= {name: value for name, value in SMALL.items() if name in values and not isinstance(values[name], list)}
+    return prompt
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_it_runs_with_small_models(path, server, object_info):
+    if "NF4" in path.stem or "4-bit" in path.stem:
+        pytest.importorskip("bitsandbytes", reason="it writes the files")
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    files = write_files(workflow, server.base / "models")
+    prompt = small(workflow, object_info, files)
+    before = len(server.log())
+    run = server.queue(prompt)
+    entry = next(entry for output in run.outputs.values() for entry in output.get("images", []) if entry["type"] == "output")
+    if entry["filename"].endswith(".png"):
+        frames = [np.asarray(Image.open(io.BytesIO(server.image(entry))))]
+    else:
+        with av.open(io.BytesIO(server.image(entry))) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+            assert ("sound" in path.stem) == bool(video.streams.audio)
+        assert len(frames) == 9
+    assert {frame.shape for frame in frames} == {(128, 128, 3)} and max(frame.std(axis=(0, 1)).max() for frame in frames) > 2
+
+    log = server.log()[before:]
+    packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.endswith(".gguf")}
+    assert packed <= {line["file"] for line in demo.LOADED.finditer(log)}
+    assert "lora key not loaded" not in log
+    for node, spec in prompt.items():
+        if spec["class_type"] in ("PreviewAny", "FeatherweightCheckLora"):
+            assert " fits: all " in run.outputs[node]["text"][0]
