@@ -30,6 +30,8 @@ LLAMA_CPP_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c
 LLAMA_CPP_FOLDER = "vendor/llama.cpp/"
 LLAMA_CPP_FILES = r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
 
+BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the system has none
+
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
