@@ -54,6 +54,7 @@ class Browser:
         except BaseException:
             self.__exit__()
             raise
+        self.call("Emulation.setDeviceMetricsOverride", width=WINDOW[0], height=WINDOW[1], deviceScaleFactor=1, mobile=False)
         return self
 
     def __exit__(self, *_):

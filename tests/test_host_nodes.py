@@ -133,8 +133,8 @@ EXCEPTIONS = {
     "WanInfiniteTalkToVideo": "its patch is for Wan 14B; it sets wrappers and patches of attention as other nodes here do",
     "LTXVReferenceAudio": "asks the sound autoencoder of LTX-2; its guidance is that of SkipLayerGuidanceDiT",
     "TorchCompileModel": "tests/ops/test_compile.py has it",
-    "AnimaLLLiteApply": "its patch is built from a file's names alone; it patches attention as QwenImageDiffsynthControlnet does",
-    "WanUni3CControlnetApply": "encodes a video with the autoencoder of Wan; it patches blocks as QwenImageDiffsynthControlnet does",
+    "AnimaLLLiteApply": "its patch is built from a file's names alone; the rest is QwenImageDiffsynthControlnet's way",
+    "WanUni3CControlnetApply": "encodes a video with the autoencoder of Wan, which has one size",
 }
 
 
