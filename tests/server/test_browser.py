@@ -56,7 +56,7 @@ def keep(page, name: str):
 
 def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(page, server):
     page.drop(demo.WORKFLOW)
-    page.wait_for(SAVED)
+    page.wait_for(f"!!{SAVED}")
     assert not page.evaluate(RED_NODES)
     keep(page, "workflow")
     nodes = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))["nodes"]
