@@ -30,6 +30,8 @@ LLAMA_CPP_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c
 LLAMA_CPP_FOLDER = "vendor/llama.cpp/"
 LLAMA_CPP_FILES = r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
 
+BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the system has none
+
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
@@ -185,6 +187,19 @@ def _fetch_llama_cpp(python: Path):
         print(f"Note: tests that compare with llama.cpp's vocabularies are skipped: {error}")
 
 
+def _fetch_chromium(python: Path):
+    """A Chromium for the tests of the editor, where the system has none; it takes no rights of an administrator."""
+    if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) or any(BROWSERS.glob("chromium*")):
+        return
+    print("Downloading Chromium", flush=True)
+    steps = (["-m", "pip", "install", "--quiet", "playwright"], ["-m", "playwright", "install", "--only-shell", "chromium"])
+    for step in steps:
+        variables = {**os.environ, "PLAYWRIGHT_BROWSERS_PATH": str(BROWSERS)}
+        if subprocess.run([str(python), *step], capture_output=True, env=variables).returncode:
+            print("Note: tests of the editor are skipped: Chromium could not be downloaded. Install chromium to run them.")
+            return
+
+
 def _install_packages(host: Path, python: Path):
     print(f"Installing {TORCH}", flush=True)
     pip(python, TORCH)
@@ -227,6 +242,7 @@ def test(arguments: list[str]) -> int:
     """Run the linter, then pytest with `arguments`."""
     environment = prepare()
     _fetch_llama_cpp(environment.python)
+    _fetch_chromium(environment.python)
     started = time.monotonic()
     print("Linting", flush=True)
     lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")

@@ -3,29 +3,20 @@
 It takes Chromium and `pillow`. The files that a workflow names need not be there: empty ones stand in for them, so that the
 editor has nothing to complain about.
 """
-import base64
-import io
-import itertools
-import json
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
-import websocket
 from PIL import Image
 
+from devtools.browser import SETTINGS, Browser
 from devtools.server import HOST, Server
 from devtools.workflows import FOLDER, WORKFLOWS
 from devtools.workflows.parts import PICTURE
 
 WIDTH = 720  # pixels of a thumbnail
-WINDOW = (2700, 1800)
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
+WINDOW = (2700, 1800)  # the largest workflow fits in
 # Opens a workflow with its groups at the given corner of the window; gives their size.
 OPEN = """(async (workflow, left, top) => {
   await app.loadGraphData(workflow, true, true, null)
@@ -40,64 +31,6 @@ OPEN = """(async (workflow, left, top) => {
   await new Promise(resolve => setTimeout(resolve, 1000))
   return [high[0] - low[0], high[1] - low[1]]
 })"""
-
-
-class Browser:
-    """Chromium without a window, alive inside a `with` block, driven by its debugging protocol."""
-
-    def __enter__(self) -> "Browser":
-        program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if program is None:
-            raise SystemExit("Failed: there is no Chromium on the PATH.")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.profile, self.numbers = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), itertools.count(1)
-        self.process = subprocess.Popen(
-            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-             f"--remote-debugging-port={port}", f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
-             f"--window-size={WINDOW[0]},{WINDOW[1]}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(100):
-            time.sleep(0.2)
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as reply:
-                    page = next(target for target in json.load(reply) if target["type"] == "page")
-                break
-            except (OSError, StopIteration):
-                continue
-        self.socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=120)
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait(20)
-        self.profile.cleanup()
-
-    def call(self, method: str, **params):
-        number = next(self.numbers)
-        self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
-        while (reply := json.loads(self.socket.recv())).get("id") != number:
-            continue
-        if "error" in reply:
-            raise RuntimeError(f"{method}: {reply['error']['message']}")
-        return reply["result"]
-
-    def evaluate(self, expression: str):
-        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in result:
-            raise RuntimeError(result["exceptionDetails"]["exception"].get("description"))
-        return result["result"].get("value")
-
-    def wait_for(self, expression: str):
-        for _ in range(300):
-            if self.evaluate(expression):
-                return
-            time.sleep(0.2)
-        raise RuntimeError(f"The page never came to {expression}.")
-
-    def screenshot(self, left: float, top: float, width: float, height: float) -> Image.Image:
-        clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
-        return Image.open(io.BytesIO(base64.b64decode(self.call("Page.captureScreenshot", format="png", clip=clip)["data"])))
 
 
 def stand_in_files(base: Path):
@@ -115,13 +48,9 @@ def main(names: list[str]):
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         stand_in_files(base)
-        settings = base / "user" / "default" / "comfy.settings.json"
-        settings.parent.mkdir(parents=True)
-        settings.write_text(json.dumps(SETTINGS))
-        with Server(base) as server, Browser() as browser:
-            browser.call("Page.navigate", url=server.url)
-            browser.wait_for("!!(window.app?.graph && window.app.canvas && document.querySelector('#graph-canvas'))")
-            time.sleep(3)
+        with Server(base) as server, Browser(WINDOW) as browser:
+            server.post("/settings", SETTINGS)
+            browser.open_editor(server.url)
             for path in paths:
                 left, top = 100, 100
                 size = browser.evaluate(f"{OPEN}({path.read_text(encoding='utf-8')}, {left}, {top})")

@@ -118,7 +118,7 @@ def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
         a1, b1, alpha, a2, b2 = value.weights[:5]
         part = LoHaAdapter(value.loaded_keys, (a1[start:stop], b1, alpha, a2[start:stop], b2, None, None, None))
     elif isinstance(value, tuple) and len(value) == 1:
-        part = (value[0][start:stop],)
+        part = value if value[0] is None else (value[0][start:stop],)
     elif isinstance(value, tuple) and value[0] in ("diff", "set") and len(value[1]) == 1:
         part = (value[0], (value[1][0][start:stop],))
     else:
@@ -178,6 +178,8 @@ def misfit(patch: tuple, shape: torch.Size) -> str | None:
             return "its factors do not fit each other"
     elif isinstance(value, tuple) and (len(value) == 1 or value[0] in ("diff", "set")):
         tensors = value if len(value) == 1 else value[1][:1]
+        if tensors[0] is None:  # the host's nodes that only scale a weight, by strength_model
+            return None
         made_for = tensors[0].shape
     else:
         return None

@@ -39,6 +39,23 @@ class Applied:
         self.nbytes = 0
 
 
+class PatchedWeights(dict):
+    """A model's state dict for nodes that compute with its weights: a packed one is looked up dense, with its patches.
+
+    The host has patched the others in place. Whoever only counts or lists the weights unpacks none.
+    """
+
+    def __init__(self, patcher: "PackedPatcher", weights: dict):
+        super().__init__(weights)
+        self.patcher = patcher
+
+    def __getitem__(self, key):
+        weight = super().__getitem__(key)
+        if self.patcher._packed_weight(key) is None:
+            return weight
+        return self.patcher.patch_weight_to_device(key, weight.device, return_weight=True)
+
+
 @functools.cache
 def _packed_class(cls: type) -> type:
     return type(f"Packed{cls.__name__}", (PackedPatcher, cls), {})
@@ -272,8 +289,8 @@ class PackedPatcher:
         # The host looks up every name. Those of a packed weight's scales are there to be counted, and no weights of their own.
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, PackedLayer)}
         parts = ((key.rpartition("."), value) for key, value in super().model_state_dict(filter_prefix).items())
-        return {f"{name}{dot}{param}": value for (name, dot, param), value in parts
-                if name not in layers or param in layers[name]._parameters}
+        return PatchedWeights(self, {f"{name}{dot}{param}": value for (name, dot, param), value in parts
+                                     if name not in layers or param in layers[name]._parameters})
 
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)

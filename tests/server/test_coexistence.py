@@ -1,10 +1,21 @@
-"""Beside another pack that owns the same ids: whichever loads first, that pack's class stays and ours stands back."""
+"""Beside other packs: one that owns the same ids keeps them, whichever loads first; loaders of many LoRAs work on ours."""
+import io
+import json
+
+import numpy as np
 import pytest
+from PIL import Image
 
+from devtools import demo
 from devtools.server import PACK, ROOT, Server
+from devtools.workflow import to_api
 
-# What matters of ComfyUI-GGUF: it owns the id, and makes two folder keys share one list.
-OTHER_PACK = '''
+# What matters of ComfyUI-GGUF: it owns the ids, and makes two folder keys share one list.
+GGUF_IDS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "TripleCLIPLoaderGGUF",
+            "QuadrupleCLIPLoaderGGUF")
+OTHER_PACK = f'''
+IDS = {GGUF_IDS}
+''' + '''
 import folder_paths
 
 for key, host_key in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
@@ -21,7 +32,47 @@ class UnetLoaderGGUF:
         return {"required": {"unet_name": (folder_paths.get_filename_list("unet_gguf"),)}}
 
 
-NODE_CLASS_MAPPINGS = {"UnetLoaderGGUF": UnetLoaderGGUF}
+NODE_CLASS_MAPPINGS = {name: type(name, (UnetLoaderGGUF,), {}) for name in IDS}
+'''
+
+# A node that takes any number of LoRAs as inputs of its own naming, and applies each as the host's node does.
+MANY_LORAS = '''
+import comfy.sd
+import comfy.utils
+import folder_paths
+from nodes import LoraLoader
+
+
+class Flexible(dict):
+    def __contains__(self, name):
+        return True
+
+    def __getitem__(self, name):
+        return super().get(name, ("*",))
+
+
+class ManyLoras:
+    RETURN_TYPES = ("MODEL", "CLIP")
+    FUNCTION = "load"
+    CATEGORY = "other"
+
+    @classmethod
+    def INPUT_TYPES(s):
+        return {"required": {"directly": ("BOOLEAN",)}, "optional": Flexible(model=("MODEL",), clip=("CLIP",)), "hidden": {}}
+
+    def load(self, directly, model=None, clip=None, **loras):
+        for name, entry in loras.items():
+            if not (name.startswith("lora_") and entry["on"]):
+                continue
+            if directly:
+                lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", entry["lora"]), safe_load=True)
+                model, clip = comfy.sd.load_lora_for_models(model, clip, lora, entry["strength"], entry["strength"])
+            else:
+                model, clip = LoraLoader().load_lora(model, clip, entry["lora"], entry["strength"], entry["strength"])
+        return model, clip
+
+
+NODE_CLASS_MAPPINGS = {"ManyLoras": ManyLoras}
 '''
 
 
@@ -45,8 +96,36 @@ def test_another_packs_loader_stays_and_both_list_files(tmp_path, first):
         info = server.object_info()
         log = server.log()
     assert "IMPORT FAILED" not in log
-    assert info["UnetLoaderGGUF"]["category"] == "other"
-    assert info["UnetLoaderGGUFAdvanced"]["category"].startswith("Featherweight")
-    assert ("UnetLoaderGGUF is provided by another node pack" in log) == (first == "other")
+    for name in GGUF_IDS:
+        assert info[name]["category"] == "other"
+        assert (f"{name} is provided by another node pack" in log) == (first == "other")
+    assert info["CheckpointLoaderNF4"]["category"].startswith("Featherweight")
     assert "listed.gguf" in info["UnetLoaderGGUF"]["input"]["required"]["unet_name"][0]
     assert "listed.gguf" in info["FeatherweightLoadDiffusionModel"]["input"]["required"]["model_name"][1]["options"]
+
+
+def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(tmp_path):
+    demo.make_models(tmp_path)
+    strengths = dict(zip(demo.LORAS, (0.8, 0.5)))
+    pictures = {}
+    with Server(tmp_path, extra_custom_nodes={"many_loras": MANY_LORAS}) as server:
+        plain = to_api(json.loads(demo.WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+        sampler = next(node for node in plain.values() if node["class_type"] == "KSampler")
+        model = sampler["inputs"]["model"]
+        many = {f"lora_{index}": {"on": True, "lora": name, "strength": strength}
+                for index, (name, strength) in enumerate(strengths.items(), 1)}
+        chain = {f"chain{index}": {"class_type": "LoraLoaderModelOnly", "inputs": {
+            "model": model if index == 0 else [f"chain{index - 1}", 0], "lora_name": name, "strength_model": strength}}
+            for index, (name, strength) in enumerate(strengths.items())}
+        added = {"none": ({}, model), "chain": (chain, [list(chain)[-1], 0])}
+        for directly in (False, True):
+            inputs = {"directly": directly, "model": model, **many}
+            added[f"many, {directly}"] = {"many": {"class_type": "ManyLoras", "inputs": inputs}}, ["many", 0]
+        for name, (nodes, source) in added.items():
+            sampler["inputs"] |= {"model": source, "steps": 2}
+            run = server.queue(plain | nodes)
+            entry = next(entry for output in run.outputs.values() for entry in output.get("images", []))
+            pictures[name] = np.asarray(Image.open(io.BytesIO(server.image(entry))), dtype=np.float32)
+    assert np.abs(pictures["chain"] - pictures["none"]).mean() > 0.1
+    for directly in (False, True):
+        assert np.array_equal(pictures[f"many, {directly}"], pictures["chain"])

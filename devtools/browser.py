@@ -1,0 +1,136 @@
+"""Chromium without a window, driven by its debugging protocol, with ComfyUI's editor open in it."""
+import base64
+import io
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import websocket
+from PIL import Image
+
+from devtools.environment import BROWSERS
+
+WINDOW = (1700, 1400)
+# No first-run dialog, and nothing of the last visit.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
+
+
+class BrowserError(Exception):
+    """Chromium did not start, or the page did not do what was asked."""
+
+
+def find_chromium() -> str | None:
+    """The program on the PATH, or the one that `dev.py test` has fetched."""
+    on_path = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    fetched = (str(path) for path in sorted(BROWSERS.glob("chromium*/*/*"))
+               if path.name in ("chrome", "headless_shell", "chrome-headless-shell", "chrome.exe") and os.access(path, os.X_OK))
+    return next(filter(None, itertools.chain(on_path, fetched)), None)
+
+
+class Browser:
+    """A browser with one page, alive inside a `with` block. window: width and height in pixels."""
+
+    def __init__(self, window: tuple[int, int] = WINDOW):
+        self.window = window
+
+    def __enter__(self) -> "Browser":
+        program = find_chromium()
+        if program is None:
+            raise BrowserError("There is no Chromium on the PATH.")
+        width, height = self.window
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.profile, self.numbers = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), itertools.count(1)
+        self.process = subprocess.Popen(
+            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+             f"--remote-debugging-port={port}", f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
+             f"--window-size={width},{height}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            self.socket = websocket.create_connection(self._page(port), timeout=120)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.profile.cleanup()
+
+    def _page(self, port: int) -> str:
+        """Address of the debugging protocol of the one page."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            time.sleep(0.2)
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as reply:
+                    return next(target for target in json.load(reply) if target["type"] == "page")["webSocketDebuggerUrl"]
+            except (OSError, StopIteration):
+                continue
+        raise BrowserError(f"{self.process.args[0]} did not start. Run it with --headless=new --version to see why.")
+
+    def call(self, method: str, **params):
+        number = next(self.numbers)
+        self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while (reply := json.loads(self.socket.recv())).get("id") != number:
+            continue
+        if "error" in reply:
+            raise BrowserError(f"{method}: {reply['error']['message']}")
+        return reply["result"]
+
+    def evaluate(self, expression: str):
+        """The value of a JavaScript expression, once its promise is kept."""
+        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in result:
+            raise BrowserError(result["exceptionDetails"]["exception"].get("description"))
+        return result["result"].get("value")
+
+    def wait_for(self, expression: str, seconds: float = 60):
+        """The value of an expression as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if value := self.evaluate(expression):
+                return value
+            time.sleep(0.2)
+        raise BrowserError(f"The page never came to {expression}.")
+
+    def open_editor(self, url: str):
+        """Show ComfyUI's editor, with `SETTINGS` already given to its server."""
+        self.call("Page.navigate", url=url)
+        self.wait_for("!!(window.app?.graph && window.app.canvas && document.querySelector('#graph-canvas'))")
+        time.sleep(3)
+
+    def screenshot(self, left: float = 0, top: float = 0, width: float = WINDOW[0], height: float = WINDOW[1]) -> Image.Image:
+        clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
+        return Image.open(io.BytesIO(base64.b64decode(self.call("Page.captureScreenshot", format="png", clip=clip)["data"])))
+
+    def click(self, x: float, y: float):
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            button = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
+    def click_on(self, element: str):
+        """Click into the middle of the element that an expression gives, once it is there."""
+        self.wait_for(f"!!({element})?.getClientRects().length")
+        left, top, width, height = self.evaluate(
+            f"(box => [box.x, box.y, box.width, box.height])(({element}).getBoundingClientRect())")
+        self.click(left + width / 2, top + height / 2)
+
+    def drop(self, path: Path, x: float = WINDOW[0] / 2, y: float = WINDOW[1] / 2):
+        """Drop a file on the page, as from a file manager."""
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y,
+                      data={"items": [], "files": [str(path)], "dragOperationsMask": 1})
