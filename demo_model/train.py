@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = Path(__file__).with_name("weights")
 # steps, pictures a step, highest learning rate
 AUTOENCODER = (800, 16, 2e-3)
-DECODER = (1500, 16, 1.5e-3)
-FLUX = (5000, 24, 1.2e-3)
-LORA = (500, 24, 2e-3)
-PICTURES, LORA_PICTURES, AUTOENCODER_PICTURES = 10000, 2400, 2400
+DECODER = (600, 16, 1.5e-3)
+FLUX = (2600, 16, 1.4e-3)
+LORA = (240, 16, 2e-3)
+PICTURES, LORA_PICTURES, AUTOENCODER_PICTURES = 10000, 1000, 2400
 STYLES = {"ink": dict(outline=True), "pumpkins": dict(pumpkins=True)}
 
 
@@ -35,7 +35,8 @@ class Run:
     def __init__(self, path: Path, parameters: dict[str, torch.nn.Parameter], plan: tuple, average: float = 0.999):
         self.path, self.parameters, self.average = path, parameters, average
         self.steps, self.batch, self.rate = plan
-        self.optimiser = torch.optim.AdamW(parameters.values(), lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimiser = torch.optim.AdamW(parameters.values(), lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01,
+                                           fused=True)
         self.means = {name: value.detach().clone() for name, value in parameters.items()}
         self.step, self.spent = 0, 0.0
         if path.exists():
@@ -67,17 +68,23 @@ class Run:
         clock, saved, losses = time.process_time(), time.monotonic(), []
         while self.step < self.steps:
             generator = torch.Generator().manual_seed(self.step)
-            rate = self.rate * min(1, (self.step + 1) / 300, (self.steps - self.step) / (0.7 * self.steps))
+            rise, fall = min(200, 0.1 * self.steps), 0.7 * self.steps
+            rate = self.rate * min(1, (self.step + 1) / rise, (self.steps - self.step) / fall)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
             parts = list(pool.map(gradients, zip(*(tensor.chunk(threads) for tensor in batch_of(generator)))))
-            for parameter, *shares in zip(parameters, *(part[1] for part in parts)):
-                parameter.grad = torch.stack(shares).mean(0)
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            total = list(parts[0][1])
+            for _, more in parts[1:]:
+                torch._foreach_add_(total, more)
+            torch._foreach_div_(total, threads)
+            for parameter, gradient in zip(parameters, total):
+                parameter.grad = gradient
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             self.optimiser.step()
             self.step += 1
-            keep = min(self.average, self.step / (self.step + 10))
-            torch._foreach_lerp_(list(self.means.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
+            if self.step % 5 == 0:
+                keep = min(self.average ** 5, self.step / (self.step + 50))
+                torch._foreach_lerp_(list(self.means.values()), [p.detach() for p in parameters], 1 - keep)
             losses += [part[0] for part in parts]
             if time.monotonic() - saved > 60 or self.step == self.steps:
                 self.spent, clock, saved = self.spent + time.process_time() - clock, time.process_time(), time.monotonic()

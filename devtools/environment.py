@@ -240,7 +240,7 @@ def test(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """Make a picture on the real server."""
+    """Draw side by side on the real server."""
     return prepare().run("-m", "devtools.demo", *arguments)
 
 
@@ -249,9 +249,14 @@ def bench(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.bench", *arguments)
 
 
+def quality(arguments: list[str]) -> int:
+    """Measure what each packing does to the demo's pictures."""
+    return prepare().run("-m", "devtools.quality", *arguments)
+
+
 def sizes(arguments: list[str]) -> int:
     """Count what popular models take in each format."""
     return prepare().run("-m", "devtools.sizes", *arguments)
 
 
-COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "sizes": sizes}
+COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes}

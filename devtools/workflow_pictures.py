@@ -19,25 +19,27 @@ from pathlib import Path
 import websocket
 from PIL import Image
 
+from devtools import demo_files, demo_workflows
 from devtools.server import Server
 from devtools.workflows import FOLDER, WORKFLOWS
 
 WIDTH = 720  # pixels of a thumbnail
 WINDOW = (1700, 1400)
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
-# Opens a workflow with its groups at the given corner of the window; gives their size.
+# Opens a workflow with its groups at the given corner of the window, small enough to fit; gives their size there.
 OPEN = """(async (workflow, left, top) => {
   await app.loadGraphData(workflow, true, true, null)
   await new Promise(resolve => setTimeout(resolve, 1500))
   const boxes = app.graph.groups.map(group => group.boundingRect ?? group._bounding)
   const low = [0, 1].map(axis => Math.min(...boxes.map(box => box[axis])))
   const high = [0, 1].map(axis => Math.max(...boxes.map(box => box[axis] + box[axis + 2])))
-  app.canvas.ds.scale = 1
-  app.canvas.ds.offset = [left - low[0], top - low[1]]
+  const scale = Math.min(1, ...[0, 1].map(axis => ([innerWidth, innerHeight][axis] - 2 * top) / (high[axis] - low[axis])))
+  app.canvas.ds.scale = scale
+  app.canvas.ds.offset = [left / scale - low[0], top / scale - low[1]]
   app.canvas.deselectAll?.()
   app.canvas.setDirty(true, true)
   await new Promise(resolve => setTimeout(resolve, 1000))
-  return [high[0] - low[0], high[1] - low[1]]
+  return [0, 1].map(axis => scale * (high[axis] - low[axis]))
 })"""
 
 
@@ -106,10 +108,14 @@ def stand_in_files(base: Path):
             path = base / "models" / file.folder / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+    for folder, names in demo_files.FILES.items():
+        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (base / "models" / folder / name).touch()
 
 
 def main(names: list[str]):
-    paths = [FOLDER / f"{name}.json" for name in names or (make().name for make in WORKFLOWS)]
+    paths = [FOLDER / f"{name}.json" for name in names or (make().name for make in WORKFLOWS + demo_workflows.WORKFLOWS)]
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         stand_in_files(base)

@@ -18,7 +18,8 @@ HOST_VERSION, OWN_VERSION = "0.30.0", "0.1.0"
 # Pixels of the editor
 WIDTH, NOTE_WIDTH = 380, 460
 TITLE, GAP, MARGIN, HEADING = 30, 30, 20, 50  # of a node; between nodes; around a group; its title
-TALL = {"CLIPTextEncode": 160, "SaveImage": 420, "PreviewAny": 200, "FeatherweightApplyLora": 290}
+TALL = {"CLIPTextEncode": 160, "SaveImage": 420, "PreviewImage": 280, "PreviewAny": 200, "FeatherweightApplyLora": 290,
+        "FeatherweightCheckLora": 520}
 
 PACKAGE = "flux.1-dev-nf4-pkg"
 
@@ -106,11 +107,12 @@ def as_ui(workflow: Workflow, object_info: dict) -> dict:
 def _note(workflow: Workflow) -> dict:
     files = dict.fromkeys(file for node in workflow.nodes for file in node.files)
     links = "\n".join(f"- [{file.name}]({file.url})" for file in files)  # the editor has a button for safetensors only
+    download = f"\n\n**Download**\n\n{links}" if files else ""
     lines = len(files) + sum(1 + len(line) // 75 for line in workflow.note.splitlines())
     return {
         "id": 1, "type": "MarkdownNote", "pos": [-NOTE_WIDTH - 2 * MARGIN, TITLE], "size": [NOTE_WIDTH, 100 + 12 * lines],
         "flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {},
-        "widgets_values": [f"# {workflow.name}\n\n{workflow.note.strip()}\n\n**Download**\n\n{links}"],
+        "widgets_values": [f"# {workflow.name}\n\n{workflow.note.strip()}{download}"],
         "color": "#222", "bgcolor": "#000", "title": "About this workflow",
     }
 
@@ -128,7 +130,7 @@ def _node(node: Node, number: dict[Node, int], links: list, object_info: dict, p
             options = options[0] if options else {}
             values.append(node.inputs[name] if name in node.inputs else options["default"])
             if options.get("control_after_generate"):
-                values.append("randomize")
+                values.append("fixed" if name in node.inputs else "randomize")
             continue
         link = None
         if name in node.inputs:
@@ -370,14 +372,15 @@ A GGUF that holds only the UNet belongs into **Load Diffusion Model (Featherweig
 WORKFLOWS = (nf4_all_in_one, nf4_with_two_loras, nf4_unet_only, nf4_package, gguf_with_gguf_t5, stable_diffusion_gguf)
 
 
-def main():
+def write(workflows):
+    """Write the workflows that these functions make into the examples."""
     with tempfile.TemporaryDirectory() as base, Server(base) as server:
         object_info = server.object_info()
-    for workflow in (make() for make in WORKFLOWS):
+    for workflow in (make() for make in workflows):
         text = json.dumps(as_ui(workflow, object_info), indent=2, ensure_ascii=False) + "\n"
         (FOLDER / f"{workflow.name}.json").write_text(text, encoding="utf-8")
         print(workflow.name)
 
 
 if __name__ == "__main__":
-    main()
+    write(WORKFLOWS)

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from devtools import demo, tiny_models
+from devtools.demo_workflows import WORKFLOWS as DEMO_WORKFLOWS
 from devtools.gguf_files import write_gguf
 from devtools.server import ROOT
 from devtools.workflow import AFTER_GENERATE, NOTES, WIDGET_TYPES, to_api
@@ -149,11 +150,11 @@ def test_the_thumbnail_is_a_small_picture(path):
 
 
 def test_workflows_are_what_their_description_gives(object_info):
-    written = {workflow.name: as_ui(workflow, object_info) for workflow in (make() for make in WORKFLOWS)}
-    assert {path.stem for path in EXAMPLES if path not in DEMOS} == set(written)
+    written = {workflow.name: as_ui(workflow, object_info) for workflow in (make() for make in WORKFLOWS + DEMO_WORKFLOWS)}
+    assert {path.stem for path in EXAMPLES} == set(written)
     for name, workflow in written.items():
         path = ROOT / "example_workflows" / f"{name}.json"
-        assert workflow == read(path), "run `python -m devtools.workflows`"
+        assert workflow == read(path), "run `python -m devtools.workflows` and `python -m devtools.demo_workflows`"
 
 
 # Small models in place of the files that the workflows name.
@@ -218,12 +219,14 @@ def write_vae(path):
     save_file(autoencoder(), path)
 
 
-def write_lora(path, name):
-    lora = tiny_models.flux_lora(**demo.LORAS[name], context=SIZES["context"])
+def write_lora(path, part):
+    """In the trainers' naming for one part of the model, in PEFT's for the other."""
+    naming = {"double_blocks": ("lora_unet_{flat}", ".lora_down.weight", ".lora_up.weight"),
+              "single_blocks": ("diffusion_model.{name}", ".lora_A.weight", ".lora_B.weight")}
+    lora = tiny_models.flux_lora(11, part, *naming[part], context=SIZES["context"])
     save_file({name: torch.from_numpy(value) for name, value in lora.items()}, path)
 
 
-FIRST, SECOND = demo.LORAS
 STAND_INS = {
     "flux1-dev-bnb-nf4-v2.safetensors": write_nf4_checkpoint,
     "flux1-dev-bnb_nf4.safetensors": write_nf4,
@@ -231,8 +234,8 @@ STAND_INS = {
     "flux1-dev-Q4_K_S.gguf": write_flux_gguf,
     "stable-diffusion-v1-5-pruned-emaonly-Q8_0.gguf": write_stable_diffusion_gguf,
     "ae.safetensors": write_vae,
-    "Hyper-FLUX.1-dev-8steps-lora.safetensors": functools.partial(write_lora, name=FIRST),
-    "FLUX-dev-lora-add_details.safetensors": functools.partial(write_lora, name=SECOND),
+    "Hyper-FLUX.1-dev-8steps-lora.safetensors": functools.partial(write_lora, part="double_blocks"),
+    "FLUX-dev-lora-add_details.safetensors": functools.partial(write_lora, part="single_blocks"),
 }
 # Flux's text encoder T5-XXL exists in one size, 4.8 billion weights: its conditioning comes from a node that needs none.
 NEEDS_T5 = "flux"
