@@ -12,9 +12,9 @@ from . import scenes
 from .scenes import CHOICES, HOURS, SIZE, Scene
 
 SKY_ROWS, TREE_ROWS, WALL_ROWS, GROUND_ROWS = slice(0, 40), slice(34, 82), slice(70, 83), slice(108, 124)
-FOLIAGE = [(28, 112, 78), (84, 152, 48), (44, 158, 84)]
-OTHERS = [(124, 80, 52), (150, 84, 70), (86, 74, 84), (104, 66, 48)]  # trunk, chimney, roof, door
-UNLIT = [(228, 60, 60), (250, 200, 60), (64, 196, 190), (70, 90, 210), (255, 226, 110), (170, 214, 236)]  # rainbow, windows
+FOLIAGE = list(scenes.FOLIAGE.values())
+OTHERS = [scenes.TRUNK, scenes.CHIMNEY, scenes.ROOF, scenes.DOOR]
+UNLIT = [*scenes.RAINBOW, scenes.GLOW, scenes.GLASS]
 RECOGNISED = 0.5  # share of two outlines that both cover
 
 
@@ -45,7 +45,7 @@ def outlines(picture: np.ndarray) -> float:
 def pumpkins(picture: np.ndarray) -> float:
     """How many pixels of the foreground have the colour of pumpkins: what the second LoRA adds."""
     hour = _hour(picture)
-    colours = [_lit(colour, hour) for colour in (scenes.PUMPKIN, *scenes.GROUNDS.values(), (60, 110, 50), scenes.INK)]
+    colours = [_lit(colour, hour) for colour in (scenes.PUMPKIN, *scenes.GROUNDS.values(), scenes.STALK, scenes.INK)]
     return float((_labels(picture[GROUND_ROWS, 32:96], np.array(colours)) == 0).sum())
 
 

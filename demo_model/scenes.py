@@ -26,7 +26,12 @@ HOURS = {"noon": ((84, 165, 235), (186, 226, 248), (1.0, 1.0, 1.0)),
          "dawn": ((232, 146, 190), (253, 216, 206), (1.0, 0.92, 0.96)),
          "night": ((32, 44, 104), (70, 88, 160), (0.58, 0.62, 0.82))}
 BODIES = ("sun", "moon", "cloud", "rainbow")
-PUMPKIN = (240, 128, 28)
+FOLIAGE = {"pine": (28, 112, 78), "oak": (84, 152, 48), "palm": (44, 158, 84)}
+TRUNK, CHIMNEY, ROOF, DOOR = (124, 80, 52), (150, 84, 70), (86, 74, 84), (104, 66, 48)
+PUMPKIN, STALK = (240, 128, 28), (60, 110, 50)
+# Whatever the hour
+RAINBOW = ((228, 60, 60), (250, 200, 60), (64, 196, 190), (70, 90, 210))
+GLASS, GLOW = (170, 214, 236), (255, 226, 110)  # windows by day and by night
 INK = (18, 14, 24)
 HORIZON = 88
 
@@ -117,7 +122,10 @@ class Canvas:
 def draw(scene: Scene, chance: random.Random, outline: bool = False, pumpkins: bool = False) -> np.ndarray:
     """A picture of the scene, uint8 (SIZE, SIZE, 3). outline, pumpkins: what the two LoRAs add."""
     canvas = Canvas(scene.hour, outline)
-    vary = lambda middle, by: middle + chance.uniform(-by, by)  # noqa: E731
+
+    def vary(middle: float, by: float) -> float:
+        return middle + chance.uniform(-by, by)
+
     _body(canvas, scene.body, vary)
     ground = GROUNDS[scene.ground]
     far = tuple(round(0.72 * near + 0.28 * sky) for near, sky in zip(ground, HOURS["noon"][1]))
@@ -135,20 +143,20 @@ def draw(scene: Scene, chance: random.Random, outline: bool = False, pumpkins: b
 
 
 def _body(canvas: Canvas, body: str, vary):
-    x, y, size = vary(64, 30), vary(22, 4), vary(1, 0.08)
+    x, y, size = vary(64, 12), vary(21, 2), vary(1.2, 0.06)
     if body == "sun":
         canvas.ellipse(x, y, 12 * size, 12 * size, (255, 222, 60), lit=False)
     elif body == "moon":
         turns = [math.pi * (i / 24 - 0.5) for i in range(25)]
-        outer = [(x + 13 * size * math.cos(t), y + 13 * size * math.sin(t)) for t in turns]
-        inner = [(x + 3 * size * math.cos(t), y + 13 * size * math.sin(t)) for t in reversed(turns)]
+        outer = [(x + 14 * size * math.cos(t), y + 13 * size * math.sin(t)) for t in turns]
+        inner = [(x + 1 * size * math.cos(t), y + 13 * size * math.sin(t)) for t in reversed(turns)]
         canvas.polygon(outer + inner, (255, 250, 222), lit=False)
     elif body == "cloud":
         circles = [(-16, 4, 8), (-6, -3, 11), (7, -1, 10), (17, 4, 8), (0, 4, 8)]
         canvas.union([(x + size * across, y + size * down, size * radius) for across, down, radius in circles], (255, 255, 255))
     else:
         x, radius = vary(64, 8), vary(68, 2)
-        for band, colour in enumerate(((228, 60, 60), (250, 200, 60), (64, 196, 190), (70, 90, 210))):
+        for band, colour in enumerate(RAINBOW):
             canvas.ellipse(x, 84, radius - 5 * band, radius - 5 * band, colour, lit=False, outlined=band == 0)
         ends = [(x - radius + 20) * FINER, (104 - radius) * FINER, (x + radius - 20) * FINER, (64 + radius) * FINER]
         inside = Image.new("L", canvas.image.size)
@@ -159,49 +167,49 @@ def _body(canvas: Canvas, body: str, vary):
 
 
 def _tree(canvas: Canvas, kind: str, x: float, base: float, size: float):
-    trunk = (124, 80, 52)
+    foliage = FOLIAGE[kind]
     if kind == "pine":
-        canvas.box(x - 3 * size, base - 10 * size, x + 3 * size, base, trunk)
+        canvas.box(x - 3 * size, base - 10 * size, x + 3 * size, base, TRUNK)
         for bottom, width, height in ((8, 18, 22), (22, 14, 20), (35, 10, 20)):
             canvas.polygon([(x - width * size, base - bottom * size), (x, base - (bottom + height) * size),
-                            (x + width * size, base - bottom * size)], (28, 112, 78))
+                            (x + width * size, base - bottom * size)], foliage)
     elif kind == "oak":
         canvas.polygon([(x - 4 * size, base), (x - 3 * size, base - 26 * size), (x + 3 * size, base - 26 * size),
-                        (x + 4 * size, base)], trunk)
+                        (x + 4 * size, base)], TRUNK)
         circles = [(-9, -27, 10), (9, -27, 10), (-6, -40, 11), (6, -40, 11), (0, -33, 12)]
-        canvas.union([(x + size * across, base + size * up, size * radius) for across, up, radius in circles], (84, 152, 48))
+        canvas.union([(x + size * across, base + size * up, size * radius) for across, up, radius in circles], foliage)
     else:
         canvas.polygon([(x - 3 * size, base), (x - 1 * size, base - 44 * size), (x + 3 * size, base - 44 * size),
-                        (x + 3 * size, base)], trunk)
+                        (x + 3 * size, base)], TRUNK)
         for turn in (-165, -120, -60, -15, 20, 160):
-            _leaf(canvas, x + size, base - 44 * size, math.radians(turn), 20 * size)
+            _leaf(canvas, x + size, base - 44 * size, math.radians(turn), 20 * size, foliage)
 
 
-def _leaf(canvas: Canvas, x: float, y: float, turn: float, length: float):
+def _leaf(canvas: Canvas, x: float, y: float, turn: float, length: float, colour: tuple):
     """A palm leaf: it leaves the crown in the direction `turn` and bends down."""
     ahead, steps = (math.cos(turn), math.sin(turn)), [i / 8 for i in range(9)]
     spine = [(x + ahead[0] * length * s, y + ahead[1] * length * s * 0.8 + 9 * s * s) for s in steps]
     width = [3.6 * math.sin(math.pi * min(1, 0.12 + 0.88 * s)) for s in steps]
     upper = [(px, py - w) for (px, py), w in zip(spine, width)]
     lower = [(px, py + w) for (px, py), w in zip(spine, width)]
-    canvas.polygon(upper + lower[::-1], (44, 158, 84))
+    canvas.polygon(upper + lower[::-1], colour)
 
 
 def _house(canvas: Canvas, wall: tuple, hour: str, x: float, base: float, size: float):
     half, high = 20 * size, 30 * size
-    canvas.box(x + 8 * size, base - high - 19 * size, x + 14 * size, base - high - 2 * size, (150, 84, 70))  # chimney
+    canvas.box(x + 8 * size, base - high - 19 * size, x + 14 * size, base - high - 2 * size, CHIMNEY)
     canvas.box(x - half, base - high, x + half, base, wall)
     canvas.polygon([(x - half - 5 * size, base - high), (x, base - high - 20 * size), (x + half + 5 * size, base - high)],
-                   (86, 74, 84))
-    canvas.box(x - 5 * size, base - 17 * size, x + 5 * size, base, (104, 66, 48))
+                   ROOF)
+    canvas.box(x - 5 * size, base - 17 * size, x + 5 * size, base, DOOR)
     dark = hour in ("night", "dusk")
     for side in (-1, 1):
         middle = x + side * 12.5 * size
         canvas.box(middle - 4 * size, base - 23 * size, middle + 4 * size, base - 13 * size,
-                   (255, 226, 110) if dark else (170, 214, 236), lit=not dark)
+                   GLOW if dark else GLASS, lit=not dark)
 
 
 def _pumpkin(canvas: Canvas, x: float, y: float, radius: float):
-    canvas.box(x - 1.3, y - radius - 2, x + 1.3, y - radius + 2, (60, 110, 50))
+    canvas.box(x - 1.3, y - radius - 2, x + 1.3, y - radius + 2, STALK)
     canvas.ellipse(x, y, radius * 1.15, radius * 0.92, PUMPKIN)
 

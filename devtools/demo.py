@@ -12,7 +12,7 @@ from PIL import Image
 
 from demo_model import judge, scenes
 from devtools import demo_files
-from devtools.demo_files import CHECKPOINT_NAME, ENCODER_NAME, LORAS, make_checkpoint, make_models  # noqa: F401  for the tests
+from devtools.demo_files import make_checkpoint, make_models
 from devtools.demo_sheet import sheet
 from devtools.demo_workflows import PROMPT, STEPS
 from devtools.server import ROOT, Run, Server, ServerError
@@ -34,19 +34,6 @@ def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) ->
     """Queue a shipped workflow as it is; return its run and its API form."""
     prompt = to_api(json.loads(workflow.read_text(encoding="utf-8")), server.object_info())
     return server.queue(prompt, on_progress), prompt
-
-
-def report(server: Server, run: Run, prompt: dict) -> dict:
-    """What the demo measured: the model's file, formats, bytes on disk and held in memory, seconds per step."""
-    sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
-    line = next((line for line in LOADED.finditer(server.log()) if line["file"] in demo_files.MODELS.values()), None)
-    if line is None:
-        raise ServerError(f"The loader reported nothing about the model; see {server.log_path}.")
-    formats = {name: int(count) for name, count in (part.split() for part in line["formats"].split(", "))}
-    device = server.system_stats()["devices"][0]["name"]
-    return {"file": line["file"], "tensors": int(line["tensors"]), "formats": formats,
-            "bytes_on_disk": int(line["disk"]), "bytes_held": int(line["held"]),
-            "seconds_per_step": run.seconds_per_step(sampler), "device": device}
 
 
 def draw_all(server: Server, prompt: str, seed: int, on_progress=None) -> dict[str, dict]:

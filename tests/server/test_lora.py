@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from devtools import demo, tiny_models
+from devtools import demo, demo_files, tiny_models
 from devtools.server import ServerError
 
-FIRST, SECOND = demo.LORAS.values()
+FIRST, SECOND = demo_files.LORAS.values()
 MODEL = {"class_type": demo.LOADER, "inputs": {"model_name": demo.MODEL_NAME}}
 
 
