@@ -25,7 +25,7 @@ def choices_in(picture: np.ndarray) -> dict[str, str | None]:
     ground = np.median(picture[GROUND_ROWS].reshape(-1, 3), 0)
     return {"wall": wall, "side": side, "tree": _best(_tree_mask(picture, hour), "tree"),
             "ground": _nearest(ground, {name: _lit(colour, hour) for name, colour in scenes.GROUNDS.items()}),
-            "hour": hour, "body": _best(_sky_mask(picture, hour), "body")}
+            "hour": hour, "body": _body(picture, hour)}
 
 
 def right(picture: np.ndarray, asked: dict[str, str]) -> dict[str, bool]:
@@ -109,12 +109,20 @@ def _centred(mask: np.ndarray) -> np.ndarray | None:
     return np.roll(mask, shift, (0, 1))
 
 
-def _best(mask: np.ndarray, field: str) -> str | None:
+def _body(picture: np.ndarray, hour: str) -> str | None:
+    """What is in the sky. Only a sun is yellow through and through, and a sun is nothing else."""
+    mask = _sky_mask(picture, hour)
+    pixels = picture[SKY_ROWS][mask].astype(int)
+    yellow = len(pixels) and np.median(pixels[:, 0] - pixels[:, 2]) > 110
+    return _best(mask, "body", ("sun", "rainbow") if yellow else ("moon", "cloud", "rainbow"))
+
+
+def _best(mask: np.ndarray, field: str, among: tuple[str, ...] | None = None) -> str | None:
     mask = _centred(mask)
     if mask is None:
         return None
     shares = {name: max((mask & drawn).sum() / (mask | drawn).sum() for drawn in masks)
-              for name, masks in _templates(field).items()}
+              for name, masks in _templates(field).items() if among is None or name in among}
     best = max(shares, key=shares.get)
     return best if shares[best] >= RECOGNISED else None
 

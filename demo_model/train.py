@@ -23,8 +23,8 @@ WEIGHTS = Path(__file__).with_name("weights")
 # steps, pictures a step, highest learning rate
 AUTOENCODER = (800, 16, 2e-3)
 DECODER = (600, 16, 1.5e-3)
-FLUX = (5800, 16, 1.4e-3)
-LORA = (240, 16, 2e-3)
+FLUX = (7000, 16, 1.4e-3)
+LORA = (500, 16, 2e-3)
 PICTURES, LORA_PICTURES, AUTOENCODER_PICTURES = 6000, 1000, 2400
 STYLES = {"ink": dict(outline=True), "pumpkins": dict(pumpkins=True)}
 

@@ -3,7 +3,7 @@ from devtools.demo_files import CHECKPOINT_NAME, ENCODER_NAME, LORAS, MODELS, VA
 from devtools.workflows import Node, Workflow, write
 
 PROMPT = "a red house left of an oak tree on grass at night under a moon"
-STEPS = 8
+STEPS = 12
 KNOWS = """It draws a house by a tree and knows 22 words: `red yellow blue purple pink white` of the house, `left right` of \
 the tree, `pine oak palm`, `grass snow sand`, `noon dusk dawn night`, `sun moon cloud rainbow`. Every other word is ignored."""
 SOURCE = "`python3 dev.py demo`, in the folder of this pack, makes the files. To run this workflow here, copy them from \
