@@ -2,7 +2,7 @@
 from devtools.demo_files import CHECKPOINT_NAME, ENCODER_NAME, LORAS, MODELS, VAE_NAME
 from devtools.workflows import Node, Workflow, write
 
-PROMPT = "a red house left of an oak tree on grass at night under a moon"
+PROMPT = "a red house left of an oak tree on grass at dawn under a sun"
 STEPS = 12
 KNOWS = """It draws a house by a tree and knows 22 words: `red yellow blue purple pink white` of the house, `left right` of \
 the tree, `pine oak palm`, `grass snow sand`, `noon dusk dawn night`, `sun moon cloud rainbow`. Every other word is ignored."""
