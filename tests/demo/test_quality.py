@@ -39,6 +39,6 @@ def test_packed_models_draw_what_is_asked_and_keep_loras():
 @pytest.mark.heavy
 def test_every_format_reaches_its_recorded_accuracy():
     names = [name for name in RECORDED if name not in quality.BITSANDBYTES or demo_files.has_bitsandbytes()]
-    for name, row in quality.measure(names, scenes.HELD_OUT, 64).items():
+    for name, row in quality.measure(names, scenes.HELD_OUT, 32).items():
         assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.02, name
         assert min(row["retention_ink"], row["retention_pumpkins"]) > 0.97, name
