@@ -25,6 +25,7 @@ from devtools.workflows import FOLDER, WORKFLOWS
 
 WIDTH = 720  # pixels of a thumbnail
 WINDOW = (1700, 1400)
+TOO_LARGE = {"Featherweight demo side by side": FOLDER.parent / "demo_model" / "sheet.png"}  # shown by what they make
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
 # Opens a workflow with its groups at the given corner of the window, small enough to fit; gives their size there.
 OPEN = """(async (workflow, left, top) => {
@@ -128,11 +129,14 @@ def main(names: list[str]):
             time.sleep(3)
             for path in paths:
                 left, top = 100, 100
-                size = browser.evaluate(f"{OPEN}({path.read_text(encoding='utf-8')}, {left}, {top})")
-                picture = browser.screenshot(left - 15, top - 15, size[0] + 30, size[1] + 30).convert("RGB")
+                if path.stem in TOO_LARGE:
+                    picture = Image.open(TOO_LARGE[path.stem])
+                else:
+                    size = browser.evaluate(f"{OPEN}({path.read_text(encoding='utf-8')}, {left}, {top})")
+                    picture = browser.screenshot(left - 15, top - 15, size[0] + 30, size[1] + 30).convert("RGB")
                 picture = picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
                 picture.save(path.with_suffix(".jpg"), quality=80, optimize=True)
-                print(f"{path.stem}: {size}, {path.with_suffix('.jpg').stat().st_size} bytes")
+                print(f"{path.stem}: {picture.size}, {path.with_suffix('.jpg').stat().st_size} bytes")
 
 
 if __name__ == "__main__":
