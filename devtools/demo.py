@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from demo_model import judge, scenes
@@ -61,7 +62,7 @@ def draw_all(server: Server, prompt: str, seed: int, on_progress=None) -> dict[s
         while "model" in graph[model]["inputs"]:
             model = upstream(graph, model, "model")
         file = next(value for value in graph[model]["inputs"].values() if value in demo_files.MODELS.values())
-        results[title] = {"picture": picture, "bytes": held.get(file) or size_of(server, file),
+        results[title] = {"picture": picture, "bytes": held.get(file) or dense_bytes(server),
                           "seconds": run.seconds_per_step(sampler) * STEPS}
     for title, result in results.items():
         dense = results["dense" + "".join(title.partition(" + ")[1:])]  # with the same LoRAs
@@ -84,12 +85,12 @@ def without(graph: dict, titles: dict, file: str) -> tuple[dict, dict]:
             {node: title for node, title in titles.items() if node not in gone})
 
 
-def size_of(server: Server, file: str) -> int:
-    """Bytes of the weights in a safetensors file, which ComfyUI keeps as they are."""
-    path = server.base / "models" / "diffusion_models" / file
-    with open(path, "rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    return path.stat().st_size - 8 - header
+def dense_bytes(server: Server) -> int:
+    """What ComfyUI holds of the dense model: on a CPU it makes float32 of a float16 file. The host logs each model's dtype."""
+    parts = server.log().split("model weight dtype torch.")[1:]
+    dtype = next(re.match(r"\w+", part)[0] for part in parts if not any(line["file"] in demo_files.MODELS.values()
+                                                                        for line in LOADED.finditer(part)))
+    return sum(value.numel() for value in demo_files.flux().values()) * getattr(torch, dtype).itemsize
 
 
 def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:

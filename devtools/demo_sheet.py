@@ -36,5 +36,5 @@ def facts(title: str, result: dict) -> list[str]:
     """What stands under a picture."""
     held = f"{result['bytes'] / 1e6:.1f} MB held, {result['seconds']:.2f} s"
     if title == "dense":
-        return [held, "float16, the reference"]
+        return [held, "the reference"]
     return [held, "equal to dense" if result["dense"] is None else f"difference {result['dense']:.1f} dB"]
