@@ -1,4 +1,4 @@
-"""One command for everything a developer does here: python3 dev.py demo | test | bench | sizes | matrix | setup"""
+"""One command for everything a developer does here: python3 dev.py demo | test | bench | quality | sizes | matrix | setup"""
 import sys
 
 if sys.version_info < (3, 10):
@@ -8,9 +8,10 @@ from devtools import environment  # noqa: E402  the check above must come first
 
 USAGE = """usage: python3 dev.py COMMAND [arguments]
 
-  demo [--gpu]                 make a picture with a small packed model on the real ComfyUI server
+  demo [--prompt TEXT] [--gpu] draw with a small model in every packing, on the real ComfyUI server
   test [--heavy] [pytest ...]  run the linter and every test
   bench [arguments]            measure speed and memory side by side
+  quality [arguments]          measure what each packing does to the pictures of the demo
   sizes                        count the bytes of popular models in each format, for docs/choosing.md
   matrix [--host V] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version
   setup                        only make the environment that the others use

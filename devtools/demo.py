@@ -1,69 +1,34 @@
-"""python3 dev.py demo: a shipped example workflow, on the real server, with a small packed model."""
+"""python3 dev.py demo: one prompt drawn by the same small model in every packing, on the real server."""
 import argparse
-import importlib.util
+import io
 import json
 import re
 import sys
 import time
 from pathlib import Path
 
-from safetensors.numpy import save_file
+import numpy as np
+import torch
+from PIL import Image
 
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf, write_random_gguf
+from demo_model import judge, scenes
+from devtools import demo_files
+from devtools.demo_files import make_checkpoint, make_models
+from devtools.demo_sheet import sheet
+from devtools.workflows.demo import PROMPT, STEPS
 from devtools.server import ROOT, Run, Server, ServerError
 from devtools.workflow import to_api
 
-WORKFLOW = ROOT / "example_workflows" / "Featherweight demo.json"
+FOLDER = ROOT / "example_workflows"
+WORKFLOW = FOLDER / "Featherweight demo.json"
+SIDE_BY_SIDE = FOLDER / "Featherweight demo side by side.json"
+LORA_WORKFLOW = FOLDER / "Featherweight demo two LoRAs.json"
+NF4_WORKFLOW = FOLDER / "Featherweight demo NF4 checkpoint.json"
 LOADER = "FeatherweightLoadDiffusionModel"
-MODEL_NAME = "featherweight_demo_Q8_0.gguf"
-ENCODER_NAME = "featherweight_demo_clip_l_Q8_0.gguf"
-VAE_NAME = "featherweight_demo_vae.safetensors"
-LORA_WORKFLOW = ROOT / "example_workflows" / "Featherweight demo two LoRAs.json"
-# file -> arguments of `tiny_models.flux_lora`: one in the trainers' naming for the first half, one in PEFT's for the second
-LORAS = {
-    "featherweight_demo_lora_1.safetensors": dict(seed=11, part="double_blocks", layer="lora_unet_{flat}",
-                                                  down=".lora_down.weight", up=".lora_up.weight"),
-    "featherweight_demo_lora_2.safetensors": dict(seed=12, part="single_blocks", layer="diffusion_model.{name}",
-                                                  down=".lora_A.weight", up=".lora_B.weight"),
-}
-NF4_WORKFLOW = ROOT / "example_workflows" / "Featherweight demo NF4 checkpoint.json"
-CHECKPOINT_NAME = "featherweight_demo_nf4.safetensors"
+MODEL_NAME = demo_files.MODELS["Q8_0"]
 # The line our loader logs for each file it loads.
 LOADED = re.compile(r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \((?P<formats>[^)]*)\), "
                     r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes held")
-
-
-def make_models(base: Path):
-    """Write the files the demo workflow names into `base`/models; it takes a moment and is always up to date."""
-    model, vae = base / "models" / "diffusion_models" / MODEL_NAME, base / "models" / "vae" / VAE_NAME
-    encoder = base / "models" / "text_encoders" / ENCODER_NAME
-    for path in (model, vae, encoder):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_gguf(model, tiny_models.flux(context=768), lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
-    write_random_gguf(encoder, tiny_models.clip_l_shapes(), "Q8_0", architecture=None)
-    save_file(tiny_models.autoencoder(), vae)
-    loras = base / "models" / "loras"
-    loras.mkdir(parents=True, exist_ok=True)
-    for name, arguments in LORAS.items():
-        save_file(tiny_models.flux_lora(**arguments), loras / name)
-
-
-def make_checkpoint(base: Path, name: str = CHECKPOINT_NAME, with_vae: bool = True) -> Path:
-    """Write the NF4 checkpoint of `NF4_WORKFLOW`, which takes the `bitsandbytes` package. Returns its path."""
-    import torch  # heavy, and not needed by the demo itself
-    from safetensors.torch import load_file, save_file as save_tensors
-
-    from devtools.bnb_files import write_bnb
-
-    path = base / "models" / "checkpoints" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bnb(path, {name: torch.from_numpy(value) for name, value in tiny_models.flux().items()},
-              prefix="model.diffusion_model.")
-    if with_vae:
-        vae = {f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
-        save_tensors(load_file(path) | vae, path)
-    return path
 
 
 def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) -> tuple[Run, dict]:
@@ -72,64 +37,123 @@ def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) ->
     return server.queue(prompt, on_progress), prompt
 
 
-def report(server: Server, run: Run, prompt: dict) -> dict:
-    """What the demo measured: the model's file, formats, bytes on disk and held in memory, seconds per step."""
-    sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
-    line = next(LOADED.finditer(server.log()), None)
-    if line is None:
-        raise ServerError(f"The loader reported nothing about the model; see {server.log_path}.")
-    formats = {name: int(count) for name, count in (part.split() for part in line["formats"].split(", "))}
-    device = server.system_stats()["devices"][0]["name"]
-    return {"file": line["file"], "tensors": int(line["tensors"]), "formats": formats,
-            "bytes_on_disk": int(line["disk"]), "bytes_held": int(line["held"]),
-            "seconds_per_step": run.seconds_per_step(sampler), "device": device}
+def draw_all(server: Server, prompt: str, seed: int, on_progress=None) -> dict[str, dict]:
+    """Run the workflow that draws side by side. Returns, by the title of each picture, the picture and what it took.
+
+    Models that need the package `bitsandbytes`, which wrote no file where it is missing, are left out.
+    """
+    workflow = json.loads(SIDE_BY_SIDE.read_text(encoding="utf-8"))
+    titles = {str(node["id"]): node["title"] for node in workflow["nodes"] if node["type"] == "PreviewImage"}
+    graph = to_api(workflow, server.object_info())
+    if not demo_files.has_bitsandbytes():
+        graph, titles = without(graph, titles, demo_files.MODELS["NF4"])
+    for node in graph.values():
+        if "text" in node["inputs"]:
+            node["inputs"]["text"] = prompt
+        if "seed" in node["inputs"]:
+            node["inputs"]["seed"] = seed
+    run = server.queue(graph, on_progress)
+    held = {line["file"]: int(line["held"]) for line in LOADED.finditer(server.log())}
+    results = {}
+    for node, title in sorted(titles.items(), key=lambda pair: int(pair[0])):
+        picture = np.asarray(Image.open(io.BytesIO(server.image(run.outputs[node]["images"][0]))).convert("RGB"))
+        sampler = upstream(graph, upstream(graph, node, "images"), "samples")
+        model = upstream(graph, sampler, "model")
+        while "model" in graph[model]["inputs"]:
+            model = upstream(graph, model, "model")
+        file = next(value for value in graph[model]["inputs"].values() if value in demo_files.MODELS.values())
+        results[title] = {"picture": picture, "bytes": held.get(file) or dense_bytes(server),
+                          "seconds": run.seconds_per_step(sampler) * STEPS}
+    for title, result in results.items():
+        dense = results["dense" + "".join(title.partition(" + ")[1:])]  # with the same LoRAs
+        result["dense"] = difference(result["picture"], dense["picture"])
+        result["right"] = judge.right(result["picture"], scenes.asked_for(prompt))
+    return results
 
 
-def _as_text(facts: dict) -> str:
-    formats = ", ".join(f"{count} in {name}" for name, count in facts["formats"].items())
-    return "\n".join([
-        f"  model            {facts['file']}",
-        f"  tensors          {facts['tensors']}: {formats}",
-        f"  on disk          {facts['bytes_on_disk'] / 1e6:.1f} MB",
-        f"  held in memory   {facts['bytes_held'] / 1e6:.1f} MB, packed",
-        f"  speed            {facts['seconds_per_step']:.2f} s per step on {facts['device']}",
-    ])
+def upstream(graph: dict, node: str, name: str) -> str:
+    return graph[node]["inputs"][name][0]
+
+
+def without(graph: dict, titles: dict, file: str) -> tuple[dict, dict]:
+    """The graph without the node that names a file, and without everything that needs that."""
+    gone = {node for node, spec in graph.items() if file in spec["inputs"].values()}
+    while more := {node for node, spec in graph.items() if node not in gone and any(
+            isinstance(value, list) and value[0] in gone for value in spec["inputs"].values())}:
+        gone |= more
+    return ({node: spec for node, spec in graph.items() if node not in gone},
+            {node: title for node, title in titles.items() if node not in gone})
+
+
+def dense_bytes(server: Server) -> int:
+    """What ComfyUI holds of the dense model: on a CPU it makes float32 of a float16 file. The host logs each model's dtype."""
+    parts = server.log().split("model weight dtype torch.")[1:]
+    dtype = next(re.match(r"\w+", part)[0] for part in parts if not any(line["file"] in demo_files.MODELS.values()
+                                                                        for line in LOADED.finditer(part)))
+    return sum(value.numel() for value in demo_files.flux().values()) * getattr(torch, dtype).itemsize
+
+
+def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio in dB; None for equal pictures."""
+    error = np.square(picture.astype(np.float64) - dense).mean()
+    return 10 * np.log10(255 ** 2 / error) if error else None
+
+
+def as_text(results: dict[str, dict]) -> str:
+    lines = ["                     held      seconds   from dense   as asked"]
+    for title, result in results.items():
+        off = "-" if title.startswith("dense") else "equal" if result["dense"] is None else f"{result['dense']:.1f} dB"
+        lines.append(f"  {title:<16} {result['bytes'] / 1e6:5.1f} MB   {result['seconds']:8.2f}   {off:>10}   "
+                     f"{sum(result['right'].values())} of {len(result['right'])}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py demo", description="Make a picture on the real ComfyUI server.")
+    words = "; ".join(f"{name}: {', '.join(values)}" for name, values in scenes.CHOICES.items())
+    parser = argparse.ArgumentParser(prog="dev.py demo", epilog=f"The model knows these words. {words}.",
+                                     description="Draw a prompt on the real ComfyUI server with the same small model in every "
+                                                 "packing, side by side.")
+    parser.add_argument("--prompt", default=PROMPT, help="what to draw; by default %(default)r")
+    parser.add_argument("--seed", type=int, default=1, help="another seed gives another picture")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU instead of the CPU")
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for picture and report")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for sheet and report")
     options = parser.parse_args(arguments)
     base, started = ROOT / ".dev" / "demo", time.monotonic()
+    if not scenes.asked_for(options.prompt):
+        print(f"Note: the prompt has no word that the model knows, so it draws anything. It knows {', '.join(scenes.WORDS)}.")
     options.output.mkdir(parents=True, exist_ok=True)
-    make_models(base)
-    if importlib.util.find_spec("bitsandbytes"):
+    print("Packing the model", flush=True)
+    types = [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()]
+    make_models(base, types)
+    if "NF4" in types:
         make_checkpoint(base)
+    else:
+        print("Note: the NF4 pictures are left out, the package bitsandbytes that writes such files is not installed.")
 
-    nodes = json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]
+    nodes = json.loads(SIDE_BY_SIDE.read_text(encoding="utf-8"))["nodes"]
     samplers = {str(node["id"]) for node in nodes if node["type"] == "KSampler"}
 
     def show(node_id, value, maximum):
-        if maximum and node_id in samplers:
-            print(f"  step {value}/{maximum}", flush=True)
+        if maximum and value == maximum and node_id in samplers:
+            print(f"  {value} steps", flush=True)
 
     print("Starting ComfyUI" + ("" if options.gpu else " on the CPU"), flush=True)
     try:
         with Server(base, cpu=not options.gpu) as server:
-            print(f"Running \"{WORKFLOW.relative_to(ROOT)}\"", flush=True)
-            run, prompt = run_workflow(server, show)
-            entry = next(output["images"][0] for output in run.outputs.values() if "images" in output)
-            picture = options.output / "picture.png"
-            picture.write_bytes(server.image(entry))
-            facts = report(server, run, prompt)
+            print(f"Running \"{SIDE_BY_SIDE.relative_to(ROOT)}\"", flush=True)
+            results = draw_all(server, options.prompt, options.seed, show)
+            device = server.system_stats()["devices"][0]["name"]
     except (ServerError, ValueError) as error:
         print(f"Failed: {error}")
         return 1
-    text = _as_text(facts)
+    path = options.output / "sheet.png"
+    sheet(results, options.prompt, f"{STEPS} steps on {device}").save(path)
+    text = as_text(results)
+    facts = {title: {name: value for name, value in result.items() if name != "picture"} for title, result in results.items()}
+    facts = {"prompt": options.prompt, "seed": options.seed, "device": device, "models": facts}
     (options.output / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (options.output / "report.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\nDone: {picture} ({time.monotonic() - started:.0f} s, report beside it)")
+    print(f"{text}\nDone: {path} ({time.monotonic() - started:.0f} s, report beside it)")
     return 0
 
 

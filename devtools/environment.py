@@ -256,13 +256,18 @@ def test(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """Make a picture on the real server."""
+    """Draw side by side on the real server."""
     return prepare().run("-m", "devtools.demo", *arguments)
 
 
 def bench(arguments: list[str]) -> int:
     """Measure side by side."""
     return prepare().run("-m", "devtools.bench", *arguments)
+
+
+def quality(arguments: list[str]) -> int:
+    """Measure what each packing does to the demo's pictures."""
+    return prepare().run("-m", "devtools.quality", *arguments)
 
 
 def sizes(arguments: list[str]) -> int:
@@ -275,4 +280,4 @@ def matrix(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.matrix", *arguments)
 
 
-COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "sizes": sizes, "matrix": matrix}
+COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes, "matrix": matrix}

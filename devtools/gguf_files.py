@@ -1,7 +1,7 @@
 """Real GGUF files for tests, demo and bench, written with the `gguf` package.
 
-`gguf.quants` can pack some types and unpack all. For the types it cannot pack, weights are drawn from random
-blocks whose values (by gguf's own reference) are of a usual size, so no per-format knowledge is needed here.
+`gguf.quants` can pack some types and unpack all, `k_quants` packs the K-quants. For the other types, weights are drawn from
+random blocks whose values (by gguf's own reference) are of a usual size, so no per-format knowledge is needed here.
 """
 import functools
 
@@ -9,6 +9,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
+
+from devtools import k_quants
 
 
 @functools.lru_cache(maxsize=None)
@@ -28,8 +30,10 @@ def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3, se
 
 
 def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
-    """Packed rows, uint8, of float32 `values`; random blocks of the same shape where gguf cannot pack the type."""
+    """Packed rows, uint8, of float32 `values`; random blocks of the same shape where nothing packs the type."""
     ggml_type = GGMLQuantizationType[type_name]
+    if type_name in k_quants.PACKERS:
+        return k_quants.pack(values, type_name)
     try:
         return gguf.quants.quantize(values, ggml_type)
     except NotImplementedError:

@@ -72,7 +72,7 @@ class Workflow:
     def note(self) -> str:
         links = "\n".join(map(_download, filter(lambda file: file.repository, self.files)))
         parts = (f"# {self.name}", self.about, f"```\n{_tree(self.files)}\n```", f"**Memory.** {self.memory}",
-                 f"**To change.** {self.change}", self.licence, f"**Download**\n\n{links}")
+                 f"**To change.** {self.change}", self.licence, links and f"**Download**\n\n{links}")
         return "\n\n".join(part.strip() for part in parts if part)
 
 
@@ -151,7 +151,7 @@ def _node(node: Node, number: dict[Node, int], links: list, object_info: dict, p
             options = options[0] if options else {}
             values.append(node.inputs[name] if name in node.inputs else options["default"])
             if options.get("control_after_generate"):
-                values.append("randomize")
+                values.append("fixed" if name in node.inputs else "randomize")
             if options.get("image_upload"):
                 values.append("image")  # the button that uploads one
             continue

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from devtools import demo, tiny_models
+from devtools import demo, demo_files, tiny_models
 from devtools.server import ServerError
 
-FIRST, SECOND = demo.LORAS
+FIRST, SECOND = demo_files.LORAS.values()
 MODEL = {"class_type": demo.LOADER, "inputs": {"model_name": demo.MODEL_NAME}}
 
 
@@ -42,7 +42,7 @@ def test_the_workflow_with_two_loras_changes_the_picture(server, plain):
 
     check = next(node for node, spec in prompt.items() if spec["class_type"] == "FeatherweightCheckLora")
     text, picture = run.outputs[check]["text"][0], run.outputs[check]["images"][0]
-    assert text.startswith("This LoRA for Flux.1 fits: all 6 layers match the model.")
+    assert text.startswith("This LoRA for Flux.1 fits: all 20 layers match the model.")
     assert run.texts[check][-1] == text  # what the editor shows on the node
     assert Image.open(io.BytesIO(server.image(picture))).size[0] > 600
 
@@ -57,7 +57,8 @@ def test_the_workflow_with_two_loras_changes_the_picture(server, plain):
 
 def test_a_lora_of_another_model_is_refused_and_the_server_goes_on(server, plain):
     path = server.base / "models" / "loras" / "too wide.safetensors"
-    save_file(tiny_models.flux_lora(**demo.LORAS[FIRST], hidden=512), path)
+    lora = tiny_models.flux_lora(0, "double_blocks", "lora_unet_{flat}", ".lora_down.weight", ".lora_up.weight", hidden=512)
+    save_file(lora, path)
     sentence = r"made for .*\(512 wide\); the model is Flux.1 \(256 wide\): it cannot be used"
     with pytest.raises(ServerError, match=sentence) as error:
         apply_lora(server, lora_name=path.name)
@@ -84,5 +85,5 @@ def test_a_rule_that_names_nothing_is_refused(server):
 
 def test_the_report_is_an_output(server):
     text = apply_lora(server, lora_name=SECOND, strength_model=0.5, block_weights="preset:last-third")
-    assert text.splitlines()[0] == "This LoRA for Flux.1 fits: all 6 layers match the model."
+    assert text.splitlines()[0] == "This LoRA for Flux.1 fits: all 20 layers match the model."
     assert "model 0.5" in text and "preset:last-third" in text

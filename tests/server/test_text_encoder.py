@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from devtools import demo, tiny_models
+from devtools import tiny_models
+from devtools.demo_files import ENCODER_NAME
 from devtools.gguf_files import write_gguf, write_random_gguf
 from devtools.server import ServerError
 
@@ -52,12 +53,12 @@ def test_a_file_that_is_no_text_encoder_is_one_plain_error(server, encoders, loa
 
 def test_an_encoder_that_does_not_fit_the_type_is_said_before_sampling(server):
     with pytest.raises(ServerError, match="is CLIP-L; wan wants UMT5-XXL"):
-        encode(server, "CLIPLoaderGGUF", clip_name=demo.ENCODER_NAME, type="wan")
+        encode(server, "CLIPLoaderGGUF", clip_name=ENCODER_NAME, type="wan")
 
 
 def test_the_same_encoder_twice_is_said_before_sampling(server):
     with pytest.raises(ServerError, match="are both CLIP-L"):
-        encode(server, "DualCLIPLoaderGGUF", clip_name1=demo.ENCODER_NAME, clip_name2=demo.ENCODER_NAME, type="flux")
+        encode(server, "DualCLIPLoaderGGUF", clip_name1=ENCODER_NAME, clip_name2=ENCODER_NAME, type="flux")
 
 
 def test_an_encoder_that_is_gone_is_named(server):

@@ -1,0 +1,103 @@
+"""The model files of the demo, from the weights in `demo_model/weights`: ComfyUI's own names, every packing."""
+import importlib.util
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from demo_model import text
+from demo_model.autoencoder import widened
+from devtools.gguf_files import gguf_writer, pack, write_gguf
+from devtools.server import ROOT
+from devtools.tiny_models import clip_l_shapes
+
+WEIGHTS = ROOT / "demo_model" / "weights"
+MODELS = {name: f"featherweight_demo_{name}.{'safetensors' if name in ('F16', 'NF4') else 'gguf'}"
+          for name in ("F16", "Q8_0", "Q4_K", "NF4", "Q2_K")}
+ENCODER_NAME = "featherweight_demo_clip_l_Q8_0.gguf"
+VAE_NAME = "featherweight_demo_vae.safetensors"
+LORAS = {name: f"featherweight_demo_lora_{name}.safetensors" for name in ("ink", "pumpkins")}
+CHECKPOINT_NAME = "featherweight_demo_nf4.safetensors"
+FILES = {"diffusion_models": list(MODELS.values()), "text_encoders": [ENCODER_NAME], "vae": [VAE_NAME],
+         "loras": list(LORAS.values()), "checkpoints": [CHECKPOINT_NAME]}  # folder below `models` -> names
+
+
+def has_bitsandbytes() -> bool:
+    """The package that writes NF4; reading takes none."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def flux() -> dict[str, torch.Tensor]:
+    """The trained Flux, float16."""
+    return load_file(WEIGHTS / "flux.safetensors")
+
+
+def write_model(path: Path, type_name: str):
+    """The Flux with its matrices in one type; those whose rows its blocks do not divide are Q8_0."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if type_name == "F16":
+        save_file(flux(), path)
+    elif type_name in ("NF4", "FP4"):
+        from devtools.bnb_files import write_bnb
+
+        write_bnb(path, flux(), type_name.lower())
+    elif type_name == "int8":
+        from devtools.bnb_files import write_bnb_int8
+
+        write_bnb_int8(path, flux())
+    else:
+        block_length = gguf.constants.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][0]
+        write_gguf(path, flux(), lambda name, values: "F32" if values.ndim < 2 else
+                   "Q8_0" if values.shape[-1] % block_length else type_name)
+
+
+def write_encoder(path: Path):
+    """CLIP-L as `demo_model/text.py` makes it, in Q8_0."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    given, q8_0 = text.weights(shapes := clip_l_shapes()), gguf.GGMLQuantizationType.Q8_0
+    vectors, picks = text.table()
+    writer = gguf_writer(path, None)
+    for name, shape in shapes.items():
+        if "token_embedding" in name:
+            writer.add_tensor(name, pack(vectors.numpy(), "Q8_0")[picks.numpy()], raw_dtype=q8_0)
+        elif len(shape) < 2:
+            writer.add_tensor(name, given[name].numpy() if name in given else np.zeros(shape, np.float32))
+        elif name in given:
+            writer.add_tensor(name, pack(given[name].numpy(), "Q8_0"), raw_dtype=q8_0)
+        else:
+            writer.add_tensor(name, np.zeros(gguf.quant_shape_to_byte_shape(shape, q8_0), np.uint8), raw_dtype=q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def vae() -> dict[str, torch.Tensor]:
+    return widened(load_file(WEIGHTS / "autoencoder.safetensors"))
+
+
+def make_models(base: Path, types=("Q8_0",)):
+    """Write the demo's files into `base`/models: text encoder, VAE, LoRAs, and the Flux in each of the types."""
+    models = base / "models"
+    write_encoder(models / "text_encoders" / ENCODER_NAME)
+    (models / "vae").mkdir(parents=True, exist_ok=True)
+    save_file(vae(), models / "vae" / VAE_NAME)
+    (models / "loras").mkdir(parents=True, exist_ok=True)
+    for name, file_name in LORAS.items():
+        save_file(load_file(WEIGHTS / f"lora_{name}.safetensors"), models / "loras" / file_name)
+    for name in types:
+        write_model(models / "diffusion_models" / MODELS[name], name)
+
+
+def make_checkpoint(base: Path, name: str = CHECKPOINT_NAME, with_vae: bool = True) -> Path:
+    """Write an NF4 checkpoint of Flux and VAE, which takes the `bitsandbytes` package. Returns its path."""
+    from devtools.bnb_files import write_bnb
+
+    path = base / "models" / "checkpoints" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bnb(path, flux(), prefix="model.diffusion_model.")
+    if with_vae:
+        save_file(load_file(path) | {f"vae.{name}": value for name, value in vae().items()}, path)
+    return path

@@ -1,0 +1,157 @@
+"""python3 dev.py quality: what each packing does to the demo's model, measured on its pictures.
+
+The trained Flux is packed in every format that can be written here and draws the captions that its training never saw, through
+ComfyUI's own sampler. Leaves quality.json, quality.md and quality.png.
+"""
+import argparse
+import functools
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from devtools.bench import ROOT  # first: puts the host and the pack on the path
+
+import comfy.sample
+import comfy.sd
+import numpy as np
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.text_encoder import load_text_encoder
+from safetensors.torch import load_file
+
+from demo_model import judge, scenes
+from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
+from devtools import demo_files, quality_picture
+from devtools.workflows.demo import STEPS
+
+FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K", "MXFP4", "NF4", "FP4", "int8")
+BITSANDBYTES = {"NF4", "FP4", "int8"}
+EFFECTS = {"ink": judge.outlines, "pumpkins": judge.pumpkins}
+BATCH = 32
+
+
+class Painter:
+    """Draws prompts with a model, a batch at a time; the noise of each picture depends on its number only."""
+
+    def __init__(self, prompts: list[str], folder: Path):
+        path = folder / demo_files.ENCODER_NAME
+        demo_files.write_encoder(path)
+        clip = load_text_encoder([str(path)], "stable_diffusion")
+        self.words = [clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu() for prompt in prompts]
+        self.noise = [torch.randn(1, 16, scenes.SIZE // 8, scenes.SIZE // 8, generator=torch.Generator().manual_seed(number))
+                      for number in range(len(prompts))]
+        self.autoencoder = Autoencoder()  # as narrow as it was trained: the same values as ComfyUI's, sooner
+        self.autoencoder.load_state_dict({name: value.float() for name, value in
+                                          load_file(demo_files.WEIGHTS / "autoencoder.safetensors").items()})
+
+    @torch.inference_mode()
+    def latents(self, model, count: int) -> torch.Tensor:
+        """Latents of the first `count` prompts, (count, 16, H / 8, W / 8)."""
+        parts = []
+        for start in range(0, count, BATCH):
+            part = slice(start, min(start + BATCH, count))
+            words, noise = torch.cat(self.words[part]), torch.cat(self.noise[part])
+            drawn = comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", [[words, {}]], [[words, {}]],
+                                        torch.zeros_like(noise), disable_pbar=True, seed=start)
+            parts.append((drawn.float().cpu() - SHIFT) * SCALE)
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def pictures(self, latents: torch.Tensor) -> np.ndarray:
+        """uint8 (N, SIZE, SIZE, 3)."""
+        drawn = torch.cat([self.autoencoder.decode(part) for part in latents.split(BATCH)])
+        return (drawn.clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
+
+
+def accuracy(pictures: np.ndarray, asked: list[dict]) -> dict[str, float]:
+    """Share of pictures that show all that was asked for, and of each choice."""
+    right = [judge.right(picture, wanted) for picture, wanted in zip(pictures, asked)]
+    shares = {name: np.mean([entry[name] for entry in right if name in entry]) for name in scenes.CHOICES}
+    return {"all": float(np.mean([all(entry.values()) for entry in right]))} | {name: float(s) for name, s in shares.items()}
+
+
+def snr(values: torch.Tensor, dense: torch.Tensor) -> float:
+    """Signal-to-noise ratio of latents against the dense model's, in dB."""
+    return float(10 * torch.log10(dense.square().sum() / (values - dense).square().sum()))
+
+
+def psnr(values: torch.Tensor, dense: torch.Tensor) -> float:
+    """The same with the range of the dense latents as the signal."""
+    return float(20 * torch.log10(dense.max() - dense.min()) - 10 * torch.log10((values - dense).square().mean()))
+
+
+def with_loras(model, names, strength: float = 1.0):
+    for name in names:
+        lora = load_file(demo_files.WEIGHTS / f"lora_{name}.safetensors")
+        model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
+    return model
+
+
+def measure(formats, count: int, lora_count: int, show=functools.partial(print, flush=True)) -> dict[str, dict]:
+    """Format -> its figures. count: of prompts, at most 256. lora_count: of those that are drawn with each LoRA too."""
+    captions = [scene.caption() for scene in scenes.all_scenes()[1][:count]]
+    asked, results, dense = [scenes.asked_for(caption) for caption in captions], {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        painter = Painter(captions, Path(folder))
+        for name in formats:
+            started = time.process_time()
+            path = Path(folder) / f"{name}.{'safetensors' if name in BITSANDBYTES | {'F16'} else 'gguf'}"
+            demo_files.write_model(path, name)
+            model = load_diffusion_model(str(path))
+            latents = painter.latents(model, count)
+            pictures = painter.pictures(latents)
+            row = {"bytes": model.model_size(), "accuracy": accuracy(pictures, asked)}
+            changed = {None: latents[:lora_count]}
+            for lora, effect in EFFECTS.items():
+                changed[lora] = painter.latents(with_loras(model, [lora]), lora_count)
+                after = painter.pictures(changed[lora])
+                row[f"effect_{lora}"] = float(np.mean([effect(b) - effect(a) for a, b in zip(pictures, after)]))
+            dense = dense or {"row": row, "latents": latents, "changed": changed}
+            if name != "F16":
+                row |= {"snr": snr(latents, dense["latents"]), "psnr": psnr(latents, dense["latents"])}
+            for lora in EFFECTS:
+                row[f"retention_{lora}"] = row[f"effect_{lora}"] / dense["row"][f"effect_{lora}"]
+            results[name] = row
+            show(f"{line(name, row)}   ({time.process_time() - started:.0f} s of processor time)")
+            del model
+    return results
+
+
+def line(name: str, row: dict) -> str:
+    return " | ".join(cells(name, row))
+
+
+def cells(name: str, row: dict) -> list[str]:
+    against = [f"{row['snr']:.1f} dB", f"{row['psnr']:.1f} dB"] if "snr" in row else ["", ""]
+    return ["dense (F16)" if name == "F16" else name, f"{row['bytes'] / 1e6:.2f} MB", *against,
+            f"{100 * row['accuracy']['all']:.1f} %", *(f"{100 * row[f'retention_{lora}']:.1f} %" for lora in EFFECTS)]
+
+
+def markdown(results: dict, about: str) -> str:
+    titles = ["", "held", "latent SNR", "latent PSNR", "all as asked", *(f"LoRA {name} kept" for name in EFFECTS)]
+    rows = [titles, ["---"] * len(titles), *(cells(name, row) for name, row in results.items())]
+    return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python3 dev.py quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="FORMAT")
+    parser.add_argument("--prompts", type=int, default=scenes.HELD_OUT, help="how many of the 256 captions never trained on")
+    parser.add_argument("--lora-prompts", type=int, default=32, help="how many of them are drawn with each LoRA too")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo_model", help="folder for the results")
+    options = parser.parse_args()
+    formats = ["F16", *(name for name in options.formats if name != "F16")]
+    if not demo_files.has_bitsandbytes():
+        formats = [name for name in formats if name not in BITSANDBYTES]
+    results = measure(formats, options.prompts, min(options.lora_prompts, options.prompts))
+    about = f"`python3 dev.py quality`: {options.prompts} captions that training never saw, {STEPS} steps; each LoRA on " \
+            f"{options.lora_prompts} of them."
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "quality.json").write_text(json.dumps({"about": about, "formats": results}, indent=1) + "\n")
+    (options.out / "quality.md").write_text(markdown(results, about))
+    quality_picture.draw(results, about.replace("`", "")).save(options.out / "quality.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The demo's own small models, which `dev.py demo` makes."""
+from devtools.demo_files import CHECKPOINT_NAME, ENCODER_NAME, LORAS, MODELS, VAE_NAME
+from devtools.workflows.editor import File, Node, Workflow
+
+PROMPT = "a red house left of an oak tree on grass at dawn under a sun"
+STEPS = 12
+KNOWS = """It draws a house by a tree and knows 22 words: `red yellow blue purple pink white` of the house, `left right` of \
+the tree, `pine oak palm`, `grass snow sand`, `noon dusk dawn night`, `sun moon cloud rainbow`. Every other word is ignored."""
+MEMORY = "under 10 MB for the model, 0.1 GB for the text encoder."
+SOURCE = "`python3 dev.py demo`, in the folder of this pack, makes the files. To run this workflow here, copy them from \
+`.dev/demo/models`:"
+
+
+def made(folder: str, name: str) -> tuple[File]:
+    return (File(folder, "", name),)
+
+
+class Parts:
+    """The nodes that every workflow of the demo shares, and pictures made with them."""
+
+    def __init__(self, vae=None):
+        self.encoder = Node("FeatherweightLoadTextEncoder", {"text_encoder_1": ENCODER_NAME, "type": "stable_diffusion"},
+                            files=made("text_encoders", ENCODER_NAME))
+        self.vae = vae or Node("VAELoader", {"vae_name": VAE_NAME}, files=made("vae", VAE_NAME))
+        self.prompt = Node("CLIPTextEncode", {"text": PROMPT, "clip": self.encoder}, "Prompt")
+        self.size = Node("EmptySD3LatentImage", {"width": 128, "height": 128}, "Size of the picture")
+
+    def picture(self, model, name: str, save: bool = True) -> list[Node]:
+        sampler = Node("KSampler", {"model": model, "positive": self.prompt, "negative": self.prompt, "latent_image": self.size,
+                                    "seed": 1, "steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"})
+        decode = Node("VAEDecode", {"samples": sampler, "vae": self.vae})
+        show = Node("SaveImage", {"images": decode, "filename_prefix": name}) if save else \
+            Node("PreviewImage", {"images": decode}, name)
+        return [sampler, decode, show]
+
+
+def load(name: str) -> Node:
+    files = made("diffusion_models", MODELS[name])
+    if name == "F16":
+        return Node("UNETLoader", {"unet_name": MODELS[name], "weight_dtype": "default"}, files=files)
+    return Node("FeatherweightLoadDiffusionModel", {"model_name": MODELS[name]}, files=files)
+
+
+def stock_lora(model: Node, name: str) -> Node:
+    inputs = {"model": model, "lora_name": LORAS[name], "strength_model": 1.0}
+    return Node("LoraLoaderModelOnly", inputs, files=made("loras", LORAS[name]))
+
+
+def own_lora(model: Node, name: str, **inputs) -> Node:
+    return Node("FeatherweightApplyLora", {"model": model, "lora_name": LORAS[name], **inputs},
+                files=made("loras", LORAS[name]))
+
+
+def demo() -> Workflow:
+    parts, model = Parts(), load("Q8_0")
+    columns = [{"Load": [model, parts.encoder, parts.vae]}, {"Prompt and size": [parts.prompt, parts.size]},
+               {"Picture": parts.picture(model, "featherweight_demo")}]
+    return Workflow("Featherweight demo", columns, f"""
+A small Flux trained for this demo and its text encoder (CLIP-L), both stored as GGUF (Q8_0) and run with their weights kept \
+packed.
+
+{SOURCE}
+""", MEMORY, KNOWS)
+
+
+def two_loras() -> Workflow:
+    parts, model = Parts(), load("Q8_0")
+    first = stock_lora(model, "ink")
+    second = own_lora(first, "pumpkins", block_weights="double.0=0.9")
+    check = Node("FeatherweightCheckLora", {"model": first, "lora_name": LORAS["pumpkins"]})
+    columns = [{"Load": [model, parts.encoder, parts.vae], "Prompt and size": [parts.prompt, parts.size]},
+               {"Two LoRAs": [first, second, check]}, {"Picture": parts.picture(second, "featherweight_demo_loras")}]
+    return Workflow("Featherweight demo two LoRAs", columns, f"""
+Model and text encoder are stored as GGUF (Q8_0) and stay packed. The first LoRA, applied by ComfyUI's own loader, outlines \
+everything in ink. The second, applied by **Apply LoRA (Featherweight)** with a little less strength in the first block \
+(`double.0=0.9`), puts pumpkins in front of the house. **Check LoRA (Featherweight)** says whether the second one fits and \
+shows how much it changes each block.
+
+{SOURCE}
+""", MEMORY, KNOWS)
+
+
+def nf4_checkpoint() -> Workflow:
+    checkpoint = Node("FeatherweightLoadCheckpoint", {"checkpoint_name": CHECKPOINT_NAME},
+                      files=made("checkpoints", CHECKPOINT_NAME))
+    parts = Parts(vae=(checkpoint, 2))
+    lora = stock_lora((checkpoint, 0), "ink")
+    columns = [{"Load": [checkpoint, parts.encoder], "LoRA": [lora]}, {"Prompt and size": [parts.prompt, parts.size]},
+               {"Picture": parts.picture(lora, "featherweight_demo_nf4")}]
+    return Workflow("Featherweight demo NF4 checkpoint", columns, f"""
+Model and VAE in one file, the model's weights packed as NF4 (bitsandbytes) and kept packed while it runs. A LoRA that \
+outlines everything in ink is applied on top, exactly, without touching the packed weights.
+
+{SOURCE}
+
+A checkpoint made by others mostly holds a text encoder too: connect its CLIP output to the prompt.
+""", MEMORY, KNOWS)
+
+
+def side_by_side() -> Workflow:
+    """A column for each packing: the loader, the model by itself, and under it the model with LoRAs."""
+    parts, columns = Parts(), []
+    columns.append({"Prompt": [parts.encoder, parts.prompt, parts.size, parts.vae]})
+    for name, loras in {"F16": (1, 2), "Q8_0": (), "Q4_K": (1,), "NF4": (2,), "Q2_K": ()}.items():
+        title, model = "dense" if name == "F16" else name, load(name)
+        column = {title: [model, *parts.picture(model, title, save=False)]}
+        for count in loras:
+            first = stock_lora(model, "ink")
+            chain = [first, own_lora(first, "pumpkins")][:count]
+            longer = f"{title} + {'LoRA' if count == 1 else 'two LoRAs'}"
+            column[longer] = [*chain, *parts.picture(chain[-1], longer, save=False)]
+        columns.append(column)
+    return Workflow("Featherweight demo side by side", columns, f"""
+One small Flux in five forms, with the same prompt and seed: dense (float16), Q8_0, Q4_K, NF4 and Q2_K, and with one or two \
+LoRAs on top: outlines in ink, and pumpkins.
+
+{SOURCE}
+""", MEMORY, KNOWS)
+
+
+WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras)

@@ -1,0 +1,44 @@
+"""The shipped weights draw what they are asked for, packed as well as dense, and LoRAs keep their effect on packed models.
+
+The bounds leave room for the rounding of other platforms: pictures are judged by what they show, never by their pixels.
+"""
+import json
+
+import pytest
+from demo_model import scenes
+from devtools import demo_files, quality
+from devtools.server import ROOT
+
+RECORDED = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8"))["formats"]
+LOSS = {"F16": 0, "Q8_0": 0.005, "Q4_K": 0.02, "NF4": 0.02}  # of accuracy, against dense
+
+
+def test_the_shipped_weights_are_small():
+    files = [path for path in demo_files.WEIGHTS.iterdir() if path.is_file()]
+    assert files and sum(path.stat().st_size for path in files) <= 20e6
+
+
+def test_the_recorded_figures_hold_what_they_should():
+    dense = RECORDED["F16"]["accuracy"]["all"]
+    assert dense >= 0.95
+    for name, row in RECORDED.items():
+        assert row["accuracy"]["all"] >= dense - LOSS.get(name, 1)
+        assert min(row["retention_ink"], row["retention_pumpkins"]) >= 0.98, name
+
+
+@pytest.mark.usefixtures("small_models")
+def test_packed_models_draw_what_is_asked_and_keep_loras():
+    names = ["F16", "Q4_K", *(["NF4"] if demo_files.has_bitsandbytes() else [])]
+    for name, row in quality.measure(names, 32, 8).items():
+        assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.07, name
+        assert min(row["retention_ink"], row["retention_pumpkins"]) > 0.93, name
+        if name != "F16":
+            assert row["snr"] > RECORDED[name]["snr"] - 2, name
+
+
+@pytest.mark.heavy
+def test_every_format_reaches_its_recorded_accuracy():
+    names = [name for name in RECORDED if name not in quality.BITSANDBYTES or demo_files.has_bitsandbytes()]
+    for name, row in quality.measure(names, scenes.HELD_OUT, 32).items():
+        assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.02, name
+        assert min(row["retention_ink"], row["retention_pumpkins"]) > 0.97, name

@@ -1,0 +1,56 @@
+"""The demo: one prompt drawn side by side on the real server shows what was asked for, packed or not, with LoRAs or not."""
+import json
+
+import pytest
+from demo_model import judge, scenes
+
+from devtools import demo, demo_files
+from devtools.demo_sheet import sheet
+from devtools.workflow import to_api
+
+PROMPT = "a yellow house right of a pine tree on snow at dusk under a cloud"
+
+
+@pytest.fixture(scope="module")
+def results(server):
+    demo.make_models(server.base, [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()])
+    return demo.draw_all(server, PROMPT, 2)
+
+
+def test_every_picture_shows_what_was_asked_for(results):
+    assert {"dense", "Q8_0", "Q4_K", "Q2_K", "Q4_K + LoRA"} <= results.keys()
+    for title in ("dense", "Q8_0", "Q4_K"):
+        assert results[title]["right"] == dict.fromkeys(scenes.CHOICES, True), title
+    assert results["Q8_0"]["dense"] > results["Q2_K"]["dense"] and results["Q8_0"]["dense"] > 25
+    assert results["dense"]["dense"] is None
+
+
+def test_packed_models_hold_fewer_bytes(results):
+    held = [results[title]["bytes"] for title in ("Q2_K", "Q4_K", "Q8_0", "dense")]
+    assert held == sorted(held) and held[0] * 5 < held[-1] == 4 * sum(value.numel() for value in demo_files.flux().values())
+    assert all(result["seconds"] > 0 for result in results.values())
+
+
+def test_loras_show_on_packed_models_as_on_the_dense_one(results):
+    lines = {title: judge.outlines(result["picture"]) for title, result in results.items()}
+    assert lines["Q4_K + LoRA"] > 2 * lines["Q4_K"] and lines["dense + LoRA"] > 2 * lines["dense"]
+    if "NF4" in results:
+        assert judge.pumpkins(results["NF4"]["picture"]) < 40 < judge.pumpkins(results["NF4 + two LoRAs"]["picture"])
+
+
+def test_the_sheet_has_room_for_every_picture(results):
+    shown = [title for title in results if not title.startswith("dense +")]
+    picture = sheet(results, PROMPT, "8 steps")
+    assert picture.width > 1000 and picture.height > 256 * -(-len(shown) // 4)
+    assert all(title in demo.as_text(results) for title in shown)
+
+
+def test_the_demo_goes_without_a_model_that_could_not_be_written(server):
+    workflow = json.loads(demo.SIDE_BY_SIDE.read_text(encoding="utf-8"))
+    graph = to_api(workflow, server.object_info())
+    titles = {str(node["id"]): node["title"] for node in workflow["nodes"] if node["type"] == "PreviewImage"}
+    fewer, left = demo.without(graph, titles, demo_files.MODELS["NF4"])
+    assert set(titles.values()) - set(left.values()) == {"NF4", "NF4 + two LoRAs"}
+    assert demo_files.MODELS["NF4"] not in json.dumps(fewer)
+    links = [value[0] for node in fewer.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert set(links) <= fewer.keys()
