@@ -44,9 +44,10 @@ def test_the_version_is_semantic_and_heads_the_changelog():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == version
 
 
-def test_readme_and_project_file_name_the_same_oldest_comfyui():
-    oldest = re.fullmatch(r">=(\d+)\.(\d+)\.0", PROJECT["tool"]["comfy"]["requires-comfyui"])
-    assert re.findall(r"ComfyUI (\d+\.\d+)\s+or\s+newer", README) == [f"{oldest[1]}.{oldest[2]}"]
+def test_readme_project_file_and_pack_name_the_same_oldest_comfyui():
+    oldest = PROJECT["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    assert re.findall(r"ComfyUI (\d+\.\d+\.\d+)\s+or\s+newer", README) == [oldest]
+    assert f'\nOLDEST_HOST = "{oldest}"' in (ROOT / "__init__.py").read_text(encoding="utf-8")
 
 
 def test_addresses_are_those_of_one_repository():
