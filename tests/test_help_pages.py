@@ -1,5 +1,6 @@
 """Help pages and docs: there in each language, about the inputs there are, quoting messages that the code has."""
 import ast
+import itertools
 import re
 
 import pytest
@@ -53,13 +54,13 @@ def test_every_page_belongs_to_a_node():
 def messages_in_code() -> list[str]:
     """Every string of the pack, with a mark where a value is put in."""
     texts = []
-    for folder in ("nodes", "loaders", "ops"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    texts.append(node.value)
+    folders = [(ROOT / folder).rglob("*.py") for folder in ("nodes", "loaders", "ops")]
+    for path in (ROOT / "__init__.py", *itertools.chain(*folders)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
     return texts
 
 
