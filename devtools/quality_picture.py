@@ -13,8 +13,8 @@ def draw(results: dict[str, dict], about: str) -> Image.Image:
         "held, MB": lambda row: row["bytes"] / 1e6,
         "latent SNR, dB": lambda row: row.get("snr"),
         "all as asked, %": lambda row: 100 * row["accuracy"]["all"],
-        "LoRA ink kept, %": lambda row: 100 * row["retention_ink"],
-        "LoRA pumpkins kept, %": lambda row: 100 * row["retention_pumpkins"],
+        "LoRA ink kept, %": lambda row: 100 * row["kept_ink"],
+        "LoRA pumpkins kept, %": lambda row: 100 * row["kept_pumpkins"],
     }
     size = (2 * MARGIN + NAMES + len(columns) * COLUMN, TOP + len(results) * LINE + MARGIN)
     picture = Image.new("RGB", size, PAPER)
