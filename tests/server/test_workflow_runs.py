@@ -122,10 +122,9 @@ def test_it_runs_with_small_models(path, server, object_info):
         assert len(frames) == 9
     assert {frame.shape for frame in frames} == {(128, 128, 3)} and max(frame.std(axis=(0, 1)).max() for frame in frames) > 2
 
-    log = server.log()[before:]
     packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.endswith(".gguf")}
-    assert packed <= {line["file"] for line in demo.LOADED.finditer(log)}
-    assert "lora key not loaded" not in log
+    assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}  # another workflow may have loaded it
+    assert "lora key not loaded" not in server.log()[before:]
     for node, spec in prompt.items():
         if spec["class_type"] in ("PreviewAny", "FeatherweightCheckLora"):
             assert " fits: all " in run.outputs[node]["text"][0]
