@@ -13,8 +13,8 @@ from devtools.server import ROOT, Server
 from devtools.workflow import NOTES, to_api
 
 EXAMPLES = sorted(path for path in (ROOT / "example_workflows").glob("*.json") if "demo" not in path.stem)
-SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "start_at_step": 1, "end_at_step": 1,
-         "x": 16, "y": 16, "sigmas": "1.0, 0.5, 0.0"}
+SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "x": 16, "y": 16,
+         "sigmas": "1.0, 0.5, 0.0"}
 READERS = ("CLIPTextEncode", "TextEncodeQwenImageEditPlus")
 STAND_INS = f'''
 import comfy.model_detection
@@ -96,6 +96,8 @@ def small(workflow, object_info, files):
         elif node["class_type"] == "FluxKontextImageScale":  # about a million pixels
             node.update(class_type="ImageScale", inputs={
                 "image": values["image"], "upscale_method": "area", "width": 128, "height": 128, "crop": "center"})
+        elif node["class_type"] == "KSamplerAdvanced":
+            continue  # a part of four steps
         else:
             values |= {name: value for name, value in SMALL.items() if name in values and not isinstance(values[name], list)}
     return prompt
@@ -120,10 +122,9 @@ def test_it_runs_with_small_models(path, server, object_info):
         assert len(frames) == 9
     assert {frame.shape for frame in frames} == {(128, 128, 3)} and max(frame.std(axis=(0, 1)).max() for frame in frames) > 2
 
-    log = server.log()[before:]
     packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.endswith(".gguf")}
-    assert packed <= {line["file"] for line in demo.LOADED.finditer(log)}
-    assert "lora key not loaded" not in log
+    assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}  # another workflow may have loaded it
+    assert "lora key not loaded" not in server.log()[before:]
     for node, spec in prompt.items():
         if spec["class_type"] in ("PreviewAny", "FeatherweightCheckLora"):
             assert " fits: all " in run.outputs[node]["text"][0]
