@@ -5,7 +5,7 @@ import re
 from comfyui_version import __version__ as host_version
 
 WEB_DIRECTORY = "./nodes/web"
-OLDEST_HOST = "0.20.1"  # of those that `dev.py matrix` runs
+OLDEST_HOST = "0.24.0"  # of those that `dev.py matrix` runs
 
 
 def _numbers(version: str) -> list[int]:
