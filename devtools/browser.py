@@ -58,6 +58,7 @@ class Browser:
         except BaseException:
             self.__exit__()
             raise
+        self.call("Page.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         return self
 
@@ -86,7 +87,9 @@ class Browser:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while (reply := json.loads(self.socket.recv())).get("id") != number:
-            continue
+            if reply.get("method") == "Page.javascriptDialogOpening":  # whether to leave a workflow that is not saved
+                accept = {"id": next(self.numbers), "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                self.socket.send(json.dumps(accept))
         if "error" in reply:
             raise BrowserError(f"{method}: {reply['error']['message']}")
         return reply["result"]

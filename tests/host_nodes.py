@@ -4,9 +4,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import comfy.model_management
+import comfy.cldm.cldm
 import comfy.model_patcher
-import comfy.ops
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -29,6 +28,8 @@ MODELS = {**FAMILIES, "unet": UNET}
 EXTRAS = {
     "sdxl": {"pooled_output": (1, 1280)},
     "sd3.5": {"pooled_output": (1, 256)},
+    "ltxv": {"attention_mask": torch.ones(1, 7, dtype=torch.long)},
+    "mochi": {"attention_mask": torch.ones(1, 8, dtype=torch.long)},
 }
 
 
@@ -65,6 +66,7 @@ class Case:
     floats: float | None = None
     latent: tuple | None = None
     steps: int = 2
+    cfg: float = 3.0
     effect: bool = True
     noise_mask: bool = False
     limit: float = 1e-4
@@ -120,8 +122,9 @@ class Setting:
     def sample(self, model, sampler=None) -> torch.Tensor:
         """A few steps of the host's sampler."""
         mask = torch.linspace(0, 1, self.latent.shape[-1]).expand(1, *self.latent.shape[-2:]) if self.case.noise_mask else None
+        sampler = sampler or comfy.samplers.sampler_object("euler")
         return comfy.sample.sample_custom(
-            model, seeded(*self.latent.shape), 3.0, sampler or comfy.samplers.sampler_object("euler"), self.sigmas(model),
+            model, seeded(*self.latent.shape), self.case.cfg, sampler, self.sigmas(model),
             self.conditioning(2), self.conditioning(3), self.latent, noise_mask=mask, disable_pbar=True, seed=1)
 
     def guided(self, guider) -> torch.Tensor:
@@ -180,6 +183,27 @@ def lora(setting: Setting) -> dict[str, torch.Tensor]:
 def vae() -> comfy.sd.VAE:
     with torch.inference_mode():
         return comfy.sd.VAE({name: torch.from_numpy(values) for name, values in tiny_models.autoencoder().items()})
+
+
+class FrameVae:
+    """The autoencoder as one of videos: its latents have a dimension of time."""
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        return vae().encode(pictures).unsqueeze(2)
+
+    def spacial_compression_encode(self) -> int:
+        return vae().spacial_compression_encode()
+
+
+@functools.cache
+def difference_controlnet() -> str:
+    """Path of a ControlNet for the model "unet" whose weights are to be added to the model's."""
+    config = {name: value for name, value in UNET.config.items() if name != "out_channels"}
+    module = comfy.cldm.cldm.ControlNet(hint_channels=3, num_heads=8, **config)
+    weights = {f"control_model.{name}": seeded(*value.shape, seed=index) * 0.05
+               for index, (name, value) in enumerate(module.state_dict().items())}
+    torch.save(weights | {"difference": torch.ones(1)}, f"{folder().name}/controlnet.pth")
+    return f"{folder().name}/controlnet.pth"
 
 
 def image(*size: int) -> torch.Tensor:

@@ -3,7 +3,6 @@ import asyncio
 import functools
 
 import comfy.clip_vision
-import comfy.cldm.cldm
 import comfy.ldm.anima.lllite
 import comfy.ldm.lumina.controlnet
 import comfy.ldm.wan.uni3c
@@ -16,7 +15,9 @@ import torch
 from comfy_extras import nodes_model_patch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from comfy_extras.nodes_model_merging import ModelSubtract
-from host_nodes import Case, Setting, execute, image, lora, model_patch, observed, schema, seeded, vae
+from host_nodes import (
+    Case, FrameVae, Setting, difference_controlnet, execute, image, lora, model_patch, observed, schema, seeded, vae,
+)
 from patched_models import relative
 from safetensors.torch import save_file
 
@@ -66,7 +67,7 @@ CASES = {
     "HyperTile": Case("unet", inputs={"tile_size": 1, "swap_size": 1}),
     "HypernetworkLoader": Case("unet", inputs={"hypernetwork_name": "hypernetwork.pt"}),
     "PatchModelAddDownscale": Case("unet", inputs={"block_number": 1, "end_percent": 1.0}),
-    "DiffControlNetLoader": Case("unet", inputs={"control_net_name": "controlnet.pth"}),
+    "DiffControlNetLoader": Case("unet", inputs={"control_net_name": lambda _: difference_controlnet()}),
     # LoRA and training.
     "LoraLoader": Case(inputs={"clip": None, "lora_name": "lora.safetensors"}),
     "LoraLoaderModelOnly": Case(inputs={"lora_name": "lora.safetensors"}),
@@ -96,7 +97,7 @@ CASES = {
     "ImageOnlyCheckpointSave": Case(inputs={"clip_vision": None, "vae": None}),
     # Of one family.
     "ChromaRadianceOptions": Case("chroma-radiance", inputs={"nerf_tile_size": 0}, effect=False),  # only memory differs
-    "HiDreamO1PatchSeamSmoothing": Case("chroma-radiance", inputs={"start_percent": 0.0}),  # of models of pixels
+    "HiDreamO1PatchSeamSmoothing": Case(inputs={"start_percent": 0.0}, latent=(1, 16, 96, 96)),
     "ContextWindowsManual": Case("wan2.1-t2v", inputs={"context_length": 2, "context_overlap": 1, "dim": 2},
                                  latent=(1, 16, 4, 4, 4)),
     "WanContextWindowsManual": Case("wan2.1-t2v", inputs={"context_length": 5, "context_overlap": 1}, latent=(1, 16, 4, 4, 4)),
@@ -111,12 +112,12 @@ CASES = {
     # Small modules that patch a model.
     "QwenImageDiffsynthControlnet": Case("qwen-image", inputs={
         "model_patch": lambda _: model_patch(nodes_model_patch.QwenImageBlockWiseControlNet(1, dim=256, **with_ops)),
-        "vae": lambda _: vae(), "image": image(64, 64)}),
+        "vae": FrameVae(), "image": image(64, 64)}),
     "ZImageFunControlnet": Case("z-image", inputs={
         "model_patch": lambda _: model_patch(comfy.ldm.lumina.controlnet.ZImage_Control(256, 2, 2, ffn_dim_multiplier=1.0,
                                                                                         n_control_layers=2, **with_ops)),
         "vae": lambda _: vae(), "image": image(64, 64)}),
-    "USOStyleReference": Case(inputs={
+    "USOStyleReference": Case(cfg=1.0, inputs={
         "model_patch": lambda _: model_patch(nodes_model_patch.SigLIPMultiFeatProjModel(9, 2, 16, 256, **with_ops)),
         "clip_vision_output": lambda _: clip_vision_output()}),
 }
