@@ -61,12 +61,12 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
     assert not page.evaluate(RED_NODES)
     keep(page, "workflow")
     nodes = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))["nodes"]
-    sampler = next(node for node in nodes if node["type"] == "KSampler")
+    sampler, latent = (next(node for node in nodes if node["type"] == kind) for kind in ("KSampler", "EmptySD3LatentImage"))
     page.click(*page.evaluate(f"{ARROW}('KSampler', 'steps')"))
     page.click_on("document.querySelector('[data-testid=queue-button]')")
     width, source = page.wait_for(f"(img => img?.naturalWidth && [img.naturalWidth, img.src])({SAVED}.imgs?.[0])", 600)
     keep(page, "picture")
-    assert width == 512 and "filename=featherweight_demo" in source
+    assert width == latent["widgets_values"][0] and "filename=featherweight_demo" in source
     ran = list(server.get_json("/history").values())[-1]["prompt"][2]
     assert ran[str(sampler["id"])]["inputs"]["steps"] == sampler["widgets_values"][2] + 1
 
