@@ -11,11 +11,18 @@ import torch
 from families import FAMILIES, random_weights
 from safetensors.torch import save_file
 
-from devtools import demo, tiny_models
+from devtools import tiny_models
 from devtools.gguf_files import write_gguf
 
 FLUX_SIZES = {"hidden": 256, "double_blocks": 1, "single_blocks": 1, "context": 1024}
-FIRST, SECOND = demo.LORAS
+# In the trainers' naming for one part of the model, in PEFT's for the other.
+LORAS = {
+    "first": {"seed": 11, "part": "double_blocks", "layer": "lora_unet_{flat}", "down": ".lora_down.weight",
+              "up": ".lora_up.weight"},
+    "second": {"seed": 12, "part": "single_blocks", "layer": "diffusion_model.{name}", "down": ".lora_A.weight",
+               "up": ".lora_B.weight"},
+}
+FIRST, SECOND = LORAS
 
 
 def flux(**sizes) -> dict[str, torch.Tensor]:
@@ -98,7 +105,7 @@ def controlnet(path):
 
 
 def flux_lora(path, name: str):
-    factors = tiny_models.flux_lora(**demo.LORAS[name], **FLUX_SIZES)
+    factors = tiny_models.flux_lora(**LORAS[name], **FLUX_SIZES)
     save_file({name: torch.from_numpy(value) for name, value in factors.items()}, path)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devtools import demo
+from devtools import demo, demo_files
 from devtools.server import PACK, ROOT, Server
 from devtools.workflow import to_api
 
@@ -106,7 +106,7 @@ def test_another_packs_loader_stays_and_both_list_files(tmp_path, first):
 
 def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(tmp_path):
     demo.make_models(tmp_path)
-    strengths = dict(zip(demo.LORAS, (0.8, 0.5)))
+    strengths = dict(zip(demo_files.LORAS.values(), (0.8, 0.5)))
     pictures = {}
     with Server(tmp_path, extra_custom_nodes={"many_loras": MANY_LORAS}) as server:
         plain = to_api(json.loads(demo.WORKFLOW.read_text(encoding="utf-8")), server.object_info())

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from devtools import demo, tiny_models
+from devtools import demo, demo_files, tiny_models
 from devtools.workflow_pictures import Browser
 
 WORKFLOWS = sorted(Path(__file__).with_name("legacy_workflows").glob("*.json"))
@@ -46,7 +46,7 @@ def files(server):
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(models / "diffusion_models" / demo.MODEL_NAME, folders["diffusion_models"] / "flux-Q8_0.gguf")
-    shutil.copy(models / "text_encoders" / demo.ENCODER_NAME, folders["text_encoders"] / "clip_l-Q8_0.gguf")
+    shutil.copy(models / "text_encoders" / demo_files.ENCODER_NAME, folders["text_encoders"] / "clip_l-Q8_0.gguf")
     fp8 = {name: torch.from_numpy(value).to(torch.float8_e4m3fn if value.ndim == 2 else torch.float16)
            for name, value in tiny_models.flux(context=768).items()}
     save_file(fp8, folders["diffusion_models"] / "flux_fp8.safetensors")

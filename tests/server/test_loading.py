@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from devtools import demo, tiny_models
+from devtools import demo, demo_files, tiny_models
 from devtools.gguf_files import write_random_gguf
 from devtools.server import ServerError
 
@@ -12,8 +12,8 @@ LOADERS = {
     "UnetLoaderGGUF": {"unet_name": demo.MODEL_NAME},
     "UnetLoaderGGUFAdvanced": {"unet_name": demo.MODEL_NAME},
     "UNETLoaderNF4": {"unet_name": demo.MODEL_NAME},
-    "FeatherweightLoadTextEncoder": {"text_encoder_1": demo.ENCODER_NAME, "type": "stable_diffusion"},
-    "CLIPLoaderGGUF": {"clip_name": demo.ENCODER_NAME, "type": "stable_diffusion"},
+    "FeatherweightLoadTextEncoder": {"text_encoder_1": demo_files.ENCODER_NAME, "type": "stable_diffusion"},
+    "CLIPLoaderGGUF": {"clip_name": demo_files.ENCODER_NAME, "type": "stable_diffusion"},
 }
 
 
@@ -34,7 +34,7 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs):
     [text] = run.texts["1"]
     found = re.fullmatch(r"Q8_0( \+ F(16|32))?, ([\d.]+) MB held", text)
     held = [line for line in re.findall(r"Featherweight\] (.*) bytes held", server.log())
-            if line.startswith((demo.MODEL_NAME, demo.ENCODER_NAME)) and line.split()[0].strip(":") in inputs.values()]
+            if line.startswith((demo.MODEL_NAME, demo_files.ENCODER_NAME)) and line.split()[0].strip(":") in inputs.values()]
     assert float(found[3]) == pytest.approx(int(held[-1].split()[-1]) / 1e6, rel=0.01)
 
 
