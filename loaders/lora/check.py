@@ -17,6 +17,7 @@ from .file import ENDS, damaged_layers, stems_of, weight_shapes
 from .report import MISSING, LoraReport
 
 TEXT_STEM = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")
+PEFT = re.compile(r"^base_model\.model\.(?!text_)((?:diffusion_model|transformer|unet)\.)?")
 XLABS = re.compile(r"\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight$")
 
 
@@ -79,10 +80,19 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor], metadata: dict[
 
 
 def _renamed(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names the host's readers know, by the host's own conversions."""
+    """Names the host's readers know, by the host's own conversions, which do not know what PEFT saves by itself."""
+    state_dict = {_without_peft(key): value for key, value in state_dict.items()}
     if any(XLABS.search(key) for key in state_dict):  # the host converts only those with every block in it
         return comfy.lora_convert.convert_uso_lora(state_dict)
     return comfy.lora_convert.convert_lora(state_dict)
+
+
+def _without_peft(key: str) -> str:
+    prefix = PEFT.match(key)
+    if prefix is None:
+        return key
+    layer = key[prefix.end():]
+    return (prefix[1] or ("transformer." if "transformer_blocks." in layer else "diffusion_model.")) + layer
 
 
 def _bias_of(target) -> str:

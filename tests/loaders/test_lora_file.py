@@ -79,7 +79,11 @@ STYLES = {
     "kohya": lambda model: pairs(kohya(block_shapes(model)), alpha=True),
     "BFL": lambda model: pairs({PREFIX + name: shape for name, shape in block_shapes(model).items()}),
     "PEFT": lambda model: peft({PREFIX + name: shape for name, shape in block_shapes(model).items()}),
+    "PEFT, saved by itself": lambda model: peft(
+        {f"base_model.model.{name}": shape for name, shape in block_shapes(model).items()}),
     "diffusers": lambda model: peft(diffusers_flux(model)),
+    "diffusers, saved by PEFT": lambda model: peft(
+        {f"base_model.model.{name.removeprefix('transformer.')}": shape for name, shape in diffusers_flux(model).items()}),
     "XLabs": xlabs,
 }
 
