@@ -48,7 +48,7 @@ def test_every_kernel_is_right_in_the_interpreter():
 @pytest.fixture(autouse=True, scope="module")
 def chosen_anew():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(kernels.VARIABLE, "auto")
+        patch.setenv(kernels.VARIABLE, "triton")
         patch.setattr(kernels, "_choices", {})
         yield
 
