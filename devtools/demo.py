@@ -15,9 +15,9 @@ from demo_model import judge, scenes
 from devtools import demo_files
 from devtools.demo_files import make_checkpoint, make_models
 from devtools.demo_sheet import sheet
-from devtools.workflows.demo import PROMPT, STEPS
 from devtools.server import ROOT, Run, Server, ServerError
 from devtools.workflow import to_api
+from devtools.workflows.demo import PROMPT, STEPS
 
 FOLDER = ROOT / "example_workflows"
 WORKFLOW = FOLDER / "Featherweight demo.json"
