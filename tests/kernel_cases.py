@@ -2,10 +2,12 @@
 import gguf
 import pytest
 import torch
-from featherweight.ops import formats  # noqa: F401
+from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.source import FORMAT_NAMES
+from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
@@ -31,3 +33,45 @@ def reference(fmt, tensors) -> torch.Tensor:
     else:
         values = torch.tensor(fmt.codebook)[torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()]
     return values * tensors[1].repeat_interleave(fmt.block_length)
+
+
+def assert_odd_weight_is_right(unpack, shape: tuple[int, int]):
+    """An NF4 weight whose last block may be short."""
+    fmt, count = FORMATS["NF4"], shape[0] * shape[1]
+    packed, scales = random_tensors(fmt, -(-count // 64) or 1, torch.device("cpu"))
+    tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
+    out = torch.empty(shape, dtype=torch.float16)
+    unpack(fmt, tensors, out, None, 0)
+    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out)))
+
+
+def assert_product_rounds_once(kernels, tokens: int, dtype: torch.dtype, offset: int = 0):
+    """Rows that no share of a thread divides, an addend of odd strides, an input `offset` values after an even address."""
+    fmt, rows, columns = FORMATS["Q4_K"], 13, 1280
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, torch.device("cpu"), calm=True)
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(tokens * columns + offset, generator=generator).to(dtype)[offset:].view(tokens, columns)
+    addend = torch.randn((rows, tokens), generator=generator).to(dtype).t()
+    run = next(kernel for kernel in kernels if kernel.takes(tokens)).run
+    weight = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    for added in (addend, None):
+        out = torch.full((tokens, rows), torch.nan, dtype=dtype)
+        run(fmt, tensors, input, added, out, None)
+        expected = input.double() @ weight.t() + (0 if added is None else added)
+        allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6 * (input.double().abs() @ weight.abs().t())
+        assert ((out - expected).abs() <= allowed).all()
+
+
+def assert_layer_equals_the_dense_one(fmt, tokens: tuple[int, int]):
+    """A layer with bias and low-rank branch, and rows of its weight. tokens: the first dimensions of the input."""
+    rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, torch.device("cpu"), calm=True)
+    dense = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
+    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
+                             ((*tokens, columns), (rows,), (4, columns), (rows, 4)))
+    got = product.linear(input, weight, bias, down=down, ups=[up], slices=[0, rows, 0, 4])
+    expected = torch.nn.functional.linear(input.double(), dense + up.double() @ down.double(), bias.double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
+    ids = torch.tensor([[3, 0], [19, 3]])
+    assert torch.equal(product.embedding(ids, weight, torch.float32), dense.float()[ids])

@@ -4,12 +4,22 @@ import math
 import torch
 
 from .. import int8_codes
-from ..format import Format
+from ..format import FORMATS, Format
 
 BLOCKS = 24
 ROWS = 12
 CALM = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # of a code: how near the middle between two codes another rounding may give the other
+
+
+def probe(unpack, device: torch.device):
+    """Unpacks one block. unpack: as `Kernel.run`. Raises ArithmeticError, or whatever it raises, where that fails."""
+    packed_format = FORMATS["Q8_0"]
+    block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
+    out = torch.full((packed_format.block_length,), torch.nan, device=device)
+    unpack(packed_format, [block], out, None, 0)
+    if out.any():
+        raise ArithmeticError("a block of zeros was unpacked to something else")
 
 
 def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from ..format import FORMATS, Format
+from ..format import Format
 from ..int8_codes import LARGEST_CODE, TINY
 from . import Backend, Kernel
-from .source import FORMAT_NAMES, TYPES, addresses, kernel_source
+from .check import probe
+from .source import FORMAT_NAMES, TYPES, addresses, kernel_source, method, unpack_and_linear
 
 COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
@@ -99,10 +100,8 @@ class CpuKernels:
     def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
         """See `Kernel.run`; for up to `most_tokens` tokens, one of `MOST_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        lanes = _lanes(packed_format, packed_format.block_length)
-        if not lanes:
-            raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
-        run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=lanes, TOKENS=most_tokens)
+        run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=_lanes_of_blocks(packed_format),
+                             TOKENS=most_tokens)
         input = input.float()
         sums = out if out.dtype == torch.float32 and addend is None else torch.empty(out.shape)
         run(c_void_p(input.data_ptr()), *map(c_void_p, addresses(packed_format, tensors)), c_void_p(sums.data_ptr()),
@@ -114,10 +113,8 @@ class CpuKernels:
 
     def int8_rows(self, packed_format, tensors, codes, scales, value_dtype, first):
         """See `Kernel.run`."""
-        lanes = _lanes(packed_format, packed_format.block_length)
-        if not lanes:
-            raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
-        run = self._function("int8_rows", packed_format, torch.float32, value_dtype, LANES=lanes, **CODES)
+        run = self._function("int8_rows", packed_format, torch.float32, value_dtype, LANES=_lanes_of_blocks(packed_format),
+                             **CODES)
         run(*map(c_void_p, addresses(packed_format, tensors, first)), *_code_arguments(codes, scales))
 
     def int8_tokens(self, input, codes, scales):
@@ -143,6 +140,14 @@ def _lanes(packed_format: type[Format], count: int) -> int | None:
                  and packed_format.block_length % lanes == 0 and count % lanes == 0), None)
 
 
+def _lanes_of_blocks(packed_format: type[Format]) -> int:
+    """The same for a kernel that takes whole blocks."""
+    lanes = _lanes(packed_format, packed_format.block_length)
+    if not lanes:
+        raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
+    return lanes
+
+
 def _threads(values: int) -> int:
     return max(1, min(torch.get_num_threads(), values // VALUES_PER_THREAD))
 
@@ -157,36 +162,11 @@ def _kernels() -> CpuKernels:
     return CpuKernels(CppCompiler(command, cache_folder()))
 
 
-def _probe(device: torch.device):
-    """Unpacks one block; raises where that fails."""
-    packed_format = FORMATS["Q8_0"]
-    out = torch.full((packed_format.block_length,), torch.nan)
-    _kernels().unpack(packed_format, [torch.zeros(packed_format.block_bytes, dtype=torch.uint8)], out, None, 0)
-    if out.any():
-        raise CppError("a block of zeros was unpacked to something else")
-
-
 def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
     """The kernels as data. kernels: called when one runs."""
-    def unpack(*arguments):
-        kernels().unpack(*arguments)
-
-    def linear(*arguments):
-        kernels().linear(*arguments)
-
-    def int8_rows(*arguments):
-        kernels().int8_rows(*arguments)
-
-    def int8_tokens(*arguments):
-        kernels().int8_tokens(*arguments)
-
-    dtypes = frozenset(TYPES)
-    fewest = (1, *(most + 1 for most in MOST_TOKENS))
-    return (Kernel("unpack", FORMAT_NAMES, dtypes, unpack),
-            *(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most)
-              for least, most in zip(fewest, MOST_TOKENS)),
-            Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), int8_rows),
-            Kernel("int8_tokens", frozenset(), dtypes, int8_tokens))
+    return (*unpack_and_linear(kernels, MOST_TOKENS),
+            Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
+            Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")))
 
 
-BACKEND = Backend("cpp", _probe, kernel_table(_kernels))
+BACKEND = Backend("cpp", lambda device: probe(_kernels().unpack, device), kernel_table(_kernels))

@@ -7,17 +7,13 @@ import functools
 
 import torch
 
-from ..format import FORMATS
 from . import Backend, Kernel
+from .check import probe
 from .source import FORMAT_NAMES, TYPES, kernel_source
 
 CHUNK = 8  # values a thread handles, LANES in source/metal
 MOST_CHUNKS = 1 << 32  # of one launch: Metal counts threads in 32 bits
 GROUP = 256  # threads
-
-
-class MetalError(RuntimeError):
-    """A kernel gave something else than the reference."""
 
 
 @functools.cache
@@ -38,14 +34,4 @@ def unpack(packed_format, tensors, out, value_dtype, first):
     _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks, group_size=GROUP)
 
 
-def _probe(device: torch.device):
-    """Unpacks one block; raises where that fails."""
-    packed_format = FORMATS["Q8_0"]
-    block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
-    out = torch.full((packed_format.block_length,), torch.nan, device=device)
-    unpack(packed_format, [block], out, None, 0)
-    if out.any():
-        raise MetalError("a block of zeros was unpacked to something else")
-
-
-BACKEND = Backend("metal", _probe, (Kernel("unpack", FORMAT_NAMES, frozenset(TYPES), unpack),))
+BACKEND = Backend("metal", lambda device: probe(unpack, device), (Kernel("unpack", FORMAT_NAMES, frozenset(TYPES), unpack),))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..format import FORMATS, Format
+from ..format import Format
 from . import Backend, Kernel
+from .check import probe
 from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
-from .source import FORMAT_NAMES, TYPES, addresses, kernel_source
+from .source import addresses, kernel_source, unpack_and_linear
 
 CHUNK = 8  # values a thread handles at a time, LANES in source/cuda
 UNPACK_THREADS = 256
@@ -105,33 +106,9 @@ def _kernels() -> CudaKernels:
     raise CudaError("; ".join(reasons) or "NVRTC is neither in torch nor in a package nvidia-cuda-nvrtc")
 
 
-def _probe(device: torch.device):
-    probe(_kernels(), device)
-
-
-def probe(kernels: CudaKernels, device: torch.device):
-    """Unpacks one block; raises where that fails."""
-    packed_format = FORMATS["Q8_0"]
-    block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
-    out = torch.full((packed_format.block_length,), torch.nan, device=device)
-    kernels.unpack(packed_format, [block], out, None, 0)
-    if out.any():
-        raise CudaError("a block of zeros was unpacked to something else")
-
-
 def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """The kernels as data. kernels: called when one runs."""
-    def unpack(*arguments):
-        kernels().unpack(*arguments)
-
-    def linear(*arguments):
-        kernels().linear(*arguments)
-
-    dtypes = frozenset(TYPES)
-    fewest = (1, *(most + 1 for most in LINEAR_ROWS))
-    return (Kernel("unpack", FORMAT_NAMES, dtypes, unpack),
-            *(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most)
-              for least, most in zip(fewest, LINEAR_ROWS)))
+    return unpack_and_linear(kernels, LINEAR_ROWS)
 
 
-BACKEND = Backend("nvrtc", _probe, kernel_table(_kernels))
+BACKEND = Backend("nvrtc", lambda device: probe(_kernels().unpack, device), kernel_table(_kernels))

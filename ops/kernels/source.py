@@ -2,11 +2,14 @@
 
 A platform is a folder of `source/`: `lanes.h` says what neighbouring values are there, each kernel has a file.
 """
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from ..format import Format
+from . import Kernel
 
 SOURCES = Path(__file__).with_name("source")
 TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
@@ -50,3 +53,19 @@ def addresses(packed_format: type[Format], tensors: list[torch.Tensor], first: i
     """Of block `first` and of its scale, if the blocks do not hold their scales."""
     scales = tensors[1].data_ptr() + first * tensors[1].itemsize if packed_format.scales_apart else None
     return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
+
+
+def method(kernels: Callable[[], object], name: str) -> Callable[..., None]:
+    """Calls a method of what `kernels` gives, which is made when the first kernel runs."""
+    return lambda *arguments: getattr(kernels(), name)(*arguments)
+
+
+def unpack_and_linear(kernels: Callable[[], object], most_tokens: Iterable[int]) -> tuple[Kernel, ...]:
+    """The two kernels that every such backend has as methods: "linear", which takes the most tokens of its variant first, once
+    for each of `most_tokens`."""
+    dtypes, least, linear = frozenset(TYPES), 1, method(kernels, "linear")
+    table = [Kernel("unpack", FORMAT_NAMES, dtypes, method(kernels, "unpack"))]
+    for most in most_tokens:
+        table.append(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most))
+        least = most + 1
+    return tuple(table)

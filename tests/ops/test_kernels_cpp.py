@@ -9,14 +9,15 @@ from functools import partial
 import pytest
 import torch
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops import product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
-from featherweight.ops.tensor import packed_tensor
-from kernel_cases import assert_same_bits, each_dtype, each_format, reference
+from kernel_cases import (
+    assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once, assert_same_bits, each_dtype,
+    each_format, reference,
+)
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -89,12 +90,7 @@ def test_unpack_rounds_to_the_value_dtype_first(on_cpu, value_dtype):
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
 def test_unpack_of_odd_weights_and_of_none(on_cpu, shape):
-    fmt, count = FORMATS["NF4"], shape[0] * shape[1]
-    packed, scales = random_tensors(fmt, -(-count // 64) or 1, CPU)
-    tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
-    out = torch.empty(shape, dtype=torch.float16)
-    on_cpu.unpack(fmt, tensors, out, None, 0)
-    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out)))
+    assert_odd_weight_is_right(on_cpu.unpack, shape)
 
 
 @pytest.mark.parametrize("on_cpu", ["all"], indirect=True)
@@ -108,19 +104,7 @@ def test_product_is_right(on_cpu, fmt):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_product_sums_in_float32_and_rounds_once(on_cpu, tokens, threads, dtype, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
-    fmt, rows, columns = FORMATS["Q4_K"], 13, 1280
-    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(tokens, columns, generator=generator).to(dtype)
-    addend = torch.randn((rows, tokens), generator=generator).to(dtype).t()
-    run = next(kernel for kernel in kernels_of(on_cpu, "linear") if kernel.takes(tokens)).run
-    weight = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
-    for added in (addend, None):
-        out = torch.full((tokens, rows), torch.nan, dtype=dtype)
-        run(fmt, tensors, input, added, out, None)
-        expected = input.double() @ weight.t() + (0 if added is None else added)
-        allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6 * (input.double().abs() @ weight.abs().t())
-        assert ((out - expected).abs() <= allowed).all()
+    assert_product_rounds_once(kernels_of(on_cpu, "linear"), tokens, dtype)
 
 
 @each_format
@@ -214,17 +198,7 @@ def test_torch_does_the_work_quietly_where_nothing_can_be_compiled(obstacle, mon
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
 def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(fmt, tokens):
-    rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
-    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
-    dense = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
-    weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
-    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
-                             ((2, tokens // 2, columns), (rows,), (4, columns), (rows, 4)))
-    got = product.linear(input, weight, bias, down=down, ups=[up], slices=[0, rows, 0, 4])
-    expected = torch.nn.functional.linear(input.double(), dense + up.double() @ down.double(), bias.double())
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
-    ids = torch.tensor([[3, 0], [19, 3]])
-    assert torch.equal(product.embedding(ids, weight, torch.float32), dense.float()[ids])
+    assert_layer_equals_the_dense_one(fmt, (2, tokens // 2))
 
 
 @pytest.mark.usefixtures("fresh")

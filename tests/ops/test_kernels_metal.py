@@ -18,7 +18,7 @@ from featherweight.ops.kernels.check import BLOCKS, check, random_tensors
 from featherweight.ops.kernels.metal_backend import BACKEND, unpack
 from featherweight.ops.kernels.source import TYPES, kernel_source
 from featherweight.ops.tensor import packed_tensor
-from kernel_cases import assert_same_bits, each_dtype, each_format, reference
+from kernel_cases import assert_odd_weight_is_right, assert_same_bits, each_dtype, each_format, reference
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")
 CPP = os.environ.get("CXX") or shutil.which("g++")
@@ -115,12 +115,7 @@ def test_unpack_reads_from_any_address(fmt):
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
 def test_unpack_of_odd_weights_and_of_none(shape):
-    fmt, count = FORMATS["NF4"], shape[0] * shape[1]
-    packed, scales = random_tensors(fmt, -(-count // 64) or 1, CPU)
-    tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
-    out = torch.empty(shape, dtype=torch.float16)
-    unpack(fmt, tensors, out, None, 0)
-    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out)))
+    assert_odd_weight_is_right(unpack, shape)
 
 
 def test_unpack_of_blocks_that_are_no_whole_chunks():

@@ -15,12 +15,14 @@ from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
-from featherweight.ops.kernels.check import check, random_tensors
+from featherweight.ops.kernels.check import check, probe, random_tensors
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.source import SOURCES, source_files
-from featherweight.ops.tensor import packed_tensor
-from kernel_cases import ALL_FORMATS, BASIC_FORMATS, assert_same_bits, each_dtype, each_format, reference
+from kernel_cases import (
+    ALL_FORMATS, BASIC_FORMATS, assert_layer_equals_the_dense_one, assert_odd_weight_is_right,
+    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, reference,
+)
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
 CPP = os.environ.get("CXX") or shutil.which("g++")
@@ -113,12 +115,7 @@ def test_unpack_reads_from_any_address(on_cpu, fmt):
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
 def test_unpack_of_odd_weights_and_of_none(on_cpu, shape):
-    fmt, count = FORMATS["NF4"], shape[0] * shape[1]
-    packed, scales = random_tensors(fmt, -(-count // 64) or 1, torch.device("cpu"))
-    tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
-    out = torch.empty(shape, dtype=torch.float16)
-    on_cpu.unpack(fmt, tensors, out, None, 0)
-    assert_same_bits(out, fmt.unpack_into(tensors, torch.empty_like(out)))
+    assert_odd_weight_is_right(on_cpu.unpack, shape)
 
 
 @pytest.mark.parametrize("value_dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -142,20 +139,7 @@ def test_product_with_one_row_is_right(on_cpu, fmt):
 @each_dtype
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
 def test_product_sums_in_float32_and_rounds_once(on_cpu, tokens, dtype):
-    """Rows that no warp's share divides, an addend of odd strides, an input at an odd address."""
-    fmt, rows, columns = FORMATS["Q4_K"], 13, 1280
-    tensors = random_tensors(fmt, rows * columns // fmt.block_length, torch.device("cpu"), calm=True)
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(tokens * columns + 1, generator=generator).to(dtype)[1:].view(tokens, columns)
-    addend = torch.randn((rows, tokens), generator=generator).to(dtype).t()
-    run = next(kernel for kernel in kernels_of(on_cpu, "linear") if kernel.takes(tokens)).run
-    weight = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
-    for added in (addend, None):
-        out = torch.full((tokens, rows), torch.nan, dtype=dtype)
-        run(fmt, tensors, input, added, out, None)
-        expected = input.double() @ weight.t() + (0 if added is None else added)
-        allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6 * (input.double().abs() @ weight.abs().t())
-        assert ((out - expected).abs() <= allowed).all()
+    assert_product_rounds_once(kernels_of(on_cpu, "linear"), tokens, dtype, offset=1)  # loads of four bytes and more
 
 
 def test_each_number_of_rows_up_to_16_has_one_product():
@@ -240,7 +224,7 @@ def test_a_missing_driver_is_said():
 @pytest.fixture
 def as_device(on_cpu, monkeypatch, caplog):
     """The kernel layer, where nvrtc is the backend of the CPU."""
-    backend = kernel_layer.Backend("nvrtc", partial(nvrtc_backend.probe, on_cpu), nvrtc_backend.kernel_table(lambda: on_cpu))
+    backend = kernel_layer.Backend("nvrtc", partial(probe, on_cpu.unpack), nvrtc_backend.kernel_table(lambda: on_cpu))
     monkeypatch.setattr(nvrtc_backend, "BACKEND", backend)
     monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("nvrtc",)})
     monkeypatch.setattr(kernel_layer, "_choices", {})
@@ -261,17 +245,7 @@ def test_a_device_uses_the_backend_after_its_probe(caplog):
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
 def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(fmt, tokens):
-    rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
-    tensors = random_tensors(fmt, rows * columns // fmt.block_length, torch.device("cpu"), calm=True)
-    dense = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
-    weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
-    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
-                             ((2, tokens, columns), (rows,), (4, columns), (rows, 4)))
-    got = product.linear(input, weight, bias, down=down, ups=[up], slices=[0, rows, 0, 4])
-    expected = torch.nn.functional.linear(input.double(), dense + up.double() @ down.double(), bias.double())
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
-    ids = torch.tensor([[3, 0], [19, 3]])
-    assert torch.equal(product.embedding(ids, weight, torch.float32), dense.float()[ids])
+    assert_layer_equals_the_dense_one(fmt, (2, tokens))
 
 
 @pytest.mark.usefixtures("as_device")

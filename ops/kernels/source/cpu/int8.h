@@ -85,3 +85,22 @@ static FUNCTION float quantise(const float* values, int columns, Ints largest, s
         store_bytes((Ints)(load<Floats>(values + column) * (LARGEST_CODE / most) + to_integer), codes + column);
     return most / LARGEST_CODE;
 }
+
+// Codes of `rows` rows and their scales. values_of(row, column, group) writes the GROUP values of a row from `column` on.
+template <class Values>
+static FUNCTION void encode(Values values_of, signed char* codes, float* code_scales, long long rows, int columns, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float* values = (float*)malloc(columns * sizeof(float));
+#pragma omp for
+        for (long long row = 0; row < rows; row++) {
+            Ints largest = {};
+            for (int column = 0; column < columns; column += GROUP) {
+                values_of(row, column, values + column);
+                largest = rotate(values + column, largest);
+            }
+            code_scales[row] = quantise(values, columns, largest, codes + row * columns);
+        }
+        free(values);
+    }
+}
