@@ -134,16 +134,16 @@ def draw(scene: Scene, chance: random.Random, outline: bool = False, pumpkins: b
         ridge = [(x, height + steepness * math.sin(phase + waves * x)) for x in range(-4, SIZE + 5, 4)]
         canvas.polygon([*ridge, (SIZE + 4, SIZE + 4), (-4, SIZE + 4)], colour)
     house, tree = (37, 97) if scene.side == "left" else (91, 31)
-    _tree(canvas, scene.tree, vary(tree, 4), vary(104, 2), vary(1.14, 0.07))
-    _house(canvas, WALLS[scene.wall], scene.hour, vary(house, 4), vary(104, 2), vary(1.14, 0.07))
+    _tree(canvas, scene.tree, vary(tree, 3), vary(104, 2), vary(1.14, 0.05))
+    _house(canvas, WALLS[scene.wall], scene.hour, vary(house, 3), vary(104, 2), vary(1.14, 0.05))
     if pumpkins:
         for x in (48, 64, 80):
-            _pumpkin(canvas, vary(x, 2), vary(116, 2), vary(7, 0.6))
+            _pumpkin(canvas, vary(x, 1), vary(115, 1), vary(7.5, 0.4))
     return canvas.picture()
 
 
 def _body(canvas: Canvas, body: str, vary):
-    x, y, size = vary(64, 12), vary(21, 2), vary(1.2, 0.06)
+    x, y, size = vary(64, 6), vary(21, 1.5), vary(1.2, 0.04)
     if body == "sun":
         canvas.ellipse(x, y, 12 * size, 12 * size, (255, 222, 60), lit=False)
     elif body == "moon":
@@ -155,7 +155,7 @@ def _body(canvas: Canvas, body: str, vary):
         circles = [(-16, 4, 8), (-6, -3, 11), (7, -1, 10), (17, 4, 8), (0, 4, 8)]
         canvas.union([(x + size * across, y + size * down, size * radius) for across, down, radius in circles], (255, 255, 255))
     else:
-        x, radius = vary(64, 8), vary(68, 2)
+        x, radius = vary(64, 5), vary(68, 1.5)
         for band, colour in enumerate(RAINBOW):
             canvas.ellipse(x, 84, radius - 5 * band, radius - 5 * band, colour, lit=False, outlined=band == 0)
         ends = [(x - radius + 20) * FINER, (104 - radius) * FINER, (x + radius - 20) * FINER, (64 + radius) * FINER]

@@ -5,6 +5,7 @@ seeds give the same order of pictures and noise; the results of two machines agr
 """
 import argparse
 import random
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from devtools.demo_files import write_model
+from devtools.gguf_files import write_gguf
 
 from . import autoencoder, scenes, text
 from .autoencoder import CHANNELS, Autoencoder
@@ -23,9 +27,11 @@ WEIGHTS = Path(__file__).with_name("weights")
 # steps, pictures a step, highest learning rate
 AUTOENCODER = (800, 16, 2e-3)
 DECODER = (600, 16, 1.5e-3)
-FLUX = (7000, 16, 1.4e-3)
-LORA = (500, 16, 2e-3)
-PICTURES, LORA_PICTURES, AUTOENCODER_PICTURES = 6000, 1000, 2400
+FLUX = (11000, 16, 1.4e-3)
+LORA = (1000, 16, 2e-3)
+PICTURES, LORA_PICTURES, AUTOENCODER_PICTURES = 8000, 1000, 2400
+# LoRAs are trained on these besides the dense model, which is twice as frequent as each
+PACKINGS = ("Q3_K", "Q2_K", "NF4", "FP4")
 STYLES = {"ink": dict(outline=True), "pumpkins": dict(pumpkins=True)}
 
 
@@ -194,15 +200,20 @@ class Texts:
         return self.known[caption]
 
 
-def train_flow(run: Run, model: Flux, data: dict[str, torch.Tensor], threads: int):
-    """The model sees latents between picture and noise, more often near the noise, and learns noise - picture."""
+def train_flow(run: Run, model: Flux, data: dict[str, torch.Tensor], threads: int, before=lambda generator: None):
+    """The model sees latents between picture and noise, more often near the noise, and learns noise - picture.
+
+    before(generator): what to do before each step.
+    """
     texts, latents, numbers = Texts(), data["latents"], data["scenes"]
 
     def batch_of(generator):
         picks = torch.randint(len(latents), (run.batch,), generator=generator)
         words, bias = texts.batch(numbers[picks].tolist(), generator)
         noise = torch.randn((run.batch, *latents.shape[1:]), generator=generator)
-        return latents[picks].float(), noise, torch.sigmoid(1.2 + torch.randn(run.batch, generator=generator)), words, bias
+        when = torch.sigmoid(1.2 + torch.randn(run.batch, generator=generator))
+        before(generator)
+        return latents[picks].float(), noise, when, words, bias
 
     def loss_of(clean, noise, when, words, bias):
         t = when.view(-1, 1, 1, 1)
@@ -229,10 +240,22 @@ def load_flux(path: Path) -> Flux:
 
 
 def train_lora(work: Path, threads: int, name: str):
+    """On the dense model and, as many people train theirs, on packed ones: each step on one of them, in any order."""
     torch.manual_seed(3)
     model = load_flux(work / "flux.safetensors")
-    run = Run(work / f"lora_{name}.pt", add_lora(model), LORA, average=0.99)
-    train_flow(run, model, load_file(work / f"latents_{name}.safetensors"), threads)
+    layers, dense = dict(model.named_parameters()), load_file(work / "flux.safetensors")
+    factors = add_lora(model)
+    models = [dense, dense]
+    with tempfile.TemporaryDirectory() as folder:
+        models += [write_model(Path(folder) / packing, packing, dense) for packing in PACKINGS]
+
+    def take_another(generator):
+        weights = models[int(torch.randint(len(models), (), generator=generator))]
+        for layer, parameter in layers.items():
+            parameter.copy_(torch.as_tensor(weights[layer]))
+
+    run = Run(work / f"lora_{name}.pt", factors, LORA, average=0.99)
+    train_flow(run, model, load_file(work / f"latents_{name}.safetensors"), threads, take_another)
     save_file(file_tensors(run.means, kohya=name == "ink"), work / f"lora_{name}.safetensors")
 
 
@@ -264,12 +287,15 @@ def main():
 
 
 def publish(work: Path):
-    """Copy what is shipped to `weights`: half precision, the autoencoder at the width of its training."""
+    """Copy what is shipped to `weights`: half precision, the Flux as GGUF, the autoencoder at the width of its training."""
     WEIGHTS.mkdir(exist_ok=True)
-    made = {"autoencoder": "decoder", "flux": "flux"} | {f"lora_{style}": f"lora_{style}" for style in STYLES}
+    made = {"autoencoder": "decoder"} | {f"lora_{style}": f"lora_{style}" for style in STYLES}
     for name, stage in made.items():
         save_file({key: value.half() for key, value in load_file(work / f"{stage}.safetensors").items()},
                   WEIGHTS / f"{name}.safetensors")
+    write_gguf(WEIGHTS / "flux-F16.gguf", load_file(work / "flux.safetensors"),
+               lambda name, values: "F32" if values.ndim < 2 else "F16")  # vectors are F32 in everybody's GGUF files
+
 
 
 if __name__ == "__main__":

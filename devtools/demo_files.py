@@ -31,26 +31,26 @@ def has_bitsandbytes() -> bool:
 
 def flux() -> dict[str, torch.Tensor]:
     """The trained Flux, float16."""
-    return load_file(WEIGHTS / "flux.safetensors")
+    tensors = gguf.GGUFReader(WEIGHTS / "flux-F16.gguf").tensors
+    return {tensor.name: torch.from_numpy(np.array(tensor.data)).half() for tensor in tensors}
 
 
-def write_model(path: Path, type_name: str):
-    """The Flux with its matrices in one type; those whose rows its blocks do not divide are Q8_0."""
+def write_model(path: Path, type_name: str, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Write the Flux, or other weights of its names, in one type as people publish it; return what a reader should see.
+
+    Everybody's GGUF files leave what stands before and after the blocks as it is; bitsandbytes packs every matrix.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = flux() if tensors is None else tensors
     if type_name == "F16":
-        save_file(flux(), path)
-    elif type_name in ("NF4", "FP4"):
-        from devtools.bnb_files import write_bnb
+        save_file(tensors, path)
+        return tensors
+    if type_name in ("NF4", "FP4", "int8"):
+        from devtools.bnb_files import write_bnb, write_bnb_int8
 
-        write_bnb(path, flux(), type_name.lower())
-    elif type_name == "int8":
-        from devtools.bnb_files import write_bnb_int8
-
-        write_bnb_int8(path, flux())
-    else:
-        block_length = gguf.constants.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][0]
-        write_gguf(path, flux(), lambda name, values: "F32" if values.ndim < 2 else
-                   "Q8_0" if values.shape[-1] % block_length else type_name)
+        return write_bnb_int8(path, tensors) if type_name == "int8" else write_bnb(path, tensors, type_name.lower())
+    return write_gguf(path, tensors, lambda name, values: "F32" if values.ndim < 2 else
+                      type_name if "blocks." in name else "F16")
 
 
 def write_encoder(path: Path):

@@ -154,7 +154,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python3 dev.py quality", description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="FORMAT")
     parser.add_argument("--prompts", type=int, default=scenes.HELD_OUT, help="how many of the 256 captions never trained on")
-    parser.add_argument("--lora-prompts", type=int, default=32, help="how many of them are drawn with each LoRA too")
+    parser.add_argument("--lora-prompts", type=int, default=64, help="how many of them are drawn with each LoRA too")
     parser.add_argument("--out", type=Path, default=ROOT / "demo_model", help="folder for the results")
     options = parser.parse_args()
     formats = ["F16", *(name for name in options.formats if name != "F16")]
