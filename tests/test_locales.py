@@ -35,7 +35,9 @@ ENGLISH = flat({node_id: english(schema) for node_id, schema in SCHEMAS.items()}
 @each_locale
 def test_every_tooltip_and_description_is_translated_and_nothing_else(locale):
     assert flat(LOCALES[locale]).keys() == ENGLISH.keys()
-    assert all(text.strip() and text != ENGLISH[key] for key, text in flat(LOCALES[locale]).items())
+    for key, text in flat(LOCALES[locale]).items():
+        assert text.strip() and text != ENGLISH[key], key
+        assert not re.search(r"[{}@|]", text), f"{key}: the editor takes these characters for its own"
 
 
 @each_locale
