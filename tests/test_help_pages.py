@@ -1,4 +1,4 @@
-"""Help pages and docs: there in each language, about the inputs there are, quoting messages that the code has."""
+"""Help pages: there in each language, about the inputs there are, quoting messages that the code has."""
 import ast
 import itertools
 import re
@@ -6,7 +6,6 @@ import re
 import pytest
 from pack_nodes import node_list
 
-from devtools import sizes
 from devtools.server import ROOT
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
@@ -89,21 +88,3 @@ def test_messages_that_the_troubleshooting_page_calls_ours_are_in_the_code():
     ours, _ = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split("## Messages of ComfyUI and torch")
     assert len(quoted_messages(ours)) > 20
     assert not missing_in_code(ours)
-
-
-@pytest.mark.parametrize("make", sizes.TABLES, ids=lambda make: make.__name__)
-def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
-    if make is sizes.accuracy_table:
-        pytest.importorskip("bitsandbytes")
-    assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")],
-                         ids=lambda path: path.name)
-def test_links_within_the_repository_lead_somewhere(path):
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
-        file, _, heading = link.partition("#")
-        target = path.parent / file if file else path
-        assert target.exists(), link
-        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
-        assert not heading or heading in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings], link

@@ -26,3 +26,6 @@ def test_the_unpacked_package_gives_every_node_its_help_and_the_templates(tmp_pa
             for page in (f"{node}.md", f"{node}/ja.md"):
                 assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
         assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]
+        own = {node for node in nodes if node.startswith("Featherweight")}
+        assert {language: texts["nodeDefs"].keys() for language, texts in packed.get_json("/i18n").items()} == {
+            "ja": own, "ko": own}

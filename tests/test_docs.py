@@ -1,0 +1,75 @@
+"""README, CONTRIBUTING and docs: what they list is what there is."""
+import ast
+import re
+
+import pytest
+from featherweight.loaders.encoder_kinds import SETS, SINGLE
+from featherweight.ops import formats  # noqa: F401
+from featherweight.ops.format import GGML_FORMATS
+from pack_nodes import node_list
+
+from devtools import sizes
+from devtools.server import ROOT
+
+README, RECIPES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+# Words of a text that are a file or the first folder of a path.
+FILE_OR_FOLDER = re.compile(r"(?<![\w/*])\w+(?:\.py\b|(?=/))")
+
+
+def names_in(folder: str) -> set[str]:
+    return {path.name for path in (ROOT / folder).iterdir() if not path.name.startswith(("_", "."))}
+
+
+def test_the_readme_names_every_ggml_type():
+    listed = set(re.split(r"[\s,·]+", README.split("Every GGUF type:")[1].split("beside")[0]))
+    assert {packed.__name__ for packed in GGML_FORMATS.values()} <= listed
+
+
+def test_the_readme_has_a_row_for_every_node_of_ours():
+    rows = README.split("## Nodes")[1].split("\n\n")[1]
+    schemas = [node.GET_SCHEMA() for node in node_list()]
+    assert [schema.display_name for schema in schemas
+            if schema.node_id.startswith("Featherweight") and f"\n| {schema.display_name} |" not in rows] == []
+
+
+def test_the_map_of_the_readme_is_that_of_the_tree():
+    mapped = set(FILE_OR_FOLDER.findall(README.split("## Map")[1].split("```")[1]))
+    assert names_in("loaders") | names_in("ops") <= mapped
+    assert mapped <= {"__init__.py"} | names_in(".") | names_in("nodes") | names_in("loaders") | names_in("ops")
+
+
+def test_files_and_tests_that_the_recipes_name_are_there():
+    quoted = " ".join(re.findall(r"`([^`]+)`", RECIPES)).split()
+    paths = [word for word in quoted if re.fullmatch(r"[a-z]\w*/[\w/.]+", word)]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    defined = {node.name for path in (ROOT / "tests").rglob("test_*.py")
+               for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
+    files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {word for word in quoted if word.startswith("test_")} <= defined | files
+
+
+@pytest.mark.parametrize("language", ["", "/ja", "/ko", "/de"])
+def test_the_table_of_text_encoders_has_types_that_there_are(language):
+    page = (ROOT / "nodes" / "web" / "docs" / f"FeatherweightLoadTextEncoder{language}.md").read_text(encoding="utf-8")
+    types = re.findall(r"^\| [^|]+ \| (\w+) \| [^|]+ \|$", page, re.M)[1:]  # the first is the table's head
+    assert len(types) > 10
+    assert set(types) <= SINGLE.keys() | SETS[2].keys()
+
+
+@pytest.mark.parametrize("make", sizes.TABLES, ids=lambda make: make.__name__)
+def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
+    if make is sizes.accuracy_table:
+        pytest.importorskip("bitsandbytes")
+    assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")],
+                         ids=lambda path: path.name)
+def test_links_within_the_repository_lead_somewhere(path):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings], link
