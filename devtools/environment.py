@@ -35,9 +35,12 @@ BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
-EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "websocket-client", "ruff", "gguf>=0.19.0", "transformers<5.15"]
+EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "pytest-xdist", "websocket-client", "ruff", "gguf>=0.19.0",
+          "transformers<5.15"]
 # Compilers of GPU kernels: they need no GPU, and have no wheels for some systems.
 OPTIONAL = ["bitsandbytes", "triton>=3.6", "nvidia-cuda-nvrtc-cu12"]
+# Each runs whole files, folder by folder: those of tests/server share a server then.
+TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 class SetupError(Exception):
@@ -50,9 +53,12 @@ class Environment:
     host: Path
     python: Path
 
-    def run(self, *arguments: str) -> int:
-        """Run this environment's Python from the repository root, output passed through; return its exit code."""
-        variables = {**os.environ, "COMFYUI_PATH": str(self.host), "PYTHONUNBUFFERED": "1"}
+    def run(self, *arguments: str, **variables: str) -> int:
+        """Run this environment's Python from the repository root, output passed through; return its exit code.
+
+        variables: environment variables to set.
+        """
+        variables = {**os.environ, "COMFYUI_PATH": str(self.host), "PYTHONUNBUFFERED": "1", **variables}
         return subprocess.call([str(self.python), *arguments], cwd=ROOT, env=variables)
 
 
@@ -102,7 +108,7 @@ def _can_import(python, *modules: str) -> bool:
 
 
 def _require_tools(python: str):
-    needed = {"gguf": "gguf", "pytest": "pytest", "websocket": "websocket-client", "ruff": "ruff"}
+    needed = {"gguf": "gguf", "pytest": "pytest", "xdist": "pytest-xdist", "websocket": "websocket-client", "ruff": "ruff"}
     missing = [package for module, package in needed.items() if not _can_import(python, module)]
     if missing:
         raise SetupError(f"{python} lacks {', '.join(missing)}. "
@@ -239,7 +245,7 @@ def setup(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Run the linter, then pytest with `arguments`."""
+    """Run the linter, then pytest with `arguments`. The whole suite runs in two processes, each file in one of them."""
     environment = prepare()
     _fetch_llama_cpp(environment.python)
     _fetch_chromium(environment.python)
@@ -248,7 +254,11 @@ def test(arguments: list[str]) -> int:
     lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")
     print("Running the tests", flush=True)
     named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments if not argument.startswith("-"))
-    tests = environment.run("-m", "pytest", *([] if named else ["tests"]), *arguments)
+    paths = [] if named else ["tests"]
+    if named or "--heavy" in arguments:  # a heavy test may need all of the memory
+        tests = environment.run("-m", "pytest", *paths, *arguments)
+    else:
+        tests = environment.run("-m", "pytest", *TWO_PROCESSES, *paths, *arguments, OMP_NUM_THREADS="1")
     failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})" if failed else f"Done: everything passed ({took})")

@@ -13,9 +13,23 @@ from gguf import GGMLQuantizationType
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [*(fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES), *CODEBOOKS, INT8.of_columns(96)]
 ALL_FORMATS = BASIC_FORMATS + [fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)]
+ONE_OF_EACH_SOURCE = {fmt.__module__: fmt for fmt in BASIC_FORMATS}.values()
 BITS = {4: torch.int32, 2: torch.int16}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
-each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def each_format_with(name: str, values, indirect: bool = False):
+    """Cases of a test that compiles for each and whose `values` mean the same to all formats.
+
+    Every format meets the first value, and a format of each source the others; what is left is heavy.
+    """
+    first, *_ = values
+    cases = [pytest.param(fmt, value, id=f"{fmt.__name__}-{value}",
+                          marks=() if value == first or fmt in ONE_OF_EACH_SOURCE else pytest.mark.heavy)
+             for value in values for fmt in ALL_FORMATS]
+    return pytest.mark.parametrize(f"fmt, {name}", cases, indirect=[name] if indirect else False)
 
 
 def assert_same_bits(values, expected):

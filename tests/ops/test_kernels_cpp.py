@@ -16,7 +16,7 @@ from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
 from kernel_cases import (
     assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once, assert_same_bits, each_dtype,
-    each_format, reference,
+    each_format, each_format_with, reference,
 )
 
 CPU = torch.device("cpu")
@@ -50,7 +50,8 @@ def kernels_of(on_cpu, op):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @each_format
-def test_unpack_equals_the_reference_rounded_once(on_cpu, fmt):
+def test_unpack_equals_the_reference_rounded_once(on_cpu, fmt, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
     tensors = random_tensors(fmt, 3 if fmt.block_length > 256 else 600, CPU)
     expected = reference(fmt, tensors)
     out = torch.empty(len(expected))
@@ -107,7 +108,7 @@ def test_product_sums_in_float32_and_rounds_once(on_cpu, tokens, threads, dtype,
     assert_product_rounds_once(kernels_of(on_cpu, "linear"), tokens, dtype)
 
 
-@each_format
+@each_format_with("on_cpu", FEWER, indirect=True)
 def test_codes_of_a_weights_rows_are_right(on_cpu, fmt):
     check(kernels_of(on_cpu, "int8_rows")[0], fmt, torch.int8, None, CPU)
 

@@ -20,8 +20,8 @@ from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.source import SOURCES, source_files
 from kernel_cases import (
-    ALL_FORMATS, BASIC_FORMATS, assert_layer_equals_the_dense_one, assert_odd_weight_is_right,
-    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, reference,
+    ALL_FORMATS, DTYPES, assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once,
+    assert_same_bits, each_dtype, each_format, each_format_with, reference,
 )
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
@@ -81,8 +81,7 @@ def on_cpu(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@each_dtype
-@each_format
+@each_format_with("dtype", DTYPES)
 def test_unpack_equals_the_reference_rounded_once(on_cpu, fmt, dtype):
     tensors = random_tensors(fmt, 3 if fmt.block_length > 256 else 600, torch.device("cpu"))
     expected = reference(fmt, tensors)
@@ -91,8 +90,7 @@ def test_unpack_equals_the_reference_rounded_once(on_cpu, fmt, dtype):
     assert_same_bits(out, expected.to(dtype))
 
 
-@each_dtype
-@each_format
+@each_format_with("dtype", DTYPES)
 def test_unpack_starts_at_any_block_and_writes_to_any_address(on_cpu, fmt, dtype):
     tensors = random_tensors(fmt, 6, torch.device("cpu"), calm=True)
     expected = fmt.unpack_into(tensors, torch.empty(3 * fmt.block_length - 8, dtype=dtype), first=2)
@@ -172,8 +170,7 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path,
     assert nvrtc.nvrtc_libraries() == [str(tmp_path / files[index]) for index in found]
 
 
-@each_capability
-@pytest.mark.parametrize("fmt", BASIC_FORMATS, ids=lambda fmt: fmt.__name__)
+@each_format_with("capability", CAPABILITIES)
 def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
     if capability not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
