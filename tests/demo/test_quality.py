@@ -11,7 +11,6 @@ from devtools.server import ROOT
 
 RECORDED = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8"))["formats"]
 LOSS = {"F16": 0, "Q8_0": 0.005, "Q4_K": 0.02, "NF4": 0.02}  # of accuracy, against dense
-NEAR = {"Q8_0", "Q6_K", "Q5_K", "Q4_K", "int8"}  # formats whose own rounding leaves a LoRA's change nearly what it was
 
 
 def test_the_shipped_weights_are_small():
@@ -24,14 +23,15 @@ def test_the_recorded_figures_hold_what_they_should():
     assert dense >= 0.95
     for name, row in RECORDED.items():
         assert row["accuracy"]["all"] >= dense - LOSS.get(name, 1)
-        assert min(row["kept_ink"], row["kept_pumpkins"]) >= (0.98 if name in NEAR | {"F16"} else 0.9), name
+        assert min(row["retention_ink"], row["retention_pumpkins"]) >= 0.98, name
+        assert min(row["kept_ink"], row["kept_pumpkins"]) >= 0.97, name
 
 
 @pytest.mark.usefixtures("small_models")
 def test_packed_models_draw_what_is_asked_and_keep_loras():
     names = ["F16", "Q4_K", *(["NF4"] if demo_files.has_bitsandbytes() else [])]
-    for name, row in quality.measure(names, 32, 4).items():
-        assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.07, name
+    for name, row in quality.measure(names, 20, 4).items():
+        assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.1, name
         assert min(row["kept_ink"], row["kept_pumpkins"]) > 0.95, name
         assert min(row["retention_ink"], row["retention_pumpkins"]) > 0.8, name
         if name != "F16":
@@ -41,7 +41,7 @@ def test_packed_models_draw_what_is_asked_and_keep_loras():
 @pytest.mark.heavy
 def test_every_format_reaches_its_recorded_accuracy():
     names = [name for name in RECORDED if name not in quality.BITSANDBYTES or demo_files.has_bitsandbytes()]
-    for name, row in quality.measure(names, scenes.HELD_OUT, 32).items():
+    for name, row in quality.measure(names, scenes.HELD_OUT, 64).items():
         assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.02, name
         for kept in ("kept_ink", "kept_pumpkins"):
             assert row[kept] > RECORDED[name][kept] - 0.02, name
