@@ -16,10 +16,24 @@ import websocket
 from PIL import Image
 
 from devtools.environment import BROWSERS
+from devtools.server import Server
 
 WINDOW = (1700, 1400)
 # No first-run dialog, and nothing of the last visit.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "Comfy.Graph.CanvasInfo": False,
+            "Comfy.Minimap.Visible": False}
+# Opens a workflow as a file that is dropped on the page. The editor asks for the folders before it frames a node whose file is
+# missing, and so does this.
+OPEN = """(async (name, text) => {
+  app.graph.clear()
+  await app.handleFile(new File([text], name, {type: 'application/json'}))
+  await comfyAPI.api.api.getFolderPaths()
+  await new Promise(done => setTimeout(done, 200))
+})"""
+NODES = "[app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => graph.nodes)"  # also inside subgraphs
+UNKNOWN = "!(node.subgraph || node.type in LiteGraph.registered_node_types)"  # nodes that no pack has
+RED = "node.has_errors"  # unknown nodes, and those whose file is missing
+COMPLAINTS = "[...document.querySelectorAll('[data-testid=error-overlay], [role=dialog]')].map(box => box.innerText)"
 
 
 class BrowserError(Exception):
@@ -29,8 +43,8 @@ class BrowserError(Exception):
 def find_chromium() -> str | None:
     """The program on the PATH, or the one that `dev.py test` has fetched."""
     on_path = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    fetched = (str(path) for path in sorted(BROWSERS.glob("chromium*/*/*"))
-               if path.name in ("chrome", "headless_shell", "chrome-headless-shell", "chrome.exe") and os.access(path, os.X_OK))
+    fetched = (str(path) for path in sorted(BROWSERS.glob("chromium*/*/*")) if os.access(path, os.X_OK)
+               and path.name.removesuffix(".exe") in ("chrome", "headless_shell", "chrome-headless-shell"))
     return next(filter(None, itertools.chain(on_path, fetched)), None)
 
 
@@ -110,11 +124,20 @@ class Browser:
             time.sleep(0.2)
         raise BrowserError(f"The page never came to {expression}.")
 
-    def open_editor(self, url: str):
-        """Show ComfyUI's editor, with `SETTINGS` already given to its server."""
-        self.call("Page.navigate", url=url)
-        self.wait_for("!!(window.app?.graph && window.app.canvas && document.querySelector('#graph-canvas'))")
-        time.sleep(3)
+    def open_editor(self, server: Server):
+        """Show the editor of a ComfyUI."""
+        server.post("/settings", SETTINGS)
+        self.call("Page.navigate", url=server.url)
+        self.wait_for("!!window.app?.graph && !app.extensionManager.spinner", 180)
+        time.sleep(1)  # what it draws last
+
+    def open_workflow(self, name: str, text: str):
+        """Open a workflow in the UI or the API format, as the file `name` dropped on the page."""
+        self.evaluate(f"{OPEN}({json.dumps(name)}, {json.dumps(text)})")
+
+    def types(self, condition: str = "true") -> list[str]:
+        """Types of the open workflow's nodes for which an expression in JavaScript about `node` is true."""
+        return self.evaluate(f"{NODES}.filter(node => {condition}).map(node => node.type)")
 
     def screenshot(self, left: float = 0, top: float = 0, width: float = WINDOW[0], height: float = WINDOW[1]) -> Image.Image:
         clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}

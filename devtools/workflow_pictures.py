@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from devtools.browser import SETTINGS, Browser
+from devtools.browser import Browser
 from devtools.server import HOST, Server
 from devtools.workflows import FOLDER, WORKFLOWS
 from devtools.workflows.parts import PICTURE
@@ -51,8 +51,7 @@ def main(names: list[str]):
         base = Path(folder)
         stand_in_files(base)
         with Server(base) as server, Browser(WINDOW) as browser:
-            server.post("/settings", SETTINGS)
-            browser.open_editor(server.url)
+            browser.open_editor(server)
             for path in paths:
                 left, top = 100, 100
                 if path.stem in TOO_LARGE:

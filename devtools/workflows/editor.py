@@ -15,6 +15,7 @@ HOST_VERSION, OWN_VERSION = "0.30.0", "0.1.0"
 # Pixels of the editor
 WIDTH, NOTE_WIDTH = 380, 460
 TITLE, GAP, MARGIN, HEADING = 30, 30, 20, 50  # of a node; between nodes; around a group; its title
+HELD = 60  # by which a loader of this pack grows when it says what it holds
 TALL = {"CLIPTextEncode": 160, "SaveImage": 420, "PreviewAny": 200, "FeatherweightApplyLora": 290, "LoadImage": 330,
         "PreviewImage": 300, "TextEncodeQwenImageEditPlus": 200, "SaveVideo": 380, "FeatherweightCheckLora": 420}
 
@@ -114,7 +115,7 @@ def as_ui(workflow: Workflow, object_info: dict) -> dict:
             start, top = top, top + HEADING
             for node in group:
                 nodes.append(_node(node, number, links, object_info, [left, top + TITLE]))
-                top += TITLE + nodes[-1]["size"][1] + GAP
+                top += TITLE + nodes[-1]["size"][1] + GAP + HELD * node.type.startswith("FeatherweightLoad")
             top += MARGIN - GAP
             bounds = [left - MARGIN, start, WIDTH + 2 * MARGIN, top - start]
             groups.append({"id": len(groups) + 1, "title": title, "bounding": bounds, "color": "#3f789e", "font_size": 24,

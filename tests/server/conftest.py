@@ -2,6 +2,7 @@
 import pytest
 
 from devtools import demo
+from devtools.browser import Browser, find_chromium
 from devtools.server import Server
 
 
@@ -18,3 +19,11 @@ def server(tmp_path_factory, kernels_of_this_machine):
     demo.make_models(base)
     with Server(base) as running:
         yield running
+
+
+@pytest.fixture(scope="package")
+def browser():
+    if find_chromium() is None:
+        pytest.skip("there is no Chromium: install it, or let `python3 dev.py test` fetch one")
+    with Browser() as browser:
+        yield browser

@@ -2,27 +2,24 @@
 
 Each test leaves screenshots in `.dev/screenshots`.
 """
+import itertools
 import json
+import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 
 from devtools import demo
-from devtools.browser import SETTINGS, Browser, find_chromium
+from devtools.browser import COMPLAINTS, NODES, RED, UNKNOWN
 from devtools.environment import DEV
-from devtools.server import PACK, ROOT
+from devtools.server import PACK, ROOT, Server
+from devtools.workflow_pictures import stand_in_files
 
-WORKFLOWS = [*sorted((ROOT / "example_workflows").glob("*.json")),
-             *sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))]
-NODES = "[app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => graph.nodes)"  # also inside subgraphs
-MISSING_NODES = f"{NODES}.filter(node => !(node.type in LiteGraph.registered_node_types)).map(node => node.type)"
-RED_NODES = f"{NODES}.filter(node => node.has_errors).map(node => node.type)"  # also those that want files which are not here
-# Opens a workflow as a file that is dropped on the page; gives how many nodes it then has.
-OPEN = """(async (name, text) => {
-  app.graph.clear()
-  await app.handleFile(new File([text], name, {type: 'application/json'}))
-  return app.graph.nodes.length
-})"""
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
+FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')"
 # Where on the page the right arrow of a number is.
 ARROW = """((type, name) => {
@@ -33,19 +30,29 @@ ARROW = """((type, name) => {
 })"""
 
 
-@pytest.fixture(scope="module")
-def browser(server):
-    if find_chromium() is None:
-        pytest.skip("there is no Chromium: install it, or let `python3 dev.py test` fetch one")
-    server.post("/settings", SETTINGS)
-    with Browser() as browser:
-        yield browser
-
-
 @pytest.fixture
 def page(browser, server):
-    browser.open_editor(server.url)
+    browser.open_editor(server)
     return browser
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A ComfyUI with only this pack, and with an empty file of every name that the workflows use."""
+    base = tmp_path_factory.mktemp("fresh")
+    stand_in_files(base)
+    for path in LEGACY:
+        written = path.read_text(encoding="utf-8").replace(r"\\", "/")
+        for name, folder in itertools.product(re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
+            touch(base, folder, name)
+    with Server(base) as server:
+        yield server
+
+
+def touch(base: Path, folder: str, name: str):
+    path = base / "models" / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def keep(page, name: str):
@@ -58,7 +65,7 @@ def keep(page, name: str):
 def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(page, server):
     page.drop(demo.WORKFLOW)
     page.wait_for(f"!!{SAVED}")
-    assert not page.evaluate(RED_NODES)
+    assert not page.types(RED)
     keep(page, "workflow")
     nodes = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))["nodes"]
     sampler, latent = (next(node for node in nodes if node["type"] == kind) for kind in ("KSampler", "EmptySD3LatentImage"))
@@ -80,7 +87,7 @@ def test_a_template_opens_from_the_template_browser(page):
     keep(page, "templates")
     page.click_on(card)
     page.wait_for("app.graph.nodes.some(node => node.type === 'FeatherweightApplyLora')")
-    assert not page.evaluate(RED_NODES)
+    assert not page.types(RED)
     keep(page, "template")
 
 
@@ -98,15 +105,42 @@ def test_the_help_page_of_a_node_opens(page):
     assert text.startswith(written.splitlines()[0].removeprefix("# ")) and "block_weights" in text
 
 
-def test_no_workflow_opens_with_a_missing_node(page):
-    missing = {}
-    for path in WORKFLOWS:
-        text = path.read_text(encoding="utf-8")
-        assert page.evaluate(f"{OPEN}({json.dumps(path.name)}, {json.dumps(text)})"), path.name
-        if found := page.evaluate(MISSING_NODES):
-            missing[path.name] = found
-    assert not missing
-    strange = demo.WORKFLOW.read_text(encoding="utf-8").replace('"VAELoader"', '"NoSuchNode"')
-    page.evaluate(f"{OPEN}('strange.json', {json.dumps(strange)})")
-    assert page.evaluate(MISSING_NODES) == page.evaluate(RED_NODES) == ["NoSuchNode"]
-    keep(page, "missing")
+def test_every_workflow_opens_without_a_red_node(browser, fresh):
+    browser.open_editor(fresh)
+    wrong = {}
+    for path in (*EXAMPLES, *LEGACY):
+        browser.open_workflow(path.name, path.read_text(encoding="utf-8"))
+        assert browser.types(), path.name
+        if found := [*browser.types(UNKNOWN), *browser.types(RED), *browser.evaluate(COMPLAINTS)]:
+            wrong[path.name] = found
+    assert not wrong
+
+
+def test_a_node_that_nobody_has_and_one_whose_file_is_missing_are_red(browser, fresh):
+    """What the test above relies on."""
+    browser.open_editor(fresh)
+    workflow = demo.WORKFLOW.read_text(encoding="utf-8")
+    browser.open_workflow("strange.json", workflow.replace('"VAELoader"', '"NoSuchNode"'))
+    assert browser.types(UNKNOWN) == browser.types(RED) == ["NoSuchNode"]
+    keep(browser, "missing")
+    browser.open_workflow("missing.json", workflow.replace(demo.MODEL_NAME, "no_such_file.gguf"))
+    assert browser.types(RED) == ["FeatherweightLoadDiffusionModel"] and browser.evaluate(COMPLAINTS)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a name cannot hold a backslash")
+def test_a_name_written_on_another_system_becomes_the_listed_one(browser, fresh):
+    """Also in a subgraph and where a refreshed list has the file; nodes of others are left as they are."""
+    browser.open_editor(fresh)
+    values = f"{NODES}.flatMap(node => node.widgets ?? []).map(widget => widget.value).filter(value => /flux/.test(value))"
+    subgraph = next(path for path in LEGACY if "subgraph" in path.stem).read_text(encoding="utf-8")
+    for written, listed in ((r"linux\flux.safetensors", "linux/flux.safetensors"),
+                            ("windows/flux.safetensors", r"windows\flux.safetensors")):  # lists on Windows have backslashes
+        browser.open_workflow("subgraph.json", subgraph.replace(r"legacy\\flux-Q8_0.gguf", json.dumps(written)[1:-1]))
+        assert browser.evaluate(values) == [written, written] and browser.types(RED) == browser.types("node.subgraph")
+        touch(fresh.base, "diffusion_models", listed)
+        browser.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+        assert browser.evaluate(values) == [listed, listed] and not browser.types(RED)
+        prompt = {number: {"class_type": kind, "inputs": {"unet_name": written}}
+                  for number, kind in enumerate(("UnetLoaderGGUF", "UNETLoader"), 1)}
+        browser.open_workflow("loaders.json", json.dumps(prompt))
+        assert browser.evaluate(values) == [listed, written] and browser.types(RED) == ["UNETLoader"]

@@ -1,6 +1,7 @@
 """Workflows as other people share them, with the node ids of other packs, open in the real editor and run."""
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,23 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from devtools import demo, demo_files, tiny_models
-from devtools.workflow_pictures import Browser
+from devtools.browser import COMPLAINTS, RED, UNKNOWN
 
 WORKFLOWS = sorted(Path(__file__).with_name("legacy_workflows").glob("*.json"))
 FOR_THE_SERVER = [path for path in WORKFLOWS if path.stem.startswith("api ")]
 FOR_THE_EDITOR = [path for path in WORKFLOWS if path.stem.startswith("ui ")]
 LOADERS = {"UnetLoaderGGUF", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "UNETLoaderNF4", "CheckpointLoaderNF4"}
-# Opens a workflow and gives the types that nobody has, each type in it, and what the editor would send to the server. The
-# editor also frames a node whose file is not in the list: names with backslashes are not, where the system writes slashes.
-OPEN = """(async workflow => {
-  await app.loadGraphData(workflow, true, true, null)
-  await new Promise(resolve => setTimeout(resolve, 500))
-  const all = graph => graph.nodes.flatMap(node => [node, ...(node.subgraph ? all(node.subgraph) : [])])
-  const nodes = all(app.graph)
-  const unknown = nodes.filter(node => !(node.subgraph || LiteGraph.registered_node_types[node.type]))
-  const prompt = (await app.graphToPrompt()).output
-  return {unknown: unknown.map(node => node.type), types: nodes.map(node => node.type), prompt}
-})"""
 
 
 def each(paths):
@@ -60,16 +50,14 @@ def files(server):
 
 
 @pytest.fixture(scope="module")
-def editor(server, files):
-    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        pytest.skip("there is no Chromium on the PATH")
-    settings = server.base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
-    with Browser() as browser:
-        browser.call("Page.navigate", url=server.url)
-        browser.wait_for("!!(window.app?.graph && window.app.canvas && document.querySelector('#graph-canvas'))")
-        yield browser
+def editor(browser, server, files):
+    browser.open_editor(server)
+    return browser
+
+
+def prompt_of_the_editor(editor) -> dict:
+    """What the editor sends to the server when it runs the open workflow."""
+    return editor.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
 
 
 def assert_makes_a_picture(server, prompt):
@@ -88,10 +76,11 @@ def test_an_api_workflow_runs(path, server, files):
 
 
 @each(FOR_THE_EDITOR)
-def test_the_editor_knows_every_node_and_it_runs(path, server, editor):
-    opened = editor.evaluate(f"{OPEN}({path.read_text(encoding='utf-8')})")
-    assert not opened["unknown"] and LOADERS & set(opened["types"])
-    assert_makes_a_picture(server, opened["prompt"])
+def test_the_editor_knows_every_node_finds_every_file_and_it_runs(path, server, editor):
+    editor.open_workflow(path.name, path.read_text(encoding="utf-8"))
+    assert LOADERS & set(editor.types())
+    assert editor.types(UNKNOWN) == editor.types(RED) == editor.evaluate(COMPLAINTS) == []
+    assert_makes_a_picture(server, prompt_of_the_editor(editor))
 
 
 @pytest.mark.parametrize("pack", [
@@ -102,14 +91,7 @@ def test_a_node_is_known_by_its_id_whatever_pack_the_file_names(pack, editor):
     for node in workflow["nodes"]:
         if node["type"] in LOADERS:
             node["properties"] = {"Node name for S&R": node["type"], **pack}
-    opened = editor.evaluate(f"{OPEN}({json.dumps(workflow)})")
-    assert not opened["unknown"]
-    loader = next(node for node in opened["prompt"].values() if node["class_type"] == "UnetLoaderGGUF")
-    assert loader["inputs"] == {"unet_name": "legacy\\flux-Q8_0.gguf"}
-
-
-def test_a_node_that_nobody_has_is_found(editor):
-    """What the tests above rely on."""
-    workflow = read(FOR_THE_EDITOR[0])
-    workflow["nodes"][0]["type"] = "NobodysLoader"
-    assert editor.evaluate(f"{OPEN}({json.dumps(workflow)})")["unknown"] == ["NobodysLoader"]
+    editor.open_workflow("pack.json", json.dumps(workflow))
+    assert not editor.types(UNKNOWN)
+    loader = next(node for node in prompt_of_the_editor(editor).values() if node["class_type"] == "UnetLoaderGGUF")
+    assert loader["inputs"] == {"unet_name": os.path.join("legacy", "flux-Q8_0.gguf")}

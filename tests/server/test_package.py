@@ -11,7 +11,7 @@ if not (ROOT / ".git").exists() or not shutil.which("git"):
 FOLDER = "featherweight"  # the project's name
 
 
-def test_the_unpacked_package_gives_every_node_its_help_and_the_templates(tmp_path, server):
+def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_and_the_templates(tmp_path, server):
     for path in packed_files():
         target = tmp_path / "custom_nodes" / FOLDER / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +25,7 @@ def test_the_unpacked_package_gives_every_node_its_help_and_the_templates(tmp_pa
         for node in nodes:
             for page in (f"{node}.md", f"{node}/ja.md"):
                 assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
+        assert f"/extensions/{FOLDER}/model_names.js" in packed.get_json("/extensions")
         assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]
         own = {node for node in nodes if node.startswith("Featherweight")}
         assert {language: texts["nodeDefs"].keys() for language, texts in packed.get_json("/i18n").items()} == {
