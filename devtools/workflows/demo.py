@@ -7,8 +7,8 @@ STEPS = 12
 KNOWS = """It draws a house by a tree and knows 22 words: `red yellow blue purple pink white` of the house, `left right` of \
 the tree, `pine oak palm`, `grass snow sand`, `noon dusk dawn night`, `sun moon cloud rainbow`. Every other word is ignored."""
 MEMORY = "under 10 MB for the model, 0.1 GB for the text encoder."
-SOURCE = "`python3 dev.py demo`, in a clone of this pack's repository, makes the files. To run this workflow here, copy them from \
-`.dev/demo/models`:"
+SOURCE = "`python3 dev.py demo`, in a clone of this pack's repository, makes the files. To run this workflow here, copy them \
+from `.dev/demo/models`:"
 
 
 def made(folder: str, name: str) -> tuple[File]:
