@@ -5,6 +5,7 @@ and mostly by 256, so that every format of ggml can pack them.
 """
 import dataclasses
 import functools
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -110,6 +111,13 @@ def run(patcher: comfy.model_patcher.ModelPatcher, family: Family) -> torch.Tens
     arguments = inputs(family)
     with torch.inference_mode():
         return patcher.model.apply_model(**arguments) - arguments["x"]
+
+
+def deep_clone(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """One with weights of its own, as the host makes it for another device. Skips the test where the host makes none."""
+    if "force_deepcopy" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+        pytest.skip("this ComfyUI makes no clones for other devices")
+    return patcher.clone(force_deepcopy=True)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
