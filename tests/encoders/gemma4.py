@@ -34,6 +34,7 @@ def gemma4(te_model: str, layers: int, last_layer: int, towers, **config) -> Enc
                    "gemma4", changed=as_converted, metadata=VOCABULARY, extra={"tokenizer_json": tokenizer_json(VOCABULARY)},
                    towers=towers, markers={
                        "model.layers.0.post_feedforward_layernorm.weight": (256,),
+                       "model.layers.0.layer_scalar": (1,),  # every file has it; ComfyUI 0.27 takes none for the 31B
                        f"model.layers.{last_layer}.self_attn.q_norm.weight": (256,)})
 
 
