@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         started = time.monotonic()
         print(f"\nComfyUI {version}", flush=True)
         try:
-            failed = run_tests(version, tests or ["tests/server", "-q"])
+            failed = run_tests(version, tests or ["tests/server", "-q", "-rs"])
         except SetupError as error:
             print(error)
             failed = True

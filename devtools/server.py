@@ -108,7 +108,7 @@ class Server:
         for name, source in self.extra_custom_nodes.items():
             (custom_nodes / f"{name}.py").write_text(source, encoding="utf-8")
 
-    def _wait_until_ready(self, timeout: float = 180):
+    def _wait_until_ready(self, timeout: float = 600):
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -5,6 +5,7 @@ and mostly by 256, so that every format of ggml can pack them.
 """
 import dataclasses
 import functools
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
+import pytest
 import torch
 
 
@@ -41,6 +43,8 @@ class Family:
 
 def host_model(family: Family, config: Mapping[str, Any], device: str = "cpu") -> torch.nn.Module:
     """The host's own module for a configuration, as its loader builds it, with uninitialised float32 weights."""
+    if not hasattr(comfy.supported_models, family.supported):
+        pytest.skip(f"this ComfyUI has no diffusion model {family.supported}")
     model_config = getattr(comfy.supported_models, family.supported)({**config})
     model_config.set_inference_dtype(torch.float32, None)
     model_config.custom_operations = comfy.ops.disable_weight_init
@@ -107,6 +111,13 @@ def run(patcher: comfy.model_patcher.ModelPatcher, family: Family) -> torch.Tens
     arguments = inputs(family)
     with torch.inference_mode():
         return patcher.model.apply_model(**arguments) - arguments["x"]
+
+
+def deep_clone(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """One with weights of its own, as the host makes it for another device. Skips the test where the host makes none."""
+    if "force_deepcopy" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+        pytest.skip("this ComfyUI makes no clones for other devices")
+    return patcher.clone(force_deepcopy=True)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

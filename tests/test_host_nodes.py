@@ -3,9 +3,7 @@ import asyncio
 import functools
 
 import comfy.clip_vision
-import comfy.ldm.anima.lllite
 import comfy.ldm.lumina.controlnet
-import comfy.ldm.wan.uni3c
 import comfy.ops
 import comfy.utils
 import folder_paths
@@ -179,6 +177,8 @@ def results(name: str, case: Case, packed: bool, folder) -> list[dict[str, torch
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_node_does_to_a_packed_model_what_it_does_to_a_dense_one(name, files):
+    if name not in host_nodes():
+        pytest.skip(f"this ComfyUI has no node {name}")
     case = CASES[name]
     packed, dense = (results(name, case, is_packed, files) for is_packed in (True, False))
     assert len(packed) == len(dense)
@@ -198,5 +198,5 @@ def test_a_node_does_to_a_packed_model_what_it_does_to_a_dense_one(name, files):
 
 
 def test_every_node_of_the_host_that_takes_a_model_is_run_or_excused():
-    assert set(host_nodes()) == CASES.keys() | EXCEPTIONS.keys()
+    assert set(host_nodes()) <= CASES.keys() | EXCEPTIONS.keys()
     assert not CASES.keys() & EXCEPTIONS.keys()

@@ -7,6 +7,7 @@ import torch
 from devtools import tiny_models
 from devtools.bench.measure import snr
 from devtools.gguf_files import write_gguf
+from families import deep_clone
 from featherweight.loaders import diffusion, folders
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
@@ -77,9 +78,13 @@ def test_a_lora_on_an_int8_model_has_the_effect_it_has_on_an_exact_one(name, val
 def test_copies_and_models_built_again_compute_alike(name, node):
     patcher = node.execute(name, compute="int8")[0]
     build, arguments = patcher.cached_patcher_init
-    for copy in (patcher, patcher.clone(), patcher.clone(force_deepcopy=True), build(*arguments, disable_dynamic=True)):
+    for copy in (patcher, patcher.clone(), build(*arguments, disable_dynamic=True)):
         assert computes(copy) == {"int8"}
     assert computes(node.execute(name)[0]) == {"exact"}
+
+
+def test_a_clone_for_another_device_computes_alike(name):
+    assert computes(deep_clone(LoadDiffusionModel.execute(name, compute="int8")[0])) == {"int8"}
 
 
 def test_the_model_of_a_whole_checkpoint_computes_so(tmp_path):

@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.sd
 import gguf
 import numpy as np
+import pytest
 import torch
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.gpt_oss import LensGptOssClipModel
@@ -42,7 +43,7 @@ class Encoder:
     host loads. towers: dictionaries of the host that configure what an encoder sees and hears through, and what of each is
     shrunken (see `small_towers`). mmproj: the weights of the tower -> the tensors of the mmproj file that stands beside the
     encoder. extra: what the host's loader needs beside the weights (a tokenizer), which files with the host's names hold too.
-    options: more of the host's `model_options`. unusable: why the host cannot load it here.
+    options: more of the host's `model_options`. problem: what keeps the host from loading it with the installed packages.
     """
 
     te_model: str
@@ -55,10 +56,17 @@ class Encoder:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    unusable: str = ""
+    problem: str = ""
     towers: Sequence[tuple[dict[str, Any], Mapping[str, Any]]] = ()
     published: Callable[[Weights], Weights] = as_it_is
     mmproj: Callable[[Weights], Weights] | None = None
+
+    @property
+    def unusable(self) -> str:
+        """Why the host cannot load it here; empty if it can."""
+        if not hasattr(comfy.sd.TEModel, self.te_model):
+            return f"this ComfyUI has no text encoder {self.te_model}"
+        return self.problem
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -89,7 +97,9 @@ def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 
 def host_clip(encoder: Encoder, weights: Weights) -> comfy.sd.CLIP:
-    """What the host makes of dense weights under the names in its model."""
+    """What the host makes of dense weights under the names in its model. Skips the test where it cannot load the encoder."""
+    if encoder.unusable:
+        pytest.skip(encoder.unusable)
     weights = encoder.published(weights)
     markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
     return comfy.sd.load_text_encoder_state_dicts(

@@ -34,15 +34,17 @@ def gemma4(te_model: str, layers: int, last_layer: int, towers, **config) -> Enc
                    "gemma4", changed=as_converted, metadata=VOCABULARY, extra={"tokenizer_json": tokenizer_json(VOCABULARY)},
                    towers=towers, markers={
                        "model.layers.0.post_feedforward_layernorm.weight": (256,),
+                       "model.layers.0.layer_scalar": (1,),  # every file has it; ComfyUI 0.27 takes none for the 31B
                        f"model.layers.{last_layer}.self_attn.q_norm.weight": (256,)})
 
 
+UNIFIED_VISION = getattr(host, "GEMMA4_UNIFIED_VISION_CONFIG", {})  # ComfyUI 0.27 has none
 TOWERS = [(host.GEMMA4_VISION_CONFIG, SMALL_VISION), (host.GEMMA4_AUDIO_CONFIG, SMALL_AUDIO)]
 ENCODERS = {  # the last layer of each group has global attention; those that share keys and values have both kinds before them
     "gemma-4-e2b": gemma4("GEMMA_4_E2B", 10, 34, TOWERS, num_kv_shared_layers=5, hidden_size_per_layer_input=64),
     "gemma-4-e4b": gemma4("GEMMA_4_E4B", 12, 41, TOWERS, num_kv_shared_layers=6, hidden_size_per_layer_input=64),
     "gemma-4-31b": gemma4("GEMMA_4_31B", 6, 59, [(host.GEMMA4_VISION_31B_CONFIG, SMALL_VISION)]),
-    "gemma-4-12b": gemma4("GEMMA_4_12B", 6, 47, [(host.GEMMA4_UNIFIED_VISION_CONFIG, SMALL_UNIFIED_VISION)]),
+    "gemma-4-12b": gemma4("GEMMA_4_12B", 6, 47, [(UNIFIED_VISION, SMALL_UNIFIED_VISION)]),
 }
 
 

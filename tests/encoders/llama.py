@@ -65,7 +65,7 @@ def tokenizer_problem(tekken: torch.Tensor) -> str:
 
 TEKKEN_BYTES = as_bytes(json.dumps(TEKKEN))
 MISTRAL = {"metadata": METADATA, "extra": {"tekken_model": TEKKEN_BYTES}, "changed": permuted,
-           "unusable": tokenizer_problem(TEKKEN_BYTES)}
+           "problem": tokenizer_problem(TEKKEN_BYTES)}
 
 ENCODERS = {
     "llama-3-8b": Encoder("LLAMA3_8", "hidream", gguf.MODEL_ARCH.LLAMA, SMALL, "llama", marks(4096), changed=permuted),

@@ -2,10 +2,15 @@
 import re
 
 import gguf
-from comfy.text_encoders import qwen3vl, qwen_vl
+from comfy.text_encoders import qwen_vl
 
 from .encoder import Encoder, Weights
 from .qwen import KEYS, SMALL, with_head
+
+try:
+    from comfy.text_encoders import qwen3vl
+except ImportError:  # ComfyUI 0.24 has none
+    qwen3vl = None
 
 QWEN25_TOWER = qwen_vl.Qwen2VLVisionTransformer
 QWEN3_TOWER = dict(hidden_size=128, intermediate_size=256, depth=3, deepstack_visual_indexes=[0, 2])
@@ -72,7 +77,7 @@ def qwen3_vl(size: str, clip_type: str, width: int, prefix: str, published, mark
     markers = {f"{prefix}.deepstack_merger_list.0.norm.weight": (MERGED,),
                f"{prefix}.merger.linear_fc2.weight": (width, MERGED), **dict(markers)}
     towers = [(qwen3vl.QWEN3VL_VISION, {name: QWEN3_TOWER}),
-              (qwen3vl.QWEN3VL_VISION_COMMON, {"num_heads": 2, "num_position_embeddings": 64})]
+              (qwen3vl.QWEN3VL_VISION_COMMON, {"num_heads": 2, "num_position_embeddings": 64})] if qwen3vl else []
     config = {**SMALL, "hidden_size": width}
     return Encoder(f"QWEN3VL_{size}", clip_type, gguf.MODEL_ARCH.QWEN3VL, config, name, markers, for_text,
                    published=published, towers=towers, mmproj=qwen3_mmproj)

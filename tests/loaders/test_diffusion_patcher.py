@@ -3,7 +3,7 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from families import FAMILIES, comfyui_gguf_style, host_patcher, inputs, random_weights, relative_error, run
+from families import FAMILIES, comfyui_gguf_style, deep_clone, host_patcher, inputs, random_weights, relative_error, run
 from devtools.gguf_files import write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.tensor import is_packed
@@ -98,7 +98,7 @@ def test_dtypes_asked_for_survive_building_again(path):
 
 
 def test_deep_clone_has_packed_weights_of_its_own(patcher):
-    clone = patcher.clone(force_deepcopy=True)
+    clone = deep_clone(patcher)
     assert clone.model is not patcher.model
     assert same_bytes(packed_bytes(clone), packed_bytes(patcher)) and packed_bytes(patcher)
     assert torch.equal(run(clone, FAMILY), run(patcher, FAMILY))

@@ -7,7 +7,7 @@ from PIL import Image
 from devtools.server import ROOT
 from devtools.workflow import AFTER_GENERATE, NOTES, WIDGET_TYPES
 from devtools.workflows import WORKFLOWS
-from devtools.workflows.editor import as_ui
+from devtools.workflows.editor import HOST_VERSION, as_ui
 from devtools.workflows.parts import PICTURE
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -39,7 +39,7 @@ def is_widget(kind, options) -> bool:
 
 
 def widget_values(node, info) -> dict[str, object]:
-    """Name -> value of the widgets; fails where their number is not that of the schema."""
+    """Name -> value of the widgets; fails where one has none. The editor leaves out what an older node has no widget for."""
     values, found = list(node["widgets_values"]), {}
     for name, (kind, options) in schema_inputs(info).items():
         if is_widget(kind, options):
@@ -49,7 +49,6 @@ def widget_values(node, info) -> dict[str, object]:
                 assert values.pop(0) in AFTER_GENERATE
             if options.get("image_upload"):
                 assert values.pop(0) == "image"
-    assert not values, f"{node['type']} has values of no widget"
     return found
 
 
@@ -122,7 +121,8 @@ def test_widgets_hold_values_that_the_server_takes(path, object_info):
                 given_by_the_user = is_file(value) or value == PICTURE
                 assert given_by_the_user or value in choices(kind, options), (node["type"], name)
             elif kind in ("INT", "FLOAT", "FLOAT,INT"):
-                assert isinstance(value, int if kind == "INT" else (int, float)) and not isinstance(value, bool)
+                assert isinstance(value, (int, float)) and not isinstance(value, bool)
+                assert kind != "INT" or value == int(value), (node["type"], name)
                 assert options.get("min", value) <= value <= options.get("max", value), (node["type"], name)
             else:
                 assert isinstance(value, {"STRING": str, "BOOLEAN": bool}[kind]), (node["type"], name)
@@ -149,7 +149,10 @@ def test_the_thumbnail_is_a_small_picture(path):
     assert thumbnail.stat().st_size < 60_000 and Image.open(thumbnail).format == "JPEG"
 
 
-def test_workflows_are_what_their_description_gives(object_info):
+def test_workflows_are_what_their_description_gives(server, object_info):
+    version = server.system_stats()["system"]["comfyui_version"]
+    if version != HOST_VERSION:
+        pytest.skip(f"the workflows hold a value for each widget of ComfyUI {HOST_VERSION}, this is {version}")
     written = {workflow.name: as_ui(workflow, object_info) for workflow in (make() for make in WORKFLOWS)}
     assert {path.stem for path in EXAMPLES} == set(written)
     for name, workflow in written.items():
