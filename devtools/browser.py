@@ -149,10 +149,12 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def click_on(self, element: str):
-        """Click into the middle of the element that an expression gives, once it is there."""
-        self.wait_for(f"!!({element})?.getClientRects().length")
-        left, top, width, height = self.evaluate(
-            f"(box => [box.x, box.y, box.width, box.height])(({element}).getBoundingClientRect())")
+        """Click into the middle of the element that an expression gives, once it is there and rests."""
+        box = None
+        while box != (box := self.wait_for(f"(box => box && [box.x, box.y, box.width, box.height])"
+                                           f"(({element})?.getClientRects()[0])")):
+            time.sleep(0.3)
+        left, top, width, height = box
         self.click(left + width / 2, top + height / 2)
 
     def drop(self, path: Path, x: float = WINDOW[0] / 2, y: float = WINDOW[1] / 2):
