@@ -195,7 +195,8 @@ def _fetch_llama_cpp(python: Path):
 
 def _fetch_chromium(python: Path):
     """A Chromium for the tests of the editor, where the system has none; it takes no rights of an administrator."""
-    if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) or any(BROWSERS.glob("chromium*")):
+    fetched = any(BROWSERS.glob("chromium*/INSTALLATION_COMPLETE"))  # which Playwright writes last
+    if fetched or any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         return
     print("Downloading Chromium", flush=True)
     steps = (["-m", "pip", "install", "--quiet", "playwright"], ["-m", "playwright", "install", "--only-shell", "chromium"])
