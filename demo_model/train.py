@@ -297,6 +297,5 @@ def publish(work: Path):
                lambda name, values: "F32" if values.ndim < 2 else "F16")  # vectors are F32 in everybody's GGUF files
 
 
-
 if __name__ == "__main__":
     main()

@@ -1,6 +1,9 @@
 """The nodes of this pack, as the host gets them."""
+import ast
 import asyncio
+from pathlib import Path
 
+import featherweight.nodes
 from featherweight.nodes import FeatherweightExtension
 
 
@@ -12,3 +15,14 @@ async def _load_extension():
 
 def node_list():
     return asyncio.run(_load_extension())
+
+
+def ids_in_source() -> list[str]:
+    """What ComfyUI Manager finds: each literal `node_id` in a class that derives directly from `io.ComfyNode`."""
+    found = []
+    for path in sorted(Path(featherweight.nodes.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and "io.ComfyNode" in map(ast.unparse, node.bases):
+                found += [word.value.value for word in ast.walk(node)
+                          if isinstance(word, ast.keyword) and word.arg == "node_id" and isinstance(word.value, ast.Constant)]
+    return found

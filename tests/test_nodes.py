@@ -1,7 +1,5 @@
 """Nodes: what they are called, what they take, and how they stand beside other packs."""
-import ast
 import sys
-from pathlib import Path
 
 import featherweight.nodes
 import folder_paths
@@ -11,7 +9,7 @@ import torch
 from featherweight.loaders import folders
 from featherweight.loaders.container import WeightFileError
 from featherweight.nodes import legacy_gguf
-from pack_nodes import node_list
+from pack_nodes import ids_in_source, node_list
 
 from devtools import tiny_models
 from devtools.gguf_files import write_gguf
@@ -64,14 +62,7 @@ def test_every_input_has_a_tooltip(node_id):
 
 
 def test_every_id_is_found_in_the_source_by_comfyui_manager():
-    """It looks for a literal `node_id` in classes that derive directly from `io.ComfyNode`."""
-    found = set()
-    for path in Path(featherweight.nodes.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef) and "io.ComfyNode" in map(ast.unparse, node.bases):
-                found |= {word.value.value for word in ast.walk(node)
-                          if isinstance(word, ast.keyword) and word.arg == "node_id" and isinstance(word.value, ast.Constant)}
-    assert found == NODES.keys()
+    assert set(ids_in_source()) == NODES.keys()
 
 
 @pytest.mark.parametrize("node_id", LEGACY_INPUTS)

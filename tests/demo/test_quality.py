@@ -24,14 +24,14 @@ def test_the_recorded_figures_hold_what_they_should():
     for name, row in RECORDED.items():
         assert row["accuracy"]["all"] >= dense - LOSS.get(name, 1)
         assert min(row["retention_ink"], row["retention_pumpkins"]) >= 0.98, name
-        assert min(row["kept_ink"], row["kept_pumpkins"]) >= 0.97, name
+        assert min(row["kept_ink"], row["kept_pumpkins"]) >= (0.97 if name == "FP4" else 0.98), name
 
 
 @pytest.mark.usefixtures("small_models")
 def test_packed_models_draw_what_is_asked_and_keep_loras():
     names = ["F16", "Q4_K", *(["NF4"] if demo_files.has_bitsandbytes() else [])]
     for name, row in quality.measure(names, 20, 4).items():
-        assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.1, name
+        assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.07, name
         assert min(row["kept_ink"], row["kept_pumpkins"]) > 0.95, name
         assert min(row["retention_ink"], row["retention_pumpkins"]) > 0.8, name
         if name != "F16":

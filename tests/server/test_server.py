@@ -1,26 +1,16 @@
 """What only the real server can show: the pack imports, nodes and help pages are there, the demo makes a picture."""
-import ast
 import io
 
 import numpy as np
 import pytest
 import torch
 from featherweight.ops import int8
+from pack_nodes import ids_in_source
 from PIL import Image
 
 from devtools import demo, demo_files
+from devtools.server import PACK, ServerError
 from devtools.workflows.demo import STEPS
-from devtools.server import PACK, ROOT, ServerError
-
-
-def node_ids():
-    """Literal `node_id=` of every node file: what the Manager's scan finds."""
-    found = []
-    for path in sorted((ROOT / "nodes").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg == "node_id" and isinstance(node.value, ast.Constant):
-                found.append(node.value.value)
-    return found
 
 
 def test_every_pack_imports(server):
@@ -31,10 +21,10 @@ def test_every_node_is_registered(server):
     info = server.object_info()
     registered = {name for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
     assert demo.LOADER in registered
-    assert registered == set(node_ids())
+    assert registered == set(ids_in_source())
 
 
-@pytest.mark.parametrize("node_id", node_ids())
+@pytest.mark.parametrize("node_id", ids_in_source())
 def test_every_node_has_a_help_page(server, node_id):
     assert server.get(f"/extensions/{PACK}/docs/{node_id}.md").strip()
 
