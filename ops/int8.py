@@ -74,7 +74,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
     if encode is None:
         return product._linear(input, packed, bias, format, rows, value_dtype, down, ups, slices)
-    addend = bias if down is None else product.branch(flat, bias, rows, down, ups, slices)
+    added = None if down is None else product.branch(flat, rows, down, ups, slices)
     codes, scales = _encoded_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))
     on_cpu = device.type == "cpu"
@@ -88,7 +88,8 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             weight_scales = torch.empty(len(weight), dtype=torch.float32, device=device)
             encode(packed_format, packed, weight, weight_scales, value_dtype, start * columns // packed_format.block_length)
             sums = torch._int_mm(codes, weight.t()) * weight_scales
-            _finish(sums, scales, addend if addend is None else addend[..., start:stop], out[:, start:stop])
+            _finish(sums, scales, bias if bias is None else bias[start:stop], added if added is None else added[:, start:stop],
+                    out[:, start:stop])
     return out.view(*input.shape[:-1], rows)
 
 
@@ -108,12 +109,16 @@ def _encoded_tokens(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
-def _finish(sums: torch.Tensor, scales: torch.Tensor, addend: torch.Tensor | None, out: torch.Tensor):
-    """`sums * scales + addend`, rounded once. sums: float32 (M, n), overwritten. scales: float32 (M,). out: (M, n)."""
-    if addend is None:
-        torch.mul(sums, scales.unsqueeze(-1), out=out)
+def _finish(sums: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None, out: torch.Tensor):
+    """`sums * scales + bias + added`, rounded once. sums: float32 (M, n), overwritten. scales: float32 (M,). bias: (n,) or
+    None. added: (M, n) or None. out: (M, n)."""
+    scales = scales.unsqueeze(-1)
+    if bias is None and added is None:
+        torch.mul(sums, scales, out=out)
+    elif bias is None or added is None:
+        torch.add(sums.mul_(scales), bias if added is None else added, out=out)
     else:
-        torch.add(sums.mul_(scales.unsqueeze(-1)), addend, out=out)
+        torch.add(torch.addcmul(bias.float(), sums, scales, out=sums), added, out=out)
 
 
 _library = torch.library.Library("featherweight", "FRAGMENT")

@@ -4,14 +4,13 @@ Linear, Embedding, convolutions and experts hold packed weights. All other layer
 """
 import contextlib
 import itertools
-import math
 import types
 
 import comfy.float
 import comfy.ops
 import torch
 
-from . import int8, product
+from . import int8, product, rounding
 from .lora import LayerPatches
 from .tensor import QuantizedTensor, detached, is_packed, part_of, relabelled, scales_of
 
@@ -94,12 +93,12 @@ class PackedLayer:
         if not isinstance(weight, QuantizedTensor):
             if not patched:
                 return weight
-            return self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)).to(dtype)
+            return rounding.dithered(self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)), dtype)
         if not patched:
             return self.dense_weight(weight, dtype)
         if is_packed(weight) and self.lora.acts_on_rows and self.patch_dtype is None:
             return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
-        return self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)).to(dtype)
+        return rounding.dithered(self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)), dtype)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """The dense weight the host adds patches to."""
@@ -125,12 +124,8 @@ class _PackedLinear(PackedLayer):
         if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
             multiply = int8.linear if self.compute == "int8" else product.linear
             out = multiply(input, weight, bias, self.value_dtype, down, ups, slices)
-        elif down is None:
-            out = torch.nn.functional.linear(input, self.patched_weight(weight, input.dtype), bias)
         else:
-            flat = input.reshape(-1, input.shape[-1])
-            out = product.branch(flat, bias, self.out_features, down, ups, slices)
-            out = out.addmm(flat, self.patched_weight(weight, input.dtype).t()).view(*input.shape[:-1], -1)
+            out = product.plus_branch(input, self.patched_weight(weight, input.dtype), bias, down, ups, slices)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return out
 
@@ -169,14 +164,11 @@ class _PackedConv(PackedLayer):
         if lora is None or lora.down is None:
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
         down, ups, slices = lora.branch(input)
-        positions = input.shape[0] * input.shape[2:].numel() // math.prod(self.stride)
-        if product.merging_is_cheaper(positions, down.shape[1], product.slice_factors(down, ups, slices)):
-            dense = product.unpack(weight, torch.float32, self.value_dtype) if is_packed(weight) else weight
-            return super()._conv_forward(input, lora(dense).to(input.dtype), bias, *args, **kwargs)
         out = super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
         hidden = super()._conv_forward(input, down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
         for row, row_end, up, rank, rank_end in product.each_slice(ups, slices):
-            out[:, row:row_end] += torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
+            change = torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
+            out[:, row:row_end] = rounding.weak_sum(out[:, row:row_end], change)
         return out
 
 
@@ -284,7 +276,7 @@ class _MixedLinear(_MixedLayer, _PackedLinear):
         if self.lora is None:
             return out
         flat = input.reshape(-1, self.in_features)
-        return out + product.branch(flat, None, self.out_features, *self.lora.branch(input)).view(out.shape)
+        return rounding.weak_sum(out, product.branch(flat, self.out_features, *self.lora.branch(input)).view(out.shape))
 
     def forward_comfy_cast_weights(self, *args, **kwargs):
         return self._host.forward_comfy_cast_weights(*args, **kwargs)  # the host's `forward` goes on here

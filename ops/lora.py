@@ -15,7 +15,7 @@ from comfy.weight_adapter import (
     BOFTAdapter, GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter, WeightAdapterBase,
 )
 
-from . import product
+from . import product, rounding
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,9 @@ class LayerPatches:
         """A dense weight with every patch in it, the branch too; the protocol of the host's weight functions."""
         merged = self.patch_weight(weight.to(torch.float32, copy=True))
         if self.down is not None:
-            for row, row_end, up, part in product.slice_factors(self.down.float(), self.ups, self.slices):
-                merged.flatten(1)[row:row_end].addmm_(up.float(), part)
-        return merged.to(weight.dtype)
+            for row, row_end, up, rank, rank_end in product.each_slice(self.ups, self.slices):
+                merged.flatten(1)[row:row_end].addmm_(up.float(), self.down[rank:rank_end].float())
+        return rounding.dithered(merged, weight.dtype)
 
 
 def build_patches(key: str, patches: list, shape: torch.Size, device: torch.device, dtype: torch.dtype, branch: bool = True,
@@ -127,7 +127,7 @@ def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
 
 
 def _branch(patches: list, shape, device, dtype):
-    """(down, ups, slices) of LoRA patches; LoRAs on the same rows share one up factor."""
+    """(down, ups, slices) of LoRA patches; LoRAs on the same rows, or on rows that overlap, share one up factor."""
     if not patches:
         return None, (), ()
     rows, columns = shape[0], shape[1:].numel()
@@ -145,6 +145,9 @@ def _branch(patches: list, shape, device, dtype):
         downs, ups = groups.setdefault((row, row_end), ([], []))
         downs.append(down)
         ups.append(up)
+    if _overlap(groups):  # added one after the other to what is rounded already, a weak LoRA would be lost
+        whole = [torch.nn.functional.pad(up, (0, 0, row, rows - row_end)) for (row, row_end), (_, ups) in groups.items() for up in ups]
+        groups = {(0, rows): ([down for downs, _ in groups.values() for down in downs], whole)}
     slices, rank = [], 0
     for (row, row_end), (downs, _) in groups.items():
         ranks = sum(down.shape[0] for down in downs)
@@ -152,6 +155,12 @@ def _branch(patches: list, shape, device, dtype):
         rank += ranks
     down = torch.cat([down for downs, _ in groups.values() for down in downs]).to(dtype)
     return down, [torch.cat(ups, 1).to(dtype) for _, ups in groups.values()], slices
+
+
+def _overlap(slices) -> bool:
+    """Whether any of the slices (first row, end row) share a row."""
+    slices = sorted(slices)
+    return any(end > start for (_, end), (start, _) in zip(slices, slices[1:]))
 
 
 def _fits(key: str, patch: tuple, shape: torch.Size) -> bool:

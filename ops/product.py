@@ -12,7 +12,7 @@ import torch
 from comfy_kitchen.tensor import register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from . import kernels
+from . import kernels, rounding
 from .format import FORMATS, Format
 from .tensor import PackedLayout, QuantizedTensor, packed_tensors
 
@@ -69,46 +69,42 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     step = _rows_per_slice(packed_format, rows, columns, input.dtype.itemsize,
                            SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
     scratch = shared_scratch()
-    factors = slice_factors(down, ups, slices)
     flat = input.reshape(-1, columns)
-    merge = merging_is_cheaper(flat.shape[0], columns, factors)
-    fused = columns % packed_format.block_length == 0 and not merge and kernels.find(
+    # The low-rank branch goes into the sum of the large product, which is rounded once: added to something already rounded a
+    # weak LoRA would be lost, in the bias too. So the bias comes last.
+    added = None if down is None else branch(flat, rows, down, ups, slices)
+    fused = columns % packed_format.block_length == 0 and kernels.find(
         "linear", flat.device, packed_format, flat.dtype, value_dtype, flat.shape[0])
 
     def weight_slice(start: int, stop: int) -> torch.Tensor:
         shape = (stop - start, columns)
         weight = scratch.take(shape, input.dtype) if on_cpu else input.new_empty(shape)
-        kernels.unpack_into(packed_format, packed, weight, value_dtype, start * columns // packed_format.block_length)
-        if merge:
-            for row, row_end, up, part in factors:
-                low, high = max(row, start), min(row_end, stop)
-                if low < high:
-                    weight[low - start:high - start].addmm_(up[low - row:high - row], part)
-        return weight
+        return kernels.unpack_into(packed_format, packed, weight, value_dtype, start * columns // packed_format.block_length)
 
-    # The larger product comes last, so that low precision rounds the sum once.
-    out = branch(flat, bias, rows, down, ups, slices) if factors and not merge else None
     if fused:
-        addend = out if out is not None or bias is None else bias.expand(flat.shape[0], rows)
+        addend = bias.expand(flat.shape[0], rows) if added is None and bias is not None else added
         out = input.new_empty((flat.shape[0], rows))
         fused(packed_format, packed, flat.contiguous(), addend, out, value_dtype)
-        return out.view(*input.shape[:-1], rows)
-    with scratch.lock if on_cpu else contextlib.nullcontext():
-        if out is not None:
-            for start in range(0, rows, step):
-                stop = min(rows, start + step)
-                out[:, start:stop].addmm_(flat, weight_slice(start, stop).t())
-        elif step == rows:
-            out = torch.nn.functional.linear(flat, weight_slice(0, rows), bias)
-        else:
-            out = input.new_empty((flat.shape[0], rows))
-            for start in range(0, rows, step):
-                stop = min(rows, start + step)
-                weight = weight_slice(start, stop)
-                if bias is None:
-                    torch.mm(flat, weight.t(), out=out[:, start:stop])
-                else:
-                    torch.addmm(bias[start:stop], flat, weight.t(), out=out[:, start:stop])
+    else:
+        with scratch.lock if on_cpu else contextlib.nullcontext():
+            if added is not None:
+                out = added
+                for start in range(0, rows, step):
+                    stop = min(rows, start + step)
+                    out[:, start:stop].addmm_(flat, weight_slice(start, stop).t())
+            elif step == rows:
+                out = torch.nn.functional.linear(flat, weight_slice(0, rows), bias)
+            else:
+                out = input.new_empty((flat.shape[0], rows))
+                for start in range(0, rows, step):
+                    stop = min(rows, start + step)
+                    weight = weight_slice(start, stop)
+                    if bias is None:
+                        torch.mm(flat, weight.t(), out=out[:, start:stop])
+                    else:
+                        torch.addmm(bias[start:stop], flat, weight.t(), out=out[:, start:stop])
+    if added is not None and bias is not None:
+        out += bias
     return out.view(*input.shape[:-1], rows)
 
 
@@ -121,34 +117,28 @@ def each_slice(ups, slices) -> list[tuple[int, int, torch.Tensor, int, int]]:
     return [(*slices[4 * index:4 * index + 2], up, *slices[4 * index + 2:4 * index + 4]) for index, up in enumerate(ups)]
 
 
-def slice_factors(down, ups, slices) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """(first row, end row, up, its part of down) of each slice."""
-    return [(row, row_end, up, down[rank:rank_end]) for row, row_end, up, rank, rank_end in each_slice(ups, slices)]
+def branch(input: torch.Tensor, rows: int, down: torch.Tensor, ups: list[torch.Tensor], slices: list[int]) -> torch.Tensor:
+    """`(input A^T) B^T`, to which the product with the weight is added. Returns (M, rows).
 
-
-def merging_is_cheaper(tokens: int, columns: int, factors) -> bool:
-    """Whether adding B A to the unpacked weight costs less than a branch on the activations; both give the same result.
-
-    Per rank the branch costs tokens * (columns + rows) products and merging columns * rows. On a CPU with weights of
-    3072 x 12288 the times cross at about 2000 tokens, this rule at 2458.
-    """
-    sizes = [(part.shape[0], row_end - row) for row, row_end, _, part in factors]
-    return sum(rank * tokens * (columns + rows) for rank, rows in sizes) > sum(rank * columns * rows for rank, rows in sizes)
-
-
-def branch(input: torch.Tensor, bias: torch.Tensor | None, rows: int, down: torch.Tensor, ups: list[torch.Tensor],
-           slices: list[int]) -> torch.Tensor:
-    """`(input A^T) B^T + bias`, to which the product with the weight is added. Returns (M, rows).
-
-    input: (M, K). bias: (rows,) or None. down: A (R, K). ups, slices: see `slice_factors`.
+    input: (M, K). down: A (R, K). ups, slices: see `each_slice`.
     """
     hidden = input @ down.t()
     if slices[:2] == [0, rows] and len(ups) == 1:
-        return torch.nn.functional.linear(hidden, ups[0], bias)
-    out = input.new_zeros((input.shape[0], rows)) if bias is None else bias.repeat(input.shape[0], 1)
+        return hidden @ ups[0].t()
+    out = input.new_zeros((input.shape[0], rows))
     for row, row_end, up, rank, rank_end in each_slice(ups, slices):
         out[:, row:row_end].addmm_(hidden[:, rank:rank_end], up.t())
     return out
+
+
+def plus_branch(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor | None = None, ups=(),
+                slices=()) -> torch.Tensor:
+    """`linear` with a dense weight (N, K) in the dtype of `input`."""
+    if down is None:
+        return torch.nn.functional.linear(input, weight, bias)
+    flat = input.reshape(-1, input.shape[-1])
+    out = branch(flat, weight.shape[0], down, ups, slices).addmm(flat, weight.t())
+    return (out if bias is None else out + bias).view(*input.shape[:-1], -1)
 
 
 def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -199,10 +189,7 @@ def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | No
         raise RuntimeError(f"A layer of {weight.shape[1]} input features was given {input.shape[-1]}: the model and what is fed"
                            " to it (often the text encoder's output) do not belong together.")
     if input.requires_grad and torch.is_grad_enabled():
-        dense = unpack(weight, input.dtype, value_dtype)
-        for row, row_end, up, part in slice_factors(down, ups, slices):
-            dense[row:row_end] += up @ part
-        return torch.nn.functional.linear(input, dense, bias)
+        return plus_branch(input, unpack(weight, input.dtype, value_dtype), bias, down, ups, slices)
     return torch.ops.featherweight.linear(
         input, packed_tensors(weight), bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype, down, ups, slices)
 
@@ -234,7 +221,7 @@ def unpack(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype
 
 
 def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The whole dense weight in `dtype`, each slice of its rows handed to `change` in float32 before it is rounded.
+    """The whole dense weight in `dtype`, each slice of its rows handed to `change` in float32 before it is rounded, dithered.
 
     change(rows, start): float32 rows of the weight from row `start` on -> the rows to keep.
     """
@@ -247,5 +234,5 @@ def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype
         rows = torch.ops.featherweight.unpack(
             tensors, packed_format.__name__, [min(step, shape[0] - start), *shape[1:]], torch.float32, value_dtype,
             start * columns // packed_format.block_length)
-        out[start:start + len(rows)] = change(rows, start)
+        out[start:start + len(rows)] = rounding.dithered(change(rows, start), dtype)
     return out

@@ -183,8 +183,7 @@ def test_a_control_lora_reshapes_a_layer_and_gives_it_back():
     ("Conv1d", (3,), (1, 32, 9)), ("Conv2d", (3, 3), (1, 32, 6, 5)), ("Conv2d", (1, 1), (1, 32, 6, 5)),
     ("Conv3d", (1, 2, 2), (1, 32, 2, 4, 4)),
 ], ids=["1d", "2d", "1x1", "3d"])
-@pytest.mark.parametrize("merge", [False, True], ids=["branch", "merged"])
-def test_patches_on_packed_convolutions(name, kernel, input_shape, kind, merge, monkeypatch):
+def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
     if kind == "locon" and len(kernel) != 2:
         pytest.skip("the host has mid weights of two-dimensional convolutions only")
     weight, dense = packed_anyhow(torch.randn(64, 32, *kernel) / 8, "Q8_0")
@@ -199,7 +198,6 @@ def test_patches_on_packed_convolutions(name, kernel, input_shape, kind, merge, 
     twin.load_state_dict({"weight": merged, "bias": torch.ones(64)})
     input = torch.randn(input_shape)
     assert relative(merged, dense) > 0.05
-    monkeypatch.setattr(product, "merging_is_cheaper", lambda *sizes: merge)
     with torch.no_grad():
         assert relative(layer(input), twin(input)) < 1e-6 and is_packed(layer.weight)
 
@@ -278,7 +276,7 @@ def test_adapters_this_pack_does_not_know_are_the_hosts_to_judge():
     assert misfit((1.0, Future(), 1.0, None, None), torch.Size((8, 6))) is None
 
 
-# --- branch or merge ---
+# --- the branch ---
 
 
 def branch_of(rows, columns, *parts, seed=0):
@@ -292,32 +290,20 @@ def branch_of(rows, columns, *parts, seed=0):
 
 
 @pytest.mark.parametrize("scratch_bytes", [1, 1 << 26])  # also in slices of rows that cut through the slices of the LoRA
-def test_branch_and_merge_give_the_same(monkeypatch, scratch_bytes):
+def test_slices_that_overlap_add_up(monkeypatch, scratch_bytes):
     weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8), (16, 48, 2), (33, 96, 3))
     input = torch.randn(5, 512)
     monkeypatch.setattr(product, "SCRATCH_BYTES", scratch_bytes)
     expected = torch.nn.functional.linear(input, patches(dense.clone()))
     base = torch.nn.functional.linear(input, dense)
-    for merge in (False, True):
-        monkeypatch.setattr(product, "merging_is_cheaper", lambda *args: merge)
-        actual = product.linear(input, weight, None, None, *patches.branch(input))
-        assert error_by_effect(actual, expected, base) < LIMIT
+    actual = product.linear(input, weight, None, None, *patches.branch(input))
+    assert error_by_effect(actual, expected, base) < LIMIT
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_the_whole_model_agrees_with_either_choice(monkeypatch, merge):
-    monkeypatch.setattr(product, "merging_is_cheaper", lambda *args: merge)
+def test_loras_on_whole_weights_and_on_slices_of_them_add_up_in_a_model():
     values = flux_file("Q4_K")[1]
     assert_same_effect("Q4_K", (lora_for(values), 1.0), (lora_by_diffusers_names(values, *STYLES["diffusers, PEFT"]), 0.5))
-
-
-def test_more_tokens_never_turn_merging_into_the_dearer_choice():
-    for parts in ([(0, 3072, 16)], [(0, 1024, 64), (1024, 3072, 4)], [(0, 12288, 128)]):
-        patches = branch_of(12288, 256, *parts)
-        factors = product.slice_factors(patches.down, patches.ups, patches.slices)
-        choices = [product.merging_is_cheaper(tokens, 256, factors) for tokens in (1, 16, 128, 512, 1024, 4096, 16384)]
-        assert choices == sorted(choices) and choices[0] is False and choices[-1] is True
 
 
 def test_the_operator_has_a_right_fake_with_a_branch():
@@ -341,9 +327,7 @@ def test_gradients_flow_through_a_branch():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("merge", [False, True])
-def test_half_precision_is_as_good_as_the_hosts_merged_weight(monkeypatch, dtype, merge):
-    monkeypatch.setattr(product, "merging_is_cheaper", lambda *args: merge)
+def test_half_precision_is_as_good_as_the_hosts_merged_weight(dtype):
     weight, dense = packed_anyhow(torch.randn(256, 512) / 20, "Q4_K")
     patches = branch_of(256, 512, (0, 256, 16))
     input = torch.randn(64, 512)

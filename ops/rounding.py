@@ -1,0 +1,31 @@
+"""Rounding to 16 bits that loses nothing weak on average.
+
+A value that already lies on the grid of bfloat16 swallows any change below half a step: rounded to the nearest, the sum is the
+old value again, and a weak LoRA is gone. Here a value between two steps goes to either, each as often as it is near, so that
+the mean of many values keeps the change. The choice is made by the value's own bits: the same value is always rounded alike,
+on every device and however a tensor is cut.
+"""
+import torch
+
+_MIX = -1640531527  # 2^32 divided by the golden ratio, as Knuth's multiplicative hash has it; odd, so that it is a bijection
+_LOW = (1 << 16) - 1  # the hash's upper half is what decides
+
+
+def dithered(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values` in `dtype`, without bias for bfloat16 and float16; as `to` has it for all others.
+
+    values: float32, any shape; may be overwritten. Infinities and NaN stay what they are.
+    """
+    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype)
+    if dropped is None or values.dtype != torch.float32:
+        return values.to(dtype)
+    bits = values.view(torch.int32)
+    chance = bits.mul(_MIX).bitwise_right_shift_(16).bitwise_and_(_LOW).bitwise_right_shift_(16 - dropped)
+    return chance.add_(bits).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
+
+
+def weak_sum(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """`value + change` in the dtype of `value`, where the change may be far below a step of the value."""
+    if value.dtype.itemsize > 2:
+        return value + change
+    return dithered(value.float() + change, value.dtype)
