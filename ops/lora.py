@@ -146,8 +146,10 @@ def _branch(patches: list, shape, device, dtype):
         downs.append(down)
         ups.append(up)
     if _overlap(groups):  # added one after the other to what is rounded already, a weak LoRA would be lost
-        whole = [torch.nn.functional.pad(up, (0, 0, row, rows - row_end)) for (row, row_end), (_, ups) in groups.items() for up in ups]
-        groups = {(0, rows): ([down for downs, _ in groups.values() for down in downs], whole)}
+        downs = [down for downs, _ in groups.values() for down in downs]
+        ups = [torch.nn.functional.pad(up, (0, 0, row, rows - row_end))
+               for (row, row_end), (_, of_rows) in groups.items() for up in of_rows]
+        groups = {(0, rows): (downs, ups)}
     slices, rank = [], 0
     for (row, row_end), (downs, _) in groups.items():
         ranks = sum(down.shape[0] for down in downs)

@@ -32,6 +32,7 @@ class Sizes:
     weight: tuple[int, int] = (3072, 12288)
     hidden: int = 3072
     context: int = 4096
+    lora_tokens: tuple[int, ...] = (256, 1024, 4096)
     model_tokens: int = 1024
     model_blocks: tuple[int, int] = (1, 2)
     file_blocks: tuple[int, int] = (4, 4)
@@ -42,7 +43,8 @@ class Sizes:
 
 ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
 QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256, context=1024,
-              model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512)
+              lora_tokens=(1, 128), model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4),
+              scale_tokens=16, vocabulary=512)
 
 
 def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[str, dict]:

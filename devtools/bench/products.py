@@ -76,13 +76,17 @@ def bench_nf4(options):
 
 
 def bench_lora(options):
-    """The product of one weight in Q4_K with the tokens of a picture, without LoRAs and with LoRAs on it."""
+    """The product of one weight in Q4_K and a bias, without LoRAs and with LoRAs on it, in bfloat16 where the device has it."""
     rows, columns = options.sizes.weight
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     weight = random_weight("Q4_K", (rows, columns)).to(device())
-    input = torch.randn(options.sizes.model_tokens, columns, device=device())
-    variants = {"no LoRA": lambda: product.linear(input, weight)}
-    for title, (count, rank) in LORA_CASES.items():
-        down, up = torch.randn(count * rank, columns, device=device()), torch.randn(rows, count * rank, device=device())
-        slices = [0, rows, 0, count * rank]
-        variants[title] = lambda down=down, up=up, slices=slices: product.linear(input, weight, None, None, down, [up], slices)
-    yield f"{rows} x {columns}, M = {len(input)}", side_by_side(variants, options.rounds)
+    bias = torch.randn(rows, dtype=dtype, device=device())
+    for tokens in options.sizes.lora_tokens:
+        input = torch.randn(tokens, columns, dtype=dtype, device=device())
+        variants = {"no LoRA": lambda input=input: product.linear(input, weight, bias)}
+        for title, (count, rank) in LORA_CASES.items():
+            ranks = count * rank
+            down, up = (torch.randn(shape, dtype=dtype, device=device()) for shape in ((ranks, columns), (rows, ranks)))
+            branch = down, [up], [0, rows, 0, ranks]
+            variants[title] = lambda input=input, branch=branch: product.linear(input, weight, bias, None, *branch)
+        yield f"{rows} x {columns}, {str(dtype).removeprefix('torch.')}, M = {tokens}", side_by_side(variants, options.rounds)
