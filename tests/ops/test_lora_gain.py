@@ -1,0 +1,346 @@
+"""A LoRA has its full strength: in every dtype, for any number of rows, however weak, on every kind of layer and format."""
+import math
+
+import comfy.lora
+import pytest
+import torch
+from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
+from featherweight.ops import formats, int8, product  # noqa: F401
+from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.linear import packed_operations
+from featherweight.ops.kernels.check import random_tensors
+from featherweight.ops.lora import build_patches
+from featherweight.ops.rounding import dithered, weak_sum
+from featherweight.ops.tensor import is_packed, packed_tensor, relabelled
+from host_formats import HOST_FORMATS, in_host_format
+from lora_gain import ALLOWED, NORMS, OUTPUTS, Gain, assert_full_strength
+from patched_models import adapter
+
+from devtools.bench.measure import random_weight
+
+CPU = torch.device("cpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WEAK = (NORMS[0], NORMS[2])
+ROWS = (1, 16, 256, 1024, 1537, 4096, 16384)
+GGML = [name for name, packed_format in FORMATS.items() if packed_format.ggml_type is not None]
+
+pytestmark = pytest.mark.usefixtures("small_models", "fixed_seed")
+
+
+@pytest.fixture
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def layer_of(weight, dtype, kind: str = "Linear", bias: bool = True, compute: str = "exact"):
+    """A layer that holds `weight`, packed or not, with a bias about as large as what its product gives."""
+    layers = packed_operations(compute=compute)
+    rows, columns, *kernel = weight.shape
+    layer = getattr(layers, kind)(columns, rows, *([tuple(kernel)] if kernel else []), bias=bias, dtype=dtype)
+    parts = {"weight": weight}
+    if bias:
+        spread = values_of(weight).std() * weight[0].numel() ** 0.5
+        parts["bias"] = (torch.randn(rows) * spread).to(dtype)
+    layer.load_state_dict(parts)
+    return layer
+
+
+def values_of(weight) -> torch.Tensor:
+    return product.unpack(weight, torch.float32) if is_packed(weight) else weight.float()
+
+
+def even_weight(format_name: str, shape: tuple[int, int]):
+    """A packed weight of random blocks of about the same size, so that no few of them make the output."""
+    packed_format = INT8.of_columns(shape[1]) if format_name == "INT8" else FORMATS[format_name]
+    count = math.prod(shape) // packed_format.block_length
+    if packed_format.scales_apart:
+        data, _ = random_tensors(packed_format, count, CPU)
+        return packed_tensor(packed_format, data, shape, torch.float32, torch.rand(count) / 100 + 0.01)
+    pool = torch.randint(0, 256, (1 << 17, packed_format.block_bytes), dtype=torch.uint8)
+    peaks = packed_format.unpack(pool).abs().amax(-1)
+    pool = pool[(peaks > 0.03) & (peaks < 0.3)]  # NaN compares false
+    return packed_tensor(packed_format, pool[torch.randint(0, len(pool), (count,))], shape)
+
+
+def plain_lora(rows: int, columns: int, rank: int = 4):
+    return LoRAAdapter(set(), (torch.randn(rows, rank), torch.randn(rank, columns), None, None, None, None))
+
+
+def with_patch(layer, value):
+    """(run, weight_change, base) for `assert_full_strength`, of an adapter at the strength that they are given."""
+    dense = values_of(layer.weight)
+
+    def hosts(strength):
+        if isinstance(value, (OFTAdapter, BOFTAdapter)):  # turn the weight, which goes with the square of the strength
+            return [(1.0, type(value)(set(), (value.weights[0] * strength, *value.weights[1:])), 1.0, None, None)]
+        return [(strength, value, 1.0, None, None)]
+
+    def run(input, strength):
+        layer.lora = build_patches("w", hosts(strength), dense.shape, CPU, input.dtype, layer.has_branch)
+        with torch.no_grad():
+            return layer(input)
+
+    def weight_change(strength):
+        return comfy.lora.calculate_weight(hosts(strength), dense.clone(), "w") - dense
+
+    return run, weight_change, (dense.norm() / weight_change(1).norm()).item()
+
+
+def assert_layer_at_full_strength(layer, value, rows: int, dtype, norms=NORMS, outputs: int | None = None):
+    run, weight_change, base = with_patch(layer, value)
+    outputs = outputs or OUTPUTS[dtype]
+    draws = max(1, outputs // (rows * layer.weight.shape[0]))
+    inputs = [torch.randn(rows, layer.weight.shape[1]).to(dtype) for _ in range(draws)]
+    assert_full_strength(run, inputs, weight_change, norms, base)
+
+
+# --- rows, dtypes, formats ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_at_any_number_of_rows(rows, dtype):
+    wide = max(64, min(16384, OUTPUTS[dtype] // rows // 2))
+    layer = layer_of(random_weight("Q8_0", (wide, 32)), dtype)
+    assert_layer_at_full_strength(layer, plain_lora(wide, 32), rows, dtype)
+
+
+@pytest.mark.parametrize("rows", [256, 4096])
+@pytest.mark.parametrize("format_name", [*GGML, "NF4", "FP4", "INT8"])
+def test_on_every_format(format_name, rows):
+    shape = 2048, 256
+    layer = layer_of(even_weight(format_name, shape), torch.bfloat16)
+    assert_layer_at_full_strength(layer, plain_lora(*shape), rows, torch.bfloat16, WEAK)
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_dense_layers_of_a_packed_model(dtype, stored):
+    layer = layer_of(torch.randn(2048, 256).to(stored) / 16, dtype)
+    assert_layer_at_full_strength(layer, plain_lora(2048, 256), 4096, dtype, WEAK)
+
+
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_on_layers_in_the_hosts_own_formats(format_name):
+    rows, columns = 2048, 256
+    parts, dense = in_host_format("weight", torch.randn(rows, columns) / 16, format_name)
+    layer = packed_operations(mixed=True).Linear(columns, rows, dtype=torch.bfloat16)
+    layer.load_state_dict(parts | {"bias": torch.randn(rows, dtype=torch.bfloat16)})
+    value, base = plain_lora(rows, columns), None
+    change = value.weights[0] @ value.weights[1]
+    base = (dense.norm() / change.norm()).item()
+
+    def run(input, strength):
+        layer.lora = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+        with torch.no_grad():
+            return layer(input)
+
+    inputs = [torch.randn(4096, columns, dtype=torch.bfloat16)]
+    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, base)
+
+
+# --- several at once ---
+
+
+def test_each_of_four_loras_beside_stronger_ones():
+    layer = layer_of(random_weight("Q4_K", (2048, 256)), torch.bfloat16)
+    strong = [(share, plain_lora(2048, 256)) for share in (0.05, -0.03, 0.01)]
+    weak = plain_lora(2048, 256)
+    dense = values_of(layer.weight)
+
+    def run(input, strength):
+        patches = [(share * (dense.norm() / 1450).item(), value, 1.0, None, None) for share, value in strong]
+        patches.insert(2, (strength, weak, 1.0, None, None))
+        layer.lora = build_patches("w", patches, dense.shape, CPU, input.dtype)
+        with torch.no_grad():
+            return layer(input)
+
+    change = weak.weights[0] @ weak.weights[1]
+    inputs = [torch.randn(4096, 256, dtype=torch.bfloat16)]
+    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+
+
+def test_a_weak_lora_on_a_slice_beside_a_strong_one_on_the_whole():
+    """As where one file has q, k and v apart and another has them in one."""
+    layer = layer_of(random_weight("Q4_K", (3072, 256)), torch.bfloat16)
+    whole, part, dense = plain_lora(3072, 256), plain_lora(1024, 256), values_of(layer.weight)
+    half = (dense.norm() / (whole.weights[0] @ whole.weights[1]).norm()).item() / 2
+
+    def run(input, strength):
+        patches = [(half, whole, 1.0, None, None), (strength, part, 1.0, (0, 1024, 1024), None)]
+        layer.lora = build_patches("w", patches, dense.shape, CPU, input.dtype)
+        with torch.no_grad():
+            return layer(input)[:, 1024:2048]
+
+    change = part.weights[0] @ part.weights[1]
+    inputs = [torch.randn(4096, 256, dtype=torch.bfloat16) for _ in range(2)]
+    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense[:1024].norm() / change.norm()).item())
+
+
+# --- what changes the weight itself ---
+
+
+@pytest.mark.parametrize("kind, format_name, dtype", [
+    *((kind, "MXFP4", torch.bfloat16) for kind in ("dora", "loha", "lokr", "oft", "boft", "glora", "diff")),
+    ("dora", "Q8_0", torch.bfloat16), ("lokr", "NF4", torch.bfloat16), ("dora", "MXFP4", torch.float16),
+    ("dora", None, torch.bfloat16), ("loha", None, torch.float16), ("lokr", "Q4_K", torch.float32),
+])
+def test_of_every_kind_on_the_weight_side(kind, format_name, dtype):
+    """MXFP4's values, and those of a 16-bit weight, lie on the grid of bfloat16, where rounding loses what is weak."""
+    shape = 4096, 1024
+    weight = random_weight(format_name, shape) if format_name else torch.randn(shape, dtype=dtype) / 16
+    layer = layer_of(weight, dtype)
+    lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, values_of(weight), 1, size=0.05).items()}
+    value = comfy.lora.load_lora(lora, {"x": "w"})["w"]
+    rows = 2048 if dtype == torch.bfloat16 else 64
+    assert_layer_at_full_strength(layer, value, rows, dtype, WEAK)
+
+
+# --- other layers ---
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+@pytest.mark.parametrize("name, kernel, size", [("Conv1d", (3,), (512,)), ("Conv2d", (3, 3), (24, 24)),
+                                                ("Conv2d", (1, 1), (24, 24)), ("Conv3d", (1, 3, 3), (2, 16, 16))])
+def test_on_convolutions(name, kernel, size, kind):
+    weight = random_weight("Q8_0", (512, 64 * torch.Size(kernel).numel()))
+    dense = values_of(weight).view(512, 64, *kernel)
+    weight = relabelled(weight, shape=dense.shape)
+    layer = layer_of(weight, torch.bfloat16, name)
+    lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, dense, 1, size=0.05).items()}
+    run, weight_change, base = with_patch(layer, comfy.lora.load_lora(lora, {"x": "w"})["w"])
+    norm, gain = 0.003 if kind == "lora" else 0.01, Gain()  # the rounding of a weight this small averages out no further
+    exact = weight_change(norm * base) - weight_change(-norm * base)
+    convolve = getattr(torch.nn.functional, name.lower())
+    for _ in range(8):
+        input = torch.randn(1, 64, *size, dtype=torch.bfloat16)
+        gain.add(run(input, norm * base).double() - run(input, -norm * base).double(), convolve(input.float(), exact))
+    gain.assert_full(f"a norm of {norm:.2%}")
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_on_embeddings(kind):
+    weight = random_weight("MXFP4", (4096, 1024))
+    layer = packed_operations().Embedding(4096, 1024, dtype=torch.bfloat16)
+    layer.load_state_dict({"weight": weight})
+    lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, values_of(weight), 1, size=0.05).items()}
+    run, weight_change, base = with_patch(layer, comfy.lora.load_lora(lora, {"x": "w"})["w"])
+    for norm in WEAK:
+        gain = Gain()
+        gain.add(run(torch.arange(4096), norm * base).double() - run(torch.arange(4096), -norm * base).double(),
+                 weight_change(norm * base) - weight_change(-norm * base))
+        gain.assert_full(f"a norm of {norm:.2%}")
+
+
+def test_on_experts():
+    experts, rows, columns = 4, 1024, 1024
+    weight = relabelled(random_weight("MXFP4", (experts * rows, columns)), shape=(experts, rows, columns))
+    layer = packed_operations().MoEExperts(experts, columns, rows, bias=False, dtype=torch.bfloat16)
+    layer.load_state_dict({"weight": weight})
+    change = torch.randn(experts, rows, columns)
+    base = (values_of(weight).norm() / change.norm()).item()
+    for norm in WEAK:
+        gain, input = Gain(), torch.randn(2048, columns, dtype=torch.bfloat16)
+        outputs = []
+        for strength in (norm * base, -norm * base):
+            patch = (strength, (change,), 1.0, None, None)
+            layer.lora = build_patches("w", [patch], weight.shape, CPU, torch.bfloat16, layer.has_branch)
+            with layer.bank_resident(input) as bank, torch.no_grad():
+                outputs.append(torch.stack([bank.expert_linear(input, expert) for expert in range(experts)]))
+        gain.add(outputs[0].double() - outputs[1].double(), 2 * norm * base * (input.float() @ change.transpose(1, 2)))
+        gain.assert_full(f"a norm of {norm:.2%}")
+
+
+# --- other ways to the product ---
+
+
+@pytest.mark.skipif(not int8.multiplies_integers(CPU), reason="this CPU has no int8 products")
+@pytest.mark.parametrize("rows", [4, 4096])  # the first is exact, the second in whole numbers
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_compute_int8(rows, bias):
+    layer = layer_of(random_weight("Q8_0", (2048, 256)), torch.bfloat16, bias=bias, compute="int8")
+    few = rows < 128
+    norms, outputs = ((0.003,), 1 << 18) if few else (WEAK, None)
+    assert_layer_at_full_strength(layer, plain_lora(2048, 256), rows, torch.bfloat16, norms, outputs)
+
+
+def test_under_torch_compile():
+    layer = layer_of(random_weight("Q8_0", (2048, 256)), torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    value, dense = plain_lora(2048, 256), values_of(layer.weight)
+    change = value.weights[0] @ value.weights[1]
+
+    def run(input, strength):
+        layer.lora = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+        with torch.no_grad():
+            return compiled(input)
+
+    inputs = [torch.randn(4096, 256, dtype=torch.bfloat16)]
+    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+    torch._dynamo.reset()
+
+
+def test_where_gradients_are_asked_for():
+    layer = layer_of(random_weight("Q8_0", (2048, 256)), torch.bfloat16)
+    value, dense = plain_lora(2048, 256), values_of(layer.weight)
+    change = value.weights[0] @ value.weights[1]
+
+    def run(input, strength):
+        layer.lora = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+        return layer(input.clone().requires_grad_()).detach()
+
+    inputs = [torch.randn(4096, 256, dtype=torch.bfloat16)]
+    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+
+
+def test_before_functions_that_wrap_the_weight():
+    """The host hands such a function the weight in the dtype of the input, rounded already."""
+    layer = layer_of(random_weight("Q8_0", (4096, 1024)), torch.bfloat16)
+    value, dense = plain_lora(4096, 1024), values_of(layer.weight)
+    change = value.weights[0] @ value.weights[1]
+
+    def run(input, strength):
+        patches = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+        layer.weight_function = [patches, lambda weight: weight]
+        with torch.no_grad():
+            return layer(input)
+
+    inputs = [torch.randn(2048, 1024, dtype=torch.bfloat16)]
+    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+
+
+# --- the rounding itself ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dithered_values_are_neighbours_and_right_on_average(dtype):
+    values = torch.randn(1 << 23)
+    rounded = dithered(values.clone(), dtype).float()
+    steps = torch.finfo(dtype).eps * values.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((rounded - values).abs() <= steps).all() and torch.equal(dithered(values.clone(), dtype).float(), rounded)
+    assert abs((rounded - values).mean() / steps.mean()) < 2e-3
+    grid = values.to(dtype).float()
+    for share, allowed in ((0.01, 0.02), (0.1, 0.008), (0.4, 0.003)):  # of a step that is added to values on the grid
+        change = share * torch.finfo(dtype).eps / 2 * grid * torch.rand(values.shape)
+        moved = dithered(grid + change, dtype).float() - grid
+        assert abs((moved * change).sum() / change.square().sum() - 1) < allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dithering_keeps_what_the_dtype_holds_and_what_is_not_finite(dtype):
+    special = torch.tensor([0.0, -0.0, 1.0, -1.5, torch.inf, -torch.inf, torch.finfo(dtype).max])
+    assert torch.equal(dithered(special.clone(), dtype).float(), special)
+    assert dithered(torch.tensor([torch.nan, -torch.nan]), dtype).isnan().all()
+    held = torch.randn(4096).to(dtype)
+    assert torch.equal(dithered(held.float(), dtype), held) and torch.equal(weak_sum(held, torch.zeros(4096)), held)
+
+
+def test_float32_is_not_rounded():
+    values = torch.randn(64)
+    assert torch.equal(dithered(values, torch.float32), values)
+
+
+def test_what_is_allowed_is_the_promise():
+    assert ALLOWED == 0.005 and NORMS == (0.0005, 0.001, 0.003, 0.01, 0.05)
