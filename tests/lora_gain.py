@@ -22,9 +22,12 @@ class Gain:
         self.along += (change.double() * exact).sum().item()
         self.whole += exact.square().sum().item()
 
+    @property
+    def value(self) -> float:
+        return self.along / self.whole
+
     def assert_full(self, what):
-        gain = self.along / self.whole
-        assert abs(gain - 1) <= ALLOWED, f"{what}: {gain:.4f} of the LoRA arrives"
+        assert abs(self.value - 1) <= ALLOWED, f"{what}: {self.value:.4f} of the LoRA arrives"
 
 
 def assert_full_strength(run, inputs, weight_change, norms=NORMS, base: float = 1.0):

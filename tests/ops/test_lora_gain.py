@@ -1,4 +1,5 @@
 """A LoRA has its full strength: in every dtype, for any number of rows, however weak, on every kind of layer and format."""
+import functools
 import math
 
 import comfy.lora
@@ -15,7 +16,7 @@ from featherweight.ops.rounding import dithered, weak_sum
 from featherweight.ops.tensor import is_packed, packed_tensor, relabelled
 from host_formats import HOST_FORMATS, in_host_format
 from lora_gain import ALLOWED, NORMS, OUTPUTS, Gain, assert_full_strength
-from patched_models import adapter
+from patched_models import adapter, flux_file, forget_models, lora_for, packed_flux, patched, run
 
 from devtools.bench.measure import random_weight
 
@@ -31,6 +32,13 @@ pytestmark = pytest.mark.usefixtures("small_models", "fixed_seed")
 @pytest.fixture
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_model_outlives_its_tests():
+    yield
+    flux.cache_clear()
+    forget_models()
 
 
 def layer_of(weight, dtype, kind: str = "Linear", bias: bool = True, compute: str = "exact"):
@@ -201,8 +209,10 @@ def test_of_every_kind_on_the_weight_side(kind, format_name, dtype):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
-@pytest.mark.parametrize("name, kernel, size", [("Conv1d", (3,), (512,)), ("Conv2d", (3, 3), (24, 24)),
-                                                ("Conv2d", (1, 1), (24, 24)), ("Conv3d", (1, 3, 3), (2, 16, 16))])
+@pytest.mark.parametrize("name, kernel, size", [
+    ("Conv1d", (3,), (512,)), ("Conv2d", (3, 3), (24, 24)), ("Conv2d", (3, 3), (8, 8)), ("Conv2d", (1, 1), (24, 24)),
+    ("Conv3d", (1, 3, 3), (2, 16, 16)),
+])
 def test_on_convolutions(name, kernel, size, kind):
     weight = random_weight("Q8_0", (512, 64 * torch.Size(kernel).numel()))
     dense = values_of(weight).view(512, 64, *kernel)
@@ -213,7 +223,7 @@ def test_on_convolutions(name, kernel, size, kind):
     norm, gain = 0.003 if kind == "lora" else 0.01, Gain()  # the rounding of a weight this small averages out no further
     exact = weight_change(norm * base) - weight_change(-norm * base)
     convolve = getattr(torch.nn.functional, name.lower())
-    for _ in range(8):
+    for _ in range(max(1, 4608 // math.prod(size))):
         input = torch.randn(1, 64, *size, dtype=torch.bfloat16)
         gain.add(run(input, norm * base).double() - run(input, -norm * base).double(), convolve(input.float(), exact))
     gain.assert_full(f"a norm of {norm:.2%}")
@@ -344,3 +354,48 @@ def test_float32_is_not_rounded():
 
 def test_what_is_allowed_is_the_promise():
     assert ALLOWED == 0.005 and NORMS == (0.0005, 0.001, 0.003, 0.01, 0.05)
+
+
+# --- a whole step ---
+
+
+@functools.cache
+def flux(dtype):
+    patcher = packed_flux("Q8_0")
+    patcher.set_model_compute_dtype(dtype)
+    return patcher
+
+
+@functools.cache
+def effects(size: int, norm: float, dtype, count: int) -> list[torch.Tensor]:
+    """What LoRAs of a norm, on every matrix, change in steps with pictures of `size` pixels; from minus to plus.
+
+    Each step has a LoRA and a time of its own: what is rounded once for all tokens, the modulation, averages out no other way.
+    """
+    changes = []
+    for seed in range(count):
+        lora = lora_for(flux_file("Q8_0")[1], seed=seed, size=norm)
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {"x": torch.randn(1, 16, size // 8, size // 8, generator=generator), "t": torch.rand(1, generator=generator),
+                  "c_crossattn": torch.randn(1, 64, 256, generator=generator)}
+        plus, minus = (run(patched(flux(dtype), (lora, strength)), inputs) for strength in (1.0, -1.0))
+        changes.append(plus - minus)
+    return changes
+
+
+def step_gain(size: int, norm: float, count: int) -> Gain:
+    gain = Gain()
+    for change, exact in zip(effects(size, norm, torch.bfloat16, count), effects(size, norm, torch.float32, count)):
+        gain.add(change, exact)
+    return gain
+
+
+@pytest.mark.parametrize("size, norm, count", [(512, 0.003, 12), (512, 0.01, 3), (1024, 0.01, 3), (1024, 0.05, 1)])
+def test_in_a_whole_step(size, norm, count):
+    step_gain(size, norm, count).assert_full(f"{size} pixels, a norm of {norm:.2%}")
+
+
+@pytest.mark.parametrize("norm", [0.003, 0.01])
+def test_a_picture_of_another_size_has_the_same_gain(norm):
+    small, large = step_gain(512, norm, 3).value, step_gain(1024, norm, 3).value
+    assert abs(small - large) <= ALLOWED, f"{small:.4f} at 512 pixels, {large:.4f} at 1024"
