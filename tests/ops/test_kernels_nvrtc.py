@@ -175,7 +175,7 @@ def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
     if capability not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
     for kernel in ("unpack", "linear"):
-        program = Program(kernel, fmt, torch.bfloat16, None, alignment(fmt, 0))
+        program = Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))
         assert compiler.compile(program.source(), capability).startswith(ELF)
 
 
