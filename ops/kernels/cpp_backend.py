@@ -40,7 +40,7 @@ class CppError(RuntimeError):
 
 
 class CppCompiler:
-    """command: a C++ compiler that takes the options of GCC. folder: where compiled kernels are kept, see `private_folder`."""
+    """command: a C++ compiler that takes the options of GCC. folder: where compiled kernels are kept."""
 
     def __init__(self, command: str, folder: Path):
         self.command, self.folder = command, folder
@@ -49,9 +49,10 @@ class CppCompiler:
     def library(self, source: str) -> ctypes.CDLL:
         """The functions of a source. Compiled once for each source, compiler and kind of CPU."""
         name = hashlib.sha256(f"{self._machine}\n{source}".encode()).hexdigest()[:32]
-        path = self.folder / f"{name}.so"
+        folder = private_folder(self.folder)
+        path = folder / f"{name}.so"
         if not is_private(path, stat.S_ISREG):
-            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
                 file.write_text(source, encoding="utf-8")
                 made = run_process(self.command, *FLAGS, str(file), "-o", str(built), seconds=COMPILE_SECONDS)
@@ -154,7 +155,7 @@ def _kernels() -> CpuKernels:
     command = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
     if command is None:
         raise CppError("there is no C++ compiler")
-    return CpuKernels(CppCompiler(command, private_folder(cache_folder())))
+    return CpuKernels(CppCompiler(command, cache_folder()))
 
 
 def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:

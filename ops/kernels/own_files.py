@@ -22,7 +22,6 @@ def is_private(path: Path, is_kind: Callable[[int], bool]) -> bool:
     return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-@functools.cache
 def private_folder(folder: Path) -> Path:
     """This folder, made if need be. Where it or its parent is not private, a new one for as long as the process runs.
 
@@ -36,13 +35,13 @@ def private_folder(folder: Path) -> Path:
             if not part.is_dir():
                 raise
         if not is_private(part, stat.S_ISDIR):
-            log.warning("[Featherweight] %s is a link, belongs to another user or can be written by others, so compiled kernels"
-                        " are not kept there and are compiled anew at each start: remove it.", part)
-            return Path(_temporary_folder().name)
+            return Path(_temporary_folder(part).name)
     return folder
 
 
 @functools.cache
-def _temporary_folder() -> tempfile.TemporaryDirectory:
+def _temporary_folder(instead_of: Path) -> tempfile.TemporaryDirectory:
     """Removed when the process ends."""
+    log.warning("[Featherweight] %s is a link, belongs to another user or can be written by others, so compiled kernels are not"
+                " kept there and are compiled anew at each start: remove it.", instead_of)
     return tempfile.TemporaryDirectory(prefix="featherweight-")

@@ -20,6 +20,7 @@ from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.tensor import packed_tensor, packed_tensors
 from gguf import GGMLQuantizationType
+from kernel_cases import wait_for_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from featherweight.ops.kernels import triton_backend  # noqa: E402
@@ -50,6 +51,7 @@ def chosen_anew():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.VARIABLE, "triton")
         patch.setattr(kernels, "_choices", {})
+        wait_for_kernels(patch)
         yield
 
 
