@@ -18,8 +18,8 @@ def _numbers(version: str) -> list[int]:
 def _obstacle() -> str | None:
     """Why the host gets no nodes from here, as one sentence."""
     if _numbers(host_version) < _numbers(OLDEST_HOST):
-        return (f"This is ComfyUI {host_version} and Featherweight needs {OLDEST_HOST} or newer: update ComfyUI. Until then none"
-                " of its nodes are there.")
+        return (f"This is ComfyUI {host_version} and Featherweight needs {OLDEST_HOST} or newer: update ComfyUI. Until then"
+                " none of its nodes are there.")
     other = sys.modules.get(IN_USE)
     if other is not None and other.__name__ != __name__:
         used, unused = Path(other.__file__).parent, Path(__file__).parent

@@ -138,7 +138,8 @@ class Choice:
         backend = next(filter(None, (_working_backend(name, self.device) for name in self._names)), None)
         if backend and self.device.type == "cuda" and torch.version.hip is None:
             self.capability = torch.cuda.get_device_capability(self.device)
-        log.info("[Featherweight] Packed weights on %s use %s.", _device_name(self.device), backend.name if backend else "torch")
+        log.info("[Featherweight] Packed weights on %s use %s.", _device_name(self.device),
+                 backend.name if backend else "torch")
         return backend
 
     def _is_right(self, backend, kernel, packed_format, dtype, value_dtype) -> bool:
@@ -189,7 +190,8 @@ def _working_backend(name: str, device: torch.device) -> Backend | None:
 def _report(case: str, device: torch.device, error: Exception):
     """Wrong values are our fault, and only who has that device can tell us of them."""
     log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so torch does its work, slower;"
-                " please report this line at %s.", case, _device_name(device), torch.__version__, platform.platform(), error, ISSUES)
+                " please report this line at %s.", case, _device_name(device), torch.__version__, platform.platform(), error,
+                ISSUES)
 
 
 def _device_name(device: torch.device) -> str:

@@ -72,8 +72,8 @@ def cases_of(kernel, packed_format: type[Format] | None) -> list:
     if kernel.op == "unpack":
         length = packed_format.block_length
         many = -(-MANY // length) + 3
-        return [Unpack(5, 3, 0, 1, 1), Unpack(5, 1, 8 % length, 2), Unpack(5, 2, 16 % length, 4), Unpack(5, 0, 3 % length, 0, 1),
-                Unpack(many), Unpack(many, 1, 8 % length, 1)]
+        return [Unpack(5, 3, 0, 1, 1), Unpack(5, 1, 8 % length, 2), Unpack(5, 2, 16 % length, 4),
+                Unpack(5, 0, 3 % length, 0, 1), Unpack(many), Unpack(many, 1, 8 % length, 1)]
     if kernel.op == "linear":
         ends = sorted({kernel.min_tokens, kernel.max_tokens or MOST_TOKENS})
         few = itertools.product(ends, (("none", 0), ("matrix", 1)))

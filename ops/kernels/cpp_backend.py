@@ -1,6 +1,7 @@
 """Kernels for CPUs: C++ in `source/`, compiled by the compiler of the machine, where there is one.
 
-A kernel takes half a second to compile and is kept for later runs, in a folder that only this user can write. Without a compiler torch does the work.
+A kernel takes half a second to compile and is kept for later runs, in a folder that only this user can write. Without a
+compiler torch does the work.
 """
 import ctypes
 import functools

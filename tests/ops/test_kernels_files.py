@@ -51,8 +51,8 @@ def can_be_written_by_its_group(path: Path):
 
 
 def is_a_link(path: Path):
-    path.rename(path.with_name("elsewhere"))
-    path.symlink_to(path.with_name("elsewhere"))
+    path.rename(path.with_name("moved"))
+    path.symlink_to(path.with_name("moved"))
 
 
 each_reason = pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from featherweight.ops.kernels.metal_backend import BACKEND, unpack
 from featherweight.ops.kernels.source import TYPES, kernel_source
 from featherweight.ops.tensor import packed_tensor
 from kernel_cases import (
-    DTYPES, assert_odd_weight_is_right, assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
+    DTYPES, assert_odd_weight_is_right, assert_same_bits, each_dtype, each_format, each_format_with, reference,
+    wait_for_kernels,
 )
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")

@@ -111,8 +111,9 @@ def test_of_two_copies_the_first_is_used_and_the_second_says_which_to_remove(tmp
     base, late = tmp_path / "base", tmp_path / "late"
     (tmp_path / "paths.yaml").write_text(f"late:\n  custom_nodes: {late.as_posix()}\n")
     used, unused = base / "custom_nodes" / first, late / second
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "demo_*", "devtools", "tests", "media")
     for folder in (used, unused)[first == PACK:]:  # the server plants the one of that name
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "demo_*", "devtools", "tests", "media"))
+        shutil.copytree(ROOT, folder, ignore=left_out)
     arguments = ["--extra-model-paths-config", str(tmp_path / "paths.yaml")]
     with Server(base, with_pack=first == PACK, arguments=arguments) as server:
         ours = {name: node["python_module"] for name, node in server.object_info().items() if "eatherweight" in name}
