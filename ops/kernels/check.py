@@ -219,6 +219,6 @@ def random_tensors(packed_format: type[Format], blocks: int, device: torch.devic
     values = packed_format.unpack(pool).abs()
     if calm:
         pool = pool[values.amax(-1) <= CALM]  # NaN compares false
-    else:  # nothing that one GPU takes for zero and another does not
-        pool = pool[~((values > 0) & (values < SUBNORMAL)).any(-1)]
+    else:  # nothing that one device takes for zero and another does not; this one may have done so already
+        pool = pool[~((values > 0) & (values < SUBNORMAL)).any(-1) & (values != 0).any(-1)]
     return [pool[torch.arange(blocks) % len(pool)].to(device)]
