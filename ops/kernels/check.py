@@ -193,10 +193,11 @@ def _shape(case, multiple: int) -> tuple[int, int]:
 def _product_error(input, weight, addend, got) -> float:
     """The largest error of `got`, where 1 is what a sum in float32, rounded once, may have."""
     eps = torch.finfo(got.dtype).eps
+    least = max(eps * torch.finfo(got.dtype).tiny, SUBNORMAL)  # between two numbers near zero
     addend = got.new_zeros(()) if addend is None else addend
     input, weight, addend, got = (tensor.cpu().double() for tensor in (input, weight, addend, got))  # MPS has no float64
     expected = input @ weight.t() + addend
-    allowed = eps * expected.abs() + 1e-5 * (input.abs() @ weight.abs().t() + addend.abs())
+    allowed = eps * expected.abs() + 1e-5 * (input.abs() @ weight.abs().t() + addend.abs()) + least
     return ((got - expected).abs() / allowed).max().item()
 
 
