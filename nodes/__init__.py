@@ -8,10 +8,12 @@ import importlib
 import logging
 import pkgutil
 
+import comfy.model_management
 import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
 
 from ..loaders.folders import register_folders
+from ..ops.kernels import background
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,7 @@ OWN_PREFIX = "Featherweight"
 class FeatherweightExtension(ComfyExtension):
     async def on_load(self):
         register_folders()
+        background.raise_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         found = []

@@ -2,7 +2,7 @@
 import gguf
 import pytest
 import torch
-from featherweight.ops import formats, product  # noqa: F401
+from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.check import random_tensors
@@ -18,6 +18,11 @@ BITS = {4: torch.int32, 2: torch.int16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def wait_for_kernels(monkeypatch):
+    """The first call waits for every kernel, that of "unpack" too."""
+    monkeypatch.setattr(kernels, "PATIENCE", dict.fromkeys(kernels.PATIENCE, 120))
 
 
 def each_format_with(name: str, values, indirect: bool = False):

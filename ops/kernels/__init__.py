@@ -3,10 +3,17 @@
 The torch code of `ops.format` and `ops.product` runs everywhere and is the reference. A backend is the module
 `ops/kernels/<name>_backend.py` with a constant `BACKEND`; it is imported when a device of its kind is first used. A device
 uses the first backend whose probe succeeds, and of it each kernel that gives the reference's results on that device.
+
+All that, compiling too, happens in threads in the background, and no lock is held meanwhile. Kernels of "unpack" have the
+reference's bits: nobody waits for them, torch works until one is ready. The others differ by rounding, so which of the two
+works is decided when one is first asked for and stays: that call waits for the kernel, as long as `PATIENCE` says and until
+the user cancels, and what is not ready by then is torch's work until the process ends. So a picture can be made again in the
+same process, bit for bit, whenever the kernels come.
 """
 import importlib
 import logging
 import os
+import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +21,8 @@ from dataclasses import dataclass
 import torch
 
 from ..format import Format
-from .check import check
+from .background import Finding
+from .check import WrongResult, check
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +32,10 @@ BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvr
 # The kinds of devices that use them unasked. No kernel has run on a real GPU yet, and a check can refuse wrong values, not a
 # launch that ends the process.
 UNASKED = {"cpu"}
+EXACT = "unpack"  # the operation whose kernels have the reference's bits
+# Seconds that the first call of an operation waits for its kernel. After the first wait in vain no other is made.
+PATIENCE = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20}
+ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,80 +88,137 @@ class Choice:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.backend = _first_working(device)
-        on_cuda = device.type == "cuda" and torch.version.hip is None
-        self.capability = torch.cuda.get_device_capability(device) if on_cuda else None
-        self._right: dict[tuple, bool] = {}
-        name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-        log.info("Featherweight: packed weights on %s use %s.", name, self.backend.name if self.backend else "torch")
+        self.capability = None
+        self._names = _candidates(device)
+        self._proofs: dict[tuple, Finding] = {}
+        self._starting = threading.Lock()  # held for no longer than a thread takes to start
+        self._waits = True
+        self._backend = self._finding(self._find_backend)
+
+    def _finding(self, find_out: Callable[[], object]) -> Finding:
+        # Torch's commands to an Apple GPU must come from one thread at a time, and its compiler is quick.
+        return Finding(find_out, in_background=bool(self._names) and self.device.type != "mps")
+
+    def backend(self, op: str) -> Backend | None:
+        """The backend, or None: use the reference. op: its `PATIENCE` is how long to wait for the choice."""
+        return self._backend.value if self._is_decided(self._backend, op) else None
 
     def find(self, op: str, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,
              tokens: int | None) -> Kernel | None:
-        for kernel in self.backend.kernels if self.backend else ():
-            if kernel.op == op and kernel.takes(tokens):
-                key = kernel, packed_format, dtype, value_dtype
-                if key not in self._right:
-                    with _lock:
-                        self._right[key] = kernel.accepts(packed_format, dtype, self.capability) and self._is_right(*key)
-                if self._right[key]:
+        backend = self.backend(op)
+        for kernel in backend.kernels if backend else ():
+            if kernel.op == op and kernel.takes(tokens) and kernel.accepts(packed_format, dtype, self.capability):
+                proof = self._proof(backend, kernel, packed_format, dtype, value_dtype)
+                if self._is_decided(proof, op) and proof.value:
                     return kernel
         return None
 
-    def _is_right(self, kernel, packed_format, dtype, value_dtype) -> bool:
+    def _proof(self, backend, *case) -> Finding:
+        if case not in self._proofs:
+            with self._starting:
+                if case not in self._proofs:
+                    self._proofs[case] = self._finding(lambda: self._is_right(backend, *case))
+        return self._proofs[case]
+
+    def _is_decided(self, finding: Finding, op: str) -> bool:
+        """Waits as long as `op` may. After that the reference does the work: for now where both have the same bits, else from
+        now on, so that a picture is not made by one in one run and by the other in the next."""
+        if finding.decided or finding.wait(PATIENCE[op] if self._waits else 0):
+            return True
+        if op == EXACT:
+            return False
+        if self._waits:
+            self._waits = False
+            log.warning("[Featherweight] No kernel was ready on %s after %g seconds: until ComfyUI starts again, torch does the"
+                        " work of the kernels that are not ready when they are first needed.", self.device, PATIENCE[op])
+        finding.decide(None)
+        return True
+
+    def _find_backend(self) -> Backend | None:
+        backend = next(filter(None, (_working_backend(name, self.device) for name in self._names)), None)
+        if backend and self.device.type == "cuda" and torch.version.hip is None:
+            self.capability = torch.cuda.get_device_capability(self.device)
+        log.info("[Featherweight] Packed weights on %s use %s.", _device_name(self.device),
+                 backend.name if backend else "torch")
+        return backend
+
+    def _is_right(self, backend, kernel, packed_format, dtype, value_dtype) -> bool:
+        name = packed_format.__name__ if packed_format else "any format"
+        rounded = f" by way of {value_dtype}" if value_dtype else ""
+        case = f"{kernel.op} of {name} to {dtype}{rounded} by {backend.name}"
         try:
             check(kernel, packed_format, dtype, value_dtype, self.device)
+        except WrongResult as error:
+            _report(case, self.device, error)
         except Exception as error:  # a compiler or driver may raise anything, and torch does the work then
-            name = packed_format.__name__ if packed_format else "any format"
-            log.debug("Featherweight: %s of %s to %s by %s is off on %s: %s", kernel.op, name, dtype, self.backend.name,
-                      self.device, error)
-            return False
-        return True
+            log.debug("[Featherweight] %s is off on %s: %r", case, self.device, error)
+        else:
+            return True
+        return False
 
 
 _choices: dict[torch.device, Choice] = {}
-_lock = threading.RLock()
+_choosing = threading.Lock()  # held for no longer than a thread takes to start
 
 
-def _first_working(device: torch.device) -> Backend | None:
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """Names of the backends to try on a device, in order."""
     names = BACKENDS.get(device.type, ())
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         names = (*names, "triton")
     asked = os.environ.get(VARIABLE, "").lower()
     known = {"torch", "auto"}.union(*BACKENDS.values())
     if asked and asked not in known:
-        log.warning("Featherweight: %s is %s; it can be %s. It counts as not set.", VARIABLE, asked, ", ".join(sorted(known)))
+        log.warning("[Featherweight] %s is %s; it can be %s. It counts as not set.", VARIABLE, asked, ", ".join(sorted(known)))
     if asked == "torch" or asked != "auto" and asked not in names and device.type not in UNASKED:
-        return None
-    for name in (asked,) if asked in names else names:
-        try:
-            backend = importlib.import_module(f".{name}_backend", __package__).BACKEND
-            backend.probe(device)
-            return backend
-        except Exception as error:  # not installed, no compiler, no driver, an unknown GPU: torch does the work then
-            log.debug("Featherweight: %s does not work on %s: %r", name, device, error)
+        return ()
+    return (asked,) if asked in names else names
+
+
+def _working_backend(name: str, device: torch.device) -> Backend | None:
+    try:
+        backend = importlib.import_module(f".{name}_backend", __package__).BACKEND
+        backend.probe(device)
+        return backend
+    except WrongResult as error:
+        _report(f"the probe by {name}", device, error)
+    except Exception as error:  # not installed, no compiler, no driver, an unknown GPU: torch does the work then
+        log.debug("[Featherweight] %s does not work on %s: %r", name, device, error)
     return None
+
+
+def _report(case: str, device: torch.device, error: Exception):
+    """Wrong values are our fault, and only who has that device can tell us of them."""
+    log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so torch does its work, slower;"
+                " please report this line at %s.", case, _device_name(device), torch.__version__, platform.platform(), error,
+                ISSUES)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def find(op: str, device: torch.device, packed_format: type[Format] | None, dtype: torch.dtype,
          value_dtype: torch.dtype | None = None, tokens: int | None = None) -> Callable[..., None] | None:
     """The `run` of a kernel (see `Kernel`), or None: use the reference.
 
-    The first call for a device probes its backends; the first for a format and its dtypes checks the kernels. value_dtype
-    is what `run` will be given. tokens: rows of the input, for "linear". packed_format: None for "int8_tokens".
+    The first call for a device has its backends probed, the first for a format and its dtypes the kernels checked, both in the
+    background; see `PATIENCE`. value_dtype is what `run` will be given. tokens: rows of the input, for "linear". packed_format:
+    None for "int8_tokens".
     """
     kernel = _choice(device).find(op, packed_format, dtype, value_dtype, tokens)
     return None if kernel is None else kernel.run
 
 
 def backend_of(device: torch.device) -> str:
-    """Name of the backend that a device uses, "torch" for none."""
-    backend = _choice(device).backend
+    """Name of the backend that a device uses, "torch" for none. Waits for the choice, as the first product does."""
+    backend = _choice(device).backend("linear")
     return backend.name if backend else "torch"
 
 
 def _choice(device: torch.device) -> Choice:
     if device not in _choices:
-        with _lock:
+        with _choosing:
             if device not in _choices:
                 _choices[device] = Choice(device)
     return _choices[device]

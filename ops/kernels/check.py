@@ -1,84 +1,169 @@
-"""Kernels against the torch reference, on the device that is to run them."""
+"""Kernels against the torch reference, on the device that is to run them.
+
+A kernel is run in each of its cases below, so that each branch that a layer may meet in it has run here: whole weights and a
+few values, the beginning and the end of a range of rows, the work of one thread and of several, loads from and stores to even
+and odd addresses, with an addend and without. Not checked: weights of 2**31 values and more.
+"""
+import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 
 from .. import int8_codes
 from ..format import FORMATS, Format
 
-BLOCKS = 24
-ROWS = 12
+FEW, MANY = 1, 3 << 16  # values: MANY are several threads' work on a CPU, and that of many programs on a GPU
+NARROW, WIDE = 96, 1280  # columns, at least: several tiles of a kernel's and a part of one are WIDE
+ROWS = 13  # at least, of a weight: no multiple of what a kernel handles together
+MOST_TOKENS = 33  # of a kernel that takes any number
 CALM = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # of a code: how near the middle between two codes another rounding may give the other
+SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
+GUARD = 7.0  # stands beside what a kernel may write
+
+
+class WrongResult(ArithmeticError):
+    """A kernel ran and gave something else than the reference. The message says in which case, and how far off."""
+
+
+@dataclass(frozen=True)
+class Unpack:
+    """Blocks of the weight, the first to unpack, how many values of the last one not to. packed_at, out_at: how many elements
+    behind an aligned address the weight's tensors and the values lie."""
+    blocks: int
+    first: int = 0
+    left_out: int = 0
+    packed_at: int = 0
+    out_at: int = 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """values, columns: of the weight, at least. addend: "none", "bias" or "matrix", whose strides are odd. packed_at, input_at:
+    as in `Unpack`."""
+    tokens: int
+    values: int
+    columns: int
+    addend: str
+    packed_at: int = 0
+    input_at: int = 0
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """values, columns: of the weight, at least; first: of the rows to code. packed_at: as in `Unpack`."""
+    values: int
+    columns: int
+    first: int = 0
+    packed_at: int = 0
+
+
+@dataclass(frozen=True)
+class Int8Tokens:
+    """The input's shape, and how many elements behind an aligned address it lies."""
+    tokens: int
+    columns: int
+    input_at: int = 0
+
+
+def cases_of(kernel, packed_format: type[Format] | None) -> list:
+    """What to check of a kernel, small cases first."""
+    if kernel.op == "unpack":
+        length = packed_format.block_length
+        many = -(-MANY // length) + 3
+        return [Unpack(5, 3, 0, 1, 1), Unpack(5, 1, 8 % length, 2), Unpack(5, 2, 16 % length, 4),
+                Unpack(5, 0, 3 % length, 0, 1), Unpack(many), Unpack(many, 1, 8 % length, 1)]
+    if kernel.op == "linear":
+        ends = sorted({kernel.min_tokens, kernel.max_tokens or MOST_TOKENS})
+        few = itertools.product(ends, (("none", 0), ("matrix", 1)))
+        many = itertools.product(ends, (("none", 0), ("bias", 0), ("matrix", 4)))
+        return [*(Linear(tokens, FEW, NARROW, addend, 1, input_at) for tokens, (addend, input_at) in few),
+                *(Linear(tokens, MANY, WIDE, addend, packed_at) for tokens, (addend, packed_at) in many)]
+    if kernel.op == "int8_rows":
+        return [Int8Rows(FEW, NARROW, 1), Int8Rows(FEW, NARROW, 2, 1), Int8Rows(MANY, WIDE, 0, 4)]
+    return [Int8Tokens(1, NARROW), Int8Tokens(7, 3 * int8_codes.GROUP, 1), Int8Tokens(MANY // WIDE, WIDE)]
+
+
+def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,
+          device: torch.device):
+    """Raises WrongResult, or whatever the kernel raises, unless it gives the reference's results in all its cases."""
+    check_case = {"unpack": _check_unpack, "linear": _check_linear, "int8_rows": _check_int8_rows,
+                  "int8_tokens": _check_int8_tokens}[kernel.op]
+    for case in cases_of(kernel, packed_format):
+        try:
+            check_case(kernel.run, case, packed_format, dtype, value_dtype, device)
+        except WrongResult as error:
+            raise WrongResult(f"{error} in the case {case}") from None
 
 
 def probe(unpack, device: torch.device):
-    """Unpacks one block. unpack: as `Kernel.run`. Raises ArithmeticError, or whatever it raises, where that fails."""
+    """Unpacks one block. unpack: as `Kernel.run`. Raises WrongResult, or whatever it raises, where that fails."""
     packed_format = FORMATS["Q8_0"]
     block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
     out = torch.full((packed_format.block_length,), torch.nan, device=device)
     unpack(packed_format, [block], out, None, 0)
     if out.any():
-        raise ArithmeticError("a block of zeros was unpacked to something else")
+        raise WrongResult("a block of zeros was unpacked to something else")
 
 
-def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,
-          device: torch.device):
-    """Raises ArithmeticError, or whatever the kernel raises, unless it gives the reference's results on random blocks."""
-    if kernel.op == "unpack":
-        _check_unpack(kernel, packed_format, dtype, value_dtype, device)
-    elif kernel.op == "int8_rows":
-        _check_int8_rows(kernel, packed_format, value_dtype, device)
-    elif kernel.op == "int8_tokens":
-        _check_int8_tokens(kernel, dtype, device)
-    else:
-        for tokens in sorted({kernel.min_tokens, kernel.max_tokens or kernel.min_tokens}):
-            _check_linear(kernel, packed_format, dtype, value_dtype, device, tokens)
-
-
-def _check_unpack(kernel, packed_format, dtype, value_dtype, device):
-    tensors = random_tensors(packed_format, BLOCKS, device)
-    first = 3
-    got, expected = torch.empty((2, (BLOCKS - first) * packed_format.block_length), dtype=dtype, device=device)
-    kernel.run(packed_format, tensors, got, value_dtype, first)
-    packed_format.unpack_into(tensors, expected, value_dtype, first)
+def _check_unpack(run, case, packed_format, dtype, value_dtype, device):
+    tensors = random_tensors(packed_format, case.blocks, device)
+    held = case.blocks * packed_format.block_length - case.left_out
+    count = held - case.first * packed_format.block_length
+    if any(base.__name__ == "Codebook4Bit" for base in packed_format.__mro__):  # its last block may be short
+        tensors[0] = tensors[0][:-(-held // 2)]
+    expected = packed_format.unpack_into(tensors, torch.empty(count, dtype=dtype, device=device), value_dtype, case.first)
+    around = torch.full((count + 32 + case.out_at,), GUARD, dtype=dtype, device=device)
+    got = around[16 + case.out_at:][:count]
+    run(packed_format, [moved(tensor, case.packed_at) for tensor in tensors], got, value_dtype, case.first)
     bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
     wrong = ((got.view(bits) != expected.view(bits)) & ~(got.isnan() & expected.isnan())).sum().item()
     if wrong:
-        raise ArithmeticError(f"{wrong} of {len(got)} values differ from the reference")
+        raise WrongResult(f"{wrong} of {count} values differ from the reference")
+    if (around[:16 + case.out_at] != GUARD).any() or (around[16 + case.out_at + count:] != GUARD).any():
+        raise WrongResult("something was written beside the values")
 
 
-def _check_linear(kernel, packed_format, dtype, value_dtype, device, tokens):
-    per_row = max(1, BLOCKS // ROWS)
-    tensors = random_tensors(packed_format, ROWS * per_row, device, calm=True)
-    columns = per_row * packed_format.block_length
-    generator = torch.Generator().manual_seed(tokens)
-    input = torch.randn((tokens, columns), generator=generator).to(device, dtype)
-    addend = torch.randn(ROWS, generator=generator).to(device, dtype).expand(tokens, ROWS)
-    got = input.new_empty((tokens, ROWS))
-    kernel.run(packed_format, tensors, input, addend, got, value_dtype)
-    weight = packed_format.unpack_into(tensors, input.new_empty((ROWS, columns), dtype=torch.float32), value_dtype)
-    error = min(_product_error(input, values, addend, got) for values in (weight, weight.to(dtype)))
+def _check_linear(run, case, packed_format, dtype, value_dtype, device):
+    rows, columns = _shape(case, packed_format.block_length)
+    tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device, calm=True)
+    generator = torch.Generator().manual_seed(case.tokens)
+    input = torch.randn((case.tokens, columns), generator=generator).to(device, dtype)
+    addend = None
+    if case.addend == "bias":
+        addend = torch.randn(rows, generator=generator).to(device, dtype).expand(case.tokens, rows)
+    elif case.addend == "matrix":
+        addend = torch.randn((rows, case.tokens), generator=generator).to(device, dtype).t()
+    got = torch.full((case.tokens, rows), torch.nan, dtype=dtype, device=device)
+    packed = [moved(tensor, case.packed_at) for tensor in tensors]
+    run(packed_format, packed, moved(input, case.input_at), addend, got, value_dtype)
+    weight = packed_format.unpack_into(tensors, input.new_empty((rows, columns), dtype=torch.float32), value_dtype)
+    error = _product_error(input, weight, addend, got)
     if not error <= 1:  # NaN too
-        raise ArithmeticError(f"the product of {tokens} rows is off by {error:.3g} times what rounding allows")
+        error = min(error, _product_error(input, weight.to(dtype), addend, got))
+    if not error <= 1:
+        raise WrongResult(f"a product is off by {error:.3g} times what rounding allows")
 
 
-def _check_int8_rows(kernel, packed_format, value_dtype, device):
-    columns = math.lcm(packed_format.block_length, 2 * int8_codes.GROUP)
-    per_row, skipped = columns // packed_format.block_length, 1
-    tensors = random_tensors(packed_format, ROWS * per_row, device, calm=True)
-    values = torch.empty((ROWS - skipped, columns), device=device)
-    packed_format.unpack_into(tensors, values, value_dtype, skipped * per_row)
-    _check_codes(values, lambda *out: kernel.run(packed_format, tensors, *out, value_dtype, skipped * per_row))
+def _check_int8_rows(run, case, packed_format, dtype, value_dtype, device):
+    rows, columns = _shape(case, math.lcm(packed_format.block_length, int8_codes.GROUP))
+    first = case.first * columns // packed_format.block_length
+    tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device, calm=True)
+    values = torch.empty((rows - case.first, columns), device=device)
+    packed_format.unpack_into(tensors, values, value_dtype, first)
+    packed = [moved(tensor, case.packed_at) for tensor in tensors]
+    _check_codes(values, lambda *out: run(packed_format, packed, *out, value_dtype, first))
 
 
-def _check_int8_tokens(kernel, dtype, device):
-    for tokens in (1, 7):
-        input = torch.randn((tokens, 3 * int8_codes.GROUP), generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
-        input[:, 5] *= 50
-        if tokens > 1:
-            input[1], input[2, 300], input[3, 300] = 0, torch.nan, torch.inf
-        _check_codes(input.float(), lambda *out, input=input: kernel.run(input, *out))
+def _check_int8_tokens(run, case, packed_format, dtype, value_dtype, device):
+    columns = -(-case.columns // int8_codes.GROUP) * int8_codes.GROUP
+    input = torch.randn((case.tokens, columns), generator=torch.Generator().manual_seed(case.tokens)).to(device, dtype)
+    input[:, 5] *= 50
+    if case.tokens > 3:
+        input[1], input[2, -3], input[3, -3] = 0, torch.nan, torch.inf
+    input = moved(input, case.input_at)
+    _check_codes(input.float(), lambda *out: run(input, *out))
 
 
 def _check_codes(values, encode):
@@ -89,32 +174,52 @@ def _check_codes(values, encode):
     expected_codes, expected = torch.empty_like(codes), torch.empty_like(scales)
     rows = int8_codes.rotated(values)
     int8_codes.quantise_into(rows.clone(), expected_codes, expected)
-    if not torch.allclose(scales, expected, rtol=1e-5, atol=0, equal_nan=True):
-        raise ArithmeticError(f"the scales of rows are {scales.tolist()}, expected {expected.tolist()}")
+    wrong = (~torch.isclose(scales, expected, rtol=1e-5, atol=0, equal_nan=True)).nonzero().flatten().tolist()
+    if wrong:
+        raise WrongResult(f"{len(wrong)} scales of {len(scales)} differ, that of row {wrong[0]} is {scales[wrong[0]].item():g}"
+                          f" and should be {expected[wrong[0]].item():g}")
     known = expected.isfinite()
     off = (codes.float() - rows / scales.unsqueeze(-1)).abs()[known].max().item()
     if not off <= 0.5 + NEAR_TIE:
-        raise ArithmeticError(f"a code is {off:.3g} from its value, where rounding allows {0.5 + NEAR_TIE}")
+        raise WrongResult(f"a code is {off:.3g} from its value, where rounding allows {0.5 + NEAR_TIE},")
+
+
+def _shape(case, multiple: int) -> tuple[int, int]:
+    """Rows and columns of a weight, the columns a multiple of `multiple`."""
+    columns = -(-case.columns // multiple) * multiple
+    return max(ROWS, case.values // columns), columns
 
 
 def _product_error(input, weight, addend, got) -> float:
     """The largest error of `got`, where 1 is what a sum in float32, rounded once, may have."""
     eps = torch.finfo(got.dtype).eps
+    least = max(eps * torch.finfo(got.dtype).tiny, SUBNORMAL)  # between two numbers near zero
+    addend = got.new_zeros(()) if addend is None else addend
     input, weight, addend, got = (tensor.cpu().double() for tensor in (input, weight, addend, got))  # MPS has no float64
     expected = input @ weight.t() + addend
-    allowed = eps * expected.abs() + 1e-5 * (input.abs() @ weight.abs().t() + addend.abs())
+    allowed = eps * expected.abs() + 1e-5 * (input.abs() @ weight.abs().t() + addend.abs()) + least
     return ((got - expected).abs() / allowed).max().item()
+
+
+def moved(tensor: torch.Tensor, elements: int) -> torch.Tensor:
+    """The same values, `elements` elements behind an address that 64 divides."""
+    if not elements:
+        return tensor
+    out = tensor.new_empty(tensor.numel() + elements)[elements:].view(tensor.shape)
+    return out.copy_(tensor)
 
 
 def random_tensors(packed_format: type[Format], blocks: int, device: torch.device, calm: bool = False) -> list[torch.Tensor]:
     """What a weight of random blocks holds. calm: only blocks of finite values up to `CALM`."""
-    pool = 1024 if calm else blocks
     generator = torch.Generator().manual_seed(blocks)
-    data = torch.randint(0, 256, (pool, packed_format.block_bytes), generator=generator, dtype=torch.uint8)
     if packed_format.scales_apart:
-        scales = torch.rand(blocks, generator=generator)
-        return [data[:blocks].flatten().to(device), scales.to(device)]
+        data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator, dtype=torch.uint8)
+        return [data.to(device), torch.rand(blocks, generator=generator).to(device)]
+    pool = torch.randint(0, 256, (1024 if calm else blocks + 16, packed_format.block_bytes), generator=generator,
+                         dtype=torch.uint8)
+    values = packed_format.unpack(pool).abs()
     if calm:
-        data = data[packed_format.unpack(data).abs().amax(-1) <= CALM]  # NaN compares false
-        data = data[torch.arange(blocks) % len(data)]
-    return [data.to(device)]
+        pool = pool[values.amax(-1) <= CALM]  # NaN compares false
+    else:  # nothing that one device takes for zero and another does not; this one may have done so already
+        pool = pool[~((values > 0) & (values < SUBNORMAL)).any(-1) & (values != 0).any(-1)]
+    return [pool[torch.arange(blocks) % len(pool)].to(device)]

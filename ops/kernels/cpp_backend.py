@@ -1,6 +1,7 @@
 """Kernels for CPUs: C++ in `source/`, compiled by the compiler of the machine, where there is one.
 
-A kernel takes half a second to compile and is kept for later runs. Without a compiler torch does the work.
+A kernel takes half a second to compile and is kept for later runs, in a folder that only this user can write. Without a
+compiler torch does the work.
 """
 import ctypes
 import functools
@@ -8,7 +9,7 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from ..format import Format
 from ..int8_codes import LARGEST_CODE, TINY
 from . import Backend, Kernel
 from .check import probe
+from .own_files import is_private, private_folder
+from .processes import run_process
 from .source import FORMAT_NAMES, TYPES, addresses, kernel_source, method, unpack_and_linear
 
 COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
@@ -29,6 +32,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ff
          "-w")
 MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
+COMPILE_SECONDS = 60  # a compiler that takes longer is ended, and torch does the work
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
 
 
@@ -41,22 +45,21 @@ class CppCompiler:
 
     def __init__(self, command: str, folder: Path):
         self.command, self.folder = command, folder
-        version = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
-        self._machine = f"{version.stdout} {FLAGS} {_cpu()}"
+        self._machine = f"{run_process(command, '--version', seconds=COMPILE_SECONDS).stdout} {FLAGS} {_cpu()}"
 
     def library(self, source: str) -> ctypes.CDLL:
         """The functions of a source. Compiled once for each source, compiler and kind of CPU."""
         name = hashlib.sha256(f"{self._machine}\n{source}".encode()).hexdigest()[:32]
-        path = self.folder / f"{name}.so"
-        if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+        folder = private_folder(self.folder)
+        path = folder / f"{name}.so"
+        if not is_private(path, stat.S_ISREG):
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
                 file.write_text(source, encoding="utf-8")
-                made = subprocess.run([self.command, *FLAGS, str(file), "-o", str(built)], capture_output=True, text=True,
-                                      timeout=300)
+                made = run_process(self.command, *FLAGS, str(file), "-o", str(built), seconds=COMPILE_SECONDS)
                 if made.returncode:
                     raise CppError(f"{self.command}: {made.stderr[:2000]}")
+                built.chmod(0o700)
                 os.replace(built, path)  # at once, for another process may want it too
         return ctypes.CDLL(str(path))
 
@@ -89,8 +92,8 @@ class CpuKernels:
 
     def unpack(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`."""
-        lanes = _lanes(packed_format, out.numel())
-        if not lanes or not out.numel():  # small weights of odd shapes, and lookups of no rows
+        lanes = _lanes(packed_format)
+        if out.numel() % lanes or not out.numel():  # small weights of odd shapes, and lookups of no rows
             packed_format.unpack_into(tensors, out, value_dtype, first)
             return
         run = self._function("unpack", packed_format, out.dtype, value_dtype, LANES=lanes)
@@ -100,7 +103,7 @@ class CpuKernels:
     def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
         """See `Kernel.run`; for up to `most_tokens` tokens, one of `MOST_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=_lanes_of_blocks(packed_format),
+        run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=_lanes(packed_format),
                              TOKENS=most_tokens)
         input = input.float()
         sums = out if out.dtype == torch.float32 and addend is None else torch.empty(out.shape)
@@ -113,7 +116,7 @@ class CpuKernels:
 
     def int8_rows(self, packed_format, tensors, codes, scales, value_dtype, first):
         """See `Kernel.run`."""
-        run = self._function("int8_rows", packed_format, torch.float32, value_dtype, LANES=_lanes_of_blocks(packed_format),
+        run = self._function("int8_rows", packed_format, torch.float32, value_dtype, LANES=_lanes(packed_format),
                              **CODES)
         run(*map(c_void_p, addresses(packed_format, tensors, first)), *_code_arguments(codes, scales))
 
@@ -133,19 +136,13 @@ def _widest() -> int:
     return 16 if torch.cpu._is_avx512_supported() else 8
 
 
-def _lanes(packed_format: type[Format], count: int) -> int | None:
-    """How many values of a block are handled at once, if `count` of them can be."""
+def _lanes(packed_format: type[Format]) -> int:
+    """How many values of a block are handled at once."""
     of_format = 8 if packed_format.__name__ == "NVFP4" else 16
-    return next((lanes for lanes in (16, 8) if lanes <= min(of_format, _widest())
-                 and packed_format.block_length % lanes == 0 and count % lanes == 0), None)
-
-
-def _lanes_of_blocks(packed_format: type[Format]) -> int:
-    """The same for a kernel that takes whole blocks."""
-    lanes = _lanes(packed_format, packed_format.block_length)
-    if not lanes:
-        raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
-    return lanes
+    for lanes in (16, 8):
+        if lanes <= min(of_format, _widest()) and packed_format.block_length % lanes == 0:
+            return lanes
+    raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
 
 
 def _threads(values: int) -> int:

@@ -67,8 +67,9 @@ class CudaKernels:
         if rest or not chunks:  # small weights of odd shapes, and lookups of no rows
             packed_format.unpack_into(tensors, out, value_dtype, first)
             return
+        tensors = _aligned(packed_format, tensors)
         packed, scales = addresses(packed_format, tensors, first)
-        program = Program("unpack", packed_format, out.dtype, value_dtype, alignment(packed_format, packed))
+        program = Program("unpack", packed_format, out.dtype, value_dtype, alignment(packed_format))
         self._launch(program, -(-chunks // UNPACK_THREADS), UNPACK_THREADS, out.device,
                      c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()), c_longlong(chunks))
 
@@ -78,18 +79,23 @@ class CudaKernels:
             input = input.clone()
         (tokens, columns), rows = input.shape, out.shape[1]
         rows_of_warp = LINEAR_ROWS[most_tokens]
+        tensors = _aligned(packed_format, tensors)
         packed, scales = addresses(packed_format, tensors)
         addend_address, strides = (None, (0, 0)) if addend is None else (addend.data_ptr(), addend.stride())
-        program = Program("linear", packed_format, out.dtype, value_dtype, alignment(packed_format, packed), most_tokens,
-                          rows_of_warp)
+        program = Program("linear", packed_format, out.dtype, value_dtype, alignment(packed_format), most_tokens, rows_of_warp)
         self._launch(program, -(-rows // (rows_of_warp * LINEAR_THREADS // WARP)), LINEAR_THREADS, out.device,
                      c_void_p(input.data_ptr()), c_void_p(packed), c_void_p(scales), c_void_p(addend_address),
                      c_void_p(out.data_ptr()), c_int(tokens), c_int(rows), c_int(columns), *map(c_longlong, strides))
 
 
-def alignment(packed_format, address) -> int:
-    """What every block's address is a multiple of, at most 4."""
-    return math.gcd(packed_format.block_bytes, address, 4)
+def alignment(packed_format: type[Format]) -> int:
+    """What every block's address is a multiple of, at most 4, where the first one's is."""
+    return math.gcd(packed_format.block_bytes, 4)
+
+
+def _aligned(packed_format: type[Format], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of a weight, the packed bytes copied if they lie at an odd address: so one program is for all addresses."""
+    return tensors if tensors[0].data_ptr() % alignment(packed_format) == 0 else [tensors[0].clone(), *tensors[1:]]
 
 
 @functools.cache

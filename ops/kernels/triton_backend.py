@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from . import Backend, Kernel
+from .check import WrongResult
 from .triton_decode import DECODERS
 
 UNPACK_TILE = 4096  # values a program unpacks
@@ -34,7 +35,7 @@ def _rounded(values, DTYPE: tl.constexpr):
         return values.to(DTYPE).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["size", "values", "first"])
 def _unpack(data, size, scales, table, out, values, first,
             DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
             GROUPS: tl.constexpr):
@@ -47,7 +48,7 @@ def _unpack(data, size, scales, table, out, values, first,
     tl.store(out + index, decoded.to(out.dtype.element_ty), mask=index < values)
 
 
-@triton.jit(do_not_specialize=["rows", "addend_row"])
+@triton.jit(do_not_specialize=["size", "rows", "addend_row"])
 def _vector(data, size, scales, table, input, addend, out, rows, columns, addend_row, addend_column,
             DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
             ROWS: tl.constexpr, GROUPS: tl.constexpr):
@@ -71,7 +72,7 @@ def _vector(data, size, scales, table, input, addend, out, rows, columns, addend
     tl.store(out + row, sums.to(out.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "addend_row"])
+@triton.jit(do_not_specialize=["size", "tokens", "rows", "addend_row"])
 def _few_rows(data, size, scales, table, input, addend, out, tokens, rows, columns, addend_row, addend_column,
               DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
               ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
@@ -135,7 +136,7 @@ def _store_codes(codes, values, scale, inside):
     tl.store(codes, tl.floor(values / scale + 0.5).to(tl.int8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["size", "first"])
 def _int8_rows(data, size, scales, table, matrix, codes, code_scales, first, columns,
                DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
                TILE: tl.constexpr, SIDE: tl.constexpr, TINY: tl.constexpr, LARGEST_CODE: tl.constexpr):
@@ -254,7 +255,7 @@ def probe(device: torch.device):
     with _on(device):
         _increment[(1,)](numbers)
     if numbers.tolist() != list(range(1, 17)):
-        raise ArithmeticError("Triton's first kernel added wrongly")
+        raise WrongResult("Triton's first kernel added wrongly")
 
 
 _formats = frozenset(DECODERS)

@@ -1,6 +1,7 @@
 """Which kernels a device uses. The backends here are made for the tests, of plain torch on the CPU."""
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,10 @@ from devtools.gguf_files import block_pool
 from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import Backend, Kernel
+from featherweight.ops.kernels.check import probe
+from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.tensor import packed_tensor
+from kernel_cases import wait_for_kernels
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
@@ -42,6 +46,7 @@ def use(monkeypatch):
     """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    wait_for_kernels(monkeypatch)
 
     def use(*backends):
         monkeypatch.setattr(kernels, "_choices", {})
@@ -84,8 +89,11 @@ def test_a_kernel_with_wrong_values_is_off_and_the_reference_used(run, use, capl
     assert torch.equal(product.unpack(packed(), torch.float32), packed().dequantize())
     assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
     reasons = [record for record in caplog.records if "Q4_0" in record.message]
-    assert [record.levelno for record in reasons] == [logging.DEBUG]
-    assert "differ from the reference" in reasons[0].message
+    assert [record.levelno for record in reasons] == [logging.WARNING]
+    for part in ("unpack of Q4_0 to torch.float32 by made_up on cpu", "differ from the reference", f"torch {torch.__version__}",
+                 "[Featherweight]", kernels.ISSUES):
+        assert part in reasons[0].message
+    assert "\n" not in reasons[0].message
 
 
 @pytest.mark.parametrize("run, found", [(multiply, True), (multiply_without_addend, False)])
@@ -96,6 +104,128 @@ def test_a_product_is_used_only_if_it_is_right(run, found, use):
     input, bias = torch.randn((3, 64), generator=generator), torch.randn(6, generator=generator)
     expected = torch.nn.functional.linear(input, packed().dequantize(), bias)
     assert torch.allclose(product.linear(input, packed(), bias), expected, atol=1e-5)
+
+
+SEVERAL_THREADS = 2 * VALUES_PER_THREAD
+WRONG_UNPACK = {
+    "in the tail": lambda tensors, out, first: out.numel() % Q4_0.block_length,
+    "of whole blocks": lambda tensors, out, first: out.numel() % Q4_0.block_length == 0,
+    "from odd addresses": lambda tensors, out, first: tensors[0].data_ptr() % 2,
+    "from even addresses": lambda tensors, out, first: tensors[0].data_ptr() % 2 == 0,
+    "from addresses of four bytes": lambda tensors, out, first: tensors[0].data_ptr() % 16 == 4,
+    "to odd addresses": lambda tensors, out, first: out.data_ptr() % 8,
+    "with several threads": lambda tensors, out, first: out.numel() >= SEVERAL_THREADS,
+    "in the tail of several threads": lambda tensors, out, first: out.numel() >= SEVERAL_THREADS and out.numel() % 32,
+    "with one thread": lambda tensors, out, first: out.numel() < SEVERAL_THREADS,
+    "from the first block": lambda tensors, out, first: first == 0,
+    "from a later block": lambda tensors, out, first: first,
+}
+WRONG_LINEAR = {
+    "without addend": lambda tensors, input, addend, out: addend is None,
+    "with a bias": lambda tensors, input, addend, out: addend is not None and addend.stride(0) == 0,
+    "with an addend of odd strides": lambda tensors, input, addend, out: addend is not None and addend.stride(0) == 1,
+    "with the most tokens": lambda tensors, input, addend, out: len(input) == 4,
+    "with the most tokens and no addend": lambda tensors, input, addend, out: len(input) == 4 and addend is None,
+    "with the fewest tokens": lambda tensors, input, addend, out: len(input) == 2,
+    "from odd addresses": lambda tensors, input, addend, out: tensors[0].data_ptr() % 2,
+    "of input at odd addresses": lambda tensors, input, addend, out: input.data_ptr() % 16,
+    "with several threads": lambda tensors, input, addend, out: out.shape[1] * input.shape[1] >= SEVERAL_THREADS,
+    "with one thread": lambda tensors, input, addend, out: out.shape[1] * input.shape[1] < SEVERAL_THREADS,
+    "with many columns": lambda tensors, input, addend, out: input.shape[1] > 1024 and input.shape[1] % 1024,
+    "with an odd number of rows": lambda tensors, input, addend, out: out.shape[1] % 2,
+}
+WRONG_ROWS = {
+    "with several threads": lambda tensors, codes, first: codes.numel() >= SEVERAL_THREADS,
+    "from a later row": lambda tensors, codes, first: first,
+    "from the first row": lambda tensors, codes, first: first == 0,
+    "from odd addresses": lambda tensors, codes, first: tensors[0].data_ptr() % 2,
+    "with many columns": lambda tensors, codes, first: codes.shape[1] > 1024 and codes.shape[1] % 1024,
+}
+WRONG_TOKENS = {
+    "with several threads": lambda input: input.numel() >= SEVERAL_THREADS,
+    "with one row": lambda input: len(input) == 1,
+    "from odd addresses": lambda input: input.data_ptr() % 16,
+}
+
+
+def assert_found(use, caplog, kernel, packed_format, dtype, tokens=None):
+    use(backend(kernel))
+    assert kernels.find(kernel.op, CPU, packed_format, dtype, tokens=tokens) is None
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "gives wrong values here" in warning.message and " in the case " in warning.message
+
+
+@pytest.mark.parametrize("where", WRONG_UNPACK)
+def test_an_unpack_kernel_that_is_wrong_only_somewhere_is_found(where, use, caplog):
+    def wrong(packed_format, tensors, out, value_dtype, first):
+        unpack(packed_format, tensors, out, value_dtype, first)
+        if WRONG_UNPACK[where](tensors, out, first):
+            out[-1] += 1
+
+    assert_found(use, caplog, unpack_kernel(wrong), Q4_0, torch.float32)
+
+
+def test_an_unpack_kernel_that_writes_beside_its_values_is_found(use, caplog):
+    def wrong(packed_format, tensors, out, value_dtype, first):
+        unpack(packed_format, tensors, out, value_dtype, first)
+        if out.storage_offset() + out.numel() < out.untyped_storage().nbytes() // 4:
+            out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+
+    assert_found(use, caplog, unpack_kernel(wrong), Q4_0, torch.float32)
+
+
+@pytest.mark.parametrize("where", WRONG_LINEAR)
+def test_a_product_that_is_wrong_only_somewhere_is_found(where, use, caplog):
+    def wrong(packed_format, tensors, input, addend, out, value_dtype):
+        multiply(packed_format, tensors, input, addend, out, value_dtype)
+        if WRONG_LINEAR[where](tensors, input, addend, out):
+            out[-1, -1] += 1
+
+    kernel = Kernel("linear", frozenset(["Q4_0"]), FLOAT32, wrong, min_tokens=2, max_tokens=4)
+    assert_found(use, caplog, kernel, Q4_0, torch.float32, 3)
+
+
+@pytest.mark.parametrize("where", WRONG_ROWS)
+def test_codes_of_a_weight_that_are_wrong_only_somewhere_are_found(where, use, caplog):
+    def wrong(packed_format, tensors, codes, scales, value_dtype, first):
+        encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
+        if WRONG_ROWS[where](tensors, codes, first):
+            codes[-1, -1] ^= 64
+
+    assert_found(use, caplog, Kernel("int8_rows", frozenset(["Q4_0"]), frozenset([torch.int8]), wrong), Q4_0, torch.int8)
+
+
+@pytest.mark.parametrize("where", WRONG_TOKENS)
+def test_codes_of_an_input_that_are_wrong_only_somewhere_are_found(where, use, caplog):
+    def wrong(input, codes, scales):
+        encode_tokens(input, codes, scales)
+        if WRONG_TOKENS[where](input):
+            scales[-1] *= 1.01
+
+    assert_found(use, caplog, Kernel("int8_tokens", frozenset(), FLOAT32, wrong), None, torch.float32)
+
+
+def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
+    def refused(*arguments):
+        raise RuntimeError("no such instruction")
+
+    caplog.set_level(logging.DEBUG, kernels.__name__)
+    use(backend(unpack_kernel(refused)))
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
+    (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
+    assert reason.levelno == logging.DEBUG and "unpack of Q4_0 to torch.float32 by made_up is off on cpu" in reason.message
+
+
+def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
+    use(backend(probe=lambda device: probe(lambda packed_format, tensors, out, *_: out.fill_(1), device)))
+    assert kernels.backend_of(CPU) == "torch"
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "the probe by made_up" in warning.message and "please report this line at" in warning.message
+
+
+def test_the_address_for_reports_is_the_packs_own():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"Bug Tracker" = "{kernels.ISSUES}"' in project
 
 
 def encode_rows(*arguments):
@@ -177,9 +307,11 @@ def test_a_kernel_is_checked_when_it_is_needed(use):
     use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, recorded, max_tokens=16)))
     kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17)
     assert not calls
-    for _ in range(2):
-        kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
-        assert [len(input) for _, _, input, *_ in calls] == [1, 16]
+    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
+    checked = len(calls)
+    assert {len(input) for _, _, input, *_ in calls} == {1, 16}
+    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
+    assert len(calls) == checked
 
 
 def test_a_cpu_never_imports_triton(use, monkeypatch):
@@ -211,8 +343,8 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
     for _ in range(3):
         product.unpack(packed(), torch.float32)
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.DEBUG, "Featherweight: broken does not work on cpu: RuntimeError('no driver')"),
-        (logging.INFO, "Featherweight: packed weights on cpu use working."),
+        (logging.DEBUG, "[Featherweight] broken does not work on cpu: RuntimeError('no driver')"),
+        (logging.INFO, "[Featherweight] Packed weights on cpu use working."),
     ]
 
 
@@ -229,8 +361,7 @@ def test_the_environment_variable_chooses(asked, used, unasked, use, monkeypatch
     else:
         monkeypatch.setenv(kernels.VARIABLE, asked)
     kernels.find("unpack", CPU, Q4_0, torch.float32)
-    chosen = kernels._choices[CPU].backend
-    assert (chosen and chosen.name) == used
+    assert kernels.backend_of(CPU) == (used or "torch")
 
 
 def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog):

@@ -16,7 +16,7 @@ from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
 from kernel_cases import (
     assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once, assert_same_bits, each_dtype,
-    each_format, each_format_with, reference,
+    each_format, each_format_with, reference, wait_for_kernels,
 )
 
 CPU = torch.device("cpu")
@@ -159,6 +159,7 @@ def test_what_the_compiler_refuses_is_said(tmp_path):
 def fresh(monkeypatch, tmp_path, caplog):
     """The kernel layer as at the start of ComfyUI, with nothing compiled yet."""
     monkeypatch.setattr(kernel_layer, "_choices", {})
+    wait_for_kernels(monkeypatch)
     monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cpp_backend._kernels.cache_clear()
@@ -173,7 +174,7 @@ def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_p
     tensors = random_tensors(fmt, 8, CPU)
     assert kernel_layer.find("unpack", CPU, fmt, out.dtype) is not None
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
-    assert "packed weights on cpu use cpp" in caplog.text
+    assert "Packed weights on cpu use cpp" in caplog.text
     assert list((tmp_path / "cache/featherweight/kernels").glob("*.so"))
 
 
@@ -192,7 +193,7 @@ def test_torch_does_the_work_quietly_where_nothing_can_be_compiled(obstacle, mon
     tensors = random_tensors(fmt, 8, CPU)
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.INFO, "Featherweight: packed weights on cpu use torch.")]
+        (logging.INFO, "[Featherweight] Packed weights on cpu use torch.")]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -210,5 +211,5 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
     fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32)
     tensors = random_tensors(fmt, 8, CPU)
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
-    assert "unpack of Q4_0 to torch.float32 by cpp is off on cpu" in caplog.text
+    assert "unpack of Q4_0 to torch.float32 by cpp on cpu" in caplog.text
     assert "values differ from the reference" in caplog.text

@@ -21,7 +21,7 @@ from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignm
 from featherweight.ops.kernels.source import SOURCES, source_files
 from kernel_cases import (
     ALL_FORMATS, DTYPES, assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once,
-    assert_same_bits, each_dtype, each_format, each_format_with, reference,
+    assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
 )
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
@@ -175,7 +175,7 @@ def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
     if capability not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
     for kernel in ("unpack", "linear"):
-        program = Program(kernel, fmt, torch.bfloat16, None, alignment(fmt, 0))
+        program = Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))
         assert compiler.compile(program.source(), capability).startswith(ELF)
 
 
@@ -225,6 +225,7 @@ def as_device(on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(nvrtc_backend, "BACKEND", backend)
     monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("nvrtc",)})
     monkeypatch.setattr(kernel_layer, "_choices", {})
+    wait_for_kernels(monkeypatch)
     monkeypatch.setenv(kernel_layer.VARIABLE, "auto")
     caplog.set_level(logging.DEBUG)
 
@@ -235,7 +236,7 @@ def test_a_device_uses_the_backend_after_its_probe(caplog):
     out = torch.empty(8 * 32)
     assert kernel_layer.find("unpack", out.device, FORMATS["Q5_1"], out.dtype) is not None
     assert_same_bits(kernel_layer.unpack_into(FORMATS["Q5_1"], tensors, out), reference(FORMATS["Q5_1"], tensors))
-    assert "packed weights on cpu use nvrtc" in caplog.text
+    assert "Packed weights on cpu use nvrtc" in caplog.text
 
 
 @pytest.mark.usefixtures("as_device")
@@ -256,7 +257,7 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
     assert kernel_layer.find("unpack", out.device, fmt, out.dtype, torch.bfloat16) is None
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out, torch.bfloat16),
                      fmt.unpack_into(tensors, torch.empty_like(out), torch.bfloat16))
-    assert "unpack of Q4_0 to torch.float16 by nvrtc is off on cpu" in caplog.text and reason in caplog.text
+    assert "unpack of Q4_0 to torch.float16 by way of torch.bfloat16 by nvrtc" in caplog.text and reason in caplog.text
 
 
 def test_every_source_is_used():

@@ -1,6 +1,7 @@
 """Beside other packs: one that owns the same ids keeps them, whichever loads first; loaders of many LoRAs work on ours."""
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -102,6 +103,26 @@ def test_another_packs_loader_stays_and_both_list_files(tmp_path, first):
     assert info["CheckpointLoaderNF4"]["category"].startswith("Featherweight")
     assert "listed.gguf" in info["UnetLoaderGGUF"]["input"]["required"]["unet_name"][0]
     assert "listed.gguf" in info["FeatherweightLoadDiffusionModel"]["input"]["required"]["model_name"][1]["options"]
+
+
+@pytest.mark.parametrize("first, second", [(PACK, "comfyui-featherweight"), ("a copy", PACK), ("zz.old", "Featherweight")])
+def test_of_two_copies_the_first_is_used_and_the_second_says_which_to_remove(tmp_path, first, second):
+    # Folders of the base come before those of the yaml.
+    base, late = tmp_path / "base", tmp_path / "late"
+    (tmp_path / "paths.yaml").write_text(f"late:\n  custom_nodes: {late.as_posix()}\n")
+    used, unused = base / "custom_nodes" / first, late / second
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "demo_*", "devtools", "tests", "media")
+    for folder in (used, unused)[first == PACK:]:  # the server plants the one of that name
+        shutil.copytree(ROOT, folder, ignore=left_out)
+    arguments = ["--extra-model-paths-config", str(tmp_path / "paths.yaml")]
+    with Server(base, with_pack=first == PACK, arguments=arguments) as server:
+        ours = {name: node["python_module"] for name, node in server.object_info().items() if "eatherweight" in name}
+        log = server.log()
+    assert "Traceback" not in log and "IMPORT FAILED" not in log
+    lines = [line for line in log.splitlines() if "installed twice" in line]
+    assert len(lines) == 1 and "[Featherweight]" in lines[0]
+    assert f"the nodes of {used} are in use, so remove the other folder, {unused}." in lines[0]
+    assert "FeatherweightLoadDiffusionModel" in ours and set(ours.values()) == {f"custom_nodes.{first}"}
 
 
 def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(tmp_path):

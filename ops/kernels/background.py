@@ -1,0 +1,57 @@
+"""What a thread in the background finds out, such as whether a kernel compiles here and is right."""
+import threading
+import time
+from collections.abc import Callable
+
+AT_ONCE = 4  # threads that find out something; the others wait for their turn
+LOOK_EVERY = 0.05  # seconds between two looks at whether the user cancelled
+
+
+def _nothing():
+    pass
+
+
+# Called while somebody waits; it raises what ends the wait, where the user cancelled. The extension puts the host's here.
+raise_if_cancelled: Callable[[], None] = _nothing
+
+_turns = threading.BoundedSemaphore(AT_ONCE)
+
+
+class Finding:
+    """A value that is decided once: by what a thread finds out, or before that by who could not wait any longer.
+
+    find_out: called once, in a thread of its own that does not keep the process alive; must not raise. in_background: False
+    calls it at once, in this thread.
+    """
+
+    def __init__(self, find_out: Callable[[], object], in_background: bool = True):
+        self.value = None
+        self._find_out = find_out
+        self._decided, self._deciding = threading.Event(), threading.Lock()
+        if in_background:
+            threading.Thread(target=self._run, name="featherweight-kernels", daemon=True).start()
+        else:
+            self.decide(find_out())
+
+    def _run(self):
+        with _turns:
+            self.decide(self._find_out())
+
+    @property
+    def decided(self) -> bool:
+        return self._decided.is_set()
+
+    def decide(self, value):
+        """The first value given stays."""
+        with self._deciding:
+            if not self.decided:
+                self.value = value
+                self._decided.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is decided, after at most `seconds`. Raises what `raise_if_cancelled` raises."""
+        end = time.monotonic() + seconds
+        while not self.decided and (left := end - time.monotonic()) > 0:
+            raise_if_cancelled()
+            self._decided.wait(min(left, LOOK_EVERY))
+        return self.decided

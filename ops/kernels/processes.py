@@ -1,0 +1,47 @@
+"""Other programs that end when this process ends, at the latest."""
+import atexit
+import os
+import signal
+import subprocess
+import threading
+
+_running: set[subprocess.Popen] = set()
+_starting = threading.Lock()
+_ending = False
+
+
+def run_process(*command: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Its output. After `seconds`, and when this process ends, it is killed with all it has started. POSIX only.
+
+    Raises subprocess.TimeoutExpired, OSError.
+    """
+    with _starting:
+        if _ending:
+            raise OSError(f"{command[0]} is not started: this process ends")
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
+        _running.add(process)
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    finally:
+        _kill(process)
+        process.wait()
+        _running.discard(process)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _kill(process: subprocess.Popen):
+    if process.returncode is None:  # so the number is still its own
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+@atexit.register
+def _end_all():
+    global _ending
+    with _starting:
+        _ending = True
+        for process in list(_running):
+            _kill(process)
