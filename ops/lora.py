@@ -37,17 +37,34 @@ class LayerPatches:
         self.down, self.ups, self.slices = down, list(ups), list(slices)
         self.weight_patches = list(weight_patches)
         self.original_weights = original_weights
+        self.offloaded = False
         self.acts_on_rows = all(rows_of(patch, 0, 1) is not None for patch in self.weight_patches)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the compute device."""
+        """Bytes of the factors: on the compute device, unless they are offloaded."""
         branch = [] if self.down is None else [self.down, *self.ups]
         adapters = [tensor for patch in self.weight_patches for tensor in adapter_tensors(patch[1])]
         return sum(tensor.nbytes for tensor in branch + adapters)
 
+    def offload(self, device: torch.device):
+        """Leave the compute device. The factors come back when the layer runs again."""
+        self._move(device)
+        self.offloaded = True
+
+    def _come_back(self, device: torch.device):
+        if self.offloaded:
+            self._move(device)
+            self.offloaded = False
+
+    def _move(self, device: torch.device):
+        if self.down is not None:
+            self.down, self.ups = self.down.to(device), [up.to(device) for up in self.ups]
+        self.weight_patches = [(patch[0], _moved(patch[1], device), *patch[2:]) for patch in self.weight_patches]
+
     def branch(self, input: torch.Tensor) -> tuple:
         """(down, ups, slices) in the dtype and on the device of the activations; cast once, not per step."""
+        self._come_back(input.device)
         if self.down is not None and (self.down.dtype != input.dtype or self.down.device != input.device):
             self.down, self.ups = self.down.to(input), [up.to(input) for up in self.ups]
         return self.down, self.ups, self.slices
@@ -56,15 +73,18 @@ class LayerPatches:
         """An unpacked weight with the host's patches applied in order. `weight` may be changed in place."""
         if not self.weight_patches:
             return weight
+        self._come_back(weight.device)
         return comfy.lora.calculate_weight(self.weight_patches, weight, self.key, original_weights=self.original_weights)
 
     def patch_rows(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """`patch_weight` of the weight's rows from `start` on; only where `acts_on_rows`."""
+        self._come_back(rows.device)
         patches = [rows_of(patch, start, start + len(rows)) for patch in self.weight_patches]
         return comfy.lora.calculate_weight(patches, rows, self.key)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """A dense weight with every patch in it, the branch too; the protocol of the host's weight functions."""
+        self._come_back(weight.device)
         merged = self.patch_weight(weight.to(torch.float32, copy=True))
         if self.down is not None:
             for row, row_end, up, part in product.slice_factors(self.down.float(), self.ups, self.slices):

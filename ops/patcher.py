@@ -30,13 +30,20 @@ class Applied:
     """What is applied to a model's packed layers now.
 
     layers: weight name -> LayerPatches. before_hooks: what hooks have replaced for the moment. nbytes: of the factors in
-    `layers`, counted in the host's `model_loaded_weight_memory`.
+    `layers`. counted: of these, the bytes in the host's `model_loaded_weight_memory`. evicted: the host has taken the model
+    off the device in the midst of a run.
     """
 
     def __init__(self):
         self.layers = {}
         self.before_hooks = {}
-        self.nbytes = 0
+        self.nbytes = self.counted = 0
+        self.evicted = False
+
+    @property
+    def uncounted(self) -> int:
+        """Bytes of factors that were offloaded and came back to the device when their layers ran."""
+        return 0 if self.counted else sum(patches.nbytes for patches in self.layers.values() if not patches.offloaded)
 
 
 class PatchedWeights(dict):
@@ -126,40 +133,56 @@ class PackedPatcher:
         """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""
         layer = self._layer(key)
         functions = [function for function in layer.weight_function if not isinstance(function, LayerPatches)]
-        if functions and patches is not None:
+        if patches is not None and (functions or key in self.weight_wrapper_patches):
             layer.lora, layer.weight_function = None, [patches, *functions]
         else:
             layer.lora, layer.weight_function = patches, functions
 
     def _apply_packed(self, device):
         """Give every packed layer its patches, and count their factors as loaded."""
-        applied = self.model.packed_patches
         self._clear_packed()
-        patches = self._all_patches
         for key in self._packed_keys():
-            built = self._build(key, patches[key], device)
-            if built is not None:
-                applied.layers[key] = built
-                self._set(key, built)
-        applied.nbytes = sum(built.nbytes for built in applied.layers.values())
-        self.model.model_loaded_weight_memory += applied.nbytes
+            self._apply(key, device)
+
+    def _apply(self, key: str, device):
+        """Give one packed layer its patches, and count their factors as loaded."""
+        applied = self.model.packed_patches
+        before = applied.layers.pop(key, None)
+        built = self._build(key, self._all_patches[key], device)
+        self._set(key, built)
+        if built is not None:
+            applied.layers[key] = built
+        change = (built.nbytes if built is not None else 0) - (before.nbytes if before is not None else 0)
+        applied.nbytes += change
+        applied.counted += change
+        self.model.model_loaded_weight_memory += change
 
     def _clear_packed(self):
         """Free what packed layers run; the host sets its own counter of loaded memory."""
         applied = self.model.packed_patches
         for key in applied.layers.keys() | applied.before_hooks.keys():
             self._set(key, None)
-        applied.layers, applied.before_hooks, applied.nbytes = {}, {}, 0
+        applied.layers, applied.before_hooks, applied.nbytes, applied.counted = {}, {}, 0, 0
+
+    def _offload_factors(self):
+        """Free the device of what packed layers run. They run it all the same: it comes back with their next step."""
+        applied = self.model.packed_patches
+        for patches in applied.layers.values():
+            patches.offload(self.offload_device)
+        applied.counted = 0
 
     def _factor_bytes(self) -> int:
         """What the factors of this patcher's patches take on the device; about, as long as they are not built."""
-        if self.model.current_weight_patches_uuid == self.patches_uuid:
+        if self.model.packed_patches.layers and self.model.current_weight_patches_uuid == self.patches_uuid:
             return self.model.packed_patches.nbytes
         return sum(tensor.nbytes for key in self._packed_keys() for patch in self._all_patches[key]
                    for tensor in adapter_tensors(patch[1]))
 
     def model_size(self):
         return super().model_size() + self._factor_bytes()  # so that the host makes room for them
+
+    def loaded_size(self):
+        return super().loaded_size() + self.model.packed_patches.uncounted
 
     def clone(self, *args, **kwargs):
         clone = adopt(super().clone(*args, **kwargs))
@@ -175,7 +198,7 @@ class PackedPatcher:
             factors = self._factor_bytes()
             budget = lowvram_model_memory if full_load else max(1, lowvram_model_memory - factors)
             with self._packed_patches_hidden():
-                super().load(device_to, budget, force_patch_weights, full_load)
+                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=full_load)
             self._drop_double_patches()
             if full_load:
                 self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
@@ -194,6 +217,7 @@ class PackedPatcher:
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
         before = self._slots()
+        self._restore_and_clear()
         with self._packed_patches_hidden():
             super().load(device_to, lowvram_model_memory)
         for module, (slot, patched) in self._slots().items():
@@ -213,9 +237,10 @@ class PackedPatcher:
                 try:
                     self._swap_patches(device_to)
                 except Exception:
-                    self.detach()
+                    super().detach()
                     raise
-        return super().partially_load(device_to, extra_memory, force_patch_weights)
+        self.model.packed_patches.evicted = False
+        return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
 
     def _can_swap(self, device_to, force_patch_weights) -> bool:
         """Whether only patches differ from what is loaded, so that no base weight needs to move."""
@@ -228,7 +253,7 @@ class PackedPatcher:
     def _swap_patches(self, device_to):
         """Exchange the applied patches for this patcher's where the weights lie; the host then finds nothing to do."""
         self.unpatch_hooks()
-        self.model.model_loaded_weight_memory -= self.model.packed_patches.nbytes
+        self.model.model_loaded_weight_memory -= self.model.packed_patches.counted
         for key, backup in self.backup.items():
             device = comfy.utils.get_attr(self.model, key).device
             comfy.utils.set_attr_param(self.model, key, backup.weight.to(device))
@@ -258,16 +283,52 @@ class PackedPatcher:
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
-            self._clear_packed()
+            self._restore_and_clear()
+
+    def _restore_and_clear(self):
+        if self.is_dynamic():
+            super().restore_loaded_backups()
+        self._clear_packed()
 
     def restore_loaded_backups(self):
-        restored = super().restore_loaded_backups()
-        self._clear_packed()
+        """Dynamic VRAM frees what a load has put on the device, also in the midst of a run, which goes on with its patches.
+
+        Returns the freed bytes. The host would put unpatched weights back.
+        """
+        patched = {key: (self.backup[key], comfy.utils.get_attr(self.model, key)) for key, patches in self._all_patches.items()
+                   if key in self.backup and not self._owns(key, patches)}
+        restored = self.model.packed_patches.uncounted + super().restore_loaded_backups()
+        for key, (backup, weight) in patched.items():
+            self.backup[key] = backup
+            comfy.utils.set_attr_param(self.model, key, weight.to(self.offload_device))
+        self._offload_factors()
         return restored
 
     def partially_unload(self, *args, **kwargs):
         with self._packed_patches_hidden():
             return super().partially_unload(*args, **kwargs)
+
+    def detach(self, unpatch_all=True):
+        if unpatch_all and getattr(self.model, "current_patcher", None) is not None:
+            return self._evict()
+        return super().detach(unpatch_all)
+
+    def _evict(self):
+        """Free the device of a model in the midst of a run, whose next step finds weights and patches on the offload device.
+
+        The host would take the patches off with the weights, and the rest of the run would go on without them.
+        """
+        self.partially_unload_ram(1e32)
+        self.partially_unload(self.offload_device, 1e32)
+        self.model.model_loaded_weight_memory -= self.model.packed_patches.counted
+        self._offload_factors()
+        self.model.packed_patches.evicted = True
+        return self.model
+
+    def cleanup(self):
+        super().cleanup()
+        if self.model.packed_patches.evicted:  # the host no longer knows the model as loaded
+            self.detach()
 
     # --- single weights: saving, forced moves ---
 
@@ -283,6 +344,8 @@ class PackedPatcher:
             if key not in self.backup:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
+        elif patches and self._hidden is None:  # a loader that is not the host's asks weight by weight
+            self._apply(key, device_to)
         return weight
 
     def model_state_dict(self, filter_prefix=None):
