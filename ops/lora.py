@@ -48,23 +48,16 @@ class LayerPatches:
         return sum(tensor.nbytes for tensor in branch + adapters)
 
     def offload(self, device: torch.device):
-        """Leave the compute device. The factors come back when the layer runs again."""
-        self._move(device)
-        self.offloaded = True
-
-    def _come_back(self, device: torch.device):
-        if self.offloaded:
-            self._move(device)
-            self.offloaded = False
-
-    def _move(self, device: torch.device):
+        """Leave the compute device for good: from now on the factors travel there whenever the layer runs."""
         if self.down is not None:
             self.down, self.ups = self.down.to(device), [up.to(device) for up in self.ups]
-        self.weight_patches = [(patch[0], _moved(patch[1], device), *patch[2:]) for patch in self.weight_patches]
+        self.weight_patches = [(strength, _moved(value, device), *rest) for strength, value, *rest in self.weight_patches]
+        self.offloaded = True
 
     def branch(self, input: torch.Tensor) -> tuple:
         """(down, ups, slices) in the dtype and on the device of the activations; cast once, not per step."""
-        self._come_back(input.device)
+        if self.down is not None and self.offloaded:
+            return self.down.to(input), [up.to(input) for up in self.ups], self.slices
         if self.down is not None and (self.down.dtype != input.dtype or self.down.device != input.device):
             self.down, self.ups = self.down.to(input), [up.to(input) for up in self.ups]
         return self.down, self.ups, self.slices
@@ -73,22 +66,19 @@ class LayerPatches:
         """An unpacked weight with the host's patches applied in order. `weight` may be changed in place."""
         if not self.weight_patches:
             return weight
-        self._come_back(weight.device)
         return comfy.lora.calculate_weight(self.weight_patches, weight, self.key, original_weights=self.original_weights)
 
     def patch_rows(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """`patch_weight` of the weight's rows from `start` on; only where `acts_on_rows`."""
-        self._come_back(rows.device)
         patches = [rows_of(patch, start, start + len(rows)) for patch in self.weight_patches]
         return comfy.lora.calculate_weight(patches, rows, self.key)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """A dense weight with every patch in it, the branch too; the protocol of the host's weight functions."""
-        self._come_back(weight.device)
         merged = self.patch_weight(weight.to(torch.float32, copy=True))
         if self.down is not None:
-            for row, row_end, up, part in product.slice_factors(self.down.float(), self.ups, self.slices):
-                merged.flatten(1)[row:row_end].addmm_(up.float(), part)
+            for row, row_end, up, part in product.slice_factors(self.down.to(merged), self.ups, self.slices):
+                merged.flatten(1)[row:row_end].addmm_(up.to(merged), part)
         return merged.to(weight.dtype)
 
 

@@ -40,11 +40,6 @@ class Applied:
         self.nbytes = self.counted = 0
         self.evicted = False
 
-    @property
-    def uncounted(self) -> int:
-        """Bytes of factors that were offloaded and came back to the device when their layers ran."""
-        return 0 if self.counted else sum(patches.nbytes for patches in self.layers.values() if not patches.offloaded)
-
 
 class PatchedWeights(dict):
     """A model's state dict for nodes that compute with its weights: a packed one is looked up dense, with its patches.
@@ -165,7 +160,7 @@ class PackedPatcher:
         applied.layers, applied.before_hooks, applied.nbytes, applied.counted = {}, {}, 0, 0
 
     def _offload_factors(self):
-        """Free the device of what packed layers run. They run it all the same: it comes back with their next step."""
+        """Free the device of what packed layers run. They go on with it from the offload device, until the next load."""
         applied = self.model.packed_patches
         for patches in applied.layers.values():
             patches.offload(self.offload_device)
@@ -180,9 +175,6 @@ class PackedPatcher:
 
     def model_size(self):
         return super().model_size() + self._factor_bytes()  # so that the host makes room for them
-
-    def loaded_size(self):
-        return super().loaded_size() + self.model.packed_patches.uncounted
 
     def clone(self, *args, **kwargs):
         clone = adopt(super().clone(*args, **kwargs))
@@ -297,7 +289,7 @@ class PackedPatcher:
         """
         patched = {key: (self.backup[key], comfy.utils.get_attr(self.model, key)) for key, patches in self._all_patches.items()
                    if key in self.backup and not self._owns(key, patches)}
-        restored = self.model.packed_patches.uncounted + super().restore_loaded_backups()
+        restored = super().restore_loaded_backups()
         for key, (backup, weight) in patched.items():
             self.backup[key] = backup
             comfy.utils.set_attr_param(self.model, key, weight.to(self.offload_device))
@@ -320,8 +312,8 @@ class PackedPatcher:
         """
         self.partially_unload_ram(1e32)
         self.partially_unload(self.offload_device, 1e32)
-        self.model.model_loaded_weight_memory -= self.model.packed_patches.counted
         self._offload_factors()
+        self.model.model_loaded_weight_memory = 0
         self.model.packed_patches.evicted = True
         return self.model
 

@@ -87,6 +87,24 @@ def test_unloading_frees_the_factors_and_reloading_restores_them(models, uploads
     assert torch.equal(step(packed), without)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_memory_freed_in_the_midst_of_a_run_takes_no_lora(models, uploads, kind):
+    packed, dense, without, values = models
+    lora = lora_for(values, kind)
+    for name, value in values.items():  # small layers that the host keeps on the device, patched
+        if name.endswith("norm.scale"):
+            lora[f"diffusion_model.{name.replace('.scale', '.diff')}"] = torch.full_like(value, 0.3)
+    patcher, expected = patched(packed, (lora, 0.8)), run(patched(dense, (lora, 0.8)))
+    step(patcher)
+    loaded, factors = patcher.loaded_size(), packed.model.packed_patches.nbytes
+    for _ in range(2):  # first what the slots hold was not enough, then nothing is left to give
+        patcher.partially_unload(torch.device("cpu"), 1e12)
+        assert error_by_effect(forward(patcher), expected, without) < LIMIT
+    assert patcher.loaded_size() <= loaded - factors and patcher.model.model_loaded_weight_memory == 0
+    assert error_by_effect(step(patcher), expected, without) < LIMIT and patcher.loaded_size() == loaded
+    assert torch.equal(step(packed), without)
+
+
 def test_wrappers_see_the_patched_weight(models, uploads):
     packed, dense, without, values = models
     lora = lora_for(values)
