@@ -21,6 +21,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
+from .patched_weights import PatchedWeights
 from .tensor import QuantizedTensor, is_packed, scales_of
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
@@ -39,23 +40,6 @@ class Applied:
         self.before_hooks = {}
         self.nbytes = self.counted = 0
         self.evicted = False
-
-
-class PatchedWeights(dict):
-    """A model's state dict for nodes that compute with its weights: a packed one is looked up dense, with its patches.
-
-    The host has patched the others in place. Whoever only counts or lists the weights unpacks none.
-    """
-
-    def __init__(self, patcher: "PackedPatcher", weights: dict):
-        super().__init__(weights)
-        self.patcher = patcher
-
-    def __getitem__(self, key):
-        weight = super().__getitem__(key)
-        if self.patcher._packed_weight(key) is None:
-            return weight
-        return self.patcher.patch_weight_to_device(key, weight.device, return_weight=True)
 
 
 @functools.cache
@@ -344,8 +328,15 @@ class PackedPatcher:
         # The host looks up every name. Those of a packed weight's scales are there to be counted, and no weights of their own.
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, PackedLayer)}
         parts = ((key.rpartition("."), value) for key, value in super().model_state_dict(filter_prefix).items())
-        return PatchedWeights(self, {f"{name}{dot}{param}": value for (name, dot, param), value in parts
-                                     if name not in layers or param in layers[name]._parameters})
+        weights = {f"{name}{dot}{param}": value for (name, dot, param), value in parts
+                   if name not in layers or param in layers[name]._parameters}
+
+        def patched(key: str) -> torch.Tensor:
+            return self.patch_weight_to_device(key, weights[key].device, return_weight=True)
+
+        lazy = [key for key in weights if self._packed_weight(key) is not None
+                or (key in self._all_patches and key not in self.backup)]  # those in `backup` are patched where they lie
+        return PatchedWeights(weights, lazy, patched)
 
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)
