@@ -108,7 +108,7 @@ class PackedPatcher:
             dtype = self.model.get_dtype_inference() if hasattr(self.model, "get_dtype_inference") else torch.float32
         return build_patches(key, patches, layer.weight.shape, device, dtype, layer.has_branch, original_weights)
 
-    def _set(self, key: str, patches: LayerPatches | None):
+    def _hand_to_layer(self, key: str, patches: LayerPatches | None):
         """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""
         layer = self._layer(key)
         functions = [function for function in layer.weight_function if not isinstance(function, LayerPatches)]
@@ -117,18 +117,18 @@ class PackedPatcher:
         else:
             layer.lora, layer.weight_function = patches, functions
 
-    def _apply_packed(self, device):
+    def _apply_all(self, device):
         """Give every packed layer its patches, and count their factors as loaded."""
-        self._clear_packed()
+        self._clear_all()
         for key in self._packed_keys():
-            self._apply(key, device)
+            self._apply_one(key, device)
 
-    def _apply(self, key: str, device):
+    def _apply_one(self, key: str, device):
         """Give one packed layer its patches, and count their factors as loaded."""
         applied = self.model.packed_patches
         before = applied.layers.pop(key, None)
         built = self._build(key, self._all_patches[key], device)
-        self._set(key, built)
+        self._hand_to_layer(key, built)
         if built is not None:
             applied.layers[key] = built
         change = (built.nbytes if built is not None else 0) - (before.nbytes if before is not None else 0)
@@ -136,17 +136,18 @@ class PackedPatcher:
         applied.counted += change
         self.model.model_loaded_weight_memory += change
 
-    def _clear_packed(self):
+    def _clear_all(self):
         """Free what packed layers run; the host sets its own counter of loaded memory."""
         applied = self.model.packed_patches
         for key in applied.layers.keys() | applied.before_hooks.keys():
-            self._set(key, None)
+            self._hand_to_layer(key, None)
         applied.layers, applied.before_hooks, applied.nbytes, applied.counted = {}, {}, 0, 0
 
     def _offload_factors(self):
         """Free the device of what packed layers run. They go on with it from the offload device, until the next load."""
         applied = self.model.packed_patches
-        for patches in applied.layers.values():
+        of_hooks = {self._layer(key).lora for key in applied.before_hooks} - {None}
+        for patches in {*applied.layers.values(), *of_hooks}:
             patches.offload(self.offload_device)
         applied.counted = 0
 
@@ -178,7 +179,7 @@ class PackedPatcher:
             self._drop_double_patches()
             if full_load:
                 self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
-            self._apply_packed(device_to)
+            self._apply_all(device_to)
         if self.current_hooks is not None:
             self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
 
@@ -193,14 +194,14 @@ class PackedPatcher:
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
         before = self._slots()
-        self._restore_and_clear()
+        self._take_all_off()
         with self._packed_patches_hidden():
             super().load(device_to, lowvram_model_memory)
         for module, (slot, patched) in self._slots().items():
             old_slot, was_patched = before.get(module, (None, False))
             if slot is not old_slot or (dirty and (patched or was_patched)):
                 module._v_signature = None
-        self._apply_packed(device_to)
+        self._apply_all(device_to)
 
     def _slots(self) -> dict:
         """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
@@ -237,7 +238,7 @@ class PackedPatcher:
         with self._packed_patches_hidden():
             for name, module in self.model.named_modules():
                 self._swap_host_patches(name, module, device_to)
-        self._apply_packed(device_to)
+        self._apply_all(device_to)
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(self, device_to, 0, False, False)
@@ -259,12 +260,13 @@ class PackedPatcher:
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
-            self._restore_and_clear()
+            self._take_all_off()
 
-    def _restore_and_clear(self):
+    def _take_all_off(self):
+        """Put back what a load has replaced, and free what packed layers run."""
         if self.is_dynamic():
             super().restore_loaded_backups()
-        self._clear_packed()
+        self._clear_all()
 
     def restore_loaded_backups(self):
         """Dynamic VRAM frees what a load has put on the device, also in the midst of a run, which goes on with its patches.
@@ -321,7 +323,7 @@ class PackedPatcher:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
         elif patches and self._hidden is None:  # a loader that is not the host's asks weight by weight
-            self._apply(key, device_to)
+            self._apply_one(key, device_to)
         return weight
 
     def model_state_dict(self, filter_prefix=None):
@@ -362,13 +364,13 @@ class PackedPatcher:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         patches = self._all_patches.get(key, []) + combined_patches[key]
         patches = self._build(key, patches, self.load_device, {key: original_weights.pop(key)})
-        self._set_for_hooks(key, patches)
+        self._hand_over_for_hooks(key, patches)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
             self.cached_hook_patches.setdefault(hooks, {})[key] = patches
 
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
         if isinstance(cached_weights[key], (LayerPatches, type(None))):
-            self._set_for_hooks(key, cached_weights[key])
+            self._hand_over_for_hooks(key, cached_weights[key])
         else:
             self._make_writable(key)
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
@@ -379,14 +381,14 @@ class PackedPatcher:
             self.unpin_weight(key)
             comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).clone())
 
-    def _set_for_hooks(self, key: str, patches: LayerPatches | None):
+    def _hand_over_for_hooks(self, key: str, patches: LayerPatches | None):
         applied = self.model.packed_patches
         applied.before_hooks.setdefault(key, applied.layers.get(key))
-        self._set(key, patches)
+        self._hand_to_layer(key, patches)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         before_hooks = self.model.packed_patches.before_hooks
         for key in list(before_hooks):
             if not whitelist_keys_set or key in whitelist_keys_set:
-                self._set(key, before_hooks.pop(key))
+                self._hand_to_layer(key, before_hooks.pop(key))
         super().unpatch_hooks(whitelist_keys_set)
