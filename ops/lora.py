@@ -37,17 +37,27 @@ class LayerPatches:
         self.down, self.ups, self.slices = down, list(ups), list(slices)
         self.weight_patches = list(weight_patches)
         self.original_weights = original_weights
+        self.offloaded = False
         self.acts_on_rows = all(rows_of(patch, 0, 1) is not None for patch in self.weight_patches)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the compute device."""
+        """Bytes of the factors: on the compute device, unless they are offloaded."""
         branch = [] if self.down is None else [self.down, *self.ups]
         adapters = [tensor for patch in self.weight_patches for tensor in adapter_tensors(patch[1])]
         return sum(tensor.nbytes for tensor in branch + adapters)
 
+    def offload(self, device: torch.device):
+        """Leave the compute device for good: from now on the factors travel there whenever the layer runs."""
+        if self.down is not None:
+            self.down, self.ups = self.down.to(device), [up.to(device) for up in self.ups]
+        self.weight_patches = [(strength, _moved(value, device), *rest) for strength, value, *rest in self.weight_patches]
+        self.offloaded = True
+
     def branch(self, input: torch.Tensor) -> tuple:
         """(down, ups, slices) in the dtype and on the device of the activations; cast once, not per step."""
+        if self.down is not None and self.offloaded:
+            return self.down.to(input), [up.to(input) for up in self.ups], self.slices
         if self.down is not None and (self.down.dtype != input.dtype or self.down.device != input.device):
             self.down, self.ups = self.down.to(input), [up.to(input) for up in self.ups]
         return self.down, self.ups, self.slices
@@ -68,7 +78,7 @@ class LayerPatches:
         merged = self.patch_weight(weight.to(torch.float32, copy=True))
         if self.down is not None:
             for row, row_end, up, rank, rank_end in product.each_slice(self.ups, self.slices):
-                merged.flatten(1)[row:row_end].addmm_(up.float(), self.down[rank:rank_end].float())
+                merged.flatten(1)[row:row_end].addmm_(up.to(merged), self.down[rank:rank_end].to(merged))
         return rounding.dithered(merged, weight.dtype)
 
 

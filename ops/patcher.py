@@ -21,6 +21,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
+from .patched_weights import PatchedWeights
 from .tensor import QuantizedTensor, is_packed, scales_of
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
@@ -30,30 +31,15 @@ class Applied:
     """What is applied to a model's packed layers now.
 
     layers: weight name -> LayerPatches. before_hooks: what hooks have replaced for the moment. nbytes: of the factors in
-    `layers`, counted in the host's `model_loaded_weight_memory`.
+    `layers`. counted: of these, the bytes in the host's `model_loaded_weight_memory`. evicted: the host has taken the model
+    off the device in the midst of a run.
     """
 
     def __init__(self):
         self.layers = {}
         self.before_hooks = {}
-        self.nbytes = 0
-
-
-class PatchedWeights(dict):
-    """A model's state dict for nodes that compute with its weights: a packed one is looked up dense, with its patches.
-
-    The host has patched the others in place. Whoever only counts or lists the weights unpacks none.
-    """
-
-    def __init__(self, patcher: "PackedPatcher", weights: dict):
-        super().__init__(weights)
-        self.patcher = patcher
-
-    def __getitem__(self, key):
-        weight = super().__getitem__(key)
-        if self.patcher._packed_weight(key) is None:
-            return weight
-        return self.patcher.patch_weight_to_device(key, weight.device, return_weight=True)
+        self.nbytes = self.counted = 0
+        self.evicted = False
 
 
 @functools.cache
@@ -122,38 +108,52 @@ class PackedPatcher:
             dtype = self.model.get_dtype_inference() if hasattr(self.model, "get_dtype_inference") else torch.float32
         return build_patches(key, patches, layer.weight.shape, device, dtype, layer.has_branch, original_weights)
 
-    def _set(self, key: str, patches: LayerPatches | None):
+    def _hand_to_layer(self, key: str, patches: LayerPatches | None):
         """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""
         layer = self._layer(key)
         functions = [function for function in layer.weight_function if not isinstance(function, LayerPatches)]
-        if functions and patches is not None:
+        if patches is not None and (functions or key in self.weight_wrapper_patches):
             layer.lora, layer.weight_function = None, [patches, *functions]
         else:
             layer.lora, layer.weight_function = patches, functions
 
-    def _apply_packed(self, device):
+    def _apply_all(self, device):
         """Give every packed layer its patches, and count their factors as loaded."""
-        applied = self.model.packed_patches
-        self._clear_packed()
-        patches = self._all_patches
+        self._clear_all()
         for key in self._packed_keys():
-            built = self._build(key, patches[key], device)
-            if built is not None:
-                applied.layers[key] = built
-                self._set(key, built)
-        applied.nbytes = sum(built.nbytes for built in applied.layers.values())
-        self.model.model_loaded_weight_memory += applied.nbytes
+            self._apply_one(key, device)
 
-    def _clear_packed(self):
+    def _apply_one(self, key: str, device):
+        """Give one packed layer its patches, and count their factors as loaded."""
+        applied = self.model.packed_patches
+        before = applied.layers.pop(key, None)
+        built = self._build(key, self._all_patches[key], device)
+        self._hand_to_layer(key, built)
+        if built is not None:
+            applied.layers[key] = built
+        change = (built.nbytes if built is not None else 0) - (before.nbytes if before is not None else 0)
+        applied.nbytes += change
+        applied.counted += change
+        self.model.model_loaded_weight_memory += change
+
+    def _clear_all(self):
         """Free what packed layers run; the host sets its own counter of loaded memory."""
         applied = self.model.packed_patches
         for key in applied.layers.keys() | applied.before_hooks.keys():
-            self._set(key, None)
-        applied.layers, applied.before_hooks, applied.nbytes = {}, {}, 0
+            self._hand_to_layer(key, None)
+        applied.layers, applied.before_hooks, applied.nbytes, applied.counted = {}, {}, 0, 0
+
+    def _offload_factors(self):
+        """Free the device of what packed layers run. They go on with it from the offload device, until the next load."""
+        applied = self.model.packed_patches
+        of_hooks = {self._layer(key).lora for key in applied.before_hooks} - {None}
+        for patches in {*applied.layers.values(), *of_hooks}:
+            patches.offload(self.offload_device)
+        applied.counted = 0
 
     def _factor_bytes(self) -> int:
         """What the factors of this patcher's patches take on the device; about, as long as they are not built."""
-        if self.model.current_weight_patches_uuid == self.patches_uuid:
+        if self.model.packed_patches.layers and self.model.current_weight_patches_uuid == self.patches_uuid:
             return self.model.packed_patches.nbytes
         return sum(tensor.nbytes for key in self._packed_keys() for patch in self._all_patches[key]
                    for tensor in adapter_tensors(patch[1]))
@@ -175,11 +175,11 @@ class PackedPatcher:
             factors = self._factor_bytes()
             budget = lowvram_model_memory if full_load else max(1, lowvram_model_memory - factors)
             with self._packed_patches_hidden():
-                super().load(device_to, budget, force_patch_weights, full_load)
+                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=full_load)
             self._drop_double_patches()
             if full_load:
                 self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
-            self._apply_packed(device_to)
+            self._apply_all(device_to)
         if self.current_hooks is not None:
             self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
 
@@ -194,13 +194,14 @@ class PackedPatcher:
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
         before = self._slots()
+        self._take_all_off()
         with self._packed_patches_hidden():
             super().load(device_to, lowvram_model_memory)
         for module, (slot, patched) in self._slots().items():
             old_slot, was_patched = before.get(module, (None, False))
             if slot is not old_slot or (dirty and (patched or was_patched)):
                 module._v_signature = None
-        self._apply_packed(device_to)
+        self._apply_all(device_to)
 
     def _slots(self) -> dict:
         """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
@@ -213,9 +214,10 @@ class PackedPatcher:
                 try:
                     self._swap_patches(device_to)
                 except Exception:
-                    self.detach()
+                    super().detach()
                     raise
-        return super().partially_load(device_to, extra_memory, force_patch_weights)
+        self.model.packed_patches.evicted = False
+        return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
 
     def _can_swap(self, device_to, force_patch_weights) -> bool:
         """Whether only patches differ from what is loaded, so that no base weight needs to move."""
@@ -228,7 +230,7 @@ class PackedPatcher:
     def _swap_patches(self, device_to):
         """Exchange the applied patches for this patcher's where the weights lie; the host then finds nothing to do."""
         self.unpatch_hooks()
-        self.model.model_loaded_weight_memory -= self.model.packed_patches.nbytes
+        self.model.model_loaded_weight_memory -= self.model.packed_patches.counted
         for key, backup in self.backup.items():
             device = comfy.utils.get_attr(self.model, key).device
             comfy.utils.set_attr_param(self.model, key, backup.weight.to(device))
@@ -236,7 +238,7 @@ class PackedPatcher:
         with self._packed_patches_hidden():
             for name, module in self.model.named_modules():
                 self._swap_host_patches(name, module, device_to)
-        self._apply_packed(device_to)
+        self._apply_all(device_to)
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(self, device_to, 0, False, False)
@@ -258,16 +260,53 @@ class PackedPatcher:
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
-            self._clear_packed()
+            self._take_all_off()
+
+    def _take_all_off(self):
+        """Put back what a load has replaced, and free what packed layers run."""
+        if self.is_dynamic():
+            super().restore_loaded_backups()
+        self._clear_all()
 
     def restore_loaded_backups(self):
+        """Dynamic VRAM frees what a load has put on the device, also in the midst of a run, which goes on with its patches.
+
+        Returns the freed bytes. The host would put unpatched weights back.
+        """
+        patched = {key: (self.backup[key], comfy.utils.get_attr(self.model, key)) for key, patches in self._all_patches.items()
+                   if key in self.backup and not self._owns(key, patches)}
         restored = super().restore_loaded_backups()
-        self._clear_packed()
+        for key, (backup, weight) in patched.items():
+            self.backup[key] = backup
+            comfy.utils.set_attr_param(self.model, key, weight.to(self.offload_device))
+        self._offload_factors()
         return restored
 
     def partially_unload(self, *args, **kwargs):
         with self._packed_patches_hidden():
             return super().partially_unload(*args, **kwargs)
+
+    def detach(self, unpatch_all=True):
+        if unpatch_all and getattr(self.model, "current_patcher", None) is not None:
+            return self._evict()
+        return super().detach(unpatch_all)
+
+    def _evict(self):
+        """Free the device of a model in the midst of a run, whose next step finds weights and patches on the offload device.
+
+        The host would take the patches off with the weights, and the rest of the run would go on without them.
+        """
+        self.partially_unload_ram(1e32)
+        self.partially_unload(self.offload_device, 1e32)
+        self._offload_factors()
+        self.model.model_loaded_weight_memory = 0
+        self.model.packed_patches.evicted = True
+        return self.model
+
+    def cleanup(self):
+        super().cleanup()
+        if self.model.packed_patches.evicted:  # the host no longer knows the model as loaded
+            self.detach()
 
     # --- single weights: saving, forced moves ---
 
@@ -283,14 +322,23 @@ class PackedPatcher:
             if key not in self.backup:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
+        elif patches and self._hidden is None:  # a loader that is not the host's asks weight by weight
+            self._apply_one(key, device_to)
         return weight
 
     def model_state_dict(self, filter_prefix=None):
         # The host looks up every name. Those of a packed weight's scales are there to be counted, and no weights of their own.
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, PackedLayer)}
         parts = ((key.rpartition("."), value) for key, value in super().model_state_dict(filter_prefix).items())
-        return PatchedWeights(self, {f"{name}{dot}{param}": value for (name, dot, param), value in parts
-                                     if name not in layers or param in layers[name]._parameters})
+        weights = {f"{name}{dot}{param}": value for (name, dot, param), value in parts
+                   if name not in layers or param in layers[name]._parameters}
+
+        def patched(key: str) -> torch.Tensor:
+            return self.patch_weight_to_device(key, weights[key].device, return_weight=True)
+
+        lazy = [key for key in weights if self._packed_weight(key) is not None
+                or (key in self._all_patches and key not in self.backup)]  # those in `backup` are patched where they lie
+        return PatchedWeights(weights, lazy, patched)
 
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)
@@ -316,13 +364,13 @@ class PackedPatcher:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         patches = self._all_patches.get(key, []) + combined_patches[key]
         patches = self._build(key, patches, self.load_device, {key: original_weights.pop(key)})
-        self._set_for_hooks(key, patches)
+        self._hand_over_for_hooks(key, patches)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
             self.cached_hook_patches.setdefault(hooks, {})[key] = patches
 
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
         if isinstance(cached_weights[key], (LayerPatches, type(None))):
-            self._set_for_hooks(key, cached_weights[key])
+            self._hand_over_for_hooks(key, cached_weights[key])
         else:
             self._make_writable(key)
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
@@ -333,14 +381,14 @@ class PackedPatcher:
             self.unpin_weight(key)
             comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).clone())
 
-    def _set_for_hooks(self, key: str, patches: LayerPatches | None):
+    def _hand_over_for_hooks(self, key: str, patches: LayerPatches | None):
         applied = self.model.packed_patches
         applied.before_hooks.setdefault(key, applied.layers.get(key))
-        self._set(key, patches)
+        self._hand_to_layer(key, patches)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         before_hooks = self.model.packed_patches.before_hooks
         for key in list(before_hooks):
             if not whitelist_keys_set or key in whitelist_keys_set:
-                self._set(key, before_hooks.pop(key))
+                self._hand_to_layer(key, before_hooks.pop(key))
         super().unpatch_hooks(whitelist_keys_set)

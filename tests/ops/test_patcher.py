@@ -163,6 +163,76 @@ def test_loaded_in_part_then_switched_then_unloaded_in_part(format_name, budget)
     assert torch.equal(forward(packed), without) and packed.loaded_size() == 0
 
 
+@both_kinds
+def test_an_eviction_in_the_midst_of_a_run_takes_no_lora(format_name):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
+    without, expected = run(dense), run(patched(dense, (first, 1.0), (second, 0.5)))
+    patcher = on_two_devices(patched(packed, (first, 1.0), (second, 0.5)))
+    patcher.partially_load(LOAD, 2 * packed.model_size())
+    patcher.pre_run()
+    assert patcher.loaded_size() > 0
+    patcher.detach()  # as the host does for another model
+    assert patcher.loaded_size() == 0 and all(patches.offloaded for patches in packed.model.packed_patches.layers.values())
+    assert error_by_effect(forward(patcher), expected, without) < LIMIT
+    patcher.cleanup()
+    assert not packed.model.packed_patches.layers and not any(layer.lora for layer in packed_layers(packed))
+    assert torch.equal(forward(packed), without)
+
+
+@both_kinds
+def test_a_loader_that_asks_for_each_weight_by_itself(format_name):
+    """ComfyUI-MultiGPU's DisTorch2 distributes layers over devices without the host's `load`."""
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
+    without = run(dense)
+    comfy.model_management.unload_all_models()
+
+    def load(patcher):
+        patcher.patch_model(load_weights=False)
+        for name, module in patcher.model.named_modules():
+            for param, _ in module.named_parameters(recurse=False):
+                if f"{name}.{param}" in patcher.patches:
+                    patcher.patch_weight_to_device(f"{name}.{param}", device_to=LOAD)
+                if f"{name}.{param}" in patcher.weight_wrapper_patches:
+                    module.weight_function.extend(patcher.weight_wrapper_patches[f"{name}.{param}"])
+            module.comfy_patched_weights = True
+        patcher.model.current_weight_patches_uuid = patcher.patches_uuid
+        patcher.model.device = LOAD
+
+    for with_wrapper in (False, True):
+        outputs = []
+        for patcher in (packed, dense):
+            patcher = patched(patcher, (first, 1.0), (second, 0.5))
+            if with_wrapper:
+                patcher.add_weight_wrapper("diffusion_model.double_blocks.0.img_mlp.2.weight", lambda weight: weight.relu())
+            (load if patcher.model is packed.model else lambda patcher: run(patcher))(patcher)
+            outputs.append(forward(patcher))
+        assert error_by_effect(*outputs, without) < LIMIT
+        assert len(packed_layers(packed)) == COUNTS[format_name]
+        assert packed.loaded_size() == packed.model.packed_patches.nbytes > 0
+        comfy.model_management.unload_all_models()
+        packed.detach()
+        for module in packed.model.modules():
+            if hasattr(module, "weight_function"):
+                module.weight_function = []
+        assert packed.loaded_size() == 0 and torch.equal(forward(packed), without)
+
+
+def test_what_a_loader_is_asked_for_reaches_it_by_name(monkeypatch):
+    """ComfyUI-MultiGPU's `partially_load` has another parameter where the host's has `force_patch_weights`."""
+    packed, _ = flux_pair("Q8_0")
+    asked = []
+
+    def partially_load(self, device_to, extra_memory=0, full_load=False, force_patch_weights=False, **kwargs):
+        asked.append((full_load, force_patch_weights))
+        return 0
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", partially_load)
+    packed.partially_load(LOAD, 0, force_patch_weights=True)
+    assert asked == [(False, True)]
+
+
 # --- memory ---
 
 

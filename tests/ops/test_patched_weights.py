@@ -1,0 +1,221 @@
+"""The state dict of a packed model with LoRAs, in every way that other packs read one."""
+import collections
+import copy
+import io
+import pickle
+import weakref
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor import QuantizedTensor
+from patched_models import flux_file, flux_pair, forget_models, lora_for, packed_layers, patched, run
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+PREFIX = "diffusion_model."
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_model_outlives_its_tests():
+    yield
+    forget_models()
+
+
+def with_lora(patcher, format_name):
+    """A LoRA for every matrix and changes of the biases, which the host patches by itself."""
+    values = flux_file(format_name)[1]
+    lora = lora_for(values, "dora", seed=1)
+    for name, value in values.items():
+        if name.endswith(".bias"):
+            lora[f"{PREFIX}{name.removesuffix('.bias')}.diff_b"] = torch.full_like(value, 0.1)
+    return patched(patcher, (lora, 0.8))
+
+
+@pytest.fixture(params=[(name, loaded) for name in ("Q4_K", "float8_e4m3fn") for loaded in (False, True)], ids=str)
+def models(request):
+    """(patcher of a packed model with a LoRA, weights of the host's dense model with it)"""
+    format_name, loaded = request.param
+    packed, dense = flux_pair(format_name)
+    reference = with_lora(dense, format_name)
+    run(reference)
+    expected = {name: weight.clone() for name, weight in reference.model_state_dict(PREFIX).items()}
+    comfy.model_management.unload_all_models()
+    patcher = with_lora(packed, format_name)
+    if loaded:
+        run(patcher)
+    return patcher, expected
+
+
+def by_popitem(weights):
+    return dict(weights.popitem() for _ in range(len(weights)))
+
+
+def updated(weights):
+    result = {}
+    result.update(weights)
+    return result
+
+
+def through_torch(weights):
+    file = io.BytesIO()
+    torch.save(weights, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def given(**weights):
+    return weights
+
+
+def merged_in_place(weights):
+    weights |= {"another": torch.ones(1)}
+    return {name: weight for name, weight in weights.items() if name != "another"}
+
+
+READINGS = {
+    "lookup": lambda weights: {name: weights[name] for name in weights},
+    "lookup of keys": lambda weights: {name: weights[name] for name in list(weights.keys())},
+    "get": lambda weights: {name: weights.get(name) for name in weights},
+    "get with default": lambda weights: {name: weights.get(name, None) for name in weights},
+    "items": lambda weights: {name: weight.detach().clone() for name, weight in weights.items()},
+    "list of items": lambda weights: dict(list(weights.items())),
+    "sorted items": lambda weights: dict(sorted(weights.items(), key=lambda item: item[0])),
+    "values": lambda weights: dict(zip(weights, weights.values())),
+    "copy": lambda weights: dict(weights.copy().items()),
+    "copy.copy": lambda weights: dict(copy.copy(weights).items()),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda weights: pickle.loads(pickle.dumps(weights)),
+    "torch.save": through_torch,
+    "dict": dict,
+    "OrderedDict": collections.OrderedDict,
+    "ChainMap": lambda weights: dict(collections.ChainMap({}, weights)),
+    "two stars": lambda weights: {**weights},
+    "keyword arguments": lambda weights: given(**weights),
+    "or": lambda weights: dict((weights | {}).items()),
+    "or from the right": lambda weights: {} | weights,
+    "in-place or": merged_in_place,
+    "update": updated,
+    "pop": lambda weights: {name: weights.pop(name) for name in list(weights)},
+    "popitem": by_popitem,
+    "setdefault": lambda weights: {name: weights.setdefault(name, None) for name in weights},
+    "reversed": lambda weights: {name: weights[name] for name in reversed(weights)},
+    "state_dict_prefix_replace": lambda weights: comfy.utils.state_dict_prefix_replace(weights, {}),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_every_reading_gives_dense_weights_with_their_patches(models, reading):
+    patcher, expected = models
+    weights = READINGS[reading](patcher.model_state_dict(PREFIX))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert not isinstance(weight, QuantizedTensor)
+        assert weight.shape == expected[name].shape and weight.dtype == expected[name].dtype
+        assert torch.allclose(weight.float(), expected[name].float(), rtol=1e-5, atol=1e-6), name
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """Names of the weights that were unpacked."""
+    names, read = [], PackedPatcher.patch_weight_to_device
+
+    def counted(self, key, *args, **kwargs):
+        names.append(key)
+        return read(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(PackedPatcher, "patch_weight_to_device", counted)
+    return names
+
+
+def test_listing_counting_and_copying_unpack_nothing(models, unpacked):
+    weights = models[0].model_state_dict()
+    names = list(weights)
+    assert len(weights) == len(weights.keys()) == len(names) and names[0] in weights and "another" not in weights
+    assert isinstance(weights, dict) and weights.keys() & set(names) == set(names) == set(weights.keys())
+    assert list(reversed(weights)) == names[::-1] and weights.get("another") is None and bool(weights)
+    others = [weights.copy(), copy.copy(weights), weights | {"another": torch.ones(1)}]
+    others[0]["another"] = torch.ones(1)
+    del others[1][names[0]]
+    assert [len(other) - len(weights) for other in others] == [1, -1, 1]
+    others[0].clear()
+    assert not unpacked
+
+
+def test_going_over_the_items_unpacks_one_at_a_time(models, unpacked):
+    patcher, count = models[0], len(packed_layers(models[0]))
+    alive = []
+    for name, weight in patcher.model_state_dict().items():
+        alive = [reference for reference in alive if reference() is not None]
+        assert len(alive) < 2
+        if name in unpacked:
+            alive.append(weakref.ref(weight))
+    assert count <= len(unpacked) == len(set(unpacked))
+
+
+def test_what_was_put_in_is_what_is_read(models):
+    weights = models[0].model_state_dict()
+    name = next(name for name in weights if name.endswith("img_mlp.0.weight"))
+    mine = weights[name] * 2
+    weights[name] = mine
+    weights["another"] = mine
+    assert weights[name] is mine and weights.copy()[name] is mine and dict(weights)["another"] is mine
+    del weights[name]
+    assert name not in weights and name not in weights.copy()
+
+
+# --- what other packs and the host's own nodes do with it ---
+
+
+def test_saved_with_safetensors_as_it_is(models, tmp_path):
+    patcher, expected = models
+    save_file(patcher.model_state_dict(PREFIX), tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    saved = load_file(tmp_path / "weights.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.allclose(saved[name].float(), weight.float(), rtol=1e-5, atol=1e-6) for name, weight in expected.items())
+
+
+def test_loaded_into_another_model(models):
+    patcher, expected = models
+    other = comfy.sd.load_diffusion_model_state_dict(
+        {name.removeprefix(PREFIX): torch.zeros_like(weight) for name, weight in expected.items()}).model
+    other.load_state_dict(patcher.model_state_dict(), strict=False)
+    loaded = other.state_dict()
+    assert all(torch.allclose(loaded[name], weight, rtol=1e-5, atol=1e-6) for name, weight in expected.items())
+
+
+@pytest.fixture
+def base(models):
+    """The weights without the LoRA, as the models are read that packs compare: each loaded before."""
+    run(models[0].parent)
+    weights = {name: weight.float().clone() for name, weight in models[0].parent.model_state_dict(PREFIX).items()}
+    comfy.model_management.unload_all_models()
+    return weights
+
+
+def test_the_difference_to_another_model_is_the_lora(models, base):
+    patcher, expected = models
+    run(patcher)
+    for name, weight in patcher.model_state_dict(PREFIX).items():
+        if weight.ndim == 2:
+            effect = expected[name].float() - base[name]
+            assert (weight.float() - base[name] - effect).norm() < 1e-4 * effect.norm() > 0
+
+
+def test_a_lora_is_extracted_from_what_a_lora_has_changed(models, base):
+    from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
+    from comfy_extras.nodes_model_merging import ModelSubtract
+
+    patcher, expected = models
+    difference, = ModelSubtract().merge(patcher, patcher.parent, 1.0)
+    extracted = calc_lora_model(difference, 8, PREFIX, "", {}, LORAType.FULL_DIFF)
+    names = [name for name, weight in base.items() if weight.ndim == 2]
+    assert len(names) > 10
+    for name in names:
+        effect = expected[name].float() - base[name]
+        weight = extracted[f"{name.removeprefix(PREFIX).removesuffix('.weight')}.diff"]
+        assert (weight.float() - effect).norm() < 1e-3 * effect.norm()
