@@ -13,7 +13,7 @@ import torch
 
 from . import int8, product
 from .lora import LayerPatches
-from .tensor import QuantizedTensor, detached, is_packed, part_of, relabelled, scales_of
+from .tensor import QuantizedTensor, detached, held_narrow, is_packed, part_of, relabelled, scales_of
 
 
 class PackedLayer:
@@ -54,7 +54,7 @@ class PackedLayer:
             elif is_packed(value):
                 value = product.unpack(value, param.dtype)  # a bias: the product takes it dense
             elif not assign:
-                value = value.to(param.dtype)
+                value = held_narrow(value, param.dtype) if name == "weight" else value.to(param.dtype)
             self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
