@@ -167,17 +167,24 @@ class _PackedConv(PackedLayer):
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
         lora = self.lora
         if lora is None or lora.down is None:
-            return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+            return self._without_branch(input, weight, bias, *args, **kwargs)
         down, ups, slices = lora.branch(input)
         positions = input.shape[0] * input.shape[2:].numel() // math.prod(self.stride)
         if product.merging_is_cheaper(positions, down.shape[1], product.slice_factors(down, ups, slices)):
             dense = product.unpack(weight, torch.float32, self.value_dtype) if is_packed(weight) else weight
             return super()._conv_forward(input, lora(dense).to(input.dtype), bias, *args, **kwargs)
-        out = super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+        out = self._without_branch(input, weight, bias, *args, **kwargs)
         hidden = super()._conv_forward(input, down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
         for row, row_end, up, rank, rank_end in product.each_slice(ups, slices):
             out[:, row:row_end] += torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
         return out
+
+    def _without_branch(self, input, weight, bias, *args, **kwargs):
+        patched = self.lora is not None and self.lora.weight_patches
+        if patched or not is_packed(weight) or not product.scratch_serves(input):
+            return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+        with product.unpacked_in_scratch(weight, input.dtype, self.value_dtype) as dense:
+            return super()._conv_forward(input, dense, bias, *args, **kwargs)
 
 
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
