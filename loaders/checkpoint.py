@@ -18,6 +18,7 @@ from .diffusion import (
 from .diffusers_names import in_the_hosts_names
 from .progress import Progress
 from .text_encoder import load_text_encoder
+from .vae import held_narrow
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
         clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
     if outputs["output_vae"]:
         with bare_parameters_unpacked():
-            vae = comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict()) if "vae" in folders else _no_vae()
+            vae = (held_narrow(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict())) if "vae" in folders
+                   else _no_vae())
     return model, clip, vae
 
 
@@ -151,7 +153,7 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
         warn_of_exact_products(model, compute)
     if clip is not None:
         adopt(clip.patcher)
-    return model, clip, vae
+    return model, clip, vae and held_narrow(vae)
 
 
 # What the host calls to have a part of a checkpoint once more, for another device or outside of dynamic VRAM.

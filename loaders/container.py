@@ -144,7 +144,7 @@ class WeightFile:
 
     def _as_tensor(self, entry: Entry) -> torch.Tensor:
         data = self.tensor(entry.name)
-        return packed_tensor(FORMATS[entry.format], data, entry.shape) if entry.format in FORMATS else data
+        return data if entry.format in self.dtypes else packed_tensor(FORMATS[entry.format], data, entry.shape)
 
 
 def open_weights(path: str | os.PathLike) -> WeightFile:

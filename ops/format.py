@@ -36,6 +36,7 @@ class Format:
     block_bytes: int
     ggml_type: int | None = None
     scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
+    plain_dtype: torch.dtype | None = None  # of formats whose bytes are plain numbers
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -54,7 +54,7 @@ def _has_vnni() -> bool:
 def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype: torch.dtype | None, tokens: int, rows: int,
                  columns: int):
     """What makes the codes of the weight, called as `int8_codes.encode_rows`; None where the exact product is to run."""
-    if (columns % int8_codes.GROUP or columns > MAX_COLUMNS or rows % ROW_MULTIPLE
+    if (packed_format.plain_dtype or columns % int8_codes.GROUP or columns > MAX_COLUMNS or rows % ROW_MULTIPLE
             or tokens < MIN_TOKENS.get(device.type, math.inf) or not multiplies_integers(device)):
         return None
     if columns % packed_format.block_length == 0:

@@ -12,7 +12,7 @@ import torch
 
 from . import int8, product, rounding
 from .lora import LayerPatches
-from .tensor import QuantizedTensor, detached, is_packed, part_of, relabelled, scales_of
+from .tensor import QuantizedTensor, detached, held_narrow, is_packed, part_of, relabelled, scales_of
 
 
 class PackedLayer:
@@ -53,7 +53,7 @@ class PackedLayer:
             elif is_packed(value):
                 value = product.unpack(value, param.dtype)  # a bias: the product takes it dense
             elif not assign:
-                value = value.to(param.dtype)
+                value = held_narrow(value, param.dtype) if name == "weight" else value.to(param.dtype)
             self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
@@ -162,14 +162,21 @@ class _PackedConv(PackedLayer):
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
         lora = self.lora
         if lora is None or lora.down is None:
-            return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+            return self._without_branch(input, weight, bias, *args, **kwargs)
         down, ups, slices = lora.branch(input)
-        out = super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+        out = self._without_branch(input, weight, bias, *args, **kwargs)
         hidden = super()._conv_forward(input, down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
         for row, row_end, up, rank, rank_end in product.each_slice(ups, slices):
             change = torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
             out[:, row:row_end] = rounding.weak_sum(out[:, row:row_end], change)
         return out
+
+    def _without_branch(self, input, weight, bias, *args, **kwargs):
+        patched = self.lora is not None and self.lora.weight_patches
+        if patched or not is_packed(weight) or not product.scratch_serves(input):
+            return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
+        with product.unpacked_in_scratch(weight, input.dtype, self.value_dtype) as dense:
+            return super()._conv_forward(input, dense, bias, *args, **kwargs)
 
 
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):

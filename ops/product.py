@@ -220,6 +220,21 @@ def unpack(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype
         packed_tensors(weight), weight.layout_cls.format.__name__, list(weight.shape), dtype, value_dtype)
 
 
+def scratch_serves(input: torch.Tensor) -> bool:
+    """Whether the product with `input` can take a weight from the scratch: on a CPU, where no gradient needs it later."""
+    return input.device.type == "cpu" and not torch.compiler.is_compiling() and not (
+        input.requires_grad and torch.is_grad_enabled())
+
+
+@contextlib.contextmanager
+def unpacked_in_scratch(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None):
+    """Inside this block: the whole dense weight in `dtype`, without fresh pages for it; see `unpack` and `scratch_serves`."""
+    scratch = shared_scratch()
+    with scratch.lock:
+        dense = scratch.take(weight.shape, dtype)
+        yield kernels.unpack_into(weight.layout_cls.format, packed_tensors(weight), dense, value_dtype)
+
+
 def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The whole dense weight in `dtype`, each slice of its rows handed to `change` in float32 before it is rounded, dithered.
 

@@ -8,8 +8,8 @@ import dataclasses
 import torch
 from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
 
-from . import formats  # noqa: F401  registers every format
 from .format import Format, FormatError
+from .formats import plain  # the package registers every format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,14 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape, dtype=
             f"{data.numel()} bytes of {packed_format.__name__} hold {held} values, not a weight of shape {shape}."
         )
     return QuantizedTensor(data, layout_name(packed_format), PackedParams(scale, dtype, shape))
+
+
+def held_narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A plain weight for a layer that computes in `dtype`. 16-bit numbers stay as they are under the label float32."""
+    packed_format = plain.BY_DTYPE.get(weight.dtype) if dtype == torch.float32 else None
+    if packed_format is None:
+        return weight.to(dtype)
+    return packed_tensor(packed_format, weight.contiguous().view(-1).view(torch.uint8), weight.shape)
 
 
 def packed_tensors(tensor: QuantizedTensor) -> list[torch.Tensor]:

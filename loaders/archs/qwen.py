@@ -1,9 +1,8 @@
 """Qwen2.5 and Qwen3, for text alone or with the vision towers of Qwen2.5-VL and Qwen3-VL."""
 import re
 
-import torch
-
 from ..arch import Arch, Weights, renamed
+from ..towers import mark
 from . import qwen_vl
 from ._decoder import DECODER_NAMES
 
@@ -92,8 +91,8 @@ class Qwen3VL(Qwen3):
     def _marks(cls, width: int) -> Weights:
         """What the host tells Qwen3-VL by, without memory: tensors of a tower that is not there."""
         merged = 4 * (1024 if width == 2560 else 1152)
-        return {f"{cls.tower}.deepstack_merger_list.0.norm.weight": torch.zeros(1).expand(merged),
-                f"{cls.tower}.merger.linear_fc2.weight": torch.zeros(1).expand(width, merged)}
+        return {f"{cls.tower}.deepstack_merger_list.0.norm.weight": mark(merged),
+                f"{cls.tower}.merger.linear_fc2.weight": mark(width, merged)}
 
 
 class Qwen3VL32B(Qwen3VL):

@@ -1,0 +1,38 @@
+"""Plain 16-bit numbers, for the layers of a model that computes in float32.
+
+Such a weight is held as its file has it and cast while its layer runs, as the packed formats are unpacked. The values stay
+those of the file: float32 has them all, so no `value_dtype` rounds them.
+"""
+import torch
+
+from ..format import Format
+
+
+class _Plain(Format):
+    """One value of `plain_dtype` a block."""
+
+    block_length = 1
+
+    @classmethod
+    def unpack(cls, blocks):
+        return blocks.contiguous().view(cls.plain_dtype).float()
+
+    @classmethod
+    def unpack_into(cls, tensors, out, value_dtype=None, first=0):
+        out.view(-1).copy_(tensors[0].view(-1).view(cls.plain_dtype)[first:first + out.numel()])
+        return out
+
+
+class F16(_Plain):
+    """IEEE half precision, two bytes a value."""
+
+    block_bytes, plain_dtype = 2, torch.float16
+
+
+class BF16(_Plain):
+    """bfloat16, two bytes a value."""
+
+    block_bytes, plain_dtype = 2, torch.bfloat16
+
+
+BY_DTYPE = {packed_format.plain_dtype: packed_format for packed_format in (F16, BF16)}
