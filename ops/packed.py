@@ -45,6 +45,8 @@ class PackedTensor(QuantizedTensor):
         elif schema.is_mutable:
             if any(isinstance(tensor, QuantizedTensor) for tensor in _written(schema, args, kwargs)):
                 raise _refusal(f"{schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
+        elif func is _aten._has_compatible_shallow_copy_type.default:
+            return all(isinstance(tensor, QuantizedTensor) for tensor in args)  # no plain tensor takes this for its memory
         elif func.overloadpacket in (_aten.to, _aten._to_copy) and not all(
                 value.is_floating_point for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
             return cls._dequant_and_fallback(func, args, kwargs)
@@ -82,6 +84,9 @@ class PackedTensor(QuantizedTensor):
     def tolist(self):
         return self.dequantize().tolist()
 
+    def is_pinned(self, device=None) -> bool:
+        return self._qdata.is_pinned()
+
     def is_shared(self) -> bool:
         return all(tensor.is_shared() for tensor in self._inner)
 
@@ -118,6 +123,14 @@ class PackedTensor(QuantizedTensor):
         torch.Tensor.data.__set__(self, value)  # dtype and device
         self._qdata, self._layout_cls, self._params = value._qdata, value._layout_cls, value._params
 
+    @property
+    def real(self):
+        return self
+
+    @real.setter
+    def real(self, value):
+        raise _refusal("an assignment to its `real` would write to", _TO_WRITE)
+
     def detach_(self):
         return self  # it is part of no graph
 
@@ -125,7 +138,7 @@ class PackedTensor(QuantizedTensor):
 
     def untyped_storage(self):
         if self._storage is None:
-            self._storage = _NoMemory(self.numel() * self.element_size())
+            self._storage = _NoMemory(self.numel() * self.element_size(), device="meta")
         return self._storage
 
 
@@ -176,27 +189,17 @@ _IN_PLACE = {*(name for name in dir(torch.Tensor) if name.endswith("_") and not 
 for _name in _IN_PLACE:
     setattr(PackedTensor, _name, _refusing(_name, "would write to", _TO_WRITE))
 PackedTensor.__setitem__ = _refusing("an assignment to a part of it", "would write to", _TO_WRITE)
-for _name in ("data_ptr", "storage", "_typed_storage", "__dlpack__", "share_memory_"):
+for _name in ("data_ptr", "const_data_ptr", "storage", "_typed_storage", "__dlpack__", "share_memory_"):
     setattr(PackedTensor, _name, _refusing(_name, "asks for the memory of", _TO_SAVE))
 
 
 class _NoMemory(torch.UntypedStorage):
-    """The storage of a packed tensor. It can be told from others and says how large it would be: torch.compile asks that."""
-
-    def __new__(cls, nbytes: int):
-        return super().__new__(cls, 0)
-
-    def __init__(self, nbytes: int):
-        self._nbytes = nbytes
-
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    size = nbytes
+    """The storage of a packed tensor: it says how large it would be, which torch.compile asks, and has no memory."""
 
 
 _HARMLESS = ("_cdata", "_expired", "_fix_weakref", "_free_weak_ref", "_shared_decref", "_weak_ref", "device", "element_size",
-             "is_cuda", "is_hpu", "is_pinned", "is_shared", "is_sparse", "is_sparse_csr", "resizable", "untyped", "type")
+             "is_cuda", "is_hpu", "is_pinned", "is_shared", "is_sparse", "is_sparse_csr", "nbytes", "resizable", "size", "type",
+             "untyped")
 for _name in (*(name for name in dir(torch.UntypedStorage) if not name.startswith("__")), "__copy__", "__deepcopy__",
               "__getitem__", "__iter__", "__reduce_ex__", "__repr__", "__setitem__", "__str__"):
     if _name not in (*_HARMLESS, *vars(_NoMemory)):
