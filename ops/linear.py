@@ -12,7 +12,8 @@ import torch
 
 from . import int8, product, rounding
 from .lora import LayerPatches
-from .tensor import QuantizedTensor, detached, held_narrow, is_packed, part_of, relabelled, scales_of
+from .packed import relabelled
+from .tensor import QuantizedTensor, detached, guarded, held_narrow, is_packed, part_of
 
 
 class PackedLayer:
@@ -61,15 +62,14 @@ class PackedLayer:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars=True)
         if not keep_vars:
-            destination |= {prefix + name: detached(param) for name, param in self._parameters.items() if param is not None}
-        for name, scale in scales_of(self.weight).items():  # the host counts memory by this, and a packed tensor as its codes
-            destination[f"{prefix}weight_{name}"] = scale
+            destination |= {prefix + name: guarded(param) for name, param in self._parameters.items() if param is not None}
 
     def _apply(self, fn, recurse=True):
         # torch would rebuild the parameters in place, which unpacks them.
         for name, param in self._parameters.items():
             if param is not None and not param.is_meta:
-                self._parameters[name] = torch.nn.Parameter(detached(fn(param)), requires_grad=False)
+                with torch.inference_mode(param.is_inference()):  # the host frees memory outside of it, and runs inside
+                    self._parameters[name] = torch.nn.Parameter(detached(fn(param)), requires_grad=False)
         return self
 
     def cast_for(self, input: torch.Tensor):

@@ -13,6 +13,7 @@ import functools
 
 import comfy.hooks
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -22,7 +23,7 @@ from comfy.patcher_extension import CallbacksMP
 from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
 from .patched_weights import PatchedWeights
-from .tensor import QuantizedTensor, is_packed, scales_of
+from .tensor import QuantizedTensor, is_packed
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
 
@@ -308,7 +309,22 @@ class PackedPatcher:
         if self.model.packed_patches.evicted:  # the host no longer knows the model as loaded
             self.detach()
 
-    # --- single weights: saving, forced moves ---
+    # --- single weights: pinning, saving, forced moves ---
+
+    def pin_weight_to_device(self, key):
+        weight = self._packed_weight(key)
+        if weight is None:
+            super().pin_weight_to_device(key)
+        elif comfy.model_management.pin_memory(weight._qdata):
+            self.pinned.add(key)
+
+    def unpin_weight(self, key):
+        weight = self._packed_weight(key)
+        if weight is None:
+            super().unpin_weight(key)
+        elif key in self.pinned:
+            comfy.model_management.unpin_memory(weight._qdata)
+            self.pinned.remove(key)
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
         patches = self._all_patches.get(key, [])
@@ -327,11 +343,7 @@ class PackedPatcher:
         return weight
 
     def model_state_dict(self, filter_prefix=None):
-        # The host looks up every name. Those of a packed weight's scales are there to be counted, and no weights of their own.
-        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, PackedLayer)}
-        parts = ((key.rpartition("."), value) for key, value in super().model_state_dict(filter_prefix).items())
-        weights = {f"{name}{dot}{param}": value for (name, dot, param), value in parts
-                   if name not in layers or param in layers[name]._parameters}
+        weights = super().model_state_dict(filter_prefix)
 
         def patched(key: str) -> torch.Tensor:
             return self.patch_weight_to_device(key, weights[key].device, return_weight=True)
@@ -348,7 +360,7 @@ class PackedPatcher:
             if weight is None:
                 continue
             layer, start = self._layer(key), name.removesuffix("weight")
-            for part in {*layer._parameters, *(f"weight_{scale}" for scale in scales_of(weight))} - {"bias"}:
+            for part in layer._parameters.keys() - {"bias"}:
                 state_dict.pop(start + part, None)
             if is_packed(weight) or key in self._all_patches:  # written dense, one at a time, with its patches
                 state_dict[name] = LazyCastingParam(self, key, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))

@@ -42,6 +42,9 @@ class Scratch:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8)
         return self._buffer[:nbytes].view(dtype).view(shape)
 
+    def __deepcopy__(self, memo):
+        return self  # a copied layer shares it like any other
+
 
 _scratches = weakref.WeakValueDictionary()
 

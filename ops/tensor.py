@@ -10,6 +10,7 @@ from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTen
 
 from .format import Format, FormatError
 from .formats import plain  # the package registers every format
+from .packed import PackedTensor, relabelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ _layouts: dict[str, type[PackedLayout]] = {}
 
 
 def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape, dtype=torch.float32,
-                  scale: torch.Tensor | None = None) -> QuantizedTensor:
+                  scale: torch.Tensor | None = None) -> PackedTensor:
     """Wrap the bytes of a packed weight, without copying them.
 
     data: uint8, contiguous, the blocks of the weight in row order, in any shape. shape: logical shape. dtype: the float
@@ -80,7 +81,7 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape, dtype=
         raise FormatError(
             f"{data.numel()} bytes of {packed_format.__name__} hold {held} values, not a weight of shape {shape}."
         )
-    return QuantizedTensor(data, layout_name(packed_format), PackedParams(scale, dtype, shape))
+    return PackedTensor(data, layout_name(packed_format), PackedParams(scale, dtype, shape))
 
 
 def held_narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -101,13 +102,6 @@ def is_packed(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
 
 
-def scales_of(tensor) -> dict[str, torch.Tensor]:
-    """The scales that a quantised tensor, ours or the host's, keeps apart from its codes; none of all other tensors."""
-    if not isinstance(tensor, QuantizedTensor):
-        return {}
-    return {field: getattr(tensor._params, field) for field in tensor._params._tensor_fields()}
-
-
 def part_of(tensor: QuantizedTensor, index: int) -> QuantizedTensor:
     """`tensor[index]`, which shares the bytes. What it holds must be whole blocks."""
     packed_format, shape = tensor.layout_cls.format, tensor.shape[1:]
@@ -115,13 +109,13 @@ def part_of(tensor: QuantizedTensor, index: int) -> QuantizedTensor:
     return packed_tensor(packed_format, data, shape, tensor.dtype, *scale)
 
 
-def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=None) -> QuantizedTensor:
-    """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
-    params = tensor._params
-    params = dataclasses.replace(params, orig_dtype=dtype or params.orig_dtype, orig_shape=tuple(shape or params.orig_shape))
-    return QuantizedTensor(tensor._qdata, tensor._layout_cls, params)
-
-
 def detached(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor.detach()`, which fails in inference mode with a quantised tensor that was made outside of it."""
     return relabelled(tensor) if isinstance(tensor, QuantizedTensor) else tensor.detach()
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` for a state dict: a quantised one, the host's too, as a `PackedTensor` that shares its memory."""
+    if not isinstance(tensor, QuantizedTensor):
+        return tensor.detach()
+    return PackedTensor(tensor._qdata, tensor._layout_cls, dataclasses.replace(tensor._params))

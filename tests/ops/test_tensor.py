@@ -80,12 +80,6 @@ def test_the_host_counts_its_bytes_and_its_state_dict_holds_it(packed):
     assert same_bytes(module.state_dict()["weight"], packed)
 
 
-def test_pinning_asks_about_the_packed_bytes(packed):
-    assert packed.is_pinned() is False
-    assert comfy.model_management.pin_memory(torch.nn.Parameter(packed, requires_grad=False)) is False  # no GPU here
-    assert packed.data_ptr() == packed._qdata.data_ptr()
-
-
 def test_packing_again_is_refused(packed):
     with pytest.raises(FormatError, match="packed again"):
         type(packed).from_float(packed.reference, packed._layout_cls)  # the host, after it patched a weight
