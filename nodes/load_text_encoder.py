@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..loaders.folders import ENCODER, embedding_folders, find_file, list_files, list_model_folders
 from ..loaders.text_encoder import AUTO, load_text_encoder
 from .load_diffusion_model import disable_dynamic_vram_input
-from .shown import NEEDED, loaded
+from .shown import loaded
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
@@ -52,7 +52,6 @@ class LoadTextEncoder(io.ComfyNode):
                                tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model."),
                 disable_dynamic_vram_input(),
             ],
-            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -69,4 +68,4 @@ class LoadTextEncoder(io.ComfyNode):
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
         clip = load_text_encoder(paths, type, embedding_folders(), vision, options, disable_dynamic_vram)
-        return loaded(cls, clip=clip)
+        return io.NodeOutput(*loaded(clip=clip))
