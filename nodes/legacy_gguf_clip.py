@@ -10,7 +10,8 @@ from ..loaders.container import open_weights
 from ..loaders.diffusion import is_ours
 from ..loaders.folders import embedding_folders, find_file, list_files
 from ..loaders.text_encoder import load_text_encoder
-from .load_text_encoder import FOLDERS, encoder_types
+from .choices import encoder_types
+from .load_text_encoder import FOLDERS
 from .shown import loaded
 
 CATEGORY = "Featherweight/legacy"
