@@ -1,8 +1,11 @@
 """Texts that nodes show on themselves in the editor."""
+import logging
+
 from comfy.model_patcher import ModelPatcher
-from comfy_execution.utils import get_executing_context
 
 from ..loaders.held import held_text
+
+log = logging.getLogger(__name__)
 
 TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE"}
 
@@ -13,10 +16,14 @@ def show_text(text: str):
     The host is asked for the node, not the schema for a hidden unique_id: tools that write workflows as Python pass each
     hidden input to the node's method.
     """
-    context = get_executing_context()
-    if context is not None:
-        from server import PromptServer  # only where a server runs; importing it starts half of one
-        PromptServer.instance.send_progress_text(text, context.node_id)
+    try:
+        from comfy_execution.utils import get_executing_context
+        context = get_executing_context()
+        if context is not None:
+            from server import PromptServer  # only where a node runs; importing it starts half of a server
+            PromptServer.instance.send_progress_text(text, context.node_id)
+    except (ImportError, AttributeError):
+        log.debug("[Featherweight] This ComfyUI shows no text on a node.", exc_info=True)
 
 
 def loaded(**parts) -> tuple:
