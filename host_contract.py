@@ -126,7 +126,6 @@ MEMBERS = {
     "nodes/legacy_gguf_clip.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_nf4.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "ops/linear.py": {
-        "comfy.ops.CastWeightBiasOp.bias_function": None,
         "comfy.ops.CastWeightBiasOp.weight_function": None,
         "comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights": "input * out_dtype",
         "comfy.ops.manual_cast.Linear.forward_comfy_cast_weights": "input",
