@@ -289,8 +289,8 @@ def _sets(source: str, word: str) -> bool:
 def _sources_of(cls: type) -> Iterator[str]:
     """The source of the modules that define a class and those it derives from."""
     for name in dict.fromkeys(base.__module__ for base in cls.__mro__):
-        if name.split(".")[0] in HOST_MODULES:
-            yield _source(name)
+        if name.split(".")[0] in HOST_MODULES and (source := _source(name)):
+            yield source
 
 
 @functools.cache
