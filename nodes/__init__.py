@@ -1,8 +1,9 @@
 """The ComfyUI extension: finds the nodes in the files of this folder.
 
-A node file defines classes that derive directly from `io.ComfyNode`. One that fails to import or to state its schema is
-named in the log and left out; the others load. Ids that do not begin with "Featherweight" belong to packs that shared
-workflows were made with: they are left out while somebody else holds them.
+A node file defines classes that derive directly from `io.ComfyNode`. One that needs what this host lacks is left out, as the
+pack's `__init__.py` has said in the log; so is one that fails to import or to state its schema, which is named in the log. The
+others load. Ids that do not begin with "Featherweight" belong to packs that shared workflows were made with: they are left out
+while somebody else holds them.
 """
 import importlib
 import logging
@@ -12,6 +13,7 @@ import comfy.model_management
 import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
 
+from .. import host_contract
 from ..loaders.folders import register_folders
 from ..ops.kernels import background
 
@@ -26,8 +28,10 @@ class FeatherweightExtension(ComfyExtension):
         background.raise_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        found = []
+        found, left_out = [], host_contract.left_out(host_contract.changes())
         for module in pkgutil.iter_modules(__path__):
+            if module.name in left_out:
+                continue
             try:
                 found += find_nodes(importlib.import_module(f"{__name__}.{module.name}"))
             except Exception:

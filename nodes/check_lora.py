@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from ..loaders.folders import find_file, list_files
 from ..loaders.lora import check_lora, load_lora_file, report_text
 from ..loaders.lora.picture import report_picture
-from .shown import NEEDED, show_text
+from .shown import show_text
 
 FOLDERS = ("loras", "loras_gguf")
 
@@ -22,7 +22,6 @@ class CheckLora(io.ComfyNode):
                         " model it looks made for, its kind and rank, and how much it changes each block.",
             search_aliases=["lora", "lora check", "check lora", "lora info", "lora report", "lora compatibility"],
             is_output_node=True,
-            hidden=NEEDED,
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is held against. It is not changed."),
                 io.Combo.Input("lora_name", options=list_files(*FOLDERS), display_name="lora",
@@ -44,6 +43,6 @@ class CheckLora(io.ComfyNode):
         name = os.path.basename(lora_name)
         report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)))
         text, picture = report_text(report, name), report_picture(report, name)
-        show_text(cls, text)
+        show_text(text)
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(text, picture, ui=shown)

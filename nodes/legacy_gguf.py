@@ -1,16 +1,25 @@
-"""Node ids of ComfyUI-GGUF, with the same inputs in the same order, so that shared workflows open and run."""
+"""Node ids of ComfyUI-GGUF, with the same inputs in the same order, so that shared workflows open and run.
+
+Scripts and other packs call these classes as Python: `NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So what runs
+has that name and those parameters, gives a tuple, and is the `FUNCTION`; it is the node's `execute` as well.
+"""
 import torch
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import find_file, list_files
-from .shown import NEEDED, loaded
+from .shown import loaded
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 CATEGORY = "Featherweight/legacy"
 
 # "default" and "target" both mean the dtype the model computes in: values are unpacked in float32 and rounded once.
 DTYPES = {"default": None, "target": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(unet_name: str, dequant_dtype: str | None, patch_dtype: str | None) -> tuple:
+    dequant_dtype, patch_dtype = (DTYPES[name or "default"] for name in (dequant_dtype, patch_dtype))
+    return loaded(model=load_diffusion_model(find_file(unet_name, *FOLDERS), dequant_dtype, patch_dtype))
 
 
 def unet_name_input():
@@ -27,7 +36,6 @@ class UnetLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (Featherweight).",
             inputs=[unet_name_input()],
-            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -36,8 +44,10 @@ class UnetLoader(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, unet_name) -> io.NodeOutput:
-        return loaded(cls, model=load_diffusion_model(find_file(unet_name, *FOLDERS)))
+    def load_unet(cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
+        return load(unet_name, dequant_dtype, patch_dtype)
+
+    FUNCTION, execute = "load_unet", load_unet
 
 
 class UnetLoaderAdvanced(io.ComfyNode):
@@ -60,7 +70,6 @@ class UnetLoaderAdvanced(io.ComfyNode):
                 io.Boolean.Input("patch_on_device", default=False, optional=True,
                                  tooltip="Kept for old workflows. ComfyUI places patches by itself."),
             ],
-            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -69,6 +78,7 @@ class UnetLoaderAdvanced(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False) -> io.NodeOutput:
-        path = find_file(unet_name, *FOLDERS)
-        return loaded(cls, model=load_diffusion_model(path, DTYPES[dequant_dtype], DTYPES[patch_dtype]))
+    def load_unet(cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
+        return load(unet_name, dequant_dtype, patch_dtype)
+
+    FUNCTION, execute = "load_unet", load_unet

@@ -1,10 +1,18 @@
-"""Text encoder ids of ComfyUI-GGUF, with the same inputs in the same order, so that shared workflows open and run."""
+"""Text encoder ids of ComfyUI-GGUF, with the same inputs in the same order, so that shared workflows open and run.
+
+They are called as Python too, see `legacy_gguf`; in one piece by `load_clip`, or by `load_data` and `load_patcher`.
+"""
+import comfy.sd
+import comfy.utils
 from comfy_api.latest import io
 
+from ..loaders.container import open_weights
+from ..loaders.diffusion import is_ours
 from ..loaders.folders import embedding_folders, find_file, list_files
 from ..loaders.text_encoder import load_text_encoder
-from .load_text_encoder import FOLDERS, encoder_types
-from .shown import NEEDED, loaded
+from .choices import encoder_types
+from .load_text_encoder import FOLDERS
+from .shown import loaded
 
 CATEGORY = "Featherweight/legacy"
 TOOLTIP = "A file in models/text_encoders or models/clip: GGUF, NF4 or any other, in any order."
@@ -18,9 +26,20 @@ def type_input(host_node: str):
     return io.Combo.Input("type", options=encoder_types(host_node), tooltip="The kind of model the text is encoded for.")
 
 
-def load(node: type[io.ComfyNode], clip_type: str, *names: str) -> io.NodeOutput:
+def load(clip_type: str, *names: str) -> tuple:
     paths = [find_file(name, *FOLDERS) for name in names]
-    return loaded(node, clip=load_text_encoder(paths, clip_type, embedding_folders()))
+    return loaded(clip=load_text_encoder(paths, clip_type, embedding_folders()))
+
+
+def load_data(ckpt_paths) -> list[dict]:
+    """Name -> tensor of each file, by the file's own names. Packed weights are packed and lie in the mapped file."""
+    return [open_weights(path).state_dict() if is_ours(path) else comfy.utils.load_torch_file(path, safe_load=True)
+            for path in ckpt_paths]
+
+
+def load_patcher(clip_paths, clip_type: comfy.sd.CLIPType, clip_data=None) -> comfy.sd.CLIP:
+    """The text encoders in these files. clip_data is not looked at: what it lacks of the files is needed to load them."""
+    return load_text_encoder(list(clip_paths), clip_type.name.lower(), embedding_folders())
 
 
 class CLIPLoader(io.ComfyNode):
@@ -32,7 +51,6 @@ class CLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The text encoder loader of ComfyUI-GGUF workflows. Same as Load Text Encoder (Featherweight).",
             inputs=[name_input("clip_name"), type_input("CLIPLoader")],
-            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -41,8 +59,11 @@ class CLIPLoader(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, clip_name, type="stable_diffusion") -> io.NodeOutput:
-        return load(cls, type, clip_name)
+    def load_clip(cls, clip_name, type="stable_diffusion") -> tuple:
+        return load(type, clip_name)
+
+    FUNCTION, execute = "load_clip", load_clip
+    load_data, load_patcher = staticmethod(load_data), staticmethod(load_patcher)
 
 
 class DualCLIPLoader(io.ComfyNode):
@@ -54,7 +75,6 @@ class DualCLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader for two text encoders of ComfyUI-GGUF workflows.",
             inputs=[name_input("clip_name1"), name_input("clip_name2"), type_input("DualCLIPLoader")],
-            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -63,8 +83,11 @@ class DualCLIPLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, clip_name1, clip_name2, type) -> io.NodeOutput:
-        return load(cls, type, clip_name1, clip_name2)
+    def load_clip(cls, clip_name1, clip_name2, type) -> tuple:
+        return load(type, clip_name1, clip_name2)
+
+    FUNCTION, execute = "load_clip", load_clip
+    load_data, load_patcher = staticmethod(load_data), staticmethod(load_patcher)
 
 
 class TripleCLIPLoader(io.ComfyNode):
@@ -76,7 +99,6 @@ class TripleCLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader for the three text encoders of SD3 in ComfyUI-GGUF workflows.",
             inputs=[name_input("clip_name1"), name_input("clip_name2"), name_input("clip_name3")],
-            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -85,8 +107,11 @@ class TripleCLIPLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, clip_name1, clip_name2, clip_name3) -> io.NodeOutput:
-        return load(cls, "sd3", clip_name1, clip_name2, clip_name3)
+    def load_clip(cls, clip_name1, clip_name2, clip_name3, type="sd3") -> tuple:
+        return load("sd3", clip_name1, clip_name2, clip_name3)  # whatever type a caller names, there is one set of three
+
+    FUNCTION, execute = "load_clip", load_clip
+    load_data, load_patcher = staticmethod(load_data), staticmethod(load_patcher)
 
 
 class QuadrupleCLIPLoader(io.ComfyNode):
@@ -98,7 +123,6 @@ class QuadrupleCLIPLoader(io.ComfyNode):
             category=CATEGORY,
             description="The loader for the four text encoders of HiDream in ComfyUI-GGUF workflows.",
             inputs=[name_input("clip_name1"), name_input("clip_name2"), name_input("clip_name3"), name_input("clip_name4")],
-            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -107,5 +131,8 @@ class QuadrupleCLIPLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, clip_name1, clip_name2, clip_name3, clip_name4) -> io.NodeOutput:
-        return load(cls, "hidream", clip_name1, clip_name2, clip_name3, clip_name4)
+    def load_clip(cls, clip_name1, clip_name2, clip_name3, clip_name4, type="hidream") -> tuple:
+        return load("hidream", clip_name1, clip_name2, clip_name3, clip_name4)  # whatever type a caller names, as above
+
+    FUNCTION, execute = "load_clip", load_clip
+    load_data, load_patcher = staticmethod(load_data), staticmethod(load_patcher)

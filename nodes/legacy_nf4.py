@@ -1,10 +1,13 @@
-"""Node ids of the NF4 loader packs, with the same inputs in the same order, so that shared workflows open and run."""
+"""Node ids of the NF4 loader packs, with the same inputs in the same order, so that shared workflows open and run.
+
+They are called as Python too, see `legacy_gguf`.
+"""
 from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import embedding_folders, find_file, list_files, list_model_folders
-from .shown import NEEDED, loaded
+from .shown import loaded
 
 CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
 MODEL_FOLDERS = ("unet_gguf", "diffusion_models")
@@ -29,7 +32,6 @@ class CheckpointLoader(io.ComfyNode):
                 io.Combo.Input("ckpt_name", options=list_files(*CHECKPOINT_FOLDERS), tooltip="A file in models/checkpoints."),
                 bnb_dtype_input(),
             ],
-            hidden=NEEDED,
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
@@ -38,9 +40,11 @@ class CheckpointLoader(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, ckpt_name, bnb_dtype="default") -> io.NodeOutput:
+    def load_checkpoint(cls, ckpt_name, bnb_dtype="default") -> tuple:
         model, clip, vae = load_checkpoint(find_file(ckpt_name, *CHECKPOINT_FOLDERS), embedding_folders())
-        return loaded(cls, model=model, clip=clip, vae=vae)
+        return loaded(model=model, clip=clip, vae=vae)
+
+    FUNCTION, execute = "load_checkpoint", load_checkpoint
 
 
 class UnetLoader(io.ComfyNode):
@@ -57,7 +61,6 @@ class UnetLoader(io.ComfyNode):
                                tooltip="A file in models/diffusion_models or models/unet."),
                 bnb_dtype_input(),
             ],
-            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -66,5 +69,7 @@ class UnetLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, unet_name, bnb_dtype="default") -> io.NodeOutput:
-        return loaded(cls, model=load_diffusion_model(find_file(unet_name, *MODEL_FOLDERS)))
+    def load_unet(cls, unet_name, bnb_dtype="default") -> tuple:
+        return loaded(model=load_diffusion_model(find_file(unet_name, *MODEL_FOLDERS)))
+
+    FUNCTION, execute = "load_unet", load_unet

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.folders import embedding_folders, find_file, list_files, list_packages
 from .load_diffusion_model import compute_input, disable_dynamic_vram_input
-from .shown import NEEDED, loaded
+from .shown import loaded
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
@@ -28,7 +28,6 @@ class LoadCheckpoint(io.ComfyNode):
                 compute_input(),
                 disable_dynamic_vram_input(),
             ],
-            hidden=NEEDED,
             outputs=[
                 io.Model.Output(),
                 io.Clip.Output(tooltip="The text encoder. Without one in the file, the node that uses it says so."),
@@ -44,4 +43,4 @@ class LoadCheckpoint(io.ComfyNode):
     def execute(cls, checkpoint_name, compute="exact", disable_dynamic_vram=False) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
         model, clip, vae = load_checkpoint(path, embedding_folders(), compute=compute, disable_dynamic=disable_dynamic_vram)
-        return loaded(cls, model=model, clip=clip, vae=vae)
+        return io.NodeOutput(*loaded(model=model, clip=clip, vae=vae))

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import find_file, list_files, list_model_folders
-from .shown import NEEDED, loaded
+from .shown import loaded
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 
@@ -42,7 +42,6 @@ class LoadDiffusionModel(io.ComfyNode):
                 compute_input(),
                 disable_dynamic_vram_input(),
             ],
-            hidden=NEEDED,
             outputs=[io.Model.Output()],
         )
 
@@ -53,4 +52,4 @@ class LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, compute="exact", disable_dynamic_vram=False) -> io.NodeOutput:
         path = find_file(model_name, *FOLDERS)
-        return loaded(cls, model=load_diffusion_model(path, compute=compute, disable_dynamic=disable_dynamic_vram))
+        return io.NodeOutput(*loaded(model=load_diffusion_model(path, compute=compute, disable_dynamic=disable_dynamic_vram)))

@@ -1,21 +1,15 @@
 """Featherweight Load Text Encoder."""
-import nodes as host_nodes
 import torch
 from comfy_api.latest import io
 
 from ..loaders.folders import ENCODER, embedding_folders, find_file, list_files, list_model_folders
 from ..loaders.text_encoder import AUTO, load_text_encoder
+from .choices import encoder_types
 from .load_diffusion_model import disable_dynamic_vram_input
-from .shown import NEEDED, loaded
+from .shown import loaded
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
-
-
-def encoder_types(*node_ids: str) -> list[str]:
-    """The types that the host's own loaders offer, in their order."""
-    offered = [host_nodes.NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES()["required"]["type"][0] for node_id in node_ids]
-    return list(dict.fromkeys(name for names in offered for name in names))
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -52,7 +46,6 @@ class LoadTextEncoder(io.ComfyNode):
                                tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model."),
                 disable_dynamic_vram_input(),
             ],
-            hidden=NEEDED,
             outputs=[io.Clip.Output()],
         )
 
@@ -69,4 +62,4 @@ class LoadTextEncoder(io.ComfyNode):
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
         clip = load_text_encoder(paths, type, embedding_folders(), vision, options, disable_dynamic_vram)
-        return loaded(cls, clip=clip)
+        return io.NodeOutput(*loaded(clip=clip))

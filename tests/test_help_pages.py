@@ -54,7 +54,7 @@ def messages_in_code() -> list[str]:
     """Every string of the pack, with a mark where a value is put in."""
     texts = []
     folders = [(ROOT / folder).rglob("*.py") for folder in ("nodes", "loaders", "ops")]
-    for path in (ROOT / "__init__.py", *itertools.chain(*folders)):
+    for path in (*ROOT.glob("*_*.py"), *itertools.chain(*folders)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))

@@ -5,10 +5,11 @@ import pytest
 import torch
 from featherweight.loaders.container import WeightFileError
 from featherweight.loaders.encoder_kinds import SETS, SINGLE, TITLES, kind_of, refuse_misfits
+from featherweight.nodes.choices import choices_of
 
 
 def types_of(node_id: str) -> list[str]:
-    return host_nodes.NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES()["required"]["type"][0]
+    return choices_of(host_nodes.NODE_CLASS_MAPPINGS[node_id], "type")
 
 
 def test_every_encoder_the_host_knows_has_a_title():

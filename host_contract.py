@@ -1,0 +1,407 @@
+"""What this pack relies on of ComfyUI: one list of names and parameters, held against the ComfyUI that runs.
+
+The look at them takes milliseconds and imports nothing: what the host has not imported yet is only looked for as a file. Where
+something is missing, this pack's own source tells which nodes need it. Standard library only.
+"""
+import ast
+import functools
+import importlib.machinery
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_kitchen", "comfyui_version", "folder_paths", "nodes", "server"}
+
+# Name -> the parameters that are given by position, in their order, then behind * those given by name. None: only the name.
+NAMES = {
+    "comfy.float.stochastic_rounding": "value dtype * seed",
+    "comfy.hooks.EnumHookMode.MaxSpeed": None,
+    "comfy.lora.calculate_shape": "patches weight key",
+    "comfy.lora.calculate_weight": "patches weight key * original_weights",
+    "comfy.lora.load_lora": "lora to_load * log_missing",
+    "comfy.lora.model_lora_keys_clip": "model key_map",
+    "comfy.lora.model_lora_keys_unet": "model key_map",
+    "comfy.lora_convert.convert_lora": "sd",
+    "comfy.lora_convert.convert_uso_lora": "sd",
+    "comfy.model_detection.convert_diffusers_mmdit": "state_dict output_prefix",
+    "comfy.model_detection.detect_unet_config": "state_dict key_prefix",
+    "comfy.model_detection.model_config_from_unet": "state_dict unet_key_prefix * metadata",
+    "comfy.model_detection.unet_prefix_from_state_dict": "state_dict",
+    "comfy.model_patcher.LazyCastingParam": "model key tensor",
+    "comfy.model_patcher.LowVramPatch": "key patches convert_func set_func",
+    "comfy.model_patcher.ModelPatcher": None,
+    "comfy.model_patcher.get_key_weight": "model key",
+    "comfy.ops.CastWeightBiasOp": None,
+    "comfy.ops.cast_bias_weight": "s * dtype device bias_dtype offloadable compute_dtype",
+    "comfy.ops.manual_cast.Conv1d": None,
+    "comfy.ops.manual_cast.Conv2d": None,
+    "comfy.ops.manual_cast.Conv3d": None,
+    "comfy.ops.manual_cast.Embedding": None,
+    "comfy.ops.manual_cast.Linear": None,
+    "comfy.ops.pick_operations": "weight_dtype compute_dtype * model_config",
+    "comfy.ops.run_every_op": "",
+    "comfy.ops.uncast_bias_weight": "s weight bias offload_stream",
+    "comfy.patcher_extension.CallbacksMP.ON_LOAD": None,
+    "comfy.sd.CLIP": None,
+    "comfy.sd.CLIPType": None,
+    "comfy.sd.CLIPType.STABLE_DIFFUSION": None,
+    "comfy.sd.VAE": "* sd",
+    "comfy.sd.detect_te_model": "sd",
+    "comfy.sd.load_checkpoint_guess_config": "ckpt_path * embedding_directory disable_dynamic output_model output_clip"
+                                             " output_vae",
+    "comfy.sd.load_clip": "ckpt_paths embedding_directory clip_type model_options disable_dynamic",
+    "comfy.sd.load_diffusion_model": "unet_path * disable_dynamic",
+    "comfy.sd.load_diffusion_model_state_dict": "sd * model_options metadata disable_dynamic",
+    "comfy.sd.load_state_dict_guess_config": "sd * embedding_directory metadata model_options te_model_options disable_dynamic"
+                                             " output_model output_clip output_vae",
+    "comfy.sd.load_text_encoder_state_dicts": "state_dicts * embedding_directory clip_type model_options disable_dynamic",
+    "comfy.text_encoders.lt.sd_detect": "state_dict_list",
+    "comfy.utils.ProgressBar": "total",
+    "comfy.utils.convert_old_quants": "state_dict * model_prefix metadata",
+    "comfy.utils.get_attr": "obj attr",
+    "comfy.utils.load_torch_file": "ckpt * safe_load return_metadata",
+    "comfy.utils.set_attr_param": "obj attr value",
+    "comfy.weight_adapter.BOFTAdapter": None,
+    "comfy.weight_adapter.GLoRAAdapter": None,
+    "comfy.weight_adapter.LoHaAdapter": "loaded_keys weights",
+    "comfy.weight_adapter.LoKrAdapter": None,
+    "comfy.weight_adapter.LoRAAdapter": "loaded_keys weights",
+    "comfy.weight_adapter.OFTAdapter": None,
+    "comfy.weight_adapter.WeightAdapterBase": None,
+    "comfy_api.latest.ComfyExtension": None,
+    "comfy_api.latest.io.Boolean.Input": "id * display_name optional tooltip default advanced",
+    "comfy_api.latest.io.Clip.Input": "id * optional tooltip",
+    "comfy_api.latest.io.Clip.Output": "* tooltip",
+    "comfy_api.latest.io.Combo.Input": "id * options display_name optional tooltip default advanced",
+    "comfy_api.latest.io.ComfyNode": None,
+    "comfy_api.latest.io.Float.Input": "id * default min max step tooltip",
+    "comfy_api.latest.io.Image.Output": "* display_name tooltip",
+    "comfy_api.latest.io.Model.Input": "id * tooltip",
+    "comfy_api.latest.io.Model.Output": "",
+    "comfy_api.latest.io.NodeOutput": "* ui",
+    "comfy_api.latest.io.Schema": "* node_id display_name category description search_aliases inputs outputs is_output_node",
+    "comfy_api.latest.io.String.Input": "id * default multiline tooltip",
+    "comfy_api.latest.io.String.Output": "* display_name tooltip",
+    "comfy_api.latest.io.Vae.Output": "* tooltip",
+    "comfy_api.latest.ui.PreviewImage": "image * cls",
+    "comfy_api.latest.ui.PreviewText": "value",
+    "comfy_execution.utils.get_executing_context": "",
+    "comfy_kitchen.tensor.BaseLayoutParams": "scale orig_dtype orig_shape",
+    "comfy_kitchen.tensor.QuantizedLayout": None,
+    "comfy_kitchen.tensor.QuantizedTensor": "qdata layout_cls params",
+    "comfy_kitchen.tensor.base.dequantize_args": "args",
+    "comfy_kitchen.tensor.register_layout_class": "name cls",
+    "comfy_kitchen.tensor.register_layout_op": "torch_op layout_cls",
+    "comfyui_version.__version__": None,
+    "folder_paths.folder_names_and_paths": None,
+    "folder_paths.get_filename_list": "folder_name",
+    "folder_paths.get_folder_paths": "folder_name",
+    "folder_paths.get_full_path": "folder_name filename",
+    "nodes.NODE_CLASS_MAPPINGS": None,
+    "server.PromptServer.instance.send_progress_text": "text node_id",
+}
+
+# File of this pack -> what it uses of objects that the host hands it: methods, and attributes the host sets.
+MEMBERS = {
+    "loaders/lora/apply.py": {
+        "comfy.model_patcher.ModelPatcher.add_patches": "patches strength_patch",
+        "comfy.model_patcher.ModelPatcher.clone": "",
+        "comfy.model_patcher.ModelPatcher.set_attachments": "key attachment",
+        "comfy.sd.CLIP.add_patches": "patches strength_patch",
+        "comfy.sd.CLIP.clone": "",
+        "comfy.sd.CLIP.patcher": None,
+    },
+    "loaders/lora/check.py": {"comfy.sd.CLIP.cond_stage_model": None},
+    "loaders/diffusion.py": {
+        "comfy.model_patcher.ModelPatcher.cached_patcher_init": None,
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+    },
+    "loaders/progress.py": {"comfy.utils.ProgressBar.update_absolute": "value"},
+    "loaders/text_encoder.py": {"comfy.sd.CLIP.patcher": None},
+    "nodes/__init__.py": {"comfy_api.latest.io.ComfyNode.GET_SCHEMA": ""},
+    "nodes/legacy_gguf.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
+    "nodes/legacy_gguf_clip.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
+    "nodes/legacy_nf4.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
+    "ops/linear.py": {
+        "comfy.ops.CastWeightBiasOp.weight_function": None,
+        "comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights": "input * out_dtype",
+        "comfy.ops.manual_cast.Linear.forward_comfy_cast_weights": "input",
+        "comfy_kitchen.tensor.QuantizedTensor.dequantize": "",
+    },
+    "ops/patcher.py": {
+        "comfy.model_base.BaseModel.get_dtype_inference": "",
+        "comfy.model_patcher.ModelPatcher.backup": None,
+        "comfy.model_patcher.ModelPatcher.cached_hook_patches": None,
+        "comfy.model_patcher.ModelPatcher.clone": None,
+        "comfy.model_patcher.ModelPatcher.current_hooks": None,
+        "comfy.model_patcher.ModelPatcher.detach": "",
+        "comfy.model_patcher.ModelPatcher.force_cast_weights": None,
+        "comfy.model_patcher.ModelPatcher.get_all_callbacks": "call_type",
+        "comfy.model_patcher.ModelPatcher.hook_backup": None,
+        "comfy.model_patcher.ModelPatcher.hook_mode": None,
+        "comfy.model_patcher.ModelPatcher.is_dynamic": "",
+        "comfy.model_patcher.ModelPatcher.load": "device_to lowvram_model_memory force_patch_weights full_load",
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.model_size": "",
+        "comfy.model_patcher.ModelPatcher.model_state_dict": "filter_prefix",
+        "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving": "model prefix",
+        "comfy.model_patcher.ModelPatcher.object_patches": None,
+        "comfy.model_patcher.ModelPatcher.offload_device": None,
+        "comfy.model_patcher.ModelPatcher.partially_load": "device_to extra_memory force_patch_weights",
+        "comfy.model_patcher.ModelPatcher.partially_unload": None,
+        "comfy.model_patcher.ModelPatcher.patch_cached_hook_weights": "cached_weights key memory_counter",
+        "comfy.model_patcher.ModelPatcher.patch_hook_weight_to_device":
+            "hooks combined_patches key original_weights memory_counter",
+        "comfy.model_patcher.ModelPatcher.patch_hooks": "hooks",
+        "comfy.model_patcher.ModelPatcher.patch_weight_to_device": "key device_to inplace_update return_weight force_cast",
+        "comfy.model_patcher.ModelPatcher.patches": None,
+        "comfy.model_patcher.ModelPatcher.patches_uuid": None,
+        "comfy.model_patcher.ModelPatcher.size": None,
+        "comfy.model_patcher.ModelPatcher.unpatch_hooks": "whitelist_keys_set",
+        "comfy.model_patcher.ModelPatcher.unpatch_model": "device_to unpatch_weights",
+        "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
+        "comfy.model_patcher.ModelPatcher.use_ejected": "* skip_and_inject_on_exit_only",
+        "comfy.model_patcher.ModelPatcher.weight_wrapper_patches": None,
+        "comfy.model_patcher.ModelPatcherDynamic.load": "device_to lowvram_model_memory",
+        "comfy.model_patcher.ModelPatcherDynamic.restore_loaded_backups": "",
+    },
+    "ops/tensor.py": {
+        "comfy_kitchen.tensor.BaseLayoutParams._tensor_fields": "",
+        "comfy_kitchen.tensor.QuantizedTensor._layout_cls": None,
+        "comfy_kitchen.tensor.QuantizedTensor._params": None,
+        "comfy_kitchen.tensor.QuantizedTensor._qdata": None,
+        "comfy_kitchen.tensor.QuantizedTensor.layout_cls": None,
+    },
+    "ops/lora.py": {
+        "comfy.weight_adapter.WeightAdapterBase.loaded_keys": None,
+        "comfy.weight_adapter.WeightAdapterBase.weights": None,
+    },
+}
+
+# File of this pack -> module of the host -> words in its source: attributes that it sets on models, modules and layers.
+MARKS = {
+    "ops/patcher.py": {
+        "comfy.model_patcher": "_v _v_signature bias_function comfy_force_cast_weights comfy_patched_weights"
+                               " current_weight_patches_uuid device model_loaded_weight_memory weight_function",
+        "comfy.ops": "_lowvram_function",
+    },
+    "ops/linear.py": {"comfy.ops": "_full_precision_mm comfy_cast_weights factory_kwargs quant_config"},
+}
+
+# Names without which every node stays, and what goes.
+WITHOUT = {
+    "comfy.float.stochastic_rounding": "other nodes cannot write a packed model's weights",
+    "comfy.hooks.EnumHookMode.MaxSpeed": "hooks with a LoRA do not work on packed models",
+    "comfy.ops.pick_operations": "packed files that also hold weights in ComfyUI's own formats do not load",
+    "comfy.ops.run_every_op": "packed files that also hold weights in ComfyUI's own formats do not load",
+    "comfy_execution.utils.get_executing_context": "nodes show no text on themselves",
+    "server.PromptServer.instance.send_progress_text": "nodes show no text on themselves",
+}
+
+
+# --- what the host has ---
+
+def changes(strict: bool = False) -> dict[str, str]:
+    """Name that this ComfyUI lacks, or that does not take what it is given -> what is wrong with it, such as "is gone".
+
+    strict: parameters given by position have their names too. Other packs put functions of their own in the host's place,
+    which may call them something else.
+    """
+    listed = [*NAMES.items(), *(entry for members in MEMBERS.values() for entry in members.items())]
+    found = {name: problem for name, parameters in listed if (problem := _problem(name, parameters, strict))}
+    for marks in MARKS.values():
+        for module, words in marks.items():
+            source = _source(module)
+            found |= {f"{module}: {word}": "is gone" for word in words.split()
+                      if source and not re.search(rf"{word}\b", source)}
+    _source.cache_clear()
+    return found
+
+
+def _problem(name: str, parameters: str | None, strict: bool) -> str:
+    try:
+        value, owner = _resolved(name)
+        if parameters is None or value is None:
+            return ""
+        signature = inspect.signature(value)
+    except LookupError:
+        return "is gone"
+    except (TypeError, ValueError):  # native code says nothing about itself
+        return ""
+    by_position, _, by_name = (words.split() for words in parameters.partition("*"))
+    is_method = isinstance(owner, type) and inspect.isfunction(inspect.getattr_static(owner, name.rpartition(".")[2]))
+    by_position = ["self"] * is_method + by_position
+    try:
+        signature.bind(*by_position, **dict.fromkeys(by_name))
+    except TypeError as error:
+        return f"takes other parameters ({error})"
+    known = list(signature.parameters)
+    return "takes other parameters" if strict and known[:len(by_position)] != by_position else ""
+
+
+def _resolved(name: str) -> tuple:
+    """(what a dotted name stands for, what holds it). (None, None) where that cannot be looked at: in a module that the host
+    has not imported, an attribute that only objects have, a class that another pack put there. Raises LookupError."""
+    module, attributes = _module_of(name)
+    if module is None:
+        return None, None
+    value = owner = module
+    for index, attribute in enumerate(attributes):
+        owner = value
+        try:
+            value = getattr(owner, attribute)
+        except AttributeError:
+            sources = list(_sources_of(owner)) if isinstance(owner, type) else [""]
+            if all(any(_sets(source, word) for source in sources) for word in attributes[index:]) or not sources:
+                return None, None
+            raise LookupError(name) from None
+    return value, owner
+
+
+def _module_of(name: str) -> tuple:
+    """The longest part of a dotted name that is an imported module, and the rest of it. (None, ...) for one not imported."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        module = sys.modules.get(".".join(parts[:end]))
+        if module is not None:
+            break
+    else:
+        end, module = 0, None
+    rest = parts[end:]
+    path = getattr(module, "__path__", None) if module else None
+    if rest and (module is None or path is not None) and not (module and hasattr(module, rest[0])):
+        if importlib.machinery.PathFinder.find_spec(".".join(parts[:end + 1]), path) is not None:
+            return None, rest
+        if module is None:
+            raise LookupError(name)
+    return module, rest
+
+
+def _sets(source: str, word: str) -> bool:
+    """Whether a source has an attribute of that name, of an object or of a class."""
+    return any(re.search(pattern, source) for pattern in (rf"\.{word}\b", rf"\n    {word}\b", rf"def {word}\b"))
+
+
+def _sources_of(cls: type) -> Iterator[str]:
+    """The source of the modules that define a class and those it derives from."""
+    for name in dict.fromkeys(base.__module__ for base in cls.__mro__):
+        if name.split(".")[0] in HOST_MODULES and (source := _source(name)):
+            yield source
+
+
+@functools.cache
+def _source(module: str) -> str:
+    """The text of a module that is imported, or ""."""
+    try:
+        return Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+    except (KeyError, AttributeError, TypeError, OSError, UnicodeError):
+        return ""
+
+
+# --- who needs it ---
+
+def used_names(path: Path) -> dict[str, list[ast.Call]]:
+    """Dotted names of the host that a source file of this pack uses -> their calls."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    aliases, found = {}, {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] in HOST_MODULES:
+                    whole = alias.name if alias.asname else alias.name.split(".")[0]
+                    aliases[alias.asname or whole] = whole
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in HOST_MODULES:
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                found.setdefault(f"{node.module}.{alias.name}", [])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = _dotted(node.func, aliases)
+            if name:
+                found.setdefault(name, []).append(node)
+        elif isinstance(node, ast.Attribute):
+            name = _dotted(node, aliases)
+            if name:
+                found.setdefault(name, [])
+    return {name: calls for name, calls in found.items() if calls or not any(other.startswith(f"{name}.") for other in found)}
+
+
+def _dotted(node: ast.expr, aliases: dict[str, str]) -> str | None:
+    attributes = []
+    while isinstance(node, ast.Attribute):
+        attributes.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id not in aliases:
+        return None
+    return ".".join([aliases[node.id], *reversed(attributes)])
+
+
+def files_behind(path: Path) -> set[Path]:
+    """The source files of this pack that are imported when one of them is, itself among them."""
+    found, waiting = set(), [path]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        waiting += [parent / "__init__.py" for parent in path.parents if parent != ROOT and ROOT in parent.parents]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                modules = [base, *(base / alias.name for alias in node.names)]
+                waiting += [file for module in modules for file in (module.with_suffix(".py"), module / "__init__.py")]
+    return found
+
+
+def needs(path: Path) -> set[str]:
+    """The names of the list that a source file of this pack uses, as `changes` calls them."""
+    where = path.relative_to(ROOT).as_posix()
+    marks = {f"{module}: {word}" for module, words in MARKS.get(where, {}).items() for word in words.split()}
+    return used_names(path).keys() | MEMBERS.get(where, {}).keys() | marks
+
+
+def node_files() -> list[Path]:
+    """The files of this pack that define nodes."""
+    return [path for path in sorted((ROOT / "nodes").glob("*.py")) if titles(path)]
+
+
+def left_out(changed: dict[str, str]) -> dict[str, set[str]]:
+    """File of nodes, without its suffix -> the changed names without which its nodes cannot be there."""
+    hard = changed.keys() - WITHOUT.keys()
+    if not hard:
+        return {}
+    found = {}
+    for path in node_files():
+        missing = hard & set().union(*map(needs, files_behind(path)))
+        if missing:
+            found[path.stem] = missing
+    return found
+
+
+def titles(path: Path) -> list[str]:
+    """What the nodes in a file are called."""
+    return [keyword.value.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "Schema"
+            for keyword in node.keywords if keyword.arg == "display_name"]
+
+
+def sentences(changed: dict[str, str], host_version: str) -> Iterator[str]:
+    """What is to be said about the changes: one sentence about all nodes that go, one about each other thing."""
+    start = f"ComfyUI {host_version} has not all that this version of Featherweight relies on:"
+    out = left_out(changed)
+    if out:
+        nodes = [title for path in node_files() if path.stem in out for title in titles(path)]
+        yield (f"{start} {_listed(changed, set().union(*out.values()))}. So {len(nodes)} nodes are left out:"
+               f" {', '.join(nodes)}. Update Featherweight.")
+    for consequence in dict.fromkeys(WITHOUT[name] for name in changed if name in WITHOUT):
+        names = {name for name in changed if WITHOUT.get(name) == consequence}
+        yield f"{start} {_listed(changed, names)}. So {consequence}. Update Featherweight."
+
+
+def _listed(changed: dict[str, str], names: set[str]) -> str:
+    shown = [f"{name} {changed[name]}" for name in sorted(names)]
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

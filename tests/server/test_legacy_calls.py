@@ -1,0 +1,135 @@
+"""Legacy ids called as Python in the real host: by a script that somebody exported, and by the nodes of another pack."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from devtools import demo, demo_files
+from devtools.server import HOST, Server
+
+# What an exporter writes: the host's start without its server, then each node in turn.
+EXPORTED = f'''
+import asyncio, sys
+sys.argv = ["main.py", "--cpu", "--base-directory", sys.argv[1], "--disable-api-nodes"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch
+
+
+def get_value_at_index(obj, index):
+    try:
+        return obj[index]
+    except KeyError:
+        return obj["result"][index]
+
+
+def import_custom_nodes():
+    import execution, server
+    from nodes import init_extra_nodes
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    execution.PromptQueue(server.PromptServer(loop))
+    loop.run_until_complete(init_extra_nodes(init_custom_nodes=True, init_api_nodes=False))
+
+
+def main():
+    import_custom_nodes()
+    from nodes import NODE_CLASS_MAPPINGS, CLIPTextEncode, KSampler, SaveImage, VAEDecode, VAELoader
+    with torch.inference_mode():
+        unetloadergguf = NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]()
+        unetloadergguf_1 = unetloadergguf.load_unet(unet_name="{demo.MODEL_NAME}")
+        cliploadergguf = NODE_CLASS_MAPPINGS["CLIPLoaderGGUF"]()
+        cliploadergguf_2 = cliploadergguf.load_clip(clip_name="{demo_files.ENCODER_NAME}", type="stable_diffusion")
+        vaeloader_3 = VAELoader().load_vae(vae_name="{demo_files.VAE_NAME}")
+        cliptextencode_4 = CLIPTextEncode().encode(text="a blue house", clip=get_value_at_index(cliploadergguf_2, 0))
+        emptysd3latentimage = NODE_CLASS_MAPPINGS["EmptySD3LatentImage"]()
+        emptysd3latentimage_5 = emptysd3latentimage.EXECUTE_NORMALIZED(width=128, height=128, batch_size=1)
+        ksampler_6 = KSampler().sample(
+            seed=1, steps=2, cfg=1, sampler_name="euler", scheduler="simple", denoise=1,
+            model=get_value_at_index(unetloadergguf_1, 0), positive=get_value_at_index(cliptextencode_4, 0),
+            negative=get_value_at_index(cliptextencode_4, 0), latent_image=get_value_at_index(emptysd3latentimage_5, 0))
+        vaedecode_7 = VAEDecode().decode(samples=get_value_at_index(ksampler_6, 0), vae=get_value_at_index(vaeloader_3, 0))
+        SaveImage().save_images(filename_prefix="exported", images=get_value_at_index(vaedecode_7, 0))
+
+
+main()
+'''
+
+# Loaders around ours, as ComfyUI-MultiGPU builds them.
+WRAPPERS = '''
+from nodes import NODE_CLASS_MAPPINGS as ALL
+
+
+class WrappedUnet:
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_unet"
+
+    @classmethod
+    def INPUT_TYPES(s):
+        return {"required": {"unet_name": ("STRING",)}}
+
+    def load_unet(self, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None):
+        return ALL["UnetLoaderGGUF"]().load_unet(unet_name, dequant_dtype, patch_dtype, patch_on_device)
+
+
+class WrappedClip:
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "load_clip"
+
+    @classmethod
+    def INPUT_TYPES(s):
+        return {"required": {"clip_name": ("STRING",), "type": ("STRING",)}}
+
+    def load_clip(self, clip_name, type="stable_diffusion", device=None):
+        return ALL["CLIPLoaderGGUF"]().load_clip(clip_name, type)
+
+
+NODE_CLASS_MAPPINGS = {"WrappedUnet": WrappedUnet, "WrappedClip": WrappedClip}
+'''
+
+
+@pytest.fixture(scope="module")
+def wrapping(tmp_path_factory):
+    base = tmp_path_factory.mktemp("wrapping")
+    demo.make_models(base)
+    with Server(base, extra_custom_nodes={"wrappers": WRAPPERS}) as server:
+        yield server
+
+
+def graph(unet: str, clip: str) -> dict:
+    return {
+        "1": {"class_type": unet, "inputs": {"unet_name": demo.MODEL_NAME}},
+        "2": {"class_type": clip, "inputs": {"clip_name": demo_files.ENCODER_NAME, "type": "stable_diffusion"}},
+        "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_files.VAE_NAME}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": "a blue house", "clip": ["2", 0]}},
+        "5": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "6": {"class_type": "KSampler", "inputs": {
+            "seed": 1, "steps": 2, "cfg": 1, "sampler_name": "euler", "scheduler": "simple", "denoise": 1,
+            "model": ["1", 0], "positive": ["4", 0], "negative": ["4", 0], "latent_image": ["5", 0]}},
+        "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["3", 0]}},
+        "8": {"class_type": "SaveImage", "inputs": {"filename_prefix": "queued", "images": ["7", 0]}},
+    }
+
+
+def picture(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def queued(server, *loaders) -> tuple:
+    run = server.queue(graph(*loaders))
+    return picture(server.base / "output" / run.outputs["8"]["images"][0]["filename"]), run.texts
+
+
+def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(wrapping):
+    expected, texts = queued(wrapping, "UnetLoaderGGUF", "CLIPLoaderGGUF")
+    assert expected.std() > 5
+    wrapped, texts_of_wrappers = queued(wrapping, "WrappedUnet", "WrappedClip")
+    assert np.array_equal(wrapped, expected)
+    assert "held" in texts["1"][-1] and texts == texts_of_wrappers  # shown on the node that runs
+    subprocess.run([sys.executable, "-c", EXPORTED, str(wrapping.base)], cwd=HOST, check=True, timeout=300,
+                   env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HOST), os.environ.get("PYTHONPATH", "")])})
+    path, = (wrapping.base / "output").glob("exported*.png")
+    assert np.array_equal(picture(path), expected)

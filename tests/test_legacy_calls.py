@@ -1,0 +1,160 @@
+"""Legacy ids called as Python, as scripts, servers and packs do that were written for the nodes of ComfyUI-GGUF and NF4 packs.
+
+What they do is written anew here in its few lines: exported workflows (ComfyUI-to-Python-Extension), ComfyUI-MultiGPU's
+wrappers, packs that look a loader up by its id.
+"""
+import contextlib
+import functools
+import inspect
+
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from encoders import ENCODERS
+from encoders.encoder import hidden_states, random_weights, write_encoder
+from featherweight.loaders import folders
+from featherweight.nodes import legacy_gguf_clip
+from featherweight.ops.tensor import is_packed
+from pack_nodes import node_list
+
+from devtools import tiny_models
+from devtools.gguf_files import write_gguf
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+NODE_CLASS_MAPPINGS = {node.GET_SCHEMA().node_id: node for node in node_list()}
+LEGACY = [node_id for node_id in NODE_CLASS_MAPPINGS if not node_id.startswith("Featherweight")]
+
+# Small encoders of the kinds that the host takes together; file name -> its key in ENCODERS.
+FILES = {"clip_l.gguf": "clip-l", "clip_g.gguf": "clip-g", "t5.gguf": "t5-xxl", "llama.gguf": "llama-3-8b"}
+CLIP_INPUTS = {
+    "CLIPLoaderGGUF": {"clip_name": "clip_l.gguf", "type": "stable_diffusion"},
+    "DualCLIPLoaderGGUF": {"clip_name1": "clip_l.gguf", "clip_name2": "t5.gguf", "type": "flux"},
+    "TripleCLIPLoaderGGUF": {"clip_name1": "clip_l.gguf", "clip_name2": "clip_g.gguf", "clip_name3": "t5.gguf"},
+    "QuadrupleCLIPLoaderGGUF": {f"clip_name{number}": name for number, name in enumerate(FILES, 1)},
+}
+
+
+def method_of(node_id: str) -> str:
+    """The name that callers know."""
+    return "load_checkpoint" if "Checkpoint" in node_id else "load_clip" if "CLIP" in node_id else "load_unet"
+
+
+def inputs_of(node_id: str) -> dict:
+    key = "ckpt_name" if "Checkpoint" in node_id else "unet_name"
+    return CLIP_INPUTS.get(node_id) or {key: "flux.gguf"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A small model under each name that `inputs_of` has, and small sizes for the host's encoders."""
+    base = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers"]
+        for key in keys:
+            (base / key).mkdir()
+        patch.setattr(folder_paths, "folder_names_and_paths", {key: ([str(base / key)], {".safetensors"}) for key in keys})
+        patch.setattr(folder_paths, "filename_list_cache", {})
+        folders.register_folders()
+        flux = tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1)
+        for key in ("diffusion_models", "checkpoints"):
+            write_gguf(base / key / "flux.gguf", flux, lambda name, values: "Q8_0")
+        sizes = {}
+        for file, name in FILES.items():
+            write_encoder(base / "text_encoders" / file, ENCODERS[name], random_weights(ENCODERS[name]))
+            sizes |= ENCODERS[name].model_options
+        sizes["model_config"] = ENCODERS["clip-l"].model_options["model_config"]  # the host takes it for the first CLIP
+        patch.setattr(legacy_gguf_clip, "load_text_encoder",
+                      functools.partial(legacy_gguf_clip.load_text_encoder, model_options=sizes))
+        yield base
+
+
+def get_value_at_index(values, index):
+    """What each exported workflow has at its top."""
+    try:
+        return values[index]
+    except KeyError:
+        return values["result"][index]
+
+
+def exported(node_id, node, inputs):
+    """An exported workflow that was made with the other pack."""
+    return get_value_at_index(getattr(node(), method_of(node_id))(**inputs), 0)
+
+
+def exported_from_here(node_id, node, inputs):
+    """What an exporter makes of a workflow in a ComfyUI with this pack: it asks the class, and passes hidden inputs as well."""
+    loader = node()
+    names = [name for section in node.INPUT_TYPES().values() for name in section]
+    values = {name: inputs.get(name, 7) for name in names if name in inputs or name in node.INPUT_TYPES().get("hidden", {})}
+    return get_value_at_index(getattr(loader, loader.FUNCTION)(**values), 0)
+
+
+def by_position(node_id, node, inputs):
+    first, *_ = getattr(node(), method_of(node_id))(*inputs.values())
+    return first
+
+
+def as_a_new_node(node_id, node, inputs):
+    """A caller that knows the host's newer nodes."""
+    return node.EXECUTE_NORMALIZED(**inputs).result[0]
+
+
+def wrapped(node_id, node, inputs):
+    """ComfyUI-MultiGPU: every input by position, those of the advanced loader on the plain one, types of its own."""
+    loader = node()
+    if method_of(node_id) == "load_unet" and "GGUF" in node_id:
+        return loader.load_unet(inputs["unet_name"], None, None, None)[0]
+    if node_id in ("TripleCLIPLoaderGGUF", "QuadrupleCLIPLoaderGGUF"):
+        return loader.load_clip(*inputs.values(), "stable_diffusion")[0]
+    clip = getattr(loader, method_of(node_id))(*inputs.values())
+    if node_id == "DualCLIPLoaderGGUF":
+        clip[0].patcher.load(force_patch_weights=True)
+    return clip[0]
+
+
+@pytest.mark.parametrize("inference", [True, False], ids=["inference mode", "no mode"])
+@pytest.mark.parametrize("call", [exported, exported_from_here, by_position, as_a_new_node, wrapped],
+                         ids=lambda call: call.__name__)
+@pytest.mark.parametrize("node_id", LEGACY)
+def test_a_legacy_id_is_called_as_python(node_id, call, inference, models):
+    with torch.inference_mode() if inference else contextlib.nullcontext():
+        loaded = call(node_id, NODE_CLASS_MAPPINGS[node_id], inputs_of(node_id))
+    if method_of(node_id) == "load_clip":
+        assert isinstance(loaded, comfy.sd.CLIP)
+        assert any(map(is_packed, loaded.patcher.model.parameters()))
+    else:
+        assert type(loaded.model).__module__ == "comfy.model_base"
+        assert is_packed(loaded.model.diffusion_model.img_in.weight)
+
+
+@pytest.mark.parametrize("node_id", LEGACY)
+def test_the_method_of_a_legacy_id_gives_a_tuple_and_its_class_says_what_it_is(node_id, models):
+    node = NODE_CLASS_MAPPINGS[node_id]
+    assert node.FUNCTION == node().FUNCTION == method_of(node_id)
+    values = getattr(node, node.FUNCTION)(**inputs_of(node_id))
+    assert type(values) is tuple and len(values) == len(node.RETURN_TYPES)
+    types = node.INPUT_TYPES()
+    known = inspect.signature(getattr(node(), node.FUNCTION)).parameters
+    assert {name for section in types.values() for name in section} <= known.keys()
+    assert "hidden" not in types  # what exporters would pass
+
+
+@pytest.mark.parametrize("node_id", ["UnetLoaderGGUF", "UnetLoaderGGUFAdvanced"])
+def test_dtypes_reach_the_layers_from_either_loader(node_id, models):
+    model, = NODE_CLASS_MAPPINGS[node_id]().load_unet("flux.gguf", dequant_dtype="float16", patch_dtype="target")
+    layer = model.model.diffusion_model.img_in
+    assert (layer.value_dtype, layer.patch_dtype) == (torch.float16, None)
+
+
+@pytest.mark.parametrize("node_id", [node_id for node_id in LEGACY if method_of(node_id) == "load_clip"])
+def test_a_text_encoder_loads_in_two_steps(node_id, models):
+    loader, inputs = NODE_CLASS_MAPPINGS[node_id](), dict(CLIP_INPUTS[node_id])
+    clip_type = comfy.sd.CLIPType[inputs.pop("type", "sd3" if "Triple" in node_id else "hidream").upper()]
+    paths = [folder_paths.get_full_path("clip_gguf", name) for name in inputs.values()]
+    data = loader.load_data(paths)
+    assert len(data) == len(paths) and any(map(is_packed, data[0].values()))
+    clip = loader.load_patcher(paths, clip_type, data)
+    whole, = loader.load_clip(*CLIP_INPUTS[node_id].values())
+    assert torch.equal(hidden_states(clip), hidden_states(whole))
