@@ -12,7 +12,7 @@ LAYERS = ("nodes", "loaders", "ops", "host_contract")  # each may import itself 
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 USES_HOST = {
     "__init__.py", "loaders/checkpoint.py", "loaders/diffusers_names.py", "loaders/diffusion.py", "loaders/folders.py",
-    "loaders/lora/check.py", "loaders/lora/file.py", "loaders/progress.py", "loaders/text_encoder.py",
+    "loaders/lora/check.py", "loaders/lora/file.py", "loaders/progress.py", "loaders/text_encoder.py", "loaders/vae.py",
     "ops/linear.py", "ops/lora.py", "ops/patcher.py", "ops/tensor.py",
 }
 SOURCES = [*sorted(PACK.glob("*_*.py")), *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))]

@@ -246,3 +246,40 @@ def test_layers_in_the_hosts_own_formats_run_beside_packed_ones():
         input = torch.randn(3, 512)
         assert relative_error(packed(input), torch.nn.functional.linear(input, dense, bias)) < 1e-6
     assert is_packed(packed.weight) and not is_packed(host.weight) and host.weight.nbytes == values.numel()
+
+
+@pytest.mark.parametrize("options", [{}, {"compute": "int8"}, {"value_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("plain", [torch.float16, torch.bfloat16], ids=str)
+def test_plain_16_bit_weights_keep_their_bytes_and_values_in_float32(plain, options):
+    operations = packed_operations(**options)
+    weights = {"Linear": torch.randn(512, 768), "Conv2d": torch.randn(32, 16, 3, 3), "Embedding": torch.randn(64, 96)}
+    layers = {"Linear": operations.Linear(768, 512, bias=False, dtype=torch.float32),
+              "Conv2d": operations.Conv2d(16, 32, 3, bias=False, dtype=torch.float32),
+              "Embedding": operations.Embedding(64, 96, dtype=torch.float32)}
+    inputs = {"Linear": torch.randn(600, 768), "Conv2d": torch.randn(1, 16, 9, 9), "Embedding": torch.tensor([[3, 63]])}
+    for name, layer in layers.items():
+        weight = weights[name].to(plain)
+        layer.load_state_dict({"weight": weight})
+        dense = getattr(manual_cast, name)(*((64, 96) if name == "Embedding" else weight.shape[1::-1]), **(
+            {} if name == "Embedding" else {"bias": False} | ({"kernel_size": 3} if name == "Conv2d" else {})))
+        dense.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+        assert layer.weight.dtype == torch.float32 and layer.weight.nbytes == weight.nbytes
+        assert layer.weight._qdata.data_ptr() == weight.data_ptr()
+        assert torch.equal(layer(inputs[name]), dense(inputs[name]))
+
+
+@pytest.mark.parametrize("held", [torch.float16, torch.bfloat16], ids=str)
+def test_plain_weights_are_what_the_model_wants_where_that_is_as_narrow(held):
+    layer = OPERATIONS.Linear(64, 32, bias=False, dtype=held)
+    layer.load_state_dict({"weight": torch.randn(32, 64, dtype=torch.float16)})
+    assert not is_packed(layer.weight) and layer.weight.dtype == held
+
+
+def test_a_convolution_of_16_bit_weights_has_its_gradient():
+    layer, input = OPERATIONS.Conv2d(16, 32, 3, bias=False, dtype=torch.float32), torch.randn(1, 16, 9, 9, requires_grad=True)
+    weight = torch.randn(32, 16, 3, 3).half()
+    layer.load_state_dict({"weight": weight})
+    layer(input).sum().backward()
+    other = input.detach().clone().requires_grad_()
+    torch.nn.functional.conv2d(other, weight.float()).sum().backward()
+    assert torch.equal(input.grad, other.grad)
