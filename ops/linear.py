@@ -45,6 +45,8 @@ class PackedLayer:
             if value is None:
                 missing_keys.append(key)
                 value = torch.zeros((), dtype=param.dtype).expand(param.shape)  # takes no memory; whole encoders are missed
+                self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+                continue
             value = _fit_shape(value, param.shape)
             if value.shape != param.shape:
                 error_msgs.append(f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}.")
@@ -53,8 +55,10 @@ class PackedLayer:
                 value = relabelled(value, dtype=param.dtype)
             elif is_packed(value):
                 value = product.unpack(value, param.dtype)  # a bias: the product takes it dense
+            elif name == "weight":
+                value = held_narrow(value, value.dtype if assign else param.dtype)
             elif not assign:
-                value = held_narrow(value, param.dtype) if name == "weight" else value.to(param.dtype)
+                value = value.to(param.dtype)
             self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
@@ -95,7 +99,8 @@ class PackedLayer:
                 return weight
             return rounding.dithered(self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)), dtype)
         if not patched:
-            return self.dense_weight(weight, dtype)
+            plain = product.plain_values(weight, dtype)
+            return self.dense_weight(weight, dtype) if plain is None else plain
         if is_packed(weight) and self.lora.acts_on_rows and self.patch_dtype is None:
             return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
         return rounding.dithered(self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)), dtype)
@@ -173,7 +178,7 @@ class _PackedConv(PackedLayer):
 
     def _without_branch(self, input, weight, bias, *args, **kwargs):
         patched = self.lora is not None and self.lora.weight_patches
-        if patched or not is_packed(weight) or not product.scratch_serves(input):
+        if patched or not is_packed(weight) or not product.scratch_serves(weight, input):
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
         with product.unpacked_in_scratch(weight, input.dtype, self.value_dtype) as dense:
             return super()._conv_forward(input, dense, bias, *args, **kwargs)

@@ -14,7 +14,7 @@ from comfy_kitchen.tensor.base import dequantize_args
 
 from . import kernels, rounding
 from .format import FORMATS, Format
-from .tensor import PackedLayout, QuantizedTensor, packed_tensors
+from .tensor import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 
 # A weight is unpacked into at most this many bytes at a time. Larger weights go through the product in slices of rows.
 SCRATCH_BYTES = 64 << 20
@@ -69,8 +69,9 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     packed_format = FORMATS[format]
     columns = input.shape[-1]
     on_cpu = input.device.type == "cpu"
-    step = _rows_per_slice(packed_format, rows, columns, input.dtype.itemsize,
-                           SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
+    as_it_lies = packed_format.plain_dtype == input.dtype
+    step = rows if as_it_lies else _rows_per_slice(
+        packed_format, rows, columns, input.dtype.itemsize, SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
     scratch = shared_scratch()
     flat = input.reshape(-1, columns)
     # The low-rank branch goes into the sum of the large product, which is rounded once: added to something already rounded a
@@ -81,6 +82,8 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
 
     def weight_slice(start: int, stop: int) -> torch.Tensor:
         shape = (stop - start, columns)
+        if as_it_lies:
+            return packed[0].view(input.dtype).view(shape)
         weight = scratch.take(shape, input.dtype) if on_cpu else input.new_empty(shape)
         return kernels.unpack_into(packed_format, packed, weight, value_dtype, start * columns // packed_format.block_length)
 
@@ -223,10 +226,17 @@ def unpack(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype
         packed_tensors(weight), weight.layout_cls.format.__name__, list(weight.shape), dtype, value_dtype)
 
 
-def scratch_serves(input: torch.Tensor) -> bool:
-    """Whether the product with `input` can take a weight from the scratch: on a CPU, where no gradient needs it later."""
-    return input.device.type == "cpu" and not torch.compiler.is_compiling() and not (
-        input.requires_grad and torch.is_grad_enabled())
+def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The values of a weight whose bytes are numbers of `dtype`, as they lie, not to be written to; None of all others."""
+    if not is_packed(weight) or weight.layout_cls.format.plain_dtype != dtype:
+        return None
+    return packed_tensors(weight)[0].view(dtype).view(weight.shape)
+
+
+def scratch_serves(weight: QuantizedTensor, input: torch.Tensor) -> bool:
+    """Whether a weight is best taken from the scratch: on a CPU, where it must be unpacked and no gradient needs it later."""
+    return (input.device.type == "cpu" and plain_values(weight, input.dtype) is None and not torch.compiler.is_compiling()
+            and not (input.requires_grad and torch.is_grad_enabled()))
 
 
 @contextlib.contextmanager

@@ -85,11 +85,17 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape, dtype=
 
 
 def held_narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A plain weight for a layer that computes in `dtype`. 16-bit numbers stay as they are under the label float32."""
-    packed_format = plain.BY_DTYPE.get(weight.dtype) if dtype == torch.float32 else None
+    """A plain weight for a layer whose parameters are of `dtype`: packed where its numbers have 16 bits, else as it is.
+
+    16-bit numbers stay as they are for a layer of float32. In all dtypes patches then run beside the product: added to such a
+    weight and rounded, a weak one would be lost.
+    """
+    if dtype != torch.float32 or weight.dtype not in plain.BY_DTYPE:
+        weight = weight.to(dtype)
+    packed_format = plain.BY_DTYPE.get(weight.dtype)
     if packed_format is None:
-        return weight.to(dtype)
-    return packed_tensor(packed_format, weight.contiguous().view(-1).view(torch.uint8), weight.shape)
+        return weight
+    return packed_tensor(packed_format, weight.contiguous().view(-1).view(torch.uint8), weight.shape, dtype)
 
 
 def packed_tensors(tensor: QuantizedTensor) -> list[torch.Tensor]:

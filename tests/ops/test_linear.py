@@ -268,13 +268,6 @@ def test_plain_16_bit_weights_keep_their_bytes_and_values_in_float32(plain, opti
         assert torch.equal(layer(inputs[name]), dense(inputs[name]))
 
 
-@pytest.mark.parametrize("held", [torch.float16, torch.bfloat16], ids=str)
-def test_plain_weights_are_what_the_model_wants_where_that_is_as_narrow(held):
-    layer = OPERATIONS.Linear(64, 32, bias=False, dtype=held)
-    layer.load_state_dict({"weight": torch.randn(32, 64, dtype=torch.float16)})
-    assert not is_packed(layer.weight) and layer.weight.dtype == held
-
-
 def test_a_convolution_of_16_bit_weights_has_its_gradient():
     layer, input = OPERATIONS.Conv2d(16, 32, 3, bias=False, dtype=torch.float32), torch.randn(1, 16, 9, 9, requires_grad=True)
     weight = torch.randn(32, 16, 3, 3).half()
@@ -283,3 +276,18 @@ def test_a_convolution_of_16_bit_weights_has_its_gradient():
     other = input.detach().clone().requires_grad_()
     torch.nn.functional.conv2d(other, weight.float()).sum().backward()
     assert torch.equal(input.grad, other.grad)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_16_bit_weights_are_held_as_they_are_and_used_where_they_lie(stored, dtype, assign):
+    weight, layer = torch.randn(8, 64).to(stored), packed_operations().Linear(64, 8, bias=False, dtype=dtype)
+    layer.load_state_dict({"weight": weight}, assign=assign)
+    assert is_packed(layer.weight) and layer.weight.dtype == (stored if assign else dtype)
+    assert layer.weight.nbytes == weight.nbytes
+    input = torch.randn(3, 64).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(layer(input), torch.nn.functional.linear(input, weight.to(dtype)))
+    if stored == dtype:
+        assert product.plain_values(layer.weight, dtype).data_ptr() == layer.weight._qdata.data_ptr() == weight.data_ptr()
