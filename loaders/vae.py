@@ -17,7 +17,7 @@ KINDS = (AutoencodingEngine, TAESD, WanVAE)
 def held_narrow(vae: comfy.sd.VAE) -> comfy.sd.VAE:
     """Hold in 16 bits each float32 weight of a loaded VAE whose values have no more; it computes what it did. Returns `vae`."""
     model = vae.first_stage_model
-    if not isinstance(model, KINDS) or vae.is_dynamic():
+    if not isinstance(model, KINDS) or vae.patcher.is_dynamic():
         return vae
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -27,6 +27,5 @@ def held_narrow(vae: comfy.sd.VAE) -> comfy.sd.VAE:
         if narrow is not None:
             module.weight = torch.nn.Parameter(narrow, requires_grad=False)
             module.comfy_cast_weights = True
-    vae.size = None
-    vae.patcher.size = vae.model_size()
+    vae.size, vae.patcher.size = None, 0  # the host counts anew
     return vae
