@@ -4,6 +4,7 @@ What a node does to it gives what the dense tensor of its values gives, or one s
 lost write or the end of the process.
 """
 import dataclasses
+import functools
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -33,7 +34,7 @@ class PackedTensor(QuantizedTensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        schema, run = func._schema, super().__torch_dispatch__
+        run = super().__torch_dispatch__
         if func is _aten.detach.default:
             with torch.inference_mode(args[0].is_inference()):  # torch takes no other for a view
                 return relabelled(args[0])
@@ -42,22 +43,23 @@ class PackedTensor(QuantizedTensor):
             if not isinstance(target, QuantizedTensor):
                 return func(target, source.dequantize(), *args[2:], **kwargs)
             _check_copy(target, source)
-        elif schema.is_mutable:
-            if any(isinstance(tensor, QuantizedTensor) for tensor in _written(schema, args, kwargs)):
-                raise _refusal(f"{schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
         elif func is _aten._has_compatible_shallow_copy_type.default:
             return all(isinstance(tensor, QuantizedTensor) for tensor in args)  # no plain tensor takes this for its memory
+        elif _writes(func):
+            if any(isinstance(tensor, QuantizedTensor) for tensor in _written(func._schema, args, kwargs)):
+                raise _refusal(f"{func._schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
         elif func.overloadpacket in (_aten.to, _aten._to_copy) and not all(
                 value.is_floating_point for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
             return cls._dequant_and_fallback(func, args, kwargs)
-        elif torch.is_inference_mode_enabled() and any(value.alias_info for value in schema.returns):
+        elif torch.is_inference_mode_enabled() and _views(func):
             with torch.inference_mode(args[0].is_inference()):
                 return run(func, types, args, kwargs)
         return run(func, types, args, kwargs)
 
     def _copy_with(self, qdata=None, params=None, clone_params=True):
-        quantised = super()._copy_with(qdata, params, clone_params)
-        return PackedTensor(quantised._qdata, quantised._layout_cls, quantised._params)
+        if params is None:
+            params = self._params.clone() if clone_params else self._params
+        return PackedTensor(self._qdata if qdata is None else qdata, self._layout_cls, params)
 
     @staticmethod
     def __tensor_unflatten__(inner_tensors, context, outer_size, outer_stride):
@@ -147,6 +149,16 @@ def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=
     params = tensor._params
     params = dataclasses.replace(params, orig_dtype=dtype or params.orig_dtype, orig_shape=tuple(shape or params.orig_shape))
     return type(tensor)(tensor._qdata, tensor._layout_cls, params)
+
+
+@functools.cache
+def _writes(func) -> bool:
+    return func._schema.is_mutable
+
+
+@functools.cache
+def _views(func) -> bool:
+    return any(value.alias_info for value in func._schema.returns)
 
 
 def _written(schema, args, kwargs):
