@@ -9,6 +9,9 @@ from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.source import FORMAT_NAMES
 from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType
+from lora_gain import assert_full_strength
+
+from devtools.bench.measure import random_weight
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [*(fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES), *CODEBOOKS, INT8.of_columns(96)]
@@ -94,3 +97,21 @@ def assert_layer_equals_the_dense_one(fmt, tokens: tuple[int, int]):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
     ids = torch.tensor([[3, 0], [19, 3]])
     assert torch.equal(product.embedding(ids, weight, torch.float32), dense.float()[ids])
+
+
+def assert_a_weak_lora_arrives(tokens: int):
+    """Beside a bias, through whatever kernels are chosen now, in a dtype whose step is larger than what the LoRA changes."""
+    rows, columns, norm, dtype = 1024, 64, 0.0005, torch.float16
+    weight = random_weight("Q8_0", (rows, columns))
+    dense = product.unpack(weight, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(shape, generator=generator) for shape in ((rows, 4), (4, columns)))
+    bias = (torch.randn(rows, generator=generator) * dense.std() * columns ** 0.5).to(dtype)
+
+    def run(input, strength):
+        return product.linear(input, weight, bias, None, down.to(dtype), [(strength * up).to(dtype)], [0, rows, 0, 4])
+
+    inputs = [torch.randn(tokens, columns, generator=generator).to(dtype) for _ in range(max(1, 96 // tokens))]
+    change = up @ down
+    base = (dense.norm() / change.norm()).item()
+    assert_full_strength(run, inputs, lambda strength: strength * change, (norm,), base)

@@ -15,8 +15,8 @@ from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
 from kernel_cases import (
-    assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once, assert_same_bits, each_dtype,
-    each_format, each_format_with, reference, wait_for_kernels,
+    assert_a_weak_lora_arrives, assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once,
+    assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
 )
 
 CPU = torch.device("cpu")
@@ -213,3 +213,9 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
     assert "unpack of Q4_0 to torch.float32 by cpp on cpu" in caplog.text
     assert "values differ from the reference" in caplog.text
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_a_weak_lora_arrives(tokens):
+    assert_a_weak_lora_arrives(tokens)

@@ -19,8 +19,8 @@ from featherweight.ops.kernels.metal_backend import BACKEND, unpack
 from featherweight.ops.kernels.source import TYPES, kernel_source
 from featherweight.ops.tensor import packed_tensor
 from kernel_cases import (
-    DTYPES, assert_odd_weight_is_right, assert_same_bits, each_dtype, each_format, each_format_with, reference,
-    wait_for_kernels,
+    DTYPES, assert_a_weak_lora_arrives, assert_odd_weight_is_right, assert_same_bits, each_dtype, each_format,
+    each_format_with, reference, wait_for_kernels,
 )
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")
@@ -239,3 +239,9 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
     assert kernel_layer.find("unpack", CPU, fmt, out.dtype) is None
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), fmt.unpack_into(tensors, torch.empty_like(out)))
     assert "unpack of Q6_K to torch.float16 by metal" in caplog.text and reason in caplog.text
+
+
+@pytest.mark.usefixtures("as_device")
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_a_weak_lora_arrives(tokens):
+    assert_a_weak_lora_arrives(tokens)

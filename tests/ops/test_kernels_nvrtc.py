@@ -20,8 +20,8 @@ from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.source import SOURCES, source_files
 from kernel_cases import (
-    ALL_FORMATS, DTYPES, assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once,
-    assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
+    ALL_FORMATS, DTYPES, assert_a_weak_lora_arrives, assert_layer_equals_the_dense_one, assert_odd_weight_is_right,
+    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
 )
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
@@ -273,3 +273,10 @@ def test_no_rule_leaves_a_source_out_of_the_package():
     sources = sorted(str(path) for path in SOURCES.rglob("*") if path.is_file())
     ignored = subprocess.run(["git", "check-ignore", "--no-index", *sources], cwd=SOURCES, capture_output=True, text=True)
     assert not ignored.stdout
+
+
+@pytest.mark.usefixtures("as_device")
+@pytest.mark.heavy
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_a_weak_lora_arrives(tokens):
+    assert_a_weak_lora_arrives(tokens)

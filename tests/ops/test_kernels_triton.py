@@ -14,14 +14,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from devtools.gguf_files import block_pool
 from featherweight.ops import formats, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.check import WrongResult
 from featherweight.ops.tensor import packed_tensor, packed_tensors
 from gguf import GGMLQuantizationType
-from kernel_cases import wait_for_kernels
+from kernel_cases import assert_a_weak_lora_arrives, wait_for_kernels
+
+from devtools.gguf_files import block_pool
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from featherweight.ops.kernels import triton_backend  # noqa: E402
@@ -316,3 +317,9 @@ def test_compiles_for(target, name, monkeypatch, tmp_path):
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
     assert not fused.search(results["_unpack"].asm[assembly])
     assert fused.search(results["_vector"].asm[assembly])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_a_weak_lora_arrives(tokens):
+    assert_a_weak_lora_arrives(tokens)
