@@ -16,6 +16,7 @@ import asyncio, sys
 sys.argv = ["main.py", "--cpu", "--base-directory", sys.argv[1], "--disable-api-nodes"]
 import comfy.options
 comfy.options.enable_args_parsing()
+import utils.extra_config  # for the user's folders of models; older hosts find it only before `nodes` is imported
 import torch
 
 
