@@ -19,6 +19,8 @@ from .tensor import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 # A weight is unpacked into at most this many bytes at a time. Larger weights go through the product in slices of rows.
 SCRATCH_BYTES = 64 << 20
 DEVICE_SCRATCH_BYTES = 256 << 20
+# On a CPU with few rows of input most of the time goes into the weight, and a slice that stays in the cache is read faster.
+FEW_TOKENS, CACHED_BYTES = 128, 16 << 20
 
 
 class Scratch:
@@ -70,10 +72,12 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     columns = input.shape[-1]
     on_cpu = input.device.type == "cpu"
     as_it_lies = packed_format.plain_dtype == input.dtype
-    step = rows if as_it_lies else _rows_per_slice(
-        packed_format, rows, columns, input.dtype.itemsize, SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES)
     scratch = shared_scratch()
     flat = input.reshape(-1, columns)
+    limit = SCRATCH_BYTES if on_cpu else DEVICE_SCRATCH_BYTES
+    if on_cpu and flat.shape[0] < FEW_TOKENS:
+        limit = min(limit, CACHED_BYTES)
+    step = rows if as_it_lies else _rows_per_slice(packed_format, rows, columns, input.dtype.itemsize, limit)
     # The low-rank branch goes into the sum of the large product, which is rounded once: added to something already rounded a
     # weak LoRA would be lost, in the bias too. So the bias comes last.
     added = None if down is None else branch(flat, rows, down, ups, slices)
