@@ -23,6 +23,7 @@ from comfy.patcher_extension import CallbacksMP
 from .linear import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
 from .patched_weights import PatchedWeights
+from .rounding import dithered
 from .tensor import QuantizedTensor, is_packed
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
@@ -333,7 +334,9 @@ class PackedPatcher:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         if return_weight:
             dense = self._layer(key).dense_weight(weight.to(device_to), torch.float32)
-            return comfy.lora.calculate_weight(patches, dense, key).to(weight.dtype)
+            if not patches:
+                return dense.to(weight.dtype)
+            return dithered(comfy.lora.calculate_weight(patches, dense, key), weight.dtype)
         if force_cast:
             if key not in self.backup:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)

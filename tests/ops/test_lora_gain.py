@@ -3,22 +3,27 @@ import functools
 import math
 
 import comfy.lora
+import comfy.sd
 import pytest
 import torch
 from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
+from featherweight.loaders.container import open_weights
+from featherweight.loaders.diffusion import operations_for
 from featherweight.ops import formats, int8, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.linear import packed_operations
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.lora import build_patches
+from featherweight.ops.patcher import adopt
 from featherweight.ops.rounding import dithered, weak_sum
 from featherweight.ops.tensor import is_packed, packed_tensor, relabelled
 from host_formats import HOST_FORMATS, in_host_format
 from lora_gain import ALLOWED, NORMS, OUTPUTS, Gain, assert_full_strength
-from patched_models import adapter, flux_file, forget_models, lora_for, packed_flux, patched, run
+from patched_models import adapter, flux_file, forget_models, lora_for, packed_flux, patched, run, tiny_flux
 
 from devtools.bench.measure import random_weight
+from devtools.gguf_files import write_gguf
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -319,6 +324,28 @@ def test_before_functions_that_wrap_the_weight():
 
     inputs = [torch.randn(2048, 1024, dtype=torch.bfloat16)]
     assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+
+
+@pytest.mark.parametrize("format_name", ["MXFP4", "BF16"])
+def test_in_what_nodes_read_and_save(format_name, tmp_path):
+    """The values of both formats lie on the grid of bfloat16, in which the model's state dict has them."""
+    weights = {name: values.numpy() for name, values in tiny_flux().items()}
+    path = tmp_path / "flux.gguf"
+    write_gguf(path, weights, lambda name, values: format_name if values.ndim > 1 else "F32")
+    key = "single_blocks.0.linear1.weight"
+    state_dict = open_weights(path).state_dict()
+    options = {"custom_operations": operations_for(state_dict), "dtype": torch.bfloat16}
+    patcher = adopt(comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options))
+    before = patcher.model_state_dict()[f"diffusion_model.{key}"]
+    lora = {f"diffusion_model.{key.removesuffix('weight')}{name}": tensor
+            for name, tensor in adapter("lora", before.float(), 1, size=NORMS[2]).items()}
+    change = lora[f"diffusion_model.{key.removesuffix('weight')}lora_up.weight"] @ (
+        lora[f"diffusion_model.{key.removesuffix('weight')}lora_down.weight"]) / 2
+    after = patched(patcher, (lora, 1.0)).model_state_dict()[f"diffusion_model.{key}"]
+    assert before.dtype == after.dtype == torch.bfloat16
+    gain = Gain()
+    gain.add(after.double() - before.double(), change)
+    gain.assert_full(f"{(change.norm() / before.float().norm()).item():.2%}")
 
 
 # --- the rounding itself ---
