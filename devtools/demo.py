@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from demo_model import judge, scenes
-from devtools import demo_files
-from devtools.demo_files import make_checkpoint, make_models
+from devtools import ROOT
 from devtools.demo_sheet import sheet
-from devtools.server import ROOT, Run, Server, ServerError
-from devtools.workflow import to_api
+from devtools.files import demo_files
+from devtools.files.demo_files import make_checkpoint, make_models
+from devtools.host.server import Run, Server, ServerError
+from devtools.workflows.api_format import to_api
 from devtools.workflows.demo import PROMPT, STEPS
 
 FOLDER = ROOT / "example_workflows"

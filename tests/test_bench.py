@@ -10,7 +10,7 @@ import torch
 from featherweight.ops import int8
 from PIL import Image
 
-from devtools.bench.picture import FASTER, SLOWER
+from devtools.measure.bench.picture import FASTER, SLOWER
 
 PACK = Path(__file__).resolve().parent.parent
 # Named here, so that a case that gets lost is missed.
@@ -22,7 +22,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     arguments = ["--quick", "--rounds", "1", "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other slow a busy machine down
-    subprocess.run([sys.executable, "-m", "devtools.bench", *arguments], cwd=PACK, env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=PACK, env=environment, check=True)
     return folder
 
 

@@ -11,8 +11,8 @@ import torch
 from families import FAMILIES, random_weights
 from safetensors.torch import save_file
 
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 
 FLUX_SIZES = {"hidden": 256, "double_blocks": 1, "single_blocks": 1, "context": 1024}
 # In the trainers' naming for one part of the model, in PEFT's for the other.
@@ -52,7 +52,7 @@ def flux_in_diffusers_names(flux: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def nf4(path, weights=None, keep=None):
-    from devtools.bnb_files import write_bnb  # takes the bitsandbytes package
+    from devtools.files.bnb_files import write_bnb  # takes the bitsandbytes package
     write_bnb(path, weights or flux(), keep=keep)
 
 

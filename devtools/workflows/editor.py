@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from devtools.server import PACK
-from devtools.workflow import WIDGET_TYPES
+from devtools.host.server import PACK
+from devtools.workflows.api_format import WIDGET_TYPES
 
 HOST_VERSION, OWN_VERSION = "0.30.0", "0.1.0"
 # Pixels of the editor

@@ -19,8 +19,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from patched_models import adapter, relative
 from safetensors.torch import save_file
 
-from devtools.gguf_files import write_gguf
-from devtools.tiny_models import clip_l_shapes, flux_shapes
+from devtools.files.gguf_files import write_gguf
+from devtools.files.tiny_models import clip_l_shapes, flux_shapes
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

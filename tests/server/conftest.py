@@ -2,8 +2,8 @@
 import pytest
 
 from devtools import demo
-from devtools.browser import Browser, find_chromium
-from devtools.server import Server
+from devtools.host.browser import Browser, find_chromium
+from devtools.host.server import Server
 
 
 @pytest.fixture(scope="package", autouse=True)

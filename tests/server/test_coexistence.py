@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devtools import demo, demo_files
-from devtools.server import PACK, ROOT, Server
-from devtools.workflow import to_api
+from devtools import ROOT, demo
+from devtools.files import demo_files
+from devtools.host.server import PACK, Server
+from devtools.workflows.api_format import to_api
 
 # What matters of ComfyUI-GGUF: it owns the ids, and makes two folder keys share one list.
 GGUF_IDS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "TripleCLIPLoaderGGUF",

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devtools import demo, demo_files
-from devtools.server import HOST, Server
+from devtools import demo
+from devtools.files import demo_files
+from devtools.host.server import HOST, Server
 
 # What an exporter writes: the host's start without its server, then each node in turn.
 EXPORTED = f'''

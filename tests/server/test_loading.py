@@ -3,9 +3,10 @@ import re
 
 import pytest
 
-from devtools import demo, demo_files, tiny_models
-from devtools.gguf_files import write_random_gguf
-from devtools.server import ServerError
+from devtools import demo
+from devtools.files import demo_files, tiny_models
+from devtools.files.gguf_files import write_random_gguf
+from devtools.host.server import ServerError
 
 LOADERS = {
     "FeatherweightLoadDiffusionModel": {"model_name": demo.MODEL_NAME},

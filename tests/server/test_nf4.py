@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from devtools import demo, tiny_models
-from devtools.server import ServerError
+from devtools import demo
+from devtools.files import tiny_models
+from devtools.host.server import ServerError
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 

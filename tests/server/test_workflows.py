@@ -4,9 +4,9 @@ import json
 import pytest
 from PIL import Image
 
-from devtools.server import ROOT
-from devtools.workflow import AFTER_GENERATE, NOTES, WIDGET_TYPES
+from devtools import ROOT
 from devtools.workflows import WORKFLOWS
+from devtools.workflows.api_format import AFTER_GENERATE, NOTES, WIDGET_TYPES
 from devtools.workflows.editor import HOST_VERSION, as_ui
 from devtools.workflows.parts import PICTURE
 

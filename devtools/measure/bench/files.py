@@ -14,10 +14,10 @@ import torch
 from featherweight.loaders.container import open_weights
 from featherweight.loaders.diffusion import fix_keys, model_of
 
-from devtools.bench.measure import device, has_bfloat16, side_by_side
-from devtools.bench.models import packs, step_of
-from devtools.gguf_files import write_random_gguf
-from devtools.tiny_models import flux_shapes
+from devtools.files.gguf_files import write_random_gguf
+from devtools.files.tiny_models import flux_shapes
+from devtools.measure.bench.models import packs, step_of
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
 
 PROBE = Path(__file__).resolve().parent.parent / "memory_probe.py"
 

@@ -10,8 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from devtools.bench import ROOT  # first: puts the host and the pack on the path
-
 import comfy.model_management
 import comfy.sample
 import comfy.sd
@@ -23,7 +21,9 @@ from safetensors.torch import load_file
 
 from demo_model import judge, scenes
 from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
-from devtools import demo_files, quality_picture
+from devtools import ROOT
+from devtools.files import demo_files
+from devtools.measure import quality_picture
 from devtools.workflows.demo import STEPS
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")

@@ -1,0 +1,1 @@
+"""Writers of model files as people have them, for tests, demo and bench."""
