@@ -115,7 +115,7 @@ def as_input(pictures) -> torch.Tensor:
 
 
 def train_autoencoder(work: Path, threads: int, only_decoder: bool = False):
-    """On squares of 64 pixels of all kinds of pictures. Latents are held to mean 0 and spread 1, and carry a little noise.
+    """Train on squares of 64 pixels of all kinds of pictures. Latents are held to mean 0 and spread 1, with a little noise.
 
     only_decoder: go on with the decoder alone, so that latents already made stay what they are.
     """
@@ -238,7 +238,7 @@ def load_flux(path: Path) -> Flux:
 
 
 def train_lora(work: Path, threads: int, name: str):
-    """On the dense model and, as many people train theirs, on packed ones: each step on one of them, in any order."""
+    """Train on the dense model and, as many people train theirs, on packed ones: each step on one of them, in any order."""
     torch.manual_seed(3)
     model = load_flux(work / "flux.safetensors")
     layers, dense = dict(model.named_parameters()), load_file(work / "flux.safetensors")

@@ -37,7 +37,7 @@ def autoencoder(channels: int = tiny_models.LATENT_CHANNELS) -> dict[str, torch.
 
 
 def flux_in_diffusers_names(flux: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With q, k and v apart."""
+    """Weights of a Flux in the names of diffusers, which keeps q, k and v apart."""
     names = comfy.utils.flux_to_diffusers({"depth": FLUX_SIZES["double_blocks"], "hidden_size": FLUX_SIZES["hidden"],
                                            "depth_single_blocks": FLUX_SIZES["single_blocks"]})
     source = {name.replace("_norm.scale", "_norm.weight"): value for name, value in flux.items()}  # the table's spelling

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from demo_model import text
 from demo_model.autoencoder import widened
 from devtools import ROOT
-from devtools.files.gguf_files import gguf_writer, pack, write_gguf
+from devtools.files.gguf_files import gguf_writer, pack, write_all, write_gguf
 from devtools.files.tiny_models import clip_l_shapes
 
 WEIGHTS = ROOT / "demo_model" / "weights"
@@ -68,10 +68,7 @@ def write_encoder(path: Path):
             writer.add_tensor(name, pack(given[name].numpy(), "Q8_0"), raw_dtype=q8_0)
         else:
             writer.add_tensor(name, np.zeros(gguf.quant_shape_to_byte_shape(shape, q8_0), np.uint8), raw_dtype=q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
 
 
 def vae() -> dict[str, torch.Tensor]:

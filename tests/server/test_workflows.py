@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 
 from devtools import ROOT
+from devtools.host.environment import HOST_VERSION
 from devtools.workflows import WORKFLOWS
 from devtools.workflows.api_format import AFTER_GENERATE, NOTES, WIDGET_TYPES
-from devtools.workflows.editor import HOST_VERSION, as_ui
+from devtools.workflows.editor import as_ui
 from devtools.workflows.parts import PICTURE
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
