@@ -15,7 +15,6 @@ FORMAT_NAMES = [name for name, packed_format in FORMATS.items()
                 if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)]
 
 
-
 def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
     """A packed weight of random valid blocks."""
     packed_format, generator, values = FORMATS[format_name], np.random.default_rng(0), math.prod(shape)
@@ -32,7 +31,7 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
 
 
 def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | None:
-    """A weight of these values, float32 (N, K); None where there is nothing here that packs the format."""
+    """A weight of these values, float32 (N, K); None where neither the `gguf` package nor bitsandbytes packs it."""
     packed_format = FORMATS[format_name]
     if packed_format.ggml_type is not None:
         try:

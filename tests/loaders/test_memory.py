@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from devtools import ROOT
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
 from devtools.measure.bench.files import probed
 
-PACK = Path(__file__).resolve().parents[2]
 MB = 1 << 20
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -75,7 +75,7 @@ def scale(tmp_path_factory):
     """What the bench measures with a whole Flux.1-dev in Q4_K, and with parts of it."""
     folder = tmp_path_factory.mktemp("scale")
     arguments = ["--only", "scale", "--rounds", "2", "--out", str(folder)]
-    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=PACK, check=True)
+    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=ROOT, check=True)
     return json.loads((folder / "bench.json").read_text())["scale"]["rows"]
 
 

@@ -14,7 +14,7 @@ PROMPT = "a yellow house right of a pine tree on snow at dusk under a cloud"
 
 @pytest.fixture(scope="module")
 def results(server):
-    demo.make_models(server.base, [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()])
+    demo_files.make_models(server.base, [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()])
     return demo.draw_all(server, PROMPT, 2)
 
 

@@ -96,7 +96,7 @@ NODE_CLASS_MAPPINGS = {"WrappedUnet": WrappedUnet, "WrappedClip": WrappedClip}
 @pytest.fixture(scope="module")
 def wrapping(tmp_path_factory):
     base = tmp_path_factory.mktemp("wrapping")
-    demo.make_models(base)
+    demo_files.make_models(base)
     with Server(base, extra_custom_nodes={"wrappers": WRAPPERS}) as server:
         yield server
 
