@@ -4,7 +4,8 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit("Failed: dev.py needs Python 3.10 or newer, this is %d.%d." % sys.version_info[:2])
 
-from devtools import environment  # noqa: E402  the check above must come first
+from devtools.commands import COMMANDS  # noqa: E402  the check above must come first
+from devtools.host.environment import SetupError  # noqa: E402
 
 USAGE = """usage: python3 dev.py COMMAND [arguments]
 
@@ -23,12 +24,12 @@ with its Python; if that Python has no torch, the environment under .dev is used
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in environment.COMMANDS:
+    if not arguments or arguments[0] not in COMMANDS:
         print(USAGE)
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
-        return environment.COMMANDS[arguments[0]](arguments[1:])
-    except environment.SetupError as error:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except SetupError as error:
         print(f"Failed: {error}")
     except KeyboardInterrupt:
         print("Stopped. Run the same command again to go on.")

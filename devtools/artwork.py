@@ -1,11 +1,12 @@
 """python -m devtools.artwork: draws media/icon.png and media/banner.png, a feather made of packed blocks."""
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MEDIA = Path(__file__).resolve().parent.parent / "media"
+from devtools import ROOT
+
+MEDIA = ROOT / "media"
 BACKGROUND, QUILL, TEXT, QUIET = "#14181f", "#e8edf2", "#f4f7fa", "#9fb0c0"
 LINES = (("Featherweight", 0.3, 0.155, TEXT), ("GGUF, NF4, FP4 and int8 models in ComfyUI,", 0.53, 0.062, QUIET),
          ("packed in memory, with exact LoRA", 0.62, 0.062, QUIET))  # text, top and height in heights of the banner, colour

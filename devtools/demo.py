@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from demo_model import judge, scenes
-from devtools import demo_files
-from devtools.demo_files import make_checkpoint, make_models
+from devtools import ROOT
 from devtools.demo_sheet import sheet
-from devtools.server import ROOT, Run, Server, ServerError
-from devtools.workflow import to_api
+from devtools.files import demo_files
+from devtools.host.server import Run, Server, ServerError
+from devtools.workflows import FOLDER
+from devtools.workflows.api_format import to_api
 from devtools.workflows.demo import PROMPT, STEPS
 
-FOLDER = ROOT / "example_workflows"
 WORKFLOW = FOLDER / "Featherweight demo.json"
 SIDE_BY_SIDE = FOLDER / "Featherweight demo side by side.json"
 LORA_WORKFLOW = FOLDER / "Featherweight demo two LoRAs.json"
@@ -124,9 +124,9 @@ def main(arguments: list[str]) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     print("Packing the model", flush=True)
     types = [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()]
-    make_models(base, types)
+    demo_files.make_models(base, types)
     if "NF4" in types:
-        make_checkpoint(base)
+        demo_files.make_checkpoint(base)
     else:
         print("Note: the NF4 pictures are left out, the package bitsandbytes that writes such files is not installed.")
 

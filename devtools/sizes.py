@@ -1,166 +1,22 @@
-"""python3 dev.py sizes: how many bytes popular models take in each format, and which format fits which GPU.
+"""How many bytes a model's tensors take in each format, by the rules that quantised files follow.
 
-Nothing is downloaded: the host's own classes are built on torch's meta device, and the shapes of their tensors counted by
-the rules that quantised files follow. Prints the tables of docs/choosing.md, with the accuracy of formats beside.
+Imports the pack, which `devtools.measure` puts on the path.
 """
-import functools
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from unittest import mock
+from collections.abc import Mapping
 
-import devtools.bench  # noqa: F401  the host and the pack
-import comfy.model_management
-import comfy.ops
-import comfy.supported_models
-import comfy.text_encoders.llama as llama
-import comfy.text_encoders.t5
-import torch
 from featherweight.ops import formats  # noqa: F401  registers every format
 from featherweight.ops.format import FORMATS
 
-from devtools import gguf_files
-
-GB, GIB = 1e9, 2 ** 30
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
 COLUMNS = (*DENSE, *PACKED)
 # What llama.cpp takes instead where blocks of 256 do not divide a row, and then where blocks of 32 do not.
 FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
 RANK = 32  # of the LoRA whose size is counted
-CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
-SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A published model.
-
-    shapes: makes name -> shape. encoder: whether it is a text encoder, whose embedding is packed in GGUF files. working: what
-    ComfyUI sets aside for one step beside the weights, in bytes; None where it is not known. picture: the size it is for.
-    """
-
-    name: str
-    shapes: Callable[[], Shapes]
-    encoder: bool = False
-    working: Callable[[], float] | None = None
-    picture: str = ""
-
-
-def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, picture: str, **config) -> Model:
-    """supported: the host's entry in `supported_models`. latent: shape of its input for a picture of that size."""
-
-    @functools.cache
-    def build():
-        model_config = getattr(comfy.supported_models, supported)(dict(config))
-        model_config.set_inference_dtype(torch.bfloat16, None)
-        model_config.custom_operations = comfy.ops.disable_weight_init
-        return model_config.get_model({}, "", device="meta")
-
-    def working() -> float:
-        with mock.patch.object(comfy.model_management, "pytorch_attention_flash_attention", lambda: True):
-            needed = build().memory_required(latent)
-        return max(0.8 * GIB, needed) + 0.4 * GIB  # the least ComfyUI leaves free, and what it leaves to the system
-
-    @functools.cache
-    def shapes() -> Shapes:
-        return shapes_of(build().diffusion_model)
-
-    return Model(name, shapes, working=working if latent else None, picture=picture)
-
-
-def encoder(name: str, build: Callable, config: dict | None = None) -> Model:
-    """build: the host's class."""
-
-    @functools.cache
-    def shapes() -> Shapes:
-        module = build(config or {}, torch.bfloat16, "meta", comfy.ops.disable_weight_init)
-        return {name: shape for name, shape in shapes_of(module).items()
-                if not name.startswith(("visual.", "vision_model.", "multi_modal_projector."))}
-
-    return Model(name, shapes, encoder=True)
-
-
-def shapes_of(module: torch.nn.Module) -> Shapes:
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
-
-
-def t5_config(name: str) -> dict:
-    path = Path(comfy.text_encoders.t5.__file__).with_name(name)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def flux2(name: str, hidden: int, depth: int, single: int, context: int, guidance: bool) -> Model:
-    return diffusion_model(
-        name, "Flux2", (1, 128, 64, 64), "1024²", image_model="flux2", in_channels=128, out_channels=128, patch_size=1,
-        context_in_dim=context, hidden_size=hidden, mlp_ratio=3.0, num_heads=hidden // 128, depth=depth,
-        depth_single_blocks=single, axes_dim=[32, 32, 32, 32], theta=2000, qkv_bias=False, vec_in_dim=None,
-        guidance_embed=guidance, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True, ops_bias=False,
-        default_ref_method="index", ref_index_scale=10.0)
-
-
-def sd3(name: str, depth: int, positions: int, attention: range | None) -> Model:
-    return diffusion_model(
-        name, "SD3", (1, 16, 128, 128), "1024²", in_channels=16, out_channels=16, patch_size=2, depth=depth, input_size=None,
-        adm_in_channels=2048, num_patches=positions ** 2, pos_embed_max_size=positions, pos_embed_scaling_factor=None,
-        context_embedder_config={"target": "torch.nn.Linear",
-                                 "params": {"in_features": 4096, "out_features": 64 * depth}},
-        qk_norm="rms", x_block_self_attn_layers=list(attention or ()))
-
-
-def wan(name: str, dim: int, ffn: int, layers: int, latent: tuple[int, ...], picture: str, supported: str = "WAN21_T2V",
-        **config) -> Model:
-    return diffusion_model(name, supported, latent, picture, **{
-        **dict(image_model="wan2.1", model_type="t2v", dim=dim, out_dim=16, num_heads=dim // 128, ffn_dim=ffn,
-               num_layers=layers, in_dim=16, patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True,
-               cross_attn_norm=True, eps=1e-6), **config})
-
-
-_480P, _480P_SHAPE = "832 × 480, 81 frames", (1, 16, 21, 60, 104)
-
-MODELS = (
-    diffusion_model(
-        "Flux.1 dev, schnell, Kontext", "Flux", (1, 16, 128, 128), "1024²", image_model="flux", in_channels=16,
-        out_channels=16, patch_size=2, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=19,
-        depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, vec_in_dim=768, guidance_embed=True,
-        txt_ids_dims=[]),
-    flux2("Flux.2 Klein 4B", 3072, 5, 20, 7680, guidance=False),
-    flux2("Flux.2 Klein 9B", 4096, 8, 24, 12288, guidance=False),
-    flux2("Flux.2 dev", 6144, 8, 48, 15360, guidance=True),
-    sd3("SD3.5 Medium", 24, 384, range(13)),
-    sd3("SD3.5 Large", 38, 192, None),
-    diffusion_model(
-        "SDXL", "SDXL", (1, 4, 128, 128), "1024²", use_checkpoint=False, image_size=32, out_channels=4,
-        use_spatial_transformer=True, legacy=False, num_classes="sequential", adm_in_channels=2816, in_channels=4,
-        model_channels=320, num_res_blocks=[2, 2, 2], transformer_depth=[0, 0, 2, 2, 10, 10], channel_mult=[1, 2, 4],
-        transformer_depth_middle=10, use_linear_in_transformer=True, context_dim=2048,
-        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], use_temporal_attention=False,
-        use_temporal_resblock=False),
-    diffusion_model(
-        "Qwen-Image, Qwen-Image-Edit", "QwenImage", (1, 16, 1, 128, 128), "1024²", image_model="qwen_image", in_channels=64,
-        num_layers=60, num_attention_heads=24, joint_attention_dim=3584),
-    diffusion_model(
-        "Z-Image", "ZImage", (1, 16, 128, 128), "1024²", image_model="lumina2", patch_size=2, in_channels=16, dim=3840,
-        cap_feat_dim=2560, n_layers=30, qk_norm=True, n_heads=30, n_kv_heads=30, axes_dims=[32, 48, 48],
-        axes_lens=[1536, 512, 512], rope_theta=256.0, ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0,
-        pad_tokens_multiple=32),
-    wan("Wan 2.1 1.3B", 1536, 8960, 30, _480P_SHAPE, _480P),
-    wan("Wan 2.2 5B", 3072, 14336, 30, (1, 48, 31, 44, 80), "1280 × 704, 121 frames", "WAN22_T2V", in_dim=48, out_dim=48),
-    wan("Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)", 5120, 13824, 40, _480P_SHAPE, _480P),
-    wan("Wan 2.1 14B I2V", 5120, 13824, 40, _480P_SHAPE, _480P, "WAN21_I2V", model_type="i2v", in_dim=36),
-    diffusion_model("LTX-2", "LTXAV", None, "", image_model="ltxav", num_layers=48),
-    encoder("T5-XXL", comfy.text_encoders.t5.T5, t5_config("t5_config_xxl.json")),
-    encoder("UMT5-XXL", comfy.text_encoders.t5.T5, t5_config("umt5_config_xxl.json")),
-    encoder("Qwen3 4B", llama.Qwen3_4B),
-    encoder("Qwen3 8B", llama.Qwen3_8B),
-    encoder("Qwen2.5-VL 7B", llama.Qwen25_7BVLI),
-    encoder("Gemma 3 12B", llama.Gemma3_12B),
-)
 
 
 def bytes_of(shapes: Shapes, column: str, is_encoder: bool = False) -> int:
@@ -193,64 +49,3 @@ def lora_bytes(shapes: Shapes) -> int:
     """A LoRA of rank `RANK` on every matrix of the blocks, in 16 bits."""
     matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and re.search(r"\.\d+\.", name)]
     return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
-
-
-def gpu_bytes(model: Model, column: str) -> float:
-    """Memory of a GPU that holds the whole model and runs a step of it."""
-    shapes = model.shapes()
-    largest = max(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-    scratch = 0 if column == "BF16" else 2 * largest  # where a weight is unpacked
-    return bytes_of(shapes, column, model.encoder) + scratch + model.working() + SYSTEM
-
-
-def best_fit(model: Model, card: int) -> str:
-    """The largest format that fits a card whole."""
-    fitting = (column for column in COLUMNS if column not in ("FP8", "NF4") and gpu_bytes(model, column) <= card * GIB)
-    return next(fitting, "partly")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def sizes_table() -> str:
-    """Gigabytes (10⁹ bytes) of each model in each format, and of a LoRA for it."""
-    rows = []
-    for model in MODELS:
-        shapes = model.shapes()
-        parameters = sum(map(math.prod, shapes.values())) / 1e9
-        sizes = [f"{bytes_of(shapes, column, model.encoder) / GB:.1f}" for column in COLUMNS]
-        rows.append([model.name, f"{parameters:.1f}", *sizes, "" if model.encoder else f"{lora_bytes(shapes) / GB:.2f}"])
-    return table(["GB", "10⁹ parameters", *COLUMNS, f"LoRA, rank {RANK}"], rows)
-
-
-def cards_table() -> str:
-    """The largest format of each diffusion model that fits a GPU whole."""
-    rows = [[model.name, model.picture, f"{model.working() / GIB:.1f}", *[best_fit(model, card) for card in CARDS]]
-            for model in MODELS if model.working]
-    return table(["model", "for", "work, GiB", *[f"{card} GB" for card in CARDS]], rows)
-
-
-def accuracy_table() -> str:
-    """Signal to noise, in dB, of normally distributed weights after packing, for the formats that can be packed here."""
-    from devtools import bnb_files  # needs bitsandbytes, which some systems do not have
-
-    weights = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(0))
-    values = {"Q8_0": gguf_values(weights, "Q8_0"), "FP8": weights.to(torch.float8_e4m3fn).float(),
-              "Q5_0": gguf_values(weights, "Q5_0"), "Q4_0": gguf_values(weights, "Q4_0"),
-              "NF4": bnb_files.quantised(weights, "nf4")[1], "FP4": bnb_files.quantised(weights, "fp4")[1]}
-    noise = {name: 10 * math.log10(weights.square().sum() / (got - weights).square().sum()) for name, got in values.items()}
-    return table(["", *values], [["dB", *[f"{decibels:.1f}" for decibels in noise.values()]]])
-
-
-def gguf_values(weights: torch.Tensor, format_name: str) -> torch.Tensor:
-    packed = torch.from_numpy(gguf_files.pack(weights.numpy(), format_name))
-    return FORMATS[format_name].unpack_into([packed], torch.empty_like(weights))
-
-
-TABLES = (sizes_table, cards_table, accuracy_table)
-
-if __name__ == "__main__":
-    for make in TABLES:
-        print(make())

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from devtools.environment import HOST_VERSION
+from devtools.host.environment import HOST_VERSION
 
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(os.environ.get("COMFYUI_PATH", PACK / ".dev" / "host"))

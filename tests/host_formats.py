@@ -32,7 +32,7 @@ def is_nf4(name: str) -> bool:
 
 def write_mixed(path: str, tensors: dict[str, torch.Tensor], format_name: str) -> tuple[dict, dict]:
     """Write a Flux of NF4 and of layers in a format of the host. Returns (its dense values, what the host itself can load)."""
-    from devtools.bnb_files import quantised  # needs bitsandbytes
+    from devtools.files.bnb_files import quantised  # needs bitsandbytes
 
     stored, values, for_host = {}, {}, {}
     for name, tensor in tensors.items():

@@ -12,8 +12,8 @@ import comfy.sd
 import pytest
 import torch
 from comfy_api.latest import io
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 from families import FAMILIES, comfyui_gguf_style, random_weights, shrunken_detection
 from featherweight.loaders.diffusion import load_diffusion_model
 from patched_models import folder

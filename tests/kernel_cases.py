@@ -11,7 +11,7 @@ from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType
 from lora_gain import assert_full_strength
 
-from devtools.bench.measure import random_weight
+from devtools.measure.weights import random_weight
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [*(fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES), *CODEBOOKS, INT8.of_columns(96)]

@@ -13,8 +13,8 @@ import comfy.utils
 import gguf
 import pytest
 import torch
-from devtools import tiny_models
-from devtools.gguf_files import pack, write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import pack, write_gguf
 from featherweight.loaders.container import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model, operations_for
 from featherweight.ops.format import FORMATS
@@ -49,7 +49,7 @@ def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Ten
     tensors = tiny_flux(seed)
     if format_name not in FORMATS:
         pytest.importorskip("bitsandbytes", reason="it writes the file")
-        from devtools.bnb_files import write_bnb_int8
+        from devtools.files.bnb_files import write_bnb_int8
 
         path = path.replace(".gguf", ".safetensors")
         if format_name == "INT8":

@@ -22,7 +22,7 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.linear import packed_operations
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor
 
-from devtools.gguf_files import pack
+from devtools.files.gguf_files import pack
 
 SHAPE = (16, 16)
 VALUES = np.random.default_rng(0).standard_normal(256, dtype=np.float32)

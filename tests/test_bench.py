@@ -3,16 +3,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from featherweight.ops import int8
 from PIL import Image
 
-from devtools.bench.picture import FASTER, SLOWER
+from devtools import ROOT
+from devtools.measure.bench.picture import FASTER, SLOWER
 
-PACK = Path(__file__).resolve().parent.parent
 # Named here, so that a case that gets lost is missed.
 CASES = ["shapes", "int8_error", "unpack", "nf4", "lora", "model", "step", "lora_error", "header", "load", "memory", "scale"]
 
@@ -22,7 +21,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     arguments = ["--quick", "--rounds", "1", "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other slow a busy machine down
-    subprocess.run([sys.executable, "-m", "devtools.bench", *arguments], cwd=PACK, env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=ROOT, env=environment, check=True)
     return folder
 
 

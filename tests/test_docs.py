@@ -8,8 +8,8 @@ from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import GGML_FORMATS
 from pack_nodes import node_list
 
-from devtools import sizes
-from devtools.server import ROOT
+from devtools import ROOT
+from devtools.measure import model_sizes
 
 README, RECIPES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
 # Words of a text that are a file or the first folder of a path.
@@ -57,9 +57,9 @@ def test_the_table_of_text_encoders_has_types_that_there_are(language):
     assert set(types) <= SINGLE.keys() | SETS[2].keys()
 
 
-@pytest.mark.parametrize("make", sizes.TABLES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", model_sizes.TABLES, ids=lambda make: make.__name__)
 def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
-    if make is sizes.accuracy_table:
+    if make is model_sizes.accuracy_table:
         pytest.importorskip("bitsandbytes")
     assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from pack_nodes import node_list
 
-from devtools.server import ROOT
+from devtools import ROOT
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 DOCS = ROOT / "nodes" / "web" / "docs"

@@ -4,9 +4,9 @@ import logging
 import folder_paths
 import pytest
 import torch
-from devtools import tiny_models
-from devtools.bench.measure import snr
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
+from devtools.measure.weights import snr
 from families import deep_clone
 from featherweight.loaders import diffusion, folders
 from featherweight.loaders.checkpoint import load_checkpoint

@@ -18,8 +18,8 @@ from featherweight.nodes import legacy_gguf_clip
 from featherweight.ops.tensor import is_packed
 from pack_nodes import node_list
 
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from pack_nodes import node_list
 
-from devtools.server import ROOT
+from devtools import ROOT
 
 # Ids of other packs are left out: the text would be shown on their nodes too.
 SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in node_list())

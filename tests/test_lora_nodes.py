@@ -10,8 +10,8 @@ from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
 from safetensors.torch import load_file, save_file
 
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 from lora_models import empty_clip, empty_model, pairs, weight_shapes
 
 SIZES = dict(hidden=128, double_blocks=2, single_blocks=3)

@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from devtools import matrix
-from devtools.environment import HOST_VERSION
+from devtools.host import matrix
+from devtools.host.environment import HOST_VERSION
 
 
 @pytest.mark.parametrize("arguments, versions, tests", [

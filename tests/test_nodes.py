@@ -11,8 +11,8 @@ from featherweight.loaders.container import WeightFileError
 from featherweight.nodes import legacy_gguf
 from pack_nodes import ids_in_source, node_list
 
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from devtools.package import packed_files
-from devtools.server import ROOT
+from devtools import ROOT
+from devtools.host.package import packed_files
 
 tomllib = pytest.importorskip("tomllib")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

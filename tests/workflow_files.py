@@ -11,8 +11,8 @@ import torch
 from families import FAMILIES, random_weights
 from safetensors.torch import save_file
 
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 
 FLUX_SIZES = {"hidden": 256, "double_blocks": 1, "single_blocks": 1, "context": 1024}
 # In the trainers' naming for one part of the model, in PEFT's for the other.
@@ -37,7 +37,7 @@ def autoencoder(channels: int = tiny_models.LATENT_CHANNELS) -> dict[str, torch.
 
 
 def flux_in_diffusers_names(flux: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With q, k and v apart."""
+    """Weights of a Flux in the names of diffusers, which keeps q, k and v apart."""
     names = comfy.utils.flux_to_diffusers({"depth": FLUX_SIZES["double_blocks"], "hidden_size": FLUX_SIZES["hidden"],
                                            "depth_single_blocks": FLUX_SIZES["single_blocks"]})
     source = {name.replace("_norm.scale", "_norm.weight"): value for name, value in flux.items()}  # the table's spelling
@@ -52,7 +52,7 @@ def flux_in_diffusers_names(flux: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def nf4(path, weights=None, keep=None):
-    from devtools.bnb_files import write_bnb  # takes the bitsandbytes package
+    from devtools.files.bnb_files import write_bnb  # takes the bitsandbytes package
     write_bnb(path, weights or flux(), keep=keep)
 
 

@@ -1,5 +1,5 @@
 """The example workflows. `python -m devtools.workflows`, from the root, writes them."""
-from devtools.server import ROOT
+from devtools import ROOT
 from devtools.workflows import demo, flux, flux_with_pictures, qwen_image, stable_diffusion, video
 
 FOLDER = ROOT / "example_workflows"

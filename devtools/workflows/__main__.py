@@ -2,7 +2,7 @@
 import json
 import tempfile
 
-from devtools.server import Server
+from devtools.host.server import Server
 from devtools.workflows import FOLDER, WORKFLOWS
 from devtools.workflows.editor import as_ui
 

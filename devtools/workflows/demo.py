@@ -1,5 +1,5 @@
 """The demo's own small models, which `dev.py demo` makes."""
-from devtools.demo_files import CHECKPOINT_NAME, ENCODER_NAME, LORAS, MODELS, VAE_NAME
+from devtools.files.demo_files import CHECKPOINT_NAME, ENCODER_NAME, LORAS, MODELS, VAE_NAME
 from devtools.workflows.editor import File, Node, Workflow
 
 PROMPT = "a red house left of an oak tree on grass at dawn under a sun"

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from devtools.server import PACK
-from devtools.workflow import WIDGET_TYPES
+from devtools.host.environment import HOST_VERSION
+from devtools.host.server import PACK
+from devtools.workflows.api_format import WIDGET_TYPES
 
-HOST_VERSION, OWN_VERSION = "0.30.0", "0.1.0"
+OWN_VERSION = "0.1.0"  # which the workflows are written for
 # Pixels of the editor
 WIDTH, NOTE_WIDTH = 380, 460
 TITLE, GAP, MARGIN, HEADING = 30, 30, 20, 50  # of a node; between nodes; around a group; its title

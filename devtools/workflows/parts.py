@@ -52,7 +52,7 @@ def size(side: int = 1024, node: str = "EmptySD3LatentImage") -> Node:
 
 
 def sampled(model, positive, negative, latent, decoder, **settings) -> list[Node]:
-    """From the latent to a saved picture. settings: steps, cfg, sampler_name and scheduler of the KSampler."""
+    """The nodes from the latent to a saved picture. settings: steps, cfg, sampler_name and scheduler of the KSampler."""
     sampler = Node("KSampler", {"model": model, "positive": positive, "negative": negative, "latent_image": latent, **settings})
     return [sampler, *saved(sampler, decoder)]
 

@@ -6,7 +6,8 @@ import torch
 from demo_model import scenes, text
 from demo_model.autoencoder import Autoencoder, widened
 from demo_model.flux import Flux, initialise
-from devtools.demo_files import ENCODER_NAME, write_encoder
+from demo_model.lora import RANK, add_lora, file_tensors
+from devtools.files.demo_files import ENCODER_NAME, write_encoder
 from featherweight.loaders.text_encoder import load_text_encoder
 
 PROMPTS = ["a red house left of a pine tree on grass at noon under a sun", "a blue house under a moon", "a house", "snow"]
@@ -73,3 +74,16 @@ def test_the_widened_autoencoder_is_comfyuis_and_changes_nothing():
     assert torch.allclose(scaled, latents, atol=1e-5)
     decoded = (theirs.decode(latents / theirs.vae_scale + theirs.vae_shift) + 1) / 2
     assert torch.allclose(decoded, ours.decode(latents), atol=1e-5)
+
+
+@pytest.mark.parametrize("kohya", [True, False])
+def test_a_new_lora_changes_nothing_and_has_the_rank_it_says(kohya):
+    torch.manual_seed(0)
+    model = Flux()
+    initialise(model)
+    inputs = torch.randn(1, 16, 4, 4), torch.tensor([0.5]), torch.randn(1, 3, 768), torch.zeros(1, 3)
+    before = model(*inputs)
+    factors = add_lora(model)
+    assert torch.equal(model(*inputs), before)
+    tensors = file_tensors(factors, kohya)
+    assert len(tensors) == 2 * 20 and all(min(value.shape) == RANK for value in tensors.values())

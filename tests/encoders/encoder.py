@@ -18,7 +18,7 @@ import torch
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.gpt_oss import LensGptOssClipModel
 
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
 
 # What comes in an mmproj file.
 TOWERS = ("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector.", "visual.")

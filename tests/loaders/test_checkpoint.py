@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.container import WeightFileError
 from featherweight.ops.patcher import PackedPatcher
@@ -18,7 +18,7 @@ from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, rela
 from safetensors.torch import save_file
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
-from devtools.bnb_files import write_bnb  # noqa: E402
+from devtools.files.bnb_files import write_bnb  # noqa: E402
 
 MODEL, ENCODER, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
 SD15 = FAMILIES["sd1.5"]

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
 from encoders import ENCODERS
 from encoders.clip import CLIP_SMALL
 from encoders.encoder import TOKENS, as_it_is, host_clip, random_weights, rounded, text_model

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from devtools.bnb_files import write_bnb
+from devtools.files.bnb_files import write_bnb
 from featherweight.loaders.container import WeightFileError, open_weights
 from featherweight.loaders.diffusers_folder import ModelFolder, open_package
 from featherweight.ops.tensor import is_packed

@@ -11,14 +11,12 @@ from families import (
     FAMILIES, comfyui_gguf_style, full_width_shapes, host_patcher, random_weights, relative_error, run, shrunken_detection,
     stable_diffusion_cpp_style,
 )
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf, write_zeros_gguf
 from featherweight.loaders.container import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.tensor import is_packed
-from gguf import GGMLQuantizationType
-from gguf.constants import GGML_QUANT_SIZES
 
 PREFIX = "model.diffusion_model."
 # The types gguf's reference can unpack.
@@ -32,27 +30,6 @@ SLACK = 1 << 16
 
 
 pytestmark = pytest.mark.usefixtures("small_models")
-
-
-def write_holey_gguf(path, shapes, packed_type):
-    """A file of the full size that takes no room on disk: matrices whose rows divide in `packed_type`, the rest F32."""
-    writer = gguf.GGUFWriter(str(path), "none")
-    for name, shape in shapes.items():
-        if len(shape) > 4:
-            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
-            shape = torch.Size([shape.numel()])
-        ggml_type = GGMLQuantizationType[packed_type]
-        if len(shape) != 2 or shape[-1] % GGML_QUANT_SIZES[ggml_type][0]:
-            ggml_type = GGMLQuantizationType.F32
-        block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        writer.add_tensor_info(name, shape, None, shape.numel() // block_length * block_bytes, ggml_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    sizes = [-(-info.nbytes // 32) * 32 for info in writer.tensors[0].values()]
-    start = -(-writer.fout[0].tell() // 32) * 32
-    writer.fout[0].truncate(start + sum(sizes))
-    writer.close()
 
 
 def load(path, family, caplog):
@@ -114,7 +91,7 @@ def test_packed_file_runs_as_in_the_host(name, style, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name", FULL_WIDTH)
 def test_full_width_file_is_recognised_and_every_name_finds_its_place(name, tmp_path, caplog):
     path = tmp_path / "model.gguf"
-    write_holey_gguf(path, full_width_shapes(FAMILIES[name]), "Q4_0")
+    write_zeros_gguf(path, full_width_shapes(FAMILIES[name]), "Q4_0", "F32")
     check_packed(load(path, FAMILIES[name], caplog), path)
 
 
@@ -129,7 +106,7 @@ def test_full_size_sdxl_is_recognised_and_every_name_finds_its_place(diffusers_n
     names = {name: name for name in shapes}
     if diffusers_names:
         names = {host: name for name, host in comfy.utils.unet_to_diffusers(config).items() if host in shapes}
-    write_holey_gguf(path, {names[name]: shape for name, shape in shapes.items()}, "Q4_0")
+    write_zeros_gguf(path, {names[name]: shape for name, shape in shapes.items()}, "Q4_0", "F32")
     patcher = load(path, family, caplog)
     assert len(packed_layers(patcher)) == sum(len(shape) == 2 and shape[-1] % 32 == 0 for shape in shapes.values())
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, host_patcher, random_weights, relative_error
 from families import run as run_family
-from devtools import tiny_models
+from devtools.files import tiny_models
 from featherweight.loaders.container import WeightFileError
 from featherweight.loaders.diffusion import is_ours, load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
@@ -23,7 +23,7 @@ from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patc
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
-from devtools.bnb_files import write_bnb, write_bnb_int8  # noqa: E402
+from devtools.files.bnb_files import write_bnb, write_bnb_int8  # noqa: E402
 
 PREFIX = "model.diffusion_model."
 KINDS = {

@@ -9,8 +9,8 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcherDynamic
-from devtools import tiny_models
-from devtools.gguf_files import write_random_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_random_gguf
 from families import FAMILIES, random_weights
 from featherweight.loaders import folders
 from featherweight.nodes.load_checkpoint import LoadCheckpoint

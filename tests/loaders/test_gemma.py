@@ -34,7 +34,7 @@ from featherweight.ops import product
 from featherweight.ops.format import Format
 from featherweight.ops.tensor import is_packed
 
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.container import CONTAINERS, PLAIN_DTYPES, WeightFile, WeightFileError, open_weights
 from featherweight.loaders.gguf import GGUFFile
 from featherweight.ops.format import GGML_FORMATS

@@ -3,7 +3,6 @@ import comfy.lora
 import comfy.sd
 import comfy.sd1_clip
 import comfy.utils
-import gguf
 import pytest
 import torch
 from families import FAMILIES, full_width_shapes, host_model, host_patcher, random_weights, run, shrunken_detection
@@ -14,13 +13,11 @@ from featherweight.loaders.held import held_text
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import GGML_FORMATS
 from featherweight.ops.linear import PackedLayer
-from gguf import GGMLQuantizationType
-from gguf.constants import GGML_QUANT_SIZES
 from patched_models import adapter, relative
 from safetensors.torch import save_file
 
-from devtools.gguf_files import write_gguf
-from devtools.tiny_models import clip_l_shapes, flux_shapes
+from devtools.files.gguf_files import write_gguf, write_zeros_gguf
+from devtools.files.tiny_models import clip_l_shapes, flux_shapes
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -32,28 +29,6 @@ RUN = [name for name, family in FAMILIES.items() if family.latent]
 # Animate's encoder of motion is no smaller in a model of few blocks, and made of parameters outside of layers.
 FULL_WIDTH = [name for name, family in FAMILIES.items()
               if (family.fixed or not family.latent) and name not in ("ace-step-1.5", "wan2.2-animate")]
-
-
-def write_zeros(path, shapes, matrix_type: str, rest: str = "F16"):
-    """A GGUF file of zeros that takes no room on disk: matrices whose rows divide in one type, the rest in another."""
-    writer = gguf.GGUFWriter(str(path), "none")
-    for name, shape in shapes.items():
-        if len(shape) > 4:  # ggml stores at most four dimensions
-            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
-            shape = torch.Size([torch.Size(shape).numel()])
-        block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[matrix_type]]
-        fits = len(shape) == 2 and shape[-1] % block_length == 0
-        type_name = matrix_type if fits else rest
-        block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-        nbytes = torch.Size(shape).numel() // block_length * block_bytes
-        writer.add_tensor_info(name, shape, None, nbytes, GGMLQuantizationType[type_name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    sizes = [-(-info.nbytes // 32) * 32 for info in writer.tensors[0].values()]
-    start = -(-writer.fout[0].tell() // 32) * 32
-    writer.fout[0].truncate(start + sum(sizes))
-    writer.close()
 
 
 def storage_bytes(*models: torch.nn.Module) -> int:
@@ -76,7 +51,7 @@ def assert_held_as_on_disk(path, patcher):
     *((type_name, "F16") for type_name in TYPES), ("Q4_K", "BF16"), ("Q4_K", "F32"), ("Q8_0", "F32")])
 def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_path):
     path = tmp_path / "flux.gguf"
-    write_zeros(path, flux_shapes(3072, 1, 1, 4096), type_name, rest)
+    write_zeros_gguf(path, flux_shapes(3072, 1, 1, 4096), type_name, rest)
     patcher = load_diffusion_model(str(path))
     assert_held_as_on_disk(path, patcher)
     file = open_weights(path)
@@ -90,7 +65,7 @@ def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_pat
     for name in FULL_WIDTH for type_name in WIDTHS])
 def test_each_family_in_16_bits_holds_what_its_file_holds(name, type_name, tmp_path):
     path = tmp_path / "model.gguf"
-    write_zeros(path, full_width_shapes(FAMILIES[name]), type_name, type_name)
+    write_zeros_gguf(path, full_width_shapes(FAMILIES[name]), type_name, type_name)
     assert_held_as_on_disk(path, load_diffusion_model(str(path)))
 
 
@@ -133,7 +108,7 @@ def autoencoder_kl(device: str) -> torch.nn.Module:
 
 def test_a_whole_sd15_of_stable_diffusion_cpp_holds_what_its_file_holds(tmp_path):
     path = tmp_path / "sd15.gguf"
-    write_zeros(path, sd15_shapes(), "Q8_0")
+    write_zeros_gguf(path, sd15_shapes(), "Q8_0", "F16")
     model, clip, vae = load_checkpoint(str(path))
     entries = open_weights(path).entries
     for prefix, patcher in ((MODEL, model), (ENCODER, clip.patcher), (VAE, vae.patcher)):
@@ -173,7 +148,7 @@ def flux_tensors() -> dict[str, torch.Tensor]:
 def test_a_clip_holds_what_its_file_holds(type_name, dtype, tmp_path):
     """dtype: of the host's text encoder; the host takes float16, or float32 with --fp32-text-enc."""
     path = tmp_path / "clip.gguf"
-    write_zeros(path, clip_l_shapes(), type_name)
+    write_zeros_gguf(path, clip_l_shapes(), type_name, "F16")
     clip = load_text_encoder([str(path)], "stable_diffusion", model_options={"dtype": dtype})
     assert_held_as_on_disk(path, clip.patcher)
 

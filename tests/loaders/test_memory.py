@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from devtools.gguf_files import write_random_gguf
-from devtools.tiny_models import flux_shapes
+from devtools import ROOT
+from devtools.files.gguf_files import write_random_gguf
+from devtools.files.tiny_models import flux_shapes
+from devtools.measure.bench.files import probed
 
-PACK = Path(__file__).resolve().parents[2]
-PROBE = PACK / "devtools" / "memory_probe.py"
 MB = 1 << 20
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -23,16 +23,15 @@ def figures(request, tmp_path_factory):
     double_blocks, single_blocks = request.param
     shapes = flux_shapes(hidden=3072, double_blocks=double_blocks, single_blocks=single_blocks, context=4096)
     write_random_gguf(path, shapes, "Q8_0")
-    return probed("model", path)
+    return probed_once("model", path)
 
 
-def probed(kind: str, path: Path) -> dict:
+def probed_once(kind: str, path: Path) -> dict:
     """What the probe measures with a file, which is deleted."""
     try:
-        result = subprocess.run([sys.executable, str(PROBE), kind, str(path)], capture_output=True, text=True, check=True)
+        figures = probed(kind, path)
     finally:
         path.unlink()
-    figures = json.loads(result.stdout.splitlines()[-1])
     print(figures)
     return figures
 
@@ -64,7 +63,7 @@ def t5_xxl_shapes() -> dict[str, tuple]:
 def test_a_t5_xxl_takes_its_file_and_half_a_gigabyte_and_keeps_its_weights_where_they_are(tmp_path):
     path = tmp_path / "t5-xxl.gguf"
     write_random_gguf(path, t5_xxl_shapes(), "Q4_K", architecture="t5encoder")
-    figures = probed("encoder", path)
+    figures = probed_once("encoder", path)
     assert figures["model_size"] <= 1.02 * figures["file_bytes"]
     assert figures["peak_after_load"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
     assert figures["peak_after_encoding"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
@@ -76,7 +75,7 @@ def scale(tmp_path_factory):
     """What the bench measures with a whole Flux.1-dev in Q4_K, and with parts of it."""
     folder = tmp_path_factory.mktemp("scale")
     arguments = ["--only", "scale", "--rounds", "2", "--out", str(folder)]
-    subprocess.run([sys.executable, "-m", "devtools.bench", *arguments], cwd=PACK, check=True)
+    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=ROOT, check=True)
     return json.loads((folder / "bench.json").read_text())["scale"]["rows"]
 
 
@@ -104,4 +103,4 @@ def test_a_step_of_four_times_the_tokens_or_blocks_takes_at_most_four_times_as_l
 def test_the_same_flux_dev_in_q8_0_makes_a_step_in_its_file_and_1_5_gb(tmp_path):
     path = tmp_path / "flux-dev-q8_0.gguf"
     write_random_gguf(path, flux_shapes(3072, 19, 38, 4096, guidance=True, pooled_text=True), "Q8_0")
-    check_memory_of_a_picture(probed("picture", path), 11.9e9, 8.5)
+    check_memory_of_a_picture(probed_once("picture", path), 11.9e9, 8.5)

@@ -10,8 +10,8 @@ from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.text_encoder import load_text_encoder
 
-from devtools import tiny_models
-from devtools.gguf_files import write_gguf, write_random_gguf
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf, write_random_gguf
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
 
@@ -22,7 +22,7 @@ def model_file(path):
 
 def nf4_file(path):
     pytest.importorskip("bitsandbytes", reason="it writes the files")
-    from devtools.bnb_files import write_bnb
+    from devtools.files.bnb_files import write_bnb
 
     tensors = {name: torch.from_numpy(value) for name, value in tiny_models.flux(**SIZES).items()}
     write_bnb(path, tensors, prefix="model.diffusion_model.", nested=True)

@@ -13,7 +13,7 @@ from featherweight.loaders.container import WeightFileError, open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.tensor import is_packed
 
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 

@@ -6,7 +6,7 @@ from featherweight.loaders.rows import dense, interleave_rows, join_rows, take_r
 from featherweight.ops.format import FORMATS
 from featherweight.ops.tensor import is_packed, packed_tensor
 
-from devtools.gguf_files import pack
+from devtools.files.gguf_files import pack
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devtools.bnb_files import quantised, write_bnb, write_bnb_int8
+from devtools.files.bnb_files import quantised, write_bnb, write_bnb_int8
 from featherweight.loaders.container import CONTAINERS, WeightFileError, open_weights
 from featherweight.loaders.safetensors import SafetensorsFile
 from featherweight.ops.format import FORMATS

@@ -7,7 +7,7 @@ import torch
 from comfy.sd import CLIPType, load_text_encoder_state_dicts
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.omnigen2 import Qwen25_3BModel
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
 from encoders import ENCODERS
 from encoders.encoder import TOKENS, hidden_states, host_clip, in_gguf_names, random_weights, rounded, seeded, write_encoder
 from encoders.t5 import T5_SMALL, spiece_model

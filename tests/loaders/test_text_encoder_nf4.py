@@ -5,7 +5,7 @@ import pytest
 import torch
 from comfy.sd import CLIPType, load_text_encoder_state_dicts
 from comfy.sd1_clip import SDClipModel
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
 from encoders import ENCODERS
 from encoders.clip import CLIP_SMALL
 from encoders.encoder import TOKENS, in_gguf_names, seeded
@@ -15,7 +15,7 @@ from featherweight.ops.tensor import is_packed
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
-from devtools.bnb_files import write_bnb, write_bnb_int8  # noqa: E402
+from devtools.files.bnb_files import write_bnb, write_bnb_int8  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

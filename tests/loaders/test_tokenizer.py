@@ -24,7 +24,7 @@ from featherweight.loaders.container import open_weights
 from featherweight.loaders.tokenizer import O200K_WORDS, TEKKEN_WORDS, sentencepiece_model, tekken_model, tokenizer_json
 from transformers.integrations.mistral import MistralConverter
 
-from devtools.environment import LLAMA_CPP
+from devtools.host.environment import LLAMA_CPP
 
 HOST_TOKENIZERS = Path(comfy.text_encoders.__path__[0])
 VOCABULARIES = LLAMA_CPP / "models"

@@ -8,7 +8,7 @@ from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.tensor import packed_tensor
 
-from devtools.gguf_files import pack
+from devtools.files.gguf_files import pack
 
 ROWS, OUTER, INNER, WIDTH = 300, 3, 2, 128
 COLUMNS = OUTER * INNER * WIDTH

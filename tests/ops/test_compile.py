@@ -37,7 +37,7 @@ def model(request, tmp_path):
     if request.param != "NF4":
         return packed_flux(request.param), flux_file(request.param)[1]
     pytest.importorskip("bitsandbytes", reason="it writes the file")
-    from devtools.bnb_files import write_bnb
+    from devtools.files.bnb_files import write_bnb
 
     path = str(tmp_path / "flux.safetensors")
     values = write_bnb(path, tiny_flux())

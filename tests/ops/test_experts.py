@@ -9,7 +9,7 @@ from featherweight.ops.format import FORMATS
 from featherweight.ops.linear import packed_operations
 from featherweight.ops.tensor import packed_tensor
 
-from devtools.gguf_files import pack
+from devtools.files.gguf_files import pack
 
 SHAPE = EXPERTS, ROWS, COLUMNS = 5, 48, 512
 

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from devtools.gguf_files import block_pool
+from devtools.files.gguf_files import block_pool
 from featherweight.ops import format as base
 from featherweight.ops import formats
 from featherweight.ops.format import FORMATS, GGML_FORMATS

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from devtools.bench.measure import snr
+from devtools.measure.weights import snr
 from featherweight.ops import int8, int8_codes, kernels, product
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8

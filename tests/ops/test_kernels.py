@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from devtools.gguf_files import block_pool
+from devtools.files.gguf_files import block_pool
 from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import Backend, Kernel

@@ -22,7 +22,7 @@ from featherweight.ops.tensor import packed_tensor, packed_tensors
 from gguf import GGMLQuantizationType
 from kernel_cases import assert_a_weak_lora_arrives, wait_for_kernels
 
-from devtools.gguf_files import block_pool
+from devtools.files.gguf_files import block_pool
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from featherweight.ops.kernels import triton_backend  # noqa: E402

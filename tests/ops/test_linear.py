@@ -12,7 +12,7 @@ from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.linear import bare_parameters_unpacked, packed_operations
 from featherweight.ops.tensor import is_packed, packed_tensor
 
-from devtools.gguf_files import pack
+from devtools.files.gguf_files import pack
 
 OPERATIONS = packed_operations()
 FORMAT_NAMES = [f.__name__ for f in GGML_FORMATS.values() if gguf.GGMLQuantizationType(f.ggml_type) in gguf.quants._type_traits]

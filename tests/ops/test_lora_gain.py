@@ -22,8 +22,8 @@ from host_formats import HOST_FORMATS, in_host_format
 from lora_gain import ALLOWED, NORMS, OUTPUTS, Gain, assert_full_strength
 from patched_models import adapter, flux_file, forget_models, lora_for, packed_flux, patched, run, tiny_flux
 
-from devtools.bench.measure import random_weight
-from devtools.gguf_files import write_gguf
+from devtools.files.gguf_files import write_gguf
+from devtools.measure.weights import random_weight
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,7 +9,7 @@ from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS, FormatError
 from featherweight.ops.tensor import is_packed, packed_tensor, relabelled
 
-from devtools.gguf_files import pack
+from devtools.files.gguf_files import pack
 
 SHAPE = (6, 512)
 

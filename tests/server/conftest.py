@@ -1,9 +1,9 @@
 """One real server with this pack for all tests of this folder. It runs as a user's: with the kernels of this machine."""
 import pytest
 
-from devtools import demo
-from devtools.browser import Browser, find_chromium
-from devtools.server import Server
+from devtools.files import demo_files
+from devtools.host.browser import Browser, find_chromium
+from devtools.host.server import Server
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -16,7 +16,7 @@ def kernels_of_this_machine():
 @pytest.fixture(scope="package")
 def server(tmp_path_factory, kernels_of_this_machine):
     base = tmp_path_factory.mktemp("server")
-    demo.make_models(base)
+    demo_files.make_models(base)
     with Server(base) as running:
         yield running
 

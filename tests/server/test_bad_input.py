@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 
-from devtools import demo, tiny_models
-from devtools.gguf_files import write_gguf
-from devtools.server import ServerError
+from devtools import demo
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
+from devtools.host.server import ServerError
 
 
 def cut(data: bytes, length: int) -> bytes:

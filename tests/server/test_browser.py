@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from devtools import demo
-from devtools.browser import COMPLAINTS, NODES, RED, UNKNOWN
-from devtools.environment import DEV
-from devtools.server import PACK, ROOT, Server
-from devtools.workflow_pictures import stand_in_files
+from devtools import ROOT, demo
+from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN
+from devtools.host.environment import DEV
+from devtools.host.server import PACK, Server
+from devtools.workflows.pictures import stand_in_files
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))

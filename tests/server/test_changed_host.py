@@ -1,8 +1,9 @@
 """A ComfyUI that has lost something the pack relies on: one sentence, no traceback, and only what needs it is left out."""
 import pytest
 
-from devtools import demo, demo_files
-from devtools.server import PACK, ROOT, Server
+from devtools import ROOT, demo
+from devtools.files import demo_files
+from devtools.host.server import PACK, Server
 
 OWN_LOADER = "FeatherweightLoadDiffusionModel"
 LORA_NODES = {"FeatherweightApplyLora", "FeatherweightCheckLora"}

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devtools import demo, demo_files
-from devtools.server import PACK, ROOT, Server
-from devtools.workflow import to_api
+from devtools import ROOT, demo
+from devtools.files import demo_files
+from devtools.host.server import PACK, Server
+from devtools.workflows.api_format import to_api
 
 # What matters of ComfyUI-GGUF: it owns the ids, and makes two folder keys share one list.
 GGUF_IDS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "TripleCLIPLoaderGGUF",
@@ -126,7 +127,7 @@ def test_of_two_copies_the_first_is_used_and_the_second_says_which_to_remove(tmp
 
 
 def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(tmp_path):
-    demo.make_models(tmp_path)
+    demo_files.make_models(tmp_path)
     strengths = dict(zip(demo_files.LORAS.values(), (0.8, 0.5)))
     pictures = {}
     with Server(tmp_path, extra_custom_nodes={"many_loras": MANY_LORAS}) as server:

@@ -4,16 +4,17 @@ import json
 import pytest
 from demo_model import judge, scenes
 
-from devtools import demo, demo_files
+from devtools import demo
 from devtools.demo_sheet import sheet
-from devtools.workflow import to_api
+from devtools.files import demo_files
+from devtools.workflows.api_format import to_api
 
 PROMPT = "a yellow house right of a pine tree on snow at dusk under a cloud"
 
 
 @pytest.fixture(scope="module")
 def results(server):
-    demo.make_models(server.base, [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()])
+    demo_files.make_models(server.base, [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()])
     return demo.draw_all(server, PROMPT, 2)
 
 

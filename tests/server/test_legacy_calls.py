@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devtools import demo, demo_files
-from devtools.server import HOST, Server
+from devtools import demo
+from devtools.files import demo_files
+from devtools.host.server import HOST, Server
 
 # What an exporter writes: the host's start without its server, then each node in turn.
 EXPORTED = f'''
@@ -95,7 +96,7 @@ NODE_CLASS_MAPPINGS = {"WrappedUnet": WrappedUnet, "WrappedClip": WrappedClip}
 @pytest.fixture(scope="module")
 def wrapping(tmp_path_factory):
     base = tmp_path_factory.mktemp("wrapping")
-    demo.make_models(base)
+    demo_files.make_models(base)
     with Server(base, extra_custom_nodes={"wrappers": WRAPPERS}) as server:
         yield server
 

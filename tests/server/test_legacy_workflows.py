@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from devtools import demo, demo_files, tiny_models
-from devtools.browser import COMPLAINTS, RED, UNKNOWN
+from devtools import demo
+from devtools.files import demo_files, tiny_models
+from devtools.host.browser import COMPLAINTS, RED, UNKNOWN
 
 WORKFLOWS = sorted(Path(__file__).with_name("legacy_workflows").glob("*.json"))
 FOR_THE_SERVER = [path for path in WORKFLOWS if path.stem.startswith("api ")]

@@ -3,9 +3,10 @@ import re
 
 import pytest
 
-from devtools import demo, demo_files, tiny_models
-from devtools.gguf_files import write_random_gguf
-from devtools.server import ServerError
+from devtools import demo
+from devtools.files import demo_files, tiny_models
+from devtools.files.gguf_files import write_random_gguf
+from devtools.host.server import ServerError
 
 LOADERS = {
     "FeatherweightLoadDiffusionModel": {"model_name": demo.MODEL_NAME},
@@ -40,7 +41,7 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs):
 
 def test_a_checkpoint_shows_what_each_part_holds(server):
     pytest.importorskip("bitsandbytes", reason="it writes the file")
-    path = demo.make_checkpoint(server.base)
+    path = demo_files.make_checkpoint(server.base)
     for loader, key in (("FeatherweightLoadCheckpoint", "checkpoint_name"), ("CheckpointLoaderNF4", "ckpt_name")):
         [text] = load(server, loader, {key: path.name}).texts["1"]
         assert re.fullmatch(r"Model: NF4[^\n]*, [\d.]+ MB held\nVAE: F\w+, [\d.]+ MB held", text)

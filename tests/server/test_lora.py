@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from devtools import demo, demo_files, tiny_models
-from devtools.server import ServerError
+from devtools import demo
+from devtools.files import demo_files, tiny_models
+from devtools.host.server import ServerError
 
 FIRST, SECOND = demo_files.LORAS.values()
 MODEL = {"class_type": demo.LOADER, "inputs": {"model_name": demo.MODEL_NAME}}

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from devtools import demo, tiny_models
-from devtools.server import ServerError
+from devtools import demo
+from devtools.files import demo_files, tiny_models
+from devtools.host.server import ServerError
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 
@@ -17,7 +18,7 @@ MODEL_LOADERS = {"FeatherweightLoadDiffusionModel": "model_name", "UNETLoaderNF4
 
 @pytest.fixture(scope="module")
 def checkpoint(server):
-    return demo.make_checkpoint(server.base)
+    return demo_files.make_checkpoint(server.base)
 
 
 def pixels(server, run):
@@ -64,7 +65,7 @@ def test_a_missing_text_encoder_is_said_where_it_is_used(server, checkpoint):
 
 def test_a_missing_vae_is_said_where_it_is_used(server, checkpoint):
     path = checkpoint.with_name("model only.safetensors")
-    demo.make_checkpoint(server.base, path.name, with_vae=False)
+    demo_files.make_checkpoint(server.base, path.name, with_vae=False)
     with pytest.raises(ServerError, match="does not contain a valid VAE") as error:
         server.queue({
             "1": {"class_type": "CheckpointLoaderNF4", "inputs": {"ckpt_name": path.name}},

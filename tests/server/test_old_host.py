@@ -1,7 +1,8 @@
 """A ComfyUI too old for the pack: one sentence that says so, no nodes, no traceback."""
 import re
 
-from devtools.server import HOST, PACK, ROOT, Server
+from devtools import ROOT
+from devtools.host.server import HOST, PACK, Server
 
 OLDEST = re.search(r'^OLDEST_HOST = "(.*?)"', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
 

@@ -3,8 +3,9 @@ import shutil
 
 import pytest
 
-from devtools.package import packed_files
-from devtools.server import ROOT, Server
+from devtools import ROOT
+from devtools.host.package import packed_files
+from devtools.host.server import Server
 
 if not (ROOT / ".git").exists() or not shutil.which("git"):
     pytest.skip("needs git and its checkout", allow_module_level=True)

@@ -8,8 +8,9 @@ from featherweight.ops import int8
 from pack_nodes import ids_in_source
 from PIL import Image
 
-from devtools import demo, demo_files
-from devtools.server import PACK, ServerError
+from devtools import demo
+from devtools.files import demo_files
+from devtools.host.server import PACK, ServerError
 from devtools.workflows.demo import STEPS
 
 

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from devtools import tiny_models
-from devtools.demo_files import ENCODER_NAME
-from devtools.gguf_files import write_gguf, write_random_gguf
-from devtools.server import ServerError
+from devtools.files import tiny_models
+from devtools.files.demo_files import ENCODER_NAME
+from devtools.files.gguf_files import write_gguf, write_random_gguf
+from devtools.host.server import ServerError
 
 ONE = np.ones((4, 32), np.float32)
 LOADERS = {"FeatherweightLoadTextEncoder": "text_encoder_1", "CLIPLoaderGGUF": "clip_name"}

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from workflow_files import FILES, FIXED, TEXT
 
-from devtools import demo
-from devtools.server import ROOT, Server
-from devtools.workflow import NOTES, to_api
+from devtools import ROOT, demo
+from devtools.host.server import Server
+from devtools.workflows.api_format import NOTES, to_api
 
 EXAMPLES = sorted(path for path in (ROOT / "example_workflows").glob("*.json") if "demo" not in path.stem)
 SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "x": 16, "y": 16,

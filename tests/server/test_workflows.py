@@ -4,10 +4,11 @@ import json
 import pytest
 from PIL import Image
 
-from devtools.server import ROOT
-from devtools.workflow import AFTER_GENERATE, NOTES, WIDGET_TYPES
+from devtools import ROOT
+from devtools.host.environment import HOST_VERSION
 from devtools.workflows import WORKFLOWS
-from devtools.workflows.editor import HOST_VERSION, as_ui
+from devtools.workflows.api_format import AFTER_GENERATE, NOTES, WIDGET_TYPES
+from devtools.workflows.editor import as_ui
 from devtools.workflows.parts import PICTURE
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))

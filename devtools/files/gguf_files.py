@@ -4,6 +4,7 @@
 random blocks whose values (by gguf's own reference) are of a usual size, so no per-format knowledge is needed here.
 """
 import functools
+import math
 
 import gguf
 import numpy as np
@@ -51,6 +52,14 @@ def gguf_writer(path, architecture: str | None) -> gguf.GGUFWriter:
     return writer
 
 
+def write_all(writer: gguf.GGUFWriter):
+    """Write the file of a writer that was given every tensor, and close it."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", metadata: dict | None = None) -> dict:
     """Write float tensors as a GGUF file and return the values a reader should see.
 
@@ -82,10 +91,7 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
             packed = values.astype(np.float16) if type_name == "F16" else pack(values, type_name, seed)
             writer.add_tensor(name, packed, raw_dtype=ggml_type)
             seen[name] = gguf.quants.dequantize(packed, ggml_type).reshape(np.shape(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return seen
 
 
@@ -121,4 +127,27 @@ def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architectu
     writer.write_ti_data_to_file()
     for name in shapes:
         writer.write_tensor_data(data_of(name))
+    writer.close()
+
+
+def write_zeros_gguf(path, shapes: dict[str, tuple], type_name: str, rest: str):
+    """Write a GGUF file of zeros, of its full size, that takes no room on disk.
+
+    shapes: name -> logical shape. Matrices whose rows blocks of `type_name` divide are of that type, the others of type `rest`.
+    """
+    writer = gguf_writer(path, "none")
+    for name, shape in shapes.items():
+        if len(shape) > 4:  # ggml stores at most four dimensions
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
+            shape = (math.prod(shape),)
+        fits = len(shape) == 2 and shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0] == 0
+        ggml_type = GGMLQuantizationType[type_name if fits else rest]
+        block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
+        writer.add_tensor_info(name, shape, None, math.prod(shape) // block_length * block_bytes, ggml_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    sizes = [-(-info.nbytes // 32) * 32 for info in writer.tensors[0].values()]
+    start = -(-writer.fout[0].tell() // 32) * 32
+    writer.fout[0].truncate(start + sum(sizes))
     writer.close()

@@ -1,4 +1,4 @@
-"""Draws the thumbnails of the example workflows as the editor shows them: `python -m devtools.workflow_pictures [name ...]`.
+"""Draws the thumbnails of the example workflows as the editor shows them: `python -m devtools.workflows.pictures [name ...]`.
 
 It takes Chromium and `pillow`. The files that a workflow names need not be there: empty ones stand in for them, so that the
 editor has nothing to complain about.
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from devtools.browser import Browser
-from devtools.server import HOST, Server
+from devtools.host.browser import Browser
+from devtools.host.server import HOST, Server
 from devtools.workflows import FOLDER, WORKFLOWS
 from devtools.workflows.parts import PICTURE
 

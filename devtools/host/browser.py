@@ -15,8 +15,8 @@ from pathlib import Path
 import websocket
 from PIL import Image
 
-from devtools.environment import BROWSERS
-from devtools.server import Server
+from devtools.host.environment import BROWSERS
+from devtools.host.server import Server
 
 WINDOW = (1700, 1400)
 # No first-run dialog, and nothing of the last visit.

@@ -12,10 +12,11 @@ from featherweight.ops.linear import packed_operations
 from featherweight.ops.patcher import adopt
 from featherweight.ops.tensor import is_packed, packed_tensors
 
-from devtools.bench.measure import device, has_bfloat16, packed_weight, random_weight, side_by_side, snr
-from devtools.bench.products import LORA_CASES
-from devtools.gguf_files import write_gguf, write_random_gguf
-from devtools.tiny_models import flux, flux_shapes
+from devtools.files.gguf_files import write_gguf, write_random_gguf
+from devtools.files.tiny_models import flux, flux_shapes
+from devtools.measure.bench.products import LORA_CASES
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+from devtools.measure.weights import packed_weight, random_weight, snr
 
 
 def bench_model(options):

@@ -10,8 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from devtools.bench import ROOT  # first: puts the host and the pack on the path
-
 import comfy.model_management
 import comfy.sample
 import comfy.sd
@@ -23,7 +21,10 @@ from safetensors.torch import load_file
 
 from demo_model import judge, scenes
 from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
-from devtools import demo_files, quality_picture
+from devtools import ROOT
+from devtools.files import demo_files
+from devtools.measure import quality_picture
+from devtools.measure.weights import snr
 from devtools.workflows.demo import STEPS
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")
@@ -81,13 +82,8 @@ def accuracy(pictures: np.ndarray, asked: list[dict]) -> dict[str, float]:
     return {"all": float(np.mean([all(entry.values()) for entry in right]))} | {name: float(s) for name, s in shares.items()}
 
 
-def snr(values: torch.Tensor, dense: torch.Tensor) -> float:
-    """Signal-to-noise ratio of latents against the dense model's, in dB."""
-    return float(10 * torch.log10(dense.square().sum() / (values - dense).square().sum()))
-
-
 def psnr(values: torch.Tensor, dense: torch.Tensor) -> float:
-    """The same with the range of the dense latents as the signal."""
+    """Peak signal-to-noise ratio in dB of latents against the dense model's, whose range is the peak."""
     return float(20 * torch.log10(dense.max() - dense.min()) - 10 * torch.log10((values - dense).square().mean()))
 
 

@@ -12,9 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["HOST_ARGUMENTS"] = "--cpu"
-import devtools.bench  # noqa: E402, F401  the host and the pack
+import devtools.measure  # noqa: E402, F401  puts the host and the pack on the path
 
 
 def status(field: str) -> int:
@@ -77,7 +77,7 @@ def probe_picture(path: str) -> dict:
     import torch
     from featherweight.loaders.diffusion import load_diffusion_model
 
-    from devtools.bench.measure import has_bfloat16
+    from devtools.measure.bench.timing import has_bfloat16
 
     started = time.perf_counter()
     patcher = load_diffusion_model(path)

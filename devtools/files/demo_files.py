@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from demo_model import text
 from demo_model.autoencoder import widened
-from devtools.gguf_files import gguf_writer, pack, write_gguf
-from devtools.server import ROOT
-from devtools.tiny_models import clip_l_shapes
+from devtools import ROOT
+from devtools.files.gguf_files import gguf_writer, pack, write_all, write_gguf
+from devtools.files.tiny_models import clip_l_shapes
 
 WEIGHTS = ROOT / "demo_model" / "weights"
 MODELS = {name: f"featherweight_demo_{name}.{'safetensors' if name in ('F16', 'NF4') else 'gguf'}"
@@ -46,7 +46,7 @@ def write_model(path: Path, type_name: str, tensors: dict[str, torch.Tensor] | N
         save_file(tensors, path)
         return tensors
     if type_name in ("NF4", "FP4", "int8"):
-        from devtools.bnb_files import write_bnb, write_bnb_int8
+        from devtools.files.bnb_files import write_bnb, write_bnb_int8
 
         return write_bnb_int8(path, tensors) if type_name == "int8" else write_bnb(path, tensors, type_name.lower())
     return write_gguf(path, tensors, lambda name, values: "F32" if values.ndim < 2 else
@@ -68,10 +68,7 @@ def write_encoder(path: Path):
             writer.add_tensor(name, pack(given[name].numpy(), "Q8_0"), raw_dtype=q8_0)
         else:
             writer.add_tensor(name, np.zeros(gguf.quant_shape_to_byte_shape(shape, q8_0), np.uint8), raw_dtype=q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
 
 
 def vae() -> dict[str, torch.Tensor]:
@@ -93,7 +90,7 @@ def make_models(base: Path, types=("Q8_0",)):
 
 def make_checkpoint(base: Path, name: str = CHECKPOINT_NAME, with_vae: bool = True) -> Path:
     """Write an NF4 checkpoint of Flux and VAE, which takes the `bitsandbytes` package. Returns its path."""
-    from devtools.bnb_files import write_bnb
+    from devtools.files.bnb_files import write_bnb
 
     path = base / "models" / "checkpoints" / name
     path.parent.mkdir(parents=True, exist_ok=True)

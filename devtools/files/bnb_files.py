@@ -41,7 +41,11 @@ def quantised(tensor: torch.Tensor, quant_type: str, block_length: int = 64, nes
 
 
 def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "", keep=None) -> dict[str, torch.Tensor]:
-    """The same with bitsandbytes' int8 weights (`SCB`)."""
+    """Write float tensors as a safetensors file with int8 weights (`SCB`) and return the values a reader should see.
+
+    keep(name, tensor): whether to leave one as it is; by default everything but matrices named `.weight`. prefix: put before
+    each name in the file. Returns name, without prefix -> float32.
+    """
     stored, seen = {}, {}
     for name, tensor in tensors.items():
         if (keep or _not_a_matrix)(name, tensor):

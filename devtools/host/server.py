@@ -16,7 +16,8 @@ from pathlib import Path
 
 import websocket
 
-ROOT = Path(__file__).resolve().parent.parent
+from devtools import ROOT
+
 PACK = "ComfyUI-Featherweight"
 HOST = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "host"))
 

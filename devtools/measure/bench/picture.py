@@ -3,7 +3,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from devtools.bench.table import is_timing, ratios, span
+from devtools.measure.bench.table import is_timing, ratios, span
 
 WIDTH, MARGIN, GAP, LINE, SPACE = 640, 24, 20, 22, 8  # pixels: a panel, inside it, between panels, from bar to bar, row to row
 NAMES = 210  # where bars begin, and what comes before them

@@ -1,4 +1,4 @@
-"""Trains everything from nothing: python -m demo_model.train, from the root, with the Python of `dev.py setup`.
+"""Trains everything from nothing: python -m devtools.train_demo, from the root, with the Python of `dev.py setup`.
 
 Stages follow each other, each goes on where it stopped, and each is one file in the work folder when it is done. The same
 seeds give the same order of pictures and noise; the results of two machines agree as far as their rounding does.
@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from devtools.demo_files import write_model
-from devtools.gguf_files import write_gguf
+from demo_model import autoencoder, scenes, text
+from demo_model.autoencoder import CHANNELS, Autoencoder
+from demo_model.flux import Flux, initialise
+from demo_model.lora import add_lora, file_tensors
+from devtools import ROOT
+from devtools.files.demo_files import WEIGHTS, write_model
+from devtools.files.gguf_files import write_gguf
 
-from . import autoencoder, scenes, text
-from .autoencoder import CHANNELS, Autoencoder
-from .flux import Flux, initialise
-from .lora import add_lora, file_tensors
-
-ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = Path(__file__).with_name("weights")
 # steps, pictures a step, highest learning rate
 AUTOENCODER = (800, 16, 2e-3)
 DECODER = (600, 16, 1.5e-3)
@@ -117,7 +115,7 @@ def as_input(pictures) -> torch.Tensor:
 
 
 def train_autoencoder(work: Path, threads: int, only_decoder: bool = False):
-    """On squares of 64 pixels of all kinds of pictures. Latents are held to mean 0 and spread 1, and carry a little noise.
+    """Train on squares of 64 pixels of all kinds of pictures. Latents are held to mean 0 and spread 1, with a little noise.
 
     only_decoder: go on with the decoder alone, so that latents already made stay what they are.
     """
@@ -240,7 +238,7 @@ def load_flux(path: Path) -> Flux:
 
 
 def train_lora(work: Path, threads: int, name: str):
-    """On the dense model and, as many people train theirs, on packed ones: each step on one of them, in any order."""
+    """Train on the dense model and, as many people train theirs, on packed ones: each step on one of them, in any order."""
     torch.manual_seed(3)
     model = load_flux(work / "flux.safetensors")
     layers, dense = dict(model.named_parameters()), load_file(work / "flux.safetensors")
@@ -270,7 +268,7 @@ def stages(work: Path) -> dict[str, tuple]:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m demo_model.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m devtools.train_demo", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / ".dev" / "demo_model", help="folder for everything unfinished")
     parser.add_argument("--until", choices=stages(ROOT), help="stop after this stage")
     parser.add_argument("--threads", type=int, default=2)

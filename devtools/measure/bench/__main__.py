@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from featherweight.ops import kernels, product
 
-from devtools.bench import ROOT, files, models, products
-from devtools.bench.measure import FORMAT_NAMES, ON_A_GPU, QUICK, Sizes, device, machine
-from devtools.bench.picture import draw
-from devtools.bench.table import line, markdown
+from devtools import ROOT
+from devtools.measure.bench import files, models, products
+from devtools.measure.bench.picture import draw
+from devtools.measure.bench.table import line, markdown
+from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, device, machine
+from devtools.measure.weights import FORMAT_NAMES
 
 CASES = {
     "shapes": products.bench_shapes, "unpack": products.bench_unpack, "nf4": products.bench_nf4, "lora": products.bench_lora,

@@ -1,11 +1,10 @@
-"""Speed and memory, side by side in one run: `python3 dev.py bench`."""
+"""Speed, memory, sizes and quality. Importing this puts the host and the pack where they can be imported."""
 import os
 import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from devtools import ROOT
 
 if torch.accelerator.is_available():
     os.environ.setdefault("HOST_ARGUMENTS", "")

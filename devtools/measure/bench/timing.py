@@ -1,6 +1,4 @@
-"""Timing in turns, the sizes of the cases, random packed weights."""
-import importlib.util
-import math
+"""Timing in turns, the sizes of the cases, and the device they run on."""
 import platform
 import re
 import statistics
@@ -9,19 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
-import gguf
-import numpy as np
 import torch
-from featherweight.ops.format import FORMATS
-from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.kernels import backend_of
-from featherweight.ops.tensor import QuantizedTensor, packed_tensor
-
-from devtools.gguf_files import block_pool
-
-FORMAT_NAMES = [name for name, packed_format in FORMATS.items()
-                if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)]
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -91,41 +78,3 @@ def device() -> torch.device:
 def has_bfloat16() -> bool:
     """Whether the device multiplies in bfloat16; a CPU without it takes longer than in float32."""
     return torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
-    """A packed weight of random valid blocks."""
-    packed_format, generator, values = FORMATS[format_name], np.random.default_rng(0), math.prod(shape)
-    scale = None
-    if packed_format.ggml_type is None:
-        data = torch.from_numpy(generator.integers(0, 256, values // 2, dtype=np.uint8))
-        blocks = -(-values // packed_format.block_length)
-        scale = torch.from_numpy(generator.uniform(0.01, 0.1, blocks).astype(np.float32))
-    else:
-        pool = block_pool(format_name)
-        picks = generator.integers(0, len(pool), values // packed_format.block_length)
-        data = torch.from_numpy(pool[picks]).view(packed_format.packed_shape(shape))
-    return packed_tensor(packed_format, data, shape, torch.float32, scale)
-
-
-def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | None:
-    """A weight of these values, float32 (N, K); None where there is nothing here that packs the format."""
-    packed_format = FORMATS[format_name]
-    if packed_format.ggml_type is not None:
-        try:
-            data = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[format_name])
-        except NotImplementedError:
-            return None
-        return packed_tensor(packed_format, torch.from_numpy(data), values.shape)
-    if not importlib.util.find_spec("bitsandbytes"):
-        return None
-    from bitsandbytes import functional
-
-    data, state = functional.quantize_4bit(values, blocksize=packed_format.block_length, quant_type=format_name.lower())
-    return packed_tensor(packed_format, data.flatten(), values.shape, torch.float32, state.absmax)
-
-
-def snr(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Signal to noise in dB; 20 dB are an error of a tenth."""
-    exact = exact.double()
-    return (20 * torch.log10(exact.norm() / (found.double() - exact).norm())).item()

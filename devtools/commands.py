@@ -1,0 +1,67 @@
+"""The commands of dev.py.
+
+Standard library only: dev.py imports it before anything is installed.
+"""
+import time
+
+from devtools import ROOT
+from devtools.host.environment import fetch_chromium, fetch_llama_cpp, prepare
+
+# Each runs whole files, folder by folder: those of tests/server share a server then.
+TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+
+
+def setup(arguments: list[str]) -> int:
+    """Only make the environment."""
+    environment = prepare()
+    print(f"Done: run ComfyUI's own code with {environment.python}")
+    return 0
+
+
+def test(arguments: list[str]) -> int:
+    """Run the linter, then pytest with `arguments`. The whole suite runs in two processes, each file in one of them."""
+    environment = prepare()
+    fetch_llama_cpp(environment.python)
+    fetch_chromium(environment.python)
+    started = time.monotonic()
+    print("Linting", flush=True)
+    lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")
+    print("Running the tests", flush=True)
+    named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments if not argument.startswith("-"))
+    paths = [] if named else ["tests"]
+    if named or "--heavy" in arguments:  # a heavy test may need all of the memory
+        tests = environment.run("-m", "pytest", *paths, *arguments)
+    else:
+        tests = environment.run("-m", "pytest", *TWO_PROCESSES, *paths, *arguments, OMP_NUM_THREADS="1")
+    failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
+    took = f"{time.monotonic() - started:.0f} s"
+    print(f"Failed: {' and '.join(failed)}, see above ({took})" if failed else f"Done: everything passed ({took})")
+    return 1 if failed else 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Draw side by side on the real server."""
+    return prepare().run("-m", "devtools.demo", *arguments)
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure side by side."""
+    return prepare().run("-m", "devtools.measure.bench", *arguments)
+
+
+def quality(arguments: list[str]) -> int:
+    """Measure what each packing does to the demo's pictures."""
+    return prepare().run("-m", "devtools.measure.quality", *arguments)
+
+
+def sizes(arguments: list[str]) -> int:
+    """Count what popular models take in each format."""
+    return prepare().run("-m", "devtools.measure.model_sizes", *arguments)
+
+
+def matrix(arguments: list[str]) -> int:
+    """Run the server tests on older ComfyUIs too."""
+    return prepare().run("-m", "devtools.host.matrix", *arguments)
+
+
+COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes, "matrix": matrix}

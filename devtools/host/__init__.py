@@ -1,0 +1,1 @@
+"""The environment that everything runs in: ComfyUI itself, its server, a browser, the package of the registry."""

@@ -1,0 +1,1 @@
+"""Speed and memory, side by side in one run: `python3 dev.py bench`."""
