@@ -11,7 +11,8 @@ from comfy.model_detection import model_config_from_unet, unet_prefix_from_state
 from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
-from .container import WeightFile, WeightFileError, open_weights
+from .files import open_weights
+from .files.container import WeightFile, WeightFileError
 from .diffusion import (
     fix_keys, is_ours, keep_choice, model_of, operations_for, refuse_other_kinds, report, text_metadata, warn_of_exact_products,
 )
@@ -88,7 +89,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     if outputs["output_model"]:
         file = open_weights(models[0])
         progress = Progress(stages=2)
-        state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.each)))
+        state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.track)))
         model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute)
         progress.stage()
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
@@ -115,7 +116,7 @@ def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, 
     file = open_weights(path)
     refuse_other_kinds(file)
     progress = Progress(stages=2)
-    state_dict = fix_keys(file.state_dict(progress.each))
+    state_dict = fix_keys(file.state_dict(progress.track))
     if is_checkpoint(state_dict):
         parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute)
     else:

@@ -6,7 +6,7 @@ import comfy.model_detection
 import torch
 
 from ..ops.tensor import is_packed
-from .rows import join_rows, take_rows
+from ..ops.rows import join_rows, take_rows
 
 log = logging.getLogger(__name__)
 

@@ -14,17 +14,13 @@ from ..ops.int8 import multiplies_integers
 from ..ops.linear import bare_parameters_unpacked, packed_operations
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed, relabelled
-from .container import WeightFile, WeightFileError, open_weights
 from .diffusers_names import in_the_hosts_names
+from .files import open_weights
+from .files.bitsandbytes import formats_in, has_packed_weights
+from .files.container import WeightFile, WeightFileError
 from .progress import Progress
-from .safetensors import QUANT_STATE
 
 log = logging.getLogger(__name__)
-
-
-# Names that bitsandbytes gives what it stores beside a packed weight; host-readable files have none of them.
-BITSANDBYTES = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
-BITSANDBYTES_PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
 
 
 def is_ours(path: str) -> bool:
@@ -39,7 +35,7 @@ def is_ours(path: str) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return any(BITSANDBYTES.search(key) for key in file.keys())
+            return has_packed_weights(file.keys())
     except (SafetensorError, OSError):
         return True
 
@@ -57,7 +53,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
     file = open_weights(path)
     refuse_other_kinds(file)
     progress = Progress(stages=2)
-    state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.each)))
+    state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.track)))
     patcher = model_of(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic)
     progress.stage()
     patcher.cached_patcher_init = (load_diffusion_model, (path, value_dtype, patch_dtype, compute))
@@ -119,14 +115,6 @@ def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
     return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}), {file.tensor_bytes} bytes on disk,"
             f" {patcher.model_size()} bytes held")
-
-
-def formats_in(file: WeightFile) -> dict[str, str]:
-    """Name of each weight -> its format. What bitsandbytes keeps in several tensors is one weight."""
-    states = filter(None, map(QUANT_STATE.fullmatch, file.entries))
-    packed = {found["weight"]: found["quant_type"].upper() for found in states}
-    return {name: packed.get(name, entry.format) for name, entry in file.entries.items()
-            if BITSANDBYTES_PART.sub("", name) not in packed or name in packed}
 
 
 # What tells other kinds of files from a diffusion model: a tensor name, what the file is, and what to do with it.

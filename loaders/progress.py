@@ -20,7 +20,7 @@ class Progress:
     def _show(self, part: float):
         self._bar.update_absolute(round((self._over + part) * STEPS))
 
-    def each(self, items: Collection) -> Iterator:
+    def track(self, items: Collection) -> Iterator:
         """The items one by one, as a stage."""
         for count, item in enumerate(items, start=1):
             yield item

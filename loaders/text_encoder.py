@@ -15,13 +15,15 @@ import comfy.utils
 
 from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
-from . import archs  # noqa: F401  registers the families
-from .arch import SENTENCEPIECE, Weights, arch_of, without_prefix
-from .container import WeightFile, WeightFileError, open_weights
 from .diffusion import is_ours, keep_choice, operations_for
-from .encoder_kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
+from .encoders import archs  # noqa: F401  registers the families
+from .encoders.arch import SENTENCEPIECE, Weights, arch_of, without_prefix
+from .encoders.kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
+from .encoders.saved_tokenizer import saved_tokenizer
+from .encoders.towers import missing_towers_left_out
+from .files import open_weights
+from .files.container import WeightFile, WeightFileError
 from .progress import Progress
-from .towers import missing_towers_left_out
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def _weights_of(paths: list[str], mmproj: str | None, progress: Progress) -> lis
     elif mmproj == AUTO:
         for file in files:
             file.find_vision()
-    return [file.in_the_hosts_names() for file in progress.each(files)]
+    return [file.in_the_hosts_names() for file in progress.track(files)]
 
 
 class _Encoder:
@@ -102,7 +104,8 @@ class _Encoder:
             progress.stage()
             return
         file = open_weights(path)
-        self.weights, self.metadata = without_prefix(file.state_dict(progress.each)), file.metadata
+        tokenizer = saved_tokenizer(self.path) if self.path.is_dir() else {}
+        self.weights, self.metadata = without_prefix(file.state_dict(progress.track) | tokenizer), file.metadata
         self.arch = arch_of(self.weights)
         if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
             raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder. Pick that"

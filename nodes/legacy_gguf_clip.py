@@ -6,7 +6,7 @@ import comfy.sd
 import comfy.utils
 from comfy_api.latest import io
 
-from ..loaders.container import open_weights
+from ..loaders.files import open_weights
 from ..loaders.diffusion import is_ours
 from ..loaders.folders import embedding_folders, find_file, list_files
 from ..loaders.text_encoder import load_text_encoder

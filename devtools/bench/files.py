@@ -11,7 +11,7 @@ import comfy.model_management
 import gguf
 import numpy as np
 import torch
-from featherweight.loaders.container import open_weights
+from featherweight.loaders.files import open_weights
 from featherweight.loaders.diffusion import fix_keys, model_of
 
 from devtools.bench.measure import device, has_bfloat16, side_by_side

@@ -12,7 +12,7 @@ from families import (
     stable_diffusion_cpp_style,
 )
 from devtools.gguf_files import write_gguf
-from featherweight.loaders.container import open_weights
+from featherweight.loaders.files import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.linear import PackedLayer

@@ -12,7 +12,7 @@ from families import (
     stable_diffusion_cpp_style,
 )
 from devtools.gguf_files import write_gguf
-from featherweight.loaders.container import WeightFileError
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.tensor import is_packed
 

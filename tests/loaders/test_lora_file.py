@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from featherweight.loaders.container import WeightFileError
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora import apply_lora, check_lora, load_lora_file, report_text
 from featherweight.loaders.lora.change import change_norm
 from featherweight.loaders.lora.families import LAYOUTS, recognise
