@@ -115,11 +115,9 @@ MEMBERS = {
         "comfy.sd.CLIP.patcher": None,
     },
     "loaders/lora/check.py": {"comfy.sd.CLIP.cond_stage_model": None},
-    "loaders/diffusion.py": {
-        "comfy.model_patcher.ModelPatcher.cached_patcher_init": None,
-        "comfy.model_patcher.ModelPatcher.load_device": None,
-    },
+    "loaders/handover.py": {"comfy.model_patcher.ModelPatcher.load_device": None},
     "loaders/progress.py": {"comfy.utils.ProgressBar.update_absolute": "value"},
+    "loaders/recipe.py": {"comfy.model_patcher.ModelPatcher.cached_patcher_init": None},
     "loaders/text_encoder.py": {"comfy.sd.CLIP.patcher": None},
     "nodes/__init__.py": {"comfy_api.latest.io.ComfyNode.GET_SCHEMA": ""},
     "nodes/legacy_gguf.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},

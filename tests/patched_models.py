@@ -16,7 +16,8 @@ import torch
 from devtools import tiny_models
 from devtools.gguf_files import pack, write_gguf
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.diffusion import load_diffusion_model, operations_for
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.handover import operations_for
 from featherweight.ops.format import FORMATS
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.patcher import adopt

@@ -11,8 +11,9 @@ import comfy.model_management
 import gguf
 import numpy as np
 import torch
+from featherweight.loaders.diffusion import model_of
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.diffusion import fix_keys, model_of
+from featherweight.loaders.model_names import in_the_hosts_names
 
 from devtools.bench.measure import device, has_bfloat16, side_by_side
 from devtools.bench.models import packs, step_of
@@ -120,7 +121,7 @@ def flux_dev(sizes) -> dict[str, tuple]:
 def share_of_model(path: Path, share: float):
     """The model in a Flux file, with the first `share` of its blocks of both kinds."""
     file = open_weights(path)
-    kept, counts = fix_keys(file.state_dict()), {}
+    kept, counts = in_the_hosts_names(file.state_dict()), {}
     found = {name: re.match(r"(\w+_blocks)\.(\d+)\.", name) for name in kept}
     for block in filter(None, found.values()):
         counts[block[1]] = max(counts.get(block[1], 0), int(block[2]) + 1)
