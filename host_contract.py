@@ -114,7 +114,7 @@ MEMBERS = {
         "comfy.sd.CLIP.clone": "",
         "comfy.sd.CLIP.patcher": None,
     },
-    "loaders/lora/check.py": {"comfy.sd.CLIP.cond_stage_model": None},
+    "loaders/lora/fit.py": {"comfy.sd.CLIP.cond_stage_model": None},
     "loaders/handover.py": {"comfy.model_patcher.ModelPatcher.load_device": None},
     "loaders/progress.py": {"comfy.utils.ProgressBar.update_absolute": "value"},
     "loaders/recipe.py": {"comfy.model_patcher.ModelPatcher.cached_patcher_init": None},

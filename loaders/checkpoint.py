@@ -64,6 +64,8 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
     return model, clip, vae
 
 
+# Each part again, for recipes.
+
 @loads(MODEL)
 def _model_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
     return load_checkpoint(path, output_clip=False, output_vae=False, **options)[0]

@@ -76,6 +76,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
 
 @loads(TEXT_ENCODER)
 def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
+    """The encoder again, for recipes."""
     return load_text_encoder(list(paths), **options).patcher
 
 
@@ -141,7 +142,7 @@ class _Encoder:
                      " work. Put it there, or pick it in Load Text Encoder (Featherweight).", self.name)
 
     def takes_quietly(self, path: Path) -> bool:
-        """The same for a file that nobody picked: a bad one is named in the log."""
+        """Add the tensors of an mmproj file that nobody picked, where it fits. One that cannot be read is named in the log."""
         try:
             return self.takes(open_weights(path), refuse=False)
         except WeightFileError as error:

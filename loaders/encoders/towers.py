@@ -16,7 +16,7 @@ TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_project
 
 
 class MissingTower(torch.nn.Module):
-    """In the place of a tower. Says what is missing when it is used."""
+    """A module in the place of a tower, whose use raises a WeightFileError about the missing file."""
 
     def __init__(self, names: str):
         super().__init__()
@@ -40,7 +40,7 @@ def is_mark(tensor: torch.Tensor) -> bool:
 
 
 def missing_towers_left_out(paths: Sequence[str]) -> contextlib.AbstractContextManager:
-    """While the host builds and loads a text encoder from these files."""
+    """A context in which the host builds and loads a text encoder of these files without the towers that they do not hold."""
     names = " and ".join(map(os.path.basename, paths))
 
     def leave_out(model, state_dict, prefix, *args):

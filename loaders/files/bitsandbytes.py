@@ -73,7 +73,7 @@ class _PartsOfWeights:
         self.tensors = tensors
 
     def error(self, key: str, problem: str, advice: str = AGAIN) -> WeightFileError:
-        """key: a tensor of the file in question."""
+        """An error about the tensor `key`, in words that name its file."""
         return self.file.error_at(key, problem, advice)
 
     def put_together(self, track: Track) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ def _width(weights) -> int:
 
 
 class Qwen25(Arch):
-    """3B. The host has no vision tower for it."""
+    """Qwen2.5 3B, for which the host has no vision tower."""
 
     follows = "llama.cpp 0.5.0, conversion/qwen.py"
     names = DECODER_NAMES
@@ -25,7 +25,7 @@ class Qwen25(Arch):
 
 
 class Qwen25VL(Qwen25):
-    """7B, whose text model and Qwen2.5-VL's are of one shape."""
+    """Qwen2.5 7B, whose text model and Qwen2.5-VL's are of one shape."""
 
     width, keys = 3584, 512
     sees = True
@@ -41,7 +41,7 @@ class Qwen25VL(Qwen25):
 
 
 class Qwen3(Arch):
-    """0.6B and 2B. The host has no vision tower for them."""
+    """Qwen3 0.6B and 2B, for which the host has no vision tower."""
 
     follows = "llama.cpp 0.5.0, conversion/qwen.py"
     names = {
@@ -58,7 +58,7 @@ class Qwen3(Arch):
 
 
 class Qwen3VL(Qwen3):
-    """4B and 8B, whose text models and Qwen3-VL's are of one shape. The host takes one with a tower for Qwen3-VL."""
+    """Qwen3 4B and 8B, whose text models and Qwen3-VL's are of one shape. The host takes one with a tower for Qwen3-VL."""
 
     widths = (2560, 4096)
     sees = True
@@ -79,12 +79,12 @@ class Qwen3VL(Qwen3):
 
     @classmethod
     def wants_vision(cls, metadata):
-        """Not where a file says that it is Qwen3: with the tower of a Qwen3-VL beside it, the host would take it for one."""
+        """No where a file says that it is Qwen3: with the tower of a Qwen3-VL beside it, the host would take it for one."""
         return not any(key.startswith("qwen3.") for key in metadata)
 
     @classmethod
     def _is_qwen3_vl(cls, metadata) -> bool:
-        """Whether a file without a tower says so. It is then no Qwen3: the host turns positions at another speed."""
+        """Whether a file without a tower is of Qwen3-VL by its metadata. For Qwen3 the host turns positions at another speed."""
         return any(key.endswith(".n_deepstack_layers") for key in metadata)
 
     @classmethod
@@ -96,7 +96,7 @@ class Qwen3VL(Qwen3):
 
 
 class Qwen3VL32B(Qwen3VL):
-    """32B, of which the host runs the first 50 layers. It would take one without a tower for a Mistral."""
+    """Qwen3-VL 32B, of which the host runs the first 50 layers. It would take one without a tower for a Mistral."""
 
     widths = (5120,)
     tower = "visual"

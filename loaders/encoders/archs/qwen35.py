@@ -58,7 +58,7 @@ class Qwen35(Arch):
 
 
 def _without_drafts(weights: Weights) -> Weights:
-    """Without the layers that guess further tokens (`nextn`), which the host has no use for."""
+    """The weights without the layers that guess further tokens (`nextn`), which the host has no use for."""
     drafts = tuple({name.split("nextn.")[0] for name in weights if ".nextn." in name})
     return {name: tensor for name, tensor in weights.items() if not name.startswith(drafts)}
 

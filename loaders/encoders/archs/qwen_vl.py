@@ -47,7 +47,10 @@ def is_qwen25_tower(vision: Mapping[str, torch.Tensor]) -> bool:
 
 
 def is_qwen3_tower(vision: Mapping[str, torch.Tensor], deepstack: bool) -> bool:
-    """deepstack: whether it also hands features of inner layers to the text model (Qwen3-VL), or not (Qwen3.5)."""
+    """Whether these are the weights of a Qwen3-VL's tower or a Qwen3.5's.
+
+    deepstack: of the one that also hands features of inner layers to the text model (Qwen3-VL).
+    """
     has_deepstack = any(name.startswith("v.deepstack.") for name in vision)
     return "v.position_embd.weight" in vision and "v.patch_embd.weight.1" in vision and has_deepstack == deepstack
 

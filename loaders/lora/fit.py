@@ -10,10 +10,10 @@ import comfy.lora
 import comfy.lora_convert
 import torch
 
-from .blocks import MODEL_PREFIX, key_of
 from .change import block_changes, kind_of, rank_of, shape_of
 from .families import hints, recognise
 from .file import ENDS, damaged_layers, stems_of, weight_shapes
+from .model_blocks import MODEL_PREFIX, key_of
 from .report import MISSING, LoraReport
 
 TEXT_STEM = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")

@@ -1,4 +1,4 @@
-"""Blocks of a model, and the rules that give each its share of a LoRA's strength.
+"""Rules that give each block of a model its share of a LoRA's strength.
 
 A rule is `name=factor`; rules are separated by commas or lines, a later one wins, `#` begins a comment. A name is `all`,
 `text`, a kind of block (`double`, `input`), some of its blocks (`double.0-9`, `single.20`, `IN04`, `OUT03-05`, `MID`), or
@@ -8,12 +8,11 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-MODEL_PREFIX = "diffusion_model."
+from .model_blocks import MODEL_PREFIX, block_numbers, block_of, described_blocks, is_text
+
 # A rule of the block-weight extensions' naming, for the blocks of a UNet.
 UNET_NAME = re.compile(r"(IN|M|MID|OUT)(\d*(?:-\d+)?)", re.IGNORECASE)
 UNET_GROUPS = {"in": "input", "out": "output", "m": "middle", "mid": "middle"}
-# Kinds of blocks whose kind alone says where in the model they stand.
-BLOCK_LIST = re.compile(r"(blocks?|layers?|refiner)$")
 
 # Presets are rules themselves. Those of UNets are the ones of sd-webui-lora-block-weight, whose BASE is the text encoder.
 # `style` and `subject` of SDXL are the two blocks of B-LoRA (Frenkel et al. 2024), `layout` is InstantStyle's.
@@ -33,36 +32,9 @@ UNET_XL = {
 STREAMS = {"double-only": "all=0, text=1, double=1", "single-only": "all=0, text=1, single=1"}
 
 
-def block_of(key: str) -> str:
-    """The block a weight of the host's model belongs to: `double_blocks.3`, `img_in`, `clip_l`."""
-    name = key.removeprefix(MODEL_PREFIX)
-    first, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    # The middle of a UNet is one block of a few parts.
-    if name == key or not number.isdigit() or not BLOCK_LIST.search(first) or first == "middle_block":
-        return first
-    return f"{first}.{number}"
-
-
-def is_text(key: str) -> bool:
-    """Whether a weight is one of a text encoder."""
-    return not key.startswith(MODEL_PREFIX)
-
-
-def key_of(target) -> str:
-    """Key of the weight a patch is for; the host names some targets as (key, slice of the weight)."""
-    return target if isinstance(target, str) else target[0]
-
-
-def weight_keys(model, clip=None) -> list[str]:
-    """Names of all weights that a LoRA could change, as the host's patches name them."""
-    modules = [model.model] if clip is None else [model.model, clip.cond_stage_model]
-    return [key for module in modules for key, _ in module.named_parameters()]
-
-
 def presets(keys: Iterable[str]) -> dict[str, str]:
     """Name -> rules of the presets that this model has the blocks for."""
-    groups = _groups(map(block_of, keys))
+    groups = block_numbers(keys)
     found = ANY_MODEL | {name: _third(groups, index) for index, name in enumerate(THIRDS)}
     if "input_blocks" in groups:
         found |= UNET | (UNET_XL if len(groups["input_blocks"]) == 9 else UNET_SD)
@@ -84,13 +56,6 @@ def parse_block_weights(text: str, keys: Iterable[str]) -> Callable[[str], float
         return next((value for matches, value in reversed(rules) if matches(key)), 1.0)
 
     return factor
-
-
-def described_blocks(keys: Iterable[str]) -> str:
-    """The blocks of a model in a line: `double_blocks.0-18, single_blocks.0-37, img_in, clip_l`."""
-    groups = _groups(map(block_of, keys))
-    return ", ".join(name if not numbers else f"{name}.{min(numbers)}-{max(numbers)}" if len(numbers) > 1
-                     else f"{name}.{numbers[0]}" for name, numbers in groups.items())
 
 
 def _read(text: str, keys: list[str], rules: list):
@@ -146,17 +111,6 @@ def _matcher(name: str) -> Callable[[str], bool]:
         return not is_text(key) and f".{name}." in f"{key}."
 
     return matches
-
-
-def _groups(blocks: Iterable[str]) -> dict[str, list[int]]:
-    """Kind of block -> its numbers, sorted; a kind without numbers has none."""
-    groups = {}
-    for block in blocks:
-        kind, _, number = block.partition(".")
-        numbers = groups.setdefault(kind, set())
-        if number:
-            numbers.add(int(number))
-    return {kind: sorted(numbers) for kind, numbers in groups.items()}
 
 
 def _third(groups: dict[str, list[int]], index: int) -> str:
