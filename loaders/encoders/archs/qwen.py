@@ -84,7 +84,7 @@ class Qwen3VL(Qwen3):
 
     @classmethod
     def _is_qwen3_vl(cls, metadata) -> bool:
-        """Whether a file without a tower is of Qwen3-VL by its metadata. For Qwen3 the host turns positions at another speed."""
+        """Whether a file without a tower is of Qwen3-VL by its metadata. The host turns its positions at a speed of its own."""
         return any(key.endswith(".n_deepstack_layers") for key in metadata)
 
     @classmethod
