@@ -1,2 +1,1 @@
-"""Files to packed tensors to host models. Importing this package registers every container of weight files."""
-from . import gguf, safetensors  # noqa: F401
+"""Files to packed tensors to host models."""

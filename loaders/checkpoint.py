@@ -1,6 +1,5 @@
 """Checkpoints: diffusion model, text encoder and VAE in one file or package -> the host's own three, with packed weights."""
 import json
-import logging
 import os
 
 import comfy.model_patcher
@@ -11,16 +10,17 @@ from comfy.model_detection import model_config_from_unet, unet_prefix_from_state
 from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
-from .container import WeightFile, WeightFileError, open_weights
-from .diffusion import (
-    fix_keys, is_ours, keep_choice, model_of, operations_for, refuse_other_kinds, report, text_metadata, warn_of_exact_products,
-)
-from .diffusers_names import in_the_hosts_names
+from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
+from .files import open_weights
+from .files.container import WeightFile, WeightFileError
+from .handover import is_ours, operations_for, take_back, text_metadata
+from .model_names import in_the_hosts_names
 from .progress import Progress
+from .recipe import Recipe, loads
 from .text_encoder import load_text_encoder
 from .vae import held_narrow
 
-log = logging.getLogger(__name__)
+MODEL, CLIP, VAE = (f"{part} of a checkpoint" for part in ("diffusion model", "text encoder", "VAE"))
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
@@ -46,30 +46,39 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
     WeightFileError.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
-    if not is_ours(path):
+    ours = is_ours(path)
+    if not ours:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)
-    else:
-        model, clip, vae = _packed(path, embedding_directory, outputs, disable_dynamic, compute)
-    for patcher in (model, clip and clip.patcher):
-        if patcher is not None:
-            keep_choice(patcher, disable_dynamic)
-    return model, clip, vae
-
-
-def _packed(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str) -> tuple:
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+    elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic, compute)
     else:
         model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic, compute)
-    options = (path, embedding_directory)
-    if model is not None:
-        model.cached_patcher_init = (_model_patcher, (*options, compute))
-    if clip is not None:
-        clip.patcher.cached_patcher_init = (_clip_patcher, options)
-    if vae is not None and getattr(vae, "patcher", None) is not None:
-        vae.patcher.cached_patcher_init = (_vae_patcher, options)
+    options = {"embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic}
+    if model is not None and (ours or disable_dynamic):
+        Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)
+    if clip is not None and (ours or disable_dynamic):
+        Recipe(CLIP, (str(path),), options).attach(clip.patcher)
+    if ours and getattr(vae, "patcher", None) is not None:
+        Recipe(VAE, (str(path),), options).attach(vae.patcher)
     return model, clip, vae
+
+
+# Each part again, for recipes.
+
+@loads(MODEL)
+def _model_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
+    return load_checkpoint(path, output_clip=False, output_vae=False, **options)[0]
+
+
+@loads(CLIP)
+def _clip_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
+    return load_checkpoint(path, output_model=False, output_vae=False, **options)[1].patcher
+
+
+@loads(VAE)
+def _vae_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
+    return load_checkpoint(path, output_model=False, output_clip=False, **options)[2].patcher
 
 
 def _no_vae() -> comfy.sd.VAE:
@@ -86,11 +95,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
                               " with a config.json. Pick the folder that has, or a checkpoint file.")
     model = clip = vae = None
     if outputs["output_model"]:
-        file = open_weights(models[0])
-        progress = Progress(stages=2)
-        state_dict = in_the_hosts_names(fix_keys(file.state_dict(progress.each)))
-        model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute)
-        progress.stage()
+        model = load_diffusion_model(models[0], compute=compute, disable_dynamic=disable_dynamic)
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
@@ -115,11 +120,11 @@ def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, 
     file = open_weights(path)
     refuse_other_kinds(file)
     progress = Progress(stages=2)
-    state_dict = fix_keys(file.state_dict(progress.each))
+    state_dict = in_the_hosts_names(file.state_dict(progress.track))
     if is_checkpoint(state_dict):
         parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute)
     else:
-        model = model_of(file, in_the_hosts_names(state_dict), disable_dynamic=disable_dynamic, compute=compute)
+        model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute)
         parts = model, None, _no_vae()
     progress.stage()
     return parts
@@ -149,25 +154,7 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
             state_dict, embedding_directory=embedding_directory, metadata=text_metadata(file),
             model_options=model_options, te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)
     if model is not None:
-        log.info("[Featherweight] %s", report(file, adopt(model)))
-        warn_of_exact_products(model, compute)
+        take_back(model, file, compute)
     if clip is not None:
         adopt(clip.patcher)
     return model, clip, vae and held_narrow(vae)
-
-
-# What the host calls to have a part of a checkpoint once more, for another device or outside of dynamic VRAM.
-
-def _model_patcher(path, embedding_directory, compute: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_checkpoint(path, embedding_directory, output_clip=False, output_vae=False, disable_dynamic=disable_dynamic,
-                           compute=compute)[0]
-
-
-def _clip_patcher(path, embedding_directory, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_checkpoint(path, embedding_directory, output_model=False, output_vae=False,
-                           disable_dynamic=disable_dynamic)[1].patcher
-
-
-def _vae_patcher(path, embedding_directory, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_checkpoint(path, embedding_directory, output_model=False, output_clip=False,
-                           disable_dynamic=disable_dynamic)[2].patcher

@@ -6,12 +6,12 @@ import comfy.model_detection
 import torch
 
 from ..ops.tensor import is_packed
-from .rows import join_rows, take_rows
+from ..ops.rows import join_rows, take_rows
 
 log = logging.getLogger(__name__)
 
 
-def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a model in diffusers' names and parts (q, k and v apart) under the host's names and whole.
 
     The host's conversion writes into plain tensors only. It gets row numbers in place of rows, and what it makes of them

@@ -6,7 +6,7 @@ import re
 
 import folder_paths
 
-from .container import WeightFileError
+from .files.container import WeightFileError
 
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
 GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",

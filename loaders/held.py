@@ -4,7 +4,7 @@ import collections
 import torch
 
 from ..ops.tensor import is_packed
-from .container import PLAIN_DTYPES
+from .files.container import PLAIN_DTYPES
 
 PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 SHOWN_FROM = 0.01  # of all bytes; biases and norms are less

@@ -20,14 +20,14 @@ class Progress:
     def _show(self, part: float):
         self._bar.update_absolute(round((self._over + part) * STEPS))
 
-    def each(self, items: Collection) -> Iterator:
-        """The items one by one, as a stage."""
+    def track(self, items: Collection) -> Iterator:
+        """Gives the items one by one and moves the bar by each; together they are a stage."""
         for count, item in enumerate(items, start=1):
             yield item
             self._show(count / len(items))
         self._over += 1
 
     def stage(self):
-        """A stage is over whose steps are not known."""
+        """Moves the bar to the end of a stage whose steps are not known."""
         self._over += 1
         self._show(0)

@@ -15,16 +15,20 @@ import comfy.utils
 
 from ..ops.linear import bare_parameters_unpacked
 from ..ops.patcher import adopt
-from . import archs  # noqa: F401  registers the families
-from .arch import SENTENCEPIECE, Weights, arch_of, without_prefix
-from .container import WeightFile, WeightFileError, open_weights
-from .diffusion import is_ours, keep_choice, operations_for
-from .encoder_kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
+from .encoders import archs  # noqa: F401  registers the families
+from .encoders.arch import SENTENCEPIECE, Weights, arch_of, without_prefix
+from .encoders.kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
+from .encoders.saved_tokenizer import saved_tokenizer
+from .encoders.towers import missing_towers_left_out
+from .files import open_weights
+from .files.container import WeightFile, WeightFileError
+from .handover import is_ours, operations_for
 from .progress import Progress
-from .towers import missing_towers_left_out
+from .recipe import Recipe, loads
 
 log = logging.getLogger(__name__)
 
+TEXT_ENCODER = "text encoder"
 AUTO = "auto"  # an mmproj file is looked for beside its encoder
 
 # What `Arch.tokenizer` made of the files loaded last, by path, time and size.
@@ -42,10 +46,14 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
     out of dynamic VRAM. Files without packed weights go to the host's own loader. Raises WeightFileError.
     """
     host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
+    recipe = Recipe(TEXT_ENCODER, tuple(map(str, paths)), {
+        "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
+        "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic})
     model_options = dict(model_options or {})
     if not any(map(is_ours, paths)) and mmproj in (AUTO, None):
         clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
-        keep_choice(clip.patcher, disable_dynamic)
+        if disable_dynamic:
+            recipe.attach(clip.patcher)
         return clip
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
@@ -62,15 +70,14 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
             disable_dynamic=disable_dynamic)
     progress.stage()
     adopt(clip.patcher)
-    del model_options["custom_operations"]
-    clip.patcher.cached_patcher_init = (_patcher, (paths, clip_type, embedding_directory, mmproj, model_options))
-    keep_choice(clip.patcher, disable_dynamic)
+    recipe.attach(clip.patcher)
     return clip
 
 
-def _patcher(*arguments, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """What the host calls to have the encoder once more, for another device or outside of dynamic VRAM."""
-    return load_text_encoder(*arguments, disable_dynamic=disable_dynamic).patcher
+@loads(TEXT_ENCODER)
+def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
+    """The encoder again, for recipes."""
+    return load_text_encoder(list(paths), **options).patcher
 
 
 def _weights_of(paths: list[str], mmproj: str | None, progress: Progress) -> list[Weights]:
@@ -87,7 +94,7 @@ def _weights_of(paths: list[str], mmproj: str | None, progress: Progress) -> lis
     elif mmproj == AUTO:
         for file in files:
             file.find_vision()
-    return [file.in_the_hosts_names() for file in progress.each(files)]
+    return [file.converted() for file in progress.track(files)]
 
 
 class _Encoder:
@@ -102,7 +109,8 @@ class _Encoder:
             progress.stage()
             return
         file = open_weights(path)
-        self.weights, self.metadata = without_prefix(file.state_dict(progress.each)), file.metadata
+        tokenizer = saved_tokenizer(self.path) if self.path.is_dir() else {}
+        self.weights, self.metadata = without_prefix(file.state_dict(progress.track) | tokenizer), file.metadata
         self.arch = arch_of(self.weights)
         if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
             raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder. Pick that"
@@ -134,14 +142,15 @@ class _Encoder:
                      " work. Put it there, or pick it in Load Text Encoder (Featherweight).", self.name)
 
     def takes_quietly(self, path: Path) -> bool:
-        """The same for a file that nobody picked: a bad one is named in the log."""
+        """Add the tensors of an mmproj file that nobody picked, where it fits. One that cannot be read is named in the log."""
         try:
             return self.takes(open_weights(path), refuse=False)
         except WeightFileError as error:
             log.warning("[Featherweight] %s", error)
             return False
 
-    def in_the_hosts_names(self) -> Weights:
+    def converted(self) -> Weights:
+        """The weights under the host's names, with what the host builds the tokenizer from."""
         if self.arch is None:
             return self.weights
         try:

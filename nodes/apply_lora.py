@@ -5,7 +5,8 @@ from comfy_api.latest import io
 
 from ..loaders.folders import find_file, list_files
 from ..loaders.lora import apply_lora, check_lora, load_lora_file, report_text
-from ..loaders.lora.blocks import parse_block_weights, weight_keys
+from ..loaders.lora.block_weights import parse_block_weights
+from ..loaders.lora.model_blocks import weight_keys
 
 FOLDERS = ("loras", "loras_gguf")
 APPLY, FAIL = "apply the rest", "fail"

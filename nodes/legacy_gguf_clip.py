@@ -6,9 +6,9 @@ import comfy.sd
 import comfy.utils
 from comfy_api.latest import io
 
-from ..loaders.container import open_weights
-from ..loaders.diffusion import is_ours
+from ..loaders.files import open_weights
 from ..loaders.folders import embedding_folders, find_file, list_files
+from ..loaders.handover import is_ours
 from ..loaders.text_encoder import load_text_encoder
 from .choices import encoder_types
 from .load_text_encoder import FOLDERS

@@ -3,7 +3,7 @@ import ast
 import re
 
 import pytest
-from featherweight.loaders.encoder_kinds import SETS, SINGLE
+from featherweight.loaders.encoders.kinds import SETS, SINGLE
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import GGML_FORMATS
 from pack_nodes import node_list

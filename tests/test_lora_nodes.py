@@ -5,7 +5,8 @@ import torch
 from featherweight.loaders import folders
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.lora import check_lora, load_lora_file
-from featherweight.loaders.lora.blocks import block_of, described_blocks, parse_block_weights, presets, weight_keys
+from featherweight.loaders.lora.block_weights import parse_block_weights, presets
+from featherweight.loaders.lora.model_blocks import block_of, described_blocks, weight_keys
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
 from safetensors.torch import load_file, save_file

@@ -7,7 +7,7 @@ import nodes as host_nodes
 import pytest
 import torch
 from featherweight.loaders import folders
-from featherweight.loaders.container import WeightFileError
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes import legacy_gguf
 from pack_nodes import ids_in_source, node_list
 

@@ -47,7 +47,7 @@ def probe_model(path: str) -> dict:
     import comfy.model_management
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
     import torch
-    from featherweight.loaders.container import open_weights
+    from featherweight.loaders.files import open_weights
     from featherweight.loaders.diffusion import load_diffusion_model
 
     before = status("VmRSS")

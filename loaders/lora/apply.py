@@ -2,7 +2,7 @@
 import collections
 from collections.abc import Callable
 
-from .blocks import is_text, key_of
+from .model_blocks import is_text, key_of
 from .report import LoraReport
 
 

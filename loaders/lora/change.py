@@ -9,7 +9,7 @@ import torch
 
 from ...ops import product
 from ...ops.tensor import is_packed
-from .blocks import block_of, key_of
+from .model_blocks import block_of, key_of
 
 SAMPLED_ROWS = 64
 

@@ -7,7 +7,8 @@ import comfy.utils
 import torch
 from safetensors import SafetensorError
 
-from ..container import LFS_POINTER, WeightFileError, map_file, shown
+from ..files.container import WeightFileError, map_file, shown
+from ..files.mistakes import LFS_POINTER
 from .families import recognise
 from .gguf import read_gguf_adapter
 

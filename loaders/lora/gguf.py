@@ -6,7 +6,8 @@ import torch
 
 from ...ops import product
 from ...ops.tensor import is_packed
-from ..container import WeightFileError, open_weights, shown
+from ..files import open_weights
+from ..files.container import WeightFileError, shown
 
 PAIR = re.compile(r"^(?P<layer>.+?)(\.weight)?\.lora_(?P<half>[aAbB])(\.weight)?$")
 KNOWN_PREFIX = re.compile(r"^(diffusion_model|transformer|unet|lora_|text_encoder|base_model)")

@@ -1,4 +1,4 @@
-"""CLIP, under the names of transformers. stable-diffusion.cpp and open_clip have others: tests/loaders/test_clip.py."""
+"""CLIP under transformers' names. Those of stable-diffusion.cpp and open_clip: tests/loaders/encoders/test_clip.py."""
 from .encoder import Encoder
 
 CLIP_SMALL = {

@@ -1,7 +1,7 @@
 """Gemma 2 and 3."""
 import gguf
 from comfy.text_encoders.llama import GEMMA3_VISION_CONFIG
-from featherweight.loaders.tokenizer import sentencepiece_model
+from featherweight.loaders.encoders.tokenizer import sentencepiece_model
 
 from .encoder import Encoder, Weights
 

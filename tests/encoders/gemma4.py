@@ -2,7 +2,7 @@
 import gguf
 import torch
 from comfy.text_encoders import gemma4 as host
-from featherweight.loaders.tokenizer import tokenizer_json
+from featherweight.loaders.encoders.tokenizer import tokenizer_json
 
 from .encoder import Encoder, Weights
 from .gemma import SMALL

@@ -1,4 +1,4 @@
-"""T5 and its relatives. Jina CLIP v2 and ByT5 load beside another encoder only: tests/loaders/test_t5.py."""
+"""T5 and its relatives. Jina CLIP v2 and ByT5 load beside another encoder only: tests/loaders/encoders/test_t5.py."""
 import functools
 import io
 from unittest.mock import patch

@@ -12,7 +12,7 @@ from families import run as run_family
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.container import WeightFileError
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.ops.patcher import PackedPatcher
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
 from safetensors.torch import save_file

@@ -7,8 +7,9 @@ import pytest
 import torch
 from families import FAMILIES, full_width_shapes, host_model, host_patcher, random_weights, run, shrunken_detection
 from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.container import open_weights
-from featherweight.loaders.diffusion import load_diffusion_model, report
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.handover import report
 from featherweight.loaders.held import held_text
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import GGML_FORMATS

@@ -10,7 +10,7 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model, write_encoder
 from families import relative_error
 from featherweight.loaders import text_encoder
-from featherweight.loaders.container import open_weights
+from featherweight.loaders.files import open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.linear import PackedLayer
 from featherweight.ops.tensor import is_packed

@@ -7,8 +7,8 @@ import comfy.sd
 import pytest
 import torch
 from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
-from featherweight.loaders.container import open_weights
-from featherweight.loaders.diffusion import operations_for
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.handover import operations_for
 from featherweight.ops import formats, int8, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8

@@ -11,8 +11,9 @@ import comfy.model_management
 import gguf
 import numpy as np
 import torch
-from featherweight.loaders.container import open_weights
-from featherweight.loaders.diffusion import fix_keys, model_of
+from featherweight.loaders.diffusion import model_of
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.model_names import in_the_hosts_names
 
 from devtools.files.gguf_files import gguf_writer, write_all, write_random_gguf
 from devtools.files.tiny_models import flux_shapes
@@ -117,7 +118,7 @@ def flux_dev(sizes) -> dict[str, tuple]:
 def share_of_model(path: Path, share: float):
     """The model in a Flux file, with the first `share` of its blocks of both kinds."""
     file = open_weights(path)
-    kept, counts = fix_keys(file.state_dict()), {}
+    kept, counts = in_the_hosts_names(file.state_dict()), {}
     found = {name: re.match(r"(\w+_blocks)\.(\d+)\.", name) for name in kept}
     for block in filter(None, found.values()):
         counts[block[1]] = max(counts.get(block[1], 0), int(block[2]) + 1)

@@ -1,0 +1,67 @@
+"""What all decoders have in llama.cpp's files: the names, and the row order of those with Llama's rotary embedding."""
+import re
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..arch import Weights, renamed
+from ....ops.rows import take_rows
+
+# A family adds its own, or says otherwise.
+DECODER_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
+    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
+    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
+    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
+    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
+    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
+    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    # The host computes rotary embeddings from its configuration.
+    "rope_freqs": None,
+    "blk.{}.attn_rot_embd": None,
+}
+LAYER_0 = {f"{name.format(0)}.weight" for name in DECODER_NAMES if name.startswith("blk.")}
+
+HEAD = 128  # width of an attention head in all models that the host has
+
+
+def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int]) -> bool:
+    """Whether these are a decoder of one of these widths, with nothing in a layer but what all decoders have."""
+    key = weights.get("blk.0.attn_k.weight")
+    if key is None or key.ndim != 2 or key.shape[0] % HEAD or key.shape[1] not in widths:
+        return False
+    return LAYER_0.issuperset(name for name in weights if name.startswith("blk.0."))
+
+
+def with_attention_split(weights: Mapping[str, torch.Tensor]) -> Weights:
+    """The weights under the file's names, with q, k and v apart where the converter was asked to put them together."""
+    split = {}
+    for name, tensor in weights.items():
+        if not re.fullmatch(r"blk\.\d+\.attn_qkv\.weight", name):
+            split[name] = tensor
+            continue
+        layer = name.removesuffix("attn_qkv.weight")
+        queries = weights[f"{layer}attn_output.weight"].shape[1]  # where their rows end, and below those of the keys
+        keys = (len(tensor) + queries) // 2
+        for part, rows in (("q", slice(0, queries)), ("k", slice(queries, keys)), ("v", slice(keys, len(tensor)))):
+            split[f"{layer}attn_{part}.weight"] = take_rows(tensor, rows)
+    return split
+
+
+def with_rotary_halves(weights: Weights) -> Weights:
+    """The weights of a plain decoder under the host's names, and with its rotary embedding.
+
+    llama.cpp turns neighbouring rows of q and k together, the host those that are half a head apart. The host has no use
+    for the output layer.
+    """
+    weights = renamed(weights, DECODER_NAMES | {"output": None})
+    for name, tensor in weights.items():
+        if name.endswith(("self_attn.q_proj.weight", "self_attn.k_proj.weight")):
+            order = torch.arange(len(tensor)).view(-1, HEAD // 2, 2).transpose(1, 2).flatten()
+            weights[name] = take_rows(tensor, order)
+    return weights

@@ -1,0 +1,85 @@
+"""Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
+from ..arch import SENTENCEPIECE, Arch, renamed
+from ....ops.rows import dense
+from ..tokenizer import sentencepiece_model
+from ._decoder import DECODER_NAMES, with_attention_split
+
+LAYER, TOWER_LAYER = "model.layers.{}", "vision_model.encoder.layers.{}"
+GEMMA_NAMES = {
+    **DECODER_NAMES,
+    "blk.{}.attn_q_norm": f"{LAYER}.self_attn.q_norm",
+    "blk.{}.attn_k_norm": f"{LAYER}.self_attn.k_norm",
+    "blk.{}.post_attention_norm": f"{LAYER}.post_attention_layernorm",
+    "blk.{}.ffn_norm": f"{LAYER}.pre_feedforward_layernorm",
+    "blk.{}.post_ffw_norm": f"{LAYER}.post_feedforward_layernorm",
+    "output": None,  # the embedding table once more
+}
+# What other models with these norms lack: OLMo 2 the norm before attention, GLM 4 the gate.
+GEMMA_MARKS = {f"blk.0.{name}.weight" for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "ffn_gate")}
+QUERY_NORM, LAYER_SCALE = "blk.0.attn_q_norm.weight", "blk.0.layer_output_scale.weight"
+PROJECTION, PROJECTION_NORM = "mm.input_projection.weight", "mm.soft_emb_norm.weight"
+
+
+class Gemma2(Arch):
+    follows = "llama.cpp 0.5.0, conversion/gemma.py"
+    names = GEMMA_NAMES
+
+    @classmethod
+    def recognises(cls, weights):
+        return GEMMA_MARKS <= weights.keys() and QUERY_NORM not in weights
+
+    @classmethod
+    def convert(cls, weights, metadata):
+        return renamed(_as_the_host_reads(weights), cls.names)
+
+    @classmethod
+    def tokenizer(cls, weights, metadata):
+        return {SENTENCEPIECE: sentencepiece_model(metadata)}
+
+
+class Gemma3(Gemma2):
+    names = {
+        **GEMMA_NAMES,
+        "v.patch_embd": "vision_model.embeddings.patch_embedding",
+        "v.position_embd": "vision_model.embeddings.position_embedding",
+        "v.blk.{}.ln1": f"{TOWER_LAYER}.layer_norm1",
+        "v.blk.{}.attn_q": f"{TOWER_LAYER}.self_attn.q_proj",
+        "v.blk.{}.attn_k": f"{TOWER_LAYER}.self_attn.k_proj",
+        "v.blk.{}.attn_v": f"{TOWER_LAYER}.self_attn.v_proj",
+        "v.blk.{}.attn_out": f"{TOWER_LAYER}.self_attn.out_proj",
+        "v.blk.{}.ln2": f"{TOWER_LAYER}.layer_norm2",
+        "v.blk.{}.ffn_up": f"{TOWER_LAYER}.mlp.fc1",
+        "v.blk.{}.ffn_down": f"{TOWER_LAYER}.mlp.fc2",
+        "v.post_ln": "vision_model.post_layernorm",
+        "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
+        "mm.input_projection": "multi_modal_projector.mm_input_projection_weight",
+    }
+    # The first mmproj files have these the other way round (llama.cpp 0.5.0, tools/mtmd/clip.cpp, is_ffn_swapped).
+    names_of_first_towers = {
+        **names, "v.blk.{}.ffn_up": names["v.blk.{}.ffn_down"], "v.blk.{}.ffn_down": names["v.blk.{}.ffn_up"]}
+    sees = True
+
+    @classmethod
+    def recognises(cls, weights):
+        return GEMMA_MARKS | {QUERY_NORM} <= weights.keys() and not {LAYER_SCALE, "altup_proj.weight"} & weights.keys()
+
+    @classmethod
+    def convert(cls, weights, metadata):
+        weights = _as_the_host_reads(weights)
+        if PROJECTION in weights:  # the host has no module of this name, and so no `.weight`
+            weights[PROJECTION.removesuffix(".weight")] = weights.pop(PROJECTION)
+        down = weights.get("v.blk.0.ffn_down.weight")
+        swapped = down is not None and down.shape[1] == len(weights["v.blk.0.ln1.weight"])
+        return renamed(weights, cls.names_of_first_towers if swapped else cls.names)
+
+    @classmethod
+    def vision_width(cls, weights, vision):
+        if PROJECTION not in vision or PROJECTION_NORM not in vision:
+            return None
+        return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[1]
+
+
+def _as_the_host_reads(weights):
+    # The converter adds 1 to the scales of these norms, and the host does so while it runs.
+    return {name: dense(tensor) - 1 if name.endswith("norm.weight") else tensor
+            for name, tensor in with_attention_split(weights).items()}

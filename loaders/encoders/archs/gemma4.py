@@ -1,0 +1,133 @@
+"""Gemma 4 E2B, E4B, 31B and 12B, with what they see and hear through. The 12B has no towers: it embeds pixels and samples."""
+import math
+import re
+
+import torch
+
+from ..arch import TOKENIZER_JSON, Arch, renamed
+from ....ops.rows import dense
+from ..tokenizer import tokenizer_json
+from ._decoder import with_attention_split
+from .gemma import GEMMA_MARKS, GEMMA_NAMES, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM
+
+EXPERTS = "blk.0.ffn_gate_inp.weight"
+PATCHES, PATCH_NORM, POSITIONS = "v.patch_embd.weight", "v.patch_norm.1", "v.position_embd"
+# The host has these as bare parameters.
+WITHOUT_ENDING = re.compile(r"(layer_output_scale|per_dim_scale|v\.position_embd)\.weight$")
+SEEN, HEARD = "vision_model.encoder.layers.{}", "audio_model.layers.{}"
+# Linear layers of the towers whose inputs and outputs are limited.
+LIMITED = {
+    "v.blk.{}.attn_q": f"{SEEN}.self_attn.q_proj",
+    "v.blk.{}.attn_k": f"{SEEN}.self_attn.k_proj",
+    "v.blk.{}.attn_v": f"{SEEN}.self_attn.v_proj",
+    "v.blk.{}.attn_out": f"{SEEN}.self_attn.o_proj",
+    "v.blk.{}.ffn_gate": f"{SEEN}.mlp.gate_proj",
+    "v.blk.{}.ffn_up": f"{SEEN}.mlp.up_proj",
+    "v.blk.{}.ffn_down": f"{SEEN}.mlp.down_proj",
+    "a.blk.{}.ffn_up": f"{HEARD}.feed_forward1.ffw_layer_1",
+    "a.blk.{}.ffn_down": f"{HEARD}.feed_forward1.ffw_layer_2",
+    "a.blk.{}.attn_q": f"{HEARD}.self_attn.q_proj",
+    "a.blk.{}.attn_k": f"{HEARD}.self_attn.k_proj",
+    "a.blk.{}.attn_v": f"{HEARD}.self_attn.v_proj",
+    "a.blk.{}.attn_out": f"{HEARD}.self_attn.post",
+    "a.blk.{}.conv_pw1": f"{HEARD}.lconv1d.linear_start",
+    "a.blk.{}.conv_pw2": f"{HEARD}.lconv1d.linear_end",
+    "a.blk.{}.ffn_up_1": f"{HEARD}.feed_forward2.ffw_layer_1",
+    "a.blk.{}.ffn_down_1": f"{HEARD}.feed_forward2.ffw_layer_2",
+}
+LIMITS = ("input_min", "input_max", "output_min", "output_max")
+
+
+class Gemma4(Arch):
+    follows = "llama.cpp 0.5.0, conversion/gemma.py"
+    names = {
+        **GEMMA_NAMES,
+        "blk.{}.layer_output_scale": f"{LAYER}.layer_scalar",
+        "per_layer_token_embd": "model.embed_tokens_per_layer",
+        "per_layer_model_proj": "model.per_layer_model_projection",
+        "per_layer_proj_norm": "model.per_layer_projection_norm",
+        "blk.{}.inp_gate": f"{LAYER}.per_layer_input_gate",
+        "blk.{}.proj": f"{LAYER}.per_layer_projection",
+        "blk.{}.post_norm": f"{LAYER}.post_per_layer_input_norm",
+        **{name: f"{target}.linear" for name, target in LIMITED.items()},
+        **{f"{name}.{limit}": f"{target}.{limit}" for name, target in LIMITED.items() for limit in LIMITS},
+        "v.patch_embd": "vision_model.patch_embedder.input_proj",
+        "v.position_embd": "vision_model.patch_embedder.position_embedding_table",
+        "v.blk.{}.ln1": f"{SEEN}.input_layernorm",
+        "v.blk.{}.attn_q_norm": f"{SEEN}.self_attn.q_norm",
+        "v.blk.{}.attn_k_norm": f"{SEEN}.self_attn.k_norm",
+        "v.blk.{}.attn_post_norm": f"{SEEN}.post_attention_layernorm",
+        "v.blk.{}.ln2": f"{SEEN}.pre_feedforward_layernorm",
+        "v.blk.{}.ffn_post_norm": f"{SEEN}.post_feedforward_layernorm",
+        "v.std_bias": None,  # the host does not standardise what the tower gives
+        "v.std_scale": None,
+        "mm.input_projection": "multi_modal_projector.embedding_projection",
+        "a.conv1d.{}": "audio_model.subsample_conv_projection.layer{}.conv",
+        "a.conv1d.{}.norm": "audio_model.subsample_conv_projection.layer{}.norm",
+        "a.input_projection": "audio_model.subsample_conv_projection.input_proj_linear",
+        "a.blk.{}.ffn_norm": f"{HEARD}.feed_forward1.pre_layer_norm",
+        "a.blk.{}.ffn_post_norm": f"{HEARD}.feed_forward1.post_layer_norm",
+        "a.blk.{}.attn_pre_norm": f"{HEARD}.norm_pre_attn",
+        "a.blk.{}.attn_k_rel": f"{HEARD}.self_attn.relative_k_proj",
+        "a.blk.{}.per_dim_scale": f"{HEARD}.self_attn.per_dim_scale",
+        "a.blk.{}.attn_post_norm": f"{HEARD}.norm_post_attn",
+        "a.blk.{}.conv_norm": f"{HEARD}.lconv1d.pre_layer_norm",
+        "a.blk.{}.conv_dw": f"{HEARD}.lconv1d.depthwise_conv1d",
+        "a.blk.{}.norm_conv": f"{HEARD}.lconv1d.conv_norm",
+        "a.blk.{}.ffn_norm_1": f"{HEARD}.feed_forward2.pre_layer_norm",
+        "a.blk.{}.ffn_post_norm_1": f"{HEARD}.feed_forward2.post_layer_norm",
+        "a.blk.{}.ln2": f"{HEARD}.norm_out",
+        "a.pre_encode.out": "audio_model.output_proj",
+        "mm.a.input_projection": "audio_projector.embedding_projection",
+    }
+    without_towers = {
+        **names,
+        "v.patch_norm.1": "vision_model.patch_ln1",
+        "v.patch_embd": "vision_model.patch_dense",
+        "v.patch_norm.2": "vision_model.patch_ln2",
+        "v.position_embd": "vision_model.pos_embedding",
+        "v.patch_norm.3": "vision_model.pos_norm",
+    }
+    sees = True
+
+    @classmethod
+    def recognises(cls, weights):
+        return GEMMA_MARKS | {LAYER_SCALE} <= weights.keys() and EXPERTS not in weights
+
+    @classmethod
+    def convert(cls, weights, metadata):
+        weights = {WITHOUT_ENDING.sub(r"\1", name): tensor for name, tensor in with_attention_split(weights).items()}
+        for name, tensor in weights.items():
+            if name in (PATCHES, f"{PATCH_NORM}.weight", f"{PATCH_NORM}.bias"):
+                weights[name] = _channels_last(dense(tensor))
+            elif name.endswith("per_dim_scale"):
+                weights[name] = _inverse_of_softplus(dense(tensor))
+        if f"{PATCH_NORM}.weight" not in weights:
+            return renamed(weights, cls.names)
+        weights[POSITIONS] = dense(weights[POSITIONS]).transpose(0, 1)  # (2, positions, width) in the file
+        return renamed(weights, cls.without_towers)
+
+    @classmethod
+    def tokenizer(cls, weights, metadata):
+        return {TOKENIZER_JSON: tokenizer_json(metadata)}
+
+    @classmethod
+    def vision_width(cls, weights, vision):
+        if PROJECTION not in vision or PROJECTION_NORM in vision:
+            return None
+        return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[0]
+
+
+def _channels_last(values: torch.Tensor) -> torch.Tensor:
+    """Weights of the pixels of a square patch, colour by colour, as the host has them: (..., 3 * size * size) pixel by pixel.
+
+    values: (rows, 3, size, size), (rows, 3 * size * size) or (3 * size * size,).
+    """
+    rows = values.shape[:1] if values.ndim > 1 else ()
+    size = math.isqrt(values[0].numel() // 3 if rows else len(values) // 3)
+    return values.reshape(*rows, 3, size, size).movedim(-3, -1).reshape(*rows, -1)
+
+
+def _inverse_of_softplus(values: torch.Tensor) -> torch.Tensor:
+    """The converter stores softplus of a scale, which the host computes itself."""
+    return values + torch.log(-torch.expm1(-values))

@@ -1,0 +1,20 @@
+"""The tokenizer that transformers saved beside the weights of a text encoder, for encoders whose weight files hold none."""
+from pathlib import Path
+
+import torch
+
+from .arch import SENTENCEPIECE, Weights
+
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
+
+
+def saved_tokenizer(folder: Path) -> Weights:
+    """The SentencePiece model in an encoder's folder (`…/text_encoder_2`) or in its package's `…/tokenizer_2`, if there is one.
+
+    As the host reads it from the weights: the file's bytes as a uint8 tensor.
+    """
+    folders = folder, folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+    found = next(filter(Path.is_file, (place / name for place in folders for name in SENTENCEPIECE_FILES)), None)
+    if found is None:
+        return {}
+    return {SENTENCEPIECE: torch.frombuffer(bytearray(found.read_bytes()), dtype=torch.uint8)}

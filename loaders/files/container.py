@@ -1,0 +1,179 @@
+"""Weight files: the names, logical shapes, formats, bytes and metadata in a file, whatever its container.
+
+A container is one class in one file of this folder. It registers by being defined, is imported by `__init__.py`
+(`open_weights`), and is chosen by the first bytes of a file, never by the file's name.
+"""
+import mmap
+import os
+import stat
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ...ops.format import FORMATS
+from ...ops.tensor import packed_tensor
+
+# Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
+PLAIN_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+}
+
+# torch and the unpacking code assume that elements of up to 8 bytes lie at multiples of their size.
+ALIGNED = 8
+
+COUNTABLE = (1 << 60) - 1  # elements of a tensor whose bytes torch can count
+
+CONTAINERS: dict[bytes, type["WeightFile"]] = {}
+
+# Gives the items one by one while it shows how far that is.
+Track = Callable[[Collection], Iterable]
+
+
+class WeightFileError(ValueError):
+    """A file that cannot be read. The message names the file, what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies and what it is.
+
+    shape: logical shape, outermost dimension first. stored_shape: the shape along whose last dimension the
+    blocks run; differs from `shape` only where the blocks do not divide the logical rows. format: name of a
+    packed format (a key of `FORMATS`) or of a plain dtype (a key of `PLAIN_DTYPES`). offset, nbytes: from
+    the start of the file `WeightFile.paths[part]`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    format: str
+    offset: int
+    nbytes: int
+    part: int = 0
+
+
+class WeightFile:
+    """One model's weights on disk, memory-mapped; its parts where the model is split over several files.
+
+    path: as asked for. paths: every file read, in order. metadata: key -> value. entries: name -> Entry, in
+    the order of the file. dtypes: the plain dtypes of the container by their names in it. The files stay open while
+    this object or a tensor of it lives, and no longer.
+    """
+
+    magic: ClassVar[bytes]
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = PLAIN_DTYPES
+    path: Path
+    paths: tuple[Path, ...]
+    metadata: Mapping[str, Any]
+    entries: dict[str, Entry]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "magic" not in cls.__dict__:
+            return  # another way of finding the files of a container
+        if cls.magic in CONTAINERS:
+            claimed = CONTAINERS[cls.magic].__name__
+            raise TypeError(f"Files beginning with {cls.magic!r} are claimed by {claimed} and {cls.__name__}.")
+        CONTAINERS[cls.magic] = cls
+
+    def __init__(
+        self, path: Path, paths: Sequence[Path], buffers: Sequence[mmap.mmap],
+        metadata: Mapping[str, Any], entries: dict[str, Entry],
+    ):
+        self.path = path
+        self.paths = tuple(paths)
+        self.metadata = metadata
+        self.entries = entries
+        self._buffers = tuple(buffers)
+
+    @classmethod
+    def recognises(cls, head: bytes) -> bool:
+        """Whether a file with these first bytes (up to 512) is of this container."""
+        return head.startswith(cls.magic)
+
+    @property
+    def kind(self) -> str:
+        """What the file says it is, for error texts only; "" where it says nothing."""
+        return ""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors together, without header and padding."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def alignment(self, dtype: torch.dtype | None) -> int:
+        """What the offset of a tensor has to be a multiple of to be used where it is. dtype: None for packed bytes."""
+        return ALIGNED
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The bytes of one tensor, not copied from the mapping (unless misaligned) and owning its own storage.
+
+        Packed formats: uint8, `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype, `entry.shape`.
+        Read-only: the pages belong to the file, writing into them ends the process. Raises KeyError for an
+        unknown name.
+        """
+        entry = self.entries[name]
+        if not entry.nbytes:  # a marker: some models are told apart by the presence of an empty tensor
+            return torch.empty(entry.shape, dtype=self.dtypes.get(entry.format, torch.uint8))
+        data = memoryview(self._buffers[entry.part])[entry.offset:entry.offset + entry.nbytes]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            tensor = torch.frombuffer(data, dtype=torch.uint8)
+        dtype = self.dtypes.get(entry.format)
+        if entry.offset % self.alignment(dtype):
+            tensor = tensor.clone()
+        if dtype:
+            return tensor.view(dtype).view(entry.shape)
+        return tensor.view(FORMATS[entry.format].packed_shape(entry.stored_shape))
+
+    def state_dict(self, track: Track = iter) -> dict[str, torch.Tensor]:
+        """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain ones otherwise.
+
+        Packed tensors show float32, the dtype their values have; a layer that takes one gives it the model's dtype.
+        track: goes over the entries in place of a plain loop, such as `Progress.track`.
+        """
+        return {entry.name: self._as_tensor(entry) for entry in track(self.entries.values())}
+
+    def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
+        """An error that names the one of several files which holds the tensor `name`."""
+        path = self.paths[self.entries[name].part] if name in self.entries else self.path
+        return WeightFileError(f"{path.name}: {problem}. {advice}")
+
+    def _as_tensor(self, entry: Entry) -> torch.Tensor:
+        data = self.tensor(entry.name)
+        return data if entry.format in self.dtypes else packed_tensor(FORMATS[entry.format], data, entry.shape)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The whole file, mapped read-only, at least one byte. Raises WeightFileError."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise WeightFileError(f"{path} is a folder or a device, not a file; pick a weight file.")
+        if not status.st_size:
+            raise WeightFileError(f"{path.name} is empty (0 bytes), so its download failed; download it again.")
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise WeightFileError(f"{path} does not exist, or no longer; refresh the list (R) and pick again.") from error
+    except PermissionError as error:
+        raise WeightFileError(f"{path} may not be read by this user; change the file's permissions.") from error
+    except OSError as error:
+        raise WeightFileError(f"{path} cannot be read ({error.strerror}); check the drive it lies on.") from error
+
+
+def shown(value) -> str:
+    """A name or value from a file as it may stand in a message: escaped and of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,134 @@
+"""GGUF models: what their tensors are and where they lie, checked against the files.
+
+`gguf_header` reads a file's header, `gguf_split` finds the other files of a split model.
+"""
+from collections import ChainMap
+from collections.abc import Mapping
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...ops import formats  # noqa: F401  registers the packed formats
+from ...ops.format import GGML_FORMATS
+from .container import PLAIN_DTYPES, Entry, WeightFile, shown
+from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
+from .gguf_split import all_parts
+
+PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
+
+# ggml types that models are not stored in, or no longer (ggml.h): named so that the message is of use.
+UNSTORED_TYPES = {
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}
+
+
+class GGUFFile(WeightFile):
+    """A GGUF model, of one file or split (`name-00001-of-00003.gguf`, opened by any of its parts).
+
+    Logical shapes are the stored ones reversed, or `comfy.gguf.orig_shape.<name>` where the metadata has it.
+    Of a key in several parts the first part's value counts. Raises WeightFileError.
+    """
+
+    magic = MAGIC
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        headers = all_parts(Header(path))
+        metadata = ChainMap(*(header.metadata for header in headers))
+        entries: dict[str, Entry] = {}
+        for part, header in enumerate(headers):
+            for entry in _entries(header, metadata, part):
+                if entry.name in entries:
+                    raise header.damaged(f"there are two tensors named {shown(entry.name)}")
+                entries[entry.name] = entry
+        paths, buffers = [header.path for header in headers], [header.buffer for header in headers]
+        super().__init__(path, paths, buffers, metadata, entries)
+
+    @property
+    def kind(self) -> str:
+        """`general.type` where it says more than "model" ("adapter", "mmproj" ...), else `general.architecture`."""
+        kind = self.metadata.get("general.type", "model")
+        return str(kind if kind != "model" else self.metadata.get("general.architecture", ""))
+
+
+def _entries(header: Header, metadata: Mapping[str, Any], part: int) -> list[Entry]:
+    """The tensors of one file, with the logical shapes that `metadata` states, in the file's order."""
+    entries = [_entry(header, tensor, metadata, part) for tensor in header.tensors]
+    _check_layout(header, entries)
+    return entries
+
+
+def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part: int) -> Entry:
+    name, shape = tensor.name, tensor.shape
+    if tensor.ggml_type in PLAIN_TYPES:
+        format_name, block_length = PLAIN_TYPES[tensor.ggml_type], 1
+        block_bytes = PLAIN_DTYPES[format_name].itemsize
+    elif tensor.ggml_type in GGML_FORMATS:
+        packed = GGML_FORMATS[tensor.ggml_type]
+        format_name, block_length, block_bytes = packed.__name__, packed.block_length, packed.block_bytes
+    else:
+        known = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]
+        raise header.error(
+            f"tensor {shown(name)} has the ggml type {tensor.ggml_type} "
+            f"({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot be read. Supported are "
+            f"{', '.join(known)}. Get the model in one of these types, or update this pack."
+        )
+    row = shape[-1] if shape else 1
+    if row % block_length:
+        raise header.damaged(
+            f"tensor {shown(name)} of shape {shape} is {format_name}, whose blocks of {block_length} do not divide "
+            f"its rows"
+        )
+    if tensor.offset % header.alignment:
+        raise header.damaged(
+            f"tensor {shown(name)} lies at offset {tensor.offset}, not a multiple of the alignment {header.alignment}"
+        )
+
+    logical = _original_shape(header, name, shape, metadata)
+    stored = logical if logical and logical[-1] % block_length == 0 else shape
+    nbytes = prod(shape) // block_length * block_bytes
+    return Entry(name, logical, stored, format_name, header.data_start + tensor.offset, nbytes, part)
+
+
+def _original_shape(header: Header, name: str, shape: tuple[int, ...], metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape before conversion, for tensors that ComfyUI-GGUF's converter had to reshape."""
+    original = metadata.get(f"comfy.gguf.orig_shape.{name}")
+    if original is None:
+        return shape
+    if (
+        not isinstance(original, list)
+        or len(original) > MAX_DIMENSIONS
+        or not all(isinstance(size, int) and size >= 0 for size in original)
+        or prod(original) != prod(shape)
+        or extent(original) > MAX_ELEMENTS
+    ):
+        raise header.error(
+            f"the metadata gives tensor {shown(name)} the shape {shown(original)}, which does not hold the "
+            f"{prod(shape)} elements of its stored shape {shape}. Get another conversion of the model."
+        )
+    return tuple(original)
+
+
+def _check_layout(header: Header, entries: list[Entry]):
+    """Every tensor within the file, none over another."""
+    if not entries:
+        return
+    end = max(entry.offset + entry.nbytes for entry in entries)
+    if end > header.size:
+        # What a complete file needs tells a wrong offset from a file cut short.
+        complete = header.data_start + sum(-(-entry.nbytes // header.alignment) * header.alignment for entry in entries)
+        if end > complete:
+            last = max(entries, key=lambda entry: entry.offset + entry.nbytes)
+            raise header.damaged(
+                f"tensor {shown(last.name)} is said to lie at bytes {last.offset} to {end}, outside the file of "
+                f"{header.size} bytes"
+            )
+        raise header.error(
+            f"{end - header.size} bytes are missing: the tensors end at byte {end}, the file at byte {header.size}. "
+            f"Its download is probably incomplete; download it again."
+        )
+    for before, after in pairwise(sorted(entries, key=lambda entry: entry.offset)):
+        if before.offset + before.nbytes > after.offset:
+            raise header.damaged(f"the tensors {shown(before.name)} and {shown(after.name)} overlap")

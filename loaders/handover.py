@@ -1,0 +1,67 @@
+"""Between a weight file and the host: which files are read here, what goes with the weights, and the model taken back.
+
+Every loader of this folder comes by here.
+"""
+import collections
+import logging
+import os
+
+import comfy.model_patcher
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..ops.int8 import multiplies_integers
+from ..ops.linear import packed_operations
+from ..ops.patcher import adopt
+from .files.bitsandbytes import formats_in, has_packed_weights
+from .files.container import WeightFile
+
+log = logging.getLogger(__name__)
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file is for our reader: GGUF, a folder, or safetensors with weights that bitsandbytes packed.
+
+    Everything else is for the host's own loaders. A damaged safetensors file is ours, because our reader says what is wrong.
+    """
+    name = str(path).lower()
+    if name.endswith(".gguf") or os.path.isdir(path):
+        return True
+    if not name.endswith((".safetensors", ".sft")):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return has_packed_weights(file.keys())
+    except (SafetensorError, OSError):
+        return True
+
+
+def operations_for(state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
+                   patch_dtype: torch.dtype | None = None, full_precision: bool = False, compute: str = "exact") -> type:
+    """The host's `custom_operations` for these weights. full_precision: of layers in the host's own quantised formats."""
+    mixed = any(name.endswith(".comfy_quant") for name in state_dict)
+    return packed_operations(value_dtype, patch_dtype, mixed, full_precision, compute)
+
+
+def text_metadata(file: WeightFile) -> dict[str, str]:
+    """What the host takes as a file's metadata."""
+    return {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+
+
+def take_back(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):
+    """A diffusion model that the host has built of a file's weights: packed ones stay packed from here on.
+
+    The log says what the model holds, and where its device has no units for the int8 products that `compute` asks for.
+    """
+    log.info("[Featherweight] %s", report(file, adopt(patcher)))
+    if compute == "int8" and not multiplies_integers(patcher.load_device):
+        log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses (NVIDIA from Turing on, and"
+                    " CPUs with VNNI or AMX, have them). The model computes as with exact.", patcher.load_device)
+
+
+def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:
+    """One line for the log: what the file holds, its size, and the bytes its weights take in memory."""
+    formats = collections.Counter(formats_in(file).values())
+    counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
+    return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}), {file.tensor_bytes} bytes on disk,"
+            f" {patcher.model_size()} bytes held")

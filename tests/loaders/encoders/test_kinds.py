@@ -1,0 +1,79 @@
+"""Text encoders and the types of models they are picked for: what is refused, and in which words."""
+import comfy.sd
+import nodes as host_nodes
+import pytest
+import torch
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.encoders.kinds import SETS, SINGLE, TITLES, kind_of, refuse_misfits
+from featherweight.nodes.choices import choices_of
+
+
+def types_of(node_id: str) -> list[str]:
+    return choices_of(host_nodes.NODE_CLASS_MAPPINGS[node_id], "type")
+
+
+def test_every_encoder_the_host_knows_has_a_title():
+    assert {model.name for model in comfy.sd.TEModel} <= TITLES.keys()
+
+
+def test_every_type_in_the_tables_is_one_of_the_hosts():
+    assert SINGLE.keys() <= set(types_of("CLIPLoader"))
+    assert SETS[2].keys() <= set(types_of("DualCLIPLoader"))
+    kinds = set().union(*SINGLE.values(), *(group for sets in SETS.values() for groups in sets.values() for group in groups))
+    assert kinds <= TITLES.keys()
+
+
+def test_umt5_is_told_from_t5_by_its_vocabulary():
+    assert kind_of("T5_XXL", {"shared.weight": torch.empty(32128, 1)}) == "T5_XXL"
+    assert kind_of("T5_XXL", {"shared.weight": torch.empty(256384, 1, device="meta")}) == "UMT5_XXL"
+    assert kind_of("CLIP_L", {}) == "CLIP_L"
+
+
+@pytest.mark.parametrize("clip_type", SINGLE)
+def test_every_encoder_of_a_type_is_taken(clip_type):
+    for kind in SINGLE[clip_type]:
+        assert refuse_misfits(["file.gguf"], [kind], clip_type) == ""
+
+
+@pytest.mark.parametrize("count, clip_type", [(count, clip_type) for count, sets in SETS.items() for clip_type in sets])
+def test_every_set_of_a_type_is_taken_in_any_order(count, clip_type):
+    kinds = []
+    for group in SETS[count][clip_type]:
+        kinds.append(sorted(group.difference(kinds))[0])
+    names = [f"{kind}.gguf" for kind in kinds]
+    assert refuse_misfits(names, kinds, clip_type) == ""
+    assert refuse_misfits(names[::-1], kinds[::-1], clip_type) == ""
+
+
+REFUSED = {
+    "a language model for Flux": (
+        ["l.gguf", "qwen.gguf"], ["CLIP_L", "QWEN25_7B"], "flux", "qwen.gguf is Qwen2.5 7B; flux wants CLIP-L and T5-XXL."),
+    "UMT5 for Flux": (["l.gguf", "umt5.gguf"], ["CLIP_L", "UMT5_XXL"], "flux", "umt5.gguf is UMT5-XXL"),
+    "T5 for Wan": (["t5.gguf"], ["T5_XXL"], "wan", "t5.gguf is T5-XXL; wan wants UMT5-XXL."),
+    "CLIP for a type of language models": (["l.gguf"], ["CLIP_L"], "qwen_image", "wants Qwen2.5 7B"),
+    "no encoder beside one": (["l.gguf", "vae.safetensors"], ["CLIP_L", None], "flux", "vae.safetensors is no text encoder"),
+    "the same twice": (["a.gguf", "b.gguf"], ["CLIP_L", "CLIP_L"], "flux", "a.gguf and b.gguf are both CLIP-L"),
+    "Llama in three": (["l", "g", "llama.gguf"], ["CLIP_L", "CLIP_G", "LLAMA3_8"], "sd3", "llama.gguf is Llama 3 8B"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_misfit_is_one_sentence_with_the_file_and_what_is_wanted(case):
+    names, kinds, clip_type, message = REFUSED[case]
+    with pytest.raises(WeightFileError) as error:
+        refuse_misfits(names, kinds, clip_type)
+    assert message in str(error.value) and "Pick" in str(error.value)
+
+
+def test_the_advice_names_the_types_an_encoder_is_for():
+    with pytest.raises(WeightFileError, match=r"for: wan\.$"):
+        refuse_misfits(["umt5.gguf"], ["UMT5_XXL"], "chroma")
+
+
+def test_a_language_model_under_another_type_of_language_models_is_only_warned_of():
+    assert "z.gguf is Qwen3 4B; qwen_image wants Qwen2.5 7B." == refuse_misfits(["z.gguf"], ["QWEN3_4B"], "qwen_image")
+    assert refuse_misfits(["z.gguf"], ["QWEN3_4B"], "stable_diffusion") == ""
+
+
+def test_types_nobody_wrote_down_are_left_to_the_host():
+    assert refuse_misfits(["l.gguf", "x.gguf"], ["CLIP_L", "QWEN3_4B"], "a_type_of_next_year") == ""

@@ -1,0 +1,172 @@
+"""Folders of diffusers and transformers: found, put together and refused."""
+import json
+
+import pytest
+import torch
+<<<<<<< ours
+from devtools.files.bnb_files import write_bnb
+from featherweight.loaders.container import WeightFileError, open_weights
+from featherweight.loaders.diffusers_folder import ModelFolder, open_package
+=======
+from devtools.bnb_files import write_bnb
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.diffusers_folder import ModelFolder
+>>>>>>> theirs
+from featherweight.ops.tensor import is_packed
+from safetensors.torch import load_file, save_file
+
+CONFIG = {"_class_name": "FluxTransformer2DModel", "quantization_config": {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+NAME = "diffusion_pytorch_model"
+SHARDS = [f"{NAME}-00001-of-00002.safetensors", f"{NAME}-00002-of-00002.safetensors"]
+INDEX = f"{NAME}.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder of a model, `package/transformer`, with its config."""
+    path = tmp_path / "package" / "transformer"
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.fixture
+def sharded(folder):
+    """The same with weights in two files, the parts of one weight in both. Gives the folder and the values."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.weight": torch.randn(12, 96, generator=generator) for name in "abc"} | {"a.bias": torch.ones(12)}
+    seen = write_bnb(folder / "all", tensors, nested=True)
+    stored = load_file(folder / "all")
+    (folder / "all").unlink()
+    weight_map = {name: SHARDS[number % 2] for number, name in enumerate(stored)}
+    for shard in SHARDS:
+        save_file({name: stored[name] for name, file in weight_map.items() if file == shard}, str(folder / shard))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return folder, seen
+
+
+def test_a_sharded_folder_is_read_as_one_model(sharded):
+    path, seen = sharded
+    file = open_weights(path)
+    found = file.state_dict()
+    assert type(file) is ModelFolder and file.config == CONFIG and file.kind == "FluxTransformer2DModel"
+    assert file.path == path and [part.name for part in file.paths] == SHARDS
+    assert file.tensor_bytes == sum(entry.nbytes for entry in file.entries.values()) > 0
+    assert set(found) == set(seen)
+    for name, expected in seen.items():
+        assert torch.equal(found[name].dequantize() if is_packed(found[name]) else found[name], expected)
+
+
+@pytest.mark.parametrize("name", [f"{NAME}.safetensors", "model.safetensors", "flux-nf4.safetensors"])
+def test_a_folder_of_one_file_is_read(folder, name):
+    seen = write_bnb(folder / name, {"a.weight": torch.randn(8, 64)}, "fp4")
+    file = open_weights(str(folder))
+    assert torch.equal(file.state_dict()["a.weight"].dequantize(), seen["a.weight"]) and file.metadata["format"] == "pt"
+
+
+def test_the_usual_file_is_taken_where_a_variant_lies_beside_it(folder):
+    save_file({"a": torch.zeros(1)}, str(folder / f"{NAME}.fp16.safetensors"))
+    save_file({"b": torch.zeros(1)}, str(folder / f"{NAME}.safetensors"))
+    assert set(open_weights(folder).state_dict()) == {"b"}
+
+
+@pytest.mark.parametrize("config, kind", [
+    ({"architectures": ["T5EncoderModel"]}, "T5EncoderModel"), ({"architectures": []}, ""), ({}, ""),
+    ({"quantization_config": {"load_in_8bit": True}}, ""), ({"quantization_config": None}, "")])
+def test_configs_of_plain_and_older_models_are_read(folder, config, kind):
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
+    assert open_weights(folder).kind == kind
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+def refused(path, message):
+    with pytest.raises(WeightFileError, match=message) as error:
+        open_weights(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("quantiser, named", [
+    ({"quant_method": "gptq", "bits": 4}, "'gptq'"), ({"quant_method": "awq"}, "'awq'"), ("gptq", "'gptq'"),
+    ({"quant_method": "torchao"}, "'torchao'"), ({"quant_method": "quanto"}, "'quanto'"), ({"quant_method": ["x"]}, r"\['x'\]"),
+    ({"bits": 4}, "'bits'")])
+def test_another_quantiser_is_named(folder, quantiser, named):
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantiser}))
+    save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
+    refused(folder, rf"transformer: its config.json says .* quantised by .*{named}.* bitsandbytes' are supported")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", "\xff"])
+def test_a_config_that_is_not_json_is_refused(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    refused(folder, "transformer: its config.json is not a JSON object")
+
+
+def test_a_folder_without_a_config_is_refused_and_its_models_are_named(folder):
+    refused(folder.parent, "is a folder without the config.json of a model. Pick one of the folders in it: transformer.")
+    (folder / "config.json").unlink()
+    refused(folder, "is a folder without the config.json of a model. Pick a weight file.")
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    refused(folder, "weights are expected in it, there are none")
+    (folder / f"{NAME}.bin").write_bytes(b"x")
+    refused(folder, f"weights are expected in it, there are only {NAME}.bin")
+
+
+def test_a_missing_shard_is_named(sharded):
+    path, _ = sharded
+    (path / SHARDS[1]).unlink()
+    refused(path, f"transformer: {SHARDS[1]} is missing, of the 2 files its {INDEX} lists")
+    (path / SHARDS[0]).unlink()
+    refused(path, f"{SHARDS[0]} is missing and 1 more are")
+
+
+@pytest.mark.parametrize("shards", [SHARDS, SHARDS[:1], ["a.safetensors", "b.safetensors"]])
+def test_several_files_without_an_index_are_refused(folder, shards):
+    for shard in shards:
+        save_file({shard: torch.zeros(1)}, str(folder / shard))
+    refused(folder, r"it has .*, and no \*.safetensors.index.json")
+
+
+def test_several_indices_are_refused(folder):
+    for name in ("a", "b"):
+        (folder / f"{name}.safetensors.index.json").write_text("{}")
+    refused(folder, "several indices")
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}',
+                                   '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": "config.json"}}'])
+def test_an_index_that_lists_no_files_is_refused(folder, index):
+    (folder / INDEX).write_text(index)
+    refused(folder, rf"transformer: its {INDEX} (is not a JSON object|has no weight_map)")
+
+
+def test_a_tensor_that_the_index_promises_and_no_file_has_is_named(sharded):
+    path, _ = sharded
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"]["absent.weight"] = SHARDS[0]
+    (path / INDEX).write_text(json.dumps(index))
+    refused(path, f"its index says that 'absent.weight' is in {SHARDS[0]}, where it is not")
+
+
+def test_a_damaged_shard_is_named(sharded):
+    path, _ = sharded
+    content = (path / SHARDS[1]).read_bytes()
+    (path / SHARDS[1]).write_bytes(content[:-1])
+    refused(path, f"{SHARDS[1]}: .* download it again")
+    (path / SHARDS[1]).write_bytes(b"")
+    refused(path, f"{SHARDS[1]} is empty")
+
+
+def test_bad_weights_name_the_shard_they_are_in(sharded):
+    path, _ = sharded
+    stored = load_file(path / SHARDS[0]) | load_file(path / SHARDS[1])
+    index = {name: SHARDS[0] for name in stored if name != "b.weight.absmax"}
+    save_file({name: stored[name] for name in index}, str(path / SHARDS[0]))
+    (path / INDEX).write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(WeightFileError, match=f"^{SHARDS[0]}: 'b.weight.absmax' is missing"):
+        open_weights(path).state_dict()

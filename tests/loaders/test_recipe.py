@@ -1,0 +1,94 @@
+"""The recipe that each loader leaves with what it loads: called by the host, sent to another process, read by a person."""
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import recipe_process
+import torch
+from conftest import HOST, PACK
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_random_gguf
+from families import FAMILIES, random_weights
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.recipe import LOADERS, Recipe
+from featherweight.loaders.text_encoder import load_text_encoder
+from patched_models import flux_file
+from recipe_process import digest
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a diffusion model, a text encoder, and a checkpoint with both and a VAE."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "flux.gguf").symlink_to(flux_file("Q8_0")[0])
+    encoder = tiny_models.clip_l_shapes()
+    write_random_gguf(folder / "clip_l.gguf", encoder, "Q8_0")
+    shapes = {f"model.diffusion_model.{name}": value.shape for name, value in random_weights(FAMILIES["sd1.5"]).items()}
+    shapes |= {f"cond_stage_model.transformer.{name}": shape for name, shape in encoder.items()}
+    shapes |= {f"first_stage_model.{name}": value.shape for name, value in tiny_models.autoencoder().items()}
+    write_random_gguf(folder / "checkpoint.gguf", shapes, "Q8_0", None)
+    return folder
+
+
+# Kind of recipe -> what loads a model that has it, from the folder above.
+LOADS = {
+    "diffusion model": lambda models: load_diffusion_model(models / "flux.gguf", torch.float16, compute="int8"),
+    "text encoder": lambda models: load_text_encoder([str(models / "clip_l.gguf")]).patcher,
+    "diffusion model of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[0],
+    "text encoder of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[1].patcher,
+    "VAE of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[2].patcher,
+}
+
+
+def test_each_kind_of_recipe_is_tested():
+    assert LOADERS.keys() == LOADS.keys()
+
+
+def recipe_of(patcher) -> Recipe:
+    recipe, arguments = patcher.cached_patcher_init
+    assert type(recipe) is Recipe and arguments == ()
+    return recipe
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_a_recipe_loads_the_same_model_again(kind, models):
+    patcher = LOADS[kind](models)
+    recipe = recipe_of(patcher)
+    assert recipe.loader == kind
+    for again in (recipe(), recipe(disable_dynamic=True), copy.deepcopy(recipe)()):
+        assert again.model is not patcher.model and digest(again) == digest(patcher)
+        assert recipe_of(again).paths == recipe.paths
+
+
+def test_a_recipe_says_itself_in_one_line(models):
+    path = str(models / "flux.gguf")
+    patcher = load_diffusion_model(path, compute="int8", disable_dynamic=True)
+    assert str(recipe_of(patcher)) == f"diffusion model from {path!r}, compute 'int8', disable_dynamic True"
+    assert "\n" not in str(Recipe("text encoder", ("a\nb.gguf",), {"clip_type": "flux\n"}))
+
+
+def test_a_recipe_cannot_be_changed(models):
+    with pytest.raises(AttributeError):
+        recipe_of(LOADS["diffusion model"](models)).loader = "text encoder"
+
+
+def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, tmp_path):
+    other = tmp_path / "elsewhere v1.0" / "featherweight-copy"
+    for folder in ("loaders", "ops", "nodes"):
+        shutil.copytree(PACK / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__", "docs"))
+    for name in ("__init__.py", "host_contract.py"):
+        shutil.copyfile(PACK / name, other / name)
+    patchers = [load(models) for load in LOADS.values()]
+    (tmp_path / "recipes.pickle").write_bytes(pickle.dumps([recipe_of(patcher) for patcher in patchers]))
+    command = [sys.executable, recipe_process.__file__, str(HOST), str(other), str(tmp_path / "recipes.pickle")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == [[str(recipe_of(patcher)), *digest(patcher)] for patcher in patchers]
