@@ -125,11 +125,13 @@ MEMBERS = {
     "nodes/legacy_gguf.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_gguf_clip.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_nf4.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
-    "ops/linear.py": {
-        "comfy.ops.CastWeightBiasOp.weight_function": None,
-        "comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights": "input * out_dtype",
+    "ops/host_formats.py": {
         "comfy.ops.manual_cast.Linear.forward_comfy_cast_weights": "input",
         "comfy_kitchen.tensor.QuantizedTensor.dequantize": "",
+    },
+    "ops/layers.py": {
+        "comfy.ops.CastWeightBiasOp.weight_function": None,
+        "comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights": "input * out_dtype",
     },
     "ops/patcher.py": {
         "comfy.model_base.BaseModel.get_dtype_inference": "",
@@ -189,7 +191,9 @@ MARKS = {
                                " current_weight_patches_uuid device model_loaded_weight_memory weight_function",
         "comfy.ops": "_lowvram_function",
     },
-    "ops/linear.py": {"comfy.ops": "_full_precision_mm comfy_cast_weights factory_kwargs quant_config"},
+    "ops/host_formats.py": {"comfy.ops": "_full_precision_mm factory_kwargs"},
+    "ops/layers.py": {"comfy.ops": "comfy_cast_weights"},
+    "ops/operations.py": {"comfy.ops": "quant_config"},
 }
 
 # Names without which every node stays, and what goes.

@@ -8,7 +8,7 @@ import comfy.sd
 import torch
 from comfy.model_detection import model_config_from_unet, unet_prefix_from_state_dict
 
-from ..ops.linear import bare_parameters_unpacked
+from ..ops.load_hooks import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .container import WeightFile, WeightFileError, open_weights

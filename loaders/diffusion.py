@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..ops.int8 import multiplies_integers
-from ..ops.linear import bare_parameters_unpacked, packed_operations
+from ..ops.load_hooks import bare_parameters_unpacked
+from ..ops.operations import packed_operations
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed, relabelled
 from .container import WeightFile, WeightFileError, open_weights

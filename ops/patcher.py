@@ -20,7 +20,7 @@ import torch
 from comfy.model_patcher import LazyCastingParam, LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from .linear import PackedLayer
+from .layers import PackedLayer
 from .lora import LayerPatches, adapter_tensors, build_patches
 from .patched_weights import PatchedWeights
 from .tensor import QuantizedTensor, is_packed

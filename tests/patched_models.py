@@ -18,7 +18,7 @@ from devtools.gguf_files import pack, write_gguf
 from featherweight.loaders.container import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model, operations_for
 from featherweight.ops.format import FORMATS
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from featherweight.ops.patcher import adopt
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor
 from host_formats import write_mixed

@@ -15,7 +15,7 @@ from devtools.gguf_files import write_gguf
 from featherweight.loaders.container import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from featherweight.ops.tensor import is_packed
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES

@@ -13,7 +13,7 @@ from featherweight.loaders.diffusion import load_diffusion_model, report
 from featherweight.loaders.held import held_text
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import GGML_FORMATS
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from patched_models import adapter, relative

@@ -3,7 +3,7 @@ import pytest
 import torch
 from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import packed_tensor, packed_tensors
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

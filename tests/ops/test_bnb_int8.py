@@ -3,7 +3,7 @@ import pytest
 import torch
 from featherweight.ops import product
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import packed_tensor, packed_tensors
 
 functional = pytest.importorskip("bitsandbytes.functional")

@@ -8,7 +8,7 @@ from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels.check import random_tensors
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.lora import build_patches
 from featherweight.ops.tensor import packed_tensor, packed_tensors
 

@@ -12,7 +12,7 @@ import torch._dynamo.testing
 from comfy.ops import manual_cast
 from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
 from featherweight.ops import product
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.lora import LayerPatches, build_patches, misfit
 from featherweight.ops.tensor import is_packed
 from patched_models import (

@@ -9,7 +9,8 @@ import torch
 from comfy.ops import manual_cast
 from featherweight.ops import product
 from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.linear import bare_parameters_unpacked, packed_operations
+from featherweight.ops.load_hooks import bare_parameters_unpacked
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import is_packed, packed_tensor
 
 from devtools.gguf_files import pack
