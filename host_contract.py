@@ -210,7 +210,7 @@ MEMBERS = {
         "comfy_kitchen.tensor.QuantizedTensor._qdata": None,
         "comfy_kitchen.tensor.QuantizedTensor.layout_cls": None,
     },
-    "ops/lora.py": {
+    "ops/adapters.py": {
         "comfy.weight_adapter.WeightAdapterBase.loaded_keys": None,
         "comfy.weight_adapter.WeightAdapterBase.weights": None,
     },

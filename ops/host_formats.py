@@ -2,7 +2,7 @@
 import comfy.ops
 import torch
 
-from . import product, rounding
+from . import rounding
 from .layers import Embedding, PackedLayer, PackedLinear
 from .packed import relabelled
 from .tensor import QuantizedTensor, is_packed
@@ -59,7 +59,7 @@ class MixedLinear(MixedLayer, PackedLinear):
         if self.lora is None:
             return out
         flat = input.reshape(-1, self.in_features)
-        return rounding.weak_sum(out, product.branch(flat, self.out_features, *self.lora.branch(input)).view(out.shape))
+        return rounding.weak_sum(out, self.lora.branch(input).product(flat, self.out_features).view(out.shape))
 
     def forward_comfy_cast_weights(self, *args, **kwargs):
         return self._super_past_ours.forward_comfy_cast_weights(*args, **kwargs)  # the host's `forward` goes on here

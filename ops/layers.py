@@ -7,7 +7,9 @@ import torch
 
 from . import int8, product, rounding
 from .lora import LayerPatches
+from .low_rank import dense_linear
 from .packed import relabelled
+from .scratch import shared_scratch
 from .tensor import QuantizedTensor, detached, fitted, guarded, held_narrow, is_packed, part_of
 
 
@@ -27,7 +29,7 @@ class PackedLayer:
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
-        self._scratch = product.shared_scratch()
+        self._scratch = shared_scratch()
         self.lora = None  # the layer's own from the start: torch.compile would take its coming for a change of the layer
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -120,12 +122,12 @@ class PackedLinear(PackedLayer):
 
     def forward_comfy_cast_weights(self, input):
         weight, bias, offload_stream = self.cast_for(input)
-        down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input)
+        low_rank = None if self.lora is None else self.lora.branch(input)
         if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
             multiply = int8.linear if self.compute == "int8" else product.linear
-            out = multiply(input, weight, bias, self.value_dtype, down, ups, slices)
+            out = multiply(input, weight, bias, self.value_dtype, low_rank)
         else:
-            out = product.plus_branch(input, self.patched_weight(weight, input.dtype), bias, down, ups, slices)
+            out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return out
 
@@ -160,13 +162,12 @@ class _PackedConv(PackedLayer):
         return self.groups == 1
 
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
-        lora = self.lora
-        if lora is None or lora.down is None:
-            return self._without_branch(input, weight, bias, *args, **kwargs)
-        down, ups, slices = lora.branch(input)
+        low_rank = None if self.lora is None else self.lora.branch(input)
         out = self._without_branch(input, weight, bias, *args, **kwargs)
-        hidden = super()._conv_forward(input, down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
-        for row, row_end, up, rank, rank_end in product.each_slice(ups, slices):
+        if low_rank is None:
+            return out
+        hidden = super()._conv_forward(input, low_rank.down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
+        for (row, row_end, rank, rank_end), up in low_rank.parts():
             change = torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
             out[:, row:row_end] = rounding.weak_sum(out[:, row:row_end], change)
         return out

@@ -5,7 +5,7 @@ import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from ..lora import adapter_tensors
+from ..adapters import adapter_tensors
 from .applying import ApplyingPatcher
 
 
