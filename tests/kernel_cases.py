@@ -6,7 +6,7 @@ from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.check import random_tensors
-from featherweight.ops.kernels.source import FORMAT_NAMES
+from featherweight.ops.kernels.cxx_text import FORMAT_NAMES
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType

@@ -145,7 +145,7 @@ def test_the_sentence_names_families_and_widths(models):
     report = check_lora(models("Flux.2 dev"), None, lora_of(models, "Flux.2 Klein 4B"))
     assert report.verdict == ("This LoRA is made for Flux.2 Klein 4B (3072 wide); the model is Flux.2 dev (6144 wide):"
                               " it cannot be used.")
-    assert "shape 9216 x 3072 against 18432 x 6144" in report_text(report)
+    assert "it is made for a weight of 9216 x 3072, not of 18432 x 6144" in report_text(report)
     assert report_picture(report).std() > 0
 
 

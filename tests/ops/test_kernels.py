@@ -46,7 +46,6 @@ def multiply_without_addend(packed_format, tensors, input, addend, out, value_dt
 def use(monkeypatch):
     """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
     monkeypatch.setenv(kernels.VARIABLE, "auto")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     wait_for_kernels(monkeypatch)
 
     def use(*backends):
