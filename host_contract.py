@@ -41,6 +41,7 @@ NAMES = {
     "comfy.model_patcher.get_key_weight": "model key",
     "comfy.ops.CastWeightBiasOp": None,
     "comfy.ops.cast_bias_weight": "s * dtype device bias_dtype offloadable compute_dtype",
+    "comfy.ops.manual_cast": None,
     "comfy.ops.manual_cast.Conv1d": None,
     "comfy.ops.manual_cast.Conv2d": None,
     "comfy.ops.manual_cast.Conv3d": None,
@@ -131,46 +132,59 @@ MEMBERS = {
     "nodes/legacy_gguf.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_gguf_clip.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_nf4.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
-    "ops/linear.py": {
-        "comfy.ops.CastWeightBiasOp.weight_function": None,
-        "comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights": "input * out_dtype",
+    "ops/host_formats.py": {
         "comfy.ops.manual_cast.Linear.forward_comfy_cast_weights": "input",
         "comfy_kitchen.tensor.QuantizedTensor.dequantize": "",
     },
-    "ops/patcher.py": {
-        "comfy.model_base.BaseModel.get_dtype_inference": "",
-        "comfy.model_patcher.ModelPatcher.backup": None,
-        "comfy.model_patcher.ModelPatcher.cached_hook_patches": None,
-        "comfy.model_patcher.ModelPatcher.cleanup": "",
+    "ops/layers.py": {
+        "comfy.ops.CastWeightBiasOp.weight_function": None,
+        "comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights": "input * out_dtype",
+    },
+    "ops/patcher/__init__.py": {
         "comfy.model_patcher.ModelPatcher.clone": None,
+        "comfy.model_patcher.ModelPatcher.size": None,
+    },
+    "ops/patcher/applying.py": {
+        "comfy.model_base.BaseModel.get_dtype_inference": "",
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.object_patches": None,
+        "comfy.model_patcher.ModelPatcher.patches": None,
+        "comfy.model_patcher.ModelPatcher.weight_wrapper_patches": None,
+    },
+    "ops/patcher/hooks.py": {
+        "comfy.model_patcher.ModelPatcher.cached_hook_patches": None,
+        "comfy.model_patcher.ModelPatcher.hook_backup": None,
+        "comfy.model_patcher.ModelPatcher.hook_mode": None,
+        "comfy.model_patcher.ModelPatcher.is_dynamic": "",
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.patch_cached_hook_weights": "cached_weights key memory_counter",
+        "comfy.model_patcher.ModelPatcher.patch_hook_weight_to_device":
+            "hooks combined_patches key original_weights memory_counter",
+        "comfy.model_patcher.ModelPatcher.unpatch_hooks": "whitelist_keys_set",
+        "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
+    },
+    "ops/patcher/loading.py": {
+        "comfy.model_patcher.ModelPatcher.backup": None,
+        "comfy.model_patcher.ModelPatcher.cleanup": "",
         "comfy.model_patcher.ModelPatcher.current_hooks": None,
         "comfy.model_patcher.ModelPatcher.detach": "unpatch_all",
         "comfy.model_patcher.ModelPatcher.force_cast_weights": None,
         "comfy.model_patcher.ModelPatcher.get_all_callbacks": "call_type",
-        "comfy.model_patcher.ModelPatcher.hook_backup": None,
-        "comfy.model_patcher.ModelPatcher.hook_mode": None,
         "comfy.model_patcher.ModelPatcher.is_dynamic": "",
         "comfy.model_patcher.ModelPatcher.load": "device_to lowvram_model_memory force_patch_weights full_load",
-        "comfy.model_patcher.ModelPatcher.load_device": None,
         "comfy.model_patcher.ModelPatcher.model": None,
         "comfy.model_patcher.ModelPatcher.model_size": "",
-        "comfy.model_patcher.ModelPatcher.model_state_dict": "filter_prefix",
-        "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving": "model prefix",
-        "comfy.model_patcher.ModelPatcher.object_patches": None,
         "comfy.model_patcher.ModelPatcher.offload_device": None,
         "comfy.model_patcher.ModelPatcher.partially_load": "device_to extra_memory force_patch_weights",
         "comfy.model_patcher.ModelPatcher.partially_unload": None,
         "comfy.model_patcher.ModelPatcher.partially_unload_ram": "ram_to_unload",
-        "comfy.model_patcher.ModelPatcher.patch_cached_hook_weights": "cached_weights key memory_counter",
-        "comfy.model_patcher.ModelPatcher.patch_hook_weight_to_device":
-            "hooks combined_patches key original_weights memory_counter",
         "comfy.model_patcher.ModelPatcher.patch_hooks": "hooks",
         "comfy.model_patcher.ModelPatcher.patch_weight_to_device": "key device_to inplace_update return_weight force_cast",
         "comfy.model_patcher.ModelPatcher.patches": None,
         "comfy.model_patcher.ModelPatcher.patches_uuid": None,
         "comfy.model_patcher.ModelPatcher.pin_weight_to_device": "key",
         "comfy.model_patcher.ModelPatcher.pinned": None,
-        "comfy.model_patcher.ModelPatcher.size": None,
         "comfy.model_patcher.ModelPatcher.unpatch_hooks": "whitelist_keys_set",
         "comfy.model_patcher.ModelPatcher.unpatch_model": "device_to unpatch_weights",
         "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
@@ -179,6 +193,14 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcherDynamic.load": "device_to lowvram_model_memory",
         "comfy.model_patcher.ModelPatcherDynamic.restore_loaded_backups": "",
     },
+    "ops/patcher/saving.py": {
+        "comfy.model_patcher.ModelPatcher.backup": None,
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.model_state_dict": "filter_prefix",
+        "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving": "model prefix",
+        "comfy.model_patcher.ModelPatcher.offload_device": None,
+        "comfy.model_patcher.ModelPatcher.patch_weight_to_device": "key device_to inplace_update return_weight force_cast",
+    },
     "ops/tensor.py": {
         "comfy_kitchen.tensor.BaseLayoutParams._tensor_fields": "",
         "comfy_kitchen.tensor.QuantizedTensor._layout_cls": None,
@@ -186,7 +208,7 @@ MEMBERS = {
         "comfy_kitchen.tensor.QuantizedTensor._qdata": None,
         "comfy_kitchen.tensor.QuantizedTensor.layout_cls": None,
     },
-    "ops/lora.py": {
+    "ops/adapters.py": {
         "comfy.weight_adapter.WeightAdapterBase.loaded_keys": None,
         "comfy.weight_adapter.WeightAdapterBase.weights": None,
     },
@@ -194,12 +216,15 @@ MEMBERS = {
 
 # File of this pack -> module of the host -> words in its source: attributes that it sets on models, modules and layers.
 MARKS = {
-    "ops/patcher.py": {
+    "ops/host_formats.py": {"comfy.ops": "_full_precision_mm factory_kwargs"},
+    "ops/layers.py": {"comfy.ops": "comfy_cast_weights"},
+    "ops/operations.py": {"comfy.ops": "quant_config"},
+    "ops/patcher/applying.py": {"comfy.model_patcher": "model_loaded_weight_memory weight_function"},
+    "ops/patcher/loading.py": {
         "comfy.model_patcher": "_v _v_signature bias_function comfy_force_cast_weights comfy_patched_weights"
                                " current_weight_patches_uuid device model_loaded_weight_memory weight_function",
         "comfy.ops": "_lowvram_function",
     },
-    "ops/linear.py": {"comfy.ops": "_full_precision_mm comfy_cast_weights factory_kwargs quant_config"},
 }
 
 # Names without which every node stays, and what goes.

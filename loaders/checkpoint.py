@@ -7,7 +7,7 @@ import comfy.sd
 import torch
 from comfy.model_detection import model_config_from_unet, unet_prefix_from_state_dict
 
-from ..ops.linear import bare_parameters_unpacked
+from ..ops.load_hooks import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .diffusion import load_diffusion_model, model_of, refuse_other_kinds

@@ -6,7 +6,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from ..ops.linear import bare_parameters_unpacked
+from ..ops.load_hooks import bare_parameters_unpacked
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .handover import is_ours, operations_for, take_back, text_metadata

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..ops.int8 import multiplies_integers
-from ..ops.linear import packed_operations
+from ..ops.operations import packed_operations
 from ..ops.patcher import adopt
 from .files.bitsandbytes import formats_in, has_packed_weights
 from .files.container import WeightFile

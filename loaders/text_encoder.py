@@ -13,7 +13,7 @@ import comfy.sd
 import comfy.text_encoders.lt
 import comfy.utils
 
-from ..ops.linear import bare_parameters_unpacked
+from ..ops.load_hooks import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, Weights, arch_of, without_prefix

@@ -3,15 +3,15 @@
 x W^T = (x R) (W R)^T, both operands rotated and as int8 codes with one scale a row (see `int8_codes`), the weight's made anew
 in each product. The low-rank branch stays in float, on the input as it is.
 """
-import contextlib
 import functools
 import math
 
 import torch
 
-from . import int8_codes, kernels, product
+from . import int8_codes, kernels, product, registration, scratch
 from .format import FORMATS, Format
-from .tensor import QuantizedTensor, packed_tensors
+from .low_rank import LowRank
+from .tensor import QuantizedTensor
 
 # With fewer rows of the input the exact product is as fast, since most of the time goes into the weight; CUDA's integer product
 # takes no fewer. Without a kernel for the weight's codes torch makes them, in many passes. CUDA's numbers are estimates.
@@ -73,31 +73,23 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     tokens, columns = flat.shape
     encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
     if encode is None:
-        return product._linear(input, packed, bias, format, rows, value_dtype, down, ups, slices)
-    added = None if down is None else product.branch(flat, rows, down, ups, slices)
+        return torch.ops.featherweight.linear(input, packed, bias, format, rows, value_dtype, down, ups, slices)
+    low_rank = LowRank.of_operands(down, ups, slices)
+    added = None if low_rank is None else low_rank.product(flat, rows)
     codes, scales = _encoded_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))
-    on_cpu = device.type == "cpu"
-    scratch = product.shared_scratch()
-    step = _rows_per_slice(packed_format, tokens, columns, product.SCRATCH_BYTES if on_cpu else product.DEVICE_SCRATCH_BYTES)
-    with scratch.lock if on_cpu else contextlib.nullcontext():
+    codes_and_sums = columns + tokens * 2 * torch.float32.itemsize  # bytes for each row of the weight
+    step = scratch.rows_within(scratch.limit(device), packed_format, columns, codes_and_sums, ROW_MULTIPLE)
+    with scratch.room(device) as take:
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            shape = (stop - start, columns)
-            weight = scratch.take(shape, torch.int8) if on_cpu else torch.empty(shape, dtype=torch.int8, device=device)
+            weight = take((stop - start, columns), torch.int8)
             weight_scales = torch.empty(len(weight), dtype=torch.float32, device=device)
             encode(packed_format, packed, weight, weight_scales, value_dtype, start * columns // packed_format.block_length)
             sums = torch._int_mm(codes, weight.t()) * weight_scales
             _finish(sums, scales, bias if bias is None else bias[start:stop], added if added is None else added[:, start:stop],
                     out[:, start:stop])
     return out.view(*input.shape[:-1], rows)
-
-
-def _rows_per_slice(packed_format: type[Format], tokens: int, columns: int, limit: int) -> int:
-    """Rows whose codes and sums fit into `limit` bytes; a slice begins and ends between blocks."""
-    whole = math.lcm(packed_format.block_length // math.gcd(packed_format.block_length, columns), ROW_MULTIPLE)
-    bytes_per_row = columns + tokens * 2 * torch.float32.itemsize
-    return max(1, limit // (bytes_per_row * whole)) * whole
 
 
 def _encoded_tokens(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,20 +113,15 @@ def _finish(sums: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
         torch.add(torch.addcmul(bias.float(), sums, scales, out=sums), added, out=out)
 
 
-_library = torch.library.Library("featherweight", "FRAGMENT")
-_library.define("int8_linear(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, ScalarType? value_dtype, "
-                "Tensor? down, Tensor[] ups, int[] slices) -> Tensor")
-_library.impl("int8_linear", _linear, "CompositeExplicitAutograd")
-torch.library.register_fake("featherweight::int8_linear", product._linear_fake, lib=_library)
+registration.register(f"int8_linear{registration.LINEAR_SCHEMA}", _linear, registration.fake_linear)
 
 
 def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None,
-           value_dtype: torch.dtype | None = None, down: torch.Tensor | None = None, ups=(), slices=()) -> torch.Tensor:
+           value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
     """`product.linear` in whole numbers, where the device, the shapes and the rows of the input allow it, else as it is.
 
     Needs K a multiple of 256, N of 8, no gradient. A row of the input, or of the weight, that is not finite gives NaN.
     """
     if input.shape[-1] != weight.shape[1] or input.requires_grad and torch.is_grad_enabled():
-        return product.linear(input, weight, bias, value_dtype, down, ups, slices)
-    return torch.ops.featherweight.int8_linear(
-        input, packed_tensors(weight), bias, weight.layout_cls.format.__name__, weight.shape[0], value_dtype, down, ups, slices)
+        return product.linear(input, weight, bias, value_dtype, low_rank)
+    return torch.ops.featherweight.int8_linear(*product.operands(input, weight, bias, value_dtype, low_rank))

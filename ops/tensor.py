@@ -125,3 +125,12 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, QuantizedTensor):
         return tensor.detach()
     return PackedTensor(tensor._qdata, tensor._layout_cls, dataclasses.replace(tensor._params))
+
+
+def fitted(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`value` with the dimensions of size 1 that files add or drop (pad tokens, 1x1 convolutions) as in `shape`."""
+    if value.shape == shape or [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
+        return value
+    if is_packed(value):
+        return relabelled(value, shape=shape)
+    return value.reshape(shape)

@@ -6,7 +6,8 @@ from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.check import random_tensors
-from featherweight.ops.kernels.source import FORMAT_NAMES
+from featherweight.ops.kernels.cxx_text import FORMAT_NAMES
+from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor
 from gguf import GGMLQuantizationType
 from lora_gain import assert_full_strength
@@ -92,7 +93,7 @@ def assert_layer_equals_the_dense_one(fmt, tokens: tuple[int, int]):
     weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
     input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
                              ((*tokens, columns), (rows,), (4, columns), (rows, 4)))
-    got = product.linear(input, weight, bias, down=down, ups=[up], slices=[0, rows, 0, 4])
+    got = product.linear(input, weight, bias, low_rank=LowRank(down, (up,), (Slice(0, rows, 0, 4),)))
     expected = torch.nn.functional.linear(input.double(), dense + up.double() @ down.double(), bias.double())
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
     ids = torch.tensor([[3, 0], [19, 3]])
@@ -109,7 +110,8 @@ def assert_a_weak_lora_arrives(tokens: int):
     bias = (torch.randn(rows, generator=generator) * dense.std() * columns ** 0.5).to(dtype)
 
     def run(input, strength):
-        return product.linear(input, weight, bias, None, down.to(dtype), [(strength * up).to(dtype)], [0, rows, 0, 4])
+        low_rank = LowRank(down.to(dtype), ((strength * up).to(dtype),), (Slice(0, rows, 0, 4),))
+        return product.linear(input, weight, bias, None, low_rank)
 
     inputs = [torch.randn(tokens, columns, generator=generator).to(dtype) for _ in range(max(1, 96 // tokens))]
     change = up @ down

@@ -13,20 +13,13 @@ import comfy.utils
 import gguf
 import pytest
 import torch
-<<<<<<< ours
 from devtools.files import tiny_models
 from devtools.files.gguf_files import pack, write_gguf
-from featherweight.loaders.container import open_weights
-from featherweight.loaders.diffusion import load_diffusion_model, operations_for
-=======
-from devtools import tiny_models
-from devtools.gguf_files import pack, write_gguf
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.handover import operations_for
->>>>>>> theirs
 from featherweight.ops.format import FORMATS
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from featherweight.ops.patcher import adopt
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor
 from host_formats import write_mixed

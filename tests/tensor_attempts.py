@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor
 
 from devtools.files.gguf_files import pack

@@ -16,6 +16,8 @@ from pack_nodes import node_list
 
 SOURCES = [path for layer in ("nodes", "loaders", "ops") for path in sorted((ROOT / layer).rglob("*.py"))]
 EVERY_NODE = {path.stem for path in host_contract.node_files()}
+PATCHER_PARTS = [part for part in PackedPatcher.__mro__ if part.__module__.startswith(PackedPatcher.__module__)]
+PATCHER_MEMBERS = {name: None for where, members in MEMBERS.items() if where.startswith("ops/patcher/") for name in members}
 LORA_NODES = {"apply_lora", "check_lora"}
 ENCODER_NODES = {"load_text_encoder", "legacy_gguf_clip", "load_checkpoint", "legacy_nf4"}
 
@@ -66,19 +68,19 @@ def test_the_list_has_nothing_that_no_source_uses():
 
 def test_the_list_has_what_the_patcher_takes_from_the_hosts():
     """Methods it calls with super(), and attributes of itself that it does not define."""
-    tree = ast.parse(inspect.getsource(PackedPatcher))
-    listed = {name.rpartition(".")[2] for name in MEMBERS["ops/patcher.py"]}
-    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and (
+    listed = {name.rpartition(".")[2] for name in PATCHER_MEMBERS}
+    own = set().union(*map(vars, PATCHER_PARTS))
+    nodes = [node for part in PATCHER_PARTS for node in ast.walk(ast.parse(inspect.getsource(part)))]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and (
         isinstance(node.value, ast.Name) and node.value.id == "self"
         or isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()")}
-    overridden = {name for name in vars(PackedPatcher) if hasattr(comfy.model_patcher.ModelPatcherDynamic, name)
-                  and not name.startswith("__")}
-    assert (used - vars(PackedPatcher).keys()) | overridden <= listed
+    overridden = {name for name in own if hasattr(comfy.model_patcher.ModelPatcherDynamic, name) and not name.startswith("__")}
+    assert (used - own) | overridden <= listed
 
 
 @pytest.mark.parametrize("host", [comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic])
 def test_what_the_patcher_overrides_takes_all_that_the_hosts_takes(host):
-    for name, method in vars(PackedPatcher).items():
+    for name, method in {name: method for part in PATCHER_PARTS for name, method in vars(part).items()}.items():
         theirs = getattr(host, name, None)
         if name.startswith("__") or not inspect.isfunction(method) or theirs is None:
             continue
@@ -145,7 +147,7 @@ def test_a_name_that_is_gone_turns_off_what_needs_it(name, gone, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    *(name for name in MEMBERS["ops/patcher.py"] if "ModelPatcher" in name), "comfy.sd.CLIP.patcher", "comfy.sd.CLIP.clone"])
+    *(name for name in PATCHER_MEMBERS if "ModelPatcher" in name), "comfy.sd.CLIP.patcher", "comfy.sd.CLIP.clone"])
 def test_a_method_or_attribute_that_is_gone_is_noticed(name, monkeypatch):
     """A host in whose sources and classes the word does not occur."""
     word = name.rpartition(".")[2]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...ops.linear import before_each_loads
+from ...ops.load_hooks import before_each_loads
 from ..files.container import WeightFileError
 
 TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_projector", "visual"}  # the host's names

@@ -8,13 +8,12 @@ import math
 import torch
 
 from ...ops import product
+from ...ops.adapters import LoHa, LoKr, LoRA, alpha_scale, parts_of, rank_of
 from ...ops.tensor import is_packed
 from .model_blocks import block_of, key_of
 
 SAMPLED_ROWS = 64
 
-# Where an adapter keeps its DoRA scale among its weights.
-DORA_SCALE = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5, "oft": 3, "boft": 3}
 KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
 
 
@@ -23,54 +22,9 @@ def kind_of(value) -> str:
     if isinstance(value, tuple):
         return {"diff": "full difference", "set": "full weight"}.get(value[0], value[0])
     kind = KINDS.get(value.name, value.name)
-    at = DORA_SCALE.get(value.name)
-    if at is None or value.weights[at] is None:
+    if getattr(parts_of(value), "dora_scale", None) is None:
         return kind
     return "DoRA" if value.name == "lora" else f"{kind} with DoRA"
-
-
-def rank_of(value) -> int | None:
-    """Rank of the factors; None where the change has none."""
-    if isinstance(value, tuple):
-        return None
-    weights = value.weights
-    factor = {"lora": 1, "loha": 1}.get(value.name)
-    if factor is not None:
-        return weights[factor].shape[0]
-    if value.name == "lokr":
-        return next((factor.shape[0] for factor in (weights[6], weights[4]) if factor is not None), None)
-    return min(weights[0].shape) if value.name == "glora" else None
-
-
-def shape_of(value) -> tuple[int, int | None]:
-    """(rows, columns) of the weight a value is made for, further dimensions flattened; columns None where it fits any."""
-    if isinstance(value, tuple):
-        return _flat(value[1][0].shape)
-    weights = value.weights
-    if value.name == "lora":
-        up, down, middle = weights[0], weights[1], weights[3]
-        return up.shape[0], down.shape[1:].numel() * (1 if middle is None else middle.shape[2:].numel())
-    if value.name == "loha":
-        first, second, core = weights[0], weights[1], weights[5]
-        if core is None:
-            return first.shape[0], second.shape[1]
-        return first.shape[1], second.shape[1] * core.shape[2:].numel()
-    if value.name == "lokr":
-        left = weights[0].shape if weights[0] is not None else (weights[3].shape[0], weights[4].shape[1])
-        if weights[1] is not None:
-            right = _flat(weights[1].shape)
-        elif weights[7] is None:
-            right = weights[5].shape[0], weights[6].shape[1]
-        else:
-            right = weights[5].shape[1], weights[6].shape[1] * weights[7].shape[2:].numel()
-        return left[0] * right[0], left[1] * right[1]
-    if value.name == "glora":
-        first, second = weights[2].flatten(1), weights[3].flatten(1)
-        if first.shape[0] < first.shape[1]:
-            first, second = second, first  # the order of LyCORIS's first version
-        return first.shape[0], second.shape[1]
-    blocks = weights[0]  # OFT (n, size, size), BOFT (steps, n, size, size): they turn the rows
-    return blocks.shape[-3] * blocks.shape[-1], None
 
 
 def change_norm(value, weight_norm: float | None) -> float | None:
@@ -80,26 +34,25 @@ def change_norm(value, weight_norm: float | None) -> float | None:
     """
     if isinstance(value, tuple):
         return value[1][0].float().norm().item() if value[0] == "diff" else None
-    weights = value.weights
-    if value.name == "lora":
-        up, down, alpha, middle = weights[:4]
-        if middle is not None:
-            down = torch.einsum("ij...,jk->ik...", middle.float(), down.float().flatten(1))
-        return _scale(alpha, weights[1].shape[0]) * _product_norm(up.float().flatten(1), down.float().flatten(1))
-    if value.name == "loha" and weights[5] is None:
-        rows = torch.linspace(0, weights[0].shape[0] - 1, min(SAMPLED_ROWS, weights[0].shape[0])).long()
-        first, second = (weights[at][rows].float() @ weights[at + 1].float() for at in (0, 3))
+    parts = parts_of(value)
+    if isinstance(parts, LoRA):
+        down = parts.down
+        if parts.mid is not None:
+            down = torch.einsum("ij...,jk->ik...", parts.mid.float(), down.float().flatten(1))
+        return _scale(value) * _product_norm(parts.up.float().flatten(1), down.float().flatten(1))
+    if isinstance(parts, LoHa) and parts.core1 is None:
+        rows = torch.linspace(0, parts.a1.shape[0] - 1, min(SAMPLED_ROWS, parts.a1.shape[0])).long()
+        first, second = (a[rows].float() @ b.float() for a, b in ((parts.a1, parts.b1), (parts.a2, parts.b2)))
         sampled = (first * second).norm().item()
-        return _scale(weights[2], weights[1].shape[0]) * sampled * math.sqrt(weights[0].shape[0] / len(rows))
-    if value.name == "lokr" and weights[7] is None:
+        return _scale(value) * sampled * math.sqrt(parts.a1.shape[0] / len(rows))
+    if isinstance(parts, LoKr) and parts.core is None:
         left, right = (_product_norm(up.float(), down.float()) if whole is None else whole.float().norm().item()
-                       for whole, up, down in (weights[0:1] + weights[3:5], weights[1:2] + weights[5:7]))
-        rank = rank_of(value)
-        return left * right * (1.0 if rank is None else _scale(weights[2], rank))
+                       for whole, up, down in ((parts.w1, parts.a1, parts.b1), (parts.w2, parts.a2, parts.b2)))
+        return left * right * _scale(value)
     if value.name == "oft" and weight_norm is not None:
-        blocks = weights[0].float()
+        blocks = parts.blocks.float()
         turn = blocks - blocks.transpose(1, 2)
-        limit = weights[2] or 0
+        limit = parts.limit or 0
         if 0 < limit < turn.norm():
             turn = turn * (limit / turn.norm())
         eye = torch.eye(blocks.shape[1])
@@ -122,12 +75,10 @@ def block_changes(patches: dict, weights: dict[str, torch.Tensor]) -> dict[str, 
     return {block: (_together(changes[block]), _together(sizes[block])) for block in changes}
 
 
-def _flat(shape: torch.Size) -> tuple[int, int]:
-    return shape[0] if shape else 1, shape[1:].numel()
-
-
-def _scale(alpha: float | None, rank: int) -> float:
-    return 1.0 if alpha is None else abs(alpha) / rank
+def _scale(value) -> float:
+    """What alpha makes of a product of factors."""
+    rank = rank_of(value)
+    return 1.0 if rank is None else abs(alpha_scale(parts_of(value).alpha, rank))
 
 
 def _product_norm(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -3,14 +3,14 @@
 Names are mapped by the host (`comfy.lora`), so what the host can read is what is read here.
 """
 import collections
-import math
 import re
 
 import comfy.lora
 import comfy.lora_convert
 import torch
 
-from .change import block_changes, kind_of, rank_of, shape_of
+from ...ops.adapters import misfit, parts_of, rank_of, shape_of
+from .change import block_changes, kind_of
 from .families import hints, recognise
 from .file import ENDS, damaged_layers, stems_of, weight_shapes
 from .model_blocks import MODEL_PREFIX, key_of
@@ -63,8 +63,8 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor], metadata: dict[
             else:
                 misfits[stem] = reason
 
-    shapes = {key.removesuffix(".weight"): shape_of(value) for key, value in values.items()
-              if key.endswith(".weight") and not TEXT_STEM.match(key)}
+    shapes = {key.removesuffix(".weight"): shape for key, value in values.items()
+              if key.endswith(".weight") and not TEXT_STEM.match(key) and (shape := shape_of(value)) is not None}
     model_weights = {key: value for key, value in weights.items() if key.startswith(MODEL_PREFIX)}
     known = {stem + end for stem in stems for end in ENDS}
     report = LoraReport(
@@ -104,15 +104,6 @@ def _misfit(target, value, weights: dict[str, torch.Tensor]) -> str | None:
     weight = weights.get(key_of(target))
     if weight is None:
         return MISSING
-    shape = list(weight.shape)
-    if not isinstance(target, str) and len(target) > 1 and target[1] is not None:
-        dimension, start, length = target[1]
-        if start + length > shape[dimension]:
-            return f"made for rows {start} to {start + length}, the layer has {shape[dimension]}"
-        shape[dimension] = length
-    if getattr(value, "name", "") == "lora" and value.weights[5] is not None:
-        shape = value.weights[5]
-    found, expected = shape_of(value), (shape[0] if shape else 1, math.prod(shape[1:]))
-    if found[0] == expected[0] and found[1] in (None, expected[1]):
-        return None
-    return f"shape {found[0]} x {'any' if found[1] is None else found[1]} against {expected[0]} x {expected[1]}"
+    offset = target[1] if not isinstance(target, str) and len(target) > 1 else None
+    reshape = None if isinstance(value, tuple) else getattr(parts_of(value), "reshape", None)
+    return misfit(value, weight.shape, offset) if reshape is None else misfit(value, reshape)

@@ -164,8 +164,6 @@ _choosing = threading.Lock()  # held for no longer than a thread takes to start
 def _candidates(device: torch.device) -> tuple[str, ...]:
     """Names of the backends to try on a device, in order."""
     names = BACKENDS.get(device.type, ())
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        names = (*names, "triton")
     asked = os.environ.get(VARIABLE, "").lower()
     known = {"torch", "auto"}.union(*BACKENDS.values())
     if asked and asked not in known:

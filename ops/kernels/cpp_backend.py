@@ -24,7 +24,7 @@ from . import Backend, Kernel
 from .check import probe
 from .own_files import is_private, private_folder
 from .processes import run_process
-from .source import FORMAT_NAMES, TYPES, addresses, kernel_source, method, unpack_and_linear
+from .cxx_text import FORMAT_NAMES, TYPES, addresses, kernel_source, method, unpack_and_linear
 
 COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.

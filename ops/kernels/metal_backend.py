@@ -9,7 +9,7 @@ import torch
 
 from . import Backend, Kernel
 from .check import probe
-from .source import FORMAT_NAMES, TYPES, kernel_source
+from .cxx_text import FORMAT_NAMES, TYPES, kernel_source
 
 CHUNK = 8  # values a thread handles, LANES in source/metal
 MOST_CHUNKS = 1 << 32  # of one launch: Metal counts threads in 32 bits

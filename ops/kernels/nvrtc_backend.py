@@ -11,7 +11,7 @@ from ..format import Format
 from . import Backend, Kernel
 from .check import probe
 from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
-from .source import addresses, kernel_source, unpack_and_linear
+from .cxx_text import addresses, kernel_source, unpack_and_linear
 
 CHUNK = 8  # values a thread handles at a time, LANES in source/cuda
 UNPACK_THREADS = 256

@@ -11,16 +11,11 @@ from families import (
     FAMILIES, comfyui_gguf_style, full_width_shapes, host_patcher, random_weights, relative_error, run, shrunken_detection,
     stable_diffusion_cpp_style,
 )
-<<<<<<< ours
 from devtools.files.gguf_files import write_gguf, write_zeros_gguf
-from featherweight.loaders.container import open_weights
-=======
-from devtools.gguf_files import write_gguf
 from featherweight.loaders.files import open_weights
->>>>>>> theirs
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from featherweight.ops.tensor import is_packed
 
 PREFIX = "model.diffusion_model."

@@ -11,13 +11,8 @@ from families import (
     FAMILIES, comfyui_gguf_style, host_patcher, random_weights, relative_error, run, shrunken_detection,
     stable_diffusion_cpp_style,
 )
-<<<<<<< ours
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container import WeightFileError
-=======
-from devtools.gguf_files import write_gguf
 from featherweight.loaders.files.container import WeightFileError
->>>>>>> theirs
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.tensor import is_packed
 

@@ -13,16 +13,10 @@ import pytest
 import torch
 from families import FAMILIES, host_patcher, random_weights, relative_error
 from families import run as run_family
-<<<<<<< ours
 from devtools.files import tiny_models
-from featherweight.loaders.container import WeightFileError
-from featherweight.loaders.diffusion import is_ours, load_diffusion_model
-=======
-from devtools import tiny_models
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.handover import is_ours
->>>>>>> theirs
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor import is_packed
 from patched_models import KINDS as LORA_KINDS

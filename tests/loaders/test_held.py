@@ -13,7 +13,7 @@ from featherweight.loaders.handover import report
 from featherweight.loaders.held import held_text
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import GGML_FORMATS
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from patched_models import adapter, relative
 from safetensors.torch import save_file
 

@@ -12,7 +12,7 @@ from families import relative_error
 from featherweight.loaders import text_encoder
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from featherweight.ops.tensor import is_packed
 from safetensors.torch import save_file
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import relative_error
 from featherweight.ops.format import FORMATS
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import packed_tensor
 
 from devtools.files.gguf_files import pack

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.lora import build_patches
 from host_formats import HOST_FORMATS, in_host_format
 

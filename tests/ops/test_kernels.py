@@ -12,6 +12,7 @@ from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import Backend, Kernel
 from featherweight.ops.kernels.check import probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
+from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor
 from kernel_cases import wait_for_kernels
 
@@ -45,7 +46,6 @@ def multiply_without_addend(packed_format, tensors, input, addend, out, value_dt
 def use(monkeypatch):
     """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
     monkeypatch.setenv(kernels.VARIABLE, "auto")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     wait_for_kernels(monkeypatch)
 
     def use(*backends):
@@ -285,7 +285,7 @@ def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
     generator = torch.Generator().manual_seed(0)
     input, bias, down, up = (torch.randn(shape, generator=generator) for shape in ((2, 64), (6,), (2, 64), (6, 2)))
     expected = torch.nn.functional.linear(input, packed().dequantize() + up @ down, bias)
-    result = product.linear(input, packed(), bias, down=down, ups=[up], slices=[0, 6, 0, 2])
+    result = product.linear(input, packed(), bias, low_rank=LowRank(down, (up,), (Slice(0, 6, 0, 2),)))
     assert torch.allclose(result, expected, atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import metal_backend
 from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.metal_backend import BACKEND, unpack
-from featherweight.ops.kernels.source import TYPES, kernel_source
+from featherweight.ops.kernels.cxx_text import TYPES, kernel_source
 from featherweight.ops.tensor import packed_tensor
 from kernel_cases import (
     DTYPES, assert_a_weak_lora_arrives, assert_odd_weight_is_right, assert_same_bits, each_dtype, each_format,

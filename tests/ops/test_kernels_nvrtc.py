@@ -18,7 +18,7 @@ from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.check import check, probe, random_tensors
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
-from featherweight.ops.kernels.source import SOURCES, source_files
+from featherweight.ops.kernels.cxx_text import SOURCES, source_files
 from kernel_cases import (
     ALL_FORMATS, DTYPES, assert_a_weak_lora_arrives, assert_layer_equals_the_dense_one, assert_odd_weight_is_right,
     assert_product_rounds_once, assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,

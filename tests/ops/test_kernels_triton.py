@@ -18,6 +18,7 @@ from featherweight.ops import formats, int8_codes, kernels, product  # noqa: F40
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.check import WrongResult
+from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor, packed_tensors
 from gguf import GGMLQuantizationType
 from kernel_cases import assert_a_weak_lora_arrives, wait_for_kernels
@@ -54,7 +55,9 @@ def chosen_anew():
         patch.setenv(kernels.VARIABLE, "triton")
         patch.setattr(kernels, "_choices", {})
         wait_for_kernels(patch)
-        if INTERPRETED:  # a value takes ten thousand times as long
+        if INTERPRETED:
+            patch.setitem(kernels.BACKENDS, "cpu", (*kernels.BACKENDS["cpu"], "triton"))
+            # A value takes ten thousand times as long.
             patch.setattr(sys.modules[WrongResult.__module__], "MANY", 3 * triton_backend.UNPACK_TILE // 2)
         yield
 
@@ -196,8 +199,8 @@ def test_multiplies_as_float64_does(name, tokens, run, dtype):
     for branch in (None, (down, up)):
         change = 0 if branch is None else up.double() @ down.double()
         expected = input.double() @ (values.double() + change).t() + bias.double()
-        lora = {} if branch is None else {"down": down.to(DEVICE), "ups": [up.to(DEVICE)], "slices": [0, rows, 0, 2]}
-        got = product.linear(input.to(DEVICE), weight, bias.to(DEVICE), **lora).cpu()
+        low_rank = None if branch is None else LowRank(down, (up,), (Slice(0, rows, 0, 2),)).to(DEVICE)
+        got = product.linear(input.to(DEVICE), weight, bias.to(DEVICE), None, low_rank).cpu()
         assert got.dtype == dtype
         error = (got.double() - expected).norm() / expected.norm()
         assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]

@@ -11,9 +11,10 @@ import torch
 import torch._dynamo.testing
 from comfy.ops import manual_cast
 from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
-from featherweight.ops import product
-from featherweight.ops.linear import packed_operations
-from featherweight.ops.lora import LayerPatches, build_patches, misfit
+from featherweight.ops import product, scratch
+from featherweight.ops.adapters import misfit
+from featherweight.ops.operations import packed_operations
+from featherweight.ops.lora import LayerPatches, build_patches
 from featherweight.ops.tensor import is_packed
 from patched_models import (
     FORMAT_NAMES, KINDS, LIMIT, adapter, broken, error_by_effect, flux_file, flux_inputs, flux_pair, forget_models, lora_for,
@@ -233,7 +234,7 @@ def test_the_warning_says_what_the_lora_is_made_for(caplog):
     weight = torch.ones(8, 6)
     value = LoRAAdapter(set(), (torch.ones(8, 2), torch.ones(2, 12), None, None, None, None))
     assert build_patches("a.weight", [(1.0, value, 1.0, None, None)], weight.shape, "cpu", torch.float32) is None
-    assert "left out of a.weight, which is 8 x 6: it is made for a weight of 8 x 12." in caplog.text
+    assert "left out of a.weight, which is 8 x 6: it is made for a weight of 8 x 12, not of 8 x 6." in caplog.text
 
 
 def test_half_a_lokr_is_left_out(caplog):
@@ -247,8 +248,8 @@ def test_half_a_lokr_is_left_out(caplog):
 def test_a_diff_of_another_shape_is_left_out_even_of_as_many_values():
     diff = torch.ones(4, 4, 1, 1)
     for value in ((diff,), ("diff", (diff,)), ("set", (diff,))):
-        assert misfit((1.0, value, 1.0, None, None), torch.Size((4, 4))) == "it is made for a weight of 4 x 4 x 1 x 1"
-        assert misfit((1.0, value, 1.0, None, None), diff.shape) is None
+        assert misfit(value, torch.Size((4, 4))) == "it is made for a weight of 4 x 4 x 1 x 1, not of 4 x 4"
+        assert misfit(value, diff.shape) is None
 
 
 @pytest.mark.parametrize("half", ["up", "down"])
@@ -273,7 +274,7 @@ def test_adapters_this_pack_does_not_know_are_the_hosts_to_judge():
     class Future(LoKrAdapter.__base__):
         loaded_keys, weights = set(), (torch.ones(2, 2),)
 
-    assert misfit((1.0, Future(), 1.0, None, None), torch.Size((8, 6))) is None
+    assert misfit(Future(), torch.Size((8, 6))) is None
 
 
 # --- the branch ---
@@ -294,10 +295,10 @@ def test_slices_that_overlap_add_up(monkeypatch, scratch_bytes):
     weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8), (16, 48, 2), (33, 96, 3))
     input = torch.randn(5, 512)
-    monkeypatch.setattr(product, "SCRATCH_BYTES", scratch_bytes)
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", scratch_bytes)
     expected = torch.nn.functional.linear(input, patches(dense.clone()))
     base = torch.nn.functional.linear(input, dense)
-    actual = product.linear(input, weight, None, None, *patches.branch(input))
+    actual = product.linear(input, weight, None, None, patches.branch(input))
     assert error_by_effect(actual, expected, base) < LIMIT
 
 
@@ -310,7 +311,7 @@ def test_the_operator_has_a_right_fake_with_a_branch():
     weight, _ = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8))
     for bias in (None, torch.ones(96)):
-        arguments = (torch.randn(2, 512), [weight._qdata], bias, "Q8_0", 96, None, patches.down, patches.ups, patches.slices)
+        arguments = (torch.randn(2, 512), [weight._qdata], bias, "Q8_0", 96, None, *patches.low_rank.operands)
         torch.library.opcheck(torch.ops.featherweight.linear.default, arguments)
 
 
@@ -318,7 +319,7 @@ def test_gradients_flow_through_a_branch():
     weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8))
     input, twin = (torch.ones(2, 512, requires_grad=True) for _ in range(2))
-    product.linear(input, weight, None, None, *patches.branch(input)).sum().backward()
+    product.linear(input, weight, None, None, patches.branch(input)).sum().backward()
     torch.nn.functional.linear(twin, patches(dense)).sum().backward()
     assert relative(input.grad, twin.grad) < 1e-6
 
@@ -334,7 +335,7 @@ def test_half_precision_is_as_good_as_the_hosts_merged_weight(dtype):
     exact = torch.nn.functional.linear(input, patches(dense))
     merged = comfy.float.stochastic_rounding(patches(dense.to(dtype).float()), dtype, seed=1)  # as the host patches
     host = torch.nn.functional.linear(input.to(dtype), merged).float()
-    actual = product.linear(input.to(dtype), weight, None, None, *patches.branch(input.to(dtype))).float()
+    actual = product.linear(input.to(dtype), weight, None, None, patches.branch(input.to(dtype))).float()
     assert relative(actual, exact) < 1.1 * relative(host, exact)
 
 
@@ -361,10 +362,10 @@ def test_a_layer_that_runs_elsewhere_or_in_another_dtype_takes_its_factors_along
     patches = branch_of(96, 512, (0, 96, 4))
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.bfloat16, "meta")):
         input = torch.empty(1, 512, dtype=dtype, device=device)
-        down, ups, _ = patches.branch(input)
-        assert {(factor.dtype, factor.device.type) for factor in (down, *ups)} == {(dtype, device)}
-        assert patches.branch(input)[0] is down
-    assert LayerPatches("x").branch(input) == (None, [], [])
+        low_rank = patches.branch(input)
+        assert {(factor.dtype, factor.device.type) for factor in (low_rank.down, *low_rank.ups)} == {(dtype, device)}
+        assert patches.branch(input) is low_rank
+    assert LayerPatches("x").branch(input) is None
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "reshape"])
@@ -376,7 +377,7 @@ def test_patches_that_act_on_rows_take_the_weight_in_slices(kind, monkeypatch):
     layer = OPERATIONS.Linear(320, 96, bias=False, dtype=torch.float32)
     layer.load_state_dict({"weight": weight})
     layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"), torch.float32, branch=False)
-    monkeypatch.setattr(product, "SCRATCH_BYTES", 20 * 320 * 4)
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 20 * 320 * 4)
     rows = []
     calculate = comfy.lora.calculate_weight
     monkeypatch.setattr(comfy.lora, "calculate_weight", lambda p, w, *a, **k: rows.append(len(w)) or calculate(p, w, *a, **k))

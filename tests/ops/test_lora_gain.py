@@ -12,7 +12,7 @@ from featherweight.loaders.handover import operations_for
 from featherweight.ops import formats, int8, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.lora import build_patches
 from featherweight.ops.patcher import adopt

@@ -13,7 +13,8 @@ import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelSave
 from featherweight.ops.format import FORMATS
-from featherweight.ops.linear import PACKED_LAYERS, packed_operations
+from featherweight.ops.layers import PACKED_LAYERS
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import is_packed, packed_tensor
 from tensor_attempts import ATTEMPTS
 from patched_models import dense_flux, packed_flux, packed_layers

@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from featherweight.ops.linear import PackedLayer
+from featherweight.ops.layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor import QuantizedTensor
 from patched_models import (

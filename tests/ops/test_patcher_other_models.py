@@ -7,7 +7,7 @@ import comfy.utils
 import pytest
 import torch
 from families import FAMILIES, inputs, random_weights
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import PackedPatcher, adopt
 from patched_models import (
     LIMIT, adapter, error_by_effect, lora_for, packed_anyhow, packed_layers, relative, run,

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from featherweight.ops import kernels, product
+from featherweight.ops import kernels
+from featherweight.ops.scratch import shared_scratch
 
 from devtools import ROOT
 from devtools.measure.bench import files, models, products
@@ -45,7 +46,7 @@ def main():
     left_out = set() if options.quick else LARGE
     cases = options.only or [name for name in CASES if name not in left_out and (options.peer or name != "peer")]
 
-    scratch = product.shared_scratch()  # held, as the layers of a model hold it
+    scratch = shared_scratch()  # held, as the layers of a model hold it
     kernels.PATIENCE[kernels.EXACT] = 60  # what is timed is the kernels, not what works until they are compiled
     figures = {"machine": machine()}
     print(figures["machine"])

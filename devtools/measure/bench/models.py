@@ -8,7 +8,7 @@ import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
-from featherweight.ops.linear import packed_operations
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import adopt
 from featherweight.ops.tensor import is_packed, packed_tensors
 

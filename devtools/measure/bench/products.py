@@ -5,6 +5,7 @@ import gguf
 import torch
 from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
+from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensors
 
 from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
@@ -88,6 +89,6 @@ def bench_lora(options):
         for title, (count, rank) in LORA_CASES.items():
             ranks = count * rank
             down, up = (torch.randn(shape, dtype=dtype, device=device()) for shape in ((ranks, columns), (rows, ranks)))
-            branch = down, [up], [0, rows, 0, ranks]
-            variants[title] = lambda input=input, branch=branch: product.linear(input, weight, bias, None, *branch)
+            branch = LowRank(down, (up,), (Slice(0, rows, 0, ranks),))
+            variants[title] = lambda input=input, branch=branch: product.linear(input, weight, bias, None, branch)
         yield f"{rows} x {columns}, {str(dtype).removeprefix('torch.')}, M = {tokens}", side_by_side(variants, options.rounds)

@@ -3,16 +3,10 @@ import json
 
 import pytest
 import torch
-<<<<<<< ours
 from devtools.files.bnb_files import write_bnb
-from featherweight.loaders.container import WeightFileError, open_weights
-from featherweight.loaders.diffusers_folder import ModelFolder, open_package
-=======
-from devtools.bnb_files import write_bnb
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import ModelFolder
->>>>>>> theirs
 from featherweight.ops.tensor import is_packed
 from safetensors.torch import load_file, save_file
 

@@ -12,16 +12,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-<<<<<<< ours
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container import CONTAINERS, PLAIN_DTYPES, WeightFile, WeightFileError, open_weights
-from featherweight.loaders.gguf import GGUFFile
-=======
-from devtools.gguf_files import write_gguf
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import CONTAINERS, PLAIN_DTYPES, WeightFile, WeightFileError
 from featherweight.loaders.files.gguf import GGUFFile
->>>>>>> theirs
 from featherweight.ops.format import GGML_FORMATS
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-<<<<<<< ours
 from devtools.files.bnb_files import quantised, write_bnb, write_bnb_int8
-from featherweight.loaders.container import CONTAINERS, WeightFileError, open_weights
-from featherweight.loaders.safetensors import SafetensorsFile
-=======
-from devtools.bnb_files import quantised, write_bnb, write_bnb_int8
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import CONTAINERS, WeightFileError
 from featherweight.loaders.files.safetensors import SafetensorsFile
->>>>>>> theirs
 from featherweight.ops.format import FORMATS
 from featherweight.ops.tensor import is_packed, packed_tensors
 from safetensors.torch import load_file, save_file

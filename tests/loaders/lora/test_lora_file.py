@@ -145,7 +145,7 @@ def test_the_sentence_names_families_and_widths(models):
     report = check_lora(models("Flux.2 dev"), None, lora_of(models, "Flux.2 Klein 4B"))
     assert report.verdict == ("This LoRA is made for Flux.2 Klein 4B (3072 wide); the model is Flux.2 dev (6144 wide):"
                               " it cannot be used.")
-    assert "shape 9216 x 3072 against 18432 x 6144" in report_text(report)
+    assert "it is made for a weight of 9216 x 3072, not of 18432 x 6144" in report_text(report)
     assert report_picture(report).std() > 0
 
 
@@ -245,7 +245,7 @@ def test_layers_that_are_damaged_are_named_and_the_others_apply(small_flux, tmp_
     report = check_lora(small_flux, None, tensors, metadata)
     assert report.fits == "partly" and report.matched == len(stems) - 3 and report.layers == len(stems) + 1
     assert "half a pair" in report.misfits[stems[0]] and "NaN" in report.misfits[stems[1]]
-    assert "against" in report.misfits[stems[2]] and report.misfits["lora_unet_nowhere"] == "missing in the model"
+    assert "made for a weight of" in report.misfits[stems[2]] and report.misfits["lora_unet_nowhere"] == "missing in the model"
     assert report.unread == ["stray"]
     patched, _ = apply_lora(small_flux, None, report, 1.0, 1.0)
     assert len(patched.patches) == report.matched and not small_flux.patches

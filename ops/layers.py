@@ -1,10 +1,5 @@
-"""The `operations` class handed to the host: the layers a model is built from when its weights are packed.
-
-Linear, Embedding, convolutions and experts hold packed weights. All other layers are the host's own.
-"""
+"""The layers that hold packed weights: Linear, Embedding, convolutions and experts."""
 import contextlib
-import itertools
-import types
 
 import comfy.float
 import comfy.ops
@@ -12,8 +7,10 @@ import torch
 
 from . import int8, product, rounding
 from .lora import LayerPatches
+from .low_rank import dense_linear
 from .packed import relabelled
-from .tensor import QuantizedTensor, detached, guarded, held_narrow, is_packed, part_of
+from .scratch import shared_scratch
+from .tensor import QuantizedTensor, detached, fitted, guarded, held_narrow, is_packed, part_of
 
 
 class PackedLayer:
@@ -32,7 +29,7 @@ class PackedLayer:
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
-        self._scratch = product.shared_scratch()
+        self._scratch = shared_scratch()
         self.lora = None  # the layer's own from the start: torch.compile would take its coming for a change of the layer
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -47,7 +44,7 @@ class PackedLayer:
                 value = torch.zeros((), dtype=param.dtype).expand(param.shape)  # takes no memory; whole encoders are missed
                 self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
                 continue
-            value = _fit_shape(value, param.shape)
+            value = fitted(value, param.shape)
             if value.shape != param.shape:
                 error_msgs.append(f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}.")
                 continue
@@ -120,22 +117,22 @@ class PackedLayer:
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-class _PackedLinear(PackedLayer):
+class PackedLinear(PackedLayer):
     has_branch = True
 
     def forward_comfy_cast_weights(self, input):
         weight, bias, offload_stream = self.cast_for(input)
-        down, ups, slices = (None, (), ()) if self.lora is None else self.lora.branch(input)
+        low_rank = None if self.lora is None else self.lora.branch(input)
         if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
             multiply = int8.linear if self.compute == "int8" else product.linear
-            out = multiply(input, weight, bias, self.value_dtype, down, ups, slices)
+            out = multiply(input, weight, bias, self.value_dtype, low_rank)
         else:
-            out = product.plus_branch(input, self.patched_weight(weight, input.dtype), bias, down, ups, slices)
+            out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return out
 
 
-class Linear(_PackedLinear, comfy.ops.manual_cast.Linear):
+class Linear(PackedLinear, comfy.ops.manual_cast.Linear):
     pass
 
 
@@ -165,13 +162,12 @@ class _PackedConv(PackedLayer):
         return self.groups == 1
 
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
-        lora = self.lora
-        if lora is None or lora.down is None:
-            return self._without_branch(input, weight, bias, *args, **kwargs)
-        down, ups, slices = lora.branch(input)
+        low_rank = None if self.lora is None else self.lora.branch(input)
         out = self._without_branch(input, weight, bias, *args, **kwargs)
-        hidden = super()._conv_forward(input, down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
-        for row, row_end, up, rank, rank_end in product.each_slice(ups, slices):
+        if low_rank is None:
+            return out
+        hidden = super()._conv_forward(input, low_rank.down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
+        for (row, row_end, rank, rank_end), up in low_rank.parts():
             change = torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
             out[:, row:row_end] = rounding.weak_sum(out[:, row:row_end], change)
         return out
@@ -237,147 +233,4 @@ class MoEExperts(PackedLayer, _Experts):
         return torch.nn.functional.linear(input, weight[expert], bias)
 
 
-class _MixedLayer:
-    """What layers share that are packed, or in one of the host's own quantised formats, as their part of the file says.
-
-    A mixin before a packed layer, which goes before its like of the host's `mixed_precision_ops`, whose methods load and save
-    the host's formats.
-    """
-
-    @property
-    def _host(self):
-        """The next method after those of the packed layers."""
-        return super(PackedLayer, self)
-
-    @property
-    def _is_the_hosts(self) -> bool:
-        return isinstance(self.weight, QuantizedTensor) and not is_packed(self.weight)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        if f"{prefix}comfy_quant" not in state_dict:
-            return super()._load_from_state_dict(state_dict, prefix, *args)
-        if self._parameters.get("bias") is not None:
-            self.bias = torch.nn.Parameter(torch.empty_like(self.bias, device="cpu"), requires_grad=False)
-        self._host._load_from_state_dict(state_dict, prefix, *args)
-
-    def state_dict(self, *args, **kwargs):
-        return torch.nn.Module.state_dict(self, *args, **kwargs)  # whole tensors, of which other models can make patches
-
-    def quantised_parts(self, prefix: str) -> dict[str, torch.Tensor]:
-        """What files keep of a weight in a format of the host: codes, scales and the name of the format."""
-        parts = self._host.state_dict(prefix=prefix)
-        parts.pop(f"{prefix}bias", None)
-        return parts
-
-
-class _MixedLinear(_MixedLayer, _PackedLinear):
-    """The products of the host's formats are the host's. Patches are ours in all: no weight is ever quantised again."""
-
-    def __init__(self, *args, dtype=None, **kwargs):
-        super().__init__(*args, dtype=dtype, **kwargs)
-        self.factory_kwargs = {"device": None, "dtype": dtype}  # for what the host loads, which is not on meta
-        shape = (self.out_features, self.in_features)
-        self.weight = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
-
-    def forward(self, input, *args, **kwargs):
-        in_float = self._full_precision_mm or (self.lora is not None and self.lora.weight_patches)
-        if not self._is_the_hosts or (in_float and not self.weight_function):
-            comfy.ops.run_every_op()
-            return super().forward_comfy_cast_weights(input)
-        out = self._host.forward(input, *args, **kwargs)
-        if self.lora is None:
-            return out
-        flat = input.reshape(-1, self.in_features)
-        return rounding.weak_sum(out, product.branch(flat, self.out_features, *self.lora.branch(input)).view(out.shape))
-
-    def forward_comfy_cast_weights(self, *args, **kwargs):
-        return self._host.forward_comfy_cast_weights(*args, **kwargs)  # the host's `forward` goes on here
-
-    def dense_weight(self, weight, dtype):
-        if is_packed(weight):
-            return super().dense_weight(weight, dtype)
-        return self._smoothed(relabelled(weight, dtype=dtype).dequantize())
-
-    def patched_weight(self, weight, dtype):
-        if self._is_the_hosts and not isinstance(weight, QuantizedTensor):  # so it comes in dynamic VRAM, on a CPU
-            weight = self._smoothed(weight)
-        return super().patched_weight(weight, dtype)
-
-    def _smoothed(self, dense: torch.Tensor) -> torch.Tensor:
-        """The weight for the input as it is. The host's own product takes the input times `pre_quant_scale`."""
-        scale = getattr(self, "pre_quant_scale", None)
-        return dense if scale is None else dense * scale.to(dense)
-
-
-class _MixedEmbedding(_MixedLayer, Embedding):
-    pass
-
-
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)
-
-
-def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
-                      mixed: bool = False, full_precision: bool = False, compute: str = "exact") -> type:
-    """The class for the host's `custom_operations`. The two dtypes and `compute` are those of `PackedLayer`.
-
-    mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose products are the host's.
-    full_precision: those do not quantise their inputs, as in the host's text encoders.
-    """
-    options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute}
-    base, layers = comfy.ops.manual_cast, list(PACKED_LAYERS)
-    if mixed:
-        quantised = types.SimpleNamespace(quant_config={"mixed_ops": True})
-        base = comfy.ops.pick_operations(None, None, model_config=quantised)  # knows what the device can compute in
-        base._full_precision_mm = full_precision
-        layers[:2] = (type("Linear", (_MixedLinear, base.Linear), {}), type("Embedding", (_MixedEmbedding, base.Embedding), {}))
-        layers.remove(MoEExperts)  # such a file has its experts in the host's format too
-    layers = {layer.__name__: type(layer.__name__, (layer,), options) for layer in layers}
-    return type("PackedOperations", (base,), layers)
-
-
-def bare_parameters_unpacked() -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model: what its modules own outside of our layers is unpacked on the way in.
-
-    Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model as plain tensors.
-    """
-    return before_each_loads(lambda name, module: not isinstance(module, PackedLayer), _unpack_own_parameters)
-
-
-@contextlib.contextmanager
-def before_each_loads(chosen, hook):
-    """While the host builds and loads a model: `hook` runs before a chosen module takes its part of the state dict.
-
-    chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix, ...): as torch calls what
-    `register_load_state_dict_pre_hook` is given.
-    """
-    hooks = []
-
-    def on_submodule(parent, name, module):
-        if module is not None and chosen(name, module):
-            hooks.append(module.register_load_state_dict_pre_hook(hook))
-
-    hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
-    try:
-        yield
-    finally:
-        for registered in hooks:
-            registered.remove()
-
-
-def _unpack_own_parameters(module, state_dict, prefix, *args):
-    for name, param in itertools.chain(module._parameters.items(), module._buffers.items()):
-        value = state_dict.get(prefix + name)
-        if value is None or param is None:
-            continue
-        if is_packed(value):
-            value = product.unpack(value, param.dtype)
-        state_dict[prefix + name] = _fit_shape(value, param.shape)
-
-
-def _fit_shape(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`value` with the dimensions of size 1 that files add or drop (pad tokens, 1x1 convolutions) as in `shape`."""
-    if value.shape == shape or [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
-        return value
-    if is_packed(value):
-        return relabelled(value, shape=shape)
-    return value.reshape(shape)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from comfy.ops import manual_cast
-from featherweight.ops import product
+from featherweight.ops import product, scratch
 from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.linear import bare_parameters_unpacked, packed_operations
+from featherweight.ops.load_hooks import bare_parameters_unpacked
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import is_packed, packed_tensor
 
 from devtools.files.gguf_files import pack
@@ -68,10 +69,10 @@ def test_value_dtype_rounds_unpacked_values_before_use():
 @pytest.mark.parametrize("bias", [True, False])
 def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
     layer, dense, bias_values = packed_linear("Q8_0", rows=70, bias=bias)
-    monkeypatch.setattr(product, "SCRATCH_BYTES", 16 * 512 * 4)
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 16 * 512 * 4)
     taken = []
-    take = product.Scratch.take
-    monkeypatch.setattr(product.Scratch, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
+    take = scratch.Scratch.take
+    monkeypatch.setattr(scratch.Scratch, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
     input = torch.randn(2, 3, 512)
     assert relative_error(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
     assert taken == [(16, 512)] * 4 + [(6, 512)]
@@ -79,23 +80,23 @@ def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
 
 def test_slices_end_between_blocks_where_blocks_cross_rows(monkeypatch):
     weight, dense = random_weight("Q4_K", (64, 320))
-    monkeypatch.setattr(product, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 1)
     input = torch.randn(4, 320)
     assert relative_error(product.linear(input, weight), torch.nn.functional.linear(input, dense)) < 1e-6
 
 
 def test_the_scratch_is_reused_and_freed_with_the_last_layer(monkeypatch):
-    monkeypatch.setattr(product, "_scratches", weakref.WeakValueDictionary())  # models of other tests may still live
+    monkeypatch.setattr(scratch, "_scratches", weakref.WeakValueDictionary())  # models of other tests may still live
     layer, *_ = packed_linear()
     with torch.no_grad():
         layer(torch.randn(1, 512))
         buffer = layer._scratch._buffer.data_ptr()
         layer(torch.randn(1, 512))
-    assert layer._scratch._buffer.data_ptr() == buffer and layer._scratch._buffer.nbytes <= product.SCRATCH_BYTES
+    assert layer._scratch._buffer.data_ptr() == buffer and layer._scratch._buffer.nbytes <= scratch.SCRATCH_BYTES
     assert packed_linear()[0]._scratch is layer._scratch
     del layer
     gc.collect()
-    assert not product._scratches
+    assert not scratch._scratches
 
 
 def test_gradients_flow_to_the_input():

@@ -1,0 +1,48 @@
+"""What runs in each module while the host builds a model and loads its state dict."""
+import contextlib
+import itertools
+
+import torch
+
+from . import product
+from .layers import PackedLayer
+from .tensor import fitted, is_packed
+
+
+def bare_parameters_unpacked() -> contextlib.AbstractContextManager:
+    """While the host builds and loads a model: what its modules own outside of our layers is unpacked on the way in.
+
+    Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model as plain tensors.
+    """
+    return before_each_loads(lambda name, module: not isinstance(module, PackedLayer), _unpack_own_parameters)
+
+
+@contextlib.contextmanager
+def before_each_loads(chosen, hook):
+    """While the host builds and loads a model: `hook` runs before a chosen module takes its part of the state dict.
+
+    chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix, ...): as torch calls what
+    `register_load_state_dict_pre_hook` is given.
+    """
+    hooks = []
+
+    def on_submodule(parent, name, module):
+        if module is not None and chosen(name, module):
+            hooks.append(module.register_load_state_dict_pre_hook(hook))
+
+    hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
+    try:
+        yield
+    finally:
+        for registered in hooks:
+            registered.remove()
+
+
+def _unpack_own_parameters(module, state_dict, prefix, *args):
+    for name, param in itertools.chain(module._parameters.items(), module._buffers.items()):
+        value = state_dict.get(prefix + name)
+        if value is None or param is None:
+            continue
+        if is_packed(value):
+            value = product.unpack(value, param.dtype)
+        state_dict[prefix + name] = fitted(value, param.shape)
