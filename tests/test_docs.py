@@ -38,6 +38,18 @@ def test_the_map_of_the_readme_is_that_of_the_tree():
     assert mapped <= {"__init__.py"} | names_in(".") | names_in("nodes") | names_in("loaders") | names_in("ops")
 
 
+def test_the_way_of_a_weight_names_what_is_there():
+    way = README.split("each room once:")[1].split("A new format")[0]
+    steps = re.findall(r"^\d\. ", way, re.M)
+    files = [word for word in re.findall(r"`([^`]+)`", way) if word.endswith(".py")]
+    assert 0 < len(steps) <= 12 and len(files) >= 10
+    for step in re.split(r"^\d\. ", way, flags=re.M)[1:]:
+        quoted = re.findall(r"`([^`]+)`", step)
+        sources = "".join((ROOT / word).read_text(encoding="utf-8") for word in quoted if word.endswith(".py"))
+        for name in (word for word in quoted if not word.endswith(".py")):
+            assert re.search(rf"^(def|class) {name}\b", sources, re.M), name
+
+
 def test_files_and_tests_that_the_recipes_name_are_there():
     quoted = " ".join(re.findall(r"`([^`]+)`", RECIPES)).split()
     paths = [word for word in quoted if re.fullmatch(r"[a-z]\w*/[\w/.]+", word)]

@@ -12,8 +12,10 @@ LAYERS = ("nodes", "loaders", "ops", "host_contract")  # each may import itself 
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 USES_HOST = {
     "__init__.py", "loaders/checkpoint.py", "loaders/diffusers_names.py", "loaders/diffusion.py", "loaders/folders.py",
-    "loaders/lora/check.py", "loaders/lora/file.py", "loaders/progress.py", "loaders/text_encoder.py", "loaders/vae.py",
-    "ops/linear.py", "ops/lora.py", "ops/patcher.py", "ops/tensor.py",
+    "loaders/handover.py", "loaders/lora/file.py", "loaders/lora/fit.py", "loaders/progress.py", "loaders/text_encoder.py",
+    "loaders/vae.py", "ops/adapters.py", "ops/host_formats.py", "ops/layers.py", "ops/lora.py", "ops/operations.py",
+    "ops/packed.py", "ops/patcher/__init__.py", "ops/patcher/applying.py", "ops/patcher/hooks.py", "ops/patcher/loading.py",
+    "ops/patcher/saving.py", "ops/product.py", "ops/tensor.py",
 }
 SOURCES = [*sorted(PACK.glob("*_*.py")), *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))]
 
@@ -60,6 +62,54 @@ def test_the_host_is_used_only_where_the_design_says(path):
     absolute, _ = imports(path)
     used = {name for name in absolute if name.split(".")[0] in HOST_MODULES}
     assert not used or where in USES_HOST or where.startswith("nodes/")
+
+
+def module_of(path) -> str:
+    return ".".join(path.relative_to(PACK).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path) -> set[str]:
+    """Modules of this pack that a file imports; `from . import name` is the module of that name where there is one."""
+    package, found = path.relative_to(PACK).parent.parts, set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[:len(package) + 1 - node.level], *filter(None, [node.module])])
+            modules = {f"{base}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= modules | ({base} & MODULES.keys() if len(modules) < len(node.names) else set())
+    return found - {module_of(path)}
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def circle(imported: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last the first; none where there is no such circle."""
+    done = set()
+
+    def walk(module, way):
+        if module in way:
+            return way[way.index(module):]
+        if module not in done:
+            found = next(filter(None, (walk(other, [*way, module]) for other in sorted(imported.get(module, ())))), [])
+            done.add(module)
+            return found
+        return []
+
+    return next(filter(None, (walk(module, []) for module in sorted(imported))), [])
+
+
+def test_no_files_import_each_other_in_a_circle():
+    imported = {module: imported_modules(path) for module, path in MODULES.items()}
+    assert len(imported) > 80 and sum(map(len, imported.values())) > 150
+    assert circle(imported) == []
+    imported["ops.format"] = {"ops.layers"}
+    assert "ops.format" in circle(imported)
+
+
+@each_source()
+def test_a_long_file_says_why(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 300 or "Longer than the other files" in (ast.get_docstring(ast.parse(text)) or "")
 
 
 @each_source()
