@@ -1,7 +1,9 @@
 """What this pack relies on of ComfyUI: one list of names and parameters, held against the ComfyUI that runs.
 
 The look at them takes milliseconds and imports nothing: what the host has not imported yet is only looked for as a file. Where
-something is missing, this pack's own source tells which nodes need it. Standard library only. Longer than the other files: most of it is the list.
+something is missing, this pack's own source tells which nodes need it. Standard library only.
+
+Longer than the other files: most of it is the list.
 """
 import ast
 import functools
