@@ -33,7 +33,7 @@ import torch  # noqa: E402
 
 _pack = types.ModuleType("featherweight")
 _pack.__path__ = [str(PACK)]
-sys.modules["featherweight"] = _pack
+sys.modules.setdefault("featherweight", _pack)  # tests of child processes import this file once more
 
 
 def pytest_configure():
