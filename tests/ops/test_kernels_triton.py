@@ -322,7 +322,7 @@ def test_compiles_for(target, name, monkeypatch, tmp_path):
     assert fused.search(results["_vector"].asm[assembly])
 
 
-@pytest.mark.heavy
+@runs_kernels
 @pytest.mark.parametrize("tokens", [4, 16])
 def test_a_weak_lora_arrives(tokens):
     assert_a_weak_lora_arrives(tokens)
