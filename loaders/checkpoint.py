@@ -18,7 +18,7 @@ from .model_names import in_the_hosts_names
 from .progress import Progress
 from .recipe import Recipe, loads
 from .text_encoder import load_text_encoder
-from .vae import held_narrow
+from .vae import narrowed
 
 MODEL, CLIP, VAE = (f"{part} of a checkpoint" for part in ("diffusion model", "text encoder", "VAE"))
 
@@ -101,7 +101,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
         clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
     if outputs["output_vae"]:
         with bare_parameters_unpacked():
-            vae = (held_narrow(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict())) if "vae" in folders
+            vae = (narrowed(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict())) if "vae" in folders
                    else _no_vae())
     return model, clip, vae
 
@@ -157,4 +157,4 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
         take_back(model, file, compute)
     if clip is not None:
         adopt(clip.patcher)
-    return model, clip, vae and held_narrow(vae)
+    return model, clip, vae and narrowed(vae)

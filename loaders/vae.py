@@ -14,7 +14,7 @@ NARROW = (torch.float16, torch.bfloat16)
 KINDS = (AutoencodingEngine, TAESD, WanVAE)
 
 
-def held_narrow(vae: comfy.sd.VAE) -> comfy.sd.VAE:
+def narrowed(vae: comfy.sd.VAE) -> comfy.sd.VAE:
     """Hold in 16 bits each float32 weight of a loaded VAE whose values have no more; it computes what it did. Returns `vae`."""
     model = vae.first_stage_model
     if not isinstance(model, KINDS) or vae.patcher.is_dynamic():

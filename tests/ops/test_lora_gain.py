@@ -108,6 +108,19 @@ def assert_layer_at_full_strength(layer, value, rows: int, dtype, norms=NORMS, o
     assert_full_strength(run, inputs, weight_change, norms, base)
 
 
+def assert_plain_lora_at_full_strength(dense: torch.Tensor, rows: int, run):
+    """run(patches, input) -> output of a layer of these values that runs `patches`."""
+    value = plain_lora(*dense.shape)
+    change = value.weights[0] @ value.weights[1]
+
+    def at_strength(input, strength):
+        return run(build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype), input)
+
+    inputs = [torch.randn(rows, dense.shape[1], dtype=torch.bfloat16)]
+    base = (dense.norm() / change.norm()).item()
+    assert_full_strength(at_strength, inputs, lambda strength: strength * change, WEAK, base)
+
+
 # --- rows, dtypes, formats ---
 
 
@@ -140,17 +153,13 @@ def test_on_layers_in_the_hosts_own_formats(format_name):
     parts, dense = in_host_format("weight", torch.randn(rows, columns) / 16, format_name)
     layer = packed_operations(mixed=True).Linear(columns, rows, dtype=torch.bfloat16)
     layer.load_state_dict(parts | {"bias": torch.randn(rows, dtype=torch.bfloat16)})
-    value, base = plain_lora(rows, columns), None
-    change = value.weights[0] @ value.weights[1]
-    base = (dense.norm() / change.norm()).item()
 
-    def run(input, strength):
-        layer.lora = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+    def run(patches, input):
+        layer.lora = patches
         with torch.no_grad():
             return layer(input)
 
-    inputs = [torch.randn(4096, columns, dtype=torch.bfloat16)]
-    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, base)
+    assert_plain_lora_at_full_strength(dense, 4096, run)
 
 
 # --- several at once ---
@@ -284,46 +293,36 @@ def test_under_torch_compile():
     layer = layer_of(random_weight("Q8_0", (2048, 256)), torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    value, dense = plain_lora(2048, 256), values_of(layer.weight)
-    change = value.weights[0] @ value.weights[1]
 
-    def run(input, strength):
-        layer.lora = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+    def run(patches, input):
+        layer.lora = patches
         with torch.no_grad():
             return compiled(input)
 
-    inputs = [torch.randn(4096, 256, dtype=torch.bfloat16)]
-    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+    assert_plain_lora_at_full_strength(values_of(layer.weight), 4096, run)
     torch._dynamo.reset()
 
 
 def test_where_gradients_are_asked_for():
     layer = layer_of(random_weight("Q8_0", (2048, 256)), torch.bfloat16)
-    value, dense = plain_lora(2048, 256), values_of(layer.weight)
-    change = value.weights[0] @ value.weights[1]
 
-    def run(input, strength):
-        layer.lora = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+    def run(patches, input):
+        layer.lora = patches
         return layer(input.clone().requires_grad_()).detach()
 
-    inputs = [torch.randn(4096, 256, dtype=torch.bfloat16)]
-    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+    assert_plain_lora_at_full_strength(values_of(layer.weight), 4096, run)
 
 
 def test_before_functions_that_wrap_the_weight():
     """The host hands such a function the weight in the dtype of the input, rounded already."""
     layer = layer_of(random_weight("Q8_0", (4096, 1024)), torch.bfloat16)
-    value, dense = plain_lora(4096, 1024), values_of(layer.weight)
-    change = value.weights[0] @ value.weights[1]
 
-    def run(input, strength):
-        patches = build_patches("w", [(strength, value, 1.0, None, None)], dense.shape, CPU, input.dtype)
+    def run(patches, input):
         layer.weight_function = [patches, lambda weight: weight]
         with torch.no_grad():
             return layer(input)
 
-    inputs = [torch.randn(2048, 1024, dtype=torch.bfloat16)]
-    assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense.norm() / change.norm()).item())
+    assert_plain_lora_at_full_strength(values_of(layer.weight), 2048, run)
 
 
 @pytest.mark.parametrize("format_name", ["MXFP4", "BF16"])
