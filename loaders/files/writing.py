@@ -1,0 +1,148 @@
+"""Files that appear under their name whole, or not at all: what every writer of this folder stands on.
+
+The bytes go to `NAME.PID.part` in the same folder and get their name when all of them are on the disk. Whatever ends a writer
+in between (an error, a cancel, a full disk) takes the temporary file with it. A killed process leaves it, and the next writer
+into that folder removes it: its lock is gone.
+"""
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not remove a file that is open
+    fcntl = None
+
+SPARE = 64 << 20  # bytes left free on the disk, for all else that is being written
+PART = re.compile(r".+\.\w+\.\d+\.part")
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+class WriteError(ValueError):
+    """A file that cannot be written. The message names the file, what is in the way and what to do."""
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """An open file, unbuffered, that becomes `path` when the block ends well.
+
+    nbytes: what the file will take at most; that much is set aside now, so that a full disk is an error before the work. The
+    file ends where it was written last. Raises WriteError where that cannot be, and for a `path` that exists, unless `overwrite`.
+    """
+    path = Path(path)
+    check_writable(path, nbytes, overwrite)
+    _remove_stale_parts(path.parent)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with _told(path):
+        file = open(part, "xb", buffering=0)  # noqa: SIM115  closed before it gets its name
+    try:
+        with _told(path):
+            _lock(file)
+            _set_aside(file, nbytes)
+        yield _Told(file, path)
+        with _told(path):
+            file.truncate(max(file.tell(), 0))
+            os.fsync(file.fileno())
+            file.close()
+            if not overwrite and path.exists():
+                raise WriteError(f"{path} has come to be while it was written here, and stays as it is. Pick another name.")
+            os.replace(part, path)
+    except BaseException:
+        file.close()
+        part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False):
+    """Raise WriteError where a file of `nbytes` could not be written at `path`: before any work is done for it."""
+    path = Path(path)
+    if path.is_dir():
+        raise WriteError(f"{path} is a folder. Give the name of a file.")
+    if path.exists() and not overwrite:
+        raise WriteError(f"{path} exists. Pick another name, or ask for it to be overwritten.")
+    if not path.parent.is_dir():
+        raise WriteError(f"The folder {path.parent} does not exist. Make it, or pick another one.")
+    if not os.access(path.parent, os.W_OK):
+        raise WriteError(f"The folder {path.parent} may not be written to by this user. Pick another one, or change its"
+                         " permissions.")
+    free = shutil.disk_usage(path.parent).free
+    if free < nbytes + SPARE:
+        raise WriteError(f"{path.name} takes {nbytes / 1e9:.2f} GB, the drive of {path.parent} has {free / 1e9:.2f} GB free."
+                         " Make room, or pick a folder on another drive or a smaller type.")
+
+
+class _Told:
+    """A file whose errors say in a sentence what happened to which file."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self._path = file, path
+
+    def write(self, data) -> int:
+        """All of `data`, a buffer of bytes. Returns its length."""
+        left = memoryview(data).cast("B")
+        length = len(left)
+        with _told(self._path):
+            while left:
+                left = left[self._file.write(left):]  # the system takes at most 2 GB at a time
+        return length
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+@contextlib.contextmanager
+def _told(path: Path):
+    """Errors of the system inside this block as a WriteError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        advice = "Make room, or pick another drive" if error.errno in FULL else "Check the drive and its permissions"
+        raise WriteError(f"{path} cannot be written ({error.strerror}). {advice}; nothing is left of it.") from error
+
+
+def _lock(file: BinaryIO):
+    """Hold the file for as long as this process lives. Where a drive knows no locks, it is only never found stale."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _set_aside(file: BinaryIO, nbytes: int):
+    if not hasattr(os, "posix_fallocate") or not nbytes:
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError as error:
+        if error.errno in FULL:
+            raise  # other drives do not know how
+
+
+def _remove_stale_parts(folder: Path):
+    """Remove what killed writers have left in a folder: parts that nobody holds."""
+    for part in folder.glob("*.part"):
+        if PART.fullmatch(part.name):
+            with contextlib.suppress(OSError):  # held, or gone already
+                if fcntl is not None:
+                    with open(part, "rb") as file:
+                        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+
+
+def _sync_folder(folder: Path):
+    """Let the new name be on the disk too."""
+    if hasattr(os, "O_DIRECTORY"):
+        with contextlib.suppress(OSError):  # some drives cannot
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,135 @@
+"""A file that is written is there whole, or not at all, whatever ends its writer."""
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from featherweight.loaders.files import writing
+from featherweight.loaders.files.writing import WriteError, new_file
+
+TESTS = Path(__file__).resolve().parents[2]
+
+
+def left_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def in_a_child(code: str, *arguments) -> subprocess.Popen:
+    """A process that runs `code` with `new_file` at hand."""
+    start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); sys.path.insert(0, {str(TESTS.parent)!r}); import conftest\n"
+    imports = "from featherweight.loaders.files.writing import WriteError, new_file\n"
+    return subprocess.Popen([sys.executable, "-c", start + imports + textwrap.dedent(code), *map(str, arguments)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_file_gets_its_name_when_it_is_whole_and_ends_where_it_was_written_last(tmp_path):
+    path = tmp_path / "model.gguf"
+    with new_file(path, 1000) as file:
+        assert left_in(tmp_path) == [f"model.gguf.{os.getpid()}.part"]
+        file.write(b"0123456789")
+        file.seek(2)
+        file.write(b"xy")
+        file.seek(8)
+    assert left_in(tmp_path) == ["model.gguf"]
+    assert path.read_bytes() == b"01xy4567"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_whatever_ends_a_writer_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), new_file(tmp_path / "model.gguf", 1000) as file:
+        file.write(b"half")
+        raise error
+    assert left_in(tmp_path) == []
+
+
+def test_a_name_that_exists_is_overwritten_only_when_asked(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"old")
+    with pytest.raises(WriteError, match="exists"), new_file(path, 10):
+        raise AssertionError("the work began")
+    with pytest.raises(RuntimeError), new_file(path, 10, overwrite=True) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    with new_file(path, 10, overwrite=True) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert left_in(tmp_path) == ["model.gguf"]
+
+
+def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(WriteError, match="has come to be"), new_file(path, 10) as file:
+        file.write(b"new")
+        path.write_bytes(b"somebody else's")
+    assert path.read_bytes() == b"somebody else's"
+    assert left_in(tmp_path) == ["model.gguf"]
+
+
+def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
+    usage = writing.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=5_000_000_000))
+    with pytest.raises(WriteError, match="takes 6.00 GB.* has 5.00 GB free"), new_file(tmp_path / "model.gguf", 6_000_000_000):
+        raise AssertionError("the work began")
+    assert left_in(tmp_path) == []
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing.os, "access", lambda path, mode: False)  # whoever runs as root may write everywhere
+    with pytest.raises(WriteError, match="may not be written to"), new_file(tmp_path / "model.gguf", 10):
+        raise AssertionError("the work began")
+    with pytest.raises(WriteError, match="does not exist"), new_file(tmp_path / "no" / "model.gguf", 10):
+        raise AssertionError("the work began")
+    with pytest.raises(WriteError, match="is a folder"), new_file(tmp_path, 10):
+        raise AssertionError("the work began")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of POSIX")
+@pytest.mark.parametrize("set_aside", [True, False])
+def test_a_drive_that_gets_full_in_the_midst_leaves_nothing(tmp_path, set_aside):
+    child = in_a_child("""
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        try:
+            with new_file(sys.argv[1], int(sys.argv[2])) as file:
+                for _ in range(8):
+                    file.write(bytes(1 << 18))
+                print("wrote all of it")
+        except WriteError as error:
+            print(error)
+    """, tmp_path / "model.gguf", (2 << 20) * set_aside)
+    said, problems = child.communicate(timeout=60)
+    assert "cannot be written" in said and "nothing is left of it" in said, said + problems
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_file_is_not(tmp_path):
+    code = """
+        with new_file(sys.argv[1], 1000) as file:
+            file.write(b"half")
+            print("writing", flush=True)
+            sys.stdin.read() if sys.stdin else None
+            import time; time.sleep(60)
+    """
+    killed, alive = (in_a_child(code, tmp_path / f"{name}.gguf") for name in ("killed", "alive"))
+    try:
+        for child in (killed, alive):
+            assert child.stdout.readline() == "writing\n", child.stderr.read()
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(timeout=60)
+        time.sleep(0.1)
+        (tmp_path / "notes.part").write_text("not ours")
+        with new_file(tmp_path / "next.gguf", 10) as file:
+            file.write(b"next")
+        assert left_in(tmp_path) == [f"alive.gguf.{alive.pid}.part", "next.gguf", "notes.part"]
+    finally:
+        for child in (killed, alive):
+            child.kill()
+            child.wait()
+            child.stdout.close()
+            child.stderr.close()
