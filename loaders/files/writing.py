@@ -31,8 +31,8 @@ class WriteError(ValueError):
 def new_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> Iterator[BinaryIO]:
     """An open file, unbuffered, that becomes `path` when the block ends well.
 
-    nbytes: what the file will take at most; that much is set aside now, so that a full disk is an error before the work. The
-    file ends where it was written last. Raises WriteError where that cannot be, and for a `path` that exists, unless `overwrite`.
+    nbytes: what the file will take at most; as much is set aside now, so that a full disk is an error before the work. The file
+    ends where it was written last. Raises WriteError where that cannot be, and for a `path` that exists, unless `overwrite`.
     """
     path = Path(path)
     check_writable(path, nbytes, overwrite)
