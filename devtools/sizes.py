@@ -6,14 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 
-from featherweight.ops import formats  # noqa: F401  registers every format
+from featherweight.loaders.packing.rules import FALLBACKS
 from featherweight.ops.format import FORMATS
 
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
 COLUMNS = (*DENSE, *PACKED)
-# What llama.cpp takes instead where blocks of 256 do not divide a row, and then where blocks of 32 do not.
-FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
 RANK = 32  # of the LoRA whose size is counted
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -1,0 +1,1 @@
+"""Making packed models: what must stay exact, which type each tensor takes, and the writing of them."""

@@ -1,0 +1,170 @@
+"""A plan: which type each tensor of a model takes, for one type or for a size, with the text that people are shown."""
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .mix import best_mix
+from .rules import HALVES, Family, Shapes, fits, fitting, nbytes_of
+
+# What a plan for a size chooses among, and what it loses, in dB of the weights' power over the error's: means over the
+# matrices of the demo's model, Q8_0 and the types in blocks of 32 over normally distributed weights.
+LOSSES = {"Q2_K": 11.7, "Q3_K": 16.8, "IQ4_NL": 22.3, "IQ4_XS": 22.5, "Q4_K": 23.1, "Q5_0": 27.4, "Q5_1": 28.2, "Q5_K": 29.4,
+          "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0}
+TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+IN_BLOCKS_OF_32 = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # for rows that 256 does not divide
+# Matrices that see one vector an image, not one a token.
+MODULATION = re.compile(r"(_mod|\.mod|modulation\w*)\.(lin|\d+|linear)\.|adaLN_modulation|adaln_modulation|\.modulation\.")
+
+
+class PlanError(ValueError):
+    """What was asked for cannot be planned. The message says what the least or the choice is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """types: name -> a key of `FORMATS` or "F32", for every tensor of the model, in the order of the model."""
+
+    types: dict[str, str]
+
+    def nbytes(self, shapes: Shapes) -> int:
+        """Bytes of all tensors together, without header and padding."""
+        return sum(nbytes_of(kind, shapes[name]) for name, kind in self.types.items())
+
+    @property
+    def main_type(self) -> str:
+        """The packed type that most tensors have, or the plain one where none is packed."""
+        packed = Counter(kind for kind in self.types.values() if kind not in ("F32", *HALVES))
+        return (packed or Counter(self.types.values())).most_common(1)[0][0]
+
+    def text(self, shapes: Shapes) -> str:
+        """A table for people: type, tensors, bytes and their share, the type with the most bytes first."""
+        counts, sizes = Counter(self.types.values()), Counter()
+        for name, kind in self.types.items():
+            sizes[kind] += nbytes_of(kind, shapes[name])
+        total = sizes.total()
+        lines = [f"{'type':<8}{'tensors':>8}{'size':>12}{'share':>8}"]
+        lines += [f"{kind:<8}{counts[kind]:>8}{size_text(size):>12}{size / max(1, total):>8.1%}"
+                  for kind, size in sizes.most_common()]
+        return "\n".join([*lines, f"{'all':<8}{counts.total():>8}{size_text(total):>12}"])
+
+    def json(self) -> str:
+        """The plan for a file's metadata: {"types": {type: [names]}}."""
+        names = {}
+        for name, kind in self.types.items():
+            names.setdefault(kind, []).append(name)
+        return json.dumps({"types": names})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Raises PlanError for a text that is none."""
+        try:
+            return cls({str(name): str(kind) for kind, names in json.loads(text)["types"].items() for name in names})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError("The text is no plan of types for a model's tensors.") from error
+
+
+def size_text(size: float) -> str:
+    """A size as people read it: GB of 10^9 bytes, MB of 10^6."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def candidates(shape: tuple[int, ...], half: str = "BF16") -> tuple[str, ...]:
+    """The types a plan for a size chooses among for a matrix: those whose blocks divide its rows, smallest first."""
+    packed = [kind for kind in TYPES if fits(kind, shape)]
+    if len(packed) < len(TYPES):
+        packed = [kind for kind in IN_BLOCKS_OF_32 if fits(kind, shape)]
+    return (*packed, half)
+
+
+def plan_for_type(shapes: Shapes, type_name: str, family: Family, half: str | Mapping[str, str] = "BF16") -> Plan:
+    """Every matrix that may be packed in one type, or in the type that takes its place where its blocks do not divide.
+
+    shapes: name -> logical shape, in the host's names without prefix. half: the 16-bit type of what stays, for all or by name.
+    NF4 and FP4 leave lookup tables exact, as Forge's files do.
+    """
+    with_tables = type_name not in ("NF4", "FP4")
+    return Plan({name: fitting(type_name, shape, _half(half, name)) if family.may_be_packed(name, shape, with_tables)
+                 else family.exact_type(name, shape, _half(half, name)) for name, shape in shapes.items()})
+
+
+def plan_for_size(shapes: Shapes, nbytes: int, family: Family, costs: Mapping[str, Mapping[str, float]] | None = None,
+                  half: str | Mapping[str, str] = "BF16") -> Plan:
+    """The best types of which all tensors together take at most `nbytes`.
+
+    costs: name -> type -> how much the tensor in that type moves the output, as power, from a measurement; types that were
+    not measured follow from those that were. Without it: by rule (`expected_costs`). Raises PlanError below the least.
+    """
+    fixed = {name: family.exact_type(name, shape, _half(half, name)) for name, shape in shapes.items()
+             if not family.may_be_packed(name, shape)}
+    budget = nbytes - Plan(fixed).nbytes(shapes)
+    options = {name: candidates(shape, _half(half, name)) for name, shape in shapes.items() if name not in fixed}
+    expected = expected_costs({name: shapes[name] for name in options})
+    costs_of = _measured_costs(options, costs, expected) if costs else {
+        name: {kind: expected[name] * relative_loss(kind) for kind in kinds} for name, kinds in options.items()}
+    sizes = {name: {kind: nbytes_of(kind, shapes[name]) for kind in kinds} for name, kinds in options.items()}
+    least = sum(min(of_types.values()) for of_types in sizes.values())
+    if budget < least:
+        least += nbytes - budget
+        unit = 10 ** 7 if least >= 10 ** 9 else 10 ** 4  # the last digit that is shown, rounded up, so that it can be asked for
+        raise PlanError(f"A size of {size_text(nbytes)} is too small for this model: with the smallest type wherever one may be"
+                        f" packed it takes {size_text(-(-least // unit) * unit)}. Ask for that much or more.")
+    chosen = best_mix(costs_of, sizes, budget)
+    return Plan({name: fixed.get(name) or chosen[name] for name in shapes})
+
+
+def least_bytes(shapes: Shapes, family: Family) -> int:
+    """Bytes of all tensors with the smallest type wherever one may be packed."""
+    return sum(nbytes_of(candidates(shape)[0] if family.may_be_packed(name, shape) else
+                         family.exact_type(name, shape, "BF16"), shape) for name, shape in shapes.items())
+
+
+def relative_loss(type_name: str) -> float:
+    """Power of a type's error over that of the weights."""
+    return 10 ** (-LOSSES[type_name] / 10)
+
+
+def expected_costs(shapes: Shapes) -> dict[str, float]:
+    """What one unit of each matrix's relative error is expected to cost, where nothing was measured.
+
+    A larger matrix is held to matter more, but by the root of its size: each layer's relative error goes on to the next,
+    however large the layer is. First and last blocks matter up to half as much again as those in the middle, and matrices
+    that see one vector an image half as much as others.
+    """
+    numbers = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in shapes}
+    last = {}
+    for found in filter(None, numbers.values()):
+        last[found[1]] = max(last.get(found[1], 0), int(found[2]))
+    costs = {}
+    for name, shape in shapes.items():
+        found = numbers[name]
+        place = int(found[2]) / last[found[1]] if found and last[found[1]] else 0.5
+        at_the_end = 1 + 0.5 * abs(2 * place - 1) ** 2
+        costs[name] = math.sqrt(math.prod(shape)) * at_the_end * (0.5 if MODULATION.search(name) else 1)
+    return costs
+
+
+def _measured_costs(options: Mapping[str, tuple[str, ...]], costs: Mapping[str, Mapping[str, float]],
+                    expected: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Costs of every type a tensor may take. A larger type is always a little cheaper, whatever the measurement's noise."""
+    known = {name: {kind: cost for kind, cost in costs.get(name, {}).items() if kind in LOSSES and math.isfinite(cost)}
+             for name in options}
+    # How much a unit of relative error costs: of tensors without a measurement as much as the median of the others says.
+    ratios = sorted(cost / relative_loss(kind) / expected[name]
+                    for name, found in known.items() for kind, cost in found.items())
+    usual = ratios[len(ratios) // 2] if ratios else 1.0
+    complete = {}
+    for name, kinds in options.items():
+        complete[name], before = {}, math.inf
+        for kind in kinds:
+            nearest = min(known[name], key=lambda other: abs(LOSSES[other] - LOSSES[kind]), default=None)
+            unit = known[name][nearest] / relative_loss(nearest) if nearest else usual * expected[name]
+            before = min(max(0.0, unit) * relative_loss(kind), before * (1 - 1e-3))
+            complete[name][kind] = before
+    return complete
+
+
+def _half(half: str | Mapping[str, str], name: str) -> str:
+    return half if isinstance(half, str) else half.get(name, "BF16")

@@ -1,0 +1,131 @@
+"""Which tensors of a model may be packed, told by names and shapes, and which types fit their rows.
+
+The lists of what stays are those of the converters of the field (ComfyUI-GGUF's `tools/convert.py` and `lcpp.patch`), so that
+files made here hold the same parts exact: what maps a model's inputs and outputs, its tables, and what is small.
+"""
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ...ops import formats  # noqa: F401  registers the packed formats
+from ...ops.format import FORMATS
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# What llama.cpp takes instead where blocks of 256 do not divide a row (`llama-quant.cpp`, tensor_type_fallback).
+FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"}
+HALVES = ("F16", "BF16")
+PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+SMALL = 1024  # values; a tensor of no more gains nothing from being packed
+NUMBERED = re.compile(r"(^|\.)\d+\.")
+# Tables and gates that are added to or multiplied with a stream: float32 in the files of the field, whatever their shape.
+PRECISE = re.compile(r"(^|\.)(modulation|scale_shift_table|emb_pos|ff_i\.gate\.weight)$")
+# Of a model that no family here knows: what stands before, between and behind its blocks.
+OUTER = r"embed|^\w*_in\.|^proj_(in|out)\.|^final|^head\.|^adaln_single\.|relative_attention_bias"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose tensors have the same names.
+
+    architecture: `general.architecture` of a GGUF file, as ComfyUI-GGUF and stable-diffusion.cpp know it; "" where they know
+    none. sign: matches a name that only this family has, in the names of the host without prefix. exact: matches the start or
+    middle of names that are never packed. convolutions: the type of weights of three and more dimensions, None for the one
+    that the source has. embedding: matches lookup tables that may be packed; None where there are none.
+    """
+
+    name: str
+    architecture: str
+    sign: str
+    exact: str
+    convolutions: str | None = None
+    embedding: str | None = None
+
+    def may_be_packed(self, name: str, shape: tuple[int, ...], embeddings: bool = True) -> bool:
+        """Whether a tensor is one of the block matrices, or a lookup table that may be packed."""
+        if len(shape) != 2 or math.prod(shape) <= SMALL or name.endswith("bias") or PRECISE.search(name):
+            return False
+        if self.embedding and re.search(self.embedding, name):
+            return embeddings
+        return bool(NUMBERED.search(name)) and not re.search(self.exact, name)
+
+    def exact_type(self, name: str, shape: tuple[int, ...], half: str) -> str:
+        """"F32", "F16" or "BF16" for a tensor that is not packed. half: the 16-bit type of the source."""
+        if len(shape) < 2 or math.prod(shape) <= SMALL or PRECISE.search(name):
+            return "F32"
+        return (self.convolutions if len(shape) > 2 else None) or half
+
+
+FAMILIES = (
+    Family("flux2", "flux", r"^double_stream_modulation_img\.", r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
+    Family("chroma", "flux", r"^distilled_guidance_layer\.",
+           r"^(txt|img)_in(_patch)?\.|^final_layer\.|^distilled_guidance_layer\.|^nerf_"),
+    Family("hyvid", "hyvid", r"^txt_in\.individual_token_refiner\.",
+           r"^(txt|img|time|time_r|vector|guidance|byt5|vision)_in\.|^final_layer\.|^cond_type_embedding"),
+    Family("flux", "flux", r"^double_blocks\.\d+\.img_attn\.norm\.key_norm\.",
+           r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
+    Family("sd3", "sd3", r"^joint_blocks\.\d+\.context_block\.",
+           r"^final_layer\.|time_text_embed|^(context|t|y|x)_embedder\.|^proj_out\.|^pos_embed|^context_processor\."),
+    Family("sdxl", "sdxl", r"^label_emb\.",
+           r"^(class|time|add)_embedding\.|^time_embed\.|^label_emb\.|^conv_(in|out)\.|^input_blocks\.0\.0\.|^out\.", "F16"),
+    Family("sd1", "sd1", r"^input_blocks\.0\.0\.weight$",
+           r"^(class|time|add)_embedding\.|^time_embed\.|^label_emb\.|^conv_(in|out)\.|^input_blocks\.0\.0\.|^out\.", "F16"),
+    Family("wan", "wan", r"^head\.modulation$",
+           r"modulation$|^patch_embedding|^(text|time)_(embedding|projection)\.|^img_emb\.|^head\."),
+    Family("ltxv", "ltxv", r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$",
+           r"adaln_single\.|caption_projection\.|patchify_proj\.|proj_out\.|scale_shift_table|embeddings_connector\."),
+    Family("lumina2", "lumina2", r"^cap_embedder\.1\.weight$",
+           r"^(t|x|cap|siglip)_embedder\.|^final_layer\.|^(context|noise|siglip)_refiner\."),
+    Family("hidream", "hidream", r"^caption_projection\.0\.linear\.weight$",
+           r"^(p|t|x)_embedder\.|^final_layer\.|ff_i\.gate\.|^caption_projection\."),
+    Family("qwen_image", "qwen_image", r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
+           r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\."),
+    Family("aura", "aura", r"^double_layers\.0\.attn\.w1q\.weight$",
+           r"^(t_embedder|init_x_linear|cond_seq_linear|modF|final_linear)\b|^positional_encoding|^register_tokens"),
+    Family("cosmos", "cosmos", r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
+           r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\."),
+    Family("text encoder", "",
+           r"^(encoder\.block\.0\.layer\.0\.|((text_)?model\.)?(language_model\.|encoder\.)?layers\.\d+\.(self_attn|attn)\.|"
+           r"encoder\.layer\.0\.attention\.)|(^|\.)text_model\.embeddings\.token_embedding\.",
+           r"relative_attention_bias|position_embedding|^text_projection|^(model\.)?visual\.|vision|multi_modal|token_type",
+           embedding=r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"),
+)
+GENERAL = Family("general", "", "", OUTER)
+
+
+def family_of(shapes: Shapes) -> Family:
+    """The family of a model by the names of its tensors, which are the host's without prefix; GENERAL for an unknown one."""
+    return next((family for family in FAMILIES if any(re.search(family.sign, name) for name in shapes)), GENERAL)
+
+
+def half_type(dtype: torch.dtype) -> str:
+    """The 16-bit type that a tensor of `dtype` is kept in: F16 for float16, else BF16, which has the range of them all."""
+    return "F16" if dtype == torch.float16 else "BF16"
+
+
+def fits(type_name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the blocks of a type divide the rows of a tensor. Scales apart, and blocks, run on over the rows."""
+    if type_name in PLAIN_BYTES:
+        return True
+    packed = FORMATS[type_name]
+    return packed.scales_apart or shape[-1] % packed.block_length == 0
+
+
+def fitting(type_name: str, shape: tuple[int, ...], half: str = "F16") -> str:
+    """`type_name`, or what takes its place where its blocks do not divide the rows: ggml's next type, then 16 bits."""
+    return next((name for name in (type_name, FALLBACKS.get(type_name)) if name and fits(name, shape)), half)
+
+
+def nbytes_of(type_name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a type: its blocks, and float32 scales where they are apart."""
+    values = math.prod(shape)
+    if type_name in PLAIN_BYTES:
+        return values * PLAIN_BYTES[type_name]
+    packed = FORMATS[type_name]
+    blocks = -(-values // packed.block_length)
+    if packed.scales_apart:
+        return -(-values * packed.block_bytes // packed.block_length) + 4 * blocks
+    return blocks * packed.block_bytes

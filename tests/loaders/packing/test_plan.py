@@ -1,0 +1,178 @@
+"""Plans: types for one type or a size, never above it, and what people are shown."""
+import itertools
+import json
+import random
+import re
+
+import gguf
+import pytest
+from featherweight.loaders.packing.mix import best_mix
+from featherweight.loaders.packing.plan import (
+    LOSSES, Plan, PlanError, candidates, least_bytes, plan_for_size, plan_for_type, relative_loss,
+)
+from featherweight.loaders.packing.rules import family_of, nbytes_of
+
+from devtools.measure.model_sizes import MODELS
+
+
+def random_case(seed, tensors=5, sizes_up_to=300):
+    """costs, sizes: as a real model's, larger types being cheaper, in a random measure."""
+    rng = random.Random(seed)
+    costs, sizes = {}, {}
+    for index in range(tensors):
+        kinds = "abcd"[:rng.randint(1, 4)]
+        spent = sorted(rng.sample(range(1, sizes_up_to), len(kinds)))
+        worth = sorted((rng.expovariate(1) for _ in kinds), reverse=True)
+        sizes[f"t{index}"], costs[f"t{index}"] = dict(zip(kinds, spent)), dict(zip(kinds, worth))
+    return costs, sizes
+
+
+def total(table, chosen):
+    return sum(table[name][kind] for name, kind in chosen.items())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_mix_is_the_best_of_all(seed):
+    costs, sizes = random_case(seed)
+    every = [dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))]
+    least, most = min(total(sizes, plan) for plan in every), max(total(sizes, plan) for plan in every)
+    for budget in (least, (2 * least + most) // 3, (least + most) // 2, most, most + 5):
+        chosen = best_mix(costs, sizes, budget)
+        assert total(sizes, chosen) <= budget
+        allowed = (plan for plan in every if total(sizes, plan) <= budget)
+        assert total(costs, chosen) == pytest.approx(min(total(costs, plan) for plan in allowed))
+
+
+def test_coarse_steps_stay_near_the_best_and_below_the_budget():
+    costs, sizes = random_case(3, tensors=6, sizes_up_to=10 ** 9)
+    every = [dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))]
+    budget = sum(total(sizes, plan) for plan in every) // len(every)
+    chosen = best_mix(costs, sizes, budget)
+    assert total(sizes, chosen) <= budget
+    best = min(total(costs, plan) for plan in every if total(sizes, plan) <= budget)
+    assert total(costs, chosen) <= best * 1.02
+
+
+def test_a_larger_budget_is_never_dearer():
+    costs, sizes = random_case(7, tensors=40, sizes_up_to=10 ** 7)
+    least, most = (sum(kind(of_types.values()) for of_types in sizes.values()) for kind in (min, max))
+    spent = [total(costs, best_mix(costs, sizes, least + (most - least) * part // 40)) for part in range(41)]
+    assert spent == sorted(spent, reverse=True) and spent[0] > spent[-1]
+
+
+def test_a_budget_below_the_smallest_types_is_refused():
+    with pytest.raises(ValueError, match="take 7 bytes, the budget is 6"):
+        best_mix({"a": {"x": 1.0}}, {"a": {"x": 7}}, 6)
+
+
+REAL = [model for model in MODELS if model.name.startswith(("Flux.1", "SD3.5 Large", "SDXL", "Wan 2.1 1.3B", "Z-Image", "T5"))]
+
+
+@pytest.fixture(scope="module", params=REAL, ids=lambda model: model.name)
+def shapes(request):
+    return request.param.shapes()
+
+
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q4_K", "Q8_0"])
+def test_a_plan_for_a_size_is_never_above_it_and_hardly_below(shapes, type_name):
+    family = family_of(shapes)
+    budget = plan_for_type(shapes, type_name, family).nbytes(shapes) + 1_000_000
+    plan = plan_for_size(shapes, budget, family)
+    assert 0.995 * budget <= plan.nbytes(shapes) <= budget
+    assert list(plan.types) == list(shapes)
+
+
+def test_a_plan_holds_the_same_parts_exact_whatever_it_is_for(shapes):
+    family = family_of(shapes)
+    packed = {name for name, shape in shapes.items() if family.may_be_packed(name, shape)}
+    for plan in (plan_for_type(shapes, "Q4_K", family), plan_for_size(shapes, least_bytes(shapes, family) * 11 // 10, family)):
+        assert {name for name, kind in plan.types.items() if kind not in ("F32", "F16", "BF16")} == packed
+
+
+def test_the_least_is_reached_and_named_below(shapes):
+    family = family_of(shapes)
+    least = least_bytes(shapes, family)
+    assert plan_for_size(shapes, least, family).nbytes(shapes) == least
+    with pytest.raises(PlanError, match=r"it takes [\d.]+ [GM]B\. Ask for that much or more\.$") as refused:
+        plan_for_size(shapes, least - 1, family)
+    number, unit = re.search(r"takes ([\d.]+) ([GM])B", str(refused.value)).groups()
+    named = round(float(number) * {"G": 1e9, "M": 1e6}[unit])
+    assert least <= named <= least * 1.01
+
+
+def test_every_type_of_a_plan_divides_the_rows(shapes):
+    family = family_of(shapes)
+    plan = plan_for_size(shapes, least_bytes(shapes, family) * 2, family)
+    for name, kind in plan.types.items():
+        if kind not in ("F32", "F16", "BF16"):
+            assert shapes[name][-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0] == 0
+
+
+SMALL = {f"double_blocks.{index}.img_mlp.{part}.weight": (512, 512) for index in range(4) for part in (0, 2)} | {
+    "double_blocks.0.img_attn.norm.key_norm.weight": (64,), "img_in.weight": (512, 64)}
+
+
+def test_a_measured_tensor_that_moves_the_output_gets_the_larger_type():
+    family = family_of(SMALL)
+    budget = plan_for_type(SMALL, "Q4_K", family).nbytes(SMALL)
+    moving = "double_blocks.2.img_mlp.0.weight"
+    costs = {name: {"Q3_K": 1.0 if name == moving else 1e-3} for name in SMALL if "mlp" in name}
+    plan = plan_for_size(SMALL, budget, family, costs)
+    others = {LOSSES[kind] for name, kind in plan.types.items() if "mlp" in name and name != moving}
+    assert LOSSES[plan.types[moving]] > max(others)
+
+
+def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
+    costs = {name: {"Q3_K": 1e-3, "Q4_K": 1e-4, "Q8_0": 2e-4, "Q6_K": float("nan")} for name in SMALL if "mlp" in name}
+    family = family_of(SMALL)
+    roomy = sum(512 * 512 * 2 for _ in costs) + 10 ** 6
+    plan = plan_for_size(SMALL, roomy, family, costs)
+    assert {plan.types[name] for name in costs} == {"BF16"}
+    budget = plan_for_type(SMALL, "Q8_0", family).nbytes(SMALL)
+    plan = plan_for_size(SMALL, budget, family, costs)
+    left = budget - plan.nbytes(SMALL)
+    for name in costs:  # no larger type fits any more
+        larger = [nbytes_of(kind, SMALL[name]) for kind in candidates(SMALL[name]) if LOSSES[kind] > LOSSES[plan.types[name]]]
+        assert not larger or min(larger) - nbytes_of(plan.types[name], SMALL[name]) > left
+
+
+def test_a_tensor_without_a_measurement_takes_what_others_say():
+    costs = {name: {"Q4_K": 1e-3} for name in list(SMALL)[:4]}
+    plan = plan_for_size(SMALL, plan_for_type(SMALL, "Q4_K", family_of(SMALL)).nbytes(SMALL), family_of(SMALL), costs)
+    assert set(plan.types) == set(SMALL)
+
+
+def test_nf4_packs_matrices_of_blocks_and_no_table():
+    shapes = {"encoder.block.0.layer.0.SelfAttention.q.weight": (512, 512), "shared.weight": (4096, 512)}
+    family = family_of(shapes)
+    assert plan_for_type(shapes, "NF4", family).types == dict(zip(shapes, ("NF4", "BF16")))
+    assert plan_for_type(shapes, "Q4_K", family).types == dict(zip(shapes, ("Q4_K", "Q4_K")))
+
+
+def test_each_tensor_keeps_the_16_bit_type_of_its_source():
+    plan = plan_for_type(SMALL, "Q4_K", family_of(SMALL), half={"img_in.weight": "F16"})
+    assert plan.types["img_in.weight"] == "F16"
+
+
+def test_larger_candidates_lose_less():
+    for shape in ((8, 512), (8, 96), (8, 100)):
+        losses = [relative_loss(kind) for kind in candidates(shape)]
+        assert losses == sorted(losses, reverse=True)
+    assert candidates((8, 100)) == ("BF16",)
+
+
+def test_the_text_counts_types_and_bytes():
+    plan = Plan({"a": "Q8_0", "b": "Q8_0", "c": "F32"})
+    lines = plan.text({"a": (1000, 512), "b": (1000, 512), "c": (512,)}).split("\n")
+    assert [line.split() for line in lines] == [
+        ["type", "tensors", "size", "share"], ["Q8_0", "2", "1.09", "MB", "99.8%"], ["F32", "1", "0.00", "MB", "0.2%"],
+        ["all", "3", "1.09", "MB"]]
+
+
+def test_a_plan_comes_back_from_metadata():
+    plan = Plan({"a": "Q8_0", "b": "Q8_0", "c": "F32"})
+    assert Plan.from_json(plan.json()) == plan
+    assert json.loads(plan.json())["types"]["Q8_0"] == ["a", "b"]
+    for text in ("{", "[]", "{}", '{"types": 3}', '{"types": {"Q8_0": 3}}'):
+        with pytest.raises(PlanError, match="no plan of types"):
+            Plan.from_json(text)
