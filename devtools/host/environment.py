@@ -24,12 +24,14 @@ HOST_VERSION = "0.30.0"
 HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 HOST_FOLDER = "vendor/ComfyUI/"
 
-# llama.cpp's vocabularies with the ids it expects, and its source, for the tests of tokenizers.
+# llama.cpp's vocabularies with the ids it expects, and its source, for the tests of tokenizers; its quantiser, which
+# `devtools/files/ggml_quantiser.py` compiles.
 LLAMA_CPP = DEV / "llama.cpp"
 LLAMA_CPP_PACKAGE = "llama-cpp-python==0.3.36"
 LLAMA_CPP_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 LLAMA_CPP_FOLDER = "vendor/llama.cpp/"
-LLAMA_CPP_FILES = r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
+LLAMA_CPP_FILES = (r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
+                   r"|ggml/(src/(ggml-quants\.[ch]|ggml-common\.h|ggml-impl\.h|ggml-cpu/ggml-cpu-impl\.h)|include/.*\.h)$")
 
 BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the system has none
 
@@ -144,10 +146,10 @@ def pip(python: Path, *arguments: str, action: str = "install"):
 def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str, folder: str, wanted: str = ""):
     """Put what a pinned source archive has in `folder`, and whose path there matches `wanted`, at `target`.
 
-    A mark inside says which archive it came from.
+    A mark inside says which archive it came from, and what was wanted of it.
     """
-    mark = ".archive-sha256"
-    if read(target / mark) == sha256:
+    mark, written = ".archive-sha256", f"{sha256} {wanted}".strip()
+    if read(target / mark) == written:
         return
     downloads = DEV / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,7 @@ def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str,
             if re.match(wanted, inner):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(tar.extractfile(member).read())
-    (partial / mark).write_text(sha256)
+    (partial / mark).write_text(written)
     partial.rename(target)
 
 
