@@ -1,8 +1,11 @@
 """The base of every packed format: registry, block sizes, shape algebra, chunked unpacking.
 
 A packed format stores a weight as equal blocks of bytes. Each block holds `block_length` consecutive
-values of one row. A format is one class in `ops/formats`; it registers by being defined.
+values of one row. A format is one class in `ops/formats`; it registers by being defined. A format that can be written has
+`pack`, the plain arithmetic of its reference, or a `Grid` and `encode`, for the search of `ops.packing`, or all three.
 """
+import dataclasses
+import functools
 import math
 
 import torch
@@ -24,6 +27,58 @@ class FormatError(ValueError):
     """A weight that cannot be held in the format asked for. The message says what was found and expected."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What the values of a format are made of: value = (d * scale) * levels[code] - dmin * minimum.
+
+    A block of `length` values has groups of `group`. `d` and `dmin` belong to the block; `scale` and `minimum` are integers
+    of a group, from `scales[0]` to `scales[1]`. Where `scales` is None both are 1, and the block is one group.
+    """
+
+    length: int
+    group: int
+    levels: tuple[float, ...]  # ascending
+    scales: tuple[int, int] | None = None
+    minimum: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    @functools.cached_property
+    def uniform(self) -> bool:
+        """Whether the levels are neighbouring integers."""
+        return self.levels == tuple(range(round(self.levels[0]), round(self.levels[0]) + len(self.levels)))
+
+    @property
+    def signed(self) -> bool:
+        """Whether a negative scale can be better than a positive one, and is allowed."""
+        return not self.minimum and self.levels[0] != -self.levels[-1]
+
+    @property
+    def groups(self) -> int:
+        return self.length // self.group
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that every block can hold, whatever its signs."""
+        steps = max(map(abs, self.scales or (1,)))
+        # The magnitude that a minimum reaches is added to, never below, what the levels reach.
+        return torch.finfo(self.scale_dtype).max * steps * (1 if self.minimum else min(-self.levels[0], self.levels[-1]))
+
+
+@dataclasses.dataclass
+class Fit:
+    """What is stored of n blocks, before it is put into bytes. The numbers are those of `Grid`.
+
+    codes: uint8 (n, length), indices into the levels. d, dmin: float32 (n, 1), already rounded as they are stored.
+    scales, minima: integers in float32 (n, groups). dmin and minima are None for grids without a minimum.
+    """
+
+    codes: torch.Tensor
+    d: torch.Tensor
+    scales: torch.Tensor
+    dmin: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
+
+
 class Format:
     """One way of packing floats into bytes.
 
@@ -37,6 +92,7 @@ class Format:
     ggml_type: int | None = None
     scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
     plain_dtype: torch.dtype | None = None  # of formats whose bytes are plain numbers
+    grid: Grid | None = None  # of formats that `ops.packing` searches the best blocks of
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -59,6 +115,20 @@ class Format:
         blocks: uint8 (n, block_bytes), rows may be strided. Returns float32 (n, block_length), computed in
         float32 in the order of operations of ggml's reference, so that it is bit-exact with it.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def pack(cls, values: torch.Tensor):
+        """Blocks of some values, by the plain arithmetic of the format's reference, bit for bit.
+
+        values: float32 (n, block_length), contiguous and finite. Returns what `unpack` takes: uint8 (n, block_bytes), or codes
+        and scales where they are apart. Raises FormatError for formats whose reference searches, or that none packs.
+        """
+        raise FormatError(f"{cls.__name__} has no plain arithmetic that packs it.")
+
+    @classmethod
+    def encode(cls, fit: Fit):
+        """The bytes of blocks whose numbers are known; the inverse of the layout in `unpack`, and in the form it takes."""
         raise NotImplementedError
 
     @classmethod
@@ -121,6 +191,41 @@ def half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
     """The float16 scale at byte `offset` of each block, as float32 (n, 1)."""
     # Byte by byte, since copying many rows of two bytes takes twice as long.
     return torch.stack([blocks[:, offset], blocks[:, offset + 1]], -1).view(torch.float16).float()
+
+
+def half_bytes(scales: torch.Tensor) -> torch.Tensor:
+    """The bytes, uint8 (n, 2), of float16 scales given as float32 (n, 1); the inverse of `half`."""
+    return scales.half().contiguous().view(torch.uint8)
+
+
+def in_planes(fields: torch.Tensor, width: int, run: int) -> torch.Tensor:
+    """Bytes that hold 8 / width fields each; the inverse of `bit_planes` on runs of `run` bytes.
+
+    fields: uint8 (n, F), below 2 ** width. Each `run` bytes hold the next 8 / width runs of as many fields, the first in the
+    lowest bits. Returns uint8 (n, F * width / 8).
+    """
+    runs = fields.view(len(fields), -1, 8 // width, run)
+    packed = runs[:, :, 0].clone()
+    for index in range(1, 8 // width):
+        packed |= runs[:, :, index] << index * width
+    return packed.view(len(fields), -1)
+
+
+def inverse(scales: torch.Tensor) -> torch.Tensor:
+    """1 / scales, and 0 where the scale is 0."""
+    return torch.where(scales == 0, 0, 1 / scales)
+
+
+def rounded_away(values: torch.Tensor) -> torch.Tensor:
+    """int8 of float32 `values`, overwritten: the nearest integer, halves away from zero, as C's roundf."""
+    # The largest float below a half: with a half itself, the float below a half would become 1.
+    values += torch.copysign(torch.tensor(0.49999997, device=values.device), values)
+    return values.to(torch.int8)
+
+
+def peaks(values: torch.Tensor) -> torch.Tensor:
+    """Of each row the value of largest magnitude with its sign, the first of equal ones. Returns (n, 1)."""
+    return values.gather(-1, values.abs().argmax(-1, keepdim=True))
 
 
 def bit_fields(data: torch.Tensor, width: int, shift: int) -> torch.Tensor:

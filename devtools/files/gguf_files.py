@@ -1,6 +1,6 @@
 """Real GGUF files for tests, demo and bench, written with the `gguf` package.
 
-`gguf.quants` can pack some types and unpack all, `k_quants` packs the K-quants. For the other types, weights are drawn from
+`gguf.quants` can pack some types and unpack all, `ops/packing` packs the K-quants. For the other types, weights are drawn from
 random blocks whose values (by gguf's own reference) are of a usual size, so no per-format knowledge is needed here.
 """
 import functools
@@ -8,10 +8,13 @@ import math
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 
-from devtools import k_quants
+from devtools import product_module
+
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @functools.lru_cache(maxsize=None)
@@ -33,8 +36,10 @@ def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3, se
 def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
     """Packed rows, uint8, of float32 `values`; random blocks of the same shape where nothing packs the type."""
     ggml_type = GGMLQuantizationType[type_name]
-    if type_name in k_quants.PACKERS:
-        return k_quants.pack(values, type_name)
+    if type_name in K_QUANTS:
+        packing, packed_format = product_module("ops.packing"), product_module("ops.format").FORMATS[type_name]
+        packed = packing.pack_tensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)), packed_format)
+        return packed._qdata.view(*values.shape[:-1], -1).numpy()
     try:
         return gguf.quants.quantize(values, ggml_type)
     except NotImplementedError:

@@ -19,7 +19,7 @@ class GridCodebook(Format):
     """Base of formats that multiply grid points by signs."""
 
     @classmethod
-    def grid(cls) -> torch.Tensor:
+    def points(cls) -> torch.Tensor:
         """int32 or int64 (points,), the four or eight int8 values of every point side by side."""
         values = grid_values(cls.__name__)
         return values.view(torch.int32 if values.shape[-1] == 4 else torch.int64).view(-1)

@@ -3,9 +3,11 @@
 Sources: bitsandbytes 0.50 `functional.get_4bit_type`, `backends/default/ops.py`; the NF4 codebook is from QLoRA
 (https://arxiv.org/abs/2305.14314).
 """
+import dataclasses
+
 import torch
 
-from ..format import FORMATS, Format, select
+from ..format import FORMATS, Fit, Format, Grid, select
 
 
 class Codebook4Bit(Format):
@@ -26,7 +28,8 @@ class Codebook4Bit(Format):
         if block_length == cls.block_length:
             return cls
         name = f"{cls.__name__}_{block_length}"
-        sizes = {"block_length": block_length, "block_bytes": block_length // 2}
+        grid = dataclasses.replace(cls.grid, length=block_length, group=block_length)
+        sizes = {"block_length": block_length, "block_bytes": block_length // 2, "grid": grid}
         return FORMATS.get(name) or type(name, (cls,), sizes)
 
     @classmethod
@@ -54,6 +57,24 @@ class Codebook4Bit(Format):
             values[whole * cls.block_length:].mul_(absmax[whole])
         return values
 
+    @classmethod
+    def order(cls) -> torch.Tensor:
+        """uint8 (16,): the codes in ascending order of their values, as `Grid.levels` has them."""
+        return torch.tensor(cls.codebook).argsort().to(torch.uint8)
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        absmax = values.abs().amax(-1, keepdim=True)
+        levels = torch.tensor(cls.grid.levels, device=values.device)
+        scaled = (values * (1 / absmax.clamp(min=1e-38))).clamp_(-1, 1)
+        codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+        return cls.encode(Fit(codes, absmax, torch.ones_like(absmax)))
+
+    @classmethod
+    def encode(cls, fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = select(cls.constant("order", fit.codes.device), fit.codes.view(-1)).view(-1, 2)
+        return codes[:, 0] << 4 | codes[:, 1], fit.d.view(-1)
+
 
 class NF4(Codebook4Bit):
     """The quantiles of a normal distribution."""
@@ -64,6 +85,7 @@ class NF4(Codebook4Bit):
         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     )
+    grid = Grid(64, 64, codebook, scale_dtype=torch.float32)
 
 
 class FP4(Codebook4Bit):
@@ -71,3 +93,4 @@ class FP4(Codebook4Bit):
 
     block_length, block_bytes = 64, 32
     codebook = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+    grid = Grid(64, 64, tuple(sorted(codebook)), scale_dtype=torch.float32)

@@ -25,7 +25,7 @@ class IQ2_XXS(GridCodebook, ggml_type=16):
         codes = blocks[:, 2:].view(-1, 8, 8)
         words = reinterpret(codes[..., 4:], torch.int32).squeeze(-1)
         scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
-        values = lookup(cls.constant("grid", blocks.device), codes[..., :4])
+        values = lookup(cls.constant("points", blocks.device), codes[..., :4])
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)))
         return values.view(-1, 8, 32).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
 
@@ -46,7 +46,7 @@ class IQ2_XS(GridCodebook, ggml_type=17):
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         codes = reinterpret(blocks[:, 2:66], torch.int16).int()
         scales = split_bits(blocks[:, 66:].int(), 4, 2).view(-1, 16).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
-        values = lookup(cls.constant("grid", blocks.device), codes & 0x1FF)
+        values = lookup(cls.constant("points", blocks.device), codes & 0x1FF)
         values.mul_(lookup(cls.constant("even_signs", blocks.device), codes >> 9 & 0x7F))
         return values.view(-1, 16, 16).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
 
@@ -69,6 +69,6 @@ class IQ2_S(GridCodebook, ggml_type=22):
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         index = split_bits(blocks[:, 66:74].int(), 2, 4).view(-1, 32) << 8 | blocks[:, 2:34]
         scales = split_bits(blocks[:, 74:].int(), 4, 2).view(-1, 16).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
-        values = lookup(cls.constant("grid", blocks.device), index)
+        values = lookup(cls.constant("points", blocks.device), index)
         values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 34:66]))
         return values.view(-1, 16, 16).float().mul_(scales.unsqueeze(-1)).view(-1, 256)

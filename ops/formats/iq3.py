@@ -25,7 +25,7 @@ class IQ3_XXS(GridCodebook, ggml_type=18):
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         words = reinterpret(blocks[:, 66:], torch.int32)
         scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.5)
-        values = lookup(cls.constant("grid", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
+        values = lookup(cls.constant("points", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)).view(-1, 8, 32))
         return values.float().mul_(scales.unsqueeze(-1)).view(-1, 256)
 
@@ -48,6 +48,6 @@ class IQ3_S(GridCodebook, ggml_type=21):
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         index = split_bits(blocks[:, 66:74].int(), 1, 8).view(-1, 64) << 8 | blocks[:, 2:66]
         scales = (1 + 2 * split_bits(blocks[:, 106:].int(), 4, 2).view(-1, 8)).float().mul_(half(blocks, 0))
-        values = lookup(cls.constant("grid", blocks.device), index).view(-1, 8, 32)
+        values = lookup(cls.constant("points", blocks.device), index).view(-1, 8, 32)
         values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 74:106]).view(-1, 8, 32))
         return values.float().mul_(scales.unsqueeze(-1)).view(-1, 256)

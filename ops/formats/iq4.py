@@ -4,7 +4,7 @@ Sources: `block_iq4_*`, `kvalues_iq4nl` in ggml-common.h, `dequantize_row_iq4_*`
 """
 import torch
 
-from ..format import half, split_bits
+from ..format import Fit, Grid, half, half_bytes, in_planes, split_bits
 from ._nibble_codebook import NibbleCodebook
 
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -21,10 +21,15 @@ class IQ4_NL(NibbleCodebook, ggml_type=20):
 
     block_length, block_bytes = 32, 18
     values = KVALUES
+    grid = Grid(32, 32, KVALUES)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         return cls.code_values(blocks[:, 2:]).mul_(half(blocks, 0))
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([half_bytes(fit.d), in_planes(fit.codes, 4, 16)], 1)
 
 
 class IQ4_XS(NibbleCodebook, ggml_type=23):
@@ -40,6 +45,7 @@ class IQ4_XS(NibbleCodebook, ggml_type=23):
 
     block_length, block_bytes = 256, 136
     values = KVALUES
+    grid = Grid(256, 32, KVALUES, scales=(-32, 31))
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
@@ -47,3 +53,9 @@ class IQ4_XS(NibbleCodebook, ggml_type=23):
         low = split_bits(blocks[:, 4:8].int(), 4, 2).view(-1, 8)
         scales = (low | high << 4).float().sub_(32).mul_(half(blocks, 0)).unsqueeze(-1)
         return cls.code_values(blocks[:, 8:].view(-1, 8, 16)).mul_(scales).view(-1, 256)
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        scales = (fit.scales + 32).to(torch.uint8)
+        bytes_of_scales = [in_planes(scales >> 4, 2, 1), in_planes(scales & 15, 4, 1)]
+        return torch.cat([half_bytes(fit.d), *bytes_of_scales, in_planes(fit.codes, 4, 16)], 1)

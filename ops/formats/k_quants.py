@@ -5,7 +5,7 @@ Unless a table says otherwise, the fields of equal position in 32 neighbouring b
 """
 import torch
 
-from ..format import Format, bit_planes, half, reinterpret
+from ..format import Fit, Format, Grid, bit_planes, half, half_bytes, in_planes, reinterpret
 
 
 class Q2_K(Format, ggml_type=10):
@@ -20,6 +20,7 @@ class Q2_K(Format, ggml_type=10):
     """
 
     block_length, block_bytes = 256, 84
+    grid = Grid(256, 16, tuple(range(4)), scales=(0, 15), minimum=True)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,11 @@ class Q2_K(Format, ggml_type=10):
         mins = mins.mul_(half(blocks, 82)).unsqueeze(-1)
         codes = bit_planes(blocks[:, 16:80].view(-1, 2, 32), 2).view(-1, 16, 16)
         return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        scales = fit.scales.to(torch.uint8) | fit.minima.to(torch.uint8) << 4
+        return torch.cat([scales, in_planes(fit.codes, 2, 32), half_bytes(fit.d), half_bytes(fit.dmin)], 1)
 
 
 class Q3_K(Format, ggml_type=11):
@@ -43,6 +49,7 @@ class Q3_K(Format, ggml_type=11):
     """
 
     block_length, block_bytes = 256, 110
+    grid = Grid(256, 16, tuple(range(-4, 4)), scales=(-32, 31))
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
@@ -51,6 +58,12 @@ class Q3_K(Format, ggml_type=11):
         codes = bit_planes(blocks[:, 32:96].view(-1, 2, 32), 2).view(-1, 256)
         codes.view(torch.int32).bitwise_or_(bit_planes(blocks[:, :32], 1, at=2).view(-1, 256).view(torch.int32))
         return codes.view(torch.int8).sub_(4).float().view(-1, 16, 16).mul_(scales).view(-1, 256)
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        scales = (fit.scales + 32).to(torch.uint8)
+        codes = in_planes(fit.codes >> 2, 1, 32), in_planes(fit.codes & 3, 2, 32)
+        return torch.cat([*codes, in_planes(scales & 15, 4, 8), in_planes(scales >> 4, 2, 4), half_bytes(fit.d)], 1)
 
 
 def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
@@ -70,6 +83,13 @@ def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack(lanes, -1).view(torch.uint8).float()
 
 
+def _super_scales(fit: Fit) -> torch.Tensor:
+    """The first 16 bytes of a block of Q4_K or Q5_K: d, dmin, and the inverse of `_scales_and_mins`."""
+    scales, mins = fit.scales.to(torch.uint8), fit.minima.to(torch.uint8)
+    first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, mins)]
+    return torch.cat([half_bytes(fit.d), half_bytes(fit.dmin), *first, scales[:, 4:] & 15 | mins[:, 4:] << 4], 1)
+
+
 class Q4_K(Format, ggml_type=12):
     """value = (d * scale) * code - (dmin * min), one scale and one min per 32 values
 
@@ -82,6 +102,7 @@ class Q4_K(Format, ggml_type=12):
     """
 
     block_length, block_bytes = 256, 144
+    grid = Grid(256, 32, tuple(range(16)), scales=(0, 63), minimum=True)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
@@ -90,6 +111,10 @@ class Q4_K(Format, ggml_type=12):
         mins.mul_(half(blocks, 2).unsqueeze(-1))
         codes = bit_planes(blocks[:, 16:].view(-1, 4, 32), 4).view(-1, 8, 32)
         return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([_super_scales(fit), in_planes(fit.codes, 4, 32)], 1)
 
 
 class Q5_K(Format, ggml_type=13):
@@ -105,6 +130,7 @@ class Q5_K(Format, ggml_type=13):
     """
 
     block_length, block_bytes = 256, 176
+    grid = Grid(256, 32, tuple(range(32)), scales=(0, 63), minimum=True)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
@@ -114,6 +140,10 @@ class Q5_K(Format, ggml_type=13):
         codes = bit_planes(blocks[:, 48:].view(-1, 4, 32), 4).view(-1, 8, 32)
         codes.view(torch.int32).bitwise_or_(bit_planes(blocks[:, 16:48], 1, at=4).view(torch.int32))
         return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([_super_scales(fit), in_planes(fit.codes >> 4, 1, 32), in_planes(fit.codes & 15, 4, 32)], 1)
 
 
 class Q6_K(Format, ggml_type=14):
@@ -128,6 +158,7 @@ class Q6_K(Format, ggml_type=14):
     """
 
     block_length, block_bytes = 256, 210
+    grid = Grid(256, 16, tuple(range(-32, 32)), scales=(-128, 127))
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
@@ -136,6 +167,12 @@ class Q6_K(Format, ggml_type=14):
         high = bit_planes(blocks[:, 128:192].view(-1, 2, 32), 2, at=4).view(-1, 256)
         codes.view(torch.int32).bitwise_or_(high.view(torch.int32))
         return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(scales).view(-1, 256)
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        scales = fit.scales.to(torch.int8).view(torch.uint8)
+        codes = in_planes(fit.codes & 15, 4, 64), in_planes(fit.codes >> 4, 2, 32)
+        return torch.cat([*codes, scales, half_bytes(fit.d)], 1)
 
 
 class Q8_K(Format, ggml_type=15):

@@ -5,7 +5,24 @@ The low nibbles of `qs` hold values 0..15, the high nibbles values 16..31.
 """
 import torch
 
-from ..format import Format, bit_planes, bit_table, half, lookup
+from ..format import (
+    Fit, Format, Grid, bit_planes, bit_table, half, half_bytes, in_planes, inverse, lookup, peaks, rounded_away,
+)
+
+
+def symmetric_fit(values: torch.Tensor, lowest: int) -> Fit:
+    """ggml's reference of the formats without an offset: the peak, with its sign, gets the lowest code."""
+    d = peaks(values) / lowest
+    codes = (values * inverse(d) + (0.5 - lowest)).clamp_(0, -2 * lowest - 1)
+    return Fit(codes.to(torch.uint8), d, torch.ones_like(d))
+
+
+def offset_fit(values: torch.Tensor, largest: int) -> Fit:
+    """ggml's reference of the formats with an offset: the lowest value gets code 0, the highest code `largest`."""
+    lowest = values.amin(-1, keepdim=True)
+    d = (values.amax(-1, keepdim=True) - lowest) / largest
+    codes = ((values - lowest) * inverse(d) + 0.5).clamp_(0, largest)
+    return Fit(codes.to(torch.uint8), d, torch.ones_like(d), -lowest, torch.ones_like(d))
 
 
 class Q4_0(Format, ggml_type=2):
@@ -18,11 +35,20 @@ class Q4_0(Format, ggml_type=2):
     """
 
     block_length, block_bytes = 32, 18
+    grid = Grid(32, 32, tuple(range(-8, 8)))
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         codes = bit_planes(blocks[:, 2:], 4).view(-1, 32)
         return codes.view(torch.int8).sub_(8).float().mul_(half(blocks, 0))
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        return cls.encode(symmetric_fit(values, -8))
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([half_bytes(fit.d), in_planes(fit.codes, 4, 16)], 1)
 
 
 class Q4_1(Format, ggml_type=3):
@@ -36,11 +62,20 @@ class Q4_1(Format, ggml_type=3):
     """
 
     block_length, block_bytes = 32, 20
+    grid = Grid(32, 32, tuple(range(16)), minimum=True)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         codes = bit_planes(blocks[:, 4:], 4).view(-1, 32)
         return codes.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        return cls.encode(offset_fit(values, 15))
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), in_planes(fit.codes, 4, 16)], 1)
 
 
 class FiveBitCodes(Format):
@@ -56,6 +91,12 @@ class FiveBitCodes(Format):
         codes = bit_planes(low, 4).view(torch.int8).view(-1, 32)
         return codes.bitwise_or_(lookup(cls.constant("fifth_bits", low.device), high).view(-1, 32))
 
+    @staticmethod
+    def code_bytes(codes: torch.Tensor) -> torch.Tensor:
+        """`qh` and `qs`, uint8 (n, 20), of codes, uint8 (n, 32)."""
+        high = in_planes((codes >> 4).view(-1, 4, 8).transpose(1, 2).reshape(-1, 32), 1, 4)
+        return torch.cat([high, in_planes(codes & 15, 4, 16)], 1)
+
 
 class Q5_0(FiveBitCodes, ggml_type=6):
     """value = d * (code - 16)
@@ -68,10 +109,19 @@ class Q5_0(FiveBitCodes, ggml_type=6):
     """
 
     block_length, block_bytes = 32, 22
+    grid = Grid(32, 32, tuple(range(-16, 16)))
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         return cls.codes(blocks[:, 2:6], blocks[:, 6:]).sub_(16).float().mul_(half(blocks, 0))
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        return cls.encode(symmetric_fit(values, -16))
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([half_bytes(fit.d), cls.code_bytes(fit.codes)], 1)
 
 
 class Q5_1(FiveBitCodes, ggml_type=7):
@@ -86,10 +136,19 @@ class Q5_1(FiveBitCodes, ggml_type=7):
     """
 
     block_length, block_bytes = 32, 24
+    grid = Grid(32, 32, tuple(range(32)), minimum=True)
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         return cls.codes(blocks[:, 4:8], blocks[:, 8:]).float().mul_(half(blocks, 0)).add_(half(blocks, 2))
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        return cls.encode(offset_fit(values, 31))
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), cls.code_bytes(fit.codes)], 1)
 
 
 class Q8_0(Format, ggml_type=8):
@@ -102,7 +161,17 @@ class Q8_0(Format, ggml_type=8):
     """
 
     block_length, block_bytes = 32, 34
+    grid = Grid(32, 32, tuple(range(-127, 128)))
 
     @classmethod
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         return blocks[:, 2:].view(torch.int8).float().mul_(half(blocks, 0))
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        d = values.abs().amax(-1, keepdim=True).div_(127)
+        return torch.cat([half_bytes(d), rounded_away(values * inverse(d)).view(torch.uint8)], 1)
+
+    @classmethod
+    def encode(cls, fit: Fit) -> torch.Tensor:
+        return torch.cat([half_bytes(fit.d), fit.codes - 127], 1)

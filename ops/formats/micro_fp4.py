@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from ..format import in_planes
 from ._nibble_codebook import NibbleCodebook
 
 # Code 8, minus zero, gives plus zero.
@@ -34,6 +35,15 @@ class MXFP4(NibbleCodebook, ggml_type=39):
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         scales = cls.constant("scales", blocks.device).index_select(0, blocks[:, 0].int()).unsqueeze(-1)
         return cls.code_values(blocks[:, 1:]).mul_(scales)
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        peak = values.abs().amax(-1, keepdim=True)
+        exponents = torch.where(peak > 0, (peak.log2().floor() + 125).clamp(0, 255), 0).to(torch.uint8)
+        scales = cls.constant("scales", values.device)[exponents.int()].unsqueeze(-1)
+        levels = scales * torch.tensor(cls.values, dtype=torch.float32, device=values.device)
+        codes = (levels - values.unsqueeze(-1)).abs().argmin(-1).to(torch.uint8)
+        return torch.cat([exponents, in_planes(codes, 4, 16)], 1)
 
 
 class NVFP4(NibbleCodebook, ggml_type=40):

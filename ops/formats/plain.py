@@ -18,6 +18,10 @@ class _Plain(Format):
         return blocks.contiguous().view(cls.plain_dtype).float()
 
     @classmethod
+    def pack(cls, values):
+        return values.to(cls.plain_dtype).view(torch.uint8)
+
+    @classmethod
     def unpack_into(cls, tensors, out, value_dtype=None, first=0):
         out.view(-1).copy_(tensors[0].view(-1).view(cls.plain_dtype)[first:first + out.numel()])
         return out

@@ -4,7 +4,13 @@ Sources: `block_tq*_0` in ggml-common.h, `dequantize_row_tq*_0` in ggml-quants.c
 """
 import torch
 
-from ..format import Format, bit_planes, half
+from ..format import Format, bit_planes, half, half_bytes, in_planes, inverse, rounded_away
+
+
+def _digits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """d, float32 (n, 1), and uint8 digits 0 to 2: ggml's reference, which takes the largest magnitude for d."""
+    d = values.abs().amax(-1, keepdim=True)
+    return d, rounded_away(values * inverse(d)).add_(1).view(torch.uint8)
 
 
 class TQ1_0(Format, ggml_type=34):
@@ -27,6 +33,18 @@ class TQ1_0(Format, ggml_type=34):
         digits = torch.cat([planes[..., :32].flatten(1), planes[..., 32:48].flatten(1), planes[:, :4, 48:].flatten(1)], -1)
         return digits.float().sub_(1).mul_(half(blocks, 52))
 
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        d, digits = _digits(values)
+
+        def numbers(first: int, last: int, width: int) -> torch.Tensor:
+            """Of runs of `width` digits the numbers that they write, highest first, in base 3 with five places."""
+            runs = digits[:, first:last].int().view(len(digits), -1, width)
+            return sum(runs[:, i] * 3**(4 - i) for i in range(runs.shape[1]))
+
+        packed = torch.cat([numbers(0, 160, 32), numbers(160, 240, 16), numbers(240, 256, 4)], 1)
+        return torch.cat([((packed * 256 + 242) // 243).to(torch.uint8), half_bytes(d)], 1)
+
 
 class TQ2_0(Format, ggml_type=35):
     """value = d * (code - 1)
@@ -43,3 +61,8 @@ class TQ2_0(Format, ggml_type=35):
     def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
         codes = bit_planes(blocks[:, :64].view(-1, 2, 32), 2).view(-1, 256)
         return codes.view(torch.int8).sub_(1).float().mul_(half(blocks, 64))
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        d, codes = _digits(values)
+        return torch.cat([in_planes(codes, 2, 32), half_bytes(d)], 1)
