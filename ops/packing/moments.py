@@ -1,0 +1,173 @@
+"""Second moments of what enters a layer: by them error feedback knows which errors of a weight the layer's output shows."""
+import math
+
+import torch
+
+# Columns whose moments are kept together, where not all are: a multiple of every format's block length.
+BLOCK = 256
+# Tokens that go into one product, so that their copy in float32 stays small.
+VALUES_AT_A_TIME = 1 << 23
+# Rows of the sketch of held-out tokens. The error it tells is off by sqrt(2 / rows), 12 %, at the very worst.
+SKETCH_ROWS = 128
+# The share of calls whose tokens are held out, and the step that spreads them: the golden ratio falls in with no number of
+# steps or prompts, so no step of a sampler is always held out.
+HELD_OUT, STEP = 0.25, (math.sqrt(5) - 1) / 2
+# In files a correlation is a 16-bit integer in these units.
+UNIT = 1 / 32767
+
+
+class Moments:
+    """Sums over tokens of products of a layer's inputs, on the device of the inputs.
+
+    With inputs a (tokens, K), the moments are a.T @ a, kept in blocks of k neighbouring columns along the diagonal; B = 1 is all
+    of it. About every fourth call's tokens are held out: they are not in the moments, so that what was fitted to those can be
+    judged by others. Of them a sketch is kept: each row is a sum of tokens with random signs, so that for any matrix D of
+    errors the expectation of |D sketch.T|^2 is the sum of |D a|^2 over the tokens, across the blocks too.
+
+    In a pair, the inputs are those of a model whose earlier layers are packed, and beside them are the inputs that the same layer
+    has in the dense model: `cross` holds dense.T @ inputs, in the same blocks.
+
+    columns: K. count, held_out_count: tokens in the moments, and in the sketch.
+    blocks, cross: float32 (B, k, k); the last block may be filled up with zeros. sketch, dense_sketch: float32 (128, K). `cross`
+    and `dense_sketch` are None where there is no pair.
+    """
+
+    def __init__(self, columns: int, blocks: torch.Tensor, sketch: torch.Tensor, cross: torch.Tensor | None = None,
+                 dense_sketch: torch.Tensor | None = None, count: int = 0, held_out_count: int = 0, calls: int = 0):
+        self.columns, self.blocks, self.sketch = columns, blocks, sketch
+        self.cross, self.dense_sketch = cross, dense_sketch
+        self.count, self.held_out_count, self._calls = count, held_out_count, calls
+
+    @classmethod
+    def of(cls, columns: int, block: int | None = None, device="cpu", pair: bool = False) -> "Moments":
+        """Of no tokens yet. block: columns of a block, a multiple of 256; None: all, which takes columns**2 * 4 bytes."""
+        size = columns if block is None or block >= columns else block
+        if size < columns and size % BLOCK:
+            raise ValueError(f"Moments are kept in blocks of a multiple of {BLOCK} columns, not of {block}.")
+        blocks = torch.zeros(-(-columns // size), size, size, device=device)
+        sketch = torch.zeros(SKETCH_ROWS, columns, device=device)
+        return cls(columns, blocks, sketch, torch.zeros_like(blocks) if pair else None, torch.zeros_like(sketch) if pair else None)
+
+    @property
+    def block(self) -> int:
+        return self.blocks.shape[-1]
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """Mean square of each column, float32 (K,)."""
+        return self.blocks.diagonal(dim1=-2, dim2=-1).reshape(-1)[:self.columns] / max(1, self.count)
+
+    @torch.no_grad()
+    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None, hold_out: bool | None = None):
+        """Takes the tokens of one call of the layer.
+
+        inputs: any float dtype, (..., K). dense: in a pair, what entered the layer of the dense model, of the same shape.
+        hold_out: whether these tokens are held out; None: about every fourth call's are, never the first's.
+        """
+        if inputs.shape[-1] != self.columns or (dense is None) != (self.cross is None):
+            raise ValueError(f"Inputs of shape {tuple(inputs.shape)} do not go with moments of {self.columns} columns"
+                             f"{' of a pair' if self.cross is not None else ''}.")
+        if hold_out is None:
+            hold_out = (0.5 + self._calls * STEP) % 1 < HELD_OUT
+        self._calls += 1
+        pairs = [part.reshape(-1, self.columns).split(max(SKETCH_ROWS, VALUES_AT_A_TIME // self.columns))
+                 for part in (inputs, inputs if dense is None else dense)]
+        for tokens, of_dense in zip(*pairs):
+            tokens = tokens.to(self.blocks)
+            of_dense = None if dense is None else of_dense.to(self.blocks)
+            if hold_out:
+                self._sketch(tokens, of_dense)
+                self.held_out_count += len(tokens)
+            else:
+                self._sum(tokens, of_dense)
+                self.count += len(tokens)
+
+    def _sum(self, tokens: torch.Tensor, dense: torch.Tensor | None):
+        parts = self._parts(tokens)
+        self.blocks.baddbmm_(parts.mT, parts)
+        if dense is not None:
+            self.cross.baddbmm_(self._parts(dense).mT, parts)
+
+    def _parts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(tokens, K) as (B, tokens, k)."""
+        padded = torch.nn.functional.pad(tokens, (0, len(self.blocks) * self.block - self.columns))
+        return padded.unflatten(-1, (-1, self.block)).transpose(0, 1)
+
+    def _sketch(self, tokens: torch.Tensor, dense: torch.Tensor | None):
+        signs = self._signs(len(tokens)).unsqueeze(-1)
+        start, row = 0, self.held_out_count % SKETCH_ROWS  # so that short calls fill all rows
+        while start < len(tokens):
+            stop = min(len(tokens), start + SKETCH_ROWS - row)
+            for sketch, part in ((self.sketch, tokens), (self.dense_sketch, dense)):
+                if part is not None:
+                    sketch[row:row + stop - start].addcmul_(part[start:stop], signs[start:stop])
+            start, row = stop, 0
+
+    def _signs(self, count: int) -> torch.Tensor:
+        """Random signs, float32 (count,), others for each number of calls and of tokens held out."""
+        generator = torch.Generator().manual_seed(self.held_out_count * 1_000_003 + self._calls)
+        return (torch.randint(2, (count,), generator=generator) * 2 - 1).to(self.blocks)
+
+    def merge(self, other: "Moments"):
+        """Adds the tokens of moments of the same layer."""
+        if (other.columns, other.block, other.cross is None) != (self.columns, self.block, self.cross is None):
+            raise ValueError(f"Moments of {other.columns} columns in blocks of {other.block} do not add to moments of"
+                             f" {self.columns} columns in blocks of {self.block}.")
+        self._calls += other._calls
+        signs = self._signs(SKETCH_ROWS).unsqueeze(-1)  # else rows made with equal signs would add up to more than their tokens
+        self.blocks += other.blocks.to(self.blocks.device)
+        self.sketch += other.sketch.to(self.sketch.device) * signs
+        if self.cross is not None:
+            self.cross += other.cross.to(self.cross.device)
+            self.dense_sketch += other.dense_sketch.to(self.sketch.device) * signs
+        self.count += other.count
+        self.held_out_count += other.held_out_count
+
+    def to(self, device) -> "Moments":
+        moved = [None if part is None else part.to(device) for part in (self.blocks, self.sketch, self.cross, self.dense_sketch)]
+        return Moments(self.columns, *moved, self.count, self.held_out_count, self._calls)
+
+    # --- files ---
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file needs to hold, on the CPU: about columns * (block + 256) bytes. Not for a pair.
+
+        | name     | dtype, shape                 | meaning                                                               |
+        |----------|------------------------------|-----------------------------------------------------------------------|
+        | counts   | int64 (4,)                   | columns, tokens, tokens held out, calls                               |
+        | scales   | float32 (B, k)               | roots of the moments' diagonal                                        |
+        | upper    | int16 (B, k * (k - 1) / 2)   | correlations above the diagonal, row by row, in units of 1 / 32767    |
+        | sketch   | float16 (128, K)             | sketch / its largest magnitude in each column                         |
+        | largest  | float32 (K,)                 | those magnitudes                                                      |
+        """
+        if self.cross is not None:
+            raise ValueError("Moments of a pair are for one packed model, and not kept in files.")
+        blocks, sketch = self.blocks.cpu(), self.sketch.cpu()
+        scales = blocks.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        rows, columns = torch.triu_indices(self.block, self.block, 1)
+        upper = torch.stack([(block[rows, columns] / _safe(scale[rows]) / _safe(scale[columns])).div_(UNIT).round_()
+                             .clamp_(-32767, 32767).to(torch.int16) for block, scale in zip(blocks, scales)])
+        largest = sketch.abs().amax(0)
+        return {"counts": torch.tensor([self.columns, self.count, self.held_out_count, self._calls]), "scales": scales,
+                "upper": upper, "sketch": (sketch / _safe(largest)).half(), "largest": largest}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], device="cpu") -> "Moments":
+        """The inverse of `tensors`. Raises ValueError where they do not fit together."""
+        try:
+            scales, upper, sketch, largest = (tensors[name].to(device) for name in ("scales", "upper", "sketch", "largest"))
+            columns, count, held_out_count, calls = tensors["counts"].tolist()
+            number, size = scales.shape
+            rows, across = torch.triu_indices(size, size, 1, device=device)
+            if (upper.shape, sketch.shape, largest.shape) != ((number, len(rows)), (SKETCH_ROWS, columns), (columns,)):
+                raise ValueError(f"shapes {tuple(scales.shape)}, {tuple(upper.shape)}, {tuple(sketch.shape)}")
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"These are not the tensors of a layer's moments: {error}.") from error
+        blocks = torch.diag_embed(scales.square())
+        for block, scale, values in zip(blocks, scales, upper):
+            block[rows, across] = block[across, rows] = values.float().mul_(UNIT).mul_(scale[rows]).mul_(scale[across])
+        return cls(columns, blocks, sketch.float() * largest, None, None, count, held_out_count, calls)
+
+
+def _safe(divisor: torch.Tensor) -> torch.Tensor:
+    return torch.where(divisor == 0, 1, divisor)

@@ -1,0 +1,115 @@
+"""Second moments of a layer's inputs: what they sum, what is held out, and what a file keeps of them."""
+import pytest
+import torch
+from featherweight.ops.packing.moments import SKETCH_ROWS, Moments
+
+WHOLE = 10**6
+
+
+def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Correlated inputs, some columns much larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(columns, columns, generator=generator) * torch.arange(1, columns + 1) ** -0.7
+    return torch.randn(tokens, columns, generator=generator) @ mixed.T
+
+
+@pytest.mark.parametrize("columns, block", [(96, None), (512, 256), (700, 256), (700, WHOLE), (1100, 512)])
+def test_blocks_are_the_products_of_neighbouring_columns(columns, block):
+    moments, tokens = Moments.of(columns, block), inputs(300, columns)
+    moments.add(tokens[:200].view(2, 100, columns), hold_out=False)
+    moments.add(tokens[200:].to(torch.float64), hold_out=False)
+    whole, size = tokens.T @ tokens, moments.block
+    assert moments.count == 300 and moments.blocks.dtype == torch.float32
+    for index, start in enumerate(range(0, columns, size)):
+        part = whole[start:start + size, start:start + size]
+        width = len(part)
+        torch.testing.assert_close(moments.blocks[index, :width, :width], part, rtol=1e-4, atol=1e-3)
+        assert not moments.blocks[index, width:].any() and not moments.blocks[index, :, width:].any()
+    torch.testing.assert_close(moments.importance, tokens.square().mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_no_format_divides_are_refused():
+    with pytest.raises(ValueError, match="multiple of 256"):
+        Moments.of(1000, 200)
+
+
+def test_inputs_of_another_layer_are_refused():
+    with pytest.raises(ValueError, match=r"\(4, 128\) do not go with moments of 256 columns"):
+        Moments.of(256).add(torch.ones(4, 128))
+    with pytest.raises(ValueError, match="of a pair"):
+        Moments.of(256, pair=True).add(torch.ones(4, 256))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 20, 50])
+def test_tokens_held_out_are_a_quarter_and_come_from_every_step(steps):
+    """Each call has one token, whose column says which step of the sampler it is of."""
+    moments = Moments.of(64)
+    for call in range(40 * steps):
+        moments.add(torch.eye(64)[call % steps:call % steps + 1])
+        assert moments.count, "the first call's tokens were held out"
+    assert moments.held_out_count == pytest.approx(10 * steps, abs=2)
+    assert (moments.blocks.diagonal(dim1=-2, dim2=-1)[0, :steps] > 20).all(), "a step was hardly seen"
+    if 40 * steps <= 4 * SKETCH_ROWS:
+        assert moments.sketch[:, :steps].any(0).all(), "a step was never held out"
+
+
+@pytest.mark.parametrize("lengths", [(5000,), (100,) * 50, (1,) * 400, (77, 4096, 3)])
+def test_the_sketch_tells_the_error_that_any_matrix_makes_for_the_tokens_held_out(lengths):
+    tokens, moments = inputs(sum(lengths), 192), Moments.of(192)
+    for part in tokens.split(lengths):
+        moments.add(part.bfloat16(), hold_out=True)
+    assert moments.held_out_count == len(tokens) and not moments.count and not moments.blocks.any()
+    errors = torch.randn(400, 192, generator=torch.Generator().manual_seed(1))
+    told, true = (float((errors @ part.T).square().sum()) for part in (moments.sketch, tokens))
+    assert told == pytest.approx(true, rel=0.25)
+
+
+@pytest.mark.parametrize("block", [None, 256])
+def test_merged_moments_are_those_of_all_tokens(block):
+    first, second, both = (Moments.of(512, block) for _ in range(3))
+    for moments, seed in ((first, 0), (second, 1)):
+        for part in inputs(600, 512, seed).split(100):
+            before = moments.held_out_count
+            moments.add(part)
+            both.add(part, hold_out=moments.held_out_count > before)
+    first.merge(second)
+    torch.testing.assert_close(first.blocks, both.blocks, rtol=1e-4, atol=1e-2)
+    assert (first.count, first.held_out_count) == (both.count, both.held_out_count)
+    errors = torch.randn(400, 512, generator=torch.Generator().manual_seed(1))
+    told, as_one = (float((errors @ moments.sketch.T).square().sum()) for moments in (first, both))
+    assert told == pytest.approx(as_one, rel=0.3)
+    with pytest.raises(ValueError, match="do not add"):
+        first.merge(Moments.of(256))
+
+
+def test_tokens_merged_from_two_equal_runs_count_twice_in_the_sketch():
+    """Rows with the same signs would add up to four times."""
+    runs = [Moments.of(64) for _ in range(2)]
+    for moments in runs:
+        moments.add(inputs(4000, 64), hold_out=True)
+    once = float(runs[0].sketch.square().sum())
+    runs[0].merge(runs[1])
+    assert float(runs[0].sketch.square().sum()) == pytest.approx(2 * once, rel=0.25)
+
+
+@pytest.mark.parametrize("columns, block", [(96, None), (700, 256)])
+def test_a_file_keeps_moments_to_five_digits_in_half_the_bytes(columns, block):
+    moments = Moments.of(columns, block)
+    for seed in range(8):
+        moments.add(inputs(200, columns, seed) * torch.logspace(-4, 3, columns))
+    tensors = moments.tensors()
+    kept = Moments.from_tensors(tensors)
+    scale = moments.blocks.diagonal(dim1=-2, dim2=-1).sqrt()
+    off = (kept.blocks - moments.blocks).abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2)).clamp(min=1e-30)
+    assert off.max() < 2e-5
+    torch.testing.assert_close(kept.sketch, moments.sketch, rtol=1e-3, atol=float(moments.sketch.abs().max()) * 1e-3)
+    assert (kept.columns, kept.count, kept.held_out_count, kept._calls) == (columns, moments.count, moments.held_out_count, 8)
+    assert tensors["upper"].nbytes <= moments.blocks.nbytes / 4 and tensors["sketch"].nbytes == moments.sketch.nbytes / 2
+    kept.add(inputs(4, columns))  # and a later run goes on
+
+
+def test_tensors_that_are_not_of_moments_are_refused():
+    tensors = Moments.of(96).tensors()
+    for wrong in ({}, tensors | {"upper": tensors["upper"][:, 1:]}, tensors | {"sketch": torch.zeros(128, 97)}):
+        with pytest.raises(ValueError, match="not the tensors of a layer's moments"):
+            Moments.from_tensors(wrong)
