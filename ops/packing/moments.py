@@ -19,17 +19,17 @@ UNIT = 1 / 32767
 class Moments:
     """Sums over tokens of products of a layer's inputs, on the device of the inputs.
 
-    With inputs a (tokens, K), the moments are a.T @ a, kept in blocks of k neighbouring columns along the diagonal; B = 1 is all
-    of it. About every fourth call's tokens are held out: they are not in the moments, so that what was fitted to those can be
-    judged by others. Of them a sketch is kept: each row is a sum of tokens with random signs, so that for any matrix D of
+    With inputs a (tokens, K), the moments are a.T @ a, kept in blocks of k neighbouring columns along the diagonal; B = 1 is
+    all of it. About every fourth call's tokens are held out: they are not in the moments, so that what was fitted to those can
+    be judged by others. Of them a sketch is kept: each row is a sum of tokens with random signs, so that for any matrix D of
     errors the expectation of |D sketch.T|^2 is the sum of |D a|^2 over the tokens, across the blocks too.
 
-    In a pair, the inputs are those of a model whose earlier layers are packed, and beside them are the inputs that the same layer
-    has in the dense model: `cross` holds dense.T @ inputs, in the same blocks.
+    In a pair, the inputs are those of a model whose earlier layers are packed, and beside them are the inputs that the same
+    layer has in the dense model: `cross` holds dense.T @ inputs, in the same blocks.
 
     columns: K. count, held_out_count: tokens in the moments, and in the sketch.
-    blocks, cross: float32 (B, k, k); the last block may be filled up with zeros. sketch, dense_sketch: float32 (128, K). `cross`
-    and `dense_sketch` are None where there is no pair.
+    blocks, cross: float32 (B, k, k); the last block may be filled up with zeros. sketch, dense_sketch: float32 (128, K).
+    `cross` and `dense_sketch` are None where there is no pair.
     """
 
     def __init__(self, columns: int, blocks: torch.Tensor, sketch: torch.Tensor, cross: torch.Tensor | None = None,
@@ -46,7 +46,8 @@ class Moments:
             raise ValueError(f"Moments are kept in blocks of a multiple of {BLOCK} columns, not of {block}.")
         blocks = torch.zeros(-(-columns // size), size, size, device=device)
         sketch = torch.zeros(SKETCH_ROWS, columns, device=device)
-        return cls(columns, blocks, sketch, torch.zeros_like(blocks) if pair else None, torch.zeros_like(sketch) if pair else None)
+        of_pair = (torch.zeros_like(blocks), torch.zeros_like(sketch)) if pair else ()
+        return cls(columns, blocks, sketch, *of_pair)
 
     @property
     def block(self) -> int:
@@ -124,7 +125,8 @@ class Moments:
         self.held_out_count += other.held_out_count
 
     def to(self, device) -> "Moments":
-        moved = [None if part is None else part.to(device) for part in (self.blocks, self.sketch, self.cross, self.dense_sketch)]
+        parts = self.blocks, self.sketch, self.cross, self.dense_sketch
+        moved = [None if part is None else part.to(device) for part in parts]
         return Moments(self.columns, *moved, self.count, self.held_out_count, self._calls)
 
     # --- files ---

@@ -4,6 +4,7 @@ import torch
 from featherweight.ops.packing.moments import SKETCH_ROWS, Moments
 
 WHOLE = 10**6
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
