@@ -24,7 +24,7 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     count = len(range(*index.indices(len(tensor)))) if isinstance(index, slice) else len(index)
     if isinstance(index, slice) and count == len(tensor):
         return tensor
-    if not _rows_are_whole_blocks(tensor, 1):
+    if not rows_are_whole_blocks(tensor):
         return dense(tensor)[index]
     packed_format = tensor.layout_cls.format
     data, *scale = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
@@ -69,10 +69,10 @@ def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
 
 def _common_format(parts: Sequence[Tensor], axis: int):
     """The packed format of all parts, None where they differ or their rows cannot be moved as bytes."""
-    formats = {part.layout_cls.format if _rows_are_whole_blocks(part, axis) else None for part in parts}
+    formats = {part.layout_cls.format if rows_are_whole_blocks(part, axis) else None for part in parts}
     return formats.pop() if len(formats) == 1 else None
 
 
-def _rows_are_whole_blocks(tensor: Tensor, axis: int) -> bool:
+def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> bool:
     """Whether what is in the dimensions from `axis` on is whole blocks. False for tensors that are not packed."""
     return is_packed(tensor) and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0

@@ -1,0 +1,143 @@
+"""What is to be saved: the weights of a model, text encoder or file, one at a time in float32, with everything that is on them.
+
+Names are the host's without prefix. Nothing is unpacked, patched or read before it is asked for.
+"""
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ...ops.patcher import values as patched_values
+from ...ops.patcher.values import Patch
+from ...ops.tensor import QuantizedTensor, is_packed, packed_tensors
+from ..files.container import PLAIN_DTYPES
+
+PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+DIFFUSION_MODEL = "diffusion_model."
+
+
+@dataclass
+class Weight:
+    """One tensor of a model.
+
+    name: in the host's names without prefix; key: in the model. shape: with its patches. tensor: as it is held, without patches.
+    read: first row, end row -> these rows without patches, float32. patches: the host's, in order.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+    read: Callable[[int, int], torch.Tensor]
+    patches: Sequence[Patch] = ()
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def held_as(self) -> str:
+        """The type it is held in: a key of `FORMATS`, a plain type's name, or what the host calls one of its own."""
+        if is_packed(self.tensor):
+            return self.tensor.layout_cls.format.__name__
+        if isinstance(self.tensor, QuantizedTensor):
+            return self.tensor._layout_cls.removeprefix("TensorCore").removesuffix("Layout")
+        return PLAIN_NAMES.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it may be written in another type: whole numbers and markers without values are not."""
+        return self.tensor.dtype.is_floating_point and self.values > 0
+
+    def as_held(self) -> torch.Tensor:
+        """The tensor itself on the CPU, to be written bit for bit; packed 16-bit numbers as plain ones."""
+        tensor = self.tensor.detach()
+        if not is_packed(tensor):
+            return tensor.cpu()
+        packed_format = tensor.layout_cls.format
+        if packed_format.plain_dtype is None:
+            return tensor.to("cpu")
+        return packed_tensors(tensor)[0].cpu().contiguous().view(packed_format.plain_dtype).view(self.shape)
+
+    def slices(self, most: int) -> list[tuple[int, int]]:
+        """Rows [first, end) of at most about `most` values each, whole blocks of every format; all of them where it must be."""
+        rows = self.shape[0] if self.shape else 1
+        whole = self.values <= most or len(self.shape) < 2 or (
+            self.patches and patched_values.rows_of_patches(self.patches, 0, 1) is None)
+        # Blocks of NF4 run on over the rows; 64 rows are whole blocks of all of them.
+        step = rows if whole else max(1, most // (self.values // rows) // 64) * 64
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def patched(self, start: int, stop: int, patches: Sequence[Patch] | None = None,
+                values: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows with the patches in them, float32. patches: only these; values: on these in place of the weight's own."""
+        patches = self.patches if patches is None else patches
+        values = self.read(start, stop) if values is None else values
+        if patches and (start, stop) != (0, self.shape[0] if self.shape else 1):
+            patches = patched_values.rows_of_patches(patches, start, stop)
+        return patched_values.apply(patches, values, self.key) if patches else values
+
+
+@dataclass
+class Source:
+    """A model to be saved. title: what it is, for people. notes: what people should know of what will not be in the file."""
+
+    title: str
+    weights: dict[str, Weight]
+    device: torch.device = torch.device("cpu")
+    notes: list[str] = field(default_factory=list)
+    let_go: Callable[[], None] = lambda: None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights that may be written in another type."""
+        return {name: weight.shape for name, weight in self.weights.items() if weight.is_number}
+
+    @property
+    def touched(self) -> list[str]:
+        return [name for name, weight in self.weights.items() if weight.patches]
+
+
+def of_model(patcher, title: str = "model") -> Source:
+    """A MODEL: the host's ModelPatcher, packed by this pack or ordinary, with its patches."""
+    weights = _weights_of(patcher, DIFFUSION_MODEL)
+    for name, tensor in _markers(patcher).items():
+        weights.setdefault(name, Weight(name, name, tuple(tensor.shape), tensor, lambda start, stop, tensor=tensor: tensor))
+    return Source(title, weights, patcher.load_device)
+
+
+def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
+    """A CLIP: each encoder in it by its name in the host ("clip_l", "t5xxl"), as the host's own CLIPSave divides them."""
+    weights = _weights_of(clip.patcher, "")
+    parts: dict[str, dict[str, Weight]] = {}
+    for name, weight in weights.items():
+        part, _, rest = name.partition(".transformer.")
+        if not rest:  # settings of the host beside an encoder
+            part, _, rest = name.partition(".")
+        weight.name = rest
+        parts.setdefault(part, {})[rest] = weight
+    return {part: Source(f"{title} {part}", found, clip.patcher.load_device) for part, found in parts.items()
+            if any(len(weight.shape) > 1 for weight in found.values())}
+
+
+def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
+    weights = {}
+    for key in patched_values.weight_names(patcher, prefix):
+        name = key.removeprefix(prefix)
+        weights[name] = Weight(name, key, tuple(patched_values.patched_shape(patcher, key)),
+                               patched_values.held_weight(patcher, key), patched_values.reader(patcher, key),
+                               tuple(patcher.patches.get(key, ())))
+    return weights
+
+
+def _markers(patcher) -> Mapping[str, torch.Tensor]:
+    """What the host tells kinds of one architecture by, as its own CheckpointSave writes it."""
+    kind = getattr(getattr(patcher.model, "model_type", None), "name", "")
+    sampling = patcher.get_model_object("model_sampling") if hasattr(patcher.model, "model_sampling") else None
+    markers = {"v_pred": torch.empty(0)} if kind == "V_PREDICTION" else {}
+    if kind == "V_PREDICTION" and getattr(sampling, "zsnr", False):
+        markers["ztsnr"] = torch.empty(0)
+    if kind == "V_PREDICTION_EDM":
+        markers |= {f"edm_vpred.{name}": torch.tensor(float(getattr(sampling, name))) for name in ("sigma_max", "sigma_min")}
+    return markers

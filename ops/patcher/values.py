@@ -1,0 +1,104 @@
+"""Weights of a patched model in float32, some rows at a time: what is packed when a model is saved.
+
+The host rounds a patched weight to the model's dtype, and so does `SavingPatcher`; whoever packs it next would round twice.
+"""
+from collections.abc import Callable, Sequence
+
+import comfy.lora
+import comfy.utils
+import torch
+
+from ..adapters import rows_of
+from ..layers import PackedLayer
+from ..packed import relabelled
+from ..rows import rows_are_whole_blocks, take_rows
+from ..tensor import QuantizedTensor, is_packed
+
+BESIDE = ("input_scale", "pre_quant_scale")  # what the host's quantised layers keep beside their weight
+
+Patch = tuple  # (strength, value, strength_model, offset, function), as the host keeps them
+
+
+def weight_names(patcher, prefix: str = "") -> list[str]:
+    """Names of a model's parameters and saved buffers below `prefix`, in order; a quantised weight is one."""
+    model = patcher.model
+    saved = model.state_dict().keys()
+    found = dict(model.named_parameters(remove_duplicate=False))
+    found |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
+    order = {name: index for index, name in enumerate(saved)}
+    names = [name for name in found if name.startswith(prefix) and not (
+        name.endswith(BESIDE) and isinstance(found.get(f"{name.rpartition('.')[0]}.weight"), QuantizedTensor))]
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def held_weight(patcher, key: str) -> torch.Tensor:
+    """A weight as the model holds it without its patches, which the host may have written into it."""
+    if key in patcher.backup:
+        return patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0]
+    return comfy.utils.get_attr(patcher.model, key)
+
+
+def reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
+    """A function of (first row, end row) that gives these rows of the weight without its patches, in float32, a copy."""
+    weight = held_weight(patcher, key)
+    layer = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) if "." in key else patcher.model
+    smoothing = getattr(layer, "pre_quant_scale", None) if isinstance(weight, QuantizedTensor) else None
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        if not isinstance(weight, QuantizedTensor):
+            return (weight[start:stop] if weight.ndim else weight).detach().to(torch.float32, copy=True)
+        whole = relabelled(weight, dtype=torch.float32)
+        if is_packed(weight):
+            part = take_rows(whole, slice(start, stop))
+            if not is_packed(part):
+                return part.clone()
+            return layer.dense_weight(part, torch.float32) if isinstance(layer, PackedLayer) else part.dequantize()
+        dense = whole.dequantize()
+        return (dense if smoothing is None else dense * smoothing.to(dense))[start:stop].clone()
+
+    return rows
+
+
+def patched_shape(patcher, key: str) -> torch.Size:
+    """The shape of a weight with its patches, some of which put a larger one in its place."""
+    weight = held_weight(patcher, key)
+    patches = patcher.patches.get(key, [])
+    return comfy.lora.calculate_shape(patches, weight, key) if patches else weight.shape
+
+
+def apply(patches: Sequence[Patch], values: torch.Tensor, key: str) -> torch.Tensor:
+    """Values with the host's patches in them, by its own arithmetic. values: float32, may be overwritten."""
+    return comfy.lora.calculate_weight(list(patches), values, key)
+
+
+def rows_of_patches(patches: Sequence[Patch], start: int, stop: int) -> list[Patch] | None:
+    """The part of each patch that concerns some rows of its weight; None where one of them needs the whole weight at once."""
+    parts = []
+    for patch in patches:
+        part = _rows_of(patch, start, stop)
+        if part is None:
+            return None
+        parts += part
+    return parts
+
+
+def _rows_of(patch: Patch, start: int, stop: int) -> list[Patch] | None:
+    strength, value, strength_model, offset, function = patch
+    if isinstance(value, list) and offset is None and function is None:  # another model's weight, with patches of its own
+        (weight, convert), *others = value
+        if isinstance(weight, QuantizedTensor) and not rows_are_whole_blocks(weight):
+            return None
+        inner = rows_of_patches(others, start, stop)
+        return None if inner is None else [
+            (strength, [(take_rows(weight, slice(start, stop)), convert), *inner], strength_model, None, None)]
+    if offset is None or offset[0] != 0:
+        part = rows_of(patch, start, stop)
+        return None if part is None else [part]
+    _, at, length = offset
+    first, last = max(start, at), min(stop, at + length)
+    if first >= last:
+        return []
+    part = rows_of((strength, value, strength_model, None, function), first - at, last - at)
+    return None if part is None else [(*part[:3], (0, first - start, last - first), None)]
