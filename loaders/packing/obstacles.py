@@ -10,14 +10,14 @@ class SaveError(ValueError):
 def refuse_obstacles(patcher):
     """Raise SaveError for what changes weights while the model runs and would be lost without a word."""
     if patcher.injections:
-        raise SaveError(f"The model has {_listed(patcher.injections)} put into it while it runs (a bypass LoRA does that), which"
-                        " no file can hold. Load the LoRA with Load LoRA or Apply LoRA (Featherweight) instead.")
+        raise SaveError(f"The model has {_listed(patcher.injections)} put into it while it runs, as a bypass LoRA"
+                        " is, which no file can hold. Load the LoRA with Load LoRA or Apply LoRA (Featherweight) instead.")
     if patcher.hook_patches or patcher.forced_hooks or patcher.hook_backup:
         raise SaveError("The model has LoRA hooks, whose strength follows a schedule; a file holds one strength. Load the LoRA"
                         " with Load LoRA or Apply LoRA (Featherweight) instead.")
     if patcher.weight_wrapper_patches:
-        raise SaveError(f"Functions of another node change the weights {_listed(patcher.weight_wrapper_patches)} while the model"
-                        f" runs, which no file can hold. {ADVICE}")
+        raise SaveError(f"Functions of another node change the weights {_listed(patcher.weight_wrapper_patches)} while the"
+                        f" model runs, which no file can hold. {ADVICE}")
     replaced = [name for name, value in patcher.object_patches.items()
                 if name.startswith("diffusion_model") and (hasattr(value, "forward") or hasattr(value, "shape"))]
     if replaced:

@@ -22,8 +22,8 @@ class Share:
     size: float
 
     def __str__(self) -> str:
-        return (f"{self.title}: {self.gain:.1%} of it is kept, on {self.layers} weight{'s' if self.layers != 1 else ''}, which it"
-                f" changes by {self.size:.2%} of their norm")
+        weights = "1 weight" if self.layers == 1 else f"{self.layers} weights"
+        return f"{self.title}: {self.gain:.1%} of it is kept, on {weights}, which it changes by {self.size:.2%} of their norm"
 
 
 class Shares:
@@ -45,7 +45,6 @@ class Shares:
         self.arrived = torch.zeros(count, dtype=torch.float64)
         self.weights = torch.zeros(count, dtype=torch.float64)
         self.layers = [0] * count
-        self.error = self.whole = 0.0
 
     def groups(self, patches: Sequence[Patch]) -> list[tuple[int, list[Patch]]]:
         """(number of the change, its patches) in the order in which they are applied."""
@@ -58,16 +57,22 @@ class Shares:
                 groups.append((number, [patch]))
         return groups
 
-    def add(self, held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]], packed: torch.Tensor, first: bool):
-        """Some rows of a weight. held, packed: float32. changes: (number, what it adds). first: of the weight."""
-        arrived = (packed - held).view(-1)
-        norm = _dot(held, held)
-        for number, change in changes:
-            self.arrived[number] += _dot(change, arrived)
-            self.weights[number] += norm
+    def seen(self, held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]], packed: torch.Tensor, first: bool) -> tuple:
+        """What `add` takes of some rows of a weight. held, packed: float32. changes: (number, what it adds). first: rows."""
+        arrived = packed - held
+        numbers = [number for number, _ in changes]
+        products = [[dot(change, other) for _, other in changes] for _, change in changes]
+        return numbers, products, [dot(change, arrived) for _, change in changes], dot(held, held), first
+
+    def add(self, numbers: Sequence[int], products: Sequence[Sequence[float]], arrived: Sequence[float], weight: float,
+            first: bool):
+        """Count what was seen of some rows."""
+        for row, number in enumerate(numbers):
+            self.arrived[number] += arrived[row]
+            self.weights[number] += weight
             self.layers[number] += first
-            for other, another in changes:
-                self.products[number, other] += _dot(change, another)
+            for column, other in enumerate(numbers):
+                self.products[number, other] += products[row][column]
 
     def found(self) -> list[Share]:
         """Of each change, in the order of the model."""
@@ -85,5 +90,6 @@ def change_of(patch: Patch) -> tuple:
     return "merge" if isinstance(value, list) else "change", strength, strength_model
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    return torch.dot(a.reshape(-1).double(), b.reshape(-1).double()).item()
+def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Sum of the products of two float32 tensors of one shape."""
+    return torch.dot(a.reshape(-1), b.reshape(-1)).item()

@@ -21,7 +21,7 @@ DIFFUSION_MODEL = "diffusion_model."
 class Weight:
     """One tensor of a model.
 
-    name: in the host's names without prefix; key: in the model. shape: with its patches. tensor: as it is held, without patches.
+    name: in the host's names without prefix; key: in the model. shape: with its patches. tensor: as held, without patches.
     read: first row, end row -> these rows without patches, float32. patches: the host's, in order.
     """
 

@@ -1,0 +1,171 @@
+"""One weight at a time: read, patched, packed, and looked at once more before it is written.
+
+A change of a weight that was rounded before may be swallowed by the steps of the type it is packed to: the values lie on those
+steps already. Where all of it is asked for, it is enlarged until what arrives of it is whole.
+"""
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+
+import torch
+
+from ...ops.format import FORMATS, FormatError
+from ...ops.packing import pack_tensor
+from ...ops.product import unpack
+from ...ops.rows import take_rows
+from ...ops.tensor import is_packed
+from ..files.container import PLAIN_DTYPES, shown
+from ..files.safetensors_writer import DTYPES
+from .obstacles import SaveError
+from .rules import PLAIN_BYTES, fitting
+from .shares import Shares, dot
+from .source import Source, Weight
+
+SLICE_VALUES = 1 << 24  # of a weight that are in float32 at a time
+SAMPLE_VALUES = 1 << 20  # of a slice, from which the error of packing is told
+LOST = 0.25  # power of a weight's error over its own; a type that loses more than Q2_K ever does cannot hold its values
+WHOLE = 0.005  # a change whose share differs from 1 by no more is whole
+MOST_ENLARGED, ATTEMPTS = 2.0, 3
+FINER = "Q8_0"  # what a weight takes whose change does not arrive whole even then
+
+
+@dataclass
+class _Attempt:
+    """A weight in one type. pieces: of rows, on the CPU; None where the type cannot hold the values. swallows: whether a part
+    of its change does not arrive. seen: what `Shares.add` takes."""
+
+    pieces: list[torch.Tensor] | None = None
+    swallows: bool = False
+    seen: list[tuple] = field(default_factory=list)
+
+
+class Maker:
+    """Makes what is written of each weight, and collects what people are told about it."""
+
+    def __init__(self, source: Source, types: Mapping[str, str], sensitivity, whole: Set[str], finer: bool, safetensors: bool):
+        """types: planned, by name. whole: names of the weights that were rounded before and whose changes are to arrive whole;
+        finer: in a finer type where need be."""
+        self.source, self.planned, self.sensitivity = source, types, sensitivity
+        self.whole, self.finer, self.safetensors = whole, finer, safetensors
+        self.types: dict[str, str] = {}
+        self.copied = 0
+        self.notes: list[str] = []
+        self.shares = Shares(weight.patches for weight in source.weights.values())
+
+    def of(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
+        """(type, pieces of rows on the CPU) of a weight. Raises SaveError."""
+        if not weight.is_number:
+            tensor = weight.as_held()
+            known = self.safetensors or tensor.dtype in PLAIN_DTYPES.values()
+            return plain_type(weight, self.safetensors), [tensor if known else tensor.view(torch.int8)]
+        kind = self.types[weight.name] = self.planned[weight.name]
+        if not weight.patches and weight.held_as == kind:
+            self.copied += 1
+            tensor = weight.as_held()
+            if not is_packed(tensor):
+                _check(tensor, weight)
+            return kind, [tensor]
+        attempt = self._attempt(weight, kind)
+        if attempt.swallows and self.finer and bits(kind) < bits(FINER):
+            finer = fitting(FINER, weight.shape, "BF16")
+            self.notes.append(f"{weight.name} is {finer}: {kind} would swallow a part of its change.")
+            kind, attempt = finer, self._attempt(weight, finer)
+        if attempt.pieces is None:
+            self.notes.append(f"{weight.name} is BF16: its values do not fit into {kind}.")
+            kind, attempt = "BF16", self._attempt(weight, "BF16")
+        for seen in attempt.seen:
+            self.shares.add(*seen)
+        self.types[weight.name] = kind
+        return kind, attempt.pieces
+
+    def _attempt(self, weight: Weight, kind: str) -> _Attempt:
+        made, error, power = _Attempt([]), 0.0, 0.0
+        moments = None if self.sensitivity is None else self.sensitivity.moments(weight.name)
+        for start, stop in weight.slices(SLICE_VALUES if moments is None else max(SLICE_VALUES, weight.values)):
+            held, changes, values = self._patched(weight, start, stop)
+            _check(values, weight)
+            piece = self._piece(values, weight, kind, moments)
+            if piece is None:
+                return _Attempt()
+            if changes and weight.name in self.whole:
+                piece, swallowed = self._enlarged(piece, held, values - held, weight, kind, moments)
+                made.swallows |= swallowed
+            made.pieces.append(piece)
+            if changes:
+                made.seen.append(self.shares.seen(held, changes, _values_of(piece), start == 0))
+            if kind not in PLAIN_DTYPES:
+                count = max(1, SAMPLE_VALUES * len(values) // values.numel())
+                error += (_values_of(piece, count) - values[:count]).square_().sum().item()
+                power += values[:count].square().sum().item()
+        return _Attempt() if error > LOST * power else made
+
+    def _patched(self, weight: Weight, start: int, stop: int) -> tuple:
+        """(what is held, [(number of the change, what it adds)], the patched values) of some rows, float32."""
+        if not weight.patches:
+            return None, [], weight.patched(start, stop)
+        held = weight.read(start, stop)
+        values, changes = held.clone(), []
+        for number, patches in self.shares.groups(weight.patches):
+            before = values.clone()
+            values = weight.patched(start, stop, patches, values)
+            if values.shape == before.shape:
+                changes.append((number, values - before))
+        return held, changes if values.shape == held.shape else [], values
+
+    def _enlarged(self, piece: torch.Tensor, held: torch.Tensor, change: torch.Tensor, weight: Weight, kind: str,
+                  moments) -> tuple[torch.Tensor, bool]:
+        """(rows in which a change arrives whole, or the most that can be had of it, whether that is less)."""
+        whole, factor = dot(change, change), 1.0
+        for attempt in range(ATTEMPTS + 1):
+            share = dot(_values_of(piece) - held, change) / whole if whole else 1.0
+            if abs(share - 1) <= WHOLE or attempt == ATTEMPTS or factor == MOST_ENLARGED and share < 1:
+                return piece, abs(share - 1) > 2 * WHOLE
+            factor = min(factor / max(share, 0.1), MOST_ENLARGED)
+            piece = self._piece(held + factor * change, weight, kind, moments)
+
+    def _piece(self, values: torch.Tensor, weight: Weight, kind: str, moments) -> torch.Tensor | None:
+        if kind in PLAIN_DTYPES:
+            piece = values.to(PLAIN_DTYPES[kind])
+            return piece.cpu() if piece.isfinite().all() else None
+        try:
+            options = {} if moments is None else {"moments": moments}
+            return pack_tensor(values.to(self.source.device), FORMATS[kind], **options).to("cpu")
+        except FormatError as error:
+            raise SaveError(f"{shown(weight.name)} cannot be packed to {kind}: {error}") from error
+
+    def told(self) -> list[str]:
+        """What of the changes has arrived, and what came out otherwise than planned."""
+        lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
+        more = [f"{len(self.notes) - 5} more weights came out finer than planned."] if self.notes[5:] else []
+        return [*lines, *map(str, self.shares.found()), *self.notes[:5], *more]
+
+
+def plain_type(weight: Weight, safetensors: bool) -> str:
+    """The type of a tensor that is written as it is."""
+    if not weight.values:
+        return "F32"
+    if safetensors:
+        return DTYPES[weight.tensor.dtype]
+    return next((name for name, plain in PLAIN_DTYPES.items() if plain == weight.tensor.dtype), "I8")
+
+
+def bits(kind: str) -> float:
+    """Bits a value of a type; 16 for the types of the host, of which the values are taken."""
+    packed = FORMATS.get(kind)
+    if kind in PLAIN_BYTES or packed is None:
+        return 8.0 * PLAIN_BYTES.get(kind, 2)
+    return 8 * packed.block_bytes / packed.block_length + (32 / packed.block_length if packed.scales_apart else 0)
+
+
+def _values_of(piece: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    """float32 values of a piece, of its first rows only where that is enough."""
+    if not is_packed(piece):
+        return piece[:rows].float() if piece.ndim else piece.float()
+    return unpack(piece if rows is None else take_rows(piece, slice(0, rows)), torch.float32)
+
+
+def _check(values: torch.Tensor, weight: Weight):
+    """Raise SaveError for values that are no numbers."""
+    if not values.isfinite().all():
+        what = "with its patches it has" if weight.patches else "it has"
+        raise SaveError(f"{shown(weight.name)} cannot be saved: {what} NaN or infinite values. Get the model again, or take"
+                        " off what changes it.")

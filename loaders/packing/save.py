@@ -1,0 +1,175 @@
+"""A model to a file of packed weights: the plan, what is refused before any work, the writing, and what people are told.
+
+Each weight is read, patched in float32, packed once and written before the next. In memory are at most two dense slices of one
+weight and what the packing of a slice needs, unless a patch can only be applied to a whole weight.
+"""
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...ops.format import FORMATS
+from ..files import gguf_writer, safetensors_writer
+from ..files.container import PLAIN_DTYPES
+from ..files.writing import check_writable
+from .maker import Maker, bits, plain_type
+from .plan import Plan, PlanError, plan_for_size, plan_for_type, size_text
+from .rules import HALVES, PLAIN_BYTES, family_of, fitting, half_type, nbytes_of
+from .source import Source, Weight
+
+FINE = "Q6_K"  # the least for weights with a change that were rounded coarsely before
+ALIKE = "as it is"  # in place of a type: each weight in the type it is held in
+COARSE_BITS = 3.0  # bits a weight up to which a type has lost so much that saving it anew is worth a warning
+NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")  # `.scale` in the files of the field
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file that was written. types: name -> type, as it came out. text: what people are told."""
+
+    path: Path
+    nbytes: int
+    types: dict[str, str]
+    text: str
+
+
+def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, float]] | None = None, keep: bool = True,
+            safetensors: bool = False) -> Plan:
+    """The types for a type by name, ALIKE or a size in bytes of the whole file. costs: of a measurement (`plan_for_size`).
+
+    keep: weights that were rounded coarsely before and have patches take at least FINE, in which patches arrive whole.
+    Raises PlanError.
+    """
+    shapes = source.shapes
+    family = family_of(shapes)
+    halves = {name: half_type(_dtype(source.weights[name])) for name in shapes}
+    floors = {name: fitting(FINE, shapes[name], halves[name]) for name in _rounded_before(source)} if keep else {}
+    if safetensors:
+        floors = {}  # it has no such types
+    if isinstance(wanted, int):
+        floors = {name: kind for name, kind in floors.items() if family.may_be_packed(name, shapes[name])}
+        free = {name: shape for name, shape in shapes.items() if name not in floors}
+        budget = wanted - Plan(floors).nbytes(shapes)
+        try:
+            types = floors | plan_for_size(free, budget, family, costs, halves).types
+        except PlanError as error:
+            if not floors:
+                raise
+            raise PlanError(f"{error} {len(floors)} weights with a LoRA on them take {FINE}, {size_text(wanted - budget)}, so"
+                            " that the LoRA arrives whole; choose otherwise under 'LoRAs', or begin with a model that is not"
+                            " packed.") from error
+        return Plan({name: types[name] for name in shapes})
+    if wanted == ALIKE:
+        types = {name: _writable(source.weights[name], halves[name], safetensors) for name in shapes}
+    else:
+        types = plan_for_type(shapes, wanted, family, halves).types
+        if not safetensors:  # what stays exact is no more exact than it is held
+            types |= {name: source.weights[name].held_as for name, kind in types.items()
+                      if kind in PLAIN_BYTES and name not in floors and _is_ggml(source.weights[name].held_as)}
+    return Plan(types | {name: kind for name, kind in floors.items()
+                         if bits(types[name]) < bits(kind) and not source.weights[name].held_as == kind})
+
+
+def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity=None, keep: bool = True,
+         metadata: Mapping[str, str] | None = None, overwrite: bool = False,
+         track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names,
+         planned: Callable[[str], None] = lambda text: None) -> Saved:
+    """Write a source as GGUF, or as safetensors where `path` ends in that: there 4-bit weights are as bitsandbytes keeps them.
+
+    wanted, keep: see `plan_of`. sensitivity: a measurement of this model. metadata: texts for the file. track: goes over the
+    names, with the values of each, in place of a plain loop; what it raises ends the work. planned: is shown the plan before
+    anything is written. Raises SaveError, PlanError, WriteError; then nothing has come to be.
+    """
+    path, started = Path(path), time.monotonic()
+    safetensors = path.suffix.lower() == ".safetensors"
+    container = safetensors_writer if safetensors else gguf_writer
+    if sensitivity is not None:
+        sensitivity.check_is_for(source.shapes)
+    plan, tensors, texts = _within(source, path, wanted, sensitivity, keep, metadata or {}, safetensors)
+    check_writable(path, container.file_size(tensors, texts), overwrite)
+    notes = [*source.notes, *_warnings(source)]
+    planned("\n".join([f"{path.name}: {size_text(container.file_size(tensors, texts))}", plan.text(source.shapes), *notes]))
+    whole = set(_rounded_before(source)) if keep else set()
+    making = Maker(source, plan.types, sensitivity, whole, not isinstance(wanted, int) and not safetensors, safetensors)
+    open_writer = safetensors_writer.safetensors_writer if safetensors else gguf_writer.gguf_writer
+    with open_writer(path, tensors, texts, overwrite) as writer:
+        for name in track(list(source.weights), [max(1, weight.values) for weight in source.weights.values()]):
+            kind, pieces = making.of(source.weights[name])
+            writer.write(written_name(name), kind, pieces)
+            source.let_go()
+    nbytes = path.stat().st_size
+    lines = [f"{path}: {size_text(nbytes)} in {time.monotonic() - started:.0f} s",
+             Plan(making.types).text({name: source.shapes[name] for name in making.types}), *making.told(), *notes]
+    return Saved(path, nbytes, making.types, "\n".join(lines))
+
+
+def written_name(name: str) -> str:
+    """A weight's name in files: the host's, but for the norms that readers other than it know by an older name."""
+    return f"{name.removesuffix('weight')}scale" if name.endswith(NORM_SCALE) else name
+
+
+def _within(source: Source, path: Path, wanted: str | int, sensitivity, keep: bool, metadata: Mapping[str, str],
+            safetensors: bool) -> tuple[Plan, dict, dict]:
+    """(plan, what the file will hold, its metadata), a size being that of the file with its header."""
+    container = safetensors_writer if safetensors else gguf_writer
+    costs = None if sensitivity is None else sensitivity.costs
+    budget = wanted
+    while True:
+        plan = plan_of(source, budget, costs, keep, safetensors)
+        tensors = {written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
+                   for name, weight in source.weights.items()}
+        texts = metadata | {"featherweight.plan": plan.json()}
+        if not safetensors:
+            texts = _gguf_metadata(source, path, plan) | texts
+        size = container.file_size(tensors, texts)
+        if not isinstance(wanted, int) or size <= wanted:
+            return plan, tensors, texts
+        budget -= size - wanted
+
+
+def _gguf_metadata(source: Source, path: Path, plan: Plan) -> dict:
+    shapes = source.shapes
+    sizes = Counter()
+    for name, kind in plan.types.items():
+        sizes[kind] += nbytes_of(kind, shapes[name])
+    most = sizes.most_common(1)[0][0] if sizes else ""
+    architecture = family_of(shapes).architecture
+    return ({"general.architecture": architecture} if architecture else {}) | {
+        "general.name": path.stem, "general.quantization_version": gguf_writer.QUANTIZATION_VERSION} | (
+        {"general.file_type": gguf_writer.FILE_TYPES[most]} if most in gguf_writer.FILE_TYPES else {})
+
+
+def _warnings(source: Source) -> list[str]:
+    sizes = Counter()
+    for weight in source.weights.values():
+        sizes[weight.held_as] += weight.values
+    coarse = [kind for kind in sizes if bits(kind) < COARSE_BITS and sizes[kind] > 0.1 * sizes.total()]
+    if not coarse:
+        return []
+    return [f"Caution: the model's weights are {' and '.join(coarse)} already. What was lost of them comes back in no type; begin"
+            " with the original model if you can."]
+
+
+def _rounded_before(source: Source) -> list[str]:
+    """Names of weights with patches that are held in a packed type coarser than FINE."""
+    return [name for name in source.touched if source.weights[name].is_number and len(source.weights[name].shape) > 1
+            and bits(source.weights[name].held_as) < bits(FINE)]
+
+
+def _dtype(weight: Weight) -> torch.dtype:
+    return PLAIN_DTYPES["F16"] if weight.held_as == "F16" else torch.bfloat16
+
+
+def _is_ggml(kind: str) -> bool:
+    return kind in FORMATS and FORMATS[kind].ggml_type is not None and kind not in HALVES
+
+
+def _writable(weight: Weight, half: str, safetensors: bool) -> str:
+    """The type a weight is held in, where a file may hold it; else the 16 bits of its values."""
+    kind = weight.held_as
+    fits = kind in safetensors_writer.NAMES if safetensors else _is_ggml(kind)
+    return kind if fits or kind in PLAIN_BYTES else half

@@ -1,0 +1,313 @@
+"""A saved model is what was asked for, bit for bit what any reader gets, with everything on it that was on the model."""
+import functools
+
+import comfy.lora
+import comfy.sd
+import gguf
+import numpy as np
+import pytest
+import torch
+from comfy_extras.nodes_model_merging import ModelMergeSimple
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.writing import WriteError
+from featherweight.loaders.packing import maker
+from featherweight.loaders.packing.obstacles import SaveError, not_saved, refuse_obstacles
+from featherweight.loaders.packing.plan import PlanError
+from featherweight.loaders.packing.save import ALIKE, Saved, save
+from featherweight.loaders.packing.source import Source, of_model
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packing import pack_tensor
+from featherweight.ops.tensor import is_packed
+from patched_models import KINDS, dense_flux, flux_pair, flux_file, lora_for, packed_flux, patched, relative, run, tiny_flux
+
+pytestmark = pytest.mark.usefixtures("small_models")
+BLOCK = "double_blocks.0.img_mlp.0.weight"  # a matrix that is packed
+NORM = "double_blocks.0.img_attn.norm.query_norm.weight"
+
+
+@functools.cache
+def weights() -> dict[str, torch.Tensor]:
+    """Of a small Flux, in the host's names."""
+    return {in_the_host(name): tensor for name, tensor in tiny_flux().items()}
+
+
+def in_the_host(name: str) -> str:
+    return name.replace("_norm.scale", "_norm.weight")
+
+
+@functools.cache
+def dense_model():
+    return comfy.sd.load_diffusion_model_state_dict(dict(weights()))
+
+
+def values_in(path) -> dict[str, torch.Tensor]:
+    """Name in the host -> float32 values of a file."""
+    found = open_weights(path).state_dict()
+    return {in_the_host(name): tensor.dequantize() if is_packed(tensor) else tensor.float()
+            for name, tensor in found.items()}
+
+
+def exact_values(patcher) -> dict[str, torch.Tensor]:
+    """What the weights of a dense float32 model are with their patches, by the host."""
+    weights = {name.removeprefix("diffusion_model."): (name, tensor) for name, tensor in patcher.model.state_dict().items()
+               if name.startswith("diffusion_model.")}
+    return {name: comfy.lora.calculate_weight(patcher.patches.get(key, []), tensor.detach().float().clone(), key)
+            for name, (key, tensor) in weights.items()}
+
+
+def in_the_hosts_names(file: tuple) -> dict[str, torch.Tensor]:
+    return {in_the_host(name): tensor for name, tensor in file[1].items()}
+
+
+def held(patcher) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("diffusion_model."): tensor for name, tensor in patcher.model.state_dict().items()}
+
+
+# --- round trips ---
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4"])
+def test_a_file_holds_what_packing_the_weight_gives_and_everything_else_as_the_plan_says(tmp_path, kind):
+    path = tmp_path / ("a.safetensors" if kind == "NF4" else "a.gguf")
+    saved = save(of_model(dense_model()), path, kind)
+    assert isinstance(saved, Saved) and saved.nbytes == path.stat().st_size and saved.types[BLOCK] == kind
+    values = values_in(path)
+    assert values.keys() == weights().keys()
+    for name, weight in weights().items():
+        expected = pack_tensor(weight, FORMATS[kind]).dequantize() if saved.types[name] == kind else (
+            weight if saved.types[name] == "F32" else weight.bfloat16().float())
+        assert torch.equal(values[name], expected), name
+    assert relative(run(load_diffusion_model(str(path))), run(dense_model())) < 0.1
+
+
+def test_gguf_py_reads_the_same_values_under_the_names_of_the_field(tmp_path):
+    saved = save(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K")
+    reader = gguf.GGUFReader(saved.path)
+    values = values_in(saved.path)
+    for tensor in reader.tensors:
+        name = in_the_host(tensor.name)
+        read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(np.ravel(read), values[name].flatten().numpy()), name
+    names = {tensor.name for tensor in reader.tensors}
+    assert NORM.replace("weight", "scale") in names and not any("query_norm.weight" in name for name in names)
+    fields = {key: reader.get_field(key).contents() for key in ("general.architecture", "general.file_type", "general.name")}
+    assert fields == {"general.architecture": "flux", "general.file_type": 14, "general.name": "a"}
+
+
+@pytest.mark.parametrize("format_name", ["Q4_K", "Q8_0", "IQ4_XS", "Q2_K"])
+def test_weights_without_a_patch_in_the_wanted_type_are_copied_bit_for_bit(tmp_path, format_name, monkeypatch):
+    packed = packed_flux(format_name)
+    monkeypatch.setattr(maker, "pack_tensor", None)
+    save(of_model(packed), tmp_path / "a.gguf", format_name)
+    found = open_weights(tmp_path / "a.gguf").state_dict()
+    for name, tensor in held(packed).items():
+        if is_packed(tensor):
+            assert torch.equal(found[name]._qdata.view(-1), tensor._qdata.view(-1)), name
+    save(of_model(packed), tmp_path / "b.gguf", ALIKE)
+    assert torch.equal(run(load_diffusion_model(str(tmp_path / "b.gguf"))), run(packed))
+
+
+def test_as_it_is_keeps_the_type_of_each_weight(tmp_path):
+    saved = save(of_model(packed_flux("Q5_K")), tmp_path / "a.gguf", ALIKE)
+    with_lora = patched(packed_flux("Q5_K"), (lora_for({BLOCK: weights()[BLOCK]}), 1.0))
+    touched = save(of_model(with_lora), tmp_path / "b.gguf", ALIKE)
+    assert saved.types[BLOCK] == "Q5_K" and touched.types == saved.types | {BLOCK: "Q6_K"}
+
+
+@pytest.mark.parametrize("size", [2_000_000, 2_600_000, 4_000_000])
+def test_a_size_is_that_of_the_whole_file_and_never_exceeded(tmp_path, size):
+    saved = save(of_model(dense_model()), tmp_path / "a.gguf", size)
+    assert 0.96 * size < saved.nbytes <= size  # few matrices, so that no mix comes nearer
+    with pytest.raises(PlanError, match="too small"):
+        save(of_model(dense_model()), tmp_path / "b.gguf", 1_000_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
+# --- patches ---
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_of_every_kind_are_applied_in_float32_and_packed_once(tmp_path, kind):
+    model = patched(dense_model(), (lora_for(weights(), kind, seed=3), 0.7), (lora_for(weights(), "lora", seed=4), 0.2))
+    saved = save(of_model(model), tmp_path / "a.gguf", "Q8_0")
+    values, exact = values_in(saved.path), exact_values(model)
+    for name, weight in exact.items():
+        expected = pack_tensor(weight, FORMATS["Q8_0"]).dequantize() if saved.types[name] == "Q8_0" else weight
+        assert relative(values[name], expected) < (1e-6 if saved.types[name] in ("Q8_0", "F32") else 0.005), name
+
+
+@pytest.mark.parametrize("most", [1 << 24, 1 << 14])
+def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monkeypatch):
+    layers = {"double_blocks.0.img_attn.qkv": (256 * 3, 256)}
+    lora = {}  # in the names of diffusers, so that each is on some rows of the fused weight
+    for index, part in enumerate(("to_q", "to_k", "to_v")):
+        torch.manual_seed(index)
+        lora[f"transformer.transformer_blocks.0.attn.{part}.lora_A.weight"] = torch.randn(4, 256)
+        lora[f"transformer.transformer_blocks.0.attn.{part}.lora_B.weight"] = torch.randn(256, 4) * 0.01
+    model = patched(dense_model(), (lora, 1.0), (lora_for(weights(), seed=5), 0.5))
+    assert len(model.patches[f"diffusion_model.{next(iter(layers))}.weight"]) == 4
+    model = ModelMergeSimple().merge(model, packed_flux("Q4_K", seed=2), 0.6)[0]
+    monkeypatch.setattr(maker, "SLICE_VALUES", most)
+    saved = save(of_model(model), tmp_path / "a.gguf", "Q8_0")
+    values = values_in(saved.path)
+    exact = exact_values(model)
+    for name in exact:
+        packed = pack_tensor(exact[name], FORMATS["Q8_0"]).dequantize() if saved.types[name] == "Q8_0" else exact[name]
+        assert relative(values[name], packed) < (1e-4 if saved.types[name] in ("Q8_0", "F32") else 0.005), name
+    slices = of_model(model).weights["single_blocks.0.linear1.weight"].slices(most)
+    assert len(slices) == (1 if most > 1 << 20 else -(-slices[-1][1] // slices[0][1])) and slices[-1][1] == 1792
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0"])
+def test_two_loras_at_different_strengths_arrive_whole_and_add_no_error(tmp_path, kind):
+    """The gain of each LoRA by least squares over all weights, and the error beside that of packing alone."""
+    loras = [(lora_for(weights(), seed=seed, size=0.1), strength) for seed, strength in ((1, 0.13), (2, 1.0))]
+    model = patched(dense_model(), *loras)
+    plain, exact = exact_values(dense_model()), exact_values(model)
+    values = values_in(save(of_model(model), tmp_path / "a.gguf", kind).path)
+    alone = values_in(save(of_model(dense_model()), tmp_path / "b.gguf", kind).path)
+    names = [name for name, weight in plain.items() if weight.ndim > 1]
+    changes = [{name: exact_values(patched(dense_model(), lora))[name] - plain[name] for name in names} for lora in loras]
+    columns = torch.stack([torch.cat([change[name].flatten() for name in names]) for change in changes], -1).double()
+    arrived = torch.cat([(values[name] - plain[name]).flatten() for name in names]).double()
+    gains = torch.linalg.lstsq(columns, arrived.unsqueeze(-1)).solution.flatten()
+    assert (gains - 1).abs().max() <= 0.01, gains
+    assert error(values, exact) <= 1.05 * error(alone, plain)
+
+
+def error(values: dict, exact: dict) -> float:
+    """Of all matrices together."""
+    names = [name for name, weight in exact.items() if weight.ndim > 1]
+    return relative(*(torch.cat([weights[name].flatten() for name in names]) for weights in (values, exact)))
+
+
+def shares(text: str) -> list[float]:
+    return [float(line.split(": ")[1].split("%")[0]) for line in text.splitlines() if "of it is kept" in line]
+
+
+@pytest.mark.parametrize("base, kind", [(None, "Q8_0"), ("Q4_K", "Q4_K"), ("Q4_K", "Q8_0"), ("Q2_K", "Q3_K"), ("Q8_0", "Q4_K")])
+def test_a_lora_on_a_dense_or_packed_base_keeps_at_least_99_percent_of_itself(tmp_path, base, kind):
+    model = dense_model() if base is None else packed_flux(base)
+    saved = save(of_model(patched(model, (lora_for(weights(), size=0.02), 1.0))), tmp_path / "a.gguf", kind)
+    assert all(99 <= share <= 101 for share in shares(saved.text)) and len(shares(saved.text)) == 1, saved.text
+    assert saved.types[BLOCK] == ("Q6_K" if base in ("Q4_K", "Q2_K") and kind != "Q8_0" else kind)
+
+
+def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
+    lora, packed = (lora_for(weights(), size=0.005), 1.0), packed_flux("Q4_K")
+    saved = save(of_model(patched(packed, lora)), tmp_path / "a.gguf", "Q4_K", keep=False)
+    values, exact = values_in(saved.path), exact_values(patched(dense_flux("Q4_K"), lora))
+    base = {name: tensor.dequantize() if is_packed(tensor) else tensor.float() for name, tensor in held(packed).items()}
+    change = {name: exact[name] - base[name] for name in exact if exact[name].ndim > 1}
+    gain = sum(((values[name] - base[name]) * change[name]).sum() for name in change) / sum(
+        part.square().sum() for part in change.values())
+    assert saved.types[BLOCK] == "Q4_K" and gain < 0.9
+    assert abs(shares(saved.text)[0] / 100 - gain) < 0.002
+
+
+def test_a_merge_of_two_packed_models_is_packed_once(tmp_path):
+    first, second = packed_flux("Q4_K"), packed_flux("Q5_K", seed=1)
+    merged = ModelMergeSimple().merge(first, second, 0.3)[0]
+    saved = save(of_model(merged), tmp_path / "a.gguf", "Q8_0")
+    values = values_in(saved.path)
+    for name, weight in in_the_hosts_names(flux_file("Q4_K")).items():
+        mean = 0.3 * weight + 0.7 * in_the_hosts_names(flux_file("Q5_K", 1))[name]
+        expected = pack_tensor(mean, FORMATS["Q8_0"]).dequantize() if saved.types[name] == "Q8_0" else mean
+        assert relative(values[name], expected) < (1e-3 if saved.types[name] == "Q8_0" else 0.005), name
+    assert shares(saved.text) == [pytest.approx(100, abs=0.5)]
+
+
+def test_a_loaded_model_is_saved_with_its_patches_once(tmp_path):
+    model = patched(dense_model(), (lora_for(weights(), seed=1), 1.0))
+    save(of_model(model), tmp_path / "a.gguf", "Q8_0")
+    run(model)  # now the host has written the patches into the weights
+    save(of_model(model), tmp_path / "b.gguf", "Q8_0")
+    first, second = (values_in(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- bad input ---
+
+def with_value(value: float, name: str = BLOCK) -> Source:
+    spoilt = weights() | {name: weights()[name].clone()}
+    spoilt[name].view(-1)[1000 % spoilt[name].numel()] = value
+    return of_model(comfy.sd.load_diffusion_model_state_dict(spoilt))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [BLOCK, "img_in.weight", "img_in.bias"])
+def test_values_that_are_no_numbers_are_refused_with_the_name_of_the_weight(tmp_path, value, name):
+    with pytest.raises(SaveError, match=f"'{name}'.* NaN or infinite"):
+        save(with_value(value, name), tmp_path / "a.gguf", "Q4_K")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_beyond_a_type_take_one_that_holds_them(tmp_path):
+    half = {name: tensor.half() for name, tensor in weights().items()}
+    model = comfy.sd.load_diffusion_model_state_dict(half, model_options={"dtype": torch.float16})
+    large = patched(model, ({"diffusion_model.img_in.diff": torch.full_like(weights()["img_in.weight"], 1e6)}, 1.0))
+    tiny = with_value(0.0)
+    tiny.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 1e-12
+    first, second = save(of_model(large), tmp_path / "a.gguf", "Q4_K"), save(tiny, tmp_path / "b.gguf", "Q4_K")
+    assert first.types["img_in.weight"] == second.types[BLOCK] == "BF16" and first.types[BLOCK] == "Q4_K"
+    assert "img_in.weight is BF16: its values do not fit into F16." in first.text and f"{BLOCK} is BF16" in second.text
+    assert values_in(first.path)["img_in.weight"].mean() == pytest.approx(1e6, rel=0.01)
+    assert relative(values_in(second.path)[BLOCK], weights()[BLOCK] * 1e-12) < 0.01
+
+
+class Cancelled(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 1, 20, 43])
+def test_a_cancel_at_any_weight_leaves_nothing(tmp_path, at):
+    def track(names, sizes):
+        assert len(names) == len(sizes) == 44
+        for index, name in enumerate(names):
+            if index == at:
+                raise Cancelled
+            yield name
+
+    with pytest.raises(Cancelled):
+        save(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K", track=track)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_refused_before_any_work(tmp_path):
+    (tmp_path / "a.gguf").write_text("old")
+    with pytest.raises(WriteError, match="exists"):
+        save(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K", planned=lambda text: pytest.fail("the work began"))
+
+
+def test_what_no_file_can_hold_is_refused_by_name_and_what_changes_no_weight_is_named():
+    clean = packed_flux("Q4_K")
+    refuse_obstacles(clean)
+    assert not_saved(clean) == []
+    bypass, hooked, wrapped, replaced, sampled = (clean.clone() for _ in range(5))
+    bypass.set_injections("bypass_lora", [])
+    hooked.hook_patches["hook"] = {}
+    wrapped.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight)
+    replaced.add_object_patch("diffusion_model.img_in", torch.nn.Linear(2, 2))
+    for model, named in ((bypass, "bypass_lora"), (hooked, "hooks"), (wrapped, "diffusion_model.img_in.weight"),
+                         (replaced, "diffusion_model.img_in")):
+        with pytest.raises(SaveError, match=named):
+            refuse_obstacles(model)
+    sampled.add_object_patch("model_sampling", object())
+    sampled.set_model_attn1_patch(lambda *args: args)
+    sampled.add_wrapper_with_key("diffusion_model", "cache", lambda *args: args)
+    refuse_obstacles(sampled)
+    assert not_saved(sampled) == ["model_sampling", "patches: attn1_patch", "diffusion_model: cache"]
+
+
+def test_a_model_of_two_bits_comes_with_a_warning(tmp_path):
+    assert "Caution" in save(of_model(packed_flux("Q2_K")), tmp_path / "a.gguf", "Q4_K").text
+    assert "Caution" not in save(of_model(packed_flux("Q4_K")), tmp_path / "b.gguf", "Q2_K").text
+
+
+@pytest.mark.parametrize("format_name", ["INT8", "float8_e4m3fn", "mxfp8", "nvfp4"])
+def test_the_hosts_quantised_layers_are_saved_by_their_values(tmp_path, format_name):
+    packed, dense = flux_pair(format_name)
+    saved = save(of_model(packed), tmp_path / "a.gguf", "Q8_0")
+    values, exact = values_in(saved.path), exact_values(dense)
+    assert values.keys() == exact.keys()
+    for name, weight in exact.items():
+        assert relative(values[name], weight) < 0.01, name
