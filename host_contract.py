@@ -127,6 +127,19 @@ MEMBERS = {
     },
     "loaders/lora/fit.py": {"comfy.sd.CLIP.cond_stage_model": None},
     "loaders/handover.py": {"comfy.model_patcher.ModelPatcher.load_device": None},
+    "loaders/packing/obstacles.py": {
+        f"comfy.model_patcher.ModelPatcher.{name}": None for name in (
+            "forced_hooks", "hook_backup", "hook_patches", "injections", "model_options", "object_patches",
+            "weight_wrapper_patches", "wrappers")
+    },
+    "loaders/packing/source.py": {
+        "comfy.model_base.BaseModel.model_sampling": None,
+        "comfy.model_base.BaseModel.model_type": None,
+        "comfy.model_patcher.ModelPatcher.get_model_object": "name",
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+        "comfy.model_patcher.ModelPatcher.patches": None,
+        "comfy.sd.CLIP.patcher": None,
+    },
     "loaders/progress.py": {"comfy.utils.ProgressBar.update_absolute": "value"},
     "loaders/recipe.py": {"comfy.model_patcher.ModelPatcher.cached_patcher_init": None},
     "loaders/text_encoder.py": {"comfy.sd.CLIP.patcher": None},
@@ -202,6 +215,9 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving": "model prefix",
         "comfy.model_patcher.ModelPatcher.offload_device": None,
         "comfy.model_patcher.ModelPatcher.patch_weight_to_device": "key device_to inplace_update return_weight force_cast",
+    },
+    "ops/patcher/values.py": {
+        f"comfy.model_patcher.ModelPatcher.{name}": None for name in ("backup", "hook_backup", "model", "patches")
     },
     "ops/tensor.py": {
         "comfy_kitchen.tensor.BaseLayoutParams._tensor_fields": "",

@@ -150,8 +150,8 @@ def _warnings(source: Source) -> list[str]:
     coarse = [kind for kind in sizes if bits(kind) < COARSE_BITS and sizes[kind] > 0.1 * sizes.total()]
     if not coarse:
         return []
-    return [f"Caution: the model's weights are {' and '.join(coarse)} already. What was lost of them comes back in no type; begin"
-            " with the original model if you can."]
+    return [f"Caution: the model's weights are {' and '.join(coarse)} already. What was lost of them comes back in no type:"
+            " begin with the original model if you can."]
 
 
 def _rounded_before(source: Source) -> list[str]:
