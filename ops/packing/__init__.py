@@ -8,7 +8,10 @@ import torch
 from ..format import Format, FormatError
 from ..packed import PackedTensor
 from ..tensor import packed_tensor
+from .feedback import pack_with_feedback
 from .grids import Search
+from .guard import better_of
+from .moments import Moments
 
 # Values packed at a time: on a CPU the temporaries stay in the cache; elsewhere they stay below 300 MB.
 CPU_SLICE_VALUES = 1 << 17
@@ -28,13 +31,15 @@ def _has_reference(packed_format: type[Format]) -> bool:
 
 
 @torch.no_grad()
-def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments=None, importance: torch.Tensor | None = None,
-                reference: bool = False) -> PackedTensor:
+def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Moments | None = None,
+                importance: torch.Tensor | None = None, reference: bool = False) -> PackedTensor:
     """A weight packed in a format, shown as float32, on the weight's device.
 
     weight: any float dtype, (..., K), rows that the format's blocks divide; of NF4 and FP4 any shape. importance: float (K,),
-    the weight of a squared error in each column; None where nothing was measured. reference: whether to take the plain
-    arithmetic of the format's reference, bit for bit, in place of the search. Works in slices, so that what it needs beside
+    the weight of a squared error in each column; None where nothing was measured. moments: of the layer's inputs; with them
+    in place of `importance` the weight is packed with error feedback, where a format has a grid, if that serves tokens held
+    out better. reference: whether to take the plain arithmetic of the format's reference, bit for bit, in place of the
+    search. Works in slices, so that what it needs beside
     the weight and the result is bounded, whatever the weight's size. Raises FormatError for values that are not finite or
     too large for the format, shapes that do not divide, formats that nothing packs, and `reference` where there is none.
     """
@@ -46,6 +51,9 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments=None,
     search = None if grid is None or reference else Search(grid, weight.device)
     if importance is not None:
         importance = _usable(importance, weight)
+    elif moments is not None and search is not None and weight.shape[1:].numel() % length == 0:
+        by_feedback = pack_with_feedback(weight, packed_format, moments)
+        return better_of(weight, [by_feedback, pack_tensor(weight, packed_format, importance=moments.importance)], moments)
     flat = weight.reshape(-1)
     step = max(1, (CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES) // length)
     outputs = None

@@ -74,7 +74,10 @@ class Search:
 
     def round(self, values: torch.Tensor, unit: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
         """The levels, float32, nearest to `values`; that of 0 where the unit is 0. Shapes that broadcast."""
-        scaled = (values if offset is None else values + offset) * inverse(unit)
+        return self.nearest_levels((values if offset is None else values + offset) * inverse(unit))
+
+    def nearest_levels(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The levels, float32, nearest to numbers in units of their scale, which are overwritten."""
         if self.grid.uniform:
             return scaled.round_().clamp_(self.lowest, self.highest)
         cells = scaled.sub_(self.lowest).mul_(self.cells).clamp_(0, CELLS - 1).int()

@@ -53,6 +53,10 @@ class Moments:
     def block(self) -> int:
         return self.blocks.shape[-1]
 
+    def spans(self) -> list[slice]:
+        """The columns of each block."""
+        return [slice(start, min(self.columns, start + self.block)) for start in range(0, self.columns, self.block)]
+
     @property
     def importance(self) -> torch.Tensor:
         """Mean square of each column, float32 (K,)."""
