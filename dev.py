@@ -1,4 +1,5 @@
-"""One command for everything a developer does here: python3 dev.py demo | test | bench | quality | sizes | matrix | setup"""
+"""One command for everything a developer does here: python3 dev.py demo | test | bench | quality | sizes | inspect | matrix
+| setup"""
 import sys
 
 if sys.version_info < (3, 10):
@@ -14,6 +15,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   bench [arguments]            measure speed and memory side by side
   quality [arguments]          measure what each packing does to the pictures of the demo
   sizes                        count the bytes of popular models in each format, for docs/choosing.md
+  inspect FILE [--reference FILE] [--picture OUT.png]  say what a model file is, what it needs and which memory it fits
   matrix [--host V] [--newest] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version, or
                                with the newest versions of ComfyUI's own packages
   setup                        only make the environment that the others use

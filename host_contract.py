@@ -88,7 +88,7 @@ NAMES = {
     "comfy_api.latest.io.ComfyNode": None,
     "comfy_api.latest.io.Float.Input": "id * default min max step tooltip",
     "comfy_api.latest.io.Image.Output": "* display_name tooltip",
-    "comfy_api.latest.io.Model.Input": "id * tooltip",
+    "comfy_api.latest.io.Model.Input": "id * optional tooltip",
     "comfy_api.latest.io.Model.Output": "",
     "comfy_api.latest.io.NodeOutput": "* ui",
     "comfy_api.latest.io.Schema": "* node_id display_name category description search_aliases inputs outputs is_output_node",
@@ -127,6 +127,21 @@ MEMBERS = {
     },
     "loaders/lora/fit.py": {"comfy.sd.CLIP.cond_stage_model": None},
     "loaders/handover.py": {"comfy.model_patcher.ModelPatcher.load_device": None},
+    "loaders/inspect/contents.py": {
+        "comfy.model_base.BaseModel.model_config": None,
+        "comfy.model_patcher.ModelPatcher.cached_patcher_init": None,
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.model_size": "",
+        "comfy.model_patcher.ModelPatcher.patches": None,
+    },
+    "loaders/inspect/difference.py": {"comfy_kitchen.tensor.QuantizedTensor.dequantize": ""},
+    "loaders/inspect/needs.py": {
+        "comfy.supported_models_base.BASE.latent_format": None,
+        "comfy.supported_models_base.BASE.memory_usage_factor": None,
+        "comfy.latent_formats.LatentFormat.latent_dimensions": None,
+        "comfy.latent_formats.LatentFormat.spacial_downscale_ratio": None,
+        "comfy.latent_formats.LatentFormat.temporal_downscale_ratio": None,
+    },
     "loaders/packing/obstacles.py": {
         f"comfy.model_patcher.ModelPatcher.{name}": None for name in (
             "forced_hooks", "hook_backup", "hook_patches", "injections", "model_options", "object_patches",

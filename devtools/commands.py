@@ -59,9 +59,15 @@ def sizes(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.measure.model_sizes", *arguments)
 
 
+def inspect(arguments: list[str]) -> int:
+    """Say what a model file is."""
+    return prepare().run("-m", "devtools.inspect_file", *arguments)
+
+
 def matrix(arguments: list[str]) -> int:
     """Run the server tests on older ComfyUIs too."""
     return prepare().run("-m", "devtools.host.matrix", *arguments)
 
 
-COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes, "matrix": matrix}
+COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes,
+            "inspect": inspect, "matrix": matrix}

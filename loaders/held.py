@@ -17,12 +17,13 @@ def held_text(patcher) -> str:
     """
     sizes = collections.Counter()
     for tensor in patcher.model.parameters():
-        sizes[_format_name(tensor)] += tensor.nbytes
+        sizes[format_name(tensor)] += tensor.nbytes
     names = [name for name, size in sizes.most_common() if size >= SHOWN_FROM * sizes.total()]
-    return f"{' + '.join(names)}, {_size_text(patcher.model_size())} held"
+    return f"{' + '.join(names)}, {size_text(patcher.model_size())} held"
 
 
-def _format_name(tensor: torch.Tensor) -> str:
+def format_name(tensor: torch.Tensor) -> str:
+    """What a tensor is held in: a key of `FORMATS`, the host's name of one of its own, or "F32", "BF16" ..."""
     if is_packed(tensor):
         return tensor.layout_cls.format.__name__
     layout = getattr(tensor, "_layout_cls", None)  # a tensor in a quantised format of the host
@@ -31,5 +32,6 @@ def _format_name(tensor: torch.Tensor) -> str:
     return PLAIN_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
-def _size_text(size: int) -> str:
+def size_text(size: float) -> str:
+    """A size as people read it: GB of 10^9 bytes, MB of 10^6."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -18,7 +18,7 @@ SOURCES = [path for layer in ("nodes", "loaders", "ops") for path in sorted((ROO
 EVERY_NODE = {path.stem for path in host_contract.node_files()}
 PATCHER_PARTS = [part for part in PackedPatcher.__mro__ if part.__module__.startswith(PackedPatcher.__module__)]
 PATCHER_MEMBERS = {name: None for where, members in MEMBERS.items() if where.startswith("ops/patcher/") for name in members}
-LORA_NODES = {"apply_lora", "check_lora"}
+LORA_NODES = {"apply_lora", "check_lora", "inspect_model_file"}
 ENCODER_NODES = {"load_text_encoder", "legacy_gguf_clip", "load_checkpoint", "legacy_nf4"}
 
 
@@ -193,5 +193,6 @@ def test_nodes_that_need_what_is_gone_are_left_out_and_the_others_are_there(monk
     everything = {node.GET_SCHEMA().node_id for node in node_list()}
     without(monkeypatch, "comfy.lora_convert.convert_lora")
     found = {node.GET_SCHEMA().node_id for node in node_list()}
-    assert everything - found == {"FeatherweightApplyLora", "FeatherweightCheckLora"}
+    assert everything - found == {
+        "FeatherweightApplyLora", "FeatherweightCheckLora", "FeatherweightInspectModelFile"}
     assert not caplog.records

@@ -1,0 +1,86 @@
+"""What was found out about a model, as a text for people."""
+import collections
+
+from ..held import size_text
+from .inspection import ENCODER, Inspection, block_of
+from .needs import LARGEST
+
+WORST = 5  # tensors named with their errors
+
+
+def inspection_text(found: Inspection) -> str:
+    """A sentence, then a table of lines; what is not known is left out."""
+    if found.problem:
+        return found.problem
+    rows = {"file says": found.said, "ComfyUI's name": found.host, "parameters": _parameters(found),
+            "size": size_text(found.nbytes) if found.nbytes else "", "held in memory": size_text(found.held)}
+    if found.parts:
+        rows["in it"] = ", ".join(f"{part} {size_text(size)}" for part, size in found.parts.items())
+    if found.patches:
+        rows["patched"] = f"{found.patches} weights are changed by LoRAs or merges, which lie beside them and are not counted"
+    rows |= {f"needs {what}" if what != "use" else what: which for what, which in found.needs.items()}
+    lines = [found.title, "", *(f"{name}: {value}" for name, value in rows.items() if value), "", *types_table(found)]
+    if found.cards:
+        lines += ["", cards_title(found), *(f"  {note}" for _, note in cards_notes(found))]
+    lines += [line for what, said in found.plan.items() for line in ("", f"made here, {what}: {said}")]
+    if found.reference:
+        lines += ["", *errors_lines(found)]
+    return "\n".join(lines)
+
+
+def _parameters(found: Inspection) -> str:
+    count = sum(tensors for tensors, _ in found.types.values())
+    number = f"{found.parameters / 1e9:.2f} billion" if found.parameters >= 1e9 else f"{found.parameters / 1e6:.2f} million"
+    return f"{number} in {count} tensors"
+
+
+def types_table(found: Inspection) -> list[str]:
+    """Type, tensors, bytes and their share, the type with the most bytes first."""
+    total = sum(size for _, size in found.types.values()) or 1
+    widest = max((len(kind) for kind in found.types), default=0)
+    return [f"{kind:<{widest}}  {count} tensor{'s' * (count != 1)}, {size_text(size)} ({size / total:.1%})"
+            for kind, (count, size) in found.types.items()]
+
+
+def cards_title(found: Inspection) -> str:
+    """What the memory is counted for."""
+    if found.kind == ENCODER:
+        return "memory, where it runs before the model:"
+    return f"memory for {found.picture}, text encoders and VAE not counted:"
+
+
+def cards_notes(found: Inspection) -> list[tuple[bool, str]]:
+    """(whether it fits whole, a sentence) of the cards, those with the same sentence in one."""
+    said = {}
+    for card in found.cards:
+        fits = "fits whole" if not card.missing else f"{size_text(card.missing)} of it stay in the computer's memory"
+        if card.best == "":
+            fits += "; no type of it fits whole"
+        elif card.best:
+            fits += f"; {card.best} fits whole{'' if card.best == LARGEST else ', and what is smaller'}"
+        said.setdefault((not card.missing, fits), []).append(card.gib)
+    return [(whole, f"card{'s' * (len(sizes) > 1)} of {', '.join(map(str, sizes))} GB: {line}")
+            for (whole, line), sizes in said.items()]
+
+
+def errors_lines(found: Inspection) -> list[str]:
+    """The relative errors against the reference: of each type, and the tensors with the largest."""
+    if not found.errors:
+        return [f"error against {found.reference}: not measured. {found.no_errors}"]
+    mean = sum(found.errors.values()) / len(found.errors)
+    worst = sorted(found.errors.items(), key=lambda item: -item[1])[:WORST]
+    return [f"error against {found.reference}, mean over {len(found.errors)} tensors: {error_text(mean)}",
+            *(f"  {name}: {error_text(error)}" for name, error in worst)]
+
+
+def error_text(error: float) -> str:
+    """A relative error in percent; "exact" where there is none."""
+    return "exact" if error == 0 else f"{100 * error:.2g} %"
+
+
+def block_errors(found: Inspection) -> dict[str, float]:
+    """Block -> mean relative error of its tensors."""
+    of_block = collections.defaultdict(list)
+    for name, error in found.errors.items():
+        of_block[block_of(name)].append(error)
+    return {block: sum(errors) / len(errors) for block, errors in of_block.items()}

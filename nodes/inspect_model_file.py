@@ -1,0 +1,63 @@
+"""Featherweight Inspect Model File."""
+from comfy_api.latest import io, ui
+
+from ..loaders.folders import find_file, list_files, list_model_folders, list_packages
+from ..loaders.inspect import inspect
+from ..loaders.inspect.picture import inspection_picture
+from ..loaders.inspect.text import inspection_text
+from .shown import show_text
+
+FOLDERS = ("unet_gguf", "diffusion_models", "checkpoints_gguf", "checkpoints", "clip_gguf", "text_encoders", "loras_gguf",
+           "loras", "vae")
+PACKAGES = ("diffusion_models", "checkpoints", "diffusers")
+NONE = "none"
+
+
+def every_file() -> list[str]:
+    return list(dict.fromkeys([*list_files(*FOLDERS), *list_model_folders(*FOLDERS), *list_packages(*PACKAGES)]))
+
+
+class InspectModelFile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = every_file()
+        return io.Schema(
+            node_id="FeatherweightInspectModelFile",
+            display_name="Inspect Model File (Featherweight)",
+            category="Featherweight",
+            description="Says what a model file or a loaded model is: its kind and family, its tensors by type, which memory it"
+                        " fits, what else it needs, and how far each part is from a reference, as text and as a picture.",
+            search_aliases=["inspect", "model info", "gguf info", "file info", "gguf", "nf4", "what is this file", "compare"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input("file_name", options=[NONE, *files], display_name="file",
+                               tooltip="Any file in the folders of diffusion models, checkpoints, text encoders, LoRAs and"
+                                       " VAEs, or a folder that diffusers saved. Not used where a model is connected."),
+                io.Model.Input("model", optional=True, tooltip="A loaded model, in place of the file. It is not changed."),
+                io.Combo.Input("reference_name", options=[NONE, *files], display_name="reference", default=NONE, optional=True,
+                               tooltip="The same model in a more exact file, such as bf16: each tensor's error against it is"
+                                       " measured, which reads both files whole."),
+            ],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="The report as a short table, what it is first."),
+                io.Image.Output(display_name="picture", tooltip="The bytes of each block, coloured by type."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file_name, reference_name=NONE):
+        return True  # names from other systems are resolved, and missing files explained, when the node runs
+
+    @classmethod
+    def execute(cls, file_name, model=None, reference_name=NONE) -> io.NodeOutput:
+        folders = dict.fromkeys([*FOLDERS, *PACKAGES])
+        if model is None and file_name == NONE:
+            raise ValueError("Inspect Model File has nothing to inspect: pick a file, or connect a model.")
+        source = find_file(file_name, *folders) if model is None else model
+        reference = find_file(reference_name, *folders) if reference_name != NONE else None
+        found = inspect(source, reference)
+        text = "\n\n".join(map(inspection_text, found))
+        picture = inspection_picture(max(found, key=lambda part: part.held))
+        show_text(text)
+        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(text, picture, ui=shown)

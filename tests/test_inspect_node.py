@@ -1,0 +1,76 @@
+"""Inspect Model File, the node and the command: every folder is listed, what is picked is told, nothing is a traceback."""
+import folder_paths
+import pytest
+import torch
+from featherweight.loaders import folders
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, every_file
+from safetensors.torch import save_file
+
+from devtools import inspect_file
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
+
+SIZES = dict(hidden=128, double_blocks=1, single_blocks=1)
+
+
+@pytest.fixture
+def model_folders(tmp_path, monkeypatch):
+    """One folder for each kind of model, with a file in it."""
+    table = {}
+    for key in (*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings", "vae"):
+        (tmp_path / key).mkdir()
+        table[key] = ([str(tmp_path / key)], set(folder_paths.supported_pt_extensions))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    folders.register_folders()
+    save_file({"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}, tmp_path / "vae" / "vae.safetensors")
+    (tmp_path / "diffusion_models" / "flux").mkdir()
+    types = {"flux/packed.gguf": "Q8_0", "flux/dense.gguf": "F16"}
+    for name, packed in types.items():
+        write_gguf(tmp_path / "diffusion_models" / name, tiny_models.flux(**SIZES),
+                   lambda name, values: packed if values.ndim > 1 else "F32")  # noqa: B023
+    (tmp_path / "text_encoders" / "broken.gguf").write_bytes(b"GGUF")
+    return tmp_path
+
+
+def test_files_of_every_folder_are_listed(model_folders):
+    assert set(every_file()) == {"vae.safetensors", "flux/packed.gguf", "flux/dense.gguf", "broken.gguf"}
+    file = InspectModelFile.define_schema().inputs[0]
+    assert file.options[0] == NONE and len(file.options) == len(set(file.options)) == 5
+
+
+def test_a_file_is_told_as_text_and_picture_and_shown_on_the_node(model_folders):
+    output = InspectModelFile.execute("flux\\packed.gguf", reference_name="flux/dense.gguf")
+    text, picture = output.args
+    assert text.startswith("packed.gguf is a diffusion model: Flux.1.") and "error against dense.gguf" in text
+    assert picture.shape[::3] == (1, 3) and 0 <= picture.min() and picture.max() <= 1
+    assert output.ui["text"] == (text,) and len(output.ui["images"]) == 1
+
+
+def test_a_model_takes_the_place_of_the_file(model_folders):
+    model = load_diffusion_model(str(model_folders / "diffusion_models/flux/packed.gguf"))
+    assert InspectModelFile.execute("vae.safetensors", model).args[0].startswith("packed.gguf is a diffusion model")
+    assert InspectModelFile.execute("vae.safetensors").args[0].startswith("vae.safetensors is a VAE")
+
+
+def test_a_damaged_file_is_a_report_not_an_error(model_folders):
+    text, picture = InspectModelFile.execute("broken.gguf").args
+    assert text.startswith("broken.gguf: the file ends") and picture.shape[2] == 960
+
+
+def test_nothing_picked_and_a_missing_file_are_one_sentence(model_folders):
+    with pytest.raises(ValueError, match="has nothing to inspect: pick a file, or connect a model"):
+        InspectModelFile.execute(NONE)
+    with pytest.raises(WeightFileError, match="gone.gguf is in none of the model folders"):
+        InspectModelFile.execute("gone.gguf")
+
+
+def test_the_command_prints_the_report_and_writes_the_picture(model_folders, capsys):
+    flux = model_folders / "diffusion_models" / "flux"
+    options = ["--reference", str(flux / "dense.gguf"), "--picture", str(model_folders / "out.png")]
+    assert inspect_file.main([str(flux / "packed.gguf"), *options]) == 0
+    assert "needs VAE: Flux" in capsys.readouterr().out
+    assert (model_folders / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert inspect_file.main([str(model_folders / "text_encoders" / "broken.gguf")]) == 1
