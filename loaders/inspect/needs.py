@@ -11,8 +11,7 @@ GIB = 2 ** 30
 CARDS = (6, 8, 12, 16, 24)  # GB as cards are named, GiB
 SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
 LEAST, LEFT = 0.8 * GIB, 0.4 * GIB  # what the host leaves free for a step at least, and to the system
-LARGEST = "BF16"
-TYPES = (LARGEST, "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
+TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
 
 # The host's class of a model -> the type of its text encoders in the loaders, and how many files. Classes derived from one
 # that is not named count as it.
@@ -113,7 +112,7 @@ def cards(config: Any, shapes: Shapes, held: int, packed: bool) -> tuple[str, li
         return "", []
     family = family_of(shapes)
     scratch = 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)  # a weight unpacked
-    sizes = {kind: plan_for_type(shapes, kind, family).nbytes(shapes) + (scratch if kind != LARGEST else 0) for kind in TYPES}
+    sizes = {kind: plan_for_type(shapes, kind, family).nbytes(shapes) + (scratch if kind != "BF16" else 0) for kind in TYPES}
     beside = step[0] + SYSTEM
     found = []
     for gib in CARDS:

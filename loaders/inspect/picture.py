@@ -21,6 +21,7 @@ COLORS = {
     "Q6_K": (70, 185, 170), "Q8_0": (85, 150, 245), "INT8": (60, 110, 210), "F8_E4M3": (120, 120, 235),
     "F8_E5M2": (140, 105, 215), "F16": (140, 146, 158), "BF16": (120, 126, 138), "F32": (200, 205, 214),
 }
+ORDER = {kind: place for place, kind in enumerate(COLORS)}
 OTHERS = ((150, 90, 60), (60, 120, 130), (120, 60, 110), (110, 130, 60))
 
 
@@ -59,7 +60,7 @@ def inspection_picture(found: Inspection) -> torch.Tensor:
         y += 26
     if notes:
         title = cards_title(found)
-        draw.text((MARGIN, y + 4), title[0].upper() + title[1:], FAINT, body)
+        draw.text((MARGIN, y + 4), (title[0].upper() + title[1:]).replace("×", "x"), FAINT, body)  # which the font lacks
         y += 28
         for whole, note in notes:
             draw.ellipse((MARGIN + 3, y + 4, MARGIN + 11, y + 12), fill=GOOD if whole else BAD)
@@ -71,7 +72,7 @@ def inspection_picture(found: Inspection) -> torch.Tensor:
         draw.text((MARGIN, y + 8), f"Bytes of each block by type{measured}", FAINT, body)
     _draw_bars(draw, rows, errors, top, small)
     if more:
-        draw.text((MARGIN + LABELS, top + len(rows) * ROW + 2), f"… and {more} more", FAINT, small)
+        draw.text((MARGIN + LABELS, top + len(rows) * ROW + 2), f"... and {more} more", FAINT, small)
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)[None]
 
 
@@ -97,8 +98,8 @@ def _draw_bars(draw, rows: list, errors: dict[str, float], top: int, font):
         draw.line((x, top - 4, x, top + len(rows) * ROW + 4), fill=GRID)
     for index, (block, of_types) in enumerate(rows):
         y, spent = top + index * ROW, 0
-        draw.text((left - 10, y + ROW // 2), block if len(block) <= 30 else f"…{block[-29:]}", TEXT, font, anchor="rm")
-        for kind, size in sorted(of_types.items(), key=lambda item: -item[1]):
+        draw.text((left - 10, y + ROW // 2), block if len(block) <= 30 else f"...{block[-27:]}", TEXT, font, anchor="rm")
+        for kind, size in sorted(of_types.items(), key=lambda item: ORDER.get(item[0], -1)):
             start = left + (right - left) * spent // most
             spent += size
             end = left + (right - left) * spent // most

@@ -3,7 +3,6 @@ import collections
 
 from ..held import size_text
 from .inspection import ENCODER, Inspection, block_of
-from .needs import LARGEST
 
 WORST = 5  # tensors named with their errors
 
@@ -53,11 +52,9 @@ def cards_notes(found: Inspection) -> list[tuple[bool, str]]:
     """(whether it fits whole, a sentence) of the cards, those with the same sentence in one."""
     said = {}
     for card in found.cards:
-        fits = "fits whole" if not card.missing else f"{size_text(card.missing)} of it stay in the computer's memory"
-        if card.best == "":
-            fits += "; no type of it fits whole"
-        elif card.best:
-            fits += f"; {card.best} fits whole{'' if card.best == LARGEST else ', and what is smaller'}"
+        fits = f"{size_text(card.missing)} of it stay in the computer's memory" if card.missing else "fits whole"
+        if card.best is not None:
+            fits += f"; largest type that fits whole: {card.best or 'none'}"
         said.setdefault((not card.missing, fits), []).append(card.gib)
     return [(whole, f"card{'s' * (len(sizes) > 1)} of {', '.join(map(str, sizes))} GB: {line}")
             for (whole, line), sizes in said.items()]
