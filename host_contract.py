@@ -19,6 +19,7 @@ HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_kitchen", "comfy
 
 # Name -> the parameters that are given by position, in their order, then behind * those given by name. None: only the name.
 NAMES = {
+    "comfy.cli_args.args.disable_metadata": None,
     "comfy.float.stochastic_rounding": "value dtype * seed",
     "comfy.hooks.EnumHookMode.MaxSpeed": None,
     "comfy.ldm.models.autoencoder.AutoencodingEngine": None,
@@ -86,12 +87,15 @@ NAMES = {
     "comfy_api.latest.io.Clip.Output": "* tooltip",
     "comfy_api.latest.io.Combo.Input": "id * options display_name optional tooltip default advanced",
     "comfy_api.latest.io.ComfyNode": None,
-    "comfy_api.latest.io.Float.Input": "id * default min max step tooltip",
+    "comfy_api.latest.io.Float.Input": "id * default min max step display_name tooltip",
+    "comfy_api.latest.io.Hidden.extra_pnginfo": None,
+    "comfy_api.latest.io.Hidden.prompt": None,
     "comfy_api.latest.io.Image.Output": "* display_name tooltip",
     "comfy_api.latest.io.Model.Input": "id * optional tooltip",
     "comfy_api.latest.io.Model.Output": "",
     "comfy_api.latest.io.NodeOutput": "* ui",
-    "comfy_api.latest.io.Schema": "* node_id display_name category description search_aliases inputs outputs is_output_node",
+    "comfy_api.latest.io.Schema": "* node_id display_name category description search_aliases inputs outputs is_output_node"
+                                  " hidden",
     "comfy_api.latest.io.String.Input": "id * default multiline tooltip",
     "comfy_api.latest.io.String.Output": "* display_name tooltip",
     "comfy_api.latest.io.Vae.Output": "* tooltip",
@@ -111,6 +115,8 @@ NAMES = {
     "folder_paths.get_filename_list": "folder_name",
     "folder_paths.get_folder_paths": "folder_name",
     "folder_paths.get_full_path": "folder_name filename",
+    "folder_paths.get_output_directory": "",
+    "folder_paths.get_save_image_path": "filename_prefix output_dir",
     "nodes.NODE_CLASS_MAPPINGS": None,
     "server.PromptServer.instance.send_progress_text": "text node_id",
 }

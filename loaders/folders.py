@@ -73,6 +73,32 @@ def _find_folder(name: str, key: str) -> str | None:
     return next((candidate for candidate in candidates if name != "." and os.path.isdir(candidate)), None)
 
 
+OUTPUT, MODELS = "output", "models"
+
+
+def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, counted: bool = True) -> str:
+    """Where a model file is to be written; its folder is made. Raises WeightFileError for a name that leads out of there.
+
+    name: as the host's nodes that save take it, folders and `%year%` included. label: of the type, put behind it. where:
+    OUTPUT, or MODELS, where the first part of the name is a folder that the host knows. counted: with the next free number.
+    """
+    name = name.replace("\\", "/")
+    base = folder_paths.get_output_directory()
+    if where == MODELS:
+        key, _, name = name.partition("/")
+        if not name or key not in folder_paths.folder_names_and_paths:
+            raise WeightFileError(f"A name in the model folders begins with one of them, as diffusion_models/name does;"
+                                  f" {key!r} is none.")
+        base = folder_paths.get_folder_paths(key)[0]
+    inside = os.path.realpath(os.path.join(base, os.path.dirname(name)))
+    if os.path.isabs(name) or os.path.commonpath((inside, os.path.realpath(base))) != os.path.realpath(base):
+        raise WeightFileError(f"{name} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
+    if not os.path.basename(name):
+        raise WeightFileError(f"{name!r} is no name for a file. Give one, such as diffusion_models/my_model.")
+    folder, file, counter, *_ = folder_paths.get_save_image_path(f"{name}_{label}", base)
+    return os.path.join(folder, f"{file}_{counter:05}_{suffix}" if counted else f"{file}{suffix}")
+
+
 def embedding_folders() -> list[str]:
     """Where textual inversions lie, for text encoders."""
     return folder_paths.get_folder_paths("embeddings")

@@ -58,7 +58,7 @@ class Maker:
             known = self.safetensors or tensor.dtype in PLAIN_DTYPES.values()
             return plain_type(weight, self.safetensors), [tensor if known else tensor.view(torch.int8)]
         kind = self.types[weight.name] = self.planned[weight.name]
-        if not weight.patches and weight.held_as == kind:
+        if weight.is_whole and not weight.patches and weight.held_as == kind:
             self.copied += 1
             tensor = weight.as_held()
             if not is_packed(tensor):

@@ -22,6 +22,7 @@ from .rules import HALVES, PLAIN_BYTES, family_of, fitting, half_type, nbytes_of
 from .source import Source, Weight
 
 FINE = "Q6_K"  # the least for weights with a change that were rounded coarsely before
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")  # what people are offered, the finest first
 ALIKE = "as it is"  # in place of a type: each weight in the type it is held in
 COARSE_BITS = 3.0  # bits a weight up to which a type has lost so much that saving it anew is worth a warning
 NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")  # `.scale` in the files of the field
@@ -29,12 +30,25 @@ NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")  # `.scale` in t
 
 @dataclass(frozen=True)
 class Saved:
-    """A file that was written. types: name -> type, as it came out. text: what people are told."""
+    """A file that was written.
+
+    types: name -> type, as it came out. table: of these. told: what of the LoRAs has arrived and what people should know.
+    """
 
     path: Path
     nbytes: int
+    seconds: float
     types: dict[str, str]
-    text: str
+    table: str
+    told: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {size_text(self.nbytes)} in {self.seconds:.0f} s"
+
+    @property
+    def text(self) -> str:
+        """All of it, for people."""
+        return "\n".join([str(self), self.table, *self.told])
 
 
 def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, float]] | None = None, keep: bool = True,
@@ -101,10 +115,8 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
             kind, pieces = making.of(source.weights[name])
             writer.write(written_name(name), kind, pieces)
             source.let_go()
-    nbytes = path.stat().st_size
-    lines = [f"{path}: {size_text(nbytes)} in {time.monotonic() - started:.0f} s",
-             Plan(making.types).text({name: source.shapes[name] for name in making.types}), *making.told(), *notes]
-    return Saved(path, nbytes, making.types, "\n".join(lines))
+    return Saved(path, path.stat().st_size, time.monotonic() - started, making.types,
+                 Plan(making.types).text(source.shapes), [*making.told(), *notes])
 
 
 def written_name(name: str) -> str:

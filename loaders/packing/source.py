@@ -22,7 +22,8 @@ class Weight:
     """One tensor of a model.
 
     name: in the host's names without prefix; key: in the model. shape: with its patches. tensor: as held, without patches.
-    read: first row, end row -> these rows without patches, float32. patches: the host's, in order.
+    read: first row, end row -> these rows without patches, float32. patches: the host's, in order. is_whole: whether `tensor`
+    is all of it; else it is a part, of the same dtype.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Weight:
     tensor: torch.Tensor
     read: Callable[[int, int], torch.Tensor]
     patches: Sequence[Patch] = ()
+    is_whole: bool = True
 
     @property
     def values(self) -> int:

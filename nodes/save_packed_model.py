@@ -1,0 +1,96 @@
+"""Featherweight Save Packed Model."""
+import json
+import os
+
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+
+from ..loaders.folders import MODELS, OUTPUT, new_model_path
+from ..loaders.packing.obstacles import not_saved, refuse_obstacles
+from ..loaders.packing.save import ALIKE, TYPES, save
+from ..loaders.packing.source import of_encoders, of_model
+from ..loaders.progress import Progress
+from .shown import show_text
+
+SIZE = "size in GB"
+WHOLE, AS_ASKED = "arrive whole", "in the type asked for"
+
+
+class SavePackedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightSavePackedModel",
+            display_name="Save Packed Model (Featherweight)",
+            category="Featherweight",
+            description="Saves a model with everything on it, LoRAs and merges too, as a GGUF or an NF4 file: in one type, or"
+                        " in the best types for a size. The file loads here, in ComfyUI-GGUF and in"
+                        " stable-diffusion.cpp.",
+            search_aliases=["save model", "export model", "gguf", "convert", "quantize", "quantise", "nf4", "merge save",
+                            "bake lora", "lora merge", "clip", "checkpoint save"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to save, packed or not, with all LoRAs and merges."),
+                io.Combo.Input("type", options=[*TYPES, ALIKE, SIZE], default="Q4_K",
+                               tooltip="The type of the large matrices; what must stay exact does. NF4 makes a"
+                                       " safetensors file, the others GGUF. as it is: each weight in the type it has. size in"
+                                       " GB: the best mix of types for the size below."),
+                io.Float.Input("size_gb", default=6.0, min=0.001, max=1000.0, step=0.001, display_name="size in GB",
+                               tooltip="With type 'size in GB': what the file may take at most, in GB of 10^9 bytes."),
+                io.String.Input("filename_prefix", default="diffusion_models/ComfyUI",
+                                tooltip="Folder and name; the type, a number and .gguf are added."
+                                        " %date:yyyy-MM-dd% and the like work as in Save Image."),
+                io.Combo.Input("folder", options=[OUTPUT, MODELS], default=OUTPUT,
+                               tooltip="output: ComfyUI's output folder, whose diffusion_models and text_encoders"
+                                       " it lists among the models. models: its model folders; the name begins with one."),
+                io.Combo.Input("loras", options=[WHOLE, AS_ASKED], default=WHOLE,
+                               tooltip="LoRAs on a model that is packed already. arrive whole: the weights they change"
+                                       " take Q6_K or more. in the type asked for: smaller, and the report says how much of"
+                                       " each LoRA is kept."),
+                io.Boolean.Input("overwrite", default=False,
+                                 tooltip="Write without a number, in place of a file of that name. Otherwise nothing is ever"
+                                         " overwritten."),
+                io.Clip.Input("clip", optional=True,
+                              tooltip="Its text encoders are saved too, each in a file of its own in text_encoders."),
+            ],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="The file of the model."),
+                io.String.Output(display_name="report", tooltip="What the file holds, and how much of each LoRA arrived."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, model, type="Q4_K", size_gb=6.0, filename_prefix="diffusion_models/ComfyUI", folder=OUTPUT, loras=WHOLE,
+                overwrite=False, clip=None, **hidden) -> io.NodeOutput:
+        for patcher in (model, *([] if clip is None else [clip.patcher])):
+            refuse_obstacles(patcher)
+        whole = of_model(model)
+        if left := not_saved(model):
+            whole.notes.append(f"Not in the file, since it is not a weight: {', '.join(left)}. Put the nodes for it behind the"
+                               " loader of the file.")
+        wanted, label = (round(size_gb * 1e9), f"{size_gb:g}GB") if type == SIZE else (type, type.replace(" ", "_"))
+        suffix = ".safetensors" if type == "NF4" else ".gguf"
+        jobs = [(whole, new_model_path(filename_prefix, label, suffix, folder, not overwrite), wanted)]
+        for name, source in ({} if clip is None else of_encoders(clip)).items():
+            prefix = os.path.join("text_encoders", f"{os.path.basename(filename_prefix)}_{name}")
+            label = "Q8_0" if type == SIZE else label  # the size is the model's
+            jobs.append((source, new_model_path(prefix, label, suffix, folder, not overwrite), label.replace("_", " ")
+                         if type == ALIKE else label))
+        progress, metadata, reports = Progress(stages=len(jobs)), cls._metadata(), []
+        for source, path, wanted in jobs:
+            saved = save(source, path, wanted, None, loras == WHOLE, metadata, overwrite,
+                         lambda names, sizes: progress.track(names), show_text)
+            reports.append(saved.text)
+        text = "\n\n".join(reports)
+        show_text(text)
+        return io.NodeOutput(jobs[0][1], text, ui=ui.PreviewText(text))
+
+    @classmethod
+    def _metadata(cls) -> dict[str, str]:
+        """The workflow, as the host's nodes that save leave it in their files."""
+        hidden = getattr(cls, "hidden", None)
+        if args.disable_metadata or hidden is None:
+            return {}
+        found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+        return {key: json.dumps(value) for key, value in found.items() if value is not None}
