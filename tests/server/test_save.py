@@ -1,0 +1,62 @@
+"""Save Packed Model on the real server: the plan while it works, a file the loaders list, and nothing left by a cancel."""
+import pytest
+
+from devtools import demo
+from devtools.files import demo_files, tiny_models
+from devtools.files.gguf_files import write_random_gguf
+from devtools.host.server import ServerError
+
+LORA = next(iter(demo_files.LORAS.values()))
+
+
+def save(server, model_name, on_progress=None, **inputs):
+    return server.queue({
+        "1": {"class_type": demo.LOADER, "inputs": {"model_name": model_name}},
+        "2": {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["1", 0], "lora_name": LORA, "strength_model": 0.5}},
+        "3": {"class_type": "FeatherweightSavePackedModel", "inputs": {
+            "model": ["2", 0], "type": "Q4_K", "size_gb": 1.0, "filename_prefix": "diffusion_models/made/%year%",
+            "folder": "output", "loras": "arrive whole", "overwrite": False, **inputs}},
+    }, on_progress)
+
+
+def files_in(server) -> list[str]:
+    return sorted(path.name for path in (server.base / "output" / "diffusion_models" / "made").glob("*"))
+
+
+def test_a_model_with_a_lora_is_saved_listed_and_loaded_again(server):
+    seen = []
+    run = save(server, demo.MODEL_NAME, lambda node, value, maximum: seen.append((node, value, maximum)))
+    [name] = files_in(server)
+    assert name.endswith("_Q4_K_00001_.gguf") and name[:4].isdigit()
+    plan, report = run.texts["3"]
+    assert plan.startswith(f"{name}: ") and "Q4_K" in plan
+    assert "LoRA 1 (strength 0.5): " in report and run.outputs["3"]["text"][0] == report
+    bar = [(value, maximum) for node, value, maximum in seen if node == "3" and maximum]
+    assert bar[0][0] == 0 and bar[-1][0] == bar[-1][1] > 0
+    listed = server.object_info()[demo.LOADER]["input"]["required"]["model_name"]
+    options = listed[1]["options"] if listed[0] == "COMBO" else listed[0]
+    assert f"made/{name}" in [option.replace("\\", "/") for option in options]
+    loaded = server.queue({
+        "1": {"class_type": demo.LOADER, "inputs": {"model_name": f"made/{name}"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    })
+    assert "Q4_K" in loaded.texts["1"][0]
+
+
+def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):
+    path = server.base / "models" / "diffusion_models" / "many layers to save.gguf"
+    write_random_gguf(path, tiny_models.flux_shapes(256, 10, 20), "Q8_0")
+    before = files_in(server)
+
+    def cancel(node, value, maximum):
+        if node == "3" and maximum and 0 < value < maximum:
+            server.post("/interrupt", {})
+
+    with pytest.raises(ServerError, match="FeatherweightSavePackedModel was interrupted"):
+        save(server, path.name, cancel)
+    assert files_in(server) == before
+    for inputs, message in (({"type": "size in GB", "size_gb": 0.001}, "too small for this model"),
+                            ({"filename_prefix": "../made"}, "outside")):
+        with pytest.raises(ServerError, match=message):
+            save(server, path.name, **inputs)
+    assert files_in(server) == before
