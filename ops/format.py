@@ -78,6 +78,13 @@ class Fit:
     dmin: torch.Tensor | None = None
     minima: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls, grid: Grid, blocks: int, device: torch.device) -> "Fit":
+        """Memory for the numbers of some blocks."""
+        d, scales, dmin, minima = (torch.empty((blocks, count), device=device) for count in (1, grid.groups) * 2)
+        codes = torch.empty((blocks, grid.length), dtype=torch.uint8, device=device)
+        return cls(codes, d, scales, *((dmin, minima) if grid.minimum else ()))
+
 
 class Format:
     """One way of packing floats into bytes.

@@ -63,6 +63,15 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture
+def one_thread():
+    """For tests whose operations are many and small: threads would only wait for each other, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def small_models():
     """For tests that run small models: on one thread, and nothing stays loaded in the host."""
     threads = torch.get_num_threads()

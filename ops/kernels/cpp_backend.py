@@ -24,7 +24,7 @@ from . import Backend, Kernel
 from .check import probe
 from .own_files import is_private, private_folder
 from .processes import run_process
-from .cxx_text import FORMAT_NAMES, TYPES, addresses, kernel_source, method, unpack_and_linear
+from .cxx_text import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
 
 COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
@@ -125,6 +125,19 @@ class CpuKernels:
         run = self._function("int8_tokens", None, input.dtype, LANES=_widest(), **CODES)
         run(c_void_p(input.data_ptr()), *_code_arguments(codes, scales))
 
+    def pack(self, packed_format, values, weights, fit, tries, rounds, sweeps):
+        """See `Kernel.run`."""
+        grid = packed_format.grid
+        lowest, highest = grid.scales or (1, 1)
+        run = self._function(
+            "pack", None, torch.float32, LANES=_widest(), LENGTH=grid.length, GROUP=grid.group, COUNT=len(grid.levels),
+            LEVELS=c_floats(grid.levels), UNIFORM=int(grid.uniform), SIGNED=int(grid.signed), MINIMUM=int(grid.minimum),
+            INTEGERS=int(grid.scales is not None), LOWEST_SCALE=lowest, HIGHEST_SCALE=highest,
+            HALF_SCALES=int(grid.scale_dtype == torch.float16))
+        tensors = (values, weights, fit.codes, fit.d, fit.dmin, fit.scales, fit.minima)
+        run(*(c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors), c_longlong(len(values)),
+            c_int(tries), c_int(rounds), c_int(sweeps), c_int(_threads(values.numel())))
+
 
 def _code_arguments(codes, scales) -> tuple:
     rows, columns = codes.shape
@@ -163,7 +176,8 @@ def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
     """The kernels as data. kernels: called when one runs."""
     return (*unpack_and_linear(kernels, MOST_TOKENS),
             Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
-            Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")))
+            Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")),
+            Kernel("pack", FORMAT_NAMES, frozenset([torch.float32]), method(kernels, "pack")))
 
 
 BACKEND = Backend("cpp", lambda device: probe(_kernels().unpack, device), kernel_table(_kernels))

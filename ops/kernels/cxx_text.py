@@ -34,10 +34,14 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
         }
     codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
     if codebook:
-        exact = torch.tensor(codebook, dtype=torch.float32).tolist()
-        definitions["CODEBOOK"] = ", ".join(f"{value.hex()}f" for value in exact)
+        definitions["CODEBOOK"] = c_floats(codebook)
     return "\n".join((*(f"#define {name} {value}" for name, value in definitions.items()),
                       *(path.read_text(encoding="utf-8") for path in source_files(platform, packed_format, kernel))))
+
+
+def c_floats(numbers: Iterable[float]) -> str:
+    """Numbers as C++ has those of an array of floats, exactly."""
+    return ", ".join(f"{value.hex()}f" for value in torch.tensor(tuple(numbers), dtype=torch.float32).tolist())
 
 
 def source_files(platform: str, packed_format: type[Format] | None, kernel: str) -> list[Path]:

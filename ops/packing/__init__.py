@@ -1,20 +1,24 @@
 """Packing floats: a weight in, the bytes of a format out.
 
-`grids` searches the codes and scales of least error for every format that has a `Grid`; formats without one are packed by the
-plain arithmetic of their reference, and so is every format that has such arithmetic, when asked for.
+`ops.grid_search` searches the codes and scales of least error for every format that has a `Grid`; formats without one are
+packed by the plain arithmetic of their reference, and so is every format that has such arithmetic, when asked for.
 """
+import math
+
 import torch
 
 from ..format import Format, FormatError
 from ..packed import PackedTensor
 from ..tensor import packed_tensor
 from .feedback import pack_with_feedback
-from .grids import Search
+from .grids import Search, best_fit, kernel_for
 from .guard import better_of
 from .moments import Moments
 
-# Values packed at a time: on a CPU the temporaries stay in the cache; elsewhere they stay below 300 MB.
+# Values packed at a time. On a CPU torch's temporaries stay in the cache; a kernel has few, and takes so many for each thread.
+# Elsewhere they stay below 300 MB.
 CPU_SLICE_VALUES = 1 << 17
+KERNEL_SLICE_VALUES = 1 << 16
 DEVICE_SLICE_VALUES = 1 << 22
 # Above this many levels, scales that just reach the peaks are within 0.3 dB of the best, and ten times as fast.
 FINE_LEVELS = 128
@@ -39,8 +43,8 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
     the weight of a squared error in each column; None where nothing was measured. moments: of the layer's inputs; with them
     in place of `importance` the weight is packed with error feedback, where a format has a grid, if that serves tokens held
     out better. reference: whether to take the plain arithmetic of the format's reference, bit for bit, in place of the
-    search. Works in slices, so that what it needs beside
-    the weight and the result is bounded, whatever the weight's size. Raises FormatError for values that are not finite or
+    search. Works in slices, so that what it needs beside the weight and the result is bounded, whatever the weight's size;
+    blocks are packed alike in a part of the weight and in the whole, by a kernel of the device or in torch. Raises FormatError for values that are not finite or
     too large for the format, shapes that do not divide, formats that nothing packs, and `reference` where there is none.
     """
     if not can_pack(packed_format) or reference and not _has_reference(packed_format):
@@ -48,26 +52,31 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
     grid, length = packed_format.grid, packed_format.block_length
     if not packed_format.scales_apart:
         packed_format.packed_shape(tuple(weight.shape))  # raises where blocks do not divide the rows
-    search = None if grid is None or reference else Search(grid, weight.device)
+    plain = grid is None or reference
+    quick = not plain and importance is None and len(grid.levels) > FINE_LEVELS
+    run = None if plain or quick else kernel_for(packed_format, weight.device)
     if importance is not None:
         importance = _usable(importance, weight)
-    elif moments is not None and search is not None and weight.shape[1:].numel() % length == 0:
+    elif moments is not None and not plain and weight.shape[1:].numel() % length == 0:
         by_feedback = pack_with_feedback(weight, packed_format, moments)
         return better_of(weight, [by_feedback, pack_tensor(weight, packed_format, importance=moments.importance)], moments)
     flat = weight.reshape(-1)
-    step = max(1, (CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES) // length)
+    step = max(1, _slice_values(weight.device, run is not None) // length)
     outputs = None
     for start in range(0, len(flat), step * length):
         values = flat[start:start + step * length].float()
         _check(values, packed_format)
         count = len(values)
-        values = torch.nn.functional.pad(values, (0, -count % length)).view(-1, length)
-        if search is None:
+        if count % length:
+            values = torch.nn.functional.pad(values, (0, -count % length))
+        values = values.view(-1, length)
+        if plain:
             parts = packed_format.pack(values)
-        elif importance is None and len(grid.levels) > FINE_LEVELS:
-            parts = packed_format.encode(search.fit_quickly(values))
+        elif quick:
+            parts = packed_format.encode(Search(grid, values.device).fit_quickly(values))
         else:
-            parts = packed_format.encode(search.fit(values, _weights(values, start, importance, len(grid.levels))))
+            weights = _weights(values, start, importance, len(grid.levels))
+            parts = packed_format.encode(best_fit(packed_format, values, weights, run))
         parts = parts if isinstance(parts, tuple) else (parts,)
         if outputs is None:
             outputs = [torch.empty(_sizes(packed_format, len(flat))[i], dtype=part.dtype, device=part.device)
@@ -80,14 +89,21 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
     return packed_tensor(packed_format, outputs[0], weight.shape, scale=outputs[1] if len(outputs) > 1 else None)
 
 
+def _slice_values(device: torch.device, by_kernel: bool) -> int:
+    if device.type != "cpu":
+        return DEVICE_SLICE_VALUES
+    return max(CPU_SLICE_VALUES, torch.get_num_threads() * KERNEL_SLICE_VALUES) if by_kernel else CPU_SLICE_VALUES
+
+
 def _sizes(packed_format: type[Format], values: int) -> tuple[int, int]:
     """Bytes of a weight of so many values, and scales that are kept apart. The last block of NF4 may be short."""
     return -(-values * packed_format.block_bytes // packed_format.block_length), -(-values // packed_format.block_length)
 
 
 def _check(values: torch.Tensor, packed_format: type[Format]):
-    peak = float(values.abs().amax())
-    if peak != peak or peak == float("inf"):
+    lowest, highest = values.aminmax()
+    peak = max(-float(lowest), float(highest))
+    if not math.isfinite(peak) or math.isnan(lowest):
         raise FormatError("The weight holds NaN or infinite values.")
     if packed_format.plain_dtype is not None:
         largest = torch.finfo(packed_format.plain_dtype).max
@@ -101,8 +117,8 @@ def _usable(importance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Importance with a mean of 1, float32 on the weight's device, nowhere zero: such columns would get any values."""
     importance = importance.to(weight.device, torch.float32)
     if importance.shape != weight.shape[-1:] or not bool(importance.isfinite().all()) or bool((importance < 0).any()):
-        raise FormatError(f"Importance of shape {tuple(importance.shape)} does not fit a weight of shape {tuple(weight.shape)}, "
-                          "or is not finite and at least 0 everywhere.")
+        raise FormatError(f"Importance of shape {tuple(importance.shape)} does not fit a weight of shape {tuple(weight.shape)},"
+                          " or is not finite and at least 0 everywhere.")
     mean = importance.mean()
     return (importance / mean).clamp_(min=1e-4) if mean > 0 else torch.ones_like(importance)
 

@@ -9,14 +9,15 @@ from functools import partial
 import pytest
 import torch
 from featherweight.ops import kernels as kernel_layer
+from featherweight.ops import packing
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend
-from featherweight.ops.kernels.check import check, random_tensors
+from featherweight.ops.kernels.check import WrongResult, check, random_tensors
 from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
 from kernel_cases import (
-    assert_a_weak_lora_arrives, assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once,
-    assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
+    ALL_FORMATS, assert_a_weak_lora_arrives, assert_layer_equals_the_dense_one, assert_odd_weight_is_right,
+    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
 )
 
 CPU = torch.device("cpu")
@@ -123,6 +124,47 @@ def test_codes_of_the_inputs_rows_are_right(on_cpu, threads, dtype, monkeypatch)
 def test_codes_are_those_of_values_rounded_to_the_value_dtype(on_cpu, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
     check(kernels_of(on_cpu, "int8_rows")[0], FORMATS["Q6_K"], torch.int8, torch.bfloat16, CPU)
+
+
+GRIDS = [fmt for fmt in ALL_FORMATS if fmt.grid]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("on_cpu", ["all"], indirect=True)
+@pytest.mark.parametrize("fmt", [fmt for fmt in GRIDS if fmt.block_length < 4096], ids=lambda fmt: fmt.__name__)
+def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
+    check(kernels_of(on_cpu, "pack")[0], fmt, torch.float32, None, CPU)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["Q3_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
+def test_packing_takes_fewer_instructions_too(on_cpu, fmt):
+    check(kernels_of(on_cpu, "pack")[0], fmt, torch.float32, None, CPU)
+
+
+@pytest.mark.parametrize("wrong", [("step <= 1", "step < -1"), ("nearest_integer(between(scaled", "(between(scaled"),
+                                   ("best.d[lane];", "best.d[0];")], ids=lambda wrong: wrong[0])
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("on_cpu", ["all"], indirect=True)
+def test_a_wrong_search_is_found_out(on_cpu, wrong, monkeypatch):
+    source = cpp_backend.kernel_source
+    monkeypatch.setattr(cpp_backend, "kernel_source", lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
+    monkeypatch.setattr(on_cpu, "_functions", {})
+    with pytest.raises(WrongResult, match="mean error"):
+        check(kernels_of(on_cpu, "pack")[0], FORMATS["Q3_K"], torch.float32, None, CPU)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatch):
+    values = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
+    runs, run = [], cpp_backend._kernels().pack
+    monkeypatch.setattr(cpp_backend._kernels(), "pack", lambda *arguments: (runs.append(1), run(*arguments)))
+    whole = packing.pack_tensor(values, FORMATS["Q4_K"])
+    assert runs
+    monkeypatch.setattr(packing, "_slice_values", lambda device, by_kernel: 1024)
+    assert torch.equal(packing.pack_tensor(values, FORMATS["Q4_K"])._qdata, whole._qdata)
+    assert torch.equal(packing.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1), whole._qdata.view(37, -1)[5:9])
 
 
 def test_each_number_of_rows_has_one_product():

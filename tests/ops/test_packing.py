@@ -1,4 +1,4 @@
-"""Packing floats: what is written is read by gguf's or bitsandbytes' own code as nearly the same weights, or exactly as theirs."""
+"""Packing floats: gguf's or bitsandbytes' own code reads what is written as nearly the same weights, or exactly as theirs."""
 import gguf
 import numpy as np
 import pytest
@@ -6,9 +6,12 @@ import torch
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import packing
 from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.packing import can_pack, grids, pack_tensor
+from featherweight.ops.grid_search import Search
+from featherweight.ops.packing import can_pack, pack_tensor
 from featherweight.ops.tensor import packed_tensors
 from gguf import GGMLQuantizationType
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Relative error that normal weights may have: a little more than what is measured, less than a worse search would leave.
 # With equal weights of errors; at two and three bits large values count more, which costs a little here.
@@ -258,7 +261,7 @@ def test_weights_of_any_float_dtype_are_packed_as_in_float32(dtype):
 def test_a_group_fits_under_super_scales_that_are_chosen(type_name):
     """What error feedback does: the whole block first, then each group anew, columns rounded by hand, and the bytes of all."""
     packed_format, values = FORMATS[type_name], torch.from_numpy(normal(16, 256))
-    grid, search = packed_format.grid, grids.Search(packed_format.grid, values.device)
+    grid, search = packed_format.grid, Search(packed_format.grid, values.device)
     fit = search.fit(values)
     for group in range(grid.groups):
         part = slice(group * grid.group, (group + 1) * grid.group)

@@ -1,0 +1,290 @@
+// The search of ops/packing/grids.py, of the same scales in the same order; its docstring and Search say what each step does.
+// A lane holds a block, so that no step has anything to do across lanes. Sums are added in another order than torch's.
+//
+// Given: LENGTH, GROUP (values of a block and of a group), LEVELS, COUNT (the levels, ascending), UNIFORM (neighbouring
+// integers), SIGNED, MINIMUM, INTEGERS (whether groups have integer scales), LOWEST_SCALE, HIGHEST_SCALE, HALF_SCALES.
+
+const int GROUPS = LENGTH / GROUP;
+static const float levels[COUNT] = {LEVELS};
+const float SMALLEST_HALF = 5.9604644775390625e-8f, LARGEST_HALF = 65504;
+
+static FUNCTION Floats all(float value) { return (Floats){} + value; }
+static FUNCTION Floats either(Ints condition, Floats these, Floats others) { return condition ? these : others; }
+static FUNCTION Floats least(Floats a, Floats b) { return a < b ? a : b; }
+static FUNCTION Floats most(Floats a, Floats b) { return a > b ? a : b; }
+static FUNCTION Floats magnitude(Floats a) { return (Floats)((Ints)a & 0x7FFFFFFF); }
+static FUNCTION Floats inverse(Floats scale) { return either(scale == 0, all(0), 1 / scale); }
+
+static FUNCTION Floats between(Floats a, float lowest, float highest) { return least(most(a, all(lowest)), all(highest)); }
+
+static FUNCTION Floats nearest_integer(Floats small) {
+    const float to_integer = 12582912;  // added, the last bits of the sum are the nearest integer
+    return small + to_integer - to_integer;
+}
+
+// How often a level is below the middle that `scaled` is above: the index of the nearest level, or that level.
+static FUNCTION Floats nearest(Floats scaled, bool index) {
+    if (UNIFORM) {
+        Floats level = nearest_integer(between(scaled, levels[0], levels[COUNT - 1]));
+        return index ? level - levels[0] : level;
+    }
+    Floats sum = all(index ? 0 : levels[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < COUNT; i++) {
+        float middle = (levels[i] + levels[i - 1]) / 2, step = index ? 1 : levels[i] - levels[i - 1];
+        sum += either(scaled > middle, all(step), all(0));
+    }
+    return sum;
+}
+
+static FUNCTION Floats stored(Floats scale, bool to_zero) {
+    if (!HALF_SCALES) return scale;
+    Floats half = rounded<Half>(between(scale, -LARGEST_HALF, LARGEST_HALF));
+    Floats smallest = (Floats)((Ints)all(SMALLEST_HALF) | (Ints)scale & (int)0x80000000);
+    return to_zero ? half : either((half == 0) & (scale != 0), smallest, half);
+}
+
+struct Sums {
+    Floats squares, products, total;
+};
+
+struct Stored {  // of LANES blocks: super-scales, and the integers of each group
+    Floats d, dmin, scale[GROUPS], minimum[GROUPS];
+};
+
+template <bool WEIGHTED>
+struct Blocks {
+    Floats values[LENGTH], weights[WEIGHTED ? LENGTH : 1];
+    Floats squares[GROUPS], totals[GROUPS], weight[GROUPS];
+
+    FUNCTION Floats weighed(int i, Floats a) const { return WEIGHTED ? weights[WEIGHTED ? i : 0] * a : a; }
+
+    FUNCTION Floats scaled(int i, Floats inverted, Floats shift) const {
+        return MINIMUM ? multiply_add(values[i], inverted, shift) : values[i] * inverted;
+    }
+
+    void prepare() {
+        for (int g = 0; g < GROUPS; g++) {
+            Floats square = {}, total = {}, weight_ = {};
+            for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
+                Floats weighted = weighed(i, values[i]);
+                square += weighted * values[i];
+                total += weighted;
+                weight_ += weighed(i, all(1));
+            }
+            squares[g] = square, totals[g] = total, weight[g] = weight_;
+        }
+    }
+
+    FUNCTION Sums sums(int g, Floats unit, Floats offset) const {
+        Sums sums = {};
+        Floats inverted = inverse(unit), shift = offset * inverted;
+#pragma GCC unroll 4
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
+            Floats level = nearest(scaled(i, inverted, shift), false), weighted = weighed(i, level);
+            sums.squares = multiply_add(weighted, level, sums.squares);
+            sums.products = multiply_add(weighted, values[i], sums.products);
+            if (MINIMUM) sums.total += weighted;
+        }
+        return sums;
+    }
+
+    FUNCTION Floats error(int g, Floats unit, Floats offset) const {
+        Floats error = {}, inverted = inverse(unit), shift = offset * inverted;
+#pragma GCC unroll 4
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
+            Floats shifted = MINIMUM ? values[i] + offset : values[i];
+            Floats off = multiply_add(nearest(scaled(i, inverted, shift), false), unit, -shifted);
+            error = multiply_add(weighed(i, off), off, error);
+        }
+        return error;
+    }
+
+    Floats error(const Stored& scales) const {
+        Floats sum = {};
+        for (int g = 0; g < GROUPS; g++) sum += error(g, scales.d * scales.scale[g], scales.dmin * scales.minimum[g]);
+        return sum;
+    }
+
+    FUNCTION void least_squares(int g, Sums sums, Floats& unit, Floats& offset, Floats& error) const {
+        if (!MINIMUM) {
+            unit = sums.products * inverse(sums.squares);
+            error = squares[g] - unit * sums.products;
+        } else {
+            Floats determinant = weight[g] * sums.squares - sums.total * sums.total, inverted = inverse(determinant);
+            Ints sound = determinant > 1e-6f * weight[g] * sums.squares;
+            unit = either(sound, (weight[g] * sums.products - totals[g] * sums.total) * inverted, all(0));
+            offset = either(sound, (sums.total * sums.products - sums.squares * totals[g]) * inverted,
+                            -totals[g] * inverse(weight[g]));
+            if (INTEGERS) {
+                unit = either(offset < 0, sums.products * inverse(sums.squares), unit);
+                offset = most(offset, all(0));
+            }
+            error = squares[g] + unit * (unit * sums.squares - 2 * sums.products - 2 * offset * sums.total)
+                    + offset * (offset * weight[g] + 2 * totals[g]);
+        }
+        if (!SIGNED) error = either(unit >= 0, error, all(__builtin_inff()));
+    }
+
+    // The best unit and offset of a group, not yet rounded.
+    void start(int g, int tries, int rounds, Floats& best_unit, Floats& best_offset) const {
+        Floats low = values[g * GROUP], high = low, best = all(__builtin_inff());
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) low = least(low, values[i]), high = most(high, values[i]);
+        if (MINIMUM && INTEGERS) low = least(low, all(0));
+        Floats peak = either(high > -low, high, low);
+        best_unit = best_offset = all(0);
+        bool first = true;
+        auto keep = [&](Floats from_unit, Floats from_offset) {
+            Floats unit, offset = {}, error;
+            least_squares(g, sums(g, from_unit, from_offset), unit, offset, error);
+            Ints better = error < best;
+            if (first) better |= -1;
+            first = false;
+            best = either(better, error, best);
+            best_unit = either(better, unit, best_unit), best_offset = either(better, offset, best_offset);
+        };
+        float from = UNIFORM ? -0.9f : -0.12f, to = UNIFORM ? 0.9f : 0.24f;
+        for (int t = 0; t < tries; t++) {
+            float stretch = tries > 1 ? from + (to - from) * t / (tries - 1) : from;
+            float part = 1 + (UNIFORM ? stretch / levels[COUNT - 1] : stretch);
+            if (MINIMUM)
+                keep((high - low) / (levels[COUNT - 1] + stretch), -low);
+            else if (SIGNED) {
+                keep(peak / (levels[0] * part), all(0));
+                if (!UNIFORM) keep(peak / (levels[COUNT - 1] * part), all(0));
+            } else
+                keep(magnitude(peak) / (levels[COUNT - 1] * part), all(0));
+        }
+        for (int round = 0; round < rounds; round++) keep(best_unit, best_offset);
+    }
+
+    void first_scales(Stored& scales, const Floats* unit, const Floats* offset) const {
+        scales.dmin = all(0);
+        if (!INTEGERS) {
+            scales.d = stored(unit[0], false);
+            if (MINIMUM) scales.dmin = stored(offset[0], true);
+            scales.scale[0] = scales.minimum[0] = all(1);
+            return;
+        }
+        Floats peak = unit[0], peak_offset = offset[0];
+        for (int g = 1; g < GROUPS; g++) {
+            peak = either(magnitude(unit[g]) > magnitude(peak), unit[g], peak);
+            peak_offset = most(offset[g], peak_offset);
+        }
+        scales.d = stored(peak / (LOWEST_SCALE < 0 ? (float)LOWEST_SCALE : (float)HIGHEST_SCALE), false);
+        if (MINIMUM) scales.dmin = stored(peak_offset / (float)HIGHEST_SCALE, false);
+        for (int g = 0; g < GROUPS; g++) {
+            scales.scale[g] = nearest_integer(between(unit[g] * inverse(scales.d), LOWEST_SCALE, HIGHEST_SCALE));
+            scales.minimum[g] = MINIMUM ? nearest_integer(between(offset[g] * inverse(scales.dmin), LOWEST_SCALE, HIGHEST_SCALE))
+                                        : all(0);
+        }
+    }
+
+    void best_integers(Stored& scales) const {
+        if (!INTEGERS) return;
+        for (int g = 0; g < GROUPS; g++) {
+            Floats scale = scales.scale[g], minimum = scales.minimum[g];
+            Floats best = error(g, scales.d * scale, scales.dmin * minimum);
+            for (int step = -1; step <= 1; step++)
+                for (int other = MINIMUM ? -1 : 0; other <= (MINIMUM ? 1 : 0); other++) {
+                    if (!step && !other) continue;
+                    Floats tried = between(scale + (float)step, LOWEST_SCALE, HIGHEST_SCALE);
+                    Floats tried_minimum = MINIMUM ? between(minimum + (float)other, LOWEST_SCALE, HIGHEST_SCALE) : minimum;
+                    Floats found = error(g, scales.d * tried, scales.dmin * tried_minimum);
+                    Ints better = found < best;
+                    best = either(better, found, best);
+                    scales.scale[g] = either(better, tried, scales.scale[g]);
+                    scales.minimum[g] = either(better, tried_minimum, scales.minimum[g]);
+                }
+        }
+    }
+
+    void best_supers(Stored& scales) const {
+        Floats aa = {}, ab = {}, bb = {}, ax = {}, bx = {};
+        for (int g = 0; g < GROUPS; g++) {
+            Floats a = scales.scale[g], b = scales.minimum[g];
+            Sums of_group = sums(g, scales.d * a, scales.dmin * b);
+            aa += a * a * of_group.squares, ax += a * of_group.products;
+            ab += a * b * of_group.total, bb += b * b * weight[g], bx += b * totals[g];
+        }
+        if (!MINIMUM) {
+            Floats d = ax * inverse(aa);
+            scales.d = stored(SIGNED ? d : most(d, all(0)), false);
+            return;
+        }
+        Floats determinant = aa * bb - ab * ab, inverted = inverse(determinant);
+        Floats d = (ax * bb - ab * bx) * inverted, dmin = (ab * ax - aa * bx) * inverted;
+        Ints sound = (determinant > 1e-6f * aa * bb) & (d > 0);
+        if (INTEGERS) sound &= dmin >= 0;
+        scales.d = either(sound, stored(d, false), scales.d);
+        scales.dmin = either(sound, stored(dmin, true), scales.dmin);
+    }
+
+    void search(Stored& best, int tries, int rounds, int sweeps) const {
+        Floats unit[GROUPS], offset[GROUPS];
+        for (int g = 0; g < GROUPS; g++) start(g, tries, rounds, unit[g], offset[g]);
+        first_scales(best, unit, offset);
+        Floats least_error = error(best);
+        auto keep = [&](const Stored& tried) {
+            Floats found = error(tried);
+            Ints better = found < least_error;
+            least_error = either(better, found, least_error);
+            best.d = either(better, tried.d, best.d), best.dmin = either(better, tried.dmin, best.dmin);
+            for (int g = 0; g < GROUPS; g++) {
+                best.scale[g] = either(better, tried.scale[g], best.scale[g]);
+                best.minimum[g] = either(better, tried.minimum[g], best.minimum[g]);
+            }
+        };
+        for (int sweep = 0; sweep < sweeps; sweep++) {
+            Stored tried = best;
+            best_integers(tried);
+            keep(tried);
+            best_supers(tried);
+            keep(tried);
+        }
+    }
+};
+
+// The LANES blocks from `first` on, or as many as are left; lanes beyond hold the last block again.
+template <bool WEIGHTED>
+static void pack_blocks(const float* values, const float* weights, Byte* codes, float* d, float* dmin, float* scale,
+                        float* minimum, Index first, Index count, int tries, int rounds, int sweeps) {
+    static thread_local Blocks<WEIGHTED> blocks;
+    for (int lane = 0; lane < LANES; lane++) {
+        Index from = (first + lane < count ? first + lane : count - 1) * LENGTH;
+        for (int i = 0; i < LENGTH; i++) ((float*)blocks.values)[i * LANES + lane] = values[from + i];
+        if (WEIGHTED)
+            for (int i = 0; i < LENGTH; i++) ((float*)blocks.weights)[i * LANES + lane] = weights[from + i];
+    }
+    blocks.prepare();
+    Stored best;
+    blocks.search(best, tries, rounds, sweeps);
+    static thread_local Bytes found[LENGTH];
+    for (int g = 0; g < GROUPS; g++) {
+        Floats inverted = inverse(best.d * best.scale[g]), shift = best.dmin * best.minimum[g] * inverted;
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
+            found[i] = __builtin_convertvector(nearest(blocks.scaled(i, inverted, shift), true), Bytes);
+    }
+    for (int lane = 0; lane < LANES && first + lane < count; lane++) {
+        Index block = first + lane;
+        for (int i = 0; i < LENGTH; i++) codes[block * LENGTH + i] = ((Byte*)found)[i * LANES + lane];
+        d[block] = best.d[lane];
+        if (MINIMUM) dmin[block] = best.dmin[lane];
+        for (int g = 0; g < GROUPS; g++) {
+            scale[block * GROUPS + g] = best.scale[g][lane];
+            if (MINIMUM) minimum[block * GROUPS + g] = best.minimum[g][lane];
+        }
+    }
+}
+
+// values, weights: (count, LENGTH); weights may be null: all equal. The others are those of a `Fit`; dmin and minimum are not
+// written without a minimum.
+extern "C" void pack(const float* values, const float* weights, Byte* codes, float* d, float* dmin, float* scale, float* minimum,
+                     Index count, int tries, int rounds, int sweeps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Index first = 0; first < count; first += LANES)
+        if (weights)
+            pack_blocks<true>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps);
+        else
+            pack_blocks<false>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps);
+}
