@@ -43,9 +43,11 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
     the weight of a squared error in each column; None where nothing was measured. moments: of the layer's inputs; with them
     in place of `importance` the weight is packed with error feedback, where a format has a grid, if that serves tokens held
     out better. reference: whether to take the plain arithmetic of the format's reference, bit for bit, in place of the
-    search. Works in slices, so that what it needs beside the weight and the result is bounded, whatever the weight's size;
-    blocks are packed alike in a part of the weight and in the whole, by a kernel of the device or in torch. Raises FormatError for values that are not finite or
-    too large for the format, shapes that do not divide, formats that nothing packs, and `reference` where there is none.
+    search.
+
+    Works in slices, so that what it needs beside the weight and the result is bounded, whatever the weight's size. A part of
+    a weight gets the blocks it has in the whole. Raises FormatError for values that are not finite or too large for the
+    format, shapes that do not divide, formats that nothing packs, and `reference` where there is none.
     """
     if not can_pack(packed_format) or reference and not _has_reference(packed_format):
         raise FormatError(f"Nothing here packs {packed_format.__name__}{' by plain arithmetic' if reference else ''}.")
