@@ -118,3 +118,17 @@ def find_file(name: str, *keys: str) -> str:
     raise WeightFileError(
         f"{name} is in none of the model folders ({', '.join(folders)}). Put the file there, or pick another one;"
         " press R in ComfyUI to refresh the list.")
+
+
+def find_saved(path: str) -> str:
+    """The same path, as a node that saves gives it. Raises WeightFileError where no model lies there, in a folder of models.
+
+    A workflow that somebody shared may name any path: only the output folder and the model folders are looked into.
+    """
+    folders = [folder_paths.get_output_directory()]
+    folders += [directory for directories, _ in folder_paths.folder_names_and_paths.values() for directory in directories]
+    inside = any(os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
+    if not inside or not os.path.exists(path):
+        raise WeightFileError(f"{path} is no model in ComfyUI's output or in its model folders. Connect the path that Save Packed"
+                              " Model (Featherweight) gives, or pick a file.")
+    return path

@@ -1,7 +1,7 @@
 """Featherweight Inspect Model File."""
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import find_file, list_files, list_model_folders, list_packages
+from ..loaders.folders import find_file, find_saved, list_files, list_model_folders, list_packages
 from ..loaders.inspect import inspect
 from ..loaders.inspect.picture import inspection_picture
 from ..loaders.inspect.text import inspection_text
@@ -37,6 +37,9 @@ class InspectModelFile(io.ComfyNode):
                 io.Combo.Input("reference_name", options=[NONE, *files], display_name="reference", default=NONE, optional=True,
                                tooltip="The same model in a more exact file, such as bf16: each tensor's error against it is"
                                        " measured, which reads both files whole."),
+                io.String.Input("path", optional=True, force_input=True,
+                                tooltip="The file that Save Packed Model (Featherweight) gives. Where it is connected, it is taken"
+                                        " in place of the one picked."),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The report as a short table, what it is first."),
@@ -49,11 +52,14 @@ class InspectModelFile(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, file_name, model=None, reference_name=NONE) -> io.NodeOutput:
+    def execute(cls, file_name, model=None, reference_name=NONE, path=None) -> io.NodeOutput:
         folders = dict.fromkeys([*FOLDERS, *PACKAGES])
-        if model is None and file_name == NONE:
-            raise ValueError("Inspect Model File has nothing to inspect: pick a file, or connect a model.")
-        source = find_file(file_name, *folders) if model is None else model
+        if model is None and path is None and file_name == NONE:
+            raise ValueError("Inspect Model File has nothing to inspect: pick a file, or connect a model or the path of a file.")
+        if model is not None:
+            source = model
+        else:
+            source = find_file(file_name, *folders) if path is None else find_saved(path)
         reference = find_file(reference_name, *folders) if reference_name != NONE else None
         found = inspect(source, reference)
         text = "\n\n".join(map(inspection_text, found))
