@@ -96,7 +96,7 @@ NAMES = {
     "comfy_api.latest.io.NodeOutput": "* ui",
     "comfy_api.latest.io.Schema": "* node_id display_name category description search_aliases inputs outputs is_output_node"
                                   " hidden",
-    "comfy_api.latest.io.String.Input": "id * default multiline tooltip",
+    "comfy_api.latest.io.String.Input": "id * default force_input multiline optional tooltip",
     "comfy_api.latest.io.String.Output": "* display_name tooltip",
     "comfy_api.latest.io.Vae.Output": "* tooltip",
     "comfy_api.latest.ui.PreviewImage": "image * cls",

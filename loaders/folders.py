@@ -125,10 +125,10 @@ def find_saved(path: str) -> str:
 
     A workflow that somebody shared may name any path: only the output folder and the model folders are looked into.
     """
-    folders = [folder_paths.get_output_directory()]
-    folders += [directory for directories, _ in folder_paths.folder_names_and_paths.values() for directory in directories]
+    registered = folder_paths.folder_names_and_paths
+    folders = [folder_paths.get_output_directory(), *(folder for key in registered for folder in registered[key][0])]
     inside = any(os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
     if not inside or not os.path.exists(path):
-        raise WeightFileError(f"{path} is no model in ComfyUI's output or in its model folders. Connect the path that Save Packed"
-                              " Model (Featherweight) gives, or pick a file.")
+        raise WeightFileError(f"{path} is no model in ComfyUI's output or in its model folders. Connect the path that Save"
+                              " Packed Model (Featherweight) gives, or pick a file.")
     return path

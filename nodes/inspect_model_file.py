@@ -38,8 +38,8 @@ class InspectModelFile(io.ComfyNode):
                                tooltip="The same model in a more exact file, such as bf16: each tensor's error against it is"
                                        " measured, which reads both files whole."),
                 io.String.Input("path", optional=True, force_input=True,
-                                tooltip="The file that Save Packed Model (Featherweight) gives. Where it is connected, it is taken"
-                                        " in place of the one picked."),
+                                tooltip="The file that Save Packed Model (Featherweight) gives. Where it is connected, it is"
+                                        " taken in place of the one picked."),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The report as a short table, what it is first."),
@@ -55,7 +55,7 @@ class InspectModelFile(io.ComfyNode):
     def execute(cls, file_name, model=None, reference_name=NONE, path=None) -> io.NodeOutput:
         folders = dict.fromkeys([*FOLDERS, *PACKAGES])
         if model is None and path is None and file_name == NONE:
-            raise ValueError("Inspect Model File has nothing to inspect: pick a file, or connect a model or the path of a file.")
+            raise ValueError("Inspect Model File has nothing to inspect: pick a file, or connect a model or a path.")
         if model is not None:
             source = model
         else:

@@ -55,12 +55,13 @@ def test_a_model_takes_the_place_of_the_file(model_folders):
     assert InspectModelFile.execute("vae.safetensors").args[0].startswith("vae.safetensors is a VAE")
 
 
-def test_a_path_that_was_saved_takes_the_place_of_the_file_and_no_other_folder_is_looked_into(model_folders, tmp_path_factory):
+def test_a_saved_path_takes_the_place_of_the_file_and_no_other_folder_is_read(model_folders, tmp_path_factory):
     saved = model_folders / "diffusion_models" / "flux" / "packed.gguf"
     assert InspectModelFile.execute("vae.safetensors", path=str(saved)).args[0].startswith("packed.gguf is a diffusion model")
     outside = tmp_path_factory.mktemp("outside") / "packed.gguf"
     outside.write_bytes(saved.read_bytes())
-    for path in (outside, model_folders / "vae" / ".." / ".." / outside.parent.name / outside.name, model_folders / "vae" / "gone"):
+    around = model_folders / "vae" / ".." / ".." / outside.parent.name / outside.name
+    for path in (outside, around, model_folders / "vae" / "gone"):
         with pytest.raises(WeightFileError, match="is no model in ComfyUI's output or in its model folders"):
             InspectModelFile.execute(NONE, path=str(path))
 
