@@ -5,7 +5,7 @@ import os
 import comfy.model_patcher
 import comfy.sd
 import torch
-from comfy.model_detection import model_config_from_unet, unet_prefix_from_state_dict
+from comfy.model_detection import model_config_from_unet
 
 from ..ops.load_hooks import bare_parameters_unpacked
 from ..ops.patcher import adopt
@@ -13,8 +13,8 @@ from ..ops.tensor import is_packed
 from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .handover import is_ours, operations_for, take_back, text_metadata
-from .model_names import in_the_hosts_names
+from .handover import is_ours, model_prefix, operations_for, take_back, text_metadata
+from .packing.while_loading import read_weights
 from .progress import Progress
 from .recipe import Recipe, loads
 from .text_encoder import load_text_encoder
@@ -37,24 +37,24 @@ CLIP_TYPES = {
 
 def load_checkpoint(path: str, embedding_directory: list[str] | None = None, output_model: bool = True,
                     output_clip: bool = True, output_vae: bool = True, disable_dynamic: bool = False,
-                    compute: str = "exact") -> tuple:
+                    compute: str = "exact", pack_to: str | None = None) -> tuple:
     """Load (model patcher, CLIP, VAE) from one file or package of diffusers, with its packed weights kept packed.
 
     What the file lacks: CLIP is None, and the VAE an object of the host's; both make the host say so where they are used.
     What is not asked for is None. disable_dynamic: keep model and CLIP out of dynamic VRAM; the host has no such choice for a
-    VAE. compute: of the model, see `PackedLayer`. Files without packed weights go to the host's own loader. Raises
-    WeightFileError.
+    VAE. compute: of the model, see `PackedLayer`. pack_to: see `load_diffusion_model`; text encoder and VAE stay as they are in
+    the file. Files without packed weights go to the host's own loader where none is to be packed. Raises WeightFileError.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
-    ours = is_ours(path)
+    ours = is_ours(path, pack_to)
     if not ours:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)
     elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic, compute)
+        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic, compute, pack_to)
     else:
-        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic, compute)
-    options = {"embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic}
+        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic, compute, pack_to)
+    options = {"embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic, "pack_to": pack_to}
     if model is not None and (ours or disable_dynamic):
         Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)
     if clip is not None and (ours or disable_dynamic):
@@ -86,7 +86,7 @@ def _no_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={})
 
 
-def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str):
+def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None):
     folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
                if os.path.isfile(os.path.join(path, name, "config.json"))}
     models = [folders[name] for name in MODEL_FOLDERS if name in folders]
@@ -95,7 +95,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
                               " with a config.json. Pick the folder that has, or a checkpoint file.")
     model = clip = vae = None
     if outputs["output_model"]:
-        model = load_diffusion_model(models[0], compute=compute, disable_dynamic=disable_dynamic)
+        model = load_diffusion_model(models[0], compute=compute, disable_dynamic=disable_dynamic, pack_to=pack_to)
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
@@ -116,29 +116,26 @@ def _clip_type(path: str) -> str:
     return next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "stable_diffusion")
 
 
-def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str):
+def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None):
     file = open_weights(path)
     refuse_other_kinds(file)
-    progress = Progress(stages=2)
-    state_dict = in_the_hosts_names(file.state_dict(progress.track))
-    if is_checkpoint(state_dict):
+    pack_to = pack_to if outputs["output_model"] else None
+    progress = Progress(stages=3 if pack_to else 2)
+    state_dict, packed = read_weights(file, pack_to, progress)
+    if model_prefix(state_dict):
         parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute)
     else:
         model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute)
         parts = model, None, _no_vae()
+    if packed and parts[0] is not None:
+        packed.attach(parts[0])
     progress.stage()
     return parts
 
 
-def is_checkpoint(state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether the model's weights carry a checkpoint's prefix. The host drops our operations where they do not."""
-    prefix = unet_prefix_from_state_dict(state_dict)
-    return sum(name.startswith(prefix) for name in state_dict) > 5
-
-
 def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory, outputs: dict, disable_dynamic: bool,
            compute: str):
-    prefix = unet_prefix_from_state_dict(state_dict)
+    prefix = model_prefix(state_dict)
     if model_config_from_unet(state_dict, prefix, metadata=text_metadata(file)) is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"

@@ -11,11 +11,12 @@ from ..ops.rows import join_rows, take_rows
 log = logging.getLogger(__name__)
 
 
-def from_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_diffusers(state_dict: dict[str, torch.Tensor], later: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a model in diffusers' names and parts (q, k and v apart) under the host's names and whole.
 
     The host's conversion writes into plain tensors only. It gets row numbers in place of rows, and what it makes of them
     tells where each row of a weight comes from. A weight with a part missing is left out, which the host reports.
+    later: what is made of several dense tensors comes as `JoinedRows`, which takes no memory yet.
     """
     if comfy.model_detection.detect_unet_config(state_dict, "") is not None:
         return state_dict
@@ -39,8 +40,24 @@ def from_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
                 break
             parts.append((tensor, first, first + len(run)))
         else:
-            out[target] = _rows_joined(target, parts)
+            dense = len(parts) > 1 and not any(is_packed(tensor) for tensor, _, _ in parts)
+            out[target] = JoinedRows(parts) if later and dense else _rows_joined(target, parts)
     return out
+
+
+class JoinedRows:
+    """A weight made of rows `first` to `last` of several tensors, one below the other. They are put together when asked for."""
+
+    def __init__(self, parts: list[tuple[torch.Tensor, int, int]]):
+        self.parts = parts
+        tensor = parts[0][0]
+        self.dtype, self.shape = tensor.dtype, torch.Size([sum(last - first for _, first, last in parts), *tensor.shape[1:]])
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def joined(self) -> torch.Tensor:
+        return join_rows([take_rows(tensor, slice(first, last)) for tensor, first, last in self.parts])
 
 
 def _rows_joined(name: str, parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from ..ops.load_hooks import bare_parameters_unpacked
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .handover import is_ours, operations_for, take_back, text_metadata
-from .model_names import in_the_hosts_names
+from .packing.while_loading import read_weights
 from .progress import Progress
 from .recipe import Recipe, loads
 
@@ -19,22 +19,27 @@ DIFFUSION_MODEL = "diffusion model"
 
 @loads(DIFFUSION_MODEL)
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
-                         compute: str = "exact", disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+                         compute: str = "exact", disable_dynamic: bool = False,
+                         pack_to: str | None = None) -> comfy.model_patcher.ModelPatcher:
     """Load a diffusion model file or folder with its packed weights kept packed.
 
-    value_dtype, patch_dtype, compute: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. Of a whole
-    checkpoint only the model is used. Files without packed weights go to the host's own loader. Raises WeightFileError.
+    value_dtype, patch_dtype, compute: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. pack_to: one of
+    `packing.while_loading.TYPES`, to which the weights that are not packed yet are packed as they are read. Of a whole
+    checkpoint only the model is used. Files without packed weights go to the host's own loader where none is to be packed.
+    Raises WeightFileError.
     """
     recipe = Recipe(DIFFUSION_MODEL, (str(path),), {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute,
-                                                    "disable_dynamic": disable_dynamic})
-    if not is_ours(path):
+                                                    "disable_dynamic": disable_dynamic, "pack_to": pack_to})
+    if not is_ours(path, pack_to):
         patcher = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     refuse_other_kinds(file)
-    progress = Progress(stages=2)
-    state_dict = in_the_hosts_names(file.state_dict(progress.track))
+    progress = Progress(stages=3 if pack_to else 2)
+    state_dict, packed = read_weights(file, pack_to, progress)
     patcher = model_of(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic)
+    if packed:
+        packed.attach(patcher)
     progress.stage()
     return recipe.attach(patcher)
 

@@ -8,6 +8,7 @@ import os
 
 import comfy.model_patcher
 import torch
+from comfy.model_detection import unet_prefix_from_state_dict
 from safetensors import SafetensorError, safe_open
 
 from ..ops.int8 import multiplies_integers
@@ -19,13 +20,14 @@ from .files.container import WeightFile
 log = logging.getLogger(__name__)
 
 
-def is_ours(path: str) -> bool:
+def is_ours(path: str, pack_to: str | None = None) -> bool:
     """Whether a file is for our reader: GGUF, a folder, or safetensors with weights that bitsandbytes packed.
 
-    Everything else is for the host's own loaders. A damaged safetensors file is ours, because our reader says what is wrong.
+    Everything else is for the host's own loaders, unless it is to be packed. A damaged safetensors file is ours, because our
+    reader says what is wrong.
     """
     name = str(path).lower()
-    if name.endswith(".gguf") or os.path.isdir(path):
+    if pack_to or name.endswith(".gguf") or os.path.isdir(path):
         return True
     if not name.endswith((".safetensors", ".sft")):
         return False
@@ -34,6 +36,12 @@ def is_ours(path: str) -> bool:
             return has_packed_weights(file.keys())
     except (SafetensorError, OSError):
         return True
+
+
+def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
+    """What the names of a checkpoint's model begin with; "" in a file of a model alone, for which the host drops operations."""
+    prefix = unet_prefix_from_state_dict(state_dict)
+    return prefix if sum(name.startswith(prefix) for name in state_dict) > 5 else ""
 
 
 def operations_for(state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,

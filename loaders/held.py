@@ -4,14 +4,17 @@ import collections
 import torch
 
 from ..ops.tensor import is_packed
-from .files.container import PLAIN_DTYPES
+from .files.safetensors import SafetensorsFile
 
-PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+PLAIN_NAMES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
+DONE = "featherweight_packed"  # under which a patcher keeps what was done to its weights while they were read
 SHOWN_FROM = 0.01  # of all bytes; biases and norms are less
 
 
 def held_text(patcher) -> str:
     """The formats of a model's weights, those with the most bytes first, and all bytes: 'Q4_K + F32, 6.8 GB held'.
+
+    Behind it stands what was done to them while they were read: 'packed from BF16 in 41 s'.
 
     patcher: the host's ModelPatcher of a model, text encoder or VAE.
     """
@@ -19,7 +22,8 @@ def held_text(patcher) -> str:
     for tensor in patcher.model.parameters():
         sizes[format_name(tensor)] += tensor.nbytes
     names = [name for name, size in sizes.most_common() if size >= SHOWN_FROM * sizes.total()]
-    return f"{' + '.join(names)}, {size_text(patcher.model_size())} held"
+    done = patcher.get_attachment(DONE)
+    return f"{' + '.join(names)}, {size_text(patcher.model_size())} held{f', {done}' if done else ''}"
 
 
 def format_name(tensor: torch.Tensor) -> str:

@@ -7,12 +7,12 @@ from ..ops.tensor import is_packed, relabelled
 from .diffusers_names import from_diffusers
 
 
-def in_the_hosts_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_the_hosts_names(state_dict: dict[str, torch.Tensor], later: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a model or a whole checkpoint under the names and in the shapes that the host's detection reads.
 
-    Changes `state_dict`. Names that no converter is known to have changed stay.
+    Changes `state_dict`. Names that no converter is known to have changed stay. later: see `from_diffusers`.
     """
-    return from_diffusers(_undo_converters(state_dict))
+    return from_diffusers(_undo_converters(state_dict), later)
 
 
 def _undo_converters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

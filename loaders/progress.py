@@ -1,5 +1,5 @@
 """The bar of a load on its node. The host ends a load that the user cancels at its next step."""
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from comfy.utils import ProgressBar
 
@@ -20,11 +20,13 @@ class Progress:
     def _show(self, part: float):
         self._bar.update_absolute(round((self._over + part) * STEPS))
 
-    def track(self, items: Collection) -> Iterator:
-        """Gives the items one by one and moves the bar by each; together they are a stage."""
-        for count, item in enumerate(items, start=1):
+    def track(self, items: Collection, sizes: Sequence[int] | None = None) -> Iterator:
+        """Gives the items one by one and moves the bar by each; together they are a stage. sizes: of each, if they differ."""
+        done, whole = 0, sum(sizes or ()) or len(items)
+        for item, size in zip(items, sizes or [1] * len(items)):
             yield item
-            self._show(count / len(items))
+            done += size
+            self._show(done / whole)
         self._over += 1
 
     def stage(self):

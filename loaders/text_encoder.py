@@ -23,6 +23,8 @@ from .encoders.towers import missing_towers_left_out
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .handover import is_ours, operations_for
+from .packing.host_formats import as_tensors
+from .packing.while_loading import Packed, pack_weights
 from .progress import Progress
 from .recipe import Recipe, loads
 
@@ -38,27 +40,30 @@ TOKENIZERS_KEPT = 4
 
 def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", embedding_directory: list[str] | None = None,
                       mmproj: str | None = AUTO, model_options: Mapping[str, Any] | None = None,
-                      disable_dynamic: bool = False) -> comfy.sd.CLIP:
+                      disable_dynamic: bool = False, pack_to: str | None = None) -> comfy.sd.CLIP:
     """Load one to four files or folders as one CLIP, with packed weights kept packed. Any mix of kinds of files.
 
     clip_type: lower-case name of the host's `CLIPType`. mmproj: file with the vision tower of an encoder that sees; AUTO: the
     one beside it that fits; None: none. model_options: the host's, such as `load_device`. disable_dynamic: keep the encoder
-    out of dynamic VRAM. Files without packed weights go to the host's own loader. Raises WeightFileError.
+    out of dynamic VRAM. pack_to: one of `packing.while_loading.TYPES`, to which the weights that are not packed yet are packed
+    as they are read. Files without packed weights go to the host's own loader where none is to be packed. Raises
+    WeightFileError.
     """
     host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     recipe = Recipe(TEXT_ENCODER, tuple(map(str, paths)), {
         "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
-        "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic})
+        "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic, "pack_to": pack_to})
     model_options = dict(model_options or {})
-    if not any(map(is_ours, paths)) and mmproj in (AUTO, None):
+    if not any(is_ours(path, pack_to) for path in paths) and mmproj in (AUTO, None):
         clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
         if disable_dynamic:
             recipe.attach(clip.patcher)
         return clip
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
-    progress = Progress(stages=len(paths) + 2)  # each is read, all are put in order, the host builds
-    weights = _weights_of(paths, mmproj, progress)
+    # Each is read, all are put in order, each is packed, the host builds.
+    progress = Progress(stages=len(paths) * (2 if pack_to else 1) + 2)
+    weights, packed = _weights_of(paths, mmproj, progress, pack_to)
     _check(paths, weights, clip_type)
     if clip_type == "ltxv":
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
@@ -70,6 +75,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
             disable_dynamic=disable_dynamic)
     progress.stage()
     adopt(clip.patcher)
+    if packed:
+        packed.attach(clip.patcher)
     recipe.attach(clip.patcher)
     return clip
 
@@ -80,9 +87,10 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
     return load_text_encoder(list(paths), **options).patcher
 
 
-def _weights_of(paths: list[str], mmproj: str | None, progress: Progress) -> list[Weights]:
+def _weights_of(paths: list[str], mmproj: str | None, progress: Progress,
+                pack_to: str | None) -> tuple[list[Weights], Packed | None]:
     """The state dict of each file under the host's names. The mmproj file goes to the encoder that has a place for it."""
-    files = [_Encoder(path, progress) for path in paths]
+    files = [_Encoder(path, progress, pack_to) for path in paths]
     if mmproj not in (AUTO, None):
         vision = open_weights(mmproj)
         for file in files:
@@ -94,23 +102,28 @@ def _weights_of(paths: list[str], mmproj: str | None, progress: Progress) -> lis
     elif mmproj == AUTO:
         for file in files:
             file.find_vision()
-    return [file.converted() for file in progress.track(files)]
+    weights = [file.converted() for file in progress.track(files)]
+    if not pack_to:
+        return weights, None
+    return weights, Packed.together([pack_weights(file.file, part, pack_to, progress) for file, part in zip(files, weights)])
 
 
 class _Encoder:
     """One file on its way from names and bytes to the host's names."""
 
-    def __init__(self, path: str, progress: Progress):
+    def __init__(self, path: str, progress: Progress, pack_to: str | None):
         self.path, self.name = Path(path), os.path.basename(path)
         self.arch = None
-        if not is_ours(path):
+        if not is_ours(path, pack_to):
             weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
             self.weights, self.metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
             progress.stage()
             return
-        file = open_weights(path)
+        self.file = file = open_weights(path)
         tokenizer = saved_tokenizer(self.path) if self.path.is_dir() else {}
         self.weights, self.metadata = without_prefix(file.state_dict(progress.track) | tokenizer), file.metadata
+        if pack_to:
+            self.weights = as_tensors(file, self.weights)
         self.arch = arch_of(self.weights)
         if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
             raise WeightFileError(f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder. Pick that"

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.folders import embedding_folders, find_file, list_files, list_packages
-from .load_diffusion_model import compute_input, disable_dynamic_vram_input
+from .load_diffusion_model import AS_THE_FILE, compute_input, disable_dynamic_vram_input, pack_to_input, packed_type
 from .shown import loaded
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
@@ -27,6 +27,7 @@ class LoadCheckpoint(io.ComfyNode):
                                        " text_encoder, vae …) there or in models/diffusers."),
                 compute_input(),
                 disable_dynamic_vram_input(),
+                pack_to_input("the diffusion model"),
             ],
             outputs=[
                 io.Model.Output(),
@@ -40,7 +41,8 @@ class LoadCheckpoint(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, checkpoint_name, compute="exact", disable_dynamic_vram=False) -> io.NodeOutput:
+    def execute(cls, checkpoint_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
-        model, clip, vae = load_checkpoint(path, embedding_folders(), compute=compute, disable_dynamic=disable_dynamic_vram)
+        model, clip, vae = load_checkpoint(path, embedding_folders(), compute=compute, disable_dynamic=disable_dynamic_vram,
+                                           pack_to=packed_type(pack_to))
         return io.NodeOutput(*loaded(model=model, clip=clip, vae=vae))

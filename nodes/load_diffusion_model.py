@@ -3,9 +3,11 @@ from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import find_file, list_files, list_model_folders
+from ..loaders.packing.while_loading import TYPES
 from .shown import loaded
 
 FOLDERS = ("unet_gguf", "diffusion_models")
+AS_THE_FILE = "as the file"
 
 
 def compute_input():
@@ -13,6 +15,18 @@ def compute_input():
                           tooltip="exact: the float product of the unpacked weights. int8: a faster, rougher product in whole"
                                   " numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with VNNI; it adds an"
                                   " error of about 1.5 % in each layer. Elsewhere the same as exact.")
+
+
+def pack_to_input(what: str):
+    return io.Combo.Input("pack_to", options=[AS_THE_FILE, *TYPES], default=AS_THE_FILE, optional=True, display_name="pack to",
+                          tooltip=f"Pack the weights of {what} to this type while they are read, so that they take less memory:"
+                                  " of safetensors files in bf16, fp16, fp32 or fp8, diffusers folders and GGUF files in F16."
+                                  " Weights that are packed already stay as they are. LoRAs keep their full effect.")
+
+
+def packed_type(pack_to: str) -> str | None:
+    """What the loaders take for a choice of that input."""
+    return None if pack_to == AS_THE_FILE else pack_to
 
 
 def disable_dynamic_vram_input():
@@ -41,6 +55,7 @@ class LoadDiffusionModel(io.ComfyNode):
                                        " saved (…/transformer)."),
                 compute_input(),
                 disable_dynamic_vram_input(),
+                pack_to_input("the model"),
             ],
             outputs=[io.Model.Output()],
         )
@@ -50,6 +65,7 @@ class LoadDiffusionModel(io.ComfyNode):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
-    def execute(cls, model_name, compute="exact", disable_dynamic_vram=False) -> io.NodeOutput:
+    def execute(cls, model_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
         path = find_file(model_name, *FOLDERS)
-        return io.NodeOutput(*loaded(model=load_diffusion_model(path, compute=compute, disable_dynamic=disable_dynamic_vram)))
+        model = load_diffusion_model(path, compute=compute, disable_dynamic=disable_dynamic_vram, pack_to=packed_type(pack_to))
+        return io.NodeOutput(*loaded(model=model))

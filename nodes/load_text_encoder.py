@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..loaders.folders import ENCODER, embedding_folders, find_file, list_files, list_model_folders
 from ..loaders.text_encoder import AUTO, load_text_encoder
 from .choices import encoder_types
-from .load_diffusion_model import disable_dynamic_vram_input
+from .load_diffusion_model import AS_THE_FILE, disable_dynamic_vram_input, pack_to_input, packed_type
 from .shown import loaded
 
 FOLDERS = ("clip_gguf", "text_encoders")
@@ -45,6 +45,7 @@ class LoadTextEncoder(io.ComfyNode):
                 io.Combo.Input("device", options=["default", "cpu"], default="default", optional=True, advanced=True,
                                tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model."),
                 disable_dynamic_vram_input(),
+                pack_to_input("the text encoders"),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -55,11 +56,11 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder_1, type, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
-                device="default", disable_dynamic_vram=False) -> io.NodeOutput:
+                device="default", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
         names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
         paths = [find_file(name, *FOLDERS) for name in names]
         vision = {AUTO: AUTO, NONE: None}[mmproj] if mmproj in (AUTO, NONE) else find_file(mmproj, *FOLDERS)
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
-        clip = load_text_encoder(paths, type, embedding_folders(), vision, options, disable_dynamic_vram)
+        clip = load_text_encoder(paths, type, embedding_folders(), vision, options, disable_dynamic_vram, packed_type(pack_to))
         return io.NodeOutput(*loaded(clip=clip))

@@ -1,4 +1,5 @@
 """Nodes: what they are called, what they take, and how they stand beside other packs."""
+import inspect
 import sys
 
 import featherweight.nodes
@@ -8,6 +9,7 @@ import pytest
 import torch
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.packing.while_loading import TYPES
 from featherweight.nodes import legacy_gguf
 from pack_nodes import ids_in_source, node_list
 
@@ -63,6 +65,25 @@ def test_every_input_has_a_tooltip(node_id):
 
 def test_every_id_is_found_in_the_source_by_comfyui_manager():
     assert set(ids_in_source()) == NODES.keys()
+
+
+# Inputs of our own loaders in the order in which workflows that people saved have their values. A later one comes last.
+OWN_INPUTS = {
+    "FeatherweightLoadDiffusionModel": ["model_name", "compute", "disable_dynamic_vram", "pack_to"],
+    "FeatherweightLoadCheckpoint": ["checkpoint_name", "compute", "disable_dynamic_vram", "pack_to"],
+    "FeatherweightLoadTextEncoder": ["text_encoder_1", "type", "text_encoder_2", "text_encoder_3", "text_encoder_4", "mmproj",
+                                     "device", "disable_dynamic_vram", "pack_to"],
+}
+
+
+@pytest.mark.parametrize("node_id", OWN_INPUTS)
+def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_lacks_them(node_id):
+    inputs = NODES[node_id].GET_SCHEMA().inputs
+    assert [input.id for input in inputs][:len(OWN_INPUTS[node_id])] == OWN_INPUTS[node_id]
+    pack_to = next(input for input in inputs if input.id == "pack_to")
+    assert pack_to.optional and pack_to.default == "as the file" and pack_to.options == ["as the file", *TYPES]
+    parameters = inspect.signature(NODES[node_id].execute).parameters
+    assert parameters["pack_to"].default == "as the file"
 
 
 @pytest.mark.parametrize("node_id", LEGACY_INPUTS)

@@ -1,6 +1,7 @@
-"""Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py model|picture|encoder FILE
+"""Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py KIND FILE
 
 model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a T5-XXL in GGUF.
+packing-TYPE: any diffusion model, packed to that type while it is loaded.
 Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
 import json
@@ -127,6 +128,24 @@ def probe_encoder(path: str) -> dict:
     }
 
 
+def probe_packing(path: str, type_name: str) -> dict:
+    import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
+    from featherweight.loaders.diffusion import load_diffusion_model
+    from featherweight.loaders.files import open_weights
+
+    file = open_weights(path)
+    largest = max(entry.nbytes for entry in file.entries.values())
+    before, started = status("VmRSS"), time.perf_counter()
+    with PeakAnonymous() as loading:
+        patcher = load_diffusion_model(path, pack_to=type_name)
+    return {
+        "tensor_bytes": file.tensor_bytes, "model_size": patcher.model_size(), "largest_dense_tensor": largest,
+        "peak_growth": status("VmHWM") - before, "anonymous_growth": loading.growth,
+        "file_pages_left": status("RssFile"), "seconds": time.perf_counter() - started,
+    }
+
+
 if __name__ == "__main__":
     probes = {"model": probe_model, "picture": probe_picture, "encoder": probe_encoder}
-    print(json.dumps(probes[sys.argv[1]](sys.argv[2])))
+    kind, _, type_name = sys.argv[1].partition("-")
+    print(json.dumps(probe_packing(sys.argv[2], type_name) if type_name else probes[kind](sys.argv[2])))

@@ -145,6 +145,12 @@ class WeightFile:
         """
         return {entry.name: self._as_tensor(entry) for entry in track(self.entries.values())}
 
+    def let_go(self):
+        """Give back the memory of what was read of the files: it comes anew from the disk where it is read once more."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # other systems do it by themselves when memory is short
+            for buffer in self._buffers:
+                buffer.madvise(mmap.MADV_DONTNEED)
+
     def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
         """An error that names the one of several files which holds the tensor `name`."""
         path = self.paths[self.entries[name].part] if name in self.entries else self.path

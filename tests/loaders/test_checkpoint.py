@@ -1,15 +1,13 @@
 """Checkpoints with packed weights: model, text encoder and VAE are the host's, run as in the host, and stay packed."""
-import functools
 import json
 
 import comfy.model_management
 import comfy.sd
-import comfy.sd1_clip
 import pytest
 import torch
+from checkpoint_parts import ENCODER, MODEL, SD15, VAE, autoencoder, clip_l, flux, stable_diffusion
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
-from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.files.container import WeightFileError
@@ -20,8 +18,6 @@ from safetensors.torch import save_file
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 from devtools.files.bnb_files import write_bnb  # noqa: E402
 
-MODEL, ENCODER, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
-SD15 = FAMILIES["sd1.5"]
 NO_VAE = "your checkpoint does not contain a valid VAE"
 
 
@@ -31,44 +27,6 @@ pytestmark = pytest.mark.usefixtures("small_models")
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "checkpoint.safetensors")
-
-
-def flux() -> dict[str, torch.Tensor]:
-    values = tiny_models.flux(0, hidden=256, double_blocks=1, single_blocks=1, context=256)
-    return {name: torch.from_numpy(value) for name, value in values.items()}
-
-
-def autoencoder() -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
-
-
-@functools.cache
-def clip_l() -> dict[str, torch.Tensor]:
-    """CLIP-L, whose size the host holds fixed. Layers of one shape have equal values, which makes it quickly."""
-    model, values = comfy.sd1_clip.SD1ClipModel(device="meta", dtype=torch.float32), {}
-    weights = {}
-    for name, param in model.clip_l.state_dict().items():
-        if name.startswith("transformer.text_model."):
-            shape, norm = tuple(param.shape), "norm" in name and name.endswith("weight")
-            if (shape, norm) not in values:
-                generator = torch.Generator().manual_seed(len(values))
-                values[shape, norm] = (torch.randn(shape, generator=generator) * 0.03 + norm).half()
-            weights[name] = values[shape, norm].clone()  # a safetensors file shares nothing
-    return weights
-
-
-def with_prefixes(**parts):
-    prefixes = {"model": MODEL, "encoder": ENCODER, "vae": VAE}
-    return {prefixes[part] + name: value for part, values in parts.items() for name, value in values.items()}
-
-
-def stable_diffusion() -> dict[str, torch.Tensor]:
-    """A whole checkpoint of the SD1.5 kind, with a small model."""
-    vae = autoencoder()
-    for name in ("taesd_decoder.1.weight", "taesd_encoder.14.weight", "taesd_encoder.14.bias"):
-        axis = 1 if "decoder" in name else 0
-        vae[name] = vae[name].narrow(axis, 0, 4).contiguous()
-    return with_prefixes(model=random_weights(SD15), encoder=clip_l(), vae=vae)
 
 
 def of_the_host(seen):

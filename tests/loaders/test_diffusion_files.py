@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from diffusers_names import DIFFUSERS, in_diffusers_names
 from families import (
     FAMILIES, comfyui_gguf_style, host_patcher, random_weights, relative_error, run, shrunken_detection,
     stable_diffusion_cpp_style,
@@ -203,27 +204,6 @@ def test_whole_checkpoint_gives_its_diffusion_model(family, path, caplog):
     seen = {name.removeprefix(PREFIX): values for name, values in seen.items() if name.startswith(PREFIX)}
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
-
-
-# Names of the host's layers for those of diffusers, by the host's own tables.
-DIFFUSERS = {
-    "flux-dev": lambda config: comfy.utils.flux_to_diffusers(config),
-    "sd3.5": lambda config: comfy.utils.mmdit_to_diffusers({**config, "num_blocks": config["depth"]}),
-    "aura-flow": lambda config: comfy.utils.auraflow_to_diffusers(config),
-    "pixart-sigma": lambda config: comfy.utils.pixart_to_diffusers(config),
-    "z-image": lambda config: comfy.utils.z_image_to_diffusers(config),
-}
-
-
-def in_diffusers_names(weights, table):
-    """The weights as diffusers keeps them: q, k and v apart, shift and scale swapped."""
-    stored = {}
-    for name, target in table.items():
-        target, place, change = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
-        if target in weights:
-            values = weights[target] if place is None else weights[target].narrow(*place)
-            stored[name] = change(values) if change else values
-    return stored
 
 
 @pytest.mark.parametrize("family, types", [

@@ -9,6 +9,7 @@ import torch
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.text_encoder import load_text_encoder
+from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf, write_random_gguf
@@ -28,6 +29,10 @@ def nf4_file(path):
     write_bnb(path, tensors, prefix="model.diffusion_model.", nested=True)
 
 
+def plain_file(path):
+    save_file({name: torch.from_numpy(value).bfloat16() for name, value in tiny_models.flux(**SIZES).items()}, path)
+
+
 def encoder_file(path):
     write_random_gguf(path, tiny_models.clip_l_shapes(), "Q8_0", architecture=None)
 
@@ -35,6 +40,8 @@ def encoder_file(path):
 CASES = {
     "model.gguf": (model_file, load_diffusion_model),
     "checkpoint.safetensors": (nf4_file, load_checkpoint),
+    "plain.safetensors": (plain_file, lambda path: load_diffusion_model(path, pack_to="Q8_0")),
+    "plain checkpoint.safetensors": (plain_file, lambda path: load_checkpoint(path, pack_to="Q8_0")[0]),
     "encoder.gguf": (encoder_file, lambda path: load_text_encoder([path])),
 }
 

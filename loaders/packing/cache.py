@@ -1,0 +1,158 @@
+"""What was packed while loading, kept for the next time: a safetensors file for each model, in a folder under a limit.
+
+Off until the environment names a folder (`FEATHERWEIGHT_PACKED_CACHE`). An entry is found by what it was made of: the files
+with their sizes and times, the type of each weight, and the version of the packers. The least recently used go first. Nothing
+else in the folder is touched, and whatever is wrong with it, the model loads without it.
+
+| in an entry | content |
+|---|---|
+| `X` | U8, the blocks of the weight X |
+| `X.scale` | F32, its scales, where the format keeps them apart |
+"""
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ...ops.format import FORMATS
+from ...ops.tensor import packed_tensor, packed_tensors
+from ..files.container import WeightFile, WeightFileError
+from ..files.safetensors import SafetensorsFile
+from ..files.safetensors_writer import file_size, safetensors_writer
+from ..files.writing import WriteError
+
+log = logging.getLogger(__name__)
+
+FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
+LIMIT_GB = 50.0  # where the environment gives no limit
+PACKERS = 1  # to be raised when the packers make other bytes of the same weights
+NAMES = "featherweight-*.safetensors"
+
+# Name of a weight -> the format it is packed to, and its logical shape.
+Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
+Keep = Callable[[str, torch.Tensor], None]
+
+
+def is_on() -> bool:
+    return bool(os.environ.get(FOLDER))
+
+
+def entry_of(file: WeightFile, wanted: Wanted) -> Path | None:
+    """Where these weights of a file are kept once they are packed; None where nothing is kept."""
+    if not is_on() or not wanted:
+        return None
+    status = [(str(path.resolve()), os.stat(path)) for path in file.paths]
+    recipe = [PACKERS, [(path, found.st_size, found.st_mtime_ns) for path, found in status], sorted(wanted.items())]
+    return Path(os.environ[FOLDER]) / NAMES.replace("*", hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40])
+
+
+def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
+    """The packed weights of an entry, mapped from its file; None where there is none, or one that is damaged."""
+    if entry is None or not entry.is_file():
+        return None
+    try:
+        file = SafetensorsFile(entry, [entry])
+        found = {name: _packed(file, name, *kind) for name, kind in wanted.items()}
+        os.utime(entry)  # used last
+    except (WeightFileError, KeyError, ValueError, OSError) as error:
+        log.warning("[Featherweight] What was kept in %s cannot be used (%s) and is made anew.", entry, error)
+        with contextlib.suppress(OSError):
+            entry.unlink()
+        return None
+    return found
+
+
+def _packed(file: SafetensorsFile, name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    scale = file.tensor(f"{name}.scale") if FORMATS[kind].scales_apart else None
+    return packed_tensor(FORMATS[kind], file.tensor(name), shape, scale=scale)
+
+
+@contextlib.contextmanager
+def keeping(entry: Path | None, wanted: Wanted) -> Iterator["Keeper"]:
+    """A function that takes the packed weights one by one; they are an entry when the block ends well, all of them being there.
+
+    entry: None: nothing is kept.
+    """
+    keeper = Keeper(entry, wanted)
+    try:
+        with keeper.stack:
+            yield keeper
+    except WriteError as error:  # such as: another process has kept the same in the meantime
+        keeper.done = False
+        log.warning("[Featherweight] What was packed is not kept: %s", error)
+    if keeper.done:
+        _make_room(entry.parent, 0, but=entry)  # another process may have filled it at the same time
+
+
+class Keeper:
+    """Writes an entry, or gives up on it where it cannot be written. done: whether it is being kept."""
+
+    def __init__(self, entry: Path | None, wanted: Wanted):
+        self.stack, self.done = contextlib.ExitStack(), False
+        if entry is None:
+            return
+        tensors = {part: found for name, kind in wanted.items() for part, found in _parts(name, *kind).items()}
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            size = file_size(tensors, {})
+            if not _make_room(entry.parent, size):
+                log.warning("[Featherweight] %.1f GB are not kept in %s: its limit is %.1f GB (%s).", size / 1e9, entry.parent,
+                            _limit() / 1e9, LIMIT)
+                return
+            self.writer = self.stack.enter_context(safetensors_writer(entry, tensors, {}))
+            self.done = True
+        except (WriteError, OSError) as error:
+            log.warning("[Featherweight] What is packed is not kept: %s", error)
+
+    def __call__(self, name: str, weight: torch.Tensor):
+        if not self.done:
+            return
+        try:
+            for part, tensor in zip((name, f"{name}.scale"), packed_tensors(weight)):
+                self.writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32", [tensor.cpu()])
+        except WriteError as error:
+            self.done = False
+            log.warning("[Featherweight] What is packed is not kept: %s", error)
+            with contextlib.suppress(WriteError):
+                self.stack.__exit__(WriteError, error, error.__traceback__)  # removes what was written
+
+
+def _parts(name: str, kind: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The tensors that one weight is kept in: name -> (shape, type)."""
+    packed, values = FORMATS[kind], math.prod(shape)
+    parts = {name: ((-(-values * packed.block_bytes // packed.block_length),), "U8")}
+    return parts | ({f"{name}.scale": ((-(-values // packed.block_length),), "F32")} if packed.scales_apart else {})
+
+
+def _limit() -> float:
+    """Bytes that all entries may take together."""
+    text = os.environ.get(LIMIT, "")
+    try:
+        return float(text or LIMIT_GB) * 1e9
+    except ValueError:
+        log.warning("[Featherweight] %s is %r, no number of GB; %g is taken.", LIMIT, text, LIMIT_GB)
+        return LIMIT_GB * 1e9
+
+
+def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
+    """Remove entries until `size` bytes more are within the limit. Returns whether they are. but: an entry that stays."""
+    found = []
+    for path in (*folder.glob(NAMES), *folder.glob(f"{NAMES}.*.part")):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    left = sum(nbytes for _, nbytes, _ in found)
+    for _, nbytes, path in sorted(found):
+        if left + size <= _limit():
+            break
+        if path != but and path.suffix == ".safetensors":
+            with contextlib.suppress(OSError):  # Windows does not remove a file that is in use
+                path.unlink()
+                left -= nbytes
+    return left + size <= _limit()

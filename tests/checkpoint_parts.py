@@ -1,0 +1,48 @@
+"""Parts of checkpoints, small where the host lets them be, and a whole one of the SD1.5 kind."""
+import functools
+
+import comfy.sd1_clip
+import torch
+from devtools.files import tiny_models
+from families import FAMILIES, random_weights
+
+MODEL, ENCODER, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+SD15 = FAMILIES["sd1.5"]
+
+
+def flux() -> dict[str, torch.Tensor]:
+    values = tiny_models.flux(0, hidden=256, double_blocks=1, single_blocks=1, context=256)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def autoencoder() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
+
+
+@functools.cache
+def clip_l() -> dict[str, torch.Tensor]:
+    """CLIP-L, whose size the host holds fixed. Layers of one shape have equal values, which makes it quickly."""
+    model, values = comfy.sd1_clip.SD1ClipModel(device="meta", dtype=torch.float32), {}
+    weights = {}
+    for name, param in model.clip_l.state_dict().items():
+        if name.startswith("transformer.text_model."):
+            shape, norm = tuple(param.shape), "norm" in name and name.endswith("weight")
+            if (shape, norm) not in values:
+                generator = torch.Generator().manual_seed(len(values))
+                values[shape, norm] = (torch.randn(shape, generator=generator) * 0.03 + norm).half()
+            weights[name] = values[shape, norm].clone()  # a safetensors file shares nothing
+    return weights
+
+
+def with_prefixes(**parts):
+    prefixes = {"model": MODEL, "encoder": ENCODER, "vae": VAE}
+    return {prefixes[part] + name: value for part, values in parts.items() for name, value in values.items()}
+
+
+def stable_diffusion() -> dict[str, torch.Tensor]:
+    """A whole checkpoint of the SD1.5 kind, with a small model."""
+    vae = autoencoder()
+    for name in ("taesd_decoder.1.weight", "taesd_encoder.14.weight", "taesd_encoder.14.bias"):
+        axis = 1 if "decoder" in name else 0
+        vae[name] = vae[name].narrow(axis, 0, 4).contiguous()
+    return with_prefixes(model=random_weights(SD15), encoder=clip_l(), vae=vae)

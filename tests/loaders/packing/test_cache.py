@@ -1,0 +1,161 @@
+"""What was packed is kept where a folder is named for it: found again, never stale, never above its limit, never in the way."""
+import logging
+import os
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.held import held_text
+from featherweight.loaders.packing import cache, while_loading
+from patched_models import tiny_flux
+from recipe_process import digest
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "flux.safetensors"
+    save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "kept here"))
+    return tmp_path / "kept here"
+
+
+@pytest.fixture
+def packings(monkeypatch) -> list:
+    """Grows by one for each weight that is packed."""
+    count, pack = [], while_loading.pack_tensor
+
+    def counted(*arguments):
+        count.append(1)
+        return pack(*arguments)
+
+    monkeypatch.setattr(while_loading, "pack_tensor", counted)
+    return count
+
+
+def load(path, type_name: str = "Q8_0"):
+    return load_diffusion_model(str(path), pack_to=type_name)
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
+def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, folder, packings):
+    first, text = load(source, type_name), "kept for the next time"
+    assert len(packings) == 13 and held_text(first).endswith(text)
+    second = load(source, type_name)
+    assert len(packings) == 13 and digest(second) == digest(first)
+    assert held_text(second).endswith("packed from BF16 before and kept")
+    [entry] = folder.iterdir()
+    assert entry.stat().st_size < 1.1 * first.model_size()
+
+
+def test_nothing_is_kept_unless_a_folder_is_named(source, packings, monkeypatch):
+    monkeypatch.delenv(cache.FOLDER, raising=False)
+    assert "kept" not in held_text(load(source))
+    load(source)
+    assert len(packings) == 26 and [path.name for path in source.parent.iterdir()] == [source.name]
+
+
+def test_packing_that_takes_long_says_how_to_keep_it(source, monkeypatch):
+    monkeypatch.delenv(cache.FOLDER, raising=False)
+    monkeypatch.setattr(while_loading, "WORTH_KEEPING", 0)
+    assert held_text(load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
+
+
+@pytest.mark.parametrize("change", ["time", "size", "type", "packers", "place"])
+def test_another_state_of_anything_is_another_entry(change, source, folder, packings, monkeypatch):
+    load(source)
+    other = source
+    if change == "time":
+        os.utime(source, (1, 1))
+    elif change == "size":
+        with open(source, "ab") as file:
+            file.write(b"\0")
+    elif change == "packers":
+        monkeypatch.setattr(cache, "PACKERS", cache.PACKERS + 1)
+    elif change == "place":
+        other = source.rename(source.with_name("other.safetensors"))
+    load(other, "Q6_K" if change == "type" else "Q8_0")
+    assert len(packings) == 26 and len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut short", "zeros", "empty", "of another model"])
+def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, packings, caplog):
+    expected = digest(load(source))
+    [entry] = folder.iterdir()
+    content = entry.read_bytes()
+    if damage == "of another model":
+        save_file({"a": torch.zeros(1)}, entry)
+    else:
+        entry.write_bytes({"cut short": content[:-1000], "zeros": bytes(4096), "empty": b""}[damage])
+    assert digest(load(source)) == expected and len(packings) == 26
+    assert entry.name in caplog.text and entry.read_bytes() == content
+
+
+def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, monkeypatch):
+    for type_name in ("Q8_0", "Q6_K"):
+        load(source, type_name)
+    sizes = {entry.stat().st_size: entry for entry in folder.iterdir()}
+    q6_k, q8_0 = (sizes[size] for size in sorted(sizes))
+    os.utime(q8_0, (1, 1))
+    os.utime(q6_k, (2, 2))
+    load(source, "Q8_0")  # so it was used last
+    (folder / "mine.safetensors").write_bytes(bytes(10_000_000))
+    monkeypatch.setenv(cache.LIMIT, str((sum(sizes) + 100) / 1e9))
+    load(source, "Q4_K")
+    left = sorted(folder.glob(cache.NAMES))
+    assert q8_0 in left and q6_k not in left and len(left) == 2 and (folder / "mine.safetensors").exists()
+    assert sum(entry.stat().st_size for entry in left) <= sum(sizes) + 100
+
+
+def test_what_is_larger_than_the_limit_is_not_kept(source, folder, monkeypatch, caplog):
+    monkeypatch.setenv(cache.LIMIT, "0.001")
+    assert "kept" not in held_text(load(source))
+    assert list(folder.iterdir()) == [] and cache.LIMIT in caplog.text
+
+
+def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(source, folder, monkeypatch, caplog):
+    monkeypatch.setenv(cache.LIMIT, "lots")
+    load(source)
+    assert "'lots', no number of GB" in caplog.text and len(list(folder.iterdir())) == 1
+
+
+def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
+    pack, count = while_loading.pack_tensor, []
+
+    def cancelled(*arguments):
+        count.append(1)
+        if len(count) == 5:
+            raise comfy.model_management.InterruptProcessingException
+        return pack(*arguments)
+
+    monkeypatch.setattr(while_loading, "pack_tensor", cancelled)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        load(source)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("trouble", ["a file in its place", "a full disk", "another process was faster"])
+def test_where_nothing_can_be_kept_the_model_loads_all_the_same(trouble, source, folder, monkeypatch, caplog):
+    if trouble == "a file in its place":
+        folder.write_text("")
+    elif trouble == "a full disk":
+        def full(*arguments):
+            raise cache.WriteError("The disk is full.")
+        monkeypatch.setattr("featherweight.loaders.files.safetensors_writer.SafetensorsWriter.write", full)
+    else:
+        finish = "featherweight.loaders.files.safetensors_writer.SafetensorsWriter.finish"
+        monkeypatch.setattr(finish, lambda writer: Path(writer.file._path).write_bytes(b"the other's"))
+    with caplog.at_level(logging.WARNING):
+        patcher = load(source)
+    assert "is not kept: " in caplog.text and "kept" not in held_text(patcher)
+    left = [path for path in folder.iterdir()] if folder.is_dir() else []
+    assert [path.read_bytes() for path in left] == ([b"the other's"] if trouble == "another process was faster" else [])
