@@ -62,6 +62,16 @@ def test_the_output_is_nearer_than_with_the_same_importance_per_column(fmt, bloc
     assert gain > (1.4 if block else 2)
 
 
+@pytest.mark.parametrize("period", [32, 256], ids=["groups", "blocks"])
+@pytest.mark.parametrize("sweeps", [0, 1])
+def test_errors_are_taken_up_by_columns_of_later_groups_and_blocks(period, sweeps):
+    """Inputs that repeat: nearly all of an error can be taken up by the columns that go along with its own."""
+    weight, tokens = weight_of(32, 512), inputs(900, period).repeat(1, 512 // period)
+    moments = moments_of(tokens)
+    plain = output_error(weight, pack_tensor(weight, Q4_K, importance=moments.importance), tokens)
+    assert output_error(weight, pack_with_feedback(weight, Q4_K, moments, sweeps), tokens) < 0.1 * plain
+
+
 @each_format
 def test_the_bytes_are_those_of_the_format(fmt):
     """What was chosen is what readers of the format see: no field of the layout is out of its range."""
