@@ -83,6 +83,19 @@ def test_nf4_whose_blocks_cross_rows_and_fp8_with_its_scale(tmp_path):
     assert errors == pytest.approx({key: relative(expected[key].view(24, 40), weights[key]) for key in weights}, rel=1e-4)
 
 
+def test_a_weight_whose_rows_share_blocks_is_unpacked_once(tmp_path, monkeypatch):
+    weight = torch.randn(24, 40)
+    state, _ = bnb_files.quantised(weight, "nf4")[:2]
+    save_file({f"a{end}": part for end, part in ((key.removeprefix("weight"), part) for key, part in state.items())},
+              tmp_path / "packed.safetensors")
+    save_file({"a": weight}, tmp_path / "dense.safetensors")
+    taken, take_rows = [], difference.take_rows
+    monkeypatch.setattr(difference, "take_rows", lambda tensor, rows: taken.append(rows) or take_rows(tensor, rows))
+    monkeypatch.setattr(difference, "SLICE_VALUES", 80)
+    assert len(differences(of_file(tmp_path / "packed.safetensors"), of_file(tmp_path / "dense.safetensors"))) == 1
+    assert taken == [slice(0, 24)]
+
+
 def test_a_checkpoints_prefix_is_no_other_model(packed, model, tmp_path):
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in model.items()}, tmp_path / "all.safetensors")
     errors = differences(of_file(packed[0]), of_file(tmp_path / "all.safetensors"))

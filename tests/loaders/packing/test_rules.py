@@ -107,6 +107,14 @@ def test_an_unknown_model_packs_its_numbered_blocks_only():
     assert [name for name in shapes if GENERAL.may_be_packed(name, shapes[name])] == ["stages.3.mix.weight"]
 
 
+def test_what_takes_a_types_place_is_as_in_llama_cpp():
+    """llama-quant.cpp, tensor_type_fallback; here for all K-quants and IQ4_XS, of which ggml's tables say the blocks."""
+    assert FALLBACKS == {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+    for name, other in FALLBACKS.items():
+        (block, size), (narrow, larger) = (gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for kind in (name, other))
+        assert (block, narrow) == (256, 32) and larger / narrow > size / block
+
+
 @pytest.mark.parametrize("name", [*FALLBACKS, "Q4_0"])
 def test_rows_that_blocks_do_not_divide_take_the_next_type(name):
     assert fitting(name, (8, 256)) == name
