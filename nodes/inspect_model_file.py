@@ -1,7 +1,7 @@
 """Featherweight Inspect Model File."""
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import find_file, find_saved, list_files, list_model_folders, list_packages
+from ..loaders.folders import ENCODER, find_file, find_saved, list_files, list_model_folders, list_packages
 from ..loaders.inspect import inspect
 from ..loaders.inspect.picture import inspection_picture
 from ..loaders.inspect.text import inspection_text
@@ -14,7 +14,8 @@ NONE = "none"
 
 
 def every_file() -> list[str]:
-    return list(dict.fromkeys([*list_files(*FOLDERS), *list_model_folders(*FOLDERS), *list_packages(*PACKAGES)]))
+    folders = [*list_model_folders(*FOLDERS), *list_model_folders("text_encoders", kind=ENCODER), *list_packages(*PACKAGES)]
+    return list(dict.fromkeys([*list_files(*FOLDERS), *folders]))
 
 
 class InspectModelFile(io.ComfyNode):

@@ -41,6 +41,16 @@ def test_files_of_every_folder_are_listed(model_folders):
     assert file.options[0] == NONE and len(file.options) == len(set(file.options)) == 5
 
 
+def test_folders_of_models_and_of_text_encoders_are_listed(model_folders):
+    for name, said in (("diffusion_models/package/transformer", '"_class_name": "FluxTransformer2DModel"'),
+                       ("text_encoders/t5", '"architectures": ["T5EncoderModel"]')):
+        (model_folders / name).mkdir(parents=True)
+        (model_folders / name / "config.json").write_text(f"{{{said}}}")
+        save_file({"shared.weight": torch.zeros(8, 8)}, model_folders / name / "model.safetensors")
+    assert {"package", "package/transformer", "t5"} <= set(every_file())
+    assert InspectModelFile.execute("t5").args[0].startswith("t5 is a text encoder")
+
+
 def test_a_file_is_told_as_text_and_picture_and_shown_on_the_node(model_folders):
     output = InspectModelFile.execute("flux\\packed.gguf", reference_name="flux/dense.gguf")
     text, picture = output.args
