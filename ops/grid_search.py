@@ -33,14 +33,19 @@ class Search:
         self.nearest = self.levels[torch.bucketize((torch.arange(CELLS, device=device) + 0.5) / self.cells + self.lowest,
                                                    self.middles)]
 
-    def fit(self, values: torch.Tensor, weights: torch.Tensor | None = None, tries: int = 13, rounds: int = 2,
-            sweeps: int = 2) -> Fit:
+    def fit(self, values: torch.Tensor, weights: torch.Tensor | None = None, tries: int = 9, rounds: int = 1,
+            sweeps: int = 1, emphasis: bool = False) -> Fit:
         """The best found for some blocks.
 
         values: float32 (..., length). weights: float32, at least 0, of a shape that broadcasts to that of `values`; None:
         all equal. tries: how many first scales, rounds: how often the best one is improved, sweeps: how often integers and
-        super-scales are improved in turns.
+        super-scales are improved in turns. emphasis: whether errors of large values count more, as in ggml's
+        `quantize_row_q2_K_impl`: times the root of the square and the block's mean square.
         """
+        if emphasis:
+            squares = values.square()
+            large = (squares + squares.mean(-1, keepdim=True)).sqrt_()
+            weights = large if weights is None else large * weights
         groups = _Groups(values, weights, self.grid)
         unit, offset = self.start(groups, tries, rounds)
         state = self._first_state(unit, offset)

@@ -57,9 +57,9 @@ class Kernel:
         multiple of 256 and of the block length.
     run, "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may differ from the
         reference's by one where a value lies within 0.01 of the middle between two, scales by 1e-5 of themselves.
-    run, "pack": run(packed_format, values, weights, fit, tries, rounds, sweeps), see `grid_search.Search.fit`. values, weights:
-        float32 (n, block_length), contiguous; weights may be None. fit: a `Fit`, to be written. Its blocks may be others than
-        the reference's, with an error that is no larger on average.
+    run, "pack": run(packed_format, values, weights, fit, tries, rounds, sweeps, emphasis), see `grid_search.Search.fit`.
+        values, weights: float32 (n, block_length), contiguous; weights may be None. fit: a `Fit`, to be written. Its blocks
+        may be others than the reference's, with an error that is no larger on average.
     """
     op: str
     formats: frozenset[str]

@@ -22,7 +22,7 @@ CALM = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # of a code: how near the middle between two codes another rounding may give the other
 SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
 THREADS_OF_PACKING = 1 << 17  # values that several threads pack, and torch in a tenth of a second
-PACK_EFFORT = (13, 2, 2)  # tries, rounds and sweeps of the search
+PACK_EFFORT = (9, 2, 2)  # tries, rounds and sweeps of the search
 GUARD = 7.0  # stands beside what a kernel may write
 
 
@@ -72,9 +72,10 @@ class Int8Tokens:
 
 @dataclass(frozen=True)
 class Pack:
-    """Blocks to pack, and whether errors have weights."""
+    """Blocks to pack, whether errors have weights, and whether those of large values count more."""
     blocks: int
     weighted: bool
+    emphasis: bool
 
 
 def cases_of(kernel, packed_format: type[Format] | None) -> list:
@@ -94,7 +95,7 @@ def cases_of(kernel, packed_format: type[Format] | None) -> list:
         return [Int8Rows(FEW, NARROW, 1), Int8Rows(FEW, NARROW, 2, 1), Int8Rows(MANY, WIDE, 0, 4)]
     if kernel.op == "pack":
         many = max(37, THREADS_OF_PACKING // packed_format.block_length)
-        return [Pack(1, False), Pack(37, False), Pack(many, True)]
+        return [Pack(1, False, False), Pack(37, False, True), Pack(37, True, True), Pack(many, True, False)]
     return [Int8Tokens(1, NARROW), Int8Tokens(7, 3 * int8_codes.GROUP, 1), Int8Tokens(MANY // WIDE, WIDE)]
 
 
@@ -208,17 +209,17 @@ def _check_pack(run, case, packed_format, dtype, value_dtype, device):
     values, weights = values.to(device), weights.to(device)
     around = Fit.empty(grid, case.blocks + 1, device)
     found = Fit(*(None if part is None else part.fill_(GUARD)[:-1] for part in vars(around).values()))
-    run(packed_format, values, weights if case.weighted else None, found, *PACK_EFFORT)
+    run(packed_format, values, weights if case.weighted else None, found, *PACK_EFFORT, case.emphasis)
     if any(part is not None and (part[-1] != GUARD).any() for part in vars(around).values()):
         raise WrongResult("something was written beside the blocks")
-    expected, errors = Search(grid, device).fit(values, weights if case.weighted else None, *PACK_EFFORT), []
+    expected, errors = Search(grid, device).fit(values, weights if case.weighted else None, *PACK_EFFORT, case.emphasis), []
     for fit in (found, expected):
         parts = packed_format.encode(fit)
         parts = parts if isinstance(parts, tuple) else (parts,)
         off = packed_format.unpack(*parts).view(values.shape).double() - values
         errors.append((weights * off.square()).sum(-1) / (weights * values.square()).sum(-1).clamp(min=1e-30))
     mean, allowed = errors[0].mean().item(), errors[1].mean().item()
-    if not mean <= 1.01 * allowed + 1e-9:
+    if not mean <= (1.05 if case.emphasis else 1.01) * allowed + 1e-9:  # the error is that without emphasis
         raise WrongResult(f"the mean error of packed blocks is {mean:.3g}, that of the reference {allowed:.3g}")
 
 

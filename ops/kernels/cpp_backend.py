@@ -125,7 +125,7 @@ class CpuKernels:
         run = self._function("int8_tokens", None, input.dtype, LANES=_widest(), **CODES)
         run(c_void_p(input.data_ptr()), *_code_arguments(codes, scales))
 
-    def pack(self, packed_format, values, weights, fit, tries, rounds, sweeps):
+    def pack(self, packed_format, values, weights, fit, tries, rounds, sweeps, emphasis):
         """See `Kernel.run`."""
         grid = packed_format.grid
         lowest, highest = grid.scales or (1, 1)
@@ -136,7 +136,7 @@ class CpuKernels:
             HALF_SCALES=int(grid.scale_dtype == torch.float16))
         tensors = (values, weights, fit.codes, fit.d, fit.dmin, fit.scales, fit.minima)
         run(*(c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors), c_longlong(len(values)),
-            c_int(tries), c_int(rounds), c_int(sweeps), c_int(_threads(values.numel())))
+            *map(c_int, (tries, rounds, sweeps, emphasis)), c_int(_threads(values.numel())))
 
 
 def _code_arguments(codes, scales) -> tuple:

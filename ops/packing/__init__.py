@@ -22,8 +22,10 @@ KERNEL_SLICE_VALUES = 1 << 16
 DEVICE_SLICE_VALUES = 1 << 22
 # Above this many levels, scales that just reach the peaks are within 0.3 dB of the best, and ten times as fast.
 FINE_LEVELS = 128
-# Up to this many levels, errors of large values count more, beside what was measured or not.
-COARSE_LEVELS = 8
+# Up to so many levels, errors of large values count more: with equal weights the error of the weights is smaller, but that of
+# a layer's outputs larger. Where importance was measured, only with the fewest.
+COARSE_LEVELS = 16
+COARSEST_LEVELS = 8
 
 
 def can_pack(packed_format: type[Format]) -> bool:
@@ -56,6 +58,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
         packed_format.packed_shape(tuple(weight.shape))  # raises where blocks do not divide the rows
     plain = grid is None or reference
     quick = not plain and importance is None and len(grid.levels) > FINE_LEVELS
+    emphasis = not plain and len(grid.levels) <= (COARSE_LEVELS if importance is None else COARSEST_LEVELS)
     run = None if plain or quick else kernel_for(packed_format, weight.device)
     if importance is not None:
         importance = _usable(importance, weight)
@@ -77,8 +80,8 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
         elif quick:
             parts = packed_format.encode(Search(grid, values.device).fit_quickly(values))
         else:
-            weights = _weights(values, start, importance, len(grid.levels))
-            parts = packed_format.encode(best_fit(packed_format, values, weights, run))
+            fit = best_fit(packed_format, values, _weights(values, start, importance), emphasis, run)
+            parts = packed_format.encode(fit)
         parts = parts if isinstance(parts, tuple) else (parts,)
         if outputs is None:
             outputs = [torch.empty(_sizes(packed_format, len(flat))[i], dtype=part.dtype, device=part.device)
@@ -125,15 +128,9 @@ def _usable(importance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (importance / mean).clamp_(min=1e-4) if mean > 0 else torch.ones_like(importance)
 
 
-def _weights(values: torch.Tensor, start: int, importance: torch.Tensor | None, levels: int) -> torch.Tensor | None:
+def _weights(values: torch.Tensor, start: int, importance: torch.Tensor | None) -> torch.Tensor | None:
     """Weights of squared error of blocks, (n, length), whose first value has the index `start` in the weight."""
-    weights = None
-    if levels <= COARSE_LEVELS:
-        # As ggml weighs them, `quantize_row_q2_K_impl`. With equal weights the error is smaller, but that of outputs larger.
-        weights = values.square()
-        weights = (weights + weights.mean(-1, keepdim=True)).sqrt_()
-    if importance is not None:
-        index = torch.arange(start, start + values.numel(), device=values.device)
-        columns = importance[index % len(importance)].view_as(values)
-        weights = columns if weights is None else weights.mul_(columns)
-    return weights
+    if importance is None:
+        return None
+    index = torch.arange(start, start + values.numel(), device=values.device)
+    return importance[index % len(importance)].view_as(values)

@@ -5,7 +5,8 @@ from .. import kernels
 from ..format import Fit, Format
 from ..grid_search import Search
 
-TRIES, ROUNDS, SWEEPS = 13, 2, 2  # see `Search.fit`
+# See `Search.fit`. Half as much again of each gains 0.03 dB and takes half as long again.
+TRIES, ROUNDS, SWEEPS = 9, 1, 1
 
 
 def kernel_for(packed_format: type[Format], device: torch.device):
@@ -13,14 +14,16 @@ def kernel_for(packed_format: type[Format], device: torch.device):
     return kernels.find("pack", device, packed_format, torch.float32)
 
 
-def best_fit(packed_format: type[Format], values: torch.Tensor, weights: torch.Tensor | None = None, run=None) -> Fit:
+def best_fit(packed_format: type[Format], values: torch.Tensor, weights: torch.Tensor | None = None, emphasis: bool = False,
+             run=None) -> Fit:
     """`Search.fit` of blocks, float32 (n, block_length), under weights of the same shape, or None: all equal.
 
-    run: as `kernel_for` gives it. Its sums are rounded otherwise, so some blocks come out otherwise than in torch, as good.
+    emphasis: see there. run: as `kernel_for` gives it. Its sums are rounded otherwise, so some blocks come out otherwise than
+    in torch, as good.
     """
     grid, device = packed_format.grid, values.device
     if run is None:
-        return Search(grid, device).fit(values, weights, TRIES, ROUNDS, SWEEPS)
+        return Search(grid, device).fit(values, weights, TRIES, ROUNDS, SWEEPS, emphasis)
     fit = Fit.empty(grid, len(values), device)
-    run(packed_format, values.contiguous(), weights, fit, TRIES, ROUNDS, SWEEPS)
+    run(packed_format, values.contiguous(), weights, fit, TRIES, ROUNDS, SWEEPS, emphasis)
     return fit

@@ -44,6 +44,17 @@ static FUNCTION Floats stored(Floats scale, bool to_zero) {
     return to_zero ? half : either((half == 0) & (scale != 0), smallest, half);
 }
 
+static FUNCTION Floats square_root(Floats a) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (Floats)_mm512_sqrt_ps((__m512)a);
+#elif LANES == 8 && defined(__AVX2__)
+    return (Floats)_mm256_sqrt_ps((__m256)a);
+#else
+    for (int i = 0; i < LANES; i++) a[i] = __builtin_sqrtf(a[i]);
+    return a;
+#endif
+}
+
 struct Sums {
     Floats squares, products, total;
 };
@@ -61,6 +72,14 @@ struct Blocks {
 
     FUNCTION Floats scaled(int i, Floats inverted, Floats shift) const {
         return MINIMUM ? multiply_add(values[i], inverted, shift) : values[i] * inverted;
+    }
+
+    // `Search.fit`'s emphasis on large values.
+    void emphasise() {
+        Floats mean = all(0);
+        for (int i = 0; i < LENGTH; i++) mean = multiply_add(values[i], values[i], mean);
+        mean *= 1.0f / LENGTH;
+        for (int i = 0; i < LENGTH; i++) weights[WEIGHTED ? i : 0] *= square_root(multiply_add(values[i], values[i], mean));
     }
 
     void prepare() {
@@ -248,14 +267,15 @@ struct Blocks {
 // The LANES blocks from `first` on, or as many as are left; lanes beyond hold the last block again.
 template <bool WEIGHTED>
 static void pack_blocks(const float* values, const float* weights, Byte* codes, float* d, float* dmin, float* scale,
-                        float* minimum, Index first, Index count, int tries, int rounds, int sweeps) {
+                        float* minimum, Index first, Index count, int tries, int rounds, int sweeps, int emphasis) {
     static thread_local Blocks<WEIGHTED> blocks;
     for (int lane = 0; lane < LANES; lane++) {
         Index from = (first + lane < count ? first + lane : count - 1) * LENGTH;
         for (int i = 0; i < LENGTH; i++) ((float*)blocks.values)[i * LANES + lane] = values[from + i];
         if (WEIGHTED)
-            for (int i = 0; i < LENGTH; i++) ((float*)blocks.weights)[i * LANES + lane] = weights[from + i];
+            for (int i = 0; i < LENGTH; i++) ((float*)blocks.weights)[i * LANES + lane] = weights ? weights[from + i] : 1;
     }
+    if (WEIGHTED && emphasis) blocks.emphasise();
     blocks.prepare();
     Stored best;
     blocks.search(best, tries, rounds, sweeps);
@@ -280,11 +300,11 @@ static void pack_blocks(const float* values, const float* weights, Byte* codes, 
 // values, weights: (count, LENGTH); weights may be null: all equal. The others are those of a `Fit`; dmin and minimum are not
 // written without a minimum.
 extern "C" void pack(const float* values, const float* weights, Byte* codes, float* d, float* dmin, float* scale, float* minimum,
-                     Index count, int tries, int rounds, int sweeps, int threads) {
+                     Index count, int tries, int rounds, int sweeps, int emphasis, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (Index first = 0; first < count; first += LANES)
-        if (weights)
-            pack_blocks<true>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps);
+        if (weights || emphasis)
+            pack_blocks<true>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps, emphasis);
         else
-            pack_blocks<false>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps);
+            pack_blocks<false>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps, emphasis);
 }
