@@ -44,6 +44,7 @@ NAMES = {
     "comfy.model_patcher.get_key_weight": "model key",
     "comfy.ops.CastWeightBiasOp": None,
     "comfy.ops.cast_bias_weight": "s * dtype device bias_dtype offloadable compute_dtype",
+    "comfy.ops.disable_weight_init": None,
     "comfy.ops.manual_cast": None,
     "comfy.ops.manual_cast.Conv1d": None,
     "comfy.ops.manual_cast.Conv2d": None,

@@ -79,8 +79,7 @@ class SavePackedModel(io.ComfyNode):
                          if type == ALIKE else label))
         progress, metadata, reports = Progress(stages=len(jobs)), cls._metadata(), []
         for source, path, wanted in jobs:
-            saved = save(source, path, wanted, None, loras == WHOLE, metadata, overwrite,
-                         lambda names, sizes: progress.track(names), show_text)
+            saved = save(source, path, wanted, None, loras == WHOLE, metadata, overwrite, progress.track, show_text)
             reports.append(saved.text)
         text = "\n\n".join(reports)
         show_text(text)

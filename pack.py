@@ -1,0 +1,131 @@
+"""Pack a model file without ComfyUI's editor: python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB [--lora FILE:0.8 ...]"""
+import argparse
+import os
+import re
+import sys
+import time
+import types
+from pathlib import Path
+
+if sys.version_info < (3, 10):
+    sys.exit("Failed: pack.py needs Python 3.10 or newer, this is %d.%d." % sys.version_info[:2])
+
+ROOT = Path(__file__).resolve().parent
+UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size as people write it: 5.9GB (10^9 bytes each), 5.9GiB, 620MB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]?I?B?)\s*", text.upper())
+    unit = found and UNITS.get(found[2] if found[2].endswith("B") or not found[2] else f"{found[2]}B")
+    if not unit or float(found[1]) * unit < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; 5.9GB is one")
+    return round(float(found[1]) * unit)
+
+
+def lora_of(text: str) -> tuple[str, float]:
+    """(path, strength) of FILE:STRENGTH; of FILE alone 1."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if colon and path else (text, 1.0)
+    except ValueError:  # the colon of a drive
+        return text, 1.0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="pack.py", description="Packs a diffusion model into a GGUF file, or into NF4 where OUT ends in .safetensors.")
+    found.add_argument("source", help="a model file (safetensors, GGUF), or a folder that diffusers saved (.../transformer)")
+    found.add_argument("out", help="the file to write; it must not exist")
+    wanted = found.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--type", help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, or 'as it is'")
+    wanted.add_argument("--size", type=size_of, help="the size of the file, such as 5.9GB; never exceeded")
+    found.add_argument("--lora", type=lora_of, action="append", default=[], metavar="FILE[:STRENGTH]",
+                       help="put a LoRA into the model; may be given several times")
+    found.add_argument("--sensitivity", metavar="FILE", help="what Measure Sensitivity (Featherweight) measured of this model")
+    found.add_argument("--loras-as-asked", action="store_true",
+                       help="leave weights that were packed before and get a LoRA in the type asked for")
+    found.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    return found
+
+
+def find_host() -> Path:
+    """The folder of ComfyUI: COMFYUI_PATH, or the one in whose custom_nodes this file lies."""
+    named = os.environ.get("COMFYUI_PATH")
+    candidates = [Path(named)] if named else [ROOT.parent.parent, ROOT / ".dev" / "host"]
+    found = next((path for path in candidates if (path / "comfy").is_dir()), None)
+    if found is None:
+        raise SystemExit(f"Failed: no ComfyUI at {candidates[0]}. Set COMFYUI_PATH to its folder.")
+    return found
+
+
+def start_host(host: Path):
+    """Make ComfyUI's modules and this pack importable, on the CPU and without a server."""
+    sys.path[:] = [str(host), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401  parses sys.argv once
+    except ImportError as error:
+        raise SystemExit(f"Failed: {error}. Run this with the Python that ComfyUI uses.") from error
+    finally:
+        sys.argv = arguments
+    pack = types.ModuleType("featherweight")
+    pack.__path__ = [str(ROOT)]
+    sys.modules.setdefault("featherweight", pack)
+
+
+def progress(names: list, sizes: list[int]):
+    """Gives the names one by one and says how far that is."""
+    started = shown = time.monotonic()
+    done, whole = 0, sum(sizes)
+    for name, size in zip(names, sizes):
+        yield name
+        done, now = done + size, time.monotonic()
+        if now - shown > (0.2 if sys.stdout.isatty() else 30):
+            shown, left = now, (now - started) * (whole - done) / done
+            print(f"{done / whole:4.0%}, {left / 60:.0f} min left" if left > 90 else f"{done / whole:4.0%}, {left:.0f} s left",
+                  end="\r" if sys.stdout.isatty() else "\n", flush=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    start_host(find_host())
+    import torch
+    from featherweight.loaders.packing.file_source import of_file
+    from featherweight.loaders.packing.save import ALIKE, TYPES, save
+
+    if arguments.type and arguments.type not in (*TYPES, ALIKE):
+        print(f"Failed: {arguments.type!r} is no type that is packed here. There are {', '.join(TYPES)} and '{ALIKE}'.")
+        return USAGE
+    if (arguments.type == "NF4") != arguments.out.lower().endswith(".safetensors"):
+        print("Failed: NF4 goes into a file that ends in .safetensors, all other types into one that ends in .gguf.")
+        return USAGE
+    sensitivity = None
+    if arguments.sensitivity:
+        from featherweight.loaders.packing.sensitivity import Sensitivity
+
+        sensitivity = Sensitivity.load(arguments.sensitivity)
+    with torch.inference_mode():
+        source = of_file(arguments.source, arguments.lora)
+        saved = save(source, arguments.out, arguments.type or arguments.size, sensitivity, not arguments.loras_as_asked,
+                     overwrite=arguments.overwrite, track=progress, planned=lambda text: print(text, flush=True))
+    print("\n".join([*saved.told, f"Done: {saved}"]))
+    return DONE
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        return run(parser().parse_args(arguments))
+    except ValueError as error:  # refusals are, with one plain sentence
+        print(f"Failed: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nStopped. Nothing was written.")
+        return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

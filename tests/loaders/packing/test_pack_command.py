@@ -1,0 +1,173 @@
+"""pack.py: what the node does, from a command line, in little memory, and nothing left by whatever ends it."""
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from featherweight.loaders.files import open_weights
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packing import pack_tensor
+from featherweight.ops.tensor import is_packed
+from host_formats import in_host_format
+from patched_models import lora_for, relative, tiny_flux
+from safetensors.torch import save_file
+
+from devtools import ROOT
+from devtools.files import tiny_models
+
+spec = importlib.util.spec_from_file_location("pack_command", ROOT / "pack.py")
+command = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(command)
+
+pytestmark = pytest.mark.usefixtures("small_models")
+HOST = Path(sys.modules["comfy"].__path__[0]).parent
+BLOCK = "double_blocks.0.img_mlp.0.weight"
+
+
+def start(*arguments) -> subprocess.Popen:
+    """The command as people run it."""
+    environment = os.environ | {"COMFYUI_PATH": str(HOST), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, ROOT / "pack.py", *map(str, arguments)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def pack(capsys, monkeypatch):
+    """The command in this process, where the host is there already: -> (exit code, all it said)."""
+    monkeypatch.setattr(command, "start_host", lambda host: None)
+
+    def run(*arguments) -> tuple[int, str]:
+        try:
+            code = command.main([*map(str, arguments)])
+        except SystemExit as end:  # argparse
+            code = end.code
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a bf16 Flux, an fp8-scaled one, and two LoRAs."""
+    folder = tmp_path_factory.mktemp("source")
+    weights = {name: tensor.bfloat16() for name, tensor in tiny_flux().items()}
+    save_file(weights, folder / "model.safetensors")
+    for seed in (1, 2):
+        save_file(lora_for(tiny_flux(), seed=seed, size=0.1), folder / f"lora {seed}.safetensors")
+    scaled = dict(weights)
+    scaled |= in_host_format(BLOCK, scaled.pop(BLOCK).float(), "float8_e4m3fn")[0]
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in scaled.items()}, folder / "fp8.safetensors")
+    return folder
+
+
+def values_in(path) -> dict[str, torch.Tensor]:
+    return {name: tensor.dequantize() if is_packed(tensor) else tensor.float()
+            for name, tensor in open_weights(path).state_dict().items()}
+
+
+def test_a_file_with_loras_is_packed_and_the_last_line_says_what_came_out(source, tmp_path, pack):
+    code, said = pack(source / "model.safetensors", tmp_path / "a.gguf", "--type", "Q8_0", "--lora",
+                            f"{source / 'lora 1.safetensors'}:0.13", "--lora", source / "lora 2.safetensors")
+    last = said.strip().split("\n")[-1]
+    assert code == 0 and re.fullmatch(rf"Done: {tmp_path / 'a.gguf'}: [\d.]+ MB in \d+ s", last), said
+    assert [float(share) for share in re.findall(r"LoRA \d \(strength [\d.]+\): ([\d.]+)%", said)] == [
+        pytest.approx(100, abs=1)] * 2
+    change, layer = 0, "lora_unet_double_blocks_0_img_mlp_0"
+    for seed, strength in ((1, 0.13), (2, 1.0)):
+        lora = lora_for(tiny_flux(), seed=seed, size=0.1)
+        change += strength * 0.5 * lora[f"{layer}.lora_up.weight"] @ lora[f"{layer}.lora_down.weight"]
+    expected = pack_tensor(tiny_flux()[BLOCK].bfloat16().float() + change, FORMATS["Q8_0"]).dequantize()
+    assert relative(values_in(tmp_path / "a.gguf")[BLOCK], expected) < 1e-4
+
+
+def test_scaled_fp8_in_a_checkpoint_is_packed_by_its_values(source, tmp_path, pack):
+    assert pack(source / "fp8.safetensors", tmp_path / "a.gguf", "--type", "Q8_0")[0] == 0
+    values = values_in(tmp_path / "a.gguf")
+    assert values.keys() == tiny_flux().keys()
+    assert 0.005 < relative(values[BLOCK], tiny_flux()[BLOCK]) < 0.05  # fp8's own error
+    assert pack(tmp_path / "a.gguf", tmp_path / "b.gguf", "--type", "as it is")[0] == 0
+    again = values_in(tmp_path / "b.gguf")
+    assert all(torch.equal(again[name], tensor) for name, tensor in values.items())
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["--size", "2.2MB"], 0, "Done: "), (["--size", "1MB"], 1, "Failed: .*too small"), (["--size", "lots"], 2, "no size"),
+    (["--type", "Q9"], 2, "no type"), (["--type", "NF4"], 2, "ends in .safetensors"), ([], 2, "required"),
+])
+def test_sizes_and_mistakes(source, tmp_path, pack, arguments, code, message):
+    found, said = pack(source / "model.safetensors", tmp_path / "a.gguf", *arguments)
+    assert found == code and re.search(message, said), said
+    assert [path.stat().st_size <= 2_200_000 for path in tmp_path.iterdir()] == [True] * (code == 0)
+
+
+def test_files_that_are_none_are_refused_in_a_sentence(source, tmp_path, pack):
+    (tmp_path / "old.gguf").write_text("old")
+    for model, out, more in ((tmp_path / "no.safetensors", "a.gguf", []), (source / "lora 1.safetensors", "a.gguf", []),
+                             (source / "model.safetensors", "old.gguf", []), (source / "model.safetensors", "no/a.gguf", []),
+                             (source / "model.safetensors", "a.gguf", ["--lora", source / "model.safetensors"])):
+        code, said = pack(model, tmp_path / out, "--type", "Q8_0", *more)
+        assert code == 1 and said.startswith("Failed: ") and said.count("\n") == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["old.gguf"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("how, moments", [(signal.SIGINT, 1), (signal.SIGKILL, 1),
+                                          pytest.param(signal.SIGKILL, 12, marks=pytest.mark.heavy)])
+def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(tmp_path, pack, how, moments):
+    shapes = tiny_models.flux_shapes(256, 8, 8)
+    path, out = tmp_path / "model.safetensors", tmp_path / "out"
+    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, path)
+    out.mkdir()
+    for moment in range(moments):
+        process = start(path, out / "a.gguf", "--type", "Q3_K")
+        while not list(out.glob("*.part")) and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(0.1 * moment)
+        process.send_signal(how)
+        said, _ = process.communicate(timeout=60)
+        names = [found.name for found in out.iterdir()]
+        if process.returncode == 0:
+            continue
+        assert "a.gguf" not in names, said
+        if how == signal.SIGINT:
+            assert process.returncode == 130 and names == [] and "Nothing was written." in said
+        else:
+            assert names == [f"a.gguf.{process.pid}.part"]
+    assert pack(path, out / "a.gguf", "--type", "Q8_0", "--overwrite")[0] == 0
+    assert [found.name for found in out.iterdir()] == ["a.gguf"]
+
+
+def sparse_safetensors(path, shapes: dict[str, tuple]):
+    """A bf16 file of zeros that takes no room on the disk."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + 2 * math.prod(shape)]}
+        at += 2 * math.prod(shape)
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("width, double, single", [(3072, 6, 6), (6144, 1, 2)])
+def test_memory_is_bounded_whatever_the_size_of_the_file(tmp_path, width, double, single):
+    """The layers of Flux.1 dev, fewer of them but more bytes than are allowed; and larger matrices than any of its."""
+    path = tmp_path / "model.safetensors"
+    sparse_safetensors(path, tiny_models.flux_shapes(width, double, single))
+    process, peak = start(path, tmp_path / "a.gguf", "--type", "Q8_0"), 0
+    while process.poll() is None:
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.05)
+    assert process.returncode == 0, process.communicate()
+    assert path.stat().st_size > 2.5e9 and peak <= 2e9, f"{peak / 1e9:.2f} GB"
