@@ -258,6 +258,25 @@ def test_of_two_text_encoders_what_is_packed_already_is_said(tmp_path):
     assert "packed from F16 in" in text and "Q5_0 stays as in the file" in text
 
 
+def test_what_a_layer_multiplies_its_input_by_is_in_the_packed_weight(tmp_path):
+    path, name = str(tmp_path / "smoothed.safetensors"), "single_blocks.0.linear2.weight"
+    seen = write(path, "float8_e4m3fn", tiny_flux())
+    smoothing = torch.rand(seen[name].shape[1]) + 0.5
+    save_file(load_file(path) | {name.replace("weight", "pre_quant_scale"): smoothing}, path)
+    assert_same_bytes(weights_of(load_diffusion_model(path, pack_to="Q8_0"))[name], seen[name] * smoothing, "Q8_0")
+
+
+def test_formats_that_the_metadata_of_a_file_name_are_read(tmp_path):
+    path, name = str(tmp_path / "named.safetensors"), "single_blocks.0.linear2.weight"
+    seen = write(path, "float8_e4m3fn", tiny_flux())
+    stored = load_file(path)
+    layers = {key.removesuffix(".comfy_quant"): {"format": "float8_e4m3fn"} for key in stored if key.endswith(".comfy_quant")}
+    layers["one.that.is.not.there"] = {"format": "float8_e4m3fn"}
+    save_file({key: value for key, value in stored.items() if not key.endswith(".comfy_quant")}, path,
+              {"_quantization_metadata": json.dumps({"layers": layers})})
+    assert_same_bytes(weights_of(load_diffusion_model(path, pack_to="Q8_0"))[name], seen[name], "Q8_0")
+
+
 # --- recipes and errors ----------------------------------------------------------------------------------------------------
 
 def test_the_recipe_packs_again_to_the_same_bytes():
