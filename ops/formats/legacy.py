@@ -20,7 +20,7 @@ def symmetric_fit(values: torch.Tensor, lowest: int) -> Fit:
 def offset_fit(values: torch.Tensor, largest: int) -> Fit:
     """ggml's reference of the formats with an offset: the lowest value gets code 0, the highest code `largest`."""
     lowest = values.amin(-1, keepdim=True)
-    d = (values.amax(-1, keepdim=True) - lowest) / largest
+    d = (values.amax(-1, keepdim=True) - lowest) / values.new_tensor(largest)  # by a number, CUDA multiplies with its inverse
     codes = ((values - lowest) * inverse(d) + 0.5).clamp_(0, largest)
     return Fit(codes.to(torch.uint8), d, torch.ones_like(d), -lowest, torch.ones_like(d))
 
@@ -169,7 +169,7 @@ class Q8_0(Format, ggml_type=8):
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
-        d = values.abs().amax(-1, keepdim=True).div_(127)
+        d = values.abs().amax(-1, keepdim=True).div_(values.new_tensor(127))  # as in `offset_fit`
         return torch.cat([half_bytes(d), rounded_away(values * inverse(d)).view(torch.uint8)], 1)
 
     @classmethod

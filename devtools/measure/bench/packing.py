@@ -23,7 +23,7 @@ def bench_pack(options):
     weight = torch.randn(options.sizes.weight, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16().to(device())
     part = weight.view(-1)[:IN_TORCH - IN_TORCH % weight.shape[1]].view(-1, weight.shape[1])
     with one_thread():
-        for name in TYPES:
+        for name in TYPES[::5] if options.quick else TYPES:
             packed_format, row = FORMATS[name], {}
             if packing.kernel_for(packed_format, weight.device) is not None:
                 row["kernel seconds"] = seconds(lambda: packing.pack_tensor(weight, packed_format), weight, options.rounds)
