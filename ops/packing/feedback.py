@@ -12,10 +12,10 @@ contiguous memory.
 import torch
 
 from ..format import Fit, Format, FormatError, inverse
+from ..grid_search import Search
 from ..packed import PackedTensor
 from ..tensor import packed_tensor
 from .damped import Damped, rows_at_a_time
-from .grids import Search
 from .moments import Moments
 
 # Columns whose errors are taken up by all later ones at once.
