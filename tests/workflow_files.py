@@ -70,6 +70,10 @@ def nf4_folder(path):
     nf4(path / "diffusion_pytorch_model.safetensors", flux_in_diffusers_names(flux()))
 
 
+def flux_bf16(path):
+    save_file({name: value.bfloat16() for name, value in flux().items()}, path)
+
+
 def flux_gguf(path):
     write_gguf(path, flux(), lambda name, values: "Q4_K" if values.ndim == 2 else "F32")
 
@@ -189,6 +193,7 @@ FILES = {
     "flux1-dev-bnb-nf4-v2.safetensors": nf4_checkpoint,
     "flux1-dev-bnb_nf4.safetensors": nf4,
     "flux.1-dev-nf4-pkg/transformer": nf4_folder,
+    "flux1-dev.safetensors": flux_bf16,
     "flux1-dev-Q4_K_S.gguf": flux_gguf,
     "flux1-schnell-Q4_K_S.gguf": flux_gguf,
     "flux1-kontext-dev-Q4_K_S.gguf": flux_gguf,

@@ -42,7 +42,7 @@ class File(NamedTuple):
 
 @dataclass(eq=False)
 class Node:
-    """inputs: values of widgets, and for the other inputs a Node or (Node, output). files: those that its widgets name."""
+    """inputs: values of widgets, or a Node or (Node, output) that an input is linked to. files: those that its widgets name."""
 
     type: str
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -149,20 +149,24 @@ def _node(node: Node, number: dict[Node, int], links: list, object_info: dict, p
         raise ValueError(f"{node.type} has no input {', '.join(unknown)}.")
     slots, values = [], []
     for name, (kind, *options) in inputs.items():
-        if isinstance(kind, list) or kind in WIDGET_TYPES:
-            options = options[0] if options else {}
-            values.append(node.inputs[name] if name in node.inputs else options["default"])
+        options = options[0] if options else {}
+        widget = (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+        given = node.inputs.get(name)
+        linked = isinstance(given, (Node, tuple))
+        if widget:
+            values.append(options["default"] if given is None or linked else given)
             if options.get("control_after_generate"):
-                values.append("fixed" if name in node.inputs else "randomize")
+                values.append("randomize" if given is None else "fixed")
             if options.get("image_upload"):
                 values.append("image")  # the button that uploads one
-            continue
+            if not linked:
+                continue
         link = None
-        if name in node.inputs:
-            source, output = node.inputs[name] if isinstance(node.inputs[name], tuple) else (node.inputs[name], 0)
+        if linked:
+            source, output = given if isinstance(given, tuple) else (given, 0)
             link = len(links) + 1
             links.append([link, number[source], output, number[node], len(slots), object_info[source.type]["output"][output]])
-        slots.append({"name": name, "type": kind, "link": link})
+        slots.append({"name": name, "type": kind, "link": link} | ({"widget": {"name": name}} if widget else {}))
     outputs = [{"name": name, "type": kind, "links": []} for name, kind in zip(info["output_name"], info["output"])]
     height = 6 + 20 * max(len(slots), len(outputs)) + (8 + 24 * len(values) if values else 0)
     own = node.type.startswith("Featherweight")

@@ -1,6 +1,7 @@
 """The example workflows run, node for node, on small files in place of those that they name."""
 import io
 import json
+import re
 
 import av
 import numpy as np
@@ -12,9 +13,13 @@ from devtools import ROOT, demo
 from devtools.host.server import Server
 from devtools.workflows.api_format import NOTES, to_api
 
-EXAMPLES = sorted(path for path in (ROOT / "example_workflows").glob("*.json") if "demo" not in path.stem)
+SAVER = "FeatherweightSavePackedModel"
+ALL = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "example_workflows").glob("*.json"))
+       if "demo" not in path.stem}
+EXAMPLES, SAVING = ([path for path, text in ALL.items() if (SAVER in text) == saves] for saves in (False, True))
 SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "x": 16, "y": 16,
          "sigmas": "1.0, 0.5, 0.0"}
+UNPACKED = "as the file"  # without *pack to*, other loaders than ours may read a file
 READERS = ("CLIPTextEncode", "TextEncodeQwenImageEditPlus")
 STAND_INS = f'''
 import comfy.model_detection
@@ -123,8 +128,26 @@ def test_it_runs_with_small_models(path, server, object_info):
     assert {frame.shape for frame in frames} == {(128, 128, 3)} and max(frame.std(axis=(0, 1)).max() for frame in frames) > 2
 
     packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.endswith(".gguf")}
+    packed |= {spec["inputs"]["model_name"] for spec in prompt.values() if spec["inputs"].get("pack_to", UNPACKED) != UNPACKED}
     assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}  # another workflow may have loaded it
     assert "lora key not loaded" not in server.log()[before:]
     for node, spec in prompt.items():
         if spec["class_type"] in ("PreviewAny", "FeatherweightCheckLora"):
             assert " fits: all " in run.outputs[node]["text"][0]
+
+
+@pytest.mark.parametrize("path", SAVING, ids=lambda path: path.stem)
+def test_it_saves_a_model_that_loads_with_small_models(path, server, object_info):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    files = write_files(workflow, server.base / "models")
+    prompt = small(workflow, object_info, files)
+    run = server.queue(prompt)
+    (node, saver), = ((node, spec) for node, spec in prompt.items() if spec["class_type"] == SAVER)
+    report = run.outputs[node]["text"][0]
+    loras = [name for name in files if "lora" in name]
+    assert len(loras) == report.count("% of it is kept") > 1
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of it is kept", report)]
+    assert all(98 < share < 102 for share in shares), report
+    written, = (server.base / "output" / "diffusion_models").glob(f"{saver['inputs']['filename_prefix'].rpartition('/')[2]}*")
+    again = {"1": {"class_type": "FeatherweightInspectModelFile", "inputs": {"file_name": written.name}}}
+    assert "Flux.1" in server.queue(again).outputs["1"]["text"][0].splitlines()[0]

@@ -130,10 +130,11 @@ def test_widgets_hold_values_that_the_server_takes(path, object_info):
 
 
 @each(EXAMPLES)
-def test_the_note_says_where_each_file_belongs(path, server):
+def test_the_note_says_where_each_file_belongs(path, server, object_info):
     workflow, folders = read(path), set(server.get_json("/models"))
-    named = {value for node in workflow["nodes"] if node["type"] not in NOTES for value in node["widgets_values"]
-             if is_file(value)}
+    named = {value for node in workflow["nodes"] if node["type"] not in NOTES
+             for name, value in widget_values(node, object_info[node["type"]]).items()
+             if is_file(value) and name != "filename_prefix"}
     assert named and set(files_of(workflow).values()) <= folders
     for name in named:
         assert where(name, workflow), name
