@@ -119,6 +119,15 @@ def test_any_moments_give_a_weight_near_the_one_given(name, tokens, block):
     assert (values - weight).square().sum() < 4 * (plain - weight).square().sum()
 
 
+def test_moments_that_no_inputs_could_have_are_damped_until_they_can_be_factored():
+    """As rounding in a file may leave them."""
+    weight, moments = weight_of(16, 256), moments_of(inputs(900, 256))
+    scale = moments.blocks.diagonal(dim1=-2, dim2=-1).sqrt()[0]
+    moments.blocks[0, 0, 1] = moments.blocks[0, 1, 0] = 1.3 * scale[0] * scale[1]
+    off = (pack_with_feedback(weight, Q4_K, moments).dequantize() - weight).square().sum()
+    assert off < 8 * (pack_tensor(weight, Q4_K).dequantize() - weight).square().sum()
+
+
 @each_format
 def test_the_guard_keeps_what_has_less_error_for_tokens_held_out(fmt):
     weight, seen, others = weight_of(32, 512), inputs(40, 512), inputs(2000, 512, seed=7, power=0).flip(1)
