@@ -1,0 +1,147 @@
+"""python3 dev.py quality --packing: files made here beside files of the recipes in use, at equal bytes.
+
+The demo's Flux is measured on captions that it was trained on, packed in every way, written to a file, loaded from it, and
+draws the captions that it never saw. What stands before and behind the blocks is float16 in all of them.
+"""
+import functools
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.gguf_writer import gguf_writer
+from featherweight.loaders.files.safetensors_writer import safetensors_writer
+from featherweight.loaders.packing.measuring import measure
+from featherweight.loaders.packing.plan import Plan, plan_for_size, plan_for_type
+from featherweight.loaders.packing.rules import family_of, nbytes_of
+from featherweight.loaders.packing.runs import Drawing
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packing import pack_tensor
+from featherweight.ops.tensor import packed_tensor
+
+from demo_model import scenes
+from devtools.files import demo_files, ggml_quantiser
+from devtools.measure.quality import BATCH, Painter
+from devtools.measure.weights import snr
+from devtools.workflows.demo import STEPS
+
+SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
+CALIBRATION = 64  # captions of the training
+METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
+NAMES = {  # way of packing -> what the table calls it
+    "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",
+    "mix, no runs": "made here, mix by the layers' own losses", "uniform": "made here, one type",
+    "no prompt": "made here, one type, measured without a prompt", "plain": "made here, one type, nothing measured",
+    "llama.cpp, importance": "llama.cpp with an importance matrix", "llama.cpp": "llama.cpp",
+    "bitsandbytes": "plain arithmetic of the reference",
+}
+
+
+class Maker:
+    """Packs the demo's model in every way. tensors: its weights. Its measurements are made when they are first needed."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], folder: Path, show=functools.partial(print, flush=True)):
+        self.tensors, self.folder, self.show = {name: value.float() for name, value in tensors.items()}, folder, show
+        self.shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        self.family = family_of(self.shapes)
+        self.blocks = [name for name, shape in self.shapes.items() if self.family.may_be_packed(name, shape)]
+
+    @functools.cache  # noqa: B019  as long as the one that measures
+    def sensitivity(self, thoroughness: str, prompts: bool = True):
+        path = self.folder / "dense.safetensors"
+        if not path.exists():
+            demo_files.write_model(path, "F16")
+        given = []
+        if prompts:
+            painter = Painter([scene.caption() for scene in scenes.all_scenes()[0][:CALIBRATION]], self.folder)
+            given = [[[torch.cat(painter.words[start:start + BATCH]), {}]] for start in range(0, CALIBRATION, BATCH)]
+        latent = torch.zeros(1 if prompts else BATCH, 16, scenes.SIZE // 8, scenes.SIZE // 8)
+        started = time.process_time()
+        drawing = Drawing(given, {"samples": latent}, samples=CALIBRATION // BATCH, steps=STEPS, seed=5000)
+        found = measure(load_diffusion_model(str(path)), drawing, thoroughness)
+        self.show(f"measured, {thoroughness}: {time.process_time() - started:.0f} s of processor time")
+        return found
+
+    def plan(self, way: str, size: str) -> Plan:
+        """Types of all tensors, as many bytes as with the type `size` everywhere or less."""
+        uniform = plan_for_type(self.shapes, size, self.family, "F16")
+        if not way.startswith("mix"):
+            return uniform
+        runs = {"mix": "one run per layer and type", "mix, one run": "one run per layer", "mix, no runs": "no runs"}[way]
+        nbytes = uniform.nbytes(self.shapes)
+        plan = plan_for_size(self.shapes, nbytes, self.family, self.sensitivity(runs).costs, "F16")
+        assert 0.995 * nbytes <= plan.nbytes(self.shapes) <= nbytes
+        return plan
+
+    def pack(self, way: str, name: str, kind: str):
+        """A packed tensor of the weight `name`."""
+        weight = self.tensors[name]
+        if way.startswith("llama.cpp"):
+            importance = self._moments(way, name).importance.numpy() if "importance" in way else None
+            data = ggml_quantiser.pack(weight.numpy(), kind, importance)
+            return packed_tensor(FORMATS[kind], torch.from_numpy(data), weight.shape)
+        if way == "bitsandbytes":
+            return pack_tensor(weight, FORMATS[kind], reference=True)
+        return pack_tensor(weight, FORMATS[kind], moments=self._moments(way, name))
+
+    def _moments(self, way: str, name: str):
+        if way == "plain":
+            return None
+        return self.sensitivity("no runs", way != "no prompt").moments(name)
+
+    def write(self, way: str, size: str) -> tuple[Path, Plan]:
+        """A file of the model packed in this way."""
+        plan = self.plan(way, size)
+        writer, ending, metadata = (safetensors_writer, "safetensors", {}) if size == "NF4" else (gguf_writer, "gguf", METADATA)
+        path = self.folder / f"{way}-{size}.{ending}"
+        with writer(path, {name: (self.shapes[name], kind) for name, kind in plan.types.items()}, metadata) as file:
+            for name, kind in plan.types.items():
+                plain = {"F16": torch.float16, "F32": torch.float32}.get(kind)
+                tensor = self.pack(way, name, kind) if plain is None else self.tensors[name].to(plain)
+                file.write(name, kind, [tensor])
+        return path, plan
+
+
+def rows(sizes=SIZES) -> list[tuple[str, str]]:
+    """(way, size) of every row of the table."""
+    ways = ["mix", "uniform", *(["llama.cpp, importance", "llama.cpp"] if ggml_quantiser.available() else [])]
+    table = [(way, size) for size in sizes for way in ways if way != "mix" or size != "Q2_K"]
+    table += [(way, "Q4_K") for way in ("mix, one run", "mix, no runs", "no prompt", "plain")]
+    return [*table, ("uniform", "NF4"), ("bitsandbytes", "NF4")]
+
+
+def measure_packing(count: int, wanted=None, show=functools.partial(print, flush=True)) -> list[dict]:
+    """The figures of each of `rows()`. count: of held-out captions, at most 256."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        painter = Painter([scene.caption() for scene in scenes.all_scenes()[1][:count]], folder)
+        maker = Maker(demo_files.flux(), folder, show)
+        demo_files.write_model(folder / "dense.safetensors", "F16")
+        dense = painter.latents(load_diffusion_model(str(folder / "dense.safetensors")), count)
+        for way, size in rows() if wanted is None else wanted:
+            started = time.process_time()
+            path, plan = maker.write(way, size)
+            packing = time.process_time() - started
+            latents = painter.latents(load_diffusion_model(str(path)), count)
+            nbytes = sum(nbytes_of(plan.types[name], maker.shapes[name]) for name in maker.blocks)
+            values = sum(maker.tensors[name].numel() for name in maker.blocks)
+            kinds = [plan.types[name] for name in maker.blocks]
+            row = {"way": way, "size": size, "bytes": nbytes, "bits": 8 * nbytes / values, "snr": snr(latents, dense),
+                   "types": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
+            found.append(row)
+            show(f"{' | '.join(cells(row))}   (packed in {packing:.0f} s of processor time)")
+            path.unlink()
+    return found
+
+
+def cells(row: dict) -> list[str]:
+    types = ", ".join(f"{count} {kind}" for kind, count in row["types"].items()) if len(row["types"]) > 1 else ""
+    return [f"{row['size']}, {row['bits']:.2f} bits", NAMES[row["way"]], f"{row['bytes'] / 1e6:.3f} MB", f"{row['snr']:.1f} dB", types]
+
+
+def markdown(table: list[dict]) -> str:
+    titles = ["bytes of", "", "block matrices", "latent SNR", "types of the mix"]
+    lines = [titles, ["---"] * len(titles), *map(cells, table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

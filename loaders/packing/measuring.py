@@ -1,0 +1,95 @@
+"""Measuring a model: runs it a little, and gives a `Sensitivity`."""
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ..progress import Progress
+from .collect import Collector, dense_weight, linear_layers, shapes_of
+from .costs import Costs, costs_of
+from .runs import Drawing, Step, load, noise_prompts
+from .sensitivity import Sensitivity
+
+# How thoroughly the costs are measured: how many kept steps are run for each layer, and whether for each of its types.
+THOROUGHNESS = {"no runs": (0, False), "one run per layer": (4, False), "one run per layer and type": (4, True)}
+DEFAULT = "one run per layer"
+LIKE = 1e-3  # how much the model's outputs may differ for a partial measurement to be one of the same
+
+
+@torch.no_grad()
+def measure(patcher, drawing: Drawing, thoroughness: str = DEFAULT, partial: str | os.PathLike | None = None) -> Sensitivity:
+    """Draws a few pictures, with the moments of every layer's inputs collected, then packs one layer after another.
+
+    patcher: the host's ModelPatcher; it and its model are left as they were, whatever ends this. drawing: without prompts it
+    draws from noise for a prompt. partial: a file that keeps the costs measured so far, from which the same measurement goes
+    on; removed at the end. Raises WeightFileError where the model needs a prompt.
+    """
+    layers = linear_layers(patcher.model)
+    count, every_type = THOROUGHNESS[thoroughness]
+    if not drawing.prompts:
+        drawing = dataclasses.replace(drawing, prompts=noise_prompts(patcher, drawing, drawing.samples))
+    progress = Progress(2)
+    drawn = iter(progress.track(range(drawing.total)))
+    kept, picked = [], set(_picked(drawing, count))
+
+    def seen(number: int, step: Step):
+        next(drawn, None)
+        collector.next_step(number)
+        if number in picked:
+            kept.append(step)
+
+    with Collector(layers) as collector:
+        drawing.run(patcher, seen)
+    for _ in drawn:  # a sampler may take fewer steps
+        pass
+    load(patcher)
+    costs = Costs(patcher.model, kept) if count else None
+    known = _Partial(partial, layers, drawing, thoroughness, costs.power if costs else [])
+    done = iter(progress.track(range(len(layers))))
+
+    def after():
+        next(done)
+        known.write()
+
+    costs_of(layers, collector.of, known.costs, lambda layer: dense_weight(layer, patcher.load_device), costs, every_type,
+             after)
+    for _ in done:
+        pass
+    known.remove()
+    shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
+    about = {"model": type(patcher.model).__name__, "samples": drawing.samples, "steps": drawing.steps, "seed": drawing.seed,
+             "cfg": drawing.cfg, "thoroughness": thoroughness, "columns_of_a_block": collector.block}
+    return Sensitivity(known.costs, shapes, about, _moments=collector.of)
+
+
+def _picked(drawing: Drawing, count: int) -> list[int]:
+    """Numbers of the steps that are kept, spread over pictures and over noise levels."""
+    order = torch.randperm(drawing.total, generator=torch.Generator().manual_seed(drawing.seed))
+    return sorted(order[:count].tolist())
+
+
+class _Partial:
+    """Costs measured so far, in a file: they are taken from it only where model and settings are the same."""
+
+    def __init__(self, path, layers, drawing: Drawing, thoroughness: str, power: list[float]):
+        self.path = None if path is None else Path(path)
+        self.key = [thoroughness, drawing.samples, drawing.steps, drawing.seed, drawing.cfg, list(layers)]
+        self.power, self.costs = power, {}
+        try:
+            found = json.loads(self.path.read_text()) if self.path else {}
+            if found.get("key") == self.key and len(found["power"]) == len(power) and all(
+                    abs(old - new) <= LIKE * new for old, new in zip(found["power"], power)):
+                self.costs = found["costs"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # nothing to go on from
+
+    def write(self):
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"key": self.key, "power": self.power, "costs": self.costs}))
+
+    def remove(self):
+        if self.path:
+            self.path.unlink(missing_ok=True)

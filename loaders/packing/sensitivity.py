@@ -1,0 +1,128 @@
+"""What was measured of a model: second moments of its layers' inputs, and what each layer's error costs. One small file.
+
+Anyone who has a model of the same layers can use it. For the shapes of Flux.1-dev it takes SIZE, with blocks of 256
+columns; with the costs alone 60 KB.
+"""
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ...ops.packing.moments import Moments
+
+ENDING = ".sensitivity"  # in safetensors' format, under another name: the loaders do not offer it as a model
+KEY = "featherweight_sensitivity"
+FORMAT = 1
+
+
+class SensitivityError(ValueError):
+    """A sensitivity file that cannot be used. The message names the file, what is wrong and what to do."""
+
+
+@dataclass
+class Sensitivity:
+    """costs: name of a matrix -> packed type -> power of the change of the model's output over that of the output.
+
+    shapes: name -> shape (N, K) of the matrices measured, in the host's names without prefix. about: what was run, in words
+    and numbers. file: name of the file it came from, for messages.
+    """
+
+    costs: dict[str, dict[str, float]]
+    shapes: dict[str, tuple[int, ...]]
+    about: dict = field(default_factory=dict)
+    file: str = "The measurement"
+    _moments: Callable[[str], Moments | None] = lambda name: None
+
+    def moments(self, name: str) -> Moments | None:
+        """The moments of a matrix's inputs, on the CPU; None where there are none. Read from the file each time."""
+        return self._moments(name)
+
+    @property
+    def digest(self) -> str:
+        """A short name of the model's layers, the same for every model that has them."""
+        listed = sorted((name, *shape) for name, shape in self.shapes.items())
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+    def check_is_for(self, shapes: Mapping[str, tuple[int, ...]]):
+        """Raises SensitivityError where a model of these parameters is not the one that was measured.
+
+        shapes: name -> logical shape, in the host's names without prefix.
+        """
+        missing = [name for name in self.shapes if name not in shapes]
+        others = [name for name, shape in self.shapes.items() if name in shapes and tuple(shapes[name]) != tuple(shape)]
+        if not missing and not others:
+            return
+        name = (others or missing)[0]
+        found = f"is {tuple(shapes[name])} there" if others else "is not there"
+        raise SensitivityError(
+            f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])} {found},"
+            f" and {len(missing) + len(others)} of {len(self.shapes)} layers do not fit. Measure this model, or pick its file.")
+
+    def save(self, path: str | os.PathLike):
+        """Write the file: whole under its name or not at all."""
+        tensors, same_as, seen = {}, {}, {}
+        for name in self.shapes:
+            moments = self.moments(name)
+            if moments is None:
+                continue
+            owner = seen.setdefault(id(moments), name)  # layers that share their inputs share the moments
+            if owner != name:
+                same_as[name] = owner
+                continue
+            tensors |= {f"{name}/{part}": value.contiguous() for part, value in moments.tensors().items()}
+        about = {"format": FORMAT, "costs": self.costs, "shapes": self.shapes, "same_as": same_as, "about": self.about,
+                 "digest": self.digest}
+        part = Path(f"{path}.{os.getpid()}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, part, {KEY: json.dumps(about)})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Sensitivity":
+        """Raises SensitivityError for a file that is none."""
+        file = os.path.basename(path)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                about, names = json.loads((opened.metadata() or {})[KEY]), set(opened.keys())
+            if about["format"] != FORMAT:
+                raise SensitivityError(f"{file} is of format {about['format']}, this version reads {FORMAT}. Update this pack,"
+                                       " or measure again.")
+            same_as, shapes = about["same_as"], {name: tuple(shape) for name, shape in about["shapes"].items()}
+            result = cls(about["costs"], shapes, about["about"], file)
+        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes one.") from error
+
+        def moments(name: str) -> Moments | None:
+            owner = same_as.get(name, name)
+            parts = {key.removeprefix(f"{owner}/"): key for key in names if key.rpartition("/")[0] == owner}
+            if not parts:
+                return None
+            with safe_open(path, framework="pt") as opened:
+                return Moments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
+
+        result._moments = moments
+        return result
+
+
+def table(sensitivity: Sensitivity, count: int = 12) -> str:
+    """The measurement as text: the layers that matter most first, with what the output loses in a few types, in dB."""
+    kinds = [kind for kind in ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
+             if any(kind in costs for costs in sensitivity.costs.values())]
+    def decibels(cost):
+        return "-" if cost is None else f"{-10 * torch.tensor(max(cost, 1e-12)).log10().item():.1f}"
+
+    ranked = sorted(sensitivity.costs.items(), key=lambda entry: -max(entry[1].values()))
+    lines = [f"{len(ranked)} layers; signal to error of the output in dB with one layer packed, the worst first:",
+             f"{'layer':<44}" + "".join(f"{kind:>8}" for kind in kinds)]
+    lines += [f"{name.removesuffix('.weight'):<44}" + "".join(f"{decibels(costs.get(kind)):>8}" for kind in kinds)
+              for name, costs in ranked[:count]]
+    return "\n".join(lines)
