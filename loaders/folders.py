@@ -12,6 +12,9 @@ from .files.container import WeightFileError
 GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
                 "checkpoints_gguf": "checkpoints"}
 
+# How files end that hold what was measured of a model. Not .safetensors, or the loaders would offer them as models.
+SENSITIVITY = ".sensitivity"
+
 # Classes of diffusers that are diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel, UNet2DConditionModel ...
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
 # Classes of transformers that are text encoders: T5EncoderModel, CLIPTextModelWithProjection, Qwen3ForCausalLM ...
@@ -102,6 +105,47 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, coun
 def embedding_folders() -> list[str]:
     """Where textual inversions lie, for text encoders."""
     return folder_paths.get_folder_paths("embeddings")
+
+
+def sensitivity_files() -> list[str]:
+    """Names of the measurements in `output/sensitivity` and beside models, the newest first."""
+    found = {}
+    for directory in _sensitivity_folders():
+        for name in glob.iglob(f"**/*{SENSITIVITY}", root_dir=directory, recursive=True):
+            found.setdefault(name, os.path.getmtime(os.path.join(directory, name)))
+    return sorted(found, key=found.get, reverse=True)
+
+
+def find_sensitivity(name: str) -> str:
+    """Full path of a measurement by its listed name, or by its path as the node that measures gives it.
+
+    Raises WeightFileError where there is none.
+    """
+    name = name.replace("\\", "/")
+    folders = _sensitivity_folders()
+    inside = os.path.relpath(os.path.join("/", name), "/")  # as the host does: no way out of the folders
+    candidates = [*([name] if os.path.isabs(name) and name.endswith(SENSITIVITY) else []),
+                  *(os.path.join(directory, inside) for directory in folders)]
+    found = next((path for path in candidates if os.path.isfile(path)), None)
+    if found is None:
+        raise WeightFileError(f"{name} is in none of the folders of measurements ({', '.join(folders)}). Measure the model, put"
+                              " the file there, or pick another one.")
+    return found
+
+
+def new_sensitivity_path(name: str) -> str:
+    """Where a measurement of this name is to be written: the next number in `output/sensitivity`, which need not be there yet.
+
+    name: as the host's nodes that save take it, `%date:...%` and folders too.
+    """
+    prefix = os.path.join("sensitivity", name.replace("\\", "/").strip("/"))
+    folder, file, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return os.path.join(folder, f"{file}_{counter:05}_{SENSITIVITY}")
+
+
+def _sensitivity_folders() -> list[str]:
+    beside = [directory for key in ("diffusion_models", "checkpoints") for directory in folder_paths.get_folder_paths(key)]
+    return [os.path.join(folder_paths.get_output_directory(), "sensitivity"), *beside]
 
 
 def find_file(name: str, *keys: str) -> str:

@@ -87,8 +87,8 @@ class Drawing:
             prompt, seed = self.prompts[sample % len(self.prompts)], self.seed + sample
             latent = latent_for(patcher, self.latent, pictures_of(prompt))
             noise = comfy.sample.prepare_noise(latent, seed)
-            comfy.sample.sample(patcher, noise, self.steps, self.cfg, "euler", "simple", prompt, self.negative or prompt, latent,
-                                disable_pbar=True, seed=seed)
+            comfy.sample.sample(patcher, noise, self.steps, self.cfg, "euler", "simple", prompt, self.negative or prompt,
+                                latent, disable_pbar=True, seed=seed)
 
 
 def latent_for(patcher, latent: dict | None, count: int) -> torch.Tensor:
@@ -144,7 +144,8 @@ def noise_prompts(patcher, drawing: Drawing, count: int) -> list[list]:
 def _noise(widths: dict[str, int], seed: int) -> list:
     generator = torch.Generator().manual_seed(seed)
     return [[torch.randn(1, TOKENS, widths["text"], generator=generator),
-             {"pooled_output": torch.randn(1, widths["pooled"], generator=generator)}]]
+             {"pooled_output": torch.randn(1, widths["pooled"], generator=generator),
+              "attention_mask": torch.ones(1, TOKENS)}]]
 
 
 class _refusing:

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from ...ops.packing.moments import Moments
 
-ENDING = ".sensitivity"  # in safetensors' format, under another name: the loaders do not offer it as a model
 KEY = "featherweight_sensitivity"
 FORMAT = 1
 

@@ -1,0 +1,75 @@
+"""Featherweight Measure Sensitivity."""
+import os
+
+from comfy_api.latest import io, ui
+
+from ..loaders.folders import new_sensitivity_path
+from ..loaders.packing.measuring import DEFAULT, THOROUGHNESS, measure
+from ..loaders.packing.runs import Drawing
+from ..loaders.packing.sensitivity import table
+from ..loaders.recipe import Recipe
+from .shown import show_text
+
+
+class MeasureSensitivity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightMeasureSensitivity",
+            display_name="Measure Sensitivity (Featherweight)",
+            category="Featherweight",
+            description="Lets a model draw a little and writes down what its layers see and how much each of them suffers from"
+                        " being packed. Files packed with this measurement are far nearer to the model at the same size.",
+            search_aliases=["imatrix", "importance matrix", "calibrate", "calibration", "sensitivity", "quantize", "quantise",
+                            "gguf"],
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to measure, unpacked if you have it. It is not changed."),
+                io.Conditioning.Input("positive", optional=True,
+                                      tooltip="Prompts of the kind you use; each entry of a combined one, and each of a list, is"
+                                              " drawn by itself. Without any, random numbers take their place, which most models"
+                                              " can be measured with, a little worse."),
+                io.Conditioning.Input("negative", optional=True, tooltip="Used where cfg is above 1."),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="An empty latent of the size you use, or of a video's length. Without one: a picture of"
+                                        " 512 x 512, or one frame."),
+                io.Int.Input("samples", default=8, min=1, max=1024,
+                             tooltip="How many pictures are drawn; the prompts take turns. More than 64 gain little."),
+                io.Int.Input("steps", default=12, min=1, max=200, tooltip="Steps of each picture."),
+                io.Float.Input("cfg", default=1.0, min=1.0, max=30.0, step=0.1, tooltip="As you use it with this model."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise."),
+                io.Combo.Input("thoroughness", options=list(THOROUGHNESS), default=DEFAULT,
+                               tooltip="How the cost of packing a layer is told. no runs: from the layer's own error. one run per"
+                                       " layer: from what it does to the model's output. one run per layer and type: the best,"
+                                       " and seven times as long."),
+                io.String.Input("name", default="%model%",
+                                tooltip="The file's name in output/sensitivity; %model% is the model's own."),
+            ],
+            outputs=[
+                io.String.Output(display_name="sensitivity", tooltip="The file, for Save Packed Model (Featherweight)."),
+                io.String.Output(display_name="report", tooltip="The layers that matter most, as a table."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(), latent=()) -> io.NodeOutput:
+        model, name = model[0], name[0].replace("%model%", _name_of(model[0]))
+        path = new_sensitivity_path(name)
+        prompts = [[entry] for conditioning in positive or () if conditioning for entry in conditioning]
+        drawing = Drawing(prompts, next(iter(latent or ()), None), next(iter(negative or ()), None), cfg[0], samples[0], steps[0],
+                          seed[0])
+        partial = f"{path.rsplit('_', 2)[0]}.part"  # without the number: the next run finds it
+        sensitivity = measure(model, drawing, thoroughness[0], partial)
+        sensitivity.save(path)
+        text = f"{os.path.basename(path)}, {os.path.getsize(path) / 1e6:.1f} MB\n{table(sensitivity)}"
+        show_text(text)
+        return io.NodeOutput(path, text, ui=ui.PreviewText(text))
+
+
+def _name_of(model) -> str:
+    """The name of the file a model was loaded from, or of its kind."""
+    recipe = (getattr(model, "cached_patcher_init", None) or (None,))[0]
+    if isinstance(recipe, Recipe):
+        return os.path.splitext(os.path.basename(recipe.paths[0].rstrip("/\\")))[0]
+    return type(model.model).__name__

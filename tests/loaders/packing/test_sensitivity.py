@@ -1,0 +1,205 @@
+"""Measuring leaves a model as it was, sees what its layers see, tells costs as an exchanged weight would, and goes on where it
+was cancelled; its file is for models with these layers only."""
+import dataclasses
+import functools
+
+import comfy.model_management
+import pytest
+import torch
+from families import FAMILIES, host_patcher, random_weights, shrunken_detection
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.packing import costs, measuring
+from featherweight.loaders.packing.collect import Collector, block_for, dense_weight, linear_layers, nbytes_of, shapes_of
+from featherweight.loaders.packing.costs import Costs, types_for
+from featherweight.loaders.packing.measuring import DEFAULT, THOROUGHNESS, measure
+from featherweight.loaders.packing.plan import plan_for_size
+from featherweight.loaders.packing.rules import family_of
+from featherweight.loaders.packing.runs import Drawing, load
+from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, table
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packing import pack_tensor
+from patched_models import packed_flux
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+MEASURED = ("flux-dev", "sd1.5", "wan2.1-t2v")
+NO_PROMPT = ("flux2", "chroma", "sd3.5", "hunyuan-video", "ltxv", "lumina2", "qwen-image", "aura-flow", "cosmos-predict2")
+
+
+def patcher_of(name: str, monkeypatch):
+    shrunken_detection(FAMILIES[name], monkeypatch)
+    return host_patcher(random_weights(FAMILIES[name]), FAMILIES[name])
+
+
+def small_drawing(name: str, **options) -> Drawing:
+    latent = {"samples": torch.zeros(1, *FAMILIES[name].latent[1:])}
+    return Drawing((), latent, **{"samples": 1, "steps": 3, "seed": 1} | options)
+
+
+def hooks_in(patcher) -> int:
+    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in patcher.model.modules())
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_model_is_measured_without_a_prompt_and_left_as_it_was(name, monkeypatch):
+    patcher = patcher_of(name, monkeypatch)
+    before = {key: value.clone() for key, value in patcher.model.state_dict().items()}
+    found = measure(patcher, small_drawing(name), "no runs" if name == "sd1.5" else DEFAULT)
+    layers = linear_layers(patcher.model)
+    assert found.costs.keys() == found.shapes.keys() == layers.keys() and len(layers) > 8
+    for key, of_types in found.costs.items():
+        assert tuple(of_types) == types_for(found.shapes[key])
+        values = list(of_types.values())
+        assert all(0 < value < 1 for value in values) and values[-1] < 0.05 * values[0], key
+        assert found.moments(key).columns == found.shapes[key][1]
+    shapes = shapes_of(patcher.model)
+    plan_for_size(shapes, sum(3 * value.numel() for value in before.values()) // 2, family_of(shapes), found.costs)
+    assert hooks_in(patcher) == 0 and "model_function_wrapper" not in patcher.model_options
+    after = patcher.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", NO_PROMPT)
+def test_random_numbers_take_the_place_of_a_prompt(name, monkeypatch):
+    patcher = patcher_of(name, monkeypatch)
+    found = measure(patcher, small_drawing(name, steps=1), "no runs")
+    assert found.costs.keys() == linear_layers(patcher.model).keys() and hooks_in(patcher) == 0
+
+
+def test_a_model_with_several_texts_is_refused_without_a_prompt(monkeypatch):
+    patcher = patcher_of("hidream", monkeypatch)
+    with pytest.raises(WeightFileError, match="HiDream cannot be measured without a prompt.*Connect positive"):
+        measure(patcher, small_drawing("hidream"))
+    assert hooks_in(patcher) == 0
+
+
+def test_moments_are_those_of_what_enters_a_layer(monkeypatch):
+    patcher = patcher_of("wan2.1-t2v", monkeypatch)
+    layers, seen = linear_layers(patcher.model), {}
+    name = "blocks.0.ffn.0.weight"
+
+    def keep(step, layer, inputs):
+        seen.setdefault(step[0], []).append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())
+
+    step, held_out = [0], set()
+    prompt = [[torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(0)), {}]]
+    handle = layers[name].register_forward_pre_hook(functools.partial(keep, step))
+
+    def next_step(number, _):
+        step[0] = number
+        collector.next_step(number)
+        held_out.update([number] if collector.hold_out else [])
+
+    with handle, Collector(layers) as collector:
+        dataclasses.replace(small_drawing("wan2.1-t2v", steps=8), prompts=[prompt]).run(patcher, next_step)
+    fitted = torch.cat([part for number, parts in seen.items() if number not in held_out for part in parts])
+    moments = collector.of(name)
+    assert 0 < len(held_out) < 4 and 0 not in held_out
+    assert moments.count == len(fitted) and moments.held_out_count == 4 * 2 * len(held_out) == 8 * len(held_out)
+    torch.testing.assert_close(moments.blocks[0].double(), fitted.T @ fitted, rtol=1e-4, atol=1e-2)
+
+
+def test_layers_with_the_same_input_share_their_moments(monkeypatch):
+    patcher = patcher_of("wan2.1-t2v", monkeypatch)
+    found = measure(patcher, small_drawing("wan2.1-t2v", steps=2), "no runs")
+    q, k, v, o = (found.moments(f"blocks.0.self_attn.{part}.weight") for part in "qkvo")
+    assert q is k is v and o is not q
+    assert found.moments("blocks.0.cross_attn.k.weight") is found.moments("blocks.0.cross_attn.v.weight") is not q
+
+
+def test_blocks_are_as_wide_as_memory_allows():
+    flux = [3072] * 6 + [12288] * 2 + [15360]
+    assert block_for([256, 1024]) is None and block_for(flux, 1 << 30) is None
+    assert block_for(flux, 100 << 20) == 512 and block_for(flux, 1) == 256
+    assert nbytes_of([1024], None) == 4 * 1024 * (1024 + 128) and nbytes_of([1024], 256) == 4 * 1024 * (256 + 128)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypatch):
+    patcher = packed_flux("Q8_0") if packed else patcher_of("flux-dev", monkeypatch)
+    steps, layers = [], linear_layers(patcher.model)
+    width, latent = 256, {"samples": torch.zeros(1, 16, 8, 8)}
+    prompt = [[torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)), {"pooled_output": torch.randn(1, 256)}]]
+    Drawing([prompt], latent, samples=1, steps=2).run(patcher, lambda number, step: steps.append(step))
+    load(patcher)
+    with torch.no_grad():
+        measured, name = Costs(patcher.model, steps), "double_blocks.0.img_mlp.2.weight"
+        weight = dense_weight(layers[name])
+        q3 = pack_tensor(weight, FORMATS["Q3_K"])
+        cost = measured.moved(layers[name], weight, q3)
+        layers[name].weight = torch.nn.Parameter(q3 if packed else q3.dequantize(), requires_grad=False)
+        outputs = [step.run(patcher.model) for step in steps]
+    expected = sum(((output - dense).square().sum() / dense.square().sum()).item()
+                   for output, dense in zip(outputs, measured.dense)) / len(steps)
+    assert cost == pytest.approx(expected, rel=0.02) and cost > 1e-6
+
+
+def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
+    patcher, runs = patcher_of("wan2.1-t2v", monkeypatch), []
+    monkeypatch.setattr(Costs, "moved", lambda self, layer, weight, packed: runs.append(packed.layout_cls.format) or 1e-3)
+    for thoroughness, of_each in (("no runs", 0), ("one run per layer", 1), ("one run per layer and type", 7)):
+        runs.clear()
+        found = measure(patcher, small_drawing("wan2.1-t2v"), thoroughness)
+        assert len(runs) == of_each * len(found.costs)
+    assert list(THOROUGHNESS) == ["no runs", "one run per layer", "one run per layer and type"]
+
+
+@pytest.mark.parametrize("at", ["a step", "a layer"])
+def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_path):
+    patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
+    count, of_layer = [0], Costs.of_layer
+
+    def interrupted(self, *args):
+        count[0] += 1
+        if count[0] == 4:
+            comfy.model_management.interrupt_current_processing()
+        return of_layer(self, *args)
+
+    monkeypatch.setattr(Costs, "of_layer", interrupted)
+    if at == "a step":
+        comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
+    assert hooks_in(patcher) == 0 and partial.exists() == (at == "a layer")
+    before = count[0]
+    found = measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
+    assert count[0] - before == len(found.costs) - (3 if at == "a layer" else 0) and not partial.exists()
+
+
+def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_path):
+    patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
+    monkeypatch.setattr(measuring._Partial, "remove", lambda self: None)
+    measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
+    monkeypatch.setattr(costs.Costs, "of_layer", lambda *args: {"Q3_K": 7.0})
+    found = measure(patcher, small_drawing("wan2.1-t2v", seed=2), partial=partial)
+    assert all(of_types == {"Q3_K": 7.0} for of_types in found.costs.values())
+
+
+def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp_path):
+    patcher, path = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.sensitivity"
+    found = measure(patcher, small_drawing("wan2.1-t2v"), "no runs")
+    found.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["wan.sensitivity"]
+    loaded, shapes = Sensitivity.load(path), shapes_of(patcher.model)
+    assert (loaded.costs, loaded.shapes, loaded.about, loaded.digest) == (found.costs, found.shapes, found.about, found.digest)
+    for name in found.shapes:
+        torch.testing.assert_close(loaded.moments(name).blocks, found.moments(name).blocks, rtol=1e-3, atol=1e-2)
+    assert loaded.moments("patch_embedding.weight") is None
+    loaded.check_is_for(shapes)
+    with pytest.raises(SensitivityError, match=r"wan.sensitivity was measured on another model: .*ffn.0.weight of \(512, 256\) is"):
+        loaded.check_is_for(shapes | {"blocks.0.ffn.0.weight": (512, 512)})
+    with pytest.raises(SensitivityError, match=r"is not there, and 10 of 10 layers do not fit"):
+        loaded.check_is_for({"a.0.weight": (512, 512)})
+    assert "ffn.0" in table(loaded) and "dB" in table(loaded)
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing of the kind" * 9, None])
+def test_another_file_is_refused_in_one_sentence(content, tmp_path):
+    path = tmp_path / "a.sensitivity"
+    if content is None:
+        from safetensors.torch import save_file
+        save_file({"x": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SensitivityError, match="a.sensitivity is not a sensitivity file"):
+        Sensitivity.load(path)
