@@ -22,12 +22,12 @@ from featherweight.ops.tensor import packed_tensor
 
 from demo_model import scenes
 from devtools.files import demo_files, ggml_quantiser
-from devtools.measure.quality import BATCH, Painter
+from devtools.measure.quality import Painter
 from devtools.measure.weights import snr
 from devtools.workflows.demo import STEPS
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
-CALIBRATION = 64  # captions of the training
+CALIBRATION, TOGETHER = 128, 16  # captions of the training, and how many of them are drawn at once
 METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
 NAMES = {  # way of packing -> what the table calls it
     "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",
@@ -55,10 +55,10 @@ class Maker:
         given = []
         if prompts:
             painter = Painter([scene.caption() for scene in scenes.all_scenes()[0][:CALIBRATION]], self.folder)
-            given = [[[torch.cat(painter.words[start:start + BATCH]), {}]] for start in range(0, CALIBRATION, BATCH)]
-        latent = torch.zeros(1 if prompts else BATCH, 16, scenes.SIZE // 8, scenes.SIZE // 8)
+            given = [[[torch.cat(painter.words[start:start + TOGETHER]), {}]] for start in range(0, CALIBRATION, TOGETHER)]
+        latent = torch.zeros(1 if prompts else TOGETHER, 16, scenes.SIZE // 8, scenes.SIZE // 8)
         started = time.process_time()
-        drawing = Drawing(given, {"samples": latent}, samples=CALIBRATION // BATCH, steps=STEPS, seed=5000)
+        drawing = Drawing(given, {"samples": latent}, samples=CALIBRATION // TOGETHER, steps=STEPS, seed=5000)
         found = measure(load_diffusion_model(str(path)), drawing, thoroughness)
         self.show(f"measured, {thoroughness}: {time.process_time() - started:.0f} s of processor time")
         return found
@@ -138,7 +138,8 @@ def measure_packing(count: int, wanted=None, show=functools.partial(print, flush
 
 def cells(row: dict) -> list[str]:
     types = ", ".join(f"{count} {kind}" for kind, count in row["types"].items()) if len(row["types"]) > 1 else ""
-    return [f"{row['size']}, {row['bits']:.2f} bits", NAMES[row["way"]], f"{row['bytes'] / 1e6:.3f} MB", f"{row['snr']:.1f} dB", types]
+    return [f"{row['size']}, {row['bits']:.2f} bits", NAMES[row["way"]], f"{row['bytes'] / 1e6:.3f} MB",
+            f"{row['snr']:.1f} dB", types]
 
 
 def markdown(table: list[dict]) -> str:

@@ -14,7 +14,7 @@ from featherweight.loaders.packing.costs import Costs, types_for
 from featherweight.loaders.packing.measuring import DEFAULT, THOROUGHNESS, measure
 from featherweight.loaders.packing.plan import plan_for_size
 from featherweight.loaders.packing.rules import family_of
-from featherweight.loaders.packing.runs import Drawing, load
+from featherweight.loaders.packing.runs import Drawing, load, noise_prompts
 from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, table
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_models")
 
 MEASURED = ("flux-dev", "sd1.5", "wan2.1-t2v")
 NO_PROMPT = ("flux2", "chroma", "sd3.5", "hunyuan-video", "ltxv", "lumina2", "qwen-image", "aura-flow", "cosmos-predict2")
+PROMPT = [[torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(0)), {}]]  # Wan's
 
 
 def patcher_of(name: str, monkeypatch):
@@ -61,9 +62,11 @@ def test_a_model_is_measured_without_a_prompt_and_left_as_it_was(name, monkeypat
 
 @pytest.mark.parametrize("name", NO_PROMPT)
 def test_random_numbers_take_the_place_of_a_prompt(name, monkeypatch):
-    patcher = patcher_of(name, monkeypatch)
-    found = measure(patcher, small_drawing(name, steps=1), "no runs")
-    assert found.costs.keys() == linear_layers(patcher.model).keys() and hooks_in(patcher) == 0
+    patcher, drawing = patcher_of(name, monkeypatch), small_drawing(name, steps=1)
+    layers = linear_layers(patcher.model)
+    with Collector(layers) as collector:
+        dataclasses.replace(drawing, prompts=noise_prompts(patcher, drawing, 1)).run(patcher, lambda *_: None)
+    assert layers and all(collector.of(layer).count for layer in layers) and hooks_in(patcher) == 0
 
 
 def test_a_model_with_several_texts_is_refused_without_a_prompt(monkeypatch):
@@ -82,7 +85,6 @@ def test_moments_are_those_of_what_enters_a_layer(monkeypatch):
         seen.setdefault(step[0], []).append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())
 
     step, held_out = [0], set()
-    prompt = [[torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(0)), {}]]
     handle = layers[name].register_forward_pre_hook(functools.partial(keep, step))
 
     def next_step(number, _):
@@ -91,7 +93,7 @@ def test_moments_are_those_of_what_enters_a_layer(monkeypatch):
         held_out.update([number] if collector.hold_out else [])
 
     with handle, Collector(layers) as collector:
-        dataclasses.replace(small_drawing("wan2.1-t2v", steps=8), prompts=[prompt]).run(patcher, next_step)
+        dataclasses.replace(small_drawing("wan2.1-t2v", steps=8), prompts=[PROMPT]).run(patcher, next_step)
     fitted = torch.cat([part for number, parts in seen.items() if number not in held_out for part in parts])
     moments = collector.of(name)
     assert 0 < len(held_out) < 4 and 0 not in held_out
@@ -109,8 +111,8 @@ def test_layers_with_the_same_input_share_their_moments(monkeypatch):
 
 def test_blocks_are_as_wide_as_memory_allows():
     flux = [3072] * 6 + [12288] * 2 + [15360]
-    assert block_for([256, 1024]) is None and block_for(flux, 1 << 30) is None
-    assert block_for(flux, 100 << 20) == 512 and block_for(flux, 1) == 256
+    assert block_for([256, 1024]) is None and block_for(flux, 4 << 30) is None
+    assert block_for(flux, 150 << 20) == 512 and block_for(flux, 1) == 256
     assert nbytes_of([1024], None) == 4 * 1024 * (1024 + 128) and nbytes_of([1024], 256) == 4 * 1024 * (256 + 128)
 
 
@@ -136,10 +138,11 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
 
 def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
     patcher, runs = patcher_of("wan2.1-t2v", monkeypatch), []
-    monkeypatch.setattr(Costs, "moved", lambda self, layer, weight, packed: runs.append(packed.layout_cls.format) or 1e-3)
+    monkeypatch.setattr(Costs, "moved", lambda self, layer, weight, packed: runs.append(packed) or 1e-3)
+    monkeypatch.setattr(costs, "packed", lambda weight, kind, moments: pack_tensor(weight, FORMATS[kind], reference=kind == "Q8_0"))
     for thoroughness, of_each in (("no runs", 0), ("one run per layer", 1), ("one run per layer and type", 7)):
         runs.clear()
-        found = measure(patcher, small_drawing("wan2.1-t2v"), thoroughness)
+        found = measure(patcher, small_drawing("wan2.1-t2v", steps=1), thoroughness)
         assert len(runs) == of_each * len(found.costs)
     assert list(THOROUGHNESS) == ["no runs", "one run per layer", "one run per layer and type"]
 
@@ -156,14 +159,15 @@ def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_p
         return of_layer(self, *args)
 
     monkeypatch.setattr(Costs, "of_layer", interrupted)
+    monkeypatch.setattr(measuring, "noise_prompts", lambda *_: [PROMPT])
     if at == "a step":
         comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
     assert hooks_in(patcher) == 0 and partial.exists() == (at == "a layer")
-    before = count[0]
+    before, count[0] = count[0], 4
     found = measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
-    assert count[0] - before == len(found.costs) - (3 if at == "a layer" else 0) and not partial.exists()
+    assert count[0] - 4 == len(found.costs) - max(0, before - 1) and not partial.exists()
 
 
 def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_path):
