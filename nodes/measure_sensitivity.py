@@ -27,9 +27,9 @@ class MeasureSensitivity(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to measure, unpacked if you have it. It is not changed."),
                 io.Conditioning.Input("positive", optional=True,
-                                      tooltip="Prompts of the kind you use; each entry of a combined one, and each of a list, is"
-                                              " drawn by itself. Without any, random numbers take their place, which most models"
-                                              " can be measured with, a little worse."),
+                                      tooltip="Prompts of the kind you use; each entry of a combined one, and each of a list,"
+                                              " is drawn by itself. Without any, random numbers take their place, which most"
+                                              " models can be measured with, a little worse."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Used where cfg is above 1."),
                 io.Latent.Input("latent", optional=True,
                                 tooltip="An empty latent of the size you use, or of a video's length. Without one: a picture of"
@@ -40,9 +40,9 @@ class MeasureSensitivity(io.ComfyNode):
                 io.Float.Input("cfg", default=1.0, min=1.0, max=30.0, step=0.1, tooltip="As you use it with this model."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise."),
                 io.Combo.Input("thoroughness", options=list(THOROUGHNESS), default=DEFAULT,
-                               tooltip="How the cost of packing a layer is told. no runs: from the layer's own error. one run per"
-                                       " layer: from what it does to the model's output. one run per layer and type: the best,"
-                                       " and seven times as long."),
+                               tooltip="How the cost of packing a layer is told. no runs: from the layer's own error. one run"
+                                       " per layer: from what it does to the model's output. one run per layer and type: the"
+                                       " best, and seven times as long."),
                 io.String.Input("name", default="%model%",
                                 tooltip="The file's name in output/sensitivity; %model% is the model's own."),
             ],
@@ -53,12 +53,13 @@ class MeasureSensitivity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(), latent=()) -> io.NodeOutput:
+    def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
+                latent=()) -> io.NodeOutput:
         model, name = model[0], name[0].replace("%model%", _name_of(model[0]))
         path = new_sensitivity_path(name)
         prompts = [[entry] for conditioning in positive or () if conditioning for entry in conditioning]
-        drawing = Drawing(prompts, next(iter(latent or ()), None), next(iter(negative or ()), None), cfg[0], samples[0], steps[0],
-                          seed[0])
+        latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
+        drawing = Drawing(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
         partial = f"{path.rsplit('_', 2)[0]}.part"  # without the number: the next run finds it
         sensitivity = measure(model, drawing, thoroughness[0], partial)
         sensitivity.save(path)

@@ -121,31 +121,41 @@ def noise_prompts(patcher, drawing: Drawing, count: int) -> list[list]:
     How wide a model wants its text, and the vector of all of it, stands nowhere in the host: the first layer that refuses a
     width says which one it takes. Raises WeightFileError for models that take more than these two.
     """
+    for masked in (False, True):  # some cannot do without an attention mask, some take none
+        widths = _widths_taken(patcher, drawing, masked)
+        if widths is not None:
+            return [_noise(widths, seed, masked) for seed in range(count)]
+    raise WeightFileError(f"{type(patcher.model).__name__} cannot be measured without a prompt: it takes more than one text."
+                          " Connect positive, and a latent where the model draws something else than pictures.")
+
+
+def _widths_taken(patcher, drawing: Drawing, masked: bool) -> dict[str, int] | None:
+    """The widths of a prompt that a model runs with, or None where none is found."""
     widths = dict(WIDTHS)
     for _ in range(4):
         try:
             with _refusing(patcher.model.diffusion_model):
-                dataclasses.replace(drawing, prompts=[_noise(widths, 0)], samples=1, steps=1).run(patcher, lambda *_: None)
-            return [_noise(widths, seed) for seed in range(count)]
+                prompts = [_noise(widths, 0, masked)]
+                dataclasses.replace(drawing, prompts=prompts, samples=1, steps=1).run(patcher, lambda *_: None)
+            return widths
         except _Refused as refused:
             # The pooled text may stand among other numbers in what a layer gets.
             kind = next((kind for kind in ("text", "pooled") if widths[kind] == WIDTHS[kind]
                          and (refused.found == widths[kind] or kind == "pooled")), None)
             missing = refused.wanted - refused.found
             if kind is None or missing <= 0:
-                break
+                return None
             widths[kind] += missing
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
-            break
-    raise WeightFileError(f"{type(patcher.model).__name__} cannot be measured without a prompt: it takes more than one text."
-                          " Connect positive, and a latent where the model draws something else than pictures.")
+            return None
+    return None
 
 
-def _noise(widths: dict[str, int], seed: int) -> list:
+def _noise(widths: dict[str, int], seed: int, masked: bool) -> list:
     generator = torch.Generator().manual_seed(seed)
     return [[torch.randn(1, TOKENS, widths["text"], generator=generator),
-             {"pooled_output": torch.randn(1, widths["pooled"], generator=generator),
-              "attention_mask": torch.ones(1, TOKENS)}]]
+             {"pooled_output": torch.randn(1, widths["pooled"], generator=generator)}
+             | ({"attention_mask": torch.ones(1, TOKENS)} if masked else {})]]
 
 
 class _refusing:

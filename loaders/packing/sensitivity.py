@@ -98,7 +98,8 @@ class Sensitivity:
             same_as, shapes = about["same_as"], {name: tuple(shape) for name, shape in about["shapes"].items()}
             result = cls(about["costs"], shapes, about["about"], file)
         except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes one.") from error
+            raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes"
+                                   " one.") from error
 
         def moments(name: str) -> Moments | None:
             owner = same_as.get(name, name)
