@@ -5,14 +5,10 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 from featherweight.loaders.files import writing
 from featherweight.loaders.files.writing import WriteError, new_file
-
-TESTS = Path(__file__).resolve().parents[2]
-
 
 def left_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -20,9 +16,8 @@ def left_in(folder) -> list[str]:
 
 def in_a_child(code: str, *arguments) -> subprocess.Popen:
     """A process that runs `code` with `new_file` at hand."""
-    start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); sys.path.insert(0, {str(TESTS.parent)!r}); import conftest\n"
-    imports = "from featherweight.loaders.files.writing import WriteError, new_file\n"
-    return subprocess.Popen([sys.executable, "-c", start + imports + textwrap.dedent(code), *map(str, arguments)],
+    start = f"import runpy, sys; globals().update(runpy.run_path({writing.__file__!r}))\n"  # it needs nothing else of the pack
+    return subprocess.Popen([sys.executable, "-c", start + textwrap.dedent(code), *map(str, arguments)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
