@@ -100,7 +100,7 @@ NAMES = {
     "comfy_api.latest.io.Hidden.extra_pnginfo": None,
     "comfy_api.latest.io.Hidden.prompt": None,
     "comfy_api.latest.io.Image.Output": "* display_name tooltip",
-    "comfy_api.latest.io.Int.Input": "id * default min max tooltip",
+    "comfy_api.latest.io.Int.Input": "id * control_after_generate default min max tooltip",
     "comfy_api.latest.io.Latent.Input": "id * optional tooltip",
     "comfy_api.latest.io.Model.Input": "id * optional tooltip",
     "comfy_api.latest.io.Model.Output": "",

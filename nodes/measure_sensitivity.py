@@ -38,7 +38,8 @@ class MeasureSensitivity(io.ComfyNode):
                              tooltip="How many pictures are drawn; the prompts take turns. More than 64 gain little."),
                 io.Int.Input("steps", default=12, min=1, max=200, tooltip="Steps of each picture."),
                 io.Float.Input("cfg", default=1.0, min=1.0, max=30.0, step=0.1, tooltip="As you use it with this model."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                             tooltip="Of the noise."),
                 io.Combo.Input("thoroughness", options=list(THOROUGHNESS), default=DEFAULT,
                                tooltip="How the cost of packing a layer is told. no runs: from the layer's own error. one run"
                                        " per layer: from what it does to the model's output. one run per layer and type: the"
