@@ -135,7 +135,7 @@ def test_patches_of_every_kind_are_applied_in_float32_and_packed_once(tmp_path, 
         assert relative(values[name], expected) < (1e-6 if saved.types[name] in ("Q8_0", "F32") else 0.005), name
 
 
-@pytest.mark.parametrize("most", [1 << 24, 1 << 14])
+@pytest.mark.parametrize("most", [1 << 24, 1 << 14, 320 * 256])  # the last: slices that begin inside of a LoRA's rows
 def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monkeypatch):
     layers = {"double_blocks.0.img_attn.qkv": (256 * 3, 256)}
     lora = {}  # in the names of diffusers, so that each is on some rows of the fused weight
