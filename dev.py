@@ -13,7 +13,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   demo [--prompt TEXT] [--gpu] draw with a small model in every packing, on the real ComfyUI server
   test [--heavy] [pytest ...]  run the linter and every test
   bench [arguments]            measure speed and memory side by side
-  quality [arguments]          measure what each packing does to the pictures of the demo
+  quality [--packing]          measure what each packing does to the pictures of the demo; --packing: files made here
   sizes                        count the bytes of popular models in each format, for docs/choosing.md
   inspect FILE [--reference FILE] [--picture OUT.png]  say what a model file is, what it needs and which memory it fits
   matrix [--host V] [--newest] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version, or

@@ -146,13 +146,35 @@ def markdown(results: dict, about: str) -> str:
     return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def write(folder: Path, found: dict):
+    """quality.json and quality.md. found: `about` and `formats`, and under `packing` the same of the second table."""
+    text = markdown(found["formats"], found["about"])
+    if "packing" in found:
+        from devtools.measure import packing_quality
+
+        text += f"\n{packing_quality.markdown(found['packing'])}"
+    (folder / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "quality.md").write_text(text)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python3 dev.py quality", description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="FORMAT")
     parser.add_argument("--prompts", type=int, default=scenes.HELD_OUT, help="how many of the 256 captions never trained on")
     parser.add_argument("--lora-prompts", type=int, default=64, help="how many of them are drawn with each LoRA too")
+    parser.add_argument("--packing", action="store_true",
+                        help="only the second table: files made here beside the recipes in use, at equal bytes")
     parser.add_argument("--out", type=Path, default=ROOT / "demo_model", help="folder for the results")
     options = parser.parse_args()
+    recorded = options.out / "quality.json"
+    found = json.loads(recorded.read_text()) if recorded.is_file() else {"about": "", "formats": {}}
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.packing:
+        from devtools.measure import packing_quality  # which draws with the painter above
+
+        found["packing"] = packing_quality.measured(options.prompts)
+        write(options.out, found)
+        return
     formats = ["F16", *(name for name in options.formats if name != "F16")]
     if not demo_files.has_bitsandbytes():
         formats = [name for name in formats if name not in BITSANDBYTES]
@@ -160,9 +182,7 @@ def main():
     about = f"`python3 dev.py quality`: {options.prompts} captions that training never saw, {STEPS} steps; each LoRA on " \
             f"{options.lora_prompts} of them. A LoRA's change: of the predictions for the same noise, along the dense " \
             "model's change. Its effect: on finished pictures, dark lines and pumpkins counted."
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quality.json").write_text(json.dumps({"about": about, "formats": results}, indent=1) + "\n")
-    (options.out / "quality.md").write_text(markdown(results, about))
+    write(options.out, found | {"about": about, "formats": results})
     quality_picture.draw(results, about.replace("`", "").partition(" A LoRA's")[0]).save(options.out / "quality.png")
 
 

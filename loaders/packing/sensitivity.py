@@ -1,7 +1,7 @@
-"""What was measured of a model: second moments of its layers' inputs, and what each layer's error costs. One small file.
+"""What was measured of a model: second moments of its layers' inputs, and what each layer's error costs. One file.
 
-Anyone who has a model of the same layers can use it. For the shapes of Flux.1-dev it takes SIZE, with blocks of 256
-columns; with the costs alone 60 KB.
+Anyone who has a model of the same layers can use it. A column of a layer's inputs takes 520 bytes, in blocks of 256 columns:
+the 1.52 million of Flux.1-dev, shared ones counted once, 0.79 GB (computed, not measured). The costs take 60 KB of that.
 """
 import hashlib
 import json
