@@ -27,7 +27,7 @@ from devtools.measure.weights import snr
 from devtools.workflows.demo import STEPS
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
-CALIBRATION, TOGETHER = 128, 16  # captions of the training, and how many of them are drawn at once
+CALIBRATION, TOGETHER = 256, 16  # captions of the training, and how many of them are drawn at once
 METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
 NAMES = {  # way of packing -> what the table calls it
     "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",

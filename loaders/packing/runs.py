@@ -124,7 +124,9 @@ def noise_prompts(patcher, drawing: Drawing, count: int) -> list[list]:
     for masked in (False, True):  # some cannot do without an attention mask, some take none
         widths = _widths_taken(patcher, drawing, masked)
         if widths is not None:
-            return [_noise(widths, seed, masked) for seed in range(count)]
+            latent = latent_for(patcher, drawing.latent, 1)
+            pictures = 1 if latent.is_nested else len(latent)  # each gets a prompt of its own
+            return [_noise(widths, seed, masked, pictures) for seed in range(count)]
     raise WeightFileError(f"{type(patcher.model).__name__} cannot be measured without a prompt: it takes more than one text."
                           " Connect positive, and a latent where the model draws something else than pictures.")
 
@@ -151,11 +153,11 @@ def _widths_taken(patcher, drawing: Drawing, masked: bool) -> dict[str, int] | N
     return None
 
 
-def _noise(widths: dict[str, int], seed: int, masked: bool) -> list:
+def _noise(widths: dict[str, int], seed: int, masked: bool, pictures: int = 1) -> list:
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, TOKENS, widths["text"], generator=generator),
-             {"pooled_output": torch.randn(1, widths["pooled"], generator=generator)}
-             | ({"attention_mask": torch.ones(1, TOKENS)} if masked else {})]]
+    return [[torch.randn(pictures, TOKENS, widths["text"], generator=generator),
+             {"pooled_output": torch.randn(pictures, widths["pooled"], generator=generator)}
+             | ({"attention_mask": torch.ones(pictures, TOKENS)} if masked else {})]]
 
 
 class _refusing:
