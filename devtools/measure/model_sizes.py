@@ -6,6 +6,7 @@ the rules that quantised files follow. Prints the tables of docs/choosing.md, wi
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ import comfy.supported_models
 import comfy.text_encoders.llama as llama
 import comfy.text_encoders.t5
 import torch
+from featherweight.loaders.packing.plan import plan_for_type
+from featherweight.loaders.packing.rules import Shapes, family_of
 from featherweight.ops.format import FORMATS
 
 from devtools.files import gguf_files
 from devtools.measure.weights import snr
-from devtools.sizes import COLUMNS, RANK, Shapes, bytes_of, lora_bytes
 
+DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
+PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
+COLUMNS = (*DENSE, *PACKED)
+RANK = 32  # of the LoRA whose size is counted
 GB, GIB = 1e9, 2 ** 30
 CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
 SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
@@ -32,8 +38,8 @@ SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
 class Model:
     """A published model.
 
-    shapes: makes name -> shape. encoder: whether it is a text encoder, whose embedding is packed in GGUF files. working: what
-    ComfyUI sets aside for one step beside the weights, in bytes; None where it is not known. picture: the size it is for.
+    shapes: makes name -> shape. encoder: whether it is a text encoder. working: what ComfyUI sets aside for one step beside the
+    weights, in bytes; None where it is not known. picture: the size it is for.
     """
 
     name: str
@@ -154,12 +160,25 @@ MODELS = (
 )
 
 
+def bytes_of(shapes: Shapes, column: str) -> int:
+    """Bytes of a file's tensors: dense with every matrix in FP8 or 16 bits, or packed as files are made here."""
+    if column in DENSE:
+        return sum(math.prod(shape) * (DENSE[column] if len(shape) == 2 else 2) for shape in shapes.values())
+    return plan_for_type(shapes, column, family_of(shapes)).nbytes(shapes)
+
+
+def lora_bytes(shapes: Shapes) -> int:
+    """A LoRA of rank `RANK` on every matrix of the blocks, in 16 bits."""
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and re.search(r"\.\d+\.", name)]
+    return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
+
+
 def gpu_bytes(model: Model, column: str) -> float:
     """Memory of a GPU that holds the whole model and runs a step of it."""
     shapes = model.shapes()
     largest = max(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
     scratch = 0 if column == "BF16" else 2 * largest  # where a weight is unpacked
-    return bytes_of(shapes, column, model.encoder) + scratch + model.working() + SYSTEM
+    return bytes_of(shapes, column) + scratch + model.working() + SYSTEM
 
 
 def best_fit(model: Model, card: int) -> str:
@@ -179,7 +198,7 @@ def sizes_table() -> str:
     for model in MODELS:
         shapes = model.shapes()
         parameters = sum(map(math.prod, shapes.values())) / 1e9
-        sizes = [f"{bytes_of(shapes, column, model.encoder) / GB:.1f}" for column in COLUMNS]
+        sizes = [f"{bytes_of(shapes, column) / GB:.1f}" for column in COLUMNS]
         rows.append([model.name, f"{parameters:.1f}", *sizes, "" if model.encoder else f"{lora_bytes(shapes) / GB:.2f}"])
     return table(["GB", "10⁹ parameters", *COLUMNS, f"LoRA, rank {RANK}"], rows)
 
