@@ -11,6 +11,7 @@ from ..files.container import WeightFileError
 PICTURE = 512  # pixels along each side where no latent is given
 WIDTHS = {"text": 3, "pooled": 5}  # of the first try for a prompt of noise: sizes that no model has
 TOKENS = 77  # of it; some models take no other number
+WORDS = range(4, 40)  # how many of the tokens are its own: encoders give the others, padding, nearly one vector
 
 
 def stop_where_cancelled():
@@ -155,7 +156,10 @@ def _widths_taken(patcher, drawing: Drawing, masked: bool) -> dict[str, int] | N
 
 def _noise(widths: dict[str, int], seed: int, masked: bool, pictures: int = 1) -> list:
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(pictures, TOKENS, widths["text"], generator=generator),
+    texts = torch.randn(pictures, TOKENS, widths["text"], generator=generator)
+    for text, words in zip(texts, torch.randint(WORDS.start, WORDS.stop, (pictures,), generator=generator).tolist()):
+        text[words:] = text[words - 1]
+    return [[texts,
              {"pooled_output": torch.randn(pictures, widths["pooled"], generator=generator)}
              | ({"attention_mask": torch.ones(pictures, TOKENS)} if masked else {})]]
 

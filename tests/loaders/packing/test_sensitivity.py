@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.packing import costs, measuring
+from featherweight.loaders.packing import costs, measuring, runs
 from featherweight.loaders.packing.collect import Collector, block_for, dense_weight, linear_layers, nbytes_of, shapes_of
 from featherweight.loaders.packing.costs import Costs, types_for
 from featherweight.loaders.packing.measuring import DEFAULT, THOROUGHNESS, measure
@@ -209,3 +209,10 @@ def test_another_file_is_refused_in_one_sentence(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(SensitivityError, match="a.sensitivity is not a sensitivity file"):
         Sensitivity.load(path)
+
+
+def test_a_prompt_of_noise_ends_as_prompts_do_in_tokens_that_are_alike():
+    ((texts, _),) = runs._noise({"text": 16, "pooled": 8}, 3, False, pictures=8)
+    own = [len(text.unique(dim=0)) for text in texts]
+    assert all(count in runs.WORDS for count in own) and len(set(own)) > 1
+    assert all((text[count - 1:] == text[-1]).all() for text, count in zip(texts, own))
