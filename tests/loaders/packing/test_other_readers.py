@@ -1,7 +1,7 @@
 """Files that are saved here, in the hands of the packages that other people load them with: bit for bit the same values.
 
-Neither is on the package index as something that can be installed in a minute, so these tests run where they are: COMFYUI_GGUF_PATH
-is the folder of a clone of ComfyUI-GGUF; stable_diffusion_cpp is stable-diffusion.cpp's package for Python.
+Neither is on the package index as something that can be installed in a minute, so these tests run where they are:
+COMFYUI_GGUF_PATH is the folder of a clone of ComfyUI-GGUF; stable_diffusion_cpp is the Python package of stable-diffusion.cpp.
 """
 import importlib
 import os
