@@ -1,4 +1,5 @@
 """Featherweight Save Packed Model."""
+import functools
 import json
 import os
 
@@ -6,7 +7,9 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..loaders.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
+from ..loaders.packing.block_by_block import in_turn
 from ..loaders.packing.obstacles import not_saved, refuse_obstacles
+from ..loaders.packing.runs import Drawing
 from ..loaders.packing.save import ALIKE, TYPES, save
 from ..loaders.packing.sensitivity import Sensitivity
 from ..loaders.packing.source import of_encoders, of_model
@@ -14,6 +17,7 @@ from ..loaders.progress import Progress
 from .shown import show_text
 
 SIZE = "size in GB"
+SAMPLES = 8  # pictures drawn for positive, at least; each of its prompts once
 WHOLE, AS_ASKED = "arrive whole", "in the type asked for"
 
 
@@ -56,6 +60,13 @@ class SavePackedModel(io.ComfyNode):
                 io.String.Input("sensitivity", default="", optional=True,
                                 tooltip="What Measure Sensitivity (Featherweight) measured of this model: its output, or a"
                                         " file's name in output/sensitivity. All is packed far better with it. Empty: none."),
+                io.Conditioning.Input("positive", optional=True,
+                                      tooltip="Prompts of the kind you use. With them the model draws a little and its layers are"
+                                              " packed one after another, each making up for the errors of those before it: the"
+                                              " closest there is, and slow."),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="With positive: an empty latent of the size you use, or of a video's length. Without"
+                                        " one: a picture of 512 x 512, or one frame."),
             ],
             outputs=[
                 io.String.Output(display_name="path", tooltip="The file of the model."),
@@ -66,7 +77,7 @@ class SavePackedModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, type="Q4_K", size_gb=6.0, filename_prefix="diffusion_models/ComfyUI", folder=OUTPUT, loras=WHOLE,
-                overwrite=False, clip=None, sensitivity="", **hidden) -> io.NodeOutput:
+                overwrite=False, clip=None, sensitivity="", positive=None, latent=None, **hidden) -> io.NodeOutput:
         measured = Sensitivity.load(find_sensitivity(sensitivity)) if sensitivity else None
         for patcher in (model, *([] if clip is None else [clip.patcher])):
             refuse_obstacles(patcher)
@@ -82,10 +93,16 @@ class SavePackedModel(io.ComfyNode):
             label = "Q8_0" if type == SIZE else label  # the size is the model's
             jobs.append((source, new_model_path(prefix, label, suffix, folder, not overwrite), label.replace("_", " ")
                          if type == ALIKE else label))
-        progress, metadata, reports = Progress(stages=len(jobs)), cls._metadata(), []
+        progress, metadata, reports = Progress(stages=len(jobs) + (2 if positive else 0)), cls._metadata(), []
+        turn = None
+        if positive:
+            prompts = [[entry] for entry in positive]
+            turn = functools.partial(in_turn, model, Drawing(prompts, latent, samples=max(SAMPLES, len(prompts))),
+                                     track=progress.track)
         for source, path, wanted in jobs:
-            measurement = measured if source is whole else None
-            saved = save(source, path, wanted, measurement, loras == WHOLE, metadata, overwrite, progress.track, show_text)
+            of_model_only = (measured, turn) if source is whole else (None, None)
+            saved = save(source, path, wanted, of_model_only[0], loras == WHOLE, metadata, overwrite, progress.track, show_text,
+                         of_model_only[1])
             reports.append(saved.text)
         text = "\n\n".join(reports)
         show_text(text)

@@ -12,10 +12,13 @@ import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.files.safetensors_writer import safetensors_writer
+from featherweight.loaders.packing.block_by_block import in_turn
 from featherweight.loaders.packing.measuring import measure
 from featherweight.loaders.packing.plan import Plan, plan_for_size, plan_for_type
 from featherweight.loaders.packing.rules import family_of, nbytes_of
 from featherweight.loaders.packing.runs import Drawing
+from featherweight.loaders.packing.save import save
+from featherweight.loaders.packing.source import of_model
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.tensor import packed_tensor
@@ -27,11 +30,13 @@ from devtools.measure.weights import snr
 from devtools.workflows.demo import STEPS
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
+IN_TURN = ("Q4_K", "Q3_K")
 CALIBRATION, TOGETHER = 256, 16  # captions of the training, and how many of them are drawn at once
 METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
 NAMES = {  # way of packing -> what the table calls it
     "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",
     "mix, no runs": "made here, mix by the layers' own losses", "uniform": "made here, one type",
+    "in turn": "made here, one type, layer after layer",
     "no prompt": "made here, one type, measured without a prompt", "plain": "made here, one type, nothing measured",
     "llama.cpp, importance": "llama.cpp with an importance matrix", "llama.cpp": "llama.cpp",
     "bitsandbytes": "plain arithmetic of the reference",
@@ -51,19 +56,25 @@ class Maker:
 
     @functools.cache  # noqa: B019  as long as the one that measures
     def sensitivity(self, thoroughness: str, prompts: bool = True):
+        started = time.process_time()
+        found = measure(self.dense_model(), self.drawing(prompts), thoroughness)
+        self.show(f"measured, {thoroughness}: {time.process_time() - started:.0f} s of processor time")
+        return found
+
+    def dense_model(self):
         path = self.folder / "dense.safetensors"
         if not path.exists():
             demo_files.write_model(path, "F16")
+        return load_diffusion_model(str(path))
+
+    def drawing(self, prompts: bool = True) -> Drawing:
+        """What the model draws to be measured: captions of the training, or as many pictures without any."""
         given = []
         if prompts:
             painter = Painter([scene.caption() for scene in scenes.all_scenes()[0][:CALIBRATION]], self.folder)
             given = [[[torch.cat(painter.words[start:start + TOGETHER]), {}]] for start in range(0, CALIBRATION, TOGETHER)]
         latent = torch.zeros(1 if prompts else TOGETHER, 16, scenes.SIZE // 8, scenes.SIZE // 8)
-        started = time.process_time()
-        drawing = Drawing(given, {"samples": latent}, samples=CALIBRATION // TOGETHER, steps=STEPS, seed=5000)
-        found = measure(load_diffusion_model(str(path)), drawing, thoroughness)
-        self.show(f"measured, {thoroughness}: {time.process_time() - started:.0f} s of processor time")
-        return found
+        return Drawing(given, {"samples": latent}, samples=CALIBRATION // TOGETHER, steps=STEPS, seed=5000)
 
     def plan(self, way: str, size: str) -> Plan:
         """Types of all tensors, as many bytes as with the type `size` everywhere or less."""
@@ -96,6 +107,8 @@ class Maker:
     def write(self, way: str, size: str) -> tuple[Path, Plan]:
         """A file of the model packed in this way."""
         plan = self.plan(way, size)
+        if way == "in turn":
+            return self._write_in_turn(plan, size), plan
         writer, ending, metadata = (safetensors_writer, "safetensors", {}) if size == "NF4" else (gguf_writer, "gguf", METADATA)
         path = self.folder / f"{way}-{size}.{ending}"
         with writer(path, {name: (self.shapes[name], kind) for name, kind in plan.types.items()}, metadata) as file:
@@ -105,11 +118,19 @@ class Maker:
                 file.write(name, kind, [tensor])
         return path, plan
 
+    def _write_in_turn(self, plan: Plan, size: str) -> Path:
+        """As the node saves it."""
+        model, path = self.dense_model(), self.folder / f"in turn-{size}.gguf"
+        saved = save(of_model(model), path, size, overwrite=True, turn=lambda: in_turn(model, self.drawing()))
+        assert saved.types == plan.types
+        return path
+
 
 def rows(sizes=SIZES) -> list[tuple[str, str]]:
     """(way, size) of every row of the table."""
     ways = ["mix", "uniform", *(["llama.cpp, importance", "llama.cpp"] if ggml_quantiser.available() else [])]
     table = [(way, size) for size in sizes for way in ways if way != "mix" or size != "Q2_K"]
+    table += [("in turn", size) for size in IN_TURN]
     table += [(way, "Q4_K") for way in ("mix, one run", "mix, no runs", "no prompt", "plain")]
     return [*table, ("uniform", "NF4"), ("bitsandbytes", "NF4")]
 

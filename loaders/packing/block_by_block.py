@@ -1,20 +1,27 @@
 """Packing layer after layer, each so that it makes up for the errors of those before it.
 
-For each layer the model runs twice on calls that were recorded before: dense, and with what is packed so far. The layer is then
-packed for the inputs that it has in the second run, towards the outputs of the first (`ops.packing.damped.Damped.target`). That
-takes two runs up to the layer for each call, so with N layers about N runs of the model for each call recorded.
+For each layer the model runs twice on calls that were recorded before: as it is, and with what is packed so far. The layer is
+then packed for the inputs that it has in the second run, towards the outputs of the first (`ops.packing.damped.Damped.target`).
+That takes two runs up to the layer for each call, so with N layers about N runs of the model for each call recorded.
+
+Nothing of the model is exchanged: what a packed layer would give takes the place of what the layer gave.
 """
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ...ops.format import Format
+from ...ops import product
 from ...ops.packed import PackedTensor
-from ...ops.packing import pack_tensor
 from ...ops.packing.moments import Moments
-from ...ops.rows import dense
+from .collect import SMALL, block_for, linear_layers
+from .runs import Drawing, load, stop_where_cancelled
+
+CALLS = 32  # that are recorded of a drawing, spread over pictures and noise levels: a few MB each in main memory
+MEMORY = 256 << 20  # bytes of the moments of one layer up to which their blocks are wider than they must be
+ROOM = 2 << 30  # bytes that are kept free beside the model for them and for packing
+PREFETCHED = "prefetch_dynamic_vbars"  # option of the host: weights are fetched ahead, which a run that ends early would leave
 
 
 @dataclass
@@ -31,13 +38,17 @@ class _Reached(Exception):
 
 
 @contextlib.contextmanager
-def recorded_calls(module: torch.nn.Module) -> Iterator[list[Call]]:
-    """Inside this block, what `module` is called with goes into the list."""
+def recorded_calls(module: torch.nn.Module, wanted: Callable[[], bool] = lambda: True) -> Iterator[list[Call]]:
+    """Inside this block, what `module` is called with goes into the list while `wanted` says so."""
     calls = []
 
     def record(module, args, kwargs):
-        device = next(part.device for part in args if isinstance(part, torch.Tensor))
-        calls.append(Call(_moved(args, "cpu"), _moved(kwargs, "cpu"), device))
+        if wanted():
+            device = next(part.device for part in args if isinstance(part, torch.Tensor))
+            options = kwargs.get("transformer_options")
+            if options:
+                kwargs = kwargs | {"transformer_options": {key: value for key, value in options.items() if key != PREFETCHED}}
+            calls.append(Call(_moved(args, "cpu"), _moved(kwargs, "cpu"), device))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -46,72 +57,117 @@ def recorded_calls(module: torch.nn.Module) -> Iterator[list[Call]]:
         handle.remove()
 
 
-def pack_in_turn(module: torch.nn.Module, formats: Mapping[str, type[Format]], calls: list[Call], block: int | None = None,
-                 progress: Callable[[int, int, str], None] | None = None) -> dict[str, PackedTensor]:
-    """Packs weights of linear layers in the order in which they run.
+class InTurn:
+    """The moments of one layer after another, with what is packed so far.
 
-    module: runs on the device it is on, and is left as it was. formats: name of a weight in it -> its format. calls: of
-    `recorded_calls`, many enough to hold some out (8 or more). block: columns of a block of moments, as in `Moments.of`.
-    progress: called with the number packed, of how many, and the name of the weight; it may raise to cancel.
-    Returns name -> weight; layers that no call uses are packed without moments.
+    module: runs on the device it is on, and is as it was whenever no method is at work. layers: name of its weight -> linear
+    layer in it. calls: of `recorded_calls`, many enough to hold some out (8 or more).
     """
-    layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in formats}
-    packed = {}
-    stages = _stages(module, layers, calls[0])
-    for stage in [*stages, [name for name in layers if not any(name in stage for stage in stages)]]:
-        moments = None
-        for name in stage:
-            if progress is not None:
-                progress(len(packed), len(formats), name)
-            if moments is None and stage in stages:
-                before = [(layers[other], weight) for other, weight in packed.items()]
-                moments = _moments(module, layers[name], before, calls, block)
-            weight = dense(layers[name].weight.detach()).to(calls[0].device)
-            packed[name] = pack_tensor(weight, formats[name], moments=moments)
-    return packed
+
+    def __init__(self, module: torch.nn.Module, layers: Mapping[str, torch.nn.Module], calls: Sequence[Call]):
+        self.module, self.layers, self.calls = module, layers, calls
+        self.stages = _stages(module, layers, calls[0])
+        self._packed: dict[str, tuple[PackedTensor, torch.Tensor | None]] = {}
+        self._latest: tuple[list[str], Moments | None] = [], None
+
+    @property
+    def order(self) -> list[str]:
+        """The names in the order in which the layers are to be packed; those that do not run are not among them."""
+        return [name for stage in self.stages for name in stage]
+
+    def moments(self, name: str) -> Moments | None:
+        """Moments, of a pair, of a layer's inputs with what is packed so far; None for layers that do not run.
+
+        Layers that have the same input share them. Cancelled by the user, this raises what the host raises.
+        """
+        stage = next((stage for stage in self.stages if name in stage), None)
+        if stage is None:
+            return None
+        if self._latest[0] is not stage:
+            self._latest = stage, self._seen(self.layers[name])
+        return self._latest[1]
+
+    def put(self, name: str, weight: PackedTensor, bias: torch.Tensor | None):
+        """From now on a layer counts as packed. weight: (N, K), bias: (N,), on any device."""
+        self._packed[name] = weight, bias
+
+    def _seen(self, layer: torch.nn.Module) -> Moments:
+        device, columns = self.calls[0].device, layer.in_features
+        moments = Moments.of(columns, block_for([columns] * 2, MEMORY), device, pair=True)
+        for call in self.calls:
+            stop_where_cancelled()
+            wanted = found = _inputs(self.module, [layer], call)
+            if self._packed:
+                stop_where_cancelled()
+                with contextlib.ExitStack() as undo:
+                    for other, packed in self._packed.items():
+                        undo.enter_context(_as_packed(self.layers[other], *packed))
+                    found = _inputs(self.module, [layer], call)
+            for (_, own), (_, of_dense) in zip(found, wanted):
+                moments.add(own, of_dense)
+        return moments
 
 
-def _moments(module, layer, before, calls: list[Call], block) -> Moments:
-    """Moments, of a pair, of a layer's inputs. before: the layers packed so far and their weights."""
-    moments = Moments.of(layer.weight.shape[1], block, calls[0].device, pair=True)
-    for call in calls:
-        wanted = list(_inputs(module, [layer], call))
-        with contextlib.ExitStack() as undo:
-            for other, weight in before:
-                undo.enter_context(_with_weight(other, weight))
-            found = list(_inputs(module, [layer], call))
-        for (_, own), (_, of_dense) in zip(found, wanted):
-            moments.add(own, of_dense)
-    return moments
+def in_turn(patcher, drawing: Drawing, count: int = CALLS,
+            track: Callable[[Collection], Iterator] = iter) -> InTurn:
+    """Draws with the host's ModelPatcher, which is left loaded, and records `count` calls. track: goes over the steps."""
+    picked = {round((index + 0.5) * drawing.total / count - 0.5) for index in range(min(count, drawing.total))}
+    steps, number = iter(track(range(drawing.total))), -1
+
+    def seen(at: int, step):
+        nonlocal number
+        next(steps, None)
+        number = at
+
+    with recorded_calls(patcher.model.diffusion_model, lambda: number in picked) as calls:
+        drawing.run(patcher, seen)
+    for _ in steps:  # a sampler may take fewer
+        pass
+    load(patcher, ROOM)
+    return InTurn(patcher.model.diffusion_model, linear_layers(patcher.model), calls)
 
 
-def _stages(module, layers, call: Call) -> list[list[str]]:
-    """Names of the layers in the order in which they first run; those that follow each other with the same input together."""
+def _stages(module, layers: Mapping[str, torch.nn.Module], call: Call) -> list[list[str]]:
+    """Names of the layers in the order in which they first run; those with the same input together."""
     names = {layer: name for name, layer in layers.items()}
-    stages, latest = [], None
-    for layer, tensor in _inputs(module, layers.values(), call, to_the_end=True):
-        if names[layer] in (name for stage in stages for name in stage):
-            continue
-        if tensor is latest:
-            stages[-1].append(names[layer])
-        else:
-            stages.append([names[layer]])
-        latest = tensor
+    stages: list[list[str]] = []
+    latest: dict[torch.Size, tuple[torch.Tensor, list[str]]] = {}  # shape -> the last input of that shape, and whose it was
+    seen = set()
+
+    def see(layer, tensor):
+        if layer in seen:
+            return
+        seen.add(layer)
+        before, stage = latest.get(tensor.shape, (None, None))
+        if before is not tensor and (before is None or tensor.numel() > SMALL or not torch.equal(before, tensor)):
+            stage = []
+            stages.append(stage)
+        stage.append(names[layer])
+        latest[tensor.shape] = tensor, stage
+
+    _watched(module, layers.values(), call, see)
     return stages
 
 
-@torch.inference_mode()
-def _inputs(module, layers: Iterable[torch.nn.Module], call: Call, to_the_end: bool = False):
-    """The layers that ran and what entered them. Without `to_the_end` the run ends after the last layer's first input."""
+def _inputs(module, layers: Iterable[torch.nn.Module], call: Call) -> list[tuple[torch.nn.Module, torch.Tensor]]:
+    """The layers, as they ran, and what entered each of them first. The run ends after the last."""
     found, waiting = [], set(layers)
 
-    def see(layer, args):
-        found.append((layer, args[0]))
-        waiting.discard(layer)
-        if not waiting and not to_the_end:
+    def see(layer, tensor):
+        if layer in waiting:
+            found.append((layer, tensor))
+            waiting.discard(layer)
+        if not waiting:
             raise _Reached
 
-    handles = [layer.register_forward_pre_hook(see) for layer in layers]
+    _watched(module, list(waiting), call, see)
+    return found
+
+
+@torch.inference_mode()
+def _watched(module, layers: Iterable[torch.nn.Module], call: Call, see: Callable[[torch.nn.Module, torch.Tensor], None]):
+    """Run a module; `see` gets each of the layers and its input before it runs, and may end the run with `_Reached`."""
+    handles = [layer.register_forward_pre_hook(lambda layer, args: see(layer, args[0])) for layer in layers]
     try:
         module(*_moved(call.args, call.device), **_moved(call.kwargs, call.device))
     except _Reached:
@@ -119,27 +175,21 @@ def _inputs(module, layers: Iterable[torch.nn.Module], call: Call, to_the_end: b
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 @contextlib.contextmanager
-def _with_weight(layer: torch.nn.Module, weight: PackedTensor):
-    """Inside this block the layer computes with the values of a packed weight, which are there only while it runs."""
-    own = layer.weight
+def _as_packed(layer: torch.nn.Module, weight: PackedTensor, bias: torch.Tensor | None):
+    """Inside this block a linear layer gives what it would with these, which are on its device only while it runs."""
 
-    def put(layer, args):
-        layer._parameters["weight"] = torch.nn.Parameter(dense(weight).to(own.device, own.dtype), requires_grad=False)
+    def replace(layer, args, output):
+        input = args[0].to(output.dtype)
+        return product.linear(input, weight.to(input.device), None if bias is None else bias.to(input))
 
-    def take(layer, args, output):
-        layer._parameters["weight"] = own
-
-    handles = [layer.register_forward_pre_hook(put), layer.register_forward_hook(take, always_call=True)]
+    handle = layer.register_forward_hook(replace)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        layer._parameters["weight"] = own
+        handle.remove()
 
 
 def _moved(value, device):

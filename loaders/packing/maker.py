@@ -10,11 +10,13 @@ import torch
 
 from ...ops.format import FORMATS, FormatError
 from ...ops.packing import pack_tensor
+from ...ops.packing.moments import Moments
 from ...ops.product import unpack
-from ...ops.rows import take_rows
+from ...ops.rows import join_rows, take_rows
 from ...ops.tensor import is_packed
 from ..files.container import PLAIN_DTYPES, shown
 from ..files.safetensors_writer import DTYPES
+from .block_by_block import InTurn
 from .obstacles import SaveError
 from .rules import PLAIN_BYTES, fitting
 from .shares import Shares, dot
@@ -41,9 +43,11 @@ class _Attempt:
 class Maker:
     """Makes what is written of each weight, and collects what people are told about it."""
 
-    def __init__(self, source: Source, types: Mapping[str, str], sensitivity, whole: Set[str], finer: bool, safetensors: bool):
+    def __init__(self, source: Source, types: Mapping[str, str], sensitivity, whole: Set[str], finer: bool, safetensors: bool,
+                 turn: InTurn | None = None):
         """types: planned, by name. whole: names of the weights that were rounded before and whose changes are to arrive whole;
-        finer: in a finer type where need be."""
+        finer: in a finer type where need be. turn: for what is packed in its order."""
+        self.turn = turn
         self.source, self.planned, self.sensitivity = source, types, sensitivity
         self.whole, self.finer, self.safetensors = whole, finer, safetensors
         self.types: dict[str, str] = {}
@@ -77,9 +81,25 @@ class Maker:
         self.types[weight.name] = kind
         return kind, attempt.pieces
 
+    def in_turn(self, name: str) -> tuple[str, list[torch.Tensor]]:
+        """The same of a linear layer's weight, which counts as packed for those that come after it."""
+        kind, pieces = self.of(self.source.weights[name])
+        whole = join_rows(pieces)
+        if is_packed(whole):
+            bias = self.source.weights.get(f"{name.removesuffix('weight')}bias")
+            self.turn.put(name, whole, None if bias is None else bias.patched(0, bias.shape[0]))
+        return kind, [whole]
+
+    def _moments(self, weight: Weight, kind: str) -> Moments | None:
+        """What to pack a weight by. A change that is to arrive whole leaves no room for making up for other errors."""
+        found = None
+        if kind not in PLAIN_DTYPES and self.turn is not None and weight.name not in self.whole:
+            found = self.turn.moments(weight.name)
+        return self.sensitivity.moments(weight.name) if found is None and self.sensitivity is not None else found
+
     def _attempt(self, weight: Weight, kind: str) -> _Attempt:
         made, error, power = _Attempt([]), 0.0, 0.0
-        moments = None if self.sensitivity is None else self.sensitivity.moments(weight.name)
+        moments = self._moments(weight, kind)
         for start, stop in weight.slices(SLICE_VALUES if moments is None else max(SLICE_VALUES, weight.values)):
             held, changes, values = self._patched(weight, start, stop)
             _check(values, weight)

@@ -19,9 +19,9 @@ def stop_where_cancelled():
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def load(patcher):
-    """Have the host put a model where it runs, with what is patched onto it."""
-    comfy.model_management.load_models_gpu([patcher])
+def load(patcher, room: int = 0):
+    """Have the host put a model where it runs, with what is patched onto it. room: bytes that are to stay free there."""
+    comfy.model_management.load_models_gpu([patcher], room)
 
 
 def room_on(device: torch.device) -> float:

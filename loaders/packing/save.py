@@ -1,7 +1,8 @@
 """A model to a file of packed weights: the plan, what is refused before any work, the writing, and what people are told.
 
 Each weight is read, patched in float32, packed once and written before the next. In memory are at most two dense slices of one
-weight and what the packing of a slice needs, unless a patch can only be applied to a whole weight.
+weight and what the packing of a slice needs, unless a patch can only be applied to a whole weight; and, where layers are packed
+in their order, all of them packed.
 """
 import os
 import time
@@ -16,6 +17,7 @@ from ...ops.format import FORMATS
 from ..files import gguf_writer, safetensors_writer
 from ..files.container import PLAIN_DTYPES
 from ..files.writing import check_writable
+from .block_by_block import InTurn
 from .maker import Maker, bits, plain_type
 from .plan import Plan, PlanError, plan_for_size, plan_for_type, size_text
 from .rules import HALVES, PLAIN_BYTES, family_of, fitting, half_type, nbytes_of
@@ -91,12 +93,14 @@ def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, 
 def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity=None, keep: bool = True,
          metadata: Mapping[str, str] | None = None, overwrite: bool = False,
          track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names,
-         planned: Callable[[str], None] = lambda text: None) -> Saved:
+         planned: Callable[[str], None] = lambda text: None, turn: Callable[[], InTurn] | None = None) -> Saved:
     """Write a source as GGUF, or as safetensors where `path` ends in that: there 4-bit weights are as bitsandbytes keeps them.
 
     wanted, keep: see `plan_of`. sensitivity: a measurement of this model. metadata: texts for the file. track: goes over the
     names, with the values of each, in place of a plain loop; what it raises ends the work. planned: is shown the plan before
-    anything is written. Raises SaveError, PlanError, WriteError; then nothing has come to be.
+    anything is written. turn: makes, after that, what the linear layers of the source's model are packed by in their order, so
+    that each makes up for the errors before it; `track` then goes over them first, and they are in memory at once, packed.
+    Raises SaveError, PlanError, WriteError; then nothing has come to be.
     """
     path, started = Path(path), time.monotonic()
     safetensors = path.suffix.lower() == ".safetensors"
@@ -108,11 +112,18 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
     notes = [*source.notes, *_warnings(source)]
     planned("\n".join([f"{path.name}: {size_text(container.file_size(tensors, texts))}", plan.text(source.shapes), *notes]))
     whole = set(_rounded_before(source)) if keep else set()
-    making = Maker(source, plan.types, sensitivity, whole, not isinstance(wanted, int) and not safetensors, safetensors)
+    making = Maker(source, plan.types, sensitivity, whole, not isinstance(wanted, int) and not safetensors, safetensors,
+                   None if turn is None else turn())
+    made = {}
+    if turn is not None:
+        names = [name for name in making.turn.order if plan.types[name] in FORMATS]
+        for name in track(names, [source.weights[name].values for name in names]):
+            made[name] = making.in_turn(name)
+            source.let_go()
     open_writer = safetensors_writer.safetensors_writer if safetensors else gguf_writer.gguf_writer
     with open_writer(path, tensors, texts, overwrite) as writer:
         for name in track(list(source.weights), [max(1, weight.values) for weight in source.weights.values()]):
-            kind, pieces = making.of(source.weights[name])
+            kind, pieces = made.pop(name, None) or making.of(source.weights[name])
             writer.write(written_name(name), kind, pieces)
             source.let_go()
     return Saved(path, path.stat().st_size, time.monotonic() - started, making.types,

@@ -41,12 +41,14 @@ def held_weight(patcher, key: str) -> torch.Tensor:
 
 
 def reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
-    """A function of (first row, end row) that gives these rows of the weight without its patches, in float32, a copy."""
-    weight = held_weight(patcher, key)
+    """A function of (first row, end row) that gives these rows of the weight without its patches, in float32, a copy.
+
+    It looks for the weight whenever it is called: the host may load the model, and write patches into it, at any time.
+    """
     layer = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) if "." in key else patcher.model
-    smoothing = getattr(layer, "pre_quant_scale", None) if isinstance(weight, QuantizedTensor) else None
 
     def rows(start: int, stop: int) -> torch.Tensor:
+        weight = held_weight(patcher, key)
         if not isinstance(weight, QuantizedTensor):
             return (weight[start:stop] if weight.ndim else weight).detach().to(torch.float32, copy=True)
         whole = relabelled(weight, dtype=torch.float32)
@@ -55,7 +57,7 @@ def reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
             if not is_packed(part):
                 return part.clone()
             return layer.dense_weight(part, torch.float32) if isinstance(layer, PackedLayer) else part.dequantize()
-        dense = whole.dequantize()
+        dense, smoothing = whole.dequantize(), getattr(layer, "pre_quant_scale", None)
         return (dense if smoothing is None else dense * smoothing.to(dense))[start:stop].clone()
 
     return rows

@@ -1,7 +1,7 @@
 """Packing layer after layer: it makes up for the errors of the layers before, and the model is left as it was."""
 import pytest
 import torch
-from featherweight.loaders.packing.block_by_block import pack_in_turn, recorded_calls
+from featherweight.loaders.packing.block_by_block import InTurn, recorded_calls
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.packing.moments import Moments
@@ -58,12 +58,22 @@ def formats_of(model: Model, name: str = "Q3_K"):
     return {name_: FORMATS[name] for name_, _ in model.named_parameters()}
 
 
+def pack_in_turn(model: Model, formats, calls, progress=lambda name: None):
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
+    turn, packed = InTurn(model, layers, calls), {}
+    for name in turn.order:
+        progress(name)
+        packed[name] = pack_tensor(layers[name].weight, formats[name], moments=turn.moments(name))
+        turn.put(name, packed[name], layers[name].bias)
+    return packed
+
+
 def error(model: Model, weights) -> float:
     """Squared error of the output for calls that nothing was fitted to, as a part of the output's square."""
     own = {name: value.clone() for name, value in model.state_dict().items()}
     calls = [arguments(seed) for seed in range(100, 104)]
     wanted = [model(*args, **kwargs) for args, kwargs in calls]
-    model.load_state_dict({name: weight.dequantize() for name, weight in weights.items()})
+    model.load_state_dict(own | {name: weight.dequantize() for name, weight in weights.items()})
     found = [model(*args, **kwargs) for args, kwargs in calls]
     model.load_state_dict(own)
     off = sum(float((one - other).square().sum()) for one, other in zip(wanted, found))
@@ -102,18 +112,36 @@ def test_calls_are_recorded_as_they_were_made():
     assert len(calls) == 2, "it went on recording"
 
 
-def test_layers_with_one_input_share_its_runs_and_layers_that_do_not_run_are_packed_too():
+def test_layers_with_one_input_share_its_runs_and_layers_that_do_not_run_are_not_packed():
     model = Model()
     calls, formats, reported = calls_of(model, 6), formats_of(model), []
     before = model.runs
-    packed = pack_in_turn(model, formats, calls, progress=lambda done, total, name: reported.append((done, total, name)))
-    stages = 2 * 2  # query and key together, then out
-    assert model.runs - before == 1 + 2 * 6 * stages
-    assert set(packed) == set(formats) and all(weight.shape == (WIDTH, WIDTH) for weight in packed.values())
-    assert [name for _, _, name in reported[:3]] == [f"blocks.0.{name}.weight" for name in ("query", "key", "out")]
-    assert [(done, total) for done, total, _ in reported] == [(done, 8) for done in range(8)]
-    unused = pack_tensor(model.blocks[0].unused.weight, FORMATS["Q3_K"])
-    assert torch.equal(packed["blocks.0.unused.weight"]._qdata, unused._qdata)
+    packed = pack_in_turn(model, formats, calls, reported.append)
+    stages = 2 * 2  # query and key together, then out; as the first are packed nothing else is
+    assert model.runs - before == 1 + 6 * (1 + 2 * (stages - 1))
+    assert reported == list(packed) == [f"blocks.{block}.{name}.weight" for block in range(2) for name in ("query", "key", "out")]
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
+    assert InTurn(model, layers, calls).moments("blocks.0.unused.weight") is None
+
+
+def test_small_inputs_of_equal_values_are_one_input_too():
+    class Modulated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.shifts = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(2))
+            self.mixes = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+        def forward(self, x, vector):
+            for shift, mix in zip(self.shifts, self.mixes):
+                x = x + mix(x * shift(torch.tanh(vector)))
+            return x
+
+    model = Modulated().requires_grad_(False)
+    with recorded_calls(model) as calls:
+        model(torch.randn(TOKENS, WIDTH), torch.randn(1, WIDTH))
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert InTurn(model, layers, calls).stages == [["shifts.0.weight", "shifts.1.weight"], ["mixes.0.weight"], ["mixes.1.weight"]]
 
 
 @pytest.mark.parametrize("stop_at", [None, 0, 4])
@@ -121,9 +149,13 @@ def test_the_model_is_left_as_it_was_even_when_cancelled(stop_at):
     class Cancelled(Exception):
         pass
 
-    def progress(done, total, name):
+    def progress(name):
+        nonlocal done
         if done == stop_at:
             raise Cancelled
+        done += 1
+
+    done = 0
 
     model = Model()
     layers = [layer for block in model.blocks for layer in block.children()]

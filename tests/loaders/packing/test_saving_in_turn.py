@@ -1,0 +1,159 @@
+"""A model whose layers are packed in turn when it is saved: nearer to the model than with each layer apart, and the model is left
+as it was whatever ends it."""
+import functools
+
+import comfy.model_management
+import pytest
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.packing import block_by_block
+from featherweight.loaders.packing.block_by_block import in_turn
+from featherweight.loaders.packing.collect import Collector, linear_layers, shapes_of
+from featherweight.loaders.packing.costs import types_for
+from featherweight.loaders.packing.maker import bits
+from featherweight.loaders.packing.plan import PlanError
+from featherweight.loaders.packing.runs import Drawing
+from featherweight.loaders.packing.save import save
+from featherweight.loaders.packing.source import of_model
+from featherweight.ops.tensor import is_packed
+from patched_models import dense_flux, flux_inputs, lora_for, packed_flux, patched, relative, run, tiny_flux
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+WIDTH = 256  # of the small model's text
+COUNT = 10  # calls
+MODELS = {
+    "packed": lambda: packed_flux("Q8_0"),
+    "ordinary": lambda: dense_flux("Q8_0"),
+    "cast as it runs": lambda: dense_flux("Q8_0", dtype=torch.float16),
+    "packed with a LoRA": lambda: patched(packed_flux("Q8_0"), (lora_for(tiny_flux()), 1.0)),
+    "ordinary with a LoRA": lambda: patched(dense_flux("Q8_0"), (lora_for(tiny_flux()), 1.0)),
+    "ordinary with a LoRA, patched in place": lambda: in_place(MODELS["ordinary with a LoRA"]()),
+}
+
+
+def in_place(patcher):
+    patcher.weight_inplace_update = True
+    return patcher
+
+
+def prompt(seed: int) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, 5, WIDTH, generator=generator), {"pooled_output": torch.randn(1, 256, generator=generator)}]]
+
+
+def drawing() -> Drawing:
+    return Drawing([prompt(1), prompt(2)], {"samples": torch.zeros(1, 16, 16, 16)}, samples=3, steps=4)
+
+
+class Apart:
+    """What each layer sees of the model as it is, in place of a measurement's file."""
+
+    def __init__(self, model, costs=None):
+        self.costs = costs
+        with Collector(linear_layers(model.model)) as self.collector:
+            drawing().run(model, lambda number, step: self.collector.next_step(number))
+        self.moments = self.collector.of
+
+    def check_is_for(self, shapes):
+        pass
+
+
+def turn_of(model, **options):
+    return functools.partial(in_turn, model, drawing(), COUNT, **options)
+
+
+def state_of(model) -> dict[str, torch.Tensor]:
+    return {name: (value.dequantize() if is_packed(value) else value).clone() for name, value in model.model.state_dict().items()}
+
+
+def hooks_in(model) -> int:
+    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in model.model.modules())
+
+
+def error_of(path, wanted) -> float:
+    """Of calls that nothing was fitted to."""
+    model = load_diffusion_model(str(path))
+    return sum(relative(run(model, inputs), output) ** 2 for inputs, output in wanted)
+
+
+def wanted_of(model) -> list:
+    inputs = [flux_inputs() | {"x": torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(seed)),
+                               "c_crossattn": prompt(seed)[0][0]} for seed in (100, 101)]
+    return [(one, run(model, one)) for one in inputs]
+
+
+@pytest.mark.parametrize("kind", [kind if "LoRA" in kind and kind != "ordinary with a LoRA"
+                                  else pytest.param(kind, marks=pytest.mark.heavy) for kind in MODELS])
+def test_the_file_is_nearer_to_the_model_than_with_its_layers_packed_apart(kind, tmp_path):
+    model = MODELS[kind]()
+    apart, turned = (tmp_path / f"{name}.gguf" for name in ("apart", "turned"))
+    sensitivity = Apart(model)
+    comfy.model_management.unload_all_models()
+    before = state_of(model)
+    source = of_model(model)  # before the host loads the model and writes its patches into it
+    saved = save(source, turned, "Q3_K", turn=turn_of(model))
+    assert hooks_in(model) == 0
+    save(of_model(model), apart, "Q3_K", sensitivity)
+    entries = [open_weights(path).entries for path in (turned, apart)]
+    assert [entry.format for entry in entries[0].values()] == [entry.format for entry in entries[1].values()]
+    assert list(saved.types.values()).count("Q3_K") > 8
+    wanted = wanted_of(model)
+    assert error_of(turned, wanted) < 0.95 * error_of(apart, wanted)
+    comfy.model_management.unload_all_models()
+    after = state_of(model)
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("at", ["a step", "a layer", "a run"])
+def test_a_cancel_leaves_the_model_as_it_was_and_no_file(at, monkeypatch, tmp_path):
+    model, count = packed_flux("Q8_0"), 0
+    wanted = wanted_of(model)
+
+    def tracked(items, sizes=()):
+        nonlocal count
+        for item in items:
+            count += 1
+            if count == 5:
+                comfy.model_management.interrupt_current_processing()
+                comfy.model_management.throw_exception_if_processing_interrupted()
+            yield item
+
+    def interrupted(*args):
+        comfy.model_management.interrupt_current_processing()
+        return as_packed(*args)
+
+    as_packed = block_by_block._as_packed
+    if at == "a run":
+        monkeypatch.setattr(block_by_block, "_as_packed", interrupted)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        save(of_model(model), tmp_path / "a.gguf", "Q3_K", turn=turn_of(model, **{"track": tracked} if at == "a step" else {}),
+             **{"track": tracked} if at == "a layer" else {})
+    assert hooks_in(model) == 0 and not list(tmp_path.iterdir()) and "model_function_wrapper" not in model.model_options
+    for inputs, output in wanted:
+        assert torch.equal(run(model, inputs), output)
+
+
+def test_a_plan_that_cannot_be_ends_it_before_anything_is_drawn(tmp_path):
+    with pytest.raises(PlanError):
+        save(of_model(packed_flux("Q8_0")), tmp_path / "a.gguf", 1000, turn=lambda: pytest.fail("it drew"))
+
+
+def test_a_mix_for_a_size_is_packed_in_turn_too(tmp_path):
+    model = packed_flux("Q8_0")
+    costs = {name: {kind: 1 / bits(kind) ** 4 for kind in types_for(shape)} for name, shape in shapes_of(model.model).items()
+             if name in linear_layers(model.model)}
+    sensitivity = Apart(model, costs)
+    turned, apart = (tmp_path / f"{name}.gguf" for name in ("turned", "apart"))
+    made = [save(of_model(model), path, 2_500_000, sensitivity, turn=turn)
+            for path, turn in ((turned, turn_of(model)), (apart, None))]
+    assert made[0].types == made[1].types and turned.stat().st_size == apart.stat().st_size <= 2_500_000
+    assert error_of(turned, wanted := wanted_of(model)) < error_of(apart, wanted)
+
+
+def test_a_change_that_is_to_arrive_whole_does(tmp_path):
+    model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
+    saved = save(of_model(model), tmp_path / "a.gguf", "Q4_K", turn=turn_of(model))
+    share = next(float(line.split("(strength 1): ")[1].split("%")[0]) for line in saved.told if "strength 1" in line)
+    assert 99 <= share <= 101
