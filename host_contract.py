@@ -36,7 +36,7 @@ NAMES = {
     "comfy.model_detection.model_config_from_unet": "state_dict unet_key_prefix * metadata",
     "comfy.model_detection.unet_prefix_from_state_dict": "state_dict",
     "comfy.model_management.get_free_memory": "dev",
-    "comfy.model_management.load_models_gpu": "models",
+    "comfy.model_management.load_models_gpu": "models * memory_required",
     "comfy.model_management.pin_memory": "tensor",
     "comfy.model_management.throw_exception_if_processing_interrupted": "",
     "comfy.model_management.unpin_memory": "tensor",

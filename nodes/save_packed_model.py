@@ -61,9 +61,9 @@ class SavePackedModel(io.ComfyNode):
                                 tooltip="What Measure Sensitivity (Featherweight) measured of this model: its output, or a"
                                         " file's name in output/sensitivity. All is packed far better with it. Empty: none."),
                 io.Conditioning.Input("positive", optional=True,
-                                      tooltip="Prompts of the kind you use. With them the model draws a little and its layers are"
-                                              " packed one after another, each making up for the errors of those before it: the"
-                                              " closest there is, and slow."),
+                                      tooltip="Prompts of the kind you use. With them the model draws a little and its layers"
+                                              " are packed one after another, each making up for the errors of those before it:"
+                                              " the closest there is, and slow."),
                 io.Latent.Input("latent", optional=True,
                                 tooltip="With positive: an empty latent of the size you use, or of a video's length. Without"
                                         " one: a picture of 512 x 512, or one frame."),

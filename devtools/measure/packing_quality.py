@@ -15,10 +15,8 @@ from featherweight.loaders.files.safetensors_writer import safetensors_writer
 from featherweight.loaders.packing.block_by_block import in_turn
 from featherweight.loaders.packing.measuring import measure
 from featherweight.loaders.packing.plan import Plan, plan_for_size, plan_for_type
-from featherweight.loaders.packing.rules import family_of, nbytes_of
+from featherweight.loaders.packing.rules import PLAIN_BYTES, family_of, nbytes_of
 from featherweight.loaders.packing.runs import Drawing
-from featherweight.loaders.packing.save import save
-from featherweight.loaders.packing.source import of_model
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.tensor import packed_tensor
@@ -36,13 +34,14 @@ METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
 NAMES = {  # way of packing -> what the table calls it
     "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",
     "mix, no runs": "made here, mix by the layers' own losses", "uniform": "made here, one type",
-    "in turn": "made here, one type, layer after layer",
+    "in turn": "made here, one type, layer after layer", "mix, in turn": "made here, mix by measurement, layer after layer",
     "no prompt": "made here, one type, measured without a prompt", "plain": "made here, one type, nothing measured",
     "llama.cpp, importance": "llama.cpp with an importance matrix", "llama.cpp": "llama.cpp",
     "bitsandbytes": "plain arithmetic of the reference",
 }
 
-MIXES = {"mix": "one run per layer and type", "mix, one run": "one run per layer", "mix, no runs": "no runs"}
+MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer and type",
+         "mix, one run": "one run per layer", "mix, no runs": "no runs"}
 
 
 class Maker:
@@ -107,30 +106,32 @@ class Maker:
     def write(self, way: str, size: str) -> tuple[Path, Plan]:
         """A file of the model packed in this way."""
         plan = self.plan(way, size)
-        if way == "in turn":
-            return self._write_in_turn(plan, size), plan
+        packed = self._in_turn(plan) if way.endswith("in turn") else {}
         writer, ending, metadata = (safetensors_writer, "safetensors", {}) if size == "NF4" else (gguf_writer, "gguf", METADATA)
         path = self.folder / f"{way}-{size}.{ending}"
         with writer(path, {name: (self.shapes[name], kind) for name, kind in plan.types.items()}, metadata) as file:
             for name, kind in plan.types.items():
                 plain = {"F16": torch.float16, "F32": torch.float32}.get(kind)
-                tensor = self.pack(way, name, kind) if plain is None else self.tensors[name].to(plain)
+                tensor = packed.get(name)
+                if tensor is None:
+                    tensor = self.pack(way, name, kind) if plain is None else self.tensors[name].to(plain)
                 file.write(name, kind, [tensor])
         return path, plan
 
-    def _write_in_turn(self, plan: Plan, size: str) -> Path:
-        """As the node saves it."""
-        model, path = self.dense_model(), self.folder / f"in turn-{size}.gguf"
-        saved = save(of_model(model), path, size, overwrite=True, turn=lambda: in_turn(model, self.drawing()))
-        assert saved.types == plan.types
-        return path
+    def _in_turn(self, plan: Plan) -> dict:
+        """The block matrices packed layer after layer, as the node does it."""
+        turn, packed = in_turn(self.dense_model(), self.drawing()), {}
+        for name in (name for name in turn.order if plan.types[name] not in PLAIN_BYTES):
+            packed[name] = pack_tensor(self.tensors[name], FORMATS[plan.types[name]], moments=turn.moments(name))
+            turn.put(name, packed[name], self.tensors.get(f"{name.removesuffix('weight')}bias"))
+        return packed
 
 
 def rows(sizes=SIZES) -> list[tuple[str, str]]:
     """(way, size) of every row of the table."""
     ways = ["mix", "uniform", *(["llama.cpp, importance", "llama.cpp"] if ggml_quantiser.available() else [])]
     table = [(way, size) for size in sizes for way in ways if way != "mix" or size != "Q2_K"]
-    table += [("in turn", size) for size in IN_TURN]
+    table += [(way, size) for size in IN_TURN for way in ("in turn", "mix, in turn")]
     table += [(way, "Q4_K") for way in ("mix, one run", "mix, no runs", "no prompt", "plain")]
     return [*table, ("uniform", "NF4"), ("bitsandbytes", "NF4")]
 

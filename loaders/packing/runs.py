@@ -21,7 +21,7 @@ def stop_where_cancelled():
 
 def load(patcher, room: int = 0):
     """Have the host put a model where it runs, with what is patched onto it. room: bytes that are to stay free there."""
-    comfy.model_management.load_models_gpu([patcher], room)
+    comfy.model_management.load_models_gpu([patcher], memory_required=room)
 
 
 def room_on(device: torch.device) -> float:

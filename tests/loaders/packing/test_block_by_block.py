@@ -119,7 +119,8 @@ def test_layers_with_one_input_share_its_runs_and_layers_that_do_not_run_are_not
     packed = pack_in_turn(model, formats, calls, reported.append)
     stages = 2 * 2  # query and key together, then out; as the first are packed nothing else is
     assert model.runs - before == 1 + 6 * (1 + 2 * (stages - 1))
-    assert reported == list(packed) == [f"blocks.{block}.{name}.weight" for block in range(2) for name in ("query", "key", "out")]
+    assert reported == list(packed) == [f"blocks.{block}.{name}.weight" for block in range(2)
+                                        for name in ("query", "key", "out")]
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
     assert InTurn(model, layers, calls).moments("blocks.0.unused.weight") is None
 
@@ -141,7 +142,8 @@ def test_small_inputs_of_equal_values_are_one_input_too():
     with recorded_calls(model) as calls:
         model(torch.randn(TOKENS, WIDTH), torch.randn(1, WIDTH))
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    assert InTurn(model, layers, calls).stages == [["shifts.0.weight", "shifts.1.weight"], ["mixes.0.weight"], ["mixes.1.weight"]]
+    stages = InTurn(model, layers, calls).stages
+    assert stages == [["shifts.0.weight", "shifts.1.weight"], ["mixes.0.weight"], ["mixes.1.weight"]]
 
 
 @pytest.mark.parametrize("stop_at", [None, 0, 4])

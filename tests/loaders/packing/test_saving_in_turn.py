@@ -1,5 +1,5 @@
-"""A model whose layers are packed in turn when it is saved: nearer to the model than with each layer apart, and the model is left
-as it was whatever ends it."""
+"""A model whose layers are packed in turn as it is saved: the file is nearer to it than with each layer packed apart, and it is
+left as it was whatever ends it."""
 import functools
 
 import comfy.model_management
@@ -65,7 +65,8 @@ def turn_of(model, **options):
 
 
 def state_of(model) -> dict[str, torch.Tensor]:
-    return {name: (value.dequantize() if is_packed(value) else value).clone() for name, value in model.model.state_dict().items()}
+    return {name: (value.dequantize() if is_packed(value) else value).clone()
+            for name, value in model.model.state_dict().items()}
 
 
 def hooks_in(model) -> int:
