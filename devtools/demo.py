@@ -24,6 +24,7 @@ WORKFLOW = FOLDER / "Featherweight demo.json"
 SIDE_BY_SIDE = FOLDER / "Featherweight demo side by side.json"
 LORA_WORKFLOW = FOLDER / "Featherweight demo two LoRAs.json"
 NF4_WORKFLOW = FOLDER / "Featherweight demo NF4 checkpoint.json"
+MIX_WORKFLOW = FOLDER / "Featherweight demo packed to a size.json"
 LOADER = "FeatherweightLoadDiffusionModel"
 MODEL_NAME = demo_files.MODELS["Q8_0"]
 # The line our loader logs for each file it loads.
@@ -35,6 +36,22 @@ def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) ->
     """Queue a shipped workflow as it is; return its run and its API form."""
     prompt = to_api(json.loads(workflow.read_text(encoding="utf-8")), server.object_info())
     return server.queue(prompt, on_progress), prompt
+
+
+def make_mix(server: Server, on_progress=None, **values) -> Run:
+    """Run the workflow that measures the dense model and saves it to a size, here that of the file of Q4_K, and put what it
+    saves among the models. The files F16 and Q4_K must be there. values: of widgets by their names, other than the shipped.
+    """
+    models, saved = (server.base / folder / "diffusion_models" for folder in ("models", "output"))
+    prompt = to_api(json.loads(MIX_WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+    values["size_gb"] = (models / demo_files.MODELS["Q4_K"]).stat().st_size / 1e9
+    for node in prompt.values():
+        node["inputs"] |= {name: value for name, value in values.items() if name in node["inputs"]}
+    before = set(saved.glob("*.gguf"))
+    run = server.queue(prompt, on_progress)
+    made, = set(saved.glob("*.gguf")) - before
+    made.replace(models / demo_files.MODELS[demo_files.MIX])
+    return run
 
 
 def draw_all(server: Server, prompt: str, seed: int, on_progress=None) -> dict[str, dict]:
@@ -123,7 +140,7 @@ def main(arguments: list[str]) -> int:
         print(f"Note: the prompt has no word that the model knows, so it draws anything. It knows {', '.join(scenes.WORDS)}.")
     options.output.mkdir(parents=True, exist_ok=True)
     print("Packing the model", flush=True)
-    types = [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()]
+    types = demo_files.recipes()
     demo_files.make_models(base, types)
     if "NF4" in types:
         demo_files.make_checkpoint(base)
@@ -140,6 +157,8 @@ def main(arguments: list[str]) -> int:
     print("Starting ComfyUI" + ("" if options.gpu else " on the CPU"), flush=True)
     try:
         with Server(base, cpu=not options.gpu) as server:
+            print(f"Running \"{MIX_WORKFLOW.relative_to(ROOT)}\"", flush=True)
+            make_mix(server)
             print(f"Running \"{SIDE_BY_SIDE.relative_to(ROOT)}\"", flush=True)
             results = draw_all(server, options.prompt, options.seed, show)
             device = server.system_stats()["devices"][0]["name"]

@@ -4,7 +4,7 @@ import textwrap
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, GAP, TOP, BELOW = 256, 20, 76, 112  # pixels: a picture, around it, above all, for the text under a picture
-COLUMNS = 4
+COLUMNS = 5
 PAPER, INK, FAINT = "#f7f6f2", "#222222", "#666666"
 TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (24, 21, 17))
 
@@ -26,7 +26,8 @@ def sheet(results: dict[str, dict], prompt: str, about: str) -> Image.Image:
             pen.text((left, top + SIDE + 36 + 22 * line), text, FAINT, SMALL)
     left, top = GAP + (len(shown) % COLUMNS) * (SIDE + GAP), TOP + (rows - 1) * (SIDE + BELOW)
     words = "The same model, prompt and seed each time; only the packing of the weights differs. Differences are " \
-            "peak signal-to-noise ratios against the dense model with the same LoRAs: more is closer."
+            "peak signal-to-noise ratios against the dense model with the same LoRAs: more is closer. The mix of types was " \
+            "made here, to the size of Q4_K's file."
     for line, text in enumerate([*textwrap.wrap(words, 30), "", *textwrap.wrap(about, 30)]):
         pen.text((left, top + 24 * line), text, FAINT, SMALL)
     return picture

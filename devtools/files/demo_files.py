@@ -14,8 +14,9 @@ from devtools.files.gguf_files import gguf_writer, pack, write_all, write_gguf
 from devtools.files.tiny_models import clip_l_shapes
 
 WEIGHTS = ROOT / "demo_model" / "weights"
+MIX = "mix"  # of types, which no recipe gives: `demo.make_mix` has the pack make it
 MODELS = {name: f"featherweight_demo_{name}.{'safetensors' if name in ('F16', 'NF4') else 'gguf'}"
-          for name in ("F16", "Q8_0", "Q4_K", "NF4", "Q2_K")}
+          for name in ("F16", "Q8_0", "Q4_K", MIX, "NF4", "Q2_K")}
 ENCODER_NAME = "featherweight_demo_clip_l_Q8_0.gguf"
 VAE_NAME = "featherweight_demo_vae.safetensors"
 LORAS = {name: f"featherweight_demo_lora_{name}.safetensors" for name in ("ink", "pumpkins")}
@@ -27,6 +28,11 @@ FILES = {"diffusion_models": list(MODELS.values()), "text_encoders": [ENCODER_NA
 def has_bitsandbytes() -> bool:
     """The package that writes NF4; reading takes none."""
     return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def recipes() -> list[str]:
+    """Those of MODELS that `write_model` can write here."""
+    return [name for name in MODELS if name != MIX and (name != "NF4" or has_bitsandbytes())]
 
 
 def flux() -> dict[str, torch.Tensor]:

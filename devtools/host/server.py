@@ -1,8 +1,10 @@
 """The real ComfyUI server, headless, with this pack in it, and a small client for it."""
+import itertools
 import json
 import os
 import shutil
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -39,9 +41,9 @@ class Run:
     steps: dict[str, list[float]] = field(default_factory=dict)
 
     def seconds_per_step(self, node_id: str) -> float | None:
-        """Mean time between the steps of a node; the first, which also loads the model, is not counted."""
+        """Median time between the steps of a node; the first, which also loads the model, is not counted."""
         times = self.steps.get(node_id, [])
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+        return statistics.median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else None
 
 
 class Server:

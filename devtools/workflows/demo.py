@@ -4,6 +4,11 @@ from devtools.workflows.editor import File, Node, Workflow
 
 PROMPT = "a red house left of an oak tree on grass at dawn under a sun"
 STEPS = 12
+# What a measurement draws: every word of the prompt above, in other scenes.
+MEASURED = ("a red house right of a pine tree on snow at noon under a rainbow",
+            "a blue house left of a palm tree on sand at dawn under a cloud",
+            "a yellow house right of an oak tree on grass at night under a moon",
+            "a white house left of a pine tree on grass at dusk under a sun")
 KNOWS = """It draws a house by a tree and knows 22 words: `red yellow blue purple pink white` of the house, `left right` of \
 the tree, `pine oak palm`, `grass snow sand`, `noon dusk dawn night`, `sun moon cloud rainbow`. Every other word is ignored."""
 MEMORY = "under 10 MB for the model, 0.1 GB for the text encoder."
@@ -101,7 +106,7 @@ def side_by_side() -> Workflow:
     """A column for each packing: the loader, the model by itself, and under it the model with LoRAs."""
     parts, columns = Parts(), []
     columns.append({"Prompt": [parts.encoder, parts.prompt, parts.size, parts.vae]})
-    for name, loras in {"F16": (1, 2), "Q8_0": (), "Q4_K": (1,), "NF4": (2,), "Q2_K": ()}.items():
+    for name, loras in {"F16": (1, 2), "Q8_0": (), "Q4_K": (1,), "mix": (1,), "NF4": (2,), "Q2_K": ()}.items():
         title, model = "dense" if name == "F16" else name, load(name)
         column = {title: [model, *parts.picture(model, title, save=False)]}
         for count in loras:
@@ -111,11 +116,39 @@ def side_by_side() -> Workflow:
             column[longer] = [*chain, *parts.picture(chain[-1], longer, save=False)]
         columns.append(column)
     return Workflow("Featherweight demo side by side", columns, f"""
-One small Flux in five forms, with the same prompt and seed: dense (float16), Q8_0, Q4_K, NF4 and Q2_K, and with one or two \
-LoRAs on top: outlines in ink, and pumpkins.
+One small Flux in six forms, with the same prompt and seed: dense (float16), Q8_0, Q4_K, a mix of types made by \
+*Featherweight demo packed to a size* in a file as large as that of Q4_K, NF4 and Q2_K, and with one or two LoRAs on top: \
+outlines in ink, and pumpkins.
 
 {SOURCE}
 """, MEMORY, KNOWS)
 
 
-WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras)
+def packed_to_a_size() -> Workflow:
+    parts, model = Parts(), load("F16")
+    prompts = [Node("CLIPTextEncode", {"text": text, "clip": parts.encoder}, f"Prompt {number}")
+               for number, text in enumerate(MEASURED, start=1)]
+    combined, joints = prompts[0], []
+    for prompt in prompts[1:]:
+        combined = Node("ConditioningCombine", {"conditioning_1": combined, "conditioning_2": prompt})
+        joints.append(combined)
+    measure = Node("FeatherweightMeasureSensitivity", {"model": model, "positive": combined, "latent": parts.size,
+                                                       "samples": len(MEASURED), "name": "featherweight_demo"})
+    save = Node("FeatherweightSavePackedModel", {"model": model, "sensitivity": measure, "type": "size in GB", "size_gb": 0.005,
+                                                 "filename_prefix": "diffusion_models/featherweight_demo"})
+    inspect = Node("FeatherweightInspectModelFile", {"file_name": "none", "path": save, "reference_name": MODELS["F16"]},
+                   files=made("diffusion_models", MODELS["F16"]))
+    columns = [{"Load": [model, parts.encoder]}, {"Prompts of the kind you draw, and a size": [*prompts, *joints, parts.size]},
+               {"Measure": [measure], "Save to a size": [save]}, {"What came out": [inspect]}]
+    return Workflow("Featherweight demo packed to a size", columns, f"""
+The dense model draws a few pictures, and what its layers see and how much each suffers from being packed is written into a \
+small file, once for a model. Then it is saved to a size: each matrix gets the type with which the error of the whole is least \
+at 5 MB. **Inspect Model File (Featherweight)** shows what each block has become and how far it is from the dense one.
+
+{SOURCE}
+""", MEMORY, """The size: at 0.0043 GB most of the model is in 2 bits. The prompts: a model is measured best on what it is \
+used for, and some dozens of prompts are enough. `thoroughness`: *one run per layer and type* takes seven times as long and \
+chooses a little better. With another model, put its loader, text encoder and latent in place of these.""")
+
+
+WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras, packed_to_a_size)

@@ -5,7 +5,7 @@ import pytest
 from demo_model import judge, scenes
 
 from devtools import demo
-from devtools.demo_sheet import sheet
+from devtools.demo_sheet import COLUMNS, sheet
 from devtools.files import demo_files
 from devtools.workflows.api_format import to_api
 
@@ -14,7 +14,8 @@ PROMPT = "a yellow house right of a pine tree on snow at dusk under a cloud"
 
 @pytest.fixture(scope="module")
 def results(server):
-    demo_files.make_models(server.base, [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()])
+    demo_files.make_models(server.base, demo_files.recipes())
+    demo.make_mix(server, steps=4, thoroughness="no runs")
     return demo.draw_all(server, PROMPT, 2)
 
 
@@ -24,6 +25,13 @@ def test_every_picture_shows_what_was_asked_for(results):
         assert results[title]["right"] == dict.fromkeys(scenes.CHOICES, True), title
     assert results["Q8_0"]["dense"] > results["Q2_K"]["dense"] and results["Q8_0"]["dense"] > 25
     assert results["dense"]["dense"] is None
+
+
+def test_a_mix_made_here_is_nearer_to_the_dense_model_than_the_recipe_of_its_size(results, server):
+    files = [server.base / "models" / "diffusion_models" / demo_files.MODELS[name] for name in ("Q4_K", demo_files.MIX)]
+    recipe, mix = (path.stat().st_size for path in files)
+    assert 0.995 * recipe <= mix <= recipe
+    assert results["mix"]["dense"] > results["Q4_K"]["dense"] + 1
 
 
 def test_packed_models_hold_fewer_bytes(results):
@@ -42,7 +50,7 @@ def test_loras_show_on_packed_models_as_on_the_dense_one(results):
 def test_the_sheet_has_room_for_every_picture(results):
     shown = [title for title in results if not title.startswith("dense +")]
     picture = sheet(results, PROMPT, "8 steps")
-    assert picture.width > 1000 and picture.height > 256 * -(-len(shown) // 4)
+    assert picture.width > 1000 and picture.height > 256 * -(-len(shown) // COLUMNS)
     assert all(title in demo.as_text(results) for title in shown)
 
 
