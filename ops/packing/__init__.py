@@ -14,11 +14,10 @@ from .feedback import pack_with_feedback
 from .grids import Search, best_fit, kernel_for
 from .guard import better_of
 from .moments import Moments
+from .side_by_side import for_each
 
-# Values packed at a time. On a CPU torch's temporaries stay in the cache; a kernel has few, and takes so many for each thread.
-# Elsewhere they stay below 300 MB.
+# Values packed at a time, on a CPU by each thread: there the temporaries stay in the cache. Elsewhere they stay below 300 MB.
 CPU_SLICE_VALUES = 1 << 17
-KERNEL_SLICE_VALUES = 1 << 16
 DEVICE_SLICE_VALUES = 1 << 22
 # Above this many levels, scales that just reach the peaks are within 0.3 dB of the best, and ten times as fast.
 FINE_LEVELS = 128
@@ -66,14 +65,19 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
         by_feedback = pack_with_feedback(weight, packed_format, moments)
         return better_of(weight, [by_feedback, pack_tensor(weight, packed_format, importance=moments.importance)], moments)
     flat = weight.reshape(-1)
-    step = max(1, _slice_values(weight.device, run is not None) // length)
-    outputs = None
-    for start in range(0, len(flat), step * length):
-        values = flat[start:start + step * length].float()
+    if not len(flat):
+        raise FormatError(f"A weight of shape {tuple(weight.shape)} has no values to pack.")
+    sizes = _sizes(packed_format, len(flat))
+    outputs = [torch.empty(sizes[0], dtype=torch.uint8, device=weight.device)]
+    if packed_format.scales_apart:
+        outputs.append(torch.empty(sizes[1], device=weight.device))
+    step = max(1, (CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES) // length) * length
+
+    def pack_slice(start: int):
+        values = flat[start:start + step].float()
         _check(values, packed_format)
-        count = len(values)
-        if count % length:
-            values = torch.nn.functional.pad(values, (0, -count % length))
+        if len(values) % length:
+            values = torch.nn.functional.pad(values, (0, -len(values) % length))
         values = values.view(-1, length)
         if plain:
             parts = packed_format.pack(values)
@@ -83,21 +87,12 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
             fit = best_fit(packed_format, values, _weights(values, start, importance), emphasis, run)
             parts = packed_format.encode(fit)
         parts = parts if isinstance(parts, tuple) else (parts,)
-        if outputs is None:
-            outputs = [torch.empty(_sizes(packed_format, len(flat))[i], dtype=part.dtype, device=part.device)
-                       for i, part in enumerate(parts)]
         for output, part, size in zip(outputs, parts, (packed_format.block_bytes, 1)):
             first = start // length * size
             output[first:first + part.numel()] = part.view(-1)[:len(output) - first]
-    if outputs is None:
-        raise FormatError(f"A weight of shape {tuple(weight.shape)} has no values to pack.")
+
+    for_each(pack_slice, range(0, len(flat), step), weight.device)
     return packed_tensor(packed_format, outputs[0], weight.shape, scale=outputs[1] if len(outputs) > 1 else None)
-
-
-def _slice_values(device: torch.device, by_kernel: bool) -> int:
-    if device.type != "cpu":
-        return DEVICE_SLICE_VALUES
-    return max(CPU_SLICE_VALUES, torch.get_num_threads() * KERNEL_SLICE_VALUES) if by_kernel else CPU_SLICE_VALUES
 
 
 def _sizes(packed_format: type[Format], values: int) -> tuple[int, int]:

@@ -293,3 +293,22 @@ def test_large_values_count_more_in_few_levels(type_name, emphasised):
     values, packed_format = torch.from_numpy(normal(8)), FORMATS[type_name]
     fit = Search(packed_format.grid, values.device).fit(values.view(-1, 256), emphasis=emphasised)
     assert torch.equal(pack_tensor(values, packed_format)._qdata.view(-1), packed_format.encode(fit).view(-1))
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q8_0", "NF4"])
+def test_threads_pack_what_one_thread_packs_and_are_as_many_as_before(type_name):
+    weight = torch.randn(100, 3 * packing.CPU_SLICE_VALUES // 64, generator=torch.Generator().manual_seed(3))
+    alone = packed_tensors(packing.pack_tensor(weight, FORMATS[type_name]))
+    torch.set_num_threads(2)
+    together = packed_tensors(packing.pack_tensor(weight, FORMATS[type_name]))
+    assert torch.get_num_threads() == 2
+    assert all(map(torch.equal, together, alone))
+
+
+def test_the_first_error_of_a_thread_ends_the_packing():
+    weight = torch.zeros(64, packing.CPU_SLICE_VALUES)
+    weight[-1, -1] = torch.nan
+    torch.set_num_threads(2)
+    with pytest.raises(FormatError, match="NaN or infinite"):
+        packing.pack_tensor(weight, FORMATS["Q8_0"])
+    assert torch.get_num_threads() == 2
