@@ -113,6 +113,8 @@ def report(report: pytest.TestReport):
     """Tell the process that asked for the tests."""
     if OUTCOMES in os.environ:
         text = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else report.longreprtext
+        if report.failed:
+            text = "\n".join([text, *(f"{title}\n{content}" for title, content in report.sections)])
         line = {"name": _name(report), "outcome": report.outcome, "text": text.removeprefix("Skipped: ")}
         with open(os.environ[OUTCOMES], "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

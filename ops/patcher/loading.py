@@ -1,16 +1,16 @@
 """Loading, moving and unloading a model, in part too, with the patches of its packed layers."""
-import comfy.model_management
-import comfy.model_patcher
+import contextlib
+
 import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
 from ..adapters import adapter_tensors
-from .applying import ApplyingPatcher
+from .settling import SettlingPatcher
 
 
-class LoadingPatcher(ApplyingPatcher):
-    """The methods of the host's patchers that load, move, pin and unload."""
+class LoadingPatcher(SettlingPatcher):
+    """The methods of the host's patchers that load, move and unload."""
 
     # --- memory ---
 
@@ -38,28 +38,23 @@ class LoadingPatcher(ApplyingPatcher):
         if self.is_dynamic():
             self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
         else:
-            factors = self._factor_bytes()
+            built, factors = self._built(device_to), self._factor_bytes()
             budget = lowvram_model_memory if full_load else max(1, lowvram_model_memory - factors)
-            with self._packed_patches_hidden():
+            settled = self._settled(device_to) if self._loads_in_part(device_to, full_load) else contextlib.nullcontext()
+            with self._packed_patches_hidden(), settled:
                 super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=full_load)
-            self._drop_double_patches()
             if full_load:
                 self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
-            self._apply_all(device_to)
+            self._apply_all(device_to, built)
         if self.current_hooks is not None:
             self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
 
-    def _drop_double_patches(self):
-        """Where a loaded module falls out of the budget the host leaves its patched weights and patches them once more."""
-        for module in self.model.modules():
-            if getattr(module, "comfy_patched_weights", False) and hasattr(module, "weight_function"):
-                for name in ("weight_function", "bias_function"):
-                    functions = getattr(module, name)
-                    setattr(module, name, [function for function in functions if not isinstance(function, LowVramPatch)])
+    def _loads_in_part(self, device_to, full_load: bool) -> bool:
+        return not full_load and device_to is not None and device_to != self.offload_device
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
-        before = self._slots()
+        before, built = self._slots(), self._built(device_to)
         self._take_all_off()
         with self._packed_patches_hidden():
             super().load(device_to, lowvram_model_memory)
@@ -67,7 +62,7 @@ class LoadingPatcher(ApplyingPatcher):
             old_slot, was_patched = before.get(module, (None, False))
             if slot is not old_slot or (dirty and (patched or was_patched)):
                 module._v_signature = None
-        self._apply_all(device_to)
+        self._apply_all(device_to, built)
 
     def _slots(self) -> dict:
         """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
@@ -173,20 +168,3 @@ class LoadingPatcher(ApplyingPatcher):
         super().cleanup()
         if self.model.packed_patches.evicted:  # the host no longer knows the model as loaded
             self.detach()
-
-    # --- pinning ---
-
-    def pin_weight_to_device(self, key):
-        weight = self._packed_weight(key)
-        if weight is None:
-            super().pin_weight_to_device(key)
-        elif comfy.model_management.pin_memory(weight._qdata):
-            self.pinned.add(key)
-
-    def unpin_weight(self, key):
-        weight = self._packed_weight(key)
-        if weight is None:
-            super().unpin_weight(key)
-        elif key in self.pinned:
-            comfy.model_management.unpin_memory(weight._qdata)
-            self.pinned.remove(key)

@@ -158,6 +158,7 @@ def install(torch):
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
     torch.cuda.memory.memory_summary = torch.cuda.memory_summary
+    torch._C._cuda_getCurrentRawStream = lambda device: native.device.fake_stream(device)  # bitsandbytes asks for it
     torch.version.cuda = CUDA_VERSION
     _let_torchvision_be_imported()
 

@@ -1,0 +1,70 @@
+"""On a GPU: what the host counts as loaded lies there and nothing more, what it pins it can, and LoRAs are sent once."""
+import gc
+
+import comfy.model_management
+import pytest
+import torch
+from featherweight.ops.patcher import adopt
+from featherweight.ops.tensor import QuantizedTensor
+from patched_models import dense_flux, flux_file, flux_inputs, lora_for, packed_flux, patched
+
+pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=True)
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    """The counters of the device, on which nothing lies before and after."""
+    import fakegpu
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield fakegpu
+    torch.set_num_threads(threads)
+    comfy.model_management.unload_all_models()
+    fakegpu.set_capacity(4 << 30)
+    gc.collect()
+
+
+def parts(weight):
+    """The plain tensors of a weight."""
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]] if isinstance(weight, QuantizedTensor) else [weight]
+
+
+def lies_on(model, device="cuda") -> int:
+    """Bytes of weights and of LoRAs' factors that lie on a device."""
+    tensors = [part for weight in (*model.parameters(), *model.buffers()) for part in parts(weight)]
+    tensors += [tensor for layer in model.packed_patches.layers.values() if layer.low_rank is not None
+                for tensor in (layer.low_rank.down, *layer.low_rank.ups)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device)
+
+
+def load(patcher, room: float, gpu):
+    """Load a model while this many bytes are free for weights, as other programs come and go."""
+    gpu.set_capacity(comfy.model_management.minimum_inference_memory() + room + gpu.used() - lies_on(patcher.model))
+    comfy.model_management.load_models_gpu([patcher])
+
+
+def step(patcher):
+    inputs = {name: value.cuda() for name, value in flux_inputs().items()}
+    with torch.no_grad():
+        return patcher.model.apply_model(**inputs).float().cpu()
+
+
+FEW = 200_000  # factors and buffers, which stay on the device whatever the room
+ROOMS = (0.9, 0.8, 0.7, 0.75, 0.6, 0.5, 0.3, 0.55, 1.5, 0.4, 0.2, 0.8)
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
+def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, with_lora, gpu):
+    packed = packed_flux(format_name)
+    stack = [(lora_for(flux_file(format_name)[1]), 1.0)] if with_lora else []
+    patcher = patched(packed, *stack).clone()
+    comfy.model_management.load_models_gpu([patcher])
+    expected, size = step(patcher), patcher.model_size()
+    assert lies_on(patcher.model) == patcher.loaded_size()
+    for room in ROOMS:
+        load(patcher, room * size, gpu)
+        assert lies_on(patcher.model) == patcher.loaded_size() <= max(room * size, FEW)
+        assert torch.equal(step(patcher), expected)
