@@ -47,7 +47,7 @@ def test_tensors_of_two_devices_do_not_meet():
             torch.ones(2, device="cuda:0") + other
 
 
-def test_what_is_used_is_counted_to_the_page(counters):
+def test_what_is_used_is_counted(counters):
     before = counters.used(0), counters.used(1)
     held = megabytes(3, "cuda:1")
     assert (counters.used(0), counters.used(1)) == (before[0], before[1] + 3 * MIB)

@@ -70,10 +70,13 @@ class ApplyingPatcher:
 
     def _build(self, key: str, patches: list, device, original_weights=None) -> LayerPatches | None:
         layer = self._layer(key)
+        return build_patches(key, patches, layer.weight.shape, device, self._branch_dtype(), layer.has_branch, original_weights)
+
+    def _branch_dtype(self) -> torch.dtype:
         dtype = self.object_patches.get("manual_cast_dtype")
         if dtype is None:  # text encoders do not say; their factors are cast at first use
             dtype = self.model.get_dtype_inference() if hasattr(self.model, "get_dtype_inference") else torch.float32
-        return build_patches(key, patches, layer.weight.shape, device, dtype, layer.has_branch, original_weights)
+        return dtype
 
     def _hand_to_layer(self, key: str, patches: LayerPatches | None):
         """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""

@@ -1,11 +1,9 @@
 """Loading, moving and unloading a model, in part too, with the patches of its packed layers."""
-import contextlib
-
 import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from ..adapters import adapter_tensors
+from ..adapters import adapter_tensors, is_plain_lora
 from .settling import SettlingPatcher
 
 
@@ -18,8 +16,9 @@ class LoadingPatcher(SettlingPatcher):
         """What the factors of this patcher's patches take on the device; about, as long as they are not built."""
         if self.model.packed_patches.layers and self.model.current_weight_patches_uuid == self.patches_uuid:
             return self.model.packed_patches.nbytes
-        return sum(tensor.nbytes for key in self._packed_keys() for patch in self._all_patches[key]
-                   for tensor in adapter_tensors(patch[1]))
+        branch = self._branch_dtype().itemsize
+        return sum(tensor.numel() * branch if is_plain_lora(patch[1]) else tensor.nbytes for key in self._packed_keys()
+                   for patch in self._all_patches[key] for tensor in adapter_tensors(patch[1]))
 
     def model_size(self):
         return super().model_size() + self._factor_bytes()  # so that the host makes room for them
@@ -38,19 +37,28 @@ class LoadingPatcher(SettlingPatcher):
         if self.is_dynamic():
             self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
         else:
-            built, factors = self._built(device_to), self._factor_bytes()
-            budget = lowvram_model_memory if full_load else max(1, lowvram_model_memory - factors)
-            settled = self._settled(device_to) if self._loads_in_part(device_to, full_load) else contextlib.nullcontext()
-            with self._packed_patches_hidden(), settled:
-                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=full_load)
-            if full_load:
-                self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
-            self._apply_all(device_to, built)
+            self._load_static(device_to, lowvram_model_memory, force_patch_weights, full_load)
         if self.current_hooks is not None:
             self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
 
-    def _loads_in_part(self, device_to, full_load: bool) -> bool:
-        return not full_load and device_to is not None and device_to != self.offload_device
+    def _load_static(self, device_to, budget, force_patch_weights, full_load):
+        built = self._built(device_to)
+        with self._packed_patches_hidden():
+            if full_load:
+                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=True)
+                self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
+            else:
+                self._load_in_part(device_to, max(1, budget - self._factor_bytes()), force_patch_weights)
+        self._apply_all(device_to, built)
+
+    def _load_in_part(self, device_to, budget, force_patch_weights):
+        if device_to in (None, self.offload_device):
+            super().load(device_to, budget, force_patch_weights=force_patch_weights)
+        elif not force_patch_weights and self._keeps_its_place(device_to, budget):
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+        else:
+            with self._settled(device_to):
+                super().load(device_to, budget, force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
@@ -71,12 +79,14 @@ class LoadingPatcher(SettlingPatcher):
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         if not self.is_dynamic() and self._can_swap(device_to, force_patch_weights):
+            before = self.loaded_size()
             with self.use_ejected(skip_and_inject_on_exit_only=True):
                 try:
                     self._swap_patches(device_to)
                 except Exception:
                     super().detach()
                     raise
+            extra_memory -= self.loaded_size() - before  # which the factors have taken of it, or left
         self.model.packed_patches.evicted = False
         return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
 

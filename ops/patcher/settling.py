@@ -1,7 +1,8 @@
 """What the host counts as loaded lies on the device, and nothing more: outside dynamic VRAM, where it loads models in part.
 
 The host plans anew in each load which layers stay. Those that fall out of the plan it counts no more and leaves where they are;
-those it must cast anyway, as most of a text encoder, it does not even look at again. They add up until the device is full.
+those it must cast anyway, as most of a text encoder, it does not even look at again. They add up until the device is full. And a
+byte less of free memory can give another plan, so that layers would travel in each prompt.
 """
 import contextlib
 
@@ -34,6 +35,23 @@ class SettlingPatcher(PinningPatcher):
         for key in left_out:
             self.pin_weight_to_device(key)
         self.model.model_loaded_weight_memory = self._bytes_on(device)
+
+    def _keeps_its_place(self, device, budget: float) -> bool:
+        """Whether what lies on the device may stay and nothing more fits, so that there is nothing to plan.
+
+        budget: bytes of weights, and of the buffers that layers travel through. What is too much of a model leaves the device.
+        """
+        if self.model.current_weight_patches_uuid != self.patches_uuid or self.model.device != device:
+            return False
+        room = budget - self._bytes_on(device) - self.model.model_offload_buffer_memory
+        waiting = [size for *_, size, _, module, _ in self._load_list()
+                   if hasattr(module, "comfy_cast_weights") and not getattr(module, "comfy_patched_weights", False)]
+        if not waiting or room >= min(waiting):
+            return False
+        if room < 0:
+            self.partially_unload(self.offload_device, -room)
+        self.model.model_loaded_weight_memory = self._bytes_on(device)
+        return True
 
     def pin_weight_to_device(self, key):
         if self._left_out is None:

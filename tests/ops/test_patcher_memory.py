@@ -1,12 +1,15 @@
 """On a GPU: what the host counts as loaded lies there and nothing more, what it pins it can, and LoRAs are sent once."""
 import gc
+import logging
 
 import comfy.model_management
 import pytest
 import torch
-from featherweight.ops.patcher import adopt
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_random_gguf
+from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.tensor import QuantizedTensor
-from patched_models import dense_flux, flux_file, flux_inputs, lora_for, packed_flux, patched
+from patched_models import flux_file, flux_inputs, lora_for, packed_flux, patched
 
 pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=True)
 MIB = 1 << 20
@@ -68,3 +71,52 @@ def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, with_lora
         load(patcher, room * size, gpu)
         assert lies_on(patcher.model) == patcher.loaded_size() <= max(room * size, FEW)
         assert torch.equal(step(patcher), expected)
+
+
+def test_what_is_counted_of_a_text_encoder_lies_on_the_gpu_and_nothing_more(gpu, tmp_path):
+    write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
+    clip = load_text_encoder([str(tmp_path / "clip_l.gguf")])
+    tokens, size = clip.tokenize("a cloud"), clip.patcher.model_size()
+    expected = clip.encode_from_tokens(tokens)
+    for room in (0.9, 0.8, 0.85, 0.6, 1.5, 0.7, 0.65):
+        load(clip.patcher, room * size, gpu)
+        assert lies_on(clip.patcher.model) == clip.patcher.loaded_size() <= room * size
+        assert torch.equal(clip.encode_from_tokens(tokens), expected)
+
+
+@pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
+def test_weights_that_stay_in_their_file_are_pinned(format_name, gpu, caplog):
+    patcher = packed_flux(format_name)
+    before, refused = gpu.pinned(), gpu.refused_pins()
+    with caplog.at_level(logging.WARNING):
+        load(patcher, 0.6 * patcher.model_size(), gpu)
+    left = patcher.model_size() - patcher.loaded_size()
+    assert gpu.refused_pins() == refused and "Pin error" not in caplog.text
+    assert 0.9 * left < gpu.pinned() - before <= left
+    gpu.reset()
+    step(patcher)
+    assert gpu.copied().up > 0.9 * left  # from pinned memory, with `late` on: whoever does not wait computes with NaN
+
+
+def test_a_weight_that_finds_no_room_for_a_copy_stays_in_its_file(gpu, monkeypatch):
+    patcher = packed_flux("Q8_0")
+    before, refused = gpu.pinned(), gpu.refused_pins()
+    free = comfy.model_management.get_free_memory
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device=None, **options: 1 << 20 if
+                        device == torch.device("cpu") else free(device, **options))
+    load(patcher, 0.6 * patcher.model_size(), gpu)
+    assert gpu.pinned() - before < 20_000 and gpu.refused_pins() == refused  # but for what lies in no file
+    assert step(patcher).isfinite().all()
+
+
+@pytest.mark.parametrize("room", [0.6, 2])
+def test_the_factors_of_loras_are_sent_once(room, gpu):
+    lora = lora_for(flux_file("Q8_0")[1])
+    packed = packed_flux("Q8_0")
+    strong, weak = (patched(packed, (lora, strength)) for strength in (1.0, 0.5))
+    load(strong, room * packed.model_size(), gpu)
+    read = sum(tensor.nbytes for tensor in lora.values() if tensor.ndim)  # as the file has them
+    for patcher, factors in ((strong, 0), (strong.clone(), 0), (weak, read), (weak.clone(), 0), (strong, read)):
+        gpu.reset()
+        comfy.model_management.load_models_gpu([patcher])
+        assert gpu.copied().up == factors

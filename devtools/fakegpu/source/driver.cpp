@@ -23,7 +23,7 @@ struct Properties { int type, handle_types; Location location; };
 struct Physical { size_t bytes; int device; };
 
 constexpr unsigned READ_ONLY = 8;  // CU_MEMHOSTREGISTER_READ_ONLY
-constexpr size_t PAGE = 4096, EDGE = 1 << 16;
+constexpr size_t UNIT = 512, EDGE = 1 << 16;  // torch's own allocator rounds sizes up to units of 512 bytes
 constexpr int NAN_BYTE = 0xFF;
 
 static std::unique_lock<std::mutex> locked() { return std::unique_lock(ledger().lock); }
@@ -38,7 +38,7 @@ static char* map_host_memory(void* at, size_t bytes, int protection) {
 // --- memory that torch and aimdo allocate ---
 
 static Result allocate(Pointer* out, size_t bytes) {
-  bytes = (std::max<size_t>(bytes, 1) + PAGE - 1) & ~(PAGE - 1);
+  bytes = (std::max<size_t>(bytes, 1) + UNIT - 1) / UNIT * UNIT;
   int device = fake_current();
   auto lock = locked();
   if (!ledger().take(device, bytes)) return OUT_OF_MEMORY;

@@ -39,6 +39,11 @@ void put(StreamId stream, std::function<void()> copy) {
   streams().queues[stream].copies.push_back(std::move(copy));
 }
 
+bool is_waiting(StreamId stream) {
+  std::lock_guard guard(streams().lock);
+  return !streams().queues[stream].copies.empty();
+}
+
 Moment now(StreamId stream) {
   std::lock_guard guard(streams().lock);
   auto& queue = streams().queues[stream];

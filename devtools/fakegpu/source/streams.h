@@ -16,6 +16,7 @@ struct Moment {  // in a stream: after so many of its copies
 
 bool late();
 void put(StreamId stream, std::function<void()> copy);  // to be done later
+bool is_waiting(StreamId stream);  // whether any of its copies has not arrived
 Moment now(StreamId stream);
 void finish(Moment moment);
 void finish(StreamId stream);

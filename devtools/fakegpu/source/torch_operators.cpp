@@ -89,10 +89,12 @@ at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   int device = kind == DOWN ? from.device().index() : to.device().index();
   if (!computing) fake_count_copy(kind, device, from.nbytes());
   StreamId stream = current_stream(device);
-  // What a real GPU promises: work that comes later in this stream sees the values, other work only after waiting. A copy on one
-  // device never blocks; one between the host and a device blocks if it may, or if the host's memory is not pinned.
-  bool pinned = kind == ON || (kind != BETWEEN && fake_is_pinned((kind == UP ? from : to).data_ptr()));
-  if (late() && pinned && (non_blocking || kind == ON)) {
+  // What a real GPU promises: work that comes later in this stream sees the values, other work only after waiting. A copy between
+  // the host and a device blocks if it may, or if the host's memory is not pinned. One on the device never does; but it is done at
+  // once here where nothing waits before it, for what waits is not free yet.
+  bool can_wait = kind == ON ? is_waiting(stream)
+                             : kind != BETWEEN && non_blocking && fake_is_pinned((kind == UP ? from : to).data_ptr());
+  if (late() && can_wait) {
     put(stream, [to, from]() { copy_now(to, from); });
     return to;
   }
