@@ -2,9 +2,9 @@
 
     pytestmark = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
 
-The file is collected here and run there, all of it at once when its first test is asked for; each test then has its outcome from
-there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. stubs: run the file here where there are no
-fake GPUs, on the stubs of `dynamic_vram.py`; without it such a file is skipped.
+The file is collected here and run there, all of it at once when its first test is asked for; each test then has its outcome
+from there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. stubs: where there are no fake GPUs the file
+runs here, on the stubs of `dynamic_vram.py`; without it such a file is skipped. There the host computes as it does on a CPU.
 
 In such a process `import fakegpu` gives the counters.
 """
@@ -20,6 +20,7 @@ import pytest
 from devtools import ROOT, fakegpu
 
 ON_FAKE_GPUS = "FAKEGPU" in os.environ
+AS_ON_A_CPU = "--fp32-unet --fp32-vae --fp32-text-enc --use-pytorch-cross-attention"
 OUTCOMES = "FEATHERWEIGHT_TEST_OUTCOMES"  # environment variable: where a process on fake GPUs writes them
 
 
@@ -47,7 +48,8 @@ class TestFile:
         nodes = [f"{node.path}::{node.nodeid.partition('::')[2]}" for node in self.nodes if not node.get_closest_marker("skip")]
         heavy = ["--heavy"] if self.nodes[0].config.getoption("--heavy") else []
         with tempfile.NamedTemporaryFile() as outcomes:
-            variables = {"HOST_ARGUMENTS": "" if self.dynamic else "--disable-dynamic-vram", OUTCOMES: outcomes.name}
+            vram = "" if self.dynamic else " --disable-dynamic-vram"
+            variables = {"HOST_ARGUMENTS": AS_ON_A_CPU + vram, OUTCOMES: outcomes.name}
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *heavy, *nodes]
             child = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env={**os.environ, **fakegpu.environment(*self.arguments), **variables})

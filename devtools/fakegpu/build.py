@@ -1,4 +1,4 @@
-"""Compiles the libraries of the fake GPUs, once for each source, torch and compiler, in half a minute; they are kept in .dev."""
+"""Compiles the libraries of the fake GPUs, once for each source, torch and compiler, in ten seconds. They are kept in .dev."""
 import functools
 import hashlib
 import importlib.util
@@ -62,8 +62,8 @@ def _build(compiler: str, folder: Path):
         made.mkdir()
         driver, device = made / "libcuda.so.1", made / "libfakegpu.so"
         _compile(compiler, *DRIVER, "devices.cpp", "driver.cpp", "-o", driver)
-        _compile(compiler, *DEVICE, f"-I{torch / 'include'}", "streams.cpp", "torch_device.cpp", "torch_operators.cpp", "-o", device,
-                 f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", driver)
+        _compile(compiler, *DEVICE, f"-I{torch / 'include'}", "streams.cpp", "torch_device.cpp", "torch_operators.cpp",
+                 "-o", device, f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", driver)
         made.rename(folder)
 
 

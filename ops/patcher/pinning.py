@@ -42,7 +42,8 @@ class PinningPatcher(ApplyingPatcher):
 
 def _room_for(nbytes: int) -> bool:
     """Whether the host pins at all, and so many bytes more, and the memory of the machine has room for a copy of them."""
-    host, cpu = comfy.model_management, torch.device("cpu")
-    if host.TOTAL_PINNED_MEMORY + nbytes > host.MAX_PINNED_MEMORY:
+    if comfy.model_management.TOTAL_PINNED_MEMORY + nbytes > comfy.model_management.MAX_PINNED_MEMORY:
         return False
-    return host.get_free_memory(cpu) - nbytes > host.get_total_memory(cpu) / KEPT_FREE
+    cpu = torch.device("cpu")
+    free, total = comfy.model_management.get_free_memory(cpu), comfy.model_management.get_total_memory(cpu)
+    return free - nbytes > total / KEPT_FREE

@@ -1,8 +1,8 @@
 """What the host counts as loaded lies on the device, and nothing more: outside dynamic VRAM, where it loads models in part.
 
 The host plans anew in each load which layers stay. Those that fall out of the plan it counts no more and leaves where they are;
-those it must cast anyway, as most of a text encoder, it does not even look at again. They add up until the device is full. And a
-byte less of free memory can give another plan, so that layers would travel in each prompt.
+those it must cast anyway, as most of a text encoder, it does not even look at again. They add up until the device is full. And
+a byte less of free memory can give another plan, so that layers would travel in each prompt.
 """
 import contextlib
 

@@ -31,7 +31,9 @@ def gpu():
 
 def parts(weight):
     """The plain tensors of a weight."""
-    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]] if isinstance(weight, QuantizedTensor) else [weight]
+    if not isinstance(weight, QuantizedTensor):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 def lies_on(model, device="cuda") -> int:

@@ -57,7 +57,7 @@ def load_driver():
 
 
 def load_device(torch_init: str):
-    """Torch's side. torch_init: path of torch's `__init__.py`, which has not run: torch asks only once what devices there are."""
+    """Torch's side. torch_init: path of torch's `__init__.py`, which has not run: torch asks once what devices there are."""
     global device
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(Path(torch_init).with_name("lib") / name), mode=ctypes.RTLD_GLOBAL)
