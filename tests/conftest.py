@@ -29,7 +29,7 @@ import comfy.cli_args  # noqa: E402, F401  parses sys.argv once
 
 sys.argv = _arguments
 if fake_gpus.ON_FAKE_GPUS:
-    fake_gpus.start_dynamic_vram()
+    fake_gpus.start()
 
 import comfy.model_management  # noqa: E402
 import comfyui_version  # noqa: E402

@@ -1,10 +1,11 @@
-"""Test files that run on fake GPUs (`devtools/fakegpu`), each in a process of its own, for torch must know them from its start.
+"""Tests that run on fake GPUs (`devtools/fakegpu`), in a process for each file, for torch must know them from its start.
 
     pytestmark = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
 
-The file is collected here and run there, all of it at once when its first test is asked for; each test then has its outcome
-from there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. stubs: where there are no fake GPUs the file
-runs here, on the stubs of `dynamic_vram.py`; without it such a file is skipped. There the host computes as it does on a CPU.
+They are collected here and run there, all of a file at once when the first is asked for; each then has its outcome from
+there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. stubs: where there are no fake GPUs the
+tests run here, on the stubs of `dynamic_vram.py`; without it they are skipped. `pytest.mark.on_stubs`: they run here in any
+case. On fake GPUs the host computes as it does on a CPU, in float32.
 
 In such a process `import fakegpu` gives the counters.
 """
@@ -28,7 +29,10 @@ OUTCOMES = "FEATHERWEIGHT_TEST_OUTCOMES"  # environment variable: where a proces
 
 
 class TestFile:
-    """The tests of one file, and their outcomes once they have run. nodes: the tests, as pytest found them here."""
+    """The tests of one file that run on the same GPUs, and their outcomes once they have run.
+
+    nodes: the tests, as pytest found them here.
+    """
 
     __test__ = False
 
@@ -93,13 +97,13 @@ def forward(items: list[pytest.Item]):
     files = {}
     for index, item in enumerate(items):
         marker = item.get_closest_marker("fake_gpus")
-        if marker is None or ON_FAKE_GPUS:
+        if marker is None or ON_FAKE_GPUS or item.get_closest_marker("on_stubs"):
             continue
         if fakegpu.why_not():
             if not marker.kwargs.get("stubs"):
                 item.add_marker(pytest.mark.skip(reason=fakegpu.why_not()))
             continue
-        test_file = files.setdefault(item.path, TestFile(**marker.kwargs))
+        test_file = files.setdefault((item.path, *sorted(marker.kwargs.items())), TestFile(**marker.kwargs))
         test_file.nodes.append(item)
         items[index] = ForwardedTest.from_parent(item.parent, name=item.name, test_file=test_file, node=item)
 
@@ -122,22 +126,24 @@ def report(report: pytest.TestReport):
             file.write(json.dumps(line) + "\n")
 
 
-def start_dynamic_vram():
-    """What the host's main.py does where it finds a GPU, unless it is told not to."""
+def start():
+    """Make the host's modules what its main.py makes of them where it finds a GPU, unless it is told not to."""
     from comfy.cli_args import enables_dynamic_vram
 
-    if not enables_dynamic_vram():
-        return
-    import comfy_aimdo.control
+    if enables_dynamic_vram():
+        import comfy_aimdo.control
 
-    comfy_aimdo.control.init(nvml_pressure=False)
+        comfy_aimdo.control.init(nvml_pressure=False)
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
+    import torch
 
-    devices = [(device.index, 0) for device in comfy.model_management.get_all_torch_devices()]
-    if not comfy_aimdo.control.init_devices(devices):
-        raise RuntimeError("comfy-aimdo finds no fake GPU")
-    comfy_aimdo.control.set_log_warning()
-    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-    comfy.memory_management.aimdo_enabled = True
+    devices = comfy.model_management.get_all_torch_devices()
+    comfy.model_management.LORA_COMPUTE_DTYPES.update(dict.fromkeys(devices, torch.float32))  # as on a CPU
+    if enables_dynamic_vram():
+        if not comfy_aimdo.control.init_devices([(device.index, 0) for device in devices]):
+            raise RuntimeError("comfy-aimdo finds no fake GPU")
+        comfy_aimdo.control.set_log_warning()
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True

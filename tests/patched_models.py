@@ -140,6 +140,13 @@ def packed_layers(patcher) -> list[PackedLayer]:
             if isinstance(module, PackedLayer) and isinstance(module.weight, QuantizedTensor)]
 
 
+def parts(weight):
+    """The plain tensors of a weight."""
+    if not isinstance(weight, QuantizedTensor):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+
+
 class Ledger:
     """What the host does to base weights while a block runs: moves of layers, copies of packed tensors, storage kept."""
 

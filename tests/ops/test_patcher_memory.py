@@ -8,8 +8,7 @@ import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.tensor import QuantizedTensor
-from patched_models import flux_file, flux_inputs, lora_for, packed_flux, patched
+from patched_models import flux_file, flux_inputs, lora_for, packed_flux, parts, patched
 
 pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=True)
 MIB = 1 << 20
@@ -27,13 +26,6 @@ def gpu():
     comfy.model_management.unload_all_models()
     fakegpu.set_capacity(4 << 30)
     gc.collect()
-
-
-def parts(weight):
-    """The plain tensors of a weight."""
-    if not isinstance(weight, QuantizedTensor):
-        return [weight]
-    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 def lies_on(model, device="cuda") -> int:
