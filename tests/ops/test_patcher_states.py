@@ -264,7 +264,7 @@ def test_every_step_has_its_loras_whatever_the_host_did_before(format_name, is_d
 
 @pytest.mark.parametrize("format_name, is_dynamic", ON_GPUS)
 def test_every_step_has_its_loras_on_a_gpu_on_which_lies_what_is_counted(format_name, is_dynamic, device, monkeypatch):
-    walk(format_name, is_dynamic, 0, 60, device, monkeypatch)
+    walk(format_name, is_dynamic, 0, 40, device, monkeypatch)
 
 
 @pytest.mark.heavy
