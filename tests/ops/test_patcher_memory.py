@@ -49,15 +49,17 @@ def step(patcher):
 
 
 FEW = 200_000  # factors and buffers, which stay on the device whatever the room
-ROOMS = (0.9, 0.8, 0.7, 0.75, 0.6, 0.5, 0.3, 0.55, 1.5, 0.4, 0.2, 0.8)
+ROOMS = (0.9, 0.8, 0.7, 0.5, 0.3, 0.55, 1.5, 0.4, 0.2, *(0.4 + 0.02 * step for step in range(25)))
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("cast", [False, True])  # whether the host casts each weight, as it does to compute in another dtype
 @pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
-def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, with_lora, gpu):
+def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, cast, with_lora, gpu):
     packed = packed_flux(format_name)
     stack = [(lora_for(flux_file(format_name)[1]), 1.0)] if with_lora else []
     patcher = patched(packed, *stack).clone()
+    patcher.force_cast_weights = cast
     comfy.model_management.load_models_gpu([patcher])
     expected, size = step(patcher), patcher.model_size()
     assert lies_on(patcher.model) == patcher.loaded_size()
@@ -71,8 +73,9 @@ def test_what_is_counted_of_a_text_encoder_lies_on_the_gpu_and_nothing_more(gpu,
     write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
     clip = load_text_encoder([str(tmp_path / "clip_l.gguf")])
     tokens, size = clip.tokenize("a cloud"), clip.patcher.model_size()
+    assert clip.patcher.force_cast_weights
     expected = clip.encode_from_tokens(tokens)
-    for room in (0.9, 0.8, 0.85, 0.6, 1.5, 0.7, 0.65):
+    for room in (0.4, 0.6, 0.8, 0.7, 0.9, 1.5, 0.65, 0.75):
         load(clip.patcher, room * size, gpu)
         assert lies_on(clip.patcher.model) == clip.patcher.loaded_size() <= room * size
         assert torch.equal(clip.encode_from_tokens(tokens), expected)
@@ -114,3 +117,21 @@ def test_the_factors_of_loras_are_sent_once(room, gpu):
         gpu.reset()
         comfy.model_management.load_models_gpu([patcher])
         assert gpu.copied().up == factors
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_layers_that_fall_out_of_a_new_plan_leave_the_gpu(cast, gpu):
+    packed = packed_flux("Q8_0")
+    packed.force_cast_weights = cast
+    fell_out = 0
+    for rank in (4, 8, 16, 24):  # whose factors leave room for other layers when they go
+        with_lora = patched(packed, (lora_for(flux_file("Q8_0")[1], rank=rank), 1.0))
+        for room in (0.5, 0.6, 0.7):
+            room *= packed.model_size()
+            load(with_lora, room, gpu)
+            gpu.reset()
+            comfy.model_management.load_models_gpu([packed])
+            assert lies_on(packed.model) == packed.loaded_size() <= room
+            fell_out += gpu.copied().down
+            comfy.model_management.unload_all_models()
+    assert fell_out
