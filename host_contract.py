@@ -35,7 +35,10 @@ NAMES = {
     "comfy.model_detection.detect_unet_config": "state_dict key_prefix",
     "comfy.model_detection.model_config_from_unet": "state_dict unet_key_prefix * metadata",
     "comfy.model_detection.unet_prefix_from_state_dict": "state_dict",
+    "comfy.model_management.MAX_PINNED_MEMORY": None,
+    "comfy.model_management.TOTAL_PINNED_MEMORY": None,
     "comfy.model_management.get_free_memory": "dev",
+    "comfy.model_management.get_total_memory": "dev",
     "comfy.model_management.load_models_gpu": "models * memory_required",
     "comfy.model_management.pin_memory": "tensor",
     "comfy.model_management.throw_exception_if_processing_interrupted": "",
@@ -229,15 +232,18 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
     },
     "ops/patcher/loading.py": {
+        "comfy.model_patcher.ModelPatcher.apply_hooks": "hooks * force_apply",
         "comfy.model_patcher.ModelPatcher.backup": None,
         "comfy.model_patcher.ModelPatcher.cleanup": "",
         "comfy.model_patcher.ModelPatcher.current_hooks": None,
         "comfy.model_patcher.ModelPatcher.detach": "unpatch_all",
         "comfy.model_patcher.ModelPatcher.force_cast_weights": None,
+        "comfy.model_patcher.ModelPatcher.forced_hooks": None,
         "comfy.model_patcher.ModelPatcher.get_all_callbacks": "call_type",
         "comfy.model_patcher.ModelPatcher.is_dynamic": "",
         "comfy.model_patcher.ModelPatcher.load": "device_to lowvram_model_memory force_patch_weights full_load",
         "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.loaded_size": "",
         "comfy.model_patcher.ModelPatcher.model_size": "",
         "comfy.model_patcher.ModelPatcher.offload_device": None,
         "comfy.model_patcher.ModelPatcher.partially_load": "device_to extra_memory force_patch_weights",
@@ -247,15 +253,27 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.patch_weight_to_device": "key device_to inplace_update return_weight force_cast",
         "comfy.model_patcher.ModelPatcher.patches": None,
         "comfy.model_patcher.ModelPatcher.patches_uuid": None,
-        "comfy.model_patcher.ModelPatcher.pin_weight_to_device": "key",
-        "comfy.model_patcher.ModelPatcher.pinned": None,
         "comfy.model_patcher.ModelPatcher.unpatch_hooks": "whitelist_keys_set",
         "comfy.model_patcher.ModelPatcher.unpatch_model": "device_to unpatch_weights",
-        "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
         "comfy.model_patcher.ModelPatcher.use_ejected": "* skip_and_inject_on_exit_only",
         "comfy.model_patcher.ModelPatcher.weight_wrapper_patches": None,
         "comfy.model_patcher.ModelPatcherDynamic.load": "device_to lowvram_model_memory",
         "comfy.model_patcher.ModelPatcherDynamic.restore_loaded_backups": "",
+    },
+    "ops/patcher/pinning.py": {
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.pin_weight_to_device": "key",
+        "comfy.model_patcher.ModelPatcher.pinned": None,
+        "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
+    },
+    "ops/patcher/settling.py": {
+        "comfy.model_patcher.ModelPatcher._load_list": "",
+        "comfy.model_patcher.ModelPatcher.backup": None,
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.offload_device": None,
+        "comfy.model_patcher.ModelPatcher.partially_unload": "device_to memory_to_free",
+        "comfy.model_patcher.ModelPatcher.patches_uuid": None,
+        "comfy.model_patcher.ModelPatcher.pin_weight_to_device": "key",
     },
     "ops/patcher/saving.py": {
         "comfy.model_patcher.ModelPatcher.backup": None,
@@ -288,9 +306,14 @@ MARKS = {
     "ops/operations.py": {"comfy.ops": "quant_config"},
     "ops/patcher/applying.py": {"comfy.model_patcher": "model_loaded_weight_memory weight_function"},
     "ops/patcher/loading.py": {
-        "comfy.model_patcher": "_v _v_signature bias_function comfy_force_cast_weights comfy_patched_weights"
-                               " current_weight_patches_uuid device model_loaded_weight_memory weight_function",
+        "comfy.model_patcher": "_v _v_signature comfy_force_cast_weights comfy_patched_weights current_weight_patches_uuid"
+                               " device model_loaded_weight_memory",
         "comfy.ops": "_lowvram_function",
+    },
+    "ops/patcher/settling.py": {
+        "comfy.model_patcher": "bias_function comfy_cast_weights comfy_patched_weights current_weight_patches_uuid device"
+                               " model_loaded_weight_memory model_offload_buffer_memory move_to prev_comfy_cast_weights"
+                               " weight_function",
     },
 }
 

@@ -1,7 +1,8 @@
 """Tools for developers, none of which the pack itself uses; `dev.py` starts them.
 
-Rooms, each of which imports only itself and those before it: `host` (ComfyUI's environment, its server, a browser), `files`
-(writers of model files), `workflows` (the examples), `measure` (speed, memory, sizes, quality).
+Rooms, each of which imports only itself and those before it: `host` (ComfyUI's environment, its server, a browser), `fakegpu`
+(GPUs that are memory of the host, to test on), `files` (writers of model files), `workflows` (the examples), `measure` (speed,
+memory, sizes, quality).
 """
 import importlib
 import sys

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import fake_gpus
 import pytest
 from devtools.host.environment import HOST_VERSION
 
@@ -27,6 +28,9 @@ comfy.options.enable_args_parsing()
 import comfy.cli_args  # noqa: E402, F401  parses sys.argv once
 
 sys.argv = _arguments
+if fake_gpus.ON_FAKE_GPUS:
+    fake_gpus.start()
+
 import comfy.model_management  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
@@ -44,13 +48,18 @@ def pytest_addoption(parser):
     parser.addoption("--heavy", action="store_true", help="also run tests that need minutes or gigabytes")
 
 
+@pytest.hookimpl(trylast=True)  # of what was chosen
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--heavy"):
-        return
-    skip = pytest.mark.skip(reason="heavy: run `python3 dev.py test --heavy`")
-    for item in items:
-        if "heavy" in item.keywords:
-            item.add_marker(skip)
+    if not config.getoption("--heavy"):
+        skip = pytest.mark.skip(reason="heavy: run `python3 dev.py test --heavy`")
+        for item in items:
+            if "heavy" in item.keywords:
+                item.add_marker(skip)
+    fake_gpus.forward(items)
+
+
+def pytest_runtest_logreport(report):
+    fake_gpus.report(report)
 
 
 @pytest.hookimpl(wrapper=True)

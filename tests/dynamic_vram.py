@@ -1,4 +1,5 @@
-"""Dynamic VRAM, which the host uses on GPUs, with comfy_aimdo replaced by plain CPU memory."""
+"""Dynamic VRAM, which the host uses on GPUs: the real one on fake GPUs, else with comfy_aimdo replaced by plain CPU memory."""
+import contextlib
 import itertools
 import weakref
 
@@ -11,9 +12,11 @@ import comfy_aimdo.torch
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcherDynamic
+from fake_gpus import ON_FAKE_GPUS
 from featherweight.ops.patcher import adopt
 
-LOAD = torch.device("cpu:0")  # not the CPU, as far as the stubs tell the host
+LOAD = torch.device("cuda:0" if ON_FAKE_GPUS else "cpu:0")  # not the CPU, as far as the stubs tell the host
+ROOM_TO_COMPUTE = 32 << 20  # bytes of a small model's activations, and of the buffers that weights travel through
 
 
 class Slot:
@@ -65,7 +68,7 @@ class HostBuffer:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Put the stubs in. Returns the list that fills with the modules whose weights are uploaded."""
+    """Put the stubs in, where there is no GPU. Returns the list that fills with the modules whose weights are uploaded."""
     uploaded = []
     cast_bias_weight, cast_modules = comfy.ops.cast_bias_weight, comfy.ops.cast_modules_with_vbar
 
@@ -78,9 +81,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list:
         uploaded.extend(module for module in modules if not module._prefetch["resident"])
         return stream
 
+    monkeypatch.setattr(comfy.ops, "cast_modules_with_vbar", cast_with_vbar)
+    if ON_FAKE_GPUS:
+        return uploaded
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == torch.device("cpu"))
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
-    monkeypatch.setattr(comfy.ops, "cast_modules_with_vbar", cast_with_vbar)
     monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", ModelVBAR)
     monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda slot: slot.vbar.signature if slot.fits else None)
     monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_signature_compare", lambda a, b: a is not None and a == b)
@@ -92,8 +97,31 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list:
     return uploaded
 
 
+@contextlib.contextmanager
+def full_device(patcher):
+    """The device has no memory left to keep this model's weights."""
+    if ON_FAKE_GPUS:
+        import fakegpu
+
+        patcher.partially_unload(torch.device("cpu"), 1e12)
+        before = fakegpu.capacity()
+        fakegpu.set_capacity(fakegpu.used() + ROOM_TO_COMPUTE)
+        yield
+        fakegpu.set_capacity(before)
+        return
+    slots = list(patcher.model.dynamic_vbars[LOAD].slots)
+    for slot in slots:
+        slot.fits = False
+    yield
+    for slot in slots:
+        slot.fits = True
+
+
 def dynamic(patcher):
-    """The patcher the host would have made of this freshly loaded model on a GPU."""
+    """The patcher the host would have made of this freshly loaded model on a GPU, or has made."""
+    if ON_FAKE_GPUS:
+        assert patcher.is_dynamic()
+        return patcher
     result = adopt(ModelPatcherDynamic(patcher.model, load_device=LOAD, offload_device=torch.device("cpu")))
     result.cached_patcher_init = patcher.cached_patcher_init
     return result

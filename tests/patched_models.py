@@ -15,6 +15,7 @@ import pytest
 import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import pack, write_gguf
+from fake_gpus import ON_FAKE_GPUS
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.handover import operations_for
@@ -62,8 +63,10 @@ def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Ten
 
 
 def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
-    """The host's own dense model of the same values."""
-    options = {} if dtype is None else {"dtype": dtype}
+    """The host's own dense model of the same values, on the CPU, where it applies patches in float32."""
+    cpu = torch.device("cpu")
+    options = {"load_device": cpu, "offload_device": cpu} if ON_FAKE_GPUS else {}
+    options |= {} if dtype is None else {"dtype": dtype}
     return comfy.sd.load_diffusion_model_state_dict(dict(flux_file(format_name, seed)[1]), model_options=options)
 
 
@@ -110,8 +113,11 @@ def flux_inputs(concat: bool = False) -> dict:
 
 def forward(patcher, inputs: dict | None = None) -> torch.Tensor:
     """One step of a model as it is loaded now."""
+    inputs = inputs or flux_inputs()
+    if ON_FAKE_GPUS:
+        inputs = {name: value.to(patcher.load_device) for name, value in inputs.items()}
     with torch.no_grad():
-        return patcher.model.apply_model(**(inputs or flux_inputs())).float()
+        return patcher.model.apply_model(**inputs).float().cpu()
 
 
 def run(patcher, inputs: dict | None = None) -> torch.Tensor:
@@ -132,6 +138,13 @@ def error_by_effect(actual: torch.Tensor, expected: torch.Tensor, without: torch
 def packed_layers(patcher) -> list[PackedLayer]:
     return [module for module in patcher.model.modules()
             if isinstance(module, PackedLayer) and isinstance(module.weight, QuantizedTensor)]
+
+
+def parts(weight):
+    """The plain tensors of a weight."""
+    if not isinstance(weight, QuantizedTensor):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 class Ledger:

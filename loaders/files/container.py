@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops.format import FORMATS
+from ...ops.read_only import mark_read_only
 from ...ops.tensor import packed_tensor
 
 # Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
@@ -130,6 +131,7 @@ class WeightFile:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             tensor = torch.frombuffer(data, dtype=torch.uint8)
+        mark_read_only(tensor)
         dtype = self.dtypes.get(entry.format)
         if entry.offset % self.alignment(dtype):
             tensor = tensor.clone()

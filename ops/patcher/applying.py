@@ -14,14 +14,16 @@ class Applied:
     """What is applied to a model's packed layers now.
 
     layers: weight name -> LayerPatches. before_hooks: what hooks have replaced for the moment. nbytes: of the factors in
-    `layers`. counted: of these, the bytes in the host's `model_loaded_weight_memory`. evicted: the host has taken the model
-    off the device in the midst of a run.
+    `layers`. counted: of these, the bytes in the host's `model_loaded_weight_memory`. built_for: the patcher's patches_uuid and
+    the device for which all of `layers` were built, or None. evicted: the host has taken the model off the device in the midst
+    of a run.
     """
 
     def __init__(self):
         self.layers = {}
         self.before_hooks = {}
         self.nbytes = self.counted = 0
+        self.built_for = None
         self.evicted = False
 
 
@@ -68,10 +70,13 @@ class ApplyingPatcher:
 
     def _build(self, key: str, patches: list, device, original_weights=None) -> LayerPatches | None:
         layer = self._layer(key)
+        return build_patches(key, patches, layer.weight.shape, device, self._branch_dtype(), layer.has_branch, original_weights)
+
+    def _branch_dtype(self) -> torch.dtype:
         dtype = self.object_patches.get("manual_cast_dtype")
         if dtype is None:  # text encoders do not say; their factors are cast at first use
             dtype = self.model.get_dtype_inference() if hasattr(self.model, "get_dtype_inference") else torch.float32
-        return build_patches(key, patches, layer.weight.shape, device, dtype, layer.has_branch, original_weights)
+        return dtype
 
     def _hand_to_layer(self, key: str, patches: LayerPatches | None):
         """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""
@@ -82,17 +87,26 @@ class ApplyingPatcher:
         else:
             layer.lora, layer.weight_function = patches, functions
 
-    def _apply_all(self, device):
-        """Give every packed layer its patches, and count their factors as loaded."""
+    def _built(self, device) -> dict:
+        """What layers run on this device already and are to run on, by names of weights: of these very patches."""
+        applied = self.model.packed_patches
+        if applied.built_for != (self.patches_uuid, device):
+            return {}
+        return {key: patches for key, patches in applied.layers.items() if not patches.offloaded}
+
+    def _apply_all(self, device, built: dict | None = None):
+        """Give every packed layer its patches, and count their factors as loaded. built: those that need not be sent again."""
         self._clear_all()
         for key in self._packed_keys():
-            self._apply_one(key, device)
+            self._apply_one(key, device, (built or {}).get(key))
+        self.model.packed_patches.built_for = self.patches_uuid, device
 
-    def _apply_one(self, key: str, device):
+    def _apply_one(self, key: str, device, built: LayerPatches | None = None):
         """Give one packed layer its patches, and count their factors as loaded."""
         applied = self.model.packed_patches
+        applied.built_for = None
         before = applied.layers.pop(key, None)
-        built = self._build(key, self._all_patches[key], device)
+        built = built or self._build(key, self._all_patches[key], device)
         self._hand_to_layer(key, built)
         if built is not None:
             applied.layers[key] = built
@@ -106,4 +120,4 @@ class ApplyingPatcher:
         applied = self.model.packed_patches
         for key in applied.layers.keys() | applied.before_hooks.keys():
             self._hand_to_layer(key, None)
-        applied.layers, applied.before_hooks, applied.nbytes, applied.counted = {}, {}, 0, 0
+        applied.layers, applied.before_hooks, applied.nbytes, applied.counted, applied.built_for = {}, {}, 0, 0, None

@@ -1,16 +1,14 @@
 """Loading, moving and unloading a model, in part too, with the patches of its packed layers."""
-import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from ..adapters import adapter_tensors
-from .applying import ApplyingPatcher
+from ..adapters import adapter_tensors, is_plain_lora
+from .settling import SettlingPatcher
 
 
-class LoadingPatcher(ApplyingPatcher):
-    """The methods of the host's patchers that load, move, pin and unload."""
+class LoadingPatcher(SettlingPatcher):
+    """The methods of the host's patchers that load, move and unload."""
 
     # --- memory ---
 
@@ -18,8 +16,9 @@ class LoadingPatcher(ApplyingPatcher):
         """What the factors of this patcher's patches take on the device; about, as long as they are not built."""
         if self.model.packed_patches.layers and self.model.current_weight_patches_uuid == self.patches_uuid:
             return self.model.packed_patches.nbytes
-        return sum(tensor.nbytes for key in self._packed_keys() for patch in self._all_patches[key]
-                   for tensor in adapter_tensors(patch[1]))
+        branch = self._branch_dtype().itemsize
+        return sum(tensor.numel() * branch if is_plain_lora(patch[1]) else tensor.nbytes for key in self._packed_keys()
+                   for patch in self._all_patches[key] for tensor in adapter_tensors(patch[1]))
 
     def model_size(self):
         return super().model_size() + self._factor_bytes()  # so that the host makes room for them
@@ -38,28 +37,32 @@ class LoadingPatcher(ApplyingPatcher):
         if self.is_dynamic():
             self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
         else:
-            factors = self._factor_bytes()
-            budget = lowvram_model_memory if full_load else max(1, lowvram_model_memory - factors)
-            with self._packed_patches_hidden():
-                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=full_load)
-            self._drop_double_patches()
-            if full_load:
-                self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
-            self._apply_all(device_to)
+            self._load_static(device_to, lowvram_model_memory, force_patch_weights, full_load)
         if self.current_hooks is not None:
             self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
 
-    def _drop_double_patches(self):
-        """Where a loaded module falls out of the budget the host leaves its patched weights and patches them once more."""
-        for module in self.model.modules():
-            if getattr(module, "comfy_patched_weights", False) and hasattr(module, "weight_function"):
-                for name in ("weight_function", "bias_function"):
-                    functions = getattr(module, name)
-                    setattr(module, name, [function for function in functions if not isinstance(function, LowVramPatch)])
+    def _load_static(self, device_to, budget, force_patch_weights, full_load):
+        built = self._built(device_to)
+        with self._packed_patches_hidden():
+            if full_load:
+                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=True)
+                self.model.model_loaded_weight_memory = super().model_size()  # the host took ours, with the factors
+            else:
+                self._load_in_part(device_to, max(1, budget - self._factor_bytes()), force_patch_weights)
+        self._apply_all(device_to, built)
+
+    def _load_in_part(self, device_to, budget, force_patch_weights):
+        if device_to in (None, self.offload_device):
+            super().load(device_to, budget, force_patch_weights=force_patch_weights)
+        elif not force_patch_weights and self._keeps_its_place(device_to, budget):
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+        else:
+            with self._settled(device_to):
+                super().load(device_to, budget, force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
-        before = self._slots()
+        before, built = self._slots(), self._built(device_to)
         self._take_all_off()
         with self._packed_patches_hidden():
             super().load(device_to, lowvram_model_memory)
@@ -67,7 +70,7 @@ class LoadingPatcher(ApplyingPatcher):
             old_slot, was_patched = before.get(module, (None, False))
             if slot is not old_slot or (dirty and (patched or was_patched)):
                 module._v_signature = None
-        self._apply_all(device_to)
+        self._apply_all(device_to, built)
 
     def _slots(self) -> dict:
         """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
@@ -76,12 +79,14 @@ class LoadingPatcher(ApplyingPatcher):
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         if not self.is_dynamic() and self._can_swap(device_to, force_patch_weights):
+            before = self.loaded_size()
             with self.use_ejected(skip_and_inject_on_exit_only=True):
                 try:
                     self._swap_patches(device_to)
                 except Exception:
                     super().detach()
                     raise
+            extra_memory -= self.loaded_size() - before  # which the factors have taken of it, or left
         self.model.packed_patches.evicted = False
         return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
 
@@ -173,20 +178,3 @@ class LoadingPatcher(ApplyingPatcher):
         super().cleanup()
         if self.model.packed_patches.evicted:  # the host no longer knows the model as loaded
             self.detach()
-
-    # --- pinning ---
-
-    def pin_weight_to_device(self, key):
-        weight = self._packed_weight(key)
-        if weight is None:
-            super().pin_weight_to_device(key)
-        elif comfy.model_management.pin_memory(weight._qdata):
-            self.pinned.add(key)
-
-    def unpin_weight(self, key):
-        weight = self._packed_weight(key)
-        if weight is None:
-            super().unpin_weight(key)
-        elif key in self.pinned:
-            comfy.model_management.unpin_memory(weight._qdata)
-            self.pinned.remove(key)

@@ -8,17 +8,22 @@ import random
 import comfy.hooks
 import comfy.model_management
 import dynamic_vram
+import fake_gpus
 import pytest
 import torch
 from patched_models import (
-    LIMIT, dense_flux, error_by_effect, flux_file, forget_models, forward, lora_for, packed_flux, packed_layers,
+    LIMIT, dense_flux, error_by_effect, flux_file, forget_models, forward, lora_for, packed_flux, packed_layers, parts,
     patched, run,
 )
+
+if fake_gpus.ON_FAKE_GPUS:
+    import fakegpu
 
 LOAD, OFFLOAD = dynamic_vram.LOAD, torch.device("cpu")
 GAIN = 1e-3  # how far from 1 the realised strength of the LoRAs may be
 WALKS = [(format_name, is_dynamic) for format_name in ("Q8_0", "Q4_K", "INT8", "float8_e4m3fn") for is_dynamic in (False, True)]
 LONG_WALKS = [("Q8_0", False), ("Q4_K", True)]
+ON_GPUS = [pytest.param(*walk, marks=pytest.mark.fake_gpus(dynamic=walk[1])) for walk in LONG_WALKS]
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +66,33 @@ class Device:
         return (free, 0) if torch_free_too else free
 
 
+class GPU(Device):
+    """A fake GPU, whose capacity follows `total`, with room beside the weights for activations and for buffers, 32 MiB each."""
+
+    room = 192 << 20
+
+    def __setattr__(self, name, value):
+        fakegpu.set_capacity(value + self.room)
+
+    def free(self, device=None):
+        return comfy.model_management.get_free_memory(LOAD) - self.room
+
+
 @pytest.fixture
 def device(monkeypatch):
+    if fake_gpus.ON_FAKE_GPUS:
+        monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: GPU.room)
+        monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 1)
+        yield GPU()
+        fakegpu.set_capacity(4 << 30)
+        return
     device = Device()
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == OFFLOAD)
     monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NORMAL_VRAM)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", device.free)
     monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: 1)
     monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 1)
-    return device
+    yield device
 
 
 def on_the_device(patcher):
@@ -218,6 +241,14 @@ class Machine:
             assert self.current.model.model_loaded_weight_memory >= applied.counted
         else:  # the host subtracts more than it has added, where a new budget leaves out what lies on the device
             assert self.current.loaded_size() <= self.current.model_size()
+            if fake_gpus.ON_FAKE_GPUS and not applied.evicted:  # then the host no longer counts it
+                assert self.current.loaded_size() == self.lies_on_the_gpu()
+
+    def lies_on_the_gpu(self) -> int:
+        applied = self.current.model.packed_patches
+        weights = sum(part.nbytes for weight in (*self.current.model.parameters(), *self.current.model.buffers())
+                      for part in parts(weight) if part.device == LOAD)
+        return weights + applied.counted
 
 
 def walk(format_name, is_dynamic, seed, operations, device, monkeypatch):
@@ -229,6 +260,11 @@ def walk(format_name, is_dynamic, seed, operations, device, monkeypatch):
 @pytest.mark.parametrize("format_name, is_dynamic", WALKS)
 def test_every_step_has_its_loras_whatever_the_host_did_before(format_name, is_dynamic, device, monkeypatch):
     walk(format_name, is_dynamic, 0, 300 if (format_name, is_dynamic) in LONG_WALKS else 40, device, monkeypatch)
+
+
+@pytest.mark.parametrize("format_name, is_dynamic", ON_GPUS)
+def test_every_step_has_its_loras_on_a_gpu_on_which_lies_what_is_counted(format_name, is_dynamic, device, monkeypatch):
+    walk(format_name, is_dynamic, 0, 40, device, monkeypatch)
 
 
 @pytest.mark.heavy

@@ -1,0 +1,34 @@
+"""With this folder on PYTHONPATH, a Python that has FAKEGPU in its environment gets fake GPUs. Its program notices nothing.
+
+Python imports this file by itself before anything else. The driver must be there before comfy-aimdo looks for one; torch's side
+waits until torch is imported, which many programs never do.
+"""
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+
+
+class _WithTorch(importlib.abc.MetaPathFinder):
+    """Finds torch as the others would, and has it know the fake GPUs once it is there."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            fakegpu.native.load_device(spec.origin)
+            execute(module)
+            fakegpu.torch_cuda.install(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if "FAKEGPU" in os.environ:
+    import fakegpu
+
+    fakegpu.native.load_driver()
+    sys.meta_path.insert(0, _WithTorch())
