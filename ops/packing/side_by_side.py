@@ -12,7 +12,8 @@ import torch
 def for_each(work: Callable[[int], None], items: Sequence[int], device: torch.device):
     """Calls `work` with every item, in no order; on a CPU as many at a time as torch has threads, each with one of its own.
 
-    The first error ends it. In `work` no gradients are recorded.
+    The first error ends it. In `work` no gradients are recorded, and tensors are made as the caller's are: ComfyUI runs nodes in
+    inference mode, which each thread has of its own.
     """
     threads = min(torch.get_num_threads(), len(items))
     if device.type != "cpu" or threads == 1:
@@ -20,9 +21,15 @@ def for_each(work: Callable[[int], None], items: Sequence[int], device: torch.de
             work(item)
         return
     before = torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
+
+    def in_the_callers_mode(item: int):
+        with torch.inference_mode(inference), torch.no_grad():
+            work(item)
+
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for _ in pool.map(torch.no_grad()(work), items):
+        for _ in pool.map(in_the_callers_mode, items):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

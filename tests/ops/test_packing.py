@@ -295,12 +295,15 @@ def test_large_values_count_more_in_few_levels(type_name, emphasised):
     assert torch.equal(pack_tensor(values, packed_format)._qdata.view(-1), packed_format.encode(fit).view(-1))
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("type_name", ["Q4_K", "Q8_0", "NF4"])
-def test_threads_pack_what_one_thread_packs_and_are_as_many_as_before(type_name):
+def test_threads_pack_what_one_thread_packs_and_are_as_many_as_before(type_name, inference):
     weight = torch.randn(100, 3 * packing.CPU_SLICE_VALUES // 64, generator=torch.Generator().manual_seed(3))
     alone = packed_tensors(packing.pack_tensor(weight, FORMATS[type_name]))
     torch.set_num_threads(2)
-    together = packed_tensors(packing.pack_tensor(weight, FORMATS[type_name]))
+    with torch.inference_mode(inference):
+        together = packed_tensors(packing.pack_tensor(weight, FORMATS[type_name]))
+    assert all(tensor.is_inference() == inference for tensor in together)
     assert torch.get_num_threads() == 2
     assert all(map(torch.equal, together, alone))
 
