@@ -12,8 +12,8 @@ import torch
 def for_each(work: Callable[[int], None], items: Sequence[int], device: torch.device):
     """Calls `work` with every item, in no order; on a CPU as many at a time as torch has threads, each with one of its own.
 
-    The first error ends it. In `work` no gradients are recorded, and tensors are made as the caller's are: ComfyUI runs nodes in
-    inference mode, which each thread has of its own.
+    The first error ends it. In `work` no gradients are recorded, and tensors are made as the caller's are: ComfyUI runs nodes
+    in inference mode, which each thread has of its own.
     """
     threads = min(torch.get_num_threads(), len(items))
     if device.type != "cpu" or threads == 1:
