@@ -165,7 +165,7 @@ def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatc
     monkeypatch.setattr(cpp_backend._kernels(), "pack", lambda *arguments: (runs.append(1), run(*arguments)))
     whole = packing.pack_tensor(values, FORMATS["Q4_K"])
     assert runs
-    monkeypatch.setattr(packing, "_slice_values", lambda device, by_kernel: 1024)
+    monkeypatch.setattr(packing, "CPU_SLICE_VALUES", 1024)
     assert torch.equal(packing.pack_tensor(values, FORMATS["Q4_K"])._qdata, whole._qdata)
     assert torch.equal(packing.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1), whole._qdata.view(37, -1)[5:9])
 

@@ -11,7 +11,8 @@ ENCODER_NODES = {"FeatherweightLoadTextEncoder", "FeatherweightLoadCheckpoint", 
                  "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "TripleCLIPLoaderGGUF", "QuadrupleCLIPLoaderGGUF"}
 CHANGES = {  # what another pack, loaded before this one, does to the host; what the sentence says; the nodes that go
     "LoRA": ("import comfy.lora_convert\ndel comfy.lora_convert.convert_lora",
-             "comfy.lora_convert.convert_lora is gone. So 2 nodes are left out: Apply LoRA (Featherweight),", LORA_NODES),
+             "comfy.lora_convert.convert_lora is gone. So 3 nodes are left out: Apply LoRA (Featherweight),",
+             {*LORA_NODES, "FeatherweightInspectModelFile"}),
     "text encoders": ("import comfy.sd\nload = comfy.sd.load_clip\n"
                       "comfy.sd.load_clip = lambda ckpt_paths, embedding_directory=None: load(ckpt_paths, embedding_directory)",
                       "comfy.sd.load_clip takes other parameters (too many positional arguments). So 8 nodes are left out:",
@@ -19,7 +20,7 @@ CHANGES = {  # what another pack, loaded before this one, does to the host; what
     "texts": ("import comfy_execution.utils\ndel comfy_execution.utils.get_executing_context",
               "comfy_execution.utils.get_executing_context is gone. So nodes show no text on themselves.", set()),
     "everything": ("import comfy_kitchen.tensor\ndel comfy_kitchen.tensor.register_layout_op",
-                   "comfy_kitchen.tensor.register_layout_op is gone. So 13 nodes are left out:", None),
+                   "comfy_kitchen.tensor.register_layout_op is gone. So 16 nodes are left out:", None),
 }
 
 
