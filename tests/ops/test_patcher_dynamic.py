@@ -106,7 +106,7 @@ def test_memory_freed_in_the_midst_of_a_run_takes_no_lora(models, uploads, kind)
         patcher.partially_unload(torch.device("cpu"), 1e12)
         assert error_by_effect(forward(patcher), expected, without) < LIMIT
     assert patcher.loaded_size() <= loaded - factors and patcher.model.model_loaded_weight_memory == 0
-    assert error_by_effect(step(patcher), expected, without) < LIMIT and patcher.loaded_size() == loaded
+    assert error_by_effect(step(patcher), expected, without) < LIMIT and patcher.loaded_size() >= loaded
     assert torch.equal(step(packed), without)
 
 
