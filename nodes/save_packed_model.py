@@ -63,7 +63,7 @@ class SavePackedModel(io.ComfyNode):
                 io.Conditioning.Input("positive", optional=True,
                                       tooltip="Prompts of the kind you use. With them the model draws a little and its layers"
                                               " are packed one after another, each making up for the errors of those before it:"
-                                              " the closest there is, and slow."),
+                                              " nearer with one type, and slow."),
                 io.Latent.Input("latent", optional=True,
                                 tooltip="With positive: an empty latent of the size you use, or of a video's length. Without"
                                         " one: a picture of 512 x 512, or one frame."),
