@@ -15,12 +15,12 @@ def for_each(work: Callable[[int], None], items: Sequence[int], device: torch.de
     The first error ends it. In `work` no gradients are recorded, and tensors are made as the caller's are: ComfyUI runs nodes
     in inference mode, which each thread has of its own.
     """
-    threads = min(torch.get_num_threads(), len(items))
+    before = torch.get_num_threads()
+    threads = min(before, len(items))
     if device.type != "cpu" or threads == 1:
         for item in items:
             work(item)
         return
-    before = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
     def in_the_callers_mode(item: int):
