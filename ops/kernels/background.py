@@ -1,10 +1,14 @@
 """What a thread in the background finds out, such as whether a kernel compiles here and is right."""
+import atexit
 import threading
 import time
 from collections.abc import Callable
 
+from .processes import end_all
+
 AT_ONCE = 4  # threads that find out something; the others wait for their turn
 LOOK_EVERY = 0.05  # seconds between two looks at whether the user cancelled
+AT_THE_END = 10  # seconds that a process which ends waits for its threads, whose compilers are killed by then
 
 
 def _nothing():
@@ -15,6 +19,8 @@ def _nothing():
 raise_if_cancelled: Callable[[], None] = _nothing
 
 _turns = threading.BoundedSemaphore(AT_ONCE)
+_threads: set[threading.Thread] = set()
+_ending = threading.Event()
 
 
 class Finding:
@@ -29,13 +35,17 @@ class Finding:
         self._find_out = find_out
         self._decided, self._deciding = threading.Event(), threading.Lock()
         if in_background:
-            threading.Thread(target=self._run, name="featherweight-kernels", daemon=True).start()
+            thread = threading.Thread(target=self._run, name="featherweight-kernels", daemon=True)
+            _threads.add(thread)
+            thread.start()
         else:
             self.decide(find_out())
 
     def _run(self):
         with _turns:
-            self.decide(self._find_out())
+            if not _ending.is_set():
+                self.decide(self._find_out())
+        _threads.discard(threading.current_thread())
 
     @property
     def decided(self) -> bool:
@@ -55,3 +65,13 @@ class Finding:
             raise_if_cancelled()
             self._decided.wait(min(left, LOOK_EVERY))
         return self.decided
+
+
+@atexit.register
+def _wait_for_all():
+    """A thread that is within torch when the interpreter goes would end the process with an error."""
+    _ending.set()
+    end_all()
+    end = time.monotonic() + AT_THE_END
+    for thread in list(_threads):
+        thread.join(max(0, end - time.monotonic()))

@@ -39,7 +39,8 @@ def _kill(process: subprocess.Popen):
 
 
 @atexit.register
-def _end_all():
+def end_all():
+    """Kills what runs; nothing is started any more."""
     global _ending
     with _starting:
         _ending = True

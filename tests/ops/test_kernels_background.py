@@ -158,29 +158,47 @@ def test_a_model_gives_the_same_values_before_and_after_its_kernels_come(compile
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-EXITS = """
+PROCESS = f"""
 import sys, time, types
-sys.path.insert(0, {host!r})
+from pathlib import Path
+sys.path.insert(0, {str(Path(comfy.model_management.__file__).parents[1])!r})
 sys.argv[1:] = []
 pack = types.ModuleType("featherweight")
-pack.__path__ = [{pack!r}]
+pack.__path__ = [{str(PACK)!r}]
 sys.modules["featherweight"] = pack
 import torch
+"""
+ENDS_WITH_A_COMPILER = PROCESS + """
 from featherweight.ops import formats, kernels
 from featherweight.ops.format import FORMATS
 kernels.find("unpack", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
-while not __import__("pathlib").Path({started!r}).is_file():
+while not Path({started!r}).is_file():
     time.sleep(0.05)
 """
+ENDS_WITHIN_TORCH = PROCESS + """
+from featherweight.ops.kernels.background import Finding
+def products():
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        torch.ones(100, 100) @ torch.ones(100, 100)
+Finding(products)
+time.sleep(0.1)
+"""
+
+
+def ends(script: str):
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_process_ends_without_error_while_a_thread_is_within_torch():
+    ends(ENDS_WITHIN_TORCH)
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
 def test_no_compiler_stays_when_the_process_ends(compiler, tmp_path):
     compiler(FOREVER)
     started = tmp_path / "started"
-    host = Path(comfy.model_management.__file__).parents[1]
-    script = EXITS.format(pack=str(PACK), host=str(host), started=str(started))
-    assert seconds_of(lambda: subprocess.run([sys.executable, "-c", script], check=True, timeout=60)) < 60
+    assert seconds_of(lambda: ends(ENDS_WITH_A_COMPILER.format(started=str(started)))) < 60
     (group,) = started.read_text().split()
     time.sleep(0.2)
     processes_here = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
