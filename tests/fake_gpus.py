@@ -3,9 +3,8 @@
     pytestmark = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
 
 They are collected here and run there, all of a file at once when the first is asked for; each then has its outcome from
-there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. stubs: where there are no fake GPUs the
-tests run here, on the stubs of `dynamic_vram.py`; without it they are skipped. `pytest.mark.on_stubs`: they run here in any
-case. On fake GPUs the host computes as it does on a CPU, in float32.
+there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. Where there are no fake GPUs the tests are
+skipped. On them the host computes as it does on a CPU, in float32.
 
 In such a process `import fakegpu` gives the counters.
 """
@@ -36,7 +35,7 @@ class TestFile:
 
     __test__ = False
 
-    def __init__(self, devices: int = 1, gib: float = 4, late: bool = True, dynamic: bool = False, stubs: bool = False):
+    def __init__(self, devices: int = 1, gib: float = 4, late: bool = True, dynamic: bool = False):
         self.arguments = devices, gib, late
         self.dynamic = dynamic
         self.nodes = []
@@ -97,11 +96,10 @@ def forward(items: list[pytest.Item]):
     files = {}
     for index, item in enumerate(items):
         marker = item.get_closest_marker("fake_gpus")
-        if marker is None or ON_FAKE_GPUS or item.get_closest_marker("on_stubs"):
+        if marker is None or ON_FAKE_GPUS:
             continue
         if fakegpu.why_not():
-            if not marker.kwargs.get("stubs"):
-                item.add_marker(pytest.mark.skip(reason=fakegpu.why_not()))
+            item.add_marker(pytest.mark.skip(reason=fakegpu.why_not()))
             continue
         test_file = files.setdefault((item.path, *sorted(marker.kwargs.items())), TestFile(**marker.kwargs))
         test_file.nodes.append(item)
@@ -137,11 +135,10 @@ def start():
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
-    import torch
+    import as_on_a_cpu  # noqa: F401
 
-    devices = comfy.model_management.get_all_torch_devices()
-    comfy.model_management.LORA_COMPUTE_DTYPES.update(dict.fromkeys(devices, torch.float32))  # as on a CPU
     if enables_dynamic_vram():
+        devices = comfy.model_management.get_all_torch_devices()
         if not comfy_aimdo.control.init_devices([(device.index, 0) for device in devices]):
             raise RuntimeError("comfy-aimdo finds no fake GPU")
         comfy_aimdo.control.set_log_warning()

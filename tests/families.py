@@ -9,7 +9,9 @@ import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
+import comfy.memory_management
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -48,7 +50,8 @@ def host_model(family: Family, config: Mapping[str, Any], device: str = "cpu") -
     model_config = getattr(comfy.supported_models, family.supported)({**config})
     model_config.set_inference_dtype(torch.float32, None)
     model_config.custom_operations = comfy.ops.disable_weight_init
-    return model_config.get_model({}, "", device=device).diffusion_model
+    with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):  # with it, layers have no weights until they load
+        return model_config.get_model({}, "", device=device).diffusion_model
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,14 +1,7 @@
-"""The loaders' switch that keeps a model out of dynamic VRAM, on a host that has it on.
-
-As on a GPU the host makes dynamic patchers here. What is loaded runs in those kept out, on a device that is not "the CPU".
-"""
-import comfy.model_management
-import comfy.model_patcher
-import comfy_aimdo.host_buffer
+"""The loaders' switch that keeps a model out of dynamic VRAM, on a host that has it on."""
 import folder_paths
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcherDynamic
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from families import FAMILIES, random_weights
@@ -17,12 +10,12 @@ from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
 from featherweight.nodes.load_text_encoder import LoadTextEncoder
 from featherweight.ops.patcher import PackedPatcher
-from patched_models import flux_file, flux_inputs, forward, packed_layers
+from patched_models import flux_file, packed_layers, run
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.usefixtures("small_models")
+pytestmark = [pytest.mark.fake_gpus(devices=2, dynamic=True), pytest.mark.usefixtures("small_models", "in_folder")]
 
-GPU = torch.device("cpu:0")
+OTHER_GPU = torch.device("cuda:1")
 CLIP_L = ("clip_l.gguf", "stable_diffusion")
 # The node, its arguments, which of its outputs is looked at.
 LOADS = {
@@ -65,15 +58,6 @@ def in_folder(models, monkeypatch):
     folders.register_folders()
 
 
-@pytest.fixture
-def dynamic_vram(in_folder, monkeypatch):
-    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == torch.device("cpu"))
-    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: GPU)
-    monkeypatch.setattr(comfy.model_management, "text_encoder_device", lambda: GPU)
-    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcherDynamic)
-    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *args: None)  # pinned memory: none on a CPU
-
-
 def loaded(load: str, **options):
     """What a node gives, and its patcher."""
     node, arguments, index = LOADS[load]
@@ -82,10 +66,10 @@ def loaded(load: str, **options):
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_the_switch_keeps_a_model_and_what_is_made_of_it_out_of_dynamic_vram(load, dynamic_vram):
+def test_the_switch_keeps_a_model_and_what_is_made_of_it_out_of_dynamic_vram(load):
     assert loaded(load)[1].is_dynamic()
     _, patcher = loaded(load, disable_dynamic_vram=True)
-    for found in (patcher, patcher.clone(), patcher.deepclone_multigpu(GPU)):
+    for found in (patcher, patcher.clone(), patcher.deepclone_multigpu(OTHER_GPU)):
         assert not found.is_dynamic()
         assert isinstance(found, PackedPatcher) == bool(packed_layers(found)) == ("host" not in load)
     function, arguments, *which = patcher.cached_patcher_init
@@ -93,22 +77,19 @@ def test_the_switch_keeps_a_model_and_what_is_made_of_it_out_of_dynamic_vram(loa
     assert not (again[which[0]] if which else again).is_dynamic()
 
 
-def test_a_model_kept_out_gives_what_it_gives_without_dynamic_vram(in_folder, request):
-    def output():
-        _, patcher = loaded("diffusion model", disable_dynamic_vram=True)
-        comfy.model_management.load_models_gpu([patcher])
-        return forward(patcher, {name: value.to(patcher.load_device) for name, value in flux_inputs().items()})
-
-    without = output()
-    request.getfixturevalue("dynamic_vram")
-    assert torch.equal(output(), without)
+def test_a_model_kept_out_gives_what_it_gives_in_dynamic_vram():
+    outputs = []
+    for kept_out in (False, True):
+        _, patcher = loaded("diffusion model", disable_dynamic_vram=kept_out)
+        outputs.append(run(patcher))
+        assert all(layer.weight.device == patcher.load_device for layer in packed_layers(patcher)) == kept_out
+    assert torch.equal(*outputs)
 
 
-def test_a_text_encoder_kept_out_gives_what_it_gives_without_dynamic_vram(in_folder, request):
-    def output():
-        clip, _ = loaded("text encoder", disable_dynamic_vram=True)
-        return clip.encode_from_tokens(clip.tokenize("a cloud"))
-
-    without = output()
-    request.getfixturevalue("dynamic_vram")
-    assert torch.equal(output(), without)
+def test_a_text_encoder_kept_out_gives_what_it_gives_in_dynamic_vram():
+    outputs = []
+    for kept_out in (False, True):
+        clip, patcher = loaded("text encoder", disable_dynamic_vram=kept_out)
+        outputs.append(clip.encode_from_tokens(clip.tokenize("a cloud")))
+        assert patcher.is_dynamic() != kept_out and patcher.loaded_size() > 0
+    assert torch.equal(*outputs)

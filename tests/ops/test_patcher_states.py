@@ -7,7 +7,6 @@ import random
 
 import comfy.hooks
 import comfy.model_management
-import dynamic_vram
 import fake_gpus
 import pytest
 import torch
@@ -19,11 +18,15 @@ from patched_models import (
 if fake_gpus.ON_FAKE_GPUS:
     import fakegpu
 
-LOAD, OFFLOAD = dynamic_vram.LOAD, torch.device("cpu")
+LOAD, OFFLOAD = torch.device("cuda:0" if fake_gpus.ON_FAKE_GPUS else "cpu:0"), torch.device("cpu")  # cpu:0 is not "the CPU"
 GAIN = 1e-3  # how far from 1 the realised strength of the LoRAs may be
-WALKS = [(format_name, is_dynamic) for format_name in ("Q8_0", "Q4_K", "INT8", "float8_e4m3fn") for is_dynamic in (False, True)]
-LONG_WALKS = [("Q8_0", False), ("Q4_K", True)]
-ON_GPUS = [pytest.param(*walk, marks=pytest.mark.fake_gpus(dynamic=walk[1])) for walk in LONG_WALKS]
+WALKS = {"Q8_0": 300, "Q4_K": 40, "INT8": 40, "float8_e4m3fn": 40}  # in which format -> how many operations
+ON_GPUS = {("Q8_0", False): 40, ("Q4_K", True): 60, ("INT8", True): 20, ("float8_e4m3fn", True): 20}  # ..., in dynamic VRAM ->
+
+
+def on_gpus(walks: dict):
+    """The walks as parameters of a test that runs on fake GPUs."""
+    return [pytest.param(*walk, operations, marks=pytest.mark.fake_gpus(dynamic=walk[1])) for walk, operations in walks.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +116,7 @@ class Machine:
         names = {f"{name.removeprefix('diffusion_model.')}.weight" for name, layer in packed.model.named_modules()
                  if layer in packed_layers(packed)}  # of others the host mixes the order of hooks and LoRAs, where offloaded
         self.hook_lora, self.hooks = lora_for({name: values[name] for name in names}, "dora", seed=7), None
-        self.packed = dynamic_vram.dynamic(packed) if is_dynamic else on_the_device(packed)
+        self.packed = packed if is_dynamic else on_the_device(packed)
         self.count, self.size = len(packed_layers(packed)), packed.model_size()
         other = lora_for(flux_file("Q4_K", 1)[1])
         self.other = on_the_device(patched(packed_flux("Q4_K", 1), (other, 0.7)))
@@ -251,24 +254,25 @@ class Machine:
         return weights + applied.counted
 
 
-def walk(format_name, is_dynamic, seed, operations, device, monkeypatch):
-    if is_dynamic:
-        dynamic_vram.install(monkeypatch)
-    Machine(format_name, is_dynamic, seed, device).walk(operations)
+@pytest.mark.parametrize("format_name, operations", WALKS.items())
+def test_every_step_has_its_loras_whatever_the_host_did_before(format_name, operations, device):
+    Machine(format_name, False, 0, device).walk(operations)
 
 
-@pytest.mark.parametrize("format_name, is_dynamic", WALKS)
-def test_every_step_has_its_loras_whatever_the_host_did_before(format_name, is_dynamic, device, monkeypatch):
-    walk(format_name, is_dynamic, 0, 300 if (format_name, is_dynamic) in LONG_WALKS else 40, device, monkeypatch)
-
-
-@pytest.mark.parametrize("format_name, is_dynamic", ON_GPUS)
-def test_every_step_has_its_loras_on_a_gpu_on_which_lies_what_is_counted(format_name, is_dynamic, device, monkeypatch):
-    walk(format_name, is_dynamic, 0, 40, device, monkeypatch)
+@pytest.mark.parametrize("format_name, is_dynamic, operations", on_gpus(ON_GPUS))
+def test_every_step_has_its_loras_on_a_gpu_on_which_lies_what_is_counted(format_name, is_dynamic, operations, device):
+    Machine(format_name, is_dynamic, 0, device).walk(operations)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(1, 4))
-@pytest.mark.parametrize("format_name, is_dynamic", WALKS)
-def test_every_step_has_its_loras_on_longer_walks(format_name, is_dynamic, seed, device, monkeypatch):
-    walk(format_name, is_dynamic, seed, 500, device, monkeypatch)
+@pytest.mark.parametrize("format_name", WALKS)
+def test_every_step_has_its_loras_on_longer_walks(format_name, seed, device):
+    Machine(format_name, False, seed, device).walk(500)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(1, 3))
+@pytest.mark.parametrize("format_name, is_dynamic, operations", on_gpus(dict.fromkeys(ON_GPUS, 300)))
+def test_every_step_has_its_loras_on_longer_walks_on_a_gpu(format_name, is_dynamic, operations, seed, device):
+    Machine(format_name, is_dynamic, seed, device).walk(operations)
