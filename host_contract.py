@@ -37,7 +37,9 @@ NAMES = {
     "comfy.model_detection.unet_prefix_from_state_dict": "state_dict",
     "comfy.model_management.MAX_PINNED_MEMORY": None,
     "comfy.model_management.TOTAL_PINNED_MEMORY": None,
+    "comfy.model_management.get_all_torch_devices": "",
     "comfy.model_management.get_free_memory": "dev",
+    "comfy.model_management.get_gpu_device_options": "",
     "comfy.model_management.get_total_memory": "dev",
     "comfy.model_management.load_models_gpu": "models * memory_required",
     "comfy.model_management.pin_memory": "tensor",
@@ -68,12 +70,12 @@ NAMES = {
     "comfy.sd.CLIP": None,
     "comfy.sd.CLIPType": None,
     "comfy.sd.CLIPType.STABLE_DIFFUSION": None,
-    "comfy.sd.VAE": "* sd",
+    "comfy.sd.VAE": "* sd device metadata",
     "comfy.sd.detect_te_model": "sd",
-    "comfy.sd.load_checkpoint_guess_config": "ckpt_path * embedding_directory disable_dynamic output_model output_clip"
-                                             " output_vae",
+    "comfy.sd.load_checkpoint_guess_config": "ckpt_path * embedding_directory disable_dynamic model_options te_model_options"
+                                             " output_model output_clip output_vae",
     "comfy.sd.load_clip": "ckpt_paths embedding_directory clip_type model_options disable_dynamic",
-    "comfy.sd.load_diffusion_model": "unet_path * disable_dynamic",
+    "comfy.sd.load_diffusion_model": "unet_path * model_options disable_dynamic",
     "comfy.sd.load_diffusion_model_state_dict": "sd * model_options metadata disable_dynamic",
     "comfy.sd.load_state_dict_guess_config": "sd * embedding_directory metadata model_options te_model_options disable_dynamic"
                                              " output_model output_clip output_vae",
@@ -133,6 +135,7 @@ NAMES = {
     "folder_paths.get_output_directory": "",
     "folder_paths.get_save_image_path": "filename_prefix output_dir",
     "nodes.NODE_CLASS_MAPPINGS": None,
+    "server.PromptServer.instance.routes.get": "path",
     "server.PromptServer.instance.send_progress_text": "text node_id",
 }
 
@@ -196,6 +199,7 @@ MEMBERS = {
     "loaders/recipe.py": {"comfy.model_patcher.ModelPatcher.cached_patcher_init": None},
     "loaders/text_encoder.py": {"comfy.sd.CLIP.patcher": None},
     "nodes/__init__.py": {"comfy_api.latest.io.ComfyNode.GET_SCHEMA": ""},
+    "nodes/legacy_calcuis.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_gguf.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_gguf_clip.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
     "nodes/legacy_nf4.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},
@@ -325,6 +329,7 @@ WITHOUT = {
     "comfy.ops.pick_operations": "packed files that also hold weights in ComfyUI's own formats do not load",
     "comfy.ops.run_every_op": "packed files that also hold weights in ComfyUI's own formats do not load",
     "comfy_execution.utils.get_executing_context": "nodes show no text on themselves",
+    "server.PromptServer.instance.routes.get": "nodes under the ids of some other packs have no help page",
     "server.PromptServer.instance.send_progress_text": "nodes show no text on themselves",
 }
 

@@ -10,6 +10,7 @@ from comfy.model_detection import model_config_from_unet
 from ..ops.load_hooks import bare_parameters_unpacked
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
+from .devices import device_options
 from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
@@ -37,24 +38,29 @@ CLIP_TYPES = {
 
 def load_checkpoint(path: str, embedding_directory: list[str] | None = None, output_model: bool = True,
                     output_clip: bool = True, output_vae: bool = True, disable_dynamic: bool = False,
-                    compute: str = "exact", pack_to: str | None = None) -> tuple:
+                    compute: str = "exact", pack_to: str | None = None, device: torch.device | None = None,
+                    encoder_device: torch.device | None = None) -> tuple:
     """Load (model patcher, CLIP, VAE) from one file or package of diffusers, with its packed weights kept packed.
 
     What the file lacks: CLIP is None, and the VAE an object of the host's; both make the host say so where they are used.
     What is not asked for is None. disable_dynamic: keep model and CLIP out of dynamic VRAM; the host has no such choice for a
     VAE. compute: of the model, see `PackedLayer`. pack_to: see `load_diffusion_model`; text encoder and VAE stay as they are in
-    the file. Files without packed weights go to the host's own loader where none is to be packed. Raises WeightFileError.
+    the file. device: where model and VAE run, encoder_device: where the text encoder does; None: where the host has them.
+    Files without packed weights go to the host's own loader where none is to be packed. Raises WeightFileError.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
     ours = is_ours(path, pack_to)
+    devices = {"device": device, "encoder_device": encoder_device} if device or encoder_device else {}
     if not ours:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic, **outputs)
+            path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic,
+            model_options=device_options(device), te_model_options=device_options(encoder_device), **outputs)
     elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic, compute, pack_to)
+        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic, compute, pack_to, **devices)
     else:
-        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic, compute, pack_to)
-    options = {"embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic, "pack_to": pack_to}
+        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic, compute, pack_to, **devices)
+    ours = ours or bool(devices)  # the host's own way to load a part again knows nothing of them
+    options = {"embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic, "pack_to": pack_to, **devices}
     if model is not None and (ours or disable_dynamic):
         Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)
     if clip is not None and (ours or disable_dynamic):
@@ -86,7 +92,8 @@ def _no_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={})
 
 
-def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None):
+def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None,
+             device: torch.device | None = None, encoder_device: torch.device | None = None):
     folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
                if os.path.isfile(os.path.join(path, name, "config.json"))}
     models = [folders[name] for name in MODEL_FOLDERS if name in folders]
@@ -95,13 +102,15 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
                               " with a config.json. Pick the folder that has, or a checkpoint file.")
     model = clip = vae = None
     if outputs["output_model"]:
-        model = load_diffusion_model(models[0], compute=compute, disable_dynamic=disable_dynamic, pack_to=pack_to)
+        model = load_diffusion_model(models[0], compute=compute, disable_dynamic=disable_dynamic, pack_to=pack_to,
+                                     model_options=device_options(device))
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
-        clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic)
+        clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic,
+                                 model_options=device_options(encoder_device))
     if outputs["output_vae"]:
         with bare_parameters_unpacked():
-            vae = (narrowed(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict())) if "vae" in folders
+            vae = (narrowed(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device)) if "vae" in folders
                    else _no_vae())
     return model, clip, vae
 
@@ -116,16 +125,19 @@ def _clip_type(path: str) -> str:
     return next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "stable_diffusion")
 
 
-def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None):
+def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None,
+          device: torch.device | None = None, encoder_device: torch.device | None = None):
     file = open_weights(path)
     refuse_other_kinds(file)
     pack_to = pack_to if outputs["output_model"] else None
     progress = Progress(stages=3 if pack_to else 2)
     state_dict, packed = read_weights(file, pack_to, progress)
     if model_prefix(state_dict):
-        parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute)
+        parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute, device_options(device),
+                       device_options(encoder_device))
     else:
-        model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute)
+        model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute,
+                         model_options=device_options(device))
         parts = model, None, _no_vae()
     if packed and parts[0] is not None:
         packed.attach(parts[0])
@@ -134,18 +146,17 @@ def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, 
 
 
 def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory, outputs: dict, disable_dynamic: bool,
-           compute: str):
+           compute: str, model_options: dict, encoder_options: dict):
     prefix = model_prefix(state_dict)
     if model_config_from_unet(state_dict, prefix, metadata=text_metadata(file)) is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"
             f" first {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
     encoder = {name: tensor for name, tensor in state_dict.items() if not name.startswith((prefix, *VAE_PREFIXES))}
-    encoder_options = {}
     if any(map(is_packed, encoder.values())):
         encoder_options["custom_operations"] = operations_for(encoder, full_precision=True)
-    model_options = {"custom_operations": operations_for(
-        {name: None for name in state_dict if name.startswith(prefix)}, compute=compute)}
+    model_options["custom_operations"] = operations_for(
+        {name: None for name in state_dict if name.startswith(prefix)}, compute=compute)
     with bare_parameters_unpacked():
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=text_metadata(file),

@@ -1,6 +1,8 @@
 """Diffusion models: a weight file or folder -> the host's own model, with packed weights."""
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import comfy.model_patcher
 import comfy.sd
@@ -19,25 +21,29 @@ DIFFUSION_MODEL = "diffusion model"
 
 @loads(DIFFUSION_MODEL)
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
-                         compute: str = "exact", disable_dynamic: bool = False,
-                         pack_to: str | None = None) -> comfy.model_patcher.ModelPatcher:
+                         compute: str = "exact", disable_dynamic: bool = False, pack_to: str | None = None,
+                         model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
     """Load a diffusion model file or folder with its packed weights kept packed.
 
     value_dtype, patch_dtype, compute: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. pack_to: one of
-    `packing.while_loading.TYPES`, to which the weights that are not packed yet are packed as they are read. Of a whole
-    checkpoint only the model is used. Files without packed weights go to the host's own loader where none is to be packed.
+    `packing.while_loading.TYPES`, to which the weights that are not packed yet are packed as they are read. model_options: the
+    host's, such as `load_device`; its `dtype` is for files that are left to the host. Of a whole checkpoint only the model is
+    used. Files without packed weights go to the host's own loader where none is to be packed.
     Raises WeightFileError.
     """
-    recipe = Recipe(DIFFUSION_MODEL, (str(path),), {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute,
-                                                    "disable_dynamic": disable_dynamic, "pack_to": pack_to})
+    model_options = dict(model_options or {})
+    recipe = Recipe(DIFFUSION_MODEL, (str(path),), {
+        "value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute, "disable_dynamic": disable_dynamic,
+        "pack_to": pack_to, **({"model_options": model_options} if model_options else {})})
     if not is_ours(path, pack_to):
-        patcher = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
+        patcher = comfy.sd.load_diffusion_model(path, model_options=model_options, disable_dynamic=disable_dynamic)
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     refuse_other_kinds(file)
     progress = Progress(stages=3 if pack_to else 2)
     state_dict, packed = read_weights(file, pack_to, progress)
-    patcher = model_of(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic)
+    devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
+    patcher = model_of(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic, devices)
     if packed:
         packed.attach(patcher)
     progress.stage()
@@ -45,13 +51,14 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
 
 
 def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
-             patch_dtype: torch.dtype | None = None, compute: str = "exact",
-             disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+             patch_dtype: torch.dtype | None = None, compute: str = "exact", disable_dynamic: bool = False,
+             model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
     """The diffusion model among the weights of a file.
 
-    state_dict: the file's, in the host's names. Raises WeightFileError when there is none.
+    state_dict: the file's, in the host's names. model_options: the host's. Raises WeightFileError when there is none.
     """
-    options = {"custom_operations": operations_for(state_dict, value_dtype, patch_dtype, compute=compute)}
+    options = {**(model_options or {}),
+               "custom_operations": operations_for(state_dict, value_dtype, patch_dtype, compute=compute)}
     with bare_parameters_unpacked():
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)

@@ -10,7 +10,7 @@ from .files.container import WeightFileError
 
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
 GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
-                "checkpoints_gguf": "checkpoints"}
+                "checkpoints_gguf": "checkpoints", "vae_gguf": "vae"}
 
 # How files end that hold what was measured of a model. Not .safetensors, or the loaders would offer them as models.
 SENSITIVITY = ".sensitivity"

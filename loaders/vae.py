@@ -1,13 +1,25 @@
-"""The VAE of a checkpoint or package: the host's own, with 16-bit weights held as the file has them.
+"""VAEs: the host's own, with 16-bit weights held as the file has them.
 
 Where the host computes in float32 it holds every weight so. Its layers cast at use when told to.
 """
+import os
+
+import comfy.model_patcher
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencodingEngine
 from comfy.ldm.wan.vae import WanVAE
 from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
+
+from ..ops.tensor import is_packed
+from .files import open_weights
+from .files.container import WeightFileError
+from .handover import is_ours, text_metadata
+from .recipe import Recipe, loads
+
+VAE = "VAE"
 
 NARROW = (torch.float16, torch.bfloat16)
 # Those known to take the dtype of what they compute from their input; others read it from a weight.
@@ -29,3 +41,30 @@ def narrowed(vae: comfy.sd.VAE) -> comfy.sd.VAE:
             module.comfy_cast_weights = True
     vae.size, vae.patcher.size = None, 0  # the host counts anew
     return vae
+
+
+def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
+    """Load a VAE from a file or a folder; of packed weights the values. device: where it runs; None: where the host has it.
+
+    Raises WeightFileError for a file that holds none.
+    """
+    if is_ours(path):
+        file = open_weights(path)
+        weights = {name: value.dequantize() if is_packed(value) else value for name, value in file.state_dict().items()}
+        metadata = text_metadata(file)
+    else:
+        weights, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
+    if vae.first_stage_model is None:
+        raise WeightFileError(f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors, first"
+                              f" {next(iter(weights), 'none')!r}). Pick another file, or update ComfyUI if the VAE is new.")
+    if device is not None and device.type == "cpu":
+        vae.patcher.offload_device = device
+    Recipe(VAE, (str(path),), {"device": device}).attach(vae.patcher)
+    return narrowed(vae)
+
+
+@loads(VAE)
+def _patcher(path: str, device: torch.device | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The VAE again, for recipes. disable_dynamic: the host has no such choice for a VAE."""
+    return load_vae(path, device).patcher

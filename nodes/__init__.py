@@ -16,6 +16,7 @@ from comfy_api.latest import ComfyExtension, io
 from .. import host_contract
 from ..loaders.folders import register_folders
 from ..ops.kernels import background
+from . import help_pages
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class FeatherweightExtension(ComfyExtension):
                 found += find_nodes(importlib.import_module(f"{__name__}.{module.name}"))
             except Exception:
                 log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", module.name)
-        return [node for node in found if not taken(node.GET_SCHEMA().node_id)]
+        found = [node for node in found if not taken(node.GET_SCHEMA().node_id)]
+        help_pages.serve(found)
+        return found
 
 
 def find_nodes(module) -> list[type[io.ComfyNode]]:

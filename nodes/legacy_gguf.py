@@ -22,9 +22,22 @@ def load(unet_name: str, dequant_dtype: str | None, patch_dtype: str | None) -> 
     return loaded(model=load_diffusion_model(find_file(unet_name, *FOLDERS), dequant_dtype, patch_dtype))
 
 
-def unet_name_input():
-    return io.Combo.Input("unet_name", options=list_files(*FOLDERS),
-                          tooltip="A file in models/diffusion_models or models/unet.")
+def model_name_input(name: str = "unet_name"):
+    return io.Combo.Input(name, options=list_files(*FOLDERS), tooltip="A file in models/diffusion_models or models/unet.")
+
+
+def dtype_inputs() -> list:
+    dtypes = list(DTYPES)
+    return [
+        io.Combo.Input("dequant_dtype", options=dtypes, default="default", optional=True,
+                       tooltip="Round unpacked weights to this dtype before they are used. default and target: straight to the"
+                               " dtype the model computes in, which is the most exact."),
+        io.Combo.Input("patch_dtype", options=dtypes, default="default", optional=True,
+                       tooltip="The dtype in which patches are added to an unpacked weight. default and target: ComfyUI's"
+                               " choice."),
+        io.Boolean.Input("patch_on_device", default=False, optional=True,
+                         tooltip="Kept for old workflows. ComfyUI places patches by itself."),
+    ]
 
 
 class UnetLoader(io.ComfyNode):
@@ -35,7 +48,7 @@ class UnetLoader(io.ComfyNode):
             display_name="Unet Loader (GGUF)",
             category=CATEGORY,
             description="The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (Featherweight).",
-            inputs=[unet_name_input()],
+            inputs=[model_name_input()],
             outputs=[io.Model.Output()],
         )
 
@@ -53,23 +66,12 @@ class UnetLoader(io.ComfyNode):
 class UnetLoaderAdvanced(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        dtypes = list(DTYPES)
         return io.Schema(
             node_id="UnetLoaderGGUFAdvanced",
             display_name="Unet Loader (GGUF/Advanced)",
             category=CATEGORY,
             description="The advanced loader of ComfyUI-GGUF workflows, with a choice of dtypes.",
-            inputs=[
-                unet_name_input(),
-                io.Combo.Input("dequant_dtype", options=dtypes, default="default", optional=True,
-                               tooltip="Round unpacked weights to this dtype before they are used. default and target:"
-                                       " straight to the dtype the model computes in, which is the most exact."),
-                io.Combo.Input("patch_dtype", options=dtypes, default="default", optional=True,
-                               tooltip="The dtype in which patches are added to an unpacked weight. default and target:"
-                                       " ComfyUI's choice."),
-                io.Boolean.Input("patch_on_device", default=False, optional=True,
-                                 tooltip="Kept for old workflows. ComfyUI places patches by itself."),
-            ],
+            inputs=[model_name_input(), *dtype_inputs()],
             outputs=[io.Model.Output()],
         )
 

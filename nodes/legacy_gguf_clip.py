@@ -6,6 +6,7 @@ import comfy.sd
 import comfy.utils
 from comfy_api.latest import io
 
+from ..loaders.devices import DEFAULT, device_options, find_device
 from ..loaders.files import open_weights
 from ..loaders.folders import embedding_folders, find_file, list_files
 from ..loaders.handover import is_ours
@@ -26,9 +27,10 @@ def type_input(host_node: str):
     return io.Combo.Input("type", options=encoder_types(host_node), tooltip="The kind of model the text is encoded for.")
 
 
-def load(clip_type: str, *names: str) -> tuple:
+def load(clip_type: str, *names: str, device: str = DEFAULT) -> tuple:
     paths = [find_file(name, *FOLDERS) for name in names]
-    return loaded(clip=load_text_encoder(paths, clip_type, embedding_folders()))
+    device, note = find_device(device)
+    return loaded(note, clip=load_text_encoder(paths, clip_type, embedding_folders(), model_options=device_options(device)))
 
 
 def load_data(ckpt_paths) -> list[dict]:

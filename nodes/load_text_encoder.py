@@ -1,7 +1,7 @@
 """Featherweight Load Text Encoder."""
-import torch
 from comfy_api.latest import io
 
+from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
 from ..loaders.folders import ENCODER, embedding_folders, find_file, list_files, list_model_folders
 from ..loaders.text_encoder import AUTO, load_text_encoder
 from .choices import encoder_types
@@ -42,8 +42,9 @@ class LoadTextEncoder(io.ComfyNode):
                                options=[AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]],
                                tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3 …). auto: the one"
                                        " that lies beside the encoder and fits."),
-                io.Combo.Input("device", options=["default", "cpu"], default="default", optional=True, advanced=True,
-                               tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model."),
+                io.Combo.Input("device", options=device_choices(), default=DEFAULT, optional=True, advanced=True,
+                               tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model. gpu:N:"
+                                       " encode on that GPU, where there are several."),
                 disable_dynamic_vram_input(),
                 pack_to_input("the text encoders"),
             ],
@@ -51,16 +52,17 @@ class LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_1, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO):
+    def validate_inputs(cls, text_encoder_1, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
+                        device=DEFAULT):
         return True  # names from other systems are resolved, and missing files explained, when the node runs
 
     @classmethod
     def execute(cls, text_encoder_1, type, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
-                device="default", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
+                device=DEFAULT, disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
         names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
         paths = [find_file(name, *FOLDERS) for name in names]
         vision = {AUTO: AUTO, NONE: None}[mmproj] if mmproj in (AUTO, NONE) else find_file(mmproj, *FOLDERS)
-        cpu = torch.device("cpu")
-        options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
-        clip = load_text_encoder(paths, type, embedding_folders(), vision, options, disable_dynamic_vram, packed_type(pack_to))
-        return io.NodeOutput(*loaded(clip=clip))
+        device, note = find_device(device)
+        clip = load_text_encoder(paths, type, embedding_folders(), vision, device_options(device), disable_dynamic_vram,
+                                 packed_type(pack_to))
+        return io.NodeOutput(*loaded(note, clip=clip))

@@ -26,12 +26,18 @@ def show_text(text: str):
         log.debug("[Featherweight] This ComfyUI shows no text on a node.", exc_info=True)
 
 
-def loaded(**parts) -> tuple:
-    """The outputs of a loader, which shows what each of them holds. parts: by the keys of `TITLES`; None for one not there."""
+def loaded(*notes: str | None, **parts) -> tuple:
+    """The outputs of a loader, which shows what each of them holds. parts: by the keys of `TITLES`; None for one not there.
+
+    notes: sentences to show with it, such as that a device is not there; None for one that is not needed.
+    """
     texts = []
     for name, part in parts.items():
         patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
         if patcher is not None:
             texts.append(f"{TITLES[name]}: {held_text(patcher)}" if len(parts) > 1 else held_text(patcher))
-    show_text("\n".join(texts))
+    notes = list(dict.fromkeys(filter(None, notes)))
+    for note in notes:
+        log.warning("[Featherweight] %s", note)
+    show_text("\n".join([*texts, *notes]))
     return tuple(parts.values())

@@ -4,6 +4,7 @@ import itertools
 import re
 
 import pytest
+from featherweight.nodes import help_pages
 from pack_nodes import node_list
 
 from devtools import ROOT
@@ -12,8 +13,9 @@ NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 DOCS = ROOT / "nodes" / "web" / "docs"
 # What the frontend asks for first is the page of its own language; the first of these it takes for all others.
 LANGUAGES = {"en": "{}.md", "ja": "{}/ja.md", "ko": "{}/ko.md", "de": "{}/de.md"}
-PAGES = {f"{node_id}-{language}": (node_id, DOCS / path.format(node_id))
-         for node_id in NODES for language, path in LANGUAGES.items()}
+# Those of other packs share one.
+PAGES = {f"{node_id}-{language}": (node_id, DOCS / path.format(getattr(node, "HELP_PAGE", node_id)))
+         for node_id, node in NODES.items() for language, path in LANGUAGES.items()}
 MESSAGE = ("message", "メッセージ", "메시지", "Meldung")
 each_page = pytest.mark.parametrize("page", PAGES)
 
@@ -26,6 +28,8 @@ def first_cells(text: str) -> list[str]:
 def test_every_node_has_a_page_in_each_language_that_names_all_inputs(page):
     node_id, path = PAGES[page]
     text, schema = path.read_text(encoding="utf-8"), NODES[node_id].GET_SCHEMA()
+    if hasattr(NODES[node_id], "HELP_PAGE"):
+        text = help_pages.page(NODES[node_id], "" if path.parent == DOCS else path.stem)
     assert text.startswith(f"# {schema.display_name}\n")
     named = {name for cell in first_cells(text) for name in cell.split(", ")}
     assert named >= {input.display_name or input.id for input in schema.inputs}
@@ -34,7 +38,7 @@ def test_every_node_has_a_page_in_each_language_that_names_all_inputs(page):
 @each_page
 def test_translations_have_the_same_headings_pictures_and_tables(page):
     node_id, path = PAGES[page]
-    english = (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
+    english = PAGES[f"{node_id}-en"][1].read_text(encoding="utf-8")
     text = path.read_text(encoding="utf-8")
     for pattern in (r"^#+ ", r"\]\(.*\)", r"^\|", r"^```"):
         assert len(re.findall(pattern, text, re.M)) == len(re.findall(pattern, english, re.M)), pattern

@@ -19,7 +19,7 @@ EVERY_NODE = {path.stem for path in host_contract.node_files()}
 PATCHER_PARTS = [part for part in PackedPatcher.__mro__ if part.__module__.startswith(PackedPatcher.__module__)]
 PATCHER_MEMBERS = {name: None for where, members in MEMBERS.items() if where.startswith("ops/patcher/") for name in members}
 LORA_NODES = {"apply_lora", "check_lora", "inspect_model_file"}
-ENCODER_NODES = {"load_text_encoder", "legacy_gguf_clip", "load_checkpoint", "legacy_nf4"}
+ENCODER_NODES = {"load_text_encoder", "legacy_calcuis", "legacy_gguf_clip", "load_checkpoint", "legacy_nf4"}
 
 
 def each_source():

@@ -4,7 +4,6 @@ What they do is written anew here in its few lines: exported workflows (ComfyUI-
 wrappers, packs that look a loader up by its id.
 """
 import contextlib
-import functools
 import inspect
 
 import comfy.sd
@@ -28,7 +27,7 @@ LEGACY = [node_id for node_id in NODE_CLASS_MAPPINGS if not node_id.startswith("
 
 # Small encoders of the kinds that the host takes together; file name -> its key in ENCODERS.
 FILES = {"clip_l.gguf": "clip-l", "clip_g.gguf": "clip-g", "t5.gguf": "t5-xxl", "llama.gguf": "llama-3-8b"}
-CLIP_INPUTS = {
+INPUTS = {
     "CLIPLoaderGGUF": {"clip_name": "clip_l.gguf", "type": "stable_diffusion"},
     "DualCLIPLoaderGGUF": {"clip_name1": "clip_l.gguf", "clip_name2": "t5.gguf", "type": "flux"},
     "TripleCLIPLoaderGGUF": {"clip_name1": "clip_l.gguf", "clip_name2": "clip_g.gguf", "clip_name3": "t5.gguf"},
@@ -36,14 +35,23 @@ CLIP_INPUTS = {
 }
 
 
+for name in list(INPUTS):
+    INPUTS[name.replace("CLIP", "Clip")] = INPUTS[name]  # of calcuis' pack
+INPUTS |= {"LoaderGGUF": {"gguf_name": "flux.gguf"}, "LoaderGGUFAdvanced": {"gguf_name": "flux.gguf"},
+           "VaeGGUF": {"vae_name": "vae.gguf"}}
+
+
 def method_of(node_id: str) -> str:
     """The name that callers know."""
-    return "load_checkpoint" if "Checkpoint" in node_id else "load_clip" if "CLIP" in node_id else "load_unet"
+    if node_id.startswith("LoaderGGUF"):
+        return "load_model"
+    kinds = {"Checkpoint": "load_checkpoint", "CLIP": "load_clip", "Clip": "load_clip", "Vae": "load_vae"}
+    return next((method for word, method in kinds.items() if word in node_id), "load_unet")
 
 
 def inputs_of(node_id: str) -> dict:
     key = "ckpt_name" if "Checkpoint" in node_id else "unet_name"
-    return CLIP_INPUTS.get(node_id) or {key: "flux.gguf"}
+    return INPUTS.get(node_id) or {key: "flux.gguf"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def models(tmp_path_factory):
     """A small model under each name that `inputs_of` has, and small sizes for the host's encoders."""
     base = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
-        keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers"]
+        keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers", "vae_approx"]
         for key in keys:
             (base / key).mkdir()
         patch.setattr(folder_paths, "folder_names_and_paths", {key: ([str(base / key)], {".safetensors"}) for key in keys})
@@ -60,13 +68,15 @@ def models(tmp_path_factory):
         flux = tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1)
         for key in ("diffusion_models", "checkpoints"):
             write_gguf(base / key / "flux.gguf", flux, lambda name, values: "Q8_0")
+        write_gguf(base / "vae" / "vae.gguf", tiny_models.autoencoder(), lambda name, values: "F16")
         sizes = {}
         for file, name in FILES.items():
             write_encoder(base / "text_encoders" / file, ENCODERS[name], random_weights(ENCODERS[name]))
             sizes |= ENCODERS[name].model_options
         sizes["model_config"] = ENCODERS["clip-l"].model_options["model_config"]  # the host takes it for the first CLIP
+        load = legacy_gguf_clip.load_text_encoder
         patch.setattr(legacy_gguf_clip, "load_text_encoder",
-                      functools.partial(legacy_gguf_clip.load_text_encoder, model_options=sizes))
+                      lambda *args, model_options=None: load(*args, model_options={**sizes, **(model_options or {})}))
         yield base
 
 
@@ -106,7 +116,7 @@ def wrapped(node_id, node, inputs):
     loader = node()
     if method_of(node_id) == "load_unet" and "GGUF" in node_id:
         return loader.load_unet(inputs["unet_name"], None, None, None)[0]
-    if node_id in ("TripleCLIPLoaderGGUF", "QuadrupleCLIPLoaderGGUF"):
+    if node_id.startswith(("Triple", "Quadruple")):
         return loader.load_clip(*inputs.values(), "stable_diffusion")[0]
     clip = getattr(loader, method_of(node_id))(*inputs.values())
     if node_id == "DualCLIPLoaderGGUF":
@@ -124,6 +134,8 @@ def test_a_legacy_id_is_called_as_python(node_id, call, inference, models):
     if method_of(node_id) == "load_clip":
         assert isinstance(loaded, comfy.sd.CLIP)
         assert any(map(is_packed, loaded.patcher.model.parameters()))
+    elif method_of(node_id) == "load_vae":
+        assert isinstance(loaded, comfy.sd.VAE) and loaded.first_stage_model is not None
     else:
         assert type(loaded.model).__module__ == "comfy.model_base"
         assert is_packed(loaded.model.diffusion_model.img_in.weight)
@@ -150,11 +162,11 @@ def test_dtypes_reach_the_layers_from_either_loader(node_id, models):
 
 @pytest.mark.parametrize("node_id", [node_id for node_id in LEGACY if method_of(node_id) == "load_clip"])
 def test_a_text_encoder_loads_in_two_steps(node_id, models):
-    loader, inputs = NODE_CLASS_MAPPINGS[node_id](), dict(CLIP_INPUTS[node_id])
+    loader, inputs = NODE_CLASS_MAPPINGS[node_id](), dict(INPUTS[node_id])
     clip_type = comfy.sd.CLIPType[inputs.pop("type", "sd3" if "Triple" in node_id else "hidream").upper()]
     paths = [folder_paths.get_full_path("clip_gguf", name) for name in inputs.values()]
     data = loader.load_data(paths)
     assert len(data) == len(paths) and any(map(is_packed, data[0].values()))
     clip = loader.load_patcher(paths, clip_type, data)
-    whole, = loader.load_clip(*CLIP_INPUTS[node_id].values())
+    whole, = loader.load_clip(*INPUTS[node_id].values())
     assert torch.equal(hidden_states(clip), hidden_states(whole))

@@ -28,6 +28,13 @@ LEGACY_INPUTS = {
     "DualCLIPLoaderGGUF": ["clip_name1", "clip_name2", "type"],
     "TripleCLIPLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3"],
     "QuadrupleCLIPLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3", "clip_name4"],
+    "LoaderGGUF": ["gguf_name"],
+    "LoaderGGUFAdvanced": ["gguf_name", "dequant_dtype", "patch_dtype", "patch_on_device"],
+    "ClipLoaderGGUF": ["clip_name", "type", "device"],
+    "DualClipLoaderGGUF": ["clip_name1", "clip_name2", "type", "device"],
+    "TripleClipLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3"],
+    "QuadrupleClipLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3", "clip_name4"],
+    "VaeGGUF": ["vae_name"],
 }
 
 
@@ -37,8 +44,8 @@ FOUND_BY = {
     "gguf": [*OWN_LOADERS, *(node_id for node_id in LEGACY_INPUTS if "GGUF" in node_id)],
     "nf4": [*OWN_LOADERS, "CheckpointLoaderNF4", "UNETLoaderNF4"],
     "int8": OWN_LOADERS,
-    "unet": ["FeatherweightLoadDiffusionModel", "UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "UNETLoaderNF4"],
-    "clip": ["FeatherweightLoadTextEncoder", *(node_id for node_id in LEGACY_INPUTS if "CLIP" in node_id)],
+    "unet": ["FeatherweightLoadDiffusionModel", *(node_id for node_id in LEGACY_INPUTS if "UNET" in node_id.upper())],
+    "clip": ["FeatherweightLoadTextEncoder", *(node_id for node_id in LEGACY_INPUTS if "CLIP" in node_id.upper())],
     "checkpoint": ["FeatherweightLoadCheckpoint", "CheckpointLoaderNF4"],
     "lora": ["FeatherweightApplyLora", "FeatherweightCheckLora"],
 }
@@ -90,9 +97,10 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
 def test_legacy_nodes_take_the_inputs_shared_workflows_have(node_id):
     schema = NODES[node_id].GET_SCHEMA()
     assert [input.id for input in schema.inputs] == LEGACY_INPUTS[node_id]
-    outputs = ["MODEL", "CLIP", "VAE"] if "Checkpoint" in node_id else ["CLIP"] if "CLIP" in node_id else ["MODEL"]
+    outputs = (["MODEL", "CLIP", "VAE"] if "Checkpoint" in node_id else ["CLIP"] if "CLIP" in node_id.upper()
+               else ["VAE"] if "VAE" in node_id.upper() else ["MODEL"])
     assert [output.io_type for output in schema.outputs] == outputs
-    required = ("unet_name", "ckpt_name", "clip_name", "type")
+    required = ("unet_name", "gguf_name", "ckpt_name", "clip_name", "vae_name", "type")
     assert all(input.optional for input in schema.inputs if not input.id.startswith(required))
 
 

@@ -17,6 +17,7 @@ from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.recipe import LOADERS, Recipe
 from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.vae import load_vae
 from patched_models import flux_file
 from recipe_process import digest
 
@@ -34,6 +35,7 @@ def models(tmp_path_factory):
     shapes |= {f"cond_stage_model.transformer.{name}": shape for name, shape in encoder.items()}
     shapes |= {f"first_stage_model.{name}": value.shape for name, value in tiny_models.autoencoder().items()}
     write_random_gguf(folder / "checkpoint.gguf", shapes, "Q8_0", None)
+    write_random_gguf(folder / "vae.gguf", {name: value.shape for name, value in tiny_models.autoencoder().items()}, "Q8_0")
     return folder
 
 
@@ -44,6 +46,7 @@ LOADS = {
     "diffusion model of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[0],
     "text encoder of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[1].patcher,
     "VAE of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[2].patcher,
+    "VAE": lambda models: load_vae(str(models / "vae.gguf")).patcher,
 }
 
 

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from devtools import demo
 from devtools.files import demo_files, tiny_models
+from devtools.files.gguf_files import write_gguf
 from devtools.host.browser import COMPLAINTS, RED, UNKNOWN
 
 WORKFLOWS = sorted(Path(__file__).with_name("legacy_workflows").glob("*.json"))
 FOR_THE_SERVER = [path for path in WORKFLOWS if path.stem.startswith("api ")]
 FOR_THE_EDITOR = [path for path in WORKFLOWS if path.stem.startswith("ui ")]
-LOADERS = {"UnetLoaderGGUF", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "UNETLoaderNF4", "CheckpointLoaderNF4"}
+LOADERS = {"UnetLoaderGGUF", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "UNETLoaderNF4", "CheckpointLoaderNF4", "LoaderGGUF",
+           "LoaderGGUFAdvanced"}
 
 
 def each(paths):
@@ -33,11 +35,13 @@ def read(path) -> dict:
 def files(server):
     """The files that the workflows name, all in folders of their own: the demo's, and Flux and CLIP-L as plain files."""
     models = server.base / "models"
-    folders = {key: models / key / "legacy" for key in ("diffusion_models", "text_encoders", "checkpoints")}
+    folders = {key: models / key / "legacy" for key in ("diffusion_models", "text_encoders", "checkpoints", "vae")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(models / "diffusion_models" / demo.MODEL_NAME, folders["diffusion_models"] / "flux-Q8_0.gguf")
     shutil.copy(models / "text_encoders" / demo_files.ENCODER_NAME, folders["text_encoders"] / "clip_l-Q8_0.gguf")
+    vae = load_file(models / "vae" / demo_files.VAE_NAME)
+    write_gguf(folders["vae"] / "vae-F16.gguf", vae, lambda name, values: "F16", architecture="pig")
     fp8 = {name: torch.from_numpy(value).to(torch.float8_e4m3fn if value.ndim == 2 else torch.float16)
            for name, value in tiny_models.flux(context=768).items()}
     save_file(fp8, folders["diffusion_models"] / "flux_fp8.safetensors")
@@ -88,7 +92,7 @@ def test_the_editor_knows_every_node_finds_every_file_and_it_runs(path, server, 
     {"cnr_id": "comfyui-gguf", "ver": "1.1.4"}, {"cnr_id": "ComfyUI-GGUF", "ver": "be2a083"}, {"cnr_id": "comfy-core"},
     {"aux_id": "city96/ComfyUI-GGUF"}, {}], ids=str)
 def test_a_node_is_known_by_its_id_whatever_pack_the_file_names(pack, editor):
-    workflow = read(FOR_THE_EDITOR[0])
+    workflow = read(next(path for path in FOR_THE_EDITOR if "old form" in path.stem))
     for node in workflow["nodes"]:
         if node["type"] in LOADERS:
             node["properties"] = {"Node name for S&R": node["type"], **pack}
