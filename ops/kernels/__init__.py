@@ -34,7 +34,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvr
 UNASKED = {"cpu"}
 EXACT = "unpack"  # the operation whose kernels have the reference's bits
 # Seconds that the first call of an operation waits for its kernel. After the first wait in vain no other is made.
-PATIENCE = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20, "pack": 20}
+PATIENCE = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20, "pack_blocks": 20, "pack_columns": 20}
 ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 
 
@@ -42,10 +42,11 @@ ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 class Kernel:
     """One operation of a backend and what it accepts.
 
-    op: "unpack", "linear", "int8_rows", "int8_tokens" or "pack". formats: names of formats; a format made of one of them
-    (another block length) counts as it; none for "int8_tokens". dtypes: of the values for "unpack" and "pack", of input and
-    output for "linear", of the input for "int8_tokens", int8 for "int8_rows". min_tokens, max_tokens: rows of the input that
-    "linear" takes, both included; None: any. capability: the least CUDA compute capability; ROCm and others ignore it.
+    op: "unpack", "linear", "int8_rows", "int8_tokens", "pack_blocks" or "pack_columns". formats: names of formats; a format
+    made of one of them (another block length) counts as it; none for "int8_tokens". dtypes: of the values for "unpack" and
+    where they are packed, of input and output for "linear", of the input for "int8_tokens", int8 for "int8_rows". min_tokens,
+    max_tokens: rows of the input that "linear" takes, both included; None: any. capability: the least CUDA compute capability;
+    ROCm and others ignore it.
 
     run, "unpack": run(packed_format, tensors, out, value_dtype, first), see `Format.unpack_into`: float32 arithmetic in the
         reference's order, without fused multiply-add, so that the values have the reference's bits.
@@ -57,9 +58,11 @@ class Kernel:
         multiple of 256 and of the block length.
     run, "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may differ from the
         reference's by one where a value lies within 0.01 of the middle between two, scales by 1e-5 of themselves.
-    run, "pack": run(packed_format, values, weights, fit, tries, rounds, sweeps, emphasis), see `grid_search.Search.fit`.
+    run, "pack_blocks": run(packed_format, values, weights, fit, tries, rounds, sweeps, emphasis), see `grid_search.Search.fit`.
         values, weights: float32 (n, block_length), contiguous; weights may be None. fit: a `Fit`, to be written. Its blocks
         may be others than the reference's, with an error that is no larger on average.
+    run, "pack_columns": run(packed_format, values, shares, weights, chosen, tries, rounds), see `grid_columns.choose_columns`.
+        All are contiguous. What is chosen may be other than the reference's, with a loss that is no larger on average.
     """
     op: str
     formats: frozenset[str]

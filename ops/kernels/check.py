@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from .. import int8_codes
-from ..format import FORMATS, Fit, Format
-from ..grid_search import Search
+from ..format import FORMATS, Format
+from . import check_packing
+from .wrong_result import WrongResult
 
 FEW, MANY = 1, 3 << 16  # values: MANY are several threads' work on a CPU, and that of many programs on a GPU
 NARROW, WIDE = 96, 1280  # columns, at least: several tiles of a kernel's and a part of one are WIDE
@@ -21,13 +22,7 @@ MOST_TOKENS = 33  # of a kernel that takes any number
 CALM = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # of a code: how near the middle between two codes another rounding may give the other
 SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
-THREADS_OF_PACKING = 1 << 17  # values that several threads pack, and torch in a tenth of a second
-PACK_EFFORT = (9, 2, 2)  # tries, rounds and sweeps of the search
 GUARD = 7.0  # stands beside what a kernel may write
-
-
-class WrongResult(ArithmeticError):
-    """A kernel ran and gave something else than the reference. The message says in which case, and how far off."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +65,6 @@ class Int8Tokens:
     input_at: int = 0
 
 
-@dataclass(frozen=True)
-class Pack:
-    """Blocks to pack, whether errors have weights, and whether those of large values count more."""
-    blocks: int
-    weighted: bool
-    emphasis: bool
-
-
 def cases_of(kernel, packed_format: type[Format] | None) -> list:
     """What to check of a kernel, small cases first."""
     if kernel.op == "unpack":
@@ -93,9 +80,8 @@ def cases_of(kernel, packed_format: type[Format] | None) -> list:
                 *(Linear(tokens, MANY, WIDE, addend, packed_at) for tokens, (addend, packed_at) in many)]
     if kernel.op == "int8_rows":
         return [Int8Rows(FEW, NARROW, 1), Int8Rows(FEW, NARROW, 2, 1), Int8Rows(MANY, WIDE, 0, 4)]
-    if kernel.op == "pack":
-        many = max(37, THREADS_OF_PACKING // packed_format.block_length)
-        return [Pack(1, False, False), Pack(37, False, True), Pack(37, True, True), Pack(many, True, False)]
+    if kernel.op in check_packing.CASES:
+        return check_packing.CASES[kernel.op](packed_format.grid)
     return [Int8Tokens(1, NARROW), Int8Tokens(7, 3 * int8_codes.GROUP, 1), Int8Tokens(MANY // WIDE, WIDE)]
 
 
@@ -103,7 +89,8 @@ def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_
           device: torch.device):
     """Raises WrongResult, or whatever the kernel raises, unless it gives the reference's results in all its cases."""
     check_case = {"unpack": _check_unpack, "linear": _check_linear, "int8_rows": _check_int8_rows,
-                  "int8_tokens": _check_int8_tokens, "pack": _check_pack}[kernel.op]
+                  "int8_tokens": _check_int8_tokens, "pack_blocks": check_packing.check_blocks,
+                  "pack_columns": check_packing.check_columns}[kernel.op]
     for case in cases_of(kernel, packed_format):
         try:
             check_case(kernel.run, case, packed_format, dtype, value_dtype, device)
@@ -196,31 +183,6 @@ def _check_codes(values, encode):
     off = (codes.float() - rows / scales.unsqueeze(-1)).abs()[known].max().item()
     if not off <= 0.5 + NEAR_TIE:
         raise WrongResult(f"a code is {off:.3g} from its value, where rounding allows {0.5 + NEAR_TIE},")
-
-
-def _check_pack(run, case, packed_format, dtype, value_dtype, device):
-    grid, generator = packed_format.grid, torch.Generator().manual_seed(case.blocks)
-    values = torch.randn((case.blocks, grid.length), generator=generator)
-    values *= 2.0 ** torch.randint(-16, 6, (case.blocks, 1), generator=generator)
-    values[1::9] = 0
-    values[2::9, ::3], values[3::9], values[4::9] = 0, values[3::9].abs(), -0.25
-    values[5::9, 7] *= 100
-    weights = torch.rand(values.shape, generator=generator) if case.weighted else torch.ones(values.shape)
-    values, weights = values.to(device), weights.to(device)
-    around = Fit.empty(grid, case.blocks + 1, device)
-    found = Fit(*(None if part is None else part.fill_(GUARD)[:-1] for part in vars(around).values()))
-    run(packed_format, values, weights if case.weighted else None, found, *PACK_EFFORT, case.emphasis)
-    if any(part is not None and (part[-1] != GUARD).any() for part in vars(around).values()):
-        raise WrongResult("something was written beside the blocks")
-    expected, errors = Search(grid, device).fit(values, weights if case.weighted else None, *PACK_EFFORT, case.emphasis), []
-    for fit in (found, expected):
-        parts = packed_format.encode(fit)
-        parts = parts if isinstance(parts, tuple) else (parts,)
-        off = packed_format.unpack(*parts).view(values.shape).double() - values
-        errors.append((weights * off.square()).sum(-1) / (weights * values.square()).sum(-1).clamp(min=1e-30))
-    mean, allowed = errors[0].mean().item(), errors[1].mean().item()
-    if not mean <= (1.05 if case.emphasis else 1.01) * allowed + 1e-9:  # the error is that without emphasis
-        raise WrongResult(f"the mean error of packed blocks is {mean:.3g}, that of the reference {allowed:.3g}")
 
 
 def _shape(case, multiple: int) -> tuple[int, int]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ..format import Format
+from ..format import Format, Grid
+from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
 from . import Backend, Kernel
 from .check import probe
@@ -125,18 +126,34 @@ class CpuKernels:
         run = self._function("int8_tokens", None, input.dtype, LANES=_widest(), **CODES)
         run(c_void_p(input.data_ptr()), *_code_arguments(codes, scales))
 
-    def pack(self, packed_format, values, weights, fit, tries, rounds, sweeps, emphasis):
+    def pack_blocks(self, packed_format, values, weights, fit, tries, rounds, sweeps, emphasis):
+        """See `Kernel.run`."""
+        run = self._function("pack_blocks", None, torch.float32, LANES=_widest(), **_grid(packed_format.grid))
+        tensors = (values, weights, fit.codes, fit.d, fit.dmin, fit.scales, fit.minima)
+        run(*map(_address, tensors), c_longlong(len(values)), *map(c_int, (tries, rounds, sweeps, emphasis)),
+            c_int(_threads(values.numel())))
+
+    def pack_columns(self, packed_format, values, shares, weights, chosen, tries, rounds):
         """See `Kernel.run`."""
         grid = packed_format.grid
-        lowest, highest = grid.scales or (1, 1)
-        run = self._function(
-            "pack", None, torch.float32, LANES=_widest(), LENGTH=grid.length, GROUP=grid.group, COUNT=len(grid.levels),
-            LEVELS=c_floats(grid.levels), UNIFORM=int(grid.uniform), SIGNED=int(grid.signed), MINIMUM=int(grid.minimum),
-            INTEGERS=int(grid.scales is not None), LOWEST_SCALE=lowest, HIGHEST_SCALE=highest,
-            HALF_SCALES=int(grid.scale_dtype == torch.float16))
-        tensors = (values, weights, fit.codes, fit.d, fit.dmin, fit.scales, fit.minima)
-        run(*(c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors), c_longlong(len(values)),
-            *map(c_int, (tries, rounds, sweeps, emphasis)), c_int(_threads(values.numel())))
+        run = self._function("pack_columns", None, torch.float32, LANES=_widest(), **_grid(grid),
+                             COLUMNS=columns_at_a_time(grid))
+        tensors = (values, shares, weights, chosen.levels, chosen.d, chosen.dmin, chosen.scales, chosen.minima)
+        columns, rows = values.shape
+        run(*map(_address, tensors), c_int(columns), c_longlong(rows), *map(c_int, (tries, rounds, _threads(values.numel()))))
+
+
+def _grid(grid: Grid) -> dict:
+    """Constants of source/cpu/pack.h."""
+    lowest, highest = grid.scales or (1, 1)
+    return {"LENGTH": grid.length, "GROUP": grid.group, "COUNT": len(grid.levels), "LEVELS": c_floats(grid.levels),
+            "UNIFORM": int(grid.uniform), "SIGNED": int(grid.signed), "MINIMUM": int(grid.minimum),
+            "INTEGERS": int(grid.scales is not None), "LOWEST_SCALE": lowest, "HIGHEST_SCALE": highest,
+            "HALF_SCALES": int(grid.scale_dtype == torch.float16)}
+
+
+def _address(tensor: torch.Tensor | None) -> c_void_p:
+    return c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _code_arguments(codes, scales) -> tuple:
@@ -177,7 +194,8 @@ def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
     return (*unpack_and_linear(kernels, MOST_TOKENS),
             Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
             Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")),
-            Kernel("pack", FORMAT_NAMES, frozenset([torch.float32]), method(kernels, "pack")))
+            *(Kernel(op, FORMAT_NAMES, frozenset([torch.float32]), method(kernels, op))
+              for op in ("pack_blocks", "pack_columns")))
 
 
 BACKEND = Backend("cpp", lambda device: probe(_kernels().unpack, device), kernel_table(_kernels))

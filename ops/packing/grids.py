@@ -11,7 +11,7 @@ TRIES, ROUNDS, SWEEPS = 9, 1, 1
 
 def kernel_for(packed_format: type[Format], device: torch.device):
     """What `best_fit` takes for `run`: a kernel that searches the blocks of a format, or None: the reference does."""
-    return kernels.find("pack", device, packed_format, torch.float32)
+    return kernels.find("pack_blocks", device, packed_format, torch.float32)
 
 
 def best_fit(packed_format: type[Format], values: torch.Tensor, weights: torch.Tensor | None = None, emphasis: bool = False,

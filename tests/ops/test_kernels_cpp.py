@@ -137,13 +137,46 @@ GRIDS = [pytest.param(fmt, id=fmt.__name__, marks=() if fmt.__name__ in KINDS_OF
 @pytest.mark.parametrize("fmt", GRIDS)
 def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
-    check(kernels_of(on_cpu, "pack")[0], fmt, torch.float32, None, CPU)
+    check(kernels_of(on_cpu, "pack_blocks")[0], fmt, torch.float32, None, CPU)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
 def test_packing_takes_fewer_instructions_too(on_cpu, fmt):
-    check(kernels_of(on_cpu, "pack")[0], fmt, torch.float32, None, CPU)
+    check(kernels_of(on_cpu, "pack_blocks")[0], fmt, torch.float32, None, CPU)
+
+
+# What tests/ops/test_packing_feedback.py has compiled for all instructions.
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("on_cpu", [name for name in FEWER if name != "all"], indirect=True)
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
+def test_columns_are_chosen_with_fewer_instructions_too(on_cpu, fmt, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
+    check(kernels_of(on_cpu, "pack_columns")[0], fmt, torch.float32, None, CPU)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (("take_up(values, shares, columns, first, stop, columns);", ""), "not what the codes lack"),
+    (("share, values[column][v], values[later][v]", "share, values[column][0], values[later][v]"), "not what the codes lack"),
+    (("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]"), "mean error"),
+    (("values[first + i][vector]", "values[i][vector]"), "mean error"),
+    (("before = rounder[v].value(level[v]), wanted += before", "before = rounder[v].value(level[v])"), "mean error"),
+    (("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else"), "beside the columns|not what the codes lack"),
+], ids=range(6))
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("on_cpu", ["all"], indirect=True)
+def test_a_wrong_choice_of_columns_is_found_out(on_cpu, wrong, message, monkeypatch):
+    source = cpp_backend.kernel_source
+
+    def broken(*args, **kwargs):
+        text = source(*args, **kwargs)
+        assert wrong[0] in text
+        return text.replace(*wrong)
+
+    monkeypatch.setattr(cpp_backend, "kernel_source", broken)
+    monkeypatch.setattr(on_cpu, "_functions", {})
+    with pytest.raises(WrongResult, match=message):
+        check(kernels_of(on_cpu, "pack_columns")[0], FORMATS["Q3_K"], torch.float32, None, CPU)
 
 
 @pytest.mark.parametrize("wrong", [("step <= 1", "step < -1"), ("nearest_integer(between(scaled", "(between(scaled"),
@@ -155,14 +188,14 @@ def test_a_wrong_search_is_found_out(on_cpu, wrong, monkeypatch):
     monkeypatch.setattr(cpp_backend, "kernel_source", lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
     monkeypatch.setattr(on_cpu, "_functions", {})
     with pytest.raises(WrongResult, match="mean error"):
-        check(kernels_of(on_cpu, "pack")[0], FORMATS["Q3_K"], torch.float32, None, CPU)
+        check(kernels_of(on_cpu, "pack_blocks")[0], FORMATS["Q3_K"], torch.float32, None, CPU)
 
 
 @pytest.mark.usefixtures("fresh")
 def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatch):
     values = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
-    runs, run = [], cpp_backend._kernels().pack
-    monkeypatch.setattr(cpp_backend._kernels(), "pack", lambda *arguments: (runs.append(1), run(*arguments)))
+    runs, run = [], cpp_backend._kernels().pack_blocks
+    monkeypatch.setattr(cpp_backend._kernels(), "pack_blocks", lambda *arguments: (runs.append(1), run(*arguments)))
     whole = packing.pack_tensor(values, FORMATS["Q4_K"])
     assert runs
     monkeypatch.setattr(packing, "CPU_SLICE_VALUES", 1024)

@@ -1,9 +1,15 @@
 """Packing with error feedback: what it gains, and that it is safe with any moments."""
+import os
+import shutil
+import sys
+
 import gguf
 import numpy as np
 import pytest
 import torch
+from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError
+from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.packing import damped, pack_tensor
 from featherweight.ops.packing.damped import corrected_target
 from featherweight.ops.packing.feedback import pack_with_feedback
@@ -17,6 +23,26 @@ WITH_GRID = {name: fmt for name, fmt in FORMATS.items() if fmt.grid and fmt.bloc
 each_format = pytest.mark.parametrize("fmt", WITH_GRID.values(), ids=WITH_GRID)
 Q4_K = FORMATS["Q4_K"]
 pytestmark = pytest.mark.usefixtures("small_models")
+
+
+@pytest.fixture(scope="module", params=["torch", "kernel"], autouse=True)
+def by(request, tmp_path_factory):
+    """What goes through the columns: all here holds for both."""
+    if request.param == "torch":
+        yield request.param
+        return
+    if sys.platform == "win32" or not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *cpp_backend.COMPILERS)))):
+        pytest.skip("needs a C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(kernels.VARIABLE, raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(kernels, "_choices", {})
+        find = kernels.find
+        patch.setattr(kernels, "find", lambda op, *case, **more: find(op, *case, **more) if op == "pack_columns" else None)
+        patch.setattr(kernels, "PATIENCE", dict.fromkeys(kernels.PATIENCE, 120))
+        cpp_backend._kernels.cache_clear()
+        yield request.param
+    cpp_backend._kernels.cache_clear()
 
 
 def inputs(tokens: int, columns: int, seed: int = 0, power: float = 1.0) -> torch.Tensor:
@@ -71,6 +97,44 @@ def test_errors_are_taken_up_by_columns_of_later_groups_and_blocks(period, sweep
     moments = moments_of(tokens)
     plain = output_error(weight, pack_tensor(weight, Q4_K, importance=moments.importance), tokens)
     assert output_error(weight, pack_with_feedback(weight, Q4_K, moments, sweeps), tokens) < 0.1 * plain
+
+
+@each_format
+def test_what_the_kernel_chooses_is_what_torch_chooses_but_for_ties(fmt, by, monkeypatch):
+    if by == "torch":
+        pytest.skip("is compared with")
+    weight, tokens = weight_of(1000, 512), inputs(2000, 512)
+    moments = moments_of(tokens, 256)
+    packed = pack_with_feedback(weight, fmt, moments).dequantize()
+    assert kernels.find("pack_columns", weight.device, fmt, torch.float32) is not None
+    monkeypatch.setattr(kernels, "find", lambda *case: None)
+    expected = pack_with_feedback(weight, fmt, moments).dequantize()
+    losses = [0.0, 0.0]
+    for index, span in enumerate(moments.spans()):
+        of_inputs = damped.Damped(moments, index, "cpu").moments
+        for which, values in enumerate((packed, expected)):
+            off = values[:, span] - weight[:, span]
+            losses[which] += float(((off @ of_inputs) * off).sum())
+    assert losses[0] == pytest.approx(losses[1], rel=4e-3)
+    assert packed.isclose(expected, rtol=1e-4).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "NF4"])
+def test_a_weight_is_packed_by_one_means_whenever_a_kernel_comes(name, monkeypatch):
+    """What a kernel chooses is not bit for bit what torch chooses."""
+    asked, real = [], kernels.find
+
+    def find(op, *case, **more):
+        if op == "pack_columns":
+            asked.append(op)
+        return None if asked[1:] else real(op, *case, **more)
+
+    weight, moments = weight_of(37, 512), moments_of(inputs(900, 512), 256)
+    monkeypatch.setattr(damped, "CPU_ROWS", 10)
+    whole = pack_with_feedback(weight, FORMATS[name], moments)
+    monkeypatch.setattr(kernels, "find", find)
+    assert torch.equal(pack_with_feedback(weight, FORMATS[name], moments)._qdata, whole._qdata)
+    assert len(asked) == 1
 
 
 @each_format

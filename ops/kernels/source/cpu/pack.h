@@ -1,4 +1,4 @@
-// The search of ops/packing/grids.py, of the same scales in the same order; its docstring and Search say what each step does.
+// The search of ops/grid_search.py, of the same scales in the same order; its docstring and Search say what each step does.
 // A lane holds a block, so that no step has anything to do across lanes. Sums are added in another order than torch's.
 //
 // Given: LENGTH, GROUP (values of a block and of a group), LEVELS, COUNT (the levels, ascending), UNIFORM (neighbouring
@@ -8,7 +8,7 @@ const int GROUPS = LENGTH / GROUP;
 static const float levels[COUNT] = {LEVELS};
 const float SMALLEST_HALF = 5.9604644775390625e-8f, LARGEST_HALF = 65504;
 
-static FUNCTION Floats all(float value) { return (Floats){} + value; }
+static FUNCTION Floats all(float value) { return value - (Floats){}; }
 static FUNCTION Floats either(Ints condition, Floats these, Floats others) { return condition ? these : others; }
 static FUNCTION Floats least(Floats a, Floats b) { return a < b ? a : b; }
 static FUNCTION Floats most(Floats a, Floats b) { return a > b ? a : b; }
@@ -82,17 +82,15 @@ struct Blocks {
         for (int i = 0; i < LENGTH; i++) weights[WEIGHTED ? i : 0] *= square_root(multiply_add(values[i], values[i], mean));
     }
 
-    void prepare() {
-        for (int g = 0; g < GROUPS; g++) {
-            Floats square = {}, total = {}, weight_ = {};
-            for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
-                Floats weighted = weighed(i, values[i]);
-                square += weighted * values[i];
-                total += weighted;
-                weight_ += weighed(i, all(1));
-            }
-            squares[g] = square, totals[g] = total, weight[g] = weight_;
+    void prepare(int g) {
+        Floats square = {}, total = {}, weight_ = {};
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
+            Floats weighted = weighed(i, values[i]);
+            square += weighted * values[i];
+            total += weighted;
+            weight_ += weighed(i, all(1));
         }
+        squares[g] = square, totals[g] = total, weight[g] = weight_;
     }
 
     FUNCTION Sums sums(int g, Floats unit, Floats offset) const {
@@ -177,7 +175,9 @@ struct Blocks {
         for (int round = 0; round < rounds; round++) keep(best_unit, best_offset);
     }
 
-    void first_scales(Stored& scales, const Floats* unit, const Floats* offset) const {
+    void first_scales(Stored& scales, int tries, int rounds) const {
+        Floats unit[GROUPS], offset[GROUPS];
+        for (int g = 0; g < GROUPS; g++) start(g, tries, rounds, unit[g], offset[g]);
         scales.dmin = all(0);
         if (!INTEGERS) {
             scales.d = stored(unit[0], false);
@@ -192,30 +192,36 @@ struct Blocks {
         }
         scales.d = stored(peak / (LOWEST_SCALE < 0 ? (float)LOWEST_SCALE : (float)HIGHEST_SCALE), false);
         if (MINIMUM) scales.dmin = stored(peak_offset / (float)HIGHEST_SCALE, false);
-        for (int g = 0; g < GROUPS; g++) {
-            scales.scale[g] = nearest_integer(between(unit[g] * inverse(scales.d), LOWEST_SCALE, HIGHEST_SCALE));
-            scales.minimum[g] = MINIMUM ? nearest_integer(between(offset[g] * inverse(scales.dmin), LOWEST_SCALE, HIGHEST_SCALE))
-                                        : all(0);
-        }
+        for (int g = 0; g < GROUPS; g++) nearest_integers(g, scales, unit[g], offset[g]);
     }
 
-    void best_integers(Stored& scales) const {
-        if (!INTEGERS) return;
-        for (int g = 0; g < GROUPS; g++) {
-            Floats scale = scales.scale[g], minimum = scales.minimum[g];
-            Floats best = error(g, scales.d * scale, scales.dmin * minimum);
-            for (int step = -1; step <= 1; step++)
-                for (int other = MINIMUM ? -1 : 0; other <= (MINIMUM ? 1 : 0); other++) {
-                    if (!step && !other) continue;
-                    Floats tried = between(scale + (float)step, LOWEST_SCALE, HIGHEST_SCALE);
-                    Floats tried_minimum = MINIMUM ? between(minimum + (float)other, LOWEST_SCALE, HIGHEST_SCALE) : minimum;
-                    Floats found = error(g, scales.d * tried, scales.dmin * tried_minimum);
-                    Ints better = found < best;
-                    best = either(better, found, best);
-                    scales.scale[g] = either(better, tried, scales.scale[g]);
-                    scales.minimum[g] = either(better, tried_minimum, scales.minimum[g]);
-                }
-        }
+    void nearest_integers(int g, Stored& scales, Floats unit, Floats offset) const {
+        scales.scale[g] = nearest_integer(between(unit * inverse(scales.d), LOWEST_SCALE, HIGHEST_SCALE));
+        scales.minimum[g] = MINIMUM ? nearest_integer(between(offset * inverse(scales.dmin), LOWEST_SCALE, HIGHEST_SCALE)) : all(0);
+    }
+
+    void best_integers(int g, Stored& scales) const {
+        Floats scale = scales.scale[g], minimum = scales.minimum[g];
+        Floats best = error(g, scales.d * scale, scales.dmin * minimum);
+        for (int step = -1; step <= 1; step++)
+            for (int other = MINIMUM ? -1 : 0; other <= (MINIMUM ? 1 : 0); other++) {
+                if (!step && !other) continue;
+                Floats tried = between(scale + (float)step, LOWEST_SCALE, HIGHEST_SCALE);
+                Floats tried_minimum = MINIMUM ? between(minimum + (float)other, LOWEST_SCALE, HIGHEST_SCALE) : minimum;
+                Floats found = error(g, scales.d * tried, scales.dmin * tried_minimum);
+                Ints better = found < best;
+                best = either(better, found, best);
+                scales.scale[g] = either(better, tried, scales.scale[g]);
+                scales.minimum[g] = either(better, tried_minimum, scales.minimum[g]);
+            }
+    }
+
+    // `Search.fit_group`: the integers of a group, its super-scales given.
+    void fit_group(int g, Stored& scales, int tries, int rounds) const {
+        Floats unit, offset;
+        start(g, tries, rounds, unit, offset);
+        nearest_integers(g, scales, unit, offset);
+        best_integers(g, scales);
     }
 
     void best_supers(Stored& scales) const {
@@ -240,9 +246,7 @@ struct Blocks {
     }
 
     void search(Stored& best, int tries, int rounds, int sweeps) const {
-        Floats unit[GROUPS], offset[GROUPS];
-        for (int g = 0; g < GROUPS; g++) start(g, tries, rounds, unit[g], offset[g]);
-        first_scales(best, unit, offset);
+        first_scales(best, tries, rounds);
         Floats least_error = error(best);
         auto keep = [&](const Stored& tried) {
             Floats found = error(tried);
@@ -256,55 +260,11 @@ struct Blocks {
         };
         for (int sweep = 0; sweep < sweeps; sweep++) {
             Stored tried = best;
-            best_integers(tried);
+            if (INTEGERS)
+                for (int g = 0; g < GROUPS; g++) best_integers(g, tried);
             keep(tried);
             best_supers(tried);
             keep(tried);
         }
     }
 };
-
-// The LANES blocks from `first` on, or as many as are left; lanes beyond hold the last block again.
-template <bool WEIGHTED>
-static void pack_blocks(const float* values, const float* weights, Byte* codes, float* d, float* dmin, float* scale,
-                        float* minimum, Index first, Index count, int tries, int rounds, int sweeps, int emphasis) {
-    static thread_local Blocks<WEIGHTED> blocks;
-    for (int lane = 0; lane < LANES; lane++) {
-        Index from = (first + lane < count ? first + lane : count - 1) * LENGTH;
-        for (int i = 0; i < LENGTH; i++) ((float*)blocks.values)[i * LANES + lane] = values[from + i];
-        if (WEIGHTED)
-            for (int i = 0; i < LENGTH; i++) ((float*)blocks.weights)[i * LANES + lane] = weights ? weights[from + i] : 1;
-    }
-    if (WEIGHTED && emphasis) blocks.emphasise();
-    blocks.prepare();
-    Stored best;
-    blocks.search(best, tries, rounds, sweeps);
-    static thread_local Bytes found[LENGTH];
-    for (int g = 0; g < GROUPS; g++) {
-        Floats inverted = inverse(best.d * best.scale[g]), shift = best.dmin * best.minimum[g] * inverted;
-        for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
-            found[i] = __builtin_convertvector(nearest(blocks.scaled(i, inverted, shift), true), Bytes);
-    }
-    for (int lane = 0; lane < LANES && first + lane < count; lane++) {
-        Index block = first + lane;
-        for (int i = 0; i < LENGTH; i++) codes[block * LENGTH + i] = ((Byte*)found)[i * LANES + lane];
-        d[block] = best.d[lane];
-        if (MINIMUM) dmin[block] = best.dmin[lane];
-        for (int g = 0; g < GROUPS; g++) {
-            scale[block * GROUPS + g] = best.scale[g][lane];
-            if (MINIMUM) minimum[block * GROUPS + g] = best.minimum[g][lane];
-        }
-    }
-}
-
-// values, weights: (count, LENGTH); weights may be null: all equal. The others are those of a `Fit`; dmin and minimum are not
-// written without a minimum.
-extern "C" void pack(const float* values, const float* weights, Byte* codes, float* d, float* dmin, float* scale, float* minimum,
-                     Index count, int tries, int rounds, int sweeps, int emphasis, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (Index first = 0; first < count; first += LANES)
-        if (weights || emphasis)
-            pack_blocks<true>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps, emphasis);
-        else
-            pack_blocks<false>(values, weights, codes, d, dmin, scale, minimum, first, count, tries, rounds, sweeps, emphasis);
-}

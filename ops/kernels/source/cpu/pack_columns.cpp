@@ -1,0 +1,144 @@
+// `choose_columns` of ops/grid_columns.py, which says what each step does. A lane holds a row; some vectors of rows are worked
+// at together, so that a share that was loaded serves all of them, and with all their columns they stay in the cache.
+//
+// Given, beside what the search is given: COLUMNS, the most of them.
+
+const int VECTORS = 2, ROWS = VECTORS * LANES;
+const int TILE = 4;  // columns that take up losses together: their sums fill the registers. It divides every group.
+
+struct Rounder {
+    Floats unit, offset, inverted, shift;
+
+    FUNCTION Floats level(Floats value) const {
+        return nearest(MINIMUM ? multiply_add(value, inverted, shift) : value * inverted, false);
+    }
+    FUNCTION Floats value(Floats level) const { return MINIMUM ? multiply_add(level, unit, -offset) : level * unit; }
+};
+
+static FUNCTION Rounder rounder_of(Floats unit, Floats offset) {
+    Floats inverted = inverse(unit);
+    return {unit, offset, inverted, offset * inverted};
+}
+
+// A matrix of numbers of rows: `rows` of them from one row on, of `all_rows`.
+struct Part {
+    Index all_rows;
+    int rows;
+
+    FUNCTION void load(Floats* to, const float* from, int column) const { copy((float*)to, from + column * all_rows); }
+    FUNCTION void store(const Floats* from, float* to, int column) const { copy(to + column * all_rows, (const float*)from); }
+    FUNCTION void copy(float* to, const float* from) const {
+        if (rows == ROWS)
+            memcpy(to, from, ROWS * sizeof(float));
+        else
+            memcpy(to, from, rows * sizeof(float));
+    }
+};
+
+struct Chosen {  // from one row on
+    float *levels, *d, *dmin, *scale, *minimum;
+};
+
+typedef Floats Column[VECTORS];
+
+// What columns `first` up to `last` take up of the group of columns that begins at `from`.
+static void take_up(Column* values, const float* shares, int columns, int from, int first, int last) {
+    for (int j = first; j < last; j += TILE) {
+        Column sums[TILE];
+#pragma GCC unroll 4
+        for (int t = 0; t < TILE; t++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) sums[t][v] = values[j + t][v];
+        for (int i = from; i < from + GROUP; i++)
+#pragma GCC unroll 4
+            for (int t = 0; t < TILE; t++) {
+                Floats share = all(shares[(Index)i * columns + j + t]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) sums[t][v] = multiply_add(share, values[i][v], sums[t][v]);
+            }
+#pragma GCC unroll 4
+        for (int t = 0; t < TILE; t++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) values[j + t][v] = sums[t][v];
+    }
+}
+
+// The scales of the group that begins at column `first`, and at the first of a block its super-scales.
+static void choose_scales(Stored& scales, Blocks<true>& blocks, const Column* values, int vector, const float* weights, int first,
+                          int tries, int rounds) {
+    int g = first % LENGTH / GROUP;
+    bool whole = g == 0;
+    for (int i = 0; i < (whole ? LENGTH : GROUP); i++) {
+        blocks.values[g * GROUP + i] = values[first + i][vector];
+        blocks.weights[g * GROUP + i] = all(weights[first + i]);
+    }
+    for (int of = g; of < (whole ? GROUPS : g + 1); of++) blocks.prepare(of);
+    if (whole)
+        blocks.first_scales(scales, tries, rounds);
+    else
+        blocks.fit_group(g, scales, tries, rounds);
+}
+
+template <bool SEARCHED>
+static void choose_rows(float* all_values, const float* shares, const float* weights, Chosen chosen, int columns, Part part,
+                        int tries, int rounds) {
+    Column values[COLUMNS] = {};
+    Stored scales[VECTORS] = {};
+    Blocks<true> blocks;
+    for (int column = 0; column < columns; column++) part.load(values[column], all_values, column);
+    for (int first = 0; first < columns; first += GROUP) {
+        int block = first / LENGTH, group = first / GROUP, g = group % GROUPS, stop = first + GROUP;
+        Column d = {}, dmin = {}, scale = {}, minimum = {};
+        if (SEARCHED) {
+            for (int v = 0; v < VECTORS; v++) {
+                choose_scales(scales[v], blocks, values, v, weights, first, tries, rounds);
+                d[v] = scales[v].d, dmin[v] = scales[v].dmin;
+                scale[v] = scales[v].scale[g], minimum[v] = scales[v].minimum[g];
+            }
+            if (g == 0) part.store(d, chosen.d, block);
+            part.store(scale, chosen.scale, group);
+            if (MINIMUM && g == 0) part.store(dmin, chosen.dmin, block);
+            if (MINIMUM) part.store(minimum, chosen.minimum, group);
+        } else {
+            part.load(d, chosen.d, block), part.load(scale, chosen.scale, group);
+            if (MINIMUM) part.load(dmin, chosen.dmin, block), part.load(minimum, chosen.minimum, group);
+        }
+        Rounder rounder[VECTORS];
+        for (int v = 0; v < VECTORS; v++) rounder[v] = rounder_of(d[v] * scale[v], dmin[v] * minimum[v]);
+        for (int column = first; column < stop; column++) {
+            Column level = {};
+            if (!SEARCHED) part.load(level, chosen.levels, column);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                Floats wanted = values[column][v], before = {};
+                if (!SEARCHED) before = rounder[v].value(level[v]), wanted += before;
+                level[v] = rounder[v].level(wanted);
+                Floats value = rounder[v].value(level[v]);
+                values[column][v] = SEARCHED ? wanted - value : value - before;
+            }
+            part.store(level, chosen.levels, column);
+            for (int later = column + 1; later < stop; later++) {
+                Floats share = all(shares[(Index)column * columns + later]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) values[later][v] = multiply_add(share, values[column][v], values[later][v]);
+            }
+        }
+        take_up(values, shares, columns, first, stop, columns);
+    }
+    for (int column = 0; column < columns; column++) part.store(values[column], all_values, column);
+}
+
+// values, levels: (columns, rows); shares: (columns, columns); weights: (columns,), or null. The others are those of `Columns`;
+// dmin and minimum are not touched without a minimum.
+extern "C" void pack_columns(float* values, const float* shares, const float* weights, float* levels, float* d, float* dmin,
+                             float* scale, float* minimum, int columns, Index rows, int tries, int rounds, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Index first = 0; first < rows; first += ROWS) {
+        Part part = {rows, (int)(rows - first < ROWS ? rows - first : ROWS)};
+        Chosen chosen = {levels + first, d + first, dmin + first, scale + first, minimum + first};
+        if (weights)
+            choose_rows<true>(values + first, shares, weights, chosen, columns, part, tries, rounds);
+        else
+            choose_rows<false>(values + first, shares, weights, chosen, columns, part, tries, rounds);
+    }
+}
