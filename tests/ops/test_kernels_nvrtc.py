@@ -262,7 +262,7 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
 
 def test_every_source_is_used():
     basic = ("unpack", "linear")
-    kernels = {"cuda": basic, "metal": basic, "cpu": (*basic, "int8_rows", "int8_tokens", "pack")}
+    kernels = {"cuda": basic, "metal": basic, "cpu": (*basic, "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")}
     used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]
             for path in source_files(platform, fmt, kernel)}
     assert used == {path for path in SOURCES.rglob("*") if path.is_file()}
