@@ -36,12 +36,15 @@ NAMES = {
     "comfy.model_detection.model_config_from_unet": "state_dict unet_key_prefix * metadata",
     "comfy.model_detection.unet_prefix_from_state_dict": "state_dict",
     "comfy.model_management.MAX_PINNED_MEMORY": None,
+    "comfy.model_management.NUM_STREAMS": None,
     "comfy.model_management.TOTAL_PINNED_MEMORY": None,
     "comfy.model_management.get_all_torch_devices": "",
     "comfy.model_management.get_free_memory": "dev",
     "comfy.model_management.get_gpu_device_options": "",
     "comfy.model_management.get_total_memory": "dev",
+    "comfy.model_management.is_device_cpu": "device",
     "comfy.model_management.load_models_gpu": "models * memory_required",
+    "comfy.model_management.minimum_inference_memory": "",
     "comfy.model_management.pin_memory": "tensor",
     "comfy.model_management.throw_exception_if_processing_interrupted": "",
     "comfy.model_management.unpin_memory": "tensor",
@@ -195,6 +198,15 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.set_attachments": "key attachment",
         "comfy_kitchen.tensor.QuantizedTensor.dequantize": "",
     },
+    "loaders/placing.py": {
+        "comfy.model_patcher.ModelPatcher.clone": "disable_dynamic",
+        "comfy.model_patcher.ModelPatcher.is_dynamic": "",
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.sd.CLIP.clone": "",
+        "comfy.sd.CLIP.cond_stage_model": None,
+        "comfy.sd.CLIP.patcher": None,
+    },
     "loaders/progress.py": {"comfy.utils.ProgressBar.update_absolute": "value"},
     "loaders/recipe.py": {"comfy.model_patcher.ModelPatcher.cached_patcher_init": None},
     "loaders/text_encoder.py": {"comfy.sd.CLIP.patcher": None},
@@ -270,6 +282,19 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.pinned": None,
         "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
     },
+    "ops/patcher/placing.py": {
+        "comfy.model_patcher.ModelPatcher._load_list": "for_dynamic default_device",
+        "comfy.model_patcher.ModelPatcher.is_dynamic": "",
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+        "comfy.model_patcher.ModelPatcher.loaded_size": "",
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.model_size": "",
+        "comfy.model_patcher.ModelPatcher.offload_device": None,
+        "comfy.model_patcher.ModelPatcher.partially_load": "device_to extra_memory force_patch_weights",
+        "comfy.model_patcher.ModelPatcher.partially_unload": "device_to memory_to_free force_patch_weights",
+        "comfy.model_patcher.ModelPatcher.unpin_weight": "key",
+        "comfy.model_patcher.ModelPatcherDynamic._vbar_get": "",
+    },
     "ops/patcher/settling.py": {
         "comfy.model_patcher.ModelPatcher._load_list": "",
         "comfy.model_patcher.ModelPatcher.backup": None,
@@ -313,6 +338,11 @@ MARKS = {
         "comfy.model_patcher": "_v _v_signature comfy_force_cast_weights comfy_patched_weights current_weight_patches_uuid"
                                " device model_loaded_weight_memory",
         "comfy.ops": "_lowvram_function",
+    },
+    "ops/patcher/placing.py": {
+        "comfy.model_patcher": "_v _v_signature comfy_cast_weights comfy_patched_weights dynamic_vbars"
+                               " model_loaded_weight_memory model_offload_buffer_memory",
+        "comfy.ops": "_v_bias _v_weight",
     },
     "ops/patcher/settling.py": {
         "comfy.model_patcher": "bias_function comfy_cast_weights comfy_patched_weights current_weight_patches_uuid device"

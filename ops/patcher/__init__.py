@@ -13,16 +13,17 @@ import comfy.model_patcher
 
 from .applying import Applied
 from .hooks import HooksPatcher
-from .loading import LoadingPatcher
+from .placing import PlacingPatcher
 from .saving import SavingPatcher
 
 
-class PackedPatcher(LoadingPatcher, SavingPatcher, HooksPatcher):
+class PackedPatcher(PlacingPatcher, SavingPatcher, HooksPatcher):
     """The methods of `ModelPatcher` and `ModelPatcherDynamic` that would touch packed weights."""
 
     def clone(self, *args, **kwargs):
         clone = adopt(super().clone(*args, **kwargs))
         clone.size = self.size  # the host handed on model_size(), which counts this patcher's factors
+        clone.placement = self.placement
         return clone
 
 

@@ -58,7 +58,11 @@ class LoadingPatcher(SettlingPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
         else:
             with self._settled(device_to):
-                super().load(device_to, budget, force_patch_weights=force_patch_weights)
+                self._plan(device_to, budget, force_patch_weights)
+
+    def _plan(self, device_to, budget, force_patch_weights):
+        """The host chooses which layers lie on the device, and loads them."""
+        super().load(device_to, budget, force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.

@@ -24,17 +24,26 @@ class SettlingPatcher(PinningPatcher):
             if hasattr(module, "prev_comfy_cast_weights"):
                 module.comfy_cast_weights = module.prev_comfy_cast_weights
                 del module.prev_comfy_cast_weights
-        self._left_out = []
-        try:
+        with self._pinning_later() as left_out:
             yield
-            left_out = self._left_out
-        finally:
-            self._left_out = None
         for name in dict.fromkeys(key.rpartition(".")[0] for key in left_out):
             self._move_out(name, self.model.get_submodule(name))
-        for key in left_out:
-            self.pin_weight_to_device(key)
+        self._put_away(left_out)
         self.model.model_loaded_weight_memory = self._bytes_on(device)
+
+    @contextlib.contextmanager
+    def _pinning_later(self):
+        """Inside this block weights that the host would pin are only collected: in the list that it gives."""
+        self._left_out = []
+        try:
+            yield self._left_out
+        finally:
+            self._left_out = None
+
+    def _put_away(self, keys: list[str]):
+        """Pin the weights that wait off the device."""
+        for key in keys:
+            self.pin_weight_to_device(key)
 
     def _keeps_its_place(self, device, budget: float) -> bool:
         """Whether what lies on the device may stay and nothing more fits, so that there is nothing to plan.

@@ -8,7 +8,8 @@ import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.text_encoder import load_text_encoder
-from patched_models import flux_file, flux_inputs, lora_for, packed_flux, parts, patched
+from gpu_memory import lies_on, load, step
+from patched_models import flux_file, lora_for, packed_flux, patched
 
 pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=True)
 MIB = 1 << 20
@@ -28,26 +29,6 @@ def gpu():
     gc.collect()
 
 
-def lies_on(model, device="cuda") -> int:
-    """Bytes of weights and of LoRAs' factors that lie on a device."""
-    tensors = [part for weight in (*model.parameters(), *model.buffers()) for part in parts(weight)]
-    tensors += [tensor for layer in model.packed_patches.layers.values() if layer.low_rank is not None
-                for tensor in (layer.low_rank.down, *layer.low_rank.ups)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device)
-
-
-def load(patcher, room: float, gpu):
-    """Load a model while this many bytes are free for weights, as other programs come and go."""
-    gpu.set_capacity(comfy.model_management.minimum_inference_memory() + room + gpu.used() - lies_on(patcher.model))
-    comfy.model_management.load_models_gpu([patcher])
-
-
-def step(patcher):
-    inputs = {name: value.cuda() for name, value in flux_inputs().items()}
-    with torch.no_grad():
-        return patcher.model.apply_model(**inputs).float().cpu()
-
-
 FEW = 200_000  # factors and buffers, which stay on the device whatever the room
 ROOMS = (0.9, 0.8, 0.7, 0.5, 0.3, 0.55, 1.5, 0.4, 0.2, *(0.4 + 0.02 * step for step in range(25)))
 
@@ -64,7 +45,7 @@ def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, cast, wit
     expected, size = step(patcher), patcher.model_size()
     assert lies_on(patcher.model) == patcher.loaded_size()
     for room in ROOMS:
-        load(patcher, room * size, gpu)
+        load(patcher, room * size)
         assert lies_on(patcher.model) == patcher.loaded_size() <= max(room * size, FEW)
         assert torch.equal(step(patcher), expected)
 
@@ -76,7 +57,7 @@ def test_what_is_counted_of_a_text_encoder_lies_on_the_gpu_and_nothing_more(gpu,
     assert clip.patcher.force_cast_weights
     expected = clip.encode_from_tokens(tokens)
     for room in (0.4, 0.6, 0.8, 0.7, 0.9, 1.5, 0.65, 0.75):
-        load(clip.patcher, room * size, gpu)
+        load(clip.patcher, room * size)
         assert lies_on(clip.patcher.model) == clip.patcher.loaded_size() <= room * size
         assert torch.equal(clip.encode_from_tokens(tokens), expected)
 
@@ -86,7 +67,7 @@ def test_weights_that_stay_in_their_file_are_pinned(format_name, gpu, caplog):
     patcher = packed_flux(format_name)
     before, refused = gpu.pinned(), gpu.refused_pins()
     with caplog.at_level(logging.WARNING):
-        load(patcher, 0.6 * patcher.model_size(), gpu)
+        load(patcher, 0.6 * patcher.model_size())
     left = patcher.model_size() - patcher.loaded_size()
     assert gpu.refused_pins() == refused and "Pin error" not in caplog.text
     assert 0.9 * left < gpu.pinned() - before <= left
@@ -101,7 +82,7 @@ def test_a_weight_that_finds_no_room_for_a_copy_stays_in_its_file(gpu, monkeypat
     free = comfy.model_management.get_free_memory
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device=None, **options: 1 << 20 if
                         device == torch.device("cpu") else free(device, **options))
-    load(patcher, 0.6 * patcher.model_size(), gpu)
+    load(patcher, 0.6 * patcher.model_size())
     assert gpu.pinned() - before < 20_000 and gpu.refused_pins() == refused  # but for what lies in no file
     assert step(patcher).isfinite().all()
 
@@ -111,7 +92,7 @@ def test_the_factors_of_loras_are_sent_once(room, gpu):
     lora = lora_for(flux_file("Q8_0")[1])
     packed = packed_flux("Q8_0")
     strong, weak = (patched(packed, (lora, strength)) for strength in (1.0, 0.5))
-    load(strong, room * packed.model_size(), gpu)
+    load(strong, room * packed.model_size())
     read = sum(tensor.nbytes for tensor in lora.values() if tensor.ndim)  # as the file has them
     for patcher, factors in ((strong, 0), (strong.clone(), 0), (weak, read), (weak.clone(), 0), (strong, read)):
         gpu.reset()
@@ -128,7 +109,7 @@ def test_layers_that_fall_out_of_a_new_plan_leave_the_gpu(cast, gpu):
         with_lora = patched(packed, (lora_for(flux_file("Q8_0")[1], rank=rank), 1.0))
         for room in (0.5, 0.6, 0.7):
             room *= packed.model_size()
-            load(with_lora, room, gpu)
+            load(with_lora, room)
             gpu.reset()
             comfy.model_management.load_models_gpu([packed])
             assert lies_on(packed.model) == packed.loaded_size() <= room

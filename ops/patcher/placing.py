@@ -1,0 +1,259 @@
+"""Where a model's weights lie: how many stay on its device, which, and what keeps the others.
+
+A layer that does not stay is copied in whenever it runs, and the copy runs while the layers before it compute: copied layers
+cost least where they are spread between others. So layers stay in an order of which each beginning, and each end, is spread
+evenly over the model. Before them come small ones, whose copies take as long as those of larger ones; last come packed tables,
+of which only the rows that are asked for travel.
+
+Outside dynamic VRAM the host still does the loading, of a list of layers that says what it is to keep. In dynamic VRAM, pages
+of 32 MiB stay, from the first on, and layers get their places in them in that order.
+"""
+import contextlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import comfy.model_management
+import torch
+
+from ..layers import Embedding
+from ..tensor import is_packed
+from .loading import LoadingPatcher
+
+PAGE = 32 << 20  # bytes; what comfy-aimdo counts in
+SMALL = 64 << 10  # bytes of a layer; those the host puts first in dynamic VRAM
+GOLDEN = (5 ** 0.5 - 1) / 2
+KEPT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
+
+
+@dataclass(frozen=True)
+class Placement:
+    """gpu_bytes: of weights and LoRAs that stay on the device that computes. store: another device, outside dynamic VRAM, for
+    up to store_bytes of the rest. What then remains lies in the memory of the CPU.
+    """
+
+    gpu_bytes: int
+    store: torch.device | None = None
+    store_bytes: int = 0
+
+
+class Whereabouts(NamedTuple):
+    """Bytes of a model's weights: all of them, those on the device that computes, those in a store, and those that are copied
+    to the device whenever the model runs once.
+    """
+    size: int
+    here: int
+    stored: int
+    copied: int
+
+
+def spread(count: int) -> list[int]:
+    """The numbers below `count` in an order of which each beginning, and each end, is spread evenly over them."""
+    return sorted(range(count), key=lambda number: number * GOLDEN % 1)
+
+
+class PlacingPatcher(LoadingPatcher):
+    """The methods of the host's patchers that decide what lies where. Without a `placement` that is left to the host."""
+
+    placement: Placement | None = None
+    _listed = None  # while the host loads or unloads: what it finds in the list of its layers
+
+    # --- which layers stay ---
+
+    def _load_list(self, for_dynamic=False, default_device=None):
+        if self._listed is not None:
+            return self._listed
+        entries = super()._load_list(for_dynamic, default_device)
+        if not for_dynamic or self.placement is None:
+            return entries
+        return [(rank, *entry[-4:]) for rank, entry in enumerate(_in_order(entries))]
+
+    @contextlib.contextmanager
+    def _listing(self, entries: list):
+        self._listed = entries
+        try:
+            yield
+        finally:
+            self._listed = None
+
+    def _full_size(self) -> int:
+        """Bytes of the weights, wherever they lie."""
+        return super().model_size() - self._factor_bytes()
+
+    def _limit(self) -> int | None:
+        """Bytes of weights that may stay on the device outside dynamic VRAM, where that is not all of them."""
+        if self.placement is None or self.is_dynamic() or self.load_device == self.offload_device:
+            return None
+        limit = max(0, self.placement.gpu_bytes - self._factor_bytes())
+        return limit if limit < self._full_size() else None
+
+    def model_size(self):
+        limit = self._limit()
+        return super().model_size() if limit is None else limit + self._factor_bytes()  # so that nobody makes room for more
+
+    # --- outside dynamic VRAM ---
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if self._limit() is not None:
+            too_much = self.loaded_size() - self.model_size()
+            if too_much > 0:  # or the host leaves a model that is loaded wholly as it is
+                extra_memory = min(extra_memory, -too_much)
+        return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+
+    def _load_static(self, device_to, budget, force_patch_weights, full_load):
+        limit = self._limit()
+        if limit is not None and device_to == self.load_device:
+            room = float("inf") if full_load else budget - self._buffers()
+            budget, full_load = min(limit + self._factor_bytes(), room), False
+            self.model.model_offload_buffer_memory = 0
+        super()._load_static(device_to, budget, force_patch_weights, full_load)
+        self._fill_store()
+
+    def _plan(self, device_to, budget, force_patch_weights):
+        if self._limit() is None or device_to != self.load_device:
+            return super()._plan(device_to, budget, force_patch_weights)
+        entries = self._load_list()
+        kept = _fitting(entries, budget)
+        listed = [(KEPT if field.name in kept else COPIED, *field) for field in map(_fields, entries)]
+        # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees none.
+        gaps = [(GAP, 0, str(number), torch.nn.Module(), {}) for number in range(comfy.model_management.NUM_STREAMS)]
+        with self._listing([*listed, *gaps]):
+            super()._plan(device_to, sum(size for rank, size, *_ in listed if rank == KEPT) + 0.5, force_patch_weights)
+        self.model.model_offload_buffer_memory = 0
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        if self._limit() is None:
+            return super().partially_unload(device_to, memory_to_free, force_patch_weights=force_patch_weights)
+        here = [entry for entry in self._load_list() if getattr(_fields(entry).module, "comfy_patched_weights", False)]
+        kept = _fitting(here, sum(_fields(entry).size for entry in here) - memory_to_free)
+        with self._pinning_later() as left_out:
+            with self._listing([entry for entry in here if _fields(entry).name not in kept]):
+                freed = super().partially_unload(device_to, 1e32, force_patch_weights=force_patch_weights)
+        self.model.model_offload_buffer_memory = 0
+        self._put_away(left_out)
+        return freed
+
+    def _buffers(self) -> int:
+        """Bytes that the host's streams copy layers into, at most."""
+        sizes = (_fields(entry).size for entry in self._load_list())
+        return comfy.model_management.NUM_STREAMS * max(sizes, default=0)
+
+    # --- the store ---
+
+    def _store(self) -> tuple[torch.device | None, int]:
+        if self.placement is None or self.placement.store in (None, self.load_device, self.offload_device):
+            return None, 0
+        return self.placement.store, self.placement.store_bytes
+
+    def _put_away(self, keys):
+        self._fill_store()
+        super()._put_away(keys)
+
+    def _fill_store(self):
+        """Move layers that are copied in whenever they run into the store, as many as it is to have, and others out of it."""
+        store, room = self._store()
+        waiting = [field for field in map(_fields, self._load_list()) if hasattr(field.module, "comfy_cast_weights")
+                   and _lies_on(field.module) not in (self.load_device, torch.device("meta"), None)]
+        for field in waiting:
+            if _lies_on(field.module) == store and field.size <= room:
+                room -= field.size
+            elif _lies_on(field.module) != self.offload_device:
+                field.module.to(self.offload_device)
+        if store is None:
+            return
+        free = comfy.model_management.get_free_memory(store)
+        for field in waiting:
+            if _lies_on(field.module) == self.offload_device and field.size <= min(room, free):
+                for param in field.module._parameters:
+                    self.unpin_weight(f"{field.name}.{param}")
+                field.module.to(store)
+                room, free = room - field.size, free - field.size
+
+    # --- dynamic VRAM ---
+
+    def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
+        if self.placement is not None:
+            self._drop_places_out_of_order(device_to)
+        super()._load_dynamic(device_to, lowvram_model_memory, dirty=dirty)
+        vbar = self._vbar_get()
+        if self.placement is not None and vbar is not None:  # the host has taken away the mark of an earlier load
+            room = max(0, self.placement.gpu_bytes - self.model.model_loaded_weight_memory)
+            vbar.set_watermark(room // PAGE * PAGE)
+
+    def _drop_places_out_of_order(self, device):
+        """Layers that got their places in dynamic VRAM before there was a placement get new ones."""
+        modules = [_fields(entry).module for entry in self._load_list(for_dynamic=True)]
+        places = [module._v[1] for module in modules if hasattr(module, "_v")]
+        if places == sorted(places):
+            return
+        for module in modules:
+            for name in ("_v", "_v_weight", "_v_bias"):
+                if hasattr(module, name):
+                    delattr(module, name)
+            module._v_signature = None
+        del self.model.dynamic_vbars[device]
+
+    # --- what lies where ---
+
+    def whereabouts(self) -> Whereabouts:
+        """As the model is loaded now."""
+        here = stored = copied = 0
+        for field in map(_fields, self._load_list()):
+            if self._is_here(field.module):
+                here += field.size
+            elif hasattr(field.module, "comfy_cast_weights") and not _is_table(field.module):
+                copied += field.size
+            if _lies_on(field.module) == self._store()[0]:
+                stored += field.size
+        return Whereabouts(self._full_size(), here, stored, copied)
+
+    def _is_here(self, module) -> bool:
+        if _lies_on(module) == self.load_device:
+            return True
+        vbar = self._vbar_get() if self.is_dynamic() else None
+        if vbar is None or not hasattr(module, "_v"):
+            return False
+        _, start, size = module._v
+        first, last = (start - vbar.base_addr) // PAGE, (start - vbar.base_addr + size - 1) // PAGE
+        return module._v_signature is not None and all(page & 1 for page in vbar.get_residency()[first:last + 1])
+
+
+class _Fields(NamedTuple):
+    """What of an entry in the host's list of layers does not depend on what it is sorted by."""
+    size: int
+    name: str
+    module: torch.nn.Module
+    params: dict
+
+
+def _fields(entry: tuple) -> _Fields:
+    return _Fields(*entry[-4:])
+
+
+def _lies_on(module) -> torch.device | None:
+    return next((param.device for param in module._parameters.values() if param is not None), None)
+
+
+def _is_table(module) -> bool:
+    return isinstance(module, Embedding) and is_packed(module.weight)
+
+
+def _in_order(entries: list[tuple]) -> list[tuple]:
+    """The host's entries, those first that are to stay before others."""
+    first, others, tables = [], [], []
+    for entry in entries:
+        field = _fields(entry)
+        travels = hasattr(field.module, "comfy_cast_weights")
+        group = first if not travels or field.size <= SMALL else tables if _is_table(field.module) else others
+        group.append(entry)
+    return [*first, *(others[number] for number in spread(len(others))), *tables]
+
+
+def _fitting(entries: list[tuple], room: float) -> set[str]:
+    """Names of the layers that stay where there are so many bytes for them, those that cannot be copied in among them."""
+    kept = set()
+    for field in map(_fields, _in_order(entries)):
+        if field.size <= room or (room >= 0 and not hasattr(field.module, "comfy_cast_weights")):
+            kept.add(field.name)
+            room -= field.size
+    return kept
+
