@@ -27,11 +27,11 @@ class Search:
     def __init__(self, grid: Grid, device: torch.device):
         self.grid = grid
         self.lowest, self.highest = grid.levels[0], grid.levels[-1]
-        self.levels = torch.tensor(grid.levels, dtype=torch.float32, device=device)
-        self.middles = (self.levels[1:] + self.levels[:-1]) / 2
+        levels = torch.tensor(grid.levels, dtype=torch.float32, device=device)
         self.cells = CELLS / (self.highest - self.lowest)
-        self.nearest = self.levels[torch.bucketize((torch.arange(CELLS, device=device) + 0.5) / self.cells + self.lowest,
-                                                   self.middles)]
+        nearest = torch.bucketize((torch.arange(CELLS, device=device) + 0.5) / self.cells + self.lowest,
+                                  (levels[1:] + levels[:-1]) / 2)
+        self.levels_of_cells, self.codes_of_cells = levels[nearest], nearest.to(torch.uint8)
 
     def fit(self, values: torch.Tensor, weights: torch.Tensor | None = None, tries: int = 9, rounds: int = 1,
             sweeps: int = 1, emphasis: bool = False) -> Fit:
@@ -85,14 +85,17 @@ class Search:
         """The levels, float32, nearest to numbers in units of their scale, which are overwritten."""
         if self.grid.uniform:
             return scaled.round_().clamp_(self.lowest, self.highest)
-        cells = scaled.sub_(self.lowest).mul_(self.cells).clamp_(0, CELLS - 1).int()
-        return select(self.nearest, cells.view(-1)).view(cells.shape)
+        return self._by_cell(self.levels_of_cells, scaled)
 
     def codes(self, levels: torch.Tensor) -> torch.Tensor:
         """The codes, uint8, of levels that `round` gave."""
         if self.grid.uniform:
             return (levels - self.lowest).to(torch.uint8)
-        return torch.bucketize(levels, self.middles, out_int32=True).to(torch.uint8)
+        return self._by_cell(self.codes_of_cells, levels.clone())
+
+    def _by_cell(self, table: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+        cells = scaled.sub_(self.lowest).mul_(self.cells).clamp_(0, CELLS - 1).int()
+        return select(table, cells.view(-1)).view(cells.shape)
 
     def start(self, groups: "_Groups", tries: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Unit and offset of each group, (..., groups), not yet rounded. The offset is None for grids without a minimum."""
