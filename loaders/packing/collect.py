@@ -10,7 +10,9 @@ from ...ops.tensor import QuantizedTensor, is_packed
 from .rules import family_of
 from .runs import room_on
 
-MEMORY = 2 << 30  # bytes of all moments of a model together up to which their blocks are wider than they must be
+# Bytes that all moments of a model together take where the model runs, at most: up to there their blocks are wider than they
+# must be, and what is beyond lies in main memory.
+MEMORY = 2_000_000_000
 BLOCKS = (None, 2048, 1024, 512, 256)  # columns of a block, the first that fits; None: whole matrices
 SMALL = 1 << 18  # values of an input that is worth keeping to find those that are given it again
 
@@ -46,25 +48,26 @@ def block_for(columns: Iterable[int], memory: int = MEMORY) -> int | None:
 
 def nbytes_of(columns: Iterable[int], block: int | None) -> int:
     """Bytes of the moments of inputs of so many columns: float32, in blocks, and the sketches of held-out tokens."""
-    return sum(4 * width * (min(width, block or width) + SKETCH_ROWS) for width in columns)
+    sizes = [(width, min(width, block or width)) for width in columns]
+    return sum(4 * (-(-width // size) * size * size + SKETCH_ROWS * width) for width, size in sizes)
 
 
 class Collector:
     """Collects while it is entered, and leaves the layers as they were.
 
     layers: name -> layer. Layers that are given the same tensor share their moments, as queries, keys and values do and what
-    sees one vector an image. All lie where the model runs while there is room, otherwise on the CPU.
+    sees one vector an image. memory: bytes of the moments that may lie where the model runs, less where it has no room for
+    twice as much; the others lie on the CPU, and get each call's moments from there.
     """
 
     def __init__(self, layers: Mapping[str, torch.nn.Module], memory: int = MEMORY):
         self.layers = layers
         columns = [layer.in_features for layer in layers.values()]
         self.block = block_for(columns, memory)
-        self.nbytes = nbytes_of(columns, self.block)
+        self.memory, self._left = memory, None
         self.moments: dict[str, Moments] = {}
         self.same_as: dict[str, str] = {}
         self.hold_out = False
-        self._home: torch.device | None = None
         self._latest: dict[torch.Size, tuple[Callable, str]] = {}  # shape -> the input of that shape, and whose it was
         self._handles = []
 
@@ -95,7 +98,7 @@ class Collector:
                 self.same_as[name] = owner
                 return
             self.same_as.pop(name, None)
-            self.moments[name] = Moments.of(inputs.shape[-1], self.block, self._home_for(inputs.device))
+            self.moments[name] = Moments.of(inputs.shape[-1], self.block, self._home_for(inputs))
         self._latest[inputs.shape] = (lambda: inputs) if inputs.numel() <= SMALL else weakref.ref(inputs), name
         moments = self.moments[name]
         if moments.blocks.device == inputs.device:
@@ -105,10 +108,15 @@ class Collector:
             here.add(inputs, hold_out=self.hold_out)
             moments.merge(here)
 
-    def _home_for(self, device: torch.device) -> torch.device:
-        if self._home is None:
-            self._home = device if room_on(device) > 2 * self.nbytes else torch.device("cpu")
-        return self._home
+    def _home_for(self, inputs: torch.Tensor) -> torch.device:
+        """Where the moments of a layer with these inputs are to lie, which counts as taken from then on."""
+        if self._left is None:
+            self._left = min(self.memory, room_on(inputs.device) / 2)
+        nbytes = nbytes_of([inputs.shape[-1]], self.block)
+        if nbytes > self._left:
+            return torch.device("cpu")
+        self._left -= nbytes
+        return inputs.device
 
 
 def _same(seen: torch.Tensor | None, inputs: torch.Tensor) -> bool:

@@ -1,12 +1,13 @@
 """What was measured of a model: second moments of its layers' inputs, and what each layer's error costs. One file.
 
-Anyone who has a model of the same layers can use it. A column of a layer's inputs takes 520 bytes, in blocks of 256 columns:
-the 1.52 million of Flux.1-dev, shared ones counted once, 0.79 GB (computed, not measured). The costs take 60 KB of that.
+Anyone who has a model of the same layers can use it. A column of a layer's inputs takes 156 bytes, in blocks of 256 columns:
+the 1.52 million of Flux.1-dev, shared ones counted once, 0.24 GB (computed, not measured). The costs take 60 KB of that.
 """
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from ...ops.packing.moments import Moments
 
 KEY = "featherweight_sensitivity"
-FORMAT = 1
+FORMAT = 2
 
 
 class SensitivityError(ValueError):
@@ -87,30 +88,50 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sensitivity":
-        """Raises SensitivityError for a file that is none."""
+        """Raises SensitivityError for a file that is none, is not whole, or of another format."""
         file = os.path.basename(path)
-        try:
-            with safe_open(path, framework="pt") as opened:
-                about, names = json.loads((opened.metadata() or {})[KEY]), set(opened.keys())
+        with _opened(path) as opened:
+            about, names = json.loads((opened.metadata() or {})[KEY]), set(opened.keys())
             if about["format"] != FORMAT:
                 raise SensitivityError(f"{file} is of format {about['format']}, this version reads {FORMAT}. Update this pack,"
                                        " or measure again.")
             same_as, shapes = about["same_as"], {name: tuple(shape) for name, shape in about["shapes"].items()}
             result = cls(about["costs"], shapes, about["about"], file)
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes"
-                                   " one.") from error
 
         def moments(name: str) -> Moments | None:
             owner = same_as.get(name, name)
             parts = {key.removeprefix(f"{owner}/"): key for key in names if key.rpartition("/")[0] == owner}
             if not parts:
                 return None
-            with safe_open(path, framework="pt") as opened:
+            with _opened(path) as opened:
                 return Moments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
 
         result._moments = moments
         return result
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
+    """The file, open. What goes wrong with it inside this block is a SensitivityError."""
+    file = os.path.basename(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except SensitivityError:
+        raise
+    except OSError as error:
+        raise SensitivityError(f"{file} cannot be read: {error.strerror or error}. Pick another file, or measure"
+                               " again.") from error
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if _begins_as_ours(path):
+            raise SensitivityError(f"{file} is damaged or was not copied whole. Copy it again, or measure again.") from error
+        raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes"
+                               " one.") from error
+
+
+def _begins_as_ours(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return KEY.encode() in file.read(1 << 10)
 
 
 def table(sensitivity: Sensitivity, count: int = 12) -> str:

@@ -7,13 +7,16 @@ import torch
 BLOCK = 256
 # Tokens that go into one product, so that their copy in float32 stays small.
 VALUES_AT_A_TIME = 1 << 23
-# Rows of the sketch of held-out tokens. The error it tells is off by sqrt(2 / rows), 12 %, at the very worst.
-SKETCH_ROWS = 128
+# Rows of the sketch of held-out tokens, and of what a file keeps of it. The error they tell is off by sqrt(2 / rows), 18 and
+# 35 %, at the very worst. A file's tells only which of two ways to pack is better, and one mostly has half the other's error.
+SKETCH_ROWS, FILE_ROWS = 64, 16
 # The share of calls whose tokens are held out, and the step that spreads them: the golden ratio falls in with no number of
 # steps or prompts, so no step of a sampler is always held out.
 HELD_OUT, STEP = 0.25, (math.sqrt(5) - 1) / 2
-# In files a correlation is a 16-bit integer in these units.
-UNIT = 1 / 32767
+# Files hold signed integers of 8 bits in steps of this part of the largest.
+STEP_OF_LARGEST = 1 / 127
+# Added to correlations so that they have a factor, and more where this is too little: below what packing adds to them.
+LEAST_DAMPING = 1e-5
 
 
 class Moments:
@@ -28,8 +31,8 @@ class Moments:
     layer has in the dense model: `cross` holds dense.T @ inputs, in the same blocks.
 
     columns: K. count, held_out_count: tokens in the moments, and in the sketch.
-    blocks, cross: float32 (B, k, k); the last block may be filled up with zeros. sketch, dense_sketch: float32 (128, K).
-    `cross` and `dense_sketch` are None where there is no pair.
+    blocks, cross: float32 (B, k, k); the last block may be filled up with zeros. sketch, dense_sketch: float32 (64, K), or
+    (16, K) from a file. `cross` and `dense_sketch` are None where there is no pair.
     """
 
     def __init__(self, columns: int, blocks: torch.Tensor, sketch: torch.Tensor, cross: torch.Tensor | None = None,
@@ -100,9 +103,10 @@ class Moments:
 
     def _sketch(self, tokens: torch.Tensor, dense: torch.Tensor | None):
         signs = self._signs(len(tokens)).unsqueeze(-1)
-        start, row = 0, self.held_out_count % SKETCH_ROWS  # so that short calls fill all rows
+        rows = len(self.sketch)
+        start, row = 0, self.held_out_count % rows  # so that short calls fill all rows
         while start < len(tokens):
-            stop = min(len(tokens), start + SKETCH_ROWS - row)
+            stop = min(len(tokens), start + rows - row)
             for sketch, part in ((self.sketch, tokens), (self.dense_sketch, dense)):
                 if part is not None:
                     sketch[row:row + stop - start].addcmul_(part[start:stop], signs[start:stop])
@@ -115,11 +119,13 @@ class Moments:
 
     def merge(self, other: "Moments"):
         """Adds the tokens of moments of the same layer."""
-        if (other.columns, other.block, other.cross is None) != (self.columns, self.block, self.cross is None):
+        if (other.blocks.shape, other.sketch.shape, other.cross is None) != (self.blocks.shape, self.sketch.shape,
+                                                                             self.cross is None):
             raise ValueError(f"Moments of {other.columns} columns in blocks of {other.block} do not add to moments of"
                              f" {self.columns} columns in blocks of {self.block}.")
         self._calls += other._calls
-        signs = self._signs(SKETCH_ROWS).unsqueeze(-1)  # else rows made with equal signs would add up to more than their tokens
+        # With equal signs rows would add up to more than their tokens.
+        signs = self._signs(len(self.sketch)).unsqueeze(-1)
         self.blocks += other.blocks.to(self.blocks.device)
         self.sketch += other.sketch.to(self.sketch.device) * signs
         if self.cross is not None:
@@ -136,43 +142,81 @@ class Moments:
     # --- files ---
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a file needs to hold, on the CPU: about columns * (block + 256) bytes. Not for a pair.
+        """What a file needs to hold, on the CPU: about columns * (block / 2 + 28) bytes. Not for a pair.
+
+        Kept is the factor of the correlations, L with L @ L.T = correlations, lower triangular with rows of length 1: whatever
+        its elements are rounded to, what comes back is positive semidefinite with the diagonal it had. Correlations that are
+        rounded themselves would have to have 12 bits.
 
         | name     | dtype, shape                 | meaning                                                               |
         |----------|------------------------------|-----------------------------------------------------------------------|
         | counts   | int64 (4,)                   | columns, tokens, tokens held out, calls                               |
         | scales   | float32 (B, k)               | roots of the moments' diagonal                                        |
-        | upper    | int16 (B, k * (k - 1) / 2)   | correlations above the diagonal, row by row, in units of 1 / 32767    |
-        | sketch   | float16 (128, K)             | sketch / its largest magnitude in each column                         |
-        | largest  | float32 (K,)                 | those magnitudes                                                      |
+        | factor   | int8 (B, k * (k - 1) / 2)    | L below the diagonal, row by row, in steps of its columns             |
+        | steps    | float32 (B, k)               | those steps                                                           |
+        | sketch   | int8 (16, K)                 | sketch, its rows added up to fewer, in steps of its columns           |
+        | widths   | float32 (K,)                 | those steps                                                           |
         """
         if self.cross is not None:
             raise ValueError("Moments of a pair are for one packed model, and not kept in files.")
         blocks, sketch = self.blocks.cpu(), self.sketch.cpu()
+        if not blocks.isfinite().all():
+            raise ValueError("The moments of the layer's inputs hold NaN or infinite values.")
         scales = blocks.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        rows, columns = torch.triu_indices(self.block, self.block, 1)
-        upper = torch.stack([(block[rows, columns] / _safe(scale[rows]) / _safe(scale[columns])).div_(UNIT).round_()
-                             .clamp_(-32767, 32767).to(torch.int16) for block, scale in zip(blocks, scales)])
-        largest = sketch.abs().amax(0)
+        below = torch.ones(self.block, self.block, dtype=torch.bool).tril(-1)
+        factor = torch.empty(len(blocks), int(below.sum()), dtype=torch.int8)
+        steps = torch.empty_like(scales)
+        for index, (block, scale) in enumerate(zip(blocks, scales)):
+            correlations = block / _safe(scale).unsqueeze(-1) / _safe(scale)
+            codes, steps[index] = _in_steps(_factor(correlations).tril(-1))
+            factor[index] = codes[below]
+        if len(sketch) > FILE_ROWS:
+            sketch = sketch.view(-1, FILE_ROWS, self.columns).sum(0)
+        codes, widths = _in_steps(sketch)
         return {"counts": torch.tensor([self.columns, self.count, self.held_out_count, self._calls]), "scales": scales,
-                "upper": upper, "sketch": (sketch / _safe(largest)).half(), "largest": largest}
+                "factor": factor, "steps": steps, "sketch": codes, "widths": widths}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], device="cpu") -> "Moments":
         """The inverse of `tensors`. Raises ValueError where they do not fit together."""
         try:
-            scales, upper, sketch, largest = (tensors[name].to(device) for name in ("scales", "upper", "sketch", "largest"))
+            scales, factor, steps, sketch, widths = (tensors[name].to(device)
+                                                     for name in ("scales", "factor", "steps", "sketch", "widths"))
             columns, count, held_out_count, calls = tensors["counts"].tolist()
             number, size = scales.shape
-            rows, across = torch.triu_indices(size, size, 1, device=device)
-            if (upper.shape, sketch.shape, largest.shape) != ((number, len(rows)), (SKETCH_ROWS, columns), (columns,)):
-                raise ValueError(f"shapes {tuple(scales.shape)}, {tuple(upper.shape)}, {tuple(sketch.shape)}")
+            wanted = (number, size * (size - 1) // 2), (number, size), (FILE_ROWS, columns), (columns,)
+            if (factor.shape, steps.shape, sketch.shape, widths.shape) != wanted or not 0 <= number * size - columns < size:
+                raise ValueError(f"shapes {tuple(scales.shape)}, {tuple(factor.shape)}, {tuple(sketch.shape)}")
         except (KeyError, ValueError) as error:
             raise ValueError(f"These are not the tensors of a layer's moments: {error}.") from error
-        blocks = torch.diag_embed(scales.square())
-        for block, scale, values in zip(blocks, scales, upper):
-            block[rows, across] = block[across, rows] = values.float().mul_(UNIT).mul_(scale[rows]).mul_(scale[across])
-        return cls(columns, blocks, sketch.float() * largest, None, None, count, held_out_count, calls)
+        below = torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
+        blocks = torch.zeros(number, size, size, device=device)
+        for block, scale, codes, step in zip(blocks, scales, factor, steps):
+            rows = torch.zeros_like(block).masked_scatter_(below, codes.float()).mul_(step)
+            length = rows.square().sum(1)
+            rows /= length.sqrt().clamp(min=1).unsqueeze(-1)
+            rows.diagonal().copy_((1 - length).clamp(min=0).sqrt())
+            rows *= scale.unsqueeze(-1)
+            torch.mm(rows, rows.T, out=block)
+        return cls(columns, blocks, sketch * widths, None, None, count, held_out_count, calls)
+
+
+def _factor(correlations: torch.Tensor) -> torch.Tensor:
+    """The lower triangular L with L @ L.T = correlations, float32 (k, k)."""
+    damping = LEAST_DAMPING
+    while True:
+        damped = correlations.clone()
+        damped.diagonal().fill_(1 + damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor
+        damping *= 10
+
+
+def _in_steps(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 (n, K), the step of each column, float32 (K,)) of values, float32 (n, K)."""
+    steps = values.abs().amax(0) * STEP_OF_LARGEST
+    return (values / _safe(steps)).round_().clamp_(-127, 127).to(torch.int8), steps
 
 
 def _safe(divisor: torch.Tensor) -> torch.Tensor:

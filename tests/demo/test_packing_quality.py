@@ -1,13 +1,17 @@
 """Files made here are nearer to the dense model than those of the recipes in use, at equal bytes."""
+import functools
 import json
 
 import pytest
 from demo_model import scenes
 from devtools import ROOT
 from devtools.files import demo_files
-from devtools.measure import packing_quality
+from devtools.measure import packing_error, packing_quality
 from devtools.measure.packing_quality import Maker
 from featherweight.loaders.files import open_weights
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packing.feedback import pack_with_feedback
+from featherweight.ops.packing.moments import Moments
 from featherweight.ops.tensor import is_packed
 
 RECORDED = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("packing")
@@ -31,6 +35,29 @@ def test_every_row_of_the_table_can_be_shown():
     for way, size in packing_quality.rows():
         row = {"way": way, "size": size, "bytes": 3759616, "bits": 4.5, "snr": 36.04, "types": {"Q2_K": 9, "Q6_K": 7}}
         assert packing_quality.cells(row)[3:] == ["36.0 dB", "9 Q2_K, 7 Q6_K"]
+
+
+@functools.cache
+def seen() -> tuple[dict, dict]:
+    """The demo's matrices, and the second moments of their inputs for a few captions."""
+    weights = packing_error.demo_weights()
+    return weights, packing_error.second_moments(weights, captions=8, times=2)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind, block", [("Q3_K", 256), ("Q4_K", 256), ("Q5_K", 256), ("Q4_K", None)])
+def test_moments_from_a_file_pack_as_well_as_those_measured(kind, block):
+    (weights, sums), off = seen(), []
+    for name, exact in list(sums.items())[::4]:
+        moments = Moments.of(len(exact), block)
+        for part, span in zip(moments.blocks, moments.spans()):
+            part.copy_(exact[span, span])
+        moments.count = 8 * 2 * 64
+        from_file = Moments.from_tensors(moments.tensors())
+        reached = [packing_error.output_snr(weights[name], pack_with_feedback(weights[name], FORMATS[kind], given).dequantize(),
+                                            exact) for given in (moments, from_file)]
+        off.append(reached[0] - reached[1])
+    assert abs(sum(off) / len(off)) < 0.05 and max(off) < 0.5, off
 
 
 @pytest.mark.skipif(RECORDED is None, reason="no second table is recorded")
