@@ -128,19 +128,21 @@ def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(tmp_path, pac
     out.mkdir()
     for moment in range(moments):
         process = start(path, out / "a.gguf", "--type", "Q3_K")
-        while not list(out.glob("*.part")) and process.poll() is None:
+        part = out / f"a.gguf.{process.pid}.part"  # that of one that was killed before is there until this one begins
+        while not part.exists() and process.poll() is None:
             time.sleep(0.005)
         time.sleep(0.1 * moment)
         process.send_signal(how)
         said, _ = process.communicate(timeout=60)
         names = [found.name for found in out.iterdir()]
         if process.returncode == 0:
+            (out / "a.gguf").unlink()
             continue
         assert "a.gguf" not in names, said
         if how == signal.SIGINT:
             assert process.returncode == 130 and names == [] and "Nothing was written." in said
         else:
-            assert names == [f"a.gguf.{process.pid}.part"]
+            assert names == [part.name]
     assert pack(path, out / "a.gguf", "--type", "Q8_0", "--overwrite")[0] == 0
     assert [found.name for found in out.iterdir()] == ["a.gguf"]
 
