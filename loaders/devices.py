@@ -21,8 +21,11 @@ def device_choices() -> list[str]:
     return comfy.model_management.get_gpu_device_options()
 
 
-def find_device(name: str) -> tuple[torch.device | None, str | None]:
-    """(device, None) for a name as nodes offer it. The device None is the host's default, with a sentence for one not here."""
+def find_device(name: str | None, instead: str = "the default one") -> tuple[torch.device | None, str | None]:
+    """(device, None) for a name as nodes offer it. The device None is the host's default, with a sentence for one not here.
+
+    instead: what that sentence says is used.
+    """
     if name in (DEFAULT, "", None):
         return None, None
     if name == "cpu":
@@ -31,7 +34,7 @@ def find_device(name: str) -> tuple[torch.device | None, str | None]:
     if match and int(match[1] or 0) < len(found):
         return found[int(match[1] or 0)], None
     there = ", ".join([*(f"gpu:{number}" for number in range(len(found))), "cpu"])
-    return None, f"There is no device {name} here (found: {there}), so the default one is used."
+    return None, f"There is no device {name} here (found: {there}), so {instead} is used."
 
 
 def device_options(device: torch.device | None) -> dict[str, torch.device]:

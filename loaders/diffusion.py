@@ -11,43 +11,57 @@ import torch
 from ..ops.load_hooks import bare_parameters_unpacked
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .handover import is_ours, operations_for, take_back, text_metadata
+from .handover import is_ours, model_prefix, operations_for, take_back, text_metadata
+from .model_names import in_the_hosts_names
 from .packing.while_loading import read_weights
 from .progress import Progress
 from .recipe import Recipe, loads
 
 DIFFUSION_MODEL = "diffusion model"
+CHECKPOINT_PREFIX = "model.diffusion_model."
 
 
 @loads(DIFFUSION_MODEL)
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
                          compute: str = "exact", disable_dynamic: bool = False, pack_to: str | None = None,
-                         model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
+                         model_options: Mapping[str, Any] | None = None,
+                         extra: str | None = None) -> comfy.model_patcher.ModelPatcher:
     """Load a diffusion model file or folder with its packed weights kept packed.
 
     value_dtype, patch_dtype, compute: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. pack_to: one of
     `packing.while_loading.TYPES`, to which the weights that are not packed yet are packed as they are read. model_options: the
-    host's, such as `load_device`; its `dtype` is for files that are left to the host. Of a whole checkpoint only the model is
-    used. Files without packed weights go to the host's own loader where none is to be packed.
-    Raises WeightFileError.
+    host's, such as `load_device`; its `dtype` is for files that are left to the host. extra: a file with further layers of the
+    model, such as VACE's. Of a whole checkpoint only the model is used. Files without packed weights go to the host's own
+    loader where none is to be packed. Raises WeightFileError.
     """
     model_options = dict(model_options or {})
     recipe = Recipe(DIFFUSION_MODEL, (str(path),), {
         "value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute, "disable_dynamic": disable_dynamic,
-        "pack_to": pack_to, **({"model_options": model_options} if model_options else {})})
-    if not is_ours(path, pack_to):
+        "pack_to": pack_to, **({"model_options": model_options} if model_options else {}),
+        **({"extra": extra} if extra else {})})
+    if not is_ours(path, pack_to) and not extra:
         patcher = comfy.sd.load_diffusion_model(path, model_options=model_options, disable_dynamic=disable_dynamic)
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     refuse_other_kinds(file)
     progress = Progress(stages=3 if pack_to else 2)
     state_dict, packed = read_weights(file, pack_to, progress)
+    if extra:
+        state_dict |= _further_layers(extra, model_prefix(state_dict))
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
     patcher = model_of(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic, devices)
     if packed:
         packed.attach(patcher)
     progress.stage()
     return recipe.attach(patcher)
+
+
+def _further_layers(path: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The weights of a file with more layers of a model whose names begin with `prefix`; of a checkpoint, its model's."""
+    weights = in_the_hosts_names(open_weights(path).state_dict())
+    of_the_model = {name.removeprefix(CHECKPOINT_PREFIX): weight for name, weight in weights.items()
+                    if name.startswith(CHECKPOINT_PREFIX)}
+    return {prefix + name: weight for name, weight in (of_the_model or weights).items()}
 
 
 def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,

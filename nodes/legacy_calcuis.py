@@ -5,8 +5,8 @@ Four of them differ from ids of ComfyUI-GGUF in nothing but capital letters. The
 from comfy_api.latest import io
 
 from ..loaders.devices import DEFAULT
-from . import legacy_gguf, legacy_gguf_clip
-from .vae_files import load, vae_name_input
+from . import legacy_gguf, legacy_gguf_clip, vae_files
+from .shown import loaded
 
 CATEGORY = "Featherweight/legacy"
 HELP = "LegacyCalcuis"
@@ -183,7 +183,7 @@ class VaeLoader(io.ComfyNode):
             display_name="GGUF VAE Loader",
             category=CATEGORY,
             description="The VAE loader of workflows made with calcuis' gguf pack. The weights of a GGUF file are unpacked.",
-            inputs=[vae_name_input()],
+            inputs=[vae_files.vae_name_input()],
             outputs=[io.Vae.Output()],
         )
 
@@ -193,6 +193,6 @@ class VaeLoader(io.ComfyNode):
 
     @classmethod
     def load_vae(cls, vae_name) -> tuple:
-        return load(vae_name)
+        return loaded(vae=vae_files.load(vae_name))
 
     FUNCTION, execute = "load_vae", load_vae

@@ -14,6 +14,10 @@ MODEL_FOLDERS = ("unet_gguf", "diffusion_models")
 CATEGORY = "Featherweight/legacy"
 
 
+def checkpoint_input():
+    return io.Combo.Input("ckpt_name", options=list_files(*CHECKPOINT_FOLDERS), tooltip="A file in models/checkpoints.")
+
+
 def bnb_dtype_input():
     return io.Combo.Input("bnb_dtype", options=["default", "nf4", "fp4"], default="default", optional=True,
                           tooltip="Kept for old workflows. The file says which format its weights have.")
@@ -29,7 +33,7 @@ class CheckpointLoader(io.ComfyNode):
             description="The checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight).",
             search_aliases=["nf4", "fp4", "bitsandbytes", "bnb"],
             inputs=[
-                io.Combo.Input("ckpt_name", options=list_files(*CHECKPOINT_FOLDERS), tooltip="A file in models/checkpoints."),
+                checkpoint_input(),
                 bnb_dtype_input(),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],

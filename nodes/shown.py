@@ -4,6 +4,7 @@ import logging
 from comfy.model_patcher import ModelPatcher
 
 from ..loaders.held import held_text
+from ..loaders.placing import placed_text
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ def loaded(*notes: str | None, **parts) -> tuple:
     for name, part in parts.items():
         patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
         if patcher is not None:
-            texts.append(f"{TITLES[name]}: {held_text(patcher)}" if len(parts) > 1 else held_text(patcher))
+            text = held_text(patcher) if getattr(patcher, "placement", None) is None else (
+                f"{held_text(patcher)}, {placed_text(patcher)}")
+            texts.append(f"{TITLES[name]}: {text}" if len(parts) > 1 else text)
     notes = list(dict.fromkeys(filter(None, notes)))
     for note in notes:
         log.warning("[Featherweight] %s", note)

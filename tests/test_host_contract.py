@@ -19,7 +19,9 @@ EVERY_NODE = {path.stem for path in host_contract.node_files()}
 PATCHER_PARTS = [part for part in PackedPatcher.__mro__ if part.__module__.startswith(PackedPatcher.__module__)]
 PATCHER_MEMBERS = {name: None for where, members in MEMBERS.items() if where.startswith("ops/patcher/") for name in members}
 LORA_NODES = {"apply_lora", "check_lora", "inspect_model_file"}
-ENCODER_NODES = {"load_text_encoder", "legacy_calcuis", "legacy_gguf_clip", "load_checkpoint", "legacy_nf4"}
+MULTIGPU = {"legacy_multigpu", "legacy_multigpu_checkpoint", "legacy_multigpu_distorch", "legacy_multigpu_distorch2"}
+CHECKPOINT_NODES = {"load_checkpoint", "legacy_nf4", "legacy_sp", *MULTIGPU}
+ENCODER_NODES = {"load_text_encoder", "legacy_calcuis", "legacy_gguf_clip", *CHECKPOINT_NODES}
 
 
 def each_source():
@@ -132,7 +134,7 @@ def without(monkeypatch, name: str):
 @pytest.mark.parametrize("name, gone", [
     ("comfy.lora_convert.convert_lora", LORA_NODES),
     ("comfy.text_encoders.lt.sd_detect", ENCODER_NODES),
-    ("comfy.sd.load_checkpoint_guess_config", {"load_checkpoint", "legacy_nf4"}),
+    ("comfy.sd.load_checkpoint_guess_config", CHECKPOINT_NODES),
     ("comfy_kitchen.tensor.register_layout_class", EVERY_NODE),
     ("folder_paths.get_filename_list", EVERY_NODE),
     ("comfy_execution.utils.get_executing_context", set()),

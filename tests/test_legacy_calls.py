@@ -13,8 +13,9 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from featherweight.loaders import folders
-from featherweight.nodes import legacy_gguf_clip
+from featherweight.nodes import legacy_gguf_clip, multigpu
 from featherweight.ops.tensor import is_packed
+from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, OUTPUTS, VAE
 from pack_nodes import node_list
 
 from devtools.files import tiny_models
@@ -27,31 +28,17 @@ LEGACY = [node_id for node_id in NODE_CLASS_MAPPINGS if not node_id.startswith("
 
 # Small encoders of the kinds that the host takes together; file name -> its key in ENCODERS.
 FILES = {"clip_l.gguf": "clip-l", "clip_g.gguf": "clip-g", "t5.gguf": "t5-xxl", "llama.gguf": "llama-3-8b"}
-INPUTS = {
-    "CLIPLoaderGGUF": {"clip_name": "clip_l.gguf", "type": "stable_diffusion"},
-    "DualCLIPLoaderGGUF": {"clip_name1": "clip_l.gguf", "clip_name2": "t5.gguf", "type": "flux"},
-    "TripleCLIPLoaderGGUF": {"clip_name1": "clip_l.gguf", "clip_name2": "clip_g.gguf", "clip_name3": "t5.gguf"},
-    "QuadrupleCLIPLoaderGGUF": {f"clip_name{number}": name for number, name in enumerate(FILES, 1)},
-}
-
-
-for name in list(INPUTS):
-    INPUTS[name.replace("CLIP", "Clip")] = INPUTS[name]  # of calcuis' pack
-INPUTS |= {"LoaderGGUF": {"gguf_name": "flux.gguf"}, "LoaderGGUFAdvanced": {"gguf_name": "flux.gguf"},
-           "VaeGGUF": {"vae_name": "vae.gguf"}}
-
-
-def method_of(node_id: str) -> str:
-    """The name that callers know."""
-    if node_id.startswith("LoaderGGUF"):
-        return "load_model"
-    kinds = {"Checkpoint": "load_checkpoint", "CLIP": "load_clip", "Clip": "load_clip", "Vae": "load_vae"}
-    return next((method for word, method in kinds.items() if word in node_id), "load_unet")
+VALUES = {**{f"clip_name{number}": name for number, name in enumerate(FILES, 1)}, "clip_name": "clip_l.gguf",
+          "vae_name": "vae.gguf"}
 
 
 def inputs_of(node_id: str) -> dict:
-    key = "ckpt_name" if "Checkpoint" in node_id else "unet_name"
-    return INPUTS.get(node_id) or {key: "flux.gguf"}
+    """Files for a node, and nothing but what it needs."""
+    inputs = {name: VALUES.get(name, "flux.gguf") if default is NAME else default for name, default in INPUTS[node_id].items()
+              if default is NAME or node_id.startswith("CheckpointLoaderAdvanced")}
+    if "type" in inputs:
+        inputs |= {"type": "flux", "clip_name2": "t5.gguf"} if "clip_name2" in inputs else {"type": "stable_diffusion"}
+    return inputs
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +62,9 @@ def models(tmp_path_factory):
             sizes |= ENCODERS[name].model_options
         sizes["model_config"] = ENCODERS["clip-l"].model_options["model_config"]  # the host takes it for the first CLIP
         load = legacy_gguf_clip.load_text_encoder
-        patch.setattr(legacy_gguf_clip, "load_text_encoder",
-                      lambda *args, model_options=None: load(*args, model_options={**sizes, **(model_options or {})}))
+        for module in (legacy_gguf_clip, multigpu):
+            patch.setattr(module, "load_text_encoder",
+                          lambda *args, model_options=None: load(*args, model_options={**sizes, **(model_options or {})}))
         yield base
 
 
@@ -90,7 +78,7 @@ def get_value_at_index(values, index):
 
 def exported(node_id, node, inputs):
     """An exported workflow that was made with the other pack."""
-    return get_value_at_index(getattr(node(), method_of(node_id))(**inputs), 0)
+    return get_value_at_index(getattr(node(), METHODS[node_id])(**inputs), 0)
 
 
 def exported_from_here(node_id, node, inputs):
@@ -102,7 +90,7 @@ def exported_from_here(node_id, node, inputs):
 
 
 def by_position(node_id, node, inputs):
-    first, *_ = getattr(node(), method_of(node_id))(*inputs.values())
+    first, *_ = getattr(node(), METHODS[node_id])(*inputs.values())
     return first
 
 
@@ -114,27 +102,31 @@ def as_a_new_node(node_id, node, inputs):
 def wrapped(node_id, node, inputs):
     """ComfyUI-MultiGPU: every input by position, those of the advanced loader on the plain one, types of its own."""
     loader = node()
-    if method_of(node_id) == "load_unet" and "GGUF" in node_id:
+    if METHODS[node_id] == "load_unet" and "GGUF" in node_id:
         return loader.load_unet(inputs["unet_name"], None, None, None)[0]
     if node_id.startswith(("Triple", "Quadruple")):
         return loader.load_clip(*inputs.values(), "stable_diffusion")[0]
-    clip = getattr(loader, method_of(node_id))(*inputs.values())
+    clip = getattr(loader, METHODS[node_id])(*inputs.values())
     if node_id == "DualCLIPLoaderGGUF":
         clip[0].patcher.load(force_patch_weights=True)
     return clip[0]
 
 
-@pytest.mark.parametrize("inference", [True, False], ids=["inference mode", "no mode"])
-@pytest.mark.parametrize("call", [exported, exported_from_here, by_position, as_a_new_node, wrapped],
-                         ids=lambda call: call.__name__)
-@pytest.mark.parametrize("node_id", LEGACY)
-def test_a_legacy_id_is_called_as_python(node_id, call, inference, models):
+# ComfyUI-MultiGPU's and KJNodes' classes are called by exported scripts only, with names.
+CALLS = [(call, node_id, inference) for node_id in LEGACY for inference in (True, False)
+         for call in (exported, exported_from_here, by_position, as_a_new_node, wrapped)
+         if node_id not in {**MULTIGPU, **KJ} or call is exported and inference]
+
+
+@pytest.mark.parametrize("call, node_id, inference", [
+    pytest.param(*case, id=f"{case[1]}-{case[0].__name__}-{'inference' if case[2] else 'no'} mode") for case in CALLS])
+def test_a_legacy_id_is_called_as_python(call, node_id, inference, models):
     with torch.inference_mode() if inference else contextlib.nullcontext():
         loaded = call(node_id, NODE_CLASS_MAPPINGS[node_id], inputs_of(node_id))
-    if method_of(node_id) == "load_clip":
+    if OUTPUTS[node_id] == CLIP:
         assert isinstance(loaded, comfy.sd.CLIP)
         assert any(map(is_packed, loaded.patcher.model.parameters()))
-    elif method_of(node_id) == "load_vae":
+    elif OUTPUTS[node_id] == VAE:
         assert isinstance(loaded, comfy.sd.VAE) and loaded.first_stage_model is not None
     else:
         assert type(loaded.model).__module__ == "comfy.model_base"
@@ -144,12 +136,13 @@ def test_a_legacy_id_is_called_as_python(node_id, call, inference, models):
 @pytest.mark.parametrize("node_id", LEGACY)
 def test_the_method_of_a_legacy_id_gives_a_tuple_and_its_class_says_what_it_is(node_id, models):
     node = NODE_CLASS_MAPPINGS[node_id]
-    assert node.FUNCTION == node().FUNCTION == method_of(node_id)
+    assert node.FUNCTION == node().FUNCTION == METHODS[node_id]
     values = getattr(node, node.FUNCTION)(**inputs_of(node_id))
+    values = values.result if node_id in KJ else values
     assert type(values) is tuple and len(values) == len(node.RETURN_TYPES)
     types = node.INPUT_TYPES()
     known = inspect.signature(getattr(node(), node.FUNCTION)).parameters
-    assert {name for section in types.values() for name in section} <= known.keys()
+    assert {name for section in types.values() for name in section} <= known.keys() or node_id in {**MULTIGPU, **KJ}
     assert "hidden" not in types  # what exporters would pass
 
 
@@ -160,13 +153,13 @@ def test_dtypes_reach_the_layers_from_either_loader(node_id, models):
     assert (layer.value_dtype, layer.patch_dtype) == (torch.float16, None)
 
 
-@pytest.mark.parametrize("node_id", [node_id for node_id in LEGACY if method_of(node_id) == "load_clip"])
+@pytest.mark.parametrize("node_id", [node_id for node_id in LEGACY if METHODS[node_id] == "load_clip"])
 def test_a_text_encoder_loads_in_two_steps(node_id, models):
-    loader, inputs = NODE_CLASS_MAPPINGS[node_id](), dict(INPUTS[node_id])
+    loader, inputs = NODE_CLASS_MAPPINGS[node_id](), inputs_of(node_id)
     clip_type = comfy.sd.CLIPType[inputs.pop("type", "sd3" if "Triple" in node_id else "hidream").upper()]
     paths = [folder_paths.get_full_path("clip_gguf", name) for name in inputs.values()]
     data = loader.load_data(paths)
     assert len(data) == len(paths) and any(map(is_packed, data[0].values()))
     clip = loader.load_patcher(paths, clip_type, data)
-    whole, = loader.load_clip(*INPUTS[node_id].values())
+    whole, = loader.load_clip(*inputs_of(node_id).values())
     assert torch.equal(hidden_states(clip), hidden_states(whole))

@@ -11,6 +11,7 @@ from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.while_loading import TYPES
 from featherweight.nodes import legacy_gguf
+from legacy_ids import INPUTS, NAME, OUTPUTS
 from pack_nodes import ids_in_source, node_list
 
 from devtools.files import tiny_models
@@ -18,34 +19,14 @@ from devtools.files.gguf_files import write_gguf
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 
-# Inputs that workflows made with other packs rely on, in the order of their widgets.
-LEGACY_INPUTS = {
-    "UnetLoaderGGUF": ["unet_name"],
-    "UnetLoaderGGUFAdvanced": ["unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"],
-    "CheckpointLoaderNF4": ["ckpt_name", "bnb_dtype"],
-    "UNETLoaderNF4": ["unet_name", "bnb_dtype"],
-    "CLIPLoaderGGUF": ["clip_name", "type"],
-    "DualCLIPLoaderGGUF": ["clip_name1", "clip_name2", "type"],
-    "TripleCLIPLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3"],
-    "QuadrupleCLIPLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3", "clip_name4"],
-    "LoaderGGUF": ["gguf_name"],
-    "LoaderGGUFAdvanced": ["gguf_name", "dequant_dtype", "patch_dtype", "patch_on_device"],
-    "ClipLoaderGGUF": ["clip_name", "type", "device"],
-    "DualClipLoaderGGUF": ["clip_name1", "clip_name2", "type", "device"],
-    "TripleClipLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3"],
-    "QuadrupleClipLoaderGGUF": ["clip_name1", "clip_name2", "clip_name3", "clip_name4"],
-    "VaeGGUF": ["vae_name"],
-}
-
-
 # Words that somebody types in the search box, and nodes they must find.
 OWN_LOADERS = ["FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint", "FeatherweightLoadTextEncoder"]
 FOUND_BY = {
-    "gguf": [*OWN_LOADERS, *(node_id for node_id in LEGACY_INPUTS if "GGUF" in node_id)],
+    "gguf": [*OWN_LOADERS, *(node_id for node_id in INPUTS if "GGUF" in node_id)],
     "nf4": [*OWN_LOADERS, "CheckpointLoaderNF4", "UNETLoaderNF4"],
     "int8": OWN_LOADERS,
-    "unet": ["FeatherweightLoadDiffusionModel", *(node_id for node_id in LEGACY_INPUTS if "UNET" in node_id.upper())],
-    "clip": ["FeatherweightLoadTextEncoder", *(node_id for node_id in LEGACY_INPUTS if "CLIP" in node_id.upper())],
+    "unet": ["FeatherweightLoadDiffusionModel", *(node_id for node_id in INPUTS if "UNET" in node_id.upper())],
+    "clip": ["FeatherweightLoadTextEncoder", *(node_id for node_id in INPUTS if "CLIP" in node_id.upper())],
     "checkpoint": ["FeatherweightLoadCheckpoint", "CheckpointLoaderNF4"],
     "lora": ["FeatherweightApplyLora", "FeatherweightCheckLora"],
 }
@@ -93,15 +74,19 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
     assert parameters["pack_to"].default == "as the file"
 
 
-@pytest.mark.parametrize("node_id", LEGACY_INPUTS)
-def test_legacy_nodes_take_the_inputs_shared_workflows_have(node_id):
+@pytest.mark.parametrize("node_id", INPUTS)
+def test_legacy_nodes_take_the_inputs_and_have_the_defaults_that_shared_workflows_rely_on(node_id):
     schema = NODES[node_id].GET_SCHEMA()
-    assert [input.id for input in schema.inputs] == LEGACY_INPUTS[node_id]
-    outputs = (["MODEL", "CLIP", "VAE"] if "Checkpoint" in node_id else ["CLIP"] if "CLIP" in node_id.upper()
-               else ["VAE"] if "VAE" in node_id.upper() else ["MODEL"])
-    assert [output.io_type for output in schema.outputs] == outputs
-    required = ("unet_name", "gguf_name", "ckpt_name", "clip_name", "vae_name", "type")
-    assert all(input.optional for input in schema.inputs if not input.id.startswith(required))
+    assert [input.id for input in schema.inputs] == list(INPUTS[node_id])
+    assert [output.io_type for output in schema.outputs] == OUTPUTS[node_id]
+    for input in schema.inputs:
+        default = INPUTS[node_id][input.id]
+        assert default is NAME or input.default == default
+        assert input.optional or default is NAME or "Advanced" in node_id  # whose devices an API file names too
+
+
+def test_legacy_nodes_are_those_of_the_table():
+    assert NODES.keys() - INPUTS.keys() == {node_id for node_id in NODES if node_id.startswith("Featherweight")}
 
 
 def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
@@ -217,5 +202,6 @@ LOADERS = [node_id for node_id, node in NODES.items() if node.GET_SCHEMA().outpu
 
 @pytest.mark.parametrize("node_id", LOADERS)
 def test_loaders_run_with_only_a_file_name(flux_file, node_id):
-    model = NODES[node_id].execute(flux_file)[0]
+    name = next(input.id for input in NODES[node_id].GET_SCHEMA().inputs if not input.optional)
+    model = NODES[node_id].execute(**{name: flux_file})[0]
     assert type(model.model).__module__ == "comfy.model_base"

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import legacy_ids
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,7 @@ from devtools.host.browser import COMPLAINTS, RED, UNKNOWN
 WORKFLOWS = sorted(Path(__file__).with_name("legacy_workflows").glob("*.json"))
 FOR_THE_SERVER = [path for path in WORKFLOWS if path.stem.startswith("api ")]
 FOR_THE_EDITOR = [path for path in WORKFLOWS if path.stem.startswith("ui ")]
-LOADERS = {"UnetLoaderGGUF", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "UNETLoaderNF4", "CheckpointLoaderNF4", "LoaderGGUF",
-           "LoaderGGUFAdvanced"}
+LOADERS = set(legacy_ids.LEGACY)
 
 
 def each(paths):
@@ -31,10 +31,8 @@ def read(path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def files(server):
-    """The files that the workflows name, all in folders of their own: the demo's, and Flux and CLIP-L as plain files."""
-    models = server.base / "models"
+def write_files(models: Path):
+    """The files that the workflows name, in folders of their own: the demo's, and Flux and CLIP-L as plain files."""
     folders = {key: models / key / "legacy" for key in ("diffusion_models", "text_encoders", "checkpoints", "vae")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +50,11 @@ def files(server):
     encoder = {name: torch.randn(shape, generator=generator) * 0.03 + ("norm" in name and name.endswith("weight"))
                for name, shape in tiny_models.clip_l_shapes().items()}
     save_file(encoder, folders["text_encoders"] / "clip_l.safetensors")
+
+
+@pytest.fixture(scope="module")
+def files(server):
+    write_files(server.base / "models")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,227 @@
+"""What the nodes of ComfyUI-MultiGPU are made of: the loaders it wraps, and the inputs it puts behind theirs.
+
+Its ids are those of a loader and of a family: `UnetLoaderGGUF` + `DisTorch2MultiGPU`. A class in `legacy_multigpu` names both.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import nodes as host_nodes
+import torch
+from comfy_api.latest import io
+
+from ..loaders.checkpoint import load_checkpoint
+from ..loaders.devices import CPU, device_options, find_device, gpus
+from ..loaders.diffusion import load_diffusion_model
+from ..loaders.folders import embedding_folders, find_file
+from ..loaders.placing import place, place_clip
+from ..loaders.text_encoder import load_text_encoder
+from . import legacy_gguf, legacy_gguf_clip, legacy_nf4, vae_files
+from .choices import choices_of
+from .distorch import UnreadableError, by_expert_string, by_virtual_vram
+from .shown import loaded
+
+CATEGORY = "Featherweight/legacy/MultiGPU"
+DESCRIPTION = ("A loader of workflows made with ComfyUI-MultiGPU, which is archived. In new workflows: the loaders and Place"
+               " Model (Featherweight).")
+
+# What UNETLoader's weight_dtype means to the host.
+WEIGHT_DTYPES = {
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn}, "fp8_e5m2": {"dtype": torch.float8_e5m2},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+}
+
+
+# --- the loaders: inputs, and what they load for a device, by the keys of `shown.TITLES` ---
+
+@dataclass(frozen=True)
+class Kind:
+    """A loader that is wrapped.
+
+    inputs: makes its inputs. outputs: what makes its outputs. load: of a device or None and the inputs by name -> its parts.
+    device: what the family's first input is called where the family leaves it open.
+    """
+
+    inputs: Callable[[], list]
+    outputs: tuple
+    load: Callable[..., dict]
+    device: str = "compute_device"
+
+
+def _load_gguf(device, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False) -> dict:
+    dtypes = (legacy_gguf.DTYPES[name] for name in (dequant_dtype, patch_dtype))
+    return {"model": load_diffusion_model(find_file(unet_name, *legacy_gguf.FOLDERS), *dtypes,
+                                          model_options=device_options(device))}
+
+
+def _load_unet(device, unet_name, weight_dtype="default") -> dict:
+    options = {**device_options(device), **WEIGHT_DTYPES.get(weight_dtype, {})}
+    return {"model": load_diffusion_model(find_file(unet_name, *legacy_gguf.FOLDERS), model_options=options)}
+
+
+def _load_clip(device, type="stable_diffusion", **names) -> dict:
+    paths = [find_file(names[name], *legacy_gguf_clip.FOLDERS) for name in sorted(names)]
+    kind = {3: "sd3", 4: "hidream"}.get(len(paths), type)
+    return {"clip": load_text_encoder(paths, kind, embedding_folders(), model_options=device_options(device))}
+
+
+def _load_vae(device, vae_name) -> dict:
+    return {"vae": vae_files.load(vae_name, device)}
+
+
+def _load_checkpoint(device, ckpt_name, bnb_dtype="default") -> dict:
+    path = find_file(ckpt_name, *legacy_nf4.CHECKPOINT_FOLDERS)
+    return dict(zip(("model", "clip", "vae"), load_checkpoint(path, embedding_folders(), device=device)))
+
+
+def _weight_dtype_input():
+    offered = choices_of(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype") or ["default", *WEIGHT_DTYPES]
+    return io.Combo.Input("weight_dtype", options=offered, default="default", optional=True,
+                          tooltip="As in ComfyUI's own loader, for files without packed weights.")
+
+
+def _clips(count: int, host_node: str | None) -> Kind:
+    names = ["clip_name"] if count == 1 else [f"clip_name{number}" for number in range(1, count + 1)]
+
+    def inputs():
+        types = [legacy_gguf_clip.type_input(host_node)] if host_node else []
+        return [*map(legacy_gguf_clip.name_input, names), *types]
+    return Kind(inputs, (io.Clip.Output,), _load_clip, device="device")
+
+
+ALL_THREE = (io.Model.Output, io.Clip.Output, io.Vae.Output)
+UNET_GGUF = Kind(lambda: [legacy_gguf.model_name_input()], (io.Model.Output,), _load_gguf)
+UNET_GGUF_ADVANCED = Kind(lambda: [legacy_gguf.model_name_input(), *legacy_gguf.dtype_inputs()], (io.Model.Output,), _load_gguf)
+UNET = Kind(lambda: [legacy_gguf.model_name_input(), _weight_dtype_input()], (io.Model.Output,), _load_unet)
+CLIP, DUAL_CLIP = _clips(1, "CLIPLoader"), _clips(2, "DualCLIPLoader")
+TRIPLE_CLIP, QUADRUPLE_CLIP = _clips(3, None), _clips(4, None)
+VAE = Kind(lambda: [vae_files.vae_name_input()], (io.Vae.Output,), _load_vae)
+CHECKPOINT = Kind(lambda: [legacy_nf4.checkpoint_input()], ALL_THREE, _load_checkpoint)
+CHECKPOINT_NF4 = Kind(lambda: [legacy_nf4.checkpoint_input(), legacy_nf4.bnb_dtype_input()], ALL_THREE, _load_checkpoint)
+
+
+# --- the inputs of the families ---
+
+def device_input(name: str, default: str | None = None, optional: bool = True):
+    """default: None: the first GPU, where there is one."""
+    names = ["cpu", *map(str, gpus())]
+    return io.Combo.Input(name, options=names, default=default or names[min(1, len(gpus()))], optional=optional,
+                          tooltip="The device that computes. One that this machine has not is ComfyUI's default one.")
+
+
+def virtual_vram_input(name: str = "virtual_vram_gb", default: float = 4.0, most: float = 128.0, optional: bool = True):
+    return io.Float.Input(name, default=default, min=0.0, max=most, step=0.1, optional=optional,
+                          tooltip="This many GiB of the model's weights lie elsewhere and are copied in at each step.")
+
+
+def donor_input(name: str = "donor_device", optional: bool = True):
+    return io.Combo.Input(name, options=["cpu", *map(str, gpus())], default="cpu", optional=optional,
+                          tooltip="Where the weights of the virtual VRAM lie.")
+
+
+def expert_input(name: str = "expert_mode_allocations"):
+    return io.String.Input(name, default="", multiline=False, optional=True,
+                           tooltip="Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*), shares of the"
+                                   " model (cuda:0,25%;cpu,75%) or fractions of each device's memory.")
+
+
+def eject_input(default: bool = True):
+    return io.Boolean.Input("eject_models", default=default, optional=True, tooltip="Kept for old workflows. It has no effect.")
+
+
+def _device(kind: Kind) -> list:
+    return [device_input("device")]
+
+
+def _distorch(kind: Kind) -> list:
+    return [device_input("device"), virtual_vram_input(most=24.0),
+            io.Boolean.Input("use_other_vram", default=False, optional=True,
+                             tooltip="The other GPUs take the weights of the virtual VRAM first, then the CPU."),
+            expert_input()]
+
+
+def _distorch2(kind: Kind) -> list:
+    return [device_input(kind.device), virtual_vram_input(), donor_input(), expert_input(),
+            eject_input(default=kind.device != "device")]
+
+
+DEVICE, DISTORCH, DISTORCH2 = _device, _distorch, _distorch2
+
+
+# --- the nodes ---
+
+class Loader:
+    """What the classes of the nodes share. They are called as Python under the name `override`."""
+
+    HELP_PAGE = "LegacyMultiGPU"
+    kind: Kind
+    family: Callable[[Kind], list]
+
+    @classmethod
+    def schema(cls) -> dict:
+        """All but the names of the node's schema."""
+        return {
+            "category": CATEGORY, "is_deprecated": True,  # not offered for new workflows
+            "description": DESCRIPTION,
+            "inputs": [*cls.kind.inputs(), *cls.family(cls.kind)],
+            "outputs": [output() for output in cls.kind.outputs],
+        }
+
+    @classmethod
+    def validate_inputs(cls, **inputs):
+        return True  # files and devices of other machines are resolved, and what is missing explained, when the node runs
+
+    @classmethod
+    def override(cls, *, device=None, compute_device=None, virtual_vram_gb=None, use_other_vram=False, donor_device="cpu",
+                 expert_mode_allocations="", eject_models=True, **inputs) -> tuple:
+        device, note = find_device(device if device is not None else compute_device)
+        parts = cls.kind.load(device, **inputs)
+        notes = [note]
+        if cls.family is not DEVICE:
+            if virtual_vram_gb is None:
+                virtual_vram_gb = 4.0 if cls.family is DISTORCH2 else 0.0  # what the pack took where an API file says nothing
+            first = next(iter(parts))
+            donors = None if use_other_vram else [donor_device]
+            parts[first] = placed(parts[first], virtual_vram_gb, donors, expert_mode_allocations, notes)
+        return loaded(*notes, **parts)
+
+    FUNCTION, execute = "override", override
+
+
+def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, notes: list):
+    """A MODEL, CLIP or VAE whose weights lie as the pack's inputs say. donors: names, None for all other GPUs and then the CPU.
+
+    Appends to notes what cannot be so. Where the model computes on the CPU, all of it is there.
+    """
+    patcher = getattr(part, "patcher", part)
+    if patcher is None or patcher.load_device == CPU or not (expert.strip() or virtual_vram_gb):
+        return part
+    compute, size, plan = patcher.load_device, patcher.model_size(), None
+    if expert.strip():
+        try:
+            plan, missing = by_expert_string(expert, size, compute)
+            notes += missing
+        except UnreadableError as error:
+            notes.append(str(error))
+    if plan is None:
+        found = [find_device(name, "the cpu") for name in donors or []]
+        notes += [note for _, note in found]
+        others = [device or CPU for device, _ in found] if donors else [*(gpu for gpu in gpus() if gpu != compute), CPU]
+        if virtual_vram_gb < 0:
+            notes.append(f"virtual_vram_gb is {virtual_vram_gb:g}, below 0: everything stays on {compute}, as with 0.")
+        plan = by_virtual_vram(size, virtual_vram_gb, compute, others)
+        if compute in others and plan[compute] == size:
+            notes.append(f"The donor {compute} is the device that computes, so everything stays there.")
+    kept = plan.pop(compute)
+    plan.pop(CPU, None)
+    stores = [device for device, amount in plan.items() if amount > 0]
+    if len(stores) > 1:
+        notes.append(f"Of the GPUs that do not compute one keeps weights, {stores[0]}; what was meant for"
+                     f" {', '.join(map(str, stores[1:]))} lies in the memory of the CPU.")
+    store, amount = (stores[0], plan[stores[0]]) if stores else (None, 0)
+    if part is patcher:
+        return place(patcher, kept, store, amount, notes.append)
+    if hasattr(part, "cond_stage_model"):
+        return place_clip(part, kept, store, amount, notes.append)
+    part.patcher = place(patcher, kept, store, amount, notes.append)
+    part.first_stage_model = part.patcher.model  # another one, where it was loaded again
+    return part

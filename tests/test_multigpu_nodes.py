@@ -1,0 +1,153 @@
+"""Nodes under ComfyUI-MultiGPU's ids: where they place what they load, and what they say where they cannot."""
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf, write_random_gguf
+from families import FAMILIES, random_weights
+from featherweight.loaders import folders
+from featherweight.nodes import shown
+from featherweight.nodes.distorch import GIB
+from gpu_memory import lies_on
+from pack_nodes import node_list
+from patched_models import flux_file, flux_inputs
+
+pytestmark = pytest.mark.fake_gpus(devices=2, gib=4, late=True)
+
+CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model, VAE and checkpoint in the host's folders."""
+    base = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers", "vae_approx"]
+        patch.setattr(folder_paths, "folder_names_and_paths", {key: ([str(base)], {".safetensors"}) for key in keys})
+        patch.setattr(folder_paths, "filename_list_cache", {})
+        folders.register_folders()
+        (base / "flux.gguf").symlink_to(flux_file("Q8_0")[0])
+        write_gguf(base / "vae.gguf", tiny_models.autoencoder(), lambda name, values: "F16")
+        shapes = {f"model.diffusion_model.{name}": value.shape for name, value in random_weights(FAMILIES["sd1.5"]).items()}
+        shapes |= {f"cond_stage_model.transformer.{name}": shape for name, shape in tiny_models.clip_l_shapes().items()}
+        shapes |= {f"first_stage_model.{name}": value.shape for name, value in tiny_models.autoencoder().items()}
+        write_random_gguf(base / "checkpoint.gguf", shapes, "Q8_0", None)
+        yield base
+
+
+@pytest.fixture(autouse=True)
+def texts(monkeypatch):
+    """What is shown on the nodes, and nothing stays loaded."""
+    texts = []
+    monkeypatch.setattr(shown, "show_text", texts.append)
+    yield texts
+    comfy.model_management.unload_all_models()
+
+
+def run(node_id, **inputs):
+    return NODES[node_id].execute(**inputs)
+
+
+def step(patcher) -> torch.Tensor:
+    comfy.model_management.load_models_gpu([patcher])
+    inputs = {name: value.to(patcher.load_device) for name, value in flux_inputs().items()}
+    with torch.no_grad():
+        return patcher.model.apply_model(**inputs).float().cpu()
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    patcher, = run("UnetLoaderGGUF", unet_name="flux.gguf")
+    return patcher.model_size(), step(patcher)
+
+
+DISTORCH2, DISTORCH = "UnetLoaderGGUFDisTorch2MultiGPU", "UnetLoaderGGUFDisTorchMultiGPU"
+HALF, ALL = "half of it", "all of it"
+# Node, its inputs (virtual VRAM in parts of the model) -> where it computes, which part stays there, the store and its part.
+PLACED = [
+    ("UnetLoaderGGUFMultiGPU", {"device": "cuda:1"}, (SECOND, None, None, 0)),
+    ("UnetLoaderGGUFAdvancedMultiGPU", {"device": "cpu", "dequant_dtype": "target"}, (CPU, None, None, 0)),
+    (DISTORCH2, {"compute_device": "cuda:0", "virtual_vram_gb": HALF}, (FIRST, .5, None, 0)),
+    (DISTORCH2, {"compute_device": "cuda:1", "virtual_vram_gb": ALL, "donor_device": "cuda:0"}, (SECOND, 0, FIRST, 1)),
+    (DISTORCH2, {"compute_device": "cuda:0", "virtual_vram_gb": HALF, "donor_device": "cuda:1"}, (FIRST, .5, SECOND, .5)),
+    (DISTORCH2, {"compute_device": "cpu", "virtual_vram_gb": HALF}, (CPU, None, None, 0)),
+    (DISTORCH2, {"virtual_vram_gb": 0.0}, (FIRST, None, None, 0)),
+    (DISTORCH2, {}, (FIRST, 0, None, 0)),  # 4 GiB, where an API file leaves it out
+    (DISTORCH, {}, (FIRST, None, None, 0)),  # and there none
+    (DISTORCH, {"device": "cuda:0", "virtual_vram_gb": HALF, "use_other_vram": True}, (FIRST, .5, SECOND, .5)),
+    (DISTORCH2, {"virtual_vram_gb": HALF, "expert_mode_allocations": "cuda:0,30%;cuda:1,30%;cpu,40%", "eject_models": True},
+     (FIRST, .3, SECOND, .3)),
+    ("UNETLoaderDisTorch2MultiGPU", {"weight_dtype": "fp8_e4m3fn", "virtual_vram_gb": HALF}, (FIRST, .5, None, 0)),
+]
+
+
+@pytest.mark.parametrize("node_id, inputs, where", PLACED)
+def test_weights_lie_where_the_inputs_say_and_the_picture_is_the_same(node_id, inputs, where, expected, texts):
+    size, picture = expected
+    amounts = {HALF: size / 2 / GIB, ALL: size / GIB}
+    patcher, = run(node_id, unet_name="flux.gguf", **{name: amounts.get(value, value) for name, value in inputs.items()})
+    device, kept, store, stored = where
+    assert patcher.load_device == device and len(texts) == 1 and "There is no" not in texts[0]
+    placement = getattr(patcher, "placement", None)
+    assert (placement is None) == (kept is None)
+    assert torch.equal(step(patcher), picture)
+    if placement is not None:
+        assert placement.gpu_bytes == pytest.approx(kept * size, abs=2) and placement.store == store
+        assert placement.store_bytes == pytest.approx(stored * size, abs=2)
+        assert lies_on(patcher.model, str(device)) <= kept * size + 200_000
+        assert "on cuda" in texts[0]
+
+
+SAID = [
+    ({"compute_device": "cuda:9"}, "There is no device cuda:9 here (found: gpu:0, gpu:1, cpu), so the default one is used."),
+    ({"donor_device": "cuda:9"}, "There is no device cuda:9 here (found: gpu:0, gpu:1, cpu), so the cpu is used."),
+    ({"compute_device": "cuda:0", "donor_device": "cuda:0"},
+     "The donor cuda:0 is the device that computes, so everything stays there."),
+    ({"expert_mode_allocations": "cuda:0,lots"},
+     "expert_mode_allocations cannot be read at 'cuda:0,lots': expected a device and an amount, as"
+     " in cuda:0,2.5gb;cpu,*. virtual_vram_gb is used."),
+    ({"virtual_vram_gb": -1.0}, "virtual_vram_gb is -1, below 0: everything stays on cuda:0, as with 0."),
+]
+
+
+@pytest.mark.parametrize("inputs, sentence", SAID)
+def test_what_cannot_be_is_said_in_a_sentence_and_the_model_runs(inputs, sentence, expected, texts):
+    patcher, = run(DISTORCH2, unet_name="flux.gguf", **inputs)
+    assert sentence in texts[0].splitlines()
+    assert torch.equal(step(patcher), expected[1])
+
+
+@pytest.mark.parametrize("device, expected_device", [("cuda:1", SECOND), ("cpu", CPU), ("cuda:9", FIRST), (None, FIRST)])
+def test_a_vae_decodes_where_its_node_says(device, expected_device, models):
+    vae, = run("VAELoaderMultiGPU", vae_name="vae.gguf", **({"device": device} if device else {}))
+    plain, = run("VaeGGUF", vae_name="vae.gguf")
+    assert vae.device == vae.patcher.load_device == expected_device
+    latent = torch.linspace(-1, 1, 16 * 64).reshape(1, 16, 8, 8)
+    assert torch.equal(vae.decode(latent).cpu(), plain.decode(latent).cpu())
+
+
+def test_the_weights_of_a_vae_lie_elsewhere_too(models):
+    vae, = run("VAELoaderDisTorch2MultiGPU", vae_name="vae.gguf", compute_device="cuda:1")
+    assert vae.patcher.placement.gpu_bytes == 0 and vae.first_stage_model is vae.patcher.model
+
+
+def test_each_part_of_a_checkpoint_has_its_device(models):
+    model, clip, vae = run("CheckpointLoaderAdvancedMultiGPU", ckpt_name="checkpoint.gguf", unet_device="cuda:1",
+                           clip_device="cpu", vae_device="cuda:0")
+    assert [model.load_device, clip.patcher.load_device, vae.device] == [SECOND, CPU, FIRST]
+    model, clip, vae = run(
+        "CheckpointLoaderAdvancedDisTorch2MultiGPU", ckpt_name="checkpoint.gguf", unet_compute_device="cuda:1",
+        unet_virtual_vram_gb=0.0, unet_donor_device="cpu", clip_compute_device="cuda:0", clip_virtual_vram_gb=2.0,
+        clip_donor_device="cuda:1", vae_device="cpu", unet_expert_mode_allocations="cuda:1,1kb;cpu,*")
+    assert model.load_device == SECOND and model.placement.gpu_bytes == 1024 and vae.device == CPU
+    assert clip.patcher.placement.gpu_bytes == 0 and clip.patcher.placement.store == SECOND
+    assert clip.cond_stage_model is clip.patcher.model
+
+
+def test_devices_are_offered_by_torchs_names_and_the_first_gpu_is_the_default():
+    for input in NODES[DISTORCH2].GET_SCHEMA().inputs:
+        if input.id in ("compute_device", "donor_device"):
+            assert input.options == ["cpu", "cuda:0", "cuda:1"]
+            assert input.default == ("cpu" if input.id == "donor_device" else "cuda:0")
