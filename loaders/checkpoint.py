@@ -8,13 +8,12 @@ import torch
 from comfy.model_detection import model_config_from_unet
 
 from ..ops.load_hooks import bare_parameters_unpacked
-from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .devices import device_options
 from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .handover import is_ours, model_prefix, operations_for, take_back, text_metadata
+from .handover import is_ours, model_prefix, operations_for, take_back, take_back_encoder, text_metadata
 from .packing.while_loading import read_weights
 from .progress import Progress
 from .recipe import Recipe, loads
@@ -164,5 +163,5 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
     if model is not None:
         take_back(model, file, compute)
     if clip is not None:
-        adopt(clip.patcher)
+        take_back_encoder(clip)
     return model, clip, vae and narrowed(vae)

@@ -7,6 +7,7 @@ import logging
 import os
 
 import comfy.model_patcher
+import comfy.sd
 import torch
 from comfy.model_detection import unet_prefix_from_state_dict
 from safetensors import SafetensorError, safe_open
@@ -65,6 +66,37 @@ def take_back(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compu
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses (NVIDIA from Turing on, and"
                     " CPUs with VNNI or AMX, have them). The model computes as with exact.", patcher.load_device)
+
+
+class PackedCLIP(comfy.sd.CLIP):
+    """The host's CLIP, which computes with the model of its patcher.
+
+    The host's node that chooses a device gives it another patcher with a model of its own, loads that one, and would compute
+    with the one before, from which it has taken the LoRAs.
+    """
+
+    @property
+    def cond_stage_model(self):
+        return self.patcher.model
+
+    @cond_stage_model.setter
+    def cond_stage_model(self, model):
+        """The host sets here the model of the patcher that it sets too."""
+
+    def clone(self, *args, **kwargs):
+        return _computing_with_its_patcher(super().clone(*args, **kwargs))
+
+
+def _computing_with_its_patcher(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    clip.__dict__.pop("cond_stage_model", None)
+    clip.__class__ = PackedCLIP
+    return clip
+
+
+def take_back_encoder(clip: comfy.sd.CLIP):
+    """A text encoder that the host has built of a file's weights: packed ones stay packed from here on, on every device."""
+    adopt(clip.patcher)
+    _computing_with_its_patcher(clip)
 
 
 def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:

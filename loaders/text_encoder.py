@@ -14,7 +14,6 @@ import comfy.text_encoders.lt
 import comfy.utils
 
 from ..ops.load_hooks import bare_parameters_unpacked
-from ..ops.patcher import adopt
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, Weights, arch_of, without_prefix
 from .encoders.kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
@@ -22,7 +21,7 @@ from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.towers import missing_towers_left_out
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .handover import is_ours, operations_for
+from .handover import is_ours, operations_for, take_back_encoder
 from .packing.host_formats import as_tensors
 from .packing.while_loading import Packed, pack_weights
 from .progress import Progress
@@ -74,7 +73,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
     progress.stage()
-    adopt(clip.patcher)
+    take_back_encoder(clip)
     if packed:
         packed.attach(clip.patcher)
     recipe.attach(clip.patcher)

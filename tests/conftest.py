@@ -46,6 +46,8 @@ def pytest_configure():
 
 def pytest_addoption(parser):
     parser.addoption("--heavy", action="store_true", help="also run tests that need minutes or gigabytes")
+    parser.addoption("--fake-gpus", metavar="2x4-late-dynamic",
+                     help="the servers of tests/server run on fake GPUs and draw what the CPU draws")
 
 
 @pytest.hookimpl(trylast=True)  # of what was chosen

@@ -41,6 +41,16 @@ def test_computing_gives_the_bits_of_the_cpu(dtype):
     assert found.device == torch.device("cuda:1") and torch.equal(found.cpu(), expected)
 
 
+def test_random_numbers_are_those_of_the_cpu():
+    generator = torch.Generator("cuda:1").manual_seed(3)
+    assert generator.device == torch.device("cuda:1")
+    state, expected = generator.get_state(), torch.randn(9, generator=torch.Generator().manual_seed(3))
+    for _ in range(2):
+        found = torch.randn(9, device="cuda:1", generator=generator)
+        assert found.is_cuda and torch.equal(found.cpu(), expected)
+        generator.set_state(state)
+
+
 def test_tensors_of_two_devices_do_not_meet():
     for other in (torch.ones(2, device="cuda:1"), torch.ones(2)):
         with pytest.raises(RuntimeError, match="same device"):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.sd
 import gguf
@@ -116,7 +117,8 @@ def random_weights(encoder: Encoder, towers: bool = False) -> Weights:
 
     towers: those of the towers, in place of those of the text model. With an mmproj file they are always among them.
     """
-    clip = host_clip(encoder, {})
+    with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):  # with it, layers have no weights until they load
+        clip = host_clip(encoder, {})
     shapes = {name: value.shape for name, value in text_model(clip).transformer.state_dict().items()
               if encoder.mmproj or name.startswith(TOWERS) == towers}
     return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in seeded(shapes).items()}

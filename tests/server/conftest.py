@@ -1,9 +1,29 @@
 """One real server with this pack for all tests of this folder. It runs as a user's: with the kernels of this machine."""
 import pytest
+from fake_gpu_server import FakeGpuServer, Size
 
+from devtools import fakegpu
 from devtools.files import demo_files
+from devtools.host import server as servers
 from devtools.host.browser import Browser, find_chromium
-from devtools.host.server import Server
+
+
+def pytest_configure(config):
+    """Where fake GPUs are asked for, every server has them."""
+    if text := config.getoption("--fake-gpus"):
+        try:
+            FakeGpuServer.size = Size.read(text)
+        except ValueError as error:
+            raise pytest.UsageError(f"--fake-gpus {text}: expected something like 2x4-late-dynamic. {error}") from None
+        if fakegpu.why_not():
+            raise pytest.UsageError(fakegpu.why_not())
+        servers.Server = FakeGpuServer
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if config.getoption("--fake-gpus") else ():
+        if marker := item.get_closest_marker("not_on_fake_gpus"):
+            item.add_marker(pytest.mark.skip(reason=marker.kwargs["reason"]))
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -17,7 +37,7 @@ def kernels_of_this_machine():
 def server(tmp_path_factory, kernels_of_this_machine):
     base = tmp_path_factory.mktemp("server")
     demo_files.make_models(base)
-    with Server(base) as running:
+    with servers.Server(base) as running:
         yield running
 
 

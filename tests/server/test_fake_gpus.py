@@ -9,7 +9,7 @@ from devtools.files import demo_files
 from devtools.host.server import Server
 from devtools.workflows.api_format import to_api
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.not_on_fake_gpus(reason="these servers choose their devices themselves")]
 
 # The same arithmetic on the CPU and on GPUs, which the host would run in other dtypes.
 SAME = ("--fp32-unet", "--fp32-vae", "--fp32-text-enc", "--use-pytorch-cross-attention")

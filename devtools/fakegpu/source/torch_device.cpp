@@ -1,4 +1,5 @@
 // The device type "cuda" for a torch that was built without CUDA: its memory, its pinned memory, its guard and its hooks.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -74,6 +75,27 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
 c10::Allocator* device_memory() { return &memory; }
 
+// --- random numbers, which are those of the CPU ---
+
+struct FakeGenerator final : c10::GeneratorImpl {
+  explicit FakeGenerator(c10::Device device, at::Generator on_the_cpu)
+      : GeneratorImpl(device, c10::DispatchKeySet(c10::DispatchKey::CUDA)), on_the_cpu(std::move(on_the_cpu)) {}
+  void set_current_seed(uint64_t seed) override { on_the_cpu.set_current_seed(seed); }
+  void set_offset(uint64_t offset) override { on_the_cpu.set_offset(offset); }
+  uint64_t get_offset() const override { return on_the_cpu.get_offset(); }
+  uint64_t current_seed() const override { return on_the_cpu.current_seed(); }
+  uint64_t seed() override { return on_the_cpu.seed(); }
+  void set_state(const c10::TensorImpl& state) override { on_the_cpu.unsafeGetGeneratorImpl()->set_state(state); }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return on_the_cpu.unsafeGetGeneratorImpl()->get_state(); }
+  c10::GeneratorImpl* clone_impl() const override { return new FakeGenerator(device(), on_the_cpu.clone()); }
+
+  at::Generator on_the_cpu;
+};
+
+at::Generator generator_of_the_cpu(const at::Generator& generator) {
+  return generator.device().is_cpu() ? generator : static_cast<FakeGenerator*>(generator.unsafeGetGeneratorImpl())->on_the_cpu;
+}
+
 struct Hooks final : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
   void init() const override {}
@@ -89,6 +111,10 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override { return fake_exchange(device); }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex device) const override { return fake_exchange(device); }
   bool isPinnedPtr(const void* pointer) const override { return fake_is_pinned(pointer); }
+  at::Generator getNewGenerator(c10::DeviceIndex device = -1) const override {
+    c10::Device of(TYPE, device < 0 ? fake_current() : device);
+    return at::make_generator<FakeGenerator>(of, at::detail::createCPUGenerator());
+  }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
   c10::Allocator* getCUDADeviceAllocator() const override { return &memory; }
   c10::Device getDeviceFromPtr(void* pointer) const override {

@@ -134,6 +134,8 @@ void compute_on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* argume
     bool outer = std::exchange(computing, true);
     ~Computing() { computing = outer; }
   } for_now;
+  for (auto& argument : *arguments)
+    if (argument.isGenerator()) argument = generator_of_the_cpu(argument.toGenerator());
   at::native::cpu_fallback(op, arguments);
 }
 

@@ -1,0 +1,75 @@
+"""Every server of `tests/server` on fake GPUs, beside one on the CPU that runs the same workflows and must draw the same.
+
+    pytest tests/server --fake-gpus 2x4-late-dynamic
+"""
+from typing import NamedTuple
+
+from devtools import ROOT, fakegpu
+from devtools.host.server import HOST, Run, Server
+
+# The same arithmetic on the CPU and on GPUs, which the host would run in other dtypes. The pack says what no argument does.
+SAME = ("--fp32-unet", "--fp32-vae", "--fp32-text-enc", "--use-pytorch-cross-attention")
+SAME_ENV = {"FEATHERWEIGHT_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
+SAME_PACK = {"as_on_a_cpu": (ROOT / "tests" / "as_on_a_cpu.py").read_text(encoding="utf-8")}
+
+
+class Size(NamedTuple):
+    """What an option such as 2x4-late-dynamic asks for."""
+    devices: int
+    gib: float
+    late: bool
+    dynamic: bool
+
+    @classmethod
+    def read(cls, text: str) -> "Size":
+        """Raises ValueError."""
+        size, *words = text.split("-")
+        devices, gib = size.split("x")
+        if unknown := set(words) - {"late", "dynamic"}:
+            raise ValueError(f"{unknown.pop()!r} is neither 'late' nor 'dynamic'")
+        return cls(int(devices), float(gib), "late" in words, "dynamic" in words)
+
+
+def pictures(server: Server, run: Run) -> dict[str, list[bytes]]:
+    """Node -> the pictures and videos it made, as files."""
+    return {node: [server.image(entry) for entry in output["images"]] for node, output in run.outputs.items()
+            if "images" in output}
+
+
+class FakeGpuServer(Server):
+    """A server on fake GPUs in place of one on the CPU. Each workflow that it runs, its twin on the CPU runs too."""
+
+    size: Size  # set by whoever puts this class in the place of `Server`
+
+    def __init__(self, base, host=HOST, cpu: bool = True, arguments=(), with_pack: bool = True, extra_custom_nodes=None,
+                 env=None):
+        if not cpu:
+            raise ValueError("this server chooses its devices itself")
+        packs, env = {**(extra_custom_nodes or {}), **SAME_PACK}, {**(env or {}), **SAME_ENV}
+        vram = () if self.size.dynamic else ("--disable-dynamic-vram",)
+        super().__init__(base, host, False, (*arguments, *SAME, *vram), with_pack, packs,
+                         {**env, **fakegpu.environment(self.size.devices, self.size.gib, self.size.late)})
+        folder = self.base / "cpu"
+        own = [f"--{name}-directory={folder / name}" for name in ("output", "temp", "user")]
+        self.twin = Server(base, host, True, (*arguments, *SAME, *own), with_pack, packs, env)
+        self.twin.log_path = folder / "server.log"
+
+    def __exit__(self, *error):
+        if self.twin.process is not None:
+            self.twin.__exit__(*error)
+        super().__exit__(*error)
+        if error == (None, None, None):
+            log = self.log()
+            assert f"Fake GPU {self.size.devices - 1}" in log and "Pin error" not in log
+            assert ("DynamicVRAM support detected and enabled" in log) == self.size.dynamic
+
+    def queue(self, prompt: dict, on_progress=None, timeout: float = 600) -> Run:
+        run = super().queue(prompt, on_progress, timeout)
+        if self.twin.process is None:
+            for name in ("output", "temp", "user"):
+                (self.base / "cpu" / name).mkdir(parents=True)
+            self.twin.__enter__()
+        expected, found = pictures(self.twin, self.twin.queue(prompt, timeout=timeout)), pictures(self, run)
+        different = [f"{node} ({prompt[node]['class_type']})" for node in expected if found.get(node) != expected[node]]
+        assert found.keys() == expected.keys() and not different, f"not the pictures of the CPU: {', '.join(different)}"
+        return run
