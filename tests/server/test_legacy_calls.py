@@ -14,7 +14,7 @@ from devtools.host.server import HOST, Server
 # What an exporter writes: the host's start without its server, then each node in turn.
 EXPORTED = f'''
 import asyncio, sys
-sys.argv = ["main.py", "--cpu", "--base-directory", sys.argv[1], "--disable-api-nodes"]
+sys.argv = ["main.py", "--base-directory", *sys.argv[1:], "--disable-api-nodes"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import utils.extra_config  # for the user's folders of models; older hosts find it only before `nodes` is imported
@@ -131,7 +131,8 @@ def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(wrapping):
     wrapped, texts_of_wrappers = queued(wrapping, "WrappedUnet", "WrappedClip")
     assert np.array_equal(wrapped, expected)
     assert "held" in texts["1"][-1] and texts == texts_of_wrappers  # shown on the node that runs
-    subprocess.run([sys.executable, "-c", EXPORTED, str(wrapping.base)], cwd=HOST, check=True, timeout=300,
-                   env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HOST), os.environ.get("PYTHONPATH", "")])})
+    env = {**os.environ, **wrapping.env}
+    subprocess.run([sys.executable, "-c", EXPORTED, str(wrapping.base), *wrapping.arguments], cwd=HOST, check=True, timeout=300,
+                   env={**env, "PYTHONPATH": os.pathsep.join([str(HOST), env.get("PYTHONPATH", "")])})
     path, = (wrapping.base / "output").glob("exported*.png")
     assert np.array_equal(picture(path), expected)
