@@ -107,7 +107,7 @@ NAMES = {
     "comfy_api.latest.io.Combo.Input": "id * options display_name optional tooltip default advanced",
     "comfy_api.latest.io.ComfyNode": None,
     "comfy_api.latest.io.Conditioning.Input": "id * optional tooltip",
-    "comfy_api.latest.io.Float.Input": "id * default min max step display_name optional tooltip",
+    "comfy_api.latest.io.Float.Input": "id * default min max step display_name optional tooltip advanced",
     "comfy_api.latest.io.Hidden.extra_pnginfo": None,
     "comfy_api.latest.io.Hidden.prompt": None,
     "comfy_api.latest.io.Image.Output": "* display_name tooltip",

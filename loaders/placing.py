@@ -6,12 +6,13 @@ import comfy.model_management
 import torch
 
 from ..ops.patcher import adopt
-from ..ops.patcher.placing import Placement
+from ..ops.patcher.placing import Placement, Whereabouts
 from .devices import find_device
 from .held import size_text
 
 log = logging.getLogger(__name__)
 
+TENTH = 1e8  # of a GB
 Say = Callable[[str], None]  # takes a sentence for the user
 
 
@@ -69,33 +70,32 @@ def _found_store(store: torch.device | str | None, device: torch.device, store_b
     return store
 
 
+def planned_text(patcher) -> str:
+    """Where the weights of a placed model will lie, as its node shows it before they do: 'at most 4.0 of 6.8 GB on cuda:0'."""
+    size, budget = patcher.full_size(), patcher.placement.gpu_bytes
+    return f"{size_text(size)} on {patcher.load_device}" if budget >= size else (
+        f"at most {_of(budget, size)} on {patcher.load_device}")
+
+
 def placed_text(patcher) -> str:
-    """Where the weights of a placed model lie, as its node shows it: '4.0 of 6.8 GB on cuda:0' and what each step copies.
-
-    Before the model is loaded, where they will lie at most.
-    """
-    lies, placement, device = patcher.whereabouts(), patcher.placement, patcher.load_device
-    if placement is None:
-        return f"{size_text(lies.size)} on {device}"
-    if patcher.model.current_weight_patches_uuid is None:
-        return f"at most {_of(min(placement.gpu_bytes, lies.size), lies.size)} on {device}"
-    lines = [f"{_of(lies.here, lies.size)} on {device}"]
+    """Where they lie, '4.0 of 6.8 GB on cuda:0', what each step copies, and what more room would save."""
+    lies = patcher.whereabouts()
+    text = f"{_of(lies.here, lies.size)} on {patcher.load_device}"
     if lies.stored:
-        lines[0] += f", {size_text(lies.stored)} on {placement.store}"
+        text += f", {size_text(lies.stored)} on {patcher.placement.store}"
     if lies.copied:
-        lines.append(f"{size_text(lies.copied)} copied per step{_hint(patcher, lies)}")
-    return "\n".join(lines)
+        text += f"\n{size_text(lies.copied)} copied per step{_hint(patcher, lies)}"
+    return text
 
 
-def _hint(patcher, lies) -> str:
-    """What more room would save, where the device has it; it is rounded down to tenths of a GB, as the node takes it."""
+def _hint(patcher, lies: Whereabouts) -> str:
+    """What as large a budget as the device has room for would save; in tenths of a GB, as the node takes it."""
     free = comfy.model_management.get_free_memory(patcher.load_device) - comfy.model_management.minimum_inference_memory()
-    more = min(lies.copied, free) // 1e8 * 1e8 if free < lies.copied else lies.copied
-    if more < 1e8:
+    budget = min(lies.size + TENTH - 1, lies.here + free) // TENTH * TENTH
+    if budget - lies.here < min(TENTH, lies.copied):
         return ""
-    budget = -(-(lies.here + more) // 1e8) * 1e8
-    return f"; with {budget / 1e9:.1f} GB here {size_text(lies.copied - more)}" if more < lies.copied else (
-        f"; with {budget / 1e9:.1f} GB here none")
+    left = max(0, lies.copied - (budget - lies.here))
+    return f"; with {budget / 1e9:.1f} GB here {size_text(left) if left else 'nothing'}"
 
 
 def _of(part: float, whole: float) -> str:

@@ -1,5 +1,7 @@
 """Texts that nodes show on themselves in the editor."""
+import functools
 import logging
+from collections.abc import Callable
 
 from comfy.model_patcher import ModelPatcher
 
@@ -12,19 +14,25 @@ TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE"}
 
 
 def show_text(text: str):
-    """Show a text on the node that runs. Where none does, as in a script that calls a node's method, nothing is shown.
+    """Show a text on the node that runs."""
+    shower()(text)
 
-    The host is asked for the node, not the schema for a hidden unique_id: tools that write workflows as Python pass each
-    hidden input to the node's method.
+
+def shower() -> Callable[[str], None]:
+    """A function that shows texts on the node that runs now, also later on, while others run.
+
+    Where none runs, as in a script that calls a node's method, nothing is shown. The host is asked for the node, not the schema
+    for a hidden unique_id: tools that write workflows as Python pass each hidden input to the node's method.
     """
     try:
         from comfy_execution.utils import get_executing_context
         context = get_executing_context()
         if context is not None:
             from server import PromptServer  # only where a node runs; importing it starts half of a server
-            PromptServer.instance.send_progress_text(text, context.node_id)
+            return functools.partial(PromptServer.instance.send_progress_text, node_id=context.node_id)
     except (ImportError, AttributeError):
         log.debug("[Featherweight] This ComfyUI shows no text on a node.", exc_info=True)
+    return lambda text: None
 
 
 def loaded(*notes: str | None, **parts) -> tuple:

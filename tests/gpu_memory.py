@@ -1,15 +1,24 @@
-"""What of a model lies on a fake GPU, models loaded in part, and a step of the small Flux there."""
+"""What of a model lies on a fake GPU, models loaded in part, and steps of small Fluxes there."""
+import contextlib
+import tempfile
+
 import comfy.model_management
 import torch
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.ops.adapters import adapter_tensors
 from patched_models import flux_inputs, parts
 
 
-def lies_on(model, device="cuda") -> int:
+def lies_on(model, device="cuda:0") -> int:
     """Bytes of weights and of LoRAs' factors that lie on a device."""
     tensors = [part for weight in (*model.parameters(), *model.buffers()) for part in parts(weight)]
     tensors += [tensor for layer in model.packed_patches.layers.values() if layer.low_rank is not None
                 for tensor in (layer.low_rank.down, *layer.low_rank.ups)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device)
+    tensors += [tensor for layer in model.packed_patches.layers.values() for patch in layer.weight_patches
+                for tensor in adapter_tensors(patch[1])]
+    return sum(tensor.nbytes for tensor in tensors if tensor.device == torch.device(device))
 
 
 def load(patcher, room: float):
@@ -24,3 +33,12 @@ def step(patcher):
     inputs = {name: value.cuda() for name, value in flux_inputs().items()}
     with torch.no_grad():
         return patcher.model.apply_model(**inputs).float().cpu()
+
+
+@contextlib.contextmanager
+def larger_flux(format_name: str, hidden: int = 512, double_blocks: int = 2, single_blocks: int = 6):
+    """(packed model, its dense values); without other sizes one of 45 million weights, more than a page of dynamic VRAM."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = tiny_models.flux(0, hidden=hidden, double_blocks=double_blocks, single_blocks=single_blocks, context=256)
+        seen = write_gguf(f"{folder}/flux.gguf", values, lambda name, value: format_name if value.ndim > 1 else "F32")
+        yield load_diffusion_model(f"{folder}/flux.gguf"), {name: torch.tensor(value) for name, value in seen.items()}

@@ -23,7 +23,7 @@ class PackedPatcher(PlacingPatcher, SavingPatcher, HooksPatcher):
     def clone(self, *args, **kwargs):
         clone = adopt(super().clone(*args, **kwargs))
         clone.size = self.size  # the host handed on model_size(), which counts this patcher's factors
-        clone.placement = self.placement
+        clone.placement, clone.tell = self.placement, self.tell
         return clone
 
 

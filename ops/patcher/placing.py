@@ -55,6 +55,7 @@ class PlacingPatcher(LoadingPatcher):
     """The methods of the host's patchers that decide what lies where. Without a `placement` that is left to the host."""
 
     placement: Placement | None = None
+    tell = None  # a function that is called with the patcher after each load and at the end of each run
     _listed = None  # while the host loads or unloads: what it finds in the list of its layers
 
     # --- which layers stay ---
@@ -75,7 +76,7 @@ class PlacingPatcher(LoadingPatcher):
         finally:
             self._listed = None
 
-    def _full_size(self) -> int:
+    def full_size(self) -> int:
         """Bytes of the weights, wherever they lie."""
         return super().model_size() - self._factor_bytes()
 
@@ -84,20 +85,30 @@ class PlacingPatcher(LoadingPatcher):
         if self.placement is None or self.is_dynamic() or self.load_device == self.offload_device:
             return None
         limit = max(0, self.placement.gpu_bytes - self._factor_bytes())
-        return limit if limit < self._full_size() else None
+        return limit if limit < self.full_size() else None
 
     def model_size(self):
         limit = self._limit()
         return super().model_size() if limit is None else limit + self._factor_bytes()  # so that nobody makes room for more
 
-    # --- outside dynamic VRAM ---
+    # --- loading ---
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         if self._limit() is not None:
             too_much = self.loaded_size() - self.model_size()
             if too_much > 0:  # or the host leaves a model that is loaded wholly as it is
                 extra_memory = min(extra_memory, -too_much)
-        return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+        loaded = super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+        self._tell()
+        return loaded
+
+    def cleanup(self):
+        super().cleanup()
+        self._tell()
+
+    def _tell(self):
+        if self.tell is not None:
+            self.tell(self)
 
     def _load_static(self, device_to, budget, force_patch_weights, full_load):
         limit = self._limit()
@@ -112,8 +123,10 @@ class PlacingPatcher(LoadingPatcher):
         if self._limit() is None or device_to != self.load_device:
             return super()._plan(device_to, budget, force_patch_weights)
         entries = self._load_list()
-        kept = _fitting(entries, budget)
-        listed = [(KEPT if field.name in kept else COPIED, *field) for field in map(_fields, entries)]
+        fields = [_fields(entry) for entry in entries]
+        unlisted = self._bytes_on(device_to) - sum(field.size for field in fields if _lies_on(field.module) == device_to)
+        kept = _fitting(entries, max(0, budget - unlisted))
+        listed = [(KEPT if field.name in kept else COPIED, *field) for field in fields]
         # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees none.
         gaps = [(GAP, 0, str(number), torch.nn.Module(), {}) for number in range(comfy.model_management.NUM_STREAMS)]
         with self._listing([*listed, *gaps]):
@@ -196,25 +209,24 @@ class PlacingPatcher(LoadingPatcher):
 
     def whereabouts(self) -> Whereabouts:
         """As the model is loaded now."""
-        here = stored = copied = 0
+        here, stored, copied = self._bytes_on(self.load_device), 0, 0
         for field in map(_fields, self._load_list()):
-            if self._is_here(field.module):
+            if self._has_its_page(field.module):
                 here += field.size
-            elif hasattr(field.module, "comfy_cast_weights") and not _is_table(field.module):
+            elif _lies_on(field.module) != self.load_device and not _is_table(field.module):
                 copied += field.size
             if _lies_on(field.module) == self._store()[0]:
                 stored += field.size
-        return Whereabouts(self._full_size(), here, stored, copied)
+        return Whereabouts(self.full_size(), here, stored, copied)
 
-    def _is_here(self, module) -> bool:
-        if _lies_on(module) == self.load_device:
-            return True
+    def _has_its_page(self, module) -> bool:
+        """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing."""
         vbar = self._vbar_get() if self.is_dynamic() else None
-        if vbar is None or not hasattr(module, "_v"):
+        if vbar is None or getattr(module, "_v", None) is None or module._v_signature is None:
             return False
         _, start, size = module._v
         first, last = (start - vbar.base_addr) // PAGE, (start - vbar.base_addr + size - 1) // PAGE
-        return module._v_signature is not None and all(page & 1 for page in vbar.get_residency()[first:last + 1])
+        return all(page & 1 for page in vbar.get_residency()[first:last + 1])
 
 
 class _Fields(NamedTuple):

@@ -2,53 +2,240 @@
 import gc
 
 import comfy.model_management
+import comfy.sd
 import pytest
 import torch
-from featherweight.loaders.placing import place
-from gpu_memory import lies_on, step
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_random_gguf
+from featherweight.loaders.placing import place, place_clip
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.ops.patcher.placing import PAGE, spread
+from gpu_memory import larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 
-pytestmark = pytest.mark.fake_gpus(devices=2, gib=4, late=True)
-BUDGETS = (0.5, 0.9, 0.25, 0.7, 0.0, 0.4, 2.0, 0.6)
+STATIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True)
+DYNAMIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
+BUDGETS = (0.5, 0.9, 0.25, 0.0, 2.0, 0.6)
+UNIT = 512  # bytes, in which a device counts what is used
 
 
-@pytest.fixture(autouse=True)
-def gpu():
+@pytest.fixture
+def gpu(one_thread):
     """The counters of the devices, on which nothing lies before and after."""
     import fakegpu
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield fakegpu
-    torch.set_num_threads(threads)
+    fakegpu.set_capacity(4 << 30)
     comfy.model_management.unload_all_models()
     gc.collect()
 
 
-def named_elsewhere(patcher) -> int:
+def beside(patcher) -> int:
     """What lies on the device in any case: factors of LoRAs, and tables that are no layer's, such as that of sigmas."""
-    return patcher.model.packed_patches.nbytes + sum(buffer.nbytes for buffer in patcher.model.buffers())
+    factors = patcher.model.packed_patches.nbytes if hasattr(patcher.model, "packed_patches") else 0
+    return factors + sum(buffer.nbytes for buffer in patcher.model.buffers())
 
 
-@pytest.mark.parametrize("with_lora", [False, True])
-@pytest.mark.parametrize("cast", [False, True])
-@pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
-def test_no_more_than_the_budget_lies_on_the_gpu_and_the_rest_is_copied_once_a_step(format_name, cast, with_lora, gpu):
-    packed = packed_flux(format_name)
-    stack = [(lora_for(flux_file(format_name)[1]), 1.0)] if with_lora else []
-    patcher = patched(packed, *stack).clone()
-    patcher.force_cast_weights = cast
+def largest(patcher) -> int:
+    return max(size for *_, size, _, _, _ in patcher._load_list())
+
+
+def load(patcher):
     comfy.model_management.load_models_gpu([patcher])
-    expected, size = step(patcher), patcher.model_size()
-    largest = max(entry[-4] for entry in patcher._load_list())
+
+
+def copied_by(gpu, function, *arguments) -> int:
+    before = gpu.copied().up
+    function(*arguments)
+    return gpu.copied().up - before
+
+
+def check_budgets(patcher, run, gpu):
+    load(patcher)
+    expected, size = run(), patcher.model_size()
+    inputs = copied_by(gpu, run)  # and what else a run sends when nothing is streamed
     for part in BUDGETS:
         placed = place(patcher, part * size)
-        comfy.model_management.load_models_gpu([placed])
-        on_gpu = lies_on(placed.model)
-        assert on_gpu == placed.loaded_size() <= max(part * size, named_elsewhere(placed))
+        load(placed)
+        assert lies_on(placed.model) == placed.loaded_size() <= max(part * size, beside(placed))
         gpu.reset()
+        assert torch.equal(run(), expected)
+        assert gpu.copied().up <= max(0, size - part * size) + largest(placed) + inputs
+        assert copied_by(gpu, load, placed) == 0
+
+
+def test_any_number_of_layers_that_stay_or_go_is_spread_over_the_model():
+    for count in (8, 19, 57, 304):
+        order = spread(count)
+        for kept in range(count + 1):
+            for part in (sorted(order[:kept]), sorted(order[kept:])):
+                gaps = [after - before for before, after in zip(part, part[1:])]
+                assert max(gaps, default=0) <= 2 * count / max(1, len(part))
+
+
+@STATIC
+@pytest.mark.parametrize("format_name, cast, with_lora", [
+    ("Q8_0", False, True), ("Q8_0", True, False), ("INT8", False, False), ("INT8", True, True)])
+def test_no_more_than_the_budget_lies_on_the_gpu_and_the_rest_is_copied_once_a_step(format_name, cast, with_lora, gpu):
+    packed = packed_flux(format_name)
+    patcher = patched(packed, *[(lora_for(flux_file(format_name)[1]), 1.0)] * with_lora).clone()
+    patcher.force_cast_weights = cast  # whether the host casts each weight, as it does to compute in another dtype
+    check_budgets(patcher, lambda: step(patcher), gpu)
+
+
+@STATIC
+def test_a_model_of_the_hosts_own_has_a_budget_too(gpu):
+    patcher = comfy.sd.load_diffusion_model_state_dict(dict(flux_file("Q8_0")[1]))
+    check_budgets(patcher, lambda: step(patcher), gpu)
+
+
+@STATIC
+def test_a_text_encoder_has_one_too(gpu, tmp_path):
+    write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
+    clip = load_text_encoder([str(tmp_path / "clip_l.gguf")])
+    tokens, size = clip.tokenize("a cloud"), clip.patcher.model_size()
+    expected = clip.encode_from_tokens(tokens)
+    for part in (0.6, 0.2, 0, 1.5):
+        placed = place_clip(clip, part * size)
+        assert torch.equal(placed.encode_from_tokens(tokens), expected)
+        assert lies_on(placed.patcher.model) == placed.patcher.loaded_size() <= max(part * size, 4)  # a scale no layer has
+    lies = place_clip(clip, 0).patcher.whereabouts()
+    assert lies.size == size and lies.here == size
+
+
+@STATIC
+def test_layers_that_are_copied_lie_between_those_that_stay(gpu):
+    with larger_flux("Q8_0", hidden=128, double_blocks=4, single_blocks=8) as (packed, _):
+        placed = place(packed, 0.5 * packed.model_size())
+        load(placed)
+        layers = [module.weight.device.type == "cuda" for *_, size, _, module, _ in placed._load_list() if size > 1 << 16]
+        in_a_row = [len(copied) for copied in "".join(" " if here else "x" for here in layers).split()]
+        assert len(layers) > 30 and max(in_a_row) <= 4 and len(in_a_row) > 8
+
+
+@STATIC
+def test_nobody_is_unloaded_for_bytes_that_never_come(gpu, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: 1 << 20)
+    monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 1)
+    first, second = packed_flux("Q8_0"), packed_flux("Q8_0", 1)
+    size = first.model_size()
+    gpu.set_capacity(gpu.used() + 1.7 * size + (2 << 20))
+    for placed, reloads in ((first, True), (place(first, 0.4 * size), False)):
+        for model in (placed, second, placed, second):
+            before = gpu.copied().up
+            load(model)
+        assert (gpu.copied().up > before) == reloads
+        comfy.model_management.unload_all_models()
+
+
+@STATIC
+def test_another_strength_sends_the_factors_once_and_no_weight(gpu):
+    lora = lora_for(flux_file("Q8_0")[1])
+    factors = sum(tensor.nbytes for tensor in lora.values() if tensor.ndim)
+    packed = packed_flux("Q8_0")
+    strong, weak = (place(patched(packed, (lora, strength)), 0.5 * packed.model_size()) for strength in (1.0, 0.5))
+    load(strong)
+    for placed, expected in ((strong, 0), (weak, factors), (weak, 0), (strong, factors)):
+        assert copied_by(gpu, load, placed) == expected
+
+
+@STATIC
+def test_a_store_keeps_what_it_says(gpu):
+    packed = packed_flux("Q8_0")
+    load(packed)
+    expected, size, empty = step(packed), packed.model_size(), gpu.used(1)
+    for budget, room in ((0.3, 0.4), (0.3, 5), (0.5, 0.2), (0, 0.5), (0.6, 0)):
+        placed = place(packed, budget * size, "gpu:1", room * size)
+        load(placed)
+        lies = placed.whereabouts()
+        assert lies.stored == lies_on(placed.model, "cuda:1") <= room * size
+        assert lies.stored <= gpu.used(1) - empty <= lies.stored + 100 * UNIT
+        assert room < 0.1 or lies.stored > min(room, 1 - budget) * size - largest(placed)
+        assert torch.equal(step(placed), expected) and copied_by(gpu, load, placed) == 0
+    load(place(packed, 0.3 * size))
+    assert gpu.used(1) == empty
+    load(place(packed, 0.3 * size, "gpu:1", size))
+    comfy.model_management.unload_all_models()
+    assert gpu.used(1) == empty and torch.equal((load(packed), step(packed))[1], expected)
+
+
+@STATIC
+def test_a_device_that_is_too_small_says_so_as_always_and_the_next_prompt_works(gpu):
+    packed = packed_flux("Q8_0")
+    placed = place(packed, 0.5 * packed.model_size())
+    load(placed)
+    expected = step(placed)
+    comfy.model_management.reset_cast_buffers()
+    gpu.set_capacity(gpu.used() + 1000)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(placed)
+    comfy.model_management.unload_all_models()  # as the host does then
+    gpu.set_capacity(4 << 30)
+    load(placed)
+    assert torch.equal(step(placed), expected) and lies_on(placed.model) == placed.loaded_size()
+
+
+@DYNAMIC
+def test_in_dynamic_vram_no_more_pages_lie_on_the_gpu_than_the_budget_has(gpu):
+    with larger_flux("Q8_0") as (packed, values):
+        lora = lora_for(values, rank=8)
+        model, weaker = (patched(packed, (lora, strength)) for strength in (1.0, 0.5))
+        load(model)
+        expected, size = step(model), packed.full_size()
+        assert size > PAGE
+        for pages in (1, 0, 2):
+            budget = pages * PAGE + model.model.model_loaded_weight_memory
+            placed = place(model, budget)
+            load(placed)
+            assert torch.equal(step(placed), expected)
+            gpu.reset()
+            assert torch.equal(step(placed), expected)
+            assert placed._vbar_get().loaded_size() <= pages * PAGE and placed.loaded_size() <= budget
+            assert gpu.copied().up <= max(0, size - pages * PAGE) + 2 * largest(placed)
+            lies = placed.whereabouts()
+            assert lies.copied + lies.here == size
+            assert abs(gpu.copied().up - lies.copied) < 1e5
+            assert copied_by(gpu, load, placed) <= 1e5
+        weaker = place(weaker, budget)
+        assert copied_by(gpu, load, weaker) <= sum(tensor.nbytes for tensor in lora.values()) + 1e5
+
+
+@DYNAMIC
+def test_a_store_takes_a_model_out_of_dynamic_vram(gpu):
+    packed = packed_flux("Q8_0")
+    load(packed)
+    expected, size = step(packed), packed.full_size()
+    placed = place(packed, 0.3 * size, "gpu:1", 0.5 * size)
+    load(placed)
+    assert not placed.is_dynamic() and lies_on(placed.model) <= 0.3 * size
+    assert placed.whereabouts().stored == lies_on(placed.model, "cuda:1") > 0.3 * size
+    assert torch.equal(step(placed), expected)
+
+
+@STATIC
+def test_a_model_larger_than_the_device_runs_with_two_loras(gpu):
+    with larger_flux("Q8_0") as (packed, values):
+        check_larger_than_the_device(packed, values, 0.7 * packed.full_size(), gpu)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_K"])
+@pytest.mark.parametrize("is_dynamic", [pytest.param(False, marks=STATIC), pytest.param(True, marks=DYNAMIC)])
+def test_a_model_of_3_gib_runs_on_1_gib(format_name, is_dynamic, gpu):
+    with larger_flux(format_name, hidden=3072, double_blocks=6, single_blocks=8) as (packed, values):
+        check_larger_than_the_device(packed, values, 1 << 30, gpu)
+
+
+def check_larger_than_the_device(packed, values, room: float, gpu):
+    """room: bytes that the device has for weights, activations and buffers."""
+    model = patched(packed, (lora_for(values, seed=1, rank=2), 0.7), (lora_for(values, seed=2, rank=2), -0.4))
+    load(model)
+    expected = step(model)
+    comfy.model_management.unload_all_models()
+    comfy.model_management.reset_cast_buffers()
+    gc.collect()
+    gpu.set_capacity(gpu.used() + room)
+    for budget in (0.2 * room, 0):
+        placed = place(model, budget)
+        load(placed)
         assert torch.equal(step(placed), expected)
-        assert gpu.copied().up <= max(0, size - part * size) + largest + 20_000
-        gpu.reset()
-        comfy.model_management.load_models_gpu([placed])
-        assert gpu.copied().up == 0

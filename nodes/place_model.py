@@ -1,0 +1,73 @@
+"""Featherweight Place Model."""
+import functools
+import logging
+
+from comfy_api.latest import io
+
+from ..loaders.devices import CPU, DEFAULT, device_choices
+from ..loaders.placing import place, placed_text, planned_text
+from .shown import shower
+
+log = logging.getLogger(__name__)
+
+GB = 1e9
+ALL = 1000.0
+
+
+def placing_inputs(what: str) -> list:
+    """The inputs that say where the weights of a model or text encoder lie."""
+    return [
+        io.Float.Input("gpu_weights", default=4.0, min=0.0, max=ALL, step=0.1, display_name="GPU weights in GB",
+                       tooltip=f"GB of {what}'s weights that stay on the GPU. The rest is copied in layer by layer, in each"
+                               " step: the same picture, slower. 0: none stays."),
+        io.Combo.Input("store", options=[str(CPU), *(name for name in device_choices() if name not in (str(CPU), DEFAULT))],
+                       default=str(CPU), optional=True, advanced=True,
+                       tooltip="Where the rest lies. gpu:N: in the memory of another GPU, which computes nothing then, for"
+                               f" which {what} is taken out of dynamic VRAM; what it does not hold lies in the memory of the"
+                               " CPU."),
+        io.Float.Input("store_gb", default=ALL, min=0.0, max=ALL, step=0.1, optional=True, advanced=True,
+                       display_name="store in GB", tooltip="GB of the store that are filled at most, where it is a GPU."),
+    ]
+
+
+def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb: float):
+    """A model or text encoder placed by `placing`; the node tells what comes of it, now and in every run."""
+    show, remarks = shower(), []
+    placed = placing(part, gpu_weights * GB, store, store_gb * GB, say=remarks.append)
+    for remark in remarks:
+        log.warning("[Featherweight] %s", remark)
+    patcher = getattr(placed, "patcher", placed)
+    patcher.tell = functools.partial(_tell, show, remarks)
+    if patcher.placement is not None:
+        remarks = [planned_text(patcher), *remarks]
+    show("\n".join(remarks))
+    return placed
+
+
+def _tell(show, remarks: list[str], patcher):
+    show("\n".join([placed_text(patcher), *remarks]))
+
+
+class PlaceModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightPlaceModel",
+            display_name="Place Model (Featherweight)",
+            category="Featherweight",
+            description="Says how much of a model stays on the GPU, and where the rest lies. Each model has a budget of its"
+                        " own, with and without dynamic VRAM, packed or not. The node shows what it comes to.",
+            search_aliases=["gpu weights", "vram", "low vram", "budget", "offload", "block swap", "multigpu", "distorch",
+                            "virtual vram", "place model"],
+            inputs=[io.Model.Input("model", tooltip="The diffusion model, with or without LoRAs."),
+                    *placing_inputs("the model")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, gpu_weights=None, store=None, store_gb=None):
+        return True  # what this machine has not is said when the node runs, and the picture comes all the same
+
+    @classmethod
+    def execute(cls, model, gpu_weights, store=str(CPU), store_gb=ALL) -> io.NodeOutput:
+        return io.NodeOutput(shown_while_it_runs(place, model, gpu_weights, store, store_gb))

@@ -1,0 +1,99 @@
+"""Place Model and Place Text Encoder: what they show while models run, and what they say to what cannot be."""
+import comfy.model_management
+import pytest
+import torch
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_random_gguf
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.nodes import place_model
+from featherweight.nodes.place_model import PlaceModel
+from featherweight.nodes.place_text_encoder import PlaceTextEncoder
+from gpu_memory import larger_flux, step
+from patched_models import packed_flux
+
+STATIC = pytest.mark.fake_gpus(devices=2, gib=4)
+DYNAMIC = pytest.mark.fake_gpus(devices=2, gib=4, dynamic=True)
+
+
+@pytest.fixture
+def shown(monkeypatch, small_models):
+    """The texts that the node shows."""
+    texts = []
+    monkeypatch.setattr(place_model, "shower", lambda: texts.append)
+    return texts
+
+
+def run(patcher) -> torch.Tensor:
+    comfy.model_management.load_models_gpu([patcher])
+    result = step(patcher)
+    patcher.cleanup()
+    return result
+
+
+@STATIC
+def test_the_node_says_what_stays_and_what_each_step_costs(shown):
+    model = packed_flux("Q8_0")
+    expected = run(model)
+    placed, = PlaceModel.execute(model, 0.002).args
+    assert shown == ["at most 2.0 of 4.0 MB on cuda:0"]
+    assert torch.equal(run(placed), expected)
+    assert shown[-1] == "1.9 of 4.0 MB on cuda:0\n2.1 MB copied per step; with 0.1 GB here nothing"
+    stored, = PlaceModel.execute(model, 0.002, "gpu:1", 0.001).args
+    assert torch.equal(run(stored), expected)
+    assert shown[-1].startswith("1.9 of 4.0 MB on cuda:0, 0.9 MB on cuda:1\n2.1 MB copied per step")
+    whole, = PlaceModel.execute(model, 4.0).args
+    assert torch.equal(run(whole), expected) and shown[-1] == "4.0 of 4.0 MB on cuda:0"
+
+
+@DYNAMIC
+def test_the_node_says_in_dynamic_vram_what_is_copied(shown):
+    with larger_flux("Q8_0") as (model, _):
+        placed, = PlaceModel.execute(model, 0.036).args
+        run(placed)
+        assert shown[0] == "at most 36.0 of 46.6 MB on cuda:0" and " of 46.6 MB on cuda:0\n" in shown[-1]
+        assert shown[-1].endswith("copied per step; with 0.1 GB here nothing") and not shown[-1].startswith(("0.0", "46"))
+
+
+@STATIC
+def test_a_text_encoder_shows_it_too(shown, tmp_path):
+    write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
+    clip = load_text_encoder([str(tmp_path / "clip_l.gguf")])
+    placed, = PlaceTextEncoder.execute(clip, 0.05).args
+    tokens = clip.tokenize("a cloud")
+    assert torch.equal(placed.encode_from_tokens(tokens), clip.encode_from_tokens(tokens))
+    assert shown[0] == "at most 50.0 of 131.7 MB on cuda:0" and " of 131.7 MB on cuda:0\n" in shown[1]
+
+
+@STATIC
+@pytest.mark.parametrize("inputs, sentence", [
+    ((-1.0,), "gpu_weights is -1 GB, below 0; nothing stays, as with 0."),
+    ((48.0,), "gpu_weights is 48.0 GB, and cuda:0 has 4.3 GB in all; as much stays as ComfyUI finds room for."),
+    ((0.002, "gpu:5"), "There is no gpu:5 here for a store; what does not stay lies in the memory of the CPU."),
+    ((0.002, "gpu:0"), "The store gpu:0 is the device that computes; what does not stay lies in the memory of the CPU."),
+    ((0.002, "gpu:1", -1.0), "store_gb is -1 GB, below 0; nothing is stored, as with 0."),
+])
+def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(inputs, sentence, shown, caplog):
+    model = packed_flux("Q8_0")
+    expected = run(model)
+    assert PlaceModel.validate_inputs(*inputs) is True
+    placed, = PlaceModel.execute(model, *inputs).args
+    assert shown[-1].endswith(f"\n{sentence}") and sentence in caplog.text
+    assert torch.equal(run(placed), expected) and shown[-1].endswith(f"\n{sentence}")
+
+
+@DYNAMIC
+def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
+    model = packed_flux("Q8_0")
+    expected = run(model)
+    model.cached_patcher_init = None
+    placed, = PlaceModel.execute(model, 0.002, "gpu:1").args
+    assert shown[-1].endswith("its loader leaves no way; the store stays empty.")
+    assert placed.is_dynamic() and torch.equal(run(placed), expected)
+
+
+def test_a_model_on_the_cpu_runs_as_it_is(shown):
+    model = packed_flux("Q8_0")
+    placed, = PlaceModel.execute(model, 0.002).args
+    assert shown == ["The model computes on the CPU, where all of its weights are: there is nothing to place."]
+    comfy.model_management.load_models_gpu([placed])
+    assert shown[-1].startswith("4.0 of 4.0 MB on cpu\n")
