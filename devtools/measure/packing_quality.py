@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.files.safetensors_writer import safetensors_writer
 from featherweight.loaders.packing.block_by_block import in_turn
 from featherweight.loaders.packing.measuring import measure
 from featherweight.loaders.packing.plan import Plan, plan_for_size, plan_for_type
-from featherweight.loaders.packing.rules import PLAIN_BYTES, family_of, nbytes_of
+from featherweight.loaders.packing.rules import PLAIN_BYTES, family_of
 from featherweight.loaders.packing.runs import Drawing
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor

@@ -3,6 +3,7 @@
 A container is one class in one file of this folder. It registers by being defined, is imported by `__init__.py`
 (`open_weights`), and is chosen by the first bytes of a file, never by the file's name.
 """
+import math
 import mmap
 import os
 import stat
@@ -179,6 +180,16 @@ def map_file(path: Path) -> mmap.mmap:
         raise WeightFileError(f"{path} may not be read by this user; change the file's permissions.") from error
     except OSError as error:
         raise WeightFileError(f"{path} cannot be read ({error.strerror}); check the drive it lies on.") from error
+
+
+def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor in a packed format, its scales included, or in a plain type."""
+    values = math.prod(shape)
+    if type_name in PLAIN_DTYPES:
+        return values * PLAIN_DTYPES[type_name].itemsize
+    packed = FORMATS[type_name]
+    scales = 4 * -(-values // packed.block_length) if packed.scales_apart else 0
+    return -(-values * packed.block_bytes // packed.block_length) + scales
 
 
 def shown(value) -> str:

@@ -3,20 +3,20 @@
 A header's length does not depend on the types, so the data comes first and the header last: a tensor may turn out to need
 another type of number while it is written. Tensors lie in the order of the header without gaps, as ggml's reader wants them.
 """
-import contextlib
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from ...ops.format import FORMATS
 from ...ops.tensor import is_packed
-from .container import PLAIN_DTYPES, shown
+from .container import nbytes_of, shown
 from .gguf import PLAIN_TYPES
 from .gguf_header import DEFAULT_ALIGNMENT, MAGIC
-from .writing import WriteError, new_file
+from .writing import WeightsWriter, WriteError, new_weights
 
 MOST_NAME_BYTES = 127  # ggml.h GGML_MAX_NAME, with its zero
 MOST_DIMENSIONS = 4  # ggml.h GGML_MAX_DIMS
@@ -42,70 +42,33 @@ def type_number(type_name: str) -> int:
     return number
 
 
-def nbytes_of(shape: Sequence[int], type_name: str) -> int:
-    """Bytes of a tensor of a logical shape; an empty one is written as one value."""
-    values = max(1, math.prod(shape))
-    if type_name in PLAIN_DTYPES:
-        return values * PLAIN_DTYPES[type_name].itemsize
-    packed = FORMATS[type_name]
-    if values % packed.block_length:
-        raise WriteError(f"{type_name} packs blocks of {packed.block_length} values; shape {tuple(shape)} does not divide.")
-    return values // packed.block_length * packed.block_bytes
-
-
 def file_size(tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str, Value]) -> int:
     """Bytes of a whole file. tensors: name -> (logical shape, type)."""
     return _Layout(tensors, metadata).size
 
 
-@contextlib.contextmanager
 def gguf_writer(path: str | os.PathLike, tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str, Value],
-                overwrite: bool = False) -> Iterator["GGUFWriter"]:
-    """A file that is there when the block ends well, with every tensor written in it, and otherwise not at all.
-
-    tensors: name -> (logical shape, planned type), in the order in which they will be written. Raises WriteError.
-    """
-    layout = _Layout(tensors, metadata)
-    with new_file(path, layout.size, overwrite) as file:
-        writer = GGUFWriter(file, layout)
-        yield writer
-        writer.finish()
+                overwrite: bool = False) -> AbstractContextManager["GGUFWriter"]:
+    """`new_weights` in this layout. tensors: name -> (logical shape, planned type), in the order in which they will be
+    written."""
+    return new_weights(path, GGUFWriter, _Layout(tensors, metadata), overwrite)
 
 
-class GGUFWriter:
-    """Takes the tensors of a file in their order."""
-
-    def __init__(self, file, layout: "_Layout"):
-        self.file, self.layout = file, layout
-        self.written: dict[str, tuple[str, int]] = {}
-        self.file.seek(layout.start)
-
+class GGUFWriter(WeightsWriter):
     def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
         """The next tensor: packed tensors or plain ones on the CPU, rows below each other, of the type that is named."""
         expected = list(self.layout.tensors)[len(self.written)]
         if name != expected:
             raise ValueError(f"{name} is written before {expected}.")
         shape, _ = self.layout.tensors[name]
-        offset, done = self.file.tell() - self.layout.start, 0
-        for piece in pieces:
-            data = piece._qdata if is_packed(piece) else piece.contiguous()
-            done += self.file.write(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else 0
+        wanted, offset = _nbytes(shape, type_name), self.file.tell() - self.layout.start
+        done = sum(self.put(piece._qdata if is_packed(piece) else piece) for piece in pieces)
         if not math.prod(shape):
-            done += self.file.write(bytes(nbytes_of(shape, type_name)))
-        if done != nbytes_of(shape, type_name):
-            raise ValueError(f"{name} of shape {[*shape]} is {nbytes_of(shape, type_name)} bytes in {type_name}, not {done}.")
+            done += self.file.write(bytes(wanted))
+        if done != wanted:
+            raise ValueError(f"{name} of shape {[*shape]} is {wanted} bytes in {type_name}, not {done}.")
         self.file.write(bytes(-done % DEFAULT_ALIGNMENT))
         self.written[name] = type_name, offset
-
-    def finish(self):
-        """The header, now that all is known that stands in it."""
-        missing = self.layout.tensors.keys() - self.written.keys()
-        if missing:
-            raise ValueError(f"{min(missing)} was not written.")
-        end = self.file.tell()
-        self.file.seek(0)
-        self.file.write(self.layout.header(self.written))
-        self.file.seek(end)
 
 
 class _Layout:
@@ -123,7 +86,7 @@ class _Layout:
             if len(shape) > MOST_DIMENSIONS}
         planned = {name: (type_name, 0) for name, (_, type_name) in self.tensors.items()}
         self.start = _aligned(len(self.header(planned)))
-        self.size = self.start + sum(_aligned(nbytes_of(*tensor)) for tensor in self.tensors.values())
+        self.size = self.start + sum(_aligned(_nbytes(*tensor)) for tensor in self.tensors.values())
 
     def header(self, written: Mapping[str, tuple[str, int]]) -> bytes:
         """written: name -> (type, offset from the start of the data)."""
@@ -132,6 +95,14 @@ class _Layout:
         entries = [_string(key) + _value(value) for key, value in self.metadata.items()]
         counts = struct.pack("<IQQ", 3, len(infos), len(entries))
         return MAGIC + counts + b"".join(entries) + b"".join(infos)
+
+
+def _nbytes(shape: Sequence[int], type_name: str) -> int:
+    """Bytes of a tensor of a logical shape; an empty one is written as one value."""
+    values, packed = max(1, math.prod(shape)), FORMATS.get(type_name)
+    if packed and values % packed.block_length:
+        raise WriteError(f"{type_name} packs blocks of {packed.block_length} values; shape {tuple(shape)} does not divide.")
+    return nbytes_of(type_name, (values,))
 
 
 def _dimensions(shape: Sequence[int]) -> bytes:

@@ -5,11 +5,11 @@ float32 (16,) and `X.quant_state.bitsandbytes__nf4`, JSON as uint8 (bitsandbytes
 
 safetensors' own `save_file` wants all of a model in memory.
 """
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -18,7 +18,7 @@ from ...ops.tensor import is_packed, packed_tensors
 from .bitsandbytes import QUANT_TYPES
 from .container import PLAIN_DTYPES
 from .safetensors import SafetensorsFile
-from .writing import WriteError, new_file
+from .writing import WeightsWriter, WriteError, new_weights
 
 NAMES = {packed.__name__: quant_type for quant_type, packed in QUANT_TYPES.items()}
 DTYPES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
@@ -48,25 +48,13 @@ def file_size(tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mappin
     return _Layout(tensors, metadata).size
 
 
-@contextlib.contextmanager
 def safetensors_writer(path: str | os.PathLike, tensors: Mapping[str, tuple[Sequence[int], str]],
-                       metadata: Mapping[str, str], overwrite: bool = False) -> Iterator["SafetensorsWriter"]:
-    """As `gguf_writer`. Raises WriteError."""
-    layout = _Layout(tensors, metadata)
-    with new_file(path, layout.size, overwrite) as file:
-        writer = SafetensorsWriter(file, layout)
-        yield writer
-        writer.finish()
+                       metadata: Mapping[str, str], overwrite: bool = False) -> AbstractContextManager["SafetensorsWriter"]:
+    """As `gguf_writer`."""
+    return new_weights(path, SafetensorsWriter, _Layout(tensors, metadata), overwrite)
 
 
-class SafetensorsWriter:
-    """Takes the tensors of a file in their order."""
-
-    def __init__(self, file, layout: "_Layout"):
-        self.file, self.layout = file, layout
-        self.entries = {}
-        self.file.seek(layout.start)
-
+class SafetensorsWriter(WeightsWriter):
     def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
         """The next tensor: packed tensors or plain ones on the CPU, rows below each other, of the type that is named."""
         shape, _ = self.layout.tensors[name]
@@ -91,24 +79,11 @@ class SafetensorsWriter:
 
     def _write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...]]], pieces: Iterable[torch.Tensor]):
         dtype, shape = parts[name]
-        first = self.file.tell()
-        for piece in pieces:
-            if piece.numel():
-                self.file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
-        last, wanted = self.file.tell(), _nbytes(dtype, shape)
-        if last - first != wanted:
-            raise ValueError(f"{name} of shape {shape} is {wanted} bytes of {dtype}, not {last - first}.")
-        self.entries[name] = _entry(dtype, shape, first - self.layout.start, last - self.layout.start)
-
-    def finish(self):
-        """The header, now that all is known that stands in it."""
-        missing = self.layout.tensors.keys() - self.entries.keys()
-        if missing:
-            raise ValueError(f"{min(missing)} was not written.")
-        end = self.file.tell()
-        self.file.seek(0)
-        self.file.write(self.layout.header(self.entries))
-        self.file.seek(end)
+        first = self.file.tell() - self.layout.start
+        done, wanted = sum(map(self.put, pieces)), _nbytes(dtype, shape)
+        if done != wanted:
+            raise ValueError(f"{name} of shape {shape} is {wanted} bytes of {dtype}, not {done}.")
+        self.written[name] = _entry(dtype, shape, first, first + done)
 
 
 class _Layout:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 try:
     import fcntl
 except ImportError:  # Windows, which does not remove a file that is open
@@ -57,6 +59,44 @@ def new_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> I
         part.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_weights(path: str | os.PathLike, writer: type["WeightsWriter"], layout,
+                overwrite: bool = False) -> Iterator["WeightsWriter"]:
+    """A file that is there when the block ends well, with every tensor written in it, and otherwise not at all.
+
+    layout: what the file will hold: `tensors` by name, the bytes of the whole file in `size`, and where the data starts in
+    `start`; `header(written)` gives what stands before that. Raises WriteError, as `new_file`.
+    """
+    with new_file(path, layout.size, overwrite) as file:
+        open_writer = writer(file, layout)
+        yield open_writer
+        open_writer.finish()
+
+
+class WeightsWriter:
+    """Takes the tensors of a file in their order, and puts the header before them when all is known that stands in it.
+
+    written: of each tensor that the file has, what the layout's header tells of it.
+    """
+
+    def __init__(self, file, layout):
+        self.file, self.layout, self.written = file, layout, {}
+        self.file.seek(layout.start)
+
+    def put(self, data: torch.Tensor) -> int:
+        """Writes a tensor on the CPU where the last one ended. Returns its bytes."""
+        return self.file.write(data.contiguous().reshape(-1).view(torch.uint8).numpy()) if data.numel() else 0
+
+    def finish(self):
+        missing = self.layout.tensors.keys() - self.written.keys()
+        if missing:
+            raise ValueError(f"{min(missing)} was not written.")
+        end = self.file.tell()
+        self.file.seek(0)
+        self.file.write(self.layout.header(self.written))
+        self.file.seek(end)
 
 
 def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False):

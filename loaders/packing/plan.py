@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..files.container import nbytes_of
 from .mix import best_mix
-from .rules import HALVES, Family, Shapes, fits, fitting, nbytes_of
+from .rules import HALVES, Family, Shapes, fits, fitting
 
 # What a plan for a size chooses among, and what it loses, in dB of the weights' power over the error's: means over the
 # matrices of the demo's model, Q8_0 and the types in blocks of 32 over normally distributed weights.

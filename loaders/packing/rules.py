@@ -117,15 +117,3 @@ def fits(type_name: str, shape: tuple[int, ...]) -> bool:
 def fitting(type_name: str, shape: tuple[int, ...], half: str = "F16") -> str:
     """`type_name`, or what takes its place where its blocks do not divide the rows: ggml's next type, then 16 bits."""
     return next((name for name in (type_name, FALLBACKS.get(type_name)) if name and fits(name, shape)), half)
-
-
-def nbytes_of(type_name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a type: its blocks, and float32 scales where they are apart."""
-    values = math.prod(shape)
-    if type_name in PLAIN_BYTES:
-        return values * PLAIN_BYTES[type_name]
-    packed = FORMATS[type_name]
-    blocks = -(-values // packed.block_length)
-    if packed.scales_apart:
-        return -(-values * packed.block_bytes // packed.block_length) + 4 * blocks
-    return blocks * packed.block_bytes

@@ -15,12 +15,12 @@ import torch
 
 from ...ops.format import FORMATS
 from ..files import gguf_writer, safetensors_writer
-from ..files.container import PLAIN_DTYPES
+from ..files.container import PLAIN_DTYPES, nbytes_of
 from ..files.writing import check_writable
 from .block_by_block import InTurn
 from .maker import Maker, bits, plain_type
 from .plan import Plan, PlanError, plan_for_size, plan_for_type, size_text
-from .rules import HALVES, PLAIN_BYTES, family_of, fitting, half_type, nbytes_of
+from .rules import HALVES, PLAIN_BYTES, family_of, fitting, half_type
 from .source import Source, Weight
 
 FINE = "Q6_K"  # the least for weights with a change that were rounded coarsely before

@@ -6,11 +6,12 @@ import re
 
 import gguf
 import pytest
+from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.packing.mix import best_mix
 from featherweight.loaders.packing.plan import (
     LOSSES, Plan, PlanError, candidates, least_bytes, plan_for_size, plan_for_type, relative_loss,
 )
-from featherweight.loaders.packing.rules import family_of, nbytes_of
+from featherweight.loaders.packing.rules import family_of
 
 from devtools.measure.model_sizes import MODELS
 

@@ -4,7 +4,8 @@ import re
 import gguf
 import pytest
 import torch
-from featherweight.loaders.packing.rules import FALLBACKS, FAMILIES, GENERAL, family_of, fits, fitting, half_type, nbytes_of
+from featherweight.loaders.files.container import nbytes_of
+from featherweight.loaders.packing.rules import FALLBACKS, FAMILIES, GENERAL, family_of, fits, fitting, half_type
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 
 import families as models
