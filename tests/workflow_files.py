@@ -195,6 +195,7 @@ FILES = {
     "flux.1-dev-nf4-pkg/transformer": nf4_folder,
     "flux1-dev.safetensors": flux_bf16,
     "flux1-dev-Q4_K_S.gguf": flux_gguf,
+    "flux1-dev-Q8_0.gguf": flux_gguf,
     "flux1-schnell-Q4_K_S.gguf": flux_gguf,
     "flux1-kontext-dev-Q4_K_S.gguf": flux_gguf,
     "ae.safetensors": lambda path: save_file(autoencoder(), path),

@@ -23,6 +23,7 @@ T5_FP8 = File("text_encoders", "comfyanonymous/flux_text_encoders", "t5xxl_fp8_e
 FLUX_NF4 = File("checkpoints", "lllyasviel/flux1-dev-bnb-nf4", "flux1-dev-bnb-nf4-v2.safetensors", "12.0 GB")
 FLUX_NF4_MODEL = File("diffusion_models", "InvokeAI/flux_dev", "transformer/bnb_nf4/flux1-dev-bnb_nf4.safetensors", "6.7 GB")
 FLUX_GGUF = File("diffusion_models", "city96/FLUX.1-dev-gguf", "flux1-dev-Q4_K_S.gguf", "6.8 GB")
+FLUX_Q8 = File("diffusion_models", "city96/FLUX.1-dev-gguf", "flux1-dev-Q8_0.gguf", "12.7 GB")
 SCHNELL_GGUF = File("diffusion_models", "city96/FLUX.1-schnell-gguf", "flux1-schnell-Q4_K_S.gguf", "6.8 GB")
 HYPER_LORA = File("loras", "ByteDance/Hyper-SD", "Hyper-FLUX.1-dev-8steps-lora.safetensors", "1.4 GB")
 DETAIL_LORA = File("loras", "Shakker-Labs/FLUX.1-dev-LoRA-add-details", "FLUX-dev-lora-add_details.safetensors")
@@ -139,6 +140,26 @@ def second_gpu() -> Workflow:
         licence=LICENCE)
 
 
+def budget_on_8_gb() -> Workflow:
+    load, encoders, decoder = diffusion_model(FLUX_Q8), text_encoder("flux", CLIP_L, T5_GGUF), vae(FLUX_VAE)
+    model = Node("FeatherweightPlaceModel", {"model": load, "gpu_weights": 5.0})
+    clip = Node("FeatherweightPlaceTextEncoder", {"clip": encoders, "gpu_weights": 0.0})
+    return Workflow(
+        "Flux.1 dev GGUF with a budget on 8 GB",
+        text_to_picture({"Load": [load, encoders, decoder], "What stays on the GPU": [model, clip]}, model, clip, decoder),
+        about="A model that is larger than the card, with a say in what stays on it. **Place Model (Featherweight)** keeps"
+              " 5 GB of its weights there, spread over the model; each other layer is copied in whenever it runs, while the"
+              " layers before it compute. The picture is the same to the bit. Nothing of the text encoders stays: they run"
+              " once for each prompt.",
+        memory=f"On the card: 5.0 GB of the model's 12.6, two buffers of 0.1 GB for copies, and {RESERVE}. In main memory: the"
+               " rest, 16 GB or better 24 GB in all. After a run the node says what each step copied, and what it would copy"
+               " with as much as the card has room for.",
+        change="`GPU weights in GB`: more until the card is full, less where a large picture, a browser or a second model needs"
+               " the room. 12 GB cards hold 9; on 6 GB take 3. It works with any model and LoRAs, with and without dynamic"
+               " VRAM. Keep cfg at 1.",
+        licence=LICENCE)
+
+
 def schnell_gguf() -> Workflow:
     model, encoders, decoder = diffusion_model(SCHNELL_GGUF), text_encoder("flux", CLIP_L, T5_GGUF), vae(FLUX_VAE)
     return Workflow(
@@ -154,4 +175,5 @@ def schnell_gguf() -> Workflow:
         licence="Flux.1 schnell is under the Apache-2.0 licence.")
 
 
-WORKFLOWS = (nf4_all_in_one, nf4_with_two_loras, nf4_unet_only, nf4_package, gguf_with_gguf_t5, second_gpu, schnell_gguf)
+WORKFLOWS = (nf4_all_in_one, nf4_with_two_loras, nf4_unet_only, nf4_package, gguf_with_gguf_t5, budget_on_8_gb, second_gpu,
+             schnell_gguf)
