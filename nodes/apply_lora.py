@@ -4,9 +4,12 @@ import os
 from comfy_api.latest import io
 
 from ..loaders.folders import find_file, list_files
-from ..loaders.lora import apply_lora, check_lora, load_lora_file, report_text
+from ..loaders.lora.apply import apply_lora
 from ..loaders.lora.block_weights import parse_block_weights
+from ..loaders.lora.file import load_lora_file
+from ..loaders.lora.fit import check_lora
 from ..loaders.lora.model_blocks import weight_keys
+from ..loaders.lora.report import report_text
 
 FOLDERS = ("loras", "loras_gguf")
 APPLY, FAIL = "apply the rest", "fail"

@@ -4,8 +4,10 @@ import os
 from comfy_api.latest import io, ui
 
 from ..loaders.folders import find_file, list_files
-from ..loaders.lora import check_lora, load_lora_file, report_text
+from ..loaders.lora.file import load_lora_file
+from ..loaders.lora.fit import check_lora
 from ..loaders.lora.picture import report_picture
+from ..loaders.lora.report import report_text
 from .shown import show_text
 
 FOLDERS = ("loras", "loras_gguf")

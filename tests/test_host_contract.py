@@ -18,7 +18,7 @@ SOURCES = [path for layer in ("nodes", "loaders", "ops") for path in sorted((ROO
 EVERY_NODE = {path.stem for path in host_contract.node_files()}
 PATCHER_PARTS = [part for part in PackedPatcher.__mro__ if part.__module__.startswith(PackedPatcher.__module__)]
 PATCHER_MEMBERS = {name: None for where, members in MEMBERS.items() if where.startswith("ops/patcher/") for name in members}
-LORA_NODES = {"apply_lora", "check_lora", "inspect_model_file"}
+LORA_NODES = {"apply_lora", "check_lora"}
 MULTIGPU = {"legacy_multigpu", "legacy_multigpu_checkpoint", "legacy_multigpu_distorch", "legacy_multigpu_distorch2"}
 CHECKPOINT_NODES = {"load_checkpoint", "legacy_nf4", "legacy_sp", *MULTIGPU}
 ENCODER_NODES = {"load_text_encoder", "legacy_calcuis", "legacy_gguf_clip", *CHECKPOINT_NODES}
@@ -195,6 +195,5 @@ def test_nodes_that_need_what_is_gone_are_left_out_and_the_others_are_there(monk
     everything = {node.GET_SCHEMA().node_id for node in node_list()}
     without(monkeypatch, "comfy.lora_convert.convert_lora")
     found = {node.GET_SCHEMA().node_id for node in node_list()}
-    assert everything - found == {
-        "FeatherweightApplyLora", "FeatherweightCheckLora", "FeatherweightInspectModelFile"}
+    assert everything - found == {"FeatherweightApplyLora", "FeatherweightCheckLora"}
     assert not caplog.records

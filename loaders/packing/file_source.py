@@ -18,7 +18,9 @@ from ..diffusers_names import JoinedRows
 from ..diffusion import refuse_other_kinds
 from ..files import open_weights
 from ..handover import model_prefix
-from ..lora import apply_lora, check_lora, load_lora_file
+from ..lora.apply import apply_lora
+from ..lora.file import load_lora_file
+from ..lora.fit import check_lora
 from ..model_names import in_the_hosts_names
 from .host_formats import as_tensors
 from .obstacles import SaveError

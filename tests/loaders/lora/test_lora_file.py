@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.lora import apply_lora, check_lora, load_lora_file, report_text
+from featherweight.loaders.lora.apply import apply_lora
+from featherweight.loaders.lora.file import load_lora_file
+from featherweight.loaders.lora.fit import check_lora
+from featherweight.loaders.lora.report import report_text
 from featherweight.loaders.lora.change import change_norm
 from featherweight.loaders.lora.families import LAYOUTS, recognise
 from featherweight.loaders.lora.picture import report_picture
