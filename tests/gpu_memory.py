@@ -40,5 +40,12 @@ def larger_flux(format_name: str, hidden: int = 512, double_blocks: int = 2, sin
     """(packed model, its dense values); without other sizes one of 45 million weights, more than a page of dynamic VRAM."""
     with tempfile.TemporaryDirectory() as folder:
         values = tiny_models.flux(0, hidden=hidden, double_blocks=double_blocks, single_blocks=single_blocks, context=256)
-        seen = write_gguf(f"{folder}/flux.gguf", values, lambda name, value: format_name if value.ndim > 1 else "F32")
-        yield load_diffusion_model(f"{folder}/flux.gguf"), {name: torch.tensor(value) for name, value in seen.items()}
+        if format_name == "NF4":
+            from devtools.files.bnb_files import write_bnb  # takes the bitsandbytes package
+
+            path = f"{folder}/flux.safetensors"
+            seen = write_bnb(path, {name: torch.from_numpy(value) for name, value in values.items()})
+        else:
+            path = f"{folder}/flux.gguf"
+            seen = write_gguf(path, values, lambda name, value: format_name if value.ndim > 1 else "F32")
+        yield load_diffusion_model(path), {name: torch.as_tensor(value) for name, value in seen.items()}

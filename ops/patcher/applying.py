@@ -16,7 +16,7 @@ class Applied:
     layers: weight name -> LayerPatches. before_hooks: what hooks have replaced for the moment. nbytes: of the factors in
     `layers`. counted: of these, the bytes in the host's `model_loaded_weight_memory`. built_for: the patcher's patches_uuid and
     the device for which all of `layers` were built, or None. evicted: the host has taken the model off the device in the midst
-    of a run.
+    of a run. stored: whether layers lie in a store.
     """
 
     def __init__(self):
@@ -24,7 +24,7 @@ class Applied:
         self.before_hooks = {}
         self.nbytes = self.counted = 0
         self.built_for = None
-        self.evicted = False
+        self.evicted = self.stored = False
 
 
 class ApplyingPatcher:

@@ -164,6 +164,9 @@ class PlacingPatcher(LoadingPatcher):
     def _fill_store(self):
         """Move layers that are copied in whenever they run into the store, as many as it is to have, and others out of it."""
         store, room = self._store()
+        if store is None and not self.model.packed_patches.stored:
+            return
+        self.model.packed_patches.stored = store is not None
         waiting = [field for field in map(_fields, self._load_list()) if hasattr(field.module, "comfy_cast_weights")
                    and _lies_on(field.module) not in (self.load_device, torch.device("meta"), None)]
         for field in waiting:
@@ -171,9 +174,7 @@ class PlacingPatcher(LoadingPatcher):
                 room -= field.size
             elif _lies_on(field.module) != self.offload_device:
                 field.module.to(self.offload_device)
-        if store is None:
-            return
-        free = comfy.model_management.get_free_memory(store)
+        free = 0 if store is None else comfy.model_management.get_free_memory(store)
         for field in waiting:
             if _lies_on(field.module) == self.offload_device and field.size <= min(room, free):
                 for param in field.module._parameters:

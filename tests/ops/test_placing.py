@@ -1,6 +1,7 @@
 """A budget for one model: what of it lies on its device, which layers, what is copied in each step, and what a store keeps."""
 import gc
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import pytest
@@ -87,6 +88,37 @@ def test_no_more_than_the_budget_lies_on_the_gpu_and_the_rest_is_copied_once_a_s
 def test_a_model_of_the_hosts_own_has_a_budget_too(gpu):
     patcher = comfy.sd.load_diffusion_model_state_dict(dict(flux_file("Q8_0")[1]))
     check_budgets(patcher, lambda: step(patcher), gpu)
+
+
+@DYNAMIC
+def test_a_model_of_the_hosts_own_has_one_in_dynamic_vram(gpu):
+    values = tiny_models.flux(0, hidden=512, double_blocks=2, single_blocks=6, context=256)
+    patcher = comfy.sd.load_diffusion_model_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
+    load(patcher)
+    expected = step(patcher)
+    for pages in (3, 0, 1):
+        placed = place(patcher, pages * PAGE + 1e6)
+        load(placed)
+        assert torch.equal(step(placed), expected) and placed._vbar_get().loaded_size() <= pages * PAGE
+
+
+@STATIC
+def test_hooks_change_a_model_of_which_a_part_stays(gpu):
+    lora = lora_for(flux_file("Q8_0")[1], seed=7)
+    packed, found = packed_flux("Q8_0"), []
+    for budget in (2, 0.5, 0):
+        placed = place(packed, budget * packed.full_size())
+        hooks = comfy.hooks.create_hook_lora(lora, 0.8, 0.0)
+        placed.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+        load(placed)
+        outputs = [step(placed)]
+        for group in (hooks, None):
+            placed.apply_hooks(group)
+            outputs.append(step(placed))
+        placed.clean_hooks()
+        assert torch.equal(outputs[0], outputs[2]) and not torch.equal(*outputs[:2])
+        found.append(outputs[1])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @STATIC
@@ -219,11 +251,13 @@ def test_a_model_larger_than_the_device_runs_with_two_loras(gpu):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_K"])
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
 @pytest.mark.parametrize("is_dynamic", [pytest.param(False, marks=STATIC), pytest.param(True, marks=DYNAMIC)])
-def test_a_model_of_3_gib_runs_on_1_gib(format_name, is_dynamic, gpu):
-    with larger_flux(format_name, hidden=3072, double_blocks=6, single_blocks=8) as (packed, values):
-        check_larger_than_the_device(packed, values, 1 << 30, gpu)
+def test_much_larger_models_run_too(format_name, is_dynamic, gpu):
+    if format_name == "NF4":
+        pytest.importorskip("bitsandbytes", reason="it writes the file")
+    with larger_flux(format_name, hidden=1024, double_blocks=6, single_blocks=8) as (packed, values):
+        check_larger_than_the_device(packed, values, 0.35 * packed.full_size() + 2 * PAGE, gpu)
 
 
 def check_larger_than_the_device(packed, values, room: float, gpu):
