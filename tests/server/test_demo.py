@@ -12,6 +12,10 @@ from devtools.workflows.api_format import to_api
 PROMPT = "a yellow house right of a pine tree on snow at dusk under a cloud"
 
 
+of_the_mix = pytest.mark.not_on_fake_gpus(
+    reason="error feedback gives other last bits on another device, and the file that it packs another picture")
+
+
 @pytest.fixture(scope="module")
 def results(server):
     demo_files.make_models(server.base, demo_files.recipes())
@@ -19,6 +23,7 @@ def results(server):
     return demo.draw_all(server, PROMPT, 2)
 
 
+@of_the_mix
 def test_every_picture_shows_what_was_asked_for(results):
     assert {"dense", "Q8_0", "Q4_K", "Q2_K", "Q4_K + LoRA"} <= results.keys()
     for title in ("dense", "Q8_0", "Q4_K"):
@@ -27,6 +32,7 @@ def test_every_picture_shows_what_was_asked_for(results):
     assert results["dense"]["dense"] is None
 
 
+@of_the_mix
 def test_a_mix_made_here_is_nearer_to_the_dense_model_than_the_recipe_of_its_size(results, server):
     files = [server.base / "models" / "diffusion_models" / demo_files.MODELS[name] for name in ("Q4_K", demo_files.MIX)]
     recipe, mix = (path.stat().st_size for path in files)
@@ -34,12 +40,14 @@ def test_a_mix_made_here_is_nearer_to_the_dense_model_than_the_recipe_of_its_siz
     assert results["mix"]["dense"] > results["Q4_K"]["dense"] + 1
 
 
+@of_the_mix
 def test_packed_models_hold_fewer_bytes(results):
     held = [results[title]["bytes"] for title in ("Q2_K", "Q4_K", "Q8_0", "dense")]
     assert held == sorted(held) and held[0] * 5 < held[-1] == 4 * sum(value.numel() for value in demo_files.flux().values())
     assert all(result["seconds"] > 0 for result in results.values())
 
 
+@of_the_mix
 def test_loras_show_on_packed_models_as_on_the_dense_one(results):
     lines = {title: judge.outlines(result["picture"]) for title, result in results.items()}
     assert lines["Q4_K + LoRA"] > 2 * lines["Q4_K"] and lines["dense + LoRA"] > 2 * lines["dense"]
@@ -47,6 +55,7 @@ def test_loras_show_on_packed_models_as_on_the_dense_one(results):
         assert judge.pumpkins(results["NF4"]["picture"]) < 40 < judge.pumpkins(results["NF4 + two LoRAs"]["picture"])
 
 
+@of_the_mix
 def test_the_sheet_has_room_for_every_picture(results):
     shown = [title for title in results if not title.startswith("dense +")]
     picture = sheet(results, PROMPT, "8 steps")

@@ -35,8 +35,7 @@ def base(tmp_path_factory):
     if fakegpu.why_not():
         pytest.skip(fakegpu.why_not())
     base = tmp_path_factory.mktemp("fake_gpus")
-    types = [name for name in demo_files.MODELS if name != "NF4" or demo_files.has_bitsandbytes()]
-    demo_files.make_models(base, types)
+    demo_files.make_models(base, demo_files.recipes())
     if demo_files.has_bitsandbytes():
         demo_files.make_checkpoint(base)
     return base
@@ -48,7 +47,8 @@ def graphs(server) -> dict[str, dict]:
     found = {name: to_api(json.loads(path.read_text(encoding="utf-8")), info) for name, path in WORKFLOWS.items()}
     if not demo_files.has_bitsandbytes():
         del found["NF4 checkpoint"]
-        found["side by side"] = demo.without(found["side by side"], {}, demo_files.MODELS["NF4"])[0]
+    for name in demo_files.MODELS.keys() - demo_files.recipes():
+        found["side by side"] = demo.without(found["side by side"], {}, demo_files.MODELS[name])[0]
     for name in ("plain", "two LoRAs", "NF4 checkpoint"):
         if name in found:
             found[f"{name} with cfg 2"] = with_cfg_2(found[name])
