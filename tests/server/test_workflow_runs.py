@@ -108,7 +108,12 @@ def small(workflow, object_info, files):
     return prompt
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+LAST_BITS = pytest.mark.not_on_fake_gpus(
+    reason="one colour of one pixel is another by 1 of 255: operators there do not see how a part of a tensor lies in memory")
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, marks=[LAST_BITS] * (path.stem == "Stable Diffusion LCM on a CPU"))
+                                  for path in EXAMPLES], ids=lambda path: path.stem)
 def test_it_runs_with_small_models(path, server, object_info):
     if "NF4" in path.stem or "4-bit" in path.stem:
         pytest.importorskip("bitsandbytes", reason="it writes the files")
