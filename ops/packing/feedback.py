@@ -20,7 +20,7 @@ from ..grid_columns import Columns, choose_columns, columns_at_a_time
 from ..grid_search import Search
 from ..packed import PackedTensor
 from ..tensor import packed_tensor
-from .damped import Damped, rows_at_a_time
+from .damped import Damped, damping_for, rows_at_a_time
 from .moments import Moments
 
 # First scales tried for a block and then for each of its groups, and how often the best is improved.
@@ -29,11 +29,12 @@ SWEEPS = 2
 
 
 def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moments: Moments, sweeps: int = SWEEPS,
-                       damping: float | None = None) -> PackedTensor:
+                       damping: tuple[float, float] | None = None) -> PackedTensor:
     """A packed weight whose layer has about the least error of its output for the inputs that `moments` saw.
 
     weight: any float dtype, (N, ...), on any device, where the work is done. moments: of the (K,) other dimensions, flattened;
-    of a pair, the target is `damped.corrected_target`. sweeps: of coordinate descent. damping: see `Damped`.
+    of a pair, the target is `damped.corrected_target`. sweeps: of coordinate descent. damping: None: `damped.damping_for` this
+    format.
     Returns the weight packed, showing float32. Beside it and the weight there are temporaries of `damped.SLICE_BYTES` and six
     times one block of the moments. Raises FormatError for shapes that the format's blocks do not divide and for numbers that
     are not finite.
@@ -51,6 +52,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
     # Asked for once, so that a whole weight is packed by the same.
     run = kernels.find("pack_columns", weight.device, packed_format, torch.float32)
     choose = functools.partial(*((choose_columns, search) if run is None else (run, packed_format)))
+    damping = damping or damping_for(packed_format, moments)
     blocks = columns // grid.length
     data = torch.empty(rows, blocks, packed_format.block_bytes, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, blocks, device=weight.device) if packed_format.scales_apart else None

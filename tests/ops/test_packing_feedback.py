@@ -193,6 +193,16 @@ def test_moments_that_no_inputs_could_have_are_damped_until_they_can_be_factored
     assert off < 8 * (pack_tensor(weight, Q4_K).dequantize() - weight).square().sum()
 
 
+def test_in_q3_k_tokens_count_beside_many_that_are_alike():
+    """As the words of a prompt do beside its padding."""
+    weight, words, moments = weight_of(32, 256), inputs(4000, 256), Moments.of(256)
+    moments.add(words, hold_out=False)
+    moments.add(3 * words[:1].expand(36000, 256), hold_out=False)
+    packed = pack_with_feedback(weight, FORMATS["Q3_K"], moments)
+    more_damped = pack_with_feedback(weight, FORMATS["Q3_K"], moments, damping=damped.DAMPING)
+    assert output_error(weight, packed, words) < 0.8 * output_error(weight, more_damped, words)
+
+
 @each_format
 def test_the_guard_keeps_what_has_less_error_for_tokens_held_out(fmt):
     weight, seen, others = weight_of(32, 512), inputs(40, 512), inputs(2000, 512, seed=7, power=0).flip(1)
@@ -234,7 +244,7 @@ def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_t
     for tokens in (torch.cat([part, torch.zeros_like(part)], 1), torch.cat([torch.zeros_like(part), part], 1)):
         whole.add(tokens, hold_out=False)
         blocks.add(tokens, hold_out=False)
-    by_whole, by_blocks = (pack_with_feedback(weight, fmt, moments, damping=0.03) for moments in (whole, blocks))
+    by_whole, by_blocks = (pack_with_feedback(weight, fmt, moments, damping=(0.03, 0)) for moments in (whole, blocks))
     assert_alike(weight, by_whole, by_blocks, torch.cat([part, part], 1))
 
 
