@@ -19,7 +19,7 @@ SIZES = dict(hidden=128, double_blocks=1, single_blocks=1)
 def model_folders(tmp_path, monkeypatch):
     """One folder for each kind of model, with a file in it."""
     table = {}
-    for key in (*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings", "vae"):
+    for key in (*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"):
         (tmp_path / key).mkdir()
         table[key] = ([str(tmp_path / key)], set(folder_paths.supported_pt_extensions))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)

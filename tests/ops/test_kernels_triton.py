@@ -17,7 +17,7 @@ import torch
 from featherweight.ops import formats, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels.check import WrongResult
+from featherweight.ops.kernels.check import check
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor, packed_tensors
 from gguf import GGMLQuantizationType
@@ -58,7 +58,7 @@ def chosen_anew():
         if INTERPRETED:
             patch.setitem(kernels.BACKENDS, "cpu", (*kernels.BACKENDS["cpu"], "triton"))
             # A value takes ten thousand times as long.
-            patch.setattr(sys.modules[WrongResult.__module__], "MANY", 3 * triton_backend.UNPACK_TILE // 2)
+            patch.setattr(sys.modules[check.__module__], "MANY", 3 * triton_backend.UNPACK_TILE // 2)
         yield
 
 
