@@ -132,7 +132,7 @@ def rows(sizes=SIZES) -> list[tuple[str, str]]:
     """(way, size) of every row of the table."""
     ways = ["mix", "uniform", *(["llama.cpp, importance", "llama.cpp"] if ggml_quantiser.available() else [])]
     table = [(way, size) for size in sizes for way in ways if way != "mix" or size != "Q2_K"]
-    table += [(way, size) for size in IN_TURN for way in ("in turn", "mix, in turn")]
+    table += [*(("in turn", size) for size in IN_TURN), ("mix, in turn", "Q4_K")]
     table += [(way, "Q4_K") for way in ("mix, one run", "mix, no runs", "no prompt", "plain")]
     return [*table, ("uniform", "NF4"), ("bitsandbytes", "NF4")]
 
