@@ -21,8 +21,7 @@ class UnreadableError(ValueError):
     """A string of the expert mode that cannot be read: which part, and what was expected."""
 
     def __init__(self, part: str, expected: str):
-        super().__init__(f"expert_mode_allocations cannot be read at {part.strip()!r}: expected {expected}. virtual_vram_gb is"
-                         " used.")
+        super().__init__(f"{part.strip()!r}: expected {expected}")
 
 
 def by_virtual_vram(size: float, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]) -> Plan:

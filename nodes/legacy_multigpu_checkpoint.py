@@ -89,10 +89,10 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
                         clip_virtual_vram_gb, clip_donor_device, vae_device, unet_expert_mode_allocations="",
                         clip_expert_mode_allocations="", high_precision_loras=True, eject_models=True) -> tuple:
         parts, notes = load_parts(ckpt_name, unet_compute_device, clip_compute_device, vae_device)
-        for name, gib, donor, expert in (
-                ("model", unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
-                ("clip", clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations)):
-            parts[name] = multigpu.placed(parts[name], gib, [donor], expert, notes)
+        for name, prefix, gib, donor, expert in (
+                ("model", "unet_", unet_virtual_vram_gb, unet_donor_device, unet_expert_mode_allocations),
+                ("clip", "clip_", clip_virtual_vram_gb, clip_donor_device, clip_expert_mode_allocations)):
+            parts[name] = multigpu.placed(parts[name], gib, [donor], expert, notes, prefix)
         return loaded(*notes, **parts)
 
     FUNCTION, execute = "load_checkpoint", load_checkpoint

@@ -5,6 +5,7 @@ Its ids are those of a loader and of a family: `UnetLoaderGGUF` + `DisTorch2Mult
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import comfy.model_management
 import nodes as host_nodes
 import torch
 from comfy_api.latest import io
@@ -13,6 +14,7 @@ from ..loaders.checkpoint import load_checkpoint
 from ..loaders.devices import CPU, device_options, find_device, gpus
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import embedding_folders, find_file
+from ..loaders.held import size_text
 from ..loaders.placing import place, place_clip
 from ..loaders.text_encoder import load_text_encoder
 from . import legacy_gguf, legacy_gguf_clip, legacy_nf4, vae_files
@@ -187,41 +189,43 @@ class Loader:
     FUNCTION, execute = "override", override
 
 
-def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, notes: list):
+def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, notes: list, prefix: str = ""):
     """A MODEL, CLIP or VAE whose weights lie as the pack's inputs say. donors: names, None for all other GPUs and then the CPU.
 
-    Appends to notes what cannot be so. Where the model computes on the CPU, all of it is there.
+    Appends to notes what cannot be so; prefix: that of the names of the inputs. Where the model computes on the CPU, all of it
+    is there.
     """
     patcher = getattr(part, "patcher", part)
     if patcher is None or patcher.load_device == CPU or not (expert.strip() or virtual_vram_gb):
         return part
-    compute, size, plan = patcher.load_device, patcher.model_size(), None
+    compute, size, plan, asked = patcher.load_device, patcher.model_size(), None, f"{prefix}expert_mode_allocations"
     if expert.strip():
         try:
             plan, missing = by_expert_string(expert, size, compute)
             notes += missing
         except UnreadableError as error:
-            notes.append(str(error))
+            notes.append(f"{prefix}expert_mode_allocations cannot be read at {error}. {prefix}virtual_vram_gb is used.")
     if plan is None:
+        asked = f"{prefix}virtual_vram_gb"
         found = [find_device(name, "the cpu") for name in donors or []]
         notes += [note for _, note in found]
         others = [device or CPU for device, _ in found] if donors else [*(gpu for gpu in gpus() if gpu != compute), CPU]
         if virtual_vram_gb < 0:
-            notes.append(f"virtual_vram_gb is {virtual_vram_gb:g}, below 0: everything stays on {compute}, as with 0.")
+            notes.append(f"{asked} is {virtual_vram_gb:g}, below 0: everything stays on {compute}, as with 0.")
         plan = by_virtual_vram(size, virtual_vram_gb, compute, others)
         if compute in others and plan[compute] == size:
             notes.append(f"The donor {compute} is the device that computes, so everything stays there.")
     kept = plan.pop(compute)
-    plan.pop(CPU, None)
-    stores = [device for device, amount in plan.items() if amount > 0]
-    if len(stores) > 1:
-        notes.append(f"Of the GPUs that do not compute one keeps weights, {stores[0]}; what was meant for"
-                     f" {', '.join(map(str, stores[1:]))} lies in the memory of the CPU.")
-    store, amount = (stores[0], plan[stores[0]]) if stores else (None, 0)
+    stores = [(device, amount) for device, amount in plan.items() if device != CPU and amount > 0]
+    total = comfy.model_management.get_total_memory(compute)
+    if kept > total:
+        notes.append(f"{asked} leaves {size_text(kept)} on the device that computes, and {compute} has {size_text(total)} in"
+                     " all; as much stays as ComfyUI finds room for.")
+    where = kept, stores, notes.append
     if part is patcher:
-        return place(patcher, kept, store, amount, notes.append)
+        return place(patcher, *where)
     if hasattr(part, "cond_stage_model"):
-        return place_clip(part, kept, store, amount, notes.append)
-    part.patcher = place(patcher, kept, store, amount, notes.append)
+        return place_clip(part, *where)
+    part.patcher = place(patcher, *where)
     part.first_stage_model = part.patcher.model  # another one, where it was loaded again
     return part

@@ -2,9 +2,12 @@
 import functools
 import logging
 
+import comfy.model_management
+import torch
 from comfy_api.latest import io
 
-from ..loaders.devices import CPU, DEFAULT, device_choices
+from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
+from ..loaders.held import size_text
 from ..loaders.placing import place, placed_text, planned_text
 from .shown import shower
 
@@ -33,7 +36,10 @@ def placing_inputs(what: str) -> list:
 def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb: float):
     """A model or text encoder placed by `placing`; the node tells what comes of it, now and in every run."""
     show, remarks = shower(), []
-    placed = placing(part, gpu_weights * GB, store, store_gb * GB, say=remarks.append)
+    compute = getattr(part, "patcher", part).load_device
+    if compute != CPU:
+        remarks += filter(None, [_budget_remark(compute, gpu_weights * GB), _store_remark(compute, store, store_gb)])
+    placed = placing(part, gpu_weights * GB, [(find_device(store)[0] or CPU, store_gb * GB)], remarks.append)
     for remark in remarks:
         log.warning("[Featherweight] %s", remark)
     patcher = getattr(placed, "patcher", placed)
@@ -42,6 +48,24 @@ def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb:
         remarks = [planned_text(patcher), *remarks]
     show("\n".join(remarks))
     return placed
+
+
+def _budget_remark(compute: torch.device, gpu_bytes: float) -> str | None:
+    total = comfy.model_management.get_total_memory(compute)
+    if gpu_bytes < 0:
+        return f"gpu_weights is {gpu_bytes / GB:g} GB, below 0; nothing stays, as with 0."
+    return None if gpu_bytes <= total else (
+        f"gpu_weights is {size_text(gpu_bytes)}, and {compute} has {size_text(total)} in all; as much stays as ComfyUI finds"
+        " room for.")
+
+
+def _store_remark(compute: torch.device, store: str, store_gb: float) -> str | None:
+    device, missing = find_device(store)
+    if missing:
+        return f"There is no {store} here for a store; what does not stay lies in the memory of the CPU."
+    if device == compute:
+        return f"The store {store} is the device that computes; what does not stay lies in the memory of the CPU."
+    return f"store_gb is {store_gb:g} GB, below 0; nothing is stored, as with 0." if store_gb < 0 and device != CPU else None
 
 
 def _tell(show, remarks: list[str], patcher):

@@ -1,4 +1,6 @@
 """Nodes under ComfyUI-MultiGPU's ids: where they place what they load, and what they say where they cannot."""
+import re
+
 import comfy.model_management
 import folder_paths
 import pytest
@@ -13,9 +15,9 @@ from gpu_memory import lies_on
 from pack_nodes import node_list
 from patched_models import flux_file, flux_inputs
 
-pytestmark = pytest.mark.fake_gpus(devices=2, gib=4, late=True)
+pytestmark = pytest.mark.fake_gpus(devices=3, gib=4, late=True)
 
-CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+CPU, FIRST, SECOND, THIRD = map(torch.device, ("cpu", "cuda:0", "cuda:1", "cuda:2"))
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 
 
@@ -65,21 +67,25 @@ def expected(models):
 
 DISTORCH2, DISTORCH = "UnetLoaderGGUFDisTorch2MultiGPU", "UnetLoaderGGUFDisTorchMultiGPU"
 HALF, ALL = "half of it", "all of it"
-# Node, its inputs (virtual VRAM in parts of the model) -> where it computes, which part stays there, the store and its part.
+# Node, its inputs (virtual VRAM in parts of the model) -> where it computes, which part stays there, each store and its part.
 PLACED = [
-    ("UnetLoaderGGUFMultiGPU", {"device": "cuda:1"}, (SECOND, None, None, 0)),
-    ("UnetLoaderGGUFAdvancedMultiGPU", {"device": "cpu", "dequant_dtype": "target"}, (CPU, None, None, 0)),
-    (DISTORCH2, {"compute_device": "cuda:0", "virtual_vram_gb": HALF}, (FIRST, .5, None, 0)),
-    (DISTORCH2, {"compute_device": "cuda:1", "virtual_vram_gb": ALL, "donor_device": "cuda:0"}, (SECOND, 0, FIRST, 1)),
-    (DISTORCH2, {"compute_device": "cuda:0", "virtual_vram_gb": HALF, "donor_device": "cuda:1"}, (FIRST, .5, SECOND, .5)),
-    (DISTORCH2, {"compute_device": "cpu", "virtual_vram_gb": HALF}, (CPU, None, None, 0)),
-    (DISTORCH2, {"virtual_vram_gb": 0.0}, (FIRST, None, None, 0)),
-    (DISTORCH2, {}, (FIRST, 0, None, 0)),  # 4 GiB, where an API file leaves it out
-    (DISTORCH, {}, (FIRST, None, None, 0)),  # and there none
-    (DISTORCH, {"device": "cuda:0", "virtual_vram_gb": HALF, "use_other_vram": True}, (FIRST, .5, SECOND, .5)),
+    ("UnetLoaderGGUFMultiGPU", {"device": "cuda:1"}, (SECOND, None, {})),
+    ("UnetLoaderGGUFAdvancedMultiGPU", {"device": "cpu", "dequant_dtype": "target"}, (CPU, None, {})),
+    (DISTORCH2, {"compute_device": "cuda:0", "virtual_vram_gb": HALF}, (FIRST, .5, {})),
+    (DISTORCH2, {"compute_device": "cuda:1", "virtual_vram_gb": ALL, "donor_device": "cuda:0"}, (SECOND, 0, {FIRST: 1})),
+    (DISTORCH2, {"compute_device": "cuda:0", "virtual_vram_gb": HALF, "donor_device": "cuda:1"}, (FIRST, .5, {SECOND: .5})),
+    (DISTORCH2, {"compute_device": "cpu", "virtual_vram_gb": HALF}, (CPU, None, {})),
+    (DISTORCH2, {"virtual_vram_gb": 0.0}, (FIRST, None, {})),
+    (DISTORCH2, {}, (FIRST, 0, {})),  # 4 GiB, where an API file leaves it out
+    (DISTORCH, {}, (FIRST, None, {})),  # and there none
+    (DISTORCH, {"device": "cuda:0", "virtual_vram_gb": HALF, "use_other_vram": True}, (FIRST, .5, {SECOND: .5})),
     (DISTORCH2, {"virtual_vram_gb": HALF, "expert_mode_allocations": "cuda:0,30%;cuda:1,30%;cpu,40%", "eject_models": True},
-     (FIRST, .3, SECOND, .3)),
-    ("UNETLoaderDisTorch2MultiGPU", {"weight_dtype": "fp8_e4m3fn", "virtual_vram_gb": HALF}, (FIRST, .5, None, 0)),
+     (FIRST, .3, {SECOND: .3})),
+    (DISTORCH2, {"expert_mode_allocations": "cuda:0,1mb;cuda:2,512k;cuda:1,1mb;cpu,*"},
+     (FIRST, 1 << 20, {THIRD: 1 << 19, SECOND: 1 << 20})),
+    (DISTORCH, {"device": "cuda:1", "virtual_vram_gb": HALF, "expert_mode_allocations": "cuda:1,40%;cuda:0,30%;cuda:2,30%"},
+     (SECOND, .4, {FIRST: .3, THIRD: .3})),
+    ("UNETLoaderDisTorch2MultiGPU", {"weight_dtype": "fp8_e4m3fn", "virtual_vram_gb": HALF}, (FIRST, .5, {})),
 ]
 
 
@@ -88,21 +94,24 @@ def test_weights_lie_where_the_inputs_say_and_the_picture_is_the_same(node_id, i
     size, picture = expected
     amounts = {HALF: size / 2 / GIB, ALL: size / GIB}
     patcher, = run(node_id, unet_name="flux.gguf", **{name: amounts.get(value, value) for name, value in inputs.items()})
-    device, kept, store, stored = where
+    device, kept, stores = where
     assert patcher.load_device == device and len(texts) == 1 and "There is no" not in texts[0]
     placement = getattr(patcher, "placement", None)
     assert (placement is None) == (kept is None)
     assert torch.equal(step(patcher), picture)
     if placement is not None:
-        assert placement.gpu_bytes == pytest.approx(kept * size, abs=2) and placement.store == store
-        assert placement.store_bytes == pytest.approx(stored * size, abs=2)
-        assert lies_on(patcher.model, str(device)) <= kept * size + 200_000
+        kept, *amounts = (part * size if part <= 1 else part for part in (kept, *stores.values()))
+        assert placement.gpu_bytes == pytest.approx(kept, abs=2) and lies_on(patcher.model, str(device)) <= kept + 200_000
+        assert dict(placement.stores) == {store: pytest.approx(amount, abs=2) for store, amount in zip(stores, amounts)}
+        assert [store for store, _ in placement.stores] == list(stores)
+        assert all(lies_on(patcher.model, str(store)) <= amount for store, amount in zip(stores, amounts))
         assert "on cuda" in texts[0]
 
 
 SAID = [
-    ({"compute_device": "cuda:9"}, "There is no device cuda:9 here (found: gpu:0, gpu:1, cpu), so the default one is used."),
-    ({"donor_device": "cuda:9"}, "There is no device cuda:9 here (found: gpu:0, gpu:1, cpu), so the cpu is used."),
+    ({"compute_device": "cuda:9"},
+     "There is no device cuda:9 here (found: gpu:0, gpu:1, gpu:2, cpu), so the default one is used."),
+    ({"donor_device": "cuda:9"}, "There is no device cuda:9 here (found: gpu:0, gpu:1, gpu:2, cpu), so the cpu is used."),
     ({"compute_device": "cuda:0", "donor_device": "cuda:0"},
      "The donor cuda:0 is the device that computes, so everything stays there."),
     ({"expert_mode_allocations": "cuda:0,lots"},
@@ -117,6 +126,19 @@ def test_what_cannot_be_is_said_in_a_sentence_and_the_model_runs(inputs, sentenc
     patcher, = run(DISTORCH2, unet_name="flux.gguf", **inputs)
     assert sentence in texts[0].splitlines()
     assert torch.equal(step(patcher), expected[1])
+
+
+@pytest.mark.parametrize("inputs, asked", [
+    ({"virtual_vram_gb": 0.0001}, "virtual_vram_gb"),
+    ({"expert_mode_allocations": "cuda:0,90%;cpu,10%"}, "expert_mode_allocations")])
+def test_more_than_the_gpu_has_is_told_by_what_was_written_on_the_node(inputs, asked, expected, texts):
+    import fakegpu
+
+    fakegpu.set_capacity(1 << 20)
+    run(DISTORCH2, unet_name="flux.gguf", **inputs)
+    fakegpu.set_capacity(4 << 30)
+    sentence = rf"{asked} leaves 3\.\d MB on the device that computes, and cuda:0 has 1\.0 MB in all; as much stays as ComfyUI"
+    assert re.search(f"^{sentence} finds room for\\.$", texts[0], re.M)
 
 
 @pytest.mark.parametrize("device, expected_device", [("cuda:1", SECOND), ("cpu", CPU), ("cuda:9", FIRST), (None, FIRST)])
@@ -142,12 +164,12 @@ def test_each_part_of_a_checkpoint_has_its_device(models):
         unet_virtual_vram_gb=0.0, unet_donor_device="cpu", clip_compute_device="cuda:0", clip_virtual_vram_gb=2.0,
         clip_donor_device="cuda:1", vae_device="cpu", unet_expert_mode_allocations="cuda:1,1kb;cpu,*")
     assert model.load_device == SECOND and model.placement.gpu_bytes == 1024 and vae.device == CPU
-    assert clip.patcher.placement.gpu_bytes == 0 and clip.patcher.placement.store == SECOND
+    assert clip.patcher.placement.gpu_bytes == 0 and dict(clip.patcher.placement.stores).keys() == {SECOND}
     assert clip.cond_stage_model is clip.patcher.model
 
 
 def test_devices_are_offered_by_torchs_names_and_the_first_gpu_is_the_default():
     for input in NODES[DISTORCH2].GET_SCHEMA().inputs:
         if input.id in ("compute_device", "donor_device"):
-            assert input.options == ["cpu", "cuda:0", "cuda:1"]
+            assert input.options == ["cpu", "cuda:0", "cuda:1", "cuda:2"]
             assert input.default == ("cpu" if input.id == "donor_device" else "cuda:0")

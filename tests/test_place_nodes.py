@@ -4,15 +4,16 @@ import pytest
 import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
+from featherweight.loaders.placing import place, placed_text
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.nodes import place_model
+from featherweight.nodes import multigpu, place_model
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder
 from gpu_memory import larger_flux, step
 from patched_models import packed_flux
 
-STATIC = pytest.mark.fake_gpus(devices=2, gib=4)
-DYNAMIC = pytest.mark.fake_gpus(devices=2, gib=4, dynamic=True)
+STATIC = pytest.mark.fake_gpus(devices=3, gib=4)
+DYNAMIC = pytest.mark.fake_gpus(devices=3, gib=4, dynamic=True)
 
 
 @pytest.fixture
@@ -41,6 +42,9 @@ def test_the_node_says_what_stays_and_what_each_step_costs(shown):
     stored, = PlaceModel.execute(model, 0.002, "gpu:1", 0.001).args
     assert torch.equal(run(stored), expected)
     assert shown[-1].startswith("1.9 of 4.0 MB on cuda:0, 0.9 MB on cuda:1\n2.1 MB copied per step")
+    stored = place(model, 2e6, [(torch.device("cuda", 1), 1e6), (torch.device("cuda", 2), 5e5)])
+    assert torch.equal(run(stored), expected)
+    assert placed_text(stored).startswith("1.9 of 4.0 MB on cuda:0, 0.9 MB on cuda:1, 0.4 MB on cuda:2\n2.1 MB copied per step")
     whole, = PlaceModel.execute(model, 4.0).args
     assert torch.equal(run(whole), expected) and shown[-1] == "4.0 of 4.0 MB on cuda:0"
 
@@ -87,7 +91,11 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
     expected = run(model)
     model.cached_patcher_init = None
     placed, = PlaceModel.execute(model, 0.002, "gpu:1").args
-    assert shown[-1].endswith("its loader leaves no way; the store stays empty.")
+    assert shown[-1].endswith("its loader leaves no way; what does not stay lies in the memory of the CPU.")
+    assert placed.is_dynamic() and torch.equal(run(placed), expected)
+    notes = []
+    placed = multigpu.placed(model, 1.0, ["cuda:1"], "", notes, "unet_")
+    assert notes[-1].startswith("Weights on other GPUs need the model outside dynamic VRAM, so")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
 
 

@@ -27,22 +27,21 @@ KEPT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
 
 @dataclass(frozen=True)
 class Placement:
-    """gpu_bytes: of weights and LoRAs that stay on the device that computes. store: another device, outside dynamic VRAM, for
-    up to store_bytes of the rest. What then remains lies in the memory of the CPU.
+    """gpu_bytes: of weights and LoRAs that stay on the device that computes. stores: other devices, outside dynamic VRAM, each
+    with the bytes of the rest that it takes at most, filled in turn. What then remains lies in the memory of the CPU.
     """
 
     gpu_bytes: int
-    store: torch.device | None = None
-    store_bytes: int = 0
+    stores: tuple[tuple[torch.device, int], ...] = ()
 
 
 class Whereabouts(NamedTuple):
-    """Bytes of a model's weights: all of them, those on the device that computes, those in a store, and those that are copied
-    to the device whenever the model runs once.
+    """Bytes of a model's weights: all of them, those on the device that computes, those in each store that has some, and those
+    that are copied to the device whenever the model runs once.
     """
     size: int
     here: int
-    stored: int
+    stored: dict[torch.device, int]
     copied: int
 
 
@@ -117,7 +116,7 @@ class PlacingPatcher(LoadingPatcher):
             budget, full_load = min(limit + self._factor_bytes(), room), False
             self.model.model_offload_buffer_memory = 0
         super()._load_static(device_to, budget, force_patch_weights, full_load)
-        self._fill_store()
+        self._fill_stores()
 
     def _plan(self, device_to, budget, force_patch_weights):
         if self._limit() is None or device_to != self.load_device:
@@ -150,37 +149,44 @@ class PlacingPatcher(LoadingPatcher):
         sizes = (_fields(entry).size for entry in self._load_list())
         return comfy.model_management.NUM_STREAMS * max(sizes, default=0)
 
-    # --- the store ---
+    # --- stores ---
 
-    def _store(self) -> tuple[torch.device | None, int]:
-        if self.placement is None or self.placement.store in (None, self.load_device, self.offload_device):
-            return None, 0
-        return self.placement.store, self.placement.store_bytes
+    def _stores(self) -> dict[torch.device, int]:
+        """Those of the placement, of which the devices that hold the model anyway are none."""
+        stores = () if self.placement is None else self.placement.stores
+        return {device: room for device, room in stores if device not in (self.load_device, self.offload_device)}
 
     def _put_away(self, keys):
-        self._fill_store()
+        self._fill_stores()
         super()._put_away(keys)
 
-    def _fill_store(self):
-        """Move layers that are copied in whenever they run into the store, as many as it is to have, and others out of it."""
-        store, room = self._store()
-        if store is None and not self.model.packed_patches.stored:
+    def _fill_stores(self):
+        """Move layers that are copied in whenever they run into the stores, the first ones first, and others out of them."""
+        room = self._stores()
+        if not room and not self.model.packed_patches.stored:
             return
-        self.model.packed_patches.stored = store is not None
+        self.model.packed_patches.stored = bool(room)
         waiting = [field for field in map(_fields, self._load_list()) if hasattr(field.module, "comfy_cast_weights")
                    and _lies_on(field.module) not in (self.load_device, torch.device("meta"), None)]
         for field in waiting:
-            if _lies_on(field.module) == store and field.size <= room:
-                room -= field.size
-            elif _lies_on(field.module) != self.offload_device:
+            device = _lies_on(field.module)
+            if device in room and field.size <= room[device]:
+                room[device] -= field.size
+            elif device != self.offload_device:
                 field.module.to(self.offload_device)
-        free = 0 if store is None else comfy.model_management.get_free_memory(store)
-        for field in waiting:
-            if _lies_on(field.module) == self.offload_device and field.size <= min(room, free):
+        devices = [*room, self.offload_device]
+        for number, store in enumerate(room):
+            left = min(room[store], comfy.model_management.get_free_memory(store))
+            for field in waiting:
+                device = _lies_on(field.module)
+                if device not in devices[number + 1:] or field.size > left:
+                    continue
                 for param in field.module._parameters:
                     self.unpin_weight(f"{field.name}.{param}")
                 field.module.to(store)
-                room, free = room - field.size, free - field.size
+                left -= field.size
+                if device in room:
+                    room[device] += field.size
 
     # --- dynamic VRAM ---
 
@@ -210,15 +216,15 @@ class PlacingPatcher(LoadingPatcher):
 
     def whereabouts(self) -> Whereabouts:
         """As the model is loaded now."""
-        here, stored, copied = self._bytes_on(self.load_device), 0, 0
+        here, stored, copied = self._bytes_on(self.load_device), dict.fromkeys(self._stores(), 0), 0
         for field in map(_fields, self._load_list()):
             if self._has_its_page(field.module):
                 here += field.size
             elif _lies_on(field.module) != self.load_device and not _is_table(field.module):
                 copied += field.size
-            if _lies_on(field.module) == self._store()[0]:
-                stored += field.size
-        return Whereabouts(self.full_size(), here, stored, copied)
+            if _lies_on(field.module) in stored:
+                stored[_lies_on(field.module)] += field.size
+        return Whereabouts(self.full_size(), here, {device: size for device, size in stored.items() if size}, copied)
 
     def _has_its_page(self, module) -> bool:
         """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing."""

@@ -14,8 +14,9 @@ from featherweight.ops.patcher.placing import PAGE, spread
 from gpu_memory import larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 
-STATIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True)
-DYNAMIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
+STATIC = pytest.mark.fake_gpus(devices=3, gib=4, late=True)
+DYNAMIC = pytest.mark.fake_gpus(devices=3, gib=4, late=True, dynamic=True)
+SECOND, THIRD = torch.device("cuda:1"), torch.device("cuda:2")
 BUDGETS = (0.5, 0.9, 0.25, 0.0, 2.0, 0.6)
 UNIT = 512  # bytes, in which a device counts what is used
 
@@ -26,7 +27,8 @@ def gpu(one_thread):
     import fakegpu
 
     yield fakegpu
-    fakegpu.set_capacity(4 << 30)
+    for device in range(torch.cuda.device_count()):
+        fakegpu.set_capacity(4 << 30, device)
     comfy.model_management.unload_all_models()
     gc.collect()
 
@@ -172,23 +174,45 @@ def test_another_strength_sends_the_factors_once_and_no_weight(gpu):
 
 
 @STATIC
-def test_a_store_keeps_what_it_says(gpu):
+def test_stores_keep_what_they_say_and_are_filled_in_turn(gpu):
+    packed, stores = packed_flux("Q8_0"), (SECOND, THIRD)
+    load(packed)
+    expected, size = step(packed), packed.model_size()
+    empty = {store: gpu.used(store.index) for store in stores}
+    for budget, *rooms in ((0.3, 0.4, 0), (0.3, 0.2, 0.3), (0.3, 5, 5), (0.1, 0.5, 5), (0, 0, 0.5), (0.6, 0, 0)):
+        placed = place(packed, budget * size, [(store, room * size) for store, room in zip(stores, rooms)])
+        load(placed)
+        lies, left = placed.whereabouts(), size - lies_on(placed.model)
+        for store, room in zip(stores, rooms):
+            stored = lies.stored.get(store, 0)
+            assert stored == lies_on(placed.model, store) <= room * size
+            assert stored <= gpu.used(store.index) - empty[store] <= stored + 100 * UNIT
+            assert room == 0 or stored > min(room * size, left) - largest(placed)
+            left -= stored
+        assert torch.equal(step(placed), expected) and copied_by(gpu, load, placed) == 0
+        assert placed.whereabouts() == lies
+    assert not placed.whereabouts().stored
+    for several in ([THIRD], [SECOND, THIRD]):
+        placed = place(packed, 0.3 * size, [(store, size) for store in several])
+        load(placed)
+        assert placed.whereabouts().stored.keys() == {several[0]} and torch.equal(step(placed), expected)
+    comfy.model_management.unload_all_models()
+    assert all(gpu.used(store.index) == empty[store] for store in stores)
+    assert torch.equal((load(packed), step(packed))[1], expected)
+
+
+@STATIC
+def test_what_a_store_has_no_room_for_lies_in_the_next(gpu):
     packed = packed_flux("Q8_0")
     load(packed)
-    expected, size, empty = step(packed), packed.model_size(), gpu.used(1)
-    for budget, room in ((0.3, 0.4), (0.3, 5), (0.5, 0.2), (0, 0.5), (0.6, 0)):
-        placed = place(packed, budget * size, "gpu:1", room * size)
-        load(placed)
-        lies = placed.whereabouts()
-        assert lies.stored == lies_on(placed.model, "cuda:1") <= room * size
-        assert lies.stored <= gpu.used(1) - empty <= lies.stored + 100 * UNIT
-        assert room < 0.1 or lies.stored > min(room, 1 - budget) * size - largest(placed)
-        assert torch.equal(step(placed), expected) and copied_by(gpu, load, placed) == 0
-    load(place(packed, 0.3 * size))
-    assert gpu.used(1) == empty
-    load(place(packed, 0.3 * size, "gpu:1", size))
-    comfy.model_management.unload_all_models()
-    assert gpu.used(1) == empty and torch.equal((load(packed), step(packed))[1], expected)
+    expected, size = step(packed), packed.model_size()
+    gpu.set_capacity(gpu.used(1) + 0.3 * size, 1)
+    placed = place(packed, 0.2 * size, [(SECOND, size), (THIRD, 0.2 * size)])
+    load(placed)
+    stored = placed.whereabouts().stored
+    for store, room in ((SECOND, 0.3), (THIRD, 0.2)):
+        assert room * size - largest(placed) < stored[store] <= room * size
+    assert torch.equal(step(placed), expected)
 
 
 @STATIC
@@ -233,14 +257,16 @@ def test_in_dynamic_vram_no_more_pages_lie_on_the_gpu_than_the_budget_has(gpu):
 
 
 @DYNAMIC
-def test_a_store_takes_a_model_out_of_dynamic_vram(gpu):
+def test_stores_take_a_model_out_of_dynamic_vram(gpu):
     packed = packed_flux("Q8_0")
     load(packed)
     expected, size = step(packed), packed.full_size()
-    placed = place(packed, 0.3 * size, "gpu:1", 0.5 * size)
+    placed = place(packed, 0.3 * size, [(SECOND, 0.4 * size), (THIRD, size)])
     load(placed)
     assert not placed.is_dynamic() and lies_on(placed.model) <= 0.3 * size
-    assert placed.whereabouts().stored == lies_on(placed.model, "cuda:1") > 0.3 * size
+    stored = placed.whereabouts().stored
+    assert stored == {store: lies_on(placed.model, store) for store in (SECOND, THIRD)}
+    assert 0.3 * size < stored[SECOND] <= 0.4 * size < sum(stored.values()) == placed.whereabouts().copied
     assert torch.equal(step(placed), expected)
 
 
