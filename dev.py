@@ -1,5 +1,5 @@
 """One command for everything a developer does here: python3 dev.py demo | test | bench | quality | sizes | inspect | matrix
-| setup"""
+| gpu | setup"""
 import sys
 
 if sys.version_info < (3, 10):
@@ -18,6 +18,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   inspect FILE [--reference FILE] [--picture OUT.png]  say what a model file is, what it needs and which memory it fits
   matrix [--host V] [--newest] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version, or
                                with the newest versions of ComfyUI's own packages
+  gpu [--device cpu]           measure what only a GPU can show, in nine minutes; --pack FOLDER: for a machine without packages
   setup                        only make the environment that the others use
 
 Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 2.5 GB (more

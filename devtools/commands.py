@@ -2,9 +2,12 @@
 
 Standard library only: dev.py imports it before anything is installed.
 """
+import argparse
 import time
+from pathlib import Path
 
 from devtools import ROOT
+from devtools.gpu import bare
 from devtools.host.environment import fetch_chromium, fetch_llama_cpp, prepare
 
 # Each runs whole files, folder by folder: those of tests/server share a server then.
@@ -69,5 +72,21 @@ def matrix(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.host.matrix", *arguments)
 
 
+def gpu(arguments: list[str]) -> int:
+    """Measure what only a GPU can show; or gather what a bare machine lacks for it."""
+    parser = argparse.ArgumentParser(prog="python3 dev.py gpu", add_help=False)
+    parser.add_argument("--pack", type=Path, metavar="FOLDER")
+    parser.add_argument("--packed", type=Path, metavar="FOLDER")
+    parser.add_argument("--peer", type=Path)
+    own, _ = parser.parse_known_args(arguments)
+    if own.pack:
+        bare.pack(own.pack, own.peer)
+        return 0
+    if not own.packed:
+        return prepare().run("-m", "devtools.gpu", *arguments)
+    environment, site = bare.environment(own.packed)
+    return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
+
+
 COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes,
-            "inspect": inspect, "matrix": matrix}
+            "inspect": inspect, "matrix": matrix, "gpu": gpu}

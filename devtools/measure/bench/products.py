@@ -45,15 +45,15 @@ def bench_unpack(options):
     """A whole weight to float32: by the kernels of this machine and by torch in chunks, both into one reused buffer; by torch
     all at once; by gguf's numpy reference."""
     shape = options.sizes.weight
-    out = torch.empty(shape)
+    out = torch.empty(shape, device=device())
     for name in options.formats:
         packed_format = FORMATS[name]
-        tensors = packed_tensors(random_weight(name, shape))
+        tensors = packed_tensors(random_weight(name, shape).to(device()))
         count = out.numel() // packed_format.block_length
         variants = {"kernels": lambda: kernels.unpack_into(packed_format, tensors, out),
                     "torch, chunks": lambda: packed_format.unpack_into(tensors, out),
                     "torch, whole": lambda: packed_format.unpack(*packed_format.blocks(tensors, 0, count))}
-        if packed_format.ggml_type is not None:
+        if packed_format.ggml_type is not None and device().type == "cpu":
             variants["gguf (numpy)"] = lambda: gguf.quants.dequantize(tensors[0].numpy(), gguf.GGMLQuantizationType[name])
         yield name, side_by_side(variants, options.rounds)
 

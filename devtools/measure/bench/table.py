@@ -1,5 +1,5 @@
 """What the cases give as text. A row is {variant: {"median", "min", "max"}} in seconds, the first variant being what the
-others are compared with, or {name: number}: an int is bytes, or a bool; a float is seconds if its name says so."""
+others are compared with, or {name: value}: an int is bytes, or a bool; a float is seconds if its name says so; text is text."""
 
 
 def is_timing(row: dict) -> bool:
@@ -30,7 +30,7 @@ def span(times: dict) -> str:
 
 
 def quantity(name: str, value) -> str:
-    if isinstance(value, bool):
+    if isinstance(value, (bool, str)):
         return str(value)
     if isinstance(value, int):
         return f"{value / 1e6:.1f} MB"

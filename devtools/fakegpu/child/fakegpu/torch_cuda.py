@@ -149,6 +149,7 @@ def install(torch):
         "mem_get_info": mem_get_info, "memory_stats": memory_stats, "memory_allocated": memory_allocated,
         "memory_reserved": memory_allocated,
         "max_memory_allocated": lambda device=None: native.driver.fake_peak(index_of(device)),
+        "max_memory_reserved": lambda device=None: native.driver.fake_peak(index_of(device)),
         "reset_peak_memory_stats": lambda device=None: native.driver.fake_reset_peaks(),
         "memory_summary": lambda *args, **options: "fake GPUs", "get_allocator_backend": lambda: "native",
         "empty_cache": lambda: None, "ipc_collect": lambda: None, "cudart": lambda: cudart,
