@@ -24,11 +24,12 @@ class Stage:
     def rows(self, quick: bool, peer: str | None) -> Rows:
         module, name = self.function.split(":")
         function = getattr(importlib.import_module(module), name)
-        from devtools.measure.bench.timing import ON_A_GPU, QUICK  # takes the host, which a module may have to prepare
+        # This takes the host, which the stage's module may have had to prepare.
+        from devtools.measure.bench.timing import ON_A_GPU, QUICK, as_in_use
 
         options = argparse.Namespace(
             sizes=QUICK if quick else ON_A_GPU, quick=quick, rounds=1 if quick else self.rounds, formats=FORMATS,
-            blocks=None if quick else self.blocks, peer=Path(peer) if peer else None)
+            blocks=None if quick else self.blocks, peer=Path(peer) if peer else None, scratch=as_in_use())
         yield from function(options)
 
 

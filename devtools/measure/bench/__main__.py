@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
-from featherweight.ops import kernels
-from featherweight.ops.scratch import shared_scratch
 
 from devtools import ROOT
 from devtools.measure.bench import files, models, packing, products
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import line, markdown
-from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, device, machine
+from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
 from devtools.measure.weights import FORMAT_NAMES
 
 CASES = {
@@ -46,8 +44,7 @@ def main():
     left_out = set() if options.quick else LARGE
     cases = options.only or [name for name in CASES if name not in left_out and (options.peer or name != "peer")]
 
-    scratch = shared_scratch()  # held, as the layers of a model hold it
-    kernels.PATIENCE[kernels.EXACT] = 60  # what is timed is the kernels, not what works until they are compiled
+    scratch = as_in_use()
     figures = {"machine": machine()}
     print(figures["machine"])
     for name in cases:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+from featherweight.ops import kernels
 from featherweight.ops.kernels import backend_of
+from featherweight.ops.scratch import shared_scratch
 
 @dataclass(frozen=True)
 class Sizes:
@@ -53,6 +55,13 @@ def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[s
     return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
 
 
+def as_in_use():
+    """Make this process as it is when a model has run for a while: the buffer of its layers, which is returned to be held, and
+    the kernels, for which what is timed waits."""
+    kernels.PATIENCE[kernels.EXACT] = 60
+    return shared_scratch()
+
+
 def wait():
     """Until a GPU has done what it was given."""
     if torch.accelerator.is_available():
@@ -61,14 +70,14 @@ def wait():
 
 def machine() -> str:
     """The GPU or the CPU, its threads, torch, and the kernels that packed weights use."""
-    kernels = f"torch {torch.__version__}, kernels: {backend_of(device())}"
+    what = f"torch {torch.__version__}, kernels: {backend_of(device())}"
     if torch.accelerator.is_available():
-        return f"{comfy.model_management.get_torch_device_name(device())}, {kernels}"
+        return f"{comfy.model_management.get_torch_device_name(device())}, {what}"
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     name = found[1] if found else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}, {kernels}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {what}"
 
 
 def device() -> torch.device:

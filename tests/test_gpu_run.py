@@ -1,0 +1,126 @@
+"""`dev.py gpu`: every stage runs at a tiny size where there is no GPU, so that on one nothing but the device is new."""
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+
+import pytest
+from devtools import ROOT, fakegpu
+from devtools.gpu import bare
+from devtools.gpu.report import GOALS, Report
+from devtools.gpu.stages import STAGES
+from devtools.host.environment import SetupError
+from PIL import Image
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(folder, *arguments: str) -> str:
+    command = [sys.executable, "-m", "devtools.gpu", "--device", "cpu", "--out", str(folder), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    run(folder, "--minutes", "9")
+    return folder
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name != "peer"])
+def test_a_stage_gives_rows_and_a_table_on_a_cpu(rehearsal, stage):
+    found = json.loads((rehearsal / "gpu.json").read_text())[stage]
+    assert found["ended"].startswith("done") and found["rows"], (rehearsal / "log.txt").read_text()[-3000:]
+    assert f"\n## {stage}\n" in (rehearsal / "gpu.md").read_text()
+
+
+def test_the_report_has_a_picture(rehearsal):
+    with Image.open(rehearsal / "gpu.png") as picture:
+        assert picture.width > 600 and picture.height > 600
+
+
+def test_a_stage_that_takes_too_long_is_stopped_and_the_run_goes_on(tmp_path, monkeypatch):
+    from devtools.gpu import __main__ as command
+
+    started = time.monotonic()
+    assert command._run(["tests", "--quick"], "--cpu", 0.5, None, tmp_path / "log.txt") == "stopped"
+    assert time.monotonic() - started < 20
+
+
+def test_a_stage_that_ends_with_an_error_says_so(tmp_path):
+    from devtools.gpu import __main__ as command
+
+    assert command._run(["no such stage"], "--cpu", 60, None, tmp_path / "log.txt").startswith("ended with 2")
+    assert "invalid choice" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_that_is_cut_off_leaves_the_rows_it_had(tmp_path):
+    report = Report(tmp_path, is_judged=True)
+    report.begin("device", "What it is.")
+    report.add("device", "device", {"name": "a card"})
+    assert json.loads((tmp_path / "gpu.json").read_text())["device"] == {
+        "about": "What it is.", "rows": {"device": {"name": "a card"}}, "ended": "cut off"}
+
+
+def test_the_report_says_which_figures_are_reached(tmp_path):
+    stage, title, variant, most = GOALS[0]
+    report = Report(tmp_path, is_judged=True)
+    report.begin(stage, "")
+    for ratio, verdict in ((most - 0.01, "reached"), (most + 0.01, "missed")):
+        report.add(stage, title, {"dense": {"median": 1.0, "min": 1.0, "max": 1.0},
+                                  variant: {"median": ratio, "min": ratio, "max": ratio}})
+        assert report.goals()[0][3] == verdict and f"| {verdict} |" in (tmp_path / "gpu.md").read_text()
+    assert all(line[3] == "not measured" for line in report.goals() if line[0] != report.goals()[0][0])
+
+
+@pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())
+@pytest.mark.parametrize("stage", ["dynamic VRAM", "static"])
+def test_a_model_larger_than_its_device_gives_the_same_bits_on_a_fake_gpu(stage):
+    variables = {"HOST_ARGUMENTS": f"--fp32-unet {STAGES[stage].arguments}", "FEATHERWEIGHT_KERNELS": "torch"}
+    command = [sys.executable, "-m", "devtools.gpu.stage", stage, "--quick"]
+    output = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, **fakegpu.environment(1, 4, late=True), **variables},
+                            capture_output=True, text=True, check=True).stdout
+    rows = dict(json.loads(line.removeprefix("ROW ")) for line in output.splitlines() if line.startswith("ROW "))
+    assert rows["sizes"]["dynamic VRAM"] == (stage == "dynamic VRAM")
+    compared = [row["same bits"] for row in rows.values() if "same bits" in row]
+    assert len(compared) > 5 and all(compared)
+    assert rows["after unloading"]["more memory used than before"] == 0
+
+
+# --- a bare machine ---
+
+
+def wheel(folder, name: str, version: str):
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/__init__.py", f"version = {version!r}")
+
+
+def test_a_bare_machine_gets_what_it_lacks_and_the_versions_that_comfyui_asks_for(tmp_path):
+    packed = tmp_path / "packed"
+    (packed / bare.WHEELS).mkdir(parents=True)
+    (tmp_path / "requirements.txt").write_text("pytest==0.0.1\n")
+    with tarfile.open(packed / bare.HOST, "w:xz") as archive:
+        archive.add(tmp_path / "requirements.txt", "requirements.txt")
+    wheel(packed / bare.WHEELS, "not_installed_here", "1.0")
+    wheel(packed / bare.WHEELS, "pytest", "0.0.1")
+    wheel(packed / bare.WHEELS, "numpy", "0.0.1")
+    environment, site = bare.environment(packed)
+    assert (environment.host / "requirements.txt").is_file()
+    assert sorted(os.listdir(site)) == ["not_installed_here", "pytest"]
+    assert importlib.metadata.version("numpy") != "0.0.1"
+
+
+def test_a_folder_that_was_not_packed_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(SetupError, match="dev.py gpu --pack"):
+        bare.environment(tmp_path)
+
+
+@pytest.mark.heavy
+def test_what_a_bare_machine_lacks_is_small(tmp_path):
+    bare.pack(tmp_path / "packed")
+    names = {file.name.split("-")[0] for file in (tmp_path / "packed" / bare.WHEELS).iterdir()}
+    assert {"gguf", "comfy_kitchen", "comfy_aimdo"} <= names
