@@ -1,130 +1,78 @@
-"""Faster kernels for packed weights: what a backend says of itself, and what a device uses.
+"""Faster kernels for packed weights: what a device uses.
 
 The torch code of `ops.format` and `ops.product` runs everywhere and is the reference. A backend is the module
-`ops/kernels/<name>_backend.py` with a constant `BACKEND`; it is imported when a device of its kind is first used. A device
-uses the first backend whose probe succeeds, and of it each kernel that gives the reference's results on that device.
+`ops/kernels/<name>_backend.py` with a constant `BACKEND` (see `kernel`), imported when a device of its kind first uses it.
+
+A GPU's kernels are tried in another process first (`proving`), once for each driver, torch and version of the kernel: of those
+that are right a device uses the fastest for each format and number of rows, and torch where that is faster. A CPU's are checked
+in this process, for they are compiled by the machine's own compiler for its own CPU, and so are those of a backend that is
+asked for by name. What is used is checked here once more in any case.
 
 All that, compiling too, happens in threads in the background, and no lock is held meanwhile. Kernels of "unpack" have the
-reference's bits: nobody waits for them, torch works until one is ready. The others differ by rounding, so which of the two
-works is decided when one is first asked for and stays: that call waits for the kernel, as long as `PATIENCE` says and until
-the user cancels, and what is not ready by then is torch's work until the process ends. So a picture can be made again in the
-same process, bit for bit, whenever the kernels come.
+reference's bits: nobody waits for them, torch works until one is ready, and it is taken up at the next call. The others differ
+by rounding, so which of the two works is decided when one is first asked for and stays until the process ends. That call waits
+for a kernel that is to be checked here, as long as `PATIENCE` says and until the user cancels, and for no trial: what has not
+been proven by then is taken up by the next process. So a picture can be made again in the same process, bit for bit, whenever
+the kernels come.
 """
+import functools
 import importlib
 import logging
 import os
-import platform
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 
 from ..format import Format
 from .background import Finding
 from .check import WrongResult, check
+from .identity import device_name
+from .kernel import Backend, Kernel
+from .proving import ISSUES, Prover, report_wrong
+from .verdicts import Case
+
+__all__ = ["BACKENDS", "ISSUES", "VARIABLE", "Backend", "Case", "Kernel", "backend_of", "find", "prepare", "unpack_into",
+           "used"]
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
 # Names of backends for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
-# The kinds of devices that use them unasked. No kernel has run on a real GPU yet, and a check can refuse wrong values, not a
-# launch that ends the process.
-UNASKED = {"cpu"}
+CHECKED_HERE = frozenset(("cpu",))  # the kinds of devices whose kernels need no trial
 EXACT = "unpack"  # the operation whose kernels have the reference's bits
 # Seconds that the first call of an operation waits for its kernel. After the first wait in vain no other is made.
 PATIENCE = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20, "pack_blocks": 20, "pack_columns": 20}
-ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
-
-
-@dataclass(frozen=True, eq=False)
-class Kernel:
-    """One operation of a backend and what it accepts.
-
-    op: "unpack", "linear", "int8_rows", "int8_tokens", "pack_blocks" or "pack_columns". formats: names of formats; a format
-    made of one of them (another block length) counts as it; none for "int8_tokens". dtypes: of the values for "unpack" and
-    where they are packed, of input and output for "linear", of the input for "int8_tokens", int8 for "int8_rows". min_tokens,
-    max_tokens: rows of the input that "linear" takes, both included; None: any. capability: the least CUDA compute capability;
-    ROCm and others ignore it.
-
-    run, "unpack": run(packed_format, tensors, out, value_dtype, first), see `Format.unpack_into`: float32 arithmetic in the
-        reference's order, without fused multiply-add, so that the values have the reference's bits.
-    run, "linear": run(packed_format, tensors, input, addend, out, value_dtype). out = input @ weight.T + addend, summed in
-        float32 and rounded once. input: (M, K), contiguous, K a multiple of the block length. addend: (M, N) of any strides,
-        or None. out: (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and may
-        then be rounded to the input's dtype, as the reference does.
-    run, "int8_rows": run(packed_format, tensors, codes, scales, value_dtype, first), see `int8_codes.encode_rows`; K is a
-        multiple of 256 and of the block length.
-    run, "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may differ from the
-        reference's by one where a value lies within 0.01 of the middle between two, scales by 1e-5 of themselves.
-    run, "pack_blocks": run(packed_format, values, weights, fit, tries, rounds, sweeps, emphasis), see `grid_search.Search.fit`.
-        values, weights: float32 (n, block_length), contiguous; weights may be None. fit: a `Fit`, to be written. Its blocks
-        may be others than the reference's, with an error that is no larger on average.
-    run, "pack_columns": run(packed_format, values, shares, weights, chosen, tries, rounds), see `grid_columns.choose_columns`.
-        All are contiguous. What is chosen may be other than the reference's, with a loss that is no larger on average.
-    """
-    op: str
-    formats: frozenset[str]
-    dtypes: frozenset[torch.dtype]
-    run: Callable[..., None]
-    min_tokens: int = 1
-    max_tokens: int | None = None
-    capability: tuple[int, int] = (0, 0)
-
-    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
-        """Whether it can run at all; capability: the device's, None where there is no such thing."""
-        return (dtype in self.dtypes and (capability is None or capability >= self.capability)
-                and (packed_format is None or any(base.__name__ in self.formats for base in packed_format.__mro__)))
-
-    def takes(self, tokens: int | None) -> bool:
-        return tokens is None or self.min_tokens <= tokens and (self.max_tokens is None or tokens <= self.max_tokens)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """probe(device): one tiny launch, and an exception that says why where the backend cannot work."""
-    name: str
-    probe: Callable[[torch.device], None]
-    kernels: tuple[Kernel, ...]
 
 
 class Choice:
-    """What one device uses: a backend or none (torch), and the kernels that proved right there."""
+    """What one device uses: kernels that proved right there, or none (torch). names: of its backends."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.capability = None
-        self._names = _candidates(device)
+    def __init__(self, device: torch.device, names: tuple[str, ...]):
+        self.device, self.names = device, names
         self._proofs: dict[tuple, Finding] = {}
         self._starting = threading.Lock()  # held for no longer than a thread takes to start
         self._waits = True
-        self._backend = self._finding(self._find_backend)
-
-    def _finding(self, find_out: Callable[[], object]) -> Finding:
-        # Torch's commands to an Apple GPU must come from one thread at a time, and its compiler is quick.
-        return Finding(find_out, in_background=bool(self._names) and self.device.type != "mps")
-
-    def backend(self, op: str) -> Backend | None:
-        """The backend, or None: use the reference. op: its `PATIENCE` is how long to wait for the choice."""
-        return self._backend.value if self._is_decided(self._backend, op) else None
 
     def find(self, op: str, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,
              tokens: int | None) -> Kernel | None:
-        backend = self.backend(op)
-        for kernel in backend.kernels if backend else ():
-            if kernel.op == op and kernel.takes(tokens) and kernel.accepts(packed_format, dtype, self.capability):
-                proof = self._proof(backend, kernel, packed_format, dtype, value_dtype)
-                if self._is_decided(proof, op) and proof.value:
-                    return kernel
-        return None
+        raise NotImplementedError
 
-    def _proof(self, backend, *case) -> Finding:
-        if case not in self._proofs:
+    def backend(self, op: str) -> str | None:
+        """Name of the backend, or None: use the reference. op: its `PATIENCE` is how long to wait for the choice."""
+        raise NotImplementedError
+
+    def _finding(self, find_out: Callable[[], object]) -> Finding:
+        # Torch's commands to an Apple GPU must come from one thread at a time, and its compiler is quick.
+        return Finding(find_out, in_background=bool(self.names) and self.device.type != "mps")
+
+    def _proof(self, key: tuple, find_out: Callable[[], Kernel | None]) -> Finding:
+        if key not in self._proofs:
             with self._starting:
-                if case not in self._proofs:
-                    self._proofs[case] = self._finding(lambda: self._is_right(backend, *case))
-        return self._proofs[case]
+                if key not in self._proofs:
+                    self._proofs[key] = self._finding(find_out)
+        return self._proofs[key]
 
     def _is_decided(self, finding: Finding, op: str) -> bool:
         """Waits as long as `op` may. After that the reference does the work: for now where both have the same bits, else from
@@ -140,43 +88,111 @@ class Choice:
         finding.decide(None)
         return True
 
-    def _find_backend(self) -> Backend | None:
-        backend = next(filter(None, (_working_backend(name, self.device) for name in self._names)), None)
-        if backend and self.device.type == "cuda" and torch.version.hip is None:
-            self.capability = torch.cuda.get_device_capability(self.device)
-        log.info("[Featherweight] Packed weights on %s use %s.", _device_name(self.device),
-                 backend.name if backend else "torch")
-        return backend
-
-    def _is_right(self, backend, kernel, packed_format, dtype, value_dtype) -> bool:
-        name = packed_format.__name__ if packed_format else "any format"
-        rounded = f" by way of {value_dtype}" if value_dtype else ""
-        case = f"{kernel.op} of {name} to {dtype}{rounded} by {backend.name}"
+    def _if_right(self, backend: str, kernel: Kernel, packed_format, dtype, value_dtype) -> Kernel | None:
+        case = f"{Case(kernel.op, packed_format and packed_format.__name__, dtype, value_dtype)} by {backend}"
         try:
             check(kernel, packed_format, dtype, value_dtype, self.device)
         except WrongResult as error:
-            _report(case, self.device, error)
+            report_wrong(case, self.device, error)
         except Exception as error:  # a compiler or driver may raise anything, and torch does the work then
             log.debug("[Featherweight] %s is off on %s: %r", case, self.device, error)
         else:
-            return True
-        return False
+            return kernel
+        return None
+
+
+class CheckedHere(Choice):
+    """Uses the first backend whose probe succeeds, and of it each kernel that gives the reference's results."""
+
+    def __init__(self, device: torch.device, names: tuple[str, ...]):
+        super().__init__(device, names)
+        self.capability = None
+        self._backend = self._finding(self._find_backend)
+
+    def backend(self, op: str) -> str | None:
+        return self._backend.value.name if self._is_decided(self._backend, op) and self._backend.value else None
+
+    def find(self, op, packed_format, dtype, value_dtype, tokens):
+        backend = self._backend.value if self._is_decided(self._backend, op) else None
+        for kernel in backend.kernels if backend else ():
+            if kernel.op == op and kernel.takes(tokens) and kernel.accepts(packed_format, dtype, self.capability):
+                case = kernel, packed_format, dtype, value_dtype
+                proof = self._proof(case, functools.partial(self._if_right, backend.name, *case))
+                if self._is_decided(proof, op) and proof.value:
+                    return kernel
+        return None
+
+    def _find_backend(self) -> Backend | None:
+        backend = next(filter(None, (_working_backend(name, self.device) for name in self.names)), None)
+        if backend and self.device.type == "cuda" and torch.version.hip is None:
+            self.capability = torch.cuda.get_device_capability(self.device)
+        log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device), backend.name if backend else "torch")
+        return backend
+
+
+class ProvenInTrials(Choice):
+    """Uses of the kernels that a trial found right the fastest."""
+
+    def __init__(self, device: torch.device, names: tuple[str, ...]):
+        super().__init__(device, names)
+        self.prover = Prover(device, names)
+        self._decided = {}
+        self._in_use: dict[str, None] = {}
+
+    def backend(self, op: str) -> str | None:
+        return " and ".join(self._in_use) or None
+
+    def find(self, op, packed_format, dtype, value_dtype, tokens):
+        for proven in self._candidates(op, packed_format, dtype, value_dtype):
+            if proven.is_faster(tokens):
+                key = proven.backend, proven.rows, op, packed_format, dtype, value_dtype
+                proof = self._proof(key, functools.partial(self._if_right_here, *key))
+                if self._is_decided(proof, op) and proof.value:
+                    return proof.value
+        return None
+
+    def _candidates(self, op, *case) -> tuple:
+        if op == EXACT:
+            return self.prover.proven(op, *case) or ()
+        key = op, *case
+        if key not in self._decided:
+            self._decided.setdefault(key, self.prover.proven(op, *case, wait=True) or ())
+        return self._decided[key]
+
+    def _if_right_here(self, name, rows, op, *case) -> Kernel | None:
+        backend = _working_backend(name, self.device)
+        for kernel in backend.kernels if backend else ():
+            if kernel.op == op and (kernel.min_tokens, kernel.max_tokens) == rows and kernel.accepts(*case[:2], None):
+                if self._if_right(name, kernel, *case):
+                    self._in_use[name] = None
+                    return kernel
+        return None
 
 
 _choices: dict[torch.device, Choice] = {}
 _choosing = threading.Lock()  # held for no longer than a thread takes to start
 
 
-def _candidates(device: torch.device) -> tuple[str, ...]:
-    """Names of the backends to try on a device, in order."""
+def _choice(device: torch.device) -> Choice:
+    if device not in _choices:
+        with _choosing:
+            if device not in _choices:
+                _choices[device] = _new_choice(device)
+    return _choices[device]
+
+
+def _new_choice(device: torch.device) -> Choice:
+    """As the environment variable asks."""
     names = BACKENDS.get(device.type, ())
     asked = os.environ.get(VARIABLE, "").lower()
     known = {"torch", "auto"}.union(*BACKENDS.values())
     if asked and asked not in known:
         log.warning("[Featherweight] %s is %s; it can be %s. It counts as not set.", VARIABLE, asked, ", ".join(sorted(known)))
-    if asked == "torch" or asked != "auto" and asked not in names and device.type not in UNASKED:
-        return ()
-    return (asked,) if asked in names else names
+    if asked == "torch" or not names:
+        return CheckedHere(device, ())
+    if asked in names:
+        return CheckedHere(device, (asked,))
+    return (CheckedHere if device.type in CHECKED_HERE else ProvenInTrials)(device, names)
 
 
 def _working_backend(name: str, device: torch.device) -> Backend | None:
@@ -185,47 +201,45 @@ def _working_backend(name: str, device: torch.device) -> Backend | None:
         backend.probe(device)
         return backend
     except WrongResult as error:
-        _report(f"the probe by {name}", device, error)
+        report_wrong(f"the probe by {name}", device, error)
     except Exception as error:  # not installed, no compiler, no driver, an unknown GPU: torch does the work then
         log.debug("[Featherweight] %s does not work on %s: %r", name, device, error)
     return None
-
-
-def _report(case: str, device: torch.device, error: Exception):
-    """Wrong values are our fault, and only who has that device can tell us of them."""
-    log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so torch does its work, slower;"
-                " please report this line at %s.", case, _device_name(device), torch.__version__, platform.platform(), error,
-                ISSUES)
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def find(op: str, device: torch.device, packed_format: type[Format] | None, dtype: torch.dtype,
          value_dtype: torch.dtype | None = None, tokens: int | None = None) -> Callable[..., None] | None:
     """The `run` of a kernel (see `Kernel`), or None: use the reference.
 
-    The first call for a device has its backends probed, the first for a format and its dtypes the kernels checked, both in the
-    background; see `PATIENCE`. value_dtype is what `run` will be given. tokens: rows of the input, for "linear". packed_format:
-    None for "int8_tokens".
+    What is not known of the device's kernels yet is found out in the background from the first call on; see `PATIENCE`.
+    value_dtype is what `run` will be given. tokens: rows of the input, for "linear". packed_format: None for "int8_tokens".
     """
     kernel = _choice(device).find(op, packed_format, dtype, value_dtype, tokens)
     return None if kernel is None else kernel.run
 
 
+def prepare(device: torch.device, cases: Iterable[Case], shapes: dict[str, set[tuple[int, int]]]):
+    """What a model that is being loaded will ask for on a device, so that a trial can begin before the model takes its place.
+
+    shapes: name of a format -> (N, K) of the model's weights, which the trial times.
+    """
+    choice = _choice(device)
+    if isinstance(choice, ProvenInTrials):
+        choice.prover.want(list(cases), shapes)
+
+
 def backend_of(device: torch.device) -> str:
-    """Name of the backend that a device uses, "torch" for none. Waits for the choice, as the first product does."""
-    backend = _choice(device).backend("linear")
-    return backend.name if backend else "torch"
+    """Name of the backend that a device uses, "torch" for none. Waits for the choice, as the first product does, but for no
+    trial."""
+    return _choice(device).backend("linear") or "torch"
 
 
-def _choice(device: torch.device) -> Choice:
-    if device not in _choices:
-        with _choosing:
-            if device not in _choices:
-                _choices[device] = Choice(device)
-    return _choices[device]
+def used(device: torch.device) -> str:
+    """What unpacks on a device, in words, as far as it is known now; nobody waits."""
+    choice = _choice(device)
+    name = choice.backend(EXACT) or "torch"
+    trial = isinstance(choice, ProvenInTrials) and choice.prover.at_work
+    return f"{name} until kernels are proven" if trial and name == "torch" else name
 
 
 def unpack_into(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,

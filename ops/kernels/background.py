@@ -20,7 +20,20 @@ raise_if_cancelled: Callable[[], None] = _nothing
 
 _turns = threading.BoundedSemaphore(AT_ONCE)
 _threads: set[threading.Thread] = set()
-_ending = threading.Event()
+ending = threading.Event()  # this process ends
+
+
+def start_thread(work: Callable[[], None]):
+    """A thread that does not keep the process alive, but is waited for when it ends. `work` ends soon once `ending` is set."""
+    def run():
+        try:
+            work()
+        finally:
+            _threads.discard(thread)
+
+    thread = threading.Thread(target=run, name="featherweight-kernels", daemon=True)
+    _threads.add(thread)
+    thread.start()
 
 
 class Finding:
@@ -35,17 +48,14 @@ class Finding:
         self._find_out = find_out
         self._decided, self._deciding = threading.Event(), threading.Lock()
         if in_background:
-            thread = threading.Thread(target=self._run, name="featherweight-kernels", daemon=True)
-            _threads.add(thread)
-            thread.start()
+            start_thread(self._run_in_turn)
         else:
             self.decide(find_out())
 
-    def _run(self):
+    def _run_in_turn(self):
         with _turns:
-            if not _ending.is_set():
+            if not ending.is_set():
                 self.decide(self._find_out())
-        _threads.discard(threading.current_thread())
 
     @property
     def decided(self) -> bool:
@@ -70,7 +80,7 @@ class Finding:
 @atexit.register
 def _wait_for_all():
     """A thread that is within torch when the interpreter goes would end the process with an error."""
-    _ending.set()
+    ending.set()
     end_all()
     end = time.monotonic() + AT_THE_END
     for thread in list(_threads):

@@ -23,7 +23,7 @@ from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
 from . import Backend, Kernel
 from .check import probe
-from .own_files import is_private, private_folder
+from .own_files import cache_folder, is_private, private_folder
 from .processes import run_process
 from .cxx_text import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
 
@@ -70,11 +70,6 @@ def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
     return " ".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or lines[:1]))
-
-
-def cache_folder() -> Path:
-    """Where the user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featherweight" / "kernels"
 
 
 class CpuKernels:
@@ -186,7 +181,7 @@ def _kernels() -> CpuKernels:
     command = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
     if command is None:
         raise CppError("there is no C++ compiler")
-    return CpuKernels(CppCompiler(command, cache_folder()))
+    return CpuKernels(CppCompiler(command, cache_folder() / "kernels"))
 
 
 def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:

@@ -15,23 +15,36 @@ def run_process(*command: str, seconds: float) -> subprocess.CompletedProcess[st
 
     Raises subprocess.TimeoutExpired, OSError.
     """
-    with _starting:
-        if _ending:
-            raise OSError(f"{command[0]} is not started: this process ends")
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   start_new_session=True)
-        _running.add(process)
+    process = start_process(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate(timeout=seconds)
     finally:
-        _kill(process)
-        process.wait()
-        _running.discard(process)
+        end_process(process)
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def start_process(*command: str, **options) -> subprocess.Popen:
+    """A program that is killed when this process ends, at the latest. options: of `subprocess.Popen`. Raises OSError."""
+    with _starting:
+        if _ending:
+            raise OSError(f"{command[0]} is not started: this process ends")
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        _running.add(process)
+    return process
+
+
+def end_process(process: subprocess.Popen):
+    """Kills it with all it has started (on Windows alone) where it runs, and waits for its end."""
+    _kill(process)
+    process.wait()
+    _running.discard(process)
 
 
 def _kill(process: subprocess.Popen):
     if process.returncode is None:  # so the number is still its own
+        if not hasattr(os, "killpg"):
+            process.kill()
+            return
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:

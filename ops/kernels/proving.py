@@ -1,0 +1,216 @@
+"""Proves a device's kernels in the background: `trial` tries in another process what a layer asks for here, once for each key.
+
+While that goes on torch does the work, and afterwards where no kernel is proven. A trial starts only while much of the device
+is free, and one at a time on a machine. A kernel that ends or hangs its process has its verdict and is gone past.
+"""
+import collections
+import logging
+import math
+import platform
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from ..format import Format
+from . import trial_process
+from .background import Finding, ending, start_thread
+from .identity import device_name, key_of
+from .own_files import cache_folder
+from .verdicts import Case, Proven, Verdicts, is_verdict
+
+log = logging.getLogger(__name__)
+
+ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
+LEAST_FREE = 1_500_000_000  # bytes of the device, for a trial to begin
+OWN_SHARE = 500_000_000  # of them are what the process of a trial takes before it tries anything
+ASK_EVERY = 5.0  # seconds, while less is free
+TRIAL_SECONDS = 900  # of this process for one device; the next one goes on where it ended
+MOST_CRASHES = 3  # of a backend; after that the rest of it is not tried
+FIRST_WAIT = 10  # seconds that the first call which cannot change later waits for the file of verdicts
+
+
+class Prover:
+    """names: of the backends to try. run: `trial_process.run_trial`, or what takes its place in a test."""
+
+    def __init__(self, device: torch.device, names: tuple[str, ...], run: Callable = trial_process.run_trial):
+        self.device, self.names, self._run = device, names, run
+        self._changing = threading.Lock()  # held for no longer than a thread takes to start
+        self._wanted: dict[Case, None] = {}
+        self._shapes: dict[str, set[tuple[int, int]]] = collections.defaultdict(set)
+        self._proven: dict[Case, tuple[Proven, ...]] = {}
+        self._at_work = False
+        self._seconds = TRIAL_SECONDS
+        self._crashes = collections.Counter()
+        self._read = Finding(self._read_verdicts)
+
+    def proven(self, op: str, packed_format: type[Format] | None, dtype: torch.dtype,
+               value_dtype: torch.dtype | None, wait: bool = False) -> tuple[Proven, ...] | None:
+        """The right kernels for a case, the fastest first; None where that is still to be found out, which this call starts.
+
+        wait: for what is known from before, not for a trial.
+        """
+        case = Case(op, packed_format and packed_format.__name__, dtype, value_dtype)
+        if case not in self._proven:
+            if case not in self._wanted:
+                self.want([case])
+            if wait:
+                self._read.wait(FIRST_WAIT)
+                self._settle()
+        return self._proven.get(case)
+
+    def want(self, cases: list[Case], shapes: dict[str, set[tuple[int, int]]] | None = None):
+        """Asks for some cases at once. shapes: name of a format -> (N, K) of weights that will be used."""
+        with self._changing:
+            for name, found in (shapes or {}).items():
+                self._shapes[name] |= found
+            self._wanted.update(dict.fromkeys(cases))
+            if not self._at_work and any(case not in self._proven for case in cases):
+                self._at_work = True
+                start_thread(self._work)
+
+    @property
+    def at_work(self) -> bool:
+        return self._at_work
+
+    def _read_verdicts(self) -> dict[str, Verdicts]:
+        try:
+            kept = {name: Verdicts(cache_folder() / "verdicts", key_of(self.device, name)) for name in self.names}
+            for verdicts in kept.values():
+                verdicts.read()
+            return kept
+        except Exception:  # a driver may raise anything
+            self._log_failure()
+            return {}
+
+    def _settle(self) -> list[Case]:
+        """What is known of the wanted cases is ready to be used from here on. Returns the others."""
+        if not self._read.decided:
+            return list(self._wanted)
+        missing = []
+        known = {name: verdicts.known for name, verdicts in self._read.value.items()}
+        for case in [case for case in list(self._wanted) if case not in self._proven]:
+            if all(_is_tried(found, case) for found in known.values()):
+                proven = [Proven(name, tuple(verdict["rows"]), verdict["times"]) for name, found in known.items()
+                          for verdict in found.values() if verdict["verdict"] == "right" and verdict.get("case") == str(case)]
+                self._proven[case] = tuple(sorted(proven, key=lambda kernel: kernel.share))
+            else:
+                missing.append(case)
+        return missing
+
+    def _work(self):
+        try:
+            while not self._read.wait(1):
+                if ending.is_set():
+                    return
+            while missing := self._missing():
+                if not self._try(missing):
+                    for case in missing:
+                        self._proven[case] = ()  # torch, until ComfyUI starts again
+        except Exception:
+            self._log_failure()
+            self._at_work = False
+
+    def _log_failure(self):
+        log.warning("[Featherweight] Kernels are not tried on %s: torch does their work.", self.device, exc_info=True)
+
+    def _missing(self) -> list[Case]:
+        with self._changing:
+            missing = self._settle()
+            self._at_work = bool(missing)
+        return missing
+
+    def _try(self, cases: list[Case]) -> bool:
+        """Whether anything came of it."""
+        while (free := free_bytes(self.device)) < LEAST_FREE:
+            log.debug("[Featherweight] Kernels are tried on %s when %d bytes are free; %d are.", self.device, LEAST_FREE, free)
+            if ending.wait(ASK_EVERY):
+                return False
+        with trial_process.only_one() as alone:
+            if not alone:
+                return False
+            for verdicts in self._read.value.values():
+                verdicts.read()  # of another process, if there was one
+            if not (cases := self._settle()):
+                return True
+            return self._try_now(cases)
+
+    def _try_now(self, cases: list[Case]) -> bool:
+        log.info("[Featherweight] Kernels for packed weights are tried on %s in the background. Torch does their work until"
+                 " then.", device_name(self.device))
+        came = []
+
+        def hear(backend: str, text: str, verdict: dict):
+            if backend in self._read.value and is_verdict(verdict | {"at": 0}):
+                self._read.value[backend].add(text, verdict)
+                came.append((backend, text, verdict))
+                if verdict["verdict"] == "wrong":
+                    report_wrong(f"{text} by {backend}", self.device, verdict.get("why", ""))
+                if verdict["verdict"] in ("tried", "refused"):
+                    self._settle()
+
+        while True:
+            job = {"device": str(self.device), "backends": list(self.names), "cases": [case.as_json() for case in cases],
+                   "shapes": {name: sorted(shapes) for name, shapes in list(self._shapes.items())},
+                   "known": {name: verdicts.known for name, verdicts in self._read.value.items()},
+                   "least_free": LEAST_FREE - OWN_SHARE}
+            started = time.monotonic()
+            outcome = self._run(job, hear, self._seconds)
+            self._seconds -= time.monotonic() - started
+            log.debug("[Featherweight] The trial on %s: %s", self.device, outcome)
+            if outcome.how not in ("crashed", "hung") or outcome.at is None or outcome.at[0] not in self._read.value:
+                break
+            hear(*outcome.at, {"verdict": outcome.how, "why": outcome.why})
+            self._crashes[outcome.at[0]] += 1
+            if self._crashes[outcome.at[0]] == MOST_CRASHES:
+                self._skip(outcome.at[0], cases, hear)
+        self._settle()
+        if outcome.how == "stopped":  # there was no room; what is left is tried when there is
+            return not ending.wait(ASK_EVERY) and self._seconds > 0
+        log.info("[Featherweight] %s: %s.", device_name(self.device), summary(came))
+        return outcome.how == "ended" and bool(came)
+
+    def _skip(self, backend: str, cases: list[Case], hear):
+        why = f"{MOST_CRASHES} others of {backend} crashed or hung"
+        for case in cases:
+            if not _is_tried(self._read.value[backend].known, case):
+                hear(backend, str(case), {"verdict": "skipped", "why": why})
+
+
+def _is_tried(known: dict[str, dict], case: Case) -> bool:
+    """Whether a backend has its verdict on a case: it does not work at all, or all its kernels have theirs."""
+    probe = known.get("probe", {"verdict": "right"})["verdict"]
+    return probe != "right" or str(case) in known
+
+
+def free_bytes(device: torch.device) -> float:
+    """Of a device; infinity where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return math.inf
+
+
+def report_wrong(case: str, device: torch.device, error):
+    """Wrong values are our fault, and only who has that device can tell us of them."""
+    log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so torch does its work, slower;"
+                " please report this line at %s.", case, device_name(device), torch.__version__, platform.platform(), error,
+                ISSUES)
+
+
+def summary(came: list[tuple[str, str, dict]]) -> str:
+    """What a trial has found out, in a few words. came: backend, text and verdict."""
+    counts = collections.Counter(verdict["verdict"] for _, text, verdict in came if text != "probe")
+    if not counts["right"]:
+        words = ["no kernel is proven, torch does the work"]
+    else:
+        shares = [ours / torchs for _, text, verdict in came if verdict["verdict"] == "right" and text.startswith("unpack")
+                  for ours, torchs in verdict.get("times", {}).values()]
+        words = [f"{counts['right']} kernels proven"]
+        if shares:
+            words.append(f"unpack {1 / math.prod(shares) ** (1 / len(shares)):.1f} times as fast as torch")
+    words += [f"{counts[verdict]} {verdict}" for verdict in ("slower", "wrong", "crashed", "hung") if counts[verdict]]
+    lost = [f"{text} by {backend}" for backend, text, verdict in came if verdict["verdict"] in ("crashed", "hung")]
+    return ", ".join(words) + (f" ({'; '.join(lost)}: please report this line at {ISSUES})" if lost else "")

@@ -1,0 +1,188 @@
+"""Tries kernels in a process of its own, where one that crashes or hangs takes nothing with it: `python -m ops.kernels.trial`.
+
+It needs torch, the formats and the kernels, neither ComfyUI nor its packages. Its first line of input is a job in JSON:
+
+    {"device": "cuda:0", "backends": ["triton"], "cases": [["linear", "Q4_K", "bfloat16", null]],
+     "shapes": {"Q4_K": [[3072, 12288]]}, "known": {"triton": {...}}, "least_free": 1000000000, "seconds": 900}
+
+shapes: (N, K) of weights to time with. known: verdicts as `Verdicts.read` gives them, which are not found out again.
+least_free: bytes of the device, with less of which it stops. seconds: after which it ends, whatever it is at. It also ends when
+its input does, so that none outlives who started it.
+
+Output are lines of JSON: {"trying": [backend, text]} before each attempt, {"backend", "text", "verdict"} after it, and
+{"stopped": why} where it ends before all is tried. What backends print goes nowhere.
+
+Each kernel that accepts a case is held to torch in all that it may meet (`check`), then timed beside torch.
+"""
+import ctypes
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+from .. import formats  # noqa: F401  registers them
+from ..format import FORMATS, Format
+from ..formats.bnb_int8 import INT8
+from .check import WrongResult, check
+from .processes import end_all
+from .timing import Timing
+from .verdicts import Case
+
+ORDER = ("unpack", "linear")  # first: torch's product is timed with the fastest of what unpacks
+NICE = 10
+MOST_BYTES = 1 << 30  # that torch may take of the device
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def format_named(name: str | None) -> type[Format] | None:
+    """A format by the name that `FORMATS` has it under in a process that has made it; KeyError for one unknown here."""
+    made = re.fullmatch(r"(\w+)_(\d+)", name or "")
+    if name is None or name in FORMATS or made is None:
+        return None if name is None else FORMATS[name]
+    base, size = made[1], int(made[2])
+    return INT8.of_columns(size) if base == "INT8" else FORMATS[base].of_block_length(size)
+
+
+class Trial:
+    """job: see above. say: called with each line."""
+
+    def __init__(self, job: dict, say: Callable[[dict], None]):
+        self.device, self.backends, self.known = torch.device(job["device"]), job["backends"], job["known"]
+        self.cases = sorted(map(Case.of_json, job["cases"]),
+                            key=lambda case: ORDER.index(case.op) if case.op in ORDER else len(ORDER))
+        self.least_free, self.say = job["least_free"], say
+        self.timing = Timing(self.device, job["shapes"])
+        self.capability = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            total = torch.cuda.mem_get_info(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, MOST_BYTES / total), self.device)
+            if torch.version.hip is None:
+                self.capability = torch.cuda.get_device_capability(self.device)
+
+    def run(self):
+        working = {}
+        for name in self.backends:
+            backend = self._attempt(name, "probe", lambda: self._probe(name))
+            if backend["verdict"] == "right":
+                working[name] = importlib.import_module(f".{name}_backend", __package__).BACKEND
+        for case in self.cases:
+            for name, backend in working.items():
+                if str(case) not in self.known.get(name, {}):
+                    self._try(name, backend, case)
+                    self._report(name, str(case), {"verdict": "tried"})
+
+    def _try(self, name, backend, case: Case):
+        try:
+            packed_format = format_named(case.format)
+        except (KeyError, AttributeError):
+            return
+        for kernel in backend.kernels:
+            if kernel.op == case.op and kernel.accepts(packed_format, case.dtype, self.capability):
+                rows = [kernel.min_tokens, kernel.max_tokens]
+                verdict = self._attempt(name, f"{case}, rows {rows[0]} to {rows[1] or 'any'}",
+                                        lambda kernel=kernel: self._prove(kernel, packed_format, case),
+                                        {"case": str(case), "rows": rows})
+                if verdict["verdict"] == "right":
+                    self.timing.add(kernel, packed_format, case)
+
+    def _probe(self, name: str) -> dict:
+        importlib.import_module(f".{name}_backend", __package__).BACKEND.probe(self.device)
+        return {"verdict": "right"}
+
+    def _prove(self, kernel, packed_format, case: Case) -> dict:
+        check(kernel, packed_format, case.dtype, case.value_dtype, self.device)
+        times = self.timing.times(kernel, packed_format, case)
+        faster = not times or any(ours < torchs for ours, torchs in times.values())
+        return {"verdict": "right" if faster else "slower", "times": times}
+
+    def _attempt(self, name: str, text: str, find_out: Callable[[], dict], about: dict | None = None) -> dict:
+        """The verdict, known or found out now."""
+        if text in self.known.get(name, {}):
+            return self.known[name][text]
+        self._stop_without_room()
+        self.say({"trying": [name, text]})
+        try:
+            verdict = find_out()
+        except WrongResult as error:
+            verdict = {"verdict": "wrong", "why": str(error)}
+        except torch.OutOfMemoryError as error:
+            verdict = {"verdict": "memory", "why": str(error)[:500]}
+        except Exception as error:  # a compiler or driver may raise anything
+            verdict = {"verdict": "refused", "why": repr(error)[:500]}
+        if verdict["verdict"] == "refused" and text != "probe":
+            self._crash_if_the_device_is_lost()
+        verdict |= about or {}
+        self._report(name, text, verdict)
+        return verdict
+
+    def _report(self, name: str, text: str, verdict: dict):
+        self.say({"backend": name, "text": text, "verdict": verdict})
+
+    def _stop_without_room(self):
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(self.device)[0]
+            if free < self.least_free:
+                self.say({"stopped": f"{free} bytes are free"})
+                os._exit(0)
+
+    def _crash_if_the_device_is_lost(self):
+        """After a fault of a kernel everything on a CUDA device fails in this process, which is no fault of what comes next."""
+        try:
+            torch.zeros(1, device=self.device).item()
+        except torch.OutOfMemoryError:
+            pass
+        except RuntimeError:
+            os._exit(1)
+
+
+def _speaker() -> Callable[[dict], None]:
+    """Writes a line to what is standard output now. From here on nothing else reaches that."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for standard in (1, 2):
+        os.dup2(nowhere, standard)
+
+    def say(line: dict):
+        lines.write(json.dumps(line) + "\n")
+        lines.flush()
+    return say
+
+
+def _end_with_input():
+    while sys.stdin.buffer.read(1):
+        pass
+    end_all()  # compilers
+    os._exit(0)
+
+
+def _end_in_time(seconds: float):
+    """Where a kernel keeps this process from running any Python, the system ends it: after that time, and with its parent."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(math.ceil(seconds))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main():
+    say = _speaker()
+    job = json.loads(sys.stdin.readline())
+    _end_in_time(job["seconds"])
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(NICE)
+    with torch.inference_mode():
+        Trial(job, say).run()
+    os._exit(0)  # what backends left running is not waited for
+
+
+if __name__ == "__main__":
+    main()

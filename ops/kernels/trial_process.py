@@ -1,0 +1,133 @@
+"""Starts `trial` in a process of its own and hears what it says."""
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .background import ending
+from .processes import end_process, start_process
+
+ATTEMPT_SECONDS = 120  # that a kernel may take to be compiled, checked and timed, or the process to start
+GRACE_SECONDS = 2  # between being told to end and being killed
+LOCK = "featherweight-trial.lock"
+ASK_EVERY = 1.0  # seconds, while another process holds the lock
+
+PACK = Path(__file__).parents[2]
+# The pack's folder has any name, and an embedded Python looks for modules in no folder but its own.
+START = ("import sys, types; pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
+         " sys.modules['featherweight'] = pack; from featherweight.ops.kernels import trial; trial.main()")
+COMMAND = (sys.executable, "-c", START, str(PACK))
+
+
+class Outcome(NamedTuple):
+    """how: "ended", all was tried; "stopped", there was no room; "crashed", "hung", "late". at: the backend and text of what
+    was being tried, if anything. why: in words."""
+    how: str
+    at: tuple[str, str] | None = None
+    why: str = ""
+
+
+def run_trial(job: dict, hear: Callable[[str, str, dict], None], seconds: float, command=COMMAND,
+              attempt_seconds: float = ATTEMPT_SECONDS) -> Outcome:
+    """Runs a trial to its end. job: see `trial`, which hears `seconds` from here. hear(backend, text, verdict): called for each
+    verdict when it comes. Raises OSError where no process can be started."""
+    background = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    process = start_process(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            creationflags=background)
+    try:
+        lines = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(process.stdout, lines), name="featherweight-trial", daemon=True).start()
+        with contextlib.suppress(OSError):  # it is gone already, which its output says too
+            process.stdin.write(json.dumps(job | {"seconds": seconds + GRACE_SECONDS}).encode() + b"\n")
+            process.stdin.flush()
+        return _follow(process, lines, hear, seconds, attempt_seconds)
+    finally:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        end_process(process)
+
+
+def _follow(process, lines: queue.SimpleQueue, hear, seconds: float, attempt_seconds: float) -> Outcome:
+    at, end = None, time.monotonic() + seconds
+    while True:
+        limit = min(attempt_seconds, end - time.monotonic())
+        try:
+            line = lines.get(timeout=max(0, limit))
+        except queue.Empty:
+            if limit < attempt_seconds:
+                return Outcome("late", at, f"the trial took more than {seconds:g} s")
+            return Outcome("hung", at, f"it took more than {attempt_seconds:g} s")
+        if line is None:
+            break
+        match line:
+            case {"trying": [str(backend), str(text)]}:
+                at = backend, text
+            case {"stopped": why}:
+                return Outcome("stopped", None, str(why))
+            case {"backend": str(backend), "text": str(text), "verdict": dict(verdict)}:
+                at = None
+                hear(backend, text, verdict)
+    status = process.wait()
+    if ending.is_set():
+        return Outcome("stopped", None, "this process ends")
+    return Outcome("crashed", at, f"its process ended with {status}") if at or status else Outcome("ended")
+
+
+def _read(stream, lines: queue.SimpleQueue):
+    """Puts each line that is an object of JSON, and None at the end."""
+    with stream:
+        for line in stream:
+            with contextlib.suppress(ValueError):
+                if isinstance(found := json.loads(line), dict):
+                    lines.put(found)
+    lines.put(None)
+
+
+@contextlib.contextmanager
+def only_one() -> Iterator[bool]:
+    """Waits until no other process on this machine is inside. Gives False, at once, where this process ends or the lock cannot
+    be had at all. Trials beside each other would disturb each other's times and take twice the memory."""
+    try:
+        handle = _lock_file()
+    except OSError:
+        yield False
+        return
+    try:
+        while not (held := _lock(handle)) and not ending.wait(ASK_EVERY):
+            pass
+        yield held
+    finally:
+        os.close(handle)  # which unlocks it
+
+
+def _lock_file() -> int:
+    path, flags = os.path.join(tempfile.gettempdir(), LOCK), getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    if sys.platform == "win32":
+        return os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CREAT | flags, 0o644)
+    except PermissionError:  # another user's, which the system lets nobody else create
+        return os.open(path, os.O_RDONLY | flags)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,147 @@
+"""What trials have found out about kernels, kept in a file of the user's cache.
+
+A verdict is a dict that JSON has. "verdict" is one of `VERDICTS`; "why" a sentence where it is not right; of a kernel "case" is
+the text of the `Case`, "rows" the least and most rows of input that it takes, and "times" the seconds of the kernel and of
+torch for each number of rows it was timed at ("" where there are none). "at" is when it was found out, in seconds since 1970.
+"""
+import hashlib
+import json
+import logging
+import math
+import os
+import stat
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .own_files import is_private, not_private
+
+log = logging.getLogger(__name__)
+
+# "tried" of a `Case`: all kernels of a backend have a verdict for it. "refused": the kernel or its compiler raised something.
+# "skipped": not tried, because too many of its backend crashed. "memory": there was no room for it, which is not kept.
+VERDICTS = frozenset(("right", "slower", "wrong", "crashed", "hung", "refused", "skipped", "tried", "memory"))
+# What may mend itself without a change of the key, such as a compiler that is installed, is tried again after so many seconds.
+FORGOTTEN = {"refused": 7 * 86400, "memory": 0}
+MOST_BYTES = 4 << 20  # of a file; a verdict takes 200
+
+
+class Case(NamedTuple):
+    """What a layer asks for. format: a name, None for "int8_tokens". The rest as in `Kernel`."""
+    op: str
+    format: str | None
+    dtype: torch.dtype
+    value_dtype: torch.dtype | None
+
+    def __str__(self) -> str:
+        return (f"{self.op} of {self.format or 'any format'} to {dtype_name(self.dtype)}"
+                + (f" by way of {dtype_name(self.value_dtype)}" if self.value_dtype else ""))
+
+    def as_json(self) -> list:
+        return [self.op, self.format, dtype_name(self.dtype), self.value_dtype and dtype_name(self.value_dtype)]
+
+    @classmethod
+    def of_json(cls, parts: list) -> "Case":
+        op, name, dtype, value_dtype = parts
+        return cls(op, name, getattr(torch, dtype), value_dtype and getattr(torch, value_dtype))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Proven(NamedTuple):
+    """A kernel that is right. rows: the least and most it takes; most is None for any number. times: as in a verdict."""
+    backend: str
+    rows: tuple[int, int | None]
+    times: dict[str, list[float]]
+
+    @property
+    def share(self) -> float:
+        """Its time, as a share of torch's."""
+        return math.prod(kernel / torch for kernel, torch in self.times.values()) ** (1 / max(1, len(self.times)))
+
+    def is_faster(self, tokens: int | None) -> bool:
+        """Whether it takes so many rows and was faster than torch at the numbers timed next to it, above and below."""
+        least, most = self.rows
+        if tokens is not None and (tokens < least or most is not None and tokens > most):
+            return False
+        if tokens is None or "" in self.times:
+            return self.share <= 1
+        timed = sorted(map(int, self.times))
+        beside = {max((rows for rows in timed if rows <= tokens), default=None),
+                  min((rows for rows in timed if rows >= tokens), default=None)} - {None}
+        return all(self.times[str(rows)][0] < self.times[str(rows)][1] for rows in beside)
+
+
+class Verdicts:
+    """Those about one backend on one kind of device: text of a case, and "rows" of a kernel behind it -> verdict.
+
+    folder: where they are kept. key: all that they depend on; with another value of it they are others.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, str]):
+        self.key = key
+        self._path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
+        self.known: dict[str, dict] = {}
+
+    def read(self):
+        """Adds those of the file to what is known here.
+
+        A file that is damaged, belongs to others or can be written by them counts as none.
+        """
+        kept = {text: verdict for text, verdict in self._in_file().items()
+                if time.time() - verdict["at"] < FORGOTTEN.get(verdict["verdict"], math.inf)}
+        self.known = {**kept, **self.known}
+
+    def _in_file(self) -> dict[str, dict]:
+        try:
+            if not (is_private(self._path.parent, stat.S_ISDIR) and is_private(self._path, stat.S_ISREG)
+                    and self._path.stat().st_size <= MOST_BYTES):
+                return {}
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            if content["key"] != self.key:
+                return {}
+            return {text: verdict for text, verdict in content["verdicts"].items() if is_verdict(verdict)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if not isinstance(error, FileNotFoundError):
+                log.debug("[Featherweight] %s counts as empty: %r", self._path, error)
+            return {}
+
+    def add(self, text: str, verdict: dict):
+        """Written at once, so that it outlives what may happen next; and known here even if it cannot be written."""
+        self.known = {**self.known, text: verdict | {"at": time.time()}}  # anew: others may be reading it
+        try:
+            if (part := not_private(self._path.parent)) is not None:
+                raise PermissionError(f"{part} is a link, belongs to another user or can be written by others")
+            content = {"key": self.key, "verdicts": {**self._in_file(), **self.known}}
+            handle, written = tempfile.mkstemp(dir=self._path.parent, suffix=".new")
+            try:
+                with open(handle, "w", encoding="utf-8") as file:
+                    json.dump(content, file, indent=1)
+                os.replace(written, self._path)  # at once: another process may read it now
+            except BaseException:
+                os.unlink(written)
+                raise
+        except OSError as error:
+            log.debug("[Featherweight] %s is not written: %r", self._path, error)
+
+
+def is_verdict(value) -> bool:
+    """Whether something read is a verdict of the form that this module's docstring tells."""
+    if not isinstance(value, dict) or value.get("verdict") not in VERDICTS or not isinstance(value.get("at", 0), (int, float)):
+        return False
+    if value["verdict"] not in ("right", "slower"):
+        return isinstance(value.get("why", ""), str) and "at" in value
+    rows, times = value.get("rows", [1, None]), value.get("times", {})
+    return ("at" in value and isinstance(value.get("case", ""), str) and isinstance(rows, list) and len(rows) == 2
+            and type(rows[0]) is int and (rows[1] is None or type(rows[1]) is int)
+            and isinstance(times, dict) and all(_is_time(*item) for item in times.items()))
+
+
+def _is_time(rows, seconds) -> bool:
+    return (rows == "" or rows.isdecimal()) and isinstance(seconds, list) and len(seconds) == 2 and all(
+        isinstance(value, (int, float)) and 0 < value < math.inf for value in seconds)
