@@ -156,7 +156,12 @@ MEMBERS = {
         "comfy.sd.CLIP.patcher": None,
     },
     "loaders/lora/fit.py": {"comfy.sd.CLIP.cond_stage_model": None},
-    "loaders/handover.py": {"comfy.model_patcher.ModelPatcher.load_device": None},
+    "loaders/handover.py": {
+        "comfy.model_base.BaseModel.get_dtype_inference": "",
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+        "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.sd.CLIP.patcher": None,
+    },
     "loaders/inspect/contents.py": {
         "comfy.model_base.BaseModel.model_config": None,
         "comfy.model_patcher.ModelPatcher.cached_patcher_init": None,
@@ -196,7 +201,10 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.patches": None,
         "comfy.sd.CLIP.patcher": None,
     },
-    "loaders/held.py": {"comfy.model_patcher.ModelPatcher.get_attachment": "key"},
+    "loaders/held.py": {
+        "comfy.model_patcher.ModelPatcher.get_attachment": "key",
+        "comfy.model_patcher.ModelPatcher.load_device": None,
+    },
     "loaders/packing/while_loading.py": {
         "comfy.model_patcher.ModelPatcher.set_attachments": "key attachment",
         "comfy_kitchen.tensor.QuantizedTensor.dequantize": "",

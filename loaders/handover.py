@@ -13,6 +13,7 @@ from comfy.model_detection import unet_prefix_from_state_dict
 from safetensors import SafetensorError, safe_open
 
 from ..ops.int8 import multiplies_integers
+from ..ops.needs import prepare_kernels
 from ..ops.operations import packed_operations
 from ..ops.patcher import adopt
 from .files.bitsandbytes import formats_in, has_packed_weights
@@ -63,6 +64,7 @@ def take_back(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compu
     The log says what the model holds, and where its device has no units for the int8 products that `compute` asks for.
     """
     log.info("[Featherweight] %s", report(file, adopt(patcher)))
+    prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses (NVIDIA from Turing on, and"
                     " CPUs with VNNI or AMX, have them). The model computes as with exact.", patcher.load_device)
@@ -96,6 +98,7 @@ def _computing_with_its_patcher(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 def take_back_encoder(clip: comfy.sd.CLIP):
     """A text encoder that the host has built of a file's weights: packed ones stay packed from here on, on every device."""
     adopt(clip.patcher)
+    prepare_kernels(clip.patcher.model, clip.patcher.load_device, None)
     _computing_with_its_patcher(clip)
 
 

@@ -3,6 +3,7 @@ import collections
 
 import torch
 
+from ..ops import kernels
 from ..ops.tensor import is_packed
 from .files.safetensors import SafetensorsFile
 
@@ -24,6 +25,13 @@ def held_text(patcher) -> str:
     names = [name for name, size in sizes.most_common() if size >= SHOWN_FROM * sizes.total()]
     done = patcher.get_attachment(DONE)
     return f"{' + '.join(names)}, {size_text(patcher.model_size())} held{f', {done}' if done else ''}"
+
+
+def unpacked_by(patcher) -> str | None:
+    """What unpacks a model's weights on its device: "unpacked by triton"; None where none of them must be unpacked."""
+    if any(is_packed(tensor) and tensor.layout_cls.format.plain_dtype is None for tensor in patcher.model.parameters()):
+        return f"unpacked by {kernels.used(patcher.load_device)}"
+    return None
 
 
 def format_name(tensor: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from comfy.model_patcher import ModelPatcher
 
-from ..loaders.held import held_text
+from ..loaders.held import held_text, unpacked_by
 from ..loaders.placing import placed_text
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ def loaded(*notes: str | None, **parts) -> tuple:
     for name, part in parts.items():
         patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
         if patcher is not None:
-            text = held_text(patcher) if getattr(patcher, "placement", None) is None else (
-                f"{held_text(patcher)}, {placed_text(patcher)}")
+            placed = None if getattr(patcher, "placement", None) is None else placed_text(patcher)
+            text = ", ".join(filter(None, (held_text(patcher), placed, unpacked_by(patcher))))
             texts.append(f"{TITLES[name]}: {text}" if len(parts) > 1 else text)
     notes = list(dict.fromkeys(filter(None, notes)))
     for note in notes:

@@ -41,6 +41,7 @@ VARIABLE = "FEATHERWEIGHT_KERNELS"
 # Names of backends for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
 CHECKED_HERE = frozenset(("cpu",))  # the kinds of devices whose kernels need no trial
+SHOWN_AFTER = 5  # seconds that a node waits to tell what its model uses
 EXACT = "unpack"  # the operation whose kernels have the reference's bits
 # Seconds that the first call of an operation waits for its kernel. After the first wait in vain no other is made.
 PATIENCE = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20, "pack_blocks": 20, "pack_columns": 20}
@@ -59,8 +60,13 @@ class Choice:
              tokens: int | None) -> Kernel | None:
         raise NotImplementedError
 
-    def backend(self, op: str) -> str | None:
-        """Name of the backend, or None: use the reference. op: its `PATIENCE` is how long to wait for the choice."""
+    def backend(self, seconds: float) -> str | None:
+        """Name of the backend, or None: the reference. seconds: to wait for what is found out in this process."""
+        raise NotImplementedError
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there may be a backend that is not used yet."""
         raise NotImplementedError
 
     def _finding(self, find_out: Callable[[], object]) -> Finding:
@@ -109,8 +115,13 @@ class CheckedHere(Choice):
         self.capability = None
         self._backend = self._finding(self._find_backend)
 
-    def backend(self, op: str) -> str | None:
-        return self._backend.value.name if self._is_decided(self._backend, op) and self._backend.value else None
+    def backend(self, seconds):
+        self._backend.wait(seconds)
+        return self._backend.value.name if self._backend.value else None
+
+    @property
+    def is_open(self):
+        return not self._backend.decided
 
     def find(self, op, packed_format, dtype, value_dtype, tokens):
         backend = self._backend.value if self._is_decided(self._backend, op) else None
@@ -137,17 +148,22 @@ class ProvenInTrials(Choice):
         super().__init__(device, names)
         self.prover = Prover(device, names)
         self._decided = {}
-        self._in_use: dict[str, None] = {}
 
-    def backend(self, op: str) -> str | None:
-        return " and ".join(self._in_use) or None
+    def backend(self, seconds):
+        return " and ".join(self.prover.best(seconds)) or None
+
+    @property
+    def is_open(self):
+        return self.prover.at_work
 
     def find(self, op, packed_format, dtype, value_dtype, tokens):
         for proven in self._candidates(op, packed_format, dtype, value_dtype):
             if proven.is_faster(tokens):
                 key = proven.backend, proven.rows, op, packed_format, dtype, value_dtype
                 proof = self._proof(key, functools.partial(self._if_right_here, *key))
-                if self._is_decided(proof, op) and proof.value:
+                if not self._is_decided(proof, op):
+                    return None
+                if proof.value:
                     return proof.value
         return None
 
@@ -163,9 +179,7 @@ class ProvenInTrials(Choice):
         backend = _working_backend(name, self.device)
         for kernel in backend.kernels if backend else ():
             if kernel.op == op and (kernel.min_tokens, kernel.max_tokens) == rows and kernel.accepts(*case[:2], None):
-                if self._if_right(name, kernel, *case):
-                    self._in_use[name] = None
-                    return kernel
+                return self._if_right(name, kernel, *case)
         return None
 
 
@@ -231,15 +245,14 @@ def prepare(device: torch.device, cases: Iterable[Case], shapes: dict[str, set[t
 def backend_of(device: torch.device) -> str:
     """Name of the backend that a device uses, "torch" for none. Waits for the choice, as the first product does, but for no
     trial."""
-    return _choice(device).backend("linear") or "torch"
+    return _choice(device).backend(PATIENCE["linear"]) or "torch"
 
 
 def used(device: torch.device) -> str:
-    """What unpacks on a device, in words, as far as it is known now; nobody waits."""
+    """What unpacks on a device, in words, as far as it is known now."""
     choice = _choice(device)
-    name = choice.backend(EXACT) or "torch"
-    trial = isinstance(choice, ProvenInTrials) and choice.prover.at_work
-    return f"{name} until kernels are proven" if trial and name == "torch" else name
+    name = choice.backend(SHOWN_AFTER)
+    return name or ("torch until kernels are proven" if choice.is_open else "torch")
 
 
 def unpack_into(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,

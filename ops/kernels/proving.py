@@ -32,10 +32,10 @@ FIRST_WAIT = 10  # seconds that the first call which cannot change later waits f
 
 
 class Prover:
-    """names: of the backends to try. run: `trial_process.run_trial`, or what takes its place in a test."""
+    """names: of the backends to try. run: what takes the place of `trial_process.run_trial`."""
 
-    def __init__(self, device: torch.device, names: tuple[str, ...], run: Callable = trial_process.run_trial):
-        self.device, self.names, self._run = device, names, run
+    def __init__(self, device: torch.device, names: tuple[str, ...], run: Callable | None = None):
+        self.device, self.names, self._run = device, names, run or trial_process.run_trial
         self._changing = threading.Lock()  # held for no longer than a thread takes to start
         self._wanted: dict[Case, None] = {}
         self._shapes: dict[str, set[tuple[int, int]]] = collections.defaultdict(set)
@@ -69,6 +69,13 @@ class Prover:
             if not self._at_work and any(case not in self._proven for case in cases):
                 self._at_work = True
                 start_thread(self._work)
+
+    def best(self, seconds: float) -> list[str]:
+        """The backends whose kernels unpack the wanted cases fastest. seconds: to wait for what is known from before."""
+        self._read.wait(seconds)
+        self._settle()
+        proven = [kernels[0] for case, kernels in list(self._proven.items()) if case.op == "unpack" and kernels]
+        return list(dict.fromkeys(kernel.backend for kernel in proven if kernel.is_faster(None)))
 
     @property
     def at_work(self) -> bool:

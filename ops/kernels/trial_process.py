@@ -15,7 +15,8 @@ from typing import NamedTuple
 from .background import ending
 from .processes import end_process, start_process
 
-ATTEMPT_SECONDS = 120  # that a kernel may take to be compiled, checked and timed, or the process to start
+START_SECONDS = 180  # that the process may take until it says something
+ATTEMPT_SECONDS = 120  # that a kernel may take to be compiled, checked and timed
 GRACE_SECONDS = 2  # between being told to end and being killed
 LOCK = "featherweight-trial.lock"
 ASK_EVERY = 1.0  # seconds, while another process holds the lock
@@ -58,15 +59,16 @@ def run_trial(job: dict, hear: Callable[[str, str, dict], None], seconds: float,
 
 
 def _follow(process, lines: queue.SimpleQueue, hear, seconds: float, attempt_seconds: float) -> Outcome:
-    at, end = None, time.monotonic() + seconds
+    at, limit, end = None, START_SECONDS, time.monotonic() + seconds
     while True:
-        limit = min(attempt_seconds, end - time.monotonic())
+        left = end - time.monotonic()
         try:
-            line = lines.get(timeout=max(0, limit))
+            line = lines.get(timeout=max(0, min(limit, left)))
         except queue.Empty:
-            if limit < attempt_seconds:
+            if left < limit:
                 return Outcome("late", at, f"the trial took more than {seconds:g} s")
-            return Outcome("hung", at, f"it took more than {attempt_seconds:g} s")
+            return Outcome("hung", at, f"it took more than {limit:g} s")
+        limit = attempt_seconds
         if line is None:
             break
         match line:

@@ -1,0 +1,133 @@
+"""Backends that misbehave, for the trial of kernels: of plain torch, on a CPU. Each unpacks Q8_0 rightly and does to Q4_0 what
+its name says.
+
+A process that tries them is started with `COMMAND`; there the reference is slowed, so that what is right is faster too.
+"""
+import ctypes
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+
+PACK = Path(__file__).resolve().parents[1]
+START = ("import sys, types; pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
+         " sys.modules['featherweight'] = pack; sys.path.insert(0, sys.argv[2]); import planted_backends;"
+         " planted_backends.main()")
+COMMAND = (sys.executable, "-c", START, str(PACK), str(PACK / "tests"))
+LOG = "PLANTED_BACKENDS_LOG"  # environment variable: a file that gets a line for each kernel that is tried
+SLOWER = 0.002  # seconds that the reference takes longer than it needs
+
+
+def loops(*_):
+    while True:
+        pass
+
+
+def wrong_in_the_tail(packed_format, tensors, out, value_dtype, first):
+    right(packed_format, tensors, out, value_dtype, first)
+    if out.numel() % packed_format.block_length:
+        out[-1] += 1
+
+
+def wrong_at_odd_addresses(packed_format, tensors, out, value_dtype, first):
+    right(packed_format, tensors, out, value_dtype, first)
+    if tensors[0].data_ptr() % 2:
+        out[0] += 1
+
+
+def slow(*arguments):
+    time.sleep(5 * SLOWER)
+    right(*arguments)
+
+
+def no_room(*_):
+    raise torch.OutOfMemoryError("no room")
+
+
+def refuses(*_):
+    raise RuntimeError("no such instruction")
+
+
+def garbage(*arguments):
+    for standard in (1, 2):
+        os.write(standard, b'}{ \xff\n[1]\n{"backend": "garbage", "text": "probe", "verdict": {"verdict": "wrong"}}\n')
+    print('{"trying": ["garbage", "everything"]}', flush=True)
+    right(*arguments)
+
+
+def holds_on(*_):
+    """Waits in native code, and no other thread of Python runs meanwhile."""
+    ctypes.PyDLL(None).pause()
+
+
+MISBEHAVE = {
+    "aborts": lambda *_: os.abort(),
+    "segfaults": lambda *_: ctypes.string_at(0),
+    "leaves": lambda *_: os._exit(0),
+    "is_killed": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+    "loops": loops,
+    "wrong_in_the_tail": wrong_in_the_tail,
+    "wrong_at_odd_addresses": wrong_at_odd_addresses,
+    "slow": slow,
+    "no_room": no_room,
+    "refuses": refuses,
+    "garbage": garbage,
+    "fine": lambda *arguments: right(*arguments),
+    "holds_on": holds_on,
+}
+_references = {}
+
+
+def right(packed_format, tensors, out, value_dtype, first):
+    reference = _references.get(packed_format.__name__, packed_format.unpack_into)
+    reference(tensors, out, value_dtype, first)
+
+
+def backend(name: str):
+    from featherweight.ops.kernels import Backend, Kernel
+
+    def logged(run):
+        def logged_run(packed_format, *arguments):
+            if LOG in os.environ:
+                with open(os.environ[LOG], "a") as file:
+                    file.write(f"{os.getpid()} {name} {packed_format.__name__}\n")
+            run(packed_format, *arguments)
+        return logged_run
+
+    def probe(device):
+        if name == "no_probe":
+            raise RuntimeError("no driver")
+
+    runs = {"Q8_0": right, "Q4_0": MISBEHAVE.get(name, right)}
+    return Backend(name, probe, tuple(Kernel("unpack", frozenset([packed]), frozenset([torch.float32]), logged(run))
+                                      for packed, run in runs.items()))
+
+
+def plant():
+    """All of them are backends of this process from here on."""
+    from featherweight.ops import formats, kernels  # noqa: F401
+    from featherweight.ops.format import FORMATS
+
+    for name in (*MISBEHAVE, "no_probe"):
+        sys.modules[f"{kernels.__name__}.{name}_backend"] = types.SimpleNamespace(BACKEND=backend(name))
+    return FORMATS
+
+
+def main():
+    formats = plant()
+    from featherweight.ops.kernels import trial
+
+    def slowed(reference):
+        def unpack_into(*arguments):
+            time.sleep(SLOWER)
+            return reference(*arguments)
+        return unpack_into
+
+    for name in ("Q4_0", "Q8_0"):
+        _references[name] = formats[name].unpack_into
+        formats[name].unpack_into = slowed(_references[name])
+    trial.main()
