@@ -6,9 +6,10 @@ values of one row. A format is one class in `ops/formats`; it registers by being
 """
 import dataclasses
 import functools
-import math
 
 import torch
+
+from . import bits
 
 # Values unpacked at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
 # makes unpacking a large weight about ten times faster than unpacking it whole. Smaller chunks lose to the cost
@@ -16,8 +17,6 @@ import torch
 CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
 DEVICE_CHUNK_VALUES = 1 << 24
-# The threads of a CPU share a table lookup in pieces of this many entries.
-LOOKUP_PIECE = 4096
 
 FORMATS: dict[str, type["Format"]] = {}
 GGML_FORMATS: dict[int, type["Format"]] = {}
@@ -86,12 +85,43 @@ class Fit:
         return cls(codes, d, scales, *((dmin, minima) if grid.minimum else ()))
 
 
+@dataclasses.dataclass
+class Terms:
+    """What the values of n blocks are made of: value = code * scale - minimum, in float32, each step rounded.
+
+    codes: n * block_length numbers in the order of the values, in any shape and of any strides, uint8, int8 or float32; those
+    of float32 may be overwritten. scales, minima: float32, broadcast to the shape of the codes; there may be no minima.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    minima: torch.Tensor | None = None
+
+    def write(self, out: torch.Tensor):
+        """Write the values, rounded once from float32, to `out`, contiguous and of any float dtype."""
+        out = out.view(self.codes.shape)
+        if not bits.passes_are_cheap(out.device):
+            if self.minima is None:
+                torch.mul(self.codes, self.scales, out=out)
+            else:
+                torch.sub(self.codes * self.scales, self.minima, out=out)
+            return
+        codes = self.codes.float()
+        values = out if out.dtype == torch.float32 else codes
+        if self.minima is None:
+            torch.mul(codes, self.scales, out=values)
+        else:
+            torch.sub(codes.mul_(self.scales), self.minima, out=values)
+        if values is not out:
+            out.copy_(values)
+
+
 class Format:
     """One way of packing floats into bytes.
 
     Subclasses set `block_length` (values per block) and `block_bytes` (bytes per block), describe the byte
-    layout of a block in their docstring and implement `unpack`. Defining one registers it under its class
-    name, and under its ggml type id where it has one.
+    layout of a block in their docstring and implement `terms`, in the order of operations of ggml's reference, so that the
+    values are bit-exact with it. Defining one registers it under its class name, and under its ggml type id where it has one.
     """
 
     block_length: int
@@ -116,13 +146,21 @@ class Format:
         FORMATS[cls.__name__] = cls
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        """Values of some blocks.
-
-        blocks: uint8 (n, block_bytes), rows may be strided. Returns float32 (n, block_length), computed in
-        float32 in the order of operations of ggml's reference, so that it is bit-exact with it.
-        """
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        """What the values of some blocks are made of. blocks: uint8 (n, block_bytes), rows may be strided."""
         raise NotImplementedError
+
+    @classmethod
+    def unpack(cls, *blocks: torch.Tensor) -> torch.Tensor:
+        """Values of some blocks, given as `terms` takes them. Returns float32 (n, block_length)."""
+        out = torch.empty((len(blocks[-1]), cls.block_length), dtype=torch.float32, device=blocks[-1].device)
+        cls.write(out, *blocks)
+        return out
+
+    @classmethod
+    def write(cls, out: torch.Tensor, *blocks: torch.Tensor):
+        """`unpack` into `out`, contiguous, of any float dtype, rounding once from float32."""
+        cls.terms(*blocks).write(out)
 
     @classmethod
     def pack(cls, values: torch.Tensor):
@@ -166,13 +204,17 @@ class Format:
         """
         values = out.view(-1)
         chunk_values = CPU_CHUNK_VALUES if out.device.type == "cpu" else DEVICE_CHUNK_VALUES
-        step = max(1, chunk_values // cls.block_length)
-        for block in range(0, -(-len(values) // cls.block_length), step):
-            start = block * cls.block_length
-            stop = min(len(values), start + step * cls.block_length)
-            chunk = cls.unpack(*cls.blocks(tensors, first + block, first + -(-stop // cls.block_length))).view(-1)
-            chunk = chunk[:stop - start]
-            values[start:stop].copy_(chunk if value_dtype is None else chunk.to(value_dtype))
+        step, count = max(1, chunk_values // cls.block_length), -(-len(values) // cls.block_length)
+        for block in range(0, count, step):
+            stop = min(count, block + step)
+            part = values[block * cls.block_length:stop * cls.block_length]
+            blocks = cls.blocks(tensors, first + block, first + stop)
+            if value_dtype is None and len(part) == (stop - block) * cls.block_length:
+                cls.write(part, *blocks)
+            else:
+                whole = torch.empty((stop - block) * cls.block_length, dtype=value_dtype or out.dtype, device=out.device)
+                cls.write(whole, *blocks)
+                part.copy_(whole[:len(part)])
         return out
 
     @classmethod
@@ -184,38 +226,6 @@ class Format:
     def rows(cls, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:
         """The tensors of some rows of a weight whose rows of `columns` values are whole blocks. index: a slice or ids."""
         return [tensors[0].view(-1, columns // cls.block_length * cls.block_bytes)[index]]
-
-
-def reinterpret(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bytes of `data`, uint8, as numbers of a wider `dtype`; the last dimension shrinks.
-
-    Always copies: a view fails at odd addresses, and `contiguous` leaves a single row at the address it has.
-    """
-    return data.clone(memory_format=torch.contiguous_format).view(dtype)
-
-
-def half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
-    """The float16 scale at byte `offset` of each block, as float32 (n, 1)."""
-    # Byte by byte, since copying many rows of two bytes takes twice as long.
-    return torch.stack([blocks[:, offset], blocks[:, offset + 1]], -1).view(torch.float16).float()
-
-
-def half_bytes(scales: torch.Tensor) -> torch.Tensor:
-    """The bytes, uint8 (n, 2), of float16 scales given as float32 (n, 1); the inverse of `half`."""
-    return scales.half().contiguous().view(torch.uint8)
-
-
-def in_planes(fields: torch.Tensor, width: int, run: int) -> torch.Tensor:
-    """Bytes that hold 8 / width fields each; the inverse of `bit_planes` on runs of `run` bytes.
-
-    fields: uint8 (n, F), below 2 ** width. Each `run` bytes hold the next 8 / width runs of as many fields, the first in the
-    lowest bits. Returns uint8 (n, F * width / 8).
-    """
-    runs = fields.view(len(fields), -1, 8 // width, run)
-    packed = runs[:, :, 0].clone()
-    for index in range(1, 8 // width):
-        packed |= runs[:, :, index] << index * width
-    return packed.view(len(fields), -1)
 
 
 def inverse(scales: torch.Tensor) -> torch.Tensor:
@@ -233,61 +243,3 @@ def rounded_away(values: torch.Tensor) -> torch.Tensor:
 def peaks(values: torch.Tensor) -> torch.Tensor:
     """Of each row the value of largest magnitude with its sign, the first of equal ones. Returns (n, 1)."""
     return values.gather(-1, values.abs().argmax(-1, keepdim=True))
-
-
-def bit_fields(data: torch.Tensor, width: int, shift: int) -> torch.Tensor:
-    """`width` bits of every byte, starting at bit `shift`.
-
-    data: uint8, last dimension a multiple of 4. Returns uint8 of the same shape. Works on four bytes at a time in int32
-    lanes: faster than shifting bytes, which also crashes on some Intel GPUs.
-    """
-    mask = ((1 << width) - 1) * 0x01010101
-    lanes = reinterpret(data, torch.int32)
-    return ((lanes >> shift if shift else lanes) & (mask - (1 << 32) if mask >> 31 else mask)).view(torch.uint8)
-
-
-def bit_planes(data: torch.Tensor, width: int, at: int = 0) -> torch.Tensor:
-    """All fields of `width` bits of every byte, lowest bits first, each moved to bit `at` of a byte of its own.
-
-    data: uint8 (..., B), B a multiple of 4. Returns uint8 (..., 8 // width, B): plane i holds field i of the B bytes.
-    """
-    lanes = reinterpret(data, torch.int32)
-    mask = ((1 << width) - 1 << at) * 0x01010101
-    if mask >> 31:
-        mask -= 1 << 32
-    shifts = [index * width - at for index in range(8 // width)]
-    moved = [lanes >> shift if shift > 0 else lanes << -shift if shift else lanes for shift in shifts]
-    return torch.stack(moved, -2).bitwise_and_(mask).view(torch.uint8)
-
-
-def split_bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
-    """The `count` lowest fields of `width` bits of every word, lowest first.
-
-    words: int32, any shape. Returns int32 (*words.shape, count).
-    """
-    return torch.stack([words >> width * index for index in range(count)], -1) & ((1 << width) - 1)
-
-
-def bit_table(clear: int, raised: int) -> torch.Tensor:
-    """A table for `lookup`, int64 (256,): eight int8 values for every byte, one per bit, lowest bit first."""
-    bits = (torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1).bool()
-    return torch.where(bits, raised, clear).to(torch.int8).view(torch.int64).view(-1)
-
-
-def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Entries of a codebook of small integers.
-
-    table: (entries,) of int16, int32 or int64, each entry being 2, 4 or 8 int8 values side by side: one gather fetches
-    them all. index: any integer dtype and shape. Returns int8 (*index.shape, values per entry).
-    """
-    return select(table, index.reshape(-1)).view(torch.int8).view(*index.shape, table.element_size())
-
-
-def select(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`table[index]`, on all threads of a CPU. table: (entries,). index: any integer dtype, (n,). Returns (n,)."""
-    if index.device.type != "cpu" or torch.get_num_threads() == 1:
-        return table.index_select(0, index.int())
-    # `index_select` runs on one thread, and what it leaves in the cache of that core takes the others longer to fetch than
-    # the lookup itself. `gather` gives each thread the part that it has in the operations before and after, too.
-    pieces = index.long().view(-1, math.gcd(len(index), LOOKUP_PIECE))
-    return table.expand(len(pieces), -1).gather(1, pieces).view(-1)

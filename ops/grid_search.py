@@ -10,7 +10,8 @@ Here a group has a `unit` (d * scale) and an `offset` (dmin * minimum): value = 
 """
 import torch
 
-from .format import Fit, Grid, inverse, select
+from .bits import select
+from .format import Fit, Grid, inverse
 
 # How far beyond or before the ends of the levels the first scales put a group's extremes: in levels, where these are
 # integers, and otherwise as a part of the last level.

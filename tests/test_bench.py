@@ -13,8 +13,8 @@ from devtools import ROOT
 from devtools.measure.bench.picture import FASTER, SLOWER
 
 # Named here, so that a case that gets lost is missed.
-CASES = ["shapes", "int8_error", "unpack", "nf4", "lora", "model", "step", "lora_error", "pack", "header", "load", "memory",
-         "scale"]
+CASES = ["shapes", "int8_error", "unpack", "nf4", "lora", "model", "step", "lora_error", "pack", "passes", "layer_passes",
+         "header", "load", "memory", "scale"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Formats whose codes name four or eight values at once: a point of a grid. The grids are gguf's own tables."""
 import torch
 
-from ..format import Format, bit_table
+from ..bits import bit_table
+from ..format import Format
 
 
 def grid_values(name: str) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Formats whose nibbles name one of 16 values."""
 import torch
 
-from ..format import Format, bit_planes, lookup
+from ..bits import bit_planes, lookup
+from ..format import Format
 
 
 class NibbleCodebook(Format):
@@ -18,6 +19,6 @@ class NibbleCodebook(Format):
 
     @classmethod
     def code_values(cls, packed: torch.Tensor) -> torch.Tensor:
-        """Values, float32 (..., 2 B), of packed codes, uint8 (..., B): the low nibbles, then the high ones."""
+        """Values, int8 (..., 2 B), of packed codes, uint8 (..., B): the low nibbles, then the high ones."""
         codes = bit_planes(packed, 4).flatten(-2)
-        return lookup(cls.constant("value_pairs", packed.device), codes.view(torch.int16)).flatten(-2).float()
+        return lookup(cls.constant("value_pairs", packed.device), codes.view(torch.int16)).flatten(-2)

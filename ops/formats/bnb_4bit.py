@@ -7,7 +7,8 @@ import dataclasses
 
 import torch
 
-from ..format import FORMATS, Fit, Format, Grid, select
+from ..bits import select
+from ..format import FORMATS, Fit, Format, Grid, Terms
 
 
 class Codebook4Bit(Format):
@@ -48,14 +49,13 @@ class Codebook4Bit(Format):
         return [codes.view(-1, columns // 2)[index], absmax.view(-1, columns // cls.block_length)[index].reshape(-1)]
 
     @classmethod
-    def unpack(cls, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-        """codes: uint8 (bytes,), absmax: float32 (n,). Returns float32, the values of n blocks, the last perhaps short."""
+    def terms(cls, codes: torch.Tensor, absmax: torch.Tensor) -> Terms:
+        """codes: uint8 (bytes,), absmax: float32 (n,). Where the last block is short, zeros follow its values."""
         values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
-        whole = len(values) // cls.block_length
-        values[:whole * cls.block_length].view(-1, cls.block_length).mul_(absmax[:whole].unsqueeze(-1))
-        if whole < len(absmax):
-            values[whole * cls.block_length:].mul_(absmax[whole])
-        return values
+        missing = len(absmax) * cls.block_length - len(values)
+        if missing:
+            values = torch.nn.functional.pad(values, (0, missing))
+        return Terms(values.view(-1, cls.block_length), absmax.unsqueeze(-1))
 
     @classmethod
     def order(cls) -> torch.Tensor:

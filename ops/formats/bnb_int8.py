@@ -4,7 +4,7 @@ Source: bitsandbytes 0.50 `nn/modules.py` (`SCB`), `backends/default/ops.py` (`i
 """
 import torch
 
-from ..format import FORMATS, Format
+from ..format import FORMATS, Format, Terms
 
 
 class INT8(Format):
@@ -33,6 +33,6 @@ class INT8(Format):
         return [tensors[0].view(-1, columns)[index], tensors[1].view(-1, columns // cls.block_length)[index].view(-1)]
 
     @classmethod
-    def unpack(cls, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """codes: uint8 (n, block_length), scale: float32 (n,). Returns float32 (n, block_length)."""
-        return codes.view(torch.int8).to(torch.float32).mul_(scale.unsqueeze(-1))
+    def terms(cls, codes: torch.Tensor, scale: torch.Tensor) -> Terms:
+        """codes: uint8 (n, block_length), scale: float32 (n,)."""
+        return Terms(codes.view(torch.int8), scale.unsqueeze(-1))

@@ -24,6 +24,6 @@ class ColumnGroups(Format):
             "base": base, "outer": outer, "inner": inner, "block_length": columns, "block_bytes": block_bytes})
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        values = cls.base.unpack(blocks.reshape(-1, cls.base.block_bytes))
-        return values.view(len(blocks), cls.outer, cls.inner, -1).transpose(1, 2).reshape(len(blocks), cls.block_length)
+    def write(cls, out: torch.Tensor, blocks: torch.Tensor):
+        values = cls.base.unpack(blocks.reshape(-1, cls.base.block_bytes)).view(len(blocks), cls.outer, cls.inner, -1)
+        out.view(len(blocks), cls.inner, cls.outer, -1).copy_(values.transpose(1, 2))

@@ -4,14 +4,15 @@ Sources: `block_iq1_*`, `iq1s_grid` in ggml-common.h, `dequantize_row_iq1_*` in 
 """
 import torch
 
-from ..format import Format, half, reinterpret, split_bits
+from ..bits import half, lookup, reinterpret, shifts, split_bits
+from ..format import Format, Terms
 from ._grid_codebook import grid_values
 
 
 def _shifted_grid() -> torch.Tensor:
-    """float32 (4096, 8): the 2048 grid points plus 0.125, then the same points minus 0.125."""
-    points = grid_values("IQ1_S").float()
-    return torch.cat([points + 0.125, points - 0.125])
+    """int64 (4096,), eight int8 values each: in eighths, the 2048 grid points plus one, then the same points minus one."""
+    points = 8 * grid_values("IQ1_S")
+    return torch.cat([points + 1, points - 1]).view(torch.int64).view(-1)
 
 
 class IQ1_S(Format, ggml_type=19):
@@ -28,13 +29,13 @@ class IQ1_S(Format, ggml_type=19):
     shifted_grid = staticmethod(_shifted_grid)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        high = reinterpret(blocks[:, 34:], torch.int16).int()
-        scales = (2 * (high >> 12 & 7) + 1).float().mul_(half(blocks, 0))
-        index = split_bits(high, 3, 4) << 8 | (high >> 4 & 0x800).unsqueeze(-1)
-        index |= blocks[:, 2:34].view(-1, 8, 4)
-        values = cls.constant("shifted_grid", blocks.device).index_select(0, index.view(-1))
-        return values.view(-1, 8, 32).mul_(scales.unsqueeze(-1)).view(-1, 256)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        high = reinterpret(blocks[:, 34:], torch.int16)
+        scales = (2 * (high >> 12 & 7) + 1) * half(blocks, 0)
+        index = torch.add(high.unsqueeze(-1) >> 4 & 0x800, split_bits(high, 3, 4), alpha=256)
+        index += blocks[:, 2:34].view(-1, 8, 4)
+        eighths = lookup(cls.constant("shifted_grid", blocks.device), index)
+        return Terms(eighths.view(-1, 8, 32), scales.mul_(0.125).unsqueeze(-1))
 
 
 class IQ1_M(Format, ggml_type=29):
@@ -51,12 +52,11 @@ class IQ1_M(Format, ggml_type=29):
     shifted_grid = staticmethod(_shifted_grid)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        packed = reinterpret(blocks[:, 48:], torch.int16).int()
-        parts = (packed >> 12 & 15).unbind(-1)
-        d = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
-        d = d.to(torch.int16).view(torch.float16).float().unsqueeze(-1)
-        scales = (2 * split_bits(packed, 3, 4) + 1).view(-1, 16).float().mul_(d)
-        index = split_bits(blocks[:, 32:48].int(), 4, 2).view(-1, 32) << 8 | blocks[:, :32]
-        values = cls.constant("shifted_grid", blocks.device).index_select(0, index.view(-1))
-        return values.view(-1, 16, 16).mul_(scales.unsqueeze(-1)).view(-1, 256)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        packed = reinterpret(blocks[:, 48:], torch.int16)
+        parts = (packed >> 12 & 15) << shifts(4, 4, blocks.device)
+        d = parts.sum(-1, keepdim=True, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+        scales = (2 * split_bits(packed, 3, 4) + 1).view(-1, 16) * d
+        index = torch.add(blocks[:, :32], split_bits(blocks[:, 32:48], 4, 2).view(-1, 32), alpha=256)
+        eighths = lookup(cls.constant("shifted_grid", blocks.device), index)
+        return Terms(eighths.view(-1, 16, 16), scales.mul_(0.125).unsqueeze(-1))

@@ -5,7 +5,8 @@ gguf-py 0.19 `quants.py`. In all of them value = (d * (0.5 + scale) * 0.25) * gr
 """
 import torch
 
-from ..format import half, lookup, reinterpret, split_bits
+from ..bits import half, lookup, reinterpret, split_bits
+from ..format import Terms
 from ._grid_codebook import GridCodebook
 
 
@@ -21,13 +22,13 @@ class IQ2_XXS(GridCodebook, ggml_type=16):
     block_length, block_bytes = 256, 66
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+    def terms(cls, blocks: torch.Tensor) -> Terms:
         codes = blocks[:, 2:].view(-1, 8, 8)
         words = reinterpret(codes[..., 4:], torch.int32).squeeze(-1)
-        scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
+        scales = ((words >> 28 & 15) + 0.5).mul_(half(blocks, 0)).mul_(0.25)
         values = lookup(cls.constant("points", blocks.device), codes[..., :4])
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)))
-        return values.view(-1, 8, 32).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
+        return Terms(values.view(-1, 8, 32), scales.unsqueeze(-1))
 
 
 class IQ2_XS(GridCodebook, ggml_type=17):
@@ -43,12 +44,12 @@ class IQ2_XS(GridCodebook, ggml_type=17):
     block_length, block_bytes = 256, 74
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        codes = reinterpret(blocks[:, 2:66], torch.int16).int()
-        scales = split_bits(blocks[:, 66:].int(), 4, 2).view(-1, 16).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        codes = reinterpret(blocks[:, 2:66], torch.int16)
+        scales = _scales(blocks[:, 66:], half(blocks, 0))
         values = lookup(cls.constant("points", blocks.device), codes & 0x1FF)
         values.mul_(lookup(cls.constant("even_signs", blocks.device), codes >> 9 & 0x7F))
-        return values.view(-1, 16, 16).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
+        return Terms(values.view(-1, 16, 16), scales)
 
 
 class IQ2_S(GridCodebook, ggml_type=22):
@@ -66,9 +67,14 @@ class IQ2_S(GridCodebook, ggml_type=22):
     block_length, block_bytes = 256, 82
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        index = split_bits(blocks[:, 66:74].int(), 2, 4).view(-1, 32) << 8 | blocks[:, 2:34]
-        scales = split_bits(blocks[:, 74:].int(), 4, 2).view(-1, 16).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        index = torch.add(blocks[:, 2:34], split_bits(blocks[:, 66:74], 2, 4).view(-1, 32), alpha=256)
+        scales = _scales(blocks[:, 74:], half(blocks, 0))
         values = lookup(cls.constant("points", blocks.device), index)
         values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 34:66]))
-        return values.view(-1, 16, 16).float().mul_(scales.unsqueeze(-1)).view(-1, 256)
+        return Terms(values.view(-1, 16, 16), scales)
+
+
+def _scales(packed: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """d * (0.5 + scale) * 0.25, float32 (n, 16, 1). packed: scales, uint8 (n, 8), two a byte. d: float32 (n, 1)."""
+    return (split_bits(packed, 4, 2).view(-1, 16) + 0.5).mul_(d).mul_(0.25).unsqueeze(-1)

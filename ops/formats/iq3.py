@@ -5,7 +5,8 @@ gguf-py 0.19 `quants.py`.
 """
 import torch
 
-from ..format import half, lookup, reinterpret, split_bits
+from ..bits import half, lookup, reinterpret, split_bits
+from ..format import Terms
 from ._grid_codebook import GridCodebook
 
 
@@ -22,12 +23,12 @@ class IQ3_XXS(GridCodebook, ggml_type=18):
     block_length, block_bytes = 256, 98
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+    def terms(cls, blocks: torch.Tensor) -> Terms:
         words = reinterpret(blocks[:, 66:], torch.int32)
-        scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.5)
+        scales = ((words >> 28 & 15) + 0.5).mul_(half(blocks, 0)).mul_(0.5)
         values = lookup(cls.constant("points", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)).view(-1, 8, 32))
-        return values.float().mul_(scales.unsqueeze(-1)).view(-1, 256)
+        return Terms(values, scales.unsqueeze(-1))
 
 
 class IQ3_S(GridCodebook, ggml_type=21):
@@ -45,9 +46,9 @@ class IQ3_S(GridCodebook, ggml_type=21):
     block_length, block_bytes = 256, 110
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        index = split_bits(blocks[:, 66:74].int(), 1, 8).view(-1, 64) << 8 | blocks[:, 2:66]
-        scales = (1 + 2 * split_bits(blocks[:, 106:].int(), 4, 2).view(-1, 8)).float().mul_(half(blocks, 0))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        index = torch.add(blocks[:, 2:66], split_bits(blocks[:, 66:74], 1, 8).view(-1, 64), alpha=256)
+        scales = (1 + 2 * split_bits(blocks[:, 106:], 4, 2).view(-1, 8)) * half(blocks, 0)
         values = lookup(cls.constant("points", blocks.device), index).view(-1, 8, 32)
         values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 74:106]).view(-1, 8, 32))
-        return values.float().mul_(scales.unsqueeze(-1)).view(-1, 256)
+        return Terms(values, scales.unsqueeze(-1))

@@ -4,7 +4,8 @@ Sources: `block_iq4_*`, `kvalues_iq4nl` in ggml-common.h, `dequantize_row_iq4_*`
 """
 import torch
 
-from ..format import Fit, Grid, half, half_bytes, in_planes, split_bits
+from ..bits import half, half_bytes, in_planes, split_bits
+from ..format import Fit, Grid, Terms
 from ._nibble_codebook import NibbleCodebook
 
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -24,8 +25,8 @@ class IQ4_NL(NibbleCodebook, ggml_type=20):
     grid = Grid(32, 32, KVALUES)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        return cls.code_values(blocks[:, 2:]).mul_(half(blocks, 0))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        return Terms(cls.code_values(blocks[:, 2:]), half(blocks, 0))
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
@@ -48,11 +49,11 @@ class IQ4_XS(NibbleCodebook, ggml_type=23):
     grid = Grid(256, 32, KVALUES, scales=(-32, 31))
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        high = split_bits(blocks[:, 2:4].int(), 2, 4).view(-1, 8)
-        low = split_bits(blocks[:, 4:8].int(), 4, 2).view(-1, 8)
-        scales = (low | high << 4).float().sub_(32).mul_(half(blocks, 0)).unsqueeze(-1)
-        return cls.code_values(blocks[:, 8:].view(-1, 8, 16)).mul_(scales).view(-1, 256)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        high = split_bits(blocks[:, 2:4], 2, 4).view(-1, 8)
+        low = split_bits(blocks[:, 4:8], 4, 2).view(-1, 8)
+        scales = low.add_(high, alpha=16).sub_(32) * half(blocks, 0)
+        return Terms(cls.code_values(blocks[:, 8:].view(-1, 8, 16)), scales.unsqueeze(-1))
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:

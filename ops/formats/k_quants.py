@@ -5,7 +5,8 @@ Unless a table says otherwise, the fields of equal position in 32 neighbouring b
 """
 import torch
 
-from ..format import Fit, Format, Grid, bit_planes, half, half_bytes, in_planes, reinterpret
+from ..bits import bit_planes, half, half_bytes, in_planes, reinterpret
+from ..format import Fit, Format, Grid, Terms
 
 
 class Q2_K(Format, ggml_type=10):
@@ -23,12 +24,10 @@ class Q2_K(Format, ggml_type=10):
     grid = Grid(256, 16, tuple(range(4)), scales=(0, 15), minimum=True)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        scales, mins = bit_planes(blocks[:, :16], 4).float().unbind(1)
-        scales = scales.mul_(half(blocks, 80)).unsqueeze(-1)
-        mins = mins.mul_(half(blocks, 82)).unsqueeze(-1)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        scales, mins = (bit_planes(blocks[:, :16], 4) * half(blocks, 80, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 16:80].view(-1, 2, 32), 2).view(-1, 16, 16)
-        return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+        return Terms(codes, scales, mins)
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
@@ -52,12 +51,13 @@ class Q3_K(Format, ggml_type=11):
     grid = Grid(256, 16, tuple(range(-4, 4)), scales=(-32, 31))
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        scales = bit_planes(blocks[:, 96:104], 4).view(-1, 16) | bit_planes(blocks[:, 104:108], 2, at=4).view(-1, 16)
-        scales = scales.float().sub_(32).mul_(half(blocks, 108)).unsqueeze(-1)
-        codes = bit_planes(blocks[:, 32:96].view(-1, 2, 32), 2).view(-1, 256)
-        codes.view(torch.int32).bitwise_or_(bit_planes(blocks[:, :32], 1, at=2).view(-1, 256).view(torch.int32))
-        return codes.view(torch.int8).sub_(4).float().view(-1, 16, 16).mul_(scales).view(-1, 256)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        scales = bit_planes(blocks[:, 96:104], 4).view(-1, 16)
+        scales.add_(bit_planes(blocks[:, 104:108], 2).view(-1, 16), alpha=16)
+        scales = scales.view(torch.int8).sub_(32) * half(blocks, 108)
+        codes = bit_planes(blocks[:, 32:96].view(-1, 2, 32), 2).view(-1, 8, 32)
+        codes.add_(bit_planes(blocks[:, :32], 1), alpha=4)
+        return Terms(codes.view(torch.int8).sub_(4).view(-1, 16, 16), scales.unsqueeze(-1))
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
@@ -67,20 +67,16 @@ class Q3_K(Format, ggml_type=11):
 
 
 def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
-    """Eight 6-bit scales, then eight 6-bit mins, float32 (n, 16), of Q4_K and Q5_K.
+    """Eight 6-bit scales and eight 6-bit mins, uint8 (n, 2, 8), of Q4_K and Q5_K.
 
     packed: uint8 (n, 12), three groups of four bytes; uppercase letters are scales, lowercase mins, most significant
     bit first: EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD, eeaaaaaa ffbbbbbb ggcccccc hhdddddd, eeeeEEEE ffffFFFF ggggGGGG
     hhhhHHHH.
     """
-    scales, mins, low = reinterpret(packed, torch.int32).unbind(-1)
-    lanes = (
-        scales & 0x3F3F3F3F,
-        (low & 0x0F0F0F0F) | ((scales >> 2) & 0x30303030),
-        mins & 0x3F3F3F3F,
-        ((low >> 4) & 0x0F0F0F0F) | ((mins >> 2) & 0x30303030),
-    )
-    return torch.stack(lanes, -1).view(torch.uint8).float()
+    lanes = reinterpret(packed, torch.int32)[:, :2]
+    low = bit_planes(packed[:, 8:], 4).view(torch.int32).squeeze(-1)
+    first, second = lanes & 0x3F3F3F3F, low.bitwise_or_(lanes >> 2 & 0x30303030)
+    return torch.stack([first, second], -1).view(torch.uint8)
 
 
 def _super_scales(fit: Fit) -> torch.Tensor:
@@ -105,12 +101,10 @@ class Q4_K(Format, ggml_type=12):
     grid = Grid(256, 32, tuple(range(16)), scales=(0, 63), minimum=True)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        scales, mins = _scales_and_mins(blocks[:, 4:16]).view(-1, 2, 8, 1).unbind(1)
-        scales.mul_(half(blocks, 0).unsqueeze(-1))
-        mins.mul_(half(blocks, 2).unsqueeze(-1))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        scales, mins = (_scales_and_mins(blocks[:, 4:16]) * half(blocks, 0, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 16:].view(-1, 4, 32), 4).view(-1, 8, 32)
-        return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+        return Terms(codes, scales, mins)
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
@@ -133,13 +127,11 @@ class Q5_K(Format, ggml_type=13):
     grid = Grid(256, 32, tuple(range(32)), scales=(0, 63), minimum=True)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        scales, mins = _scales_and_mins(blocks[:, 4:16]).view(-1, 2, 8, 1).unbind(1)
-        scales.mul_(half(blocks, 0).unsqueeze(-1))
-        mins.mul_(half(blocks, 2).unsqueeze(-1))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        scales, mins = (_scales_and_mins(blocks[:, 4:16]) * half(blocks, 0, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 48:].view(-1, 4, 32), 4).view(-1, 8, 32)
-        codes.view(torch.int32).bitwise_or_(bit_planes(blocks[:, 16:48], 1, at=4).view(torch.int32))
-        return codes.float().mul_(scales).sub_(mins).view(-1, 256)
+        codes.add_(bit_planes(blocks[:, 16:48], 1), alpha=16)
+        return Terms(codes, scales, mins)
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
@@ -161,12 +153,11 @@ class Q6_K(Format, ggml_type=14):
     grid = Grid(256, 16, tuple(range(-32, 32)), scales=(-128, 127))
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        scales = blocks[:, 192:208].view(torch.int8).float().mul_(half(blocks, 208)).unsqueeze(-1)
-        codes = bit_planes(blocks[:, :128].view(-1, 2, 64), 4).view(-1, 256)
-        high = bit_planes(blocks[:, 128:192].view(-1, 2, 32), 2, at=4).view(-1, 256)
-        codes.view(torch.int32).bitwise_or_(high.view(torch.int32))
-        return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(scales).view(-1, 256)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        scales = blocks[:, 192:208].view(torch.int8) * half(blocks, 208)
+        codes = bit_planes(blocks[:, :128].view(-1, 2, 64), 4).view(-1, 16, 16)
+        codes.add_(bit_planes(blocks[:, 128:192].view(-1, 2, 32), 2).view(-1, 16, 16), alpha=16)
+        return Terms(codes.view(torch.int8).sub_(32), scales.unsqueeze(-1))
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
@@ -188,5 +179,5 @@ class Q8_K(Format, ggml_type=15):
     block_length, block_bytes = 256, 292
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        return blocks[:, 4:260].view(torch.int8).float().mul_(reinterpret(blocks[:, :4], torch.float32))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        return Terms(blocks[:, 4:260].view(torch.int8), reinterpret(blocks[:, :4], torch.float32))

@@ -5,9 +5,8 @@ The low nibbles of `qs` hold values 0..15, the high nibbles values 16..31.
 """
 import torch
 
-from ..format import (
-    Fit, Format, Grid, bit_planes, bit_table, half, half_bytes, in_planes, inverse, lookup, peaks, rounded_away,
-)
+from ..bits import bit_planes, bit_table, half, half_bytes, in_planes, lookup
+from ..format import Fit, Format, Grid, Terms, inverse, peaks, rounded_away
 
 
 def symmetric_fit(values: torch.Tensor, lowest: int) -> Fit:
@@ -38,9 +37,9 @@ class Q4_0(Format, ggml_type=2):
     grid = Grid(32, 32, tuple(range(-8, 8)))
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+    def terms(cls, blocks: torch.Tensor) -> Terms:
         codes = bit_planes(blocks[:, 2:], 4).view(-1, 32)
-        return codes.view(torch.int8).sub_(8).float().mul_(half(blocks, 0))
+        return Terms(codes.view(torch.int8).sub_(8), half(blocks, 0))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
@@ -65,9 +64,8 @@ class Q4_1(Format, ggml_type=3):
     grid = Grid(32, 32, tuple(range(16)), minimum=True)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        codes = bit_planes(blocks[:, 4:], 4).view(-1, 32)
-        return codes.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        return Terms(bit_planes(blocks[:, 4:], 4).view(-1, 32), half(blocks, 0), -half(blocks, 2))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
@@ -81,13 +79,15 @@ class Q4_1(Format, ggml_type=3):
 class FiveBitCodes(Format):
     """Base of the formats that keep the fifth bits of the codes apart."""
 
-    @staticmethod
-    def fifth_bits() -> torch.Tensor:
-        return bit_table(0, 16)
+    zero: int  # the code of the value 0, which codes are counted from: 0 or 16
+
+    @classmethod
+    def fifth_bits(cls) -> torch.Tensor:
+        return bit_table(-cls.zero, 16 - cls.zero)
 
     @classmethod
     def codes(cls, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Codes, int8 (n, 32), from the fifth bits `qh`, uint8 (n, 4), and the nibbles `qs`, uint8 (n, 16)."""
+        """Codes from `zero`, int8 (n, 32), of the fifth bits `qh`, uint8 (n, 4), and the nibbles `qs`, uint8 (n, 16)."""
         codes = bit_planes(low, 4).view(torch.int8).view(-1, 32)
         return codes.bitwise_or_(lookup(cls.constant("fifth_bits", low.device), high).view(-1, 32))
 
@@ -108,12 +108,12 @@ class Q5_0(FiveBitCodes, ggml_type=6):
     | 6      | 16   | qs, low four bits of the codes, two a byte         |
     """
 
-    block_length, block_bytes = 32, 22
+    block_length, block_bytes, zero = 32, 22, 16
     grid = Grid(32, 32, tuple(range(-16, 16)))
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        return cls.codes(blocks[:, 2:6], blocks[:, 6:]).sub_(16).float().mul_(half(blocks, 0))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        return Terms(cls.codes(blocks[:, 2:6], blocks[:, 6:]), half(blocks, 0))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
@@ -135,12 +135,12 @@ class Q5_1(FiveBitCodes, ggml_type=7):
     | 8      | 16   | qs, low four bits of the codes, two a byte         |
     """
 
-    block_length, block_bytes = 32, 24
+    block_length, block_bytes, zero = 32, 24, 0
     grid = Grid(32, 32, tuple(range(32)), minimum=True)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        return cls.codes(blocks[:, 4:8], blocks[:, 8:]).float().mul_(half(blocks, 0)).add_(half(blocks, 2))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        return Terms(cls.codes(blocks[:, 4:8], blocks[:, 8:]), half(blocks, 0), -half(blocks, 2))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
@@ -164,8 +164,8 @@ class Q8_0(Format, ggml_type=8):
     grid = Grid(32, 32, tuple(range(-127, 128)))
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        return blocks[:, 2:].view(torch.int8).float().mul_(half(blocks, 0))
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        return Terms(blocks[:, 2:].view(torch.int8), half(blocks, 0))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from ..format import in_planes
+from ..bits import in_planes, select
+from ..format import Terms
 from ._nibble_codebook import NibbleCodebook
 
 # Code 8, minus zero, gives plus zero.
@@ -32,9 +33,9 @@ class MXFP4(NibbleCodebook, ggml_type=39):
         return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)])
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        scales = cls.constant("scales", blocks.device).index_select(0, blocks[:, 0].int()).unsqueeze(-1)
-        return cls.code_values(blocks[:, 1:]).mul_(scales)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        scales = select(cls.constant("scales", blocks.device), blocks[:, 0])
+        return Terms(cls.code_values(blocks[:, 1:]), scales.unsqueeze(-1))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
@@ -68,6 +69,6 @@ class NVFP4(NibbleCodebook, ggml_type=40):
         return torch.tensor([0.0 if byte == 0x7F else half_value(byte) for byte in range(256)])
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        scales = cls.constant("scales", blocks.device).index_select(0, blocks[:, :4].reshape(-1).int()).view(-1, 4, 1)
-        return cls.code_values(blocks[:, 4:].view(-1, 4, 8)).mul_(scales).view(-1, 64)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        scales = select(cls.constant("scales", blocks.device), blocks[:, :4])
+        return Terms(cls.code_values(blocks[:, 4:].view(-1, 4, 8)), scales.view(-1, 4, 1))

@@ -1,7 +1,8 @@
 """One bit a value: the sign of a float16 scale."""
 import torch
 
-from ..format import Format, bit_table, half, lookup
+from ..bits import bit_table, half, lookup
+from ..format import Format, Terms
 
 
 class Q1_0(Format, ggml_type=41):
@@ -22,6 +23,6 @@ class Q1_0(Format, ggml_type=41):
         return bit_table(-1, 1)
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+    def terms(cls, blocks: torch.Tensor) -> Terms:
         signs = lookup(cls.constant("signs", blocks.device), blocks[:, 2:]).view(-1, 128)
-        return signs.float().mul_(half(blocks, 0))
+        return Terms(signs, half(blocks, 0))

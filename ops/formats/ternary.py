@@ -4,7 +4,8 @@ Sources: `block_tq*_0` in ggml-common.h, `dequantize_row_tq*_0` in ggml-quants.c
 """
 import torch
 
-from ..format import Format, bit_planes, half, half_bytes, in_planes, inverse, rounded_away
+from ..bits import bit_planes, half, half_bytes, in_planes
+from ..format import Format, Terms, inverse, rounded_away
 
 
 def _digits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,12 +27,17 @@ class TQ1_0(Format, ggml_type=34):
 
     block_length, block_bytes = 256, 54
 
+    @staticmethod
+    def powers() -> torch.Tensor:
+        """uint8 (5, 1): 3**i, by which a byte is multiplied modulo 256."""
+        return torch.tensor([[3**i] for i in range(5)], dtype=torch.uint8)
+
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
-        packed = blocks[:, :52].short()
-        planes = torch.stack([(packed * 3**i & 0xFF) * 3 >> 8 for i in range(5)], 1)
+    def terms(cls, blocks: torch.Tensor) -> Terms:
+        moved = blocks[:, :52].unsqueeze(1) * cls.constant("powers", blocks.device)
+        planes = (moved > 170).view(torch.int8).sub_((moved < 86).view(torch.int8))
         digits = torch.cat([planes[..., :32].flatten(1), planes[..., 32:48].flatten(1), planes[:, :4, 48:].flatten(1)], -1)
-        return digits.float().sub_(1).mul_(half(blocks, 52))
+        return Terms(digits, half(blocks, 52))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
@@ -58,9 +64,9 @@ class TQ2_0(Format, ggml_type=35):
     block_length, block_bytes = 256, 66
 
     @classmethod
-    def unpack(cls, blocks: torch.Tensor) -> torch.Tensor:
+    def terms(cls, blocks: torch.Tensor) -> Terms:
         codes = bit_planes(blocks[:, :64].view(-1, 2, 32), 2).view(-1, 256)
-        return codes.view(torch.int8).sub_(1).float().mul_(half(blocks, 64))
+        return Terms(codes.view(torch.int8).sub_(1), half(blocks, 64))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:

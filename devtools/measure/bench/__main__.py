@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from devtools import ROOT
-from devtools.measure.bench import files, models, packing, products
+from devtools.measure.bench import files, models, packing, passes, products
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import line, markdown
 from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
@@ -20,7 +20,8 @@ from devtools.measure.weights import FORMAT_NAMES
 CASES = {
     "shapes": products.bench_shapes, "unpack": products.bench_unpack, "nf4": products.bench_nf4, "lora": products.bench_lora,
     "model": models.bench_model, "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
-    "int8_error": models.bench_int8_error, "pack": packing.bench_pack,
+    "int8_error": models.bench_int8_error, "pack": packing.bench_pack, "passes": passes.bench_passes,
+    "layer_passes": passes.bench_layer_passes,
     "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory, "scale": files.bench_scale,
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for

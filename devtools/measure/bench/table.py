@@ -1,5 +1,6 @@
 """What the cases give as text. A row is {variant: {"median", "min", "max"}} in seconds, the first variant being what the
-others are compared with, or {name: value}: an int is bytes, or a bool; a float is seconds if its name says so; text is text."""
+others are compared with, or {name: value}: an int is bytes, launches if its name says so, or a bool; a float is seconds if its
+name says so; text is text."""
 
 
 def is_timing(row: dict) -> bool:
@@ -30,7 +31,7 @@ def span(times: dict) -> str:
 
 
 def quantity(name: str, value) -> str:
-    if isinstance(value, (bool, str)):
+    if isinstance(value, (bool, str)) or name.startswith("launches"):
         return str(value)
     if isinstance(value, int):
         return f"{value / 1e6:.1f} MB"

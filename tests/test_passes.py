@@ -1,0 +1,50 @@
+"""What a device has to do where torch unpacks and multiplies: how many kernels it launches and how many bytes they move."""
+import pytest
+import torch
+from devtools.measure.bench.passes import every_format, low_rank
+from devtools.measure.passes import META, Passes, of_linear, of_unpacking
+from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
+
+# Launches a chunk, and bytes a value of bfloat16. NF4: a lookup takes its index in int32 and gives float32, and the value is
+# rounded only when it is scaled, so no table of two values a byte needs less than 14.5.
+MOST = {"Q8_0": (2, 4), "NF4": (3, 15), "FP4": (3, 15), "Q4_0": (6, 10), "Q4_K": (13, 16), "Q6_K": (11, 17)}
+MOST_OF_ANY = 20, 24
+each_format = pytest.mark.parametrize("fmt", every_format(), ids=lambda fmt: fmt.__name__)
+
+
+def test_views_and_fresh_memory_are_no_launches_and_move_nothing():
+    with Passes() as passes:
+        torch.empty(4, 4, device=META).view(2, 8)[:, 2:].t().unsqueeze(0).expand(3, -1, -1)
+    assert (passes.launches, passes.moved, passes.names) == (0, 0, [])
+
+
+def test_inputs_are_read_once_without_what_is_repeated_and_outputs_written():
+    whole, part, row = (torch.empty(shape, device=META) for shape in ((8, 4), (8, 6), (4,)))
+    half = torch.empty(8, 4, dtype=torch.float16, device=META)
+    for run, moved in [
+        (lambda: whole + row.expand(8, 4), 4 * (32 + 4 + 32)),
+        (lambda: whole.mul_(part[:, 2:]), 4 * (32 + 32 + 32)),
+        (lambda: torch.mul(whole, 2, out=half), 4 * 32 + 2 * 32),
+        (lambda: half.copy_(whole), 4 * 32 + 2 * 32),
+        (lambda: torch.stack([row, row]), 4 * (8 + 8)),
+    ]:
+        with Passes() as passes:
+            run()
+        assert (passes.launches, passes.moved) == (1, moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@each_format
+def test_a_chunk_takes_few_launches_and_moves_few_bytes(fmt, dtype):
+    passes = of_unpacking(fmt, dtype)
+    launches, nbytes = MOST.get(fmt.__name__, MOST_OF_ANY)
+    assert 0 < passes.launches <= launches, passes.names
+    assert passes.moved <= (nbytes + dtype.itemsize - 2) * DEVICE_CHUNK_VALUES, passes.names
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "NF4", "Q4_K", "BF16"])
+def test_a_product_is_one_launch_beside_unpacking_and_a_branch_three(name):
+    rows, columns = 512, 1024  # one chunk
+    unpacking = 0 if name == "BF16" else of_unpacking(FORMATS[name]).launches
+    assert of_linear(FORMATS[name], rows, columns).launches == unpacking + 1
+    assert of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, 32, 1)).launches == unpacking + 4
