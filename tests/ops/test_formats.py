@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from devtools.files.gguf_files import block_pool
+from featherweight.ops import bits, formats
 from featherweight.ops import format as base
-from featherweight.ops import formats
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
@@ -160,7 +160,7 @@ def test_lookup_tables_are_built_once(fmt):
 
 
 @pytest.mark.parametrize(
-    "path", [Path(base.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))], ids=lambda path: path.stem)
+    "path", [Path(base.__file__), Path(bits.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))], ids=lambda path: path.stem)
 def test_formats_import_only_torch_and_never_use_numpy(path):
     tree = ast.parse(path.read_text())
     for node in tree.body:
