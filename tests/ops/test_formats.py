@@ -160,7 +160,8 @@ def test_lookup_tables_are_built_once(fmt):
 
 
 @pytest.mark.parametrize(
-    "path", [Path(base.__file__), Path(bits.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))], ids=lambda path: path.stem)
+    "path", [Path(base.__file__), Path(bits.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))],
+    ids=lambda path: path.stem)
 def test_formats_import_only_torch_and_never_use_numpy(path):
     tree = ast.parse(path.read_text())
     for node in tree.body:

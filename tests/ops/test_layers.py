@@ -131,8 +131,8 @@ def test_embedding_gathers_rows_and_unpacks_only_those(format_name, monkeypatch)
     layer.load_state_dict({"weight": weight})
     unpacked = []
     packed_format = FORMATS[format_name]
-    unpack = packed_format.unpack
-    monkeypatch.setattr(packed_format, "unpack", lambda blocks: unpacked.append(len(blocks)) or unpack(blocks))
+    terms = packed_format.terms
+    monkeypatch.setattr(packed_format, "terms", lambda blocks: unpacked.append(len(blocks)) or terms(blocks))
     ids = torch.tensor([[3, 99, 0], [3, 50, 1]])
     assert torch.equal(layer(ids), dense[ids])
     assert sum(unpacked) == ids.numel() * 512 // packed_format.block_length
