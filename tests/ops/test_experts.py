@@ -40,8 +40,8 @@ def test_each_expert_agrees_with_the_hosts(format_name, bias):
 
 def test_only_the_experts_asked_for_are_unpacked(monkeypatch):
     ours, _ = banks("MXFP4")
-    unpacked, unpack = [], FORMATS["MXFP4"].unpack
-    monkeypatch.setattr(FORMATS["MXFP4"], "unpack", lambda blocks: unpacked.append(len(blocks)) or unpack(blocks))
+    unpacked, terms = [], FORMATS["MXFP4"].terms
+    monkeypatch.setattr(FORMATS["MXFP4"], "terms", lambda blocks: unpacked.append(len(blocks)) or terms(blocks))
     input = torch.randn(3, COLUMNS)
     with ours.bank_resident(input) as bank:
         for expert in (1, 4):
