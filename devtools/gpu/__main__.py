@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def main() -> int:
         return 1
     quick = ["--quick"] if on_a_cpu or options.quick else []
     report = Report(options.out, is_judged=not quick)
+    shutil.rmtree(options.out / "cache", ignore_errors=True)  # verdicts on kernels are found out anew, once for all stages
     for name in options.only or STAGES:
         stage = STAGES[name]
         left = min(stage.seconds, end - time.monotonic())
@@ -73,7 +75,8 @@ def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: P
     """Run a stage and show its rows as they come; how it ended. What else it prints goes into the log."""
     child = subprocess.Popen([sys.executable, "-m", "devtools.gpu.stage", *arguments], cwd=ROOT, text=True, bufsize=1,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=os.name != "nt",
-                             env={**os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1"})
+                             env={**os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
+                                  "XDG_CACHE_HOME": str(log.parent / "cache")})
     stopped = threading.Event()
 
     def stop():

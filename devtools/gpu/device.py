@@ -1,23 +1,13 @@
-"""What the device is, whether the kernels are right on it, and the tests of them."""
+"""What the device is."""
 import importlib.util
-import os
-import re
 import shutil
 import subprocess
-import sys
-import tempfile
-import xml.etree.ElementTree
-from pathlib import Path
 
 import devtools.measure  # noqa: F401  the host
 import comfy.model_management
 import torch
 
-from devtools import ROOT
 from devtools.measure.bench.timing import device, side_by_side
-
-TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py", "tests/ops/test_kernels_nvrtc.py",
-         "tests/ops/test_formats.py"]
 
 
 def describe(options):
@@ -54,23 +44,3 @@ def _version(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return "none"
     return importlib.import_module(package).__version__
-
-
-def run_tests(options):
-    """Of each file how many tests passed, failed and were skipped, and the names of those that failed."""
-    for file in TESTS[:1] if options.quick else TESTS:
-        with tempfile.TemporaryDirectory() as folder:
-            heavy = [] if options.quick else ["--heavy"]
-            subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={folder}/tests.xml",
-                            *heavy, file], cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""})
-            yield file, outcomes(Path(folder) / "tests.xml")
-
-
-def outcomes(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {"passed": "none", "failed": "pytest ended, see log.txt"}
-    suite = xml.etree.ElementTree.parse(path).find(".//testsuite")
-    failed = [case.get("name") for case in suite.iter("testcase") if {"failure", "error"} & {part.tag for part in case}]
-    skipped = int(suite.get("skipped"))
-    return {"passed": str(int(suite.get("tests")) - len(failed) - skipped), "skipped": str(skipped),
-            "failed": f"{len(failed)}" + (f": {re.sub('[|]', '/', ', '.join(failed[:20]))}" if failed else "")}

@@ -36,7 +36,9 @@ class Stage:
 BENCH = "devtools.measure.bench"
 STAGES = {
     "device": Stage("What the device is, and how fast it copies and multiplies.", 30, "devtools.gpu.device:describe"),
-    "tests": Stage("The tests of kernels and formats, the heavy ones too.", 90, "devtools.gpu.device:run_tests"),
+    "kernels": Stage("Every kernel of every format, tried in a process of its own as at a user's first run: what it gives, and"
+                     " its time beside torch's.", 120, "devtools.gpu.kernels:try_all"),
+    "tests": Stage("The tests of kernels and formats, the heavy ones too.", 90, "devtools.gpu.kernels:run_tests"),
     "shapes": Stage("A product with a packed weight beside `F.linear` with a dense one; int8: with `compute` int8.", 60,
                     f"{BENCH}.products:bench_shapes"),
     "unpack": Stage("A whole weight unpacked: by the kernels, and by torch.", 20, f"{BENCH}.products:bench_unpack"),

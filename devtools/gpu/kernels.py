@@ -1,0 +1,87 @@
+"""Whether the kernels are right on the device and faster than torch, and their tests."""
+import collections
+import contextlib
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from pathlib import Path
+
+import devtools.measure  # noqa: F401  the host
+import torch
+from featherweight.ops.kernels import BACKENDS
+from featherweight.ops.kernels.proving import Prover
+from featherweight.ops.kernels.trial_process import run_trial
+from featherweight.ops.kernels.verdicts import Case
+
+from devtools import ROOT
+from devtools.measure.bench.timing import device
+from devtools.measure.weights import FORMAT_NAMES
+
+TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py", "tests/ops/test_kernels_nvrtc.py",
+         "tests/ops/test_formats.py"]
+
+
+def try_all(options):
+    """Of each backend and kernel the verdict, with its time as a share of torch's by rows of the input; then how many there are
+    of each. The verdicts are those that the later stages use; the formats of these come first, for the stage may be stopped."""
+    heard = queue.SimpleQueue()
+
+    def run(job, hear, seconds):
+        def told(*verdict):
+            heard.put(verdict)
+            hear(*verdict)
+
+        return run_trial(job, told, seconds)
+
+    prover = Prover(device(), BACKENDS.get(device().type, ()), run)
+    counts = collections.Counter()
+    others = [] if options.quick else [name for name in FORMAT_NAMES if name not in options.formats]
+    for names in (options.formats[:1] if options.quick else options.formats, others):
+        prover.want(cases_of(names, options.quick), {name: {options.sizes.weight} for name in names})
+        while prover.at_work or not heard.empty():
+            with contextlib.suppress(queue.Empty):
+                backend, text, verdict = heard.get(timeout=1)
+                if verdict["verdict"] != "tried":  # which sums up those before it
+                    counts[verdict["verdict"]] += 1
+                    yield f"{backend}: {text}", in_words(verdict)
+    yield "in all", {name: str(count) for name, count in counts.items()} or {"kernels": "none"}
+
+
+def cases_of(names: list[str], quick: bool) -> list[Case]:
+    """What layers of these formats may ask for."""
+    dtypes = [torch.float32] if quick else [torch.bfloat16, torch.float32, torch.float16]
+    return [*(Case(op, name, dtype, None) for dtype in dtypes for name in names for op in ("unpack", "linear")),
+            *(Case("int8_rows", name, torch.int8, None) for name in names),
+            *(Case("int8_tokens", None, dtype, None) for dtype in dtypes)]
+
+
+def in_words(verdict: dict) -> dict[str, str]:
+    times = verdict.get("times", {})
+    shares = ", ".join(f"M = {rows} ×{ours / torchs:.2f}" if rows else f"×{ours / torchs:.2f}"
+                       for rows, (ours, torchs) in times.items())
+    why = re.sub(r"[|\n]", " ", verdict.get("why", ""))[:200]
+    return {"verdict": verdict["verdict"], "of torch's time": shares, "why": why}
+
+
+def run_tests(options):
+    """Of each file how many tests passed, failed and were skipped, and the names of those that failed."""
+    for file in TESTS[:1] if options.quick else TESTS:
+        with tempfile.TemporaryDirectory() as folder:
+            heavy = [] if options.quick else ["--heavy"]
+            subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={folder}/tests.xml",
+                            *heavy, file], cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""})
+            yield file, outcomes(Path(folder) / "tests.xml")
+
+
+def outcomes(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {"passed": "none", "failed": "pytest ended, see log.txt"}
+    suite = xml.etree.ElementTree.parse(path).find(".//testsuite")
+    failed = [case.get("name") for case in suite.iter("testcase") if {"failure", "error"} & {part.tag for part in case}]
+    skipped = int(suite.get("skipped"))
+    return {"passed": str(int(suite.get("tests")) - len(failed) - skipped), "skipped": str(skipped),
+            "failed": f"{len(failed)}" + (f": {re.sub('[|]', '/', ', '.join(failed[:20]))}" if failed else "")}
