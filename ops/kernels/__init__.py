@@ -188,6 +188,8 @@ _choosing = threading.Lock()  # held for no longer than a thread takes to start
 
 
 def _choice(device: torch.device) -> Choice:
+    if device.type == "mps":
+        device = torch.device("mps", 0)  # which is what its tensors lie on
     if device not in _choices:
         with _choosing:
             if device not in _choices:

@@ -15,7 +15,7 @@ import torch
 
 from ..format import Format
 from . import trial_process
-from .background import Finding, ending, start_thread
+from .background import LOOK_EVERY, Finding, ending, start_thread
 from .identity import device_name, key_of
 from .own_files import cache_folder
 from .verdicts import Case, Proven, Verdicts, is_verdict
@@ -41,6 +41,7 @@ class Prover:
         self._shapes: dict[str, set[tuple[int, int]]] = collections.defaultdict(set)
         self._proven: dict[Case, tuple[Proven, ...]] = {}
         self._at_work = False
+        self._came: list[tuple[str, str, dict]] | None = None  # backend, text, verdict; None where no trial is under way
         self._seconds = TRIAL_SECONDS
         self._crashes = collections.Counter()
         self._read = Finding(self._read_verdicts)
@@ -108,10 +109,17 @@ class Prover:
 
     def _work(self):
         try:
-            while not self._read.wait(1):
-                if ending.is_set():
+            while not self._read.decided:  # to wait for it is for who may be cancelled
+                if ending.wait(LOOK_EVERY):
                     return
-            while missing := self._missing():
+            while True:
+                if not self._settle():
+                    self._tell()
+                with self._changing:
+                    missing = self._settle()
+                    self._at_work = bool(missing)
+                if not missing:
+                    return
                 if not self._try(missing):
                     for case in missing:
                         self._proven[case] = ()  # torch, until ComfyUI starts again
@@ -122,11 +130,11 @@ class Prover:
     def _log_failure(self):
         log.warning("[Featherweight] Kernels are not tried on %s: torch does their work.", self.device, exc_info=True)
 
-    def _missing(self) -> list[Case]:
-        with self._changing:
-            missing = self._settle()
-            self._at_work = bool(missing)
-        return missing
+    def _tell(self):
+        """What the trials since the last word have found out."""
+        if self._came is not None:
+            log.info("[Featherweight] %s: %s.", device_name(self.device), summary(self._came))
+            self._came = None
 
     def _try(self, cases: list[Case]) -> bool:
         """Whether anything came of it."""
@@ -144,14 +152,16 @@ class Prover:
             return self._try_now(cases)
 
     def _try_now(self, cases: list[Case]) -> bool:
-        log.info("[Featherweight] Kernels for packed weights are tried on %s in the background. Torch does their work until"
-                 " then.", device_name(self.device))
-        came = []
+        if self._came is None:
+            log.info("[Featherweight] Kernels for packed weights are tried on %s in the background. Torch does their work until"
+                     " then.", device_name(self.device))
+            self._came = []
+        before = len(self._came)
 
         def hear(backend: str, text: str, verdict: dict):
             if backend in self._read.value and is_verdict(verdict | {"at": 0}):
                 self._read.value[backend].add(text, verdict)
-                came.append((backend, text, verdict))
+                self._came.append((backend, text, verdict))
                 if verdict["verdict"] == "wrong":
                     report_wrong(f"{text} by {backend}", self.device, verdict.get("why", ""))
                 if verdict["verdict"] in ("tried", "refused"):
@@ -175,8 +185,7 @@ class Prover:
         self._settle()
         if outcome.how == "stopped":  # there was no room; what is left is tried when there is
             return not ending.wait(ASK_EVERY) and self._seconds > 0
-        log.info("[Featherweight] %s: %s.", device_name(self.device), summary(came))
-        return outcome.how == "ended" and bool(came)
+        return outcome.how == "ended" and len(self._came) > before
 
     def _skip(self, backend: str, cases: list[Case], hear):
         why = f"{MOST_CRASHES} others of {backend} crashed or hung"

@@ -10,7 +10,8 @@ least_free: bytes of the device, with less of which it stops. seconds: after whi
 its input does, so that none outlives who started it.
 
 Output are lines of JSON: {"trying": [backend, text]} before each attempt, {"backend", "text", "verdict"} after it, and
-{"stopped": why} where it ends before all is tried. What backends print goes nowhere.
+{"stopped": why} or {"failed": why} where it ends before all is tried, for want of room or for another reason. What backends
+print goes nowhere.
 
 Each kernel that accepts a case is held to torch in all that it may meet (`check`), then timed beside torch.
 """
@@ -190,8 +191,11 @@ def main():
     threading.Thread(target=_end_with_input, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(NICE)
-    with torch.inference_mode():
-        Trial(job, say).run()
+    try:
+        with torch.inference_mode():
+            Trial(job, say).run()
+    except BaseException as error:
+        say({"failed": repr(error)[:500]})
     os._exit(0)  # what backends left running is not waited for
 
 

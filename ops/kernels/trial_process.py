@@ -29,8 +29,8 @@ COMMAND = (sys.executable, "-c", START, str(PACK))
 
 
 class Outcome(NamedTuple):
-    """how: "ended", all was tried; "stopped", there was no room; "crashed", "hung", "late". at: the backend and text of what
-    was being tried, if anything. why: in words."""
+    """how: "ended", all was tried; "stopped", there was no room; "crashed", "hung", "late" or "failed". at: the backend and the
+    text of what was being tried, if anything. why: in words."""
     how: str
     at: tuple[str, str] | None = None
     why: str = ""
@@ -76,6 +76,8 @@ def _follow(process, lines: queue.SimpleQueue, hear, seconds: float, attempt_sec
                 at = backend, text
             case {"stopped": why}:
                 return Outcome("stopped", None, str(why))
+            case {"failed": why}:
+                return Outcome("crashed" if at else "failed", at, str(why))
             case {"backend": str(backend), "text": str(text), "verdict": dict(verdict)}:
                 at = None
                 hear(backend, text, verdict)

@@ -2,6 +2,7 @@
 backends are made for the tests, of plain torch, and so is what a trial says of them."""
 import logging
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -74,6 +75,7 @@ def trials(monkeypatch, tmp_path):
     """The trials of the processes that `restarted` begins."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the lock is that trials take
     monkeypatch.setattr(kernels, "CHECKED_HERE", frozenset())
     found = Trials()
     monkeypatch.setattr(trial_process, "run_trial", found)

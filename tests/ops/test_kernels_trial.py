@@ -3,8 +3,11 @@ import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -13,11 +16,11 @@ import pytest
 import torch
 from featherweight.ops import formats, kernels  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import proving, trial_process
+from featherweight.ops.kernels import background, proving, trial_process
 from featherweight.ops.kernels.proving import Prover
 from featherweight.ops.kernels.trial import format_named
 from featherweight.ops.kernels.trial_process import Outcome, run_trial
-from featherweight.ops.kernels.verdicts import Case
+from featherweight.ops.kernels.verdicts import Case, is_verdict
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
@@ -31,6 +34,8 @@ posix_only = pytest.mark.skipif(os.name != "posix", reason="processes end otherw
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the lock is, for the processes that a test starts
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(proving, "ASK_EVERY", 0.05)
     return tmp_path / "cache" / "featherweight" / "verdicts"
 
@@ -66,6 +71,7 @@ def zoo(tmp_path_factory):
     logger = logging.getLogger(kernels.__name__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
         patch.setattr(logger, "level", logging.DEBUG)
         logger.addHandler(handler)
         prover = Prover(CPU, (*VERDICTS, "no_probe"), run_planted)
@@ -222,6 +228,16 @@ def test_a_driver_that_raises_leaves_the_work_to_torch(cache, monkeypatch, caplo
     assert "torch does their work" in caplog.text
 
 
+def test_a_trial_takes_no_cancellation_from_the_prompt_that_runs(cache, monkeypatch):
+    asked_in = []
+    monkeypatch.setattr(background, "raise_if_cancelled", lambda: asked_in.append(threading.current_thread()))
+    monkeypatch.setattr(proving, "key_of", lambda device, name: time.sleep(0.2) or {"device": "slow"})
+    prover = Prover(CPU, ("fine",), Run(([PROBED, tried(Q4_0)], ENDED)))
+    prover.want([Q4_0], {})
+    finished(prover)
+    assert not asked_in and proven(prover, Q4_0) == ()
+
+
 # --- with processes of their own ---
 
 
@@ -315,3 +331,41 @@ def test_a_trial_needs_neither_the_host_nor_its_packages(tmp_path):
     assert outcome.how == "ended"
     ((backend, text, found),) = said
     assert (backend, text, found["verdict"]) == ("absent", "probe", "refused") and "absent_backend" in found["why"]
+
+
+def in_a_trial(backend: str, cases: list[Case], before: str = "") -> dict[str, dict]:
+    """What the real backend's kernels are found to be on this CPU: text -> verdict."""
+    shapes = {case.format: [[16, 512]] for case in cases if case.format}
+    said = {}
+    start = trial_process.START.replace("trial.main()", f"{before}; trial.main()" if before else "trial.main()")
+    outcome = run_trial({"device": "cpu", "backends": [backend], "cases": [case.as_json() for case in cases], "shapes": shapes,
+                         "known": {}, "least_free": 0}, lambda name, text, verdict: said.update({text: verdict}), 240,
+                        (sys.executable, "-c", start, str(PACK)))
+    assert outcome.how == "ended", outcome
+    assert {str(case) for case in cases} <= said.keys()
+    return {text: verdict for text, verdict in said.items() if verdict["verdict"] != "tried"}
+
+
+@pytest.mark.skipif(os.name != "posix" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_the_kernels_of_a_cpu_are_right_in_a_trial(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = in_a_trial("cpp", [
+        Case("linear", "Q4_K", torch.bfloat16, torch.float16), Case("unpack", "Q4_K", torch.bfloat16, torch.float16),
+        Case("unpack", "NF4_128", torch.float32, None), Case("int8_rows", "Q8_0", torch.int8, None)])
+    assert {verdict["verdict"] for verdict in found.values()} <= {"right", "slower"}
+    texts = [text for text in found if text != "probe"]
+    assert texts[0].startswith("unpack") and len(texts) == 5
+    assert found["linear of Q4_K to bfloat16 by way of float16, rows 2 to 4"]["times"].keys() == {"2", "4"}
+    assert found["unpack of NF4_128 to float32, rows 1 to any"]["verdict"] == "right"  # some hundred times as fast
+    for text in texts:
+        assert is_verdict(found[text] | {"at": 0})
+
+
+def test_tritons_kernels_are_right_in_a_trial_in_its_interpreter(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = in_a_trial("triton", [Case("unpack", "Q8_0", torch.float32, None)],
+                       "sys.modules['featherweight.ops.kernels.check'].MANY = 6144")  # a value takes ten thousand times as long
+    assert {text: verdict["verdict"] for text, verdict in found.items()} == {
+        "probe": "right", "unpack of Q8_0 to float32, rows 1 to any": "slower"}

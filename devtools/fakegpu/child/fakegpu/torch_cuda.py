@@ -152,6 +152,7 @@ def install(torch):
         "max_memory_reserved": lambda device=None: native.driver.fake_peak(index_of(device)),
         "reset_peak_memory_stats": lambda device=None: native.driver.fake_reset_peaks(),
         "memory_summary": lambda *args, **options: "fake GPUs", "get_allocator_backend": lambda: "native",
+        "set_per_process_memory_fraction": lambda fraction, device=None: None,
         "empty_cache": lambda: None, "ipc_collect": lambda: None, "cudart": lambda: cudart,
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
         "is_current_stream_capturing": lambda: False,
