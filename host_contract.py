@@ -211,9 +211,12 @@ MEMBERS = {
     },
     "loaders/placing.py": {
         "comfy.model_patcher.ModelPatcher.clone": "disable_dynamic",
+        "comfy.model_patcher.ModelPatcher.clone_base_uuid": None,
+        "comfy.model_patcher.ModelPatcher.get_additional_models_with_key": "key",
         "comfy.model_patcher.ModelPatcher.is_dynamic": "",
         "comfy.model_patcher.ModelPatcher.load_device": None,
         "comfy.model_patcher.ModelPatcher.model": None,
+        "comfy.model_patcher.ModelPatcher.set_additional_models": "key models",
         "comfy.sd.CLIP.clone": "",
         "comfy.sd.CLIP.cond_stage_model": None,
         "comfy.sd.CLIP.patcher": None,
@@ -241,6 +244,11 @@ MEMBERS = {
         "comfy.sd.CLIP.patcher": None,
         "comfy.sd.VAE.first_stage_model": None,
         "comfy_api.latest.io.ComfyNode.FUNCTION": None,
+    },
+    "nodes/place_model.py": {
+        "comfy.model_patcher.ModelPatcher.get_additional_models_with_key": "key",
+        "comfy.model_patcher.ModelPatcher.is_multigpu_base_clone": None,
+        "comfy.model_patcher.ModelPatcher.load_device": None,
     },
     "ops/host_formats.py": {
         "comfy.ops.manual_cast.Linear.forward_comfy_cast_weights": "input",
@@ -311,6 +319,7 @@ MEMBERS = {
     },
     "ops/patcher/placing.py": {
         "comfy.model_patcher.ModelPatcher._load_list": "for_dynamic default_device",
+        "comfy.model_patcher.ModelPatcher.get_free_memory": "device",
         "comfy.model_patcher.ModelPatcher.is_dynamic": "",
         "comfy.model_patcher.ModelPatcher.load_device": None,
         "comfy.model_patcher.ModelPatcher.loaded_size": "",

@@ -1,5 +1,6 @@
 """Where the weights of a loaded model lie: how many stay on its device, what keeps the others, and what that costs."""
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 
 import comfy.model_management
@@ -13,6 +14,7 @@ from .held import size_text
 log = logging.getLogger(__name__)
 
 TENTH = 1e8  # of a GB
+SHARING = "multigpu"  # what the host calls the clones of a model on the GPUs that share its work
 Say = Callable[[str], None]  # takes a sentence for the user
 Stores = Sequence[tuple[torch.device, float]]
 
@@ -30,13 +32,23 @@ def place(patcher, gpu_bytes: float, stores: Stores = (), say: Say = log.warning
     stores = tuple((device, int(size)) for device, size in stores if size > 0 and device not in (CPU, placed.load_device))
     if stores and placed.is_dynamic():
         try:
-            placed = placed.clone(disable_dynamic=True)
+            placed = _outside_dynamic_vram(placed)
         except RuntimeError:  # the host: its loader has left no way to load it again
             say("Weights on other GPUs need the model outside dynamic VRAM, so it would have to be loaded again, for which its"
                 " loader leaves no way; what does not stay lies in the memory of the CPU.")
             stores = ()
     placed.placement = Placement(int(max(0, gpu_bytes)), stores)
     return placed
+
+
+def _outside_dynamic_vram(patcher):
+    """A clone with the model loaded again, and for each further GPU that shares its work. Raises RuntimeError."""
+    clone = patcher.clone(disable_dynamic=True)
+    # The host gives a model's work to what is loaded of it already, which is in dynamic VRAM under the same number.
+    clone.clone_base_uuid = uuid.uuid5(patcher.clone_base_uuid, "outside dynamic VRAM")
+    others = [other.clone(disable_dynamic=True) for other in patcher.get_additional_models_with_key(SHARING)]
+    clone.set_additional_models(SHARING, others)
+    return clone
 
 
 def place_clip(clip, gpu_bytes: float, stores: Stores = (), say: Say = log.warning):
@@ -54,9 +66,9 @@ def planned_text(patcher) -> str:
         f"at most {_of(budget, size)} on {patcher.load_device}")
 
 
-def placed_text(patcher) -> str:
-    """Where they lie, '4.0 of 6.8 GB on cuda:0', what each step copies, and what more room would save."""
-    lies = patcher.whereabouts()
+def placed_text(patcher, lies: Whereabouts | None = None) -> str:
+    """Where they lie, '4.0 of 6.8 GB on cuda:0', what each step copies, and what more room would save. lies: if not as now."""
+    lies = lies or patcher.whereabouts()
     text = f"{_of(lies.here, lies.size)} on {patcher.load_device}"
     text += "".join(f", {size_text(size)} on {device}" for device, size in lies.stored.items())
     if lies.copied:

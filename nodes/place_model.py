@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
 from ..loaders.held import size_text
-from ..loaders.placing import place, placed_text, planned_text
+from ..loaders.placing import SHARING, place, placed_text, planned_text
 from .shown import shower
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb:
     for remark in remarks:
         log.warning("[Featherweight] %s", remark)
     patcher = getattr(placed, "patcher", placed)
-    patcher.tell = functools.partial(_tell, show, remarks)
+    patcher.tell = functools.partial(_tell, show, remarks, {})
     if patcher.placement is not None:
         remarks = [planned_text(patcher), *remarks]
     show("\n".join(remarks))
@@ -68,8 +68,14 @@ def _store_remark(compute: torch.device, store: str, store_gb: float) -> str | N
     return f"store_gb is {store_gb:g} GB, below 0; nothing is stored, as with 0." if store_gb < 0 and device != CPU else None
 
 
-def _tell(show, remarks: list[str], patcher):
-    show("\n".join([placed_text(patcher), *remarks]))
+def _tell(show, remarks: list[str], texts: dict, patcher, lies):
+    """texts: device -> what lies there, of the GPUs that share the work of the model."""
+    texts[patcher.load_device] = placed_text(patcher, lies)
+    if not patcher.is_multigpu_base_clone:
+        there = {patcher.load_device, *(clone.load_device for clone in patcher.get_additional_models_with_key(SHARING))}
+        for device in texts.keys() - there:
+            del texts[device]
+    show("\n".join([*(texts[device] for device in sorted(texts, key=str)), *remarks]))
 
 
 class PlaceModel(io.ComfyNode):

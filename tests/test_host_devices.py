@@ -1,6 +1,5 @@
 """The host's nodes that choose devices, on packed models with LoRAs: the same bits wherever, and the weights where it says."""
 import comfy.model_management
-import comfy.sample
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -9,8 +8,9 @@ from encoders.encoder import hidden_states, random_weights, write_encoder
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
+from gpu_memory import sample
 from patched_models import (
-    LIMIT, dense_flux, error_by_effect, flux_file, flux_inputs, lora_for, packed_flux, packed_layers, patched,
+    LIMIT, dense_flux, error_by_effect, flux_file, lora_for, packed_flux, packed_layers, patched,
 )
 
 ON_TWO_GPUS = [pytest.param(kind, marks=pytest.mark.fake_gpus(devices=2, dynamic=kind == "dynamic"))
@@ -24,16 +24,6 @@ pytestmark = [pytest.mark.usefixtures("small_models", "shared_tokenizers"), pyte
 def host():
     """The host's nodes."""
     return pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has no nodes that choose devices")
-
-
-def sample(patcher) -> torch.Tensor:
-    """Two steps of two parts each, which devices can share. Their lengths differ, so that the host never puts them together."""
-    inputs = flux_inputs()
-    text = inputs["c_crossattn"]
-    conditions = [[[part, {}]] for part in (text, torch.cat([text, -text[:, :2]], 1))]
-    with torch.inference_mode():
-        return comfy.sample.sample(patcher, inputs["x"], 2, 2.0, "euler", "simple", *conditions, torch.zeros_like(inputs["x"]),
-                                   seed=1, disable_pbar=True)
 
 
 def used() -> list[int]:

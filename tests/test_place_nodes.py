@@ -9,7 +9,7 @@ from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.nodes import multigpu, place_model
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder
-from gpu_memory import larger_flux, step
+from gpu_memory import larger_flux, sample, step
 from patched_models import packed_flux
 
 STATIC = pytest.mark.fake_gpus(devices=3, gib=4)
@@ -66,6 +66,48 @@ def test_a_text_encoder_shows_it_too(shown, tmp_path):
     tokens = clip.tokenize("a cloud")
     assert torch.equal(placed.encode_from_tokens(tokens), clip.encode_from_tokens(tokens))
     assert shown[0] == "at most 50.0 of 131.7 MB on cuda:0" and " of 131.7 MB on cuda:0\n" in shown[1]
+
+
+@DYNAMIC
+def test_a_text_encoder_in_dynamic_vram_shows_what_stays_when_it_has_run(shown, tmp_path):
+    """Nothing tells when it has."""
+    write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
+    placed, = PlaceTextEncoder.execute(load_text_encoder([str(tmp_path / "clip_l.gguf")]), 0.05).args
+    placed.encode_from_tokens(placed.tokenize("a cloud"))
+    assert placed.patcher.whereabouts().here > 32e6 and shown[1] == placed_text(placed.patcher)
+
+
+@pytest.fixture
+def share():
+    """The host's node that lets two GPUs share the work of a model."""
+    nodes = pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has no nodes that choose devices")
+    return lambda model: nodes.MultiGPUCFGSplitNode.execute(model, 2)[0]
+
+
+@pytest.mark.parametrize("vram", [pytest.param("static", marks=STATIC), pytest.param("dynamic", marks=DYNAMIC)])
+def test_of_two_gpus_that_share_a_model_each_has_the_budget_and_is_shown(vram, shown, share):
+    with larger_flux("Q8_0") as (model, _):
+        expected = sample(model)
+        placed, = PlaceModel.execute(model, 0.036).args
+        shared = share(placed)
+        assert torch.equal(sample(shared), expected)
+        on_each = [placed_text(patcher) for patcher in (shared, *shared.get_additional_models_with_key("multigpu"))]
+        assert all(float(text.split()[0]) > 30 for text in on_each) and shown[-1] == "\n".join(on_each)
+        assert " on cuda:0\n" in on_each[0] and " on cuda:1\n" in on_each[1]
+        assert torch.equal(sample(placed), expected) and shown[-1] == on_each[0]
+
+
+@DYNAMIC
+@pytest.mark.parametrize("order", ["shared first", "stored first"])
+def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
+    with larger_flux("Q8_0") as (model, _):
+        shared = share(PlaceModel.execute(model, 0.036).args[0])
+        expected = sample(shared)  # by which it has its places in dynamic VRAM
+        stored, = PlaceModel.execute(shared if order == "shared first" else model, 0.036, "gpu:1").args
+        stored = stored if order == "shared first" else share(stored)
+        assert torch.equal(sample(stored), expected)
+        there = [patcher.whereabouts() for patcher in (stored, *stored.get_additional_models_with_key("multigpu"))]
+        assert [lies.here // 1e6 for lies in there] == [35, 35] and [sum(lies.stored.values()) // 1e6 for lies in there] == [10, 0]
 
 
 @STATIC

@@ -54,7 +54,7 @@ class PlacingPatcher(LoadingPatcher):
     """The methods of the host's patchers that decide what lies where. Without a `placement` that is left to the host."""
 
     placement: Placement | None = None
-    tell = None  # a function that is called with the patcher after each load and at the end of each run
+    tell = None  # a function that is called with the patcher and its `Whereabouts` after each load and at the end of each run
     _listed = None  # while the host loads or unloads: what it finds in the list of its layers
 
     # --- which layers stay ---
@@ -98,16 +98,14 @@ class PlacingPatcher(LoadingPatcher):
             if too_much > 0:  # or the host leaves a model that is loaded wholly as it is
                 extra_memory = min(extra_memory, -too_much)
         loaded = super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
-        self._tell()
+        if self.tell is not None:
+            self.tell(self, self.whereabouts(expected=True))
         return loaded
 
     def cleanup(self):
         super().cleanup()
-        self._tell()
-
-    def _tell(self):
         if self.tell is not None:
-            self.tell(self)
+            self.tell(self, self.whereabouts())
 
     def _load_static(self, device_to, budget, force_patch_weights, full_load):
         limit = self._limit()
@@ -196,8 +194,11 @@ class PlacingPatcher(LoadingPatcher):
         super()._load_dynamic(device_to, lowvram_model_memory, dirty=dirty)
         vbar = self._vbar_get()
         if self.placement is not None and vbar is not None:  # the host has taken away the mark of an earlier load
-            room = max(0, self.placement.gpu_bytes - self.model.model_loaded_weight_memory)
-            vbar.set_watermark(room // PAGE * PAGE)
+            vbar.set_watermark(self._pages() * PAGE)
+
+    def _pages(self) -> int:
+        """How many pages of dynamic VRAM may stay, from the first on."""
+        return max(0, self.placement.gpu_bytes - self.model.model_loaded_weight_memory) // PAGE
 
     def _drop_places_out_of_order(self, device):
         """Layers that got their places in dynamic VRAM before there was a placement get new ones."""
@@ -214,11 +215,11 @@ class PlacingPatcher(LoadingPatcher):
 
     # --- what lies where ---
 
-    def whereabouts(self) -> Whereabouts:
-        """As the model is loaded now."""
+    def whereabouts(self, expected: bool = False) -> Whereabouts:
+        """As the model is loaded now. expected: as it will be when it has run once, for dynamic VRAM is filled only then."""
         here, stored, copied = self._bytes_on(self.load_device), dict.fromkeys(self._stores(), 0), 0
         for field in map(_fields, self._load_list()):
-            if self._has_its_page(field.module):
+            if self._has_its_pages(field.module, expected):
                 here += field.size
             elif _lies_on(field.module) != self.load_device and not _is_table(field.module):
                 copied += field.size
@@ -226,13 +227,15 @@ class PlacingPatcher(LoadingPatcher):
                 stored[_lies_on(field.module)] += field.size
         return Whereabouts(self.full_size(), here, {device: size for device, size in stored.items() if size}, copied)
 
-    def _has_its_page(self, module) -> bool:
+    def _has_its_pages(self, module, expected: bool) -> bool:
         """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing."""
         vbar = self._vbar_get() if self.is_dynamic() else None
-        if vbar is None or getattr(module, "_v", None) is None or module._v_signature is None:
+        if vbar is None or getattr(module, "_v", None) is None or not (expected or module._v_signature):
             return False
         _, start, size = module._v
         first, last = (start - vbar.base_addr) // PAGE, (start - vbar.base_addr + size - 1) // PAGE
+        if expected and self.placement is not None and last < min(self._pages(), self.get_free_memory(self.load_device) // PAGE):
+            return True
         return all(page & 1 for page in vbar.get_residency()[first:last + 1])
 
 
