@@ -234,9 +234,10 @@ class PlacingPatcher(LoadingPatcher):
             return False
         _, start, size = module._v
         first, last = (start - vbar.base_addr) // PAGE, (start - vbar.base_addr + size - 1) // PAGE
-        if expected and self.placement is not None and last < min(self._pages(), self.get_free_memory(self.load_device) // PAGE):
-            return True
-        return all(page & 1 for page in vbar.get_residency()[first:last + 1])
+        coming = 0
+        if expected and self.placement is not None:
+            coming = min(self._pages(), self.get_free_memory(self.load_device) // PAGE)
+        return last < coming or all(page & 1 for page in vbar.get_residency()[first:last + 1])
 
 
 class _Fields(NamedTuple):
