@@ -151,7 +151,7 @@ def test_what_cannot_be_is_said_on_the_node_and_the_picture_comes(server, graph)
 def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(server, graph):
     graph = place_model(before(graph, "KSampler", "model", "forget", "ForgetLoader"), gpu_weights=0.04, store="gpu:1")
     text = server.queue(graph).texts["place"][-1]
-    assert text.endswith("its loader leaves no way; the store stays empty.") == server.size.dynamic
+    assert ("its loader leaves no way" in text) == server.size.dynamic
     assert (lies(text)[1] == 0) == server.size.dynamic
 
 
