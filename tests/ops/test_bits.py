@@ -48,12 +48,14 @@ def test_values_are_the_same_by_few_passes_as_by_cheap_ones(fmt, dtype, value_dt
     tensors = usual_and_random(fmt)
     first, blocks = 3, tensors[0].numel() // fmt.block_bytes
     left_out = 5 if fmt.block_length > 5 else 0
-    expected = torch.empty((blocks - first) * fmt.block_length - left_out, dtype=dtype)
-    found = torch.full_like(expected, torch.nan)
-    fmt.unpack_into(tensors, expected, value_dtype, first)
+    values = fmt.unpack(*fmt.blocks(tensors, first, blocks)).view(-1)
+    values = values[:len(values) - left_out]
+    expected = values.to(dtype if value_dtype is None or fmt.plain_dtype else value_dtype).to(dtype)
+    here, elsewhere = torch.full_like(expected, torch.nan), torch.full_like(expected, torch.nan)
+    fmt.unpack_into(tensors, here, value_dtype, first)
     as_elsewhere()
-    fmt.unpack_into(tensors, found, value_dtype, first)
-    assert same_bits(found, expected)
+    fmt.unpack_into(tensors, elsewhere, value_dtype, first)
+    assert same_bits(here, expected) and same_bits(elsewhere, expected)
 
 
 @each_format
