@@ -80,9 +80,14 @@ class LowRank:
         hidden = input @ self.down.t()
         if len(self.ups) == 1 and self.slices[0][:2] == (0, rows):
             return hidden @ self.ups[0].t()
-        out = input.new_zeros((input.shape[0], rows))
+        all_rows = sum(part.row_end - part.row for part in self.slices) == rows
+        out = (input.new_empty if all_rows else input.new_zeros)((input.shape[0], rows))
         for part, up in self.parts():
-            out[:, part.row:part.row_end].addmm_(hidden[:, part.rank:part.rank_end], up.t())
+            ranks, change = hidden[:, part.rank:part.rank_end], out[:, part.row:part.row_end]
+            if hidden.requires_grad:
+                change.copy_(ranks @ up.t())
+            else:
+                torch.mm(ranks, up.t(), out=change)  # has no gradient
         return out
 
     def add_to(self, weight: torch.Tensor):

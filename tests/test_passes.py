@@ -48,3 +48,9 @@ def test_a_product_is_one_launch_beside_unpacking_and_a_branch_three(name):
     unpacking = 0 if name == "BF16" else of_unpacking(FORMATS[name]).launches
     assert of_linear(FORMATS[name], rows, columns).launches == unpacking + 1
     assert of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, 32, 1)).launches == unpacking + 4
+
+
+def test_branches_on_all_rows_are_written_once_and_nothing_is_cleared_for_them():
+    of_whole, of_parts = (of_linear(FORMATS["Q8_0"], 768, 512, low_rank(768, 512, 48 // parts, parts)) for parts in (1, 3))
+    assert of_parts.launches == of_whole.launches + 2
+    assert of_parts.moved - of_whole.moved < 4608 * 768 * 2 / 4  # what three products read more, and no pass over the output

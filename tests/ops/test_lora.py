@@ -315,12 +315,19 @@ def test_the_operator_has_a_right_fake_with_a_branch():
         torch.library.opcheck(torch.ops.featherweight.linear.default, arguments)
 
 
-def test_gradients_flow_through_a_branch():
+@pytest.mark.parametrize("slices", [
+    [(0, 96, 4), (16, 48, 8)], [(0, 32, 4), (32, 64, 8), (64, 96, 2)], [(0, 32, 4), (64, 80, 2)]],
+    ids=["overlapping", "on all rows", "on some rows"])
+def test_branches_give_the_same_with_gradients_and_without(slices):
     weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
-    patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8))
+    patches = branch_of(96, 512, *slices)
     input, twin = (torch.ones(2, 512, requires_grad=True) for _ in range(2))
-    product.linear(input, weight, None, None, patches.branch(input)).sum().backward()
-    torch.nn.functional.linear(twin, patches(dense)).sum().backward()
+    output = product.linear(input, weight, None, None, patches.branch(input))
+    expected = torch.nn.functional.linear(twin, patches(dense))
+    assert relative(output, expected) < 1e-5
+    assert relative(product.linear(input.detach(), weight, None, None, patches.branch(input)), expected) < 1e-5
+    output.sum().backward()
+    expected.sum().backward()
     assert relative(input.grad, twin.grad) < 1e-6
 
 
