@@ -72,7 +72,7 @@ def placed_text(patcher, lies: Whereabouts | None = None) -> str:
     text = f"{_of(lies.here, lies.size)} on {patcher.load_device}"
     text += "".join(f", {size_text(size)} on {device}" for device, size in lies.stored.items())
     if lies.copied:
-        text += f"\n{size_text(lies.copied)} copied per step{_hint(patcher, lies)}"
+        text += f"\n{size_text(lies.copied_per_step)} copied per step{_hint(patcher, lies)}"
     return text
 
 
@@ -82,7 +82,7 @@ def _hint(patcher, lies: Whereabouts) -> str:
     budget = min(lies.size + TENTH - 1, lies.here + free) // TENTH * TENTH
     if budget - lies.here < min(TENTH, lies.copied):
         return ""
-    left = max(0, lies.copied - (budget - lies.here))
+    left = max(0, 1 - (budget - lies.here) / lies.copied) * lies.copied_per_step
     return f"; with {budget / 1e9:.1f} GB here {size_text(left) if left else 'nothing'}"
 
 

@@ -12,12 +12,12 @@ import functools
 import comfy.model_patcher
 
 from .applying import Applied
+from .first_step import FirstStepPatcher
 from .hooks import HooksPatcher
-from .placing import PlacingPatcher
 from .saving import SavingPatcher
 
 
-class PackedPatcher(PlacingPatcher, SavingPatcher, HooksPatcher):
+class PackedPatcher(FirstStepPatcher, SavingPatcher, HooksPatcher):
     """The methods of `ModelPatcher` and `ModelPatcherDynamic` that would touch packed weights."""
 
     def clone(self, *args, **kwargs):

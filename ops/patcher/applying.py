@@ -16,7 +16,8 @@ class Applied:
     layers: weight name -> LayerPatches. before_hooks: what hooks have replaced for the moment. nbytes: of the factors in
     `layers`. counted: of these, the bytes in the host's `model_loaded_weight_memory`. built_for: the patcher's patches_uuid and
     the device for which all of `layers` were built, or None. evicted: the host has taken the model off the device in the midst
-    of a run. stored: whether layers lie in a store.
+    of a run. stored: whether layers lie in a store. step: what the first step of a run has shown, or None. room: bytes that
+    the host had for it at the last load, its budget aside. order: what the places of the layers followed from then.
     """
 
     def __init__(self):
@@ -25,6 +26,8 @@ class Applied:
         self.nbytes = self.counted = 0
         self.built_for = None
         self.evicted = self.stored = False
+        self.step = self.order = None
+        self.room = float("inf")
 
 
 class ApplyingPatcher:

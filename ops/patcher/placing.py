@@ -1,9 +1,6 @@
 """Where a model's weights lie: how many stay on its device, which, and what keeps the others.
 
-A layer that does not stay is copied in whenever it runs, and the copy runs while the layers before it compute: copied layers
-cost least where they are spread between others. So layers stay in an order of which each beginning, and each end, is spread
-evenly over the model. Before them come small ones, whose copies take as long as those of larger ones; last come packed tables,
-of which only the rows that are asked for travel.
+Which layers stay, `order` says.
 
 Outside dynamic VRAM the host still does the loading, of a list of layers that says what it is to keep. In dynamic VRAM, pages
 of 32 MiB stay, from the first on, and layers get their places in them in that order.
@@ -15,13 +12,11 @@ from typing import NamedTuple
 import comfy.model_management
 import torch
 
-from ..layers import Embedding
-from ..tensor import is_packed
+from .counting import Step
 from .loading import LoadingPatcher
+from .order import fields, fitting, in_order, is_table
 
 PAGE = 32 << 20  # bytes; what comfy-aimdo counts in
-SMALL = 64 << 10  # bytes of a layer; those the host puts first in dynamic VRAM
-GOLDEN = (5 ** 0.5 - 1) / 2
 KEPT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
 
 
@@ -36,18 +31,14 @@ class Placement:
 
 
 class Whereabouts(NamedTuple):
-    """Bytes of a model's weights: all of them, those on the device that computes, those in each store that has some, and those
-    that are copied to the device whenever the model runs once.
+    """Bytes of a model's weights: all of them, those on the device that computes, those in each store that has some, those that
+    are copied to the device whenever they run, and how much that is in a step, in which layers run once, more often, or not.
     """
     size: int
     here: int
     stored: dict[torch.device, int]
     copied: int
-
-
-def spread(count: int) -> list[int]:
-    """The numbers below `count` in an order of which each beginning, and each end, is spread evenly over them."""
-    return sorted(range(count), key=lambda number: number * GOLDEN % 1)
+    copied_per_step: int
 
 
 class PlacingPatcher(LoadingPatcher):
@@ -65,7 +56,10 @@ class PlacingPatcher(LoadingPatcher):
         entries = super()._load_list(for_dynamic, default_device)
         if not for_dynamic or self.placement is None:
             return entries
-        return [(rank, *entry[-4:]) for rank, entry in enumerate(_in_order(entries))]
+        return [(rank, *entry[-4:]) for rank, entry in enumerate(self._in_order(entries))]
+
+    def _in_order(self, entries: list) -> list:
+        return in_order(entries, self.placement.gpu_bytes, self.model.packed_patches.step)
 
     @contextlib.contextmanager
     def _listing(self, entries: list):
@@ -74,6 +68,16 @@ class PlacingPatcher(LoadingPatcher):
             yield
         finally:
             self._listed = None
+
+    def _order(self) -> tuple:
+        """What the order of the layers follows from."""
+        return self.placement.gpu_bytes, self.model.packed_patches.step
+
+    def _is_in_order(self) -> bool:
+        """Whether the layers lie as the last step that was counted, if any, and the budget say, or it does not matter."""
+        if self.is_dynamic():
+            return self.placement is None or self.placement.gpu_bytes >= self.full_size() or self._places_are_in_order()
+        return self._limit() is None or self.model.packed_patches.order == self._order()
 
     def full_size(self) -> int:
         """Bytes of the weights, wherever they lie."""
@@ -93,11 +97,13 @@ class PlacingPatcher(LoadingPatcher):
     # --- loading ---
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        room = self.loaded_size() + extra_memory
         if self._limit() is not None:
             too_much = self.loaded_size() - self.model_size()
             if too_much > 0:  # or the host leaves a model that is loaded wholly as it is
                 extra_memory = min(extra_memory, -too_much)
         loaded = super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+        self.model.packed_patches.room = room
         if self.tell is not None:
             self.tell(self, self.whereabouts(expected=True))
         return loaded
@@ -119,32 +125,40 @@ class PlacingPatcher(LoadingPatcher):
     def _plan(self, device_to, budget, force_patch_weights):
         if self._limit() is None or device_to != self.load_device:
             return super()._plan(device_to, budget, force_patch_weights)
-        entries = self._load_list()
-        fields = [_fields(entry) for entry in entries]
-        unlisted = self._bytes_on(device_to) - sum(field.size for field in fields if _lies_on(field.module) == device_to)
-        kept = _fitting(entries, max(0, budget - unlisted))
-        listed = [(KEPT if field.name in kept else COPIED, *field) for field in fields]
+        entries = [fields(entry) for entry in self._in_order(self._load_list())]
+        unlisted = self._bytes_on(device_to) - sum(entry.size for entry in entries if _lies_on(entry.module) == device_to)
+        kept = fitting(entries, max(0, budget - unlisted))
+        for entry in entries:
+            if entry.name not in kept:
+                self._move_out(entry.name, entry.module)  # before others come
+        listed = [(KEPT if entry.name in kept else COPIED, *entry) for entry in entries]
         # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees none.
         gaps = [(GAP, 0, str(number), torch.nn.Module(), {}) for number in range(comfy.model_management.NUM_STREAMS)]
         with self._listing([*listed, *gaps]):
             super()._plan(device_to, sum(size for rank, size, *_ in listed if rank == KEPT) + 0.5, force_patch_weights)
         self.model.model_offload_buffer_memory = 0
+        self.model.packed_patches.order = self._order()
+
+    def _keeps_its_place(self, device, budget):
+        return self._is_in_order() and super()._keeps_its_place(device, budget)
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         if self._limit() is None:
             return super().partially_unload(device_to, memory_to_free, force_patch_weights=force_patch_weights)
-        here = [entry for entry in self._load_list() if getattr(_fields(entry).module, "comfy_patched_weights", False)]
-        kept = _fitting(here, sum(_fields(entry).size for entry in here) - memory_to_free)
+        here = [entry for entry in self._in_order(self._load_list())
+                if getattr(fields(entry).module, "comfy_patched_weights", False)]
+        kept = fitting(here, sum(fields(entry).size for entry in here) - memory_to_free)
         with self._pinning_later() as left_out:
-            with self._listing([entry for entry in here if _fields(entry).name not in kept]):
+            with self._listing([entry for entry in here if fields(entry).name not in kept]):
                 freed = super().partially_unload(device_to, 1e32, force_patch_weights=force_patch_weights)
         self.model.model_offload_buffer_memory = 0
+        self.model.packed_patches.room = min(self.model.packed_patches.room, self.loaded_size() + self._buffers())
         self._put_away(left_out)
         return freed
 
     def _buffers(self) -> int:
         """Bytes that the host's streams copy layers into, at most."""
-        sizes = (_fields(entry).size for entry in self._load_list())
+        sizes = (fields(entry).size for entry in self._load_list())
         return comfy.model_management.NUM_STREAMS * max(sizes, default=0)
 
     # --- stores ---
@@ -164,7 +178,7 @@ class PlacingPatcher(LoadingPatcher):
         if not room and not self.model.packed_patches.stored:
             return
         self.model.packed_patches.stored = bool(room)
-        waiting = [field for field in map(_fields, self._load_list()) if hasattr(field.module, "comfy_cast_weights")
+        waiting = [field for field in map(fields, self._load_list()) if hasattr(field.module, "comfy_cast_weights")
                    and _lies_on(field.module) not in (self.load_device, torch.device("meta"), None)]
         for field in waiting:
             device = _lies_on(field.module)
@@ -202,30 +216,36 @@ class PlacingPatcher(LoadingPatcher):
 
     def _drop_places_out_of_order(self, device):
         """Layers that got their places in dynamic VRAM before there was a placement get new ones."""
-        modules = [_fields(entry).module for entry in self._load_list(for_dynamic=True)]
-        places = [module._v[1] for module in modules if hasattr(module, "_v")]
-        if places == sorted(places):
+        if self._places_are_in_order():
             return
-        for module in modules:
+        for module in self.model.modules():
             for name in ("_v", "_v_weight", "_v_bias"):
                 if hasattr(module, name):
                     delattr(module, name)
             module._v_signature = None
         del self.model.dynamic_vbars[device]
 
+    def _places_are_in_order(self) -> bool:
+        modules = (fields(entry).module for entry in self._load_list(for_dynamic=True))
+        places = [module._v[1] for module in modules if hasattr(module, "_v")]
+        return places == sorted(places)
+
     # --- what lies where ---
 
     def whereabouts(self, expected: bool = False) -> Whereabouts:
         """As the model is loaded now. expected: as it will be when it has run once, for dynamic VRAM is filled only then."""
-        here, stored, copied = self._bytes_on(self.load_device), dict.fromkeys(self._stores(), 0), 0
-        for field in map(_fields, self._load_list()):
+        here, stored, copied, per_step = self._bytes_on(self.load_device), dict.fromkeys(self._stores(), 0), 0, 0
+        step = self.model.packed_patches.step or Step()
+        for field in map(fields, self._load_list()):
             if self._has_its_pages(field.module, expected):
                 here += field.size
-            elif _lies_on(field.module) != self.load_device and not _is_table(field.module):
+            elif _lies_on(field.module) != self.load_device and not is_table(field.module):
                 copied += field.size
+                per_step += field.size * step.times(field.name)
             if _lies_on(field.module) in stored:
                 stored[_lies_on(field.module)] += field.size
-        return Whereabouts(self.full_size(), here, {device: size for device, size in stored.items() if size}, copied)
+        stored = {device: size for device, size in stored.items() if size}
+        return Whereabouts(self.full_size(), here, stored, copied, per_step)
 
     def _has_its_pages(self, module, expected: bool) -> bool:
         """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing."""
@@ -240,43 +260,5 @@ class PlacingPatcher(LoadingPatcher):
         return last < coming or all(page & 1 for page in vbar.get_residency()[first:last + 1])
 
 
-class _Fields(NamedTuple):
-    """What of an entry in the host's list of layers does not depend on what it is sorted by."""
-    size: int
-    name: str
-    module: torch.nn.Module
-    params: dict
-
-
-def _fields(entry: tuple) -> _Fields:
-    return _Fields(*entry[-4:])
-
-
 def _lies_on(module) -> torch.device | None:
     return next((param.device for param in module._parameters.values() if param is not None), None)
-
-
-def _is_table(module) -> bool:
-    return isinstance(module, Embedding) and is_packed(module.weight)
-
-
-def _in_order(entries: list[tuple]) -> list[tuple]:
-    """The host's entries, those first that are to stay before others."""
-    first, others, tables = [], [], []
-    for entry in entries:
-        field = _fields(entry)
-        travels = hasattr(field.module, "comfy_cast_weights")
-        group = first if not travels or field.size <= SMALL else tables if _is_table(field.module) else others
-        group.append(entry)
-    return [*first, *(others[number] for number in spread(len(others))), *tables]
-
-
-def _fitting(entries: list[tuple], room: float) -> set[str]:
-    """Names of the layers that stay where there are so many bytes for them, those that cannot be copied in among them."""
-    kept = set()
-    for field in map(_fields, _in_order(entries)):
-        if field.size <= room or (room >= 0 and not hasattr(field.module, "comfy_cast_weights")):
-            kept.add(field.name)
-            room -= field.size
-    return kept
-

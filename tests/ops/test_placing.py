@@ -10,7 +10,7 @@ from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.placing import place, place_clip
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.patcher.placing import PAGE, spread
+from featherweight.ops.patcher.placing import PAGE
 from gpu_memory import larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 
@@ -65,15 +65,6 @@ def check_budgets(patcher, run, gpu):
         assert torch.equal(run(), expected)
         assert gpu.copied().up <= max(0, size - part * size) + largest(placed) + inputs
         assert copied_by(gpu, load, placed) == 0
-
-
-def test_any_number_of_layers_that_stay_or_go_is_spread_over_the_model():
-    for count in (8, 19, 57, 304):
-        order = spread(count)
-        for kept in range(count + 1):
-            for part in (sorted(order[:kept]), sorted(order[kept:])):
-                gaps = [after - before for before, after in zip(part, part[1:])]
-                assert max(gaps, default=0) <= 2 * count / max(1, len(part))
 
 
 @STATIC

@@ -1,0 +1,134 @@
+"""Which layers of a model stay on its device, where not all of them do.
+
+A layer that does not stay is copied in whenever it runs. With the host's two streams its copy begins when computing reaches
+the copied layer before it: so the copy hides behind the products from there on, and how far ahead it begins is how far apart
+copied layers lie, which follows from the budget. Two copied layers beside each other hide behind nothing but the first one's
+product; a layer that multiplies a single row, as those that modulate the blocks of Flux, hides no other.
+
+Once a step has shown what runs and how much it multiplies, the layers that are left out are those whose copies need the
+slowest link to all hide behind computing. Each takes up a part of the step's work, from where its copy begins to where the
+layer itself does, and no two parts overlap: what is chosen is the set of such intervals with the most bytes (weighted interval
+scheduling: J. Kleinberg, E. Tardos, Algorithm Design, 2006, section 6.1). Where the link is faster, nothing is waited for;
+where it is slower, it always has something to copy. Layers that run more often than others stay before them, those that do
+not run at all after them.
+
+Before there is such a step, layers stay in an order of which each beginning, and each end, is spread evenly over the model.
+First always come small ones, whose copies take as long as those of larger ones; last come packed tables, of which only the
+rows that are asked for travel.
+"""
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..layers import Embedding
+from ..tensor import is_packed
+from .counting import Step
+
+SMALL = 64 << 10  # bytes of a layer; those the host puts first in dynamic VRAM
+GOLDEN = (5 ** 0.5 - 1) / 2
+HALVINGS = 16  # of the range in which the speed of the link is looked for
+FASTEST = 1 << 10  # times the speed at which copying takes as long as computing; what it cannot hide nothing will
+
+
+class Fields(NamedTuple):
+    """What of an entry in the host's list of layers does not depend on what it is sorted by."""
+    size: int
+    name: str
+    module: torch.nn.Module
+    params: dict
+
+
+def fields(entry: tuple) -> Fields:
+    return Fields(*entry[-4:])
+
+
+def is_table(module: torch.nn.Module) -> bool:
+    return isinstance(module, Embedding) and is_packed(module.weight)
+
+
+def spread(count: int) -> list[int]:
+    """The numbers below `count` in an order of which each beginning, and each end, is spread evenly over them."""
+    return sorted(range(count), key=lambda number: number * GOLDEN % 1)
+
+
+def in_order(entries: list[tuple], room: float, step: Step | None) -> list[tuple]:
+    """The host's entries, those first that are to stay before others. room: bytes for them. step: what one has shown."""
+    first, others, tables = [], [], []
+    for entry in entries:
+        field = fields(entry)
+        travels = hasattr(field.module, "comfy_cast_weights")
+        group = first if not travels or field.size <= SMALL else tables if is_table(field.module) else others
+        group.append(entry)
+    ordered = [others[number] for number in spread(len(others))]
+    if step is not None:
+        ordered = _by_use(ordered, room - sum(fields(entry).size for entry in first), step)
+    return [*first, *ordered, *tables]
+
+
+def fitting(entries: list[tuple], room: float) -> set[str]:
+    """Names of the layers that stay, of entries in order, where there are so many bytes for them."""
+    kept = set()
+    for field in map(fields, entries):
+        if field.size <= room or (room >= 0 and not hasattr(field.module, "comfy_cast_weights")):
+            kept.add(field.name)
+            room -= field.size
+    return kept
+
+
+def _by_use(entries: list[tuple], room: float, step: Step) -> list[tuple]:
+    """Entries that run more often before others, and where there is room for some of those that run as often, as few times
+    as can be waited for the rest."""
+    ordered = []
+    for _, group in itertools.groupby(sorted(entries, key=lambda entry: -step.times(fields(entry).name)),
+                                      key=lambda entry: step.times(fields(entry).name)):
+        group = list(group)
+        size = sum(fields(entry).size for entry in group)
+        running = sorted((step.begin(field.name), field.size, field.name) for field in map(fields, group)
+                         if step.times(field.name))
+        left_out = set()
+        if 0 < room < size and running:
+            begins, sizes, names = zip(*running)
+            left_out = {names[index] for index in hidden(sizes, begins, size - room)}
+        ordered += sorted(group, key=lambda entry: fields(entry).name in left_out)
+        room -= size
+    return ordered
+
+
+def hidden(sizes: Sequence[int], begins: Sequence[float], needed: float) -> list[int]:
+    """The layers of at least `needed` bytes whose copies all hide behind computing at the slowest speed of the link.
+
+    sizes: bytes of each layer, in the order in which they run. begins: the work of a step before each, never less than that
+    before the one before it. Returns their numbers, in that order; fewer where no speed hides so much.
+    """
+    slow = needed / max(begins[-1], 1)
+    fast = slow * FASTEST
+    for _ in range(HALVINGS):
+        middle = (slow * fast) ** 0.5
+        if sum(sizes[index] for index in _hidden_at(middle, sizes, begins)) >= needed:
+            fast = middle
+        else:
+            slow = middle
+    return _hidden_at(fast, sizes, begins)
+
+
+def _hidden_at(speed: float, sizes: Sequence[int], begins: Sequence[float]) -> list[int]:
+    """The layers of the most bytes whose copies all hide behind computing. speed: bytes in a unit of work."""
+    most, last = [0], [None]  # of the first layers, by how many: bytes, and (the last one, what is chosen before it)
+    for index, (size, begin) in enumerate(zip(sizes, begins)):
+        copy_begins = begin - size / speed
+        before = bisect.bisect_right(begins, copy_begins, hi=index)  # at most so many begin before the copy
+        with_it = most[before] + size
+        if copy_begins >= 0 and with_it > most[-1]:
+            most.append(with_it)
+            last.append((index, last[before]))
+        else:
+            most.append(most[-1])
+            last.append(last[-1])
+    chosen, rest = [], last[-1]
+    while rest is not None:
+        index, rest = rest
+        chosen.append(index)
+    return chosen[::-1]

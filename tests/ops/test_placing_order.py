@@ -1,0 +1,217 @@
+"""A model with a budget in whole runs: after the first step its layers lie where that step has shown it to be best."""
+import gc
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from featherweight.loaders.placing import place, placed_text
+from featherweight.ops.patcher.order import fitting, in_order
+from featherweight.ops.patcher.placing import PAGE
+from gpu_memory import larger_flux, lies_on
+from patched_models import flux_inputs, lora_for, patched
+
+STATIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True)
+DYNAMIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
+
+
+@pytest.fixture(autouse=True)
+def gpu(one_thread):
+    import fakegpu
+
+    yield fakegpu
+    comfy.model_management.unload_all_models()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def model(request):
+    """(a Flux, its values): of 15 MB, packed or the host's own, or packed and of more than a page, as the parameter says."""
+    sizes = {"hidden": 512 if request.param == "larger" else 256, "double_blocks": 3, "single_blocks": 6}
+    with larger_flux("Q8_0", **sizes) as (packed, values):
+        if request.param == "host":
+            packed = comfy.sd.load_diffusion_model_state_dict(dict(values))
+        yield packed, values
+        comfy.model_management.unload_all_models()
+
+
+def sample(patcher, steps: int = 3, hooks=None, callback=None) -> torch.Tensor:
+    """Steps that run the model twice each: the conditions differ in length, so that the host never puts them together."""
+    inputs = flux_inputs()
+    text = inputs["c_crossattn"]
+    options = {} if hooks is None else {"hooks": hooks}
+    conditions = [[[part, options]] for part in (text, torch.cat([text, -text[:, :2]], 1))]
+    with torch.inference_mode():
+        return comfy.sample.sample(patcher, inputs["x"], steps, 2.0, "euler", "simple", *conditions,
+                                   torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True, callback=callback)
+
+
+def copied_by(gpu, function, *arguments) -> int:
+    before = gpu.copied().up
+    function(*arguments)
+    return gpu.copied().up - before
+
+
+def per_step(gpu, patcher) -> int:
+    """Bytes copied to the device in each step of a run."""
+    shorter = copied_by(gpu, sample, patcher, 2)
+    return copied_by(gpu, sample, patcher, 3) - shorter
+
+
+def load(patcher):
+    comfy.model_management.load_models_gpu([patcher])
+
+
+def on_device(params: dict) -> str:
+    """The type of device on which a layer lies, from its entry in the host's list."""
+    return next((param.device.type for param in params.values()), "cuda")  # a layer without weights takes no room
+
+
+def largest(patcher) -> int:
+    return max(entry[-4] for entry in patcher._load_list())
+
+
+@STATIC
+@pytest.mark.parametrize("model, with_loras", [("packed", False), ("packed", True), ("host", False)], indirect=["model"])
+def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_loras, gpu):
+    patcher, values = model
+    if with_loras:
+        patcher = patched(patcher, (lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5))
+    expected = sample(patcher)
+    for budget in (0.75 * patcher.model_size(), 0.3 * patcher.model_size()):
+        placed = place(patcher, budget)
+        placed.model.packed_patches.step = None
+        assert torch.equal(sample(placed), expected)
+        size, applied = placed.full_size(), placed.model.packed_patches
+        assert {applied.step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
+        kept = {name: size for *_, size, name, _, params in placed._load_list() if on_device(params) == "cuda"}
+        ordered = in_order(placed._load_list(), placed.placement.gpu_bytes, applied.step)
+        assert kept.keys() == fitting(ordered, sum(kept.values())) != fitting(
+            in_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
+        assert applied.nbytes <= lies_on(placed.model) == placed.loaded_size() <= max(budget, applied.nbytes + 4096)
+        assert copied_by(gpu, load, placed) == 0
+        copied = placed.whereabouts().copied_per_step
+        assert 0 <= per_step(gpu, placed) - copied < 20_000
+        assert copied == 2 * (size - placed.whereabouts().here) <= 2 * (size + applied.nbytes - budget + largest(placed))
+
+
+@DYNAMIC
+@pytest.mark.parametrize("model", ["larger"], indirect=True)
+def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, gpu):
+    patcher, values = model
+    for patcher in (patcher, patched(patcher, (lora_for(values, seed=1), 0.8))):
+        expected, size = sample(patcher), patcher.full_size()
+        placed = place(patcher, PAGE + patcher.model.model_loaded_weight_memory)
+        placed.model.packed_patches.step = None
+        assert torch.equal(sample(placed), expected)
+        assert placed.model.packed_patches.step is not None and placed._places_are_in_order()
+        assert placed._vbar_get().loaded_size() <= PAGE
+        assert copied_by(gpu, load, placed) <= 1e5
+        copied = placed.whereabouts().copied_per_step
+        assert abs(per_step(gpu, placed) - copied) < 1e5
+        assert copied <= 2 * (size - PAGE + 2 * largest(placed))
+
+
+@STATIC
+@pytest.mark.parametrize("model", ["packed"], indirect=True)
+def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(model, gpu):
+    patcher, _ = model
+    placed = place(patcher, 0.5 * patcher.model_size())
+    load(placed)
+    before = lies_on(placed.model)
+    peaks = []
+    sample(placed, 1)
+    buffers = comfy.model_management.NUM_STREAMS * largest(placed)
+    placed.model.packed_patches.step = placed.model.packed_patches.order = None
+    load(placed)
+    placed.pre_run()
+    gpu.reset()
+    sample(placed, 3, callback=lambda step, *_: peaks.append(gpu.peak()))
+    assert lies_on(placed.model) <= 0.5 * placed.full_size()
+    assert peaks[1] <= peaks[0] + max(0, lies_on(placed.model) - before) + buffers
+
+
+@STATIC
+@pytest.mark.parametrize("model", ["packed"], indirect=True)
+def test_a_step_that_was_cancelled_shows_nothing_and_the_only_one_of_a_run_does(model):
+    patcher, _ = model
+    placed = place(patcher, 0.5 * patcher.model_size())
+    placed.model.packed_patches.step = None
+
+    def cancel(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    module = placed.model.diffusion_model.single_blocks[3].linear1
+    hook = module.register_forward_pre_hook(cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(placed)
+    hook.remove()
+    assert placed.model.packed_patches.step is None and not module._forward_hooks
+    first = sample(placed, 1)
+    step = placed.model.packed_patches.step
+    assert step.times("diffusion_model.single_blocks.3.linear1") == 2 and not module._forward_hooks
+    assert torch.equal(sample(placed, 1), first) and placed.model.packed_patches.step is step
+
+
+@STATIC
+@pytest.mark.parametrize("model", ["packed"], indirect=True)
+def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
+    patcher, values = model
+    lora = lora_for(values, seed=7)
+    outputs = []
+    for part in (2, 0.5):
+        placed = place(patcher, part * patcher.model_size())
+        placed.model.packed_patches.step = None
+        placed.register_all_hook_patches(comfy.hooks.create_hook_lora(lora, 0.8, 0.0),
+                                         comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+        outputs += [sample(placed, hooks=comfy.hooks.create_hook_lora(lora, 0.8, 0.0)), sample(placed)]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert placed._is_in_order() and copied_by(gpu, load, placed) == 0
+
+
+@STATIC
+@pytest.mark.parametrize("model", ["packed"], indirect=True)
+def test_the_text_counts_what_a_step_copies_where_it_runs_the_model_twice(model):
+    patcher, _ = model
+    placed = place(patcher, 0.5 * patcher.model_size())
+    placed.model.packed_patches.step = None
+    load(placed)
+    once = placed_text(placed)
+    sample(placed)
+    lies = placed.whereabouts()
+    assert f"{lies.copied_per_step / 1e6:.1f} MB copied per step" in placed_text(placed) != once
+    assert lies.copied_per_step == 2 * lies.copied
+
+
+@STATIC
+@pytest.mark.parametrize("model", ["packed"], indirect=True)
+def test_a_copy_begins_when_computing_reaches_the_copied_layer_before_it(model, monkeypatch):
+    """What the order of the layers follows from: what a stream waits for last before a copy is queued there."""
+    patcher, _ = model
+    placed = place(patcher, 0.5 * patcher.model_size())
+    sample(placed)
+    load(placed)
+    host, running, last_wait, begins = comfy.model_management, [], {}, []
+    copied = [module for *_, module, params in placed._load_list() if on_device(params) == "cpu"]
+    get_offload_stream, wait_stream = host.get_offload_stream, torch.cuda.Stream.wait_stream
+
+    def wait(stream, other):
+        last_wait[stream.stream_id] = running[-1]
+        return wait_stream(stream, other)
+
+    def get(device):
+        stream = get_offload_stream(device)
+        begins.append((running[-1], last_wait.get(stream.stream_id)))
+        return stream
+
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", wait)
+    monkeypatch.setattr(host, "get_offload_stream", get)
+    hooks = [module.register_forward_pre_hook(lambda module, _: running.append(module)) for module in copied]
+    sample(placed, 1)
+    for hook in hooks:
+        hook.remove()
+    order = running[:len(begins)]
+    assert [module for module, _ in begins] == order
+    assert [after for _, after in begins][2:] == order[1:-1]
