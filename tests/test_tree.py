@@ -18,9 +18,9 @@ USES_HOST = {
     "loaders/packing/file_source.py", "loaders/packing/host_formats.py", "loaders/packing/runs.py", "loaders/progress.py",
     "loaders/placing.py", "loaders/text_encoder.py",
     "loaders/vae.py", "ops/adapters.py", "ops/host_formats.py", "ops/layers.py", "ops/lora.py", "ops/operations.py",
-    "ops/packed.py", "ops/patcher/__init__.py", "ops/patcher/applying.py", "ops/patcher/hooks.py", "ops/patcher/loading.py",
-    "ops/patcher/pinning.py", "ops/patcher/placing.py", "ops/patcher/saving.py", "ops/patcher/settling.py",
-    "ops/patcher/values.py", "ops/product.py",
+    "ops/packed.py", "ops/patcher/__init__.py", "ops/patcher/applying.py", "ops/patcher/first_step.py", "ops/patcher/hooks.py",
+    "ops/patcher/loading.py", "ops/patcher/pinning.py", "ops/patcher/placing.py", "ops/patcher/saving.py",
+    "ops/patcher/settling.py", "ops/patcher/values.py", "ops/product.py",
     "ops/tensor.py",
 }
 SOURCES = [*sorted(PACK.glob("*_*.py")), *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))]
