@@ -20,6 +20,7 @@ class FirstStepPatcher(PlacingPatcher):
         """The host calls it before it runs a model, once or more in each step."""
         if self._counter is not None and not torch.equal(timestep, self._counter.moment):
             self._end_counting()
+            self._bring_into_order()
         if self._counter is None and self._is_unknown():
             self._counter = Counter(self.model, timestep.clone())
         super().prepare_state(timestep, model_options)
@@ -29,11 +30,8 @@ class FirstStepPatcher(PlacingPatcher):
         return (self.placement is not None and self.model.packed_patches.step is None
                 and (self.is_dynamic() or self.model.model_lowvram) and self.whereabouts().copied > 0)
 
-    def _end_counting(self, whole: bool = True):
-        step, self._counter = self._counter.stop(), None
-        if whole:
-            self.model.packed_patches.step = step
-            self._bring_into_order()
+    def _end_counting(self):
+        self.model.packed_patches.step, self._counter = self._counter.stop(), None
 
     def _bring_into_order(self):
         """Between two steps. With hooks, whose weights the host keeps where it needs them, the next load does it."""
@@ -54,6 +52,11 @@ class FirstStepPatcher(PlacingPatcher):
             self.tell(self, self.whereabouts(expected=True))
 
     def cleanup(self):
+        """The host calls it at the end of a run, also when it fails."""
         if self._counter is not None:
-            self._end_counting(whole=sys.exc_info()[0] is None)
+            self._end_counting()
+            if sys.exc_info()[0] is not None:
+                self.model.packed_patches.step = None  # it was no whole step
+            elif not self.is_dynamic():  # which would be empty then, and brings nothing when it loads
+                self._bring_into_order()
         super().cleanup()
