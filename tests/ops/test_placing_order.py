@@ -157,6 +157,28 @@ def test_a_step_that_was_cancelled_shows_nothing_and_the_only_one_of_a_run_does(
 
 @STATIC
 @pytest.mark.parametrize("model", ["packed"], indirect=True)
+@pytest.mark.parametrize("part", [0.3, 5])
+def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model, part):
+    """part: of the model, in bytes that another program wants once the first step is done."""
+    patcher, values = model
+    patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
+    expected, size = sample(patcher), patcher.model_size()
+    placed = place(patcher, 0.7 * size)
+    placed.model.packed_patches.step = None
+    left = []
+
+    def take(step, *_):
+        if step == 0:
+            host = comfy.model_management
+            host.free_memory(host.get_free_memory(placed.load_device) + part * size, placed.load_device)
+        left.append(lies_on(placed.model))
+
+    assert torch.equal(sample(placed, callback=take), expected)
+    assert placed.model.packed_patches.step is not None and max(left) == left[0] < max(0.45, 1 - part) * size
+
+
+@STATIC
+@pytest.mark.parametrize("model", ["packed"], indirect=True)
 def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
     patcher, values = model
     lora = lora_for(values, seed=7)
