@@ -238,7 +238,7 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
     tensors = random_tensors(fmt, 8, CPU)
     assert kernel_layer.find("unpack", CPU, fmt, out.dtype) is None
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), fmt.unpack_into(tensors, torch.empty_like(out)))
-    assert "unpack of Q6_K to torch.float16 by metal" in caplog.text and reason in caplog.text
+    assert "unpack of Q6_K to float16 by metal" in caplog.text and reason in caplog.text
 
 
 @pytest.mark.usefixtures("as_device")

@@ -257,7 +257,7 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(monkeyp
     assert kernel_layer.find("unpack", out.device, fmt, out.dtype, torch.bfloat16) is None
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out, torch.bfloat16),
                      fmt.unpack_into(tensors, torch.empty_like(out), torch.bfloat16))
-    assert "unpack of Q4_0 to torch.float16 by way of torch.bfloat16 by nvrtc" in caplog.text and reason in caplog.text
+    assert "unpack of Q4_0 to float16 by way of bfloat16 by nvrtc" in caplog.text and reason in caplog.text
 
 
 def test_every_source_is_used():
