@@ -52,6 +52,15 @@ def refuses(*_):
     raise RuntimeError("no such instruction")
 
 
+def loses_the_device(*_):
+    """As after a fault on a CUDA device: whatever is done there from now on fails in this process."""
+    def lost(*arguments, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    torch.zeros = lost
+    lost()
+
+
 def garbage(*arguments):
     for standard in (1, 2):
         os.write(standard, b'}{ \xff\n[1]\n{"backend": "garbage", "text": "probe", "verdict": {"verdict": "wrong"}}\n')
@@ -74,6 +83,7 @@ MISBEHAVE = {
     "wrong_at_odd_addresses": wrong_at_odd_addresses,
     "slow": slow,
     "no_room": no_room,
+    "loses_the_device": loses_the_device,
     "refuses": refuses,
     "garbage": garbage,
     "fine": lambda *arguments: right(*arguments),

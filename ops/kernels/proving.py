@@ -40,7 +40,7 @@ class Prover:
         self._wanted: dict[Case, None] = {}
         self._shapes: dict[str, set[tuple[int, int]]] = collections.defaultdict(set)
         self._proven: dict[Case, tuple[Proven, ...]] = {}
-        self._at_work = False
+        self._at_work = self._has_told = False
         self._came: list[tuple[str, str, dict]] | None = None  # backend, text, verdict; None where no trial is under way
         self._seconds = TRIAL_SECONDS
         self._crashes = collections.Counter()
@@ -75,8 +75,11 @@ class Prover:
         """The backends whose kernels unpack the wanted cases fastest. seconds: to wait for what is known from before."""
         self._read.wait(seconds)
         self._settle()
-        proven = [kernels[0] for case, kernels in list(self._proven.items()) if case.op == "unpack" and kernels]
-        return list(dict.fromkeys(kernel.backend for kernel in proven if kernel.is_faster(None)))
+        return self._fastest([case for case in list(self._proven) if case.op == "unpack"])
+
+    def _fastest(self, cases: list[Case]) -> list[str]:
+        best = [self._proven[case][0] for case in cases if self._proven[case]]
+        return list(dict.fromkeys(kernel.backend for kernel in best if kernel.is_faster(None)))
 
     @property
     def at_work(self) -> bool:
@@ -124,17 +127,21 @@ class Prover:
                     for case in missing:
                         self._proven[case] = ()  # torch, until ComfyUI starts again
         except Exception:
-            self._log_failure()
+            if not ending.is_set():  # when nothing is started any more
+                self._log_failure()
             self._at_work = False
 
     def _log_failure(self):
         log.warning("[Featherweight] Kernels are not tried on %s: torch does their work.", self.device, exc_info=True)
 
     def _tell(self):
-        """What the trials since the last word have found out."""
+        """What the trials since the last word have found out, or those of another process before this one began."""
         if self._came is not None:
             log.info("[Featherweight] %s: %s.", device_name(self.device), summary(self._came))
-            self._came = None
+        elif not self._has_told:
+            log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device),
+                     " and ".join(self._fastest(list(self._proven))) or "torch")
+        self._came, self._has_told = None, True
 
     def _try(self, cases: list[Case]) -> bool:
         """Whether anything came of it."""

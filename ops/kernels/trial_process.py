@@ -22,8 +22,10 @@ LOCK = "featherweight-trial.lock"
 ASK_EVERY = 1.0  # seconds, while another process holds the lock
 
 PACK = Path(__file__).parents[2]
-# The pack's folder has any name, and an embedded Python looks for modules in no folder but its own.
-START = ("import sys, types; pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
+# The pack's folder has any name, an embedded Python looks for modules in no folder but its own, and the one it works in may
+# hold anything.
+START = ("import sys, types; sys.path[:] = filter(None, sys.path);"
+         " pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
          " sys.modules['featherweight'] = pack; from featherweight.ops.kernels import trial; trial.main()")
 COMMAND = (sys.executable, "-c", START, str(PACK))
 

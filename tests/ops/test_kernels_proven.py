@@ -135,7 +135,7 @@ def test_torch_works_until_a_kernel_is_proven_and_the_kernel_from_then_on(trials
     assert made.calls["unpack"] == checked + 1 and kernels.used(CPU) == kernels.backend_of(CPU) == "fine"
 
 
-def test_a_product_has_the_same_bits_in_a_process_whenever_its_kernel_is_proven(trials, restarted):
+def test_a_product_has_the_same_bits_in_a_process_whenever_its_kernel_is_proven(trials, restarted, caplog):
     made, trials.go = Made("fine"), False
     for rows in ((1, 1), (2, 16)):
         trials.says(made, LINEAR, rows, **{f"rows_{number}": 0.5 for number in rows})
@@ -147,7 +147,10 @@ def test_a_product_has_the_same_bits_in_a_process_whenever_its_kernel_is_proven(
     assert torch.equal(multiplied(), first) and made.calls["linear"] == 0
     assert not taken_up("linear", 3)
     restarted(made)
+    caplog.set_level(logging.INFO, kernels.__name__)
     second = multiplied()
+    finished()
+    assert [record.message for record in caplog.records] == ["[Featherweight] Packed weights on cpu use fine."]
     assert made.calls["linear"] and len(trials.jobs) == 1  # proven by the process before
     assert torch.equal(multiplied(), second) and torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 

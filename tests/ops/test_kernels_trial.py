@@ -59,7 +59,7 @@ def verdict(prover: Prover, backend: str, case: Case) -> str | None:
 
 VERDICTS = {"aborts": "crashed", "segfaults": "crashed", "leaves": "crashed", "is_killed": "crashed", "loops": "hung",
             "wrong_in_the_tail": "wrong", "wrong_at_odd_addresses": "wrong", "slow": "slower", "no_room": "memory",
-            "refuses": "refused", "garbage": "right", "fine": "right"}
+            "refuses": "refused", "loses_the_device": "crashed", "garbage": "right", "fine": "right"}
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values_only(zoo):
     infos = [text for level, text in lines if level == logging.INFO]
     warnings = [text for level, text in lines if level > logging.INFO]
     assert len(infos) == 2 and "are tried on cpu in the background" in infos[0]
-    assert infos[1].startswith("[Featherweight] cpu: 14 kernels proven, unpack ")
-    assert "times as fast as torch, 1 slower, 2 wrong, 4 crashed, 1 hung" in infos[1] and kernels.ISSUES in infos[1]
+    assert infos[1].startswith("[Featherweight] cpu: 15 kernels proven, unpack ")
+    assert "times as fast as torch, 1 slower, 2 wrong, 5 crashed, 1 hung" in infos[1] and kernels.ISSUES in infos[1]
     assert len(warnings) == 2
     assert all("A kernel gives wrong values here" in text and kernels.ISSUES in text for text in warnings)
     assert "unpack of Q4_0 to float32, rows 1 to any by wrong_in_the_tail" in "".join(warnings)
