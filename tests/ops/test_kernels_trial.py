@@ -72,12 +72,14 @@ def zoo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr(tempfile, "tempdir", str(folder))
-        patch.setattr(logger, "level", logging.DEBUG)
+        level = logger.level
+        logger.setLevel(logging.DEBUG)
         logger.addHandler(handler)
         prover = Prover(CPU, (*VERDICTS, "no_probe"), run_planted)
         prover.want([Q4_0, Q8_0], SHAPES)
         finished(prover)
         logger.removeHandler(handler)
+        logger.setLevel(level)
         yield prover, records
 
 
