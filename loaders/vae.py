@@ -3,6 +3,7 @@
 Where the host computes in float32 it holds every weight so. Its layers cast at use when told to.
 """
 import os
+from collections.abc import Mapping
 
 import comfy.model_patcher
 import comfy.sd
@@ -54,14 +55,20 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         metadata = text_metadata(file)
     else:
         weights, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
+    vae = made_of(weights, device, metadata)
     if vae.first_stage_model is None:
         raise WeightFileError(f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors, first"
                               f" {next(iter(weights), 'none')!r}). Pick another file, or update ComfyUI if the VAE is new.")
-    if device is not None and device.type == "cpu":
-        vae.patcher.offload_device = device
     Recipe(VAE, (str(path),), {"device": device}).attach(vae.patcher)
     return narrowed(vae)
+
+
+def made_of(weights: Mapping[str, torch.Tensor], device: torch.device | None, metadata: Mapping | None) -> comfy.sd.VAE:
+    """The host's VAE of a file's weights and metadata, for a device; on the CPU it stays there between runs too."""
+    vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
+    if device is not None and device.type == "cpu" and vae.first_stage_model is not None:
+        vae.patcher.offload_device = device
+    return vae
 
 
 @loads(VAE)

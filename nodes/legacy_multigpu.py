@@ -139,7 +139,7 @@ class CheckpointLoaderSimpleMultiGPU(multigpu.Loader, io.ComfyNode):
 
 
 class CheckpointLoaderNF4MultiGPU(multigpu.Loader, io.ComfyNode):
-    kind, family = multigpu.CHECKPOINT_NF4, multigpu.DEVICE
+    kind, family = multigpu.CHECKPOINT, multigpu.DEVICE
 
     @classmethod
     def define_schema(cls):

@@ -70,7 +70,7 @@ def _load_vae(device, vae_name) -> dict:
     return {"vae": vae_files.load(vae_name, device)}
 
 
-def _load_checkpoint(device, ckpt_name, bnb_dtype="default") -> dict:
+def _load_checkpoint(device, ckpt_name) -> dict:
     path = find_file(ckpt_name, *legacy_nf4.CHECKPOINT_FOLDERS)
     return dict(zip(("model", "clip", "vae"), load_checkpoint(path, embedding_folders(), device=device)))
 
@@ -98,7 +98,6 @@ CLIP, DUAL_CLIP = _clips(1, "CLIPLoader"), _clips(2, "DualCLIPLoader")
 TRIPLE_CLIP, QUADRUPLE_CLIP = _clips(3, None), _clips(4, None)
 VAE = Kind(lambda: [vae_files.vae_name_input()], (io.Vae.Output,), _load_vae)
 CHECKPOINT = Kind(lambda: [legacy_nf4.checkpoint_input()], ALL_THREE, _load_checkpoint)
-CHECKPOINT_NF4 = Kind(lambda: [legacy_nf4.checkpoint_input(), legacy_nf4.bnb_dtype_input()], ALL_THREE, _load_checkpoint)
 
 
 # --- the inputs of the families ---

@@ -5,10 +5,11 @@ import torch
 from comfy_api.latest import io
 
 from ..loaders.folders import find_file, list_files
-from ..loaders.vae import load_vae
+from ..loaders.vae import load_vae, made_of
 from .choices import choices_of
 
 FOLDERS = ("vae_gguf", "vae", "vae_approx")
+PIXEL_SPACE = "pixel_space"  # the one name of the host's loader that stands for no weights
 
 
 def vae_name_input():
@@ -17,10 +18,17 @@ def vae_name_input():
 
 
 def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
-    """The VAE of a file; or of a name that is none, such as taesd, what the host's loader makes of it, on its own device."""
-    if "." not in vae_name and vae_name in _of_the_host():
-        return host_nodes.NODE_CLASS_MAPPINGS["VAELoader"]().load_vae(vae_name)[0]
-    return load_vae(find_file(vae_name, *FOLDERS), device)
+    """The VAE of a file; or of a name that is none, such as taesd, what the host's loader makes of it.
+
+    device: where it runs; None: where the host has it.
+    """
+    if "." in vae_name or vae_name not in _of_the_host():
+        return load_vae(find_file(vae_name, *FOLDERS), device)
+    host = host_nodes.NODE_CLASS_MAPPINGS["VAELoader"]
+    if device is None:
+        return host().load_vae(vae_name)[0]
+    weights = {"pixel_space_vae": torch.tensor(1.0)} if vae_name == PIXEL_SPACE else host.load_taesd(vae_name)
+    return made_of(weights, device, {"tae_latent_channels": 128} if vae_name == "taef2" else None)  # as the host's loader does
 
 
 def _of_the_host() -> list[str]:

@@ -54,7 +54,7 @@ def _wrapped(node_id: str, family: str, inputs: dict) -> dict:
             "expert_mode_allocations": "", "eject_models": not clip}
 
 
-_FAMILIES = {"MultiGPU": {**GGUF, **_PLAIN, "CheckpointLoaderNF4": NF4["CheckpointLoaderNF4"]}, "DisTorchMultiGPU": GGUF,
+_FAMILIES = {"MultiGPU": {**GGUF, **_PLAIN, "CheckpointLoaderNF4": _PLAIN["CheckpointLoaderSimple"]}, "DisTorchMultiGPU": GGUF,
              "DisTorch2MultiGPU": {**GGUF, **_PLAIN}}
 MULTIGPU = {f"{node_id}{family}": (_wrapped(node_id, family, inputs), outputs, "override")
             for family, loaders in _FAMILIES.items() for node_id, (inputs, outputs, *_) in loaders.items()} | {

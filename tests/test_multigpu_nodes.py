@@ -3,6 +3,7 @@ import re
 
 import comfy.model_management
 import folder_paths
+import nodes as host_nodes
 import pytest
 import torch
 from devtools.files import tiny_models
@@ -14,6 +15,7 @@ from featherweight.nodes.distorch import GIB
 from gpu_memory import lies_on
 from pack_nodes import node_list
 from patched_models import flux_file, flux_inputs
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.fake_gpus(devices=3, gib=4, late=True)
 
@@ -32,6 +34,10 @@ def models(tmp_path_factory):
         folders.register_folders()
         (base / "flux.gguf").symlink_to(flux_file("Q8_0")[0])
         write_gguf(base / "vae.gguf", tiny_models.autoencoder(), lambda name, values: "F16")
+        for half in ("encoder", "decoder"):
+            found = {name.partition(".")[2]: torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()
+                     if name.startswith(f"taesd_{half}.")}
+            save_file(found, base / f"taef1_{half}.safetensors")
         shapes = {f"model.diffusion_model.{name}": value.shape for name, value in random_weights(FAMILIES["sd1.5"]).items()}
         shapes |= {f"cond_stage_model.transformer.{name}": shape for name, shape in tiny_models.clip_l_shapes().items()}
         shapes |= {f"first_stage_model.{name}": value.shape for name, value in tiny_models.autoencoder().items()}
@@ -148,6 +154,16 @@ def test_a_vae_decodes_where_its_node_says(device, expected_device, models):
     assert vae.device == vae.patcher.load_device == expected_device
     latent = torch.linspace(-1, 1, 16 * 64).reshape(1, 16, 8, 8)
     assert torch.equal(vae.decode(latent).cpu(), plain.decode(latent).cpu())
+
+
+@pytest.mark.parametrize("device, expected_device", [("cuda:1", SECOND), ("cpu", CPU), (None, FIRST)])
+@pytest.mark.parametrize("name, latent", [("taef1", torch.zeros(1, 16, 4, 4)), ("pixel_space", torch.zeros(1, 3, 8, 8))])
+def test_so_does_one_that_is_no_file(name, latent, device, expected_device, models):
+    vae, = run("VAELoaderMultiGPU", vae_name=name, **({"device": device} if device else {}))
+    plain, = host_nodes.VAELoader().load_vae(name)
+    assert vae.device == vae.patcher.load_device == expected_device
+    assert torch.equal(vae.decode(latent).cpu(), plain.decode(latent).cpu())
+    assert all(weight.device == CPU for weight in vae.first_stage_model.parameters()) == (expected_device == CPU)
 
 
 def test_the_weights_of_a_vae_lie_elsewhere_too(models):
