@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 import comfy.model_management
 import torch
 
-from ..ops.patcher import adopt
+from ..ops.patcher import adopt, is_adoptable
 from ..ops.patcher.placing import Placement, Whereabouts
 from .devices import CPU
 from .held import size_text
 
 log = logging.getLogger(__name__)
 
+DISTORCH2 = "_distorch_v2_meta"  # what ComfyUI-MultiGPU leaves on a model, whose loading it then takes over
 TENTH = 1e8  # of a GB
 SHARING = "multigpu"  # what the host calls the clones of a model on the GPUs that share its work
 Say = Callable[[str], None]  # takes a sentence for the user
@@ -23,8 +24,14 @@ def place(patcher, gpu_bytes: float, stores: Stores = (), say: Say = log.warning
     """A clone of a patcher of the host's, of which gpu_bytes stay on the device that computes.
 
     stores: other devices, each with the bytes of the rest that it keeps at most; they are filled in turn, and what they leave
-    lies in the memory of the CPU. What cannot be so is said in a sentence, and the model runs all the same.
+    lies in the memory of the CPU. What cannot be so is said in a sentence, and the model runs all the same. What another pack
+    loads or places in its own way is given back as it is.
     """
+    if not is_adoptable(patcher) or hasattr(patcher.model, DISTORCH2):
+        whose = "ComfyUI-MultiGPU" if is_adoptable(patcher) else f"another pack's loader ({type(patcher).__name__})"
+        say(f"Where these weights lie is up to {whose}, so this node changes nothing. Load the file with a loader of ComfyUI or"
+            " of this pack.")
+        return patcher
     placed = adopt(patcher.clone())
     if comfy.model_management.is_device_cpu(placed.load_device):
         say("The model computes on the CPU, where all of its weights are: there is nothing to place.")

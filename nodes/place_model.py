@@ -43,8 +43,9 @@ def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb:
     for remark in remarks:
         log.warning("[Featherweight] %s", remark)
     patcher = getattr(placed, "patcher", placed)
-    patcher.tell = functools.partial(_tell, show, remarks, {})
-    if patcher.placement is not None:
+    if hasattr(patcher, "placement"):
+        patcher.tell = functools.partial(_tell, show, remarks, {})
+    if getattr(patcher, "placement", None) is not None:
         remarks = [planned_text(patcher), *remarks]
     show("\n".join(remarks))
     return placed

@@ -1,5 +1,6 @@
 """Place Model and Place Text Encoder: what they show while models run, and what they say to what cannot be."""
 import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from devtools.files import tiny_models
@@ -140,6 +141,25 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
     placed = multigpu.placed(model, 1.0, ["cuda:1"], "", notes, "unet_")
     assert notes[-1].startswith("Weights on other GPUs need the model outside dynamic VRAM, so")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
+
+
+@pytest.mark.parametrize("whose", ["another pack's loader (OfAnotherPack)", "ComfyUI-MultiGPU"])
+def test_what_another_pack_loads_or_places_in_its_own_way_stays_as_it_is(whose, shown):
+    class OfAnotherPack(comfy.model_patcher.ModelPatcher):
+        def patch_weight_to_device(self, key, device_to=None, inplace_update=False):  # as ComfyUI-GGUF's
+            raise NotImplementedError
+
+    model = packed_flux("Q8_0").clone()
+    if whose == "ComfyUI-MultiGPU":
+        model.model._distorch_v2_meta = {"full_allocation": "#cuda:0;4.0;cpu"}
+    else:
+        model.__class__ = OfAnotherPack
+    kind = type(model)
+    placed, = PlaceModel.execute(model, 0.002).args
+    vars(model.model).pop("_distorch_v2_meta", None)
+    assert placed is model and type(placed) is kind
+    assert shown == [f"Where these weights lie is up to {whose}, so this node changes nothing. Load the file with a loader of"
+                     " ComfyUI or of this pack."]
 
 
 def test_a_model_on_the_cpu_runs_as_it_is(shown):

@@ -32,6 +32,11 @@ def _packed_class(cls: type) -> type:
     return type(f"Packed{cls.__name__}", (PackedPatcher, cls), {})
 
 
+def is_adoptable(patcher) -> bool:
+    """Whether a patcher is the host's own or one of these. A class of another pack loads and patches weights in its own way."""
+    return isinstance(patcher, PackedPatcher) or type(patcher).__module__ == comfy.model_patcher.__name__
+
+
 def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """Make a patcher of the host, freshly loaded or cloned, keep packed weights packed. Returns it."""
     if not isinstance(patcher, PackedPatcher):
