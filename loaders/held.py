@@ -24,7 +24,8 @@ def held_text(patcher) -> str:
         sizes[format_name(tensor)] += tensor.nbytes
     names = [name for name, size in sizes.most_common() if size >= SHOWN_FROM * sizes.total()]
     done = patcher.get_attachment(DONE)
-    return f"{' + '.join(names)}, {size_text(patcher.model_size())} held{f', {done}' if done else ''}"
+    size = patcher.full_size() if hasattr(patcher, "full_size") else patcher.model_size()  # which a placement makes smaller
+    return f"{' + '.join(names)}, {size_text(size)} held{f', {done}' if done else ''}"
 
 
 def unpacked_by(patcher) -> str | None:

@@ -69,8 +69,13 @@ def place_clip(clip, gpu_bytes: float, stores: Stores = (), say: Say = log.warni
 def planned_text(patcher) -> str:
     """Where the weights of a placed model will lie, as its node shows it before they do: 'at most 4.0 of 6.8 GB on cuda:0'."""
     size, budget = patcher.full_size(), patcher.placement.gpu_bytes
-    return f"{size_text(size)} on {patcher.load_device}" if budget >= size else (
-        f"at most {_of(budget, size)} on {patcher.load_device}")
+    if budget >= size:
+        return f"{size_text(size)} on {patcher.load_device}"
+    text, left = f"at most {_of(budget, size)} on {patcher.load_device}", size - budget
+    for device, room in patcher.placement.stores:
+        text += f", {size_text(min(room, left))} on {device}" if left else ""
+        left -= min(room, left)
+    return text
 
 
 def placed_text(patcher, lies: Whereabouts | None = None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from comfy.model_patcher import ModelPatcher
 
 from ..loaders.held import held_text, unpacked_by
-from ..loaders.placing import placed_text
+from ..loaders.placing import placed_text, planned_text
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +38,27 @@ def shower() -> Callable[[str], None]:
 def loaded(*notes: str | None, **parts) -> tuple:
     """The outputs of a loader, which shows what each of them holds. parts: by the keys of `TITLES`; None for one not there.
 
-    notes: sentences to show with it, such as that a device is not there; None for one that is not needed.
+    A placed one tells where it lies, anew whenever it is loaded and at the end of each run. notes: sentences to show with it,
+    such as that a device is not there; None for one that is not needed.
     """
-    texts = []
-    for name, part in parts.items():
-        patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
-        if patcher is not None:
-            placed = None if getattr(patcher, "placement", None) is None else placed_text(patcher)
-            text = ", ".join(filter(None, (held_text(patcher), placed, unpacked_by(patcher))))
-            texts.append(f"{TITLES[name]}: {text}" if len(parts) > 1 else text)
+    show, texts = shower(), {}
     notes = list(dict.fromkeys(filter(None, notes)))
     for note in notes:
         log.warning("[Featherweight] %s", note)
-    show_text("\n".join([*texts, *notes]))
+    for name, part in parts.items():
+        patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
+        if patcher is None:
+            continue
+        title = f"{TITLES[name]}: " if len(parts) > 1 else ""
+        held = title + ", ".join(filter(None, (held_text(patcher), unpacked_by(patcher))))
+        placed = getattr(patcher, "placement", None) is not None
+        texts[name] = f"{held}\n{planned_text(patcher)}" if placed else held
+        if placed:
+            patcher.tell = functools.partial(_tell, show, texts, notes, name, held)
+    show_text("\n".join([*texts.values(), *notes]))
     return tuple(parts.values())
+
+
+def _tell(show, texts: dict[str, str], notes: list[str], name: str, held: str, patcher):
+    texts[name] = f"{held}\n{placed_text(patcher)}"
+    show("\n".join([*texts.values(), *notes]))

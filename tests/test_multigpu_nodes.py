@@ -114,6 +114,22 @@ def test_weights_lie_where_the_inputs_say_and_the_picture_is_the_same(node_id, i
         assert "on cuda" in texts[0]
 
 
+def test_a_loader_says_where_the_weights_will_lie_and_then_where_they_do(models, texts, monkeypatch):
+    told = []
+    monkeypatch.setattr(shown, "shower", lambda: told.append)
+    patcher, = run(DISTORCH2, unet_name="flux.gguf", compute_device="cuda:0",
+                   expert_mode_allocations="cuda:0,1mb;cuda:2,512k;cuda:1,1mb;cpu,*")
+    held, planned = texts[0].splitlines()
+    assert ", 4.0 MB held" in held and planned == "at most 1.0 of 4.0 MB on cuda:0, 0.5 MB on cuda:2, 1.0 MB on cuda:1"
+    clone = patcher.clone()
+    step(clone)
+    clone.cleanup()
+    first, placed, copied = told[-1].splitlines()
+    assert first == held
+    assert re.fullmatch(r"1\.\d of 4\.0 MB on cuda:0, 0\.[345] MB on cuda:2, (1\.0|0\.\d) MB on cuda:1", placed)
+    assert copied.startswith("3.0 MB copied per step")
+
+
 SAID = [
     ({"compute_device": "cuda:9"},
      "There is no device cuda:9 here (found: gpu:0, gpu:1, gpu:2, cpu), so the default one is used."),

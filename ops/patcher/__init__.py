@@ -34,7 +34,7 @@ def _packed_class(cls: type) -> type:
 
 def is_adoptable(patcher) -> bool:
     """Whether a patcher is the host's own or one of these. A class of another pack loads and patches weights in its own way."""
-    return isinstance(patcher, PackedPatcher) or type(patcher).__module__ == comfy.model_patcher.__name__
+    return isinstance(patcher, PackedPatcher) or type(patcher).__module__ == "comfy.model_patcher"
 
 
 def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
