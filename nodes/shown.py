@@ -59,6 +59,6 @@ def loaded(*notes: str | None, **parts) -> tuple:
     return tuple(parts.values())
 
 
-def _tell(show, texts: dict[str, str], notes: list[str], name: str, held: str, patcher):
-    texts[name] = f"{held}\n{placed_text(patcher)}"
+def _tell(show, texts: dict[str, str], notes: list[str], name: str, held: str, patcher, lies):
+    texts[name] = f"{held}\n{placed_text(patcher, lies)}"
     show("\n".join([*texts.values(), *notes]))
