@@ -22,6 +22,12 @@ def lies_on(model, device="cuda:0") -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.device == torch.device(device))
 
 
+def of_no_layer(patcher) -> int:
+    """Bytes of what is in no layer and so always lies on the device, such as a table of sigmas."""
+    listed = {id(param) for *_, params in patcher._load_list() for param in params.values()}
+    return sum(tensor.nbytes for tensor in (*patcher.model.parameters(), *patcher.model.buffers()) if id(tensor) not in listed)
+
+
 def load(patcher, room: float):
     """Load a model while this many bytes are free for weights, as other programs come and go."""
     import fakegpu

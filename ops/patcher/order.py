@@ -72,7 +72,7 @@ def fitting(entries: list[tuple], room: float) -> set[str]:
     """Names of the layers that stay, of entries in order, where there are so many bytes for them."""
     kept = set()
     for field in map(fields, entries):
-        if field.size <= room or (room >= 0 and not hasattr(field.module, "comfy_cast_weights")):
+        if field.size <= room:
             kept.add(field.name)
             room -= field.size
     return kept

@@ -1,5 +1,5 @@
-"""Whatever happens to a model with a budget, in whatever order: each step gives the bits of the model as it lies wholly on the
-device, with the LoRAs it was loaded with, and no more lies there than the budget says and the host counts.
+"""Whatever happens to a model or a text encoder with a budget, in whatever order: each step gives the bits of the model as it
+lies wholly on the device, with the LoRAs it was loaded with, and no more lies there than the budget says and the host counts.
 """
 import gc
 import random
@@ -7,10 +7,11 @@ import random
 import comfy.model_management
 import pytest
 import torch
-from featherweight.loaders.placing import place
+from featherweight.loaders.placing import place, place_clip
 from featherweight.ops.patcher.placing import PAGE
-from gpu_memory import larger_flux, lies_on, step
+from gpu_memory import larger_flux, lies_on, of_no_layer, step
 from patched_models import flux_file, lora_for, packed_flux, packed_layers, patched
+from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 
 GIB = 1 << 30
 TENSORS = 512 * 200  # bytes by which used memory is rounded up, of so many tensors
@@ -33,16 +34,16 @@ def gpu(monkeypatch, one_thread):
 class Machine:
     """A packed model with a budget in the hands of the host, and the operations of the walk."""
 
-    def __init__(self, packed, values: dict, seed: int, gpu):
-        self.packed, self.gpu, self.random = packed, gpu, random.Random(seed)
-        self.size, self.count = packed.model_size(), len(packed_layers(packed))
-        first, second = lora_for(values, seed=1), lora_for(values, "lokr", seed=2)
-        self.models = {name: patched(packed, *stack) for name, stack in {
+    def __init__(self, model, values: dict, seed: int, gpu):
+        self.packed, self.gpu, self.random = getattr(model, "patcher", model), gpu, random.Random(seed)
+        self.size, self.count = self.packed.model_size(), len(packed_layers(self.packed))
+        first, second = self.lora_for(values, seed=1), self.lora_for(values, "lokr", seed=2)
+        self.models = {name: self.patched(model, *stack) for name, stack in {
             "none": [], "lora": [(first, 1.0)], "weaker": [(first, 0.4)], "two": [(first, 0.5), (second, -0.7)]}.items()}
         self.expected = {name: self.run(model) for name, model in self.models.items()}
         assert not torch.equal(self.expected["lora"], self.expected["weaker"])
         self.other = packed_flux("Q4_K", 1)
-        self.other_expected = self.run(self.other)
+        self.other_expected = Machine.run(self, self.other)
         comfy.model_management.unload_all_models()
         comfy.model_management.reset_cast_buffers()
         self.empty = gpu.used()
@@ -51,9 +52,20 @@ class Machine:
         self.name, self.budget, self.done = "lora", 0.5 * self.size, []
         self.load()
 
-    def run(self, patcher) -> torch.Tensor:
-        comfy.model_management.load_models_gpu([patcher])
-        return step(patcher)
+    lora_for, patched = staticmethod(lora_for), staticmethod(patched)
+
+    def run(self, model) -> torch.Tensor:
+        comfy.model_management.load_models_gpu([model])
+        return step(model)
+
+    def run_current(self) -> torch.Tensor:
+        return step(self.current)
+
+    def place(self):
+        self.current = place(self.models[self.name], self.budget)
+
+    def clone_current(self):
+        self.current = self.current.clone()
 
     # --- operations ---
 
@@ -61,12 +73,12 @@ class Machine:
         """The run ends, and one begins."""
         if hasattr(self, "current"):
             self.current.cleanup()
-        self.current = place(self.models[self.name], self.budget)
+        self.place()
         comfy.model_management.load_models_gpu([self.current])
         self.current.pre_run()
 
     def step(self):
-        assert (step(self.current) - self.expected[self.name]).abs().max() == 0
+        assert (self.run_current() - self.expected[self.name]).abs().max() == 0
 
     def change_lora(self):
         self.name = self.random.choice(list(self.models))
@@ -80,7 +92,7 @@ class Machine:
 
     def other_model(self):
         other = self.random.choice((self.other, place(self.other, 0.5 * self.other.model_size())))
-        assert torch.equal(self.run(other), self.other_expected)
+        assert torch.equal(Machine.run(self, other), self.other_expected)
         self.step()
 
     def cancel(self):
@@ -90,7 +102,7 @@ class Machine:
 
         hook = self.random.choice(packed_layers(self.current)).register_forward_pre_hook(cancelled)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            step(self.current)
+            self.run_current()
         hook.remove()
         self.end()
         self.load()
@@ -105,7 +117,7 @@ class Machine:
         """Something else takes the device, and the host gives up."""
         self.gpu.set_capacity(1000)
         with pytest.raises((torch.OutOfMemoryError, RuntimeError)):  # the second from dynamic VRAM
-            step(self.current)
+            self.run_current()
         self.end()
         comfy.model_management.unload_all_models()
         self.gpu.set_capacity(4 * GIB)
@@ -123,7 +135,7 @@ class Machine:
 
     def clone(self):
         self.current.cleanup()
-        self.current = self.current.clone()
+        self.clone_current()
         assert self.current.placement.gpu_bytes == int(self.budget)
         comfy.model_management.load_models_gpu([self.current])
         self.current.pre_run()
@@ -159,7 +171,7 @@ class Machine:
     def check(self):
         current, applied = self.current, self.current.model.packed_patches
         assert len(packed_layers(self.packed)) == self.count
-        beside = applied.nbytes + sum(buffer.nbytes for buffer in current.model.buffers())
+        beside = applied.nbytes + of_no_layer(current)
         limit = max(self.budget, beside)
         if current.is_dynamic():
             assert current._vbar_get().loaded_size() <= max(0, self.budget - beside + PAGE) // PAGE * PAGE
@@ -172,6 +184,27 @@ class Machine:
         others = self.other.loaded_size() if self.other.is_dynamic() else lies_on(self.other.model)
         here = current.loaded_size() if current.is_dynamic() else lies_on(current.model)
         assert self.gpu.used() <= self.empty + here + others + buffers + TENSORS
+
+
+class EncoderMachine(Machine):
+    """A text encoder, which the host loads for every prompt. The other model is the diffusion model that follows it."""
+
+    lora_for, patched, run = map(staticmethod, (lora_for_t5, patched_clip, encode))
+
+    def run_current(self):
+        return self.run(self.clip)
+
+    def place(self):
+        self.clip = place_clip(self.models[self.name], self.budget)
+        self.current = self.clip.patcher
+
+    def clone_current(self):
+        self.clip = self.clip.clone()
+        self.current = self.clip.patcher
+
+
+def encoder_machine(format_name: str, layers: int, seed: int, gpu) -> EncoderMachine:
+    return EncoderMachine(*small_t5(format_name, layers), seed, gpu)
 
 
 SMALL_WEIGHTS = 1 << 20  # of up to 16 KiB each, which the host keeps on the device in dynamic VRAM
@@ -187,6 +220,30 @@ def test_a_budget_holds_whatever_happens(format_name, gpu):
 def test_a_budget_holds_in_dynamic_vram_whatever_happens(gpu):
     with larger_flux("Q8_0") as (packed, values):
         Machine(packed, values, 0, gpu).walk(12)
+
+
+@STATIC
+def test_a_budget_of_a_text_encoder_holds_whatever_happens(gpu):
+    encoder_machine("Q8_0", 4, 0, gpu).walk(30)
+
+
+@DYNAMIC
+def test_a_budget_of_a_text_encoder_holds_in_dynamic_vram_whatever_happens(gpu):
+    encoder_machine("Q8_0", 10, 0, gpu).walk(12)
+
+
+@STATIC
+@pytest.mark.heavy
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_K"])
+def test_a_budget_of_a_text_encoder_holds_on_longer_walks(format_name, gpu):
+    encoder_machine(format_name, 4, 1, gpu).walk(200)
+
+
+@DYNAMIC
+@pytest.mark.heavy
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_0"])
+def test_a_budget_of_a_text_encoder_holds_in_dynamic_vram_on_longer_walks(format_name, gpu):
+    encoder_machine(format_name, 10, 1, gpu).walk(200)
 
 
 @STATIC
