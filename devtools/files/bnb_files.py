@@ -62,3 +62,24 @@ def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "", kee
 
 def _not_a_matrix(name: str, tensor: torch.Tensor) -> bool:
     return tensor.ndim != 2 or not name.endswith(".weight")
+
+
+def write_random_bnb(path, shapes: dict[str, tuple], quant_type: str = "nf4", block_length: int = 64, largest: float = 0.05):
+    """Write a safetensors file of any size with random 4-bit weights.
+
+    shapes: name -> logical shape. What is no matrix named `.weight` is float32: zeros, or ones for the scale of a norm.
+    largest: no value of a matrix is above.
+    """
+    generator, code = torch.Generator().manual_seed(0), functional.get_4bit_type(quant_type, device="cpu")
+    stored = {}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or not name.endswith(".weight"):
+            stored[name] = torch.full(shape, float(name.endswith(".scale")))
+            continue
+        count = shape[0] * shape[1]
+        absmax = torch.rand(-(-count // block_length), generator=generator) * largest
+        state = functional.QuantState(absmax, torch.Size(shape), code.clone(), block_length, quant_type, torch.float32)
+        codes = torch.randint(1 << 62, ((count + 15) // 16,), generator=generator).view(torch.uint8)[:(count + 1) // 2]
+        stored[name] = codes.view(-1, 1)
+        stored |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+    save_file(stored, str(path), {"format": "pt"})

@@ -10,6 +10,8 @@ from .settling import SettlingPatcher
 class LoadingPatcher(SettlingPatcher):
     """The methods of the host's patchers that load, move and unload."""
 
+    _staying = {}  # while the host loads in dynamic VRAM: name -> (the host's backup of a weight, that weight on the device)
+
     # --- memory ---
 
     def _factor_bytes(self) -> int:
@@ -67,14 +69,29 @@ class LoadingPatcher(SettlingPatcher):
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
         # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
         before, built = self._slots(), self._built(device_to)
+        staying = self._of_no_layer(device_to)
         self._take_all_off()
-        with self._packed_patches_hidden():
-            super().load(device_to, lowvram_model_memory)
+        self._staying = staying
+        try:
+            with self._packed_patches_hidden():
+                super().load(device_to, lowvram_model_memory)
+        finally:
+            self._staying = {}
         for module, (slot, patched) in self._slots().items():
             old_slot, was_patched = before.get(module, (None, False))
             if slot is not old_slot or (dirty and (patched or was_patched)):
                 module._v_signature = None
         self._apply_all(device_to, built)
+
+    def _of_no_layer(self, device) -> dict:
+        """Weights that lie on the device as they are in the file, which the host would send there again in each load."""
+        found = {}
+        for key, backup in self.backup.items():
+            module = self.model.get_submodule(key.rpartition(".")[0])
+            weight = comfy.utils.get_attr(self.model, key)
+            if not hasattr(module, "comfy_cast_weights") and key not in self._all_patches and weight.device == device:
+                found[key] = backup, weight
+        return found
 
     def _slots(self) -> dict:
         """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
@@ -154,6 +171,9 @@ class LoadingPatcher(SettlingPatcher):
         for key, (backup, weight) in patched.items():
             self.backup[key] = backup
             comfy.utils.set_attr_param(self.model, key, weight.to(self.offload_device))
+        for key, (backup, weight) in self._staying.items():
+            self.backup[key] = backup
+            comfy.utils.set_attr_param(self.model, key, weight)
         self._offload_factors()
         return restored
 
