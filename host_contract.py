@@ -386,8 +386,8 @@ MARKS = {
     "ops/operations.py": {"comfy.ops": "quant_config"},
     "ops/patcher/applying.py": {"comfy.model_patcher": "model_loaded_weight_memory weight_function"},
     "ops/patcher/loading.py": {
-        "comfy.model_patcher": "_v _v_signature comfy_force_cast_weights comfy_patched_weights current_weight_patches_uuid"
-                               " device model_loaded_weight_memory",
+        "comfy.model_patcher": "_v _v_signature comfy_cast_weights comfy_force_cast_weights comfy_patched_weights"
+                               " current_weight_patches_uuid device model_loaded_weight_memory",
         "comfy.ops": "_lowvram_function",
     },
     "ops/patcher/placing.py": {
