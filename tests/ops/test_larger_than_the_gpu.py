@@ -18,7 +18,6 @@ from featherweight.loaders.placing import place, place_clip
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops import scratch
 from featherweight.ops.patcher.placing import PAGE
-from gpu_memory import lies_on
 from lora_models import pairs
 from patched_models import patched
 from small_encoders import encode, patched_clip
