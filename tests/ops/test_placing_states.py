@@ -229,7 +229,7 @@ def test_a_budget_of_a_text_encoder_holds_whatever_happens(gpu):
 
 @DYNAMIC
 def test_a_budget_of_a_text_encoder_holds_in_dynamic_vram_whatever_happens(gpu):
-    encoder_machine("Q8_0", 10, 0, gpu).walk(12)
+    encoder_machine("Q8_0", 10, 0, gpu).walk(8)
 
 
 @STATIC
