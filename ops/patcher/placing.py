@@ -128,10 +128,10 @@ class PlacingPatcher(LoadingPatcher):
         entries = [fields(entry) for entry in self._in_order(self._load_list())]
         unlisted = self._bytes_on(device_to) - sum(entry.size for entry in entries if _lies_on(entry.module) == device_to)
         kept = fitting(entries, max(0, budget - unlisted))
-        for entry in entries:
-            if entry.name not in kept:
-                self._move_out(entry.name, entry.module)  # before others come
-        listed = [(KEPT if entry.name in kept else COPIED, *entry) for entry in entries]
+        for name in [entry.name for entry in entries if entry.name not in kept]:
+            self._move_out(name, self.model.get_submodule(name))  # before others come
+        del entries  # which hold what lay there
+        listed = [(KEPT if entry.name in kept else COPIED, *entry) for entry in map(fields, self._load_list())]
         # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees none.
         gaps = [(GAP, 0, str(number), torch.nn.Module(), {}) for number in range(comfy.model_management.NUM_STREAMS)]
         with self._listing([*listed, *gaps]):

@@ -119,18 +119,24 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
 def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(model, gpu):
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
-    load(placed)
-    before = lies_on(placed.model)
-    peaks = []
-    sample(placed, 1)
-    buffers = comfy.model_management.NUM_STREAMS * largest(placed)
-    placed.model.packed_patches.step = placed.model.packed_patches.order = None
-    load(placed)
-    placed.pre_run()
-    gpu.reset()
-    sample(placed, 3, callback=lambda step, *_: peaks.append(gpu.peak()))
+    placed.model.packed_patches.step = None
+    before, peaks = [], []
+
+    def after_step(step, *_):
+        if step == 0:
+            gpu.reset()
+            before.append((gpu.used(), lies_on(placed.model)))
+
+    def begins(*_):
+        if before:
+            peaks.append(gpu.peak())
+
+    hook = placed.model.diffusion_model.register_forward_pre_hook(begins)
+    sample(placed, callback=after_step)
+    hook.remove()
+    used, lay = before[0]
     assert lies_on(placed.model) <= 0.5 * placed.full_size()
-    assert peaks[1] <= peaks[0] + max(0, lies_on(placed.model) - before) + buffers
+    assert peaks[0] <= used + max(0, lies_on(placed.model) - lay) + largest(placed)
 
 
 @STATIC
