@@ -50,6 +50,7 @@ def gpu(one_thread, monkeypatch):
     fakegpu.set_capacity(GIB)
     comfy.model_management.unload_all_models()
     gc.collect()
+    comfy.model_management.reset_cast_buffers()  # which are as large as the largest layer that travelled
 
 
 def loras(prefix: str, layers: dict[str, tuple]) -> list[tuple[dict, float]]:
