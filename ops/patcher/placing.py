@@ -236,8 +236,13 @@ class PlacingPatcher(LoadingPatcher):
         """As the model is loaded now. expected: as it will be when it has run once, for dynamic VRAM is filled only then."""
         here, stored, copied, per_step = self._bytes_on(self.load_device), dict.fromkeys(self._stores(), 0), 0, 0
         step = self.model.packed_patches.step or Step()
+        vbar = self._vbar_get() if self.is_dynamic() else None
+        resident = [] if vbar is None else vbar.get_residency()
+        coming = 0
+        if vbar is not None and expected and self.placement is not None:
+            coming = min(self._pages(), self.get_free_memory(self.load_device) // PAGE)
         for field in map(fields, self._load_list()):
-            if self._has_its_pages(field.module, expected):
+            if vbar is not None and _has_its_pages(field.module, vbar.base_addr, resident, expected, coming):
                 here += field.size
             elif _lies_on(field.module) != self.load_device and not is_table(field.module):
                 copied += field.size
@@ -247,17 +252,17 @@ class PlacingPatcher(LoadingPatcher):
         stored = {device: size for device, size in stored.items() if size}
         return Whereabouts(self.full_size(), here, stored, copied, per_step)
 
-    def _has_its_pages(self, module, expected: bool) -> bool:
-        """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing."""
-        vbar = self._vbar_get() if self.is_dynamic() else None
-        if vbar is None or getattr(module, "_v", None) is None or not (expected or module._v_signature):
-            return False
-        _, start, size = module._v
-        first, last = (start - vbar.base_addr) // PAGE, (start - vbar.base_addr + size - 1) // PAGE
-        coming = 0
-        if expected and self.placement is not None:
-            coming = min(self._pages(), self.get_free_memory(self.load_device) // PAGE)
-        return last < coming or all(page & 1 for page in vbar.get_residency()[first:last + 1])
+
+def _has_its_pages(module, base_addr: int, resident: list[int], expected: bool, coming: int) -> bool:
+    """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing; expected: or will.
+
+    resident: of each page whether it is there. coming: how many are expected, from the first on.
+    """
+    if getattr(module, "_v", None) is None or not (expected or module._v_signature):
+        return False
+    _, start, size = module._v
+    first, last = (start - base_addr) // PAGE, (start - base_addr + size - 1) // PAGE
+    return last < coming or all(page & 1 for page in resident[first:last + 1])
 
 
 def _lies_on(module) -> torch.device | None:
