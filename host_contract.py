@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_kitchen", "comfyui_version", "folder_paths", "nodes", "server"}
+HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_kitchen", "comfyui_version", "execution", "folder_paths",
+                "nodes", "server"}
 
 # Name -> the parameters that are given by position, in their order, then behind * those given by name. None: only the name.
 NAMES = {
@@ -75,6 +76,7 @@ NAMES = {
     "comfy.sample.fix_empty_latent_channels": "model latent_image",
     "comfy.sample.prepare_noise": "latent_image seed",
     "comfy.sample.sample": "model noise steps cfg sampler_name scheduler positive negative latent_image * disable_pbar seed",
+    "comfy.options.enable_args_parsing": "",
     "comfy.sd.CLIP": None,
     "comfy.sd.CLIPType": None,
     "comfy.sd.CLIPType.STABLE_DIFFUSION": None,
@@ -136,6 +138,7 @@ NAMES = {
     "comfy_kitchen.tensor.register_layout_class": "name cls",
     "comfy_kitchen.tensor.register_layout_op": "torch_op layout_cls",
     "comfyui_version.__version__": None,
+    "execution.validate_prompt": "prompt_id prompt partial_execution_list",
     "folder_paths.folder_names_and_paths": None,
     "folder_paths.get_filename_list": "folder_name",
     "folder_paths.get_folder_paths": "folder_name",
@@ -143,6 +146,7 @@ NAMES = {
     "folder_paths.get_output_directory": "",
     "folder_paths.get_save_image_path": "filename_prefix output_dir",
     "nodes.NODE_CLASS_MAPPINGS": None,
+    "nodes.interrupt_processing": "",
     "server.PromptServer.instance.routes.get": "path",
     "server.PromptServer.instance.send_progress_text": "text node_id",
 }
@@ -230,6 +234,20 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.offload_device": None,
         "comfy.sd.VAE.first_stage_model": None,
         "comfy.sd.VAE.patcher": None,
+    },
+    "machines/host.py": {
+        "execution.PromptQueue.currently_running": None,
+        "execution.PromptQueue.delete_history_item": "id_to_delete",
+        "execution.PromptQueue.delete_queue_item": "function",
+        "execution.PromptQueue.get_history": "prompt_id",
+        "execution.PromptQueue.mutex": None,
+        "execution.PromptQueue.put": "item",
+        "server.PromptServer.last_node_id": None,
+        "server.PromptServer.prompt_queue": None,
+        "server.PromptServer.publish_loop": "",
+        "server.PromptServer.sockets": None,
+        "server.PromptServer.sockets_metadata": None,
+        "server.PromptServer.trigger_on_prompt": "json_data",
     },
     "nodes/__init__.py": {"comfy_api.latest.io.ComfyNode.GET_SCHEMA": ""},
     "nodes/legacy_calcuis.py": {"comfy_api.latest.io.ComfyNode.FUNCTION": None},

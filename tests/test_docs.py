@@ -34,8 +34,9 @@ def test_the_readme_has_a_row_for_every_node_of_ours():
 
 def test_the_map_of_the_readme_is_that_of_the_tree():
     mapped = set(FILE_OR_FOLDER.findall(README.split("## Map")[1].split("```")[1]))
-    assert names_in("loaders") | names_in("ops") <= mapped
-    assert mapped <= {"__init__.py"} | names_in(".") | names_in("nodes") | names_in("loaders") | names_in("ops")
+    assert names_in("machines") | names_in("loaders") | names_in("ops") <= mapped
+    assert mapped <= {"__init__.py"} | names_in(".") | names_in("nodes") | names_in("machines") | names_in("loaders") \
+        | names_in("ops")
 
 
 def test_the_way_of_a_weight_names_what_is_there():

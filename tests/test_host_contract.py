@@ -14,7 +14,7 @@ from featherweight.host_contract import MARKS, MEMBERS, NAMES, ROOT, WITHOUT
 from featherweight.ops.patcher import PackedPatcher
 from pack_nodes import node_list
 
-SOURCES = [path for layer in ("nodes", "loaders", "ops") for path in sorted((ROOT / layer).rglob("*.py"))]
+SOURCES = [path for layer in ("nodes", "machines", "loaders", "ops") for path in sorted((ROOT / layer).rglob("*.py"))]
 EVERY_NODE = {path.stem for path in host_contract.node_files()}
 PATCHER_PARTS = [part for part in PackedPatcher.__mro__ if part.__module__.startswith(PackedPatcher.__module__)]
 PATCHER_MEMBERS = {name: None for where, members in MEMBERS.items() if where.startswith("ops/patcher/") for name in members}

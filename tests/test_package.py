@@ -22,7 +22,7 @@ def tracked(*paths: str) -> set[str]:
 
 @in_a_checkout
 def test_the_package_holds_all_that_the_pack_is_made_of():
-    needed = tracked("nodes", "loaders", "ops", "locales", "example_workflows") | {
+    needed = tracked("nodes", "machines", "loaders", "ops", "locales", "example_workflows") | {
         "__init__.py", "host_contract.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
         "CHANGELOG.md"}
     assert needed <= set(packed_files())
@@ -31,7 +31,7 @@ def test_the_package_holds_all_that_the_pack_is_made_of():
 
 @in_a_checkout
 def test_the_package_holds_nothing_of_the_developers():
-    folders = {"nodes", "loaders", "ops", "locales", "example_workflows", "docs"}
+    folders = {"nodes", "machines", "loaders", "ops", "locales", "example_workflows", "docs"}
     files = {"__init__.py", "host_contract.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
              "CHANGELOG.md"}
     assert {path.partition("/")[0] for path in packed_files()} == folders | files

@@ -8,7 +8,7 @@ import pytest
 
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(comfy.options.__file__).resolve().parent.parent
-LAYERS = ("nodes", "loaders", "ops", "host_contract")  # each may import itself and those after it
+LAYERS = ("nodes", "machines", "loaders", "ops", "host_contract")  # each may import itself and those after it
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 USES_HOST = {
     "__init__.py", "loaders/checkpoint.py", "loaders/devices.py", "loaders/diffusers_names.py", "loaders/diffusion.py",
@@ -17,7 +17,8 @@ USES_HOST = {
     "loaders/handover.py", "loaders/lora/file.py", "loaders/lora/fit.py",
     "loaders/packing/file_source.py", "loaders/packing/host_formats.py", "loaders/packing/runs.py", "loaders/progress.py",
     "loaders/placing.py", "loaders/text_encoder.py",
-    "loaders/vae.py", "ops/adapters.py", "ops/host_formats.py", "ops/layers.py", "ops/lora.py", "ops/operations.py",
+    "loaders/vae.py", "machines/host.py",
+    "ops/adapters.py", "ops/host_formats.py", "ops/layers.py", "ops/lora.py", "ops/operations.py",
     "ops/packed.py", "ops/patcher/__init__.py", "ops/patcher/applying.py", "ops/patcher/first_step.py", "ops/patcher/hooks.py",
     "ops/patcher/loading.py", "ops/patcher/pinning.py", "ops/patcher/placing.py", "ops/patcher/saving.py",
     "ops/patcher/settling.py", "ops/patcher/values.py", "ops/product.py",

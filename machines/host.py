@@ -1,0 +1,260 @@
+"""A ComfyUI in this process, by the host's own start and without its web server: every node pack works, models stay loaded."""
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .graph import RESULT, GraphError, texts
+from .heard import Listener
+from .place import MachineError
+
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError")
+FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
+
+
+class Cancelled(Exception):
+    """The prompt was cancelled by `Host.cancel`."""
+
+
+@dataclass
+class Answer:
+    """What a prompt gave. files: `<node>_<n>.<ext>` -> bytes, of what it saved, else of what it previewed.
+
+    images: what `graph.with_result` asked for, float32 (N, H, W, C), or None.
+    """
+    files: dict[str, bytes] = field(default_factory=dict)
+    images: object = None
+
+
+class Host:
+    """ComfyUI, started once per process. comfyui: its folder. arguments: what stands behind main.py.
+
+    What it writes goes to a folder of its own, which is empty again after each prompt. Raises MachineError.
+    """
+
+    def __init__(self, comfyui: str, arguments: Sequence[str] = ()):
+        started = time.monotonic()
+        self.scratch = tempfile.mkdtemp(prefix="featherweight-")
+        self.streams = sys.stdout, sys.stderr  # the host wraps their buffers; freed, those would close under it
+        self.results, self.listeners, self.lock = {}, {}, threading.Lock()
+        failed = []
+
+        def boot():  # its event loop must not be that of the thread that asks
+            try:
+                self._boot(comfyui, arguments)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=boot, name="ComfyUI starts")
+        thread.start()
+        thread.join()
+        if failed:
+            self.close()
+            raise MachineError(f"ComfyUI in {comfyui} did not start: {_one_line(failed[0])}") from failed[0]
+        self.boot_seconds = time.monotonic() - started
+
+    def _boot(self, comfyui: str, arguments: Sequence[str]):
+        os.makedirs(os.path.join(self.scratch, "output"))
+        sys.path[:] = [comfyui, *(path for path in sys.path if not os.path.isfile(os.path.join(path, "host_contract.py")))]
+        os.chdir(comfyui)
+        sys.argv = [os.path.join(comfyui, "main.py"), "--output-directory", os.path.join(self.scratch, "output"),
+                    "--temp-directory", self.scratch, "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
+                    "--disable-auto-launch", *arguments]
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import main  # before torch: it sets up paths, devices and dynamic VRAM as `python main.py` does
+
+        self.loop, self.server, _ = main.start_comfyui()
+        self.server.last_prompt_id = self.server.last_node_id = None  # its progress hook asks for them outside of a prompt too
+        import execution
+        import folder_paths
+        import nodes
+
+        nodes.NODE_CLASS_MAPPINGS[RESULT] = result_node(self.results)
+        self.validate_prompt, self.folders = execution.validate_prompt, folder_paths
+        self.interrupt = nodes.interrupt_processing
+        threading.Thread(target=self._publish, daemon=True, name="ComfyUI tells").start()
+
+    def _publish(self):
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self.server.publish_loop())
+
+    def run(self, graph: dict, heard: Callable | None = None, prompt_id: str | None = None,
+            extra: dict | None = None) -> Answer:
+        """Run a graph to its end. heard(event, data): see `Listener`. prompt_id: a name for `cancel`, new each time.
+
+        extra: the host's extra data, such as {"preview_method": "auto"}. Prompts of several threads wait for each other.
+        Raises GraphError, MachineError and Cancelled.
+        """
+        prompt_id = prompt_id or str(uuid.uuid4())
+        if any(node["class_type"] == RESULT for node in graph.values()):
+            graph = {name: {**node, "inputs": {**node["inputs"], "key": prompt_id}} if node["class_type"] == RESULT else node
+                     for name, node in graph.items()}
+        listener = Listener(prompt_id, heard, self._started)
+        with self.lock:
+            self.listeners[prompt_id] = listener
+        self.server.sockets[prompt_id] = listener
+        self.server.sockets_metadata[prompt_id] = {"feature_flags": {"supports_preview_metadata": True}}
+        try:
+            entry = self._entry(graph, listener, dict(extra or {}))
+            files = self._files(entry["outputs"])
+            if files is None:  # the host took the saving node's answer of an alike prompt, whose files are gone
+                fresh = {name: {**node, "inputs": {**node["inputs"], "again": prompt_id}} if name in entry["outputs"] else node
+                         for name, node in graph.items()}
+                listener.ended.clear()
+                files = self._files(self._entry(fresh, listener, dict(extra or {}))["outputs"])
+            return Answer(files or {}, self.results.pop(prompt_id, None))
+        finally:
+            self.results.pop(prompt_id, None)
+            for kept in (self.listeners, self.server.sockets, self.server.sockets_metadata):
+                kept.pop(prompt_id, None)
+            if not self.listeners:
+                self._sweep()
+
+    def _entry(self, graph: dict, listener: Listener, extra: dict) -> dict:
+        """The host's history of a prompt that went well."""
+        prompt_id, queue = listener.prompt_id, self.server.prompt_queue
+        asked = self.server.trigger_on_prompt({"prompt": graph, "client_id": prompt_id, "extra_data": extra})
+        graph, extra = asked["prompt"], {**asked.get("extra_data", {}), "client_id": prompt_id}
+        valid, error, outputs, node_errors = asyncio.run_coroutine_threadsafe(
+            self.validate_prompt(prompt_id, graph, None), self.loop).result()
+        if not valid:
+            self._refuse(graph, error, node_errors)
+        with self.lock:
+            if listener.cancelled:
+                raise Cancelled
+            queue.put((0, prompt_id, graph, extra, outputs, {}))
+        while not (listener.ended.wait(1) or queue.get_history(prompt_id)):
+            pass
+        entry = queue.get_history(prompt_id).get(prompt_id)
+        queue.delete_history_item(prompt_id)
+        if listener.cancelled:
+            raise Cancelled
+        if entry["status"]["status_str"] != "success":
+            self._fail(graph, entry["status"]["messages"])
+        return entry
+
+    def cancel(self, prompt_id: str):
+        """End a prompt whether it waits or runs, and no other; `run` raises Cancelled."""
+        queue = self.server.prompt_queue
+        with self.lock:
+            listener = self.listeners.get(prompt_id)
+            if listener is None:
+                return
+            listener.cancelled = True
+            if queue.delete_queue_item(lambda item: item[1] == prompt_id):
+                listener.ended.set()
+        self._started(listener)
+
+    def _started(self, listener: Listener):
+        """Interrupt a prompt that was cancelled: the host forgets an interruption when a prompt starts, so here once more."""
+        queue = self.server.prompt_queue
+        with queue.mutex:
+            if listener.cancelled and any(item[1] == listener.prompt_id for item in queue.currently_running.values()):
+                self.interrupt()
+
+    # --- what went wrong ---
+
+    def _refuse(self, graph: dict, error: dict, node_errors: dict):
+        if error["type"] == "missing_node_type":
+            kind = (error.get("extra_info") or {}).get("class_type")
+            raise MachineError(f"has no node {kind!r}: the pack it comes from is not installed or did not load.")
+        self._lacks_files(graph)
+        said = [f"node {name} ({found['class_type']}): {reason['message']}: {reason['details']}"
+                for name, found in (node_errors or {}).items() for reason in found["errors"]]
+        raise GraphError(_one_line("; ".join(said) or f"{error['message']}: {error['details']}"))
+
+    def _fail(self, graph: dict, messages: Sequence):
+        data = next((data for event, data in messages if event in ("execution_error", "execution_interrupted")), {})
+        said, kind = str(data.get("exception_message", "it was interrupted")), data.get("exception_type", "")
+        where = f"node {data.get('node_id')} ({data.get('node_type')})"
+        if kind in OUT_OF_MEMORY:
+            raise MachineError(f"has not enough memory for {where}: {_one_line(said)}")
+        if any(f"[Errno {number}]" in said or os.strerror(number) in said for number in FULL):
+            raise MachineError(f"has no space left on its disk for {where}: {_one_line(said)}")
+        self._lacks_files(graph)
+        raise GraphError(f"{where}: {_one_line(said)}")
+
+    def _lacks_files(self, graph: dict):
+        """Raises MachineError where the graph names a file that is in none of this ComfyUI's folders."""
+        missing = [f"{value!r} ({place})" for place, value in texts(graph).items() if FILE_NAME.fullmatch(value)
+                   and os.path.splitext(value)[1].lower() in self._suffixes() and not self._is_here(value)]
+        if missing:
+            raise MachineError(f"has no file {' and none '.join(missing)} in the folders of its ComfyUI.")
+
+    def _suffixes(self) -> set[str]:
+        pictures = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov", ".wav", ".mp3", ".flac"}
+        return pictures.union(*(suffixes for _, suffixes in self.folders.folder_names_and_paths.values() if suffixes)) - {""}
+
+    def _is_here(self, name: str) -> bool:
+        name = name.removesuffix(" [input]")
+        folders = [folder for found, _ in self.folders.folder_names_and_paths.values() for folder in found]
+        return any(os.path.exists(os.path.join(folder, name)) for folder in [self.folders.get_input_directory(), *folders])
+
+    # --- what it wrote ---
+
+    def _files(self, outputs: dict) -> dict[str, bytes] | None:
+        """Name -> bytes of what nodes saved, or else previewed. None where one of them is gone."""
+        items = [(node, item) for node, found in outputs.items() for listed in found.values() if isinstance(listed, list)
+                 for item in listed if isinstance(item, dict) and item.get("filename") and item.get("type") != "input"]
+        saved = [(node, item) for node, item in items if item.get("type", "output") == "output"]
+        files, counts = {}, {}
+        for node, item in saved or items:
+            folder = os.path.join(self.scratch, "output" if saved else "temp")
+            path = os.path.join(folder, item.get("subfolder") or "", item["filename"])
+            try:
+                with open(path, "rb") as file:
+                    data = file.read()
+            except FileNotFoundError:
+                return None
+            count = counts[node] = counts.get(node, -1) + 1
+            files[f"{re.sub('[^A-Za-z0-9-]', '-', node)}_{count}{os.path.splitext(path)[1]}"] = data
+        return files
+
+    def _sweep(self):
+        for name in ("output", "temp"):
+            for entry in os.scandir(os.path.join(self.scratch, name)):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+    def close(self):
+        """Remove the folder of what it wrote. The ComfyUI goes with its process."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def result_node(results: dict):
+    """The class of the node that hands pictures to `Host.run`, by the prompt's name."""
+
+    class Result:
+        RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "keep", True, "Featherweight"
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            return {"required": {"images": ("IMAGE",), "key": ("STRING", {"default": ""})}}
+
+        @classmethod
+        def IS_CHANGED(cls, **_):
+            return float("nan")  # always anew
+
+        def keep(self, images, key):
+            results[key] = images
+            return ()
+
+    return Result
+
+
+def _one_line(said) -> str:
+    """An exception or a text as part of one sentence, at most 1 000 characters."""
+    text = f"{type(said).__name__}: {said}" if isinstance(said, BaseException) else said
+    return " ".join(text.split())[:1000]

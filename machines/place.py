@@ -1,0 +1,69 @@
+"""Where a machine's ComfyUI lies and how it is started there: what `ray start` had around it says so."""
+import importlib.metadata
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+
+
+class MachineError(RuntimeError):
+    """What a machine lacks for a workflow, in one sentence that does not yet name the machine: another may have it."""
+
+
+def find(elsewhere: str = "", environment: Mapping[str, str] | None = None) -> str:
+    """The folder of this machine's ComfyUI: COMFYUI_PATH in the environment of `ray start`, else the folder it was called in.
+
+    elsewhere: one to take where neither has it, such as the driver's own. Raises MachineError.
+    """
+    environment = os.environ if environment is None else environment  # a default would be the driver's, sent along by value
+    if named := environment.get("COMFYUI_PATH"):
+        if not os.path.isfile(os.path.join(named, "main.py")):
+            raise MachineError(f"COMFYUI_PATH is {named}, which has no main.py: set it to ComfyUI's folder before `ray start`.")
+        return os.path.abspath(named)
+    for folder in (os.getcwd(), environment.get("PWD", ""), elsewhere):
+        if folder and all(os.path.exists(os.path.join(folder, part)) for part in ("main.py", "comfy")):
+            return os.path.abspath(folder)
+    raise MachineError("no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or call that in its folder.")
+
+
+def arguments(has_gpu: bool, environment: Mapping[str, str] | None = None) -> list[str]:
+    """What stands behind main.py there: COMFYUI_ARGUMENTS, and --cpu where Ray gave the worker no GPU (a Mac's aside)."""
+    given = shlex.split((os.environ if environment is None else environment).get("COMFYUI_ARGUMENTS", ""))
+    return given if has_gpu or sys.platform == "darwin" or "--cpu" in given else ["--cpu", *given]
+
+
+def versions(comfyui: str, given: list[str] = ()) -> dict[str, str]:
+    """{"ComfyUI", "torch", "Featherweight"} -> version, "" for one that is not there. Read from files: nothing is started.
+
+    given: `arguments`, which may say where the node packs lie.
+    """
+    base = given[given.index("--base-directory") + 1] if "--base-directory" in given[:-1] else comfyui
+    return {"ComfyUI": _quoted(os.path.join(comfyui, "comfyui_version.py"), "__version__"), "torch": _installed("torch"),
+            "Featherweight": _pack_version(os.path.join(base, "custom_nodes"))}
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _quoted(path: str, name: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = re.search(rf'^{name}\s*=\s*"([^"]+)"', file.read(), re.M)
+            return found[1] if found else ""
+    except OSError:
+        return ""
+
+
+def _pack_version(custom_nodes: str) -> str:
+    try:
+        folders = [os.path.join(custom_nodes, name) for name in sorted(os.listdir(custom_nodes))]
+    except OSError:
+        return ""
+    projects = (os.path.join(folder, "pyproject.toml") for folder in folders
+                if os.path.isfile(os.path.join(folder, "host_contract.py")))
+    return next((version for path in projects if (version := _quoted(path, "version"))), "")

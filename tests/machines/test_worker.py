@@ -1,0 +1,92 @@
+"""A worker of Ray is a whole ComfyUI: it draws what a plain one draws, by code that it was sent."""
+import pytest
+from featherweight.machines.graph import GraphError, with_result
+from featherweight.machines.place import MachineError
+from featherweight.machines.worker import Worker
+
+from .conftest import changes, workflow
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def worker(cluster):
+    """On the machine whose pack has another name."""
+    actor = ray.remote(Worker).options(num_cpus=1, max_concurrency=8, label_selector={
+        "ray.io/node-id": cluster.nodes["attic"].node_id}).remote()
+    yield actor
+    ray.kill(actor)
+
+
+def drawn(worker, graph):
+    return ray.get(worker.run.remote(graph), timeout=300)
+
+
+def test_a_worker_draws_what_a_plain_comfyui_draws(worker, plain):
+    texts = [changes(index) for index in range(3)]
+    graphs = [workflow(text["4.text"], text["7.seed"]) for text in texts]
+    files = [drawn(worker, graph)[0] for graph in graphs]
+    assert [list(found) for found in files] == [["9_0.png"]] * 3
+    assert [found["9_0.png"] for found in files] == [plain(graph) for graph in graphs]
+
+
+def test_a_worker_says_where_it_is(worker, cluster):
+    facts = ray.get(worker.facts.remote(), timeout=300)
+    assert (facts["name"], facts["node"]) == ("attic", cluster.nodes["attic"].node_id)
+
+
+def test_pictures_come_back_as_a_tensor(worker):
+    graph = workflow(save=False)
+    files, images = drawn(worker, with_result(graph, ["8", 0]))
+    assert files == {}
+    assert images.shape == (1, 128, 128, 3)
+
+
+def test_a_graph_drawn_again_gives_its_files_again(worker):
+    graph = workflow(seed=11)
+    first, again = drawn(worker, graph)[0], drawn(worker, graph)[0]
+    assert list(again) == list(first) == ["9_0.png"]
+
+
+@pytest.mark.parametrize("place, value, error, said", [
+    ("7.sampler_name", "no_such_sampler", GraphError, "node 7 .KSampler.*no_such_sampler"),
+    ("60.lora_name", "no_such_lora.safetensors", MachineError, "no file 'no_such_lora.safetensors' .60.lora_name"),
+    ("1.model_name", "no_such_model.gguf", MachineError, "no file 'no_such_model.gguf' .1.model_name")])
+def test_what_is_wrong_is_said_and_whose_fault_it_is(worker, place, value, error, said):
+    graph = workflow()
+    node, name = place.split(".")
+    graph[node]["inputs"][name] = value
+    with pytest.raises(error, match=said):
+        drawn(worker, graph)
+
+
+def test_a_class_that_is_not_there_is_the_machines_fault(worker):
+    graph = workflow()
+    graph["9"]["class_type"] = "SaveImageOfAnotherPack"
+    with pytest.raises(MachineError, match="no node 'SaveImageOfAnotherPack'"):
+        drawn(worker, graph)
+
+
+def test_cancelling_one_prompt_leaves_the_others(worker, plain):
+    """The first runs, the second waits: the second's cancel does not end the first, and the next picture is right."""
+    first = worker.run.remote(workflow(seed=21, steps=40))
+    second = worker.run.remote(workflow(seed=22, steps=400))
+    third = worker.run.remote(workflow(seed=23, steps=400))
+    ray.cancel(second)
+    with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
+        ray.get(second, timeout=300)
+    assert ray.get(first, timeout=300)[0].keys() == {"9_0.png"}
+    ray.cancel(third)  # runs now
+    with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
+        ray.get(third, timeout=300)
+    assert drawn(worker, workflow(seed=24))[0]["9_0.png"] == plain(workflow(seed=24))
+
+
+def test_progress_and_previews_come_while_it_draws(worker):
+    events = [ray.get(ref, timeout=300) for ref in worker.stream.options(num_returns="streaming").remote(
+        workflow(seed=31, steps=6), {"preview_method": "latent2rgb"})]
+    kinds = [event for event, _ in events]
+    assert kinds[0] == "execution_start" and kinds[-1] == "answer"
+    assert kinds.count("progress") == 6
+    previews = [data for event, data in events if isinstance(event, int)]
+    assert previews and all(b"JFIF" in data or b"PNG" in data for data in previews)
