@@ -1,117 +1,12 @@
-"""Ray clusters of several nodes on this machine, each with a ComfyUI folder, models and pack of its own."""
-import contextlib
+"""Ray clusters of several nodes on this machine: see `devtools/cluster.py`."""
 import os
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import HOST
-from devtools import ROOT
+from devtools.cluster import MODEL, QUIET, changes, environment, make_base, running, workflow  # noqa: F401  for the tests
 from devtools.files import demo_files
 from devtools.host import server
-from featherweight import machines
-
-MODEL = demo_files.MODELS["Q4_K"]
-HOUSES = ("red", "yellow", "blue", "purple", "pink", "white")
-TREES, GROUNDS, HOURS = ("pine", "oak", "palm"), ("grass", "snow", "sand"), ("noon", "dusk", "dawn", "night")
-# Ray on one machine: nothing is told outside, nothing beside what the tests need, and slow is not dead.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_METRICS_COLLECTION": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-         "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_DEDUP_LOGS": "0",
-         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONDONTWRITEBYTECODE": "1", "FEATHERWEIGHT_KERNELS": "torch"}
-os.environ.update({name: value for name, value in QUIET.items() if name.startswith("RAY_")})  # Ray reads some when imported
-
-
-def workflow(text: str = "a red house", seed: int = 1, steps: int = 2, loras=("ink", "pumpkins"), save: bool = True) -> dict:
-    """The demo's picture, 128 x 128, with LoRAs, in API format: the prompt is 4.text, the seed 7.seed, 9 saves it."""
-    graph = {
-        "1": ("FeatherweightLoadDiffusionModel", {"model_name": MODEL, "compute": "exact"}),
-        "2": ("FeatherweightLoadTextEncoder", {"text_encoder_1": demo_files.ENCODER_NAME, "text_encoder_2": "none",
-              "text_encoder_3": "none", "text_encoder_4": "none", "mmproj": "none", "type": "stable_diffusion"}),
-        "3": ("VAELoader", {"vae_name": demo_files.VAE_NAME}),
-        "4": ("CLIPTextEncode", {"text": text, "clip": ["2", 0]}),
-        "5": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
-    }
-    source = ["1", 0]
-    for index, name in enumerate(loras):
-        graph[f"6{index}"] = ("LoraLoaderModelOnly", {"model": source, "lora_name": demo_files.LORAS[name],
-                                                         "strength_model": 1.0})
-        source = [f"6{index}", 0]
-    graph["7"] = ("KSampler", {"model": source, "positive": ["4", 0], "negative": ["4", 0], "latent_image": ["5", 0],
-                               "seed": seed, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
-                               "denoise": 1.0})
-    graph["8"] = ("VAEDecode", {"samples": ["7", 0], "vae": ["3", 0]})
-    if save:
-        graph["9"] = ("SaveImage", {"images": ["8", 0], "filename_prefix": "machines"})
-    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in graph.items()}
-
-
-def changes(index: int) -> dict:
-    """What makes the index-th picture."""
-    text = f"a {HOUSES[index % 6]} house left of a {TREES[index % 3]} tree on {GROUNDS[index // 2 % 3]} at {HOURS[index % 4]}"
-    return {"4.text": text, "7.seed": index}
-
-
-def make_base(base: Path, models: Path | None = None, pack: str = server.PACK) -> Path:
-    """A ComfyUI's folder with the demo's model and LoRAs (those of `models` where given), and the pack under a name."""
-    for name in ("models", "custom_nodes", "input", "output", "user"):
-        (base / name).mkdir(parents=True, exist_ok=True)
-    if models is None:
-        demo_files.make_models(base, types=("Q4_K",))
-    else:
-        shutil.copytree(models, base / "models", dirs_exist_ok=True, copy_function=os.link)
-    (base / "custom_nodes" / pack).symlink_to(ROOT, target_is_directory=True)
-    return base
-
-
-def environment(base: Path, name: str) -> dict[str, str]:
-    """What `ray start` on such a machine has around it."""
-    return {**QUIET, "COMFYUI_PATH": str(HOST), "COMFYUI_ARGUMENTS": f"--base-directory '{base}'",
-            "FEATHERWEIGHT_MACHINE": name}
-
-
-@dataclass
-class Machines:
-    """A cluster with a CPU on each node. bases: name -> folder; nodes: name -> Ray's node."""
-    cluster: object
-    bases: dict[str, Path]
-    nodes: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def address(self) -> str:
-        return self.cluster.address
-
-    def add(self, name: str, **variables: str):
-        """Start the node of that name; further environment variables for it."""
-        self.nodes[name] = self.cluster.add_node(
-            num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=150 << 20, include_dashboard=False,
-            env_vars={**environment(self.bases[name], name), **variables})
-
-    def remove(self, name: str):
-        """As when a machine loses its power."""
-        self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
-
-
-@contextlib.contextmanager
-def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=None):
-    """A cluster of a node for each base (or only of those named in `started`), to which this process is connected."""
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", str(folder))
-        found = Machines(Cluster(), bases)
-        try:
-            for name in bases if started is None else started:
-                found.add(name)
-            if connect:
-                ray.init(address=found.address, log_to_driver=False, logging_level="warning")
-                machines.by_value(ray.cloudpickle)
-            yield found
-        finally:
-            ray.shutdown()
-            found.cluster.shutdown()
-
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
@@ -134,6 +29,7 @@ def ray_folder(tmp_path_factory):
 @pytest.fixture(scope="package")
 def cluster(bases, ray_folder):
     """Two nodes, "desk" and "attic", with one CPU each; this process is the driver."""
+    pytest.importorskip("ray")
     with running(bases, ray_folder) as found:
         yield found
 
