@@ -143,6 +143,7 @@ NAMES = {
     "folder_paths.get_filename_list": "folder_name",
     "folder_paths.get_folder_paths": "folder_name",
     "folder_paths.get_full_path": "folder_name filename",
+    "folder_paths.get_input_directory": "",
     "folder_paths.get_output_directory": "",
     "folder_paths.get_save_image_path": "filename_prefix output_dir",
     "nodes.NODE_CLASS_MAPPINGS": None,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from .fetch import Place, different, fetch, in_words, pinned, said
 from .machine import FILE, choices, difference, folders, memory, packs
 from .place import MachineError, arguments, find, versions
-from .worker import boot, machine
+from .worker import boot
+from .worker import machine as this_machine
 
 STARTED = 600  # seconds that a machine has to start its ComfyUI
 
@@ -35,7 +36,7 @@ class Asked:
         import ray
 
         comfyui = find(self.elsewhere)
-        return machine()["name"], versions(comfyui, arguments(bool(ray.get_gpu_ids())))
+        return this_machine()["name"], versions(comfyui, arguments(bool(ray.get_gpu_ids())))
 
     def look(self, classes: list[str], asked: list[tuple[str, str, str]]) -> dict:
         self.host = self.host or boot(self.elsewhere)
@@ -222,7 +223,7 @@ def survey(look: Look, graph: dict, rows: Iterable[dict] = (), own: dict[str, st
 def report(machines: list[Machine], lacks: dict[str, Lack]) -> str:
     """The table, a sentence for each machine that lacks something, and one that closes."""
     sentences = [lacks[machine.node].sentence(machine.name) for machine in machines]
-    return "\n".join([table(machines, lacks), "", *filter(None, sentences), *unlike(machines), conclusion(list(lacks.values()))])
+    return "\n".join([table(machines, lacks), "", *filter(None, sentences), *unlike(machines), conclusion([*lacks.values()])])
 
 
 def fetch_missing(machines: list[Machine], lacks: dict[str, Lack], tell: Callable[[str], None]) -> list[str]:
@@ -233,7 +234,8 @@ def fetch_missing(machines: list[Machine], lacks: dict[str, Lack], tell: Callabl
             wanted[file].append(machine)
     for (kind, folder, name), without in wanted.items():
         holders = {Place(machine.node, machine.name, where, name): size for machine in machines
-                   for answer in machine.choices.values() for _, where, held, size in answer["files"] if (_last(where), held) == (folder, name)}
+                   for answer in machine.choices.values() for _, where, held, size in answer["files"]
+                   if (_last(where), held) == (folder, name)}
         targets = []
         for machine in without:
             there = sorted(machine.folders.get(kind, ()), key=lambda path: _last(path) != folder)

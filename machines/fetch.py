@@ -1,8 +1,8 @@
 """Model files from a machine that has them to those that lack them, in pieces through Ray's object store.
 
-One actor reads the file where it lies, once; one on each machine that lacks it writes what it is given. At most AHEAD pieces are
-on their way, so a store of 200 MB is enough for a file of any size. Between the machines Ray takes each piece from whichever has
-it already. Nothing is overwritten, and a file is there whole or not at all.
+One actor reads the file where it lies, once; one on each machine that lacks it writes what it is given. At most AHEAD pieces
+are on their way, so a store of 200 MB is enough for a file of any size. Ray takes each piece from whichever machine has it
+already. Nothing is overwritten, and a file is there whole or not at all.
 """
 import collections
 import hashlib
@@ -166,8 +166,8 @@ def different(places: list[Place]) -> str:
     if len(found) < 2:
         return ""
     first, second, *_ = found.values()
-    return (f"{first.name} on {first.machine} is another file than on {second.machine}. Nothing was copied or overwritten: remove"
-            " one of them, or give it another name.")
+    return (f"{first.name} on {first.machine} is another file than on {second.machine}. Nothing was copied or overwritten:"
+            " remove one of them, or give it another name.")
 
 
 def fetch(source: Place, targets: list[Place], size: int, tell: Callable[[int], None] = lambda done: None) -> dict[Place, str]:

@@ -5,7 +5,7 @@ import re
 
 INPUT = "input"  # the folder of pictures that a workflow loads, beside the folders of models
 NO_MODELS = ("custom_nodes", "datasets")
-SPLIT = re.compile(r"-\d{5}-of-(\d{5})(?=\.\w+$)")  # files of one model: llama.cpp's gguf-split and transformers' save_pretrained
+SPLIT = re.compile(r"-\d{5}-of-(\d{5})(?=\.\w+$)")  # files of one model, of llama.cpp and transformers
 FILE = re.compile(r"[^\n]{1,240}\.\w{2,11}")  # a value that may be the name of a file
 
 
@@ -17,7 +17,7 @@ def difference(mine: dict[str, str], others: dict[str, str]) -> str:
 
 
 def memory() -> dict:
-    """{"gpus": [(name, free bytes, all bytes)], "free": bytes of RAM, "all": bytes of RAM}. In a process with a started ComfyUI."""
+    """{"gpus": [(name, free bytes, all bytes)], "free": bytes of RAM, "all": the same}. Where a ComfyUI was started."""
     import comfy.model_management
     import psutil
     import torch
@@ -62,12 +62,11 @@ def choices(asked: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], dic
 
     where = folders()
     listed = {key: set(_names_in(where[key][0]) if key == INPUT else folder_paths.get_filename_list(key)) for key in where}
-    found = {}
+    found, known = {}, nodes.NODE_CLASS_MAPPINGS
     for name, place, value in asked:
-        kind = nodes.NODE_CLASS_MAPPINGS.get(name)
-        if kind and (offered := _offered(kind, place)) is not None:
+        if name in known and (offered := _offered(known[name], place)) is not None:
             files = _files(value, offered, where, listed)
-            judges = _judged(kind, place)
+            judges = _judged(known[name], place)
             found[name, place, value] = {"files": files, "taken": value in offered or judges and (
                 bool(files) or not FILE.fullmatch(value))}
     return found

@@ -17,7 +17,7 @@ USES_HOST = {
     "loaders/handover.py", "loaders/lora/file.py", "loaders/lora/fit.py",
     "loaders/packing/file_source.py", "loaders/packing/host_formats.py", "loaders/packing/runs.py", "loaders/progress.py",
     "loaders/placing.py", "loaders/text_encoder.py",
-    "loaders/vae.py", "machines/host.py",
+    "loaders/vae.py", "machines/host.py", "machines/machine.py",
     "ops/adapters.py", "ops/host_formats.py", "ops/layers.py", "ops/lora.py", "ops/operations.py",
     "ops/packed.py", "ops/patcher/__init__.py", "ops/patcher/applying.py", "ops/patcher/first_step.py", "ops/patcher/hooks.py",
     "ops/patcher/loading.py", "ops/patcher/pinning.py", "ops/patcher/placing.py", "ops/patcher/saving.py",

@@ -66,8 +66,8 @@ def test_a_machine_that_lacks_a_model_and_a_pack_is_named_with_both(looked):
     assert [machine.name for machine in machines] == ["desk", "attic"]
     assert not lacks[desk.node]
     assert lacks[attic.node].files == {("loras", "loras", INK): size}
-    assert lacks[attic.node].sentence("attic") == (f"attic lacks {INK} ({check.in_words(size)}) in loras and the node LittleNode of"
-                                                   " little_pack.")
+    assert lacks[attic.node].sentence("attic") == (
+        f"attic lacks {INK} ({check.in_words(size)}) in loras and the node LittleNode of little_pack.")
     assert conclusion(list(lacks.values())) == ("1 of 2 machines can run it. --fetch-models copies 1 missing file,"
                                                 f" {check.in_words(size)}.")
 
@@ -139,7 +139,8 @@ def test_a_choice_that_an_older_node_does_not_have_is_named():
 
 def test_files_of_one_name_and_other_sizes_are_said():
     question = (*OURS, "m.gguf")
-    machines = [machine("desk", choices={question: found(10, "m.gguf")}), machine("shelf", choices={question: found(12, "m.gguf")})]
+    machines = [machine("desk", choices={question: found(10, "m.gguf")}),
+                machine("shelf", choices={question: found(12, "m.gguf")})]
     assert unlike(machines) == ["unet/m.gguf is 10 bytes on desk and 12 bytes on shelf: their pictures will differ."]
     assert report(machines, {name: Lack() for name in ("desk", "shelf")}).endswith("differ.\nAll 2 machines can run it.")
 

@@ -89,7 +89,8 @@ def test_a_machine_that_goes_away_while_it_sends_leaves_no_part_behind(places, s
     assert fetch.fetch(places[0], [target], SIZE) == {}
 
 
-@pytest.mark.parametrize("name", ["../model.gguf", "flux/../../model.gguf", "/etc/model.gguf", "..\\model.gguf", "\\model.gguf", ""])
+@pytest.mark.parametrize("name", [
+    "../model.gguf", "flux/../../model.gguf", "/etc/model.gguf", "..\\model.gguf", "\\model.gguf", ""])
 def test_names_that_lead_out_of_a_model_folder_are_refused(name, tmp_path):
     for actor in (Reader, lambda folder, name: Writer(folder, name, 1)):
         with pytest.raises(ValueError, match="is no name of a file inside"):
@@ -141,6 +142,7 @@ def test_what_a_machine_left_when_it_was_switched_off_is_in_nobodys_way(tmp_path
     assert Writer(str(tmp_path), "model.gguf", 5).begin() == ""
 
 
-@pytest.mark.parametrize("size, words", [(6_800_000_000, "6.8 GB"), (620_000_000, "620 MB"), (3_000, "3.0 KB"), (12, "12 bytes")])
+@pytest.mark.parametrize("size, words", [
+    (6_800_000_000, "6.8 GB"), (620_000_000, "620 MB"), (3_000, "3.0 KB"), (12, "12 bytes")])
 def test_sizes_are_said_as_people_say_them(size, words):
     assert in_words(size) == words
