@@ -1,0 +1,81 @@
+"""Draw many rows of one workflow, on one machine or a Ray cluster: python3 batch.py WORKFLOW_API.json ROWS.jsonl OUT"""
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+if sys.version_info < (3, 10):
+    sys.exit("Failed: batch.py needs Python 3.10 or newer, this is %d.%d." % sys.version_info[:2])
+
+ROOT = Path(__file__).resolve().parent
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n"."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; 2/3 is one, the second of three")
+    return int(found[1]), int(found[2])
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="batch.py", description="Draws a workflow once for each row of changes to it. Run again, it goes on where it was.")
+    found.add_argument("workflow", help="the workflow in API format (in ComfyUI's menu: File > Export (API))")
+    found.add_argument("rows", help='a file of lines such as {"id": "0001", "4.text": "a red house", "7.seed": 5}')
+    found.add_argument("out", help="the folder for the pictures, or a bucket that all machines can write: s3://, gs://, abfs://")
+    found.add_argument("--workers", nargs=2, type=int, default=(1, 0), metavar=("MIN", "MAX"),
+                       help="how many at once; 0 as MAX: as many as the machines have room for")
+    found.add_argument("--gpus", type=float, help="of each worker; 1 where the machines have any, else 0")
+    found.add_argument("--cpus", type=float, help="of each worker, which computes with as many threads")
+    found.add_argument("--address", default="auto", help="of the Ray cluster; without one, Ray is started on this machine")
+    found.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N",
+                       help="draw only the I-th of N parts of the rows, as each of several clusters does")
+    return found
+
+
+def own_host() -> str:
+    """The folder of the ComfyUI that this pack is in, or ""."""
+    candidates = [os.environ.get("COMFYUI_PATH"), ROOT.parent.parent, ROOT / ".dev" / "host"]
+    return next((str(Path(path).resolve()) for path in candidates if path and (Path(path) / "main.py").is_file()), "")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def run(options: argparse.Namespace) -> int:
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]  # Ray would send it to each worker
+    pack = types.ModuleType("featherweight")
+    pack.__path__ = [str(ROOT)]
+    sys.modules.setdefault("featherweight", pack)
+    from featherweight.machines.batch import Batch, BatchError
+    from featherweight.machines.graph import GraphError, read
+    from featherweight.machines.progress import duration
+
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, stop)
+    out = options.out if "://" in options.out else os.path.abspath(options.out)
+    try:
+        graph = read(Path(options.workflow).read_text(encoding="utf-8"), options.workflow)
+        counts = Batch(graph, options.rows, out, tuple(options.workers), options.gpus, options.cpus, options.address,
+                       options.shard, own_host()).run()
+    except (GraphError, BatchError, OSError) as error:
+        print(f"Failed: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\nStopped. What is in {options.out} stays; run this again to go on.", flush=True)
+        return STOPPED
+    there = counts["there"]
+    print(f"Done in {duration(time.monotonic() - started)}: {counts['drawn']} drawn, {there} there before,"
+          f" {counts['failed']} failed, in {options.out}")
+    return FAILED if counts["failed"] else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run(parser().parse_args()))

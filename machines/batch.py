@@ -1,0 +1,225 @@
+"""A batch: rows of changes to one workflow -> pictures in a folder or bucket, by Ray Data's pool of actors.
+
+What is done is looked up first, and nothing is started for it. Then passes draw: a row that a machine cannot do goes to the
+others in the next pass, a row whose own fault it is fails alone.
+"""
+import collections
+import contextlib
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import by_value
+from .draw import Draw
+from .place import MachineError, arguments, differences, find, versions
+from .progress import Progress
+from .rows import Table, chunks, lines, look
+from .store import Store, Writer
+
+HERE = 20_000  # rows up to which the look is quicker in this process than in tasks
+CHUNK = 5_000  # rows in one task of the look
+ATTEMPTS = 2  # passes in which a row's worker may end while it draws it, each with RETRIES
+RETRIES = 2
+
+
+class BatchError(Exception):
+    """Why nothing can be drawn, and what to do, in one sentence."""
+
+
+@dataclass
+class Batch:
+    """What is to be drawn, and on what.
+
+    graph: the workflow; rows: path of the lines; out: see `machines/store.py`; workers: (fewest, most), 0: as many as fit;
+    gpus, cpus: of each worker, None: what the machines have; address: of the cluster; shard: (i, n); elsewhere: the driver's
+    own ComfyUI, or ""; say: as print.
+    """
+    graph: dict
+    rows: str
+    out: str
+    workers: tuple[int, int] = (1, 0)
+    gpus: float | None = None
+    cpus: float | None = None
+    address: str = "auto"
+    shard: tuple[int, int] = (1, 1)
+    elsewhere: str = ""
+    say: object = print
+
+    def run(self) -> collections.Counter:
+        """How many rows were there, drawn, and failed (of the lines that are no rows too). Raises BatchError."""
+        self.store = Store(self.out)
+        table = self.looked()
+        for number, said in table.bad:
+            self.say(f"Line {number} {said}.", flush=True)
+        counts = collections.Counter({"there": table.there, "failed": len(table.bad)})
+        if table.left:
+            try:
+                counts += self.drawn([{"id": name, "changes": text, "stamp": stamp} for name, text, stamp, _ in table.left])
+            finally:
+                self.store.tidy(table.names)
+        return counts
+
+    # --- what is there ---
+
+    def looked(self) -> Table:
+        table, found = Table(self.shard), lines(self.rows)
+        first = next(chunks(found, HERE), [])
+        looks = [look(self.out, self.graph, first)]
+        rest = chunks(found, CHUNK)
+        for more in rest:
+            self.connect()
+            looks += self.looks_on_ray(more, rest)
+        for each in looks:
+            table.add(each)
+        self.store.tidy(table.names)
+        return table
+
+    def looks_on_ray(self, first: list, rest: Iterator) -> list:
+        """Looks at chunks of lines, as many at once as there are processors where the store is, in their order."""
+        import ray
+
+        where = {"scheduling_strategy": "SPREAD"} if self.store.files else self.on(self.home)
+        at_once = int(ray.cluster_resources().get("CPU", 1)) if self.store.files else os.cpu_count()
+        task, graph = ray.remote(look).options(num_cpus=0, **where), ray.put(self.graph)
+        found, running = [], collections.deque()
+        for chunk in (first, *rest):
+            if len(running) > at_once:
+                found.append(ray.get(running.popleft()))
+            running.append(task.remote(self.out, graph, chunk))
+        return found + ray.get(list(running))
+
+    # --- the cluster ---
+
+    def connect(self):
+        """Join the cluster, or start one of this machine. Raises BatchError."""
+        try:
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise BatchError(f'Ray is missing ({error}): {os.path.basename(__import__("sys").executable)} -m pip install'
+                             ' "ray[data,serve]"') from error
+        if not ray.is_initialized():
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+            try:
+                ray.init(address=self.address, **quiet)
+            except ConnectionError as error:
+                if self.address != "auto":
+                    raise BatchError(f"No Ray cluster answers at {self.address}: {str(error).splitlines()[0]}") from error
+                ray.init(address="local", include_dashboard=False, **quiet)
+        by_value(ray.cloudpickle)
+        self.home = ray.get_runtime_context().get_node_id()
+
+    def on(self, node: str) -> dict:
+        """Options that put a task or an actor on one of Ray's nodes."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+    def machines(self) -> dict[str, dict[str, float]]:
+        """Ray's node -> what it has, of those that are alive and have what a worker needs."""
+        import ray
+
+        alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        if self.gpus is None:
+            self.gpus = 1.0 if any(found.get("GPU") for found in alive.values()) else 0.0
+        if self.cpus is None:
+            self.cpus = 1.0 if self.gpus else min((found["CPU"] for found in alive.values() if found.get("CPU")), default=1.0)
+        return {node: found for node, found in alive.items()
+                if found.get("CPU", 0) >= self.cpus and found.get("GPU", 0) >= self.gpus}
+
+    def agreed(self) -> tuple[dict[str, str], set[str]]:
+        """(`versions` that most machines have, the nodes that have others), said. Starts no ComfyUI."""
+        import ray
+
+        task = ray.remote(version_here)
+        asked = {task.options(num_cpus=0, **self.on(node)).remote(self.elsewhere, bool(self.gpus)): node
+                 for node in self.machines()}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=60) if asked else ([], [])
+        found = {}
+        for ref in ready:
+            with contextlib.suppress(ray.exceptions.RayError):
+                found[asked[ref]] = ray.get(ref)
+        groups = collections.Counter(tuple(here.items()) for _, here, problem in found.values() if not problem)
+        if not groups:
+            problems = "; ".join(f"{name} {problem}" for name, _, problem in found.values())
+            raise BatchError(problems or f"No machine of the cluster has {self.cpus:g} free CPUs"
+                             + f" and {self.gpus:g} GPUs: give --gpus 0 for machines without." * bool(self.gpus))
+        expected = dict(groups.most_common(1)[0][0])
+        out = set()
+        for node, (name, here, problem) in found.items():
+            if said := problem or differences(here, expected):
+                out.add(node)
+                self.say(f"{name} {said}", flush=True)
+        return expected, out
+
+    # --- drawing ---
+
+    def drawn(self, rows: list[dict]) -> collections.Counter:
+        import ray
+
+        self.connect()
+        expected, unfit = self.agreed()
+        writer = None
+        if not self.store.files and not self.out.startswith("file://"):
+            writer = ray.remote(Writer).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=16,
+                                                **self.on(self.home)).remote(self.out)
+        arguments = (self.graph, self.out, self.home if writer else "", writer, expected, self.elsewhere)
+        progress, attempts = Progress(len(rows), self.say), collections.Counter()
+        waiting = {(frozenset(unfit), 0): rows}  # (nodes that cannot do them, how often their worker ended) -> rows
+        while waiting:
+            (without, ended), some = waiting.popitem()
+            missing = {row["id"]: row for row in some}
+            for answer in self.answers(some, without, ended, arguments):
+                row = missing.pop(answer["id"])
+                if answer["status"] != "left":
+                    progress.add(answer)
+                    continue
+                unable = without | {answer["node"]}
+                if self.machines().keys() - unable:
+                    if answer["node"] not in unfit:
+                        unfit.add(answer["node"])
+                        progress.tell(f"{row['id']} goes to another machine: {answer['said']}")
+                    waiting.setdefault((unable, ended), []).append(row)
+                else:
+                    progress.add({**answer, "status": "failed"})
+            for name, row in missing.items():
+                attempts[name] += 1
+                if attempts[name] < ATTEMPTS:
+                    waiting.setdefault((without, ended + 1), []).append(row)
+                else:
+                    progress.add({"id": name, "status": "failed", "worker": "",
+                                  "said": f"its worker ended {ATTEMPTS * (RETRIES + 1)} times while it was drawn"})
+        return progress.counts
+
+    def answers(self, rows: list[dict], without: frozenset, ended: int, arguments: tuple) -> Iterator[dict]:
+        """One pass: answers of `Draw` as they come; none for a row whose worker ended each time."""
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.execution_options.preserve_order = False
+        context.max_errored_blocks = -1
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        fewest, most = self.workers
+        most = max(most or 10_000, fewest)
+        room = sum(int(min(found["CPU"] // (self.cpus or 1), found.get("GPU", 0) // self.gpus if self.gpus else 10_000))
+                   for node, found in self.machines().items() if node not in without)
+        first = min(max(fewest, room), most, max(len(rows), fewest))
+        in_block = max(1, min(10, len(rows) // (50 * first)))  # few, so that nobody waits long for the last
+        elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(without))})"}} if without else {}
+        data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // in_block)).map(
+            Draw, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus,
+            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=first,
+                                               max_tasks_in_flight_per_actor=1 if ended else 2),
+            ray_remote_args_fn=lambda: {"max_task_retries": RETRIES, **elsewhere})
+        yield from data.iter_rows()
+
+
+def version_here(elsewhere: str, has_gpu: bool) -> tuple[str, dict[str, str], str]:
+    """(this machine's name, `versions`, what keeps it from taking part)."""
+    name = os.environ.get("FEATHERWEIGHT_MACHINE") or platform.node()
+    try:
+        return name, versions(find(elsewhere), arguments(has_gpu)), ""
+    except MachineError as error:
+        return name, {}, str(error)

@@ -1,0 +1,146 @@
+"""Where the pictures of a batch go: a folder, or a bucket by pyarrow's filesystems.
+
+| name | what |
+|---|---|
+| `<id>_<node>_<n>.<ext>` | what a row's workflow saved |
+| `<id>.json` | {"stamp", "files", "changes", "seconds", "worker"}, written last: with the row's stamp in it the row is done |
+| `.<name>.<8 hex digits>.part` | a file of a folder while it is written; left by a process that was killed |
+
+A plain path is a folder of the machine that the batch is called on, and other machines' pictures come to it. What a URI names
+(s3://, gs://, abfs://, or file:// for a folder that all machines share) each machine writes by itself.
+"""
+import json
+import os
+import re
+import secrets
+
+PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
+
+
+class Store:
+    """Files in one folder or bucket. out: an absolute path or a URI. OSError is raised as it comes."""
+
+    def __init__(self, out: str):
+        self.files, self.root = None, out.removeprefix("file://") if out.startswith("file://") else out
+        if "://" in self.root:
+            import pyarrow.fs
+
+            self.files, self.root = pyarrow.fs.FileSystem.from_uri(out)
+        else:
+            os.makedirs(self.root, exist_ok=True)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        """The file's bytes, or None where there is none."""
+        try:
+            with (self.files.open_input_stream if self.files else _open)(self.path(name)) as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, data: bytes):
+        """The whole file or nothing, on the disk when this returns; buckets keep that by themselves."""
+        if self.files:
+            with self.files.open_output_stream(self.path(name)) as file:
+                file.write(data)
+            return
+        part = self.path(f".{name}.{secrets.token_hex(4)}.part")
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path(name))
+        except BaseException:
+            _remove(part)
+            raise
+
+    def remove(self, name: str):
+        """Remove a file that may be gone."""
+        try:
+            self.files.delete_file(self.path(name)) if self.files else os.unlink(self.path(name))
+        except FileNotFoundError:
+            pass
+
+    def has(self, names: list[str]) -> bool:
+        """Whether all of these are there. Of a bucket that is believed: a row's JSON is written after its files."""
+        return bool(self.files) or all(os.path.exists(self.path(name)) for name in names)
+
+    def done(self, row: str, stamp: str) -> bool:
+        """Whether a row with this stamp is complete."""
+        record = self.record(row)
+        return record.get("stamp") == stamp and self.has(record.get("files", []))
+
+    def record(self, row: str) -> dict:
+        """What `<id>.json` holds; {} where there is none, or none of ours."""
+        try:
+            found = json.loads(self.read(f"{row}.json") or b"{}")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def save(self, row: str, files: dict[str, bytes], record: dict):
+        """Put a row's files and then its record there, in the place of what an earlier version of the row had."""
+        names = {f"{row}_{name}": data for name, data in files.items()}
+        old = [name for name in self.record(row).get("files", []) if isinstance(name, str) and name.startswith(f"{row}_")]
+        if old:  # until all is there the row is not done, and what may go is remembered
+            self.write(f"{row}.json", json.dumps({"stamp": "", "files": [*{*old, *names}]}).encode())
+        for name, data in names.items():
+            self.write(name, data)
+        for name in {*old} - {*names}:
+            self.remove(name)
+        self.write(f"{row}.json", json.dumps({**record, "files": [*names]}).encode())
+
+    def tidy(self, rows) -> int:
+        """Remove what was left half-written of these rows (a set of ids); how many files that were."""
+        if self.files:
+            return 0
+        with os.scandir(self.root) as entries:
+            parts = [found for entry in entries if entry.name.endswith(".part") and (found := PART.fullmatch(entry.name))]
+        own = [part[0] for part in parts if part[1].removesuffix(".json") in rows or part[1].rsplit("_", 2)[0] in rows]
+        for name in own:
+            self.remove(name)
+        return len(own)
+
+
+class Writer:
+    """The store of the machine that the batch was called on, for workers elsewhere: an actor there."""
+
+    def __init__(self, out: str):
+        self.store = Store(out)
+
+    def done(self, row: str, stamp: str) -> bool:
+        return self.store.done(row, stamp)
+
+    def save(self, row: str, files: dict[str, bytes], record: dict):
+        self.store.save(row, files, record)
+
+
+class Sent:
+    """What a worker uses of a store that lies on another machine. writer: the actor's handle."""
+
+    def __init__(self, writer):
+        self.writer = writer
+
+    def done(self, *given) -> bool:
+        import ray
+
+        return ray.get(self.writer.done.remote(*given))
+
+    def save(self, *given):
+        import ray
+
+        ray.get(self.writer.save.remote(*given))
+
+
+def _open(path: str):
+    return open(path, "rb")
+
+
+def _remove(path: str):
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
