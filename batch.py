@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from featherweight.machines.progress import duration
 
     started = time.monotonic()
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends and is drawn again is no error here
     signal.signal(signal.SIGTERM, stop)
     out = options.out if "://" in options.out else os.path.abspath(options.out)
     try:

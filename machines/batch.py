@@ -8,12 +8,14 @@ import contextlib
 import logging
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import by_value
 from .draw import Draw
-from .place import MachineError, arguments, differences, find, versions
+from .machine import difference
+from .place import MachineError, arguments, find, versions
 from .progress import Progress
 from .rows import Table, chunks, lines, look
 from .store import Store, Writer
@@ -59,7 +61,7 @@ class Batch:
                 counts += self.drawn([{"id": name, "changes": text, "stamp": stamp} for name, text, stamp, _ in table.left])
             finally:
                 self.store.tidy(table.names)
-        return counts
+        return +counts
 
     # --- what is there ---
 
@@ -98,7 +100,7 @@ class Batch:
             import ray
             import ray.data
         except ImportError as error:
-            raise BatchError(f'Ray is missing ({error}): {os.path.basename(__import__("sys").executable)} -m pip install'
+            raise BatchError(f"Ray is missing ({error}). Install it for this Python: {sys.executable} -m pip install"
                              ' "ray[data,serve]"') from error
         if not ray.is_initialized():
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -149,24 +151,30 @@ class Batch:
         expected = dict(groups.most_common(1)[0][0])
         out = set()
         for node, (name, here, problem) in found.items():
-            if said := problem or differences(here, expected):
+            if said := problem or difference(here, expected):
                 out.add(node)
-                self.say(f"{name} {said}", flush=True)
+                self.say(f"{name} {said}: it takes no part.", flush=True)
         return expected, out
 
     # --- drawing ---
 
     def drawn(self, rows: list[dict]) -> collections.Counter:
+        self.connect()
         import ray
 
-        self.connect()
         expected, unfit = self.agreed()
         writer = None
         if not self.store.files and not self.out.startswith("file://"):
             writer = ray.remote(Writer).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=16,
                                                 **self.on(self.home)).remote(self.out)
         arguments = (self.graph, self.out, self.home if writer else "", writer, expected, self.elsewhere)
-        progress, attempts = Progress(len(rows), self.say), collections.Counter()
+        progress = Progress(len(rows), self.say)
+        self.passes(rows, unfit, arguments, progress)
+        return progress.counts
+
+    def passes(self, rows: list[dict], unfit: set[str], arguments: tuple, progress: Progress):
+        """Draw all rows. unfit: nodes that take no part from the start. arguments: of `Draw`."""
+        attempts, named = collections.Counter(), set()
         waiting = {(frozenset(unfit), 0): rows}  # (nodes that cannot do them, how often their worker ended) -> rows
         while waiting:
             (without, ended), some = waiting.popitem()
@@ -178,8 +186,8 @@ class Batch:
                     continue
                 unable = without | {answer["node"]}
                 if self.machines().keys() - unable:
-                    if answer["node"] not in unfit:
-                        unfit.add(answer["node"])
+                    if answer["node"] not in named:
+                        named.add(answer["node"])
                         progress.tell(f"{row['id']} goes to another machine: {answer['said']}")
                     waiting.setdefault((unable, ended), []).append(row)
                 else:
@@ -191,7 +199,6 @@ class Batch:
                 else:
                     progress.add({"id": name, "status": "failed", "worker": "",
                                   "said": f"its worker ended {ATTEMPTS * (RETRIES + 1)} times while it was drawn"})
-        return progress.counts
 
     def answers(self, rows: list[dict], without: frozenset, ended: int, arguments: tuple) -> Iterator[dict]:
         """One pass: answers of `Draw` as they come; none for a row whose worker ended each time."""
@@ -212,7 +219,7 @@ class Batch:
             Draw, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus,
             compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=first,
                                                max_tasks_in_flight_per_actor=1 if ended else 2),
-            ray_remote_args_fn=lambda: {"max_task_retries": RETRIES, **elsewhere})
+            max_task_retries=RETRIES, **elsewhere)
         yield from data.iter_rows()
 
 

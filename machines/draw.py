@@ -4,7 +4,8 @@ import os
 import time
 
 from .graph import GraphError, changed
-from .place import MachineError, arguments, differences, find, versions
+from .machine import difference
+from .place import MachineError, arguments, find, versions
 from .store import Sent, Store
 from .worker import boot, machine
 
@@ -25,7 +26,7 @@ class Draw:
         self.store = Store(out) if home in ("", self.machine["node"]) else Sent(writer)
         try:
             comfyui = find(elsewhere)
-            self.unfit = differences(versions(comfyui, arguments(bool(ray.get_gpu_ids()))), expected)
+            self.unfit = difference(versions(comfyui, arguments(bool(ray.get_gpu_ids()))), expected)
             if not self.unfit:
                 self.host = boot(elsewhere)
         except MachineError as error:

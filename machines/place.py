@@ -43,13 +43,6 @@ def versions(comfyui: str, given: list[str] = ()) -> dict[str, str]:
             "Featherweight": _pack_version(os.path.join(base, "custom_nodes"))}
 
 
-def differences(here: Mapping[str, str], expected: Mapping[str, str]) -> str:
-    """What is other than expected, as the end of a sentence that begins with the machine's name; "" where nothing is."""
-    other = [f"{name} {here[name] or 'not at all'} where the others have {version or 'none'}"
-             for name, version in expected.items() if here[name] != version]
-    return f"has {' and '.join(other)}: it takes no part." if other else ""
-
-
 def _installed(package: str) -> str:
     try:
         return importlib.metadata.version(package)

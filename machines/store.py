@@ -15,6 +15,7 @@ import re
 import secrets
 
 PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
+PICTURE = re.compile(r"(.+)_[A-Za-z0-9-]+_\d+(\.[^.]*)?")
 
 
 class Store:
@@ -99,7 +100,8 @@ class Store:
             return 0
         with os.scandir(self.root) as entries:
             parts = [found for entry in entries if entry.name.endswith(".part") and (found := PART.fullmatch(entry.name))]
-        own = [part[0] for part in parts if part[1].removesuffix(".json") in rows or part[1].rsplit("_", 2)[0] in rows]
+        own = [part[0] for part in parts if part[1].removesuffix(".json") in rows
+               or (picture := PICTURE.fullmatch(part[1])) and picture[1] in rows]
         for name in own:
             self.remove(name)
         return len(own)

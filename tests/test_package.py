@@ -23,7 +23,7 @@ def tracked(*paths: str) -> set[str]:
 @in_a_checkout
 def test_the_package_holds_all_that_the_pack_is_made_of():
     needed = tracked("nodes", "machines", "loaders", "ops", "locales", "example_workflows") | {
-        "__init__.py", "host_contract.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
+        "__init__.py", "host_contract.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
         "CHANGELOG.md"}
     assert needed <= set(packed_files())
     assert {"ops/kernels/source/weight.h", "nodes/web/docs/FeatherweightLoadDiffusionModel/ja.md"} <= needed
@@ -32,8 +32,8 @@ def test_the_package_holds_all_that_the_pack_is_made_of():
 @in_a_checkout
 def test_the_package_holds_nothing_of_the_developers():
     folders = {"nodes", "machines", "loaders", "ops", "locales", "example_workflows", "docs"}
-    files = {"__init__.py", "host_contract.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
-             "CHANGELOG.md"}
+    files = {"__init__.py", "host_contract.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE",
+             "README.md", "CHANGELOG.md"}
     assert {path.partition("/")[0] for path in packed_files()} == folders | files
     suffixes = (".gguf", ".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
     assert not [path for path in packed_files() if path.endswith(suffixes)]

@@ -1,12 +1,13 @@
 """Ray clusters of several nodes on this machine: see `devtools/cluster.py`."""
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from devtools.cluster import MODEL, QUIET, changes, environment, make_base, running, workflow  # noqa: F401  for the tests
 from devtools.files import demo_files
 from devtools.host import server
+
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
@@ -19,11 +20,9 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_folder(tmp_path_factory):
     """Where Ray keeps its sockets, whose paths may not be long."""
-    import tempfile
-
     folder = Path(tempfile.mkdtemp(prefix="fwr"))
     yield folder
-    os.environ.get("KEEP") or shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="package")

@@ -59,7 +59,16 @@ def first(cluster, tmp_path_factory):
     killer.start()
     bad = ['{"id": "broken"', '["no row"]', '{"id": "../x", "7.seed": 1}', {"id": "0003", "7.seed": 99},
            {"id": "nowhere", "77.seed": 1}, {"id": "sampler", "7.sampler_name": "no_such_sampler"}]
-    counts = run([*rows()[:5], *bad, *rows()[5:]])
+    museum = tmp_path_factory.mktemp("museum")  # a machine with another ComfyUI
+    (museum / "comfy").mkdir()
+    (museum / "main.py").touch()
+    (museum / "comfyui_version.py").write_text('__version__ = "0.1.0"\n', encoding="utf-8")
+    cluster.bases["museum"] = museum
+    cluster.add("museum", COMFYUI_PATH=str(museum))
+    try:
+        counts = run([*rows()[:5], *bad, *rows()[5:]])
+    finally:
+        cluster.remove("museum")
     killer.join(1)
     assert not killer.is_alive()
     return run, counts, list(run.said)
@@ -75,6 +84,11 @@ def test_every_row_is_there_once_and_byte_equal_to_one_comfyui(first, plain):
 
 def test_both_machines_drew(first):
     assert {record["worker"].split(":")[0] for record in first[0].records().values()} == {"desk", "attic"}
+
+
+def test_a_machine_of_another_version_is_left_out_and_named(first):
+    assert [said for said in first[2] if said.startswith("museum has ComfyUI 0.1.0 where the others have ")
+            and said.endswith("it takes no part.")]
 
 
 @pytest.mark.parametrize("sentence", [

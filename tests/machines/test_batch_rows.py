@@ -1,0 +1,223 @@
+"""The parts of a batch that need no Ray: rows, the store, the passes, and the command."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from devtools import ROOT
+from featherweight.machines.batch import Batch
+from featherweight.machines.graph import GraphError, changed, digest, read, upstream
+from featherweight.machines.place import MachineError, find
+from featherweight.machines.progress import Progress
+from featherweight.machines.rows import Looked, Table, look
+from featherweight.machines.store import Store
+
+from .conftest import workflow
+
+
+def command(*arguments, **options):
+    return subprocess.run([sys.executable, str(ROOT / "batch.py"), *map(str, arguments)], capture_output=True, text=True,
+                          **options)
+
+
+# --- graphs ---
+
+@pytest.mark.parametrize("place, said", [
+    ("seed", "'seed' is no place"), ("99.seed", "no node 99"), ("7.sed", "Node 7 .KSampler. has no input 'sed', only model,"),
+    ("7.model", "'7.model' comes from another node, 61")])
+def test_a_change_of_what_is_not_there_says_so(place, said):
+    with pytest.raises(GraphError, match=said):
+        changed(workflow(), {place: 1})
+
+
+def test_changing_leaves_the_original_as_it_is():
+    graph = workflow(seed=1)
+    assert changed(graph, {"7.seed": 2})["7"]["inputs"]["seed"] == 2
+    assert graph == workflow(seed=1)
+
+
+def test_titles_and_order_do_not_count_in_a_digest_and_values_do():
+    graph = workflow()
+    titled = {name: {**graph[name], "_meta": {"title": "a title"}} for name in reversed(graph)}
+    assert digest(titled) == digest(graph) != digest(changed(graph, {"7.seed": 2}))
+
+
+def test_what_is_before_a_link_is_found():
+    assert upstream(workflow(), ["4", 0]).keys() == {"4", "2"}
+
+
+def test_a_workflow_of_the_editor_says_how_to_export_it():
+    for path in sorted((ROOT / "example_workflows").glob("*.json"))[:1]:
+        with pytest.raises(GraphError, match="editor's format.*Export .API."):
+            read(path.read_text(encoding="utf-8"))
+
+
+def test_a_machine_without_comfyui_says_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MachineError, match="set COMFYUI_PATH"):
+        find(environment={})
+    with pytest.raises(MachineError, match="no main.py"):
+        find(environment={"COMFYUI_PATH": str(tmp_path)})
+
+
+# --- rows and store ---
+
+def record(store, name, found):
+    """A row's record, done with the stamp that the look gave it."""
+    return store.save(name, {"9_0.png": b"picture"}, {"stamp": found[2]})
+
+
+def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
+    lines = [(index + 1, json.dumps({"id": f"{index}", "7.seed": index}).encode()) for index in range(4)]
+    store = Store(str(tmp_path))
+    for item in look(str(tmp_path), workflow(), lines).left[:3]:
+        record(store, item[0], item)
+    lines[1] = (2, b'{"id": "1", "7.seed": 99}')
+    (tmp_path / "2_9_0.png").unlink()
+    assert [item[0] for item in look(str(tmp_path), workflow(), lines).left] == ["1", "2", "3"]
+    assert len(look(str(tmp_path), workflow(steps=3), lines).left) == 4  # another workflow: all of them
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", ".hidden", "", "x" * 151, "c:d", "a.", "new\nline", None, 1.5, ["a"]])
+def test_an_id_that_is_no_file_name_is_refused(tmp_path, name):
+    found = look(str(tmp_path), workflow(), [(1, json.dumps({"id": name, "7.seed": 1}).encode())])
+    assert len(found.bad) == 1 and not found.left
+
+
+def test_the_parts_of_all_shards_are_the_rows_each_once():
+    found = Looked(names=[(number, str(number)) for number in range(1, 12)],
+                   left=[(str(number), "{}", "", number) for number in range(1, 12)])
+    tables = [Table((part, 3)) for part in (1, 2, 3)]
+    for table in tables:
+        table.add(found)
+    assert sorted(int(item[0]) for table in tables for item in table.left) == list(range(1, 12))
+
+
+def test_ids_that_a_file_system_takes_for_one_are_refused():
+    table = Table()
+    table.add(Looked(names=[(1, "A"), (2, "a")], left=[("A", "{}", "", 1), ("a", "{}", "", 2)]))
+    assert [item[0] for item in table.left] == ["A"]
+    assert table.bad == [(2, "has the id 'a', as line 1 has")]
+
+
+def test_a_row_drawn_again_leaves_no_file_of_its_earlier_version(tmp_path):
+    store = Store(str(tmp_path))
+    store.save("a", {f"9_{n}.png": b"old" for n in range(3)}, {"stamp": "1"})
+    store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.png"]
+    assert store.done("a", "2") and not store.done("a", "1")
+
+
+def test_a_row_whose_writing_ended_in_the_midst_is_not_done(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    store.save("a", {"9_0.png": b"old", "9_1.png": b"old"}, {"stamp": "1"})
+    write = Store.write
+    monkeypatch.setattr(Store, "write", lambda self, name, data: write(self, name, data) if name != "a_9_0.png" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
+    monkeypatch.undo()
+    assert not store.done("a", "1") and not store.done("a", "2")
+    store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.png"]
+
+
+def test_only_half_files_of_own_rows_are_removed(tmp_path):
+    for name in ("a_9_0.png", "a.json", "b_9_0.png", "a_9.json"):
+        (tmp_path / f".{name}.0123abcd.part").touch()
+    (tmp_path / ".a_9_0.png.part").touch()
+    assert Store(str(tmp_path)).tidy({"a"}) == 2
+    assert sorted(os.listdir(tmp_path)) == [".a_9.json.0123abcd.part", ".a_9_0.png.part", ".b_9_0.png.0123abcd.part"]
+
+
+def test_a_uri_is_written_by_pyarrow(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.fs")
+    store = Store(f"file://{tmp_path}")
+    store.files, store.root = pyarrow.FileSystem.from_uri(f"file://{tmp_path}")
+    store.save("a", {"9_0.png": b"old", "9_1.png": b"old"}, {"stamp": "1"})
+    store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
+    assert store.done("a", "2") and not store.done("b", "2")
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.png"]
+
+
+# --- passes ---
+
+class Passes(Batch):
+    """A batch whose machines only answer. answer: (row's id, nodes left out) -> (status, node), or None for none."""
+
+    def draw(self, names, answer, nodes=("one", "two")):
+        self.answer, self.nodes, self.asked = answer, nodes, []
+        self.say = lambda text, **_: self.asked.append(text)
+        progress = Progress(len(names), self.say)
+        self.passes([{"id": name} for name in names], set(), (), progress)
+        return dict(progress.counts), self.asked
+
+    def machines(self):
+        return dict.fromkeys(self.nodes)
+
+    def answers(self, rows, without, ended, arguments):
+        for row in rows:
+            if given := self.answer(row["id"], without):
+                yield {"id": row["id"], "status": given[0], "node": given[1], "worker": f"{given[1]}:1",
+                       "said": f"{given[1]} has no file"}
+
+
+def passes(tmp_path):
+    return Passes(workflow(), "", str(tmp_path))
+
+
+def test_what_one_machine_cannot_do_another_does(tmp_path):
+    counts, said = passes(tmp_path).draw("abc", lambda name, without: ("left", "one") if not without else ("drawn", "two"))
+    assert counts == {"drawn": 3}
+    assert sum("one has no file" in text for text in said) == 1
+
+
+def test_what_no_machine_can_do_fails_with_the_last_ones_words(tmp_path):
+    counts, said = passes(tmp_path).draw(
+        "ab", lambda name, without: ("drawn", "one") if name == "b" else ("left", "two" if without else "one"))
+    assert counts == {"drawn": 1, "failed": 1}
+    assert "a: two has no file" in [text.strip() for text in said]
+
+
+def test_a_row_whose_worker_always_ends_fails_and_the_others_do_not(tmp_path):
+    counts, said = passes(tmp_path).draw("ab", lambda name, without: ("drawn", "one") if name == "b" else None)
+    assert counts == {"drawn": 1, "failed": 1}
+    assert any(re.match(r"a: its worker ended \d times", text) for text in said)
+
+
+# --- the command ---
+
+def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("", encoding="utf-8")
+    for path in sorted((ROOT / "example_workflows").glob("*.json"))[:1]:
+        found = command(path, rows, tmp_path / "out")
+        assert found.returncode == 1 and "Export (API)" in found.stdout and not found.stderr
+    found = command(ROOT / "docs/batch/workflow_api.json", tmp_path / "none.jsonl", tmp_path / "out")
+    assert found.returncode == 1 and "none.jsonl" in found.stdout and not found.stderr
+    assert command("a", "b", "c", "--shard", "3/2").returncode == 2
+
+
+def test_the_example_is_whole(tmp_path):
+    graph = read((ROOT / "docs/batch/workflow_api.json").read_text(encoding="utf-8"))
+    lines = list(enumerate((ROOT / "docs/batch/rows.jsonl").read_bytes().splitlines(), start=1))
+    found = look(str(tmp_path), graph, lines)
+    assert len(found.left) == len(lines) == 12 and not found.bad
+
+
+def test_a_finished_batch_needs_no_ray(tmp_path):
+    example = ROOT / "docs" / "batch"
+    graph = read((example / "workflow_api.json").read_text(encoding="utf-8"))
+    lines = list(enumerate((example / "rows.jsonl").read_bytes().splitlines(), start=1))
+    for item in look(str(tmp_path / "out"), graph, lines).left:
+        record(Store(str(tmp_path / "out")), item[0], item)
+    blocked = tmp_path / "without"
+    blocked.mkdir()
+    (blocked / "ray.py").write_text("raise ImportError('not here')", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(blocked)}
+    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out", env=environment)
+    assert found.returncode == 0 and "0 drawn, 12 there before, 0 failed" in found.stdout
+    (tmp_path / "out" / "0003.json").unlink()
+    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out", env=environment)
+    assert found.returncode == 1 and 'pip install "ray[data,serve]"' in found.stdout and not found.stderr
