@@ -15,12 +15,15 @@ from .verdicts import Case
 
 ROWS = (1, 16, 256, 4096)  # of the input, where a kernel takes so many, beside the least and the most it takes
 MOST_ROWS = ROWS[-1]
+TIMED = frozenset(("unpack", "linear", "int8_rows", "int8_tokens"))  # of what packs the reference is a search of minutes
 SHAPES = ((3072, 3072),)  # (N, K), where a model has said nothing
 MOST_SHAPES = 3  # of a format, those with the most values
 MOST_VALUES = 1 << 26  # of a weight: larger ones are timed with fewer rows
-TURNS = 5  # of both
+TURNS = 5  # of both, at most
+FEWEST_TURNS = 2
+CLEAR = 1.5  # after the fewest turns no other is made where one takes so many times as long as the other
 TURN_SECONDS = 0.01  # of one turn, at least
-MOST_SECONDS = 3  # of all turns at one place; less than two turns are never made
+MOST_SECONDS = 3  # of a kernel with one number of rows; after that no other turn is made, and no other shape is timed
 
 
 class Timing:
@@ -31,24 +34,25 @@ class Timing:
         self._unpackers = {}
 
     def add(self, kernel, packed_format: type[Format], case: Case):
-        """A right kernel, so that torch's product is timed with the fastest of what unpacks."""
+        """A kernel that is right and faster than torch, so that torch's product is timed with what will unpack for it."""
         if kernel.op == "unpack":
             self._unpackers.setdefault(_of_values(case), []).append(kernel.run)
 
     def times(self, kernel, packed_format: type[Format] | None, case: Case) -> dict[str, list[float]]:
-        """Rows of the input, "" where there are none, to the seconds of the kernel and of torch, summed over the shapes.
-
-        Nothing for the kernels that pack: their reference is a search of minutes.
-        """
-        measure = {"unpack": self._unpack, "linear": self._linear, "int8_rows": self._int8_rows,
-                   "int8_tokens": self._int8_tokens}.get(kernel.op)
-        if measure is None:
+        """Rows of the input, "" where there are none, to the seconds of the kernel and of torch, summed over the shapes. Nothing
+        for what is not `TIMED`."""
+        if kernel.op not in TIMED:
             return {}
+        measure = {"unpack": self._unpack, "linear": self._linear, "int8_rows": self._int8_rows,
+                   "int8_tokens": self._int8_tokens}[kernel.op]
         least, most = kernel.min_tokens, kernel.max_tokens or MOST_ROWS
         rows = sorted({least, most, *(rows for rows in ROWS if least <= rows <= most)})
         found = {}
         for number in rows if kernel.op in ("linear", "int8_tokens") else ("",):
-            pairs = [measure(kernel, packed_format, case, shape, number) for shape in self._usable_shapes(packed_format)]
+            pairs, started = [], time.perf_counter()
+            for shape in self._usable_shapes(packed_format):
+                if not pairs or time.perf_counter() - started < MOST_SECONDS:
+                    pairs.append(measure(kernel, packed_format, case, shape, number))
             found[str(number)] = [sum(times) for times in zip(*pairs)]
         return found
 
@@ -72,14 +76,12 @@ class Timing:
         tensors, values = self._weight(packed_format, shape), torch.empty(shape, dtype=case.dtype, device=self.device)
         input = self._input((rows, shape[1]), case.dtype)
         out = input.new_empty((rows, shape[0]))
-        ours, value_dtype = [], _value_dtype(case)
-        torchs = [lambda: torch.nn.functional.linear(input, packed_format.unpack_into(tensors, values, value_dtype))]
-        for unpack in self._unpackers.get(_of_values(case), ()):
-            torchs.append(lambda unpack=unpack: (unpack(packed_format, tensors, values, value_dtype, 0),
-                                                 torch.nn.functional.linear(input, values)))
-        for way in torchs:
-            ours.append(self._beside(lambda: kernel.run(packed_format, tensors, input, None, out, case.value_dtype), way))
-        return tuple(map(min, zip(*ours)))
+        value_dtype, found = _value_dtype(case), []
+        for unpack in self._unpackers.get(_of_values(case), [_unpack_by_torch]):
+            found.append(self._beside(lambda: kernel.run(packed_format, tensors, input, None, out, case.value_dtype),
+                                      lambda: (unpack(packed_format, tensors, values, value_dtype, 0),
+                                               torch.nn.functional.linear(input, values))))
+        return tuple(map(min, zip(*found)))
 
     def _int8_rows(self, kernel, packed_format, case, shape, _) -> tuple[float, float]:
         rows, columns = _with_whole_groups(shape, packed_format)
@@ -111,10 +113,11 @@ class Timing:
             counts.append(max(1, int(TURN_SECONDS / once)))
             least.append(once)
         started = time.perf_counter()
-        for turn in range(TURNS):
+        for turn in range(1, TURNS + 1):
             for index, operation in enumerate(operations):
                 least[index] = min(least[index], self._seconds(operation, counts[index]))
-            if turn and time.perf_counter() - started > MOST_SECONDS:
+            is_clear = turn >= FEWEST_TURNS and max(least) > CLEAR * min(least)
+            if is_clear or time.perf_counter() - started > MOST_SECONDS:
                 break
         return tuple(least)
 
@@ -129,6 +132,10 @@ class Timing:
     def _wait(self):
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
+
+
+def _unpack_by_torch(packed_format, tensors, out, value_dtype, first):
+    packed_format.unpack_into(tensors, out, value_dtype, first)
 
 
 def _value_dtype(case: Case) -> torch.dtype | None:
