@@ -3,7 +3,6 @@ import ast
 import importlib
 import inspect
 import sys
-import time
 
 import comfy.lora
 import comfy.model_patcher
@@ -104,15 +103,10 @@ def test_the_installed_host_satisfies_the_list():
     assert host_contract.changes(strict=True) == {}
 
 
-def test_the_look_takes_milliseconds_and_imports_nothing():
+def test_the_look_which_every_start_waits_for_imports_nothing():
     before = set(sys.modules)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        host_contract.changes()
-        times.append(time.perf_counter() - start)
+    host_contract.changes()
     assert set(sys.modules) == before
-    assert min(times) < 0.05
 
 
 def test_a_module_that_is_not_imported_is_looked_for_as_a_file(monkeypatch):

@@ -30,12 +30,12 @@ def try_all(options):
     of each. The verdicts are those that the later stages use; the formats of these come first, for the stage may be stopped."""
     heard = queue.SimpleQueue()
 
-    def run(job, hear, seconds):
+    def run(job, hear, seconds, is_busy):
         def told(*verdict):
             heard.put(verdict)
             hear(*verdict)
 
-        return run_trial(job, told, seconds)
+        return run_trial(job, told, seconds, is_busy)
 
     prover = Prover(device(), BACKENDS.get(device().type, ()), run)
     counts = collections.Counter()

@@ -23,7 +23,13 @@ _threads: set[threading.Thread] = set()
 ending = threading.Event()  # this process ends
 
 
-def start_thread(work: Callable[[], None]):
+def is_ending() -> bool:
+    """Whether this process ends, or its main thread has: Python starts no thread and no process then, while the last threads go
+    on."""
+    return ending.is_set() or not threading.main_thread().is_alive()
+
+
+def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
     """A thread that does not keep the process alive, but is waited for when it ends. `work` ends soon once `ending` is set."""
     def run():
         try:
@@ -31,7 +37,7 @@ def start_thread(work: Callable[[], None]):
         finally:
             _threads.discard(thread)
 
-    thread = threading.Thread(target=run, name="featherweight-kernels", daemon=True)
+    thread = threading.Thread(target=run, name=name, daemon=True)
     _threads.add(thread)
     thread.start()
 

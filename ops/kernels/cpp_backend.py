@@ -3,6 +3,7 @@
 A kernel takes half a second to compile and is kept for later runs, in a folder that only this user can write. Without a
 compiler torch does the work.
 """
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
 from pathlib import Path
@@ -23,17 +25,18 @@ from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
 from . import Backend, Kernel
 from .check import probe
+from .identity import cpp_compiler
 from .own_files import cache_folder, is_private, private_folder
 from .processes import run_process
 from .cxx_text import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
 
-COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
          "-w")
 MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 60  # a compiler that takes longer is ended, and torch does the work
+SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS  # what is older was left by a process that was killed
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
 
 
@@ -54,15 +57,25 @@ class CppCompiler:
         folder = private_folder(self.folder)
         path = folder / f"{name}.so"
         if not is_private(path, stat.S_ISREG):
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _remove_what_was_left(folder)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
                 file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
                 file.write_text(source, encoding="utf-8")
-                made = run_process(self.command, *FLAGS, str(file), "-o", str(built), seconds=COMPILE_SECONDS)
+                made = run_process(self.command, *FLAGS, str(file), "-o", str(built), seconds=COMPILE_SECONDS,
+                                   env={**os.environ, "TMPDIR": scratch})
                 if made.returncode:
                     raise CppError(f"{self.command}: {made.stderr[:2000]}")
                 built.chmod(0o700)
                 os.replace(built, path)  # at once, for another process may want it too
         return ctypes.CDLL(str(path))
+
+
+def _remove_what_was_left(folder: Path):
+    """By a process that was killed while it compiled."""
+    for scratch in folder.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - scratch.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _cpu() -> str:
@@ -178,8 +191,7 @@ def _threads(values: int) -> int:
 def _kernels() -> CpuKernels:
     if sys.platform == "win32":
         raise CppError("kernels are not compiled on Windows")
-    command = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
-    if command is None:
+    if (command := cpp_compiler()) is None:
         raise CppError("there is no C++ compiler")
     return CpuKernels(CppCompiler(command, cache_folder() / "kernels"))
 

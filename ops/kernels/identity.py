@@ -1,7 +1,9 @@
 """What the verdict on a kernel depends on: the device, its driver, torch, the backend and the kernel's own text."""
 import ctypes
 import hashlib
+import os
 import platform
+import re
 import shutil
 import sys
 from importlib import metadata
@@ -17,6 +19,7 @@ CHECK = ("check*.py", "trial.py", "timing.py")
 C_PLUS_PLUS = ("cxx_text.py", "source/*.h", "source/formats/*")
 TEXTS = {"triton": ("triton_*.py",), "nvrtc": ("nvrtc*.py", "source/cuda/*", *C_PLUS_PLUS),
          "metal": ("metal_*.py", "source/metal/*", *C_PLUS_PLUS), "cpp": ("cpp_*.py", "source/cpu/*", *C_PLUS_PLUS)}
+COMPILERS = ("c++", "g++", "clang++")  # of C++, after the environment variable CXX
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 VERSION_BYTES = 80  # nvml.h, NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
 
@@ -33,9 +36,15 @@ def key_of(device: torch.device, backend: str) -> dict[str, str]:
                                                                                                 torch.version.hip)}
     else:
         of_device = {"device": device.type, "driver": platform.mac_ver()[0],
-                     "capability": f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"}
+                     "capability": f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}"}
     return {**of_device, "system": f"{sys.platform} {platform.machine()}", "torch": torch.__version__, "backend": backend,
             "version": backend_version(backend), "text": text_digest(backend)}
+
+
+def cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", file.read_text(), re.MULTILINE) if file.is_file() else None
+    return found[1] if found else platform.processor()
 
 
 def driver_version() -> str:
@@ -63,7 +72,14 @@ def backend_version(name: str) -> str:
         return ", ".join([*found, str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"))])
     if name == "nvrtc":
         return ", ".join(dict.fromkeys(Path(path).name for path in nvrtc_libraries()))
+    if name == "cpp":
+        return os.path.realpath(compiler) if (compiler := cpp_compiler()) else ""
     return ""
+
+
+def cpp_compiler() -> str | None:
+    """The program, or None where there is none."""
+    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
 
 
 def _is_installed(package: str) -> bool:

@@ -10,12 +10,14 @@ _starting = threading.Lock()
 _ending = False
 
 
-def run_process(*command: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    """Its output. After `seconds`, and when this process ends, it is killed with all it has started. POSIX only.
+def run_process(*command: str, seconds: float, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Its output. After `seconds`, and when this process ends, it is killed with all it has started. POSIX only. env: its
+    environment, if not that of this process.
 
     Raises subprocess.TimeoutExpired, OSError.
     """
-    process = start_process(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_process(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=env)
     try:
         output, errors = process.communicate(timeout=seconds)
     finally:

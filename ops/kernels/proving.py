@@ -1,7 +1,7 @@
 """Proves a device's kernels in the background: `trial` tries in another process what a layer asks for here, once for each key.
 
-While that goes on torch does the work, and afterwards where no kernel is proven. A trial starts only while much of the device
-is free, and one at a time on a machine. A kernel that ends or hangs its process has its verdict and is gone past.
+A trial starts only while much of the device is free, and one at a time on a machine. A kernel that ends or hangs its process
+has its verdict and is gone past.
 """
 import collections
 import logging
@@ -15,9 +15,10 @@ import torch
 
 from ..format import Format
 from . import trial_process
-from .background import LOOK_EVERY, Finding, ending, start_thread
+from .background import LOOK_EVERY, Finding, ending, is_ending, start_thread
 from .identity import device_name, key_of
 from .own_files import cache_folder
+from .room import free_bytes
 from .verdicts import Case, Proven, Verdicts, is_verdict
 
 log = logging.getLogger(__name__)
@@ -25,21 +26,23 @@ log = logging.getLogger(__name__)
 ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 LEAST_FREE = 1_500_000_000  # bytes of the device, for a trial to begin
 OWN_SHARE = 500_000_000  # of them are what the process of a trial takes before it tries anything
-ASK_EVERY = 5.0  # seconds, while less is free
+ASK_EVERY = 5.0  # seconds, while less is free or the device must not be disturbed
 TRIAL_SECONDS = 900  # of this process for one device; the next one goes on where it ended
 MOST_CRASHES = 3  # of a backend; after that the rest of it is not tried
 FIRST_WAIT = 10  # seconds that the first call which cannot change later waits for the file of verdicts
 
 
 class Prover:
-    """names: of the backends to try. run: what takes the place of `trial_process.run_trial`."""
+    """names: of the backends to try. run: what takes the place of `trial_process.run_trial`. is_busy: whether the device must
+    not be disturbed now: then no trial begins, and one that is under way stops."""
 
-    def __init__(self, device: torch.device, names: tuple[str, ...], run: Callable | None = None):
-        self.device, self.names, self._run = device, names, run or trial_process.run_trial
+    def __init__(self, device: torch.device, names: tuple[str, ...], run: Callable | None = None,
+                 is_busy: Callable[[], bool] = lambda: False):
+        self.device, self.names, self._run, self._is_busy = device, names, run or trial_process.run_trial, is_busy
         self._changing = threading.Lock()  # held for no longer than a thread takes to start
         self._wanted: dict[Case, None] = {}
         self._shapes: dict[str, set[tuple[int, int]]] = collections.defaultdict(set)
-        self._proven: dict[Case, tuple[Proven, ...]] = {}
+        self._proven: dict[Case, tuple[Proven, ...] | None] = {}  # None: it was not found out, and is not tried again
         self._at_work = self._has_told = False
         self._came: list[tuple[str, str, dict]] | None = None  # backend, text, verdict; None where no trial is under way
         self._seconds = TRIAL_SECONDS
@@ -48,16 +51,17 @@ class Prover:
 
     def proven(self, op: str, packed_format: type[Format] | None, dtype: torch.dtype,
                value_dtype: torch.dtype | None, wait: bool = False) -> tuple[Proven, ...] | None:
-        """The right kernels for a case, the fastest first; None where that is still to be found out, which this call starts.
+        """The right kernels for a case, the fastest first; None where that is not known. Starts to find it out.
 
         wait: for what is known from before, not for a trial.
         """
         case = Case(op, packed_format and packed_format.__name__, dtype, value_dtype)
         if case not in self._proven:
-            if case not in self._wanted:
+            if is_new := case not in self._wanted:
                 self.want([case])
             if wait:
                 self._read.wait(FIRST_WAIT)
+            if wait or is_new:
                 self._settle()
         return self._proven.get(case)
 
@@ -69,7 +73,7 @@ class Prover:
             self._wanted.update(dict.fromkeys(cases))
             if not self._at_work and any(case not in self._proven for case in cases):
                 self._at_work = True
-                start_thread(self._work)
+                start_thread(self._work, "featherweight-trials")
 
     def best(self, seconds: float) -> list[str]:
         """The backends whose kernels unpack the wanted cases fastest. seconds: to wait for what is known from before."""
@@ -84,6 +88,11 @@ class Prover:
     @property
     def at_work(self) -> bool:
         return self._at_work
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether every case that was asked for, of which there is one at least, has its verdicts."""
+        return bool(self._wanted) and all(self._proven.get(case) is not None for case in list(self._wanted))
 
     def _read_verdicts(self) -> dict[str, Verdicts]:
         try:
@@ -124,10 +133,9 @@ class Prover:
                 if not missing:
                     return
                 if not self._try(missing):
-                    for case in missing:
-                        self._proven[case] = ()  # torch, until ComfyUI starts again
+                    self._proven.update(dict.fromkeys(missing))
         except Exception:
-            if not ending.is_set():  # when nothing is started any more
+            if not is_ending():  # when nothing is started any more
                 self._log_failure()
             self._at_work = False
 
@@ -145,8 +153,7 @@ class Prover:
 
     def _try(self, cases: list[Case]) -> bool:
         """Whether anything came of it."""
-        while (free := free_bytes(self.device)) < LEAST_FREE:
-            log.debug("[Featherweight] Kernels are tried on %s when %d bytes are free; %d are.", self.device, LEAST_FREE, free)
+        while self._is_busy() or not self._has_room():
             if ending.wait(ASK_EVERY):
                 return False
         with trial_process.only_one() as alone:
@@ -158,10 +165,15 @@ class Prover:
                 return True
             return self._try_now(cases)
 
+    def _has_room(self) -> bool:
+        if (free := free_bytes(self.device)) >= LEAST_FREE:
+            return True
+        log.debug("[Featherweight] Kernels are tried on %s when %d bytes are free; %d are.", self.device, LEAST_FREE, free)
+        return False
+
     def _try_now(self, cases: list[Case]) -> bool:
         if self._came is None:
-            log.info("[Featherweight] Kernels for packed weights are tried on %s in the background. Torch does their work until"
-                     " then.", device_name(self.device))
+            log.info("[Featherweight] Kernels for packed weights are tried on %s in the background.", device_name(self.device))
             self._came = []
         before = len(self._came)
 
@@ -180,7 +192,7 @@ class Prover:
                    "known": {name: verdicts.known for name, verdicts in self._read.value.items()},
                    "least_free": LEAST_FREE - OWN_SHARE}
             started = time.monotonic()
-            outcome = self._run(job, hear, self._seconds)
+            outcome = self._run(job, hear, self._seconds, self._is_busy)
             self._seconds -= time.monotonic() - started
             log.debug("[Featherweight] The trial on %s: %s", self.device, outcome)
             if outcome.how not in ("crashed", "hung") or outcome.at is None or outcome.at[0] not in self._read.value:
@@ -190,7 +202,7 @@ class Prover:
             if self._crashes[outcome.at[0]] == MOST_CRASHES:
                 self._skip(outcome.at[0], cases, hear)
         self._settle()
-        if outcome.how == "stopped":  # there was no room; what is left is tried when there is
+        if outcome.how == "stopped":  # for want of room or of rest; what is left is tried when there is both
             return not ending.wait(ASK_EVERY) and self._seconds > 0
         return outcome.how == "ended" and len(self._came) > before
 
@@ -205,15 +217,6 @@ def _is_tried(known: dict[str, dict], case: Case) -> bool:
     """Whether a backend has its verdict on a case: it does not work at all, or all its kernels have theirs."""
     probe = known.get("probe", {"verdict": "right"})["verdict"]
     return probe != "right" or str(case) in known
-
-
-def free_bytes(device: torch.device) -> float:
-    """Of a device; infinity where it does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return math.inf
 
 
 def report_wrong(case: str, device: torch.device, error):

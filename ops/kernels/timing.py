@@ -39,8 +39,8 @@ class Timing:
             self._unpackers.setdefault(_of_values(case), []).append(kernel.run)
 
     def times(self, kernel, packed_format: type[Format] | None, case: Case) -> dict[str, list[float]]:
-        """Rows of the input, "" where there are none, to the seconds of the kernel and of torch, summed over the shapes. Nothing
-        for what is not `TIMED`."""
+        """Rows of the input, "" where there are none, to the seconds of the kernel and of torch, summed over the shapes.
+        Nothing for what is not `TIMED`."""
         if kernel.op not in TIMED:
             return {}
         measure = {"unpack": self._unpack, "linear": self._linear, "int8_rows": self._int8_rows,

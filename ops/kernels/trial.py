@@ -3,11 +3,13 @@
 It needs torch, the formats and the kernels, neither ComfyUI nor its packages. Its first line of input is a job in JSON:
 
     {"device": "cuda:0", "backends": ["triton"], "cases": [["linear", "Q4_K", "bfloat16", null]],
-     "shapes": {"Q4_K": [[3072, 12288]]}, "known": {"triton": {...}}, "least_free": 1000000000, "seconds": 900}
+     "shapes": {"Q4_K": [[3072, 12288]]}, "known": {"triton": {...}}, "least_free": 1000000000, "seconds": 900,
+     "attempt_seconds": 120}
 
 shapes: (N, K) of weights to time with. known: verdicts as `Verdicts.read` gives them, which are not found out again.
-least_free: bytes of the device, with less of which it stops. seconds: after which it ends, whatever it is at. It also ends when
-its input does, so that none outlives who started it.
+least_free: bytes of the device, with less of which it stops. seconds: after which it ends, whatever it is at. attempt_seconds:
+of each thread's work at one attempt, on a CPU, where the time of day also goes by while others have the processor; it ends with
+SIGPROF then. It also ends when its input does, so that none outlives who started it.
 
 Output are lines of JSON: {"trying": [backend, text]} before each attempt, {"backend", "text", "verdict"} after it, and
 {"stopped": why} or {"failed": why} where it ends before all is tried, for want of room or for another reason. What backends
@@ -22,9 +24,11 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
@@ -33,11 +37,12 @@ from ..format import FORMATS, Format
 from ..formats.bnb_int8 import INT8
 from .check import WrongResult, check
 from .processes import end_all
+from .room import free_bytes
 from .timing import Timing
 from .verdicts import Case
 
 ORDER = ("unpack", "linear")  # first: torch's product is timed with the fastest of what unpacks
-NICE = 10
+NICE, NICEST = 10, 19  # on a CPU, which is all that a trial needs, it has the least claim to it
 MOST_BYTES = 1 << 30  # that torch may take of the device
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX = 1, 2  # errhandlingapi.h
@@ -60,6 +65,7 @@ class Trial:
         self.cases = sorted(map(Case.of_json, job["cases"]),
                             key=lambda case: ORDER.index(case.op) if case.op in ORDER else len(ORDER))
         self.least_free, self.say = job["least_free"], say
+        self.attempt_seconds = job["attempt_seconds"] * torch.get_num_threads()
         self.timing = Timing(self.device, job["shapes"])
         self.capability = None
         if self.device.type == "cuda":
@@ -111,8 +117,12 @@ class Trial:
             return self.known[name][text]
         self._stop_without_room()
         self.say({"trying": [name, text]})
+        if self.device.type == "cpu" and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, self.attempt_seconds)
         try:
             verdict = find_out()
+        except subprocess.TimeoutExpired as error:  # a compiler that others kept from working: that says nothing of a kernel
+            self._stop(str(error))
         except WrongResult as error:
             verdict = {"verdict": "wrong", "why": str(error)}
         except torch.OutOfMemoryError as error:
@@ -131,10 +141,12 @@ class Trial:
     def _stop_without_room(self):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(self.device)[0]
-            if free < self.least_free:
-                self.say({"stopped": f"{free} bytes are free"})
-                os._exit(0)
+        if (free := free_bytes(self.device)) < self.least_free:
+            self._stop(f"{free:.0f} bytes are free")
+
+    def _stop(self, why: str) -> NoReturn:
+        self.say({"stopped": why})
+        os._exit(0)
 
     def _crash_if_the_device_is_lost(self):
         """After a fault of a kernel everything on a CUDA device fails in this process, which is no fault of what comes next."""
@@ -190,7 +202,7 @@ def main():
     _end_in_time(job["seconds"])
     threading.Thread(target=_end_with_input, daemon=True).start()
     if hasattr(os, "nice"):
-        os.nice(NICE)
+        os.nice(NICEST if job["device"] == "cpu" else NICE)
     try:
         with torch.inference_mode():
             Trial(job, say).run()

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,9 @@ from .processes import end_process, start_process
 
 START_SECONDS = 180  # that the process may take until it says something
 ATTEMPT_SECONDS = 120  # that a kernel may take to be compiled, checked and timed
+CPU_PATIENCE = 5  # times as long where its process counts that itself, and may be without the processor meanwhile
 GRACE_SECONDS = 2  # between being told to end and being killed
+LOOK_EVERY = 1.0  # seconds between two looks at whether the trial must stop
 LOCK = "featherweight-trial.lock"
 ASK_EVERY = 1.0  # seconds, while another process holds the lock
 
@@ -31,17 +34,18 @@ COMMAND = (sys.executable, "-c", START, str(PACK))
 
 
 class Outcome(NamedTuple):
-    """how: "ended", all was tried; "stopped", there was no room; "crashed", "hung", "late" or "failed". at: the backend and the
-    text of what was being tried, if anything. why: in words."""
+    """how: "ended", all was tried; "stopped", there was no room or no rest; "crashed", "hung", "late" or "failed". at: the
+    backend and the text of what was being tried, if anything. why: in words."""
     how: str
     at: tuple[str, str] | None = None
     why: str = ""
 
 
-def run_trial(job: dict, hear: Callable[[str, str, dict], None], seconds: float, command=COMMAND,
-              attempt_seconds: float = ATTEMPT_SECONDS) -> Outcome:
+def run_trial(job: dict, hear: Callable[[str, str, dict], None], seconds: float, is_busy: Callable[[], bool] = lambda: False,
+              command=COMMAND, attempt_seconds: float = ATTEMPT_SECONDS) -> Outcome:
     """Runs a trial to its end. job: see `trial`, which hears `seconds` from here. hear(backend, text, verdict): called for each
-    verdict when it comes. Raises OSError where no process can be started."""
+    verdict when it comes. is_busy: asked now and then; the trial stops where it says yes. Raises OSError where no process can
+    be started."""
     background = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
     process = start_process(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             creationflags=background)
@@ -49,9 +53,11 @@ def run_trial(job: dict, hear: Callable[[str, str, dict], None], seconds: float,
         lines = queue.SimpleQueue()
         threading.Thread(target=_read, args=(process.stdout, lines), name="featherweight-trial", daemon=True).start()
         with contextlib.suppress(OSError):  # it is gone already, which its output says too
-            process.stdin.write(json.dumps(job | {"seconds": seconds + GRACE_SECONDS}).encode() + b"\n")
+            limits = {"seconds": seconds + GRACE_SECONDS, "attempt_seconds": attempt_seconds}
+            process.stdin.write(json.dumps(job | limits).encode() + b"\n")
             process.stdin.flush()
-        return _follow(process, lines, hear, seconds, attempt_seconds)
+        counts_itself = job["device"] == "cpu" and hasattr(signal, "SIGPROF")
+        return _follow(process, lines, hear, seconds, is_busy, attempt_seconds * (CPU_PATIENCE if counts_itself else 1))
     finally:
         with contextlib.suppress(OSError):
             process.stdin.close()
@@ -60,17 +66,21 @@ def run_trial(job: dict, hear: Callable[[str, str, dict], None], seconds: float,
         end_process(process)
 
 
-def _follow(process, lines: queue.SimpleQueue, hear, seconds: float, attempt_seconds: float) -> Outcome:
-    at, limit, end = None, START_SECONDS, time.monotonic() + seconds
+def _follow(process, lines: queue.SimpleQueue, hear, seconds: float, is_busy, attempt_seconds: float) -> Outcome:
+    at, limit, heard = None, START_SECONDS, time.monotonic()
+    end = heard + seconds
     while True:
-        left = end - time.monotonic()
+        if is_busy():
+            return Outcome("stopped", None, "the device is at work")
         try:
-            line = lines.get(timeout=max(0, min(limit, left)))
+            line = lines.get(timeout=max(0, min(LOOK_EVERY, min(heard + limit, end) - time.monotonic())))
         except queue.Empty:
-            if left < limit:
+            if time.monotonic() >= end:
                 return Outcome("late", at, f"the trial took more than {seconds:g} s")
-            return Outcome("hung", at, f"it took more than {limit:g} s")
-        limit = attempt_seconds
+            if time.monotonic() >= heard + limit:
+                return Outcome("hung", at, f"it took more than {limit:g} s")
+            continue
+        limit, heard = attempt_seconds, time.monotonic()
         if line is None:
             break
         match line:
@@ -86,6 +96,8 @@ def _follow(process, lines: queue.SimpleQueue, hear, seconds: float, attempt_sec
     status = process.wait()
     if ending.is_set():
         return Outcome("stopped", None, "this process ends")
+    if hasattr(signal, "SIGPROF") and status == -signal.SIGPROF:
+        return Outcome("hung", at, "it took all the work that it may")
     return Outcome("crashed", at, f"its process ended with {status}") if at or status else Outcome("ended")
 
 
@@ -103,21 +115,35 @@ def _read(stream, lines: queue.SimpleQueue):
 def only_one() -> Iterator[bool]:
     """Waits until no other process on this machine is inside. Gives False, at once, where this process ends or the lock cannot
     be had at all. Trials beside each other would disturb each other's times and take twice the memory."""
+    path = os.path.join(tempfile.gettempdir(), LOCK)
     try:
-        handle = _lock_file()
+        handle = _locked(path)
     except OSError:
-        yield False
-        return
+        handle = None
     try:
-        while not (held := _lock(handle)) and not ending.wait(ASK_EVERY):
-            pass
-        yield held
+        yield handle is not None
     finally:
-        os.close(handle)  # which unlocks it
+        if handle is not None:
+            with contextlib.suppress(OSError):  # another user's; Windows removes no open file
+                os.unlink(path)
+            os.close(handle)  # which unlocks it
 
 
-def _lock_file() -> int:
-    path, flags = os.path.join(tempfile.gettempdir(), LOCK), getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+def _locked(path: str) -> int | None:
+    """The file, open and locked; None where this process ends before that."""
+    while True:
+        handle = _lock_file(path)
+        while not _lock(handle):
+            if ending.wait(ASK_EVERY):
+                os.close(handle)
+                return None
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)  # who held it before has removed it, and others lock the one that is there now
+
+
+def _lock_file(path: str) -> int:
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     if sys.platform == "win32":
         return os.open(path, os.O_RDWR | os.O_CREAT)
     try:

@@ -14,7 +14,7 @@ from featherweight.ops.kernels.check import probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor
-from kernel_cases import wait_for_kernels
+from kernel_cases import try_nothing, wait_for_kernels
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
@@ -47,6 +47,7 @@ def use(monkeypatch):
     """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     wait_for_kernels(monkeypatch)
+    try_nothing(monkeypatch)
 
     def use(*backends):
         monkeypatch.setattr(kernels, "_choices", {})

@@ -14,7 +14,7 @@ import torch
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, int8, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import background, cpp_backend, processes
+from featherweight.ops.kernels import background, choices, cpp_backend, processes
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.tensor import packed_tensor
 from patched_models import packed_flux, run
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reas
 def compiler(tmp_path, monkeypatch):
     """compiler(seconds, of): the kernel layer as at the start, and a compiler that sleeps before it compiles a source that has
     the text `of`."""
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.setenv(kernels.VARIABLE, "cpp")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     command = tmp_path / "compiler"
     monkeypatch.setenv("CXX", str(command))
@@ -54,7 +54,7 @@ def compiler(tmp_path, monkeypatch):
 
 def patience(monkeypatch, seconds: float):
     """How long a call waits for a kernel that differs from torch by rounding."""
-    monkeypatch.setattr(kernels, "PATIENCE", dict.fromkeys(kernels.PATIENCE, seconds) | {kernels.EXACT: 0})
+    monkeypatch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, seconds) | {choices.EXACT: 0})
 
 
 def weight(name="Q4_K", rows=16, columns=512):
@@ -84,7 +84,7 @@ def test_unpacking_waits_for_no_compiler(compiler):
 def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(hangs_on, compiler, monkeypatch, caplog):
     compiler(FOREVER, hangs_on)
     patience(monkeypatch, 0.7 if hangs_on == "." else 4)
-    assert seconds_of(product_of) < kernels.PATIENCE["linear"] * 2 + 1
+    assert seconds_of(product_of) < choices.PATIENCE["linear"] * 2 + 1
     assert seconds_of(product_of) < 0.5
     assert torch.equal(product_of(), torch.nn.functional.linear(
         torch.randn((3, 512), generator=torch.Generator().manual_seed(0)), weight().dequantize()))

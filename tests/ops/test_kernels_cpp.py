@@ -17,7 +17,8 @@ from featherweight.ops.kernels.check import WrongResult, check, random_tensors
 from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
 from kernel_cases import (
     ALL_FORMATS, assert_a_weak_lora_arrives, assert_layer_equals_the_dense_one, assert_odd_weight_is_right,
-    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
+    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, each_format_with, reference, try_nothing,
+    wait_for_kernels,
 )
 
 CPU = torch.device("cpu")
@@ -238,6 +239,7 @@ def fresh(monkeypatch, tmp_path, caplog):
     """The kernel layer as at the start of ComfyUI, with nothing compiled yet."""
     monkeypatch.setattr(kernel_layer, "_choices", {})
     wait_for_kernels(monkeypatch)
+    try_nothing(monkeypatch)
     monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cpp_backend._kernels.cache_clear()

@@ -206,7 +206,7 @@ def as_device(monkeypatch, caplog):
     monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("metal",)})
     monkeypatch.setattr(kernel_layer, "_choices", {})
     wait_for_kernels(monkeypatch)
-    monkeypatch.setenv(kernel_layer.VARIABLE, "auto")
+    monkeypatch.setenv(kernel_layer.VARIABLE, "metal")
     metal_backend._shader.cache_clear()
     caplog.set_level(logging.DEBUG)
     yield

@@ -226,7 +226,7 @@ def as_device(on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("nvrtc",)})
     monkeypatch.setattr(kernel_layer, "_choices", {})
     wait_for_kernels(monkeypatch)
-    monkeypatch.setenv(kernel_layer.VARIABLE, "auto")
+    monkeypatch.setenv(kernel_layer.VARIABLE, "nvrtc")
     caplog.set_level(logging.DEBUG)
 
 

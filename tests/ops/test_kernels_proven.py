@@ -1,16 +1,19 @@
-"""What a device uses of the kernels that trials have proven, and when. The device is a CPU whose kernels need a trial; its
-backends are made for the tests, of plain torch, and so is what a trial says of them."""
+"""What a device uses of the kernels that trials have proven, and when. The device is a CPU, at first one whose kernels need a
+trial as a GPU's do; its backends are made for the tests, of plain torch, and so is what a trial says of them."""
+import functools
 import logging
+import os
 import sys
 import tempfile
 import time
 from types import SimpleNamespace
 
+import planted_backends
 import pytest
 import torch
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Backend, Case, Kernel, trial_process
+from featherweight.ops.kernels import Backend, Case, Kernel, choices, proving, room, trial_process
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.trial_process import Outcome
 from featherweight.ops.tensor import packed_tensor
@@ -18,6 +21,7 @@ from featherweight.ops.tensor import packed_tensor
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
 FLOAT32 = frozenset([torch.float32])
+RUN_TRIAL = trial_process.run_trial
 UNPACK, LINEAR = (Case(op, "Q4_0", torch.float32, None) for op in ("unpack", "linear"))
 
 
@@ -50,7 +54,7 @@ class Trials:
     def __init__(self):
         self.go, self.said, self.jobs = True, [], []
 
-    def __call__(self, job, hear, seconds):
+    def __call__(self, job, hear, seconds, is_busy):
         self.jobs.append(job)
         while not self.go:
             time.sleep(0.005)
@@ -76,7 +80,7 @@ def trials(monkeypatch, tmp_path):
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the lock is that trials take
-    monkeypatch.setattr(kernels, "CHECKED_HERE", frozenset())
+    monkeypatch.setattr(kernels, "CheckedUntilProven", choices.ProvenInTrials)
     found = Trials()
     monkeypatch.setattr(trial_process, "run_trial", found)
     return found
@@ -146,12 +150,13 @@ def test_a_product_has_the_same_bits_in_a_process_whenever_its_kernel_is_proven(
     assert taken_up()
     assert torch.equal(multiplied(), first) and made.calls["linear"] == 0
     assert not taken_up("linear", 3)
+    tried = len(trials.jobs)
     restarted(made)
     caplog.set_level(logging.INFO, kernels.__name__)
     second = multiplied()
     finished()
     assert [record.message for record in caplog.records] == ["[Featherweight] Packed weights on cpu use fine."]
-    assert made.calls["linear"] and len(trials.jobs) == 1  # proven by the process before
+    assert made.calls["linear"] and len(trials.jobs) == tried  # proven by the process before
     assert torch.equal(multiplied(), second) and torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
@@ -213,3 +218,110 @@ def test_the_first_call_waits_for_no_trial(trials, restarted):
     assert time.monotonic() - started < 5 and kernels._choice(CPU).prover.at_work
     trials.go = True
     assert not taken_up()
+
+
+# --- a CPU as it is ---
+
+
+@pytest.fixture
+def own_work(trials, monkeypatch):
+    """The CPU uses what is right until that is proven, and ComfyUI is at work there while this says so."""
+    work = SimpleNamespace(is_busy=False)
+    monkeypatch.setattr(kernels, "CheckedUntilProven", choices.CheckedUntilProven)
+    monkeypatch.setattr(room.OwnWork, "is_busy", lambda self: work.is_busy)
+    monkeypatch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 60))
+    monkeypatch.setattr(proving, "ASK_EVERY", 0.02)
+    return work
+
+
+def says_that_torch_is_faster(trials, made):
+    trials.says(made, UNPACK, rows_=1.5)
+    for rows in ((1, 1), (2, 16)):
+        trials.says(made, LINEAR, rows, **{f"rows_{number}": 1.5 for number in rows})
+
+
+def test_a_cpu_uses_what_is_right_until_a_trial_has_timed_it(trials, restarted, own_work):
+    made, trials.go = Made("fine"), False
+    says_that_torch_is_faster(trials, made)
+    restarted(made)
+    first = multiplied()
+    product.unpack(weight(), torch.float32)
+    assert made.calls["linear"] and made.calls["unpack"] and kernels.used(CPU) == "fine"
+    trials.go = True
+    assert not taken_up()
+    assert torch.equal(multiplied(), first) and taken_up("linear", 3)  # in this process a picture stays what it is
+    restarted(made)
+    made.calls.update(linear=0)
+    assert torch.allclose(multiplied(), first, rtol=1e-4, atol=1e-4)
+    assert made.calls["linear"] == 0 and not taken_up("linear", 3) and kernels.used(CPU) == "torch"
+
+
+def test_a_cpu_keeps_what_is_right_where_a_trial_finds_nothing_out(trials, restarted, own_work, monkeypatch):
+    made = Made("fine")
+    monkeypatch.setattr(trial_process, "run_trial", lambda *arguments: Outcome("late"))
+    restarted(made)
+    multiplied()
+    assert taken_up() and taken_up("linear", 3) and kernels.used(CPU) == "fine"
+
+
+def test_a_cpu_that_comfyui_works_on_is_not_disturbed(trials, restarted, own_work):
+    own_work.is_busy = True
+    restarted(Made("fine"))
+    multiplied()
+    time.sleep(0.2)
+    assert kernels._choice(CPU).prover.at_work and not trials.jobs
+    own_work.is_busy = False
+    finished()
+    assert trials.jobs
+
+
+def test_what_packs_is_not_tried_on_a_cpu_for_it_is_not_timed(trials, restarted, own_work):
+    restarted(Made("fine"))
+    kernels.find("pack_blocks", CPU, Q4_0, torch.float32)
+    assert not kernels._choice(CPU).prover.at_work and not trials.jobs
+
+
+def test_a_cpu_asks_nothing_of_a_backend_about_which_all_is_known(trials, restarted, own_work, caplog):
+    made = Made("fine")
+    says_that_torch_is_faster(trials, made)
+    restarted(made)
+    multiplied()
+    finished()
+    restarted(made)
+    caplog.set_level(logging.INFO, kernels.__name__)
+    kernels.prepare(CPU, [LINEAR], {})
+    multiplied()
+    finished()
+    assert [record.message for record in caplog.records] == ["[Featherweight] Packed weights on cpu use torch."]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes end otherwise on Windows")
+def test_a_kernel_that_is_slower_than_torch_is_not_used_on_a_cpu(restarted, own_work, monkeypatch):
+    """What a real trial says of a backend that is right and slow with one format."""
+    monkeypatch.setattr(trial_process, "run_trial", functools.partial(RUN_TRIAL, command=planted_backends.COMMAND))
+    slow = SimpleNamespace(name="slow", backend=planted_backends.backend("slow"))
+    restarted(slow)
+    q8_0 = Case("unpack", "Q8_0", torch.float32, None)
+    kernels.prepare(CPU, [UNPACK, q8_0], {"Q4_0": {(16, 256)}, "Q8_0": {(16, 256)}})
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is not None  # at first, for it is right
+    finished()
+    assert not taken_up()
+    kernels.find("unpack", CPU, FORMATS["Q8_0"], torch.float32)
+    assert all(proof.wait(60) for proof in kernels._choice(CPU)._proofs.values())
+    assert kernels.find("unpack", CPU, FORMATS["Q8_0"], torch.float32) is not None
+
+
+def test_own_work_is_what_this_process_takes_of_the_processor(monkeypatch):
+    clock = SimpleNamespace(now=0.0, used=0.0)
+    monkeypatch.setattr(room.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(room.time, "process_time", lambda: clock.used)
+    work = room.OwnWork()
+    assert work.is_busy()  # nobody knows yet
+    clock.now = room.LOOK_SECONDS / 2
+    assert work.is_busy()
+    clock.now, clock.used = 10.0, 1.0
+    assert not work.is_busy()
+    clock.now, clock.used = 10.1, 1.1
+    assert not work.is_busy()
+    clock.now, clock.used = 11.5, 2.5
+    assert work.is_busy()

@@ -1,6 +1,4 @@
 """Packing with error feedback: what it gains, and that it is safe with any moments."""
-import os
-import shutil
 import sys
 
 import gguf
@@ -9,7 +7,7 @@ import pytest
 import torch
 from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.kernels import cpp_backend
+from featherweight.ops.kernels import choices, cpp_backend, identity
 from featherweight.ops.packing import damped, pack_tensor
 from featherweight.ops.packing.damped import corrected_target
 from featherweight.ops.packing.feedback import pack_with_feedback
@@ -31,7 +29,7 @@ def by(request, tmp_path_factory):
     if request.param == "torch":
         yield request.param
         return
-    if sys.platform == "win32" or not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *cpp_backend.COMPILERS)))):
+    if sys.platform == "win32" or identity.cpp_compiler() is None:
         pytest.skip("needs a C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(kernels.VARIABLE, raising=False)
@@ -39,7 +37,7 @@ def by(request, tmp_path_factory):
         patch.setattr(kernels, "_choices", {})
         find = kernels.find
         patch.setattr(kernels, "find", lambda op, *case, **more: find(op, *case, **more) if op == "pack_columns" else None)
-        patch.setattr(kernels, "PATIENCE", dict.fromkeys(kernels.PATIENCE, 120))
+        patch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 120))
         cpp_backend._kernels.cache_clear()
         yield request.param
     cpp_backend._kernels.cache_clear()

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
-from featherweight.ops import kernels
-from featherweight.ops.kernels import backend_of
+from featherweight.ops.kernels import backend_of, choices
 from featherweight.ops.scratch import shared_scratch
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[s
 def as_in_use():
     """Make this process as it is when a model has run for a while: the buffer of its layers, which is returned to be held, and
     the kernels, for which what is timed waits."""
-    kernels.PATIENCE[kernels.EXACT] = 60
+    choices.PATIENCE[choices.EXACT] = 60
     return shared_scratch()
 
 
