@@ -73,6 +73,15 @@ def holds_on(*_):
     ctypes.PyDLL(None).pause()
 
 
+def sleeps(*arguments):
+    """The first time, for longer than an attempt may work."""
+    if _slept.setdefault("for", 0) == 0:
+        _slept["for"] = 3
+        time.sleep(3)
+    right(*arguments)
+
+
+_slept = {}
 MISBEHAVE = {
     "aborts": lambda *_: os.abort(),
     "segfaults": lambda *_: ctypes.string_at(0),
@@ -88,6 +97,7 @@ MISBEHAVE = {
     "garbage": garbage,
     "fine": lambda *arguments: right(*arguments),
     "holds_on": holds_on,
+    "sleeps": sleeps,
 }
 _references = {}
 
