@@ -39,6 +39,14 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def workers_of(given: list[int]) -> tuple[int, int]:
+    """(fewest, most) as given. Raises ValueError."""
+    fewest, most = given
+    if fewest < 1 or 0 != most < fewest:
+        raise ValueError(f"--workers {fewest} {most}: at least 1, and as many or more behind it, or 0 for all that fit.")
+    return fewest, most
+
+
 def own_host() -> str:
     """The folder of the ComfyUI that this pack is in, or ""."""
     candidates = [os.environ.get("COMFYUI_PATH"), ROOT.parent.parent, ROOT / ".dev" / "host"]
@@ -55,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     pack.__path__ = [str(ROOT)]
     sys.modules.setdefault("featherweight", pack)
     from featherweight.machines.batch import Batch, BatchError
-    from featherweight.machines.graph import GraphError, read
+    from featherweight.machines.graph import read
     from featherweight.machines.progress import duration
 
     started = time.monotonic()
@@ -64,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
     out = options.out if "://" in options.out else os.path.abspath(options.out)
     try:
         graph = read(Path(options.workflow).read_text(encoding="utf-8"), options.workflow)
-        counts = Batch(graph, options.rows, out, tuple(options.workers), options.gpus, options.cpus, options.address,
+        counts = Batch(graph, options.rows, out, workers_of(options.workers), options.gpus, options.cpus, options.address,
                        options.shard, own_host()).run()
-    except (GraphError, BatchError, OSError) as error:
+    except (ValueError, BatchError, OSError) as error:
         print(f"Failed: {error}")
         return FAILED
     except KeyboardInterrupt:

@@ -106,7 +106,8 @@ def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=
             product_module("machines").by_value(ray.cloudpickle)
         yield found
     finally:
-        ray.shutdown()
+        if connect:
+            ray.shutdown()
         found.cluster.shutdown()
         os.environ.pop("RAY_TMPDIR")
         if before is not None:

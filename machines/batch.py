@@ -59,6 +59,11 @@ class Batch:
         if table.left:
             try:
                 counts += self.drawn([{"id": name, "changes": text, "stamp": stamp} for name, text, stamp, _ in table.left])
+            except KeyboardInterrupt:
+                import ray
+
+                ray.shutdown()  # ends the workers, which may be writing
+                raise
             finally:
                 self.store.tidy(table.names)
         return +counts

@@ -17,6 +17,7 @@ from .graph import RESULT, GraphError, texts
 from .heard import Listener
 from .place import MachineError
 
+SCRATCH = "featherweight-worker-"
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError")
 FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
@@ -44,7 +45,8 @@ class Host:
 
     def __init__(self, comfyui: str, arguments: Sequence[str] = ()):
         started = time.monotonic()
-        self.scratch = tempfile.mkdtemp(prefix="featherweight-")
+        sweep_dead()
+        self.scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
         self.streams = sys.stdout, sys.stderr  # the host wraps their buffers; freed, those would close under it
         self.results, self.listeners, self.lock = {}, {}, threading.Lock()
         failed = []
@@ -231,6 +233,22 @@ class Host:
     def close(self):
         """Remove the folder of what it wrote. The ComfyUI goes with its process."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def sweep_dead():
+    """Remove what processes that were killed left of their folders for what ComfyUI writes; Windows has no safe way to ask."""
+    if os.name != "posix":
+        return
+    with os.scandir(tempfile.gettempdir()) as entries:
+        found = [(entry.path, re.match(rf"{SCRATCH}(\d+)-", entry.name)) for entry in entries]
+    for path, match in found:
+        if match:
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError:  # another user's
+                pass
 
 
 def result_node(results: dict):

@@ -11,7 +11,7 @@ class Progress:
 
     def __init__(self, total: int, say=print):
         self.total, self.say, self.counts = total, say, collections.Counter()
-        self.times, self.workers, self.shown = collections.deque([time.monotonic()], RECENT), {}, 0.0
+        self.times, self.workers, self.shown = collections.deque([], RECENT), {}, 0.0
         self.on_terminal = sys.stdout.isatty()
 
     def add(self, answer: dict):
@@ -32,7 +32,7 @@ class Progress:
     def line(self, now: float) -> str:
         """Rows, rate, workers, failures and time left."""
         done, failed = self.counts.total(), self.counts["failed"]
-        rate = (len(self.times) - 1) / max(now - self.times[0], 1e-3)
+        rate = (len(self.times) - 1) / max(now - self.times[0], 1e-3)  # without the start of the workers
         busy = sum(now - seen < max(60, 3 * len(self.workers) / max(rate, 1e-6)) for seen in self.workers.values())
         left = (self.total - done) / rate if rate else 0
         return (f"{done} of {self.total} rows, {rate:.3g} a second, {busy} worker{'s' * (busy != 1)}, {failed} failed,"

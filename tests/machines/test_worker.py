@@ -1,5 +1,11 @@
 """A worker of Ray is a whole ComfyUI: it draws what a plain one draws, by code that it was sent."""
+import os
+import subprocess
+import sys
+import tempfile
+
 import pytest
+from featherweight.machines import host
 from featherweight.machines.graph import GraphError, with_result
 from featherweight.machines.place import MachineError
 from featherweight.machines.worker import Worker
@@ -16,6 +22,17 @@ def worker(cluster):
         "ray.io/node-id": cluster.nodes["attic"].node_id}).remote()
     yield actor
     ray.kill(actor)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f"{host.SCRATCH}{os.getpid()}-a", f"{host.SCRATCH}of-a-person", "other"]
+    for name in [f"{host.SCRATCH}{dead.pid}-b", *names]:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    host.sweep_dead()
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
 def drawn(worker, graph):

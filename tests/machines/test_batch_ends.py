@@ -1,0 +1,141 @@
+"""What ends or fails in the midst of a batch costs time only: the driver, a worker, a machine, its disk, its files."""
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from devtools import ROOT
+from devtools.cluster import running
+
+from .conftest import changes, make_base, workflow
+from .test_batch import Run, of, rows
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.heavy
+
+
+class Command:
+    """batch.py as a person calls it. `records`: of the rows that are done."""
+
+    def __init__(self, folder, address, lines):
+        self.out, self.log = folder / "out", folder / "log"
+        (folder / "workflow.json").write_text(json.dumps(workflow()), encoding="utf-8")
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        self.command = [sys.executable, str(ROOT / "batch.py"), str(folder / "workflow.json"), str(folder / "rows.jsonl"),
+                        str(self.out), "--cpus", "1", "--gpus", "0", "--address", address]
+
+    def start(self):
+        with open(self.log, "wb") as log:
+            return subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    def wait_for(self, count, process=None):
+        while len(self.records()) < count and (process is None or process.poll() is None):
+            time.sleep(0.05)
+
+    def records(self):
+        return {path.stem: json.loads(path.read_text()) for path in self.out.glob("*.json")} if self.out.exists() else {}
+
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+
+def is_whole(out, lines, plain):
+    """Every row's picture, byte for byte, and no other file."""
+    assert sorted(os.listdir(out)) == sorted(f"{row['id']}{end}" for row in lines for end in ("_9_0.png", ".json"))
+    assert all((out / f"{row['id']}_9_0.png").read_bytes() == plain(of(row)) for row in lines)
+
+
+@contextlib.contextmanager
+def apart(bases, ray_folder, **options):
+    """A cluster of its own, to which this process is not connected."""
+    with running(bases, ray_folder, connect=False, **options) as found:
+        yield found
+
+
+def test_a_stopped_batch_says_how_to_go_on_and_a_killed_one_goes_on_too(cluster, tmp_path, plain):
+    lines = rows(12)
+    batch = Command(tmp_path, cluster.address, lines)
+    process = batch.start()
+    batch.wait_for(2, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    assert "Stopped. What is in" in batch.said() and "go on" in batch.said()
+    first = batch.records()
+    assert 2 <= len(first) < 12
+    assert not [name for name in os.listdir(batch.out) if name.endswith(".part")]
+    process = batch.start()
+    batch.wait_for(len(first) + 2, process)
+    process.kill()
+    process.wait()
+    second = batch.records()
+    assert batch.start().wait(600) == 0, batch.said()
+    is_whole(batch.out, lines, plain)
+    last = batch.records()
+    assert all(last[name] == record for name, record in {**first, **second}.items())  # drawn once
+
+
+def test_forty_pictures_are_those_of_one_process(cluster, tmp_path, plain):
+    run = Run(tmp_path, cluster.address)
+    assert run(rows(40)) == {"drawn": 40}
+    is_whole(run.out, rows(40), plain)
+
+
+def test_workers_killed_at_random_cost_time_only(cluster, tmp_path, plain):
+    lines, chance = rows(40), random.Random(0)
+    batch = Command(tmp_path, cluster.address, lines)
+    process = batch.start()
+    for done in range(2, 32, 6):
+        batch.wait_for(done + chance.randrange(3), process)
+        time.sleep(chance.random())
+        worker = max(batch.records().values(), key=lambda record: record["seconds"])["worker"]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(worker.split(":")[1]), signal.SIGKILL)
+    assert process.wait(900) == 0, batch.said()
+    is_whole(batch.out, lines, plain)
+
+
+def test_a_machine_that_goes_and_one_that_comes(bases, ray_folder, tmp_path, plain):
+    """Its rows are drawn elsewhere, and a machine that joins in the midst draws."""
+    bases = {**bases, "cellar": make_base(tmp_path / "cellar", bases["desk"] / "models")}
+    with apart(bases, ray_folder, started=["desk", "attic"]) as cluster:
+        batch = Command(tmp_path, cluster.address, lines := rows(60))
+        process = batch.start()
+        batch.wait_for(6, process)
+        cluster.remove("attic")
+        cluster.add("cellar")
+        assert process.wait(900) == 0, batch.said()
+        is_whole(batch.out, lines, plain)
+        assert "cellar" in {record["worker"].split(":")[0] for record in batch.records().values()}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a small disk takes root's rights")
+def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_others_finish(bases, ray_folder, tmp_path, plain):
+    full = tmp_path / "full"
+    full.mkdir()
+    if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]):
+        pytest.skip("no small disk can be mounted here")
+    lacking = make_base(tmp_path / "cellar", bases["desk"] / "models")
+    next((lacking / "models" / "loras").glob("*pumpkins*")).unlink()
+    try:
+        (full / "rest").write_bytes(b"0" * (60 << 10))
+        with apart({**bases, "cellar": lacking}, ray_folder, started=["desk"]) as cluster:
+            cluster.add("attic", TMPDIR=str(full))
+            cluster.add("cellar")
+            batch = Command(tmp_path, cluster.address, lines := rows(24))
+            assert batch.start().wait(900) == 0, batch.said()
+        is_whole(batch.out, lines, plain)
+        assert {record["worker"].split(":")[0] for record in batch.records().values()} == {"desk"}
+        assert "attic has no space left on its disk" in batch.said()
+        assert "cellar has no file 'featherweight_demo_lora_pumpkins.safetensors' (61.lora_name)" in batch.said()
+    finally:
+        subprocess.call(["umount", "-l", str(full)])
+
+
+def test_changes_make_other_pictures():
+    """What the tests above compare is not all one picture."""
+    assert len({json.dumps(changes(index)) for index in range(60)}) == 60
