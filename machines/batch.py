@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -132,7 +133,10 @@ class Batch:
         if self.gpus is None:
             self.gpus = 1.0 if any(found.get("GPU") for found in alive.values()) else 0.0
         if self.cpus is None:
-            self.cpus = 1.0 if self.gpus else min((found["CPU"] for found in alive.values() if found.get("CPU")), default=1.0)
+            kind = "GPU" if self.gpus else "CPU"  # all processors of the smallest machine, shared out among its GPUs
+            shares = [found.get("CPU", 0) // max(found["GPU"] // self.gpus if self.gpus else 1, 1)
+                      for found in alive.values() if found.get(kind)]
+            self.cpus = max(min(shares, default=1.0), 1.0)
         return {node: found for node, found in alive.items()
                 if found.get("CPU", 0) >= self.cpus and found.get("GPU", 0) >= self.gpus}
 
@@ -185,7 +189,9 @@ class Batch:
             (without, ended), some = waiting.popitem()
             missing = {row["id"]: row for row in some}
             for answer in self.answers(some, without, ended, arguments):
-                row = missing.pop(answer["id"])
+                row = missing.pop(answer["id"], None)
+                if row is None:  # what went with a machine and was made again
+                    continue
                 if answer["status"] != "left":
                     progress.add(answer)
                     continue
@@ -220,11 +226,13 @@ class Batch:
         first = min(max(fewest, room), most, max(len(rows), fewest))
         in_block = max(1, min(10, len(rows) // (50 * first)))  # few, so that nobody waits long for the last
         elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(without))})"}} if without else {}
-        data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // in_block)).map(
-            Draw, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus,
-            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=first,
-                                               max_tasks_in_flight_per_actor=1 if ended else 2),
-            max_task_retries=RETRIES, **elsewhere)
+        pool = ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=first,
+                                          max_tasks_in_flight_per_actor=1 if ended else 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the retries, which have no other name yet
+            data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // in_block)).map(
+                Draw, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus, compute=pool,
+                max_task_retries=RETRIES, **elsewhere)
         yield from data.iter_rows()
 
 
