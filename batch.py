@@ -28,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
         prog="batch.py", description="Draws a workflow once for each row of changes to it. Run again, it goes on where it was.")
     found.add_argument("workflow", help="the workflow in API format (in ComfyUI's menu: File > Export (API))")
     found.add_argument("rows", help='a file of lines such as {"id": "0001", "4.text": "a red house", "7.seed": 5}')
-    found.add_argument("out", help="the folder for the pictures, or a bucket that all machines can write: s3://, gs://, abfs://")
+    found.add_argument("out", help="the folder for the pictures, on this machine; one that all machines share is file:///...,"
+                                   " and a bucket that all can write s3://, gs:// or abfs://")
     found.add_argument("--workers", nargs=2, type=int, default=(1, 0), metavar=("MIN", "MAX"),
                        help="how many at once; 0 as MAX: as many as the machines have room for")
     found.add_argument("--gpus", type=float, help="of each worker; 1 where the machines have any, else 0")
