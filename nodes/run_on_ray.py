@@ -1,0 +1,87 @@
+"""Featherweight Run on Ray."""
+import io as streams
+import os
+import sys
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy
+import torch
+from comfy.cli_args import args
+from comfy_api.latest import io
+from PIL import Image
+
+from ..machines import here
+from ..machines.gathering import Gathering
+from ..machines.graph import GraphError, changed, classes, upstream, with_result
+from ..machines.items import items, varying
+from ..machines.pool import Pool
+from .shown import shower
+
+POOL = Pool()  # as long as this ComfyUI: a Ray that it started, and the workers' models, stay for the next prompt
+
+
+class RunOnRay(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightRunOnRay",
+            display_name="Run on Ray (Featherweight)",
+            category="Featherweight",
+            description="Draws several pictures at once: the nodes before this one run on other GPUs and other machines, once"
+                        " for each picture, each with another seed or text. Here nothing of them is loaded.",
+            search_aliases=["ray", "cluster", "distributed", "multi gpu", "multigpu", "parallel", "batch", "workers",
+                            "many machines", "run on ray"],
+            inputs=[
+                io.Image.Input("images", lazy=True, raw_link=True,
+                               tooltip="The pictures of one item. All nodes before this input run on the workers."),
+                io.Int.Input("count", default=4, min=1, max=10000,
+                             tooltip="How many items to draw. Each seed before this node counts up: the first item has the"
+                                     " seed itself, the next one more."),
+                io.String.Input("texts", default="", multiline=True, optional=True,
+                                tooltip="A line for each item, begun again when they run out. It takes the place of %text% in"
+                                        " any text before this node; where there is no %text%, of the whole prompt. Empty:"
+                                        " all items have the text that is there."),
+                io.String.Input("address", default="", optional=True,
+                                tooltip="Of the Ray cluster, such as HOST:6379, or auto for the one that this machine belongs"
+                                        " to. Empty: the GPUs of this machine, and nothing else is needed."),
+                io.Int.Input("workers", default=0, min=0, max=10000, optional=True,
+                             tooltip="How many ComfyUI draw at the same time. 0: one on each GPU; where no machine has a GPU,"
+                                     " one on each machine."),
+                io.Float.Input("idle_minutes", default=10.0, min=0.0, max=10000.0, step=0.5, optional=True,
+                               display_name="idle minutes",
+                               tooltip="How long workers that have nothing to do keep their models for the next run. Then they"
+                                       " end and free the memory."),
+            ],
+            outputs=[io.Image.Output(tooltip="The pictures of all items, in their order.")],
+            hidden=[io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def execute(cls, images, count, texts="", address="", workers=0, idle_minutes=10.0) -> io.NodeOutput:
+        part, address = upstream(cls.hidden.dynprompt, images), address.strip()
+        if "FeatherweightRunOnRay" in classes(part):
+            raise GraphError("One Run on Ray is before another: its workers would wait for workers. Leave one of them out.")
+        changes = items(part, count, texts)
+        gathering, bar, show = Gathering(count, varying(part, changes)), comfy.utils.ProgressBar(count), shower()
+
+        def told(event, data):
+            gathering.tell(event, data)
+            if event[1:] == ("preview",):
+                bar.update_absolute(*gathering.progress(), ("JPEG", Image.open(streams.BytesIO(data)).convert("RGB"), None))
+            elif event[1:] == ("progress",):
+                bar.update_absolute(*gathering.progress())
+            else:
+                show(gathering.text())
+
+        show(gathering.text())
+        comfyui = os.path.dirname(folder_paths.__file__)
+        POOL.run(address, {
+            "graphs": [with_result(changed(part, change), images) for change in changes], "elsewhere": comfyui,
+            "extra": {"preview_method": args.preview_method.value}, "workers": workers, "idle_seconds": idle_minutes * 60,
+            "on_cpu": args.cpu and not address,
+        }, told, comfy.model_management.throw_exception_if_processing_interrupted,
+            {} if address else here.environment(comfyui, sys.argv[1:]))
+        whole = numpy.concatenate([gathering.images[index] for index in range(count)])
+        return io.NodeOutput(torch.from_numpy(whole))

@@ -1,0 +1,149 @@
+"""The node Run on Ray on the real server, with nothing but this machine: what it draws, and what becomes of its workers."""
+import io
+import os
+import time
+
+import numpy
+import psutil
+import pytest
+from devtools.host import server
+from PIL import Image
+
+from .conftest import MODEL, QUIET, _paths, changes, workflow
+
+pytest.importorskip("ray.serve")
+COUNT = 4
+
+
+def on_ray(count=COUNT, seed=1, texts="", steps=2, **inputs):
+    graph = workflow(seed=seed, steps=steps, save=False)
+    graph["10"] = {"class_type": "FeatherweightRunOnRay",
+                   "inputs": {"images": ["8", 0], "count": count, "texts": texts, "workers": 2, **inputs}}
+    graph["9"] = {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "ray"}}
+    return graph
+
+
+def pixels(png: bytes) -> bytes:
+    return numpy.asarray(Image.open(io.BytesIO(png))).tobytes()
+
+
+def pictures(running, graph, **options):
+    """(pixels of what node 9 saved, the run)."""
+    run = running.queue(graph, **options)
+    return [pixels(running.image(image)) for image in run.outputs["9"]["images"]], run
+
+
+def cancelled(running, graph, when) -> tuple[str, float]:
+    """(the server's words for a graph cancelled when a step of it was told and `when(steps)` is true, seconds it took)."""
+    steps, asked, said = [], [], []
+
+    def step(node, value, maximum):
+        steps.append((node, value, maximum))
+        if when(steps) and not asked:
+            asked.append(time.monotonic())
+            running.post("/interrupt", {})
+
+    try:
+        running.queue(graph, on_progress=step)
+    except server.ServerError as error:
+        said.append(str(error))
+    return said[0] if said else "", time.monotonic() - asked[0]
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """Replicas of Ray Serve that a process has started, by way of others."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            found += [child] * child.cmdline()[0].startswith("ray::ServeReplica")
+        except (psutil.NoSuchProcess, IndexError):
+            pass
+    return found
+
+
+def mapped(process: psutil.Process, name: str) -> bool:
+    return any(name in part.path for part in process.memory_maps(grouped=True))
+
+
+@pytest.fixture(scope="module")
+def editor(bases, ray_folder):
+    """A server with the desk's models, which a relative path names."""
+    base = bases["desk"].parent / "editor"
+    with server.Server(base, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
+            "--preview-method", "latent2rgb", "--extra-model-paths-config",
+            os.path.relpath(_paths(bases["desk"]), server.HOST)]) as running:
+        yield running
+
+
+def test_this_machine_draws_what_the_graph_gives_once_per_item(editor, plain):
+    """And loads nothing itself, shows steps of all items and who draws."""
+    texts = [changes(index)["4.text"] for index in range(COUNT)]
+    steps = []
+    found, run = pictures(editor, on_ray(texts="\n".join(texts), seed=5, steps=3),
+                          on_progress=lambda *step: steps.append(step))
+    assert found == [pixels(plain(workflow(text, 5 + index, steps=3))) for index, text in enumerate(texts)]
+    assert [step for step in steps if step[0] == "10"][-1][1:] == (3 * COUNT, 3 * COUNT)
+    assert "4 of 4 done" in run.texts["10"][-1]
+    host = psutil.Process(editor.process.pid)
+    assert not mapped(host, MODEL)
+    assert any(mapped(worker, MODEL) for worker in workers_of(host))
+
+
+def test_cancel_frees_the_workers_and_the_next_picture_is_right(editor, plain):
+    pids = {worker.pid for worker in workers_of(psutil.Process(editor.process.pid))}
+    said, seconds = cancelled(editor, on_ray(steps=2000, seed=50), lambda steps: any(value > 3 for _, value, _ in steps))
+    assert "interrupted" in said and seconds < 1
+    started = time.monotonic()
+    found, _ = pictures(editor, on_ray(count=1, seed=60))
+    assert found == [pixels(plain(workflow(seed=60)))] and time.monotonic() - started < 20  # 2 000 steps take minutes
+    assert {worker.pid for worker in workers_of(psutil.Process(editor.process.pid))} & pids
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"7.sampler_name": "no_such_sampler"}, "Value not in list"),  # by this ComfyUI, before anything runs
+    ({"1.model_name": "no_such_model.gguf"}, r"Item \d of 2 cannot be drawn on .*no file 'no_such_model.gguf'"),
+    ({"5.width": 16, "5.height": 16, "4.text": "x"}, None)])
+def test_what_is_wrong_is_said_in_one_sentence(editor, change, said):
+    graph = on_ray(count=2)
+    for place, value in change.items():
+        node, name = place.split(".")
+        graph[node]["inputs"][name] = value
+    if said is None:
+        assert len(pictures(editor, graph)[0]) == 2
+    else:
+        with pytest.raises(server.ServerError, match=said):
+            editor.queue(graph)
+
+
+@pytest.mark.heavy
+def test_a_killed_worker_costs_nothing_but_time(editor, plain):
+    host, killed = psutil.Process(editor.process.pid), []
+
+    def step(node, value, maximum):
+        if node == "10" and value > 2 and not killed:
+            killed.append(workers_of(host)[0])
+            killed[0].kill()
+
+    found, run = pictures(editor, on_ray(seed=70, steps=6), on_progress=step)
+    assert killed and found == [pixels(plain(workflow(seed=70 + index, steps=6))) for index in range(COUNT)]
+
+
+@pytest.mark.heavy
+def test_idle_workers_end_and_others_come_when_there_is_work(editor, plain):
+    host = psutil.Process(editor.process.pid)
+    pictures(editor, on_ray(count=1, seed=80, idle_minutes=0.02))
+    deadline = time.monotonic() + 120
+    while workers_of(host) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert workers_of(host) == []
+    found, _ = pictures(editor, on_ray(count=1, seed=81, idle_minutes=10.0))
+    assert found == [pixels(plain(workflow(seed=81)))]
+
+
+def test_ray_ends_with_the_editor(bases, ray_folder, editor):
+    """Though it is killed."""
+    children = psutil.Process(editor.process.pid).children(recursive=True)
+    assert any("gcs_server" in child.name() for child in children)
+    editor.process.kill()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
