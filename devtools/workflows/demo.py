@@ -151,4 +151,25 @@ used for, and some dozens of prompts are enough. `thoroughness`: *one run per la
 chooses a little better. With another model, put its loader, text encoder and latent in place of these.""")
 
 
-WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras, packed_to_a_size)
+def on_ray() -> Workflow:
+    parts, model = Parts(), load("Q8_0")
+    lora = stock_lora(model, "ink")
+    sampler, decode, _ = parts.picture(lora, "")
+    ray = Node("FeatherweightRunOnRay", {"images": decode, "count": len(MEASURED), "texts": "\n".join(MEASURED)})
+    show = Node("SaveImage", {"images": ray, "filename_prefix": "featherweight_demo_ray"})
+    columns = [{"Load": [model, parts.encoder, parts.vae, lora]},
+               {"Prompt and size": [parts.prompt, parts.size], "One picture": [sampler, decode]},
+               {"Many pictures": [ray, show]}]
+    return Workflow("Featherweight demo on Ray", columns, f"""
+Everything before **Run on Ray (Featherweight)** is one picture. The node has it drawn once for each line of *texts*, each with \
+the next seed, on all GPUs of this computer at the same time, or on other computers. Here no model is loaded.
+
+It needs Ray, in the Python of ComfyUI: `python -m pip install "ray[data,serve]"`.
+
+{SOURCE}
+""", "what one picture takes, on each GPU that draws, and 0.6 GB for each ComfyUI there.", f"""`count` and `texts`: with no \
+lines, all pictures have the prompt on the left and differ by their seed. `address`: that of a Ray cluster, to draw on several \
+computers; each needs the files in its own folders. {KNOWS}""")
+
+
+WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras, packed_to_a_size, on_ray)

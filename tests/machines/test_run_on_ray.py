@@ -6,10 +6,11 @@ import time
 import numpy
 import psutil
 import pytest
+from devtools.cluster import MODEL, QUIET, changes, workflow
 from devtools.host import server
 from PIL import Image
 
-from .conftest import MODEL, QUIET, _paths, changes, workflow
+from .conftest import _paths
 
 pytest.importorskip("ray.serve")
 COUNT = 4
@@ -113,6 +114,14 @@ def test_what_is_wrong_is_said_in_one_sentence(editor, change, said):
     else:
         with pytest.raises(server.ServerError, match=said):
             editor.queue(graph)
+
+
+@pytest.mark.parametrize("address, said", [
+    ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1 .*: is `ray start --head` running there"),
+    ("ray://somewhere:10001", "ray://somewhere:10001 is no address of a Ray cluster: write HOST:6379")])
+def test_a_cluster_that_is_not_there_is_said_so(editor, address, said):
+    with pytest.raises(server.ServerError, match=said):
+        editor.queue(on_ray(address=address))
 
 
 @pytest.mark.heavy

@@ -1,0 +1,100 @@
+"""The node Run on Ray on clusters, which several editors share and which fall apart."""
+import contextlib
+import os
+import threading
+import time
+
+import pytest
+from devtools.cluster import MODEL, QUIET, running, workflow
+from devtools.host import server
+
+from .conftest import _paths
+from .test_run_on_ray import COUNT, on_ray, pictures, pixels
+
+pytest.importorskip("ray.serve")
+pytestmark = pytest.mark.heavy
+
+
+@contextlib.contextmanager
+def editor_of(bases, ray_folder, name: str):
+    with server.Server(bases["desk"].parent / name, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
+            "--extra-model-paths-config", str(_paths(bases["desk"]))]) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def editors(bases, ray_folder):
+    with editor_of(bases, ray_folder, "one") as one, editor_of(bases, ray_folder, "two") as two:
+        yield one, two
+
+
+def queued(editor, graph) -> tuple[threading.Thread, list]:
+    """A thread that runs a graph, and what will be in the list: (pixels, run) or the server's words."""
+    found = []
+
+    def run():
+        try:
+            found.append(pictures(editor, graph))
+        except server.ServerError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+def workers_now() -> set[str]:
+    from ray import serve
+
+    replicas = serve.status().applications["featherweight"].deployments["ComfyUI"].replica_states
+    return {name: count for name, count in replicas.items() if count}
+
+
+def test_two_editors_share_the_workers(cluster, editors, plain):
+    runs = [queued(editor, on_ray(seed=seed, address=cluster.address, workers=0)) for editor, seed in zip(editors, (5, 15))]
+    for thread, _ in runs:
+        thread.join()
+    for (_, found), seed in zip(runs, (5, 15)):
+        assert found[0][0] == [pixels(plain(workflow(seed=seed + index))) for index in range(COUNT)]
+    assert {name for _, found in runs for name in found[0][1].texts["10"][-1].split("on ")[1].split(", ")} <= {"desk", "attic"}
+    assert sum(workers_now().values()) <= 2
+
+
+def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
+    first, second = editors
+    running_thread, found = queued(first, on_ray(seed=30, steps=60, address=cluster.address, workers=0))
+    waiting_thread, said = queued(second, on_ray(seed=40, steps=60, address=cluster.address, workers=0))
+    time.sleep(3)
+    assert running_thread.is_alive() and waiting_thread.is_alive()
+    asked = time.monotonic()
+    second.post("/interrupt", {})
+    waiting_thread.join()
+    assert "interrupted" in said[0] and time.monotonic() - asked < 1.5
+    running_thread.join()
+    assert found[0][0] == [pixels(plain(workflow(seed=30 + index, steps=60))) for index in range(COUNT)]
+    assert pictures(second, on_ray(count=1, seed=50, address=cluster.address))[0] == [pixels(plain(workflow(seed=50)))]
+
+
+def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
+    path = next((bases["attic"] / "models").rglob(MODEL))
+    os.rename(path, path.with_suffix(".away"))
+    try:
+        with pytest.raises(server.ServerError, match=rf"Item \d of 4 cannot be drawn on attic: has no file '{MODEL}'"):
+            editors[0].queue(on_ray(seed=60, address=cluster.address, workers=0))
+    finally:
+        os.rename(path.with_suffix(".away"), path)
+
+
+def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
+    with editor_of(bases, ray_folder, "three") as editor:
+        with running(bases, ray_folder, connect=False, started=["desk"]) as other:
+            graph = on_ray(count=1, seed=70, address=other.address, workers=1)
+            assert pictures(editor, graph)[0] == [pixels(plain(workflow(seed=70)))]
+            thread, said = queued(editor, on_ray(count=1, seed=71, steps=5000, address=other.address, workers=1))
+            time.sleep(3)
+            assert thread.is_alive()
+        thread.join(180)
+        assert not thread.is_alive() and "Ray" in said[0]
+        with pytest.raises(server.ServerError, match="No Ray cluster answers at"):
+            editor.queue(graph)
+        assert pictures(editor, on_ray(count=1, seed=72, address="", workers=2))[0] == [pixels(plain(workflow(seed=72)))]
