@@ -161,8 +161,8 @@ def on_ray() -> Workflow:
                {"Prompt and size": [parts.prompt, parts.size], "One picture": [sampler, decode]},
                {"Many pictures": [ray, show]}]
     return Workflow("Featherweight demo on Ray", columns, f"""
-Everything before **Run on Ray (Featherweight)** is one picture. The node has it drawn once for each line of *texts*, each with \
-the next seed, on all GPUs of this computer at the same time, or on other computers. Here no model is loaded.
+Everything before **Run on Ray (Featherweight)** is one picture. The node has it drawn once for each line of *texts*, each \
+with the next seed, on all GPUs of this computer at the same time, or on other computers. Here no model is loaded.
 
 It needs Ray, in the Python of ComfyUI: `python -m pip install "ray[data,serve]"`.
 
