@@ -60,7 +60,7 @@ def main(names: list[str]):
                     size = browser.evaluate(f"{OPEN}({path.read_text(encoding='utf-8')}, {left}, {top})")
                     picture = browser.screenshot(left - 15, top - 15, size[0] + 30, size[1] + 30).convert("RGB")
                 picture = picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
-                picture.save(path.with_suffix(".jpg"), quality=70, optimize=True, progressive=True)
+                picture.save(path.with_suffix(".jpg"), quality=56, optimize=True, progressive=True)
                 print(f"{path.stem}: {picture.size}, {path.with_suffix('.jpg').stat().st_size} bytes")
 
 
