@@ -37,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--address", default="auto", help="of the Ray cluster; without one, Ray is started on this machine")
     found.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N",
                        help="draw only the I-th of N parts of the rows, as each of several clusters does")
+    found.add_argument("--check", action="store_true",
+                       help="say what each machine is and which models and node packs of the workflow it lacks; draw nothing")
+    found.add_argument("--fetch-models", action="store_true",
+                       help="first send missing model files to the machines that lack them")
     return found
 
 
@@ -73,8 +77,13 @@ def run(options: argparse.Namespace) -> int:
     out = options.out if "://" in options.out else os.path.abspath(options.out)
     try:
         graph = read(Path(options.workflow).read_text(encoding="utf-8"), options.workflow)
-        counts = Batch(graph, options.rows, out, workers_of(options.workers), options.gpus, options.cpus, options.address,
-                       options.shard, own_host()).run()
+        batch = Batch(graph, options.rows, out, workers_of(options.workers), options.gpus, options.cpus, options.address,
+                      options.shard, own_host())
+        if options.check or options.fetch_models:
+            able = batch.checked(options.fetch_models)
+            if options.check:
+                return DONE if able else FAILED
+        counts = batch.run()
     except (ValueError, BatchError, OSError) as error:
         print(f"Failed: {error}")
         return FAILED

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import by_value
+from .check import checked, most
 from .draw import Draw
 from .machine import difference
 from .place import MachineError, arguments, find, versions
 from .progress import Progress
-from .rows import Table, chunks, lines, look
+from .rows import Table, changes_of, chunks, lines, look
 from .store import Store, Writer
 
 HERE = 20_000  # rows up to which the look is quicker in this process than in tasks
@@ -68,6 +69,17 @@ class Batch:
             finally:
                 self.store.tidy(table.names)
         return +counts
+
+    def checked(self, send: bool = False) -> bool:
+        """Say of each machine what it is and lacks, after it was sent missing model files if `send`. Whether all can run it.
+
+        Raises BatchError.
+        """
+        self.connect()
+        nodes = {node: bool(self.gpus) for node in self.machines()}
+        if not nodes:
+            raise BatchError(self.nobody())
+        return checked(nodes, self.elsewhere, self.graph, changes_of(self.rows), send, lambda text: self.say(text, flush=True))
 
     # --- what is there ---
 
@@ -140,6 +152,10 @@ class Batch:
         return {node: found for node, found in alive.items()
                 if found.get("CPU", 0) >= self.cpus and found.get("GPU", 0) >= self.gpus}
 
+    def nobody(self) -> str:
+        return (f"No machine of the cluster has {self.cpus:g} free CPUs"
+                + f" and {self.gpus:g} GPUs: give --gpus 0 for machines without." * bool(self.gpus))
+
     def agreed(self) -> tuple[dict[str, str], set[str]]:
         """(`versions` that most machines have, the nodes that have others), said. Starts no ComfyUI."""
         import ray
@@ -152,12 +168,10 @@ class Batch:
         for ref in ready:
             with contextlib.suppress(ray.exceptions.RayError):
                 found[asked[ref]] = ray.get(ref)
-        groups = collections.Counter(tuple(here.items()) for _, here, problem in found.values() if not problem)
-        if not groups:
-            problems = "; ".join(f"{name} {problem}" for name, _, problem in found.values())
-            raise BatchError(problems or f"No machine of the cluster has {self.cpus:g} free CPUs"
-                             + f" and {self.gpus:g} GPUs: give --gpus 0 for machines without." * bool(self.gpus))
-        expected = dict(groups.most_common(1)[0][0])
+        expected = most((here for _, here, problem in found.values() if not problem),
+                        versions(self.elsewhere) if self.elsewhere else None)
+        if not expected:
+            raise BatchError("; ".join(f"{name} {problem}" for name, _, problem in found.values()) or self.nobody())
         out = set()
         for node, (name, here, problem) in found.items():
             if said := problem or difference(here, expected):

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from .fetch import Place, different, fetch, in_words, pinned, said
-from .machine import FILE, choices, difference, folders, memory, packs
-from .place import MachineError, arguments, find, versions
-from .worker import boot
+from .host import Host
+from .machine import FILE, choices, folders, memory, packs
+from .place import MachineError, arguments, differences, find, versions
 from .worker import machine as this_machine
 
 STARTED = 600  # seconds that a machine has to start its ComfyUI
@@ -28,18 +28,18 @@ class Machine:
 class Asked:
     """On a machine: its name, its versions, and its ComfyUI, which is started when it is asked for more."""
 
-    def __init__(self, elsewhere: str):
-        self.elsewhere, self.host = elsewhere, None
+    def __init__(self, elsewhere: str, has_gpu: bool):
+        self.elsewhere, self.has_gpu, self.host = elsewhere, has_gpu, None
 
-    def identity(self) -> tuple[str, dict[str, str]]:
-        """Its name and versions. Raises MachineError where it has no ComfyUI."""
-        import ray
+    def name(self) -> str:
+        return this_machine()["name"]
 
-        comfyui = find(self.elsewhere)
-        return this_machine()["name"], versions(comfyui, arguments(bool(ray.get_gpu_ids())))
+    def versions(self) -> dict[str, str]:
+        """Raises MachineError where it has no ComfyUI."""
+        return versions(find(self.elsewhere), arguments(self.has_gpu))
 
     def look(self, classes: list[str], asked: list[tuple[str, str, str]]) -> dict:
-        self.host = self.host or boot(self.elsewhere)
+        self.host = self.host or Host(find(self.elsewhere), arguments(self.has_gpu))
         return {"memory": memory(), "packs": packs(classes), "folders": folders(), "choices": choices(asked)}
 
 
@@ -97,9 +97,9 @@ class Lack:
     def sentence(self, name: str) -> str:
         """One, that begins with the machine's name; "" for a machine that lacks nothing."""
         if self.trouble:
-            return f"{name} {self.trouble}; it is left out."
+            return f"{name}: {self.trouble}."
         if self.versions:
-            return f"{name} {self.versions}; it is left out until they are the same."
+            return f"{name} {self.versions}"
         bags = collections.defaultdict(list)
         for kind, pack in self.nodes.items():
             bags[pack].append(kind)
@@ -116,7 +116,7 @@ def lack(machine: Machine, machines: list[Machine], classes: list[str], expected
     found = Lack(trouble=machine.trouble)
     if machine.trouble:
         return found
-    found.versions = difference(machine.versions, expected)
+    found.versions = differences(machine.versions, expected)
     for kind in classes:
         if kind not in machine.packs:
             found.nodes[kind] = next((other.packs[kind] for other in machines if kind in other.packs), "")
@@ -170,14 +170,14 @@ def conclusion(lacks: list[Lack]) -> str:
 class Look:
     """At machines of a cluster: a context in which each has a process that is asked, and a ComfyUI once it is looked at.
 
-    nodes: those of `ray.nodes()` that are to take part. elsewhere: see `place.find`.
+    nodes: Ray's id of each that is to take part -> whether its GPUs do. elsewhere: see `place.find`.
     """
 
-    def __init__(self, nodes: list[dict], elsewhere: str = ""):
+    def __init__(self, nodes: dict[str, bool], elsewhere: str = ""):
         import ray
 
-        self.names = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes}
-        self.asked = {node: ray.remote(Asked).options(**pinned(node)).remote(elsewhere) for node in self.names}
+        self.asked = {node: ray.remote(Asked).options(**pinned(node)).remote(elsewhere, has_gpu)
+                      for node, has_gpu in nodes.items()}
 
     def __enter__(self):
         return self
@@ -192,29 +192,30 @@ class Look:
         """What each answers, in the order of the nodes; `trouble` of one that does not."""
         import ray
 
-        answers = {node: (actor.identity.remote(), actor.look.remote(classes, asked)) for node, actor in self.asked.items()}
-        ray.wait([looked for _, looked in answers.values()], num_returns=len(answers), timeout=STARTED)
+        answers = {node: (actor.name.remote(), actor.versions.remote(), actor.look.remote(classes, asked))
+                   for node, actor in self.asked.items()}
+        ray.wait([looked for *_, looked in answers.values()], num_returns=len(answers), timeout=STARTED)
         found = []
-        for node, (identity, looked) in answers.items():
-            each = Machine(node, self.names[node], {})
+        for node, (name, its_versions, looked) in answers.items():
+            each = Machine(node, f"The machine of Ray's node {node[:8]}", {})
             try:
-                each.name, each.versions = ray.get(identity, timeout=1)
-                for name, value in ray.get(looked, timeout=1).items():
-                    setattr(each, name, value)
+                each.name = ray.get(name, timeout=1)
+                each.versions = ray.get(its_versions, timeout=1)
+                for known, value in ray.get(looked, timeout=1).items():
+                    setattr(each, known, value)
             except ray.exceptions.GetTimeoutError:
                 each.trouble = f"did not answer within {STARTED} s"
             except MachineError as error:
-                each.trouble = f"cannot be asked: {said(error)}"
+                each.trouble = said(error)
             except ray.exceptions.RayError as error:
                 each.trouble = f"could not be asked: {said(error)}"
             found.append(each)
         return found
 
 
-def survey(look: Look, graph: dict, rows: Iterable[dict] = (), own: dict[str, str] | None = None
+def survey(look: Look, classes: list[str], asked: list[tuple[str, str, str]], own: dict[str, str] | None = None
            ) -> tuple[list[Machine], dict[str, Lack]]:
-    """The machines, and what each lacks, by Ray's id. rows: see `questions`. own: see `most`."""
-    classes, asked = questions(graph, rows)
+    """The machines, and what each lacks, by Ray's id. classes, asked: see `questions`. own: see `most`."""
     found = look.machines(classes, asked)
     expected = most((machine.versions for machine in found if machine.versions), own)
     return found, {machine.node: lack(machine, found, classes, expected) for machine in found}
@@ -224,6 +225,23 @@ def report(machines: list[Machine], lacks: dict[str, Lack]) -> str:
     """The table, a sentence for each machine that lacks something, and one that closes."""
     sentences = [lacks[machine.node].sentence(machine.name) for machine in machines]
     return "\n".join([table(machines, lacks), "", *filter(None, sentences), *unlike(machines), conclusion([*lacks.values()])])
+
+
+def checked(nodes: dict[str, bool], elsewhere: str, graph: dict, rows: Iterable[dict], send: bool,
+            tell: Callable[[str], None]) -> bool:
+    """Tell of each machine what it is and lacks, after it was sent missing model files if `send`. Whether all can run it.
+
+    nodes, elsewhere: see `Look`. rows: see `questions`.
+    """
+    asked, own = questions(graph, rows), versions(elsewhere) if elsewhere else None
+    with Look(nodes, elsewhere) as look:
+        machines, lacks = survey(look, *asked, own)
+        if send and any(each.files for each in lacks.values()):
+            for sentence in fetch_missing(machines, lacks, tell):
+                tell(sentence)
+            machines, lacks = survey(look, *asked, own)
+    tell(report(machines, lacks))
+    return not any(lacks.values())
 
 
 def fetch_missing(machines: list[Machine], lacks: dict[str, Lack], tell: Callable[[str], None]) -> list[str]:

@@ -1,5 +1,6 @@
 """The rows of a batch: lines of JSON, each of them a name and changes to one workflow, and which of them are done already."""
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import re
@@ -62,6 +63,13 @@ def row(line: bytes) -> tuple[str, dict]:
     if not NAME.fullmatch(name):
         raise GraphError(f"has the id {name!r}, which cannot be a file's name")
     return name, changes
+
+
+def changes_of(path: str) -> Iterator[dict]:
+    """The changes of each line that is a row."""
+    for _, line in lines(path):
+        with contextlib.suppress(GraphError):
+            yield row(line)[1]
 
 
 def look(out: str, graph: dict, some: list[tuple[int, bytes]]) -> Looked:
