@@ -5,7 +5,7 @@ import re
 
 INPUT = "input"  # the folder of pictures that a workflow loads, beside the folders of models
 NO_MODELS = ("custom_nodes", "datasets")
-SPLIT = re.compile(r"-\d{5}-of-(\d{5})(?=\.\w+$)")  # files of one model, of llama.cpp and transformers
+SPLIT = re.compile(r"(.+)-\d{5}(-of-\d{5}\.\w+)")  # files of one model, of llama.cpp and transformers
 FILE = re.compile(r"[^\n]{1,240}\.\w{2,11}")  # a value that may be the name of a file
 
 
@@ -106,11 +106,12 @@ def _parts(folder: str, name: str) -> list[str]:
         return sorted(os.path.relpath(found, folder).replace(os.sep, "/") for found in names if not found.endswith(".part"))
     if not os.path.isfile(path):
         return []
-    if not SPLIT.search(name):
+    beside, _, last = name.replace("\\", "/").rpartition("/")
+    split = SPLIT.fullmatch(last)
+    if not split:
         return [name]
-    beside, pattern = os.path.dirname(name), re.escape(SPLIT.sub("\0", os.path.basename(name))).replace("\0", SPLIT.pattern)
-    return sorted("/".join(filter(None, (beside, other))) for other in _names_in(os.path.dirname(path))
-                  if re.fullmatch(pattern, other))
+    return [f"{beside}/{other}" if beside else other for other in _names_in(os.path.dirname(path))
+            if (part := SPLIT.fullmatch(other)) and part.groups() == split.groups()]
 
 
 def _names_in(folder: str) -> list[str]:
