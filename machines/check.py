@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from .fetch import Place, different, fetch, in_words, pinned, said
 from .host import Host
-from .machine import FILE, choices, folders, memory, packs
-from .place import MachineError, arguments, differences, find, versions
+from .machine import FILE, choices, difference, folders, memory, packs
+from .place import MachineError, arguments, find, versions
 from .worker import machine as this_machine
 
 STARTED = 600  # seconds that a machine has to start its ComfyUI
@@ -66,10 +66,12 @@ def questions(graph: dict, rows: Iterable[dict] = ()) -> tuple[list[str], list[t
 
 
 def most(found: Iterable[dict[str, str]], own: dict[str, str] | None = None) -> dict[str, str]:
-    """The versions that most machines have; of two that as many have, those of the machine that asks."""
-    counts = collections.Counter(tuple(sorted(each.items())) for each in found)
-    ranked = max(counts, key=lambda each: (counts[each], dict(each) == own), default=())
-    return dict(ranked)
+    """The versions that most machines have, without builds (+cu130); of two that as many have, those of the one that asks."""
+    def plain(versions):
+        return tuple((name, version.partition("+")[0]) for name, version in sorted(versions.items()))
+
+    counts = collections.Counter(map(plain, found))
+    return dict(max(counts, key=lambda each: (counts[each], each == plain(own or {})), default=()))
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Lack:
         if self.trouble:
             return f"{name}: {self.trouble}."
         if self.versions:
-            return f"{name} {self.versions}"
+            return f"{name} {self.versions}: it takes no part."
         bags = collections.defaultdict(list)
         for kind, pack in self.nodes.items():
             bags[pack].append(kind)
@@ -116,7 +118,7 @@ def lack(machine: Machine, machines: list[Machine], classes: list[str], expected
     found = Lack(trouble=machine.trouble)
     if machine.trouble:
         return found
-    found.versions = differences(machine.versions, expected)
+    found.versions = difference(machine.versions, expected)
     for kind in classes:
         if kind not in machine.packs:
             found.nodes[kind] = next((other.packs[kind] for other in machines if kind in other.packs), "")

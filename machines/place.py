@@ -45,7 +45,7 @@ def versions(comfyui: str, given: list[str] = ()) -> dict[str, str]:
 
 def _installed(package: str) -> str:
     try:
-        return importlib.metadata.version(package).partition("+")[0]  # its build, as +cu130, may be another
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 

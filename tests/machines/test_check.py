@@ -110,7 +110,9 @@ def test_a_machine_of_other_versions_is_left_out():
     assert expected == NEWER
     assert lack(machine("shelf", older), [], [], expected).sentence("shelf") == (
         "shelf has ComfyUI 0.24.0 where the others have 0.30.0: it takes no part.")
-    assert not lack(machine("shelf"), [], [], expected)
+    for alike in ({**NEWER, "torch": "2.13.0+cu130"}, {**NEWER, "Featherweight": ""}):  # another build; nothing known
+        assert not lack(machine("shelf", alike), [], [], expected)
+    assert most([older, {**NEWER, "torch": "2.13.0+cu130"}, NEWER]) == NEWER
 
 
 def test_of_as_many_machines_of_two_versions_those_like_the_one_that_asks_are_taken():
