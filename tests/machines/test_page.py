@@ -44,6 +44,11 @@ def test_ray_has_the_commands_and_options_that_the_page_gives():
     assert named - options - ours - elsewhere == set()
 
 
+def test_the_page_has_a_row_for_each_option_of_the_command():
+    source = (ROOT / "batch.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) & (options := set(re.findall(r'"(--[\w-]+)"', source))) == options
+
+
 def test_the_readme_has_the_two_commands_and_the_page_the_variables():
     assert "cd ComfyUI; ray start --head\ncd ComfyUI; ray start --address=HEAD:6379\n" in README
     source = "".join((ROOT / "machines" / name).read_text(encoding="utf-8") for name in ("place.py", "worker.py"))
