@@ -78,10 +78,10 @@ class Machines:
     def address(self) -> str:
         return self.cluster.address
 
-    def add(self, name: str, **variables: str):
+    def add(self, name: str, cpus: int = 1, **variables: str):
         """Start the node of that name; further environment variables for it."""
         self.nodes[name] = self.cluster.add_node(
-            num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=150 << 20, include_dashboard=False,
+            num_cpus=cpus, node_ip_address="127.0.0.1", object_store_memory=150 << 20, include_dashboard=False,
             env_vars={**environment(self.bases[name], name), **variables})
 
     def remove(self, name: str):

@@ -38,7 +38,7 @@ class Batch:
 
     graph: the workflow; rows: path of the lines; out: see `machines/store.py`; workers: (fewest, most), 0: as many as fit;
     gpus, cpus: of each worker, None: what the machines have; address: of the cluster; shard: (i, n); elsewhere: the driver's
-    own ComfyUI, or ""; say: as print.
+    own ComfyUI, or ""; say: as print; worker: what draws a row.
     """
     graph: dict
     rows: str
@@ -50,6 +50,7 @@ class Batch:
     shard: tuple[int, int] = (1, 1)
     elsewhere: str = ""
     say: object = print
+    worker: type = Draw
 
     def run(self) -> collections.Counter:
         """How many rows were there, drawn, and failed (of the lines that are no rows too). Raises BatchError."""
@@ -123,7 +124,7 @@ class Batch:
         if not ray.is_initialized():
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
             try:
-                ray.init(address=self.address, **quiet)
+                ray.init(address=self.address, **quiet, **{"include_dashboard": False} if self.address == "local" else {})
             except ConnectionError as error:
                 if self.address != "auto":
                     raise BatchError(f"No Ray cluster answers at {self.address}: {str(error).splitlines()[0]}") from error
@@ -238,14 +239,14 @@ class Batch:
         room = sum(int(min(found["CPU"] // (self.cpus or 1), found.get("GPU", 0) // self.gpus if self.gpus else 10_000))
                    for node, found in self.machines().items() if node not in without)
         first = min(max(fewest, room), most, max(len(rows), fewest))
-        in_block = max(1, min(10, len(rows) // (50 * first)))  # few, so that nobody waits long for the last
+        in_block = 1 if ended else max(1, min(10, len(rows) // (50 * first)))  # few, so that nobody waits long for the last
         elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(without))})"}} if without else {}
         pool = ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=first,
                                           max_tasks_in_flight_per_actor=1 if ended else 2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the retries, which have no other name yet
             data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // in_block)).map(
-                Draw, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus, compute=pool,
+                self.worker, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus, compute=pool,
                 max_task_retries=RETRIES, **elsewhere)
         yield from data.iter_rows()
 

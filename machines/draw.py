@@ -15,8 +15,9 @@ SLOWEST = 10  # seconds that a worker which can draw nothing keeps a row, so tha
 class Draw:
     """What a pool's actor does with a row. home: Ray's id of the node whose folder `out` is, or "" where each node sees it.
 
-    expected: `versions` of the machines that take part. elsewhere: see `place.find`.
+    expected: `versions` of the machines that take part. elsewhere: see `place.find`. boot: what starts a ComfyUI there.
     """
+    boot = staticmethod(boot)
 
     def __init__(self, graph: dict, out: str, home: str, writer, expected: dict, elsewhere: str):
         import ray
@@ -28,7 +29,7 @@ class Draw:
             comfyui = find(elsewhere)
             self.unfit = difference(versions(comfyui, arguments(bool(ray.get_gpu_ids()))), expected)
             if not self.unfit:
-                self.host = boot(elsewhere)
+                self.host = self.boot(elsewhere)
         except MachineError as error:
             self.unfit = str(error)
 

@@ -1,0 +1,287 @@
+"""python -m devtools.measure.machines [memory] [speed] [scale] [resume]: what a batch on Ray takes, on clusters here.
+
+Leaves machines.json and machines.md. Linux only. Speed wants two cores that have nothing else to do, scale 12 GB of memory
+(fewer with --actors), resume a million small files of disk.
+"""
+import argparse
+import contextlib
+import json
+import re
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from devtools.cluster import QUIET, changes, make_base, running, workflow  # before ray, which reads the environment then
+
+import ray  # noqa: E402
+from featherweight.machines import batch, by_value, draw, graph, worker
+from featherweight.machines.host import Answer
+from featherweight.machines.rows import lines, look
+
+from devtools import ROOT
+from devtools.host.server import Server
+from devtools.measure.bench.table import line, markdown
+from devtools.measure.bench.timing import machine
+
+STEPS = 12  # of a picture, which the figures are of
+ENDS = ("execution_success", "execution_error", "execution_interrupted")
+
+
+@contextlib.contextmanager
+def machines(count: int, folder: Path):
+    """A cluster of nodes with a CPU each and the demo's model, of which all have the same files."""
+    names = [f"node{index}" for index in range(count)]
+    first = make_base(folder / names[0])
+    bases = {name: first if name == names[0] else make_base(folder / name, first / "models") for name in names}
+    with running(bases, folder / "ray") as found:
+        yield found
+
+
+# --- memory ---
+
+def mappings(pid: int, below: str) -> dict[str, int]:
+    """Bytes of a process's pages: {"files"} below a folder that are resident, {"files_private"} no other process has, and
+    {"private"} of everything."""
+    found = dict.fromkeys(("files", "files_private", "private"), 0)
+    mapped = ""
+    for entry in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", entry):
+            mapped = entry.partition("/")[2]
+            continue
+        name, _, value = entry.partition(":")
+        private, is_file = name in ("Private_Clean", "Private_Dirty"), below.strip("/") in mapped and "/models/" in mapped
+        if private or (name == "Rss" and is_file):
+            size = int(value.split()[0]) * 1024
+            found["private"] += size * private
+            found["files_private" if private else "files"] += size * is_file
+    return found
+
+
+def measure_memory(options) -> Iterator[tuple[str, dict]]:
+    """Two workers, each on a node of its own with the same model files, resident; private: in no other process. Then what
+    more prompts take."""
+    with tempfile.TemporaryDirectory(prefix="fwm") as folder, machines(2, Path(folder)) as cluster:
+        actor = ray.remote(worker.Worker)
+        workers = [actor.options(num_cpus=1, max_concurrency=4, label_selector={"ray.io/node-id": node.node_id}).remote()
+                   for node in cluster.nodes.values()]
+        pids = [facts["pid"] for facts in ray.get([each.facts.remote() for each in workers])]
+
+        def drawn(some, numbers):
+            for number in numbers:
+                given = changes(number)
+                ray.get([each.run.remote(workflow(given["4.text"], number, steps=2)) for each in some])
+
+        drawn(workers, range(20))
+        for name, pid in zip(("first worker", "second worker"), pids):
+            yield name, mappings(pid, folder)
+        before = mappings(pids[0], folder)["private"]
+        drawn(workers[:1], range(20, 20 + options.prompts))
+        after = mappings(pids[0], folder)["private"]
+        yield f"{options.prompts} prompts", {"private_before": before, "private_after": after, "growth": after - before}
+
+
+# --- speed ---
+
+def plain_seconds(folder: Path, base: Path, count: int) -> float:
+    """Of a picture in a plain ComfyUI on one thread, whose queue is never empty."""
+    paths = folder / "paths.yaml"
+    kinds = "".join(f"  {kind.name}: {kind.name}\n" for kind in (base / "models").iterdir())
+    paths.write_text(f"machines:\n  base_path: {base / 'models'}\n{kinds}", encoding="utf-8")
+    with Server(folder / "plain", env={**QUIET, "OMP_NUM_THREADS": "1"},
+                arguments=["--extra-model-paths-config", str(paths)]) as server:
+        asked = [graph.changed(workflow(steps=STEPS), changes(index)) for index in range(count)]
+        names = [json.loads(server.post("/prompt", {"prompt": each}))["prompt_id"] for each in asked]
+        while len(history := server.get_json("/history")) < count:
+            time.sleep(0.5)
+    ended = [data["timestamp"] / 1000 for name in names for event, data in history[name]["status"]["messages"] if event in ENDS]
+    return intervals([ended])
+
+
+def intervals(ended: list[list[float]]) -> float:
+    """Median seconds between the pictures of a worker; its first, for which it loads the model, are not counted."""
+    return statistics.median(later - before for times in ended for before, later in zip(times[2:], times[3:]))
+
+
+def batch_seconds(folder: Path, nodes: int, count: int) -> tuple[float, float]:
+    """(seconds from picture to picture of a worker, pictures a second of all workers) of a batch."""
+    out, rows = folder / f"out{nodes}", folder / f"rows{nodes}.jsonl"
+    rows.write_text("".join(json.dumps({"id": f"{index:04}", **changes(index)}) + "\n" for index in range(count)))
+    with machines(nodes, folder / f"cluster{nodes}") as cluster:
+        done = batch.Batch(workflow(steps=STEPS), str(rows), str(out), address=cluster.address, cpus=1, gpus=0).run()
+        assert done["drawn"] == count, done
+    ended: dict[str, list[float]] = {}
+    for path in sorted(out.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        ended.setdefault(json.loads(path.read_text())["worker"], []).append(path.stat().st_mtime)
+    own = intervals(list(ended.values()))
+    return own, sum(1 / intervals([times]) for times in ended.values())
+
+
+def measure_speed(options) -> Iterator[tuple[str, dict]]:
+    """Pictures of the demo in 12 steps by a plain ComfyUI, by one worker and by two, each on a thread of its own."""
+    with tempfile.TemporaryDirectory(prefix="fwm") as name:
+        folder = Path(name)
+        plain = plain_seconds(folder, make_base(folder / "base"), options.pictures)
+        yield "plain", {"picture_seconds": plain, "pictures a second": 1 / plain}
+        one, one_rate = batch_seconds(folder, 1, options.pictures)
+        yield "one worker", {"picture_seconds": one, "pictures a second": one_rate, "overhead (ms)": 1000 * (one - plain)}
+        two, two_rate = batch_seconds(folder, 2, 2 * options.pictures)
+        yield "two workers", {"picture_seconds": two, "pictures a second": two_rate, "overhead (ms)": 1000 * (two - plain),
+                              "times one": two_rate / one_rate}
+
+
+# --- scale ---
+
+class Sleeping:
+    """In the place of a ComfyUI, as `Draw.boot`: a graph's node "1" says for how many seconds it sleeps."""
+
+    def __init__(self, elsewhere: str):
+        self.elsewhere = elsewhere
+
+    def run(self, asked: dict) -> Answer:
+        time.sleep(asked["1"]["inputs"]["seconds"])
+        return Answer({"9_0.png": b"a picture"})
+
+
+class Sleeper(draw.Draw):
+    boot = Sleeping
+
+
+class Watched(batch.Batch):
+    """A batch that notes its answers: (monotonic time, CPU seconds of this process, worker)."""
+
+    def answers(self, *given):
+        self.seen = []
+        for answer in super().answers(*given):
+            self.seen.append((time.monotonic(), cpu_seconds(), answer["worker"]))
+            yield answer
+
+
+def cpu_seconds() -> float:
+    return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+
+
+def sleeping_rows(options) -> tuple[dict, list[dict]]:
+    asked = {"1": {"class_type": "Sleep", "inputs": {"seconds": options.sleep, "text": "", "seed": 0}}}
+    return asked, [{"id": f"{index:07}", "1.seed": index, "1.text": changes(index)["4.text"]} for index in range(options.tasks)]
+
+
+@contextlib.contextmanager
+def many(options, folder: Path):
+    """A cluster of one node with a CPU for each actor."""
+    base = folder / "base"
+    base.mkdir(exist_ok=True)
+    with running({"many": base}, folder / "ray", connect=False, started=()) as found:
+        found.add("many", cpus=options.actors)
+        ray.init(address=found.address, log_to_driver=False, logging_level="warning")
+        by_value(ray.cloudpickle)
+        try:
+            yield found
+        finally:
+            ray.shutdown()
+
+
+def figures_of(seen: list[tuple[float, float, str]], options) -> dict:
+    """Of the time in which all actors are there: from when the last of them has answered."""
+    first = {}
+    for index, (_, _, name) in enumerate(seen):
+        first.setdefault(name, index)
+    start, end = max(first.values()), len(seen) - 1
+    seconds, tasks = seen[end][0] - seen[start][0], end - start
+    return {"actors": str(len(first)), "tasks": str(tasks), "all_seconds": seconds,
+            "of the ideal": tasks / seconds * options.sleep / len(first),
+            "driver's CPU (ms a task)": 1000 * (seen[end][1] - seen[start][1]) / tasks,
+            "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def on_core_actors(rows: list[dict], actors: list) -> list[tuple[float, float, str]]:
+    """What a loop of plain actors takes, two rows at each."""
+    seen, running_now, rest = [], {}, iter(rows)
+    for actor in 2 * actors:
+        if row := next(rest, None):
+            running_now[actor.__call__.remote(row)] = actor
+    while running_now:
+        done, _ = ray.wait(list(running_now), num_returns=min(len(running_now), 20), timeout=0.05)
+        for ref in done:
+            actor = running_now.pop(ref)
+            seen.append((time.monotonic(), cpu_seconds(), ray.get(ref)["worker"]))
+            if row := next(rest, None):
+                running_now[actor.__call__.remote(row)] = actor
+    return seen
+
+
+def measure_scale(options) -> Iterator[tuple[str, dict]]:
+    """Rows with a sleep in the sampler's place; a worker of a batch saves a file and a record of each, on a RAM disk."""
+    asked, rows = sleeping_rows(options)
+    with tempfile.TemporaryDirectory(prefix="fwm", dir="/dev/shm") as name:
+        folder = Path(name)
+        with many(options, folder):
+            table = folder / "rows.jsonl"
+            table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            found = Watched(asked, str(table), str(folder / "out"), cpus=1, gpus=0, worker=Sleeper)
+            done = found.run()
+            assert done == {"drawn": len(rows)}, done
+            yield "batch.py", figures_of(found.seen, options)
+        if options.core:
+            with many(options, folder):
+                arguments = asked, str(folder / "core"), "", None, {}, ""
+                actors = [ray.remote(Sleeper).options(num_cpus=1).remote(*arguments) for _ in range(options.actors)]
+                rows = [{"id": row.pop("id"), "changes": json.dumps(row), "stamp": ""} for row in rows]
+                yield "core actors", figures_of(on_core_actors(rows, actors), options)
+
+
+# --- resume ---
+
+def measure_resume(options) -> Iterator[tuple[str, dict]]:
+    """A batch of which every row is done, with a picture and a record of each in one folder of this disk."""
+    options.sleep, options.tasks = 0, options.rows
+    asked, rows = sleeping_rows(options)
+    with tempfile.TemporaryDirectory(prefix="fwm", dir=options.disk) as name:  # whose removal takes its time too
+        folder = Path(name)
+        table, out = folder / "rows.jsonl", folder / "out"
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row, text, stamp, _ in look(str(out), asked, list(lines(str(table)))).left:
+            (out / f"{row}_9_0.png").touch()
+            (out / f"{row}.json").write_text(json.dumps({"stamp": stamp, "changes": json.loads(text), "worker": "node0:12345",
+                                                         "seconds": 1.234, "files": [f"{row}_9_0.png"]}))
+        with many(options, folder):
+            started, own = time.monotonic(), cpu_seconds()
+            done = batch.Batch(asked, str(table), str(out), cpus=1, gpus=0).run()
+            assert done == {"there": len(rows)}, done
+            yield f"{len(rows)} rows", {"seconds": time.monotonic() - started, "driver's CPU seconds": cpu_seconds() - own}
+
+
+MEASURES = {"memory": measure_memory, "speed": measure_speed, "scale": measure_scale, "resume": measure_resume}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m devtools.measure.machines", description=__doc__)
+    parser.add_argument("measures", nargs="*", metavar="MEASURE", default=list(MEASURES))
+    parser.add_argument("--prompts", type=int, default=400, help="of memory")
+    parser.add_argument("--pictures", type=int, default=30, help="of speed, for each worker")
+    parser.add_argument("--actors", type=int, default=100, help="of scale")
+    parser.add_argument("--tasks", type=int, default=100_000, help="of scale")
+    parser.add_argument("--sleep", type=float, default=0.2, help="of scale: seconds in the sampler's place")
+    parser.add_argument("--core", action="store_true", help="of scale: plain actors too")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of resume")
+    parser.add_argument("--disk", help="of resume: a folder of the disk to use")
+    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")
+    options = parser.parse_args()
+    figures = {"machine": machine()}
+    print(figures["machine"])
+    for name in options.measures:
+        about = " ".join(MEASURES[name].__doc__.split())
+        print(f"{name}: {about}", flush=True)
+        figures[name] = {"about": about, "rows": {}}
+        for row, values in MEASURES[name](options):
+            figures[name]["rows"][row] = values
+            print("  " + line(row, values), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "machines.json").write_text(json.dumps(figures, indent=1))
+    (options.out / "machines.md").write_text(markdown(figures))
+
+
+if __name__ == "__main__":
+    main()
