@@ -69,7 +69,7 @@ def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     asked = time.monotonic()
     second.post("/interrupt", {})
     waiting_thread.join()
-    assert "interrupted" in said[0] and time.monotonic() - asked < 1.5
+    assert "interrupted" in said[0] and time.monotonic() - asked < 5
     running_thread.join()
     assert found[0][0] == [pixels(plain(workflow(seed=30 + index, steps=60))) for index in range(COUNT)]
     assert pictures(second, on_ray(count=1, seed=50, address=cluster.address))[0] == [pixels(plain(workflow(seed=50)))]
