@@ -4,11 +4,13 @@ import re
 import comfy.model_management
 import torch
 
+from .files.container import named
+
 DEFAULT = "default"
 CPU = torch.device("cpu")
 
 # gpu:1 as the host's selectors name it, and torch's own names, which other packs offer. A name without a number is the first.
-GPU = re.compile(r"(?:gpu|cuda|xpu|npu|mlu|mps|directml|corex)(?::(\d+))?")
+GPU = re.compile(r"(?:gpu|cuda|xpu|npu|mlu|mps|directml|corex)(?::([0-9]{1,4}))?")
 
 
 def gpus() -> list[torch.device]:
@@ -34,7 +36,7 @@ def find_device(name: str | None, instead: str = "the default one") -> tuple[tor
     if match and int(match[1] or 0) < len(found):
         return found[int(match[1] or 0)], None
     there = ", ".join([*(f"gpu:{number}" for number in range(len(found))), "cpu"])
-    return None, f"There is no device {name} here (found: {there}), so {instead} is used."
+    return None, f"There is no device {named(name)} here (found: {there}), so {instead} is used."
 
 
 def device_options(device: torch.device | None) -> dict[str, torch.device]:

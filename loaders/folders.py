@@ -1,12 +1,14 @@
 """Model folders: where files are found. The only user of the host's `folder_paths`."""
 import glob
-import json
 import os
 import re
+from pathlib import Path
 
 import folder_paths
 
-from .files.container import WeightFileError
+from ..ops.bounded_json import read_json
+from .files.container import WeightFileError, map_file, named, shown
+from .files.diffusers_folder import file_inside
 
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
 GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
@@ -63,11 +65,15 @@ def list_packages(*keys: str) -> list[str]:
 def _class_in(folder: str | None) -> str:
     """The class of diffusers or transformers that was saved into this folder, or ""."""
     try:
-        with open(os.path.join(folder or "", "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
+        config = read_json(bytes(map_file(file_inside(Path(folder or ""), "config.json"))))
         return str(config.get("_class_name") or config["architectures"][0])
     except (OSError, ValueError, AttributeError, LookupError, TypeError):
         return ""
+
+
+def _leads_elsewhere(name: str) -> bool:
+    """Whether a name begins with a drive or a machine, as Windows writes them. What else begins with a root loses it."""
+    return bool(re.match(r"[A-Za-z]:|[\\/]{2}", name))
 
 
 def _find_folder(name: str, key: str) -> str | None:
@@ -77,6 +83,7 @@ def _find_folder(name: str, key: str) -> str | None:
 
 
 OUTPUT, MODELS = "output", "models"
+NOT_FOR_MODELS = ("custom_nodes", "configs")  # folders that the host knows, and runs or reads
 
 
 def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, counted: bool = True) -> str:
@@ -89,17 +96,35 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, coun
     base = folder_paths.get_output_directory()
     if where == MODELS:
         key, _, name = name.partition("/")
-        if not name or key not in folder_paths.folder_names_and_paths:
+        if not name or key not in folder_paths.folder_names_and_paths or key in NOT_FOR_MODELS:
             raise WeightFileError(f"A name in the model folders begins with one of them, as diffusion_models/name does;"
-                                  f" {key!r} is none.")
+                                  f" {shown(key)} is none.")
         base = folder_paths.get_folder_paths(key)[0]
-    inside = os.path.realpath(os.path.join(base, os.path.dirname(name)))
-    if os.path.isabs(name) or os.path.commonpath((inside, os.path.realpath(base))) != os.path.realpath(base):
-        raise WeightFileError(f"{name} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
     if not os.path.basename(name):
-        raise WeightFileError(f"{name!r} is no name for a file. Give one, such as diffusion_models/my_model.")
-    folder, file, counter, *_ = folder_paths.get_save_image_path(f"{name}_{label}", base)
+        raise WeightFileError(f"{shown(name)} is no name for a file. Give one, such as diffusion_models/my_model.")
+    folder, file, counter = _place_to_save(f"{name}_{label}", base)
     return os.path.join(folder, f"{file}_{counter:05}_{suffix}" if counted else f"{file}{suffix}")
+
+
+def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
+    """(folder, which is made, beginning of the file's name, next free number) for a name as the host's nodes that save take it.
+
+    Raises WeightFileError for one that leads out of the folder `base`, or that no file can have.
+    """
+    said, base = named(name), os.path.realpath(base)
+    if not name.isprintable():
+        raise WeightFileError(f"{said} is no name for a file. Give one of letters that can be seen.")
+    outside = WeightFileError(f"{said} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
+    inside = os.path.realpath(os.path.join(base, os.path.dirname(name)))
+    if os.path.isabs(name) or _leads_elsewhere(name) or not os.path.join(inside, "").startswith(os.path.join(base, "")):
+        raise outside
+    try:
+        folder, file, counter, *_ = folder_paths.get_save_image_path(name, base)
+    except OSError as error:
+        raise WeightFileError(f"{said} cannot be a file in {base} ({error.strerror}). Give another name.") from error
+    if not os.path.join(os.path.realpath(folder), "").startswith(os.path.join(base, "")):
+        raise outside
+    return folder, file, counter
 
 
 def embedding_folders() -> list[str]:
@@ -124,11 +149,13 @@ def find_sensitivity(name: str) -> str:
     name = name.replace("\\", "/")
     folders = _sensitivity_folders()
     inside = os.path.relpath(os.path.join("/", name), "/")  # as the host does: no way out of the folders
-    candidates = [*([name] if os.path.isabs(name) and name.endswith(SENSITIVITY) else []),
-                  *(os.path.join(directory, inside) for directory in folders)]
-    found = next((path for path in candidates if os.path.isfile(path)), None)
+    listed = os.path.isabs(name) and any(
+        os.path.realpath(name).startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
+    candidates = [*([name] if listed else []), *(os.path.join(directory, inside) for directory in folders)]
+    found = None if _leads_elsewhere(inside) else next(
+        (path for path in candidates if path.endswith(SENSITIVITY) and os.path.isfile(path)), None)
     if found is None:
-        raise WeightFileError(f"{name} is in none of the folders of measurements ({', '.join(folders)}). Measure the model, put"
+        raise WeightFileError(f"{named(name)} is in none of the folders of measurements ({', '.join(folders)}). Measure the model, put"
                               " the file there, or pick another one.")
     return found
 
@@ -136,10 +163,10 @@ def find_sensitivity(name: str) -> str:
 def new_sensitivity_path(name: str) -> str:
     """Where a measurement of this name is to be written: the next number in `output/sensitivity`, which need not be there yet.
 
-    name: as the host's nodes that save take it, `%date:...%` and folders too.
+    name: as the host's nodes that save take it, `%date:...%` and folders too. Raises WeightFileError for one that leads out.
     """
     prefix = os.path.join("sensitivity", name.replace("\\", "/").strip("/"))
-    folder, file, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    folder, file, counter = _place_to_save(prefix, folder_paths.get_output_directory())
     return os.path.join(folder, f"{file}_{counter:05}_{SENSITIVITY}")
 
 
@@ -153,14 +180,14 @@ def find_file(name: str, *keys: str) -> str:
 
     Raises WeightFileError when no folder of the keys holds it.
     """
-    for key in keys:
+    for key in () if _leads_elsewhere(name) else keys:
         for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
             path = folder_paths.get_full_path(key, spelling) or _find_folder(spelling, key)
             if path is not None:
                 return path
     folders = sorted({directory for key in keys for directory in folder_paths.get_folder_paths(key)})
     raise WeightFileError(
-        f"{name} is in none of the model folders ({', '.join(folders)}). Put the file there, or pick another one;"
+        f"{named(name)} is in none of the model folders ({', '.join(folders)}). Put the file there, or pick another one;"
         " press R in ComfyUI to refresh the list.")
 
 
@@ -171,8 +198,9 @@ def find_saved(path: str) -> str:
     """
     registered = folder_paths.folder_names_and_paths
     folders = [folder_paths.get_output_directory(), *(folder for key in registered for folder in registered[key][0])]
-    inside = any(os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
+    real = os.path.realpath(path) if path.isprintable() else ""
+    inside = any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
     if not inside or not os.path.exists(path):
-        raise WeightFileError(f"{path} is no model in ComfyUI's output or in its model folders. Connect the path that Save"
+        raise WeightFileError(f"{named(path)} is no model in ComfyUI's output or in its model folders. Connect the path that Save"
                               " Packed Model (Featherweight) gives, or pick a file.")
     return path

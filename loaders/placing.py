@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 DISTORCH2 = "_distorch_v2_meta"  # what ComfyUI-MultiGPU leaves on a model, whose loading it then takes over
 TENTH = 1e8  # of a GB
+MOST = 1 << 60  # bytes; a workflow may say that it wants endlessly many
 SHARING = "multigpu"  # what the host calls the clones of a model on the GPUs that share its work
 Say = Callable[[str], None]  # takes a sentence for the user
 Stores = Sequence[tuple[torch.device, float]]
@@ -36,7 +37,7 @@ def place(patcher, gpu_bytes: float, stores: Stores = (), say: Say = log.warning
     if comfy.model_management.is_device_cpu(placed.load_device):
         say("The model computes on the CPU, where all of its weights are: there is nothing to place.")
         return placed
-    stores = tuple((device, int(size)) for device, size in stores if size > 0 and device not in (CPU, placed.load_device))
+    stores = tuple((device, int(min(size, MOST))) for device, size in stores if size > 0 and device not in (CPU, placed.load_device))
     if stores and placed.is_dynamic():
         try:
             placed = _outside_dynamic_vram(placed)
@@ -44,7 +45,7 @@ def place(patcher, gpu_bytes: float, stores: Stores = (), say: Say = log.warning
             say("Weights on other GPUs need the model outside dynamic VRAM, so it would have to be loaded again, for which its"
                 " loader leaves no way; what does not stay lies in the memory of the CPU.")
             stores = ()
-    placed.placement = Placement(int(max(0, gpu_bytes)), stores)
+    placed.placement = Placement(int(min(max(0, gpu_bytes), MOST)), stores)
     return placed
 
 

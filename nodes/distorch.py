@@ -9,8 +9,10 @@ import comfy.model_management
 import torch
 
 from ..loaders.devices import CPU, find_device
+from ..loaders.files.container import shown
 
 GIB = 1 << 30
+MOST = 1e18  # of whatever a part asks for: an endless number shares nothing
 BYTES = {"g": GIB, "m": 1 << 20, "k": 1 << 10, "b": 1, "": 1}  # by the first letter of a unit
 AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([gmk]i?b?|b|%|)|\*", re.I)
 
@@ -21,7 +23,7 @@ class UnreadableError(ValueError):
     """A string of the expert mode that cannot be read: which part, and what was expected."""
 
     def __init__(self, part: str, expected: str):
-        super().__init__(f"{part.strip()!r}: expected {expected}")
+        super().__init__(f"{shown(part.strip())}: expected {expected}")
 
 
 def by_virtual_vram(size: float, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]) -> Plan:
@@ -45,7 +47,7 @@ def by_expert_string(text: str, size: float, compute: torch.device) -> tuple[Pla
             raise UnreadableError(part, "a device and an amount, as in cuda:0,2.5gb;cpu,*")
         device, note = find_device(name, "the cpu")
         notes += [note] if note else []
-        parts.append((part, device or CPU, float(match[1] or 0), value if value == "*" else match[2][:1].lower()))
+        parts.append((part, device or CPU, min(float(match[1] or 0), MOST), value if value == "*" else match[2][:1].lower()))
     if not parts:
         raise UnreadableError(text, "a device and an amount, as in cuda:0,2.5gb;cpu,*")
     kinds = {unit for *_, unit in parts}

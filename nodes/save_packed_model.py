@@ -6,6 +6,7 @@ import os
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
+from ..loaders.files.container import WeightFileError
 from ..loaders.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.packing.block_by_block import in_turn
 from ..loaders.packing.obstacles import not_saved, refuse_obstacles
@@ -85,6 +86,8 @@ class SavePackedModel(io.ComfyNode):
         if left := not_saved(model):
             whole.notes.append(f"Not in the file, since it is not a weight: {', '.join(left)}. Put the nodes for it behind the"
                                " loader of the file.")
+        if type == SIZE and not 0 < size_gb < float("inf"):
+            raise WeightFileError(f"size in GB is {size_gb}; give what the file may take at most, such as 6.")
         wanted, label = (round(size_gb * 1e9), f"{size_gb:g}GB") if type == SIZE else (type, type.replace(" ", "_"))
         suffix = ".safetensors" if type == "NF4" else ".gguf"
         jobs = [(whole, new_model_path(filename_prefix, label, suffix, folder, not overwrite), wanted)]

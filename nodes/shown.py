@@ -29,10 +29,16 @@ def shower() -> Callable[[str], None]:
         context = get_executing_context()
         if context is not None:
             from server import PromptServer  # only where a node runs; importing it starts half of a server
-            return functools.partial(PromptServer.instance.send_progress_text, node_id=context.node_id)
+            send = PromptServer.instance.send_progress_text
+            return lambda text: send(without_markup(text), context.node_id)
     except (ImportError, AttributeError):
         log.debug("[Featherweight] This ComfyUI shows no text on a node.", exc_info=True)
     return lambda text: None
+
+
+def without_markup(text: str) -> str:
+    """A text whose names, which come from files, make no link and no element in an editor that shows texts as HTML."""
+    return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
 
 
 def loaded(*notes: str | None, **parts) -> tuple:

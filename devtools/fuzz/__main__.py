@@ -95,7 +95,7 @@ def _add(result: Result, folder: Path, job: dict, ended: str):
         raise SystemExit(f"Failed: the target {result.target} did not start ({ended}).\n{log[-3000:]}")
     result.executions += last[0]
     result.seconds += told.get("seconds", 0.0)
-    result.findings += told.get("findings", [])
+    result.findings += [found for found in told.get("findings", []) if found not in result.findings]
     covered = COVERED.findall(log)
     if covered:
         result.edges = max(result.edges or 0, int(covered[-1]))

@@ -137,7 +137,7 @@ class Campaign:
         for data in [*self.honest, *_contents(self.job["findings"], self.job["target"])]:
             (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
         atheris.Setup([
-            "fuzz", "-timeout=0", "-rss_limit_mb=0", "-malloc_limit_mb=0", f"-max_len={LONGEST_INPUT}", "-len_control=0", "-print_pcs=0",
+            "fuzz", "-timeout=86400", "-rss_limit_mb=0", "-malloc_limit_mb=0", f"-max_len={LONGEST_INPUT}", "-len_control=0", "-print_pcs=0",
             f"-seed={self.job['seed']}", f"-artifact_prefix={self.folder}{os.sep}", str(corpus)], one, custom_mutator=mutate)
         atheris.Fuzz()
 

@@ -135,7 +135,7 @@ def _other_tensors(header: bytes, data: bytes, chance: random.Random) -> tuple[b
         out, content = {"__metadata__": metadata}, b""
         for name, dtype, shape, values in parts:
             size = math.prod(shape) * ITEM_BYTES[dtype]
-            if size > 4096:
+            if not 0 <= size <= 4096:
                 return None
             out[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(content), len(content) + size]}
             content += (values * (size // max(1, len(values)) + 1))[:size].ljust(size, b"\0")

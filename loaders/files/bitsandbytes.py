@@ -8,13 +8,13 @@ knows the dense model finds weights of the shapes it expects:
 | `X` codes, `X.absmax`, `X.quant_map`, `X.quant_state.bitsandbytes__nf4` or `__fp4`, perhaps `X.nested_*` | `X` packed |
 | `L.weight` int8, `L.SCB` or `L.weight.SCB` float32 [N], `L.weight_format` | `L.weight` packed |
 """
-import json
 import math
 import re
 from collections.abc import Iterable
 
 import torch
 
+from ...ops.bounded_json import read_json
 from ...ops.format import FORMATS
 from ...ops.formats.bnb_int8 import INT8
 from ...ops.tensor import packed_tensor
@@ -125,8 +125,8 @@ class _PartsOfWeights:
         """The checked fields of a quant_state."""
         text = self.tensors.pop(key)
         try:
-            state = json.loads(bytes(text.view(-1).view(torch.uint8).tolist()))
-        except (ValueError, RecursionError):
+            state = read_json(bytes(text.view(-1).view(torch.uint8).tolist()))
+        except ValueError:
             state = None
         if not isinstance(state, dict):
             raise self.error(key, f"{shown(key)} is not a JSON object")

@@ -164,8 +164,9 @@ class WeightFile:
         return data if entry.format in self.dtypes else packed_tensor(FORMATS[entry.format], data, entry.shape)
 
 
-def map_file(path: Path) -> mmap.mmap:
+def map_file(path: str | os.PathLike) -> mmap.mmap:
     """The whole file, mapped read-only, at least one byte. Raises WeightFileError."""
+    path = Path(path)
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -190,6 +191,11 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
     packed = FORMATS[type_name]
     scales = 4 * -(-values // packed.block_length) if packed.scales_apart else 0
     return -(-values * packed.block_bytes // packed.block_length) + scales
+
+
+def named(text: str) -> str:
+    """A name that a workflow gives, as it may stand in a message: as it is, unless it is long or cannot be printed."""
+    return text if len(text) <= 200 and text.isprintable() else shown(text)
 
 
 def shown(value) -> str:

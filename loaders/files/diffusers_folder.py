@@ -2,13 +2,13 @@
 
 Weights lie in one file, or in several that `*.safetensors.index.json` lists (`weight_map`: tensor -> file).
 """
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from .container import WeightFileError, shown
+from ...ops.bounded_json import read_json
+from .container import WeightFileError, map_file, shown
 from .other_quantisers import OTHER_FORM
 from .safetensors import SafetensorsFile
 
@@ -48,13 +48,28 @@ def _error(folder: Path, problem: str) -> WeightFileError:
     return WeightFileError(f"{Path(*folder.parts[-2:])}: {problem}")
 
 
+def file_inside(folder: Path, name: str) -> Path:
+    """A file of a folder. Raises WeightFileError where it is a link that leads out of the folder.
+
+    A whole folder that is a link is what its user made of it, and in the cache of Hugging Face all files are links to `blobs`.
+    A link inside a downloaded folder could be to any file of this machine.
+    """
+    real, place = os.path.realpath(folder / name), Path(os.path.realpath(folder))
+    blobs = [parent.parent / "blobs" for parent in place.parents if parent.name == "snapshots"]
+    if not any(real.startswith(os.path.join(inside, "")) for inside in (place, *blobs)):
+        raise _error(folder, f"its {shown(name)} is a link to {shown(real)}, outside of the folder. Put the file itself there.")
+    return folder / name
+
+
 def _read_json(folder: Path, name: str) -> dict:
+    path = file_inside(folder, name)
     try:
-        with open(folder / name, "rb") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise _error(folder, f"its {name} cannot be read ({error.strerror}); check the drive it lies on.") from error
-    except (ValueError, RecursionError):
+        data = bytes(map_file(path))
+    except WeightFileError as error:
+        raise _error(folder, f"its {error}") from error
+    try:
+        content = read_json(data)
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise _error(folder, f"its {name} is not a JSON object. Download it again.")
@@ -88,7 +103,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     indices = [name for name in names if name.endswith(".safetensors" + INDEX)]
     for usual in USUAL_NAMES:
         if usual in files:
-            return [folder / usual], {}
+            return [file_inside(folder, usual)], {}
         if usual + INDEX in indices:
             return _files_of_index(folder, usual + INDEX)
     if len(indices) == 1:
@@ -96,7 +111,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if indices:
         raise _error(folder, f"it has several indices ({', '.join(indices)}). Keep the one of the weights to load.")
     if len(files) == 1 and "-of-" not in files[0]:
-        return [folder / files[0]], {}
+        return [file_inside(folder, files[0])], {}
     if files:
         others = " and others" if files[1:] else ""
         raise _error(folder, f"it has {files[0]}{others}, and no *.safetensors{INDEX} that says which belong together. Download"
@@ -109,11 +124,16 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 def _files_of_index(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
     index = _read_json(folder, name).get("weight_map")
     if not isinstance(index, dict) or not index or not all(
-            isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file for file in index.values()):
+            isinstance(file, str) and file.endswith(".safetensors") and is_bare(file) for file in index.values()):
         raise _error(folder, f"its {name} has no weight_map of tensors to .safetensors files. Download it again.")
     files = sorted(set(index.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise _error(folder, f"{missing[0]} is missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of the"
                              f" {len(files)} files its {name} lists. Download all of them into it.")
-    return [folder / file for file in files], index
+    return [file_inside(folder, file) for file in files], index
+
+
+def is_bare(name: str) -> bool:
+    """Whether this is the name of a file and leads to no other folder, drive or machine, on any system."""
+    return PureWindowsPath(name).name == name and name.isprintable()

@@ -6,7 +6,6 @@
 | header | JSON: name -> `dtype`, `shape`, `data_offsets` [start, end); `__metadata__`: string -> string |
 | data | offsets count from its start |
 """
-import json
 import math
 import re
 from collections import ChainMap
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ...ops.bounded_json import read_json
 from .bitsandbytes import put_together
 from .container import COUNTABLE, PLAIN_DTYPES, Entry, Track, WeightFile, WeightFileError, map_file, shown
 from .other_quantisers import refuse_other_quantisers
@@ -99,8 +99,8 @@ def _read_header(path: Path, buffer, part: int, dtypes: Mapping[str, torch.dtype
     if size < 8 or start > size or start > MAX_HEADER_BYTES:
         raise damaged(f"the header should end at byte {start}, the file ends at byte {size}")
     try:
-        header = json.loads(buffer[8:start].decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = read_json(buffer[8:start].decode(), object_pairs_hook=_unique)
+    except ValueError as error:
         raise damaged(f"the header is not readable ({shown(str(error))})") from None
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     if not isinstance(header, dict) or not isinstance(metadata, dict):

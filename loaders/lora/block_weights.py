@@ -8,10 +8,11 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
+from ..files.container import shown
 from .model_blocks import MODEL_PREFIX, block_numbers, block_of, described_blocks, is_text
 
 # A rule of the block-weight extensions' naming, for the blocks of a UNet.
-UNET_NAME = re.compile(r"(IN|M|MID|OUT)(\d*(?:-\d+)?)", re.IGNORECASE)
+UNET_NAME = re.compile(r"(IN|M|MID|OUT)([0-9]{0,9}(?:-[0-9]{1,9})?)", re.IGNORECASE)
 UNET_GROUPS = {"in": "input", "out": "output", "m": "middle", "mid": "middle"}
 
 # Presets are rules themselves. Those of UNets are the ones of sd-webui-lora-block-weight, whose BASE is the text encoder.
@@ -68,16 +69,16 @@ def _read(text: str, keys: list[str], rules: list):
             name = rule[len("preset:"):].strip()
             found = next((rules_of for preset, rules_of in known.items() if preset.lower() == name.lower()), None)
             if found is None:
-                raise ValueError(f"Block weights: this model has no preset {name!r}; it has {', '.join(known)}.")
+                raise ValueError(f"Block weights: this model has no preset {shown(name)}; it has {', '.join(known)}.")
             _read(found, keys, rules)
             continue
         name, equals, value = (part.strip() for part in rule.partition("="))
         factor = _number(value)
         if not equals or not name or factor is None:
-            raise ValueError(f"The block weight {rule!r} is not a rule such as double=0.5 or single.0-9=0.")
+            raise ValueError(f"The block weight {shown(rule)} is not a rule such as double=0.5 or single.0-9=0.")
         matches = _matcher(name)
         if name not in ("all", "text") and not any(map(matches, keys)):
-            raise ValueError(f"The block weight {rule!r} names nothing in this model. Its blocks are {described_blocks(keys)};"
+            raise ValueError(f"The block weight {shown(rule)} names nothing in this model. Its blocks are {described_blocks(keys)};"
                              f" the name of a layer inside them, such as {_layer_example(keys)}, works too.")
         rules.append((matches, factor))
 
@@ -100,7 +101,7 @@ def _matcher(name: str) -> Callable[[str], bool]:
     if unet:
         group, numbers = UNET_GROUPS[unet[1].lower()], unet[2]
         name = group if group == "middle" or not numbers else f"{group}.{numbers}"
-    some = re.fullmatch(r"(.+)\.(\d+)(?:-(\d+))?", name)
+    some = re.fullmatch(r"(.+)\.([0-9]{1,9})(?:-([0-9]{1,9}))?", name)
     group, first, last = (some[1], int(some[2]), int(some[3] or some[2])) if some else (name, 0, math.inf)
 
     def matches(key: str) -> bool:

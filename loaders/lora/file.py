@@ -1,6 +1,5 @@
 """LoRA files: the tensors they hold, which layers those make, and what is damaged in them."""
 import collections
-import pickle
 import re
 
 import comfy.utils
@@ -11,6 +10,7 @@ from ..files.container import WeightFileError, map_file, shown
 from ..files.mistakes import LFS_POINTER
 from .families import recognise
 from .gguf import read_gguf_adapter
+from .torch_file import read_torch_file
 
 # Two tensors of which a layer needs both, by the end of their names. All the spellings the host reads.
 PAIRS = (
@@ -37,20 +37,22 @@ OTHER_FILES = (
      "a text encoder", "Load it with a text encoder loader (CLIP)."),
     (r"^(first_stage_model\.)?(decoder|encoder)\.(conv_in|mid)", "a VAE", "Load it with Load VAE."),
 )
-# What the readers of torch and safetensors raise for bytes that are not theirs.
-UNREADABLE = (ValueError, TypeError, RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
+# What the readers of safetensors raise for bytes that are not theirs.
+UNREADABLE = (ValueError, TypeError, RuntimeError, OSError, EOFError, KeyError, SafetensorError)
 
 
 def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a LoRA: (name -> tensor, metadata). Raises WeightFileError, one plain sentence, for what is not one.
 
-    Safetensors and torch files as the host reads them; GGUF adapters unpacked to float32 under names the host reads. A file
+    Safetensors files as the host reads them, torch files without what is no tensor (`torch_file`); GGUF adapters unpacked to float32 under names the host reads. A file
     in which some layers are damaged is returned as it is (`check_lora` names them); one without a sound layer is refused.
     """
     head = bytes(map_file(path)[:512])
     name = re.split(r"[\\/]", str(path))[-1]
     if head.startswith(b"GGUF"):
         state_dict, metadata = read_gguf_adapter(path)
+    elif not str(path).lower().endswith((".safetensors", ".sft")):
+        state_dict, metadata = read_torch_file(path), {}
     else:
         try:
             state_dict, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)

@@ -81,7 +81,8 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
         "made for": f"{family or 'unknown'}" + (f"; the file says {report.said}" if report.said else ""),
         "model": f"{report.model_family or 'unknown'}",
     }
-    shares = ((change / norm, block) for block, (change, norm) in report.blocks.items() if change and norm)
+    shares = ((change / norm, block) for block, (change, norm) in report.blocks.items()
+              if change and norm and math.isfinite(change / norm))
     strongest = sorted(shares, reverse=True)
     if strongest:
         rows["strongest"] = ", ".join(f"{block} {percent(share)}" for share, block in strongest[:3])

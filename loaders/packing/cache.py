@@ -58,6 +58,10 @@ def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
         return None
     try:
         file = SafetensorsFile(entry, [entry])
+        for part, expected in _all_parts(wanted).items():
+            entry_of_part = file.entries[part]
+            if (entry_of_part.shape, entry_of_part.format) != expected:
+                raise ValueError(f"{part} is {entry_of_part.format} {entry_of_part.shape}, expected {expected}")
         found = {name: _packed(file, name, *kind) for name, kind in wanted.items()}
         os.utime(entry)  # used last
     except (WeightFileError, KeyError, ValueError, OSError) as error:
@@ -97,7 +101,7 @@ class Keeper:
         self.stack, self.done = contextlib.ExitStack(), False
         if entry is None:
             return
-        tensors = {part: found for name, kind in wanted.items() for part, found in _parts(name, *kind).items()}
+        tensors = _all_parts(wanted)
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             size = file_size(tensors, {})
@@ -121,6 +125,11 @@ class Keeper:
             log.warning("[Featherweight] What is packed is not kept: %s", error)
             with contextlib.suppress(WriteError):
                 self.stack.__exit__(WriteError, error, error.__traceback__)  # removes what was written
+
+
+def _all_parts(wanted: Wanted) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The tensors of an entry: name -> (shape, type)."""
+    return {part: found for name, kind in wanted.items() for part, found in _parts(name, *kind).items()}
 
 
 def _parts(name: str, kind: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:

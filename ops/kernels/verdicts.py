@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..bounded_json import read_json
 from .own_files import is_private, not_private
 
 log = logging.getLogger(__name__)
@@ -102,11 +103,11 @@ class Verdicts:
             if not (is_private(self._path.parent, stat.S_ISDIR) and is_private(self._path, stat.S_ISREG)
                     and self._path.stat().st_size <= MOST_BYTES):
                 return {}
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = read_json(self._path.read_text(encoding="utf-8"))
             if content["key"] != self.key:
                 return {}
             return {text: verdict for text, verdict in content["verdicts"].items() if is_verdict(verdict)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if not isinstance(error, FileNotFoundError):
                 log.debug("[Featherweight] %s counts as empty: %r", self._path, error)
             return {}
@@ -132,7 +133,7 @@ class Verdicts:
 
 def is_verdict(value) -> bool:
     """Whether something read is a verdict of the form that this module's docstring tells."""
-    if not isinstance(value, dict) or value.get("verdict") not in VERDICTS or not isinstance(value.get("at", 0), (int, float)):
+    if not isinstance(value, dict) or value.get("verdict") not in VERDICTS or not _is_number(value.get("at", 0)):
         return False
     if value["verdict"] not in ("right", "slower"):
         return isinstance(value.get("why", ""), str) and "at" in value
@@ -144,4 +145,9 @@ def is_verdict(value) -> bool:
 
 def _is_time(rows, seconds) -> bool:
     return (rows == "" or rows.isdecimal()) and isinstance(seconds, list) and len(seconds) == 2 and all(
-        isinstance(value, (int, float)) and 0 < value < math.inf for value in seconds)
+        _is_number(value) and value > 0 for value in seconds)
+
+
+def _is_number(value) -> bool:
+    """Of a size that can be computed with."""
+    return isinstance(value, (int, float)) and abs(value) < 1e15

@@ -17,6 +17,8 @@ HELD_OUT, STEP = 0.25, (math.sqrt(5) - 1) / 2
 STEP_OF_LARGEST = 1 / 127
 # Added to correlations so that they have a factor, and more where this is too little: below what packing adds to them.
 LEAST_DAMPING = 1e-5
+# Types of the tensors of a file, in the order of `Moments.from_tensors`.
+KINDS = [torch.float32, torch.int8, torch.float32, torch.int8, torch.float32, torch.int64]
 
 
 class Moments:
@@ -183,6 +185,9 @@ class Moments:
             scales, factor, steps, sketch, widths = (tensors[name].to(device)
                                                      for name in ("scales", "factor", "steps", "sketch", "widths"))
             columns, count, held_out_count, calls = tensors["counts"].tolist()
+            kinds = [tensor.dtype for tensor in (scales, factor, steps, sketch, widths, tensors["counts"])]
+            if kinds != KINDS:
+                raise ValueError(f"types {', '.join(map(str, kinds))}")
             number, size = scales.shape
             wanted = (number, size * (size - 1) // 2), (number, size), (FILE_ROWS, columns), (columns,)
             if (factor.shape, steps.shape, sketch.shape, widths.shape) != wanted or not 0 <= number * size - columns < size:

@@ -47,8 +47,7 @@ class PackedCache(Target):
         from featherweight.loaders.packing import cache
         from safetensors.torch import save
         self.cache, self.entry = cache, self.folder / "featherweight-0.safetensors"
-        parts = {part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind]) for name, wanted in self.wanted.items()
-                 for part, (shape, kind) in cache._parts(name, *wanted).items()}
+        parts = {part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind]) for part, (shape, kind) in cache._all_parts(self.wanted).items()}
         return [save(parts)]
 
     def read(self, data):

@@ -58,9 +58,10 @@ class GGUF(WeightTarget):
 
 
 class FilesTarget(WeightTarget):
-    """Several files in one input. place: the folder that they are laid out in."""
+    """Several files in one input. place: the folder that they are laid out in. links: whether there are links among them."""
 
     place: str = "files"
+    links = False  # a link to a file outside of any folder of a model is its user's
 
     def lay_out(self, data):
         folder, self.made = self.folder / self.place, []
@@ -68,7 +69,7 @@ class FilesTarget(WeightTarget):
         for name, content in split_files(data).items():
             path = folder / os.path.basename(name)
             try:
-                if content.startswith(b"-> "):
+                if self.links and content.startswith(b"-> "):
                     os.symlink(content[3:].decode(), path)
                 elif not path.is_symlink():
                     path.write_bytes(content)
@@ -146,10 +147,12 @@ class Bitsandbytes(Safetensors):
 class Folder(FilesTarget):
     name, reads = "folder", "a folder of diffusers: config.json, index, shards, links"
     place = os.path.join("package", "text_encoder")
+    links = True
 
     def prepare(self):
         from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
-        self.saved_tokenizer = saved_tokenizer
+        from featherweight.loaders.folders import _class_in
+        self.saved_tokenizer, self.class_in = saved_tokenizer, _class_in
         return super().prepare()
 
     def honest(self):
@@ -166,6 +169,7 @@ class Folder(FilesTarget):
         return files_damaged(data, chance, lambda name: json_damaged if name.endswith(".json") else safetensors_damaged)
 
     def read(self, data):
+        assert isinstance(self.class_in(str(self.folder / self.place)), str)
         self.read_all(self.folder / self.place)
         self.saved_tokenizer(self.folder / self.place)
 

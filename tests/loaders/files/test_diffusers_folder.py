@@ -93,10 +93,11 @@ def test_another_quantiser_is_named(folder, quantiser, named):
     refused(folder, rf"transformer: its config.json says .* quantised by .*{named}.* bitsandbytes' are supported")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "", "\xff"])
-def test_a_config_that_is_not_json_is_refused(folder, text):
+@pytest.mark.parametrize("text, found", [("{", "not a JSON object"), ("[]", "not a JSON object"), ("", "empty"),
+                                         ("\xff", "not a JSON object"), ('{"a": ' * 9000, "not a JSON object")])
+def test_a_config_that_is_not_json_is_refused(folder, text, found):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
-    refused(folder, "transformer: its config.json is not a JSON object")
+    refused(folder, f"transformer: its config.json is {found}")
 
 
 def test_a_folder_without_a_config_is_refused_and_its_models_are_named(folder):
