@@ -1,5 +1,5 @@
 """One command for everything a developer does here: python3 dev.py demo | test | bench | quality | sizes | inspect | matrix
-| gpu | setup"""
+| gpu | fuzz | setup"""
 import sys
 
 if sys.version_info < (3, 10):
@@ -19,6 +19,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   matrix [--host V] [--newest] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version, or
                                with the newest versions of ComfyUI's own packages
   gpu [--device cpu]           measure what only a GPU can show, in nine minutes; --pack FOLDER: for a machine without packages
+  fuzz [--minutes N] [--executions N] [--target NAME]  read bad files and hostile workflows until something breaks
   setup                        only make the environment that the others use
 
 Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 2.5 GB (more

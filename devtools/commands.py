@@ -72,6 +72,11 @@ def matrix(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.host.matrix", *arguments)
 
 
+def fuzz(arguments: list[str]) -> int:
+    """Read bad files and hostile workflows."""
+    return prepare().run("-m", "devtools.fuzz", *arguments)
+
+
 def gpu(arguments: list[str]) -> int:
     """Measure what only a GPU can show; or gather what a bare machine lacks for it."""
     parser = argparse.ArgumentParser(prog="python3 dev.py gpu", add_help=False)
@@ -89,4 +94,4 @@ def gpu(arguments: list[str]) -> int:
 
 
 COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes,
-            "inspect": inspect, "matrix": matrix, "gpu": gpu}
+            "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz}

@@ -72,8 +72,14 @@ def _class_in(folder: str | None) -> str:
 
 
 def _leads_elsewhere(name: str) -> bool:
-    """Whether a name begins with a drive or a machine, as Windows writes them. What else begins with a root loses it."""
-    return bool(re.match(r"[A-Za-z]:|[\\/]{2}", name))
+    """Whether a name begins with a drive or a machine, as Windows writes them, or no file can have it.
+
+    What else begins with a root loses it.
+    """
+    try:
+        return bool(re.match(r"[A-Za-z]:|[\\/]{2}", name)) or b"\0" in os.fsencode(name)
+    except UnicodeEncodeError:
+        return True
 
 
 def _find_folder(name: str, key: str) -> str | None:
@@ -111,18 +117,18 @@ def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
 
     Raises WeightFileError for one that leads out of the folder `base`, or that no file can have.
     """
-    said, base = named(name), os.path.realpath(base)
-    if not name.isprintable():
-        raise WeightFileError(f"{said} is no name for a file. Give one of letters that can be seen.")
+    said, real = named(name), os.path.join(os.path.realpath(base), "")
     outside = WeightFileError(f"{said} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
+    if os.path.isabs(name) or _leads_elsewhere(name):
+        raise outside
     inside = os.path.realpath(os.path.join(base, os.path.dirname(name)))
-    if os.path.isabs(name) or _leads_elsewhere(name) or not os.path.join(inside, "").startswith(os.path.join(base, "")):
+    if not os.path.join(inside, "").startswith(real):
         raise outside
     try:
         folder, file, counter, *_ = folder_paths.get_save_image_path(name, base)
     except OSError as error:
         raise WeightFileError(f"{said} cannot be a file in {base} ({error.strerror}). Give another name.") from error
-    if not os.path.join(os.path.realpath(folder), "").startswith(os.path.join(base, "")):
+    if not os.path.join(os.path.realpath(folder), "").startswith(real):
         raise outside
     return folder, file, counter
 
@@ -148,15 +154,16 @@ def find_sensitivity(name: str) -> str:
     """
     name = name.replace("\\", "/")
     folders = _sensitivity_folders()
-    inside = os.path.relpath(os.path.join("/", name), "/")  # as the host does: no way out of the folders
-    listed = os.path.isabs(name) and any(
+    listed = os.path.isabs(name) and not _leads_elsewhere(os.path.splitdrive(name)[1]) and any(
         os.path.realpath(name).startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
-    candidates = [*([name] if listed else []), *(os.path.join(directory, inside) for directory in folders)]
-    found = None if _leads_elsewhere(inside) else next(
-        (path for path in candidates if path.endswith(SENSITIVITY) and os.path.isfile(path)), None)
+    candidates = [name] if listed else []
+    if not listed and not _leads_elsewhere(name):
+        inside = os.path.relpath(os.path.join("/", name), "/")  # as the host does: no way out of the folders
+        candidates = [os.path.join(directory, inside) for directory in folders]
+    found = next((path for path in candidates if path.endswith(SENSITIVITY) and os.path.isfile(path)), None)
     if found is None:
-        raise WeightFileError(f"{named(name)} is in none of the folders of measurements ({', '.join(folders)}). Measure the model, put"
-                              " the file there, or pick another one.")
+        raise WeightFileError(f"{named(name)} is in none of the folders of measurements ({', '.join(folders)}). Measure the"
+                              " model, put the file there, or pick another one.")
     return found
 
 
@@ -198,9 +205,9 @@ def find_saved(path: str) -> str:
     """
     registered = folder_paths.folder_names_and_paths
     folders = [folder_paths.get_output_directory(), *(folder for key in registered for folder in registered[key][0])]
-    real = os.path.realpath(path) if path.isprintable() else ""
+    real = "" if _leads_elsewhere(os.path.splitdrive(path)[1]) else os.path.realpath(path)
     inside = any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
     if not inside or not os.path.exists(path):
-        raise WeightFileError(f"{named(path)} is no model in ComfyUI's output or in its model folders. Connect the path that Save"
-                              " Packed Model (Featherweight) gives, or pick a file.")
+        raise WeightFileError(f"{named(path)} is no model in ComfyUI's output or in its model folders. Connect the path that"
+                              " Save Packed Model (Featherweight) gives, or pick a file.")
     return path

@@ -37,7 +37,8 @@ def place(patcher, gpu_bytes: float, stores: Stores = (), say: Say = log.warning
     if comfy.model_management.is_device_cpu(placed.load_device):
         say("The model computes on the CPU, where all of its weights are: there is nothing to place.")
         return placed
-    stores = tuple((device, int(min(size, MOST))) for device, size in stores if size > 0 and device not in (CPU, placed.load_device))
+    stores = tuple((device, int(min(size, MOST))) for device,
+                   size in stores if size > 0 and device not in (CPU, placed.load_device))
     if stores and placed.is_dynamic():
         try:
             placed = _outside_dynamic_vram(placed)

@@ -18,6 +18,7 @@ from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, Weights, arch_of, without_prefix
 from .encoders.kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
 from .encoders.saved_tokenizer import saved_tokenizer
+from .encoders.tokenizer import TokenizerError
 from .encoders.towers import missing_towers_left_out
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
@@ -170,6 +171,8 @@ class _Encoder:
         except KeyError as error:
             raise WeightFileError(f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is made. Get"
                                   " another conversion of the model.") from error
+        except TokenizerError as error:
+            raise WeightFileError(f"{self.name}: in its metadata {error}. Get another conversion of the model.") from error
         return self.arch.convert(self.weights, self.metadata) | tokenizer
 
     def _tokenizer(self) -> Weights:

@@ -1,5 +1,6 @@
 """python3 dev.py fuzz: every target in a process of its own, a table, a JSON file, one closing line."""
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -36,27 +37,46 @@ class Result:
 
 
 def run(target: str, executions: int, seconds: float, seed: int = 1, atheris: bool = False, findings: Path = CORPUS,
-        corpus: Path | None = None, replay: list[Path] = ()) -> Result:
-    """Fuzz one target, or have it read files, in child processes; another one where a child is killed by what it reads."""
-    result, again, paths = Result(target), 0, [str(path) for path in replay]
-    while True:
-        with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-            job = {"target": target, "folder": folder, "executions": executions - result.executions, "seconds": seconds - result.seconds,
-                   "seed": seed + again, "atheris": atheris, "findings": str(findings), "corpus": corpus and str(corpus), "replay": paths}
-            Path(folder, "job.json").write_text(json.dumps(job))
-            ended = _watch(Path(folder), job)
-            _add(result, Path(folder), job, ended)
-        again += 1
-        read = result.executions - job["executions"] if paths else 0
-        paths = paths[read:] if ended else []
-        if not ended or again > 20 or not (paths or not replay) or result.executions >= executions or result.seconds >= seconds:
-            return result
+        corpus: Path | None = None) -> Result:
+    """Fuzz one target in child processes: another one where a child is killed by what it reads."""
+    result = Result(target)
+    for again in range(20):
+        ended, last, told, log = child({
+            "targets": [target], "executions": executions - result.executions, "seconds": seconds - result.seconds,
+            "replay": {}, "seed": seed + again, "atheris": atheris, "findings": str(findings), "corpus": corpus and str(corpus)})
+        if last is None:
+            raise SystemExit(f"Failed: the target {target} did not start ({ended}).\n{log[-3000:]}")
+        result.executions += last[0]
+        result.seconds += told.get("seconds", 0.0)
+        result.findings += [found for found in told.get("findings", []) if found not in result.findings]
+        if covered := COVERED.findall(log):
+            result.edges = max(result.edges or 0, int(covered[-1]))
+        if not ended:
+            break
+        path = findings / target / f"ended-{hashlib.sha256(last[1]).hexdigest()[:8]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(last[1])
+        result.findings.append(f"{target}/{path.name}: process {ended}, after {last[0]} executions.\n{log[-1500:]}")
+        if result.executions >= executions or result.seconds >= seconds:
+            break
+    return result
 
 
-def _watch(folder: Path, job: dict) -> str:
+def child(job: dict) -> tuple[str, tuple[int, bytes] | None, dict, str]:
+    """(what ended a process that did not end well, number and content of what it read last, its result, its output)."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(job | {"folder": name}))
+        ended, result = _watch(folder), folder / "result.json"
+        return (ended, _current(folder), json.loads(result.read_text()) if result.exists() else {},
+                (folder / "log").read_text(errors="replace"))
+
+
+def _watch(folder: Path) -> str:
     """What ended a child that did not end well, "" for one that did."""
     with open(folder / "log", "wb") as log:
-        child = subprocess.Popen([sys.executable, "-m", "devtools.fuzz.child", str(folder / "job.json")], cwd=ROOT, stdout=log, stderr=log)
+        command = [sys.executable, "-m", "devtools.fuzz.child", str(folder / "job.json")]
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:
             moved, before = time.monotonic() + STARTING - STILL, None
             while True:
@@ -88,35 +108,17 @@ def _current(folder: Path) -> tuple[int, bytes] | None:
     return (number, data[HEAD.size:HEAD.size + length]) if number else None
 
 
-def _add(result: Result, folder: Path, job: dict, ended: str):
-    told = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
-    last, log = _current(folder), (folder / "log").read_text(errors="replace")
-    if last is None:
-        raise SystemExit(f"Failed: the target {result.target} did not start ({ended}).\n{log[-3000:]}")
-    result.executions += last[0]
-    result.seconds += told.get("seconds", 0.0)
-    result.findings += [found for found in told.get("findings", []) if found not in result.findings]
-    covered = COVERED.findall(log)
-    if covered:
-        result.edges = max(result.edges or 0, int(covered[-1]))
-    if ended:
-        name = f"ended-{abs(hash(last[1])) % 16**8:08x}" if not job["replay"] else Path(job["replay"][last[0] - 1]).name
-        result.findings.append(f"{name}: process {ended}, after {last[0]} executions.\n{log[-1500:]}")
-        if not job["replay"]:
-            path = Path(job["findings"]) / result.target / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(last[1])
-
-
 def table(results: list[Result]) -> str:
     lines = [f"| {'target':<14} | executions |   a second | edges | findings | reads |", "|---|---|---|---|---|---|"]
     lines += [f"| {each.target:<14} | {each.executions:>10} | {each.executions / max(each.seconds, 1e-9):>10.0f} |"
-              f" {'-' if each.edges is None else each.edges:>5} | {len(each.findings):>8} | {TARGETS[each.target].reads} |" for each in results]
+              f" {'-' if each.edges is None else each.edges:>5} | {len(each.findings):>8} | {TARGETS[each.target].reads} |"
+              for each in results]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py fuzz", description="Read bad files and hostile workflows until something breaks.")
+    parser = argparse.ArgumentParser(prog="dev.py fuzz",
+                                     description="Read bad files and hostile workflows until something breaks.")
     parser.add_argument("--minutes", type=float, default=10, help="all targets together take at most; 10 unless told")
     parser.add_argument("--executions", type=int, default=10**6, help="of all targets together at most; a million unless told")
     parser.add_argument("--target", choices=[*TARGETS], action="append", help="only this one; may be given again")
@@ -144,8 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
                "targets": [asdict(each) for each in results]}
     (options.out / "results.json").write_text(json.dumps(content, indent=1))
     print(f"\n{table(results)}\n")
-    print(f"{'Failed' if findings else 'Done'}: {total} executions over {len(results)} targets in {took:.0f} s, {findings} findings"
-          f" ({os.path.relpath(options.out / 'results.json')})")
+    print(f"{'Failed' if findings else 'Done'}: {total} executions over {len(results)} targets in {took:.0f} s, {findings}"
+          f" findings ({os.path.relpath(options.out / 'results.json')})")
     return 1 if findings else 0
 
 

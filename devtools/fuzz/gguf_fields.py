@@ -7,7 +7,8 @@ from .mutations import INTERESTING, TEXT_VALUES, bytes_damaged
 
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of metadata values by type
 STRING, ARRAY = 8, 9
-OTHER_NAMES = [b"general.alignment", b"general.architecture", b"general.type", b"split.count", b"split.no", b"adapter.lora.alpha",
+OTHER_NAMES = [b"general.alignment", b"general.architecture", b"general.type", b"split.count", b"split.no",
+               b"adapter.lora.alpha",
                b"tokenizer.ggml.model", b"tokenizer.ggml.tokens", b"tokenizer.ggml.scores", b"tokenizer.ggml.token_type",
                b"tokenizer.ggml.merges", b"tokenizer.ggml.unknown_token_id", b"tokenizer.ggml.precompiled_charsmap"]
 
@@ -69,6 +70,10 @@ def gguf_damaged(data: bytes, chance: random.Random) -> bytes:
         return bytes_damaged(data, chance)
     fields, rest = found
     header = sum(len(field.content) for field in fields)
+    if chance.random() < 0.15:  # what one key says under the name of another
+        names = [index for index, field in enumerate(fields) if field.part == "name"]
+        first, second = (chance.choice(names) for _ in range(2)) if names else (0, 0)
+        fields[first - 1:first + 1], fields[second - 1:second + 1] = fields[second - 1:second + 1], fields[first - 1:first + 1]
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         at = chance.randrange(len(fields))
         fields[at] = _changed(fields[at], chance)
@@ -85,7 +90,8 @@ def gguf_damaged(data: bytes, chance: random.Random) -> bytes:
 def _changed(field: Field, chance: random.Random) -> Field:
     content, part = field.content, field.part
     if part in ("text", "name"):
-        choices = [chance.choice(TEXT_VALUES).encode("utf-8", "surrogatepass"), chance.choice(OTHER_NAMES), content[1:], content * 2,
+        choices = [chance.choice(TEXT_VALUES).encode("utf-8", "surrogatepass"), chance.choice(OTHER_NAMES), content[1:],
+                   content * 2,
                    bytes_damaged(content, chance)]
         return replace(field, content=chance.choice(choices))
     if part == "shape" and len(content) >= 8:

@@ -4,11 +4,11 @@
 |---|---|---|
 | foreign | an error that is not one of the target's own, or one whose text is no sentence | raised |
 | slow | more than 2 s of this process's time | `time.process_time` |
-| memory | more than ten times the input and `SPARE` of Python's objects; or of anything else, torch's and numpy's included, \
-`RESIDENT` bytes more than before | `tracemalloc`; the process's peak, and a limit on its address space, beyond which it fails |
+| memory | more than ten times the input and `SPARE` of Python's objects | `tracemalloc` |
+| memory | `RESIDENT` bytes more than before, of torch's too | the process's peak, and a limit on its address space |
 | opened, wrote | a path outside of the target's folder, its links followed | audit events `open`, `os.*` |
 | code | something compiled, executed or imported that is not a module of this installation | `compile`, `exec`, `import` |
-| pickle, network, process | a class looked for by pickle; a socket; another program | `pickle.find_class`, `socket.*`, `subprocess.*` |
+| pickle, network, process | a class that pickle looks for; a socket; a program | `pickle.find_class`, `socket.*`, `subprocess.*` |
 
 What opens files without Python (Rust's safetensors, torch's reader of zip files) is not seen; they get paths that Python has
 looked at. The end of the process is seen by its parent.
@@ -58,17 +58,20 @@ class Finding:
 class Guard:
     """One for each process: an audit hook cannot be taken out again."""
 
-    def __init__(self, folder: Path, own: tuple[type[Exception], ...]):
-        """folder: where the target's files are. own: errors that it may raise."""
-        self.folder, self.own, self.armed, self.seen = os.path.realpath(folder), own, False, []
+    def __init__(self):
+        self.folder, self.armed, self.seen = "", False, []
         installed = (sys.prefix, sys.base_prefix, ROOT, os.path.dirname(os.__file__), os.environ.get("COMFYUI_PATH") or ROOT)
         self.installed = tuple({os.path.realpath(path) + os.sep for path in installed})
+        sys.addaudithook(self._audit)
+        self.settle()
+
+    def settle(self):
+        """What memory the process has taken until now is not the next inputs'."""
         self.peak = _peak()
         if resource is not None and sys.platform == "linux":
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             most = pages * resource.getpagesize() + ADDRESS_SPACE
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        sys.addaudithook(self._audit)
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     def run(self, target: Target, data: bytes) -> Finding | None:
         """What went wrong while a target read `data`."""
@@ -79,13 +82,13 @@ class Guard:
             target.clear()
 
     def _read(self, target: Target, data: bytes) -> Finding | None:
-        error, self.seen = None, []
+        error, self.seen, self.folder = None, [], os.path.realpath(target.folder)
         tracemalloc.start(1)
         started = time.process_time()
         self.armed = True
         try:
             target.read(data)
-        except self.own as own:
+        except target.own as own:
             self.armed = False
             if "\n" in str(own).strip() or not 10 < len(str(own)) < LONGEST:
                 error = _found("foreign", own, "its message is no sentence")
@@ -163,7 +166,8 @@ def _found(kind: str, error: Exception, why: str) -> Finding:
     ours = [frame for frame in frames if _is_ours(frame.filename)] or frames
     where = f"{type(error).__name__} at {_place(ours[-1].filename, ours[-1].name)}"
     text = f"{type(error).__module__}.{type(error).__name__}: {str(error)[:500]!a} ({why})"
-    return Finding(kind, where, text + "".join(f"\n  {_place(frame.filename, frame.name)}:{frame.lineno}" for frame in frames[-8:]))
+    return Finding(kind, where, text + "".join(f"\n  {_place(frame.filename, frame.name)}:{frame.lineno}"
+                                               for frame in frames[-8:]))
 
 
 def _last_line(frame) -> str:

@@ -13,13 +13,18 @@ INTERESTING = [0, 1, 2, 3, 7, 8, 9, 31, 32, 127, 255, 2**15, 2**16 - 1, 2**24, 2
 # What a field of JSON may hold that its reader did not think of. Texts are put in as they are: JSON has no such numbers.
 HUGE = "9" * 400
 JSON_VALUES = [
-    None, True, False, 0, 1, -1, 2, 64, 2**31, 2**32, 2**53, 2**63, 2**64, -2**63, 0.0, 0.5, -1.5, 1e308, float("nan"), float("inf"),
-    float("-inf"), 10**400, "", "a", "F32", "U8", "nf4", "\0", "\ud800", "../../../etc/passwd", "/etc/passwd", "C:\\Windows\\win.ini",
-    "\\\\server\\share\\x", "<img src=x onerror=alert(1)>", "__class__", "F4", "F8_E8M0", "F6_E2M3", "C64", "BOOL", "I64", [], {}, [[]], [0], [1, 2], {"a": 1}, [1] * 9, ["a"], [2**40, 2**40],
+    None, True, False, 0, 1, -1, 2, 64, 2**31, 2**32, 2**53, 2**63, 2**64, -2**63, 0.0, 0.5, -1.5, 1e308, float("nan"),
+    float("inf"),
+    float("-inf"), 10**400, "", "a", "F32", "U8", "nf4", "\0", "\ud800", "../../../etc/passwd", "/etc/passwd",
+    "C:\\Windows\\win.ini",
+    "\\\\server\\share\\x", "<img src=x onerror=alert(1)>", "__class__", "F4", "F8_E8M0", "F6_E2M3", "C64", "BOOL", "I64", [],
+    {}, [[]], [0], [1, 2], {"a": 1}, [1] * 9, ["a"], [2**40, 2**40],
 ]
 TEXT_VALUES = [
-    "", " ", "\0", "\n", "=", ",", ";", ":", "*", "%", "#", "-", ".", "..", "../", "..\\", "/", "\\", "//", "\\\\", "/etc/passwd",
-    "C:\\", "c:x", "\\\\?\\C:\\x", "\\\\server\\share\\", "~", "$HOME", "%year%", "%date:yyyy%", "nan", "inf", "-inf", "1e309", "0",
+    "", " ", "\0", "\n", "=", ",", ";", ":", "*", "%", "#", "-", ".", "..", "../", "..\\", "/", "\\", "//", "\\\\",
+    "/etc/passwd",
+    "C:\\", "c:x", "\\\\?\\C:\\x", "\\\\server\\share\\", "~", "$HOME", "%year%", "%date:yyyy%", "nan", "inf", "-inf", "1e309",
+    "0",
     "-1", "1", "0.5", "٣", "²", "9" * 30, "9" * 5000, "a" * 300, "é", "\ud800", "\u202e", "<b>", "{}", "{0}", "%s", "'", '"',
     "preset:", "all=", "text=0", "double.0-9=0.5", "single", "gpu:0", "cuda:1", "cpu", "gb", "25%", "NUL", "CON", "x" * 5000,
 ]
@@ -79,7 +84,8 @@ def json_damaged(data: bytes, chance: random.Random) -> bytes:
         return bytes_damaged(data, chance)
     if chance.random() < 0.03:  # what only text can hold
         depth = chance.choice([200, 3000, 30000])
-        return chance.choice([b"[" * depth, b'{"a":' * depth, b"[" + b"[]," * depth + b"1]", HUGE.encode(), b"[" + b"9" * 5000 + b"]"])
+        return chance.choice([b"[" * depth, b'{"a":' * depth, b"[" + b"[]," * depth + b"1]", HUGE.encode(),
+                              b"[" + b"9" * 5000 + b"]"])
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
         tree = copy.deepcopy(_with_a_change(tree, chance))
     return json.dumps(tree).encode()
@@ -109,7 +115,7 @@ def _with_a_change(tree, chance: random.Random):
 
 
 def safetensors_damaged(data: bytes, chance: random.Random) -> bytes:
-    """Other tensors in a sound file, the header as JSON with its length put right, the data behind it, or the whole as bytes."""
+    """Other tensors in a sound file, the header as JSON with its length put right, the data behind it, or all as bytes."""
     length = int.from_bytes(data[:8], "little")
     if 8 + length > len(data) or chance.random() < 0.1:
         return bytes_damaged(data, chance)
@@ -128,7 +134,8 @@ def _other_tensors(header: bytes, data: bytes, chance: random.Random) -> tuple[b
     try:
         described = json.loads(header)
         metadata = described.pop("__metadata__", {})
-        parts = [(name, info["dtype"], list(info["shape"]), data[slice(*info["data_offsets"])]) for name, info in described.items()]
+        parts = [(name, info["dtype"], list(info["shape"]), data[slice(*info["data_offsets"])]) for name,
+                 info in described.items()]
         for _ in range(chance.choice([1, 1, 2, 3])):
             at = chance.randrange(len(parts))
             parts[at:at + 1] = _other_tensor(*parts[at], [name for name, *_ in parts], chance)
@@ -144,7 +151,8 @@ def _other_tensors(header: bytes, data: bytes, chance: random.Random) -> tuple[b
     return json.dumps(out).encode(), content
 
 
-def _other_tensor(name: str, dtype: str, shape: list[int], values: bytes, names: list[str], chance: random.Random) -> list[tuple]:
+def _other_tensor(name: str, dtype: str, shape: list[int], values: bytes, names: list[str],
+                  chance: random.Random) -> list[tuple]:
     kind = chance.randrange(8)
     if kind == 0:
         return []
@@ -154,14 +162,16 @@ def _other_tensor(name: str, dtype: str, shape: list[int], values: bytes, names:
     if kind == 2:
         return [(name, chance.choice([*ITEM_BYTES]), shape, values)]
     if kind == 3:
-        return [(name, dtype, chance.choice([[], [0], [1], [2], [1, 1], [*shape, 1], [1, *shape], shape[::-1], shape[1:], [4] * 5]), values)]
+        return [(name, dtype, chance.choice([[], [0], [1], [2], [1, 1], [*shape, 1], [1, *shape], shape[::-1], shape[1:],
+                                             [4] * 5]), values)]
     if kind == 4 and shape:
         at = chance.randrange(len(shape))
         return [(name, dtype, [*shape[:at], chance.choice([0, 1, 2, 3, 16, 64, 128, shape[at] * 2]), *shape[at + 1:]], values)]
     if kind == 5:
         return [(text_damaged(name.encode("utf-8", "replace"), chance).decode("utf-8", "replace"), dtype, shape, values)]
     if kind == 6:
-        return [(name, dtype, shape, chance.choice([b"\xff", b"\0", b"\x7f", b"\0\0\x80\x7f", b"\0\0\xc0\x7f", chance.randbytes(8)]))]
+        return [(name, dtype, shape, chance.choice([b"\xff", b"\0", b"\x7f", b"\0\0\x80\x7f", b"\0\0\xc0\x7f",
+                                                    chance.randbytes(8)]))]
     return [(name, dtype, shape, bytes_damaged(values, chance))]
 
 
@@ -198,7 +208,8 @@ def files_damaged(data: bytes, chance: random.Random, mutate: Callable[[str], Mu
     elif kind == 1:
         files[chance.choice(list(files))] = files[name]
     elif kind == 2:
-        files[name] = b"-> " + chance.choice([b"/etc/passwd", b"../outside", b"/dev/zero", b".", b"/", *(map(str.encode, files))])
+        files[name] = b"-> " + chance.choice([b"/etc/passwd", b"../outside", b"/dev/zero", b".", b"/",
+                                              *(map(str.encode, files))])
     elif kind == 3:
         files[text_damaged(name.encode(), chance).decode("utf-8", "replace")] = files.pop(name)
     else:

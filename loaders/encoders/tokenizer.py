@@ -1,18 +1,23 @@
 """Tokenizers from the metadata of GGUF files (`tokenizer.ggml.*`), in the forms the host reads.
 
 Every function takes metadata by key and returns the bytes of a file as a uint8 tensor, and raises KeyError with the key that
-the metadata lack.
+the metadata lack, and TokenizerError for what is in them.
 """
 import base64
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..files.container import shown
+
 MODEL, TOKENS, SCORES, TYPES, MERGES = (
     f"tokenizer.ggml.{key}" for key in ("model", "tokens", "scores", "token_type", "merges"))
+
+CHARSMAP_KEY = "tokenizer.ggml.precompiled_charsmap"
 
 # Values of `tokenizer.ggml.token_type`, the same as of SentencePiece.Type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -59,17 +64,40 @@ CHARACTER_LEVEL = {
 }
 
 
+class TokenizerError(ValueError):
+    """Metadata of which no tokenizer can be made: which, what was found, what was expected."""
+
+
+def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
+    values = metadata[key]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TokenizerError(f"{key} is {shown(values)}, expected a list of texts")
+    return values
+
+
+def _check_numbers(tokens: list[str], lists: Mapping[str, Any]):
+    """Raises TokenizerError where a list has not a number for each token. lists: by their keys."""
+    for key, values in lists.items():
+        if not isinstance(values, list) or len(values) != len(tokens) or not all(
+                isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise TokenizerError(f"{key} is {shown(values)}, expected a number for each of the {len(tokens)} tokens")
+
+
 def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     """A SentencePiece model: T5's and XLM-R's (unigram), Gemma's and Llama 2's (byte-pair encoding)."""
     kind = UNIGRAM if metadata[MODEL] == "t5" else BPE
-    tokens, scores, types = metadata[TOKENS], metadata[SCORES], metadata[TYPES]
+    tokens, scores, types = _texts(metadata, TOKENS), metadata[SCORES], metadata[TYPES]
+    _check_numbers(tokens, {SCORES: scores, TYPES: types})
     roles = _roles(metadata, tokens)
     types = _piece_types(types, roles, kind)
     pieces = _pieces(tokens, scores, types)
     trainer = _field(MODEL_TYPE, kind) + _field(VOCAB_SIZE, len(pieces)) + _field(BYTE_FALLBACK, BYTE in types)
     for role, (_, default, field) in ROLES.items():
         trainer += _field(field, (tokens[roles[role]] if role in roles else default).encode())
-    charsmap = bytes(value & 255 for value in metadata.get("tokenizer.ggml.precompiled_charsmap", ()))
+    charsmap = metadata.get(CHARSMAP_KEY, [])
+    if not isinstance(charsmap, list) or not all(isinstance(value, int) for value in charsmap):
+        raise TokenizerError(f"{CHARSMAP_KEY} is {shown(charsmap)}, expected a list of bytes")
+    charsmap = bytes(value & 255 for value in charsmap)
     normalizer = (
         _field(CHARSMAP, charsmap)
         + _field(ADD_DUMMY_PREFIX, bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
@@ -84,6 +112,8 @@ def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
         index = metadata.get(key)
         if index is None and default in tokens:
             index = tokens.index(default)
+        if index is not None and not isinstance(index, int):
+            raise TokenizerError(f"{key} is {shown(index)}, expected the number of a token")
         if index is not None and 0 <= index < len(tokens):
             roles[role] = index
     if "unk" not in roles:
@@ -141,7 +171,8 @@ def _varint(value: int) -> bytes:
 
 def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     """Mistral's tekken.json, from a vocabulary of bytes whose first tokens are the special ones (Small 3, Ministral 3)."""
-    tokens, types = metadata[TOKENS], metadata[TYPES]
+    tokens, types = _texts(metadata, TOKENS), metadata[TYPES]
+    _check_numbers(tokens, {TYPES: types})
     if MERGES not in metadata:  # no vocabulary of bytes
         raise KeyError(MERGES)
     special = next((index for index, type_ in enumerate(types) if type_ == NORMAL), len(types))
@@ -156,7 +187,8 @@ def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
     """A tokenizer.json of Hugging Face `tokenizers`: GPT-OSS (merges of bytes) and Gemma 4 (merges of characters)."""
-    tokens, types = metadata[TOKENS], metadata[TYPES]
+    tokens, types, merges = _texts(metadata, TOKENS), metadata[TYPES], _texts(metadata, MERGES)
+    _check_numbers(tokens, {TYPES: types})
     of_bytes = metadata[MODEL] == "gpt2"
     return _as_json({
         "version": "1.0",
@@ -167,7 +199,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
         **(BYTE_LEVEL if of_bytes else CHARACTER_LEVEL),
         "model": {
             "type": "BPE", "byte_fallback": not of_bytes, "ignore_merges": of_bytes,
-            "vocab": {text: index for index, text in enumerate(tokens)}, "merges": metadata[MERGES]},
+            "vocab": {text: index for index, text in enumerate(tokens)}, "merges": merges},
     })
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ...ops.bounded_json import read_json
-from .container import WeightFileError, map_file, shown
+from .container import WeightFileError, map_file, named, shown
 from .other_quantisers import OTHER_FORM
 from .safetensors import SafetensorsFile
 
@@ -129,11 +129,11 @@ def _files_of_index(folder: Path, name: str) -> tuple[list[Path], dict[str, str]
     files = sorted(set(index.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise _error(folder, f"{missing[0]} is missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of the"
-                             f" {len(files)} files its {name} lists. Download all of them into it.")
+        raise _error(folder, f"{named(missing[0])} is missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of"
+                             f" the {len(files)} files its {name} lists. Download all of them into it.")
     return [file_inside(folder, file) for file in files], index
 
 
 def is_bare(name: str) -> bool:
     """Whether this is the name of a file and leads to no other folder, drive or machine, on any system."""
-    return PureWindowsPath(name).name == name and name.isprintable()
+    return PureWindowsPath(name).name == name

@@ -78,8 +78,9 @@ def _read(text: str, keys: list[str], rules: list):
             raise ValueError(f"The block weight {shown(rule)} is not a rule such as double=0.5 or single.0-9=0.")
         matches = _matcher(name)
         if name not in ("all", "text") and not any(map(matches, keys)):
-            raise ValueError(f"The block weight {shown(rule)} names nothing in this model. Its blocks are {described_blocks(keys)};"
-                             f" the name of a layer inside them, such as {_layer_example(keys)}, works too.")
+            raise ValueError(f"The block weight {shown(rule)} names nothing in this model. Its blocks are"
+                             f" {described_blocks(keys)}; the name of a layer inside them, such as {_layer_example(keys)}, works"
+                             " too.")
         rules.append((matches, factor))
 
 

@@ -44,8 +44,9 @@ UNREADABLE = (ValueError, TypeError, RuntimeError, OSError, EOFError, KeyError, 
 def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a LoRA: (name -> tensor, metadata). Raises WeightFileError, one plain sentence, for what is not one.
 
-    Safetensors files as the host reads them, torch files without what is no tensor (`torch_file`); GGUF adapters unpacked to float32 under names the host reads. A file
-    in which some layers are damaged is returned as it is (`check_lora` names them); one without a sound layer is refused.
+    Safetensors files as the host reads them, torch files without what is no tensor (`torch_file`); GGUF adapters unpacked to
+    float32 under names the host reads. A file in which some layers are damaged is returned as it is (`check_lora` names them);
+    one without a sound layer is refused.
     """
     head = bytes(map_file(path)[:512])
     name = re.split(r"[\\/]", str(path))[-1]

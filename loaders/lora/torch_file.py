@@ -31,8 +31,8 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
         isinstance(found, dict)) else {}
     for key, tensor in tensors.items():
         if not _is_plain(tensor):
-            raise WeightFileError(f"{name} cannot be read as a LoRA: its {key!a:.100} is no plain tensor, or larger than what the"
-                                  " file holds of it. Get it as safetensors.")
+            raise WeightFileError(f"{name} cannot be read as a LoRA: its {key!a:.100} is no plain tensor, or larger than what"
+                                  " the file holds of it. Get it as safetensors.")
     return tensors
 
 

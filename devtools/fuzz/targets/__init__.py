@@ -12,10 +12,11 @@ TARGETS: dict[str, type["Target"]] = {}
 
 
 class Target:
-    """reads: what of the pack, for people. own: the errors that it may raise, known after `prepare`."""
+    """reads: what of the pack. longest: bytes of an input. own: the errors that it may raise, known after `prepare`."""
 
     name: ClassVar[str]
     reads: ClassVar[str]
+    longest: ClassVar[int] = 1 << 15
     own: tuple[type[Exception], ...] = ()
 
     def __init_subclass__(cls, **kwargs):

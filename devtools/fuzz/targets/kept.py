@@ -20,7 +20,8 @@ class VerdictFile(Target):
         os.chmod(cache, stat.S_IRWXU)
         self.make = lambda: Verdicts(cache, {"device": "any"})
         first = self.make()
-        first.add("linear", {"verdict": "right", "case": "linear", "rows": [1, None], "times": {"1": [0.5, 1.0], "16": [2.0, 1.5]}})
+        first.add("linear", {"verdict": "right", "case": "linear", "rows": [1, None],
+                             "times": {"1": [0.5, 1.0], "16": [2.0, 1.5]}})
         first.add("unpack", {"verdict": "slower", "case": "unpack", "rows": [1, 8], "times": {"": [0.5, 1.0]}})
         first.add("crashed", {"verdict": "crashed", "why": "it crashed"})
         self.path = next(cache.glob("*.json"))
@@ -47,7 +48,8 @@ class PackedCache(Target):
         from featherweight.loaders.packing import cache
         from safetensors.torch import save
         self.cache, self.entry = cache, self.folder / "featherweight-0.safetensors"
-        parts = {part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind]) for part, (shape, kind) in cache._all_parts(self.wanted).items()}
+        parts = {part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind]) for part,
+                 (shape, kind) in cache._all_parts(self.wanted).items()}
         return [save(parts)]
 
     def read(self, data):
@@ -71,7 +73,8 @@ class SensitivityFile(Target):
         moments = Moments.of(64)
         moments.add(inputs)
         path = self.folder / "m.sensitivity"
-        Sensitivity({"a.weight": {"Q4_K": 0.01, "Q8_0": 0.001}}, {"a.weight": (8, 64)}, {"model": "any"}, _moments=lambda name: moments).save(path)
+        Sensitivity({"a.weight": {"Q4_K": 0.01, "Q8_0": 0.001}}, {"a.weight": (8, 64)}, {"model": "any"},
+                    _moments=lambda name: moments).save(path)
         return [path.read_bytes()]
 
     def read(self, data):

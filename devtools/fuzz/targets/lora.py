@@ -1,5 +1,6 @@
 """LoRA files, safetensors, torch's and GGUF adapters: read, and held against a model."""
 import io
+import pickle
 import random
 
 import numpy as np
@@ -9,6 +10,14 @@ from ..mutations import bytes_damaged, safetensors_damaged
 from . import Target
 
 LAYERS = ("double_blocks.0.img_attn.proj", "single_blocks.0.linear1", "img_in")
+
+
+class Program:
+    """What runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        import os
+        return os.system, ("id",)
 
 
 class LoraTarget(Target):
@@ -55,7 +64,7 @@ class TorchLora(LoraTarget):
                 file = io.BytesIO()
                 torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
                 out.append(file.getvalue())
-        return [*out, b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x02id\x94\x85\x94R\x94."]
+        return [*out, pickle.dumps(Program(), protocol=2)]
 
     def damaged(self, data, chance: random.Random):
         return bytes_damaged(data, chance)
@@ -68,11 +77,9 @@ class AdapterGGUF(LoraTarget):
     def honest(self):
         from devtools.files.gguf_files import write_gguf
         path, out = self.folder / "honest.gguf", []
-        for names, kind, architecture in ((LAYERS, "F16", "flux"), (("enc.blk.0.attn_q", "blk.1.ffn_down"), "Q8_0", "t5")):
+        for names, kind, architecture, rank in ((LAYERS, "F16", "flux", 2), (("enc.blk.0.attn_q",), "Q8_0", "t5", 32)):
             tensors = {f"{name}.weight.lora_{half}": np.full(shape, 0.1, np.float32) for name in names
-                       for half, shape in (("a", (2, 128)), ("b", (128, 32)))}
-            if kind == "F16":
-                tensors = {name: values if name.endswith("a") else values[:, :2] for name, values in tensors.items()}
+                       for half, shape in (("a", (rank, 128)), ("b", (128, rank)))}
             write_gguf(path, tensors, lambda name, values: kind, architecture, {  # noqa: B023  called at once
                 "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 2})
             out.append(path.read_bytes())
@@ -84,15 +91,18 @@ def _loras() -> list[dict]:
     """Small LoRAs of each kind; their values are not random, so that files stay small and alike."""
     import torch
     down, up = torch.full((2, 128), 0.01), torch.full((128, 2), 0.02)
-    plain = {f"diffusion_model.{name}.lora_{half}.weight": value for name in LAYERS[:1] for half, value in (("A", down), ("B", up))}
+    plain = {f"diffusion_model.{name}.lora_{half}.weight": value for name in LAYERS[:1] for half,
+             value in (("A", down), ("B", up))}
     kohya = {f"lora_unet_{LAYERS[0].replace('.', '_')}.{part}": value for part, value in (
         ("lora_down.weight", down), ("lora_up.weight", up), ("alpha", torch.tensor(1.0)), ("dora_scale", torch.ones(128, 1)))}
     loha = {f"lora_unet_{LAYERS[0].replace('.', '_')}.hada_{part}": value for part, value in (
         ("w1_a", up), ("w1_b", down), ("w2_a", up), ("w2_b", down))}
     lokr = {f"lora_unet_{LAYERS[0].replace('.', '_')}.lokr_{part}": torch.full(shape, 0.1) for part, shape in (
         ("w1", (2, 2)), ("w2_a", (64, 2)), ("w2_b", (2, 64)))}
-    full = {f"diffusion_model.{LAYERS[0]}.diff_b": torch.zeros(128), f"diffusion_model.{LAYERS[0]}.set_weight": torch.zeros(4, 4),
-            f"diffusion_model.{LAYERS[0]}.oft_blocks": torch.zeros(2, 4, 4), "diffusion_model.x.reshape_weight": torch.tensor([2, 2])}
+    full = {f"diffusion_model.{LAYERS[0]}.diff_b": torch.zeros(128),
+            f"diffusion_model.{LAYERS[0]}.set_weight": torch.zeros(4, 4),
+            f"diffusion_model.{LAYERS[0]}.oft_blocks": torch.zeros(2, 4, 4),
+            "diffusion_model.x.reshape_weight": torch.tensor([2, 2])}
     return [plain, kohya, loha, lokr, full]
 
 

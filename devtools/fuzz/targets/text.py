@@ -29,10 +29,12 @@ class Tokenizer(WeightTarget):
             "model": "t5", "tokens": WORDS, "scores": [0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5],
             "token_type": [2, 3, 3, 3, 1, 4, 1, 6], "unknown_token_id": 0, "eos_token_id": 2, "padding_token_id": 3,
             "precompiled_charsmap": [0, 0, 0, 0]}.items()}
-        merges = plain | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b", "b c"], "tokenizer.ggml.token_type": [3, 3, 3, 3, 1, 1, 1, 4]}
+        merges = plain | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b", "b c"],
+                          "tokenizer.ggml.token_type": [3, 3, 3, 3, 1, 1, 1, 4]}
         del plain["tokenizer.ggml.precompiled_charsmap"], merges["tokenizer.ggml.precompiled_charsmap"]
         mistral = {"blk.0.attn_k.weight": np.ones((0, 3072), np.float32)}  # told by its width
-        return [self.written(lambda path, rows=tensors, known=known: write_gguf(path, rows, lambda name, values: kind, "any", known))
+        return [self.written(lambda path, rows=tensors,
+                             known=known: write_gguf(path, rows, lambda name, values: kind, "any", known))
                 for tensors, known, kind in (
                     (rows("enc.blk.0.attn_q", "enc.blk.0.ffn_gate", "token_embd"), plain, "F16"),
                     (rows("blk.0.attn_sinks", "token_embd"), merges, "F16"),

@@ -45,9 +45,12 @@ class GGUF(WeightTarget):
 
     def honest(self):
         from devtools.files.gguf_files import write_gguf
-        rows = {"a.weight": np.ones((2, 64), np.float32), "b": np.ones(3, np.float32), "conv": np.ones((2, 2, 1, 2, 32), np.float32)}
-        some = {"general.alignment": 32, "split.count": 1, "tokenizer.ggml.tokens": ["a", "b"], "numbers": [1.5, 2.5], "note": "é"}
-        return [self.written(lambda path: write_gguf(path, rows, lambda name, values: kind, metadata=some)) for kind in ("Q8_0", "F16")] + [
+        rows = {"a.weight": np.ones((2, 64), np.float32), "b": np.ones(3, np.float32),
+                "conv": np.ones((2, 2, 1, 2, 32), np.float32)}
+        some = {"general.alignment": 32, "split.count": 1, "tokenizer.ggml.tokens": ["a", "b"], "numbers": [1.5, 2.5],
+                "note": "é"}
+        return [self.written(lambda path: write_gguf(path, rows, lambda name, values: kind, metadata=some))
+                for kind in ("Q8_0", "F16")] + [
             self.written(lambda path: write_gguf(path, {"w": np.ones((1, 256), np.float32)}, lambda name, values: kind))
             for kind in ("Q4_K", "IQ4_XS", "TQ1_0")]
 
@@ -138,10 +141,13 @@ class Bitsandbytes(Safetensors):
                 parts |= {".absmax": torch.zeros(blocks, dtype=torch.uint8), ".nested_absmax": torch.ones(-(-blocks // 256)),
                           ".nested_quant_map": torch.ones(256)}
             state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-            return {f"a.weight{part}": value for part, value in parts.items()} | {f"a.weight.quant_state.bitsandbytes__{kind}": state}
+            return {f"a.weight{part}": value for part,
+                    value in parts.items()} | {f"a.weight.quant_state.bitsandbytes__{kind}": state}
 
-        int8 = {"b.weight": torch.zeros(2, 8, dtype=torch.int8), "b.SCB": torch.ones(2), "b.weight_format": torch.tensor(0, dtype=torch.uint8)}
-        return [save(four_bit("nf4", False, 2, 64)), save(four_bit("fp4", True, 2, 64)), save(int8), save(int8 | four_bit("nf4", True, 4, 32))]
+        int8 = {"b.weight": torch.zeros(2, 8, dtype=torch.int8), "b.SCB": torch.ones(2),
+                "b.weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return [save(four_bit("nf4", False, 2, 64)), save(four_bit("fp4", True, 2, 64)), save(int8),
+                save(int8 | four_bit("nf4", True, 4, 32))]
 
 
 class Folder(FilesTarget):
@@ -163,7 +169,8 @@ class Folder(FilesTarget):
         shards = {f"m-0000{number}-of-00002.safetensors": save({f"t{number}": torch.ones(2)}) for number in (1, 2)}
         index = {"metadata": {}, "weight_map": {"t1": "m-00001-of-00002.safetensors", "t2": "m-00002-of-00002.safetensors"}}
         return [join_files({"config.json": config, "m.safetensors.index.json": json.dumps(index).encode(), **shards}),
-                join_files({"config.json": b'{"architectures": ["T5EncoderModel"]}', "model.safetensors": save({"x": torch.ones(1)})})]
+                join_files({"config.json": b'{"architectures": ["T5EncoderModel"]}',
+                            "model.safetensors": save({"x": torch.ones(1)})})]
 
     def damaged(self, data, chance: random.Random):
         return files_damaged(data, chance, lambda name: json_damaged if name.endswith(".json") else safetensors_damaged)

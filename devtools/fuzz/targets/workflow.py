@@ -10,7 +10,12 @@ from . import Target
 from .weights import as_text
 
 
-class BlockWeights(Target):
+class TextTarget(Target):
+    longest = 1 << 11
+    damaged = staticmethod(text_damaged)
+
+
+class BlockWeights(TextTarget):
     name, reads = "block_weights", "rules for the strength of each block"
     damaged = staticmethod(text_damaged)
 
@@ -18,8 +23,10 @@ class BlockWeights(Target):
         from featherweight.loaders.lora.block_weights import parse_block_weights
         self.parse, self.own = parse_block_weights, (ValueError,)
         self.keys = [f"diffusion_model.{block}.{number}.{layer}.weight" for block in ("double_blocks", "single_blocks")
-                     for number in range(4) for layer in ("img_attn.proj", "linear1")] + ["clip_l.x.weight", "diffusion_model.img_in.weight"]
-        return [b"double=0.5, single.0-2=0, img_attn=0.8", b"preset:first-third\nall=1 # note\ntext=0; IN04=1", b"preset:double-only, linear1=0"]
+                     for number in range(4) for layer in ("img_attn.proj", "linear1")] + ["clip_l.x.weight",
+                                                                                          "diffusion_model.img_in.weight"]
+        return [b"double=0.5, single.0-2=0, img_attn=0.8", b"preset:first-third\nall=1 # note\ntext=0; double_blocks=1",
+                b"preset:double-only, linear1=0"]
 
     def read(self, data):
         try:
@@ -31,9 +38,8 @@ class BlockWeights(Target):
             assert abs(factor(key)) < float("inf")
 
 
-class ExpertString(Target):
+class ExpertString(TextTarget):
     name, reads = "expert_string", "where weights lie, as ComfyUI-MultiGPU's workflows write it"
-    damaged = staticmethod(text_damaged)
 
     def prepare(self):
         from featherweight.nodes.distorch import UnreadableError, by_expert_string
@@ -48,7 +54,7 @@ class ExpertString(Target):
         assert all(isinstance(note, str) and len(note) < 1000 for note in notes)
 
 
-class Names(Target):
+class Names(TextTarget):
     """Input: which function, and the name."""
     name, reads = "names", "names of files to load and to write"
 
@@ -76,9 +82,10 @@ class Names(Target):
             "new_in_models": lambda name: folders.new_model_path(name, "Q4_K", ".gguf", folders.MODELS, False),
             "new_sensitivity": folders.new_sensitivity_path}
         names = {"find": ["flux/a.gguf", "flux\\a.gguf", "package", "../../outside.gguf"],
-                 "saved": [str(models / "loras" / "b.safetensors"), str(self.folder / "outside.gguf")],
-                 "sensitivity": ["m.sensitivity", str(self.folder / "outside.sensitivity"), "../../outside.sensitivity"],
-                 "new": ["diffusion_models/ComfyUI", "%year%/x", "../x"], "new_in_models": ["diffusion_models/x", "custom_nodes/x/y"],
+                 "saved": ["FOLDER/models/loras/b.safetensors", "FOLDER/outside.gguf"],
+                 "sensitivity": ["m.sensitivity", "FOLDER/outside.sensitivity", "../../outside.sensitivity"],
+                 "new": ["diffusion_models/ComfyUI", "%year%/x", "../x"],
+                 "new_in_models": ["diffusion_models/x", "custom_nodes/x/y"],
                  "new_sensitivity": ["x", "%date:yyyy%/x", "../x"]}
         return [f"{function} {name}".encode() for function, listed in names.items() for name in listed]
 
@@ -86,7 +93,7 @@ class Names(Target):
         function, _, name = data.partition(b" ")
         if chance.random() < 0.1:
             function = chance.choice(list(self.functions)).encode()
-        return function + b" " + text_damaged(name.replace(b"FOLDER", str(self.folder).encode()), chance)
+        return function + b" " + text_damaged(name, chance)
 
     def read(self, data):
         function, _, name = as_text(data).partition(" ")
@@ -99,12 +106,13 @@ class Names(Target):
             assert not real.startswith(os.path.realpath(self.models / "custom_nodes")), path
             assert real.endswith((".gguf", ".sensitivity")), path
             folder = os.path.dirname(path)  # the host makes it: not to be kept
-            while os.path.realpath(folder) not in map(os.path.realpath, allowed) and os.path.isdir(folder) and not os.listdir(folder):
+            while os.path.realpath(folder) not in map(os.path.realpath,
+                                                      allowed) and os.path.isdir(folder) and not os.listdir(folder):
                 os.rmdir(folder)
                 folder = os.path.dirname(folder)
 
 
-class Numbers(Target):
+class Numbers(TextTarget):
     """Input: JSON, as a prompt brings it."""
     name, reads = "numbers", "budgets, sizes, strengths and devices"
     damaged = staticmethod(json_damaged)
@@ -115,7 +123,8 @@ class Numbers(Target):
         from featherweight.nodes.distorch import by_virtual_vram
         self.own, self.device = (), torch.device("cuda", 0)
         self.find_device, self.by_virtual_vram, self.size_text = find_device, by_virtual_vram, size_text
-        return [b'{"gpu_weights": 4.0, "virtual_vram_gb": 2.5, "device": "gpu:0"}', b'{"gpu_weights": 0, "virtual_vram_gb": 0, "device": "cuda"}',
+        return [b'{"gpu_weights": 4.0, "virtual_vram_gb": 2.5, "device": "gpu:0"}',
+                b'{"gpu_weights": 0, "virtual_vram_gb": 0, "device": "cuda"}',
                 b'{"gpu_weights": 1000, "virtual_vram_gb": -1.5, "device": "cpu"}']
 
     def read(self, data):
