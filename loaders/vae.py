@@ -54,7 +54,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         weights = {name: value.dequantize() if is_packed(value) else value for name, value in file.state_dict().items()}
         metadata = text_metadata(file)
     else:
-        weights, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     vae = made_of(weights, device, metadata)
     if vae.first_stage_model is None:
         raise WeightFileError(f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors, first"

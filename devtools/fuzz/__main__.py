@@ -43,7 +43,8 @@ def run(target: str, executions: int, seconds: float, seed: int = 1, atheris: bo
     for again in range(20):
         ended, last, told, log = child({
             "targets": [target], "executions": executions - result.executions, "seconds": seconds - result.seconds,
-            "replay": {}, "seed": seed + again, "atheris": atheris, "findings": str(findings), "corpus": corpus and str(corpus)})
+            "replay": {}, "seed": seed + again, "atheris": atheris, "findings": str(findings),
+            "corpus": corpus and str(corpus)})
         if last is None:
             raise SystemExit(f"Failed: the target {target} did not start ({ended}).\n{log[-3000:]}")
         result.executions += last[0]

@@ -8,7 +8,7 @@
 | memory | `RESIDENT` bytes more than before, of torch's too | the process's peak, and a limit on its address space |
 | opened, wrote | a path outside of the target's folder, its links followed | audit events `open`, `os.*` |
 | code | something compiled, executed or imported that is not a module of this installation | `compile`, `exec`, `import` |
-| pickle, network, process | a class that pickle looks for; a socket; a program | `pickle.find_class`, `socket.*`, `subprocess.*` |
+| pickle, network, process | a class for pickle; a socket; a program | `pickle.find_class`, `socket.*`, `subprocess.*` |
 
 What opens files without Python (Rust's safetensors, torch's reader of zip files) is not seen; they get paths that Python has
 looked at. The end of the process is seen by its parent.

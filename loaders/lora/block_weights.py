@@ -79,8 +79,8 @@ def _read(text: str, keys: list[str], rules: list):
         matches = _matcher(name)
         if name not in ("all", "text") and not any(map(matches, keys)):
             raise ValueError(f"The block weight {shown(rule)} names nothing in this model. Its blocks are"
-                             f" {described_blocks(keys)}; the name of a layer inside them, such as {_layer_example(keys)}, works"
-                             " too.")
+                             f" {described_blocks(keys)}; the name of a layer inside them, such as {_layer_example(keys)},"
+                             " works too.")
         rules.append((matches, factor))
 
 

@@ -1,0 +1,234 @@
+"""What docs/security.md promises and no other test holds."""
+import ast
+import io
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import folder_paths
+import pytest
+import torch
+from featherweight.loaders import folders
+from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.diffusers_folder import is_bare
+from featherweight.loaders.lora.file import load_lora_file
+from featherweight.nodes.shown import without_markup
+from featherweight.ops.bounded_json import read_json
+from safetensors.torch import save, save_file
+
+from devtools import ROOT
+
+SOURCES = [path for room in ("nodes", "loaders", "ops") for path in sorted((ROOT / room).rglob("*.py"))]
+RUNNING = {"eval", "exec", "compile", "__import__"}
+UNPICKLING = {"dill", "cloudpickle", "marshal", "shelve", "joblib"}
+NETWORK = {"socket", "urllib", "http", "requests", "aiohttp", "httpx", "ftplib", "smtplib", "ssl", "huggingface_hub"}
+# Compilers of kernels, and the trials of what they made.
+STARTS_PROGRAMS = {"ops/kernels/processes.py", "ops/kernels/cpp_backend.py", "ops/kernels/trial_process.py"}
+ANSWERS_THE_EDITOR = {"nodes/help_pages.py"}  # through the host's server
+
+links = pytest.mark.skipif(os.name == "nt", reason="links take rights there")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_source_evaluates_unpickles_or_talks_to_a_network(path):
+    tree, where = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(ROOT).as_posix()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            if isinstance(node, ast.Import) or not node.level:
+                rooms = {name.split(".")[0] for name in names}
+                assert not rooms & UNPICKLING and (where in ANSWERS_THE_EDITOR or not rooms & NETWORK)
+                assert "subprocess" not in names or where in STARTS_PROGRAMS
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in RUNNING and not re.fullmatch(r"pickle\.(loads?|Unpickler)|os\.(system|popen)", called)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert called != "torch.load" or given.get("weights_only") == "True"
+            assert not called.endswith("load_torch_file") or given.get("safe_load") == "True"
+
+
+def test_no_script_of_the_editor_writes_html():
+    scripts = sorted((ROOT / "nodes" / "web").rglob("*.js"))
+    assert scripts
+    for path in scripts:
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|v-html",
+                             path.read_text())
+
+
+def test_a_text_from_a_file_is_no_markup_in_the_editor():
+    shown = without_markup("<img src=x onerror=alert(1)> [[here|https://example.org]] a.weight [2, 3]")
+    assert "<" not in shown and ">" not in shown and "[[" not in shown
+    assert "img src=x" in shown and "a.weight [2, 3]" in shown
+
+
+class Program:
+    """What makes a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value, 2))])
+def test_a_program_in_a_torch_file_is_not_run(tmp_path, write):
+    write(Program(tmp_path / "ran"), tmp_path / "lora.pt")
+    with pytest.raises(WeightFileError, match="lora.pt .* could be a program and is not run. Get it as safetensors") as error:
+        load_lora_file(str(tmp_path / "lora.pt"))
+    assert not (tmp_path / "ran").exists() and "weights_only" not in str(error.value)
+
+
+def test_a_torch_file_that_grows_when_it_is_read_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    with pytest.raises(WeightFileError, match="bomb.pt .* compressed"):
+        load_lora_file(str(tmp_path / "bomb.pt"))
+    name = "diffusion_model.double_blocks.0.img_attn.proj.lora_{}.weight"
+    torch.save({name.format("A"): torch.ones(1).expand(1 << 20, 1 << 10), name.format("B"): torch.ones(4, 1)},
+               tmp_path / "wide.pt")
+    with pytest.raises(WeightFileError, match="wide.pt .* larger than what the file holds"):
+        load_lora_file(str(tmp_path / "wide.pt"))
+
+
+def test_an_empty_lora_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "lora.safetensors").write_bytes(b"")
+    with pytest.raises(WeightFileError, match="lora.safetensors is empty"):
+        load_lora_file(str(tmp_path / "lora.safetensors"))
+
+
+def test_json_is_read_within_bounds():
+    dense = {f"t{number}": {"dtype": "U8", "shape": [], "data_offsets": [number, number + 1]} for number in range(2000)}
+    text = str(dense).replace("'", '"').replace(" ", "")
+    assert read_json(text) == dense == read_json(text.encode())
+    for bomb in ("[" + "[]," * 9000 + "1]", '{"a":' * 9000, "[" * 90000, "9" * 5000 if hasattr(io, "text_encoding") else "["):
+        with pytest.raises(ValueError):
+            read_json(bomb)
+
+
+def test_a_size_beyond_32_bits_is_not_one_of_its_lower_half(tmp_path):
+    header = b'{"a":{"dtype":"U8","shape":[65536,65537],"data_offsets":[0,65536]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(65536))
+    with pytest.raises(WeightFileError, match="takes 4295032832 bytes, 65536 are given"):
+        open_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "x/a.safetensors", "..\\a.safetensors",
+                                  "C:\\a.safetensors",
+                                  "C:a.safetensors", "\\\\server\\share\\a.safetensors", "//server/share/a.safetensors"])
+def test_an_index_names_files_beside_it_alone(tmp_path, name):
+    assert not is_bare(name) and is_bare("a.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "m.safetensors.index.json").write_text(str({"weight_map": {"x": name}}).replace("'", '"'))
+    with pytest.raises(WeightFileError, match="has no weight_map of tensors to .safetensors files"):
+        open_weights(tmp_path)
+
+
+@links
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "m.safetensors.index.json", "shard.safetensors"])
+def test_a_link_in_a_models_folder_leads_out_of_it_nowhere(tmp_path, name):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    folder.mkdir()
+    files = {"config.json": b"{}", "m.safetensors.index.json": b'{"weight_map": {"x": "shard.safetensors"}}',
+             "shard.safetensors": save({"x": torch.ones(1)})}
+    if name == "model.safetensors":
+        files = {"config.json": b"{}", name: files["shard.safetensors"]}
+    outside.write_bytes(files.pop(name))
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(WeightFileError, match=f"its '{name}' is a link to .*outside.*Put the file itself there"):
+        open_weights(folder)
+    assert folders._class_in(str(folder)) == ""
+
+
+@links
+def test_the_cache_of_hugging_face_and_folders_that_are_links_are_read(tmp_path):
+    blobs, folder = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "1" / "transformer"
+    blobs.mkdir(parents=True), folder.mkdir(parents=True)
+    (blobs / "a").write_text("{}")
+    save_file({"x": torch.ones(1)}, blobs / "b")
+    for name, blob in (("config.json", "a"), ("model.safetensors", "b")):
+        (folder / name).symlink_to(Path("../../../blobs", blob))
+    (tmp_path / "mine").symlink_to(folder)
+    assert [*open_weights(folder).entries] == [*open_weights(tmp_path / "mine").entries] == ["x"]
+
+
+@links
+def test_a_tokenizer_beside_an_encoder_is_no_link_to_elsewhere(tmp_path):
+    for name in ("text_encoder", "tokenizer"):
+        (tmp_path / "package" / name).mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "package" / "tokenizer" / "spiece.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(WeightFileError, match="link to"):
+        saved_tokenizer(tmp_path / "package" / "text_encoder")
+
+
+@links
+def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    assert folders._class_in(str(tmp_path)) == ""
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """Model folders and an output folder, with a file beside them that is nobody's."""
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {
+        key: ([str(tmp_path / "models" / key)], {".gguf"}) for key in ("diffusion_models", "checkpoints", "custom_nodes")})
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    for folder in ("models/diffusion_models", "output/sensitivity"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("outside.gguf", "outside.sensitivity"):
+        (tmp_path / file).write_bytes(b"x")
+    return tmp_path
+
+
+OUT = ["../../outside", "..\\..\\outside", "{base}/outside", "C:\\Windows\\x", "C:x", "\\\\server\\share\\x",
+       "//server/share/x", "\0", "\ud800", "%year%/../../x", "x" * 3000, "x\n" * 200]
+
+
+@pytest.mark.parametrize("name", OUT)
+@pytest.mark.parametrize("find", [lambda name: folders.find_file(f"{name}.gguf", "diffusion_models"),
+                                  lambda name: folders.find_saved(f"{name}.gguf"),
+                                  lambda name: folders.find_sensitivity(f"{name}.sensitivity")],
+                                  ids=["file", "saved", "sensitivity"])
+def test_a_name_finds_nothing_outside_of_the_model_folders(base, find, name):
+    with pytest.raises(WeightFileError) as error:
+        find(name.format(base=base))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", OUT[:10])
+@pytest.mark.parametrize("where, write", [
+    ("output", lambda name: folders.new_model_path(name, "Q4_K", ".gguf")),
+    ("models/diffusion_models", lambda name: folders.new_model_path(f"diffusion_models/{name}", "Q4_K", ".gguf",
+                                                                    folders.MODELS)),
+    ("output/sensitivity", folders.new_sensitivity_path)], ids=["output", "models", "sensitivity"])
+def test_a_workflow_writes_nowhere_but_into_outputs_and_models(base, where, write, name):
+    try:
+        path = Path(os.path.realpath(write(name.format(base=base))))
+    except WeightFileError as error:
+        assert "\n" not in str(error)
+    else:  # what begins with a root or has its own separators loses them
+        assert path.is_relative_to(base / where.split("/")[0]) and path.suffix in (".gguf", ".sensitivity")
+    assert {path.name for path in base.iterdir()} == {"models", "output", "outside.gguf", "outside.sensitivity"}
+
+
+def test_a_workflow_writes_no_file_where_programs_lie(base):
+    with pytest.raises(WeightFileError, match="'custom_nodes' is none"):
+        folders.new_model_path("custom_nodes/x/y", "Q4_K", ".gguf", folders.MODELS)
+
+
+def test_every_line_of_the_security_page_names_tests_that_there_are():
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    defined = {(path.name, node.name) for path in (ROOT / "tests").rglob("test_*.py")
+               for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
+    rows = [row for row in re.findall(r"^\| .*\|$", page, re.M) if not re.match(r"\| (promise|---)", row)]
+    assert len(rows) >= 15
+    for row in rows:
+        named = re.findall(r"`(?:[\w/]+/)?(test_\w+\.py)::(test_\w+)`", row)
+        assert named and set(named) <= defined, row
