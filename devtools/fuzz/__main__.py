@@ -19,7 +19,7 @@ from .targets import TARGETS
 
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 RESULTS = ROOT / ".dev" / "fuzz"
-STILL = 30  # seconds without an execution before a process counts as hung; the machine may be busy
+STILL = 120  # seconds without an execution before a process counts as hung; the machine may be busy
 STARTING = 300
 HEAD = struct.Struct("<QQ")
 COVERED = re.compile(r"cov: (\d+) ")
