@@ -32,11 +32,12 @@ class Tokenizer(WeightTarget):
         merges = plain | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b", "b c"],
                           "tokenizer.ggml.token_type": [3, 3, 3, 3, 1, 1, 1, 4]}
         del plain["tokenizer.ggml.precompiled_charsmap"], merges["tokenizer.ggml.precompiled_charsmap"]
+        umt5 = {"token_embd.weight": np.ones((1 << 17, 0), np.float32)}  # told by its rows
         mistral = {"blk.0.attn_k.weight": np.ones((0, 3072), np.float32)}  # told by its width
         return [self.written(lambda path, rows=tensors,
                              known=known: write_gguf(path, rows, lambda name, values: kind, "any", known))
                 for tensors, known, kind in (
-                    (rows("enc.blk.0.attn_q", "enc.blk.0.ffn_gate", "token_embd"), plain, "F16"),
+                    (rows("enc.blk.0.attn_q", "enc.blk.0.ffn_gate") | umt5, plain, "F16"),
                     (rows("blk.0.attn_sinks", "token_embd"), merges, "F16"),
                     (mistral, merges, "F16"))]
 
