@@ -27,7 +27,7 @@ RUNNING = {"eval", "exec", "compile", "__import__"}
 UNPICKLING = {"dill", "cloudpickle", "marshal", "shelve", "joblib"}
 NETWORK = {"socket", "urllib", "http", "requests", "aiohttp", "httpx", "ftplib", "smtplib", "ssl", "huggingface_hub"}
 # Compilers of kernels, and the trials of what they made.
-STARTS_PROGRAMS = {"ops/kernels/processes.py", "ops/kernels/cpp_backend.py", "ops/kernels/trial_process.py"}
+STARTS_PROGRAMS = {"ops/kernels/processes.py", "ops/kernels/trial.py", "ops/kernels/trial_process.py"}
 ANSWERS_THE_EDITOR = {"nodes/help_pages.py"}  # through the host's server
 
 links = pytest.mark.skipif(os.name == "nt", reason="links take rights there")
