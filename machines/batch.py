@@ -199,32 +199,39 @@ class Batch:
     def passes(self, rows: list[dict], unfit: set[str], arguments: tuple, progress: Progress):
         """Draw all rows. unfit: nodes that take no part from the start. arguments: of `Draw`."""
         attempts, named = collections.Counter(), set()
-        waiting = {(frozenset(unfit), 0): rows}  # (nodes that cannot do them, how often their worker ended) -> rows
+        tried = {row["id"]: set(unfit) for row in rows}  # the nodes that cannot draw it
+        waiting = rows
         while waiting:
-            (without, ended), some = waiting.popitem()
-            missing = {row["id"]: row for row in some}
-            for answer in self.answers(some, without, ended, arguments):
+            sound = [row for row in waiting if not attempts[row["id"]]] or waiting  # first those that end no worker
+            without = unfit | named  # one pass for all, where any machine is left
+            if not self.machines().keys() - without:
+                without = tried[sound[0]["id"]]
+                sound = [row for row in sound if tried[row["id"]] == without]
+            missing, next_ones = {row["id"]: row for row in sound}, []
+            for answer in self.answers(sound, frozenset(without), attempts[sound[0]["id"]], arguments):
                 row = missing.pop(answer["id"], None)
                 if row is None:  # what went with a machine and was made again
                     continue
                 if answer["status"] != "left":
                     progress.add(answer)
                     continue
-                unable = without | {answer["node"]}
-                if self.machines().keys() - unable:
-                    if answer["node"] not in named:
-                        named.add(answer["node"])
-                        progress.tell(f"{row['id']} goes to another machine: {answer['said']}")
-                    waiting.setdefault((unable, ended), []).append(row)
-                else:
+                tried[row["id"]].add(answer["node"])
+                if not self.machines().keys() - tried[row["id"]]:
                     progress.add({**answer, "status": "failed"})
+                    continue
+                if answer["node"] not in named:
+                    named.add(answer["node"])
+                    progress.tell(f"{row['id']} goes to another machine: {answer['said']}")
+                next_ones.append(row)
             for name, row in missing.items():
                 attempts[name] += 1
                 if attempts[name] < ATTEMPTS:
-                    waiting.setdefault((without, ended + 1), []).append(row)
+                    next_ones.append(row)
                 else:
                     progress.add({"id": name, "status": "failed", "worker": "",
                                   "said": f"its worker ended {ATTEMPTS * (RETRIES + 1)} times while it was drawn"})
+            drawn = {row["id"] for row in sound}
+            waiting = [row for row in waiting if row["id"] not in drawn] + next_ones
 
     def answers(self, rows: list[dict], without: frozenset, ended: int, arguments: tuple) -> Iterator[dict]:
         """One pass: answers of `Draw` as they come; none for a row whose worker ended each time."""

@@ -180,6 +180,18 @@ def test_what_no_machine_can_do_fails_with_the_last_ones_words(tmp_path):
     assert "a: two has no file" in [text.strip() for text in said]
 
 
+def test_a_row_that_only_one_machine_can_draw_finds_it(tmp_path):
+    """Each machine lacks something, none everything."""
+    able = {"a": "one", "b": "two", "c": "three"}
+
+    def answer(name, without):
+        node = next(node for node in ("one", "two", "three") if node not in without)
+        return ("drawn" if able[name] == node else "left"), node
+
+    for order in ("abc", "cba", "bca"):
+        assert passes(tmp_path).draw(order, answer, ("one", "two", "three"))[0] == {"drawn": 3}
+
+
 def test_a_row_whose_worker_always_ends_fails_and_the_others_do_not(tmp_path):
     counts, said = passes(tmp_path).draw("ab", lambda name, without: ("drawn", "one") if name == "b" else None)
     assert counts == {"drawn": 1, "failed": 1}
