@@ -34,9 +34,8 @@ class Progress:
         done, failed = self.counts.total(), self.counts["failed"]
         rate = (len(self.times) - 1) / max(now - self.times[0], 1e-3)  # without the start of the workers
         busy = sum(now - seen < max(60, 3 * len(self.workers) / max(rate, 1e-6)) for seen in self.workers.values())
-        left = (self.total - done) / rate if rate else 0
-        return (f"{done} of {self.total} rows, {rate:.3g} a second, {busy} worker{'s' * (busy != 1)}, {failed} failed,"
-                f" {duration(left)} left   ")
+        found = f"{done} of {self.total} rows, {busy} worker{'s' * (busy != 1)}, {failed} failed"
+        return f"{found}, {rate:.3g} a second, {duration((self.total - done) / rate)} left   " if rate else found
 
 
 def duration(seconds: float) -> str:

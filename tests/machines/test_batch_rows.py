@@ -198,6 +198,19 @@ def test_a_row_whose_worker_always_ends_fails_and_the_others_do_not(tmp_path):
     assert any(re.match(r"a: its worker ended \d times", text) for text in said)
 
 
+def test_the_progress_line_has_rows_rate_workers_failures_and_time_left(monkeypatch):
+    clock, said = [100.0], []
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    progress = Progress(100, lambda text, **_: said.append(text.strip()))
+    for index in range(5):
+        clock[0] += 20
+        status = "failed" if index == 2 else "drawn"
+        progress.add({"id": f"{index}", "status": status, "said": "why", "worker": f"w{index % 2}"})
+    assert said[0] == "1 of 100 rows, 1 worker, 0 failed"
+    assert said[-1] == "5 of 100 rows, 2 workers, 1 failed, 0.05 a second, 32 min left"
+    assert "2: why" in said
+
+
 # --- the command ---
 
 def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path):
