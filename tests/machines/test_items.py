@@ -4,7 +4,7 @@ import io
 import numpy
 import pytest
 from devtools.files import demo_files
-from featherweight.machines import here
+from featherweight.machines import here, pool
 from featherweight.machines.driver import pickled, read
 from featherweight.machines.gathering import Gathering
 from featherweight.machines.graph import GraphError
@@ -126,3 +126,34 @@ def test_a_message_that_is_cut_off_is_none():
     data = pickled((1, "run", {"a": b"x" * 1000}))
     assert read(io.BytesIO(data)) == (1, "run", {"a": b"x" * 1000})
     assert [read(io.BytesIO(data[:length])) for length in (0, 5, 8, 500)] == [None] * 4
+
+
+def test_a_driver_that_ends_is_said_and_the_next_run_has_another(monkeypatch):
+    """As when the head of its cluster goes: the process that holds the connection ends, and this one does not."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(pool, "START", "import sys; sys.stdin.buffer.read()")  # one that never answers
+    drivers, ended = pool.Pool(), []
+
+    def end():
+        ended.append(drivers.drivers["auto"].process)
+        ended[-1].kill()
+
+    for _ in range(2):
+        with pytest.raises(MachineError, match="The connection to Ray at auto ended"):
+            drivers.run("auto", {}, lambda *_: None, end)
+    assert len({process.pid for process in ended}) == 2
+
+
+def test_what_is_cancelled_is_told_to_the_driver(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(pool, "START", "import sys; sys.stdin.buffer.read()")
+    drivers, sent = pool.Pool(), []
+    monkeypatch.setattr(pool.Process, "send", lambda self, message: sent.append(message))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drivers.run("auto", {"graphs": []}, lambda *_: None, interrupted)
+    assert sent == [("run", 0, {"graphs": []}), ("cancel", 0)]
+    drivers.drivers["auto"].process.kill()
