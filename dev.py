@@ -1,5 +1,5 @@
 """One command for everything a developer does here: python3 dev.py demo | test | bench | quality | sizes | inspect | matrix
-| gpu | fuzz | setup"""
+| gpu | fuzz | soak | setup"""
 import sys
 
 if sys.version_info < (3, 10):
@@ -20,6 +20,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                with the newest versions of ComfyUI's own packages
   gpu [--device cpu]           measure what only a GPU can show, in nine minutes; --pack FOLDER: for a machine without packages
   fuzz [--minutes N] [--executions N] [--target NAME]  read bad files and hostile workflows until something breaks
+  soak [--minutes N] [--prompts N]  drive the real server for hours, by two clients; JSON, a plot and one closing line
   setup                        only make the environment that the others use
 
 Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 2.5 GB (more

@@ -77,6 +77,11 @@ def fuzz(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.fuzz", *arguments)
 
 
+def soak(arguments: list[str]) -> int:
+    """Drive the real server for hours."""
+    return prepare().run("-m", "devtools.soak", *arguments)
+
+
 def gpu(arguments: list[str]) -> int:
     """Measure what only a GPU can show; or gather what a bare machine lacks for it."""
     parser = argparse.ArgumentParser(prog="python3 dev.py gpu", add_help=False)
@@ -94,4 +99,4 @@ def gpu(arguments: list[str]) -> int:
 
 
 COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes,
-            "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz}
+            "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz, "soak": soak}

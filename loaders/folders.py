@@ -1,7 +1,9 @@
 """Model folders: where files are found. The only user of the host's `folder_paths`."""
+import contextlib
 import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
@@ -131,6 +133,26 @@ def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
     if not os.path.join(os.path.realpath(folder), "").startswith(real):
         raise outside
     return folder, file, counter
+
+
+def file_states(values: Iterable) -> list[tuple]:
+    """What tells the model files among these values of a node's inputs from others of their names: of each its path, size, time
+    and number on the drive; of a folder those of all files in it. Other values give nothing."""
+    keys = [key for pair in GGUF_FOLDERS.items() for key in pair if key in folder_paths.folder_names_and_paths]
+    names = [value.replace("\\", "/") for value in values
+             if isinstance(value, str) and value and not _leads_elsewhere(value)]
+    found = {find(key, name) for name in names for key in keys for find in (folder_paths.get_full_path, _folder_of)}
+    states = set()
+    for path in found - {None}:
+        with contextlib.suppress(OSError):  # gone since, or not to be read: the node says so when it runs
+            for file in map(os.fspath, os.scandir(path)) if os.path.isdir(path) else [path]:
+                status = os.stat(file)
+                states.add((file, status.st_size, status.st_mtime_ns, status.st_ino))
+    return sorted(states)
+
+
+def _folder_of(key: str, name: str) -> str | None:
+    return _find_folder(name, key)
 
 
 def embedding_folders() -> list[str]:

@@ -17,7 +17,7 @@ from ..ops.needs import prepare_kernels
 from ..ops.operations import packed_operations
 from ..ops.patcher import adopt
 from .files.bitsandbytes import formats_in, has_packed_weights
-from .files.container import WeightFile
+from .files.container import Watch, WeightFile
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def is_ours(path: str, pack_to: str | None = None) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return has_packed_weights(file.keys())
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, RuntimeError):  # the last from torch, which maps the file
         return True
 
 
@@ -64,6 +64,7 @@ def take_back(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compu
     The log says what the model holds, and where its device has no units for the int8 products that `compute` asks for.
     """
     log.info("[Featherweight] %s", report(file, adopt(patcher)))
+    patcher.model.packed_patches.watch = file.watch
     prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses (NVIDIA from Turing on, and"
@@ -85,6 +86,10 @@ class PackedCLIP(comfy.sd.CLIP):
     def cond_stage_model(self, model):
         """The host sets here the model of the patcher that it sets too."""
 
+    def load_model(self, *args, **kwargs):
+        self.patcher.model.packed_patches.watch()  # the host calls this before it encodes
+        return super().load_model(*args, **kwargs)
+
     def clone(self, *args, **kwargs):
         return _computing_with_its_patcher(super().clone(*args, **kwargs))
 
@@ -95,9 +100,9 @@ def _computing_with_its_patcher(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
     return clip
 
 
-def take_back_encoder(clip: comfy.sd.CLIP):
-    """A text encoder that the host has built of a file's weights: packed ones stay packed from here on, on every device."""
-    adopt(clip.patcher)
+def take_back_encoder(clip: comfy.sd.CLIP, watch: Watch):
+    """A text encoder that the host has built of files' weights: packed ones stay packed from here on, on every device."""
+    adopt(clip.patcher).model.packed_patches.watch = watch
     prepare_kernels(clip.patcher.model, clip.patcher.load_device, None)
     _computing_with_its_patcher(clip)
 

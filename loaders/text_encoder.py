@@ -21,7 +21,7 @@ from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
 from .encoders.towers import missing_towers_left_out
 from .files import open_weights
-from .files.container import WeightFile, WeightFileError
+from .files.container import Watch, WeightFile, WeightFileError
 from .handover import is_ours, operations_for, take_back_encoder
 from .packing.host_formats import as_tensors
 from .packing.while_loading import Packed, pack_weights
@@ -63,7 +63,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         mmproj = None
     # Each is read, all are put in order, each is packed, the host builds.
     progress = Progress(stages=len(paths) * (2 if pack_to else 1) + 2)
-    weights, packed = _weights_of(paths, mmproj, progress, pack_to)
+    weights, packed, watch = _weights_of(paths, mmproj, progress, pack_to)
     _check(paths, weights, clip_type)
     if clip_type == "ltxv":
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
@@ -74,7 +74,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
     progress.stage()
-    take_back_encoder(clip)
+    take_back_encoder(clip, watch)
     if packed:
         packed.attach(clip.patcher)
     recipe.attach(clip.patcher)
@@ -88,8 +88,11 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
 
 
 def _weights_of(paths: list[str], mmproj: str | None, progress: Progress,
-                pack_to: str | None) -> tuple[list[Weights], Packed | None]:
-    """The state dict of each file under the host's names. The mmproj file goes to the encoder that has a place for it."""
+                pack_to: str | None) -> tuple[list[Weights], Packed | None, Watch]:
+    """The state dict of each file under the host's names, how they were packed, and what says when one is written to.
+
+    The mmproj file goes to the encoder that has a place for it.
+    """
     files = [_Encoder(path, progress, pack_to) for path in paths]
     if mmproj not in (AUTO, None):
         vision = open_weights(mmproj)
@@ -103,9 +106,11 @@ def _weights_of(paths: list[str], mmproj: str | None, progress: Progress,
         for file in files:
             file.find_vision()
     weights = [file.converted() for file in progress.track(files)]
+    watch = sum((file.file.watch for file in files if file.file is not None), Watch())
     if not pack_to:
-        return weights, None
-    return weights, Packed.together([pack_weights(file.file, part, pack_to, progress) for file, part in zip(files, weights)])
+        return weights, None, watch
+    packed = Packed.together([pack_weights(file.file, part, pack_to, progress) for file, part in zip(files, weights)])
+    return weights, packed, watch
 
 
 class _Encoder:
@@ -113,7 +118,7 @@ class _Encoder:
 
     def __init__(self, path: str, progress: Progress, pack_to: str | None):
         self.path, self.name = Path(path), os.path.basename(path)
-        self.arch = None
+        self.arch = self.file = None
         if not is_ours(path, pack_to):
             weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
             self.weights, self.metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)

@@ -1,4 +1,5 @@
 """The real ComfyUI server, headless, with this pack in it, and a small client for it."""
+import copy
 import itertools
 import json
 import os
@@ -155,16 +156,25 @@ class Server:
         """The file behind one {"filename", "subfolder", "type"} entry of `Run.outputs`."""
         return self.get("/view?" + urllib.parse.urlencode(entry))
 
-    def queue(self, prompt: dict, on_progress=None, timeout: float = 600) -> Run:
+    def another_client(self) -> "Server":
+        """The same server as another browser has it."""
+        other = copy.copy(self)
+        other.client_id = uuid.uuid4().hex
+        return other
+
+    def queue(self, prompt: dict, on_progress=None, timeout: float = 600, on_queued=None) -> Run:
         """Run an API-format workflow to its end.
 
         on_progress(node_id, value, maximum) is called for each step a node reports, and with (node_id, 0, 0) when a
-        node starts. Raises ServerError with the node's own message when the workflow is refused or fails.
+        node starts. on_queued(prompt_id) is called before the first of them. Raises ServerError with the node's own message
+        when the workflow is refused or fails.
         """
         socket_url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
         connection = websocket.create_connection(socket_url, timeout=timeout)
         try:
             run = Run(self._post_prompt(prompt))
+            if on_queued is not None:
+                on_queued(run.prompt_id)
             self._follow(connection, run, prompt, on_progress or (lambda *_: None), time.monotonic() + timeout)
         finally:
             connection.close()

@@ -3,12 +3,13 @@
 A container is one class in one file of this folder. It registers by being defined, is imported by `__init__.py`
 (`open_weights`), and is chosen by the first bytes of a file, never by the file's name.
 """
+import contextlib
 import math
 import mmap
 import os
 import stat
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ import torch
 from ...ops.format import FORMATS
 from ...ops.read_only import mark_read_only
 from ...ops.tensor import packed_tensor
+from .drives import is_copied
 
 # Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
 PLAIN_DTYPES: dict[str, torch.dtype] = {
@@ -66,7 +68,7 @@ class Entry:
 
 
 class WeightFile:
-    """One model's weights on disk, memory-mapped; its parts where the model is split over several files.
+    """One model's weights on disk, memory-mapped, or read from there (`drives`); its parts where a model is split over files.
 
     path: as asked for. paths: every file read, in order. metadata: key -> value. entries: name -> Entry, in
     the order of the file. dtypes: the plain dtypes of the container by their names in it. The files stay open while
@@ -98,6 +100,8 @@ class WeightFile:
         self.metadata = metadata
         self.entries = entries
         self._buffers = tuple(buffers)
+        self._copied = tuple(map(is_copied, self.paths))
+        self.watch = Watch.over(path for path, copied in zip(self.paths, self._copied) if not copied)
 
     @classmethod
     def recognises(cls, head: bytes) -> bool:
@@ -119,26 +123,44 @@ class WeightFile:
         return ALIGNED
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The bytes of one tensor, not copied from the mapping (unless misaligned) and owning its own storage.
+        """The bytes of one tensor, not copied from the mapping (unless misaligned) and owning its own storage; or read.
 
         Packed formats: uint8, `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype, `entry.shape`.
         Read-only: the pages belong to the file, writing into them ends the process. Raises KeyError for an
-        unknown name.
+        unknown name, and WeightFileError where the file cannot be read any more.
         """
         entry = self.entries[name]
         if not entry.nbytes:  # a marker: some models are told apart by the presence of an empty tensor
             return torch.empty(entry.shape, dtype=self.dtypes.get(entry.format, torch.uint8))
+        tensor = self._read(entry) if self._copied[entry.part] else self._mapped(entry)
+        dtype = self.dtypes.get(entry.format)
+        if entry.offset % self.alignment(dtype) and not self._copied[entry.part]:
+            tensor = tensor.clone()
+        if dtype:
+            return tensor.view(dtype).view(entry.shape)
+        return tensor.view(FORMATS[entry.format].packed_shape(entry.stored_shape))
+
+    def _mapped(self, entry: Entry) -> torch.Tensor:
         data = memoryview(self._buffers[entry.part])[entry.offset:entry.offset + entry.nbytes]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             tensor = torch.frombuffer(data, dtype=torch.uint8)
         mark_read_only(tensor)
-        dtype = self.dtypes.get(entry.format)
-        if entry.offset % self.alignment(dtype):
-            tensor = tensor.clone()
-        if dtype:
-            return tensor.view(dtype).view(entry.shape)
-        return tensor.view(FORMATS[entry.format].packed_shape(entry.stored_shape))
+        return tensor
+
+    def _read(self, entry: Entry) -> torch.Tensor:
+        """The bytes in memory of their own, aligned to 64 bytes whatever the offset is."""
+        path, tensor = self.paths[entry.part], torch.empty(entry.nbytes, dtype=torch.uint8)
+        with reading(path), open(path, "rb", buffering=0) as file:
+            file.seek(entry.offset)
+            left = memoryview(tensor.numpy())
+            while left:
+                count = file.readinto(left)  # the system takes at most 2 GB at a time
+                if not count:
+                    raise WeightFileError(f"{path.name} was cut short while it was read: {len(left)} bytes of the tensor"
+                                          f" {shown(entry.name)} are missing. Load it again when it is whole.")
+                left = left[count:]
+        return tensor
 
     def state_dict(self, track: Track = iter) -> dict[str, torch.Tensor]:
         """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain ones otherwise.
@@ -164,10 +186,46 @@ class WeightFile:
         return data if entry.format in self.dtypes else packed_tensor(FORMATS[entry.format], data, entry.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Says when a mapped file is written to: its weights would be others, and one that is cut short ends the process.
+
+    A file that another was renamed over, or that is gone, is mapped as it was and no change. seen: path -> what `_state` gave.
+    """
+
+    seen: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+
+    @classmethod
+    def over(cls, paths: Iterable[Path]) -> "Watch":
+        return cls(tuple((path, state) for path in paths if (state := _state(path)) is not None))
+
+    def __add__(self, other: "Watch") -> "Watch":
+        return Watch(self.seen + other.seen)
+
+    def __call__(self):
+        """One `os.stat` for each file. Raises WeightFileError."""
+        for path, before in self.seen:
+            now = _state(path)
+            if now is not None and now[:2] == before[:2] and now != before:
+                raise WeightFileError(
+                    f"{path.name} was written to after it was loaded ({before[2]} bytes then, {now[2]} now), and its weights"
+                    " are used where they lie in it. Queue the prompt again, which loads the file as it is now; a new version"
+                    " that is moved into its place whole disturbs nothing.")
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from another one, then what tells whether it was written to; None where it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def map_file(path: str | os.PathLike) -> mmap.mmap:
     """The whole file, mapped read-only, at least one byte. Raises WeightFileError."""
     path = Path(path)
-    try:
+    with reading(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise WeightFileError(f"{path} is a folder or a device, not a file; pick a weight file.")
@@ -175,6 +233,13 @@ def map_file(path: str | os.PathLike) -> mmap.mmap:
             raise WeightFileError(f"{path.name} is empty (0 bytes), so its download failed; download it again.")
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Errors of the system inside this block as a WeightFileError about `path`."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise WeightFileError(f"{path} does not exist, or no longer; refresh the list (R) and pick again.") from error
     except PermissionError as error:

@@ -38,13 +38,13 @@ def new_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> I
     """
     path = Path(path)
     check_writable(path, nbytes, overwrite)
-    _remove_stale_parts(path.parent)
+    remove_stale_parts(path.parent)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with _told(path):
         file = open(part, "xb", buffering=0)  # noqa: SIM115  closed before it gets its name
     try:
         with _told(path):
-            _lock(file)
+            lock(file)
             _set_aside(file, nbytes)
         yield _Told(file, path)
         with _told(path):
@@ -149,7 +149,7 @@ def _told(path: Path):
         raise WriteError(f"{path} cannot be written ({error.strerror}). {advice}; nothing is left of it.") from error
 
 
-def _lock(file: BinaryIO):
+def lock(file: BinaryIO):
     """Hold the file for as long as this process lives. Where a drive knows no locks, it is only never found stale."""
     if fcntl is not None:
         with contextlib.suppress(OSError):
@@ -166,7 +166,7 @@ def _set_aside(file: BinaryIO, nbytes: int):
             raise  # other drives do not know how
 
 
-def _remove_stale_parts(folder: Path):
+def remove_stale_parts(folder: Path):
     """Remove what killed writers have left in a folder: parts that nobody holds."""
     for part in folder.glob("*.part"):
         if PART.fullmatch(part.name):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...ops.packing.moments import Moments
+from ..files.writing import lock, remove_stale_parts
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
@@ -80,8 +81,11 @@ class Sensitivity:
                  "digest": self.digest}
         part = Path(f"{path}.{os.getpid()}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_parts(part.parent)
         try:
-            save_file(tensors, part, {KEY: json.dumps(about)})
+            with open(part, "wb") as file:
+                lock(file)  # for as long as it is a part: another writer would take it for one that was left
+                save_file(tensors, part, {KEY: json.dumps(about)})
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ A verdict is a dict that JSON has. "verdict" is one of `VERDICTS`; "why" a sente
 the text of the `Case`, "rows" the least and most rows of input that it takes, and "times" the seconds of the kernel and of
 torch for each number of rows it was timed at ("" where there are none). "at" is when it was found out, in seconds since 1970.
 """
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 VERDICTS = frozenset(("right", "slower", "wrong", "crashed", "hung", "refused", "skipped", "tried", "memory"))
 # What may mend itself without a change of the key, such as a compiler that is installed, is tried again after so many seconds.
 FORGOTTEN = {"refused": 7 * 86400, "memory": 0}
+STALE_SECONDS = 60  # after which a file that was being written is nobody's: it takes milliseconds
 MOST_BYTES = 4 << 20  # of a file; a verdict takes 200
 
 
@@ -118,6 +120,7 @@ class Verdicts:
         try:
             if (part := not_private(self._path.parent)) is not None:
                 raise PermissionError(f"{part} is a link, belongs to another user or can be written by others")
+            self._remove_stale()
             content = {"key": self.key, "verdicts": {**self._in_file(), **self.known}}
             handle, written = tempfile.mkstemp(dir=self._path.parent, suffix=".new")
             try:
@@ -129,6 +132,13 @@ class Verdicts:
                 raise
         except OSError as error:
             log.debug("[Featherweight] %s is not written: %r", self._path, error)
+
+    def _remove_stale(self):
+        """What killed writers have left."""
+        for written in self._path.parent.glob("*.new"):
+            with contextlib.suppress(OSError):
+                if time.time() - written.stat().st_mtime > STALE_SECONDS:
+                    written.unlink()
 
 
 def is_verdict(value) -> bool:

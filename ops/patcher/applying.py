@@ -10,6 +10,10 @@ from ..lora import LayerPatches, build_patches
 from ..tensor import QuantizedTensor
 
 
+def _nothing_to_watch():
+    """Weights in memory of their own stay what they are."""
+
+
 class Applied:
     """What is applied to a model's packed layers now.
 
@@ -18,6 +22,7 @@ class Applied:
     the device for which all of `layers` were built, or None. evicted: the host has taken the model off the device in the midst
     of a run. stored: whether layers lie in a store. step: what the first step of a run has shown, or None. room: bytes that
     the host had for it at the last load, its budget aside. order: what the places of the layers followed from then.
+    watch: raises where what holds the weights is no longer what was loaded; called before each step.
     """
 
     def __init__(self):
@@ -28,6 +33,7 @@ class Applied:
         self.evicted = self.stored = False
         self.step = self.order = None
         self.room = float("inf")
+        self.watch = _nothing_to_watch
 
 
 class ApplyingPatcher:

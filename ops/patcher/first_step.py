@@ -18,6 +18,7 @@ class FirstStepPatcher(PlacingPatcher):
 
     def prepare_state(self, timestep, model_options):
         """The host calls it before it runs a model, once or more in each step."""
+        self.model.packed_patches.watch()
         if self._counter is not None and not torch.equal(timestep, self._counter.moment):
             self._end_counting()
             self._bring_into_order()

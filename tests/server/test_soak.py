@@ -1,0 +1,29 @@
+"""What `dev.py soak` does for hours, for a minute: pictures asked for twice are equal, no prompt is lost, nothing is left."""
+import pytest
+
+from devtools.soak import material, verdict
+from devtools.soak.__main__ import soak
+
+pytestmark = pytest.mark.not_on_fake_gpus(reason="it measures the memory of a server on the CPU")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("soak")
+    material.write(base)
+    (base / "written.json").write_text(material.stamp(base))
+    return base
+
+
+def test_sixty_prompts_of_every_kind(base):
+    book = soak(base, prompts=60, minutes=5, every=20)
+    assert verdict.broken(book) == []
+    assert book.prompts == 60 and book.repeated and len(book.readings) == 3
+    assert all(reading["mapped"] == reading["temporary"] == 0 for reading in book.readings)
+
+
+@pytest.mark.heavy
+def test_two_thousand_prompts(base):
+    book = soak(base, prompts=2000, minutes=120, every=50, seed=2)
+    assert verdict.broken(book) == []
+    assert verdict.growth(book.readings) < verdict.GROWTH

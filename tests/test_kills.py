@@ -1,0 +1,136 @@
+"""A process that is killed while it writes leaves the old file or the whole new one, and the next writer removes the rest."""
+import hashlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.packing import cache
+from featherweight.loaders.packing.file_source import of_file
+from featherweight.loaders.packing.save import save
+from featherweight.loaders.packing.sensitivity import Sensitivity
+from featherweight.ops.kernels.verdicts import STALE_SECONDS, Verdicts
+from featherweight.ops.packing.moments import Moments
+from patched_models import tiny_flux
+from safetensors.torch import save_file
+
+pytestmark = [pytest.mark.usefixtures("small_models"),
+              pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and processes of POSIX")]
+
+CONTENTS = (0, 1)  # what is written before, and what the killed process writes
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[Path]:
+    """Two models of the same shapes, in bf16."""
+    paths = [tmp_path_factory.mktemp("sources") / f"dense {content}.safetensors" for content in CONTENTS]
+    for content, path in zip(CONTENTS, paths):
+        save_file({name: tensor.bfloat16() for name, tensor in tiny_flux(content).items()}, path)
+    return paths
+
+
+def packed_as(kind: str, suffix: str):
+    def write(folder: Path, source: Path, content: int):
+        save(of_file(source), folder / f"packed{suffix}", kind, overwrite=True)
+    return write
+
+
+def kept(folder: Path, source: Path, content: int):
+    load_diffusion_model(str(source), pack_to="Q8_0")
+
+
+def measured(folder: Path, source: Path, content: int):
+    moments = Moments.of(256)
+    moments.add(torch.full((64, 256), 1.0 + content))
+    Sensitivity({"a.weight": {"Q4_K": 1.0}}, {"a.weight": (256, 256)}, {"content": content},
+                _moments=lambda name: moments).save(folder / "measured.sensitivity")
+
+
+def judged(folder: Path, source: Path, content: int):
+    verdicts = Verdicts(folder, {"device": "a"})
+    for number in range(1 + 200 * content):
+        verdicts.add(f"case {number}", {"verdict": "wrong", "why": "so"})
+
+
+def digests(folder: Path) -> frozenset:
+    """What is in the files of a folder; of parts of files nothing."""
+    return frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if is_whole(path))
+
+
+def known(folder: Path) -> bool:
+    """Whether the file of the verdicts can be read and has the first of them."""
+    verdicts = Verdicts(folder, {"device": "a"})
+    verdicts.read()
+    return "case 0" in verdicts.known
+
+
+def is_whole(path: Path) -> bool:
+    return path.suffix not in (".part", ".new")
+
+
+class Writer(NamedTuple):
+    """write(folder, source, content). read: what a folder's files hold, as far as it is the same whenever they are written."""
+
+    write: Callable
+    read: Callable = digests
+
+
+WRITERS = {"GGUF": Writer(packed_as("Q8_0", ".gguf")), "NF4": Writer(packed_as("NF4", ".safetensors")),
+           "packed cache": Writer(kept),
+           "sensitivity": Writer(measured), "verdicts": Writer(judged, known)}
+
+
+def in_a_child(write) -> int:
+    """The number of a process that does that and ends."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with torch.inference_mode():
+            write()
+    finally:
+        os._exit(0)
+
+
+def kill_in_the_midst(writer: Writer, folder: Path, sources: list[Path], seconds: float) -> bool:
+    """Write the first content, kill a process that writes the other, look, and write that. Returns whether it was killed."""
+    with torch.inference_mode():
+        writer.write(folder, sources[0], 0)
+        old = writer.read(folder)
+        child = in_a_child(lambda: writer.write(folder, sources[1], 1))
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        found = writer.read(folder)
+        for part in folder.iterdir():
+            if not is_whole(part):
+                os.utime(part, (0, time.time() - 2 * STALE_SECONDS))
+        writer.write(folder, sources[1], 1)
+    assert found in (old, writer.read(folder))
+    assert all(map(is_whole, folder.iterdir()))
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_kill_leaves_the_old_file_or_the_whole_new_one(name, kills, sources, tmp_path, monkeypatch):
+    writer, dice, killed = WRITERS[name], random.Random(f"{name} {kills}"), 0
+    folders = [tmp_path / str(number) for number in range(kills + 1)]
+    for folder in folders:
+        folder.mkdir(mode=0o700)
+    monkeypatch.setenv(cache.FOLDER, str(folders[0]))
+    with torch.inference_mode():
+        writer.write(folders[0], sources[0], 0)
+        started = time.monotonic()
+        writer.write(folders[0], sources[1], 1)
+        took = time.monotonic() - started
+    for folder in folders[1:]:
+        monkeypatch.setenv(cache.FOLDER, str(folder))
+        killed += kill_in_the_midst(writer, folder, sources, dice.uniform(0, took))
+    assert killed or kills == 1

@@ -1,0 +1,50 @@
+"""The judgement of a soak: what it asks for follows from the seed, and a bound that is broken is told."""
+import pytest
+
+from devtools.soak import verdict
+from devtools.soak.asks import Asks
+from devtools.soak.run import Book
+
+
+def readings(**last) -> list[dict]:
+    """Twenty at rest; of what is named the value at the end, to which it grows from the warm-up on."""
+    rest = {"rss": 800.0, "private": 600.0, "tensors": 1.0, "mapped": 0, "open": 7, "threads": 6, "temporary": 0,
+            "seconds": 1.0}
+    return [{"prompts": 50 * number, "minutes": number, **rest,
+             **{name: type(rest[name])(rest[name] + (value - rest[name]) * max(0, number - 5) / 14)
+                for name, value in last.items()}}
+            for number in range(20)]
+
+
+@pytest.mark.parametrize("last, says", [
+    ({}, ""), ({"rss": 803}, ""), ({"rss": 840}, "Resident memory has grown by"), ({"open": 40}, "open files: 7 after"),
+    ({"mapped": 3}, "model files mapped: 0 after"), ({"temporary": 9}, "temporary files: 0 after")])
+def test_a_bound_that_is_broken_is_told_in_a_sentence(last, says):
+    book = Book(readings=readings(**last))
+    assert "".join(verdict.broken(book))[:len(says) or None] == says
+    assert verdict.closing_line(book).startswith("Failed: " if says else "Done: ")
+    assert verdict.plot(book.readings, "title", "subtitle").size[0] > 1000
+
+
+def test_a_picture_that_is_another_the_second_time_is_a_mistake(tmp_path):
+    (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
+    asks, book = Asks(tmp_path, seed=1, client=0), Book()
+    ask = asks.number(0)
+    for digest in ("a", "a", "b"):
+        book.picture(ask, digest)
+    assert book.repeated == 2 and len(book.mistakes) == 1 and "another picture" in book.mistakes[0]
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_seed_decides_what_is_asked_for(tmp_path, stock):
+    (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
+
+    def asked(seed):
+        asks = Asks(tmp_path, seed, client=0, stock=stock)
+        return [asks.number(index) for index in range(80)]
+
+    keys = [ask.key for ask in asked(1)]
+    assert keys == [ask.key for ask in asked(1)] != [ask.key for ask in asked(2)]
+    assert len(set(keys)) < len(keys)  # some are asked for again
+    classes = {node["class_type"] for ask in asked(1) for node in ask.graph.values()}
+    assert any(name.startswith("Featherweight") for name in classes) != stock
