@@ -114,6 +114,17 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 @each_source()
+def test_ray_is_optional_and_starts_with_no_import(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+              for node in ast.walk(function)}
+    at_import = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside]
+    names = {alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in at_import if isinstance(node, ast.ImportFrom) and node.level == 0}
+    assert not {name.split(".")[0] for name in names} & {"ray", "pyarrow"}
+
+
+@each_source()
 def test_a_long_file_says_why(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 300 or "Longer than the other files" in (ast.get_docstring(ast.parse(text)) or "")
