@@ -19,6 +19,7 @@ from devtools.cluster import QUIET, changes, make_base, running, workflow  # bef
 import ray  # noqa: E402
 from featherweight.machines import batch, by_value, draw, graph, worker
 from featherweight.machines.host import Answer
+from featherweight.machines.place import arguments, find, versions
 from featherweight.machines.rows import lines, look
 
 from devtools import ROOT
@@ -226,8 +227,9 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
             yield "batch.py", figures_of(found.seen, options)
         if options.core:
             with many(options, folder):
-                arguments = asked, str(folder / "core"), "", None, {}, ""
-                actors = [ray.remote(Sleeper).options(num_cpus=1).remote(*arguments) for _ in range(options.actors)]
+                alike = ray.get(ray.remote(lambda: versions(find(), arguments(False))).remote())
+                given = asked, str(folder / "core"), "", None, alike, ""
+                actors = [ray.remote(Sleeper).options(num_cpus=1).remote(*given) for _ in range(options.actors)]
                 rows = [{"id": row.pop("id"), "changes": json.dumps(row), "stamp": ""} for row in rows]
                 yield "core actors", figures_of(on_core_actors(rows, actors), options)
 
