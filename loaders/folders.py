@@ -135,20 +135,41 @@ def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
     return folder, file, counter
 
 
-def file_states(values: Iterable) -> list[tuple]:
-    """What tells the model files among these values of a node's inputs from others of their names: of each its path, size, time
-    and number on the drive; of a folder those of all files in it. Other values give nothing."""
+class Replacements:
+    """How often model files have become others of their names since they were first asked about."""
+
+    def __init__(self):
+        self._seen: dict[str, tuple[list, int]] = {}
+
+    def count(self, values: Iterable) -> int:
+        """Of the files and folders among these values of a node's inputs, all together; other values give nothing.
+
+        A file is told from others by its size, time and number on the drive, a folder by those of all files in it. The number
+        says nothing of this machine: the host writes it into the pictures that it saves, which are to be the same everywhere.
+        """
+        total = 0
+        for path in _named_files(values):
+            state = _state(path)
+            before, count = self._seen.get(path, (state, 0))
+            self._seen[path] = state, count + (state != before)
+            total += self._seen[path][1]
+        return total
+
+
+def _named_files(values: Iterable) -> set[str]:
     keys = [key for pair in GGUF_FOLDERS.items() for key in pair if key in folder_paths.folder_names_and_paths]
     names = [value.replace("\\", "/") for value in values
              if isinstance(value, str) and value and not _leads_elsewhere(value)]
-    found = {find(key, name) for name in names for key in keys for find in (folder_paths.get_full_path, _folder_of)}
-    states = set()
-    for path in found - {None}:
-        with contextlib.suppress(OSError):  # gone since, or not to be read: the node says so when it runs
-            for file in map(os.fspath, os.scandir(path)) if os.path.isdir(path) else [path]:
-                status = os.stat(file)
-                states.add((file, status.st_size, status.st_mtime_ns, status.st_ino))
-    return sorted(states)
+    return {find(key, name) for name in names for key in keys for find in (folder_paths.get_full_path, _folder_of)} - {None}
+
+
+def _state(path: str) -> list[tuple]:
+    found = []
+    with contextlib.suppress(OSError):  # gone since, or not to be read: the node says so when it runs
+        for file in map(os.fspath, os.scandir(path)) if os.path.isdir(path) else [path]:
+            status = os.stat(file)
+            found.append((file, status.st_size, status.st_mtime_ns, status.st_ino))
+    return sorted(found)
 
 
 def _folder_of(key: str, name: str) -> str | None:

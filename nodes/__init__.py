@@ -5,7 +5,6 @@ pack's `__init__.py` has said in the log; so is one that fails to import or to s
 others load. Ids that do not begin with "Featherweight" belong to packs that shared workflows were made with: they are left out
 while somebody else holds them.
 """
-import hashlib
 import importlib
 import logging
 import pkgutil
@@ -15,13 +14,14 @@ import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
 
 from .. import host_contract
-from ..loaders.folders import file_states, register_folders
+from ..loaders.folders import Replacements, register_folders
 from ..ops.kernels import background
 from . import help_pages
 
 log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
+REPLACEMENTS = Replacements()  # as long as this ComfyUI, whose cache of what nodes gave it is for
 
 
 class FeatherweightExtension(ComfyExtension):
@@ -49,16 +49,13 @@ def find_nodes(module) -> list[type[io.ComfyNode]]:
              if isinstance(value, type) and issubclass(value, io.ComfyNode) and value.__module__ == module.__name__]
     for node in found:
         node.GET_SCHEMA()
-        node.fingerprint_inputs = classmethod(_state_of_its_files)
+        node.fingerprint_inputs = classmethod(_replaced)
     return found
 
 
-def _state_of_its_files(cls, **inputs) -> str:
-    """What the host compares to know whether a node has to run again: its files may have become others of the same names.
-
-    A digest: the host writes it into the pictures that it saves.
-    """
-    return hashlib.sha256(repr(file_states(inputs.values())).encode()).hexdigest()[:16]
+def _replaced(cls, **inputs) -> int:
+    """What the host compares to know whether a node has to run again: its files may have become others of the same names."""
+    return REPLACEMENTS.count(inputs.values())
 
 
 def taken(node_id: str) -> bool:

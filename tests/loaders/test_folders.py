@@ -1,0 +1,42 @@
+"""Model files that have become others of their names."""
+import folder_paths
+import pytest
+from featherweight.loaders.folders import Replacements
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".gguf", ".safetensors"}))
+    return tmp_path
+
+
+def test_a_replaced_file_is_counted_and_an_untouched_one_is_not(models):
+    (models / "a.gguf").write_bytes(b"1")
+    (models / "b.gguf").write_bytes(b"1")
+    replacements = Replacements()
+    assert [replacements.count(["a.gguf", 5, None, "a text"]) for _ in range(2)] == [0, 0]
+    assert replacements.count(["a.gguf", "b.gguf"]) == 0
+    (models / "new").write_bytes(b"1")
+    (models / "new").replace(models / "b.gguf")  # of the same size and content
+    assert [replacements.count(names) for names in (["a.gguf"], ["b.gguf"], ["b.gguf", "a.gguf"])] == [0, 1, 1]
+    (models / "b.gguf").unlink()
+    (models / "b.gguf").write_bytes(b"12")
+    assert replacements.count(["b.gguf"]) == 2
+
+
+def test_a_file_added_to_a_folder_counts(models):
+    folder = models / "package"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    (folder / "one.safetensors").write_bytes(b"1")
+    replacements = Replacements()
+    assert replacements.count(["package"]) == 0
+    (folder / "two.safetensors").write_bytes(b"1")
+    assert replacements.count(["package"]) == 1
+
+
+def test_the_number_is_that_of_every_machine(models):
+    (models / "a.gguf").write_bytes(b"1")
+    first = Replacements().count(["a.gguf"])
+    (models / "a.gguf").write_bytes(b"22")
+    assert Replacements().count(["a.gguf"]) == first == 0
