@@ -1,10 +1,13 @@
 """The nodes of this pack, as the host gets them."""
 import ast
 import asyncio
+import importlib
+import pkgutil
 from pathlib import Path
 
 import featherweight.nodes
-from featherweight.nodes import FeatherweightExtension
+from featherweight.loaders.folders import register_folders
+from featherweight.nodes import FeatherweightExtension, find_nodes
 
 
 async def _load_extension():
@@ -15,6 +18,14 @@ async def _load_extension():
 
 def node_list():
     return asyncio.run(_load_extension())
+
+
+def files_of_nodes() -> dict[str, str]:
+    """Each node's id -> its file, of all files, whatever the host lacks."""
+    register_folders()
+    modules = [importlib.import_module(f"featherweight.nodes.{found.name}")
+               for found in pkgutil.iter_modules(featherweight.nodes.__path__)]
+    return {node.GET_SCHEMA().node_id: module.__name__.rpartition(".")[2] for module in modules for node in find_nodes(module)}
 
 
 def ids_in_source() -> list[str]:

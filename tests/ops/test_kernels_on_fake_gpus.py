@@ -61,6 +61,7 @@ def test_kernels_are_tried_when_there_is_room_and_taken_up_without_a_restart(gpu
     wait_until(lambda: kernels.find("unpack", gpu, FORMATS["Q4_K"], torch.float32))
     assert torch.equal(product.unpack(weight(gpu), torch.float32).cpu(), expected)
     assert kernels.used(gpu) == "cpp"
+    wait_until(lambda: not kernels._choice(gpu).prover.at_work)
     lines = [record.message for record in caplog.records]
     assert len(lines) == 2 and "cuda:0 (Fake GPU 0): 1 kernels proven, unpack" in lines[1]
 

@@ -19,7 +19,6 @@ def test_sixty_prompts_of_every_kind(base):
     book = soak(base, prompts=60, minutes=5, every=20)
     assert verdict.broken(book) == []
     assert book.prompts == 60 and book.repeated and len(book.readings) == 3
-    assert all(reading["mapped"] == reading["temporary"] == 0 for reading in book.readings)
 
 
 @pytest.mark.heavy
