@@ -19,6 +19,7 @@ def test_sixty_prompts_of_every_kind(base):
     book = soak(base, prompts=60, minutes=5, every=20)
     assert verdict.broken(book) == []
     assert book.prompts == 60 and book.repeated and len(book.readings) == 3
+    assert book.readings[-1]["mapped"] == book.readings[-1]["temporary"] == 0
 
 
 @pytest.mark.heavy
