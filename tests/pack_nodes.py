@@ -1,13 +1,13 @@
 """The nodes of this pack, as the host gets them."""
 import ast
 import asyncio
-import importlib
-import pkgutil
+import contextlib
+import sys
 from pathlib import Path
 
 import featherweight.nodes
-from featherweight.loaders.folders import register_folders
-from featherweight.nodes import FeatherweightExtension, find_nodes
+import pytest
+from featherweight.nodes import FeatherweightExtension
 
 
 async def _load_extension():
@@ -16,16 +16,18 @@ async def _load_extension():
     return await extension.get_node_list()
 
 
+@contextlib.contextmanager
+def hosts_server():
+    """The host's module `server` is found: pytest puts a stand-in of that name in its place, for the folder tests/server."""
+    with pytest.MonkeyPatch.context() as patch:
+        if getattr(sys.modules.get("server"), "__file__", None) is None:
+            patch.delitem(sys.modules, "server", raising=False)
+        yield
+
+
 def node_list():
-    return asyncio.run(_load_extension())
-
-
-def files_of_nodes() -> dict[str, str]:
-    """Each node's id -> its file, of all files, whatever the host lacks."""
-    register_folders()
-    modules = [importlib.import_module(f"featherweight.nodes.{found.name}")
-               for found in pkgutil.iter_modules(featherweight.nodes.__path__)]
-    return {node.GET_SCHEMA().node_id: module.__name__.rpartition(".")[2] for module in modules for node in find_nodes(module)}
+    with hosts_server():
+        return asyncio.run(_load_extension())
 
 
 def ids_in_source() -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from featherweight import host_contract
 from featherweight.host_contract import MARKS, MEMBERS, NAMES, ROOT, WITHOUT
 from featherweight.ops.patcher import PackedPatcher
-from pack_nodes import node_list
+from pack_nodes import hosts_server, node_list
 
 SOURCES = [path for layer in ("nodes", "machines", "loaders", "ops") for path in sorted((ROOT / layer).rglob("*.py"))]
 EVERY_NODE = {path.stem for path in host_contract.node_files()}
@@ -30,9 +30,7 @@ def each_source():
 @pytest.fixture(scope="module", autouse=True)
 def modules_of_the_list():
     """So that none is passed over for not being imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        if getattr(sys.modules.get("server"), "__file__", None) is None:  # pytest's stand-in for the folder tests/server
-            patch.delitem(sys.modules, "server", raising=False)
+    with hosts_server():
         for name in {*NAMES, *(name for members in MEMBERS.values() for name in members)}:
             parts = name.split(".")
             for end in range(1, len(parts)):

@@ -1,6 +1,6 @@
 """A ComfyUI that has lost something the pack relies on: one sentence, no traceback, and only what needs it is left out."""
 import pytest
-from pack_nodes import files_of_nodes
+from pack_nodes import node_list
 
 from devtools import ROOT, demo
 from devtools.files import demo_files
@@ -11,7 +11,7 @@ LORA_FILES = {"apply_lora", "check_lora"}
 ENCODER_FILES = {"load_text_encoder", "load_checkpoint", "legacy_calcuis", "legacy_gguf_clip", "legacy_multigpu",
                  "legacy_multigpu_checkpoint", "legacy_multigpu_distorch", "legacy_multigpu_distorch2", "legacy_nf4",
                  "legacy_sp"}
-NODES = files_of_nodes()
+NODES = {node.GET_SCHEMA().node_id: node.__module__.rpartition(".")[2] for node in node_list()}
 # What another pack, loaded before this one, does to the host; what the sentence says; the files of nodes that go.
 CHANGES = {
     "LoRA": ("import comfy.lora_convert\ndel comfy.lora_convert.convert_lora",
