@@ -7,7 +7,6 @@ import collections
 import contextlib
 import logging
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,11 +15,13 @@ from dataclasses import dataclass
 from . import by_value
 from .check import checked, most
 from .draw import Draw
+from .fetch import pinned
 from .machine import difference
 from .place import MachineError, arguments, find, versions
 from .progress import Progress
 from .rows import Table, changes_of, chunks, lines, look
 from .store import Store, Writer
+from .worker import machine
 
 HERE = 20_000  # rows up to which the look is quicker in this process than in tasks
 CHUNK = 5_000  # rows in one task of the look
@@ -101,9 +102,9 @@ class Batch:
         """Looks at chunks of lines, as many at once as there are processors where the store is, in their order."""
         import ray
 
-        where = {"scheduling_strategy": "SPREAD"} if self.store.files else self.on(self.home)
+        where = {"num_cpus": 0, "scheduling_strategy": "SPREAD"} if self.store.files else pinned(self.home)
         at_once = int(ray.cluster_resources().get("CPU", 1)) if self.store.files else os.cpu_count()
-        task, graph = ray.remote(look).options(num_cpus=0, **where), ray.put(self.graph)
+        task, graph = ray.remote(look).options(**where), ray.put(self.graph)
         found, running = [], collections.deque()
         for chunk in (first, *rest):
             if len(running) > at_once:
@@ -132,12 +133,6 @@ class Batch:
         by_value(ray.cloudpickle)
         self.home = ray.get_runtime_context().get_node_id()
 
-    def on(self, node: str) -> dict:
-        """Options that put a task or an actor on one of Ray's nodes."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-
     def machines(self) -> dict[str, dict[str, float]]:
         """Ray's node -> what it has, of those that are alive and have what a worker needs."""
         import ray
@@ -162,7 +157,7 @@ class Batch:
         import ray
 
         task = ray.remote(version_here)
-        asked = {task.options(num_cpus=0, **self.on(node)).remote(self.elsewhere, bool(self.gpus)): node
+        asked = {task.options(**pinned(node)).remote(self.elsewhere, bool(self.gpus)): node
                  for node in self.machines()}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=60) if asked else ([], [])
         found = {}
@@ -189,8 +184,8 @@ class Batch:
         expected, unfit = self.agreed()
         writer = None
         if not self.store.files and not self.out.startswith("file://"):
-            writer = ray.remote(Writer).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=16,
-                                                **self.on(self.home)).remote(self.out)
+            writer = ray.remote(Writer).options(max_restarts=-1, max_task_retries=-1, max_concurrency=16,
+                                                **pinned(self.home)).remote(self.out)
         arguments = (self.graph, self.out, self.home if writer else "", writer, expected, self.elsewhere)
         progress = Progress(len(rows), self.say)
         self.passes(rows, unfit, arguments, progress)
@@ -260,7 +255,7 @@ class Batch:
 
 def version_here(elsewhere: str, has_gpu: bool) -> tuple[str, dict[str, str], str]:
     """(this machine's name, `versions`, what keeps it from taking part)."""
-    name = os.environ.get("FEATHERWEIGHT_MACHINE") or platform.node()
+    name = machine()["name"]
     try:
         return name, versions(find(elsewhere), arguments(has_gpu)), ""
     except MachineError as error:

@@ -12,6 +12,7 @@ import struct
 import sys
 
 from . import by_value
+from .graph import one_line
 from .place import MachineError
 from .replica import AHEAD, deploy, plan
 
@@ -54,7 +55,7 @@ def connect(address: str):
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise MachineError(f"The Ray cluster at {address} cannot be used from here: {' '.join(str(error).split())[:600]}") \
+            raise MachineError(f"The Ray cluster at {address} cannot be used from here: {one_line(error, 600)}") \
                 from error
     by_value(ray.cloudpickle)
 
@@ -104,7 +105,7 @@ class Driver:
             self.say((number, "error", str(error)))
         except Exception as error:
             logging.exception("Run on Ray")
-            self.say((number, "error", f"Ray failed: {type(error).__name__}: {' '.join(str(error).split())[:600]}"))
+            self.say((number, "error", f"Ray failed: {type(error).__name__}: {one_line(error, 600)}"))
         finally:
             self.running.pop(number, None)
 
@@ -144,7 +145,7 @@ class Driver:
                     if attempt == ATTEMPTS:
                         raise MachineError(
                             f"Item {index + 1} was lost {ATTEMPTS} times, as its worker ended each time: a machine may lack"
-                            f" memory. Ray says: {' '.join(str(error).split())[:300]}") from error
+                            f" memory. Ray says: {one_line(error, 300)}") from error
                     self.say((number, (index, "lost"), None))
                 finally:
                     response.cancel()  # nothing, where it has ended

@@ -49,6 +49,11 @@ def changed(graph: Mapping[str, dict], changes: Mapping[str, object]) -> dict[st
     return found
 
 
+def one_line(said, most: int = 1000) -> str:
+    """An exception or a text as part of one sentence, at most so many characters."""
+    return " ".join(str(said).split())[:most]
+
+
 def is_link(value) -> bool:
     """Whether an input's value is another node's output."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .graph import RESULT, GraphError, texts
+from .graph import RESULT, GraphError, one_line, texts
 from .heard import Listener
 from .place import MachineError
 
@@ -62,7 +62,8 @@ class Host:
         thread.join()
         if failed:
             self.close()
-            raise MachineError(f"ComfyUI in {comfyui} did not start: {_one_line(failed[0])}") from failed[0]
+            said = one_line(f"{type(failed[0]).__name__}: {failed[0]}")
+            raise MachineError(f"ComfyUI in {comfyui} did not start: {said}") from failed[0]
         self.boot_seconds = time.monotonic() - started
 
     def _boot(self, comfyui: str, arguments: Sequence[str]):
@@ -175,18 +176,18 @@ class Host:
         self._lacks_files(graph)
         said = [f"node {name} ({found['class_type']}): {reason['message']}: {reason['details']}"
                 for name, found in (node_errors or {}).items() for reason in found["errors"]]
-        raise GraphError(_one_line("; ".join(said) or f"{error['message']}: {error['details']}"))
+        raise GraphError(one_line("; ".join(said) or f"{error['message']}: {error['details']}"))
 
     def _fail(self, graph: dict, messages: Sequence):
         data = next((data for event, data in messages if event in ("execution_error", "execution_interrupted")), {})
         said, kind = str(data.get("exception_message", "it was interrupted")), data.get("exception_type", "")
         where = f"node {data.get('node_id')} ({data.get('node_type')})"
         if kind in OUT_OF_MEMORY:
-            raise MachineError(f"has not enough memory for {where}: {_one_line(said)}")
+            raise MachineError(f"has not enough memory for {where}: {one_line(said)}")
         if any(f"[Errno {number}]" in said or os.strerror(number) in said for number in FULL):
-            raise MachineError(f"has no space left on its disk for {where}: {_one_line(said)}")
+            raise MachineError(f"has no space left on its disk for {where}: {one_line(said)}")
         self._lacks_files(graph)
-        raise GraphError(f"{where}: {_one_line(said)}")
+        raise GraphError(f"{where}: {one_line(said)}")
 
     def _lacks_files(self, graph: dict):
         """Raises MachineError where the graph names a file that is in none of this ComfyUI's folders."""
@@ -270,9 +271,3 @@ def result_node(results: dict):
             return ()
 
     return Result
-
-
-def _one_line(said) -> str:
-    """An exception or a text as part of one sentence, at most 1 000 characters."""
-    text = f"{type(said).__name__}: {said}" if isinstance(said, BaseException) else said
-    return " ".join(text.split())[:1000]

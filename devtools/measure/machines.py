@@ -24,7 +24,7 @@ from featherweight.machines.rows import lines, look
 
 from devtools import ROOT
 from devtools.host.server import Server
-from devtools.measure.bench.table import line, markdown
+from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import machine
 
 STEPS = 12  # of a picture, which the figures are of
@@ -273,13 +273,7 @@ def main():
     options = parser.parse_args()
     figures = {"machine": machine()}
     print(figures["machine"])
-    for name in options.measures:
-        about = " ".join(MEASURES[name].__doc__.split())
-        print(f"{name}: {about}", flush=True)
-        figures[name] = {"about": about, "rows": {}}
-        for row, values in MEASURES[name](options):
-            figures[name]["rows"][row] = values
-            print("  " + line(row, values), flush=True)
+    figures |= gathered(MEASURES, options.measures, options)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "machines.json").write_text(json.dumps(figures, indent=1))
     (options.out / "machines.md").write_text(markdown(figures))

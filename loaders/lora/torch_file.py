@@ -10,7 +10,7 @@ from ..files.container import WeightFileError, map_file
 
 
 def read_torch_file(path: str) -> dict[str, torch.Tensor]:
-    """Name -> tensor on the CPU, of a dict or of its `state_dict`. Raises WeightFileError, one plain sentence.
+    """Name -> tensor on the CPU, of a dict, its `state_dict` or the one dict in it. Raises WeightFileError, one plain sentence.
 
     torch reads it from memory: from a file it would set aside as much as a damaged length asks for.
     """
@@ -25,10 +25,11 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
         reason = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
         raise WeightFileError(f"{name} cannot be read as a LoRA: the file is damaged or incomplete ({reason}). Download it"
                               " again.") from error
-    if isinstance(found, dict) and isinstance(found.get("state_dict", next(iter(found.values()), None)), dict):
-        found = found["state_dict"] if "state_dict" in found else next(iter(found.values())) if len(found) == 1 else found
-    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor) and isinstance(key, str)} if (
-        isinstance(found, dict)) else {}
+    if not isinstance(found, dict):
+        return {}
+    inner = found.get("state_dict", next(iter(found.values())) if len(found) == 1 else None)
+    weights = inner if isinstance(inner, dict) else found
+    tensors = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
     for key, tensor in tensors.items():
         if not _is_plain(tensor):
             raise WeightFileError(f"{name} cannot be read as a LoRA: its {key!a:.100} is no plain tensor, or larger than what"

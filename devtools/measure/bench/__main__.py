@@ -13,7 +13,7 @@ import torch
 from devtools import ROOT
 from devtools.measure.bench import files, models, packing, passes, products
 from devtools.measure.bench.picture import draw
-from devtools.measure.bench.table import line, markdown
+from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
 from devtools.measure.weights import FORMAT_NAMES
 
@@ -48,13 +48,7 @@ def main():
     scratch = as_in_use()
     figures = {"machine": machine()}
     print(figures["machine"])
-    for name in cases:
-        about = " ".join(CASES[name].__doc__.split())
-        print(f"{name}: {about}", flush=True)
-        figures[name] = {"about": about, "rows": {}}
-        for row, values in CASES[name](options):
-            figures[name]["rows"][row] = values
-            print("  " + line(row, values), flush=True)
+    figures |= gathered(CASES, cases, options)
     figures["scratch_bytes"] = scratch.nbytes
     write(figures, options.out)
 

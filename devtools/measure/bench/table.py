@@ -2,6 +2,21 @@
 others are compared with, or {name: value}: an int is bytes, launches if its name says so, or a bool; a float is seconds if its
 name says so; text is text."""
 
+from collections.abc import Callable, Mapping, Sequence
+
+
+def gathered(cases: Mapping[str, Callable], names: Sequence[str], options) -> dict[str, dict]:
+    """Run cases by their names and print each row as it comes: name -> {"about": what it measures, "rows": {row: values}}."""
+    figures = {}
+    for name in names:
+        about = " ".join(cases[name].__doc__.split())
+        print(f"{name}: {about}", flush=True)
+        figures[name] = {"about": about, "rows": {}}
+        for row, values in cases[name](options):
+            figures[name]["rows"][row] = values
+            print("  " + line(row, values), flush=True)
+    return figures
+
 
 def is_timing(row: dict) -> bool:
     return isinstance(next(iter(row.values())), dict)
