@@ -86,19 +86,23 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
 
 # --- speed ---
 
-def plain_seconds(folder: Path, base: Path, count: int) -> float:
-    """Of a picture in a plain ComfyUI on one thread, whose queue is never empty."""
+def plain_times(folder: Path, base: Path, count: int, servers: int) -> list[list[float]]:
+    """When each picture of plain ComfyUIs was ready. They draw at the same time, each on a thread; no queue is ever empty."""
     paths = folder / "paths.yaml"
     kinds = "".join(f"  {kind.name}: {kind.name}\n" for kind in (base / "models").iterdir())
     paths.write_text(f"machines:\n  base_path: {base / 'models'}\n{kinds}", encoding="utf-8")
-    with Server(folder / "plain", env={**QUIET, "OMP_NUM_THREADS": "1"},
-                arguments=["--extra-model-paths-config", str(paths)]) as server:
+    with contextlib.ExitStack() as stack:
+        each_server = [stack.enter_context(Server(
+            folder / f"plain{servers}_{index}", env={**QUIET, "OMP_NUM_THREADS": "1"},
+            arguments=["--extra-model-paths-config", str(paths)])) for index in range(servers)]
         asked = [graph.changed(workflow(steps=STEPS), changes(index)) for index in range(count)]
-        names = [json.loads(server.post("/prompt", {"prompt": each}))["prompt_id"] for each in asked]
-        while len(history := server.get_json("/history")) < count:
+        names = [[json.loads(server.post("/prompt", {"prompt": each}))["prompt_id"] for each in asked]
+                 for server in each_server]
+        while any(len(server.get_json("/history")) < count for server in each_server):
             time.sleep(0.5)
-    ended = [data["timestamp"] / 1000 for name in names for event, data in history[name]["status"]["messages"] if event in ENDS]
-    return intervals([ended])
+        told = [server.get_json("/history") for server in each_server]
+    return [[data["timestamp"] / 1000 for name in each for event, data in history[name]["status"]["messages"] if event in ENDS]
+            for each, history in zip(names, told)]
 
 
 def intervals(ended: list[list[float]]) -> float:
@@ -121,11 +125,14 @@ def batch_seconds(folder: Path, nodes: int, count: int) -> tuple[float, float]:
 
 
 def measure_speed(options) -> Iterator[tuple[str, dict]]:
-    """Pictures of the demo in 12 steps by a plain ComfyUI, by one worker and by two, each on a thread of its own."""
+    """Pictures of the demo in 12 steps by a plain ComfyUI and by two at once, by one worker and by two, each on one thread."""
     with tempfile.TemporaryDirectory(prefix="fwm") as name:
         folder = Path(name)
-        plain = plain_seconds(folder, make_base(folder / "base"), options.pictures)
+        base = make_base(folder / "base")
+        plain = intervals(plain_times(folder, base, options.pictures, 1))
         yield "plain", {"picture (ms)": 1000 * plain, "pictures a second": 1 / plain}
+        both = sum(1 / intervals([times]) for times in plain_times(folder, base, options.pictures, 2))
+        yield "two plain", {"pictures a second": both, "times one": both * plain}
         one, one_rate = batch_seconds(folder, 1, options.pictures)
         yield "one worker", {"picture (ms)": 1000 * one, "pictures a second": one_rate, "overhead (ms)": 1000 * (one - plain)}
         two, two_rate = batch_seconds(folder, 2, 2 * options.pictures)

@@ -2,7 +2,8 @@
 
 The interpreter must be chosen before triton is imported. So where there is no GPU, one test here runs this file again in a
 process of its own, and the rest waits for that. There, products and stores in bfloat16 are wrong: Triton's interpreter
-truncates where a GPU rounds. So bfloat16 runs on a GPU only, and is compiled everywhere.
+truncates where a GPU rounds. So bfloat16 runs on a GPU only, and is compiled everywhere. As the interpreter is slow, some of
+what differs in one respect only from a case that runs is left to `--heavy` there.
 """
 import os
 import re
@@ -37,13 +38,20 @@ runs_kernels = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reas
 DECODED = sorted(triton_backend.DECODERS)
 BNB = ["FP4", "NF4"]
 GGML = [name for name in DECODED if name in GGMLQuantizationType.__members__]
+ONE_OF_A_KIND = {"Q6_K", "IQ4_XS", "NF4"}  # plain blocks, with a codebook, with scales apart
 each_ggml_format = pytest.mark.parametrize("name", GGML)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+def slow(*values, unless=False):
+    """A case that the interpreter runs only for `--heavy`."""
+    return pytest.param(*values, marks=[pytest.mark.heavy] if DEVICE.type == "cpu" and not unless else [])
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="the kernels run in this process")
-def test_every_kernel_is_right_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(Path(__file__))]
+def test_every_kernel_is_right_in_the_interpreter(request):
+    heavy = ["--heavy"] * request.config.getoption("--heavy")
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *heavy, str(Path(__file__))]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -183,10 +191,10 @@ def weight_of(name, rows, columns):
 
 
 @runs_kernels
-@each_dtype
-@pytest.mark.parametrize("name, tokens, run", [
-    *((name, tokens, run) for name in DECODED for tokens, run in ((1, "vector"), (5, "few_rows"))),
-    ("Q4_K", 2, "few_rows"), ("Q4_K", 16, "few_rows"), ("Q4_K", 17, None),
+@pytest.mark.parametrize("name, tokens, run, dtype", [
+    *(slow(name, tokens, run, dtype, unless=dtype == torch.float32 or name in ONE_OF_A_KIND)
+      for name in DECODED for tokens, run in ((1, "vector"), (5, "few_rows")) for dtype in DTYPES),
+    *(("Q4_K", tokens, run, dtype) for tokens, run in ((2, "few_rows"), (16, "few_rows"), (17, None)) for dtype in DTYPES),
 ])
 def test_multiplies_as_float64_does(name, tokens, run, dtype):
     rows, columns = 19, 1280  # neither is whole tiles
@@ -217,8 +225,8 @@ def assert_codes_of(values, codes, scales):
 
 
 @runs_kernels
-@pytest.mark.parametrize("columns", [256, 1024, 1280])
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name, columns", [slow(name, columns, unless=columns != 1024 or name in ONE_OF_A_KIND)
+                                           for columns in (256, 1024, 1280) for name in DECODED])
 def test_codes_the_rows_of_a_weight(name, columns):
     if name != "INT8" and columns % FORMATS[name].block_length:
         pytest.skip("blocks cross rows")
@@ -251,7 +259,6 @@ def test_codes_rows_of_the_input(dtype):
 TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
 TARGETS |= {"gfx1100": ("hip", "gfx1100", 32), "gfx1201": ("hip", "gfx1201", 32), "gfx942": ("hip", "gfx942", 64)}
 USUAL = {"sm_80", "gfx942"}
-ONE_OF_A_KIND = {"Q6_K", "IQ4_XS", "NF4"}  # plain blocks, with a codebook, with scales apart
 SHARED_MEMORY = 48 << 10  # that every GPU gives a program
 
 
@@ -323,6 +330,6 @@ def test_compiles_for(target, name, monkeypatch, tmp_path):
 
 
 @runs_kernels
-@pytest.mark.parametrize("tokens", [4, 16])
+@pytest.mark.parametrize("tokens", [slow(4), 16])
 def test_a_weak_lora_arrives(tokens):
     assert_a_weak_lora_arrives(tokens)
