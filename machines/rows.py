@@ -11,7 +11,7 @@ from .graph import GraphError, canonical, changed, digest
 from .store import Store
 
 NAME = re.compile(r'[^./\\:*?"<>|\x00-\x1f][^/\\:*?"<>|\x00-\x1f]{0,149}(?<![. ])')
-READERS = 32  # of a bucket at once, which answers late
+READERS = {"bucket": 32, "folder": 8}  # at once: a bucket answers late, a disk gives more when it is asked for more
 
 
 @dataclass
@@ -85,11 +85,11 @@ def look(out: str, graph: dict, some: list[tuple[int, bytes]]) -> Looked:
         found.names.append((number, name))
         text = canonical(changes)
         asked.append((name, text, hashlib.sha256(f"{workflow} {text}".encode()).hexdigest(), number))
-    if store.files:
-        with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-            done = list(readers.map(lambda item: store.done(item[0], item[2]), asked))
-    else:
-        done = [store.done(name, stamp) for name, _, stamp, _ in asked]
+    at_once = READERS["bucket" if store.files else "folder"]
+    with concurrent.futures.ThreadPoolExecutor(at_once) as readers:
+        parts = chunks(asked, len(asked) // at_once + 1)
+        done = [one for part in readers.map(lambda some: [store.done(name, stamp) for name, _, stamp, _ in some], parts)
+                for one in part]
     for item, is_done in zip(asked, done):
         if is_done:
             found.done.append(item[3])

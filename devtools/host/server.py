@@ -34,12 +34,14 @@ class Run:
     """What one queued workflow gave.
 
     outputs: node id -> its entry in the history, such as {"images": [{"filename", "subfolder", "type"}]}.
-    texts: node id -> progress texts the node sent. steps: node id -> monotonic time of each progress step.
+    texts: node id -> progress texts the node sent. steps: node id -> monotonic time of each progress step. previews: files of
+    the pictures that nodes showed while they ran.
     """
     prompt_id: str
     outputs: dict = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
     steps: dict[str, list[float]] = field(default_factory=dict)
+    previews: list[bytes] = field(default_factory=list)
 
     def seconds_per_step(self, node_id: str) -> float | None:
         """Median time between the steps of a node; the first, which also loads the model, is not counted."""
@@ -201,6 +203,8 @@ class Server:
                 if kind == 3:  # BinaryEventTypes.TEXT: length of the node id, node id, text
                     node = message[8:8 + length].decode()
                     run.texts.setdefault(node, []).append(message[8 + length:].decode())
+                elif kind == 1:  # BinaryEventTypes.PREVIEW_IMAGE: the kind of file, the file
+                    run.previews.append(message[8:])
                 continue
             event = json.loads(message)
             data = event.get("data", {})

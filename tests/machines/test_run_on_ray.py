@@ -77,7 +77,7 @@ def editor(bases, ray_folder):
 
 
 def test_this_machine_draws_what_the_graph_gives_once_per_item(editor, plain):
-    """And loads nothing itself, shows steps of all items and who draws."""
+    """And loads nothing itself, shows steps and previews of all items and who draws."""
     texts = [changes(index)["4.text"] for index in range(COUNT)]
     steps = []
     found, run = pictures(editor, on_ray(texts="\n".join(texts), seed=5, steps=3),
@@ -85,6 +85,7 @@ def test_this_machine_draws_what_the_graph_gives_once_per_item(editor, plain):
     assert found == [pixels(plain(workflow(text, 5 + index, steps=3))) for index, text in enumerate(texts)]
     assert [step for step in steps if step[0] == "10"][-1][1:] == (3 * COUNT, 3 * COUNT)
     assert "4 of 4 done" in run.texts["10"][-1]
+    assert run.previews and all(len(Image.open(io.BytesIO(preview)).getcolors(1 << 20)) > 1 for preview in run.previews)
     host = psutil.Process(editor.process.pid)
     assert not mapped(host, MODEL)
     assert any(mapped(worker, MODEL) for worker in workers_of(host))

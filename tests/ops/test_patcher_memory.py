@@ -30,7 +30,7 @@ def gpu():
 
 
 FEW = 200_000  # factors and buffers, which stay on the device whatever the room
-ROOMS = (0.9, 0.8, 0.7, 0.5, 0.3, 0.55, 1.5, 0.4, 0.2, *(0.4 + 0.02 * step for step in range(25)))
+ROOMS = (0.9, 0.8, 0.7, 0.5, 0.3, 0.55, 1.5, 0.4, 0.2, *(0.4 + 0.06 * step for step in range(9)))
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

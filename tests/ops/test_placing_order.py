@@ -74,7 +74,8 @@ def largest(patcher) -> int:
 
 
 @STATIC
-@pytest.mark.parametrize("model, with_loras", [("packed", False), ("packed", True), ("host", False)], indirect=["model"])
+@pytest.mark.parametrize("model, with_loras", [pytest.param("packed", False, marks=pytest.mark.heavy), ("packed", True),
+                                               ("host", False)], indirect=["model"])
 def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_loras, gpu):
     patcher, values = model
     if with_loras:
