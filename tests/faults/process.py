@@ -4,7 +4,6 @@ A line for each kind of work and error: how many calls there are, how many of th
 all), and what went wrong.
 """
 import ctypes
-import errno
 import gc
 import hashlib
 import json
@@ -19,6 +18,7 @@ import torch  # noqa: E402
 from devtools.files import tiny_models  # noqa: E402
 from devtools.files.bnb_files import write_bnb  # noqa: E402
 from devtools.files.gguf_files import write_gguf  # noqa: E402
+from faults import ERRORS  # noqa: E402
 from featherweight.loaders.diffusion import load_diffusion_model  # noqa: E402
 from featherweight.loaders.files import drives  # noqa: E402
 from featherweight.loaders.lora.file import load_lora_file  # noqa: E402
@@ -31,7 +31,6 @@ from featherweight.ops.tensor import is_packed, packed_tensors  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 128}
-ERRORS = {"full": errno.ENOSPC, "damaged": errno.EIO, "not permitted": errno.EACCES}
 
 
 def digest(tensors) -> str:
