@@ -34,7 +34,7 @@ def models(tmp_path_factory):
     return base / "models"
 
 
-@pytest.mark.parametrize("part", CHANGES)
+@pytest.mark.parametrize("part", ["LoRA", "texts", "everything", pytest.param("text encoders", marks=pytest.mark.heavy)])
 def test_what_is_missing_turns_off_only_what_needs_it(part, models, server, tmp_path):
     change, said, files = CHANGES[part]
     gone = {name for name, file in NODES.items() if file in files}
