@@ -1,4 +1,5 @@
 """Featherweight Measure Sensitivity."""
+import contextlib
 import os
 
 from comfy_api.latest import io, ui
@@ -64,6 +65,8 @@ class MeasureSensitivity(io.ComfyNode):
         partial = f"{path.rsplit('_', 2)[0]}.part"  # without the number: the next run finds it
         sensitivity = measure(model, drawing, thoroughness[0], partial)
         sensitivity.save(path)
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
         text = f"{os.path.basename(path)}, {os.path.getsize(path) / 1e6:.1f} MB\n{table(sensitivity)}"
         show_text(text)
         return io.NodeOutput(path, text, ui=ui.PreviewText(text))

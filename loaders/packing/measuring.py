@@ -1,4 +1,5 @@
 """Measuring a model: runs it a little, and gives a `Sensitivity`."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ def measure(patcher, drawing: Drawing, thoroughness: str = DEFAULT, partial: str
 
     patcher: the host's ModelPatcher; it and its model are left as they were, whatever ends this. drawing: without prompts it
     draws from noise for a prompt. partial: a file that keeps the costs measured so far, from which the same measurement goes
-    on; removed at the end. Raises WeightFileError where the model needs a prompt.
+    on; whoever has saved the result removes it. Raises WeightFileError where the model needs a prompt.
     """
     layers = linear_layers(patcher.model)
     count, every_type = THOROUGHNESS[thoroughness]
@@ -57,7 +58,6 @@ def measure(patcher, drawing: Drawing, thoroughness: str = DEFAULT, partial: str
              after)
     for _ in done:
         pass
-    known.remove()
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
     about = {"model": type(patcher.model).__name__, "samples": drawing.samples, "steps": drawing.steps, "seed": drawing.seed,
              "cfg": drawing.cfg, "thoroughness": thoroughness, "columns_of_a_block": collector.block}
@@ -87,9 +87,6 @@ class _Partial:
 
     def write(self):
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"key": self.key, "power": self.power, "costs": self.costs}))
-
-    def remove(self):
-        if self.path:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a drive that is full costs what could be gone on from, not the measurement
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(json.dumps({"key": self.key, "power": self.power, "costs": self.costs}))

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ...ops.packing.moments import Moments
-from ..files.writing import lock, remove_stale_parts
+from ..files.writing import new_file
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
@@ -66,7 +66,7 @@ class Sensitivity:
             f" and {len(missing) + len(others)} of {len(self.shapes)} layers do not fit. Measure this model, or pick its file.")
 
     def save(self, path: str | os.PathLike):
-        """Write the file: whole under its name or not at all."""
+        """Write the file: whole under its name or not at all. Raises WriteError, as `new_file`."""
         tensors, same_as, seen = {}, {}, {}
         for name in self.shapes:
             moments = self.moments(name)
@@ -79,16 +79,11 @@ class Sensitivity:
             tensors |= {f"{name}/{part}": value.contiguous() for part, value in moments.tensors().items()}
         about = {"format": FORMAT, "costs": self.costs, "shapes": self.shapes, "same_as": same_as, "about": self.about,
                  "digest": self.digest}
-        part = Path(f"{path}.{os.getpid()}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(part.parent)
-        try:
-            with open(part, "wb") as file:
-                lock(file)  # for as long as it is a part: another writer would take it for one that was left
-                save_file(tensors, part, {KEY: json.dumps(about)})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        data, path = safetensors.torch.save(tensors, {KEY: json.dumps(about)}), Path(path)
+        with contextlib.suppress(OSError):  # `new_file` says what is in the way
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, len(data), overwrite=True) as file:
+            file.write(data)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sensitivity":
@@ -124,13 +119,20 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
     except SensitivityError:
         raise
     except OSError as error:
-        raise SensitivityError(f"{file} cannot be read: {error.strerror or error}. Pick another file, or measure"
-                               " again.") from error
+        raise _unreadable(file, error) from error
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        if _begins_as_ours(path):
+        try:
+            is_ours = _begins_as_ours(path)
+        except OSError as reason:
+            raise _unreadable(file, reason) from reason
+        if is_ours:
             raise SensitivityError(f"{file} is damaged or was not copied whole. Copy it again, or measure again.") from error
         raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes"
                                " one.") from error
+
+
+def _unreadable(file: str, error: OSError) -> SensitivityError:
+    return SensitivityError(f"{file} cannot be read: {error.strerror or error}. Pick another file, or measure again.")
 
 
 def _begins_as_ours(path: str | os.PathLike) -> bool:

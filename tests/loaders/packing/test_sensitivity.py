@@ -172,12 +172,13 @@ def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_p
     assert hooks_in(patcher) == 0 and partial.exists() == (at == "a layer")
     before, count[0] = count[0], 4
     found = measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
-    assert count[0] - 4 == len(found.costs) - max(0, before - 1) and not partial.exists()
+    assert count[0] - 4 == len(found.costs) - max(0, before - 1)
+    measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)  # as after a save for which the drive was too full
+    assert count[0] - 4 == len(found.costs) - max(0, before - 1)
 
 
 def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_path):
     patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
-    monkeypatch.setattr(measuring._Partial, "remove", lambda self: None)
     measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
     monkeypatch.setattr(costs.Costs, "of_layer", lambda *args: {"Q3_K": 7.0})
     found = measure(patcher, small_drawing("wan2.1-t2v", seed=2), partial=partial)
