@@ -118,7 +118,7 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
             yield opened
     except SensitivityError:
         raise
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second is torch's word for a file that it cannot open or map
         raise _unreadable(file, error) from error
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         try:
@@ -131,8 +131,9 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
                                " one.") from error
 
 
-def _unreadable(file: str, error: OSError) -> SensitivityError:
-    return SensitivityError(f"{file} cannot be read: {error.strerror or error}. Pick another file, or measure again.")
+def _unreadable(file: str, error: Exception) -> SensitivityError:
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(".")
+    return SensitivityError(f"{file} cannot be read: {reason}. Pick another file, or measure again.")
 
 
 def _begins_as_ours(path: str | os.PathLike) -> bool:
