@@ -585,15 +585,23 @@ def files_behind(path: Path) -> set[Path]:
         if path in found or not path.is_file():
             continue
         found.add(path)
-        waiting += [parent / "__init__.py" for parent in path.parents if parent != ROOT and ROOT in parent.parents]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
-                modules = [base, *(base / alias.name for alias in node.names)]
-                waiting += [file for module in modules for file in (module.with_suffix(".py"), module / "__init__.py")]
+        waiting += _imported(path)
     return found
 
 
+@functools.cache  # the same few files are behind all nodes
+def _imported(path: Path) -> list[Path]:
+    """Where the modules may lie that a source file of this pack imports, and the packages that it is in."""
+    found = [parent / "__init__.py" for parent in path.parents if parent != ROOT and ROOT in parent.parents]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            modules = [base, *(base / alias.name for alias in node.names)]
+            found += [file for module in modules for file in (module.with_suffix(".py"), module / "__init__.py")]
+    return found
+
+
+@functools.cache
 def needs(path: Path) -> set[str]:
     """The names of the list that a source file of this pack uses, as `changes` calls them."""
     where = path.relative_to(ROOT).as_posix()

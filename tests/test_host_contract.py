@@ -189,3 +189,15 @@ def test_nodes_that_need_what_is_gone_are_left_out_and_the_others_are_there(monk
     found = {node.GET_SCHEMA().node_id for node in node_list()}
     assert everything - found == {"FeatherweightApplyLora", "FeatherweightCheckLora"}
     assert not caplog.records
+
+
+def test_to_tell_who_needs_what_is_gone_each_source_is_read_at_most_three_times(monkeypatch):
+    host_contract.needs.cache_clear()
+    host_contract._imported.cache_clear()
+    parse, read = ast.parse, []
+    monkeypatch.setattr(ast, "parse", lambda *given, **options: read.append(1) or parse(*given, **options))
+    assert host_contract.left_out({"comfy.lora_convert.convert_lora": "is gone"}).keys() == LORA_NODES
+    assert len(read) <= 3 * len(list(ROOT.glob("[!.]*/**/*.py")))
+    read.clear()
+    host_contract.left_out({"comfy.lora_convert.convert_lora": "is gone"})
+    assert len(read) <= len(list((ROOT / "nodes").glob("*.py")))
