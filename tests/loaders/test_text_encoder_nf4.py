@@ -160,6 +160,7 @@ def test_a_table_of_tokens_in_a_format_of_the_host_is_saved_as_it_was(values, tm
         assert found.dtype == expected.dtype and torch.equal(found.float(), expected.float())
 
 
+@pytest.mark.heavy
 def test_a_t5_xxl_of_real_widths_in_nf4_is_the_dense_one_in_an_eighth_of_its_memory(tmp_path):
     config = {"t5xxl_model_config": {"num_layers": 1, "vocab_size": 256}, "dtype": torch.float32}
     markers = {name: torch.zeros(shape) for name, shape in T5.markers.items()}

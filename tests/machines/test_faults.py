@@ -159,6 +159,7 @@ def test_a_worker_a_machine_and_the_batch_itself_are_killed(spare, tmp_path):
     found.check()
 
 
+@pytest.mark.heavy
 def test_a_row_that_ends_its_worker_each_time_fails_alone(spare, tmp_path):
     found = batch_on(spare, tmp_path, 12, is_painted=True)
     rows = [*found.rows[:5], {"id": "crash", "1.text": "crash"}, *found.rows[5:]]
@@ -185,6 +186,7 @@ def marked(value: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.heavy
 def test_nothing_is_left_of_a_ray_of_its_own_when_the_batch_is_killed(tmp_path, ray_folder):
     found = batch_on(None, tmp_path, 2000, is_painted=True)
     found.start(MARK=str(tmp_path), RAY_TMPDIR=str(ray_folder))
