@@ -16,7 +16,7 @@ def base(tmp_path_factory):
 
 
 def test_some_prompts_of_every_kind(base):
-    book = soak(base, prompts=36, minutes=5, every=12)
+    book = soak(base, prompts=36, minutes=15, every=12)
     assert verdict.broken(book) == []
     assert book.prompts == 36 and book.repeated and len(book.readings) == 3
     assert book.readings[-1]["mapped"] == book.readings[-1]["temporary"] == 0
