@@ -37,7 +37,7 @@ def broken(book: Book) -> list[str]:
     for name in ("mapped", "temporary"):
         if late and late[-1][name] > late[0][name]:
             found.append(f"{NAMES[name]}: {late[0][name]} after the warm-up, {late[-1][name]} at the end.")
-    if late and late[-1]["open"] > max(reading["open"] for reading in late[:max(1, len(late) // 3)]):
+    if grown is not None and late[-1]["open"] > max(reading["open"] for reading in late[:max(1, len(late) // 3)]):
         found.append(f"{NAMES['open']}: {late[0]['open']} after the warm-up, {late[-1]['open']} at the end.")
     return found
 
