@@ -627,6 +627,7 @@ def left_out(changed: dict[str, str]) -> dict[str, set[str]]:
     return found
 
 
+@functools.cache
 def titles(path: Path) -> list[str]:
     """What the nodes in a file are called."""
     return [keyword.value.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -61,6 +61,14 @@ def make_base(base: Path, models: Path | None = None, pack: str = server.PACK) -
     return base
 
 
+def model_paths(base: Path) -> Path:
+    """A file for `--extra-model-paths-config`, beside a ComfyUI's folder, with which another ComfyUI has its models."""
+    path = base.parent / "paths.yaml"
+    kinds = "".join(f"  {kind}: {kind}\n" for kind in demo_files.FILES)
+    path.write_text(f"machines:\n  base_path: {base / 'models'}\n{kinds}", encoding="utf-8")
+    return path
+
+
 def environment(base: Path, name: str) -> dict[str, str]:
     """What `ray start` on such a machine has around it."""
     return {**QUIET, "COMFYUI_PATH": str(server.HOST), "COMFYUI_ARGUMENTS": f"--base-directory '{base}'",

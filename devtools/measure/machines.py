@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from devtools.cluster import QUIET, changes, make_base, running, workflow  # before ray, which reads the environment then
+from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow  # before ray: it reads the environment
 
 import ray  # noqa: E402
 from featherweight.machines import batch, by_value, draw, graph, worker
@@ -88,13 +88,10 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
 
 def plain_times(folder: Path, base: Path, count: int, servers: int) -> list[list[float]]:
     """When each picture of plain ComfyUIs was ready. They draw at the same time, each on a thread; no queue is ever empty."""
-    paths = folder / "paths.yaml"
-    kinds = "".join(f"  {kind.name}: {kind.name}\n" for kind in (base / "models").iterdir())
-    paths.write_text(f"machines:\n  base_path: {base / 'models'}\n{kinds}", encoding="utf-8")
     with contextlib.ExitStack() as stack:
         each_server = [stack.enter_context(Server(
             folder / f"plain{servers}_{index}", env={**QUIET, "OMP_NUM_THREADS": "1"},
-            arguments=["--extra-model-paths-config", str(paths)])) for index in range(servers)]
+            arguments=["--extra-model-paths-config", str(model_paths(base))])) for index in range(servers)]
         asked = [graph.changed(workflow(steps=STEPS), changes(index)) for index in range(count)]
         names = [[json.loads(server.post("/prompt", {"prompt": each}))["prompt_id"] for each in asked]
                  for server in each_server]

@@ -267,3 +267,8 @@ def shown(value) -> str:
     """A name or value from a file as it may stand in a message: escaped and of bounded length."""
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, as a part of a sentence."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

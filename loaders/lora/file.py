@@ -6,7 +6,7 @@ import comfy.utils
 import torch
 from safetensors import SafetensorError
 
-from ..files.container import WeightFileError, map_file, shown
+from ..files.container import WeightFileError, first_line, map_file, shown
 from ..files.mistakes import LFS_POINTER
 from .families import recognise
 from .gguf import read_gguf_adapter
@@ -116,8 +116,7 @@ def _unreadable(head: bytes, error: Exception) -> str:
         return LFS_POINTER
     if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
         return "it is a web page, not the LoRA; the site may want you to log in first. Download the LoRA itself."
-    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    return f"the file is damaged or incomplete ({reason}). Download it again."
+    return f"the file is damaged or incomplete ({first_line(error)}). Download it again."
 
 
 def _not_a_lora(state_dict: dict[str, torch.Tensor]) -> str:

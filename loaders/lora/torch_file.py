@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..files.container import WeightFileError, map_file
+from ..files.container import WeightFileError, first_line, map_file
 
 
 def read_torch_file(path: str) -> dict[str, torch.Tensor]:
@@ -22,9 +22,8 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
         raise WeightFileError(f"{name} cannot be read as a LoRA: it is damaged, or holds more than tensors, which could be a"
                               " program and is not run. Get it as safetensors.") from error
     except Exception as error:  # torch's readers raise whatever the damage comes to
-        reason = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
-        raise WeightFileError(f"{name} cannot be read as a LoRA: the file is damaged or incomplete ({reason}). Download it"
-                              " again.") from error
+        raise WeightFileError(f"{name} cannot be read as a LoRA: the file is damaged or incomplete ({first_line(error)[:200]})."
+                              " Download it again.") from error
     if not isinstance(found, dict):
         return {}
     inner = found.get("state_dict", next(iter(found.values())) if len(found) == 1 else None)

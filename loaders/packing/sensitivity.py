@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...ops.packing.moments import Moments
+from ..files.container import first_line
 from ..files.writing import new_file
 
 KEY = "featherweight_sensitivity"
@@ -132,7 +133,7 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
 
 
 def _unreadable(file: str, error: Exception) -> SensitivityError:
-    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(".")
+    reason = getattr(error, "strerror", None) or first_line(error)
     return SensitivityError(f"{file} cannot be read: {reason}. Pick another file, or measure again.")
 
 

@@ -4,8 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from devtools.cluster import MODEL, QUIET, changes, environment, make_base, running, workflow  # noqa: F401  for the tests
-from devtools.files import demo_files
+from devtools.cluster import MODEL, QUIET, changes, environment, make_base, model_paths, running, workflow  # noqa: F401  for the tests
 from devtools.host import server
 
 
@@ -37,12 +36,5 @@ def cluster(bases, ray_folder):
 def plain(bases):
     """Draws as a plain ComfyUI on one thread does: graph -> bytes of what node 9 saved."""
     with server.Server(bases["desk"].parent / "plain", env={**QUIET, "OMP_NUM_THREADS": "1"},
-                       arguments=["--extra-model-paths-config", str(_paths(bases["desk"]))]) as running_server:
+                       arguments=["--extra-model-paths-config", str(model_paths(bases["desk"]))]) as running_server:
         yield lambda graph: running_server.image(running_server.queue(graph).outputs["9"]["images"][0])
-
-
-def _paths(base: Path) -> Path:
-    path = base.parent / "paths.yaml"
-    kinds = "".join(f"  {kind}: {kind}\n" for kind in demo_files.FILES)
-    path.write_text(f"machines:\n  base_path: {base / 'models'}\n{kinds}", encoding="utf-8")
-    return path

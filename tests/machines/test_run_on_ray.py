@@ -6,11 +6,9 @@ import time
 import numpy
 import psutil
 import pytest
-from devtools.cluster import MODEL, QUIET, changes, workflow
+from devtools.cluster import MODEL, QUIET, changes, model_paths, workflow
 from devtools.host import server
 from PIL import Image
-
-from .conftest import _paths
 
 pytest.importorskip("ray.serve")
 COUNT = 4
@@ -72,7 +70,7 @@ def editor(bases, ray_folder):
     base = bases["desk"].parent / "editor"
     with server.Server(base, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
             "--preview-method", "latent2rgb", "--extra-model-paths-config",
-            os.path.relpath(_paths(bases["desk"]), server.HOST)]) as running:
+            os.path.relpath(model_paths(bases["desk"]), server.HOST)]) as running:
         yield running
 
 

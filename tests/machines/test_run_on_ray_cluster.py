@@ -5,10 +5,9 @@ import threading
 import time
 
 import pytest
-from devtools.cluster import MODEL, QUIET, running, workflow
+from devtools.cluster import MODEL, QUIET, model_paths, running, workflow
 from devtools.host import server
 
-from .conftest import _paths
 from .test_run_on_ray import COUNT, on_ray, pictures, pixels
 
 pytest.importorskip("ray.serve")
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.heavy
 @contextlib.contextmanager
 def editor_of(bases, ray_folder, name: str):
     with server.Server(bases["desk"].parent / name, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
-            "--extra-model-paths-config", str(_paths(bases["desk"]))]) as found:
+            "--extra-model-paths-config", str(model_paths(bases["desk"]))]) as found:
         yield found
 
 
