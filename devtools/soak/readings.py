@@ -11,8 +11,9 @@ def read(server: Server, turn: int) -> dict[str, float]:
     """Ask the server to let go of all it holds, and count what is left.
 
     rss, private: MB of the process. tensors: MB of tensors that Python still has; objects: all that its collector knows.
-    mapped: files of the soak that are mapped. open: file descriptors. temporary: files in its temporary folders, and parts of
-    files anywhere below its folder. threads.
+    mapped: files of the soak that are mapped. open: files that are open, its log among them; not the clients' sockets, which
+    close a moment after their answer. temporary: files in its temporary folders, and parts of files anywhere below its
+    folder. threads.
     """
     server.post("/free", {"unload_models": True, "free_memory": True})
     run = server.queue({"1": {"class_type": "SoakQuiet", "inputs": {"turn": 2 * turn}}})
@@ -24,10 +25,10 @@ def read(server: Server, turn: int) -> dict[str, float]:
     with process.oneshot():
         memory = process.memory_full_info()
         mapped = {entry.path for entry in process.memory_maps() if entry.path.startswith(str(server.base / "models"))}
-        descriptors = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
+        files = len(process.open_files())
         threads = process.num_threads()
     return {"rss": memory.rss / 1e6, "private": memory.uss / 1e6, "tensors": tensors / 1e6, "objects": objects,
-            "mapped": len(mapped), "open": descriptors, "threads": threads, "temporary": temporary_files(server.base)}
+            "mapped": len(mapped), "open": files, "threads": threads, "temporary": temporary_files(server.base)}
 
 
 def temporary_files(base: Path) -> int:

@@ -34,11 +34,9 @@ def broken(book: Book) -> list[str]:
     if grown is not None and grown >= GROWTH:
         found.append(f"Resident memory has grown by {grown:.1%} after the warm-up, of {GROWTH:.0%} that it may.")
     late = book.readings[len(book.readings) // 4:]
-    for name in ("mapped", "temporary"):
+    for name in ("mapped", "open", "temporary"):
         if late and late[-1][name] > late[0][name]:
             found.append(f"{NAMES[name]}: {late[0][name]} after the warm-up, {late[-1][name]} at the end.")
-    if grown is not None and late[-1]["open"] > max(reading["open"] for reading in late[:max(1, len(late) // 3)]):
-        found.append(f"{NAMES['open']}: {late[0]['open']} after the warm-up, {late[-1]['open']} at the end.")
     return found
 
 
