@@ -74,45 +74,48 @@ def largest(patcher) -> int:
 
 
 @STATIC
+@pytest.mark.parametrize("share", [pytest.param(0.75, marks=pytest.mark.heavy), 0.3])
 @pytest.mark.parametrize("model, with_loras", [pytest.param("packed", False, marks=pytest.mark.heavy), ("packed", True),
                                                ("host", False)], indirect=["model"])
-def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_loras, gpu):
+def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_loras, share, gpu):
     patcher, values = model
     if with_loras:
         patcher = patched(patcher, (lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5))
     expected = sample(patcher)
-    for budget in (0.75 * patcher.model_size(), 0.3 * patcher.model_size()):
-        placed = place(patcher, budget)
-        placed.model.packed_patches.step = None
-        assert torch.equal(sample(placed), expected)
-        size, applied = placed.full_size(), placed.model.packed_patches
-        assert {applied.step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
-        kept = {name: size for *_, size, name, _, params in placed._load_list() if on_device(params) == "cuda"}
-        ordered = in_order(placed._load_list(), placed.placement.gpu_bytes, applied.step)
-        assert kept.keys() == fitting(ordered, sum(kept.values())) != fitting(
-            in_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
-        assert applied.nbytes <= lies_on(placed.model) == placed.loaded_size() <= max(budget, applied.nbytes + 4096)
-        assert copied_by(gpu, load, placed) == 0
-        copied = placed.whereabouts().copied_per_step
-        assert 0 <= per_step(gpu, placed) - copied < 20_000
-        assert copied == 2 * (size - placed.whereabouts().here) <= 2 * (size + applied.nbytes - budget + largest(placed))
+    budget = share * patcher.model_size()
+    placed = place(patcher, budget)
+    placed.model.packed_patches.step = None
+    assert torch.equal(sample(placed), expected)
+    size, applied = placed.full_size(), placed.model.packed_patches
+    assert {applied.step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
+    kept = {name: size for *_, size, name, _, params in placed._load_list() if on_device(params) == "cuda"}
+    ordered = in_order(placed._load_list(), placed.placement.gpu_bytes, applied.step)
+    assert kept.keys() == fitting(ordered, sum(kept.values())) != fitting(
+        in_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
+    assert applied.nbytes <= lies_on(placed.model) == placed.loaded_size() <= max(budget, applied.nbytes + 4096)
+    assert copied_by(gpu, load, placed) == 0
+    copied = placed.whereabouts().copied_per_step
+    assert 0 <= per_step(gpu, placed) - copied < 20_000
+    assert copied == 2 * (size - placed.whereabouts().here) <= 2 * (size + applied.nbytes - budget + largest(placed))
 
 
 @DYNAMIC
 @pytest.mark.parametrize("model", ["larger"], indirect=True)
-def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, gpu):
+@pytest.mark.parametrize("with_lora", [pytest.param(False, marks=pytest.mark.heavy), True])
+def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, with_lora, gpu):
     patcher, values = model
-    for patcher in (patcher, patched(patcher, (lora_for(values, seed=1), 0.8))):
-        expected, size = sample(patcher), patcher.full_size()
-        placed = place(patcher, PAGE + patcher.model.model_loaded_weight_memory)
-        placed.model.packed_patches.step = None
-        assert torch.equal(sample(placed), expected)
-        assert placed.model.packed_patches.step is not None and placed._places_are_in_order()
-        assert placed._vbar_get().loaded_size() <= PAGE
-        assert copied_by(gpu, load, placed) <= 1e5
-        copied = placed.whereabouts().copied_per_step
-        assert abs(per_step(gpu, placed) - copied) < 1e5
-        assert copied <= 2 * (size - PAGE + 2 * largest(placed))
+    if with_lora:
+        patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
+    expected, size = sample(patcher), patcher.full_size()
+    placed = place(patcher, PAGE + patcher.model.model_loaded_weight_memory)
+    placed.model.packed_patches.step = None
+    assert torch.equal(sample(placed), expected)
+    assert placed.model.packed_patches.step is not None and placed._places_are_in_order()
+    assert placed._vbar_get().loaded_size() <= PAGE
+    assert copied_by(gpu, load, placed) <= 1e5
+    copied = placed.whereabouts().copied_per_step
+    assert abs(per_step(gpu, placed) - copied) < 1e5
+    assert copied <= 2 * (size - PAGE + 2 * largest(placed))
 
 
 @STATIC
