@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import stat
 import tempfile
 import time
@@ -29,6 +30,7 @@ VERDICTS = frozenset(("right", "slower", "wrong", "crashed", "hung", "refused", 
 # What may mend itself without a change of the key, such as a compiler that is installed, is tried again after so many seconds.
 FORGOTTEN = {"refused": 7 * 86400, "memory": 0}
 STALE_SECONDS = 60  # after which a file that was being written is nobody's: it takes milliseconds
+ROWS = re.compile(r"(?:[1-9][0-9]{0,17})?")  # of a time: a number as `str` writes it, or none
 MOST_BYTES = 4 << 20  # of a file; a verdict takes 200
 
 
@@ -154,7 +156,7 @@ def is_verdict(value) -> bool:
 
 
 def _is_time(rows, seconds) -> bool:
-    return (rows == "" or rows.isdecimal()) and isinstance(seconds, list) and len(seconds) == 2 and all(
+    return ROWS.fullmatch(rows) is not None and isinstance(seconds, list) and len(seconds) == 2 and all(
         _is_number(value) and value > 0 for value in seconds)
 
 
