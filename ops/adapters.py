@@ -244,7 +244,7 @@ def _adapter_shape(parts) -> tuple[int | None, int | None] | None:
 
 def _product_shape(a: torch.Tensor | None, b: torch.Tensor | None, core: torch.Tensor | None = None) -> tuple[int, int] | None:
     """Flattened shape of `a @ b`, or of a Tucker product of core (i, j, ...), a (i, rows), b (j, columns)."""
-    if a is None or b is None:
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or core is not None and core.ndim < 2:
         return None
     if core is None:
         return (a.shape[0], b.shape[1]) if a.shape[1] == b.shape[0] else None

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
-import devtools.measure  # noqa: F401  the host and the pack
+os.environ["FEATHERWEIGHT_KERNELS"] = "torch"  # nothing is compiled and tried beside what is read
 
-from .guard import Finding, Guard
-from .targets import TARGETS
+import devtools.measure  # noqa: E402, F401  the host and the pack
+
+from .guard import Finding, Guard  # noqa: E402
+from .targets import TARGETS  # noqa: E402
 
 MOST_BYTES = max(target.longest for target in TARGETS.values())
 SHRINKING = 400  # attempts at a smaller input of the same finding

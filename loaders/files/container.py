@@ -270,5 +270,6 @@ def shown(value) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, as a part of a sentence."""
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    """What an exception says, as a part of a sentence: one line of bounded length, which may hold names from a file."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error).strip().split("\n")[0])
+    return (text if len(text) <= 300 else text[:297] + "...").rstrip(".") or type(error).__name__

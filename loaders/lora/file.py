@@ -94,6 +94,8 @@ def damaged_layers(stems: dict[str, set[str]], state_dict: dict[str, torch.Tenso
             damaged[stem] = f"half a pair ({shown(stem + missing)} is missing from the file)"
         elif any(0 in tensor.shape for tensor in tensors):
             damaged[stem] = "rank 0"
+        elif ".alpha" in ends and state_dict[f"{stem}.alpha"].numel() != 1:
+            damaged[stem] = f"an alpha of {state_dict[f'{stem}.alpha'].numel()} numbers"
         elif not all(torch.isfinite(tensor.float()).all() for tensor in tensors if tensor.is_floating_point()):
             damaged[stem] = "NaN or infinite values"
         else:

@@ -21,9 +21,13 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
         what = f"a GGUF file of kind {shown(file.kind)}" if file.kind else "a GGUF model"
         raise WeightFileError(f"{file.path.name} is {what} without a LoRA in it (its first tensor is"
                               f" {shown(next(iter(file.entries), 'none'))}). Pick it in a model or text encoder loader.")
+    alpha = file.metadata.get("adapter.lora.alpha")
+    if not isinstance(alpha, (int, float, type(None))):
+        raise WeightFileError(f"{file.path.name} has the alpha {shown(alpha)}, expected a number."
+                              " Download it again, or report it where you got it.")
     layers = {match["layer"] for match in pairs.values()}
     spelling = _text_encoder_names(file, layers)
-    tensors, alpha, state_dict = file.state_dict(), file.metadata.get("adapter.lora.alpha"), {}
+    tensors, state_dict = file.state_dict(), {}
     for name, match in pairs.items():
         layer = spelling.get(match["layer"], match["layer"])
         if not KNOWN_PREFIX.match(layer):
