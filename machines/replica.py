@@ -1,6 +1,7 @@
 """Workers that many editors share: replicas of Ray Serve, which come with the first prompt and go when nobody has one."""
 import asyncio
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .worker import Worker, machine
 
 APP, NAME = "featherweight", "ComfyUI"
 AHEAD = 2  # prompts that a worker holds: one runs and one waits, so that none idles between two
+STARTS = 20  # attempts at starting Serve
 REST = 2.0  # seconds that an unfit worker takes for its answer, so that it does not eat what others could do
 
 
@@ -75,6 +77,18 @@ def plan(machines: Sequence[dict[str, float]], workers: int = 0, on_cpu: bool = 
     return count, {"max_replicas_per_node": each, "ray_actor_options": {"num_cpus": max(1, min(with_cpus) // each)}}
 
 
+def _start(serve):
+    """Serve on this cluster, if it is not there; another editor may be starting it at this moment."""
+    for attempt in range(STARTS):
+        try:
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})  # no port for the web
+            return
+        except ValueError:  # its controller is there by now: ActorAlreadyExistsError
+            if attempt == STARTS - 1:
+                raise
+            time.sleep(0.5)
+
+
 def deploy(workers: int, options: dict, idle_seconds: float, elsewhere: str = ""):
     """The handle of the workers. Those that are there stay, where only their number or their patience is another.
 
@@ -82,7 +96,7 @@ def deploy(workers: int, options: dict, idle_seconds: float, elsewhere: str = ""
     """
     from ray import serve
 
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})  # no port for the web
+    _start(serve)
     deployment = serve.deployment(
         Replica, name=NAME, max_ongoing_requests=AHEAD, health_check_period_s=5, graceful_shutdown_timeout_s=10,
         logging_config={"log_level": "ERROR", "enable_access_log": False}, **options,

@@ -51,8 +51,9 @@ def workers_now() -> set[str]:
 
 def test_two_editors_share_the_workers(cluster, editors, plain):
     runs = [queued(editor, on_ray(seed=seed, address=cluster.address, workers=0)) for editor, seed in zip(editors, (5, 15))]
-    for thread, _ in runs:
+    for thread, found in runs:
         thread.join()
+        assert isinstance(found[0], tuple), found[0]
     for (_, found), seed in zip(runs, (5, 15)):
         assert found[0][0] == [pixels(plain(workflow(seed=seed + index))) for index in range(COUNT)]
     assert {name for _, found in runs for name in found[0][1].texts["10"][-1].split("on ")[1].split(", ")} <= {"desk", "attic"}
@@ -78,8 +79,8 @@ def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
     path = next((bases["attic"] / "models").rglob(MODEL))
     os.rename(path, path.with_suffix(".away"))
     try:
-        with pytest.raises(server.ServerError, match=rf"Item \d of 4 cannot be drawn on attic: has no file '{MODEL}'"):
-            editors[0].queue(on_ray(seed=60, address=cluster.address, workers=0))
+        with pytest.raises(server.ServerError, match=rf"Item \d+ of 12 cannot be drawn on attic: has no file '{MODEL}'"):
+            editors[0].queue(on_ray(count=12, seed=60, steps=60, address=cluster.address, workers=0))  # until attic has begun
     finally:
         os.rename(path.with_suffix(".away"), path)
 
@@ -87,13 +88,13 @@ def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
 def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
     with editor_of(bases, ray_folder, "three") as editor:
         with running(bases, ray_folder, connect=False, started=["desk"]) as other:
-            graph = on_ray(count=1, seed=70, address=other.address, workers=1)
-            assert pictures(editor, graph)[0] == [pixels(plain(workflow(seed=70)))]
-            thread, said = queued(editor, on_ray(count=1, seed=71, steps=5000, address=other.address, workers=1))
+            address = other.address
+            assert pictures(editor, on_ray(count=1, seed=70, address=address, workers=1))[0] == [pixels(plain(workflow(seed=70)))]
+            thread, said = queued(editor, on_ray(count=1, seed=71, steps=5000, address=address, workers=1))
             time.sleep(3)
             assert thread.is_alive()
         thread.join(180)
         assert not thread.is_alive() and "Ray" in said[0]
         with pytest.raises(server.ServerError, match="No Ray cluster answers at"):
-            editor.queue(graph)
+            editor.queue(on_ray(count=1, seed=73, address=address, workers=1))
         assert pictures(editor, on_ray(count=1, seed=72, address="", workers=2))[0] == [pixels(plain(workflow(seed=72)))]
