@@ -76,13 +76,12 @@ def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
 
 
 def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
-    path = next((bases["attic"] / "models").rglob(MODEL))
-    os.rename(path, path.with_suffix(".away"))
-    try:
-        with pytest.raises(server.ServerError, match=rf"Item \d+ of 12 cannot be drawn on attic: has no file '{MODEL}'"):
-            editors[0].queue(on_ray(count=12, seed=60, steps=60, address=cluster.address, workers=0))  # until attic has begun
-    finally:
-        os.rename(path.with_suffix(".away"), path)
+    path = next((bases["desk"] / "models").rglob(MODEL))
+    os.link(path, path.with_name("at the desk.gguf"))
+    graph = on_ray(count=12, seed=60, steps=60, address=cluster.address, workers=0)  # until attic has begun
+    graph["1"]["inputs"]["model_name"] = "at the desk.gguf"
+    with pytest.raises(server.ServerError, match=r"Item \d+ of 12 cannot be drawn on attic: has no file 'at the desk.gguf'"):
+        editors[0].queue(graph)
 
 
 def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
