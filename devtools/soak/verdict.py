@@ -62,7 +62,7 @@ def plot(readings: list[dict], title: str, subtitle: str) -> Image.Image:
         left, top = GAP + index % 2 * (WIDTH + GAP), 56 + index // 2 * (HEIGHT + GAP)
         pen.rectangle((left, top, left + WIDTH, top + HEIGHT), PANEL)
         pen.text((left + 10, top + 6), text, INK, small)
-        high = max((reading[name] for reading in readings), default=0) * 1.15 or 1
+        high = max((reading[name] for reading in readings), default=0) * 1.15 or 1.15
         for value in (0, high / 1.15):
             y = top + HEIGHT - 20 - (HEIGHT - 50) * value / high
             pen.text((left + 8, y - 7), f"{value:.4g}", FAINT, small)
