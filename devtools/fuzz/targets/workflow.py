@@ -57,6 +57,7 @@ class ExpertString(TextTarget):
 class Names(TextTarget):
     """Input: which function, and the name."""
     name, reads = "names", "names of files to load and to write"
+    made = ""
 
     def prepare(self):
         import folder_paths
@@ -105,11 +106,15 @@ class Names(TextTarget):
         if function.startswith("new"):
             assert not real.startswith(os.path.realpath(self.models / "custom_nodes")), path
             assert real.endswith((".gguf", ".sensitivity")), path
-            folder = os.path.dirname(path)  # the host makes it: not to be kept
-            while os.path.realpath(folder) not in map(os.path.realpath,
-                                                      allowed) and os.path.isdir(folder) and not os.listdir(folder):
-                os.rmdir(folder)
-                folder = os.path.dirname(folder)
+            self.made = os.path.dirname(path)
+
+    def clear(self):
+        """The host makes the folders of a new file."""
+        allowed, folder, self.made = {os.path.realpath(self.output), os.path.realpath(self.models)}, self.made, ""
+        folder = folder and os.path.realpath(folder)
+        while folder and folder not in allowed and os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
+            folder = os.path.dirname(folder)
 
 
 class Numbers(TextTarget):
