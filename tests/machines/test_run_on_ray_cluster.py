@@ -88,7 +88,8 @@ def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
     with editor_of(bases, ray_folder, "three") as editor:
         with running(bases, ray_folder, connect=False, started=["desk"]) as other:
             address = other.address
-            assert pictures(editor, on_ray(count=1, seed=70, address=address, workers=1))[0] == [pixels(plain(workflow(seed=70)))]
+            found, _ = pictures(editor, on_ray(count=1, seed=70, address=address, workers=1))
+            assert found == [pixels(plain(workflow(seed=70)))]
             thread, said = queued(editor, on_ray(count=1, seed=71, steps=5000, address=address, workers=1))
             time.sleep(3)
             assert thread.is_alive()
