@@ -6,6 +6,7 @@ all), and what went wrong.
 import ctypes
 import gc
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ from featherweight.ops.tensor import is_packed, packed_tensors  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 128}
+NUMBERS = itertools.count()
 
 
 def digest(tensors) -> str:
@@ -53,13 +55,17 @@ def copied(folder: Path) -> str:
         del os.environ[drives.SWITCH]
 
 
-def kept(folder: Path) -> str:
+def kept(folder: Path, name: str = "packed") -> str:
     """Packed while it loads, and kept, or found there."""
-    os.environ[cache.FOLDER] = str(folder / "packed")
+    os.environ[cache.FOLDER] = str(folder / name)
     try:
         return loaded("dense.safetensors", pack_to="Q8_0")(folder)
     finally:
         del os.environ[cache.FOLDER]
+
+
+def kept_anew(folder: Path) -> str:
+    return kept(folder, f"packed {next(NUMBERS)}")
 
 
 def saved(name: str, kind: str):
@@ -88,6 +94,7 @@ def judged(folder: Path) -> str:
 
 WORK = {"load GGUF": loaded("model.gguf"), "load GGUF, copied": copied, "load NF4": loaded("nf4.safetensors"),
         "pack while loading": loaded("dense.safetensors", pack_to="Q8_0"), "packed cache": kept,
+        "write packed cache": kept_anew,
         "save GGUF": saved("a.gguf", "Q8_0"), "save NF4": saved("a.safetensors", "NF4"), "LoRA": lora,
         "sensitivity": measured, "verdicts": judged}
 
