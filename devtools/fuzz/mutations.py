@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import operator
 import random
 import re
 from collections.abc import Callable
@@ -141,7 +142,7 @@ def _other_tensors(header: bytes, data: bytes, chance: random.Random) -> tuple[b
             parts[at:at + 1] = _other_tensor(*parts[at], [name for name, *_ in parts], chance)
         out, content = {"__metadata__": metadata}, b""
         for name, dtype, shape, values in parts:
-            size = math.prod(shape) * ITEM_BYTES[dtype]
+            size = math.prod(map(operator.index, shape)) * ITEM_BYTES[dtype]  # texts can be multiplied too
             if not 0 <= size <= 4096:
                 return None
             out[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(content), len(content) + size]}
