@@ -238,7 +238,8 @@ def _adapter_shape(parts) -> tuple[int | None, int | None] | None:
         b1, b2 = parts.b1.flatten(1), parts.b2.flatten(1)
         return max(b1.shape[0], b2.shape[0]), max(b1.shape[1], b2.shape[1])
     if isinstance(parts, Turn):
-        return parts.blocks.shape[-3] * parts.blocks.shape[-2], None
+        *_, blocks, rows, columns = (1, *parts.blocks.shape)
+        return (blocks * rows, None) if rows == columns else None
     return None, None
 
 

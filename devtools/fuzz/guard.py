@@ -75,6 +75,12 @@ class Guard:
 
     def run(self, target: Target, data: bytes) -> Finding | None:
         """What went wrong while a target read `data`."""
+        found = self._with_files(target, data)
+        if found is not None and found.kind == "memory":  # not what Python itself needed once, such as a larger table of names
+            found = self._with_files(target, data)
+        return found
+
+    def _with_files(self, target: Target, data: bytes) -> Finding | None:
         target.lay_out(data)
         try:
             return self._read(target, data)
