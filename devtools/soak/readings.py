@@ -1,10 +1,13 @@
 """What a server holds of the machine at a quiet moment: nothing runs, no model is loaded, what can be freed is."""
 import os
+import time
 from pathlib import Path
 
 import psutil
 
 from devtools.host.server import Server
+
+TRIALS = 60  # seconds that kernels may take which are compiled and tried beside the prompts, with files of their own
 
 
 def read(server: Server, turn: int) -> dict[str, float]:
@@ -15,6 +18,9 @@ def read(server: Server, turn: int) -> dict[str, float]:
     close a moment after their answer. temporary: files in its temporary folders, and parts of files anywhere below its
     folder. threads.
     """
+    end = time.monotonic() + TRIALS
+    while temporary_files(server.base) and time.monotonic() < end:
+        time.sleep(0.2)
     server.post("/free", {"unload_models": True, "free_memory": True})
     run = server.queue({"1": {"class_type": "SoakQuiet", "inputs": {"turn": 2 * turn}}})
     server.post("/free", {"unload_models": True, "free_memory": True})
