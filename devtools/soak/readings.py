@@ -7,7 +7,7 @@ import psutil
 
 from devtools.host.server import Server
 
-TRIALS = 60  # seconds that kernels may take which are compiled and tried beside the prompts, with files of their own
+TRIALS = 300  # seconds that kernels may take which are compiled and tried beside the prompts, with files of their own
 
 
 def read(server: Server, turn: int) -> dict[str, float]:
