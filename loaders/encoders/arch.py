@@ -99,7 +99,9 @@ def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]
             stem, dot, ending = name, "", ""
         numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", stem)
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", stem)
-        target = names.get(stem, names.get(pattern, stem))
-        if target is not None:
-            out[target.format(*numbers) + dot + ending] = tensor
+        known = next((name for name in (stem, pattern) if name in names), None)
+        if known is None or "{" in stem:
+            out[name] = tensor
+        elif names[known] is not None:
+            out[names[known].format(*numbers) + dot + ending] = tensor
     return out

@@ -88,8 +88,10 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     kind = UNIGRAM if metadata[MODEL] == "t5" else BPE
     tokens, scores, types = _texts(metadata, TOKENS), metadata[SCORES], metadata[TYPES]
     _check_numbers(tokens, {SCORES: scores, TYPES: types})
+    if not all(type_ in range(NORMAL, BYTE + 1) for type_ in types):
+        raise TokenizerError(f"{TYPES} is {shown(types)}, expected numbers from {NORMAL} to {BYTE}")
     roles = _roles(metadata, tokens)
-    types = _piece_types(types, roles, kind)
+    types = _piece_types([int(type_) for type_ in types], roles, kind)
     pieces = _pieces(tokens, scores, types)
     trainer = _field(MODEL_TYPE, kind) + _field(VOCAB_SIZE, len(pieces)) + _field(BYTE_FALLBACK, BYTE in types)
     for role, (_, default, field) in ROLES.items():
@@ -118,6 +120,11 @@ def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
             roles[role] = index
     if "unk" not in roles:
         raise KeyError(ROLES["unk"][0])
+    for role in ("bos", "eos"):
+        index = roles.get(role)
+        if index is not None and (index == roles["unk"] or tokens.index(tokens[index]) != index):
+            raise TokenizerError(f"{ROLES[role][0]} is {index}, which is {shown(tokens[index])} as token"
+                                 f" {tokens.index(tokens[index])} is, expected a token of its own")
     return roles
 
 
