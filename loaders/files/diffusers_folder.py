@@ -27,8 +27,11 @@ class ModelFolder(SafetensorsFile):
 
     def __init__(self, path: str | os.PathLike):
         folder = Path(path)
-        self.config = _read_config(folder)
-        files, index = _weight_files(folder)
+        try:
+            self.config = _read_config(folder)
+            files, index = _weight_files(folder)
+        except OSError as error:  # of a link too, whose end has no possible name
+            raise _error(folder, f"it cannot be listed ({error.strerror}); check its links, permissions and drive.") from error
         super().__init__(folder, files)
         for name, file in index.items():
             entry = self.entries.get(name)
@@ -95,10 +98,7 @@ def _read_config(folder: Path) -> dict:
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of the weights, and what the index says about which tensor is in which."""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        raise _error(folder, f"it cannot be listed ({error.strerror}); check its permissions and drive.") from error
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
     files = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(".safetensors" + INDEX)]
     for usual in USUAL_NAMES:
