@@ -22,7 +22,7 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
         raise WeightFileError(f"{name} cannot be read as a LoRA: it is damaged, or holds more than tensors, which could be a"
                               " program and is not run. Get it as safetensors.") from error
     except Exception as error:  # torch's readers raise whatever the damage comes to
-        raise WeightFileError(f"{name} cannot be read as a LoRA: the file is damaged or incomplete ({first_line(error)[:200]})."
+        raise WeightFileError(f"{name} cannot be read as a LoRA: the file is damaged or incomplete ({first_line(error)})."
                               " Download it again.") from error
     if not isinstance(found, dict):
         return {}
