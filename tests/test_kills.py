@@ -134,7 +134,7 @@ def test_a_kill_leaves_the_old_file_or_the_whole_new_one(name, kills, sources, t
         started = time.monotonic()
         writer.write(first, sources[1], 1)
         took = time.monotonic() - started
-    for attempt in range(1, 10 * kills):
+    for attempt in range(1, 10 * kills + 1):
         killed += kill_in_the_midst(writer, folder_of(attempt), sources, dice.uniform(0, took))
         if killed == kills:
             return

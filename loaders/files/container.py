@@ -265,11 +265,14 @@ def named(text: str) -> str:
 
 def shown(value) -> str:
     """A name or value from a file as it may stand in a message: escaped and of bounded length."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return _bounded(repr(value), 120)
 
 
 def first_line(error: Exception) -> str:
     """What an exception says, as a part of a sentence: one line of bounded length, which may hold names from a file."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(error).strip().split("\n")[0])
-    return (text if len(text) <= 300 else text[:297] + "...").rstrip(".") or type(error).__name__
+    return _bounded(text, 300).rstrip(".") or type(error).__name__
+
+
+def _bounded(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most - 3] + "..."

@@ -110,9 +110,11 @@ class Names(TextTarget):
 
     def clear(self):
         """The host makes the folders of a new file."""
-        allowed, folder, self.made = {os.path.realpath(self.output), os.path.realpath(self.models)}, self.made, ""
-        folder = folder and os.path.realpath(folder)
-        while folder and folder not in allowed and os.path.isdir(folder) and not os.listdir(folder):
+        if not self.made:
+            return
+        allowed = {os.path.realpath(self.output), os.path.realpath(self.models)}
+        folder, self.made = os.path.realpath(self.made), ""
+        while folder not in allowed and os.path.isdir(folder) and not os.listdir(folder):
             os.rmdir(folder)
             folder = os.path.dirname(folder)
 
