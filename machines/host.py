@@ -137,7 +137,8 @@ class Host:
         with self.lock:
             if listener.cancelled:
                 raise Cancelled
-            queue.put((0, prompt_id, graph, extra, outputs, {}))
+            number, self.server.number = self.server.number, self.server.number + 1  # first come, first served
+            queue.put((number, prompt_id, graph, extra, outputs, {}))
         while not (listener.ended.wait(1) or queue.get_history(prompt_id)):
             pass
         entry = queue.get_history(prompt_id).get(prompt_id)

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 from featherweight.machines import host
@@ -88,16 +89,30 @@ def test_cancelling_one_prompt_leaves_the_others(worker, plain):
     """The first runs, the second waits: the second's cancel does not end the first, and the next picture is right."""
     first = worker.run.remote(workflow(seed=21, steps=40))
     second = worker.run.remote(workflow(seed=22, steps=400))
-    third = worker.run.remote(workflow(seed=23, steps=400))
     ray.cancel(second)
     with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
         ray.get(second, timeout=300)
     assert ray.get(first, timeout=300)[0].keys() == {"9_0.png"}
+    third = worker.run.remote(workflow(seed=23, steps=400))
     while not ray.wait([third], timeout=2)[0]:  # runs now; Ray promises no single cancel to arrive
         ray.cancel(third)
     with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
         ray.get(third, timeout=300)
     assert drawn(worker, workflow(seed=24))[0]["9_0.png"] == plain(workflow(seed=24))
+
+
+def test_prompts_are_drawn_in_the_order_they_came(worker):
+    """The host's queue takes prompts of one number by their names, which are random."""
+    waiting = [worker.run.remote(workflow(seed=25, steps=60))]
+    for seed in range(26, 31):
+        time.sleep(0.3)
+        waiting.append(worker.run.remote(workflow(seed=seed)))
+    assert not ray.wait(waiting, timeout=0)[0]  # the first takes longer than all of them to come
+    ended, left = [], waiting
+    while left:
+        done, left = ray.wait(left, timeout=300)
+        ended += done
+    assert ended == waiting
 
 
 def test_progress_and_previews_come_while_it_draws(worker):
