@@ -41,12 +41,16 @@ def tiny_flux(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
-@functools.cache
 def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Tensor]]:
     """A small Flux: path of the packed file, and its values as the file's writer knows them.
 
     format_name: of GGUF, INT8 of bitsandbytes, or one of the host's, which is then beside NF4.
     """
+    return _flux_file(format_name, seed)
+
+
+@functools.cache  # which takes a seed that is left out for another one: the file would be written while it is mapped
+def _flux_file(format_name: str, seed: int) -> tuple[str, dict[str, torch.Tensor]]:
     path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
     tensors = tiny_flux(seed)
     if format_name not in FORMATS:
