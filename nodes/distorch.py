@@ -2,6 +2,7 @@
 
 A plan is the bytes that go to each device. What no device is given stays on the one that computes.
 """
+import math
 import re
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ MOST = 1e18  # of whatever a part asks for: an endless number shares nothing
 BYTES = {"g": GIB, "m": 1 << 20, "k": 1 << 10, "b": 1, "": 1}  # by the first letter of a unit
 AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([gmk]i?b?|b|%|)|\*", re.I)
 
-Plan = dict[torch.device, float]
+Plan = dict[torch.device, int]
 
 
 class UnreadableError(ValueError):
@@ -26,13 +27,13 @@ class UnreadableError(ValueError):
         super().__init__(f"{shown(part.strip())}: expected {expected}")
 
 
-def by_virtual_vram(size: float, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]) -> Plan:
+def by_virtual_vram(size: int, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]) -> Plan:
     """Of a model of size bytes, virtual_vram_gb GiB go to the donors, to each in turn what its memory can hold."""
     left = min(size, max(0, virtual_vram_gb) * GIB)
     return _shared(size, compute, [(compute, size - left), *((donor, _memory(donor)) for donor in donors)])
 
 
-def by_expert_string(text: str, size: float, compute: torch.device) -> tuple[Plan, list[str]]:
+def by_expert_string(text: str, size: int, compute: torch.device) -> tuple[Plan, list[str]]:
     """(plan, sentences about devices that are not here) by a string of the expert mode, for a model of size bytes.
 
     Each part is a device and an amount: bytes, filled in the order of the string, and the rest to the device of `*` or the CPU
@@ -66,12 +67,13 @@ def by_expert_string(text: str, size: float, compute: torch.device) -> tuple[Pla
     return _shared(size, compute, wanted), notes
 
 
-def _shared(size: float, compute: torch.device, wanted: Sequence[tuple[torch.device, float]]) -> Plan:
-    """To each device in turn what it wants of what is left; the rest to the one that computes."""
-    plan, left = {compute: 0.0}, size
+def _shared(size: int, compute: torch.device, wanted: Sequence[tuple[torch.device, float]]) -> Plan:
+    """To each device in turn what it wants of what is left, in whole bytes; the rest to the one that computes."""
+    plan, left = {compute: 0}, size
     for device, amount in wanted:
-        plan[device] = plan.get(device, 0.0) + min(amount, left)
-        left -= min(amount, left)
+        part = min(math.ceil(amount), left)
+        plan[device] = plan.get(device, 0) + part
+        left -= part
     plan[compute] += left
     return plan
 

@@ -34,7 +34,7 @@ def test_virtual_vram_lies_with_the_donors_and_the_rest_stays(virtual, donors, e
 ])
 def test_a_string_of_the_expert_mode_says_who_keeps_how_much(text, expected):
     plan, notes = by_expert_string(text, SIZE, FIRST)
-    assert not notes and sum(plan.values()) == pytest.approx(SIZE)
+    assert not notes and sum(plan.values()) == SIZE
     assert {device: amount / GIB for device, amount in plan.items() if amount} == {
         device: pytest.approx(amount) if isinstance(amount, (int, float)) else amount for device, amount in expected.items()}
 
@@ -52,6 +52,17 @@ def test_what_a_device_that_is_not_here_would_keep_lies_with_the_cpu():
     plan, (note,) = by_expert_string("cuda:0,2gb;cuda:7,3gb;cuda:1,*", SIZE, FIRST)
     assert gib(plan) == {FIRST: 2, CPU: 3, SECOND: 1}
     assert note == "There is no device cuda:7 here (found: gpu:0, gpu:1, cpu), so the cpu is used."
+
+
+@pytest.mark.parametrize("text", ["cuda:0,0.1%;cuda:1,33.3%;cpu,66.6%", "cuda:1,1%;cpu,1%", "cuda:1,7.000000001gb;cpu,0b",
+                                  "cuda:0,0.333;cuda:1,0.0001"])
+def test_whole_bytes_are_shared_and_none_is_lost(text):
+    plan, _ = by_expert_string(text, SIZE + 1, FIRST)
+    assert sum(plan.values()) == SIZE + 1 and all(type(amount) is int for amount in plan.values())
+
+
+def test_halves_of_a_model_leave_nothing_on_the_device_that_computes():
+    assert by_expert_string("cuda:1,50%;cpu,50%", 5, FIRST)[0] == {FIRST: 0, SECOND: 3, CPU: 2}
 
 
 def test_amounts_are_binary():

@@ -9,6 +9,8 @@ from ..mutations import json_damaged, text_damaged
 from . import Target
 from .weights import as_text
 
+SIZE = 7_000_000_000  # bytes of a model that is shared among devices
+
 
 class TextTarget(Target):
     longest = 1 << 11
@@ -38,6 +40,11 @@ class BlockWeights(TextTarget):
             assert abs(factor(key)) < float("inf")
 
 
+def assert_shared(plan):
+    """Of a model of SIZE bytes each lies on one device."""
+    assert all(amount >= 0 for amount in plan.values()) and sum(plan.values()) == SIZE, plan
+
+
 class ExpertString(TextTarget):
     name, reads = "expert_string", "where weights lie, as ComfyUI-MultiGPU's workflows write it"
 
@@ -47,10 +54,8 @@ class ExpertString(TextTarget):
         return [b"cuda:0,2.5gb;cuda:1,8gb;cpu,*", b"cuda:0,25%;cpu,75%", b"cuda:0,0.1;cpu,0.5", b"gpu:1,300m;cpu,*"]
 
     def read(self, data):
-        size = 7_000_000_000
-        plan, notes = self.plan(as_text(data), size, self.compute)
-        assert all(0 <= amount <= size + 1 for amount in plan.values()), plan  # bytes
-        assert abs(sum(plan.values()) - size) < size / 1e6, plan
+        plan, notes = self.plan(as_text(data), SIZE, self.compute)
+        assert_shared(plan)
         assert all(isinstance(note, str) and len(note) < 1000 for note in notes)
 
 
@@ -143,7 +148,6 @@ class Numbers(TextTarget):
         if isinstance(device, str):
             self.find_device(device)
         if isinstance(virtual, float):
-            plan = self.by_virtual_vram(7e9, virtual, self.device, [torch.device("cpu")])
-            assert all(0 <= amount <= 7e9 for amount in plan.values()), plan
+            assert_shared(self.by_virtual_vram(SIZE, virtual, self.device, [torch.device("cpu")]))
         if isinstance(budget, float) and 0 <= budget <= 1000:
             self.size_text(budget * 1e9)
