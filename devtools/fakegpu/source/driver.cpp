@@ -182,6 +182,13 @@ EXPORT Result cuMemcpyHtoDAsync(Pointer to, const void* from, size_t bytes, void
   return OK;
 }
 
+EXPORT Result cuMemcpyDtoHAsync(void* to, Pointer from, size_t bytes, void*) {
+  finish_copies();
+  memcpy(to, (const void*)from, bytes);
+  fake_count_copy(DOWN, fake_device_of((void*)from), bytes);
+  return OK;
+}
+
 EXPORT Result cuCtxSynchronize() { finish_copies(); return OK; }
 EXPORT Result cuEventCreate(void** event, unsigned) { *event = malloc(1); return OK; }
 EXPORT Result cuEventDestroy(void* event) { free(event); return OK; }
@@ -223,8 +230,8 @@ EXPORT Result cuGetProcAddress(const char* name, void** out, int, uint64_t flags
       {"cuMemAllocAsync", {(void*)cuMemAllocAsync, (void*)cuMemAllocAsync_ptsz}},
       {"cuMemFreeAsync", {(void*)cuMemFreeAsync, (void*)cuMemFreeAsync_ptsz}}, SAME(cuMemAllocHost), SAME(cuMemFreeHost),
       SAME(cuMemHostRegister), SAME(cuMemHostUnregister), SAME(cuMemAddressReserve), SAME(cuMemAddressFree), SAME(cuMemCreate),
-      SAME(cuMemMap), SAME(cuMemSetAccess), SAME(cuMemUnmap), SAME(cuMemRelease), SAME(cuMemcpyHtoDAsync), SAME(cuEventCreate),
-      SAME(cuEventDestroy), SAME(cuEventRecord), SAME(cuEventSynchronize)};
+      SAME(cuMemMap), SAME(cuMemSetAccess), SAME(cuMemUnmap), SAME(cuMemRelease), SAME(cuMemcpyHtoDAsync), SAME(cuMemcpyDtoHAsync),
+      SAME(cuEventCreate), SAME(cuEventDestroy), SAME(cuEventRecord), SAME(cuEventSynchronize)};
   constexpr uint64_t PER_THREAD_STREAMS = 2;
   auto found = symbols.find(name);
   *out = found == symbols.end() ? nullptr : flags == PER_THREAD_STREAMS ? found->second.per_thread : found->second.function;
