@@ -28,6 +28,7 @@ from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import machine
 
 STEPS = 12  # of a picture, which the figures are of
+PNG = 1_500_000  # bytes of a picture of 1024 x 1024
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -107,12 +108,13 @@ def intervals(ended: list[list[float]]) -> float:
     return statistics.median(later - before for times in ended for before, later in zip(times[2:], times[3:]))
 
 
-def batch_seconds(folder: Path, nodes: int, count: int) -> tuple[float, float]:
+def batch_seconds(folder: Path, nodes: int, count: int, asked: dict, worker: type) -> tuple[float, float]:
     """(seconds from picture to picture of a worker, pictures a second of all workers) of a batch."""
-    out, rows = folder / f"out{nodes}", folder / f"rows{nodes}.jsonl"
+    folder.mkdir()
+    out, rows = folder / "out", folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"id": f"{index:04}", **changes(index)}) + "\n" for index in range(count)))
-    with machines(nodes, folder / f"cluster{nodes}") as cluster:
-        done = batch.Batch(workflow(steps=STEPS), str(rows), str(out), address=cluster.address, cpus=1, gpus=0).run()
+    with machines(nodes, folder / "cluster") as cluster:
+        done = batch.Batch(asked, str(rows), str(out), address=cluster.address, cpus=1, gpus=0, worker=worker).run()
         assert done["drawn"] == count, done
     ended: dict[str, list[float]] = {}
     for path in sorted(out.glob("*.json"), key=lambda path: path.stat().st_mtime):
@@ -122,7 +124,8 @@ def batch_seconds(folder: Path, nodes: int, count: int) -> tuple[float, float]:
 
 
 def measure_speed(options) -> Iterator[tuple[str, dict]]:
-    """Pictures of the demo in 12 steps by a plain ComfyUI and by two at once, by one worker and by two, each on one thread."""
+    """Pictures of the demo in 12 steps by a plain ComfyUI and by two at once, by one worker and by two, each on one thread.
+    Then with a sleep in the picture's place, as where a GPU draws and the processor's cores are free."""
     with tempfile.TemporaryDirectory(prefix="fwm") as name:
         folder = Path(name)
         base = make_base(folder / "base")
@@ -130,24 +133,30 @@ def measure_speed(options) -> Iterator[tuple[str, dict]]:
         yield "plain", {"picture (ms)": 1000 * plain, "pictures a second": 1 / plain}
         both = sum(1 / intervals([times]) for times in plain_times(folder, base, options.pictures, 2))
         yield "two plain", {"pictures a second": both, "times one": both * plain}
-        one, one_rate = batch_seconds(folder, 1, options.pictures)
-        yield "one worker", {"picture (ms)": 1000 * one, "pictures a second": one_rate, "overhead (ms)": 1000 * (one - plain)}
-        two, two_rate = batch_seconds(folder, 2, 2 * options.pictures)
-        yield "two workers", {"picture (ms)": 1000 * two, "pictures a second": two_rate, "overhead (ms)": 1000 * (two - plain),
-                              "times one": two_rate / one_rate}
+        asked = workflow(steps=STEPS)
+        sleeping = {**asked, "1": {"class_type": "Sleep", "inputs": {"seconds": plain, "bytes": PNG}}}
+        for kind, what, worker in (("", asked, draw.Draw), (", asleep", sleeping, Sleeper)):
+            rates = []
+            for nodes, which in enumerate(("one worker", "two workers"), start=1):
+                where = folder / f"{nodes}{worker.__name__}"  # short, without spaces: Ray's sockets lie below it
+                own, rate = batch_seconds(where, nodes, nodes * options.pictures, what, worker)
+                rates.append(rate)
+                yield which + kind, {"picture (ms)": 1000 * own, "pictures a second": rate,
+                                     "overhead (ms)": 1000 * (own - plain), "times one": rate / rates[0]}
 
 
 # --- scale ---
 
 class Sleeping:
-    """In the place of a ComfyUI, as `Draw.boot`: a graph's node "1" says for how many seconds it sleeps."""
+    """In the place of a ComfyUI, as `Draw.boot`: a graph's node "1" says how many seconds it sleeps, and its file's size."""
 
     def __init__(self, elsewhere: str):
         self.elsewhere = elsewhere
 
     def run(self, asked: dict) -> Answer:
-        time.sleep(asked["1"]["inputs"]["seconds"])
-        return Answer({"9_0.png": b"a picture"})
+        inputs = asked["1"]["inputs"]
+        time.sleep(inputs["seconds"])
+        return Answer({"9_0.png": bytes(inputs.get("bytes", 9))})
 
 
 class Sleeper(draw.Draw):
