@@ -23,14 +23,28 @@ CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 PACK = Path(__file__).parents[2]
 FOREVER = 1000  # seconds
+KERNELS = "featherweight-kernels"  # name of the threads that use a compiler
 
 pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
+
+
+def wait_for_kernels(meanwhile=lambda: None):
+    """Until no thread finds out about kernels: it would remember its own compiler in the midst of the next test."""
+    while any(thread.name == KERNELS for thread in threading.enumerate()):  # one that ends may let another begin
+        meanwhile()
+        time.sleep(0.05)
+
+
+def kill_compilers():
+    for process in list(processes._running):
+        processes._kill(process)
 
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
     """compiler(seconds, of): the kernel layer as at the start, and a compiler that sleeps before it compiles a source that has
     the text `of`."""
+    wait_for_kernels()
     monkeypatch.setenv(kernels.VARIABLE, "cpp")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     command = tmp_path / "compiler"
@@ -44,11 +58,7 @@ def compiler(tmp_path, monkeypatch):
         cpp_backend._kernels.cache_clear()
 
     yield compiler
-    for thread in threading.enumerate():
-        while thread.name == "featherweight-kernels" and thread.is_alive():  # it would go on in the next test
-            for process in list(processes._running):
-                processes._kill(process)
-            thread.join(0.05)
+    wait_for_kernels(meanwhile=kill_compilers)
     cpp_backend._kernels.cache_clear()
 
 
@@ -95,7 +105,7 @@ def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(hangs_on
 def test_a_compiler_that_hangs_on_one_format_holds_up_no_other(compiler, monkeypatch):
     compiler(FOREVER, "FORMAT Q4_K")
     patience(monkeypatch, 30)
-    held_up = threading.Thread(target=product_of, daemon=True)
+    held_up = threading.Thread(target=product_of, daemon=True, name=KERNELS)
     held_up.start()
     assert seconds_of(lambda: product_of("Q8_0")) < 15
     assert kernels.find("linear", CPU, FORMATS["Q8_0"], torch.float32, tokens=3) is not None
@@ -108,19 +118,12 @@ def test_who_cancels_does_not_wait_for_the_compiler(compiler, monkeypatch):
     asyncio.run(FeatherweightExtension().on_load())
     compiler(FOREVER)
     patience(monkeypatch, 60)
-    done = threading.Event()
-
-    def interrupt():
-        while not done.wait(0.5):  # more than once: a product of the test before may still wait, and takes the first
-            comfy.model_management.interrupt_current_processing()
-
-    user = threading.Thread(target=interrupt)
+    user = threading.Timer(0.5, comfy.model_management.interrupt_current_processing)
     user.start()
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             product_of()
     finally:
-        done.set()
         user.join()
         comfy.model_management.interrupt_current_processing(False)
     assert seconds_of(lambda: product.unpack(weight(), torch.float32)) < 1
