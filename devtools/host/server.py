@@ -1,5 +1,6 @@
 """The real ComfyUI server, headless, with this pack in it, and a small client for it."""
 import copy
+import io
 import itertools
 import json
 import os
@@ -17,7 +18,9 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import websocket
+from PIL import Image
 
 from devtools import ROOT
 
@@ -42,6 +45,12 @@ class Run:
     texts: dict[str, list[str]] = field(default_factory=dict)
     steps: dict[str, list[float]] = field(default_factory=dict)
     previews: list[bytes] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> list[dict]:
+        """Entries of the pictures and videos, those that were saved before those that were only shown."""
+        entries = [entry for output in self.outputs.values() for entry in output.get("images", [])]
+        return sorted(entries, key=lambda entry: entry["type"] != "output")
 
     def seconds_per_step(self, node_id: str) -> float | None:
         """Median time between the steps of a node; the first, which also loads the model, is not counted."""
@@ -157,6 +166,10 @@ class Server:
     def image(self, entry: dict) -> bytes:
         """The file behind one {"filename", "subfolder", "type"} entry of `Run.outputs`."""
         return self.get("/view?" + urllib.parse.urlencode(entry))
+
+    def pixels(self, run: Run) -> np.ndarray:
+        """The first of the run's pictures: (height, width, 3) float32 from 0 to 255."""
+        return np.asarray(Image.open(io.BytesIO(self.image(run.pictures[0]))), dtype=np.float32)
 
     def another_client(self) -> "Server":
         """The same server as another browser has it."""

@@ -1,10 +1,8 @@
 """Loaders on the real server: a bar while they load, what they hold as a text afterwards, and an end when cancelled."""
-import io
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import save_file
 
 from devtools import demo
@@ -57,19 +55,14 @@ def test_a_model_in_bf16_is_packed_while_it_loads_and_draws_what_the_packed_file
     path = server.base / "models" / "diffusion_models" / "dense.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in demo_files.flux().items()}, path)
     run, prompt = demo.run_workflow(server)
-    expected = pixels(server, run)
+    expected = server.pixels(run)
     loader = next(node for node in prompt.values() if node["class_type"] == demo.LOADER)
     loader["inputs"] |= {"model_name": path.name, "pack_to": "Q4_K"}
     run = server.queue(prompt)
     [text] = (text for texts in run.texts.values() for text in texts if "packed from" in text)
     assert re.fullmatch(r"Q4_K \+ [^,]*, [\d.]+ MB held, packed from BF16 in \d+ s, unpacked by \w+", text)
     assert float(text.split(", ")[1].split()[0]) < path.stat().st_size / 1e6 * 0.6
-    assert np.abs(pixels(server, run) - expected).mean() < 0.5 * expected.std()
-
-
-def pixels(server, run) -> np.ndarray:
-    entry = next(entry for output in run.outputs.values() for entry in output.get("images", []) if entry["type"] == "output")
-    return np.asarray(Image.open(io.BytesIO(server.image(entry))), dtype=np.float32)
+    assert np.abs(server.pixels(run) - expected).mean() < 0.5 * expected.std()
 
 
 def test_a_load_that_is_cancelled_ends_in_the_loader_and_can_be_run_again(server):

@@ -14,11 +14,6 @@ FIRST, SECOND = demo_files.LORAS.values()
 MODEL = {"class_type": demo.LOADER, "inputs": {"model_name": demo.MODEL_NAME}}
 
 
-def pixels(server, run):
-    entry = next(entry for output in run.outputs.values() for entry in output.get("images", []) if entry["type"] == "output")
-    return np.asarray(Image.open(io.BytesIO(server.image(entry))), dtype=np.float32)
-
-
 def apply_lora(server, **inputs):
     """Queue a LoRA on the demo model and a node that shows what is said about it; returns that."""
     run = server.queue({
@@ -33,12 +28,12 @@ def apply_lora(server, **inputs):
 
 @pytest.fixture(scope="module")
 def plain(server):
-    return pixels(server, demo.run_workflow(server)[0])
+    return server.pixels(demo.run_workflow(server)[0])
 
 
 def test_the_workflow_with_two_loras_changes_the_picture(server, plain):
     run, prompt = demo.run_workflow(server, workflow=demo.LORA_WORKFLOW)
-    both = pixels(server, run)
+    both = server.pixels(run)
     assert both.shape == plain.shape and np.abs(both - plain).mean() > 2
 
     check = next(node for node, spec in prompt.items() if spec["class_type"] == "FeatherweightCheckLora")
@@ -51,7 +46,7 @@ def test_the_workflow_with_two_loras_changes_the_picture(server, plain):
     loaders = {spec["class_type"]: node for node, spec in prompt.items() if "lora_name" in spec["inputs"]}
     for loader in ("LoraLoaderModelOnly", "FeatherweightApplyLora"):
         prompt[loaders[loader]]["inputs"]["strength_model"] = 0.0
-        assert np.abs(pixels(server, server.queue(prompt)) - both).mean() > 1
+        assert np.abs(server.pixels(server.queue(prompt)) - both).mean() > 1
         prompt[loaders[loader]]["inputs"]["strength_model"] = 1.0
     assert "lora key not loaded" not in server.log()
 
@@ -64,7 +59,7 @@ def test_a_lora_of_another_model_is_refused_and_the_server_goes_on(server, plain
     with pytest.raises(ServerError, match=sentence) as error:
         apply_lora(server, lora_name=path.name)
     assert "\n" not in str(error.value)
-    assert np.array_equal(pixels(server, demo.run_workflow(server)[0]), plain)
+    assert np.array_equal(server.pixels(demo.run_workflow(server)[0]), plain)
 
 
 @pytest.mark.parametrize("case, message", [("cut", "damaged or incomplete"), ("model", "a whole diffusion model")])

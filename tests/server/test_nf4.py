@@ -1,9 +1,7 @@
 """NF4 checkpoints through the real server: a picture with a LoRA, ids of shared workflows, and plain errors."""
-import io
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import save_file
 
 from devtools import demo
@@ -21,11 +19,6 @@ def checkpoint(server):
     return demo_files.make_checkpoint(server.base)
 
 
-def pixels(server, run):
-    entry = next(entry for output in run.outputs.values() for entry in output.get("images", []) if entry["type"] == "output")
-    return np.asarray(Image.open(io.BytesIO(server.image(entry))), dtype=np.float32)
-
-
 def load(server, loader, key, name, output=0):
     """Queue one loader and a node that only shows what came out of it."""
     return server.queue({
@@ -36,7 +29,7 @@ def load(server, loader, key, name, output=0):
 
 def test_an_nf4_checkpoint_with_a_lora_makes_a_picture(server, checkpoint):
     run, prompt = demo.run_workflow(server, workflow=demo.NF4_WORKFLOW)
-    picture = pixels(server, run)
+    picture = server.pixels(run)
     assert picture.shape == (128, 128, 3) and picture.std(axis=(0, 1)).min() > 5
     line = next(match for match in demo.LOADED.finditer(server.log()) if match["file"] == checkpoint.name)
     assert "NF4 32" in line["formats"]
@@ -44,13 +37,13 @@ def test_an_nf4_checkpoint_with_a_lora_makes_a_picture(server, checkpoint):
 
     lora = next(node for node in prompt.values() if "lora_name" in node["inputs"])
     lora["inputs"]["strength_model"] = 0.0
-    plain = pixels(server, server.queue(prompt))
+    plain = server.pixels(server.queue(prompt))
     assert np.abs(plain - picture).mean() > 1
 
     # The ids of other packs' workflows give the same picture, with the values those workflows have.
     loader = next(node for node in prompt.values() if node["class_type"] == "FeatherweightLoadCheckpoint")
     loader.update(class_type="CheckpointLoaderNF4", inputs={"ckpt_name": checkpoint.name, "bnb_dtype": "nf4"})
-    assert np.array_equal(pixels(server, server.queue(prompt)), plain)
+    assert np.array_equal(server.pixels(server.queue(prompt)), plain)
 
 
 def test_a_missing_text_encoder_is_said_where_it_is_used(server, checkpoint):

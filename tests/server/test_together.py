@@ -1,6 +1,5 @@
 """What happens at the same time: prompts of two users, servers with one cache, cancels at any moment, files that change."""
 import copy
-import io
 import json
 import os
 import random
@@ -10,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from PIL import Image
 from safetensors.torch import save_file
 
 from devtools import demo
@@ -49,8 +47,7 @@ def loading(graph: dict, name: str, **inputs) -> dict:
 
 def picture(server, graph: dict) -> bytes:
     """The values of its pixels."""
-    entry, = (entry for output in server.queue(graph).outputs.values() for entry in output.get("images", []))
-    return Image.open(io.BytesIO(server.image(entry))).tobytes()
+    return server.pixels(server.queue(graph)).tobytes()
 
 
 def refusal(server, graph: dict, on_progress=None) -> str:

@@ -122,9 +122,9 @@ def test_it_runs_with_small_models(path, server, object_info):
     prompt = small(workflow, object_info, files)
     before = len(server.log())
     run = server.queue(prompt)
-    entry = next(entry for output in run.outputs.values() for entry in output.get("images", []) if entry["type"] == "output")
+    entry = run.pictures[0]
     if entry["filename"].endswith(".png"):
-        frames = [np.asarray(Image.open(io.BytesIO(server.image(entry))))]
+        frames = [server.pixels(run)]
     else:
         with av.open(io.BytesIO(server.image(entry))) as video:
             frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
