@@ -19,6 +19,8 @@ GGUF_FOLDERS = {"unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "
 # How files end that hold what was measured of a model. Not .safetensors, or the loaders would offer them as models.
 SENSITIVITY = ".sensitivity"
 
+PART = re.compile(r"(.*-)\d{5}(-of-\d{5}\.(?:gguf|safetensors))", re.I)  # of a model in several files
+
 # Classes of diffusers that are diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel, UNet2DConditionModel ...
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
 # Classes of transformers that are text encoders: T5EncoderModel, CLIPTextModelWithProjection, Qwen3ForCausalLM ...
@@ -40,6 +42,7 @@ def register_folders():
 
 def list_files(*keys: str) -> list[str]:
     """Names of the model files in the folders of all `keys`, GGUF files first, without duplicates."""
+    register_folders()  # another pack may have put directories there since
     names = {name for key in keys for name in folder_paths.get_filename_list(key)}
     return sorted(names, key=lambda name: (not name.lower().endswith(".gguf"), name.lower()))
 
@@ -91,6 +94,7 @@ def _find_folder(name: str, key: str) -> str | None:
 
 
 OUTPUT, MODELS = "output", "models"
+LONGEST = 200  # bytes of a name, which drives limit to 255 with what is put behind it
 NOT_FOR_MODELS = ("custom_nodes", "configs")  # folders that the host knows, and runs or reads
 
 
@@ -107,7 +111,8 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, coun
         if not name or key not in folder_paths.folder_names_and_paths or key in NOT_FOR_MODELS:
             raise WeightFileError(f"A name in the model folders begins with one of them, as diffusion_models/name does;"
                                   f" {shown(key)} is none.")
-        base = folder_paths.get_folder_paths(key)[0]
+        directories = folder_paths.get_folder_paths(key)
+        base = next((directory for directory in directories if os.path.basename(directory) == key), directories[0])
     if not os.path.basename(name):
         raise WeightFileError(f"{shown(name)} is no name for a file. Give one, such as diffusion_models/my_model.")
     folder, file, counter = _place_to_save(f"{name}_{label}", base)
@@ -123,6 +128,8 @@ def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
     outside = WeightFileError(f"{said} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
     if os.path.isabs(name) or _leads_elsewhere(name):
         raise outside
+    if len(os.fsencode(os.path.basename(name))) > LONGEST:
+        raise WeightFileError(f"{said} is too long for the name of a file. Give a shorter one.")
     inside = os.path.realpath(os.path.join(base, os.path.dirname(name)))
     if not os.path.join(inside, "").startswith(real):
         raise outside
@@ -136,13 +143,14 @@ def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
 
 
 class Replacements:
-    """How often model files have become others of their names since they were first asked about."""
+    """How often model files have become others of their names since they were first asked about, with what is read beside them:
+    the other parts of a split one, and the mmproj files."""
 
     def __init__(self):
         self._seen: dict[str, tuple[list, int]] = {}
 
     def count(self, values: Iterable) -> int:
-        """Of the files and folders among these values of a node's inputs, all together; other values give nothing.
+        """Of the files and folders that these values of a node's inputs name, all together; other values give nothing.
 
         A file is told from others by its size, time and number on the drive, a folder by those of all files in it. The number
         says nothing of this machine: the host writes it into the pictures that it saves, which are to be the same everywhere.
@@ -157,19 +165,39 @@ class Replacements:
 
 
 def _named_files(values: Iterable) -> set[str]:
-    keys = [key for pair in GGUF_FOLDERS.items() for key in pair if key in folder_paths.folder_names_and_paths]
-    names = [value.replace("\\", "/") for value in values
-             if isinstance(value, str) and value and not _leads_elsewhere(value)]
-    return {find(key, name) for name in names for key in keys for find in (folder_paths.get_full_path, _folder_of)} - {None}
+    keys = [*(key for pair in GGUF_FOLDERS.items() for key in pair), "diffusers", "vae_approx"]
+    keys = [key for key in keys if key in folder_paths.folder_names_and_paths]
+    names = [value for value in values if isinstance(value, str) and value]
+    found = {find(key, name.replace("\\", "/")) for name in names if not _leads_elsewhere(name)
+             for key in keys for find in (folder_paths.get_full_path, _folder_of)}
+    for name in names:
+        if name.endswith(SENSITIVITY):
+            with contextlib.suppress(WeightFileError):
+                found.add(find_sensitivity(name))
+    return found - {None}
 
 
 def _state(path: str) -> list[tuple]:
     found = []
     with contextlib.suppress(OSError):  # gone since, or not to be read: the node says so when it runs
-        for file in map(os.fspath, os.scandir(path)) if os.path.isdir(path) else [path]:
+        for file in _read_for(path):
             status = os.stat(file)
             found.append((file, status.st_size, status.st_mtime_ns, status.st_ino))
     return sorted(found)
+
+
+def _read_for(path: str) -> Iterable[str]:
+    """The files that may be read for one that was picked, or for a folder."""
+    if os.path.isdir(path):
+        return filter(os.path.isfile, (os.path.join(path, name) for pattern in ("*", "*/*")
+                                       for name in glob.iglob(pattern, root_dir=path)))
+    folder, name = os.path.split(path)
+    if part := PART.fullmatch(name):
+        return [os.path.join(folder, other) for other in os.listdir(folder)
+                if (its := PART.fullmatch(other)) and its.groups() == part.groups()]
+    if name.lower().endswith(".gguf"):
+        return [path, *(os.path.join(folder, other) for other in os.listdir(folder) if "mmproj" in other.lower())]
+    return [path]
 
 
 def _folder_of(key: str, name: str) -> str | None:
@@ -179,15 +207,6 @@ def _folder_of(key: str, name: str) -> str | None:
 def embedding_folders() -> list[str]:
     """Where textual inversions lie, for text encoders."""
     return folder_paths.get_folder_paths("embeddings")
-
-
-def sensitivity_files() -> list[str]:
-    """Names of the measurements in `output/sensitivity` and beside models, the newest first."""
-    found = {}
-    for directory in _sensitivity_folders():
-        for name in glob.iglob(f"**/*{SENSITIVITY}", root_dir=directory, recursive=True):
-            found.setdefault(name, os.path.getmtime(os.path.join(directory, name)))
-    return sorted(found, key=found.get, reverse=True)
 
 
 def find_sensitivity(name: str) -> str:
@@ -215,7 +234,10 @@ def new_sensitivity_path(name: str) -> str:
 
     name: as the host's nodes that save take it, `%date:...%` and folders too. Raises WeightFileError for one that leads out.
     """
-    prefix = os.path.join("sensitivity", name.replace("\\", "/").strip("/"))
+    name = name.replace("\\", "/").strip("/")
+    if not os.path.basename(name):
+        raise WeightFileError(f"{shown(name)} is no name for a file. Give one, such as %model%.")
+    prefix = os.path.join("sensitivity", name)
     folder, file, counter = _place_to_save(prefix, folder_paths.get_output_directory())
     return os.path.join(folder, f"{file}_{counter:05}_{SENSITIVITY}")
 
@@ -230,6 +252,8 @@ def find_file(name: str, *keys: str) -> str:
 
     Raises WeightFileError when no folder of the keys holds it.
     """
+    if not name:
+        raise WeightFileError("No file is picked. Pick one; press R in ComfyUI to refresh the list.")
     for key in () if _leads_elsewhere(name) else keys:
         for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
             path = folder_paths.get_full_path(key, spelling) or _find_folder(spelling, key)
@@ -239,6 +263,19 @@ def find_file(name: str, *keys: str) -> str:
     raise WeightFileError(
         f"{named(name)} is in none of the model folders ({', '.join(folders)}). Put the file there, or pick another one;"
         " press R in ComfyUI to refresh the list.")
+
+
+def all_there(*names: str | None, keys: Iterable[str]) -> bool | str:
+    """What a node's `validate_inputs` gives, so that nothing runs in vain before it: True, or the sentence of `find_file` about
+    the first of these names that no folder of the keys holds. None comes by a link, and is looked for when the node runs.
+    """
+    try:
+        for name in names:
+            if name is not None:
+                find_file(name, *keys)
+    except WeightFileError as error:
+        return str(error)
+    return True
 
 
 def find_saved(path: str) -> str:

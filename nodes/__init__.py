@@ -8,6 +8,7 @@ while somebody else holds them.
 import importlib
 import logging
 import pkgutil
+import re
 
 import comfy.model_management
 import nodes as host_nodes
@@ -21,6 +22,7 @@ from . import help_pages
 log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
+PICKERS = re.compile(r".*_name\d?|text_encoder_\d|mmproj|sensitivity")  # ids of inputs that name a file or a folder
 REPLACEMENTS = Replacements()  # as long as this ComfyUI, whose cache of what nodes gave it is for
 
 
@@ -55,7 +57,7 @@ def find_nodes(module) -> list[type[io.ComfyNode]]:
 
 def _replaced(cls, **inputs) -> int:
     """What the host compares to know whether a node has to run again: its files may have become others of the same names."""
-    return REPLACEMENTS.count(inputs.values())
+    return REPLACEMENTS.count(value for name, value in inputs.items() if PICKERS.fullmatch(name))
 
 
 def taken(node_id: str) -> bool:

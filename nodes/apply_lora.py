@@ -3,7 +3,7 @@ import os
 
 from comfy_api.latest import io
 
-from ..loaders.folders import find_file, list_files
+from ..loaders.folders import all_there, find_file, list_files
 from ..loaders.lora.apply import apply_lora
 from ..loaders.lora.block_weights import parse_block_weights
 from ..loaders.lora.file import load_lora_file
@@ -51,8 +51,9 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+    def validate_inputs(cls, lora_name, strength_model=1.0, strength_clip=1.0):
+        applied = None not in (strength_model, strength_clip) and (strength_model, strength_clip) != (0, 0)
+        return not applied or all_there(lora_name, keys=FOLDERS)  # a strength by a link is not known yet
 
     @classmethod
     def execute(cls, model, lora_name, strength_model=1.0, strength_clip=1.0, block_weights="", misfits=APPLY,

@@ -3,7 +3,7 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import find_file, list_files
+from ..loaders.folders import all_there, find_file, list_files
 from ..loaders.lora.file import load_lora_file
 from ..loaders.lora.fit import check_lora
 from ..loaders.lora.picture import report_picture
@@ -38,7 +38,7 @@ class CheckLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(lora_name, keys=FOLDERS)
 
     @classmethod
     def execute(cls, model, lora_name, clip=None) -> io.NodeOutput:

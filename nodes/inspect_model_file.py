@@ -50,7 +50,7 @@ class InspectModelFile(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file_name, reference_name=NONE):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return True  # neither is looked at where a model is connected
 
     @classmethod
     def execute(cls, file_name, model=None, reference_name=NONE, path=None) -> io.NodeOutput:

@@ -5,6 +5,7 @@ Four of them differ from ids of ComfyUI-GGUF in nothing but capital letters. The
 from comfy_api.latest import io
 
 from ..loaders.devices import DEFAULT
+from ..loaders.folders import all_there
 from . import legacy_gguf, legacy_gguf_clip, vae_files
 from .shown import loaded
 
@@ -34,7 +35,7 @@ class Loader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, gguf_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(gguf_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod
     def load_model(cls, gguf_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
@@ -59,7 +60,7 @@ class LoaderAdvanced(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, gguf_name):
-        return True
+        return all_there(gguf_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod
     def load_model(cls, gguf_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
@@ -85,7 +86,7 @@ class ClipLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name, device=DEFAULT):
-        return True
+        return all_there(clip_name, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name, type="stable_diffusion", device=DEFAULT) -> tuple:
@@ -111,7 +112,7 @@ class DualClipLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name1, clip_name2, device=DEFAULT):
-        return True
+        return all_there(clip_name1, clip_name2, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, type, device=DEFAULT) -> tuple:
@@ -137,7 +138,7 @@ class TripleClipLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name1, clip_name2, clip_name3):
-        return True
+        return all_there(clip_name1, clip_name2, clip_name3, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, type="sd3") -> tuple:
@@ -163,7 +164,7 @@ class QuadrupleClipLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name1, clip_name2, clip_name3, clip_name4):
-        return True
+        return all_there(clip_name1, clip_name2, clip_name3, clip_name4, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, clip_name4, type="hidream") -> tuple:
@@ -189,7 +190,7 @@ class VaeLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae_name):
-        return True
+        return vae_files.is_there(vae_name)
 
     @classmethod
     def load_vae(cls, vae_name) -> tuple:

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import find_file, list_files
+from ..loaders.folders import all_there, find_file, list_files
 from .shown import loaded
 
 FOLDERS = ("unet_gguf", "diffusion_models")
@@ -54,7 +54,7 @@ class UnetLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(unet_name, keys=FOLDERS)
 
     @classmethod
     def load_unet(cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
@@ -77,7 +77,7 @@ class UnetLoaderAdvanced(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name):
-        return True
+        return all_there(unet_name, keys=FOLDERS)
 
     @classmethod
     def load_unet(cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:

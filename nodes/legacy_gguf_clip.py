@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..loaders.devices import DEFAULT, device_options, find_device
 from ..loaders.files import open_weights
-from ..loaders.folders import embedding_folders, find_file, list_files
+from ..loaders.folders import all_there, embedding_folders, find_file, list_files
 from ..loaders.handover import is_ours
 from ..loaders.text_encoder import load_text_encoder
 from .choices import encoder_types
@@ -58,7 +58,7 @@ class CLIPLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(clip_name, keys=FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name, type="stable_diffusion") -> tuple:
@@ -82,7 +82,7 @@ class DualCLIPLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name1, clip_name2):
-        return True
+        return all_there(clip_name1, clip_name2, keys=FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, type) -> tuple:
@@ -106,7 +106,7 @@ class TripleCLIPLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name1, clip_name2, clip_name3):
-        return True
+        return all_there(clip_name1, clip_name2, clip_name3, keys=FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, type="sd3") -> tuple:
@@ -130,7 +130,7 @@ class QuadrupleCLIPLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_name1, clip_name2, clip_name3, clip_name4):
-        return True
+        return all_there(clip_name1, clip_name2, clip_name3, clip_name4, keys=FOLDERS)
 
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, clip_name4, type="hidream") -> tuple:

@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import find_file, list_files
+from ..loaders.folders import all_there, find_file, list_files
 from . import legacy_gguf
 from .shown import loaded
 
@@ -42,7 +42,8 @@ class GGUFLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name, extra_model_name=NONE):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        extra = None if extra_model_name == NONE else extra_model_name
+        return all_there(model_name, extra, keys=(*legacy_gguf.FOLDERS, *CONNECTOR_FOLDERS))
 
     @classmethod
     def execute(cls, model_name, extra_model_name=NONE, dequant_dtype="default", patch_dtype="default", patch_on_device=False,

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.devices import find_device
-from ..loaders.folders import embedding_folders, find_file
+from ..loaders.folders import all_there, embedding_folders, find_file
 from . import legacy_gguf, legacy_nf4, multigpu
 from .multigpu import CATEGORY, device_input, donor_input, expert_input, virtual_vram_input
 from .shown import loaded
@@ -42,7 +42,7 @@ class CheckpointLoaderAdvancedMultiGPU(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, ckpt_name, unet_device, clip_device, vae_device):
-        return True  # files and devices of other machines are resolved, and what is missing explained, when the node runs
+        return all_there(ckpt_name, keys=legacy_nf4.CHECKPOINT_FOLDERS)
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, unet_device, clip_device, vae_device) -> tuple:
@@ -82,7 +82,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, ckpt_name, unet_compute_device, unet_virtual_vram_gb, unet_donor_device, clip_compute_device,
                         clip_virtual_vram_gb, clip_donor_device, vae_device):
-        return True
+        return all_there(ckpt_name, keys=legacy_nf4.CHECKPOINT_FOLDERS)
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, unet_compute_device, unet_virtual_vram_gb, unet_donor_device, clip_compute_device,
@@ -115,7 +115,7 @@ class UNetLoaderLP(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name):
-        return True
+        return all_there(unet_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod
     def load_unet(cls, unet_name) -> tuple:

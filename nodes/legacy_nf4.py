@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import embedding_folders, find_file, list_files, list_model_folders
+from ..loaders.folders import all_there, embedding_folders, find_file, list_files, list_model_folders
 from .shown import loaded
 
 CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
@@ -41,7 +41,7 @@ class CheckpointLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, ckpt_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(ckpt_name, keys=CHECKPOINT_FOLDERS)
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, bnb_dtype="default") -> tuple:
@@ -70,7 +70,7 @@ class UnetLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name):
-        return True
+        return all_there(unet_name, keys=MODEL_FOLDERS)
 
     @classmethod
     def load_unet(cls, unet_name, bnb_dtype="default") -> tuple:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import embedding_folders, find_file
+from ..loaders.folders import all_there, embedding_folders, find_file
 from . import legacy_gguf, legacy_nf4
 from .shown import loaded
 
@@ -36,7 +36,7 @@ class CheckpointLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, ckpt_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(ckpt_name, keys=legacy_nf4.CHECKPOINT_FOLDERS)
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, load_dtype="default") -> tuple:
@@ -64,7 +64,7 @@ class UnetLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name):
-        return True
+        return all_there(unet_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod
     def load_checkpoint(cls, unet_name, load_dtype="default") -> tuple:

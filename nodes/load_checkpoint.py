@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
-from ..loaders.folders import embedding_folders, find_file, list_files, list_packages
+from ..loaders.folders import all_there, embedding_folders, find_file, list_files, list_packages
 from .load_diffusion_model import AS_THE_FILE, compute_input, disable_dynamic_vram_input, pack_to_input, packed_type
 from .shown import loaded
 
@@ -38,7 +38,7 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(checkpoint_name, keys=FOLDERS)
 
     @classmethod
     def execute(cls, checkpoint_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:

@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import find_file, list_files, list_model_folders
+from ..loaders.folders import all_there, find_file, list_files, list_model_folders
 from ..loaders.packing.while_loading import TYPES
 from .shown import loaded
 
@@ -62,7 +62,7 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        return all_there(model_name, keys=FOLDERS)
 
     @classmethod
     def execute(cls, model_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:

@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
-from ..loaders.folders import ENCODER, embedding_folders, find_file, list_files, list_model_folders
+from ..loaders.folders import ENCODER, all_there, embedding_folders, find_file, list_files, list_model_folders
 from ..loaders.text_encoder import AUTO, load_text_encoder
 from .choices import encoder_types
 from .load_diffusion_model import AS_THE_FILE, disable_dynamic_vram_input, pack_to_input, packed_type
@@ -54,13 +54,15 @@ class LoadTextEncoder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, text_encoder_1, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
                         device=DEFAULT):
-        return True  # names from other systems are resolved, and missing files explained, when the node runs
+        names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
+        return all_there(*names, None if mmproj in (AUTO, NONE) else mmproj, keys=FOLDERS)
 
     @classmethod
     def execute(cls, text_encoder_1, type, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
                 device=DEFAULT, disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
-        names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
-        paths = [find_file(name, *FOLDERS) for name in names]
+        further = (name or NONE for name in (text_encoder_2, text_encoder_3, text_encoder_4))
+        paths = [find_file(name, *FOLDERS) for name in (text_encoder_1, *further) if name != NONE]
+        mmproj = mmproj or AUTO
         vision = {AUTO: AUTO, NONE: None}[mmproj] if mmproj in (AUTO, NONE) else find_file(mmproj, *FOLDERS)
         device, note = find_device(device)
         clip = load_text_encoder(paths, type, embedding_folders(), vision, device_options(device), disable_dynamic_vram,

@@ -4,7 +4,7 @@ import nodes as host_nodes
 import torch
 from comfy_api.latest import io
 
-from ..loaders.folders import find_file, list_files
+from ..loaders.folders import all_there, find_file, list_files
 from ..loaders.vae import load_vae, made_of
 from .choices import choices_of
 
@@ -17,18 +17,27 @@ def vae_name_input():
     return io.Combo.Input("vae_name", options=[*gguf, *_of_the_host()], tooltip="A file in models/vae or models/vae_approx.")
 
 
+def is_there(vae_name: str | None) -> bool | str:
+    """For a node's `validate_inputs`, see `all_there`."""
+    return not _is_file(vae_name) or all_there(vae_name, keys=FOLDERS)
+
+
 def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
     """The VAE of a file; or of a name that is none, such as taesd, what the host's loader makes of it.
 
     device: where it runs; None: where the host has it.
     """
-    if "." in vae_name or vae_name not in _of_the_host():
+    if _is_file(vae_name):
         return load_vae(find_file(vae_name, *FOLDERS), device)
     host = host_nodes.NODE_CLASS_MAPPINGS["VAELoader"]
     if device is None:
         return host().load_vae(vae_name)[0]
     weights = {"pixel_space_vae": torch.tensor(1.0)} if vae_name == PIXEL_SPACE else host.load_taesd(vae_name)
     return made_of(weights, device, {"tae_latent_channels": 128} if vae_name == "taef2" else None)  # as the host's loader does
+
+
+def _is_file(vae_name: str | None) -> bool:
+    return "." in (vae_name or "") or vae_name not in _of_the_host()
 
 
 def _of_the_host() -> list[str]:

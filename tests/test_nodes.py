@@ -169,9 +169,20 @@ def test_folders_of_diffusers_are_listed_and_found(host_folders, tmp_path):
     assert folders.list_packages("checkpoints", "diffusers") == ["package"]
     expected = str(tmp_path / "diffusion_models" / "package" / "transformer")
     assert folders.find_file("package\\transformer", "diffusion_models") == expected
-    for outside in ("..", "../diffusers/package", ""):
+    for outside in ("..", "../diffusers/package"):
         with pytest.raises(WeightFileError, match="in none of the model folders"):
             folders.find_file(outside, "diffusion_models")
+    for nothing in ("", None):
+        with pytest.raises(WeightFileError, match="No file is picked. Pick one"):
+            folders.find_file(nothing, "diffusion_models")
+
+
+def test_what_another_pack_adds_to_a_folder_later_is_listed(host_folders, tmp_path):
+    folders.register_folders()
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "late.gguf").touch()
+    folder_paths.add_model_folder_path("diffusion_models", str(tmp_path / "late"))
+    assert folders.list_files("unet_gguf") == ["late.gguf"]
 
 
 @pytest.fixture

@@ -50,6 +50,19 @@ def test_a_name_may_lie_in_a_model_folder_and_nowhere_else(output, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["new_Q4_K_00001_.gguf"]
 
 
+def test_a_name_in_a_model_folder_lies_in_the_one_of_that_name(output, tmp_path, monkeypatch):
+    """The host puts the older models/unet before it."""
+    folders = ([str(tmp_path / "models" / name) for name in ("unet", "diffusion_models")], {".gguf"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", folders)
+    path, _ = saved(packed_flux("Q4_K"), filename_prefix="diffusion_models/new", folder="models")
+    assert path == tmp_path / "models" / "diffusion_models" / "new_Q4_K_00001_.gguf"
+
+
+def test_a_name_that_is_too_long_for_a_file_is_refused_before_anything_is_packed(output):
+    with pytest.raises(WeightFileError, match="is too long for the name of a file. Give a shorter one."):
+        saved(packed_flux("Q4_K"), filename_prefix="diffusion_models/" + "n" * 300)
+
+
 def test_types_sizes_and_files_of_both_kinds(output):
     model = packed_flux("Q8_0")
     path, report = saved(model, SIZE, 0.0025)

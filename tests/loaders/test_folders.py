@@ -35,6 +35,45 @@ def test_a_file_added_to_a_folder_counts(models):
     assert replacements.count(["package"]) == 1
 
 
+@pytest.mark.parametrize("picked, beside", [
+    ("Encoder-Q4_K.gguf", "mmproj-Encoder-F16.gguf"), ("Encoder-Q4_K.gguf", "Encoder.MMPROJ.gguf"),
+    ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf"),
+    ("m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors")
+])
+def test_what_is_read_beside_a_file_counts_and_no_other_does(picked, beside, models):
+    (models / picked).write_bytes(b"1")
+    replacements = Replacements()
+    (models / "another-00002-of-00002.gguf").write_bytes(b"1")
+    assert replacements.count([picked]) == 0
+    (models / "a new one.gguf").write_bytes(b"1")
+    (models / "another-00002-of-00002.gguf").write_bytes(b"12")
+    assert replacements.count([picked]) == 0
+    (models / beside).write_bytes(b"1")
+    assert replacements.count([picked]) == 1
+    (models / beside).write_bytes(b"12")
+    assert replacements.count([picked]) == 2
+
+
+def test_a_part_of_a_package_counts(models, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(models / "packages")], {"folder"}))
+    file = models / "packages" / "flux" / "transformer" / "weights.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"1")
+    replacements = Replacements()
+    assert replacements.count(["flux"]) == 0
+    file.write_bytes(b"12")
+    assert replacements.count(["flux"]) == 1
+
+
+def test_a_measurement_counts(models):
+    file = models / "flux.sensitivity"
+    file.write_bytes(b"1")
+    replacements = Replacements()
+    assert [replacements.count([name]) for name in (file.name, str(file))] == [0, 0]
+    file.write_bytes(b"12")
+    assert [replacements.count([name]) for name in (file.name, str(file))] == [1, 1]
+
+
 def test_the_number_is_that_of_every_machine(models):
     (models / "a.gguf").write_bytes(b"1")
     first = Replacements().count(["a.gguf"])

@@ -88,6 +88,27 @@ def test_a_file_deleted_after_it_was_listed_is_refused(server):
         load(server, path.name)
 
 
+def test_a_missing_file_of_a_second_stage_is_told_before_the_first_draws(server):
+    _, prompt = demo.run_workflow(server)
+    sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
+    inputs = prompt[sampler]["inputs"]
+    inputs["seed"] += 1
+    prompt |= {"second": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "wan\\low noise.gguf"}},
+               "again": {"class_type": "KSampler", "inputs": inputs | {"model": ["second", 0], "latent_image": [sampler, 0]}}}
+    decoder = next(spec for spec in prompt.values() if spec["class_type"] == "VAEDecode")
+    decoder["inputs"]["samples"] = ["again", 0]
+    seen = []
+    with pytest.raises(ServerError, match="low noise.gguf is in none of the model folders"):
+        server.queue(prompt, lambda *progress: seen.append(progress))
+    assert not seen
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_no_file_is_one_plain_error(server, name):
+    with pytest.raises(ServerError, match="No file is picked. Pick one"):
+        load(server, name, "UnetLoaderGGUF", "unet_name")
+
+
 def test_the_server_goes_on_serving_after_all_of_it(server):
     assert_still_serving(server)
     assert "Traceback" not in server.log().split("got prompt")[-1]
