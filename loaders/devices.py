@@ -32,11 +32,11 @@ def find_device(name: str | None, instead: str = "the default one") -> tuple[tor
         return None, None
     if name == "cpu":
         return CPU, None
-    match, found = GPU.fullmatch(name), gpus()
+    match, found = GPU.fullmatch(str(name)), gpus()
     if match and int(match[1] or 0) < len(found):
         return found[int(match[1] or 0)], None
     there = ", ".join([*(f"gpu:{number}" for number in range(len(found))), "cpu"])
-    return None, f"There is no device {named(name)} here (found: {there}), so {instead} is used."
+    return None, f"There is no device {named(str(name))} here (found: {there}), so {instead} is used."
 
 
 def device_options(device: torch.device | None) -> dict[str, torch.device]:

@@ -13,7 +13,8 @@ from comfy_api.latest import io
 from ..loaders.checkpoint import load_checkpoint
 from ..loaders.devices import CPU, device_options, find_device, gpus
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import embedding_folders, find_file
+from ..loaders.files.container import shown
+from ..loaders.folders import all_there, embedding_folders, find_file
 from ..loaders.held import size_text
 from ..loaders.placing import place, place_clip
 from ..loaders.text_encoder import load_text_encoder
@@ -40,17 +41,19 @@ class Kind:
     """A loader that is wrapped.
 
     inputs: makes its inputs. outputs: what makes its outputs. load: of a device or None and the inputs by name -> its parts.
-    device: what the family's first input is called where the family leaves it open.
+    is_there: of the inputs by name -> True, or a sentence about a file that is not there. device: what the family's first input
+    is called where the family leaves it open.
     """
 
     inputs: Callable[[], list]
     outputs: tuple
     load: Callable[..., dict]
+    is_there: Callable[..., bool | str]
     device: str = "compute_device"
 
 
 def _load_gguf(device, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False) -> dict:
-    dtypes = (legacy_gguf.DTYPES[name] for name in (dequant_dtype, patch_dtype))
+    dtypes = (legacy_gguf.DTYPES[name or "default"] for name in (dequant_dtype, patch_dtype))
     return {"model": load_diffusion_model(find_file(unet_name, *legacy_gguf.FOLDERS), *dtypes,
                                           model_options=device_options(device))}
 
@@ -62,7 +65,7 @@ def _load_unet(device, unet_name, weight_dtype="default") -> dict:
 
 def _load_clip(device, type="stable_diffusion", **names) -> dict:
     paths = [find_file(names[name], *legacy_gguf_clip.FOLDERS) for name in sorted(names)]
-    kind = {3: "sd3", 4: "hidream"}.get(len(paths), type)
+    kind = {3: "sd3", 4: "hidream"}.get(len(paths), type or "stable_diffusion")
     return {"clip": load_text_encoder(paths, kind, embedding_folders(), model_options=device_options(device))}
 
 
@@ -73,6 +76,22 @@ def _load_vae(device, vae_name) -> dict:
 def _load_checkpoint(device, ckpt_name) -> dict:
     path = find_file(ckpt_name, *legacy_nf4.CHECKPOINT_FOLDERS)
     return dict(zip(("model", "clip", "vae"), load_checkpoint(path, embedding_folders(), device=device)))
+
+
+def _model_there(unet_name=None, **others) -> bool | str:
+    return all_there(unet_name, keys=legacy_gguf.FOLDERS)
+
+
+def _clips_there(**inputs) -> bool | str:
+    return all_there(*(inputs[name] for name in inputs if name.startswith("clip_name")), keys=legacy_gguf_clip.FOLDERS)
+
+
+def _vae_there(vae_name=None, **others) -> bool | str:
+    return vae_files.is_there(vae_name)
+
+
+def _checkpoint_there(ckpt_name=None, **others) -> bool | str:
+    return all_there(ckpt_name, keys=legacy_nf4.CHECKPOINT_FOLDERS)
 
 
 def _weight_dtype_input():
@@ -87,17 +106,18 @@ def _clips(count: int, host_node: str | None) -> Kind:
     def inputs():
         types = [legacy_gguf_clip.type_input(host_node)] if host_node else []
         return [*map(legacy_gguf_clip.name_input, names), *types]
-    return Kind(inputs, (io.Clip.Output,), _load_clip, device="device")
+    return Kind(inputs, (io.Clip.Output,), _load_clip, _clips_there, device="device")
 
 
 ALL_THREE = (io.Model.Output, io.Clip.Output, io.Vae.Output)
-UNET_GGUF = Kind(lambda: [legacy_gguf.model_name_input()], (io.Model.Output,), _load_gguf)
-UNET_GGUF_ADVANCED = Kind(lambda: [legacy_gguf.model_name_input(), *legacy_gguf.dtype_inputs()], (io.Model.Output,), _load_gguf)
-UNET = Kind(lambda: [legacy_gguf.model_name_input(), _weight_dtype_input()], (io.Model.Output,), _load_unet)
+UNET_GGUF = Kind(lambda: [legacy_gguf.model_name_input()], (io.Model.Output,), _load_gguf, _model_there)
+UNET_GGUF_ADVANCED = Kind(lambda: [legacy_gguf.model_name_input(), *legacy_gguf.dtype_inputs()], (io.Model.Output,), _load_gguf,
+                          _model_there)
+UNET = Kind(lambda: [legacy_gguf.model_name_input(), _weight_dtype_input()], (io.Model.Output,), _load_unet, _model_there)
 CLIP, DUAL_CLIP = _clips(1, "CLIPLoader"), _clips(2, "DualCLIPLoader")
 TRIPLE_CLIP, QUADRUPLE_CLIP = _clips(3, None), _clips(4, None)
-VAE = Kind(lambda: [vae_files.vae_name_input()], (io.Vae.Output,), _load_vae)
-CHECKPOINT = Kind(lambda: [legacy_nf4.checkpoint_input()], ALL_THREE, _load_checkpoint)
+VAE = Kind(lambda: [vae_files.vae_name_input()], (io.Vae.Output,), _load_vae, _vae_there)
+CHECKPOINT = Kind(lambda: [legacy_nf4.checkpoint_input()], ALL_THREE, _load_checkpoint, _checkpoint_there)
 
 
 # --- the inputs of the families ---
@@ -150,6 +170,15 @@ DEVICE, DISTORCH, DISTORCH2 = _device, _distorch, _distorch2
 
 # --- the nodes ---
 
+def _unknown_choice(kind: Kind, inputs: dict) -> str | None:
+    """A sentence about an input of the loader itself, not a file, with a value that it does not offer."""
+    for one in kind.inputs():
+        value, offered = inputs.get(one.id), getattr(one, "options", None)
+        if offered and "_name" not in one.id and value not in (None, *offered):
+            return f"{one.id} is {shown(value)}; it can be {', '.join(offered)}."
+    return None
+
+
 class Loader:
     """What the classes of the nodes share. They are called as Python under the name `override`."""
 
@@ -169,7 +198,8 @@ class Loader:
 
     @classmethod
     def validate_inputs(cls, **inputs):
-        return True  # files and devices of other machines are resolved, and what is missing explained, when the node runs
+        """The host looks at no input itself then: devices of other machines are resolved when the node runs."""
+        return _unknown_choice(cls.kind, inputs) or cls.kind.is_there(**inputs)
 
     @classmethod
     def override(cls, *, device=None, compute_device=None, virtual_vram_gb=None, use_other_vram=False, donor_device="cpu",
