@@ -4,9 +4,12 @@ import re
 import sys
 from pathlib import Path
 
-from comfyui_version import __version__ as host_version
-
 from . import host_contract
+
+try:
+    from comfyui_version import __version__ as host_version
+except ImportError:  # the oldest do not say
+    host_version = "of an unknown version"
 
 WEB_DIRECTORY = "./nodes/web"
 OLDEST_HOST = "0.24.0"  # of those that `dev.py matrix` runs

@@ -431,7 +431,7 @@ MARKS = {
 WITHOUT = {
     "comfy.float.stochastic_rounding": "other nodes cannot write a packed model's weights",
     "comfy.hooks.EnumHookMode.MaxSpeed": "hooks with a LoRA do not work on packed models",
-    "comfy.ops.mixed_precision_ops": "* compute_dtype",
+    "comfy.ops.mixed_precision_ops": "packed files that also hold weights in ComfyUI's own formats do not load",
     "comfy.ops.pick_operations": "packed files that also hold weights in ComfyUI's own formats do not load",
     "comfy.ops.run_every_op": "packed files that also hold weights in ComfyUI's own formats do not load",
     "comfy_execution.utils.get_executing_context": "nodes show no text on themselves",

@@ -57,7 +57,7 @@ class MeasureSensitivity(io.ComfyNode):
     @classmethod
     def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
                 latent=()) -> io.NodeOutput:
-        model, name = model[0], name[0].replace("%model%", _name_of(model[0]))
+        model, name = model[0], (name[0].strip() or "%model%").replace("%model%", _name_of(model[0]))
         path = new_sensitivity_path(name)
         prompts = [[entry] for conditioning in positive or () if conditioning for entry in conditioning]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))

@@ -91,8 +91,9 @@ class SavePackedModel(io.ComfyNode):
         wanted, label = (round(size_gb * 1e9), f"{size_gb:g}GB") if type == SIZE else (type, type.replace(" ", "_"))
         suffix = ".safetensors" if type == "NF4" else ".gguf"
         jobs = [(whole, new_model_path(filename_prefix, label, suffix, folder, not overwrite), wanted)]
+        own_name = os.path.basename(filename_prefix.replace("\\", "/"))
         for name, source in ({} if clip is None else of_encoders(clip)).items():
-            prefix = os.path.join("text_encoders", f"{os.path.basename(filename_prefix)}_{name}")
+            prefix = os.path.join("text_encoders", f"{own_name}_{name}")
             label = "Q8_0" if type == SIZE else label  # the size is the model's
             jobs.append((source, new_model_path(prefix, label, suffix, folder, not overwrite), label.replace("_", " ")
                          if type == ALIKE else label))

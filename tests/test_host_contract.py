@@ -97,6 +97,10 @@ def test_what_the_patcher_overrides_takes_all_that_the_hosts_takes(host):
             assert ours[:len(shared)] == shared or ours[-1] in ("dynamic", "kwargs") and ours[:-1] == shared[:len(ours) - 1]
 
 
+def test_what_goes_without_a_name_is_said_in_words():
+    assert all(name in NAMES and words[0].isalnum() and " " in words for name, words in WITHOUT.items())
+
+
 def test_the_installed_host_satisfies_the_list():
     assert host_contract.changes(strict=True) == {}
 

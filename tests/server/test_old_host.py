@@ -1,5 +1,7 @@
 """A ComfyUI too old for the pack: one sentence that says so, no nodes, no traceback."""
 import re
+import subprocess
+import sys
 
 from devtools import ROOT
 from devtools.host.server import HOST, PACK, Server
@@ -25,6 +27,15 @@ def test_an_older_host_is_told_what_the_pack_needs(tmp_path):
     lines = [line for line in log.splitlines() if "[Featherweight]" in line]
     assert len(lines) == 1 and f"This is ComfyUI 0.9.12 and Featherweight needs {OLDEST} or newer: update ComfyUI." in lines[0]
     assert "Traceback" not in log and "IMPORT FAILED" not in log
+
+
+def test_a_host_so_old_that_it_does_not_say_its_version_is_told_so_too(tmp_path):
+    (tmp_path / "pack").symlink_to(ROOT)
+    hidden = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules['comfyui_version'] = None; import pack; "
+    found = subprocess.run([sys.executable, "-c", hidden + "print(pack.NODE_CLASS_MAPPINGS)"], capture_output=True, text=True,
+                           check=True)
+    assert found.stdout.strip() == "{}"
+    assert f"This is ComfyUI of an unknown version and Featherweight needs {OLDEST} or newer: update ComfyUI." in found.stderr
 
 
 def test_the_oldest_host_gets_the_nodes(tmp_path):
