@@ -51,7 +51,7 @@ class GGUFLoader(io.ComfyNode):
         extra = None
         if extra_model_name not in (NONE, None):
             extra = find_file(extra_model_name, *legacy_gguf.FOLDERS, *CONNECTOR_FOLDERS)
-        dtypes = (legacy_gguf.DTYPES[name] for name in (dequant_dtype, patch_dtype))
+        dtypes = (legacy_gguf.DTYPES[name or "default"] for name in (dequant_dtype, patch_dtype))
         model = load_diffusion_model(find_file(model_name, *legacy_gguf.FOLDERS), *dtypes, extra=extra)
         notes = [accumulate_in_fp16(enable_fp16_accumulation), override_attention(model, attention_override)]
         return io.NodeOutput(*loaded(*notes, model=model))

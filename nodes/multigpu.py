@@ -224,11 +224,13 @@ def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, 
     Appends to notes what cannot be so; prefix: that of the names of the inputs. Where the model computes on the CPU, all of it
     is there.
     """
-    patcher = getattr(part, "patcher", part)
-    if patcher is None or patcher.load_device == CPU or not (expert.strip() or virtual_vram_gb):
+    patcher, expert = getattr(part, "patcher", part), expert.strip()
+    if expert == "None":  # the host's text for a null
+        expert = ""
+    if patcher is None or patcher.load_device == CPU or not (expert or virtual_vram_gb):
         return part
     compute, size, plan, asked = patcher.load_device, patcher.model_size(), None, f"{prefix}expert_mode_allocations"
-    if expert.strip():
+    if expert:
         try:
             plan, missing = by_expert_string(expert, size, compute)
             notes += missing

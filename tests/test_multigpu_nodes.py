@@ -150,6 +150,11 @@ def test_what_cannot_be_is_said_in_a_sentence_and_the_model_runs(inputs, sentenc
     assert torch.equal(step(patcher), expected[1])
 
 
+def test_an_expert_string_that_is_null_is_none(expected, texts):
+    run(DISTORCH2, unet_name="flux.gguf", expert_mode_allocations="None")  # as the host writes it
+    assert "cannot be read" not in texts[0]
+
+
 @pytest.mark.parametrize("inputs, asked", [
     ({"virtual_vram_gb": 0.0001}, "virtual_vram_gb"),
     ({"expert_mode_allocations": "cuda:0,90%;cpu,10%"}, "expert_mode_allocations")])
