@@ -24,6 +24,8 @@ TITLES = {
     "QWEN3VL_8B": "Qwen3-VL 8B", "QWEN3VL_32B": "Qwen3-VL 32B", "QWEN35_08B": "Qwen3.5 0.8B", "QWEN35_2B": "Qwen3.5 2B",
     "QWEN35_4B": "Qwen3.5 4B", "QWEN35_9B": "Qwen3.5 9B", "QWEN35_27B": "Qwen3.5 27B",
 }
+# What the host makes of these follows from the type; of all others from what they are, whatever the type.
+OF_A_TYPE = {"CLIP_L", "CLIP_G", "T5_XXL", "UMT5_XXL", "T5_BASE", "UMT5_BASE", "BYT5_SMALL_GLYPH"}
 CLIP_OR_T5 = {kind for kind in TITLES if kind.startswith(("CLIP", "JINA", "T5", "UMT5", "BYT5"))}
 
 # type -> the encoders that models of this type take, one at a time.
@@ -87,8 +89,7 @@ def _single(name: str, kind: str | None, clip_type: str) -> str:
     if wanted is None or kind in wanted:
         return ""
     problem = f"{name} is {_title(kind)}; {clip_type} wants {' or '.join(sorted(map(_title, wanted)))}"
-    # A language model can be what somebody wants under any type for language models: the host takes it by its kind.
-    if kind not in CLIP_OR_T5 and not wanted <= CLIP_OR_T5:
+    if kind not in OF_A_TYPE and (kind is not None or not wanted <= CLIP_OR_T5):
         return f"{problem}."
     raise WeightFileError(f"{problem}. {_advice(kind)}")
 

@@ -75,5 +75,10 @@ def test_a_language_model_under_another_type_of_language_models_is_only_warned_o
     assert refuse_misfits(["z.gguf"], ["QWEN3_4B"], "stable_diffusion") == ""
 
 
+@pytest.mark.parametrize("kind", ["GEMMA_2_2B", "QWEN3_4B", "CLIP_H", "T5_XXL_OLD"])
+def test_what_the_host_takes_for_what_it_is_under_any_type_is_only_warned_of(kind):
+    assert refuse_misfits(["file.gguf"], [kind], "wan") == f"file.gguf is {TITLES[kind]}; wan wants UMT5-XXL."
+
+
 def test_types_nobody_wrote_down_are_left_to_the_host():
     assert refuse_misfits(["l.gguf", "x.gguf"], ["CLIP_L", "QWEN3_4B"], "a_type_of_next_year") == ""
