@@ -12,10 +12,11 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.lt
 import comfy.utils
+import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
 from .encoders import archs  # noqa: F401  registers the families
-from .encoders.arch import SENTENCEPIECE, Weights, arch_of, without_prefix
+from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, without_prefix
 from .encoders.kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
 from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
@@ -170,7 +171,9 @@ class _Encoder:
     def converted(self) -> Weights:
         """The weights under the host's names, with what the host builds the tokenizer from."""
         if self.arch is None:
-            return self.weights
+            # GGUF has no uint8.
+            return self.weights | {name: self.weights[name].to(torch.uint8, copy=True)
+                                   for name in TOKENIZER_NAMES if name in self.weights}
         try:
             tokenizer = self._tokenizer()
         except KeyError as error:

@@ -15,7 +15,7 @@ ARCHS: list[type["Arch"]] = []
 Weights = dict[str, torch.Tensor]
 
 # The host's names for what it reads from a file's state dict to build a tokenizer: bytes as uint8 tensors.
-SENTENCEPIECE, TEKKEN, TOKENIZER_JSON = "spiece_model", "tekken_model", "tokenizer_json"
+SENTENCEPIECE, TEKKEN, TOKENIZER_JSON = TOKENIZER_NAMES = "spiece_model", "tekken_model", "tokenizer_json"
 
 # Where programs put an encoder inside of a larger file; what follows are its own names. ComfyUI, Forge, and what
 # stable-diffusion.cpp 2026-08 (src/convert.cpp, src/name_conversion.cpp) writes with and without converted names.

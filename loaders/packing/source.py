@@ -15,6 +15,11 @@ from ..files.container import PLAIN_DTYPES
 
 PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 DIFFUSION_MODEL = "diffusion_model."
+# Encoders, by how the host's names for them begin, that it knows in a file by other names than those in its model.
+NAMES_IN_FILES = {
+    "qwen35_": {"model": "model.language_model", "visual": "model.visual"},
+    "qwen3vl_4b": {"visual": "model.visual"}, "qwen3vl_8b": {"visual": "model.visual"},
+}
 
 
 @dataclass
@@ -105,22 +110,28 @@ def of_model(patcher, title: str = "model") -> Source:
     """A MODEL: the host's ModelPatcher, packed by this pack or ordinary, with its patches."""
     weights = _weights_of(patcher, DIFFUSION_MODEL)
     for name, tensor in _markers(patcher).items():
-        weights.setdefault(name, Weight(name, name, tuple(tensor.shape), tensor, lambda start, stop, tensor=tensor: tensor))
+        weights.setdefault(name, _as_it_is(name, tensor))
     return Source(title, weights, patcher.load_device)
 
 
 def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
-    """A CLIP: each encoder in it by its name in the host ("clip_l", "t5xxl"), as the host's own CLIPSave divides them."""
+    """A CLIP: each encoder in it by its name in the host ("clip_l", "t5xxl"), as the host's own CLIPSave divides them.
+
+    Beside its weights stands what the host builds its tokenizer from, where the host has none of its own for it.
+    """
     weights = _weights_of(clip.patcher, "")
     parts: dict[str, dict[str, Weight]] = {}
     for name, weight in weights.items():
         part, _, rest = name.partition(".transformer.")
         if not rest:  # settings of the host beside an encoder
             part, _, rest = name.partition(".")
-        weight.name = rest
         parts.setdefault(part, {})[rest] = weight
-    return {part: Source(f"{title} {part}", found, clip.patcher.load_device) for part, found in parts.items()
-            if any(len(weight.shape) > 1 for weight in found.values())}
+    parts = {part: _named(part, found) for part, found in parts.items()
+             if any(len(weight.shape) > 1 for weight in found.values())}
+    for part, found in parts.items():
+        tokenizer = clip.tokenizer if len(parts) == 1 else getattr(clip.tokenizer, part, None)
+        found |= {name: _as_it_is(name, tensor) for name, tensor in _contents(tokenizer).items()}
+    return {part: Source(f"{title} {part}", found, clip.patcher.load_device) for part, found in parts.items()}
 
 
 def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
@@ -131,6 +142,34 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
                                patched_values.held_weight(patcher, key), patched_values.reader(patcher, key),
                                tuple(patcher.patches.get(key, ())))
     return weights
+
+
+def _as_it_is(name: str, tensor: torch.Tensor) -> Weight:
+    """A tensor that stands in the file beside the model's weights."""
+    return Weight(name, name, tuple(tensor.shape), tensor, lambda start, stop: tensor)
+
+
+def _named(part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights of an encoder under the names by which the host knows its file again."""
+    changes = next((changes for start, changes in NAMES_IN_FILES.items() if part.startswith(start)), {})
+    named = {}
+    for name, weight in weights.items():
+        start, dot, rest = name.partition(".")
+        weight.name = f"{changes.get(start, start)}{dot}{rest}"
+        named[weight.name] = weight
+    return named
+
+
+def _contents(tokenizer) -> dict[str, torch.Tensor]:
+    """Name in files -> bytes (uint8) of what the host builds a tokenizer from, as its own CLIPSave writes them."""
+    state = {} if tokenizer is None else tokenizer.state_dict()
+    return {name: _bytes_of(value) for name, value in state.items() if value is not None}
+
+
+def _bytes_of(value: torch.Tensor | bytes | str) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.cpu().to(torch.uint8)
+    return torch.frombuffer(bytearray(value.encode() if isinstance(value, str) else value), dtype=torch.uint8)
 
 
 def _markers(patcher) -> Mapping[str, torch.Tensor]:
