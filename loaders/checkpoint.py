@@ -13,7 +13,9 @@ from .devices import device_options
 from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .handover import is_ours, model_prefix, operations_for, take_back, take_back_encoder, text_metadata
+from .handover import (
+    in_the_hosts_formats, is_ours, model_prefix, operations_for, take_back, take_back_encoder, text_metadata,
+)
 from .packing.while_loading import read_weights
 from .progress import Progress
 from .recipe import Recipe, loads
@@ -147,6 +149,7 @@ def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, 
 def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory, outputs: dict, disable_dynamic: bool,
            compute: str, model_options: dict, encoder_options: dict):
     prefix = model_prefix(state_dict)
+    state_dict = in_the_hosts_formats(file, state_dict)
     if model_config_from_unet(state_dict, prefix, metadata=text_metadata(file)) is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"

@@ -11,7 +11,7 @@ import torch
 from ..ops.load_hooks import bare_parameters_unpacked
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .handover import is_ours, model_prefix, operations_for, take_back, text_metadata
+from .handover import in_the_hosts_formats, is_ours, model_prefix, operations_for, take_back, text_metadata
 from .model_names import in_the_hosts_names
 from .packing.while_loading import read_weights
 from .progress import Progress
@@ -71,6 +71,7 @@ def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype:
 
     state_dict: the file's, in the host's names. model_options: the host's. Raises WeightFileError when there is none.
     """
+    state_dict = in_the_hosts_formats(file, state_dict)
     options = {**(model_options or {}),
                "custom_operations": operations_for(state_dict, value_dtype, patch_dtype, compute=compute)}
     with bare_parameters_unpacked():

@@ -8,6 +8,7 @@ import os
 
 import comfy.model_patcher
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.model_detection import unet_prefix_from_state_dict
 from safetensors import SafetensorError, safe_open
@@ -16,23 +17,27 @@ from ..ops.int8 import multiplies_integers
 from ..ops.needs import prepare_kernels
 from ..ops.operations import packed_operations
 from ..ops.patcher import adopt
+from ..ops.tensor import is_packed
 from .files.bitsandbytes import formats_in, has_packed_weights
 from .files.container import Watch, WeightFile
+from .files.safetensors import is_shard
 
 log = logging.getLogger(__name__)
 
 
 def is_ours(path: str, pack_to: str | None = None) -> bool:
-    """Whether a file is for our reader: GGUF, a folder, or safetensors with weights that bitsandbytes packed.
+    """Whether a file is for our reader: GGUF, a folder, or safetensors in several files or with weights bitsandbytes packed.
 
-    Everything else is for the host's own loaders, unless it is to be packed. A damaged safetensors file is ours, because our
-    reader says what is wrong.
+    Everything else is for the host's own loaders, which take one file for a whole model, unless it is to be packed. A damaged
+    safetensors file is ours, because our reader says what is wrong.
     """
     name = str(path).lower()
     if pack_to or name.endswith(".gguf") or os.path.isdir(path):
         return True
     if not name.endswith((".safetensors", ".sft")):
         return False
+    if is_shard(path):
+        return True
     try:
         with safe_open(path, framework="pt") as file:
             return has_packed_weights(file.keys())
@@ -56,6 +61,17 @@ def operations_for(state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype
 def text_metadata(file: WeightFile) -> dict[str, str]:
     """What the host takes as a file's metadata."""
     return {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+
+
+def in_the_hosts_formats(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a file without packed ones as the host takes them; files that it reads itself it changes in the same way.
+
+    Layers in its own quantised formats have a `comfy_quant` then, whether the file has that, a `scaled_fp8`, or metadata.
+    """
+    if any(map(is_packed, state_dict.values())):
+        return state_dict
+    prefix, metadata = model_prefix(state_dict), text_metadata(file)
+    return comfy.utils.convert_old_quants(state_dict, model_prefix=prefix, metadata=metadata)[0]
 
 
 def take_back(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):

@@ -74,6 +74,12 @@ class SafetensorsFile(WeightFile):
         return tensors
 
 
+def is_shard(path: str | Path) -> bool:
+    """Whether a file is named as one of several that hold one model."""
+    names = SHARD.fullmatch(Path(path).name)
+    return names is not None and int(names[3]) > 1
+
+
 def _shards(path: Path) -> list[Path]:
     """All files of the model that `path` is one file of."""
     names = SHARD.fullmatch(path.name)

@@ -1,0 +1,68 @@
+"""Models in several safetensors files of which a user picks one: the host's own loaders would read that one alone."""
+import comfy.sd
+import pytest
+import torch
+from checkpoint_parts import SD15, clip_l, stable_diffusion
+from families import relative_error
+from families import run as run_family
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.text_encoder import load_text_encoder
+from patched_models import relative, run, tiny_flux
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+SHARDS = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+DIFFUSION_MODEL = {name: value.bfloat16() for name, value in tiny_flux().items()}
+
+
+def scaled_fp8() -> dict[str, torch.Tensor]:
+    """The model in the older of the host's fp8 formats: a scale beside each weight, and a mark in the file."""
+    stored = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, value in DIFFUSION_MODEL.items():
+        stored[name] = value
+        if value.ndim == 2:
+            stored[name] = (value * 8).to(torch.float8_e4m3fn)
+            stored[name.replace("weight", "scale_weight")] = torch.tensor(0.125)
+    return stored
+
+
+def write(folder, tensors) -> list[str]:
+    """Both files and the whole model in one; their paths, the whole one last."""
+    names = list(tensors)
+    for name, held in zip([*SHARDS, "whole.safetensors"], (names[::2], names[1::2], names)):
+        save_file({key: tensors[key].contiguous() for key in held}, folder / name)
+    return [str(folder / name) for name in [*SHARDS, "whole.safetensors"]]
+
+
+@pytest.mark.parametrize("tensors", [DIFFUSION_MODEL, scaled_fp8()], ids=["bf16", "scaled fp8"])
+def test_any_of_the_files_of_a_plain_diffusion_model_loads_all_of_it(tensors, tmp_path):
+    *shards, whole = write(tmp_path, tensors)
+    expected = run(comfy.sd.load_diffusion_model(whole))
+    for shard in shards:
+        assert relative(run(load_diffusion_model(shard)), expected) < 1e-5
+
+
+def test_any_of_the_files_of_a_plain_text_encoder_loads_all_of_it(tmp_path):
+    *shards, whole = write(tmp_path, {name.removeprefix("transformer."): value for name, value in clip_l().items()})
+    expected = load_text_encoder([whole]).cond_stage_model.state_dict()
+    for shard in shards:
+        found = load_text_encoder([shard]).cond_stage_model.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_any_of_the_files_of_a_plain_checkpoint_loads_all_of_it(tmp_path):
+    *shards, whole = write(tmp_path, stable_diffusion())
+    (expected, *_), (model, clip, vae) = load_checkpoint(whole), load_checkpoint(shards[0])
+    assert relative_error(run_family(model, SD15), run_family(expected, SD15)) < 1e-5
+    of_clip = next(value for name, value in clip.cond_stage_model.state_dict().items() if "layers.7.mlp.fc1.weight" in name)
+    assert of_clip.any() and all(value.any() for value in vae.first_stage_model.state_dict().values() if value.ndim == 4)
+
+
+def test_a_file_without_the_others_of_its_model_names_them(tmp_path):
+    write(tmp_path, DIFFUSION_MODEL)
+    (tmp_path / SHARDS[1]).unlink()
+    with pytest.raises(WeightFileError, match=f"{SHARDS[1]} is missing beside it. Download all 2 into one folder"):
+        load_diffusion_model(str(tmp_path / SHARDS[0]))
