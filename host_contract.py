@@ -40,6 +40,7 @@ NAMES = {
     "comfy.model_detection.convert_diffusers_mmdit": "state_dict output_prefix",
     "comfy.model_detection.detect_unet_config": "state_dict key_prefix",
     "comfy.model_detection.model_config_from_unet": "state_dict unet_key_prefix * metadata",
+    "comfy.model_detection.unet_config_from_diffusers_unet": "state_dict",
     "comfy.model_detection.unet_prefix_from_state_dict": "state_dict",
     "comfy.model_management.MAX_PINNED_MEMORY": None,
     "comfy.model_management.NUM_STREAMS": None,

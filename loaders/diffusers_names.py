@@ -1,48 +1,103 @@
 """Models in diffusers' names: the host's conversion, for packed weights."""
 import bisect
+import contextlib
 import logging
+import re
 
 import comfy.model_detection
 import torch
+from torch.overrides import TorchFunctionMode
 
-from ..ops.tensor import is_packed
+from ..ops.load_hooks import after_each_loads
 from ..ops.rows import join_rows, take_rows
+from ..ops.tensor import is_packed
+from .detection import answer
+from .files.container import WeightFile, WeightFileError, shown
 
 log = logging.getLogger(__name__)
+
+# Names of diffusers that the host's tables lack, and what those or its models have in their place.
+UNKNOWN_TO_THE_HOST = (
+    (r"^(distilled_guidance_layer\.layers\.\d+)\.linear_1\.", r"\1.in_layer."),  # Chroma
+    (r"^(distilled_guidance_layer\.layers\.\d+)\.linear_2\.", r"\1.out_layer."),
+    (r"^time_guidance_embed\.", "time_text_embed."),  # Flux.2
+    (r"^((double|single)_stream_modulation\w*)\.linear\.", r"\1.lin."),
+)
 
 
 def from_diffusers(state_dict: dict[str, torch.Tensor], later: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a model in diffusers' names and parts (q, k and v apart) under the host's names and whole.
 
     The host's conversion writes into plain tensors only. It gets row numbers in place of rows, and what it makes of them
-    tells where each row of a weight comes from. A weight with a part missing is left out, which the host reports.
+    tells where each row of a weight comes from. Parts of a weight of which another is missing keep their names.
     later: what is made of several dense tensors comes as `JoinedRows`, which takes no memory yet.
     """
-    if comfy.model_detection.detect_unet_config(state_dict, "") is not None:
+    if answer(comfy.model_detection.detect_unet_config, state_dict, "") is not None:
         return state_dict
-    names = [name for name, tensor in state_dict.items() if tensor.ndim and tensor.numel()]
-    starts, numbers, count = [], {}, 0
+    tensors = {_in_names_of_the_tables(name): tensor for name, tensor in state_dict.items()}
+    names = [name for name, tensor in tensors.items() if tensor.ndim and tensor.numel()]
+    starts, numbers, count = [], {}, 1
     for name in names:
         starts.append(count)
-        numbers[name] = torch.arange(count, count + len(state_dict[name]))
-        count += len(state_dict[name]) + 1  # a gap, so that two tensors never read as one run of rows
-    converted = comfy.model_detection.convert_diffusers_mmdit(numbers, "")
+        numbers[name] = torch.arange(count, count + len(tensors[name]))
+        count += len(tensors[name]) + 1  # a gap, so that two tensors never read as one run of rows
+    if "x_embedder.weight" in numbers:  # the host reads the width of a Flux from its bias, which Flux.2 has not
+        numbers.setdefault("x_embedder.bias", torch.zeros_like(numbers["x_embedder.weight"]))
+    with _RowsOfNothing():
+        converted = answer(comfy.model_detection.convert_diffusers_mmdit, numbers, "")
     if converted is None:
         return state_dict
     known = set(names).difference(numbers)  # the conversion takes out what it uses
-    out = {name: tensor for name, tensor in state_dict.items() if name not in known}
+    out = {name: tensor for name, tensor in tensors.items() if name not in known}
     for target, rows in converted.items():
-        parts = []
-        for run in rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1):
+        written, sources, parts = rows[rows > 0], [], []
+        for run in written.tensor_split((written.diff() != 1).nonzero().flatten() + 1) if len(written) else ():
             source = bisect.bisect(starts, run[0].item()) - 1
-            tensor, first = state_dict[names[source]], run[0].item() - starts[source]
-            if source < 0 or first + len(run) > tensor.shape[0]:
-                break
-            parts.append((tensor, first, first + len(run)))
+            first = run[0].item() - starts[source]
+            sources.append(names[source])
+            parts.append((tensors[names[source]], first, first + len(run)))
+        if len(written) < len(rows):
+            out |= {name: tensors[name] for name in sources}
         else:
             dense = len(parts) > 1 and not any(is_packed(tensor) for tensor, _, _ in parts)
             out[target] = JoinedRows(parts) if later and dense else _rows_joined(target, parts)
     return out
+
+
+def _in_names_of_the_tables(name: str) -> str:
+    for pattern, replacement in UNKNOWN_TO_THE_HOST:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class _RowsOfNothing(TorchFunctionMode):
+    """Inside of it torch's new tensors are of zeros, the number of no row: the host leaves them so where a part is missing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.zero_() if func in (torch.empty, torch.empty_like) else out
+
+
+def half_converted_refused(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager:
+    """While the host loads a model of a file's weights whose names were changed: WeightFileError where that went half the way.
+
+    It is told by names that the model does not have while others are missing. The host runs such a model with zeros.
+    """
+    def refuse(model, names):
+        left, missing = sorted(names.unexpected_keys), names.missing_keys
+        if left and missing:
+            raise WeightFileError(
+                f"{file.path.name} makes only a part of a model in ComfyUI's names: {_few(missing)} would be zeros, and for"
+                f" {_few(left)} there is no place. Download it again where a part of it may be missing; otherwise update"
+                " ComfyUI, or get the model in ComfyUI's names.")
+
+    if state_dict.keys() <= file.entries.keys():
+        return contextlib.nullcontext()
+    return after_each_loads(lambda name, module: name == "diffusion_model", refuse)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 class JoinedRows:

@@ -9,6 +9,8 @@ import comfy.sd
 import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
+from .detection import is_known, misfits_told
+from .diffusers_names import half_converted_refused
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .handover import in_the_hosts_formats, is_ours, model_prefix, operations_for, take_back, text_metadata
@@ -74,9 +76,11 @@ def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype:
     state_dict = in_the_hosts_formats(file, state_dict)
     options = {**(model_options or {}),
                "custom_operations": operations_for(state_dict, value_dtype, patch_dtype, compute=compute)}
-    with bare_parameters_unpacked():
-        patcher = comfy.sd.load_diffusion_model_state_dict(
-            state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)
+    patcher = None
+    if is_known(state_dict):
+        with misfits_told(file), bare_parameters_unpacked(), half_converted_refused(file, state_dict):
+            patcher = comfy.sd.load_diffusion_model_state_dict(
+                state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)
     if patcher is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"

@@ -17,18 +17,27 @@ def bare_parameters_unpacked() -> contextlib.AbstractContextManager:
     return before_each_loads(lambda name, module: not isinstance(module, PackedLayer), _unpack_own_parameters)
 
 
-@contextlib.contextmanager
-def before_each_loads(chosen, hook):
+def before_each_loads(chosen, hook) -> contextlib.AbstractContextManager:
     """While the host builds and loads a model: `hook` runs before a chosen module takes its part of the state dict.
 
     chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix, ...): as torch calls what
     `register_load_state_dict_pre_hook` is given.
     """
+    return _on_each_built(chosen, lambda module: module.register_load_state_dict_pre_hook(hook))
+
+
+def after_each_loads(chosen, hook) -> contextlib.AbstractContextManager:
+    """The same for after that. hook(module, names): `names` has `missing_keys` and `unexpected_keys` of all that is loaded."""
+    return _on_each_built(chosen, lambda module: module.register_load_state_dict_post_hook(hook))
+
+
+@contextlib.contextmanager
+def _on_each_built(chosen, register):
     hooks = []
 
     def on_submodule(parent, name, module):
         if module is not None and chosen(name, module):
-            hooks.append(module.register_load_state_dict_pre_hook(hook))
+            hooks.append(register(module))
 
     hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
     try:

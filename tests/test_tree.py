@@ -11,8 +11,8 @@ HOST = Path(comfy.options.__file__).resolve().parent.parent
 LAYERS = ("nodes", "machines", "loaders", "ops", "host_contract")  # each may import itself and those after it
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 USES_HOST = {
-    "__init__.py", "loaders/checkpoint.py", "loaders/devices.py", "loaders/diffusers_names.py", "loaders/diffusion.py",
-    "loaders/folders.py",
+    "__init__.py", "loaders/checkpoint.py", "loaders/detection.py", "loaders/devices.py",
+    "loaders/diffusers_names.py", "loaders/diffusion.py", "loaders/folders.py",
     "loaders/inspect/__init__.py", "loaders/inspect/inspection.py",
     "loaders/handover.py", "loaders/lora/file.py", "loaders/lora/fit.py",
     "loaders/packing/file_source.py", "loaders/packing/host_formats.py", "loaders/packing/runs.py", "loaders/progress.py",

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers_names import DIFFUSERS, in_diffusers_names
+from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import (
     FAMILIES, comfyui_gguf_style, host_patcher, random_weights, relative_error, run, shrunken_detection,
     stable_diffusion_cpp_style,
@@ -206,31 +206,66 @@ def test_whole_checkpoint_gives_its_diffusion_model(family, path, caplog):
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
 
+def as_in_diffusers(family):
+    """The weights of a family as diffusers keeps them."""
+    name = next(name for name, other in FAMILIES.items() if other is family)
+    return in_diffusers_names(random_weights(family), DIFFUSERS[name](family.config)), DIFFUSERS[name](family.config)
+
+
 @pytest.mark.parametrize("family, types", [
     *((name, ["Q8_0"]) for name in DIFFUSERS), ("flux-dev", ["Q8_0", "Q4_0", "F16"]), ("flux-dev", ["Q6_K"]),
 ], indirect=["family"])
 def test_names_of_diffusers(family, types, path, caplog):
-    weights = random_weights(family)
-    name = next(name for name, other in FAMILIES.items() if other is family)
-    stored = in_diffusers_names(weights, DIFFUSERS[name](family.config))
+    weights, (stored, table) = random_weights(family), as_in_diffusers(family)
     turn = iter(range(len(stored)))
     seen = write_gguf(path, stored, lambda key, values: types[next(turn) % len(types)] if values.ndim == 2 else "F16")
     patcher = load_without_complaint(path, caplog)
     packed = [module for module in patcher.model.diffusion_model.modules()
               if isinstance(module, torch.nn.Linear) and is_packed(module.weight)]
     assert len(packed) >= (len([values for values in weights.values() if values.ndim == 2]) - 4 if len(types) == 1 else 1)
-    expected = host_patcher(seen, family)
+    seen = {name: torch.from_numpy(values).reshape(stored[name].shape) for name, values in seen.items()}
+    expected = host_patcher(in_the_hosts_names(seen, weights, table), family)
     assert relative_error(run(patcher, family), run(expected, family)) < 1e-5
 
 
-def test_diffusers_file_without_a_part_is_reported_by_the_host(path, caplog):
-    family = FAMILIES["flux-dev"]
-    stored = in_diffusers_names(random_weights(family), DIFFUSERS["flux-dev"](family.config))
-    del stored["transformer_blocks.0.attn.to_k.weight"]
+@pytest.fixture
+def filled_memory():
+    """What torch leaves in new tensors is not zero, as it may be of itself."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@families("flux-dev", "flux2", "sd3.5")
+@pytest.mark.usefixtures("filled_memory")
+@pytest.mark.parametrize("part", ["to_q", "to_k", "to_v"])
+def test_diffusers_file_without_a_part_of_a_weight_is_refused(family, part, path):
+    stored, table = as_in_diffusers(family)
+    target = table["transformer_blocks.0.attn.to_k.weight"][0]
+    del stored[f"transformer_blocks.0.attn.{part}.weight"]
     write_gguf(path, stored, **comfyui_gguf_style())
-    with caplog.at_level(logging.WARNING):
+    with pytest.raises(WeightFileError, match=f"model.gguf.*{target}.*Download it again") as error:
         load_diffusion_model(path)
-    assert "unet missing: ['double_blocks.0.img_attn.qkv.weight']" in caplog.text
+    assert "\n" not in str(error.value)
+
+
+@families("flux-dev")
+def test_diffusers_names_of_which_some_are_not_known_are_refused(family, path):
+    stored, _ = as_in_diffusers(family)
+    write_gguf(path, {name.replace("timestep_embedder", "clock"): values for name, values in stored.items()},
+               **comfyui_gguf_style())
+    with pytest.raises(WeightFileError, match="'time_in.*would be zeros, and for 'time_text_embed.clock.linear_1.bias'"):
+        load_diffusion_model(path)
+
+
+@families("flux-schnell", "sd3.5")
+def test_a_weight_of_another_size_is_named(family, path):
+    weights = dict(random_weights(family))
+    name = next(name for name, values in weights.items() if name.endswith("mlp.2.weight") or name.endswith("mlp.fc2.weight"))
+    weights[name] = weights[name][:128]
+    write_gguf(path, weights, **comfyui_gguf_style())
+    with pytest.raises(WeightFileError, match=f"model.gguf: the names of its weights .*, their sizes are not: {name}"):
+        load_diffusion_model(path)
 
 
 def refused(path, tensors, *said):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
-import comfy.utils
 import pytest
 import torch
+from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, host_patcher, random_weights, relative_error
 from families import run as run_family
 from devtools.files import tiny_models
@@ -52,24 +52,12 @@ def dense(seen):
     return comfy.sd.load_diffusion_model_state_dict({name: value.clone() for name, value in seen.items()})
 
 
-# Names of the host's layers for those of diffusers, by the host's own tables.
-DIFFUSERS = {
-    "flux-dev": lambda config: comfy.utils.flux_to_diffusers(config),
-    "sd3.5": lambda config: comfy.utils.mmdit_to_diffusers({**config, "num_blocks": config["depth"]}),
-}
-
-
-def in_diffusers_names(name: str) -> dict[str, torch.Tensor]:
-    """The weights of a family as diffusers keeps them: q, k and v apart, shift and scale swapped."""
-    family, stored = FAMILIES[name], {}
-    weights, done = random_weights(family), set()
-    for source, target in DIFFUSERS[name](family.config).items():
-        target, place, change = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
-        if target in weights and (target, place) not in done:  # the host knows two names of some layers
-            done.add((target, place))
-            values = weights[target] if place is None else weights[target].narrow(*place)
-            stored[source] = (change(values) if change else values).contiguous()
-    return stored
+def as_in_diffusers(name: str):
+    """The weights of a family as diffusers keeps them, and a function that gives such values to the host's own model."""
+    family, weights = FAMILIES[name], random_weights(FAMILIES[name])
+    table = DIFFUSERS[name](family.config)
+    stored = {key: value.contiguous() for key, value in in_diffusers_names(weights, table).items()}
+    return stored, lambda seen: host_patcher(in_the_hosts_names(seen, weights, table), family)
 
 
 def write_folder(folder, tensors, shards: int, config=None, **kind):
@@ -158,13 +146,12 @@ def test_the_host_can_have_the_model_once_more(path):
     assert isinstance(again, PackedPatcher) and torch.equal(run(again), run(patcher))
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "sd3.5"])
+@pytest.mark.parametrize("name", ["flux-dev", "flux2", "sd3.5"])
 @pytest.mark.parametrize("kind", ["NF4", "NF4 double-quantised", "FP4"])
 def test_a_folder_of_diffusers_runs_packed(name, kind, tmp_path):
-    family = FAMILIES[name]
-    seen = write_folder(tmp_path / "package" / "transformer", in_diffusers_names(name), 3, **KINDS[kind])
+    family, (stored, of_the_host) = FAMILIES[name], as_in_diffusers(name)
+    expected = of_the_host(write_folder(tmp_path / "package" / "transformer", stored, 3, **KINDS[kind]))
     patcher = load_diffusion_model(tmp_path / "package" / "transformer")
-    expected = host_patcher(seen, family)
     assert relative_error(run_family(patcher, family), run_family(expected, family)) < 1e-5
     matrices = [key for key, values in expected.model.diffusion_model.state_dict().items()
                 if values.ndim == 2 and key.endswith(".weight")]
@@ -181,9 +168,8 @@ def test_int8_runs_the_float_product_of_its_values(prefix, path):
 
 
 def test_int8_in_diffusers_names_stays_packed(path):
-    family = FAMILIES["flux-dev"]
-    seen = write_bnb_int8(path, in_diffusers_names("flux-dev"))
-    patcher, expected = load_diffusion_model(path), host_patcher(seen, family)
+    family, (stored, of_the_host) = FAMILIES["flux-dev"], as_in_diffusers("flux-dev")
+    expected, patcher = of_the_host(write_bnb_int8(path, stored)), load_diffusion_model(path)
     assert relative_error(run_family(patcher, family), run_family(expected, family)) < 1e-5
     for name, values in expected.model.diffusion_model.state_dict().items():
         if values.ndim == 2:

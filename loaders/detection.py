@@ -1,0 +1,50 @@
+"""What the host says about a model by the names and shapes of its weights, of foreign and partial files too."""
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_detection
+import torch
+
+from .files.container import WeightFile, WeightFileError, first_line
+
+# What it raises for those: its detection and its tables look up, index and divide what a model of theirs would have.
+FOREIGN = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)
+
+
+def answer(ask: Callable, *arguments, **options) -> Any:
+    """What one of the host's functions of detection or conversion gives for a model; None, as for one that it does not know,
+    where names or shapes that it counts on are missing.
+    """
+    try:
+        return ask(*arguments, **options)
+    except FOREIGN:
+        return None
+
+
+def is_known(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether the host takes some of these weights, in its own names or those of diffusers' UNets, for a diffusion model's."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    return (answer(comfy.model_detection.detect_unet_config, inside or state_dict, "") is not None
+            or answer(comfy.model_detection.unet_config_from_diffusers_unet, inside or state_dict) is not None)
+
+
+@contextlib.contextmanager
+def misfits_told(file: WeightFile):
+    """Raise WeightFileError where the host builds no model of a file's weights, or one of other sizes than they have."""
+    advice = "Download it again where a part of it may be missing, or get another conversion of the model."
+    try:
+        yield
+    except WeightFileError:
+        raise
+    except (ArithmeticError, ValueError) as error:
+        raise WeightFileError(f"{file.path.name}: ComfyUI knows the names of its weights, and cannot build a model of their"
+                              f" sizes ({first_line(error)}). {advice}") from error
+    except RuntimeError as error:
+        model, *mismatches = str(error).split("\n\t")
+        if not mismatches or "loading state_dict for " not in model:
+            raise
+        raise WeightFileError(
+            f"{file.path.name}: the names of its weights are those of {model.rpartition(' ')[2].rstrip(':')}, their sizes are"
+            f" not: {mismatches[0]} {advice}") from error
