@@ -9,6 +9,7 @@ from comfy.model_detection import model_config_from_unet
 
 from ..ops.load_hooks import bare_parameters_unpacked
 from ..ops.tensor import is_packed
+from .detection import answer, misfits_told
 from .devices import device_options
 from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
 from .files import open_weights
@@ -150,7 +151,7 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
            compute: str, model_options: dict, encoder_options: dict):
     prefix = model_prefix(state_dict)
     state_dict = in_the_hosts_formats(file, state_dict)
-    if model_config_from_unet(state_dict, prefix, metadata=text_metadata(file)) is None:
+    if answer(model_config_from_unet, state_dict, prefix, metadata=text_metadata(file)) is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"
             f" first {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
@@ -159,7 +160,7 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
         encoder_options["custom_operations"] = operations_for(encoder, full_precision=True)
     model_options["custom_operations"] = operations_for(
         {name: None for name in state_dict if name.startswith(prefix)}, compute=compute)
-    with bare_parameters_unpacked():
+    with misfits_told(file), bare_parameters_unpacked():
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=text_metadata(file),
             model_options=model_options, te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)

@@ -9,6 +9,7 @@ import comfy.model_detection
 import comfy.sd
 import torch
 
+from ..detection import answer
 from ..encoders.kinds import TITLES, kind_of
 from ..files.container import shown
 from ..lora.families import recognise
@@ -141,11 +142,8 @@ def _diffusion_model(contents: Contents, found: Inspection) -> bool:
 
 def _config(tensors: dict[str, torch.Tensor], prefix: str, metadata) -> Any:
     """The host's configuration of a diffusion model among tensors without values, None where there is none."""
-    try:
-        texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
-        return comfy.model_detection.model_config_from_unet(tensors, prefix, metadata=texts)
-    except Exception:  # its detection indexes and divides what foreign files lack; that is the answer it gives for them
-        return None
+    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return answer(comfy.model_detection.model_config_from_unet, tensors, prefix, metadata=texts)
 
 
 def _parts(contents: Contents, prefix: str) -> dict[str, int]:

@@ -1,0 +1,42 @@
+"""Files with a name or two of a diffusion model and without the rest of it: the host's detection counts on that."""
+import pytest
+import torch
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.inspect import inspect
+from featherweight.loaders.packing.file_source import of_file
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+UNKNOWN = "model.safetensors( holds no .* that this ComfyUI knows|: .* cannot build a model|: .* their sizes are not)"
+PARTS = {
+    "flux": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,), "img_in.weight": (64, 64)},
+    "flux of diffusers": {"x_embedder.weight": ()},
+    "flux 2 of diffusers": {"x_embedder.weight": (64, 64), "transformer_blocks.0.attn.to_q.weight": (64, 64)},
+    "hunyuan video": {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (64,)},
+    "sd3": {"joint_blocks.0.context_block.attn.qkv.weight": (64, 64)},
+    "sd3 of diffusers": {"pos_embed.proj.weight": (64, 16, 2, 2), "transformer_blocks.0.attn.add_q_proj.weight": (64, 64)},
+    "unet": {"input_blocks.0.0.weight": (320, 4, 3, 3)},
+    "unet of diffusers": {"conv_in.weight": (320, 4, 3, 3), "down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)},
+    "wan": {"head.modulation": (1, 2, 64), "patch_embedding.weight": (64, 16, 1, 2, 2)},
+    "z-image of diffusers": {"noise_refiner.0.attention.norm_k.weight": (64,)},
+}
+
+
+@pytest.fixture(params=PARTS)
+def path(request, tmp_path):
+    save_file({name: torch.zeros(shape) for name, shape in PARTS[request.param].items()}, tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("load", [load_diffusion_model, load_checkpoint])
+def test_a_few_weights_of_a_model_are_no_model(load, path):
+    with pytest.raises(WeightFileError, match=UNKNOWN) as error:
+        load(path, pack_to="Q8_0")
+    assert "\n" not in str(error.value)
+
+
+def test_a_few_weights_of_a_model_are_inspected_and_read(path):
+    assert all(found.kind for found in inspect(path)) and of_file(path).weights
