@@ -1,8 +1,10 @@
 """Folders as diffusers and transformers save one model: `config.json` beside safetensors files.
 
-Weights lie in one file, or in several that `*.safetensors.index.json` lists (`weight_map`: tensor -> file).
+Weights lie in one file, or in several that `*.safetensors.index.json` lists (`weight_map`: tensor -> file). Of a variant, such
+as fp16, that is `*.safetensors.index.fp16.json`.
 """
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -15,6 +17,7 @@ from .safetensors import SafetensorsFile
 # Names that diffusers and transformers give to the weights; others are taken where there is one only.
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 INDEX = ".index.json"
+VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
 
 class ModelFolder(SafetensorsFile):
@@ -100,7 +103,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of the weights, and what the index says about which tensor is in which."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     files = [name for name in names if name.endswith(".safetensors")]
-    indices = [name for name in names if name.endswith(".safetensors" + INDEX)]
+    indices = ([name for name in names if name.endswith(".safetensors" + INDEX)]
+               or [name for name in names if VARIANT_INDEX.fullmatch(name)])
     for usual in USUAL_NAMES:
         if usual in files:
             return [file_inside(folder, usual)], {}

@@ -66,6 +66,19 @@ def test_the_usual_file_is_taken_where_a_variant_lies_beside_it(folder):
     assert set(open_weights(folder).state_dict()) == {"b"}
 
 
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+def test_a_variant_in_shards_is_read_where_it_is_the_only_one(folder, variant):
+    shards = [f"{NAME}.{variant}-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    for name, shard in zip("ab", shards):
+        save_file({name: torch.zeros(1)}, str(folder / shard))
+    index = f"{NAME}.safetensors.index.{variant}.json"
+    (folder / index).write_text(json.dumps({"weight_map": dict(zip("ab", shards))}))
+    assert set(open_weights(folder).state_dict()) == {"a", "b"}
+    save_file({"c": torch.zeros(1)}, str(folder / "whole.safetensors"))
+    (folder / "other.safetensors.index.json").write_text(json.dumps({"weight_map": {"c": "whole.safetensors"}}))
+    assert set(open_weights(folder).state_dict()) == {"c"}
+
+
 @pytest.mark.parametrize("config, kind", [
     ({"architectures": ["T5EncoderModel"]}, "T5EncoderModel"), ({"architectures": []}, ""), ({}, ""),
     ({"quantization_config": {"load_in_8bit": True}}, ""), ({"quantization_config": None}, "")])
@@ -127,9 +140,11 @@ def test_several_files_without_an_index_are_refused(folder, shards):
     refused(folder, r"it has .*, and no \*.safetensors.index.json")
 
 
-def test_several_indices_are_refused(folder):
-    for name in ("a", "b"):
-        (folder / f"{name}.safetensors.index.json").write_text("{}")
+@pytest.mark.parametrize("names", [("a.safetensors.index.json", "b.safetensors.index.json"),
+                                   ("a.safetensors.index.fp16.json", "a.safetensors.index.bf16.json")])
+def test_several_indices_are_refused(folder, names):
+    for name in names:
+        (folder / name).write_text("{}")
     refused(folder, "several indices")
 
 
