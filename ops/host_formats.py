@@ -29,7 +29,10 @@ class MixedLayer:
             return super()._load_from_state_dict(state_dict, prefix, *args)
         if self._parameters.get("bias") is not None:
             self.bias = torch.nn.Parameter(torch.empty_like(self.bias, device="cpu"), requires_grad=False)
+        dtype = self.weight.dtype
         self._super_past_ours._load_from_state_dict(state_dict, prefix, *args)
+        if self._is_the_hosts:  # its embedding asks the operations class for the dtype, which has none
+            self.weight = torch.nn.Parameter(relabelled(self.weight, dtype=dtype), requires_grad=False)
 
     def state_dict(self, *args, **kwargs):
         return torch.nn.Module.state_dict(self, *args, **kwargs)  # whole tensors, of which other models can make patches
@@ -39,6 +42,21 @@ class MixedLayer:
         parts = self._super_past_ours.state_dict(prefix=prefix)
         parts.pop(f"{prefix}bias", None)
         return parts
+
+    def dense_weight(self, weight, dtype):
+        if is_packed(weight):
+            return super().dense_weight(weight, dtype)
+        return self._smoothed(relabelled(weight, dtype=dtype).dequantize())
+
+    def patched_weight(self, weight, dtype):
+        if self._is_the_hosts and not isinstance(weight, QuantizedTensor):  # so it comes in dynamic VRAM, on a CPU
+            weight = self._smoothed(weight)
+        return super().patched_weight(weight, dtype)
+
+    def _smoothed(self, dense: torch.Tensor) -> torch.Tensor:
+        """The weight for the input as it is. The host's own product takes the input times `pre_quant_scale`."""
+        scale = getattr(self, "pre_quant_scale", None)
+        return dense if scale is None else dense * scale.to(dense)
 
 
 class MixedLinear(MixedLayer, PackedLinear):
@@ -64,21 +82,6 @@ class MixedLinear(MixedLayer, PackedLinear):
     def forward_comfy_cast_weights(self, *args, **kwargs):
         return self._super_past_ours.forward_comfy_cast_weights(*args, **kwargs)  # the host's `forward` goes on here
 
-    def dense_weight(self, weight, dtype):
-        if is_packed(weight):
-            return super().dense_weight(weight, dtype)
-        return self._smoothed(relabelled(weight, dtype=dtype).dequantize())
-
-    def patched_weight(self, weight, dtype):
-        if self._is_the_hosts and not isinstance(weight, QuantizedTensor):  # so it comes in dynamic VRAM, on a CPU
-            weight = self._smoothed(weight)
-        return super().patched_weight(weight, dtype)
-
-    def _smoothed(self, dense: torch.Tensor) -> torch.Tensor:
-        """The weight for the input as it is. The host's own product takes the input times `pre_quant_scale`."""
-        scale = getattr(self, "pre_quant_scale", None)
-        return dense if scale is None else dense * scale.to(dense)
-
 
 class MixedEmbedding(MixedLayer, Embedding):
-    pass
+    """Rows of the host's formats are looked up by the host, unless patches change them."""

@@ -146,7 +146,7 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward_comfy_cast_weights(self, input, out_dtype=None):
-        if not is_packed(self.weight) or self.weight_function:
+        if self.weight_function or not (is_packed(self.weight) or self.lora is not None):
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
         ids, dtype = input.to(self.weight.device), out_dtype or self.weight.dtype
         if self.lora is None:

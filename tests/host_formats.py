@@ -7,6 +7,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from safetensors.torch import save_file
 
 HOST_FORMATS = tuple(QUANT_ALGOS)
+TABLE_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # of which the host looks up rows
 OPTIONS = {"float8_e4m3fn": {"scale": "recalculate"}, "float8_e5m2": {"scale": "recalculate"},
            "int8_tensorwise": {"per_channel": True}}
 

@@ -1,12 +1,15 @@
 """Layers in the host's own quantised formats: its product, our patches."""
+import comfy.model_management
 import comfy.ops
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.lora import build_patches
-from host_formats import HOST_FORMATS, in_host_format
+from featherweight.ops.patcher import adopt
+from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
 
 OPERATIONS = packed_operations(mixed=True)
 ROWS, COLUMNS, RANK = 128, 256, 4
@@ -127,3 +130,76 @@ def test_a_weight_the_host_patches_stays_dense(format_name):
         ours.set_weight(dense + 1e-4)
         input = torch.randn(3, COLUMNS)
         assert relative(ours(input), torch.nn.functional.linear(input, values + 1e-4, ours.bias)) < 1e-6
+
+
+# --- tables of embeddings ---
+
+
+def tables(format_name: str, dtype=torch.float32, seed: int = 0):
+    """(our embedding, the host's own of the same bytes, the dense float32 values)"""
+    generator = torch.Generator().manual_seed(seed)
+    parts, values = in_host_format("weight", torch.randn(ROWS, COLUMNS, generator=generator) / 16, format_name)
+    made = [operations.Embedding(ROWS, COLUMNS, dtype=dtype) for operations in (OPERATIONS, host_operations(dtype))]
+    for table in made:
+        table.load_state_dict({name: value.clone() for name, value in parts.items()})
+    return *made, values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format_name", TABLE_FORMATS)
+def test_rows_of_a_table_are_the_hosts_in_the_dtype_of_the_layer(format_name, dtype):
+    ours, host, _ = tables(format_name, dtype)
+    ids = torch.tensor([[3, 0], [ROWS - 1, 3]])
+    assert ours(ids).dtype == dtype and torch.equal(ours(ids), host(ids))
+    assert torch.equal(ours(ids, out_dtype=torch.float16), host(ids, out_dtype=torch.float16))
+
+
+class WithTable(torch.nn.Module):
+    device = None
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def get_dtype_inference(self):
+        return torch.float32
+
+
+def table_patcher(format_name: str, seed: int = 0):
+    """(a patcher of a model with a table, its values)"""
+    ours, _, values = tables(format_name, seed=seed)
+    return adopt(ModelPatcher(WithTable(ours), torch.device("cpu"), torch.device("cpu"))), values
+
+
+def lora_on_table(patcher):
+    """(a clone with a LoRA on its table, what that adds to the values)"""
+    up, down = torch.randn(ROWS, RANK) / 8, torch.randn(RANK, COLUMNS) / 8
+    patcher = patcher.clone()
+    assert patcher.add_patches({"table.weight": LoRAAdapter(set(), (up, down, None, None, None, None))}, 0.7)
+    return patcher, 0.7 * up @ down
+
+
+def merged_tables(patcher, format_name):
+    """(a clone with the mean of its table and another one, what that adds to the values)"""
+    (other, values), patcher = table_patcher(format_name, seed=1), patcher.clone()
+    before = table_patcher(format_name)[1]
+    patcher.add_patches(other.get_key_patches("table"), 0.5, 0.5)
+    return patcher, (values - before) / 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "merge"])
+@pytest.mark.parametrize("format_name", TABLE_FORMATS)
+def test_patches_on_a_table_run_are_read_and_are_saved(format_name, kind):
+    plain, values = table_patcher(format_name)
+    patcher, change = lora_on_table(plain) if kind == "lora" else merged_tables(plain, format_name)
+    codes, ids = plain.model.table.weight._qdata.clone(), torch.arange(ROWS)
+    comfy.model_management.load_models_gpu([patcher])
+    ran, read = patcher.model.table(ids), dict(patcher.model_state_dict().items())["table.weight"]
+    saved = patcher.model_state_dict_for_saving()["table.weight"].to("cpu")
+    for found in (ran, read, saved):
+        assert relative(found - values, change) < 1e-6
+    comfy.model_management.load_models_gpu([plain])
+    assert torch.equal(plain.model.table(ids), values) and torch.equal(plain.model.table.weight._qdata, codes)
+    assert torch.equal(dict(plain.model_state_dict().items())["table.weight"], values)
+    assert plain.model_state_dict_for_saving()["table.weight"].dtype == codes.dtype
+    comfy.model_management.unload_all_models()

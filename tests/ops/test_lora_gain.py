@@ -9,7 +9,7 @@ import torch
 from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.handover import operations_for
-from featherweight.ops import formats, int8, product  # noqa: F401
+from featherweight.ops import formats, int8  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.operations import packed_operations
@@ -17,8 +17,8 @@ from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.lora import build_patches
 from featherweight.ops.patcher import adopt
 from featherweight.ops.rounding import dithered, weak_sum
-from featherweight.ops.tensor import is_packed, packed_tensor, relabelled
-from host_formats import HOST_FORMATS, in_host_format
+from featherweight.ops.tensor import QuantizedTensor, packed_tensor, relabelled
+from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
 from lora_gain import ALLOWED, NORMS, OUTPUTS, Gain, assert_full_strength
 from patched_models import adapter, flux_file, forget_models, lora_for, packed_flux, patched, run, tiny_flux
 
@@ -60,7 +60,8 @@ def layer_of(weight, dtype, kind: str = "Linear", bias: bool = True, compute: st
 
 
 def values_of(weight) -> torch.Tensor:
-    return product.unpack(weight, torch.float32) if is_packed(weight) else weight.float()
+    """In float32, of a weight that is packed, in a format of the host, or dense."""
+    return relabelled(weight, torch.float32).dequantize() if isinstance(weight, QuantizedTensor) else weight.float()
 
 
 def even_weight(format_name: str, shape: tuple[int, int]):
@@ -243,12 +244,14 @@ def test_on_convolutions(name, kernel, size, kind):
     gain.assert_full(f"a norm of {norm:.2%}")
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_on_embeddings(kind):
-    weight = random_weight("MXFP4", (4096, 1024))
-    layer = packed_operations().Embedding(4096, 1024, dtype=torch.bfloat16)
-    layer.load_state_dict({"weight": weight})
-    lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, values_of(weight), 1, size=0.05).items()}
+@pytest.mark.parametrize("kind, format_name", [
+    *(("lora", name) for name in ("MXFP4", *TABLE_FORMATS)), ("lokr", "MXFP4"), ("lokr", "float8_e4m3fn")])
+def test_on_embeddings(kind, format_name):
+    shape, hosts = (4096, 1024), format_name in TABLE_FORMATS
+    layer = packed_operations(mixed=hosts).Embedding(*shape, dtype=torch.bfloat16)
+    layer.load_state_dict(in_host_format("weight", torch.randn(shape) / 16, format_name)[0] if hosts
+                          else {"weight": random_weight(format_name, shape)})
+    lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, values_of(layer.weight), 1, size=0.05).items()}
     run, weight_change, base = with_patch(layer, comfy.lora.load_lora(lora, {"x": "w"})["w"])
     for norm in WEAK:
         gain = Gain()
