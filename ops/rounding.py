@@ -9,16 +9,33 @@ import torch
 
 _MIX = -1640531527  # 2^32 divided by the golden ratio, as Knuth's multiplicative hash has it; odd, so that it is a bijection
 _LOW = (1 << 16) - 1  # the hash's upper half is what decides
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 
 
 def dithered(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`values` in `dtype`, without bias for bfloat16 and float16; as `to` has it for all others.
+    """`values` in `dtype`, without bias for bfloat16 and float16; as `to` has it for all others, and the gradient for all.
 
     values: float32, any shape; may be overwritten. Infinities and NaN stay what they are.
     """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype)
-    if dropped is None or values.dtype != torch.float32:
+    if dtype not in _DROPPED_BITS or values.dtype != torch.float32:
         return values.to(dtype)
+    return _Dithered.apply(values, dtype) if values.requires_grad else _by_bits(values, dtype)
+
+
+class _Dithered(torch.autograd.Function):
+    """Bits have no gradient: it is that of a cast."""
+
+    @staticmethod
+    def forward(ctx, values, dtype):
+        return _by_bits(values, dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.float(), None
+
+
+def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    dropped = _DROPPED_BITS[dtype]
     bits = values.view(torch.int32)
     chance = bits.mul(_MIX).bitwise_right_shift_(16).bitwise_and_(_LOW).bitwise_right_shift_(16 - dropped)
     return chance.add_(bits).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
