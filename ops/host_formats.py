@@ -3,6 +3,7 @@ import comfy.ops
 import torch
 
 from . import rounding
+from .autocast import obeys_autocast
 from .layers import Embedding, PackedLayer, PackedLinear
 from .packed import relabelled
 from .tensor import QuantizedTensor, is_packed
@@ -68,6 +69,7 @@ class MixedLinear(MixedLayer, PackedLinear):
         shape = (self.out_features, self.in_features)
         self.weight = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
 
+    @obeys_autocast
     def forward(self, input, *args, **kwargs):
         in_float = self._full_precision_mm or (self.lora is not None and self.lora.weight_patches)
         if not self._is_the_hosts or (in_float and not self.weight_function):

@@ -6,6 +6,7 @@ import comfy.ops
 import torch
 
 from . import int8, product, rounding
+from .autocast import obeys_autocast
 from .lora import LayerPatches
 from .low_rank import dense_linear
 from .packed import relabelled
@@ -120,6 +121,7 @@ class PackedLayer:
 class PackedLinear(PackedLayer):
     has_branch = True
 
+    @obeys_autocast
     def forward_comfy_cast_weights(self, input):
         weight, bias, offload_stream = self.cast_for(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
@@ -160,6 +162,13 @@ class _PackedConv(PackedLayer):
     @property
     def has_branch(self) -> bool:
         return self.groups == 1
+
+    @obeys_autocast
+    def forward_comfy_cast_weights(self, input, *args, **kwargs):
+        weight, bias, offload_stream = self.cast_for(input)
+        out = self._conv_forward(input, weight, bias, *args, **kwargs)
+        comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
+        return out
 
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
         low_rank = None if self.lora is None else self.lora.branch(input)
@@ -221,16 +230,17 @@ class MoEExperts(PackedLayer, _Experts):
             self._resident = None
             comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
 
+    @obeys_autocast
     def expert_linear(self, input: torch.Tensor, expert: int) -> torch.Tensor:
         """The layer of one expert. input: (..., K). Returns (..., N)."""
         if self._resident is None:
             with self.bank_resident(input):
                 return self.expert_linear(input, expert)
         weight, bias = self._resident
-        bias = None if bias is None else bias[expert]
+        bias = None if bias is None else bias[expert].to(input.dtype)
         if is_packed(weight):
             return product.linear(input, part_of(weight, expert), bias, self.value_dtype)
-        return torch.nn.functional.linear(input, weight[expert], bias)
+        return torch.nn.functional.linear(input, weight[expert].to(input.dtype), bias)
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)

@@ -1,0 +1,56 @@
+"""Under torch.autocast packed layers give what dense layers give: products in autocast's dtype."""
+import pytest
+import torch
+from featherweight.ops import scratch
+from featherweight.ops.operations import packed_operations
+from patched_layers import LAYERS, PATCHES, input_for, layer_and_twin
+from patched_models import packed_anyhow
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def under_autocast(layer, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        return layer(input)
+
+
+@pytest.mark.parametrize("scratch_bytes", [1 << 12, 1 << 26])  # the weight in slices, and at once
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [None, *PATCHES])
+@pytest.mark.parametrize("name, format_name", LAYERS)
+def test_it_is_the_layer_in_autocasts_dtype(name, format_name, kind, dtype, scratch_bytes, monkeypatch):
+    """Bit for bit: so weak LoRAs have the strength that they have in that dtype."""
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", scratch_bytes)
+    layer, twin = layer_and_twin(name, format_name, kind, torch.float32)
+    input = input_for(name)
+    out = under_autocast(layer, input, dtype)
+    assert out.dtype == under_autocast(twin, input, dtype).dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(out, layer(input.to(dtype)))
+        assert layer(input).dtype == torch.float32
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_so_are_experts(packed, resident):
+    layer = packed_operations().MoEExperts(2, 64, 32, dtype=torch.float32)
+    weight, values = packed_anyhow(torch.randn(2, 32, 64), "Q8_0")
+    layer.load_state_dict({"weight": weight if packed else values, "bias": torch.randn(2, 32)})
+    input = torch.randn(3, 64)
+
+    def run(input):
+        if not resident:
+            return layer.expert_linear(input, 1)
+        with layer.bank_resident(input) as bank:
+            return bank.expert_linear(input, 1)
+
+    assert torch.equal(under_autocast(run, input, torch.bfloat16), run(input.bfloat16()))
+
+
+def test_compiled_it_is_one_graph():
+    layer, _ = layer_and_twin("Linear", "Q8_0", "lora", torch.float32)
+    input = input_for("Linear")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(under_autocast(compiled, input, torch.bfloat16), under_autocast(layer, input, torch.bfloat16))
+    torch._dynamo.reset()
