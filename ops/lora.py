@@ -49,11 +49,16 @@ class LayerPatches:
 
     def branch(self, input: torch.Tensor) -> LowRank | None:
         """`low_rank` in the dtype and on the device of the activations; cast once, not per step."""
-        if self.low_rank is not None and self.offloaded:
-            return self.low_rank.to(input)
-        if self.low_rank is not None and (self.low_rank.down.dtype, self.low_rank.down.device) != (input.dtype, input.device):
-            self.low_rank = self.low_rank.to(input)
-        return self.low_rank
+        low_rank = self.low_rank
+        if low_rank is None:
+            return None
+        if self.offloaded:
+            low_rank = low_rank.to(input)
+        elif (low_rank.down.dtype, low_rank.down.device) != (input.dtype, input.device):
+            self.low_rank = low_rank = low_rank.to(input)
+        if input.requires_grad and torch.is_grad_enabled() and low_rank.down.is_inference():
+            low_rank = low_rank.clone()  # torch keeps no tensor of its inference mode for a gradient
+        return low_rank
 
     def patch_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """An unpacked weight with the host's patches applied in order. `weight` may be changed in place."""

@@ -75,6 +75,9 @@ class LowRank:
         """On another device, or in the dtype and on the device of a tensor."""
         return LowRank(self.down.to(target), tuple(up.to(target) for up in self.ups), self.slices)
 
+    def clone(self) -> "LowRank":
+        return LowRank(self.down.clone(), tuple(up.clone() for up in self.ups), self.slices)
+
     def product(self, input: torch.Tensor, rows: int) -> torch.Tensor:
         """`(input A^T) B^T`, to which the product with the weight is added. input: (M, K). rows: N. Returns (M, N)."""
         hidden = input @ self.down.t()

@@ -39,3 +39,20 @@ def test_a_convolution_gives_the_same_with_gradients_and_without(name, dtype):
     with torch.no_grad():
         expected = layer(input)
     assert torch.equal(layer(input.clone().requires_grad_()), expected)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("kind", PATCHES)
+@pytest.mark.parametrize("name, format_name", DIFFERENTIABLE)
+def test_patches_of_a_model_loaded_in_inference_mode_have_their_gradient(name, format_name, kind, dtype, offloaded):
+    """As the host loads models; nodes take gradients outside of it."""
+    expected = gradient(layer_and_twin(name, format_name, kind, dtype)[0], input_for(name).to(dtype))
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        layer, _ = layer_and_twin(name, format_name, kind, dtype)
+        input = input_for(name).to(dtype)
+        if offloaded:
+            layer.lora.offload(torch.device("cpu"))
+        layer(input)
+    assert torch.equal(gradient(layer, input), expected)
