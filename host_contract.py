@@ -383,6 +383,7 @@ MEMBERS = {
     },
     "ops/patcher/saving.py": {
         "comfy.model_patcher.ModelPatcher.backup": None,
+        "comfy.model_patcher.ModelPatcher.get_key_patches": "filter_prefix",
         "comfy.model_patcher.ModelPatcher.model": None,
         "comfy.model_patcher.ModelPatcher.model_state_dict": "filter_prefix",
         "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving": "model prefix",

@@ -84,9 +84,9 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
     """Turn the host's patch list of one packed weight into what its layer runs; None when nothing is left to do.
 
     shape: logical shape of the weight. device, dtype: of the branch's factors. branch: whether the layer has a branch
-    (Linear and convolutions have). Patches that do not fit the weight are left out, with one warning.
+    (Linear and convolutions have). Of `patches`, those that are `fitting`.
     """
-    patches = [patch for patch in patches if _fits(key, patch, shape)]
+    patches = fitting(key, patches, shape)
     cut = max((index + 1 for index, patch in enumerate(patches) if not is_sum(patch)), default=0)
     branch_patches, weight_patches = [], []
     for index, patch in enumerate(patches):
@@ -99,6 +99,11 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
         return None
     low_rank = _low_rank(branch_patches, shape, device, dtype) if branch_patches else None
     return LayerPatches(key, low_rank, weight_patches, original_weights)
+
+
+def fitting(key: str, patches: list, shape: torch.Size) -> list:
+    """The patches that can be applied to a weight of `shape`; the others are left out, with one warning each."""
+    return [patch for patch in patches if _fits(key, patch, shape)]
 
 
 def _low_rank(patches: list, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> LowRank:

@@ -140,7 +140,7 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
         name = key.removeprefix(prefix)
         weights[name] = Weight(name, key, tuple(patched_values.patched_shape(patcher, key)),
                                patched_values.held_weight(patcher, key), patched_values.reader(patcher, key),
-                               tuple(patcher.patches.get(key, ())))
+                               tuple(patched_values.patches_of(patcher, key)))
     return weights
 
 

@@ -6,7 +6,7 @@ import comfy.utils
 import torch
 
 from ..layers import PackedLayer
-from ..lora import LayerPatches, build_patches
+from ..lora import LayerPatches, build_patches, fitting
 from ..tensor import QuantizedTensor
 
 
@@ -59,6 +59,11 @@ class ApplyingPatcher:
     @property
     def _all_patches(self) -> dict:
         return self.patches if self._hidden is None else self._hidden
+
+    def fitting_patches(self, key: str) -> list:
+        """The patches of a weight without those that its packed layer leaves out, which are in no picture."""
+        patches = self._all_patches.get(key, [])
+        return fitting(key, patches, self._packed_weight(key).shape) if self._owns(key, patches) else patches
 
     def _packed_keys(self) -> list[str]:
         return [key for key, patches in self._all_patches.items() if self._owns(key, patches)]

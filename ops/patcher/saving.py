@@ -23,7 +23,7 @@ class SavingPatcher(ApplyingPatcher):
         if weight is None or not self._owns(key, patches):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         if return_weight:
-            dense = self._layer(key).dense_weight(weight.to(device_to), torch.float32)
+            dense, patches = self._layer(key).dense_weight(weight.to(device_to), torch.float32), self.fitting_patches(key)
             if not patches:
                 return dense.to(weight.dtype)
             return dithered(comfy.lora.calculate_weight(patches, dense, key), weight.dtype)
@@ -34,6 +34,11 @@ class SavingPatcher(ApplyingPatcher):
         elif patches and self._hidden is None:  # a loader that is not the host's asks weight by weight
             self._apply_one(key, device_to)
         return weight
+
+    def get_key_patches(self, filter_prefix=None):
+        """Weights and their patches, as other models take them to be merged with."""
+        found = super().get_key_patches(filter_prefix)
+        return {key: [weight, *(self.fitting_patches(key) if patches else ())] for key, (weight, *patches) in found.items()}
 
     def model_state_dict(self, filter_prefix=None):
         weights = super().model_state_dict(filter_prefix)

@@ -13,6 +13,7 @@ from ..layers import PackedLayer
 from ..packed import relabelled
 from ..rows import rows_are_whole_blocks, take_rows
 from ..tensor import QuantizedTensor, is_packed
+from .applying import ApplyingPatcher
 
 BESIDE = ("input_scale", "pre_quant_scale")  # what the host's quantised layers keep beside their weight
 
@@ -61,6 +62,11 @@ def reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
         return (dense if smoothing is None else dense * smoothing.to(dense))[start:stop].clone()
 
     return rows
+
+
+def patches_of(patcher, key: str) -> Sequence[Patch]:
+    """A weight's patches as they run."""
+    return patcher.fitting_patches(key) if isinstance(patcher, ApplyingPatcher) else patcher.patches.get(key, ())
 
 
 def patched_shape(patcher, key: str) -> torch.Size:

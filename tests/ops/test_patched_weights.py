@@ -10,9 +10,10 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from featherweight.loaders.packing.source import of_model
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor import QuantizedTensor
-from patched_models import flux_file, flux_pair, forget_models, lora_for, packed_layers, patched, run
+from patched_models import broken, flux_file, flux_pair, forget_models, lora_for, packed_layers, patched, run
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -219,3 +220,39 @@ def test_a_lora_is_extracted_from_what_a_lora_has_changed(models, base):
         effect = expected[name].float() - base[name]
         weight = extracted[f"{name.removeprefix(PREFIX).removesuffix('.weight')}.diff"]
         assert (weight.float() - effect).norm() < 1e-3 * effect.norm()
+
+
+# --- what the layers leave out ---
+
+
+def merged_with_another(patcher):
+    """A sum with a model without LoRAs, as the host's ModelMergeAdd makes it."""
+    merged = flux_pair("Q4_K")[0].clone()
+    for name, weight in patcher.get_key_patches(PREFIX).items():
+        merged.add_patches({name: weight}, 1.0, 1.0)
+    return merged
+
+
+def packed_again(patcher):
+    weights = of_model(patcher).weights.values()
+    return {PREFIX + weight.name: weight.patched(0, weight.shape[0]) for weight in weights}
+
+
+TAKEN = {
+    "read": lambda patcher: dict(patcher.model_state_dict(PREFIX)),
+    "saved": lambda patcher: {name: weight.to("cpu") for name, weight in patcher.model_state_dict_for_saving().items()},
+    "merged": lambda patcher: dict(merged_with_another(patcher).model_state_dict(PREFIX)),
+    "packed": packed_again,
+}
+
+
+@pytest.mark.parametrize("what", ["nan", "wrong rows"])
+@pytest.mark.parametrize("taken", TAKEN)
+def test_a_lora_that_is_left_out_of_pictures_is_left_out_of_the_weights(taken, what):
+    values = {name: value for name, value in flux_file("Q4_K")[1].items() if name.startswith("double_blocks")}
+    good, bad = lora_for(values), broken(lora_for(values, seed=1), what)
+    packed, _ = flux_pair("Q4_K")
+    expected = TAKEN[taken](patched(packed, (good, 0.8)))
+    actual = TAKEN[taken](patched(packed, (good, 0.8), (bad, 1.0)))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], weight) for name, weight in expected.items())
