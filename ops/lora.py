@@ -90,8 +90,9 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
     cut = max((index + 1 for index, patch in enumerate(patches) if not is_sum(patch)), default=0)
     branch_patches, weight_patches = [], []
     for index, patch in enumerate(patches):
-        strength, value, _, _, function = patch
-        if not (branch and index >= cut and is_plain_lora(value) and function is None):
+        strength, value, _, offset, function = patch
+        along = 0 if offset is None else offset[0]  # further dimensions are those of a convolution's kernel
+        if not (branch and index >= cut and along < 2 and is_plain_lora(value) and function is None):
             weight_patches.append((strength, moved(value, device), *patch[2:]))
         elif strength != 0:
             branch_patches.append(patch)
@@ -108,7 +109,7 @@ def fitting(key: str, patches: list, shape: torch.Size) -> list:
 
 def _low_rank(patches: list, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> LowRank:
     """The sum of plain LoRAs, each on the rows or columns that its patch names."""
-    rows, columns = shape[0], shape[1:].numel()
+    rows, columns, kernel = shape[0], shape[1:].numel(), shape[2:].numel()
     loras = []
     for strength, adapter, _, offset, _ in patches:
         up, down, scale = lora_factors(adapter)
@@ -117,7 +118,8 @@ def _low_rank(patches: list, shape: torch.Size, device: torch.device, dtype: tor
         if offset is not None and offset[0] == 0:
             row_range = offset[1], offset[1] + offset[2]
         elif offset is not None:
-            down = torch.nn.functional.pad(down, (offset[1], columns - offset[1] - offset[2]))
+            first, last = offset[1] * kernel, (offset[1] + offset[2]) * kernel
+            down = torch.nn.functional.pad(down, (first, columns - last))
         loras.append((up * (strength * scale), down, row_range))
     return LowRank.of_factors(loras, rows, dtype)
 

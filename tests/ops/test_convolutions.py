@@ -1,0 +1,35 @@
+"""LoRAs on packed convolutions: on parts of the weight."""
+import comfy.lora
+import pytest
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from featherweight.ops.lora import build_patches
+from patched_layers import CONVOLUTIONS, KERNELS, RANK, input_for, layer_and_twin
+from patched_models import relative
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_inputs():
+    torch.manual_seed(0)
+
+
+def lora_on(part: torch.Size) -> LoRAAdapter:
+    factors = torch.randn(part[0], RANK) / 8, torch.randn(RANK, *part[1:]) / 8
+    return LoRAAdapter(set(), (*factors, None, None, None, None))
+
+
+@pytest.mark.parametrize("name, dimension", [
+    (name, dimension) for name in CONVOLUTIONS for dimension in range(2 + len(KERNELS[name]))])
+def test_a_lora_on_a_part_of_the_weight_has_its_effect_on_that_part(name, dimension):
+    layer, twin = layer_and_twin(name, "Q8_0", None, torch.float32)
+    shape = layer.weight.shape
+    offset = dimension, shape[dimension] // 4, max(1, shape[dimension] // 2)
+    patches = [(0.9, lora_on(torch.empty(shape).narrow(*offset).shape), 1.0, offset, None)]
+    layer.lora = build_patches("weight", patches, shape, CPU, torch.float32, layer.has_branch)
+    added = comfy.lora.calculate_weight(patches, torch.zeros(shape), "weight")
+    input = input_for(name)
+    with torch.no_grad():
+        assert relative(layer(input) - twin(input), getattr(torch.nn.functional, name.lower())(input, added)) < 1e-5
+    assert (layer.lora.low_rank is not None) == (dimension < 2)
