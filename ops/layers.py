@@ -171,6 +171,8 @@ class _PackedConv(PackedLayer):
         return out
 
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
+        if input.ndim < self.weight.ndim:  # torch takes one without a batch too
+            return self._conv_forward(input.unsqueeze(0), weight, bias, *args, **kwargs).squeeze(0)
         low_rank = None if self.lora is None else self.lora.branch(input)
         out = self._without_branch(input, weight, bias, *args, **kwargs)
         if low_rank is None:

@@ -1,10 +1,10 @@
-"""LoRAs on packed convolutions: on parts of the weight."""
+"""LoRAs on packed convolutions: on parts of the weight, and with an input that has no batch."""
 import comfy.lora
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from featherweight.ops.lora import build_patches
-from patched_layers import CONVOLUTIONS, KERNELS, RANK, input_for, layer_and_twin
+from patched_layers import CONVOLUTIONS, KERNELS, PATCHES, RANK, input_for, layer_and_twin
 from patched_models import relative
 
 CPU = torch.device("cpu")
@@ -33,3 +33,14 @@ def test_a_lora_on_a_part_of_the_weight_has_its_effect_on_that_part(name, dimens
     with torch.no_grad():
         assert relative(layer(input) - twin(input), getattr(torch.nn.functional, name.lower())(input, added)) < 1e-5
     assert (layer.lora.low_rank is not None) == (dimension < 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [None, *PATCHES])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_an_input_without_a_batch_is_one_of_a_batch(name, kind, dtype):
+    layer, _ = layer_and_twin(name, "Q8_0", kind, dtype)
+    input = input_for(name).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(layer(input[1]), layer(input[1:])[0])
+    assert layer(input[1]).ndim == 1 + len(KERNELS[name])
