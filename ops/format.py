@@ -80,7 +80,8 @@ class Fit:
     @classmethod
     def empty(cls, grid: Grid, blocks: int, device: torch.device) -> "Fit":
         """Memory for the numbers of some blocks."""
-        d, scales, dmin, minima = (torch.empty((blocks, count), device=device) for count in (1, grid.groups) * 2)
+        d, scales, dmin, minima = (torch.empty((blocks, count), dtype=torch.float32, device=device)
+                                   for count in (1, grid.groups) * 2)
         codes = torch.empty((blocks, grid.length), dtype=torch.uint8, device=device)
         return cls(codes, d, scales, *((dmin, minima) if grid.minimum else ()))
 
@@ -236,7 +237,7 @@ def inverse(scales: torch.Tensor) -> torch.Tensor:
 def rounded_away(values: torch.Tensor) -> torch.Tensor:
     """int8 of float32 `values`, overwritten: the nearest integer, halves away from zero, as C's roundf."""
     # The largest float below a half: with a half itself, the float below a half would become 1.
-    values += torch.copysign(torch.tensor(0.49999997, device=values.device), values)
+    values += torch.copysign(torch.tensor(0.49999997, dtype=torch.float32, device=values.device), values)
     return values.to(torch.int8)
 
 

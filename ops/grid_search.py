@@ -30,7 +30,7 @@ class Search:
         self.lowest, self.highest = grid.levels[0], grid.levels[-1]
         levels = torch.tensor(grid.levels, dtype=torch.float32, device=device)
         self.cells = CELLS / (self.highest - self.lowest)
-        nearest = torch.bucketize((torch.arange(CELLS, device=device) + 0.5) / self.cells + self.lowest,
+        nearest = torch.bucketize((torch.arange(CELLS, dtype=torch.float32, device=device) + 0.5) / self.cells + self.lowest,
                                   (levels[1:] + levels[:-1]) / 2)
         self.levels_of_cells, self.codes_of_cells = levels[nearest], nearest.to(torch.uint8)
 
@@ -109,7 +109,8 @@ class Search:
 
     def _first_units(self, groups: "_Groups", tries: int):
         low, high = groups.values.amin(0), groups.values.amax(0)
-        stretches = torch.linspace(*(STRETCH_LEVELS if self.grid.uniform else STRETCH_PART), tries).tolist()
+        reach = STRETCH_LEVELS if self.grid.uniform else STRETCH_PART
+        stretches = torch.linspace(*reach, tries, dtype=torch.float32).tolist()
         if self.grid.minimum:
             if self.grid.scales:
                 low = low.clamp(max=0)  # the minimum that is taken off is never negative
@@ -117,7 +118,8 @@ class Search:
                 yield (high - low) / (self.highest + stretch), -low
             return
         peak = torch.where(high > -low, high, low)
-        ends = (self.lowest, self.highest) if self.grid.signed else (torch.where(peak < 0, self.lowest, self.highest),)
+        nearer = torch.where(peak < 0, self.lowest, torch.full_like(peak, self.highest))
+        ends = (self.lowest, self.highest) if self.grid.signed else (nearer,)
         if self.grid.signed and self.grid.uniform:
             ends = ends[:1]  # the other end is a stretch of this one with the other sign, and has one level less
         for stretch in stretches:

@@ -23,7 +23,7 @@ TINY = 1e-30
 @functools.cache
 def side_matrix(device: torch.device) -> torch.Tensor:
     """r, (16, 16): entries of a quarter and minus a quarter, row i with the sign of bits 0 and 1, xor bits 2 and 3, of i."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < SIDE:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     row = torch.arange(SIDE)

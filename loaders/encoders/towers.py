@@ -32,7 +32,7 @@ class MissingTower(torch.nn.Module):
 
 def mark(*shape: int) -> torch.Tensor:
     """A tensor without memory of its own, put among an encoder's weights because the host tells the encoder by its shape."""
-    return torch.zeros(1).expand(shape)
+    return torch.zeros(1, dtype=torch.float32).expand(shape)
 
 
 def is_mark(tensor: torch.Tensor) -> bool:

@@ -117,7 +117,7 @@ class _PartsOfWeights:
         blocks = -(-values // packed_format.block_length)
         absmax = self.absmax(weight, state, blocks)
         code = self.part(f"{weight}.quant_map", weight, "codebook")
-        if code.shape != (16,) or not torch.equal(code.float(), torch.tensor(packed_format.codebook)):
+        if code.shape != (16,) or not torch.equal(code.float(), torch.tensor(packed_format.codebook, dtype=torch.float32)):
             raise self.error(key, f"{shown(f'{weight}.quant_map')} is not the codebook of {quant_type}", OTHER_FORM)
         return packed_tensor(packed_format, codes[:needed], shape, scale=absmax)
 
@@ -166,7 +166,7 @@ class _PartsOfWeights:
             raise self.error(key, f"{shown(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
                                   f" {len(code)} values in its nested_quant_map, expected {-(-blocks // length)} and 256")
         # bitsandbytes 0.50 `functional.dequantize_4bit`: each step rounds to float32.
-        return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(offset))
+        return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(offset, dtype=torch.float32))
 
     def int8_weight(self, key: str, layer: str):
         """Puts the packed tensor in place of an int8 weight and its scales."""

@@ -74,7 +74,7 @@ class SafetensorsWriter(WeightsWriter):
         code_name, *others = parts
         state = torch.frombuffer(bytearray(_quant_state(shape, type_name)), dtype=torch.uint8)
         self._write(code_name, parts, codes())
-        for part, tensors in zip(others, (scales, [torch.tensor(FORMATS[type_name].codebook)], [state])):
+        for part, tensors in zip(others, (scales, [torch.tensor(FORMATS[type_name].codebook, dtype=torch.float32)], [state])):
             self._write(part, parts, tensors)
 
     def _write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...]]], pieces: Iterable[torch.Tensor]):

@@ -129,7 +129,8 @@ def _diffusion_model(contents: Contents, found: Inspection) -> bool:
     found.host = type(config).__name__
     shapes = {name.removeprefix(prefix if whole else ""): tuple(tensor.shape) for name, tensor in tensors.items()
               if not whole or name.startswith(prefix)}
-    family = recognise(weight_shapes({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}))
+    marks = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
+    family = recognise(weight_shapes(marks))
     found.family = " or ".join(family.names) if family else found.host
     if rest:
         found.parts = _parts(contents, prefix)

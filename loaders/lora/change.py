@@ -41,7 +41,7 @@ def change_norm(value, weight_norm: float | None) -> float | None:
             down = torch.einsum("ij...,jk->ik...", parts.mid.float(), down.float().flatten(1))
         return _scale(value) * _product_norm(parts.up.float().flatten(1), down.float().flatten(1))
     if isinstance(parts, LoHa) and parts.core1 is None:
-        rows = torch.linspace(0, parts.a1.shape[0] - 1, min(SAMPLED_ROWS, parts.a1.shape[0])).long()
+        rows = _sampled_rows(parts.a1)
         first, second = (a[rows].float() @ b.float() for a, b in ((parts.a1, parts.b1), (parts.a2, parts.b2)))
         sampled = (first * second).norm().item()
         return _scale(value) * sampled * math.sqrt(parts.a1.shape[0] / len(rows))
@@ -55,7 +55,7 @@ def change_norm(value, weight_norm: float | None) -> float | None:
         limit = parts.limit or 0
         if 0 < limit < turn.norm():
             turn = turn * (limit / turn.norm())
-        eye = torch.eye(blocks.shape[1])
+        eye = torch.eye(blocks.shape[1], dtype=torch.float32)
         turned = torch.linalg.solve(eye - turn, eye + turn) - eye  # Cayley; its two factors commute
         return weight_norm * turned.norm().item() / math.sqrt(blocks.shape[0] * blocks.shape[1])
     return None
@@ -91,11 +91,17 @@ def _together(norms: list[float | None]) -> float | None:
     return math.sqrt(sum(norm * norm for norm in known)) if known else None
 
 
+def _sampled_rows(weight: torch.Tensor) -> torch.Tensor:
+    """int64 (`SAMPLED_ROWS` at most,): rows of a weight, evenly spread."""
+    rows = weight.shape[0]
+    return torch.linspace(0, rows - 1, min(SAMPLED_ROWS, rows), dtype=torch.float32).long()
+
+
 def _weight_norm(weight: torch.Tensor) -> float | None:
     """Frobenius norm of a weight, estimated from some of its rows; None for a weight without values."""
     if weight.is_meta or not weight.ndim:
         return None
-    rows = torch.linspace(0, weight.shape[0] - 1, min(SAMPLED_ROWS, weight.shape[0]), device=weight.device).long()
+    rows = _sampled_rows(weight).to(weight.device)
     if not is_packed(weight):
         values = weight[rows]
     elif weight.ndim == 2:

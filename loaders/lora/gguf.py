@@ -35,7 +35,7 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
         value = product.unpack(tensors[name], torch.float32) if is_packed(tensors[name]) else tensors[name].float()
         state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = value
         if alpha is not None:
-            state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha))
+            state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
     return state_dict, {key: value for key, value in file.metadata.items() if isinstance(value, str)}
 
 

@@ -26,7 +26,7 @@ def best_mix(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mappi
     above, total = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)  # bytes above `least`, costs
     taken = []
     for name, types in kinds.items():
-        more = torch.tensor([sizes[name][kind] - sizes[name][types[0]] for kind in types])
+        more = torch.tensor([sizes[name][kind] - sizes[name][types[0]] for kind in types], dtype=torch.int64)
         cost = torch.tensor([costs[name][kind] for kind in types], dtype=torch.float64)
         sums, totals = (above[:, None] + more).view(-1), (total[:, None] + cost).view(-1)
         kept = _cheapest(sums, totals, step)

@@ -99,7 +99,7 @@ def latent_for(patcher, latent: dict | None, count: int) -> torch.Tensor:
     kind = patcher.get_model_object("latent_format")
     side = max(1, PICTURE // kind.spacial_downscale_ratio)
     shape = {1: (side * 4,), 2: (side, side), 3: (1, side, side)}[kind.latent_dimensions]
-    return torch.zeros(count, kind.latent_channels, *shape)
+    return torch.zeros(count, kind.latent_channels, *shape, dtype=torch.float32)
 
 
 def _repeated(latent, count: int):
@@ -156,12 +156,12 @@ def _widths_taken(patcher, drawing: Drawing, masked: bool) -> dict[str, int] | N
 
 def _noise(widths: dict[str, int], seed: int, masked: bool, pictures: int = 1) -> list:
     generator = torch.Generator().manual_seed(seed)
-    texts = torch.randn(pictures, TOKENS, widths["text"], generator=generator)
+    texts = torch.randn(pictures, TOKENS, widths["text"], generator=generator, dtype=torch.float32)
     for text, words in zip(texts, torch.randint(WORDS.start, WORDS.stop, (pictures,), generator=generator).tolist()):
         text[words:] = text[words - 1]
     return [[texts,
-             {"pooled_output": torch.randn(pictures, widths["pooled"], generator=generator)}
-             | ({"attention_mask": torch.ones(pictures, TOKENS)} if masked else {})]]
+             {"pooled_output": torch.randn(pictures, widths["pooled"], generator=generator, dtype=torch.float32)}
+             | ({"attention_mask": torch.ones(pictures, TOKENS, dtype=torch.float32)} if masked else {})]]
 
 
 class _refusing:

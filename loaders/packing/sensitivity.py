@@ -147,7 +147,7 @@ def table(sensitivity: Sensitivity, count: int = 12) -> str:
     kinds = [kind for kind in ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
              if any(kind in costs for costs in sensitivity.costs.values())]
     def decibels(cost):
-        return "-" if cost is None else f"{-10 * torch.tensor(max(cost, 1e-12)).log10().item():.1f}"
+        return "-" if cost is None else f"{-10 * torch.tensor(max(cost, 1e-12), dtype=torch.float32).log10().item():.1f}"
 
     ranked = sorted(sensitivity.costs.items(), key=lambda entry: -max(entry[1].values()))
     lines = [f"{len(ranked)} layers; signal to error of the output in dB with one layer packed, the worst first:",

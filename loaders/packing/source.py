@@ -176,9 +176,10 @@ def _markers(patcher) -> Mapping[str, torch.Tensor]:
     """What the host tells kinds of one architecture by, as its own CheckpointSave writes it."""
     kind = getattr(getattr(patcher.model, "model_type", None), "name", "")
     sampling = patcher.get_model_object("model_sampling") if hasattr(patcher.model, "model_sampling") else None
-    markers = {"v_pred": torch.empty(0)} if kind == "V_PREDICTION" else {}
+    markers = {"v_pred": torch.empty(0, dtype=torch.float32)} if kind == "V_PREDICTION" else {}
     if kind == "V_PREDICTION" and getattr(sampling, "zsnr", False):
-        markers["ztsnr"] = torch.empty(0)
+        markers["ztsnr"] = torch.empty(0, dtype=torch.float32)
     if kind == "V_PREDICTION_EDM":
-        markers |= {f"edm_vpred.{name}": torch.tensor(float(getattr(sampling, name))) for name in ("sigma_max", "sigma_min")}
+        markers |= {f"edm_vpred.{name}": torch.tensor(float(getattr(sampling, name)), dtype=torch.float32)
+                    for name in ("sigma_max", "sigma_min")}
     return markers

@@ -36,7 +36,7 @@ class Codebook4Bit(Format):
     @classmethod
     def code_pairs(cls) -> torch.Tensor:
         """int64 (256,): the two float32 values of each byte, side by side."""
-        values, codes = torch.tensor(cls.codebook), torch.arange(256)
+        values, codes = torch.tensor(cls.codebook, dtype=torch.float32), torch.arange(256)
         return torch.stack([values[codes >> 4], values[codes & 15]], -1).view(torch.int64).view(-1)
 
     @classmethod
@@ -60,12 +60,12 @@ class Codebook4Bit(Format):
     @classmethod
     def order(cls) -> torch.Tensor:
         """uint8 (16,): the codes in ascending order of their values, as `Grid.levels` has them."""
-        return torch.tensor(cls.codebook).argsort().to(torch.uint8)
+        return torch.tensor(cls.codebook, dtype=torch.float32).argsort().to(torch.uint8)
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = values.abs().amax(-1, keepdim=True)
-        levels = torch.tensor(cls.grid.levels, device=values.device)
+        levels = torch.tensor(cls.grid.levels, dtype=torch.float32, device=values.device)
         scaled = (values * (1 / absmax.clamp(min=1e-38))).clamp_(-1, 1)
         codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
         return cls.encode(Fit(codes, absmax, torch.ones_like(absmax)))

@@ -25,7 +25,7 @@ class IQ2_XXS(GridCodebook, ggml_type=16):
     def terms(cls, blocks: torch.Tensor) -> Terms:
         codes = blocks[:, 2:].view(-1, 8, 8)
         words = reinterpret(codes[..., 4:], torch.int32).squeeze(-1)
-        scales = ((words >> 28 & 15) + 0.5).mul_(half(blocks, 0)).mul_(0.25)
+        scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
         values = lookup(cls.constant("points", blocks.device), codes[..., :4])
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)))
         return Terms(values.view(-1, 8, 32), scales.unsqueeze(-1))
@@ -77,4 +77,4 @@ class IQ2_S(GridCodebook, ggml_type=22):
 
 def _scales(packed: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """d * (0.5 + scale) * 0.25, float32 (n, 16, 1). packed: scales, uint8 (n, 8), two a byte. d: float32 (n, 1)."""
-    return (split_bits(packed, 4, 2).view(-1, 16) + 0.5).mul_(d).mul_(0.25).unsqueeze(-1)
+    return split_bits(packed, 4, 2).view(-1, 16).float().add_(0.5).mul_(d).mul_(0.25).unsqueeze(-1)

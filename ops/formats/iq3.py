@@ -25,7 +25,7 @@ class IQ3_XXS(GridCodebook, ggml_type=18):
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
         words = reinterpret(blocks[:, 66:], torch.int32)
-        scales = ((words >> 28 & 15) + 0.5).mul_(half(blocks, 0)).mul_(0.5)
+        scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.5)
         values = lookup(cls.constant("points", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
         values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)).view(-1, 8, 32))
         return Terms(values, scales.unsqueeze(-1))

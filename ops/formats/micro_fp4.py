@@ -30,7 +30,7 @@ class MXFP4(NibbleCodebook, ggml_type=39):
     @staticmethod
     def scales() -> torch.Tensor:
         """float32 (256,): the scale of every exponent; the two lowest are subnormal, none is NaN."""
-        return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)])
+        return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)], dtype=torch.float32)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
@@ -66,7 +66,7 @@ class NVFP4(NibbleCodebook, ggml_type=40):
             exponent, mantissa = byte >> 3 & 15, byte & 7
             return math.ldexp(8 + mantissa, exponent - 11) if exponent else math.ldexp(mantissa, -10)
 
-        return torch.tensor([0.0 if byte == 0x7F else half_value(byte) for byte in range(256)])
+        return torch.tensor([0.0 if byte == 0x7F else half_value(byte) for byte in range(256)], dtype=torch.float32)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:

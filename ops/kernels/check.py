@@ -102,7 +102,7 @@ def probe(unpack, device: torch.device):
     """Unpacks one block. unpack: as `Kernel.run`. Raises WrongResult, or whatever it raises, where that fails."""
     packed_format = FORMATS["Q8_0"]
     block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
-    out = torch.full((packed_format.block_length,), torch.nan, device=device)
+    out = torch.full((packed_format.block_length,), torch.nan, dtype=torch.float32, device=device)
     unpack(packed_format, [block], out, None, 0)
     if out.any():
         raise WrongResult("a block of zeros was unpacked to something else")
@@ -130,12 +130,12 @@ def _check_linear(run, case, packed_format, dtype, value_dtype, device):
     rows, columns = _shape(case, packed_format.block_length)
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device, calm=True)
     generator = torch.Generator().manual_seed(case.tokens)
-    input = torch.randn((case.tokens, columns), generator=generator).to(device, dtype)
+    input = torch.randn((case.tokens, columns), generator=generator, dtype=torch.float32).to(device, dtype)
     addend = None
     if case.addend == "bias":
-        addend = torch.randn(rows, generator=generator).to(device, dtype).expand(case.tokens, rows)
+        addend = torch.randn(rows, generator=generator, dtype=torch.float32).to(device, dtype).expand(case.tokens, rows)
     elif case.addend == "matrix":
-        addend = torch.randn((rows, case.tokens), generator=generator).to(device, dtype).t()
+        addend = torch.randn((rows, case.tokens), generator=generator, dtype=torch.float32).to(device, dtype).t()
     got = torch.full((case.tokens, rows), torch.nan, dtype=dtype, device=device)
     packed = [moved(tensor, case.packed_at) for tensor in tensors]
     run(packed_format, packed, moved(input, case.input_at), addend, got, value_dtype)
@@ -151,7 +151,7 @@ def _check_int8_rows(run, case, packed_format, dtype, value_dtype, device):
     rows, columns = _shape(case, math.lcm(packed_format.block_length, int8_codes.GROUP))
     first = case.first * columns // packed_format.block_length
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device, calm=True)
-    values = torch.empty((rows - case.first, columns), device=device)
+    values = torch.empty((rows - case.first, columns), dtype=torch.float32, device=device)
     packed_format.unpack_into(tensors, values, value_dtype, first)
     packed = [moved(tensor, case.packed_at) for tensor in tensors]
     _check_codes(values, lambda *out: run(packed_format, packed, *out, value_dtype, first))
@@ -159,7 +159,8 @@ def _check_int8_rows(run, case, packed_format, dtype, value_dtype, device):
 
 def _check_int8_tokens(run, case, packed_format, dtype, value_dtype, device):
     columns = -(-case.columns // int8_codes.GROUP) * int8_codes.GROUP
-    input = torch.randn((case.tokens, columns), generator=torch.Generator().manual_seed(case.tokens)).to(device, dtype)
+    generator = torch.Generator().manual_seed(case.tokens)
+    input = torch.randn((case.tokens, columns), generator=generator, dtype=torch.float32).to(device, dtype)
     input[:, 5] *= 50
     if case.tokens > 3:
         input[1], input[2, -3], input[3, -3] = 0, torch.nan, torch.inf
@@ -170,7 +171,7 @@ def _check_int8_tokens(run, case, packed_format, dtype, value_dtype, device):
 def _check_codes(values, encode):
     """encode(codes, scales): writes those of the rows of `values @ R`."""
     codes = torch.full(values.shape, -128, dtype=torch.int8, device=values.device)
-    scales = torch.full((len(values),), -1.0, device=values.device)
+    scales = torch.full((len(values),), -1.0, dtype=torch.float32, device=values.device)
     encode(codes, scales)
     expected_codes, expected = torch.empty_like(codes), torch.empty_like(scales)
     rows = int8_codes.rotated(values)
@@ -215,7 +216,7 @@ def random_tensors(packed_format: type[Format], blocks: int, device: torch.devic
     generator = torch.Generator().manual_seed(blocks)
     if packed_format.scales_apart:
         data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator, dtype=torch.uint8)
-        return [data.to(device), torch.rand(blocks, generator=generator).to(device)]
+        return [data.to(device), torch.rand(blocks, generator=generator, dtype=torch.float32).to(device)]
     pool = torch.randint(0, 256, (1024 if calm else blocks + 16, packed_format.block_bytes), generator=generator,
                          dtype=torch.uint8)
     values = packed_format.unpack(pool).abs()

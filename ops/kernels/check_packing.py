@@ -52,7 +52,7 @@ CASES = {"pack_blocks": _blocks, "pack_columns": _rows}
 def check_blocks(run, case: Blocks, packed_format: type[Format], dtype, value_dtype, device):
     grid, generator = packed_format.grid, torch.Generator().manual_seed(case.blocks)
     values = _values(case.blocks, grid.length, -16, generator)
-    weights = torch.rand(values.shape, generator=generator) if case.weighted else torch.ones(values.shape)
+    weights = torch.rand(values.shape, generator=generator, dtype=torch.float32) if case.weighted else torch.ones_like(values)
     values, weights = values.to(device), weights.to(device)
     around = Fit.empty(grid, case.blocks + 1, device)
     found = Fit(*(None if part is None else part.fill_(GUARD)[:-1] for part in vars(around).values()))
@@ -73,14 +73,14 @@ def check_columns(run, case: Rows, packed_format: type[Format], dtype, value_dty
     grid, generator = packed_format.grid, torch.Generator().manual_seed(case.rows)
     search, columns = Search(grid, device), case.columns
     values = _values(case.rows, columns, -6, generator).T.contiguous().to(device)
-    shares = (torch.randn(columns, columns, generator=generator) / (4 * columns ** 0.5)).to(device)
-    weights = (0.1 + torch.rand(columns, generator=generator)).to(device)
+    shares = (torch.randn(columns, columns, generator=generator, dtype=torch.float32) / (4 * columns ** 0.5)).to(device)
+    weights = (0.1 + torch.rand(columns, generator=generator, dtype=torch.float32)).to(device)
     ways = functools.partial(choose_columns, search), functools.partial(run, packed_format)
     start = Columns.like(grid, values)
     for given, of_search in ((values, weights), (0.05 * values.roll(1, 0), None)):
         before, ends, errors = start.values(), [], []
         for choose in ways:
-            around = Columns.like(grid, torch.empty(columns + grid.length, case.rows, device=device))
+            around = Columns.like(grid, torch.empty(columns + grid.length, case.rows, dtype=torch.float32, device=device))
             for part, from_start in zip(around.parts(), start.parts()):
                 part.fill_(GUARD)[:len(from_start)] = from_start
             handed = torch.cat([given, torch.full_like(given[:1], GUARD)])
@@ -107,7 +107,7 @@ def _values(rows: int, columns: int, smallest: int, generator: torch.Generator) 
 
     Where scales are the smallest that float16 has, which of two is chosen makes much of a row's error.
     """
-    values = torch.randn((rows, columns), generator=generator)
+    values = torch.randn((rows, columns), generator=generator, dtype=torch.float32)
     values *= 2.0 ** torch.randint(smallest, 6, (rows, 1), generator=generator)
     values[1::9] = 0
     values[2::9, ::3], values[3::9], values[4::9] = 0, values[3::9].abs(), -0.25

@@ -115,7 +115,8 @@ class CpuKernels:
         run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=_lanes(packed_format),
                              TOKENS=most_tokens)
         input = input.float()
-        sums = out if out.dtype == torch.float32 and addend is None else torch.empty(out.shape)
+        is_whole = out.dtype == torch.float32 and addend is None
+        sums = out if is_whole else torch.empty(out.shape, dtype=torch.float32, device="cpu")
         run(c_void_p(input.data_ptr()), *map(c_void_p, addresses(packed_format, tensors)), c_void_p(sums.data_ptr()),
             c_int(tokens), c_int(rows), c_int(columns), c_int(_threads(rows * columns)))
         if addend is not None:

@@ -99,10 +99,11 @@ class Timing:
         return random_tensors(packed_format, shape[0] * shape[1] // packed_format.block_length, self.device, calm=True)
 
     def _input(self, shape, dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(self.device, dtype)
 
     def _codes(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return (torch.empty((rows, columns), dtype=torch.int8, device=self.device), torch.empty(rows, device=self.device))
+        return (torch.empty((rows, columns), dtype=torch.int8, device=self.device),
+                torch.empty(rows, dtype=torch.float32, device=self.device))
 
     def _beside(self, *operations: Callable[[], object]) -> tuple[float, ...]:
         """Seconds of one call of each."""

@@ -151,7 +151,7 @@ class Trial:
     def _crash_if_the_device_is_lost(self):
         """After a fault of a kernel everything on a CUDA device fails in this process, which is no fault of what comes next."""
         try:
-            torch.zeros(1, device=self.device).item()
+            torch.zeros(1, dtype=torch.float32, device=self.device).item()
         except torch.OutOfMemoryError:
             pass
         except RuntimeError:

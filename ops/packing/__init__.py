@@ -70,7 +70,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
     sizes = _sizes(packed_format, len(flat))
     outputs = [torch.empty(sizes[0], dtype=torch.uint8, device=weight.device)]
     if packed_format.scales_apart:
-        outputs.append(torch.empty(sizes[1], device=weight.device))
+        outputs.append(torch.empty(sizes[1], dtype=torch.float32, device=weight.device))
     step = max(1, (CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES) // length) * length
 
     def pack_slice(start: int):

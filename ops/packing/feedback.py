@@ -55,7 +55,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
     damping = damping or damping_for(packed_format, moments)
     blocks = columns // grid.length
     data = torch.empty(rows, blocks, packed_format.block_bytes, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(rows, blocks, device=weight.device) if packed_format.scales_apart else None
+    scale = torch.empty(rows, blocks, dtype=torch.float32, device=weight.device) if packed_format.scales_apart else None
     for index, across in enumerate(moments.spans()):
         feedback = _Feedback(search, choose, Damped(moments, index, weight.device, damping), sweeps)
         across_blocks = slice(across.start // grid.length, across.stop // grid.length)

@@ -40,7 +40,7 @@ def _by_sketch(weight, candidates, moments):
     for values, *packed in _slices(weight, candidates):
         wanted = values @ of_dense.T
         sums += torch.tensor([float(part.square().sum())
-                              for part in (wanted, *(wanted - value @ sketch.T for value in packed))])
+                              for part in (wanted, *(wanted - value @ sketch.T for value in packed))], dtype=sums.dtype)
     return _parts(sums)
 
 
@@ -51,7 +51,7 @@ def _by_moments(weight, candidates, moments):
         for values, *packed in _slices(weight, candidates):
             wanted = damped.target(values[:, span])
             sums += torch.tensor([float(((part @ damped.moments) * part).sum())
-                                  for part in (wanted, *(wanted - value[:, span] for value in packed))])
+                                  for part in (wanted, *(wanted - value[:, span] for value in packed))], dtype=sums.dtype)
     return _parts(sums)
 
 

@@ -49,8 +49,8 @@ class Moments:
         size = columns if block is None or block >= columns else block
         if size < columns and size % BLOCK:
             raise ValueError(f"Moments are kept in blocks of a multiple of {BLOCK} columns, not of {block}.")
-        blocks = torch.zeros(-(-columns // size), size, size, device=device)
-        sketch = torch.zeros(SKETCH_ROWS, columns, device=device)
+        blocks = torch.zeros(-(-columns // size), size, size, dtype=torch.float32, device=device)
+        sketch = torch.zeros(SKETCH_ROWS, columns, dtype=torch.float32, device=device)
         of_pair = (torch.zeros_like(blocks), torch.zeros_like(sketch)) if pair else ()
         return cls(columns, blocks, sketch, *of_pair)
 
@@ -175,8 +175,8 @@ class Moments:
         if len(sketch) > FILE_ROWS:
             sketch = sketch.view(-1, FILE_ROWS, self.columns).sum(0)
         codes, widths = _in_steps(sketch)
-        return {"counts": torch.tensor([self.columns, self.count, self.held_out_count, self._calls]), "scales": scales,
-                "factor": factor, "steps": steps, "sketch": codes, "widths": widths}
+        counts = torch.tensor([self.columns, self.count, self.held_out_count, self._calls], dtype=torch.int64)
+        return {"counts": counts, "scales": scales, "factor": factor, "steps": steps, "sketch": codes, "widths": widths}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], device="cpu") -> "Moments":
@@ -195,7 +195,7 @@ class Moments:
         except (KeyError, ValueError) as error:
             raise ValueError(f"These are not the tensors of a layer's moments: {error}.") from error
         below = torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
-        blocks = torch.zeros(number, size, size, device=device)
+        blocks = torch.zeros(number, size, size, dtype=torch.float32, device=device)
         for block, scale, codes, step in zip(blocks, scales, factor, steps):
             rows = torch.zeros_like(block).masked_scatter_(below, codes.float()).mul_(step)
             length = rows.square().sum(1)
