@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .processes import end_all
+from .processes import end_all, is_forked
 
 AT_ONCE = 4  # threads that find out something; the others wait for their turn
 LOOK_EVERY = 0.05  # seconds between two looks at whether the user cancelled
@@ -85,7 +85,10 @@ class Finding:
 
 @atexit.register
 def _wait_for_all():
-    """A thread that is within torch when the interpreter goes would end the process with an error."""
+    """A thread that is within torch when the interpreter goes would end the process with an error. A copy of this process has
+    none of its threads."""
+    if is_forked():
+        return
     ending.set()
     end_all()
     end = time.monotonic() + AT_THE_END

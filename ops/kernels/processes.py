@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 
+_imported_by = os.getpid()
 _running: set[subprocess.Popen] = set()
 _starting = threading.Lock()
 _ending = False
@@ -53,10 +54,17 @@ def _kill(process: subprocess.Popen):
             pass
 
 
+def is_forked() -> bool:
+    """Whether this process is a copy of the one that imported this module. What runs is not its own."""
+    return os.getpid() != _imported_by
+
+
 @atexit.register
 def end_all():
-    """Kills what runs; nothing is started any more."""
+    """Kills what runs; nothing is started any more. A copy of the process that started it lets it run."""
     global _ending
+    if is_forked():
+        return
     with _starting:
         _ending = True
         for process in list(_running):

@@ -29,6 +29,7 @@ OWN_SHARE = 500_000_000  # of them are what the process of a trial takes before 
 ASK_EVERY = 5.0  # seconds, while less is free or the device must not be disturbed
 TRIAL_SECONDS = 900  # of this process for one device; the next one goes on where it ended
 MOST_CRASHES = 3  # of a backend; after that the rest of it is not tried
+LOST = ("crashed", "hung", "killed")  # how a process ends that takes the kernel it tries with it
 FIRST_WAIT = 10  # seconds that the first call which cannot change later waits for the file of verdicts
 
 
@@ -195,7 +196,7 @@ class Prover:
             outcome = self._run(job, hear, self._seconds, self._is_busy)
             self._seconds -= time.monotonic() - started
             log.debug("[Featherweight] The trial on %s: %s", self.device, outcome)
-            if outcome.how not in ("crashed", "hung") or outcome.at is None or outcome.at[0] not in self._read.value:
+            if outcome.how not in LOST or outcome.at is None or outcome.at[0] not in self._read.value:
                 break
             hear(*outcome.at, {"verdict": outcome.how, "why": outcome.why})
             self._crashes[outcome.at[0]] += 1
@@ -207,7 +208,7 @@ class Prover:
         return outcome.how == "ended" and len(self._came) > before
 
     def _skip(self, backend: str, cases: list[Case], hear):
-        why = f"{MOST_CRASHES} others of {backend} crashed or hung"
+        why = f"{MOST_CRASHES} others of {backend} crashed, hung or were killed"
         for case in cases:
             if not _is_tried(self._read.value[backend].known, case):
                 hear(backend, str(case), {"verdict": "skipped", "why": why})
@@ -237,6 +238,6 @@ def summary(came: list[tuple[str, str, dict]]) -> str:
         words = [f"{counts['right']} kernels proven"]
         if shares:
             words.append(f"unpack {1 / math.prod(shares) ** (1 / len(shares)):.1f} times as fast as torch")
-    words += [f"{counts[verdict]} {verdict}" for verdict in ("slower", "wrong", "crashed", "hung") if counts[verdict]]
+    words += [f"{counts[verdict]} {verdict}" for verdict in ("slower", "wrong", *LOST) if counts[verdict]]
     lost = [f"{text} by {backend}" for backend, text, verdict in came if verdict["verdict"] in ("crashed", "hung")]
     return ", ".join(words) + (f" ({'; '.join(lost)}: please report this line at {ISSUES})" if lost else "")

@@ -24,6 +24,12 @@ LOOK_EVERY = 1.0  # seconds between two looks at whether the trial must stop
 LOCK = "featherweight-trial.lock"
 ASK_EVERY = 1.0  # seconds, while another process holds the lock
 
+# How a trial ended by the signals that no kernel sends. A system without memory kills what takes much, whoever it is.
+ENDED_BY = {getattr(signal, name): how for name, how in {
+    "SIGPROF": ("hung", "it took all the work that it may"), "SIGALRM": ("late", "the trial took all the time that it may"),
+    "SIGKILL": ("killed", "its process was killed"), "SIGTERM": ("failed", "its process was told to end"),
+    "SIGHUP": ("failed", "its process was told to end")}.items() if hasattr(signal, name)}
+
 PACK = Path(__file__).parents[2]
 # The pack's folder has any name, an embedded Python looks for modules in no folder but its own, and the one it works in may
 # hold anything.
@@ -34,8 +40,8 @@ COMMAND = (sys.executable, "-c", START, str(PACK))
 
 
 class Outcome(NamedTuple):
-    """how: "ended", all was tried; "stopped", there was no room or no rest; "crashed", "hung", "late" or "failed". at: the
-    backend and the text of what was being tried, if anything. why: in words."""
+    """how: "ended", all was tried; "stopped", there was no room or no rest; "crashed", "hung", "killed" by another program,
+    "late" or "failed". at: the backend and the text of what was being tried, if anything. why: in words."""
     how: str
     at: tuple[str, str] | None = None
     why: str = ""
@@ -96,9 +102,8 @@ def _follow(process, lines: queue.SimpleQueue, hear, seconds: float, is_busy, at
     status = process.wait()
     if ending.is_set():
         return Outcome("stopped", None, "this process ends")
-    if hasattr(signal, "SIGPROF") and status == -signal.SIGPROF:
-        return Outcome("hung", at, "it took all the work that it may")
-    return Outcome("crashed", at, f"its process ended with {status}") if at or status else Outcome("ended")
+    how, why = ENDED_BY.get(-status, ("crashed", f"its process ended with {status}"))
+    return Outcome(how, at, why) if at or status else Outcome("ended")
 
 
 def _read(stream, lines: queue.SimpleQueue):

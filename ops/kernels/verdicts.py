@@ -26,10 +26,14 @@ log = logging.getLogger(__name__)
 
 # "tried" of a `Case`: all kernels of a backend have a verdict for it. "refused": the kernel or its compiler raised something.
 # "skipped": not tried, because too many of its backend crashed. "memory": there was no room for it, which is not kept.
-VERDICTS = frozenset(("right", "slower", "wrong", "crashed", "hung", "refused", "skipped", "tried", "memory"))
-# What may mend itself without a change of the key, such as a compiler that is installed, is tried again after so many seconds.
-FORGOTTEN = {"refused": 7 * 86400, "memory": 0}
+# "killed": another program ended its process, as a system without memory does.
+VERDICTS = frozenset(("right", "slower", "wrong", "crashed", "hung", "killed", "refused", "skipped", "tried", "memory"))
+# What may mend itself without a change of the key is tried again after so many seconds: a compiler may be installed, and the
+# machine may have more time and memory.
+WEEK = 7 * 86400
+FORGOTTEN = {"refused": WEEK, "hung": WEEK, "killed": WEEK, "skipped": WEEK, "memory": 0}
 STALE_SECONDS = 60  # after which a file that was being written is nobody's: it takes milliseconds
+ROWS_OF = ", rows "  # between the text of a case and the rows of a kernel
 ROWS = re.compile(r"(?:[1-9][0-9]{0,17})?")  # of a time: a number as `str` writes it, or none
 MOST_BYTES = 4 << 20  # of a file; a verdict takes 200
 
@@ -52,6 +56,11 @@ class Case(NamedTuple):
     def of_json(cls, parts: list) -> "Case":
         op, name, dtype, value_dtype = parts
         return cls(op, name, getattr(torch, dtype), value_dtype and getattr(torch, value_dtype))
+
+
+def kernel_text(case: Case, rows: list) -> str:
+    """What the verdict on a kernel is kept under. rows: the least and most that it takes."""
+    return f"{case}{ROWS_OF}{rows[0]} to {rows[1] or 'any'}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -94,13 +103,15 @@ class Verdicts:
         self.known: dict[str, dict] = {}
 
     def read(self):
-        """Adds those of the file to what is known here.
+        """Adds those of the file to what is known here. A case of which something is forgotten is not "tried".
 
         A file that is damaged, belongs to others or can be written by them counts as none.
         """
-        kept = {text: verdict for text, verdict in self._in_file().items()
-                if time.time() - verdict["at"] < FORGOTTEN.get(verdict["verdict"], math.inf)}
-        self.known = {**kept, **self.known}
+        found = self._in_file()
+        forgotten = {text for text, verdict in found.items()
+                     if time.time() - verdict["at"] >= FORGOTTEN.get(verdict["verdict"], math.inf)}
+        forgotten |= {text.partition(ROWS_OF)[0] for text in forgotten}
+        self.known = {**{text: verdict for text, verdict in found.items() if text not in forgotten}, **self.known}
 
     def _in_file(self) -> dict[str, dict]:
         try:

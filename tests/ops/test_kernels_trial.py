@@ -57,7 +57,7 @@ def verdict(prover: Prover, backend: str, case: Case) -> str | None:
     return prover._read.value[backend].known.get(f"{case}, rows 1 to any", {}).get("verdict")
 
 
-VERDICTS = {"aborts": "crashed", "segfaults": "crashed", "leaves": "crashed", "is_killed": "crashed", "loops": "hung",
+VERDICTS = {"aborts": "crashed", "segfaults": "crashed", "leaves": "crashed", "is_killed": "killed", "loops": "hung",
             "wrong_in_the_tail": "wrong", "wrong_at_odd_addresses": "wrong", "slow": "slower", "no_room": "memory",
             "refuses": "refused", "loses_the_device": "crashed", "garbage": "right", "fine": "right"}
 
@@ -109,23 +109,29 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values_only(zoo):
     warnings = [text for level, text in lines if level > logging.INFO]
     assert len(infos) == 2 and "are tried on cpu in the background" in infos[0]
     assert infos[1].startswith("[Featherweight] cpu: 15 kernels proven, unpack ")
-    assert "times as fast as torch, 1 slower, 2 wrong, 5 crashed, 1 hung" in infos[1] and kernels.ISSUES in infos[1]
+    assert "times as fast as torch, 1 slower, 2 wrong, 4 crashed, 1 hung, 1 killed" in infos[1] and kernels.ISSUES in infos[1]
     assert len(warnings) == 2
     assert all("A kernel gives wrong values here" in text and kernels.ISSUES in text for text in warnings)
     assert "unpack of Q4_0 to float32, rows 1 to any by wrong_in_the_tail" in "".join(warnings)
 
 
 @posix_only
-def test_what_crashed_or_hung_is_never_tried_again_and_what_had_no_room_is(zoo, tmp_path, monkeypatch):
-    log = tmp_path / "log"
+@pytest.mark.parametrize("days, again", [(0, {"no_room"}), (8, {"no_room", "refuses", "loops", "is_killed"})])
+def test_what_crashed_is_never_tried_again_and_what_may_mend_itself_is(days, again, zoo, tmp_path, monkeypatch):
+    log, cache = tmp_path / "log", tmp_path / "cache"
+    shutil.copytree(zoo[0]._read.value["fine"]._path.parents[1], cache / "featherweight")
+    for file in (cache / "featherweight" / "verdicts").iterdir():
+        content = json.loads(file.read_text())
+        for found in content["verdicts"].values():
+            found["at"] -= days * 86400
+        file.write_text(json.dumps(content))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv(planted_backends.LOG, str(log))
     prover = Prover(CPU, tuple(VERDICTS), run_planted)
     prover.want([Q4_0, Q8_0], SHAPES)
     finished(prover)
-    assert not log.exists()
-    (file,) = [path for path in prover._read.value["no_room"]._path.parent.iterdir() if '"no_room"' in path.read_text()]
-    content = json.loads(file.read_text())
-    assert "memory" in {verdict["verdict"] for verdict in content["verdicts"].values()}
+    assert {tuple(line.split()[1:]) for line in log.read_text().splitlines()} == {(name, "Q4_0") for name in again}
+    assert {name: verdict(prover, name, Q4_0) for name in again} == {name: VERDICTS[name] for name in again}
 
 
 def test_a_kernel_is_found_again_by_the_name_of_its_format():

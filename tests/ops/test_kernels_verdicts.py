@@ -8,7 +8,7 @@ import pytest
 import torch
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.kernels import identity
-from featherweight.ops.kernels.verdicts import FORGOTTEN, Case, Proven, Verdicts
+from featherweight.ops.kernels.verdicts import FORGOTTEN, Case, Proven, Verdicts, kernel_text
 
 KEY = {"device": "a card", "capability": "(8, 6)", "driver": "570.1", "torch": "2.9", "backend": "triton", "version": "3.6",
        "text": "abc"}
@@ -45,17 +45,34 @@ def test_verdicts_are_of_one_device_driver_torch_backend_and_text(part, folder):
     assert found(folder, KEY | {part: "another"}) == {}
 
 
-def test_a_crash_is_remembered_for_good_and_a_refusal_for_days(folder):
-    verdicts = Verdicts(folder, KEY)
-    for name in ("crashed", "hung", "wrong", "refused", "memory"):
-        verdicts.add(name, {"verdict": name, "why": "said"})
-    assert found(folder).keys() == {"crashed", "hung", "wrong", "refused"}
+def days_later(folder, days=8):
     (path,) = folder.iterdir()
     content = json.loads(path.read_text())
     for verdict in content["verdicts"].values():
-        verdict["at"] -= FORGOTTEN["refused"] + 1
+        verdict["at"] -= days * 86400
     path.write_text(json.dumps(content))
-    assert found(folder).keys() == {"crashed", "hung", "wrong"}
+
+
+def test_a_crash_is_remembered_for_good_and_what_may_mend_itself_for_days(folder):
+    verdicts = Verdicts(folder, KEY)
+    for name in ("crashed", "wrong", *FORGOTTEN):
+        verdicts.add(name, {"verdict": name, "why": "said"})
+    assert found(folder).keys() == {"crashed", "wrong", *FORGOTTEN} - {"memory"}
+    days_later(folder)
+    assert found(folder).keys() == {"crashed", "wrong"}
+
+
+@pytest.mark.parametrize("forgotten", FORGOTTEN)
+def test_a_case_is_tried_again_when_a_verdict_on_one_of_its_kernels_is_forgotten(forgotten, folder):
+    verdicts = Verdicts(folder, KEY)
+    cases = [Case("linear", name, torch.float32, None) for name in ("Q4_0", "Q4_K")]
+    for case, second in zip(cases, ("crashed", forgotten)):
+        verdicts.add(kernel_text(case, [1, 1]), {**RIGHT, "case": str(case)})
+        verdicts.add(kernel_text(case, [2, None]), {"verdict": second, "why": "said"})
+        verdicts.add(str(case), {"verdict": "tried"})
+    days_later(folder)
+    assert found(folder).keys() == {str(cases[0]), *(kernel_text(case, [1, 1]) for case in cases),
+                                    kernel_text(cases[0], [2, None])}
 
 
 def test_two_processes_that_write_lose_nothing_of_each_other(folder):
