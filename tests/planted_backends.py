@@ -121,6 +121,8 @@ def backend(name: str):
     def probe(device):
         if name == "no_probe":
             raise RuntimeError("no driver")
+        if name == "loses_the_device_at_once":
+            loses_the_device()
 
     runs = {"Q8_0": right, "Q4_0": MISBEHAVE.get(name, right)}
     return Backend(name, probe, tuple(Kernel("unpack", frozenset([packed]), frozenset([torch.float32]), logged(run))
@@ -132,7 +134,7 @@ def plant():
     from featherweight.ops import formats, kernels  # noqa: F401
     from featherweight.ops.format import FORMATS
 
-    for name in (*MISBEHAVE, "no_probe"):
+    for name in (*MISBEHAVE, "no_probe", "loses_the_device_at_once"):
         sys.modules[f"{kernels.__name__}.{name}_backend"] = types.SimpleNamespace(BACKEND=backend(name))
     return FORMATS
 

@@ -36,7 +36,7 @@ class Timing:
     def add(self, kernel, packed_format: type[Format], case: Case):
         """A kernel that is right and faster than torch, so that torch's product is timed with what will unpack for it."""
         if kernel.op == "unpack":
-            self._unpackers.setdefault(_of_values(case), []).append(kernel.run)
+            self._unpackers.setdefault(_of_values(case), set()).add(kernel.run)
 
     def times(self, kernel, packed_format: type[Format] | None, case: Case) -> dict[str, list[float]]:
         """Rows of the input, "" where there are none, to the seconds of the kernel and of torch, summed over the shapes.
@@ -67,7 +67,7 @@ class Timing:
                 for rows, columns in given or [(rows, -(-columns // multiple) * multiple) for rows, columns in SHAPES]]
 
     def _unpack(self, kernel, packed_format, case, shape, _) -> tuple[float, float]:
-        tensors, value_dtype = self._weight(packed_format, shape), _value_dtype(case)
+        tensors, value_dtype = self._weight(packed_format, shape), value_dtype_of(case)
         out = torch.empty(shape, dtype=case.dtype, device=self.device)
         return self._beside(lambda: kernel.run(packed_format, tensors, out, value_dtype, 0),
                             lambda: packed_format.unpack_into(tensors, out, value_dtype))
@@ -76,8 +76,8 @@ class Timing:
         tensors, values = self._weight(packed_format, shape), torch.empty(shape, dtype=case.dtype, device=self.device)
         input = self._input((rows, shape[1]), case.dtype)
         out = input.new_empty((rows, shape[0]))
-        value_dtype, found = _value_dtype(case), []
-        for unpack in self._unpackers.get(_of_values(case), [_unpack_by_torch]):
+        value_dtype, found = value_dtype_of(case), []
+        for unpack in self._unpackers.get(_of_values(case), {_unpack_by_torch}):
             found.append(self._beside(lambda: kernel.run(packed_format, tensors, input, None, out, case.value_dtype),
                                       lambda: (unpack(packed_format, tensors, values, value_dtype, 0),
                                                torch.nn.functional.linear(input, values))))
@@ -139,13 +139,13 @@ def _unpack_by_torch(packed_format, tensors, out, value_dtype, first):
     packed_format.unpack_into(tensors, out, value_dtype, first)
 
 
-def _value_dtype(case: Case) -> torch.dtype | None:
+def value_dtype_of(case: Case) -> torch.dtype | None:
     """As `kernels.unpack_into` hands it on."""
     return None if case.value_dtype == case.dtype else case.value_dtype
 
 
 def _of_values(case: Case) -> tuple:
-    return case.format, case.dtype, _value_dtype(case)
+    return case.format, case.dtype, value_dtype_of(case)
 
 
 def _with_whole_groups(shape: tuple[int, int], packed_format: type[Format] | None) -> tuple[int, int]:

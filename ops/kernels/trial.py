@@ -38,8 +38,8 @@ from ..formats.bnb_int8 import INT8
 from .check import WrongResult, check
 from .processes import end_all
 from .room import free_bytes
-from .timing import Timing
-from .verdicts import Case
+from .timing import Timing, value_dtype_of
+from .verdicts import Case, kernel_text
 
 ORDER = ("unpack", "linear")  # first: torch's product is timed with the fastest of what unpacks
 NICE, NICEST = 10, 19  # on a CPU, which is all that a trial needs, it has the least claim to it
@@ -76,30 +76,45 @@ class Trial:
                 self.capability = torch.cuda.get_device_capability(self.device)
 
     def run(self):
+        self._touch_the_device()
         working = {}
         for name in self.backends:
             backend = self._attempt(name, "probe", lambda: self._probe(name))
             if backend["verdict"] == "right":
                 working[name] = importlib.import_module(f".{name}_backend", __package__).BACKEND
+        self._add_what_is_known(working)
         for case in self.cases:
             for name, backend in working.items():
                 if str(case) not in self.known.get(name, {}):
                     self._try(name, backend, case)
                     self._report(name, str(case), {"verdict": "tried"})
 
-    def _try(self, name, backend, case: Case):
+    def _add_what_is_known(self, working: dict):
+        """What unpacks for torch's products may have been found right by a trial before this one."""
+        unpack = {Case("unpack", *case[1:3], value_dtype_of(case)) for case in self.cases if case.op == "linear"}
+        for case in unpack:
+            for name, backend in working.items():
+                for kernel, packed_format in self._kernels(backend, case):
+                    known = self.known.get(name, {}).get(kernel_text(case, _rows(kernel)), {})
+                    if known.get("verdict") == "right":
+                        self.timing.add(kernel, packed_format, case)
+
+    def _kernels(self, backend, case: Case) -> list[tuple]:
+        """Those of a backend that accept a case, each with its format."""
         try:
             packed_format = format_named(case.format)
         except (KeyError, AttributeError):
-            return
-        for kernel in backend.kernels:
-            if kernel.op == case.op and kernel.accepts(packed_format, case.dtype, self.capability):
-                rows = [kernel.min_tokens, kernel.max_tokens]
-                verdict = self._attempt(name, f"{case}, rows {rows[0]} to {rows[1] or 'any'}",
-                                        lambda kernel=kernel: self._prove(kernel, packed_format, case),
-                                        {"case": str(case), "rows": rows})
-                if verdict["verdict"] == "right":
-                    self.timing.add(kernel, packed_format, case)
+            return []
+        return [(kernel, packed_format) for kernel in backend.kernels
+                if kernel.op == case.op and kernel.accepts(packed_format, case.dtype, self.capability)]
+
+    def _try(self, name, backend, case: Case):
+        for kernel, packed_format in self._kernels(backend, case):
+            verdict = self._attempt(name, kernel_text(case, _rows(kernel)),
+                                    lambda kernel=kernel: self._prove(kernel, packed_format, case),
+                                    {"case": str(case), "rows": _rows(kernel)})
+            if verdict["verdict"] == "right":
+                self.timing.add(kernel, packed_format, case)
 
     def _probe(self, name: str) -> dict:
         importlib.import_module(f".{name}_backend", __package__).BACKEND.probe(self.device)
@@ -129,7 +144,7 @@ class Trial:
             verdict = {"verdict": "memory", "why": str(error)[:500]}
         except Exception as error:  # a compiler or driver may raise anything
             verdict = {"verdict": "refused", "why": repr(error)[:500]}
-        if verdict["verdict"] == "refused" and text != "probe":
+        if verdict["verdict"] == "refused":
             self._crash_if_the_device_is_lost()
         verdict |= about or {}
         self._report(name, text, verdict)
@@ -151,11 +166,19 @@ class Trial:
     def _crash_if_the_device_is_lost(self):
         """After a fault of a kernel everything on a CUDA device fails in this process, which is no fault of what comes next."""
         try:
-            torch.zeros(1, dtype=torch.float32, device=self.device).item()
+            self._touch_the_device()
         except torch.OutOfMemoryError:
             pass
         except RuntimeError:
             os._exit(1)
+
+    def _touch_the_device(self):
+        """Raises where torch can do nothing there; so what is lost later was lost to a kernel."""
+        torch.zeros(1, dtype=torch.float32, device=self.device).item()
+
+
+def _rows(kernel) -> list:
+    return [kernel.min_tokens, kernel.max_tokens]
 
 
 def _speaker() -> Callable[[dict], None]:
