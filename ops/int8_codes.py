@@ -32,8 +32,8 @@ def side_matrix(device: torch.device) -> torch.Tensor:
 
 
 def rotated(values: torch.Tensor) -> torch.Tensor:
-    """`values @ R`. values: float32 (n, K), contiguous, K a multiple of 256. Returns float32 (n, K)."""
-    side = side_matrix(values.device)
+    """`values @ R`. values: float32 or float64 (n, K), contiguous, K a multiple of 256. Returns the same dtype and shape."""
+    side = side_matrix(values.device).to(values.dtype)
     half = torch.mm(values.view(-1, SIDE), side).view(-1, SIDE, SIDE)
     return torch.bmm(side.t().expand(half.shape), half).view(values.shape)
 

@@ -169,19 +169,21 @@ def _check_int8_tokens(run, case, packed_format, dtype, value_dtype, device):
 
 
 def _check_codes(values, encode):
-    """encode(codes, scales): writes those of the rows of `values @ R`."""
+    """encode(codes, scales): writes those of the rows of `values @ R`, which are made in float64 on the CPU: the device may be
+    set to round what it multiplies in float32."""
     codes = torch.full(values.shape, -128, dtype=torch.int8, device=values.device)
     scales = torch.full((len(values),), -1.0, dtype=torch.float32, device=values.device)
     encode(codes, scales)
-    expected_codes, expected = torch.empty_like(codes), torch.empty_like(scales)
-    rows = int8_codes.rotated(values)
-    int8_codes.quantise_into(rows.clone(), expected_codes, expected)
+    codes, scales = codes.cpu(), scales.cpu()
+    expected = torch.empty_like(scales)
+    rows = int8_codes.rotated(values.cpu().double())
+    int8_codes.quantise_into(rows.float(), torch.empty_like(codes), expected)
     wrong = (~torch.isclose(scales, expected, rtol=1e-5, atol=0, equal_nan=True)).nonzero().flatten().tolist()
     if wrong:
         raise WrongResult(f"{len(wrong)} scales of {len(scales)} differ, that of row {wrong[0]} is {scales[wrong[0]].item():g}"
                           f" and should be {expected[wrong[0]].item():g}")
     known = expected.isfinite()
-    off = (codes.float() - rows / scales.unsqueeze(-1)).abs()[known].max().item()
+    off = (codes.double() - rows / scales.unsqueeze(-1)).abs()[known].max().item()
     if not off <= 0.5 + NEAR_TIE:
         raise WrongResult(f"a code is {off:.3g} from its value, where rounding allows {0.5 + NEAR_TIE},")
 
