@@ -75,8 +75,9 @@ def split_bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
 
 @functools.cache
 def shifts(width: int, count: int, device: torch.device) -> torch.Tensor:
-    """int32 (count,): 0, width, 2 width and so on. Made once: to fill a tensor on a device is a launch, too."""
-    return torch.arange(0, count * width, width, dtype=torch.int32, device=device)
+    """int32 (count,): 0, width, 2 width and so on. Made once: to fill a tensor on a device is a launch, too. It is copied
+    there, which is waited for, as other streams use it."""
+    return torch.arange(0, count * width, width, dtype=torch.int32).to(device)
 
 
 def bit_table(clear: int, raised: int) -> torch.Tensor:

@@ -31,8 +31,8 @@ from .processes import run_process
 from .cxx_text import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
 
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
-         "-w")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
+FLAGS_OF_X86 = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
 MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 60  # a compiler that takes longer is ended, and torch does the work
@@ -49,7 +49,8 @@ class CppCompiler:
 
     def __init__(self, command: str, folder: Path):
         self.command, self.folder = command, folder
-        self._machine = f"{run_process(command, '--version', seconds=COMPILE_SECONDS).stdout} {FLAGS} {_cpu()}"
+        self._flags = (*FLAGS, *(FLAGS_OF_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()))
+        self._machine = f"{run_process(command, '--version', seconds=COMPILE_SECONDS).stdout} {self._flags} {_cpu()}"
 
     def library(self, source: str) -> ctypes.CDLL:
         """The functions of a source. Compiled once for each source, compiler and kind of CPU."""
@@ -61,7 +62,7 @@ class CppCompiler:
             with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
                 file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
                 file.write_text(source, encoding="utf-8")
-                made = run_process(self.command, *FLAGS, str(file), "-o", str(built), seconds=COMPILE_SECONDS,
+                made = run_process(self.command, *self._flags, str(file), "-o", str(built), seconds=COMPILE_SECONDS,
                                    env={**os.environ, "TMPDIR": scratch})
                 if made.returncode:
                     raise CppError(f"{self.command}: {made.stderr[:2000]}")

@@ -1,4 +1,5 @@
 """What the verdict on a kernel depends on: the device, its driver, torch, the backend and the kernel's own text."""
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -32,8 +33,8 @@ def key_of(device: torch.device, backend: str) -> dict[str, str]:
     """Equal where a verdict of the one holds for the other. backend: a name; it is not imported."""
     if device.type == "cuda":
         of_device = {"device": torch.cuda.get_device_name(device), "driver": driver_version(),
-                     "capability": str(torch.cuda.get_device_capability(device)), "runtime": str(torch.version.cuda or
-                                                                                                torch.version.hip)}
+                     "capability": f"{torch.cuda.get_device_capability(device)} {amd_architecture(device)}".rstrip(),
+                     "runtime": str(torch.version.cuda or torch.version.hip)}
     else:
         of_device = {"device": device.type, "driver": platform.mac_ver()[0],
                      "capability": f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}"}
@@ -45,6 +46,13 @@ def cpu_name() -> str:
     file = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)$", file.read_text(), re.MULTILINE) if file.is_file() else None
     return found[1] if found else platform.processor()
+
+
+def amd_architecture(device: torch.device) -> str:
+    """What ROCm compiles for, "" without it. Devices of one name may differ in that, and variables may pretend another one."""
+    pretended = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("HSA_OVERRIDE_GFX_VERSION")]
+    found = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
+    return " ".join([found, *pretended]) if torch.version.hip else ""
 
 
 def driver_version() -> str:
@@ -67,11 +75,12 @@ def driver_version() -> str:
 def backend_version(name: str) -> str:
     """Of what compiles a backend's kernels, as far as it can be told without it."""
     if name == "triton":
-        found = [f"{package} {metadata.version(package)}" for package in
-                 ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm") if _is_installed(package)]
+        found = _installed("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm")
         return ", ".join([*found, str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"))])
     if name == "nvrtc":
-        return ", ".join(dict.fromkeys(Path(path).name for path in nvrtc_libraries()))
+        found = [os.path.basename(os.path.realpath(path)) for path in nvrtc_libraries()]
+        return ", ".join(dict.fromkeys([*found, *_installed("nvidia-cuda-nvrtc", *(f"nvidia-cuda-nvrtc-cu{major}"
+                                                                                  for major in (11, 12, 13)))]))
     if name == "cpp":
         return os.path.realpath(compiler) if (compiler := cpp_compiler()) else ""
     return ""
@@ -82,12 +91,13 @@ def cpp_compiler() -> str | None:
     return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def _installed(*packages: str) -> list[str]:
+    """Those that are there, each with its version."""
+    found = []
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return found
 
 
 def text_digest(backend: str) -> str:

@@ -1,4 +1,5 @@
 """The kernels for CPUs, compiled as a user's machine compiles them, and for CPUs with fewer instructions."""
+import contextlib
 import logging
 import os
 import platform
@@ -100,6 +101,32 @@ def test_unpack_of_odd_weights_and_of_none(on_cpu, shape):
 @each_format
 def test_product_is_right(on_cpu, fmt):
     check(kernels_of(on_cpu, "linear")[0], fmt, torch.bfloat16, None, CPU)
+
+
+@pytest.mark.parametrize("on_cpu", ["all"], indirect=True)
+@pytest.mark.parametrize("op, fmt, dtype", [("int8_tokens", None, torch.float32), ("int8_rows", FORMATS["Q8_0"], torch.int8)])
+def test_codes_are_right_where_torch_rounds_what_it_multiplies(on_cpu, op, fmt, dtype, monkeypatch):
+    """As a GPU does that is set to TF32, which has the ten bits of float16."""
+    multiply = torch.mm
+
+    def rounding(values, other):
+        return multiply(values.half().to(values.dtype) if values.dtype == torch.float32 else values, other)
+
+    monkeypatch.setattr(torch, "mm", rounding)
+    check(kernels_of(on_cpu, op)[0], fmt, dtype, None, CPU)
+
+
+def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, monkeypatch):
+    command = tmp_path / "compiler"
+    command.write_text(f'#!/bin/sh\ncase "$*" in *prefer-vector-width*) echo what? >&2; exit 1;; esac\nexec {COMMAND} "$@"\n')
+    command.chmod(0o755)
+    fmt = FORMATS["Q8_0"]
+    tensors = random_tensors(fmt, 2, CPU)
+    for machine, works in (("aarch64", True), ("x86_64", False)):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        on_cpu = CpuKernels(CppCompiler(str(command), tmp_path / machine))
+        with contextlib.nullcontext() if works else pytest.raises(CppError, match="what"):
+            on_cpu.unpack(fmt, tensors, torch.empty(64), None, 0)
 
 
 @each_dtype

@@ -3,6 +3,8 @@ import json
 import os
 import threading
 import time
+import types
+from importlib import metadata
 
 import pytest
 import torch
@@ -184,6 +186,50 @@ def test_a_case_is_the_same_after_a_journey_as_json():
 def test_a_kernel_is_used_where_it_was_faster_above_and_below(rows, times, faster):
     asked = None, 1, 2, 5, 16, 100, 256, 4096, 9000
     assert {tokens for tokens in asked if Proven("triton", rows, times).is_faster(tokens)} == faster
+
+
+class Card:
+    """In the place of `torch.cuda`, a device of AMD."""
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def get_device_name(self, device):
+        return "AMD Radeon Graphics"
+
+    def get_device_capability(self, device):
+        return 11, 0
+
+    def get_device_properties(self, device):
+        return types.SimpleNamespace(gcnArchName=self.architecture)
+
+
+def test_devices_of_amd_with_one_name_have_the_verdicts_of_their_architecture(monkeypatch):
+    def key(architecture, pretended=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cuda", Card(architecture))
+            patch.setattr(torch.version, "hip", "7.0")
+            if pretended:
+                patch.setenv("HSA_OVERRIDE_GFX_VERSION", pretended)
+            return str(identity.key_of(torch.device("cuda", 0), "triton"))
+
+    assert key("gfx1100") == key("gfx1100")
+    assert len({key("gfx1100"), key("gfx1103"), key("gfx1103", "11.0.0"), key("gfx1103", "11.0.1")}) == 4
+
+
+def test_the_key_of_nvrtc_changes_with_its_version(monkeypatch):
+    installed = {"nvidia-cuda-nvrtc-cu12": "12.8.93"}
+
+    def version(name):
+        if name in installed:
+            return installed[name]
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(identity, "nvrtc_libraries", lambda: ["/somewhere/libnvrtc.so.12"])
+    monkeypatch.setattr(identity.metadata, "version", version)
+    before = identity.backend_version("nvrtc")
+    installed["nvidia-cuda-nvrtc-cu12"] = "12.9.86"
+    assert before != identity.backend_version("nvrtc")
 
 
 def test_the_key_of_a_device_changes_with_the_text_of_the_kernel(tmp_path, monkeypatch):
