@@ -214,7 +214,9 @@ def vector(packed_format, tensors, input, addend, out, value_dtype):
 
 
 def few_rows(packed_format, tensors, input, addend, out, value_dtype):
-    _multiply(_few_rows, (len(input),), ROWS_TILE, packed_format, tensors, input, addend, out, value_dtype, TOKENS=MAX_TOKENS)
+    stages = _decoder(packed_format).stages
+    special = {"TOKENS": MAX_TOKENS} | ({"num_stages": stages} if stages else {})
+    _multiply(_few_rows, (len(input),), ROWS_TILE, packed_format, tensors, input, addend, out, value_dtype, **special)
 
 
 def _multiply(kernel, tokens, tile, packed_format, tensors, input, addend, out, value_dtype, **special):

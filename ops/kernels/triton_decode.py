@@ -21,19 +21,21 @@ from ..format import Format
 
 @dataclass(frozen=True)
 class Decoder:
-    """function: the jitted decoder. group: values in a group. table: (format, device) -> the codebook, or None."""
+    """function: the jitted decoder. group: values in a group. table: (format, device) -> the codebook, or None. stages: turns
+    of a product's loop whose loads are in shared memory at once; None: as many as Triton takes."""
     function: Callable
     group: int
     table: Callable[[type[Format], torch.device], torch.Tensor] | None
+    stages: int | None
 
 
 DECODERS: dict[str, Decoder] = {}
 
 
-def _decodes(*formats: str, group: int, table=None):
+def _decodes(*formats: str, group: int, table=None, stages=None):
     """Registers the function below as the decoder of `formats`."""
     def register(function):
-        DECODERS.update(dict.fromkeys(formats, Decoder(function, group, table)))
+        DECODERS.update(dict.fromkeys(formats, Decoder(function, group, table, stages)))
         return function
     return register
 
@@ -195,7 +197,7 @@ def _codebook(packed_format, device) -> torch.Tensor:
     return packed_format.constant("code_pairs", device).view(torch.float32)
 
 
-@_decodes("NF4", "FP4", group=32, table=_codebook)
+@_decodes("NF4", "FP4", group=32, table=_codebook, stages=2)
 @triton.jit
 def _codebook_4bit(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     byte = group * 16 + tl.arange(0, 16)[None, :]  # the last group may be short

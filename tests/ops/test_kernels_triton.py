@@ -316,8 +316,9 @@ def test_compiles_for(target, name, monkeypatch, tmp_path):
         results[kernel] = compiled.result
 
     launch(triton_backend.unpack, "_unpack", torch.zeros(rows, columns, dtype=torch.bfloat16), None, 0)
+    dtypes = (torch.float32, torch.bfloat16) if name in {*ONE_OF_A_KIND, *BNB} else (torch.float16,)
     for function, kernel, tokens, dtype in ((triton_backend.vector, "_vector", 1, torch.bfloat16),
-                                            (triton_backend.few_rows, "_few_rows", 3, torch.float16)):
+                                            *((triton_backend.few_rows, "_few_rows", 3, dtype) for dtype in dtypes)):
         input, out = torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
         launch(function, kernel, input, torch.zeros(rows, dtype=dtype).expand(tokens, rows), out, None)
     codes, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows)
