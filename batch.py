@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, BatchError, OSError) as error:
         print(f"Failed: {error}")
         return FAILED
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's answer to SIGTERM while it starts
         print(f"\nStopped. What is in {options.out} stays; run this again to go on.", flush=True)
         return STOPPED
     there = counts["there"]

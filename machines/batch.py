@@ -16,6 +16,7 @@ from . import by_value
 from .check import checked, most
 from .draw import Draw
 from .fetch import pinned
+from .joining import is_joined, join, nearest
 from .machine import difference
 from .place import MachineError, arguments, find, versions
 from .progress import Progress
@@ -117,19 +118,15 @@ class Batch:
     def connect(self):
         """Join the cluster, or start one of this machine. Raises BatchError."""
         try:
+            if not is_joined():
+                join(nearest(self.address))
             import ray
             import ray.data
         except ImportError as error:
             raise BatchError(f"Ray is missing ({error}). Install it for this Python: {sys.executable} -m pip install"
                              ' "ray[data,serve]"') from error
-        if not ray.is_initialized():
-            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-            try:
-                ray.init(address=self.address, **quiet, **{"include_dashboard": False} if self.address == "local" else {})
-            except ConnectionError as error:
-                if self.address != "auto":
-                    raise BatchError(f"No Ray cluster answers at {self.address}: {str(error).splitlines()[0]}") from error
-                ray.init(address="local", include_dashboard=False, **quiet)
+        except MachineError as error:
+            raise BatchError(str(error)) from error
         by_value(ray.cloudpickle)
         self.home = ray.get_runtime_context().get_node_id()
 

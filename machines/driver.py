@@ -7,17 +7,16 @@ import asyncio
 import logging
 import os
 import pickle
-import socket
 import struct
 import sys
 
 from . import by_value
 from .graph import one_line
+from .joining import join
 from .place import MachineError
 from .replica import AHEAD, deploy, plan
 
 ATTEMPTS = 3
-TIMEOUT = 5.0  # seconds in which a cluster's address must answer
 
 
 def install() -> str:
@@ -40,38 +39,15 @@ def read(stream):
 
 
 def connect(address: str):
-    """Be a driver of that cluster; with no address, start one on this machine which no other can reach. Raises MachineError."""
+    """Be a driver of that cluster; with no address, of a Ray on this machine which no other can reach. Raises MachineError."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        join(address or "local")
         import ray
         from ray import serve  # noqa: F401
     except ImportError as error:
         raise MachineError(f"{install()} ({error})") from error
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    options = {"log_to_driver": False, "logging_level": "error"}
-    if not address:
-        ray.init(address="local", include_dashboard=False, **options)
-    else:
-        _answers(address)
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise MachineError(f"The Ray cluster at {address} cannot be used from here: {one_line(error, 600)}") \
-                from error
     by_value(ray.cloudpickle)
-
-
-def _answers(address: str):
-    host, colon, port = address.rpartition(":")
-    if address == "auto":
-        return
-    if not (colon and port.isdigit() and "/" not in address):
-        raise MachineError(f"{address} is no address of a Ray cluster: write HOST:6379, as `ray start --head` says it there,"
-                           " auto for the cluster that this machine belongs to, or nothing.")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), TIMEOUT).close()
-    except OSError as error:
-        raise MachineError(f"No Ray cluster answers at {address} ({error}): is `ray start --head` running there, and `ray start"
-                           f" --address={address}` here?") from error
 
 
 class Driver:

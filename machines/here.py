@@ -20,12 +20,11 @@ PATHS = "--extra-model-paths-config"
 
 
 def environment(comfyui: str, arguments: Sequence[str]) -> dict[str, str]:
-    """Variables that workers on this machine read (`machines/place.py`), and that keep Ray to this machine.
+    """Variables that workers on this machine read (`machines/place.py`).
 
     comfyui: the folder of the ComfyUI that runs. arguments: what stands behind its main.py.
     """
-    return {"COMFYUI_PATH": os.path.abspath(comfyui), "COMFYUI_ARGUMENTS": shlex.join(for_workers(arguments)),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on every system: Ray then listens on 127.0.0.1 alone
+    return {"COMFYUI_PATH": os.path.abspath(comfyui), "COMFYUI_ARGUMENTS": shlex.join(for_workers(arguments))}
 
 
 def for_workers(arguments: Sequence[str]) -> list[str]:
