@@ -7,9 +7,12 @@ import collections
 import contextlib
 import logging
 import os
+import queue
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from . import by_value
@@ -28,6 +31,8 @@ HERE = 20_000  # rows up to which the look is quicker in this process than in ta
 CHUNK = 5_000  # rows in one task of the look
 ATTEMPTS = 2  # passes in which a row's worker may end while it draws it, each with RETRIES
 RETRIES = 2
+LOOK = 5.0  # seconds without an answer after which a pass looks whether a machine is left
+GONE = 60.0  # seconds for which it waits for one to come back
 
 
 class BatchError(Exception):
@@ -192,11 +197,18 @@ class Batch:
         """Draw all rows. unfit: nodes that take no part from the start. arguments: of `Draw`."""
         attempts, named = collections.Counter(), set()
         tried = {row["id"]: set(unfit) for row in rows}  # the nodes that cannot draw it
-        waiting = rows
-        while waiting:
+        words, waiting = {}, rows  # words: of the last of them
+        while True:
+            there = self.machines().keys()
+            for row in [row for row in waiting if not there - tried[row["id"]]]:
+                progress.add({"id": row["id"], "status": "failed", "worker": "",
+                              "said": words.get(row["id"], "no machine is left that could draw it")})
+            waiting = [row for row in waiting if there - tried[row["id"]]]
+            if not waiting:
+                return
             sound = [row for row in waiting if not attempts[row["id"]]] or waiting  # first those that end no worker
             without = unfit | named  # one pass for all, where any machine is left
-            if not self.machines().keys() - without:
+            if not there - without:
                 without = tried[sound[0]["id"]]
                 sound = [row for row in sound if tried[row["id"]] == without]
             missing, next_ones = {row["id"]: row for row in sound}, []
@@ -208,6 +220,7 @@ class Batch:
                     progress.add(answer)
                     continue
                 tried[row["id"]].add(answer["node"])
+                words[row["id"]] = answer["said"]
                 if not self.machines().keys() - tried[row["id"]]:
                     progress.add({**answer, "status": "failed"})
                     continue
@@ -215,8 +228,9 @@ class Batch:
                     named.add(answer["node"])
                     progress.tell(f"{row['id']} goes to another machine: {answer['said']}")
                 next_ones.append(row)
+            is_own_fault = bool(self.machines().keys() - without)  # and not that all who could draw it went away
             for name, row in missing.items():
-                attempts[name] += 1
+                attempts[name] += is_own_fault
                 if attempts[name] < ATTEMPTS:
                     next_ones.append(row)
                 else:
@@ -247,7 +261,37 @@ class Batch:
             data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // in_block)).map(
                 self.worker, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus, compute=pool,
                 max_task_retries=RETRIES, **elsewhere)
-        yield from data.iter_rows()
+        yield from self.followed(data.iter_rows(), without)
+
+    def followed(self, answers: Iterable, without: frozenset) -> Iterator:
+        """The answers as they come. They end early where no machine is left to give more: Ray would wait for one for ever."""
+        heard, seen = queue.SimpleQueue(), time.monotonic()
+
+        def listen():
+            try:
+                for answer in answers:
+                    heard.put((answer, None))
+                heard.put((None, None))
+            except BaseException as error:
+                heard.put((None, error))
+
+        threading.Thread(target=listen, daemon=True, name="answers of a pass").start()
+        while True:
+            try:
+                answer, error = heard.get(timeout=min(LOOK, GONE))
+            except queue.Empty:
+                if self.machines().keys() - without:
+                    seen = time.monotonic()
+                elif time.monotonic() - seen > GONE:
+                    self.say(f"For {GONE:g} s no machine has been there that could draw the rest.", flush=True)
+                    return
+                continue
+            if error:
+                raise error
+            if answer is None:
+                return
+            seen = time.monotonic()
+            yield answer
 
 
 def version_here(elsewhere: str, has_gpu: bool) -> tuple[str, dict[str, str], str]:

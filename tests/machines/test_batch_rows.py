@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 from devtools import ROOT
@@ -190,6 +191,41 @@ def test_a_row_that_only_one_machine_can_draw_finds_it(tmp_path):
 
     for order in ("abc", "cba", "bca"):
         assert passes(tmp_path).draw(order, answer, ("one", "two", "three"))[0] == {"drawn": 3}
+
+
+def test_rows_that_were_handed_on_to_a_machine_that_goes_fail_with_the_last_words(tmp_path):
+    """And no pass begins for which no machine is left, which would wait for ever."""
+    batch, began = passes(tmp_path), []
+    answers = batch.answers
+    batch.answers = lambda rows, without, *rest: began.append(set(batch.nodes) - without) or answers(rows, without, *rest)
+
+    def answer(name, without):
+        if without:
+            batch.nodes = ("one",)  # the other goes away while it draws the second row
+            return ("drawn", "two") if name == "a" else None
+        return "left", "one"
+
+    counts, said = batch.draw("abc", answer)
+    assert counts == {"drawn": 1, "failed": 2} and all(began)
+    assert {"b: one has no file", "c: one has no file"} <= {text.strip() for text in said}
+
+
+def test_a_pass_without_a_machine_ends_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("featherweight.machines.batch.GONE", 0.1)
+    batch, never, said = passes(tmp_path), threading.Event(), []
+    batch.nodes, batch.say = ("one",), lambda text, **_: said.append(text)
+
+    def waits():
+        yield "first"
+        never.wait()
+
+    assert list(batch.followed(waits(), frozenset(["one"]))) == ["first"]
+    assert said == ["For 0.1 s no machine has been there that could draw the rest."]
+
+
+def test_what_goes_wrong_in_a_pass_is_raised(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        list(passes(tmp_path).followed((1 // each for each in (1, 0)), frozenset()))
 
 
 def test_a_row_whose_worker_always_ends_fails_and_the_others_do_not(tmp_path):
