@@ -97,4 +97,5 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a row may hold what this terminal has no letters for
     sys.exit(run(parser().parse_args()))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from .graph import GraphError, canonical, changed, digest
 from .store import Store
 
-NAME = re.compile(r'[^./\\:*?"<>|\x00-\x1f][^/\\:*?"<>|\x00-\x1f]{0,149}(?<![. ])')
+NAME = re.compile(r'[^./\\:*?"<>|\x00-\x1f\ud800-\udfff][^/\\:*?"<>|\x00-\x1f\ud800-\udfff]{0,149}(?<![. ])')
+NAME_BYTES = 180  # of an id; a file system takes 255, and node, number and what is half-written stand behind it
 READERS = {"bucket": 32, "folder": 8}  # at once: a bucket answers late, a disk gives more when it is asked for more
 
 
@@ -53,6 +54,8 @@ def row(line: bytes) -> tuple[str, dict]:
         changes = json.loads(line)
     except ValueError as error:
         raise GraphError(f"is no JSON: {error}") from error
+    except RecursionError as error:
+        raise GraphError("has lists or objects too deep inside each other") from error
     if not isinstance(changes, dict):
         raise GraphError('is no row; {"id": "0001", "4.text": "a red house"} is one')
     name = changes.pop("id", None)
@@ -60,8 +63,10 @@ def row(line: bytes) -> tuple[str, dict]:
         name = str(name)
     if not isinstance(name, str):
         raise GraphError('has no "id", which names its pictures')
-    if not NAME.fullmatch(name):
-        raise GraphError(f"has the id {name!r}, which cannot be a file's name")
+    size = len(name.encode(errors="surrogatepass"))
+    if not NAME.fullmatch(name) or size > NAME_BYTES:
+        raise GraphError(f"has the id {name[:200]!r}, which cannot be a file's name"
+                         + f": it takes {size} bytes, {NAME_BYTES} are allowed" * (size > NAME_BYTES))
     return name, changes
 
 
@@ -108,7 +113,7 @@ class Table:
     def __init__(self, shard: tuple[int, int] = (1, 1)):
         self.shard = shard
         self.first, self.names = {}, set()  # id, as file systems compare it -> number of its line; ids of this part
-        self.bad, self.left, self.there = [], [], 0
+        self.bad, self.left, self.there, self.count = [], [], 0, 0
 
     def add(self, found: Looked):
         """The next lines' look, in their order."""
@@ -117,10 +122,10 @@ class Table:
             first = self.first.setdefault(name.casefold(), number)
             if first != number:
                 twice[number] = f"has the id {name!r}, as line {first} has"
-        self.names.update(name for number, name in found.names if number not in twice and self.is_mine(number))
-        self.bad += [item for item in sorted({**dict(found.bad), **twice}.items()) if self.is_mine(item[0])]
-        self.there += sum(number not in twice and self.is_mine(number) for number in found.done)
-        self.left += [item for item in found.left if item[3] not in twice and self.is_mine(item[3])]
-
-    def is_mine(self, number: int) -> bool:
-        return (number - 1) % self.shard[1] == self.shard[0] - 1
+        numbers = sorted({number for number, _ in (*found.names, *found.bad)})
+        mine = set(numbers[(self.shard[0] - 1 - self.count) % self.shard[1]::self.shard[1]])
+        self.count += len(numbers)
+        self.names.update(name for number, name in found.names if number not in twice and number in mine)
+        self.bad += [item for item in sorted({**dict(found.bad), **twice}.items()) if item[0] in mine]
+        self.there += sum(number not in twice and number in mine for number in found.done)
+        self.left += [item for item in found.left if item[3] not in twice and item[3] in mine]

@@ -12,7 +12,7 @@ from featherweight.machines.batch import Batch
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
 from featherweight.machines.place import MachineError, find
 from featherweight.machines.progress import Progress
-from featherweight.machines.rows import Looked, Table, look
+from featherweight.machines.rows import Looked, Table, lines, look
 from featherweight.machines.store import Store
 
 from .conftest import workflow
@@ -81,7 +81,8 @@ def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
     assert len(look(str(tmp_path), workflow(steps=3), lines).left) == 4  # another workflow: all of them
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", ".hidden", "", "x" * 151, "c:d", "a.", "new\nline", None, 1.5, ["a"]])
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", ".hidden", "", "x" * 151, "c:d", "a.", "new\nline", None, 1.5, ["a"],
+                                  "\ud800", "a\ud800", "\u753b" * 61])
 def test_an_id_that_is_no_file_name_is_refused(tmp_path, name):
     found = look(str(tmp_path), workflow(), [(1, json.dumps({"id": name, "7.seed": 1}).encode())])
     assert len(found.bad) == 1 and not found.left
@@ -94,6 +95,28 @@ def test_the_parts_of_all_shards_are_the_rows_each_once():
     for table in tables:
         table.add(found)
     assert sorted(int(item[0]) for table in tables for item in table.left) == list(range(1, 12))
+
+
+def test_empty_lines_do_not_shift_the_parts(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n\n".join(json.dumps({"id": str(index)}) for index in range(10)), encoding="utf-8")
+    found = list(lines(str(rows)))
+    for part in (1, 2):
+        table = Table((part, 2))
+        for some in (found[:3], found[3:]):
+            table.add(look(str(tmp_path), workflow(), some))
+        assert [int(item[0]) % 2 for item in table.left] == [part - 1] * 5
+
+
+def test_odd_rows_fail_alone(tmp_path):
+    """Each is named, and none ends the batch, whatever the terminal can show."""
+    rows = tmp_path / "rows.jsonl"
+    odd = ['{"id": "\\ud800"}', '{"id": "a", "\\ud800.x": 1}', "[" * 200_000, '{"id": "b", "4.text": ' + "[" * 200_000]
+    rows.write_text("\n".join([*odd, json.dumps({"id": "\u753b" * 80}), json.dumps({"id": "\u753b" * 61})]), encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    found = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out", env=environment)
+    assert found.stdout.count("Line ") == 6 and "0 drawn, 0 there before, 6 failed" in found.stdout, found.stdout[-2000:]
+    assert not found.stderr
 
 
 def test_ids_that_a_file_system_takes_for_one_are_refused():
