@@ -24,7 +24,11 @@ class Draw:
 
         self.graph, self.machine, self.host, self.unfit, self.refused = graph, machine(), None, "", 0
         self.name = f"{self.machine['name']}:{os.getpid()}"
-        self.store = Store(out) if home in ("", self.machine["node"]) else Sent(writer)
+        try:
+            self.store = Store(out) if home in ("", self.machine["node"]) else Sent(writer)
+        except (OSError, ValueError) as error:
+            self.unfit = f"cannot write to {out}: {error}"
+            return
         try:
             comfyui = find(elsewhere)
             self.unfit = difference(versions(comfyui, arguments(bool(ray.get_gpu_ids()))), expected)
@@ -64,5 +68,5 @@ class Draw:
                 "stamp": row["stamp"], "changes": json.loads(row["changes"]), "worker": self.name,
                 "seconds": round(time.monotonic() - started, 3)})
         except OSError as error:
-            raise MachineError(f"could not write the pictures: {error}") from error
+            raise MachineError(f"could not write the pictures: {getattr(error, 'cause', error)}") from error
         return "drawn", ""

@@ -55,7 +55,7 @@ def join(address: str):
     try:
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise MachineError(_refused(address, one_line(error, 600))) from error
+        raise MachineError(_refused(address, one_line(error, 600).rstrip(".") or type(error).__name__)) from error
     if callable(on_end) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_end)  # Ray puts its own in its place, which ends the process without a word
 

@@ -28,8 +28,16 @@ def find(elsewhere: str = "", environment: Mapping[str, str] | None = None) -> s
 
 
 def arguments(has_gpu: bool, environment: Mapping[str, str] | None = None) -> list[str]:
-    """What stands behind main.py there: COMFYUI_ARGUMENTS, and --cpu where Ray gave the worker no GPU (a Mac's aside)."""
-    given = shlex.split((os.environ if environment is None else environment).get("COMFYUI_ARGUMENTS", ""))
+    """What stands behind main.py there: COMFYUI_ARGUMENTS, and --cpu where Ray gave the worker no GPU (a Mac's aside).
+
+    Raises MachineError.
+    """
+    text = (os.environ if environment is None else environment).get("COMFYUI_ARGUMENTS", "")
+    try:
+        given = shlex.split(text)
+    except ValueError as error:
+        raise MachineError(f"COMFYUI_ARGUMENTS is {text}, which cannot be taken apart ({error}): set it to what stands behind"
+                           " main.py before `ray start`.") from error
     return given if has_gpu or sys.platform == "darwin" or "--cpu" in given else ["--cpu", *given]
 
 

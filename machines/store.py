@@ -13,19 +13,34 @@ import json
 import os
 import re
 import secrets
+import sys
+from urllib.request import url2pathname
 
 PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 PICTURE = re.compile(r"(.+)_[A-Za-z0-9-]+_\d+(\.[^.]*)?")
+ATTEMPTS = 5  # at writing a file
+
+
+def folder_of(out: str) -> str:
+    """The path that file:/// stands for; what is no such URI as it is. Raises ValueError."""
+    if not out.startswith("file://"):
+        return out
+    if not out.startswith("file:///"):
+        raise ValueError(f"{out} does not name a folder: write file:/// and its whole path, such as file:///mnt/pictures.")
+    return url2pathname(out.removeprefix("file://"))
 
 
 class Store:
-    """Files in one folder or bucket. out: an absolute path or a URI. OSError is raised as it comes."""
+    """Files in one folder or bucket. out: an absolute path or a URI. OSError is raised as it comes, ValueError for no URI."""
 
     def __init__(self, out: str):
-        self.files, self.root = None, out.removeprefix("file://") if out.startswith("file://") else out
+        self.files, self.root = None, folder_of(out)
         if "://" in self.root:
-            import pyarrow.fs
-
+            try:
+                import pyarrow.fs
+            except ImportError as error:
+                raise ValueError(f"{out} needs pyarrow, which is missing ({error}). Install it for this Python:"
+                                 f' {sys.executable} -m pip install "ray[data,serve]"') from error
             self.files, self.root = pyarrow.fs.FileSystem.from_uri(out)
         else:
             os.makedirs(self.root, exist_ok=True)
@@ -36,7 +51,8 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """The file's bytes, or None where there is none."""
         try:
-            with (self.files.open_input_stream if self.files else _open)(self.path(name)) as file:
+            with (self.files.open_input_stream(self.path(name), compression=None) if self.files  # else .gz is unpacked
+                  else open(self.path(name), "rb")) as file:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -44,19 +60,24 @@ class Store:
     def write(self, name: str, data: bytes):
         """The whole file or nothing, on the disk when this returns; buckets keep that by themselves."""
         if self.files:
-            with self.files.open_output_stream(self.path(name)) as file:
+            with self.files.open_output_stream(self.path(name), compression=None) as file:  # else .gz is packed once more
                 file.write(data)
             return
-        part = self.path(f".{name}.{secrets.token_hex(4)}.part")
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path(name))
-        except BaseException:
-            _remove(part)
-            raise
+        for attempt in range(1, ATTEMPTS + 1):
+            part = self.path(f".{name}.{secrets.token_hex(4)}.part")
+            try:
+                with open(part, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, self.path(name))
+                return
+            except FileNotFoundError:  # another command for the same rows has tidied
+                if attempt == ATTEMPTS:
+                    raise
+            except BaseException:
+                _remove(part)
+                raise
 
     def remove(self, name: str):
         """Remove a file that may be gone."""
@@ -103,7 +124,7 @@ class Store:
         own = [part[0] for part in parts if part[1].removesuffix(".json") in rows
                or (picture := PICTURE.fullmatch(part[1])) and picture[1] in rows]
         for name in own:
-            self.remove(name)
+            _remove(self.path(name))
         return len(own)
 
 
@@ -135,10 +156,6 @@ class Sent:
         import ray
 
         ray.get(self.writer.save.remote(*given))
-
-
-def _open(path: str):
-    return open(path, "rb")
 
 
 def _remove(path: str):

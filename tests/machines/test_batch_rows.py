@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from devtools import ROOT
 from featherweight.machines.batch import Batch
+from featherweight.machines.draw import Draw
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
-from featherweight.machines.place import MachineError, find
+from featherweight.machines.place import MachineError, arguments, find
 from featherweight.machines.progress import Progress
 from featherweight.machines.rows import Looked, Table, lines, look
 from featherweight.machines.store import Store
@@ -61,6 +64,8 @@ def test_a_machine_without_comfyui_says_what_to_set(tmp_path, monkeypatch):
         find(environment={})
     with pytest.raises(MachineError, match="no main.py"):
         find(environment={"COMFYUI_PATH": str(tmp_path)})
+    with pytest.raises(MachineError, match="COMFYUI_ARGUMENTS is --lowvram 'x, which cannot be taken apart .No closing"):
+        arguments(True, {"COMFYUI_ARGUMENTS": "--lowvram 'x"})
 
 
 # --- rows and store ---
@@ -160,9 +165,45 @@ def test_a_uri_is_written_by_pyarrow(tmp_path):
     store = Store(f"file://{tmp_path}")
     store.files, store.root = pyarrow.FileSystem.from_uri(f"file://{tmp_path}")
     store.save("a", {"9_0.png": b"old", "9_1.png": b"old"}, {"stamp": "1"})
-    store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
+    store.save("a", {"9_0.gz": b"what a workflow saved"}, {"stamp": "2"})
     assert store.done("a", "2") and not store.done("b", "2")
-    assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.png"]
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.gz"]
+    assert (tmp_path / "a_9_0.gz").read_bytes() == store.read("a_9_0.gz") == b"what a workflow saved"  # by the name unpacked
+
+
+def test_a_uri_of_a_folder_means_what_other_programs_mean_by_it(tmp_path):
+    assert Store((tmp_path / "my pictures").as_uri()).root == str(tmp_path / "my pictures")
+    with pytest.raises(ValueError, match="file://share/pictures does not name a folder: write file:///"):
+        Store("file://share/pictures")
+
+
+def test_a_bucket_without_pyarrow_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.fs", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="s3://a/b needs pyarrow, .* -m pip install"):
+        Store("s3://a/b")
+
+
+def test_another_command_for_the_same_rows_takes_nothing_away(tmp_path, monkeypatch):
+    store, fsync, tidied = Store(str(tmp_path)), os.fsync, []
+
+    def other(descriptor):
+        fsync(descriptor)
+        tidied.append(len(tidied) < 2 and Store(str(tmp_path)).tidy({"a"}))
+
+    monkeypatch.setattr(os, "fsync", other)
+    store.save("a", {"9_0.png": b"picture"}, {"stamp": "1"})
+    assert store.done("a", "1") and tidied == [1, 1, False, False]
+
+
+def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
+    """What Ray raises for another machine's trouble is an OSError too, with a traceback as its words."""
+    cause = PermissionError(13, "Permission denied", "/pictures/a.png")
+    error = type("RayTaskError", (OSError,), {"cause": cause, "__str__": lambda self: "Traceback (most recent call last):"})()
+    worker = Draw.__new__(Draw)
+    worker.unfit, worker.store = "", SimpleNamespace(done=Mock(side_effect=error))
+    with pytest.raises(MachineError, match=r"^could not write the pictures: .* Permission denied: '/pictures/a.png'$"):
+        worker._draw({"id": "a", "stamp": ""}, 0.0)
 
 
 # --- passes ---

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from devtools import ROOT
 from devtools.cluster import QUIET, workflow
+from featherweight.machines import batch
 from featherweight.machines.joining import CLUSTER, is_of_a_cluster, join, nearest
 from featherweight.machines.place import MachineError
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 PATIENCE = 120  # seconds, on a machine that has much else to do
 LOCAL = """
 import sys, types
@@ -23,6 +25,7 @@ sys.path[:] = [path for path in sys.path if path != sys.argv[1]]
 pack = types.ModuleType("featherweight")
 pack.__path__ = [sys.argv[1]]
 sys.modules["featherweight"] = pack
+from featherweight.machines import batch
 from featherweight.machines.joining import join
 try:
     join(sys.argv[2])
@@ -139,3 +142,14 @@ def test_a_machine_without_a_cluster_gets_a_ray_of_its_own(monkeypatch):
 def test_an_address_where_no_cluster_is_says_so(address, said):
     with pytest.raises(MachineError, match=said):
         join(address)
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("Version mismatch: the cluster has\n    Ray: 2.59.0"), "Version mismatch: the cluster has Ray: 2.59.0"),
+    (ConnectionError(), "ConnectionError"), (ray.exceptions.RayError("no token."), "no token")])
+def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, said, monkeypatch):
+    monkeypatch.setattr(batch, "is_joined", lambda: False)
+    monkeypatch.setattr(batch, "nearest", lambda address: "auto")
+    monkeypatch.setattr(ray, "init", Mock(side_effect=error))
+    with pytest.raises(batch.BatchError, match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):
+        batch.Batch({}, "", "").connect()
