@@ -39,8 +39,8 @@ def path_of(folder: str, name: str) -> str:
 class Reader:
     """On the machine that has the file: gives it piece by piece."""
 
-    def __init__(self, folder: str, name: str):
-        self.file = open(path_of(folder, name), "rb")
+    def __init__(self, folder: str, name: str, size: int):
+        self.file, self.size = open(path_of(folder, name), "rb"), size
         self.sha256 = hashlib.sha256()
 
     def piece(self) -> bytes:
@@ -49,7 +49,8 @@ class Reader:
         return data
 
     def digest(self) -> str:
-        return self.sha256.hexdigest()
+        """Of what was sent; "" where the file's size is another than it was told to be."""
+        return self.sha256.hexdigest() if os.fstat(self.file.fileno()).st_size == self.size else ""
 
 
 class Writer:
@@ -90,6 +91,10 @@ class Writer:
         return ""
 
     def finish(self, digest: str) -> str:
+        """digest: of `Reader`."""
+        if not digest or self.file.tell() != self.size:  # a piece at the end may have been short for a moment
+            self.abandon()
+            return f"was sent {self.path} while that changed where it came from; run this again when it is whole there"
         if self.sha256.hexdigest() != digest:
             self.abandon()
             return f"received {self.path} otherwise than it was sent; run this again"
@@ -177,7 +182,7 @@ def fetch(source: Place, targets: list[Place], size: int, tell: Callable[[int], 
     """
     import ray
 
-    reader = ray.remote(Reader).options(**pinned(source.node)).remote(source.folder, source.name)
+    reader = ray.remote(Reader).options(**pinned(source.node)).remote(source.folder, source.name, size)
     writers = {target: ray.remote(Writer).options(**pinned(target.node)).remote(target.folder, target.name, size)
                for target in targets}
     failed, done = {}, 0

@@ -92,9 +92,9 @@ def test_a_machine_that_goes_away_while_it_sends_leaves_no_part_behind(places, s
 @pytest.mark.parametrize("name", [
     "../model.gguf", "flux/../../model.gguf", "/etc/model.gguf", "..\\model.gguf", "\\model.gguf", ""])
 def test_names_that_lead_out_of_a_model_folder_are_refused(name, tmp_path):
-    for actor in (Reader, lambda folder, name: Writer(folder, name, 1)):
+    for actor in (Reader, Writer):
         with pytest.raises(ValueError, match="is no name of a file inside"):
-            actor(str(tmp_path), name)
+            actor(str(tmp_path), name, 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -124,6 +124,24 @@ def test_bytes_that_changed_on_their_way_are_not_kept(tmp_path):
     assert writer.begin() == "" and writer.write(b"other") == ""
     assert "otherwise than it was sent" in writer.finish(hashlib.sha256(b"bytes").hexdigest())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["since it was looked at", "while it is sent"])
+@pytest.mark.parametrize("looked, now", [(5000, 0), (5000, 99), (5000, 9000), (8192, 9000)])
+def test_a_file_that_grows_or_shrinks_is_not_kept(tmp_path, small_pieces, before, looked, now):
+    """As one that is being downloaded: the pieces that were asked for are not all of it, or not those that were meant."""
+    source, target = tmp_path / "source" / "model.gguf", tmp_path / "target"
+    source.parent.mkdir()
+    source.write_bytes(os.urandom(looked))
+    if before:
+        os.truncate(source, now)
+    reader, writer = (kind(str(folder), source.name, looked) for kind, folder in ((Reader, source.parent), (Writer, target)))
+    assert writer.begin() == ""
+    assert writer.write(reader.piece()) == ""
+    os.truncate(source, now)
+    assert writer.write(reader.piece()) == ""
+    assert "while that changed where it came from" in writer.finish(reader.digest())
+    assert not list(target.iterdir())
 
 
 def test_two_who_send_the_same_file_do_not_mix_it(tmp_path):
