@@ -113,10 +113,9 @@ class Host:
             entry = self._entry(graph, listener, dict(extra or {}))
             files = self._files(entry["outputs"])
             if files is None:  # the host took the saving node's answer of an alike prompt, whose files are gone
-                fresh = {name: {**node, "inputs": {**node["inputs"], "again": prompt_id}} if name in entry["outputs"] else node
-                         for name, node in graph.items()}
+                self._forget()
                 listener.ended.clear()
-                files = self._files(self._entry(fresh, listener, dict(extra or {}))["outputs"])
+                files = self._files(self._entry(graph, listener, dict(extra or {}))["outputs"])
             return Answer(files or {}, self.results.pop(prompt_id, None))
         finally:
             self.results.pop(prompt_id, None)
@@ -148,6 +147,15 @@ class Host:
         if entry["status"]["status_str"] != "success":
             self._fail(graph, entry["status"]["messages"])
         return entry
+
+    def _forget(self):
+        """Have the host drop the answers of its nodes that it keeps, so that the next prompt runs whole."""
+        queue = self.server.prompt_queue
+        with queue.mutex:
+            queue.set_flag("unload_models", False)
+            queue.set_flag("free_memory", True)
+        while queue.get_flags(reset=False):
+            time.sleep(0.01)
 
     def cancel(self, prompt_id: str):
         """End a prompt whether it waits or runs, and no other; `run` raises Cancelled."""
