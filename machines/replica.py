@@ -13,6 +13,7 @@ from .worker import Worker, machine
 APP, NAME = "featherweight", "ComfyUI"
 AHEAD = 2  # prompts that a worker holds: one runs and one waits, so that none idles between two
 STARTS = 20  # attempts at starting Serve
+RETRY = 0.5  # seconds between two
 REST = 2.0  # seconds that an unfit worker takes for its answer, so that it does not eat what others could do
 
 
@@ -79,14 +80,17 @@ def plan(machines: Sequence[dict[str, float]], workers: int = 0, on_cpu: bool = 
 
 def _start(serve):
     """Serve on this cluster, if it is not there; another editor may be starting it at this moment."""
+    import ray
+
+    is_there = getattr(ray.exceptions, "ActorAlreadyExistsError", ValueError)  # its controller; an older Ray has no class for it
     for attempt in range(STARTS):
         try:
             serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})  # no port for the web
             return
-        except ValueError:  # its controller is there by now: ActorAlreadyExistsError
+        except is_there:
             if attempt == STARTS - 1:
                 raise
-            time.sleep(0.5)
+            time.sleep(RETRY)
 
 
 def deploy(workers: int, options: dict, idle_seconds: float, elsewhere: str = ""):

@@ -1,10 +1,11 @@
 """What differs from item to item, how many workers there are, and what comes together: without Ray."""
 import io
+from unittest.mock import Mock
 
 import numpy
 import pytest
 from devtools.files import demo_files
-from featherweight.machines import here, pool
+from featherweight.machines import here, pool, replica
 from featherweight.machines.driver import pickled, read
 from featherweight.machines.gathering import Gathering
 from featherweight.machines.graph import GraphError
@@ -157,3 +158,16 @@ def test_what_is_cancelled_is_told_to_the_driver(monkeypatch):
         drivers.run("auto", {"graphs": []}, lambda *_: None, interrupted)
     assert sent == [("run", 0, {"graphs": []}), ("cancel", 0)]
     drivers.drivers["auto"].process.kill()
+
+
+@pytest.mark.parametrize("kind, attempts", [("ActorAlreadyExistsError", 3), (None, 1)])
+def test_serve_that_another_editor_starts_is_waited_for_and_another_mistake_is_not(kind, attempts, monkeypatch):
+    exceptions = pytest.importorskip("ray.exceptions")
+    error = getattr(exceptions, kind)("SERVE_CONTROLLER_ACTOR") if kind else ValueError("num_cpus must be positive")
+    monkeypatch.setattr(replica, "STARTS", 3)
+    monkeypatch.setattr(replica, "RETRY", 0)
+    serve = Mock()
+    serve.start.side_effect = error
+    with pytest.raises(type(error)):
+        replica._start(serve)
+    assert serve.start.call_count == attempts
