@@ -218,7 +218,8 @@ class Host:
 
     def _files(self, outputs: dict) -> dict[str, bytes] | None:
         """Name -> bytes of what nodes saved, or else previewed. None where one of them is gone."""
-        items = [(node, item) for node, found in outputs.items() for listed in found.values() if isinstance(listed, list)
+        items = [(re.sub("[^A-Za-z0-9-]", "-", node), item) for node, found in sorted(outputs.items())
+                 for listed in found.values() if isinstance(listed, list)
                  for item in listed if isinstance(item, dict) and item.get("filename") and item.get("type") != "input"]
         saved = [(node, item) for node, item in items if item.get("type", "output") == "output"]
         files, counts = {}, {}
@@ -230,8 +231,8 @@ class Host:
                     data = file.read()
             except FileNotFoundError:
                 return None
-            count = counts[node] = counts.get(node, -1) + 1
-            files[f"{re.sub('[^A-Za-z0-9-]', '-', node)}_{count}{os.path.splitext(path)[1]}"] = data
+            count = counts[node] = counts.get(node, -1) + 1  # of 9:1 and 9-1 together
+            files[f"{node}_{count}{os.path.splitext(path)[1]}"] = data
         return files
 
     def _sweep(self):

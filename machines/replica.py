@@ -82,7 +82,7 @@ def _start(serve):
     """Serve on this cluster, if it is not there; another editor may be starting it at this moment."""
     import ray
 
-    is_there = getattr(ray.exceptions, "ActorAlreadyExistsError", ValueError)  # its controller; an older Ray has no class for it
+    is_there = getattr(ray.exceptions, "ActorAlreadyExistsError", ValueError)  # its controller; older Rays have no class for it
     for attempt in range(STARTS):
         try:
             serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})  # no port for the web

@@ -36,6 +36,16 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
+def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
+    found = host.Host.__new__(host.Host)
+    found.scratch = str(tmp_path)
+    (tmp_path / "output").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "output" / name).write_text(name)
+    outputs = {"9:1": {"images": [{"filename": "a"}]}, "9-1": {"images": [{"filename": "b"}]}}
+    assert found._files(outputs) == found._files(dict(reversed(outputs.items()))) == {"9-1_0": b"b", "9-1_1": b"a"}
+
+
 def drawn(worker, graph):
     return ray.get(worker.run.remote(graph), timeout=300)
 
