@@ -11,6 +11,7 @@ from .place import MachineError, arguments, find, versions
 from .worker import machine as this_machine
 
 STARTED = 600  # seconds that a machine has to start its ComfyUI
+IN_SIGHT = {"runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}}  # GPUs, of a process that takes none
 
 
 @dataclass
@@ -178,8 +179,10 @@ class Look:
     def __init__(self, nodes: dict[str, bool], elsewhere: str = ""):
         import ray
 
-        self.asked = {node: ray.remote(Asked).options(**pinned(node)).remote(elsewhere, has_gpu)
-                      for node, has_gpu in nodes.items()}
+        self.asked = {}
+        for node, has_gpu in nodes.items():
+            options = {**pinned(node), **(IN_SIGHT if has_gpu else {})}
+            self.asked[node] = ray.remote(Asked).options(**options).remote(elsewhere, has_gpu)
 
     def __enter__(self):
         return self

@@ -104,6 +104,28 @@ def found(size: int, *names: str, taken: bool = True) -> dict:
     return {"taken": taken, "files": [("unet_gguf", "/models/unet", name, size) for name in names]}
 
 
+@pytest.mark.heavy
+def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
+    """Older Rays hide them from a process that takes none for itself, as this variable of the machine does."""
+    class Seeing(check.Asked):
+        def name(self):
+            return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+
+    monkeypatch.setattr(check, "Asked", Seeing)
+    cluster.bases["cellar"] = bases["desk"]
+    cluster.add("cellar", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1")
+    try:
+        node = cluster.nodes["cellar"].node_id
+        found = []
+        for has_gpu in (True, False):
+            with Look({node: has_gpu}) as look:
+                found.append(ray.get(look.asked[node].name.remote(), timeout=60))
+        assert found == ["all", ""]
+    finally:
+        cluster.remove("cellar")
+        del cluster.bases["cellar"]
+
+
 def test_a_machine_of_other_versions_is_left_out():
     older = {**NEWER, "ComfyUI": "0.24.0"}
     expected = most([older, NEWER, NEWER])
