@@ -16,8 +16,8 @@ import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
 from .encoders import archs  # noqa: F401  registers the families
-from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, without_prefix
-from .encoders.kinds import TEXT_ALONE, TITLES, kind_of, refuse_misfits
+from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, unwrapped, without_prefix
+from .encoders.kinds import TEXT_ALONE, TITLES, TOKENIZER_OF, kind_of, refuse_misfits, refuse_missing_tokenizers
 from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
 from .encoders.towers import missing_towers_left_out
@@ -126,8 +126,10 @@ class _Encoder:
             progress.stage()
             return
         self.file = file = open_weights(path)
-        tokenizer = saved_tokenizer(self.path) if self.path.is_dir() else {}
-        self.weights, self.metadata = without_prefix(file.state_dict(progress.track) | tokenizer), file.metadata
+        self.weights, self.metadata = unwrapped(without_prefix(file.state_dict(progress.track))), file.metadata
+        if self.path.is_dir():
+            found = comfy.sd.detect_te_model(self.weights)
+            self.weights |= saved_tokenizer(self.path, TOKENIZER_OF.get(found and found.name, SENTENCEPIECE))
         if pack_to:
             self.weights = as_tensors(file, self.weights)
         self.arch = arch_of(self.weights)
@@ -177,6 +179,8 @@ class _Encoder:
         try:
             tokenizer = self._tokenizer()
         except KeyError as error:
+            if self.path.suffix.lower() != ".gguf":  # `refuse_missing_tokenizers` tells what is missing beside the weights
+                return self.arch.convert(self.weights, self.metadata)
             raise WeightFileError(f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is made. Get"
                                   " another conversion of the model.") from error
         except TokenizerError as error:
@@ -214,6 +218,7 @@ def _check(paths: list[str], weights: list[Weights], clip_type: str):
     warning = refuse_misfits(names, kinds, clip_type)
     if warning:
         log.warning("[Featherweight] %s", warning)
+    refuse_missing_tokenizers(names, kinds, weights)
     for name, kind, part in zip(names, kinds, weights):
         log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(kind, kind),
                  sum(tensor.nbytes for tensor in part.values()))

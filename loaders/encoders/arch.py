@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import comfy.sd
 import torch
 
 ARCHS: list[type["Arch"]] = []
@@ -23,6 +24,16 @@ PREFIXES = re.compile(
     r"^(text_encoders\.llm|text_encoders\.[^.]+\.(transformer|model)|cond_stage_model\.(1\.)?(transformer|model)"
     r"|conditioner\.embedders\.\d\.(transformer|(open_clip\.)?model)|te\d?(\.\d)?|text_encoder(_\d)?"
     r"|(clip_[lgh]|t5xxl)(\.transformer(?!\.resblocks))?)\.")
+
+
+# Names of transformers for a language model that is a part of one that sees (`…ForConditionalGeneration`; the second of each
+# in newer files) -> the host's. Gemma 3, Mistral Small 3.1 and later, Qwen2.5-VL, LLaVA.
+INSIDE = (
+    (re.compile(r"^(language_model\.model|model\.language_model)\."), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(model\.)?vision_tower\.vision_model\."), "vision_model."),
+    (re.compile(r"^model\.(multi_modal_projector|visual)\."), r"\1."),
+)
 
 
 class Arch:
@@ -88,6 +99,20 @@ def without_prefix(weights: Weights) -> Weights:
         return weights
     prefix = prefixes.pop()
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def unwrapped(weights: Weights) -> Weights:
+    """The weights of a language model that transformers saved as a part of one that sees, under the host's names.
+
+    Those that the host knows by the names of the whole (Qwen3-VL, Qwen3.5) stay as they are.
+    """
+    if comfy.sd.detect_te_model(weights) is not None:
+        return weights
+    changed = {}
+    for name, tensor in weights.items():
+        pattern, new = next(((pattern, new) for pattern, new in INSIDE if pattern.match(name)), (None, ""))
+        changed[name if pattern is None else pattern.sub(new, name)] = tensor
+    return changed
 
 
 def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> Weights:

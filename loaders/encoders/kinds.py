@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..files.container import WeightFileError
+from .arch import SENTENCEPIECE, TEKKEN, TOKENIZER_JSON
 from .archs.t5 import UMT5_TOKENS
+from .saved_tokenizer import TOKENIZER_FILES
 
 # The host's name of an encoder (`comfy.sd.TEModel`), with UMT5 told from T5 -> what people call it.
 TITLES = {
@@ -27,6 +29,14 @@ TITLES = {
 # What the host makes of these follows from the type; of all others from what they are, whatever the type.
 OF_A_TYPE = {"CLIP_L", "CLIP_G", "T5_XXL", "UMT5_XXL", "T5_BASE", "UMT5_BASE", "BYT5_SMALL_GLYPH"}
 CLIP_OR_T5 = {kind for kind in TITLES if kind.startswith(("CLIP", "JINA", "T5", "UMT5", "BYT5"))}
+
+# Encoders whose tokenizer the host has from their file alone -> what of the file that is.
+TOKENIZER_OF = {
+    **dict.fromkeys(("GEMMA_2_2B", "GEMMA_3_4B", "GEMMA_3_4B_VISION", "GEMMA_3_12B", "UMT5_XXL", "UMT5_BASE", "T5_GEMMA",
+                     "JINA_CLIP_2"), SENTENCEPIECE),
+    **dict.fromkeys(("MINISTRAL_3_3B", "MISTRAL3_24B", "MISTRAL3_24B_PRUNED_FLUX2"), TEKKEN),
+    **dict.fromkeys(("GPT_OSS_20B", "GEMMA_4_E2B", "GEMMA_4_E4B", "GEMMA_4_12B", "GEMMA_4_31B"), TOKENIZER_JSON),
+}
 
 # type -> the encoders that models of this type take, one at a time.
 SINGLE = {
@@ -82,6 +92,17 @@ def refuse_misfits(names: Sequence[str], kinds: Sequence[str | None], clip_type:
         if not any(kind in group for group in groups):
             raise WeightFileError(f"{name} is {_title(kind)}; {clip_type} wants {_wanted(groups)}. {_advice(kind)}")
     return ""
+
+
+def refuse_missing_tokenizers(names: Sequence[str], kinds: Sequence[str | None], weights: Sequence[Mapping[str, torch.Tensor]]):
+    """Raise WeightFileError for an encoder whose tokenizer is in none of the files. names, kinds: as in `refuse_misfits`."""
+    for name, kind in zip(names, kinds):
+        wanted = TOKENIZER_OF.get(kind)
+        if wanted is not None and not any(wanted in part for part in weights):
+            raise WeightFileError(
+                f"{name} is {_title(kind)} without its tokenizer, of which ComfyUI has none of its own. In a folder put the"
+                f" {' or '.join(TOKENIZER_FILES[wanted])} that was published with it; in the place of a file get one that holds"
+                f" {wanted}.")
 
 
 def _single(name: str, kind: str | None, clip_type: str) -> str:

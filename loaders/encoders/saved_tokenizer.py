@@ -3,20 +3,34 @@ from pathlib import Path
 
 import torch
 
-from ..files.container import map_file
+from ...ops.bounded_json import read_json
+from ..files.container import WeightFileError, map_file
 from ..files.diffusers_folder import file_inside
-from .arch import SENTENCEPIECE, Weights
+from .arch import SENTENCEPIECE, TEKKEN, TOKENIZER_JSON, Weights
+from .tokenizer import TokenizerError, metadata_of_json, tekken_model
 
-SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
+# What the host builds a tokenizer from -> the files that hold it.
+TOKENIZER_FILES = {
+    SENTENCEPIECE: ("spiece.model", "tokenizer.model"), TEKKEN: ("tekken.json", "tokenizer.json"),
+    TOKENIZER_JSON: ("tokenizer.json",)}
 
 
-def saved_tokenizer(folder: Path) -> Weights:
-    """The SentencePiece model in an encoder's folder (`…/text_encoder_2`) or in its package's `…/tokenizer_2`, if there is one.
+def saved_tokenizer(folder: Path, wanted: str = SENTENCEPIECE) -> Weights:
+    """The tokenizer in an encoder's folder (`…/text_encoder_2`) or in its package's `…/tokenizer_2`, if there is one.
 
-    As the host reads it from the weights: the file's bytes as a uint8 tensor. Raises WeightFileError.
+    wanted: a key of TOKENIZER_FILES. As the host reads it from the weights: the file's bytes as a uint8 tensor. A tekken.json
+    is made of a tokenizer.json where there is only that. Raises WeightFileError.
     """
     folders = folder, folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    found = next(((place, name) for place in folders for name in SENTENCEPIECE_FILES if (place / name).is_file()), None)
+    found = next(((place, name) for name in TOKENIZER_FILES[wanted] for place in folders if (place / name).is_file()), None)
     if found is None:
         return {}
-    return {SENTENCEPIECE: torch.frombuffer(bytearray(map_file(file_inside(*found))), dtype=torch.uint8)}
+    data = bytearray(map_file(file_inside(*found)))
+    if wanted == TEKKEN and found[1] == "tokenizer.json":
+        try:
+            return {TEKKEN: tekken_model(metadata_of_json(read_json(bytes(data))))}
+        except (ValueError, KeyError) as error:
+            problem = error if isinstance(error, TokenizerError) else "it is damaged"
+            raise WeightFileError(f"{found[0].name}: of its tokenizer.json no tokenizer of Mistral can be made: {problem}. Put"
+                                  " the tekken.json that was published with the model beside its weights.") from error
+    return {wanted: torch.frombuffer(data, dtype=torch.uint8)}

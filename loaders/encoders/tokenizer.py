@@ -192,6 +192,20 @@ def tekken_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     })
 
 
+def metadata_of_json(content: Any) -> dict[str, Any]:
+    """The metadata that a tokenizer.json of bytes would have in a GGUF file; a token is special or normal."""
+    try:
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        ids, merges = content["model"]["vocab"] | added, content["model"]["merges"]
+        tokens = sorted(ids, key=ids.get)
+        complete = [ids[token] for token in tokens] == list(range(len(tokens)))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TokenizerError("it has not the added_tokens, vocab and merges of one") from error
+    if not complete:
+        raise TokenizerError("the ids of its tokens are not the numbers from 0 on")
+    return {MODEL: "gpt2", TOKENS: tokens, TYPES: [CONTROL if token in added else NORMAL for token in tokens], MERGES: merges}
+
+
 def tokenizer_json(metadata: Mapping[str, Any]) -> torch.Tensor:
     """A tokenizer.json of Hugging Face `tokenizers`: GPT-OSS (merges of bytes) and Gemma 4 (merges of characters)."""
     tokens, types, merges = _texts(metadata, TOKENS), metadata[TYPES], _texts(metadata, MERGES)
