@@ -142,7 +142,10 @@ class _Encoder:
         if self.arch is None:
             return False
         tower = without_prefix(vision.state_dict())
-        widths = self.arch.vision_width(self.weights, tower)
+        try:
+            widths = self.arch.vision_width(self.weights, tower)
+        except (KeyError, IndexError):  # a tensor that the family's towers have is missing, or of another shape
+            widths = None
         if widths and widths[0] == widths[1]:
             self.weights |= tower
             log.info("[Featherweight] %s sees through %s", self.name, vision.path.name)

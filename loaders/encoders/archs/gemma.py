@@ -74,7 +74,7 @@ class Gemma3(Gemma2):
 
     @classmethod
     def vision_width(cls, weights, vision):
-        if PROJECTION not in vision or PROJECTION_NORM not in vision:
+        if not {PROJECTION, PROJECTION_NORM, "v.blk.0.ln1.weight"} <= vision.keys():
             return None
         return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[1]
 

@@ -115,6 +115,8 @@ class Gemma4(Arch):
     def vision_width(cls, weights, vision):
         if PROJECTION not in vision or PROJECTION_NORM in vision:
             return None
+        if f"{PATCH_NORM}.weight" in vision and not {POSITIONS, f"{POSITIONS}.weight"} & vision.keys():
+            return None
         return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[0]
 
 

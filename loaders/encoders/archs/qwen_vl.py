@@ -42,8 +42,12 @@ QWEN3_VISION_NAMES = {  # Qwen3-VL and Qwen3.5
 }
 
 
+# What is read of every tower.
+READ = {"v.patch_embd.weight", "v.patch_embd.weight.1", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight", "mm.2.weight"}
+
+
 def is_qwen25_tower(vision: Mapping[str, torch.Tensor]) -> bool:
-    return "v.blk.0.ffn_gate.weight" in vision and "v.patch_embd.weight.1" in vision and "v.position_embd.weight" not in vision
+    return _is_whole(vision) and "v.blk.0.ffn_gate.weight" in vision and "v.position_embd.weight" not in vision
 
 
 def is_qwen3_tower(vision: Mapping[str, torch.Tensor], deepstack: bool) -> bool:
@@ -52,7 +56,14 @@ def is_qwen3_tower(vision: Mapping[str, torch.Tensor], deepstack: bool) -> bool:
     deepstack: of the one that also hands features of inner layers to the text model (Qwen3-VL).
     """
     has_deepstack = any(name.startswith("v.deepstack.") for name in vision)
-    return "v.position_embd.weight" in vision and "v.patch_embd.weight.1" in vision and has_deepstack == deepstack
+    return _is_whole(vision) and "v.position_embd.weight" in vision and has_deepstack == deepstack
+
+
+def _is_whole(vision: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all is there that `tower` and `width_given` read."""
+    queries = [name for name in vision if name.startswith("v.blk.") and ".attn_q." in name]
+    parts = {name.replace(".attn_q.", f".attn_{part}.") for name in queries for part in "kv"}
+    return READ | parts <= vision.keys()
 
 
 def width_given(vision: Mapping[str, torch.Tensor]) -> int:

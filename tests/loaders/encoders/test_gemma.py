@@ -337,3 +337,18 @@ def test_the_projection_of_ltx_2_may_lie_in_the_whole_checkpoint(ltx, tmp_path):
                              model_options=ltx.model_options)
     loaded = clip.cond_stage_model.state_dict()
     assert all(torch.equal(loaded[name], values) for name, values in projection.items())
+
+
+@pytest.mark.parametrize("name, lacking", [
+    ("gemma-3-12b", "v.blk.0.ln1.weight"), ("gemma-3-12b", "mm.soft_emb_norm.weight"),
+    ("gemma-4-12b", "v.position_embd.weight"), ("gemma-4-e2b", "mm.input_projection.weight")])
+def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(name, lacking, tmp_path, caplog):
+    encoder, mmproj_of, _ = SENSES[name]
+    with small_towers(encoder):
+        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
+        stored = mmproj_of(tower_weights(encoder))
+        write_mmproj(tmp_path / "mmproj-other.gguf", {name: value for name, value in stored.items() if name != lacking})
+        assert lacking in stored
+        with caplog.at_level("INFO"):
+            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+    assert "has no mmproj file beside it that fits" in caplog.text

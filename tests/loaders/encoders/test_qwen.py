@@ -203,3 +203,26 @@ def test_a_family_takes_the_towers_of_its_own_kind_and_width():
         text = {"token_embd.weight": torch.zeros(1, ALL[name].config["hidden_size"])}
         widths = {other: family.vision_width(text, mmproj) for other, mmproj in mmprojs.items()}
         assert [other for other, pair in widths.items() if pair and pair[0] == pair[1]] == [name]
+
+
+# What is read of a tower; a file of another model may lack any of it, or have it in another shape.
+LACKING = ["v.patch_embd.weight", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight", "v.blk.1.attn_k.weight", "mm.2.weight"]
+
+
+@pytest.mark.parametrize("change", ["lacks", "is flat"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-32b", "qwen3.5-0.8b"])
+def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(name, change, tmp_path):
+    encoder, path = ALL[name], tmp_path / "encoder.gguf"
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        write_encoder(path, encoder, weights)
+        own = encoder.mmproj({name: tensor for name, tensor in weights.items() if name.startswith(TOWERS)})
+        (tmp_path / "mmproj-encoder.gguf").unlink()
+        for number, lacking in enumerate(LACKING if change == "lacks" else ["mm.2.weight"]):
+            if lacking in own:
+                stored = {name: tensor for name, tensor in own.items() if name != lacking}
+                stored |= {} if change == "lacks" else {lacking: torch.zeros(())}
+                write_gguf(tmp_path / f"mmproj-{number}.gguf", stored, type_of=lambda name, values: "F32", architecture=None)
+        blind = load(path, encoder)
+    with pytest.raises(WeightFileError, match="came without the part that sees"):
+        hidden_states(blind, [*TOKENS[:3], picture()])
