@@ -39,12 +39,12 @@ def misfits_told(file: WeightFile):
     except WeightFileError:
         raise
     except (ArithmeticError, ValueError) as error:
-        raise WeightFileError(f"{file.path.name}: ComfyUI knows the names of its weights, and cannot build a model of their"
+        raise WeightFileError(f"{file.path.name}: ComfyUI knows the names of the weights, and cannot build a model of their"
                               f" sizes ({first_line(error)}). {advice}") from error
     except RuntimeError as error:
         model, *mismatches = str(error).split("\n\t")
         if not mismatches or "loading state_dict for " not in model:
             raise
         raise WeightFileError(
-            f"{file.path.name}: the names of its weights are those of {model.rpartition(' ')[2].rstrip(':')}, their sizes are"
+            f"{file.path.name}: the names of the weights are those of {model.rpartition(' ')[2].rstrip(':')}, their sizes are"
             f" not: {mismatches[0]} {advice}") from error

@@ -264,7 +264,7 @@ def test_a_weight_of_another_size_is_named(family, path):
     name = next(name for name, values in weights.items() if name.endswith("mlp.2.weight") or name.endswith("mlp.fc2.weight"))
     weights[name] = weights[name][:128]
     write_gguf(path, weights, **comfyui_gguf_style())
-    with pytest.raises(WeightFileError, match=f"model.gguf: the names of its weights .*, their sizes are not: {name}"):
+    with pytest.raises(WeightFileError, match=f"model.gguf: the names of the weights .*, their sizes are not: {name}"):
         load_diffusion_model(path)
 
 
