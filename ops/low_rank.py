@@ -106,7 +106,7 @@ def dense_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         return torch.nn.functional.linear(input, weight, bias)
     flat = input.reshape(-1, input.shape[-1])
     out = low_rank.product(flat, weight.shape[0]).addmm(flat, weight.t())
-    return (out if bias is None else out + bias).view(*input.shape[:-1], -1)
+    return (out if bias is None else out + bias).view(*input.shape[:-1], weight.shape[0])
 
 
 def _overlap(row_ranges: Iterable[tuple[int, int]]) -> bool:

@@ -12,6 +12,7 @@ from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.load_hooks import bare_parameters_unpacked
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import is_packed, packed_tensor
+from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
 
 from devtools.files.gguf_files import pack
 
@@ -292,3 +293,13 @@ def test_16_bit_weights_are_held_as_they_are_and_used_where_they_lie(stored, dty
         assert torch.equal(layer(input), torch.nn.functional.linear(input, weight.to(dtype)))
     if stored == dtype:
         assert product.plain_values(layer.weight, dtype).data_ptr() == layer.weight._qdata.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("kind", [None, *PATCHES])
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_empty_batch_gives_an_empty_output(name, kind, gradient):
+    layer, twin = layer_and_twin(name, "Q8_0", kind, torch.float32)
+    input = input_for(name)[:0]
+    for empty in (input, input.expand(2, *input.shape)) if name == "Linear" else (input,):
+        assert layer(empty.detach().requires_grad_(gradient)).shape == twin(empty).shape
