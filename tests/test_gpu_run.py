@@ -9,11 +9,14 @@ import time
 import zipfile
 
 import pytest
+import torch
 from devtools import ROOT, fakegpu
 from devtools.gpu import bare
 from devtools.gpu.report import GOALS, Report
-from devtools.gpu.stages import STAGES
+from devtools.gpu.stages import FORMATS, STAGES
 from devtools.host.environment import SetupError
+from featherweight.ops import kernels
+from featherweight.ops.kernels import choices, cpp_backend
 from PIL import Image
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -75,6 +78,38 @@ def test_the_report_says_which_figures_are_reached(tmp_path):
                                   variant: {"median": ratio, "min": ratio, "max": ratio}})
         assert report.goals()[0][3] == verdict and f"| {verdict} |" in (tmp_path / "gpu.md").read_text()
     assert all(line[3] == "not measured" for line in report.goals() if line[0] != report.goals()[0][0])
+
+
+def test_kernels_that_are_timed_later_are_tried_before_all_others():
+    from devtools.gpu.kernels import turns
+
+    first, second, others = turns(FORMATS, quick=False)
+    assert {(case.op, case.format) for case in first} == {
+        *((op, name) for op in ("unpack", "linear", "int8_rows") for name in FORMATS), ("int8_tokens", None)}
+    assert {case.dtype for case in first if case.op != "int8_rows"} == {torch.bfloat16}
+    assert {case.format for case in second} == {*FORMATS, None} and not {case.format for case in others} & {*FORMATS}
+
+
+def test_no_trial_begins_while_a_stage_measures(tmp_path, monkeypatch):
+    from devtools.measure.bench.timing import without_trials
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = torch.device("cpu"), ("cpp",)
+    with without_trials():
+        busy = [choices.ProvenInTrials(*arguments), choices.CheckedUntilProven(*arguments)]
+    assert all(choice.prover._is_busy() for choice in busy)
+    assert not choices.ProvenInTrials(*arguments).prover._is_busy()
+
+
+def test_a_time_says_which_backend_worked(monkeypatch):
+    from devtools.measure.bench.table import line
+    from devtools.measure.bench.timing import side_by_side
+
+    unpack = cpp_backend.BACKEND.kernels[0].run
+    monkeypatch.setattr(kernels, "find", lambda op, *case: unpack if op == "unpack" else None)
+    row = side_by_side({"dense": lambda: None, "packed": lambda: [kernels.find(op) for op in ("linear", "unpack")]}, 2)
+    assert row["packed"]["by"] == "linear by torch, unpack by cpp" and "by" not in row["dense"]
+    assert line("a row", row).endswith(", linear by torch, unpack by cpp")
 
 
 @pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())

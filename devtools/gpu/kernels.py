@@ -27,7 +27,8 @@ TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py", "tests
 
 def try_all(options):
     """Of each backend and kernel the verdict, with its time as a share of torch's by rows of the input; then how many there are
-    of each. The verdicts are those that the later stages use; the formats of these come first, for the stage may be stopped."""
+    of each. The verdicts are those that the later stages use, and try nothing themselves; what these ask for most comes first,
+    for the stage may be stopped."""
     heard = queue.SimpleQueue()
 
     def run(job, hear, seconds, is_busy):
@@ -39,9 +40,8 @@ def try_all(options):
 
     prover = Prover(device(), BACKENDS.get(device().type, ()), run)
     counts = collections.Counter()
-    others = [] if options.quick else [name for name in FORMAT_NAMES if name not in options.formats]
-    for names in (options.formats[:1] if options.quick else options.formats, others):
-        prover.want(cases_of(names, options.quick), {name: {options.sizes.weight} for name in names})
+    for cases in turns(options.formats, options.quick):
+        prover.want(cases, {case.format: {options.sizes.weight} for case in cases if case.format})
         while prover.at_work or not heard.empty():
             with contextlib.suppress(queue.Empty):
                 backend, text, verdict = heard.get(timeout=1)
@@ -51,9 +51,17 @@ def try_all(options):
     yield "in all", {name: str(count) for name, count in counts.items()} or {"kernels": "none"}
 
 
-def cases_of(names: list[str], quick: bool) -> list[Case]:
+def turns(names: list[str], quick: bool) -> list[list[Case]]:
+    """What layers of some formats may ask for in bfloat16 and of whole numbers; in other dtypes; then of all other formats."""
+    if quick:
+        return [cases_of(names[:1], [torch.float32])]
+    dtypes = [torch.bfloat16, torch.float32, torch.float16]
+    return [cases_of(names, dtypes[:1]), cases_of(names, dtypes[1:]),
+            cases_of([name for name in FORMAT_NAMES if name not in names], dtypes)]
+
+
+def cases_of(names: list[str], dtypes: list[torch.dtype]) -> list[Case]:
     """What layers of these formats may ask for."""
-    dtypes = [torch.float32] if quick else [torch.bfloat16, torch.float32, torch.float16]
     return [*(Case(op, name, dtype, None) for dtype in dtypes for name in names for op in ("unpack", "linear")),
             *(Case("int8_rows", name, torch.int8, None) for name in names),
             *(Case("int8_tokens", None, dtype, None) for dtype in dtypes)]

@@ -53,5 +53,7 @@ class Report:
             row = self.figures.get(stage, {}).get("rows", {}).get(title)
             found = ratios(row)[variant][0] if row and variant in row else None
             verdict = "not measured" if found is None else "reached" if found <= most else "missed"
-            lines.append((f"{stage}: {title}, {variant}", f"×{most:.2f}", "" if found is None else f"×{found:.2f}", verdict))
+            by = f" ({row[variant]['by']})" if found is not None and "by" in row[variant] else ""
+            lines.append((f"{stage}: {title}, {variant}{by}", f"×{most:.2f}", "" if found is None else f"×{found:.2f}",
+                          verdict))
         return lines

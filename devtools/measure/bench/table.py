@@ -1,6 +1,6 @@
 """What the cases give as text. A row is {variant: {"median", "min", "max"}} in seconds, the first variant being what the
-others are compared with, or {name: value}: an int is bytes, launches if its name says so, or a bool; a float is seconds if its
-name says so; text is text."""
+others are compared with, and "by" a text where kernels were asked for; or {name: value}: an int is bytes, launches if its name
+says so, or a bool; a float is seconds if its name says so; text is text."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -35,7 +35,7 @@ def cells(row: dict) -> dict[str, str]:
     shown = {name: span(times) for name, times in row.items()}
     for name, (ratio, _, _) in ratios(row).items():
         shown[name] += f", ×{ratio:.2f}"
-    return shown
+    return {name: ", ".join(filter(None, [cell, row[name].get("by")])) for name, cell in shown.items()}
 
 
 def span(times: dict) -> str:

@@ -1,14 +1,18 @@
 """Timing in turns, the sizes of the cases, and the device they run on."""
+import contextlib
 import platform
 import re
 import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
 import torch
-from featherweight.ops.kernels import backend_of, choices
+from featherweight.ops import kernels
+from featherweight.ops.kernels import backend_of, choices, proving
 from featherweight.ops.scratch import shared_scratch
 
 @dataclass(frozen=True)
@@ -36,22 +40,50 @@ QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidd
 
 
 def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[str, dict]:
-    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up.
+    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up; and "by", where it
+    asks for kernels: which operations ran by which backend.
 
     A variant's attribute `prepare`, if it has one, is called before each run and not timed.
     """
-    times = {name: [] for name in variants}
+    times, asked = {name: [] for name in variants}, {}
     for round_number in range(rounds + 1):
         for name, run in variants.items():
             if hasattr(run, "prepare"):
                 run.prepare()
             wait()
-            started = clock()
-            run()
-            wait()
+            with contextlib.nullcontext() if round_number else kernels_asked_for() as found:
+                started = clock()
+                run()
+                wait()
             if round_number:
                 times[name].append(clock() - started)
-    return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+            elif found:
+                asked[name] = {"by": ", ".join(found)}
+    return {name: {"median": statistics.median(t), "min": min(t), "max": max(t), **asked.get(name, {})}
+            for name, t in times.items()}
+
+
+@contextlib.contextmanager
+def kernels_asked_for() -> Iterator[dict[str, None]]:
+    """The operations that ask for a kernel meanwhile, each with the backend that it gets: "linear by triton"."""
+    found, find = {}, kernels.find
+
+    def watched(op: str, *case, **more):
+        run = find(op, *case, **more)
+        found[f"{op} by {_backend_with(run)}"] = None
+        return run
+
+    kernels.find = watched
+    try:
+        yield found
+    finally:
+        kernels.find = find
+
+
+def _backend_with(run: Callable | None) -> str:
+    modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend") for names in kernels.BACKENDS.values() for name in names)
+    return next((module.BACKEND.name for module in modules
+                 if module and any(kernel.run is run for kernel in module.BACKEND.kernels)), "torch")
 
 
 def as_in_use():
@@ -59,6 +91,20 @@ def as_in_use():
     the kernels, for which what is timed waits."""
     choices.PATIENCE[choices.EXACT] = 60
     return shared_scratch()
+
+
+@contextlib.contextmanager
+def without_trials():
+    """What layers ask for meanwhile is known from before or not at all: a trial would take the device from what is timed."""
+    class Known(proving.Prover):
+        def __init__(self, device: torch.device, names: tuple[str, ...], **_):
+            super().__init__(device, names, is_busy=lambda: True)
+
+    choices.Prover = Known
+    try:
+        yield
+    finally:
+        choices.Prover = proving.Prover
 
 
 def wait():
