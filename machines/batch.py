@@ -7,18 +7,16 @@ import collections
 import contextlib
 import logging
 import os
-import queue
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import by_value
 from .check import checked, most
 from .draw import Draw
 from .fetch import pinned
+from .following import followed
 from .joining import is_joined, join, nearest
 from .machine import difference
 from .place import MachineError, arguments, find, versions
@@ -31,8 +29,6 @@ HERE = 20_000  # rows up to which the look is quicker in this process than in ta
 CHUNK = 5_000  # rows in one task of the look
 ATTEMPTS = 2  # passes in which a row's worker may end while it draws it, each with RETRIES
 RETRIES = 2
-LOOK = 5.0  # seconds without an answer after which a pass looks whether a machine is left
-GONE = 60.0  # seconds for which it waits for one to come back
 
 
 class BatchError(Exception):
@@ -261,37 +257,7 @@ class Batch:
             data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // in_block)).map(
                 self.worker, fn_constructor_args=arguments, num_cpus=self.cpus, num_gpus=self.gpus, compute=pool,
                 max_task_retries=RETRIES, **elsewhere)
-        yield from self.followed(data.iter_rows(), without)
-
-    def followed(self, answers: Iterable, without: frozenset) -> Iterator:
-        """The answers as they come. They end early where no machine is left to give more: Ray would wait for one for ever."""
-        heard, seen = queue.SimpleQueue(), time.monotonic()
-
-        def listen():
-            try:
-                for answer in answers:
-                    heard.put((answer, None))
-                heard.put((None, None))
-            except BaseException as error:
-                heard.put((None, error))
-
-        threading.Thread(target=listen, daemon=True, name="answers of a pass").start()
-        while True:
-            try:
-                answer, error = heard.get(timeout=min(LOOK, GONE))
-            except queue.Empty:
-                if self.machines().keys() - without:
-                    seen = time.monotonic()
-                elif time.monotonic() - seen > GONE:
-                    self.say(f"For {GONE:g} s no machine has been there that could draw the rest.", flush=True)
-                    return
-                continue
-            if error:
-                raise error
-            if answer is None:
-                return
-            seen = time.monotonic()
-            yield answer
+        yield from followed(data.iter_rows(), lambda: bool(self.machines().keys() - without), self.say)
 
 
 def version_here(elsewhere: str, has_gpu: bool) -> tuple[str, dict[str, str], str]:

@@ -5,11 +5,13 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 from devtools import ROOT
+from featherweight.machines import following
 from featherweight.machines.batch import Batch
 from featherweight.machines.draw import Draw
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
@@ -274,22 +276,31 @@ def test_rows_that_were_handed_on_to_a_machine_that_goes_fail_with_the_last_word
     assert {"b: one has no file", "c: one has no file"} <= {text.strip() for text in said}
 
 
-def test_a_pass_without_a_machine_ends_with_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("featherweight.machines.batch.GONE", 0.1)
-    batch, never, said = passes(tmp_path), threading.Event(), []
-    batch.nodes, batch.say = ("one",), lambda text, **_: said.append(text)
+def test_a_pass_without_a_machine_ends_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(following, "GONE", 0.1)
+    never, said = threading.Event(), []
 
     def waits():
         yield "first"
         never.wait()
 
-    assert list(batch.followed(waits(), frozenset(["one"]))) == ["first"]
+    assert list(following.followed(waits(), lambda: False, lambda text, **_: said.append(text))) == ["first"]
     assert said == ["For 0.1 s no machine has been there that could draw the rest."]
 
 
-def test_what_goes_wrong_in_a_pass_is_raised(tmp_path):
+def test_a_pass_waits_while_a_machine_is_left(monkeypatch):
+    monkeypatch.setattr(following, "GONE", 0.1)
+
+    def slow():
+        time.sleep(0.5)
+        yield "first"
+
+    assert list(following.followed(slow(), lambda: True, print)) == ["first"]
+
+
+def test_what_goes_wrong_in_a_pass_is_raised():
     with pytest.raises(ZeroDivisionError):
-        list(passes(tmp_path).followed((1 // each for each in (1, 0)), frozenset()))
+        list(following.followed((1 // each for each in (1, 0)), lambda: True, print))
 
 
 def test_a_row_whose_worker_always_ends_fails_and_the_others_do_not(tmp_path):

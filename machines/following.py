@@ -1,0 +1,42 @@
+"""Answers of a pass of a batch as they come, for as long as there is a machine that can give more."""
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+LOOK = 5.0  # seconds without an answer after which is looked whether a machine is left
+GONE = 60.0  # seconds that one has to come back
+
+
+def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) -> Iterator:
+    """The answers, which end early where no more are possible: Ray Data would wait for a machine for ever.
+
+    They are taken in a thread of their own, which then stays behind until this process ends. say: as print.
+    """
+    heard, seen = queue.SimpleQueue(), time.monotonic()
+
+    def listen():
+        try:
+            for answer in answers:
+                heard.put((answer, None))
+            heard.put((None, None))
+        except BaseException as error:
+            heard.put((None, error))
+
+    threading.Thread(target=listen, daemon=True, name="answers of a pass").start()
+    while True:
+        try:
+            answer, error = heard.get(timeout=min(LOOK, GONE))
+        except queue.Empty:
+            if is_possible():
+                seen = time.monotonic()
+            elif time.monotonic() - seen > GONE:
+                say(f"For {GONE:g} s no machine has been there that could draw the rest.", flush=True)
+                return
+            continue
+        if error:
+            raise error
+        if answer is None:
+            return
+        seen = time.monotonic()
+        yield answer
