@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 LOOK = 5.0  # seconds without an answer after which is looked whether a machine is left
-GONE = 60.0  # seconds that one has to come back
+GONE = 600.0  # seconds that one has to come back, or a cluster to start another
 
 
 def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) -> Iterator:
@@ -13,7 +13,7 @@ def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) 
 
     They are taken in a thread of their own, which then stays behind until this process ends. say: as print.
     """
-    heard, seen = queue.SimpleQueue(), time.monotonic()
+    heard, gone_since = queue.SimpleQueue(), None
 
     def listen():
         try:
@@ -29,14 +29,16 @@ def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) 
             answer, error = heard.get(timeout=min(LOOK, GONE))
         except queue.Empty:
             if is_possible():
-                seen = time.monotonic()
-            elif time.monotonic() - seen > GONE:
-                say(f"For {GONE:g} s no machine has been there that could draw the rest.", flush=True)
+                gone_since = None
+            elif gone_since is None:
+                gone_since = time.monotonic()
+                say(f"No machine is left that could draw the rest; waiting {GONE:g} s for one.", flush=True)
+            elif time.monotonic() - gone_since > GONE:
                 return
             continue
         if error:
             raise error
         if answer is None:
             return
-        seen = time.monotonic()
+        gone_since = None
         yield answer

@@ -285,7 +285,7 @@ def test_a_pass_without_a_machine_ends_with_a_sentence(monkeypatch):
         never.wait()
 
     assert list(following.followed(waits(), lambda: False, lambda text, **_: said.append(text))) == ["first"]
-    assert said == ["For 0.1 s no machine has been there that could draw the rest."]
+    assert said == ["No machine is left that could draw the rest; waiting 0.1 s for one."]
 
 
 def test_a_pass_waits_while_a_machine_is_left(monkeypatch):
