@@ -13,7 +13,7 @@ from .detection import answer, misfits_told
 from .devices import device_options
 from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
 from .files import open_weights
-from .files.container import WeightFile, WeightFileError
+from .files.container import WeightFile, WeightFileError, shown
 from .handover import (
     in_the_hosts_formats, is_ours, model_prefix, operations_for, take_back, take_back_encoder, text_metadata,
 )
@@ -29,12 +29,17 @@ VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 # Folders of a package as diffusers saves it.
 MODEL_FOLDERS = ("transformer", "unet")
-ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-# What the host calls the text encoders of a pipeline, by how the pipeline's name begins; all others: stable diffusion.
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+# What the host calls the text encoders of a pipeline, by how the pipeline's name begins; the first that fits.
 CLIP_TYPES = {
-    "flux2": "flux2", "flux": "flux", "stablediffusion3": "sd3", "pixart": "pixart", "wan": "wan", "ltx": "ltxv",
-    "mochi": "mochi", "chroma": "chroma", "hunyuanvideo": "hunyuan_video", "lumina": "lumina2", "zimage": "lumina2",
-    "qwenimage": "qwen_image",
+    "flux2": "flux2", "flux": "flux", "stablediffusion3": "sd3", "pixart": "pixart", "wan": "wan", "skyreelsv2": "wan",
+    "ltx": "ltxv", "mochi": "mochi", "chroma": "chroma", "hunyuanvideo15": "hunyuan_video_15", "hunyuanvideo": "hunyuan_video",
+    "hunyuanimage": "hunyuan_image", "hunyuandit": "hunyuan_dit", "lumina": "lumina2", "zimage": "lumina2",
+    "qwenimage": "qwen_image", "hidreamimage": "hidream", "cogvideox": "cogvideox", "cosmostext": "cosmos",
+    "cosmosvideo": "cosmos", "cosmos2text": "cosmos", "cosmos2video": "cosmos", "ovisimage": "ovis",
+    "longcatimage": "longcat_image", "kandinsky5t2i": "kandinsky5_image", "kandinsky5i2i": "kandinsky5_image",
+    "kandinsky5": "kandinsky5", "omnigen2": "omnigen2", "stableaudio": "stable_audio", "stablecascade": "stable_cascade",
+    "ideogram4": "ideogram4", "krea2": "krea2", "joyimage": "joyimage",
 }
 
 
@@ -108,8 +113,8 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
                                      model_options=device_options(device))
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
-        clip = load_text_encoder(encoders, _clip_type(path), embedding_directory, disable_dynamic=disable_dynamic,
-                                 model_options=device_options(encoder_device))
+        clip = load_text_encoder(encoders, _clip_type(path, len(encoders)), embedding_directory,
+                                 disable_dynamic=disable_dynamic, model_options=device_options(encoder_device))
     if outputs["output_vae"]:
         with bare_parameters_unpacked():
             vae = (narrowed(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device)) if "vae" in folders
@@ -117,14 +122,23 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
     return model, clip, vae
 
 
-def _clip_type(path: str) -> str:
-    """The loaders' name for the set of text encoders of a package, by the pipeline it was saved from."""
+def _clip_type(path: str, encoders: int) -> str:
+    """The loaders' name for the set of text encoders of a package, by the pipeline it was saved from.
+
+    encoders: how many it has. Raises WeightFileError for several of a pipeline of which nothing is known.
+    """
+    has_unet = os.path.isdir(os.path.join(path, "unet"))
     try:
         with open(os.path.join(path, "model_index.json"), encoding="utf-8") as file:
-            pipeline = str(json.load(file).get("_class_name", "")).lower()
+            pipeline = str(json.load(file).get("_class_name", ""))
     except (OSError, ValueError, AttributeError):
-        pipeline = "flux" if os.path.isdir(os.path.join(path, "transformer")) else ""
-    return next((kind for start, kind in CLIP_TYPES.items() if pipeline.startswith(start)), "stable_diffusion")
+        pipeline = "" if has_unet else "Flux"
+    known = next((kind for start, kind in CLIP_TYPES.items() if pipeline.lower().startswith(start)), None)
+    if known is None and encoders > 1 and not has_unet:  # those with a U-Net are Stable Diffusion's and its relatives'
+        raise WeightFileError(f"{os.path.basename(path)} was saved from the pipeline {shown(pipeline)}, whose {encoders} text"
+                              " encoders are of no known set. Load its folders one by one: the model with Load Diffusion Model,"
+                              " the text encoders with Load Text Encoder (Featherweight).")
+    return known or "stable_diffusion"
 
 
 def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None,

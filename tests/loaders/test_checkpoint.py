@@ -9,7 +9,7 @@ from checkpoint_parts import ENCODER, MODEL, SD15, VAE, autoencoder, clip_l, flu
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.checkpoint import CLIP_TYPES, load_checkpoint
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.ops.patcher import PackedPatcher
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
@@ -156,6 +156,47 @@ def test_a_package_of_diffusers(parts, tmp_path):
         assert clip is None
         with pytest.raises(RuntimeError, match=NO_VAE):
             decode(vae, 16)
+
+
+def package(tmp_path, pipeline, folder, *encoders):
+    """The path of a package with text encoders of these tensors only."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text("{}")
+    for number, name in enumerate(encoders, 1):
+        place = tmp_path / ("text_encoder" if number == 1 else f"text_encoder_{number}")
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+        save_file({name: torch.zeros(10240, 1)}, place / "model.safetensors")
+    return str(tmp_path)
+
+
+CLIP_L, CLIP_G = (f"text_model.encoder.layers.{layer}.mlp.fc1.weight" for layer in (0, 30))
+T5_XXL = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
+
+
+@pytest.mark.parametrize("pipeline, wanted", [
+    ("HiDreamImagePipeline", "hidream wants"), ("StableDiffusion3Pipeline", "sd3 wants"), ("FluxPipeline", "flux wants"),
+    ("HunyuanVideo15Pipeline", "hunyuan_video_15 wants"), ("HunyuanVideoPipeline", "hunyuan_video wants"),
+    ("HunyuanImagePipeline", "hunyuan_image wants"), ("Kandinsky5T2VPipeline", "kandinsky5 wants"),
+    ("Kandinsky5T2IPipeline", "kandinsky5_image wants")])
+def test_all_text_encoders_of_a_package_are_taken_for_those_of_its_pipeline(pipeline, wanted, tmp_path):
+    fits = {"HiDreamImagePipeline": [CLIP_L, CLIP_G, T5_XXL], "StableDiffusion3Pipeline": [CLIP_L, CLIP_G]}
+    unfit = "encoder.block.23.layer.1.DenseReluDense.wi.weight"
+    with pytest.raises(WeightFileError, match=wanted):
+        load_checkpoint(package(tmp_path, pipeline, "transformer", *fits.get(pipeline, [T5_XXL]), unfit), output_model=False,
+                        output_vae=False)
+
+
+def test_every_type_of_a_pipeline_is_one_of_the_hosts():
+    newer = {"hunyuan_video_15", "kandinsky5", "kandinsky5_image", "longcat_image", "ideogram4", "krea2", "joyimage", "ovis"}
+    assert {kind.upper() for kind in set(CLIP_TYPES.values()) - newer} <= set(comfy.sd.CLIPType.__members__)
+
+
+def test_several_text_encoders_of_an_unknown_pipeline_are_not_guessed_at(tmp_path):
+    with pytest.raises(WeightFileError, match="was saved from the pipeline 'NewestPipeline', whose 2 text encoders are of no"):
+        load_checkpoint(package(tmp_path, "NewestPipeline", "transformer", CLIP_L, T5_XXL), output_model=False,
+                        output_vae=False)
 
 
 def test_a_folder_that_is_no_package_is_refused(tmp_path):
