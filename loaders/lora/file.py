@@ -1,6 +1,7 @@
 """LoRA files: the tensors they hold, which layers those make, and what is damaged in them."""
 import collections
 import re
+from collections.abc import Iterable
 
 import comfy.utils
 import torch
@@ -25,6 +26,7 @@ SIDES = (("hada_w1_a", "hada_w2_a"), ("a1.weight", "b1.weight"))
 PARTNER = {name: other for pair in PAIRS for name, other in (pair, pair[::-1])}
 WHOLE = (".lokr_w1", ".lokr_w2", ".oft_blocks", ".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm")
 BESIDE = (".alpha", ".dora_scale", ".lora_mid.weight", ".lokr_t2", ".rescale", ".reshape_weight")
+MAGNITUDE = ".lora_magnitude_vector"
 ENDS = sorted((*PARTNER, *WHOLE, *BESIDE), key=len, reverse=True)
 
 # What else people pick in the place of a LoRA: a tensor name, what the file is, and what to do with it.
@@ -105,6 +107,23 @@ def damaged_layers(stems: dict[str, set[str]], state_dict: dict[str, torch.Tenso
                 damaged[stem] = (f"halves that do not belong together ({list(state_dict[stem + ranks[0]].shape)} and"
                                  f" {list(state_dict[stem + ranks[1]].shape)})")
     return damaged
+
+
+def half_read_layers(stems: dict[str, set[str]], unread: Iterable[str]) -> dict[str, str]:
+    """Layers that have tensors of no known kind beside those that are read -> what those are. unread: names of such tensors.
+
+    Without them a layer is another than the one that was trained. PEFT's DoRA is none of the host's: PEFT divides by the norm
+    of each row of the changed weight, the host (comfy/weight_adapter/base.py, weight_decompose) by that of the old one.
+    """
+    found = {}
+    for key in unread:
+        dots = [place for place, letter in enumerate(key) if letter == "."]
+        stem = next((key[:place] for place in reversed(dots) if key[:place] in stems), None)
+        if stem is not None:
+            is_dora = key.startswith(f"{stem}{MAGNITUDE}")
+            found[stem] = ("DoRA as PEFT computes it, which this ComfyUI does in another way" if is_dora else
+                           f"more than ComfyUI reads of it ({shown(key)})")
+    return found
 
 
 def weight_shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch
 from ...ops.adapters import misfit, parts_of, rank_of, shape_of
 from .change import block_changes, kind_of
 from .families import hints, recognise
-from .file import damaged_layers, stems_of, weight_shapes
+from .file import damaged_layers, half_read_layers, stems_of, weight_shapes
 from .model_blocks import MODEL_PREFIX, key_of
 from .report import MISSING, LoraReport
 
@@ -30,7 +30,9 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor], metadata: dict[
     metadata = metadata or {}
     lora = _renamed(state_dict)
     stems = stems_of(lora)
-    misfits = damaged_layers(stems, lora)
+    known = {stem + end for stem, ends in stems.items() for end in ends}
+    unread = sorted(lora.keys() - known)
+    misfits = half_read_layers(stems, unread) | damaged_layers(stems, lora)
     damaged = {stem + end for stem in misfits for end in stems[stem]}
     sound = {key: value for key, value in lora.items() if key not in damaged}
     # The host's own reader, with names mapped to themselves: what the file holds, whatever the model.
@@ -66,10 +68,9 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor], metadata: dict[
     shapes = {key.removesuffix(".weight"): shape for key, value in values.items()
               if key.endswith(".weight") and not TEXT_STEM.match(key) and (shape := shape_of(value)) is not None}
     model_weights = {key: value for key, value in weights.items() if key.startswith(MODEL_PREFIX)}
-    known = {stem + end for stem, ends in stems.items() for end in ends}
     report = LoraReport(
         patches=patches, layers=len(stems) - unconnected, matched=matched, misfits=misfits, unconnected=unconnected,
-        unread=sorted(lora.keys() - known),
+        unread=unread,
         kinds=collections.Counter(kind_of(value) for value in values.values()),
         ranks=sorted({rank for value in values.values() if shape_of(value) and (rank := rank_of(value)) is not None}),
         family=recognise(shapes, metadata) if shapes else None, model_family=recognise(weight_shapes(model_weights)),

@@ -34,7 +34,7 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
             layer = f"diffusion_model.{layer.removeprefix('model.diffusion_model.')}"
         value = product.unpack(tensors[name], torch.float32) if is_packed(tensors[name]) else tensors[name].float()
         state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = value
-        if alpha is not None:
+        if alpha:  # llama.cpp 0.5.0 (src/llama-adapter.h, get_scale) takes 0 for none
             state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
     return state_dict, {key: value for key, value in file.metadata.items() if isinstance(value, str)}
 

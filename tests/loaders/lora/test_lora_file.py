@@ -1,9 +1,11 @@
 """LoRA files: what they are recognised as, what fits a model, and what is refused in plain words."""
+import comfy.lora
 import comfy.utils
 import gguf
 import numpy as np
 import pytest
 import torch
+from comfy.weight_adapter import LoRAAdapter
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.file import load_lora_file
@@ -252,6 +254,43 @@ def test_layers_that_are_damaged_are_named_and_the_others_apply(small_flux, tmp_
     assert report.unread == ["stray"]
     patched, _ = apply_lora(small_flux, None, report, 1.0, 1.0)
     assert len(patched.patches) == report.matched and not small_flux.patches
+
+
+@pytest.mark.parametrize("end, reason", [
+    (".lora_magnitude_vector", "DoRA as PEFT"), (".lora_magnitude_vector.weight", "DoRA as PEFT"),
+    (".lora_magnitude_vector.default.weight", "DoRA as PEFT"), (".lora_B.bias", "more than ComfyUI reads")])
+def test_a_layer_of_which_a_part_is_not_read_does_not_fit(end, reason, small_flux):
+    lora = peft({PREFIX + name: shape for name, shape in block_shapes(small_flux).items()})
+    stems = [key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight")]
+    lora[stems[0] + end] = torch.ones(lora[f"{stems[0]}.lora_B.weight"].shape[0])
+    report = check_lora(small_flux, None, lora)
+    assert report.fits == "partly" and report.matched == len(stems) - 1 and list(report.misfits) == stems[:1]
+    assert reason in report.misfits[stems[0]] and f"{stems[0]}.weight" not in report.patches
+
+
+def test_the_host_computes_another_dora_than_peft():
+    """The day it fails, `lora_magnitude_vector` can be read as `dora_scale`."""
+    weight, up, down = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in ((6, 8), (6, 2), (2, 8)))
+    changed = weight.double() + up.double() @ down.double()
+    magnitudes = weight.double().norm(dim=1, keepdim=True) * 1.1
+    peft_weight = magnitudes * changed / changed.norm(dim=1, keepdim=True)
+    adapter = LoRAAdapter(set(), (up, down, None, None, magnitudes.float(), None))
+    hosts = comfy.lora.calculate_weight([(1.0, adapter, 1.0, None, None)], weight.clone(), "weight")
+    assert (hosts.double() - peft_weight).norm() > 0.1 * (peft_weight - weight.double()).norm()
+
+
+@pytest.mark.parametrize("alpha, strength", [(0.0, 1.0), (8.0, 2.0)])
+def test_an_alpha_of_zero_in_a_gguf_adapter_is_none(alpha, strength, small_flux, tmp_path):
+    name, (rows, columns) = next(iter(block_shapes(small_flux, "single_blocks").items()))
+    writer = gguf.GGUFWriter(str(tmp_path / "adapter.gguf"), "flux")
+    writer.add_type("adapter")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_tensor(f"{name}.weight.lora_a", np.ones((4, columns), np.float32))
+    writer.add_tensor(f"{name}.weight.lora_b", np.ones((rows, 4), np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    (patch,) = check_lora(small_flux, None, *load_lora_file(tmp_path / "adapter.gguf")).patches.values()
+    changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], torch.zeros(rows, columns), "weight")
+    torch.testing.assert_close(changed, torch.full((rows, columns), 4 * strength))
 
 
 def test_a_gguf_adapter_reads_like_the_same_lora_as_safetensors(small_flux, tmp_path):
