@@ -126,7 +126,7 @@ class _Encoder:
             progress.stage()
             return
         self.file = file = open_weights(path)
-        self.weights, self.metadata = unwrapped(without_prefix(file.state_dict(progress.track))), file.metadata
+        self.weights, self.metadata = _of_encoder(file.state_dict(progress.track)), file.metadata
         if self.path.is_dir():
             found = comfy.sd.detect_te_model(self.weights)
             self.weights |= saved_tokenizer(self.path, TOKENIZER_OF.get(found and found.name, SENTENCEPIECE))
@@ -201,6 +201,12 @@ class _Encoder:
             if len(TOKENIZERS) > TOKENIZERS_KEPT:
                 del TOKENIZERS[next(iter(TOKENIZERS))]
         return TOKENIZERS[state]
+
+
+def _of_encoder(weights: Weights) -> Weights:
+    """The weights of a file or folder under their encoder's own names, without those of what it is a part of."""
+    weights = without_prefix(weights)
+    return unwrapped(weights) if comfy.sd.detect_te_model(weights) is None else weights
 
 
 def _check(paths: list[str], weights: list[Weights], clip_type: str):

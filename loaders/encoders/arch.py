@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import comfy.sd
 import torch
 
 ARCHS: list[type["Arch"]] = []
@@ -24,7 +23,6 @@ PREFIXES = re.compile(
     r"^(text_encoders\.llm|text_encoders\.[^.]+\.(transformer|model)|cond_stage_model\.(1\.)?(transformer|model)"
     r"|conditioner\.embedders\.\d\.(transformer|(open_clip\.)?model)|te\d?(\.\d)?|text_encoder(_\d)?"
     r"|(clip_[lgh]|t5xxl)(\.transformer(?!\.resblocks))?)\.")
-
 
 # Names of transformers for a language model that is a part of one that sees (`…ForConditionalGeneration`; the second of each
 # in newer files) -> the host's. Gemma 3, Mistral Small 3.1 and later, Qwen2.5-VL, LLaVA.
@@ -104,10 +102,8 @@ def without_prefix(weights: Weights) -> Weights:
 def unwrapped(weights: Weights) -> Weights:
     """The weights of a language model that transformers saved as a part of one that sees, under the host's names.
 
-    Those that the host knows by the names of the whole (Qwen3-VL, Qwen3.5) stay as they are.
+    For those that the host does not know by the names of the whole, as it does Qwen3-VL and Qwen3.5.
     """
-    if comfy.sd.detect_te_model(weights) is not None:
-        return weights
     changed = {}
     for name, tensor in weights.items():
         pattern, new = next(((pattern, new) for pattern, new in INSIDE if pattern.match(name)), (None, ""))
