@@ -76,6 +76,7 @@ class Trial:
                 self.capability = torch.cuda.get_device_capability(self.device)
 
     def run(self):
+        self._stop_without_room()
         self._touch_the_device()
         working = {}
         for name in self.backends:
