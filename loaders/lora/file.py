@@ -109,21 +109,14 @@ def damaged_layers(stems: dict[str, set[str]], state_dict: dict[str, torch.Tenso
     return damaged
 
 
-def half_read_layers(stems: dict[str, set[str]], unread: Iterable[str]) -> dict[str, str]:
-    """Layers that have tensors of no known kind beside those that are read -> what those are. unread: names of such tensors.
+def peft_dora_layers(stems: dict[str, set[str]], unread: Iterable[str]) -> dict[str, str]:
+    """Layers of a DoRA as PEFT saves it -> that they are none of the host's. unread: names of tensors of no known kind.
 
-    Without them a layer is another than the one that was trained. PEFT's DoRA is none of the host's: PEFT divides by the norm
-    of each row of the changed weight, the host (comfy/weight_adapter/base.py, weight_decompose) by that of the old one.
+    PEFT divides by the norm of each row of the changed weight, the host (comfy/weight_adapter/base.py, weight_decompose) by
+    that of the old one.
     """
-    found = {}
-    for key in unread:
-        dots = [place for place, letter in enumerate(key) if letter == "."]
-        stem = next((key[:place] for place in reversed(dots) if key[:place] in stems), None)
-        if stem is not None:
-            is_dora = key.startswith(f"{stem}{MAGNITUDE}")
-            found[stem] = ("DoRA as PEFT computes it, which this ComfyUI does in another way" if is_dora else
-                           f"more than ComfyUI reads of it ({shown(key)})")
-    return found
+    found = (key.partition(MAGNITUDE)[0] for key in unread if MAGNITUDE in key)
+    return {stem: "DoRA as PEFT computes it, which this ComfyUI does in another way" for stem in found if stem in stems}
 
 
 def weight_shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:

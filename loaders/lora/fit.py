@@ -12,7 +12,7 @@ import torch
 from ...ops.adapters import misfit, parts_of, rank_of, shape_of
 from .change import block_changes, kind_of
 from .families import hints, recognise
-from .file import damaged_layers, half_read_layers, stems_of, weight_shapes
+from .file import damaged_layers, peft_dora_layers, stems_of, weight_shapes
 from .model_blocks import MODEL_PREFIX, key_of
 from .report import MISSING, LoraReport
 
@@ -32,7 +32,7 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor], metadata: dict[
     stems = stems_of(lora)
     known = {stem + end for stem, ends in stems.items() for end in ends}
     unread = sorted(lora.keys() - known)
-    misfits = half_read_layers(stems, unread) | damaged_layers(stems, lora)
+    misfits = peft_dora_layers(stems, unread) | damaged_layers(stems, lora)
     damaged = {stem + end for stem in misfits for end in stems[stem]}
     sound = {key: value for key, value in lora.items() if key not in damaged}
     # The host's own reader, with names mapped to themselves: what the file holds, whatever the model.
