@@ -15,6 +15,7 @@ import comfy.utils
 import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
+from .detection import answer
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, unwrapped, without_prefix
 from .encoders.kinds import TEXT_ALONE, TITLES, TOKENIZER_OF, kind_of, refuse_misfits, refuse_missing_tokenizers
@@ -250,4 +251,4 @@ def _other_sizes_told(paths: list[str]):
 
 def _is_diffusion_model(weights: Weights) -> bool:
     prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)
-    return any(comfy.model_detection.detect_unet_config(weights, start) is not None for start in ("", prefix))
+    return any(answer(comfy.model_detection.detect_unet_config, weights, start) is not None for start in ("", prefix))

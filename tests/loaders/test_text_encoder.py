@@ -3,6 +3,7 @@ import contextlib
 import os
 
 import comfy.sd
+import numpy as np
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -11,10 +12,13 @@ from encoders.encoder import hidden_states, host_clip, random_weights, small_tow
 from families import relative_error
 from featherweight.loaders import text_encoder
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.tensor import is_packed
 from safetensors.torch import save_file
+
+from devtools.files.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 
@@ -135,3 +139,11 @@ def test_a_damaged_mmproj_that_nobody_picked_is_named_and_does_no_harm(tmp_path,
         (tmp_path / "mmproj-encoder.gguf").write_bytes(b"GGUF")
         assert load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
     assert "mmproj-encoder.gguf" in caplog.text
+
+
+def test_a_part_of_a_diffusion_model_is_refused_in_a_sentence(tmp_path):
+    """The host's detection looks for the rest of it."""
+    path = tmp_path / "part of wan.gguf"
+    write_gguf(path, {"head.modulation": np.zeros((1, 2, 64), np.float32)}, lambda name, values: "F16")
+    with pytest.raises(WeightFileError, match="part of wan.gguf holds no text encoder that this ComfyUI knows"):
+        load_text_encoder([str(path)], "wan")
