@@ -12,6 +12,7 @@ from ...ops.format import FORMATS, FormatError
 from ...ops.packing import pack_tensor
 from ...ops.packing.moments import Moments
 from ...ops.product import unpack
+from ...ops.rounding import dithered
 from ...ops.rows import join_rows, take_rows
 from ...ops.tensor import is_packed
 from ..files.container import PLAIN_DTYPES, shown
@@ -27,7 +28,7 @@ SAMPLE_VALUES = 1 << 20  # of a slice, from which the error of packing is told
 LOST = 0.25  # power of a weight's error over its own; a type that loses more than Q2_K ever does cannot hold its values
 WHOLE = 0.005  # a change whose share differs from 1 by no more is whole
 MOST_ENLARGED, ATTEMPTS = 2.0, 3
-FINER = "Q8_0"  # what a weight takes whose change does not arrive whole even then
+FINER, HALF = "Q8_0", "F16"  # what a weight takes whose change does not arrive whole even then
 
 
 @dataclass
@@ -69,8 +70,8 @@ class Maker:
                 _check(tensor, weight)
             return kind, [tensor]
         attempt = self._attempt(weight, kind)
-        if attempt.swallows and self.finer and bits(kind) < bits(FINER):
-            finer = fitting(FINER, weight.shape, "BF16")
+        while attempt.swallows and self.finer and bits(kind) < bits(HALF):
+            finer = fitting(FINER, weight.shape, HALF) if bits(kind) < bits(FINER) else HALF
             self.notes.append(f"{weight.name} is {finer}: {kind} would swallow a part of its change.")
             kind, attempt = finer, self._attempt(weight, finer)
         if attempt.pieces is None:
@@ -144,7 +145,8 @@ class Maker:
 
     def _piece(self, values: torch.Tensor, weight: Weight, kind: str, moments) -> torch.Tensor | None:
         if kind in PLAIN_DTYPES:
-            piece = values.to(PLAIN_DTYPES[kind])
+            # A change below half a step of 16 bits would be gone, rounded to the nearest.
+            piece = dithered(values.clone(), PLAIN_DTYPES[kind]) if weight.patches else values.to(PLAIN_DTYPES[kind])
             return piece.cpu() if piece.isfinite().all() else None
         try:
             options = {} if moments is None else {"moments": moments}

@@ -111,7 +111,7 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
     check_writable(path, container.file_size(tensors, texts), overwrite)
     notes = [*source.notes, *_warnings(source)]
     planned("\n".join([f"{path.name}: {size_text(container.file_size(tensors, texts))}", plan.text(source.shapes), *notes]))
-    whole = set(_rounded_before(source)) if keep else set()
+    whole = _whole(source, plan.types) if keep else set()
     making = Maker(source, plan.types, sensitivity, whole, not isinstance(wanted, int) and not safetensors, safetensors,
                    None if turn is None else turn())
     made = {}
@@ -181,6 +181,16 @@ def _rounded_before(source: Source) -> list[str]:
     """Names of weights with patches that are held in a packed type coarser than FINE."""
     return [name for name in source.touched if source.weights[name].is_number and len(source.weights[name].shape) > 1
             and bits(source.weights[name].held_as) < bits(FINE)]
+
+
+def _whole(source: Source, types: Mapping[str, str]) -> set[str]:
+    """Names of weights with patches whose planned type may swallow a part of these: their values lie on its steps, or nearly.
+
+    In a type that is coarser than the one they are held in and than FINE, they are rounded as those of a dense model are.
+    """
+    held = {name: source.weights[name].held_as for name in source.touched if len(source.weights[name].shape) > 1}
+    return {name for name, kind in held.items()
+            if kind in FORMATS and bits(kind) < bits(HALVES[0]) and bits(types[name]) >= min(bits(kind), bits(FINE))}
 
 
 def _dtype(weight: Weight) -> torch.dtype:

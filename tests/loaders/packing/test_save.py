@@ -192,6 +192,28 @@ def test_a_lora_on_a_dense_or_packed_base_keeps_at_least_99_percent_of_itself(tm
     assert saved.types[BLOCK] == ("Q6_K" if base in ("Q4_K", "Q2_K") and kind != "Q8_0" else kind)
 
 
+@pytest.mark.parametrize("size", [0.02, 0.005, 0.002, 0.0005])
+@pytest.mark.parametrize("base, kind", [("Q8_0", "Q8_0"), ("Q8_0", "Q6_K"), ("Q6_K", "Q8_0"), ("Q6_K", "Q6_K"), ("Q8_0", ALIKE),
+                                        ("Q4_K", "Q4_K"), ("BF16", ALIKE), ("F16", ALIKE)])
+def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(tmp_path, base, kind, size):
+    """By least squares over what the file's reader gives, at changes far below the steps of the base's type."""
+    if base in ("BF16", "F16"):
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[base]
+        model = comfy.sd.load_diffusion_model_state_dict({name: tensor.to(dtype) for name, tensor in weights().items()})
+    else:
+        model = packed_flux(base)
+    plain = {name: tensor.dequantize() if is_packed(tensor) else tensor.float() for name, tensor in held(model).items()}
+    lora = lora_for(weights(), seed=7, size=size)
+    values = values_in(save(of_model(patched(model, (lora, 1.0))), tmp_path / "a.gguf", kind).path)
+    arrived = whole = 0.0
+    for name in (name for name, weight in weights().items() if weight.ndim > 1):
+        layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        change = (0.5 * lora[f"{layer}.lora_up.weight"] @ lora[f"{layer}.lora_down.weight"]).double()
+        arrived += ((values[name] - plain[name]).double() * change).sum().item()
+        whole += change.square().sum().item()
+    assert abs(arrived / whole - 1) <= 0.01, f"{arrived / whole:.3f} of the LoRA arrives"
+
+
 def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
     lora, packed = (lora_for(weights(), size=0.005), 1.0), packed_flux("Q4_K")
     saved = save(of_model(patched(packed, lora)), tmp_path / "a.gguf", "Q4_K", keep=False)
