@@ -20,6 +20,7 @@ from .writing import WeightsWriter, WriteError, new_weights
 
 MOST_NAME_BYTES = 127  # ggml.h GGML_MAX_NAME, with its zero
 MOST_DIMENSIONS = 4  # ggml.h GGML_MAX_DIMS
+ROW = 256  # values in a row of a tensor whose own rows blocks do not divide
 QUANTIZATION_VERSION = 2  # ggml.h GGML_QNT_VERSION
 TYPE_NUMBERS = {name: number for number, name in PLAIN_TYPES.items()}
 
@@ -81,16 +82,17 @@ class _Layout:
             raise WriteError(f"GGUF readers take names of up to {MOST_NAME_BYTES} bytes; {shown(long[0])} has"
                              f" {len(long[0].encode())}{f', and {len(long) - 1} more are too long' if long[1:] else ''}. Save"
                              " the model as safetensors (NF4) instead.")
+        self.stored = {name: _stored_shape(*tensor) for name, tensor in self.tensors.items()}
         self.metadata = dict(metadata) | {
             f"comfy.gguf.orig_shape.{name}": list(shape) for name, (shape, _) in self.tensors.items()
-            if len(shape) > MOST_DIMENSIONS}
+            if self.stored[name] is not shape}
         planned = {name: (type_name, 0) for name, (_, type_name) in self.tensors.items()}
         self.start = _aligned(len(self.header(planned)))
         self.size = self.start + sum(_aligned(_nbytes(*tensor)) for tensor in self.tensors.values())
 
     def header(self, written: Mapping[str, tuple[str, int]]) -> bytes:
         """written: name -> (type, offset from the start of the data)."""
-        infos = [_string(name) + _dimensions(self.tensors[name][0]) + struct.pack("<IQ", type_number(type_name), offset)
+        infos = [_string(name) + _dimensions(self.stored[name]) + struct.pack("<IQ", type_number(type_name), offset)
                  for name, (type_name, offset) in written.items()]
         entries = [_string(key) + _value(value) for key, value in self.metadata.items()]
         counts = struct.pack("<IQQ", 3, len(infos), len(entries))
@@ -105,11 +107,19 @@ def _nbytes(shape: Sequence[int], type_name: str) -> int:
     return nbytes_of(type_name, (values,))
 
 
+def _stored_shape(shape: Sequence[int], type_name: str) -> Sequence[int]:
+    """`shape` itself where ggml can hold it. Dimensions beyond four are folded into the last; what is packed in blocks that do
+    not divide its rows is in rows of 256 values, as in ComfyUI-GGUF's files, or of one block."""
+    length, values = FORMATS[type_name].block_length if type_name in FORMATS else 1, math.prod(shape)
+    if shape and shape[-1] % length:
+        row = ROW if values % ROW == ROW % length == 0 else length
+        return values // row, row
+    return shape if len(shape) <= MOST_DIMENSIONS else (*shape[:MOST_DIMENSIONS - 1], math.prod(shape[MOST_DIMENSIONS - 1:]))
+
+
 def _dimensions(shape: Sequence[int]) -> bytes:
-    """Rank and sizes, innermost first. Further dimensions are folded into the last of four; a scalar is one of size 1."""
+    """Rank and sizes, innermost first; a scalar is one of size 1."""
     sizes = [size or 1 for size in shape] or [1]
-    if len(sizes) > MOST_DIMENSIONS:
-        sizes[MOST_DIMENSIONS - 1:] = [math.prod(sizes[MOST_DIMENSIONS - 1:])]
     return struct.pack(f"<I{len(sizes)}Q", len(sizes), *reversed(sizes))
 
 

@@ -20,7 +20,7 @@ from ..files.writing import check_writable
 from .block_by_block import InTurn
 from .maker import Maker, bits, plain_type
 from .plan import Plan, PlanError, plan_for_size, plan_for_type, size_text
-from .rules import HALVES, PLAIN_BYTES, family_of, fitting, half_type
+from .rules import HALVES, PLAIN_BYTES, family_of, fits, fitting, half_type
 from .source import Source, Weight
 
 FINE = "Q6_K"  # the least for weights with a change that were rounded coarsely before
@@ -84,8 +84,8 @@ def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, 
     else:
         types = plan_for_type(shapes, wanted, family, halves).types
         if not safetensors:  # what stays exact is no more exact than it is held
-            types |= {name: source.weights[name].held_as for name, kind in types.items()
-                      if kind in PLAIN_BYTES and name not in floors and _is_ggml(source.weights[name].held_as)}
+            types |= {name: source.weights[name].held_as for name, kind in types.items() if name not in floors
+                      and (kind in PLAIN_BYTES or source.weights[name].held_as == wanted) and _is_ggml(source.weights[name])}
     return Plan(types | {name: kind for name, kind in floors.items()
                          if bits(types[name]) < bits(kind) and not source.weights[name].held_as == kind})
 
@@ -197,12 +197,16 @@ def _dtype(weight: Weight) -> torch.dtype:
     return PLAIN_DTYPES["F16"] if weight.held_as == "F16" else torch.bfloat16
 
 
-def _is_ggml(kind: str) -> bool:
-    return kind in FORMATS and FORMATS[kind].ggml_type is not None and kind not in HALVES
+def _is_ggml(weight: Weight) -> bool:
+    """Whether a weight may be written in the type of GGUF that it is held in: in blocks that do not divide its rows, as files
+    of ComfyUI-GGUF have them, only as it is."""
+    kind = weight.held_as
+    return (kind in FORMATS and FORMATS[kind].ggml_type is not None and kind not in HALVES
+            and (fits(kind, weight.shape) or weight.is_whole and not weight.patches))
 
 
 def _writable(weight: Weight, half: str, safetensors: bool) -> str:
     """The type a weight is held in, where a file may hold it; else the 16 bits of its values."""
     kind = weight.held_as
-    fits = kind in safetensors_writer.NAMES if safetensors else _is_ggml(kind)
-    return kind if fits or kind in PLAIN_BYTES else half
+    held = kind in safetensors_writer.NAMES if safetensors else _is_ggml(weight)
+    return kind if held or kind in PLAIN_BYTES else half
