@@ -27,6 +27,9 @@ from .obstacles import SaveError
 from .source import DIFFUSION_MODEL, Source, Weight
 from .while_loading import SMOOTHING
 
+# What tells kinds of one architecture, beside the model's weights in a whole checkpoint; the host reads them in a model's file.
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
 
 def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) -> Source:
     """The diffusion model in a file or folder, of a whole checkpoint that alone. loras: (path, strength), in order.
@@ -37,18 +40,20 @@ def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) ->
     refuse_other_kinds(file)
     state_dict = file.state_dict()
     prefix = model_prefix(state_dict)
+    markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
     state_dict = as_tensors(file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}, prefix)
     found = in_the_hosts_names({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
+    found |= markers
     smoothings = {name.removesuffix(SMOOTHING): found.pop(name) for name in list(found) if name.endswith(SMOOTHING)}
     model = _empty_model(found) if loras else None
-    patches = _patches_of(model, loras, os.path.basename(path)) if loras else {}
+    patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
     weights = {name: _weight(name, tensor, smoothings.get(name.removesuffix(".weight")), patches.get(name, ()))
                for name, tensor in found.items() if not name.endswith((".input_scale", ".scale_input"))}
     missing = patches.keys() - weights.keys()
     if missing:
         raise SaveError(f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another conversion of the"
                         " model.")
-    return Source(os.path.basename(path), weights, let_go=file.let_go)
+    return Source(os.path.basename(path), weights, notes=notes, let_go=file.let_go)
 
 
 def _weight(name: str, tensor, smoothing: torch.Tensor | None, patches: Sequence[Patch]) -> Weight:
@@ -97,14 +102,17 @@ def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def _patches_of(model, loras: Sequence[tuple[str, float]], name: str) -> dict[str, list[Patch]]:
-    """Name of a weight -> the host's patches for it."""
+def _patches_of(model, loras: Sequence[tuple[str, float]], name: str) -> tuple[dict[str, list[Patch]], list[str]]:
+    """(name of a weight -> the host's patches for it, what people should know of LoRAs that fit in part)."""
     if model is None:
         raise SaveError(f"{name} is no model that this ComfyUI knows, so it cannot be told which layers a LoRA is for. Update"
                         " ComfyUI, or save it without a LoRA.")
+    notes = []
     for path, strength in loras:
         report = check_lora(model, None, *load_lora_file(path), measure=False)
         if report.fits == "no":
             raise SaveError(f"{os.path.basename(path)} is not applied. {report.verdict}")
+        if report.fits != "yes":
+            notes.append(f"{os.path.basename(path)}: {report.verdict}")
         model, _ = apply_lora(model, None, report, strength, 0)
-    return {key.removeprefix(DIFFUSION_MODEL): patches for key, patches in model.patches.items()}
+    return {key.removeprefix(DIFFUSION_MODEL): patches for key, patches in model.patches.items()}, notes

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy.model_base import ModelType
+from comfy.supported_models import SDXL
 from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
@@ -96,6 +98,37 @@ def test_scaled_fp8_in_a_checkpoint_is_packed_by_its_values(source, tmp_path, pa
     assert pack(tmp_path / "a.gguf", tmp_path / "b.gguf", "--type", "as it is")[0] == 0
     again = values_in(tmp_path / "b.gguf")
     assert all(torch.equal(again[name], tensor) for name, tensor in values.items())
+
+
+@pytest.mark.parametrize("marks, kind, settings", [
+    ({"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, ModelType.V_PREDICTION,
+     {"zsnr": True}),
+    ({"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}, ModelType.EDM, {}),
+    ({"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.01)}, ModelType.V_PREDICTION_EDM,
+     {"sigma_max": 120, "sigma_min": 0.01}),
+    ({}, ModelType.EPS, {})])
+def test_what_a_whole_checkpoint_predicts_is_known_of_its_model_too(tmp_path, pack, marks, kind, settings):
+    model = {"label_emb.0.0.weight": (64, 64), "input_blocks.0.0.weight": (32, 4, 3, 3), "out.0.bias": (32,),
+             "out.2.weight": (4, 32, 3, 3), "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": (64, 256),
+             "time_embed.0.weight": (64, 64)}
+    save_file({f"model.diffusion_model.{name}": torch.rand(shape) for name, shape in model.items()} | marks,
+              tmp_path / "whole.safetensors")
+    assert pack(tmp_path / "whole.safetensors", tmp_path / "a.gguf", "--type", "Q8_0")[0] == 0
+    found = open_weights(tmp_path / "a.gguf").state_dict()
+    assert found.keys() == model.keys() | marks.keys()
+    config = SDXL({})
+    assert config.model_type(found) == kind
+    assert {name: config.sampling_settings[name] for name in settings} == pytest.approx(settings)
+
+
+def test_a_lora_that_fits_in_part_is_said_to(source, tmp_path, pack):
+    lora = lora_for(tiny_flux(), size=0.1)
+    for name in [name for name in lora if "double_blocks_0_img_mlp_0" in name]:
+        lora[name.replace("double_blocks_0", "double_blocks_7")] = lora.pop(name)
+    save_file(lora, tmp_path / "part.safetensors")
+    code, said = pack(source / "model.safetensors", tmp_path / "a.gguf", "--type", "Q8_0", "--lora",
+                      tmp_path / "part.safetensors")
+    assert code == 0 and re.search(r"part\.safetensors: .*fits in part: 18 of 19 layers match", said), said
 
 
 @pytest.mark.parametrize("arguments, code, message", [
