@@ -25,13 +25,13 @@ from ...ops.tensor import packed_tensor, packed_tensors
 from ..files.container import WeightFile, WeightFileError
 from ..files.safetensors import SafetensorsFile
 from ..files.safetensors_writer import file_size, safetensors_writer
-from ..files.writing import WriteError
+from ..files.writing import WriteError, remove_stale_parts
 
 log = logging.getLogger(__name__)
 
 FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
 LIMIT_GB = 50.0  # where the environment gives no limit
-PACKERS = 1  # to be raised when the packers make other bytes of the same weights
+PACKERS = 2  # to be raised when the packers make other bytes of the same weights
 NAMES = "featherweight-*.safetensors"
 
 # Name of a weight -> the format it is packed to, and its logical shape.
@@ -63,7 +63,8 @@ def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
             if (entry_of_part.shape, entry_of_part.format) != expected:
                 raise ValueError(f"{part} is {entry_of_part.format} {entry_of_part.shape}, expected {expected}")
         found = {name: _packed(file, name, *kind) for name, kind in wanted.items()}
-        os.utime(entry)  # used last
+        with contextlib.suppress(OSError):  # another user's, or on a drive that is only read: it is as good as any
+            os.utime(entry)  # used last
     except (WeightFileError, KeyError, ValueError, OSError) as error:
         log.warning("[Featherweight] What was kept in %s cannot be used (%s) and is made anew.", entry, error)
         with contextlib.suppress(OSError):
@@ -151,6 +152,9 @@ def _limit() -> float:
 
 def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
     """Remove entries until `size` bytes more are within the limit. Returns whether they are. but: an entry that stays."""
+    if size > _limit():
+        return False
+    remove_stale_parts(folder)
     found = []
     for path in (*folder.glob(NAMES), *folder.glob(f"{NAMES}.*.part")):
         with contextlib.suppress(OSError):  # another process may have removed it

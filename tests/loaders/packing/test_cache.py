@@ -9,6 +9,8 @@ import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.held import held_text
 from featherweight.loaders.packing import cache, while_loading
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packing import pack_tensor
 from patched_models import tiny_flux
 from recipe_process import digest
 from safetensors.torch import save_file
@@ -120,6 +122,38 @@ def test_what_is_larger_than_the_limit_is_not_kept(source, folder, monkeypatch, 
     monkeypatch.setenv(cache.LIMIT, "0.001")
     assert "kept" not in held_text(load(source))
     assert list(folder.iterdir()) == [] and cache.LIMIT in caplog.text
+
+
+def test_what_is_larger_than_the_limit_leaves_what_is_kept_already(source, folder, monkeypatch):
+    load(source, "Q4_K")
+    [entry] = folder.iterdir()
+    monkeypatch.setenv(cache.LIMIT, str((entry.stat().st_size + 100) / 1e9))
+    assert "kept" not in held_text(load(source, "Q8_0"))
+    assert list(folder.iterdir()) == [entry]
+
+
+def test_what_a_killed_process_left_takes_no_room(source, folder, monkeypatch):
+    load(source)
+    [entry] = folder.iterdir()
+    left = entry.rename(entry.with_name(f"{entry.name}.99999999.part"))
+    monkeypatch.setenv(cache.LIMIT, str(left.stat().st_size * 1.5 / 1e9))
+    assert held_text(load(source)).endswith("kept for the next time")
+    assert list(folder.iterdir()) == [entry]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user")
+def test_an_entry_of_another_user_is_read_and_stays(tmp_path):
+    """Its time cannot be set there, though the folder may be written to."""
+    entry, wanted = tmp_path / cache.NAMES.replace("*", "0"), {"a": ("Q8_0", (4, 32))}
+    with cache.keeping(entry, wanted) as keep:
+        keep("a", pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"]))
+    for folder, mode in ((tmp_path, 0o777), (tmp_path.parent, 0o755), (tmp_path.parent.parent, 0o755)):
+        folder.chmod(mode)  # pytest's, which only their owner may enter
+    child = os.fork()
+    if not child:
+        os.setuid(65534)
+        os._exit(cache.read(entry, wanted) is None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and entry.exists()
 
 
 def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(source, folder, monkeypatch, caplog):
