@@ -15,15 +15,17 @@ from ...ops.product import unpack
 from ...ops.rounding import dithered
 from ...ops.rows import join_rows, take_rows
 from ...ops.tensor import is_packed
-from ..files.container import PLAIN_DTYPES, shown
+from ..files.container import PLAIN_DTYPES, nbytes_of, shown
 from ..files.safetensors_writer import DTYPES
 from .block_by_block import InTurn
 from .obstacles import SaveError
+from .plan import size_text
 from .rules import PLAIN_BYTES, fitting
 from .shares import Shares, dot
 from .source import Source, Weight
 
 SLICE_VALUES = 1 << 24  # of a weight that are in float32 at a time
+ALIGNMENT = 32  # bytes that a tensor may take more in a file than its own
 SAMPLE_VALUES = 1 << 20  # of a slice, from which the error of packing is told
 LOST = 0.25  # power of a weight's error over its own; a type that loses more than Q2_K ever does cannot hold its values
 WHOLE = 0.005  # a change whose share differs from 1 by no more is whole
@@ -45,10 +47,11 @@ class Maker:
     """Makes what is written of each weight, and collects what people are told about it."""
 
     def __init__(self, source: Source, types: Mapping[str, str], sensitivity, whole: Set[str], finer: bool, safetensors: bool,
-                 turn: InTurn | None = None):
+                 turn: InTurn | None = None, most: int | None = None, nbytes: int = 0):
         """types: planned, by name. whole: names of the weights that were rounded before and whose changes are to arrive whole;
-        finer: in a finer type where need be. turn: for what is packed in its order."""
-        self.turn = turn
+        finer: in a finer type where need be. turn: for what is packed in its order. most: bytes that the file may take, None
+        for any number; nbytes: that it takes as planned."""
+        self.turn, self.most, self.nbytes = turn, most, nbytes
         self.source, self.planned, self.sensitivity = source, types, sensitivity
         self.whole, self.finer, self.safetensors = whole, finer, safetensors
         self.types: dict[str, str] = {}
@@ -75,12 +78,26 @@ class Maker:
             self.notes.append(f"{weight.name} is {finer}: {kind} would swallow a part of its change.")
             kind, attempt = finer, self._attempt(weight, finer)
         if attempt.pieces is None:
-            self.notes.append(f"{weight.name} is BF16: its values do not fit into {kind}.")
-            kind, attempt = "BF16", self._attempt(weight, "BF16")
+            kind, attempt = self._that_holds_it(weight, kind)
         for seen in attempt.seen:
             self.shares.add(*seen)
         self.types[weight.name] = kind
         return kind, attempt.pieces
+
+    def _that_holds_it(self, weight: Weight, kind: str) -> tuple[str, _Attempt]:
+        """A type for values that do not fit into `kind`, and the weight in it: BF16 has room for them all, and where the size
+        of the file has none for that, a smaller one may do. Raises SaveError where none does."""
+        for other in ("BF16",) if self.most is None else ("BF16", fitting(FINER, weight.shape, "BF16")):
+            larger = self.nbytes + nbytes_of(other, weight.shape) - nbytes_of(kind, weight.shape)
+            if self.most is None or bits(other) == bits(kind) or bits(other) > bits(kind) and larger + ALIGNMENT <= self.most:
+                attempt = self._attempt(weight, other)
+                if attempt.pieces is not None:
+                    self.notes.append(f"{weight.name} is {other}: its values do not fit into {kind}.")
+                    self.nbytes = larger + ALIGNMENT * (bits(other) > bits(kind))
+                    return other, attempt
+        larger = self.nbytes + nbytes_of("BF16", weight.shape) - nbytes_of(kind, weight.shape) + ALIGNMENT
+        raise SaveError(f"The values of {shown(weight.name)} do not fit into {kind}, and with them in BF16 the file takes"
+                        f" {size_text(larger)}, which is more than {size_text(self.most)}. Choose one type in place of a size.")
 
     def in_turn(self, name: str) -> tuple[str, list[torch.Tensor]]:
         """The same of a linear layer's weight, which counts as packed for those that come after it."""

@@ -21,7 +21,23 @@ MODULATION = re.compile(r"(_mod|\.mod|modulation\w*)\.(lin|\d+|linear)\.|adaLN_m
 
 
 class PlanError(ValueError):
-    """What was asked for cannot be planned. The message says what the least or the choice is."""
+    """What was asked for cannot be planned. The message says what the least or the choice is.
+
+    short_by: bytes that a size lacks, 0 where it is something else. more: a sentence at its end, or "".
+    """
+
+    short_by: int = 0
+    more: str = ""
+
+
+def too_small(nbytes: int, short_by: int, more: str = "") -> PlanError:
+    """The error for a size of `nbytes`, which names one that suffices."""
+    least = nbytes + short_by
+    unit = 10 ** 7 if least >= 10 ** 9 else 10 ** 4  # the last digit that is shown, rounded up, so that it can be asked for
+    error = PlanError(f"A size of {size_text(nbytes)} is too small for this model: with the smallest type wherever one may be"
+                      f" packed it takes {size_text(-(-least // unit) * unit)}. Ask for that much or more.{more}")
+    error.short_by, error.more = short_by, more
+    return error
 
 
 @dataclass(frozen=True)
@@ -108,10 +124,7 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: Family, costs: Mapping[st
     sizes = {name: {kind: nbytes_of(kind, shapes[name]) for kind in kinds} for name, kinds in options.items()}
     least = sum(min(of_types.values()) for of_types in sizes.values())
     if budget < least:
-        least += nbytes - budget
-        unit = 10 ** 7 if least >= 10 ** 9 else 10 ** 4  # the last digit that is shown, rounded up, so that it can be asked for
-        raise PlanError(f"A size of {size_text(nbytes)} is too small for this model: with the smallest type wherever one may be"
-                        f" packed it takes {size_text(-(-least // unit) * unit)}. Ask for that much or more.")
+        raise too_small(nbytes, least - budget)
     chosen = best_mix(costs_of, sizes, budget)
     return Plan({name: fixed.get(name) or chosen[name] for name in shapes})
 

@@ -19,7 +19,7 @@ from ..files.container import PLAIN_DTYPES, nbytes_of
 from ..files.writing import check_writable
 from .block_by_block import InTurn
 from .maker import Maker, bits, plain_type
-from .plan import Plan, PlanError, plan_for_size, plan_for_type, size_text
+from .plan import Plan, PlanError, plan_for_size, plan_for_type, size_text, too_small
 from .rules import HALVES, PLAIN_BYTES, family_of, fits, fitting, half_type
 from .source import Source, Weight
 
@@ -55,7 +55,7 @@ class Saved:
 
 def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, float]] | None = None, keep: bool = True,
             safetensors: bool = False) -> Plan:
-    """The types for a type by name, ALIKE or a size in bytes of the whole file. costs: of a measurement (`plan_for_size`).
+    """The types for a type by name, ALIKE or a size in bytes of all tensors. costs: of a measurement (`plan_for_size`).
 
     keep: weights that were rounded coarsely before and have patches take at least FINE, in which patches arrive whole.
     Raises PlanError.
@@ -75,9 +75,9 @@ def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, 
         except PlanError as error:
             if not floors:
                 raise
-            raise PlanError(f"{error} {len(floors)} weights with a LoRA on them take {FINE}, {size_text(wanted - budget)}, so"
-                            " that the LoRA arrives whole; choose otherwise under 'LoRAs', or begin with a model that is not"
-                            " packed.") from error
+            more = (f" {len(floors)} weights with a LoRA on them take {FINE}, {size_text(wanted - budget)}, so that the LoRA"
+                    " arrives whole; choose otherwise under 'LoRAs', or begin with a model that is not packed.")
+            raise too_small(wanted, error.short_by, more) from error
         return Plan({name: types[name] for name in shapes})
     if wanted == ALIKE:
         types = {name: _writable(source.weights[name], halves[name], safetensors) for name in shapes}
@@ -113,7 +113,8 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
     planned("\n".join([f"{path.name}: {size_text(container.file_size(tensors, texts))}", plan.text(source.shapes), *notes]))
     whole = _whole(source, plan.types) if keep else set()
     making = Maker(source, plan.types, sensitivity, whole, not isinstance(wanted, int) and not safetensors, safetensors,
-                   None if turn is None else turn())
+                   None if turn is None else turn(), wanted if isinstance(wanted, int) else None,
+                   container.file_size(tensors, texts))
     made = {}
     if turn is not None:
         names = [name for name in making.turn.order if plan.types[name] in FORMATS]
@@ -142,7 +143,12 @@ def _within(source: Source, path: Path, wanted: str | int, sensitivity, keep: bo
     costs = None if sensitivity is None else sensitivity.costs
     budget = wanted
     while True:
-        plan = plan_of(source, budget, costs, keep, safetensors)
+        too_little = None
+        try:
+            plan = plan_of(source, budget, costs, keep, safetensors)
+        except PlanError as error:
+            too_little = error
+            plan = plan_of(source, budget + error.short_by, costs, keep, safetensors)  # the smallest there is
         tensors = {written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
                    for name, weight in source.weights.items()}
         texts = metadata | {"featherweight.plan": plan.json()}
@@ -151,6 +157,8 @@ def _within(source: Source, path: Path, wanted: str | int, sensitivity, keep: bo
         size = container.file_size(tensors, texts)
         if not isinstance(wanted, int) or size <= wanted:
             return plan, tensors, texts
+        if too_little is not None:
+            raise too_small(wanted, size - wanted, too_little.more) from too_little
         budget -= size - wanted
 
 

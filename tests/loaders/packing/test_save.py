@@ -1,5 +1,6 @@
 """A saved model is what was asked for, bit for bit what any reader gets, with everything on it that was on the model."""
 import functools
+import re
 
 import comfy.lora
 import comfy.sd
@@ -121,6 +122,31 @@ def test_a_size_is_that_of_the_whole_file_and_never_exceeded(tmp_path, size):
     with pytest.raises(PlanError, match="too small"):
         save(of_model(dense_model()), tmp_path / "b.gguf", 1_000_000)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
+@pytest.mark.parametrize("base, metadata", [(None, {}), (None, {"workflow": "x" * 300_000}), ("Q4_K", {})])
+def test_the_size_that_a_refusal_names_can_be_asked_for(tmp_path, base, metadata):
+    model = dense_model() if base is None else patched(packed_flux(base), (lora_for(weights(), size=0.02), 1.0))
+    for asked in (100_000, 1_400_000):
+        with pytest.raises(PlanError, match=f"A size of {asked / 1e6:.2f} MB is too small") as refused:
+            save(of_model(model), tmp_path / "a.gguf", asked, metadata=metadata)
+        named = round(float(re.search(r"it takes ([\d.]+) MB", str(refused.value))[1]) * 1e6)
+        assert ("with a LoRA on them take Q6_K" in str(refused.value)) == (base is not None)
+        assert save(of_model(model), tmp_path / "a.gguf", named, metadata=metadata, overwrite=True).nbytes <= named
+        with pytest.raises(PlanError, match="too small"):
+            save(of_model(model), tmp_path / "b.gguf", named - 20_000, metadata=metadata)
+
+
+def test_a_size_is_not_exceeded_for_values_that_no_packed_type_holds(tmp_path):
+    source = of_model(dense_model())
+    source.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 1e-12
+    with pytest.raises(SaveError, match=f"{BLOCK}' do not fit into .* in BF16 the file takes 2... MB, .* than 2.00 MB. Choose"):
+        save(source, tmp_path / "a.gguf", 2_000_000)
+    assert list(tmp_path.iterdir()) == []
+    one_type = save(source, tmp_path / "a.gguf", "Q4_K")
+    source.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 3e-6  # Q8_0 has the steps for them
+    small = save(source, tmp_path / "b.gguf", 2_000_000)
+    assert one_type.types[BLOCK] == "BF16" and small.nbytes <= 2_000_000
 
 
 # --- patches ---
