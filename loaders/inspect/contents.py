@@ -11,6 +11,7 @@ from ...ops.tensor import is_packed
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, without_prefix
 from ..files import open_weights
+from ..files.container import WeightFile
 from ..held import format_name
 from ..recipe import Recipe
 
@@ -21,8 +22,9 @@ PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_
 @dataclass
 class Contents:
     """tensors: name -> tensor, packed or plain, not copied. formats: name -> how it is kept, a key of `FORMATS` or a dtype's
-    name. metadata: of the file. said: what the file says it is, "" where nothing. nbytes: on disk, 0 for a MODEL. held: bytes
-    that the tensors take in memory. patches: weights of a MODEL that LoRAs or merges change. config: the host's, of a MODEL.
+    name. metadata: of the file. said: what the file says it is, "" where nothing. nbytes: on disk, 0 for a MODEL. held:
+    bytes that the tensors take in memory. file: that they were read of. patches: weights of a MODEL that LoRAs or merges
+    change. config: the host's, of a MODEL.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Contents:
     held: int = 0
     patches: int = 0
     config: Any = None
+    file: WeightFile | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -47,7 +50,7 @@ def of_file(path: str | os.PathLike) -> Contents:
     formats = {name: format_name(tensor) if is_packed(tensor) else file.entries[name].format if name in file.entries
                else format_name(tensor) for name, tensor in tensors.items()}
     return Contents(os.path.basename(os.path.normpath(path)), tensors, formats, file.metadata, file.kind, file.tensor_bytes,
-                    sum(tensor.nbytes for tensor in tensors.values()))
+                    sum(tensor.nbytes for tensor in tensors.values()), file=file)
 
 
 def of_model(patcher) -> Contents:

@@ -1,4 +1,5 @@
 """How far each tensor of a model is from the same tensor of a reference: its relative error."""
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -7,6 +8,7 @@ from ...ops.rows import dense, take_rows
 from ...ops.tensor import is_packed
 from ..encoders.arch import arch_of, without_prefix
 from ..model_names import in_the_hosts_names
+from ..packing.host_formats import MARK, as_tensors
 from ..progress import Progress
 from .contents import Contents
 
@@ -19,8 +21,10 @@ SCALES = ("_scale", ".scale_weight")
 def differences(contents: Contents, reference: Contents) -> dict[str, float]:
     """Name -> root of the sum of squares of the difference over that of the reference, of matrices and more in both.
 
-    Goes tensor by tensor, some rows at a time, in float32. The user can cancel it: the host's exception goes on.
+    Goes tensor by tensor, some rows at a time, in float32. The user can cancel it: the host's exception goes on. Raises
+    WeightFileError for a weight in a format of the host's that it does not read.
     """
+    contents, reference = _put_together(contents), _put_together(reference)
     ours, theirs = (_without_wrapper(both.tensors) for both in (contents, reference))
     if len(ours.keys() & theirs.keys()) * 2 < min(len(ours), len(theirs)):  # named by different programs
         ours, theirs = _in_the_hosts_names(contents), _in_the_hosts_names(reference)
@@ -34,6 +38,13 @@ def differences(contents: Contents, reference: Contents) -> dict[str, float]:
         wrong[name] += (values - expected).square_().sum(dtype=torch.float64).item()
         whole[name] += expected.square().sum(dtype=torch.float64).item()
     return {name: (wrong[name] / whole[name]) ** 0.5 if whole[name] else float(wrong[name] > 0) for name in shared}
+
+
+def _put_together(contents: Contents) -> Contents:
+    """The same with one tensor for each weight that a file has in parts in the host's own formats."""
+    if contents.file is None or not any(name.endswith(MARK) for name in contents.tensors):
+        return contents
+    return dataclasses.replace(contents, tensors=as_tensors(contents.file, contents.tensors))
 
 
 def _without_wrapper(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

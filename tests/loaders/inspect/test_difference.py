@@ -8,6 +8,7 @@ from featherweight.loaders.inspect.contents import of_file
 from featherweight.loaders.inspect.difference import differences
 from featherweight.loaders.inspect.picture import inspection_picture
 from featherweight.loaders.inspect.text import error_text, inspection_text
+from host_formats import HOST_FORMATS, in_host_format
 from safetensors.torch import save_file
 
 from devtools.files import bnb_files, tiny_models
@@ -147,3 +148,18 @@ def test_errors_are_said_in_percent(error, text):
 def test_the_fixture_is_read_as_gguf_reads_it(packed):
     names = {tensor.name for tensor in gguf.GGUFReader(packed[0]).tensors}
     assert set(of_file(packed[0]).tensors) == names
+
+
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_a_file_in_a_format_of_the_host_is_measured_by_the_hosts_values(tmp_path, format_name):
+    weights = {f"model.diffusion_model.double_blocks.{index}.img_mlp.0.weight": torch.randn(
+        256, 512, generator=torch.Generator().manual_seed(index)) for index in range(2)}
+    stored, expected = {}, {}
+    for name, tensor in weights.items():
+        parts, values = in_host_format(name, tensor, format_name)
+        stored |= {key: part.contiguous() for key, part in parts.items()}
+        expected[name.removeprefix("model.diffusion_model.")] = relative(values.float(), tensor)
+    save_file(weights, tmp_path / "dense.safetensors")
+    save_file(stored, tmp_path / "quantised.safetensors")
+    found, = inspect(tmp_path / "quantised.safetensors", tmp_path / "dense.safetensors")
+    assert found.errors == pytest.approx(expected, rel=1e-3) and not found.no_errors
