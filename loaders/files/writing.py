@@ -1,8 +1,8 @@
 """Files that appear under their name whole, or not at all: what every writer of this folder stands on.
 
-The bytes go to `NAME.PID.part` in the same folder and get their name when all of them are on the disk. Whatever ends a writer
-in between (an error, a cancel, a full disk) takes the temporary file with it. A killed process leaves it, and the next writer
-into that folder removes it: its lock is gone.
+The bytes go to `NAME.PID.featherweight.part` in the same folder and get their name when all of them are on the disk. Whatever
+ends a writer in between (an error, a cancel, a full disk) takes the temporary file with it. A killed process leaves it, and
+the next writer into that folder removes it: its lock is gone.
 """
 import contextlib
 import errno
@@ -21,7 +21,7 @@ except ImportError:  # Windows, which does not remove a file that is open
     fcntl = None
 
 SPARE = 64 << 20  # bytes left free on the disk, for all else that is being written
-PART = re.compile(r".+\.\w+\.\d+\.part")
+PART = re.compile(r".+\.\d+\.featherweight\.part")  # those of other programs are none of ours
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -39,7 +39,7 @@ def new_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> I
     path = Path(path)
     check_writable(path, nbytes, overwrite)
     remove_stale_parts(path.parent)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.featherweight.part")
     with _told(path):
         file = open(part, "xb", buffering=0)  # noqa: SIM115  closed before it gets its name
     try:

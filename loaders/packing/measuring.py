@@ -1,6 +1,7 @@
 """Measuring a model: runs it a little, and gives a `Sensitivity`."""
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -47,7 +48,9 @@ def measure(patcher, drawing: Drawing, thoroughness: str = DEFAULT, partial: str
         pass
     load(patcher)
     costs = Costs(patcher.model, kept) if count else None
-    known = _Partial(partial, layers, drawing, thoroughness, costs.power if costs else [])
+    some = [*layers.values()][::max(1, len(layers) // 4)]
+    sums = [dense_weight(layer, patcher.load_device).double().sum().item() for layer in some]
+    known = _Partial(partial, layers, drawing, thoroughness, costs.power if costs else [], sums)
     done = iter(progress.track(range(len(layers))))
 
     def after():
@@ -70,12 +73,37 @@ def _picked(drawing: Drawing, count: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
+def _digest(value) -> str:
+    """Of tensors, and whatever else the host's CONDITIONING and LATENT hold, in lists and dictionaries."""
+    digest = hashlib.sha256()
+
+    def add(part):
+        if isinstance(part, dict):
+            part = [item for pair in part.items() for item in pair]
+        if isinstance(part, (list, tuple)):
+            digest.update(f"{len(part)} of ".encode())
+            for item in part:
+                add(item)
+        elif isinstance(part, torch.Tensor) and not part.is_nested:
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif part is None or isinstance(part, (str, int, float)):
+            digest.update(f"{part!r};".encode())
+        else:
+            digest.update(type(part).__name__.encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
 class _Partial:
     """Costs measured so far, in a file: they are taken from it only where model and settings are the same."""
 
-    def __init__(self, path, layers, drawing: Drawing, thoroughness: str, power: list[float]):
+    def __init__(self, path, layers, drawing: Drawing, thoroughness: str, power: list[float], sums: list[float]):
+        """sums: of the values of some weights, by which another model of the same layers is told."""
         self.path = None if path is None else Path(path)
-        self.key = [thoroughness, drawing.samples, drawing.steps, drawing.seed, drawing.cfg, list(layers)]
+        self.key = [thoroughness, drawing.samples, drawing.steps, drawing.seed, drawing.cfg, list(layers), sums,
+                    _digest([drawing.prompts, drawing.negative, drawing.latent])]
         self.power, self.costs = power, {}
         try:
             found = json.loads(self.path.read_text()) if self.path else {}

@@ -24,7 +24,7 @@ def in_a_child(code: str, *arguments) -> subprocess.Popen:
 def test_a_file_gets_its_name_when_it_is_whole_and_ends_where_it_was_written_last(tmp_path):
     path = tmp_path / "model.gguf"
     with new_file(path, 1000) as file:
-        assert left_in(tmp_path) == [f"model.gguf.{os.getpid()}.part"]
+        assert left_in(tmp_path) == [f"model.gguf.{os.getpid()}.featherweight.part"]
         file.write(b"0123456789")
         file.seek(2)
         file.write(b"xy")
@@ -118,10 +118,12 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_f
         killed.send_signal(signal.SIGKILL)
         killed.wait(timeout=60)
         time.sleep(0.1)
-        (tmp_path / "notes.part").write_text("not ours")
+        others = ["flux.v1.0.part", "model.safetensors.001.part", "notes.part", "wan.gguf.7.part"]  # downloads, and the like
+        for name in others:
+            (tmp_path / name).write_text("not ours")
         with new_file(tmp_path / "next.gguf", 10) as file:
             file.write(b"next")
-        assert left_in(tmp_path) == [f"alive.gguf.{alive.pid}.part", "next.gguf", "notes.part"]
+        assert left_in(tmp_path) == [f"alive.gguf.{alive.pid}.featherweight.part", *others[:2], "next.gguf", *others[2:]]
     finally:
         for child in (killed, alive):
             child.kill()

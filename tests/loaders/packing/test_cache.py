@@ -135,7 +135,7 @@ def test_what_is_larger_than_the_limit_leaves_what_is_kept_already(source, folde
 def test_what_a_killed_process_left_takes_no_room(source, folder, monkeypatch):
     load(source)
     [entry] = folder.iterdir()
-    left = entry.rename(entry.with_name(f"{entry.name}.99999999.part"))
+    left = entry.rename(entry.with_name(f"{entry.name}.99999999.featherweight.part"))
     monkeypatch.setenv(cache.LIMIT, str(left.stat().st_size * 1.5 / 1e9))
     assert held_text(load(source)).endswith("kept for the next time")
     assert list(folder.iterdir()) == [entry]

@@ -161,7 +161,8 @@ def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(tmp_path, pac
     out.mkdir()
     for moment in range(moments):
         process = start(path, out / "a.gguf", "--type", "Q3_K")
-        part = out / f"a.gguf.{process.pid}.part"  # that of one that was killed before is there until this one begins
+        # That of one that was killed before is there until this one begins.
+        part = out / f"a.gguf.{process.pid}.featherweight.part"
         while not part.exists() and process.poll() is None:
             time.sleep(0.005)
         time.sleep(0.1 * moment)

@@ -2,6 +2,7 @@
 was cancelled; its file is for models with these layers only."""
 import dataclasses
 import functools
+import json
 
 import comfy.model_management
 import pytest
@@ -183,6 +184,24 @@ def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_
     monkeypatch.setattr(costs.Costs, "of_layer", lambda *args: {"Q3_K": 7.0})
     found = measure(patcher, small_drawing("wan2.1-t2v", seed=2), partial=partial)
     assert all(of_types == {"Q3_K": 7.0} for of_types in found.costs.values())
+
+
+@pytest.mark.parametrize("other", ["prompt", "negative", "latent", "weights"])
+def test_a_partial_measurement_without_runs_is_of_its_prompts_latent_and_model_only(monkeypatch, tmp_path, other):
+    patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
+    drawing = dataclasses.replace(small_drawing("wan2.1-t2v", steps=2), prompts=[PROMPT])
+    measure(patcher, drawing, "no runs", partial)
+    known = json.loads(partial.read_text())
+    partial.write_text(json.dumps(known | {"costs": {name: {"Q3_K": 7.0} for name in known["costs"]}}))
+    assert all(found == {"Q3_K": 7.0} for found in measure(patcher, drawing, "no runs", partial).costs.values())
+    others = [[PROMPT[0][0] + 1, *PROMPT[0][1:]]]
+    if other == "weights":
+        next(iter(linear_layers(patcher.model).values())).weight.data.mul_(1.5)
+    latent = {"samples": drawing.latent["samples"] + 0.5}
+    drawing = dataclasses.replace(drawing, **{"prompt": {"prompts": [others]}, "negative": {"negative": others},
+                                              "latent": {"latent": latent}, "weights": {}}[other])
+    found = measure(patcher, drawing, "no runs", partial)
+    assert all(found != {"Q3_K": 7.0} for found in found.costs.values())
 
 
 def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp_path):
