@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.type and arguments.type not in (*TYPES, ALIKE):
         print(f"Failed: {arguments.type!r} is no type that is packed here. There are {', '.join(TYPES)} and '{ALIKE}'.")
         return USAGE
-    if (arguments.type == "NF4") != arguments.out.lower().endswith(".safetensors"):
+    ending = Path(arguments.out).suffix.lower()
+    if ending not in {"NF4": (".safetensors",), ALIKE: (".gguf", ".safetensors")}.get(arguments.type, (".gguf",)):
         print("Failed: NF4 goes into a file that ends in .safetensors, all other types into one that ends in .gguf.")
         return USAGE
     sensitivity = None

@@ -11,7 +11,7 @@ from ..loaders.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.packing.block_by_block import in_turn
 from ..loaders.packing.obstacles import not_saved, refuse_obstacles
 from ..loaders.packing.runs import Drawing
-from ..loaders.packing.save import ALIKE, TYPES, save
+from ..loaders.packing.save import ALIKE, TYPES, save, suffix_for
 from ..loaders.packing.sensitivity import Sensitivity
 from ..loaders.packing.source import of_encoders, of_model
 from ..loaders.progress import Progress
@@ -89,14 +89,13 @@ class SavePackedModel(io.ComfyNode):
         if type == SIZE and not 0 < size_gb < float("inf"):
             raise WeightFileError(f"size in GB is {size_gb}; give what the file may take at most, such as 6.")
         wanted, label = (round(size_gb * 1e9), f"{size_gb:g}GB") if type == SIZE else (type, type.replace(" ", "_"))
-        suffix = ".safetensors" if type == "NF4" else ".gguf"
-        jobs = [(whole, new_model_path(filename_prefix, label, suffix, folder, not overwrite), wanted)]
+        jobs = [(whole, new_model_path(filename_prefix, label, suffix_for(whole, wanted), folder, not overwrite), wanted)]
         own_name = os.path.basename(filename_prefix.replace("\\", "/"))
         for name, source in ({} if clip is None else of_encoders(clip)).items():
             prefix = os.path.join("text_encoders", f"{own_name}_{name}")
             label = "Q8_0" if type == SIZE else label  # the size is the model's
-            jobs.append((source, new_model_path(prefix, label, suffix, folder, not overwrite), label.replace("_", " ")
-                         if type == ALIKE else label))
+            kind = ALIKE if type == ALIKE else label
+            jobs.append((source, new_model_path(prefix, label, suffix_for(source, kind), folder, not overwrite), kind))
         progress, metadata, reports = Progress(stages=len(jobs) + (2 if positive else 0)), cls._metadata(), []
         turn = None
         if positive:

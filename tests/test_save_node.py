@@ -71,6 +71,14 @@ def test_types_sizes_and_files_of_both_kinds(output):
     assert saved(model, "as it is")[0].name == "ComfyUI_as_it_is_00001_.gguf"
 
 
+def test_an_nf4_model_is_nf4_as_it_is(output):
+    first, _ = saved(packed_flux("Q4_K"), "NF4")
+    again, _ = saved(load_diffusion_model(str(first)), "as it is")
+    assert again.suffix == ".safetensors" and again.stat().st_size < 1.02 * first.stat().st_size
+    layer = "single_blocks.0.linear1.weight"
+    assert open_weights(again).entries[layer].format == open_weights(first).entries[layer].format
+
+
 def test_a_lora_on_a_packed_model_arrives_whole_or_its_share_is_told(output):
     model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
     whole, asked = saved(model), saved(model, loras=AS_ASKED)

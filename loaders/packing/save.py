@@ -131,6 +131,12 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
                  Plan(making.types).text(source.shapes), [*making.told(), *notes])
 
 
+def suffix_for(source: Source, wanted: str | int) -> str:
+    """What the name of a file ends in that holds the types: .safetensors for NF4, and as it is for a model held so."""
+    held = {weight.held_as for weight in source.weights.values()}
+    return ".safetensors" if wanted == "NF4" or wanted == ALIKE and held & safetensors_writer.NAMES.keys() else ".gguf"
+
+
 def written_name(name: str) -> str:
     """A weight's name in files: the host's, but for the norms that readers other than it know by an older name."""
     return f"{name.removesuffix('weight')}scale" if name.endswith(NORM_SCALE) else name

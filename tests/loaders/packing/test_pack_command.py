@@ -141,6 +141,12 @@ def test_sizes_and_mistakes(source, tmp_path, pack, arguments, code, message):
     assert [path.stat().st_size <= 2_200_000 for path in tmp_path.iterdir()] == [True] * (code == 0)
 
 
+@pytest.mark.parametrize("out, wanted", [("o.bin", "Q8_0"), ("o", "as it is"), ("o.safetensors", "Q8_0"), ("o.gguf", "NF4")])
+def test_a_file_has_the_ending_of_what_it_is(source, tmp_path, pack, out, wanted):
+    code, said = pack(source / "model.safetensors", tmp_path / out, "--type", wanted)
+    assert code == 2 and "ends in .gguf" in said and list(tmp_path.iterdir()) == []
+
+
 def test_files_that_are_none_are_refused_in_a_sentence(source, tmp_path, pack):
     (tmp_path / "old.gguf").write_text("old")
     for model, out, more in ((tmp_path / "no.safetensors", "a.gguf", []), (source / "lora 1.safetensors", "a.gguf", []),
