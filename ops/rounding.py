@@ -1,4 +1,4 @@
-"""Rounding to 16 bits that loses nothing weak on average.
+"""Rounding to 16 bits, and to whole steps, that loses nothing weak on average.
 
 A value that already lies on the grid of bfloat16 swallows any change below half a step: rounded to the nearest, the sum is the
 old value again, and a weak LoRA is gone. Here a value between two steps goes to either, each as often as it is near, so that
@@ -34,11 +34,22 @@ class _Dithered(torch.autograd.Function):
         return gradient.float(), None
 
 
+def dithered_steps(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Whole numbers of steps for values, without bias. values, step: float32, of shapes that go together. Returns float32."""
+    steps = values / step
+    lower = steps.floor()
+    return lower.add_(steps.sub_(lower) * (_LOW + 1) > _chance(values.view(torch.int32)))
+
+
+def _chance(bits: torch.Tensor) -> torch.Tensor:
+    """A number from 0 to 2^16 - 1 for the bits of a float32."""
+    return bits.mul(_MIX).bitwise_right_shift_(16).bitwise_and_(_LOW)
+
+
 def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     dropped = _DROPPED_BITS[dtype]
     bits = values.view(torch.int32)
-    chance = bits.mul(_MIX).bitwise_right_shift_(16).bitwise_and_(_LOW).bitwise_right_shift_(16 - dropped)
-    return chance.add_(bits).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
+    return _chance(bits).bitwise_right_shift_(16 - dropped).add_(bits).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
 
 
 def weak_sum(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """One weight at a time: read, patched, packed, and looked at once more before it is written.
 
 A change of a weight that was rounded before may be swallowed by the steps of the type it is packed to: the values lie on those
-steps already. Where all of it is asked for, it is enlarged until what arrives of it is whole.
+steps already. Where all of it is asked for, it is enlarged until what arrives of it is whole; where even Q8_0 swallows it,
+values between two steps go to either, each as often as it is near.
 """
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from ...ops.format import FORMATS, FormatError
 from ...ops.packing import pack_tensor
 from ...ops.packing.moments import Moments
 from ...ops.product import unpack
-from ...ops.rounding import dithered
+from ...ops.rounding import dithered, dithered_steps
 from ...ops.rows import join_rows, take_rows
 from ...ops.tensor import is_packed
 from ..files.container import PLAIN_DTYPES, nbytes_of, shown
@@ -73,10 +74,12 @@ class Maker:
                 _check(tensor, weight)
             return kind, [tensor]
         attempt = self._attempt(weight, kind)
-        while attempt.swallows and self.finer and bits(kind) < bits(HALF):
-            finer = fitting(FINER, weight.shape, HALF) if bits(kind) < bits(FINER) else HALF
+        if attempt.swallows and self.finer and bits(kind) < bits(FINER):
+            finer = fitting(FINER, weight.shape, HALF)
             self.notes.append(f"{weight.name} is {finer}: {kind} would swallow a part of its change.")
             kind, attempt = finer, self._attempt(weight, finer)
+        if attempt.swallows and kind == FINER:
+            attempt = self._attempt(weight, kind, dither=True)
         if attempt.pieces is None:
             kind, attempt = self._that_holds_it(weight, kind)
         for seen in attempt.seen:
@@ -115,16 +118,16 @@ class Maker:
             found = self.turn.moments(weight.name)
         return self.sensitivity.moments(weight.name) if found is None and self.sensitivity is not None else found
 
-    def _attempt(self, weight: Weight, kind: str) -> _Attempt:
+    def _attempt(self, weight: Weight, kind: str, dither: bool = False) -> _Attempt:
         made, error, power = _Attempt([]), 0.0, 0.0
         moments = self._moments(weight, kind)
         for start, stop in weight.slices(SLICE_VALUES if moments is None else max(SLICE_VALUES, weight.values)):
             held, changes, values = self._patched(weight, start, stop)
             _check(values, weight)
-            piece = self._piece(values, weight, kind, moments)
+            piece = self._piece(values, weight, kind, moments, dither)
             if piece is None:
                 return _Attempt()
-            if changes and weight.name in self.whole:
+            if changes and not dither and weight.name in self.whole:
                 piece, swallowed = self._enlarged(piece, held, values - held, weight, kind, moments)
                 made.swallows |= swallowed
             made.pieces.append(piece)
@@ -160,12 +163,15 @@ class Maker:
             factor = min(factor / max(share, 0.1), MOST_ENLARGED)
             piece = self._piece(held + factor * change, weight, kind, moments)
 
-    def _piece(self, values: torch.Tensor, weight: Weight, kind: str, moments) -> torch.Tensor | None:
+    def _piece(self, values: torch.Tensor, weight: Weight, kind: str, moments, dither: bool = False) -> torch.Tensor | None:
+        """dither: where kind is FINER."""
         if kind in PLAIN_DTYPES:
             # A change below half a step of 16 bits would be gone, rounded to the nearest.
             piece = dithered(values.clone(), PLAIN_DTYPES[kind]) if weight.patches else values.to(PLAIN_DTYPES[kind])
             return piece.cpu() if piece.isfinite().all() else None
         try:
+            if dither:
+                return pack_tensor(_at_steps(values).to(self.source.device), FORMATS[kind], reference=True).to("cpu")
             options = {} if moments is None else {"moments": moments}
             return pack_tensor(values.to(self.source.device), FORMATS[kind], **options).to("cpu")
         except FormatError as error:
@@ -200,6 +206,19 @@ def _values_of(piece: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     if not is_packed(piece):
         return piece[:rows].float() if piece.ndim else piece.float()
     return unpack(piece if rows is None else take_rows(piece, slice(0, rows)), torch.float32)
+
+
+def _at_steps(values: torch.Tensor) -> torch.Tensor:
+    """Values that Q8_0 holds exactly, of each one of the two beside it, so that the mean of many keeps a change below a step.
+
+    values: float32, rows that blocks of 32 divide.
+    """
+    blocks = values.reshape(-1, 32)
+    most, place = blocks.abs().max(1, keepdim=True)
+    step = (most / 127).half().float()
+    codes = dithered_steps(blocks, step).clamp_(-127, 127)
+    codes.scatter_(1, place, blocks.gather(1, place).sign() * 127)  # by which the format finds the step again
+    return torch.where(step > 0, codes * step, 0.0).view(values.shape)
 
 
 def _check(values: torch.Tensor, weight: Weight):

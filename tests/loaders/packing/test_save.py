@@ -230,14 +230,18 @@ def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(t
         model = packed_flux(base)
     plain = {name: tensor.dequantize() if is_packed(tensor) else tensor.float() for name, tensor in held(model).items()}
     lora = lora_for(weights(), seed=7, size=size)
-    values = values_in(save(of_model(patched(model, (lora, 1.0))), tmp_path / "a.gguf", kind).path)
-    arrived = whole = 0.0
+    saved = save(of_model(patched(model, (lora, 1.0))), tmp_path / "a.gguf", kind)
+    values = values_in(saved.path)
+    arrived = whole = count = 0.0
     for name in (name for name, weight in weights().items() if weight.ndim > 1):
         layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         change = (0.5 * lora[f"{layer}.lora_up.weight"] @ lora[f"{layer}.lora_down.weight"]).double()
         arrived += ((values[name] - plain[name]).double() * change).sum().item()
         whole += change.square().sum().item()
-    assert abs(arrived / whole - 1) <= 0.01, f"{arrived / whole:.3f} of the LoRA arrives"
+        count += change.numel()
+    chance = 0.01 / (size * count ** 0.5)  # of values that go to either side of a step of Q8_0, 0.025 of their spread apart
+    assert abs(arrived / whole - 1) <= 0.01 + 3 * chance, f"{arrived / whole:.3f} of the LoRA arrives"
+    assert base in ("BF16", "F16") or saved.types[BLOCK] in ("Q6_K", "Q8_0")
 
 
 def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
