@@ -42,9 +42,15 @@ def misfits_told(file: WeightFile):
         raise WeightFileError(f"{file.path.name}: ComfyUI knows the names of the weights, and cannot build a model of their"
                               f" sizes ({first_line(error)}). {advice}") from error
     except RuntimeError as error:
-        model, *mismatches = str(error).split("\n\t")
-        if not mismatches or "loading state_dict for " not in model:
+        other = other_sizes(error)
+        if other is None:
             raise
-        raise WeightFileError(
-            f"{file.path.name}: the names of the weights are those of {model.rpartition(' ')[2].rstrip(':')}, their sizes are"
-            f" not: {mismatches[0]} {advice}") from error
+        raise WeightFileError(f"{file.path.name}: {other} {advice}") from error
+
+
+def other_sizes(error: RuntimeError) -> str | None:
+    """A sentence for what torch says where weights have other sizes than the model's of those names; None for other errors."""
+    model, *mismatches = str(error).split("\n\t")
+    if not mismatches or "loading state_dict for " not in model:
+        return None
+    return f"the names of the weights are those of {model.rpartition(' ')[2].rstrip(':')}, their sizes are not: {mismatches[0]}"

@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
-from .detection import answer
+from .detection import answer, other_sizes
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, unwrapped, without_prefix
 from .encoders.kinds import TEXT_ALONE, TITLES, TOKENIZER_OF, kind_of, refuse_misfits, refuse_missing_tokenizers
@@ -240,13 +240,11 @@ def _other_sizes_told(paths: list[str]):
     try:
         yield
     except RuntimeError as error:
-        model, *mismatches = str(error).split("\n\t")
-        if not mismatches or "loading state_dict for " not in model:
+        other = other_sizes(error)
+        if other is None:
             raise
-        raise WeightFileError(
-            f"{' and '.join(map(os.path.basename, paths))}: the names of the weights are those of"
-            f" {model.rpartition(' ')[2].rstrip(':')}, their sizes are not: {mismatches[0]} Get the size of the model that the"
-            " workflow is for.") from error
+        names = " and ".join(map(os.path.basename, paths))
+        raise WeightFileError(f"{names}: {other} Get the size of the model that the workflow is for.") from error
 
 
 def _is_diffusion_model(weights: Weights) -> bool:
