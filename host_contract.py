@@ -154,6 +154,7 @@ NAMES = {
     "folder_paths.get_save_image_path": "filename_prefix output_dir",
     "nodes.NODE_CLASS_MAPPINGS": None,
     "nodes.interrupt_processing": "",
+    "server.PromptServer.instance.add_on_prompt_handler": "handler",
     "server.PromptServer.instance.routes.get": "path",
     "server.PromptServer.instance.send_progress_text": "text node_id",
 }
@@ -439,6 +440,7 @@ WITHOUT = {
     "comfy.ops.pick_operations": "packed files that also hold weights in ComfyUI's own formats do not load",
     "comfy.ops.run_every_op": "packed files that also hold weights in ComfyUI's own formats do not load",
     "comfy_execution.utils.get_executing_context": "nodes show no text on themselves",
+    "server.PromptServer.instance.add_on_prompt_handler": "Run on Ray needs the model files on this machine too",
     "server.PromptServer.instance.routes.get": "nodes under the ids of some other packs have no help page",
     "server.PromptServer.instance.send_progress_text": "nodes show no text on themselves",
 }

@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
 from pathlib import Path
 
 import folder_paths
@@ -265,13 +266,16 @@ def find_file(name: str, *keys: str) -> str:
         " press R in ComfyUI to refresh the list.")
 
 
+MAY_BE_ELSEWHERE = ContextVar("whether the prompt that is asked about runs on other machines", default=False)
+
+
 def all_there(*names: str | None, keys: Iterable[str]) -> bool | str:
     """What a node's `validate_inputs` gives, so that nothing runs in vain before it: True, or the sentence of `find_file` about
     the first of these names that no folder of the keys holds. None comes by a link, and is looked for when the node runs.
     """
     try:
         for name in names:
-            if name is not None:
+            if name is not None and not MAY_BE_ELSEWHERE.get():
                 find_file(name, *keys)
     except WeightFileError as error:
         return str(error)

@@ -18,6 +18,7 @@ from .. import host_contract
 from ..loaders.folders import Replacements, register_folders
 from ..ops.kernels import background
 from . import help_pages
+from .elsewhere import watch_prompts
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ REPLACEMENTS = Replacements()  # as long as this ComfyUI, whose cache of what no
 class FeatherweightExtension(ComfyExtension):
     async def on_load(self):
         register_folders()
+        watch_prompts()
         background.raise_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -1,11 +1,12 @@
 """Inputs that name a file, of all nodes: when a file is missing, and when it has become another one."""
+import contextvars
 import inspect
 
 import folder_paths
 import pytest
 from comfy_api.latest import io
 from featherweight.loaders import folders
-from featherweight.nodes import PICKERS, apply_lora, load_text_encoder
+from featherweight.nodes import PICKERS, apply_lora, elsewhere, load_text_encoder
 from pack_nodes import node_list
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
@@ -37,6 +38,19 @@ def test_a_file_that_is_missing_is_told_before_anything_runs(node_id):
         assert at_queue(node, **others) is True
         said = at_queue(node, **{**others, name: MISSING})
         assert "low noise.gguf is in none of the model folders" in said and "Put the file there, or pick another one" in said
+
+
+@pytest.mark.parametrize("graph, is_told", [
+    ({"1": {"class_type": "UnetLoaderGGUF"}}, True), ({"1": {"class_type": elsewhere.RUN_ON_RAY}}, False),
+    (None, True), ({"1": None}, True), ([], True)])
+def test_files_of_a_prompt_that_runs_on_other_machines_need_not_be_here(graph, is_told):
+    def asked():
+        request = {"prompt": graph}
+        assert elsewhere.noted(request) is request
+        return at_queue(NODES["UnetLoaderGGUF"], unet_name=MISSING)
+
+    assert elsewhere.RUN_ON_RAY in NODES
+    assert (contextvars.copy_context().run(asked) is not True) is is_told
 
 
 def test_a_lora_that_is_not_applied_need_not_be_there():

@@ -51,8 +51,8 @@ def test_a_choice_stands_for_its_files_all_parts_of_a_model_and_all_of_a_folder(
 
 
 @pytest.mark.parametrize("name", ["no_such.gguf", "../secret.gguf", "flux/../../secret.gguf", "..\\secret.gguf"])
-def test_our_loaders_take_any_name_and_yet_a_file_that_is_not_there_is_told(models, name):
-    assert LoadDiffusionModel.validate_inputs(name) is True
+def test_a_file_that_is_not_there_is_told_of_our_loaders_which_judge_by_themselves(models, name):
+    assert "is in none of the model folders" in LoadDiffusionModel.validate_inputs(name)
     assert answer(OURS, MODEL, name) == {"taken": False, "files": []}
 
 
