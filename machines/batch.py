@@ -16,7 +16,7 @@ from . import by_value
 from .check import checked, most
 from .draw import Draw
 from .fetch import pinned
-from .following import followed
+from .following import end_passes, followed
 from .joining import is_joined, join, nearest
 from .machine import difference
 from .place import MachineError, arguments, find, versions
@@ -66,9 +66,9 @@ class Batch:
             try:
                 counts += self.drawn([{"id": name, "changes": text, "stamp": stamp} for name, text, stamp, _ in table.left])
             except KeyboardInterrupt:
-                import ray
-
-                ray.shutdown()  # ends the workers, which may be writing
+                if is_joined():
+                    end_passes()  # the workers may be writing
+                    sys.modules["ray"].shutdown()
                 raise
             finally:
                 self.store.tidy(table.names)

@@ -1,4 +1,5 @@
 """Answers of a pass of a batch as they come, for as long as there is a machine that can give more."""
+import contextlib
 import queue
 import threading
 import time
@@ -6,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 LOOK = 5.0  # seconds without an answer after which is looked whether a machine is left
 GONE = 600.0  # seconds that one has to come back, or a cluster to start another
+PATIENCE = 10.0  # seconds that a thread has to end
+LISTENER = "answers of a pass"
 
 
 def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) -> Iterator:
@@ -23,7 +26,7 @@ def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) 
         except BaseException as error:
             heard.put((None, error))
 
-    threading.Thread(target=listen, daemon=True, name="answers of a pass").start()
+    threading.Thread(target=listen, daemon=True, name=LISTENER).start()
     while True:
         try:
             answer, error = heard.get(timeout=min(LOOK, GONE))
@@ -42,3 +45,14 @@ def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) 
             return
         gone_since = None
         yield answer
+
+
+def end_passes():
+    """End what Ray Data does in this process, and its workers. Who asks Ray after its end ends the process, without a word."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("ray.data.") and hasattr(thread, "shutdown"):
+            with contextlib.suppress(Exception):
+                thread.shutdown(force=True)
+    for thread in threading.enumerate():
+        if thread.name == LISTENER:
+            thread.join(PATIENCE)

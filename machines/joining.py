@@ -14,6 +14,7 @@ from .place import MachineError
 
 TIMEOUT = 5.0  # seconds in which a cluster's address must answer
 CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on every system: Ray listens on 127.0.0.1. Read when ray is imported
+ALONE = "RAY_ENABLE_AUTO_CONNECT"  # "0": who asks Ray after its end starts no other one. Read when ray is imported
 TOKEN = "RAY_AUTH_TOKEN"  # without one Ray 2.60 writes ~/.ray/auth_token, which this user's next cluster asks of everybody
 
 
@@ -43,6 +44,7 @@ def join(address: str):
     That one no other machine and no other user can reach. Raises MachineError, and ImportError where there is no Ray.
     """
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ.setdefault(ALONE, "0")
     if address == "local":
         os.environ[CLUSTER] = "0"
         os.environ.setdefault(TOKEN, secrets.token_hex(32))
