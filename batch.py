@@ -85,14 +85,14 @@ def run(options: argparse.Namespace) -> int:
                 return DONE if able else FAILED
         counts = batch.run()
     except (ValueError, BatchError, OSError) as error:
-        print(f"Failed: {error}")
+        print(f"Failed: {error}", flush=True)  # at once: Ray may end this process where its cluster went away
         return FAILED
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's answer to SIGTERM while it starts
         print(f"\nStopped. What is in {options.out} stays; run this again to go on.", flush=True)
         return STOPPED
     there = counts["there"]
     print(f"Done in {duration(time.monotonic() - started)}: {counts['drawn']} drawn, {there} there before,"
-          f" {counts['failed']} failed, in {options.out}")
+          f" {counts['failed']} failed, in {options.out}", flush=True)
     return FAILED if counts["failed"] else DONE
 
 

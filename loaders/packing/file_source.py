@@ -14,6 +14,7 @@ from ...ops.packed import relabelled
 from ...ops.patcher.values import Patch
 from ...ops.rows import take_rows
 from ...ops.tensor import QuantizedTensor, is_packed
+from ..detection import answer
 from ..diffusers_names import JoinedRows
 from ..diffusion import refuse_other_kinds
 from ..files import open_weights
@@ -45,7 +46,7 @@ def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) ->
     found = in_the_hosts_names({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
     found |= markers
     smoothings = {name.removesuffix(SMOOTHING): found.pop(name) for name in list(found) if name.endswith(SMOOTHING)}
-    model = _empty_model(found) if loras else None
+    model = answer(_empty_model, found) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
     weights = {name: _weight(name, tensor, smoothings.get(name.removesuffix(".weight")), patches.get(name, ()))
                for name, tensor in found.items() if not name.endswith((".input_scale", ".scale_input"))}

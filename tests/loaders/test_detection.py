@@ -6,6 +6,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.packing.file_source import of_file
+from featherweight.loaders.packing.obstacles import SaveError
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -40,3 +41,10 @@ def test_a_few_weights_of_a_model_are_no_model(load, path):
 
 def test_a_few_weights_of_a_model_are_inspected_and_read(path):
     assert all(found.kind for found in inspect(path)) and of_file(path).weights
+
+
+def test_a_lora_on_a_few_weights_of_a_model_is_refused_in_a_sentence(path, tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"diffusion_model.txt_in.lora_{end}.weight": torch.ones(4, 4) for end in "AB"}, lora)
+    with pytest.raises(SaveError, match="is no model that this ComfyUI knows|lora.safetensors is not applied"):
+        of_file(path, [(str(lora), 1.0)])
