@@ -147,3 +147,14 @@ def test_a_part_of_a_diffusion_model_is_refused_in_a_sentence(tmp_path):
     write_gguf(path, {"head.modulation": np.zeros((1, 2, 64), np.float32)}, lambda name, values: "F16")
     with pytest.raises(WeightFileError, match="part of wan.gguf holds no text encoder that this ComfyUI knows"):
         load_text_encoder([str(path)], "wan")
+
+
+def test_an_encoder_of_another_size_is_refused_in_a_sentence(tmp_path):
+    encoder, path = ENCODERS["t5-xxl"], tmp_path / "t5.gguf"
+    weights = random_weights(encoder)
+    name = next(name for name in weights if name.endswith("SelfAttention.q.weight"))
+    weights[name] = torch.zeros(2 * weights[name].shape[0], weights[name].shape[1])
+    write_encoder(path, encoder, weights)
+    with pytest.raises(WeightFileError, match=r"t5.gguf: the names .*, their sizes are not: .*SelfAttention.q.weight.*"
+                                              r" Get the size of the model that the workflow is for\.$"):
+        load_text_encoder([str(path)], encoder.clip_type)
