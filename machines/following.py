@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 LOOK = 5.0  # seconds without an answer after which is looked whether a machine is left
 GONE = 600.0  # seconds that one has to come back, or a cluster to start another
-PATIENCE = 10.0  # seconds that a thread has to end
+PATIENCE = 10.0  # seconds that passes have to end
 LISTENER = "answers of a pass"
 
 
@@ -47,12 +47,18 @@ def followed(answers: Iterable, is_possible: Callable[[], bool], say: Callable) 
         yield answer
 
 
+def asking() -> list[threading.Thread]:
+    """The threads of this process that ask Ray for the answers of passes: those of `followed`, and Ray Data's behind them."""
+    return [thread for thread in threading.enumerate()
+            if thread.name == LISTENER or type(thread).__module__.startswith("ray.data.") and hasattr(thread, "shutdown")]
+
+
 def end_passes():
-    """End what Ray Data does in this process, and its workers. Who asks Ray after its end ends the process, without a word."""
-    for thread in threading.enumerate():
-        if type(thread).__module__.startswith("ray.data.") and hasattr(thread, "shutdown"):
-            with contextlib.suppress(Exception):
-                thread.shutdown(force=True)
-    for thread in threading.enumerate():
-        if thread.name == LISTENER:
-            thread.join(PATIENCE)
+    """End them and their workers. Who asks Ray after its end ends the process, without a word."""
+    end = time.monotonic() + PATIENCE
+    while (left := asking()) and time.monotonic() < end:  # Ray Data's do not hear it just after their start
+        for thread in left:
+            if thread.name != LISTENER:
+                with contextlib.suppress(Exception):
+                    thread.shutdown(force=True)
+            thread.join(0.1)

@@ -121,26 +121,21 @@ def test_one_changed_row_is_drawn_again_and_no_other(first, plain):
     assert [name for name in run.names() if (run.out / name).read_bytes() != before.get(name)] == ["0004.json", "0004_9_0.png"]
 
 
-def asking():
-    """Threads of this process that ask Ray for the answers of a pass."""
-    return [thread for thread in threading.enumerate()
-            if thread.name == following.LISTENER or type(thread).__name__ == "StreamingExecutor"]
-
-
 def test_after_a_pass_that_is_given_up_nothing_asks_ray(cluster):
     """Ray ends the process of who asks after its end, before it could say how to go on."""
     class Idle:  # here, so that it goes to the workers by its text
         def __call__(self, row):
             time.sleep(600)
 
-    before = asking()
+    before = len(following.asking())
     data = ray.data.from_items([{"id": "a"}]).map(Idle, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=1)
     answers = following.followed(data.iter_rows(), lambda: True, print)
     threading.Thread(target=lambda: list(answers), daemon=True).start()
-    while len(asking()) < len(before) + 2:
-        time.sleep(0.01)
+    while len(following.asking()) < before + 2:
+        time.sleep(0.001)
     following.end_passes()
-    assert asking() == []
+    left = [thread for thread in threading.enumerate() if type(thread).__name__ == "StreamingExecutor"]
+    assert left == following.asking() == []
 
 
 def test_who_stops_a_batch_while_ray_is_imported_imports_it_no_second_time(tmp_path, monkeypatch):
