@@ -67,8 +67,8 @@ class Batch:
                 counts += self.drawn([{"id": name, "changes": text, "stamp": stamp} for name, text, stamp, _ in table.left])
             except KeyboardInterrupt:
                 if is_joined():
-                    end_passes()  # the workers may be writing
-                    sys.modules["ray"].shutdown()
+                    end_passes()
+                    sys.modules["ray"].shutdown()  # ends the workers, which may be writing
                 raise
             finally:
                 self.store.tidy(table.names)

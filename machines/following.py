@@ -54,11 +54,11 @@ def asking() -> list[threading.Thread]:
 
 
 def end_passes():
-    """End them and their workers. Who asks Ray after its end ends the process, without a word."""
+    """End them. Who asks Ray after its end ends the process, without a word."""
     end = time.monotonic() + PATIENCE
     while (left := asking()) and time.monotonic() < end:  # Ray Data's do not hear it just after their start
         for thread in left:
             if thread.name != LISTENER:
                 with contextlib.suppress(Exception):
-                    thread.shutdown(force=True)
+                    thread.shutdown(force=False)
             thread.join(0.1)
