@@ -271,11 +271,14 @@ MAY_BE_ELSEWHERE = ContextVar("whether the prompt that is asked about runs on ot
 
 def all_there(*names: str | None, keys: Iterable[str]) -> bool | str:
     """What a node's `validate_inputs` gives, so that nothing runs in vain before it: True, or the sentence of `find_file` about
-    the first of these names that no folder of the keys holds. None comes by a link, and is looked for when the node runs.
+    the first of these names that no folder of the keys holds. None comes by a link, and is looked for when the node runs, and
+    so is every file of a prompt that runs on other machines.
     """
+    if MAY_BE_ELSEWHERE.get():
+        return True
     try:
         for name in names:
-            if name is not None and not MAY_BE_ELSEWHERE.get():
+            if name is not None:
                 find_file(name, *keys)
     except WeightFileError as error:
         return str(error)
