@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.lt
@@ -15,7 +14,7 @@ import comfy.utils
 import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
-from .detection import answer, other_sizes
+from .detection import is_known, other_sizes
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, unwrapped, without_prefix
 from .encoders.kinds import TEXT_ALONE, TITLES, TOKENIZER_OF, kind_of, refuse_misfits, refuse_missing_tokenizers
@@ -218,7 +217,7 @@ def _check(paths: list[str], weights: list[Weights], clip_type: str):
         found = comfy.sd.detect_te_model(part)
         kinds.append(found and kind_of(found.name, part))
         # LTX-2 takes a projection from a file of its own or its whole checkpoint.
-        if found is None and not comfy.text_encoders.lt.sd_detect([part]) and _is_diffusion_model(part):
+        if found is None and not comfy.text_encoders.lt.sd_detect([part]) and is_known(part):
             raise WeightFileError(f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion Model"
                                   " (Featherweight).")
     if not any(kinds):
@@ -245,8 +244,3 @@ def _other_sizes_told(paths: list[str]):
             raise
         names = " and ".join(map(os.path.basename, paths))
         raise WeightFileError(f"{names}: {other} Get the size of the model that the workflow is for.") from error
-
-
-def _is_diffusion_model(weights: Weights) -> bool:
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)
-    return any(answer(comfy.model_detection.detect_unet_config, weights, start) is not None for start in ("", prefix))

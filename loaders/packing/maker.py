@@ -91,16 +91,21 @@ class Maker:
         """A type for values that do not fit into `kind`, and the weight in it: BF16 has room for them all, and where the size
         of the file has none for that, a smaller one may do. Raises SaveError where none does."""
         for other in ("BF16",) if self.most is None else ("BF16", fitting(FINER, weight.shape, "BF16")):
-            larger = self.nbytes + nbytes_of(other, weight.shape) - nbytes_of(kind, weight.shape)
-            if self.most is None or bits(other) == bits(kind) or bits(other) > bits(kind) and larger + ALIGNMENT <= self.most:
+            larger = self._nbytes_with(weight, kind, other)
+            if self.most is None or bits(other) == bits(kind) or bits(other) > bits(kind) and larger <= self.most:
                 attempt = self._attempt(weight, other)
                 if attempt.pieces is not None:
                     self.notes.append(f"{weight.name} is {other}: its values do not fit into {kind}.")
-                    self.nbytes = larger + ALIGNMENT * (bits(other) > bits(kind))
+                    self.nbytes = larger
                     return other, attempt
-        larger = self.nbytes + nbytes_of("BF16", weight.shape) - nbytes_of(kind, weight.shape) + ALIGNMENT
         raise SaveError(f"The values of {shown(weight.name)} do not fit into {kind}, and with them in BF16 the file takes"
-                        f" {size_text(larger)}, which is more than {size_text(self.most)}. Choose one type in place of a size.")
+                        f" {size_text(self._nbytes_with(weight, kind, 'BF16'))}, which is more than {size_text(self.most)}."
+                        " Choose one type in place of a size.")
+
+    def _nbytes_with(self, weight: Weight, kind: str, other: str) -> int:
+        """That the file takes at most with a weight in another type than planned."""
+        more = nbytes_of(other, weight.shape) - nbytes_of(kind, weight.shape)
+        return self.nbytes + more + ALIGNMENT * (bits(other) > bits(kind))
 
     def in_turn(self, name: str) -> tuple[str, list[torch.Tensor]]:
         """The same of a linear layer's weight, which counts as packed for those that come after it."""
