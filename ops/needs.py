@@ -1,4 +1,4 @@
-"""What a model's packed layers will ask of the kernels, told while the model loads: before it takes its place on the device."""
+"""What a model's packed layers will ask of the kernels, told while the model loads."""
 import collections
 
 import torch

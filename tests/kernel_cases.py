@@ -5,7 +5,7 @@ import torch
 from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import choices, room
+from featherweight.ops.kernels import choices
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.cxx_text import FORMAT_NAMES
 from featherweight.ops.low_rank import LowRank, Slice
@@ -28,11 +28,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def wait_for_kernels(monkeypatch):
     """The first call waits for every kernel, that of "unpack" too."""
     monkeypatch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 120))
-
-
-def try_nothing(monkeypatch):
-    """A CPU's kernels are not tried in another process while this test runs, or later because of it."""
-    monkeypatch.setattr(room.OwnWork, "is_busy", lambda self: True)
 
 
 def each_format_with(name: str, values, indirect: bool = False):

@@ -4,11 +4,11 @@ its name says.
 A process that tries them is started with `COMMAND`; there the reference is slowed, so that what is right is faster too.
 """
 import ctypes
+import functools
 import os
 import signal
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -73,15 +73,6 @@ def holds_on(*_):
     ctypes.PyDLL(None).pause()
 
 
-def sleeps(*arguments):
-    """The first time, for longer than an attempt may work."""
-    if _slept.setdefault("for", 0) == 0:
-        _slept["for"] = 3
-        time.sleep(3)
-    right(*arguments)
-
-
-_slept = {}
 MISBEHAVE = {
     "aborts": lambda *_: os.abort(),
     "segfaults": lambda *_: ctypes.string_at(0),
@@ -97,9 +88,9 @@ MISBEHAVE = {
     "garbage": garbage,
     "fine": lambda *arguments: right(*arguments),
     "holds_on": holds_on,
-    "sleeps": sleeps,
 }
 _references = {}
+_planted = {}
 
 
 def right(packed_format, tensors, out, value_dtype, first):
@@ -131,11 +122,13 @@ def backend(name: str):
 
 def plant():
     """All of them are backends of this process from here on."""
-    from featherweight.ops import formats, kernels  # noqa: F401
+    from featherweight.ops import formats  # noqa: F401
     from featherweight.ops.format import FORMATS
+    from featherweight.ops.kernels.backends import IMPORTS
 
     for name in (*MISBEHAVE, "no_probe", "loses_the_device_at_once"):
-        sys.modules[f"{kernels.__name__}.{name}_backend"] = types.SimpleNamespace(BACKEND=backend(name))
+        _planted[name] = backend(name)
+        IMPORTS[name] = functools.partial(_planted.__getitem__, name)
     return FORMATS
 
 

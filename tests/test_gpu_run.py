@@ -16,7 +16,7 @@ from devtools.gpu.report import GOALS, Report
 from devtools.gpu.stages import FORMATS, STAGES
 from devtools.host.environment import SetupError
 from featherweight.ops import kernels
-from featherweight.ops.kernels import choices, cpp_backend
+from featherweight.ops.kernels import cpp_backend
 from PIL import Image
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,17 +88,6 @@ def test_kernels_that_are_timed_later_are_tried_before_all_others():
         *((op, name) for op in ("unpack", "linear", "int8_rows") for name in FORMATS), ("int8_tokens", None)}
     assert {case.dtype for case in first if case.op != "int8_rows"} == {torch.bfloat16}
     assert {case.format for case in second} == {*FORMATS, None} and not {case.format for case in others} & {*FORMATS}
-
-
-def test_no_trial_begins_while_a_stage_measures(tmp_path, monkeypatch):
-    from devtools.measure.bench.timing import without_trials
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    arguments = torch.device("cpu"), ("cpp",)
-    with without_trials():
-        busy = [choices.ProvenInTrials(*arguments), choices.CheckedUntilProven(*arguments)]
-    assert all(choice.prover._is_busy() for choice in busy)
-    assert not choices.ProvenInTrials(*arguments).prover._is_busy()
 
 
 def test_a_time_says_which_backend_worked(monkeypatch):

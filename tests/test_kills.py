@@ -15,7 +15,8 @@ from featherweight.loaders.packing import cache
 from featherweight.loaders.packing.file_source import of_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.sensitivity import Sensitivity
-from featherweight.ops.kernels.verdicts import STALE_SECONDS, Verdicts
+from featherweight.ops.kernels.own_files import STALE_SECONDS
+from featherweight.ops.kernels.verdicts import Verdicts
 from featherweight.ops.packing.moments import Moments
 from patched_models import tiny_flux
 from safetensors.torch import save_file

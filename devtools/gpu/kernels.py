@@ -31,12 +31,12 @@ def try_all(options):
     for the stage may be stopped."""
     heard = queue.SimpleQueue()
 
-    def run(job, hear, seconds, is_busy):
+    def run(job, hear, seconds):
         def told(*verdict):
             heard.put(verdict)
             hear(*verdict)
 
-        return run_trial(job, told, seconds, is_busy)
+        return run_trial(job, told, seconds)
 
     prover = Prover(device(), BACKENDS.get(device().type, ()), run)
     counts = collections.Counter()

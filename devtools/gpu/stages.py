@@ -25,13 +25,12 @@ class Stage:
         module, name = self.function.split(":")
         function = getattr(importlib.import_module(module), name)
         # This takes the host, which the stage's module may have had to prepare.
-        from devtools.measure.bench.timing import ON_A_GPU, QUICK, as_in_use, without_trials
+        from devtools.measure.bench.timing import ON_A_GPU, QUICK, as_in_use
 
         options = argparse.Namespace(
             sizes=QUICK if quick else ON_A_GPU, quick=quick, rounds=1 if quick else self.rounds, formats=FORMATS,
             blocks=None if quick else self.blocks, peer=Path(peer) if peer else None, scratch=as_in_use())
-        with without_trials():
-            yield from function(options)
+        yield from function(options)
 
 
 BENCH = "devtools.measure.bench"

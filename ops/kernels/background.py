@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .processes import end_all, is_forked
+from ...child_process import end_all, is_forked
 
 AT_ONCE = 4  # threads that find out something; the others wait for their turn
 LOOK_EVERY = 0.05  # seconds between two looks at whether the user cancelled

@@ -1,7 +1,7 @@
 """What one device uses: which kernel, by what proof, and who waits how long for it."""
 import functools
-import importlib
 import logging
+import textwrap
 import threading
 from collections.abc import Callable
 
@@ -9,16 +9,16 @@ import torch
 
 from ..format import Format
 from .background import Finding
+from .backends import import_backend
 from .check import WrongResult, check
 from .identity import device_name
 from .kernel import Backend, Kernel
 from .proving import Prover, report_wrong
-from .room import OwnWork
-from .timing import TIMED
 from .verdicts import Case
 
 log = logging.getLogger(__name__)
 
+REASON_LENGTH = 400  # of why a backend does not work, in the log
 EXACT = "unpack"  # the operation whose kernels have the reference's bits
 # Seconds that the first call of an operation waits for its kernel. After the first wait in vain no other is made.
 PATIENCE = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20, "pack_blocks": 20, "pack_columns": 20}
@@ -111,19 +111,26 @@ class CheckedHere(Choice):
         return None
 
     def _find_backend(self) -> Backend | None:
-        backend = next(filter(None, (working_backend(name, self.device) for name in self.names)), None)
+        backend, reasons = None, []
+        for name in self.names:
+            backend, reason = working_backend(name, self.device)
+            if backend:
+                break
+            reasons.append(f"{name}: {reason}")
         if backend and self.device.type == "cuda" and torch.version.hip is None:
             self.capability = torch.cuda.get_device_capability(self.device)
-        log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device), backend.name if backend else "torch")
+        why = f", because no kernel works there ({'; '.join(reasons)})" if reasons and not backend else ""
+        log.info("[Featherweight] Packed weights on %s use %s%s.", device_name(self.device),
+                 backend.name if backend else "torch", why)
         return backend
 
 
 class ProvenInTrials(Choice):
     """Uses of the kernels that a trial found right the fastest, and torch until it has."""
 
-    def __init__(self, device: torch.device, names: tuple[str, ...], is_busy: Callable[[], bool] = lambda: False):
+    def __init__(self, device: torch.device, names: tuple[str, ...]):
         super().__init__(device, names)
-        self.prover = Prover(device, names, is_busy=is_busy)
+        self.prover = Prover(device, names)
         self._decided = {}
 
     def backend(self, seconds):
@@ -134,10 +141,7 @@ class ProvenInTrials(Choice):
         return self.prover.at_work
 
     def find(self, op, packed_format, dtype, value_dtype, tokens):
-        candidates = self._candidates(op, packed_format, dtype, value_dtype)
-        if candidates is None:
-            return self._find_unproven(op, packed_format, dtype, value_dtype, tokens)
-        for proven in candidates:
+        for proven in self._candidates(op, packed_format, dtype, value_dtype):
             if proven.is_faster(tokens):
                 key = proven.backend, proven.rows, op, packed_format, dtype, value_dtype
                 proof = self._proof(key, functools.partial(self._if_right_here, *key))
@@ -147,69 +151,31 @@ class ProvenInTrials(Choice):
                     return proof.value
         return None
 
-    def _find_unproven(self, op, packed_format, dtype, value_dtype, tokens) -> Kernel | None:
-        """What works where no trial has found anything out."""
-        return None
-
-    def _candidates(self, op, *case) -> tuple | None:
+    def _candidates(self, op, *case) -> tuple:
         if op == EXACT:
-            return self.prover.proven(op, *case)
+            return self.prover.proven(op, *case) or ()
         key = op, *case
         if key not in self._decided:
-            self._decided.setdefault(key, self.prover.proven(op, *case, wait=True))
+            self._decided.setdefault(key, self.prover.proven(op, *case, wait=True) or ())
         return self._decided[key]
 
     def _if_right_here(self, name, rows, op, *case) -> Kernel | None:
-        backend = working_backend(name, self.device)
+        backend, _ = working_backend(name, self.device)
         for kernel in backend.kernels if backend else ():
             if kernel.op == op and (kernel.min_tokens, kernel.max_tokens) == rows and kernel.accepts(*case[:2], None):
                 return self._if_right(name, kernel, *case)
         return None
 
 
-class CheckedUntilProven(ProvenInTrials):
-    """Uses what is right in this process until a trial has timed it.
-
-    For a CPU, whose kernels the machine's own compiler has made for the CPU that it runs on: none has ended a process, and
-    torch takes several times as long. A trial there takes from ComfyUI what it works with, so it begins when that is idle and
-    stops when it is at work again. What packs is not timed, and so not tried.
-    """
-
-    def __init__(self, device: torch.device, names: tuple[str, ...]):
-        super().__init__(device, names, OwnWork().is_busy)
-        self._checked: CheckedHere | None = None
-
-    def backend(self, seconds):
-        names = self.prover.best(seconds)
-        if not self.prover.knows_all:
-            names = dict.fromkeys([*names, *filter(None, [self._unproven().backend(seconds)])])
-        return " and ".join(names) or None
-
-    @property
-    def is_open(self):
-        return self._checked is not None and self._checked.is_open
-
-    def find(self, op, *case):
-        return super().find(op, *case) if op in TIMED else self._find_unproven(op, *case)
-
-    def _find_unproven(self, *case):
-        return self._unproven().find(*case)
-
-    def _unproven(self) -> CheckedHere:
-        if self._checked is None:
-            with self._starting:
-                if self._checked is None:
-                    self._checked = CheckedHere(self.device, self.names)
-        return self._checked
-
-
-def working_backend(name: str, device: torch.device) -> Backend | None:
+def working_backend(name: str, device: torch.device) -> tuple[Backend | None, str]:
+    """The backend, or None and why it does not work on a device."""
     try:
-        backend = importlib.import_module(f".{name}_backend", __package__).BACKEND
+        backend = import_backend(name)
         backend.probe(device)
-        return backend
+        return backend, ""
     except WrongResult as error:
         report_wrong(f"the probe by {name}", device, error)
+        return None, "its values are wrong"
     except Exception as error:  # not installed, no compiler, no driver, an unknown GPU: torch does the work then
         log.debug("[Featherweight] %s does not work on %s: %r", name, device, error)
-    return None
+        return None, textwrap.shorten(str(error) or repr(error), REASON_LENGTH)

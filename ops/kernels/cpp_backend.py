@@ -1,12 +1,13 @@
 """Kernels for CPUs: C++ in `source/`, compiled by the compiler of the machine, where there is one.
 
-A kernel takes half a second to compile and is kept for later runs, in a folder that only this user can write. Without a
-compiler torch does the work.
+A kernel takes half a second to compile and is kept for later runs, in a folder that only this user can write. Its file has the
+digest of its bytes in its name, for a damaged library would end the process. Without a compiler torch does the work.
 """
 import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -23,12 +24,14 @@ import torch
 from ..format import Format, Grid
 from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
-from . import Backend, Kernel
+from .kernel import Backend, Kernel
 from .check import probe
 from .identity import cpp_compiler
-from .own_files import cache_folder, is_private, private_folder
-from .processes import run_process
+from .own_files import cache_folder, is_private, private_folder, replace_durably, temporary_folder
+from ...child_process import run_process
 from .cxx_text import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
+
+log = logging.getLogger(__name__)
 
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
@@ -37,38 +40,65 @@ MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's pr
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 60  # a compiler that takes longer is ended, and torch does the work
 SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS  # what is older was left by a process that was killed
+OTHER_TEMPORARY = ("/var/tmp",)  # beside where temporary files lie
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
 
 
 class CppError(RuntimeError):
-    """There is no compiler, or it refused a kernel. The message is its own."""
+    """There is no compiler, it refused a kernel, or no folder can hold one. The message says which."""
 
 
 class CppCompiler:
     """command: a C++ compiler that takes the options of GCC. folder: where compiled kernels are kept."""
 
     def __init__(self, command: str, folder: Path):
-        self.command, self.folder = command, folder
+        self.command = command
         self._flags = (*FLAGS, *(FLAGS_OF_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()))
         self._machine = f"{run_process(command, '--version', seconds=COMPILE_SECONDS).stdout} {self._flags} {_cpu()}"
+        # Where libraries lie, the first that they can be loaded from; drives may refuse to run what is on them.
+        self._folders = [lambda: private_folder(folder), *(lambda parent=parent: temporary_folder(parent)
+                                                           for parent in (None, *OTHER_TEMPORARY))]
 
     def library(self, source: str) -> ctypes.CDLL:
         """The functions of a source. Compiled once for each source, compiler and kind of CPU."""
         name = hashlib.sha256(f"{self._machine}\n{source}".encode()).hexdigest()[:32]
-        folder = private_folder(self.folder)
-        path = folder / f"{name}.so"
-        if not is_private(path, stat.S_ISREG):
-            _remove_what_was_left(folder)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-                file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-                file.write_text(source, encoding="utf-8")
-                made = run_process(self.command, *self._flags, str(file), "-o", str(built), seconds=COMPILE_SECONDS,
-                                   env={**os.environ, "TMPDIR": scratch})
-                if made.returncode:
-                    raise CppError(f"{self.command}: {made.stderr[:2000]}")
-                built.chmod(0o700)
-                os.replace(built, path)  # at once, for another process may want it too
-        return ctypes.CDLL(str(path))
+        folders, errors = self._folders, []
+        for index, folder in enumerate(folders):
+            try:
+                library = ctypes.CDLL(str(self._file(folder(), name, source)))
+            except OSError as error:
+                errors.append(str(error))
+            else:
+                self._folders = folders[index:]
+                return library
+        raise CppError(f"no folder can be written and run from; XDG_CACHE_HOME names another one: {'; '.join(errors)}")
+
+    def _file(self, folder: Path, name: str, source: str) -> Path:
+        """The compiled library, compiled now where it is not there or damaged. Raises CppError, OSError."""
+        for path in folder.glob(f"{name}-*.so"):
+            is_own = is_private(path, stat.S_ISREG)
+            if is_own and path == _library_path(folder, name, path):
+                return path
+            if is_own:
+                log.info("[Featherweight] The compiled kernel %s is damaged and is compiled again.", path)
+            path.unlink(missing_ok=True)
+        _remove_what_was_left(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+            file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
+            file.write_text(source, encoding="utf-8")
+            made = run_process(self.command, *self._flags, str(file), "-o", str(built), seconds=COMPILE_SECONDS,
+                               env={**os.environ, "TMPDIR": scratch})
+            if made.returncode:
+                raise CppError(f"{self.command}: {made.stderr[:2000]}")
+            built.chmod(0o700)
+            path = _library_path(folder, name, built)
+            replace_durably(built, path)  # at once, for another process may want it too
+        return path
+
+
+def _library_path(folder: Path, name: str, file: Path) -> Path:
+    """Where a library is kept that has the bytes of `file`."""
+    return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}.so"
 
 
 def _remove_what_was_left(folder: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..format import Format
-from . import Kernel
+from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
 TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}

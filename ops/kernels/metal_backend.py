@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from . import Backend, Kernel
+from .kernel import Backend, Kernel
 from .check import probe
 from .cxx_text import FORMAT_NAMES, TYPES, kernel_source
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..format import Format
-from . import Backend, Kernel
+from .kernel import Backend, Kernel
 from .check import probe
 from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
 from .cxx_text import addresses, kernel_source, unpack_and_linear

@@ -1,18 +1,32 @@
 """Files that nobody but this user can have written: native code is loaded from no others, and no verdict about it."""
+import contextlib
 import functools
+import json
 import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from ..bounded_json import read_json
 
 log = logging.getLogger(__name__)
 
+MOST_BYTES = 4 << 20  # of a file of JSON
+STALE_SECONDS = 60  # after which a file that was being written is nobody's: it takes milliseconds
+
 
 def cache_folder() -> Path:
-    """Where the user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featherweight"
+    """Where the user's programs keep what they can make again; without a home, a folder of this process."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "featherweight"
+    try:
+        return Path.home() / ".cache" / "featherweight"
+    except RuntimeError as error:  # a container's user without HOME and without a name
+        return _instead_of("~/.cache/featherweight", str(error)) / "featherweight"
 
 
 def is_private(path: Path, is_kind: Callable[[int], bool]) -> bool:
@@ -45,17 +59,90 @@ def not_private(folder: Path) -> Path | None:
 
 
 def private_folder(folder: Path) -> Path:
-    """This folder, made if need be. Where it or its parent is not private, a new one for as long as the process runs.
+    """This folder, made if need be. Where it cannot be made, or it or its parent is not private, one of this process.
 
     Raises OSError where nothing can be made.
     """
-    part = not_private(folder)
-    return folder if part is None else Path(_temporary_folder(part).name)
+    try:
+        part = not_private(folder)
+    except OSError as error:
+        return _instead_of(str(folder), str(error))
+    if part is None:
+        return folder
+    _warn_of(part)
+    return temporary_folder()
 
 
 @functools.cache
-def _temporary_folder(instead_of: Path) -> tempfile.TemporaryDirectory:
-    """Removed when the process ends."""
+def temporary_folder(parent: str | None = None) -> Path:
+    """A folder of this process, removed when it ends. parent: where it lies, if not where temporary files do."""
+    folder = tempfile.TemporaryDirectory(prefix="featherweight-", dir=parent)
+    _temporary_folders.append(folder)
+    return Path(folder.name)
+
+
+_temporary_folders: list[tempfile.TemporaryDirectory] = []
+
+
+@functools.cache
+def _instead_of(folder: str, why: str) -> Path:
+    log.info("[Featherweight] %s cannot be used (%s), so kernels are kept only until ComfyUI ends. The environment variable"
+             " XDG_CACHE_HOME names another folder.", folder, why)
+    return temporary_folder()
+
+
+@functools.cache
+def _warn_of(part: Path):
     log.warning("[Featherweight] %s is a link, belongs to another user or can be written by others, so compiled kernels are not"
-                " kept there and are compiled anew at each start: remove it.", instead_of)
-    return tempfile.TemporaryDirectory(prefix="featherweight-")
+                " kept there and are compiled again at each start: remove it.", part)
+
+
+def replace_durably(written: str | os.PathLike, path: Path):
+    """Gives a file its name so that after a loss of power there is the new one or the old one, whole."""
+    with open(written, "r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(written, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_private_json(path: Path) -> Any:
+    """What a file says; None where it is missing or damaged, or others may have written it."""
+    try:
+        if (is_private(path.parent, stat.S_ISDIR) and is_private(path, stat.S_ISREG)
+                and path.stat().st_size <= MOST_BYTES):
+            return read_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        log.debug("[Featherweight] %s counts as empty: %r", path, error)
+    return None
+
+
+def write_private_json(path: Path, content: Any):
+    """Writes a file whole or not at all. Where that cannot be, the log says so at debug level."""
+    try:
+        if (part := not_private(path.parent)) is not None:
+            raise PermissionError(f"{part} is a link, belongs to another user or can be written by others")
+        _remove_stale(path.parent)
+        handle, written = tempfile.mkstemp(dir=path.parent, suffix=".new")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+            replace_durably(written, path)  # at once: another process may read it now
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(written)
+            raise
+    except OSError as error:
+        log.debug("[Featherweight] %s is not written: %r", path, error)
+
+
+def _remove_stale(folder: Path):
+    """Removes what killed writers have left."""
+    for written in folder.glob("*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - written.stat().st_mtime > STALE_SECONDS:
+                written.unlink()

@@ -3,13 +3,11 @@
 It needs torch, the formats and the kernels, neither ComfyUI nor its packages. Its first line of input is a job in JSON:
 
     {"device": "cuda:0", "backends": ["triton"], "cases": [["linear", "Q4_K", "bfloat16", null]],
-     "shapes": {"Q4_K": [[3072, 12288]]}, "known": {"triton": {...}}, "least_free": 1000000000, "seconds": 900,
-     "attempt_seconds": 120}
+     "shapes": {"Q4_K": [[3072, 12288]]}, "known": {"triton": {...}}, "least_free": 1000000000, "seconds": 900}
 
 shapes: (N, K) of weights to time with. known: verdicts as `Verdicts.read` gives them, which are not found out again.
-least_free: bytes of the device, with less of which it stops. seconds: after which it ends, whatever it is at. attempt_seconds:
-of each thread's work at one attempt, on a CPU, where the time of day also goes by while others have the processor; it ends with
-SIGPROF then. It also ends when its input does, so that none outlives who started it.
+least_free: bytes of the device, with less of which it stops. seconds: after which it ends, whatever it is at. It also ends when
+its input does, so that none outlives who started it.
 
 Output are lines of JSON: {"trying": [backend, text]} before each attempt, {"backend", "text", "verdict"} after it, and
 {"stopped": why} or {"failed": why} where it ends before all is tried, for want of room or for another reason. What backends
@@ -18,7 +16,6 @@ print goes nowhere.
 Each kernel that accepts a case is held to torch in all that it may meet (`check`), then timed beside torch.
 """
 import ctypes
-import importlib
 import json
 import math
 import os
@@ -35,14 +32,15 @@ import torch
 from .. import formats  # noqa: F401  registers them
 from ..format import FORMATS, Format
 from ..formats.bnb_int8 import INT8
+from .backends import import_backend
 from .check import WrongResult, check
-from .processes import end_all
-from .room import free_bytes
+from ...child_process import end_all
+from .free_memory import free_bytes
 from .timing import Timing, value_dtype_of
 from .verdicts import Case, kernel_text
 
 ORDER = ("unpack", "linear")  # first: torch's product is timed with the fastest of what unpacks
-NICE, NICEST = 10, 19  # on a CPU, which is all that a trial needs, it has the least claim to it
+NICE = 10
 MOST_BYTES = 1 << 30  # that torch may take of the device
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX = 1, 2  # errhandlingapi.h
@@ -65,7 +63,6 @@ class Trial:
         self.cases = sorted(map(Case.of_json, job["cases"]),
                             key=lambda case: ORDER.index(case.op) if case.op in ORDER else len(ORDER))
         self.least_free, self.say = job["least_free"], say
-        self.attempt_seconds = job["attempt_seconds"] * torch.get_num_threads()
         self.timing = Timing(self.device, job["shapes"])
         self.capability = None
         if self.device.type == "cuda":
@@ -82,7 +79,7 @@ class Trial:
         for name in self.backends:
             backend = self._attempt(name, "probe", lambda: self._probe(name))
             if backend["verdict"] == "right":
-                working[name] = importlib.import_module(f".{name}_backend", __package__).BACKEND
+                working[name] = import_backend(name)
         self._add_what_is_known(working)
         for case in self.cases:
             for name, backend in working.items():
@@ -118,7 +115,7 @@ class Trial:
                 self.timing.add(kernel, packed_format, case)
 
     def _probe(self, name: str) -> dict:
-        importlib.import_module(f".{name}_backend", __package__).BACKEND.probe(self.device)
+        import_backend(name).probe(self.device)
         return {"verdict": "right"}
 
     def _prove(self, kernel, packed_format, case: Case) -> dict:
@@ -133,8 +130,6 @@ class Trial:
             return self.known[name][text]
         self._stop_without_room()
         self.say({"trying": [name, text]})
-        if self.device.type == "cpu" and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, self.attempt_seconds)
         try:
             verdict = find_out()
         except subprocess.TimeoutExpired as error:  # a compiler that others kept from working: that says nothing of a kernel
@@ -226,7 +221,7 @@ def main():
     _end_in_time(job["seconds"])
     threading.Thread(target=_end_with_input, daemon=True).start()
     if hasattr(os, "nice"):
-        os.nice(NICEST if job["device"] == "cpu" else NICE)
+        os.nice(NICE)
     try:
         with torch.inference_mode():
             Trial(job, say).run()

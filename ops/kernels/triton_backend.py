@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
-from . import Backend, Kernel
+from .kernel import Backend, Kernel
 from .check import WrongResult
 from .triton_decode import DECODERS
 

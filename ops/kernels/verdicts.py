@@ -4,25 +4,17 @@ A verdict is a dict that JSON has. "verdict" is one of `VERDICTS`; "why" a sente
 the text of the `Case`, "rows" the least and most rows of input that it takes, and "times" the seconds of the kernel and of
 torch for each number of rows it was timed at ("" where there are none). "at" is when it was found out, in seconds since 1970.
 """
-import contextlib
 import hashlib
 import json
-import logging
 import math
-import os
 import re
-import stat
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ..bounded_json import read_json
-from .own_files import is_private, not_private
-
-log = logging.getLogger(__name__)
+from .own_files import read_private_json, write_private_json
 
 # "tried" of a `Case`: all kernels of a backend have a verdict for it. "refused": the kernel or its compiler raised something.
 # "skipped": not tried, because too many of its backend crashed. "memory": there was no room for it, which is not kept.
@@ -32,10 +24,8 @@ VERDICTS = frozenset(("right", "slower", "wrong", "crashed", "hung", "killed", "
 # machine may have more time and memory.
 WEEK = 7 * 86400
 FORGOTTEN = {"refused": WEEK, "hung": WEEK, "killed": WEEK, "skipped": WEEK, "memory": 0}
-STALE_SECONDS = 60  # after which a file that was being written is nobody's: it takes milliseconds
 ROWS_OF = ", rows "  # between the text of a case and the rows of a kernel
 ROWS = re.compile(r"(?:[1-9][0-9]{0,17})?")  # of a time: a number as `str` writes it, or none
-MOST_BYTES = 4 << 20  # of a file; a verdict takes 200
 
 
 class Case(NamedTuple):
@@ -114,49 +104,20 @@ class Verdicts:
         self.known = {**{text: verdict for text, verdict in found.items() if text not in forgotten}, **self.known}
 
     def _in_file(self) -> dict[str, dict]:
-        try:
-            if not (is_private(self._path.parent, stat.S_ISDIR) and is_private(self._path, stat.S_ISREG)
-                    and self._path.stat().st_size <= MOST_BYTES):
-                return {}
-            content = read_json(self._path.read_text(encoding="utf-8"))
-            if content["key"] != self.key:
-                return {}
-            return {text: verdict for text, verdict in content["verdicts"].items() if is_verdict(verdict)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if not isinstance(error, FileNotFoundError):
-                log.debug("[Featherweight] %s counts as empty: %r", self._path, error)
-            return {}
+        match read_private_json(self._path):
+            case {"key": self.key, "verdicts": dict(verdicts)}:
+                return {text: verdict for text, verdict in verdicts.items() if is_verdict(verdict)}
+        return {}
 
     def add(self, text: str, verdict: dict):
         """Written at once, so that it outlives what may happen next; and known here even if it cannot be written."""
-        self.known = {**self.known, text: verdict | {"at": time.time()}}  # anew: others may be reading it
-        try:
-            if (part := not_private(self._path.parent)) is not None:
-                raise PermissionError(f"{part} is a link, belongs to another user or can be written by others")
-            self._remove_stale()
-            content = {"key": self.key, "verdicts": {**self._in_file(), **self.known}}
-            handle, written = tempfile.mkstemp(dir=self._path.parent, suffix=".new")
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    json.dump(content, file, indent=1)
-                os.replace(written, self._path)  # at once: another process may read it now
-            except BaseException:
-                os.unlink(written)
-                raise
-        except OSError as error:
-            log.debug("[Featherweight] %s is not written: %r", self._path, error)
-
-    def _remove_stale(self):
-        """What killed writers have left."""
-        for written in self._path.parent.glob("*.new"):
-            with contextlib.suppress(OSError):
-                if time.time() - written.stat().st_mtime > STALE_SECONDS:
-                    written.unlink()
+        self.known = {**self.known, text: verdict | {"at": time.time()}}  # a new one: others may be reading it
+        write_private_json(self._path, {"key": self.key, "verdicts": {**self._in_file(), **self.known}})
 
 
 def is_verdict(value) -> bool:
     """Whether something read is a verdict of the form that this module's docstring tells."""
-    if not isinstance(value, dict) or value.get("verdict") not in VERDICTS or not _is_number(value.get("at", 0)):
+    if not isinstance(value, dict) or str(value.get("verdict")) not in VERDICTS or not _is_number(value.get("at", 0)):
         return False
     if value["verdict"] not in ("right", "slower"):
         return isinstance(value.get("why", ""), str) and "at" in value

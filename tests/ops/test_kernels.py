@@ -2,19 +2,18 @@
 import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Backend, Kernel
+from featherweight.ops.kernels import Backend, Kernel, backends
 from featherweight.ops.kernels.check import probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor
-from kernel_cases import try_nothing, wait_for_kernels
+from kernel_cases import wait_for_kernels
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
@@ -47,13 +46,12 @@ def use(monkeypatch):
     """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     wait_for_kernels(monkeypatch)
-    try_nothing(monkeypatch)
 
-    def use(*backends):
+    def use(*made):
         monkeypatch.setattr(kernels, "_choices", {})
-        monkeypatch.setitem(kernels.BACKENDS, "cpu", tuple(backend.name for backend in backends))
-        for backend in backends:
-            monkeypatch.setitem(sys.modules, f"{kernels.__name__}.{backend.name}_backend", SimpleNamespace(BACKEND=backend))
+        monkeypatch.setitem(kernels.BACKENDS, "cpu", tuple(backend.name for backend in made))
+        for backend in made:
+            monkeypatch.setitem(backends.IMPORTS, backend.name, lambda backend=backend: backend)
     return use
 
 

@@ -14,7 +14,8 @@ import torch
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, int8, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import background, choices, cpp_backend, processes
+from featherweight import child_process
+from featherweight.ops.kernels import background, choices, cpp_backend
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.tensor import packed_tensor
 from patched_models import packed_flux, run
@@ -36,8 +37,8 @@ def wait_for_kernels(meanwhile=lambda: None):
 
 
 def kill_compilers():
-    for process in list(processes._running):
-        processes._kill(process)
+    for process in list(child_process._running):
+        child_process._kill(process)
 
 
 @pytest.fixture

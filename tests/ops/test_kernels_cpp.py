@@ -1,5 +1,6 @@
 """The kernels for CPUs, compiled as a user's machine compiles them, and for CPUs with fewer instructions."""
 import contextlib
+import errno
 import logging
 import os
 import platform
@@ -10,16 +11,16 @@ from functools import partial
 import pytest
 import torch
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops import packing
+from featherweight.ops import int8, packing, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.check import WrongResult, check, random_tensors
 from featherweight.ops.kernels.cpp_backend import MOST_TOKENS, CppCompiler, CppError, CpuKernels
+from featherweight.ops.tensor import packed_tensor
 from kernel_cases import (
     ALL_FORMATS, assert_a_weak_lora_arrives, assert_layer_equals_the_dense_one, assert_odd_weight_is_right,
-    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, each_format_with, reference, try_nothing,
-    wait_for_kernels,
+    assert_product_rounds_once, assert_same_bits, each_dtype, each_format, each_format_with, reference, wait_for_kernels,
 )
 
 CPU = torch.device("cpu")
@@ -266,7 +267,6 @@ def fresh(monkeypatch, tmp_path, caplog):
     """The kernel layer as at the start of ComfyUI, with nothing compiled yet."""
     monkeypatch.setattr(kernel_layer, "_choices", {})
     wait_for_kernels(monkeypatch)
-    try_nothing(monkeypatch)
     monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cpp_backend._kernels.cache_clear()
@@ -286,8 +286,10 @@ def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_p
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("obstacle", ["no compiler", "a compiler that fails", "no place to write"])
-def test_torch_does_the_work_quietly_where_nothing_can_be_compiled(obstacle, monkeypatch, tmp_path, caplog):
+@pytest.mark.parametrize("obstacle, why", [
+    ("no compiler", "there is no C++ compiler"), ("a compiler that fails", "false:"),
+    ("no place to write", "no folder can be written and run from; XDG_CACHE_HOME names another one")])
+def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why(obstacle, why, monkeypatch, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     if obstacle == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -295,12 +297,16 @@ def test_torch_does_the_work_quietly_where_nothing_can_be_compiled(obstacle, mon
     elif obstacle == "a compiler that fails":
         monkeypatch.setenv("CXX", shutil.which("false"))
     else:
-        (tmp_path / "cache").write_text("a file")
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(cpp_backend.tempfile, "TemporaryDirectory", full)
     fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32)
     tensors = random_tensors(fmt, 8, CPU)
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
-    assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.INFO, "[Featherweight] Packed weights on cpu use torch.")]
+    (line,) = caplog.records
+    assert line.levelno == logging.INFO and "\n" not in line.message
+    assert line.message.startswith("[Featherweight] Packed weights on cpu use torch, because no kernel works there (cpp: ")
+    assert why in line.message
 
 
 @pytest.mark.usefixtures("fresh")
@@ -308,6 +314,34 @@ def test_torch_does_the_work_quietly_where_nothing_can_be_compiled(obstacle, mon
 @pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
 def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(fmt, tokens):
     assert_layer_equals_the_dense_one(fmt, (2, tokens // 2))
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("asked", ["torch", "cpp"])
+@pytest.mark.parametrize("name", ["Q4_K", "NF4"])
+def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece(name, asked, monkeypatch):
+    monkeypatch.setenv(kernel_layer.VARIABLE, asked)
+    fmt, (rows, columns) = FORMATS[name], (16, 512)
+    whole = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    whole[0] = whole[0].view(rows, -1)
+    apart = [torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0] for tensor in whole]
+    assert not any(tensor.is_contiguous() for tensor in apart)
+
+    def values(tensors):
+        weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
+        with product.unpacked_in_scratch(weight, torch.float32) as scratch:
+            unpacked = scratch.clone()
+        yield unpacked
+        yield product.unpack(weight, torch.bfloat16)
+        yield product.embedding(torch.tensor([3, 0, 15]), weight, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for tokens in (1, 3, 40):
+            input = torch.randn((tokens, columns), generator=generator)
+            yield product.linear(input, weight)
+            yield int8.linear(input, weight)
+
+    for got, expected in zip(values(apart), values(whole), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.usefixtures("fresh")

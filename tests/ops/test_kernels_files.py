@@ -1,4 +1,5 @@
-"""Compiled kernels are loaded only from files that nobody but this user can have written."""
+"""Compiled kernels are loaded only from files that nobody but this user can have written, and that are whole."""
+import hashlib
 import logging
 import os
 import shutil
@@ -7,29 +8,42 @@ import sys
 from pathlib import Path
 
 import pytest
-from featherweight.ops.kernels import own_files
-from featherweight.ops.kernels.cpp_backend import CppCompiler
+from featherweight.ops.kernels import cpp_backend, own_files
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError
 
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 SOURCE = 'extern "C" int answer() { return 1; }\n'
 SOMEBODY = 12345  # the number of another user
+PACK = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
 
 
+@pytest.fixture(autouse=True)
+def new_process(caplog):
+    """Nothing has been said yet, and no temporary folder made."""
+    caches = own_files.temporary_folder, own_files._instead_of, own_files._warn_of
+    for cache in caches:
+        cache.cache_clear()
+    caplog.set_level(logging.INFO)
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.fixture
-def folder(tmp_path, caplog):
-    """Where kernels are kept, with a planted one that the source does not say."""
-    own_files._temporary_folder.cache_clear()
+def folder(tmp_path):
+    """Where kernels are kept, with one of this user's that the source does not say."""
     elsewhere, path = tmp_path / "elsewhere" / "kernels", tmp_path / "featherweight" / "kernels"
     assert answer(elsewhere) == 1  # another path, for a library is loaded from one path once
     path.mkdir(parents=True, mode=0o700)
     planted, (compiled,) = tmp_path / "planted.cpp", elsewhere.iterdir()
     planted.write_text(SOURCE.replace("1", "2"))
-    subprocess.run([COMMAND, "-shared", "-fPIC", str(planted), "-o", str(path / compiled.name)], check=True)
-    caplog.set_level(logging.INFO)
-    yield path
-    own_files._temporary_folder.cache_clear()
+    library = tmp_path / "planted.so"
+    subprocess.run([COMMAND, "-shared", "-fPIC", str(planted), "-o", str(library)], check=True)
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()[:32]
+    library.rename(path / f"{compiled.stem.partition('-')[0]}-{digest}.so")
+    return path
 
 
 def answer(path: Path) -> int:
@@ -72,16 +86,17 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_have_written(folder, wh
     assert answer(folder) == answer(folder) == 1
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING and str(spoilt) in warning.message and "remove it" in warning.message
-    temporary = Path(own_files._temporary_folder(spoilt).name)
+    temporary = own_files.temporary_folder()
     assert temporary.stat().st_mode & 0o777 == 0o700 and list(temporary.glob("*.so"))
 
 
 @each_reason
 def test_a_file_that_others_may_have_written_is_compiled_anew(folder, spoil, caplog):
-    (compiled,) = folder.iterdir()
-    spoil(compiled)
+    (planted,) = folder.iterdir()
+    spoil(planted)
     assert answer(folder) == answer(folder) == 1
-    assert compiled.is_file() and not compiled.is_symlink() and compiled.stat().st_mode & 0o777 == 0o700
+    (compiled,) = folder.glob("*.so")
+    assert compiled != planted and compiled.is_file() and not compiled.is_symlink() and compiled.stat().st_mode & 0o777 == 0o700
     assert not caplog.records
 
 
@@ -93,3 +108,143 @@ def test_the_folder_is_made_for_this_user_alone(tmp_path):
         os.umask(before)
     made = [tmp_path / "cache" / "featherweight", tmp_path / "cache" / "featherweight" / "kernels"]
     assert [path.stat().st_mode & 0o777 for path in [*made, *made[1].iterdir()]] == [0o700] * 3
+
+
+def cut_short(data: bytes) -> bytes:
+    return data[:len(data) // 2]
+
+
+def last_page_lost(data: bytes) -> bytes:
+    return data[:-4096]
+
+
+def half_zeroed(data: bytes) -> bytes:
+    return data[:len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+def all_zeros(data: bytes) -> bytes:
+    return bytes(len(data))
+
+
+def emptied(data: bytes) -> bytes:
+    return b""
+
+
+def one_bit_changed(data: bytes) -> bytes:
+    return data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
+
+
+LOADS = """
+import sys, types, logging
+from pathlib import Path
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+pack = types.ModuleType("featherweight")
+pack.__path__ = [sys.argv[1]]
+sys.modules["featherweight"] = pack
+from featherweight.ops.kernels.cpp_backend import CppCompiler
+print("answer", CppCompiler(sys.argv[2], Path(sys.argv[3])).library(sys.argv[4]).answer())
+"""
+
+
+def loaded_by_another_process(folder: Path) -> list[str]:
+    """What it prints; the damage that this is for would end this one."""
+    command = [sys.executable, "-c", LOADS, str(PACK), COMMAND, str(folder), SOURCE]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
+
+
+@pytest.mark.parametrize("damage", [cut_short, last_page_lost, half_zeroed, all_zeros, emptied, one_bit_changed])
+def test_a_damaged_kernel_is_compiled_again_and_ends_no_process(damage, tmp_path):
+    folder = tmp_path / "featherweight" / "kernels"
+    assert loaded_by_another_process(folder) == ["answer 1"]
+    (compiled,) = folder.iterdir()
+    whole = compiled.read_bytes()
+    compiled.write_bytes(damage(whole))
+    line, said = loaded_by_another_process(folder)
+    assert said == "answer 1"
+    assert line == f"[Featherweight] The compiled kernel {compiled} is damaged and is compiled again."
+    assert loaded_by_another_process(folder) == ["answer 1"]
+
+
+def test_a_kernel_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def renamed(old, new):
+        done.append(f"{Path(old).name} is {Path(new).parent.name}")
+        replace(old, new)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folder = tmp_path / "featherweight" / "kernels"
+    assert answer(folder) == 1
+    built, renaming, synced_folder = done
+    assert built.endswith("kernel.so") and renaming == "kernel.so is kernels" and synced_folder == str(folder)
+
+
+# --- where there is no such folder ---
+
+
+def no_home(monkeypatch, tmp_path):
+    def unknown(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+
+
+def a_home_that_cannot_be_made(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "home"))
+
+
+@pytest.mark.parametrize("home", [no_home, a_home_that_cannot_be_made])
+def test_without_a_home_kernels_are_kept_until_the_process_ends(home, monkeypatch, tmp_path, caplog):
+    home(monkeypatch, tmp_path)
+    monkeypatch.setattr(own_files.tempfile, "tempdir", str(tmp_path))
+    for _ in range(2):
+        folder = own_files.cache_folder() / "kernels"
+        assert answer(folder) == 1
+    assert len(list(own_files.temporary_folder().rglob("*.so"))) == 1
+    (line,) = [record for record in caplog.records]
+    assert line.levelno == logging.INFO and "cannot be used" in line.message and "XDG_CACHE_HOME" in line.message
+
+
+@pytest.fixture
+def refuses_to_run(monkeypatch):
+    """refuses_to_run(folder, ...): libraries there are not loaded, as from a drive that is mounted noexec."""
+    real = cpp_backend.ctypes.CDLL
+
+    def refuse(*folders):
+        def load(name, *rest):
+            if any(Path(name).is_relative_to(folder) for folder in folders):
+                raise OSError(f"{name}: failed to map segment from shared object")
+            return real(name, *rest)
+        monkeypatch.setattr(cpp_backend.ctypes, "CDLL", load)
+    return refuse
+
+
+def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(tmp_path, monkeypatch, refuses_to_run):
+    monkeypatch.setattr(own_files.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "other"),))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "other").mkdir()
+    compiler = CppCompiler(COMMAND, tmp_path / "cache" / "kernels")
+    refuses_to_run(tmp_path / "cache", tmp_path / "temporary")
+    assert compiler.library(SOURCE).answer() == 1
+    assert len(list((tmp_path / "other").rglob("*.so"))) == 1
+    compiler.library(SOURCE + "// another one")
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 1  # nothing is compiled there any more
+
+
+def test_where_no_folder_can_run_a_kernel_it_is_said_why(tmp_path, monkeypatch, refuses_to_run):
+    monkeypatch.setattr(own_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "missing"),))
+    refuses_to_run(tmp_path)
+    with pytest.raises(CppError, match="no folder can be written and run from; XDG_CACHE_HOME .* failed to map segment"):
+        CppCompiler(COMMAND, tmp_path / "cache" / "kernels").library(SOURCE)

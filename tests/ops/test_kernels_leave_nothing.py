@@ -1,20 +1,19 @@
-"""A trial takes nothing from what ComfyUI does, is not misled by what others do, and leaves nothing behind."""
+"""A trial is alone, and leaves nothing behind."""
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-import planted_backends
 import pytest
-import torch
-from featherweight.ops import formats, kernels  # noqa: F401
-from featherweight.ops.kernels import cpp_backend, room, trial_process
+from featherweight.ops import formats  # noqa: F401
+from featherweight.ops.kernels import cpp_backend, trial_process
 from featherweight.ops.kernels.cpp_backend import CppCompiler
-from featherweight.ops.kernels.trial_process import only_one, run_trial
-from featherweight.ops.kernels.verdicts import Case
+from featherweight.ops.kernels.trial_process import only_one
 
 PACK = Path(__file__).parents[2]
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -22,48 +21,15 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes and files 
 needs_a_compiler = pytest.mark.skipif(COMMAND is None, reason="needs a C++ compiler")
 
 
-def run(backend: str, is_busy=lambda: False, attempt_seconds=60):
-    """Outcome and verdicts of a planted backend's trial."""
-    job = {"device": "cpu", "backends": [backend], "cases": [Case("unpack", "Q4_0", torch.float32, None).as_json()],
-           "shapes": {"Q4_0": [[16, 256]]}, "known": {}, "least_free": 0}
-    said = {}
-    return run_trial(job, lambda name, text, verdict: said.update({text: verdict["verdict"]}), 300, is_busy,
-                     command=planted_backends.COMMAND, attempt_seconds=attempt_seconds), said
-
-
-def test_a_trial_stops_when_the_device_is_at_work(tmp_path, monkeypatch):
-    log = tmp_path / "log"
-    monkeypatch.setenv(planted_backends.LOG, str(log))
-    outcome, said = run("loops", is_busy=log.exists)
-    assert outcome.how == "stopped" and "unpack of Q4_0 to float32, rows 1 to any" not in said
-    assert not is_alive(int(log.read_text().split()[0]))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_a_kernel_that_waits_for_the_processor_on_a_cpu_is_not_one_that_hangs(monkeypatch):
-    """It sleeps for longer than it may work."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    outcome, said = run("sleeps", attempt_seconds=2)
-    assert outcome.how == "ended" and said["unpack of Q4_0 to float32, rows 1 to any"] in ("right", "slower")
-
-
-def test_a_cpu_says_how_much_memory_is_free_as_the_system_does(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "MEMORY", tmp_path / "meminfo")
-    assert room.free_bytes(torch.device("cpu")) == float("inf")
-    room.MEMORY.write_text("MemTotal:       24000000 kB\nMemFree:          100000 kB\nMemAvailable:   12000000 kB\n")
-    assert room.free_bytes(torch.device("cpu")) == 12_000_000 * 1024
-
-
-def test_the_lock_of_trials_is_gone_after_the_last_and_two_are_never_inside(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(trial_process, "ASK_EVERY", 0.01)
+    return tmp_path / "cache"
+
+
+def test_two_trials_are_never_inside_at_once(cache, tmp_path):
     script = ("import os, sys, time, types\n"
               "pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]]; sys.modules['featherweight'] = pack\n"
               "from featherweight.ops.kernels import trial_process\n"
@@ -74,12 +40,28 @@ def test_the_lock_of_trials_is_gone_after_the_last_and_two_are_never_inside(tmp_
               "        os.close(os.open('inside', os.O_CREAT | os.O_EXCL))\n"  # raises where another is inside
               "        time.sleep(0.002)\n"
               "        os.unlink('inside')\n")
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    others = [subprocess.Popen([sys.executable, "-c", script, str(PACK)], cwd=tmp_path, env=environment) for _ in range(2)]
+    others = [subprocess.Popen([sys.executable, "-c", script, str(PACK)], cwd=tmp_path) for _ in range(2)]
     assert [other.wait(300) for other in others] == [0, 0]
+
+
+def test_the_lock_of_trials_is_the_users_own(cache, tmp_path):
+    """Another user may hold a file of any name in the shared temporary folder for ever."""
     with only_one() as alone:
-        assert alone and list(tmp_path.iterdir())
-    assert not list(tmp_path.iterdir())
+        assert alone
+        assert not [path for path in tmp_path.iterdir() if path != cache]
+        lock, = (path for path in cache.rglob("*") if path.is_file())
+        assert lock.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_who_waits_for_another_trial_says_so_once_and_ends_with_its_process(cache, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    ending = threading.Event()
+    monkeypatch.setattr(trial_process, "ending", ending)
+    threading.Timer(0.3, ending.set).start()
+    with only_one(), only_one() as alone:
+        assert not alone
+    (line,) = [record.message for record in caplog.records if "[Featherweight]" in record.message]
+    assert "Another trial of kernels is under way" in line
 
 
 @needs_a_compiler

@@ -1,19 +1,16 @@
-"""What a device uses of the kernels that trials have proven, and when. The device is a CPU, at first one whose kernels need a
-trial as a GPU's do; its backends are made for the tests, of plain torch, and so is what a trial says of them."""
-import functools
+"""What a device uses of the kernels that trials have proven, and when. The device is a CPU whose kernels need a trial as a
+GPU's do; its backends are made for the tests, of plain torch, and so is what a trial says of them."""
 import logging
-import os
-import sys
 import tempfile
+import threading
 import time
-from types import SimpleNamespace
 
-import planted_backends
 import pytest
 import torch
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Backend, Case, Kernel, choices, proving, room, trial_process
+from featherweight.ops.kernels import Backend, Case, Kernel, backends, proving, trial_process
+from featherweight.ops.kernels.case_notes import add_notes, read_notes
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.trial_process import Outcome
 from featherweight.ops.tensor import packed_tensor
@@ -21,7 +18,6 @@ from featherweight.ops.tensor import packed_tensor
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
 FLOAT32 = frozenset([torch.float32])
-RUN_TRIAL = trial_process.run_trial
 UNPACK, LINEAR = (Case(op, "Q4_0", torch.float32, None) for op in ("unpack", "linear"))
 
 
@@ -54,7 +50,7 @@ class Trials:
     def __init__(self):
         self.go, self.said, self.jobs = True, [], []
 
-    def __call__(self, job, hear, seconds, is_busy):
+    def __call__(self, job, hear, seconds):
         self.jobs.append(job)
         while not self.go:
             time.sleep(0.005)
@@ -79,8 +75,8 @@ def trials(monkeypatch, tmp_path):
     """The trials of the processes that `restarted` begins."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the lock is that trials take
-    monkeypatch.setattr(kernels, "CheckedUntilProven", choices.ProvenInTrials)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(kernels, "TRIED", {"cpu"})
     found = Trials()
     monkeypatch.setattr(trial_process, "run_trial", found)
     return found
@@ -93,8 +89,7 @@ def restarted(monkeypatch, trials):
         monkeypatch.setattr(kernels, "_choices", {})
         monkeypatch.setitem(kernels.BACKENDS, "cpu", tuple(one.name for one in made))
         for one in made:
-            module = f"{kernels.__name__}.{one.name}_backend"
-            monkeypatch.setitem(sys.modules, module, SimpleNamespace(BACKEND=one.backend))
+            monkeypatch.setitem(backends.IMPORTS, one.name, lambda one=one: one.backend)
     return restarted
 
 
@@ -114,10 +109,19 @@ def taken_up(op="unpack", tokens=None) -> bool:
     return kernels.find(op, CPU, Q4_0, torch.float32, None, tokens) is not None
 
 
+def started(*cases):
+    """ComfyUI starts where models have asked for these cases, and the trial comes to its end."""
+    add_notes(list(cases), {})
+    kernels.start_trials([CPU])
+    for thread in threading.enumerate():
+        if thread.name == "featherweight-trials":
+            thread.join(60)
+    return finished()
+
+
 def finished():
-    """What the device uses, once no trial is under way."""
+    """What the device uses, once no trial is under way and nothing is noted."""
     choice, end = kernels._choice(CPU), time.monotonic() + 60
-    kernels.find("unpack", CPU, Q4_0, torch.float32)
     while choice.prover.at_work:
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -128,6 +132,7 @@ def test_torch_works_until_a_kernel_is_proven_and_the_kernel_from_then_on(trials
     made, trials.go = Made("fine"), False
     trials.says(made, UNPACK)
     restarted(made)
+    kernels._choice(CPU).prover.want([UNPACK])
     expected = weight().dequantize()
     for _ in range(3):
         assert torch.equal(product.unpack(weight(), torch.float32), expected)
@@ -145,6 +150,7 @@ def test_a_product_has_the_same_bits_in_a_process_whenever_its_kernel_is_proven(
         trials.says(made, LINEAR, rows, **{f"rows_{number}": 0.5 for number in rows})
     trials.says(made, UNPACK)
     restarted(made)
+    kernels._choice(CPU).prover.want([UNPACK, LINEAR])
     first = multiplied()
     trials.go = True
     assert taken_up()
@@ -153,23 +159,11 @@ def test_a_product_has_the_same_bits_in_a_process_whenever_its_kernel_is_proven(
     tried = len(trials.jobs)
     restarted(made)
     caplog.set_level(logging.INFO, kernels.__name__)
+    started(UNPACK, LINEAR)
     second = multiplied()
-    finished()
     assert [record.message for record in caplog.records] == ["[Featherweight] Packed weights on cpu use fine."]
     assert made.calls["linear"] and len(trials.jobs) == tried  # proven by the process before
     assert torch.equal(multiplied(), second) and torch.allclose(first, second, rtol=1e-4, atol=1e-4)
-
-
-def test_a_product_that_is_first_needed_after_the_trial_is_the_kernels(trials, restarted):
-    made = Made("fine")
-    for rows in ((1, 1), (2, 16)):
-        trials.says(made, LINEAR, rows, **{f"rows_{number}": 0.5 for number in rows})
-    restarted(made)
-    kernels.prepare(CPU, [UNPACK, LINEAR], {"Q4_0": {(16, 512)}})
-    finished()
-    multiplied()
-    assert made.calls["linear"]
-    assert trials.jobs[0]["shapes"] == {"Q4_0": [(16, 512)]} and len(trials.jobs) == 1
 
 
 def test_the_fastest_is_used_for_each_format_and_number_of_rows_and_torch_where_it_is(trials, restarted):
@@ -180,8 +174,7 @@ def test_the_fastest_is_used_for_each_format_and_number_of_rows_and_torch_where_
     trials.says(fast, LINEAR, (1, 1), rows_1=0.6)
     trials.says(fast, LINEAR, (2, 16), rows_2=0.3, rows_16=1.5)
     restarted(slow, fast)
-    kernels.prepare(CPU, [UNPACK, LINEAR], {})
-    finished()
+    started(UNPACK, LINEAR)
     run = {(one.name, kernel.op, kernel.min_tokens): kernel.run for one in (slow, fast) for kernel in one.backend.kernels}
     assert taken_up() and kernels.find("unpack", CPU, Q4_0, torch.float32) is run["fast", "unpack", 1]
     found = [kernels.find("linear", CPU, Q4_0, torch.float32, None, tokens) for tokens in (1, 2, 5, 16, 17)]
@@ -192,6 +185,7 @@ def test_what_is_proven_and_wrong_in_this_process_is_torchs_and_reported(trials,
     made = Made("wrong", off=1)
     trials.says(made, UNPACK)
     restarted(made)
+    started(UNPACK)
     assert not taken_up()
     assert torch.equal(product.unpack(weight(), torch.float32), weight().dequantize())
     (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
@@ -203,6 +197,8 @@ def test_what_is_asked_for_by_name_needs_no_trial(asked, backend, trials, restar
     restarted(Made("fine"))
     if asked:
         monkeypatch.setenv(kernels.VARIABLE, asked)
+    if not backend:
+        started(UNPACK)
     product.unpack(weight(), torch.float32)
     if backend:
         assert kernels.backend_of(CPU) == kernels.used(CPU) == backend and not trials.jobs
@@ -213,115 +209,111 @@ def test_what_is_asked_for_by_name_needs_no_trial(asked, backend, trials, restar
 def test_the_first_call_waits_for_no_trial(trials, restarted):
     made, trials.go = Made("fine"), False
     restarted(made)
-    started = time.monotonic()
+    kernels._choice(CPU).prover.want([LINEAR])
+    begun = time.monotonic()
     multiplied()
-    assert time.monotonic() - started < 5 and kernels._choice(CPU).prover.at_work
+    assert time.monotonic() - begun < 5 and kernels._choice(CPU).prover.at_work
     trials.go = True
     assert not taken_up()
 
 
-# --- a CPU as it is ---
+# --- what a load does, and the next start ---
 
 
 @pytest.fixture
-def own_work(trials, monkeypatch):
-    """The CPU uses what is right until that is proven, and ComfyUI is at work there while this says so."""
-    work = SimpleNamespace(is_busy=False)
-    monkeypatch.setattr(kernels, "CheckedUntilProven", choices.CheckedUntilProven)
-    monkeypatch.setattr(room.OwnWork, "is_busy", lambda self: work.is_busy)
-    monkeypatch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 60))
-    monkeypatch.setattr(proving, "ASK_EVERY", 0.02)
-    return work
-
-
-def says_that_torch_is_faster(trials, made):
-    trials.says(made, UNPACK, rows_=1.5)
-    for rows in ((1, 1), (2, 16)):
-        trials.says(made, LINEAR, rows, **{f"rows_{number}": 1.5 for number in rows})
-
-
-def test_a_cpu_uses_what_is_right_until_a_trial_has_timed_it(trials, restarted, own_work):
-    made, trials.go = Made("fine"), False
-    says_that_torch_is_faster(trials, made)
-    restarted(made)
-    first = multiplied()
-    product.unpack(weight(), torch.float32)
-    assert made.calls["linear"] and made.calls["unpack"] and kernels.used(CPU) == "fine"
-    trials.go = True
-    assert not taken_up()
-    assert torch.equal(multiplied(), first) and taken_up("linear", 3)  # in this process a picture stays what it is
-    restarted(made)
-    made.calls.update(linear=0)
-    assert torch.allclose(multiplied(), first, rtol=1e-4, atol=1e-4)
-    assert made.calls["linear"] == 0 and not taken_up("linear", 3) and kernels.used(CPU) == "torch"
-
-
-def test_a_cpu_keeps_what_is_right_where_a_trial_finds_nothing_out(trials, restarted, own_work, monkeypatch):
-    made = Made("fine")
-    monkeypatch.setattr(trial_process, "run_trial", lambda *arguments: Outcome("late"))
-    restarted(made)
-    multiplied()
-    assert taken_up() and taken_up("linear", 3) and kernels.used(CPU) == "fine"
-
-
-def test_a_cpu_that_comfyui_works_on_is_not_disturbed(trials, restarted, own_work):
-    own_work.is_busy = True
-    restarted(Made("fine"))
-    multiplied()
-    time.sleep(0.2)
-    assert kernels._choice(CPU).prover.at_work and not trials.jobs
-    own_work.is_busy = False
-    finished()
-    assert trials.jobs
-
-
-def test_what_packs_is_not_tried_on_a_cpu_for_it_is_not_timed(trials, restarted, own_work):
-    restarted(Made("fine"))
-    kernels.find("pack_blocks", CPU, Q4_0, torch.float32)
-    assert not kernels._choice(CPU).prover.at_work and not trials.jobs
-
-
-def test_a_cpu_asks_nothing_of_a_backend_about_which_all_is_known(trials, restarted, own_work, caplog):
-    made = Made("fine")
-    says_that_torch_is_faster(trials, made)
-    restarted(made)
-    multiplied()
-    finished()
-    restarted(made)
+def log(caplog):
     caplog.set_level(logging.INFO, kernels.__name__)
-    kernels.prepare(CPU, [LINEAR], {})
+    return lambda: [record.message for record in caplog.records]
+
+
+def noted():
+    """What is noted, once no thread notes anything."""
+    for thread in threading.enumerate():
+        if thread.name == "featherweight-notes":
+            thread.join(60)
+    return read_notes()
+
+
+def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_tried_at_the_next_start(trials, restarted, log):
+    restarted(Made("fine"))
+    for _ in range(2):
+        kernels.prepare(CPU, [UNPACK, LINEAR], {"Q4_0": {(16, 512)}})
+        noted()
     multiplied()
-    finished()
-    assert [record.message for record in caplog.records] == ["[Featherweight] Packed weights on cpu use torch."]
+    product.unpack(weight(), torch.float16)
+    cases, shapes = noted()
+    assert not trials.jobs and not kernels._choice(CPU).prover.at_work
+    assert set(cases) == {UNPACK, LINEAR, Case("unpack", "Q4_0", torch.float16, None)} and shapes == {"Q4_0": {(16, 512)}}
+    assert log() == ["[Featherweight] Kernels for Q4_0 are tried on cpu when ComfyUI starts next; until then torch does their"
+                     " work."]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="processes end otherwise on Windows")
-def test_a_kernel_that_is_slower_than_torch_is_not_used_on_a_cpu(restarted, own_work, monkeypatch):
-    """What a real trial says of a backend that is right and slow with one format."""
-    monkeypatch.setattr(trial_process, "run_trial", functools.partial(RUN_TRIAL, command=planted_backends.COMMAND))
-    slow = SimpleNamespace(name="slow", backend=planted_backends.backend("slow"))
-    restarted(slow)
-    q8_0 = Case("unpack", "Q8_0", torch.float32, None)
-    kernels.prepare(CPU, [UNPACK, q8_0], {"Q4_0": {(16, 256)}, "Q8_0": {(16, 256)}})
-    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is not None  # at first, for it is right
-    finished()
-    assert not taken_up()
-    kernels.find("unpack", CPU, FORMATS["Q8_0"], torch.float32)
-    assert all(proof.wait(60) for proof in kernels._choice(CPU)._proofs.values())
-    assert kernels.find("unpack", CPU, FORMATS["Q8_0"], torch.float32) is not None
+def test_what_models_asked_for_is_tried_at_the_next_start_and_used_by_the_first_model(trials, restarted, log):
+    made = Made("fine")
+    for rows in ((1, 1), (2, 16)):
+        trials.says(made, LINEAR, rows, **{f"rows_{number}": 0.5 for number in rows})
+    trials.says(made, UNPACK)
+    restarted(made)
+    kernels.prepare(CPU, [UNPACK, LINEAR], {"Q4_0": {(16, 512)}})
+    noted()
+    restarted(made)
+    started()
+    (job,) = trials.jobs
+    assert job["cases"] == [UNPACK.as_json(), LINEAR.as_json()] and job["shapes"] == {"Q4_0": [(16, 512)]}
+    kernels.prepare(CPU, [UNPACK, LINEAR], {"Q4_0": {(16, 512)}})
+    multiplied()
+    noted()
+    assert made.calls["linear"] and kernels.used(CPU) == "fine" and len(trials.jobs) == 1
+    assert not [line for line in log()[1:] if "starts next" in line]
 
 
-def test_own_work_is_what_this_process_takes_of_the_processor(monkeypatch):
-    clock = SimpleNamespace(now=0.0, used=0.0)
-    monkeypatch.setattr(room.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(room.time, "process_time", lambda: clock.used)
-    work = room.OwnWork()
-    assert work.is_busy()  # nobody knows yet
-    clock.now = room.LOOK_SECONDS / 2
-    assert work.is_busy()
-    clock.now, clock.used = 10.0, 1.0
-    assert not work.is_busy()
-    clock.now, clock.used = 10.1, 1.1
-    assert not work.is_busy()
-    clock.now, clock.used = 11.5, 2.5
-    assert work.is_busy()
+def test_a_model_of_a_new_format_is_not_said_to_be_unpacked_by_what_was_proven_for_others(trials, restarted):
+    made = Made("fine")
+    trials.says(made, UNPACK)
+    restarted(made)
+    started(UNPACK)
+    kernels.prepare(CPU, [Case("unpack", "Q8_0", torch.float32, None)], {})
+    assert kernels.used(CPU) == "torch"
+    kernels.prepare(CPU, [UNPACK], {})
+    assert kernels.used(CPU) == "fine"
+    noted()
+
+
+def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, restarted):
+    restarted(Made("fine"))
+    started()
+    (job,) = trials.jobs
+    assert job["cases"] == [[op, name, dtype, None] for name in proving.MOST_USED for dtype in ("bfloat16", "float16")
+                            for op in ("unpack", "linear")]
+    assert set(proving.MOST_USED) <= set(FORMATS)
+
+
+@pytest.mark.parametrize("asked", ["torch", "fine"])
+def test_nothing_is_tried_or_noted_where_kernels_are_asked_for_by_name(asked, trials, restarted, monkeypatch):
+    restarted(Made("fine"))
+    monkeypatch.setenv(kernels.VARIABLE, asked)
+    kernels.start_trials([CPU])
+    kernels.prepare(CPU, [UNPACK], {})
+    multiplied()
+    assert noted() == ([], {}) and not trials.jobs
+
+
+def test_a_cpu_is_not_tried(trials, restarted, monkeypatch):
+    monkeypatch.setattr(kernels, "TRIED", {"cuda", "mps"})
+    restarted(Made("fine"))
+    kernels.start_trials([CPU])
+    kernels.prepare(CPU, [UNPACK], {})
+    multiplied()
+    assert noted() == ([], {}) and not trials.jobs
+
+
+def test_calls_wait_once_in_all_for_verdicts_that_are_not_read(trials, restarted, monkeypatch):
+    monkeypatch.setattr(proving, "FIRST_WAIT", 0.5)
+    monkeypatch.setattr(proving, "key_of", lambda *_: time.sleep(3))
+    restarted(Made("fine"))
+    begun = time.monotonic()
+    for name in ("Q4_0", "Q8_0", "Q4_1", "Q5_0", "Q5_1"):
+        kernels.find("linear", CPU, FORMATS[name], torch.float32)
+    kernels.used(CPU)
+    assert 0.4 < time.monotonic() - begun < 1.2
+    noted()

@@ -7,8 +7,9 @@ from pathlib import Path
 import planted_backends
 import pytest
 import torch
-from featherweight.ops import formats, kernels  # noqa: F401
-from featherweight.ops.kernels import processes, trial
+from featherweight.ops import formats  # noqa: F401
+from featherweight import child_process
+from featherweight.ops.kernels import backends, trial
 from featherweight.ops.kernels.kernel import Backend, Kernel
 from featherweight.ops.kernels.trial_process import run_trial
 from featherweight.ops.kernels.verdicts import Case, kernel_text
@@ -39,11 +40,8 @@ def test_a_product_is_timed_beside_the_kernel_that_unpacks_for_torchs(cases, kno
     floats = frozenset([torch.float32])
     backend = Backend("stub", lambda device: None, tuple(Kernel(op, frozenset(["Q8_0"]), floats, run)
                                                          for op, run in (("unpack", unpack), ("linear", multiply))))
-    monkeypatch.setitem(sys.modules, f"{kernels.__name__}.stub_backend", type(sys)("stub"))
-    sys.modules[f"{kernels.__name__}.stub_backend"].BACKEND = backend
-    job = JOB | {"backends": ["stub"], "cases": [case.as_json() for case in cases], "known": {"stub": known},
-                 "attempt_seconds": 600}
-    monkeypatch.setattr(trial.signal, "setitimer", lambda *arguments: None)  # it would go off in a later test
+    monkeypatch.setitem(backends.IMPORTS, "stub", lambda: backend)
+    job = JOB | {"backends": ["stub"], "cases": [case.as_json() for case in cases], "known": {"stub": known}}
     said = []
     tried = trial.Trial(job, said.append)
     monkeypatch.setattr(tried.timing, "times", lambda *about: {})
@@ -78,8 +76,8 @@ def test_a_signal_of_another_program_is_no_crash_of_the_kernel(sent, how):
 def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it():
     script = ("import os, sys, time, types; pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]]\n"
               "sys.modules['featherweight'] = pack\n"
-              "from featherweight.ops.kernels import background, processes\n"
-              "started = processes.start_process('sleep', '60')\n"
+              "from featherweight import child_process\nfrom featherweight.ops.kernels import background\n"
+              "started = child_process.start_process('sleep', '60')\n"
               "if os.fork() == 0:\n    sys.exit(0)\n"
               "os.wait(); time.sleep(0.3)\n"
               "print('runs' if started.poll() is None else 'killed', started.pid)")
@@ -88,4 +86,4 @@ def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it(
     assert said == "runs"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
-    assert not processes.is_forked()
+    assert not child_process.is_forked()

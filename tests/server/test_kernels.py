@@ -1,4 +1,4 @@
-"""A session on a device whose kernels need a trial: its first prompt runs on torch, a later one on what was proven."""
+"""Sessions on a device whose kernels need a trial: one notes what its prompt asks for, the next tries that as it starts."""
 import os
 import shutil
 import sys
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.not_on_fake_gpus(reason="what is tried here is for the CPU")]
 
 NEEDS_TRIALS = '''
-"""A node after which the CPU of this ComfyUI is a device whose kernels need a trial, as a GPU's do."""
+"""A node after which the CPU of this ComfyUI is a device whose kernels need a trial, as a GPU's do, and has just started."""
 import sys
 
 
@@ -29,9 +29,12 @@ class NeedsTrials:
         return {"required": {}}
 
     def run(self):
+        import torch
         (kernels,) = [module for name, module in sys.modules.items() if name.endswith(".ops.kernels")]
-        kernels.CheckedUntilProven = kernels.ProvenInTrials
+        kernels.TRIED.add("cpu")
         kernels._choices.clear()
+        sys.modules[f"{kernels.__name__}.proving"].MOST_USED = ()
+        kernels.start_trials([torch.device("cpu")])
         return {}
 
 
@@ -40,27 +43,39 @@ NODE_CLASS_MAPPINGS = {"NeedsTrials": NeedsTrials}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("trials")
     demo_files.make_models(base)
+    return base
+
+
+def session(base):
     env = {"XDG_CACHE_HOME": str(base / "cache"), "TMPDIR": str(base), "OMP_NUM_THREADS": "1", "FEATHERWEIGHT_KERNELS": ""}
-    with Server(base, extra_custom_nodes={"needs_trials": NEEDS_TRIALS}, env=os.environ | env) as server:
-        server.queue({"1": {"class_type": "NeedsTrials", "inputs": {}}})
-        yield server
+    return Server(base, extra_custom_nodes={"needs_trials": NEEDS_TRIALS}, env=os.environ | env)
 
 
-def test_the_second_prompt_runs_on_what_was_proven_and_draws_the_same(server):
-    first, prompt = demo.run_workflow(server)
+def wait_for(server, text: str):
     end = time.monotonic() + 300
-    while "kernels proven" not in server.log():
+    while text not in server.log():
         assert time.monotonic() < end, server.log()[-4000:]
         time.sleep(0.1)
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    server.queue({"1": {"class_type": "PreviewAny", "inputs": {"source": "freed, after this at the latest"}}})
-    second = server.queue(prompt)
-    assert list(pictures(server, second).values()) == list(pictures(server, first).values())
-    loader = next(node for node, made in prompt.items() if made["class_type"] == demo.LOADER)
-    assert first.texts[loader][-1].endswith("unpacked by torch until kernels are proven")
-    assert second.texts[loader][-1].endswith("unpacked by cpp")
-    log = server.log()
-    assert log.count("are tried on cpu in the background") == log.count("kernels proven") and "wrong values" not in log
+
+
+def test_a_prompt_starts_no_trial_and_the_next_session_runs_on_what_was_proven(base):
+    with session(base) as server:
+        server.queue({"1": {"class_type": "NeedsTrials", "inputs": {}}})
+        first, prompt = demo.run_workflow(server)
+        loader = next(node for node, made in prompt.items() if made["class_type"] == demo.LOADER)
+        assert first.texts[loader][-1].endswith("unpacked by torch")
+        wait_for(server, "are tried on cpu when ComfyUI starts next")
+        assert "in the background" not in server.log()
+        drawn = pictures(server, first)
+    with session(base) as server:
+        server.queue({"1": {"class_type": "NeedsTrials", "inputs": {}}})
+        wait_for(server, "kernels proven")
+        second = server.queue(prompt)
+        assert second.texts[loader][-1].endswith("unpacked by cpp")
+        assert pictures(server, second).keys() == drawn.keys()
+        log = server.log()
+        assert log.count("are tried on cpu in the background") == log.count("kernels proven") == 1
+        assert "wrong values" not in log and "starts next" not in log

@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy.model_management
 import torch
 from featherweight.ops import kernels
-from featherweight.ops.kernels import backend_of, choices, proving
+from featherweight.ops.kernels import backend_of, choices
 from featherweight.ops.scratch import shared_scratch
 
 @dataclass(frozen=True)
@@ -91,20 +91,6 @@ def as_in_use():
     the kernels, for which what is timed waits."""
     choices.PATIENCE[choices.EXACT] = 60
     return shared_scratch()
-
-
-@contextlib.contextmanager
-def without_trials():
-    """What layers ask for meanwhile is known from before or not at all: a trial would take the device from what is timed."""
-    class Known(proving.Prover):
-        def __init__(self, device: torch.device, names: tuple[str, ...], **_):
-            super().__init__(device, names, is_busy=lambda: True)
-
-    choices.Prover = Known
-    try:
-        yield
-    finally:
-        choices.Prover = proving.Prover
 
 
 def wait():

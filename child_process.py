@@ -1,4 +1,7 @@
-"""Other programs that end when this process ends, at the latest."""
+"""Starts other programs, each of which ends when this process does, at the latest.
+
+The only file that starts any. docs/security.md lists who asks for which, with which arguments.
+"""
 import atexit
 import os
 import signal
