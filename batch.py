@@ -52,12 +52,6 @@ def workers_of(given: list[int]) -> tuple[int, int]:
     return fewest, most
 
 
-def own_host() -> str:
-    """The folder of the ComfyUI that this pack is in, or ""."""
-    candidates = [os.environ.get("COMFYUI_PATH"), ROOT.parent.parent, ROOT / ".dev" / "host"]
-    return next((str(Path(path).resolve()) for path in candidates if path and (Path(path) / "main.py").is_file()), "")
-
-
 def stop(*_):
     raise KeyboardInterrupt
 
@@ -69,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     sys.modules.setdefault("featherweight", pack)
     from featherweight.machines.batch import Batch, BatchError
     from featherweight.machines.graph import read
+    from featherweight.machines.place import MachineError, own
     from featherweight.machines.progress import duration
 
     started = time.monotonic()
@@ -78,13 +73,17 @@ def run(options: argparse.Namespace) -> int:
     try:
         graph = read(Path(options.workflow).read_text(encoding="utf-8"), options.workflow)
         batch = Batch(graph, options.rows, out, workers_of(options.workers), options.gpus, options.cpus, options.address,
-                      options.shard, own_host())
+                      options.shard, own(str(ROOT)))
         if options.check or options.fetch_models:
             able = batch.checked(options.fetch_models)
             if options.check:
                 return DONE if able else FAILED
         counts = batch.run()
-    except (ValueError, BatchError, OSError) as error:
+    except OSError as error:
+        reason = f"{error.filename} cannot be opened: {error.strerror}." if error.filename and error.strerror else error
+        print(f"Failed: {reason}", flush=True)
+        return FAILED
+    except (ValueError, BatchError, MachineError) as error:
         print(f"Failed: {error}", flush=True)  # at once: Ray may end this process where its cluster went away
         return FAILED
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's answer to SIGTERM while it starts

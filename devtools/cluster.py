@@ -11,7 +11,7 @@ from devtools.host import server
 
 MODEL = demo_files.MODELS["Q4_K"]
 HOUSES = ("red", "yellow", "blue", "purple", "pink", "white")
-TREES, GROUNDS, HOURS = ("pine", "oak", "palm"), ("grass", "snow", "sand"), ("noon", "dusk", "dawn", "night")
+TREES, GROUNDS, HOURS = ("a pine", "an oak", "a palm"), ("grass", "snow", "sand"), ("noon", "dusk", "dawn", "night")
 # Ray on one machine: nothing is told outside, nothing beside what the tests need, and slow is not dead.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_METRICS_COLLECTION": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
          "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_DEDUP_LOGS": "0",
@@ -45,7 +45,7 @@ def workflow(text: str = "a red house", seed: int = 1, steps: int = 2, loras=("i
 
 def changes(index: int) -> dict:
     """What makes the index-th picture."""
-    text = f"a {HOUSES[index % 6]} house left of a {TREES[index % 3]} tree on {GROUNDS[index // 2 % 3]} at {HOURS[index % 4]}"
+    text = f"a {HOUSES[index % 6]} house left of {TREES[index % 3]} tree on {GROUNDS[index // 2 % 3]} at {HOURS[index % 4]}"
     return {"4.text": text, "7.seed": index}
 
 

@@ -5,11 +5,12 @@ others in the next pass, a row whose own fault it is fails alone.
 """
 import collections
 import contextlib
+import itertools
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from . import by_value
@@ -17,7 +18,7 @@ from .check import checked, most
 from .draw import Draw
 from .fetch import pinned
 from .following import end_passes, followed
-from .joining import is_joined, join, nearest
+from .joining import ALONE, is_joined, join, local_environment, nearest
 from .machine import difference
 from .place import MachineError, arguments, find, versions
 from .progress import Progress
@@ -60,7 +61,7 @@ class Batch:
         self.store = Store(self.out)
         table = self.looked()
         for number, said in table.bad:
-            self.say(f"Line {number} {said}.", flush=True)
+            self.say(f"Line {number} {said.rstrip('.')}.", flush=True)
         counts = collections.Counter({"there": table.there, "failed": len(table.bad)})
         if table.left:
             try:
@@ -108,7 +109,7 @@ class Batch:
         at_once = int(ray.cluster_resources().get("CPU", 1)) if self.store.files else os.cpu_count()
         task, graph = ray.remote(look).options(**where), ray.put(self.graph)
         found, running = [], collections.deque()
-        for chunk in (first, *rest):
+        for chunk in itertools.chain([first], rest):
             if len(running) > at_once:
                 found.append(ray.get(running.popleft()))
             running.append(task.remote(self.out, graph, chunk))
@@ -120,12 +121,16 @@ class Batch:
         """Join the cluster, or start one of this machine. Raises BatchError."""
         try:
             if not is_joined():
-                join(nearest(self.address))
+                address = nearest(self.address)
+                os.environ.setdefault(ALONE, "0")
+                if address == "local":
+                    os.environ.update(local_environment(os.environ))
+                join(address)
             import ray
             import ray.data
         except ImportError as error:
             raise BatchError(f"Ray is missing ({error}). Install it for this Python: {sys.executable} -m pip install"
-                             ' "ray[data,serve]"') from error
+                             ' "ray[data]"') from error
         except MachineError as error:
             raise BatchError(str(error)) from error
         by_value(ray.cloudpickle)
@@ -145,6 +150,12 @@ class Batch:
             self.cpus = max(min(shares, default=1.0), 1.0)
         return {node: found for node, found in alive.items()
                 if found.get("CPU", 0) >= self.cpus and found.get("GPU", 0) >= self.gpus}
+
+    def room(self, without: Collection[str]) -> int:
+        """How many workers the machines have room for, apart from these nodes."""
+        return sum(int(min(resources.get("CPU", 0) // (self.cpus or 1),
+                           resources.get("GPU", 0) // self.gpus if self.gpus else 10_000))
+                   for node, resources in self.machines().items() if node not in without)
 
     def nobody(self) -> str:
         return (f"No machine of the cluster has {self.cpus:g} free CPUs"
@@ -170,7 +181,7 @@ class Batch:
         for node, (name, here, problem) in found.items():
             if said := problem or difference(here, expected):
                 out.add(node)
-                self.say(f"{name} {said}: it takes no part.", flush=True)
+                self.say(f"{name} {said.rstrip('.')}: it takes no part.", flush=True)
         return expected, out
 
     # --- drawing ---
@@ -245,8 +256,7 @@ class Batch:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         fewest, most = self.workers
         most = max(most or 10_000, fewest)
-        room = sum(int(min(found["CPU"] // (self.cpus or 1), found.get("GPU", 0) // self.gpus if self.gpus else 10_000))
-                   for node, found in self.machines().items() if node not in without)
+        room = self.room(without)
         first = min(max(fewest, room), most, max(len(rows), fewest))
         in_block = 1 if ended else max(1, min(10, len(rows) // (50 * first)))  # few, so that nobody waits long for the last
         elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(without))})"}} if without else {}

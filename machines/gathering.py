@@ -1,51 +1,97 @@
-"""Pictures of items that are drawn elsewhere, put together in their order, and how far they are."""
+"""Pictures of items that are drawn on other machines, put together in their order, and how far they are."""
+import math
 from collections.abc import Collection
+
+import numpy
+import psutil
 
 from .graph import GraphError
 from .place import MachineError
 
 
 class Gathering:
-    """images: item -> array (N, H, W, C), float32. on: item -> the machine that draws it. nodes: those whose steps count."""
+    """Takes the events of `Pool.run`.
+
+    Args:
+        count: how many items there are.
+        nodes: those whose steps count.
+    """
 
     def __init__(self, count: int, nodes: Collection[str]):
         self.count, self.nodes = count, nodes
-        self.images, self.on, self.steps, self.workers = {}, {}, {}, 0
+        self.on, self.steps, self.workers = {}, {}, 0  # item -> the machine that draws it; item -> node -> its steps
+        self.images, self.batch, self.others = None, 0, {}  # of all items, `batch` each; items with another number of pictures
+        self.received, self.done = {}, set()
 
-    def tell(self, event, data):
-        """Take an event of `Pool.run`. Raises GraphError and MachineError for an item that cannot be drawn, or not beside the
-        others."""
+    def tell(self, header: dict, data: bytes):
+        """Takes a header of the driver and its data.
+
+        Raises GraphError and MachineError for an item that cannot be drawn, or not next to the others.
+        """
+        event = header["event"]
         if event == "workers":
-            self.workers = data
+            self.workers = header["value"]
             return
-        index, kind = event
-        which = f"Item {index + 1} of {self.count}"
-        if kind == "begins":
-            self.on[index] = data
-        elif kind == "lost":
+        index, value = header["item"], header.get("value")
+        name = f"Item {index + 1} of {self.count}"
+        if event == "begins":
+            self.on[index] = value
+        elif event == "lost":
             self.on.pop(index, None)
             self.steps.pop(index, None)
-        elif kind == "progress":
-            node, value, maximum = data
-            if node in self.nodes and maximum > 1:
-                self.steps.setdefault(index, {})[node] = value, maximum
-        elif kind == "failed":
-            raise GraphError(f"{which} failed: {data}")
-        elif kind == "unfit":
-            raise MachineError(f"{which} cannot be drawn on {data}")
-        elif kind == "images":
-            other = next(iter(self.images.items()), (index, data))
-            if other[1].shape[1:] != data.shape[1:]:
-                raise GraphError(f"{which} is {_size(data)}, item {other[0] + 1} is {_size(other[1])}: pictures of one run have"
-                                 " one size. Set it for all of them, or run once for each size.")
-            self.images[index] = data
+            self.received.pop(index, None)
+        elif event == "progress":
+            node, done, most = value
+            if node in self.nodes and most > 1:
+                self.steps.setdefault(index, {})[node] = done, most
+        elif event == "failed":
+            raise GraphError(f"{name} failed: {value}")
+        elif event == "unfit":
+            raise MachineError(f"{name} cannot be drawn on {value}")
+        elif event == "image":
+            self._put(name, header, data)
+
+    def _put(self, name: str, header: dict, data: bytes):
+        item, index, count, shape = header["item"], header["index"], header["of"], tuple(header["shape"])
+        if self.images is None:
+            self._allocate(count, shape)
+            self.first = item
+        if shape != self.images.shape[1:]:
+            raise GraphError(f"{name} is {_size(shape)}, item {self.first + 1} is {_size(self.images.shape[1:])}: pictures of"
+                             " one run have one size. Set it for all of them, or run once for each size.")
+        if count == self.batch:
+            target = self.images[item * count + index]
+        else:
+            target = self.others.setdefault(item, numpy.empty((count, *shape), numpy.float32))[index]
+        target[...] = numpy.frombuffer(data, numpy.float32).reshape(shape)
+        self.received[item] = self.received.get(item, 0) + 1
+        if self.received[item] == count:
+            self.done.add(item)
+
+    def _allocate(self, batch: int, shape: tuple[int, ...]):
+        """Makes room for all pictures. Memory is used as they come."""
+        size, free = 4 * math.prod(shape) * batch * self.count, psutil.virtual_memory().available
+        if size > free:
+            raise GraphError(f"{self.count} items of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
+                             f" {free / 1e9:.1f} GB are free: draw fewer at once, or smaller ones.")
+        self.images, self.batch = numpy.empty((batch * self.count, *shape), numpy.float32), batch
+
+    def whole(self) -> numpy.ndarray:
+        """The pictures of all items, (N, H, W, C). Raises GraphError where an item has none."""
+        missing = next((index for index in range(self.count) if index not in self.done), None)
+        if missing is not None:
+            raise GraphError(f"Item {missing + 1} of {self.count} gave no picture.")
+        if not self.others:
+            return self.images
+        parts = numpy.split(self.images, self.count)
+        return numpy.concatenate([self.others.get(index, part) for index, part in enumerate(parts)])
 
     def progress(self) -> tuple[int, int]:
         """(steps done, steps in all). An item that has not told its steps is taken to have as many as the longest that has."""
         sums = {index: (sum(value for value, _ in steps.values()), sum(most for _, most in steps.values()))
                 for index, steps in self.steps.items()}
         most = max((total for _, total in sums.values()), default=1)
-        done = sum(most if index in self.images else min(sums.get(index, (0, 0))[0], most) for index in range(self.count))
+        done = sum(most if index in self.done else min(sums.get(index, (0, 0))[0], most) for index in range(self.count))
         return int(done), int(most * self.count)
 
     def text(self) -> str:
@@ -53,9 +99,10 @@ class Gathering:
         if not self.on:
             return "Waiting for Ray" if not self.workers else f"Waiting for workers, {self.workers} at most"
         machines = sorted(set(self.on.values()))
-        drawing = len(self.on.keys() - self.images.keys())
-        return f"{len(self.images)} of {self.count} done, {drawing} in work\non {', '.join(machines)}"
+        drawing = len(self.on.keys() - self.done)
+        return f"{len(self.done)} of {self.count} done, {drawing} in work\non {', '.join(machines)}"
 
 
-def _size(images) -> str:
-    return f"{images.shape[2]} x {images.shape[1]}" + (f" with {images.shape[3]} channels" if images.shape[3] != 3 else "")
+def _size(shape: tuple[int, ...]) -> str:
+    height, width, channels = shape
+    return f"{width} x {height}" + (f" with {channels} channels" if channels != 3 else "")

@@ -79,7 +79,10 @@ def upstream(graph, link: list) -> dict[str, dict]:
 
 def with_result(graph: Mapping[str, dict], link: list) -> dict[str, dict]:
     """A graph that hands the pictures of a link over as a tensor: `Answer.images` of `machines/host.py`."""
-    return {**graph, "result": {"class_type": RESULT, "inputs": {"images": list(link), "key": ""}}}
+    name = "result"
+    while name in graph:
+        name += "_"
+    return {**graph, name: {"class_type": RESULT, "inputs": {"images": list(link), "key": ""}}}
 
 
 def digest(graph: Mapping[str, dict]) -> str:

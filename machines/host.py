@@ -13,11 +13,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import filelock
+
 from .graph import RESULT, GraphError, one_line, texts
 from .heard import Listener
 from .place import MachineError
 
 SCRATCH = "featherweight-worker-"
+LOCK = ".lock"  # in a scratch folder, held as long as its process lives, which has another number in another container
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError")
 FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
@@ -46,7 +49,7 @@ class Host:
     def __init__(self, comfyui: str, arguments: Sequence[str] = ()):
         started = time.monotonic()
         sweep_dead()
-        self.scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
+        self.scratch, self.scratch_lock = make_scratch()
         self.streams = sys.stdout, sys.stderr  # the host wraps their buffers; freed, those would close under it
         self.results, self.listeners, self.lock = {}, {}, threading.Lock()
         failed = []
@@ -232,7 +235,8 @@ class Host:
             except FileNotFoundError:
                 return None
             count = counts[node] = counts.get(node, -1) + 1  # of 9:1 and 9-1 together
-            files[f"{node}_{count}{os.path.splitext(path)[1]}"] = data
+            ending = os.path.splitext(path)[1].replace("_", "-")  # names of other rows have one before node and number
+            files[f"{node}_{count}{ending}"] = data
         return files
 
     def _sweep(self):
@@ -244,22 +248,29 @@ class Host:
     def close(self):
         """Remove the folder of what it wrote. The ComfyUI goes with its process."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch_lock.release()
+
+
+def make_scratch() -> tuple[str, filelock.BaseFileLock]:
+    """(a new folder for what a ComfyUI writes, its lock, held)."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=SCRATCH)
+        lock = filelock.FileLock(os.path.join(folder, LOCK), thread_local=False)
+        with contextlib.suppress(FileNotFoundError):
+            lock.acquire()
+            if os.path.exists(os.path.join(folder, LOCK)):  # else another process has swept it before it was locked
+                return folder, lock
+            lock.release()
 
 
 def sweep_dead():
-    """Remove what processes that were killed left of their folders for what ComfyUI writes; Windows has no safe way to ask."""
-    if os.name != "posix":
-        return
+    """Remove what processes that were killed left of their folders for what ComfyUI writes."""
     with os.scandir(tempfile.gettempdir()) as entries:
-        found = [(entry.path, re.match(rf"{SCRATCH}(\d+)-", entry.name)) for entry in entries]
-    for path, match in found:
-        if match:
-            try:
-                os.kill(int(match[1]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(path, ignore_errors=True)
-            except OSError:  # another user's
-                pass
+        folders = [entry.path for entry in entries if entry.name.startswith(SCRATCH)]
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, LOCK)):
+            with contextlib.suppress(filelock.Timeout, OSError), filelock.FileLock(os.path.join(folder, LOCK), timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def result_node(results: dict):

@@ -1,4 +1,5 @@
 """A program's way into Ray: to a cluster that runs already, or to a Ray of its own, on this machine and for itself alone."""
+import concurrent.futures
 import logging
 import os
 import secrets
@@ -6,13 +7,16 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable, Mapping
 
 import psutil
 
+from .address import check_form
 from .graph import one_line
 from .place import MachineError
 
-TIMEOUT = 5.0  # seconds in which a cluster's address must answer
+CONNECT_SECONDS = 3  # in which something must listen at a cluster's address
+ANSWER_SECONDS = 4  # in which it must answer as Ray does
 CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on every system: Ray listens on 127.0.0.1. Read when ray is imported
 ALONE = "RAY_ENABLE_AUTO_CONNECT"  # "0": who asks Ray after its end starts no other one. Read when ray is imported
 TOKEN = "RAY_AUTH_TOKEN"  # without one Ray 2.60 writes ~/.ray/auth_token, which this user's next cluster asks of everybody
@@ -38,46 +42,89 @@ def is_of_a_cluster(process: psutil.Process) -> bool:
         return False
 
 
+def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of a program with a Ray of its own, which no other machine and no other user can reach.
+
+    Ray reads them when it is imported. environment: the program's variables otherwise.
+    """
+    return {CLUSTER: "0", TOKEN: environment.get(TOKEN) or secrets.token_hex(32)}
+
+
 def join(address: str):
     """Be a driver of a cluster (HOST:PORT, or "auto" for this machine's), or of a Ray of one's own: "local".
 
-    That one no other machine and no other user can reach. Raises MachineError, and ImportError where there is no Ray.
+    For the latter the environment must be that of `local_environment`. Raises MachineError, and ImportError where there is no
+    Ray.
     """
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    os.environ.setdefault(ALONE, "0")
     if address == "local":
-        os.environ[CLUSTER] = "0"
-        os.environ.setdefault(TOKEN, secrets.token_hex(32))
         options["include_dashboard"] = False
     else:
-        _answers(address)
+        check_form(address)
+        _check_answers(address)
     import ray
 
     on_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise MachineError(_refused(address, one_line(error, 600).rstrip(".") or type(error).__name__)) from error
+        raise MachineError(_refused(address, error)) from error
     if callable(on_end) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_end)  # Ray puts its own in its place, which ends the process without a word
 
 
-def _refused(address: str, said: str) -> str:
+def _refused(address: str, error: Exception) -> str:
+    reason = one_line(error, 600).rstrip(".") or type(error).__name__
     if address == "local":
-        return f"Ray did not start on this machine: {said}"
-    return (f"The Ray cluster at {address} cannot be used from here: {said}. If its first machine has a ~/.ray/auth_token, the"
-            " cluster may ask for it: copy that file here and set RAY_AUTH_MODE=token.")
+        return f"Ray did not start on this machine: {reason}"
+    return (f"The Ray cluster at {address} cannot be used from here: {reason}. If its first machine has a ~/.ray/auth_token,"
+            " the cluster may ask for it: copy that file here and set RAY_AUTH_MODE=token.")
 
 
-def _answers(address: str):
-    host, colon, port = address.rpartition(":")
-    if address == "auto":
-        return
-    if not (colon and port.isdigit() and "/" not in address):
-        raise MachineError(f"{address} is no address of a Ray cluster: write HOST:6379, as `ray start --head` says it there,"
-                           " or auto for the cluster that this machine belongs to.")
+def _check_answers(address: str):
+    """Raises MachineError within `CONNECT_SECONDS` + `ANSWER_SECONDS` where no Ray is: `ray.init` would try for minutes."""
+    if address == "auto":  # the address is then one that Ray noted on this machine, where nothing may be any more
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            address = canonicalize_bootstrap_address("auto")
+        except ConnectionError as error:
+            raise MachineError(_unanswered("auto", one_line(error, 300))) from error
+    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), TIMEOUT).close()
+        _within(CONNECT_SECONDS, lambda: socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close())
     except OSError as error:
-        raise MachineError(f"No Ray cluster answers at {address} ({error}): is `ray start --head` running there, and `ray start"
-                           f" --address={address}` here?") from error
+        raise MachineError(_unanswered(address, error)) from error
+    import ray
+    from ray._raylet import GcsClient
+
+    try:
+        _within(ANSWER_SECONDS, lambda: GcsClient(address=address))
+    except TimeoutError as error:
+        raise MachineError(_unanswered(address, f"what listens there is not Ray, or took over {ANSWER_SECONDS} s")) from error
+    except ray.exceptions.AuthenticationError as error:
+        raise MachineError(_refused(address, error)) from error
+    except ray.exceptions.RayError as error:
+        raise MachineError(_unanswered(address, one_line(error, 300))) from error
+
+
+def _unanswered(address: str, reason) -> str:
+    return (f"No Ray cluster answers at {address} ({reason}): is `ray start --head` running there, and `ray start"
+            f" --address={address}` here?")
+
+
+def _within(seconds: float, call: Callable):
+    """What a call returns or raises; TimeoutError after so many seconds, while a thread goes on waiting for it."""
+    outcome = concurrent.futures.Future()
+
+    def run():
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except concurrent.futures.TimeoutError as error:  # another class than the built-in one before Python 3.11
+        raise TimeoutError(str(error) or f"no answer within {seconds} s") from error

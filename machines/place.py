@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class MachineError(RuntimeError):
@@ -17,14 +17,34 @@ def find(elsewhere: str = "", environment: Mapping[str, str] | None = None) -> s
     elsewhere: one to take where neither has it, such as the driver's own. Raises MachineError.
     """
     environment = os.environ if environment is None else environment  # a default would be the driver's, sent along by value
+    folder = first_comfyui((os.getcwd(), environment.get("PWD", ""), elsewhere), environment)
+    if not folder:
+        raise MachineError("no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or call that in its"
+                           " folder.")
+    return folder
+
+
+def own(pack: str, environment: Mapping[str, str] | None = None) -> str:
+    """The folder of the ComfyUI that a command of this pack uses, or "": COMFYUI_PATH, else the one that the pack is in.
+
+    pack: the pack's folder. Raises MachineError.
+    """
+    return first_comfyui((os.path.dirname(os.path.dirname(pack)), os.path.join(pack, ".dev", "host")),
+                         os.environ if environment is None else environment)
+
+
+def first_comfyui(folders: Iterable[str], environment: Mapping[str, str]) -> str:
+    """COMFYUI_PATH, else the first of these folders that is a ComfyUI's, or "". Raises MachineError."""
     if named := environment.get("COMFYUI_PATH"):
-        if not os.path.isfile(os.path.join(named, "main.py")):
-            raise MachineError(f"COMFYUI_PATH is {named}, which has no main.py: set it to ComfyUI's folder before `ray start`.")
+        if not is_comfyui(named):
+            raise MachineError(f"COMFYUI_PATH is {named}, which has no main.py and comfy: set it to ComfyUI's folder (for a"
+                               " worker of Ray, before `ray start`).")
         return os.path.abspath(named)
-    for folder in (os.getcwd(), environment.get("PWD", ""), elsewhere):
-        if folder and all(os.path.exists(os.path.join(folder, part)) for part in ("main.py", "comfy")):
-            return os.path.abspath(folder)
-    raise MachineError("no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or call that in its folder.")
+    return next((os.path.abspath(folder) for folder in folders if folder and is_comfyui(folder)), "")
+
+
+def is_comfyui(folder: str) -> bool:
+    return all(os.path.exists(os.path.join(folder, part)) for part in ("main.py", "comfy"))
 
 
 def arguments(has_gpu: bool, environment: Mapping[str, str] | None = None) -> list[str]:
@@ -69,7 +89,8 @@ def _quoted(path: str, name: str) -> str:
 
 def _pack_version(custom_nodes: str) -> str:
     try:
-        folders = [os.path.join(custom_nodes, name) for name in sorted(os.listdir(custom_nodes))]
+        folders = [os.path.join(custom_nodes, name) for name in sorted(os.listdir(custom_nodes))
+                   if not name.endswith(".disabled")]  # as ComfyUI does
     except OSError:
         return ""
     projects = (os.path.join(folder, "pyproject.toml") for folder in folders

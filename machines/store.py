@@ -2,7 +2,7 @@
 
 | name | what |
 |---|---|
-| `<id>_<node>_<n>.<ext>` | what a row's workflow saved |
+| `<id>_<node>_<n>.<ext>` | what a row's workflow saved; JSON ends in `..json`, as no record does: no id ends in a dot |
 | `<id>.json` | {"stamp", "files", "changes", "seconds", "worker"}, written last: with the row's stamp in it the row is done |
 | `.<name>.<8 hex digits>.part` | a file of a folder while it is written; left by a process that was killed |
 
@@ -17,7 +17,7 @@ import sys
 from urllib.request import url2pathname
 
 PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
-PICTURE = re.compile(r"(.+)_[A-Za-z0-9-]+_\d+(\.[^.]*)?")
+PICTURE = re.compile(r"(.+)_[A-Za-z0-9-]+_\d+(\.?\.[^.]*)?")
 ATTEMPTS = 5  # at writing a file
 
 
@@ -40,7 +40,7 @@ class Store:
                 import pyarrow.fs
             except ImportError as error:
                 raise ValueError(f"{out} needs pyarrow, which is missing ({error}). Install it for this Python:"
-                                 f' {sys.executable} -m pip install "ray[data,serve]"') from error
+                                 f' {sys.executable} -m pip install "ray[data]"') from error
             self.files, self.root = pyarrow.fs.FileSystem.from_uri(out)
         else:
             os.makedirs(self.root, exist_ok=True)
@@ -105,8 +105,8 @@ class Store:
 
     def save(self, row: str, files: dict[str, bytes], record: dict):
         """Put a row's files and then its record there, in the place of what an earlier version of the row had."""
-        names = {f"{row}_{name}": data for name, data in files.items()}
-        old = [name for name in self.record(row).get("files", []) if isinstance(name, str) and name.startswith(f"{row}_")]
+        names = {saved_name(row, name): data for name, data in files.items()}
+        old = [name for name in self.record(row).get("files", []) if isinstance(name, str) and is_saved_name(row, name)]
         if old:  # until all is there the row is not done, and what may go is remembered
             self.write(f"{row}.json", json.dumps({"stamp": "", "files": [*{*old, *names}]}).encode())
         for name, data in names.items():
@@ -126,6 +126,18 @@ class Store:
         for name in own:
             _remove(self.path(name))
         return len(own)
+
+
+def saved_name(row: str, name: str) -> str:
+    """What a row's file `<node>_<n>.<ext>` is called in the store."""
+    stem, ending = os.path.splitext(name)
+    return f"{row}_{stem}{'.' if ending.casefold() == '.json' else ''}{ending}"
+
+
+def is_saved_name(row: str, name: str) -> bool:
+    """Whether it is a name that only a file of this row has. One that ends in .json may be the record of another row."""
+    is_record = name.casefold().endswith(".json") and not name.casefold().endswith("..json")
+    return name.startswith(f"{row}_") and not is_record and not re.search(r"[/\\]", name)
 
 
 class Writer:

@@ -1,4 +1,4 @@
-"""One ComfyUI in one process of Ray: plain actors and the replicas of Ray Serve share this class.
+"""One ComfyUI in one process of Ray: actors of a program and those of *Run on Ray* share this class.
 
 Ray Data's workers (`machines/batch.py`) take its `boot`.
 """
@@ -37,12 +37,13 @@ class Worker:
         """(files, images) of `Answer`. Cancelling the call ends this prompt and no other."""
         return [data async for event, data in self.stream(graph, extra) if event == "answer"][0]
 
-    async def stream(self, graph: dict, extra: dict | None = None):
+    async def stream(self, graph: dict, extra: dict | None = None, prompt_id: str = ""):
         """What the host tells about a prompt as it comes, (event, data), and at last ("answer", (files, images)).
 
-        extra: see `Host.run`. Raises GraphError and MachineError. Ending the stream early ends this prompt and no other.
+        extra, prompt_id: see `Host.run`. Ending the stream early ends this prompt and no other. Raises GraphError,
+        MachineError and Cancelled.
         """
-        loop, prompt_id, events = asyncio.get_running_loop(), str(uuid.uuid4()), asyncio.Queue()
+        loop, prompt_id, events = asyncio.get_running_loop(), prompt_id or str(uuid.uuid4()), asyncio.Queue()
 
         def heard(*event):
             loop.call_soon_threadsafe(events.put_nowait, event)

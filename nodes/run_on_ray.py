@@ -6,20 +6,21 @@ import sys
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import numpy
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL import Image
 
 from ..machines import here
+from ..machines.address import THIS_COMPUTER, choices, is_cluster, named_cluster
 from ..machines.gathering import Gathering
-from ..machines.graph import GraphError, changed, classes, upstream, with_result
+from ..machines.graph import GraphError, classes, upstream, with_result
 from ..machines.items import items, varying
+from ..machines.place import MachineError
 from ..machines.pool import Pool
 from .shown import shower
 
-POOL = Pool()  # as long as this ComfyUI: a Ray that it started, and the workers' models, stay for the next prompt
+POOL = Pool(named_cluster())  # kept until ComfyUI ends, as are a Ray that it started and the models of the workers
 
 
 class RunOnRay(io.ComfyNode):
@@ -43,9 +44,9 @@ class RunOnRay(io.ComfyNode):
                                 tooltip="A line for each item, begun again when they run out. It takes the place of %text% in"
                                         " any text before this node; where there is no %text%, of the whole prompt. Empty:"
                                         " all items have the text that is there."),
-                io.String.Input("address", default="", optional=True,
-                                tooltip="Of the Ray cluster, such as HOST:6379, or auto for the one that this machine belongs"
-                                        " to. Empty: the GPUs of this machine, and nothing else is needed."),
+                io.Combo.Input("address", options=choices(POOL.cluster), default=THIS_COMPUTER, optional=True,
+                               tooltip="Where the pictures are drawn: on the GPUs of this computer, or on the Ray cluster that"
+                                       " is named in FEATHERWEIGHT_RAY_ADDRESS where ComfyUI is started."),
                 io.Int.Input("workers", default=0, min=0, max=10000, optional=True,
                              tooltip="How many ComfyUI draw at the same time. 0: one on each GPU; where no machine has a GPU,"
                                      " one on each machine."),
@@ -59,29 +60,40 @@ class RunOnRay(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, count, texts="", address="", workers=0, idle_minutes=10.0) -> io.NodeOutput:
-        part, address = upstream(cls.hidden.dynprompt, images), address.strip()
+    def validate_inputs(cls, address=THIS_COMPUTER):
+        """Accepts what older workflows have in the place of a choice; any other value is refused before anything runs."""
+        try:
+            if address is not None:  # else another node will give it, and `execute` asks
+                is_cluster(address, POOL.cluster)
+        except MachineError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, images, count, texts="", address=THIS_COMPUTER, workers=0, idle_minutes=10.0) -> io.NodeOutput:
+        on_cluster = is_cluster(address, POOL.cluster)
+        part = upstream(cls.hidden.dynprompt, images)
         if "FeatherweightRunOnRay" in classes(part):
             raise GraphError("One Run on Ray is before another: its workers would wait for workers. Leave one of them out.")
         changes = items(part, count, texts)
         gathering, bar, show = Gathering(count, varying(part, changes)), comfy.utils.ProgressBar(count), shower()
 
-        def told(event, data):
-            gathering.tell(event, data)
-            if event[1:] == ("preview",):
-                bar.update_absolute(*gathering.progress(), ("JPEG", Image.open(streams.BytesIO(data)).convert("RGB"), None))
-            elif event[1:] == ("progress",):
+        def on_event(header, data):
+            gathering.tell(header, data)
+            if header["event"] == "preview":
+                picture = Image.open(streams.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
+                bar.update_absolute(*gathering.progress(), ("JPEG", picture, None))
+            elif header["event"] == "progress":
                 bar.update_absolute(*gathering.progress())
             else:
                 show(gathering.text())
 
         show(gathering.text())
         comfyui = os.path.dirname(folder_paths.__file__)
-        POOL.run(address, {
-            "graphs": [with_result(changed(part, change), images) for change in changes], "elsewhere": comfyui,
+        POOL.run(on_cluster, {
+            "graph": with_result(part, images), "changes": changes, "comfyui": comfyui,
             "extra": {"preview_method": args.preview_method.value}, "workers": workers, "idle_seconds": idle_minutes * 60,
-            "on_cpu": args.cpu and not address,
-        }, told, comfy.model_management.throw_exception_if_processing_interrupted,
-            {} if address else here.environment(comfyui, sys.argv[1:]))
-        whole = numpy.concatenate([gathering.images[index] for index in range(count)])
-        return io.NodeOutput(torch.from_numpy(whole))
+            "on_cpu": args.cpu and not on_cluster,
+        }, on_event, comfy.model_management.throw_exception_if_processing_interrupted,
+            {} if on_cluster else here.environment(comfyui, sys.argv[1:]))
+        return io.NodeOutput(torch.from_numpy(gathering.whole()))

@@ -15,7 +15,7 @@ from featherweight.machines import following
 from featherweight.machines.batch import Batch
 from featherweight.machines.draw import Draw
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
-from featherweight.machines.place import MachineError, arguments, find
+from featherweight.machines.place import MachineError, arguments, find, own, versions
 from featherweight.machines.progress import Progress
 from featherweight.machines.rows import Looked, Table, lines, look
 from featherweight.machines.store import Store
@@ -68,6 +68,31 @@ def test_a_machine_without_comfyui_says_what_to_set(tmp_path, monkeypatch):
         find(environment={"COMFYUI_PATH": str(tmp_path)})
     with pytest.raises(MachineError, match="COMFYUI_ARGUMENTS is --lowvram 'x, which cannot be taken apart .No closing"):
         arguments(True, {"COMFYUI_ARGUMENTS": "--lowvram 'x"})
+
+
+def test_commands_and_workers_take_comfyui_by_one_rule(tmp_path, monkeypatch):
+    pack = tmp_path / "comfyui" / "custom_nodes" / "pack"
+    for folder in (tmp_path / "comfyui", tmp_path / "named"):
+        (folder / "comfy").mkdir(parents=True)
+        (folder / "main.py").touch()
+    monkeypatch.chdir(tmp_path / "comfyui")
+    assert own(str(pack), {}) == find(environment={}) == str(tmp_path / "comfyui")
+    named = {"COMFYUI_PATH": str(tmp_path / "named")}
+    assert own(str(pack), named) == find(environment=named) == str(tmp_path / "named")
+    for ask in (lambda wrong: own(str(pack), wrong), lambda wrong: find(environment=wrong)):
+        with pytest.raises(MachineError, match="typo, which has no main.py and comfy: set it to ComfyUI's folder"):
+            ask({"COMFYUI_PATH": str(tmp_path / "typo")})
+    assert own(str(tmp_path), {}) == ""
+
+
+def test_a_disabled_copy_of_the_pack_does_not_count_as_installed(tmp_path):
+    for name, version in (("a-copy.disabled", "0.1"), ("pack", "0.2")):
+        (tmp_path / "custom_nodes" / name).mkdir(parents=True)
+        (tmp_path / "custom_nodes" / name / "host_contract.py").touch()
+        (tmp_path / "custom_nodes" / name / "pyproject.toml").write_text(f'version = "{version}"', encoding="utf-8")
+    assert versions(str(tmp_path))["Featherweight"] == "0.2"
+    os.rename(tmp_path / "custom_nodes" / "pack", tmp_path / "custom_nodes" / "pack.disabled")
+    assert versions(str(tmp_path))["Featherweight"] == ""
 
 
 # --- rows and store ---
@@ -154,11 +179,40 @@ def test_a_row_whose_writing_ended_in_the_midst_is_not_done(tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.png"]
 
 
+def test_json_that_a_row_saves_is_not_the_record_of_another_row(tmp_path):
+    store = Store(str(tmp_path))
+    store.save("a_9_0", {"9_0.png": b"picture"}, {"stamp": "1"})
+    store.save("a", {"9_0.json": b"{}", "9_1.JSON": b"{}"}, {"stamp": "2"})
+    assert store.done("a_9_0", "1") and store.done("a", "2")
+    assert store.read("a_9_0..json") == b"{}" and (tmp_path / "a_9_1..JSON").is_file()
+    store.save("a", {"9_0.png": b"picture"}, {"stamp": "3"})
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.json", "a_9_0.png", "a_9_0_9_0.png"]
+
+
+def test_a_row_of_an_earlier_version_that_saved_json_is_done_and_takes_no_record_away(tmp_path):
+    store = Store(str(tmp_path))
+    (tmp_path / "a.json").write_text(json.dumps({"stamp": "1", "files": ["a_9_0.json", "a_9_1.png"]}), encoding="utf-8")
+    (tmp_path / "a_9_1.png").touch()
+    store.save("a_9_0", {"9_0.png": b"picture"}, {"stamp": "2"})
+    assert store.done("a", "1")
+    store.save("a", {"9_0.png": b"picture"}, {"stamp": "3"})
+    assert store.done("a_9_0", "2") and not (tmp_path / "a_9_1.png").exists()
+
+
+def test_a_record_removes_files_of_its_row_only(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a_").mkdir()
+    (tmp_path / "precious").touch()
+    (tmp_path / "out" / "a.json").write_text(json.dumps({"stamp": "1", "files": ["a_/../../precious", 5]}), encoding="utf-8")
+    Store(str(tmp_path / "out")).save("a", {"9_0.png": b"picture"}, {"stamp": "2"})
+    assert (tmp_path / "precious").exists()
+
+
 def test_only_half_files_of_own_rows_are_removed(tmp_path):
-    for name in ("a_9_0.png", "a.json", "b_9_0.png", "a_9.json"):
+    for name in ("a_9_0.png", "a_9_1..json", "a.json", "b_9_0.png", "a_9.json"):
         (tmp_path / f".{name}.0123abcd.part").touch()
     (tmp_path / ".a_9_0.png.part").touch()
-    assert Store(str(tmp_path)).tidy({"a"}) == 2
+    assert Store(str(tmp_path)).tidy({"a"}) == 3
     assert sorted(os.listdir(tmp_path)) == [".a_9.json.0123abcd.part", ".a_9_0.png.part", ".b_9_0.png.0123abcd.part"]
 
 
@@ -330,9 +384,60 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path):
     for path in sorted((ROOT / "example_workflows").glob("*.json"))[:1]:
         found = command(path, rows, tmp_path / "out")
         assert found.returncode == 1 and "Export (API)" in found.stdout and not found.stderr
-    found = command(ROOT / "docs/batch/workflow_api.json", tmp_path / "none.jsonl", tmp_path / "out")
-    assert found.returncode == 1 and "none.jsonl" in found.stdout and not found.stderr
+    example = ROOT / "docs/batch/workflow_api.json"
+    for asked, missing in (((example, tmp_path / "none.jsonl"), "none.jsonl"), ((tmp_path / "none.json", rows), "none.json")):
+        found = command(*asked, tmp_path / "out")
+        assert found.returncode == 1 and not found.stderr
+        assert found.stdout == f"Failed: {tmp_path / missing} cannot be opened: No such file or directory.\n"
+    rows.write_text('{"id": "a", "99.seed": 1}\n', encoding="utf-8")
+    found = command(example, rows, tmp_path / "out")
+    assert "Line 1 (a): The workflow has no node 99, which '99.seed' names.\n" in found.stdout
     assert command("a", "b", "c", "--shard", "3/2").returncode == 2
+
+
+def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a"}', encoding="utf-8")
+    found = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out",
+                    env={**os.environ, "COMFYUI_PATH": str(tmp_path / "typo")})
+    assert found.returncode == 1 and not found.stderr
+    assert found.stdout.startswith(f"Failed: COMFYUI_PATH is {tmp_path / 'typo'}, which has no main.py and comfy: set it to")
+
+
+def test_a_machine_without_cpus_has_room_for_no_worker(tmp_path):
+    batch = passes(tmp_path)
+    batch.machines = lambda: {"head": {"memory": 1.0}, "one": {"CPU": 4.0}}
+    for batch.cpus, room in ((0, 4), (2, 2)):
+        batch.gpus = 0
+        assert batch.room(()) == room and batch.room({"one"}) == 0
+
+
+def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
+    """And not all of them before the first."""
+    reads, running = [], []
+
+    class Task:
+        def options(self, **_):
+            return self
+
+        def remote(self, out, graph, chunk):
+            running.append(chunk)
+            return reads[-1]
+
+    ray = SimpleNamespace(remote=lambda look: Task(), put=lambda graph: graph, get=lambda ref: ref,
+                          cluster_resources=lambda: {"CPU": 2})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    batch = passes(tmp_path)
+    batch.store = SimpleNamespace(files=True)
+
+    def chunks():
+        for index in range(1, 5):
+            assert len(running) == index
+            reads.append(index)
+            yield [index]
+
+    reads.append(0)
+    assert batch.looks_on_ray([0], chunks()) == [0, 1, 2, 3, 4]
 
 
 def test_the_example_is_whole(tmp_path):
@@ -356,4 +461,4 @@ def test_a_finished_batch_needs_no_ray(tmp_path):
     assert found.returncode == 0 and "0 drawn, 12 there before, 0 failed" in found.stdout
     (tmp_path / "out" / "0003.json").unlink()
     found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out", env=environment)
-    assert found.returncode == 1 and 'pip install "ray[data,serve]"' in found.stdout and not found.stderr
+    assert found.returncode == 1 and 'pip install "ray[data]"' in found.stdout and not found.stderr

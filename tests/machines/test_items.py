@@ -1,17 +1,16 @@
 """What differs from item to item, how many workers there are, and what comes together: without Ray."""
-import io
-from unittest.mock import Mock
+import types
 
 import numpy
+import psutil
 import pytest
 from devtools.files import demo_files
-from featherweight.machines import here, pool, replica
-from featherweight.machines.driver import pickled, read
+from featherweight.machines import here
+from featherweight.machines.actor_pool import Share, plan
 from featherweight.machines.gathering import Gathering
-from featherweight.machines.graph import GraphError
+from featherweight.machines.graph import GraphError, with_result
 from featherweight.machines.items import items, varying
 from featherweight.machines.place import MachineError
-from featherweight.machines.replica import plan
 
 
 def part(**nodes) -> dict:
@@ -66,17 +65,23 @@ def test_what_varies_is_what_the_changes_reach():
     assert varying(SAMPLED, items(SAMPLED, 1)) == set(SAMPLED)
 
 
-@pytest.mark.parametrize("machines, workers, on_cpu, count, options", [
-    ([{"CPU": 16, "GPU": 2}], 0, False, 2, {"ray_actor_options": {"num_gpus": 1, "num_cpus": 8}}),
-    ([{"CPU": 16, "GPU": 2}, {"CPU": 6, "GPU": 1}, {"CPU": 64}], 0, False, 3,
-     {"ray_actor_options": {"num_gpus": 1, "num_cpus": 6}}),
-    ([{"CPU": 2, "GPU": 4}], 3, False, 3, {"ray_actor_options": {"num_gpus": 1, "num_cpus": 0.5}}),
-    ([{"CPU": 16, "GPU": 2}], 0, True, 1, {"max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 16}}),
-    ([{"CPU": 8}, {"CPU": 4}, {}], 0, False, 2, {"max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 4}}),
-    ([{"CPU": 8}, {"CPU": 4}], 3, False, 3, {"max_replicas_per_node": 2, "ray_actor_options": {"num_cpus": 2}}),
-    ([{}], 2, False, 0, {})])
-def test_a_worker_for_each_gpu_or_else_for_each_machine(machines, workers, on_cpu, count, options):
-    assert plan(machines, workers, on_cpu) == (count, options)
+@pytest.mark.parametrize("machines, workers, on_cpu, count, share", [
+    ([{"CPU": 16, "GPU": 2}], 0, False, 2, Share(8, 1)),
+    ([{"CPU": 16, "GPU": 2}, {"CPU": 6, "GPU": 1}, {"CPU": 64}], 0, False, 3, Share(6, 1)),
+    ([{"CPU": 2, "GPU": 4}], 3, False, 3, Share(0.5, 1)),
+    ([{"CPU": 2, "GPU": 4}], 10_000, False, 4, Share(0.5, 1)),
+    ([{"CPU": 16, "GPU": 2}], 0, True, 1, Share(16, per_node=1)),
+    ([{"CPU": 8}, {"CPU": 4}, {}], 0, False, 2, Share(4, per_node=1)),
+    ([{"CPU": 8}, {"CPU": 4}], 3, False, 3, Share(2, per_node=2)),
+    ([{"CPU": 8}], 10_000, False, 8, Share(1, per_node=8)),
+    ([{}], 2, False, 0, Share(0))])
+def test_a_worker_for_each_gpu_or_else_for_each_machine(machines, workers, on_cpu, count, share):
+    assert plan(machines, workers, on_cpu) == (count, share)
+
+
+def test_the_node_for_the_result_takes_no_other_nodes_place():
+    graph = with_result(part(result=("Load", {}), result_=("Load", {})), ["result", 0])
+    assert graph["result"]["class_type"] == graph["result_"]["class_type"] == "Load" and len(graph) == 3
 
 
 def test_workers_of_this_machine_have_its_arguments_without_the_servers(tmp_path, monkeypatch):
@@ -89,85 +94,77 @@ def test_workers_of_this_machine_have_its_arguments_without_the_servers(tmp_path
         str(tmp_path / "c.yaml"), "--lowvram", "--reserve-vram", "2", "--fast", "fp16_accumulation"]
 
 
-def picture(width=4, height=2, count=1):
-    return numpy.zeros((count, height, width, 3), numpy.float32)
+def tell(gathering, item, event, value=None):
+    gathering.tell({"item": item, "event": event, "value": value}, b"")
+
+
+def give(gathering, item, pictures):
+    for index, image in enumerate(pictures):
+        gathering.tell({"item": item, "event": "image", "index": index, "of": len(pictures), "shape": list(image.shape)},
+                       image.tobytes())
+
+
+def pictures(value=0.0, width=4, height=2, count=1):
+    return numpy.full((count, height, width, 3), value, numpy.float32)
 
 
 def test_the_bar_counts_the_steps_of_all_items():
     gathering = Gathering(3, {"sampler"})
-    gathering.tell((0, "begins"), "desk")
-    gathering.tell((0, "progress"), ("model", 300, 600))  # loading, which the others need not do
-    gathering.tell((0, "progress"), ("sampler", 1, 10))
+    tell(gathering, 0, "begins", "desk")
+    tell(gathering, 0, "progress", ("model", 300, 600))  # loading, which the others need not do
+    tell(gathering, 0, "progress", ("sampler", 1, 10))
     assert gathering.progress() == (1, 30)
-    gathering.tell((1, "progress"), ("sampler", 4, 10))
-    gathering.tell((0, "images"), picture())
+    tell(gathering, 1, "progress", ("sampler", 4, 10))
+    give(gathering, 0, pictures())
     assert gathering.progress() == (14, 30)
-    gathering.tell((1, "lost"), None)
+    tell(gathering, 1, "lost")
     assert gathering.progress() == (10, 30)
     assert gathering.text() == "1 of 3 done, 0 in work\non desk"
 
 
-def test_pictures_of_other_sizes_are_refused_in_a_sentence_and_batches_are_not():
+def test_pictures_lie_in_the_order_of_their_items_in_one_array():
     gathering = Gathering(3, ())
-    gathering.tell((1, "images"), picture())
-    gathering.tell((0, "images"), picture(count=2))
+    for item in (2, 0, 1):
+        give(gathering, item, pictures(item, count=2))
+    assert gathering.whole() is gathering.images
+    assert gathering.whole()[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_pictures_of_a_lost_item_are_replaced_by_those_of_the_next_attempt():
+    gathering = Gathering(2, ())
+    give(gathering, 0, pictures(1, count=2))
+    header = {"item": 1, "event": "image", "index": 0, "of": 2, "shape": [2, 4, 3]}
+    gathering.tell(header, pictures(5)[0].tobytes())
+    tell(gathering, 1, "lost")
+    with pytest.raises(GraphError, match="Item 2 of 2 gave no picture"):
+        gathering.whole()
+    give(gathering, 1, pictures(2, count=2))
+    assert gathering.whole()[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
+
+
+def test_items_with_other_numbers_of_pictures_keep_their_order():
+    gathering = Gathering(3, ())
+    for item, count in ((1, 2), (2, 1), (0, 3)):
+        give(gathering, item, pictures(item, count=count))
+    assert gathering.whole()[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1_000_000_000))
+    with pytest.raises(GraphError, match="10000 items of 256 x 512 take 15.7 GB of memory here, and 1.0 GB are free"):
+        give(Gathering(10_000, ()), 0, pictures(width=256, height=512))
+
+
+def test_pictures_of_other_sizes_are_refused_in_a_sentence():
+    gathering = Gathering(3, ())
+    give(gathering, 1, pictures())
     with pytest.raises(GraphError, match="Item 3 of 3 is 5 x 2, item 2 is 4 x 2: pictures of one run have one size"):
-        gathering.tell((2, "images"), picture(width=5))
+        give(gathering, 2, pictures(width=5))
 
 
-@pytest.mark.parametrize("kind, data, error, said", [
+@pytest.mark.parametrize("event, value, error, message", [
     ("failed", "node 7 (KSampler) has no such sampler.", GraphError, "Item 2 of 3 failed: node 7"),
     ("unfit", "attic: has no file 'x.gguf'.", MachineError, "Item 2 of 3 cannot be drawn on attic: has no file")])
-def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(kind, data, error, said):
-    with pytest.raises(error, match=said):
-        Gathering(3, ()).tell((1, kind), data)
-
-
-def test_a_message_that_is_cut_off_is_none():
-    data = pickled((1, "run", {"a": b"x" * 1000}))
-    assert read(io.BytesIO(data)) == (1, "run", {"a": b"x" * 1000})
-    assert [read(io.BytesIO(data[:length])) for length in (0, 5, 8, 500)] == [None] * 4
-
-
-def test_a_driver_that_ends_is_said_and_the_next_run_has_another(monkeypatch):
-    """As when the head of its cluster goes: the process that holds the connection ends, and this one does not."""
-    pytest.importorskip("ray")
-    monkeypatch.setattr(pool, "START", "import sys; sys.stdin.buffer.read()")  # one that never answers
-    drivers, ended = pool.Pool(), []
-
-    def end():
-        ended.append(drivers.drivers["auto"].process)
-        ended[-1].kill()
-
-    for _ in range(2):
-        with pytest.raises(MachineError, match="The connection to Ray at auto ended"):
-            drivers.run("auto", {}, lambda *_: None, end)
-    assert len({process.pid for process in ended}) == 2
-
-
-def test_what_is_cancelled_is_told_to_the_driver(monkeypatch):
-    pytest.importorskip("ray")
-    monkeypatch.setattr(pool, "START", "import sys; sys.stdin.buffer.read()")
-    drivers, sent = pool.Pool(), []
-    monkeypatch.setattr(pool.Process, "send", lambda self, message: sent.append(message))
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        drivers.run("auto", {"graphs": []}, lambda *_: None, interrupted)
-    assert sent == [("run", 0, {"graphs": []}), ("cancel", 0)]
-    drivers.drivers["auto"].process.kill()
-
-
-@pytest.mark.parametrize("kind, attempts", [("ActorAlreadyExistsError", 3), (None, 1)])
-def test_serve_that_another_editor_starts_is_waited_for_and_another_mistake_is_not(kind, attempts, monkeypatch):
-    exceptions = pytest.importorskip("ray.exceptions")
-    error = getattr(exceptions, kind)("SERVE_CONTROLLER_ACTOR") if kind else ValueError("num_cpus must be positive")
-    monkeypatch.setattr(replica, "STARTS", 3)
-    monkeypatch.setattr(replica, "RETRY", 0)
-    serve = Mock()
-    serve.start.side_effect = error
-    with pytest.raises(type(error)):
-        replica._start(serve)
-    assert serve.start.call_count == attempts
+def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(event, value, error, message):
+    with pytest.raises(error, match=message):
+        tell(Gathering(3, ()), 1, event, value)

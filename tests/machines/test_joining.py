@@ -13,7 +13,7 @@ import psutil
 import pytest
 from devtools import ROOT
 from devtools.cluster import QUIET, workflow
-from featherweight.machines import batch
+from featherweight.machines import batch, joining
 from featherweight.machines.joining import CLUSTER, is_of_a_cluster, join, nearest
 from featherweight.machines.place import MachineError
 
@@ -25,7 +25,7 @@ sys.path[:] = [path for path in sys.path if path != sys.argv[1]]
 pack = types.ModuleType("featherweight")
 pack.__path__ = [sys.argv[1]]
 sys.modules["featherweight"] = pack
-from featherweight.machines import batch
+from featherweight.machines import batch, joining
 from featherweight.machines.joining import join
 try:
     join(sys.argv[2])
@@ -139,7 +139,7 @@ def test_a_machine_without_a_cluster_gets_a_ray_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("address, said", [
-    ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1 "), ("head", "head is no address")])
+    ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1 "), ("head", "head is not the address")])
 def test_an_address_where_no_cluster_is_says_so(address, said):
     with pytest.raises(MachineError, match=said):
         join(address)
@@ -151,6 +151,7 @@ def test_an_address_where_no_cluster_is_says_so(address, said):
 def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, said, monkeypatch):
     monkeypatch.setattr(batch, "is_joined", lambda: False)
     monkeypatch.setattr(batch, "nearest", lambda address: "auto")
+    monkeypatch.setattr(joining, "_check_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", Mock(side_effect=error))
     with pytest.raises(batch.BatchError, match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):
         batch.Batch({}, "", "").connect()

@@ -10,8 +10,17 @@ from devtools.cluster import MODEL, QUIET, changes, model_paths, workflow
 from devtools.host import server
 from PIL import Image
 
-pytest.importorskip("ray.serve")
+from .test_joining import listening
+
+pytest.importorskip("ray")
 COUNT = 4
+ADDRESS = """
+class Address:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("COMBO",), "give", "test"
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    give = lambda self: ("127.0.0.1:1",)
+NODE_CLASS_MAPPINGS = {"Address": Address}
+"""
 
 
 def on_ray(count=COUNT, seed=1, texts="", steps=2, **inputs):
@@ -50,11 +59,11 @@ def cancelled(running, graph, when) -> tuple[str, float]:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Replicas of Ray Serve that a process has started, by way of others."""
+    """Workers of Run on Ray that a process has started, by way of others."""
     found = []
     for child in process.children(recursive=True):
         try:
-            found += [child] * child.cmdline()[0].startswith("ray::ServeReplica")
+            found += [child] * child.cmdline()[0].startswith("ray::PromptWorker")
         except (psutil.NoSuchProcess, IndexError):
             pass
     return found
@@ -70,7 +79,7 @@ def editor(bases, ray_folder):
     base = bases["desk"].parent / "editor"
     with server.Server(base, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
             "--preview-method", "latent2rgb", "--extra-model-paths-config",
-            os.path.relpath(model_paths(bases["desk"]), server.HOST)]) as running:
+            os.path.relpath(model_paths(bases["desk"]), server.HOST)], extra_custom_nodes={"address": ADDRESS}) as running:
         yield running
 
 
@@ -87,6 +96,14 @@ def test_this_machine_draws_what_the_graph_gives_once_per_item(editor, plain):
     host = psutil.Process(editor.process.pid)
     assert not mapped(host, MODEL)
     assert any(mapped(worker, MODEL) for worker in workers_of(host))
+
+
+def test_no_process_of_that_ray_listens_on_a_network(editor):
+    """Nor one of its workers, which are there now."""
+    processes = psutil.Process(editor.process.pid).children(recursive=True)
+    assert workers_of(psutil.Process(editor.process.pid))
+    assert any("raylet" in process.name() for process in processes)
+    assert set().union(*map(listening, processes)) == {"127.0.0.1"}
 
 
 def test_cancel_frees_the_workers_and_the_next_picture_is_right(editor, plain):
@@ -114,12 +131,24 @@ def test_what_is_wrong_is_said_in_one_sentence(editor, change, said):
             editor.queue(graph)
 
 
-@pytest.mark.parametrize("address, said", [
-    ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1 .*: is `ray start --head` running there"),
-    ("ray://somewhere:10001", "ray://somewhere:10001 is no address of a Ray cluster: write HOST:6379")])
-def test_a_cluster_that_is_not_there_is_said_so(editor, address, said):
-    with pytest.raises(server.ServerError, match=said):
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "auto", "ray://somewhere:10001", "local", "x" * 10_000, 5, {"a": 1}])
+def test_an_address_in_a_workflow_is_refused_before_anything_starts(editor, address):
+    before = {child.pid for child in psutil.Process(editor.process.pid).children(recursive=True)}
+    with pytest.raises(server.ServerError, match="A workflow may not name a Ray cluster, .* FEATHERWEIGHT_RAY_ADDRESS"):
         editor.queue(on_ray(address=address))
+    assert {child.pid for child in psutil.Process(editor.process.pid).children(recursive=True)} <= before
+
+
+def test_an_address_that_another_node_gives_is_refused_too(editor):
+    graph = on_ray(address=["11", 0])
+    graph["11"] = {"class_type": "Address", "inputs": {}}
+    with pytest.raises(server.ServerError, match="A workflow may not name a Ray cluster, and this one names '127.0.0.1:1'"):
+        editor.queue(graph)
+
+
+def test_the_cluster_where_none_is_named_is_one_sentence(editor):
+    with pytest.raises(server.ServerError, match="No Ray cluster is named on this machine: set FEATHERWEIGHT_RAY_ADDRESS"):
+        editor.queue(on_ray(address="the cluster"))
 
 
 @pytest.mark.heavy

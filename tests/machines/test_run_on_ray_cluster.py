@@ -15,15 +15,17 @@ pytestmark = pytest.mark.heavy
 
 
 @contextlib.contextmanager
-def editor_of(bases, ray_folder, name: str):
-    with server.Server(bases["desk"].parent / name, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
+def editor_of(bases, ray_folder, name: str, address: str):
+    with server.Server(bases["desk"].parent / name, env={
+            **QUIET, "RAY_TMPDIR": str(ray_folder), "FEATHERWEIGHT_RAY_ADDRESS": address}, arguments=[
             "--extra-model-paths-config", str(model_paths(bases["desk"]))]) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def editors(bases, ray_folder):
-    with editor_of(bases, ray_folder, "one") as one, editor_of(bases, ray_folder, "two") as two:
+def editors(bases, ray_folder, cluster):
+    with editor_of(bases, ray_folder, "one", cluster.address) as one, \
+            editor_of(bases, ray_folder, "two", cluster.address) as two:
         yield one, two
 
 
@@ -50,7 +52,7 @@ def workers_now() -> set[str]:
 
 
 def test_two_editors_share_the_workers(cluster, editors, plain):
-    runs = [queued(editor, on_ray(seed=seed, address=cluster.address, workers=0)) for editor, seed in zip(editors, (5, 15))]
+    runs = [queued(editor, on_ray(seed=seed, address="the cluster", workers=0)) for editor, seed in zip(editors, (5, 15))]
     for thread, found in runs:
         thread.join()
         assert isinstance(found[0], tuple), found[0]
@@ -62,8 +64,8 @@ def test_two_editors_share_the_workers(cluster, editors, plain):
 
 def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     first, second = editors
-    running_thread, found = queued(first, on_ray(seed=30, steps=60, address=cluster.address, workers=0))
-    waiting_thread, said = queued(second, on_ray(seed=40, steps=60, address=cluster.address, workers=0))
+    running_thread, found = queued(first, on_ray(seed=30, steps=60, address="the cluster", workers=0))
+    waiting_thread, said = queued(second, on_ray(seed=40, steps=60, address="the cluster", workers=0))
     time.sleep(3)
     assert running_thread.is_alive() and waiting_thread.is_alive()
     asked = time.monotonic()
@@ -72,29 +74,30 @@ def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     assert "interrupted" in said[0] and time.monotonic() - asked < 5
     running_thread.join()
     assert found[0][0] == [pixels(plain(workflow(seed=30 + index, steps=60))) for index in range(COUNT)]
-    assert pictures(second, on_ray(count=1, seed=50, address=cluster.address))[0] == [pixels(plain(workflow(seed=50)))]
+    assert pictures(second, on_ray(count=1, seed=50, address="the cluster"))[0] == [pixels(plain(workflow(seed=50)))]
 
 
 def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
     path = next((bases["desk"] / "models").rglob(MODEL))
     os.link(path, path.with_name("at the desk.gguf"))
-    graph = on_ray(count=12, seed=60, steps=60, address=cluster.address, workers=0)  # until attic has begun
+    graph = on_ray(count=12, seed=60, steps=60, address="the cluster", workers=0)  # until attic has begun
     graph["1"]["inputs"]["model_name"] = "at the desk.gguf"
     with pytest.raises(server.ServerError, match=r"Item \d+ of 12 cannot be drawn on attic: has no file 'at the desk.gguf'"):
         editors[0].queue(graph)
 
 
 def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
-    with editor_of(bases, ray_folder, "three") as editor:
-        with running(bases, ray_folder, connect=False, started=["desk"]) as other:
-            address = other.address
-            found, _ = pictures(editor, on_ray(count=1, seed=70, address=address, workers=1))
+    with contextlib.ExitStack() as head:
+        address = head.enter_context(running(bases, ray_folder, connect=False, started=["desk"])).address
+        with editor_of(bases, ray_folder, "three", address) as editor:
+            found, _ = pictures(editor, on_ray(count=1, seed=70, address="the cluster", workers=1))
             assert found == [pixels(plain(workflow(seed=70)))]
-            thread, said = queued(editor, on_ray(count=1, seed=71, steps=5000, address=address, workers=1))
+            thread, said = queued(editor, on_ray(count=1, seed=71, steps=5000, address="the cluster", workers=1))
             time.sleep(3)
             assert thread.is_alive()
-        thread.join(180)
-        assert not thread.is_alive() and "Ray" in said[0]
-        with pytest.raises(server.ServerError, match="No Ray cluster answers at"):
-            editor.queue(on_ray(count=1, seed=73, address=address, workers=1))
-        assert pictures(editor, on_ray(count=1, seed=72, address="", workers=2))[0] == [pixels(plain(workflow(seed=72)))]
+            head.close()
+            thread.join(180)
+            assert not thread.is_alive() and "Ray" in said[0]
+            with pytest.raises(server.ServerError, match="No Ray cluster answers at"):
+                editor.queue(on_ray(count=1, seed=73, address="the cluster", workers=1))
+            assert pictures(editor, on_ray(count=1, seed=72, address="", workers=2))[0] == [pixels(plain(workflow(seed=72)))]

@@ -6,6 +6,7 @@ import tempfile
 import time
 
 import pytest
+from devtools import ROOT
 from featherweight.machines import host
 from featherweight.machines.graph import GraphError, with_result
 from featherweight.machines.place import MachineError
@@ -14,6 +15,14 @@ from featherweight.machines.worker import Worker
 from .conftest import changes, workflow
 
 ray = pytest.importorskip("ray")
+LOADER = """
+import sys, types
+pack = types.ModuleType("featherweight")
+pack.__path__ = [{root!r}]
+sys.modules["featherweight"] = pack
+from featherweight.machines import host
+{code}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +35,27 @@ def worker(cluster):
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    names = [f"{host.SCRATCH}{os.getpid()}-a", f"{host.SCRATCH}of-a-person", "other"]
-    for name in [f"{host.SCRATCH}{dead.pid}-b", *names]:
-        (tmp_path / name).mkdir()
+    """A process that lives may have a number that no process has here, as in another container with the same /tmp."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    host.sweep_dead()
-    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    code = "import time; made = host.make_scratch(); print(made[0], flush=True); time.sleep(1000)"
+    script = LOADER.format(code=code, root=str(ROOT))
+    killed, alive = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
+                                      env={**os.environ, "TMPDIR": str(tmp_path)}) for _ in range(2))
+    try:
+        folders = [process.stdout.readline().strip() for process in (killed, alive)]
+        killed.kill()
+        killed.wait()
+        other = tmp_path / f"{host.SCRATCH}999999999-b"  # as that of the live one would be called there
+        os.rename(folders[1], other)
+        for name in (f"{host.SCRATCH}of-a-person", "other"):
+            (tmp_path / name).mkdir()
+        host.sweep_dead()
+        assert sorted(os.listdir(tmp_path)) == sorted([other.name, f"{host.SCRATCH}of-a-person", "other"])
+    finally:
+        for process in (killed, alive):
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
