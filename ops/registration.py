@@ -20,11 +20,24 @@ _check = torch._check  # raises RuntimeError with the sentence, also where sizes
 
 
 def register(schema: str, run: Callable, fake: Callable):
-    """Make `torch.ops.featherweight.<name>`. schema: as torch writes it, with the name. fake: `run` without its arithmetic."""
-    name = schema.partition("(")[0]
+    """Make `torch.ops.featherweight.<name>`. schema: as torch writes it, with the name. fake: `run` without its arithmetic.
+
+    `run` gets the tensors of a packed weight contiguous, as the kernels and torch's reference read them.
+    """
+    name, (before, has_packed, _) = schema.partition("(")[0], schema.partition("Tensor[] packed")
+    index = before.count(",")
+
+    def run_contiguous(*operands):
+        return run(*operands[:index], contiguous(operands[index]), *operands[index + 1:])
+
     _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, run_contiguous if has_packed else run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"featherweight::{name}", fake, lib=_library)
+
+
+def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same; those that lie in pieces are copied, because kernels get no strides."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def fake_linear(input, packed, bias, format, rows, value_dtype, down, ups, slices):

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from devtools.files import gguf_types  # noqa: F401  gguf takes the types that are newer than it
 from devtools.host.environment import LLAMA_CPP
 
 SOURCE = LLAMA_CPP / "ggml" / "src" / "ggml-quants.c"
@@ -72,3 +73,14 @@ def pack(values: np.ndarray, type_name: str, importance: np.ndarray | None = Non
     if written != packed.nbytes:
         raise RuntimeError(f"llama.cpp's quantiser wrote {written} bytes of {type_name}, not {packed.nbytes}.")
     return packed
+
+
+def dequantize(packed: np.ndarray, type_name: str) -> np.ndarray:
+    """The values, float32 (N, K), of packed rows, uint8 (N, bytes)."""
+    kind = GGMLQuantizationType[type_name]
+    packed = np.ascontiguousarray(packed, np.uint8)
+    values = np.empty(gguf.quants.quant_shape_from_byte_shape(packed.shape, kind), np.float32)
+    function = getattr(library(), f"dequantize_row_{type_name.lower().replace('_k', '_K')}")
+    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    function(packed.ctypes.data, values.ctypes.data, values.size)
+    return values

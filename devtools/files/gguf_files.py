@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 
 from devtools import product_module
+from devtools.files import gguf_types  # noqa: F401  gguf takes the types that are newer than it
 
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 

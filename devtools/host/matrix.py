@@ -1,9 +1,11 @@
 """python3 dev.py matrix: the server tests on each ComfyUI that the pack is for, every one with the packages it pins.
 
+With --host FOLDER: on the ComfyUI in a folder, a checkout of a version that the package index does not have.
 With --newest: on the newest ComfyUI, with the newest versions of its own packages in place of those it pins, which is what the
 next ComfyUI will bring. What a ComfyUI does not pin, torch above all, is shared with the environment of the other commands.
 """
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -38,13 +40,18 @@ TOO_OLD = {"0.20.1": ["tests/server/test_old_host.py", "-q", "-k", "told"]}  # s
 def prepare(version: str) -> tuple[Path, Path]:
     """Get one ComfyUI and its packages, where they are missing. Returns the folders of the two.
 
-    version: a key of `HOSTS`, or NEWEST.
+    version: a key of `HOSTS`, NEWEST, or a folder with a ComfyUI, which is only read.
     """
-    folder = DEV / "matrix" / version
-    host, packages, stamp = folder / "host", folder / "packages", folder / "stamp"
-    folder.mkdir(parents=True, exist_ok=True)
     number = HOST_VERSION if version == NEWEST else version
-    fetch_tree(host, Path(sys.executable), f"ComfyUI {number}", *HOSTS[number], HOST_FOLDER)
+    name = version if number in HOSTS else hashlib.sha256(version.encode()).hexdigest()[:16]
+    folder = DEV / "matrix" / name
+    packages, stamp = folder / "packages", folder / "stamp"
+    folder.mkdir(parents=True, exist_ok=True)
+    if number in HOSTS:
+        host = folder / "host"
+        fetch_tree(host, Path(sys.executable), f"ComfyUI {number}", *HOSTS[number], HOST_FOLDER)
+    else:
+        host = Path(version)
     if version == NEWEST:
         wanted = newest(OWN_PACKAGES)
         print(f"With {', '.join(wanted)}", flush=True)
@@ -76,6 +83,15 @@ def _is_missing(requirement: str) -> bool:
         return True
 
 
+def parse_host(text: str) -> str:
+    """Return a key of `HOSTS`, or the absolute path of a folder with a ComfyUI."""
+    folder = Path(text).expanduser().resolve()
+    if text in HOSTS or (folder / "main.py").is_file():
+        return text if text in HOSTS else str(folder)
+    raise argparse.ArgumentTypeError(
+        f"{text} is neither one of {', '.join(HOSTS)} nor a folder with a ComfyUI, which has a main.py")
+
+
 def run_tests(version: str, arguments: list[str]) -> int:
     """Run pytest with one ComfyUI; return its exit code."""
     host, packages = prepare(version)
@@ -85,7 +101,8 @@ def run_tests(version: str, arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dev.py matrix", description=__doc__.splitlines()[0])
-    parser.add_argument("--host", action="append", choices=HOSTS, help="a version of ComfyUI; may be repeated; default: all")
+    parser.add_argument("--host", action="append", type=parse_host, metavar="VERSION|FOLDER",
+                        help=f"one of {', '.join(HOSTS)}, or a folder with a ComfyUI; may be repeated; default: all versions")
     parser.add_argument("--newest", action="store_true",
                         help=f"ComfyUI {HOST_VERSION} with the newest versions of its own packages, and more of the tests")
     options, tests = parser.parse_known_args(arguments)

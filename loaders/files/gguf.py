@@ -2,6 +2,7 @@
 
 `gguf_header` reads a file's header, `gguf_split` finds the other files of a split model.
 """
+from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Mapping
 from itertools import pairwise
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...ops import formats  # noqa: F401  registers the packed formats
-from ...ops.format import GGML_FORMATS
-from .container import PLAIN_DTYPES, Entry, WeightFile, shown
+from ...ops.format import FORMATS, GGML_FORMATS, Format
+from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, shown
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_split import all_parts
 
@@ -20,8 +21,10 @@ PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28
 # ggml types that models are not stored in, or no longer (ggml.h): named so that the message is of use.
 UNSTORED_TYPES = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 143: "PTQ1_0 of PrismML",
 }
+Q2_0_TYPE = FORMATS["Q2_0"].ggml_type
+ROTATION = "prism.hadamard."  # what the metadata of models begins with whose layers rotate their input, too
 
 
 class GGUFFile(WeightFile):
@@ -37,9 +40,14 @@ class GGUFFile(WeightFile):
         path = Path(path)
         headers = all_parts(Header(path))
         metadata = ChainMap(*(header.metadata for header in headers))
+        if rotation := next((key for key in metadata if key.startswith(ROTATION)), None):
+            raise WeightFileError(
+                f"{path.name}: its weights are rotated ({shown(rotation)} in its metadata), and only the llama.cpp of PrismML"
+                f" rotates the inputs of its layers to match. Get a conversion of the model that is not rotated.")
+        formats_by_type = _formats_by_type(headers)
         entries: dict[str, Entry] = {}
         for part, header in enumerate(headers):
-            for entry in _entries(header, metadata, part):
+            for entry in _entries(header, metadata, part, formats_by_type):
                 if entry.name in entries:
                     raise header.damaged(f"there are two tensors named {shown(entry.name)}")
                 entries[entry.name] = entry
@@ -53,20 +61,55 @@ class GGUFFile(WeightFile):
         return str(kind if kind != "model" else self.metadata.get("general.architecture", ""))
 
 
-def _entries(header: Header, metadata: Mapping[str, Any], part: int) -> list[Entry]:
+def _formats_by_type(headers: list[Header]) -> Mapping[int, type[Format]]:
+    """Return the packed format of each ggml type in the files of one model.
+
+    The first files of PrismML give their PQ2_0 the number of Q2_0. Its tensors are smaller, and no file has gaps between
+    tensors, so the layout is the one whose sizes most tensors of that type have. Raises WeightFileError where both have them.
+    """
+    candidates = [FORMATS["Q2_0"], FORMATS["PQ2_0"]]
+    matches = [0, 0]
+    for header in headers:
+        if not any(tensor.ggml_type == Q2_0_TYPE for tensor in header.tensors):
+            continue
+        ends = sorted({*(tensor.offset for tensor in header.tensors), header.size - header.data_start})
+        for tensor in header.tensors:
+            end = bisect_right(ends, tensor.offset)
+            if tensor.ggml_type == Q2_0_TYPE and prod(tensor.shape) and end < len(ends):
+                space = ends[end] - tensor.offset
+                for index, packed in enumerate(candidates):
+                    matches[index] += _fills(packed, tensor.shape, space, header.alignment)
+    if matches[0] == matches[1] > 0:
+        raise WeightFileError(
+            f"{headers[0].path.name}: its tensors of the ggml type {Q2_0_TYPE} are too small to tell whether they are in"
+            f" llama.cpp's Q2_0 or in PrismML's, which has the same number. Get the model in another type.")
+    return {**GGML_FORMATS, Q2_0_TYPE: candidates[matches[1] > matches[0]]}
+
+
+def _fills(packed: type[Format], shape: tuple[int, ...], space: int, alignment: int) -> bool:
+    """Return whether a tensor of this shape in this format takes `space` bytes, padding aside."""
+    if not shape or shape[-1] % packed.block_length:
+        return False
+    nbytes = prod(shape) // packed.block_length * packed.block_bytes
+    return nbytes <= space < nbytes + alignment
+
+
+def _entries(header: Header, metadata: Mapping[str, Any], part: int,
+             formats_by_type: Mapping[int, type[Format]]) -> list[Entry]:
     """The tensors of one file, with the logical shapes that `metadata` states, in the file's order."""
-    entries = [_entry(header, tensor, metadata, part) for tensor in header.tensors]
+    entries = [_entry(header, tensor, metadata, part, formats_by_type) for tensor in header.tensors]
     _check_layout(header, entries)
     return entries
 
 
-def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part: int) -> Entry:
+def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part: int,
+           formats_by_type: Mapping[int, type[Format]]) -> Entry:
     name, shape = tensor.name, tensor.shape
     if tensor.ggml_type in PLAIN_TYPES:
         format_name, block_length = PLAIN_TYPES[tensor.ggml_type], 1
         block_bytes = PLAIN_DTYPES[format_name].itemsize
-    elif tensor.ggml_type in GGML_FORMATS:
-        packed = GGML_FORMATS[tensor.ggml_type]
+    elif tensor.ggml_type in formats_by_type:
+        packed = formats_by_type[tensor.ggml_type]
         format_name, block_length, block_bytes = packed.__name__, packed.block_length, packed.block_bytes
     else:
         known = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]

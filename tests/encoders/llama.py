@@ -21,7 +21,7 @@ METADATA = {
     "tokenizer.ggml.padding_token_id": 11,
 }
 TEKKEN = {
-    "config": {"default_vocab_size": len(SPECIAL) + 257},
+    "config": {"default_vocab_size": len(SPECIAL) + 257, "default_num_special_tokens": len(SPECIAL)},
     "special_tokens": [{"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(SPECIAL)],
     "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
               for rank, token in enumerate([*(bytes([value]) for value in BYTE_VALUES), b"ab"])],

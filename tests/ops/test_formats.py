@@ -6,7 +6,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from devtools.files import ggml_quantiser
 from devtools.files.gguf_files import block_pool
+from devtools.files.gguf_types import FORK_TYPES, NEWER_TYPES
 from featherweight.ops import bits, formats
 from featherweight.ops import format as base
 from featherweight.ops.format import FORMATS, GGML_FORMATS
@@ -76,9 +78,18 @@ def test_every_packed_type_of_gguf_has_a_format():
     packed = {
         int(ggml_type): ggml_type.name
         for ggml_type in GGMLQuantizationType
-        if GGML_QUANT_SIZES[ggml_type][0] > 1 and ggml_type.name not in NOT_A_FILE_FORMAT
+        if GGML_QUANT_SIZES[ggml_type][0] > 1 and ggml_type.name not in NOT_A_FILE_FORMAT | FORK_TYPES
     }
-    assert {number: fmt.__name__ for number, fmt in GGML_FORMATS.items()} == packed
+    own_types = {number: fmt.__name__ for number, fmt in GGML_FORMATS.items() if fmt.__name__ not in FORK_TYPES}
+    assert own_types == packed
+
+
+@pytest.mark.skipif(not ggml_quantiser.available(), reason="llama.cpp's source or a C compiler is missing")
+@pytest.mark.parametrize("type_name", [*WITHOUT_REFERENCE, *(NEWER_TYPES.keys() - FORK_TYPES)])
+def test_what_gguf_lacks_unpacks_as_in_llama_cpp(type_name):
+    blocks = random_blocks(FORMATS[type_name], 1000)
+    expected = torch.from_numpy(ggml_quantiser.dequantize(blocks, type_name))
+    assert_same_bits(FORMATS[type_name].unpack(torch.from_numpy(blocks)), expected)
 
 
 @each_format
@@ -186,3 +197,12 @@ def test_q8_k_reads_a_float32_scale_and_ignores_the_sums():
     block = torch.tensor([[0x00, 0x00, 0x80, 0x3E, *range(256), *[0xAB] * 32]], dtype=torch.uint8)  # d = 0.25
     expected = 0.25 * torch.cat([torch.arange(128), torch.arange(-128, 0)]).float()
     assert_same_bits(FORMATS["Q8_K"].unpack(block), expected.view(1, 256))
+
+
+@pytest.mark.parametrize("type_name", ["Q2_0", "PQ2_0"])
+def test_q2_0_reads_neighbouring_values_from_a_byte_lowest_bits_first(type_name):
+    fmt = FORMATS[type_name]
+    block = torch.tensor([[0x00, 0x38, 0b11100100, *[0b01010101] * (fmt.block_bytes - 3)]], dtype=torch.uint8)  # d = 0.5
+    expected = torch.zeros(1, fmt.block_length)
+    expected[0, :4] = torch.tensor([-0.5, 0, 0.5, 1])
+    assert_same_bits(fmt.unpack(block), expected)

@@ -1,6 +1,4 @@
 """Families of text encoders, one file each. Importing this package registers all of them."""
-import importlib
-import pkgutil
-
-for module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{module.name}")
+from . import (  # noqa: F401  each registers what it defines
+    clip, gemma, gemma4, gpt_oss, jina, llama, mistral, qwen, qwen35, qwen_vl, t5, t5gemma,
+)

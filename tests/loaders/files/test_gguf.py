@@ -12,10 +12,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from devtools.files.ggml_quantiser import SOURCE
 from devtools.files.gguf_files import write_gguf
+from devtools.files.gguf_types import FORK_TYPES
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import CONTAINERS, PLAIN_DTYPES, WeightFile, WeightFileError
-from featherweight.loaders.files.gguf import GGUFFile
+from featherweight.loaders.files.gguf import PLAIN_TYPES, UNSTORED_TYPES, GGUFFile
 from featherweight.ops.format import GGML_FORMATS
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
@@ -98,6 +100,62 @@ def test_every_type_reads_as_the_bytes_that_were_written(tmp_path, type_name):
             assert tensor.dtype == PLAIN_DTYPES[type_name] and tuple(tensor.shape) == entry_.shape
         else:
             assert tensor.dtype == torch.uint8 and tuple(tensor.shape) == expected.data.shape
+
+
+@pytest.mark.skipif(not SOURCE.is_file(), reason="llama.cpp's source is missing")
+def test_every_type_of_llama_cpp_is_read_or_named_where_it_is_refused():
+    header = (SOURCE.parents[1] / "include" / "ggml.h").read_text()
+    types = dict(re.findall(r"^\s*(?://\s*)?GGML_TYPE_(\w+)\s*=\s*(\d+)", header, re.M))
+    types = {int(number): name for name, number in types.items() if name != "COUNT"}
+    known = {**{number: packed.__name__ for number, packed in GGML_FORMATS.items()}, **PLAIN_TYPES, **UNSTORED_TYPES}
+    assert types == {number: name for number, name in known.items() if name.partition(" ")[0] not in FORK_TYPES}
+
+
+Q2_0_SHAPES = {"a": (4, 512), "b": (3, 1024), "c": (2, 128)}
+
+
+def write_type_42(path, type_name, shapes=None) -> dict[str, bytes]:
+    """A file of Q2_0, or of PQ2_0 with the number of Q2_0, as PrismML's first ones are. Returns the bytes of each tensor."""
+    writer = gguf.GGUFWriter(str(path), "flux")
+    data = {name: random_blocks(shape, type_name) for name, shape in (shapes or Q2_0_SHAPES).items()}
+    for name, blocks in data.items():
+        writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[type_name])
+    finish(writer)
+    number = struct.pack("<I", GGMLQuantizationType[type_name])
+    written = path.read_bytes()
+    for tensor in GGUFReader(path).tensors:
+        field = number + struct.pack("<Q", tensor.data_offset - GGUFReader(path).data_offset)
+        assert written.count(field) == 1
+        written = written.replace(field, struct.pack("<I", 42) + field[4:])
+    path.write_bytes(written)
+    return {name: blocks.tobytes() for name, blocks in data.items()}
+
+
+@pytest.mark.parametrize("type_name", ["Q2_0", "PQ2_0"])
+def test_both_layouts_of_type_42_are_told_apart_by_the_sizes_of_the_tensors(tmp_path, type_name):
+    path = tmp_path / "model.gguf"
+    data = write_type_42(path, type_name)
+    file = open_weights(path)
+    assert {name: entry_.format for name, entry_ in file.entries.items()} == dict.fromkeys(data, type_name)
+    assert {name: raw_bytes(file.tensor(name)) for name in data} == data
+    path.write_bytes(path.read_bytes()[:-40])  # a download that is not complete
+    with pytest.raises(WeightFileError, match=r"bytes are missing: .* download it again"):
+        open_weights(path)
+
+
+def test_tensors_of_type_42_that_fit_both_layouts_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_type_42(path, "PQ2_0", {"a": (1, 128), "b": (2, 256)})
+    message = r"model.gguf: its tensors of the ggml type 42 are too small to tell .* PrismML's.* Get the model in another type"
+    with pytest.raises(WeightFileError, match=message):
+        open_weights(path)
+
+
+def test_a_file_whose_layers_rotate_their_input_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(build(info("x", [32]), metadata=[entry("prism.hadamard.version", 4, struct.pack("<I", 1))]))
+    with pytest.raises(WeightFileError, match="model.gguf: its weights are rotated .*prism.hadamard.version.* is not rotated"):
+        open_weights(path)
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -405,6 +463,7 @@ BAD_HEADERS = {
     "wrapping to zero elements": (build(info("a", [2**32, 2**32])), ["'a'", "more elements"]),
     "unknown type": (build(info("a", [32], 99)), ["'a'", "ggml type 99", "unknown", "F32", "BF16", *PACKED]),
     "type not for storage": (build(info("a", [32], 9)), ["'a'", "ggml type 9 (Q8_1)", "Supported are"]),
+    "type of a fork": (build(info("a", [128], 143)), ["'a'", "ggml type 143 (PTQ1_0 of PrismML)"]),
     "old type": (build(info("a", [32], 31)), ["'a'", "Q4_0_4_4"]),
     "rows of odd length": (build(info("a", [33, 2], 8)), ["'a' of shape (2, 33) is Q8_0", "blocks of 32"]),
     "packed scalar": (build(info("a", [], 8)), ["'a' of shape () is Q8_0"]),
@@ -476,9 +535,10 @@ MISTAKEN = {
     "ggml": (b"tjgg" + bytes(20), "older than GGUF"),
     "gzip": (b"\x1f\x8b\x08" + bytes(20), "archive"),
     "zeros": (bytes(4096), "never finished"),
-    "error message": (b"Invalid username or password.\n", "text that begins with 'Invalid username"),
-    "one byte": (b"\xff", "bytes ff instead of 'GGUF'"),
-    "unknown": (b"\x93NUMPY\x01\x00", "bytes 93 4e 55 4d 50 59 01 00 instead of 'GGUF'"),
+    "error message": (b"Invalid username or password.\n", "it is a text file. Download"),
+    "text cut within a letter": (b"x" + "é".encode() * 99, "it is a text file"),
+    "one byte": (b"\xff", "begins with neither 'GGUF'"),
+    "unknown": (b"\x93NUMPY\x01\x00", "begins with neither 'GGUF'"),
 }
 
 

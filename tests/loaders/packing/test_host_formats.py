@@ -1,0 +1,173 @@
+"""Layers in ComfyUI's own quantised formats: those that this ComfyUI does not read are a sentence in every loader."""
+import json
+import re
+
+import pytest
+import torch
+from comfy.quant_ops import QUANT_ALGOS
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.handover import is_ours
+from featherweight.loaders.packing import file_source
+from featherweight.loaders.packing.host_formats import as_tensors
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.vae import load_vae
+from host_formats import HOST_FORMATS, in_host_format
+from patched_models import tiny_flux
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+LAYER = "single_blocks.0.linear2"
+CHECKPOINT = "model.diffusion_model."
+LOADERS = {
+    "diffusion model": load_diffusion_model,
+    "diffusion model, packed": lambda path: load_diffusion_model(path, pack_to="Q8_0"),
+    "diffusion model, packed into a file": file_source.of_file,
+    "checkpoint": load_checkpoint,
+    "checkpoint, packed": lambda path: load_checkpoint(path, pack_to="Q8_0"),
+    "text encoder": lambda path: load_text_encoder([path]),
+    "text encoder, packed": lambda path: load_text_encoder([path], pack_to="Q8_0"),
+    "VAE": load_vae,
+}
+ASYMMETRIC = "asym_w4a8_int8"
+
+
+def as_bytes(settings) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+def asymmetric_parts(rows: int, columns: int, bits: int = 4) -> dict[str, torch.Tensor]:
+    """A layer in the form of asym_w4a8_int8, as comfy-kitchen 0.2.31 to 0.2.40 write it; of 6 bits without a codebook."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {
+        "weight": torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8, generator=generator),
+        "weight_s_rel": (torch.rand(rows, columns // 16, generator=generator) * 100).to(torch.float8_e4m3fn),
+        "weight_s_channel": torch.rand(rows, generator=generator) * 1e-3,
+    }
+    if bits == 4:
+        parts["weight_codebook"] = torch.linspace(-1, 1, 16)
+    return parts
+
+
+def write_flux(path, parts: dict[str, torch.Tensor], settings=None, prefix: str = "", metadata=None) -> str:
+    """Write a small Flux with one layer in these parts. settings: what `comfy_quant` says of it; None: no such tensor."""
+    tensors = {name: values.bfloat16() for name, values in tiny_flux().items() if name != f"{LAYER}.weight"}
+    tensors |= {f"{LAYER}.{part}": values for part, values in parts.items()}
+    if settings is not None:
+        tensors[f"{LAYER}.comfy_quant"] = as_bytes(settings)
+    save_file({prefix + name: values.contiguous() for name, values in tensors.items()}, path, metadata)
+    return str(path)
+
+
+def error_of(load, path) -> str:
+    with pytest.raises(WeightFileError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert "is in a quantised format that this ComfyUI does not read" in message
+    assert message.endswith("Update ComfyUI, or get another conversion.")
+    return message
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_format_that_no_host_reads_is_named_by_every_loader(loader, tmp_path):
+    prefix = CHECKPOINT if "checkpoint" in loader else ""
+    parts = {"weight": torch.zeros(256, 640, dtype=torch.int8), "weight_scale": torch.ones(20, 256)}
+    path = write_flux(tmp_path / "model.safetensors", parts, {"format": "svdquant_w4a4"}, prefix)
+    assert "model.safetensors" in error_of(LOADERS[loader], path) and "'svdquant_w4a4'" in error_of(LOADERS[loader], path)
+
+
+@pytest.mark.skipif(ASYMMETRIC in QUANT_ALGOS, reason="this ComfyUI reads it")
+@pytest.mark.parametrize("loader", ["diffusion model", "diffusion model, packed", "diffusion model, packed into a file"])
+def test_a_format_of_a_newer_host_says_which_reads_it(loader, tmp_path):
+    path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280), {"format": ASYMMETRIC})
+    assert f"('{ASYMMETRIC}', which ComfyUI 0.33 does)" in error_of(LOADERS[loader], path)
+
+
+def test_a_format_named_in_the_metadata_is_found_too(tmp_path):
+    layers = {LAYER: {"format": "int8_blockwise"}, "gone": {"format": "x"}}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    parts = {"weight": torch.zeros(256, 1280, dtype=torch.int8), "weight_scale": torch.ones(2, 10)}
+    path = write_flux(tmp_path / "model.safetensors", parts, metadata=metadata)
+    assert "'int8_blockwise'" in error_of(load_diffusion_model, path)
+
+
+@pytest.mark.parametrize("settings, reason", [
+    ({"convrot": True, "per_row": True}, "its comfy_quant names none"), ({"format": None}, "its comfy_quant names none"),
+    ([1], "its comfy_quant is not a JSON object"), ({"format": "a" * 5000}, "'aaa"),
+    ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "many"}, "int8_tensorwise: invalid literal"),
+])
+def test_settings_that_no_host_can_use_are_a_sentence(settings, reason, tmp_path):
+    parts = {"weight": torch.zeros(256, 1280, dtype=torch.int8), "weight_scale": torch.ones(256, 1)}
+    path = write_flux(tmp_path / "model.safetensors", parts, settings)
+    message = error_of(load_diffusion_model, path)
+    assert reason in message and len(message) < 500
+
+
+@pytest.mark.parametrize("loader", ["diffusion model", "diffusion model, packed"])
+def test_a_part_that_the_host_would_leave_out_is_named(loader, tmp_path):
+    parts = {"weight": torch.zeros(256, 1280, dtype=torch.int8), "weight_scale": torch.ones(256, 1),
+             "weight_correction": torch.ones(80, 256)}
+    path = write_flux(tmp_path / "model.safetensors", parts, {"format": "int8_tensorwise"})
+    assert "(int8_tensorwise with 'weight_correction')" in error_of(LOADERS[loader], path)
+
+
+def test_an_unread_format_beside_packed_layers_is_named(tmp_path):
+    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes the file")
+    name = "double_blocks.0.img_attn.proj"
+    parts, _ = bnb_files.quantised(tiny_flux()[f"{name}.weight"], "nf4")
+    tensors = {key: values for key, values in tiny_flux().items() if key not in (f"{name}.weight", f"{LAYER}.weight")}
+    tensors |= {f"{name}.weight{part}": values for part, values in parts.items()}
+    tensors |= {f"{LAYER}.weight": torch.zeros(256, 640, dtype=torch.int8),
+                f"{LAYER}.comfy_quant": as_bytes({"format": "mxfp4"})}
+    path = str(tmp_path / "model.safetensors")
+    save_file({key: values.contiguous() for key, values in tensors.items()}, path)
+    assert "'mxfp4'" in error_of(load_diffusion_model, path)
+
+
+@pytest.mark.parametrize("in_metadata", [False, True])
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_what_the_host_reads_is_left_to_it(format_name, in_metadata, tmp_path):
+    parts, _ = in_host_format("weight", tiny_flux()[f"{LAYER}.weight"], format_name)
+    del parts["comfy_quant"]
+    parts["input_scale"] = torch.tensor(0.5)  # which no format needs, and many files have
+    settings = {"format": format_name}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {LAYER: settings}})} if in_metadata else None
+    path = write_flux(tmp_path / "model.safetensors", parts, None if in_metadata else settings, metadata=metadata)
+    assert not is_ours(path)
+
+
+@pytest.mark.skipif(ASYMMETRIC not in QUANT_ALGOS, reason=f"{ASYMMETRIC} is of a newer ComfyUI")
+@pytest.mark.parametrize("codebook", [True, False])
+def test_asymmetric_weights_are_codes_times_rounded_scales_rotated_back(codebook, tmp_path):
+    parts = asymmetric_parts(256, 1280)
+    if not codebook:
+        del parts["weight_codebook"]
+    path = write_flux(tmp_path / "model.safetensors", parts, {"format": ASYMMETRIC, "params": {"group_size": 16}})
+    file = open_weights(path)
+    weight = as_tensors(file, file.state_dict())[f"{LAYER}.weight"].dequantize()
+
+    codes = parts["weight"].view(torch.uint8)
+    codes = torch.stack([codes & 15, codes >> 4], -1).view(256, 1280).long()
+    values = parts["weight_codebook"][codes] if codebook else codes.float() - 8
+    scales = parts["weight_s_rel"].float().repeat_interleave(16, 1)
+    integers = (values * scales).round().clamp(-127, 127)
+    hadamard = torch.tensor([[1., 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    for _ in range(3):  # 4 ** 4 columns
+        hadamard = torch.kron(hadamard, torch.tensor([[1., 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2)
+    unrotated = (integers * parts["weight_s_channel"][:, None]).view(256, 5, 256) @ hadamard.T
+    torch.testing.assert_close(weight, unrotated.view(256, 1280), rtol=0, atol=1e-7)
+
+
+@pytest.mark.skipif(ASYMMETRIC not in QUANT_ALGOS, reason=f"{ASYMMETRIC} is of a newer ComfyUI")
+@pytest.mark.parametrize("loader", ["diffusion model", "diffusion model, packed"])
+def test_asymmetric_weights_of_more_bits_than_the_host_knows_are_refused(loader, tmp_path):
+    from comfy_kitchen.tensor import AsymW4A8Int8Layout
+
+    path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280, bits=6), {"format": ASYMMETRIC})
+    if hasattr(AsymW4A8Int8Layout, "bits"):
+        LOADERS[loader](path)
+    else:
+        assert re.search(rf"\({ASYMMETRIC}: it has 6 bits a value\)", error_of(LOADERS[loader], path))
