@@ -96,20 +96,54 @@ def _find_folder(name: str, key: str) -> str | None:
 
 OUTPUT, MODELS = "output", "models"
 LONGEST = 200  # bytes of a name, which drives limit to 255 with what is put behind it
-NOT_FOR_MODELS = ("custom_nodes", "configs")  # folders that the host knows, and runs or reads
+SAVED = (".gguf", ".safetensors", ".sft")  # how the files of models end that nodes save
+
+
+def is_for_models(key: str) -> bool:
+    """Whether the host registers the folders of `key` for weight files, or for packages of diffusers ("folder").
+
+    It does not for custom_nodes, configs and datasets, nor for what another pack registers for any file.
+    """
+    registered = folder_paths.folder_names_and_paths
+    of_models = {*folder_paths.supported_pt_extensions, ".gguf", "folder"}
+    return key in registered and key != "custom_nodes" and not of_models.isdisjoint(registered[key][1])
+
+
+def _model_folders() -> list[str]:
+    registered = folder_paths.folder_names_and_paths
+    return [folder for key in registered if is_for_models(key) for folder in registered[key][0]]
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder: by its words without '..', or with the links of both followed.
+
+    So a link in the folder leads on: whoever owns this machine put it there, and no node of this pack makes links.
+    """
+    if ".." in re.split(r"[\\/]", path):
+        return False
+    return any(os.path.normcase(follow(path)).startswith(os.path.normcase(os.path.join(follow(folder), "")))
+               for follow in (os.path.abspath, os.path.realpath))
+
+
+def _lies_among_programs(path: str) -> bool:
+    """Whether a path, its links followed, lies in custom_nodes."""
+    registered = folder_paths.folder_names_and_paths
+    programs = registered["custom_nodes"][0] if "custom_nodes" in registered else ()
+    return any(_is_inside(os.path.realpath(path), folder) for folder in programs)
 
 
 def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, counted: bool = True) -> str:
     """Where a model file is to be written; its folder is made. Raises WeightFileError for a name that leads out of there.
 
     name: as the host's nodes that save take it, folders and `%year%` included. label: of the type, put behind it. where:
-    OUTPUT, or MODELS, where the first part of the name is a folder that the host knows. counted: with the next free number.
+    OUTPUT, or MODELS, where the first part of the name is one of the host's folders for models. counted: with the next free
+    number.
     """
     name = name.replace("\\", "/")
     base = folder_paths.get_output_directory()
     if where == MODELS:
         key, _, name = name.partition("/")
-        if not name or key not in folder_paths.folder_names_and_paths or key in NOT_FOR_MODELS:
+        if not name or not is_for_models(key):
             raise WeightFileError(f"A name in the model folders begins with one of them, as diffusion_models/name does;"
                                   f" {shown(key)} is none.")
         directories = folder_paths.get_folder_paths(key)
@@ -123,23 +157,25 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, coun
 def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
     """(folder, which is made, beginning of the file's name, next free number) for a name as the host's nodes that save take it.
 
-    Raises WeightFileError for one that leads out of the folder `base`, or that no file can have.
+    A folder on the way may be a link to another drive. Raises WeightFileError for a name that leads out of the folder `base`,
+    or that no file can have.
     """
-    said, real = named(name), os.path.join(os.path.realpath(base), "")
-    outside = WeightFileError(f"{said} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
-    if os.path.isabs(name) or _leads_elsewhere(name):
-        raise outside
-    if len(os.fsencode(os.path.basename(name))) > LONGEST:
-        raise WeightFileError(f"{said} is too long for the name of a file. Give a shorter one.")
-    inside = os.path.realpath(os.path.join(base, os.path.dirname(name)))
-    if not os.path.join(inside, "").startswith(real):
-        raise outside
+    text, (*folders, file) = named(name), name.split("/")
+    if os.path.isabs(name) or _leads_elsewhere(name) or ".." in folders:
+        raise WeightFileError(f"{text} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
+    if len(os.fsencode(file)) > LONGEST:
+        raise WeightFileError(f"{text} is too long for the name of a file. Give a shorter one.")
+    start, rest = base, []  # behind the last link on the way: the host saves behind none
+    for folder in folders:
+        rest.append(folder)
+        if not _is_inside(os.path.realpath(os.path.join(start, *rest, "x")), os.path.realpath(start)):
+            start, rest = os.path.join(start, *rest), []
+    if _lies_among_programs(os.path.join(start, *rest, "x")):
+        raise WeightFileError(f"{text} lies in custom_nodes, which holds programs and no models. Give another name.")
     try:
-        folder, file, counter, *_ = folder_paths.get_save_image_path(name, base)
+        folder, file, counter, *_ = folder_paths.get_save_image_path("/".join([*rest, file]), start)
     except OSError as error:
-        raise WeightFileError(f"{said} cannot be a file in {base} ({error.strerror}). Give another name.") from error
-    if not os.path.join(os.path.realpath(folder), "").startswith(real):
-        raise outside
+        raise WeightFileError(f"{text} cannot be a file in {base} ({error.strerror}). Give another name.") from error
     return folder, file, counter
 
 
@@ -217,8 +253,8 @@ def find_sensitivity(name: str) -> str:
     """
     name = name.replace("\\", "/")
     folders = _sensitivity_folders()
-    listed = os.path.isabs(name) and not _leads_elsewhere(os.path.splitdrive(name)[1]) and any(
-        os.path.realpath(name).startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
+    listed = (os.path.isabs(name) and not _leads_elsewhere(os.path.splitdrive(name)[1])
+              and any(_is_inside(name, folder) for folder in folders))
     candidates = [name] if listed else []
     if not listed and not _leads_elsewhere(name):
         inside = os.path.relpath(os.path.join("/", name), "/")  # as the host does: no way out of the folders
@@ -255,6 +291,8 @@ def find_file(name: str, *keys: str) -> str:
     """
     if not name:
         raise WeightFileError("No file is picked. Pick one; press R in ComfyUI to refresh the list.")
+    if not isinstance(name, str):  # a prompt in API format may hold any JSON
+        raise WeightFileError(f"{shown(name)} is not the name of a file. Pick one from the list.")
     for key in () if _leads_elsewhere(name) else keys:
         for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
             path = folder_paths.get_full_path(key, spelling) or _find_folder(spelling, key)
@@ -288,13 +326,13 @@ def all_there(*names: str | None, keys: Iterable[str]) -> bool | str:
 def find_saved(path: str) -> str:
     """The same path, as a node that saves gives it. Raises WeightFileError where no model lies there, in a folder of models.
 
-    A workflow that somebody shared may name any path: only the output folder and the model folders are looked into.
+    A workflow that somebody shared may name any path. Only files that end as models do, and folders, are looked into, and only
+    where models are saved: in the output folder and in the host's folders for models.
     """
-    registered = folder_paths.folder_names_and_paths
-    folders = [folder_paths.get_output_directory(), *(folder for key in registered for folder in registered[key][0])]
-    real = "" if _leads_elsewhere(os.path.splitdrive(path)[1]) else os.path.realpath(path)
-    inside = any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)
-    if not inside or not os.path.exists(path):
+    folders = [folder_paths.get_output_directory(), *_model_folders()]
+    saved = (not _leads_elsewhere(os.path.splitdrive(path)[1]) and any(_is_inside(path, folder) for folder in folders)
+             and not _lies_among_programs(path) and (path.lower().endswith(SAVED) or os.path.isdir(path)))
+    if not saved or not os.path.exists(path):
         raise WeightFileError(f"{named(path)} is no model in ComfyUI's output or in its model folders. Connect the path that"
                               " Save Packed Model (Featherweight) gives, or pick a file.")
     return path

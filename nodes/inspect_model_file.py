@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 from ..loaders.folders import ENCODER, find_file, find_saved, list_files, list_model_folders, list_packages
 from ..loaders.inspect import inspect
 from ..loaders.inspect.picture import inspection_picture
-from ..loaders.inspect.text import inspection_text
+from ..loaders.inspect.text import inspection_text, summary
 from .shown import show_text
 
 FOLDERS = ("unet_gguf", "diffusion_models", "checkpoints_gguf", "checkpoints", "clip_gguf", "text_encoders", "loras_gguf",
@@ -43,13 +43,13 @@ class InspectModelFile(io.ComfyNode):
                                         " taken in place of the one picked."),
             ],
             outputs=[
-                io.String.Output(display_name="report", tooltip="The report as a short table, what it is first."),
+                io.String.Output(display_name="report", tooltip="The report, what it is first."),
                 io.Image.Output(display_name="picture", tooltip="The bytes of each block, coloured by type."),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, file_name, reference_name=NONE):
+    def validate_inputs(cls, file_name=None, reference_name=NONE):
         return True  # neither is looked at where a model is connected
 
     @classmethod
@@ -65,6 +65,6 @@ class InspectModelFile(io.ComfyNode):
         found = inspect(source, reference)
         text = "\n\n".join(map(inspection_text, found))
         picture = inspection_picture(max(found, key=lambda part: part.held))
-        show_text(text)
+        show_text("\n\n".join(map(summary, found)))
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(text, picture, ui=shown)

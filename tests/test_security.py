@@ -16,18 +16,20 @@ from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import is_bare
 from featherweight.loaders.lora.file import load_lora_file
+from featherweight.nodes.inspect_model_file import InspectModelFile
 from featherweight.nodes.shown import without_markup
 from featherweight.ops.bounded_json import read_json
 from safetensors.torch import save, save_file
 
 from devtools import ROOT
 
-SOURCES = [path for room in ("nodes", "loaders", "ops") for path in sorted((ROOT / room).rglob("*.py"))]
+SOURCES = [ROOT / "child_process.py",
+           *(path for room in ("nodes", "loaders", "ops") for path in sorted((ROOT / room).rglob("*.py")))]
 RUNNING = {"eval", "exec", "compile", "__import__"}
 UNPICKLING = {"dill", "cloudpickle", "marshal", "shelve", "joblib"}
 NETWORK = {"socket", "urllib", "http", "requests", "aiohttp", "httpx", "ftplib", "smtplib", "ssl", "huggingface_hub"}
 # Compilers of kernels, and the trials of what they made.
-STARTS_PROGRAMS = {"ops/kernels/processes.py", "ops/kernels/trial.py", "ops/kernels/trial_process.py"}
+STARTS_PROGRAMS = {"child_process.py", "ops/kernels/trial.py", "ops/kernels/trial_process.py"}
 ANSWERS_THE_EDITOR = {"nodes/help_pages.py"}  # through the host's server
 
 links = pytest.mark.skipif(os.name == "nt", reason="links take rights there")
@@ -176,9 +178,12 @@ def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path):
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """Model folders and an output folder, with a file beside them that is nobody's."""
+    """Folders with the suffixes that the host registers them for and an output folder, with a file next to them that is
+    nobody's."""
+    suffixes = {"diffusion_models": {".gguf"}, "checkpoints": {".safetensors"}, "diffusers": ["folder"], "custom_nodes": set(),
+                "datasets": set(), "configs": [".yaml"], "of_another_pack": set()}
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {
-        key: ([str(tmp_path / "models" / key)], {".gguf"}) for key in ("diffusion_models", "checkpoints", "custom_nodes")})
+        key: ([str(tmp_path / "models" / key)], of_key) for key, of_key in suffixes.items()})
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     for folder in ("models/diffusion_models", "output/sensitivity"):
         (tmp_path / folder).mkdir(parents=True)
@@ -218,9 +223,83 @@ def test_a_workflow_writes_nowhere_but_into_outputs_and_models(base, where, writ
     assert {path.name for path in base.iterdir()} == {"models", "output", "outside.gguf", "outside.sensitivity"}
 
 
-def test_a_workflow_writes_no_file_where_programs_lie(base):
-    with pytest.raises(WeightFileError, match="'custom_nodes' is none"):
-        folders.new_model_path("custom_nodes/x/y", "Q4_K", ".gguf", folders.MODELS)
+NOT_OF_MODELS = ["custom_nodes", "datasets", "configs", "of_another_pack"]
+
+
+@pytest.mark.parametrize("key", NOT_OF_MODELS)
+def test_a_workflow_writes_no_file_where_no_models_lie(base, key):
+    with pytest.raises(WeightFileError, match=f"'{key}' is none"):
+        folders.new_model_path(f"{key}/x/y", "Q4_K", ".gguf", folders.MODELS)
+
+
+@pytest.mark.parametrize("key", NOT_OF_MODELS)
+@pytest.mark.parametrize("name", [".env", "model.gguf"])
+def test_inspect_reads_nothing_where_no_models_lie(base, key, name):
+    path = base / "models" / key / name
+    path.parent.mkdir()
+    path.write_text("HF_TOKEN=secret")
+    with pytest.raises(WeightFileError, match="is no model in ComfyUI's output or in its model folders"):
+        InspectModelFile.execute("none", path=str(path))
+
+
+@pytest.mark.parametrize("where", ["models/diffusion_models", "output"])
+def test_inspect_reads_only_files_that_end_as_models_do(base, where):
+    (base / where / ".env").write_text("HF_TOKEN=secret")
+    with pytest.raises(WeightFileError, match="is no model in ComfyUI's output or in its model folders"):
+        InspectModelFile.execute("none", path=str(base / where / ".env"))
+
+
+@pytest.mark.parametrize("content", [b"HF_TOKEN=secret", "HF_TOKEN=sécret".encode(), "HF_TOKEN=sécret".encode("latin-1"),
+                                     b'{"token": "HF_TOKEN=secret"}', b"\xff\xfeH\0F\0_\0T\0O\0"])
+@pytest.mark.parametrize("name", ["a.gguf", "a-00001-of-00002.gguf", "a.safetensors", "m.safetensors.index.json",
+                                  "config.json"])
+def test_no_message_quotes_the_text_of_a_file(base, name, content):
+    folder = base / "models" / "diffusion_models" / "package"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / name).write_bytes(content)
+    for path in (folder / name, folder):
+        try:
+            text = InspectModelFile.execute("none", path=str(path)).args[0]
+        except WeightFileError as error:
+            text = str(error)
+        assert "HF" not in text and "48 46" not in text and "secret" not in text and "\n" not in text
+
+
+@links
+def test_a_link_that_the_owner_put_into_a_folder_leads_to_another_disk(base):
+    disk = base.parent / f"{base.name} disk"
+    (disk / "old").mkdir(parents=True)
+    (base / "output" / "big").symlink_to(disk)
+    (base / "models" / "diffusion_models" / "big").symlink_to(disk)
+    for name, where in (("big/new/x", folders.OUTPUT), ("diffusion_models/big/old/x", folders.MODELS)):
+        path = folders.new_model_path(name, "Q4_K", ".gguf", where)
+        Path(path).write_bytes(b"x")
+        assert Path(path).resolve().is_relative_to(disk) and folders.find_saved(path) == path
+        assert folders.new_model_path(name, "Q4_K", ".gguf", where).endswith("x_Q4_K_00002_.gguf")
+    (base / "output" / "sensitivity" / "big").symlink_to(disk)
+    path = folders.new_sensitivity_path("big/m")
+    Path(path).write_bytes(b"x")
+    assert folders.find_sensitivity(path) == path
+    for name in ("big/../x", "big/../../x", "big/old/../../x"):
+        with pytest.raises(WeightFileError, match="without '..'"):
+            folders.new_model_path(name, "Q4_K", ".gguf")
+        with pytest.raises(WeightFileError, match="is no model"):
+            folders.find_saved(str(base / "output" / name))
+
+
+@links
+def test_no_link_and_no_registered_folder_leads_to_where_programs_lie(base):
+    programs = base / "models" / "custom_nodes"
+    (programs / "pack" / "models").mkdir(parents=True)
+    (programs / "pack" / "x.gguf").write_bytes(b"x")
+    (base / "output" / "nodes").symlink_to(programs)
+    folder_paths.folder_names_and_paths["of_a_pack"] = ([str(programs / "pack" / "models")], {".safetensors"})
+    for name, where in (("nodes/x", folders.OUTPUT), ("nodes/pack/new/x", folders.OUTPUT), ("of_a_pack/x", folders.MODELS)):
+        with pytest.raises(WeightFileError, match="lies in custom_nodes"):
+            folders.new_model_path(name, "Q4_K", ".gguf", where)
+    with pytest.raises(WeightFileError, match="is no model"):
+        folders.find_saved(str(base / "output" / "nodes" / "pack" / "x.gguf"))
 
 
 def test_every_line_of_the_security_page_names_tests_that_there_are():

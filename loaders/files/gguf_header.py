@@ -152,7 +152,7 @@ class Header:
     def _read_version(self):
         self._skip(4, "the first four bytes")
         if self.buffer[:4] != MAGIC:
-            raise self.damaged(f"it begins with the bytes {self.buffer[:4].hex(' ')} instead of 'GGUF'")
+            raise self.damaged("it does not begin with 'GGUF'")
         (version,) = self._read(U32, "the version")
         if version and version % (1 << 16) == 0:
             raise self.error("it is a big-endian GGUF file. Get the little-endian version, which is the usual one.")

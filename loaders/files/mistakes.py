@@ -1,5 +1,5 @@
 """What people pick or save in the place of a weight file, told by its first bytes."""
-from .container import shown
+import codecs
 
 ARCHIVE = "it is an archive. Unpack it and pick the model file inside."
 CHECKPOINT = (
@@ -38,7 +38,14 @@ def mistaken_for(head: bytes) -> str:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text[:1] == b"<":
         return "it is a web page, not the model; the site may want you to log in first. Download the model itself."
-    if text[:64].isascii() and text[:64].decode("latin-1").replace("\n", " ").isprintable():
-        return f"it is a text that begins with {shown(text[:60].decode('ascii'))}. Download the model itself."
-    return (f"it begins with the bytes {head[:8].hex(' ')} instead of 'GGUF' or the header of a safetensors file. Download it"
-            f" again, or pick another file.")
+    if _is_text(text[:64]):  # which is not quoted: whoever asks may not be the one who may read it
+        return "it is a text file. Download the model itself."
+    return "it begins with neither 'GGUF' nor the header of a safetensors file. Download it again, or pick another file."
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # which may be cut within a letter
+    except UnicodeDecodeError:
+        return False
+    return text.translate(dict.fromkeys(map(ord, "\t\r\n"))).isprintable()

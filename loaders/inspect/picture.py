@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..held import size_text
+from ..sizes import size_text
 from .inspection import Inspection
 from .text import block_errors, cards_notes, cards_title, error_text
 

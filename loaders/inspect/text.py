@@ -1,24 +1,24 @@
 """What was found out about a model, as a text for people."""
 import collections
 
-from ..held import size_text
+from ..sizes import size_text, type_lines
 from .inspection import ENCODER, Inspection, block_of
 
 WORST = 5  # tensors named with their errors
 
 
-def inspection_text(found: Inspection) -> str:
-    """A sentence, then a table of lines; what is not known is left out."""
+def summary(found: Inspection) -> str:
+    """A sentence and a few lines, for a node whose picture shows the types, the cards and the errors of each block."""
     if found.problem:
         return found.problem
-    rows = {"file says": found.said, "ComfyUI's name": found.host, "parameters": _parameters(found),
-            "size": size_text(found.nbytes) if found.nbytes else "", "held in memory": size_text(found.held)}
-    if found.parts:
-        rows["in it"] = ", ".join(f"{part} {size_text(size)}" for part, size in found.parts.items())
-    if found.patches:
-        rows["patched"] = f"{found.patches} weights are changed by LoRAs or merges, which lie beside them and are not counted"
-    rows |= {f"needs {what}" if what != "use" else what: which for what, which in found.needs.items()}
-    lines = [found.title, "", *(f"{name}: {value}" for name, value in rows.items() if value), "", *types_table(found)]
+    return "\n".join([found.title, *_about_lines(found), *errors_lines(found)[:1]])
+
+
+def inspection_text(found: Inspection) -> str:
+    """A sentence, then a line for each thing that is known, each type, card and the largest errors."""
+    if found.problem:
+        return found.problem
+    lines = [found.title, "", *_about_lines(found), "", *type_lines(found.types)]
     if found.cards:
         lines += ["", cards_title(found), *(f"  {note}" for _, note in cards_notes(found))]
     lines += [line for what, said in found.plan.items() for line in ("", f"made here, {what}: {said}")]
@@ -27,18 +27,22 @@ def inspection_text(found: Inspection) -> str:
     return "\n".join(lines)
 
 
+def _about_lines(found: Inspection) -> list[str]:
+    """A line `name: value` for each thing that is known of the whole."""
+    rows = {"file says": found.said, "ComfyUI's name": found.host, "parameters": _parameters(found),
+            "size": size_text(found.nbytes) if found.nbytes else "", "held in memory": size_text(found.held)}
+    if found.parts:
+        rows["in it"] = ", ".join(f"{part} {size_text(size)}" for part, size in found.parts.items())
+    if found.patches:
+        rows["patched"] = f"{found.patches} weights are changed by LoRAs or merges, which lie beside them and are not counted"
+    rows |= {f"needs {what}" if what != "use" else what: which for what, which in found.needs.items()}
+    return [f"{name}: {value}" for name, value in rows.items() if value]
+
+
 def _parameters(found: Inspection) -> str:
     count = sum(tensors for tensors, _ in found.types.values())
     number = f"{found.parameters / 1e9:.2f} billion" if found.parameters >= 1e9 else f"{found.parameters / 1e6:.2f} million"
     return f"{number} in {count} tensors"
-
-
-def types_table(found: Inspection) -> list[str]:
-    """Type, tensors, bytes and their share, the type with the most bytes first."""
-    total = sum(size for _, size in found.types.values()) or 1
-    widest = max((len(kind) for kind in found.types), default=0)
-    return [f"{kind:<{widest}}  {count} tensor{'s' * (count != 1)}, {size_text(size)} ({size / total:.1%})"
-            for kind, (count, size) in found.types.items()]
 
 
 def cards_title(found: Inspection) -> str:
@@ -61,7 +65,9 @@ def cards_notes(found: Inspection) -> list[tuple[bool, str]]:
 
 
 def errors_lines(found: Inspection) -> list[str]:
-    """The relative errors against the reference: of each type, and the tensors with the largest."""
+    """The relative errors against the reference: the mean, and the tensors with the largest. None without a reference."""
+    if not found.reference:
+        return []
     if not found.errors:
         return [f"error against {found.reference}: not measured. {found.no_errors}"]
     mean = sum(found.errors.values()) / len(found.errors)

@@ -163,7 +163,7 @@ BAD_FILES = {
     "empty.gguf": (lambda path, _: path.touch(), "is empty"), "page.safetensors": (
         lambda path, _: path.write_text("<html>login"), "web page"),
     "old.ckpt": (lambda path, _: path.write_bytes(b"PK\x03\x04" + bytes(99)), "torch checkpoint"),
-    "note.txt": (lambda path, _: path.write_text("hello"), "a text that begins with"),
+    "note.txt": (lambda path, _: path.write_text("hello"), "it is a text file"),
     "folder": (lambda path, _: path.mkdir(), "is a folder without the config.json"),
     "gone.gguf": (lambda path, _: None, "does not exist"),
 }
