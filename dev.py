@@ -17,7 +17,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   sizes                        count the bytes of popular models in each format, for docs/choosing.md
   inspect FILE [--reference FILE] [--picture OUT.png]  say what a model file is, what it needs and which memory it fits
   matrix [--host V] [--newest] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version, or
-                               with the newest versions of ComfyUI's own packages
+                               on the ComfyUI in a folder V, or with the newest versions of ComfyUI's own packages
   gpu [--device cpu]           measure what only a GPU can show, in nine minutes; --pack FOLDER: for a machine without packages
   fuzz [--minutes N] [--executions N] [--target NAME]  read bad files and hostile workflows until something breaks
   soak [--minutes N] [--prompts N]  drive the real server for hours, by two clients; JSON, a plot and one closing line

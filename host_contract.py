@@ -3,7 +3,6 @@
 The look at them takes milliseconds and imports nothing: what the host has not imported yet is only looked for as a file. Where
 something is missing, this pack's own source tells which nodes need it. Standard library only.
 
-Longer than the other files: most of it is the list.
 """
 import ast
 import functools
@@ -152,6 +151,7 @@ NAMES = {
     "folder_paths.get_input_directory": "",
     "folder_paths.get_output_directory": "",
     "folder_paths.get_save_image_path": "filename_prefix output_dir",
+    "folder_paths.supported_pt_extensions": None,
     "nodes.NODE_CLASS_MAPPINGS": None,
     "nodes.interrupt_processing": "",
     "server.PromptServer.instance.add_on_prompt_handler": "handler",
@@ -604,6 +604,8 @@ def _imported(path: Path) -> list[Path]:
             base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             modules = [base, *(base / alias.name for alias in node.names)]
             found += [file for module in modules for file in (module.with_suffix(".py"), module / "__init__.py")]
+    if path == ROOT / "nodes" / "__init__.py":  # which imports each file of nodes by itself: none is behind another
+        found = [file for file in found if file not in node_files()]
     return found
 
 

@@ -1,6 +1,5 @@
 """Pack a model file without ComfyUI's editor: python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB [--lora FILE:0.8 ...]"""
 import argparse
-import os
 import re
 import sys
 import time
@@ -52,12 +51,18 @@ def parser() -> argparse.ArgumentParser:
 
 def find_host() -> Path:
     """The folder of ComfyUI: COMFYUI_PATH, or the one in whose custom_nodes this file lies."""
-    named = os.environ.get("COMFYUI_PATH")
-    candidates = [Path(named)] if named else [ROOT.parent.parent, ROOT / ".dev" / "host"]
-    found = next((path for path in candidates if (path / "comfy").is_dir()), None)
-    if found is None:
-        raise SystemExit(f"Failed: no ComfyUI at {candidates[0]}. Set COMFYUI_PATH to its folder.")
-    return found
+    pack = types.ModuleType("featherweight")
+    pack.__path__ = [str(ROOT)]
+    sys.modules.setdefault("featherweight", pack)
+    from featherweight.machines.place import MachineError, own
+
+    try:
+        folder = own(str(ROOT))
+    except MachineError as error:
+        raise SystemExit(f"Failed: {error}") from error
+    if not folder:
+        raise SystemExit(f"Failed: no ComfyUI at {ROOT.parent.parent}. Set COMFYUI_PATH to its folder.")
+    return Path(folder)
 
 
 def start_host(host: Path):
@@ -73,9 +78,6 @@ def start_host(host: Path):
         raise SystemExit(f"Failed: {error}. Run this with the Python that ComfyUI uses.") from error
     finally:
         sys.argv = arguments
-    pack = types.ModuleType("featherweight")
-    pack.__path__ = [str(ROOT)]
-    sys.modules.setdefault("featherweight", pack)
 
 
 def progress(names: list, sizes: list[int]):

@@ -21,6 +21,7 @@ from ..ops.tensor import is_packed
 from .files.bitsandbytes import formats_in, has_packed_weights
 from .files.container import Watch, WeightFile
 from .files.safetensors import is_shard
+from .packing.host_formats import find_unread_layer
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def is_ours(path: str, pack_to: str | None = None) -> bool:
     """Whether a file is for our reader: GGUF, a folder, or safetensors in several files or with weights bitsandbytes packed.
 
     Everything else is for the host's own loaders, which take one file for a whole model, unless it is to be packed. A damaged
-    safetensors file is ours, because our reader says what is wrong.
+    safetensors file and one in a quantised format that the host does not read are ours, because our reader says what is wrong.
     """
     name = str(path).lower()
     if pack_to or name.endswith(".gguf") or os.path.isdir(path):
@@ -40,7 +41,8 @@ def is_ours(path: str, pack_to: str | None = None) -> bool:
         return True
     try:
         with safe_open(path, framework="pt") as file:
-            return has_packed_weights(file.keys())
+            names = file.keys()
+            return has_packed_weights(names) or find_unread_layer(names, file.get_tensor, file.metadata() or {}) is not None
     except (SafetensorError, OSError, RuntimeError):  # the last from torch, which maps the file
         return True
 

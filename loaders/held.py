@@ -6,6 +6,7 @@ import torch
 from ..ops import kernels
 from ..ops.tensor import is_packed
 from .files.safetensors import SafetensorsFile
+from .sizes import size_text
 
 PLAIN_NAMES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 DONE = "featherweight_packed"  # under which a patcher keeps what was done to its weights while they were read
@@ -43,8 +44,3 @@ def format_name(tensor: torch.Tensor) -> str:
     if layout is not None:
         return layout.removeprefix("TensorCore").removesuffix("Layout")
     return PLAIN_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-
-
-def size_text(size: float) -> str:
-    """A size as people read it: GB of 10^9 bytes, MB of 10^6."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -9,7 +9,7 @@ import torch
 from ..ops.patcher import adopt, is_adoptable
 from ..ops.patcher.placing import Placement, Whereabouts
 from .devices import CPU
-from .held import size_text
+from .sizes import part_text, size_text
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def planned_text(patcher) -> str:
     size, budget = patcher.full_size(), patcher.placement.gpu_bytes
     if budget >= size:
         return f"{size_text(size)} on {patcher.load_device}"
-    text, left = f"at most {_of(budget, size)} on {patcher.load_device}", size - budget
+    text, left = f"at most {part_text(budget, size)} on {patcher.load_device}", size - budget
     for device, room in patcher.placement.stores:
         text += f", {size_text(min(room, left))} on {device}" if left else ""
         left -= min(room, left)
@@ -83,7 +83,7 @@ def planned_text(patcher) -> str:
 def placed_text(patcher, lies: Whereabouts | None = None) -> str:
     """Where they lie, '4.0 of 6.8 GB on cuda:0', what each step copies, and what more room would save. lies: if not as now."""
     lies = lies or patcher.whereabouts()
-    text = f"{_of(lies.here, lies.size)} on {patcher.load_device}"
+    text = f"{part_text(lies.here, lies.size)} on {patcher.load_device}"
     text += "".join(f", {size_text(size)} on {device}" for device, size in lies.stored.items())
     if lies.copied:
         text += f"\n{size_text(lies.copied_per_step)} copied per step{_hint(patcher, lies)}"
@@ -98,10 +98,3 @@ def _hint(patcher, lies: Whereabouts) -> str:
         return ""
     left = max(0, 1 - (budget - lies.here) / lies.copied) * lies.copied_per_step
     return f"; with {budget / 1e9:.1f} GB here {size_text(left) if left else 'nothing'}"
-
-
-def _of(part: float, whole: float) -> str:
-    """'4.0 of 6.8 GB'."""
-    text = size_text(whole)
-    unit = text.split()[1]
-    return f"{part / {'GB': 1e9, 'MB': 1e6}[unit]:.1f} of {text}"

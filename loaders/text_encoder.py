@@ -24,7 +24,7 @@ from .encoders.towers import missing_towers_left_out
 from .files import open_weights
 from .files.container import Watch, WeightFile, WeightFileError
 from .handover import is_ours, operations_for, take_back_encoder
-from .packing.host_formats import as_tensors
+from .packing.host_formats import as_tensors, reject_unread_layers
 from .packing.while_loading import Packed, pack_weights
 from .progress import Progress
 from .recipe import Recipe, loads
@@ -126,7 +126,10 @@ class _Encoder:
             progress.stage()
             return
         self.file = file = open_weights(path)
-        self.weights, self.metadata = _of_encoder(file.state_dict(progress.track)), file.metadata
+        weights, self.metadata = file.state_dict(progress.track), file.metadata
+        if not pack_to:
+            reject_unread_layers(file, weights)
+        self.weights = _of_encoder(weights)
         if self.path.is_dir():
             found = comfy.sd.detect_te_model(self.weights)
             self.weights |= saved_tokenizer(self.path, TOKENIZER_OF.get(found and found.name, SENTENCEPIECE))

@@ -18,6 +18,7 @@ from ..ops.tensor import is_packed
 from .files import open_weights
 from .files.container import WeightFileError
 from .handover import is_ours, text_metadata
+from .packing.host_formats import reject_unread_layers
 from .recipe import Recipe, loads
 
 VAE = "VAE"
@@ -51,7 +52,9 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
     """
     if is_ours(path):
         file = open_weights(path)
-        weights = {name: value.dequantize() if is_packed(value) else value for name, value in file.state_dict().items()}
+        weights = file.state_dict()
+        reject_unread_layers(file, weights)
+        weights = {name: value.dequantize() if is_packed(value) else value for name, value in weights.items()}
         metadata = text_metadata(file)
     else:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)

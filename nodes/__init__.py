@@ -1,22 +1,23 @@
-"""The ComfyUI extension: finds the nodes in the files of this folder.
+"""The ComfyUI extension: the nodes of the files of this folder, each of which has a line in `import_file`.
 
 A node file defines classes that derive directly from `io.ComfyNode`. One that needs what this host lacks is left out, as the
 pack's `__init__.py` has said in the log; so is one that fails to import or to state its schema, which is named in the log. The
 others load. Ids that do not begin with "Featherweight" belong to packs that shared workflows were made with: they are left out
 while somebody else holds them.
 """
-import importlib
 import logging
 import pkgutil
 import re
+from types import ModuleType
 
 import comfy.model_management
 import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
 
 from .. import host_contract
+from ..loaders.devices import gpus
 from ..loaders.folders import Replacements, register_folders
-from ..ops.kernels import background
+from ..ops.kernels import background, start_trials
 from . import help_pages
 from .elsewhere import watch_prompts
 
@@ -32,28 +33,82 @@ class FeatherweightExtension(ComfyExtension):
         register_folders()
         watch_prompts()
         background.raise_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
+        start_trials(gpus())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         found, left_out = [], host_contract.left_out(host_contract.changes())
-        for module in pkgutil.iter_modules(__path__):
-            if module.name in left_out:
+        for file in pkgutil.iter_modules(__path__):
+            if file.name in left_out:
                 continue
             try:
-                found += find_nodes(importlib.import_module(f"{__name__}.{module.name}"))
+                found += find_nodes(import_file(file.name))
             except Exception:
-                log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", module.name)
+                log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", file.name)
         found = [node for node in found if not taken(node.GET_SCHEMA().node_id)]
         help_pages.serve(found)
         return found
 
 
-def find_nodes(module) -> list[type[io.ComfyNode]]:
+def import_file(name: str) -> ModuleType | None:
+    """The module of a file with nodes, None for one without. What runs is written here, not looked up by the name of a file."""
+    match name:
+        case "apply_lora":
+            from . import apply_lora as module
+        case "check_lora":
+            from . import check_lora as module
+        case "inspect_model_file":
+            from . import inspect_model_file as module
+        case "legacy_calcuis":
+            from . import legacy_calcuis as module
+        case "legacy_gguf":
+            from . import legacy_gguf as module
+        case "legacy_gguf_clip":
+            from . import legacy_gguf_clip as module
+        case "legacy_kj":
+            from . import legacy_kj as module
+        case "legacy_multigpu":
+            from . import legacy_multigpu as module
+        case "legacy_multigpu_checkpoint":
+            from . import legacy_multigpu_checkpoint as module
+        case "legacy_multigpu_distorch":
+            from . import legacy_multigpu_distorch as module
+        case "legacy_multigpu_distorch2":
+            from . import legacy_multigpu_distorch2 as module
+        case "legacy_nf4":
+            from . import legacy_nf4 as module
+        case "legacy_sp":
+            from . import legacy_sp as module
+        case "load_checkpoint":
+            from . import load_checkpoint as module
+        case "load_diffusion_model":
+            from . import load_diffusion_model as module
+        case "load_text_encoder":
+            from . import load_text_encoder as module
+        case "measure_sensitivity":
+            from . import measure_sensitivity as module
+        case "place_model":
+            from . import place_model as module
+        case "place_text_encoder":
+            from . import place_text_encoder as module
+        case "run_on_ray":
+            from . import run_on_ray as module
+        case "save_packed_model":
+            from . import save_packed_model as module
+        case _:
+            return None
+    return module
+
+
+def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
     """Node classes a module defines, each with a schema that can be stated."""
+    if module is None:
+        return []
     found = [value for value in vars(module).values()
              if isinstance(value, type) and issubclass(value, io.ComfyNode) and value.__module__ == module.__name__]
     for node in found:
         node.GET_SCHEMA()
-        node.fingerprint_inputs = classmethod(_replaced)
+        if "fingerprint_inputs" not in vars(node):
+            node.fingerprint_inputs = classmethod(_replaced)
     return found
 
 

@@ -31,13 +31,13 @@ class CheckLora(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, to check the layers meant for it as well."),
             ],
             outputs=[
-                io.String.Output(display_name="report", tooltip="The report as a short table, the verdict first."),
+                io.String.Output(display_name="report", tooltip="The report, the verdict first."),
                 io.Image.Output(display_name="picture", tooltip="How much the LoRA changes each block, as a bar chart."),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name):
+    def validate_inputs(cls, lora_name=None):
         return all_there(lora_name, keys=FOLDERS)
 
     @classmethod

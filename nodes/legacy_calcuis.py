@@ -34,7 +34,7 @@ class Loader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, gguf_name):
+    def validate_inputs(cls, gguf_name=None):
         return all_there(gguf_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod
@@ -59,7 +59,7 @@ class LoaderAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, gguf_name):
+    def validate_inputs(cls, gguf_name=None):
         return all_there(gguf_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod
@@ -85,7 +85,7 @@ class ClipLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name, device=DEFAULT):
+    def validate_inputs(cls, clip_name=None, device=DEFAULT):
         return all_there(clip_name, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
@@ -111,7 +111,7 @@ class DualClipLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name1, clip_name2, device=DEFAULT):
+    def validate_inputs(cls, clip_name1=None, clip_name2=None, device=DEFAULT):
         return all_there(clip_name1, clip_name2, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
@@ -137,7 +137,7 @@ class TripleClipLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name1, clip_name2, clip_name3):
+    def validate_inputs(cls, clip_name1=None, clip_name2=None, clip_name3=None):
         return all_there(clip_name1, clip_name2, clip_name3, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
@@ -163,7 +163,7 @@ class QuadrupleClipLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name1, clip_name2, clip_name3, clip_name4):
+    def validate_inputs(cls, clip_name1=None, clip_name2=None, clip_name3=None, clip_name4=None):
         return all_there(clip_name1, clip_name2, clip_name3, clip_name4, keys=legacy_gguf_clip.FOLDERS)
 
     @classmethod
@@ -189,7 +189,7 @@ class VaeLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, vae_name):
+    def validate_inputs(cls, vae_name=None):
         return vae_files.is_there(vae_name)
 
     @classmethod

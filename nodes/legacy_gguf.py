@@ -53,7 +53,7 @@ class UnetLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name):
+    def validate_inputs(cls, unet_name=None):
         return all_there(unet_name, keys=FOLDERS)
 
     @classmethod
@@ -76,7 +76,7 @@ class UnetLoaderAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name):
+    def validate_inputs(cls, unet_name=None):
         return all_there(unet_name, keys=FOLDERS)
 
     @classmethod

@@ -57,7 +57,7 @@ class CLIPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name):
+    def validate_inputs(cls, clip_name=None):
         return all_there(clip_name, keys=FOLDERS)
 
     @classmethod
@@ -81,7 +81,7 @@ class DualCLIPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name1, clip_name2):
+    def validate_inputs(cls, clip_name1=None, clip_name2=None):
         return all_there(clip_name1, clip_name2, keys=FOLDERS)
 
     @classmethod
@@ -105,7 +105,7 @@ class TripleCLIPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name1, clip_name2, clip_name3):
+    def validate_inputs(cls, clip_name1=None, clip_name2=None, clip_name3=None):
         return all_there(clip_name1, clip_name2, clip_name3, keys=FOLDERS)
 
     @classmethod
@@ -129,7 +129,7 @@ class QuadrupleCLIPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name1, clip_name2, clip_name3, clip_name4):
+    def validate_inputs(cls, clip_name1=None, clip_name2=None, clip_name3=None, clip_name4=None):
         return all_there(clip_name1, clip_name2, clip_name3, clip_name4, keys=FOLDERS)
 
     @classmethod

@@ -41,7 +41,7 @@ class GGUFLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name, extra_model_name=NONE):
+    def validate_inputs(cls, model_name=None, extra_model_name=NONE):
         extra = None if extra_model_name == NONE else extra_model_name
         return all_there(model_name, extra, keys=(*legacy_gguf.FOLDERS, *CONNECTOR_FOLDERS))
 

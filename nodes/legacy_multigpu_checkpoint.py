@@ -41,7 +41,7 @@ class CheckpointLoaderAdvancedMultiGPU(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name, unet_device, clip_device, vae_device):
+    def validate_inputs(cls, ckpt_name=None, **devices):
         return all_there(ckpt_name, keys=legacy_nf4.CHECKPOINT_FOLDERS)
 
     @classmethod
@@ -80,8 +80,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name, unet_compute_device, unet_virtual_vram_gb, unet_donor_device, clip_compute_device,
-                        clip_virtual_vram_gb, clip_donor_device, vae_device):
+    def validate_inputs(cls, ckpt_name=None, **others):
         return all_there(ckpt_name, keys=legacy_nf4.CHECKPOINT_FOLDERS)
 
     @classmethod
@@ -114,7 +113,7 @@ class UNetLoaderLP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name):
+    def validate_inputs(cls, unet_name=None):
         return all_there(unet_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod

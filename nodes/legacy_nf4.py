@@ -40,7 +40,7 @@ class CheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name):
+    def validate_inputs(cls, ckpt_name=None):
         return all_there(ckpt_name, keys=CHECKPOINT_FOLDERS)
 
     @classmethod
@@ -69,7 +69,7 @@ class UnetLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name):
+    def validate_inputs(cls, unet_name=None):
         return all_there(unet_name, keys=MODEL_FOLDERS)
 
     @classmethod

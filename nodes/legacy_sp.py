@@ -35,7 +35,7 @@ class CheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name):
+    def validate_inputs(cls, ckpt_name=None):
         return all_there(ckpt_name, keys=legacy_nf4.CHECKPOINT_FOLDERS)
 
     @classmethod
@@ -63,7 +63,7 @@ class UnetLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name):
+    def validate_inputs(cls, unet_name=None):
         return all_there(unet_name, keys=legacy_gguf.FOLDERS)
 
     @classmethod

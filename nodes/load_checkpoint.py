@@ -37,7 +37,7 @@ class LoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint_name):
+    def validate_inputs(cls, checkpoint_name=None):
         return all_there(checkpoint_name, keys=FOLDERS)
 
     @classmethod

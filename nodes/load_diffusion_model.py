@@ -61,7 +61,7 @@ class LoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name):
+    def validate_inputs(cls, model_name=None):
         return all_there(model_name, keys=FOLDERS)
 
     @classmethod

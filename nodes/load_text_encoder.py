@@ -10,6 +10,7 @@ from .shown import loaded
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
+ORDINALS = {2: "second", 3: "third", 4: "fourth"}
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -21,7 +22,8 @@ class LoadTextEncoder(io.ComfyNode):
         def further(number: int):
             return io.Combo.Input(f"text_encoder_{number}", options=[NONE, *encoders], default=NONE, optional=True,
                                   display_name=f"text encoder {number}", advanced=number > 2,
-                                  tooltip=f"The {number}. encoder of models that have several, such as CLIP-L beside T5.")
+                                  tooltip=f"The {ORDINALS[number]} text encoder of models that have several, such as CLIP-L"
+                                          " next to T5.")
 
         return io.Schema(
             node_id="FeatherweightLoadTextEncoder",
@@ -52,7 +54,7 @@ class LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_1, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
+    def validate_inputs(cls, text_encoder_1=None, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
                         device=DEFAULT):
         names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
         return all_there(*names, None if mmproj in (AUTO, NONE) else mmproj, keys=FOLDERS)

@@ -7,8 +7,10 @@ from comfy_api.latest import io, ui
 from ..loaders.folders import new_sensitivity_path
 from ..loaders.packing.measuring import DEFAULT, THOROUGHNESS, measure
 from ..loaders.packing.runs import Drawing
-from ..loaders.packing.sensitivity import table
+from ..loaders.packing.sensitivity import report, summary
 from ..loaders.recipe import Recipe
+from ..loaders.sizes import size_text
+from .numbers import refuse_infinite
 from .shown import show_text
 
 
@@ -50,13 +52,15 @@ class MeasureSensitivity(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(display_name="sensitivity", tooltip="The file, for Save Packed Model (Featherweight)."),
-                io.String.Output(display_name="report", tooltip="The layers that matter most, as a table."),
+                io.String.Output(display_name="report",
+                                 tooltip="The layers that matter most, each with what packing it costs."),
             ],
         )
 
     @classmethod
     def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
                 latent=()) -> io.NodeOutput:
+        refuse_infinite(cfg=cfg[0])
         model, name = model[0], (name[0].strip() or "%model%").replace("%model%", _name_of(model[0]))
         path = new_sensitivity_path(name)
         prompts = [[entry] for conditioning in positive or () if conditioning for entry in conditioning]
@@ -67,8 +71,9 @@ class MeasureSensitivity(io.ComfyNode):
         sensitivity.save(path)
         with contextlib.suppress(OSError):
             os.unlink(partial)
-        text = f"{os.path.basename(path)}, {os.path.getsize(path) / 1e6:.1f} MB\n{table(sensitivity)}"
-        show_text(text)
+        heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
+        show_text(heading + summary(sensitivity))
+        text = heading + report(sensitivity)
         return io.NodeOutput(path, text, ui=ui.PreviewText(text))
 
 

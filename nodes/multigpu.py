@@ -15,12 +15,13 @@ from ..loaders.devices import CPU, device_options, find_device, gpus
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.files.container import shown
 from ..loaders.folders import all_there, embedding_folders, find_file
-from ..loaders.held import size_text
 from ..loaders.placing import place, place_clip
+from ..loaders.sizes import size_text
 from ..loaders.text_encoder import load_text_encoder
 from . import legacy_gguf, legacy_gguf_clip, legacy_nf4, vae_files
 from .choices import choices_of
 from .distorch import UnreadableError, by_expert_string, by_virtual_vram
+from .numbers import refuse_nan
 from .shown import loaded
 
 CATEGORY = "Featherweight/legacy/MultiGPU"
@@ -224,6 +225,7 @@ def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, 
     Appends to notes what cannot be so; prefix: that of the names of the inputs. Where the model computes on the CPU, all of it
     is there.
     """
+    refuse_nan(**{f"{prefix}virtual_vram_gb": virtual_vram_gb})
     patcher, expert = getattr(part, "patcher", part), expert.strip()
     if expert == "None":  # the host's text for a null
         expert = ""

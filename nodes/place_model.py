@@ -7,8 +7,9 @@ import torch
 from comfy_api.latest import io
 
 from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
-from ..loaders.held import size_text
 from ..loaders.placing import SHARING, place, placed_text, planned_text
+from ..loaders.sizes import size_text
+from .numbers import refuse_nan
 from .shown import shower
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def placing_inputs(what: str) -> list:
 
 def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb: float):
     """A model or text encoder placed by `placing`; the node tells what comes of it, now and in every run."""
+    refuse_nan(gpu_weights=gpu_weights, store_gb=store_gb)
     show, remarks = shower(), []
     compute = getattr(part, "patcher", part).load_device
     if compute != CPU:

@@ -36,8 +36,8 @@ def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
     return made_of(weights, device, {"tae_latent_channels": 128} if vae_name == "taef2" else None)  # as the host's loader does
 
 
-def _is_file(vae_name: str | None) -> bool:
-    return "." in (vae_name or "") or vae_name not in _of_the_host()
+def _is_file(vae_name) -> bool:
+    return "." in str(vae_name) or vae_name not in _of_the_host()
 
 
 def _of_the_host() -> list[str]:

@@ -12,6 +12,7 @@ from unittest import mock
 
 import fake_gpus
 import pytest
+from devtools.files import gguf_types  # noqa: F401  gguf takes the types that are newer than it
 from devtools.host.environment import HOST_VERSION
 
 PACK = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ if fake_gpus.ON_FAKE_GPUS:
 
 import comfy.model_management  # noqa: E402
 import comfyui_version  # noqa: E402
+import folder_paths  # noqa: E402
 import torch  # noqa: E402
 
 _pack = types.ModuleType("featherweight")
@@ -92,6 +94,13 @@ def small_models():
     gc.disable()  # a model that dies while the host unloads others makes the host lose count of them
     comfy.model_management.unload_all_models()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def forgotten_folders():
+    """The host remembers what it listed, and looks again at folders that tests have removed since."""
+    yield
+    folder_paths.filename_list_cache.clear()
 
 
 @pytest.fixture(scope="session")

@@ -63,9 +63,9 @@ def test_files_and_tests_that_the_recipes_name_are_there():
 
 
 @pytest.mark.parametrize("language", ["", "/ja", "/ko", "/de"])
-def test_the_table_of_text_encoders_has_types_that_there_are(language):
+def test_the_list_of_text_encoders_has_types_that_there_are(language):
     page = (ROOT / "nodes" / "web" / "docs" / f"FeatherweightLoadTextEncoder{language}.md").read_text(encoding="utf-8")
-    types = re.findall(r"^\| [^|]+ \| (\w+) \| [^|]+ \|$", page, re.M)[1:]  # the first is the table's head
+    types = re.findall(r"^- \*\*[^*]+\*\* ?[(（](\w+)[)）][:：]", page, re.M)
     assert len(types) > 10
     assert set(types) <= SINGLE.keys() | SETS[2].keys()
 

@@ -20,27 +20,30 @@ MESSAGE = ("message", "メッセージ", "메시지", "Meldung")
 each_page = pytest.mark.parametrize("page", PAGES)
 
 
+LEAD = re.compile(r"^- \*\*(.+?)\*\*(?: ?[(（].*?[)）])?[:：]", re.M)  # what an entry of a list is about
+
+
 def first_cells(text: str) -> list[str]:
     return [line[2:].split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
 
 
 @each_page
-def test_every_node_has_a_page_in_each_language_that_names_all_inputs(page):
+def test_every_node_has_a_page_in_each_language_that_lists_all_inputs(page):
     node_id, path = PAGES[page]
     text, schema = path.read_text(encoding="utf-8"), NODES[node_id].GET_SCHEMA()
     if hasattr(NODES[node_id], "HELP_PAGE"):
         text = help_pages.page(NODES[node_id], "" if path.parent == DOCS else path.stem)
     assert text.startswith(f"# {schema.display_name}\n")
-    named = {name for cell in first_cells(text) for name in cell.split(", ")}
+    named = {name for lead in LEAD.findall(text) for name in lead.split(", ")}
     assert named >= {input.display_name or input.id for input in schema.inputs}
 
 
 @each_page
-def test_translations_have_the_same_headings_pictures_and_tables(page):
+def test_translations_have_the_same_headings_pictures_lists_and_tables(page):
     node_id, path = PAGES[page]
     english = PAGES[f"{node_id}-en"][1].read_text(encoding="utf-8")
     text = path.read_text(encoding="utf-8")
-    for pattern in (r"^#+ ", r"\]\(.*\)", r"^\|", r"^```"):
+    for pattern in (r"^#+ ", r"\]\(.*\)", r"^\|", r"^- ", r"^```"):
         assert len(re.findall(pattern, text, re.M)) == len(re.findall(pattern, english, re.M)), pattern
 
 
@@ -71,9 +74,12 @@ MESSAGES = messages_in_code()
 
 
 def quoted_messages(text: str) -> list[str]:
-    """First cells of tables under "message", an ellipsis where a value is put in. Cells without one describe, not quote."""
-    tables = re.findall(rf"^\| (?:{'|'.join(MESSAGE)}) \|.*\n\|---.*\n((?:\|.*(?:\n|$))*)", text, re.M)
-    return [cell for table in tables for cell in first_cells(table) if "…" in cell]
+    """What lists and tables under "message" are about, an ellipsis where a value is put in. Without one it is no quotation."""
+    words = "|".join(MESSAGE)
+    tables = re.findall(rf"^\| (?:{words}) \|.*\n\|---.*\n((?:\|.*(?:\n|$))*)", text, re.M)
+    lists = re.findall(rf"^\*(?:{words})\*[:：].*\n\n((?:- .*(?:\n|$))*)", text, re.M)
+    leads = [*itertools.chain(*map(first_cells, tables)), *itertools.chain(*map(LEAD.findall, lists))]
+    return [lead for lead in leads if "…" in lead]
 
 
 def missing_in_code(text: str) -> list[str]:

@@ -1,12 +1,16 @@
 """Nodes: what they are called, what they take, and how they stand beside other packs."""
 import inspect
+import re
 import sys
+import types
+from pathlib import Path
 
 import featherweight.nodes
 import folder_paths
 import nodes as host_nodes
 import pytest
 import torch
+from comfy_api.latest import io
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.while_loading import TYPES
@@ -105,11 +109,46 @@ def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
     "        raise RuntimeError('broken schema')\n",
 ])
 def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypatch, caplog, source):
-    (tmp_path / "broken_node.py").write_text(source)
-    monkeypatch.setattr(featherweight.nodes, "__path__", [*featherweight.nodes.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "featherweight.nodes.broken_node", raising=False)
-    assert {node.GET_SCHEMA().node_id for node in node_list()} == NODES.keys()
-    assert "nodes/broken_node.py" in caplog.text
+    (tmp_path / "apply_lora.py").write_text(source)
+    monkeypatch.setattr(featherweight.nodes, "__path__", [str(tmp_path), *featherweight.nodes.__path__])
+    monkeypatch.delitem(sys.modules, "featherweight.nodes.apply_lora")
+    monkeypatch.delattr(featherweight.nodes, "apply_lora")
+    assert {node.GET_SCHEMA().node_id for node in node_list()} == NODES.keys() - {"FeatherweightApplyLora"}
+    assert "nodes/apply_lora.py" in caplog.text
+
+
+def test_every_file_with_nodes_has_a_line_that_imports_it():
+    paths = Path(featherweight.nodes.__file__).parent.glob("[a-z]*.py")
+    files = {path.stem for path in paths if re.search(r"^class .*\bComfyNode\)", path.read_text(encoding="utf-8"), re.M)}
+    assert len(files) > 20
+    for name in files:
+        assert featherweight.nodes.import_file(name) is sys.modules[f"featherweight.nodes.{name}"]
+
+
+def test_a_node_keeps_what_it_says_itself_about_running_again():
+    module = types.ModuleType("of_somebody")
+
+    class Plain(io.ComfyNode):
+        __module__ = module.__name__
+
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(node_id="Plain", inputs=[], outputs=[])
+
+        @classmethod
+        def execute(cls):
+            return io.NodeOutput()
+
+    class WithItsOwn(Plain):
+        __module__ = module.__name__
+
+        @classmethod
+        def fingerprint_inputs(cls, **inputs):
+            return "its own"
+
+    module.Plain, module.WithItsOwn = Plain, WithItsOwn
+    assert featherweight.nodes.find_nodes(module) == [Plain, WithItsOwn]
+    assert Plain.fingerprint_inputs() == 0 and WithItsOwn.fingerprint_inputs() == "its own"
 
 
 @pytest.fixture

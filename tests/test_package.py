@@ -15,6 +15,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and its checkout")
 
 
+FOLDERS = {"nodes", "machines", "loaders", "ops", "locales", "example_workflows"}
+FILES = {"__init__.py", "child_process.py", "host_contract.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt",
+         "LICENSE", "README.md", "CHANGELOG.md"}
+
+
 def tracked(*paths: str) -> set[str]:
     return set(subprocess.run(["git", "ls-files", "-z", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
                .stdout.split("\0")) - {""}
@@ -22,19 +27,14 @@ def tracked(*paths: str) -> set[str]:
 
 @in_a_checkout
 def test_the_package_holds_all_that_the_pack_is_made_of():
-    needed = tracked("nodes", "machines", "loaders", "ops", "locales", "example_workflows") | {
-        "__init__.py", "host_contract.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
-        "CHANGELOG.md"}
+    needed = tracked(*FOLDERS) | FILES
     assert needed <= set(packed_files())
     assert {"ops/kernels/source/weight.h", "nodes/web/docs/FeatherweightLoadDiffusionModel/ja.md"} <= needed
 
 
 @in_a_checkout
 def test_the_package_holds_nothing_of_the_developers():
-    folders = {"nodes", "machines", "loaders", "ops", "locales", "example_workflows", "docs"}
-    files = {"__init__.py", "host_contract.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE",
-             "README.md", "CHANGELOG.md"}
-    assert {path.partition("/")[0] for path in packed_files()} == folders | files
+    assert {path.partition("/")[0] for path in packed_files()} == FOLDERS | {"docs"} | FILES
     suffixes = (".gguf", ".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
     assert not [path for path in packed_files() if path.endswith(suffixes)]
     assert sum((ROOT / path).stat().st_size for path in packed_files()) < 3_500_000

@@ -164,12 +164,13 @@ def on_ray() -> Workflow:
 Everything before **Run on Ray (Featherweight)** is one picture. The node has it drawn once for each line of *texts*, each \
 with the next seed, on all GPUs of this computer at the same time, or on other computers. Here no model is loaded.
 
-It needs Ray, in the Python of ComfyUI: `python -m pip install "ray[data,serve]"`.
+It needs Ray, in the Python of ComfyUI: `python -m pip install ray`.
 
 {SOURCE}
 """, "what one picture takes, on each GPU that draws, and 0.6 GB for each ComfyUI there.", f"""`count` and `texts`: with no \
-lines, all pictures have the prompt on the left and differ by their seed. `address`: that of a Ray cluster, to draw on several \
-computers; each needs the files in its own folders. {KNOWS}""")
+lines, all pictures have the prompt on the left and differ by their seed. `address`: *the cluster*, to draw on several \
+computers, where ComfyUI was started with its address in FEATHERWEIGHT_RAY_ADDRESS; each needs the files in its own \
+folders. {KNOWS}""")
 
 
 WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras, packed_to_a_size, on_ray)

@@ -19,7 +19,7 @@ TITLE, GAP, MARGIN, HEADING = 30, 30, 20, 50  # of a node; between nodes; around
 HELD = 60  # by which a loader of this pack grows when it says what it holds
 TALL = {"CLIPTextEncode": 160, "SaveImage": 420, "PreviewAny": 200, "FeatherweightApplyLora": 290, "LoadImage": 330,
         "PreviewImage": 300, "TextEncodeQwenImageEditPlus": 200, "SaveVideo": 380, "FeatherweightCheckLora": 420,
-        "FeatherweightMeasureSensitivity": 420, "FeatherweightSavePackedModel": 460, "FeatherweightInspectModelFile": 640,
+        "FeatherweightMeasureSensitivity": 450, "FeatherweightSavePackedModel": 470, "FeatherweightInspectModelFile": 640,
         "FeatherweightRunOnRay": 360}
 
 

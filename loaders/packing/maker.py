@@ -20,7 +20,8 @@ from ..files.container import PLAIN_DTYPES, nbytes_of, shown
 from ..files.safetensors_writer import DTYPES
 from .block_by_block import InTurn
 from .obstacles import SaveError
-from .plan import size_text
+from ..sizes import size_text
+from .plan import DIGITS
 from .rules import PLAIN_BYTES, fitting
 from .shares import Shares, dot
 from .source import Source, Weight
@@ -99,7 +100,8 @@ class Maker:
                     self.nbytes = larger
                     return other, attempt
         raise SaveError(f"The values of {shown(weight.name)} do not fit into {kind}, and with them in BF16 the file takes"
-                        f" {size_text(self._nbytes_with(weight, kind, 'BF16'))}, which is more than {size_text(self.most)}."
+                        f" {size_text(self._nbytes_with(weight, kind, 'BF16'), DIGITS)}, which is more than"
+                        f" {size_text(self.most, DIGITS)}."
                         " Choose one type in place of a size.")
 
     def _nbytes_with(self, weight: Weight, kind: str, other: str) -> int:

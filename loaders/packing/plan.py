@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..files.container import nbytes_of
+from ..sizes import size_text, type_lines, unit_of
 from .mix import best_mix
 from .rules import HALVES, Family, Shapes, fits, fitting
 
@@ -15,6 +16,7 @@ from .rules import HALVES, Family, Shapes, fits, fitting
 LOSSES = {"Q2_K": 11.7, "Q3_K": 16.8, "IQ4_NL": 22.3, "IQ4_XS": 22.5, "Q4_K": 23.1, "Q5_0": 27.4, "Q5_1": 28.2, "Q5_K": 29.4,
           "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0}
 TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+DIGITS = 2  # behind the point, of the sizes that plans are asked for and give
 IN_BLOCKS_OF_32 = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # for rows that 256 does not divide
 # Matrices that see one vector an image, not one a token.
 MODULATION = re.compile(r"(_mod|\.mod|modulation\w*)\.(lin|\d+|linear)\.|adaLN_modulation|adaln_modulation|\.modulation\.")
@@ -33,9 +35,10 @@ class PlanError(ValueError):
 def too_small(nbytes: int, short_by: int, more: str = "") -> PlanError:
     """The error for a size of `nbytes`, which names one that suffices."""
     least = nbytes + short_by
-    unit = 10 ** 7 if least >= 10 ** 9 else 10 ** 4  # the last digit that is shown, rounded up, so that it can be asked for
-    error = PlanError(f"A size of {size_text(nbytes)} is too small for this model: with the smallest type wherever one may be"
-                      f" packed it takes {size_text(-(-least // unit) * unit)}. Ask for that much or more.{more}")
+    unit = max(1, unit_of(least)[0] // 10 ** DIGITS)  # of the last digit shown, rounded up, so that it can be asked for
+    error = PlanError(f"A size of {size_text(nbytes, DIGITS)} is too small for this model: with the smallest type wherever one"
+                      f" may be packed it takes {size_text(-(-least // unit) * unit, DIGITS)}. Ask for that much or"
+                      f" more.{more}")
     error.short_by, error.more = short_by, more
     return error
 
@@ -57,15 +60,11 @@ class Plan:
         return (packed or Counter(self.types.values())).most_common(1)[0][0]
 
     def text(self, shapes: Shapes) -> str:
-        """A table for people: type, tensors, bytes and their share, the type with the most bytes first."""
+        """For people, a line for each type: its tensors, their bytes and share, the type with the most bytes first."""
         counts, sizes = Counter(self.types.values()), Counter()
         for name, kind in self.types.items():
             sizes[kind] += nbytes_of(kind, shapes[name])
-        total = sizes.total()
-        lines = [f"{'type':<8}{'tensors':>8}{'size':>12}{'share':>8}"]
-        lines += [f"{kind:<8}{counts[kind]:>8}{size_text(size):>12}{size / max(1, total):>8.1%}"
-                  for kind, size in sizes.most_common()]
-        return "\n".join([*lines, f"{'all':<8}{counts.total():>8}{size_text(total):>12}"])
+        return "\n".join(type_lines({kind: (count, sizes[kind]) for kind, count in counts.items()}, DIGITS))
 
     def json(self) -> str:
         """The plan for a file's metadata: {"types": {type: [names]}}."""
@@ -81,11 +80,6 @@ class Plan:
             return cls({str(name): str(kind) for kind, names in json.loads(text)["types"].items() for name in names})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError("The text is no plan of types for a model's tensors.") from error
-
-
-def size_text(size: float) -> str:
-    """A size as people read it: GB of 10^9 bytes, MB of 10^6."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def candidates(shape: tuple[int, ...], half: str = "BF16") -> tuple[str, ...]:

@@ -19,7 +19,8 @@ from ..files.container import PLAIN_DTYPES, nbytes_of
 from ..files.writing import check_writable
 from .block_by_block import InTurn
 from .maker import Maker, bits, plain_type
-from .plan import Plan, PlanError, plan_for_size, plan_for_type, size_text, too_small
+from ..sizes import size_text
+from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_small
 from .rules import HALVES, PLAIN_BYTES, family_of, fits, fitting, half_type
 from .source import Source, Weight
 
@@ -45,12 +46,13 @@ class Saved:
     told: list[str]
 
     def __str__(self) -> str:
-        return f"{self.path}: {size_text(self.nbytes)} in {self.seconds:.0f} s"
+        return f"{self.path}: {size_text(self.nbytes, DIGITS)} in {self.seconds:.0f} s"
 
     @property
     def text(self) -> str:
-        """All of it, for people."""
-        return "\n".join([str(self), self.table, *self.told])
+        """All of it in short lines, as the node shows them."""
+        size = f"{size_text(self.nbytes, DIGITS)}, written in {self.seconds:.0f} s"
+        return "\n".join([self.path.name, size, self.table, *self.told])
 
 
 def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, float]] | None = None, keep: bool = True,
@@ -75,8 +77,8 @@ def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, 
         except PlanError as error:
             if not floors:
                 raise
-            more = (f" {len(floors)} weights with a LoRA on them take {FINE}, {size_text(wanted - budget)}, so that the LoRA"
-                    " arrives whole; choose otherwise under 'LoRAs', or begin with a model that is not packed.")
+            more = (f" {len(floors)} weights with a LoRA on them take {FINE}, {size_text(wanted - budget, DIGITS)}, so that"
+                    " the LoRA arrives whole; choose otherwise under 'LoRAs', or begin with a model that is not packed.")
             raise too_small(wanted, error.short_by, more) from error
         return Plan({name: types[name] for name in shapes})
     if wanted == ALIKE:
@@ -110,7 +112,8 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
     plan, tensors, texts = _within(source, path, wanted, sensitivity, keep, metadata or {}, safetensors)
     check_writable(path, container.file_size(tensors, texts), overwrite)
     notes = [*source.notes, *_warnings(source)]
-    planned("\n".join([f"{path.name}: {size_text(container.file_size(tensors, texts))}", plan.text(source.shapes), *notes]))
+    size = size_text(container.file_size(tensors, texts), DIGITS)
+    planned("\n".join([path.name, f"{size}, not written yet", plan.text(source.shapes), *notes]))
     whole = _whole(source, plan.types) if keep else set()
     making = Maker(source, plan.types, sensitivity, whole, not isinstance(wanted, int) and not safetensors, safetensors,
                    None if turn is None else turn(), wanted if isinstance(wanted, int) else None,

@@ -6,13 +6,13 @@ the 1.52 million of Flux.1-dev, shared ones counted once, 0.24 GB (computed, not
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 
 from ...ops.packing.moments import Moments
@@ -21,6 +21,7 @@ from ..files.writing import new_file
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
+SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")  # types that reports name, smallest first
 
 
 class SensitivityError(ValueError):
@@ -142,16 +143,27 @@ def _begins_as_ours(path: str | os.PathLike) -> bool:
         return KEY.encode() in file.read(1 << 10)
 
 
-def table(sensitivity: Sensitivity, count: int = 12) -> str:
-    """The measurement as text: the layers that matter most first, with what the output loses in a few types, in dB."""
-    kinds = [kind for kind in ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
-             if any(kind in costs for costs in sensitivity.costs.values())]
-    def decibels(cost):
-        return "-" if cost is None else f"{-10 * torch.tensor(max(cost, 1e-12), dtype=torch.float32).log10().item():.1f}"
-
-    ranked = sorted(sensitivity.costs.items(), key=lambda entry: -max(entry[1].values()))
-    lines = [f"{len(ranked)} layers; signal to error of the output in dB with one layer packed, the worst first:",
-             f"{'layer':<44}" + "".join(f"{kind:>8}" for kind in kinds)]
-    lines += [f"{name.removesuffix('.weight'):<44}" + "".join(f"{decibels(costs.get(kind)):>8}" for kind in kinds)
-              for name, costs in ranked[:count]]
+def report(sensitivity: Sensitivity, count: int = 12) -> str:
+    """What packing one layer costs the output, in each type that was measured, for the `count` layers that matter most."""
+    lines = [f"{len(sensitivity.costs)} layers; signal to error of the output in dB with one layer packed, the worst first:"]
+    for name, costs in _ranked(sensitivity)[:count]:
+        values = ", ".join(f"{kind} {_decibels(costs[kind])}" for kind in SHOWN if kind in costs)
+        lines.append(f"{name.removesuffix('.weight')}: {values}")
     return "\n".join(lines)
+
+
+def summary(sensitivity: Sensitivity, count: int = 7) -> str:
+    """The same in lines short enough for a node: one type, the smallest that was measured."""
+    kind = next((kind for kind in SHOWN if any(kind in costs for costs in sensitivity.costs.values())), None)
+    lines = [f"With one layer in {kind}, the worst first:", "signal to error of the output in dB"] if kind else []
+    lines += [f"{name.removesuffix('.weight')}: {_decibels(costs[kind])}"
+              for name, costs in _ranked(sensitivity)[:count] if kind in costs]
+    return "\n".join([f"{len(sensitivity.costs)} layers measured", *lines])
+
+
+def _ranked(sensitivity: Sensitivity) -> list[tuple[str, dict[str, float]]]:
+    return sorted(sensitivity.costs.items(), key=lambda entry: -max(entry[1].values(), default=0.0))
+
+
+def _decibels(cost: float) -> str:
+    return f"{-10 * math.log10(max(cost, 1e-12)):.1f}"

@@ -22,7 +22,7 @@ from ..held import DONE, format_name
 from ..progress import Progress
 from ..model_names import in_the_hosts_names
 from . import cache
-from .host_formats import as_tensors
+from .host_formats import as_tensors, reject_unread_layers
 from .plan import plan_for_type
 from .rules import family_of
 
@@ -80,6 +80,7 @@ def read_weights(file: WeightFile, type_name: str | None, progress: Progress) ->
     """
     state_dict = file.state_dict(progress.track)
     if type_name is None:
+        reject_unread_layers(file, state_dict)
         return in_the_hosts_names(state_dict), None
     prefix = model_prefix(state_dict)
     state_dict = in_the_hosts_names(as_tensors(file, state_dict, prefix), later=True)

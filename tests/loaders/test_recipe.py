@@ -86,7 +86,7 @@ def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, tmp_p
     other = tmp_path / "elsewhere v1.0" / "featherweight-copy"
     for folder in ("loaders", "ops", "nodes"):
         shutil.copytree(PACK / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__", "docs"))
-    for name in ("__init__.py", "host_contract.py"):
+    for name in ("__init__.py", "child_process.py", "host_contract.py"):
         shutil.copyfile(PACK / name, other / name)
     patchers = [load(models) for load in LOADS.values()]
     (tmp_path / "recipes.pickle").write_bytes(pickle.dumps([recipe_of(patcher) for patcher in patchers]))

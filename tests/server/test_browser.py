@@ -21,6 +21,32 @@ EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')"
+DOCS = ROOT / "nodes" / "web" / "docs"
+# Has the editor show the help pages of a language, which it need not have itself, and tell which it shows.
+IN_LANGUAGE = """(language => {
+  window.fetchAnything ??= window.fetch
+  window.fetch = async (url, ...rest) => {
+    const page = /^(.*\\/docs\\/)(\\w+)(\\/en)?\\.md$/.exec(url)
+    if (!page) return fetchAnything(url, ...rest)
+    const reply = await fetchAnything(language === 'en' ? url : `${page[1]}${page[2]}/${language}.md`, ...rest)
+    if (reply.ok) setTimeout(() => { window.helpPage = `${language} ${page[2]}` }, 200)
+    return reply
+  }
+})"""
+SELECT = """(type => {
+  const node = app.graph.nodes.find(node => node.type === type)
+  app.canvas.deselectAll()
+  app.canvas.centerOnNode(node)
+  app.canvas.selectNode(node)
+})"""
+# What of a help page is cut at the edge of its panel. Blocks of code can be scrolled.
+CUT = """(page => {
+  const edge = page.getBoundingClientRect().left + page.clientWidth + 1
+  return [...page.querySelectorAll('*')].filter(part => !part.closest('pre'))
+    .filter(part => part.getBoundingClientRect().right > edge
+      || part.tagName === 'TABLE' && part.scrollWidth > part.clientWidth)
+    .map(part => `${part.tagName} ${part.innerText.slice(0, 80)}`)
+})(document.querySelector('.node-help-content'))"""
 # Where on the page the right arrow of a number is.
 ARROW = """((type, name) => {
   const node = app.graph.nodes.find(node => node.type === type), {scale, offset} = app.canvas.ds
@@ -82,6 +108,10 @@ def test_a_template_opens_from_the_template_browser(page):
     page.click_on("[...document.querySelectorAll('button')].find(button => button.ariaLabel === 'Templates')")
     page.click_on(f"[...document.querySelectorAll('[role=dialog] *')].find(item => item.textContent.trim() === '{PACK}'"
                   " && !item.children.length)")
+    names = sorted(path.stem for path in EXAMPLES)  # their folder lists them in no order
+    cards = "[...document.querySelectorAll('[data-testid^=\"template-workflow-\"]')].map(card => card.dataset.testid.slice(18))"
+    shown = page.wait_for(f"(cards => cards.length > 5 && cards[0].includes('F') && cards)({cards})")  # more as one scrolls
+    assert shown == names[:len(shown)] and shown[0] == demo.WORKFLOW.stem
     card = f"document.querySelector('[data-testid=\"template-workflow-{demo.LORA_WORKFLOW.stem}\"]')"
     page.wait_for(f"{card}?.querySelector('img')?.naturalWidth")
     keep(page, "templates")
@@ -103,6 +133,31 @@ def test_the_help_page_of_a_node_opens(page):
     keep(page, "help")
     written = (ROOT / "nodes" / "web" / "docs" / "FeatherweightApplyLora.md").read_text(encoding="utf-8")
     assert text.startswith(written.splitlines()[0].removeprefix("# ")) and "block_weights" in text
+
+
+def test_nothing_of_a_help_page_is_cut_at_the_edge_of_its_panel(browser, fresh):
+    """At the width that the panel has when it opens, in each language."""
+    nodes = [node_id for node_id, node in fresh.object_info().items() if node["python_module"].endswith(PACK)]
+    pages = {path.stem for path in DOCS.glob("*.md")}
+    shown = [*sorted(pages & set(nodes)), "LoaderGGUF", "GGUFLoaderKJ", "UnetLoaderGGUFDisTorch2MultiGPU"]  # which share theirs
+    assert len(shown) == len(pages)
+    browser.open_editor(fresh)
+    browser.evaluate("app.graph.clear()")
+    browser.evaluate(f"{json.dumps(shown)}.forEach(type => app.graph.add(LiteGraph.createNode(type)))")
+    browser.evaluate(f"{SELECT}({json.dumps(shown[-1])})")
+    time.sleep(1.5)  # the buttons above the node move with it
+    browser.click_on("document.querySelector('[data-testid=info-button]')")
+    browser.wait_for("!!document.querySelector('.node-help-content h1')")
+    cut = {}
+    for language in ("en", "ja", "ko", "de"):
+        browser.evaluate(f"{IN_LANGUAGE}('{language}')")
+        for node_id in shown:
+            browser.evaluate(f"{SELECT}({json.dumps(node_id)})")
+            browser.wait_for(f"window.helpPage === '{language} {node_id}' && !!document.querySelector('.node-help-content h1')")
+            if parts := browser.evaluate(CUT):
+                cut[f"{node_id} {language}"] = parts
+        keep(browser, f"help_{language}")
+    assert not cut
 
 
 def test_every_workflow_opens_without_a_red_node(browser, fresh):

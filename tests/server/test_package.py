@@ -26,7 +26,7 @@ def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_an
         for node in nodes:
             for page in (f"{node}.md", f"{node}/ja.md"):
                 assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
-        assert f"/extensions/{FOLDER}/model_names.js" in packed.get_json("/extensions")
+        assert {f"/extensions/{FOLDER}/{name}.js" for name in ("model_names", "templates")} <= {*packed.get_json("/extensions")}
         assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]
         own = {node for node in nodes if node.startswith("Featherweight")}
         assert {language: texts["nodeDefs"].keys() for language, texts in packed.get_json("/i18n").items()} == {

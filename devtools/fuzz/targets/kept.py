@@ -66,9 +66,9 @@ class SensitivityFile(Target):
 
     def prepare(self):
         import torch
-        from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, table
+        from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, report, summary
         from featherweight.ops.packing.moments import Moments
-        self.load, self.table, self.own = Sensitivity.load, table, (SensitivityError,)
+        self.load, self.texts, self.own = Sensitivity.load, (report, summary), (SensitivityError,)
         inputs = torch.from_numpy(np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32))
         moments = Moments.of(64)
         moments.add(inputs)
@@ -82,7 +82,8 @@ class SensitivityFile(Target):
         path.write_bytes(data)
         found = self.load(path)
         assert len(found.digest) == 16
-        self.table(found)
+        for text in self.texts:
+            text(found)
         for name in found.shapes:
             found.moments(name)
         found.check_is_for(found.shapes)

@@ -131,7 +131,7 @@ class Numbers(TextTarget):
 
     def prepare(self):
         from featherweight.loaders.devices import find_device
-        from featherweight.loaders.held import size_text
+        from featherweight.loaders.sizes import size_text
         from featherweight.nodes.distorch import by_virtual_vram
         self.own, self.device = (), torch.device("cuda", 0)
         self.find_device, self.by_virtual_vram, self.size_text = find_device, by_virtual_vram, size_text

@@ -14,9 +14,10 @@ from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.writing import WriteError
 from featherweight.loaders.packing import maker
 from featherweight.loaders.packing.obstacles import SaveError, not_saved, refuse_obstacles
-from featherweight.loaders.packing.plan import PlanError
+from featherweight.loaders.packing.plan import DIGITS, PlanError
 from featherweight.loaders.packing.save import ALIKE, Saved, save
 from featherweight.loaders.packing.source import Source, of_model
+from featherweight.loaders.sizes import size_text
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.tensor import is_packed
@@ -128,7 +129,7 @@ def test_a_size_is_that_of_the_whole_file_and_never_exceeded(tmp_path, size):
 def test_the_size_that_a_refusal_names_can_be_asked_for(tmp_path, base, metadata):
     model = dense_model() if base is None else patched(packed_flux(base), (lora_for(weights(), size=0.02), 1.0))
     for asked in (100_000, 1_400_000):
-        with pytest.raises(PlanError, match=f"A size of {asked / 1e6:.2f} MB is too small") as refused:
+        with pytest.raises(PlanError, match=f"A size of {size_text(asked, DIGITS)} is too small") as refused:
             save(of_model(model), tmp_path / "a.gguf", asked, metadata=metadata)
         named = round(float(re.search(r"it takes ([\d.]+) MB", str(refused.value))[1]) * 1e6)
         assert ("with a LoRA on them take Q6_K" in str(refused.value)) == (base is not None)

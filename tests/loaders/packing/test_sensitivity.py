@@ -3,6 +3,7 @@ was cancelled; its file is for models with these layers only."""
 import dataclasses
 import functools
 import json
+import re
 
 import comfy.model_management
 import pytest
@@ -16,7 +17,7 @@ from featherweight.loaders.packing.measuring import DEFAULT, THOROUGHNESS, measu
 from featherweight.loaders.packing.plan import plan_for_size
 from featherweight.loaders.packing.rules import family_of
 from featherweight.loaders.packing.runs import Drawing, load, noise_prompts
-from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, table
+from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, report, summary
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.packing.moments import Moments
@@ -219,7 +220,10 @@ def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp
         loaded.check_is_for(shapes | {"blocks.0.ffn.0.weight": (512, 512)})
     with pytest.raises(SensitivityError, match=r"is not there, and 10 of 10 layers do not fit"):
         loaded.check_is_for({"a.0.weight": (512, 512)})
-    assert "ffn.0" in table(loaded) and "dB" in table(loaded)
+    for lines in (report(loaded).splitlines(), summary(loaded).splitlines()):
+        assert any(re.match(r"blocks.*ffn.0: .*[0-9]", line) for line in lines) and "dB" in "".join(lines)
+        assert not any("  " in line for line in lines)  # columns, which no node keeps
+    assert all(len(line) < 50 for line in summary(loaded).splitlines())
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind" * 9, None])
