@@ -2,7 +2,7 @@
 
 The bytes go to `NAME.PID.featherweight.part` in the same folder and get their name when all of them are on the disk. Whatever
 ends a writer in between (an error, a cancel, a full disk) takes the temporary file with it. A killed process leaves it, and
-the next writer into that folder removes it: its lock is gone.
+the next writer into that folder removes it: its lock is gone. A writer holds that lock until the file has its name.
 """
 import contextlib
 import errno
@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 import torch
 
 try:
     import fcntl
-except ImportError:  # Windows, which does not remove a file that is open
+except ImportError:  # Windows, which neither removes nor renames a file that is open
     fcntl = None
 
 SPARE = 64 << 20  # bytes left free on the disk, for all else that is being written
-PART = re.compile(r".+\.\d+\.featherweight\.part")  # those of other programs are none of ours
+PART = re.compile(r".+\.(\d+)\.featherweight\.part")  # those of other programs are none of ours
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -41,23 +42,24 @@ def new_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> I
     remove_stale_parts(path.parent)
     part = path.with_name(f"{path.name}.{os.getpid()}.featherweight.part")
     with _told(path):
-        file = open(part, "xb", buffering=0)  # noqa: SIM115  closed before it gets its name
+        file = _open_locked(part)
     try:
         with _told(path):
-            lock(file)
             _set_aside(file, nbytes)
         yield _Told(file, path)
         with _told(path):
             file.truncate(max(file.tell(), 0))
             os.fsync(file.fileno())
-            file.close()
             if not overwrite and path.exists():
                 raise WriteError(f"{path} has come to be while it was written here, and stays as it is. Pick another name.")
+            if fcntl is None:
+                file.close()
             os.replace(part, path)
     except BaseException:
         file.close()
         part.unlink(missing_ok=True)
         raise
+    file.close()  # and with it its lock
     _sync_folder(path.parent)
 
 
@@ -149,11 +151,28 @@ def _told(path: Path):
         raise WriteError(f"{path} cannot be written ({error.strerror}). {advice}; nothing is left of it.") from error
 
 
-def lock(file: BinaryIO):
-    """Hold the file for as long as this process lives. Where a drive knows no locks, it is only never found stale."""
-    if fcntl is not None:
+def _open_locked(part: Path) -> BinaryIO:
+    """Return a new file that is open, and locked for as long as it is.
+
+    Where a drive knows no locks, it is never found stale.
+    """
+    while True:
+        file = open(part, "xb", buffering=0)  # noqa: SIM115  the caller closes it
+        if fcntl is None:
+            return file
         with contextlib.suppress(OSError):
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # waits for a cleaner that was faster
+        if _has_name(file, part):
+            return file
+        file.close()  # that cleaner has removed it
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    """Return whether an open file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _set_aside(file: BinaryIO, nbytes: int):
@@ -169,12 +188,28 @@ def _set_aside(file: BinaryIO, nbytes: int):
 def remove_stale_parts(folder: Path):
     """Remove what killed writers have left in a folder: parts that nobody holds."""
     for part in folder.glob("*.part"):
-        if PART.fullmatch(part.name):
+        if match := PART.fullmatch(part.name):
             with contextlib.suppress(OSError):  # held, or gone already
-                if fcntl is not None:
-                    with open(part, "rb") as file:
-                        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
+                _remove_stale_part(part, int(match[1]))
+
+
+def _remove_stale_part(part: Path, writer: int):
+    """Remove a part unless its writer holds it. Raises OSError.
+
+    Where there are no locks, a writer has to close its part before it can give it its name; so all of a living one's stay.
+
+    Args:
+        part: the file.
+        writer: number of the process that made it.
+    """
+    if fcntl is None:
+        if writer == os.getpid() or not psutil.pid_exists(writer):
+            part.unlink()
+        return
+    with open(part, "r+b") as file:  # drives that emulate this lock lock only what may be written
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _has_name(file, part):  # else its writer was done before the lock, and the name is a later writer's
+            part.unlink()
 
 
 def _sync_folder(folder: Path):

@@ -1,4 +1,5 @@
 """A file that is written is there whole, or not at all, whatever ends its writer."""
+import contextlib
 import os
 import signal
 import subprocess
@@ -130,3 +131,58 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_f
             child.wait()
             child.stdout.close()
             child.stderr.close()
+
+
+posix = pytest.mark.skipif(writing.fcntl is None, reason="locks of POSIX")
+
+
+def before_next(monkeypatch, module, name: str, action):
+    """Let the next call of a function do something else first, as another process may at that moment."""
+    function = getattr(module, name)
+
+    def call(*arguments):
+        monkeypatch.setattr(module, name, function)
+        action()
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, call)
+
+
+@posix
+@pytest.mark.parametrize("module, name", [(writing.os, "replace"), (writing.fcntl, "flock")],
+                         ids=["before it has its name", "before it is locked"])
+def test_another_writer_in_the_folder_takes_no_file_away(tmp_path, monkeypatch, module, name):
+    with contextlib.ExitStack() as stack:
+        if name == "flock":
+            before_next(monkeypatch, module, name, lambda: writing.remove_stale_parts(tmp_path))
+        file = stack.enter_context(new_file(tmp_path / "model.gguf", 10))
+        file.write(b"whole")
+        if name == "replace":
+            before_next(monkeypatch, module, name, lambda: writing.remove_stale_parts(tmp_path))
+    assert left_in(tmp_path) == ["model.gguf"] and (tmp_path / "model.gguf").read_bytes() == b"whole"
+
+
+@posix
+def test_a_cleaner_that_comes_late_takes_no_later_file_of_the_name_away(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    with contextlib.ExitStack() as second:
+        first = contextlib.ExitStack()
+        first.enter_context(new_file(path, 10)).write(b"first")
+
+        def next_writer():
+            first.close()
+            second.enter_context(new_file(path, 10, overwrite=True)).write(b"second")
+
+        before_next(monkeypatch, writing.fcntl, "flock", next_writer)
+        writing.remove_stale_parts(tmp_path)
+    assert left_in(tmp_path) == ["model.gguf"] and path.read_bytes() == b"second"
+
+
+def test_without_locks_the_parts_of_living_writers_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(writing.psutil, "pid_exists", {7: True, 8: False, os.getpid(): True}.get)
+    for writer in (7, 8, os.getpid()):
+        (tmp_path / f"model.gguf.{writer}.featherweight.part").touch()
+    with new_file(tmp_path / "next.gguf", 10) as file:
+        file.write(b"next")
+    assert left_in(tmp_path) == ["model.gguf.7.featherweight.part", "next.gguf"]
