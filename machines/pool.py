@@ -76,7 +76,7 @@ class Driver:
     def __init__(self, cluster: str, environment: Mapping[str, str]):
         self.cluster, self.message, self.has_joined = cluster, "", False
         self.numbers, self.events, self.cancelled = itertools.count(), {}, {}
-        self.requests, self.ending = queue.SimpleQueue(), threading.Lock()
+        self.outbox, self.ending = queue.SimpleQueue(), threading.Lock()
         self.process = start_process(sys.executable, "-c", START, str(PACK), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                      env=driver_environment(cluster, environment))
         self.started = time.monotonic()
@@ -91,7 +91,7 @@ class Driver:
     def run(self, request: dict, on_event: Callable, check: Callable):
         number = next(self.numbers)
         events = self.events[number] = queue.SimpleQueue()
-        self.requests.put({**request, "op": "run", "number": number})
+        self.outbox.put({**request, "op": "run", "number": number})
         try:
             while True:
                 try:
@@ -121,18 +121,18 @@ class Driver:
             self.end()
             return
         self.cancelled[number] = time.monotonic()
-        self.requests.put({"op": "cancel", "number": number})
+        self.outbox.put({"op": "cancel", "number": number})
 
     def end(self):
         """Ends the process, with a Ray that it started."""
         self.message = self.message or "Ray's driver was ended."
-        self.requests.put(None)
+        self.outbox.put(None)
         with self.ending:
             end_process(self.process)
 
     def _write(self):
         """Writes requests, in a thread of its own: a pipe takes 64 KiB, and the driver reads none while it joins."""
-        while (request := self.requests.get()) is not None:
+        while (request := self.outbox.get()) is not None:
             try:
                 write(self.process.stdin, request)
             except MessageError as error:

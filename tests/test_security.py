@@ -23,34 +23,113 @@ from safetensors.torch import save, save_file
 
 from devtools import ROOT
 
-SOURCES = [ROOT / "child_process.py",
-           *(path for room in ("nodes", "loaders", "ops") for path in sorted((ROOT / room).rglob("*.py")))]
+ROOMS = ("nodes", "machines", "loaders", "ops")
+SOURCES = [*(ROOT / name for name in ("__init__.py", "host_contract.py", "child_process.py", "batch.py", "pack.py")),
+           *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
 RUNNING = {"eval", "exec", "compile", "__import__"}
 UNPICKLING = {"dill", "cloudpickle", "marshal", "shelve", "joblib"}
-NETWORK = {"socket", "urllib", "http", "requests", "aiohttp", "httpx", "ftplib", "smtplib", "ssl", "huggingface_hub"}
-# Compilers of kernels, and the trials of what they made.
-STARTS_PROGRAMS = {"child_process.py", "ops/kernels/trial.py", "ops/kernels/trial_process.py"}
-ANSWERS_THE_EDITOR = {"nodes/help_pages.py"}  # through the host's server
+NETWORK = {"socket", "socketserver", "urllib", "http", "requests", "aiohttp", "httpx", "ftplib", "smtplib", "ssl", "xmlrpc",
+           "websocket", "websockets", "huggingface_hub"}
+STARTING = {"subprocess", "multiprocessing", "pty", "webbrowser", "ctypes.util"}  # the last of them asks a compiler
+CALLS = (r"pickle\.(loads?|Unpickler)|(\w+\.)*(import_module|exec_module)"
+         r"|os\.(system|popen|startfile|fork\w*|exec[lv]\w*|spawn\w*|posix_spawn\w*)"
+         r"|platform\.(processor|platform|architecture)"  # they start `uname` and `file`
+         r"|asyncio\.create_subprocess_\w+|(concurrent\.)?(futures\.)?ProcessPoolExecutor")
+# What a source imports all the same, and why.
+MAY_IMPORT = {
+    ("child_process.py", "subprocess"): "starts all that this pack starts",
+    ("ops/kernels/trial.py", "subprocess"): "the name of an error",
+    ("ops/kernels/trial_process.py", "subprocess"): "constants, and the name of an error",
+    ("machines/pool.py", "subprocess"): "constants",
+    ("nodes/help_pages.py", "aiohttp"): "answers the editor through ComfyUI's server",
+    ("machines/joining.py", "socket"): "asks whether anything listens at the address that the owner named",
+    ("machines/store.py", "urllib"): "makes a path of file:///, and connects to nothing",
+}
+# The owner's commands, whose processes are no ComfyUI: Ray reads its settings from the environment when it is imported.
+MAY_SET_VARIABLES = {"batch.py", "machines/batch.py"}
 
 links = pytest.mark.skipif(os.name == "nt", reason="links take rights there")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_source_evaluates_unpickles_or_talks_to_a_network(path):
-    tree, where = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(ROOT).as_posix()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            if isinstance(node, ast.Import) or not node.level:
-                rooms = {name.split(".")[0] for name in names}
-                assert not rooms & UNPICKLING and (where in ANSWERS_THE_EDITOR or not rooms & NETWORK)
-                assert "subprocess" not in names or where in STARTS_PROGRAMS
+def breaches(text: str, where: str = "nodes/x.py") -> list[str]:
+    """What a source does that none may: lines of it."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import) or isinstance(node, ast.ImportFrom) and not node.level:
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            unwanted = {name.split(".")[0] for name in names} & (UNPICKLING | NETWORK) | {*names} & STARTING
+            unwanted |= {*names} & {"os.environ", "os.putenv", "importlib.import_module"}
+            unwanted |= {name for name in names if re.fullmatch(CALLS, name)}
+            found += [f"imports {name}" for name in sorted(unwanted) if (where, name) not in MAY_IMPORT]
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in RUNNING and not re.fullmatch(r"pickle\.(loads?|Unpickler)|os\.(system|popen)", called)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert called != "torch.load" or given.get("weights_only") == "True"
-            assert not called.endswith("load_torch_file") or given.get("safe_load") == "True"
+            if (called in RUNNING or re.fullmatch(CALLS, called)
+                    or called == "torch.load" and given.get("weights_only") != "True"
+                    or called.endswith("load_torch_file") and given.get("safe_load") != "True"):
+                found.append(ast.unparse(node))
+            if re.fullmatch(r"os\.(putenv|unsetenv)|os\.environb?\.(update|setdefault|pop|popitem|clear|__\w+__)", called):
+                found += [ast.unparse(node)] * (where not in MAY_SET_VARIABLES)
+        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            found += [ast.unparse(node)] * (ast.unparse(node.value) in ("os.environ", "os.environb"))
+        if isinstance(node, ast.AugAssign) and ast.unparse(node.target).startswith("os.environ"):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_source_evaluates_unpickles_or_talks_to_a_network(path):
+    assert breaches(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()) == []
+
+
+@pytest.mark.parametrize("text", [
+    "eval('1')", "import socket", "from urllib import request", "import urllib.request", "import subprocess",
+    "from subprocess import Popen", "import os\nos.system('x')", "os.execv('x', [])", "os.posix_spawn('x', [], {})",
+    "pickle.loads(b'')", "from pickle import loads", "import cloudpickle", "importlib.import_module('x')",
+    "from importlib import import_module", "torch.load('x')", "torch.load('x', weights_only=False)",
+    "load_torch_file('x', safe_load=False)", "os.environ['X'] = '1'", "del os.environ['X']", "os.environ.update(X='1')",
+    "os.environ.setdefault('X', '1')", "os.putenv('X', '1')", "os.environ |= {'X': '1'}", "from os import environ",
+    "from ctypes.util import find_library", "platform.processor()"])
+def test_what_no_source_may_do_is_seen(text):
+    assert breaches(text)
+
+
+def test_each_exception_of_that_is_still_needed():
+    imported = {(where, name) for path in SOURCES for where in [path.relative_to(ROOT).as_posix()]
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                             [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+                for name in {name, name.split(".")[0]}}
+    assert MAY_IMPORT.keys() <= imported
+
+
+def starters() -> set[str]:
+    """`file::function` of each function that has a program started, by `child_process` or by Ray."""
+    found = set()
+    for path in SOURCES:
+        where = path.relative_to(ROOT).as_posix()
+        for scope in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef) and where != "child_process.py":
+                found |= {f"{where}::{scope.name}" for node in ast.walk(scope) if isinstance(node, ast.Call)
+                          and ast.unparse(node.func) in ("run_process", "start_process", "ray.init")}
+                found |= {f"{where}::{scope.name}" for node in ast.walk(scope) if isinstance(node, ast.Name | ast.Attribute)
+                          and ast.unparse(node) in ("ray.remote", "data.map_batches", "ray.data.ActorPoolStrategy")}
+    return found
+
+
+PROGRAMS = re.compile(r"(?<=\n)## Programs\n.*?(?=\n## )", re.S)
+
+
+def test_every_program_that_is_started_stands_in_the_table_of_the_security_page():
+    section = PROGRAMS.search((ROOT / "docs" / "security.md").read_text(encoding="utf-8"))[0]
+    rows = [row.split("|")[1:-1] for row in re.findall(r"^\| .*\|$", section, re.M)]
+    head, *rows = [[cell.strip() for cell in row] for row in rows]
+    assert head == ["program", "asked for by", "when", "arguments", "where they come from"]
+    assert all(all(row) and len(row) == len(head) for row in rows)
+    named = [name for row in rows for name in re.findall(r"`([\w/]+\.py::\w+)`", row[1])]
+    assert starters() and {*named} == starters() and len(named) == len({*named})
 
 
 def test_no_script_of_the_editor_writes_html():
@@ -303,7 +382,7 @@ def test_no_link_and_no_registered_folder_leads_to_where_programs_lie(base):
 
 
 def test_every_line_of_the_security_page_names_tests_that_there_are():
-    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    page = PROGRAMS.sub("", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"))
     defined = {(path.name, node.name) for path in (ROOT / "tests").rglob("test_*.py")
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
     rows = [row for row in re.findall(r"^\| .*\|$", page, re.M) if not re.match(r"\| (promise|---)", row)]

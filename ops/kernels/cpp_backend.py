@@ -112,7 +112,7 @@ def _remove_what_was_left(folder: Path):
 def _cpu() -> str:
     """What decides which instructions `-march=native` uses."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.machine()]
     return " ".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or lines[:1]))
 
 

@@ -45,7 +45,7 @@ def key_of(device: torch.device, backend: str) -> dict[str, str]:
 def cpu_name() -> str:
     file = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)$", file.read_text(), re.MULTILINE) if file.is_file() else None
-    return found[1] if found else platform.processor()
+    return found[1] if found else platform.machine()  # `processor` would start a program
 
 
 def amd_architecture(device: torch.device) -> str:

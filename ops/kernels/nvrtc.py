@@ -7,7 +7,6 @@ import ctypes
 import importlib.util
 import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
-from ctypes.util import find_library
 from pathlib import Path
 
 import torch
@@ -22,7 +21,8 @@ class CudaError(RuntimeError):
 
 
 def nvrtc_libraries() -> list[str]:
-    """Where NVRTC lies, the one of torch's own CUDA version first: in torch, in NVIDIA's wheels, on the system."""
+    """Paths of NVRTC in torch and in NVIDIA's wheels, the one of torch's own CUDA version first, and at last the name that the
+    system may have it under. (To look for it by ctypes would start `ldconfig`, a compiler and `ld`.)"""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(torch.__file__).parent / "lib"]
     for root in map(Path, spec.submodule_search_locations or () if spec else ()):
@@ -33,8 +33,7 @@ def nvrtc_libraries() -> list[str]:
     major = (torch.version.cuda or "").partition(".")[0]
     mark = f"nvrtc64_{major}" if ON_WINDOWS else f".so.{major}"
     ordered = sorted(found, key=lambda path: not major or mark not in Path(path).name)
-    system = find_library("nvrtc")
-    return [*ordered, system] if system else ordered
+    return ordered if ON_WINDOWS or not major else [*ordered, f"libnvrtc.so.{major}"]
 
 
 class Compiler:

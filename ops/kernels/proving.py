@@ -269,8 +269,8 @@ def _is_tried(known: dict[str, dict], case: Case) -> bool:
 def report_wrong(case: str, device: torch.device, error):
     """Wrong values are our fault, and only who has that device can tell us of them."""
     log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so torch does its work, slower;"
-                " please report this line at %s.", case, device_name(device), torch.__version__, platform.platform(), error,
-                ISSUES)
+                " please report this line at %s.", case, device_name(device), torch.__version__,
+                f"{platform.system()} {platform.release()}", error, ISSUES)
 
 
 def summary(came: list[tuple[str, str, dict]]) -> str:

@@ -162,12 +162,12 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path,
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setattr(nvrtc, "ON_WINDOWS", on_windows)
-    monkeypatch.setattr(nvrtc, "find_library", lambda name: None)
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
     monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: packages)
-    assert nvrtc.nvrtc_libraries() == [str(tmp_path / files[index]) for index in found]
+    system = [] if on_windows else ["libnvrtc.so.12"]
+    assert nvrtc.nvrtc_libraries() == [*(str(tmp_path / files[index]) for index in found), *system]
 
 
 @each_format_with("capability", CAPABILITIES)
