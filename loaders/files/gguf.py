@@ -172,6 +172,6 @@ def _check_layout(header: Header, entries: list[Entry]):
             f"{end - header.size} bytes are missing: the tensors end at byte {end}, the file at byte {header.size}. "
             f"Its download is probably incomplete; download it again."
         )
-    for before, after in pairwise(sorted(entries, key=lambda entry: entry.offset)):
+    for before, after in pairwise(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))):
         if before.offset + before.nbytes > after.offset:
             raise header.damaged(f"the tensors {shown(before.name)} and {shown(after.name)} overlap")

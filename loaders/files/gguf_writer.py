@@ -64,8 +64,6 @@ class GGUFWriter(WeightsWriter):
         shape, _ = self.layout.tensors[name]
         wanted, offset = _nbytes(shape, type_name), self.file.tell() - self.layout.start
         done = sum(self.put(piece._qdata if is_packed(piece) else piece) for piece in pieces)
-        if not math.prod(shape):
-            done += self.file.write(bytes(wanted))
         if done != wanted:
             raise ValueError(f"{name} of shape {[*shape]} is {wanted} bytes in {type_name}, not {done}.")
         self.file.write(bytes(-done % DEFAULT_ALIGNMENT))
@@ -100,8 +98,8 @@ class _Layout:
 
 
 def _nbytes(shape: Sequence[int], type_name: str) -> int:
-    """Bytes of a tensor of a logical shape; an empty one is written as one value."""
-    values, packed = max(1, math.prod(shape)), FORMATS.get(type_name)
+    """Return the bytes of a tensor of a logical shape."""
+    values, packed = math.prod(shape), FORMATS.get(type_name)
     if packed and values % packed.block_length:
         raise WriteError(f"{type_name} packs blocks of {packed.block_length} values; shape {tuple(shape)} does not divide.")
     return nbytes_of(type_name, (values,))
@@ -119,7 +117,7 @@ def _stored_shape(shape: Sequence[int], type_name: str) -> Sequence[int]:
 
 def _dimensions(shape: Sequence[int]) -> bytes:
     """Rank and sizes, innermost first; a scalar is one of size 1."""
-    sizes = [size or 1 for size in shape] or [1]
+    sizes = shape or (1,)
     return struct.pack(f"<I{len(sizes)}Q", len(sizes), *reversed(sizes))
 
 

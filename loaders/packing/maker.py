@@ -193,8 +193,6 @@ class Maker:
 
 def plain_type(weight: Weight, safetensors: bool) -> str:
     """The type of a tensor that is written as it is."""
-    if not weight.values:
-        return "F32"
     if safetensors:
         return DTYPES[weight.tensor.dtype]
     return next((name for name, plain in PLAIN_DTYPES.items() if plain == weight.tensor.dtype), "I8")

@@ -16,7 +16,8 @@ from featherweight.ops.tensor import is_packed, packed_tensor
 
 METADATA = {"general.architecture": "flux", "general.quantization_version": 2, "general.file_type": 14, "a.number": 0.5,
             "an.answer": True, "a.name": "größer"}
-SHAPES = {"1": (256,), "2": (3, 512), "4": (2, 3, 1, 256), "5": (3, 2, 1, 4, 64), "row": (1, 256), "scalar": (), "none": (0,)}
+SHAPES = {"1": (256,), "2": (3, 512), "4": (2, 3, 1, 256), "5": (3, 2, 1, 4, 64), "row": (1, 256), "scalar": (), "none": (0,),
+          "no rows": (0, 64), "no columns": (64, 0), "none of 3": (2, 0, 3), "none of 5": (0, 2, 1, 4, 64)}
 
 
 def written(path, tensors, **options):
@@ -33,12 +34,58 @@ def test_plain_tensors_of_every_shape_come_back(tmp_path, kind):
     tensors = {name: (value.shape, kind, [value]) for name, value in values.items()}
     file = written(tmp_path / "a.gguf", tensors)
     assert (tmp_path / "a.gguf").stat().st_size == file_size({name: part[:2] for name, part in tensors.items()}, METADATA)
-    assert dict(file.metadata) == METADATA | {"comfy.gguf.orig_shape.5": [3, 2, 1, 4, 64]}
+    assert dict(file.metadata) == METADATA | {f"comfy.gguf.orig_shape.{name}": list(shape) for name, shape in SHAPES.items()
+                                              if len(shape) > 4}
     assert list(file.entries) == list(SHAPES)
+    expected = values | {"scalar": values["scalar"].view(1)}
     for name, tensor in file.state_dict().items():
-        expected = values[name] if values[name].numel() else torch.zeros(1)
-        assert torch.equal(tensor, expected.view(tensor.shape).to(tensor.dtype)), name
-        assert tensor.shape == (SHAPES[name] if expected.ndim and values[name].numel() else (1,))
+        assert tensor.dtype == PLAIN_DTYPES[kind] and torch.equal(tensor, expected[name]), name
+    for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors:
+        shape = expected[tensor.name].shape
+        assert tuple(reversed(tensor.shape)) == (shape if len(shape) < 5 else (*shape[:3], shape[3] * shape[4]))
+        assert tensor.n_bytes == expected[tensor.name].nbytes
+
+
+EMPTY = [(0,), (0, 64), (64, 0), (2, 0, 3)]
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+def test_an_empty_tensor_is_as_gguf_py_writes_it(tmp_path, shape):
+    one = (1,), "F32", [torch.ones(1)]
+    written(tmp_path / "a.gguf", {"x": one, "w": (shape, "F32", [torch.empty(shape)]), "y": one})
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "flux")
+    for name in "xwy":
+        writer.add_tensor(name, np.ones(shape if name == "w" else 1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = ([(tensor.name, *tensor.shape, tensor.n_bytes, tensor.data.tolist()) for tensor in reader.tensors]
+                    for reader in map(gguf.GGUFReader, (tmp_path / "a.gguf", tmp_path / "b.gguf")))
+    assert ours == theirs
+    assert open_weights(tmp_path / "b.gguf").state_dict()["w"].shape == shape
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+@pytest.mark.parametrize("number", GGML_FORMATS)
+def test_an_empty_packed_tensor_comes_back(tmp_path, number, shape):
+    packed, one = GGML_FORMATS[number], ((1,), "F32", [torch.ones(1)])
+    empty = packed_tensor(packed, torch.empty(0, dtype=torch.uint8), shape)
+    tensors = written(tmp_path / "a.gguf", {"x": one, "w": (shape, packed.__name__, [empty]), "y": one}).state_dict()
+    assert tensors["w"].layout_cls.format is packed and tensors["w"].shape == shape and tensors["y"] == 1
+
+
+@pytest.mark.parametrize("kind", PLAIN_DTYPES)
+def test_plain_tensors_of_every_shape_come_back_from_safetensors(tmp_path, kind):
+    from safetensors.torch import load_file
+
+    values = {name: torch.arange(math.prod(shape)).view(shape).to(PLAIN_DTYPES[kind]) for name, shape in SHAPES.items()}
+    with safetensors_writer(tmp_path / "a.safetensors", {name: (shape, kind) for name, shape in SHAPES.items()}, {}) as writer:
+        for name, value in values.items():
+            writer.write(name, kind, [value])
+    for found in (load_file(tmp_path / "a.safetensors"), open_weights(tmp_path / "a.safetensors").state_dict()):
+        assert found.keys() == values.keys()
+        assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in values.items())
 
 
 @pytest.mark.parametrize("number", GGML_FORMATS)
