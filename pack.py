@@ -1,5 +1,7 @@
 """Pack a model file without ComfyUI's editor: python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB [--lora FILE:0.8 ...]"""
 import argparse
+import math
+import os
 import re
 import sys
 import time
@@ -11,25 +13,30 @@ if sys.version_info < (3, 10):
 
 ROOT = Path(__file__).resolve().parent
 UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
 
-def size_of(text: str) -> int:
-    """Bytes of a size as people write it: 5.9GB (10^9 bytes each), 5.9GiB, 620MB."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]?I?B?)\s*", text.upper())
-    unit = found and UNITS.get(found[2] if found[2].endswith("B") or not found[2] else f"{found[2]}B")
-    if not unit or float(found[1]) * unit < 1:
+def parse_size(text: str) -> int:
+    """Return the bytes of a size as people write it: 5.9GB (10^9 bytes each), 5.9GiB, 620MB."""
+    match = re.fullmatch(rf"\s*({NUMBER})\s*([KMG]?I?B?)\s*", text.upper())
+    unit = match and UNITS.get(match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B")
+    size = float(match[1]) * unit if unit else 0
+    if not 1 <= size < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; 5.9GB is one")
-    return round(float(found[1]) * unit)
+    return round(size)
 
 
-def lora_of(text: str) -> tuple[str, float]:
-    """(path, strength) of FILE:STRENGTH; of FILE alone 1."""
+def parse_lora(text: str) -> tuple[str, float]:
+    """Return (path, strength) of FILE:STRENGTH, and of FILE alone the strength 1."""
     path, colon, strength = text.rpartition(":")
-    try:
-        return (path, float(strength)) if colon and path else (text, 1.0)
-    except ValueError:  # the colon of a drive
+    if not (colon and path):
         return text, 1.0
+    if re.fullmatch(rf"[+-]?{NUMBER}", strength) and math.isfinite(float(strength)):
+        return path, float(strength)
+    if re.fullmatch(r"[A-Za-z]", path) or os.path.exists(text):  # a drive, or a colon in the name
+        return text, 1.0
+    raise argparse.ArgumentTypeError(f"{strength!r} in {text!r} is no strength; 0.8 is one, as in FILE:0.8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("out", help="the file to write; it must not exist")
     wanted = found.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--type", help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, or 'as it is'")
-    wanted.add_argument("--size", type=size_of, help="the size of the file, such as 5.9GB; never exceeded")
-    found.add_argument("--lora", type=lora_of, action="append", default=[], metavar="FILE[:STRENGTH]",
+    wanted.add_argument("--size", type=parse_size, help="the size of the file, such as 5.9GB; never exceeded")
+    found.add_argument("--lora", type=parse_lora, action="append", default=[], metavar="FILE[:STRENGTH]",
                        help="put a LoRA into the model; may be given several times")
     found.add_argument("--sensitivity", metavar="FILE", help="what Measure Sensitivity (Featherweight) measured of this model")
     found.add_argument("--loras-as-asked", action="store_true",

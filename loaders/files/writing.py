@@ -16,6 +16,8 @@ from typing import BinaryIO
 import psutil
 import torch
 
+from ..sizes import size_text
+
 try:
     import fcntl
 except ImportError:  # Windows, which neither removes nor renames a file that is open
@@ -115,7 +117,7 @@ def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False
                          " permissions.")
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + SPARE:
-        raise WriteError(f"{path.name} takes {nbytes / 1e9:.2f} GB, the drive of {path.parent} has {free / 1e9:.2f} GB free."
+        raise WriteError(f"{path.name} takes {size_text(nbytes, 2)}, the drive of {path.parent} has {size_text(free, 2)} free."
                          " Make room, or pick a folder on another drive or a smaller type.")
 
 

@@ -26,6 +26,7 @@ from ..files.container import WeightFile, WeightFileError
 from ..files.safetensors import SafetensorsFile
 from ..files.safetensors_writer import file_size, safetensors_writer
 from ..files.writing import WriteError, remove_stale_parts
+from ..sizes import size_text
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +108,8 @@ class Keeper:
             entry.parent.mkdir(parents=True, exist_ok=True)
             size = file_size(tensors, {})
             if not _make_room(entry.parent, size):
-                log.warning("[Featherweight] %.1f GB are not kept in %s: its limit is %.1f GB (%s).", size / 1e9, entry.parent,
-                            _limit() / 1e9, LIMIT)
+                log.warning("[Featherweight] %s are not kept in %s: its limit is %s (%s).", size_text(size), entry.parent,
+                            size_text(_limit()), LIMIT)
                 return
             self.writer = self.stack.enter_context(safetensors_writer(entry, tensors, {}))
             self.done = True

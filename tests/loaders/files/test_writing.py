@@ -11,13 +11,22 @@ import pytest
 from featherweight.loaders.files import writing
 from featherweight.loaders.files.writing import WriteError, new_file
 
+PACKAGES = ("featherweight", "featherweight.loaders", "featherweight.loaders.files")
+
+
 def left_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def in_a_child(code: str, *arguments) -> subprocess.Popen:
     """A process that runs `code` with `new_file` at hand."""
-    start = f"import runpy, sys; globals().update(runpy.run_path({writing.__file__!r}))\n"  # it needs nothing else of the pack
+    start = textwrap.dedent(f"""
+        import sys, types
+        for name, folder in {[(name, sys.modules[name].__path__[0]) for name in PACKAGES]}:  # needs nothing else of the pack
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [folder]
+        from featherweight.loaders.files.writing import WriteError, new_file
+    """)
     return subprocess.Popen([sys.executable, "-c", start + textwrap.dedent(code), *map(str, arguments)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -70,6 +79,9 @@ def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
     usage = writing.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=5_000_000_000))
     with pytest.raises(WriteError, match="takes 6.00 GB.* has 5.00 GB free"), new_file(tmp_path / "model.gguf", 6_000_000_000):
+        raise AssertionError("the work began")
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    with pytest.raises(WriteError, match="takes 62.00 KB.* has 2.00 MB free"), new_file(tmp_path / "model.gguf", 62_000):
         raise AssertionError("the work began")
     assert left_in(tmp_path) == []
 

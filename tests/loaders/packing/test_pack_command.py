@@ -141,6 +141,29 @@ def test_sizes_and_mistakes(source, tmp_path, pack, arguments, code, message):
     assert [path.stat().st_size <= 2_200_000 for path in tmp_path.iterdir()] == [True] * (code == 0)
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1_0", "1e3", "0x1", "\u0663", "", " ", "9" * 400, "strong"])
+def test_a_strength_or_size_is_a_plain_finite_number(source, tmp_path, pack, text):
+    arguments = [source / "model.safetensors", tmp_path / "a.gguf"]
+    code, said = pack(*arguments, "--type", "Q8_0", "--lora", f"{source / 'lora 1.safetensors'}:{text}")
+    assert code == 2 and said.endswith(" is no strength; 0.8 is one, as in FILE:0.8\n") and "lora 1.safetensors" in said
+    code, said = pack(*arguments, f"--size={text}GB")
+    assert code == 2 and said.endswith(" is no size; 5.9GB is one\n") and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a.safetensors:0.8", ("a.safetensors", 0.8)), ("a.safetensors:-.5", ("a.safetensors", -0.5)),
+    (r"C:\a.safetensors:+2.", (r"C:\a.safetensors", 2.0)), (r"C:\a.safetensors", (r"C:\a.safetensors", 1.0)),
+    ("a.safetensors", ("a.safetensors", 1.0))])
+def test_a_lora_is_a_file_with_or_without_a_strength(text, expected):
+    assert command.parse_lora(text) == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no names with a colon")
+def test_a_lora_may_have_a_colon_in_its_name(tmp_path):
+    (tmp_path / "style: old").touch()
+    assert command.parse_lora(f"{tmp_path}/style: old") == (f"{tmp_path}/style: old", 1.0)
+
+
 @pytest.mark.parametrize("out, wanted", [("o.bin", "Q8_0"), ("o", "as it is"), ("o.safetensors", "Q8_0"), ("o.gguf", "NF4")])
 def test_a_file_has_the_ending_of_what_it_is(source, tmp_path, pack, out, wanted):
     code, said = pack(source / "model.safetensors", tmp_path / out, "--type", wanted)
