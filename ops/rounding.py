@@ -8,14 +8,19 @@ on every device and however a tensor is cut.
 import torch
 
 _MIX = -1640531527  # 2^32 divided by the golden ratio, as Knuth's multiplicative hash has it; odd, so that it is a bijection
-_LOW = (1 << 16) - 1  # the hash's upper half is what decides
+_CHANCE_BITS = 16
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
+# float16 is subnormal below 2^-14, in steps of 2^-24. There the hash, from -2^31 to 2^31 - 1, is the noise that is added before
+# the cast rounds: so much less than half a step that what lies on the grid stays, in what float32 makes of the sum too.
+_LEAST_NORMAL, _NOISE = 2.0 ** -14, 2.0 ** -56 * (1 - 1.5 * 2.0 ** -13)
+_PIECE = 1 << 18  # values that a CPU rounds at a time: what it computes in between stays in its cache
 
 
 def dithered(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`values` in `dtype`, without bias for bfloat16 and float16; as `to` has it for all others, and the gradient for all.
 
-    values: float32, any shape; may be overwritten. Infinities and NaN stay what they are.
+    values: float32, any shape; may be overwritten. Infinities and NaN stay what they are; what is larger than the largest
+    finite number of `dtype` is rounded to the nearest.
     """
     if dtype not in _DROPPED_BITS or values.dtype != torch.float32:
         return values.to(dtype)
@@ -38,18 +43,42 @@ def dithered_steps(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Whole numbers of steps for values, without bias. values, step: float32, of shapes that go together. Returns float32."""
     steps = values / step
     lower = steps.floor()
-    return lower.add_(steps.sub_(lower) * (_LOW + 1) > _chance(values.view(torch.int32)))
+    chance = _upper(_hash(values), _CHANCE_BITS)
+    return lower.add_(steps.sub_(lower) * (1 << _CHANCE_BITS) > chance)
 
 
-def _chance(bits: torch.Tensor) -> torch.Tensor:
-    """A number from 0 to 2^16 - 1 for the bits of a float32."""
-    return bits.mul(_MIX).bitwise_right_shift_(16).bitwise_and_(_LOW)
+def _hash(values: torch.Tensor) -> torch.Tensor:
+    """A number in int32 for the bits of each float32."""
+    return values.view(torch.int32).mul(_MIX)
+
+
+def _upper(hashes: torch.Tensor, count: int) -> torch.Tensor:
+    """Their upper bits, as a number from 0 to 2^count - 1, in place."""
+    return hashes.bitwise_right_shift_(32 - count).bitwise_and_((1 << count) - 1)
 
 
 def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    dropped = _DROPPED_BITS[dtype]
-    bits = values.view(torch.int32)
-    return _chance(bits).bitwise_right_shift_(16 - dropped).add_(bits).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
+    out = torch.empty_like(values, dtype=dtype)
+    pieces = [(values, out)]
+    if values.device.type == "cpu" and values.is_contiguous() and out.is_contiguous() and not torch.compiler.is_compiling():
+        pieces = zip(values.view(-1).split(_PIECE), out.view(-1).split(_PIECE))
+    for piece, rounded in pieces:
+        rounded.copy_(_on_the_grid(piece, dtype))
+    return out
+
+
+def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 values that a cast to `dtype` rounds to what `dithered` gives."""
+    dropped, largest = _DROPPED_BITS[dtype], torch.finfo(dtype).max
+    normal = values.clamp(-largest, largest)
+    if dtype == torch.float16:
+        normal = torch.nn.functional.hardshrink(normal, _LEAST_NORMAL)  # zero for what is not
+    less = normal - values  # zero where the value is normal and finite, NaN for NaN
+    hashes = _hash(values)
+    if dtype == torch.float16:
+        less.sub_(hashes, alpha=_NOISE)
+    bits = _upper(hashes, dropped).add_(normal.view(torch.int32)).bitwise_and_(-1 << dropped)
+    return bits.view(torch.float32).sub_(less)
 
 
 def weak_sum(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import math
 
 import comfy.lora
 import comfy.sd
+import numpy as np
 import pytest
 import torch
 from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
@@ -15,6 +16,7 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.lora import build_patches
+from featherweight.ops.low_rank import LowRank
 from featherweight.ops.patcher import adopt
 from featherweight.ops.rounding import dithered, weak_sum
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor, relabelled
@@ -201,6 +203,65 @@ def test_a_weak_lora_on_a_slice_beside_a_strong_one_on_the_whole():
     assert_full_strength(run, inputs, lambda strength: strength * change, WEAK, (dense[:1024].norm() / change.norm()).item())
 
 
+# --- factors out of balance ---
+
+
+def out_of_balance(times: float, rows: int, columns: int, rank: int = 4):
+    """The same product; some trainers leave one factor that many times larger than the other. Each rank has its own share."""
+    up, down, *others = plain_lora(rows, columns, rank).weights
+    each = torch.logspace(0, 1, rank).sub(1).div(9) * (times - 1) + 1
+    return LoRAAdapter(set(), (up / each, down * each[:, None], *others))
+
+
+def merged(layer):
+    """The layer as it runs beside functions on its weight, which take the weight with the LoRA in it."""
+    forward = layer.forward
+
+    def run(input):
+        layer.weight_function, layer.lora = [layer.lora, lambda weight: weight], None
+        try:
+            return forward(input)
+        finally:
+            layer.weight_function = []
+
+    layer.forward = run
+    return layer
+
+
+@pytest.mark.parametrize("way", [lambda layer: layer, merged], ids=["beside the product", "in the weight"])
+@pytest.mark.parametrize("times, dtype", [
+    *((times, torch.float16) for times in (1e-5, 1e-3, 1e3, 1e5)), (1e5, torch.bfloat16), (1e5, torch.float32)], ids=str)
+def test_of_factors_that_are_out_of_balance(times, dtype, way):
+    layer = way(layer_of(random_weight("Q8_0", (1024, 512)), dtype))
+    assert_layer_at_full_strength(layer, out_of_balance(times, 1024, 512), 1024, dtype, WEAK, OUTPUTS[dtype])
+
+
+@pytest.mark.parametrize("times", [1e-5, 1e5])
+def test_of_factors_that_are_out_of_balance_on_a_convolution(times):
+    shape = 256, 64, 3, 3
+    layer = layer_of(relabelled(random_weight("Q8_0", (256, 64 * 9)), shape=shape), torch.float16, "Conv2d")
+    value = out_of_balance(times, 256, 64 * 9)
+    up, down, *others = value.weights
+    value = LoRAAdapter(set(), (up[..., None, None], down.view(4, *shape[1:]), *others))
+    run, weight_change, base = with_patch(layer, value)
+    gain, exact, input = Gain(), weight_change(base / 100), torch.randn(4, 64, 24, 24).half()
+    gain.add(run(input, base / 100).double() - run(input, 0.0).double(), torch.nn.functional.conv2d(input.float(), exact))
+    gain.assert_full(f"{times} times")
+
+
+def test_balancing_changes_no_product():
+    up, down = torch.randn(96, 5) * torch.logspace(-20, 20, 5), torch.randn(5, 64) * torch.logspace(15, -30, 5)[:, None]
+    up[:, 1], down[3] = 0, 0
+    both = LowRank.of_factors([(up, down, (0, 96))], 96, torch.float32)
+    (_, of_rows), = both.parts()
+    for rank in range(5):
+        assert torch.equal(of_rows[:, rank, None].double() @ both.down[rank, None].double(),
+                           up[:, rank, None].double() @ down[rank, None].double())
+    assert both.down.isfinite().all() and of_rows.isfinite().all()
+    peaks = of_rows.abs().amax(0) / both.down.abs().amax(1)
+    assert ((peaks[[0, 2, 4]] > 0.2) & (peaks[[0, 2, 4]] < 5)).all()
+
+
 # --- what changes the weight itself ---
 
 
@@ -374,6 +435,60 @@ def test_dithering_keeps_what_the_dtype_holds_and_what_is_not_finite(dtype):
     assert dithered(torch.tensor([torch.nan, -torch.nan]), dtype).isnan().all()
     held = torch.randn(4096).to(dtype)
     assert torch.equal(dithered(held.float(), dtype), held) and torch.equal(weak_sum(held, torch.zeros(4096)), held)
+
+
+def floats(first: int, last: int) -> torch.Tensor:
+    """All float32 numbers with these bits and those between, and the same with the other sign."""
+    bits = torch.arange(first, last + 1, dtype=torch.int64)
+    return torch.cat([bits, bits - (1 << 31)]).to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dithering_keeps_each_number_of_the_dtype_and_nan_of_any_bits(dtype):
+    """CUDA writes NaN as 0x7FFFFFFF, and as 0x7FFF in 16 bits."""
+    held = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    rounded, number = dithered(held.float(), dtype), ~held.isnan()
+    assert torch.equal(rounded.view(torch.int16)[number], held.view(torch.int16)[number])  # the sign of zero too
+    assert rounded[~number].isnan().all() and weak_sum(held[~number], torch.tensor(0.1)).isnan().all()
+    for first in (0x7F800001, 0x7FC00000 - 5000, 0x7FFFFFFF - 70000):
+        assert dithered(floats(first, first + 70000), dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype, first, largest, last", [
+    (torch.float16, 0x477FB000, 0x477FE000, 0x47802000), (torch.bfloat16, 0x7F7E0000, 0x7F7F0000, 0x7F800000)], ids=str)
+def test_dithering_rounds_what_is_above_the_largest_number_to_the_nearest(dtype, first, largest, last):
+    above = floats(largest, last)  # of float16, 65504 to 65600; all that float32 has of bfloat16, and infinity
+    assert torch.equal(dithered(above.clone(), dtype), above.to(dtype))
+    below = floats(first, largest)
+    rounded = dithered(below.clone(), dtype).float()
+    assert rounded.isfinite().all() and ((rounded - below).abs() < torch.finfo(dtype).eps * below.abs()).all()
+
+
+def test_dithering_keeps_the_mean_of_numbers_that_are_subnormal_in_float16():
+    step = 2.0 ** -24
+    for size in (1e-3, 0.02, 0.3, 1.0, 7.7, 300.0, 1000.0):
+        values = step * size * (0.5 + torch.rand(1 << 20))
+        for signed in (values, -values):
+            rounded = dithered(signed.clone(), torch.float16).float()
+            assert ((rounded - signed).abs() < step).all()
+            spread = min(size, 0.5) ** 0.5 / (1 << 10)  # of the mean of so many, in steps
+            assert abs((rounded - signed).mean() / step) < 5 * spread + 1e-4, size
+    grid = step * torch.randint(-1023, 1024, (1 << 20,))
+    change = step * 0.05 * torch.rand(grid.shape)
+    moved = dithered(grid + change, torch.float16).float() - grid
+    assert abs((moved * change).sum() / change.square().sum() - 1) < 0.03
+
+
+@pytest.mark.parametrize("dtype, dropped", [(torch.bfloat16, 16), (torch.float16, 13)], ids=str)
+def test_the_choice_is_made_by_knuths_hash_of_the_values_own_bits(dtype, dropped):
+    """So the same file is written on every machine and by every version."""
+    values = torch.randn(1 << 20)
+    values = values[values.abs() > 2.0 ** -14]
+    bits = values.view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
+    chance = (bits * 2654435769 & 0xFFFFFFFF) >> 32 - dropped
+    expected = torch.from_numpy((bits + chance >> dropped << dropped).astype(np.uint32).view(np.float32))
+    for rounded in (dithered(values.clone(), dtype), dithered(values[:-1].clone().view(-1, 1).t(), dtype).flatten()):
+        assert torch.equal(rounded.float(), expected[:len(rounded)])
 
 
 def test_float32_is_not_rounded():
