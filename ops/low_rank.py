@@ -31,10 +31,12 @@ class LowRank:
         """Factors (up, down, (first row, end row)) of one or more LoRAs as one. LoRAs on the same rows, or on rows that
         overlap, share one up factor.
 
-        up: float32 (end row - first row, r), scaled. down: float32 (r, K). rows: N. dtype: of the result.
+        up: float32 (end row - first row, r), scaled. down: float32 (r, K). rows: N. dtype: of the result, into whose range a
+        LoRA may fit only once its factors are balanced.
         """
         groups = {}
         for up, down, row_range in loras:
+            up, down = _balanced(up, down)
             downs, ups = groups.setdefault(row_range, ([], []))
             downs.append(down)
             ups.append(up)
@@ -97,6 +99,17 @@ class LowRank:
         """Write `W + B A` to a dense weight W of N rows."""
         for part, up in self.parts():
             weight.flatten(1)[part.row:part.row_end].addmm_(up.to(weight), self.down[part.rank:part.rank_end].to(weight))
+
+
+def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors whose product is bit for bit the same, the largest numbers of both alike in each rank.
+
+    up: float32 (rows, r). down: float32 (r, columns).
+    """
+    up_exponent, down_exponent = (peak.view(torch.int32) >> 23 for peak in (up.abs().amax(0), down.abs().amax(1)))
+    half = (up_exponent - down_exponent >> 1).clamp(-126, 126)
+    power, inverse = ((127 + exponent << 23).view(torch.float32) for exponent in (half, -half))  # of two
+    return up * inverse, down * power[:, None]
 
 
 def dense_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
