@@ -48,7 +48,7 @@ class LoKr(NamedTuple):
 
 
 class GLoRA(NamedTuple):
-    """W a1 a2 + b1 b2, the factors of each product in either order."""
+    """W a1 a2 + b1 b2; in older files W a2 a1 + b2 b1."""
     a1: torch.Tensor
     a2: torch.Tensor
     b1: torch.Tensor
@@ -157,18 +157,19 @@ def rank_of(value) -> int | None:
         return parts.b1.shape[0]
     if isinstance(parts, LoKr):
         return next((factor.shape[0] for factor in (parts.b2, parts.b1) if factor is not None), None)
-    return min(parts.a1.shape) if isinstance(parts, GLoRA) else None
+    return _glora_order(parts, None)[0] if isinstance(parts, GLoRA) else None
 
 
 # --- what it is made for ---
 
-def shape_of(value) -> tuple[int | None, int | None] | None:
+def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, int | None] | None:
     """(rows, columns) of the weight a value is made for, further dimensions flattened, None for what it leaves open.
 
-    None instead of both: its factors contradict each other.
+    None instead of both: its factors contradict each other. target: shape of the weight it is to be applied to, where that is
+    known; the host reads some GLoRAs in two ways, by it.
     """
     if isinstance(value, WeightAdapterBase):
-        return _adapter_shape(parts_of(value)) if all(tensor.ndim > 1 for tensor in adapter_tensors(value)) else None
+        return _adapter_shape(parts_of(value), target) if all(tensor.ndim > 1 for tensor in adapter_tensors(value)) else None
     tensor = _whole_tensor(value)
     if tensor is None:
         return None, None
@@ -189,8 +190,8 @@ def misfit(value, shape: Sequence[int], offset: tuple[int, int, int] | None = No
     if isinstance(value, WeightAdapterBase):
         if not all(tensor.numel() for tensor in adapter_tensors(value)):
             return "its rank is 0"
+        made_for = shape_of(value, target)
         target = [target[0] if target else 1, torch.Size(target[1:]).numel()]
-        made_for = shape_of(value)
         if made_for is None:
             return "its factors do not fit each other"
     else:
@@ -222,7 +223,7 @@ def _told(shape: Sequence[int | None]) -> str:
     return " x ".join("any" if size is None else str(size) for size in shape)
 
 
-def _adapter_shape(parts) -> tuple[int | None, int | None] | None:
+def _adapter_shape(parts, target: Sequence[int] | None) -> tuple[int | None, int | None] | None:
     if isinstance(parts, LoRA):
         up, down = parts.up.flatten(1), parts.down.flatten(1)
         return _product_shape(up, down) if parts.mid is None else _product_shape(up.t(), down, parts.mid)
@@ -234,13 +235,34 @@ def _adapter_shape(parts) -> tuple[int | None, int | None] | None:
                          for whole, factors in ((parts.w1, (parts.a1, parts.b1)),
                                                 (parts.w2, (parts.a2, parts.b2, parts.core))))
         return first and second and (first[0] * second[0], first[1] * second[1])
-    if isinstance(parts, GLoRA):  # the rank is the smaller side
-        b1, b2 = parts.b1.flatten(1), parts.b2.flatten(1)
-        return max(b1.shape[0], b2.shape[0]), max(b1.shape[1], b2.shape[1])
+    if isinstance(parts, GLoRA):
+        return _glora_shape(parts, target)
     if isinstance(parts, Turn):
         *_, blocks, rows, columns = (1, *parts.blocks.shape)
         return (blocks * rows, None) if rows == columns else None
     return None, None
+
+
+def _glora_order(parts: GLoRA, target: Sequence[int] | None) -> tuple[int, bool]:
+    """(rank, whether it is an older one), as the host tells. Where the factors allow both, the weight's shape decides; as long
+    as that is not known, the rank is the smaller side."""
+    a1, a2, b1, b2 = (factor.shape[:2] for factor in parts[:4])
+    is_older, is_newer = a1[0] == a2[1] == b1[0] == b2[1], a1[1] == a2[0] == b1[1] == b2[0]
+    if is_older and is_newer:
+        is_older = a1[0] <= a2[0] if target is None else [*target[:2]] == [a2[0], a2[0]]
+    return (a1[0], True) if is_older else (a2[0], False)
+
+
+def _glora_shape(parts: GLoRA, target: Sequence[int] | None) -> tuple[int, int] | None:
+    rank, is_older = _glora_order(parts, target)
+    a1, a2, b1, b2 = (factor.flatten(1) for factor in parts[:4])
+    of_weight, added = (_product_shape(*(pair[::-1] if is_older else pair)) for pair in ((a1, a2), (b1, b2)))
+    if of_weight is None or added is None or of_weight[0] != of_weight[1]:
+        return None
+    if parts.alpha is not None and b1.shape[0 if is_older else 1] != rank:  # of which rank alpha is, the host cannot tell
+        return None
+    channels = added[1] if is_older or target is None or len(target) < 3 else target[1]
+    return added if of_weight[0] == channels or target is None else None
 
 
 def _product_shape(a: torch.Tensor | None, b: torch.Tensor | None, core: torch.Tensor | None = None) -> tuple[int, int] | None:

@@ -237,6 +237,51 @@ def test_the_warning_says_what_the_lora_is_made_for(caplog):
     assert "left out of a.weight, which is 8 x 6: it is made for a weight of 8 x 12, not of 8 x 6." in caplog.text
 
 
+def older_glora(factors: dict) -> dict:
+    """As LyCORIS wrote it at first: each factor is the other's turned, and they follow each other in the other order."""
+    names = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
+    return {f"{names[name[:2]]}.weight" if name[:2] in names else name: tensor for name, tensor in factors.items()}
+
+
+GLORA_SHAPES = [(48, 64), (64, 48), (64, 64), (48, 64, 3, 3), (64, 64, 3, 3), (64, 48, 1, 1)]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 36, 48, 64, 80])
+@pytest.mark.parametrize("shape", GLORA_SHAPES, ids=str)
+@pytest.mark.parametrize("order", [dict, older_glora])
+def test_glora_of_any_rank_does_to_a_packed_weight_what_the_host_does_to_a_dense_one(order, shape, rank, caplog):
+    packed, dense = packed_anyhow(torch.randn(shape) / 8, "Q8_0")
+    factors = adapter("glora", dense, 1, rank) | {"alpha": torch.tensor(rank / 2)}
+    if len(shape) > 2 and order is dict:  # of a convolution the newer ones multiply the channels
+        factors["b2.weight"] = factors["b2.weight"].view(rank, *shape[1:])
+    elif len(shape) > 2:
+        columns = dense[0].numel()
+        factors |= {"a1.weight": torch.randn(columns, rank) / 24, "a2.weight": torch.randn(rank, columns) / 24}
+    patch = (0.7, comfy.lora.load_lora(
+        {f"x.{name}": tensor for name, tensor in order(factors).items()}, {"x": "w"})["w"], 1.0, None, None)
+    with caplog.at_level(logging.WARNING):
+        expected = comfy.lora.calculate_weight([patch], dense.clone(), "w")
+        host_failed = bool(caplog.records)
+        layer_patches = build_patches("w", [patch], dense.shape, torch.device("cpu"), torch.float32)
+    assert host_failed == (layer_patches is None) == torch.equal(expected, dense)
+    if host_failed:
+        assert len(shape) > 2 and rank == shape[0] == shape[1] and order is dict
+    else:
+        assert torch.equal(layer_patches.patch_weight(packed.dequantize()), expected)
+
+
+def test_glora_of_two_ranks_is_left_out_where_the_host_cannot_scale_it():
+    weight = torch.randn(48, 64)
+    factors, wider = adapter("glora", weight, 1, 4), adapter("glora", weight, 1, 6)
+    factors |= {name: wider[name] for name in ("b1.weight", "b2.weight")}
+    for alpha in (None, torch.tensor(2.0)):
+        lora = {f"x.{name}": tensor for name, tensor in (factors | ({} if alpha is None else {"alpha": alpha})).items()}
+        value = comfy.lora.load_lora(lora, {"x": "w"})["w"]
+        with contextlib.nullcontext() if alpha is None else pytest.raises(UnboundLocalError):
+            comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "w")
+        assert misfit(value, weight.shape) == (None if alpha is None else "its factors do not fit each other")
+
+
 def test_half_a_lokr_is_left_out(caplog):
     packed, _ = flux_pair("Q8_0")
     lora = {name: tensor for name, tensor in lora_for(flux_file("Q8_0")[1], "lokr").items() if "w2_b" not in name}
