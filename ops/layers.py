@@ -217,7 +217,8 @@ class _Experts(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
 
 class MoEExperts(PackedLayer, _Experts):
-    """As many linear layers as there are experts, in one weight. Only those asked for are unpacked, one at a time."""
+    """As many linear layers as there are experts, in one weight. Only those asked for are unpacked, one at a time, unless a
+    patch, such as a DoRA, needs the whole weight at once."""
 
     _resident = None
 
@@ -225,7 +226,8 @@ class MoEExperts(PackedLayer, _Experts):
     def bank_resident(self, input):
         """Inside this block all experts are on the device of `input`."""
         weight, bias, offload_stream = self.cast_for(input)
-        self._resident = weight if self.lora is None else self.patched_weight(weight, input.dtype), bias
+        whole = self.lora is not None and not self.lora.acts_on_rows
+        self._resident = self.patched_weight(weight, input.dtype) if whole else weight, bias
         try:
             yield self
         finally:
@@ -240,9 +242,18 @@ class MoEExperts(PackedLayer, _Experts):
                 return self.expert_linear(input, expert)
         weight, bias = self._resident
         bias = None if bias is None else bias[expert].to(input.dtype)
+        weight = part_of(weight, expert) if is_packed(weight) else weight[expert]
+        if self.lora is not None and self.lora.acts_on_rows:
+            weight = self._patched_expert(weight, expert, input.dtype)
         if is_packed(weight):
-            return product.linear(input, part_of(weight, expert), bias, self.value_dtype)
-        return torch.nn.functional.linear(input, weight[expert].to(input.dtype), bias)
+            return product.linear(input, weight, bias, self.value_dtype)
+        return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
+
+    def _patched_expert(self, weight: torch.Tensor, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight of one expert in `dtype` with its part of the patches. weight: (N, K), packed or not."""
+        patch_dtype = self.patch_dtype or torch.float32
+        dense = self.dense_weight(weight, patch_dtype) if is_packed(weight) else weight.to(patch_dtype, copy=True)
+        return rounding.dithered(self.lora.patch_rows(dense[None], expert)[0], dtype)
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)

@@ -1,11 +1,16 @@
 """The experts of a mixture in one packed weight: each computes what the host's dense expert computes."""
+import contextlib
+
+import comfy.lora
 import comfy.ops
 import gguf
 import numpy as np
 import pytest
 import torch
+from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 from families import relative_error
 from featherweight.ops.format import FORMATS
+from featherweight.ops.lora import build_patches
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import packed_tensor
 
@@ -38,15 +43,60 @@ def test_each_expert_agrees_with_the_hosts(format_name, bias):
     assert relative_error(ours.expert_linear(input, EXPERTS - 1), expected) < 1e-6
 
 
-def test_only_the_experts_asked_for_are_unpacked(monkeypatch):
-    ours, _ = banks("MXFP4")
-    unpacked, terms = [], FORMATS["MXFP4"].terms
-    monkeypatch.setattr(FORMATS["MXFP4"], "terms", lambda blocks: unpacked.append(len(blocks)) or terms(blocks))
+def patches_of(kind: str, seed: int = 0) -> list:
+    """One LoRA of the host's for the bank, whose rows are its experts."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {"up": (EXPERTS, 3), "down": (3, ROWS * COLUMNS), "whole": SHAPE}
+    up, down, whole = (torch.randn(shape, generator=generator) / 8 for shape in factors.values())
+    value = {"lora": LoRAAdapter(set(), (up, down, 1.5, None, None, None)),
+             "loha": LoHaAdapter(set(), (up, down, None, up + 1, down - 1, None, None, None)),
+             "dora": LoRAAdapter(set(), (up, down, 1.5, None, whole.flatten(1).norm(dim=1)[:, None], None)),
+             "diff": ("diff", (whole,)), "set": ("set", (whole,))}[kind]
+    return [(0.7, value, 1.0, None, None)]
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """Numbers of blocks of MXFP4 that are unpacked meanwhile."""
+    counts, terms = [], FORMATS["MXFP4"].terms
+    monkeypatch.setattr(FORMATS["MXFP4"], "terms", lambda blocks: counts.append(len(blocks)) or terms(blocks))
+    return counts
+
+
+@pytest.mark.parametrize("is_resident", [True, False])
+@pytest.mark.parametrize("kinds", [(), ("lora",), ("loha",), ("diff", "lora"), ("set",)], ids="-".join)
+def test_only_the_experts_asked_for_are_unpacked(kinds, is_resident, unpacked):
+    ours, hosts = banks("MXFP4")
+    patches = [patch for seed, kind in enumerate(kinds) for patch in patches_of(kind, seed)]
+    ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32, ours.has_branch)
+    hosts.weight.data = comfy.lora.calculate_weight(patches, hosts.weight.data, "w")
+    input = torch.randn(3, COLUMNS)
+    with ours.bank_resident(input) if is_resident else contextlib.nullcontext(ours) as bank:
+        for count, expert in enumerate((1, 4, 2), 1):
+            assert relative_error(bank.expert_linear(input, expert), hosts.expert_linear(input, expert)) < 1e-6
+            assert sum(unpacked) * 32 == count * ROWS * COLUMNS
+
+
+def test_a_patch_that_needs_the_whole_bank_is_computed_once_while_it_is_resident(unpacked):
+    ours, hosts = banks("MXFP4")
+    patches = patches_of("dora")
+    ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32, ours.has_branch)
+    hosts.weight.data = comfy.lora.calculate_weight(patches, hosts.weight.data, "w")
     input = torch.randn(3, COLUMNS)
     with ours.bank_resident(input) as bank:
-        for expert in (1, 4):
-            bank.expert_linear(input, expert)
-    assert sum(unpacked) == 2 * ROWS * COLUMNS // 32
+        for expert in range(EXPERTS):
+            assert relative_error(bank.expert_linear(input, expert), hosts.expert_linear(input, expert)) < 1e-6
+    assert sum(unpacked) * 32 == EXPERTS * ROWS * COLUMNS
+
+
+def test_dense_experts_take_patches_too():
+    ours = packed_operations().MoEExperts(EXPERTS, COLUMNS, ROWS, bias=False, dtype=torch.float32)
+    weight, input, patches = torch.randn(SHAPE), torch.randn(3, COLUMNS), patches_of("lora")
+    ours.load_state_dict({"weight": weight})
+    ours.lora = build_patches("w", patches, weight.shape, torch.device("cpu"), torch.float32, ours.has_branch)
+    patched = comfy.lora.calculate_weight(patches, weight.clone(), "w")
+    assert relative_error(ours.expert_linear(input, 3), input @ patched[3].t()) < 1e-6
+    assert torch.equal(ours.weight, weight)
 
 
 def test_dense_experts_compute_in_the_inputs_dtype():
