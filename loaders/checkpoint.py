@@ -181,5 +181,5 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
     if model is not None:
         take_back(model, file, compute)
     if clip is not None:
-        take_back_encoder(clip, file.watch)
+        take_back_encoder(clip)
     return model, clip, vae and narrowed(vae)

@@ -108,6 +108,10 @@ class JoinedRows:
         tensor = parts[0][0]
         self.dtype, self.shape = tensor.dtype, torch.Size([sum(last - first for _, first, last in parts), *tensor.shape[1:]])
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor, _, _ in self.parts]
+
     def numel(self) -> int:
         return self.shape.numel()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ..ops.bounded_json import read_json
-from .files.container import WeightFileError, map_file, named, shown
+from .files.container import FileState, WeightFileError, map_file, named, shown
 from .files.diffusers_folder import file_inside
 
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
@@ -189,7 +189,7 @@ class Replacements:
     def count(self, values: Iterable) -> int:
         """Of the files and folders that these values of a node's inputs name, all together; other values give nothing.
 
-        A file is told from others by its size, time and number on the drive, a folder by those of all files in it. The number
+        A file is told from others by its state (`FileState`), a folder by those of all files in it. The number that is returned
         says nothing of this machine: the host writes it into the pictures that it saves, which are to be the same everywhere.
         """
         total = 0
@@ -218,8 +218,7 @@ def _state(path: str) -> list[tuple]:
     found = []
     with contextlib.suppress(OSError):  # gone since, or not to be read: the node says so when it runs
         for file in _read_for(path):
-            status = os.stat(file)
-            found.append((file, status.st_size, status.st_mtime_ns, status.st_ino))
+            found.append((file, *FileState.from_status(os.stat(file))))
     return sorted(found)
 
 

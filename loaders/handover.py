@@ -3,6 +3,7 @@
 Every loader of this folder comes by here.
 """
 import collections
+import itertools
 import logging
 import os
 
@@ -19,7 +20,7 @@ from ..ops.operations import packed_operations
 from ..ops.patcher import adopt
 from ..ops.tensor import is_packed
 from .files.bitsandbytes import formats_in, has_packed_weights
-from .files.container import Watch, WeightFile
+from .files.container import FileChangeGuard, WeightFile
 from .files.safetensors import is_shard
 from .packing.host_formats import find_unread_layer
 
@@ -82,7 +83,7 @@ def take_back(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compu
     The log says what the model holds, and where its device has no units for the int8 products that `compute` asks for.
     """
     log.info("[Featherweight] %s", report(file, adopt(patcher)))
-    patcher.model.packed_patches.watch = file.watch
+    patcher.model.packed_patches.watch = guard_of(patcher.model)
     prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses (NVIDIA from Turing on, and"
@@ -118,11 +119,16 @@ def _computing_with_its_patcher(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
     return clip
 
 
-def take_back_encoder(clip: comfy.sd.CLIP, watch: Watch):
+def take_back_encoder(clip: comfy.sd.CLIP):
     """A text encoder that the host has built of files' weights: packed ones stay packed from here on, on every device."""
-    adopt(clip.patcher).model.packed_patches.watch = watch
+    adopt(clip.patcher).model.packed_patches.watch = guard_of(clip.patcher.model)
     prepare_kernels(clip.patcher.model, clip.patcher.load_device, None)
     _computing_with_its_patcher(clip)
+
+
+def guard_of(model: torch.nn.Module) -> FileChangeGuard:
+    """Return what raises where one of the files is written to that the weights of a model lie in."""
+    return FileChangeGuard.of(itertools.chain(model.parameters(), model.buffers()))
 
 
 def report(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher) -> str:

@@ -22,7 +22,7 @@ from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
 from .encoders.towers import missing_towers_left_out
 from .files import open_weights
-from .files.container import Watch, WeightFile, WeightFileError
+from .files.container import FileState, WeightFile, WeightFileError
 from .handover import is_ours, operations_for, take_back_encoder
 from .packing.host_formats import as_tensors, reject_unread_layers
 from .packing.while_loading import Packed, pack_weights
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 TEXT_ENCODER = "text encoder"
 AUTO = "auto"  # an mmproj file is looked for beside its encoder
 
-# What `Arch.tokenizer` made of the files loaded last, by path, time and size.
-TOKENIZERS: dict[tuple[Path, int, int], Weights] = {}
+# What `Arch.tokenizer` made of the files loaded last, by these in their state.
+TOKENIZERS: dict[tuple, Weights] = {}
 TOKENIZERS_KEPT = 4
 
 
@@ -64,7 +64,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         mmproj = None
     # Each is read, all are put in order, each is packed, the host builds.
     progress = Progress(stages=len(paths) * (2 if pack_to else 1) + 2)
-    weights, packed, watch = _weights_of(paths, mmproj, progress, pack_to)
+    weights, packed = _weights_of(paths, mmproj, progress, pack_to)
     _check(paths, weights, clip_type)
     if clip_type == "ltxv":
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
@@ -75,7 +75,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
     progress.stage()
-    take_back_encoder(clip, watch)
+    take_back_encoder(clip)
     if packed:
         packed.attach(clip.patcher)
     recipe.attach(clip.patcher)
@@ -89,8 +89,8 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
 
 
 def _weights_of(paths: list[str], mmproj: str | None, progress: Progress,
-                pack_to: str | None) -> tuple[list[Weights], Packed | None, Watch]:
-    """The state dict of each file under the host's names, how they were packed, and what says when one is written to.
+                pack_to: str | None) -> tuple[list[Weights], Packed | None]:
+    """The state dict of each file under the host's names, and how they were packed.
 
     The mmproj file goes to the encoder that has a place for it.
     """
@@ -107,11 +107,9 @@ def _weights_of(paths: list[str], mmproj: str | None, progress: Progress,
         for file in files:
             file.find_vision()
     weights = [file.converted() for file in progress.track(files)]
-    watch = sum((file.file.watch for file in files if file.file is not None), Watch())
     if not pack_to:
-        return weights, None, watch
-    packed = Packed.together([pack_weights(file.file, part, pack_to, progress) for file, part in zip(files, weights)])
-    return weights, packed, watch
+        return weights, None
+    return weights, Packed.together([pack_weights(file.file, part, pack_to, progress) for file, part in zip(files, weights)])
 
 
 class _Encoder:
@@ -195,8 +193,7 @@ class _Encoder:
 
     def _tokenizer(self) -> Weights:
         """What `Arch.tokenizer` makes of the file; once for each state of the file. Raises KeyError for missing metadata."""
-        status = self.path.stat()
-        state = self.path, status.st_mtime_ns, status.st_size
+        state = self.path, FileState.of(self.path), self.file.states  # a folder has more files than those of the weights
         if state not in TOKENIZERS:
             made = self.arch.tokenizer(self.weights, self.metadata)
             # Copied: one that is a tensor of the file would keep the whole file mapped.

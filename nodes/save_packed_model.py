@@ -11,7 +11,7 @@ from ..loaders.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.packing.block_by_block import in_turn
 from ..loaders.packing.obstacles import not_saved, refuse_obstacles
 from ..loaders.packing.runs import Drawing
-from ..loaders.packing.save import ALIKE, TYPES, save, suffix_for
+from ..loaders.packing.save import ALIKE, TYPES, check_target, save, suffix_for
 from ..loaders.packing.sensitivity import Sensitivity
 from ..loaders.packing.source import of_encoders, of_model
 from ..loaders.progress import Progress
@@ -96,6 +96,8 @@ class SavePackedModel(io.ComfyNode):
             label = "Q8_0" if type == SIZE else label  # the size is the model's
             kind = ALIKE if type == ALIKE else label
             jobs.append((source, new_model_path(prefix, label, suffix_for(source, kind), folder, not overwrite), kind))
+        for _, path, _ in jobs:
+            check_target(path, *(source for source, _, _ in jobs))
         progress, metadata, reports = Progress(stages=len(jobs) + (2 if positive else 0)), cls._metadata(), []
         turn = None
         if positive:

@@ -6,8 +6,9 @@ import comfy.cli_args
 import folder_paths
 import pytest
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files import drives, open_weights
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.writing import WriteError
 from featherweight.loaders.packing.obstacles import SaveError
 from featherweight.nodes.save_packed_model import AS_ASKED, SIZE, SavePackedModel
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
@@ -35,6 +36,16 @@ def test_files_are_counted_and_nothing_is_overwritten_unless_asked(output):
     plain = [saved(model, overwrite=True)[0] for _ in range(2)]
     assert plain == [first.with_name("ComfyUI_Q4_K.gguf")] * 2
     assert run(load_diffusion_model(str(first))).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["map", "copy"])
+def test_a_model_is_not_saved_over_the_file_it_was_loaded_of(output, monkeypatch, how):
+    monkeypatch.setenv(drives.SWITCH, how)
+    path, _ = saved(packed_flux("Q4_K"), overwrite=True)
+    before = path.read_bytes()
+    with pytest.raises(WriteError, match=f"^{path} is a file of the model that is to be saved"):
+        saved(load_diffusion_model(str(path)), overwrite=True)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_a_name_may_lie_in_a_model_folder_and_nowhere_else(output, tmp_path):

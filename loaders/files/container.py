@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from ...ops.format import FORMATS
-from ...ops.read_only import mark_read_only
+from ...ops.read_only import guards_of, mark_read_only
 from ...ops.tensor import packed_tensor
 from .drives import is_copied
 
@@ -70,9 +70,10 @@ class Entry:
 class WeightFile:
     """One model's weights on disk, memory-mapped, or read from there (`drives`); its parts where a model is split over files.
 
-    path: as asked for. paths: every file read, in order. metadata: key -> value. entries: name -> Entry, in
-    the order of the file. dtypes: the plain dtypes of the container by their names in it. The files stay open while
-    this object or a tensor of it lives, and no longer.
+    path: as asked for. paths: every file read, in order. states: of these, as they were opened. metadata: key -> value.
+    entries: name -> Entry, in the order of the file. dtypes: the plain dtypes of the container by their names in it. guard:
+    raises where one of the mapped files is written to. The files stay open while this object or a tensor of it lives, and no
+    longer.
     """
 
     magic: ClassVar[bytes]
@@ -92,7 +93,7 @@ class WeightFile:
         CONTAINERS[cls.magic] = cls
 
     def __init__(
-        self, path: Path, paths: Sequence[Path], buffers: Sequence[mmap.mmap],
+        self, path: Path, paths: Sequence[Path], buffers: Sequence["MappedFile"],
         metadata: Mapping[str, Any], entries: dict[str, Entry],
     ):
         self.path = path
@@ -101,7 +102,8 @@ class WeightFile:
         self.entries = entries
         self._buffers = tuple(buffers)
         self._copied = tuple(map(is_copied, self.paths))
-        self.watch = Watch.over(path for path, copied in zip(self.paths, self._copied) if not copied)
+        self.states = tuple(buffer.state for buffer in self._buffers)
+        self.guard = FileChangeGuard.over(buffer for buffer, copied in zip(self._buffers, self._copied) if not copied)
 
     @classmethod
     def recognises(cls, head: bytes) -> bool:
@@ -145,7 +147,7 @@ class WeightFile:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             tensor = torch.frombuffer(data, dtype=torch.uint8)
-        mark_read_only(tensor)
+        mark_read_only(tensor, self._buffers[entry.part].guard)
         return tensor
 
     def _read(self, entry: Entry) -> torch.Tensor:
@@ -166,9 +168,16 @@ class WeightFile:
         """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain ones otherwise.
 
         Packed tensors show float32, the dtype their values have; a layer that takes one gives it the model's dtype.
-        track: goes over the entries in place of a plain loop, such as `Progress.track`.
+        track: goes over the entries in place of a plain loop, such as `Progress.track`. Raises WeightFileError where a file was
+        written to or replaced while it was read.
         """
-        return {entry.name: self._as_tensor(entry) for entry in track(self.entries.values())}
+        tensors = {entry.name: self._as_tensor(entry) for entry in track(self.entries.values())}
+        self.guard()
+        for path, state, copied in zip(self.paths, self.states, self._copied):
+            if copied and (now := FileState.of(path)) is not None and now.identity != state.identity:
+                raise WeightFileError(f"{path.name} was written to or replaced while it was read, so its weights are of two"
+                                      " files. Load it again when it is whole.")
+        return tensors
 
     def let_go(self):
         """Give back the memory of what was read of the files: it comes anew from the disk where it is read once more."""
@@ -186,43 +195,82 @@ class WeightFile:
         return data if entry.format in self.dtypes else packed_tensor(FORMATS[entry.format], data, entry.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """Says when a mapped file is written to: its weights would be others, and one that is cut short ends the process.
+class FileState(NamedTuple):
+    """What tells a file from others that have or had its name, and whether it was written to.
 
-    A file that another was renamed over, or that is gone, is mapped as it was and no change. seen: path -> what `_state` gave.
+    number: of the file on its drive. time: of the last write, which programs set as they like. change: time of the last change
+    to its bytes or to what the drive says of it, which none can set; on Windows the time it was made.
     """
 
-    seen: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+    device: int
+    number: int
+    size: int
+    time: int
+    change: int
 
     @classmethod
-    def over(cls, paths: Iterable[Path]) -> "Watch":
-        return cls(tuple((path, state) for path in paths if (state := _state(path)) is not None))
+    def of(cls, path: str | os.PathLike) -> "FileState | None":
+        """Return the state of a file; None where it is gone."""
+        try:
+            return cls.from_status(os.stat(path))
+        except OSError:
+            return None
 
-    def __add__(self, other: "Watch") -> "Watch":
-        return Watch(self.seen + other.seen)
+    @classmethod
+    def from_status(cls, status: os.stat_result) -> "FileState":
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What says in other sessions too that a path leads to the same bytes.
+
+        Without numbers that some drives give anew whenever they are mounted: there `change` tells a file that took the name of
+        another of the same size and time.
+        """
+        return (self.size, self.time, self.change) if os.name == "posix" else self[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class FileChangeGuard:
+    """Says when mapped files are written to: their weights would be others, and one that is cut short ends the process.
+
+    A file that another was renamed over, or that is gone, is mapped as it was and no change. files: path -> its state.
+    """
+
+    files: tuple[tuple[Path, FileState], ...] = ()
+
+    @classmethod
+    def over(cls, mapped: Iterable["MappedFile"]) -> "FileChangeGuard":
+        return cls(tuple((file.path, file.state) for file in mapped))
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor]) -> "FileChangeGuard":
+        """Return a guard of all mapped files that tensors lie in, whichever file they were loaded of."""
+        return sum(guards_of(tensors), cls())
+
+    def __add__(self, other: "FileChangeGuard") -> "FileChangeGuard":
+        return FileChangeGuard(tuple(dict.fromkeys(self.files + other.files)))
 
     def __call__(self):
-        """One `os.stat` for each file. Raises WeightFileError."""
-        for path, before in self.seen:
-            now = _state(path)
+        """Ask the system once for each file. Raises WeightFileError."""
+        for path, before in self.files:
+            now = FileState.of(path)
             if now is not None and now[:2] == before[:2] and now != before:
                 raise WeightFileError(
-                    f"{path.name} was written to after it was loaded ({before[2]} bytes then, {now[2]} now), and its weights"
-                    " are used where they lie in it. Queue the prompt again, which loads the file as it is now; a new version"
-                    " that is moved into its place whole disturbs nothing.")
+                    f"{path.name} was written to after it was loaded ({before.size} bytes then, {now.size} now), and its"
+                    " weights are used where they lie in it. Run this again (queue the prompt), which loads the file as it is"
+                    " now; a new version that is moved into its place whole disturbs nothing.")
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from another one, then what tells whether it was written to; None where it is gone."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+class MappedFile(mmap.mmap):
+    """A whole file, mapped read-only. path, state: of the file as it was opened. guard: raises where it is written to."""
+
+    path: Path
+    state: FileState
+    guard: FileChangeGuard
 
 
-def map_file(path: str | os.PathLike) -> mmap.mmap:
+def map_file(path: str | os.PathLike) -> MappedFile:
     """The whole file, mapped read-only, at least one byte. Raises WeightFileError."""
     path = Path(path)
     with reading(path):
@@ -232,7 +280,10 @@ def map_file(path: str | os.PathLike) -> mmap.mmap:
         if not status.st_size:
             raise WeightFileError(f"{path.name} is empty (0 bytes), so its download failed; download it again.")
         with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.path, mapped.state = path, FileState.from_status(status)
+    mapped.guard = FileChangeGuard.over([mapped])
+    return mapped
 
 
 @contextlib.contextmanager

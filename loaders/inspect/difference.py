@@ -6,6 +6,7 @@ import torch
 
 from ...ops.rows import dense, take_rows
 from ...ops.tensor import is_packed
+from ..files.container import FileChangeGuard
 from ..encoders.arch import arch_of, without_prefix
 from ..model_names import in_the_hosts_names
 from ..packing.host_formats import MARK, as_tensors
@@ -22,7 +23,7 @@ def differences(contents: Contents, reference: Contents) -> dict[str, float]:
     """Name -> root of the sum of squares of the difference over that of the reference, of matrices and more in both.
 
     Goes tensor by tensor, some rows at a time, in float32. The user can cancel it: the host's exception goes on. Raises
-    WeightFileError for a weight in a format of the host's that it does not read.
+    WeightFileError for a weight in a format of the host's that it does not read, and where a file is written to meanwhile.
     """
     contents, reference = _put_together(contents), _put_together(reference)
     ours, theirs = (_without_wrapper(both.tensors) for both in (contents, reference))
@@ -32,8 +33,10 @@ def differences(contents: Contents, reference: Contents) -> dict[str, float]:
     pieces = [(name, rows) for name in shared for rows in _slices(ours[name], theirs[name])]
     if not pieces:
         return {}
+    guard = FileChangeGuard.of([*ours.values(), *theirs.values()])
     wrong, whole = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
     for name, rows in Progress(stages=1).track(pieces):
+        guard()
         values, expected = (_values(name, rows, weights) for weights in (ours, theirs))
         wrong[name] += (values - expected).square_().sum(dtype=torch.float64).item()
         whole[name] += expected.square().sum(dtype=torch.float64).item()

@@ -1,8 +1,9 @@
 """What was packed while loading, kept for the next time: a safetensors file for each model, in a folder under a limit.
 
 Off until the environment names a folder (`FEATHERWEIGHT_PACKED_CACHE`). An entry is found by what it was made of: the files
-with their sizes and times, the type of each weight, and the version of the packers. The least recently used go first. Nothing
-else in the folder is touched, and whatever is wrong with it, the model loads without it.
+with their sizes and times, the type of each weight, and the version of the packers. The least recently used go first: the time
+of an empty file beside an entry says when it was last read. Nothing else in the folder is touched, and whatever is wrong with
+it, the model loads without it.
 
 | in an entry | content |
 |---|---|
@@ -22,7 +23,7 @@ import torch
 
 from ...ops.format import FORMATS
 from ...ops.tensor import packed_tensor, packed_tensors
-from ..files.container import WeightFile, WeightFileError
+from ..files.container import FileState, WeightFile, WeightFileError
 from ..files.safetensors import SafetensorsFile
 from ..files.safetensors_writer import file_size, safetensors_writer
 from ..files.writing import WriteError, remove_stale_parts
@@ -48,8 +49,8 @@ def entry_of(file: WeightFile, wanted: Wanted) -> Path | None:
     """Where these weights of a file are kept once they are packed; None where nothing is kept."""
     if not is_on() or not wanted:
         return None
-    status = [(str(path.resolve()), os.stat(path)) for path in file.paths]
-    recipe = [PACKERS, [(path, found.st_size, found.st_mtime_ns) for path, found in status], sorted(wanted.items())]
+    files = [(str(path.resolve()), state.identity) for path, state in zip(file.paths, file.states)]
+    recipe = [PACKERS, files, sorted(wanted.items())]
     return Path(os.environ[FOLDER]) / NAMES.replace("*", hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40])
 
 
@@ -65,13 +66,17 @@ def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
                 raise ValueError(f"{part} is {entry_of_part.format} {entry_of_part.shape}, expected {expected}")
         found = {name: _packed(file, name, *kind) for name, kind in wanted.items()}
         with contextlib.suppress(OSError):  # another user's, or on a drive that is only read: it is as good as any
-            os.utime(entry)  # used last
+            _used(entry).touch()  # not the entry itself, which others have mapped and watch
     except (WeightFileError, KeyError, ValueError, OSError) as error:
         log.warning("[Featherweight] What was kept in %s cannot be used (%s) and is made anew.", entry, error)
         with contextlib.suppress(OSError):
             entry.unlink()
         return None
     return found
+
+
+def _used(entry: Path) -> Path:
+    return entry.with_suffix(".used")
 
 
 def _packed(file: SafetensorsFile, name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -159,8 +164,8 @@ def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
     found = []
     for path in (*folder.glob(NAMES), *folder.glob(f"{NAMES}.*.part")):
         with contextlib.suppress(OSError):  # another process may have removed it
-            status = path.stat()
-            found.append((status.st_mtime_ns, status.st_size, path))
+            status, used = path.stat(), FileState.of(_used(path))
+            found.append((max(status.st_mtime_ns, used.time if used else 0), status.st_size, path))
     left = sum(nbytes for _, nbytes, _ in found)
     for _, nbytes, path in sorted(found):
         if left + size <= _limit():
@@ -169,4 +174,5 @@ def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
             with contextlib.suppress(OSError):  # Windows does not remove a file that is in use
                 path.unlink()
                 left -= nbytes
+                _used(path).unlink()
     return left + size <= _limit()

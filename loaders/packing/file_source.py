@@ -4,6 +4,7 @@ The host's model is built without values, on the meta device, where LoRAs need t
 """
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import comfy.model_detection
 import comfy.model_patcher
@@ -18,6 +19,7 @@ from ..detection import answer
 from ..diffusers_names import JoinedRows
 from ..diffusion import refuse_other_kinds
 from ..files import open_weights
+from ..files.container import FileChangeGuard, map_file
 from ..handover import model_prefix
 from ..lora.apply import apply_lora
 from ..lora.file import load_lora_file
@@ -39,6 +41,7 @@ def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) ->
     """
     file = open_weights(path)
     refuse_other_kinds(file)
+    guard = file.guard + FileChangeGuard.over(map_file(lora) for lora, _ in loras)
     state_dict = file.state_dict()
     prefix = model_prefix(state_dict)
     markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
@@ -54,7 +57,8 @@ def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) ->
     if missing:
         raise SaveError(f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another conversion of the"
                         " model.")
-    return Source(os.path.basename(path), weights, notes=notes, let_go=file.let_go)
+    return Source(os.path.basename(path), weights, notes=notes, let_go=file.let_go, guard=guard,
+                  paths=(*file.paths, *(Path(lora) for lora, _ in loras)))
 
 
 def _weight(name: str, tensor, smoothing: torch.Tensor | None, patches: Sequence[Patch]) -> Weight:

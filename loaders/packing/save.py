@@ -16,7 +16,7 @@ import torch
 from ...ops.format import FORMATS
 from ..files import gguf_writer, safetensors_writer
 from ..files.container import PLAIN_DTYPES, nbytes_of
-from ..files.writing import check_writable
+from ..files.writing import WriteError, check_writable
 from .block_by_block import InTurn
 from .maker import Maker, bits, plain_type
 from ..sizes import size_text
@@ -102,9 +102,11 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
     names, with the values of each, in place of a plain loop; what it raises ends the work. planned: is shown the plan before
     anything is written. turn: makes, after that, what the linear layers of the source's model are packed by in their order, so
     that each makes up for the errors before it; `track` then goes over them first, and they are in memory at once, packed.
-    Raises SaveError, PlanError, WriteError; then nothing has come to be.
+    Raises SaveError, PlanError, WriteError, and WeightFileError where a file that weights are read from is written to
+    meanwhile; then nothing has come to be.
     """
     path, started = Path(path), time.monotonic()
+    check_target(path, source)
     safetensors = path.suffix.lower() == ".safetensors"
     container = safetensors_writer if safetensors else gguf_writer
     if sensitivity is not None:
@@ -122,16 +124,27 @@ def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity
     if turn is not None:
         names = [name for name in making.turn.order if plan.types[name] in FORMATS]
         for name in track(names, [source.weights[name].values for name in names]):
+            source.guard()
             made[name] = making.in_turn(name)
             source.let_go()
     open_writer = safetensors_writer.safetensors_writer if safetensors else gguf_writer.gguf_writer
     with open_writer(path, tensors, texts, overwrite) as writer:
         for name in track(list(source.weights), [max(1, weight.values) for weight in source.weights.values()]):
+            source.guard()
             kind, pieces = made.pop(name, None) or making.of(source.weights[name])
             writer.write(written_name(name), kind, pieces)
             source.let_go()
+        source.guard()
     return Saved(path, path.stat().st_size, time.monotonic() - started, making.types,
                  Plan(making.types).text(source.shapes), [*making.told(), *notes])
+
+
+def check_target(path: str | os.PathLike, *sources: Source):
+    """Raise WriteError where a new file would replace one that these models were loaded of, under whatever name."""
+    for own in {own for source in sources for own in source.paths}:
+        if os.path.exists(path) and os.path.exists(own) and os.path.samefile(path, own):
+            raise WriteError(f"{path} is a file of the model that is to be saved, or of a LoRA on it, and is not overwritten."
+                             " Give the new file another name.")
 
 
 def suffix_for(source: Source, wanted: str | int) -> str:

@@ -3,15 +3,19 @@
 Names are the host's without prefix. Nothing is unpacked, patched or read before it is asked for.
 """
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from ...ops.patcher import values as patched_values
 from ...ops.patcher.values import Patch
 from ...ops.tensor import QuantizedTensor, is_packed, packed_tensors
-from ..files.container import PLAIN_DTYPES
+from ..files import open_weights
+from ..files.container import PLAIN_DTYPES, FileChangeGuard, WeightFileError
+from ..recipe import Recipe
 
 PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 DIFFUSION_MODEL = "diffusion_model."
@@ -88,13 +92,19 @@ class Weight:
 
 @dataclass
 class Source:
-    """A model to be saved. title: what it is, for people. notes: what people should know of what will not be in the file."""
+    """A model to be saved. title: what it is, for people. notes: what people should know of what will not be in the file.
+
+    guard: raises where a file is written to that weights are still to be read from. paths: of the files that they were loaded
+    of, none of which a new file may replace.
+    """
 
     title: str
     weights: dict[str, Weight]
     device: torch.device = torch.device("cpu")
     notes: list[str] = field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
+    guard: Callable[[], None] = lambda: None
+    paths: Collection[Path] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,7 +121,7 @@ def of_model(patcher, title: str = "model") -> Source:
     weights = _weights_of(patcher, DIFFUSION_MODEL)
     for name, tensor in _markers(patcher).items():
         weights.setdefault(name, _as_it_is(name, tensor))
-    return Source(title, weights, patcher.load_device)
+    return _source(title, weights, patcher)
 
 
 def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
@@ -131,7 +141,29 @@ def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
     for part, found in parts.items():
         tokenizer = clip.tokenizer if len(parts) == 1 else getattr(clip.tokenizer, part, None)
         found |= {name: _as_it_is(name, tensor) for name, tensor in _contents(tokenizer).items()}
-    return {part: Source(f"{title} {part}", found, clip.patcher.load_device) for part, found in parts.items()}
+    return {part: _source(f"{title} {part}", found, clip.patcher) for part, found in parts.items()}
+
+
+def _source(title: str, weights: dict[str, Weight], patcher) -> Source:
+    guard = FileChangeGuard.of(weight.tensor for weight in weights.values())
+    paths = {path for path, _ in guard.files}.union(*map(_files_at, _paths_loaded_of(patcher)))
+    return Source(title, weights, patcher.load_device, guard=guard, paths=paths)
+
+
+def _paths_loaded_of(patcher) -> list[str]:
+    """Return the paths among what the host keeps beside a model to load it again by."""
+    load, arguments, *_ = patcher.cached_patcher_init or (None, ())
+    values = [*load.paths, *load.options.values()] if isinstance(load, Recipe) else arguments
+    values = [part for value in values for part in (value if isinstance(value, (list, tuple)) else (value,))]
+    return [value for value in values if isinstance(value, str) and os.path.exists(value)]
+
+
+def _files_at(path: str) -> Collection[Path]:
+    """Return the files of the model at a path, all parts of a split one."""
+    try:
+        return open_weights(path).paths
+    except WeightFileError:
+        return (Path(path),)
 
 
 def _weights_of(patcher, prefix: str) -> dict[str, Weight]:

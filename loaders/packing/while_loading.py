@@ -7,7 +7,7 @@ import collections
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from ...ops.format import FORMATS, FormatError
 from ...ops.packing import pack_tensor
 from ...ops.tensor import QuantizedTensor, is_packed
 from ..diffusers_names import JoinedRows
-from ..files.container import PLAIN_DTYPES, WeightFile, shown
+from ..files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, shown
 from ..handover import model_prefix
 from ..held import DONE, format_name
 from ..progress import Progress
@@ -93,7 +93,8 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
 
     state_dict: of `file`, in the host's names, quantised weights of the host put together (`host_formats.as_tensors`). prefix:
     of the names of the model; nothing else is touched. Beside the packed weights at most two dense ones are in memory: what was
-    read of the file is let go after each. Raises WeightFileError for values that are not numbers.
+    read of the file is let go after each. Raises WeightFileError for values that are not numbers, and where one of the files
+    that the weights lie in is written to meanwhile.
     """
     started = time.perf_counter()
     weights = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix) and tensor.dtype.is_floating_point
@@ -105,9 +106,11 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
               if types[name.removeprefix(prefix)] not in PLAIN_DTYPES and not is_packed(tensor)}
     entry = cache.entry_of(file, wanted)
     cached = cache.read(entry, wanted)
+    guard = _guard_of(state_dict)
     sources, left = collections.Counter(), collections.Counter()
     with cache.keeping(None if cached else entry, wanted) as keep:
         for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
+            guard()
             tensor = weights.pop(name)
             if is_packed(tensor):
                 left[format_name(tensor)] += tensor.numel()
@@ -123,11 +126,18 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
                 state_dict[name] = _kept(tensor, smoothing, types[name.removeprefix(prefix)])
             del tensor
             file.let_go()
+        guard()
     done = Packed(tuple(name for name, _ in sources.most_common()), tuple(name for name, _ in left.most_common()),
                   time.perf_counter() - started, "read" if cached else "kept" if keep.done else "")
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path), len(wanted), len(types), type_name,
              done)
     return done
+
+
+def _guard_of(state_dict: Mapping[str, torch.Tensor | JoinedRows]) -> FileChangeGuard:
+    """Return what raises where a file is written to that one of these weights is still to be read from."""
+    return FileChangeGuard.of(part for tensor in state_dict.values()
+                              for part in (tensor.tensors if isinstance(tensor, JoinedRows) else (tensor,)))
 
 
 def _half(dtype: torch.dtype) -> str:

@@ -578,7 +578,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch, error, m
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr("featherweight.loaders.files.container.mmap.mmap", lambda *_, **__: refuse())
+    monkeypatch.setattr("featherweight.loaders.files.container.MappedFile", lambda *_, **__: refuse())
     with pytest.raises(WeightFileError, match=f"model.gguf.*{message}"):
         open_weights(path)
 

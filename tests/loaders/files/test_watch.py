@@ -3,13 +3,24 @@ import os
 import types
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from encoders import ENCODERS
+from encoders.encoder import random_weights, small_towers, write_encoder
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import drives, open_weights
-from featherweight.loaders.files.container import Watch, WeightFileError
-from featherweight.ops.read_only import is_read_only
+from featherweight.loaders.files.container import FileChangeGuard, WeightFileError, map_file
+from featherweight.loaders.inspect import difference, inspect
+from featherweight.loaders.lora.file import load_lora_file
+from featherweight.loaders.packing import cache, while_loading
+from featherweight.loaders.packing.file_source import of_file
+from featherweight.loaders.packing.save import save
+from featherweight.loaders.packing.source import of_model
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.ops.read_only import guards_of, is_read_only
 from featherweight.ops.tensor import is_packed, packed_tensors
+from patched_models import lora_for, tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
@@ -39,6 +50,12 @@ def overwritten(path):
         file.write(b"GGUF")
 
 
+def overwritten_under_its_time(path):
+    status = path.stat()
+    overwritten(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def removed(path):
     path.unlink()
 
@@ -48,7 +65,11 @@ def renamed_over(path):
     os.replace(path.with_name("new.gguf"), path)
 
 
-@pytest.mark.parametrize("change", [shortened, overwritten])
+WRITTEN_TO = [shortened, overwritten, pytest.param(overwritten_under_its_time, marks=pytest.mark.skipif(
+    os.name == "nt", reason="it tells no time of a change"))]
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
 def test_a_step_of_a_model_whose_file_was_written_to_is_an_error_and_not_the_end_of_the_process(path, change):
     patcher = load_diffusion_model(str(path))
     patcher.prepare_state(torch.ones(1), {})
@@ -81,10 +102,129 @@ def test_a_text_encoder_is_watched_where_it_encodes(path):
     from featherweight.loaders.handover import PackedCLIP
 
     clip = mock.Mock(patcher=mock.Mock())
-    clip.patcher.model.packed_patches.watch = Watch.over([path])
+    clip.patcher.model.packed_patches.watch = FileChangeGuard.over([map_file(path)])
     overwritten(path)
     with pytest.raises(WeightFileError, match="was written to"):
         PackedCLIP.load_model(clip)
+
+
+# --- every file that a model lies in ---
+
+
+def after(count: int, action):
+    """A function that passes on a loop's items, and does something before the one of this number."""
+    def track(items, *sizes):
+        for index, item in enumerate(items):
+            if index == count:
+                action()
+            yield item
+
+    return track
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
+def test_the_extra_file_of_a_model_is_watched(path, change):
+    whole = tiny_models.flux(0, hidden=128, double_blocks=1, single_blocks=1, context=128)
+    for name, is_extra in (("model.gguf", False), ("extra.gguf", True)):
+        write_gguf(path.with_name(name), {name: values for name, values in whole.items()
+                                          if name.startswith("single_blocks.") == is_extra},
+                   lambda name, values: "F32" if values.ndim < 2 else "Q8_0")
+    extra = path.with_name("extra.gguf")
+    os.utime(extra, ns=(0, 0))
+    patcher = load_diffusion_model(str(path), extra=str(extra))
+    patcher.prepare_state(torch.ones(1), {})
+    change(extra)
+    with pytest.raises(WeightFileError, match=r"^extra\.gguf was written to"):
+        patcher.prepare_state(torch.ones(1), {})
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
+@pytest.mark.parametrize("name", ["encoder.gguf", "mmproj-encoder.gguf"])
+def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name, change):
+    encoder = next(encoder for encoder in ENCODERS.values() if encoder.te_model == "QWEN25_7B")
+    with small_towers(encoder):
+        write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
+        for path in tmp_path.iterdir():
+            os.utime(path, ns=(0, 0))
+        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type, model_options=encoder.model_options)
+    clip.patcher.model.packed_patches.watch()
+    change(tmp_path / name)
+    with pytest.raises(WeightFileError, match=f"^{name} was written to"):
+        clip.load_model()
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
+@pytest.mark.parametrize("read", [of_file, lambda path: of_model(load_diffusion_model(str(path)))], ids=["file", "model"])
+@pytest.mark.parametrize("moment", [3, -1], ids=["in the midst", "in the end"])
+def test_a_model_whose_file_is_written_to_while_it_is_saved_becomes_no_file(path, change, read, moment):
+    source, out = read(path), path.with_name("out.gguf")
+    out.write_bytes(b"what was there")
+    with pytest.raises(WeightFileError, match=r"^model\.gguf was written to"):
+        save(source, out, "Q4_0", overwrite=True, track=after(moment % len(source.weights), lambda: change(path)))
+    assert out.read_bytes() == b"what was there" and sorted(path.parent.iterdir()) == [path, out]
+
+
+def test_a_model_whose_file_is_replaced_while_it_is_saved_is_saved_as_it_was(path):
+    if os.name == "nt":
+        pytest.skip("Windows lets nobody do so while the file is mapped")
+    out = path.with_name("out.gguf")
+    expected = save(of_file(path), out, "Q4_0").path.read_bytes()
+    save(of_file(path), out, "Q4_0", overwrite=True, track=after(3, lambda: renamed_over(path)))
+    assert out.read_bytes() == expected
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
+def test_a_lora_that_is_written_to_while_it_is_packed_in_is_an_error(tmp_path, change):
+    save_file(tiny_flux(), tmp_path / "model.safetensors")
+    lora = tmp_path / "lora.safetensors"
+    save_file(lora_for(tiny_flux()), lora)
+    source = of_file(tmp_path / "model.safetensors", [(str(lora), 1.0)])
+    with pytest.raises(WeightFileError, match=r"^lora\.safetensors was written to"):
+        save(source, tmp_path / "out.gguf", "Q8_0", track=after(3, lambda: change(lora)))
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
+@pytest.mark.parametrize("moment", [3, 13], ids=["in the midst", "in the end"])
+def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_nothing(tmp_path, monkeypatch, change, moment):
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
+    path, pack, count = tmp_path / "model.safetensors", while_loading.pack_tensor, []
+    save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, path)
+
+    def pack_tensor(*arguments):
+        count.append(1)
+        packed = pack(*arguments)
+        if len(count) == moment:
+            change(path)
+        return packed
+
+    monkeypatch.setattr(while_loading, "pack_tensor", pack_tensor)
+    with pytest.raises(WeightFileError, match=r"^model\.safetensors was written to"):
+        load_diffusion_model(str(path), pack_to="Q8_0")
+    assert len(count) == moment and list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
+def test_a_file_that_is_written_to_while_it_is_compared_is_said_to_be(path, monkeypatch, change):
+    write(path.with_name("other.gguf"), seed=1)
+    monkeypatch.setattr(difference.Progress, "track", lambda self, items: after(3, lambda: change(path))(items))
+    [inspection] = inspect(str(path.with_name("other.gguf")), str(path))
+    assert inspection.no_errors.startswith("model.gguf was written to")
+
+
+def test_what_is_packed_from_a_file_needs_it_no_more(tmp_path):
+    save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, tmp_path / "model.safetensors")
+    patcher = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to="Q8_0")
+    mapped = [name for name, tensor in patcher.model.named_parameters()
+              if is_read_only(packed_tensors(tensor)[0] if is_packed(tensor) else tensor)]
+    assert bool(mapped) == bool(patcher.model.packed_patches.watch.files)
+
+
+def test_a_lora_of_gguf_lies_in_no_mapped_file(tmp_path):
+    lora = {f"double_blocks.0.img_attn.proj.weight.lora_{half}": np.ones((4, 4), np.float32) for half in "ab"}
+    write_gguf(tmp_path / "lora.gguf", lora, lambda name, values: "F32", metadata={"general.type": "adapter"})
+    tensors, _ = load_lora_file(str(tmp_path / "lora.gguf"))
+    assert tensors and not guards_of(tensors.values())
 
 
 # --- read, not mapped ---
@@ -125,9 +265,16 @@ def test_what_is_read_is_what_would_be_mapped_and_outlives_the_file(tmp_path, mo
         assert torch.equal(file.tensor(name), mapped.tensor(name))
         assert not is_read_only(file.tensor(name)) and is_read_only(mapped.tensor(name))
     overwritten(path)
-    file.watch()
+    file.guard()
     with pytest.raises(WeightFileError):
-        mapped.watch()
+        mapped.guard()
+
+
+@pytest.mark.parametrize("change", [overwritten, overwritten_under_its_time, renamed_over])
+def test_a_file_that_changes_while_it_is_read_is_an_error(path, monkeypatch, change):
+    monkeypatch.setenv(drives.SWITCH, "copy")
+    with pytest.raises(WeightFileError, match=r"^model\.gguf was written to or replaced while it was read"):
+        open_weights(path).state_dict(after(3, lambda: change(path)))
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(path, monkeypatch):

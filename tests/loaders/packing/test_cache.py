@@ -8,6 +8,8 @@ import comfy.model_management
 import pytest
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.held import held_text
 from featherweight.loaders.packing import cache, while_loading
 from featherweight.ops.format import FORMATS
@@ -56,7 +58,7 @@ def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, fol
     second = load(source, type_name)
     assert len(packings) == 13 and digest(second) == digest(first)
     assert held_text(second).endswith("packed from BF16 before and kept")
-    [entry] = folder.iterdir()
+    [entry] = folder.glob(cache.NAMES)
     assert entry.stat().st_size < 1.1 * first.model_size()
 
 
@@ -90,6 +92,35 @@ def test_another_state_of_anything_is_another_entry(change, source, folder, pack
     assert len(packings) == 26 and len(list(folder.iterdir())) == 2
 
 
+def test_another_model_of_the_same_size_and_time_is_another_entry(source, folder, packings):
+    first, status = digest(load(source)), source.stat()
+    new = source.with_name("new")
+    save_file({name: values.bfloat16() for name, values in tiny_flux(1).items()}, new)
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(new, source)
+    assert (source.stat().st_size, source.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert digest(load(source)) != first and len(packings) == 26
+
+
+def test_an_entry_belongs_to_the_file_that_was_opened(source, folder):
+    """Another file that takes its name while it is packed does not find what was packed of the first."""
+    file, wanted = open_weights(source), {"a": ("Q8_0", (4, 32))}
+    opened = cache.entry_of(file, wanted)
+    os.utime(source, (1, 1))
+    assert cache.entry_of(file, wanted) == opened != cache.entry_of(open_weights(source), wanted)
+
+
+def test_an_entry_is_watched_while_its_model_is_in_use_and_others_may_read_it(source, folder):
+    load(source)
+    model, _ = load(source), load(source)
+    model.prepare_state(torch.ones(1), {})
+    [entry] = folder.glob(cache.NAMES)
+    with open(entry, "r+b") as file:
+        file.write(b"\0")
+    with pytest.raises(WeightFileError, match=f"^{entry.name} was written to after it was loaded"):
+        model.prepare_state(torch.ones(1), {})
+
+
 @pytest.mark.parametrize("damage", ["cut short", "zeros", "empty", "of another model"])
 def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, packings, caplog):
     expected = digest(load(source))
@@ -115,6 +146,7 @@ def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, mon
     monkeypatch.setenv(cache.LIMIT, str((sum(sizes) + 100) / 1e9))
     load(source, "Q4_K")
     left = sorted(folder.glob(cache.NAMES))
+    assert [path.name for path in folder.glob("*.used")] == [q8_0.with_suffix(".used").name]
     assert q8_0 in left and q6_k not in left and len(left) == 2 and (folder / "mine.safetensors").exists()
     assert sum(entry.stat().st_size for entry in left) <= sum(sizes) + 100
 
@@ -148,10 +180,10 @@ def test_an_entry_whose_time_cannot_be_set_is_read_and_stays(tmp_path, monkeypat
     with cache.keeping(entry, wanted) as keep:
         keep("a", pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"]))
 
-    def refused(path):
+    def refused(path, *arguments, **options):
         raise PermissionError(errno.EPERM, "Operation not permitted", path)
 
-    monkeypatch.setattr(os, "utime", refused)
+    monkeypatch.setattr(Path, "touch", refused)
     assert cache.read(entry, wanted) is not None and entry.exists()
 
 

@@ -170,6 +170,48 @@ def test_a_file_has_the_ending_of_what_it_is(source, tmp_path, pack, out, wanted
     assert code == 2 and "ends in .gguf" in said and list(tmp_path.iterdir()) == []
 
 
+def the_file_itself(path, model):
+    return path
+
+
+def a_link_to_it(path, model):
+    (path.parent / "link.safetensors").symlink_to(path)
+    return path.parent / "link.safetensors"
+
+
+def another_name_of_it(path, model):
+    os.link(path, path.parent / "name.safetensors")
+    return path.parent / "name.safetensors"
+
+
+def a_lora(path, model):
+    return path.parent / "lora.safetensors"
+
+
+def another_part_of_it(path, model):
+    names = list(model)
+    parts = [path.parent / f"part-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    for part, some in zip(parts, (names[::2], names[1::2])):
+        save_file({name: model[name] for name in some}, part)
+    path.unlink()
+    return parts[1]
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("target", [the_file_itself, a_link_to_it, another_name_of_it, a_lora, another_part_of_it])
+def test_no_file_that_a_model_is_made_of_is_overwritten(tmp_path, pack, target, options):
+    path, model = tmp_path / "model.safetensors", {name: tensor.bfloat16() for name, tensor in tiny_flux().items()}
+    save_file(model, path)
+    save_file(lora_for(tiny_flux(), size=0.1), tmp_path / "lora.safetensors")
+    out = target(path, model)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    source = path if path.exists() else tmp_path / "part-00001-of-00002.safetensors"
+    code, said = pack(source, out, "--type", "NF4", "--lora", tmp_path / "lora.safetensors", *options)
+    expected = rf"Failed: {out} is a file of the model that is to be saved, .* another name\.\n"
+    assert code == 1 and re.fullmatch(expected, said), said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_files_that_are_none_are_refused_in_a_sentence(source, tmp_path, pack):
     (tmp_path / "old.gguf").write_text("old")
     for model, out, more in ((tmp_path / "no.safetensors", "a.gguf", []), (source / "lora 1.safetensors", "a.gguf", []),
