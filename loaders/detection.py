@@ -1,5 +1,6 @@
 """What the host says about a model by the names and shapes of its weights, of foreign and partial files too."""
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,9 @@ import comfy.model_detection
 import torch
 
 from .files.container import WeightFile, WeightFileError, first_line
+from .out_of_memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 # What it raises for those: its detection and its tables look up, index and divide what a model of theirs would have.
 FOREIGN = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)
@@ -14,11 +18,14 @@ FOREIGN = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, 
 
 def answer(ask: Callable, *arguments, **options) -> Any:
     """What one of the host's functions of detection or conversion gives for a model; None, as for one that it does not know,
-    where names or shapes that it counts on are missing.
+    where names or shapes that it counts on are missing. A lack of memory says nothing of the model and goes on as an error.
     """
     try:
         return ask(*arguments, **options)
-    except FOREIGN:
+    except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
+        log.debug("[Featherweight] The host's %s does not know the model", getattr(ask, "__name__", ask), exc_info=True)
         return None
 
 

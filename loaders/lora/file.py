@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from ..files.container import WeightFileError, first_line, map_file, shown
 from ..files.mistakes import LFS_POINTER
+from ..out_of_memory import is_out_of_memory
 from .families import recognise
 from .gguf import read_gguf_adapter
 from .torch_file import read_torch_file
@@ -60,6 +61,8 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         try:
             state_dict, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
         except UNREADABLE as error:
+            if is_out_of_memory(error):
+                raise
             raise WeightFileError(f"{name} cannot be read as a LoRA: {_unreadable(head, error)}") from error
     state_dict = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     stems = stems_of(state_dict)

@@ -21,6 +21,7 @@ from comfy_kitchen.tensor import get_layout_class
 from ...ops.bounded_json import read_json
 from ...ops.tensor import QuantizedTensor
 from ..files.container import WeightFile, WeightFileError, first_line, shown
+from ..out_of_memory import is_out_of_memory
 
 MARK = ".comfy_quant"
 SETTINGS = "_quantization_metadata"  # in the metadata of a file: what `comfy_quant` says of each layer
@@ -150,6 +151,8 @@ def _weight(layer_class: type, layer: str, parts: dict[str, torch.Tensor]) -> Qu
         module = layer_class(columns, rows, bias=False)
         module._load_from_state_dict(parts, f"{layer}.", {}, False, [], [], [])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UnreadFormatError(f"{name}: {first_line(error)}") from error
     ignored = next((part for part in parts if part.startswith(f"{layer}.weight")), None)
     if ignored is not None:  # the host would leave it out, and compute with other values

@@ -1,12 +1,16 @@
 """Files with a name or two of a diffusion model and without the rest of it: the host's detection counts on that."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import inspect
+from featherweight.loaders.lora.file import load_lora_file
 from featherweight.loaders.packing.file_source import of_file
 from featherweight.loaders.packing.obstacles import SaveError
+from host_formats import in_host_format
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -37,6 +41,30 @@ def test_a_few_weights_of_a_model_are_no_model(load, path):
     with pytest.raises(WeightFileError, match=UNKNOWN) as error:
         load(path, pack_to="Q8_0")
     assert "\n" not in str(error.value)
+
+
+LACKS = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
+         RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+                      " 4000000000000 bytes. Error code 12 (Cannot allocate memory)")]
+
+
+@pytest.mark.parametrize("error", LACKS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("name", ["comfy.model_detection.detect_unet_config", "comfy.ops.mixed_precision_ops",
+                                  "comfy.utils.load_torch_file"])
+def test_a_lack_of_memory_is_no_unknown_model(tmp_path, monkeypatch, name, error):
+    weights, path = {"double_blocks.0.img_mlp.0.weight": torch.ones(32, 32)}, tmp_path / "model.safetensors"
+    save_file(in_host_format(*weights.popitem(), "float8_e4m3fn")[0], path)
+
+    def fail(*arguments, **options):
+        raise error
+
+    class Layer:
+        def __init__(self, *arguments, **options):
+            raise error
+
+    monkeypatch.setattr(name, (lambda **options: SimpleNamespace(Linear=Layer)) if name.startswith("comfy.ops") else fail)
+    with pytest.raises(type(error)):
+        load_lora_file(str(path)) if "torch_file" in name else of_file(path)
 
 
 def test_a_few_weights_of_a_model_are_inspected_and_read(path):
