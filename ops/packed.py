@@ -3,6 +3,7 @@
 What a node does to it gives what the dense tensor of its values gives, or one sentence that says why it cannot, and never a
 lost write or the end of the process.
 """
+import contextlib
 import dataclasses
 import functools
 
@@ -18,7 +19,7 @@ _TO_SAVE = ("save the model with a node that saves models (ComfyUI's or KJNodes'
 class PackedTensor(QuantizedTensor):
     """A quantised tensor that can be read as the dense one it stands for, and neither written to nor read as memory.
 
-    Copies, moves and other float dtypes stay packed; every other operation gives dense values, views included. Raises
+    Copies, moves and other float dtypes stay packed; every other operation gives dense values, views as `DensePart`. Raises
     NotImplementedError, as torch does for tensors without memory of their own, for whatever writes to the values or asks for
     their address: memory of the dense size, which is what others would read there, does not exist.
     """
@@ -51,9 +52,9 @@ class PackedTensor(QuantizedTensor):
         elif func.overloadpacket in (_aten.to, _aten._to_copy) and not all(
                 value.is_floating_point for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
             return cls._dequant_and_fallback(func, args, kwargs)
-        elif torch.is_inference_mode_enabled() and _views(func):
-            with torch.inference_mode(args[0].is_inference()):
-                return run(func, types, args, kwargs)
+        elif _views(func):
+            with _mode_of(args[0]):
+                return _parts(run(func, types, args, kwargs))
         return run(func, types, args, kwargs)
 
     def _copy_with(self, qdata=None, params=None, clone_params=True):
@@ -79,9 +80,7 @@ class PackedTensor(QuantizedTensor):
 
     def numpy(self, **kwargs):
         """The values as an array of its own. It is read-only, since a write would not come back here."""
-        array = self.dequantize().numpy(**kwargs)
-        array.flags.writeable = False
-        return array
+        return _read_only_array(self.dequantize(), kwargs)
 
     def tolist(self):
         return self.dequantize().tolist()
@@ -98,19 +97,16 @@ class PackedTensor(QuantizedTensor):
 
     # --- copies ---
 
-    def _as_parameter_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nn.Parameter(tensor, self.requires_grad) if isinstance(self, torch.nn.Parameter) else tensor
-
     def __copy__(self):
-        return self._as_parameter_like(self.detach())
+        return _parameter_like(self, self.detach())
 
     def __deepcopy__(self, memo):
-        memo[id(self)] = copied = self._as_parameter_like(self.detach().clone())
+        memo[id(self)] = copied = _parameter_like(self, self.detach().clone())
         return copied
 
     def __reduce_ex__(self, protocol):
         """Files and other processes get the dense tensor, which needs nothing of ours to be read."""
-        return self._as_parameter_like(self.dequantize()).__reduce_ex__(protocol)
+        return _parameter_like(self, self.dequantize()).__reduce_ex__(protocol)
 
     # --- what would write, or read memory ---
 
@@ -144,6 +140,99 @@ class PackedTensor(QuantizedTensor):
         return self._storage
 
 
+class DensePart(torch.Tensor):
+    """A view of a packed tensor, as slices, `t()`, `view` and the like give it: its dense values, in memory of their own.
+
+    Since a write there would not reach the weight, it raises NotImplementedError, and so do views of it. What is computed from
+    it is a plain tensor, and so is what conversions and copies give. A Parameter that is made of it is whoever made it's own.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor):
+        part = torch.Tensor._make_subclass(cls, values)
+        part._values = values  # the same memory as a plain tensor
+        return part
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is _aten._has_compatible_shallow_copy_type.default:
+            return False  # no other tensor takes its place, nor it another's
+        if _writes(func) and any(
+                isinstance(tensor, cls) and not _is_parameter(tensor) for tensor in _written(func._schema, args, kwargs)):
+            raise _refusal(f"{func._schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
+        plain_args, plain_kwargs = torch.utils._pytree.tree_map_only(cls, lambda part: part._values, (args, kwargs))
+        if _writes(func) or not _views(func) or _is_parameter(args[0]):
+            return func(*plain_args, **plain_kwargs)
+        with _mode_of(args[0]):
+            return _parts(func(*plain_args, **plain_kwargs))
+
+    def __copy__(self):
+        return _parameter_like(self, self.detach())
+
+    def __deepcopy__(self, memo):
+        memo[id(self)] = copied = _parameter_like(self, self._values.clone())
+        return copied
+
+    def __reduce_ex__(self, protocol):
+        return _parameter_like(self, self._values).__reduce_ex__(protocol)
+
+    def __repr__(self, **kwargs):
+        return self._values.__repr__(**kwargs)
+
+    def numpy(self, **kwargs):
+        return _read_only_array(self._values, kwargs)
+
+    def tolist(self):
+        return self._values.tolist()
+
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, value):
+        if not _is_parameter(self):
+            raise _refusal("an assignment to the `data` of a part of it would write to", _TO_WRITE)
+        torch.Tensor.data.__set__(self, value)
+        self._values = value
+
+
+def _of_plain_values(name: str):
+    def method(self, *args, **kwargs):
+        return getattr(self._values, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous", "__dlpack__"):
+    setattr(DensePart, _name, _of_plain_values(_name))
+
+
+def _parts(values):
+    """What an operation gave, with each plain tensor as a part; those of torch.compile stay as they are."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(map(_parts, values))
+    return DensePart(values) if type(values) is torch.Tensor else values
+
+
+def _is_parameter(tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def _parameter_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.Parameter(values, tensor.requires_grad) if _is_parameter(tensor) else values
+
+
+def _read_only_array(values: torch.Tensor, kwargs: dict):
+    array = values.numpy(**kwargs)
+    array.flags.writeable = False
+    return array
+
+
 def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=None) -> QuantizedTensor:
     """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
     params = tensor._params
@@ -159,6 +248,11 @@ def _writes(func) -> bool:
 @functools.cache
 def _views(func) -> bool:
     return any(value.alias_info for value in func._schema.returns)
+
+
+def _mode_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The mode in which torch takes what is made for a view of `tensor`."""
+    return torch.inference_mode(tensor.is_inference()) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def _written(schema, args, kwargs):

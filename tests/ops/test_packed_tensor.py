@@ -3,6 +3,7 @@ import collections
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,90 @@ except NotImplementedError as error:
 def test_the_pages_of_a_file_are_not_written_to():
     child = subprocess.run([sys.executable, "-c", WRITING], env=CHILD, capture_output=True, text=True)
     assert child.returncode == 0 and "copy_ would write to the file itself" in child.stdout, child.stderr
+
+
+# --- parts of a weight ---
+
+PARTS = {
+    "[:4]": lambda w: w[:4], "[0]": lambda w: w[0], "[:, 3]": lambda w: w[:, 3], "[None]": lambda w: w[None],
+    "chunk": lambda w: w.chunk(2)[0], "split": lambda w: w.split(4)[1], "tensor_split": lambda w: w.tensor_split(3)[0],
+    "unbind": lambda w: w.unbind()[2], "the first of an iteration": lambda w: next(iter(w)), "select": lambda w: w.select(1, 2),
+    "narrow": lambda w: w.narrow(0, 1, 3), "diagonal": lambda w: w.diagonal(), "as_strided": lambda w: w.as_strided((4,), (1,)),
+    "view(-1)[:10]": lambda w: w.view(-1)[:10], "reshape": lambda w: w.reshape(4, -1), "flatten": lambda w: w.flatten(),
+    "t()": lambda w: w.t(), "T": lambda w: w.T, "permute": lambda w: w.permute(1, 0), "unsqueeze": lambda w: w.unsqueeze(0),
+    "expand": lambda w: w.expand(2, *w.shape), "a view of a view": lambda w: w.t()[2:8].view_as(w[:, 2:8].t()),
+}
+WRITES = {
+    "mul_": lambda part: part.mul_(2), "zero_": lambda part: part.zero_(), "fill_": lambda part: part.fill_(1),
+    "add_": lambda part: part.add_(1), "copy_": lambda part: part.copy_(torch.ones(part.shape)),
+    "+=": lambda part: part.__iadd__(1), "[0] = 1": lambda part: part.__setitem__(0, 1),
+    "[:] = 1": lambda part: part.__setitem__(slice(None), 1), "[...] = a tensor": lambda part: part.__setitem__(..., part + 1),
+    "a view of it": lambda part: part[0].mul_(2), "its data": lambda part: part.data.mul_(2),
+    "data =": lambda part: setattr(part, "data", part + 1), "out=": lambda part: torch.add(part + 1, 1, out=part),
+    "a foreach function": lambda part: torch._foreach_mul_([part], 2), "torch.nn.init": torch.nn.init.normal_,
+    "relu, in place": lambda part: torch.nn.functional.relu(part, inplace=True),
+    "index_fill_": lambda part: part.index_fill_(0, torch.tensor([0]), 1.0),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["normal", "inference"])
+@pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
+@pytest.mark.parametrize("take", PARTS.values(), ids=PARTS)
+def test_a_write_to_a_part_is_refused_as_one_to_the_whole_is(take, format_name, mode):
+    with mode():
+        weight = torch.nn.Parameter(weight_in(format_name, (64, 64)), requires_grad=False)
+        with pytest.raises(NotImplementedError) as whole:
+            weight.data.mul_(2)
+        instead = str(whole.value).partition("would write to")[2]
+        for held in (weight, weight.data, weight.detach()):
+            expected = take(weight.dequantize())
+            for name, write in WRITES.items():
+                part = take(held)
+                with pytest.raises(NotImplementedError, match="A weight is held packed") as refusal:
+                    write(part)
+                assert str(refusal.value).endswith(instead), name
+                assert torch.equal(part, expected), name
+        assert torch.equal(weight.dequantize(), weight_in(format_name, (64, 64)).dequantize())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["normal", "inference"])
+@pytest.mark.parametrize("take", PARTS.values(), ids=PARTS)
+def test_what_is_computed_from_a_part_is_plain(take, mode):
+    with mode():
+        weight = weight_in("Q8_0", (64, 64))
+        expected = take(weight.dequantize())
+        uses = {
+            "+": lambda part: part + 1, "clone": torch.clone, "contiguous": lambda part: part.contiguous(),
+            "to": lambda part: part.to(torch.float32), "to half": lambda part: part.to(torch.float16),
+            "float": lambda part: part.float(), "cpu": lambda part: part.cpu(), "cat": lambda part: torch.cat([part, part]),
+            "cat with others": lambda part: torch.cat([part.reshape(-1), weight.view(-1), torch.ones(3)]),
+            "sum": torch.sum, "deepcopy": copy.deepcopy, "pickle": lambda part: pickle.loads(pickle.dumps(part)),
+            "copied into": lambda part: torch.zeros(part.shape).copy_(part),
+            "index": lambda part: part[torch.zeros(1, dtype=torch.long)],
+            "empty_like": lambda part: torch.empty_like(part).zero_(),
+        }
+        for name, use in uses.items():
+            result = use(take(weight))
+            assert type(result) is torch.Tensor and torch.equal(result, use(expected)), name
+        part = take(weight)
+        assert part.tolist() == expected.tolist() and str(part) == str(expected) and torch.equal(part, expected)
+        assert not part.numpy().flags.writeable and (part.numpy() == expected.numpy()).all()
+        take(weight).clone().mul_(2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["normal", "inference"])
+def test_a_parameter_that_is_made_of_a_part_is_its_makers_own(mode):
+    with mode():
+        weight = weight_in("Q8_0", (64, 64))
+        holder, expected = Holder(torch.nn.Parameter(weight[2:4], requires_grad=False)), weight.dequantize()[2:4]
+        holder.weight.mul_(2)
+        holder.weight.data[0] = 1
+        assert torch.equal(holder.weight, torch.stack([torch.ones(64), expected[1] * 2]))
+        holder.load_state_dict({"weight": expected})
+        copied = copy.deepcopy(holder).half()
+        copied.weight += 1
+        assert isinstance(copied.weight, torch.nn.Parameter) and copied.weight.dtype == torch.float16
+        assert torch.equal(copied.weight.float(), expected.half().add(1).float()) and torch.equal(holder.weight, expected)
 
 
 # --- other ways of holding a weight ---
