@@ -5,8 +5,10 @@ from collections.abc import Collection
 import numpy
 import psutil
 
-from .graph import GraphError
+from .graph import GraphError, one_line
 from .place import MachineError
+
+MAX_STEPS = 1 << 40  # of a node
 
 
 class Gathering:
@@ -26,8 +28,11 @@ class Gathering:
     def tell(self, header: dict, data: bytes):
         """Takes a header of the driver and its data.
 
-        Raises GraphError and MachineError for an item that cannot be drawn, or not next to the others.
+        Raises GraphError and MachineError for an item that cannot be drawn, or not next to the others, and MachineError for
+        what is no event.
         """
+        if not self._is_event(header, data):
+            raise MachineError(f"Ray's driver sent an event that cannot be read: {one_line(header, 200)}. Run again.")
         event = header["event"]
         if event == "workers":
             self.workers = header["value"]
@@ -51,6 +56,23 @@ class Gathering:
         elif event == "image":
             self._put(name, header, data)
 
+    def _is_event(self, header: dict, data: bytes) -> bool:
+        match header:
+            case {"event": "workers", "value": int(count)}:
+                return count >= 0
+            case {"event": str(event), "item": int(item)} if 0 <= item < self.count:
+                pass
+            case _:
+                return False
+        match header:
+            case {"event": "image", "index": int(index), "of": int(count), "shape": [int(height), int(width), int(channels)]}:
+                return 0 <= index < count and min(height, width, channels) > 0 and len(data) == 4 * height * width * channels
+            case {"event": "progress", "value": [str(), int() | float() as done, int() | float() as most]}:
+                return 0 <= done <= MAX_STEPS and 0 <= most <= MAX_STEPS
+            case {"event": "begins" | "failed" | "unfit", "value": str()}:
+                return True
+        return event in ("lost", "preview")
+
     def _put(self, name: str, header: dict, data: bytes):
         item, index, count, shape = header["item"], header["index"], header["of"], tuple(header["shape"])
         if self.images is None:
@@ -62,7 +84,9 @@ class Gathering:
         if count == self.batch:
             target = self.images[item * count + index]
         else:
-            target = self.others.setdefault(item, numpy.empty((count, *shape), numpy.float32))[index]
+            if len(self.others.get(item, ())) != count:
+                self.others[item] = _empty((count, *shape))
+            target = self.others[item][index]
         target[...] = numpy.frombuffer(data, numpy.float32).reshape(shape)
         self.received[item] = self.received.get(item, 0) + 1
         if self.received[item] == count:
@@ -74,7 +98,7 @@ class Gathering:
         if size > free:
             raise GraphError(f"{self.count} items of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
                              f" {free / 1e9:.1f} GB are free: draw fewer at once, or smaller ones.")
-        self.images, self.batch = numpy.empty((batch * self.count, *shape), numpy.float32), batch
+        self.images, self.batch = _empty((batch * self.count, *shape)), batch
 
     def whole(self) -> numpy.ndarray:
         """The pictures of all items, (N, H, W, C). Raises GraphError where an item has none."""
@@ -101,6 +125,14 @@ class Gathering:
         machines = sorted(set(self.on.values()))
         drawing = len(self.on.keys() - self.done)
         return f"{len(self.done)} of {self.count} done, {drawing} in work\non {', '.join(machines)}"
+
+
+def _empty(shape: tuple[int, ...]) -> numpy.ndarray:
+    try:
+        return numpy.empty(shape, numpy.float32)
+    except (MemoryError, ValueError) as error:
+        raise GraphError(f"{shape[0]} pictures of {_size(shape[1:])} are more than the memory here holds: draw fewer at once,"
+                         " or smaller ones.") from error
 
 
 def _size(shape: tuple[int, ...]) -> str:

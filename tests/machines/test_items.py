@@ -168,3 +168,20 @@ def test_pictures_of_other_sizes_are_refused_in_a_sentence():
 def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(event, value, error, message):
     with pytest.raises(error, match=message):
         tell(Gathering(3, ()), 1, event, value)
+
+
+IMAGE = {"event": "image", "item": 0, "index": 0, "of": 1, "shape": [2, 4, 3]}
+
+
+@pytest.mark.parametrize("header", [
+    {}, {"event": "lost"}, {"event": "lost", "item": 3}, {"event": "lost", "item": -1}, {"event": "begins", "item": 0},
+    {"event": "unknown", "item": 0}, {"event": "workers", "value": "x"}, {"event": "progress", "item": 0, "value": ["n", 1]},
+    {"event": "progress", "item": 0, "value": ["n", float("nan"), 2]}, {"event": "progress", "item": 0, "value": [["n"], 1, 2]},
+    {**IMAGE, "index": 1}, {**IMAGE, "of": 0}, {**IMAGE, "shape": [2, 4]}, {**IMAGE, "shape": [2, 5, 3]},
+    {**IMAGE, "shape": [-2, -4, 3]}, {**IMAGE, "shape": [2.0, 4, 3]}])
+def test_what_is_no_event_is_one_sentence(header):
+    gathering = Gathering(3, {"n"})
+    gathering.tell(IMAGE, bytes(96))
+    with pytest.raises(MachineError, match="Ray's driver sent an event that cannot be read: .* Run again"):
+        gathering.tell(header, bytes(96))
+    assert gathering.progress() == (1, 3) and gathering.done == {0}
