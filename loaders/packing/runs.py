@@ -7,6 +7,7 @@ import comfy.sample
 import torch
 
 from ..files.container import WeightFileError
+from ..out_of_memory import is_out_of_memory
 
 PICTURE = 512  # pixels along each side where no latent is given
 WIDTHS = {"text": 3, "pooled": 5}  # of the first try for a prompt of noise: sizes that no model has
@@ -149,7 +150,9 @@ def _widths_taken(patcher, drawing: Drawing, masked: bool) -> dict[str, int] | N
             if kind is None or missing <= 0:
                 return None
             widths[kind] += missing
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             return None
     return None
 

@@ -16,7 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from ...ops.packing.moments import Moments
-from ..files.container import first_line
+from ..files.container import FileState, first_line
 from ..files.writing import new_file
 
 KEY = "featherweight_sensitivity"
@@ -90,7 +90,7 @@ class Sensitivity:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sensitivity":
         """Raises SensitivityError for a file that is none, is not whole, or of another format."""
-        file = os.path.basename(path)
+        file, state = os.path.basename(path), FileState.of(path)
         with _opened(path) as opened:
             about, names = json.loads((opened.metadata() or {})[KEY]), set(opened.keys())
             if about["format"] != FORMAT:
@@ -104,6 +104,9 @@ class Sensitivity:
             parts = {key.removeprefix(f"{owner}/"): key for key in names if key.rpartition("/")[0] == owner}
             if not parts:
                 return None
+            if FileState.of(path) != state:
+                raise SensitivityError(f"{file} was written to or replaced while it was in use. Run this again, which reads it"
+                                       " as it is now.")
             with _opened(path) as opened:
                 return Moments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
 

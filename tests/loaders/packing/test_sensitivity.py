@@ -279,3 +279,26 @@ def test_a_prompt_of_noise_ends_as_prompts_do_in_tokens_that_are_alike():
     own = [len(text.unique(dim=0)) for text in texts]
     assert all(count in runs.WORDS for count in own) and len(set(own)) > 1
     assert all((text[count - 1:] == text[-1]).all() for text, count in zip(texts, own))
+
+
+def test_a_lack_of_memory_while_a_prompt_is_looked_for_is_told(monkeypatch):
+    patcher = patcher_of("flux-dev", monkeypatch)
+
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Drawing, "run", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        noise_prompts(patcher, small_drawing("flux-dev"), 1)
+
+
+def test_a_measurement_that_is_written_to_while_it_is_in_use_is_an_error(tmp_path, monkeypatch):
+    patcher, path = patcher_of("flux-dev", monkeypatch), tmp_path / "flux.sensitivity"
+    measure(patcher, small_drawing("flux-dev"), "no runs").save(path)
+    found = Sensitivity.load(path)
+    name = next(iter(found.costs))
+    found.moments(name)
+    with open(path, "r+b") as file:
+        file.write(b"\0")
+    with pytest.raises(SensitivityError, match=r"^flux\.sensitivity was written to or replaced while it was in use"):
+        found.moments(name)
