@@ -242,6 +242,7 @@ MEMBERS = {
         "comfy.model_patcher.ModelPatcher.offload_device": None,
         "comfy.sd.VAE.first_stage_model": None,
         "comfy.sd.VAE.patcher": None,
+        "comfy.sd.VAE.throw_exception_if_invalid": "",
     },
     "machines/host.py": {
         "execution.PromptQueue.currently_running": None,

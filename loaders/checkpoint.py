@@ -21,7 +21,7 @@ from .packing.while_loading import read_weights
 from .progress import Progress
 from .recipe import Recipe, loads
 from .text_encoder import load_text_encoder
-from .vae import narrowed
+from .vae import take_back_vae
 
 MODEL, CLIP, VAE = (f"{part} of a checkpoint" for part in ("diffusion model", "text encoder", "VAE"))
 
@@ -117,7 +117,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
                                  disable_dynamic=disable_dynamic, model_options=device_options(encoder_device))
     if outputs["output_vae"]:
         with bare_parameters_unpacked():
-            vae = (narrowed(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device)) if "vae" in folders
+            vae = (take_back_vae(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device)) if "vae" in folders
                    else _no_vae())
     return model, clip, vae
 
@@ -182,4 +182,4 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
         take_back(model, file, compute)
     if clip is not None:
         take_back_encoder(clip)
-    return model, clip, vae and narrowed(vae)
+    return model, clip, vae and take_back_vae(vae)

@@ -17,7 +17,7 @@ from comfy.taesd.taesd import TAESD
 from ..ops.tensor import is_packed
 from .files import open_weights
 from .files.container import WeightFileError
-from .handover import is_ours, text_metadata
+from .handover import guard_of, is_ours, text_metadata
 from .packing.host_formats import reject_unread_layers
 from .recipe import Recipe, loads
 
@@ -26,6 +26,23 @@ VAE = "VAE"
 NARROW = (torch.float16, torch.bfloat16)
 # Those known to take the dtype of what they compute from their input; others read it from a weight.
 KINDS = (AutoencodingEngine, TAESD, WanVAE)
+
+
+class WatchedVAE(comfy.sd.VAE):
+    """The host's VAE, some of whose weights lie in mapped files. guard: raises where one of these is written to."""
+
+    def throw_exception_if_invalid(self):
+        super().throw_exception_if_invalid()
+        self.guard()  # the host calls this before it encodes or decodes
+
+
+def take_back_vae(vae: comfy.sd.VAE) -> comfy.sd.VAE:
+    """Return a VAE that the host has built of a file's weights, narrowed, and watched where they lie in the file."""
+    vae = narrowed(vae)
+    guard = guard_of(vae.first_stage_model) if vae.first_stage_model is not None else None
+    if guard is not None and guard.files:
+        vae.__class__, vae.guard = WatchedVAE, guard
+    return vae
 
 
 def narrowed(vae: comfy.sd.VAE) -> comfy.sd.VAE:
@@ -63,7 +80,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         raise WeightFileError(f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors, first"
                               f" {next(iter(weights), 'none')!r}). Pick another file, or update ComfyUI if the VAE is new.")
     Recipe(VAE, (str(path),), {"device": device}).attach(vae.patcher)
-    return narrowed(vae)
+    return take_back_vae(vae)
 
 
 def made_of(weights: Mapping[str, torch.Tensor], device: torch.device | None, metadata: Mapping | None) -> comfy.sd.VAE:

@@ -104,11 +104,12 @@ class Sensitivity:
             parts = {key.removeprefix(f"{owner}/"): key for key in names if key.rpartition("/")[0] == owner}
             if not parts:
                 return None
+            with _opened(path) as opened:
+                read = Moments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
             if FileState.of(path) != state:
                 raise SensitivityError(f"{file} was written to or replaced while it was in use. Run this again, which reads it"
                                        " as it is now.")
-            with _opened(path) as opened:
-                return Moments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
+            return read
 
         result._moments = moments
         return result

@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from checkpoint_parts import autoencoder
 from encoders import ENCODERS
 from encoders.encoder import random_weights, small_towers, write_encoder
 from featherweight.loaders.diffusion import load_diffusion_model
@@ -18,6 +19,7 @@ from featherweight.loaders.packing.file_source import of_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import of_model
 from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.vae import load_vae
 from featherweight.ops.read_only import guards_of, is_read_only
 from featherweight.ops.tensor import is_packed, packed_tensors
 from patched_models import lora_for, tiny_flux
@@ -151,6 +153,27 @@ def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name, cha
     change(tmp_path / name)
     with pytest.raises(WeightFileError, match=f"^{name} was written to"):
         clip.load_model()
+
+
+@pytest.mark.parametrize("change", WRITTEN_TO)
+@pytest.mark.parametrize("use", [lambda vae: vae.decode(torch.zeros(1, 16, 4, 4)),
+                                 lambda vae: vae.encode(torch.zeros(1, 32, 32, 3)),
+                                 lambda vae: vae.decode_tiled(torch.zeros(1, 16, 4, 4)),
+                                 lambda vae: vae.encode_tiled(torch.zeros(1, 32, 32, 3))],
+                         ids=["decode", "encode", "decode tiled", "encode tiled"])
+@torch.inference_mode()
+def test_a_vae_that_lies_in_its_file_is_watched(tmp_path, monkeypatch, use, change):
+    """As it does in dynamic VRAM, where the host assigns the weights of a file."""
+    load = torch.nn.Module.load_state_dict
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda module, weights, strict=True, assign=False: load(
+        module, weights, strict, assign=True))
+    write_gguf(tmp_path / "vae.gguf", autoencoder(), lambda name, values: "F32")
+    os.utime(tmp_path / "vae.gguf", ns=(0, 0))
+    vae = load_vae(str(tmp_path / "vae.gguf"))
+    use(vae)
+    change(tmp_path / "vae.gguf")
+    with pytest.raises(WeightFileError, match=r"^vae\.gguf was written to"):
+        use(vae)
 
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
