@@ -242,7 +242,8 @@ def accepted(stranger, watch, nodes):
         honest, group, cases = plain_inputs(each), {}, {}
         for name, value in inputs_of(each).items():
             texts = stranger.texts(watch.listener.port) if not isinstance(value, list) else []
-            for number, hostile in enumerate([*texts, *stranger.others()]):
+            others = [hostile for hostile in stranger.others() if hostile or value != ["latent", 0]]  # none is a large one
+            for number, hostile in enumerate([*texts, *others]):
                 cases[f"{name} {number}"] = name, isinstance(hostile, str), {**honest, name: hostile}
         for case, (_, _, inputs) in cases.items():
             group |= prompt_of(each, kind, inputs, case)
