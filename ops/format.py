@@ -26,6 +26,10 @@ class FormatError(ValueError):
     """A weight that cannot be held in the format asked for. The message says what was found and expected."""
 
 
+class TooLargeError(FormatError):
+    """A weight with values larger than any that the format asked for has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """What the values of a format are made of: value = (d * scale) * levels[code] - dmin * minimum.
@@ -131,6 +135,7 @@ class Format:
     scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
     plain_dtype: torch.dtype | None = None  # of formats whose bytes are plain numbers
     grid: Grid | None = None  # of formats that `ops.packing` searches the best blocks of
+    largest = torch.finfo(torch.float16).max  # the largest magnitude that every block can hold, of formats without a grid
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -230,8 +235,18 @@ class Format:
 
 
 def inverse(scales: torch.Tensor) -> torch.Tensor:
-    """1 / scales, and 0 where the scale is 0."""
-    return torch.where(scales == 0, 0, 1 / scales)
+    """1 / scales, and 0 where that is infinite: of 0 and of the smallest float32."""
+    return torch.nan_to_num(1 / scales, nan=torch.nan, posinf=0, neginf=0)
+
+
+def powers_of_two(peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The power of two that brings each number of `peaks` near 1, and its inverse: products with them are exact.
+
+    peaks: float32, finite, none below 0. Returns two float32 tensors of its shape. They are from 2**-126 to 2**126, so that
+    subnormal numbers come near 2**-23 at least.
+    """
+    exponents = (peaks.view(torch.int32) >> 23).clamp_(1, 253)
+    return (254 - exponents << 23).view(torch.float32), (exponents << 23).view(torch.float32)
 
 
 def rounded_away(values: torch.Tensor) -> torch.Tensor:

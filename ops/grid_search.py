@@ -3,7 +3,9 @@
 Sought are the numbers of a `Fit` with the least sum of weight * (value - represented)**2 over a block. For each group several
 scales are tried: each gives codes, and the codes the scale (and offset) of least squares. The scales are then rounded as the
 format stores them, under super-scales that all groups of a block share, and integers, codes and super-scales are improved in
-turns. All arithmetic is float32, block by block, so that packing a part of a weight gives a part of the packed weight.
+turns. All arithmetic is float32, block by block, so that packing a part of a weight gives a part of the packed weight. The
+values of a block are multiplied by a power of two first, which is exact: their squares and products stay in float32's range
+whatever their size, and no bit comes out otherwise where they would have stayed there without it.
 
 Inside, the values of a group lie along the first dimension, (group, ..., groups): sums over it are sums of whole vectors.
 Here a group has a `unit` (d * scale) and an `offset` (dmin * minimum): value = unit * level - offset.
@@ -11,7 +13,7 @@ Here a group has a `unit` (d * scale) and an `offset` (dmin * minimum): value = 
 import torch
 
 from .bits import select
-from .format import Fit, Grid, inverse
+from .format import Fit, Grid, inverse, powers_of_two
 
 # How far beyond or before the ends of the levels the first scales put a group's extremes: in levels, where these are
 # integers, and otherwise as a part of the last level.
@@ -20,6 +22,7 @@ STRETCH_LEVELS, STRETCH_PART = (-0.9, 0.9), (-0.12, 0.24)
 # that each lies on one side of the middles of IQ4's levels, which are multiples of a half, and almost each with the others.
 CELLS = 4800
 SMALLEST_HALF, LARGEST_HALF = 2.0**-24, 65504.0
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class Search:
@@ -36,20 +39,22 @@ class Search:
 
     def fit(self, values: torch.Tensor, weights: torch.Tensor | None = None, tries: int = 9, rounds: int = 1,
             sweeps: int = 1, emphasis: bool = False) -> Fit:
-        """The best found for some blocks.
+        """The best found for some blocks, all zeros where nothing that the format has is nearer.
 
         values: float32 (..., length). weights: float32, at least 0, of a shape that broadcasts to that of `values`; None:
         all equal. tries: how many first scales, rounds: how often the best one is improved, sweeps: how often integers and
         super-scales are improved in turns. emphasis: whether errors of large values count more, as in ggml's
         `quantize_row_q2_K_impl`: times the root of the square and the block's mean square.
         """
+        factor, unscale = powers_of_two(torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)))
+        values = values * factor
         if emphasis:
             squares = values.square()
             large = (squares + squares.mean(-1, keepdim=True)).sqrt_()
             weights = large if weights is None else large * weights
         groups = _Groups(values, weights, self.grid)
-        unit, offset = self.start(groups, tries, rounds)
-        state = self._first_state(unit, offset)
+        groups.factor, groups.unscale = factor, unscale
+        state = self._first_state(groups, *self.start(groups, tries, rounds))
         error = _over_groups(self._error(groups, state))
         for _ in range(sweeps):
             tried = self._integers(groups, state)
@@ -58,7 +63,8 @@ class Search:
                 better = found < error
                 error = torch.where(better, found, error)
                 state = _either(better, tried, state)
-        return self._as_fit(groups, state)
+        nearer = error <= _over_groups(groups.squares)
+        return self._as_fit(groups, [None if part is None else part * nearer for part in state[:2]] + state[2:])
 
     def fit_quickly(self, values: torch.Tensor) -> Fit:
         """Blocks, one group each and without a minimum, that just reach their peaks. values: float32 (n, length)."""
@@ -147,25 +153,30 @@ class Search:
                  + offset * (offset * groups.weight + 2 * groups.total))
         return unit, offset, torch.where(unit >= 0, error, torch.inf)
 
-    def _first_state(self, unit: torch.Tensor, offset: torch.Tensor | None) -> list:
+    def _first_state(self, groups: "_Groups", unit: torch.Tensor, offset: torch.Tensor | None) -> list:
         """Super-scales, (..., 1), scale integers and minimum integers, (..., groups), of units and offsets."""
         if not self.grid.scales:
             ones = torch.ones_like(unit)
             if offset is None:
-                return [self._stored(unit), None, ones, None]
-            return [self._stored(unit), self._stored(offset, True), ones, ones]
+                return [self._stored(unit, groups), None, ones, None]
+            return [self._stored(unit, groups), self._stored(offset, groups, True), ones, ones]
         lowest, highest = self.grid.scales
         if lowest < 0:
-            d = self._stored(unit.gather(-1, unit.abs().argmax(-1, keepdim=True)) / lowest)
+            d = self._stored(unit.gather(-1, unit.abs().argmax(-1, keepdim=True)) / lowest, groups)
         else:
-            d = self._stored(unit.amax(-1, keepdim=True) / highest)
-        dmin = None if offset is None else self._stored(offset.amax(-1, keepdim=True) / highest)
+            d = self._stored(unit.amax(-1, keepdim=True) / highest, groups)
+        dmin = None if offset is None else self._stored(offset.amax(-1, keepdim=True) / highest, groups)
         return [d, dmin, *self._rounded(unit, offset, d, dmin)]
 
-    def _stored(self, scales: torch.Tensor, to_zero: bool = False) -> torch.Tensor:
-        """Scales as the format stores them. One below the range of float16 becomes its smallest number, unless `to_zero`."""
+    def _stored(self, scales: torch.Tensor, groups: "_Groups | None" = None, to_zero: bool = False) -> torch.Tensor:
+        """Scales as the format stores them. One below the range of float16 becomes its smallest number, unless `to_zero`.
+
+        groups: of values that were multiplied by a power of two, as their scales then are; None: they were not.
+        """
+        if groups is not None:
+            return self._stored(scales * groups.unscale, None, to_zero) * groups.factor
         if self.grid.scale_dtype == torch.float32:
-            return scales
+            return scales.clamp(-LARGEST_FLOAT, LARGEST_FLOAT)
         rounded = scales.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
         if to_zero:
             return rounded
@@ -210,7 +221,7 @@ class Search:
         aa, ax = _over_groups(scales * scales * squares), _over_groups(scales * products)
         if dmin is None:
             new = ax * inverse(aa)
-            return [self._stored(new if self.grid.signed else new.clamp(min=0)), None, scales, None]
+            return [self._stored(new if self.grid.signed else new.clamp(min=0), groups), None, scales, None]
         ab, bb = _over_groups(scales * minima * total), _over_groups(minima * minima * groups.weight)
         bx = _over_groups(minima * groups.total)
         determinant = aa * bb - ab * ab
@@ -218,13 +229,15 @@ class Search:
         sound = (determinant > 1e-6 * aa * bb) & (new > 0)
         if self.grid.scales:
             sound &= new_min >= 0
-        return [torch.where(sound, self._stored(new), d), torch.where(sound, self._stored(new_min, True), dmin), scales, minima]
+        return [torch.where(sound, self._stored(new, groups), d), torch.where(sound, self._stored(new_min, groups, True), dmin),
+                scales, minima]
 
     def _as_fit(self, groups: "_Groups", state: list) -> Fit:
         d, dmin, scales, minima = state
         levels = self.round(groups.values, d * scales, None if dmin is None else dmin * minima)
         codes = self.codes(levels).movedim(0, -1).contiguous().view(-1, self.grid.length)
-        flat = [None if part is None else part.reshape(len(codes), -1) for part in (d, scales, dmin, minima)]
+        supers = [None if part is None else part * groups.unscale for part in (d, dmin)]
+        flat = [None if part is None else part.reshape(len(codes), -1) for part in (supers[0], scales, supers[1], minima)]
         return Fit(codes, *flat)
 
 
@@ -245,7 +258,12 @@ def _either(condition: torch.Tensor, those: list, others: list) -> list:
 
 
 class _Groups:
-    """The values of some groups and their weights, (group, ..., groups), and what every step needs of them."""
+    """The values of some groups and their weights, (group, ..., groups), and what every step needs of them.
+
+    factor, unscale: powers of two, (..., 1), that the values of each block were multiplied by, and their inverses.
+    """
+
+    factor = unscale = None
 
     def __init__(self, values: torch.Tensor, weights: torch.Tensor | None, grid: Grid, count: int | None = None):
         def in_order(tensor):

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
 LIMIT_GB = 50.0  # where the environment gives no limit
-PACKERS = 2  # to be raised when the packers make other bytes of the same weights
+PACKERS = 3  # to be raised when the packers make other bytes of the same weights
 NAMES = "featherweight-*.safetensors"
 
 # Name of a weight -> the format it is packed to, and its logical shape.
@@ -128,10 +128,17 @@ class Keeper:
             for part, tensor in zip((name, f"{name}.scale"), packed_tensors(weight)):
                 self.writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32", [tensor.cpu()])
         except WriteError as error:
-            self.done = False
-            log.warning("[Featherweight] What is packed is not kept: %s", error)
-            with contextlib.suppress(WriteError):
-                self.stack.__exit__(WriteError, error, error.__traceback__)  # removes what was written
+            self.give_up(error)
+
+    def give_up(self, why: str | WriteError):
+        """Remove what was written so far."""
+        if not self.done:
+            return
+        self.done = False
+        log.warning("[Featherweight] What is packed is not kept: %s", why)
+        error = why if isinstance(why, WriteError) else WriteError(why)
+        with contextlib.suppress(WriteError):
+            self.stack.__exit__(WriteError, error, error.__traceback__)
 
 
 def _all_parts(wanted: Wanted) -> dict[str, tuple[tuple[int, ...], str]]:

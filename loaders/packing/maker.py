@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...ops.format import FORMATS, FormatError
+from ...ops.format import FORMATS, FormatError, TooLargeError
 from ...ops.packing import pack_tensor
 from ...ops.packing.moments import Moments
-from ...ops.product import unpack
 from ...ops.rounding import dithered, dithered_steps
-from ...ops.rows import join_rows, take_rows
+from ...ops.rows import join_rows
 from ...ops.tensor import is_packed
 from ..files.container import PLAIN_DTYPES, nbytes_of, shown
 from ..files.safetensors_writer import DTYPES
@@ -22,14 +21,13 @@ from .block_by_block import InTurn
 from .obstacles import SaveError
 from ..sizes import size_text
 from .plan import DIGITS
+from .relative_error import RelativeError, values_of
 from .rules import PLAIN_BYTES, fitting
 from .shares import Shares, dot
 from .source import Source, Weight
 
 SLICE_VALUES = 1 << 24  # of a weight that are in float32 at a time
 ALIGNMENT = 32  # bytes that a tensor may take more in a file than its own
-SAMPLE_VALUES = 1 << 20  # of a slice, from which the error of packing is told
-LOST = 0.25  # power of a weight's error over its own; a type that loses more than Q2_K ever does cannot hold its values
 WHOLE = 0.005  # a change whose share differs from 1 by no more is whole
 MOST_ENLARGED, ATTEMPTS = 2.0, 3
 FINER, HALF = "Q8_0", "F16"  # what a weight takes whose change does not arrive whole even then
@@ -89,9 +87,9 @@ class Maker:
         return kind, attempt.pieces
 
     def _that_holds_it(self, weight: Weight, kind: str) -> tuple[str, _Attempt]:
-        """A type for values that do not fit into `kind`, and the weight in it: BF16 has room for them all, and where the size
-        of the file has none for that, a smaller one may do. Raises SaveError where none does."""
-        for other in ("BF16",) if self.most is None else ("BF16", fitting(FINER, weight.shape, "BF16")):
+        """A type for values that do not fit into `kind`, and the weight in it: BF16 has room for almost all, F32 for the rest,
+        and where the size of the file has none for those, a smaller one may do. Raises SaveError where none does."""
+        for other in ("BF16", "F32") if self.most is None else ("BF16", fitting(FINER, weight.shape, "BF16"), "F32"):
             larger = self._nbytes_with(weight, kind, other)
             if self.most is None or bits(other) == bits(kind) or bits(other) > bits(kind) and larger <= self.most:
                 attempt = self._attempt(weight, other)
@@ -126,7 +124,7 @@ class Maker:
         return self.sensitivity.moments(weight.name) if found is None and self.sensitivity is not None else found
 
     def _attempt(self, weight: Weight, kind: str, dither: bool = False) -> _Attempt:
-        made, error, power = _Attempt([]), 0.0, 0.0
+        made, relative_error = _Attempt([]), RelativeError()
         moments = self._moments(weight, kind)
         for start, stop in weight.slices(SLICE_VALUES if moments is None else max(SLICE_VALUES, weight.values)):
             held, changes, values = self._patched(weight, start, stop)
@@ -139,12 +137,9 @@ class Maker:
                 made.swallows |= swallowed
             made.pieces.append(piece)
             if changes:
-                made.seen.append(self.shares.seen(held, changes, _values_of(piece), start == 0))
-            if kind not in PLAIN_DTYPES:
-                count = max(1, SAMPLE_VALUES * len(values) // values.numel())
-                error += (_values_of(piece, count) - values[:count]).square_().sum().item()
-                power += values[:count].square().sum().item()
-        return _Attempt() if error > LOST * power else made
+                made.seen.append(self.shares.seen(held, changes, values_of(piece), start == 0))
+            relative_error.add(values, piece)
+        return made if relative_error.is_small else _Attempt()
 
     def _patched(self, weight: Weight, start: int, stop: int) -> tuple:
         """(what is held, [(number of the change, what it adds)], the patched values) of some rows, float32."""
@@ -164,7 +159,7 @@ class Maker:
         """(rows in which a change arrives whole, or the most that can be had of it, whether that is less)."""
         whole, factor = dot(change, change), 1.0
         for attempt in range(ATTEMPTS + 1):
-            share = dot(_values_of(piece) - held, change) / whole if whole else 1.0
+            share = dot(values_of(piece) - held, change) / whole if whole else 1.0
             if abs(share - 1) <= WHOLE or attempt == ATTEMPTS or factor == MOST_ENLARGED and share < 1:
                 return piece, abs(share - 1) > 2 * WHOLE
             factor = min(factor / max(share, 0.1), MOST_ENLARGED)
@@ -181,6 +176,8 @@ class Maker:
                 return pack_tensor(_at_steps(values).to(self.source.device), FORMATS[kind], reference=True).to("cpu")
             options = {} if moments is None else {"moments": moments}
             return pack_tensor(values.to(self.source.device), FORMATS[kind], **options).to("cpu")
+        except TooLargeError:
+            return None
         except FormatError as error:
             raise SaveError(f"{shown(weight.name)} cannot be packed to {kind}: {error}") from error
 
@@ -204,13 +201,6 @@ def bits(kind: str) -> float:
     if kind in PLAIN_BYTES or packed is None:
         return 8.0 * PLAIN_BYTES.get(kind, 2)
     return 8 * packed.block_bytes / packed.block_length + (32 / packed.block_length if packed.scales_apart else 0)
-
-
-def _values_of(piece: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-    """float32 values of a piece, of its first rows only where that is enough."""
-    if not is_packed(piece):
-        return piece[:rows].float() if piece.ndim else piece.float()
-    return unpack(piece if rows is None else take_rows(piece, slice(0, rows)), torch.float32)
 
 
 def _at_steps(values: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Packing while loading: each weight of a file is read, packed and let go before the next one is read.
 
 Only plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed. What is packed already stays
-as it is, bit for bit: packing it once more would lose twice.
+as it is, bit for bit: packing it once more would lose twice. A weight whose values its type cannot hold stays plain.
 """
 import collections
 import logging
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ops.format import FORMATS, FormatError
+from ...ops.format import FORMATS, FormatError, TooLargeError
 from ...ops.packing import pack_tensor
 from ...ops.tensor import QuantizedTensor, is_packed
 from ..diffusers_names import JoinedRows
@@ -24,6 +24,7 @@ from ..model_names import in_the_hosts_names
 from . import cache
 from .host_formats import as_tensors, reject_unread_layers
 from .plan import plan_for_type
+from .relative_error import holds
 from .rules import family_of
 
 log = logging.getLogger(__name__)
@@ -40,12 +41,14 @@ class Packed:
 
     sources: names of the types that weights were packed from, those with the most values first. left: of the packed formats
     they were in already. seconds: all of it, reading included. cache: "kept" for the next time, "read" from there, or "".
+    unfit: of each weight that a type cannot hold, what it is in place of that.
     """
 
     sources: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     seconds: float = 0.0
     cache: str = ""
+    unfit: tuple[str, ...] = ()
 
     def attach(self, patcher):
         """Leave it with the host's ModelPatcher of the model, whose clones keep it. Returns that."""
@@ -61,16 +64,19 @@ class Packed:
             packed += ", kept for the next time"
         elif self.seconds >= WORTH_KEEPING and not cache.is_on():
             packed += f" (to keep it, name a folder in {cache.FOLDER})"
+        if self.unfit:
+            packed += f"; {self.unfit[0]}" + (f"; {len(self.unfit) - 1} more as well" if self.unfit[1:] else "")
         return f"{packed}; {' + '.join(self.left)} stays as in the file" if self.left else packed
 
     @classmethod
     def together(cls, parts: Iterable["Packed"]) -> "Packed":
         """Of a model from several files."""
         parts = list(parts)
-        sources, left = (tuple(dict.fromkeys(name for part in parts for name in getattr(part, field)))
-                         for field in ("sources", "left"))
+        sources, left, unfit = (tuple(dict.fromkeys(name for part in parts for name in getattr(part, field)))
+                                for field in ("sources", "left", "unfit"))
         states = {part.cache for part in parts if part.sources}
-        return cls(sources, left, sum(part.seconds for part in parts), states.pop() if len(states) == 1 else "")
+        return cls(sources, left, sum(part.seconds for part in parts), states.pop() if len(states) == 1 else "",
+                   unfit)
 
 
 def read_weights(file: WeightFile, type_name: str | None, progress: Progress) -> tuple[dict[str, torch.Tensor], Packed | None]:
@@ -107,7 +113,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     entry = cache.entry_of(file, wanted)
     cached = cache.read(entry, wanted)
     guard = _guard_of(state_dict)
-    sources, left = collections.Counter(), collections.Counter()
+    sources, left, unfit = collections.Counter(), collections.Counter(), []
     with cache.keeping(None if cached else entry, wanted) as keep:
         for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
             guard()
@@ -119,16 +125,20 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
             if name in wanted:
                 sources[format_name(tensor.parts[0][0] if isinstance(tensor, JoinedRows) else tensor)] += tensor.numel()
                 kind, _ = wanted[name]
-                packed = cached[name] if cached else _packed(file, name, _values(tensor, smoothing), kind)
-                keep(name, packed)
-                state_dict[name] = packed
+                state_dict[name] = cached[name] if cached else _packed(file, name, _values(tensor, smoothing), kind)
+                if is_packed(state_dict[name]):
+                    keep(name, state_dict[name])
+                else:
+                    unfit.append(f"{shown(name)} is {format_name(state_dict[name])}: its values do not fit into {kind}")
+                    log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
+                    keep.give_up("not every weight fits into its type")
             else:
-                state_dict[name] = _kept(tensor, smoothing, types[name.removeprefix(prefix)])
+                state_dict[name] = _kept(_values(tensor, smoothing), types[name.removeprefix(prefix)])
             del tensor
             file.let_go()
         guard()
     done = Packed(tuple(name for name, _ in sources.most_common()), tuple(name for name, _ in left.most_common()),
-                  time.perf_counter() - started, "read" if cached else "kept" if keep.done else "")
+                  time.perf_counter() - started, "read" if cached else "kept" if keep.done else "", tuple(unfit))
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path), len(wanted), len(types), type_name,
              done)
     return done
@@ -157,17 +167,21 @@ def _values(tensor: torch.Tensor | JoinedRows, smoothing: torch.Tensor | None) -
 
 
 def _packed(file: WeightFile, name: str, values: torch.Tensor, kind: str) -> torch.Tensor:
+    """A weight in a packed type, or plain where that cannot hold its values."""
     try:
-        return pack_tensor(values, FORMATS[kind])
+        packed = pack_tensor(values, FORMATS[kind])
+        if holds(packed, values):
+            return packed
     except FormatError as error:
-        raise file.error_at(name, f"{shown(name)} cannot be packed to {kind}: {str(error).rstrip('.')}",
-                            "Get another copy of the model, or load it with 'pack to' as the file.") from error
+        if not isinstance(error, TooLargeError):
+            raise file.error_at(name, f"{shown(name)} cannot be packed to {kind}: {str(error).rstrip('.')}",
+                                "Get another copy of the model, or load it with 'pack to' as the file.") from error
+    return _kept(values, _half(values.dtype))
 
 
-def _kept(tensor: torch.Tensor | JoinedRows, smoothing: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """A tensor that is not packed: in 16 bits as the file has it, otherwise as the plan says."""
-    tensor = _values(tensor, smoothing)
+def _kept(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    """A tensor that is not packed: in 16 bits as the file has it, otherwise as the plan says, or wider where that is needed."""
     if tensor.dtype in (torch.float16, torch.bfloat16) or kind == "F32":
         return tensor
-    narrow = tensor.to(PLAIN_DTYPES[kind])
-    return narrow if narrow.isfinite().all() else tensor.to(torch.bfloat16)
+    narrower = (tensor.to(PLAIN_DTYPES[name]) for name in (kind, "BF16"))
+    return next((narrow for narrow in narrower if narrow.isfinite().all() and holds(narrow, tensor)), tensor.float())

@@ -26,6 +26,7 @@ class MXFP4(NibbleCodebook, ggml_type=39):
 
     block_length, block_bytes = 32, 17
     values = E2M1_DOUBLED
+    largest = torch.finfo(torch.float32).max
 
     @staticmethod
     def scales() -> torch.Tensor:

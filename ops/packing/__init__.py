@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..format import Format, FormatError
+from ..format import Format, FormatError, TooLargeError
 from ..packed import PackedTensor
 from ..tensor import packed_tensor
 from .feedback import pack_with_feedback
@@ -47,8 +47,9 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
     search.
 
     Works in slices, so that what it needs beside the weight and the result is bounded, whatever the weight's size. A part of
-    a weight gets the blocks it has in the whole. Raises FormatError for values that are not finite or too large for the
-    format, shapes that do not divide, formats that nothing packs, and `reference` where there is none.
+    a weight gets the blocks it has in the whole. Values that are too small for the format become zeros. Raises TooLargeError
+    for values that are too large for it, and FormatError for such as are not finite, shapes that do not divide, formats that
+    nothing packs, and `reference` where there is none.
     """
     if not can_pack(packed_format) or reference and not _has_reference(packed_format):
         raise FormatError(f"Nothing here packs {packed_format.__name__}{' by plain arithmetic' if reference else ''}.")
@@ -62,8 +63,8 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format], moments: Mome
     if importance is not None:
         importance = _usable(importance, weight)
     elif moments is not None and not plain and weight.shape[1:].numel() % length == 0:
-        by_feedback = pack_with_feedback(weight, packed_format, moments)
-        return better_of(weight, [by_feedback, pack_tensor(weight, packed_format, importance=moments.importance)], moments)
+        plain_search = pack_tensor(weight, packed_format, importance=moments.importance)  # refuses values too large, too
+        return better_of(weight, [pack_with_feedback(weight, packed_format, moments), plain_search], moments)
     flat = weight.reshape(-1)
     if not len(flat):
         raise FormatError(f"A weight of shape {tuple(weight.shape)} has no values to pack.")
@@ -108,9 +109,9 @@ def _check(values: torch.Tensor, packed_format: type[Format]):
     if packed_format.plain_dtype is not None:
         largest = torch.finfo(packed_format.plain_dtype).max
     else:
-        largest = packed_format.grid.largest if packed_format.grid else torch.finfo(torch.float16).max
+        largest = packed_format.grid.largest if packed_format.grid else packed_format.largest
     if peak > largest:
-        raise FormatError(f"The weight holds values up to {peak:g}; {packed_format.__name__} holds {largest:g} at most.")
+        raise TooLargeError(f"The weight holds values up to {peak:g}; {packed_format.__name__} holds {largest:g} at most.")
 
 
 def _usable(importance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 
 from .. import kernels
-from ..format import Fit, Format, FormatError
+from ..format import Fit, Format, FormatError, powers_of_two
 from ..grid_columns import Columns, choose_columns, columns_at_a_time
-from ..grid_search import Search
+from ..grid_search import LARGEST_FLOAT, Search
 from ..packed import PackedTensor
 from ..tensor import packed_tensor
 from .damped import Damped, damping_for, rows_at_a_time
@@ -80,7 +80,12 @@ class _Feedback:
 
     def pack(self, values: torch.Tensor) -> Fit:
         """values: (n, k), any float dtype. Returns the blocks of the rows in order."""
-        target = self.damped.target(values.float()).T.contiguous()
+        values = values.float()
+        wide = self.search.grid.scale_dtype == torch.float32
+        if wide:  # each row by itself, as in `Search`; a float16 scale has no room for what float32 cannot square
+            factor, unscale = powers_of_two(values.abs().amax(1, keepdim=True))
+            values = values * factor
+        target = self.damped.target(values).T.contiguous()
         if not target.isfinite().all():
             raise FormatError("The weight holds NaN or infinite values.")
         chosen = Columns.like(self.search.grid, target)
@@ -89,7 +94,10 @@ class _Feedback:
             # Half the slope of the loss along each column, by its curvature.
             slopes = self.steps.T @ chosen.values().sub_(target)
             self._choose(slopes, self.steps, None, chosen)
-        return chosen.fit(self.search)
+        fit = chosen.fit(self.search)
+        if wide:
+            fit.d = (fit.d.view(len(values), -1) * unscale).clamp_(-LARGEST_FLOAT, LARGEST_FLOAT).view_as(fit.d)
+        return fit
 
     def _choose(self, values: torch.Tensor, shares: torch.Tensor, weights: torch.Tensor | None, chosen: Columns):
         """`choose_columns` of any number of columns, chunk by chunk."""

@@ -2,6 +2,7 @@
 was fitted to."""
 import torch
 
+from ..format import powers_of_two
 from ..packed import PackedTensor
 from ..rows import dense, take_rows
 from .damped import Damped, rows_at_a_time
@@ -26,11 +27,12 @@ def output_errors(weight: torch.Tensor, candidates: list[PackedTensor], moments:
 
 
 def _slices(weight: torch.Tensor, candidates: list[PackedTensor]):
-    """The weight and the candidates in slices of rows, each float32 (n, K)."""
+    """The weight and the candidates in slices of rows, float32 (n, K), times a power of two so that they can be squared."""
     columns = weight.shape[1:].numel()
+    factor, _ = powers_of_two(torch.stack(weight.detach().aminmax()).float().abs().amax())
     for here in rows_at_a_time(len(weight), columns, weight.device):
         parts = weight.detach()[here], *(dense(take_rows(candidate, here)) for candidate in candidates)
-        yield [part.reshape(-1, columns).float() for part in parts]
+        yield [part.reshape(-1, columns).float() * factor for part in parts]
 
 
 def _by_sketch(weight, candidates, moments):

@@ -15,7 +15,7 @@ from featherweight.loaders.files.writing import WriteError
 from featherweight.loaders.packing import maker
 from featherweight.loaders.packing.obstacles import SaveError, not_saved, refuse_obstacles
 from featherweight.loaders.packing.plan import DIGITS, PlanError
-from featherweight.loaders.packing.save import ALIKE, Saved, save
+from featherweight.loaders.packing.save import ALIKE, TYPES, Saved, save
 from featherweight.loaders.packing.source import Source, of_model
 from featherweight.loaders.sizes import size_text
 from featherweight.ops.format import FORMATS
@@ -305,6 +305,35 @@ def test_values_beyond_a_type_take_one_that_holds_them(tmp_path):
     assert "img_in.weight is BF16: its values do not fit into F16." in first.text and f"{BLOCK} is BF16" in second.text
     assert values_in(first.path)["img_in.weight"].mean() == pytest.approx(1e6, rel=0.01)
     assert relative(values_in(second.path)[BLOCK], weights()[BLOCK] * 1e-12) < 0.01
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
+    spoilt = dict(weights())
+    for size, name in zip((1e-24, 3e-22, 1e-21, 1e-41), (name for name in weights() if name.endswith("mlp.0.weight"))):
+        spoilt[name] = weights()[name].clone()
+        spoilt[name][3] *= size
+    saved = save(of_model(comfy.sd.load_diffusion_model_state_dict(dict(spoilt))),
+                 tmp_path / f"a.{'safetensors' if kind == 'NF4' else 'gguf'}", kind)
+    found = values_in(saved.path)
+    assert saved.types[BLOCK] == kind and all(values.isfinite().all() for values in found.values())
+    assert relative(found[BLOCK], spoilt[BLOCK]) < 0.35
+
+
+@pytest.mark.parametrize("size, in_block, in_outer", [(1e-24, "BF16", "BF16"), (1e-41, "F32", "F32"), (1e20, "BF16", "BF16"),
+                                                      (3.4e38, "F32", "F32")])
+def test_values_of_any_magnitude_are_in_a_type_that_holds_them(tmp_path, size, in_block, in_outer):
+    """In GGUF, where the scales of every packed type are float16."""
+    source = of_model(dense_model())
+    for name in (BLOCK, "img_in.weight"):
+        values = weights()[name].clamp(-1, 1) / weights()[name].clamp(-1, 1).abs().max() * size
+        source.weights[name].read = lambda start, stop, values=values: values[start:stop]
+    saved = save(source, tmp_path / "a.gguf", "Q8_0")
+    assert (saved.types[BLOCK], saved.types["img_in.weight"]) == (in_block, in_outer)
+    assert f"{BLOCK} is {in_block}: its values do not fit into Q8_0." in saved.text
+    found = values_in(saved.path)
+    for name in (BLOCK, "img_in.weight"):
+        assert relative(found[name].double(), source.weights[name].read(0, None).double()) < 0.01
 
 
 class Cancelled(BaseException):

@@ -15,9 +15,12 @@ from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.held import held_text
-from featherweight.loaders.packing.while_loading import TYPES
+from featherweight.loaders.held import format_name, held_text
+from featherweight.loaders.packing import cache
+from featherweight.loaders.packing.while_loading import TYPES, read_weights
+from featherweight.loaders.progress import Progress
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
@@ -297,6 +300,61 @@ def test_a_weight_that_is_no_number_is_named(value, tmp_path):
     with pytest.raises(WeightFileError, match=said) as error:
         load_diffusion_model(str(path), pack_to="Q4_K")
     assert "\n" not in str(error.value) and ".." not in str(error.value)
+
+
+TIME = "time_in.in_layer.weight"
+
+
+def flux_with(path, dtype, **factors: float) -> dict[str, torch.Tensor]:
+    """A file of a small Flux, the weights of a layer times a factor. Returns its values."""
+    tensors = {name: values.to(dtype) for name, values in tiny_flux().items()}
+    for layer, factor in factors.items():
+        name = f"double_blocks.0.{layer}.weight"
+        tensors[name] = (tiny_flux()[name] / tiny_flux()[name].abs().max() * factor).to(dtype)
+    save_file(tensors, path)
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(dtype, type_name, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
+    tensors = flux_with(tmp_path / "model.safetensors", dtype, **{"img_attn.qkv": 1e-24, "img_mlp.0": 1e20})
+    patcher = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to=type_name)
+    found = weights_of(patcher)
+    for layer in ("img_attn.qkv", "img_mlp.0"):
+        name = f"double_blocks.0.{layer}.weight"
+        assert format_name(found[name]) == ("NF4" if type_name == "NF4" else "BF16")
+        values = found[name].dequantize() if is_packed(found[name]) else found[name]
+        assert relative(values.double(), tensors[name].double()) < (0.15 if type_name == "NF4" else 0.004)
+        told = f"'{name}' is BF16: its values do not fit into {type_name}"
+        assert (told in caplog.text) == (type_name != "NF4")
+    assert format_name(found["double_blocks.0.txt_mlp.0.weight"]) == type_name
+    assert ("do not fit into" in held_text(patcher)) == (type_name != "NF4")
+    assert len(list((tmp_path / "cache").iterdir())) == (type_name == "NF4")  # an entry has all weights packed or is none
+
+
+def test_what_is_not_packed_stays_in_a_type_that_holds_it(tmp_path):
+    tensors = {name: values.clone() for name, values in tiny_flux().items()}
+    for name, size in (("txt_in.weight", 1e-12), ("img_in.weight", 1e-42), (TIME, 3.4e38)):
+        tensors[name] = size * torch.linspace(-1, 1, tensors[name].numel()).view_as(tensors[name])
+    save_file(tensors, tmp_path / "model.safetensors")
+    file = open_weights(tmp_path / "model.safetensors")
+    found, _ = read_weights(file, "Q4_K", Progress(1))
+    for name, dtype in (("txt_in.weight", torch.bfloat16), ("img_in.weight", torch.float32), (TIME, torch.float32)):
+        assert found[name].dtype == dtype and relative(found[name].double(), tensors[name].double()) < 0.01
+
+
+@pytest.mark.parametrize("size", [1e-21, 1e-24, 1e-41])
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_row_of_tiny_values_makes_no_nan(type_name, size, tmp_path):
+    tensors = {name: values.clone() for name, values in tiny_flux().items()}
+    for name in (name for name in tensors if name.endswith("mlp.0.weight")):
+        tensors[name][3] *= size
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = weights_of(load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to=type_name))
+    for value in found.values():
+        assert (value.dequantize() if is_packed(value) else value).isfinite().all()
 
 
 def test_a_format_of_the_host_without_its_scales_is_named(tmp_path):

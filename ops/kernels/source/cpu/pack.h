@@ -6,14 +6,16 @@
 
 const int GROUPS = LENGTH / GROUP;
 static const float levels[COUNT] = {LEVELS};
-const float SMALLEST_HALF = 5.9604644775390625e-8f, LARGEST_HALF = 65504;
+const float SMALLEST_HALF = 5.9604644775390625e-8f, LARGEST_HALF = 65504, SMALLEST_NORMAL = __FLT_MIN__, LARGEST_FLOAT = __FLT_MAX__;
 
 static FUNCTION Floats all(float value) { return value - (Floats){}; }
 static FUNCTION Floats either(Ints condition, Floats these, Floats others) { return condition ? these : others; }
 static FUNCTION Floats least(Floats a, Floats b) { return a < b ? a : b; }
 static FUNCTION Floats most(Floats a, Floats b) { return a > b ? a : b; }
 static FUNCTION Floats magnitude(Floats a) { return (Floats)((Ints)a & 0x7FFFFFFF); }
-static FUNCTION Floats inverse(Floats scale) { return either(scale == 0, all(0), 1 / scale); }
+static FUNCTION Floats inverse(Floats scale) {
+    return either(magnitude(scale) < SMALLEST_NORMAL, all(0), 1 / scale);
+}
 
 static FUNCTION Floats between(Floats a, float lowest, float highest) { return least(most(a, all(lowest)), all(highest)); }
 
@@ -38,7 +40,7 @@ static FUNCTION Floats nearest(Floats scaled, bool index) {
 }
 
 static FUNCTION Floats stored(Floats scale, bool to_zero) {
-    if (!HALF_SCALES) return scale;
+    if (!HALF_SCALES) return between(scale, -LARGEST_FLOAT, LARGEST_FLOAT);
     Floats half = rounded<Half>(between(scale, -LARGEST_HALF, LARGEST_HALF));
     Floats smallest = (Floats)((Ints)all(SMALLEST_HALF) | (Ints)scale & (int)0x80000000);
     return to_zero ? half : either((half == 0) & (scale != 0), smallest, half);
@@ -67,6 +69,24 @@ template <bool WEIGHTED>
 struct Blocks {
     Floats values[LENGTH], weights[WEIGHTED ? LENGTH : 1];
     Floats squares[GROUPS], totals[GROUPS], weight[GROUPS];
+    Floats factor, unscale;  // of each block; see `normalise`
+
+    // Multiplies the values of each block by a power of two that brings its peak near 1: `powers_of_two`.
+    __attribute__((noinline)) void normalise() {  // inlined, it takes compilers half as long again
+        Floats peaks[4] = {}, peak;
+        for (int i = 0; i < LENGTH; i += 4)
+            for (int j = 0; j < 4; j++) peaks[j] = most(peaks[j], magnitude(values[i + j]));
+        peak = most(most(peaks[0], peaks[1]), most(peaks[2], peaks[3]));
+        Ints exponent = (Ints)peak >> 23;
+        exponent = exponent < 1 ? 1 - (Ints){} : exponent > 253 ? 253 - (Ints){} : exponent;
+        factor = (Floats)(254 - exponent << 23), unscale = (Floats)(exponent << 23);
+        for (int i = 0; i < LENGTH; i++) values[i] *= factor;
+    }
+
+    // Scales of such values, as the format stores them.
+    FUNCTION Floats rounded_scale(Floats scale, bool to_zero) const { return stored(scale * unscale, to_zero) * factor; }
+
+    void restore(Stored& scales) const { scales.d *= unscale, scales.dmin *= unscale; }
 
     FUNCTION Floats weighed(int i, Floats a) const { return WEIGHTED ? weights[WEIGHTED ? i : 0] * a : a; }
 
@@ -180,8 +200,8 @@ struct Blocks {
         for (int g = 0; g < GROUPS; g++) start(g, tries, rounds, unit[g], offset[g]);
         scales.dmin = all(0);
         if (!INTEGERS) {
-            scales.d = stored(unit[0], false);
-            if (MINIMUM) scales.dmin = stored(offset[0], true);
+            scales.d = rounded_scale(unit[0], false);
+            if (MINIMUM) scales.dmin = rounded_scale(offset[0], true);
             scales.scale[0] = scales.minimum[0] = all(1);
             return;
         }
@@ -190,8 +210,8 @@ struct Blocks {
             peak = either(magnitude(unit[g]) > magnitude(peak), unit[g], peak);
             peak_offset = most(offset[g], peak_offset);
         }
-        scales.d = stored(peak / (LOWEST_SCALE < 0 ? (float)LOWEST_SCALE : (float)HIGHEST_SCALE), false);
-        if (MINIMUM) scales.dmin = stored(peak_offset / (float)HIGHEST_SCALE, false);
+        scales.d = rounded_scale(peak / (LOWEST_SCALE < 0 ? (float)LOWEST_SCALE : (float)HIGHEST_SCALE), false);
+        if (MINIMUM) scales.dmin = rounded_scale(peak_offset / (float)HIGHEST_SCALE, false);
         for (int g = 0; g < GROUPS; g++) nearest_integers(g, scales, unit[g], offset[g]);
     }
 
@@ -234,15 +254,15 @@ struct Blocks {
         }
         if (!MINIMUM) {
             Floats d = ax * inverse(aa);
-            scales.d = stored(SIGNED ? d : most(d, all(0)), false);
+            scales.d = rounded_scale(SIGNED ? d : most(d, all(0)), false);
             return;
         }
         Floats determinant = aa * bb - ab * ab, inverted = inverse(determinant);
         Floats d = (ax * bb - ab * bx) * inverted, dmin = (ab * ax - aa * bx) * inverted;
         Ints sound = (determinant > 1e-6f * aa * bb) & (d > 0);
         if (INTEGERS) sound &= dmin >= 0;
-        scales.d = either(sound, stored(d, false), scales.d);
-        scales.dmin = either(sound, stored(dmin, true), scales.dmin);
+        scales.d = either(sound, rounded_scale(d, false), scales.d);
+        scales.dmin = either(sound, rounded_scale(dmin, true), scales.dmin);
     }
 
     void search(Stored& best, int tries, int rounds, int sweeps) const {
@@ -266,5 +286,9 @@ struct Blocks {
             best_supers(tried);
             keep(tried);
         }
+        Floats all_squares = {};
+        for (int g = 0; g < GROUPS; g++) all_squares += squares[g];
+        Ints nearer = least_error <= all_squares;  // than zeros
+        best.d = either(nearer, best.d, all(0)), best.dmin = either(nearer, best.dmin, all(0));
     }
 };

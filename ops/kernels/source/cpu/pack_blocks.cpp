@@ -11,6 +11,7 @@ static void pack_lanes(const float* values, const float* weights, Byte* codes, f
         if (WEIGHTED)
             for (int i = 0; i < LENGTH; i++) ((float*)blocks.weights)[i * LANES + lane] = weights ? weights[from + i] : 1;
     }
+    blocks.normalise();
     if (WEIGHTED && emphasis) blocks.emphasise();
     for (int g = 0; g < GROUPS; g++) blocks.prepare(g);
     Stored best;
@@ -21,6 +22,7 @@ static void pack_lanes(const float* values, const float* weights, Byte* codes, f
         for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
             found[i] = __builtin_convertvector(nearest(blocks.scaled(i, inverted, shift), true), Bytes);
     }
+    blocks.restore(best);
     for (int lane = 0; lane < LANES && first + lane < count; lane++) {
         Index block = first + lane;
         for (int i = 0; i < LENGTH; i++) codes[block * LENGTH + i] = ((Byte*)found)[i * LANES + lane];

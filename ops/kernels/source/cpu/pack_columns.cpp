@@ -72,9 +72,10 @@ static void choose_scales(Stored& scales, Blocks<true>& blocks, const Column* va
         blocks.values[g * GROUP + i] = values[first + i][vector];
         blocks.weights[g * GROUP + i] = all(weights[first + i]);
     }
+    if (whole) blocks.normalise();
     for (int of = g; of < (whole ? GROUPS : g + 1); of++) blocks.prepare(of);
     if (whole)
-        blocks.first_scales(scales, tries, rounds);
+        blocks.first_scales(scales, tries, rounds), blocks.restore(scales);
     else
         blocks.fit_group(g, scales, tries, rounds);
 }
