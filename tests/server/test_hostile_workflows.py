@@ -271,7 +271,8 @@ def test_no_value_of_a_workflow_chooses_a_host_a_program_a_file_outside_a_variab
         wait(watch.server)
     print(f"{len(accepted)} prompts in {time.monotonic() - started:.0f} s")
     watch.assert_nothing()
-    assert any("c++" in event.texts[0] for event in watch.stranger.audit.events() if event.name == "subprocess.Popen")
+    compiled = any("c++" in event.texts[0] for event in watch.stranger.audit.events() if event.name == "subprocess.Popen")
+    assert compiled or not shutil.which("c++")
 
 
 def loaders(stranger, nodes: dict, port: int) -> list[dict]:
