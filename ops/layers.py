@@ -1,5 +1,6 @@
 """The layers that hold packed weights: Linear, Embedding, convolutions and experts."""
 import contextlib
+import copy
 
 import comfy.float
 import comfy.ops
@@ -11,7 +12,7 @@ from .lora import LayerPatches
 from .low_rank import dense_linear
 from .packed import relabelled
 from .scratch import shared_scratch
-from .tensor import QuantizedTensor, detached, fitted, guarded, held_narrow, is_packed, part_of
+from .tensor import PickledWeight, QuantizedTensor, detached, fitted, guarded, held_narrow, is_packed, part_of
 
 
 class PackedLayer:
@@ -25,6 +26,7 @@ class PackedLayer:
     value_dtype: torch.dtype | None = None
     patch_dtype: torch.dtype | None = None
     compute = "exact"
+    new: tuple  # (function, its arguments) that makes a layer of this class without anything in it
     has_branch = False  # whether plain LoRAs run beside the product instead of on the unpacked weight
     lora: LayerPatches | None  # set and cleared by the patcher
 
@@ -32,6 +34,23 @@ class PackedLayer:
         super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
         self._scratch = shared_scratch()
         self.lora = None  # the layer's own from the start: torch.compile would take its coming for a change of the layer
+
+    def __copy__(self):
+        copied = type(self).__new__(type(self))
+        copied.__dict__ |= self.__dict__
+        return copied
+
+    def __deepcopy__(self, memo):
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol):
+        parameters = {name: PickledWeight.of(param) for name, param in self._parameters.items()}
+        return *self.new, self.__dict__ | {"_parameters": parameters, "_scratch": None}
+
+    def __setstate__(self, state):
+        super().__setstate__(state | {"_scratch": shared_scratch()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         assign = local_metadata.get("assign_to_params_buffers", False)

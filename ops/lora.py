@@ -15,10 +15,12 @@ import torch
 from . import rounding
 from .adapters import adapter_tensors, damage, is_plain_lora, is_sum, lora_factors, misfit, moved, rows_of
 from .low_rank import LowRank
+from .pickled import found_anywhere
 
 log = logging.getLogger(__name__)
 
 
+@found_anywhere
 class LayerPatches:
     """What one layer adds to its packed weight of logical shape (N, K).
 

@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from .pickled import found_anywhere
 
+
+@found_anywhere
 class Slice(NamedTuple):
     """Rows of the output [row, row_end), to which the ranks [rank, rank_end) of the down factor contribute."""
     row: int
@@ -14,6 +17,7 @@ class Slice(NamedTuple):
     rank_end: int
 
 
+@found_anywhere
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """What `y += (x A^T) B^T` adds to a layer of logical weight shape (N, K), B in slices of rows that do not overlap.

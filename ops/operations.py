@@ -2,13 +2,15 @@
 
 Those of `layers` hold packed weights. All other layers are the host's own.
 """
+import functools
 import types
 
 import comfy.ops
 import torch
 
 from .host_formats import MixedEmbedding, MixedLinear
-from .layers import PACKED_LAYERS, MoEExperts
+from .layers import PACKED_LAYERS, MoEExperts, PackedLayer
+from .pickled import found_anywhere
 
 
 def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
@@ -26,5 +28,17 @@ def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch
         base._full_precision_mm = full_precision
         layers[:2] = (type("Linear", (MixedLinear, base.Linear), {}), type("Embedding", (MixedEmbedding, base.Embedding), {}))
         layers.remove(MoEExperts)  # such a file has its experts in the host's format too
-    layers = {layer.__name__: type(layer.__name__, (layer,), options) for layer in layers}
+    made_by = value_dtype, patch_dtype, mixed, full_precision, compute
+    layers = {layer.__name__: type(layer.__name__, (layer,), options | {"new": (new_layer, (layer.__name__, *made_by))})
+              for layer in layers}
     return type("PackedOperations", (base,), layers)
+
+
+_operations = functools.cache(packed_operations)  # the same classes for all layers of a pickle
+
+
+@found_anywhere
+def new_layer(name: str, *made_by) -> PackedLayer:
+    """A layer without anything in it, of a class that `packed_operations(*made_by)` has."""
+    layer_class = getattr(_operations(*made_by), name)
+    return layer_class.__new__(layer_class)

@@ -10,7 +10,9 @@ from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTen
 
 from .format import Format, FormatError
 from .formats import plain  # the package registers every format
+from .formats._names import format_named
 from .packed import PackedTensor, relabelled
+from .pickled import found_anywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,43 @@ def part_of(tensor: QuantizedTensor, index: int) -> QuantizedTensor:
     packed_format, shape = tensor.layout_cls.format, tensor.shape[1:]
     data, *scale = packed_format.rows(packed_tensors(tensor), shape.numel(), slice(index, index + 1))
     return packed_tensor(packed_format, data, shape, tensor.dtype, *scale)
+
+
+class PickledWeight:
+    """A parameter on its way into the pickle of its layer: a packed one as its bytes, where a tensor by itself goes dense."""
+
+    def __init__(self, param: torch.nn.Parameter):
+        self._param = param
+
+    @classmethod
+    def of(cls, param: torch.nn.Parameter | None) -> "PickledWeight | None":
+        return None if param is None else cls(param)
+
+    def __reduce__(self):
+        weight = self._param
+        if not isinstance(weight, QuantizedTensor):
+            return torch.nn.Parameter, (_alone(weight), weight.requires_grad)
+        if not is_packed(weight):
+            return host_weight, (weight._qdata, weight._layout_cls, weight._params)
+        tensors = [_alone(tensor) for tensor in packed_tensors(weight)]
+        return packed_weight, (weight.layout_cls.format.__name__, tuple(weight.shape), weight.dtype, *tensors)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in memory of its own: what is pickled of one in a mapped file is the file."""
+    tensor = tensor.detach()
+    return tensor if tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+@found_anywhere
+def packed_weight(format_name: str, shape, dtype: torch.dtype, data: torch.Tensor, *scale: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(packed_tensor(format_named(format_name), data, shape, dtype, *scale), requires_grad=False)
+
+
+@found_anywhere
+def host_weight(*parts) -> torch.nn.Parameter:
+    """A weight in a format of the host."""
+    return torch.nn.Parameter(QuantizedTensor(*parts), requires_grad=False)
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:

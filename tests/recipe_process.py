@@ -23,7 +23,8 @@ def digest(patcher) -> list[str]:
     return [type(patcher).__name__, type(patcher.model).__name__, found.hexdigest(), *sorted(ways)]
 
 
-def main(host: str, pack: str, recipes: str):
+def import_pack(host: str, pack: str) -> str:
+    """Returns the name that the pack is imported under."""
     sys.path.insert(0, host)
     sys.argv[1:] = ["--cpu"]
     import comfy.options
@@ -35,6 +36,11 @@ def main(host: str, pack: str, recipes: str):
     spec.loader.exec_module(sys.modules[name])
     for loader in ("checkpoint", "diffusion", "text_encoder"):
         importlib.import_module(f"{name}.loaders.{loader}")
+    return name
+
+
+def main(host: str, pack: str, recipes: str):
+    import_pack(host, pack)
     found = []
     for recipe in pickle.loads(Path(recipes).read_bytes()):  # noqa: S301  the test's own
         found.append([str(recipe), *digest(recipe())])

@@ -19,7 +19,6 @@ import ctypes
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -29,9 +28,7 @@ from typing import NoReturn
 
 import torch
 
-from .. import formats  # noqa: F401  registers them
-from ..format import FORMATS, Format
-from ..formats.bnb_int8 import INT8
+from ..formats._names import format_named
 from .backends import import_backend
 from .check import WrongResult, check
 from ...child_process import end_all
@@ -44,15 +41,6 @@ NICE = 10
 MOST_BYTES = 1 << 30  # that torch may take of the device
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX = 1, 2  # errhandlingapi.h
-
-
-def format_named(name: str | None) -> type[Format] | None:
-    """A format by the name that `FORMATS` has it under in a process that has made it; KeyError for one unknown here."""
-    made = re.fullmatch(r"(\w+)_(\d+)", name or "")
-    if name is None or name in FORMATS or made is None:
-        return None if name is None else FORMATS[name]
-    base, size = made[1], int(made[2])
-    return INT8.of_columns(size) if base == "INT8" else FORMATS[base].of_block_length(size)
 
 
 class Trial:
@@ -100,7 +88,7 @@ class Trial:
     def _kernels(self, backend, case: Case) -> list[tuple]:
         """Those of a backend that accept a case, each with its format."""
         try:
-            packed_format = format_named(case.format)
+            packed_format = None if case.format is None else format_named(case.format)
         except (KeyError, AttributeError):
             return []
         return [(kernel, packed_format) for kernel in backend.kernels

@@ -1,6 +1,7 @@
 """The recipe that each loader leaves with what it loads: called by the host, sent to another process, read by a person."""
 import copy
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 import recipe_process
 import torch
+from comfy.weight_adapter import LoRAAdapter
 from conftest import HOST, PACK
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
@@ -18,6 +20,11 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.recipe import LOADERS, Recipe
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
+from featherweight.ops.formats._names import format_named
+from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.lora import build_patches
+from featherweight.ops.operations import packed_operations
+from featherweight.ops.tensor import packed_tensor
 from patched_models import flux_file
 from recipe_process import digest
 
@@ -82,12 +89,18 @@ def test_a_recipe_cannot_be_changed(models):
         recipe_of(LOADS["diffusion model"](models)).loader = "text encoder"
 
 
-def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, tmp_path):
-    other = tmp_path / "elsewhere v1.0" / "featherweight-copy"
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The pack in another folder."""
+    other = tmp_path_factory.mktemp("elsewhere v1.0") / "featherweight-copy"
     for folder in ("loaders", "ops", "nodes"):
         shutil.copytree(PACK / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__", "docs"))
     for name in ("__init__.py", "child_process.py", "host_contract.py"):
         shutil.copyfile(PACK / name, other / name)
+    return other
+
+
+def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, other, tmp_path):
     patchers = [load(models) for load in LOADS.values()]
     (tmp_path / "recipes.pickle").write_bytes(pickle.dumps([recipe_of(patcher) for patcher in patchers]))
     command = [sys.executable, recipe_process.__file__, str(HOST), str(other), str(tmp_path / "recipes.pickle")]
@@ -95,3 +108,42 @@ def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, tmp_p
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == [[str(recipe_of(patcher)), *digest(patcher)] for patcher in patchers]
+
+
+UNPICKLING = """
+import sys, recipe_process
+_, host, pack, file, outputs = sys.argv
+name = recipe_process.import_pack(host, pack)
+import torch
+torch.set_num_threads(1)
+blocks = torch.load(file, weights_only=False)
+bases = [type(module).__mro__[1] for module in {module for block in blocks for module in block.modules()}]
+with torch.no_grad():
+    found = [block(torch.ones(2, 256)) for block in blocks]
+torch.save([*found, sum(base.__module__.startswith(f"{name}.ops") for base in bases)], outputs)
+"""
+
+
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4", "NF4_128", "INT8", "Q4_K_256_2x4"])
+def test_layers_unpickle_in_a_process_with_the_pack_in_another_folder(format_name, other, tmp_path):
+    packed_format = INT8.of_columns(256) if format_name == "INT8" else format_named(format_name)
+    blocks = packed_format.block_length
+    count = 256 * 256 // blocks
+    codes = torch.randint(0, 60, (count, packed_format.block_bytes), dtype=torch.uint8)
+    scale = torch.rand(count) / 30 if packed_format.scales_apart else None
+    weight = packed_tensor(packed_format, codes, (256, 256), scale=scale)
+    plain, int8 = (packed_operations(compute=compute).Linear(256, 256, dtype=torch.float32) for compute in ("exact", "int8"))
+    for layer in (plain, int8):
+        layer.load_state_dict({"weight": weight, "bias": torch.randn(256)})
+    lora = LoRAAdapter(set(), (torch.randn(256, 4), torch.randn(4, 256), None, None, None, None))
+    int8.lora = build_patches("w", [(0.5, lora, 1.0, None, None)], weight.shape, torch.device("cpu"), torch.float32)
+    modules = [torch.nn.Sequential(plain), torch.nn.Sequential(plain, torch.nn.ReLU(), int8)]
+    torch.save(modules, tmp_path / "blocks.pt")
+    command = [sys.executable, "-c", UNPICKLING, *map(str, (HOST, other, tmp_path / "blocks.pt", tmp_path / "outputs.pt"))]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK / "tests"), str(PACK)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr
+    *outputs, count = torch.load(tmp_path / "outputs.pt", weights_only=False)
+    with torch.no_grad():
+        assert all(torch.equal(output, module(torch.ones(2, 256))) for output, module in zip(outputs, modules, strict=True))
+    assert count == 2  # the shared one once

@@ -18,7 +18,7 @@ from featherweight.ops import formats, kernels  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import background, proving, trial_process
 from featherweight.ops.kernels.proving import Prover
-from featherweight.ops.kernels.trial import format_named
+from featherweight.ops.formats._names import format_named
 from featherweight.ops.kernels.trial_process import Outcome, run_trial
 from featherweight.ops.kernels.verdicts import Case, is_verdict
 
@@ -135,11 +135,12 @@ def test_what_crashed_is_never_tried_again_and_what_may_mend_itself_is(days, aga
 
 
 def test_a_kernel_is_found_again_by_the_name_of_its_format():
-    made = [FORMATS["NF4"].of_block_length(128), FORMATS["NF4"], format_named("INT8_96"), FORMATS["Q4_K"], FORMATS["Q4_0"]]
-    assert [format_named(packed.__name__) for packed in made] == made
-    assert format_named(None) is None
-    with pytest.raises(KeyError):
-        format_named("Q4_K_5120_8x2")  # what another process has made of its columns
+    made = [FORMATS["NF4"].of_block_length(128), FORMATS["NF4"], format_named("INT8_96"), FORMATS["Q4_K"], FORMATS["Q4_0"],
+            format_named("Q4_K_5120_8x2")]
+    assert [format_named(packed.__name__) for packed in made] == made and made[-1].outer == 8
+    for unknown in ("Q9_9", "Q4_K_128", "Q9_9_5120_8x2"):
+        with pytest.raises(KeyError):
+            format_named(unknown)
 
 
 # --- without a process: what is made of what it says ---

@@ -1,6 +1,7 @@
 """What other people's nodes do to packed weights: they get what a dense tensor gives, or one sentence, and end no process."""
 import collections
 import copy
+import io
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from featherweight.ops.layers import PACKED_LAYERS
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.tensor import is_packed, packed_tensor
 from tensor_attempts import ATTEMPTS
-from patched_models import dense_flux, packed_flux, packed_layers
+from patched_models import dense_flux, flux_file, forward, lora_for, packed_flux, packed_layers, patched, run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -285,6 +286,40 @@ def test_a_layer_is_copied(layer_class, format_name):
     assert is_packed(copied.weight) and isinstance(copied.weight, torch.nn.Parameter) and copied._scratch is layer._scratch
     assert copied.weight._qdata.data_ptr() != layer.weight._qdata.data_ptr()
     assert torch.equal(output(copied, input), output(layer, input))
+
+
+def through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "torch.save": through_torch_save, "copy": copy.copy,
+          **{f"pickle {protocol}": lambda module, protocol=protocol: pickle.loads(pickle.dumps(module, protocol))
+             for protocol in (2, pickle.HIGHEST_PROTOCOL)}}
+
+
+@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
+@pytest.mark.parametrize("layer_class", PACKED_LAYERS, ids=lambda layer_class: layer_class.__name__)
+def test_a_layer_is_pickled_as_the_hosts_are(layer_class, format_name, way):
+    layer, input = layer_in(format_name, layer_class), INPUTS.get(layer_class.__name__)
+    again = way(layer)
+    assert is_packed(again.weight) and isinstance(again.weight, torch.nn.Parameter) and again._scratch is layer._scratch
+    assert torch.equal(output(again, input), output(layer, input)) and again.state_dict().keys() == layer.state_dict().keys()
+    assert (again.value_dtype, again.patch_dtype, again.compute) == (layer.value_dtype, layer.patch_dtype, layer.compute)
+    assert (again.weight is layer.weight) == (way is copy.copy)
+
+
+@pytest.mark.parametrize("format_name", ("Q8_0", "INT8"))
+def test_a_model_is_pickled_with_its_weights_packed(format_name):
+    patcher = patched(packed_flux(format_name), (lora_for(flux_file(format_name)[1]), 1.0))
+    expected, model = run(patcher), patcher.model.diffusion_model
+    file = pickle.dumps(model)
+    assert len(file) < 1.2 * sum(tensor.nbytes for tensor in model.parameters())  # and with the factors of the LoRA
+    patcher.model.diffusion_model = pickle.loads(file)
+    assert len(packed_layers(patcher)) and torch.equal(forward(patcher), expected)
+    patcher.model.diffusion_model = model
 
 
 @pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
