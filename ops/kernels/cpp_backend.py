@@ -38,7 +38,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", 
 FLAGS_OF_X86 = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
 MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
-COMPILE_SECONDS = 60  # a compiler that takes longer is ended, and torch does the work
+COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
 SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS  # what is older was left by a process that was killed
 OTHER_TEMPORARY = ("/var/tmp",)  # beside where temporary files lie
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
