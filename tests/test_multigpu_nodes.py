@@ -126,7 +126,7 @@ def test_a_loader_says_where_the_weights_will_lie_and_then_where_they_do(models,
     clone.cleanup()
     first, placed, copied = told[-1].splitlines()
     assert first == held
-    assert re.fullmatch(r"1\.\d of 4\.0 MB on cuda:0, 0\.[345] MB on cuda:2, (1\.0|0\.\d) MB on cuda:1", placed)
+    assert re.fullmatch(r"1\.\d of 4\.0 MB on cuda:0, [345]\d\d\.\d KB on cuda:2, (1\.0 MB|\d{3}\.\d KB) on cuda:1", placed)
     assert copied.startswith("3.0 MB copied per step")
 
 

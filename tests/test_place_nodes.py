@@ -42,10 +42,11 @@ def test_the_node_says_what_stays_and_what_each_step_costs(shown):
     assert shown[-1] == "1.9 of 4.0 MB on cuda:0\n2.1 MB copied per step; with 0.1 GB here nothing"
     stored, = PlaceModel.execute(model, 0.002, "gpu:1", 0.001).args
     assert torch.equal(run(stored), expected)
-    assert shown[-1].startswith("1.9 of 4.0 MB on cuda:0, 0.9 MB on cuda:1\n2.1 MB copied per step")
+    assert shown[-1].startswith("1.9 of 4.0 MB on cuda:0, 918.5 KB on cuda:1\n2.1 MB copied per step")
     stored = place(model, 2e6, [(torch.device("cuda", 1), 1e6), (torch.device("cuda", 2), 5e5)])
     assert torch.equal(run(stored), expected)
-    assert placed_text(stored).startswith("1.9 of 4.0 MB on cuda:0, 0.9 MB on cuda:1, 0.4 MB on cuda:2\n2.1 MB copied per step")
+    assert placed_text(stored).startswith(
+        "1.9 of 4.0 MB on cuda:0, 918.5 KB on cuda:1, 423.9 KB on cuda:2\n2.1 MB copied per step")
     whole, = PlaceModel.execute(model, 4.0).args
     assert torch.equal(run(whole), expected) and shown[-1] == "4.0 of 4.0 MB on cuda:0"
 
