@@ -125,7 +125,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
             if name in wanted:
                 sources[format_name(tensor.parts[0][0] if isinstance(tensor, JoinedRows) else tensor)] += tensor.numel()
                 kind, _ = wanted[name]
-                state_dict[name] = cached[name] if cached else _packed(file, name, _values(tensor, smoothing), kind)
+                state_dict[name] = cached[name] if cached else _packed(file, name, _values(tensor, smoothing), kind, guard)
                 if is_packed(state_dict[name]):
                     keep(name, state_dict[name])
                 else:
@@ -166,10 +166,11 @@ def _values(tensor: torch.Tensor | JoinedRows, smoothing: torch.Tensor | None) -
     return tensor if smoothing is None else tensor.float() * smoothing.float()
 
 
-def _packed(file: WeightFile, name: str, values: torch.Tensor, kind: str) -> torch.Tensor:
-    """A weight in a packed type, or plain where that cannot hold its values."""
+def _packed(file: WeightFile, name: str, values: torch.Tensor, kind: str, guard: FileChangeGuard) -> torch.Tensor:
+    """A weight in a packed type, or plain where that cannot hold its values. guard: of its file, which is read twice."""
     try:
         packed = pack_tensor(values, FORMATS[kind])
+        guard()
         if holds(packed, values):
             return packed
     except FormatError as error:
