@@ -56,6 +56,12 @@ ARROW = """((type, name) => {
 })"""
 
 
+@pytest.fixture(autouse=True)
+def left(browser):
+    yield
+    browser.leave()
+
+
 @pytest.fixture
 def page(browser, server):
     browser.open_editor(server)

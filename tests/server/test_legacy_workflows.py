@@ -29,7 +29,8 @@ def files(server):
 @pytest.fixture(scope="module")
 def editor(browser, server, files):
     browser.open_editor(server)
-    return browser
+    yield browser
+    browser.leave()
 
 
 def prompt_of_the_editor(editor) -> dict:
