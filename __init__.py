@@ -4,8 +4,6 @@ import re
 import sys
 from pathlib import Path
 
-from . import host_contract
-
 try:
     from comfyui_version import __version__ as host_version
 except ImportError:  # the oldest do not say
@@ -36,17 +34,13 @@ _found = _obstacle()
 if _found:
     logging.error("[Featherweight] %s", _found)
     NODE_CLASS_MAPPINGS = {}  # with it the host asks for no nodes in the way below
-else:
-    _changed = host_contract.changes()
-    for _sentence in host_contract.sentences(_changed, host_version):
-        logging.error("[Featherweight] %s", _sentence)
-    _left_out = host_contract.left_out(_changed)
-    if _left_out and len(_left_out) == len(host_contract.node_files()):
-        NODE_CLASS_MAPPINGS = {}
 
 
 async def comfy_entrypoint():
-    from .nodes import FeatherweightExtension
-
+    try:
+        from .nodes import FeatherweightExtension
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ImportError(f"ComfyUI {host_version} lacks what all nodes of Featherweight need ({error}). Update both, with the"
+                          " packages in their requirements.txt.") from error
     sys.modules[IN_USE] = sys.modules[__name__]
     return FeatherweightExtension()

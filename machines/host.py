@@ -17,7 +17,7 @@ import filelock
 
 from .graph import RESULT, GraphError, one_line, texts
 from .heard import Listener
-from .place import MachineError
+from .place import MachineError, is_pack
 
 SCRATCH = "featherweight-worker-"
 LOCK = ".lock"  # in a scratch folder, held as long as its process lives, which has another number in another container
@@ -71,7 +71,7 @@ class Host:
 
     def _boot(self, comfyui: str, arguments: Sequence[str]):
         os.makedirs(os.path.join(self.scratch, "output"))
-        sys.path[:] = [comfyui, *(path for path in sys.path if not os.path.isfile(os.path.join(path, "host_contract.py")))]
+        sys.path[:] = [comfyui, *(path for path in sys.path if not is_pack(path))]  # whose nodes/ is none of the host
         os.chdir(comfyui)
         sys.argv = [os.path.join(comfyui, "main.py"), "--output-directory", os.path.join(self.scratch, "output"),
                     "--temp-directory", self.scratch, "--database-url", "sqlite:///:memory:", "--disable-api-nodes",

@@ -80,11 +80,16 @@ def _installed(package: str) -> str:
 
 def _quoted(path: str, name: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:  # other packs' too
             found = re.search(rf'^{name}\s*=\s*"([^"]+)"', file.read(), re.M)
             return found[1] if found else ""
     except OSError:
         return ""
+
+
+def is_pack(folder: str) -> bool:
+    """Whether a folder is a copy of this pack, of any version."""
+    return _quoted(os.path.join(folder, "pyproject.toml"), "name") == "featherweight"
 
 
 def _pack_version(custom_nodes: str) -> str:
@@ -93,6 +98,5 @@ def _pack_version(custom_nodes: str) -> str:
                    if not name.endswith(".disabled")]  # as ComfyUI does
     except OSError:
         return ""
-    projects = (os.path.join(folder, "pyproject.toml") for folder in folders
-                if os.path.isfile(os.path.join(folder, "host_contract.py")))
+    projects = (os.path.join(folder, "pyproject.toml") for folder in folders if is_pack(folder))
     return next((version for path in projects if (version := _quoted(path, "version"))), "")

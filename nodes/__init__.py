@@ -1,9 +1,8 @@
 """The ComfyUI extension: the nodes of the files of this folder, each of which has a line in `import_file`.
 
-A node file defines classes that derive directly from `io.ComfyNode`. One that needs what this host lacks is left out, as the
-pack's `__init__.py` has said in the log; so is one that fails to import or to state its schema, which is named in the log. The
-others load. Ids that do not begin with "Featherweight" belong to packs that shared workflows were made with: they are left out
-while somebody else holds them.
+A node file defines classes that derive directly from `io.ComfyNode`. One that fails to import or to state its schema, as on a
+host that lacks what it needs, is left out and named in the log. The others load. Ids that do not begin with "Featherweight"
+belong to packs that shared workflows were made with: they are left out while somebody else holds them.
 """
 import logging
 import pkgutil
@@ -14,12 +13,12 @@ import comfy.model_management
 import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
 
-from .. import host_contract
 from ..loaders.devices import gpus
 from ..loaders.folders import Replacements, register_folders
 from ..ops.kernels import background, start_trials
 from . import help_pages
 from .elsewhere import watch_prompts
+from .host_server import log_lack
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +35,17 @@ class FeatherweightExtension(ComfyExtension):
         start_trials(gpus())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        found, left_out = [], host_contract.left_out(host_contract.changes())
+        found, left_out = [], {}
         for file in pkgutil.iter_modules(__path__):
-            if file.name in left_out:
-                continue
             try:
                 found += find_nodes(import_file(file.name))
+            except (ImportError, AttributeError, TypeError) as error:  # what a changed host gives
+                log.debug("[Featherweight] nodes/%s.py could not be loaded.", file.name, exc_info=True)
+                left_out.setdefault(str(error), []).append(file.name.replace("_", " "))
             except Exception:
                 log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", file.name)
+        for error, names in left_out.items():
+            log_lack(error, f"these nodes are left out: {', '.join(names)}")
         found = [node for node in found if not taken(node.GET_SCHEMA().node_id)]
         help_pages.serve(found)
         return found

@@ -1,23 +1,18 @@
 """Prompts that run on other machines: model files that are not here may be there."""
-import logging
-import sys
-
 from ..loaders.folders import MAY_BE_ELSEWHERE
-
-log = logging.getLogger(__name__)
+from .host_server import log_lack, running_server
 
 RUN_ON_RAY = "FeatherweightRunOnRay"
 
 
 def watch_prompts():
     """Have each prompt looked at before the host judges it. Where there is no server, as in a script, nothing is done."""
-    if "server" not in sys.modules:  # importing it starts half of a server
-        return
+    server = running_server()
     try:
-        from server import PromptServer
-        PromptServer.instance.add_on_prompt_handler(noted)
-    except (ImportError, AttributeError):
-        log.debug("[Featherweight] There is no server to ask about prompts.", exc_info=True)
+        if server is not None:
+            server.add_on_prompt_handler(noted)
+    except AttributeError as error:
+        log_lack(str(error), "Run on Ray needs the model files on this machine too")
 
 
 def noted(request: dict) -> dict:

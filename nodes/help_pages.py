@@ -3,14 +3,12 @@
 The editor asks for a page by the id of its node. Some ids differ in nothing but capital letters, which files cannot do on every
 system, so shared pages are served by a route and not as files.
 """
-import logging
 import re
-import sys
 from pathlib import Path
 
 from comfy_api.latest import io
 
-log = logging.getLogger(__name__)
+from .host_server import log_lack, running_server
 
 PACK = Path(__file__).parent.parent
 DOCS = Path(__file__).parent / "web" / "docs"
@@ -28,15 +26,14 @@ def page(node: type[io.ComfyNode], locale: str = "") -> str | None:
 def serve(nodes: list[type[io.ComfyNode]]):
     """Give the host's server the shared pages of these nodes. Where there is no server, as in a script, nothing is done."""
     pages = {node.GET_SCHEMA().node_id: node for node in nodes if hasattr(node, "HELP_PAGE")}
-    if "server" not in sys.modules or not pages:  # importing it starts half of a server
+    server = running_server()
+    if server is None or not pages:
         return
+    from aiohttp import web
     try:
-        from aiohttp import web
-        from server import PromptServer
-        get = PromptServer.instance.routes.get
-    except (ImportError, AttributeError):
-        log.debug("[Featherweight] There is no server to ask for help pages.", exc_info=True)
-        return
+        get = server.routes.get
+    except AttributeError as error:
+        return log_lack(str(error), "nodes under the ids of other packs have no help page")
 
     async def answer(request):
         node = pages.get(request.match_info["node_id"])

@@ -7,6 +7,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..loaders.held import held_text, unpacked_by
 from ..loaders.placing import placed_text, planned_text
+from .host_server import log_lack, running_server
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +27,12 @@ def shower() -> Callable[[str], None]:
     """
     try:
         from comfy_execution.utils import get_executing_context
-        context = get_executing_context()
-        if context is not None:
-            from server import PromptServer  # only where a node runs; importing it starts half of a server
-            send = PromptServer.instance.send_progress_text
+        context, server = get_executing_context(), running_server()
+        if context is not None and server is not None:
+            send = server.send_progress_text
             return lambda text: send(without_markup(text), context.node_id)
-    except (ImportError, AttributeError):
-        log.debug("[Featherweight] This ComfyUI shows no text on a node.", exc_info=True)
+    except (ImportError, AttributeError) as error:
+        log_lack(str(error), "nodes show no text on themselves")
     return lambda text: None
 
 

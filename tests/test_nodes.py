@@ -1,5 +1,6 @@
 """Nodes: what they are called, what they take, and how they stand beside other packs."""
 import inspect
+import logging
 import re
 import sys
 import types
@@ -14,7 +15,8 @@ from comfy_api.latest import io
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.while_loading import TYPES
-from featherweight.nodes import legacy_gguf
+from featherweight.nodes import help_pages, legacy_gguf
+from featherweight.nodes.elsewhere import watch_prompts
 from legacy_ids import INPUTS, NAME, OUTPUTS
 from pack_nodes import ids_in_source, node_list
 
@@ -115,6 +117,35 @@ def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypat
     monkeypatch.delattr(featherweight.nodes, "apply_lora")
     assert {node.GET_SCHEMA().node_id for node in node_list()} == NODES.keys() - {"FeatherweightApplyLora"}
     assert "nodes/apply_lora.py" in caplog.text
+
+
+def test_what_this_comfyui_lacks_is_one_sentence_with_the_nodes_that_go(tmp_path, monkeypatch, caplog):
+    for name in ("apply_lora", "check_lora"):
+        (tmp_path / f"{name}.py").write_text("from comfy.lora import moved_away")
+        monkeypatch.delitem(sys.modules, f"featherweight.nodes.{name}")
+        monkeypatch.delattr(featherweight.nodes, name)
+    monkeypatch.setattr(featherweight.nodes, "__path__", [str(tmp_path), *featherweight.nodes.__path__])
+    caplog.set_level(logging.INFO)
+    ids = {node.GET_SCHEMA().node_id for node in node_list()}
+    assert ids == NODES.keys() - {"FeatherweightApplyLora", "FeatherweightCheckLora"}
+    record, = (record for record in caplog.records if "lora" in record.getMessage())
+    assert record.exc_info is None and "(cannot import name 'moved_away' from 'comfy.lora'" in record.getMessage()
+    assert "So these nodes are left out: apply lora, check lora. Update both" in record.getMessage()
+
+
+@pytest.mark.parametrize("ask, consequence", [
+    (lambda nodes: watch_prompts(), "Run on Ray needs the model files on this machine too"),
+    (help_pages.serve, "nodes under the ids of other packs have no help page")])
+def test_a_server_that_lacks_a_method_costs_what_needs_it_and_no_more(ask, consequence, monkeypatch, caplog):
+    nodes = node_list()
+    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=object())))
+    for _ in range(2):
+        ask(nodes)
+    record, = caplog.records
+    assert f"So {consequence}. Update both" in record.getMessage() and "has no attribute" in record.getMessage()
+    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace())  # as in a script
+    ask(nodes)
+    assert len(caplog.records) == 1
 
 
 def test_every_file_with_nodes_has_a_line_that_imports_it():

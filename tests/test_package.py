@@ -16,8 +16,8 @@ in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.wh
 
 
 FOLDERS = {"nodes", "machines", "loaders", "ops", "locales", "example_workflows"}
-FILES = {"__init__.py", "child_process.py", "host_contract.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt",
-         "LICENSE", "README.md", "CHANGELOG.md"}
+FILES = {"__init__.py", "child_process.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
+         "CHANGELOG.md"}
 
 
 def tracked(*paths: str) -> set[str]:

@@ -24,7 +24,7 @@ from safetensors.torch import save, save_file
 from devtools import ROOT
 
 ROOMS = ("nodes", "machines", "loaders", "ops")
-SOURCES = [*(ROOT / name for name in ("__init__.py", "host_contract.py", "child_process.py", "batch.py", "pack.py")),
+SOURCES = [*(ROOT / name for name in ("__init__.py", "child_process.py", "batch.py", "pack.py")),
            *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
 RUNNING = {"eval", "exec", "compile", "__import__"}
 UNPICKLING = {"dill", "cloudpickle", "marshal", "shelve", "joblib"}

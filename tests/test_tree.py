@@ -8,7 +8,7 @@ import pytest
 
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(comfy.options.__file__).resolve().parent.parent
-LAYERS = ("nodes", "machines", "loaders", "ops", "host_contract", "child_process")  # each may import itself and those after it
+LAYERS = ("nodes", "machines", "loaders", "ops", "child_process")  # each may import itself and those after it
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 USES_HOST = {
     "__init__.py", "loaders/checkpoint.py", "loaders/detection.py", "loaders/devices.py",

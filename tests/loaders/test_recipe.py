@@ -95,7 +95,7 @@ def other(tmp_path_factory):
     other = tmp_path_factory.mktemp("elsewhere v1.0") / "featherweight-copy"
     for folder in ("loaders", "ops", "nodes"):
         shutil.copytree(PACK / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__", "docs"))
-    for name in ("__init__.py", "child_process.py", "host_contract.py"):
+    for name in ("__init__.py", "child_process.py"):
         shutil.copyfile(PACK / name, other / name)
     return other
 

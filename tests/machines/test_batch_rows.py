@@ -15,7 +15,7 @@ from featherweight.machines import following
 from featherweight.machines.batch import Batch
 from featherweight.machines.draw import Draw
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
-from featherweight.machines.place import MachineError, arguments, find, own, versions
+from featherweight.machines.place import MachineError, arguments, find, is_pack, own, versions
 from featherweight.machines.progress import Progress
 from featherweight.machines.rows import Looked, Table, lines, look
 from featherweight.machines.store import Store
@@ -88,11 +88,19 @@ def test_commands_and_workers_take_comfyui_by_one_rule(tmp_path, monkeypatch):
 def test_a_disabled_copy_of_the_pack_does_not_count_as_installed(tmp_path):
     for name, version in (("a-copy.disabled", "0.1"), ("pack", "0.2")):
         (tmp_path / "custom_nodes" / name).mkdir(parents=True)
-        (tmp_path / "custom_nodes" / name / "host_contract.py").touch()
-        (tmp_path / "custom_nodes" / name / "pyproject.toml").write_text(f'version = "{version}"', encoding="utf-8")
+        (tmp_path / "custom_nodes" / name / "pyproject.toml").write_text(f'name = "featherweight"\nversion = "{version}"\n')
     assert versions(str(tmp_path))["Featherweight"] == "0.2"
     os.rename(tmp_path / "custom_nodes" / "pack", tmp_path / "custom_nodes" / "pack.disabled")
     assert versions(str(tmp_path))["Featherweight"] == ""
+
+
+def test_the_pack_is_told_from_other_packs_by_its_project_file(tmp_path):
+    other = tmp_path / "custom_nodes" / "a-pack"
+    other.mkdir(parents=True)
+    (other / "pyproject.toml").write_bytes('name = "gew\u00f6hnlich"\nversion = "9.9"\n'.encode("latin-1"))
+    assert versions(str(tmp_path))["Featherweight"] == ""
+    (tmp_path / "custom_nodes" / "pack").symlink_to(ROOT, target_is_directory=True)
+    assert versions(str(tmp_path))["Featherweight"] and not is_pack(str(other))
 
 
 # --- rows and store ---
