@@ -1,12 +1,14 @@
-"""The ComfyUI extension: the nodes of the files of this folder, each of which has a line in `import_file`.
+"""The ComfyUI extension: the nodes of the files of this folder and of `legacy`, each of which has a line in `import_file`.
 
-A node file defines classes that derive directly from `io.ComfyNode`. One that fails to import or to state its schema, as on a
-host that lacks what it needs, is left out and named in the log. The others load. Ids that do not begin with "Featherweight"
-belong to packs that shared workflows were made with: they are left out while somebody else holds them.
+A node file defines classes that derive directly from `io.ComfyNode`, or makes them of a table. One that fails to import or to
+state its schema, as on a host that lacks what it needs, is left out and named in the log. The others load. Ids that do not
+begin with "Featherweight" belong to packs that shared workflows were made with: they are left out while somebody else holds
+them.
 """
 import logging
 import pkgutil
 import re
+from pathlib import Path
 from types import ModuleType
 
 import comfy.model_management
@@ -36,19 +38,26 @@ class FeatherweightExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         found, left_out = [], {}
-        for file in pkgutil.iter_modules(__path__):
+        for name in file_names():
+            file = name.replace(".", "/")
             try:
-                found += find_nodes(import_file(file.name))
+                found += find_nodes(import_file(name))
             except (ImportError, AttributeError, TypeError) as error:  # what a changed host gives
-                log.debug("[Featherweight] nodes/%s.py could not be loaded.", file.name, exc_info=True)
-                left_out.setdefault(str(error), []).append(file.name.replace("_", " "))
+                log.debug("[Featherweight] nodes/%s.py could not be loaded.", file, exc_info=True)
+                left_out.setdefault(str(error), []).append(re.sub(r"\W|_", " ", name))
             except Exception:
-                log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", file.name)
+                log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", file)
         for error, names in left_out.items():
             log_lack(error, f"these nodes are left out: {', '.join(names)}")
         found = [node for node in found if not taken(node.GET_SCHEMA().node_id)]
         help_pages.serve(found)
         return found
+
+
+def file_names() -> list[str]:
+    """The modules in this folder and in `legacy`, in the order in which the host gets their nodes."""
+    legacy = [str(Path(folder) / "legacy") for folder in __path__]
+    return sorted(file.name for file in (*pkgutil.iter_modules(__path__), *pkgutil.iter_modules(legacy, "legacy.")))
 
 
 def import_file(name: str) -> ModuleType | None:
@@ -60,26 +69,16 @@ def import_file(name: str) -> ModuleType | None:
             from . import check_lora as module
         case "inspect_model_file":
             from . import inspect_model_file as module
-        case "legacy_calcuis":
-            from . import legacy_calcuis as module
-        case "legacy_gguf":
-            from . import legacy_gguf as module
-        case "legacy_gguf_clip":
-            from . import legacy_gguf_clip as module
-        case "legacy_kj":
-            from . import legacy_kj as module
-        case "legacy_multigpu":
-            from . import legacy_multigpu as module
-        case "legacy_multigpu_checkpoint":
-            from . import legacy_multigpu_checkpoint as module
-        case "legacy_multigpu_distorch":
-            from . import legacy_multigpu_distorch as module
-        case "legacy_multigpu_distorch2":
-            from . import legacy_multigpu_distorch2 as module
-        case "legacy_nf4":
-            from . import legacy_nf4 as module
-        case "legacy_sp":
-            from . import legacy_sp as module
+        case "legacy.calcuis":
+            from .legacy import calcuis as module
+        case "legacy.gguf":
+            from .legacy import gguf as module
+        case "legacy.kjnodes":
+            from .legacy import kjnodes as module
+        case "legacy.multigpu":
+            from .legacy import multigpu as module
+        case "legacy.nf4":
+            from .legacy import nf4 as module
         case "load_checkpoint":
             from . import load_checkpoint as module
         case "load_diffusion_model":
@@ -102,10 +101,10 @@ def import_file(name: str) -> ModuleType | None:
 
 
 def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
-    """Node classes a module defines, each with a schema that can be stated."""
+    """Node classes a module defines, or makes of a table, each with a schema that can be stated."""
     if module is None:
         return []
-    found = [value for value in vars(module).values()
+    found = [value for value in (*vars(module).values(), *getattr(module, "NODE_CLASS_MAPPINGS", {}).values())
              if isinstance(value, type) and issubclass(value, io.ComfyNode) and value.__module__ == module.__name__]
     for node in found:
         node.GET_SCHEMA()

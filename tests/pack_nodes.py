@@ -2,6 +2,7 @@
 import ast
 import asyncio
 import contextlib
+import re
 import sys
 from pathlib import Path
 
@@ -31,11 +32,19 @@ def node_list():
 
 
 def ids_in_source() -> list[str]:
-    """What ComfyUI Manager finds: each literal `node_id` in a class that derives directly from `io.ComfyNode`."""
+    """What ComfyUI Manager finds: of each class that derives directly from `io.ComfyNode` the literal `node_id`, or its name
+    where it has none; and the literal keys of `NODE_CONFIG`, in a source from which it takes backslashes first.
+    """
     found = []
-    for path in sorted(Path(featherweight.nodes.__file__).parent.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path in sorted(Path(featherweight.nodes.__file__).parent.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef) and "io.ComfyNode" in map(ast.unparse, node.bases):
-                found += [word.value.value for word in ast.walk(node)
-                          if isinstance(word, ast.keyword) and word.arg == "node_id" and isinstance(word.value, ast.Constant)]
+                ids = [word.value.value for word in ast.walk(node)
+                       if isinstance(word, ast.keyword) and word.arg == "node_id" and isinstance(word.value, ast.Constant)]
+                found += ids or [node.name]
+        if "NODE_CONFIG = {" in source:
+            table, = (node.value for node in ast.parse(re.sub(r"""\\[^"']""", "", source)).body
+                      if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NODE_CONFIG")
+            found += [key.value for key in table.keys]
     return found

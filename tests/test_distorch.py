@@ -1,8 +1,8 @@
 """What ComfyUI-MultiGPU's inputs ask for, as bytes for each device."""
 import pytest
 import torch
-from featherweight.nodes import distorch
-from featherweight.nodes.distorch import GIB, UnreadableError, by_expert_string, by_virtual_vram
+from featherweight.nodes.legacy import distorch
+from featherweight.nodes.legacy.distorch import GIB, UnreadableError, by_expert_string, by_virtual_vram
 
 pytestmark = pytest.mark.fake_gpus(devices=2, gib=4)
 

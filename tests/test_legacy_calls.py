@@ -13,7 +13,7 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from featherweight.loaders import folders
-from featherweight.nodes import legacy_gguf_clip, multigpu
+from featherweight.nodes.legacy import gguf
 from featherweight.ops.tensor import is_packed
 from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, OUTPUTS, VAE
 from pack_nodes import node_list
@@ -61,10 +61,9 @@ def models(tmp_path_factory):
             write_encoder(base / "text_encoders" / file, ENCODERS[name], random_weights(ENCODERS[name]))
             sizes |= ENCODERS[name].model_options
         sizes["model_config"] = ENCODERS["clip-l"].model_options["model_config"]  # the host takes it for the first CLIP
-        load = legacy_gguf_clip.load_text_encoder
-        for module in (legacy_gguf_clip, multigpu):
-            patch.setattr(module, "load_text_encoder",
-                          lambda *args, model_options=None: load(*args, model_options={**sizes, **(model_options or {})}))
+        load = gguf.load_text_encoder
+        patch.setattr(gguf, "load_text_encoder",
+                      lambda *args, model_options=None: load(*args, model_options={**sizes, **(model_options or {})}))
         yield base
 
 

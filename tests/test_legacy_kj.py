@@ -7,7 +7,7 @@ from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import folders
 from featherweight.nodes import shown
-from featherweight.nodes.legacy_kj import GGUFLoader
+from featherweight.nodes.legacy.kjnodes import GGUFLoader
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

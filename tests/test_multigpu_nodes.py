@@ -11,7 +11,7 @@ from devtools.files.gguf_files import write_gguf, write_random_gguf
 from families import FAMILIES, random_weights
 from featherweight.loaders import folders
 from featherweight.nodes import shown
-from featherweight.nodes.distorch import GIB
+from featherweight.nodes.legacy.distorch import GIB
 from gpu_memory import lies_on
 from pack_nodes import node_list
 from patched_models import flux_file, flux_inputs

@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.while_loading import TYPES
-from featherweight.nodes import help_pages, legacy_gguf
+from featherweight.nodes import help_pages
 from featherweight.nodes.elsewhere import watch_prompts
 from legacy_ids import INPUTS, NAME, OUTPUTS
 from pack_nodes import ids_in_source, node_list
@@ -58,7 +58,7 @@ def test_every_input_has_a_tooltip(node_id):
 
 
 def test_every_id_is_found_in_the_source_by_comfyui_manager():
-    assert set(ids_in_source()) == NODES.keys()
+    assert sorted(ids_in_source()) == sorted(NODES)
 
 
 # Inputs of our own loaders in the order in which workflows that people saved have their values. A later one comes last.
@@ -102,6 +102,7 @@ def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
     assert ids == NODES.keys() - {"UnetLoaderGGUF"}
 
 
+@pytest.mark.parametrize("file, gone", [("apply_lora", "FeatherweightApplyLora"), ("legacy.kjnodes", "GGUFLoaderKJ")])
 @pytest.mark.parametrize("source", [
     "raise RuntimeError('broken on import')",
     "from comfy_api.latest import io\n"
@@ -110,13 +111,14 @@ def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
     "    def define_schema(cls):\n"
     "        raise RuntimeError('broken schema')\n",
 ])
-def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypatch, caplog, source):
-    (tmp_path / "apply_lora.py").write_text(source)
-    monkeypatch.setattr(featherweight.nodes, "__path__", [str(tmp_path), *featherweight.nodes.__path__])
-    monkeypatch.delitem(sys.modules, "featherweight.nodes.apply_lora")
-    monkeypatch.delattr(featherweight.nodes, "apply_lora")
-    assert {node.GET_SCHEMA().node_id for node in node_list()} == NODES.keys() - {"FeatherweightApplyLora"}
-    assert "nodes/apply_lora.py" in caplog.text
+def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypatch, caplog, source, file, gone):
+    package, _, name = f"featherweight.nodes.{file}".rpartition(".")
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setattr(sys.modules[package], "__path__", [str(tmp_path), *sys.modules[package].__path__])
+    monkeypatch.delitem(sys.modules, f"{package}.{name}")
+    monkeypatch.delattr(sys.modules[package], name)
+    assert {node.GET_SCHEMA().node_id for node in node_list()} == NODES.keys() - {gone}
+    assert f"nodes/{file.replace('.', '/')}.py" in caplog.text
 
 
 def test_what_this_comfyui_lacks_is_one_sentence_with_the_nodes_that_go(tmp_path, monkeypatch, caplog):
@@ -149,9 +151,10 @@ def test_a_server_that_lacks_a_method_costs_what_needs_it_and_no_more(ask, conse
 
 
 def test_every_file_with_nodes_has_a_line_that_imports_it():
-    paths = Path(featherweight.nodes.__file__).parent.glob("[a-z]*.py")
-    files = {path.stem for path in paths if re.search(r"^class .*\bComfyNode\)", path.read_text(encoding="utf-8"), re.M)}
-    assert len(files) > 20
+    folder = Path(featherweight.nodes.__file__).parent
+    files = {".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("[a-z]*.py")
+             if re.search(r"^class .*\bComfyNode\)|^NODE_CONFIG = ", path.read_text(encoding="utf-8"), re.M)}
+    assert len(files) > 15 and files <= set(featherweight.nodes.file_names())
     for name in files:
         assert featherweight.nodes.import_file(name) is sys.modules[f"featherweight.nodes.{name}"]
 
@@ -270,7 +273,7 @@ def flux_file(host_folders, tmp_path):
     ("float16", "bfloat16", (torch.float16, torch.bfloat16)), ("bfloat16", "float32", (torch.bfloat16, torch.float32)),
 ])
 def test_the_advanced_loader_hands_its_dtypes_to_the_layers(flux_file, dequant, patch, expected):
-    model = legacy_gguf.UnetLoaderAdvanced.execute(flux_file, dequant, patch, True)[0]
+    model = NODES["UnetLoaderGGUFAdvanced"].execute(flux_file, dequant, patch, True)[0]
     layer = model.model.diffusion_model.img_in
     assert (layer.value_dtype, layer.patch_dtype) == expected
     assert layer.convert_weight(layer.weight).dtype == (expected[1] or layer.weight.dtype)

@@ -7,7 +7,8 @@ from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.placing import place, placed_text
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.nodes import multigpu, place_model
+from featherweight.nodes import place_model
+from featherweight.nodes.legacy import multigpu
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder
 from gpu_memory import larger_flux, sample, step

@@ -9,9 +9,9 @@ import pytest
 from comfy_api.latest import io
 from featherweight.loaders.devices import find_device
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.nodes import multigpu
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.inspect_model_file import InspectModelFile
+from featherweight.nodes.legacy import multigpu
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder

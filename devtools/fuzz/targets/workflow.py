@@ -49,7 +49,7 @@ class ExpertString(TextTarget):
     name, reads = "expert_string", "where weights lie, as ComfyUI-MultiGPU's workflows write it"
 
     def prepare(self):
-        from featherweight.nodes.distorch import UnreadableError, by_expert_string
+        from featherweight.nodes.legacy.distorch import UnreadableError, by_expert_string
         self.plan, self.own, self.compute = by_expert_string, (UnreadableError,), torch.device("cuda", 0)
         return [b"cuda:0,2.5gb;cuda:1,8gb;cpu,*", b"cuda:0,25%;cpu,75%", b"cuda:0,0.1;cpu,0.5", b"gpu:1,300m;cpu,*"]
 
@@ -132,7 +132,7 @@ class Numbers(TextTarget):
     def prepare(self):
         from featherweight.loaders.devices import find_device
         from featherweight.loaders.sizes import size_text
-        from featherweight.nodes.distorch import by_virtual_vram
+        from featherweight.nodes.legacy.distorch import by_virtual_vram
         self.own, self.device = (), torch.device("cuda", 0)
         self.find_device, self.by_virtual_vram, self.size_text = find_device, by_virtual_vram, size_text
         return [b'{"gpu_weights": 4.0, "virtual_vram_gb": 2.5, "device": "gpu:0"}',

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import comfy.model_management
 import torch
 
-from ..loaders.devices import CPU, find_device
-from ..loaders.files.container import shown
+from ...loaders.devices import CPU, find_device
+from ...loaders.files.container import shown
 
 GIB = 1 << 30
 MOST = 1e18  # of whatever a part asks for: an endless number shares nothing

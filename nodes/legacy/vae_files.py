@@ -4,9 +4,9 @@ import nodes as host_nodes
 import torch
 from comfy_api.latest import io
 
-from ..loaders.folders import all_there, find_file, list_files
-from ..loaders.vae import load_vae, made_of
-from .choices import choices_of
+from ...loaders.folders import all_there, find_file, list_files
+from ...loaders.vae import load_vae, made_of
+from ..choices import choices_of
 
 FOLDERS = ("vae_gguf", "vae", "vae_approx")
 PIXEL_SPACE = "pixel_space"  # the one name of the host's loader that stands for no weights
@@ -17,7 +17,7 @@ def vae_name_input():
     return io.Combo.Input("vae_name", options=[*gguf, *_of_the_host()], tooltip="A file in models/vae or models/vae_approx.")
 
 
-def is_there(vae_name: str | None) -> bool | str:
+def is_there(vae_name: str | None = None) -> bool | str:
     """For a node's `validate_inputs`, see `all_there`."""
     return not _is_file(vae_name) or all_there(vae_name, keys=FOLDERS)
 

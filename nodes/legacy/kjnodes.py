@@ -4,12 +4,10 @@ import comfy.ldm.modules.attention
 import torch
 from comfy_api.latest import io
 
-from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import all_there, find_file, list_files
-from . import legacy_gguf
-from .shown import loaded
+from ...loaders.folders import all_there, find_file, list_files
+from ..shown import loaded
+from .gguf import CLIP_FOLDERS, FOLDERS, dtype_inputs, load_model, model_input
 
-CONNECTOR_FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
 ATTENTION = {"sdpa": "pytorch", "sageattn": "sage", "xformers": "xformers", "flashattn": "flash"}  # as the host calls them
 
@@ -19,18 +17,18 @@ class GGUFLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        connectors = [name for name in list_files(*CONNECTOR_FOLDERS) if "connector" in name.lower()]
+        connectors = [name for name in list_files(*CLIP_FOLDERS) if "connector" in name.lower()]
         return io.Schema(
             node_id="GGUFLoaderKJ",
             display_name="GGUF Loader KJ",
             category="Featherweight/legacy",
             description="The GGUF loader of KJNodes workflows, which needs no ComfyUI-GGUF here.",
             inputs=[
-                legacy_gguf.model_name_input("model_name"),
+                model_input("model_name"),
                 io.Combo.Input("extra_model_name", default=NONE, optional=True,
-                               options=[*list_files(*legacy_gguf.FOLDERS), *connectors, NONE],
+                               options=[*list_files(*FOLDERS), *connectors, NONE],
                                tooltip="A file with further layers of the model, such as VACE's, or LTX-2's connector."),
-                *legacy_gguf.dtype_inputs(),
+                *dtype_inputs(),
                 io.Boolean.Input("enable_fp16_accumulation", default=False, optional=True,
                                  tooltip="Let CUDA sum products of fp16 in fp16, in everything that runs after this: faster and"
                                          " rougher."),
@@ -43,16 +41,13 @@ class GGUFLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model_name=None, extra_model_name=NONE):
         extra = None if extra_model_name == NONE else extra_model_name
-        return all_there(model_name, extra, keys=(*legacy_gguf.FOLDERS, *CONNECTOR_FOLDERS))
+        return all_there(model_name, extra, keys=(*FOLDERS, *CLIP_FOLDERS))
 
     @classmethod
     def execute(cls, model_name, extra_model_name=NONE, dequant_dtype="default", patch_dtype="default", patch_on_device=False,
                 enable_fp16_accumulation=False, attention_override=NONE) -> io.NodeOutput:
-        extra = None
-        if extra_model_name not in (NONE, None):
-            extra = find_file(extra_model_name, *legacy_gguf.FOLDERS, *CONNECTOR_FOLDERS)
-        dtypes = (legacy_gguf.DTYPES[name or "default"] for name in (dequant_dtype, patch_dtype))
-        model = load_diffusion_model(find_file(model_name, *legacy_gguf.FOLDERS), *dtypes, extra=extra)
+        extra = None if extra_model_name in (NONE, None) else find_file(extra_model_name, *FOLDERS, *CLIP_FOLDERS)
+        model = load_model(model_name, dequant_dtype, patch_dtype, extra=extra)
         notes = [accumulate_in_fp16(enable_fp16_accumulation), override_attention(model, attention_override)]
         return io.NodeOutput(*loaded(*notes, model=model))
 

@@ -1,0 +1,91 @@
+"""Node ids of the NF4 loader packs. Those of bananasss00's, SP_..., pack what is not packed yet to NF4."""
+from comfy_api.latest import io
+
+from ...loaders.checkpoint import load_checkpoint
+from ...loaders.folders import embedding_folders, find_file, list_files, list_model_folders
+from ..shown import loaded
+from . import LegacyNode, make_node
+from .gguf import FOLDERS, load_model, model_input
+
+CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
+
+
+def checkpoint_input():
+    return io.Combo.Input("ckpt_name", options=list_files(*CHECKPOINT_FOLDERS), tooltip="A file in models/checkpoints.")
+
+
+def bnb_dtype_input():
+    return io.Combo.Input("bnb_dtype", options=["default", "nf4", "fp4"], default="default", optional=True,
+                          tooltip="Kept for old workflows. The file says which format its weights have.")
+
+
+def load_dtype_input():
+    return io.Combo.Input("load_dtype", options=["default", "float8_e4m3fn", "float8_e5m2"], default="float8_e4m3fn",
+                          optional=True, tooltip="Kept for old workflows. Weights are packed from the file's own values.")
+
+
+def load_parts(ckpt_name: str, **options) -> dict:
+    """The parts of a file of `CHECKPOINT_FOLDERS`, by the keys of `shown.TITLES`. options: those of `load_checkpoint`."""
+    path = find_file(ckpt_name, *CHECKPOINT_FOLDERS)
+    return dict(zip(("model", "clip", "vae"), load_checkpoint(path, embedding_folders(), **options)))
+
+
+class CheckpointLoader(LegacyNode):
+    FUNCTION = "load_checkpoint"
+    folders = CHECKPOINT_FOLDERS
+    outputs = (io.Model.Output, io.Clip.Output, io.Vae.Output)
+    search_aliases = ("nf4", "fp4", "bitsandbytes", "bnb")
+
+    @classmethod
+    def load_checkpoint(cls, ckpt_name, bnb_dtype="default") -> tuple:
+        return loaded(**load_parts(ckpt_name))
+
+
+class UnetLoader(LegacyNode):
+    FUNCTION = "load_unet"
+    folders = FOLDERS
+    search_aliases = CheckpointLoader.search_aliases
+
+    @classmethod
+    def load_unet(cls, unet_name, bnb_dtype="default") -> tuple:
+        return loaded(model=load_model(unet_name))
+
+
+class PackingCheckpointLoader(CheckpointLoader):
+    HELP_PAGE = "LegacyLoaders"
+    search_aliases = ("nf4", "bitsandbytes", "bnb")
+
+    @classmethod
+    def load_checkpoint(cls, ckpt_name, load_dtype="default") -> tuple:
+        return loaded(**load_parts(ckpt_name, pack_to="NF4"))
+
+
+class PackingUnetLoader(LegacyNode):
+    HELP_PAGE = "LegacyLoaders"
+    FUNCTION = "load_checkpoint"  # so it is called there
+    folders = FOLDERS
+    search_aliases = PackingCheckpointLoader.search_aliases
+
+    @classmethod
+    def load_checkpoint(cls, unet_name, load_dtype="default") -> tuple:
+        return loaded(model=load_model(unet_name, pack_to="NF4"))
+
+
+# Id -> what its class derives from, its title, its inputs, its description.
+NODE_CONFIG = {
+    "CheckpointLoaderNF4": (
+        CheckpointLoader, "Load NF4 Checkpoint", lambda: [checkpoint_input(), bnb_dtype_input()],
+        "The checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight)."),
+    "UNETLoaderNF4": (
+        UnetLoader, "Load NF4 UNet", lambda: [model_input(folders=list_model_folders(*FOLDERS)), bnb_dtype_input()],
+        "The model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight)."),
+    "SP_CheckpointLoaderBNB": (
+        PackingCheckpointLoader, "SP_CheckpointLoaderBNB", lambda: [checkpoint_input(), load_dtype_input()],
+        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight) with pack to NF4."),
+    "SP_UnetLoaderBNB": (
+        PackingUnetLoader, "SP_UnetLoaderBNB", lambda: [model_input(), load_dtype_input()],
+        "A model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight) with pack to NF4."),
+}
+NODE_CLASS_MAPPINGS = {
+    node_id: make_node(__name__, node_id, base, display_name, inputs=inputs, description=description)
+    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()}
