@@ -3,7 +3,7 @@
 Rooms, each of which imports only itself and those before it: `host` (ComfyUI's environment, its server, a browser), `fakegpu`
 (GPUs that are memory of the host, to test on), `files` (writers of model files), `workflows` (the examples), `measure` (speed,
 memory, sizes, quality), `fuzz` (bad files by the hundred thousand), `gpu` (what only a GPU can show, in one command), `soak` (a
-server for hours, in one).
+server for hours, in one), `mutants` (faults planted in the pack, to see which the tests find).
 """
 import importlib
 import sys

@@ -77,10 +77,11 @@ class Clone:
         Returns:
             Its exit code, None after `limit`, and what it said.
         """
-        shutil.rmtree(self.temporary, ignore_errors=True)  # of other runs: kernels that were compiled, folders of failed tests
+        shutil.rmtree(self.temporary, ignore_errors=True)  # a mutant's kernels and verdicts are no other's
         self.temporary.mkdir()
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "--color=no", *arguments]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTEST_ADDOPTS": ""}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", "TMPDIR": str(self.temporary),
+                     "XDG_CACHE_HOME": str(self.temporary / "cache")}
         with open(self.temporary.with_suffix(".log"), "w+b") as log:
             process = subprocess.Popen(command, cwd=self.tree, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
@@ -144,7 +145,7 @@ class Tests:
             return self._results.tests[file]
 
 
-def test_mutant(clone: Clone, tests: Tests, file: str, source: str, budget: float) -> dict:
+def run_on_mutant(clone: Clone, tests: Tests, file: str, source: str, budget: float) -> dict:
     """Run the tests that know a file on a mutant of it.
 
     Args:
@@ -201,7 +202,7 @@ def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
         def work(entry: dict, file: str, source: str):
             mine = clones.get()
             try:
-                entry |= test_mutant(mine, tests, file, source, budget)
+                entry |= run_on_mutant(mine, tests, file, source, budget)
             finally:
                 clones.put(mine)
             results.add_mutant(entry)
@@ -214,4 +215,6 @@ def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
                 each.result()
         finally:
             pool.shutdown(cancel_futures=True)
+    if unusable := [file for file, entry in results.tests.items() if entry["seconds"] is None]:
+        print(f"Not usable without a mutant either: {', '.join(unusable)}")
     return results.content()
