@@ -151,16 +151,18 @@ def test_tests_that_run_in_a_circle_are_ended_with_what_they_started(tree, tmp_p
     assert time.monotonic() - started < 30
 
 
-def test_tests_are_those_named_after_a_source_then_the_nearest(tmp_path):
-    write(tmp_path, ops__bits="", ops__tensor="from . import bits", ops__far="from .tensor import x", machines__batch="",
-          tests__helper="from featherweight.ops import bits", tests__ops__test_bits_of_rows="", tests__test_far="",
+def test_the_tests_of_a_source_are_named_after_it_or_say_its_names_then_the_nearest(tmp_path):
+    write(tmp_path, ops__alpha="def one_of_its_names(): ID = 'NodeOfThisName'", ops__beta="from . import alpha",
+          ops__far="from .beta import x", machines__gamma="", tests__helper="from featherweight.ops import alpha",
+          tests__ops__test_alpha_of_rows="", tests__test_far="", tests__test_workflow="'NodeOfThisName'",
           tests__ops__test_x="from featherweight.ops.far import y", tests__ops__test_y="from helper import z",
-          tests__machines__test_z="START = 'from featherweight.machines import batch'", tests__server__test_server="")
+          tests__machines__test_z="START = 'from featherweight.machines import gamma'", tests__server__test_server="")
     tests = TestMap(tmp_path)
-    assert tests.tests_of("ops/bits.py")[:3] == [
-        "tests/ops/test_bits_of_rows.py", "tests/ops/test_y.py", "tests/ops/test_x.py"]
+    assert tests.tests_of("ops/alpha.py") == [
+        "tests/ops/test_alpha_of_rows.py", "tests/test_workflow.py", "tests/ops/test_y.py", "tests/ops/test_x.py",
+        "tests/server/test_server.py"]
     assert tests.tests_of("ops/far.py")[:2] == ["tests/test_far.py", "tests/ops/test_x.py"]
-    assert tests.tests_of("machines/batch.py") == ["tests/machines/test_z.py", "tests/server/test_server.py"]
+    assert tests.tests_of("machines/gamma.py") == ["tests/machines/test_z.py", "tests/server/test_server.py"]
 
 
 def entry(number, outcome, replaced=False):

@@ -1,10 +1,13 @@
-"""Which tests know a source file, by names and imports; nearest first."""
+"""Which tests know a source file, by names and imports; those that know most of it first."""
 import ast
+import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 FARTHEST = 3  # imports from a test to a source
+COMMON = 20  # tests that say a name, from which on it says nothing of what they are for
+WORD = re.compile(r"\w{4,}")
 MENTIONED = re.compile(r"featherweight\.([\w.]+)(?: import ([\w, ]+))?")
 
 
@@ -29,17 +32,35 @@ class TestMap:
                     self._helpers[".".join(parts[start:])].add(file)
         self._imported = {}
         self._distances = {test: self._walk(test) for test in self.tests}
+        self._words = {test: set(WORD.findall((tree / test).read_text(encoding="utf-8"))) for test in self.tests}
+        self._frequency = Counter(word for words in self._words.values() for word in words)
 
     def tests_of(self, source: str) -> list[str]:
-        """List the test files that know a source file: those named after it, then by the number of imports between."""
-        ranked = []
+        """List the test files that know a source file.
+
+        Returns:
+            First those that are named after it or that say most of its names, of which one that few
+            tests say counts more; then by the imports and folders between.
+        """
+        names, ranked = {name for name in self._names(source) if self._frequency[name] < COMMON}, []
         for test in self.tests:
-            distance = 0 if _is_named_after(test, source) else self._distances[test].get(source)
-            if distance is None and test.split("/")[1] in (source.split("/")[0], "server"):
-                distance = FARTHEST + 1
-            if distance is not None:
-                ranked.append((distance, (self.tree / test).stat().st_size, test))
-        return [test for _, _, test in sorted(ranked)]
+            score = sum(1 / self._frequency[name] for name in names & self._words[test]) + _named_after(test, source)
+            distance = self._distances[test].get(source, FARTHEST + 1)
+            near = distance <= FARTHEST or test.split("/")[1] in (source.split("/")[0], "server")
+            if near or score > 0:
+                apart = distance - len(os.path.commonprefix([test.split("/")[1:-1], source.split("/")[:-1]]))
+                ranked.append((-round(score, 1), apart, (self.tree / test).stat().st_size, test))
+        return [test for *_, test in sorted(ranked)]
+
+    def _names(self, source: str) -> set[str]:
+        """What a file defines, and its texts that are names, such as ids of nodes."""
+        names = set()
+        for node in ast.walk(ast.parse((self.tree / source).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                names.add(node.value)
+        return names
 
     def _walk(self, test: str) -> dict[str, int]:
         """Number of imports to each source; helpers of tests are of the test, a package's files of the package."""
@@ -86,8 +107,15 @@ class TestMap:
         return next((file for file in (f"{path}.py", f"{path}/__init__.py") if file in self.files), None)
 
 
-def _is_named_after(test: str, source: str) -> bool:
-    """tests/ops/test_bits.py and tests/ops/test_bits_of_rows.py are named after ops/bits.py."""
-    path = Path(source)
-    name = path.parent.name if path.stem == "__init__" else path.stem
-    return re.match(rf"test_({re.escape(path.parent.name)}_)?{re.escape(name)}(_|$)", Path(test).stem) is not None
+def _named_after(test: str, source: str) -> float:
+    """Return how much a test's name says of a source.
+
+    tests/ops/test_bits_of_rows.py is named after ops/bits.py, tests/test_bits.py perhaps, and
+    tests/ops/test_formats.py after the folder of ops/formats/iq1.py.
+    """
+    path, folder, name = Path(source), Path(test).parent.relative_to("tests"), Path(test).stem
+    room, *parents = path.parent.parts
+    inner = parents[-1] if parents else ""
+    if path.stem != "__init__" and re.match(rf"test_({inner or room}_)?{path.stem}(_|$)", name):
+        return 0.3 if folder == Path() else 1.0 if folder in path.parents else 0.0
+    return 0.5 if inner and folder in path.parents and re.match(rf"test_{inner}(_|$)", name) else 0.0
