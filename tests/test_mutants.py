@@ -1,9 +1,11 @@
 """The sample of mutants stays where lines move, and a run says which of them the tests kill."""
+import contextlib
 import json
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from devtools.mutants import running, sampling
@@ -46,6 +48,18 @@ def test_nothing():
 def test_that_fails_without_a_mutant():
     assert area(3, 5) == 16
 '''
+ENDLESS = """
+import pathlib
+import subprocess
+
+
+def test():
+    process = subprocess.Popen([{python!r}, "-c", "import time; time.sleep(90)"], start_new_session=True)
+    path = pathlib.Path('{pid}')
+    path.with_suffix(".partial").write_text(str(process.pid))
+    path.with_suffix(".partial").rename(path)
+    process.wait()
+"""
 ROOMS = {"ops": ("ops",)}
 
 
@@ -65,10 +79,20 @@ def tree(tmp_path):
 
 @pytest.fixture
 def repository(tree):
-    git = ["git", "-c", "user.name=toy", "-c", "user.email=toy@localhost"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "Toy"]):
-        subprocess.run([*git, *command], cwd=tree, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    commit(tree)
     return tree
+
+
+def commit(tree):
+    for command in (["add", "ops", "tests"], ["commit", "-qm", "Toy"]):
+        subprocess.run(["git", "-c", "user.name=toy", "-c", "user.email=toy@localhost", *command], cwd=tree, check=True)
+
+
+def is_running(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def order(tree, seed=1):
@@ -144,11 +168,33 @@ def test_results_of_another_commit_are_not_mixed(tmp_path):
 
 
 def test_tests_that_run_in_a_circle_are_ended_with_what_they_started(tree, tmp_path):
-    write(tree, tests__test_endless=f"import subprocess\n\ndef test():\n    subprocess.run([{sys.executable!r}, '-c', "
-                                    "'import time; time.sleep(60)'])\n")
+    write(tree, tests__test_endless=ENDLESS.format(python=sys.executable, pid=tmp_path / "pid"))
     started = time.monotonic()
-    assert running.Clone(tree, tmp_path / "t").run_tests("tests/test_endless.py", limit=3)[0] is None
-    assert time.monotonic() - started < 30
+    assert running.Clone(tree, tmp_path / "t").run_tests("tests/test_endless.py", limit=10)[0] is None
+    assert time.monotonic() - started < 40
+    assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+def test_a_run_that_is_stopped_keeps_no_result_of_what_it_ended(repository, tmp_path):
+    write(repository, tests__ops__test_toy=ENDLESS.format(python=sys.executable, pid=tmp_path / "pid"))
+    commit(repository)
+    sample, out = sampling.draw_sample(repository, 1, "", 1, ROOMS), tmp_path / "results.json"
+    sampling.write_sample(tmp_path / "sample.json", sample)
+    call = ("import sys, json, pathlib; from devtools.mutants import __main__ as main, running; "
+            "main.ROOT = pathlib.Path(sys.argv[1]); main.ROOMS = {'ops': ('ops',)}; main.main(sys.argv[2:])")
+    process = subprocess.Popen([sys.executable, "-c", call, str(repository), "run", "--sample", str(tmp_path / "sample.json"),
+                                "--out", str(out)], cwd=running.Path(sampling.__file__).parents[2], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert not out.exists()
+    assert not is_running(int((tmp_path / "pid").read_text()))
 
 
 def test_the_tests_of_a_source_are_named_after_it_or_say_its_names_then_the_nearest(tmp_path):
@@ -175,8 +221,7 @@ def entry(number, outcome, replaced=False):
 def test_test_files_that_do_not_run_without_a_mutant_are_named(repository, tmp_path, capsys):
     sample = sampling.draw_sample(repository, 1, "", 1, ROOMS)
     write(repository, tests__ops__test_toy="import nothing_of_this_name")
-    subprocess.run(["git", "-c", "user.name=toy", "-c", "user.email=toy@localhost", "commit", "-qam", "Broken"], cwd=repository,
-                   check=True)
+    commit(repository)
     content = running.run(repository, sample, "HEAD", tmp_path / "results.json", ROOMS)
     assert content["mutants"][0]["outcome"] == "survived" and content["mutants"][0]["tests"] == []
     assert "Not usable without a mutant either: tests/ops/test_toy.py" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """python -m devtools.mutants: draw a sample of mutants, run the tests on it, compare two runs."""
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     comparison.add_argument("after", type=Path)
 
     options = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("Stopped. Run the same command again to go on."))
     if options.command == "compare":
         report, fine = compare(_read(options.before), _read(options.after))
         print(report)

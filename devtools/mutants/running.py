@@ -54,7 +54,7 @@ class Clone:
     """A tree that faults are planted in, one at a time."""
 
     def __init__(self, tree: Path, temporary: Path):
-        self.tree, self.temporary = tree, temporary
+        self.tree, self.temporary, self.stopped = tree, temporary, False
 
     @contextlib.contextmanager
     def planted(self, file: str, source: str):
@@ -83,25 +83,31 @@ class Clone:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", "TMPDIR": str(self.temporary),
                      "XDG_CACHE_HOME": str(self.temporary / "cache")}
         with open(self.temporary.with_suffix(".log"), "w+b") as log:
-            process = subprocess.Popen(command, cwd=self.tree, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=self.tree, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                       start_new_session=True)  # or Ctrl-C would end the tests, as if they had failed
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                _end(process)
+                self.end_processes()
+                process.wait()
+            if self.stopped:
+                raise InterruptedError(f"The tests in {self.tree} were ended.")
             log.seek(0)
             return code, log.read().decode(errors="replace")
 
+    def stop(self):
+        """End the tests that run here; `run_tests` raises then."""
+        self.stopped = True
+        self.end_processes()
 
-def _end(process: subprocess.Popen):
-    """End a process that still runs, and those it has started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        for each in [parent, *parent.children(recursive=True)] if process.poll() is None else []:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-    process.wait()
+    def end_processes(self):
+        """End what was started here and still runs: all that has this clone's temporary folder, daemons too."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("TMPDIR") == str(self.temporary):
+                    process.kill()
 
 
 class Tests:
@@ -186,12 +192,13 @@ def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
     commit = resolve_commit(root, revision)
     results = Results(out, commit, sample["seed"])
     with contextlib.ExitStack() as stack:
-        clones = queue.SimpleQueue()
-        for _ in range(processes):
-            clones.put(latest := stack.enter_context(clone(root, commit)))
-        tests, jobs = Tests(latest.tree, results), []
+        clones, free, jobs = [stack.enter_context(clone(root, commit)) for _ in range(processes)], queue.SimpleQueue(), []
+        for each in clones:
+            free.put(each)
+        tree = clones[0].tree
+        tests = Tests(tree, results)
         for name, folders in rooms.items():
-            room = Room(latest.tree, folders)
+            room = Room(tree, folders)
             pending = [(sampled, mutant) for sampled, mutant in fit_sample(sample, name, room)
                        if mutant and not results.has(name, sampled)]
             for sampled, mutant in pending[:limit]:
@@ -200,11 +207,11 @@ def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
                 jobs.append((entry, mutant.place.file, room.plant(mutant)))
 
         def work(entry: dict, file: str, source: str):
-            mine = clones.get()
+            mine = free.get()
             try:
                 entry |= run_on_mutant(mine, tests, file, source, budget)
             finally:
-                clones.put(mine)
+                free.put(mine)
             results.add_mutant(entry)
             print(describe(entry), flush=True)
 
@@ -213,8 +220,11 @@ def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
         try:
             for each in running:
                 each.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for each in clones:
+                each.stop()
+            raise
     if unusable := [file for file, entry in results.tests.items() if entry["seconds"] is None]:
         print(f"Not usable without a mutant either: {', '.join(unusable)}")
     return results.content()
