@@ -284,8 +284,7 @@ def loaders(stranger, nodes: dict, port: int) -> list[dict]:
         if place in ("model", "clip", "vae") and named:
             texts, turn = stranger.texts(port), turn + 1
             honest = inputs_of(each)
-            found += [{place: node(kind, {**honest, **dict.fromkeys(named, texts[(turn + step * 9) % len(texts)])})}
-                      for step in range(2)]
+            found.append({place: node(kind, {**honest, **dict.fromkeys(named, texts[turn * 7 % len(texts)])})})
     return found
 
 
