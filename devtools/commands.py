@@ -11,7 +11,8 @@ from devtools.gpu import bare
 from devtools.host.environment import fetch_chromium, fetch_llama_cpp, prepare
 
 # Each runs whole files, folder by folder: those of tests/server share a server then.
-TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder",
+                 "--max-worker-restart", "0"]  # else what a process held that dies is waited for without end
 
 
 def setup(arguments: list[str]) -> int:
