@@ -67,13 +67,12 @@ class Browser:
             [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
              f"--remote-debugging-port={port}", f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
              f"--window-size={width},{height}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.tabs = f"http://127.0.0.1:{port}/json"
         try:
-            self.socket = websocket.create_connection(self._page(port), timeout=120)
+            self._attach(self._first_tab())
         except BaseException:
             self.__exit__()
             raise
-        self.call("Page.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         return self
 
     def __exit__(self, *_):
@@ -85,17 +84,25 @@ class Browser:
             self.process.wait()
         self.profile.cleanup()
 
-    def _page(self, port: int) -> str:
-        """Address of the debugging protocol of the one page."""
+    def _first_tab(self) -> dict:
+        """The tab that Chromium starts with, as its debugging protocol lists it."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             time.sleep(0.2)
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as reply:
-                    return next(target for target in json.load(reply) if target["type"] == "page")["webSocketDebuggerUrl"]
+                with urllib.request.urlopen(self.tabs) as reply:
+                    return next(target for target in json.load(reply) if target["type"] == "page")
             except (OSError, StopIteration):
                 continue
         raise BrowserError(f"{self.process.args[0]} did not start. Run it with --headless=new --version to see why.")
+
+    def _attach(self, tab: dict):
+        """Send what follows to a tab."""
+        self.tab = tab["id"]
+        self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=120)
+        width, height = self.window
+        self.call("Page.enable")
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def call(self, method: str, **params):
         number = next(self.numbers)
@@ -131,9 +138,15 @@ class Browser:
         self.wait_for("!!window.app?.graph && !app.extensionManager.spinner", 180)
         time.sleep(1)  # what it draws last
 
-    def leave(self):
-        """Show nothing: an editor goes on drawing, and takes a fifth of a core."""
-        self.call("Page.navigate", url="about:blank")
+    def close_editor(self):
+        """Go on in a new tab: an editor that is left open goes on drawing, and takes a fifth of a core."""
+        old = self.tab
+        with urllib.request.urlopen(urllib.request.Request(f"{self.tabs}/new?about:blank", method="PUT")) as reply:
+            tab = json.load(reply)
+        self.socket.close()
+        self._attach(tab)
+        with urllib.request.urlopen(f"{self.tabs}/close/{old}"):
+            pass
 
     def open_workflow(self, name: str, text: str):
         """Open a workflow in the UI or the API format, as the file `name` dropped on the page."""

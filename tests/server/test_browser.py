@@ -57,9 +57,9 @@ ARROW = """((type, name) => {
 
 
 @pytest.fixture(autouse=True)
-def left(browser):
+def closed(browser):
     yield
-    browser.leave()
+    browser.close_editor()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def files(server):
 def editor(browser, server, files):
     browser.open_editor(server)
     yield browser
-    browser.leave()
+    browser.close_editor()
 
 
 def prompt_of_the_editor(editor) -> dict:
