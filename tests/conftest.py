@@ -1,45 +1,18 @@
-"""Puts the real host on the path and this pack under the package name `featherweight`.
-
-The pack's own `__init__.py` is not executed: it is what the host runs, and the server tests cover it.
-"""
+"""The host, the pack and what every test may ask for."""
 import functools
 import gc
 import os
-import sys
-import types
-from pathlib import Path
 from unittest import mock
 
+import comfyui_and_pack  # noqa: F401  first: puts both where they can be imported
 import fake_gpus
 import pytest
-from devtools.files import gguf_types  # noqa: F401  gguf takes the types that are newer than it
 from devtools.host.environment import HOST_VERSION
-
-PACK = Path(__file__).resolve().parent.parent
-HOST = Path(os.environ.get("COMFYUI_PATH", PACK / ".dev" / "host"))
-
-if not (HOST / "comfy").is_dir():
-    raise pytest.UsageError(f"No ComfyUI at {HOST}. Run `python3 dev.py test`, or set COMFYUI_PATH.")
-
-sys.path.insert(0, str(HOST))
-_arguments, sys.argv = sys.argv, ["main.py", *os.environ.get("HOST_ARGUMENTS", "--cpu").split()]
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402, F401  parses sys.argv once
-
-sys.argv = _arguments
-if fake_gpus.ON_FAKE_GPUS:
-    fake_gpus.start()
 
 import comfy.model_management  # noqa: E402
 import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-
-_pack = types.ModuleType("featherweight")
-_pack.__path__ = [str(PACK)]
-sys.modules.setdefault("featherweight", _pack)  # tests of child processes import this file once more
 
 
 def pytest_configure():

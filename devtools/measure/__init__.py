@@ -9,5 +9,5 @@ from devtools import ROOT
 if torch.accelerator.is_available():
     os.environ.setdefault("HOST_ARGUMENTS", "")
 if "featherweight" not in sys.modules:  # as it is in a test
-    sys.path.insert(0, str(ROOT / "tests"))
-    import conftest  # noqa: F401  the host and the pack
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import comfyui_and_pack  # noqa: F401  the host and the pack

@@ -4,10 +4,10 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
+import comfyui_and_pack
 import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
@@ -97,7 +97,7 @@ WITHOUT_BITSANDBYTES = """
 import sys
 sys.modules["bitsandbytes"] = None  # an import of it fails
 sys.path[:0] = {folders!r}
-import conftest
+import comfyui_and_pack
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from patched_models import run
@@ -108,7 +108,7 @@ torch.save(run(load_diffusion_model({path!r})), {path!r} + ".pt")
 @pytest.mark.parametrize("write", [write_bnb, write_bnb_int8], ids=["NF4", "int8"])
 def test_bitsandbytes_is_not_needed(write, path):
     seen = write(path, flux())
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    folders = [os.path.dirname(comfyui_and_pack.__file__)]
     script = WITHOUT_BITSANDBYTES.format(path=path, folders=folders)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import pytest
 import recipe_process
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from conftest import HOST, PACK
+from comfyui_and_pack import HOST, PACK
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from families import FAMILIES, random_weights
@@ -140,7 +140,7 @@ def test_layers_unpickle_in_a_process_with_the_pack_in_another_folder(format_nam
     modules = [torch.nn.Sequential(plain), torch.nn.Sequential(plain, torch.nn.ReLU(), int8)]
     torch.save(modules, tmp_path / "blocks.pt")
     command = [sys.executable, "-c", UNPICKLING, *map(str, (HOST, other, tmp_path / "blocks.pt", tmp_path / "outputs.pt"))]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK / "tests"), str(PACK)])}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK / "tests" / "support"), str(PACK)])}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
     *outputs, count = torch.load(tmp_path / "outputs.pt", weights_only=False)

@@ -24,6 +24,7 @@ from featherweight.ops.kernels.verdicts import Case, is_verdict
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
+SUPPORT = str(PACK / "tests" / "support")
 Q4_0, Q8_0 = (Case("unpack", name, torch.float32, None) for name in ("Q4_0", "Q8_0"))
 SHAPES = {"Q4_0": {(16, 256)}, "Q8_0": {(16, 256)}}
 ATTEMPT = 15  # seconds, for a machine that others use too
@@ -276,7 +277,7 @@ print(sum(verdict["verdict"] == "right" for verdict in prover._read.value[sys.ar
 
 
 def start(*names, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", PROCESS, str(PACK), str(PACK / "tests"), *names], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", PROCESS, str(PACK), SUPPORT, *names], stdout=subprocess.PIPE,
                             text=True, **options)
 
 
@@ -323,7 +324,7 @@ def test_a_process_that_ends_ends_its_trial_without_error(cache, tmp_path, monke
     log = tmp_path / "log"
     monkeypatch.setenv(planted_backends.LOG, str(log))
     script = PROCESS.replace("while prover.at_work:", f"import pathlib\nwhile not pathlib.Path({str(log)!r}).exists():")
-    ended = subprocess.run([sys.executable, "-c", script.rpartition("print")[0], str(PACK), str(PACK / "tests"), "loops"],
+    ended = subprocess.run([sys.executable, "-c", script.rpartition("print")[0], str(PACK), SUPPORT, "loops"],
                            timeout=120, capture_output=True, text=True)
     assert ended.returncode == 0 and not ended.stderr
     child = int(log.read_text().split()[0])

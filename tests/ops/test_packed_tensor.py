@@ -7,10 +7,10 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+import comfyui_and_pack
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelSave
@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.usefixtures("small_models")
 
 FORMAT_NAMES = ("Q8_0", "Q4_K", "INT8", "float8_e4m3fn")  # the last is the host's, in a file with NF4
-IMPORTED = os.pathsep.join(map(str, Path(__file__).resolve().parents[1:3]))
-CHILD = {**os.environ, "PYTHONPATH": IMPORTED, "PYTHONWARNINGS": "ignore"}
+CHILD = {**os.environ, "PYTHONPATH": os.path.dirname(comfyui_and_pack.__file__), "PYTHONWARNINGS": "ignore"}
 
 
 def test_whatever_is_done_to_a_packed_tensor_works_as_on_a_dense_one_or_says_why_not():
@@ -45,7 +44,7 @@ def test_whatever_is_done_to_a_packed_tensor_works_as_on_a_dense_one_or_says_why
 
 
 SAVING = """
-import conftest, sys, torch, safetensors.torch
+import comfyui_and_pack, sys, torch, safetensors.torch
 from patched_models import packed_flux
 torch.set_num_threads(1)
 for format_name in sys.argv[2:]:
@@ -112,7 +111,7 @@ def test_weights_loaded_into_another_module_are_the_values(format_name):
 
 
 WRITING = """
-import conftest
+import comfyui_and_pack
 from patched_models import packed_flux, packed_layers
 weight = packed_layers(packed_flux("Q8_0"))[0].weight
 try:

@@ -3,7 +3,7 @@ a host to connect to, a program or its argument, a file outside the folders, a v
 
 Every input of every node that the server has from this pack gets each hostile value, alone. Of those that the host's checks let
 through some run for each input, other ones for each, and on Ray's workers of this computer too. All processes write down what
-they do (`tests/audit.py`).
+they do (`tests/support/audit.py`).
 """
 import json
 import pickle

@@ -13,7 +13,7 @@ import tempfile
 import types
 import warnings
 
-import conftest  # noqa: F401  puts the host on the path
+import comfyui_and_pack  # noqa: F401  puts the host on the path
 import numpy as np
 import safetensors.torch
 import torch

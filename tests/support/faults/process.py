@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: E402, F401  the host and the pack
+import comfyui_and_pack  # noqa: E402, F401  the host and the pack
 
 import torch  # noqa: E402
 from devtools.files import tiny_models  # noqa: E402

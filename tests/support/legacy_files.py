@@ -9,7 +9,7 @@ from devtools import demo
 from devtools.files import demo_files, tiny_models
 from devtools.files.gguf_files import write_gguf
 
-WORKFLOWS = sorted((Path(__file__).parent / "server" / "legacy_workflows").glob("*.json"))
+WORKFLOWS = sorted((Path(__file__).parents[1] / "server" / "legacy_workflows").glob("*.json"))
 
 
 def write_files(models: Path):

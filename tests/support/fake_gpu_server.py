@@ -10,7 +10,7 @@ from devtools.host.server import HOST, Run, Server
 # The same arithmetic on the CPU and on GPUs, which the host would run in other dtypes. The pack says what no argument does.
 SAME = ("--fp32-unet", "--fp32-vae", "--fp32-text-enc", "--use-pytorch-cross-attention")
 SAME_ENV = {"FEATHERWEIGHT_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
-SAME_PACK = {"as_on_a_cpu": (ROOT / "tests" / "as_on_a_cpu.py").read_text(encoding="utf-8")}
+SAME_PACK = {"as_on_a_cpu": (ROOT / "tests" / "support" / "as_on_a_cpu.py").read_text(encoding="utf-8")}
 
 
 class Size(NamedTuple):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-PACK = Path(__file__).resolve().parents[1]
+PACK = Path(__file__).resolve().parents[2]
 START = ("import sys, types; pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
          " sys.modules['featherweight'] = pack; sys.path.insert(0, sys.argv[2]); import planted_backends;"
          " planted_backends.main()")
-COMMAND = (sys.executable, "-c", START, str(PACK), str(PACK / "tests"))
+COMMAND = (sys.executable, "-c", START, str(PACK), str(PACK / "tests" / "support"))
 LOG = "PLANTED_BACKENDS_LOG"  # environment variable: a file that gets a line for each kernel that is tried
 SLOWER = 0.002  # seconds that the reference takes longer than it needs
 
