@@ -1,5 +1,5 @@
 """Packing with error feedback: what it gains, and that it is safe with any moments."""
-import sys
+import contextlib
 
 import gguf
 import numpy as np
@@ -7,13 +7,13 @@ import pytest
 import torch
 from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.kernels import choices, cpp_backend, identity
 from featherweight.ops.packing import damped, pack_tensor
 from featherweight.ops.packing.damped import corrected_target
 from featherweight.ops.packing.feedback import pack_with_feedback
 from featherweight.ops.packing.guard import better_of, output_errors
 from featherweight.ops.packing.moments import Moments
 from gguf import GGMLQuantizationType
+from kernel_cases import cpu_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Not those of other block lengths, which other tests have made meanwhile.
@@ -26,21 +26,11 @@ pytestmark = pytest.mark.usefixtures("small_models")
 @pytest.fixture(scope="module", params=["torch", "kernel"], autouse=True)
 def by(request, tmp_path_factory):
     """What goes through the columns: all here holds for both."""
-    if request.param == "torch":
+    with contextlib.ExitStack() as stack:
+        if request.param == "kernel":
+            patch, find = stack.enter_context(cpu_kernels(tmp_path_factory.mktemp("cache"))), kernels.find
+            patch.setattr(kernels, "find", lambda op, *case, **more: find(op, *case, **more) if op == "pack_columns" else None)
         yield request.param
-        return
-    if sys.platform == "win32" or identity.cpp_compiler() is None:
-        pytest.skip("needs a C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(kernels.VARIABLE, raising=False)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(kernels, "_choices", {})
-        find = kernels.find
-        patch.setattr(kernels, "find", lambda op, *case, **more: find(op, *case, **more) if op == "pack_columns" else None)
-        patch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 120))
-        cpp_backend._kernels.cache_clear()
-        yield request.param
-    cpp_backend._kernels.cache_clear()
 
 
 def inputs(tokens: int, columns: int, seed: int = 0, power: float = 1.0) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Packing values of any magnitude that float32 has: what a format can hold is as near as at ordinary magnitudes, what it cannot
 becomes zeros at worst, and nothing becomes NaN. In torch and by the kernels for CPUs."""
+import contextlib
 import functools
-import sys
 
 import gguf
 import numpy as np
@@ -10,11 +10,11 @@ import torch
 from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError, powers_of_two
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import choices, cpp_backend, identity
 from featherweight.ops.packing import _has_reference, can_pack, pack_tensor
 from featherweight.ops.packing.guard import output_errors
 from featherweight.ops.packing.moments import Moments
 from featherweight.ops.tensor import packed_tensor, packed_tensors
+from kernel_cases import cpu_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,21 +32,12 @@ each_searched = pytest.mark.parametrize("type_name", SEARCHED)
 @pytest.fixture(scope="module", params=["torch", "kernel"])
 def by(request, tmp_path_factory):
     """What searches the blocks and goes through the columns."""
-    if request.param == "torch":
+    with contextlib.ExitStack() as stack:
+        if request.param == "kernel":
+            stack.enter_context(cpu_kernels(tmp_path_factory.mktemp("cache")))
+            for packed_format in SEARCHED.values():
+                assert kernels.find("pack_blocks", torch.device("cpu"), packed_format, torch.float32) is not None
         yield request.param
-        return
-    if sys.platform == "win32" or identity.cpp_compiler() is None:
-        pytest.skip("needs a C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(kernels.VARIABLE, raising=False)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(kernels, "_choices", {})
-        patch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 120))
-        cpp_backend._kernels.cache_clear()
-        for packed_format in SEARCHED.values():
-            assert kernels.find("pack_blocks", torch.device("cpu"), packed_format, torch.float32) is not None
-        yield request.param
-    cpp_backend._kernels.cache_clear()
 
 
 def normal(rows: int = 4, columns: int = 512) -> torch.Tensor:

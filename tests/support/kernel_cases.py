@@ -1,11 +1,14 @@
 """Formats and references for the tests of kernels in C++."""
+import contextlib
+import sys
+
 import gguf
 import pytest
 import torch
-from featherweight.ops import formats, product  # noqa: F401
+from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import choices
+from featherweight.ops.kernels import choices, cpp_backend, identity
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.cxx_text import FORMAT_NAMES
 from featherweight.ops.low_rank import LowRank, Slice
@@ -28,6 +31,21 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def wait_for_kernels(monkeypatch):
     """The first call waits for every kernel, that of "unpack" too."""
     monkeypatch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 120))
+
+
+@contextlib.contextmanager
+def cpu_kernels(cache_folder):
+    """Kernels of this CPU, compiled into a cache of their own, and waited for."""
+    if sys.platform == "win32" or identity.cpp_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(kernels.VARIABLE, raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(cache_folder))
+        patch.setattr(kernels, "_choices", {})
+        wait_for_kernels(patch)
+        cpp_backend._kernels.cache_clear()
+        yield patch
+    cpp_backend._kernels.cache_clear()
 
 
 def each_format_with(name: str, values, indirect: bool = False):
