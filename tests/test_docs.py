@@ -9,15 +9,12 @@ from featherweight.ops.format import GGML_FORMATS
 from pack_nodes import node_list
 
 from devtools import ROOT
+from devtools.host import environment
 from devtools.measure import model_sizes
 
 README, RECIPES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
 # Words of a text that are a file or the first folder of a path.
 FILE_OR_FOLDER = re.compile(r"(?<![\w/*])\w+(?:\.py\b|(?=/))")
-
-
-def names_in(folder: str) -> set[str]:
-    return {path.name for path in (ROOT / folder).iterdir() if not path.name.startswith(("_", "."))}
 
 
 def test_the_readme_names_every_ggml_type():
@@ -32,11 +29,12 @@ def test_the_readme_has_a_row_for_every_node_of_ours():
             if schema.node_id.startswith("Featherweight") and f"\n| {schema.display_name} |" not in rows] == []
 
 
-def test_the_map_of_the_readme_is_that_of_the_tree():
+def test_the_map_of_the_readme_names_every_folder_and_nothing_that_is_gone():
     mapped = set(FILE_OR_FOLDER.findall(README.split("## Map")[1].split("```")[1]))
-    assert names_in("machines") | names_in("loaders") | names_in("ops") <= mapped
-    assert mapped <= {"__init__.py"} | names_in(".") | names_in("nodes") | names_in("machines") | names_in("loaders") \
-        | names_in("ops")
+    rooms = [ROOT / name for name in ("nodes", "machines", "loaders", "ops")]
+    there = [path for folder in (ROOT, *rooms) for path in folder.iterdir()]
+    assert mapped <= {path.name for path in there}
+    assert {path.name for path in there if path.parent != ROOT and (path / "__init__.py").exists()} <= mapped
 
 
 def test_the_way_of_a_weight_names_what_is_there():
@@ -60,6 +58,12 @@ def test_files_and_tests_that_the_recipes_name_are_there():
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
     files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     assert {word for word in quoted if word.startswith("test_")} <= defined | files
+
+
+def test_what_the_environment_takes_is_said_alike():
+    size = environment.SIZE.removeprefix("about ")
+    for name in ("README.md", "CONTRIBUTING.md", "dev.py"):
+        assert size in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 @pytest.mark.parametrize("language", ["", "/ja", "/ko", "/de"])
