@@ -23,7 +23,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   soak [--minutes N] [--prompts N]  drive the real server for hours, by two clients; JSON, a plot and one closing line
   setup                        only make the environment that the others use
 
-Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 2.5 GB (more
+Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 4.5 GB (more
 where pip chooses a GPU build of torch). To use an existing ComfyUI, set COMFYUI_PATH to its folder and run dev.py
 with its Python; if that Python has no torch, the environment under .dev is used."""
 

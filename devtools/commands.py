@@ -3,6 +3,7 @@
 Standard library only: dev.py imports it before anything is installed.
 """
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from devtools import ROOT
 from devtools.gpu import bare
 from devtools.host.environment import fetch_chromium, fetch_llama_cpp, prepare
 
+PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
 # Each runs whole files, folder by folder: those of tests/server share a server then.
-TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder",
-                 "--max-worker-restart", "0"]  # else what a process held that dies is waited for without end
+WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
+               "--max-worker-restart", "0"]  # else what a process held that dies is waited for without end
 
 
 def setup(arguments: list[str]) -> int:
@@ -23,7 +25,7 @@ def setup(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Run the linter, then pytest with `arguments`. The whole suite runs in two processes, each file in one of them."""
+    """Run the linter, then pytest with `arguments`: the whole suite in a process for each core."""
     environment = prepare()
     fetch_llama_cpp(environment.python)
     fetch_chromium(environment.python)
@@ -36,11 +38,20 @@ def test(arguments: list[str]) -> int:
     if named or "--heavy" in arguments:  # a heavy test may need all of the memory
         tests = environment.run("-m", "pytest", *paths, *arguments)
     else:
-        tests = environment.run("-m", "pytest", *TWO_PROCESSES, *paths, *arguments, OMP_NUM_THREADS="1")
+        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, *paths, *arguments, OMP_NUM_THREADS="1")
     failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})" if failed else f"Done: everything passed ({took})")
     return 1 if failed else 0
+
+
+def processes() -> int:
+    """As many processes as there are cores, where the memory is enough for them."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sysconf"):
+        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        cores = min(cores, int(gib / PROCESS_GIB))
+    return max(1, cores)
 
 
 def demo(arguments: list[str]) -> int:

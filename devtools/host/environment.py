@@ -33,6 +33,7 @@ LLAMA_CPP_FOLDER = "vendor/llama.cpp/"
 LLAMA_CPP_FILES = (r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
                    r"|ggml/(src/(ggml-quants\.[ch]|ggml-common\.h|ggml-impl\.h|ggml-cpu/ggml-cpu-impl\.h)|include/.*\.h)$")
 
+SIZE = "about 4.5 GB"  # of all under .dev, with a build of torch for CPUs
 BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the system has none
 
 TORCH = "torch==2.13.0"
@@ -121,7 +122,7 @@ def _make_venv(python: Path):
     if python.exists() and not _unfinished(python).exists() and _can_import(python, "pip"):
         return
     folder = python.parent.parent
-    print(f"Making a virtual environment in {folder}", flush=True)
+    print(f"Making a virtual environment in {folder}: all of {DEV} takes {SIZE}", flush=True)
     if subprocess.call([sys.executable, "-m", "venv", "--clear", str(folder)]):
         raise SetupError("Python could not make a virtual environment (its message is above). "
                          "On Debian and Ubuntu, install the package python3-venv, then run this again.")
