@@ -1,20 +1,19 @@
-"""Targets in this process: files read, then fuzzed. `python -m devtools.fuzz.child JOB.json`.
+"""Targets in this process, under the guard.
 
-The job is a dict: `targets`, `folder` (of its own), of each target `executions` and `seconds` at most, `seed`, `atheris` (use
-it or not), `findings` (a folder), `corpus` (of Atheris, None for none), `replay` (target -> files to read first). What is read
-now lies in `folder/current`, so that the parent has it should this process end: u64 executions, u64 length, content. Findings
-and counts are in `folder/result.json`, written as they come.
+    python -m devtools.fuzz.child TARGET [OPTION OF LIBFUZZER | FILE | FOLDER ...]    with Atheris
+    python -m devtools.fuzz.child --hypothesis TARGET EXECUTIONS SEED                 where Atheris has no wheel
+    python -m devtools.fuzz.child --replay EXECUTIONS < JOB    what is in files, and some new inputs
+
+JOB is JSON, target -> paths. A replay prints a line of JSON before each input, {"target", "input"}, and one with "finding"
+after each that broke a rule. In the other two the first finding ends the process.
 """
 import contextlib
-import hashlib
 import json
 import logging
-import mmap
 import os
 import random
-import struct
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,153 +23,118 @@ os.environ["FEATHERWEIGHT_KERNELS"] = "torch"  # nothing is compiled and tried b
 import devtools.measure  # noqa: E402, F401  the host and the pack
 
 from .guard import Finding, Guard  # noqa: E402
-from .targets import TARGETS  # noqa: E402
+from .targets import TARGETS, Target  # noqa: E402
 
-MOST_BYTES = max(target.longest for target in TARGETS.values())
-SHRINKING = 400  # attempts at a smaller input of the same finding
-HEAD = struct.Struct("<QQ")
+CHANGES = [1, 1, 1, 2, 4]  # how often an input is damaged: one of these
 
 
-class Campaign:
-    """Reads inputs of one target under the guard and keeps the first of each kind of finding, made smaller.
+class FindingError(Exception):
+    """An input broke a rule; libFuzzer and Hypothesis keep an input that raises."""
 
-    before: executions of the targets before it.
-    """
-
-    def __init__(self, job: dict, name: str, guard: Guard, found: dict[tuple, str], before: int):
-        self.job, self.name, self.folder, self.guard, self.found = job, name, Path(job["folder"]), guard, found
-        self.executions, self.before = 0, before
-        work = self.folder / "files" / name
-        work.mkdir(parents=True)
-        self.target = TARGETS[name](work)
-        with open(self.folder / "current", "a+b") as file:
-            file.truncate(HEAD.size + MOST_BYTES)
-            self.current = mmap.mmap(file.fileno(), 0)
-        with _watched() if job["atheris"] else contextlib.nullcontext():
-            self.inputs = self.target.prepare()
-        for data in self.inputs:  # what is imported when first needed is imported now
-            self.target.lay_out(data)
-            with contextlib.suppress(Exception):
-                self.target.read(data)
-            self.target.clear()
-        guard.settle()
-        self.started = time.monotonic()
-
-    def read(self, data: bytes, name: str = ""):
-        finding = self.once(data)
-        if finding is not None and (name or self.key(finding) not in self.found):
-            self.keep(finding, data, name)
-
-    def key(self, finding: Finding) -> tuple:
-        return (self.name, *finding.key)
-
-    def once(self, data: bytes) -> Finding | None:
-        data = data[:self.target.longest]
-        self.executions += 1
-        self.current[:HEAD.size + len(data)] = HEAD.pack(self.before + self.executions, len(data)) + data
-        return self.guard.run(self.target, data)
-
-    def keep(self, finding: Finding, data: bytes, name: str):
-        if not name:
-            data = self.smaller(finding, data)
-            name = f"{finding.kind}-{hashlib.sha256(data).hexdigest()[:8]}"
-            path = Path(self.job["findings"]) / self.name / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        self.found.setdefault(self.key(finding), "")
-        self.found[(*self.key(finding), name)] = f"{self.name}/{name}: {finding.kind}, {finding.text}"
-        self.tell()
-
-    def smaller(self, finding: Finding, data: bytes) -> bytes:
-        """As few bytes as some hundred attempts leave of an input, with the same finding."""
-        left, size = SHRINKING, max(1, len(data) // 2)
-        while size and left > 0:
-            at = 0
-            while at < len(data) and left > 0:
-                attempt, left = data[:at] + data[at + size:], left - 1
-                again = self.once(attempt)
-                if again is not None and again.key == finding.key:
-                    data = attempt
-                else:
-                    at += size
-            size //= 2
-        return data
-
-    def tell(self):
-        result = {"seconds": time.monotonic() - self.started, "findings": list(filter(None, self.found.values()))}
-        part = self.folder / "result.part"
-        part.write_text(json.dumps(result))
-        os.replace(part, self.folder / "result.json")
-
-    def fuzz(self):
-        """With a seeded mutator alone."""
-        chance, inputs = random.Random(self.job["seed"]), [*self.inputs, *_contents(self.job["findings"], self.name)]
-        for data in inputs:
-            if not self.is_over():
-                self.read(data)
-        while not self.is_over():
-            self.read(self.mutated(chance.choice(inputs), chance))
-
-    def is_over(self) -> bool:
-        return self.executions >= self.job["executions"] or time.monotonic() - self.started >= self.job["seconds"]
-
-    def mutated(self, data: bytes, chance: random.Random) -> bytes:
-        for _ in range(chance.choice([1, 1, 1, 2, 4])):
-            data = self.target.damaged(data, chance)[:self.target.longest]
-        return data
-
-    def fuzz_with_atheris(self):
-        """Never returns: libFuzzer ends the process."""
-        import atheris
-
-        def mutate(data: bytes, longest: int, seed: int) -> bytes:
-            if seed % 8 == 0:
-                return atheris.Mutate(data, longest)
-            return self.mutated(data, random.Random(seed))[:longest]
-
-        def one(data: bytes):
-            self.read(data)
-            if self.executions % 500 == 0:
-                self.tell()
-            if self.is_over():
-                self.tell()
-                sys.stderr.flush()
-                os._exit(0)
-
-        corpus = Path(self.job["corpus"]) / self.name
-        corpus.mkdir(parents=True, exist_ok=True)
-        for data in [*self.inputs, *_contents(self.job["findings"], self.name)]:
-            (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
-        atheris.Setup([
-            "fuzz", "-timeout=86400", "-rss_limit_mb=0", "-malloc_limit_mb=0", f"-max_len={self.target.longest}",
-            "-len_control=0", "-print_pcs=0",
-            f"-seed={self.job['seed']}", f"-artifact_prefix={self.folder}{os.sep}", str(corpus)], one, custom_mutator=mutate)
-        atheris.Fuzz()
+    def __init__(self, finding: Finding):
+        super().__init__(f"{finding.kind}, {finding.where}: {finding.text}")
 
 
-def _watched():
+def prepared(name: str, folder: Path, guard: Guard) -> tuple[Target, list[bytes]]:
+    """A target and its honest inputs. What is imported when first needed is imported."""
+    work = folder / name
+    work.mkdir()
+    target = TARGETS[name](work)
+    inputs = target.prepare()
+    for data in inputs:
+        target.lay_out(data)
+        with contextlib.suppress(Exception):
+            target.read(data)
+        target.clear()
+    guard.settle()
+    return target, inputs
+
+
+def read(guard: Guard, target: Target, data: bytes):
+    """Raises FindingError."""
+    finding = guard.run(target, data[:target.longest])
+    if finding is not None:
+        raise FindingError(finding)
+
+
+def damaged(target: Target, data: bytes, chance: random.Random) -> bytes:
+    for _ in range(chance.choice(CHANGES)):
+        data = target.damaged(data, chance)[:target.longest]
+    return data
+
+
+def fuzz_with_atheris(name: str, arguments: list[str], folder: Path):
+    """Never returns: libFuzzer ends the process."""
     import atheris
-    return atheris.instrument_imports(include=["featherweight"])
+
+    guard = Guard()
+    with atheris.instrument_imports(include=["featherweight"]):
+        target, inputs = prepared(name, folder, guard)
+    folders = [path for path in arguments if os.path.isdir(path)]
+    for number, data in enumerate(inputs if folders else ()):
+        Path(folders[0], f"honest-{number}").write_bytes(data)
+
+    def mutate(data: bytes, longest: int, seed: int) -> bytes:
+        if seed % 8 == 0:
+            return atheris.Mutate(data, longest)
+        return damaged(target, data, random.Random(seed))[:longest]
+
+    # libFuzzer starts itself by its first argument to make an input smaller.
+    command = f"{sys.executable} -m {__spec__.name} {name}"
+    atheris.Setup([command, f"-max_len={target.longest}", *arguments], lambda data: read(guard, target, data),
+                  custom_mutator=mutate)
+    atheris.Fuzz()
 
 
-def _contents(folder: str, target: str) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((Path(folder) / target).glob("*"))]
+def fuzz_with_hypothesis(guard: Guard, target: Target, inputs: list[bytes], executions: int, seed: int):
+    """Raises FindingError for the smallest change that Hypothesis comes to."""
+    import hypothesis
+    from hypothesis import strategies
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(max_examples=executions, deadline=None, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(strategies.sampled_from(inputs), strategies.randoms(use_true_random=False))
+    def fuzz(data, chance):
+        read(guard, target, damaged(target, data, chance))
+
+    fuzz()
 
 
-def main(job: dict):
+def replay(files: dict[str, list[str]], executions: int, folder: Path):
+    guard = Guard()
+
+    def tell(**line):
+        print(json.dumps(line), flush=True)
+
+    for name, paths in files.items():
+        target, inputs = prepared(name, folder, guard)
+        for path in paths:
+            tell(target=name, input=path)
+            try:
+                read(guard, target, Path(path).read_bytes())
+            except FindingError as finding:
+                tell(target=name, finding=str(finding))
+        tell(target=name, input="new")
+        try:
+            fuzz_with_hypothesis(guard, target, inputs, executions, 1)
+        except FindingError as finding:
+            tell(target=name, finding=str(finding))
+
+
+def main(arguments: list[str]):
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    guard, found, executions = Guard(), {}, 0
-    for name in job["targets"]:
-        campaign = Campaign(job, name, guard, found, executions)
-        for path in job["replay"].get(name, ()):
-            campaign.read(Path(path).read_bytes(), Path(path).name)
-        campaign.tell()
-        if job["executions"]:
-            campaign.fuzz_with_atheris() if job["atheris"] else campaign.fuzz()
-        campaign.tell()
-        executions += campaign.executions
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        match arguments:
+            case ["--replay", executions]:
+                replay(json.load(sys.stdin), int(executions), Path(name))
+            case ["--hypothesis", target, executions, seed]:
+                guard = Guard()
+                fuzz_with_hypothesis(guard, *prepared(target, Path(name), guard), int(executions), int(seed))
+            case [target, *options]:
+                fuzz_with_atheris(target, options, Path(name))
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main(sys.argv[1:])

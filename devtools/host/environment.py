@@ -39,8 +39,8 @@ BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
-EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "pytest-xdist", "websocket-client", "ruff", "gguf>=0.19.0",
-          "transformers<5.15"]
+EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "pytest-xdist", "hypothesis", "websocket-client", "ruff",
+          "gguf>=0.19.0", "transformers<5.15"]
 # Compilers of GPU kernels: they need no GPU, and have no wheels for some systems. Ray: for the tests of many machines. Atheris:
 # a fuzzer guided by the lines it reaches. nodesafe: a scanner of node packs, whose findings docs/registry-review.md counts.
 OPTIONAL = ["atheris", "bitsandbytes", "nodesafe==0.6.0", "triton>=3.6", "nvidia-cuda-nvrtc-cu12", "ray[data,serve]>=2.55"]
