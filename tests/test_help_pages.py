@@ -18,6 +18,8 @@ PAGES = {f"{node_id}-{language}": (node_id, DOCS / path.format(getattr(node, "HE
          for node_id, node in NODES.items() for language, path in LANGUAGES.items()}
 MESSAGE = ("message", "メッセージ", "메시지", "Meldung")
 each_page = pytest.mark.parametrize("page", PAGES)
+each_file = pytest.mark.parametrize("path", sorted({path for _, path in PAGES.values()}),
+                                    ids=lambda path: path.relative_to(DOCS).with_suffix("").as_posix())
 
 
 LEAD = re.compile(r"^- \*\*(.+?)\*\*(?: ?[(（].*?[)）])?[:：]", re.M)  # what an entry of a list is about
@@ -47,9 +49,9 @@ def test_translations_have_the_same_headings_pictures_lists_and_tables(page):
         assert len(re.findall(pattern, text, re.M)) == len(re.findall(pattern, english, re.M)), pattern
 
 
-@each_page
-def test_pictures_of_a_page_are_there(page):
-    for picture in re.findall(r"\]\((.*?)\)", PAGES[page][1].read_text(encoding="utf-8")):
+@each_file
+def test_pictures_of_a_page_are_there(path):
+    for picture in re.findall(r"\]\((.*?)\)", path.read_text(encoding="utf-8")):
         assert (DOCS / picture).is_file()  # the frontend looks for them in the folder of the English pages
 
 
@@ -89,9 +91,9 @@ def missing_in_code(text: str) -> list[str]:
             if not any(re.search(pattern, known, re.S) for known in MESSAGES)]
 
 
-@each_page
-def test_messages_a_page_quotes_are_in_the_code(page):
-    assert not missing_in_code(PAGES[page][1].read_text(encoding="utf-8"))
+@each_file
+def test_messages_a_page_quotes_are_in_the_code(path):
+    assert not missing_in_code(path.read_text(encoding="utf-8"))
 
 
 def test_messages_that_the_troubleshooting_page_calls_ours_are_in_the_code():

@@ -1,5 +1,6 @@
 """Rules about the files themselves: who imports whom, and what must stand beside what."""
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -16,11 +17,16 @@ WITHOUT_HOST = ("loaders/encoders/", "loaders/files/", "ops/bits.py", "ops/forma
 SOURCES = [*sorted(PACK.glob("*_*.py")), *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))]
 
 
+@functools.cache
+def tree_of(path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path):
     """(absolute module names, modules of this pack as dotted paths from its root) that a source file imports."""
     absolute, own = set(), set()
     package = path.relative_to(PACK).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             absolute |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -33,23 +39,19 @@ def imports(path):
     return absolute, own
 
 
-def each_source():
-    return pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACK).as_posix())
-
-
-@each_source()
-def test_imports_point_down(path):
-    where = path.relative_to(PACK).as_posix()
-    absolute, own = imports(path)
-    layer = where.split("/")[0].removesuffix(".py")
-    allowed = LAYERS[LAYERS.index(layer):] if layer in LAYERS else LAYERS
-    assert {name.split(".")[0] for name in own} <= set(allowed)
-    if where.startswith("ops/formats/"):
-        assert all(name in ("ops.bits", "ops.format") or name.startswith("ops.formats") for name in own)
-        assert {name.split(".")[0] for name in absolute} <= {"torch", "gguf"} | sys.stdlib_module_names
-    if where in ("ops/bits.py", "ops/format.py"):
-        assert own <= {"ops.bits"}
-        assert {name.split(".")[0] for name in absolute} <= {"torch"} | sys.stdlib_module_names
+def test_imports_point_down():
+    for path in SOURCES:
+        where = path.relative_to(PACK).as_posix()
+        absolute, own = imports(path)
+        layer = where.split("/")[0].removesuffix(".py")
+        allowed = LAYERS[LAYERS.index(layer):] if layer in LAYERS else LAYERS
+        assert {name.split(".")[0] for name in own} <= set(allowed), path
+        if where.startswith("ops/formats/"):
+            assert all(name in ("ops.bits", "ops.format") or name.startswith("ops.formats") for name in own), path
+            assert {name.split(".")[0] for name in absolute} <= {"torch", "gguf"} | sys.stdlib_module_names, path
+        if where in ("ops/bits.py", "ops/format.py"):
+            assert own <= {"ops.bits"}, path
+            assert {name.split(".")[0] for name in absolute} <= {"torch"} | sys.stdlib_module_names, path
 
 
 def test_arithmetic_and_readers_of_files_do_not_use_the_host():
@@ -67,7 +69,7 @@ def module_of(path) -> str:
 def imported_modules(path) -> set[str]:
     """Modules of this pack that a file imports; `from . import name` is the module of that name where there is one."""
     package, found = path.relative_to(PACK).parent.parts, set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = ".".join([*package[:len(package) + 1 - node.level], *filter(None, [node.module])])
             modules = {f"{base}.{alias.name}" for alias in node.names} & MODULES.keys()
@@ -102,15 +104,16 @@ def test_no_files_import_each_other_in_a_circle():
     assert "ops.format" in circle(imported)
 
 
-@each_source()
-def test_ray_is_optional_and_starts_with_no_import(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-              for node in ast.walk(function)}
-    at_import = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside]
-    names = {alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in at_import if isinstance(node, ast.ImportFrom) and node.level == 0}
-    assert not {name.split(".")[0] for name in names} & {"ray", "pyarrow"}
+def test_ray_is_optional_and_starts_with_no_import():
+    for path in SOURCES:
+        tree = tree_of(path)
+        inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+                  for node in ast.walk(function)}
+        at_import = [node for node in ast.walk(tree)
+                     if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside]
+        names = {alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in at_import if isinstance(node, ast.ImportFrom) and node.level == 0}
+        assert not {name.split(".")[0] for name in names} & {"ray", "pyarrow"}, path
 
 
 @pytest.mark.parametrize("package", ["ops/formats", "loaders/encoders/archs"])
@@ -119,17 +122,17 @@ def test_every_file_of_a_package_that_registers_its_files_has_a_line_that_import
     assert len(files) > 10 and files == imported_modules(PACK / package / "__init__.py")
 
 
-@each_source()
-def test_nothing_is_imported_by_a_name_that_is_put_together(path):
+def test_nothing_is_imported_by_a_name_that_is_put_together():
     """Explicit imports say to people, and to programs that read a package, what runs."""
-    source = path.read_text(encoding="utf-8")
-    assert "import_module" not in source and "__import__" not in source and "exec_module" not in source
+    for path in SOURCES:
+        source = path.read_text(encoding="utf-8")
+        assert "import_module" not in source and "__import__" not in source and "exec_module" not in source, path
 
 
-@each_source()
-def test_own_modules_are_imported_relatively(path):
-    absolute, _ = imports(path)
-    assert not {name.split(".")[0] for name in absolute} & {"featherweight", "loaders", "ops", "devtools", "tests"}
+def test_own_modules_are_imported_relatively():
+    for path in SOURCES:
+        absolute, _ = imports(path)
+        assert not {name.split(".")[0] for name in absolute} & {"featherweight", "loaders", "ops", "devtools", "tests"}, path
 
 
 def test_requirements_are_those_of_the_project_file():
