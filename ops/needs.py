@@ -1,6 +1,4 @@
 """What a model's packed layers will ask of the kernels, told while the model loads."""
-import collections
-
 import torch
 
 from . import kernels
@@ -12,14 +10,12 @@ from .tensor import is_packed
 def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None):
     """model: of packed layers, which will run on `device` and compute in `dtype`; None where that is not known yet. What is not
     told here is found out when a layer first asks."""
-    cases, shapes = {}, collections.defaultdict(set)
-    for layer in model.modules():
+    cases = {}
+    for layer in model.modules() if dtype is not None else ():
         if isinstance(layer, PackedLinear) and is_packed(layer.weight):
             name = layer.weight.layout_cls.format.__name__
-            shapes[name].add(tuple(layer.weight.shape))
-            if dtype is not None:
-                cases.update(dict.fromkeys(_cases(name, dtype, layer.value_dtype, layer.compute)))
-    kernels.prepare(device, list(cases), dict(shapes))
+            cases.update(dict.fromkeys(_cases(name, dtype, layer.value_dtype, layer.compute)))
+    kernels.prepare(device, cases)
 
 
 def _cases(name: str, dtype: torch.dtype, value_dtype: torch.dtype | None, compute: str) -> list[Case]:

@@ -84,9 +84,9 @@ def test_kernels_that_are_timed_later_are_tried_before_all_others():
     from devtools.gpu.kernels import turns
 
     first, second, others = turns(FORMATS, quick=False)
-    assert {(case.op, case.format) for case in first} == {
+    assert {(case.capability, case.format) for case in first} == {
         *((op, name) for op in ("unpack", "linear", "int8_rows") for name in FORMATS), ("int8_tokens", None)}
-    assert {case.dtype for case in first if case.op != "int8_rows"} == {torch.bfloat16}
+    assert {case.dtype for case in first if case.capability != "int8_rows"} == {torch.bfloat16}
     assert {case.format for case in second} == {*FORMATS, None} and not {case.format for case in others} & {*FORMATS}
 
 

@@ -15,7 +15,6 @@ from featherweight.loaders.packing import cache
 from featherweight.loaders.packing.file_source import of_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.sensitivity import Sensitivity
-from featherweight.ops.kernels.own_files import STALE_SECONDS
 from featherweight.ops.kernels.verdicts import Verdicts
 from featherweight.ops.packing.moments import Moments
 from patched_models import tiny_flux
@@ -54,9 +53,8 @@ def measured(folder: Path, source: Path, content: int):
 
 
 def judged(folder: Path, source: Path, content: int):
-    verdicts = Verdicts(folder, {"device": "a"})
     for number in range(1 + 200 * content):
-        verdicts.add(f"case {number}", {"verdict": "wrong", "why": "so"})
+        Verdicts(folder / "verdicts.jsonl").end(f"kernel {number}", "wrong", why="so")
 
 
 def digests(folder: Path) -> frozenset:
@@ -66,13 +64,11 @@ def digests(folder: Path) -> frozenset:
 
 def known(folder: Path) -> bool:
     """Whether the file of the verdicts can be read and has the first of them."""
-    verdicts = Verdicts(folder, {"device": "a"})
-    verdicts.read()
-    return "case 0" in verdicts.known
+    return "kernel 0" in Verdicts(folder / "verdicts.jsonl").results().verdicts
 
 
 def is_whole(path: Path) -> bool:
-    return path.suffix not in (".part", ".new")
+    return path.suffix != ".part"
 
 
 class Writer(NamedTuple):
@@ -109,9 +105,6 @@ def kill_in_the_midst(writer: Writer, folder: Path, sources: list[Path], seconds
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         found = writer.read(folder)
-        for part in folder.iterdir():
-            if not is_whole(part):
-                os.utime(part, (0, time.time() - 2 * STALE_SECONDS))
         writer.write(folder, sources[1], 1)
     assert found in (old, writer.read(folder))
     assert all(map(is_whole, folder.iterdir()))

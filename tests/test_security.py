@@ -38,8 +38,7 @@ CALLS = (r"pickle\.(loads?|Unpickler)|(\w+\.)*(import_module|exec_module)"
 # What a source imports all the same, and why.
 MAY_IMPORT = {
     ("child_process.py", "subprocess"): "starts all that this pack starts",
-    ("ops/kernels/trial.py", "subprocess"): "the name of an error",
-    ("ops/kernels/trial_process.py", "subprocess"): "constants, and the name of an error",
+    ("ops/kernels/trial.py", "subprocess"): "constants, and the name of an error",
     ("machines/pool.py", "subprocess"): "constants",
     ("nodes/help_pages.py", "aiohttp"): "answers the editor through ComfyUI's server",
     ("machines/joining.py", "socket"): "asks whether anything listens at the address that the owner named",

@@ -1,21 +1,19 @@
 """Whether the kernels are right on the device and faster than torch, and their tests."""
 import collections
-import contextlib
 import os
-import queue
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import xml.etree.ElementTree
 from pathlib import Path
 
 import devtools.measure  # noqa: F401  the host
 import torch
-from featherweight.ops.kernels import BACKENDS
-from featherweight.ops.kernels.proving import Prover
-from featherweight.ops.kernels.trial_process import run_trial
-from featherweight.ops.kernels.verdicts import Case
+from featherweight.ops.kernels import PRIORITY, Case
+from featherweight.ops.kernels.trial import run_trial
+from featherweight.ops.kernels.verdicts import Verdicts
 
 from devtools import ROOT
 from devtools.measure.bench.timing import device
@@ -26,28 +24,22 @@ TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py", "tests
 
 
 def try_all(options):
-    """Of each backend and kernel the verdict, with its time as a share of torch's by rows of the input; then how many there are
-    of each. The verdicts are those that the later stages use, and try nothing themselves; what these ask for most comes first,
+    """Of each backend and kernel the verdict, with its time as a share of torch's; then how many there are of each. The
+    verdicts are those that the later stages use, and try nothing themselves; what these ask for most comes first,
     for the stage may be stopped."""
-    heard = queue.SimpleQueue()
-
-    def run(job, hear, seconds):
-        def told(*verdict):
-            heard.put(verdict)
-            hear(*verdict)
-
-        return run_trial(job, told, seconds)
-
-    prover = Prover(device(), BACKENDS.get(device().type, ()), run)
-    counts = collections.Counter()
+    backends = PRIORITY.get(device().type, ())
+    verdicts, known = Verdicts.of_device(device(), backends), {}
     for cases in turns(options.formats, options.quick):
-        prover.want(cases, {case.format: {options.sizes.weight} for case in cases if case.format})
-        while prover.at_work or not heard.empty():
-            with contextlib.suppress(queue.Empty):
-                backend, text, verdict = heard.get(timeout=1)
-                if verdict["verdict"] != "tried":  # which sums up those before it
-                    counts[verdict["verdict"]] += 1
-                    yield f"{backend}: {text}", in_words(verdict)
+        trial = threading.Thread(target=run_trial, args=(device(), backends, verdicts, cases))
+        trial.start()
+        is_alive = True
+        while is_alive:
+            trial.join(1)
+            is_alive = trial.is_alive()
+            before, known = known, verdicts.results().verdicts
+            for name in known.keys() - before.keys():
+                yield name, in_words(known[name])
+    counts = collections.Counter(line["verdict"] for line in known.values())
     yield "in all", {name: str(count) for name, count in counts.items()} or {"kernels": "none"}
 
 
@@ -68,9 +60,8 @@ def cases_of(names: list[str], dtypes: list[torch.dtype]) -> list[Case]:
 
 
 def in_words(verdict: dict) -> dict[str, str]:
-    times = verdict.get("times", {})
-    shares = ", ".join(f"M = {rows} ×{ours / torchs:.2f}" if rows else f"×{ours / torchs:.2f}"
-                       for rows, (ours, torchs) in times.items())
+    seconds = verdict.get("seconds")
+    shares = f"×{seconds[0] / seconds[1]:.2f}" if seconds else ""
     why = re.sub(r"[|\n]", " ", verdict.get("why", ""))[:200]
     return {"verdict": verdict["verdict"], "of torch's time": shares, "why": why}
 

@@ -13,16 +13,16 @@ import torch
 from .. import int8_codes
 from ..format import FORMATS, Format
 from . import check_packing
-from .wrong_result import WrongResult
+from .kernel import WrongResult
 
 FEW, MANY = 1, 3 << 16  # values: MANY are several threads' work on a CPU, and that of many programs on a GPU
 NARROW, WIDE = 96, 1280  # columns, at least: several tiles of a kernel's and a part of one are WIDE
 ROWS = 13  # at least, of a weight: no multiple of what a kernel handles together
 MOST_TOKENS = 33  # of a kernel that takes any number
-CALM = 64.0  # blocks with larger values say little about a sum in float16
+MAX_ABS = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # of a code: how near the middle between two codes another rounding may give the other
 SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
-GUARD = 7.0  # stands beside what a kernel may write
+CANARY = 7.0  # stands beside what a kernel may write
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,21 @@ class Int8Tokens:
 
 def cases_of(kernel, packed_format: type[Format] | None) -> list:
     """What to check of a kernel, small cases first."""
-    if kernel.op == "unpack":
+    if kernel.capability == "unpack":
         length = packed_format.block_length
         many = -(-MANY // length) + 3
         return [Unpack(5, 3, 0, 1, 1), Unpack(5, 1, 8 % length, 2), Unpack(5, 2, 16 % length, 4),
                 Unpack(5, 0, 3 % length, 0, 1), Unpack(many), Unpack(many, 1, 8 % length, 1)]
-    if kernel.op == "linear":
+    if kernel.capability == "linear":
         ends = sorted({kernel.min_tokens, kernel.max_tokens or MOST_TOKENS})
         few = itertools.product(ends, (("none", 0), ("matrix", 1)))
         many = itertools.product(ends, (("none", 0), ("bias", 0), ("matrix", 4)))
         return [*(Linear(tokens, FEW, NARROW, addend, 1, input_at) for tokens, (addend, input_at) in few),
                 *(Linear(tokens, MANY, WIDE, addend, packed_at) for tokens, (addend, packed_at) in many)]
-    if kernel.op == "int8_rows":
+    if kernel.capability == "int8_rows":
         return [Int8Rows(FEW, NARROW, 1), Int8Rows(FEW, NARROW, 2, 1), Int8Rows(MANY, WIDE, 0, 4)]
-    if kernel.op in check_packing.CASES:
-        return check_packing.CASES[kernel.op](packed_format.grid)
+    if kernel.capability in check_packing.CASES:
+        return check_packing.CASES[kernel.capability](packed_format.grid)
     return [Int8Tokens(1, NARROW), Int8Tokens(7, 3 * int8_codes.GROUP, 1), Int8Tokens(MANY // WIDE, WIDE)]
 
 
@@ -90,7 +90,7 @@ def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_
     """Raises WrongResult, or whatever the kernel raises, unless it gives the reference's results in all its cases."""
     check_case = {"unpack": _check_unpack, "linear": _check_linear, "int8_rows": _check_int8_rows,
                   "int8_tokens": _check_int8_tokens, "pack_blocks": check_packing.check_blocks,
-                  "pack_columns": check_packing.check_columns}[kernel.op]
+                  "pack_columns": check_packing.check_columns}[kernel.capability]
     for case in cases_of(kernel, packed_format):
         try:
             check_case(kernel.run, case, packed_format, dtype, value_dtype, device)
@@ -115,14 +115,14 @@ def _check_unpack(run, case, packed_format, dtype, value_dtype, device):
     if any(base.__name__ == "Codebook4Bit" for base in packed_format.__mro__):  # its last block may be short
         tensors[0] = tensors[0][:-(-held // 2)]
     expected = packed_format.unpack_into(tensors, torch.empty(count, dtype=dtype, device=device), value_dtype, case.first)
-    around = torch.full((count + 32 + case.out_at,), GUARD, dtype=dtype, device=device)
+    around = torch.full((count + 32 + case.out_at,), CANARY, dtype=dtype, device=device)
     got = around[16 + case.out_at:][:count]
-    run(packed_format, [moved(tensor, case.packed_at) for tensor in tensors], got, value_dtype, case.first)
+    run(packed_format, [misaligned_copy(tensor, case.packed_at) for tensor in tensors], got, value_dtype, case.first)
     bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
     wrong = ((got.view(bits) != expected.view(bits)) & ~(got.isnan() & expected.isnan())).sum().item()
     if wrong:
         raise WrongResult(f"{wrong} of {count} values differ from the reference")
-    if (around[:16 + case.out_at] != GUARD).any() or (around[16 + case.out_at + count:] != GUARD).any():
+    if (around[:16 + case.out_at] != CANARY).any() or (around[16 + case.out_at + count:] != CANARY).any():
         raise WrongResult("something was written beside the values")
 
 
@@ -137,8 +137,8 @@ def _check_linear(run, case, packed_format, dtype, value_dtype, device):
     elif case.addend == "matrix":
         addend = torch.randn((rows, case.tokens), generator=generator, dtype=torch.float32).to(device, dtype).t()
     got = torch.full((case.tokens, rows), torch.nan, dtype=dtype, device=device)
-    packed = [moved(tensor, case.packed_at) for tensor in tensors]
-    run(packed_format, packed, moved(input, case.input_at), addend, got, value_dtype)
+    packed = [misaligned_copy(tensor, case.packed_at) for tensor in tensors]
+    run(packed_format, packed, misaligned_copy(input, case.input_at), addend, got, value_dtype)
     weight = packed_format.unpack_into(tensors, input.new_empty((rows, columns), dtype=torch.float32), value_dtype)
     error = _product_error(input, weight, addend, got)
     if not error <= 1:  # NaN too
@@ -153,7 +153,7 @@ def _check_int8_rows(run, case, packed_format, dtype, value_dtype, device):
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device, calm=True)
     values = torch.empty((rows - case.first, columns), dtype=torch.float32, device=device)
     packed_format.unpack_into(tensors, values, value_dtype, first)
-    packed = [moved(tensor, case.packed_at) for tensor in tensors]
+    packed = [misaligned_copy(tensor, case.packed_at) for tensor in tensors]
     _check_codes(values, lambda *out: run(packed_format, packed, *out, value_dtype, first))
 
 
@@ -164,7 +164,7 @@ def _check_int8_tokens(run, case, packed_format, dtype, value_dtype, device):
     input[:, 5] *= 50
     if case.tokens > 3:
         input[1], input[2, -3], input[3, -3] = 0, torch.nan, torch.inf
-    input = moved(input, case.input_at)
+    input = misaligned_copy(input, case.input_at)
     _check_codes(input.float(), lambda *out: run(input, *out))
 
 
@@ -205,7 +205,7 @@ def _product_error(input, weight, addend, got) -> float:
     return ((got - expected).abs() / allowed).max().item()
 
 
-def moved(tensor: torch.Tensor, elements: int) -> torch.Tensor:
+def misaligned_copy(tensor: torch.Tensor, elements: int) -> torch.Tensor:
     """The same values, `elements` elements behind an address that 64 divides."""
     if not elements:
         return tensor
@@ -214,7 +214,7 @@ def moved(tensor: torch.Tensor, elements: int) -> torch.Tensor:
 
 
 def random_tensors(packed_format: type[Format], blocks: int, device: torch.device, calm: bool = False) -> list[torch.Tensor]:
-    """What a weight of random blocks holds. calm: only blocks of finite values up to `CALM`."""
+    """What a weight of random blocks holds. calm: only blocks of finite values up to `MAX_ABS`."""
     generator = torch.Generator().manual_seed(blocks)
     if packed_format.scales_apart:
         data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator, dtype=torch.uint8)
@@ -223,7 +223,7 @@ def random_tensors(packed_format: type[Format], blocks: int, device: torch.devic
                          dtype=torch.uint8)
     values = packed_format.unpack(pool).abs()
     if calm:
-        pool = pool[values.amax(-1) <= CALM]  # NaN compares false
+        pool = pool[values.amax(-1) <= MAX_ABS]  # NaN compares false
     else:  # nothing that one device takes for zero and another does not; this one may have done so already
         pool = pool[~((values > 0) & (values < SUBNORMAL)).any(-1) & (values != 0).any(-1)]
     return [pool[torch.arange(blocks) % len(pool)].to(device)]

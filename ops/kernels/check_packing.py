@@ -11,11 +11,11 @@ import torch
 from ..format import Fit, Format, Grid
 from ..grid_columns import Columns, choose_columns, columns_at_a_time
 from ..grid_search import Search
-from .wrong_result import WrongResult
+from .kernel import WrongResult
 
 SEVERAL_THREADS = 1 << 17  # values that several threads pack, and torch in a tenth of a second
 EFFORT = (9, 2, 2)  # tries, rounds and sweeps of the search
-GUARD = 7.0  # stands beside what a kernel may write
+CANARY = 7.0  # stands beside what a kernel may write
 # The mean error may be so many times the reference's. Rows whose columns are chosen one after another go ways of their own
 # from the first choice on that is another.
 WORSE, WORSE_ROWS = 1.01, 1.02
@@ -55,9 +55,9 @@ def check_blocks(run, case: Blocks, packed_format: type[Format], dtype, value_dt
     weights = torch.rand(values.shape, generator=generator, dtype=torch.float32) if case.weighted else torch.ones_like(values)
     values, weights = values.to(device), weights.to(device)
     around = Fit.empty(grid, case.blocks + 1, device)
-    found = Fit(*(None if part is None else part.fill_(GUARD)[:-1] for part in vars(around).values()))
+    found = Fit(*(None if part is None else part.fill_(CANARY)[:-1] for part in vars(around).values()))
     run(packed_format, values, weights if case.weighted else None, found, *EFFORT, case.emphasis)
-    if any(part is not None and (part[-1] != GUARD).any() for part in vars(around).values()):
+    if any(part is not None and (part[-1] != CANARY).any() for part in vars(around).values()):
         raise WrongResult("something was written beside the blocks")
     expected, errors = Search(grid, device).fit(values, weights if case.weighted else None, *EFFORT, case.emphasis), []
     for fit in (found, expected):
@@ -82,11 +82,11 @@ def check_columns(run, case: Rows, packed_format: type[Format], dtype, value_dty
         for choose in ways:
             around = Columns.like(grid, torch.empty(columns + grid.length, case.rows, dtype=torch.float32, device=device))
             for part, from_start in zip(around.parts(), start.parts()):
-                part.fill_(GUARD)[:len(from_start)] = from_start
-            handed = torch.cat([given, torch.full_like(given[:1], GUARD)])
+                part.fill_(CANARY)[:len(from_start)] = from_start
+            handed = torch.cat([given, torch.full_like(given[:1], CANARY)])
             chosen = around.part(0, columns)
             choose(handed[:-1], shares, of_search, chosen, *EFFORT[:2])
-            if any((part[len(inside):] != GUARD).any() for part, inside in zip((*around.parts(), handed),
+            if any((part[len(inside):] != CANARY).any() for part, inside in zip((*around.parts(), handed),
                                                                               (*chosen.parts(), given))):
                 raise WrongResult("something was written beside the columns")
             wanted = given.double() + shares.double().triu(1).T @ handed[:-1].double()

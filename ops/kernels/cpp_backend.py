@@ -26,13 +26,13 @@ from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel
 from .check import probe
-from .identity import cpp_compiler
 from .own_files import cache_folder, is_private, private_folder, replace_durably, temporary_folder
 from ...child_process import run_process
 from .cxx_text import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
 
 log = logging.getLogger(__name__)
 
+COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
 FLAGS_OF_X86 = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
@@ -42,6 +42,12 @@ COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does t
 SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS  # what is older was left by a process that was killed
 OTHER_TEMPORARY = ("/var/tmp",)  # beside where temporary files lie
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
+
+
+def cpp_compiler() -> str | None:
+    """The program, or None where there is none."""
+    names = filter(None, (os.environ.get("CXX"), *COMPILERS))
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 class CppError(RuntimeError):

@@ -1,21 +1,31 @@
-"""What a backend says of itself."""
+"""What a backend says of itself, and what a layer asks of it."""
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from ..format import Format
 
+FORMAT = re.compile(r"\w{1,40}")
+ROWS_OF = ", rows "  # between the text of a case and the rows of a kernel
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+class WrongResult(ArithmeticError):
+    """A kernel ran and gave something else than the reference. The message says in which case, and how far off."""
+
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One operation of a backend and what it accepts.
+    """One implementation of a capability, and its constraints.
 
-    op: "unpack", "linear", "int8_rows", "int8_tokens", "pack_blocks" or "pack_columns". formats: names of formats; a format
-    made of one of them (another block length) counts as it; none for "int8_tokens". dtypes: of the values for "unpack" and
-    where they are packed, of input and output for "linear", of the input for "int8_tokens", int8 for "int8_rows". min_tokens,
-    max_tokens: rows of the input that "linear" takes, both included; None: any. capability: the least CUDA compute capability;
-    ROCm and others ignore it.
+    capability: "unpack", "linear", "int8_rows", "int8_tokens", "pack_blocks" or "pack_columns". The constraints are formats,
+    names of formats; a format made of one of them (another block length) counts as it; none for "int8_tokens". dtypes: of the
+    values for "unpack" and where they are packed, of input and output for "linear", of the input for "int8_tokens", int8 for
+    "int8_rows". min_tokens, max_tokens: rows of the input that "linear" takes, both included; None: any.
+    min_compute_capability: of CUDA; ROCm and others ignore it.
 
     run, "unpack": run(packed_format, tensors, out, value_dtype, first), see `Format.unpack_into`: float32 arithmetic in the
         reference's order, without fused multiply-add, so that the values have the reference's bits.
@@ -33,17 +43,23 @@ class Kernel:
     run, "pack_columns": run(packed_format, values, shares, weights, chosen, tries, rounds), see `grid_columns.choose_columns`.
         All are contiguous. What is chosen may be other than the reference's, with a loss that is no larger on average.
     """
-    op: str
+    capability: str
     formats: frozenset[str]
     dtypes: frozenset[torch.dtype]
     run: Callable[..., None]
     min_tokens: int = 1
     max_tokens: int | None = None
-    capability: tuple[int, int] = (0, 0)
+    min_compute_capability: tuple[int, int] = (0, 0)
 
-    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
-        """Whether it can run at all; capability: the device's, None where there is no such thing."""
-        return (dtype in self.dtypes and (capability is None or capability >= self.capability)
+    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype,
+                compute_capability: tuple[int, int] | None) -> bool:
+        """Whether its constraints let it run at all.
+
+        Args:
+            compute_capability: the device's, None where there is no such thing.
+        """
+        return (dtype in self.dtypes
+                and (compute_capability is None or compute_capability >= self.min_compute_capability)
                 and (packed_format is None or any(base.__name__ in self.formats for base in packed_format.__mro__)))
 
     def takes(self, tokens: int | None) -> bool:
@@ -56,3 +72,43 @@ class Backend:
     name: str
     probe: Callable[[torch.device], None]
     kernels: tuple[Kernel, ...]
+
+
+class Case(NamedTuple):
+    """What a layer asks for. format: a name, None for "int8_tokens". The rest as in `Kernel`."""
+    capability: str
+    format: str | None
+    dtype: torch.dtype
+    value_dtype: torch.dtype | None
+
+    def __str__(self) -> str:
+        return (f"{self.capability} of {self.format or 'any format'} to {dtype_name(self.dtype)}"
+                + (f" by way of {dtype_name(self.value_dtype)}" if self.value_dtype else ""))
+
+    @property
+    def rounded_dtype(self) -> torch.dtype | None:
+        """As `kernels.unpack_into` hands `value_dtype` on."""
+        return None if self.value_dtype == self.dtype else self.value_dtype
+
+    def kernel_name(self, backend: str, kernel: Kernel) -> str:
+        """What the verdict on a kernel for this case is kept under."""
+        return f"{self}{ROWS_OF}{kernel.min_tokens} to {kernel.max_tokens or 'any'} by {backend}"
+
+    def as_json(self) -> list:
+        return [self.capability, self.format, dtype_name(self.dtype), self.value_dtype and dtype_name(self.value_dtype)]
+
+    @classmethod
+    def of_json(cls, parts: Any) -> "Case | None":
+        """The case that `as_json` gave, None for anything else."""
+        dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
+        match parts:
+            case ["int8_tokens", None, str(dtype), None] if dtype in dtypes:
+                return cls("int8_tokens", None, dtypes[dtype], None)
+            case ["unpack" | "linear" | "int8_rows" as capability, str(name), str(dtype), str() | None as value_dtype]:
+                if FORMAT.fullmatch(name) and dtype in dtypes and value_dtype in (None, *dtypes):
+                    return cls(capability, name, dtypes[dtype], dtypes.get(value_dtype))
+        return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

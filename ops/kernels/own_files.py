@@ -1,22 +1,13 @@
 """Files that nobody but this user can have written: native code is loaded from no others, and no verdict about it."""
-import contextlib
 import functools
-import json
 import logging
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from ..bounded_json import read_json
 
 log = logging.getLogger(__name__)
-
-MOST_BYTES = 4 << 20  # of a file of JSON
-STALE_SECONDS = 60  # after which a file that was being written is nobody's: it takes milliseconds
 
 
 def cache_folder() -> Path:
@@ -44,7 +35,7 @@ def is_private(path: Path, is_kind: Callable[[int], bool]) -> bool:
     return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def not_private(folder: Path) -> Path | None:
+def first_unsafe_dir(folder: Path) -> Path | None:
     """The folder or its parent, where that is not private; None where both are, made if need be. Raises OSError."""
     folder.parent.parent.mkdir(parents=True, exist_ok=True)
     for part in (folder.parent, folder):
@@ -64,7 +55,7 @@ def private_folder(folder: Path) -> Path:
     Raises OSError where nothing can be made.
     """
     try:
-        part = not_private(folder)
+        part = first_unsafe_dir(folder)
     except OSError as error:
         return _instead_of(str(folder), str(error))
     if part is None:
@@ -108,41 +99,3 @@ def replace_durably(written: str | os.PathLike, path: Path):
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def read_private_json(path: Path) -> Any:
-    """What a file says; None where it is missing or damaged, or others may have written it."""
-    try:
-        if (is_private(path.parent, stat.S_ISDIR) and is_private(path, stat.S_ISREG)
-                and path.stat().st_size <= MOST_BYTES):
-            return read_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        log.debug("[Featherweight] %s counts as empty: %r", path, error)
-    return None
-
-
-def write_private_json(path: Path, content: Any):
-    """Writes a file whole or not at all. Where that cannot be, the log says so at debug level."""
-    try:
-        if (part := not_private(path.parent)) is not None:
-            raise PermissionError(f"{part} is a link, belongs to another user or can be written by others")
-        _remove_stale(path.parent)
-        handle, written = tempfile.mkstemp(dir=path.parent, suffix=".new")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-            replace_durably(written, path)  # at once: another process may read it now
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(written)
-            raise
-    except OSError as error:
-        log.debug("[Featherweight] %s is not written: %r", path, error)
-
-
-def _remove_stale(folder: Path):
-    """Removes what killed writers have left."""
-    for written in folder.glob("*.new"):
-        with contextlib.suppress(OSError):
-            if time.time() - written.stat().st_mtime > STALE_SECONDS:
-                written.unlink()

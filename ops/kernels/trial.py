@@ -1,192 +1,297 @@
-"""Tries kernels in a process of its own, where one that crashes or hangs takes nothing with it: `python -m ops.kernels.trial`.
+"""Tries a GPU's kernels in a process of its own: one that crashes or hangs takes nothing with it.
 
-It needs torch, the formats and the kernels, neither ComfyUI nor its packages. Its first line of input is a job in JSON:
+That process needs torch, the formats and the kernels, neither ComfyUI nor its packages. Its first
+line of input is a job in JSON, see `run_trial`; it ends when its input does, so that none outlives
+who started it. To the file of `Verdicts` it appends a line before each kernel and one after it: a
+first line without the second names what ended the process.
 
-    {"device": "cuda:0", "backends": ["triton"], "cases": [["linear", "Q4_K", "bfloat16", null]],
-     "shapes": {"Q4_K": [[3072, 12288]]}, "known": {"triton": {...}}, "least_free": 1000000000, "seconds": 900}
-
-shapes: (N, K) of weights to time with. known: verdicts as `Verdicts.read` gives them, which are not found out again.
-least_free: bytes of the device, with less of which it stops. seconds: after which it ends, whatever it is at. It also ends when
-its input does, so that none outlives who started it.
-
-Output are lines of JSON: {"trying": [backend, text]} before each attempt, {"backend", "text", "verdict"} after it, and
-{"stopped": why} or {"failed": why} where it ends before all is tried, for want of room or for another reason. What backends
-print goes nowhere.
-
-Each kernel that accepts a case is held to torch in all that it may meet (`check`), then timed beside torch.
+Each kernel that accepts a case is held to torch in all that it may meet (`check`), then timed
+beside torch.
 """
+import contextlib
 import ctypes
+import faulthandler
 import json
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
 
+import psutil
 import torch
 
+from .. import int8_codes
+from ..format import Format
 from ..formats._names import format_named
-from .backends import import_backend
-from .check import WrongResult, check
-from ...child_process import end_all
-from .free_memory import free_bytes
-from .timing import Timing, value_dtype_of
-from .verdicts import Case, kernel_text
+from ...child_process import end_all, end_process, start_process
+from .background import ending
+from .check import check, random_tensors
+from .kernel import Backend, Case, Kernel, WrongResult
+from .registry import import_backend
+from .verdicts import Verdicts
 
-ORDER = ("unpack", "linear")  # first: torch's product is timed with the fastest of what unpacks
+log = logging.getLogger(__name__)
+
+FREE_TO_BEGIN = 1_500_000_000  # bytes of the device
+FREE_TO_GO_ON = 1_000_000_000  # the difference is what the process takes before it tries anything
+MAX_DEVICE_BYTES = 1 << 30  # that torch may take of the device
+TRIAL_SECONDS = 900  # of one device; the next start of ComfyUI goes on where it ended
+CASE_SECONDS = 120  # that a kernel may take to be compiled, checked and timed
+MAX_RESTARTS = 3
+WITHOUT_MEMORY = 3  # exit status
+# Signals that no kernel sends. A system without memory kills what takes much, whoever it is.
+FOREIGN_SIGNALS = {getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGHUP")
+                   if hasattr(signal, name)}
 NICE = 10
-MOST_BYTES = 1 << 30  # that torch may take of the device
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX = 1, 2  # errhandlingapi.h
+
+ORDER = ("unpack", "linear", "int8_rows", "int8_tokens")  # the second is timed with the first
+ROWS, COLUMNS = 3072, 3072  # of a weight that is timed, at least
+TOKENS = 256  # of the input of a kernel that takes any number; others get the most they take
+TURNS, CALLS = 5, 4  # the least time of so many turns counts, of so many calls each
+TIMING_SECONDS = 3  # after which no other turn is made
+
+PACK = Path(__file__).parents[2]
+# The pack's folder has any name, an embedded Python looks for modules in no folder but its own, and
+# the one it works in may hold anything.
+START = ("import sys, types; sys.path[:] = filter(None, sys.path);"
+         " pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
+         " sys.modules['featherweight'] = pack;"
+         " from featherweight.ops.kernels import trial; trial.main()")
+COMMAND = (sys.executable, "-c", START, str(PACK))
+
+
+def run_trial(device: torch.device, backends: tuple[str, ...], verdicts: Verdicts,
+              cases: list[Case], command: tuple[str, ...] = COMMAND,
+              case_seconds: float = CASE_SECONDS) -> str:
+    """Tries kernels for cases, and goes on behind one that ended the process.
+
+    Returns:
+        Why something is left untried, "" where nothing is.
+
+    Raises:
+        OSError
+    """
+    job = {"device": str(device), "backends": backends, "file": str(verdicts.path),
+           "case_seconds": case_seconds, "cases": [case.as_json() for case in cases]}
+    if left := verdicts.results().unfinished:  # the computer may have stopped at it
+        verdicts.end(left["begin"], "killed", why="its process ended with an earlier ComfyUI")
+    for _ in range(1 + MAX_RESTARTS):
+        status = _run_process(command, job, TRIAL_SECONDS + case_seconds)
+        log.debug("[Featherweight] The trial on %s ended with %s.", device, status)
+        if (culprit := verdicts.results().unfinished) is None:
+            break
+        verdict = "killed" if -status in FOREIGN_SIGNALS else "crashed"
+        if time.time() - culprit["at"] >= case_seconds:
+            verdict = "hung"
+        if ending.is_set():
+            verdict = "stopped"
+        verdicts.end(culprit["begin"], verdict, why=f"its process ended with {status}")
+        if ending.is_set():
+            break
+    else:
+        return f"{MAX_RESTARTS + 1} kernels ended their process"
+    if status == WITHOUT_MEMORY:
+        return f"less than {FREE_TO_GO_ON / 1e9:.1f} GB of it were free"
+    return f"its process ended with {status}" if status else ""
+
+
+def _run_process(command: tuple[str, ...], job: dict, seconds: float) -> int:
+    """The exit status of a trial's process."""
+    process = start_process(*command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL,
+                            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    try:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it may be gone already
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
+            process.wait(seconds)
+    finally:
+        end_process(process)
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+    return process.returncode
+
+
+def free_bytes(device: torch.device) -> float:
+    """Of a GPU; infinity of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return math.inf
 
 
 class Trial:
-    """job: see above. say: called with each line."""
+    """What the process does. job: see `run_trial`."""
 
-    def __init__(self, job: dict, say: Callable[[dict], None]):
-        self.device, self.backends, self.known = torch.device(job["device"]), job["backends"], job["known"]
+    def __init__(self, job: dict):
+        self.device, self.case_seconds = torch.device(job["device"]), job["case_seconds"]
+        self.verdicts = Verdicts(Path(job["file"]))
         self.cases = sorted(map(Case.of_json, job["cases"]),
-                            key=lambda case: ORDER.index(case.op) if case.op in ORDER else len(ORDER))
-        self.least_free, self.say = job["least_free"], say
-        self.timing = Timing(self.device, job["shapes"])
-        self.capability = None
+                            key=lambda case: ORDER.index(case.capability))
+        self.names, self.backends = job["backends"], []
+        self.compute_capability = None
+        self.kernel_name: str | None = None  # of what is tried now
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            total = torch.cuda.mem_get_info(self.device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, MOST_BYTES / total), self.device)
+            share = MAX_DEVICE_BYTES / torch.cuda.mem_get_info(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
             if torch.version.hip is None:
-                self.capability = torch.cuda.get_device_capability(self.device)
+                self.compute_capability = torch.cuda.get_device_capability(self.device)
 
     def run(self):
-        self._stop_without_room()
-        self._touch_the_device()
-        working = {}
-        for name in self.backends:
-            backend = self._attempt(name, "probe", lambda: self._probe(name))
-            if backend["verdict"] == "right":
-                working[name] = import_backend(name)
-        self._add_what_is_known(working)
+        """Raises where torch can do nothing there, so that what is lost later a kernel has lost."""
+        end = time.monotonic() + TRIAL_SECONDS
+        self._touch_device()
+        for name in self.names:
+            if self._attempt(f"probe by {name}", lambda: self._probe(name)) == "works":
+                self.backends.append(import_backend(name))
         for case in self.cases:
-            for name, backend in working.items():
-                if str(case) not in self.known.get(name, {}):
-                    self._try(name, backend, case)
-                    self._report(name, str(case), {"verdict": "tried"})
+            if str(case) not in self.verdicts.results().tried and time.monotonic() < end:
+                for backend, kernel, packed_format in self._kernels(case):
+                    self._attempt(case.kernel_name(backend.name, kernel),
+                                  lambda: self._prove(kernel, packed_format, case))
+                self.verdicts.append(tried=str(case))
 
-    def _add_what_is_known(self, working: dict):
-        """What unpacks for torch's products may have been found right by a trial before this one."""
-        unpack = {Case("unpack", *case[1:3], value_dtype_of(case)) for case in self.cases if case.op == "linear"}
-        for case in unpack:
-            for name, backend in working.items():
-                for kernel, packed_format in self._kernels(backend, case):
-                    known = self.known.get(name, {}).get(kernel_text(case, _rows(kernel)), {})
-                    if known.get("verdict") == "right":
-                        self.timing.add(kernel, packed_format, case)
+    def stop(self):
+        """What is tried now is told to be no fault of the kernel's."""
+        if name := self.kernel_name:
+            self.verdicts.end(name, "stopped", why="this process was told to end")
 
-    def _kernels(self, backend, case: Case) -> list[tuple]:
-        """Those of a backend that accept a case, each with its format."""
+    def _attempt(self, name: str, prove: Callable[[], dict]) -> str:
+        """The verdict, known or found out now."""
+        if known := self.verdicts.results().verdicts.get(name):
+            return known["verdict"]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if free_bytes(self.device) < FREE_TO_GO_ON:
+            os._exit(WITHOUT_MEMORY)
+        self.verdicts.begin(name)
+        # Ends this process though a kernel should let no Python run.
+        faulthandler.dump_traceback_later(self.case_seconds, exit=True)
+        self.kernel_name = name
+        try:
+            verdict = prove()
+        except WrongResult as error:
+            verdict = {"verdict": "wrong", "why": str(error)}
+        except (torch.OutOfMemoryError, subprocess.TimeoutExpired) as error:  # of a compiler
+            verdict = {"verdict": "stopped", "why": str(error)[:500]}
+        except Exception as error:  # a compiler or driver may raise anything
+            verdict = {"verdict": "refused", "why": repr(error)[:500]}
+            self._end_without_device()
+        self.kernel_name = None
+        self.verdicts.end(name, **verdict)
+        return verdict["verdict"]
+
+    def _probe(self, name: str) -> dict:
+        import_backend(name).probe(self.device)
+        return {"verdict": "works"}
+
+    def _prove(self, kernel: Kernel, packed_format: type[Format] | None, case: Case) -> dict:
+        check(kernel, packed_format, case.dtype, case.value_dtype, self.device)
+        seconds = self._seconds(*self._calls(kernel, packed_format, case))
+        return {"verdict": "right" if seconds[0] < seconds[1] else "slower", "seconds": seconds}
+
+    def _kernels(self, case: Case) -> list[tuple[Backend, Kernel, type[Format] | None]]:
+        """Those that accept a case, each with the case's format."""
         try:
             packed_format = None if case.format is None else format_named(case.format)
         except (KeyError, AttributeError):
             return []
-        return [(kernel, packed_format) for kernel in backend.kernels
-                if kernel.op == case.op and kernel.accepts(packed_format, case.dtype, self.capability)]
+        return [(backend, kernel, packed_format)
+                for backend in self.backends for kernel in backend.kernels
+                if kernel.capability == case.capability
+                and kernel.accepts(packed_format, case.dtype, self.compute_capability)]
 
-    def _try(self, name, backend, case: Case):
-        for kernel, packed_format in self._kernels(backend, case):
-            verdict = self._attempt(name, kernel_text(case, _rows(kernel)),
-                                    lambda kernel=kernel: self._prove(kernel, packed_format, case),
-                                    {"case": str(case), "rows": _rows(kernel)})
-            if verdict["verdict"] == "right":
-                self.timing.add(kernel, packed_format, case)
+    def _calls(self, kernel: Kernel, packed_format: type[Format] | None,
+               case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
+        """The kernel's work, and the same by torch."""
+        def empty(*size: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=self.device)
 
-    def _probe(self, name: str) -> dict:
-        import_backend(name).probe(self.device)
-        return {"verdict": "right"}
+        multiple = packed_format.block_length if packed_format else 1
+        if case.capability.startswith("int8"):
+            multiple = math.lcm(multiple, int8_codes.GROUP)
+        columns = -(-COLUMNS // multiple) * multiple
+        rows, tokens = ROWS, kernel.max_tokens or TOKENS
+        input = empty(tokens, columns).fill_(1)
+        if case.capability == "int8_tokens":
+            codes = empty(tokens, columns, dtype=torch.int8), empty(tokens, dtype=torch.float32)
+            return (lambda: kernel.run(input, *codes),
+                    lambda: int8_codes.encode_tokens(input, *codes))
+        blocks = rows * columns // packed_format.block_length
+        weight = packed_format, random_tensors(packed_format, blocks, self.device, calm=True)
+        values, value_dtype = empty(rows, columns), case.rounded_dtype
+        if case.capability == "int8_rows":
+            codes = values, empty(rows, dtype=torch.float32)
+            return (lambda: kernel.run(*weight, *codes, case.value_dtype, 0),
+                    lambda: int8_codes.encode_rows(*weight, *codes, case.value_dtype, 0))
+        if case.capability == "unpack":
+            return (lambda: kernel.run(*weight, values, value_dtype, 0),
+                    lambda: _unpack_by_torch(*weight, values, value_dtype, 0))
+        # Where no kernel multiplies, torch does with what the fastest one has unpacked.
+        unpack = case._replace(capability="unpack", value_dtype=value_dtype)
+        fastest = [kernel.run for kernel in self.verdicts.results().kernels(unpack, self.backends)]
+        unpack_into, out = [*fastest, _unpack_by_torch][0], empty(tokens, rows)
+        return (lambda: kernel.run(*weight, input, None, out, case.value_dtype),
+                lambda: (unpack_into(*weight, values, value_dtype, 0),
+                         torch.nn.functional.linear(input, values)))
 
-    def _prove(self, kernel, packed_format, case: Case) -> dict:
-        check(kernel, packed_format, case.dtype, case.value_dtype, self.device)
-        times = self.timing.times(kernel, packed_format, case)
-        faster = not times or any(ours < torchs for ours, torchs in times.values())
-        return {"verdict": "right" if faster else "slower", "times": times}
+    def _seconds(self, *calls: Callable[[], object]) -> list[float]:
+        """Of each: the least of several turns is disturbed least by what else the device does."""
+        least, started = [math.inf] * len(calls), time.perf_counter()
+        for turn in range(1 + TURNS):
+            for index, call in enumerate(calls):
+                self._synchronize()
+                begun = time.perf_counter()
+                for _ in range(CALLS):
+                    call()
+                self._synchronize()
+                seconds = max(1e-9, (time.perf_counter() - begun) / CALLS)
+                if turn:  # the first compiles and allocates
+                    least[index] = min(least[index], seconds)
+            if turn and time.perf_counter() - started > TIMING_SECONDS:
+                break
+        return least
 
-    def _attempt(self, name: str, text: str, find_out: Callable[[], dict], about: dict | None = None) -> dict:
-        """The verdict, known or found out now."""
-        if text in self.known.get(name, {}):
-            return self.known[name][text]
-        self._stop_without_room()
-        self.say({"trying": [name, text]})
+    def _synchronize(self):
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+
+    def _end_without_device(self):
+        """After a kernel's fault all that is done on a CUDA device fails in this process."""
         try:
-            verdict = find_out()
-        except subprocess.TimeoutExpired as error:  # a compiler that others kept from working: that says nothing of a kernel
-            self._stop(str(error))
-        except WrongResult as error:
-            verdict = {"verdict": "wrong", "why": str(error)}
-        except torch.OutOfMemoryError as error:
-            verdict = {"verdict": "memory", "why": str(error)[:500]}
-        except Exception as error:  # a compiler or driver may raise anything
-            verdict = {"verdict": "refused", "why": repr(error)[:500]}
-        if verdict["verdict"] == "refused":
-            self._crash_if_the_device_is_lost()
-        verdict |= about or {}
-        self._report(name, text, verdict)
-        return verdict
-
-    def _report(self, name: str, text: str, verdict: dict):
-        self.say({"backend": name, "text": text, "verdict": verdict})
-
-    def _stop_without_room(self):
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if (free := free_bytes(self.device)) < self.least_free:
-            self._stop(f"{free:.0f} bytes are free")
-
-    def _stop(self, why: str) -> NoReturn:
-        self.say({"stopped": why})
-        os._exit(0)
-
-    def _crash_if_the_device_is_lost(self):
-        """After a fault of a kernel everything on a CUDA device fails in this process, which is no fault of what comes next."""
-        try:
-            self._touch_the_device()
+            self._touch_device()
         except torch.OutOfMemoryError:
             pass
         except RuntimeError:
             os._exit(1)
 
-    def _touch_the_device(self):
-        """Raises where torch can do nothing there; so what is lost later was lost to a kernel."""
+    def _touch_device(self):
         torch.zeros(1, dtype=torch.float32, device=self.device).item()
 
 
-def _rows(kernel) -> list:
-    return [kernel.min_tokens, kernel.max_tokens]
+def _unpack_by_torch(packed_format, tensors, out, value_dtype, first):
+    packed_format.unpack_into(tensors, out, value_dtype, first)
 
 
-def _speaker() -> Callable[[dict], None]:
-    """Writes a line to what is standard output now. From here on nothing else reaches that."""
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for standard in (1, 2):
-        os.dup2(nowhere, standard)
-
-    def say(line: dict):
-        lines.write(json.dumps(line) + "\n")
-        lines.flush()
-    return say
-
-
-def _end_with_input():
+def _end_with_input(trial: Trial):
     while sys.stdin.buffer.read(1):
         pass
     end_all()  # compilers
+    trial.stop()
     os._exit(0)
 
 
 def _leave_no_dump():
-    """A crash here is nothing that a user should be asked about, or find the memory of in a file."""
+    """A crash here is nothing that a user should be asked about, or find memory of in a file."""
     if sys.platform == "win32":
         ctypes.windll.kernel32.SetErrorMode(SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
     else:
@@ -194,29 +299,17 @@ def _leave_no_dump():
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _end_in_time(seconds: float):
-    """Where a kernel keeps this process from running any Python, the system ends it: after that time, and with its parent."""
-    if hasattr(signal, "alarm"):
-        signal.alarm(math.ceil(seconds))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main():
-    say = _speaker()
     job = json.loads(sys.stdin.readline())
     _leave_no_dump()
-    _end_in_time(job["seconds"])
-    threading.Thread(target=_end_with_input, daemon=True).start()
-    if hasattr(os, "nice"):
-        os.nice(NICE)
+    faulthandler.dump_traceback_later(job["case_seconds"], exit=True)
+    psutil.Process().nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", NICE))
+    trial, status = Trial(job), 0
+    threading.Thread(target=_end_with_input, args=(trial,), daemon=True).start()
     try:
         with torch.inference_mode():
-            Trial(job, say).run()
+            trial.run()
     except BaseException as error:
-        say({"failed": repr(error)[:500]})
-    os._exit(0)  # what backends left running is not waited for
-
-
-if __name__ == "__main__":
-    main()
+        trial.verdicts.append(failed=repr(error)[:500])
+        status = 2
+    os._exit(status)  # what backends left running is not waited for

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
-from .kernel import Backend, Kernel
-from .check import WrongResult
+from .kernel import Backend, Kernel, WrongResult
 from .triton_decode import DECODERS
 
 UNPACK_TILE = 4096  # values a program unpacks

@@ -1,137 +1,256 @@
-"""What trials have found out about kernels, kept in a file of the user's cache.
+"""What trials have found out about the kernels of a device, and what models have asked for.
 
-A verdict is a dict that JSON has. "verdict" is one of `VERDICTS`; "why" a sentence where it is not right; of a kernel "case" is
-the text of the `Case`, "rows" the least and most rows of input that it takes, and "times" the seconds of the kernel and of
-torch for each number of rows it was timed at ("" where there are none). "at" is when it was found out, in seconds since 1970.
+Both are files of JSON lines in the user's cache, which are only appended to.
 """
+import ctypes
 import hashlib
 import json
+import logging
 import math
-import re
+import os
+import platform
+import shutil
+import stat
+import sys
 import time
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .own_files import read_private_json, write_private_json
+from ..bounded_json import read_json
+from .kernel import ROWS_OF, Backend, Case, Kernel
+from .own_files import cache_folder, is_private, private_folder
 
-# "tried" of a `Case`: all kernels of a backend have a verdict for it. "refused": the kernel or its compiler raised something.
-# "skipped": not tried, because too many of its backend crashed. "memory": there was no room for it, which is not kept.
-# "killed": another program ended its process, as a system without memory does.
-VERDICTS = frozenset(("right", "slower", "wrong", "crashed", "hung", "killed", "refused", "skipped", "tried", "memory"))
-# What may mend itself without a change of the key is tried again after so many seconds: a compiler may be installed, and the
-# machine may have more time and memory.
+log = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 4 << 20
+MAX_NOTES = 200  # cases; the latest count
 WEEK = 7 * 86400
-FORGOTTEN = {"refused": WEEK, "hung": WEEK, "killed": WEEK, "skipped": WEEK, "memory": 0}
-ROWS_OF = ", rows "  # between the text of a case and the rows of a kernel
-ROWS = re.compile(r"(?:[1-9][0-9]{0,17})?")  # of a time: a number as `str` writes it, or none
+# Each verdict, with the seconds after which a kernel is tried again: a compiler may be installed,
+# and the machine may have more time and memory. "works": of a probe. "refused": the kernel or its
+# compiler raised something. "killed": another program ended the process, as a system without
+# memory does. "stopped": nothing is known of the kernel.
+RETRY_AFTER_S = {"works": math.inf, "right": math.inf, "slower": math.inf, "wrong": math.inf,
+                 "crashed": math.inf, "refused": WEEK, "hung": WEEK, "killed": WEEK, "stopped": 0}
+SOURCES = ("*_backend.py", "triton_*.py", "nvrtc.py", "cxx_text.py", "check*.py", "trial.py",
+           "source/**/*")
+COMPILER_PACKAGES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm",
+                     "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12")
+NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+NVML_VERSION_BYTES = 80  # nvml.h, NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
 
 
-class Case(NamedTuple):
-    """What a layer asks for. format: a name, None for "int8_tokens". The rest as in `Kernel`."""
-    op: str
-    format: str | None
-    dtype: torch.dtype
-    value_dtype: torch.dtype | None
+class JsonLines:
+    """A file of JSON objects, one in each line, that nobody but this user can have written."""
 
-    def __str__(self) -> str:
-        return (f"{self.op} of {self.format or 'any format'} to {dtype_name(self.dtype)}"
-                + (f" by way of {dtype_name(self.value_dtype)}" if self.value_dtype else ""))
+    def __init__(self, path: Path):
+        self.path = path
 
-    def as_json(self) -> list:
-        return [self.op, self.format, dtype_name(self.dtype), self.value_dtype and dtype_name(self.value_dtype)]
+    def read(self) -> list[dict]:
+        """A damaged line counts as none, and so does a file that others may have written.
 
-    @classmethod
-    def of_json(cls, parts: list) -> "Case":
-        op, name, dtype, value_dtype = parts
-        return cls(op, name, getattr(torch, dtype), value_dtype and getattr(torch, value_dtype))
+        Raises:
+            OSError
+        """
+        if not self._is_own() or self.path.stat().st_size > MAX_FILE_BYTES:
+            return []
+        lines = []
+        for line in self.path.read_bytes().splitlines():
+            try:
+                lines.append(read_json(line))
+            except ValueError:  # empty or cut short
+                pass
+        return [line for line in lines if isinstance(line, dict)]
 
+    def append(self, **line):
+        """The line is on the drive when this returns, for the next thing may end the process.
 
-def kernel_text(case: Case, rows: list) -> str:
-    """What the verdict on a kernel is kept under. rows: the least and most that it takes."""
-    return f"{case}{ROWS_OF}{rows[0]} to {rows[1] or 'any'}"
+        Raises:
+            OSError
+        """
+        if os.path.lexists(self.path):
+            if not self._is_own():
+                raise PermissionError(f"{self.path} or its folder is a link, belongs to another "
+                                      "user or can be written by others; remove it")
+            if self.path.stat().st_size > MAX_FILE_BYTES:
+                self.path.unlink()
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(handle, "wb") as file:
+            file.write(b"\n" + json.dumps(line).encode())  # after a line that was cut short
+            file.flush()
+            os.fsync(handle)
 
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-class Proven(NamedTuple):
-    """A kernel that is right. rows: the least and most it takes; most is None for any number. times: as in a verdict."""
-    backend: str
-    rows: tuple[int, int | None]
-    times: dict[str, list[float]]
-
-    @property
-    def share(self) -> float:
-        """Its time, as a share of torch's."""
-        return math.prod(kernel / torch for kernel, torch in self.times.values()) ** (1 / max(1, len(self.times)))
-
-    def is_faster(self, tokens: int | None) -> bool:
-        """Whether it takes so many rows and was faster than torch at the numbers timed next to it, above and below."""
-        least, most = self.rows
-        if tokens is not None and (tokens < least or most is not None and tokens > most):
-            return False
-        if tokens is None or "" in self.times:
-            return self.share <= 1
-        timed = sorted(map(int, self.times))
-        beside = {max((rows for rows in timed if rows <= tokens), default=None),
-                  min((rows for rows in timed if rows >= tokens), default=None)} - {None}
-        return all(self.times[str(rows)][0] < self.times[str(rows)][1] for rows in beside)
+    def _is_own(self) -> bool:
+        return is_private(self.path.parent, stat.S_ISDIR) and is_private(self.path, stat.S_ISREG)
 
 
-class Verdicts:
-    """Those about one backend on one kind of device: text of a case, and "rows" of a kernel behind it -> verdict.
+class Results(NamedTuple):
+    """What the lines of `Verdicts` say.
 
-    folder: where they are kept. key: all that they depend on; with another value of it they are others.
+    verdicts: name of a kernel -> its last line.
+    tried: texts of the cases whose kernels all have a verdict.
+    unfinished: the last line of a kernel that a process began to try, where that has no end.
+    """
+    verdicts: dict[str, dict]
+    tried: set[str]
+    unfinished: dict | None
+
+    def working(self, backend: str) -> bool:
+        return self.verdicts.get(f"probe by {backend}", {}).get("verdict") == "works"
+
+    def kernels(self, case: Case, backends: Iterable[Backend]) -> list[Kernel]:
+        """Those that are right and faster than torch, the fastest first."""
+        time_ratios = {}
+        for backend in backends:
+            for kernel in backend.kernels:
+                line = self.verdicts.get(case.kernel_name(backend.name, kernel), {})
+                if line.get("verdict") == "right" and kernel.capability == case.capability:
+                    kernel_seconds, torch_seconds = line["seconds"]
+                    time_ratios[kernel] = kernel_seconds / torch_seconds
+        return sorted(time_ratios, key=time_ratios.get)
+
+
+class Verdicts(JsonLines):
+    """Those about the kernels of one device, a line before and after each, and after each case:
+
+        {"begin": "unpack of Q4_K to float16, rows 1 to any by triton", "at": 1700000000.0}
+        {"end": the same, "at": 1700000002.0, "verdict": "right", "seconds": [kernel's, torch's]}
+        {"tried": "unpack of Q4_K to float16"}
+
+    "verdict" is a key of `RETRY_AFTER_S`, "at" in seconds since 1970; what is neither right nor
+    slower than torch has a "why" in place of "seconds". A backend's probe is "probe by triton".
     """
 
-    def __init__(self, folder: Path, key: dict[str, str]):
-        self.key = key
-        self._path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
-        self.known: dict[str, dict] = {}
+    @classmethod
+    def of_device(cls, device: torch.device, backends: tuple[str, ...]) -> "Verdicts":
+        """Raises OSError, and what a driver may raise."""
+        key = device_key(device, backends)
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        verdicts = cls(private_folder(cache_folder() / "verdicts") / f"{digest}.jsonl")
+        if not verdicts.path.exists():
+            verdicts.append(key=key)
+        return verdicts
 
-    def read(self):
-        """Adds those of the file to what is known here. A case of which something is forgotten is not "tried".
+    def begin(self, name: str):
+        self.append(begin=name, at=time.time())
 
-        A file that is damaged, belongs to others or can be written by them counts as none.
-        """
-        found = self._in_file()
-        forgotten = {text for text, verdict in found.items()
-                     if time.time() - verdict["at"] >= FORGOTTEN.get(verdict["verdict"], math.inf)}
-        forgotten |= {text.partition(ROWS_OF)[0] for text in forgotten}
-        self.known = {**{text: verdict for text, verdict in found.items() if text not in forgotten}, **self.known}
+    def end(self, name: str, verdict: str, **more):
+        self.append(end=name, at=time.time(), verdict=verdict, **more)
 
-    def _in_file(self) -> dict[str, dict]:
-        match read_private_json(self._path):
-            case {"key": self.key, "verdicts": dict(verdicts)}:
-                return {text: verdict for text, verdict in verdicts.items() if is_verdict(verdict)}
-        return {}
-
-    def add(self, text: str, verdict: dict):
-        """Written at once, so that it outlives what may happen next; and known here even if it cannot be written."""
-        self.known = {**self.known, text: verdict | {"at": time.time()}}  # a new one: others may be reading it
-        write_private_json(self._path, {"key": self.key, "verdicts": {**self._in_file(), **self.known}})
-
-
-def is_verdict(value) -> bool:
-    """Whether something read is a verdict of the form that this module's docstring tells."""
-    if not isinstance(value, dict) or str(value.get("verdict")) not in VERDICTS or not _is_number(value.get("at", 0)):
-        return False
-    if value["verdict"] not in ("right", "slower"):
-        return isinstance(value.get("why", ""), str) and "at" in value
-    rows, times = value.get("rows", [1, None]), value.get("times", {})
-    return ("at" in value and isinstance(value.get("case", ""), str) and isinstance(rows, list) and len(rows) == 2
-            and type(rows[0]) is int and (rows[1] is None or type(rows[1]) is int)
-            and isinstance(times, dict) and all(_is_time(*item) for item in times.items()))
+    def results(self) -> Results:
+        """What is known now, without what is to be tried again. Raises OSError."""
+        verdicts, tried, unfinished = {}, set(), None
+        for line in self.read():
+            match line:
+                case {"begin": str(), "at": int() | float()}:
+                    unfinished = line
+                case {"end": str(name)} if is_verdict(line):
+                    verdicts[name] = line
+                    if unfinished and unfinished["begin"] == name:
+                        unfinished = None
+                case {"tried": str(case)}:
+                    tried.add(case)
+        for name, line in list(verdicts.items()):
+            if time.time() - line["at"] >= RETRY_AFTER_S[line["verdict"]]:
+                del verdicts[name]
+                tried = set() if name.startswith("probe") else tried - {name.partition(ROWS_OF)[0]}
+        return Results(verdicts, tried, unfinished)
 
 
-def _is_time(rows, seconds) -> bool:
-    return ROWS.fullmatch(rows) is not None and isinstance(seconds, list) and len(seconds) == 2 and all(
-        _is_number(value) and value > 0 for value in seconds)
+def is_verdict(line: dict) -> bool:
+    """Whether a line that ends something is as `Verdicts` describes it."""
+    match line:
+        case {"verdict": "right" | "slower", "at": int() | float() as at,
+              "seconds": [int() | float() as kernel_seconds, int() | float() as torch_seconds]}:
+            return all(0 < number < 1e15 for number in (at, kernel_seconds, torch_seconds))
+        case {"verdict": str(verdict), "at": int() | float() as at}:
+            return (verdict in RETRY_AFTER_S and verdict not in ("right", "slower")
+                    and 0 < at < 1e15 and isinstance(line.get("why", ""), str))
+    return False
 
 
-def _is_number(value) -> bool:
-    """Of a size that can be computed with."""
-    return isinstance(value, (int, float)) and abs(value) < 1e15
+class Notes(JsonLines):
+    """What models have asked for: {"case": as `Case.as_json` has it}."""
+
+    def __init__(self):
+        super().__init__(private_folder(cache_folder() / "trials") / "notes.jsonl")
+
+    def cases(self) -> list[Case]:
+        """Raises OSError."""
+        cases = filter(None, (Case.of_json(line.get("case")) for line in self.read()))
+        return list(dict.fromkeys(cases))[-MAX_NOTES:]
+
+    def add(self, cases: Iterable[Case]):
+        """Those that no trial knows are left out. Raises OSError."""
+        noted = self.cases()
+        for case in cases:
+            if case not in noted and Case.of_json(case.as_json()):
+                self.append(case=case.as_json())
+
+
+def device_key(device: torch.device, backends: tuple[str, ...]) -> dict[str, str]:
+    """What verdicts depend on: equal where those of the one hold for the other."""
+    name, driver, capability = device.type, platform.mac_ver()[0], platform.machine()
+    if device.type == "cuda":
+        name, driver = torch.cuda.get_device_name(device), driver_version()
+        capability = f"{torch.cuda.get_device_capability(device)} {amd_architecture(device)}"
+    return {"device": name, "driver": driver, "compute capability": capability,
+            "system": sys.platform, "torch": torch.__version__,
+            "runtime": str(torch.version.cuda or torch.version.hip),
+            "backends": ", ".join(backends), "compilers": compiler_versions(),
+            "source": source_hash(Path(__file__).parent)}
+
+
+def device_name(device: torch.device) -> str:
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{device}{name}"
+
+
+def amd_architecture(device: torch.device) -> str:
+    """What ROCm compiles for, "" without it. Devices of one name may differ in that, and variables
+    may pretend another one."""
+    if not torch.version.hip:
+        return ""
+    pretended = [f"{name}={value}" for name, value in sorted(os.environ.items())
+                 if name.startswith("HSA_OVERRIDE_GFX_VERSION")]
+    architecture = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
+    return " ".join([architecture, *pretended])
+
+
+def driver_version() -> str:
+    """NVIDIA's, or the kernel module's of AMD; "" where neither says."""
+    if torch.version.hip:
+        file = Path("/sys/module/amdgpu/version")
+        return file.read_text().strip() if file.is_file() else platform.release()
+    text = ctypes.create_string_buffer(NVML_VERSION_BYTES)
+    try:
+        nvml = ctypes.CDLL(NVML)
+        if not nvml.nvmlInit_v2():
+            nvml.nvmlSystemGetDriverVersion(text, NVML_VERSION_BYTES)
+            nvml.nvmlShutdown()
+    except (OSError, AttributeError):
+        pass
+    return text.value.decode(errors="replace")
+
+
+def compiler_versions() -> str:
+    """Of what compiles kernels, without importing it. Triton needs a C compiler too."""
+    versions = [str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"))]
+    for package in COMPILER_PACKAGES:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            pass
+    return ", ".join(versions)
+
+
+def source_hash(folder: Path) -> str:
+    """Of what makes the kernels, and of the trial that they passed."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern)):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -80,19 +80,19 @@ def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
-@pytest.mark.parametrize("op", dict.fromkeys(kernel.op for kernel in cpp_backend.BACKEND.kernels))
+@pytest.mark.parametrize("op", dict.fromkeys(kernel.capability for kernel in cpp_backend.BACKEND.kernels))
 def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(op, under):
     dtypes = {"unpack": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16, "int8_rows": torch.int8}
     packed_format = None if op == "int8_tokens" else FORMATS["Q4_K"]
     for kernel in cpp_backend.BACKEND.kernels:
-        if kernel.op == op:
+        if kernel.capability == op:
             under(torch.float16, lambda: check(kernel, packed_format, dtypes.get(op, torch.float32), None, CPU))
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
 def test_a_kernel_never_writes_into_memory_of_the_default_dtype(under, monkeypatch):
     """It sums in float32, and half as much memory would be written past its end."""
-    linear = next(kernel for kernel in cpp_backend.BACKEND.kernels if kernel.op == "linear")
+    linear = next(kernel for kernel in cpp_backend.BACKEND.kernels if kernel.capability == "linear")
     made, empty = [], torch.empty
     out = torch.empty((1, ROWS), dtype=torch.bfloat16)
     tensors = random_tensors(FORMATS["Q4_K"], ROWS * COLUMNS // 256, CPU, calm=True)

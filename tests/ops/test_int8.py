@@ -26,7 +26,7 @@ needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(CPU), reason="the C
 def few_tokens_are_enough(monkeypatch):
     """Without a kernel too. The codes here are torch's; kernels have tests of their own."""
     monkeypatch.setenv(kernels.VARIABLE, "torch")
-    monkeypatch.setattr(kernels, "_choices", {})
+    monkeypatch.setattr(kernels, "_selectors", {})
     monkeypatch.setattr(int8, "MIN_TOKENS", {"cpu": TOKENS})
     monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", {"cpu": TOKENS})
 

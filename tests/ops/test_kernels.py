@@ -8,7 +8,7 @@ import torch
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Backend, Kernel, backends
+from featherweight.ops.kernels import Backend, Kernel, registry
 from featherweight.ops.kernels.check import probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.low_rank import LowRank, Slice
@@ -48,10 +48,10 @@ def use(monkeypatch):
     wait_for_kernels(monkeypatch)
 
     def use(*made):
-        monkeypatch.setattr(kernels, "_choices", {})
-        monkeypatch.setitem(kernels.BACKENDS, "cpu", tuple(backend.name for backend in made))
+        monkeypatch.setattr(kernels, "_selectors", {})
+        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(backend.name for backend in made))
         for backend in made:
-            monkeypatch.setitem(backends.IMPORTS, backend.name, lambda backend=backend: backend)
+            monkeypatch.setitem(registry.IMPORTS, backend.name, lambda backend=backend: backend)
     return use
 
 
@@ -149,7 +149,7 @@ WRONG_TOKENS = {
 
 def assert_found(use, caplog, kernel, packed_format, dtype, tokens=None):
     use(backend(kernel))
-    assert kernels.find(kernel.op, CPU, packed_format, dtype, tokens=tokens) is None
+    assert kernels.find(kernel.capability, CPU, packed_format, dtype, tokens=tokens) is None
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "gives wrong values here" in warning.message and " in the case " in warning.message
 
@@ -328,7 +328,7 @@ def test_a_format_with_another_block_length_is_accepted_too():
 
 
 def test_a_kernel_is_not_run_below_its_capability():
-    kernel = Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack, capability=(8, 0))
+    kernel = Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack, min_compute_capability=(8, 0))
     accepted = [kernel.accepts(Q4_0, torch.float32, capability) for capability in ((7, 5), (8, 0), (12, 0), None)]
     assert accepted == [False, True, True, True]
 

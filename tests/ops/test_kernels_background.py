@@ -15,7 +15,7 @@ from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, int8, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight import child_process
-from featherweight.ops.kernels import background, choices, cpp_backend
+from featherweight.ops.kernels import background, cpp_backend, selector
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.tensor import packed_tensor
 from patched_models import packed_flux, run
@@ -55,7 +55,7 @@ def compiler(tmp_path, monkeypatch):
         command.write_text(f'#!/bin/sh\nfor file; do case "$file" in *.cpp) if grep -q "{of}" "$file"; then\n'
                            f'echo $$ >> {tmp_path}/started; sleep {seconds}\nfi;; esac; done\nexec {COMMAND} "$@"\n')
         command.chmod(0o755)
-        monkeypatch.setattr(kernels, "_choices", {})
+        monkeypatch.setattr(kernels, "_selectors", {})
         cpp_backend._kernels.cache_clear()
 
     yield compiler
@@ -65,7 +65,7 @@ def compiler(tmp_path, monkeypatch):
 
 def patience(monkeypatch, seconds: float):
     """How long a call waits for a kernel that differs from torch by rounding."""
-    monkeypatch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, seconds) | {choices.EXACT: 0})
+    monkeypatch.setattr(selector, "WAIT_SECONDS", dict.fromkeys(selector.WAIT_SECONDS, seconds) | {selector.EXACT: 0})
 
 
 def weight(name="Q4_K", rows=16, columns=512):
@@ -95,7 +95,7 @@ def test_unpacking_waits_for_no_compiler(compiler):
 def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(hangs_on, compiler, monkeypatch, caplog):
     compiler(FOREVER, hangs_on)
     patience(monkeypatch, 0.7 if hangs_on == "." else 4)
-    assert seconds_of(product_of) < choices.PATIENCE["linear"] * 2 + 1
+    assert seconds_of(product_of) < selector.WAIT_SECONDS["linear"] * 2 + 1
     assert seconds_of(product_of) < 0.5
     assert torch.equal(product_of(), torch.nn.functional.linear(
         torch.randn((3, 512), generator=torch.Generator().manual_seed(0)), weight().dequantize()))
@@ -187,12 +187,12 @@ while not Path({started!r}).is_file():
     time.sleep(0.05)
 """
 ENDS_WITHIN_TORCH = PROCESS + """
-from featherweight.ops.kernels.background import Finding
+from featherweight.ops.kernels.background import WriteOnceFuture
 def products():
     end = time.monotonic() + 1
     while time.monotonic() < end:
         torch.ones(100, 100) @ torch.ones(100, 100)
-Finding(products)
+WriteOnceFuture(products)
 time.sleep(0.1)
 """
 

@@ -49,7 +49,7 @@ def on_cpu(request, tmp_path_factory):
 
 
 def kernels_of(on_cpu, op):
-    return [kernel for kernel in cpp_backend.kernel_table(lambda: on_cpu) if kernel.op == op]
+    return [kernel for kernel in cpp_backend.kernel_table(lambda: on_cpu) if kernel.capability == op]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -265,7 +265,7 @@ def test_what_the_compiler_refuses_is_said(tmp_path):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path, caplog):
     """The kernel layer as at the start of ComfyUI, with nothing compiled yet."""
-    monkeypatch.setattr(kernel_layer, "_choices", {})
+    monkeypatch.setattr(kernel_layer, "_selectors", {})
     wait_for_kernels(monkeypatch)
     monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,26 @@ def test_a_kernel_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert answer(folder) == 1
     built, renaming, synced_folder = done
     assert built.endswith("kernel.so") and renaming == "kernel.so is kernels" and synced_folder == str(folder)
+
+
+def test_what_a_compiler_that_was_killed_left_is_removed_later(tmp_path, monkeypatch):
+    """Its own files are where the source is."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$TMPDIR" > {tmp_path}/told\nexec {COMMAND} "$@"\n')
+    compiler.chmod(0o755)
+    folder = tmp_path / "cache" / "kernels"
+    made = CppCompiler(str(compiler), folder)
+    made.library('extern "C" int one() { return 1; }')
+    (library,) = folder.iterdir()
+    assert (tmp_path / "told").read_text().startswith(str(folder / cpp_backend.SCRATCH))
+    left, now = folder / f"{cpp_backend.SCRATCH}left", time.time()
+    left.mkdir()
+    (left / "cc.s").write_text("")
+    made.library('extern "C" int two() { return 2; }')
+    assert left.is_dir()  # for it may be at work
+    os.utime(left, (now, now - cpp_backend.LEFT_SECONDS - 60))
+    made.library('extern "C" int three() { return 3; }')
+    assert not left.exists() and library.is_file()
 
 
 # --- where there is no such folder ---

@@ -203,8 +203,8 @@ def test_without_metal_the_backend_says_so(monkeypatch):
 @pytest.fixture
 def as_device(monkeypatch, caplog):
     """The kernel layer, where metal is the backend of the CPU and nothing has been compiled yet."""
-    monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("metal",)})
-    monkeypatch.setattr(kernel_layer, "_choices", {})
+    monkeypatch.setattr(kernel_layer, "PRIORITY", {"cpu": ("metal",)})
+    monkeypatch.setattr(kernel_layer, "_selectors", {})
     wait_for_kernels(monkeypatch)
     monkeypatch.setenv(kernel_layer.VARIABLE, "metal")
     metal_backend._shader.cache_clear()

@@ -126,7 +126,7 @@ def test_unpack_rounds_to_the_value_dtype_first(on_cpu, fmt, value_dtype):
 
 
 def kernels_of(on_cpu, op):
-    return [kernel for kernel in nvrtc_backend.kernel_table(lambda: on_cpu) if kernel.op == op]
+    return [kernel for kernel in nvrtc_backend.kernel_table(lambda: on_cpu) if kernel.capability == op]
 
 
 @each_format
@@ -223,8 +223,8 @@ def as_device(on_cpu, monkeypatch, caplog):
     """The kernel layer, where nvrtc is the backend of the CPU."""
     backend = kernel_layer.Backend("nvrtc", partial(probe, on_cpu.unpack), nvrtc_backend.kernel_table(lambda: on_cpu))
     monkeypatch.setattr(nvrtc_backend, "BACKEND", backend)
-    monkeypatch.setattr(kernel_layer, "BACKENDS", {"cpu": ("nvrtc",)})
-    monkeypatch.setattr(kernel_layer, "_choices", {})
+    monkeypatch.setattr(kernel_layer, "PRIORITY", {"cpu": ("nvrtc",)})
+    monkeypatch.setattr(kernel_layer, "_selectors", {})
     wait_for_kernels(monkeypatch)
     monkeypatch.setenv(kernel_layer.VARIABLE, "nvrtc")
     caplog.set_level(logging.DEBUG)

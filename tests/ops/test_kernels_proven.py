@@ -1,7 +1,9 @@
-"""What a device uses of the kernels that trials have proven, and when. The device is a CPU whose kernels need a trial as a
-GPU's do; its backends are made for the tests, of plain torch, and so is what a trial says of them."""
+"""What a device uses of the kernels that trials have proven, and when.
+
+The device is a CPU whose kernels need a trial as a GPU's do; its backends are made for the tests,
+of plain torch, and so is what a trial says of them.
+"""
 import logging
-import tempfile
 import threading
 import time
 
@@ -9,65 +11,69 @@ import pytest
 import torch
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Backend, Case, Kernel, backends, proving, trial_process
-from featherweight.ops.kernels.case_notes import add_notes, read_notes
+from featherweight.ops.kernels import Backend, Case, Kernel, registry, selector
 from featherweight.ops.kernels.check import random_tensors
-from featherweight.ops.kernels.trial_process import Outcome
+from featherweight.ops.kernels.verdicts import Notes, Verdicts
 from featherweight.ops.tensor import packed_tensor
+from filelock import FileLock
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
 FLOAT32 = frozenset([torch.float32])
-UNPACK, LINEAR = (Case(op, "Q4_0", torch.float32, None) for op in ("unpack", "linear"))
+UNPACK = Case("unpack", "Q4_0", torch.float32, None)
+LINEAR = UNPACK._replace(capability="linear")
 
 
 class Made:
     """A backend whose calls are counted: unpacks, and multiplies 1 and 2 to 16 rows."""
 
-    def __init__(self, name: str, off: float = 0):
+    def __init__(self, name: str):
         self.name, self.calls = name, {"unpack": 0, "linear": 0}
 
         def unpack(packed_format, tensors, out, value_dtype, first):
             self.calls["unpack"] += 1
             packed_format.unpack_into(tensors, out, value_dtype, first)
-            if off:
-                out += off
 
         def linear(packed_format, tensors, input, addend, out, value_dtype):
             self.calls["linear"] += 1
-            weight = packed_format.unpack_into(tensors, input.new_empty(out.shape[1], input.shape[1]), value_dtype)
-            out.copy_((input.double() @ weight.double().t()) + (0 if addend is None else addend))
+            weight = input.new_empty(out.shape[1], input.shape[1])
+            packed_format.unpack_into(tensors, weight, value_dtype)
+            added = 0 if addend is None else addend
+            out.copy_(input.double() @ weight.double().t() + added)
 
-        self.backend = Backend(name, lambda device: None, (
-            Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack),
-            Kernel("linear", frozenset(["Q4_0"]), FLOAT32, linear, max_tokens=1),
-            Kernel("linear", frozenset(["Q4_0"]), FLOAT32, linear, 2, 16)))
+        self.kernels = {UNPACK: {None: Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack)},
+                        LINEAR: {rows: Kernel("linear", frozenset(["Q4_0"]), FLOAT32, linear, *rows)
+                                 for rows in ((1, 1), (2, 16))}}
+        self.backend = Backend(name, lambda device: None, tuple(
+            kernel for kernels in self.kernels.values() for kernel in kernels.values()))
 
 
 class Trials:
-    """In the place of `run_trial`: says what `said` has once `go` is set. jobs: those it was given."""
+    """In the place of `run_trial`: appends what is proven once `go` is set."""
 
     def __init__(self):
-        self.go, self.said, self.jobs = True, [], []
+        self.go, self.proven, self.cases = threading.Event(), {}, []
+        self.go.set()
 
-    def __call__(self, job, hear, seconds):
-        self.jobs.append(job)
-        while not self.go:
-            time.sleep(0.005)
-        for name in job["backends"]:
-            hear(name, "probe", {"verdict": "right"})
-        for line in self.said:
-            hear(*line)
-        for case in map(Case.of_json, job["cases"]):
-            for name in job["backends"]:
-                hear(name, str(case), {"verdict": "tried"})
-        return Outcome("ended")
+    def __call__(self, device, backends, verdicts: Verdicts, cases) -> str:
+        self.cases.append(cases)
+        assert self.go.wait(60)
+        for name in backends:
+            verdicts.end(f"probe by {name}", "works")
+        for name, share in self.proven.items():
+            verdicts.end(name, "right" if share < 1 else "slower", seconds=[share, 1.0])
+        for case in cases:
+            verdicts.append(tried=str(case))
+        return ""
 
-    def says(self, made: Made, case: Case, rows=(1, None), **times):
-        """That a kernel is right; times: "rows_4": its share of torch's time with 4 rows."""
-        times = {key.partition("_")[2]: [share, 1.0] for key, share in times.items()} or {"": [0.5, 1.0]}
-        self.said.append((made.name, f"{case}, rows {rows[0]} to {rows[1] or 'any'}", {
-            "verdict": "right", "case": str(case), "rows": list(rows), "times": times}))
+    def prove(self, made: Made, case: Case, share: float = 0.5, rows=None):
+        """share: of torch's time."""
+        self.proven[case.kernel_name(made.name, made.kernels[case][rows])] = share
+
+    def prove_all(self, made: Made):
+        self.prove(made, UNPACK)
+        for rows in made.kernels[LINEAR]:
+            self.prove(made, LINEAR, 0.5, rows)
 
 
 @pytest.fixture
@@ -75,245 +81,262 @@ def trials(monkeypatch, tmp_path):
     """The trials of the processes that `restarted` begins."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(kernels, "TRIED", {"cpu"})
-    found = Trials()
-    monkeypatch.setattr(trial_process, "run_trial", found)
-    return found
+    monkeypatch.setattr(kernels, "TRIALED", {"cpu"})
+    trials = Trials()
+    monkeypatch.setattr(selector, "run_trial", trials)
+    return trials
 
 
 @pytest.fixture
 def restarted(monkeypatch, trials):
     """restarted(backend, ...): the kernel layer as a new process has it, with these backends."""
     def restarted(*made):
-        monkeypatch.setattr(kernels, "_choices", {})
-        monkeypatch.setitem(kernels.BACKENDS, "cpu", tuple(one.name for one in made))
+        monkeypatch.setattr(kernels, "_selectors", {})
+        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(one.name for one in made))
         for one in made:
-            monkeypatch.setitem(backends.IMPORTS, one.name, lambda one=one: one.backend)
+            monkeypatch.setitem(registry.IMPORTS, one.name, lambda one=one: one.backend)
     return restarted
 
 
-def weight(rows=16, columns=512):
-    return packed_tensor(Q4_0, random_tensors(Q4_0, rows * columns // 32, CPU, calm=True)[0], (rows, columns))
-
-
-def multiplied(tokens=3):
-    return product.linear(torch.randn((tokens, 512), generator=torch.Generator().manual_seed(0)), weight())
-
-
-def taken_up(op="unpack", tokens=None) -> bool:
-    """Whether a kernel is found, in the end."""
-    choice = finished()
-    kernels.find(op, CPU, Q4_0, torch.float32, None, tokens)  # has what is proven checked here
-    assert all(proof.wait(60) for proof in choice._proofs.values())
-    return kernels.find(op, CPU, Q4_0, torch.float32, None, tokens) is not None
+@pytest.fixture
+def log(caplog):
+    """log(words): the lines of the pack that have them."""
+    caplog.set_level(logging.INFO, kernels.__name__)
+    return lambda words: [record.message for record in caplog.records if words in record.message]
 
 
 def started(*cases):
     """ComfyUI starts where models have asked for these cases, and the trial comes to its end."""
-    add_notes(list(cases), {})
+    Notes().add(cases)
     kernels.start_trials([CPU])
+    ended()
+
+
+def ended():
     for thread in threading.enumerate():
         if thread.name == "featherweight-trials":
             thread.join(60)
-    return finished()
 
 
-def finished():
-    """What the device uses, once no trial is under way and nothing is noted."""
-    choice, end = kernels._choice(CPU), time.monotonic() + 60
-    while choice.prover.at_work:
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    return choice
+def unpacked(dtype=torch.float32):
+    values = product.unpack(weight(), dtype)
+    assert torch.equal(values, weight().dequantize().to(dtype))
 
 
-def test_torch_works_until_a_kernel_is_proven_and_the_kernel_from_then_on(trials, restarted):
-    made, trials.go = Made("fine"), False
-    trials.says(made, UNPACK)
+def weight(rows=16, columns=512):
+    blocks = random_tensors(Q4_0, rows * columns // 32, CPU, calm=True)[0]
+    return packed_tensor(Q4_0, blocks, (rows, columns))
+
+
+def multiplied(tokens=3):
+    generator = torch.Generator().manual_seed(0)
+    return product.linear(torch.randn((tokens, 512), generator=generator), weight())
+
+
+def test_what_a_trial_has_proven_is_used_without_another_check(trials, restarted):
+    made = Made("fine")
+    trials.prove_all(made)
     restarted(made)
-    kernels._choice(CPU).prover.want([UNPACK])
-    expected = weight().dequantize()
-    for _ in range(3):
-        assert torch.equal(product.unpack(weight(), torch.float32), expected)
-    assert made.calls["unpack"] == 0 and kernels.used(CPU) == "torch until kernels are proven"
-    trials.go = True
-    assert taken_up()
-    checked = made.calls["unpack"]
-    assert torch.equal(product.unpack(weight(), torch.float32), expected)
-    assert made.calls["unpack"] == checked + 1 and kernels.used(CPU) == kernels.backend_of(CPU) == "fine"
-
-
-def test_a_product_has_the_same_bits_in_a_process_whenever_its_kernel_is_proven(trials, restarted, caplog):
-    made, trials.go = Made("fine"), False
-    for rows in ((1, 1), (2, 16)):
-        trials.says(made, LINEAR, rows, **{f"rows_{number}": 0.5 for number in rows})
-    trials.says(made, UNPACK)
-    restarted(made)
-    kernels._choice(CPU).prover.want([UNPACK, LINEAR])
-    first = multiplied()
-    trials.go = True
-    assert taken_up()
-    assert torch.equal(multiplied(), first) and made.calls["linear"] == 0
-    assert not taken_up("linear", 3)
-    tried = len(trials.jobs)
-    restarted(made)
-    caplog.set_level(logging.INFO, kernels.__name__)
     started(UNPACK, LINEAR)
+    unpacked()
+    multiplied()
+    assert made.calls == {"unpack": 1, "linear": 1}
+    assert kernels.used(CPU) == kernels.backend_of(CPU) == "fine"
+
+
+def test_what_is_proven_after_the_first_call_is_for_the_next_start(trials, restarted, log):
+    """So the same picture has the same bits in one process, whenever kernels come."""
+    made = Made("fine")
+    trials.prove_all(made)
+    trials.go.clear()
+    restarted(made)
+    Notes().add([UNPACK, LINEAR])
+    kernels.start_trials([CPU])
+    begun, first = time.monotonic(), multiplied()
+    unpacked()
+    assert time.monotonic() - begun < 5  # nobody waits
+    assert kernels.used(CPU) == "torch until kernels are proven"
+    trials.go.set()
+    ended()
+    unpacked()
+    assert torch.equal(multiplied(), first) and made.calls == {"unpack": 0, "linear": 0}
+    assert kernels.used(CPU) == "torch" and len(log("used when ComfyUI starts next")) == 1
+    restarted(made)
+    started()
     second = multiplied()
-    assert [record.message for record in caplog.records] == ["[Featherweight] Packed weights on cpu use fine."]
-    assert made.calls["linear"] and len(trials.jobs) == tried  # proven by the process before
-    assert torch.equal(multiplied(), second) and torch.allclose(first, second, rtol=1e-4, atol=1e-4)
+    assert made.calls["linear"] == 1 and len(trials.cases) == 1
+    assert torch.equal(multiplied(), second)
+    assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
-def test_the_fastest_is_used_for_each_format_and_number_of_rows_and_torch_where_it_is(trials, restarted):
+def test_the_fastest_is_used_for_each_range_of_rows_and_torch_where_it_is(trials, restarted):
     slow, fast = Made("slow"), Made("fast")
-    trials.says(slow, UNPACK, rows_=0.7)
-    trials.says(fast, UNPACK, rows_=0.4)
-    trials.says(slow, LINEAR, (1, 1), rows_1=0.5)
-    trials.says(fast, LINEAR, (1, 1), rows_1=0.6)
-    trials.says(fast, LINEAR, (2, 16), rows_2=0.3, rows_16=1.5)
+    trials.prove(slow, UNPACK, 0.7)
+    trials.prove(fast, UNPACK, 0.4)
+    trials.prove(slow, LINEAR, 0.5, (1, 1))
+    trials.prove(fast, LINEAR, 0.6, (1, 1))
+    trials.prove(fast, LINEAR, 1.5, (2, 16))
     restarted(slow, fast)
     started(UNPACK, LINEAR)
-    run = {(one.name, kernel.op, kernel.min_tokens): kernel.run for one in (slow, fast) for kernel in one.backend.kernels}
-    assert taken_up() and kernels.find("unpack", CPU, Q4_0, torch.float32) is run["fast", "unpack", 1]
-    found = [kernels.find("linear", CPU, Q4_0, torch.float32, None, tokens) for tokens in (1, 2, 5, 16, 17)]
-    assert found == [run["slow", "linear", 1], run["fast", "linear", 2], None, None, None]
+    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is fast.kernels[UNPACK][None].run
+    found = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) for tokens in (1, 2, 17)]
+    assert found == [slow.kernels[LINEAR][1, 1].run, None, None]
+    kernels.prepare(CPU, [UNPACK])
+    assert kernels.used(CPU) == "fast"
 
 
-def test_what_is_proven_and_wrong_in_this_process_is_torchs_and_reported(trials, restarted, caplog):
-    made = Made("wrong", off=1)
-    trials.says(made, UNPACK)
+def test_a_backend_that_cannot_be_imported_any_more_leaves_the_work_to_torch(
+        trials, restarted, monkeypatch, log):
+    def gone():
+        raise ImportError("no triton")
+
+    made = Made("fine")
+    trials.prove_all(made)
     restarted(made)
     started(UNPACK)
-    assert not taken_up()
-    assert torch.equal(product.unpack(weight(), torch.float32), weight().dequantize())
-    (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "unpack of Q4_0 to float32 by wrong" in warning and kernels.ISSUES in warning
+    monkeypatch.setitem(registry.IMPORTS, "fine", gone)
+    unpacked()
+    assert kernels.used(CPU) == "torch" and log("torch does their work")
 
 
-@pytest.mark.parametrize("asked, backend", [("torch", "torch"), ("fine", "fine"), ("auto", None), (None, None)])
+def test_a_driver_that_raises_leaves_the_work_to_torch(trials, restarted, monkeypatch, log):
+    def no_driver(*_):
+        raise RuntimeError("no driver")
+
+    restarted(Made("fine"))
+    monkeypatch.setattr(Verdicts, "of_device", no_driver)
+    started(UNPACK)
+    unpacked()
+    assert not trials.cases and log("torch does their work")
+
+
+@pytest.mark.parametrize("asked, backend", [("torch", "torch"), ("fine", "fine"), ("auto", None),
+                                            (None, None)])
 def test_what_is_asked_for_by_name_needs_no_trial(asked, backend, trials, restarted, monkeypatch):
     restarted(Made("fine"))
     if asked:
         monkeypatch.setenv(kernels.VARIABLE, asked)
-    if not backend:
-        started(UNPACK)
-    product.unpack(weight(), torch.float32)
-    if backend:
-        assert kernels.backend_of(CPU) == kernels.used(CPU) == backend and not trials.jobs
-    else:
-        assert not taken_up() and trials.jobs
+    started()
+    kernels.prepare(CPU, [UNPACK])
+    unpacked()
+    assert bool(trials.cases) == (backend is None) and bool(Notes().cases()) == (backend is None)
+    assert kernels.backend_of(CPU) == kernels.used(CPU) == (backend or "torch")
 
 
-def test_the_first_call_waits_for_no_trial(trials, restarted):
-    made, trials.go = Made("fine"), False
-    restarted(made)
-    kernels._choice(CPU).prover.want([LINEAR])
-    begun = time.monotonic()
+def test_a_cpu_is_not_tried(trials, restarted, monkeypatch):
+    monkeypatch.setattr(kernels, "TRIALED", {"cuda", "mps"})
+    restarted(Made("fine"))
+    started()
+    kernels.prepare(CPU, [UNPACK])
     multiplied()
-    assert time.monotonic() - begun < 5 and kernels._choice(CPU).prover.at_work
-    trials.go = True
-    assert not taken_up()
+    assert not Notes().cases() and not trials.cases
 
 
 # --- what a load does, and the next start ---
 
 
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.INFO, kernels.__name__)
-    return lambda: [record.message for record in caplog.records]
-
-
-def noted():
-    """What is noted, once no thread notes anything."""
-    for thread in threading.enumerate():
-        if thread.name == "featherweight-notes":
-            thread.join(60)
-    return read_notes()
-
-
-def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_tried_at_the_next_start(trials, restarted, log):
+def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trials, restarted, log):
     restarted(Made("fine"))
     for _ in range(2):
-        kernels.prepare(CPU, [UNPACK, LINEAR], {"Q4_0": {(16, 512)}})
-        noted()
+        kernels.prepare(CPU, [UNPACK, LINEAR])
     multiplied()
-    product.unpack(weight(), torch.float16)
-    cases, shapes = noted()
-    assert not trials.jobs and not kernels._choice(CPU).prover.at_work
-    assert set(cases) == {UNPACK, LINEAR, Case("unpack", "Q4_0", torch.float16, None)} and shapes == {"Q4_0": {(16, 512)}}
-    assert log() == ["[Featherweight] Kernels for Q4_0 are tried on cpu when ComfyUI starts next; until then torch does their"
-                     " work."]
+    unpacked(torch.float16)
+    assert not trials.cases
+    assert set(Notes().cases()) == {UNPACK, LINEAR, Case("unpack", "Q4_0", torch.float16, None)}
+    (line,) = log("Kernels for")
+    assert "Q4_0" in line and "until ComfyUI starts again" in line
 
 
-def test_what_models_asked_for_is_tried_at_the_next_start_and_used_by_the_first_model(trials, restarted, log):
+def test_what_models_asked_for_is_tried_at_the_next_start_and_used_by_the_first_model(
+        trials, restarted, log):
     made = Made("fine")
-    for rows in ((1, 1), (2, 16)):
-        trials.says(made, LINEAR, rows, **{f"rows_{number}": 0.5 for number in rows})
-    trials.says(made, UNPACK)
+    trials.prove_all(made)
     restarted(made)
-    kernels.prepare(CPU, [UNPACK, LINEAR], {"Q4_0": {(16, 512)}})
-    noted()
+    kernels.prepare(CPU, [UNPACK, LINEAR])
     restarted(made)
     started()
-    (job,) = trials.jobs
-    assert job["cases"] == [UNPACK.as_json(), LINEAR.as_json()] and job["shapes"] == {"Q4_0": [(16, 512)]}
-    kernels.prepare(CPU, [UNPACK, LINEAR], {"Q4_0": {(16, 512)}})
+    assert trials.cases == [[UNPACK, LINEAR]]
+    kernels.prepare(CPU, [UNPACK, LINEAR])
     multiplied()
-    noted()
-    assert made.calls["linear"] and kernels.used(CPU) == "fine" and len(trials.jobs) == 1
-    assert not [line for line in log()[1:] if "starts next" in line]
+    assert made.calls["linear"] and kernels.used(CPU) == "fine"
+    assert len(trials.cases) == len(log("are not proven")) == 1
 
 
-def test_a_model_of_a_new_format_is_not_said_to_be_unpacked_by_what_was_proven_for_others(trials, restarted):
+def test_a_model_of_a_new_format_is_not_said_to_be_unpacked_by_what_was_proven_for_others(
+        trials, restarted):
     made = Made("fine")
-    trials.says(made, UNPACK)
+    trials.prove(made, UNPACK)
     restarted(made)
     started(UNPACK)
-    kernels.prepare(CPU, [Case("unpack", "Q8_0", torch.float32, None)], {})
+    kernels.prepare(CPU, [Case("unpack", "Q8_0", torch.float32, None)])
     assert kernels.used(CPU) == "torch"
-    kernels.prepare(CPU, [UNPACK], {})
+    kernels.prepare(CPU, [UNPACK])
     assert kernels.used(CPU) == "fine"
-    noted()
 
 
 def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, restarted):
     restarted(Made("fine"))
     started()
-    (job,) = trials.jobs
-    assert job["cases"] == [[op, name, dtype, None] for name in proving.MOST_USED for dtype in ("bfloat16", "float16")
-                            for op in ("unpack", "linear")]
-    assert set(proving.MOST_USED) <= set(FORMATS)
+    (cases,) = trials.cases
+    assert {case.format for case in cases} == set(selector.MOST_USED) <= set(FORMATS)
+    assert {(case.capability, case.dtype) for case in cases} == {
+        (capability, dtype) for capability in ("unpack", "linear")
+        for dtype in (torch.bfloat16, torch.float16)}
+    assert len(cases) == 28
 
 
-@pytest.mark.parametrize("asked", ["torch", "fine"])
-def test_nothing_is_tried_or_noted_where_kernels_are_asked_for_by_name(asked, trials, restarted, monkeypatch):
+def test_no_trial_begins_while_little_of_the_device_is_free_and_nobody_waits(
+        trials, restarted, monkeypatch, log):
     restarted(Made("fine"))
-    monkeypatch.setenv(kernels.VARIABLE, asked)
-    kernels.start_trials([CPU])
-    kernels.prepare(CPU, [UNPACK], {})
-    multiplied()
-    assert noted() == ([], {}) and not trials.jobs
-
-
-def test_a_cpu_is_not_tried(trials, restarted, monkeypatch):
-    monkeypatch.setattr(kernels, "TRIED", {"cuda", "mps"})
-    restarted(Made("fine"))
-    kernels.start_trials([CPU])
-    kernels.prepare(CPU, [UNPACK], {})
-    multiplied()
-    assert noted() == ([], {}) and not trials.jobs
-
-
-def test_calls_wait_once_in_all_for_verdicts_that_are_not_read(trials, restarted, monkeypatch):
-    monkeypatch.setattr(proving, "FIRST_WAIT", 0.5)
-    monkeypatch.setattr(proving, "key_of", lambda *_: time.sleep(3))
-    restarted(Made("fine"))
+    monkeypatch.setattr(selector, "free_bytes", lambda device: selector.FREE_TO_BEGIN - 1)
     begun = time.monotonic()
-    for name in ("Q4_0", "Q8_0", "Q4_1", "Q5_0", "Q5_1"):
-        kernels.find("linear", CPU, FORMATS[name], torch.float32)
-    kernels.used(CPU)
-    assert 0.4 < time.monotonic() - begun < 1.2
-    noted()
+    started(UNPACK)
+    assert time.monotonic() - begun < 5 and not trials.cases
+    assert log("when ComfyUI starts with 1.5 GB of it free")
+    monkeypatch.setattr(selector, "free_bytes", lambda device: selector.FREE_TO_BEGIN)
+    restarted(Made("fine"))
+    started()
+    assert trials.cases == [[UNPACK]]
+
+
+def test_who_meets_another_trial_begins_none_and_waits_for_nothing(
+        trials, restarted, tmp_path, log):
+    """The lock is in the user's own folder: nobody else can hold it."""
+    restarted(Made("fine"))
+    Notes().add([UNPACK])
+    with FileLock(tmp_path / "featherweight" / "trials" / "lock"):
+        started()
+    assert not trials.cases and log("Another trial of kernels is under way")
+    assert (tmp_path / "featherweight" / "trials").stat().st_mode & 0o777 == 0o700
+    restarted(Made("fine"))
+    started()
+    assert trials.cases == [[UNPACK]]
+
+
+def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
+        trials, restarted, monkeypatch, log, caplog):
+    made = Made("fine")
+
+    def run(device, backends, verdicts, cases):
+        right = UNPACK.kernel_name("fine", made.kernels[UNPACK][None])
+        verdicts.end(right, "right", seconds=[1, 3])
+        verdicts.end("a kernel", "crashed", why="its process ended")
+        verdicts.end("another kernel", "wrong", why="2 of 3 values differ")
+        return "4 kernels ended their process"
+
+    monkeypatch.setattr(selector, "run_trial", run)
+    restarted(made)
+    started(UNPACK)
+    (line,) = log("1 kernels proven")
+    for words in ("unpack 3.0 times as fast as torch", "1 wrong", "1 crashed", "(a kernel: please",
+                  kernels.ISSUES, "4 kernels ended their process, so the rest is tried"):
+        assert words in line
+    (warning,) = [record.message for record in caplog.records if record.levelno > logging.INFO]
+    assert "gives wrong values" in warning and "another kernel" in warning
+    assert "2 of 3 values differ" in warning and kernels.ISSUES in warning
+
+
+def test_where_no_kernel_works_the_log_says_so(trials, restarted, log):
+    restarted(Made("fine"))
+    started(UNPACK)
+    assert log("no kernel is proven, torch does the work")

@@ -1,385 +1,320 @@
-"""Kernels are tried in another process: what one of them does there costs nobody else anything."""
+"""Kernels are tried in another process: what one does there costs nobody else anything."""
 import functools
-import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
 import planted_backends
 import pytest
 import torch
-from featherweight.ops import formats, kernels  # noqa: F401
+from featherweight import child_process
+from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import background, proving, trial_process
-from featherweight.ops.kernels.proving import Prover
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.kernels.trial_process import Outcome, run_trial
-from featherweight.ops.kernels.verdicts import Case, is_verdict
+from featherweight.ops.kernels import trial
+from featherweight.ops.kernels.kernel import Case
+from featherweight.ops.kernels.trial import MAX_RESTARTS, run_trial
+from featherweight.ops.kernels.verdicts import Verdicts
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
-SUPPORT = str(PACK / "tests" / "support")
 Q4_0, Q8_0 = (Case("unpack", name, torch.float32, None) for name in ("Q4_0", "Q8_0"))
-SHAPES = {"Q4_0": {(16, 256)}, "Q8_0": {(16, 256)}}
-ATTEMPT = 15  # seconds, for a machine that others use too
-run_planted = functools.partial(run_trial, command=planted_backends.COMMAND, attempt_seconds=ATTEMPT)
-posix_only = pytest.mark.skipif(os.name != "posix", reason="processes end otherwise on Windows")
+CASE_SECONDS = 10  # on a machine that others use too
+run_planted = functools.partial(run_trial, command=planted_backends.COMMAND,
+                                case_seconds=CASE_SECONDS)
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes end otherwise on Windows")
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the lock is, for the processes that a test starts
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(proving, "ASK_EVERY", 0.05)
-    return tmp_path / "cache" / "featherweight" / "verdicts"
+def verdicts(tmp_path, monkeypatch):
+    """Of a device of which nothing is known; each kernel that is tried has a line in `log`."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(planted_backends.LOG, str(tmp_path / "log"))
+    return Verdicts(tmp_path / "cache" / "verdicts.jsonl")
 
 
-def finished(prover: Prover, seconds: float = 300):
-    """The same, once it has nothing to do any more."""
-    end = time.monotonic() + seconds
-    while prover.at_work:
-        assert time.monotonic() < end, "the trial goes on for ever"
-        time.sleep(0.02)
-    return prover
+@pytest.fixture(autouse=True)
+def cache(tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o700)
 
 
-def proven(prover: Prover, case: Case):
-    return prover.proven(case.op, FORMATS[case.format], case.dtype, case.value_dtype)
+def name_of(case: Case, backend: str) -> str:
+    return f"{case}, rows 1 to any by {backend}"
 
 
-def verdict(prover: Prover, backend: str, case: Case) -> str | None:
-    return prover._read.value[backend].known.get(f"{case}, rows 1 to any", {}).get("verdict")
+def verdict(results, case: Case, backend: str) -> str | None:
+    return results.verdicts.get(name_of(case, backend), {}).get("verdict")
 
 
-VERDICTS = {"aborts": "crashed", "segfaults": "crashed", "leaves": "crashed", "is_killed": "killed", "loops": "hung",
-            "wrong_in_the_tail": "wrong", "wrong_at_odd_addresses": "wrong", "slow": "slower", "no_room": "memory",
-            "refuses": "refused", "loses_the_device": "crashed", "garbage": "right", "fine": "right"}
+EXPECTED = {"aborts": "crashed", "segfaults": "crashed", "leaves": "crashed", "is_killed": "killed",
+            "loops": "hung", "holds_on": "hung", "loses_the_device": "crashed",
+            "wrong_in_the_tail": "wrong", "wrong_at_odd_addresses": "wrong", "slow": "slower",
+            "refuses": "refused", "garbage": "right", "fine": "right"}
+ENDS_ITS_PROCESS = [name for name, verdict in EXPECTED.items()
+                    if verdict in ("crashed", "killed", "hung")]
+BACKENDS = (*EXPECTED, "no_room", "no_probe")
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """A device whose every backend misbehaves in its own way, tried to the end; and the log of that."""
-    folder, records = tmp_path_factory.mktemp("zoo"), []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger(kernels.__name__)
+    """Of a device whose every backend misbehaves, and why each trial left something."""
+    folder = tmp_path_factory.mktemp("zoo")
+    folder.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(tempfile, "tempdir", str(folder))
-        level = logger.level
-        logger.setLevel(logging.DEBUG)
-        logger.addHandler(handler)
-        prover = Prover(CPU, (*VERDICTS, "no_probe"), run_planted)
-        prover.want([Q4_0, Q8_0], SHAPES)
-        finished(prover)
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        yield prover, records
+        verdicts, reasons = Verdicts(folder / "verdicts.jsonl"), []
+        while reasons[-1:] != [""]:
+            assert len(reasons) < len(BACKENDS)
+            reasons.append(run_planted(CPU, BACKENDS, verdicts, [Q4_0, Q8_0]))
+    return verdicts, reasons
 
 
-@posix_only
-@pytest.mark.parametrize("name, expected", VERDICTS.items())
-def test_each_kernel_gets_its_verdict_and_takes_no_other_with_it(name, expected, zoo):
-    prover, _ = zoo
-    assert verdict(prover, name, Q4_0) == expected
-    assert verdict(prover, name, Q8_0) == "right"
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_kernel_gets_its_verdict_and_takes_no_other_with_it(name, zoo):
+    results = zoo[0].results()
+    assert verdict(results, Q4_0, name) == EXPECTED[name]
+    assert verdict(results, Q8_0, name) == "right"
 
 
-@posix_only
-def test_only_what_is_right_and_faster_is_used(zoo):
-    prover, _ = zoo
-    assert {kernel.backend for kernel in proven(prover, Q4_0) if kernel.is_faster(None)} == {"garbage", "fine"}
-    assert {kernel.backend for kernel in proven(prover, Q8_0)} == set(VERDICTS)
-    shares = [kernel.share for kernel in proven(prover, Q8_0)]
-    assert shares == sorted(shares)
+def test_a_trial_is_started_again_three_times_at_most(zoo):
+    trials, rest = divmod(len(ENDS_ITS_PROCESS), MAX_RESTARTS + 1)
+    assert rest and zoo[1] == [f"{MAX_RESTARTS + 1} kernels ended their process"] * trials + [""]
 
 
-@posix_only
-def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values_only(zoo):
-    _, records = zoo
-    lines = [(record.levelno, record.getMessage()) for record in records if record.levelno > logging.DEBUG]
-    infos = [text for level, text in lines if level == logging.INFO]
-    warnings = [text for level, text in lines if level > logging.INFO]
-    assert len(infos) == 2 and "are tried on cpu in the background" in infos[0]
-    assert infos[1].startswith("[Featherweight] cpu: 15 kernels proven, unpack ")
-    assert "times as fast as torch, 1 slower, 2 wrong, 4 crashed, 1 hung, 1 killed" in infos[1] and kernels.ISSUES in infos[1]
-    assert len(warnings) == 2
-    assert all("A kernel gives wrong values here" in text and kernels.ISSUES in text for text in warnings)
-    assert "unpack of Q4_0 to float32, rows 1 to any by wrong_in_the_tail" in "".join(warnings)
+def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_tried(zoo):
+    results = zoo[0].results()
+    probe = results.verdicts["probe by no_probe"]
+    assert probe["verdict"] == "refused" and "no driver" in probe["why"]
+    assert results.working("fine") and not results.working("no_probe")
+    assert not [name for name in results.verdicts if name.endswith("rows 1 to any by no_probe")]
 
 
-@posix_only
-@pytest.mark.parametrize("days, again", [(0, {"no_room"}), (8, {"no_room", "refuses", "loops", "is_killed"})])
-def test_what_crashed_is_never_tried_again_and_what_may_mend_itself_is(days, again, zoo, tmp_path, monkeypatch):
-    log, cache = tmp_path / "log", tmp_path / "cache"
-    shutil.copytree(zoo[0]._read.value["fine"]._path.parents[1], cache / "featherweight")
-    for file in (cache / "featherweight" / "verdicts").iterdir():
-        content = json.loads(file.read_text())
-        for found in content["verdicts"].values():
-            found["at"] -= days * 86400
-        file.write_text(json.dumps(content))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv(planted_backends.LOG, str(log))
-    prover = Prover(CPU, tuple(VERDICTS), run_planted)
-    prover.want([Q4_0, Q8_0], SHAPES)
-    finished(prover)
-    assert {tuple(line.split()[1:]) for line in log.read_text().splitlines()} == {(name, "Q4_0") for name in again}
-    assert {name: verdict(prover, name, Q4_0) for name in again} == {name: VERDICTS[name] for name in again}
+@pytest.mark.parametrize("days, again", [
+    (0, {"no_room"}), (8, {"no_room", "refuses", "loops", "holds_on", "is_killed"})])
+def test_what_crashed_is_never_tried_again_and_what_may_mend_itself_is(
+        days, again, zoo, verdicts, tmp_path, monkeypatch):
+    now = time.time()
+    shutil.copy(zoo[0].path, verdicts.path)
+    monkeypatch.setattr(time, "time", lambda: now + days * 86400)
+    results = verdicts.results()
+    assert (str(Q4_0) in results.tried) is False
+    unknown = {name for name in (*EXPECTED, "no_room") if verdict(results, Q4_0, name) is None}
+    assert unknown == again and verdict(results, Q8_0, "no_room") == "right"
+
+
+def test_what_is_known_is_not_tried_again(verdicts, tmp_path):
+    assert run_planted(CPU, ("fine",), verdicts, [Q4_0]) == ""
+    tried = (tmp_path / "log").read_text()
+    assert run_planted(CPU, ("fine",), verdicts, [Q4_0, Q8_0]) == ""
+    assert verdicts.results().tried == {str(Q4_0), str(Q8_0)}
+    assert "Q4_0" not in (tmp_path / "log").read_text()[len(tried):]
+
+
+def test_a_probe_that_loses_the_device_takes_no_other_backend_with_it(verdicts):
+    run_planted(CPU, ("loses_the_device_at_once", "fine"), verdicts, [Q8_0])
+    results = verdicts.results()
+    assert results.verdicts["probe by loses_the_device_at_once"]["verdict"] == "crashed"
+    assert verdict(results, Q8_0, "fine") == "right"
+
+
+def test_where_memory_is_short_nothing_is_begun_and_the_rest_is_left(verdicts, monkeypatch):
+    start = planted_backends.START.replace(
+        "planted_backends.main()", "from featherweight.ops.kernels import trial;"
+        " trial.free_bytes = lambda device: 900; planted_backends.main()")
+    command = (*planted_backends.COMMAND[:2], start, *planted_backends.COMMAND[3:])
+    reason = run_trial(CPU, ("fine",), verdicts, [Q4_0], command)
+    assert reason == "less than 1.0 GB of it were free"
+    assert verdicts.results() == ({}, set(), None)
+
+
+def test_a_kernel_that_an_earlier_process_ended_at_is_gone_past(verdicts, tmp_path):
+    """As after a kernel that has stopped the whole computer."""
+    verdicts.begin("probe by fine")
+    verdicts.end("probe by fine", "works")
+    verdicts.begin(name_of(Q4_0, "fine"))
+    assert run_planted(CPU, ("fine",), verdicts, [Q4_0, Q8_0]) == ""
+    results = verdicts.results()
+    assert verdict(results, Q4_0, "fine") == "killed" and verdict(results, Q8_0, "fine") == "right"
+    assert "Q4_0" not in (tmp_path / "log").read_text()
+
+
+def test_a_process_that_does_not_start_blames_no_kernel(verdicts):
+    command = sys.executable, "-c", "raise SystemExit(9)"
+    reason = run_trial(CPU, ("fine",), verdicts, [Q4_0], command)
+    assert reason == "its process ended with 9" and verdicts.results() == ({}, set(), None)
+
+
+@pytest.mark.parametrize("sent, expected", [("SIGKILL", "killed"), ("SIGTERM", "killed"),
+                                            ("SIGHUP", "killed"), ("SIGSEGV", "crashed")])
+def test_a_signal_of_another_program_is_no_crash_of_the_kernel(sent, expected, verdicts):
+    script = ("import json, os, signal, sys, time; job = json.loads(sys.stdin.readline());"
+              " line = {'begin': 'a kernel', 'at': time.time()};"
+              " open(job['file'], 'a').write(json.dumps(line));"
+              f" os.chmod(job['file'], 0o600); os.kill(os.getpid(), signal.{sent})")
+    run_trial(CPU, ("fine",), verdicts, [Q4_0], (sys.executable, "-c", script))
+    assert verdicts.results().verdicts["a kernel"]["verdict"] == expected
 
 
 def test_a_kernel_is_found_again_by_the_name_of_its_format():
-    made = [FORMATS["NF4"].of_block_length(128), FORMATS["NF4"], format_named("INT8_96"), FORMATS["Q4_K"], FORMATS["Q4_0"],
-            format_named("Q4_K_5120_8x2")]
+    made = [FORMATS["NF4"].of_block_length(128), FORMATS["NF4"], format_named("INT8_96"),
+            FORMATS["Q4_K"], FORMATS["Q4_0"], format_named("Q4_K_5120_8x2")]
     assert [format_named(packed.__name__) for packed in made] == made and made[-1].outer == 8
     for unknown in ("Q9_9", "Q4_K_128", "Q9_9_5120_8x2"):
         with pytest.raises(KeyError):
             format_named(unknown)
 
 
-# --- without a process: what is made of what it says ---
-
-
-class Run:
-    """In the place of `run_trial`. turns: for each call the verdicts it says and the outcome it ends with."""
-
-    def __init__(self, *turns):
-        self.turns, self.jobs = list(turns), []
-
-    def __call__(self, job, hear, seconds):
-        self.jobs.append(json.loads(json.dumps(job)))
-        said, outcome = self.turns.pop(0)
-        for line in said:
-            hear(*line)
-        return outcome
-
-
-def right(case: Case, backend="fine", rows=(1, None), times=None):
-    text = f"{case}, rows {rows[0]} to {rows[1] or 'any'}"
-    return backend, text, {"verdict": "right", "case": str(case), "rows": list(rows), "times": times or {"": [1.0, 2.0]}}
-
-
-def tried(case: Case, backend="fine"):
-    return backend, str(case), {"verdict": "tried"}
-
-
-ENDED = Outcome("ended")
-PROBED = "fine", "probe", {"verdict": "right"}
-
-
-def test_what_is_proven_is_used_at_once_and_by_the_next_process(cache):
-    run = Run(([PROBED, right(Q4_0), tried(Q4_0)], ENDED))
-    first = Prover(CPU, ("fine",), run)
-    first.want([Q4_0])
-    assert proven(first, Q4_0) is None
-    ((kernel),) = proven(finished(first), Q4_0)
-    assert (kernel.backend, kernel.rows, kernel.share) == ("fine", (1, None), 0.5)
-    second = Prover(CPU, ("fine",), Run())
-    assert second.proven("unpack", FORMATS["Q4_0"], torch.float32, None, wait=True) == (kernel,)
-
-
-def test_a_case_that_comes_later_is_tried_with_what_is_known(cache):
-    run = Run(([PROBED, right(Q4_0), tried(Q4_0)], ENDED), ([right(Q8_0), tried(Q8_0)], ENDED))
-    prover = Prover(CPU, ("fine",), run)
-    prover.want([Q4_0], SHAPES)
-    finished(prover)
-    assert proven(prover, Q8_0) is None
-    prover.want([Q8_0])
-    assert proven(finished(prover), Q8_0)
-    assert [job["cases"] for job in run.jobs] == [[Q4_0.as_json()], [Q8_0.as_json()]]
-    assert run.jobs[0]["shapes"] == {"Q4_0": [[16, 256]], "Q8_0": [[16, 256]]}
-    assert run.jobs[1]["known"]["fine"]["probe"]["verdict"] == "right"
-
-
-def test_after_some_crashes_the_rest_of_a_backend_is_not_tried(cache):
-    cases = [Case("unpack", name, torch.float32, None) for name in ("Q4_0", "Q8_0", "Q4_1", "Q5_0", "Q5_1")]
-    crashes = [([PROBED], Outcome("crashed", ("fine", f"{case}, rows 1 to any"), "it ended")) for case in cases]
-    run = Run(*crashes[:proving.MOST_CRASHES], ([], ENDED))
-    prover = Prover(CPU, ("fine",), run)
-    prover.want(cases, {})
-    finished(prover)
-    assert len(run.jobs) == proving.MOST_CRASHES + 1
-    assert run.jobs[-1]["known"]["fine"][str(cases[-1])]["verdict"] == "skipped"
-    assert [proven(prover, case) for case in cases] == [()] * len(cases)
-
-
-@pytest.mark.parametrize("outcome", [Outcome("crashed", None, "it did not start"), Outcome("late", ("fine", "x")), ENDED],
-                         ids=lambda outcome: outcome.how)
-def test_a_trial_that_finds_out_nothing_is_not_repeated(outcome, cache):
-    run = Run(([], outcome))
-    prover = Prover(CPU, ("fine",), run)
-    prover.want([Q4_0], {})
-    assert proven(finished(prover), Q4_0) is None and not prover.at_work and len(run.jobs) == 1
-
-
-def test_no_trial_begins_while_little_of_the_device_is_free(cache, monkeypatch):
-    free = [0, proving.LEAST_FREE - 1, proving.LEAST_FREE, 0, proving.LEAST_FREE]
-    asked = []
-    monkeypatch.setattr(proving, "free_bytes", lambda device: asked.append(free.pop(0)) or asked[-1])
-    run = Run(([PROBED], Outcome("stopped", None, "900 bytes are free")), ([right(Q4_0), tried(Q4_0)], ENDED))
-    prover = Prover(CPU, ("fine",), run)
-    prover.want([Q4_0], {})
-    assert proven(finished(prover), Q4_0)
-    assert not free and len(run.jobs) == 2
-
-
-def test_a_driver_that_raises_leaves_the_work_to_torch(cache, monkeypatch, caplog):
-    def no_driver(device, name):
-        raise RuntimeError("no driver")
-
-    monkeypatch.setattr(proving, "key_of", no_driver)
-    prover = Prover(CPU, ("fine",), Run())
-    prover.want([Q4_0])
-    assert prover.proven("unpack", FORMATS["Q4_0"], torch.float32, None, wait=True) in ((), None)
-    assert proven(finished(prover), Q4_0) == ()
-    assert "torch does their work" in caplog.text
-
-
-def test_a_trial_takes_no_cancellation_from_the_prompt_that_runs(cache, monkeypatch):
-    asked_in = []
-    monkeypatch.setattr(background, "raise_if_cancelled", lambda: asked_in.append(threading.current_thread()))
-    monkeypatch.setattr(proving, "key_of", lambda device, name: time.sleep(0.2) or {"device": "slow"})
-    prover = Prover(CPU, ("fine",), Run(([PROBED, tried(Q4_0)], ENDED)))
-    prover.want([Q4_0], {})
-    finished(prover)
-    assert not asked_in and proven(prover, Q4_0) == ()
-
-
-# --- with processes of their own ---
+# --- the end of the process that asked for a trial ---
 
 
 PROCESS = """
-import sys, time, types
+import sys, threading, types
+from pathlib import Path
 pack = types.ModuleType("featherweight")
 pack.__path__ = [sys.argv[1]]
 sys.modules["featherweight"] = pack
 sys.path[:0] = [sys.argv[2]]
-import planted_backends, torch
+import planted_backends, time, torch
 from featherweight.ops import formats
-from featherweight.ops.kernels.proving import Prover
-from featherweight.ops.kernels.trial_process import run_trial
-from featherweight.ops.kernels.verdicts import Case
-prover = Prover(torch.device("cpu"), tuple(sys.argv[3:]),
-                lambda *arguments: run_trial(*arguments, command=planted_backends.COMMAND))
-prover.want([Case("unpack", name, torch.float32, None) for name in ("Q4_0", "Q8_0")],
-            {name: {(16, 256)} for name in ("Q4_0", "Q8_0")})
-while prover.at_work:
+from featherweight.ops.kernels.background import start_thread
+from featherweight.ops.kernels.kernel import Case
+from featherweight.ops.kernels.trial import run_trial
+from featherweight.ops.kernels.verdicts import Verdicts
+log = Path(sys.argv[5])
+start_thread(lambda: run_trial(
+    torch.device("cpu"), (sys.argv[4],), Verdicts(Path(sys.argv[3])),
+    [Case("unpack", "Q4_0", torch.float32, None)], planted_backends.COMMAND, 20))
+while not (log.exists() and "Q4_0" in log.read_text()):
     time.sleep(0.05)
-print(sum(verdict["verdict"] == "right" for verdict in prover._read.value[sys.argv[3]].known.values()))
 """
 
 
-def start(*names, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", PROCESS, str(PACK), SUPPORT, *names], stdout=subprocess.PIPE,
-                            text=True, **options)
-
-
-def test_two_processes_at_once_try_a_kernel_once(cache, tmp_path, monkeypatch):
-    log = tmp_path / "log"
-    monkeypatch.setenv(planted_backends.LOG, str(log))
-    both = [start("fine"), start("fine")]
-    outputs = [process.communicate(timeout=300)[0].split() for process in both]
-    assert outputs == [["3"], ["3"]]  # the probe and two kernels
-    assert len({line.split()[0] for line in log.read_text().splitlines()}) == 1
-
-
-@posix_only
-@pytest.mark.parametrize("name", ["loops", "holds_on"])
-def test_no_trial_outlives_the_process_that_asked_for_it(name, cache, tmp_path, monkeypatch):
-    log = tmp_path / "log"
-    monkeypatch.setenv(planted_backends.LOG, str(log))
-    parent = start(name)
-    try:
-        end = time.monotonic() + 120
-        while not (log.exists() and "Q4_0" in log.read_text()):
-            assert time.monotonic() < end and parent.poll() is None
-            time.sleep(0.05)
-    finally:
-        parent.kill()
-        parent.communicate()
-    child = int(log.read_text().split()[0])
-    end = time.monotonic() + 10
-    while is_alive(child):
-        assert time.monotonic() < end, "the trial runs on"
-        time.sleep(0.05)
+def start(name: str, verdicts: Verdicts, log: Path, more: str = "") -> subprocess.Popen:
+    arguments = [str(PACK), str(PACK / "tests" / "support"), str(verdicts.path), name, str(log)]
+    return subprocess.Popen([sys.executable, "-c", PROCESS + more, *arguments],
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return "Z" not in subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
-    except ProcessLookupError:
-        return False
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return status.stdout.strip() not in ("", "Z")
 
 
-@posix_only
-def test_a_process_that_ends_ends_its_trial_without_error(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["loops", "holds_on"])
+def test_no_trial_outlives_the_process_that_asked_for_it(name, verdicts, tmp_path):
+    """One whose kernel lets no Python run ends when the kernel's time is over."""
     log = tmp_path / "log"
-    monkeypatch.setenv(planted_backends.LOG, str(log))
-    script = PROCESS.replace("while prover.at_work:", f"import pathlib\nwhile not pathlib.Path({str(log)!r}).exists():")
-    ended = subprocess.run([sys.executable, "-c", script.rpartition("print")[0], str(PACK), SUPPORT, "loops"],
-                           timeout=120, capture_output=True, text=True)
+    parent = start(name, verdicts, log, "print('tried', flush=True); time.sleep(600)")
+    assert parent.stdout.readline() == "tried\n"
+    parent.kill()
+    parent.communicate()
+    child, end = int(log.read_text().split()[0]), time.monotonic() + 60
+    while is_alive(child):
+        assert time.monotonic() < end, "the trial runs on"
+        time.sleep(0.05)
+    assert verdict(verdicts.results(), Q4_0, name) is None  # it is no fault of the kernel
+
+
+def test_a_process_that_ends_ends_its_trial_without_error(verdicts, tmp_path):
+    log = tmp_path / "log"
+    parent = start("loops", verdicts, log)
+    _, errors = parent.communicate(timeout=120)
+    assert parent.returncode == 0 and not errors
+    assert not is_alive(int(log.read_text().split()[0]))
+    results = verdicts.results()
+    assert verdict(results, Q4_0, "loops") is None and results.unfinished is None
+
+
+def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it():
+    script = ("import os, sys, time, types\n"
+              "pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]]\n"
+              "sys.modules['featherweight'] = pack\n"
+              "from featherweight import child_process\n"
+              "from featherweight.ops.kernels import background\n"
+              "started = child_process.start_process('sleep', '60')\n"
+              "if os.fork() == 0:\n    sys.exit(0)\n"
+              "os.wait(); time.sleep(0.3)\n"
+              "print('runs' if started.poll() is None else 'killed', started.pid)")
+    state, pid = subprocess.run([sys.executable, "-c", script, str(PACK)], capture_output=True,
+                                text=True, timeout=120, check=True).stdout.split()
+    assert state == "runs"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+    assert not child_process.is_forked()
+
+
+def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_start(tmp_path):
+    """From Python 3.12 on no thread and no process is started then, though others go on."""
+    script = ("import sys, threading, time, types\n"
+              "pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]]\n"
+              "sys.modules['featherweight'] = pack\n"
+              "import torch\n"
+              "from featherweight.ops import formats, kernels\n"
+              "from featherweight.ops.kernels import selector\n"
+              "def run(*arguments):\n"
+              "    while threading.main_thread().is_alive(): time.sleep(0.01)\n"
+              "    raise RuntimeError('no new thread at interpreter shutdown')\n"
+              "selector.run_trial = run\n"
+              "kernels.TRIALED = {'cpu'}\n"
+              "kernels.start_trials([torch.device('cpu')])\n"
+              "threading.Thread(target=time.sleep, args=[2]).start()\n")
+    ended = subprocess.run([sys.executable, "-c", script, str(PACK)], capture_output=True, text=True,
+                           timeout=300, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path),
+                                                          "FEATHERWEIGHT_KERNELS": ""})
     assert ended.returncode == 0 and not ended.stderr
-    child = int(log.read_text().split()[0])
-    assert not is_alive(child)
 
 
-def test_a_trial_needs_neither_the_host_nor_its_packages(tmp_path):
-    """On the real command, with the real backend of a CPU; its job is one that it can do nothing with."""
+# --- the real command, with real backends on this CPU ---
+
+
+def in_a_trial(verdicts: Verdicts, backend: str, cases: list[Case], before: str = "") -> dict:
+    """Name -> verdict."""
+    start = trial.START.replace("trial.main()",
+                                f"trial.ROWS, trial.COLUMNS = 16, 512;{before} trial.main()")
+    assert run_trial(CPU, (backend,), verdicts, cases,
+                     (sys.executable, "-c", start, str(PACK)), 240) == ""
+    results = verdicts.results()
+    assert results.tried == {str(case) for case in cases}
+    return {name: line["verdict"] for name, line in results.verdicts.items()}
+
+
+def test_a_trial_needs_neither_the_host_nor_its_packages(verdicts):
     script = ("import builtins; real = builtins.__import__\n"
+              "HOST = ('comfy', 'comfy_kitchen', 'comfy_aimdo', 'folder_paths', 'nodes')\n"
               "def refused(name, *rest, **more):\n"
-              "    assert name.split('.')[0] not in ('comfy', 'comfy_kitchen', 'comfy_aimdo', 'folder_paths', 'nodes'), name\n"
+              "    assert name.split('.')[0] not in HOST, name\n"
               "    return real(name, *rest, **more)\n"
               "builtins.__import__ = refused\n")
-    said = []
-    outcome = run_trial({"device": "cpu", "backends": ["absent"], "cases": [Q4_0.as_json()], "shapes": {}, "known": {},
-                         "least_free": 0}, lambda *line: said.append(line), 120,
-                        command=(sys.executable, "-c", script + trial_process.START, str(PACK)))
-    assert outcome.how == "ended"
-    ((backend, text, found),) = said
-    assert (backend, text, found["verdict"]) == ("absent", "probe", "refused") and "KeyError('absent')" in found["why"]
+    command = (sys.executable, "-c", script + trial.START, str(PACK))
+    assert run_trial(CPU, ("absent",), verdicts, [Q4_0], command) == ""
+    probe = verdicts.results().verdicts["probe by absent"]
+    assert probe["verdict"] == "refused" and "KeyError('absent')" in probe["why"]
 
 
-def in_a_trial(backend: str, cases: list[Case], before: str = "") -> dict[str, dict]:
-    """What the real backend's kernels are found to be on this CPU: text -> verdict."""
-    shapes = {case.format: [[16, 512]] for case in cases if case.format}
-    said = {}
-    start = trial_process.START.replace("trial.main()", f"{before}; trial.main()" if before else "trial.main()")
-    outcome = run_trial({"device": "cpu", "backends": [backend], "cases": [case.as_json() for case in cases], "shapes": shapes,
-                         "known": {}, "least_free": 0}, lambda name, text, verdict: said.update({text: verdict}), 240,
-                        command=(sys.executable, "-c", start, str(PACK)))
-    assert outcome.how == "ended", outcome
-    assert {str(case) for case in cases} <= said.keys()
-    return {text: verdict for text, verdict in said.items() if verdict["verdict"] != "tried"}
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
+def test_the_kernels_of_a_cpu_are_right_in_a_trial(verdicts):
+    cases = [Case("linear", "Q4_K", torch.bfloat16, torch.float16),
+             Case("unpack", "Q4_K", torch.bfloat16, torch.float16),
+             Case("unpack", "NF4_128", torch.float32, None),
+             Case("int8_rows", "Q8_0", torch.int8, None),
+             Case("int8_tokens", None, torch.bfloat16, None)]
+    found = in_a_trial(verdicts, "cpp", cases)
+    probe, *names = found
+    assert probe == "probe by cpp" and found[probe] == "works" and len(names) == 6
+    assert {found[name] for name in names} <= {"right", "slower"}
+    assert names[0].startswith("unpack")
+    assert "linear of Q4_K to bfloat16 by way of float16, rows 2 to 4 by cpp" in names
+    assert found["unpack of NF4_128 to float32, rows 1 to any by cpp"] == "right"
 
 
-@pytest.mark.skipif(os.name != "posix" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
-def test_the_kernels_of_a_cpu_are_right_in_a_trial(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = in_a_trial("cpp", [
-        Case("linear", "Q4_K", torch.bfloat16, torch.float16), Case("unpack", "Q4_K", torch.bfloat16, torch.float16),
-        Case("unpack", "NF4_128", torch.float32, None), Case("int8_rows", "Q8_0", torch.int8, None)])
-    assert {verdict["verdict"] for verdict in found.values()} <= {"right", "slower"}
-    texts = [text for text in found if text != "probe"]
-    assert texts[0].startswith("unpack") and len(texts) == 5
-    assert found["linear of Q4_K to bfloat16 by way of float16, rows 2 to 4"]["times"].keys() == {"2", "4"}
-    assert found["unpack of NF4_128 to float32, rows 1 to any"]["verdict"] == "right"  # some hundred times as fast
-    for text in texts:
-        assert is_verdict(found[text] | {"at": 0})
-
-
-def test_tritons_kernels_are_right_in_a_trial_in_its_interpreter(monkeypatch):
+def test_tritons_kernels_are_right_in_a_trial_in_its_interpreter(verdicts, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = in_a_trial("triton", [Case("unpack", "Q8_0", torch.float32, None)],
-                       "sys.modules['featherweight.ops.kernels.check'].MANY = 6144")  # a value takes ten thousand times as long
-    assert {text: verdict["verdict"] for text, verdict in found.items()} == {
-        "probe": "right", "unpack of Q8_0 to float32, rows 1 to any": "slower"}
+    # A value takes ten thousand times as long.
+    found = in_a_trial(verdicts, "triton", [Case("unpack", "Q8_0", torch.float32, None)],
+                       " sys.modules['featherweight.ops.kernels.check'].MANY = 6144;")
+    assert found == {"probe by triton": "works",
+                     "unpack of Q8_0 to float32, rows 1 to any by triton": "slower"}

@@ -61,10 +61,10 @@ def test_every_kernel_is_right_in_the_interpreter(request):
 def chosen_anew():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.VARIABLE, "triton")
-        patch.setattr(kernels, "_choices", {})
+        patch.setattr(kernels, "_selectors", {})
         wait_for_kernels(patch)
         if INTERPRETED:
-            patch.setitem(kernels.BACKENDS, "cpu", (*kernels.BACKENDS["cpu"], "triton"))
+            patch.setitem(kernels.PRIORITY, "cpu", (*kernels.PRIORITY["cpu"], "triton"))
             # A value takes ten thousand times as long.
             patch.setattr(sys.modules[check.__module__], "MANY", 3 * triton_backend.UNPACK_TILE // 2)
         yield

@@ -1,129 +1,136 @@
-"""Verdicts on kernels: what is kept, for whom, and that nothing else than what this user wrote is believed."""
+"""What is kept about kernels, for whom, and that only what this user wrote is believed."""
 import json
 import os
+import shutil
 import threading
-import time
 import types
 from importlib import metadata
 
 import pytest
 import torch
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.kernels import identity
-from featherweight.ops.kernels.verdicts import FORGOTTEN, Case, Proven, Verdicts, kernel_text
+from featherweight.ops.kernels import verdicts as module
+from featherweight.ops.kernels.kernel import Backend, Case, Kernel
+from featherweight.ops.kernels.verdicts import (
+    MAX_FILE_BYTES, MAX_NOTES, RETRY_AFTER_S, WEEK, Notes, Verdicts, device_key, source_hash)
 
-KEY = {"device": "a card", "capability": "(8, 6)", "driver": "570.1", "torch": "2.9", "backend": "triton", "version": "3.6",
-       "text": "abc"}
-RIGHT = {"verdict": "right", "case": "unpack of Q4_0 to float32", "rows": [1, None], "times": {"": [0.001, 0.002]}}
+CPU = torch.device("cpu")
+UNPACK = Case("unpack", "Q4_K", torch.bfloat16, None)
+LINEAR = Case("linear", "NF4", torch.float16, torch.float32)
+TOKENS = Case("int8_tokens", None, torch.float16, None)
+NAME = f"{UNPACK}, rows 1 to any by triton"
 SOMEBODY = 12345  # the number of another user
 posix_only = pytest.mark.skipif(os.name != "posix", reason="Windows has other owners")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "featherweight" / "verdicts"
+def verdicts(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return Verdicts.of_device(CPU, ("triton",))
 
 
-def found(folder, key=KEY) -> dict:
-    verdicts = Verdicts(folder, key)
-    verdicts.read()
-    return verdicts.known
+def known(verdicts) -> dict[str, str]:
+    return {name: line["verdict"] for name, line in verdicts.results().verdicts.items()}
 
 
-def kept(folder, **more):
-    Verdicts(folder, KEY).add("kernel", RIGHT | more)
-    (path,) = folder.iterdir()
-    return path
+def again() -> Verdicts:
+    """As another process has them."""
+    return Verdicts.of_device(CPU, ("triton",))
 
 
-def test_a_verdict_is_known_to_the_next_process(folder):
-    kept(folder)
-    assert found(folder)["kernel"].items() >= RIGHT.items()
+def test_a_verdict_is_known_to_the_next_process(verdicts):
+    verdicts.begin(NAME)
+    verdicts.end(NAME, "right", seconds=[0.001, 0.002])
+    verdicts.append(tried=str(UNPACK))
+    results = again().results()
+    assert results.verdicts[NAME]["seconds"] == [0.001, 0.002]
+    assert results.tried == {str(UNPACK)} and results.unfinished is None
 
 
-@pytest.mark.parametrize("part", KEY)
-def test_verdicts_are_of_one_device_driver_torch_backend_and_text(part, folder):
-    kept(folder)
-    assert found(folder, KEY | {part: "another"}) == {}
+def test_a_begin_without_an_end_names_the_kernel(verdicts):
+    verdicts.begin("one")
+    verdicts.end("one", "works")
+    verdicts.begin("two")
+    assert again().results().unfinished["begin"] == "two"
 
 
-def days_later(folder, days=8):
-    (path,) = folder.iterdir()
-    content = json.loads(path.read_text())
-    for verdict in content["verdicts"].values():
-        verdict["at"] -= days * 86400
-    path.write_text(json.dumps(content))
+@pytest.mark.parametrize("verdict", RETRY_AFTER_S)
+def test_what_may_mend_itself_is_tried_again_and_its_case_with_it(verdict, verdicts, monkeypatch):
+    verdicts.end(NAME, verdict, seconds=[1.0, 2.0])
+    verdicts.end(f"{LINEAR}, rows 1 to 1 by triton", "crashed")
+    for case in (UNPACK, LINEAR):
+        verdicts.append(tried=str(case))
+    forgotten = {0: verdict == "stopped", WEEK + 1: RETRY_AFTER_S[verdict] <= WEEK}
+    for seconds, is_forgotten in forgotten.items():
+        now = module.time.time() + seconds
+        with monkeypatch.context() as patch:
+            patch.setattr(module.time, "time", lambda now=now: now)
+            assert (NAME not in known(verdicts)) == is_forgotten
+            assert (str(UNPACK) not in verdicts.results().tried) == is_forgotten
+            assert str(LINEAR) in verdicts.results().tried
 
 
-def test_a_crash_is_remembered_for_good_and_what_may_mend_itself_for_days(folder):
-    verdicts = Verdicts(folder, KEY)
-    for name in ("crashed", "wrong", *FORGOTTEN):
-        verdicts.add(name, {"verdict": name, "why": "said"})
-    assert found(folder).keys() == {"crashed", "wrong", *FORGOTTEN} - {"memory"}
-    days_later(folder)
-    assert found(folder).keys() == {"crashed", "wrong"}
+def test_all_is_tried_again_where_a_backend_may_work_now(verdicts, monkeypatch):
+    verdicts.end("probe by triton", "refused", why="no compiler")
+    verdicts.append(tried=str(UNPACK))
+    assert verdicts.results().tried
+    now = module.time.time() + WEEK + 1
+    monkeypatch.setattr(module.time, "time", lambda: now)
+    assert verdicts.results() == ({}, set(), None)
 
 
-@pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_a_case_is_tried_again_when_a_verdict_on_one_of_its_kernels_is_forgotten(forgotten, folder):
-    verdicts = Verdicts(folder, KEY)
-    cases = [Case("linear", name, torch.float32, None) for name in ("Q4_0", "Q4_K")]
-    for case, second in zip(cases, ("crashed", forgotten)):
-        verdicts.add(kernel_text(case, [1, 1]), {**RIGHT, "case": str(case)})
-        verdicts.add(kernel_text(case, [2, None]), {"verdict": second, "why": "said"})
-        verdicts.add(str(case), {"verdict": "tried"})
-    days_later(folder)
-    assert found(folder).keys() == {str(cases[0]), *(kernel_text(case, [1, 1]) for case in cases),
-                                    kernel_text(cases[0], [2, None])}
+def test_only_right_kernels_are_used_the_fastest_first(verdicts):
+    kernels = [Kernel("unpack", frozenset(), frozenset(), print, least) for least in (1, 2, 3, 4)]
+    backends = [Backend("triton", print, tuple(kernels[:2])),
+                Backend("nvrtc", print, tuple(kernels[2:]))]
+    names = [UNPACK.kernel_name("triton", kernels[0]), UNPACK.kernel_name("triton", kernels[1]),
+             UNPACK.kernel_name("nvrtc", kernels[2])]
+    verdicts.end(names[0], "right", seconds=[0.9, 1.0])
+    verdicts.end(names[1], "slower", seconds=[1.1, 1.0])
+    verdicts.end(names[2], "right", seconds=[0.5, 1.0])
+    assert verdicts.results().kernels(UNPACK, backends) == [kernels[2], kernels[0]]
+    assert verdicts.results().kernels(LINEAR, backends) == []
 
 
-def test_two_processes_that_write_lose_nothing_of_each_other(folder):
-    first, second = Verdicts(folder, KEY), Verdicts(folder, KEY)
-    first.add("a", RIGHT)
-    second.add("b", RIGHT)
-    first.add("c", RIGHT)
-    assert found(folder).keys() == {"a", "b", "c"}
+def test_who_reads_while_others_write_finds_whole_lines(verdicts):
+    counts, threads = [0], []
+    for writer in range(2):
+        def write(writer=writer):
+            for number in range(30):
+                again().end(f"{writer} {number}", "wrong", why="x" * 300)
+
+        threads.append(threading.Thread(target=write))
+        threads[-1].start()
+    while any(thread.is_alive() for thread in threads):
+        counts.append(len(known(verdicts)))
+    assert counts == sorted(counts) and len(known(verdicts)) == 60
 
 
-def test_who_reads_while_another_writes_finds_a_whole_file(folder):
-    verdicts, found_counts, done = Verdicts(folder, KEY), [0], threading.Event()
-
-    def write():
-        for index in range(60):
-            verdicts.add(str(index), RIGHT)
-        done.set()
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    while not done.is_set():
-        found_counts.append(len(found(folder)))
-    thread.join()
-    assert found_counts == sorted(found_counts) and len(found(folder)) == 60
-    assert len(list(folder.iterdir())) == 1
+DAMAGED = [b"", b"\0" * 300, b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000,
+           *(json.dumps({"end": NAME, "at": 1, "verdict": "right", "seconds": [1, 2]} | change
+                        ).encode() for change in (
+                 {"verdict": "splendid"}, {"verdict": None}, {"seconds": [0, 1]}, {"seconds": [1]},
+                 {"seconds": ["1", 2]}, {"seconds": {}}, {"seconds": None}, {"at": "today"},
+                 {"at": 1e300}, {"end": 5}, {"end": [NAME]}, {"seconds": [1, 1e300]},
+                 {"verdict": "wrong", "why": 5}))]
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\0" * 300, b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000,
-    json.dumps({"key": KEY}).encode(), json.dumps({"key": KEY, "verdicts": [RIGHT]}).encode(),
-    json.dumps({"key": KEY | {"driver": "571.0"}, "verdicts": {"kernel": RIGHT | {"at": 1}}}).encode(), b" " * (5 << 20)],
-    ids=range(11))
-def test_a_damaged_file_counts_as_none_and_is_written_anew(content, folder):
-    kept(folder).write_bytes(content)
-    assert found(folder) == {}
-    kept(folder)
-    assert found(folder).keys() == {"kernel"}
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_verdict_counts_as_none(line, verdicts):
+    verdicts.end("before", "wrong")
+    with open(verdicts.path, "ab") as file:
+        file.write(b"\n" + line)
+    verdicts.end("after", "wrong")
+    assert known(verdicts) == {"before": "wrong", "after": "wrong"}
 
 
-@pytest.mark.parametrize("change", [
-    {"verdict": "splendid"}, {"verdict": None}, {"times": {"": [0, 1]}}, {"times": {"": [1]}}, {"times": {"x": [1, 2]}},
-    {"times": []}, {"times": {"": ["1", 2]}}, {"rows": [1]}, {"rows": ["1", None]}, {"rows": None}, {"at": "today"},
-    {"case": 5}], ids=str)
-def test_a_damaged_verdict_counts_as_none(change, folder):
-    path = kept(folder)
-    content = json.loads(path.read_text())
-    content["verdicts"] |= {"damaged": RIGHT | {"at": time.time()} | change}
-    path.write_text(json.dumps(content))
-    assert found(folder).keys() == {"kernel"}
+def test_a_file_that_grew_too_large_is_begun_anew(verdicts):
+    verdicts.end("before", "wrong")
+    with open(verdicts.path, "ab") as file:
+        file.write(b" " * MAX_FILE_BYTES)
+    assert known(verdicts) == {}
+    verdicts.end("after", "wrong")
+    assert known(verdicts) == {"after": "wrong"} and verdicts.path.stat().st_size < 1000
 
 
 def belongs_to_somebody_else(path):
@@ -144,48 +151,68 @@ def is_a_link(path):
 @posix_only
 @pytest.mark.parametrize("spoil", [belongs_to_somebody_else, can_be_written_by_all, is_a_link])
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_somebody_else_may_have_written_is_not_believed(spoil, what, folder):
-    path = kept(folder)
-    spoil(path if what == "file" else folder)
-    assert found(folder) == {}
+def test_what_somebody_else_may_have_written_is_not_believed(spoil, what, verdicts):
+    verdicts.end(NAME, "wrong")
+    before = verdicts.path.read_bytes()
+    spoil(verdicts.path if what == "file" else verdicts.path.parent)
+    assert known(verdicts) == {}
+    with pytest.raises(PermissionError, match="remove it"):
+        verdicts.end(NAME, "right", seconds=[1, 2])
+    assert verdicts.path.read_bytes() == before
 
 
-@posix_only
-@pytest.mark.parametrize("spoil", [belongs_to_somebody_else, can_be_written_by_all])
-def test_nothing_is_written_where_others_can_write_and_it_is_known_here(spoil, folder):
-    path = kept(folder)
-    before = path.read_bytes()
-    spoil(folder)
-    verdicts = Verdicts(folder, KEY)
-    verdicts.add("more", RIGHT)
-    assert verdicts.known.keys() == {"more"} and path.read_bytes() == before
+def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    Verdicts.of_device(CPU, ("triton",)).end(NAME, "wrong")
+    assert known(again()) == {NAME: "wrong"}
 
 
-def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(folder):
-    folder.parent.mkdir()
-    folder.write_text("in the way")
-    verdicts = Verdicts(folder, KEY)
-    verdicts.add("kernel", RIGHT)
-    verdicts.read()
-    assert verdicts.known.keys() == {"kernel"}
+# --- what models have asked for ---
+
+
+def test_what_was_asked_for_is_read_again_and_written_once(verdicts):
+    Notes().add([UNPACK, LINEAR, TOKENS, UNPACK])
+    size = Notes().path.stat().st_size
+    Notes().add([LINEAR])
+    assert Notes().cases() == [UNPACK, LINEAR, TOKENS] and Notes().path.stat().st_size == size
+    assert Notes().path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_latest_notes_count(verdicts):
+    for number in range(MAX_NOTES + 20):
+        Notes().append(case=Case("unpack", f"Q{number}", torch.float32, None).as_json())
+    cases = Notes().cases()
+    assert len(cases) == MAX_NOTES and cases[-1].format == f"Q{MAX_NOTES + 19}"
+
+
+def test_a_capability_that_no_trial_knows_is_not_noted(verdicts):
+    Notes().add([Case("pack_blocks", "Q4_K", torch.float32, None)])
+    assert Notes().cases() == []
+
+
+CASE = ["unpack", "Q4_K", "bfloat16", None]
+
+
+@pytest.mark.parametrize("case", [
+    [], CASE[:3], ["eval", *CASE[1:]], ["unpack", None, "bfloat16", None],
+    ["int8_tokens", "Q4_K", "float16", None], ["unpack", "../Q4_K", "bfloat16", None],
+    ["unpack", "Q" * 50, "bfloat16", None], ["unpack", "Q4_K", "load", None],
+    ["unpack", "Q4_K", "bfloat16", "hub"], ["unpack", 4, "bfloat16", None], {"unpack": 1}, None,
+    [[], {}, [], {}]], ids=str)
+def test_a_damaged_case_counts_as_none(case, verdicts):
+    Notes().append(case=case)
+    Notes().append(case=CASE)
+    assert Notes().cases() == [UNPACK]
 
 
 def test_a_case_is_the_same_after_a_journey_as_json():
-    for case in (Case("unpack", "Q4_K", torch.bfloat16, None), Case("linear", "NF4_128", torch.float16, torch.float32),
-                 Case("int8_tokens", None, torch.bfloat16, None)):
+    for case in (UNPACK, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8, torch.float32)):
         assert Case.of_json(json.loads(json.dumps(case.as_json()))) == case
-    assert str(Case("linear", "Q4_K", torch.bfloat16, torch.float16)) == "linear of Q4_K to bfloat16 by way of float16"
+    assert str(LINEAR) == "linear of NF4 to float16 by way of float32"
 
 
-@pytest.mark.parametrize("rows, times, faster", [
-    ((1, None), {"": [1, 2]}, {None, 1, 2, 5, 16, 100, 256, 4096, 9000}), ((1, None), {"": [2, 1]}, set()),
-    ((1, None), {}, {None, 1, 2, 5, 16, 100, 256, 4096, 9000}), ((2, 16), {"2": [1, 2], "16": [1, 2]}, {None, 2, 5, 16}),
-    ((2, 16), {"2": [1, 9], "16": [2, 1]}, {None, 2}),
-    ((1, None), {"1": [1, 2], "16": [1, 2], "256": [2, 1], "4096": [1, 9]}, {None, 1, 2, 5, 16, 4096, 9000}),
-    ((1, 1), {"1": [1, 2]}, {None, 1})], ids=str)
-def test_a_kernel_is_used_where_it_was_faster_above_and_below(rows, times, faster):
-    asked = None, 1, 2, 5, 16, 100, 256, 4096, 9000
-    assert {tokens for tokens in asked if Proven("triton", rows, times).is_faster(tokens)} == faster
+# --- what verdicts depend on ---
 
 
 class Card:
@@ -211,40 +238,48 @@ def test_devices_of_amd_with_one_name_have_the_verdicts_of_their_architecture(mo
             patch.setattr(torch.version, "hip", "7.0")
             if pretended:
                 patch.setenv("HSA_OVERRIDE_GFX_VERSION", pretended)
-            return str(identity.key_of(torch.device("cuda", 0), "triton"))
+            return str(device_key(torch.device("cuda", 0), ("triton",)))
 
     assert key("gfx1100") == key("gfx1100")
-    assert len({key("gfx1100"), key("gfx1103"), key("gfx1103", "11.0.0"), key("gfx1103", "11.0.1")}) == 4
+    keys = {key("gfx1100"), key("gfx1103"), key("gfx1103", "11.0.0"), key("gfx1103", "11.0.1")}
+    assert len(keys) == 4
 
 
-def test_the_key_of_nvrtc_changes_with_its_version(monkeypatch):
-    installed = {"nvidia-cuda-nvrtc-cu12": "12.8.93"}
+@pytest.mark.parametrize("changed", ["torch", "driver", "compiler", "C compiler", "backends"])
+def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdicts, monkeypatch):
+    installed = {"triton": "3.6"}
 
     def version(name):
         if name in installed:
             return installed[name]
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(identity, "nvrtc_libraries", lambda: ["/somewhere/libnvrtc.so.12"])
-    monkeypatch.setattr(identity.metadata, "version", version)
-    before = identity.backend_version("nvrtc")
-    installed["nvidia-cuda-nvrtc-cu12"] = "12.9.86"
-    assert before != identity.backend_version("nvrtc")
+    monkeypatch.setattr(metadata, "version", version)
+    first, backends = Verdicts.of_device(CPU, ("triton",)), ("triton",)
+    first.end(NAME, "wrong")
+    assert known(again()) == {NAME: "wrong"}
+    if changed == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    elif changed == "driver":
+        monkeypatch.setattr(module.platform, "mac_ver", lambda: ("99.9", (), ""))
+    elif changed == "compiler":
+        installed["triton"] = "3.7"
+    elif changed == "C compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: "/somewhere/else/cc")
+    else:
+        backends = ("triton", "nvrtc")
+    assert known(Verdicts.of_device(CPU, backends)) == {}
 
 
-def test_the_key_of_a_device_changes_with_the_text_of_the_kernel(tmp_path, monkeypatch):
-    here = identity.HERE
-    keys = {name: identity.key_of(torch.device("cpu"), name) for name in identity.TEXTS}
-    assert all(len(list(here.glob(pattern))) for patterns in identity.TEXTS.values() for pattern in patterns)
-    assert len({key["text"] for key in keys.values()}) == len(keys)
-    copy = tmp_path / "kernels"
-    for path in here.rglob("*"):
-        if path.is_file() and path.suffix != ".pyc":
-            (copy / path.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / path.relative_to(here)).write_bytes(path.read_bytes())
-    monkeypatch.setattr(identity, "HERE", copy)
-    assert {name: identity.key_of(torch.device("cpu"), name) for name in keys} == keys
-    with open(copy / "triton_decode.py", "a") as file:
-        file.write("\n")
-    changed = {name for name in keys if identity.key_of(torch.device("cpu"), name) != keys[name]}
-    assert changed == {"triton"}
+def test_other_verdicts_are_for_other_sources(tmp_path):
+    here, copy = module.Path(module.__file__).parent, tmp_path / "kernels"
+    shutil.copytree(here, copy)
+    assert source_hash(copy) == source_hash(here)
+    hashes = {source_hash(copy)}
+    for name in ("triton_decode.py", "source/weight.h", "source/cuda/unpack.cu", "check.py"):
+        with open(copy / name, "a") as file:
+            file.write("\n")
+        hashes.add(source_hash(copy))
+    assert len(hashes) == 5
+    (copy / "selector.py").write_text("")
+    assert source_hash(copy) in hashes

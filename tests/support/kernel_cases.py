@@ -8,7 +8,7 @@ import torch
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import choices, cpp_backend, identity
+from featherweight.ops.kernels import cpp_backend, selector
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.cxx_text import FORMAT_NAMES
 from featherweight.ops.low_rank import LowRank, Slice
@@ -30,18 +30,18 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def wait_for_kernels(monkeypatch):
     """The first call waits for every kernel, that of "unpack" too."""
-    monkeypatch.setattr(choices, "PATIENCE", dict.fromkeys(choices.PATIENCE, 120))
+    monkeypatch.setattr(selector, "WAIT_SECONDS", dict.fromkeys(selector.WAIT_SECONDS, 120))
 
 
 @contextlib.contextmanager
 def cpu_kernels(cache_folder):
     """Kernels of this CPU, compiled into a cache of their own, and waited for."""
-    if sys.platform == "win32" or identity.cpp_compiler() is None:
+    if sys.platform == "win32" or cpp_backend.cpp_compiler() is None:
         pytest.skip("needs a C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(kernels.VARIABLE, raising=False)
         patch.setenv("XDG_CACHE_HOME", str(cache_folder))
-        patch.setattr(kernels, "_choices", {})
+        patch.setattr(kernels, "_selectors", {})
         wait_for_kernels(patch)
         cpp_backend._kernels.cache_clear()
         yield patch

@@ -13,29 +13,31 @@ class VerdictFile(Target):
     damaged = staticmethod(json_damaged)
 
     def prepare(self):
-        from featherweight.ops.kernels.verdicts import Proven, Verdicts
-        self.proven = Proven
+        import torch
+        from featherweight.ops.kernels import Backend, Case, Kernel
+        from featherweight.ops.kernels.verdicts import Verdicts
         cache = self.folder / "cache" / "verdicts"
         cache.mkdir(parents=True, mode=0o700)
         os.chmod(cache, stat.S_IRWXU)
-        self.make = lambda: Verdicts(cache, {"device": "any"})
-        first = self.make()
-        first.add("linear", {"verdict": "right", "case": "linear", "rows": [1, None],
-                             "times": {"1": [0.5, 1.0], "16": [2.0, 1.5]}})
-        first.add("unpack", {"verdict": "slower", "case": "unpack", "rows": [1, 8], "times": {"": [0.5, 1.0]}})
-        first.add("crashed", {"verdict": "crashed", "why": "it crashed"})
-        self.path = next(cache.glob("*.json"))
-        return [self.path.read_bytes()]
+        self.verdicts = Verdicts(cache / "verdicts.jsonl")
+        self.case = Case("unpack", "Q4_K", torch.float16, None)
+        kernels = [Kernel("unpack", frozenset(["Q4_K"]), frozenset([torch.float16]), print, least)
+                   for least in (1, 2)]
+        self.backend = Backend("triton", print, tuple(kernels))
+        right, slower = (self.case.kernel_name("triton", kernel) for kernel in kernels)
+        self.verdicts.begin(right)
+        self.verdicts.end(right, "right", seconds=[0.5, 1.0])
+        self.verdicts.end(slower, "slower", seconds=[2.0, 1.5])
+        self.verdicts.append(tried=str(self.case))
+        self.verdicts.end("probe by nvrtc", "crashed", why="it crashed")
+        self.verdicts.begin("another")
+        return [self.verdicts.path.read_bytes()]
 
     def read(self, data):
-        self.path.write_bytes(data)
-        verdicts = self.make()
-        verdicts.read()
-        for verdict in verdicts.known.values():
-            if verdict["verdict"] in ("right", "slower"):
-                proven = self.proven("triton", tuple(verdict.get("rows", (1, None))), verdict.get("times", {}))
-                for tokens in (None, 1, 7, 4096):
-                    proven.is_faster(tokens)
+        self.verdicts.path.write_bytes(data)
+        results = self.verdicts.results()
+        results.kernels(self.case, [self.backend])
+        results.working("triton")
 
 
 class PackedCache(Target):

@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy.model_management
 import torch
 from featherweight.ops import kernels
-from featherweight.ops.kernels import backend_of, choices
+from featherweight.ops.kernels import backend_of, selector
 from featherweight.ops.scratch import shared_scratch
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def kernels_asked_for() -> Iterator[dict[str, None]]:
 
 
 def _backend_with(run: Callable | None) -> str:
-    modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend") for names in kernels.BACKENDS.values() for name in names)
+    modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend") for names in kernels.PRIORITY.values() for name in names)
     return next((module.BACKEND.name for module in modules
                  if module and any(kernel.run is run for kernel in module.BACKEND.kernels)), "torch")
 
@@ -89,7 +89,7 @@ def _backend_with(run: Callable | None) -> str:
 def as_in_use():
     """Make this process as it is when a model has run for a while: the buffer of its layers, which is returned to be held, and
     the kernels, for which what is timed waits."""
-    choices.PATIENCE[choices.EXACT] = 60
+    selector.WAIT_SECONDS[selector.EXACT] = 60
     return shared_scratch()
 
 

@@ -3,8 +3,8 @@ from collections.abc import Callable
 
 from .kernel import Backend
 
-# Names for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
+# Backends for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
+PRIORITY: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
 
 
 def _cpp() -> Backend:
