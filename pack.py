@@ -39,21 +39,21 @@ def parse_lora(text: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{strength!r} in {text!r} is no strength; 0.8 is one, as in FILE:0.8")
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="pack.py", description="Packs a diffusion model into a GGUF file, or into NF4 where OUT ends in .safetensors.")
-    found.add_argument("source", help="a model file (safetensors, GGUF), or a folder that diffusers saved (.../transformer)")
-    found.add_argument("out", help="the file to write; it must not exist")
-    wanted = found.add_mutually_exclusive_group(required=True)
+    parser.add_argument("source", help="a model file (safetensors, GGUF), or a folder that diffusers saved (.../transformer)")
+    parser.add_argument("out", help="the file to write; it must not exist")
+    wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--type", help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, or 'as it is'")
     wanted.add_argument("--size", type=parse_size, help="the size of the file, such as 5.9GB; never exceeded")
-    found.add_argument("--lora", type=parse_lora, action="append", default=[], metavar="FILE[:STRENGTH]",
+    parser.add_argument("--lora", type=parse_lora, action="append", default=[], metavar="FILE[:STRENGTH]",
                        help="put a LoRA into the model; may be given several times")
-    found.add_argument("--sensitivity", metavar="FILE", help="what Measure Sensitivity (Featherweight) measured of this model")
-    found.add_argument("--loras-as-asked", action="store_true",
+    parser.add_argument("--sensitivity", metavar="FILE", help="what Measure Sensitivity (Featherweight) measured of this model")
+    parser.add_argument("--loras-as-asked", action="store_true",
                        help="leave weights that were packed before and get a LoRA in the type asked for")
-    found.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
-    return found
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    return parser
 
 
 def find_host() -> Path:
@@ -103,32 +103,35 @@ def progress(names: list, sizes: list[int]):
 def run(arguments: argparse.Namespace) -> int:
     start_host(find_host())
     import torch
-    from featherweight.loaders.packing.file_source import of_file
-    from featherweight.loaders.packing.save import ALIKE, TYPES, save
+    from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, SaveOptions, plan_file
+    from featherweight.loaders.packing.save import save
+    from featherweight.loaders.packing.source import of_file
 
-    if arguments.type and arguments.type not in (*TYPES, ALIKE):
-        print(f"Failed: {arguments.type!r} is no type that is packed here. There are {', '.join(TYPES)} and '{ALIKE}'.")
+    if arguments.type and arguments.type not in (*TYPES, KEEP_TYPES):
+        print(f"Failed: {arguments.type!r} is no type that is packed here. There are {', '.join(TYPES)} and '{KEEP_TYPES}'.")
         return USAGE
     ending = Path(arguments.out).suffix.lower()
-    if ending not in {"NF4": (".safetensors",), ALIKE: (".gguf", ".safetensors")}.get(arguments.type, (".gguf",)):
+    if ending not in {"NF4": (".safetensors",), KEEP_TYPES: (".gguf", ".safetensors")}.get(arguments.type, (".gguf",)):
         print("Failed: NF4 goes into a file that ends in .safetensors, all other types into one that ends in .gguf.")
         return USAGE
     sensitivity = None
     if arguments.sensitivity:
-        from featherweight.loaders.packing.sensitivity import Sensitivity
+        from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 
         sensitivity = Sensitivity.load(arguments.sensitivity)
     with torch.inference_mode():
         source = of_file(arguments.source, arguments.lora)
-        saved = save(source, arguments.out, arguments.type or arguments.size, sensitivity, not arguments.loras_as_asked,
-                     overwrite=arguments.overwrite, track=progress, planned=lambda text: print(text, flush=True))
-    print("\n".join([*saved.told, f"Done: {saved}"]))
+        options = SaveOptions(sensitivity, not arguments.loras_as_asked, overwrite=arguments.overwrite)
+        plan = plan_file(source, arguments.out, arguments.type or arguments.size, options)
+        print(plan.text, flush=True)
+        saved = save(plan, progress)
+    print("\n".join([*saved.notes, f"Done: {saved}"]))
     return DONE
 
 
 def main(arguments: list[str]) -> int:
     try:
-        return run(parser().parse_args(arguments))
+        return run(make_parser().parse_args(arguments))
     except ValueError as error:  # refusals are, with one plain sentence
         print(f"Failed: {error}")
         return FAILED

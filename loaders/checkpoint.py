@@ -8,20 +8,20 @@ import torch
 from comfy.model_detection import model_config_from_unet
 
 from ..ops.load_hooks import bare_parameters_unpacked
+from ..ops.operations import operations_for
 from ..ops.tensor import is_packed
-from .detection import answer, misfits_told
+from .comfy_bridge import wrap_clip, wrap_model
+from .detection import answer, misfits_told, reject_non_diffusion
 from .devices import device_options
-from .diffusion import load_diffusion_model, model_of, refuse_other_kinds
+from .diffusion import load_diffusion_model, model_of, read_weights, to_comfy_quant_layout
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError, shown
-from .handover import (
-    in_the_hosts_formats, is_ours, model_prefix, operations_for, take_back, take_back_encoder, text_metadata,
-)
-from .packing.while_loading import read_weights
+from .model_names import model_prefix
 from .progress import Progress
+from .reader_choice import needs_own_reader
 from .recipe import Recipe, loads
 from .text_encoder import load_text_encoder
-from .vae import take_back_vae
+from .vae import wrap_vae
 
 MODEL, CLIP, VAE = (f"{part} of a checkpoint" for part in ("diffusion model", "text encoder", "VAE"))
 
@@ -56,7 +56,7 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
     Files without packed weights go to the host's own loader where none is to be packed. Raises WeightFileError.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
-    ours = is_ours(path, pack_to)
+    ours = needs_own_reader(path, pack_to)
     devices = {"device": device, "encoder_device": encoder_device} if device or encoder_device else {}
     if not ours:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
@@ -117,7 +117,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
                                  disable_dynamic=disable_dynamic, model_options=device_options(encoder_device))
     if outputs["output_vae"]:
         with bare_parameters_unpacked():
-            vae = (take_back_vae(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device)) if "vae" in folders
+            vae = (wrap_vae(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device)) if "vae" in folders
                    else _no_vae())
     return model, clip, vae
 
@@ -144,7 +144,7 @@ def _clip_type(path: str, encoders: int) -> str:
 def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str, pack_to: str | None,
           device: torch.device | None = None, encoder_device: torch.device | None = None):
     file = open_weights(path)
-    refuse_other_kinds(file)
+    reject_non_diffusion(file)
     pack_to = pack_to if outputs["output_model"] else None
     progress = Progress(stages=3 if pack_to else 2)
     state_dict, packed = read_weights(file, pack_to, progress)
@@ -164,8 +164,8 @@ def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, 
 def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory, outputs: dict, disable_dynamic: bool,
            compute: str, model_options: dict, encoder_options: dict):
     prefix = model_prefix(state_dict)
-    state_dict = in_the_hosts_formats(file, state_dict)
-    if answer(model_config_from_unet, state_dict, prefix, metadata=text_metadata(file)) is None:
+    state_dict = to_comfy_quant_layout(file, state_dict)
+    if answer(model_config_from_unet, state_dict, prefix, metadata=file.text_metadata) is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"
             f" first {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
@@ -173,13 +173,13 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
     if any(map(is_packed, encoder.values())):
         encoder_options["custom_operations"] = operations_for(encoder, full_precision=True)
     model_options["custom_operations"] = operations_for(
-        {name: None for name in state_dict if name.startswith(prefix)}, compute=compute)
+        [name for name in state_dict if name.startswith(prefix)], compute=compute)
     with misfits_told(file), bare_parameters_unpacked():
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
-            state_dict, embedding_directory=embedding_directory, metadata=text_metadata(file),
+            state_dict, embedding_directory=embedding_directory, metadata=file.text_metadata,
             model_options=model_options, te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)
     if model is not None:
-        take_back(model, file, compute)
+        wrap_model(model, file, compute)
     if clip is not None:
-        take_back_encoder(clip)
-    return model, clip, vae and take_back_vae(vae)
+        wrap_clip(clip)
+    return model, clip, vae and wrap_vae(vae)

@@ -1,6 +1,8 @@
 """What the host says about a model by the names and shapes of its weights, of foreign and partial files too."""
 import contextlib
 import logging
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -61,3 +63,22 @@ def other_sizes(error: RuntimeError) -> str | None:
     if not mismatches or "loading state_dict for " not in model:
         return None
     return f"the names of the weights are those of {model.rpartition(' ')[2].rstrip(':')}, their sizes are not: {mismatches[0]}"
+
+
+# Tensor names that no diffusion model has: what the file is, and what to do with it.
+NOT_DIFFUSION = (
+    (r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|^text_model\.embeddings\.|^(model|encoder)\.embed_tokens\.",
+     "a text encoder", "Pick it in Load Text Encoder (Featherweight)."),
+    (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder",
+     "Pick it in Load Text Encoder (Featherweight), under mmproj."),
+    (r"\.lora_(a|b|A|B|up|down)(\.weight)?$", "a LoRA", "Load a model here and put the LoRA in a LoRA loader behind it."),
+)
+
+
+def reject_non_diffusion(file: WeightFile):
+    """Raise WeightFileError for a text encoder, mmproj or LoRA picked as a diffusion model."""
+    for pattern, title, advice in NOT_DIFFUSION:
+        name = next((name for name in file.entries if re.search(pattern, name)), None)
+        if name is not None:
+            raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
+                                  f" expected a diffusion model. {advice}")

@@ -13,6 +13,7 @@ from ..ops.rows import join_rows, take_rows
 from ..ops.tensor import is_packed
 from .detection import answer
 from .files.container import WeightFile, WeightFileError, shown
+from .text import join_some
 
 log = logging.getLogger(__name__)
 
@@ -87,17 +88,13 @@ def half_converted_refused(file: WeightFile, state_dict: dict[str, torch.Tensor]
         left, missing = sorted(names.unexpected_keys), names.missing_keys
         if left and missing:
             raise WeightFileError(
-                f"{file.path.name} makes only a part of a model in ComfyUI's names: {_few(missing)} would be zeros, and for"
-                f" {_few(left)} there is no place. Download it again where a part of it may be missing; otherwise update"
-                " ComfyUI, or get the model in ComfyUI's names.")
+                f"{file.path.name} makes only a part of a model in ComfyUI's names: {join_some(map(shown, missing))} would be"
+                f" zeros, and for {join_some(map(shown, left))} there is no place. Download it again where a part of it may be"
+                " missing; otherwise update ComfyUI, or get the model in ComfyUI's names.")
 
     if state_dict.keys() <= file.entries.keys():
         return contextlib.nullcontext()
     return after_each_loads(lambda name, module: name == "diffusion_model", refuse)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 class JoinedRows:

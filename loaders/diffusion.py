@@ -1,22 +1,26 @@
 """Diffusion models: a weight file or folder -> the host's own model, with packed weights."""
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_patcher
 import comfy.sd
+import comfy.utils
 import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
-from .detection import is_known, misfits_told
+from ..ops.operations import operations_for
+from ..ops.tensor import is_packed
+from .comfy_bridge import wrap_model
+from .comfy_quant import as_tensors, reject_unread_layers
+from .detection import is_known, misfits_told, reject_non_diffusion
 from .diffusers_names import half_converted_refused
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .handover import in_the_hosts_formats, is_ours, model_prefix, operations_for, take_back, text_metadata
-from .model_names import in_the_hosts_names
-from .packing.while_loading import read_weights
+from .model_names import in_the_hosts_names, model_prefix
+from .pack_on_load import Packed, pack_weights
 from .progress import Progress
+from .reader_choice import needs_own_reader
 from .recipe import Recipe, loads
 
 DIFFUSION_MODEL = "diffusion model"
@@ -31,7 +35,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
     """Load a diffusion model file or folder with its packed weights kept packed.
 
     value_dtype, patch_dtype, compute: see `PackedLayer`. disable_dynamic: keep the model out of dynamic VRAM. pack_to: one of
-    `packing.while_loading.TYPES`, to which the weights that are not packed yet are packed as they are read. model_options: the
+    `pack_on_load.TYPES`, to which the weights that are not packed yet are packed as they are read. model_options: the
     host's, such as `load_device`; its `dtype` is for files that are left to the host. extra: a file with further layers of the
     model, such as VACE's. Of a whole checkpoint only the model is used. Files without packed weights go to the host's own
     loader where none is to be packed. Raises WeightFileError.
@@ -41,11 +45,11 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
         "value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute, "disable_dynamic": disable_dynamic,
         "pack_to": pack_to, **({"model_options": model_options} if model_options else {}),
         **({"extra": extra} if extra else {})})
-    if not is_ours(path, pack_to) and not extra:
+    if not needs_own_reader(path, pack_to) and not extra:
         patcher = comfy.sd.load_diffusion_model(path, model_options=model_options, disable_dynamic=disable_dynamic)
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
-    refuse_other_kinds(file)
+    reject_non_diffusion(file)
     progress = Progress(stages=3 if pack_to else 2)
     state_dict, packed = read_weights(file, pack_to, progress)
     if extra:
@@ -66,6 +70,42 @@ def _further_layers(path: str, prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: weight for name, weight in (of_the_model or weights).items()}
 
 
+def read_weights(file: WeightFile, pack_to: str | None,
+                 progress: Progress) -> tuple[dict[str, torch.Tensor], Packed | None]:
+    """Read the weights of a diffusion model or of a whole checkpoint.
+
+    Args:
+        file: of them.
+        pack_to: the type that the model's weights are packed to, or None: as they are in the file.
+        progress: gets a stage, or two with `pack_to`.
+
+    Returns:
+        the state dict in the host's names, and what was packed, or None.
+
+    Raises:
+        WeightFileError: where a layer is in a format that this host does not read, or not right.
+    """
+    state_dict = file.state_dict(progress.track)
+    if pack_to is None:
+        reject_unread_layers(file, state_dict)
+        return in_the_hosts_names(state_dict), None
+    prefix = model_prefix(state_dict)
+    state_dict = in_the_hosts_names(as_tensors(file, state_dict, prefix), later=True)
+    return state_dict, pack_weights(file, state_dict, pack_to, progress, prefix)
+
+
+def to_comfy_quant_layout(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict whose layers in the host's quantised formats have a `comfy_quant` each.
+
+    That is what the host makes of `scaled_fp8` and of metadata in files that it reads itself. A state
+    dict with packed weights stays as it is.
+    """
+    if any(map(is_packed, state_dict.values())):
+        return state_dict
+    return comfy.utils.convert_old_quants(state_dict, model_prefix=model_prefix(state_dict),
+                                          metadata=file.text_metadata)[0]
+
+
 def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
              patch_dtype: torch.dtype | None = None, compute: str = "exact", disable_dynamic: bool = False,
              model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
@@ -73,37 +113,18 @@ def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype:
 
     state_dict: the file's, in the host's names. model_options: the host's. Raises WeightFileError when there is none.
     """
-    state_dict = in_the_hosts_formats(file, state_dict)
+    state_dict = to_comfy_quant_layout(file, state_dict)
     options = {**(model_options or {}),
                "custom_operations": operations_for(state_dict, value_dtype, patch_dtype, compute=compute)}
     patcher = None
     if is_known(state_dict):
         with misfits_told(file), bare_parameters_unpacked(), half_converted_refused(file, state_dict):
             patcher = comfy.sd.load_diffusion_model_state_dict(
-                state_dict, model_options=options, metadata=text_metadata(file), disable_dynamic=disable_dynamic)
+                state_dict, model_options=options, metadata=file.text_metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"
             f" (architecture {file.metadata.get('general.architecture', 'not named')!r}, {len(file.entries)} tensors, first"
             f" {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
-    take_back(patcher, file, compute)
+    wrap_model(patcher, file, compute)
     return patcher
-
-
-# What tells other kinds of files from a diffusion model: a tensor name, what the file is, and what to do with it.
-OTHER_KINDS = (
-    (r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|^text_model\.embeddings\.|^(model|encoder)\.embed_tokens\.",
-     "a text encoder", "Pick it in Load Text Encoder (Featherweight)."),
-    (r"^(v\.blk|mm)\.", "the vision part (mmproj) of a text encoder",
-     "Pick it in Load Text Encoder (Featherweight), under mmproj."),
-    (r"\.lora_(a|b|A|B|up|down)(\.weight)?$", "a LoRA", "Load a model here and put the LoRA in a LoRA loader behind it."),
-)
-
-
-def refuse_other_kinds(file: WeightFile):
-    """Raise WeightFileError for a text encoder, mmproj or LoRA picked as a diffusion model."""
-    for pattern, kind, advice in OTHER_KINDS:
-        found = next((name for name in file.entries if re.search(pattern, name)), None)
-        if found is not None:
-            raise WeightFileError(
-                f"{os.path.basename(file.path)} is {kind} (it has {found!r}), expected a diffusion model. {advice}")

@@ -1,10 +1,13 @@
 """What a loaded model holds, in a few words for its node."""
 import collections
+import os
 
 import torch
 
 from ..ops import kernels
 from ..ops.tensor import is_packed
+from .files.bitsandbytes import formats_in
+from .files.container import WeightFile
 from .files.safetensors import SafetensorsFile
 from .sizes import size_text
 
@@ -27,6 +30,19 @@ def held_text(patcher) -> str:
     done = patcher.get_attachment(DONE)
     size = patcher.full_size() if hasattr(patcher, "full_size") else patcher.model_size()  # which a placement makes smaller
     return f"{' + '.join(names)}, {size_text(size)} held{f', {done}' if done else ''}"
+
+
+def load_summary(file: WeightFile, patcher) -> str:
+    """Return a line for the log: the formats in a file, its size, and the bytes held of it.
+
+    Args:
+        file: that the model was loaded of.
+        patcher: the host's ModelPatcher of the model.
+    """
+    formats = collections.Counter(formats_in(file).values())
+    counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
+    return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}),"
+            f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes held")
 
 
 def unpacked_by(patcher) -> str | None:

@@ -2,6 +2,7 @@
 import re
 
 import torch
+from comfy.model_detection import unet_prefix_from_state_dict
 
 from ..ops.tensor import is_packed, relabelled
 from .diffusers_names import from_diffusers
@@ -13,6 +14,15 @@ def in_the_hosts_names(state_dict: dict[str, torch.Tensor], later: bool = False)
     Changes `state_dict`. Names that no converter is known to have changed stay. later: see `from_diffusers`.
     """
     return from_diffusers(_undo_converters(state_dict), later)
+
+
+def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
+    """Return what the names of a checkpoint's model begin with.
+
+    "" in a file of a model alone, for which the host drops operations.
+    """
+    prefix = unet_prefix_from_state_dict(state_dict)
+    return prefix if sum(name.startswith(prefix) for name in state_dict) > 5 else ""
 
 
 def _undo_converters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Text encoders: weight files and folders -> the host's own CLIP, with packed weights."""
 import contextlib
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ import comfy.utils
 import torch
 
 from ..ops.load_hooks import bare_parameters_unpacked
+from ..ops.operations import operations_for
+from .comfy_bridge import wrap_clip
+from .comfy_quant import as_tensors, reject_unread_layers
 from .detection import is_known, other_sizes
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, unwrapped, without_prefix
@@ -23,10 +27,9 @@ from .encoders.tokenizer import TokenizerError
 from .encoders.towers import missing_towers_left_out
 from .files import open_weights
 from .files.container import FileState, WeightFile, WeightFileError
-from .handover import is_ours, operations_for, take_back_encoder
-from .packing.host_formats import as_tensors, reject_unread_layers
-from .packing.while_loading import Packed, pack_weights
+from .pack_on_load import Packed, pack_weights
 from .progress import Progress
+from .reader_choice import needs_own_reader
 from .recipe import Recipe, loads
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
 
     clip_type: lower-case name of the host's `CLIPType`. mmproj: file with the vision tower of an encoder that sees; AUTO: the
     one beside it that fits; None: none. model_options: the host's, such as `load_device`. disable_dynamic: keep the encoder
-    out of dynamic VRAM. pack_to: one of `packing.while_loading.TYPES`, to which the weights that are not packed yet are packed
+    out of dynamic VRAM. pack_to: one of `pack_on_load.TYPES`, to which the weights that are not packed yet are packed
     as they are read. Files without packed weights go to the host's own loader where none is to be packed. Raises
     WeightFileError.
     """
@@ -55,7 +58,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
         "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic, "pack_to": pack_to})
     model_options = dict(model_options or {})
-    if not any(is_ours(path, pack_to) for path in paths) and mmproj in (AUTO, None):
+    if not any(needs_own_reader(path, pack_to) for path in paths) and mmproj in (AUTO, None):
         clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options, disable_dynamic)
         if disable_dynamic:
             recipe.attach(clip.patcher)
@@ -69,13 +72,13 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
     if clip_type == "ltxv":
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
     model_options["custom_operations"] = operations_for(
-        {name: None for part in weights for name in part}, full_precision=True)
+        itertools.chain(*weights), full_precision=True)
     with bare_parameters_unpacked(), missing_towers_left_out(paths), _other_sizes_told(paths):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
     progress.stage()
-    take_back_encoder(clip)
+    wrap_clip(clip)
     if packed:
         packed.attach(clip.patcher)
     recipe.attach(clip.patcher)
@@ -118,7 +121,7 @@ class _Encoder:
     def __init__(self, path: str, progress: Progress, pack_to: str | None):
         self.path, self.name = Path(path), os.path.basename(path)
         self.arch = self.file = None
-        if not is_ours(path, pack_to):
+        if not needs_own_reader(path, pack_to):
             weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
             self.weights, self.metadata = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
             progress.stage()

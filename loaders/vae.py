@@ -15,10 +15,11 @@ from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
 from ..ops.tensor import is_packed
+from .comfy_bridge import guard_of
+from .comfy_quant import reject_unread_layers
 from .files import open_weights
 from .files.container import WeightFileError
-from .handover import guard_of, is_ours, text_metadata
-from .packing.host_formats import reject_unread_layers
+from .reader_choice import needs_own_reader
 from .recipe import Recipe, loads
 
 VAE = "VAE"
@@ -36,7 +37,7 @@ class WatchedVAE(comfy.sd.VAE):
         self.guard()  # the host calls this before it encodes or decodes
 
 
-def take_back_vae(vae: comfy.sd.VAE) -> comfy.sd.VAE:
+def wrap_vae(vae: comfy.sd.VAE) -> comfy.sd.VAE:
     """Return a VAE that the host has built of a file's weights, narrowed, and watched where they lie in the file."""
     vae = narrowed(vae)
     guard = guard_of(vae.first_stage_model) if vae.first_stage_model is not None else None
@@ -67,12 +68,12 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
 
     Raises WeightFileError for a file that holds none.
     """
-    if is_ours(path):
+    if needs_own_reader(path):
         file = open_weights(path)
         weights = file.state_dict()
         reject_unread_layers(file, weights)
         weights = {name: value.dequantize() if is_packed(value) else value for name, value in weights.items()}
-        metadata = text_metadata(file)
+        metadata = file.text_metadata
     else:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     vae = made_of(weights, device, metadata)
@@ -80,7 +81,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         raise WeightFileError(f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors, first"
                               f" {next(iter(weights), 'none')!r}). Pick another file, or update ComfyUI if the VAE is new.")
     Recipe(VAE, (str(path),), {"device": device}).attach(vae.patcher)
-    return take_back_vae(vae)
+    return wrap_vae(vae)
 
 
 def made_of(weights: Mapping[str, torch.Tensor], device: torch.device | None, metadata: Mapping | None) -> comfy.sd.VAE:

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import all_there, find_file, list_files, list_model_folders
-from ..loaders.packing.while_loading import TYPES
+from ..loaders.pack_on_load import TYPES
 from .shown import loaded
 
 FOLDERS = ("unet_gguf", "diffusion_models")

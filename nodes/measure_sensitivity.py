@@ -5,9 +5,9 @@ import os
 from comfy_api.latest import io, ui
 
 from ..loaders.folders import new_sensitivity_path
-from ..loaders.packing.measuring import DEFAULT, THOROUGHNESS, measure
-from ..loaders.packing.runs import Drawing
-from ..loaders.packing.sensitivity import report, summary
+from ..loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, measure
+from ..loaders.packing.calibration.sampling import SamplingRun
+from ..loaders.packing.calibration.sensitivity import report, summary
 from ..loaders.recipe import Recipe
 from ..loaders.sizes import size_text
 from .numbers import refuse_infinite
@@ -65,7 +65,7 @@ class MeasureSensitivity(io.ComfyNode):
         path = new_sensitivity_path(name)
         prompts = [[entry] for conditioning in positive or () if conditioning for entry in conditioning]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
-        drawing = Drawing(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
+        drawing = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
         partial = f"{path.rsplit('_', 2)[0]}.part"  # without the number: the next run finds it
         sensitivity = measure(model, drawing, thoroughness[0], partial)
         sensitivity.save(path)

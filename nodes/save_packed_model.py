@@ -1,5 +1,4 @@
 """Featherweight Save Packed Model."""
-import functools
 import json
 import os
 
@@ -8,12 +7,14 @@ from comfy_api.latest import io, ui
 
 from ..loaders.files.container import WeightFileError
 from ..loaders.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
-from ..loaders.packing.block_by_block import in_turn
-from ..loaders.packing.obstacles import not_saved, refuse_obstacles
-from ..loaders.packing.runs import Drawing
-from ..loaders.packing.save import ALIKE, TYPES, check_target, save, suffix_for
-from ..loaders.packing.sensitivity import Sensitivity
-from ..loaders.packing.source import of_encoders, of_model
+from ..loaders.packing.calibration.sampling import SamplingRun
+from ..loaders.packing.calibration.sensitivity import Sensitivity
+from ..loaders.packing.calibration.sequential import record_calibration
+from ..loaders.packing.planning.file_plan import (
+    KEEP_TYPES, TYPES, SaveOptions, plan_file, reject_own_files, suffix_for,
+)
+from ..loaders.packing.save import save
+from ..loaders.packing.source import check_saveable, of_encoders, of_model, unsaved_parts
 from ..loaders.progress import Progress
 from .shown import show_text
 
@@ -37,7 +38,7 @@ class SavePackedModel(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to save, packed or not, with all LoRAs and merges."),
-                io.Combo.Input("type", options=[*TYPES, ALIKE, SIZE], default="Q4_K",
+                io.Combo.Input("type", options=[*TYPES, KEEP_TYPES, SIZE], default="Q4_K",
                                tooltip="The type of the large matrices; what must stay exact does. NF4 makes a"
                                        " safetensors file, the others GGUF. as it is: each weight in the type it has. size in"
                                        " GB: the best mix of types for the size below."),
@@ -81,11 +82,11 @@ class SavePackedModel(io.ComfyNode):
                 overwrite=False, clip=None, sensitivity="", positive=None, latent=None, **hidden) -> io.NodeOutput:
         measured = Sensitivity.load(find_sensitivity(sensitivity)) if sensitivity else None
         for patcher in (model, *([] if clip is None else [clip.patcher])):
-            refuse_obstacles(patcher)
+            check_saveable(patcher)
         whole = of_model(model)
-        if left := not_saved(model):
-            whole.notes.append(f"Not in the file, since it is not a weight: {', '.join(left)}. Put the nodes for it behind the"
-                               " loader of the file.")
+        if unsaved := unsaved_parts(model):
+            whole.notes.append(f"Not in the file, since it is not a weight: {', '.join(unsaved)}. Put the nodes for it"
+                               " behind the loader of the file.")
         if type == SIZE and not 0 < size_gb < float("inf"):
             raise WeightFileError(f"size in GB is {size_gb}; give what the file may take at most, such as 6.")
         wanted, label = (round(size_gb * 1e9), f"{size_gb:g}GB") if type == SIZE else (type, type.replace(" ", "_"))
@@ -94,21 +95,23 @@ class SavePackedModel(io.ComfyNode):
         for name, source in ({} if clip is None else of_encoders(clip)).items():
             prefix = os.path.join("text_encoders", f"{own_name}_{name}")
             label = "Q8_0" if type == SIZE else label  # the size is the model's
-            kind = ALIKE if type == ALIKE else label
+            kind = KEEP_TYPES if type == KEEP_TYPES else label
             jobs.append((source, new_model_path(prefix, label, suffix_for(source, kind), folder, not overwrite), kind))
         for _, path, _ in jobs:
-            check_target(path, *(source for source, _, _ in jobs))
-        progress, metadata, reports = Progress(stages=len(jobs) + (2 if positive else 0)), cls._metadata(), []
-        turn = None
-        if positive:
-            prompts = [[entry] for entry in positive]
-            turn = functools.partial(in_turn, model, Drawing(prompts, latent, samples=max(SAMPLES, len(prompts))),
-                                     track=progress.track)
+            reject_own_files(path, *(source for source, _, _ in jobs))
+        progress = Progress(stages=len(jobs) + (2 if positive else 0))
+        metadata, reports = cls._metadata(), []
         for source, path, wanted in jobs:
-            of_model_only = (measured, turn) if source is whole else (None, None)
-            saved = save(source, path, wanted, of_model_only[0], loras == WHOLE, metadata, overwrite, progress.track, show_text,
-                         of_model_only[1])
-            reports.append(saved.text)
+            is_model = source is whole
+            plan = plan_file(source, path, wanted,
+                             SaveOptions(measured if is_model else None, loras == WHOLE, metadata, overwrite))
+            show_text(plan.text)
+            calibration = None
+            if is_model and positive:
+                prompts = [[entry] for entry in positive]
+                drawing = SamplingRun(prompts, latent, samples=max(SAMPLES, len(prompts)))
+                calibration = record_calibration(model, drawing, track=progress.track)
+            reports.append(save(plan, progress.track, calibration).text)
         text = "\n\n".join(reports)
         show_text(text)
         return io.NodeOutput(jobs[0][1], text, ui=ui.PreviewText(text))
@@ -119,5 +122,5 @@ class SavePackedModel(io.ComfyNode):
         hidden = getattr(cls, "hidden", None)
         if args.disable_metadata or hidden is None:
             return {}
-        found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
-        return {key: json.dumps(value) for key, value in found.items() if value is not None}
+        texts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+        return {key: json.dumps(value) for key, value in texts.items() if value is not None}

@@ -4,6 +4,7 @@ Those of `layers` hold packed weights. All other layers are the host's own.
 """
 import functools
 import types
+from collections.abc import Iterable
 
 import comfy.ops
 import torch
@@ -32,6 +33,13 @@ def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch
     layers = {layer.__name__: type(layer.__name__, (layer,), options | {"new": (new_layer, (layer.__name__, *made_by))})
               for layer in layers}
     return type("PackedOperations", (base,), layers)
+
+
+def operations_for(keys: Iterable[str], *dtypes: torch.dtype | None, full_precision: bool = False,
+                   compute: str = "exact") -> type:
+    """Return `packed_operations` for a state dict of these keys; `dtypes` are its first two."""
+    mixed = any(key.endswith(".comfy_quant") for key in keys)
+    return packed_operations(*dtypes, mixed=mixed, full_precision=full_precision, compute=compute)
 
 
 _operations = functools.cache(packed_operations)  # the same classes for all layers of a pickle

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.packing import cache
-from featherweight.loaders.packing.file_source import of_file
-from featherweight.loaders.packing.save import save
-from featherweight.loaders.packing.sensitivity import Sensitivity
+from featherweight.loaders.files import packed_cache
+from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
+from featherweight.loaders.packing.source import of_file
 from featherweight.ops.kernels.verdicts import Verdicts
 from featherweight.ops.packing.moments import Moments
 from patched_models import tiny_flux
 from safetensors.torch import save_file
+from saving import save
 
 pytestmark = [pytest.mark.usefixtures("small_models"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and processes of POSIX")]
@@ -119,7 +119,7 @@ def test_a_kill_leaves_the_old_file_or_the_whole_new_one(name, kills, sources, t
     def folder_of(attempt: int) -> Path:
         folder = tmp_path / str(attempt)
         folder.mkdir(mode=0o700)
-        monkeypatch.setenv(cache.FOLDER, str(folder))
+        monkeypatch.setenv(packed_cache.FOLDER, str(folder))
         return folder
 
     first = folder_of(0)

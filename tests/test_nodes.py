@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.packing.while_loading import TYPES
+from featherweight.loaders.pack_on_load import TYPES
 from featherweight.nodes import help_pages
 from featherweight.nodes.elsewhere import watch_prompts
 from legacy_ids import INPUTS, NAME, OUTPUTS

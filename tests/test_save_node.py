@@ -9,7 +9,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import drives, open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.writing import WriteError
-from featherweight.loaders.packing.obstacles import SaveError
+from featherweight.loaders.packing.source import SaveError
 from featherweight.nodes.save_packed_model import AS_ASKED, SIZE, SavePackedModel
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
 

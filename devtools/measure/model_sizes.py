@@ -18,8 +18,8 @@ import comfy.supported_models
 import comfy.text_encoders.llama as llama
 import comfy.text_encoders.t5
 import torch
-from featherweight.loaders.packing.plan import plan_for_type
-from featherweight.loaders.packing.rules import Shapes, family_of
+from featherweight.loaders.packing.planning.families import Shapes, family_of
+from featherweight.loaders.packing.planning.plan import plan_for_type
 from featherweight.ops.format import FORMATS
 
 from devtools.files import gguf_files

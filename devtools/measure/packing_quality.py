@@ -13,11 +13,11 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.files.safetensors_writer import safetensors_writer
-from featherweight.loaders.packing.block_by_block import in_turn
-from featherweight.loaders.packing.measuring import measure
-from featherweight.loaders.packing.plan import Plan, plan_for_size, plan_for_type
-from featherweight.loaders.packing.rules import PLAIN_BYTES, family_of
-from featherweight.loaders.packing.runs import Drawing
+from featherweight.loaders.packing.calibration.measure import measure
+from featherweight.loaders.packing.calibration.sampling import SamplingRun
+from featherweight.loaders.packing.calibration.sequential import record_calibration
+from featherweight.loaders.packing.planning.families import PLAIN_BYTES, family_of
+from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.tensor import packed_tensor
@@ -67,22 +67,23 @@ class Maker:
             demo_files.write_model(path, "F16")
         return load_diffusion_model(str(path))
 
-    def drawing(self, prompts: bool = True) -> Drawing:
+    def drawing(self, prompts: bool = True) -> SamplingRun:
         """What the model draws to be measured: captions of the training, or as many pictures without any."""
         given = []
         if prompts:
             painter = Painter([scene.caption() for scene in scenes.all_scenes()[0][:CALIBRATION]], self.folder)
             given = [[[torch.cat(painter.words[start:start + TOGETHER]), {}]] for start in range(0, CALIBRATION, TOGETHER)]
         latent = torch.zeros(1 if prompts else TOGETHER, 16, scenes.SIZE // 8, scenes.SIZE // 8)
-        return Drawing(given, {"samples": latent}, samples=CALIBRATION // TOGETHER, steps=STEPS, seed=5000)
+        return SamplingRun(given, {"samples": latent}, samples=CALIBRATION // TOGETHER, steps=STEPS, seed=5000)
 
     def plan(self, way: str, size: str) -> Plan:
         """Types of all tensors, as many bytes as with the type `size` everywhere or less."""
-        uniform = plan_for_type(self.shapes, size, self.family, "F16")
+        halves = dict.fromkeys(self.shapes, "F16")
+        uniform = plan_for_type(self.shapes, size, self.family, halves)
         if not way.startswith("mix"):
             return uniform
         nbytes = uniform.nbytes(self.shapes)
-        plan = plan_for_size(self.shapes, nbytes, self.family, self.sensitivity(MIXES[way]).costs, "F16")
+        plan = plan_for_size(self.shapes, nbytes, self.family, self.sensitivity(MIXES[way]).costs, halves)
         assert 0.995 * nbytes <= plan.nbytes(self.shapes) <= nbytes
         return plan
 
@@ -121,10 +122,10 @@ class Maker:
 
     def _in_turn(self, plan: Plan) -> dict:
         """The block matrices packed layer after layer, as the node does it."""
-        turn, packed = in_turn(self.dense_model(), self.drawing()), {}
-        for name in (name for name in turn.order if plan.types[name] not in PLAIN_BYTES):
-            packed[name] = pack_tensor(self.tensors[name], FORMATS[plan.types[name]], moments=turn.moments(name))
-            turn.put(name, packed[name], self.tensors.get(f"{name.removesuffix('weight')}bias"))
+        calibration, packed = record_calibration(self.dense_model(), self.drawing()), {}
+        for name in (name for name in calibration.order if plan.types[name] not in PLAIN_BYTES):
+            packed[name] = pack_tensor(self.tensors[name], FORMATS[plan.types[name]], moments=calibration.moments(name))
+            calibration.set_packed(name, packed[name], self.tensors.get(f"{name.removesuffix('weight')}bias"))
         return packed
 
 

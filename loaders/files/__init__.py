@@ -1,4 +1,4 @@
-"""Weight files of every kind: `open_weights` is the door. Importing this package registers every container."""
+"""Weight files of every kind: `open_weights` reads them. Importing this package registers every container."""
 import os
 from pathlib import Path
 

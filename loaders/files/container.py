@@ -116,6 +116,11 @@ class WeightFile:
         return ""
 
     @property
+    def text_metadata(self) -> dict[str, str]:
+        """What the host takes as the metadata of a file."""
+        return {key: value for key, value in self.metadata.items() if isinstance(value, str)}
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors together, without header and padding."""
         return sum(entry.nbytes for entry in self.entries.values())

@@ -6,10 +6,10 @@ import torch
 
 from ...ops.rows import dense, take_rows
 from ...ops.tensor import is_packed
-from ..files.container import FileChangeGuard
+from ..comfy_quant import MARK, as_tensors
 from ..encoders.arch import arch_of, without_prefix
+from ..files.container import FileChangeGuard
 from ..model_names import in_the_hosts_names
-from ..packing.host_formats import MARK, as_tensors
 from ..progress import Progress
 from .contents import Contents
 

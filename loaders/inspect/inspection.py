@@ -15,7 +15,7 @@ from ..files.container import shown
 from ..lora.families import recognise
 from ..lora.file import OTHER_FILES, PAIRS, stems_of, weight_shapes
 from ..model_names import in_the_hosts_names
-from ..packing.plan import Plan, PlanError
+from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_in_the_hosts_names, shapes_only
 from .needs import Card, cards, encoder_cards, needs
 

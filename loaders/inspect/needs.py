@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..encoders.kinds import SETS, SINGLE, TITLES
-from ..packing.plan import plan_for_type
-from ..packing.rules import Shapes, family_of
+from ..packing.planning.families import Shapes, family_of
+from ..packing.planning.plan import plan_for_type
 
 GIB = 2 ** 30
 CARDS = (6, 8, 12, 16, 24)  # GB as cards are named, GiB

@@ -1,1 +1,1 @@
-"""Making packed models: what must stay exact, which type each tensor takes, and the writing of them."""
+"""Saving models as files of packed weights: `planning` chooses the types, `calibration` measures."""

@@ -1,41 +1,51 @@
-"""A model to a file of packed weights: the plan, what is refused before any work, the writing, and what people are told.
+"""A model to a file of packed weights, one weight at a time: read, patched, packed, looked at once more and written.
 
-Each weight is read, patched in float32, packed once and written before the next. In memory are at most two dense slices of one
-weight and what the packing of a slice needs, unless a patch can only be applied to a whole weight; and, where layers are packed
-in their order, all of them packed.
+In memory are at most two dense slices of one weight and what the packing of a slice needs, unless a patch can only be applied
+to a whole weight; and, with a calibration, all of the layers packed by it.
+
+A change of a weight that was rounded before may be swallowed by the steps of the type it is packed to: the values lie on those
+steps already. Where all of it is asked for, it is enlarged until what arrives of it is whole; where even Q8_0 swallows it,
+values between two steps go to either, each as often as it is near.
 """
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ...ops.format import FORMATS
-from ..files import gguf_writer, safetensors_writer
-from ..files.container import PLAIN_DTYPES, nbytes_of
-from ..files.writing import WriteError, check_writable
-from .block_by_block import InTurn
-from .maker import Maker, bits, plain_type
+from ...ops.format import FORMATS, FormatError, TooLargeError
+from ...ops.packing import pack_tensor
+from ...ops.packing.moments import Moments
+from ...ops.packing.relative_error import RelativeError, values_of
+from ...ops.rounding import dithered, dithered_steps
+from ...ops.rows import join_rows
+from ...ops.tensor import is_packed
+from ..files.container import PLAIN_DTYPES, nbytes_of, shown
+from ..files.gguf_writer import gguf_writer
+from ..files.safetensors_writer import safetensors_writer
 from ..sizes import size_text
-from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_small
-from .rules import HALVES, PLAIN_BYTES, family_of, fits, fitting, half_type
-from .source import Source, Weight
+from .calibration.sequential import SequentialCalibration
+from .lora_retention import LoraRetention, Measurement, dot, measure
+from .planning.families import bits_per_value, with_fallback
+from .planning.file_plan import FilePlan, plain_type, written_name
+from .planning.plan import DIGITS, Plan
+from .source import SaveError, Weight
 
-FINE = "Q6_K"  # the least for weights with a change that were rounded coarsely before
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")  # what people are offered, the finest first
-ALIKE = "as it is"  # in place of a type: each weight in the type it is held in
-COARSE_BITS = 3.0  # bits a weight up to which a type has lost so much that saving it anew is worth a warning
-NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")  # `.scale` in the files of the field
+SLICE_VALUES = 1 << 24  # of a weight that are in float32 at a time
+ALIGNMENT = 32  # bytes that a tensor may take more in a file than its own
+WHOLE = 0.005  # a change whose share differs from 1 by no more is whole
+MAX_ENLARGED = 2.0  # factor of a change
+ATTEMPTS = 3
+FINER, HALF = "Q8_0", "F16"  # what a weight takes whose change does not arrive whole even then
+MOST_NOTES = 5  # on single weights
 
 
 @dataclass(frozen=True)
 class Saved:
     """A file that was written.
 
-    types: name -> type, as it came out. table: of these. told: what of the LoRAs has arrived and what people should know.
+    types: name -> type, as it came out. table: of these. notes: what of the LoRAs has arrived and what people should know.
     """
 
     path: Path
@@ -43,7 +53,7 @@ class Saved:
     seconds: float
     types: dict[str, str]
     table: str
-    told: list[str]
+    notes: list[str]
 
     def __str__(self) -> str:
         return f"{self.path}: {size_text(self.nbytes, DIGITS)} in {self.seconds:.0f} s"
@@ -52,191 +62,246 @@ class Saved:
     def text(self) -> str:
         """All of it in short lines, as the node shows them."""
         size = f"{size_text(self.nbytes, DIGITS)}, written in {self.seconds:.0f} s"
-        return "\n".join([self.path.name, size, self.table, *self.told])
+        return "\n".join([self.path.name, size, self.table, *self.notes])
 
 
-def plan_of(source: Source, wanted: str | int, costs: Mapping[str, Mapping[str, float]] | None = None, keep: bool = True,
-            safetensors: bool = False) -> Plan:
-    """The types for a type by name, ALIKE or a size in bytes of all tensors. costs: of a measurement (`plan_for_size`).
+def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names,
+         calibration: SequentialCalibration | None = None) -> Saved:
+    """Write a file that was planned: whole under its name, or not at all.
 
-    keep: weights that were rounded coarsely before and have patches take at least FINE, in which patches arrive whole.
-    Raises PlanError.
+    Args:
+        plan: of the file.
+        track: goes over the names, with the values of each, in place of a plain loop; what it raises
+            ends the work.
+        calibration: of the source's model. Its linear layers are then packed first, each so that it
+            makes up for the errors before it, and are in memory at once, packed.
+
+    Raises:
+        SaveError: where a weight has no numbers, or cannot be packed.
+        WriteError: where the file cannot be written.
+        WeightFileError: where a file that weights are read from is written to meanwhile.
     """
-    shapes = source.shapes
-    family = family_of(shapes)
-    halves = {name: half_type(_dtype(source.weights[name])) for name in shapes}
-    floors = {name: fitting(FINE, shapes[name], halves[name]) for name in _rounded_before(source)} if keep else {}
-    if safetensors:
-        floors = {}  # it has no such types
-    if isinstance(wanted, int):
-        floors = {name: kind for name, kind in floors.items() if family.may_be_packed(name, shapes[name])}
-        free = {name: shape for name, shape in shapes.items() if name not in floors}
-        budget = wanted - Plan(floors).nbytes(shapes)
-        try:
-            types = floors | plan_for_size(free, budget, family, costs, halves).types
-        except PlanError as error:
-            if not floors:
-                raise
-            more = (f" {len(floors)} weights with a LoRA on them take {FINE}, {size_text(wanted - budget, DIGITS)}, so that"
-                    " the LoRA arrives whole; choose otherwise under 'LoRAs', or begin with a model that is not packed.")
-            raise too_small(wanted, error.short_by, more) from error
-        return Plan({name: types[name] for name in shapes})
-    if wanted == ALIKE:
-        types = {name: _writable(source.weights[name], halves[name], safetensors) for name in shapes}
-    else:
-        types = plan_for_type(shapes, wanted, family, halves).types
-        if not safetensors:  # what stays exact is no more exact than it is held
-            types |= {name: source.weights[name].held_as for name, kind in types.items() if name not in floors
-                      and (kind in PLAIN_BYTES or source.weights[name].held_as == wanted) and _is_ggml(source.weights[name])}
-    return Plan(types | {name: kind for name, kind in floors.items()
-                         if bits(types[name]) < bits(kind) and not source.weights[name].held_as == kind})
-
-
-def save(source: Source, path: str | os.PathLike, wanted: str | int, sensitivity=None, keep: bool = True,
-         metadata: Mapping[str, str] | None = None, overwrite: bool = False,
-         track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names,
-         planned: Callable[[str], None] = lambda text: None, turn: Callable[[], InTurn] | None = None) -> Saved:
-    """Write a source as GGUF, or as safetensors where `path` ends in that: there 4-bit weights are as bitsandbytes keeps them.
-
-    wanted, keep: see `plan_of`. sensitivity: a measurement of this model. metadata: texts for the file. track: goes over the
-    names, with the values of each, in place of a plain loop; what it raises ends the work. planned: is shown the plan before
-    anything is written. turn: makes, after that, what the linear layers of the source's model are packed by in their order, so
-    that each makes up for the errors before it; `track` then goes over them first, and they are in memory at once, packed.
-    Raises SaveError, PlanError, WriteError, and WeightFileError where a file that weights are read from is written to
-    meanwhile; then nothing has come to be.
-    """
-    path, started = Path(path), time.monotonic()
-    check_target(path, source)
-    safetensors = path.suffix.lower() == ".safetensors"
-    container = safetensors_writer if safetensors else gguf_writer
-    if sensitivity is not None:
-        sensitivity.check_is_for(source.shapes)
-    plan, tensors, texts = _within(source, path, wanted, sensitivity, keep, metadata or {}, safetensors)
-    check_writable(path, container.file_size(tensors, texts), overwrite)
-    notes = [*source.notes, *_warnings(source)]
-    size = size_text(container.file_size(tensors, texts), DIGITS)
-    planned("\n".join([path.name, f"{size}, not written yet", plan.text(source.shapes), *notes]))
-    whole = _whole(source, plan.types) if keep else set()
-    making = Maker(source, plan.types, sensitivity, whole, not isinstance(wanted, int) and not safetensors, safetensors,
-                   None if turn is None else turn(), wanted if isinstance(wanted, int) else None,
-                   container.file_size(tensors, texts))
-    made = {}
-    if turn is not None:
-        names = [name for name in making.turn.order if plan.types[name] in FORMATS]
+    source, packer = plan.source, WeightPacker(plan, calibration)
+    packed = {}
+    if calibration is not None:
+        names = [name for name in calibration.order if plan.types[name] in FORMATS]
         for name in track(names, [source.weights[name].values for name in names]):
             source.guard()
-            made[name] = making.in_turn(name)
+            packed[name] = packer.pack_in_sequence(name)
             source.let_go()
-    open_writer = safetensors_writer.safetensors_writer if safetensors else gguf_writer.gguf_writer
-    with open_writer(path, tensors, texts, overwrite) as writer:
-        for name in track(list(source.weights), [max(1, weight.values) for weight in source.weights.values()]):
+    open_writer = safetensors_writer if plan.is_safetensors else gguf_writer
+    with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite) as writer:
+        sizes = [max(1, weight.values) for weight in source.weights.values()]
+        for name in track(list(source.weights), sizes):
             source.guard()
-            kind, pieces = made.pop(name, None) or making.of(source.weights[name])
-            writer.write(written_name(name), kind, pieces)
+            type_name, pieces = packed.pop(name, None) or packer.pack(source.weights[name])
+            writer.write(written_name(name), type_name, pieces)
             source.let_go()
         source.guard()
-    return Saved(path, path.stat().st_size, time.monotonic() - started, making.types,
-                 Plan(making.types).text(source.shapes), [*making.told(), *notes])
+    return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
+                 Plan(packer.types).text(source.shapes), [*packer.report_lines(), *plan.notes])
 
 
-def check_target(path: str | os.PathLike, *sources: Source):
-    """Raise WriteError where a new file would replace one that these models were loaded of, under whatever name."""
-    for own in {own for source in sources for own in source.paths}:
-        if os.path.exists(path) and os.path.exists(own) and os.path.samefile(path, own):
-            raise WriteError(f"{path} is a file of the model that is to be saved, or of a LoRA on it, and is not overwritten."
-                             " Give the new file another name.")
+@dataclass
+class _Attempt:
+    """A weight in one type.
 
-
-def suffix_for(source: Source, wanted: str | int) -> str:
-    """What the name of a file ends in that holds the types: .safetensors for NF4, and as it is for a model held so."""
-    held = {weight.held_as for weight in source.weights.values()}
-    return ".safetensors" if wanted == "NF4" or wanted == ALIKE and held & safetensors_writer.NAMES.keys() else ".gguf"
-
-
-def written_name(name: str) -> str:
-    """A weight's name in files: the host's, but for the norms that readers other than it know by an older name."""
-    return f"{name.removesuffix('weight')}scale" if name.endswith(NORM_SCALE) else name
-
-
-def _within(source: Source, path: Path, wanted: str | int, sensitivity, keep: bool, metadata: Mapping[str, str],
-            safetensors: bool) -> tuple[Plan, dict, dict]:
-    """(plan, what the file will hold, its metadata), a size being that of the file with its header."""
-    container = safetensors_writer if safetensors else gguf_writer
-    costs = None if sensitivity is None else sensitivity.costs
-    budget = wanted
-    while True:
-        too_little = None
-        try:
-            plan = plan_of(source, budget, costs, keep, safetensors)
-        except PlanError as error:
-            too_little = error
-            plan = plan_of(source, budget + error.short_by, costs, keep, safetensors)  # the smallest there is
-        tensors = {written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
-                   for name, weight in source.weights.items()}
-        texts = metadata | {"featherweight.plan": plan.json()}
-        if not safetensors:
-            texts = _gguf_metadata(source, path, plan) | texts
-        size = container.file_size(tensors, texts)
-        if not isinstance(wanted, int) or size <= wanted:
-            return plan, tensors, texts
-        if too_little is not None:
-            raise too_small(wanted, size - wanted, too_little.more) from too_little
-        budget -= size - wanted
-
-
-def _gguf_metadata(source: Source, path: Path, plan: Plan) -> dict:
-    shapes = source.shapes
-    sizes = Counter()
-    for name, kind in plan.types.items():
-        sizes[kind] += nbytes_of(kind, shapes[name])
-    most = sizes.most_common(1)[0][0] if sizes else ""
-    architecture = family_of(shapes).architecture
-    return ({"general.architecture": architecture} if architecture else {}) | {
-        "general.name": path.stem, "general.quantization_version": gguf_writer.QUANTIZATION_VERSION} | (
-        {"general.file_type": gguf_writer.FILE_TYPES[most]} if most in gguf_writer.FILE_TYPES else {})
-
-
-def _warnings(source: Source) -> list[str]:
-    sizes = Counter()
-    for weight in source.weights.values():
-        sizes[weight.held_as] += weight.values
-    coarse = [kind for kind in sizes if bits(kind) < COARSE_BITS and sizes[kind] > 0.1 * sizes.total()]
-    if not coarse:
-        return []
-    return [f"Caution: the model's weights are {' and '.join(coarse)} already. What was lost of them comes back in no type:"
-            " begin with the original model if you can."]
-
-
-def _rounded_before(source: Source) -> list[str]:
-    """Names of weights with patches that are held in a packed type coarser than FINE."""
-    return [name for name in source.touched if source.weights[name].is_number and len(source.weights[name].shape) > 1
-            and bits(source.weights[name].held_as) < bits(FINE)]
-
-
-def _whole(source: Source, types: Mapping[str, str]) -> set[str]:
-    """Names of weights with patches whose planned type may swallow a part of these: their values lie on its steps, or nearly.
-
-    In a type that is coarser than the one they are held in and than FINE, they are rounded as those of a dense model are.
+    pieces: of rows, on the CPU; None where the type cannot hold the values. swallows: whether a part
+    of its change does not arrive. measurements: of its changes, for `LoraRetention.add`.
     """
-    held = {name: source.weights[name].held_as for name in source.touched if len(source.weights[name].shape) > 1}
-    return {name for name, kind in held.items()
-            if kind in FORMATS and bits(kind) < bits(HALVES[0]) and bits(types[name]) >= min(bits(kind), bits(FINE))}
+
+    pieces: list[torch.Tensor] | None = None
+    swallows: bool = False
+    measurements: list[Measurement] = field(default_factory=list)
 
 
-def _dtype(weight: Weight) -> torch.dtype:
-    return PLAIN_DTYPES["F16"] if weight.held_as == "F16" else torch.bfloat16
+class WeightPacker:
+    """Makes what is written of each weight of a plan, and collects what people are told about it.
+
+    types: name -> type, as it came out. nbytes: that the file takes at most with these.
+    """
+
+    def __init__(self, plan: FilePlan, calibration: SequentialCalibration | None = None):
+        self.plan = plan
+        self.source = plan.source
+        self.calibration = calibration
+        self.must_survive = plan.must_survive
+        self.allow_finer = plan.max_bytes is None and not plan.is_safetensors
+        self.nbytes = plan.nbytes
+        self.types: dict[str, str] = {}
+        self.copied = 0
+        self.notes: list[str] = []
+        self.retention = LoraRetention(weight.patches for weight in self.source.weights.values())
+
+    def pack(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
+        """(type, pieces of rows on the CPU) of a weight. Raises SaveError."""
+        if not weight.is_number:
+            return self._as_it_is(weight)
+        type_name = self.types[weight.name] = self.plan.types[weight.name]
+        if weight.is_whole and not weight.patches and weight.held_as == type_name:
+            self.copied += 1
+            tensor = weight.as_held()
+            if not is_packed(tensor):
+                _reject_bad_values(tensor, weight)
+            return type_name, [tensor]
+        attempt = self._attempt(weight, type_name)
+        if attempt.swallows and self.allow_finer and bits_per_value(type_name) < bits_per_value(FINER):
+            finer = with_fallback(FINER, weight.shape, HALF)
+            self.notes.append(f"{weight.name} is {finer}: {type_name} would swallow a part of its change.")
+            type_name, attempt = finer, self._attempt(weight, finer)
+        if attempt.swallows and type_name == FINER:
+            attempt = self._attempt(weight, type_name, dither=True)
+        if attempt.pieces is None:
+            type_name, attempt = self._fall_back(weight, type_name)
+        for measurement in attempt.measurements:
+            self.retention.add(measurement)
+        self.types[weight.name] = type_name
+        return type_name, attempt.pieces
+
+    def pack_in_sequence(self, name: str) -> tuple[str, list[torch.Tensor]]:
+        """The same of a linear layer's weight, which counts as packed for those that come after it."""
+        type_name, pieces = self.pack(self.source.weights[name])
+        weight = join_rows(pieces)
+        if is_packed(weight):
+            bias = self.source.weights.get(f"{name.removesuffix('weight')}bias")
+            self.calibration.set_packed(name, weight, None if bias is None else bias.patched(0, bias.shape[0]))
+        return type_name, [weight]
+
+    def report_lines(self) -> list[str]:
+        """What of the changes has arrived, and what came out otherwise than planned."""
+        lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
+        lines += map(str, self.retention.shares())
+        lines += self.notes[:MOST_NOTES]
+        if len(self.notes) > MOST_NOTES:
+            lines.append(f"{len(self.notes) - MOST_NOTES} more weights came out finer than planned.")
+        return lines
+
+    def _as_it_is(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
+        tensor = weight.as_held()
+        if not self.plan.is_safetensors and tensor.dtype not in PLAIN_DTYPES.values():
+            tensor = tensor.view(torch.int8)
+        return plain_type(weight, self.plan.is_safetensors), [tensor]
+
+    def _fall_back(self, weight: Weight, type_name: str) -> tuple[str, _Attempt]:
+        """(type, the weight in it) for values that do not fit into `type_name`.
+
+        The 16 bits of its source; BF16 has room for almost all, F32 for the rest; and where the size
+        of the file has none for those, a smaller type may do. Raises SaveError where none does.
+        """
+        max_bytes, bits = self.plan.max_bytes, bits_per_value(type_name)
+        smaller = [] if max_bytes is None else [with_fallback(FINER, weight.shape, "BF16")]
+        for other in dict.fromkeys((weight.half, "BF16", *smaller, "F32")):
+            nbytes = self._nbytes_with(weight, type_name, other)
+            is_larger = bits_per_value(other) > bits
+            if max_bytes is None or bits_per_value(other) == bits or is_larger and nbytes <= max_bytes:
+                attempt = self._attempt(weight, other)
+                if attempt.pieces is not None:
+                    self.notes.append(f"{weight.name} is {other}: its values do not fit into {type_name}.")
+                    self.nbytes = nbytes
+                    return other, attempt
+        nbytes = self._nbytes_with(weight, type_name, "BF16")
+        raise SaveError(f"The values of {shown(weight.name)} do not fit into {type_name}, and with them in BF16 the file takes"
+                        f" {size_text(nbytes, DIGITS)}, which is more than {size_text(max_bytes, DIGITS)}."
+                        " Choose one type in place of a size.")
+
+    def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
+        """That the file takes at most with a weight in another type than planned."""
+        more = nbytes_of(other, weight.shape) - nbytes_of(type_name, weight.shape)
+        padding = ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
+        return self.nbytes + more + padding
+
+    def _moments(self, weight: Weight, type_name: str) -> Moments | None:
+        """What to pack a weight by. A change that is to arrive whole leaves no room for making up for other errors."""
+        moments, sensitivity = None, self.plan.options.sensitivity
+        if type_name not in PLAIN_DTYPES and self.calibration is not None and weight.name not in self.must_survive:
+            moments = self.calibration.moments(weight.name)
+        if moments is None and sensitivity is not None:
+            moments = sensitivity.moments(weight.name)
+        return moments
+
+    def _attempt(self, weight: Weight, type_name: str, dither: bool = False) -> _Attempt:
+        attempt, relative_error = _Attempt([]), RelativeError()
+        moments = self._moments(weight, type_name)
+        slice_values = SLICE_VALUES if moments is None else max(SLICE_VALUES, weight.values)
+        for start, stop in weight.slices(slice_values):
+            held, changes, values = self._patched(weight, start, stop)
+            _reject_bad_values(values, weight)
+            piece = self._piece(values, weight, type_name, moments, dither)
+            if piece is None:
+                return _Attempt()
+            if changes and not dither and weight.name in self.must_survive:
+                piece, swallows = self._enlarge(piece, held, values - held, lambda values: self._piece(
+                    values, weight, type_name, moments))
+                attempt.swallows = attempt.swallows or swallows
+            attempt.pieces.append(piece)
+            if changes:
+                attempt.measurements.append(measure(held, changes, values_of(piece), start == 0))
+            relative_error.add(values, piece)
+        return attempt if relative_error.is_small else _Attempt()
+
+    def _patched(self, weight: Weight, start: int,
+                 stop: int) -> tuple[torch.Tensor | None, Sequence[tuple[int, torch.Tensor]], torch.Tensor]:
+        """(what is held, [(number of the change, what it adds)], the patched values) of some rows, float32."""
+        if not weight.patches:
+            return None, [], weight.patched(start, stop)
+        held = weight.read(start, stop)
+        values, changes = held.clone(), []
+        for number, patches in self.retention.groups(weight.patches):
+            before = values.clone()
+            values = weight.patched(start, stop, patches, values)
+            if values.shape == before.shape:
+                changes.append((number, values - before))
+        return held, changes if values.shape == held.shape else [], values
+
+    @staticmethod
+    def _enlarge(piece: torch.Tensor, held: torch.Tensor, change: torch.Tensor,
+                 pack: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, bool]:
+        """(rows in which a change arrives whole, or the most that can be had of it, whether that is less)."""
+        power, factor = dot(change, change), 1.0
+        for attempt in range(ATTEMPTS + 1):
+            share = dot(values_of(piece) - held, change) / power if power else 1.0
+            is_largest = factor == MAX_ENLARGED and share < 1
+            if abs(share - 1) <= WHOLE or attempt == ATTEMPTS or is_largest:
+                return piece, abs(share - 1) > 2 * WHOLE
+            factor = min(factor / max(share, 0.1), MAX_ENLARGED)
+            piece = pack(held + factor * change)
+
+    def _piece(self, values: torch.Tensor, weight: Weight, type_name: str, moments: Moments | None,
+               dither: bool = False) -> torch.Tensor | None:
+        """Rows in a type, on the CPU; None where it cannot hold them. dither: only where the type is FINER."""
+        if type_name in PLAIN_DTYPES:
+            dtype = PLAIN_DTYPES[type_name]
+            # A change below half a step of 16 bits would be gone, rounded to the nearest.
+            piece = dithered(values.clone(), dtype) if weight.patches else values.to(dtype)
+            return piece.cpu() if piece.isfinite().all() else None
+        device, packed_format = self.source.device, FORMATS[type_name]
+        try:
+            if dither:
+                return pack_tensor(_at_steps(values).to(device), packed_format, reference=True).to("cpu")
+            options = {} if moments is None else {"moments": moments}
+            return pack_tensor(values.to(device), packed_format, **options).to("cpu")
+        except TooLargeError:
+            return None
+        except FormatError as error:
+            raise SaveError(f"{shown(weight.name)} cannot be packed to {type_name}: {error}") from error
 
 
-def _is_ggml(weight: Weight) -> bool:
-    """Whether a weight may be written in the type of GGUF that it is held in: in blocks that do not divide its rows, as files
-    of ComfyUI-GGUF have them, only as it is."""
-    kind = weight.held_as
-    return (kind in FORMATS and FORMATS[kind].ggml_type is not None and kind not in HALVES
-            and (fits(kind, weight.shape) or weight.is_whole and not weight.patches))
+def _at_steps(values: torch.Tensor) -> torch.Tensor:
+    """Values that Q8_0 holds exactly, of each one of the two nearest, so that the mean of many keeps a change below a step.
+
+    values: float32, rows that blocks of 32 divide.
+    """
+    blocks = values.reshape(-1, 32)
+    largest, index = blocks.abs().max(1, keepdim=True)
+    step = (largest / 127).half().float()
+    codes = dithered_steps(blocks, step).clamp_(-127, 127)
+    codes.scatter_(1, index, blocks.gather(1, index).sign() * 127)  # by which the format finds the step again
+    return torch.where(step > 0, codes * step, 0.0).view(values.shape)
 
 
-def _writable(weight: Weight, half: str, safetensors: bool) -> str:
-    """The type a weight is held in, where a file may hold it; else the 16 bits of its values."""
-    kind = weight.held_as
-    held = kind in safetensors_writer.NAMES if safetensors else _is_ggml(weight)
-    return kind if held or kind in PLAIN_BYTES else half
+def _reject_bad_values(values: torch.Tensor, weight: Weight):
+    """Raise SaveError for values that are no numbers."""
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+        what = "with its patches it has" if weight.patches else "it has"
+        raise SaveError(f"{shown(weight.name)} cannot be saved: {what} NaN or infinite values. Get the model again, or take"
+                        " off what changes it.")

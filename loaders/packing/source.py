@@ -1,6 +1,7 @@
 """What is to be saved: the weights of a model, text encoder or file, one at a time in float32, with everything that is on them.
 
-Names are the host's without prefix. Nothing is unpacked, patched or read before it is asked for.
+Names are the host's without prefix. Nothing is unpacked, patched or read before it is asked for. Of a file the host's model is
+built without values, on the meta device, where LoRAs need to know its layers.
 """
 import math
 import os
@@ -8,22 +9,43 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import comfy.model_detection
+import comfy.model_patcher
+import comfy.ops
 import torch
 
+from ...ops.packed import relabelled
 from ...ops.patcher import values as patched_values
 from ...ops.patcher.values import Patch
+from ...ops.rows import take_rows
 from ...ops.tensor import QuantizedTensor, is_packed, packed_tensors
+from ..comfy_quant import SMOOTHING, as_tensors
+from ..detection import answer, reject_non_diffusion
+from ..diffusers_names import JoinedRows
 from ..files import open_weights
-from ..files.container import PLAIN_DTYPES, FileChangeGuard, WeightFileError
+from ..files.container import FileChangeGuard, WeightFileError, map_file
+from ..held import format_name
+from ..lora.apply import apply_lora
+from ..lora.file import load_lora_file
+from ..lora.fit import check_lora
+from ..model_names import in_the_hosts_names, model_prefix
 from ..recipe import Recipe
+from ..text import join_some
+from .planning.families import half_type
 
-PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 DIFFUSION_MODEL = "diffusion_model."
 # Encoders, by how the host's names for them begin, that it knows in a file by other names than those in its model.
 NAMES_IN_FILES = {
     "qwen35_": {"model": "model.language_model", "visual": "model.visual"},
     "qwen3vl_4b": {"visual": "model.visual"}, "qwen3vl_8b": {"visual": "model.visual"},
 }
+# What tells kinds of one architecture, beside the model's weights in a whole checkpoint; the host reads them in a model's file.
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+ADVICE = "Take it off, or put it behind the loader of the new file instead."
+
+
+class SaveError(ValueError):
+    """A model that cannot be saved as asked. The message says what is in the way and what to do."""
 
 
 @dataclass
@@ -50,11 +72,12 @@ class Weight:
     @property
     def held_as(self) -> str:
         """The type it is held in: a key of `FORMATS`, a plain type's name, or what the host calls one of its own."""
-        if is_packed(self.tensor):
-            return self.tensor.layout_cls.format.__name__
-        if isinstance(self.tensor, QuantizedTensor):
-            return self.tensor._layout_cls.removeprefix("TensorCore").removesuffix("Layout")
-        return PLAIN_NAMES.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
+        return format_name(self.tensor)
+
+    @property
+    def half(self) -> str:
+        """The 16-bit type for its values where it is not packed."""
+        return half_type(torch.float32 if is_packed(self.tensor) else self.tensor.dtype)
 
     @property
     def is_number(self) -> bool:
@@ -112,7 +135,13 @@ class Source:
         return {name: weight.shape for name, weight in self.weights.items() if weight.is_number}
 
     @property
+    def halves(self) -> dict[str, str]:
+        """Of the same weights the 16-bit types."""
+        return {name: self.weights[name].half for name in self.shapes}
+
+    @property
     def touched(self) -> list[str]:
+        """Names of the weights with patches."""
         return [name for name, weight in self.weights.items() if weight.patches]
 
 
@@ -136,12 +165,12 @@ def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
         if not rest:  # settings of the host beside an encoder
             part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = weight
-    parts = {part: _named(part, found) for part, found in parts.items()
-             if any(len(weight.shape) > 1 for weight in found.values())}
-    for part, found in parts.items():
+    parts = {part: _named(part, of_part) for part, of_part in parts.items()
+             if any(len(weight.shape) > 1 for weight in of_part.values())}
+    for part, of_part in parts.items():
         tokenizer = clip.tokenizer if len(parts) == 1 else getattr(clip.tokenizer, part, None)
-        found |= {name: _as_it_is(name, tensor) for name, tensor in _contents(tokenizer).items()}
-    return {part: _source(f"{title} {part}", found, clip.patcher) for part, found in parts.items()}
+        of_part |= {name: _as_it_is(name, tensor) for name, tensor in _contents(tokenizer).items()}
+    return {part: _source(f"{title} {part}", of_part, clip.patcher) for part, of_part in parts.items()}
 
 
 def _source(title: str, weights: dict[str, Weight], patcher) -> Source:
@@ -215,3 +244,124 @@ def _markers(patcher) -> Mapping[str, torch.Tensor]:
         markers |= {f"edm_vpred.{name}": torch.tensor(float(getattr(sampling, name)), dtype=torch.float32)
                     for name in ("sigma_max", "sigma_min")}
     return markers
+
+
+def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) -> Source:
+    """The diffusion model in a file or folder, of a whole checkpoint that alone. loras: (path, strength), in order.
+
+    Raises WeightFileError and SaveError.
+    """
+    file = open_weights(path)
+    reject_non_diffusion(file)
+    guard = file.guard + FileChangeGuard.over(map_file(lora) for lora, _ in loras)
+    state_dict = file.state_dict()
+    prefix = model_prefix(state_dict)
+    markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
+    state_dict = as_tensors(file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}, prefix)
+    tensors = in_the_hosts_names({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
+    tensors |= markers
+    smoothings = {name.removesuffix(SMOOTHING): tensors.pop(name) for name in list(tensors) if name.endswith(SMOOTHING)}
+    model = answer(_empty_model, tensors) if loras else None
+    patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
+    weights = {name: _weight_of_file(name, tensor, smoothings.get(name.removesuffix(".weight")), patches.get(name, ()))
+               for name, tensor in tensors.items() if not name.endswith((".input_scale", ".scale_input"))}
+    missing = patches.keys() - weights.keys()
+    if missing:
+        raise SaveError(f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another conversion of the"
+                        " model.")
+    return Source(os.path.basename(path), weights, notes=notes, let_go=file.let_go, guard=guard,
+                  paths=(*file.paths, *(Path(lora) for lora, _ in loras)))
+
+
+def _weight_of_file(name: str, tensor, smoothing: torch.Tensor | None, patches: Sequence[Patch]) -> Weight:
+    joined = isinstance(tensor, JoinedRows)
+    held = tensor.parts[0][0] if joined else tensor
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        if joined:
+            return _joined(tensor, start, stop)
+        values = _rows(tensor, start, stop)
+        return values if smoothing is None else values * smoothing.float()
+
+    return Weight(name, f"{DIFFUSION_MODEL}{name}", tuple(tensor.shape), held, read, tuple(patches),
+                  is_whole=not joined and smoothing is None)
+
+
+def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows in float32, a copy."""
+    if is_packed(tensor):
+        part = take_rows(relabelled(tensor, dtype=torch.float32), slice(start, stop))
+        return part.dequantize() if is_packed(part) else part.clone()
+    if isinstance(tensor, QuantizedTensor):
+        return relabelled(tensor, dtype=torch.float32).dequantize()[start:stop].clone()
+    return (tensor[start:stop] if tensor.ndim else tensor).to(torch.float32, copy=True)
+
+
+def _joined(rows: JoinedRows, start: int, stop: int) -> torch.Tensor:
+    parts, at = [], 0
+    for tensor, first, last in rows.parts:
+        low, high = max(start - at, 0), min(stop - at, last - first)
+        if low < high:
+            parts.append(_rows(tensor, first + low, first + high))
+        at += last - first
+    return torch.cat(parts)
+
+
+def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
+    """The host's model for these names and shapes, without values; None where it knows none."""
+    shapes = {name: torch.empty(tensor.shape, dtype=torch.float32, device="meta") for name, tensor in tensors.items()}
+    config = comfy.model_detection.model_config_from_unet(shapes, "")
+    if config is None:
+        return None
+    config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = comfy.ops.disable_weight_init
+    model = config.get_model(shapes, "", device="meta")
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def _patches_of(model, loras: Sequence[tuple[str, float]], name: str) -> tuple[dict[str, list[Patch]], list[str]]:
+    """(name of a weight -> the host's patches for it, what people should know of LoRAs that fit in part)."""
+    if model is None:
+        raise SaveError(f"{name} is no model that this ComfyUI knows, so it cannot be told which layers a LoRA is for. Update"
+                        " ComfyUI, or save it without a LoRA.")
+    notes = []
+    for path, strength in loras:
+        report = check_lora(model, None, *load_lora_file(path), measure=False)
+        if report.fits == "no":
+            raise SaveError(f"{os.path.basename(path)} is not applied. {report.verdict}")
+        if report.fits != "yes":
+            notes.append(f"{os.path.basename(path)}: {report.verdict}")
+        model, _ = apply_lora(model, None, report, strength, 0)
+    return {key.removeprefix(DIFFUSION_MODEL): patches for key, patches in model.patches.items()}, notes
+
+
+def check_saveable(patcher):
+    """Raise SaveError for what changes weights while the model runs and would be lost without a word."""
+    if patcher.injections:
+        raise SaveError(f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass LoRA"
+                        " is, which no file can hold. Load the LoRA with Load LoRA or Apply LoRA (Featherweight) instead.")
+    if patcher.hook_patches or patcher.forced_hooks or patcher.hook_backup:
+        raise SaveError("The model has LoRA hooks, whose strength follows a schedule; a file holds one strength. Load the LoRA"
+                        " with Load LoRA or Apply LoRA (Featherweight) instead.")
+    if patcher.weight_wrapper_patches:
+        raise SaveError(f"Functions of another node change the weights {join_some(patcher.weight_wrapper_patches)} while the"
+                        f" model runs, which no file can hold. {ADVICE}")
+    replaced = [name for name, value in patcher.object_patches.items()
+                if name.startswith("diffusion_model") and (hasattr(value, "forward") or hasattr(value, "shape"))]
+    if replaced:
+        raise SaveError(f"Another node has put parts of its own in the place of {join_some(replaced)}, which no file can hold."
+                        f" {ADVICE}")
+
+
+def unsaved_parts(patcher) -> list[str]:
+    """Names of what else is on a model, and does not change its weights: a file of weights has no place for it."""
+    options = patcher.model_options
+    names = [*patcher.object_patches]
+    names += [name for name, value in options.items() if name != "transformer_options" and value]
+    for name, value in options.get("transformer_options", {}).items():
+        if isinstance(value, dict):
+            names += [f"{name}: {part}" for part in value if value[part]]
+        elif value:
+            names.append(name)
+    names += [f"{kind}: {key}" for kind, of_kind in patcher.wrappers.items() for key, value in of_kind.items() if value]
+    return list(dict.fromkeys(map(str, names)))

@@ -11,7 +11,7 @@ from ...loaders.devices import DEFAULT, device_options, find_device
 from ...loaders.diffusion import load_diffusion_model
 from ...loaders.files import open_weights
 from ...loaders.folders import embedding_folders, find_file, list_files
-from ...loaders.handover import is_ours
+from ...loaders.reader_choice import needs_own_reader
 from ...loaders.text_encoder import load_text_encoder
 from ..choices import encoder_types
 from ..load_diffusion_model import FOLDERS
@@ -89,7 +89,7 @@ class TextEncoderLoader(LegacyNode):
     @staticmethod
     def load_data(ckpt_paths) -> list[dict]:
         """Name -> tensor of each file, by the file's own names. Packed weights are packed and lie in the mapped file."""
-        return [open_weights(path).state_dict() if is_ours(path) else comfy.utils.load_torch_file(path, safe_load=True)
+        return [open_weights(path).state_dict() if needs_own_reader(path) else comfy.utils.load_torch_file(path, safe_load=True)
                 for path in ckpt_paths]
 
     @staticmethod

@@ -8,8 +8,8 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.lora.file import load_lora_file
-from featherweight.loaders.packing.file_source import of_file
-from featherweight.loaders.packing.obstacles import SaveError
+from featherweight.loaders.packing.source import of_file
+from featherweight.loaders.packing.source import SaveError
 from host_formats import in_host_format
 from safetensors.torch import save_file
 

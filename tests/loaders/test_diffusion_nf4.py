@@ -14,9 +14,9 @@ from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, host_patcher, random_weights, relative_error
 from families import run as run_family
 from devtools.files import tiny_models
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.handover import is_ours
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.reader_choice import needs_own_reader
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor import is_packed
 from patched_models import KINDS as LORA_KINDS
@@ -179,7 +179,7 @@ def test_int8_in_diffusers_names_stays_packed(path):
 
 def test_files_without_packed_weights_are_the_hosts(path):
     save_file({name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in flux().items()}, path)
-    assert not is_ours(path)
+    assert not needs_own_reader(path)
     patcher = load_diffusion_model(path)
     assert not isinstance(patcher, PackedPatcher) and patcher.cached_patcher_init[0] is comfy.sd.load_diffusion_model
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.handover import operations_for
 from featherweight.ops import formats, int8  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.operations import packed_operations
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.lora import build_patches
 from featherweight.ops.low_rank import LowRank
+from featherweight.ops.operations import operations_for
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import adopt
 from featherweight.ops.rounding import dithered, weak_sum
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor, relabelled

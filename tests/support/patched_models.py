@@ -16,11 +16,11 @@ import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import pack, write_gguf
 from fake_gpus import ON_FAKE_GPUS
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.handover import operations_for
+from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
 from featherweight.ops.layers import PackedLayer
+from featherweight.ops.operations import operations_for
 from featherweight.ops.patcher import adopt
 from featherweight.ops.tensor import QuantizedTensor, packed_tensor
 from host_formats import write_mixed

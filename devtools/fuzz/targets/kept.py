@@ -47,11 +47,11 @@ class PackedCache(Target):
 
     def prepare(self):
         import torch
-        from featherweight.loaders.packing import cache
+        from featherweight.loaders.files import packed_cache
         from safetensors.torch import save
-        self.cache, self.entry = cache, self.folder / "featherweight-0.safetensors"
+        self.cache, self.entry = packed_cache, self.folder / "featherweight-0.safetensors"
         parts = {part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind]) for part,
-                 (shape, kind) in cache._all_parts(self.wanted).items()}
+                 (shape, kind) in packed_cache._all_parts(self.wanted).items()}
         return [save(parts)]
 
     def read(self, data):
@@ -68,7 +68,7 @@ class SensitivityFile(Target):
 
     def prepare(self):
         import torch
-        from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, report, summary
+        from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError, report, summary
         from featherweight.ops.packing.moments import Moments
         self.load, self.texts, self.own = Sensitivity.load, (report, summary), (SensitivityError,)
         inputs = torch.from_numpy(np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32))

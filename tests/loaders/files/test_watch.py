@@ -9,14 +9,14 @@ import torch
 from checkpoint_parts import autoencoder
 from encoders import ENCODERS
 from encoders.encoder import random_weights, small_towers, write_encoder
+from featherweight.loaders import pack_on_load
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import drives, open_weights
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import FileChangeGuard, WeightFileError, map_file
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.file import load_lora_file
-from featherweight.loaders.packing import cache, while_loading
-from featherweight.loaders.packing.file_source import of_file
-from featherweight.loaders.packing.save import save
+from featherweight.loaders.packing.source import of_file
 from featherweight.loaders.packing.source import of_model
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
@@ -24,6 +24,7 @@ from featherweight.ops.read_only import guards_of, is_read_only
 from featherweight.ops.tensor import is_packed, packed_tensors
 from patched_models import lora_for, tiny_flux
 from safetensors.torch import save_file
+from saving import save
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
@@ -101,7 +102,7 @@ def test_a_step_asks_the_system_once_for_each_file(path):
 
 
 def test_a_text_encoder_is_watched_where_it_encodes(path):
-    from featherweight.loaders.handover import PackedCLIP
+    from featherweight.loaders.comfy_bridge import PackedCLIP
 
     clip = mock.Mock(patcher=mock.Mock())
     clip.patcher.model.packed_patches.watch = FileChangeGuard.over([map_file(path)])
@@ -210,8 +211,8 @@ def test_a_lora_that_is_written_to_while_it_is_packed_in_is_an_error(tmp_path, c
 @pytest.mark.parametrize("change", WRITTEN_TO)
 @pytest.mark.parametrize("moment", [3, 13], ids=["in the midst", "in the end"])
 def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_nothing(tmp_path, monkeypatch, change, moment):
-    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
-    path, pack, count = tmp_path / "model.safetensors", while_loading.pack_tensor, []
+    monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
+    path, pack, count = tmp_path / "model.safetensors", pack_on_load.pack_tensor, []
     save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, path)
 
     def pack_tensor(*arguments):
@@ -221,7 +222,7 @@ def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_n
             change(path)
         return packed
 
-    monkeypatch.setattr(while_loading, "pack_tensor", pack_tensor)
+    monkeypatch.setattr(pack_on_load, "pack_tensor", pack_tensor)
     with pytest.raises(WeightFileError, match=r"^model\.safetensors was written to"):
         load_diffusion_model(str(path), pack_to="Q8_0")
     assert len(count) == moment and list((tmp_path / "cache").iterdir()) == []

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.packing.save import TYPES, save
+from featherweight.loaders.packing.planning.file_plan import TYPES
 from featherweight.loaders.packing.source import of_model
 from featherweight.ops.tensor import is_packed
 from patched_models import dense_flux, flux_file, lora_for, patched
+from saving import save
 
 pytestmark = pytest.mark.usefixtures("small_models")
 PEER = os.environ.get("COMFYUI_GGUF_PATH")

@@ -7,11 +7,11 @@ import re
 import gguf
 import pytest
 from featherweight.loaders.files.container import nbytes_of
-from featherweight.loaders.packing.mix import best_mix
-from featherweight.loaders.packing.plan import (
-    LOSSES, Plan, PlanError, candidates, least_bytes, plan_for_size, plan_for_type, relative_loss,
+from featherweight.loaders.packing.planning.families import family_of
+from featherweight.loaders.packing.planning.knapsack import choose_types
+from featherweight.loaders.packing.planning.plan import (
+    LOSSES, Plan, PlanError, candidates, plan_for_size, plan_for_type, relative_loss,
 )
-from featherweight.loaders.packing.rules import family_of
 
 from devtools.measure.model_sizes import MODELS
 
@@ -38,7 +38,7 @@ def test_the_mix_is_the_best_of_all(seed):
     every = [dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))]
     least, most = min(total(sizes, plan) for plan in every), max(total(sizes, plan) for plan in every)
     for budget in (least, (2 * least + most) // 3, (least + most) // 2, most, most + 5):
-        chosen = best_mix(costs, sizes, budget)
+        chosen = choose_types(costs, sizes, budget)
         assert total(sizes, chosen) <= budget
         allowed = (plan for plan in every if total(sizes, plan) <= budget)
         assert total(costs, chosen) == pytest.approx(min(total(costs, plan) for plan in allowed))
@@ -48,7 +48,7 @@ def test_coarse_steps_stay_near_the_best_and_below_the_budget():
     costs, sizes = random_case(3, tensors=6, sizes_up_to=10 ** 9)
     every = [dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))]
     budget = sum(total(sizes, plan) for plan in every) // len(every)
-    chosen = best_mix(costs, sizes, budget)
+    chosen = choose_types(costs, sizes, budget)
     assert total(sizes, chosen) <= budget
     best = min(total(costs, plan) for plan in every if total(sizes, plan) <= budget)
     assert total(costs, chosen) <= best * 1.02
@@ -57,13 +57,13 @@ def test_coarse_steps_stay_near_the_best_and_below_the_budget():
 def test_a_larger_budget_is_never_dearer():
     costs, sizes = random_case(7, tensors=40, sizes_up_to=10 ** 7)
     least, most = (sum(kind(of_types.values()) for of_types in sizes.values()) for kind in (min, max))
-    spent = [total(costs, best_mix(costs, sizes, least + (most - least) * part // 40)) for part in range(41)]
+    spent = [total(costs, choose_types(costs, sizes, least + (most - least) * part // 40)) for part in range(41)]
     assert spent == sorted(spent, reverse=True) and spent[0] > spent[-1]
 
 
 def test_a_budget_below_the_smallest_types_is_refused():
     with pytest.raises(ValueError, match="take 7 bytes, the budget is 6"):
-        best_mix({"a": {"x": 1.0}}, {"a": {"x": 7}}, 6)
+        choose_types({"a": {"x": 1.0}}, {"a": {"x": 7}}, 6)
 
 
 REAL = [model for model in MODELS if model.name.startswith(("Flux.1", "SD3.5 Large", "SDXL", "Wan 2.1 1.3B", "Z-Image", "T5"))]
@@ -81,6 +81,13 @@ def test_a_plan_for_a_size_is_never_above_it_and_hardly_below(shapes, type_name)
     plan = plan_for_size(shapes, budget, family)
     assert 0.995 * budget <= plan.nbytes(shapes) <= budget
     assert list(plan.types) == list(shapes)
+
+
+def least_bytes(shapes, family) -> int:
+    """Bytes of all tensors with the smallest type wherever one may be packed."""
+    with pytest.raises(PlanError) as refused:
+        plan_for_size(shapes, 0, family)
+    return refused.value.short_by
 
 
 def test_a_plan_holds_the_same_parts_exact_whatever_it_is_for(shapes):
@@ -151,7 +158,7 @@ def test_nf4_packs_matrices_of_blocks_and_no_table():
 
 
 def test_each_tensor_keeps_the_16_bit_type_of_its_source():
-    plan = plan_for_type(SMALL, "Q4_K", family_of(SMALL), half={"img_in.weight": "F16"})
+    plan = plan_for_type(SMALL, "Q4_K", family_of(SMALL), halves={"img_in.weight": "F16"})
     assert plan.types["img_in.weight"] == "F16"
 
 

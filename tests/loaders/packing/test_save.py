@@ -12,16 +12,17 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.writing import WriteError
-from featherweight.loaders.packing import maker
-from featherweight.loaders.packing.obstacles import SaveError, not_saved, refuse_obstacles
-from featherweight.loaders.packing.plan import DIGITS, PlanError
-from featherweight.loaders.packing.save import ALIKE, TYPES, Saved, save
-from featherweight.loaders.packing.source import Source, of_model
+from featherweight.loaders.packing import save as packing
+from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, plan_file
+from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
+from featherweight.loaders.packing.save import Saved
+from featherweight.loaders.packing.source import SaveError, Source, check_saveable, of_model, unsaved_parts
 from featherweight.loaders.sizes import size_text
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.tensor import is_packed
 from patched_models import KINDS, dense_flux, flux_pair, flux_file, lora_for, packed_flux, patched, relative, run, tiny_flux
+from saving import save
 
 pytestmark = pytest.mark.usefixtures("small_models")
 BLOCK = "double_blocks.0.img_mlp.0.weight"  # a matrix that is packed
@@ -77,7 +78,7 @@ def test_a_file_holds_what_packing_the_weight_gives_and_everything_else_as_the_p
     assert values.keys() == weights().keys()
     for name, weight in weights().items():
         expected = pack_tensor(weight, FORMATS[kind]).dequantize() if saved.types[name] == kind else (
-            weight if saved.types[name] == "F32" else weight.bfloat16().float())
+            weight if saved.types[name] == "F32" else weight.half().float())
         assert torch.equal(values[name], expected), name
     assert relative(run(load_diffusion_model(str(path))), run(dense_model())) < 0.1
 
@@ -99,20 +100,20 @@ def test_gguf_py_reads_the_same_values_under_the_names_of_the_field(tmp_path):
 @pytest.mark.parametrize("format_name", ["Q4_K", "Q8_0", "IQ4_XS", "Q2_K"])
 def test_weights_without_a_patch_in_the_wanted_type_are_copied_bit_for_bit(tmp_path, format_name, monkeypatch):
     packed = packed_flux(format_name)
-    monkeypatch.setattr(maker, "pack_tensor", None)
+    monkeypatch.setattr(packing, "pack_tensor", None)
     save(of_model(packed), tmp_path / "a.gguf", format_name)
     found = open_weights(tmp_path / "a.gguf").state_dict()
     for name, tensor in held(packed).items():
         if is_packed(tensor):
             assert torch.equal(found[name]._qdata.view(-1), tensor._qdata.view(-1)), name
-    save(of_model(packed), tmp_path / "b.gguf", ALIKE)
+    save(of_model(packed), tmp_path / "b.gguf", KEEP_TYPES)
     assert torch.equal(run(load_diffusion_model(str(tmp_path / "b.gguf"))), run(packed))
 
 
 def test_as_it_is_keeps_the_type_of_each_weight(tmp_path):
-    saved = save(of_model(packed_flux("Q5_K")), tmp_path / "a.gguf", ALIKE)
+    saved = save(of_model(packed_flux("Q5_K")), tmp_path / "a.gguf", KEEP_TYPES)
     with_lora = patched(packed_flux("Q5_K"), (lora_for({BLOCK: weights()[BLOCK]}), 1.0))
-    touched = save(of_model(with_lora), tmp_path / "b.gguf", ALIKE)
+    touched = save(of_model(with_lora), tmp_path / "b.gguf", KEEP_TYPES)
     assert saved.types[BLOCK] == "Q5_K" and touched.types == saved.types | {BLOCK: "Q6_K"}
 
 
@@ -173,7 +174,7 @@ def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monk
     model = patched(dense_model(), (lora, 1.0), (lora_for(weights(), seed=5), 0.5))
     assert len(model.patches[f"diffusion_model.{next(iter(layers))}.weight"]) == 4
     model = ModelMergeSimple().merge(model, packed_flux("Q4_K", seed=2), 0.6)[0]
-    monkeypatch.setattr(maker, "SLICE_VALUES", most)
+    monkeypatch.setattr(packing, "SLICE_VALUES", most)
     saved = save(of_model(model), tmp_path / "a.gguf", "Q8_0")
     values = values_in(saved.path)
     exact = exact_values(model)
@@ -220,8 +221,9 @@ def test_a_lora_on_a_dense_or_packed_base_keeps_at_least_99_percent_of_itself(tm
 
 
 @pytest.mark.parametrize("size", [0.02, 0.005, 0.002, 0.0005])
-@pytest.mark.parametrize("base, kind", [("Q8_0", "Q8_0"), ("Q8_0", "Q6_K"), ("Q6_K", "Q8_0"), ("Q6_K", "Q6_K"), ("Q8_0", ALIKE),
-                                        ("Q4_K", "Q4_K"), ("BF16", ALIKE), ("F16", ALIKE)])
+@pytest.mark.parametrize("base, kind", [("Q8_0", "Q8_0"), ("Q8_0", "Q6_K"), ("Q6_K", "Q8_0"), ("Q6_K", "Q6_K"),
+                                        ("Q8_0", KEEP_TYPES),
+                                        ("Q4_K", "Q4_K"), ("BF16", KEEP_TYPES), ("F16", KEEP_TYPES)])
 def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(tmp_path, base, kind, size):
     """By least squares over what the file's reader gives, at changes far below the steps of the base's type."""
     if base in ("BF16", "F16"):
@@ -247,7 +249,7 @@ def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(t
 
 def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
     lora, packed = (lora_for(weights(), size=0.005), 1.0), packed_flux("Q4_K")
-    saved = save(of_model(patched(packed, lora)), tmp_path / "a.gguf", "Q4_K", keep=False)
+    saved = save(of_model(patched(packed, lora)), tmp_path / "a.gguf", "Q4_K", keep_loras=False)
     values, exact = values_in(saved.path), exact_values(patched(dense_flux("Q4_K"), lora))
     base = {name: tensor.dequantize() if is_packed(tensor) else tensor.float() for name, tensor in held(packed).items()}
     change = {name: exact[name] - base[name] for name in exact if exact[name].ndim > 1}
@@ -357,13 +359,13 @@ def test_a_cancel_at_any_weight_leaves_nothing(tmp_path, at):
 def test_an_existing_file_is_refused_before_any_work(tmp_path):
     (tmp_path / "a.gguf").write_text("old")
     with pytest.raises(WriteError, match="exists"):
-        save(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K", planned=lambda text: pytest.fail("the work began"))
+        plan_file(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K")
 
 
 def test_what_no_file_can_hold_is_refused_by_name_and_what_changes_no_weight_is_named():
     clean = packed_flux("Q4_K")
-    refuse_obstacles(clean)
-    assert not_saved(clean) == []
+    check_saveable(clean)
+    assert unsaved_parts(clean) == []
     bypass, hooked, wrapped, replaced, sampled = (clean.clone() for _ in range(5))
     bypass.set_injections("bypass_lora", [])
     hooked.hook_patches["hook"] = {}
@@ -372,12 +374,12 @@ def test_what_no_file_can_hold_is_refused_by_name_and_what_changes_no_weight_is_
     for model, named in ((bypass, "bypass_lora"), (hooked, "hooks"), (wrapped, "diffusion_model.img_in.weight"),
                          (replaced, "diffusion_model.img_in")):
         with pytest.raises(SaveError, match=named):
-            refuse_obstacles(model)
+            check_saveable(model)
     sampled.add_object_patch("model_sampling", object())
     sampled.set_model_attn1_patch(lambda *args: args)
     sampled.add_wrapper_with_key("diffusion_model", "cache", lambda *args: args)
-    refuse_obstacles(sampled)
-    assert not_saved(sampled) == ["model_sampling", "patches: attn1_patch", "diffusion_model: cache"]
+    check_saveable(sampled)
+    assert unsaved_parts(sampled) == ["model_sampling", "patches: attn1_patch", "diffusion_model: cache"]
 
 
 def test_a_model_of_two_bits_comes_with_a_warning(tmp_path):

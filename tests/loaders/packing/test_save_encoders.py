@@ -6,9 +6,9 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, small_towers, write_encoder
 from encoders.t5 import spiece_model
 from families import relative_error
-from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import Weight, of_encoders
 from featherweight.loaders.text_encoder import load_text_encoder
+from saving import save
 
 pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 

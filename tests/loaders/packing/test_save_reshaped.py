@@ -5,9 +5,10 @@ import pytest
 import torch
 from devtools.files.gguf_files import pack
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.packing.file_source import of_file
-from featherweight.loaders.packing.save import ALIKE, save
+from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
+from featherweight.loaders.packing.source import of_file
 from featherweight.ops.tensor import is_packed
+from saving import save
 
 CONVOLUTION, LINEAR = "input_blocks.1.0.in_layers.2.weight", "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
 SHAPES = {CONVOLUTION: (64, 32, 3, 3), LINEAR: (64, 320)}
@@ -49,7 +50,7 @@ def read_by_gguf_py(path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("same", [True, False])
 def test_unpatched_they_are_saved_as_they_came_and_every_reader_reads_them(reshaped, tmp_path, same):
     path, kind = reshaped
-    saved = save(of_file(path), tmp_path / "a.gguf", kind if same else ALIKE)
+    saved = save(of_file(path), tmp_path / "a.gguf", kind if same else KEEP_TYPES)
     assert saved.types[CONVOLUTION] == kind and saved.types[LINEAR] == kind
     before, ours, theirs = values_in(path), values_in(saved.path), read_by_gguf_py(saved.path)
     assert before.keys() == ours.keys() == theirs.keys()
@@ -57,7 +58,7 @@ def test_unpatched_they_are_saved_as_they_came_and_every_reader_reads_them(resha
         assert torch.equal(ours[name], values) and torch.equal(theirs[name], values), name
 
 
-@pytest.mark.parametrize("wanted", ["Q4_K", "Q8_0", ALIKE, 100_000])
+@pytest.mark.parametrize("wanted", ["Q4_K", "Q8_0", KEEP_TYPES, 100_000])
 def test_with_a_patch_they_are_saved_in_a_type_that_fits_their_rows(reshaped, tmp_path, wanted):
     path, _ = reshaped
     source, change = of_file(path), {}

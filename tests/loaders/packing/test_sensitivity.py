@@ -10,14 +10,16 @@ import pytest
 import torch
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.packing import costs, measuring, runs, sensitivity
-from featherweight.loaders.packing.collect import Collector, block_for, dense_weight, linear_layers, nbytes_of, shapes_of
-from featherweight.loaders.packing.costs import Costs, types_for
-from featherweight.loaders.packing.measuring import DEFAULT, THOROUGHNESS, measure
-from featherweight.loaders.packing.plan import plan_for_size
-from featherweight.loaders.packing.rules import family_of
-from featherweight.loaders.packing.runs import Drawing, load, noise_prompts
-from featherweight.loaders.packing.sensitivity import Sensitivity, SensitivityError, report, summary
+from featherweight.loaders.packing.calibration import measure as measuring
+from featherweight.loaders.packing.calibration import sampling, sensitivity
+from featherweight.loaders.packing.calibration.collector import (
+    Collector, block_for, dense_weight, linear_layers, nbytes_of, shapes_of,
+)
+from featherweight.loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, Costs, measure, types_for
+from featherweight.loaders.packing.calibration.sampling import SamplingRun, load, random_conditioning
+from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError, report, summary
+from featherweight.loaders.packing.planning.families import family_of
+from featherweight.loaders.packing.planning.plan import plan_for_size
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.packing.moments import Moments
@@ -37,9 +39,9 @@ def patcher_of(name: str, monkeypatch):
     return host_patcher(random_weights(FAMILIES[name]), FAMILIES[name])
 
 
-def small_drawing(name: str, **options) -> Drawing:
+def small_drawing(name: str, **options) -> SamplingRun:
     latent = {"samples": torch.zeros(1, *FAMILIES[name].latent[1:])}
-    return Drawing((), latent, **{"samples": 1, "steps": 3, "seed": 1} | options)
+    return SamplingRun((), latent, **{"samples": 1, "steps": 3, "seed": 1} | options)
 
 
 def hooks_in(patcher) -> int:
@@ -70,7 +72,7 @@ def test_random_numbers_take_the_place_of_a_prompt(name, monkeypatch):
     patcher, drawing = patcher_of(name, monkeypatch), small_drawing(name, steps=1)
     layers = linear_layers(patcher.model)
     with Collector(layers) as collector:
-        dataclasses.replace(drawing, prompts=noise_prompts(patcher, drawing, 1)).run(patcher, lambda *_: None)
+        dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing, 1)).run(patcher, lambda *_: None)
     assert layers and all(collector.of(layer).count for layer in layers) and hooks_in(patcher) == 0
 
 
@@ -127,13 +129,13 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
     steps, layers = [], linear_layers(patcher.model)
     width, latent = 256, {"samples": torch.zeros(1, 16, 8, 8)}
     prompt = [[torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)), {"pooled_output": torch.randn(1, 256)}]]
-    Drawing([prompt], latent, samples=1, steps=2).run(patcher, lambda number, step: steps.append(step))
+    SamplingRun([prompt], latent, samples=1, steps=2).run(patcher, lambda number, step: steps.append(step))
     load(patcher)
     with torch.no_grad():
         measured, name = Costs(patcher.model, steps), "double_blocks.0.img_mlp.2.weight"
         weight = dense_weight(layers[name])
         q3 = pack_tensor(weight, FORMATS["Q3_K"])
-        cost = measured.moved(layers[name], weight, q3)
+        cost = measured.output_error(layers[name], weight, q3)
         layers[name].weight = torch.nn.Parameter(q3 if packed else q3.dequantize(), requires_grad=False)
         outputs = [step.run(patcher.model) for step in steps]
     expected = sum(((output - dense).square().sum() / dense.square().sum()).item()
@@ -143,10 +145,10 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
 
 def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
     patcher, runs = patcher_of("wan2.1-t2v", monkeypatch), []
-    monkeypatch.setattr(Costs, "moved", lambda self, layer, weight, packed: runs.append(packed) or 1e-3)
-    monkeypatch.setattr(costs, "packed", lambda weight, kind, moments: None)
-    monkeypatch.setattr(costs, "own_losses", lambda weight, moments, kinds: dict.fromkeys(kinds, 1.0))
-    monkeypatch.setattr(costs, "gain_of_feedback", lambda *_: 1.0)
+    monkeypatch.setattr(Costs, "output_error", lambda self, layer, weight, packed: runs.append(packed) or 1e-3)
+    monkeypatch.setattr(measuring, "packed", lambda weight, kind, moments: None)
+    monkeypatch.setattr(measuring, "weight_errors", lambda weight, moments, kinds: dict.fromkeys(kinds, 1.0))
+    monkeypatch.setattr(measuring, "feedback_gain", lambda *_: 1.0)
     for thoroughness, of_each in (("no runs", 0), ("one run per layer", 1), ("one run per layer and type", 7)):
         runs.clear()
         found = measure(patcher, small_drawing("wan2.1-t2v", steps=1), thoroughness)
@@ -166,7 +168,7 @@ def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_p
         return of_layer(self, *args)
 
     monkeypatch.setattr(Costs, "of_layer", interrupted)
-    monkeypatch.setattr(measuring, "noise_prompts", lambda *_: [PROMPT])
+    monkeypatch.setattr(measuring, "random_conditioning", lambda *_: [PROMPT])
     if at == "a step":
         comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -182,7 +184,7 @@ def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_p
 def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_path):
     patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
     measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
-    monkeypatch.setattr(costs.Costs, "of_layer", lambda *args: {"Q3_K": 7.0})
+    monkeypatch.setattr(Costs, "of_layer", lambda *args: {"Q3_K": 7.0})
     found = measure(patcher, small_drawing("wan2.1-t2v", seed=2), partial=partial)
     assert all(of_types == {"Q3_K": 7.0} for of_types in found.costs.values())
 
@@ -275,9 +277,9 @@ def test_a_file_without_the_parts_of_a_layer_is_refused_in_one_sentence(small_fi
 
 
 def test_a_prompt_of_noise_ends_as_prompts_do_in_tokens_that_are_alike():
-    ((texts, _),) = runs._noise({"text": 16, "pooled": 8}, 3, False, pictures=8)
+    ((texts, _),) = sampling._noise({"text": 16, "pooled": 8}, 3, False, pictures=8)
     own = [len(text.unique(dim=0)) for text in texts]
-    assert all(count in runs.WORDS for count in own) and len(set(own)) > 1
+    assert all(count in sampling.WORDS for count in own) and len(set(own)) > 1
     assert all((text[count - 1:] == text[-1]).all() for text, count in zip(texts, own))
 
 
@@ -287,9 +289,9 @@ def test_a_lack_of_memory_while_a_prompt_is_looked_for_is_told(monkeypatch):
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Drawing, "run", fail)
+    monkeypatch.setattr(SamplingRun, "run", fail)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        noise_prompts(patcher, small_drawing("flux-dev"), 1)
+        random_conditioning(patcher, small_drawing("flux-dev"), 1)
 
 
 def test_a_measurement_that_is_written_to_while_it_is_in_use_is_an_error(tmp_path, monkeypatch):

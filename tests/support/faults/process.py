@@ -22,14 +22,14 @@ from devtools.files.gguf_files import write_gguf  # noqa: E402
 from faults import ERRORS  # noqa: E402
 from featherweight.loaders.diffusion import load_diffusion_model  # noqa: E402
 from featherweight.loaders.files import drives  # noqa: E402
+from featherweight.loaders.files import packed_cache  # noqa: E402
 from featherweight.loaders.lora.file import load_lora_file  # noqa: E402
-from featherweight.loaders.packing import cache  # noqa: E402
-from featherweight.loaders.packing.file_source import of_file  # noqa: E402
-from featherweight.loaders.packing.save import save  # noqa: E402
-from featherweight.loaders.packing.sensitivity import Sensitivity  # noqa: E402
+from featherweight.loaders.packing.calibration.sensitivity import Sensitivity  # noqa: E402
+from featherweight.loaders.packing.source import of_file  # noqa: E402
 from featherweight.ops.kernels.verdicts import Verdicts  # noqa: E402
 from featherweight.ops.tensor import is_packed, packed_tensors  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from saving import save  # noqa: E402
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 128}
 NUMBERS = itertools.count()
@@ -57,11 +57,11 @@ def copied(folder: Path) -> str:
 
 def kept(folder: Path, name: str = "packed") -> str:
     """Packed while it loads, and kept, or found there."""
-    os.environ[cache.FOLDER] = str(folder / name)
+    os.environ[packed_cache.FOLDER] = str(folder / name)
     try:
         return loaded("dense.safetensors", pack_to="Q8_0")(folder)
     finally:
-        del os.environ[cache.FOLDER]
+        del os.environ[packed_cache.FOLDER]
 
 
 def kept_anew(folder: Path) -> str:

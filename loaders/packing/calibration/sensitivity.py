@@ -15,9 +15,9 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
-from ...ops.packing.moments import Moments
-from ..files.container import FileState, first_line
-from ..files.writing import new_file
+from ....ops.packing.moments import Moments
+from ...files.container import FileState, first_line
+from ...files.writing import new_file
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
@@ -62,9 +62,9 @@ class Sensitivity:
         if not missing and not others:
             return
         name = (others or missing)[0]
-        found = f"is {tuple(shapes[name])} there" if others else "is not there"
+        difference = f"is {tuple(shapes[name])} there" if others else "is not there"
         raise SensitivityError(
-            f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])} {found},"
+            f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])} {difference},"
             f" and {len(missing) + len(others)} of {len(self.shapes)} layers do not fit. Measure this model, or pick its file.")
 
     def save(self, path: str | os.PathLike):
@@ -128,10 +128,10 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
         raise _unreadable(file, error) from error
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         try:
-            is_ours = _begins_as_ours(path)
+            is_sensitivity = _begins_as_sensitivity(path)
         except OSError as reason:
             raise _unreadable(file, reason) from reason
-        if is_ours:
+        if is_sensitivity:
             raise SensitivityError(f"{file} is damaged or was not copied whole. Copy it again, or measure again.") from error
         raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes"
                                " one.") from error
@@ -142,7 +142,7 @@ def _unreadable(file: str, error: Exception) -> SensitivityError:
     return SensitivityError(f"{file} cannot be read: {reason}. Pick another file, or measure again.")
 
 
-def _begins_as_ours(path: str | os.PathLike) -> bool:
+def _begins_as_sensitivity(path: str | os.PathLike) -> bool:
     with open(path, "rb") as file:
         return KEY.encode() in file.read(1 << 10)
 

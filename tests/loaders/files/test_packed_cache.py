@@ -7,11 +7,12 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
+from featherweight.loaders import pack_on_load
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.held import held_text
-from featherweight.loaders.packing import cache, while_loading
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from patched_models import tiny_flux
@@ -30,20 +31,20 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "kept here"))
+    monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "kept here"))
     return tmp_path / "kept here"
 
 
 @pytest.fixture
 def packings(monkeypatch) -> list:
     """Grows by one for each weight that is packed."""
-    count, pack = [], while_loading.pack_tensor
+    count, pack = [], pack_on_load.pack_tensor
 
     def counted(*arguments):
         count.append(1)
         return pack(*arguments)
 
-    monkeypatch.setattr(while_loading, "pack_tensor", counted)
+    monkeypatch.setattr(pack_on_load, "pack_tensor", counted)
     return count
 
 
@@ -58,20 +59,20 @@ def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, fol
     second = load(source, type_name)
     assert len(packings) == 13 and digest(second) == digest(first)
     assert held_text(second).endswith("packed from BF16 before and kept")
-    [entry] = folder.glob(cache.NAMES)
+    [entry] = folder.glob(packed_cache.NAMES)
     assert entry.stat().st_size < 1.1 * first.model_size()
 
 
 def test_nothing_is_kept_unless_a_folder_is_named(source, packings, monkeypatch):
-    monkeypatch.delenv(cache.FOLDER, raising=False)
+    monkeypatch.delenv(packed_cache.FOLDER, raising=False)
     assert "kept" not in held_text(load(source))
     load(source)
     assert len(packings) == 26 and [path.name for path in source.parent.iterdir()] == [source.name]
 
 
 def test_packing_that_takes_long_says_how_to_keep_it(source, monkeypatch):
-    monkeypatch.delenv(cache.FOLDER, raising=False)
-    monkeypatch.setattr(while_loading, "WORTH_KEEPING", 0)
+    monkeypatch.delenv(packed_cache.FOLDER, raising=False)
+    monkeypatch.setattr(pack_on_load, "WORTH_KEEPING", 0)
     assert held_text(load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
 
 
@@ -85,7 +86,7 @@ def test_another_state_of_anything_is_another_entry(change, source, folder, pack
         with open(source, "ab") as file:
             file.write(b"\0")
     elif change == "packers":
-        monkeypatch.setattr(cache, "PACKERS", cache.PACKERS + 1)
+        monkeypatch.setattr(packed_cache, "PACKERS", packed_cache.PACKERS + 1)
     elif change == "place":
         other = source.rename(source.with_name("other.safetensors"))
     load(other, "Q6_K" if change == "type" else "Q8_0")
@@ -105,16 +106,16 @@ def test_another_model_of_the_same_size_and_time_is_another_entry(source, folder
 def test_an_entry_belongs_to_the_file_that_was_opened(source, folder):
     """Another file that takes its name while it is packed does not find what was packed of the first."""
     file, wanted = open_weights(source), {"a": ("Q8_0", (4, 32))}
-    opened = cache.entry_of(file, wanted)
+    opened = packed_cache.entry_of(file, wanted)
     os.utime(source, (1, 1))
-    assert cache.entry_of(file, wanted) == opened != cache.entry_of(open_weights(source), wanted)
+    assert packed_cache.entry_of(file, wanted) == opened != packed_cache.entry_of(open_weights(source), wanted)
 
 
 def test_an_entry_is_watched_while_its_model_is_in_use_and_others_may_read_it(source, folder):
     load(source)
     model, _ = load(source), load(source)
     model.prepare_state(torch.ones(1), {})
-    [entry] = folder.glob(cache.NAMES)
+    [entry] = folder.glob(packed_cache.NAMES)
     with open(entry, "r+b") as file:
         file.write(b"\0")
     with pytest.raises(WeightFileError, match=f"^{entry.name} was written to after it was loaded"):
@@ -143,24 +144,24 @@ def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, mon
     os.utime(q6_k, (2, 2))
     load(source, "Q8_0")  # so it was used last
     (folder / "mine.safetensors").write_bytes(bytes(10_000_000))
-    monkeypatch.setenv(cache.LIMIT, str((sum(sizes) + 100) / 1e9))
+    monkeypatch.setenv(packed_cache.LIMIT, str((sum(sizes) + 100) / 1e9))
     load(source, "Q4_K")
-    left = sorted(folder.glob(cache.NAMES))
+    left = sorted(folder.glob(packed_cache.NAMES))
     assert [path.name for path in folder.glob("*.used")] == [q8_0.with_suffix(".used").name]
     assert q8_0 in left and q6_k not in left and len(left) == 2 and (folder / "mine.safetensors").exists()
     assert sum(entry.stat().st_size for entry in left) <= sum(sizes) + 100
 
 
 def test_what_is_larger_than_the_limit_is_not_kept(source, folder, monkeypatch, caplog):
-    monkeypatch.setenv(cache.LIMIT, "0.001")
+    monkeypatch.setenv(packed_cache.LIMIT, "0.001")
     assert "kept" not in held_text(load(source))
-    assert list(folder.iterdir()) == [] and cache.LIMIT in caplog.text
+    assert list(folder.iterdir()) == [] and packed_cache.LIMIT in caplog.text
 
 
 def test_what_is_larger_than_the_limit_leaves_what_is_kept_already(source, folder, monkeypatch):
     load(source, "Q4_K")
     [entry] = folder.iterdir()
-    monkeypatch.setenv(cache.LIMIT, str((entry.stat().st_size + 100) / 1e9))
+    monkeypatch.setenv(packed_cache.LIMIT, str((entry.stat().st_size + 100) / 1e9))
     assert "kept" not in held_text(load(source, "Q8_0"))
     assert list(folder.iterdir()) == [entry]
 
@@ -169,32 +170,32 @@ def test_what_a_killed_process_left_takes_no_room(source, folder, monkeypatch):
     load(source)
     [entry] = folder.iterdir()
     left = entry.rename(entry.with_name(f"{entry.name}.99999999.featherweight.part"))
-    monkeypatch.setenv(cache.LIMIT, str(left.stat().st_size * 1.5 / 1e9))
+    monkeypatch.setenv(packed_cache.LIMIT, str(left.stat().st_size * 1.5 / 1e9))
     assert held_text(load(source)).endswith("kept for the next time")
     assert list(folder.iterdir()) == [entry]
 
 
 def test_an_entry_whose_time_cannot_be_set_is_read_and_stays(tmp_path, monkeypatch):
     """Another user's, or one on a drive that is only read."""
-    entry, wanted = tmp_path / cache.NAMES.replace("*", "0"), {"a": ("Q8_0", (4, 32))}
-    with cache.keeping(entry, wanted) as keep:
-        keep("a", pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"]))
+    entry, wanted = tmp_path / packed_cache.NAMES.replace("*", "0"), {"a": ("Q8_0", (4, 32))}
+    with packed_cache.writing_entry(entry, wanted) as writer:
+        writer.write("a", pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"]))
 
     def refused(path, *arguments, **options):
         raise PermissionError(errno.EPERM, "Operation not permitted", path)
 
     monkeypatch.setattr(Path, "touch", refused)
-    assert cache.read(entry, wanted) is not None and entry.exists()
+    assert packed_cache.read(entry, wanted) is not None and entry.exists()
 
 
 def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(source, folder, monkeypatch, caplog):
-    monkeypatch.setenv(cache.LIMIT, "lots")
+    monkeypatch.setenv(packed_cache.LIMIT, "lots")
     load(source)
     assert "'lots', no number of GB" in caplog.text and len(list(folder.iterdir())) == 1
 
 
 def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
-    pack, count = while_loading.pack_tensor, []
+    pack, count = pack_on_load.pack_tensor, []
 
     def cancelled(*arguments):
         count.append(1)
@@ -202,7 +203,7 @@ def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
             raise comfy.model_management.InterruptProcessingException
         return pack(*arguments)
 
-    monkeypatch.setattr(while_loading, "pack_tensor", cancelled)
+    monkeypatch.setattr(pack_on_load, "pack_tensor", cancelled)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         load(source)
     assert list(folder.iterdir()) == []
@@ -214,7 +215,7 @@ def test_where_nothing_can_be_kept_the_model_loads_all_the_same(trouble, source,
         folder.write_text("")
     elif trouble == "a full disk":
         def full(*arguments):
-            raise cache.WriteError("The disk is full.")
+            raise packed_cache.WriteError("The disk is full.")
         monkeypatch.setattr("featherweight.loaders.files.safetensors_writer.SafetensorsWriter.write", full)
     else:
         finish = "featherweight.loaders.files.safetensors_writer.SafetensorsWriter.finish"

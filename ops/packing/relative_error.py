@@ -4,9 +4,9 @@ Types whose scales are float16 make zeros of values below its range, and packing
 """
 import torch
 
-from ...ops.product import unpack
-from ...ops.rows import take_rows
-from ...ops.tensor import is_packed
+from ..product import unpack
+from ..rows import take_rows
+from ..tensor import is_packed
 
 SAMPLE_VALUES = 1 << 20  # of each piece
 LOST = 0.25  # power of a weight's error over its own; a type that loses more than Q2_K ever does cannot hold its values

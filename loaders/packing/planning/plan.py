@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..files.container import nbytes_of
-from ..sizes import size_text, type_lines, unit_of
-from .mix import best_mix
-from .rules import HALVES, Family, Shapes, fits, fitting
+from ...files.container import nbytes_of
+from ...sizes import size_text, type_lines, unit_of
+from .families import Family, Shapes, divides_rows, with_fallback
+from .knapsack import choose_types
 
 # What a plan for a size chooses among, and what it loses, in dB of the weights' power over the error's: means over the
 # matrices of the demo's model, Q8_0 and the types in blocks of 32 over normally distributed weights.
@@ -53,12 +53,6 @@ class Plan:
         """Bytes of all tensors together, without header and padding."""
         return sum(nbytes_of(kind, shapes[name]) for name, kind in self.types.items())
 
-    @property
-    def main_type(self) -> str:
-        """The packed type that most tensors have, or the plain one where none is packed."""
-        packed = Counter(kind for kind in self.types.values() if kind not in ("F32", *HALVES))
-        return (packed or Counter(self.types.values())).most_common(1)[0][0]
-
     def text(self, shapes: Shapes) -> str:
         """For people, a line for each type: its tensors, their bytes and share, the type with the most bytes first."""
         counts, sizes = Counter(self.types.values()), Counter()
@@ -84,49 +78,65 @@ class Plan:
 
 def candidates(shape: tuple[int, ...], half: str = "BF16") -> tuple[str, ...]:
     """The types a plan for a size chooses among for a matrix: those whose blocks divide its rows, smallest first."""
-    packed = [kind for kind in TYPES if fits(kind, shape)]
+    packed = [kind for kind in TYPES if divides_rows(kind, shape)]
     if len(packed) < len(TYPES):
-        packed = [kind for kind in IN_BLOCKS_OF_32 if fits(kind, shape)]
+        packed = [kind for kind in IN_BLOCKS_OF_32 if divides_rows(kind, shape)]
     return (*packed, half)
 
 
-def plan_for_type(shapes: Shapes, type_name: str, family: Family, half: str | Mapping[str, str] = "BF16") -> Plan:
-    """Every matrix that may be packed in one type, or in the type that takes its place where its blocks do not divide.
+def plan_for_type(shapes: Shapes, type_name: str, family: Family, halves: Mapping[str, str] | None = None) -> Plan:
+    """Plan every matrix that may be packed in one type, or in what takes its place.
 
-    shapes: name -> logical shape, in the host's names without prefix. half: the 16-bit type of what stays, for all or by name.
     NF4 and FP4 leave lookup tables exact, as Forge's files do.
+
+    Args:
+        shapes: name -> logical shape, in the host's names without prefix.
+        halves: name -> the 16-bit type where it is not packed; "BF16" where that is not told.
     """
+    halves, types = halves or {}, {}
     with_tables = type_name not in ("NF4", "FP4")
-    return Plan({name: fitting(type_name, shape, _half(half, name)) if family.may_be_packed(name, shape, with_tables)
-                 else family.exact_type(name, shape, _half(half, name)) for name, shape in shapes.items()})
+    for name, shape in shapes.items():
+        half = halves.get(name, "BF16")
+        if family.may_be_packed(name, shape, with_tables):
+            types[name] = with_fallback(type_name, shape, half)
+        else:
+            types[name] = family.exact_type(name, shape, half)
+    return Plan(types)
 
 
 def plan_for_size(shapes: Shapes, nbytes: int, family: Family, costs: Mapping[str, Mapping[str, float]] | None = None,
-                  half: str | Mapping[str, str] = "BF16") -> Plan:
-    """The best types of which all tensors together take at most `nbytes`.
+                  halves: Mapping[str, str] | None = None) -> Plan:
+    """Plan the best types of which all tensors together take at most `nbytes`.
 
-    costs: name -> type -> how much the tensor in that type moves the output, as power, from a measurement; types that were
-    not measured follow from those that were. Without it: by rule (`expected_costs`). Raises PlanError below the least.
+    Args:
+        shapes, halves: as for `plan_for_type`.
+        costs: name -> type -> how much the tensor in that type moves the output, as power, from a
+            measurement; types that were not measured follow from those that were. None: by rule
+            (`expected_costs`).
+
+    Raises:
+        PlanError: where the smallest types take more.
     """
-    fixed = {name: family.exact_type(name, shape, _half(half, name)) for name, shape in shapes.items()
-             if not family.may_be_packed(name, shape)}
-    budget = nbytes - Plan(fixed).nbytes(shapes)
-    options = {name: candidates(shape, _half(half, name)) for name, shape in shapes.items() if name not in fixed}
-    expected = expected_costs({name: shapes[name] for name in options})
-    costs_of = _measured_costs(options, costs, expected) if costs else {
-        name: {kind: expected[name] * relative_loss(kind) for kind in kinds} for name, kinds in options.items()}
-    sizes = {name: {kind: nbytes_of(kind, shapes[name]) for kind in kinds} for name, kinds in options.items()}
+    halves = halves or {}
+    exact, options = {}, {}
+    for name, shape in shapes.items():
+        half = halves.get(name, "BF16")
+        if family.may_be_packed(name, shape):
+            options[name] = candidates(shape, half)
+        else:
+            exact[name] = family.exact_type(name, shape, half)
+    budget = nbytes - Plan(exact).nbytes(shapes)
+    sizes = {name: {kind: nbytes_of(kind, shapes[name]) for kind in types} for name, types in options.items()}
     least = sum(min(of_types.values()) for of_types in sizes.values())
     if budget < least:
         raise too_small(nbytes, least - budget)
-    chosen = best_mix(costs_of, sizes, budget)
-    return Plan({name: fixed.get(name) or chosen[name] for name in shapes})
-
-
-def least_bytes(shapes: Shapes, family: Family) -> int:
-    """Bytes of all tensors with the smallest type wherever one may be packed."""
-    return sum(nbytes_of(candidates(shape)[0] if family.may_be_packed(name, shape) else
-                         family.exact_type(name, shape, "BF16"), shape) for name, shape in shapes.items())
+    expected = expected_costs({name: shapes[name] for name in options})
+    if costs:
+        costs = _measured_costs(options, costs, expected)
+    else:
+        costs = {name: {kind: expected[name] * relative_loss(kind) for kind in types} for name, types in options.items()}
+    chosen = choose_types(costs, sizes, budget)
+    return Plan({name: exact.get(name) or chosen[name] for name in shapes})
 
 
 def relative_loss(type_name: str) -> float:
@@ -141,15 +151,15 @@ def expected_costs(shapes: Shapes) -> dict[str, float]:
     however large the layer is. First and last blocks matter up to half as much again as those in the middle, and matrices
     that see one vector an image half as much as others.
     """
-    numbers = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in shapes}
+    blocks = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in shapes}
     last = {}
-    for found in filter(None, numbers.values()):
-        last[found[1]] = max(last.get(found[1], 0), int(found[2]))
+    for block in filter(None, blocks.values()):
+        last[block[1]] = max(last.get(block[1], 0), int(block[2]))
     costs = {}
     for name, shape in shapes.items():
-        found = numbers[name]
-        place = int(found[2]) / last[found[1]] if found and last[found[1]] else 0.5
-        at_the_end = 1 + 0.5 * abs(2 * place - 1) ** 2
+        block = blocks[name]
+        depth = int(block[2]) / last[block[1]] if block and last[block[1]] else 0.5
+        at_the_end = 1 + 0.5 * abs(2 * depth - 1) ** 2
         costs[name] = math.sqrt(math.prod(shape)) * at_the_end * (0.5 if MODULATION.search(name) else 1)
     return costs
 
@@ -161,7 +171,7 @@ def _measured_costs(options: Mapping[str, tuple[str, ...]], costs: Mapping[str, 
              for name in options}
     # How much a unit of relative error costs: of tensors without a measurement as much as the median of the others says.
     ratios = sorted(cost / relative_loss(kind) / expected[name]
-                    for name, found in known.items() for kind, cost in found.items())
+                    for name, measured in known.items() for kind, cost in measured.items())
     usual = ratios[len(ratios) // 2] if ratios else 1.0
     complete = {}
     for name, kinds in options.items():
@@ -172,7 +182,3 @@ def _measured_costs(options: Mapping[str, tuple[str, ...]], costs: Mapping[str, 
             before = min(max(0.0, unit) * relative_loss(kind), before * (1 - 1e-3))
             complete[name][kind] = before
     return complete
-
-
-def _half(half: str | Mapping[str, str], name: str) -> str:
-    return half if isinstance(half, str) else half.get(name, "BF16")

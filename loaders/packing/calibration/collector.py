@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from ...ops.packing.moments import HELD_OUT, SKETCH_ROWS, STEP, Moments
-from ...ops.product import unpack
-from ...ops.tensor import QuantizedTensor, is_packed
-from .rules import family_of
-from .runs import room_on
+from ....ops.packing.moments import HELD_OUT, SKETCH_ROWS, STEP, Moments
+from ....ops.product import unpack
+from ....ops.tensor import QuantizedTensor, is_packed
+from ..planning.families import family_of
+from .sampling import free_memory
 
 # Bytes that all moments of a model together take where the model runs, at most: up to there their blocks are wider than they
 # must be, and what is beyond lies in main memory.
@@ -64,7 +64,8 @@ class Collector:
         self.layers = layers
         columns = [layer.in_features for layer in layers.values()]
         self.block = block_for(columns, memory)
-        self.memory, self._left = memory, None
+        self.memory = memory
+        self._left: float | None = None  # of it; None before the first inputs
         self.moments: dict[str, Moments] = {}
         self.same_as: dict[str, str] = {}
         self.hold_out = False
@@ -104,14 +105,14 @@ class Collector:
         if moments.blocks.device == inputs.device:
             moments.add(inputs, hold_out=self.hold_out)
         else:
-            here = Moments.of(moments.columns, self.block, inputs.device)
-            here.add(inputs, hold_out=self.hold_out)
-            moments.merge(here)
+            on_device = Moments.of(moments.columns, self.block, inputs.device)
+            on_device.add(inputs, hold_out=self.hold_out)
+            moments.merge(on_device)
 
     def _home_for(self, inputs: torch.Tensor) -> torch.device:
         """Where the moments of a layer with these inputs are to lie, which counts as taken from then on."""
         if self._left is None:
-            self._left = min(self.memory, room_on(inputs.device) / 2)
+            self._left = min(self.memory, free_memory(inputs.device) / 2)
         nbytes = nbytes_of([inputs.shape[-1]], self.block)
         if nbytes > self._left:
             return torch.device("cpu")

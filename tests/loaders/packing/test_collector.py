@@ -4,9 +4,9 @@ import functools
 import pytest
 import torch
 from devtools.measure import model_sizes
-from featherweight.loaders.packing import collect
-from featherweight.loaders.packing.collect import BLOCKS, MEMORY, Collector, nbytes_of
-from featherweight.loaders.packing.rules import family_of
+from featherweight.loaders.packing.calibration import collector
+from featherweight.loaders.packing.calibration.collector import BLOCKS, MEMORY, Collector, nbytes_of
+from featherweight.loaders.packing.planning.families import family_of
 from featherweight.ops.packing.moments import Moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +37,7 @@ def model_named(start: str) -> model_sizes.Model:
 def free(monkeypatch):
     """Sets how many bytes are free on the meta device, from which nothing can be fetched."""
     monkeypatch.setattr(Moments, "merge", lambda self, other: None)
-    return lambda nbytes: monkeypatch.setattr(collect, "room_on", lambda device: nbytes)
+    return lambda nbytes: monkeypatch.setattr(collector, "free_memory", lambda device: nbytes)
 
 
 @pytest.mark.parametrize("name, expected", [("Flux.1 dev", (256, False)), ("Flux.2 Klein 4B", (512, False)),

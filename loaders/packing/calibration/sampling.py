@@ -6,8 +6,8 @@ import comfy.model_management
 import comfy.sample
 import torch
 
-from ..files.container import WeightFileError
-from ..out_of_memory import is_out_of_memory
+from ...files.container import WeightFileError
+from ...out_of_memory import is_out_of_memory
 
 PICTURE = 512  # pixels along each side where no latent is given
 WIDTHS = {"text": 3, "pooled": 5}  # of the first try for a prompt of noise: sizes that no model has
@@ -20,12 +20,12 @@ def stop_where_cancelled():
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def load(patcher, room: int = 0):
-    """Have the host put a model where it runs, with what is patched onto it. room: bytes that are to stay free there."""
-    comfy.model_management.load_models_gpu([patcher], memory_required=room)
+def load(patcher, free: int = 0):
+    """Have the host put a model where it runs, with what is patched onto it. free: bytes that are to stay free there."""
+    comfy.model_management.load_models_gpu([patcher], memory_required=free)
 
 
-def room_on(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
     """Bytes that are free there, without end on a CPU."""
     return float("inf") if device.type == "cpu" else comfy.model_management.get_free_memory(device)
 
@@ -49,7 +49,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class SamplingRun:
     """How pictures are drawn for a measurement.
 
     prompts: the host's CONDITIONINGs, which the pictures take in turn. latent: the host's LATENT, or None for one picture of
@@ -97,10 +97,10 @@ def latent_for(patcher, latent: dict | None, count: int) -> torch.Tensor:
     """The latents that noise is added to: those given or empty ones, (B, C, ...), B being `count` where that is more."""
     if latent is not None:
         return _repeated(comfy.sample.fix_empty_latent_channels(patcher, latent["samples"]), count)
-    kind = patcher.get_model_object("latent_format")
-    side = max(1, PICTURE // kind.spacial_downscale_ratio)
-    shape = {1: (side * 4,), 2: (side, side), 3: (1, side, side)}[kind.latent_dimensions]
-    return torch.zeros(count, kind.latent_channels, *shape, dtype=torch.float32)
+    latent_format = patcher.get_model_object("latent_format")
+    side = max(1, PICTURE // latent_format.spacial_downscale_ratio)
+    shape = {1: (side * 4,), 2: (side, side), 3: (1, side, side)}[latent_format.latent_dimensions]
+    return torch.zeros(count, latent_format.latent_channels, *shape, dtype=torch.float32)
 
 
 def _repeated(latent, count: int):
@@ -113,18 +113,21 @@ def pictures_of(prompt: list) -> int:
 
 
 class _Refused(Exception):
-    def __init__(self, found: int, wanted: int):
-        self.found, self.wanted = found, wanted
+    """A layer got inputs of another width than it takes."""
+
+    def __init__(self, given: int, wanted: int):
+        self.given = given
+        self.wanted = wanted
 
 
-def noise_prompts(patcher, drawing: Drawing, count: int) -> list[list]:
+def random_conditioning(patcher, drawing: SamplingRun, count: int) -> list[list]:
     """CONDITIONINGs of random numbers, for a model that is to be measured without a prompt.
 
     How wide a model wants its text, and the vector of all of it, stands nowhere in the host: the first layer that refuses a
     width says which one it takes. Raises WeightFileError for models that take more than these two.
     """
     for masked in (False, True):  # some cannot do without an attention mask, some take none
-        widths = _widths_taken(patcher, drawing, masked)
+        widths = _probe_widths(patcher, drawing, masked)
         if widths is not None:
             latent = latent_for(patcher, drawing.latent, 1)
             pictures = 1 if latent.is_nested else len(latent)  # each gets a prompt of its own
@@ -133,23 +136,23 @@ def noise_prompts(patcher, drawing: Drawing, count: int) -> list[list]:
                           " Connect positive, and a latent where the model draws something else than pictures.")
 
 
-def _widths_taken(patcher, drawing: Drawing, masked: bool) -> dict[str, int] | None:
+def _probe_widths(patcher, drawing: SamplingRun, masked: bool) -> dict[str, int] | None:
     """The widths of a prompt that a model runs with, or None where none is found."""
     widths = dict(WIDTHS)
     for _ in range(4):
         try:
-            with _refusing(patcher.model.diffusion_model):
+            with _width_probe(patcher.model.diffusion_model):
                 prompts = [_noise(widths, 0, masked)]
                 dataclasses.replace(drawing, prompts=prompts, samples=1, steps=1).run(patcher, lambda *_: None)
             return widths
         except _Refused as refused:
             # The pooled text may stand among other numbers in what a layer gets.
-            kind = next((kind for kind in ("text", "pooled") if widths[kind] == WIDTHS[kind]
-                         and (refused.found == widths[kind] or kind == "pooled")), None)
-            missing = refused.wanted - refused.found
-            if kind is None or missing <= 0:
+            unknown = [name for name in ("text", "pooled") if widths[name] == WIDTHS[name]
+                       and (refused.given == widths[name] or name == "pooled")]
+            missing = refused.wanted - refused.given
+            if not unknown or missing <= 0:
                 return None
-            widths[kind] += missing
+            widths[unknown[0]] += missing
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -167,7 +170,7 @@ def _noise(widths: dict[str, int], seed: int, masked: bool, pictures: int = 1) -
              | ({"attention_mask": torch.ones(pictures, TOKENS, dtype=torch.float32)} if masked else {})]]
 
 
-class _refusing:
+class _width_probe:
     """While entered, layers of `module` raise `_Refused` for inputs of another width than theirs."""
 
     def __init__(self, module: torch.nn.Module):

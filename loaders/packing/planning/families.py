@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ops import formats  # noqa: F401  registers the packed formats
-from ...ops.format import FORMATS
+from ....ops import formats  # noqa: F401  registers the packed formats
+from ....ops.format import FORMATS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,7 +24,7 @@ NUMBERED = re.compile(r"(^|\.)\d+\.")
 # Tables and gates that are added to or multiplied with a stream: float32 in the files of the field, whatever their shape.
 PRECISE = re.compile(r"(^|\.)(modulation|scale_shift_table|emb_pos|ff_i\.gate\.weight)$")
 # Of a model that no family here knows: what stands before, between and behind its blocks.
-OUTER = r"embed|^\w*_in\.|^proj_(in|out)\.|^final|^head\.|^adaln_single\.|relative_attention_bias"
+KEEP_EXACT = r"embed|^\w*_in\.|^proj_(in|out)\.|^final|^head\.|^adaln_single\.|relative_attention_bias"
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Family:
     """Models whose tensors have the same names.
 
     architecture: `general.architecture` of a GGUF file, as ComfyUI-GGUF and stable-diffusion.cpp know it; "" where they know
-    none. sign: matches a name that only this family has, in the names of the host without prefix. exact: matches the start or
-    middle of names that are never packed. convolutions: the type of weights of three and more dimensions, None for the one
-    that the source has. embedding: matches lookup tables that may be packed; None where there are none.
+    none. signature: matches a name that only this family has, in the names of the host without prefix. exact: matches the
+    start or middle of names that are never packed. convolutions: the type of weights of three and more dimensions, None for the
+    one that the source has. embedding: matches lookup tables that may be packed; None where there are none.
     """
 
     name: str
     architecture: str
-    sign: str
+    signature: str
     exact: str
     convolutions: str | None = None
     embedding: str | None = None
@@ -93,27 +93,54 @@ FAMILIES = (
            r"relative_attention_bias|position_embedding|^text_projection|^(model\.)?visual\.|vision|multi_modal|token_type",
            embedding=r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"),
 )
-GENERAL = Family("general", "", "", OUTER)
+GENERAL = Family("general", "", "", KEEP_EXACT)
 
 
 def family_of(shapes: Shapes) -> Family:
     """The family of a model by the names of its tensors, which are the host's without prefix; GENERAL for an unknown one."""
-    return next((family for family in FAMILIES if any(re.search(family.sign, name) for name in shapes)), GENERAL)
+    return next((family for family in FAMILIES if any(re.search(family.signature, name) for name in shapes)), GENERAL)
 
 
 def half_type(dtype: torch.dtype) -> str:
-    """The 16-bit type that a tensor of `dtype` is kept in: F16 for float16, else BF16, which has the range of them all."""
-    return "F16" if dtype == torch.float16 else "BF16"
+    """Return the 16-bit type for a tensor of `dtype` that is not packed, as the converters of the field choose it.
+
+    BF16 for bfloat16, and for fp8, whose values it holds. F16 for float16 and float32: it rounds a float32 to an eighth of the
+    error of BF16, and the few tensors beyond its range are kept wider.
+    """
+    return "F16" if dtype in (torch.float16, torch.float32) else "BF16"
 
 
-def fits(type_name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the blocks of a type divide the rows of a tensor. Scales apart, and blocks, run on over the rows."""
+def divides_rows(type_name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether the blocks of a type divide the rows of a tensor.
+
+    Blocks whose scales lie apart run on over the rows.
+    """
     if type_name in PLAIN_BYTES:
         return True
     packed = FORMATS[type_name]
     return packed.scales_apart or shape[-1] % packed.block_length == 0
 
 
-def fitting(type_name: str, shape: tuple[int, ...], half: str = "F16") -> str:
-    """`type_name`, or what takes its place where its blocks do not divide the rows: ggml's next type, then 16 bits."""
-    return next((name for name in (type_name, FALLBACKS.get(type_name)) if name and fits(name, shape)), half)
+def with_fallback(type_name: str, shape: tuple[int, ...], half: str = "F16") -> str:
+    """Return a type, or what takes its place where its blocks do not divide the rows of a tensor.
+
+    ggml's next type does, and where that does not fit either, the 16-bit type `half`.
+    """
+    for name in (type_name, FALLBACKS.get(type_name)):
+        if name is not None and divides_rows(name, shape):
+            return name
+    return half
+
+
+def bits_per_value(type_name: str) -> float:
+    """Return the bits of a value in a type, scales included.
+
+    16 for the types of the host, whose layers are saved as the values that they stand for.
+    """
+    if type_name in PLAIN_BYTES:
+        return 8.0 * PLAIN_BYTES[type_name]
+    packed = FORMATS.get(type_name)
+    if packed is None:
+        return 16.0
+    scales = 32 / packed.block_length if packed.scales_apart else 0
+    return 8 * packed.block_bytes / packed.block_length + scales

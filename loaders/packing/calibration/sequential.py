@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ops import product
-from ...ops.packed import PackedTensor
-from ...ops.packing.moments import Moments
-from .collect import SMALL, block_for, linear_layers
-from .runs import Drawing, load, stop_where_cancelled
+from ....ops import product
+from ....ops.packed import PackedTensor
+from ....ops.packing.moments import Moments
+from .collector import SMALL, block_for, linear_layers
+from .sampling import SamplingRun, load, stop_where_cancelled
 
 CALLS = 32  # that are recorded of a drawing, spread over pictures and noise levels: a few MB each in main memory
 MEMORY = 256 << 20  # bytes of the moments of one layer up to which their blocks are wider than they must be
-ROOM = 2 << 30  # bytes that are kept free beside the model for them and for packing
+FREE = 2 << 30  # bytes that are kept free beside the model for them and for packing
 PREFETCHED = "prefetch_dynamic_vbars"  # option of the host: weights are fetched ahead, which a run that ends early would leave
 
 
@@ -33,7 +33,7 @@ class Call:
     device: torch.device
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """Ends a run where all inputs that were asked for have been seen."""
 
 
@@ -48,7 +48,7 @@ def recorded_calls(module: torch.nn.Module, wanted: Callable[[], bool] = lambda:
             options = kwargs.get("transformer_options")
             if options:
                 kwargs = kwargs | {"transformer_options": {key: value for key, value in options.items() if key != PREFETCHED}}
-            calls.append(Call(_moved(args, "cpu"), _moved(kwargs, "cpu"), device))
+            calls.append(Call(_copied_to(args, "cpu"), _copied_to(kwargs, "cpu"), device))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -57,7 +57,7 @@ def recorded_calls(module: torch.nn.Module, wanted: Callable[[], bool] = lambda:
         handle.remove()
 
 
-class InTurn:
+class SequentialCalibration:
     """The moments of one layer after another, with what is packed so far.
 
     module: runs on the device it is on, and is as it was whenever no method is at work. layers: name of its weight -> linear
@@ -68,7 +68,7 @@ class InTurn:
         self.module, self.layers, self.calls = module, layers, calls
         self.stages = _stages(module, layers, calls[0])
         self._packed: dict[str, tuple[PackedTensor, torch.Tensor | None]] = {}
-        self._latest: tuple[list[str], Moments | None] = [], None
+        self._latest: tuple[list[str], Moments | None] = ([], None)  # a stage, and what its layers see
 
     @property
     def order(self) -> list[str]:
@@ -87,7 +87,7 @@ class InTurn:
             self._latest = stage, self._seen(self.layers[name])
         return self._latest[1]
 
-    def put(self, name: str, weight: PackedTensor, bias: torch.Tensor | None):
+    def set_packed(self, name: str, weight: PackedTensor, bias: torch.Tensor | None):
         """From now on a layer counts as packed. weight: (N, K), bias: (N,), on any device."""
         self._packed[name] = weight, bias
 
@@ -96,20 +96,20 @@ class InTurn:
         moments = Moments.of(columns, block_for([columns] * 2, MEMORY), device, pair=True)
         for call in self.calls:
             stop_where_cancelled()
-            wanted = found = _inputs(self.module, [layer], call)
+            inputs = of_dense = _inputs(self.module, [layer], call)
             if self._packed:
                 stop_where_cancelled()
                 with contextlib.ExitStack() as undo:
                     for other, packed in self._packed.items():
                         undo.enter_context(_as_packed(self.layers[other], *packed))
-                    found = _inputs(self.module, [layer], call)
-            for (_, own), (_, of_dense) in zip(found, wanted):
-                moments.add(own, of_dense)
+                    inputs = _inputs(self.module, [layer], call)
+            for (_, own), (_, dense) in zip(inputs, of_dense):
+                moments.add(own, dense)
         return moments
 
 
-def in_turn(patcher, drawing: Drawing, count: int = CALLS,
-            track: Callable[[Collection], Iterator] = iter) -> InTurn:
+def record_calibration(patcher, drawing: SamplingRun, count: int = CALLS,
+            track: Callable[[Collection], Iterator] = iter) -> SequentialCalibration:
     """Draws with the host's ModelPatcher, which is left loaded, and records `count` calls. track: goes over the steps."""
     picked = {round((index + 0.5) * drawing.total / count - 0.5) for index in range(min(count, drawing.total))}
     steps, number = iter(track(range(drawing.total))), -1
@@ -123,8 +123,8 @@ def in_turn(patcher, drawing: Drawing, count: int = CALLS,
         drawing.run(patcher, seen)
     for _ in steps:  # a sampler may take fewer
         pass
-    load(patcher, ROOM)
-    return InTurn(patcher.model.diffusion_model, linear_layers(patcher.model), calls)
+    load(patcher, FREE)
+    return SequentialCalibration(patcher.model.diffusion_model, linear_layers(patcher.model), calls)
 
 
 def _stages(module, layers: Mapping[str, torch.nn.Module], call: Call) -> list[list[str]]:
@@ -151,26 +151,26 @@ def _stages(module, layers: Mapping[str, torch.nn.Module], call: Call) -> list[l
 
 def _inputs(module, layers: Iterable[torch.nn.Module], call: Call) -> list[tuple[torch.nn.Module, torch.Tensor]]:
     """The layers, as they ran, and what entered each of them first. The run ends after the last."""
-    found, waiting = [], set(layers)
+    inputs, waiting = [], set(layers)
 
     def see(layer, tensor):
         if layer in waiting:
-            found.append((layer, tensor))
+            inputs.append((layer, tensor))
             waiting.discard(layer)
         if not waiting:
-            raise _Reached
+            raise _StopForward
 
     _watched(module, list(waiting), call, see)
-    return found
+    return inputs
 
 
 @torch.inference_mode()
 def _watched(module, layers: Iterable[torch.nn.Module], call: Call, see: Callable[[torch.nn.Module, torch.Tensor], None]):
-    """Run a module; `see` gets each of the layers and its input before it runs, and may end the run with `_Reached`."""
+    """Run a module; `see` gets each of the layers and its input before it runs, and may end the run with `_StopForward`."""
     handles = [layer.register_forward_pre_hook(lambda layer, args: see(layer, args[0])) for layer in layers]
     try:
-        module(*_moved(call.args, call.device), **_moved(call.kwargs, call.device))
-    except _Reached:
+        module(*_copied_to(call.args, call.device), **_copied_to(call.kwargs, call.device))
+    except _StopForward:
         pass
     finally:
         for handle in handles:
@@ -192,12 +192,12 @@ def _as_packed(layer: torch.nn.Module, weight: PackedTensor, bias: torch.Tensor 
         handle.remove()
 
 
-def _moved(value, device):
+def _copied_to(value, device):
     """A copy of nested arguments with their tensors on `device`."""
     if isinstance(value, torch.Tensor):
         return value.detach().to(device, copy=True)
     if type(value) is dict:
-        return {key: _moved(part, device) for key, part in value.items()}
+        return {key: _copied_to(part, device) for key, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_moved(part, device) for part in value)
+        return type(value)(_copied_to(part, device) for part in value)
     return value

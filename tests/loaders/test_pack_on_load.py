@@ -14,12 +14,13 @@ from encoders.encoder import hidden_states, host_clip, random_weights as encoder
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.diffusion import load_diffusion_model, read_weights
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.held import format_name, held_text
-from featherweight.loaders.packing import cache
-from featherweight.loaders.packing.while_loading import TYPES, read_weights
+from featherweight.loaders.pack_on_load import TYPES
+from featherweight.loaders.packing.source import of_file
 from featherweight.loaders.progress import Progress
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import FORMATS
@@ -29,6 +30,7 @@ from host_formats import HOST_FORMATS, in_host_format
 from patched_models import LIMIT, error_by_effect, flux_file, folder, lora_for, patched, relative, run, tiny_flux
 from recipe_process import digest
 from safetensors.torch import load_file, save_file
+from saving import save
 
 from devtools.files.gguf_files import write_gguf
 
@@ -318,7 +320,7 @@ def flux_with(path, dtype, **factors: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("type_name", TYPES)
 def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(dtype, type_name, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
     tensors = flux_with(tmp_path / "model.safetensors", dtype, **{"img_attn.qkv": 1e-24, "img_mlp.0": 1e20})
     patcher = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to=type_name)
     found = weights_of(patcher)
@@ -340,9 +342,9 @@ def test_what_is_not_packed_stays_in_a_type_that_holds_it(tmp_path):
         tensors[name] = size * torch.linspace(-1, 1, tensors[name].numel()).view_as(tensors[name])
     save_file(tensors, tmp_path / "model.safetensors")
     file = open_weights(tmp_path / "model.safetensors")
-    found, _ = read_weights(file, "Q4_K", Progress(1))
+    state_dict, _ = read_weights(file, "Q4_K", Progress(1))
     for name, dtype in (("txt_in.weight", torch.bfloat16), ("img_in.weight", torch.float32), (TIME, torch.float32)):
-        assert found[name].dtype == dtype and relative(found[name].double(), tensors[name].double()) < 0.01
+        assert state_dict[name].dtype == dtype and relative(state_dict[name].double(), tensors[name].double()) < 0.01
 
 
 @pytest.mark.parametrize("size", [1e-21, 1e-24, 1e-41])
@@ -373,3 +375,17 @@ def test_a_file_of_another_kind_is_told_as_without_packing(tmp_path):
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(WeightFileError, match="it is a torch checkpoint"):
         load_diffusion_model(str(path), pack_to="Q4_K")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_file_packed_pack_on_load_is_what_pack_py_makes_of_it(dtype, tmp_path):
+    path = tmp_path / "model.safetensors"
+    flux_with(path, dtype, **{"img_mlp.0": 1e4, "txt_attn.qkv": 1e-24 if dtype != torch.float16 else 1e-2})
+    save(of_file(path), tmp_path / "model.gguf", "Q4_K")
+    saved = weights_of(load_diffusion_model(str(tmp_path / "model.gguf")))
+    loaded = weights_of(load_diffusion_model(str(path), pack_to="Q4_K"))
+    assert loaded.keys() == saved.keys()
+    for name, weight in loaded.items():
+        values, expected = (tensor.dequantize() if is_packed(tensor) else tensor for tensor in (weight, saved[name]))
+        assert torch.equal(values.double(), expected.double()), name
+        assert dtype != torch.float32 or format_name(weight) == format_name(saved[name]), name

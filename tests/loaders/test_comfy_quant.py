@@ -6,12 +6,12 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.comfy_quant import as_tensors
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.handover import is_ours
-from featherweight.loaders.packing import file_source
-from featherweight.loaders.packing.host_formats import as_tensors
+from featherweight.loaders.packing.source import of_file
+from featherweight.loaders.reader_choice import needs_own_reader
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
 from host_formats import HOST_FORMATS, in_host_format
@@ -25,7 +25,7 @@ CHECKPOINT = "model.diffusion_model."
 LOADERS = {
     "diffusion model": load_diffusion_model,
     "diffusion model, packed": lambda path: load_diffusion_model(path, pack_to="Q8_0"),
-    "diffusion model, packed into a file": file_source.of_file,
+    "diffusion model, packed into a file": of_file,
     "checkpoint": load_checkpoint,
     "checkpoint, packed": lambda path: load_checkpoint(path, pack_to="Q8_0"),
     "text encoder": lambda path: load_text_encoder([path]),
@@ -136,7 +136,7 @@ def test_what_the_host_reads_is_left_to_it(format_name, in_metadata, tmp_path):
     settings = {"format": format_name}
     metadata = {"_quantization_metadata": json.dumps({"layers": {LAYER: settings}})} if in_metadata else None
     path = write_flux(tmp_path / "model.safetensors", parts, None if in_metadata else settings, metadata=metadata)
-    assert not is_ours(path)
+    assert not needs_own_reader(path)
 
 
 @pytest.mark.skipif(ASYMMETRIC not in QUANT_ALGOS, reason=f"{ASYMMETRIC} is of a newer ComfyUI")

@@ -13,8 +13,11 @@ from ...ops.patcher.values import Patch
 
 @dataclass(frozen=True)
 class Share:
-    """title: of the change. layers: how many weights it touches. gain: the part of it that arrived. size: its norm over that
-    of the weights it touches."""
+    """How much of one change arrived.
+
+    title: of the change. layers: how many weights it touches. gain: the part of it that arrived.
+    size: its norm over that of the weights it touches.
+    """
 
     title: str
     layers: int
@@ -26,7 +29,23 @@ class Share:
         return f"{self.title}: {self.gain:.1%} of it is kept, on {weights}, which it changes by {self.size:.2%} of their norm"
 
 
-class Shares:
+@dataclass(frozen=True)
+class Measurement:
+    """Products of some rows of a weight, all as sums.
+
+    numbers: of the changes. products: of each change with each other. arrived: of each change with
+    what packing added to what was held. power: of what was held. is_first: whether these are the
+    first rows of the weight.
+    """
+
+    numbers: list[int]
+    products: list[list[float]]
+    arrived: list[float]
+    power: float
+    is_first: bool
+
+
+class LoraRetention:
     """Collects, tensor by tensor, what changes should have added and what has arrived."""
 
     def __init__(self, patches: Iterable[Sequence[Patch]]):
@@ -35,7 +54,7 @@ class Shares:
         counts = {"LoRA": 0, "merge": 0, "change": 0}
         for of_weight in patches:
             for patch in of_weight:
-                key = change_of(patch)
+                key = patch_group(patch)
                 if key not in self.titles:
                     counts[key[0]] += 1
                     self.titles[key] = f"{key[0]} {counts[key[0]]} (strength {patch[0]:g})"
@@ -43,46 +62,58 @@ class Shares:
         count = len(self.index)
         self.products = torch.zeros(count, count, dtype=torch.float64)
         self.arrived = torch.zeros(count, dtype=torch.float64)
-        self.weights = torch.zeros(count, dtype=torch.float64)
+        self.power = torch.zeros(count, dtype=torch.float64)
         self.layers = [0] * count
 
     def groups(self, patches: Sequence[Patch]) -> list[tuple[int, list[Patch]]]:
         """(number of the change, its patches) in the order in which they are applied."""
         groups: list[tuple[int, list[Patch]]] = []
         for patch in patches:
-            number = self.index[change_of(patch)]
+            number = self.index[patch_group(patch)]
             if groups and groups[-1][0] == number:
                 groups[-1][1].append(patch)
             else:
                 groups.append((number, [patch]))
         return groups
 
-    def seen(self, held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]], packed: torch.Tensor, first: bool) -> tuple:
-        """What `add` takes of some rows of a weight. held, packed: float32. changes: (number, what it adds). first: rows."""
-        arrived = packed - held
-        numbers = [number for number, _ in changes]
-        products = [[dot(change, other) for _, other in changes] for _, change in changes]
-        return numbers, products, [dot(change, arrived) for _, change in changes], dot(held, held), first
+    def add(self, measurement: Measurement):
+        """Count the products of some rows."""
+        for row, number in enumerate(measurement.numbers):
+            self.arrived[number] += measurement.arrived[row]
+            self.power[number] += measurement.power
+            self.layers[number] += 1 if measurement.is_first else 0
+            for column, other in enumerate(measurement.numbers):
+                self.products[number, other] += measurement.products[row][column]
 
-    def add(self, numbers: Sequence[int], products: Sequence[Sequence[float]], arrived: Sequence[float], weight: float,
-            first: bool):
-        """Count what was seen of some rows."""
-        for row, number in enumerate(numbers):
-            self.arrived[number] += arrived[row]
-            self.weights[number] += weight
-            self.layers[number] += first
-            for column, other in enumerate(numbers):
-                self.products[number, other] += products[row][column]
-
-    def found(self) -> list[Share]:
+    def shares(self) -> list[Share]:
         """Of each change, in the order of the model."""
-        solved = torch.linalg.lstsq(self.products, self.arrived.unsqueeze(-1), driver="gelsd").solution.view(-1)
-        return [Share(title, self.layers[number], solved[number].item(),
-                      (self.products[number, number] / self.weights[number].clamp_min(1e-30)).sqrt().item())
-                for title, number in zip(self.titles.values(), self.index.values()) if self.layers[number]]
+        arrived = self.arrived.unsqueeze(-1)
+        gains = torch.linalg.lstsq(self.products, arrived, driver="gelsd").solution.view(-1)
+        shares = []
+        for title, number in zip(self.titles.values(), self.index.values()):
+            if self.layers[number]:
+                size = (self.products[number, number] / self.power[number].clamp_min(1e-30)).sqrt()
+                shares.append(Share(title, self.layers[number], gains[number].item(), size.item()))
+        return shares
 
 
-def change_of(patch: Patch) -> tuple:
+def measure(held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]], packed: torch.Tensor,
+            is_first: bool) -> Measurement:
+    """Measure some rows of a weight.
+
+    Args:
+        held: without the changes, float32.
+        changes: (number, what it adds), float32, in the order in which they are applied.
+        packed: what is written, float32.
+        is_first: whether these are the first rows.
+    """
+    arrived = packed - held
+    return Measurement([number for number, _ in changes],
+                       [[dot(change, other) for _, other in changes] for _, change in changes],
+                       [dot(change, arrived) for _, change in changes], dot(held, held), is_first)
+
+
+def patch_group(patch: Patch) -> tuple:
     """What tells the patches of one LoRA, merge or other change from those of the next."""
     strength, value, strength_model, _, _ = patch
     if hasattr(value, "loaded_keys"):

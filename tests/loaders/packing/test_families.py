@@ -5,7 +5,9 @@ import gguf
 import pytest
 import torch
 from featherweight.loaders.files.container import nbytes_of
-from featherweight.loaders.packing.rules import FALLBACKS, FAMILIES, GENERAL, family_of, fits, fitting, half_type
+from featherweight.loaders.packing.planning.families import (
+    FALLBACKS, FAMILIES, GENERAL, divides_rows, family_of, half_type, with_fallback,
+)
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 
 import families as models
@@ -118,10 +120,10 @@ def test_what_takes_a_types_place_is_as_in_llama_cpp():
 
 @pytest.mark.parametrize("name", [*FALLBACKS, "Q4_0"])
 def test_rows_that_blocks_do_not_divide_take_the_next_type(name):
-    assert fitting(name, (8, 256)) == name
-    assert fitting(name, (8, 96)) == FALLBACKS.get(name, name)
-    assert fitting(name, (8, 100)) == "F16" and fitting(name, (8, 100), "BF16") == "BF16"
-    assert fits("NF4", (8, 100))
+    assert with_fallback(name, (8, 256)) == name
+    assert with_fallback(name, (8, 96)) == FALLBACKS.get(name, name)
+    assert with_fallback(name, (8, 100)) == "F16" and with_fallback(name, (8, 100), "BF16") == "BF16"
+    assert divides_rows("NF4", (8, 100))
 
 
 @pytest.mark.parametrize("packed", GGML_FORMATS.values(), ids=lambda packed: packed.__name__)
@@ -138,5 +140,5 @@ def test_nf4_counts_its_scales():
 
 
 def test_the_16_bit_type_has_the_range_of_its_source():
-    assert half_type(torch.float16) == "F16"
-    assert {half_type(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float8_e4m3fn)} == {"BF16"}
+    assert {half_type(dtype) for dtype in (torch.float16, torch.float32)} == {"F16"}
+    assert {half_type(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)} == {"BF16"}

@@ -18,12 +18,13 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy_kitchen.tensor import get_layout_class
 
-from ...ops.bounded_json import read_json
-from ...ops.tensor import QuantizedTensor
-from ..files.container import WeightFile, WeightFileError, first_line, shown
-from ..out_of_memory import is_out_of_memory
+from ..ops.bounded_json import read_json
+from ..ops.tensor import QuantizedTensor
+from .files.container import WeightFile, WeightFileError, first_line, shown
+from .out_of_memory import is_out_of_memory
 
 MARK = ".comfy_quant"
+SMOOTHING = ".pre_quant_scale"  # what a layer multiplies its input by
 SETTINGS = "_quantization_metadata"  # in the metadata of a file: what `comfy_quant` says of each layer
 HALF_STORED = ("convrot_w4a4",)  # formats of two codes a byte whose layout does not tell the shape of the weight
 GROUP_SCALES = "weight_s_rel"  # of asym_w4a8_int8, whose layout does not tell it either: (rows, groups of columns)
@@ -40,8 +41,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     Nothing is copied. What such a layer multiplies its input by stays, as `L.pre_quant_scale`. Stacked experts stay in their
     parts: only the host's layer for them reads those. prefix: of the model. Raises WeightFileError.
     """
-    metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
-    state_dict, _ = comfy.utils.convert_old_quants(state_dict, model_prefix=prefix, metadata=metadata)
+    state_dict, _ = comfy.utils.convert_old_quants(state_dict, model_prefix=prefix, metadata=file.text_metadata)
     out = dict(state_dict)
     out.pop(f"{prefix}scaled_fp8", None)
     layer_class = _layer_class()

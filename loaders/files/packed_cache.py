@@ -16,18 +16,18 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from ...ops.format import FORMATS
 from ...ops.tensor import packed_tensor, packed_tensors
-from ..files.container import FileState, WeightFile, WeightFileError
-from ..files.safetensors import SafetensorsFile
-from ..files.safetensors_writer import file_size, safetensors_writer
-from ..files.writing import WriteError, remove_stale_parts
 from ..sizes import size_text
+from .container import FileState, WeightFile, WeightFileError
+from .safetensors import SafetensorsFile
+from .safetensors_writer import file_size, safetensors_writer
+from .writing import WriteError, remove_stale_parts
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ NAMES = "featherweight-*.safetensors"
 
 # Name of a weight -> the format it is packed to, and its logical shape.
 Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
-Keep = Callable[[str, torch.Tensor], None]
 
 
 def is_on() -> bool:
@@ -64,7 +63,7 @@ def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
             entry_of_part = file.entries[part]
             if (entry_of_part.shape, entry_of_part.format) != expected:
                 raise ValueError(f"{part} is {entry_of_part.format} {entry_of_part.shape}, expected {expected}")
-        found = {name: _packed(file, name, *kind) for name, kind in wanted.items()}
+        weights = {name: _packed(file, name, type_name, shape) for name, (type_name, shape) in wanted.items()}
         with contextlib.suppress(OSError):  # another user's, or on a drive that is only read: it is as good as any
             _used(entry).touch()  # not the entry itself, which others have mapped and watch
     except (WeightFileError, KeyError, ValueError, OSError) as error:
@@ -72,40 +71,41 @@ def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
         with contextlib.suppress(OSError):
             entry.unlink()
         return None
-    return found
+    return weights
 
 
 def _used(entry: Path) -> Path:
     return entry.with_suffix(".used")
 
 
-def _packed(file: SafetensorsFile, name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-    scale = file.tensor(f"{name}.scale") if FORMATS[kind].scales_apart else None
-    return packed_tensor(FORMATS[kind], file.tensor(name), shape, scale=scale)
+def _packed(file: SafetensorsFile, name: str, type_name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    scale = file.tensor(f"{name}.scale") if FORMATS[type_name].scales_apart else None
+    return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
 
 
 @contextlib.contextmanager
-def keeping(entry: Path | None, wanted: Wanted) -> Iterator["Keeper"]:
-    """A function that takes the packed weights one by one; they are an entry when the block ends well, all of them being there.
+def writing_entry(entry: Path | None, wanted: Wanted) -> Iterator["EntryWriter"]:
+    """What takes the packed weights one by one; they are an entry when the block ends well, all of them being there.
 
     entry: None: nothing is kept.
     """
-    keeper = Keeper(entry, wanted)
+    writer = EntryWriter(entry, wanted)
     try:
-        with keeper.stack:
-            yield keeper
+        with writer.stack:
+            yield writer
     except WriteError as error:  # such as: another process has kept the same in the meantime
-        keeper.done = False
+        writer.is_written = False
         log.warning("[Featherweight] What was packed is not kept: %s", error)
-    if keeper.done:
+    if writer.is_written:
         _make_room(entry.parent, 0, but=entry)  # another process may have filled it at the same time
 
 
-class Keeper:
-    """Writes an entry, or gives up on it where it cannot be written. done: whether it is being kept."""
+class EntryWriter:
+    """Writes an entry, or gives up on it where it cannot be written. is_written: whether it is being kept."""
 
     def __init__(self, entry: Path | None, wanted: Wanted):
-        self.stack, self.done = contextlib.ExitStack(), False
+        self.stack = contextlib.ExitStack()
+        self.is_written = False
         if entry is None:
             return
         tensors = _all_parts(wanted)
@@ -117,12 +117,13 @@ class Keeper:
                             size_text(_limit()), LIMIT)
                 return
             self.writer = self.stack.enter_context(safetensors_writer(entry, tensors, {}))
-            self.done = True
+            self.is_written = True
         except (WriteError, OSError) as error:
             log.warning("[Featherweight] What is packed is not kept: %s", error)
 
-    def __call__(self, name: str, weight: torch.Tensor):
-        if not self.done:
+    def write(self, name: str, weight: torch.Tensor):
+        """Keep a packed weight."""
+        if not self.is_written:
             return
         try:
             for part, tensor in zip((name, f"{name}.scale"), packed_tensors(weight)):
@@ -132,9 +133,9 @@ class Keeper:
 
     def give_up(self, why: str | WriteError):
         """Remove what was written so far."""
-        if not self.done:
+        if not self.is_written:
             return
-        self.done = False
+        self.is_written = False
         log.warning("[Featherweight] What is packed is not kept: %s", why)
         error = why if isinstance(why, WriteError) else WriteError(why)
         with contextlib.suppress(WriteError):
@@ -143,14 +144,13 @@ class Keeper:
 
 def _all_parts(wanted: Wanted) -> dict[str, tuple[tuple[int, ...], str]]:
     """The tensors of an entry: name -> (shape, type)."""
-    return {part: found for name, kind in wanted.items() for part, found in _parts(name, *kind).items()}
-
-
-def _parts(name: str, kind: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The tensors that one weight is kept in: name -> (shape, type)."""
-    packed, values = FORMATS[kind], math.prod(shape)
-    parts = {name: ((-(-values * packed.block_bytes // packed.block_length),), "U8")}
-    return parts | ({f"{name}.scale": ((-(-values // packed.block_length),), "F32")} if packed.scales_apart else {})
+    parts = {}
+    for name, (type_name, shape) in wanted.items():
+        packed, values = FORMATS[type_name], math.prod(shape)
+        parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
+        if packed.scales_apart:
+            parts[f"{name}.scale"] = (-(-values // packed.block_length),), "F32"
+    return parts
 
 
 def _limit() -> float:
@@ -168,13 +168,13 @@ def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
     if size > _limit():
         return False
     remove_stale_parts(folder)
-    found = []
+    entries = []
     for path in (*folder.glob(NAMES), *folder.glob(f"{NAMES}.*.part")):
         with contextlib.suppress(OSError):  # another process may have removed it
             status, used = path.stat(), FileState.of(_used(path))
-            found.append((max(status.st_mtime_ns, used.time if used else 0), status.st_size, path))
-    left = sum(nbytes for _, nbytes, _ in found)
-    for _, nbytes, path in sorted(found):
+            entries.append((max(status.st_mtime_ns, used.time if used else 0), status.st_size, path))
+    left = sum(nbytes for _, nbytes, _ in entries)
+    for _, nbytes, path in sorted(entries):
         if left + size <= _limit():
             break
         if path != but and path.suffix == ".safetensors":

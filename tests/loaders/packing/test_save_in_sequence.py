@@ -7,17 +7,17 @@ import pytest
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.packing import block_by_block
-from featherweight.loaders.packing.block_by_block import in_turn
-from featherweight.loaders.packing.collect import Collector, linear_layers, shapes_of
-from featherweight.loaders.packing.costs import types_for
-from featherweight.loaders.packing.maker import bits
-from featherweight.loaders.packing.plan import PlanError
-from featherweight.loaders.packing.runs import Drawing
-from featherweight.loaders.packing.save import save
+from featherweight.loaders.packing.calibration import sequential
+from featherweight.loaders.packing.calibration.collector import Collector, linear_layers, shapes_of
+from featherweight.loaders.packing.calibration.measure import types_for
+from featherweight.loaders.packing.calibration.sampling import SamplingRun
+from featherweight.loaders.packing.calibration.sequential import record_calibration
+from featherweight.loaders.packing.planning.families import bits_per_value
+from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import of_model
 from featherweight.ops.tensor import is_packed
 from patched_models import dense_flux, flux_inputs, lora_for, packed_flux, patched, relative, run, tiny_flux
+from saving import save
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -43,8 +43,8 @@ def prompt(seed: int) -> list:
     return [[torch.randn(1, 5, WIDTH, generator=generator), {"pooled_output": torch.randn(1, 256, generator=generator)}]]
 
 
-def drawing() -> Drawing:
-    return Drawing([prompt(1), prompt(2)], {"samples": torch.zeros(1, 16, 16, 16)}, samples=3, steps=4)
+def drawing() -> SamplingRun:
+    return SamplingRun([prompt(1), prompt(2)], {"samples": torch.zeros(1, 16, 16, 16)}, samples=3, steps=4)
 
 
 class Apart:
@@ -60,8 +60,8 @@ class Apart:
         pass
 
 
-def turn_of(model, **options):
-    return functools.partial(in_turn, model, drawing(), COUNT, **options)
+def calibration_of(model, **options):
+    return functools.partial(record_calibration, model, drawing(), COUNT, **options)
 
 
 def state_of(model) -> dict[str, torch.Tensor]:
@@ -94,9 +94,9 @@ def test_the_file_is_nearer_to_the_model_than_with_its_layers_packed_apart(kind,
     comfy.model_management.unload_all_models()
     before = state_of(model)
     source = of_model(model)  # before the host loads the model and writes its patches into it
-    saved = save(source, turned, "Q3_K", turn=turn_of(model))
+    saved = save(source, turned, "Q3_K", calibrate=calibration_of(model))
     assert hooks_in(model) == 0
-    save(of_model(model), apart, "Q3_K", sensitivity)
+    save(of_model(model), apart, "Q3_K", sensitivity=sensitivity)
     entries = [open_weights(path).entries for path in (turned, apart)]
     assert [entry.format for entry in entries[0].values()] == [entry.format for entry in entries[1].values()]
     assert list(saved.types.values()).count("Q3_K") > 8
@@ -125,12 +125,12 @@ def test_a_cancel_leaves_the_model_as_it_was_and_no_file(at, monkeypatch, tmp_pa
         comfy.model_management.interrupt_current_processing()
         return as_packed(*args)
 
-    as_packed = block_by_block._as_packed
+    as_packed = sequential._as_packed
     if at == "a run":
-        monkeypatch.setattr(block_by_block, "_as_packed", interrupted)
+        monkeypatch.setattr(sequential, "_as_packed", interrupted)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        save(of_model(model), tmp_path / "a.gguf", "Q3_K", turn=turn_of(model, **{"track": tracked} if at == "a step" else {}),
-             **{"track": tracked} if at == "a layer" else {})
+        save(of_model(model), tmp_path / "a.gguf", "Q3_K", track=tracked if at == "a layer" else None,
+             calibrate=calibration_of(model, **{"track": tracked} if at == "a step" else {}))
     assert hooks_in(model) == 0 and not list(tmp_path.iterdir()) and "model_function_wrapper" not in model.model_options
     for inputs, output in wanted:
         assert torch.equal(run(model, inputs), output)
@@ -138,23 +138,23 @@ def test_a_cancel_leaves_the_model_as_it_was_and_no_file(at, monkeypatch, tmp_pa
 
 def test_a_plan_that_cannot_be_ends_it_before_anything_is_drawn(tmp_path):
     with pytest.raises(PlanError):
-        save(of_model(packed_flux("Q8_0")), tmp_path / "a.gguf", 1000, turn=lambda: pytest.fail("it drew"))
+        save(of_model(packed_flux("Q8_0")), tmp_path / "a.gguf", 1000, calibrate=lambda: pytest.fail("it drew"))
 
 
 def test_a_mix_for_a_size_is_packed_in_turn_too(tmp_path):
     model = packed_flux("Q8_0")
-    costs = {name: {kind: 1 / bits(kind) ** 4 for kind in types_for(shape)} for name, shape in shapes_of(model.model).items()
-             if name in linear_layers(model.model)}
+    costs = {name: {kind: 1 / bits_per_value(kind) ** 4 for kind in types_for(shape)}
+             for name, shape in shapes_of(model.model).items() if name in linear_layers(model.model)}
     sensitivity = Apart(model, costs)
     turned, apart = (tmp_path / f"{name}.gguf" for name in ("turned", "apart"))
-    made = [save(of_model(model), path, 2_500_000, sensitivity, turn=turn)
-            for path, turn in ((turned, turn_of(model)), (apart, None))]
+    made = [save(of_model(model), path, 2_500_000, sensitivity=sensitivity, calibrate=calibrate)
+            for path, calibrate in ((turned, calibration_of(model)), (apart, None))]
     assert made[0].types == made[1].types and turned.stat().st_size == apart.stat().st_size <= 2_500_000
     assert error_of(turned, wanted := wanted_of(model)) < error_of(apart, wanted)
 
 
 def test_a_change_that_is_to_arrive_whole_does(tmp_path):
     model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
-    saved = save(of_model(model), tmp_path / "a.gguf", "Q4_K", turn=turn_of(model))
-    share = next(float(line.split("(strength 1): ")[1].split("%")[0]) for line in saved.told if "strength 1" in line)
+    saved = save(of_model(model), tmp_path / "a.gguf", "Q4_K", calibrate=calibration_of(model))
+    share = next(float(line.split("(strength 1): ")[1].split("%")[0]) for line in saved.notes if "strength 1" in line)
     assert 99 <= share <= 101

@@ -1,7 +1,7 @@
 """Packing layer after layer: it makes up for the errors of the layers before, and the model is left as it was."""
 import pytest
 import torch
-from featherweight.loaders.packing.block_by_block import InTurn, recorded_calls
+from featherweight.loaders.packing.calibration.sequential import SequentialCalibration, recorded_calls
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packing import pack_tensor
 from featherweight.ops.packing.moments import Moments
@@ -58,13 +58,13 @@ def formats_of(model: Model, name: str = "Q3_K"):
     return {name_: FORMATS[name] for name_, _ in model.named_parameters()}
 
 
-def pack_in_turn(model: Model, formats, calls, progress=lambda name: None):
+def pack_in_sequence(model: Model, formats, calls, progress=lambda name: None):
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
-    turn, packed = InTurn(model, layers, calls), {}
-    for name in turn.order:
+    calibration, packed = SequentialCalibration(model, layers, calls), {}
+    for name in calibration.order:
         progress(name)
-        packed[name] = pack_tensor(layers[name].weight, formats[name], moments=turn.moments(name))
-        turn.put(name, packed[name], layers[name].bias)
+        packed[name] = pack_tensor(layers[name].weight, formats[name], moments=calibration.moments(name))
+        calibration.set_packed(name, packed[name], layers[name].bias)
     return packed
 
 
@@ -97,8 +97,8 @@ def packed_apart(model: Model, calls, formats):
 def test_the_output_is_nearer_than_with_each_layer_packed_apart():
     model = Model()
     calls, formats = calls_of(model), formats_of(model)
-    in_turn, apart = pack_in_turn(model, formats, calls), packed_apart(model, calls, formats)
-    assert error(model, in_turn) < 0.9 * error(model, apart)
+    in_sequence, apart = pack_in_sequence(model, formats, calls), packed_apart(model, calls, formats)
+    assert error(model, in_sequence) < 0.9 * error(model, apart)
 
 
 def test_calls_are_recorded_as_they_were_made():
@@ -116,13 +116,13 @@ def test_layers_with_one_input_share_its_runs_and_layers_that_do_not_run_are_not
     model = Model()
     calls, formats, reported = calls_of(model, 6), formats_of(model), []
     before = model.runs
-    packed = pack_in_turn(model, formats, calls, reported.append)
+    packed = pack_in_sequence(model, formats, calls, reported.append)
     stages = 2 * 2  # query and key together, then out; as the first are packed nothing else is
     assert model.runs - before == 1 + 6 * (1 + 2 * (stages - 1))
     assert reported == list(packed) == [f"blocks.{block}.{name}.weight" for block in range(2)
                                         for name in ("query", "key", "out")]
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
-    assert InTurn(model, layers, calls).moments("blocks.0.unused.weight") is None
+    assert SequentialCalibration(model, layers, calls).moments("blocks.0.unused.weight") is None
 
 
 def test_small_inputs_of_equal_values_are_one_input_too():
@@ -142,7 +142,7 @@ def test_small_inputs_of_equal_values_are_one_input_too():
     with recorded_calls(model) as calls:
         model(torch.randn(TOKENS, WIDTH), torch.randn(1, WIDTH))
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    stages = InTurn(model, layers, calls).stages
+    stages = SequentialCalibration(model, layers, calls).stages
     assert stages == [["shifts.0.weight", "shifts.1.weight"], ["mixes.0.weight"], ["mixes.1.weight"]]
 
 
@@ -166,10 +166,10 @@ def test_the_model_is_left_as_it_was_even_when_cancelled(stop_at):
     args, kwargs = arguments(0)
     wanted = model(*args, **kwargs)
     if stop_at is None:
-        pack_in_turn(model, formats_of(model), calls)
+        pack_in_sequence(model, formats_of(model), calls)
     else:
         with pytest.raises(Cancelled):
-            pack_in_turn(model, formats_of(model), calls, progress=progress)
+            pack_in_sequence(model, formats_of(model), calls, progress=progress)
     assert all(layer.weight is weight for layer, weight in zip(layers, weights))
     assert all(torch.equal(weight, value) for weight, value in zip(weights, values))
     assert torch.equal(model(*args, **kwargs), wanted)
@@ -190,5 +190,5 @@ def test_a_model_that_fails_on_the_way_keeps_its_weights():
 
     last.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        pack_in_turn(model, formats_of(model), calls)
+        pack_in_sequence(model, formats_of(model), calls)
     assert model.blocks[0].query.weight is weight

@@ -1,0 +1,73 @@
+"""Models and text encoders that the host has built of a file's weights: packed weights stay packed."""
+import itertools
+import logging
+
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from ..ops.int8 import multiplies_integers
+from ..ops.needs import prepare_kernels
+from ..ops.patcher import adopt
+from .files.container import FileChangeGuard, WeightFile
+from .held import load_summary
+
+log = logging.getLogger(__name__)
+
+
+def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):
+    """Make a diffusion model's patcher keep packed weights packed, and log what the model holds.
+
+    Args:
+        patcher: the host's, which is changed.
+        file: that the weights are from, or were packed from.
+        compute: of the layers; a warning tells where the device has no units for "int8".
+    """
+    log.info("[Featherweight] %s", load_summary(file, adopt(patcher)))
+    patcher.model.packed_patches.watch = guard_of(patcher.model)
+    prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
+    if compute == "int8" and not multiplies_integers(patcher.load_device):
+        log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses"
+                    " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
+                    " as with exact.", patcher.load_device)
+
+
+class PackedCLIP(comfy.sd.CLIP):
+    """The host's CLIP, which computes with the model of its patcher.
+
+    The host's node that chooses a device gives it another patcher with a model of its own, loads that
+    one, and would compute with the one before, from which it has taken the LoRAs.
+    """
+
+    @property
+    def cond_stage_model(self):
+        return self.patcher.model
+
+    @cond_stage_model.setter
+    def cond_stage_model(self, model):
+        """The host sets here the model of the patcher that it sets too."""
+
+    def load_model(self, *args, **kwargs):
+        self.patcher.model.packed_patches.watch()  # the host calls this before it encodes
+        return super().load_model(*args, **kwargs)
+
+    def clone(self, *args, **kwargs):
+        return _as_packed_clip(super().clone(*args, **kwargs))
+
+
+def _as_packed_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    clip.__dict__.pop("cond_stage_model", None)
+    clip.__class__ = PackedCLIP
+    return clip
+
+
+def wrap_clip(clip: comfy.sd.CLIP):
+    """Make a text encoder's patcher keep packed weights packed, on every device."""
+    adopt(clip.patcher).model.packed_patches.watch = guard_of(clip.patcher.model)
+    prepare_kernels(clip.patcher.model, clip.patcher.load_device, None)
+    _as_packed_clip(clip)
+
+
+def guard_of(model: torch.nn.Module) -> FileChangeGuard:
+    """Return what raises where one of the files is written to that a model's weights lie in."""
+    return FileChangeGuard.of(itertools.chain(model.parameters(), model.buffers()))

@@ -1,0 +1,1 @@
+"""What runs of a model say about packing it."""
