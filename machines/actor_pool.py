@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .graph import changed, one_line
 from .place import MachineError
-from .prompt_worker import PromptWorker
+from .worker import PromptWorker
 
 AHEAD = 2  # items that a worker holds while there are more than idle workers: one is drawn, one waits
 ATTEMPTS = 3  # times that an item, or a worker that starts, may be lost
@@ -159,7 +159,7 @@ class Run:
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            name, unfit = await member.actor.ready.remote()
+            info, unfit = await member.actor.ready.remote()
         except RayTaskError:
             raise
         except RayError as error:
@@ -172,7 +172,7 @@ class Run:
         if unfit:  # one that starts later may find it mended
             self.pool.end(member)
             self.members.remove(member)
-            self.tell(self.waiting[0] if self.waiting else 0, "unfit", f"{name}: {unfit}")
+            self.tell(self.waiting[0] if self.waiting else 0, "unfit", f"{info['name']}: {unfit}")
             return
         member.is_ready = True
         self.assign()

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from .fetch import Place, different, fetch, in_words, pinned, said
 from .host import Host
-from .machine import FILE, choices, difference, folders, memory, packs
-from .place import MachineError, arguments, find, versions
-from .worker import machine as this_machine
+from .machine import FILE, choices, folders, memory, packs
+from .place import MachineError, arguments, difference, find, versions
+from .place import majority as most
+from .worker import node_info as this_machine
 
 STARTED = 600  # seconds that a machine has to start its ComfyUI
 IN_SIGHT = {"runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}}  # GPUs, of a process that takes none
@@ -64,15 +65,6 @@ def questions(graph: dict, rows: Iterable[dict] = ()) -> tuple[list[str], list[t
     asked = {(graph[node]["class_type"], name, value) for at, found in values.items()
              for node, _, name in [at.partition(".")] if node in graph for value in found}
     return sorted({spec["class_type"] for spec in graph.values()}), sorted(asked)
-
-
-def most(found: Iterable[dict[str, str]], own: dict[str, str] | None = None) -> dict[str, str]:
-    """The versions that most machines have, without builds (+cu130); of two that as many have, those of the one that asks."""
-    def plain(versions):
-        return tuple((name, version.partition("+")[0]) for name, version in sorted(versions.items()))
-
-    counts = collections.Counter(map(plain, found))
-    return dict(max(counts, key=lambda each: (counts[each], each == plain(own or {})), default=()))
 
 
 @dataclass

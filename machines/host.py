@@ -47,7 +47,6 @@ class Host:
     """
 
     def __init__(self, comfyui: str, arguments: Sequence[str] = ()):
-        started = time.monotonic()
         sweep_dead()
         self.scratch, self.scratch_lock = make_scratch()
         self.streams = sys.stdout, sys.stderr  # the host wraps their buffers; freed, those would close under it
@@ -67,7 +66,6 @@ class Host:
             self.close()
             said = one_line(f"{type(failed[0]).__name__}: {failed[0]}")
             raise MachineError(f"ComfyUI in {comfyui} did not start: {said}") from failed[0]
-        self.boot_seconds = time.monotonic() - started
 
     def _boot(self, comfyui: str, arguments: Sequence[str]):
         os.makedirs(os.path.join(self.scratch, "output"))

@@ -9,13 +9,6 @@ SPLIT = re.compile(r"(.+)-\d{5}(-of-\d{5}\.\w+)")  # files of one model, of llam
 FILE = re.compile(r"[^\n]{1,240}\.\w{2,11}")  # a value that may be the name of a file
 
 
-def difference(mine: dict[str, str], others: dict[str, str]) -> str:
-    """"has ComfyUI 0.24.0 where the others have 0.30.0", or "" where nothing is known to differ; torch's build (+cu130) may."""
-    pairs = {name: (version.partition("+")[0], others[name].partition("+")[0]) for name, version in mine.items()}
-    unlike = {name: pair for name, pair in pairs.items() if all(pair) and len(set(pair)) > 1}
-    return ", ".join(f"has {name} {version} where the others have {other}" for name, (version, other) in unlike.items())
-
-
 def memory() -> dict:
     """{"gpus": [(name, free bytes, all bytes)], "free": bytes of RAM, "all": the same}. Where a ComfyUI was started."""
     import comfy.model_management

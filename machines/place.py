@@ -1,4 +1,5 @@
 """Where a machine's ComfyUI lies and how it is started there: what `ray start` had around it says so."""
+import collections
 import importlib.metadata
 import os
 import re
@@ -100,3 +101,25 @@ def _pack_version(custom_nodes: str) -> str:
         return ""
     projects = (os.path.join(folder, "pyproject.toml") for folder in folders if is_pack(folder))
     return next((version for path in projects if (version := _quoted(path, "version"))), "")
+
+
+def difference(own: dict[str, str], others: dict[str, str]) -> str:
+    """Say which `versions` differ: "has ComfyUI 0.24.0 where the others have 0.30.0", or "".
+
+    Builds of one version (+cu130) do not differ, nor does what is not known.
+    """
+    texts = []
+    for name, version in own.items():
+        pair = [each.partition("+")[0] for each in (version, others.get(name, ""))]
+        if all(pair) and pair[0] != pair[1]:
+            texts.append(f"has {name} {pair[0]} where the others have {pair[1]}")
+    return ", ".join(texts)
+
+
+def majority(machines: Iterable[dict[str, str]], own: dict[str, str] | None = None) -> dict[str, str]:
+    """The `versions` that most machines have, without builds; of two that as many have, one's own."""
+    def plain(each):
+        return tuple((name, version.partition("+")[0]) for name, version in sorted(each.items()))
+
+    counts = collections.Counter(map(plain, machines))
+    return dict(max(counts, key=lambda each: (counts[each], each == plain(own or {})), default=()))

@@ -7,7 +7,7 @@ RECENT = 200  # rows, for the rate
 
 
 class Progress:
-    """Counts answers of `Draw`, says what failed, and now and then how far it is. total: rows to draw."""
+    """Counts answers of `RowRenderer`, says what failed, and now and then how far it is. total: rows to draw."""
 
     def __init__(self, total: int, say=print):
         self.total, self.say, self.counts = total, say, collections.Counter()
@@ -21,7 +21,7 @@ class Progress:
         self.times.append(now)
         self.workers[answer["worker"]] = now
         if answer["status"] == "failed":
-            self.tell(f"{answer['id']}: {answer['said']}")
+            self.tell(f"{answer['id']}: {answer['message']}")
         if now - self.shown > (0.5 if self.on_terminal else 10) or self.counts.total() == self.total:
             self.shown = now
             self.say(self.line(now), end="\r" if self.on_terminal else "\n", flush=True)

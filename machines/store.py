@@ -1,4 +1,4 @@
-"""Where the pictures of a batch go: a folder, or a bucket by pyarrow's filesystems.
+"""Where the pictures of a batch go: a folder, or a bucket by fsspec.
 
 | name | what |
 |---|---|
@@ -37,11 +37,13 @@ class Store:
         self.files, self.root = None, folder_of(out)
         if "://" in self.root:
             try:
-                import pyarrow.fs
+                from fsspec.core import url_to_fs
+
+                self.files, self.root = url_to_fs(out)
             except ImportError as error:
-                raise ValueError(f"{out} needs pyarrow, which is missing ({error}). Install it for this Python:"
-                                 f' {sys.executable} -m pip install "ray[data]"') from error
-            self.files, self.root = pyarrow.fs.FileSystem.from_uri(out)
+                raise ValueError(f"{out} needs a package that is missing ({error}). Install it:"
+                                 f" {sys.executable} -m pip install s3fs for s3://, gcsfs for gs://, adlfs for abfs://."
+                                 ) from error
         else:
             os.makedirs(self.root, exist_ok=True)
 
@@ -51,8 +53,9 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """The file's bytes, or None where there is none."""
         try:
-            with (self.files.open_input_stream(self.path(name), compression=None) if self.files  # else .gz is unpacked
-                  else open(self.path(name), "rb")) as file:
+            if self.files:
+                return self.files.cat_file(self.path(name))
+            with open(self.path(name), "rb") as file:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -60,8 +63,7 @@ class Store:
     def write(self, name: str, data: bytes):
         """The whole file or nothing, on the disk when this returns; buckets keep that by themselves."""
         if self.files:
-            with self.files.open_output_stream(self.path(name), compression=None) as file:  # else .gz is packed once more
-                file.write(data)
+            self.files.pipe_file(self.path(name), data)
             return
         for attempt in range(1, ATTEMPTS + 1):
             part = self.path(f".{name}.{secrets.token_hex(4)}.part")
@@ -82,7 +84,7 @@ class Store:
     def remove(self, name: str):
         """Remove a file that may be gone."""
         try:
-            self.files.delete_file(self.path(name)) if self.files else os.unlink(self.path(name))
+            self.files.rm_file(self.path(name)) if self.files else os.unlink(self.path(name))
         except FileNotFoundError:
             pass
 
@@ -140,7 +142,7 @@ def is_saved_name(row: str, name: str) -> bool:
     return name.startswith(f"{row}_") and not is_record and not re.search(r"[/\\]", name)
 
 
-class Writer:
+class StoreActor:
     """The store of the machine that the batch was called on, for workers elsewhere: an actor there."""
 
     def __init__(self, out: str):
@@ -153,7 +155,7 @@ class Writer:
         self.store.save(row, files, record)
 
 
-class Sent:
+class RemoteStore:
     """What a worker uses of a store that lies on another machine. writer: the actor's handle."""
 
     def __init__(self, writer):

@@ -1,65 +1,117 @@
-"""One ComfyUI in one process of Ray: actors of a program and those of *Run on Ray* share this class.
-
-Ray Data's workers (`machines/batch.py`) take its `boot`.
-"""
+"""One ComfyUI in one actor of Ray: what a batch and *Run on Ray* share, and the actor of *Run on Ray*."""
 import asyncio
 import concurrent.futures
 import os
 import platform
-import uuid
 
-from .host import Host
-from .place import arguments, find
+from .graph import GraphError, one_line
+from .heard import PREVIEW_WITH_METADATA
+from .host import Cancelled, Host
+from .place import MachineError, arguments, difference, find, versions
+
+CANCEL_SECONDS = 0.2  # between two attempts to cancel a prompt
 
 
-def boot(elsewhere: str = "") -> Host:
-    """This machine's ComfyUI, started in this process. elsewhere: see `place.find`. Raises MachineError."""
+def boot(comfyui: str) -> Host:
+    """Starts the ComfyUI of a folder in this process. Raises MachineError."""
     import ray
 
-    return Host(find(elsewhere), arguments(bool(ray.get_gpu_ids())))
+    return Host(comfyui, arguments(bool(ray.get_gpu_ids())))
 
 
-def machine() -> dict[str, str]:
-    """{"name": of this machine, "node": Ray's id of it}: several of Ray's nodes may be on one machine."""
+def node_info() -> dict[str, str]:
+    """{"name": of this machine, "node": Ray's id}: several of Ray's nodes may be on one machine."""
     import ray
 
-    return {"name": os.environ.get("FEATHERWEIGHT_MACHINE") or platform.node(), "node": ray.get_runtime_context().get_node_id()}
+    return {"name": os.environ.get("FEATHERWEIGHT_MACHINE") or platform.node(),
+            "node": ray.get_runtime_context().get_node_id()}
 
 
 class Worker:
-    """`elsewhere`: see `place.find`. One prompt runs at a time, further ones wait."""
+    """A ComfyUI in this process. unfit: what keeps it from drawing, or "".
 
-    def __init__(self, elsewhere: str = ""):
-        self.host, self.machine = boot(elsewhere), machine()
-        self.threads = concurrent.futures.ThreadPoolExecutor(64)  # prompts that wait in the host's own queue
+    Args:
+        comfyui: where ComfyUI is on a machine that does not name one, see `place.find`.
+        expected: `place.versions` that it must have, if any.
+    """
+    boot = staticmethod(boot)
 
-    async def run(self, graph: dict, extra: dict | None = None) -> tuple[dict[str, bytes], object]:
-        """(files, images) of `Answer`. Cancelling the call ends this prompt and no other."""
-        return [data async for event, data in self.stream(graph, extra) if event == "answer"][0]
+    def __init__(self, comfyui: str = "", expected: dict[str, str] | None = None):
+        self.info, self.host, self.unfit = node_info(), None, ""
+        try:
+            folder = find(comfyui)
+            self.unfit = difference(versions(folder, arguments(True)), expected or {})
+            if not self.unfit:
+                self.host = self.boot(folder)
+        except MachineError as error:
+            self.unfit = str(error)
+        except Exception as error:  # one that is raised here would only end the actor
+            self.unfit = f"its ComfyUI did not start: {one_line(f'{type(error).__name__}: {error}')}"
 
-    async def stream(self, graph: dict, extra: dict | None = None, prompt_id: str = ""):
-        """What the host tells about a prompt as it comes, (event, data), and at last ("answer", (files, images)).
+    def ready(self) -> tuple[dict, str]:
+        """Returns ({"name", "node", "pid"}, what keeps it from drawing or "")."""
+        return {**self.info, "pid": os.getpid()}, self.unfit
 
-        extra, prompt_id: see `Host.run`. Ending the stream early ends this prompt and no other. Raises GraphError,
-        MachineError and Cancelled.
+
+class PromptWorker(Worker):
+    """Draws prompts of one editor. One runs at a time, further ones wait."""
+
+    def __init__(self, comfyui: str = ""):
+        super().__init__(comfyui)
+        self.running = set()
+        self.threads = concurrent.futures.ThreadPoolExecutor(64)  # prompts that wait in ComfyUI's queue
+
+    async def stream(self, graph: dict, extra: dict, prompt_id: str):
+        """Yields ComfyUI's (event, data) of a prompt as they come, and at last ("answer", Answer).
+
+        Args:
+            extra, prompt_id: see `Host.run`.
+
+        Raises:
+            GraphError, MachineError, Cancelled: see `Host.run`.
         """
-        loop, prompt_id, events = asyncio.get_running_loop(), prompt_id or str(uuid.uuid4()), asyncio.Queue()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
-        def heard(*event):
+        def on_event(*event):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        running = loop.run_in_executor(self.threads, self.host.run, graph, heard, prompt_id, extra)
-        running.add_done_callback(lambda _: events.put_nowait(None))
+        self.running.add(prompt_id)
         try:
+            answer = loop.run_in_executor(self.threads, self.host.run, graph, on_event, prompt_id, extra)
+            answer.add_done_callback(lambda _: events.put_nowait(None))
             while (event := await events.get()) is not None:
                 yield event
-            answer = await running
-            yield "answer", (answer.files, answer.images)
+            yield "answer", await answer
         finally:
-            if not running.done():
-                self.host.cancel(prompt_id)
-                running.add_done_callback(lambda found: found.cancelled() or found.exception())  # nobody waits for it
+            self.running.discard(prompt_id)
 
-    async def facts(self) -> dict:
-        """Of this worker: its machine, process, and how long its ComfyUI took to start."""
-        return {**self.machine, "pid": os.getpid(), "boot": self.host.boot_seconds, "comfyui": os.getcwd()}
+    async def draw(self, graph: dict, extra: dict, prompt_id: str):
+        """Draws a prompt, as a stream of (event, data) in values that need no class of this pack.
+
+        ("begins", machine's name), ("progress", (node, value, maximum)), ("preview", JPEG or PNG), and at last one of
+        ("images", array (N, H, W, C)), ("failed", sentence), ("unfit", what this machine lacks), or nothing where the prompt
+        was cancelled.
+        """
+        name = self.info["name"]
+        try:
+            async for event, data in self.stream(graph, extra, prompt_id):
+                if event == "execution_start":
+                    yield "begins", name
+                elif event == "progress":
+                    yield "progress", (data["node"], data["value"], data["max"])
+                elif event == PREVIEW_WITH_METADATA:
+                    yield "preview", data[4 + int.from_bytes(data[:4], "big"):]
+                elif event == "answer":
+                    yield "images", data.images.cpu().float().contiguous().numpy()
+        except GraphError as error:
+            yield "failed", str(error)
+        except MachineError as error:
+            yield "unfit", f"{name}: {error}"
+        except Cancelled:
+            pass
+
+    async def cancel(self, prompt_id: str):
+        """Ends a prompt, whether it waits or runs, and no other; returns when it has ended."""
+        while prompt_id in self.running:  # it may not have reached ComfyUI's queue yet
+            self.host.cancel(prompt_id)
+            await asyncio.sleep(CANCEL_SECONDS)

@@ -114,7 +114,7 @@ def starters() -> set[str]:
                 found |= {f"{where}::{scope.name}" for node in ast.walk(scope) if isinstance(node, ast.Call)
                           and ast.unparse(node.func) in ("run_process", "start_process", "ray.init")}
                 found |= {f"{where}::{scope.name}" for node in ast.walk(scope) if isinstance(node, ast.Name | ast.Attribute)
-                          and ast.unparse(node) in ("ray.remote", "data.map_batches", "ray.data.ActorPoolStrategy")}
+                          and ast.unparse(node) == "ray.remote"}
     return found
 
 

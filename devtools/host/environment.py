@@ -43,7 +43,7 @@ EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "pytest-xdist", "hypoth
           "gguf>=0.19.0", "transformers<5.15"]
 # Compilers of GPU kernels: they need no GPU, and have no wheels for some systems. Ray: for the tests of many machines. Atheris:
 # a fuzzer guided by the lines it reaches. nodesafe: a scanner of node packs, whose findings docs/registry-review.md counts.
-OPTIONAL = ["atheris", "bitsandbytes", "nodesafe==0.6.0", "triton>=3.6", "nvidia-cuda-nvrtc-cu12", "ray[data,serve]>=2.55"]
+OPTIONAL = ["atheris", "bitsandbytes", "nodesafe==0.6.0", "triton>=3.6", "nvidia-cuda-nvrtc-cu12", "ray>=2.55"]
 
 
 class SetupError(Exception):

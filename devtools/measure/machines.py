@@ -13,13 +13,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
+from unittest import mock
 
 from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow  # before ray: it reads the environment
 
 import ray  # noqa: E402
-from featherweight.machines import batch, by_value, draw, graph, worker
+from featherweight.machines import batch, by_value, graph, worker
 from featherweight.machines.host import Answer
-from featherweight.machines.place import arguments, find, versions
+from featherweight.machines.progress import Progress
+from featherweight.machines.row_renderer import RowRenderer
 from featherweight.machines.rows import lines, look
 
 from devtools import ROOT
@@ -66,15 +69,16 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
     """Two workers, each on a node of its own with the same model files, resident; private: in no other process. Then what
     more prompts take."""
     with tempfile.TemporaryDirectory(prefix="fwm") as folder, machines(2, Path(folder)) as cluster:
-        actor = ray.remote(worker.Worker)
+        actor = ray.remote(worker.PromptWorker)
         workers = [actor.options(num_cpus=1, max_concurrency=4, label_selector={"ray.io/node-id": node.node_id}).remote()
                    for node in cluster.nodes.values()]
-        pids = [facts["pid"] for facts in ray.get([each.facts.remote() for each in workers])]
+        pids = [info["pid"] for info, _ in ray.get([each.ready.remote() for each in workers])]
 
         def drawn(some, numbers):
             for number in numbers:
-                given = changes(number)
-                ray.get([each.run.remote(workflow(given["4.text"], number, steps=2)) for each in some])
+                asked = workflow(changes(number)["4.text"], number, steps=2)
+                streams = [each.stream.options(num_returns="streaming").remote(asked, {}, f"{number}") for each in some]
+                ray.get([stream.completed() for stream in streams])
 
         drawn(workers, range(20))
         for name, pid in zip(("first worker", "second worker"), pids):
@@ -135,7 +139,7 @@ def measure_speed(options) -> Iterator[tuple[str, dict]]:
         yield "two plain", {"pictures a second": both, "times one": both * plain}
         asked = workflow(steps=STEPS)
         sleeping = {**asked, "1": {"class_type": "Sleep", "inputs": {"seconds": plain, "bytes": PNG}}}
-        for kind, what, worker in (("", asked, draw.Draw), (", asleep", sleeping, Sleeper)):
+        for kind, what, worker in (("", asked, RowRenderer), (", asleep", sleeping, Sleeper)):
             rates = []
             for nodes, which in enumerate(("one worker", "two workers"), start=1):
                 where = folder / f"{nodes}{worker.__name__}"  # short, without spaces: Ray's sockets lie below it
@@ -148,10 +152,10 @@ def measure_speed(options) -> Iterator[tuple[str, dict]]:
 # --- scale ---
 
 class Sleeping:
-    """In the place of a ComfyUI, as `Draw.boot`: a graph's node "1" says how many seconds it sleeps, and its file's size."""
+    """In the place of a ComfyUI, as `Worker.boot`: a graph's node "1" says how many seconds it sleeps, and its file's size."""
 
-    def __init__(self, elsewhere: str):
-        self.elsewhere = elsewhere
+    def __init__(self, comfyui: str):
+        self.comfyui = comfyui
 
     def run(self, asked: dict) -> Answer:
         inputs = asked["1"]["inputs"]
@@ -159,18 +163,17 @@ class Sleeping:
         return Answer({"9_0.png": bytes(inputs.get("bytes", 9))})
 
 
-class Sleeper(draw.Draw):
+class Sleeper(RowRenderer):
     boot = Sleeping
 
 
-class Watched(batch.Batch):
-    """A batch that notes its answers: (monotonic time, CPU seconds of this process, worker)."""
+class NotingProgress(Progress):
+    """Notes each answer: (monotonic time, CPU seconds of this process, worker)."""
+    notes: ClassVar[list[tuple[float, float, str]]] = []
 
-    def answers(self, *given):
-        self.seen = []
-        for answer in super().answers(*given):
-            self.seen.append((time.monotonic(), cpu_seconds(), answer["worker"]))
-            yield answer
+    def add(self, answer: dict):
+        self.notes.append((time.monotonic(), cpu_seconds(), answer["worker"]))
+        super().add(answer)
 
 
 def cpu_seconds() -> float:
@@ -210,22 +213,6 @@ def figures_of(seen: list[tuple[float, float, str]], options) -> dict:
             "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def on_core_actors(rows: list[dict], actors: list) -> list[tuple[float, float, str]]:
-    """What a loop of plain actors takes, two rows at each."""
-    seen, running_now, rest = [], {}, iter(rows)
-    for actor in 2 * actors:
-        if row := next(rest, None):
-            running_now[actor.__call__.remote(row)] = actor
-    while running_now:
-        done, _ = ray.wait(list(running_now), num_returns=min(len(running_now), 20), timeout=0.05)
-        for ref in done:
-            actor = running_now.pop(ref)
-            seen.append((time.monotonic(), cpu_seconds(), ray.get(ref)["worker"]))
-            if row := next(rest, None):
-                running_now[actor.__call__.remote(row)] = actor
-    return seen
-
-
 def measure_scale(options) -> Iterator[tuple[str, dict]]:
     """Rows with a sleep in the sampler's place; a worker of a batch saves a file and a record of each, on a RAM disk."""
     asked, rows = sleeping_rows(options)
@@ -234,17 +221,10 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
         with many(options, folder):
             table = folder / "rows.jsonl"
             table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            found = Watched(asked, str(table), str(folder / "out"), cpus=1, gpus=0, worker=Sleeper)
-            done = found.run()
+            with mock.patch.object(batch, "Progress", NotingProgress):
+                done = batch.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0, worker=Sleeper).run()
             assert done == {"drawn": len(rows)}, done
-            yield "batch.py", figures_of(found.seen, options)
-        if options.core:
-            with many(options, folder):
-                alike = ray.get(ray.remote(lambda: versions(find(), arguments(False))).remote())
-                given = asked, str(folder / "core"), "", None, alike, ""
-                actors = [ray.remote(Sleeper).options(num_cpus=1).remote(*given) for _ in range(options.actors)]
-                rows = [{"id": row.pop("id"), "changes": json.dumps(row), "stamp": ""} for row in rows]
-                yield "core actors", figures_of(on_core_actors(rows, actors), options)
+            yield "batch.py", figures_of(NotingProgress.notes, options)
 
 
 # --- resume ---
@@ -279,7 +259,6 @@ def main():
     parser.add_argument("--actors", type=int, default=100, help="of scale")
     parser.add_argument("--tasks", type=int, default=100_000, help="of scale")
     parser.add_argument("--sleep", type=float, default=0.2, help="of scale: seconds in the sampler's place")
-    parser.add_argument("--core", action="store_true", help="of scale: plain actors too")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of resume")
     parser.add_argument("--disk", help="of resume: a folder of the disk to use")
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")

@@ -16,8 +16,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import devtools.cluster  # noqa: E402, F401  before ray
 from devtools import product_module  # noqa: E402
 
-batch, draw, graph = (product_module(f"machines.{name}") for name in ("batch", "draw", "graph"))
-Answer, Draw, digest, real = product_module("machines.host").Answer, draw.Draw, graph.digest, draw.boot
+batch, worker, graph = (product_module(f"machines.{name}") for name in ("batch", "worker", "graph"))
+RowRenderer, Answer = product_module("machines.row_renderer").RowRenderer, product_module("machines.host").Answer
+digest, boot = graph.digest, worker.boot
 
 
 def painted(asked: dict) -> bytes:
@@ -51,12 +52,12 @@ class Noting:
             file.write(f"{what} {digest(asked)} {os.getpid()}\n")
 
 
-def worker(log: str, is_painted: bool) -> type[Draw]:
-    class Worker(Draw):
-        def boot(self, elsewhere):
-            return Noting(Painter() if is_painted else real(elsewhere), log)
+def noting_renderer(log: str, is_painted: bool) -> type[RowRenderer]:
+    class NotingRenderer(RowRenderer):
+        def boot(self, comfyui):
+            return Noting(Painter() if is_painted else boot(comfyui), log)
 
-    return Worker
+    return NotingRenderer
 
 
 if __name__ == "__main__":
@@ -67,5 +68,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     asked = json.loads(Path(options.workflow).read_text(encoding="utf-8"))
     found = batch.Batch(asked, options.rows, options.out, cpus=1, gpus=0, address=options.address,
-                        worker=worker(options.log, options.painted)).run()
+                        worker=noting_renderer(options.log, options.painted)).run()
     print(json.dumps(found), flush=True)

@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-from featherweight.machines import following
 from featherweight.machines.batch import Batch
 
 from .conftest import changes, workflow
@@ -121,23 +120,6 @@ def test_one_changed_row_is_drawn_again_and_no_other(first, plain):
     assert [name for name in run.names() if (run.out / name).read_bytes() != before.get(name)] == ["0004.json", "0004_9_0.png"]
 
 
-def test_after_a_pass_that_is_given_up_nothing_asks_ray(cluster):
-    """Ray ends the process of who asks after its end, before it could say how to go on."""
-    class Idle:  # here, so that it goes to the workers by its text
-        def __call__(self, row):
-            time.sleep(600)
-
-    before = len(following.asking())
-    data = ray.data.from_items([{"id": "a"}]).map(Idle, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=1)
-    answers = following.followed(data.iter_rows(), lambda: True, print)
-    threading.Thread(target=lambda: list(answers), daemon=True).start()
-    while len(following.asking()) < before + 2:
-        time.sleep(0.001)
-    following.end_passes()
-    left = [thread for thread in threading.enumerate() if type(thread).__name__ == "StreamingExecutor"]
-    assert left == following.asking() == []
-
-
 def test_who_stops_a_batch_while_ray_is_imported_imports_it_no_second_time(tmp_path, monkeypatch):
     class Refused:
         def find_spec(name, path, target=None):
@@ -148,6 +130,6 @@ def test_who_stops_a_batch_while_ray_is_imported_imports_it_no_second_time(tmp_p
 
     monkeypatch.delitem(sys.modules, "ray")
     monkeypatch.setattr(sys, "meta_path", [Refused, *sys.meta_path])
-    monkeypatch.setattr(Batch, "drawn", stopped)
+    monkeypatch.setattr(Batch, "render", stopped)
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path, "local")(rows(1))

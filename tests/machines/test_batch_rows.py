@@ -4,19 +4,16 @@ import os
 import re
 import subprocess
 import sys
-import threading
-import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 from devtools import ROOT
-from featherweight.machines import following
-from featherweight.machines.batch import Batch
-from featherweight.machines.draw import Draw
+from featherweight.machines.batch import Batch, room, share
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
 from featherweight.machines.place import MachineError, arguments, find, is_pack, own, versions
 from featherweight.machines.progress import Progress
+from featherweight.machines.row_renderer import RowRenderer
 from featherweight.machines.rows import Looked, Table, lines, look
 from featherweight.machines.store import Store
 
@@ -224,15 +221,15 @@ def test_only_half_files_of_own_rows_are_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".a_9.json.0123abcd.part", ".a_9_0.png.part", ".b_9_0.png.0123abcd.part"]
 
 
-def test_a_uri_is_written_by_pyarrow(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow.fs")
-    store = Store(f"file://{tmp_path}")
-    store.files, store.root = pyarrow.FileSystem.from_uri(f"file://{tmp_path}")
+def test_a_bucket_is_written_by_fsspec():
+    out = "memory://test-of-a-batch/pictures"
+    store = Store(out)
+    assert store.read("a.json") is None
     store.save("a", {"9_0.png": b"old", "9_1.png": b"old"}, {"stamp": "1"})
     store.save("a", {"9_0.gz": b"what a workflow saved"}, {"stamp": "2"})
     assert store.done("a", "2") and not store.done("b", "2")
-    assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.gz"]
-    assert (tmp_path / "a_9_0.gz").read_bytes() == store.read("a_9_0.gz") == b"what a workflow saved"  # by the name unpacked
+    assert Store(out).read("a_9_0.gz") == b"what a workflow saved"  # by the name unpacked
+    assert sorted(path.rpartition("/")[2] for path in store.files.find(store.root)) == ["a.json", "a_9_0.gz"]
 
 
 def test_a_uri_of_a_folder_means_what_other_programs_mean_by_it(tmp_path):
@@ -241,11 +238,11 @@ def test_a_uri_of_a_folder_means_what_other_programs_mean_by_it(tmp_path):
         Store("file://share/pictures")
 
 
-def test_a_bucket_without_pyarrow_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow.fs", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="s3://a/b needs pyarrow, .* -m pip install"):
-        Store("s3://a/b")
+def test_a_bucket_whose_package_is_missing_says_what_to_install(monkeypatch):
+    for name in ("s3fs", "fsspec", "fsspec.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ValueError, match="s3://a/b needs a package that is missing .* -m pip install s3fs for s3://"):
+            Store("s3://a/b")
 
 
 def test_another_command_for_the_same_rows_takes_nothing_away(tmp_path, monkeypatch):
@@ -264,112 +261,15 @@ def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
     """What Ray raises for another machine's trouble is an OSError too, with a traceback as its words."""
     cause = PermissionError(13, "Permission denied", "/pictures/a.png")
     error = type("RayTaskError", (OSError,), {"cause": cause, "__str__": lambda self: "Traceback (most recent call last):"})()
-    worker = Draw.__new__(Draw)
-    worker.unfit, worker.store = "", SimpleNamespace(done=Mock(side_effect=error))
-    with pytest.raises(MachineError, match=r"^could not write the pictures: .* Permission denied: '/pictures/a.png'$"):
-        worker._draw({"id": "a", "stamp": ""}, 0.0)
+    worker = RowRenderer.__new__(RowRenderer)
+    worker.info, worker.name = {"name": "attic"}, "attic:1"
+    worker.store = SimpleNamespace(done=Mock(side_effect=error))
+    answer = worker.render({"id": "a", "stamp": ""})
+    assert answer["status"] == "refused"
+    assert re.fullmatch(r"attic could not write the pictures: .* Permission denied: '/pictures/a.png'", answer["message"])
 
 
-# --- passes ---
-
-class Passes(Batch):
-    """A batch whose machines only answer. answer: (row's id, nodes left out) -> (status, node), or None for none."""
-
-    def draw(self, names, answer, nodes=("one", "two")):
-        self.answer, self.nodes, self.asked = answer, nodes, []
-        self.say = lambda text, **_: self.asked.append(text)
-        progress = Progress(len(names), self.say)
-        self.passes([{"id": name} for name in names], set(), (), progress)
-        return dict(progress.counts), self.asked
-
-    def machines(self):
-        return dict.fromkeys(self.nodes)
-
-    def answers(self, rows, without, ended, arguments):
-        for row in rows:
-            if given := self.answer(row["id"], without):
-                yield {"id": row["id"], "status": given[0], "node": given[1], "worker": f"{given[1]}:1",
-                       "said": f"{given[1]} has no file"}
-
-
-def passes(tmp_path):
-    return Passes(workflow(), "", str(tmp_path))
-
-
-def test_what_one_machine_cannot_do_another_does(tmp_path):
-    counts, said = passes(tmp_path).draw("abc", lambda name, without: ("left", "one") if not without else ("drawn", "two"))
-    assert counts == {"drawn": 3}
-    assert sum("one has no file" in text for text in said) == 1
-
-
-def test_what_no_machine_can_do_fails_with_the_last_ones_words(tmp_path):
-    counts, said = passes(tmp_path).draw(
-        "ab", lambda name, without: ("drawn", "one") if name == "b" else ("left", "two" if without else "one"))
-    assert counts == {"drawn": 1, "failed": 1}
-    assert "a: two has no file" in [text.strip() for text in said]
-
-
-def test_a_row_that_only_one_machine_can_draw_finds_it(tmp_path):
-    """Each machine lacks something, none everything."""
-    able = {"a": "one", "b": "two", "c": "three"}
-
-    def answer(name, without):
-        node = next(node for node in ("one", "two", "three") if node not in without)
-        return ("drawn" if able[name] == node else "left"), node
-
-    for order in ("abc", "cba", "bca"):
-        assert passes(tmp_path).draw(order, answer, ("one", "two", "three"))[0] == {"drawn": 3}
-
-
-def test_rows_that_were_handed_on_to_a_machine_that_goes_fail_with_the_last_words(tmp_path):
-    """And no pass begins for which no machine is left, which would wait for ever."""
-    batch, began = passes(tmp_path), []
-    answers = batch.answers
-    batch.answers = lambda rows, without, *rest: began.append(set(batch.nodes) - without) or answers(rows, without, *rest)
-
-    def answer(name, without):
-        if without:
-            batch.nodes = ("one",)  # the other goes away while it draws the second row
-            return ("drawn", "two") if name == "a" else None
-        return "left", "one"
-
-    counts, said = batch.draw("abc", answer)
-    assert counts == {"drawn": 1, "failed": 2} and all(began)
-    assert {"b: one has no file", "c: one has no file"} <= {text.strip() for text in said}
-
-
-def test_a_pass_without_a_machine_ends_with_a_sentence(monkeypatch):
-    monkeypatch.setattr(following, "GONE", 0.1)
-    never, said = threading.Event(), []
-
-    def waits():
-        yield "first"
-        never.wait()
-
-    assert list(following.followed(waits(), lambda: False, lambda text, **_: said.append(text))) == ["first"]
-    assert said == ["No machine is left that could draw the rest; waiting 0.1 s for one."]
-
-
-def test_a_pass_waits_while_a_machine_is_left(monkeypatch):
-    monkeypatch.setattr(following, "GONE", 0.1)
-
-    def slow():
-        time.sleep(0.5)
-        yield "first"
-
-    assert list(following.followed(slow(), lambda: True, print)) == ["first"]
-
-
-def test_what_goes_wrong_in_a_pass_is_raised():
-    with pytest.raises(ZeroDivisionError):
-        list(following.followed((1 // each for each in (1, 0)), lambda: True, print))
-
-
-def test_a_row_whose_worker_always_ends_fails_and_the_others_do_not(tmp_path):
-    counts, said = passes(tmp_path).draw("ab", lambda name, without: ("drawn", "one") if name == "b" else None)
-    assert counts == {"drawn": 1, "failed": 1}
-    assert any(re.match(r"a: its worker ended \d times", text) for text in said)
-
+# --- what is said ---
 
 def test_the_progress_line_has_rows_rate_workers_failures_and_time_left(monkeypatch):
     clock, said = [100.0], []
@@ -378,7 +278,7 @@ def test_the_progress_line_has_rows_rate_workers_failures_and_time_left(monkeypa
     for index in range(5):
         clock[0] += 20
         status = "failed" if index == 2 else "drawn"
-        progress.add({"id": f"{index}", "status": status, "said": "why", "worker": f"w{index % 2}"})
+        progress.add({"id": f"{index}", "status": status, "message": "why", "worker": f"w{index % 2}"})
     assert said[0] == "1 of 100 rows, 1 worker, 0 failed"
     assert said[-1] == "5 of 100 rows, 2 workers, 1 failed, 0.05 a second, 32 min left"
     assert "2: why" in said
@@ -412,12 +312,19 @@ def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
     assert found.stdout.startswith(f"Failed: COMFYUI_PATH is {tmp_path / 'typo'}, which has no main.py and comfy: set it to")
 
 
-def test_a_machine_without_cpus_has_room_for_no_worker(tmp_path):
-    batch = passes(tmp_path)
-    batch.machines = lambda: {"head": {"memory": 1.0}, "one": {"CPU": 4.0}}
-    for batch.cpus, room in ((0, 4), (2, 2)):
-        batch.gpus = 0
-        assert batch.room(()) == room and batch.room({"one"}) == 0
+@pytest.mark.parametrize("machine, gpus, cpus, count", [
+    ({"memory": 1.0}, 0, 0, 0), ({"memory": 1.0}, 0, 1, 0), ({"CPU": 4.0}, 0, 0, 4), ({"CPU": 4.0}, 0, 2, 2),
+    ({"CPU": 4.0}, 1, 2, 0), ({"CPU": 8.0, "GPU": 2.0}, 1, 2, 2), ({"CPU": 8.0, "GPU": 2.0}, 0.25, 1, 8)])
+def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(machine, gpus, cpus, count):
+    assert room(machine, gpus, cpus) == count
+
+
+@pytest.mark.parametrize("machines, given, shared", [
+    ([], (None, None), (0, 1)), ([{"memory": 1.0}, {"CPU": 4.0}, {"CPU": 6.0}], (None, None), (0, 4)),
+    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (None, None), (1, 8)),
+    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (0, None), (0, 4)), ([{"CPU": 4.0}], (None, 0), (0, 0))])
+def test_cpus_are_shared_out_alike_among_the_workers_of_all_machines(machines, given, shared):
+    assert share(machines, *given) == shared
 
 
 def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
@@ -435,17 +342,16 @@ def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
     ray = SimpleNamespace(remote=lambda look: Task(), put=lambda graph: graph, get=lambda ref: ref,
                           cluster_resources=lambda: {"CPU": 2})
     monkeypatch.setitem(sys.modules, "ray", ray)
-    batch = passes(tmp_path)
+    batch = Batch({}, "", str(tmp_path))
     batch.store = SimpleNamespace(files=True)
 
     def chunks():
-        for index in range(1, 5):
+        for index in range(5):
             assert len(running) == index
             reads.append(index)
             yield [index]
 
-    reads.append(0)
-    assert batch.looks_on_ray([0], chunks()) == [0, 1, 2, 3, 4]
+    assert batch.scan_on_ray(chunks()) == [0, 1, 2, 3, 4]
 
 
 def test_the_example_is_whole(tmp_path):
@@ -469,4 +375,4 @@ def test_a_finished_batch_needs_no_ray(tmp_path):
     assert found.returncode == 0 and "0 drawn, 12 there before, 0 failed" in found.stdout
     (tmp_path / "out" / "0003.json").unlink()
     found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out", env=environment)
-    assert found.returncode == 1 and 'pip install "ray[data]"' in found.stdout and not found.stderr
+    assert found.returncode == 1 and "-m pip install ray\n" in found.stdout and not found.stderr

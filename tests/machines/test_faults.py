@@ -75,9 +75,9 @@ class Broken:
     def workers(self) -> list[psutil.Process]:
         found = []
         for node in self.cluster.nodes.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):
                 found += [process for process in psutil.Process(raylet(node)).children(recursive=True)
-                          if process.name().startswith("ray::MapWor")]
+                          if "Renderer" in process.cmdline()[0]]
         return found
 
     def kill_worker(self, chance: random.Random):

@@ -78,7 +78,7 @@ def command(ray_folder, tmp_path_factory):
         env=surroundings(ray_folder, folder / "home"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         end = time.monotonic() + PATIENCE
-        while not any("Draw" in child.name() for child in process.children(True)):
+        while not any("RowRenderer" in child.name() for child in process.children(True)):
             assert process.is_running() and time.monotonic() < end
             time.sleep(0.1)
         time.sleep(1)
@@ -105,7 +105,7 @@ def test_a_batch_that_is_told_to_end_says_how_to_go_on(command):
     _, _, status, said = command
     assert status == 130, said
     assert "Stopped. What is in" in said and "Traceback" not in said
-    assert "SIGTERM" not in said  # Ray Data's threads would start another Ray, which says so
+    assert "SIGTERM" not in said  # Ray says so where its own handler ends the process
 
 
 @pytest.mark.heavy  # Ray knocks for 20 s

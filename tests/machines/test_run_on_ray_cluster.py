@@ -10,7 +10,7 @@ from devtools.host import server
 
 from .test_run_on_ray import COUNT, on_ray, pictures, pixels
 
-pytest.importorskip("ray.serve")
+pytest.importorskip("ray")
 pytestmark = pytest.mark.heavy
 
 
@@ -44,28 +44,25 @@ def queued(editor, graph) -> tuple[threading.Thread, list]:
     return thread, found
 
 
-def workers_now() -> set[str]:
-    from ray import serve
-
-    replicas = serve.status().applications["featherweight"].deployments["ComfyUI"].replica_states
-    return {name: count for name, count in replicas.items() if count}
+def on_cluster(**inputs) -> dict:
+    """A graph on the cluster, whose workers leave their machines to others when it ends."""
+    return on_ray(address="the cluster", idle_minutes=0.01, **inputs)
 
 
-def test_two_editors_share_the_workers(cluster, editors, plain):
-    runs = [queued(editor, on_ray(seed=seed, address="the cluster", workers=0)) for editor, seed in zip(editors, (5, 15))]
+def test_two_editors_draw_one_after_the_other(cluster, editors, plain):
+    runs = [queued(editor, on_cluster(seed=seed, workers=0)) for editor, seed in zip(editors, (5, 15))]
     for thread, found in runs:
         thread.join()
         assert isinstance(found[0], tuple), found[0]
     for (_, found), seed in zip(runs, (5, 15)):
         assert found[0][0] == [pixels(plain(workflow(seed=seed + index))) for index in range(COUNT)]
     assert {name for _, found in runs for name in found[0][1].texts["10"][-1].split("on ")[1].split(", ")} <= {"desk", "attic"}
-    assert sum(workers_now().values()) <= 2
 
 
 def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     first, second = editors
-    running_thread, found = queued(first, on_ray(seed=30, steps=60, address="the cluster", workers=0))
-    waiting_thread, said = queued(second, on_ray(seed=40, steps=60, address="the cluster", workers=0))
+    running_thread, found = queued(first, on_cluster(seed=30, steps=60, workers=0))
+    waiting_thread, said = queued(second, on_cluster(seed=40, steps=60, workers=0))
     time.sleep(3)
     assert running_thread.is_alive() and waiting_thread.is_alive()
     asked = time.monotonic()
@@ -74,13 +71,13 @@ def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     assert "interrupted" in said[0] and time.monotonic() - asked < 5
     running_thread.join()
     assert found[0][0] == [pixels(plain(workflow(seed=30 + index, steps=60))) for index in range(COUNT)]
-    assert pictures(second, on_ray(count=1, seed=50, address="the cluster"))[0] == [pixels(plain(workflow(seed=50)))]
+    assert pictures(second, on_cluster(count=1, seed=50))[0] == [pixels(plain(workflow(seed=50)))]
 
 
 def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
     path = next((bases["desk"] / "models").rglob(MODEL))
     os.link(path, path.with_name("at the desk.gguf"))
-    graph = on_ray(count=12, seed=60, steps=60, address="the cluster", workers=0)  # until attic has begun
+    graph = on_cluster(count=12, seed=60, steps=60, workers=0)  # until attic has begun
     graph["1"]["inputs"]["model_name"] = "at the desk.gguf"
     with pytest.raises(server.ServerError, match=r"Item \d+ of 12 cannot be drawn on attic: has no file 'at the desk.gguf'"):
         editors[0].queue(graph)
@@ -90,14 +87,14 @@ def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
     with contextlib.ExitStack() as head:
         address = head.enter_context(running(bases, ray_folder, connect=False, started=["desk"])).address
         with editor_of(bases, ray_folder, "three", address) as editor:
-            found, _ = pictures(editor, on_ray(count=1, seed=70, address="the cluster", workers=1))
+            found, _ = pictures(editor, on_cluster(count=1, seed=70, workers=1))
             assert found == [pixels(plain(workflow(seed=70)))]
-            thread, said = queued(editor, on_ray(count=1, seed=71, steps=5000, address="the cluster", workers=1))
+            thread, said = queued(editor, on_cluster(count=1, seed=71, steps=5000, workers=1))
             time.sleep(3)
             assert thread.is_alive()
             head.close()
             thread.join(180)
             assert not thread.is_alive() and "Ray" in said[0]
             with pytest.raises(server.ServerError, match="No Ray cluster answers at"):
-                editor.queue(on_ray(count=1, seed=73, address="the cluster", workers=1))
+                editor.queue(on_cluster(count=1, seed=73, workers=1))
             assert pictures(editor, on_ray(count=1, seed=72, address="", workers=2))[0] == [pixels(plain(workflow(seed=72)))]

@@ -4,13 +4,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 
 import pytest
 from devtools import ROOT
 from featherweight.machines import host
 from featherweight.machines.graph import GraphError, with_result
 from featherweight.machines.place import MachineError
-from featherweight.machines.worker import Worker
+from featherweight.machines.worker import PromptWorker
 
 from .conftest import changes, workflow
 
@@ -28,7 +29,7 @@ from featherweight.machines import host
 @pytest.fixture(scope="module")
 def worker(cluster):
     """On the machine whose pack has another name."""
-    actor = ray.remote(Worker).options(num_cpus=1, max_concurrency=8, label_selector={
+    actor = ray.remote(PromptWorker).options(num_cpus=1, max_concurrency=8, label_selector={
         "ray.io/node-id": cluster.nodes["attic"].node_id}).remote()
     yield actor
     ray.kill(actor)
@@ -68,8 +69,15 @@ def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
     assert found._files(outputs) == found._files(dict(reversed(outputs.items()))) == {"9-1_0": b"b", "9-1_1": b"a"}
 
 
+def begin(worker, graph, prompt_id="", extra=None):
+    """A prompt's events as they come."""
+    return worker.stream.options(num_returns="streaming").remote(graph, extra or {}, prompt_id or str(uuid.uuid4()))
+
+
 def drawn(worker, graph):
-    return ray.get(worker.run.remote(graph), timeout=300)
+    """(files, images) of a prompt's answer."""
+    answer = [ray.get(ref, timeout=300) for ref in begin(worker, graph)][-1][1]
+    return answer.files, answer.images
 
 
 def test_a_worker_draws_what_a_plain_comfyui_draws(worker, plain):
@@ -81,8 +89,8 @@ def test_a_worker_draws_what_a_plain_comfyui_draws(worker, plain):
 
 
 def test_a_worker_says_where_it_is(worker, cluster):
-    facts = ray.get(worker.facts.remote(), timeout=300)
-    assert (facts["name"], facts["node"]) == ("attic", cluster.nodes["attic"].node_id)
+    info, unfit = ray.get(worker.ready.remote(), timeout=300)
+    assert (info["name"], info["node"], unfit) == ("attic", cluster.nodes["attic"].node_id, "")
 
 
 def test_pictures_come_back_as_a_tensor(worker):
@@ -120,26 +128,26 @@ def test_a_class_that_is_not_there_is_the_machines_fault(worker):
 
 def test_cancelling_one_prompt_leaves_the_others(worker, plain):
     """The first runs, the second waits: the second's cancel does not end the first, and the next picture is right."""
-    first = worker.run.remote(workflow(seed=21, steps=40))
-    second = worker.run.remote(workflow(seed=22, steps=400))
-    ray.cancel(second)
-    with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
-        ray.get(second, timeout=300)
-    assert ray.get(first, timeout=300)[0].keys() == {"9_0.png"}
-    third = worker.run.remote(workflow(seed=23, steps=400))
-    while not ray.wait([third], timeout=2)[0]:  # runs now; Ray promises no single cancel to arrive
-        ray.cancel(third)
-    with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
-        ray.get(third, timeout=300)
+    first = begin(worker, workflow(seed=21, steps=40))
+    for seed in (22, 23):  # waits; runs
+        other = begin(worker, workflow(seed=seed, steps=400), f"{seed}")
+        if seed == 23:
+            assert ray.get(next(other), timeout=300)[0] == "execution_start"
+        ray.get(worker.cancel.remote(f"{seed}"), timeout=60)
+        with pytest.raises(ray.exceptions.RayTaskError, match="Cancelled"):
+            for ref in other:
+                ray.get(ref, timeout=300)
+        if seed == 22:
+            assert [ray.get(ref, timeout=300) for ref in first][-1][1].files.keys() == {"9_0.png"}
     assert drawn(worker, workflow(seed=24))[0]["9_0.png"] == plain(workflow(seed=24))
 
 
 def test_prompts_are_drawn_in_the_order_they_came(worker):
     """The host's queue takes prompts of one number by their names, which are random."""
-    waiting = [worker.run.remote(workflow(seed=25, steps=60))]
+    waiting = [begin(worker, workflow(seed=25, steps=60)).completed()]
     for seed in range(26, 31):
         time.sleep(0.3)
-        waiting.append(worker.run.remote(workflow(seed=seed)))
+        waiting.append(begin(worker, workflow(seed=seed)).completed())
     assert not ray.wait(waiting, timeout=0)[0]  # the first takes longer than all of them to come
     ended, left = [], waiting
     while left:
@@ -149,8 +157,8 @@ def test_prompts_are_drawn_in_the_order_they_came(worker):
 
 
 def test_progress_and_previews_come_while_it_draws(worker):
-    events = [ray.get(ref, timeout=300) for ref in worker.stream.options(num_returns="streaming").remote(
-        workflow(seed=31, steps=6), {"preview_method": "latent2rgb"})]
+    events = [ray.get(ref, timeout=300) for ref in begin(
+        worker, workflow(seed=31, steps=6), extra={"preview_method": "latent2rgb"})]
     kinds = [event for event, _ in events]
     assert kinds[0] == "execution_start" and kinds[-1] == "answer"
     assert kinds.count("progress") == 6
