@@ -39,8 +39,7 @@ def parser() -> argparse.ArgumentParser:
                        help="draw only the I-th of N parts of the rows, as each of several clusters does")
     found.add_argument("--check", action="store_true",
                        help="say what each machine is and which models and node packs of the workflow it lacks; draw nothing")
-    found.add_argument("--fetch-models", action="store_true",
-                       help="first send missing model files to the machines that lack them")
+    found.add_argument("--fetch-models", action="store_true", help=argparse.SUPPRESS)  # of earlier versions
     return found
 
 
@@ -66,6 +65,10 @@ def run(options: argparse.Namespace) -> int:
     from featherweight.machines.place import MachineError, own
     from featherweight.machines.progress import duration
 
+    if options.fetch_models:
+        print("Failed: --fetch-models sends no files any more: share the models' folder among the machines or copy it, as"
+              " docs/machines.md says.", flush=True)
+        return USAGE
     started = time.monotonic()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends and is drawn again is no error here
     signal.signal(signal.SIGTERM, stop)
@@ -74,10 +77,8 @@ def run(options: argparse.Namespace) -> int:
         graph = read(Path(options.workflow).read_text(encoding="utf-8"), options.workflow)
         batch = Batch(graph, options.rows, out, workers_of(options.workers), options.gpus, options.cpus, options.address,
                       options.shard, own(str(ROOT)))
-        if options.check or options.fetch_models:
-            able = batch.checked(options.fetch_models)
-            if options.check:
-                return DONE if able else FAILED
+        if options.check:
+            return DONE if batch.check() else FAILED
         counts = batch.run()
     except OSError as error:
         reason = f"{error.filename} cannot be opened: {error.strerror}." if error.filename and error.strerror else error

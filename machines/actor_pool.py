@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .graph import changed, one_line
+from .joining import on_node
 from .place import MachineError
 from .worker import PromptWorker
 
@@ -75,17 +76,15 @@ class ActorPool:
 
     def start(self) -> Member:
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        where, node = "SPREAD", ""
+        options, node = {"scheduling_strategy": "SPREAD"}, ""
         if self.share.per_node:  # no resource of Ray says that a machine shall have no more
             alive = [each["NodeID"] for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU", 0) >= 1]
             counts = collections.Counter(member.node for member in self.members)
             node = min(alive, key=counts.__getitem__, default="")
-            if node:
-                where = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = ray.remote(PromptWorker).options(num_cpus=self.share.cpus, num_gpus=self.share.gpus, max_concurrency=64,
-                                                 scheduling_strategy=where).remote(self.comfyui)
+            options = on_node(node) if node else options
+        options |= {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_concurrency": 64}
+        actor = ray.remote(PromptWorker).options(**options).remote(self.comfyui)
         member = Member(actor, node)
         self.members.append(member)
         return member

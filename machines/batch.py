@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import by_value
-from .check import checked
-from .fetch import pinned
-from .joining import ALONE, is_joined, join, local_environment, nearest
+from .check import Machine, check_machines, file_changes, report
+from .joining import ALONE, is_joined, join, local_environment, nearest, on_node
 from .place import MachineError, arguments, difference, find, majority, versions
 from .progress import Progress
 from .row_pool import RowPool
-from .row_renderer import RowRenderer
 from .rows import Table, changes_of, chunks, lines, look
 from .store import Store, StoreActor
-from .worker import node_info
+from .worker import RowRenderer, node_info
 
 LOCAL_SCAN_ROWS = 20_000  # up to which the scan is quicker in this process than in tasks
 CHUNK = 5_000  # rows in one task of the scan
@@ -81,16 +79,16 @@ class Batch:
                 self.store.tidy(table.names)
         return +counts
 
-    def checked(self, send: bool = False) -> bool:
-        """Say of each machine what it is and lacks, after it was sent missing model files if `send`. Whether all can run it.
-
-        Raises BatchError.
-        """
+    def check(self) -> bool:
+        """Says of each machine what it is and lacks. Returns whether all can run it. Raises BatchError, OSError."""
         self.connect()
-        nodes = {node: bool(self.gpus) for node in self.capacity()}
-        if not nodes:
-            raise BatchError(self.no_capacity())
-        return checked(nodes, self.comfyui, self.graph, changes_of(self.rows), send, lambda text: self.say(text, flush=True))
+        machines, _ = self.compare_machines()
+        for node in self.capacity().keys() - machines.keys():
+            machines[node] = Machine(f"Ray's node {node[:8]}", {}, f"did not answer within {VERSION_SECONDS} s")
+        changes = file_changes(self.graph, changes_of(self.rows))
+        check_machines(machines, self.graph, changes, self.comfyui, bool(self.gpus))
+        self.say(report(machines.values()), flush=True)
+        return all(machine.can_run() for machine in machines.values())
 
     # --- what is there ---
 
@@ -110,7 +108,7 @@ class Batch:
         """Scans lines, as many parts at once as there are processors where the store is, in their order."""
         import ray
 
-        where = {"num_cpus": 0, "scheduling_strategy": "SPREAD"} if self.store.files else pinned(self.home)
+        where = {"num_cpus": 0, "scheduling_strategy": "SPREAD"} if self.store.files else on_node(self.home)
         at_once = int(ray.cluster_resources().get("CPU", 1)) if self.store.files else os.cpu_count()
         task, graph = ray.remote(look).options(**where), ray.put(self.graph)
         scans, running = [], collections.deque()
@@ -152,15 +150,21 @@ class Batch:
         counts = {node: room(resources, self.gpus, self.cpus) for node, resources in self.resources().items()}
         return {node: count for node, count in counts.items() if count}
 
+    def free(self) -> dict[str, int]:
+        """`capacity` without what is in use now."""
+        from ray._private.state import available_resources_per_node
+
+        return {node: room(resources, self.gpus, self.cpus) for node, resources in available_resources_per_node().items()}
+
     def no_capacity(self) -> str:
         gpus = f" and {self.gpus:g} GPUs: give --gpus 0 for machines without." if self.gpus else ""
         return f"No machine of the cluster has {self.cpus:g} free CPUs{gpus}"
 
-    def common_versions(self) -> tuple[dict[str, str], set[str]]:
-        """Compares the machines, and says which take no part. Starts no ComfyUI.
+    def compare_machines(self) -> tuple[dict[str, Machine], dict[str, str]]:
+        """Asks the machines for their versions. Starts no ComfyUI.
 
         Returns:
-            (`versions` that most machines have, the nodes that have others).
+            (Ray's id -> machine, excluded where its versions are not those of most; the `versions` of most).
 
         Raises:
             BatchError: no machine can take part.
@@ -168,22 +172,20 @@ class Batch:
         import ray
 
         task = ray.remote(versions_here)
-        nodes = {task.options(**pinned(node)).remote(self.comfyui): node for node in self.capacity()}
+        nodes = {task.options(**on_node(node)).remote(self.comfyui): node for node in self.capacity()}
         ready, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=VERSION_SECONDS) if nodes else ([], [])
-        answers = {}
+        machines = {}
         for ref in ready:
             with contextlib.suppress(ray.exceptions.RayError):
-                answers[nodes[ref]] = ray.get(ref)
-        expected = majority((here for _, here, problem in answers.values() if not problem),
+                machines[nodes[ref]] = Machine(*ray.get(ref))
+        expected = majority((machine.versions for machine in machines.values() if not machine.excluded),
                             versions(self.comfyui) if self.comfyui else None)
         if not expected:
-            raise BatchError("; ".join(f"{name} {problem}" for name, _, problem in answers.values()) or self.no_capacity())
-        excluded = set()
-        for node, (name, here, problem) in answers.items():
-            if reason := problem or difference(here, expected):
-                excluded.add(node)
-                self.say(f"{name} {reason.rstrip('.')}: it takes no part.", flush=True)
-        return expected, excluded
+            raise BatchError("; ".join(f"{machine.name} {machine.excluded}" for machine in machines.values())
+                             or self.no_capacity())
+        for machine in machines.values():
+            machine.excluded = machine.excluded or difference(machine.versions, expected)
+        return machines, expected
 
     # --- drawing ---
 
@@ -192,19 +194,22 @@ class Batch:
         self.connect()
         import ray
 
-        expected, excluded = self.common_versions()
+        machines, expected = self.compare_machines()
+        excluded = {node for node, machine in machines.items() if machine.excluded}
+        for text in itertools.chain.from_iterable(machines[node].sentences() for node in excluded):
+            self.say(text, flush=True)
         writer = None
         if not self.store.files and not self.out.startswith("file://"):
             writer = ray.remote(StoreActor).options(max_restarts=-1, max_task_retries=-1, max_concurrency=16,
-                                                    **pinned(self.home)).remote(self.out)
+                                                    **on_node(self.home)).remote(self.out)
         actor = ray.remote(self.worker)
         given = (self.graph, self.out, self.home if writer else "", writer, self.comfyui, expected)
 
         def start(node: str):
-            return actor.options(**{**pinned(node), "num_cpus": self.cpus, "num_gpus": self.gpus}).remote(*given)
+            return actor.options(**{**on_node(node), "num_cpus": self.cpus, "num_gpus": self.gpus}).remote(*given)
 
         progress = Progress(len(rows), self.say)
-        RowPool(start, self.capacity, excluded, self.workers, progress).render(rows)
+        RowPool(start, self.capacity, self.free, excluded, self.workers, progress).render(rows)
         return progress.counts
 
 

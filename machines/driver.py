@@ -14,9 +14,8 @@ import time
 
 from . import by_value
 from .actor_pool import ActorPool, Run, plan
-from .address import named_cluster
 from .graph import GraphError, one_line
-from .joining import join
+from .joining import join, named_cluster
 from .messages import MessageError, read, write
 from .place import MachineError
 

@@ -2,9 +2,11 @@
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -15,10 +17,10 @@ from dataclasses import dataclass, field
 
 import filelock
 
-from .graph import RESULT, GraphError, one_line, texts
-from .heard import Listener
+from .graph import RESULT, GraphError, classes, one_line, texts
 from .place import MachineError, is_pack
 
+PREVIEW_WITH_METADATA = 4  # the host's `protocol.BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA`
 SCRATCH = "featherweight-worker-"
 LOCK = ".lock"  # in a scratch folder, held as long as its process lives, which has another number in another container
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -38,6 +40,43 @@ class Answer:
     """
     files: dict[str, bytes] = field(default_factory=dict)
     images: object = None
+
+
+class Listener:
+    """Receives one prompt's events in the place of a browser's websocket, whose methods `PromptServer` awaits.
+
+    Args:
+        on_event: is called with (event, data) of this prompt and no other, in ComfyUI's loop, so it must return at once. event:
+            a name, with a dict, or a number, with bytes.
+        started: is called with this listener when ComfyUI begins the prompt.
+    """
+
+    def __init__(self, prompt_id: str, on_event: Callable | None, started: Callable):
+        self.prompt_id, self.on_event, self.started = prompt_id, on_event, started
+        self.ended, self.cancelled, self.running = threading.Event(), False, False
+
+    async def send_json(self, message: dict):
+        event, data = message["type"], message["data"]
+        if data.get("prompt_id") != self.prompt_id:
+            return
+        if event == "execution_start":
+            self.running = True
+            self.started(self)
+        if self.on_event:
+            self.on_event(event, data)
+        if event == "executing" and data.get("node") is None:  # after the history has it
+            self.running = False
+            self.ended.set()
+
+    async def send_bytes(self, message: bytes):
+        if self.on_event and self.running:
+            event, data = struct.unpack(">I", message[:4])[0], bytes(message[4:])
+            if event != PREVIEW_WITH_METADATA or self._is_mine(data):
+                self.on_event(event, data)
+
+    def _is_mine(self, data: bytes) -> bool:
+        length = struct.unpack(">I", data[:4])[0]
+        return json.loads(data[4:4 + length]).get("prompt_id", self.prompt_id) == self.prompt_id
 
 
 class Host:
@@ -87,25 +126,32 @@ class Host:
 
         nodes.NODE_CLASS_MAPPINGS[RESULT] = result_node(self.results)
         self.validate_prompt, self.folders = execution.validate_prompt, folder_paths
-        self.interrupt = nodes.interrupt_processing
+        self.interrupt, self.node_classes = nodes.interrupt_processing, nodes.NODE_CLASS_MAPPINGS
         threading.Thread(target=self._publish, daemon=True, name="ComfyUI tells").start()
 
     def _publish(self):
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(self.server.publish_loop())
 
-    def run(self, graph: dict, heard: Callable | None = None, prompt_id: str | None = None,
+    def run(self, graph: dict, on_event: Callable | None = None, prompt_id: str | None = None,
             extra: dict | None = None) -> Answer:
-        """Run a graph to its end. heard(event, data): see `Listener`. prompt_id: a name for `cancel`, new each time.
+        """Runs a graph to its end. Prompts of several threads wait for each other.
 
-        extra: the host's extra data, such as {"preview_method": "auto"}. Prompts of several threads wait for each other.
-        Raises GraphError, MachineError and Cancelled.
+        Args:
+            on_event: see `Listener`.
+            prompt_id: a name for `cancel`, new each time.
+            extra: ComfyUI's extra data, such as {"preview_method": "auto"}.
+
+        Raises:
+            GraphError: the workflow is at fault, on any machine.
+            MachineError: this machine is.
+            Cancelled: by `cancel`.
         """
         prompt_id = prompt_id or str(uuid.uuid4())
         if any(node["class_type"] == RESULT for node in graph.values()):
             graph = {name: {**node, "inputs": {**node["inputs"], "key": prompt_id}} if node["class_type"] == RESULT else node
                      for name, node in graph.items()}
-        listener = Listener(prompt_id, heard, self._started)
+        listener = Listener(prompt_id, on_event, self._started)
         with self.lock:
             self.listeners[prompt_id] = listener
         self.server.sockets[prompt_id] = listener
@@ -125,15 +171,20 @@ class Host:
             if not self.listeners:
                 self._sweep()
 
+    def validate(self, graph: dict, prompt_id: str = "check") -> list[str]:
+        """Has ComfyUI validate a graph. Returns its output nodes. Raises GraphError, MachineError."""
+        valid, error, outputs, node_errors = asyncio.run_coroutine_threadsafe(
+            self.validate_prompt(prompt_id, graph, None), self.loop).result()
+        if not valid:
+            self._refuse(graph, error, node_errors)
+        return outputs
+
     def _entry(self, graph: dict, listener: Listener, extra: dict) -> dict:
         """The host's history of a prompt that went well."""
         prompt_id, queue = listener.prompt_id, self.server.prompt_queue
         asked = self.server.trigger_on_prompt({"prompt": graph, "client_id": prompt_id, "extra_data": extra})
         graph, extra = asked["prompt"], {**asked.get("extra_data", {}), "client_id": prompt_id}
-        valid, error, outputs, node_errors = asyncio.run_coroutine_threadsafe(
-            self.validate_prompt(prompt_id, graph, None), self.loop).result()
-        if not valid:
-            self._refuse(graph, error, node_errors)
+        outputs = self.validate(graph, prompt_id)
         with self.lock:
             if listener.cancelled:
                 raise Cancelled
@@ -181,8 +232,9 @@ class Host:
 
     def _refuse(self, graph: dict, error: dict, node_errors: dict):
         if error["type"] == "missing_node_type":
-            kind = (error.get("extra_info") or {}).get("class_type")
-            raise MachineError(f"has no node {kind!r}: the pack it comes from is not installed or did not load.")
+            missing = sorted(classes(graph) - self.node_classes.keys())
+            raise MachineError(f"has no node {' and none '.join(map(repr, missing))}: the pack it comes from is not"
+                               " installed or did not load.")
         self._lacks_files(graph)
         said = [f"node {name} ({found['class_type']}): {reason['message']}: {reason['details']}"
                 for name, found in (node_errors or {}).items() for reason in found["errors"]]

@@ -1,7 +1,12 @@
-"""A program's way into Ray: to a cluster that runs already, or to a Ray of its own, on this machine and for itself alone."""
+"""Which Ray a program draws on, and its way there: the cluster that the machine's owner named, or one of its own.
+
+A workflow may be a stranger's, and whoever owns a Ray cluster runs programs on all machines that join it. So no address is
+ever taken from a workflow. A Ray of its own is on this machine and for the program alone.
+"""
 import concurrent.futures
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -11,15 +16,68 @@ from collections.abc import Callable, Mapping
 
 import psutil
 
-from .address import check_form
 from .graph import one_line
 from .place import MachineError
 
+VARIABLE = "FEATHERWEIGHT_RAY_ADDRESS"
+RAYS_OWN = "RAY_ADDRESS"  # what Ray's own commands read
+THIS_COMPUTER, THE_CLUSTER = "this computer", "the cluster"
+QUOTED = 100  # characters of an address in a message
 CONNECT_SECONDS = 3  # in which something must listen at a cluster's address
 ANSWER_SECONDS = 4  # in which it must answer as Ray does
 CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on every system: Ray listens on 127.0.0.1. Read when ray is imported
 ALONE = "RAY_ENABLE_AUTO_CONNECT"  # "0": who asks Ray after its end starts no other one. Read when ray is imported
 TOKEN = "RAY_AUTH_TOKEN"  # without one Ray 2.60 writes ~/.ray/auth_token, which this user's next cluster asks of everybody
+
+
+def named_cluster(environment: Mapping[str, str] | None = None) -> str:
+    """The address that the machine's owner gave where ComfyUI is started, "" where none is named."""
+    environment = os.environ if environment is None else environment
+    address = environment.get(VARIABLE, "").strip() or environment.get(RAYS_OWN, "").strip()
+    return "" if address == "local" else address
+
+
+def check_form(address: str):
+    """Raises MachineError for what is neither HOST:PORT nor "auto"."""
+    host_and_port = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", address)
+    if address != "auto" and not (host_and_port and 1 <= int(host_and_port[1]) < 65536):
+        raise MachineError(f"{address[:QUOTED]} is not the address of a Ray cluster: write HOST:6379, as `ray start --head`"
+                           " prints it there, or auto for the cluster that this machine belongs to.")
+
+
+def choices(cluster: str) -> list[str]:
+    """What the node offers, on a machine whose owner named this cluster or none ("")."""
+    return [THIS_COMPUTER, THE_CLUSTER] if cluster else [THIS_COMPUTER]
+
+
+def is_cluster(choice: object, cluster: str) -> bool:
+    """Whether a workflow draws on the owner's cluster, and not on this computer.
+
+    Args:
+        choice: any value of the node's input `address`. Older workflows have an address there, or "" for this computer.
+        cluster: the address that the owner named, or "".
+
+    Raises:
+        MachineError: the value is an address that the owner did not name, or asks for a cluster where none is named.
+    """
+    text = choice.strip() if isinstance(choice, str) else repr(choice)
+    if text in ("", THIS_COMPUTER):
+        return False
+    if text == THE_CLUSTER:
+        if not cluster:
+            raise MachineError("No Ray cluster is named on this machine: set FEATHERWEIGHT_RAY_ADDRESS to its address where"
+                               f" ComfyUI is started, or choose \"{THIS_COMPUTER}\".")
+        return True
+    if cluster and _normalized(text) == _normalized(cluster):
+        return True
+    raise MachineError(f"A workflow may not name a Ray cluster, and this one names {text[:QUOTED]!r}: if that cluster is yours,"
+                       " set FEATHERWEIGHT_RAY_ADDRESS to its address where ComfyUI is started and choose"
+                       f" \"{THE_CLUSTER}\", else choose \"{THIS_COMPUTER}\".")
+
+
+def _normalized(address: str) -> tuple[str, str]:
+    host, _, port = address.strip().casefold().rpartition(":")
+    return host.strip("[]").rstrip("."), port.lstrip("0")
 
 
 def is_joined() -> bool:
@@ -128,3 +186,10 @@ def _within(seconds: float, call: Callable):
         return outcome.result(seconds)
     except concurrent.futures.TimeoutError as error:  # another class than the built-in one before Python 3.11
         raise TimeoutError(str(error) or f"no answer within {seconds} s") from error
+
+
+def on_node(node: str) -> dict:
+    """Options of a task or an actor that runs on that node or not at all, however busy it is."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}

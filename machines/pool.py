@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..child_process import end_process, start_process
-from .address import RAYS_OWN, VARIABLE, check_form
 from .driver import install
-from .joining import ALONE, local_environment
+from .joining import ALONE, RAYS_OWN, VARIABLE, check_form, local_environment
 from .messages import MessageError, read, write
 from .place import MachineError
 

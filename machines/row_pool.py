@@ -12,6 +12,7 @@ from .progress import Progress
 AHEAD = 2  # rows that a worker has: one is drawn, one waits
 LOSSES = 6  # workers that may end while they draw one row
 FAILED_STARTS = 10  # workers of a node, one after another, that may end while their ComfyUI starts
+GATHER_SECONDS = 0.02  # after an answer, for those of other workers, so that a thousand of them are not asked each time
 LOOK_SECONDS = 2.0  # between two looks at the nodes
 GONE_SECONDS = 600.0  # that a node has to come back, or a cluster to start another
 MAX_REST_SECONDS = 10  # of a node that refuses rows, so that it does not draw what others must draw again
@@ -31,15 +32,16 @@ class RowPool:
 
     Args:
         start: starts an actor of `RowRenderer` on a node.
-        capacity: says for how many workers each node has room.
+        capacity, free: say for how many workers each node has room, with what other programs use of it and without.
         excluded: nodes that take no part.
         workers: (fewest, most): no more than rows, but `fewest` in any case; most: 0 for as many as fit.
         progress: is told each row's last answer, once.
     """
 
-    def __init__(self, start: Callable, capacity: Callable[[], dict[str, int]], excluded: Collection[str],
-                 workers: tuple[int, int], progress: Progress):
-        self.start, self.capacity, self.workers, self.progress = start, capacity, workers, progress
+    def __init__(self, start: Callable, capacity: Callable[[], dict[str, int]], free: Callable[[], dict[str, int]],
+                 excluded: Collection[str], workers: tuple[int, int], progress: Progress):
+        self.start, self.capacity, self.free = start, capacity, free
+        self.workers, self.progress = workers, progress
         self.excluded, self.reason = set(excluded), "no machine is left that could draw it"
         self.members: list[Member] = []
         self.waiting, self.returned = collections.deque(), []  # returned: to go to another worker
@@ -82,10 +84,12 @@ class RowPool:
         fewest, most = self.workers
         target = min(sum(usable.values()), max(self.left, fewest), most or math.inf)
         counts = collections.Counter(member.node for member in self.members if member.node in usable)
-        while counts.total() < target:
-            node = max(usable, key=lambda node: usable[node] - counts[node])
+        free = self.free() if counts.total() < target else {}
+        while counts.total() < target:  # first where no other program is, and on all nodes alike
+            node = max(usable, key=lambda node: (free.get(node, 0) > 0, usable[node] - counts[node]))
             self._start(node)
             counts[node] += 1
+            free[node] = free.get(node, 0) - 1
 
     def _waits_for_node(self, has_excluded: bool) -> bool:
         """Whether to wait, where no node can draw. has_excluded: whether there are nodes that take no part."""
@@ -140,7 +144,7 @@ class RowPool:
             time.sleep(min(LOOK_SECONDS, 0.5))
             return
         if ray.wait(calls, timeout=LOOK_SECONDS)[0]:
-            answered = set(ray.wait(calls, num_returns=len(calls), timeout=0)[0])
+            answered = set(ray.wait(calls, num_returns=len(calls), timeout=GATHER_SECONDS)[0])
             for member in list(self.members):
                 for call in [call for call in member.calls if call in answered]:
                     if call in member.calls:

@@ -11,12 +11,11 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL import Image
 
-from ..machines import here
-from ..machines.address import THIS_COMPUTER, choices, is_cluster, named_cluster
 from ..machines.gathering import Gathering
 from ..machines.graph import GraphError, classes, upstream, with_result
 from ..machines.items import items, varying
-from ..machines.place import MachineError
+from ..machines.joining import THIS_COMPUTER, choices, is_cluster, named_cluster
+from ..machines.place import MachineError, worker_environment
 from ..machines.pool import Pool
 from .shown import shower
 
@@ -95,5 +94,5 @@ class RunOnRay(io.ComfyNode):
             "extra": {"preview_method": args.preview_method.value}, "workers": workers, "idle_seconds": idle_minutes * 60,
             "on_cpu": args.cpu and not on_cluster,
         }, on_event, comfy.model_management.throw_exception_if_processing_interrupted,
-            {} if on_cluster else here.environment(comfyui, sys.argv[1:]))
+            {} if on_cluster else worker_environment(comfyui, sys.argv[1:]))
         return io.NodeOutput(torch.from_numpy(gathering.whole()))

@@ -22,8 +22,8 @@ import ray  # noqa: E402
 from featherweight.machines import batch, by_value, graph, worker
 from featherweight.machines.host import Answer
 from featherweight.machines.progress import Progress
-from featherweight.machines.row_renderer import RowRenderer
 from featherweight.machines.rows import lines, look
+from featherweight.machines.worker import RowRenderer
 
 from devtools import ROOT
 from devtools.host.server import Server

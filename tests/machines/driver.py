@@ -17,8 +17,7 @@ import devtools.cluster  # noqa: E402, F401  before ray
 from devtools import product_module  # noqa: E402
 
 batch, worker, graph = (product_module(f"machines.{name}") for name in ("batch", "worker", "graph"))
-RowRenderer, Answer = product_module("machines.row_renderer").RowRenderer, product_module("machines.host").Answer
-digest, boot = graph.digest, worker.boot
+Answer, RowRenderer, digest, boot = product_module("machines.host").Answer, worker.RowRenderer, graph.digest, worker.boot
 
 
 def painted(asked: dict) -> bytes:

@@ -1,6 +1,6 @@
 """Which Ray a workflow may draw on: the owner of the machine names it, and no value of a workflow does."""
 import pytest
-from featherweight.machines.address import THE_CLUSTER, THIS_COMPUTER, check_form, choices, is_cluster, named_cluster
+from featherweight.machines.joining import THE_CLUSTER, THIS_COMPUTER, check_form, choices, is_cluster, named_cluster
 from featherweight.machines.place import MachineError
 
 

@@ -13,9 +13,9 @@ from featherweight.machines.batch import Batch, room, share
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
 from featherweight.machines.place import MachineError, arguments, find, is_pack, own, versions
 from featherweight.machines.progress import Progress
-from featherweight.machines.row_renderer import RowRenderer
 from featherweight.machines.rows import Looked, Table, lines, look
 from featherweight.machines.store import Store
+from featherweight.machines.worker import RowRenderer
 
 from .conftest import workflow
 
@@ -301,6 +301,12 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path):
     found = command(example, rows, tmp_path / "out")
     assert "Line 1 (a): The workflow has no node 99, which '99.seed' names.\n" in found.stdout
     assert command("a", "b", "c", "--shard", "3/2").returncode == 2
+
+
+def test_models_are_fetched_no_more_and_the_page_says_how_to_copy_them():
+    found = command("workflow.json", "rows.jsonl", "out", "--check", "--fetch-models")
+    assert found.returncode == 2 and not found.stderr and found.stdout.count("\n") == 1
+    assert "--fetch-models sends no files any more" in found.stdout and "docs/machines.md" in found.stdout
 
 
 def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):

@@ -1,30 +1,19 @@
-"""Before a batch each machine says what it is and what it lacks, by name; what it lacks of models can be sent to it."""
+"""Before a batch each machine's own ComfyUI says whether it can run it, and what it lacks by name."""
 import os
 import re
 
 import pytest
 from devtools.files import demo_files
 from featherweight.machines import check
-from featherweight.machines.check import (
-    Lack,
-    Look,
-    Machine,
-    conclusion,
-    fetch_missing,
-    lack,
-    most,
-    questions,
-    report,
-    survey,
-    table,
-    unlike,
-)
+from featherweight.machines.batch import Batch
+from featherweight.machines.check import Checker, Machine, check_machines, file_changes, report
+from featherweight.machines.joining import on_node
+from featherweight.machines.place import difference, majority
 
 from .conftest import workflow
 
 ray = pytest.importorskip("ray")
 INK = demo_files.LORAS["ink"]
-OURS = ("FeatherweightLoadDiffusionModel", "model_name")
 NEWER = {"ComfyUI": "0.30.0", "torch": "2.13.0", "Featherweight": "0.2.0"}
 PACK = """
 class Little:
@@ -39,144 +28,123 @@ NODE_CLASS_MAPPINGS = {"LittleNode": Little}
 
 
 @pytest.fixture(scope="module")
-def looked(cluster, bases):
-    """attic lacks a LoRA and a node pack; what was found before and after missing files were sent, and what was told."""
+def checked(cluster, bases):
+    """Machines by name: attic lacks a LoRA and a node pack, and both a file that a row names."""
     lora, pack = bases["attic"] / "models" / "loras" / INK, bases["desk"] / "custom_nodes" / "little_pack.py"
     lora.unlink()
     pack.write_text(PACK, encoding="utf-8")
     graph = workflow() | {"20": {"class_type": "LittleNode", "inputs": {"text": "a"}}}
-    told = []
     try:
-        with Look({cluster.nodes[name].node_id: False for name in ("desk", "attic")}) as look:
-            before = survey(look, *questions(graph))
-            assert fetch_missing(*before, told.append) == []
-            yield before, survey(look, *questions(graph, [{"1.model_name": "no_such.gguf"}])), told
+        batch = Batch(workflow(), "", "", address=cluster.address, cpus=1, gpus=0)
+        batch.connect()
+        machines, _ = batch.compare_machines()
+        problems = {machine.name: [] for machine in machines.values()}
+        for asked, changes in ((graph, [{}]), (workflow(), [{}, {"1.model_name": "no_such.gguf"}])):
+            check_machines(machines, asked, changes, "", False)
+            for machine in machines.values():
+                problems[machine.name] += machine.problems
+        for machine in machines.values():
+            machine.problems = problems[machine.name]
+        yield {machine.name: machine for machine in machines.values()}
     finally:
         pack.unlink()
-        if not lora.exists():
-            os.link(bases["desk"] / "models" / "loras" / INK, lora)
+        os.link(bases["desk"] / "models" / "loras" / INK, lora)
 
 
-def test_a_machine_that_lacks_a_model_and_a_pack_is_named_with_both(looked):
-    (machines, lacks), _, _ = looked
-    desk, attic = machines
-    size = os.path.getsize(os.path.join(desk.folders["loras"][0], INK))
-    assert [machine.name for machine in machines] == ["desk", "attic"]
-    assert not lacks[desk.node]
-    assert lacks[attic.node].files == {("loras", "loras", INK): size}
-    assert lacks[attic.node].sentence("attic") == (
-        f"attic lacks {INK} ({check.in_words(size)}) in loras and the node LittleNode of little_pack.")
-    assert conclusion(list(lacks.values())) == ("1 of 2 machines can run it. --fetch-models copies 1 missing file,"
-                                                f" {check.in_words(size)}.")
+def test_a_machine_is_named_with_the_files_and_nodes_that_it_lacks(checked):
+    ink, model, there = f"'{INK}' (60.lora_name)", "'no_such.gguf' (1.model_name)", "in the folders of its ComfyUI."
+    assert checked["desk"].problems == [f"has no file {model} {there}"]
+    assert checked["attic"].problems == [
+        "has no node 'LittleNode': the pack it comes from is not installed or did not load.",
+        f"has no file {ink} {there}", f"has no file {model} and none {ink} {there}"]
 
 
-def test_the_table_says_what_each_machine_is(looked):
-    (machines, lacks), _, _ = looked
-    head, desk, attic = table(machines, lacks).splitlines()
+def test_the_table_says_what_each_machine_is(checked):
+    head, *lines = report(checked.values()).splitlines()
     assert head.split() == ["machine", "ComfyUI", "torch", "Featherweight", "GPU", "free", "memory", "can", "run", "it"]
     versions = r"\d+\.\d+\.\d+\s+\d+\.\d+\.\d+\S*\s+\d+\.\d+\.\d+"
-    assert re.fullmatch(rf"desk\s+{versions}\s+none\s+[\d.]+ GB RAM\s+yes", desk)
-    assert re.fullmatch(rf"attic\s+{versions}\s+none\s+[\d.]+ GB RAM\s+lacks 1 file, 1 node", attic)
-
-
-def test_what_is_missing_is_sent_and_nothing_else(looked, bases):
-    _, (machines, lacks), told = looked
-    desk, attic = machines
-    assert told == [f"{INK}, {check.in_words((bases['desk'] / 'models/loras' / INK).stat().st_size)}: from desk to attic"]
-    assert (bases["attic"] / "models/loras" / INK).read_bytes() == (bases["desk"] / "models/loras" / INK).read_bytes()
-    assert not lacks[attic.node].files and lacks[attic.node].nodes == {"LittleNode": "little_pack"}
-
-
-def test_a_file_that_a_row_names_and_nobody_has_is_said_for_each(looked):
-    """Our own loaders take any name when a prompt is checked; they would fail when it runs."""
-    _, (machines, lacks), _ = looked
-    assert [lacks[machine.node].sentence(machine.name) for machine in machines] == [
-        "desk lacks no_such.gguf, which no machine has.",
-        "attic lacks no_such.gguf, which no machine has and the node LittleNode of little_pack."]
-
-
-def machine(name: str, versions: dict = NEWER, **known) -> Machine:
-    return Machine(name, name, versions, {"gpus": [], "free": 8e9, "all": 9e9}, **known)
-
-
-def found(size: int, *names: str, taken: bool = True) -> dict:
-    """How a machine with such files answers for one input."""
-    return {"taken": taken, "files": [("unet_gguf", "/models/unet", name, size) for name in names]}
+    for name in ("desk", "attic"):
+        assert sum(bool(re.fullmatch(rf"{name}\s+{versions}\s+none\s+[\d.]+ GB RAM\s+no", line)) for line in lines) == 1
+    assert "attic has no node 'LittleNode': the pack it comes from is not installed or did not load." in lines
+    assert lines[-1] == "0 of 2 machines can run it."
 
 
 @pytest.mark.heavy
 def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
     """Older Rays hide them from a process that takes none for itself, as this variable of the machine does."""
-    class Seeing(check.Asked):
-        def name(self):
-            return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    class Seeing(Checker):
+        def __init__(self, *_):
+            self.seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
-    monkeypatch.setattr(check, "Asked", Seeing)
+        def check(self, *_):
+            return {}, [self.seen]
+
+    monkeypatch.setattr(check, "Checker", Seeing)
     cluster.bases["cellar"] = bases["desk"]
     cluster.add("cellar", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1")
     try:
-        node = cluster.nodes["cellar"].node_id
-        found = []
-        for has_gpu in (True, False):
-            with Look({node: has_gpu}) as look:
-                found.append(ray.get(look.asked[node].name.remote(), timeout=60))
-        assert found == ["all", ""]
+        seen = []
+        for has_gpus in (True, False):
+            machines = {cluster.nodes["cellar"].node_id: (machine := Machine("cellar", NEWER))}
+            check_machines(machines, {}, [], "", has_gpus)
+            seen += machine.problems
+        assert seen == ["all", ""]
     finally:
         cluster.remove("cellar")
         del cluster.bases["cellar"]
 
 
+def test_a_machine_that_goes_away_cannot_run_it(cluster, bases):
+    cluster.bases["cellar"] = bases["desk"]
+    cluster.add("cellar")
+    node = cluster.nodes["cellar"].node_id
+    assert ray.get(ray.remote(lambda: 1).options(**on_node(node)).remote()) == 1
+    cluster.remove("cellar")
+    del cluster.bases["cellar"]
+    machine = Machine("cellar", NEWER)
+    check_machines({node: machine}, {}, [], "", False)
+    assert not machine.can_run() and machine.problems[0].startswith("could not be asked: ")
+
+
 def test_a_machine_of_other_versions_is_left_out():
     older = {**NEWER, "ComfyUI": "0.24.0"}
-    expected = most([older, NEWER, NEWER])
+    expected = majority([older, NEWER, NEWER])
     assert expected == NEWER
-    assert lack(machine("shelf", older), [], [], expected).sentence("shelf") == (
-        "shelf has ComfyUI 0.24.0 where the others have 0.30.0: it takes no part.")
+    shelf = Machine("shelf", older, difference(older, expected))
+    assert shelf.sentences() == ["shelf has ComfyUI 0.24.0 where the others have 0.30.0: it takes no part."]
+    assert not shelf.can_run()
     for alike in ({**NEWER, "torch": "2.13.0+cu130"}, {**NEWER, "Featherweight": ""}):  # another build; nothing known
-        assert not lack(machine("shelf", alike), [], [], expected)
-    assert most([older, {**NEWER, "torch": "2.13.0+cu130"}, NEWER]) == NEWER
+        assert difference(alike, expected) == ""
+    assert majority([older, {**NEWER, "torch": "2.13.0+cu130"}, NEWER]) == NEWER
 
 
 def test_of_as_many_machines_of_two_versions_those_like_the_one_that_asks_are_taken():
     older = {**NEWER, "ComfyUI": "0.24.0"}
-    assert most([older, NEWER], NEWER) == most([NEWER, older], NEWER) == NEWER
-    assert most([older, NEWER], older) == older
-    assert most([]) == {}
+    assert majority([older, NEWER], NEWER) == majority([NEWER, older], NEWER) == NEWER
+    assert majority([older, NEWER], older) == older
+    assert majority([]) == {}
 
 
-def test_a_part_of_a_split_model_that_is_missing_is_named():
-    parts = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
-    question = (*OURS, parts[0])
-    machines = [machine("desk", choices={question: found(10 ** 9, *parts)}),
-                machine("shelf", choices={question: found(10 ** 9, parts[0])})]
-    assert lack(machines[1], machines, [], NEWER).sentence("shelf") == "shelf lacks m-00002-of-00002.gguf (1.0 GB) in unet."
-    assert not lack(machines[0], machines, [], NEWER)
+def test_where_all_can_run_it_that_is_said():
+    machines = [Machine("desk", NEWER, memory={"ram": 8_000_000_000, "gpus": [("A card", 7e9, 8e9)]}), Machine("shelf", NEWER)]
+    assert report(machines).endswith("\n\nAll 2 machines can run it.")
+    assert report(machines[:1]).endswith("\n\nThe machine can run it.")
+    assert re.search(r"A card\s+7.0 of 8.0 GB \+ 8.0 GB RAM\s+yes", report(machines))
 
 
-def test_a_choice_that_an_older_node_does_not_have_is_named():
-    question = ("KSampler", "sampler_name", "newest")
-    assert lack(machine("shelf", choices={question: found(0, taken=False)}), [machine("desk", choices={question: found(0)})],
-                [], NEWER).sentence("shelf") == "shelf lacks the choice 'newest' of KSampler's sampler_name."
+def test_of_many_problems_some_are_said_and_the_rest_counted():
+    sentences = Machine("attic", NEWER, problems=[f"has no file '{index}.gguf'." for index in range(25)]).sentences()
+    assert len(sentences) == check.MAX_PROBLEMS + 1 and sentences[-1] == "attic has 15 more problems."
 
 
-def test_files_of_one_name_and_other_sizes_are_said():
-    question = (*OURS, "m.gguf")
-    machines = [machine("desk", choices={question: found(10, "m.gguf")}),
-                machine("shelf", choices={question: found(12, "m.gguf")})]
-    assert unlike(machines) == ["unet/m.gguf is 10 bytes on desk and 12 bytes on shelf: their pictures will differ."]
-    assert report(machines, {name: Lack() for name in ("desk", "shelf")}).endswith("differ.\nAll 2 machines can run it.")
-
-
-def test_a_machine_that_cannot_be_asked_counts_as_one_that_cannot_run_it():
-    lacks = [Lack(), Lack(trouble="did not answer within 600 s")]
-    assert lacks[1].sentence("shelf") == "shelf: did not answer within 600 s."
-    assert conclusion(lacks) == "1 of 2 machines can run it."
-
-
-def test_what_is_asked_are_the_choices_of_the_workflow_and_the_files_that_rows_name():
-    graph = {"1": {"class_type": "Load", "inputs": {"name": "a.gguf", "strength": 1.0}},
+def test_what_is_asked_is_the_workflow_with_each_file_that_rows_name():
+    graph = {"1": {"class_type": "Load", "inputs": {"name": "a.gguf", "lora": "a.safetensors", "strength": 1.0}},
              "2": {"class_type": "Text", "inputs": {"text": "a house", "model": ["1", 0]}}}
-    rows = [{"1.name": "b.gguf", "2.text": "a red house"}, {"1.name": "c.gguf", "2.text": "a blue house"}]
-    assert questions(graph) == (["Load", "Text"], [("Load", "name", "a.gguf"), ("Text", "text", "a house")])
-    assert questions(graph, rows) == (["Load", "Text"], [("Load", "name", "b.gguf"), ("Load", "name", "c.gguf")])
-    assert questions(graph, [*rows, {"2.text": "a"}])[1][0] == ("Load", "name", "a.gguf")
+    rows = [{"1.name": "b.gguf", "2.text": "a red house"}, {"1.name": "c.gguf", "9.name": "d.gguf"}, {"1.name": "b.gguf"}]
+
+    assert file_changes(graph, []) == [{}] == file_changes(graph, [{"2.text": "a tree"}])
+    assert file_changes(graph, rows) == [{"1.name": "b.gguf"}, {"1.name": "c.gguf"}]
+    assert file_changes(graph, [*rows, {"2.text": "a tree"}]) == [{}, {"1.name": "b.gguf"}, {"1.name": "c.gguf"}]
+    lora = {"1.lora": "x.safetensors"}
+    assert file_changes(graph, [{"1.name": name, **lora} for name in ("b.gguf", "c.gguf")]) == [
+        {"1.name": "b.gguf", **lora}, {"1.name": "c.gguf", **lora}]

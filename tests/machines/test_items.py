@@ -5,12 +5,11 @@ import numpy
 import psutil
 import pytest
 from devtools.files import demo_files
-from featherweight.machines import here
 from featherweight.machines.actor_pool import Share, plan
 from featherweight.machines.gathering import Gathering
 from featherweight.machines.graph import GraphError, with_result
 from featherweight.machines.items import items, varying
-from featherweight.machines.place import MachineError
+from featherweight.machines.place import MachineError, worker_arguments
 
 
 def part(**nodes) -> dict:
@@ -89,7 +88,7 @@ def test_workers_of_this_machine_have_its_arguments_without_the_servers(tmp_path
     given = ["--listen", "--port", "8188", "--base-directory", "base", "--cuda-device", "1", "--lowvram", "--reserve-vram", "2",
              "--extra-model-paths-config", "a.yaml", "/b.yaml", "--extra-model-paths-config", "c.yaml",
              "--output-directory", "out", "--verbose", "DEBUG", "--fast", "fp16_accumulation"]
-    assert here.for_workers(given) == [
+    assert worker_arguments(given) == [
         "--base-directory", str(tmp_path / "base"), "--extra-model-paths-config", str(tmp_path / "a.yaml"), "/b.yaml",
         str(tmp_path / "c.yaml"), "--lowvram", "--reserve-vram", "2", "--fast", "fp16_accumulation"]
 

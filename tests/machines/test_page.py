@@ -3,7 +3,7 @@ import re
 
 import pytest
 from devtools import ROOT
-from featherweight.machines.check import Lack, conclusion
+from featherweight.machines.check import Machine, report
 from featherweight.machines.place import versions
 
 PAGE = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
@@ -18,8 +18,10 @@ def cell(start: str) -> str:
 
 
 def test_the_sentences_of_a_look_are_those_of_the_code():
-    lack = Lack(files={("unet_gguf", "unet", "flux1-dev-Q4_K_S.gguf"): 6_800_000_000}, nodes={"LittleNode": "little_pack"})
-    assert f"\n{lack.sentence('attic')}\n{conclusion([Lack(), lack])}\n" in PAGE
+    attic = Machine("attic", {}, problems=[
+        "has no file 'flux1-dev-Q4_K_S.gguf' (1.model_name) in the folders of its ComfyUI."])
+    said = report([Machine("desk", {}), attic]).partition("\n\n")[2]
+    assert f"\n{said}\n" in PAGE
 
 
 def test_what_it_costs_follows_from_its_formula():
@@ -37,16 +39,17 @@ def test_ray_has_the_commands_and_options_that_the_page_gives():
     from ray.scripts import scripts
 
     options = {name for command in (scripts.start, scripts.get_auth_token) for each in command.params for name in each.opts}
-    ours = set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) | {"--check", "--fetch-models", "--shard"}
+    ours = set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) | {"--check", "--shard"}
     named = set(re.findall(r"`(?:[^`]* )?(--[a-z][\w-]+)", PAGE)) | set(re.findall(r"ray start.*?(--[\w-]+)", PAGE))
-    elsewhere = {"--lowvram", "--base-directory", "--cpu"}  # ComfyUI's
+    elsewhere = {"--lowvram", "--base-directory", "--cpu", "--extra-model-paths-config"} | {"--local-dir"}  # ComfyUI's; hf's
     assert len(named & options) >= 14
     assert named - options - ours - elsewhere == set()
 
 
 def test_the_page_has_a_row_for_each_option_of_the_command():
     source = (ROOT / "batch.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) & (options := set(re.findall(r'"(--[\w-]+)"', source))) == options
+    options = set(re.findall(r'"(--[\w-]+)"', source)) - {"--fetch-models"}  # which says that it is gone
+    assert set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) & options == options
 
 
 def test_the_readme_has_the_two_commands_and_the_page_the_variables():

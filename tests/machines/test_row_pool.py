@@ -22,6 +22,7 @@ class Cluster:
 
     def __init__(self, answer, nodes=("one", "two"), unfit=(), starts=True):
         self.answer, self.nodes, self.unfit, self.starts = answer, dict.fromkeys(nodes, 1), dict(unfit), starts
+        self.free = self.nodes
         self.said, self.began, self.started, self.ended = [], [], [], 0
 
     def start(self, node):
@@ -51,7 +52,8 @@ class Cluster:
     def draw(self, names, workers=(1, 0), excluded=()):
         """Returns how the rows ended, as counts."""
         progress = Progress(len(names), lambda text, **_: self.said.append(text.strip()))
-        RowPool(self.start, lambda: dict(self.nodes), excluded, workers, progress).render([{"id": name} for name in names])
+        pool = RowPool(self.start, lambda: dict(self.nodes), lambda: dict(self.free), excluded, workers, progress)
+        pool.render([{"id": name} for name in names])
         return dict(progress.counts)
 
     def ends(self, actor):
@@ -180,3 +182,13 @@ def test_there_are_as_many_workers_as_rows_and_room_and_as_asked(cluster, worker
     found.nodes = {"one": 4, "two": 4}
     assert found.draw("abc", workers) == {"drawn": 3}
     assert len(found.started) == count and abs(found.started.count("one") - found.started.count("two")) <= 1
+
+
+def test_a_machine_that_another_program_uses_comes_last(cluster):
+    found = cluster(lambda name, node: "drawn")
+    found.nodes, found.free = {"one": 4, "two": 2}, {"two": 2}
+    assert found.draw("ab") == {"drawn": 2}
+    assert found.started == ["two", "two"]
+    found.started.clear()
+    assert found.draw("abc") == {"drawn": 3}
+    assert sorted(found.started) == ["one", "two", "two"]

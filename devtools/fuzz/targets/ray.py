@@ -14,9 +14,9 @@ class RayAddress(Target):
     longest = 1 << 11
 
     def prepare(self):
-        from featherweight.machines import address
+        from featherweight.machines import joining
         from featherweight.machines.place import MachineError
-        self.address, self.own = address, (MachineError,)
+        self.joining, self.own = joining, (MachineError,)
         return [b"\n\"this computer\"", b"head:6379\n\"the cluster\"", b"head:6379\nHEAD.:06379", b"\n127.0.0.1:6379",
                 b"[::1]:6379\n::1:6379", b"auto\nauto", b"head:6379\n{\"a\": [\"head:6379\"]}", b"192.168.1.1:6379\nhead:6379"]
 
@@ -26,17 +26,17 @@ class RayAddress(Target):
 
     def read(self, data):
         cluster, _, text = as_text(data).partition("\n")
-        cluster = self.address.named_cluster({self.address.VARIABLE: cluster})
+        cluster = self.joining.named_cluster({self.joining.VARIABLE: cluster})
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = text
         chosen = value.strip() if isinstance(value, str) else repr(value)
-        if self.address.is_cluster(value, cluster):  # what is joined is the owner's text, whatever this value is
-            assert cluster and (chosen == self.address.THE_CLUSTER
+        if self.joining.is_cluster(value, cluster):  # what is joined is the owner's text, whatever this value is
+            assert cluster and (chosen == self.joining.THE_CLUSTER
                                 or plain(chosen).rpartition(":")[0] == plain(cluster).rpartition(":")[0])
         else:
-            assert chosen in ("", self.address.THIS_COMPUTER)
+            assert chosen in ("", self.joining.THIS_COMPUTER)
 
 
 def plain(address: str) -> str:
