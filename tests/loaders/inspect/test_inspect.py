@@ -5,13 +5,14 @@ import struct
 import comfy.model_detection
 import pytest
 import torch
+from featherweight.loaders.chart import BACKGROUND
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.encoders.kinds import TITLES
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.contents import Contents
 from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, LORA, MODEL, block_of, in_order, what_it_is
 from featherweight.loaders.inspect.needs import CARDS, GIB, needs, working
-from featherweight.loaders.inspect.picture import BACKGROUND, color_of, inspection_picture
+from featherweight.loaders.inspect.picture import color_of, inspection_picture
 from featherweight.loaders.inspect.text import inspection_text
 from featherweight.ops.format import GGML_FORMATS
 from safetensors.torch import save_file
