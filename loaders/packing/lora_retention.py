@@ -29,22 +29,6 @@ class Share:
         return f"{self.title}: {self.gain:.1%} of it is kept, on {weights}, which it changes by {self.size:.2%} of their norm"
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Products of some rows of a weight, all as sums.
-
-    numbers: of the changes. products: of each change with each other. arrived: of each change with
-    what packing added to what was held. power: of what was held. is_first: whether these are the
-    first rows of the weight.
-    """
-
-    numbers: list[int]
-    products: list[list[float]]
-    arrived: list[float]
-    power: float
-    is_first: bool
-
-
 class LoraRetention:
     """Collects, tensor by tensor, what changes should have added and what has arrived."""
 
@@ -59,11 +43,9 @@ class LoraRetention:
                     counts[key[0]] += 1
                     self.titles[key] = f"{key[0]} {counts[key[0]]} (strength {patch[0]:g})"
         self.index = {key: number for number, key in enumerate(self.titles)}
-        count = len(self.index)
-        self.products = torch.zeros(count, count, dtype=torch.float64)
-        self.arrived = torch.zeros(count, dtype=torch.float64)
-        self.power = torch.zeros(count, dtype=torch.float64)
-        self.layers = [0] * count
+        # A row for each change: its products with each change, with what arrived, the power of what was held, and how many
+        # weights it touches.
+        self.sums = torch.zeros(len(self.index), len(self.index) + 3, dtype=torch.float64)
 
     def groups(self, patches: Sequence[Patch]) -> list[tuple[int, list[Patch]]]:
         """(number of the change, its patches) in the order in which they are applied."""
@@ -76,41 +58,31 @@ class LoraRetention:
                 groups.append((number, [patch]))
         return groups
 
-    def add(self, measurement: Measurement):
-        """Count the products of some rows."""
-        for row, number in enumerate(measurement.numbers):
-            self.arrived[number] += measurement.arrived[row]
-            self.power[number] += measurement.power
-            self.layers[number] += 1 if measurement.is_first else 0
-            for column, other in enumerate(measurement.numbers):
-                self.products[number, other] += measurement.products[row][column]
+    def measure(self, held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]], packed: torch.Tensor,
+                is_first: bool) -> torch.Tensor:
+        """Return what some rows of a weight add to `sums`.
+
+        Args:
+            held: without the changes, float32.
+            changes: (number, what it adds), float32.
+            packed: what is written, float32.
+            is_first: whether these are the first rows.
+        """
+        sums, arrived = torch.zeros_like(self.sums), packed - held
+        for number, change in changes:
+            for other, of_other in changes:
+                sums[number, other] += dot(change, of_other)
+            sums[number, -3:] += torch.tensor(
+                [dot(change, arrived), dot(held, held), float(is_first)], dtype=torch.float64)
+        return sums
 
     def shares(self) -> list[Share]:
         """Of each change, in the order of the model."""
-        arrived = self.arrived.unsqueeze(-1)
-        gains = torch.linalg.lstsq(self.products, arrived, driver="gelsd").solution.view(-1)
-        shares = []
-        for title, number in zip(self.titles.values(), self.index.values()):
-            if self.layers[number]:
-                size = (self.products[number, number] / self.power[number].clamp_min(1e-30)).sqrt()
-                shares.append(Share(title, self.layers[number], gains[number].item(), size.item()))
-        return shares
-
-
-def measure(held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]], packed: torch.Tensor,
-            is_first: bool) -> Measurement:
-    """Measure some rows of a weight.
-
-    Args:
-        held: without the changes, float32.
-        changes: (number, what it adds), float32, in the order in which they are applied.
-        packed: what is written, float32.
-        is_first: whether these are the first rows.
-    """
-    arrived = packed - held
-    return Measurement([number for number, _ in changes],
-                       [[dot(change, other) for _, other in changes] for _, change in changes],
-                       [dot(change, arrived) for _, change in changes], dot(held, held), is_first)
+        products, arrived, power, layers = self.sums.split_with_sizes([len(self.index), 1, 1, 1], 1)
+        gains = torch.linalg.lstsq(products, arrived, driver="gelsd").solution
+        sizes = (products.diag().unsqueeze(1) / power.clamp_min(1e-30)).sqrt()
+        return [Share(title, int(count), gain.item(), size.item())
+                for title, count, gain, size in zip(self.titles.values(), layers, gains, sizes) if count]
 
 
 def patch_group(patch: Patch) -> tuple:

@@ -26,7 +26,7 @@ from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from ..sizes import size_text
 from .calibration.sequential import SequentialCalibration
-from .lora_retention import LoraRetention, Measurement, dot, measure
+from .lora_retention import LoraRetention, dot
 from .planning.families import bits_per_value, with_fallback
 from .planning.file_plan import FilePlan, plain_type, written_name
 from .planning.plan import DIGITS, Plan
@@ -107,12 +107,12 @@ class _Attempt:
     """A weight in one type.
 
     pieces: of rows, on the CPU; None where the type cannot hold the values. swallows: whether a part
-    of its change does not arrive. measurements: of its changes, for `LoraRetention.add`.
+    of its change does not arrive. retention: what its rows add to the sums of `LoraRetention`.
     """
 
     pieces: list[torch.Tensor] | None = None
     swallows: bool = False
-    measurements: list[Measurement] = field(default_factory=list)
+    retention: list[torch.Tensor] = field(default_factory=list)
 
 
 class WeightPacker:
@@ -153,8 +153,8 @@ class WeightPacker:
             attempt = self._attempt(weight, type_name, dither=True)
         if attempt.pieces is None:
             type_name, attempt = self._fall_back(weight, type_name)
-        for measurement in attempt.measurements:
-            self.retention.add(measurement)
+        for sums in attempt.retention:
+            self.retention.sums += sums
         self.types[weight.name] = type_name
         return type_name, attempt.pieces
 
@@ -235,7 +235,7 @@ class WeightPacker:
                 attempt.swallows = attempt.swallows or swallows
             attempt.pieces.append(piece)
             if changes:
-                attempt.measurements.append(measure(held, changes, values_of(piece), start == 0))
+                attempt.retention.append(self.retention.measure(held, changes, values_of(piece), start == 0))
             relative_error.add(values, piece)
         return attempt if relative_error.is_small else _Attempt()
 

@@ -60,16 +60,6 @@ class Damped:
         return values if self.change is None else torch.addmm(values, values, self.change)
 
 
-def corrected_target(weight: torch.Tensor, moments: Moments, damping: tuple[float, float] = DAMPING) -> torch.Tensor:
-    """What to pack in place of `weight`, float32 (N, K), so that errors of the layers before are made up for.
-
-    moments: of a pair. damping: see `DAMPING`.
-    """
-    matrix = weight.detach().reshape(len(weight), -1)
-    return torch.cat([Damped(moments, index, weight.device, damping).target(matrix[:, span].float())
-                      for index, span in enumerate(moments.spans())], 1)
-
-
 def rows_at_a_time(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices of `rows` rows whose temporaries stay within bounds."""
     step = max(1, SLICE_BYTES // (5 * 4 * columns))

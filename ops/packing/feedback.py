@@ -33,7 +33,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
     """A packed weight whose layer has about the least error of its output for the inputs that `moments` saw.
 
     weight: any float dtype, (N, ...), on any device, where the work is done. moments: of the (K,) other dimensions, flattened;
-    of a pair, the target is `damped.corrected_target`. sweeps: of coordinate descent. damping: None: `damped.damping_for` this
+    of a pair, the target is `damped.Damped.target`. sweeps: of coordinate descent. damping: None: `damped.damping_for` this
     format.
     Returns the weight packed, showing float32. Beside it and the weight there are temporaries of `damped.SLICE_BYTES` and six
     times one block of the moments. Raises FormatError for shapes that the format's blocks do not divide and for numbers that

@@ -8,7 +8,6 @@ import torch
 from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError
 from featherweight.ops.packing import damped, pack_tensor
-from featherweight.ops.packing.damped import corrected_target
 from featherweight.ops.packing.feedback import pack_with_feedback
 from featherweight.ops.packing.guard import better_of, output_errors
 from featherweight.ops.packing.moments import Moments
@@ -307,6 +306,12 @@ def pair_of(dense: torch.Tensor, packed: torch.Tensor, block: int | None = None)
     moments.add(packed[:half], dense[:half], hold_out=False)
     moments.add(packed[half:], dense[half:], hold_out=True)
     return moments
+
+
+def corrected_target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """What to pack in place of a weight, so that errors of the layers before are made up for."""
+    return torch.cat([damped.Damped(moments, index, weight.device).target(weight[:, span])
+                      for index, span in enumerate(moments.spans())], 1)
 
 
 @pytest.mark.parametrize("block", [None, 256])
