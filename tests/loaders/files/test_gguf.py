@@ -381,34 +381,26 @@ def test_a_split_model_is_read_whole_from_any_of_its_files(tmp_path, small_first
             assert file.tensor(name).view(6, 32).numpy().tobytes() == value.tobytes()
 
 
-def test_a_missing_part_is_named(tmp_path):
+# What becomes of the second of three parts, which of them is opened, and how the message begins.
+BAD_PARTS = {
+    "missing": (lambda parts: parts[1].unlink(), 2,
+                "model-00003-of-00003.gguf: .* split into 3; model-00002-of-00003.gguf is missing .* Download all 3"),
+    "renamed": (lambda parts: parts[1].rename(parts[1].with_name("part2.gguf")), "part2.gguf",
+                "part2.gguf: .* split into 3.* names they were published under"),
+    "exchanged": (lambda parts: parts[1].write_bytes(parts[2].read_bytes()), 0,
+                  "model-00002-of-00003.gguf: by its name it is file 2 of 3, but inside it says split.no 2"),
+    "cut short": (lambda parts: parts[1].write_bytes(parts[1].read_bytes()[:-100]), 0,
+                  "model-00002-of-00003.gguf: 100 bytes are missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARTS)
+def test_a_split_model_with_a_bad_part_is_refused(tmp_path, case):
+    spoil, opened, message = BAD_PARTS[case]
     _, parts = write_split(tmp_path)
-    parts[1].unlink()
-    message = "model-00003-of-00003.gguf: .* split into 3; model-00002-of-00003.gguf is missing .* Download all 3"
+    spoil(parts)
     with pytest.raises(WeightFileError, match=message):
-        open_weights(parts[2])
-
-
-def test_a_renamed_part_is_refused(tmp_path):
-    _, parts = write_split(tmp_path)
-    parts[1].rename(tmp_path / "part2.gguf")
-    with pytest.raises(WeightFileError, match=r"part2.gguf: .* split into 3.* names they were published under"):
-        open_weights(tmp_path / "part2.gguf")
-
-
-def test_exchanged_parts_are_refused(tmp_path):
-    _, parts = write_split(tmp_path)
-    parts[1].write_bytes(parts[2].read_bytes())
-    message = "model-00002-of-00003.gguf: by its name it is file 2 of 3, but inside it says split.no 2"
-    with pytest.raises(WeightFileError, match=message):
-        open_weights(parts[0])
-
-
-def test_a_damaged_part_is_named(tmp_path):
-    _, parts = write_split(tmp_path)
-    parts[1].write_bytes(parts[1].read_bytes()[:-100])
-    with pytest.raises(WeightFileError, match=r"model-00002-of-00003.gguf: 100 bytes are missing"):
-        open_weights(parts[0])
+        open_weights(tmp_path / opened if isinstance(opened, str) else parts[opened])
 
 
 def split_metadata(number, tensors):
