@@ -1,0 +1,126 @@
+"""The backends in C++ on this CPU: as their platforms compile and start them, by the same Python."""
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend
+from featherweight.ops.kernels.check import probe
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
+from featherweight.ops.kernels.kernel import Backend
+from featherweight.ops.kernels.nvrtc import CudaError, Driver
+
+HERE = Path(__file__).resolve().parents[1] / "ops"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+# A load from an address that a GPU refuses ends the process.
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
+         "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-w", "-fPIC",
+         "-shared"]
+# Of the CPU's backend: instructions to do without -> how many values are handled at once.
+CPUS = {"cpp": ((), (16, 8)), "cpp with AVX2": (("-mno-avx512f",), (8,)),
+        "cpp without AVX": (("-mno-avx",), (8,))}
+BACKENDS = (*CPUS, "nvrtc", "metal")
+
+
+def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
+    """The path of a library. Raises RuntimeError with what the compiler says."""
+    number = len(list(folder.iterdir()))
+    source, library = folder / f"{number}.cpp", folder / f"{number}.so"
+    source.write_text(text, encoding="utf-8")
+    command = [COMPILER, *FLAGS, f"-I{HERE / include}", str(source), "-o", str(library), *libraries]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        raise RuntimeError(built.stderr)
+    return str(library)
+
+
+class CudaCompiler:
+    """In the place of NVRTC: compiles CUDA C++ for the CPU; an image is the path of a library."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def compile(self, source: str, capability: int) -> bytes:
+        assert capability == 86
+        kernel = "unpack" if " unpack(" in source else "linear"
+        text = f'#include "kernel.h"\n{source}\nEXPORT({kernel})'
+        return self.library(text).encode()
+
+    def library(self, text: str) -> str:
+        try:
+            return compiled(self.folder, text, "cuda_on_cpu", "-ldl")
+        except RuntimeError as error:
+            raise CudaError(str(error)) from None
+
+
+class MetalFunction:
+    """What `torch.mps` makes of a kernel. Takes only what torch takes, and what Metal's validation
+    lets pass."""
+
+    def __init__(self, library: ctypes.CDLL):
+        sizes = (ctypes.c_int * 32)()
+        self._element_bytes = sizes[:library.element_bytes(sizes)]
+        self._launch = library.launch
+
+    def __call__(self, *arguments, threads=None, group_size=None):
+        assert len(arguments) == len(self._element_bytes)
+        for argument, element_bytes in zip(arguments, self._element_bytes):
+            assert isinstance(argument, torch.Tensor) and argument.numel()
+            assert argument.storage_offset() * argument.itemsize % element_bytes == 0
+        assert 0 < threads < 1 << 32 and 0 < group_size <= 1024
+        pointers = (ctypes.c_void_p * len(arguments))(*(part.data_ptr() for part in arguments))
+        self._launch(pointers, ctypes.c_uint(threads))
+
+
+def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
+    """In the place of `torch.mps.compile_shader`; its result has the kernel as an attribute."""
+    try:
+        path = compiled(folder, f"{source}\nEXPORT(unpack)\n", "metal_on_cpu")
+    except RuntimeError as error:
+        raise SyntaxError(str(error)) from None
+    library = ctypes.CDLL(path)
+    library.unpack = MetalFunction(library)
+    return library
+
+
+@contextlib.contextmanager
+def backend_on_cpu(name: str, folder: Path) -> Iterator[Backend]:
+    """One of `BACKENDS`, compiling into an empty folder; "kernels" has the object behind it."""
+    if COMPILER is None or sys.platform == "win32":
+        pytest.skip("needs a C++ compiler")
+    if name in CPUS:
+        options, lanes = CPUS[name]
+        if options and platform.machine().lower() not in ("x86_64", "amd64"):
+            pytest.skip("instructions of x86")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpp_backend, "FLAGS", (*cpp_backend.FLAGS, *options))
+            patch.setattr(torch.cpu, "_is_avx512_supported", partial(lambda: 16 in lanes))
+            kernels = CpuKernels(CppCompiler(COMPILER, folder))
+            yield Backend("cpp", partial(probe, kernels.unpack),
+                          cpp_backend.kernel_table(lambda: kernels))
+        return
+    if sys.platform != "linux":
+        pytest.skip("needs Linux")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "metal":
+            patch.setattr(torch.mps, "compile_shader", partial(compile_shader, folder))
+            metal_backend._shader.cache_clear()
+            yield metal_backend.BACKEND
+            metal_backend._shader.cache_clear()
+        else:
+            compiler = CudaCompiler(folder)
+            driver = (HERE / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
+            kernels = nvrtc_backend.CudaKernels(compiler, Driver(compiler.library(driver)))
+            stream = types.SimpleNamespace(cuda_stream=0)
+            patch.setattr(torch.cuda, "current_stream", lambda device: stream)
+            yield Backend("nvrtc", partial(probe, kernels.unpack),
+                          nvrtc_backend.kernel_table(lambda: kernels))
