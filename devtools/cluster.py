@@ -56,7 +56,8 @@ def make_base(base: Path, models: Path | None = None, pack: str = server.PACK) -
     if models is None:
         demo_files.make_models(base, types=("Q4_K",))
     else:
-        shutil.copytree(models, base / "models", dirs_exist_ok=True, copy_function=os.link)
+        # hard links would change the files' times, which a ComfyUI notes in its pictures
+        shutil.copytree(models, base / "models", dirs_exist_ok=True, copy_function=os.symlink)
     (base / "custom_nodes" / pack).symlink_to(ROOT, target_is_directory=True)
     return base
 
