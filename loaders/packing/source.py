@@ -25,9 +25,6 @@ from ..diffusers_names import JoinedRows
 from ..files import open_weights
 from ..files.container import FileChangeGuard, WeightFileError, map_file
 from ..held import format_name
-from ..lora.apply import apply_lora
-from ..lora.file import load_lora_file
-from ..lora.fit import check_lora
 from ..model_names import in_the_hosts_names, model_prefix
 from ..recipe import Recipe
 from ..text import join_some
@@ -324,6 +321,11 @@ def _patches_of(model, loras: Sequence[tuple[str, float]], name: str) -> tuple[d
     if model is None:
         raise SaveError(f"{name} is no model that this ComfyUI knows, so it cannot be told which layers a LoRA is for. Update"
                         " ComfyUI, or save it without a LoRA.")
+    # Here, so that a model is saved on a ComfyUI without what LoRAs need.
+    from ..lora.apply import apply_lora
+    from ..lora.file import load_lora_file
+    from ..lora.fit import check_lora
+
     notes = []
     for path, strength in loras:
         report = check_lora(model, None, *load_lora_file(path), measure=False)
