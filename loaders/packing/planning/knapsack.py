@@ -28,7 +28,8 @@ def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, M
     total = torch.zeros(1, dtype=torch.float64)  # their costs
     steps = []  # of each tensor: for each best sum the one before, and the number of the type
     for name, types in options.items():
-        more = torch.tensor([sizes[name][kind] - sizes[name][types[0]] for kind in types])
+        more = torch.tensor([sizes[name][kind] - sizes[name][types[0]] for kind in types],
+                            dtype=torch.int64)
         cost = torch.tensor([costs[name][kind] for kind in types], dtype=torch.float64)
         sums = (above[:, None] + more).view(-1)
         totals = (total[:, None] + cost).view(-1)
