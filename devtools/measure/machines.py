@@ -142,7 +142,7 @@ def measure_speed(options) -> Iterator[tuple[str, dict]]:
         for kind, what, worker in (("", asked, RowRenderer), (", asleep", sleeping, Sleeper)):
             rates = []
             for nodes, which in enumerate(("one worker", "two workers"), start=1):
-                where = folder / f"{nodes}{worker.__name__}"  # short, without spaces: Ray's sockets lie below it
+                where = folder / f"{nodes}{kind[-1:]}"  # short: Ray's sockets lie below it
                 own, rate = batch_seconds(where, nodes, nodes * options.pictures, what, worker)
                 rates.append(rate)
                 yield which + kind, {"picture (ms)": 1000 * own, "pictures a second": rate,
