@@ -174,10 +174,11 @@ class TrialedSelector:
         if names := sorted({case.format for case in new if case.format} - told):
             log.info("[Featherweight] Kernels for %s are not proven on %s yet: torch does their "
                      "work until ComfyUI starts again.", ", ".join(names), device_name(self.device))
-        try:
-            Notes().add(new)
-        except OSError as error:
-            log.debug("[Featherweight] What a model asks of kernels is not noted: %r", error)
+        if new:  # else no file is looked at between two products
+            try:
+                Notes().add(new)
+            except OSError as error:
+                log.debug("[Featherweight] What a model asks of kernels is not noted: %r", error)
 
     def try_kernels(self):
         """Tries what models on this machine have asked for, or what most do where none has, as far

@@ -153,8 +153,9 @@ class Trial:
         for name in self.names:
             if self._attempt(f"probe by {name}", lambda: self._probe(name)) == "works":
                 self.backends.append(import_backend(name))
+        tried = self.verdicts.results().tried
         for case in self.cases:
-            if str(case) not in self.verdicts.results().tried and time.monotonic() < end:
+            if str(case) not in tried and time.monotonic() < end:
                 for backend, kernel, packed_format in self._kernels(case):
                     self._attempt(case.kernel_name(backend.name, kernel),
                                   lambda: self._prove(kernel, packed_format, case))
