@@ -89,7 +89,7 @@ def nearest(address: str) -> str:
     """`auto` made definite: RAY_ADDRESS, else "auto" where this machine is in a cluster, else "local"."""
     if address != "auto":
         return address
-    return os.environ.get("RAY_ADDRESS") or ("auto" if any(map(is_of_a_cluster, psutil.process_iter())) else "local")
+    return os.environ.get(RAYS_OWN) or ("auto" if any(map(is_of_a_cluster, psutil.process_iter())) else "local")
 
 
 def is_of_a_cluster(process: psutil.Process) -> bool:

@@ -5,6 +5,7 @@ Leaves machines.json and machines.md. Linux only. Speed wants two cores that hav
 """
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import resource
@@ -139,10 +140,11 @@ def measure_speed(options) -> Iterator[tuple[str, dict]]:
         yield "two plain", {"pictures a second": both, "times one": both * plain}
         asked = workflow(steps=STEPS)
         sleeping = {**asked, "1": {"class_type": "Sleep", "inputs": {"seconds": plain, "bytes": PNG}}}
+        numbers = itertools.count(1)
         for kind, what, worker in (("", asked, RowRenderer), (", asleep", sleeping, Sleeper)):
             rates = []
             for nodes, which in enumerate(("one worker", "two workers"), start=1):
-                where = folder / f"{nodes}{kind[-1:]}"  # short: Ray's sockets lie below it
+                where = folder / str(next(numbers))  # short: Ray's sockets lie below it
                 own, rate = batch_seconds(where, nodes, nodes * options.pictures, what, worker)
                 rates.append(rate)
                 yield which + kind, {"picture (ms)": 1000 * own, "pictures a second": rate,
