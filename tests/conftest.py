@@ -81,6 +81,13 @@ def shared_tokenizers():
     """The host reads the tokenizer of Qwen from its folder for every encoder, which takes longer than the small encoder."""
     from transformers import Qwen2Tokenizer
 
-    read = functools.lru_cache(Qwen2Tokenizer.from_pretrained)
-    with mock.patch.object(Qwen2Tokenizer, "from_pretrained", read):
+    from_pretrained = Qwen2Tokenizer.from_pretrained
+
+    @functools.lru_cache
+    def read_once(*args, **kwargs):
+        tokenizer = from_pretrained(*args, **kwargs)
+        tokenizer.get_vocab = functools.cache(tokenizer.get_vocab)
+        return tokenizer
+
+    with mock.patch.object(Qwen2Tokenizer, "from_pretrained", read_once):
         yield

@@ -18,6 +18,21 @@ from devtools.files import gguf_types  # noqa: F401  gguf takes the types that a
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
+AT_ONCE = 2**22  # values; gguf's reference goes by 16 rows, which takes ten times as long for short ones
+
+
+def quantize(values: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
+    """Rows packed by gguf's reference, uint8."""
+    rows = values.reshape(1, -1) if values.size <= AT_ONCE else values
+    return gguf.quants.quantize(rows, ggml_type).reshape(*values.shape[:-1], -1)
+
+
+def dequantize(packed: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
+    """The values of packed rows by gguf's reference, float32."""
+    rows = packed.reshape(1, -1) if packed.size <= AT_ONCE else packed
+    return gguf.quants.dequantize(rows, ggml_type).reshape(*packed.shape[:-1], -1)
+
+
 @functools.lru_cache(maxsize=None)
 def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3, seed: int = 0) -> np.ndarray:
     """Random valid blocks, uint8 (n, block_bytes), whose largest value lies between the two bounds."""
@@ -42,12 +57,17 @@ def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
         packed = packing.pack_tensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)), packed_format)
         return packed._qdata.view(*values.shape[:-1], -1).numpy()
     try:
-        return gguf.quants.quantize(values, ggml_type)
+        return quantize(values, ggml_type)
     except NotImplementedError:
-        pool = block_pool(type_name)
-        block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        picks = np.random.default_rng([seed, values.size]).integers(0, len(pool), values.size // block_length)
-        return pool[picks].reshape(*values.shape[:-1], values.shape[-1] // block_length * block_bytes)
+        return random_rows(values, type_name, seed)
+
+
+def random_rows(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
+    """Random blocks of the shape of `values`, uint8: for those who need values of a type, and not these ones."""
+    pool = block_pool(type_name)
+    block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    picks = np.random.default_rng([seed, values.size]).integers(0, len(pool), values.size // block_length)
+    return pool[picks].reshape(*values.shape[:-1], values.shape[-1] // block_length * block_bytes)
 
 
 def gguf_writer(path, architecture: str | None) -> gguf.GGUFWriter:
@@ -66,7 +86,8 @@ def write_all(writer: gguf.GGUFWriter):
     writer.close()
 
 
-def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", metadata: dict | None = None) -> dict:
+def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", metadata: dict | None = None,
+               pack=pack) -> dict:
     """Write float tensors as a GGUF file and return the values a reader should see.
 
     tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose blocks do not
@@ -96,7 +117,7 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
             ggml_type = GGMLQuantizationType[type_name]
             packed = values.astype(np.float16) if type_name == "F16" else pack(values, type_name, seed)
             writer.add_tensor(name, packed, raw_dtype=ggml_type)
-            seen[name] = gguf.quants.dequantize(packed, ggml_type).reshape(np.shape(tensor))
+            seen[name] = dequantize(packed, ggml_type).reshape(np.shape(tensor))
     write_all(writer)
     return seen
 

@@ -14,7 +14,7 @@ from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.tensor import is_packed
 
-from devtools.files.gguf_files import write_gguf
+from devtools.files.gguf_files import dequantize, write_gguf
 
 pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
 
@@ -50,7 +50,7 @@ def test_a_picture_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
 
 def unpacked(path):
     """A file with the same values as F32, as gguf-py reads them. Returns its path."""
-    tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+    tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
                for tensor in gguf.GGUFReader(path).tensors}
     write_gguf(path.with_name("unpacked.gguf"), tensors, type_of=lambda name, values: "F32", architecture=None)
     return path.with_name("unpacked.gguf")

@@ -5,6 +5,7 @@ files are those of gguf-py; what else a converter changes is stated here for eac
 """
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ import torch
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.gpt_oss import LensGptOssClipModel
 
-from devtools.files.gguf_files import write_gguf
+from devtools.files.gguf_files import K_QUANTS, dequantize, pack, quantize, random_rows, write_gguf
 
 # What comes in an mmproj file.
 TOWERS = ("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector.", "visual.")
@@ -117,11 +118,17 @@ def random_weights(encoder: Encoder, towers: bool = False) -> Weights:
 
     towers: those of the towers, in place of those of the text model. With an mmproj file they are always among them.
     """
+    weights = seeded(shapes_of(encoder, towers))
+    return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in weights.items()}
+
+
+@functools.lru_cache
+def shapes_of(encoder: Encoder, towers: bool = False) -> Mapping[str, tuple[int, ...]]:
+    """The host's names of the weights in its shrunken model, see `random_weights`, and their shapes."""
     with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):  # with it, layers have no weights until they load
-        clip = host_clip(encoder, {})
-    shapes = {name: value.shape for name, value in text_model(clip).transformer.state_dict().items()
-              if encoder.mmproj or name.startswith(TOWERS) == towers}
-    return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in seeded(shapes).items()}
+        model = text_model(host_clip(encoder, {})).transformer
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()
+            if encoder.mmproj or name.startswith(TOWERS) == towers}
 
 
 def rounded(values: torch.Tensor, packed_type: str = "Q8_0") -> torch.Tensor:
@@ -129,18 +136,20 @@ def rounded(values: torch.Tensor, packed_type: str = "Q8_0") -> torch.Tensor:
     if values.shape[-1] % 32:
         return values
     ggml_type = gguf.GGMLQuantizationType[packed_type]
-    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), ggml_type), ggml_type))
+    return torch.from_numpy(dequantize(quantize(values.numpy(), ggml_type), ggml_type))
 
 
 def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0", architecture: str | None = "",
                   metadata: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
     """Write a GGUF file as llama.cpp does, and its mmproj file: matrices packed, the rest F32. Returns what `write_gguf` does.
 
+    packed_type: matrices of a K-quant have other values than `weights`, drawn at random.
     architecture: what the file says it is; None: nothing. metadata: in place of the encoder's.
     """
     def write(path, tensors, **options):
         is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in tensors.items()}
-        return write_gguf(path, tensors, lambda name, values: packed_type if is_matrix[name] else "F32", **options)
+        return write_gguf(path, tensors, lambda name, values: packed_type if is_matrix[name] else "F32",
+                          pack=random_rows if packed_type in K_QUANTS else pack, **options)
 
     if encoder.mmproj:
         tower = {name: tensor for name, tensor in weights.items() if name.startswith(TOWERS)}
@@ -158,9 +167,14 @@ def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "
     return write(path, stored, architecture=architecture, metadata=encoder.metadata if metadata is None else metadata)
 
 
+@functools.lru_cache
+def name_map(architecture: gguf.MODEL_ARCH) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(architecture, 64)
+
+
 def in_gguf_names(weights: Weights, architecture: gguf.MODEL_ARCH) -> Weights:
     """Weights under the names that gguf-py gives to those of transformers."""
-    names, stored = gguf.get_tensor_name_map(architecture, 64), {}
+    names, stored = name_map(architecture), {}
     for name, tensor in weights.items():
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name, f"gguf-py knows no name for {name}"
