@@ -1,6 +1,10 @@
-"""What every backend in C++ holds to, run on this CPU: the values of gguf and bitsandbytes, the cases
-of `check`, and a device that uses it. What is one backend's own is in a file of its name; Triton's,
-which runs in its interpreter alone, in test_kernels_triton.py."""
+"""What every backend holds to: the values of gguf and bitsandbytes, the cases of `check`, and a device
+that uses it. C++ runs on this CPU, Triton where test_kernels_triton.py says. What is one backend's own
+is in a file of its name.
+
+What differs from another case in one respect only is heavy: each format is unpacked to float32 by
+each backend, each dtype and kernel meets a few formats.
+"""
 import logging
 
 import pytest
@@ -10,22 +14,28 @@ from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend, registry
 from featherweight.ops.kernels.check import check, random_tensors
-from kernel_backends import BACKENDS, backend_on_cpu
+from kernel_backends import BACKENDS, CPUS, INTERPRETED, backend_on_cpu, device_of
 from kernel_cases import (
-    ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, assert_a_weak_lora_arrives,
+    ALL_FORMATS, CPU, DTYPES, ONE_OF_EACH_SOURCE, assert_a_weak_lora_arrives,
     assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once,
-    assert_same_bits, each_dtype, reference, wait_for_kernels,
+    assert_same_bits, reference, shared_cache, wait_for_kernels,
 )
 
-CPU = torch.device("cpu")
+MAIN = ("cpp", "nvrtc", "metal", "triton")  # the others are cpp with fewer instructions
 WITH_PRODUCTS = [name for name in BACKENDS if name != "metal"]
-WITH_CODES = [name for name in BACKENDS if name.startswith("cpp")]
+WITH_CODES = [*CPUS, "triton"]
+TWO = FORMATS["Q6_K"], FORMATS["NF4"]  # scales in the blocks and apart
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def backend(request, tmp_path_factory):
-    with backend_on_cpu(request.param, tmp_path_factory.mktemp("kernels")) as backend:
+    with backend_on_cpu(request.param, shared_cache(tmp_path_factory)) as backend:
         yield backend
+
+
+@pytest.fixture
+def device(backend):
+    return device_of(backend)
 
 
 @pytest.fixture
@@ -37,76 +47,103 @@ def of(backends):
     return pytest.mark.parametrize("backend", backends, indirect=True)
 
 
-def each_format_and_dtype(dtypes=DTYPES):
-    """Every format meets the first dtype, a format of each source the others; the rest is heavy."""
-    cases = [pytest.param(fmt, dtype, id=f"{fmt.__name__}-{dtype}",
-                          marks=() if dtype == dtypes[0] or fmt in ONE_OF_EACH_SOURCE
-                          else pytest.mark.heavy)
-             for dtype in dtypes for fmt in ALL_FORMATS]
-    return pytest.mark.parametrize("fmt, dtype", cases)
+def each(backends, formats, dtypes, is_usual):
+    """Cases of a backend, a format and a dtype. is_usual(backend's name, format, dtype): the rest is heavy."""
+    cases = []
+    for name in backends:
+        for dtype in dtypes:
+            if name == "triton" and INTERPRETED and dtype == torch.bfloat16:
+                continue  # the interpreter truncates where a GPU rounds
+            cases += [pytest.param(name, fmt, dtype, id=f"{name}-{fmt and fmt.__name__}-{dtype}",
+                                   marks=() if is_usual(name, fmt, dtype) else pytest.mark.heavy)
+                      for fmt in formats]
+    return pytest.mark.parametrize("backend, fmt, dtype", cases, indirect=["backend"])
 
 
-def kernels_of(backend, capability):
-    return [kernel for kernel in backend.kernels if kernel.capability == capability]
+def is_usual_unpack(name, fmt, dtype):
+    if dtype != torch.float32:
+        return fmt in TWO
+    return name in MAIN or fmt in ONE_OF_EACH_SOURCE
+
+
+def is_usual_product(name, fmt, dtype):
+    return dtype == torch.float16 and fmt in ONE_OF_EACH_SOURCE
+
+
+def kernels_of(backend, capability, fmt=None):
+    kernels = [kernel for kernel in backend.kernels if kernel.capability == capability
+               and kernel.accepts(fmt, min(kernel.dtypes, key=str), None)]
+    if not kernels:
+        pytest.skip("left to torch")
+    return kernels
+
+
+def unpack(backend, fmt, tensors, out, value_dtype=None):
+    """Runs the backend's kernel on its device. tensors, out: on the CPU. Returns the values there."""
+    device = device_of(backend)
+    values = out.to(device)
+    (kernel,) = kernels_of(backend, "unpack", fmt)
+    kernel.run(fmt, [tensor.to(device) for tensor in tensors], values, value_dtype, 0)
+    return values.cpu()
+
+
+each_unpack = each(BACKENDS, ALL_FORMATS, DTYPES, is_usual_unpack)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("three_threads")
-@each_format_and_dtype()
+@each_unpack
 def test_unpack_gives_the_values_of_gguf_and_bitsandbytes(backend, fmt, dtype):
-    tensors = random_tensors(fmt, 3 if fmt.block_length > 256 else 600, CPU)
+    tensors = random_tensors(fmt, 3 if fmt.block_length > 256 else 100, CPU)
     expected = reference(fmt, tensors)
-    out = torch.empty(len(expected), dtype=dtype)
-    kernels_of(backend, "unpack")[0].run(fmt, tensors, out, None, 0)
+    out = unpack(backend, fmt, tensors, torch.empty(len(expected), dtype=dtype))
     assert_same_bits(out, expected.to(dtype))
 
 
-@each_format_and_dtype()
-def test_unpack_is_right_in_each_case_of_the_check(backend, fmt, dtype):
-    check(kernels_of(backend, "unpack")[0], fmt, dtype, None, CPU)
+@each_unpack
+def test_unpack_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
+    check(*kernels_of(backend, "unpack", fmt), fmt, dtype, None, device)
 
 
-@pytest.mark.parametrize("value_dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["Q6_K", "NF4"])
-def test_unpack_rounds_to_the_value_dtype_first(backend, name, value_dtype):
-    check(kernels_of(backend, "unpack")[0], FORMATS[name], torch.float32, value_dtype, CPU)
+@each(BACKENDS, TWO, DTYPES[1:], lambda name, fmt, dtype: fmt == TWO[dtype == torch.float16])
+def test_unpack_rounds_to_the_value_dtype_first(backend, fmt, dtype, device):
+    check(*kernels_of(backend, "unpack"), fmt, torch.float32, dtype, device)
 
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
-def test_unpack_of_odd_weights_and_of_none(backend, shape):
-    assert_odd_weight_is_right(kernels_of(backend, "unpack")[0].run, shape)
+def test_unpack_of_odd_weights_and_of_none(backend, shape, device):
+    assert_odd_weight_is_right(kernels_of(backend, "unpack")[0].run, shape, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_values_are_rounded_once(backend, dtype):
+@each(BACKENDS, [INT8.of_columns(32)], DTYPES[1:], lambda *case: True)
+def test_values_are_rounded_once(backend, fmt, dtype):
     edges = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65520.0, 65519.99, 1 + 2 ** -8,
              1 + 3 * 2 ** -8, 2.0 ** -25, 3.39e38]
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-24, 16, (991,), generator=generator)
     values = torch.randn(991, generator=generator) * 2.0 ** exponents
     values = torch.cat([values, torch.tensor(edges)])
-    codes = torch.ones(len(values), 8, dtype=torch.uint8)
-    out = torch.empty(len(values), 8, dtype=dtype)
-    run = kernels_of(backend, "unpack")[0].run
-    run(INT8.of_columns(8), [codes.flatten(), values], out, None, 0)
-    assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 8))
+    codes = torch.ones(len(values), 32, dtype=torch.uint8)
+    tensors = [codes.flatten(), values]
+    out = unpack(backend, fmt, tensors, torch.empty(len(values), 32, dtype=dtype))
+    assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 32))
 
 
-@of(["cpp", "nvrtc"])
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
-def test_a_product_is_right_in_each_case_of_the_check(backend, fmt):
-    check(kernels_of(backend, "linear")[0], fmt, torch.bfloat16, None, CPU)
+@each(["cpp", "nvrtc", "triton"], ALL_FORMATS, DTYPES[1:], is_usual_product)
+def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
+    for kernel in kernels_of(backend, "linear", fmt):
+        check(kernel, fmt, dtype, None, device)
 
 
-@of(WITH_PRODUCTS)
-@each_dtype
+@each(WITH_PRODUCTS, [FORMATS["Q4_K"]], DTYPES,
+      lambda name, fmt, dtype: name != "triton" or dtype == torch.float16)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
 @pytest.mark.usefixtures("three_threads")
-def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, dtype):
+def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, device):
     kernels = [kernel for kernel in kernels_of(backend, "linear") if kernel.takes(tokens)]
     if not kernels:
         pytest.skip("multiplies fewer rows")
-    assert_product_rounds_once(kernels, tokens, dtype, offset=1)  # loads of four bytes and more
+    assert_product_rounds_once(kernels, tokens, dtype, device)
 
 
 @of(WITH_PRODUCTS)
@@ -117,71 +154,62 @@ def test_each_number_of_rows_has_one_product(backend):
         assert sum(kernel.takes(tokens) for kernel in kernels) == (tokens <= most)
 
 
-@pytest.mark.parametrize("backend, fmt", [
-    pytest.param(name, fmt, id=f"{name}-{fmt.__name__}",
-                 marks=() if name == "cpp" or fmt in ONE_OF_EACH_SOURCE else pytest.mark.heavy)
-    for name in WITH_CODES for fmt in ALL_FORMATS], indirect=["backend"])
-def test_codes_of_a_weights_rows_are_right(backend, fmt):
-    check(kernels_of(backend, "int8_rows")[0], fmt, torch.int8, None, CPU)
+@each(WITH_CODES, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype: fmt == TWO[0]
+      or name == "cpp" and fmt in ONE_OF_EACH_SOURCE)
+def test_codes_of_a_weights_rows_are_right(backend, fmt, dtype, device):
+    for value_dtype in (None, torch.float16):
+        check(*kernels_of(backend, "int8_rows", fmt), fmt, dtype, value_dtype, device)
 
 
-@of(WITH_CODES)
-@pytest.mark.usefixtures("three_threads")
-def test_codes_are_those_of_values_rounded_to_the_value_dtype(backend):
-    kernel = kernels_of(backend, "int8_rows")[0]
-    check(kernel, FORMATS["Q6_K"], torch.int8, torch.bfloat16, CPU)
-
-
-@of(WITH_CODES)
-@each_dtype
+@each(WITH_CODES, [None], DTYPES, lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_codes_of_the_inputs_rows_are_right(backend, threads, dtype, monkeypatch):
+def test_codes_of_the_inputs_rows_are_right(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
-    check(kernels_of(backend, "int8_tokens")[0], None, dtype, None, CPU)
+    check(*kernels_of(backend, "int8_tokens"), fmt, dtype, None, device)
 
 
 # --- a device that uses it ---
 
 
 @pytest.fixture
-def device(backend, monkeypatch, caplog):
-    """The CPU, where this is its only backend."""
-    monkeypatch.setitem(kernel_layer.PRIORITY, "cpu", (backend.name,))
+def used_by_device(backend, device, monkeypatch, caplog):
+    """The device, where this is its only backend."""
+    monkeypatch.setitem(kernel_layer.PRIORITY, device.type, (backend.name,))
     monkeypatch.setitem(registry.IMPORTS, backend.name, lambda: backend)
     monkeypatch.setattr(kernel_layer, "_selectors", {})
     monkeypatch.setenv(kernel_layer.VARIABLE, backend.name)
     wait_for_kernels(monkeypatch)
     caplog.set_level(logging.DEBUG)
-    return CPU
+    return device
 
 
-ONCE = ["cpp", "nvrtc", "metal"]
-
-
-@of(ONCE)
-def test_a_device_uses_it(backend, device):
-    fmt, out = FORMATS["Q5_1"], torch.empty(8 * 32)
+@of(MAIN)
+def test_a_device_uses_it(backend, used_by_device):
+    fmt = FORMATS["Q5_1"]
     tensors = random_tensors(fmt, 8, CPU)
-    run = kernel_layer.find("unpack", device, fmt, out.dtype)
+    out = torch.empty(8 * 32, device=used_by_device)
+    run = kernel_layer.find("unpack", used_by_device, fmt, out.dtype)
     assert run is kernels_of(backend, "unpack")[0].run
-    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
-    assert kernel_layer.used(device) == kernel_layer.backend_of(device) == backend.name
+    on_device = [tensor.to(used_by_device) for tensor in tensors]
+    assert_same_bits(kernel_layer.unpack_into(fmt, on_device, out), reference(fmt, tensors))
+    assert kernel_layer.used(used_by_device) == backend.name
+    assert kernel_layer.backend_of(used_by_device) == backend.name
 
 
-@of(ONCE)
-@pytest.mark.parametrize("tokens", [3, 40])
-@pytest.mark.parametrize("name", ["Q4_K", "NF4"])
+@pytest.mark.parametrize("backend, name, tokens", [
+    *((backend, name, tokens) for backend in MAIN[:3] for name in ("Q4_K", "NF4") for tokens in (3, 40)),
+    ("triton", "NF4", 3)], indirect=["backend"])
 def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(
-        device, name, tokens):
-    assert_layer_equals_the_dense_one(FORMATS[name], (2, max(1, tokens // 2)))
+        used_by_device, name, tokens):
+    assert_layer_equals_the_dense_one(FORMATS[name], (2, max(1, tokens // 2)), used_by_device)
 
 
-@of(ONCE)
+@of(MAIN[:3])
 @pytest.mark.parametrize("wrong, dtype, value_dtype", [
     ("7", torch.float16, torch.bfloat16), ("eight", torch.bfloat16, torch.float16)],
     ids=["wrong values", "no C++"])  # of which nothing else is compiled
 def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
-        backend, device, wrong, dtype, value_dtype, monkeypatch, caplog):
+        backend, used_by_device, wrong, dtype, value_dtype, monkeypatch, caplog):
     for module in (cpp_backend, nvrtc_backend, metal_backend):
         def changed(*args, real=module.kernel_source, **more):
             source = real(*args, **more)
@@ -191,14 +219,16 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
         monkeypatch.setattr(module, "kernel_source", changed)
     fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32, dtype=dtype)
     tensors = random_tensors(fmt, 8, CPU)
-    assert kernel_layer.find("unpack", device, fmt, dtype, value_dtype) is None
+    assert kernel_layer.find("unpack", CPU, fmt, dtype, value_dtype) is None
     assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out, value_dtype),
                      fmt.unpack_into(tensors, torch.empty_like(out), value_dtype))
     assert "unpack of Q4_0 to" in caplog.text
     assert ("values differ from the reference" if wrong == "7" else wrong) in caplog.text
 
 
-@of(ONCE)
-@pytest.mark.parametrize("tokens", [1, 4, pytest.param(16, marks=pytest.mark.heavy), 40])
-def test_a_weak_lora_arrives(device, tokens):
+@pytest.mark.parametrize("backend, tokens", [
+    pytest.param(backend, tokens, marks=() if backend == "cpp" else pytest.mark.heavy)
+    for backend in MAIN[:3] for tokens in (1, 4, 40)], indirect=["backend"])
+@pytest.mark.usefixtures("used_by_device")
+def test_a_weak_lora_arrives(tokens):
     assert_a_weak_lora_arrives(tokens)

@@ -12,12 +12,12 @@ import torch
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops import int8, packing, product
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import cpp_backend
+from featherweight.ops.kernels import check_packing, cpp_backend
 from featherweight.ops.kernels.check import WrongResult, check, random_tensors
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
 from featherweight.ops.tensor import packed_tensor
 from kernel_backends import CPUS, backend_on_cpu
-from kernel_cases import ALL_FORMATS, assert_same_bits, reference, wait_for_kernels
+from kernel_cases import ALL_FORMATS, assert_same_bits, reference, shared_cache, wait_for_kernels
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -28,15 +28,23 @@ pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reas
 @pytest.fixture(scope="module", params=CPUS)
 def on_cpu(request, tmp_path_factory):
     """The kernels for this CPU, and for it without some of its instructions."""
-    with backend_on_cpu(request.param, tmp_path_factory.mktemp("kernels")) as backend:
+    with backend_on_cpu(request.param, shared_cache(tmp_path_factory)) as backend:
         yield backend
 
 
 @pytest.fixture
-def compiled_anew(tmp_path):
-    """The kernels for this CPU, of which none is compiled yet."""
+def compiled_anew(tmp_path, monkeypatch):
+    """The kernels for this CPU, of which none is compiled yet, compiled in a third of the time."""
+    monkeypatch.setattr(cpp_backend, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in cpp_backend.FLAGS))
     with backend_on_cpu("cpp", tmp_path) as backend:
         yield backend
+
+
+@pytest.fixture
+def few_blocks(one_thread, monkeypatch):
+    """For kernels that take long; three threads have less to do each."""
+    monkeypatch.setattr(check_packing, "SEVERAL_THREADS", 1 << 14)
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
 
 
 def kernel_of(backend, capability):
@@ -87,19 +95,14 @@ def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
     check(kernel_of(on_cpu, "pack_blocks"), fmt, torch.float32, None, CPU)
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
-def test_packing_takes_fewer_instructions_too(on_cpu, fmt):
-    check(kernel_of(on_cpu, "pack_blocks"), fmt, torch.float32, None, CPU)
-
-
 # What tests/ops/test_packing_feedback.py has compiled for all instructions.
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("on_cpu", [name for name in CPUS if name != "cpp"], indirect=True)
-@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["NF4"]], ids=lambda fmt: fmt.__name__)
-def test_columns_are_chosen_with_fewer_instructions_too(on_cpu, fmt, monkeypatch):
-    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
-    check(kernel_of(on_cpu, "pack_columns"), fmt, torch.float32, None, CPU)
+@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.parametrize("capability", ["pack_blocks", "pack_columns"])
+@pytest.mark.parametrize("on_cpu, name", [
+    ("cpp with AVX2", "NF4"), ("cpp without AVX", "Q4_K"), pytest.param("cpp with AVX2", "Q4_K", marks=pytest.mark.heavy),
+    pytest.param("cpp without AVX", "NF4", marks=pytest.mark.heavy)], indirect=["on_cpu"])  # the last compiles for ten seconds
+def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
+    check(kernel_of(on_cpu, capability), FORMATS[name], torch.float32, None, CPU)
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -110,7 +113,7 @@ def test_columns_are_chosen_with_fewer_instructions_too(on_cpu, fmt, monkeypatch
     (("before = rounder[v].value(level[v]), wanted += before", "before = rounder[v].value(level[v])"), "mean error"),
     (("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else"), "beside the columns|not what the codes lack"),
 ], ids=range(6))
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_choice_of_columns_is_found_out(compiled_anew, wrong, message, monkeypatch):
     source = cpp_backend.kernel_source
 
@@ -126,7 +129,7 @@ def test_a_wrong_choice_of_columns_is_found_out(compiled_anew, wrong, message, m
 
 @pytest.mark.parametrize("wrong", [("step <= 1", "step < -1"), ("nearest_integer(between(scaled", "(between(scaled"),
                                    ("best.d[lane];", "best.d[0];")], ids=lambda wrong: wrong[0])
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_search_is_found_out(compiled_anew, wrong, monkeypatch):
     source = cpp_backend.kernel_source
     monkeypatch.setattr(cpp_backend, "kernel_source", lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
@@ -134,7 +137,7 @@ def test_a_wrong_search_is_found_out(compiled_anew, wrong, monkeypatch):
         check(kernel_of(compiled_anew, "pack_blocks"), FORMATS["Q3_K"], torch.float32, None, CPU)
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("fresh", "compiled_before")
 def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatch):
     values = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
     runs, run = [], cpp_backend._kernels().pack_blocks
@@ -182,6 +185,12 @@ def fresh(monkeypatch, tmp_path, caplog):
     cpp_backend._kernels.cache_clear()
 
 
+@pytest.fixture
+def compiled_before(monkeypatch, tmp_path_factory):
+    """Other tests may have compiled the kernels."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_cache(tmp_path_factory)))
+
+
 @pytest.mark.usefixtures("fresh")
 def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_path):
     caplog.set_level(logging.INFO)
@@ -217,7 +226,7 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
     assert why in line.message
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("fresh", "compiled_before")
 @pytest.mark.parametrize("asked", ["torch", "cpp"])
 @pytest.mark.parametrize("name", ["Q4_K", "NF4"])
 def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece(name, asked, monkeypatch):

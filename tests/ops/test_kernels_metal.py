@@ -12,7 +12,8 @@ from featherweight.ops.kernels.check import check, random_tensors
 from featherweight.ops.kernels.metal_backend import BACKEND, unpack
 from featherweight.ops.kernels.cxx_text import TYPES, kernel_source
 from kernel_backends import backend_on_cpu
-from kernel_cases import assert_same_bits, each_dtype, each_format, reference
+from kernel_cases import (
+    ALL_FORMATS, ONE_OF_EACH_SOURCE, assert_same_bits, each_dtype, each_format, reference, shared_cache)
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")
 CLANG = os.environ.get("CLANG") or shutil.which("clang")
@@ -22,7 +23,7 @@ COMPILE_SHADER = torch.mps.compile_shader
 
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu(tmp_path_factory):
-    with backend_on_cpu("metal", tmp_path_factory.mktemp("metal")):
+    with backend_on_cpu("metal", shared_cache(tmp_path_factory)):
         yield
 
 
@@ -46,12 +47,13 @@ def flushed():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@each_format
-def test_the_check_has_no_subnormals_that_one_gpu_flushes_and_another_does_not(flushed, fmt):
-    values = reference(fmt, random_tensors(fmt, 6000, CPU)).abs()
-    assert not ((values > 0) & (values < 16 * torch.finfo(torch.float32).tiny)).any()
+def test_the_check_has_no_subnormals_that_one_gpu_flushes_and_another_does_not(flushed):
+    for fmt in ALL_FORMATS:
+        values = reference(fmt, random_tensors(fmt, 6000, CPU)).abs()
+        assert not ((values > 0) & (values < 16 * torch.finfo(torch.float32).tiny)).any(), fmt
     flushed()
-    check(BACKEND.kernels[0], fmt, torch.float32, None, CPU)
+    for fmt in ONE_OF_EACH_SOURCE:
+        check(BACKEND.kernels[0], fmt, torch.float32, None, CPU)
 
 
 @each_dtype

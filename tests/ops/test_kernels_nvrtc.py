@@ -12,11 +12,10 @@ from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.cxx_text import SOURCES, source_files
-from kernel_cases import ALL_FORMATS, each_dtype, each_format_with
+from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 ELF = b"\x7fELF"
-each_capability = pytest.mark.parametrize("capability", CAPABILITIES)
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +50,33 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path,
     assert nvrtc.nvrtc_libraries() == [*(str(tmp_path / files[index]) for index in found), *system]
 
 
-@each_format_with("capability", CAPABILITIES)
-def test_every_source_compiles_for_every_gpu(compiler, fmt, capability):
+def each_capability(name, values, some):
+    """Each value for the first GPU, one of `some` in turn for each other; the rest is heavy."""
+    cases = [pytest.param(value, capability, id=f"{getattr(value, '__name__', value)}-{capability}",
+                          marks=() if not turn or value == some[turn % len(some)] else pytest.mark.heavy)
+             for turn, capability in enumerate(CAPABILITIES) for value in values]
+    return pytest.mark.parametrize(f"{name}, capability", cases)
+
+
+@pytest.fixture
+def compile(compiler, capability):
+    """compile(program): for the GPU of the case."""
     if capability not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
+    return lambda program: compiler.compile(program.source(), capability)
+
+
+@each_capability("fmt", ALL_FORMATS, [*ONE_OF_EACH_SOURCE])
+def test_every_source_compiles_for_every_gpu(compile, fmt):
     for kernel in ("unpack", "linear"):
-        program = Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))
-        assert compiler.compile(program.source(), capability).startswith(ELF)
+        assert compile(Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))).startswith(ELF)
 
 
-@each_dtype
-@each_capability
-def test_every_type_and_number_of_rows_compiles_for_every_gpu(compiler, capability, dtype):
-    if capability not in compiler.architectures:
-        pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
-    programs = [Program("linear", FORMATS["Q6_K"], dtype, None, 2, tokens, rows) for tokens, rows in LINEAR_ROWS.items()]
-    for program in [*programs, Program("unpack", FORMATS["Q6_K"], dtype, torch.float16, 1)]:
-        assert compiler.compile(program.source(), capability).startswith(ELF)
+@each_capability("dtype", DTYPES, DTYPES)
+def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
+    for tokens, rows in LINEAR_ROWS.items():
+        assert compile(Program("linear", FORMATS["Q6_K"], dtype, None, 2, tokens, rows)).startswith(ELF)
+    assert compile(Program("unpack", FORMATS["Q6_K"], dtype, torch.float16, 1)).startswith(ELF)
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):

@@ -12,7 +12,7 @@ from featherweight.ops.packing.feedback import pack_with_feedback
 from featherweight.ops.packing.guard import better_of, output_errors
 from featherweight.ops.packing.moments import Moments
 from gguf import GGMLQuantizationType
-from kernel_cases import cpu_kernels
+from kernel_cases import cpu_kernels, shared_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Not those of other block lengths, which other tests have made meanwhile.
@@ -27,7 +27,7 @@ def by(request, tmp_path_factory):
     """What goes through the columns: all here holds for both."""
     with contextlib.ExitStack() as stack:
         if request.param == "kernel":
-            patch, find = stack.enter_context(cpu_kernels(tmp_path_factory.mktemp("cache"))), kernels.find
+            patch, find = stack.enter_context(cpu_kernels(shared_cache(tmp_path_factory))), kernels.find
             patch.setattr(kernels, "find", lambda op, *case, **more: find(op, *case, **more) if op == "pack_columns" else None)
         yield request.param
 

@@ -14,7 +14,7 @@ from featherweight.ops.packing import _has_reference, can_pack, pack_tensor
 from featherweight.ops.packing.guard import output_errors
 from featherweight.ops.packing.moments import Moments
 from featherweight.ops.tensor import packed_tensor, packed_tensors
-from kernel_cases import cpu_kernels
+from kernel_cases import cpu_kernels, shared_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +34,7 @@ def by(request, tmp_path_factory):
     """What searches the blocks and goes through the columns."""
     with contextlib.ExitStack() as stack:
         if request.param == "kernel":
-            stack.enter_context(cpu_kernels(tmp_path_factory.mktemp("cache")))
+            stack.enter_context(cpu_kernels(shared_cache(tmp_path_factory)))
             for packed_format in SEARCHED.values():
                 assert kernels.find("pack_blocks", torch.device("cpu"), packed_format, torch.float32) is not None
         yield request.param

@@ -1,6 +1,8 @@
-"""The backends in C++ on this CPU: as their platforms compile and start them, by the same Python."""
+"""The backends where there is no GPU: C++ as its platform compiles and starts it, by the same Python,
+on this CPU, and Triton in its interpreter; where there is a GPU, Triton on that."""
 import contextlib
 import ctypes
+import hashlib
 import os
 import platform
 import shutil
@@ -28,13 +30,23 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
 # Of the CPU's backend: instructions to do without -> how many values are handled at once.
 CPUS = {"cpp": ((), (16, 8)), "cpp with AVX2": (("-mno-avx512f",), (8,)),
         "cpp without AVX": (("-mno-avx",), (8,))}
-BACKENDS = (*CPUS, "nvrtc", "metal")
+BACKENDS = (*CPUS, "nvrtc", "metal", "triton")
+CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which is read when triton is imported
+ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
+
+
+def device_of(backend: Backend) -> torch.device:
+    """Where a backend of `backend_on_cpu` runs."""
+    return torch.device("cuda", 0) if backend.name == "triton" and ON_A_GPU else CPU
 
 
 def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
     """The path of a library. Raises RuntimeError with what the compiler says."""
-    number = len(list(folder.iterdir()))
-    source, library = folder / f"{number}.cpp", folder / f"{number}.so"
+    name = hashlib.sha256(f"{include} {libraries} {text}".encode()).hexdigest()[:32]
+    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    if library.is_file():
+        return str(library)
     source.write_text(text, encoding="utf-8")
     command = [COMPILER, *FLAGS, f"-I{HERE / include}", str(source), "-o", str(library), *libraries]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -93,8 +105,25 @@ def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def backend_on_cpu(name: str, folder: Path) -> Iterator[Backend]:
-    """One of `BACKENDS`, compiling into an empty folder; "kernels" has the object behind it."""
+def triton_backend_here() -> Iterator[Backend]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if not (INTERPRETED or ON_A_GPU):
+        pytest.skip("runs in the process that test_kernels_triton.py starts")
+    from featherweight.ops.kernels import triton_backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:  # a value takes ten thousand times as long
+            patch.setattr(sys.modules[probe.__module__], "MANY", 3 * triton_backend.UNPACK_TILE // 2)
+        yield triton_backend.BACKEND
+
+
+@contextlib.contextmanager
+def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
+    """One of `BACKENDS`. What it compiles lies in `cache`, as in the cache of a user."""
+    if name == "triton":
+        with triton_backend_here() as backend:
+            yield backend
+        return
     if COMPILER is None or sys.platform == "win32":
         pytest.skip("needs a C++ compiler")
     if name in CPUS:
@@ -104,12 +133,14 @@ def backend_on_cpu(name: str, folder: Path) -> Iterator[Backend]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpp_backend, "FLAGS", (*cpp_backend.FLAGS, *options))
             patch.setattr(torch.cpu, "_is_avx512_supported", partial(lambda: 16 in lanes))
-            kernels = CpuKernels(CppCompiler(COMPILER, folder))
+            kernels = CpuKernels(CppCompiler(COMPILER, cache / "featherweight" / "kernels"))
             yield Backend("cpp", partial(probe, kernels.unpack),
                           cpp_backend.kernel_table(lambda: kernels))
         return
     if sys.platform != "linux":
         pytest.skip("needs Linux")
+    folder = cache / name
+    folder.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         if name == "metal":
             patch.setattr(torch.mps, "compile_shader", partial(compile_shader, folder))

@@ -1,5 +1,8 @@
-// What a kernel of ops/kernels/cuda needs to be a C++ function on a CPU. Threads are fibers that take turns at each shuffle.
+// What a kernel of ops/kernels/cuda needs to be a C++ function on a CPU. Threads are fibers that take turns at each shuffle,
+// by jumps: swapcontext asks the system for the mask of signals each time.
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake
 #include <math.h>
+#include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 #include <utility>
@@ -13,10 +16,11 @@ struct Dimensions { unsigned x; };
 const unsigned MAX_THREADS = 256, STACK_BYTES = 1 << 16;
 
 static Dimensions threadIdx, blockIdx, blockDim;
-static ucontext_t scheduler, fibers[MAX_THREADS];
+static ucontext_t fibers[MAX_THREADS];
+static jmp_buf scheduler, positions[MAX_THREADS];
 static char stacks[MAX_THREADS][STACK_BYTES];
 static float exchanged[MAX_THREADS];
-static bool finished[MAX_THREADS];
+static bool started[MAX_THREADS], finished[MAX_THREADS];
 
 static int min(int a, int b) { return a < b ? a : b; }
 
@@ -31,7 +35,15 @@ static unsigned short half_of_float(float value) {
 }
 
 static void take_turns() {
-    swapcontext(&fibers[threadIdx.x], &scheduler);
+    if (!_setjmp(positions[threadIdx.x])) _longjmp(scheduler, 1);
+}
+
+// Until the current thread takes turns.
+static void resume() {
+    if (_setjmp(scheduler)) return;
+    if (started[threadIdx.x]) _longjmp(positions[threadIdx.x], 1);
+    started[threadIdx.x] = true;
+    setcontext(&fibers[threadIdx.x]);
 }
 
 static float __shfl_xor_sync(unsigned, float value, int distance) {
@@ -55,24 +67,27 @@ static void launch_on_cpu(void (*kernel)(Arguments...), unsigned blocks, unsigne
     the_kernel = kernel;
     the_arguments = arguments;
     void (*run)() = [] {
-        call(the_kernel, the_arguments, std::index_sequence_for<Arguments...>());
-        finished[threadIdx.x] = true;
-        take_turns();
+        for (;;) {  // once for each block
+            call(the_kernel, the_arguments, std::index_sequence_for<Arguments...>());
+            finished[threadIdx.x] = true;
+            take_turns();
+        }
     };
     blockDim.x = threads;
+    for (unsigned thread = 0; thread < threads; thread++) {
+        started[thread] = false;
+        getcontext(&fibers[thread]);
+        fibers[thread].uc_stack.ss_sp = stacks[thread];
+        fibers[thread].uc_stack.ss_size = STACK_BYTES;
+        makecontext(&fibers[thread], run, 0);
+    }
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        for (unsigned thread = 0; thread < threads; thread++) {
-            finished[thread] = false;
-            getcontext(&fibers[thread]);
-            fibers[thread].uc_stack.ss_sp = stacks[thread];
-            fibers[thread].uc_stack.ss_size = STACK_BYTES;
-            makecontext(&fibers[thread], run, 0);
-        }
+        memset(finished, 0, sizeof(finished));
         for (unsigned running = threads; running;) {
             running = 0;
             for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) {
                 if (finished[threadIdx.x]) continue;
-                swapcontext(&scheduler, &fibers[threadIdx.x]);
+                resume();
                 running += !finished[threadIdx.x];
             }
         }
