@@ -12,7 +12,7 @@ from devtools.gpu import bare
 from devtools.host.environment import fetch_chromium, fetch_llama_cpp, prepare
 
 PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
-# Each runs whole files, folder by folder: those of tests/server share a server then.
+# Each runs whole files, and those that share a server together: see tests/support/processes.py.
 WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
                "--max-worker-restart", "0"]  # else what a process held that dies is waited for without end
 

@@ -6,6 +6,7 @@ from unittest import mock
 
 import comfyui_and_pack  # noqa: F401  first: puts both where they can be imported
 import fake_gpus
+import processes
 import pytest
 from devtools.host.environment import HOST_VERSION
 
@@ -32,7 +33,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "heavy" in item.keywords:
                 item.add_marker(skip)
+    processes.arrange(items)
     fake_gpus.forward(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return processes.scheduler(config, log) if config.option.dist == "loadfile" else None
 
 
 def pytest_runtest_logreport(report):

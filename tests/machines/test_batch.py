@@ -1,18 +1,20 @@
 """A batch on two machines draws what one ComfyUI draws, once for each row, whatever ends in the midst."""
+import contextlib
 import json
 import os
 import signal
 import sys
-import threading
-import time
 
 import pytest
 from featherweight.machines.batch import Batch
+from featherweight.machines.rows import look
+from featherweight.machines.store import Store
+from featherweight.machines.worker import RowRenderer
 
 from .conftest import changes, workflow
 
 ray = pytest.importorskip("ray")
-COUNT = 10
+COUNT = 8
 
 
 class Run:
@@ -45,46 +47,79 @@ def of(row):
     return workflow(row["4.text"], row["7.seed"])
 
 
-def kill_first(run):
-    """kill -9 the worker that drew the first picture."""
-    while not (found := run.out.exists() and list(run.out.glob("*.json"))):
-        time.sleep(0.02)
-    os.kill(int(json.loads(found[0].read_text())["worker"].split(":")[1]), signal.SIGKILL)
+def killed_once(marker) -> type[RowRenderer]:
+    """A renderer whose process is killed when it has drawn a row and begins another, the first time that any does."""
+    class KilledOnce(RowRenderer):
+        has_drawn = False
+
+        def render(self, row):
+            if self.has_drawn:
+                with contextlib.suppress(FileExistsError), open(marker, "x"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            answer = super().render(row)
+            self.has_drawn = True
+            return answer
+
+    return KilledOnce
 
 
 @pytest.fixture(scope="module")
-def first(cluster, tmp_path_factory):
-    """The first run: a worker is killed in the midst, and among the rows are some that nobody can draw."""
-    run = Run(tmp_path_factory.mktemp("batch"), cluster.address)
-    killer = threading.Thread(target=kill_first, args=(run,), daemon=True)
-    killer.start()
+def museum(cluster, tmp_path_factory):
+    """A machine with another ComfyUI."""
+    folder = tmp_path_factory.mktemp("museum")
+    (folder / "comfy").mkdir()
+    (folder / "main.py").touch()
+    (folder / "comfyui_version.py").write_text('__version__ = "0.1.0"\n', encoding="utf-8")
+    cluster.bases["museum"] = folder
+    cluster.add("museum", COMFYUI_PATH=str(folder))
+    yield
+    cluster.remove("museum")
+    del cluster.bases["museum"]
+
+
+EARLIER = b"what an earlier run drew"
+OTHERS = ".other_9_0.png.0123abcd.part"  # half a file of another batch
+
+
+@pytest.fixture(scope="module")
+def first(cluster, museum, tmp_path_factory):
+    """A run that goes on where an earlier one was killed: row 0000 was drawn, and row 0004 too, but with another seed.
+
+    A worker is killed in the midst, and among the rows are some that nobody can draw.
+    """
+    folder = tmp_path_factory.mktemp("batch")
+    run, earlier = Run(folder, cluster.address), rows()
+    earlier[4]["7.seed"] = 444
+    store = Store(str(run.out))
+    lines = [(number, json.dumps(row).encode()) for number, row in enumerate(earlier, 1)]
+    for name, _, stamp, _ in look(str(run.out), run.graph, lines).left:
+        if name in ("0000", "0004"):
+            store.save(name, {"9_0.png": EARLIER, "9_1.png": EARLIER}, {"stamp": stamp})
+    for name in (OTHERS, ".0004_9_0.png.0123abcd.part"):
+        (run.out / name).write_bytes(b"half")
     bad = ['{"id": "broken"', '["no row"]', '{"id": "../x", "7.seed": 1}', {"id": "0003", "7.seed": 99},
            {"id": "nowhere", "77.seed": 1}, {"id": "sampler", "7.sampler_name": "no_such_sampler"}]
-    museum = tmp_path_factory.mktemp("museum")  # a machine with another ComfyUI
-    (museum / "comfy").mkdir()
-    (museum / "main.py").touch()
-    (museum / "comfyui_version.py").write_text('__version__ = "0.1.0"\n', encoding="utf-8")
-    cluster.bases["museum"] = museum
-    cluster.add("museum", COMFYUI_PATH=str(museum))
-    try:
-        counts = run([*rows()[:5], *bad, *rows()[5:]])
-    finally:
-        cluster.remove("museum")
-    killer.join(1)
-    assert not killer.is_alive()
+    counts = run([*rows()[:5], *bad, *rows()[5:]], worker=killed_once(str(folder / "killed")))
+    assert (folder / "killed").exists()
     return run, counts, list(run.said)
 
 
 def test_every_row_is_there_once_and_byte_equal_to_one_comfyui(first, plain):
     run, counts, _ = first
-    assert counts == {"drawn": COUNT, "failed": 6}
-    assert run.names() == sorted(f"{row['id']}{end}" for row in rows() for end in ("_9_0.png", ".json"))
-    for row in rows():
+    assert counts == {"there": 1, "drawn": COUNT - 1, "failed": 6}
+    names = {f"{row['id']}{end}" for row in rows() for end in ("_9_0.png", ".json")}
+    assert run.names() == sorted(names | {"0000_9_1.png", OTHERS})
+    for row in rows()[1:]:
         assert (run.out / f"{row['id']}_9_0.png").read_bytes() == plain(of(row)), row
 
 
+def test_what_an_earlier_run_drew_is_left_as_it_is(first):
+    assert [(first[0].out / f"0000_9_{number}.png").read_bytes() for number in (0, 1)] == [EARLIER] * 2
+
+
 def test_both_machines_drew(first):
-    assert {record["worker"].split(":")[0] for record in first[0].records().values()} == {"desk", "attic"}
+    workers = [record.get("worker", "") for record in first[0].records().values()]
+    assert {worker.split(":")[0] for worker in workers if worker} == {"desk", "attic"}
 
 
 def test_a_machine_of_another_version_is_left_out_and_named(first):
@@ -104,20 +139,6 @@ def test_run_again_draws_nothing_and_starts_nothing(first, monkeypatch):
     before = {name: (first[0].out / name).stat().st_mtime_ns for name in first[0].names()}
     assert first[0](rows()) == {"there": COUNT}
     assert {name: (first[0].out / name).stat().st_mtime_ns for name in first[0].names()} == before
-
-
-def test_one_changed_row_is_drawn_again_and_no_other(first, plain):
-    run, changed = first[0], rows()
-    changed[4]["7.seed"] = 444
-    before = {name: (run.out / name).read_bytes() for name in run.names()}
-    (run.out / ".0004_9_0.png.0123abcd.part").write_bytes(b"half")  # of a process that was killed
-    (run.out / ".other_9_0.png.0123abcd.part").write_bytes(b"half of another batch")
-    assert run(changed, workers=(1, 1)) == {"there": COUNT - 1, "drawn": 1}
-    assert (run.out / "0004_9_0.png").read_bytes() == plain(of(changed[4]))
-    other = run.out / ".other_9_0.png.0123abcd.part"
-    assert other.exists()
-    other.unlink()
-    assert [name for name in run.names() if (run.out / name).read_bytes() != before.get(name)] == ["0004.json", "0004_9_0.png"]
 
 
 def test_who_stops_a_batch_while_ray_is_imported_imports_it_no_second_time(tmp_path, monkeypatch):
