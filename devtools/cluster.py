@@ -12,10 +12,14 @@ from devtools.host import server
 MODEL = demo_files.MODELS["Q4_K"]
 HOUSES = ("red", "yellow", "blue", "purple", "pink", "white")
 TREES, GROUNDS, HOURS = ("a pine", "an oak", "a palm"), ("grass", "snow", "sand"), ("noon", "dusk", "dawn", "night")
-# Ray on one machine: nothing is told outside, nothing beside what the tests need, and slow is not dead.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_METRICS_COLLECTION": "0",
-         "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_DEDUP_LOGS": "0",
-         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONDONTWRITEBYTECODE": "1", "FEATHERWEIGHT_KERNELS": "torch"}
+# Ray on one machine: nothing is told outside, nothing beside what the tests need. That a node's process is gone is noticed soon;
+# a slow one has 10 s for each answer.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_METRICS_COLLECTION": "0", "RAY_DEDUP_LOGS": "0",
+    "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_health_check_period_ms": "300", "RAY_health_check_timeout_ms": "10000",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONDONTWRITEBYTECODE": "1", "FEATHERWEIGHT_KERNELS": "torch",
+}
 os.environ.update({name: value for name, value in QUIET.items() if name.startswith("RAY_")})  # Ray reads some when imported
 
 

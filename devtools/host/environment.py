@@ -89,6 +89,8 @@ def prepare() -> Environment:
         fetch_tree(host, python, f"ComfyUI {HOST_VERSION}", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
     _install_packages(host, python)
     _install_shim(python)
+    if not own_host:  # as pip does with packages: else each server compiles it where PYTHONDONTWRITEBYTECODE is set
+        subprocess.run([str(python), "-m", "compileall", "-q", str(host)], stdout=subprocess.DEVNULL)
     stamp.write_text(_fingerprint(host))
     print(f"Environment ready after {time.monotonic() - started:.0f} s")
     return Environment(host, python)
