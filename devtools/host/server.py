@@ -171,6 +171,11 @@ class Server:
         """The first of the run's pictures: (height, width, 3) float32 from 0 to 255."""
         return np.asarray(Image.open(io.BytesIO(self.image(run.pictures[0]))), dtype=np.float32)
 
+    def forget(self):
+        """Have the host drop what it keeps of earlier prompts, so that each node of the next one runs."""
+        self.post("/free", {"free_memory": True})
+        self.queue({"1": {"class_type": "PreviewAny", "inputs": {"source": "freed, after this at the latest"}}})
+
     def another_client(self) -> "Server":
         """The same server as another browser has it."""
         other = copy.copy(self)

@@ -1,11 +1,16 @@
-"""One real server with this pack for all tests of this folder. It runs as a user's: with the kernels of this machine."""
+"""One real server with this pack and two small ones beside it, for all tests of this folder.
+
+It runs as a user's: with the kernels of this machine.
+"""
 import pytest
 from fake_gpu_server import FakeGpuServer, Size
 
-from devtools import fakegpu
+from devtools import ROOT, fakegpu
 from devtools.files import demo_files
 from devtools.host import server as servers
 from devtools.host.browser import Browser, find_chromium
+
+PLANTED = ROOT / "tests" / "support" / "planted_packs"  # other people's packs, beside this one
 
 
 def pytest_configure(config):
@@ -37,7 +42,8 @@ def kernels_of_this_machine():
 def server(tmp_path_factory, kernels_of_this_machine):
     base = tmp_path_factory.mktemp("server")
     demo_files.make_models(base)
-    with servers.Server(base) as running:
+    packs = {path.stem: path.read_text(encoding="utf-8") for path in PLANTED.glob("*.py")}
+    with servers.Server(base, extra_custom_nodes=packs) as running:
         yield running
 
 

@@ -4,12 +4,11 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from devtools import demo
 from devtools.files import demo_files
-from devtools.host.server import HOST, Server
+from devtools.host.server import HOST
 
 # What an exporter writes: the host's start without its server, then each node in turn.
 EXPORTED = f'''
@@ -60,47 +59,6 @@ def main():
 main()
 '''
 
-# Loaders around ours, as ComfyUI-MultiGPU builds them.
-WRAPPERS = '''
-from nodes import NODE_CLASS_MAPPINGS as ALL
-
-
-class WrappedUnet:
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "load_unet"
-
-    @classmethod
-    def INPUT_TYPES(s):
-        return {"required": {"unet_name": ("STRING",)}}
-
-    def load_unet(self, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None):
-        return ALL["UnetLoaderGGUF"]().load_unet(unet_name, dequant_dtype, patch_dtype, patch_on_device)
-
-
-class WrappedClip:
-    RETURN_TYPES = ("CLIP",)
-    FUNCTION = "load_clip"
-
-    @classmethod
-    def INPUT_TYPES(s):
-        return {"required": {"clip_name": ("STRING",), "type": ("STRING",)}}
-
-    def load_clip(self, clip_name, type="stable_diffusion", device=None):
-        return ALL["CLIPLoaderGGUF"]().load_clip(clip_name, type)
-
-
-NODE_CLASS_MAPPINGS = {"WrappedUnet": WrappedUnet, "WrappedClip": WrappedClip}
-'''
-
-
-@pytest.fixture(scope="module")
-def wrapping(tmp_path_factory):
-    base = tmp_path_factory.mktemp("wrapping")
-    demo_files.make_models(base)
-    with Server(base, extra_custom_nodes={"wrappers": WRAPPERS}) as server:
-        yield server
-
-
 def graph(unet: str, clip: str) -> dict:
     return {
         "1": {"class_type": unet, "inputs": {"unet_name": demo.MODEL_NAME}},
@@ -125,14 +83,17 @@ def queued(server, *loaders) -> tuple:
     return picture(server.base / "output" / run.outputs["8"]["images"][0]["filename"]), run.texts
 
 
-def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(wrapping):
-    expected, texts = queued(wrapping, "UnetLoaderGGUF", "CLIPLoaderGGUF")
+def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(server):
+    server.forget()
+    for path in (server.base / "output").glob("exported*.png"):
+        path.unlink()
+    expected, texts = queued(server, "UnetLoaderGGUF", "CLIPLoaderGGUF")
     assert expected.std() > 5
-    wrapped, texts_of_wrappers = queued(wrapping, "WrappedUnet", "WrappedClip")
+    wrapped, texts_of_wrappers = queued(server, "WrappedUnet", "WrappedClip")
     assert np.array_equal(wrapped, expected)
     assert "held" in texts["1"][-1] and texts == texts_of_wrappers  # shown on the node that runs
-    env = {**os.environ, **wrapping.env}
-    subprocess.run([sys.executable, "-c", EXPORTED, str(wrapping.base), *wrapping.arguments], cwd=HOST, check=True, timeout=300,
+    env = {**os.environ, **server.env}
+    subprocess.run([sys.executable, "-c", EXPORTED, str(server.base), *server.arguments], cwd=HOST, check=True, timeout=300,
                    env={**env, "PYTHONPATH": os.pathsep.join([str(HOST), env.get("PYTHONPATH", "")])})
-    path, = (wrapping.base / "output").glob("exported*.png")
+    path, = (server.base / "output").glob("exported*.png")
     assert np.array_equal(picture(path), expected)

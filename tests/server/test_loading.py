@@ -22,8 +22,7 @@ LOADERS = {
 
 def load(server, loader, inputs, on_progress=None):
     """Queue one loader, as node 1, and a node that only shows what came out of it. The host has kept nothing of it before."""
-    server.post("/free", {"free_memory": True})
-    server.queue({"1": {"class_type": "PreviewAny", "inputs": {"source": "freed, after this at the latest"}}})
+    server.forget()
     return server.queue({
         "1": {"class_type": loader, "inputs": inputs},
         "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},

@@ -1,22 +1,11 @@
 """A ComfyUI too old for the pack: one sentence that says so, no nodes, no traceback."""
-import re
 import subprocess
 import sys
 
+from aged_host import OLDEST, host_of_version
+
 from devtools import ROOT
-from devtools.host.server import HOST, PACK, Server
-
-OLDEST = re.search(r'^OLDEST_HOST = "(.*?)"', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
-
-
-def host_of_version(folder, version):
-    """The host under test, saying that it is of another version."""
-    folder.mkdir()
-    for path in HOST.iterdir():
-        (folder / path.name).symlink_to(path)
-    (folder / "comfyui_version.py").unlink()
-    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
-    return folder
+from devtools.host.server import PACK, Server
 
 
 def test_an_older_host_is_told_what_the_pack_needs(tmp_path):
@@ -37,7 +26,3 @@ def test_a_host_so_old_that_it_does_not_say_its_version_is_told_so_too(tmp_path)
     assert found.stdout.strip() == "{}"
     assert f"This is ComfyUI of an unknown version and Featherweight needs {OLDEST} or newer: update ComfyUI." in found.stderr
 
-
-def test_the_oldest_host_gets_the_nodes(tmp_path):
-    with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST)) as server:
-        assert any(PACK in node["python_module"] for node in server.object_info().values())

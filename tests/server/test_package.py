@@ -2,6 +2,7 @@
 import shutil
 
 import pytest
+from aged_host import OLDEST, host_of_version
 
 from devtools import ROOT
 from devtools.host.package import packed_files
@@ -13,11 +14,12 @@ FOLDER = "featherweight"  # the project's name
 
 
 def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_and_the_templates(tmp_path, server):
+    """On the oldest ComfyUI that it is for, by the number."""
     for path in packed_files():
-        target = tmp_path / "custom_nodes" / FOLDER / path
+        target = tmp_path / "base" / "custom_nodes" / FOLDER / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, target)
-    with Server(tmp_path, with_pack=False) as packed:
+    with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST), with_pack=False) as packed:
         assert "IMPORT FAILED" not in packed.log()
         info = packed.object_info()
         nodes = {name for name, node in info.items() if node["python_module"] == f"custom_nodes.{FOLDER}"}

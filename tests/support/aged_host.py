@@ -1,0 +1,18 @@
+"""The ComfyUI under test, saying that it is of another version."""
+import re
+from pathlib import Path
+
+from devtools import ROOT
+from devtools.host.server import HOST
+
+OLDEST = re.search(r'^OLDEST_HOST = "(.*?)"', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+
+def host_of_version(folder: Path, version: str) -> Path:
+    """Make a folder with that ComfyUI in it; return the folder."""
+    folder.mkdir()
+    for path in HOST.iterdir():
+        if path.name not in ("comfyui_version.py", "__pycache__"):
+            (folder / path.name).symlink_to(path)
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    return folder
