@@ -243,8 +243,10 @@ class Search:
 
 def _sum(numbers: torch.Tensor) -> torch.Tensor:
     """`numbers.sum(0)` of a power of two of them, in an order that does not depend on the other dimensions, as torch's does."""
-    while len(numbers) > 1:
-        numbers = numbers[:len(numbers) // 2] + numbers[len(numbers) // 2:]
+    half = numbers.shape[0]
+    while half > 1:
+        half //= 2
+        numbers = numbers[:half] + numbers[half:]
     return numbers[0]
 
 

@@ -83,18 +83,18 @@ def forgotten_folders():
     folder_paths.filename_list_cache.clear()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def shared_tokenizers():
-    """The host reads the tokenizer of Qwen from its folder for every encoder, which takes longer than the small encoder."""
-    from transformers import Qwen2Tokenizer
+    """The host reads a tokenizer from its folder for every encoder, which takes longer than a small encoder."""
+    from transformers import PreTrainedTokenizerBase
 
-    from_pretrained = Qwen2Tokenizer.from_pretrained
+    read = PreTrainedTokenizerBase.from_pretrained.__func__
 
     @functools.lru_cache
-    def read_once(*args, **kwargs):
-        tokenizer = from_pretrained(*args, **kwargs)
+    def read_once(tokenizer_class, path, **options):
+        tokenizer = read(tokenizer_class, path, **options)
         tokenizer.get_vocab = functools.cache(tokenizer.get_vocab)
         return tokenizer
 
-    with mock.patch.object(Qwen2Tokenizer, "from_pretrained", read_once):
+    with mock.patch.object(PreTrainedTokenizerBase, "from_pretrained", classmethod(read_once)):
         yield

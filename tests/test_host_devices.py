@@ -17,7 +17,7 @@ ON_TWO_GPUS = [pytest.param(kind, marks=pytest.mark.fake_gpus(devices=2, dynamic
                for kind in ("static", "dynamic")]
 GPU_OF = {"gpu:1": 1, "gpu:7": 0}  # what is chosen -> where it computes
 
-pytestmark = [pytest.mark.usefixtures("small_models", "shared_tokenizers"), pytest.mark.parametrize("vram", ON_TWO_GPUS)]
+pytestmark = [pytest.mark.usefixtures("small_models"), pytest.mark.parametrize("vram", ON_TWO_GPUS)]
 
 
 @pytest.fixture

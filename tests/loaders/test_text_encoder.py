@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
 
-pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
+pytestmark = pytest.mark.usefixtures("small_models")
 
 ONE_OF_EACH = {encoder.architecture: name for name, encoder in ENCODERS.items() if not encoder.unusable}.values()
 # The host cannot encode with these alone. See test_t5.py and test_clip.py (in pairs), test_gemma.py (its decoder).

@@ -15,7 +15,7 @@ from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.tensor import is_packed
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
+pytestmark = pytest.mark.usefixtures("small_models")
 
 LLAMA, GPT_OSS = ENCODERS["llama-3-8b"], ENCODERS["gpt-oss-20b"]
 EXPERTS = "layers.1.mlp.experts.down_proj.weight"

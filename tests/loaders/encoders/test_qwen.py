@@ -16,7 +16,7 @@ from featherweight.ops.tensor import is_packed
 
 from devtools.files.gguf_files import dequantize, write_gguf
 
-pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
+pytestmark = pytest.mark.usefixtures("small_models")
 
 SEEING = {**qwen_vl.ENCODERS, **{name: qwen35.ENCODERS[name] for name in ("qwen3.5-0.8b", "qwen3.5-4b")}}
 ALL = {**qwen.ENCODERS, **qwen_vl.ENCODERS, **qwen35.ENCODERS}

@@ -85,7 +85,7 @@ def test_cards_say_what_fits_and_what_stays_outside():
 
 
 @pytest.mark.parametrize("name", ["t5-xxl", "umt5-xxl", "clip-l", "clip-g", "qwen3-4b", "gemma-3-12b"])
-def test_a_text_encoder_is_recognised(name, shared_tokenizers):
+def test_a_text_encoder_is_recognised(name):
     encoder = ENCODERS[name]
     with small_towers(encoder):
         shapes = {key: value.shape for key, value in text_model(host_clip(encoder, {})).transformer.state_dict().items()}
@@ -95,7 +95,7 @@ def test_a_text_encoder_is_recognised(name, shared_tokenizers):
 
 
 @pytest.mark.parametrize("name", ["t5-xxl", "qwen3-4b"])
-def test_a_text_encoder_in_llama_cpps_names_is_recognised(name, tmp_path, shared_tokenizers):
+def test_a_text_encoder_in_llama_cpps_names_is_recognised(name, tmp_path):
     write_encoder(tmp_path / "encoder.gguf", ENCODERS[name], random_weights(ENCODERS[name]))
     found, = inspect(tmp_path / "encoder.gguf")
     assert found.kind == ENCODER and found.family == TITLES[ENCODERS[name].te_model]

@@ -81,7 +81,7 @@ def test_vectors_small_ones_convolutions_and_biases_are_never_packed(model):
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))
-def test_text_encoders_pack_their_blocks_and_lookup_table(name, shared_tokenizers):
+def test_text_encoders_pack_their_blocks_and_lookup_table(name):
     with small_towers(ENCODERS[name]):
         clip = host_clip(ENCODERS[name], {})
     shapes = {key: tuple(value.shape) for key, value in text_model(clip).transformer.state_dict().items()}

@@ -10,7 +10,7 @@ from featherweight.loaders.packing.source import Weight, of_encoders
 from featherweight.loaders.text_encoder import load_text_encoder
 from saving import save
 
-pytestmark = pytest.mark.usefixtures("small_models", "shared_tokenizers")
+pytestmark = pytest.mark.usefixtures("small_models")
 
 TEXT = "ab ba, the red fox über 12 dogs"
 LOADED_AGAIN = [(name, "Q8_0") for name in ENCODERS] + [("gemma-2-2b", "NF4"), ("gpt-oss-20b", "NF4"), ("mistral-3-24b", "NF4")]
