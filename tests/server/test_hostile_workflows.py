@@ -17,7 +17,8 @@ import pytest
 from audit import Audit, Listener, Untouched
 from featherweight.nodes import PICKERS
 
-from devtools.files import demo_files
+from devtools.files import demo_files, tiny_models
+from devtools.files.gguf_files import write_gguf
 from devtools.host.server import PACK, Server
 
 pytestmark = [pytest.mark.not_on_fake_gpus(reason="they have a sitecustomize of their own"),
@@ -26,6 +27,7 @@ MARK = f"hostile{uuid.uuid4().hex[:12]}"
 PICKLES = (".gguf", ".safetensors", ".sft", ".ckpt", ".pt", ".bin")
 SECONDS = 600  # for all prompts of a test
 FOLDERS = ("diffusion_models", "unet", "text_encoders", "clip", "checkpoints", "vae", "loras", "diffusers")
+SMALL = "small.gguf"  # a model of two blocks
 # A pack with every fault that is looked for: what is seen of it shows that the test sees.
 FAULTY = '''
 import os, pickle, socket, subprocess, time
@@ -72,6 +74,8 @@ class Stranger:
         (self.audit.server / "models" / "checkpoints").mkdir()
         shutil.copy(self.audit.server / "models" / "diffusion_models" / demo_files.MODELS["Q8_0"],
                     self.audit.server / "models" / "checkpoints" / "honest.gguf")
+        write_gguf(self.audit.server / "models" / "diffusion_models" / SMALL,
+                   tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda *_: "Q8_0")
         for folder in FOLDERS:
             self.lay_traps(self.audit.server / "models" / folder)
         self.lay_traps(self.audit.server / "output")
@@ -106,6 +110,7 @@ class Stranger:
 
 SOURCES = {
     "model": ("FeatherweightLoadDiffusionModel", {"model_name": demo_files.MODELS["Q8_0"]}),
+    "small": ("FeatherweightLoadDiffusionModel", {"model_name": SMALL}),
     "clip": ("FeatherweightLoadTextEncoder", {"text_encoder_1": demo_files.ENCODER_NAME, "text_encoder_2": "none",
                                               "text_encoder_3": "none", "text_encoder_4": "none", "mmproj": "none",
                                               "type": "stable_diffusion"}),
@@ -122,6 +127,7 @@ LINKS = {"MODEL": "model", "CLIP": "clip", "VAE": "vae", "CONDITIONING": "text",
 QUICK = {"count": 1, "samples": 1, "steps": 1, "workers": 1, "thoroughness": "no runs", "type": "Q8_0"}
 SLOW = {"CONDITIONING"}  # inputs that have a node draw
 RAY = "FeatherweightRunOnRay"
+MEASURE = "FeatherweightMeasureSensitivity"  # runs a model many times
 
 
 def node(kind: str, inputs: dict) -> dict:
@@ -240,6 +246,8 @@ def accepted(stranger, watch, nodes):
     watch.server.post("/prompt", {"prompt": {"gate": node("Faulty", {"fault": "wait", "value": str(gate)})}})
     for kind, each in nodes.items():
         honest, group, cases = plain_inputs(each), {}, {}
+        if kind == MEASURE:
+            honest["model"] = ["small", 0]
         for name, value in inputs_of(each).items():
             texts = stranger.texts(watch.listener.port) if not isinstance(value, list) else []
             others = [hostile for hostile in stranger.others() if hostile or value != ["latent", 0]]  # none is a large one
