@@ -2,7 +2,6 @@
 import dynamic_vram
 import pytest
 import torch
-from dynamic_vram import LOAD, PAGE, give_no_page
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor import QuantizedTensor
 from patched_models import (
@@ -60,54 +59,6 @@ def test_loras_stack_switch_and_go(models, uploads):
         assert all(not isinstance(module.weight, QuantizedTensor) or module is bias_layer for module in uploads)
         assert len(packed_layers(packed)) == count
     assert not any(layer.lora for layer in packed_layers(packed))
-
-
-def test_weights_that_never_become_resident(models, uploads):
-    packed, dense, without, values = models
-    stack = [(lora_for(values, seed=1), 1.0), (lora_for(values, "loha", seed=2), 0.5), (lora_for(values, seed=3), 0.5)]
-    step(packed)
-    expected, patcher = run(patched(dense, *stack)), patched(packed, *stack)
-    for _ in range(2):
-        patcher.partially_load(LOAD)
-        give_no_page(patcher)
-        uploads.clear()
-        assert error_by_effect(forward(patcher), expected, without) < LIMIT
-        assert len(uploads) == len(slots(patcher)) and patcher.loaded_size() == patcher.model.model_loaded_weight_memory
-    assert error_by_effect(step(patcher), expected, without) < LIMIT and patcher.loaded_size() > PAGE
-
-
-def test_unloading_frees_the_factors_and_reloading_restores_them(models, uploads):
-    packed, dense, without, values = models
-    lora = lora_for(values)
-    patcher = patched(packed, (lora, 1.0))
-    expected, sizes = run(patched(dense, (lora, 1.0))), []
-    for unload in (lambda: patcher.partially_unload(torch.device("cpu"), 1e9), patcher.detach, lambda: None):
-        assert error_by_effect(step(patcher), expected, without) < LIMIT
-        sizes.append((patcher.loaded_size(), patcher.model_size()))
-        unload()
-    assert len(set(sizes)) == 1 and sizes[0][1] > packed.model_size()
-    patcher.detach()
-    assert not any(layer.lora for layer in packed_layers(packed)) and not packed.model.packed_patches.nbytes
-    assert patcher.model.model_loaded_weight_memory == 0
-    assert torch.equal(step(packed), without)
-
-
-@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
-def test_memory_freed_in_the_midst_of_a_run_takes_no_lora(models, uploads, kind):
-    packed, dense, without, values = models
-    lora = lora_for(values, kind)
-    for name, value in values.items():  # small layers that the host keeps on the device, patched
-        if name.endswith("norm.scale"):
-            lora[f"diffusion_model.{name.replace('.scale', '.diff')}"] = torch.full_like(value, 0.3)
-    patcher, expected = patched(packed, (lora, 0.8)), run(patched(dense, (lora, 0.8)))
-    step(patcher)
-    loaded, factors = patcher.loaded_size(), packed.model.packed_patches.nbytes
-    for _ in range(2):  # first what the slots hold was not enough, then nothing is left to give
-        patcher.partially_unload(torch.device("cpu"), 1e12)
-        assert error_by_effect(forward(patcher), expected, without) < LIMIT
-    assert patcher.loaded_size() == 0 and packed.model.packed_patches.nbytes == factors
-    assert error_by_effect(step(patcher), expected, without) < LIMIT and patcher.loaded_size() == loaded > PAGE
-    assert torch.equal(step(packed), without)
 
 
 def test_wrappers_see_the_patched_weight(models, uploads):
@@ -170,30 +121,6 @@ def test_the_delegate_without_dynamic_vram_is_packed_and_patched(models, uploads
     assert len(packed_layers(delegate)) == len(packed_layers(packed))
     assert patcher.get_non_dynamic_delegate().model is delegate.model
     assert error_by_effect(step(patcher), expected, without) < LIMIT
-
-
-def test_a_clone_for_another_gpu_is_packed_and_patched(models, uploads):
-    packed, dense, without, values = models
-    lora = lora_for(values)
-    patcher = patched(packed, (lora, 1.0))
-    expected = run(patched(dense, (lora, 1.0)))
-    step(patcher)
-    clone = patcher.deepclone_multigpu(torch.device("cuda:1"))
-    assert isinstance(clone, PackedPatcher) and clone.is_dynamic() and clone.model is not packed.model
-    assert error_by_effect(step(clone), expected, without) < LIMIT
-    assert error_by_effect(step(patcher), expected, without) < LIMIT
-    assert len(packed_layers(clone)) == len(packed_layers(packed))
-
-
-def test_a_model_is_saved_dense_while_loaded(models, uploads):
-    packed, dense, _, values = models
-    lora = lora_for(values)
-    patcher, reference = patched(packed, (lora, 1.0)), patched(dense, (lora, 1.0))
-    step(patcher)
-    key = "double_blocks.0.img_mlp.2.weight"
-    saved = patcher.model_state_dict_for_saving(patcher.model.diffusion_model, "diffusion_model.")[key].to("cpu")
-    expected = reference.patch_weight_to_device(f"diffusion_model.{key}", torch.device("cpu"), return_weight=True)
-    assert torch.allclose(saved, expected, atol=1e-6) and not isinstance(saved, QuantizedTensor)
 
 
 def test_integers_of_the_hosts_formats_are_saved_as_they_are(uploads):

@@ -96,25 +96,6 @@ def test_a_model_of_the_hosts_own_has_one_in_dynamic_vram(gpu):
 
 
 @STATIC
-def test_hooks_change_a_model_of_which_a_part_stays(gpu):
-    lora = lora_for(flux_file("Q8_0")[1], seed=7)
-    packed, found = packed_flux("Q8_0"), []
-    for budget in (2, 0.5, 0):
-        placed = place(packed, budget * packed.full_size())
-        hooks = comfy.hooks.create_hook_lora(lora, 0.8, 0.0)
-        placed.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
-        load(placed)
-        outputs = [step(placed)]
-        for group in (hooks, None):
-            placed.apply_hooks(group)
-            outputs.append(step(placed))
-        placed.clean_hooks()
-        assert torch.equal(outputs[0], outputs[2]) and not torch.equal(*outputs[:2])
-        found.append(outputs[1])
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-@STATIC
 def test_a_text_encoder_has_one_too(gpu, tmp_path):
     write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
     clip = load_text_encoder([str(tmp_path / "clip_l.gguf")])
@@ -151,17 +132,6 @@ def test_nobody_is_unloaded_for_bytes_that_never_come(gpu, monkeypatch):
             load(model)
         assert (gpu.copied().up > before) == reloads
         comfy.model_management.unload_all_models()
-
-
-@STATIC
-def test_another_strength_sends_the_factors_once_and_no_weight(gpu):
-    lora = lora_for(flux_file("Q8_0")[1])
-    factors = sum(tensor.nbytes for tensor in lora.values() if tensor.ndim)
-    packed = packed_flux("Q8_0")
-    strong, weak = (place(patched(packed, (lora, strength)), 0.5 * packed.model_size()) for strength in (1.0, 0.5))
-    load(strong)
-    for placed, expected in ((strong, 0), (weak, factors), (weak, 0), (strong, factors)):
-        assert copied_by(gpu, load, placed) == expected
 
 
 @STATIC
@@ -204,22 +174,6 @@ def test_what_a_store_has_no_room_for_lies_in_the_next(gpu):
     for store, room in ((SECOND, 0.3), (THIRD, 0.2)):
         assert room * size - largest(placed) < stored[store] <= room * size
     assert torch.equal(step(placed), expected)
-
-
-@STATIC
-def test_a_device_that_is_too_small_says_so_as_always_and_the_next_prompt_works(gpu):
-    packed = packed_flux("Q8_0")
-    placed = place(packed, 0.5 * packed.model_size())
-    load(placed)
-    expected = step(placed)
-    comfy.model_management.reset_cast_buffers()
-    gpu.set_capacity(gpu.used() + 1000)
-    with pytest.raises(torch.OutOfMemoryError):
-        step(placed)
-    comfy.model_management.unload_all_models()  # as the host does then
-    gpu.set_capacity(4 << 30)
-    load(placed)
-    assert torch.equal(step(placed), expected) and lies_on(placed.model) == placed.loaded_size()
 
 
 @DYNAMIC

@@ -21,10 +21,10 @@ def _t5_file(format_name: str, layers: int) -> tuple[Path, dict[str, torch.Tenso
     return path, values, encoder.model_options
 
 
-def small_t5(format_name: str, layers: int) -> tuple[comfy.sd.CLIP, dict[str, torch.Tensor]]:
-    """A T5 of 4.2 million weights a layer, and its dense values."""
-    path, values, options = _t5_file(format_name, layers)
-    return load_text_encoder([str(path)], "sd3", model_options=options), values
+def small_t5(format_name: str, layers: int, **options) -> tuple[comfy.sd.CLIP, dict[str, torch.Tensor]]:
+    """A T5 of 4.2 million weights a layer, and its dense values. options: more of the host's for it."""
+    path, values, sizes = _t5_file(format_name, layers)
+    return load_text_encoder([str(path)], "sd3", model_options={**sizes, **options}), values
 
 
 def lora_for_t5(*args, **kwargs) -> dict[str, torch.Tensor]:
