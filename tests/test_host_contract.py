@@ -10,7 +10,8 @@ import comfy.model_patcher
 import comfy.sd
 import host_contract
 import pytest
-from host_contract import MARKS, MEMBERS, PATCHER, PATCHER_PARTS, POSITIONS, SOURCES, TAKES_ANY, changes, used_names
+from featherweight.ops.patcher import PackedPatcher
+from host_contract import MARKS, MEMBERS, PATCHER, POSITIONS, SOURCES, TAKES_ANY, changes, used_names
 from pack_nodes import hosts_server
 
 USED = used_names()
@@ -47,7 +48,7 @@ def test_the_lists_have_nothing_that_no_source_uses():
 
 @pytest.mark.parametrize("host", [comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic])
 def test_what_the_patcher_overrides_takes_all_that_the_hosts_takes(host):
-    for name, method in {name: method for part in PATCHER_PARTS for name, method in vars(part).items()}.items():
+    for name, method in vars(PackedPatcher).items():
         theirs = getattr(host, name, None)
         if name.startswith("__") or not inspect.isfunction(method) or theirs is None:
             continue

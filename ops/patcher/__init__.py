@@ -3,28 +3,395 @@
 Packed here are also weights in the host's own quantised formats, where they lie in one of our layers: the host would
 quantise them again with every patch.
 
-`patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads a model, the patches of
-packed weights are out of its sight, and each packed layer gets them as `LayerPatches` on its attribute `lora`. What is
-applied right now lives on the model, which all clones of a patcher share, never on a patcher.
+`patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads
+a model, the patches of packed weights are out of its sight, and each packed layer gets them as
+`LayerPatches` on its attribute `lora`. What clones of a patcher share lies on their model, never on
+a patcher: what is applied right now (`applying`), what the host counts (`accounting`) and which
+layers stay (`placing`).
 """
+import contextlib
 import functools
+import sys
 
+import comfy.hooks
+import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
+from comfy.model_patcher import LowVramPatch
+from comfy.patcher_extension import CallbacksMP
 
-from .applying import Applied
-from .first_step import FirstStepPatcher
-from .hooks import HooksPatcher
-from .saving import SavingPatcher
+from ..lora import LayerPatches, fitting
+from . import values
+from .accounting import Accounting, make_pinnable
+from .applying import (
+    AppliedPatches, build, factor_bytes, layer_of, packed_keys, packed_weight, runs_in_layer,
+)
+from .placing import Placement, Residency, Whereabouts, buffer_bytes
 
 
-class PackedPatcher(FirstStepPatcher, SavingPatcher, HooksPatcher):
-    """The methods of `ModelPatcher` and `ModelPatcherDynamic` that would touch packed weights."""
+class PackedPatcher:
+    """The methods of `ModelPatcher` and `ModelPatcherDynamic` that would touch packed weights.
+
+    placement: what of the model stays on its device; None leaves it to the host. tell: a function
+    that gets the patcher and its `Whereabouts` after each load and at the end of each run.
+    """
+
+    placement: Placement | None = None
+    tell = None
+    _hidden = None  # all patches, while `patches` holds only those the host may see
+    _listed = None  # while the host loads or unloads: what it finds in the list of its layers
+
+    @property
+    def _applied(self) -> AppliedPatches:
+        return self.model.packed_patches
+
+    @property
+    def _accounting(self) -> Accounting:
+        return self.model.packed_accounting
+
+    @property
+    def _residency(self) -> Residency:
+        return self.model.packed_residency
 
     def clone(self, *args, **kwargs):
         clone = adopt(super().clone(*args, **kwargs))
         clone.size = self.size  # the host handed on model_size(), which counts this patcher's factors
         clone.placement, clone.tell = self.placement, self.tell
         return clone
+
+    # --- patches ---
+
+    @property
+    def all_patches(self) -> dict:
+        """Patches by names of weights, those too that are hidden from the host for the moment."""
+        return self.patches if self._hidden is None else self._hidden
+
+    def fitting_patches(self, key: str) -> list:
+        """Return the patches of a weight but for those that its packed layer leaves out."""
+        patches = self.all_patches.get(key, [])
+        if not runs_in_layer(self, key, patches):
+            return patches
+        return fitting(key, patches, packed_weight(self, key).shape)
+
+    @contextlib.contextmanager
+    def _packed_patches_hidden(self):
+        """Inside this block the host does not see the patches of packed weights."""
+        if self._hidden is not None:
+            yield
+            return
+        packed = set(packed_keys(self))
+        self._hidden = self.patches
+        self.patches = {key: patches for key, patches in self.patches.items() if key not in packed}
+        try:
+            yield
+        finally:
+            self.patches, self._hidden = self._hidden, None
+
+    # --- memory ---
+
+    def full_size(self) -> int:
+        """Return the bytes of the weights, wherever they lie."""
+        return super().model_size()
+
+    def model_size(self):
+        limit = self._residency.limit(self)
+        weights = self.full_size() if limit is None else limit  # the host makes room for no more
+        return weights + factor_bytes(self)
+
+    def whereabouts(self, expected: bool = False) -> Whereabouts:
+        """Return where the weights lie now. expected: where they will, once the model has run."""
+        return self._residency.whereabouts(self, expected)
+
+    def tell_whereabouts(self, expected: bool = False):
+        if self.tell is not None:
+            self.tell(self, self.whereabouts(expected))
+
+    def _load_list(self, for_dynamic=False, default_device=None):
+        if self._listed is not None:
+            return self._listed
+        entries = super()._load_list(for_dynamic, default_device)
+        if not for_dynamic or self.placement is None:
+            return entries
+        entries = self._residency.in_order(self, entries)
+        return [(rank, *entry[-4:]) for rank, entry in enumerate(entries)]
+
+    @contextlib.contextmanager
+    def listing(self, entries: list):
+        """Inside this block the host finds these entries in the list of its layers."""
+        self._listed = entries
+        try:
+            yield
+        finally:
+            self._listed = None
+
+    def pin_weight_to_device(self, key):
+        if self._accounting.unpinned is not None:
+            self._accounting.unpinned.append(key)
+        elif make_pinnable(self, key):
+            weight = packed_weight(self, key)
+            if weight is None:
+                super().pin_weight_to_device(key)
+            elif comfy.model_management.pin_memory(weight._qdata):
+                self.pinned.add(key)
+
+    def unpin_weight(self, key):
+        weight = packed_weight(self, key)
+        if weight is None:
+            super().unpin_weight(key)
+        elif key in self.pinned:
+            comfy.model_management.unpin_memory(weight._qdata)
+            self.pinned.remove(key)
+
+    # --- loading ---
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        room = self.loaded_size() + extra_memory
+        if self._residency.limit(self) is not None:
+            too_much = self.loaded_size() - self.model_size()
+            if too_much > 0:  # or the host leaves a model that is loaded wholly as it is
+                extra_memory = min(extra_memory, -too_much)
+        if not self.is_dynamic() and self._can_swap(device_to, force_patch_weights):
+            before = self.loaded_size()
+            with self.use_ejected(skip_and_inject_on_exit_only=True):
+                try:
+                    self._swap_patches(device_to)
+                except Exception:
+                    super().detach()
+                    raise
+            extra_memory -= self.loaded_size() - before  # which the factors have taken of it, or left
+        self._applied.evicted = False
+        loaded = super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+        self._residency.room = room
+        self.tell_whereabouts(expected=True)
+        return loaded
+
+    def _can_swap(self, device_to, force_patch_weights) -> bool:
+        """Whether only patches differ from what is loaded, so that no base weight needs to move."""
+        loaded = self.model.current_weight_patches_uuid
+        force_cast = next((module.comfy_force_cast_weights for module in self.model.modules()
+                           if hasattr(module, "comfy_force_cast_weights")), self.force_cast_weights)
+        return (loaded is not None and loaded != self.patches_uuid and not force_patch_weights
+                and self.model.device == device_to and force_cast == self.force_cast_weights)
+
+    def _swap_patches(self, device_to):
+        """Exchange the applied patches for this patcher's where the weights lie; the host then finds nothing to do."""
+        self.unpatch_hooks()
+        self.model.model_loaded_weight_memory -= self._applied.counted
+        for key, backup in self.backup.items():
+            device = comfy.utils.get_attr(self.model, key).device
+            comfy.utils.set_attr_param(self.model, key, backup.weight.to(device))
+        self.backup.clear()
+        with self._packed_patches_hidden():
+            for name, module in self.model.named_modules():
+                self._swap_host_patches(name, module, device_to)
+        self._applied.apply_all(self, device_to)
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            callback(self, device_to, 0, False, False)
+
+    def _swap_host_patches(self, name: str, module, device_to):
+        """Patches of one module that the host applies, as its own `load` leaves them."""
+        resident = getattr(module, "comfy_patched_weights", False)
+        for param, _ in module.named_parameters(recurse=False):
+            key = f"{name}.{param}"
+            functions = []
+            if key in self.patches and not resident:
+                _, set_func, convert_func = comfy.model_patcher.get_key_weight(self.model, key)
+                functions.append(LowVramPatch(key, self.patches, convert_func, set_func))
+            elif key in self.patches:
+                self.patch_weight_to_device(key, device_to=device_to)
+            if hasattr(module, f"{param}_function"):
+                setattr(module, f"{param}_function", functions + self.weight_wrapper_patches.get(key, []))
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **dynamic):
+        if self.is_dynamic():
+            self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
+        else:
+            self._load_static(device_to, lowvram_model_memory, force_patch_weights, full_load)
+        if self.current_hooks is not None:
+            self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
+
+    def _load_static(self, device_to, budget, force_patch_weights, full_load):
+        limit = self._residency.limit(self) if device_to == self.load_device else None
+        if limit is not None:
+            room = float("inf") if full_load else budget - buffer_bytes(self)
+            budget, full_load = min(limit + factor_bytes(self), room), False
+            self.model.model_offload_buffer_memory = 0
+        built = self._applied.cache.get(self.patches_uuid, device_to)
+        with self._packed_patches_hidden():
+            if full_load:
+                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=True)
+                self.model.model_loaded_weight_memory = self.full_size()  # not the factors
+            else:
+                budget = max(1, budget - factor_bytes(self))
+                self._load_in_part(device_to, budget, force_patch_weights)
+        self._applied.apply_all(self, device_to, built)
+        self._residency.fill_stores(self)
+
+    def _load_in_part(self, device_to, budget, force_patch_weights):
+        if device_to in (None, self.offload_device):
+            super().load(device_to, budget, force_patch_weights=force_patch_weights)
+        elif (not force_patch_weights and self._residency.is_in_order(self)
+                and self._accounting.nothing_to_plan(self, device_to, budget)):
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+        else:
+            with (self._accounting.settled(self, device_to),
+                  self._residency.planned(self, device_to, budget) as budget):
+                super().load(device_to, budget, force_patch_weights=force_patch_weights)
+
+    def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
+        # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
+        self._residency.drop_places_out_of_order(self, device_to)
+        before = self._slots()
+        built = self._applied.cache.get(self.patches_uuid, device_to)
+        staying = self._residency.weights_that_stay(self, device_to)
+        self._take_all_off()
+        self._residency.staying = staying
+        try:
+            with self._packed_patches_hidden():
+                super().load(device_to, lowvram_model_memory)
+        finally:
+            self._residency.staying = {}
+        for module, (slot, patched) in self._slots().items():
+            old_slot, was_patched = before.get(module, (None, False))
+            if slot is not old_slot or (dirty and (patched or was_patched)):
+                module._v_signature = None
+        self._applied.apply_all(self, device_to, built)
+        self._residency.limit_pages(self)
+
+    def _slots(self) -> dict:
+        """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
+        return {module: (module._v, any(getattr(module, f"{param}_lowvram_function", None) for param in ("weight", "bias")))
+                for module in self.model.modules() if hasattr(module, "_v")}
+
+    # --- a run ---
+
+    def prepare_state(self, timestep, model_options):
+        """The host calls it before it runs a model, once or more in each step."""
+        self._applied.watch()
+        self._residency.before_step(self, timestep)
+        super().prepare_state(timestep, model_options)
+
+    def cleanup(self):
+        """The host calls it at the end of a run, also when it fails."""
+        self._residency.after_run(self, failed=sys.exc_info()[0] is not None)
+        super().cleanup()
+        if self._applied.evicted:  # the host no longer knows the model as loaded
+            self.detach()
+        self.tell_whereabouts()
+
+    # --- unloading ---
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            self._take_all_off()
+
+    def _take_all_off(self):
+        """Put back what a load has replaced, and free what packed layers run."""
+        if self.is_dynamic():
+            super().restore_loaded_backups()
+        self._applied.clear(self)
+
+    def restore_loaded_backups(self):
+        """Dynamic VRAM frees what a load has put on the device, also in the midst of a run, which goes on with its patches.
+
+        Returns the freed bytes. The host would put unpatched weights back.
+        """
+        patched = {key: (self.backup[key], comfy.utils.get_attr(self.model, key))
+                   for key, patches in self.all_patches.items()
+                   if key in self.backup and not runs_in_layer(self, key, patches)}
+        restored = super().restore_loaded_backups()
+        for key, (backup, weight) in patched.items():
+            self.backup[key] = backup
+            comfy.utils.set_attr_param(self.model, key, weight.to(self.offload_device))
+        for key, (backup, weight) in self._residency.staying.items():
+            self.backup[key] = backup
+            comfy.utils.set_attr_param(self.model, key, weight)
+        self._applied.offload(self)
+        return restored
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        with (self._residency.unloading(self, memory_to_free) as nbytes,
+              self._packed_patches_hidden()):
+            return super().partially_unload(
+                device_to, nbytes, force_patch_weights=force_patch_weights)
+
+    def detach(self, unpatch_all=True):
+        if unpatch_all and getattr(self.model, "current_patcher", None) is not None:
+            return self._evict()
+        return super().detach(unpatch_all)
+
+    def _evict(self):
+        """Free the device of a model in the midst of a run, whose next step finds weights and patches on the offload device.
+
+        The host would take the patches off with the weights, and the rest of the run would go on without them.
+        """
+        self.partially_unload_ram(1e32)
+        self.partially_unload(self.offload_device, 1e32)
+        self._applied.offload(self)
+        self.model.model_loaded_weight_memory = 0
+        self._applied.evicted = True
+        return self.model
+
+    # --- hooks, which exchange the patches of a model between two parts of its conditioning ---
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        if packed_weight(self, key) is None:
+            self._make_writable(key)
+            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        patches = self.all_patches.get(key, []) + combined_patches[key]
+        patches = build(self, key, patches, self.load_device, {key: original_weights.pop(key)})
+        self._applied.replace_for_hooks(self, key, patches)
+        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
+            self.cached_hook_patches.setdefault(hooks, {})[key] = patches
+
+    def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
+        if isinstance(cached_weights[key], (LayerPatches, type(None))):
+            self._applied.replace_for_hooks(self, key, cached_weights[key])
+        else:
+            self._make_writable(key)
+            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+
+    def _make_writable(self, key: str):
+        """Hooks of the host write into dense weights where they lie, which may be in a mapped file."""
+        if not self.is_dynamic() and key not in self.hook_backup:
+            self.unpin_weight(key)
+            comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).clone())
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        self._applied.restore_after_hooks(self, whitelist_keys_set)
+        super().unpatch_hooks(whitelist_keys_set)
+
+    # --- patched weights ---
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+        patches = self.all_patches.get(key, [])
+        weight = packed_weight(self, key)
+        if weight is None or not runs_in_layer(self, key, patches):
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        if return_weight:
+            patches = self.fitting_patches(key)
+            return values.patched_weight(key, patches, weight.to(device_to), layer_of(self, key))
+        if force_cast:
+            values.back_up(self, key, weight)
+            comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
+        elif patches and self._hidden is None:  # a loader that is not the host's asks weight by weight
+            self._applied.apply_one(self, key, device_to)
+        return weight
+
+    def get_key_patches(self, filter_prefix=None):
+        """Return weights and their patches, as other models take them to be merged with."""
+        listed = super().get_key_patches(filter_prefix)
+        return {key: [weight, *(self.fitting_patches(key) if patches else ())]
+                for key, (weight, *patches) in listed.items()}
+
+    def model_state_dict(self, filter_prefix=None):
+        return values.patched_state_dict(self, super().model_state_dict(filter_prefix))
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        state_dict = super().model_state_dict_for_saving(model, prefix)
+        return values.file_state_dict(self, state_dict, prefix)
 
 
 @functools.cache
@@ -41,6 +408,9 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Mode
     """Make a patcher of the host, freshly loaded or cloned, keep packed weights packed. Returns it."""
     if not isinstance(patcher, PackedPatcher):
         patcher.__class__ = _packed_class(type(patcher))
-    if not hasattr(patcher.model, "packed_patches"):
-        patcher.model.packed_patches = Applied()
+    model = patcher.model
+    if not hasattr(model, "packed_patches"):
+        model.packed_patches = AppliedPatches()
+        model.packed_accounting = Accounting()
+        model.packed_residency = Residency()
     return patcher

@@ -15,8 +15,12 @@ not run at all after them.
 Before there is such a step, layers stay in an order of which each beginning, and each end, is spread evenly over the model.
 First always come small ones, whose copies take as long as those of larger ones; last come packed tables, of which only the
 rows that are asked for travel.
+
+A step is counted, not timed: a device works on while the host is done with its part, and the same
+step always shows the same.
 """
 import bisect
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,12 +29,64 @@ import torch
 
 from ..layers import Embedding
 from ..tensor import is_packed
-from .counting import Step
 
 SMALL = 64 << 10  # bytes of a layer; those the host puts first in dynamic VRAM
 GOLDEN = (5 ** 0.5 - 1) / 2
 HALVINGS = 16  # of the range in which the speed of the link is looked for
 FASTEST = 1 << 10  # times the speed at which copying takes as long as computing; what it cannot hide nothing will
+
+
+class Step:
+    """How often each layer runs in a step, by its name, and the work before it runs first: multiplications by weights.
+
+    Where nothing is known, each runs once.
+    """
+
+    def __init__(self):
+        self._times, self._begins = {}, {}
+        self._work = 0
+
+    def add(self, name: str, work: int):
+        """A layer has run."""
+        self._times[name] = self._times.get(name, 0) + 1
+        self._begins.setdefault(name, self._work)
+        self._work += work
+
+    def times(self, name: str) -> int:
+        return self._times.get(name, 0) if self._times else 1
+
+    def begin(self, name: str) -> int:
+        return self._begins.get(name, 0)
+
+
+class Counter:
+    """Counts a step of a model from now until it is stopped. moment: the step's, which others differ from."""
+
+    def __init__(self, model: torch.nn.Module, moment: torch.Tensor):
+        self.moment = moment
+        self._step = Step()
+        self._layers = {name: module for name, module in model.named_modules() if hasattr(module, "comfy_cast_weights")}
+        self._hooks = [module.register_forward_hook(functools.partial(_count, self._step, name))
+                       for name, module in self._layers.items()]
+
+    def stop(self) -> Step:
+        """The step; nothing of it where half of the weights or more ran out of sight, as in layers that were compiled."""
+        for hook in self._hooks:
+            hook.remove()
+        sizes = {name: sum(map(torch.numel, module.parameters(recurse=False))) for name, module in self._layers.items()}
+        seen = sum(size for name, size in sizes.items() if self._step.times(name))
+        return self._step if 2 * seen > sum(sizes.values()) else Step()
+
+
+def _count(step: Step, name: str, module, inputs, output):
+    if not torch.compiler.is_compiling():  # the hook would stay in what is compiled
+        step.add(name, _work(module, output))
+
+
+def _work(module, output) -> int:
+    """Multiplications by the weight of a layer of which each row gives one part of the output, at every place of it."""
+    shape = getattr(getattr(module, "weight", None), "shape", ())
+    return output.numel() // shape[0] * shape.numel() if len(shape) and isinstance(output, torch.Tensor) else 0
 
 
 class Fields(NamedTuple):

@@ -1,6 +1,8 @@
 """Where a model's weights lie: how many stay on its device, which, and what keeps the others.
 
-Which layers stay, `order` says.
+Which layers stay, `order` says. The first step of a model's first run is counted, and before the
+next its layers are brought into the order that it asks for: between two steps no layer runs. A next
+run then finds all in its place.
 
 Outside dynamic VRAM the host still does the loading, of a list of layers that says what it is to keep. In dynamic VRAM, pages
 of 32 MiB stay, from the first on, and layers get their places in them in that order.
@@ -10,11 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import comfy.model_management
+import comfy.utils
 import torch
 
-from .counting import Step
-from .loading import LoadingPatcher
-from .order import fields, fitting, in_order, is_table
+from .accounting import bytes_on, move_out
+from .applying import factor_bytes
+from .order import Counter, Step, fields, fitting, in_order, is_table
 
 PAGE = 32 << 20  # bytes; what comfy-aimdo counts in
 KEPT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
@@ -41,160 +44,160 @@ class Whereabouts(NamedTuple):
     copied_per_step: int
 
 
-class PlacingPatcher(LoadingPatcher):
-    """The methods of the host's patchers that decide what lies where. Without a `placement` that is left to the host."""
+class Residency:
+    """Which layers of one model stay on its device. Without a `placement` the host decides it.
 
-    placement: Placement | None = None
-    tell = None  # a function that is called with the patcher and its `Whereabouts` after each load and at the end of each run
-    _listed = None  # while the host loads or unloads: what it finds in the list of its layers
+    step: what the first step of a run has shown, or None. room: bytes that the host had for the
+    model at the last load, its budget aside. order: what the places of the layers followed from
+    then. stored: whether layers lie in a store. staying: while the host loads in dynamic VRAM,
+    name -> (the host's backup of a weight, that weight on the device).
+    """
+
+    def __init__(self):
+        self.step = self.order = None
+        self.room = float("inf")
+        self.stored = False
+        self.staying = {}
+        self._counter = None  # in the first step: what counts it
 
     # --- which layers stay ---
 
-    def _load_list(self, for_dynamic=False, default_device=None):
-        if self._listed is not None:
-            return self._listed
-        entries = super()._load_list(for_dynamic, default_device)
-        if not for_dynamic or self.placement is None:
-            return entries
-        return [(rank, *entry[-4:]) for rank, entry in enumerate(self._in_order(entries))]
+    def in_order(self, patcher, entries: list) -> list:
+        """Return entries of the host's list, those layers first that are to stay before others."""
+        return in_order(entries, patcher.placement.gpu_bytes, self.step)
 
-    def _in_order(self, entries: list) -> list:
-        return in_order(entries, self.placement.gpu_bytes, self.model.packed_patches.step)
+    def limit(self, patcher) -> int | None:
+        """Return the bytes that may stay on the device outside dynamic VRAM; None: all of them."""
+        is_offloaded = patcher.load_device != patcher.offload_device
+        if patcher.placement is None or patcher.is_dynamic() or not is_offloaded:
+            return None
+        limit = max(0, patcher.placement.gpu_bytes - factor_bytes(patcher))
+        return limit if limit < patcher.full_size() else None
+
+    def is_in_order(self, patcher) -> bool:
+        """Whether the layers lie as the last step that was counted, if any, and the budget say, or it does not matter."""
+        if not patcher.is_dynamic():
+            return self.limit(patcher) is None or self.order == self._order(patcher)
+        if patcher.placement is None or patcher.placement.gpu_bytes >= patcher.full_size():
+            return True
+        return places_are_in_order(patcher)
+
+    def _order(self, patcher) -> tuple:
+        """What the order of the layers follows from."""
+        return patcher.placement.gpu_bytes, self.step
 
     @contextlib.contextmanager
-    def _listing(self, entries: list):
-        self._listed = entries
-        try:
-            yield
-        finally:
-            self._listed = None
-
-    def _order(self) -> tuple:
-        """What the order of the layers follows from."""
-        return self.placement.gpu_bytes, self.model.packed_patches.step
-
-    def _is_in_order(self) -> bool:
-        """Whether the layers lie as the last step that was counted, if any, and the budget say, or it does not matter."""
-        if self.is_dynamic():
-            return self.placement is None or self.placement.gpu_bytes >= self.full_size() or self._places_are_in_order()
-        return self._limit() is None or self.model.packed_patches.order == self._order()
-
-    def full_size(self) -> int:
-        """Bytes of the weights, wherever they lie."""
-        return super().model_size() - self._factor_bytes()
-
-    def _limit(self) -> int | None:
-        """Bytes of weights that may stay on the device outside dynamic VRAM, where that is not all of them."""
-        if self.placement is None or self.is_dynamic() or self.load_device == self.offload_device:
-            return None
-        limit = max(0, self.placement.gpu_bytes - self._factor_bytes())
-        return limit if limit < self.full_size() else None
-
-    def model_size(self):
-        limit = self._limit()
-        return super().model_size() if limit is None else limit + self._factor_bytes()  # so that nobody makes room for more
-
-    # --- loading ---
-
-    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        room = self.loaded_size() + extra_memory
-        if self._limit() is not None:
-            too_much = self.loaded_size() - self.model_size()
-            if too_much > 0:  # or the host leaves a model that is loaded wholly as it is
-                extra_memory = min(extra_memory, -too_much)
-        loaded = super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
-        self.model.packed_patches.room = room
-        if self.tell is not None:
-            self.tell(self, self.whereabouts(expected=True))
-        return loaded
-
-    def cleanup(self):
-        super().cleanup()
-        if self.tell is not None:
-            self.tell(self, self.whereabouts())
-
-    def _load_static(self, device_to, budget, force_patch_weights, full_load):
-        limit = self._limit()
-        if limit is not None and device_to == self.load_device:
-            room = float("inf") if full_load else budget - self._buffers()
-            budget, full_load = min(limit + self._factor_bytes(), room), False
-            self.model.model_offload_buffer_memory = 0
-        super()._load_static(device_to, budget, force_patch_weights, full_load)
-        self._fill_stores()
-
-    def _plan(self, device_to, budget, force_patch_weights):
-        if self._limit() is None or device_to != self.load_device:
-            return super()._plan(device_to, budget, force_patch_weights)
-        entries = [fields(entry) for entry in self._in_order(self._load_list())]
-        unlisted = self._bytes_on(device_to) - sum(entry.size for entry in entries if _lies_on(entry.module) == device_to)
+    def planned(self, patcher, device, budget: float):
+        """Inside this block the host keeps the right layers, with the budget that it yields."""
+        if device != patcher.load_device or self.limit(patcher) is None:
+            yield budget
+            return
+        entries = [fields(entry) for entry in self.in_order(patcher, patcher._load_list())]
+        listed = sum(entry.size for entry in entries if lies_on(entry.module) == device)
+        unlisted = bytes_on(patcher.model, device) - listed
         kept = fitting(entries, max(0, budget - unlisted))
         for name in [entry.name for entry in entries if entry.name not in kept]:
-            self._move_out(name, self.model.get_submodule(name))  # before others come
+            move_out(patcher, name)  # before others come
         del entries  # which hold what lay there
-        listed = [(KEPT if entry.name in kept else COPIED, *entry) for entry in map(fields, self._load_list())]
+        entries = [(KEPT if entry.name in kept else COPIED, *entry)
+                   for entry in map(fields, patcher._load_list())]
         # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees none.
         gaps = [(GAP, 0, str(number), torch.nn.Module(), {}) for number in range(comfy.model_management.NUM_STREAMS)]
-        with self._listing([*listed, *gaps]):
-            super()._plan(device_to, sum(size for rank, size, *_ in listed if rank == KEPT) + 0.5, force_patch_weights)
-        self.model.model_offload_buffer_memory = 0
-        self.model.packed_patches.order = self._order()
+        with patcher.listing([*entries, *gaps]):
+            yield sum(size for rank, size, *_ in entries if rank == KEPT) + 0.5
+        patcher.model.model_offload_buffer_memory = 0
+        self.order = self._order(patcher)
 
-    def _keeps_its_place(self, device, budget):
-        return self._is_in_order() and super()._keeps_its_place(device, budget)
+    @contextlib.contextmanager
+    def unloading(self, patcher, memory_to_free: float):
+        """Inside this block the host unloads the right layers, told to free the bytes it yields."""
+        if self.limit(patcher) is None:
+            yield memory_to_free
+            return
+        resident = [entry for entry in self.in_order(patcher, patcher._load_list())
+                    if getattr(fields(entry).module, "comfy_patched_weights", False)]
+        kept = fitting(resident, sum(fields(entry).size for entry in resident) - memory_to_free)
+        accounting = patcher.model.packed_accounting
+        with accounting.pinning_later() as unpinned:
+            with patcher.listing([entry for entry in resident if fields(entry).name not in kept]):
+                yield 1e32
+        patcher.model.model_offload_buffer_memory = 0
+        self.room = min(self.room, patcher.loaded_size() + buffer_bytes(patcher))
+        accounting.put_away(patcher, unpinned)
 
-    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        if self._limit() is None:
-            return super().partially_unload(device_to, memory_to_free, force_patch_weights=force_patch_weights)
-        here = [entry for entry in self._in_order(self._load_list())
-                if getattr(fields(entry).module, "comfy_patched_weights", False)]
-        kept = fitting(here, sum(fields(entry).size for entry in here) - memory_to_free)
-        with self._pinning_later() as left_out:
-            with self._listing([entry for entry in here if fields(entry).name not in kept]):
-                freed = super().partially_unload(device_to, 1e32, force_patch_weights=force_patch_weights)
-        self.model.model_offload_buffer_memory = 0
-        self.model.packed_patches.room = min(self.model.packed_patches.room, self.loaded_size() + self._buffers())
-        self._put_away(left_out)
-        return freed
+    # --- the first step ---
 
-    def _buffers(self) -> int:
-        """Bytes that the host's streams copy layers into, at most."""
-        sizes = (fields(entry).size for entry in self._load_list())
-        return comfy.model_management.NUM_STREAMS * max(sizes, default=0)
+    def before_step(self, patcher, timestep: torch.Tensor):
+        """The host calls it before it runs a model, once or more in each step."""
+        if self._counter is not None and not torch.equal(timestep, self._counter.moment):
+            self._end_counting()
+            self.bring_into_order(patcher)
+        if self._counter is None and self._is_unknown(patcher):
+            self._counter = Counter(patcher.model, timestep.clone())
+
+    def after_run(self, patcher, failed: bool):
+        if self._counter is None:
+            return
+        self._end_counting()
+        if failed:
+            self.step = None  # it was no whole step
+        elif not patcher.is_dynamic():  # which would be empty then, and a load brings nothing
+            self.bring_into_order(patcher)
+
+    def _is_unknown(self, patcher) -> bool:
+        """Whether a part of the model is copied, and no step has shown what runs."""
+        return (patcher.placement is not None and self.step is None
+                and (patcher.is_dynamic() or patcher.model.model_lowvram)
+                and patcher.whereabouts().copied > 0)
+
+    def _end_counting(self):
+        self.step, self._counter = self._counter.stop(), None
+
+    def bring_into_order(self, patcher):
+        """Between two steps. With hooks, whose weights the host keeps where it needs them, the next load does it."""
+        has_hooks = patcher.current_hooks is not None or patcher.cached_hook_patches
+        if self.is_in_order(patcher) or patcher.model.packed_patches.evicted or has_hooks:
+            return
+        with comfy.model_management.cuda_device_context(patcher.load_device):
+            comfy.model_management.synchronize()  # the device may still read what is to move
+            try:
+                if patcher.is_dynamic():
+                    patcher.load(patcher.load_device)
+                else:
+                    is_whole = self.room > patcher.model_size()
+                    patcher.load(patcher.load_device, self.room, full_load=is_whole)
+            except Exception:
+                patcher.detach()
+                raise
+        patcher.tell_whereabouts(expected=True)
 
     # --- stores ---
 
-    def _stores(self) -> dict[torch.device, int]:
-        """Those of the placement, of which the devices that hold the model anyway are none."""
-        stores = () if self.placement is None else self.placement.stores
-        return {device: room for device, room in stores if device not in (self.load_device, self.offload_device)}
-
-    def _put_away(self, keys):
-        self._fill_stores()
-        super()._put_away(keys)
-
-    def _fill_stores(self):
+    def fill_stores(self, patcher):
         """Move layers that are copied in whenever they run into the stores, the first ones first, and others out of them."""
-        room = self._stores()
-        if not room and not self.model.packed_patches.stored:
+        room = _stores(patcher)
+        if not room and not self.stored:
             return
-        self.model.packed_patches.stored = bool(room)
-        waiting = [field for field in map(fields, self._load_list()) if hasattr(field.module, "comfy_cast_weights")
-                   and _lies_on(field.module) not in (self.load_device, torch.device("meta"), None)]
+        self.stored = bool(room)
+        not_waiting = patcher.load_device, torch.device("meta"), None
+        waiting = [field for field in map(fields, patcher._load_list())
+                   if hasattr(field.module, "comfy_cast_weights")
+                   and lies_on(field.module) not in not_waiting]
         for field in waiting:
-            device = _lies_on(field.module)
+            device = lies_on(field.module)
             if device in room and field.size <= room[device]:
                 room[device] -= field.size
-            elif device != self.offload_device:
-                field.module.to(self.offload_device)
-        devices = [*room, self.offload_device]
+            elif device != patcher.offload_device:
+                field.module.to(patcher.offload_device)
+        devices = [*room, patcher.offload_device]
         for number, store in enumerate(room):
             left = min(room[store], comfy.model_management.get_free_memory(store))
             for field in waiting:
-                device = _lies_on(field.module)
+                device = lies_on(field.module)
                 if device not in devices[number + 1:] or field.size > left:
                     continue
                 for param in field.module._parameters:
-                    self.unpin_weight(f"{field.name}.{param}")
+                    patcher.unpin_weight(f"{field.name}.{param}")
                 field.module.to(store)
                 left -= field.size
                 if device in room:
@@ -202,55 +205,87 @@ class PlacingPatcher(LoadingPatcher):
 
     # --- dynamic VRAM ---
 
-    def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
-        if self.placement is not None:
-            self._drop_places_out_of_order(device_to)
-        super()._load_dynamic(device_to, lowvram_model_memory, dirty=dirty)
-        vbar = self._vbar_get()
-        if self.placement is not None and vbar is not None:  # the host has taken away the mark of an earlier load
-            vbar.set_watermark(self._pages() * PAGE)
+    def weights_that_stay(self, patcher, device) -> dict:
+        """Return weights on the device, unpatched, that the host would send there in each load."""
+        staying = {}
+        for key, backup in patcher.backup.items():
+            module = patcher.model.get_submodule(key.rpartition(".")[0])
+            weight = comfy.utils.get_attr(patcher.model, key)
+            if hasattr(module, "comfy_cast_weights") or key in patcher.all_patches:
+                continue
+            if weight.device == device:
+                staying[key] = backup, weight
+        return staying
 
-    def _pages(self) -> int:
-        """How many pages of dynamic VRAM may stay, from the first on."""
-        return max(0, self.placement.gpu_bytes - self.model.model_loaded_weight_memory) // PAGE
-
-    def _drop_places_out_of_order(self, device):
+    def drop_places_out_of_order(self, patcher, device):
         """Layers that got their places in dynamic VRAM before there was a placement get new ones."""
-        if self._places_are_in_order():
+        if patcher.placement is None or places_are_in_order(patcher):
             return
-        for module in self.model.modules():
+        for module in patcher.model.modules():
             for name in ("_v", "_v_weight", "_v_bias"):
                 if hasattr(module, name):
                     delattr(module, name)
             module._v_signature = None
-        del self.model.dynamic_vbars[device]
+        del patcher.model.dynamic_vbars[device]
 
-    def _places_are_in_order(self) -> bool:
-        modules = (fields(entry).module for entry in self._load_list(for_dynamic=True))
-        places = [module._v[1] for module in modules if hasattr(module, "_v")]
-        return places == sorted(places)
+    def limit_pages(self, patcher):
+        """The host has taken away the mark of an earlier load, up to which pages stay."""
+        vbar = patcher._vbar_get()
+        if patcher.placement is not None and vbar is not None:
+            vbar.set_watermark(_pages(patcher) * PAGE)
 
     # --- what lies where ---
 
-    def whereabouts(self, expected: bool = False) -> Whereabouts:
+    def whereabouts(self, patcher, expected: bool = False) -> Whereabouts:
         """As the model is loaded now. expected: as it will be when it has run once, for dynamic VRAM is filled only then."""
-        here, stored, copied, per_step = self._bytes_on(self.load_device), dict.fromkeys(self._stores(), 0), 0, 0
-        step = self.model.packed_patches.step or Step()
-        vbar = self._vbar_get() if self.is_dynamic() else None
+        here = bytes_on(patcher.model, patcher.load_device)
+        stored = dict.fromkeys(_stores(patcher), 0)
+        copied = per_step = coming = 0
+        step = self.step or Step()
+        vbar = patcher._vbar_get() if patcher.is_dynamic() else None
         resident = [] if vbar is None else vbar.get_residency()
-        coming = 0
-        if vbar is not None and expected and self.placement is not None:
-            coming = min(self._pages(), self.get_free_memory(self.load_device) // PAGE)
-        for field in map(fields, self._load_list()):
+        if vbar is not None and expected and patcher.placement is not None:
+            coming = min(_pages(patcher), patcher.get_free_memory(patcher.load_device) // PAGE)
+        for field in map(fields, patcher._load_list()):
+            device = lies_on(field.module)
             if vbar is not None and _has_its_pages(field.module, vbar.base_addr, resident, expected, coming):
                 here += field.size
-            elif _lies_on(field.module) != self.load_device and not is_table(field.module):
+            elif device != patcher.load_device and not is_table(field.module):
                 copied += field.size
                 per_step += field.size * step.times(field.name)
-            if _lies_on(field.module) in stored:
-                stored[_lies_on(field.module)] += field.size
+            if device in stored:
+                stored[device] += field.size
         stored = {device: size for device, size in stored.items() if size}
-        return Whereabouts(self.full_size(), here, stored, copied, per_step)
+        return Whereabouts(patcher.full_size(), here, stored, copied, per_step)
+
+
+def lies_on(module) -> torch.device | None:
+    return next((param.device for param in module._parameters.values() if param is not None), None)
+
+
+def buffer_bytes(patcher) -> int:
+    """Return the bytes that the host's streams copy layers into, at most."""
+    sizes = (fields(entry).size for entry in patcher._load_list())
+    return comfy.model_management.NUM_STREAMS * max(sizes, default=0)
+
+
+def places_are_in_order(patcher) -> bool:
+    """Whether layers have their places in dynamic VRAM in the order in which they are to stay."""
+    modules = (fields(entry).module for entry in patcher._load_list(for_dynamic=True))
+    places = [module._v[1] for module in modules if hasattr(module, "_v")]
+    return places == sorted(places)
+
+
+def _stores(patcher) -> dict[torch.device, int]:
+    """Those of the placement, of which the devices that hold the model anyway are none."""
+    stores = () if patcher.placement is None else patcher.placement.stores
+    own = patcher.load_device, patcher.offload_device
+    return {device: room for device, room in stores if device not in own}
+
+
+def _pages(patcher) -> int:
+    """How many pages of dynamic VRAM may stay, from the first on."""
+    return max(0, patcher.placement.gpu_bytes - patcher.model.model_loaded_weight_memory) // PAGE
 
 
 def _has_its_pages(module, base_addr: int, resident: list[int], expected: bool, coming: int) -> bool:
@@ -263,7 +298,3 @@ def _has_its_pages(module, base_addr: int, resident: list[int], expected: bool, 
     _, start, size = module._v
     first, last = (start - base_addr) // PAGE, (start - base_addr + size - 1) // PAGE
     return last < coming or all(page & 1 for page in resident[first:last + 1])
-
-
-def _lies_on(module) -> torch.device | None:
-    return next((param.device for param in module._parameters.values() if param is not None), None)

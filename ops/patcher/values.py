@@ -1,23 +1,81 @@
-"""Weights of a patched model in float32, some rows at a time: what is packed when a model is saved.
+"""Weights with their patches in them: one at a time, as a state dict, and for a file.
 
-The host rounds a patched weight to the model's dtype, and so does `SavingPatcher`; whoever packs it next would round twice.
+The host rounds a patched weight to the model's dtype, and so does what reads one here; whoever
+packs it next would round twice. So packing takes them in float32, some rows at a time.
 """
+import collections
 from collections.abc import Callable, Sequence
 
 import comfy.lora
 import comfy.utils
 import torch
+from comfy.model_patcher import LazyCastingParam
 
 from ..adapters import rows_of
 from ..layers import PackedLayer
 from ..packed import relabelled
+from ..patched_weights import PatchedWeights
+from ..rounding import dithered
 from ..rows import rows_are_whole_blocks, take_rows
 from ..tensor import QuantizedTensor, is_packed
-from .applying import ApplyingPatcher
+from .applying import layer_of, packed_weight
 
+Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
 BESIDE = ("input_scale", "pre_quant_scale")  # what the host's quantised layers keep beside their weight
 
 Patch = tuple  # (strength, value, strength_model, offset, function), as the host keeps them
+
+
+# --- rounded, as the host reads them ---
+
+
+def back_up(patcher, key: str, weight: torch.Tensor):
+    """Keep a weight as the host does that it puts a patched one in place of."""
+    if key not in patcher.backup:
+        patcher.backup[key] = Backup(weight.to(patcher.offload_device), False)
+
+
+def patched_weight(key: str, patches: list, weight: torch.Tensor, layer) -> torch.Tensor:
+    """Return a packed weight dense, with its patches in it."""
+    dense = layer.dense_weight(weight, torch.float32)
+    if not patches:
+        return dense.to(weight.dtype)
+    return dithered(comfy.lora.calculate_weight(patches, dense, key), weight.dtype)
+
+
+def patched_state_dict(patcher, weights: dict) -> PatchedWeights:
+    """Return a state dict whose packed weights are made dense and patched as they are read."""
+    def patched(key: str) -> torch.Tensor:
+        return patcher.patch_weight_to_device(key, weights[key].device, return_weight=True)
+
+    unpatched = patcher.all_patches.keys() - patcher.backup.keys()  # those in `backup` are patched
+    lazy = [key for key in weights if packed_weight(patcher, key) is not None or key in unpatched]
+    return PatchedWeights(weights, lazy, patched)
+
+
+def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
+    """Return the host's state dict for a file with packed weights dense and patched.
+
+    Args:
+        state_dict: the host's, of the part of the model below `prefix`.
+    """
+    for name in list(state_dict):
+        key = prefix + name
+        weight = packed_weight(patcher, key)
+        if weight is None:
+            continue
+        layer, start = layer_of(patcher, key), name.removesuffix("weight")
+        for part in layer._parameters.keys() - {"bias"}:
+            state_dict.pop(start + part, None)
+        if is_packed(weight) or key in patcher.all_patches:  # written dense, one at a time
+            shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            state_dict[name] = LazyCastingParam(patcher, key, shape)
+        else:
+            state_dict |= layer.quantised_parts(start)
+    return state_dict
+
+
+# --- in float32, to be packed ---
 
 
 def weight_names(patcher, prefix: str = "") -> list[str]:
@@ -66,7 +124,9 @@ def reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
 
 def patches_of(patcher, key: str) -> Sequence[Patch]:
     """A weight's patches as they run."""
-    return patcher.fitting_patches(key) if isinstance(patcher, ApplyingPatcher) else patcher.patches.get(key, ())
+    if hasattr(patcher, "fitting_patches"):
+        return patcher.fitting_patches(key)
+    return patcher.patches.get(key, ())
 
 
 def patched_shape(patcher, key: str) -> torch.Size:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from featherweight.ops.patcher.counting import Counter, Step
+from featherweight.ops.patcher.order import Counter, Step
 from featherweight.ops.patcher.order import FASTEST, fields, fitting, hidden, in_order, spread
 
 SPEEDS = (0.25, 0.5, 0.75, 1, 1.33, 2, 4)  # of the link, 1: all copies of a step take as long as its computing

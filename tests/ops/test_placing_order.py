@@ -9,7 +9,7 @@ import pytest
 import torch
 from featherweight.loaders.placing import place, placed_text
 from featherweight.ops.patcher.order import fitting, in_order
-from featherweight.ops.patcher.placing import PAGE
+from featherweight.ops.patcher.placing import PAGE, places_are_in_order
 from gpu_memory import larger_flux, lies_on
 from patched_models import flux_inputs, lora_for, patched
 
@@ -84,19 +84,19 @@ def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_
     expected = sample(patcher)
     budget = share * patcher.model_size()
     placed = place(patcher, budget)
-    placed.model.packed_patches.step = None
+    placed.model.packed_residency.step = None
     assert torch.equal(sample(placed), expected)
-    size, applied = placed.full_size(), placed.model.packed_patches
-    assert {applied.step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
+    size, first_step, factors = placed.full_size(), placed.model.packed_residency.step, placed.model.packed_patches.nbytes
+    assert {first_step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
     kept = {name: size for *_, size, name, _, params in placed._load_list() if on_device(params) == "cuda"}
-    ordered = in_order(placed._load_list(), placed.placement.gpu_bytes, applied.step)
+    ordered = in_order(placed._load_list(), placed.placement.gpu_bytes, first_step)
     assert kept.keys() == fitting(ordered, sum(kept.values())) != fitting(
         in_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
-    assert applied.nbytes <= lies_on(placed.model) == placed.loaded_size() <= max(budget, applied.nbytes + 4096)
+    assert factors <= lies_on(placed.model) == placed.loaded_size() <= max(budget, factors + 4096)
     assert copied_by(gpu, load, placed) == 0
     copied = placed.whereabouts().copied_per_step
     assert 0 <= per_step(gpu, placed) - copied < 20_000
-    assert copied == 2 * (size - placed.whereabouts().here) <= 2 * (size + applied.nbytes - budget + largest(placed))
+    assert copied == 2 * (size - placed.whereabouts().here) <= 2 * (size + factors - budget + largest(placed))
 
 
 @DYNAMIC
@@ -108,9 +108,9 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
         patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
     expected, size = sample(patcher), patcher.full_size()
     placed = place(patcher, PAGE + patcher.model.model_loaded_weight_memory)
-    placed.model.packed_patches.step = None
+    placed.model.packed_residency.step = None
     assert torch.equal(sample(placed), expected)
-    assert placed.model.packed_patches.step is not None and placed._places_are_in_order()
+    assert placed.model.packed_residency.step is not None and places_are_in_order(placed)
     assert placed._vbar_get().loaded_size() <= PAGE
     assert copied_by(gpu, load, placed) <= 1e5
     copied = placed.whereabouts().copied_per_step
@@ -123,7 +123,7 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
 def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(model, gpu):
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_patches.step = None
+    placed.model.packed_residency.step = None
     before, peaks = [], []
 
     def after_step(step, *_):
@@ -148,7 +148,7 @@ def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(m
 def test_a_step_that_was_cancelled_shows_nothing_and_the_only_one_of_a_run_does(model):
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_patches.step = None
+    placed.model.packed_residency.step = None
 
     def cancel(*_):
         raise comfy.model_management.InterruptProcessingException
@@ -158,11 +158,11 @@ def test_a_step_that_was_cancelled_shows_nothing_and_the_only_one_of_a_run_does(
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(placed)
     hook.remove()
-    assert placed.model.packed_patches.step is None and not module._forward_hooks
+    assert placed.model.packed_residency.step is None and not module._forward_hooks
     first = sample(placed, 1)
-    step = placed.model.packed_patches.step
+    step = placed.model.packed_residency.step
     assert step.times("diffusion_model.single_blocks.3.linear1") == 2 and not module._forward_hooks
-    assert torch.equal(sample(placed, 1), first) and placed.model.packed_patches.step is step
+    assert torch.equal(sample(placed, 1), first) and placed.model.packed_residency.step is step
 
 
 @STATIC
@@ -174,7 +174,7 @@ def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model
     patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
     expected, size = sample(patcher), patcher.model_size()
     placed = place(patcher, 0.7 * size)
-    placed.model.packed_patches.step = None
+    placed.model.packed_residency.step = None
     left = []
 
     def take(step, *_):
@@ -184,7 +184,7 @@ def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model
         left.append(lies_on(placed.model))
 
     assert torch.equal(sample(placed, callback=take), expected)
-    assert placed.model.packed_patches.step is not None and max(left) == left[0] < max(0.45, 1 - part) * size
+    assert placed.model.packed_residency.step is not None and max(left) == left[0] < max(0.45, 1 - part) * size
 
 
 @STATIC
@@ -195,12 +195,12 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
     outputs = []
     for part in (2, 0.5):
         placed = place(patcher, part * patcher.model_size())
-        placed.model.packed_patches.step = None
+        placed.model.packed_residency.step = None
         placed.register_all_hook_patches(comfy.hooks.create_hook_lora(lora, 0.8, 0.0),
                                          comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
         outputs += [sample(placed, hooks=comfy.hooks.create_hook_lora(lora, 0.8, 0.0)), sample(placed)]
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
-    assert placed._is_in_order() and copied_by(gpu, load, placed) == 0
+    assert placed.model.packed_residency.is_in_order(placed) and copied_by(gpu, load, placed) == 0
 
 
 @STATIC
@@ -208,7 +208,7 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
 def test_the_text_counts_what_a_step_copies_where_it_runs_the_model_twice(model):
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_patches.step = None
+    placed.model.packed_residency.step = None
     load(placed)
     once = placed_text(placed)
     sample(placed)

@@ -20,7 +20,6 @@ SOURCES = [ROOT / "__init__.py", *(path for layer in ("nodes", "machines", "load
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_kitchen", "comfyui_version", "execution", "folder_paths",
                 "nodes", "server"}
 PATCHER = "comfy.model_patcher.ModelPatcherDynamic"
-PATCHER_PARTS = [part for part in PackedPatcher.__mro__ if part.__module__.startswith(PackedPatcher.__module__)]
 
 # Function of the host that gets two or more arguments by position, or that is called where no source shows it -> the parameters
 # given by position, in their order, then behind * those given by name.
@@ -157,16 +156,22 @@ def _dotted(node: ast.AST, aliases: dict[str, str]) -> str | None:
 
 
 def patcher_uses() -> Iterator[tuple[Path, str, ast.Call | None]]:
-    """Yield what the patcher takes from the host's: attributes of itself that are not its own, and methods behind super()."""
-    own = set().union(*map(vars, PATCHER_PARTS))
-    for index, part in enumerate(PATCHER_PARTS):
-        behind = set().union(*map(vars, PATCHER_PARTS[index + 1:]))
-        tree, path = ast.parse(inspect.getsource(part)), Path(inspect.getfile(part))
-        calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()"):
-                if node.attr not in (own if ast.unparse(node.value) == "self" else behind):
-                    yield path, node.attr, calls.get(id(node))
+    """Yield what the patcher takes from the host's: attributes of itself that are not its own, and methods behind super().
+
+    What it hands its work to calls it `patcher`.
+    """
+    own, folder = set(vars(PackedPatcher)), Path(inspect.getfile(PackedPatcher)).parent
+    for path in sorted(folder.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        bodies = [(tree, "patcher")]
+        bodies += [(node, name) for node in tree.body if isinstance(node, ast.ClassDef) and node.name == PackedPatcher.__name__
+                   for name in ("self", "super()")]
+        for body, name in bodies:
+            calls = {id(node.func): node for node in ast.walk(body) if isinstance(node, ast.Call)}
+            for node in ast.walk(body):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name:
+                    if name == "super()" or node.attr not in own and not node.attr.startswith("__"):
+                        yield path, node.attr, calls.get(id(node))
 
 
 # --- what the host has ---
