@@ -6,9 +6,9 @@ quantise them again with every patch.
 `patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads
 a model, the patches of packed weights are out of its sight, and each packed layer gets them as
 `LayerPatches` on its attribute `lora`. What clones of a patcher share lies on their model, never on
-a patcher: what is applied right now (`applying`), what the host counts (`accounting`) and which
-layers stay (`placing`).
+a patcher: what is applied right now (`applying`) and which layers stay (`placing`).
 """
+import collections
 import contextlib
 import functools
 import sys
@@ -22,11 +22,13 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..lora import LayerPatches, fitting
 from . import values
-from .accounting import Accounting, make_pinnable
+from .accounting import make_pinnable, nothing_to_plan, settled
 from .applying import (
     AppliedPatches, build, factor_bytes, layer_of, packed_keys, packed_weight, runs_in_layer,
 )
 from .placing import Placement, Residency, Whereabouts, buffer_bytes
+
+Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps them
 
 
 class PackedPatcher:
@@ -39,15 +41,15 @@ class PackedPatcher:
     placement: Placement | None = None
     tell = None
     _hidden = None  # all patches, while `patches` holds only those the host may see
-    _listed = None  # while the host loads or unloads: what it finds in the list of its layers
+
+    # While the host loads or unloads:
+    listed = None  # what it finds in the list of its layers
+    unpinned = None  # names of the weights it would pin, which are only collected
+    staying = None  # in dynamic VRAM, name -> (its backup of a weight, that weight on the device)
 
     @property
     def _applied(self) -> AppliedPatches:
         return self.model.packed_patches
-
-    @property
-    def _accounting(self) -> Accounting:
-        return self.model.packed_accounting
 
     @property
     def _residency(self) -> Residency:
@@ -87,6 +89,15 @@ class PackedPatcher:
         finally:
             self.patches, self._hidden = self._hidden, None
 
+    @contextlib.contextmanager
+    def meanwhile(self, **values):
+        """Inside this block these attributes have these values; elsewhere they are None."""
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(dict.fromkeys(values))
+
     # --- memory ---
 
     def full_size(self) -> int:
@@ -107,26 +118,17 @@ class PackedPatcher:
             self.tell(self, self.whereabouts(expected))
 
     def _load_list(self, for_dynamic=False, default_device=None):
-        if self._listed is not None:
-            return self._listed
+        if self.listed is not None:
+            return self.listed
         entries = super()._load_list(for_dynamic, default_device)
         if not for_dynamic or self.placement is None:
             return entries
         entries = self._residency.in_order(self, entries)
         return [(rank, *entry[-4:]) for rank, entry in enumerate(entries)]
 
-    @contextlib.contextmanager
-    def listing(self, entries: list):
-        """Inside this block the host finds these entries in the list of its layers."""
-        self._listed = entries
-        try:
-            yield
-        finally:
-            self._listed = None
-
     def pin_weight_to_device(self, key):
-        if self._accounting.unpinned is not None:
-            self._accounting.unpinned.append(key)
+        if self.unpinned is not None:
+            self.unpinned.append(key)
         elif make_pinnable(self, key):
             weight = packed_weight(self, key)
             if weight is None:
@@ -232,11 +234,10 @@ class PackedPatcher:
         if device_to in (None, self.offload_device):
             super().load(device_to, budget, force_patch_weights=force_patch_weights)
         elif (not force_patch_weights and self._residency.is_in_order(self)
-                and self._accounting.nothing_to_plan(self, device_to, budget)):
+                and nothing_to_plan(self, device_to, budget)):
             self.apply_hooks(self.forced_hooks, force_apply=True)
         else:
-            with (self._accounting.settled(self, device_to),
-                  self._residency.planned(self, device_to, budget) as budget):
+            with settled(self, device_to), self._residency.planned(self, device_to, budget) as budget:
                 super().load(device_to, budget, force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
@@ -246,12 +247,8 @@ class PackedPatcher:
         built = self._applied.cache.get(self.patches_uuid, device_to)
         staying = self._residency.weights_that_stay(self, device_to)
         self._take_all_off()
-        self._residency.staying = staying
-        try:
-            with self._packed_patches_hidden():
-                super().load(device_to, lowvram_model_memory)
-        finally:
-            self._residency.staying = {}
+        with self._packed_patches_hidden(), self.meanwhile(staying=staying):
+            super().load(device_to, lowvram_model_memory)
         for module, (slot, patched) in self._slots().items():
             old_slot, was_patched = before.get(module, (None, False))
             if slot is not old_slot or (dirty and (patched or was_patched)):
@@ -305,7 +302,7 @@ class PackedPatcher:
         for key, (backup, weight) in patched.items():
             self.backup[key] = backup
             comfy.utils.set_attr_param(self.model, key, weight.to(self.offload_device))
-        for key, (backup, weight) in self._residency.staying.items():
+        for key, (backup, weight) in (self.staying or {}).items():
             self.backup[key] = backup
             comfy.utils.set_attr_param(self.model, key, weight)
         self._applied.offload(self)
@@ -374,7 +371,8 @@ class PackedPatcher:
             patches = self.fitting_patches(key)
             return values.patched_weight(key, patches, weight.to(device_to), layer_of(self, key))
         if force_cast:
-            values.back_up(self, key, weight)
+            if key not in self.backup:
+                self.backup[key] = Backup(weight.to(self.offload_device), False)
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
         elif patches and self._hidden is None:  # a loader that is not the host's asks weight by weight
             self._applied.apply_one(self, key, device_to)
@@ -411,6 +409,5 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Mode
     model = patcher.model
     if not hasattr(model, "packed_patches"):
         model.packed_patches = AppliedPatches()
-        model.packed_accounting = Accounting()
         model.packed_residency = Residency()
     return patcher

@@ -22,70 +22,49 @@ from .applying import packed_weight
 KEPT_FREE = 4  # one part in so many of the memory of the machine is not filled with copies
 
 
-class Accounting:
-    """Where the layers of one model lie, as the host has planned and counts them.
+@contextlib.contextmanager
+def settled(patcher, device):
+    """Around the host's load to this device in part: afterwards the layers lie where it planned them."""
+    for module in patcher.model.modules():
+        is_loaded = getattr(module, "comfy_patched_weights", False)
+        # Or the host takes layers it must cast for some that are off the device already.
+        if is_loaded and hasattr(module, "prev_comfy_cast_weights"):
+            module.comfy_cast_weights = module.prev_comfy_cast_weights
+            del module.prev_comfy_cast_weights
+    unpinned = []
+    with patcher.meanwhile(unpinned=unpinned):
+        yield
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in unpinned):
+        move_out(patcher, name)
+    put_away(patcher, unpinned)
+    patcher.model.model_loaded_weight_memory = bytes_on(patcher.model, device)
 
-    unpinned: while weights are only collected that the host would pin, their names.
+
+def put_away(patcher, keys: list[str]):
+    """Bring layers that wait off the device into stores, and pin the weights of the others."""
+    patcher.model.packed_residency.fill_stores(patcher)
+    for key in keys:
+        patcher.pin_weight_to_device(key)
+
+
+def nothing_to_plan(patcher, device, budget: float) -> bool:
+    """Whether what lies on the device may stay and nothing more fits; what is too much leaves it.
+
+    budget: bytes of weights, and of the buffers that layers travel through.
     """
-
-    def __init__(self):
-        self.unpinned = None
-
-    @contextlib.contextmanager
-    def settled(self, patcher, device):
-        """Around the host's load in part: afterwards the layers lie where it has planned them.
-
-        Args:
-            device: the one that the host loads to.
-        """
-        for module in patcher.model.modules():
-            is_loaded = getattr(module, "comfy_patched_weights", False)
-            # Or the host takes layers it must cast for some that are off the device already.
-            if is_loaded and hasattr(module, "prev_comfy_cast_weights"):
-                module.comfy_cast_weights = module.prev_comfy_cast_weights
-                del module.prev_comfy_cast_weights
-        with self.pinning_later() as unpinned:
-            yield
-        for name in dict.fromkeys(key.rpartition(".")[0] for key in unpinned):
-            move_out(patcher, name)
-        self.put_away(patcher, unpinned)
-        patcher.model.model_loaded_weight_memory = bytes_on(patcher.model, device)
-
-    @contextlib.contextmanager
-    def pinning_later(self):
-        """Inside this block weights that the host would pin are only collected: in the list that it gives."""
-        self.unpinned = []
-        try:
-            yield self.unpinned
-        finally:
-            self.unpinned = None
-
-    def put_away(self, patcher, keys: list[str]):
-        """Bring layers that wait off the device into stores, and pin the weights of the others."""
-        patcher.model.packed_residency.fill_stores(patcher)
-        for key in keys:
-            patcher.pin_weight_to_device(key)
-
-    def nothing_to_plan(self, patcher, device, budget: float) -> bool:
-        """Whether what lies on the device may stay and nothing more fits, so that there is nothing to plan.
-
-        What is too much of the model leaves the device.
-
-        Args:
-            budget: bytes of weights, and of the buffers that layers travel through.
-        """
-        model = patcher.model
-        if model.current_weight_patches_uuid != patcher.patches_uuid or model.device != device:
-            return False
-        room = budget - bytes_on(model, device) - model.model_offload_buffer_memory
-        waiting = [size for *_, size, _, module, _ in patcher._load_list()
-                   if hasattr(module, "comfy_cast_weights") and not getattr(module, "comfy_patched_weights", False)]
-        if not waiting or room >= min(waiting):
-            return False
-        if room < 0:
-            patcher.partially_unload(patcher.offload_device, -room)
-        model.model_loaded_weight_memory = bytes_on(model, device)
-        return True
+    model = patcher.model
+    if model.current_weight_patches_uuid != patcher.patches_uuid or model.device != device:
+        return False
+    room = budget - bytes_on(model, device) - model.model_offload_buffer_memory
+    waiting = [size for *_, size, _, module, _ in patcher._load_list()
+               if hasattr(module, "comfy_cast_weights")
+               and not getattr(module, "comfy_patched_weights", False)]
+    if not waiting or room >= min(waiting):
+        return False
+    if room < 0:
+        patcher.partially_unload(patcher.offload_device, -room)
+    model.model_loaded_weight_memory = bytes_on(model, device)
+    return True
 
 
 def move_out(patcher, name: str):

@@ -72,7 +72,6 @@ class FactorCache:
         self._built, self._built_for = {}, None
 
     def put(self, built: dict[str, LayerPatches], patches_uuid, device):
-        """Keep what was built, by names of weights, for a patcher's patches_uuid and a device."""
         self._built, self._built_for = dict(built), (patches_uuid, device)
 
     def get(self, patches_uuid, device) -> dict[str, LayerPatches]:
@@ -106,8 +105,7 @@ class AppliedPatches:
     def apply_all(self, patcher, device, built: dict[str, LayerPatches] | None = None):
         """Give every packed layer its patches, and count their factors as loaded.
 
-        Args:
-            built: those that need not be built and sent again, by names of weights.
+        built: those that need not be built and sent again, by names of weights.
         """
         self.clear(patcher)
         for key in packed_keys(patcher):

@@ -15,7 +15,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from .accounting import bytes_on, move_out
+from .accounting import bytes_on, move_out, put_away
 from .applying import factor_bytes
 from .order import Counter, Step, fields, fitting, in_order, is_table
 
@@ -49,15 +49,13 @@ class Residency:
 
     step: what the first step of a run has shown, or None. room: bytes that the host had for the
     model at the last load, its budget aside. order: what the places of the layers followed from
-    then. stored: whether layers lie in a store. staying: while the host loads in dynamic VRAM,
-    name -> (the host's backup of a weight, that weight on the device).
+    then. stored: whether layers lie in a store.
     """
 
     def __init__(self):
         self.step = self.order = None
         self.room = float("inf")
         self.stored = False
-        self.staying = {}
         self._counter = None  # in the first step: what counts it
 
     # --- which layers stay ---
@@ -103,7 +101,7 @@ class Residency:
                    for entry in map(fields, patcher._load_list())]
         # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees none.
         gaps = [(GAP, 0, str(number), torch.nn.Module(), {}) for number in range(comfy.model_management.NUM_STREAMS)]
-        with patcher.listing([*entries, *gaps]):
+        with patcher.meanwhile(listed=[*entries, *gaps]):
             yield sum(size for rank, size, *_ in entries if rank == KEPT) + 0.5
         patcher.model.model_offload_buffer_memory = 0
         self.order = self._order(patcher)
@@ -117,13 +115,13 @@ class Residency:
         resident = [entry for entry in self.in_order(patcher, patcher._load_list())
                     if getattr(fields(entry).module, "comfy_patched_weights", False)]
         kept = fitting(resident, sum(fields(entry).size for entry in resident) - memory_to_free)
-        accounting = patcher.model.packed_accounting
-        with accounting.pinning_later() as unpinned:
-            with patcher.listing([entry for entry in resident if fields(entry).name not in kept]):
-                yield 1e32
+        leaving = [entry for entry in resident if fields(entry).name not in kept]
+        unpinned = []
+        with patcher.meanwhile(listed=leaving, unpinned=unpinned):
+            yield 1e32
         patcher.model.model_offload_buffer_memory = 0
         self.room = min(self.room, patcher.loaded_size() + buffer_bytes(patcher))
-        accounting.put_away(patcher, unpinned)
+        put_away(patcher, unpinned)
 
     # --- the first step ---
 

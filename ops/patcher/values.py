@@ -3,7 +3,6 @@
 The host rounds a patched weight to the model's dtype, and so does what reads one here; whoever
 packs it next would round twice. So packing takes them in float32, some rows at a time.
 """
-import collections
 from collections.abc import Callable, Sequence
 
 import comfy.lora
@@ -20,19 +19,12 @@ from ..rows import rows_are_whole_blocks, take_rows
 from ..tensor import QuantizedTensor, is_packed
 from .applying import layer_of, packed_weight
 
-Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps in `backup`
 BESIDE = ("input_scale", "pre_quant_scale")  # what the host's quantised layers keep beside their weight
 
 Patch = tuple  # (strength, value, strength_model, offset, function), as the host keeps them
 
 
 # --- rounded, as the host reads them ---
-
-
-def back_up(patcher, key: str, weight: torch.Tensor):
-    """Keep a weight as the host does that it puts a patched one in place of."""
-    if key not in patcher.backup:
-        patcher.backup[key] = Backup(weight.to(patcher.offload_device), False)
 
 
 def patched_weight(key: str, patches: list, weight: torch.Tensor, layer) -> torch.Tensor:
@@ -54,11 +46,7 @@ def patched_state_dict(patcher, weights: dict) -> PatchedWeights:
 
 
 def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
-    """Return the host's state dict for a file with packed weights dense and patched.
-
-    Args:
-        state_dict: the host's, of the part of the model below `prefix`.
-    """
+    """Return the host's state dict of the part below `prefix`, packed weights dense and patched."""
     for name in list(state_dict):
         key = prefix + name
         weight = packed_weight(patcher, key)

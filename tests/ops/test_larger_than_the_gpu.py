@@ -138,7 +138,8 @@ def check(subject: Subject, pages: int, inference: float, gpu, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: inference)
     monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 1)
     patcher = getattr(whole, "patcher", whole)
-    beside = patcher.model.model_loaded_weight_memory if patcher.is_dynamic() else patcher._factor_bytes()
+    model = patcher.model
+    beside = model.model_loaded_weight_memory if patcher.is_dynamic() else model.packed_patches.nbytes
     placed = subject.place(whole, pages * PAGE + beside)
     patcher = getattr(placed, "patcher", placed)
     if patcher.is_dynamic():

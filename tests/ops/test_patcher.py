@@ -89,7 +89,26 @@ def on_two_devices(patcher):
     return patcher
 
 
-BUDGETS = (0.05, 0.3, 0.5, 0.8, 3.0)  # of the model's size; the last is a full load
+@pytest.mark.parametrize("budget", [0.3, 0.8])
+@pytest.mark.parametrize("format_name", ["Q2_K", "IQ4_XS"])
+def test_loaded_in_part_again_and_again_and_then_unloaded_in_part(format_name, budget):
+    packed, dense = flux_pair(format_name)
+    first, second = loras(format_name)
+    stacks = ([(second, 0.8)], [(first, 1.0), (second, 0.5)], [(first, -0.7)])
+    without, count = run(dense), len(packed_layers(packed))
+    expected = [run(patched(dense, *stack)) for stack in stacks]
+    patchers = [on_two_devices(patched(packed, *stack)) for stack in stacks]
+    size, loaded = packed.model_size(), []
+    for _ in range(3):
+        for patcher, wanted in zip(patchers, expected):
+            patcher.partially_load(LOAD, budget * size - patcher.loaded_size())  # as the host does
+            assert error_by_effect(forward(patcher), wanted, without) < LIMIT
+            loaded.append(patcher.loaded_size())
+    assert loaded[3:6] == loaded[6:]  # nothing drifts
+    for part in (0.1, 0.3, 0.9):
+        patchers[2].partially_unload(OFFLOAD, part * size)
+        assert error_by_effect(forward(patchers[2]), expected[2], without) < LIMIT
+    assert len(packed_layers(packed)) == count
 
 
 @both_kinds

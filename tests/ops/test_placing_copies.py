@@ -1,4 +1,4 @@
-"""What loading copies to the GPU where a budget is, to the byte, and a device that is too small: models and text encoders.
+"""What loading copies to the GPU where a budget is, to the byte: models and text encoders.
 
 A text encoder is loaded by the run itself.
 """

@@ -3,7 +3,6 @@ import comfy.ops
 import pytest
 
 
-
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
     """The list that fills with the modules whose weights are copied to a device."""
     uploaded = []

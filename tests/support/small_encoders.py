@@ -2,9 +2,11 @@
 import dataclasses
 import functools
 from pathlib import Path
+from unittest import mock
 
 import comfy.sd
 import torch
+from comfy.text_encoders.sd3_clip import SD3Tokenizer
 from encoders import ENCODERS
 from encoders.encoder import TOKENS, random_weights, write_encoder
 from featherweight.loaders.text_encoder import load_text_encoder
@@ -12,19 +14,27 @@ from patched_models import folder, lora_for
 
 
 @functools.cache
-def _t5_file(format_name: str, layers: int) -> tuple[Path, dict[str, torch.Tensor], dict]:
+def _t5_file(format_name: str, layers: int, width: int) -> tuple[Path, dict, dict]:
     """The path of the packed file, its dense values, and the host's options that make the encoder as small."""
-    config = {"num_layers": layers, "vocab_size": 256, "d_model": 512, "d_ff": 2048, "d_kv": 64, "num_heads": 8}
+    config = {"num_layers": layers, "vocab_size": 256, "d_model": width,
+              "d_ff": 4 * width, "d_kv": 64, "num_heads": width // 64}
     encoder = dataclasses.replace(ENCODERS["t5-xxl"], config=config)
-    path, values = Path(folder().name, f"t5-{format_name}-{layers}.gguf"), random_weights(encoder)
+    path, values = Path(folder().name, f"t5-{format_name}-{layers}-{width}.gguf"), random_weights(encoder)
     write_encoder(path, encoder, values, format_name)
     return path, values, encoder.model_options
 
 
-def small_t5(format_name: str, layers: int, **options) -> tuple[comfy.sd.CLIP, dict[str, torch.Tensor]]:
-    """A T5 of 4.2 million weights a layer, and its dense values. options: more of the host's for it."""
-    path, values, sizes = _t5_file(format_name, layers)
-    return load_text_encoder([str(path)], "sd3", model_options={**sizes, **options}), values
+def small_t5(format_name: str, layers: int, width: int = 512,
+             **options) -> tuple[comfy.sd.CLIP, dict[str, torch.Tensor]]:
+    """A T5 and its dense values, with 4.2 million weights a layer where it is 512 wide.
+
+    Args:
+        options: more of the host's for it.
+    """
+    path, values, sizes = _t5_file(format_name, layers, width)
+    no_text = mock.patch.object(SD3Tokenizer, "__init__", lambda *args, **kwargs: None)
+    with no_text:  # `encode` has tokens, and three tokenizers take longer to read than the encoder
+        return load_text_encoder([str(path)], "sd3", model_options={**sizes, **options}), values
 
 
 def lora_for_t5(*args, **kwargs) -> dict[str, torch.Tensor]:
