@@ -1,28 +1,34 @@
 """Every case of the bench runs and gives figures, at a tiny size."""
 import json
-import os
-import subprocess
 import sys
 
+import comfy.model_management
 import pytest
 import torch
 from featherweight.ops import int8
+from featherweight.ops.kernels import selector
 from PIL import Image
 
-from devtools import ROOT
+from devtools.measure.bench import __main__ as bench
 from devtools.measure.bench.picture import FASTER, SLOWER
 
-# Named here, so that a case that gets lost is missed.
+# Named here, so that a case that gets lost is missed. "memory" is a process of its own, as a part of "scale" is.
 CASES = ["shapes", "int8_error", "unpack", "nf4", "lora", "model", "step", "lora_error", "pack", "passes", "layer_passes",
-         "header", "load", "memory", "scale"]
+         "header", "load", "scale", pytest.param("memory", marks=pytest.mark.heavy)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    arguments = ["--quick", "--rounds", "1", "--out", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other slow a busy machine down
-    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=ROOT, env=environment, check=True)
+def results(request, tmp_path_factory):
+    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", "memory"}
+    arguments = ["--quick", "--rounds", "1", "--out", str(folder), "--only", *(bench.CASES.keys() - left_out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other slow a busy machine down
+        patch.setattr(sys, "argv", ["bench", *arguments])
+        patch.setattr(selector, "WAIT_SECONDS", dict(selector.WAIT_SECONDS))
+        bench.main()
+    torch.set_num_threads(threads)
+    comfy.model_management.unload_all_models()
     return folder
 
 
