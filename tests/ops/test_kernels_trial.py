@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from featherweight.ops.kernels.verdicts import Verdicts
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
 Q4_0, Q8_0 = (Case("unpack", name, torch.float32, None) for name in ("Q4_0", "Q8_0"))
-CASE_SECONDS = 10  # on a machine that others use too
+CASE_SECONDS = 15  # on a machine that others use too
 run_planted = functools.partial(run_trial, command=planted_backends.COMMAND,
                                 case_seconds=CASE_SECONDS)
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes end otherwise on Windows")
@@ -53,9 +54,10 @@ EXPECTED = {"aborts": "crashed", "segfaults": "crashed", "leaves": "crashed", "i
             "loops": "hung", "holds_on": "hung", "loses_the_device": "crashed",
             "wrong_in_the_tail": "wrong", "wrong_at_odd_addresses": "wrong", "slow": "slower",
             "refuses": "refused", "garbage": "right", "fine": "right"}
+HANGS = ("loops", "holds_on")
 ENDS_ITS_PROCESS = [name for name, verdict in EXPECTED.items()
-                    if verdict in ("crashed", "killed", "hung")]
-BACKENDS = (*EXPECTED, "no_room", "no_probe")
+                    if verdict in ("crashed", "killed")]
+BACKENDS = (*(name for name in EXPECTED if name not in HANGS), "no_room", "no_probe")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +65,23 @@ def zoo(tmp_path_factory):
     """Of a device whose every backend misbehaves, and why each trial left something."""
     folder = tmp_path_factory.mktemp("zoo")
     folder.chmod(0o700)
+    verdicts, of_each = Verdicts(folder / "verdicts.jsonl"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        verdicts, reasons = Verdicts(folder / "verdicts.jsonl"), []
+        threads = []
+        for name in HANGS:  # each beside the others, for it takes all the time that a kernel has
+            of_each.append(Verdicts(folder / f"{name}.jsonl"))
+            threads.append(threading.Thread(
+                target=run_planted, args=(CPU, [name], of_each[-1], [Q4_0, Q8_0])))
+            threads[-1].start()
+        reasons = []
         while reasons[-1:] != [""]:
             assert len(reasons) < len(BACKENDS)
             reasons.append(run_planted(CPU, BACKENDS, verdicts, [Q4_0, Q8_0]))
+        for thread in threads:
+            thread.join()
+    with open(verdicts.path, "a") as file:
+        file.writelines(one.path.read_text() for one in of_each)
     return verdicts, reasons
 
 
@@ -106,11 +119,13 @@ def test_what_crashed_is_never_tried_again_and_what_may_mend_itself_is(
 
 
 def test_what_is_known_is_not_tried_again(verdicts, tmp_path):
-    assert run_planted(CPU, ("fine",), verdicts, [Q4_0]) == ""
-    tried = (tmp_path / "log").read_text()
+    verdicts.end("probe by fine", "works")
+    verdicts.end(name_of(Q4_0, "fine"), "right", seconds=[1, 2])
+    verdicts.append(tried=str(Q4_0))
     assert run_planted(CPU, ("fine",), verdicts, [Q4_0, Q8_0]) == ""
     assert verdicts.results().tried == {str(Q4_0), str(Q8_0)}
-    assert "Q4_0" not in (tmp_path / "log").read_text()[len(tried):]
+    tried = (tmp_path / "log").read_text()
+    assert "Q8_0" in tried and "Q4_0" not in tried
 
 
 def test_a_probe_that_loses_the_device_takes_no_other_backend_with_it(verdicts):
@@ -187,7 +202,7 @@ from featherweight.ops.kernels.verdicts import Verdicts
 log = Path(sys.argv[5])
 start_thread(lambda: run_trial(
     torch.device("cpu"), (sys.argv[4],), Verdicts(Path(sys.argv[3])),
-    [Case("unpack", "Q4_0", torch.float32, None)], planted_backends.COMMAND, 20))
+    [Case("unpack", "Q4_0", torch.float32, None)], planted_backends.COMMAND, 8))
 while not (log.exists() and "Q4_0" in log.read_text()):
     time.sleep(0.05)
 """
@@ -212,7 +227,7 @@ def test_no_trial_outlives_the_process_that_asked_for_it(name, verdicts, tmp_pat
     assert parent.stdout.readline() == "tried\n"
     parent.kill()
     parent.communicate()
-    child, end = int(log.read_text().split()[0]), time.monotonic() + 60
+    child, end = int(log.read_text().split()[0]), time.monotonic() + 300
     while is_alive(child):
         assert time.monotonic() < end, "the trial runs on"
         time.sleep(0.05)
@@ -222,7 +237,7 @@ def test_no_trial_outlives_the_process_that_asked_for_it(name, verdicts, tmp_pat
 def test_a_process_that_ends_ends_its_trial_without_error(verdicts, tmp_path):
     log = tmp_path / "log"
     parent = start("loops", verdicts, log)
-    _, errors = parent.communicate(timeout=120)
+    _, errors = parent.communicate(timeout=300)
     assert parent.returncode == 0 and not errors
     assert not is_alive(int(log.read_text().split()[0]))
     results = verdicts.results()
@@ -240,7 +255,7 @@ def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it(
               "os.wait(); time.sleep(0.3)\n"
               "print('runs' if started.poll() is None else 'killed', started.pid)")
     state, pid = subprocess.run([sys.executable, "-c", script, str(PACK)], capture_output=True,
-                                text=True, timeout=120, check=True).stdout.split()
+                                text=True, timeout=300, check=True).stdout.split()
     assert state == "runs"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
