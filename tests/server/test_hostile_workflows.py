@@ -1,9 +1,9 @@
 """The one rule of a stranger's workflow, over every node and input: whatever JSON is posted to /prompt, no value of it chooses
 a host to connect to, a program or its argument, a file outside the folders, a variable of the environment, or code.
 
-Every input of every node that the server has from this pack gets each hostile value, alone. Of those that the host's checks let
-through some run for each input, other ones for each, and on Ray's workers of this computer too. All processes write down what
-they do (`tests/support/audit.py`).
+Every input of every node that the server has from this pack gets each hostile value, alone; under the ids of other packs, which
+are made from tables, every third, other ones for each input. Of those that the host's checks let through some run for each input,
+other ones for each, and on Ray's workers of this computer too. All processes write down what they do (`tests/support/audit.py`).
 """
 import json
 import pickle
@@ -16,6 +16,7 @@ import uuid
 import pytest
 from audit import Audit, Listener, Untouched
 from featherweight.nodes import PICKERS
+from featherweight.ops.kernels.own_files import cache_folder
 
 from devtools.files import demo_files, tiny_models
 from devtools.files.gguf_files import write_gguf
@@ -78,6 +79,7 @@ class Stranger:
                    tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda *_: "Q8_0")
         for folder in FOLDERS:
             self.lay_traps(self.audit.server / "models" / folder)
+        self.take_packing_kernels()
         self.lay_traps(self.audit.server / "output")
         self.lay_traps(self.audit.server / "output" / "sensitivity")
         self.private = self.audit.server / "custom_nodes" / "private.disabled"
@@ -85,6 +87,15 @@ class Stranger:
         for folder in (self.audit.outside, self.private):
             for name in (f"{MARK}.gguf", ".env"):
                 (folder / name).write_text("HF_TOKEN=secret")
+
+    def take_packing_kernels(self):
+        """Those that this user has, for each takes 3 s to compile. Other kernels are compiled under watch."""
+        folder = self.audit.own[1] / "featherweight" / "kernels"
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700)
+        for library in (cache_folder() / "kernels").glob("*.so"):
+            if b"pack_blocks" in library.read_bytes():
+                shutil.copy2(library, folder)
 
     def lay_traps(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +139,11 @@ QUICK = {"count": 1, "samples": 1, "steps": 1, "workers": 1, "thoroughness": "no
 SLOW = {"CONDITIONING"}  # inputs that have a node draw
 RAY = "FeatherweightRunOnRay"
 MEASURE = "FeatherweightMeasureSensitivity"  # runs a model many times
+
+
+def is_own(kind: str) -> bool:
+    """Whether an id is this pack's own, and not one of another pack that it has too."""
+    return kind.startswith("Featherweight")
 
 
 def node(kind: str, inputs: dict) -> dict:
@@ -251,17 +267,23 @@ def accepted(stranger, watch, nodes):
         for name, value in inputs_of(each).items():
             texts = stranger.texts(watch.listener.port) if not isinstance(value, list) else []
             others = [hostile for hostile in stranger.others() if hostile or value != ["latent", 0]]  # none is a large one
-            for number, hostile in enumerate([*texts, *others]):
+            hostile_values = list(enumerate([*texts, *others]))
+            if not is_own(kind):
+                turn += 1
+                hostile_values = hostile_values[turn % 3::3]
+            for number, hostile in hostile_values:
                 cases[f"{name} {number}"] = name, isinstance(hostile, str), {**honest, name: hostile}
         for case, (_, _, inputs) in cases.items():
             group |= prompt_of(each, kind, inputs, case)
         refused = post(watch.server, group)
         assert refused is not None, f"{kind}: the host does not answer"
         for name in inputs_of(each):
-            for is_text, most in ((True, 3 if kind.startswith("Featherweight") else 1), (False, 1)):
+            for is_text, most in ((True, 3), (False, 1)):
                 left = [inputs for case, (of, text, inputs) in cases.items()
                         if of == name and text is is_text and case not in refused]
                 turn += 1
+                if not is_own(kind):
+                    most = turn % 2
                 found += [(kind, left[(turn + step * 5) % len(left)]) for step in range(min(most, len(left)))]
     watch.server.post("/queue", {"clear": True})
     gate.touch()

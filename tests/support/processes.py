@@ -34,8 +34,8 @@ def scheduler(config, log):
 
 
 def arrange(items: list[pytest.Item]):
-    """Put tests of real servers first, and have each run once more where it fails."""
-    items.sort(key=lambda item: file_of(item.nodeid).partition("/")[0] not in REAL)
+    """Put the groups of tests of real servers first, and have each of these tests run once more where it fails."""
+    items.sort(key=lambda item: group_of(item.nodeid) not in REAL)
     for item in items:
         file = file_of(item.nodeid)
         if file.partition("/")[0] in REAL and file not in COMPUTING:
