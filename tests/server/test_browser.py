@@ -2,6 +2,7 @@
 
 Each test leaves screenshots in `.dev/screenshots`.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from devtools import ROOT, demo
-from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN
+from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
 from devtools.host.environment import DEV
 from devtools.host.server import PACK, Server
 from devtools.workflows.pictures import stand_in_files
@@ -22,15 +23,17 @@ LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')"
 DOCS = ROOT / "nodes" / "web" / "docs"
-# Has the editor show the help pages of a language, which it need not have itself, and tell which it shows.
+# Has the editor show the help pages of a language, which it need not have itself, each with a mark at its end.
 IN_LANGUAGE = """(language => {
   window.fetchAnything ??= window.fetch
+  window.marks = {}
   window.fetch = async (url, ...rest) => {
     const page = /^(.*\\/docs\\/)(\\w+)(\\/en)?\\.md$/.exec(url)
     if (!page) return fetchAnything(url, ...rest)
     const reply = await fetchAnything(language === 'en' ? url : `${page[1]}${page[2]}/${language}.md`, ...rest)
-    if (reply.ok) setTimeout(() => { window.helpPage = `${language} ${page[2]}` }, 200)
-    return reply
+    if (!reply.ok) return reply
+    marks[page[2]] = `page ${Object.keys(marks).length} ${language}.`
+    return new Response(`${await reply.text()}\\n\\n${marks[page[2]]}\\n`, reply)
   }
 })"""
 SELECT = """(type => {
@@ -47,6 +50,20 @@ CUT = """(page => {
       || part.tagName === 'TABLE' && part.scrollWidth > part.clientWidth)
     .map(part => `${part.tagName} ${part.innerText.slice(0, 80)}`)
 })(document.querySelector('.node-help-content'))"""
+# Shows the help page of each of these nodes; gives what of them is cut.
+CUT_PAGES = f"""(async types => {{
+  const cut = {{}}, end = performance.now() + 100000
+  for (const type of types) {{
+    {SELECT}(type)
+    while (!(type in marks && document.querySelector('.node-help-content')?.innerText.includes(marks[type]))) {{
+      if (performance.now() > end) throw new Error(`the help page of ${{type}} does not come`)
+      await new Promise(done => setTimeout(done, 20))
+    }}
+    const parts = {CUT}
+    if (parts.length) cut[type] = parts
+  }}
+  return cut
+}})"""
 # Where on the page the right arrow of a number is.
 ARROW = """((type, name) => {
   const node = app.graph.nodes.find(node => node.type === type), {scale, offset} = app.canvas.ds
@@ -56,16 +73,11 @@ ARROW = """((type, name) => {
 })"""
 
 
-@pytest.fixture(autouse=True)
-def closed(browser):
-    yield
-    browser.close_editor()
-
-
 @pytest.fixture
 def page(browser, server):
     browser.open_editor(server)
-    return browser
+    yield browser
+    browser.close_editor()
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +91,14 @@ def fresh(tmp_path_factory):
             touch(base, folder, name)
     with Server(base) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def editor(browser, fresh):
+    """The editor of `fresh`, in which a workflow takes the place of the one before."""
+    browser.open_editor(fresh)
+    yield browser
+    browser.close_editor()
 
 
 def touch(base: Path, folder: str, name: str):
@@ -127,85 +147,90 @@ def test_a_template_opens_from_the_template_browser(page):
     keep(page, "template")
 
 
-def test_the_help_page_of_a_node_opens(page):
-    page.drop(demo.LORA_WORKFLOW)
-    node = "app.graph.nodes.find(node => node.type === 'FeatherweightApplyLora')"
-    page.wait_for(node + " !== undefined")
-    page.evaluate(f"(node => {{ app.canvas.centerOnNode(node); app.canvas.selectNode(node) }})({node})")
-    time.sleep(1.5)  # the buttons above the node move with it
-    page.click_on("document.querySelector('[data-testid=info-button]')")
-    page.wait_for("!!document.querySelector('.node-help-content h1')")
-    text = page.evaluate("document.querySelector('.node-help-content').innerText")
-    keep(page, "help")
-    written = (ROOT / "nodes" / "web" / "docs" / "FeatherweightApplyLora.md").read_text(encoding="utf-8")
-    assert text.startswith(written.splitlines()[0].removeprefix("# ")) and "block_weights" in text
+def becomes(editor, question, expected):
+    """Wait until the editor, which marks nodes a moment after it has opened a workflow, gives this answer."""
+    deadline = time.monotonic() + 60
+    while (answer := question()) != expected:
+        assert time.monotonic() < deadline, f"{answer} is not {expected}"
+        time.sleep(0.1)
 
 
-def test_nothing_of_a_help_page_is_cut_at_the_edge_of_its_panel(browser, fresh):
+def open_help(editor, type: str):
+    """Press the button above a node that opens its help page. The buttons move with the node, so a click may miss."""
+    editor.evaluate(f"{SELECT}({json.dumps(type)})")
+    for _ in range(5):
+        editor.click_on("document.querySelector('[data-testid=info-button]')")
+        with contextlib.suppress(BrowserError):
+            editor.wait_for("!!document.querySelector('.node-help-content h1')", 10)
+            return
+    raise AssertionError(f"the help page of {type} does not open")
+
+
+def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_of_its_panel(editor, fresh):
     """At the width that the panel has when it opens, in each language."""
     nodes = [node_id for node_id, node in fresh.object_info().items() if node["python_module"].endswith(PACK)]
     pages = {path.stem for path in DOCS.glob("*.md")}
     shown = [*sorted(pages & set(nodes)), "LoaderGGUF", "GGUFLoaderKJ", "UnetLoaderGGUFDisTorch2MultiGPU"]  # which share theirs
     assert len(shown) == len(pages)
-    browser.open_editor(fresh)
-    browser.evaluate("app.graph.clear()")
-    browser.evaluate(f"{json.dumps(shown)}.forEach(type => app.graph.add(LiteGraph.createNode(type)))")
-    browser.evaluate(f"{SELECT}({json.dumps(shown[-1])})")
-    time.sleep(1.5)  # the buttons above the node move with it
-    browser.click_on("document.querySelector('[data-testid=info-button]')")
-    browser.wait_for("!!document.querySelector('.node-help-content h1')")
+    editor.evaluate("app.graph.clear()")
+    editor.evaluate(f"{json.dumps(shown)}.forEach(type => app.graph.add(LiteGraph.createNode(type)))")
+    first = "FeatherweightApplyLora"
+    open_help(editor, first)
+    text = editor.evaluate("document.querySelector('.node-help-content').innerText")
+    written = (DOCS / f"{first}.md").read_text(encoding="utf-8")
+    assert text.startswith(written.splitlines()[0].removeprefix("# ")) and "block_weights" in text
+    keep(editor, "help")
     cut = {}
+    shown.sort(key=lambda node_id: node_id == first)  # the last: one that is shown is not fetched again
     for language in ("en", "ja", "ko", "de"):
-        browser.evaluate(f"{IN_LANGUAGE}('{language}')")
-        for node_id in shown:
-            browser.evaluate(f"{SELECT}({json.dumps(node_id)})")
-            browser.wait_for(f"window.helpPage === '{language} {node_id}' && !!document.querySelector('.node-help-content h1')")
-            if parts := browser.evaluate(CUT):
-                cut[f"{node_id} {language}"] = parts
-        keep(browser, f"help_{language}")
+        editor.evaluate(f"{IN_LANGUAGE}('{language}')")
+        cut |= {f"{node_id} {language}": parts
+                for node_id, parts in editor.evaluate(f"{CUT_PAGES}({json.dumps(shown)})").items()}
+        keep(editor, f"help_{language}")
     assert not cut
 
 
-def test_every_workflow_opens_without_a_red_node(browser, fresh):
-    browser.open_editor(fresh)
+def test_every_workflow_opens_without_a_red_node(editor):
     wrong = {}
     for path in (*EXAMPLES, *LEGACY):
-        browser.open_workflow(path.name, path.read_text(encoding="utf-8"))
-        assert browser.types(), path.name
-        if found := [*browser.types(UNKNOWN), *browser.types(RED), *browser.evaluate(COMPLAINTS)]:
+        editor.open_workflow(path.name, path.read_text(encoding="utf-8"))
+        assert editor.types(), path.name
+        if found := [*editor.types(UNKNOWN), *editor.types(RED), *editor.evaluate(COMPLAINTS)]:
             wrong[path.name] = found
     assert not wrong
 
 
-def test_a_node_that_nobody_has_and_one_whose_file_is_missing_are_red(browser, fresh):
+def test_a_node_that_nobody_has_and_one_whose_file_is_missing_are_red(editor):
     """What the test above relies on."""
-    browser.open_editor(fresh)
     workflow = demo.WORKFLOW.read_text(encoding="utf-8")
-    browser.open_workflow("strange.json", workflow.replace('"VAELoader"', '"NoSuchNode"'))
-    assert browser.types(UNKNOWN) == browser.types(RED) == ["NoSuchNode"]
-    keep(browser, "missing")
-    browser.open_workflow("missing.json", workflow.replace(demo.MODEL_NAME, "no_such_file.gguf"))
-    assert browser.types(RED) == ["FeatherweightLoadDiffusionModel"] and browser.evaluate(COMPLAINTS)
+    editor.open_workflow("strange.json", workflow.replace('"VAELoader"', '"NoSuchNode"'))
+    becomes(editor, lambda: editor.types(RED), ["NoSuchNode"])
+    assert editor.types(UNKNOWN) == ["NoSuchNode"]
+    keep(editor, "missing")
+    editor.open_workflow("missing.json", workflow.replace(demo.MODEL_NAME, "no_such_file.gguf"))
+    becomes(editor, lambda: editor.types(RED), ["FeatherweightLoadDiffusionModel"])
+    becomes(editor, lambda: bool(editor.evaluate(COMPLAINTS)), True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there a name cannot hold a backslash")
-def test_a_name_written_on_another_system_becomes_the_listed_one(browser, fresh):
+def test_a_name_written_on_another_system_becomes_the_listed_one(editor, fresh):
     """Also in a subgraph and where a refreshed list has the file; nodes of others are left as they are."""
-    browser.open_editor(fresh)
     values = f"{NODES}.flatMap(node => node.widgets ?? []).map(widget => widget.value).filter(value => /flux/.test(value))"
     subgraph = next(path for path in LEGACY if "subgraph" in path.stem).read_text(encoding="utf-8")
     for written, listed in ((r"linux\flux.safetensors", "linux/flux.safetensors"),
                             ("windows/flux.safetensors", r"windows\flux.safetensors")):  # lists on Windows have backslashes
         workflow = subgraph.replace(r"legacy\\flux-Q8_0.gguf", json.dumps(written)[1:-1])
-        browser.open_workflow("subgraph.json", workflow)
-        assert browser.evaluate(values) == [written, written]
-        assert browser.types("node.subgraph")[0] in browser.types(RED)  # older editors frame the node inside too
+        editor.open_workflow("subgraph.json", workflow)
+        assert editor.evaluate(values) == [written, written]
+        frame = editor.types("node.subgraph")[0]
+        becomes(editor, lambda: frame in editor.types(RED), True)  # older editors frame the node inside too
         touch(fresh.base, "diffusion_models", listed)
-        browser.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
-        assert browser.evaluate(values) == [listed, listed]
-        browser.open_workflow("subgraph.json", workflow)
-        assert browser.evaluate(values) == [listed, listed] and not browser.types(RED)
+        editor.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+        becomes(editor, lambda: editor.evaluate(values), [listed, listed])
+        editor.open_workflow("subgraph.json", workflow)
+        assert editor.evaluate(values) == [listed, listed] and not editor.types(RED)
         prompt = {number: {"class_type": kind, "inputs": {"unet_name": written}}
                   for number, kind in enumerate(("UnetLoaderGGUF", "UNETLoader"), 1)}
-        browser.open_workflow("loaders.json", json.dumps(prompt))
-        assert browser.evaluate(values) == [listed, written] and browser.types(RED) == ["UNETLoader"]
+        editor.open_workflow("loaders.json", json.dumps(prompt))
+        assert editor.evaluate(values) == [listed, written]
+        becomes(editor, lambda: editor.types(RED), ["UNETLoader"])

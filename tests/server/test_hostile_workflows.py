@@ -1,9 +1,10 @@
 """The one rule of a stranger's workflow, over every node and input: whatever JSON is posted to /prompt, no value of it chooses
 a host to connect to, a program or its argument, a file outside the folders, a variable of the environment, or code.
 
-Every input of every node that the server has from this pack gets each hostile value, alone; under the ids of other packs, which
-are made from tables, every third, other ones for each input. Of those that the host's checks let through some run for each input,
-other ones for each, and on Ray's workers of this computer too. All processes write down what they do (`tests/support/audit.py`).
+Every input of every node that the server has from this pack gets each hostile value, alone; under the
+ids of other packs, which are made from tables, every third, other ones for each input. Of those that the
+host's checks let through some run for each input, other ones for each, and on Ray's workers of this
+computer too. All processes write down what they do (`tests/support/audit.py`).
 """
 import json
 import pickle
