@@ -30,8 +30,7 @@ def test_the_recorded_figures_hold_what_they_should():
 
 @pytest.mark.usefixtures("small_models")
 def test_packed_models_draw_what_is_asked_and_keep_loras():
-    names = ["F16", "Q4_K", *(["NF4"] if demo_files.has_bitsandbytes() else [])]
-    for name, row in quality.measure(names, 20, 4).items():
+    for name, row in quality.measure(["F16", "Q4_K"], 16, 4).items():
         assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.07, name
         assert min(row["kept_ink"], row["kept_pumpkins"]) > 0.95, name
         assert min(row["retention_ink"], row["retention_pumpkins"]) > 0.8, name

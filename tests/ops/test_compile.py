@@ -31,7 +31,7 @@ def attention_of_a_gpu(small_models, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["Q8_0", "Q4_K", "NF4"])
+@pytest.fixture
 def model(request, tmp_path):
     """(packed patcher, its dense values)"""
     if request.param != "NF4":
@@ -65,7 +65,12 @@ def outputs(part, inputs) -> list[torch.Tensor]:
     return list(found) if isinstance(found, tuple) else [found]
 
 
-@pytest.mark.parametrize("kind", [None, "lora", "dora"])
+USUAL = {("Q8_0", None), ("Q4_K", None), ("NF4", None), ("Q4_K", "lora"), ("NF4", "dora")}
+
+
+@pytest.mark.parametrize("model, kind", [
+    pytest.param(name, kind, marks=() if (name, kind) in USUAL else pytest.mark.heavy)
+    for name in ("Q8_0", "Q4_K", "NF4") for kind in (None, "lora", "dora")], indirect=["model"])
 def test_blocks_and_the_model_are_one_graph_with_equal_numbers(model, kind):
     patcher, values = model
     if kind:
