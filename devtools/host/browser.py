@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -59,15 +58,11 @@ class Browser:
         if program is None:
             raise BrowserError("There is no Chromium on the PATH.")
         width, height = self.window
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.profile, self.numbers = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), itertools.count(1)
         self.process = subprocess.Popen(
             [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-             f"--remote-debugging-port={port}", f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
+             "--remote-debugging-port=0", f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
              f"--window-size={width},{height}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.tabs = f"http://127.0.0.1:{port}/json"
         try:
             self._attach(self._first_tab())
         except BaseException:
@@ -86,13 +81,15 @@ class Browser:
 
     def _first_tab(self) -> dict:
         """The tab that Chromium starts with, as its debugging protocol lists it."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and self.process.poll() is None:
             time.sleep(0.2)
             try:
+                port = Path(self.profile.name, "DevToolsActivePort").read_text().split()[0]
+                self.tabs = f"http://127.0.0.1:{port}/json"
                 with urllib.request.urlopen(self.tabs) as reply:
                     return next(target for target in json.load(reply) if target["type"] == "page")
-            except (OSError, StopIteration):
+            except (OSError, IndexError, StopIteration):
                 continue
         raise BrowserError(f"{self.process.args[0]} did not start. Run it with --headless=new --version to see why.")
 

@@ -26,6 +26,7 @@ from devtools import ROOT
 
 PACK = "ComfyUI-Featherweight"
 HOST = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "host"))
+ATTEMPTS = 3  # to start, where another program takes the port that was free
 
 
 class ServerError(Exception):
@@ -80,6 +81,15 @@ class Server:
 
     def __enter__(self) -> "Server":
         self._plant_custom_nodes()
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self._start()
+            except ServerError:
+                if "address already in use" not in self.log().lower():
+                    raise
+        return self._start()
+
+    def _start(self) -> "Server":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

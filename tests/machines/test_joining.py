@@ -16,6 +16,7 @@ from devtools.cluster import QUIET, workflow
 from featherweight.machines import batch, joining
 from featherweight.machines.joining import CLUSTER, is_of_a_cluster, join, nearest
 from featherweight.machines.place import MachineError
+from process_tree import has, listening
 
 ray = pytest.importorskip("ray")
 PATIENCE = 120  # seconds, on a machine that has much else to do
@@ -57,15 +58,6 @@ def alone(environment, address="local"):
         process.wait(PATIENCE)
 
 
-def listening(process: psutil.Process) -> set[str]:
-    """Addresses on which it and what it started wait for others."""
-    found = set()
-    for each in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            found |= {connection.laddr.ip for connection in each.net_connections() if connection.status == psutil.CONN_LISTEN}
-    return {address.removeprefix("::ffff:") for address in found}
-
-
 @pytest.fixture(scope="module")
 def command(ray_folder, tmp_path_factory):
     """batch.py on this computer alone, told to end when a worker draws: (addresses, its home, status, words)."""
@@ -78,7 +70,7 @@ def command(ray_folder, tmp_path_factory):
         env=surroundings(ray_folder, folder / "home"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         end = time.monotonic() + PATIENCE
-        while not any("RowRenderer" in child.name() for child in process.children(True)):
+        while not has(process, "RowRenderer"):
             assert process.is_running() and time.monotonic() < end
             time.sleep(0.1)
         time.sleep(1)

@@ -17,6 +17,7 @@ import pytest
 from devtools import ROOT
 from featherweight.machines import messages, pool
 from featherweight.machines.place import MachineError
+from process_tree import has
 
 pytest.importorskip("ray")
 PATIENCE = 120  # seconds, on a machine that has much else to do
@@ -170,7 +171,7 @@ def test_a_driver_ends_with_a_comfyui_that_is_killed(is_local, ray_folder, tmp_p
                                   stdout=subprocess.PIPE, env={**os.environ, "RAY_TMPDIR": str(ray_folder)})
         parent.stdout.readline()
         if is_local:
-            wait_until(lambda: any("gcs_server" in child.name() for child in psutil.Process(parent.pid).children(True)))
+            wait_until(lambda: has(psutil.Process(parent.pid), "gcs_server"))
         processes = psutil.Process(parent.pid).children(recursive=True)
         assert processes
         parent.kill()

@@ -133,7 +133,7 @@ def test_cancelling_one_prompt_leaves_the_others(worker, plain):
         other = begin(worker, workflow(seed=seed, steps=400), f"{seed}")
         if seed == 23:
             assert ray.get(next(other), timeout=300)[0] == "execution_start"
-        ray.get(worker.cancel.remote(f"{seed}"), timeout=60)
+        ray.get(worker.cancel.remote(f"{seed}"), timeout=300)
         with pytest.raises(ray.exceptions.RayTaskError, match="Cancelled"):
             for ref in other:
                 ray.get(ref, timeout=300)
@@ -144,14 +144,21 @@ def test_cancelling_one_prompt_leaves_the_others(worker, plain):
 
 def test_prompts_are_drawn_in_the_order_they_came(worker):
     """The host's queue takes prompts of one number by their names, which are random."""
-    waiting = [begin(worker, workflow(seed=25, steps=60)).completed()]
-    for seed in range(26, 31):
-        time.sleep(0.3)
-        waiting.append(begin(worker, workflow(seed=seed)).completed())
-    assert not ray.wait(waiting, timeout=0)[0]  # the first takes longer than all of them to come
+    def tasks_of(worker):
+        return worker.host.server.prompt_queue.get_tasks_remaining()
+
+    deadline, waiting = time.monotonic() + 300, []
+    for seed in range(25, 31):
+        graph = workflow(seed=seed, steps=2000 if seed == 25 else 2)  # the first until all are there
+        waiting.append(begin(worker, graph, f"{seed}").completed())
+        while ray.get(worker.__ray_call__.remote(tasks_of), timeout=300) < len(waiting):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    ray.get(worker.cancel.remote("25"), timeout=300)
     ended, left = [], waiting
     while left:
         done, left = ray.wait(left, timeout=300)
+        assert done
         ended += done
     assert ended == waiting
 

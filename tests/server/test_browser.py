@@ -121,7 +121,9 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
     keep(page, "workflow")
     nodes = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))["nodes"]
     sampler, latent = (next(node for node in nodes if node["type"] == kind) for kind in ("KSampler", "EmptySD3LatentImage"))
-    page.click(*page.evaluate(f"{ARROW}('KSampler', 'steps')"))
+    steps = "app.graph.nodes.find(node => node.type === 'KSampler').widgets.find(widget => widget.name === 'steps').value"
+    page.click(*page.wait_for(f"(place => Number.isFinite(place[1]) && place)({ARROW}('KSampler', 'steps'))"))
+    page.wait_for(f"{steps} === {sampler['widgets_values'][2] + 1}")
     page.click_on("document.querySelector('[data-testid=queue-button]')")
     width, source = page.wait_for(f"(img => img?.naturalWidth && [img.naturalWidth, img.src])({SAVED}.imgs?.[0])", 600)
     keep(page, "picture")
