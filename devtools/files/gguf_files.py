@@ -23,14 +23,16 @@ AT_ONCE = 2**22  # values; gguf's reference goes by 16 rows, which takes ten tim
 
 def quantize(values: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
     """Rows packed by gguf's reference, uint8."""
-    rows = values.reshape(1, -1) if values.size <= AT_ONCE else values
-    return gguf.quants.quantize(rows, ggml_type).reshape(*values.shape[:-1], -1)
+    if not 0 < values.size <= AT_ONCE:
+        return gguf.quants.quantize(values, ggml_type)
+    return gguf.quants.quantize(values.reshape(1, -1), ggml_type).reshape(*values.shape[:-1], -1)
 
 
 def dequantize(packed: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
     """The values of packed rows by gguf's reference, float32."""
-    rows = packed.reshape(1, -1) if packed.size <= AT_ONCE else packed
-    return gguf.quants.dequantize(rows, ggml_type).reshape(*packed.shape[:-1], -1)
+    if not 0 < packed.size <= AT_ONCE:
+        return gguf.quants.dequantize(packed, ggml_type)
+    return gguf.quants.dequantize(packed.reshape(1, -1), ggml_type).reshape(*packed.shape[:-1], -1)
 
 
 @functools.lru_cache(maxsize=None)
