@@ -1,6 +1,6 @@
-"""What every backend holds to: the values of gguf and bitsandbytes, the cases of `check`, and a device
-that uses it. C++ runs on this CPU, Triton where test_kernels_triton.py says. What is one backend's own
-is in a file of its name.
+"""What every backend holds to: the values of gguf and bitsandbytes, the cases of `check`, and a
+device that uses it. C++ runs on this CPU, Triton where test_kernels_triton.py says. What is one
+backend's own is in a file of its name.
 
 What differs from another case in one respect only is heavy: each format is unpacked to float32 by
 each backend, each dtype and kernel meets a few formats.
@@ -10,16 +10,21 @@ import logging
 import pytest
 import torch
 from featherweight.ops import kernels as kernel_layer
+from featherweight.ops import product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend, registry
 from featherweight.ops.kernels.check import check, random_tensors
+from featherweight.ops.low_rank import LowRank, Slice
+from featherweight.ops.tensor import packed_tensor
 from kernel_backends import BACKENDS, CPUS, INTERPRETED, backend_on_cpu, device_of
 from kernel_cases import (
-    ALL_FORMATS, CPU, DTYPES, ONE_OF_EACH_SOURCE, assert_a_weak_lora_arrives,
-    assert_layer_equals_the_dense_one, assert_odd_weight_is_right, assert_product_rounds_once,
-    assert_same_bits, reference, shared_cache, wait_for_kernels,
+    ALL_FORMATS, CPU, DTYPES, ONE_OF_EACH_SOURCE, assert_same_bits, reference, shared_cache,
+    wait_for_kernels,
 )
+from lora_gain import assert_full_strength
+
+from devtools.measure.weights import random_weight
 
 MAIN = ("cpp", "nvrtc", "metal", "triton")  # the others are cpp with fewer instructions
 WITH_PRODUCTS = [name for name in BACKENDS if name != "metal"]
@@ -48,7 +53,11 @@ def of(backends):
 
 
 def each(backends, formats, dtypes, is_usual):
-    """Cases of a backend, a format and a dtype. is_usual(backend's name, format, dtype): the rest is heavy."""
+    """Cases of a backend, a format and a dtype.
+
+    Args:
+        is_usual: takes a backend's name, a format and a dtype; the rest is heavy.
+    """
     cases = []
     for name in backends:
         for dtype in dtypes:
@@ -79,7 +88,7 @@ def kernels_of(backend, capability, fmt=None):
 
 
 def unpack(backend, fmt, tensors, out, value_dtype=None):
-    """Runs the backend's kernel on its device. tensors, out: on the CPU. Returns the values there."""
+    """What the backend's kernel gives on its device. tensors, out: on the CPU, as the result is."""
     device = device_of(backend)
     values = out.to(device)
     (kernel,) = kernels_of(backend, "unpack", fmt)
@@ -111,8 +120,13 @@ def test_unpack_rounds_to_the_value_dtype_first(backend, fmt, dtype, device):
 
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
-def test_unpack_of_odd_weights_and_of_none(backend, shape, device):
-    assert_odd_weight_is_right(kernels_of(backend, "unpack")[0].run, shape, device)
+def test_unpack_of_odd_weights_and_of_none(backend, shape):
+    """Of NF4 the last block may be short."""
+    fmt, count = FORMATS["NF4"], shape[0] * shape[1]
+    packed, scales = random_tensors(fmt, -(-count // 64) or 1, CPU)
+    tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
+    expected = fmt.unpack_into(tensors, torch.empty(shape, dtype=torch.float16))
+    assert_same_bits(unpack(backend, fmt, tensors, torch.empty_like(expected)), expected)
 
 
 @each(BACKENDS, [INT8.of_columns(32)], DTYPES[1:], lambda *case: True)
@@ -140,10 +154,32 @@ def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, devic
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
 @pytest.mark.usefixtures("three_threads")
 def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, device):
+    """Rows that no share of a thread divides, an addend of odd strides, an input one value after an
+    even address. A kernel may round the weight's values to `dtype` before it multiplies."""
     kernels = [kernel for kernel in kernels_of(backend, "linear") if kernel.takes(tokens)]
     if not kernels:
         pytest.skip("multiplies fewer rows")
-    assert_product_rounds_once(kernels, tokens, dtype, device)
+    rows, columns = 13, 1280
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1 + tokens * columns, generator=generator).to(device, dtype)
+    input = values[1:].view(tokens, columns)
+    addend = torch.randn((rows, tokens), generator=generator).to(device, dtype).t()
+    weight = fmt.unpack_into(tensors, torch.empty(rows, columns))
+    for added in (addend, None):
+        out = torch.full((tokens, rows), torch.nan, dtype=dtype, device=device)
+        kernels[0].run(fmt, [tensor.to(device) for tensor in tensors], input, added, out, None)
+        assert any(is_rounded_once(out, input, multiplied.double(), added)
+                   for multiplied in (weight, weight.to(dtype)))
+
+
+def is_rounded_once(out, input, weight, added) -> bool:
+    """Whether `out` is `input @ weight.T + added`, summed in float32. weight: float64."""
+    input = input.cpu().double()
+    expected = input @ weight.t() + (0 if added is None else added.cpu())
+    half_a_step = torch.finfo(out.dtype).eps / 2 * expected.abs()
+    allowed = half_a_step + 1e-6 * (input.abs() @ weight.abs().t())
+    return bool(((out.cpu() - expected).abs() <= allowed).all())
 
 
 @of(WITH_PRODUCTS)
@@ -197,11 +233,27 @@ def test_a_device_uses_it(backend, used_by_device):
 
 
 @pytest.mark.parametrize("backend, name, tokens", [
-    *((backend, name, tokens) for backend in MAIN[:3] for name in ("Q4_K", "NF4") for tokens in (3, 40)),
+    *((backend, name, tokens)
+      for backend in MAIN[:3] for name in ("Q4_K", "NF4") for tokens in (3, 40)),
     ("triton", "NF4", 3)], indirect=["backend"])
 def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(
         used_by_device, name, tokens):
-    assert_layer_equals_the_dense_one(FORMATS[name], (2, max(1, tokens // 2)), used_by_device)
+    fmt, device = FORMATS[name], used_by_device
+    rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    dense = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    data, *scale = (tensor.to(device) for tensor in tensors)
+    weight = packed_tensor(fmt, data, (rows, columns), torch.float32, *scale)
+    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
+                             ((2, tokens // 2, columns), (rows,), (4, columns), (rows, 4)))
+    low_rank = LowRank(down, (up,), (Slice(0, rows, 0, 4),)).to(device)
+    values = product.linear(input.to(device), weight, bias.to(device), low_rank=low_rank)
+    changed = dense + up.double() @ down.double()
+    expected = torch.nn.functional.linear(input.double(), changed, bias.double())
+    torch.testing.assert_close(values.cpu().double(), expected, rtol=1e-5, atol=1e-3)
+    ids = torch.tensor([[3, 0], [19, 3]])
+    rows_of_ids = product.embedding(ids.to(device), weight, torch.float32).cpu()
+    assert torch.equal(rows_of_ids, dense.float()[ids])
 
 
 @of(MAIN[:3])
@@ -231,4 +283,20 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
     for backend in MAIN[:3] for tokens in (1, 4, 40)], indirect=["backend"])
 @pytest.mark.usefixtures("used_by_device")
 def test_a_weak_lora_arrives(tokens):
-    assert_a_weak_lora_arrives(tokens)
+    """Beside a bias, in a dtype whose step is larger than what the LoRA changes."""
+    rows, columns, norm, dtype = 1024, 64, 0.0005, torch.float16
+    weight = random_weight("Q8_0", (rows, columns))
+    dense = product.unpack(weight, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(shape, generator=generator) for shape in ((rows, 4), (4, columns)))
+    bias = (torch.randn(rows, generator=generator) * dense.std() * columns ** 0.5).to(dtype)
+
+    def run(input, strength):
+        low_rank = LowRank(down.to(dtype), ((strength * up).to(dtype),), (Slice(0, rows, 0, 4),))
+        return product.linear(input, weight, bias, None, low_rank)
+
+    inputs = [torch.randn(tokens, columns, generator=generator).to(dtype)
+              for _ in range(96 // tokens)]
+    change = up @ down
+    base = (dense.norm() / change.norm()).item()
+    assert_full_strength(run, inputs, lambda strength: strength * change, (norm,), base)

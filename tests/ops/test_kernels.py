@@ -8,6 +8,7 @@ import torch
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
+from featherweight.ops.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels import Backend, Kernel, registry
 from featherweight.ops.kernels.check import probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
@@ -227,21 +228,9 @@ def test_the_address_for_reports_is_the_packs_own():
     assert f'"Bug Tracker" = "{kernels.ISSUES}"' in project
 
 
-def encode_rows(*arguments):
-    int8_codes.encode_rows(*arguments)
-
-
-def encode_rows_from_the_start(packed_format, tensors, codes, scales, value_dtype, first):
-    int8_codes.encode_rows(packed_format, tensors, codes, scales, value_dtype, 0)
-
-
 def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
-    int8_codes.encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
+    encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
     codes.clamp_(-126, 126)
-
-
-def encode_tokens(input, codes, scales):
-    int8_codes.encode_tokens(input, codes, scales)
 
 
 def encode_tokens_as_they_are(input, codes, scales):
@@ -249,13 +238,12 @@ def encode_tokens_as_they_are(input, codes, scales):
 
 
 def encode_tokens_without_nan(input, codes, scales):
-    int8_codes.encode_tokens(input, codes, scales)
+    encode_tokens(input, codes, scales)
     scales.nan_to_num_()
 
 
 @pytest.mark.parametrize("op, run, found", [
-    ("int8_rows", encode_rows, True), ("int8_rows", encode_rows_from_the_start, False),
-    ("int8_rows", encode_rows_and_clip, False), ("int8_tokens", encode_tokens, True),
+    ("int8_rows", encode_rows, True), ("int8_rows", encode_rows_and_clip, False), ("int8_tokens", encode_tokens, True),
     ("int8_tokens", encode_tokens_as_they_are, False), ("int8_tokens", encode_tokens_without_nan, False)])
 def test_codes_are_used_only_if_they_are_right(op, run, found, use):
     rows = op == "int8_rows"
