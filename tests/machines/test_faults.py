@@ -142,16 +142,8 @@ def batch_on(cluster, folder: Path, count: int, is_painted: bool, plain=None) ->
     return Broken(cluster, folder, rows, graph, is_painted, draws)
 
 
-@pytest.fixture(scope="module")
-def spare(tmp_path_factory, ray_folder):
-    """Two machines that may be broken."""
-    bases = {name: tmp_path_factory.mktemp(name) for name in ("desk", "attic")}
-    with running(bases, ray_folder, connect=False) as found:
-        yield found
-
-
-def test_a_worker_a_machine_and_the_batch_itself_are_killed(spare, tmp_path):
-    found, chance = batch_on(spare, tmp_path, 60, is_painted=True), random.Random(1)
+def test_a_worker_a_machine_and_the_batch_itself_are_killed(cluster, tmp_path):
+    found, chance = batch_on(cluster, tmp_path, 60, is_painted=True), random.Random(1)
     found.start()
     try:
         for fault in (found.kill_worker, found.kill_machine, found.kill_driver):
@@ -164,8 +156,8 @@ def test_a_worker_a_machine_and_the_batch_itself_are_killed(spare, tmp_path):
 
 
 @pytest.mark.heavy
-def test_a_row_that_ends_its_worker_each_time_fails_alone(spare, tmp_path):
-    found = batch_on(spare, tmp_path, 12, is_painted=True)
+def test_a_row_that_ends_its_worker_each_time_fails_alone(cluster, tmp_path):
+    found = batch_on(cluster, tmp_path, 12, is_painted=True)
     rows = [*found.rows[:5], {"id": "crash", "1.text": "crash"}, *found.rows[5:]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found.start()
