@@ -42,6 +42,15 @@ def pytest_xdist_make_scheduler(config, log):
     return processes.scheduler(config, log) if config.option.dist == "loadfile" else None
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # or each of the tests' many collections looks at all modules again
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 def pytest_runtest_logreport(report):
     fake_gpus.report(report)
 

@@ -5,11 +5,9 @@ import logging
 import comfy.model_management
 import pytest
 import torch
-from devtools.files import tiny_models
-from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.text_encoder import load_text_encoder
 from gpu_memory import lies_on, load, step
 from patched_models import flux_file, lora_for, packed_flux, patched
+from small_encoders import encode, small_t5
 
 pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=True)
 MIB = 1 << 20
@@ -51,16 +49,15 @@ def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, cast, wit
         assert torch.equal(step(patcher), expected)
 
 
-def test_what_is_counted_of_a_text_encoder_lies_on_the_gpu_and_nothing_more(gpu, tmp_path):
-    write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
-    clip = load_text_encoder([str(tmp_path / "clip_l.gguf")])
-    tokens, size = clip.tokenize("a cloud"), clip.patcher.model_size()
+def test_what_is_counted_of_a_text_encoder_lies_on_the_gpu_and_nothing_more(gpu):
+    clip, _ = small_t5("Q8_0", 2, width=256)
+    size = clip.patcher.model_size()
     assert clip.patcher.force_cast_weights
-    expected = clip.encode_from_tokens(tokens)
+    expected = encode(clip)
     for room in (0.4, 0.6, 0.8, 0.7, 0.9, 1.5, 0.65, 0.75):
         load(clip.patcher, room * size)
         assert lies_on(clip.patcher.model) == clip.patcher.loaded_size() <= room * size
-        assert torch.equal(clip.encode_from_tokens(tokens), expected)
+        assert torch.equal(encode(clip), expected)
 
 
 @pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])

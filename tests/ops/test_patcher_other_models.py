@@ -19,13 +19,11 @@ pytestmark = pytest.mark.usefixtures("small_models")
 
 def packed_state_dict(values, format_name, block):
     """(packed, dense) state dicts: every matrix and kernel whose values fill blocks is packed."""
-    packed, dense, known = {}, {}, {}
+    packed, dense = {}, {}
     for seed, (name, value) in enumerate(values.items()):
         packed[name] = dense[name] = value
         if value.ndim > 1 and value.numel() % block == 0 and name.endswith(".weight"):
-            if id(value) not in known:
-                known[id(value)] = packed_anyhow(value, format_name, seed)
-            packed[name], dense[name] = known[id(value)]
+            packed[name], dense[name] = packed_anyhow(value, format_name, seed)
     return packed, dense
 
 
@@ -74,8 +72,12 @@ def test_loras_of_a_unet_with_packed_convolutions(unets, kind):
 # --- text encoders ---
 
 
+WIDTH = 128
+SMALL = {"num_hidden_layers": 3, "hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 4 * WIDTH}
+
+
 def clip_l_values():
-    """CLIP-L, whose size the host holds fixed."""
+    """A CLIP-L of a few small layers."""
     generator = torch.Generator().manual_seed(0)
     values = {}
 
@@ -84,21 +86,19 @@ def clip_l_values():
         values[f"{name}.bias"] = torch.randn(rows, generator=generator) * 0.02
 
     def norm(name):
-        values[f"{name}.weight"], values[f"{name}.bias"] = torch.ones(768), torch.zeros(768)
+        values[f"{name}.weight"], values[f"{name}.bias"] = torch.ones(WIDTH), torch.zeros(WIDTH)
 
-    values["text_model.embeddings.token_embedding.weight"] = torch.randn(49408, 768, generator=generator) * 0.02
-    values["text_model.embeddings.position_embedding.weight"] = torch.randn(77, 768, generator=generator) * 0.02
-    name = "text_model.encoder.layers.0"
-    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        linear(f"{name}.self_attn.{part}", 768, 768)
-    linear(f"{name}.mlp.fc1", 3072, 768)
-    linear(f"{name}.mlp.fc2", 768, 3072)
-    norm(f"{name}.layer_norm1")
-    norm(f"{name}.layer_norm2")
-    for key in [key for key in values if key.startswith(name)]:  # all layers alike: packing takes time
-        values |= {key.replace(".0.", f".{layer}."): values[key] for layer in range(1, 12)}
+    values["text_model.embeddings.token_embedding.weight"] = torch.randn(49408, WIDTH, generator=generator) * 0.02
+    values["text_model.embeddings.position_embedding.weight"] = torch.randn(77, WIDTH, generator=generator) * 0.02
+    for name in map("text_model.encoder.layers.{}".format, range(SMALL["num_hidden_layers"])):
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"{name}.self_attn.{part}", WIDTH, WIDTH)
+        linear(f"{name}.mlp.fc1", 4 * WIDTH, WIDTH)
+        linear(f"{name}.mlp.fc2", WIDTH, 4 * WIDTH)
+        norm(f"{name}.layer_norm1")
+        norm(f"{name}.layer_norm2")
     norm("text_model.final_layer_norm")
-    values["text_projection.weight"] = torch.eye(768)
+    values["text_projection.weight"] = torch.eye(WIDTH)
     return values
 
 
@@ -106,9 +106,10 @@ def clip_l_values():
 def clips():
     packed, dense = packed_state_dict(clip_l_values(), "Q8_0", 32)
     result = []
+    sizes = {"model_config": dict(SMALL), "dtype": torch.float32}  # the host may add to it
     for state_dict, options in ((packed, {"custom_operations": packed_operations()}), (dense, {})):
         result.append(comfy.sd.load_text_encoder_state_dicts(
-            [state_dict], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION, model_options=options | {"dtype": torch.float32}))
+            [state_dict], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION, model_options=options | sizes))
     adopt(result[0].patcher)
     return (*result, dense)
 
@@ -155,7 +156,7 @@ def test_a_lora_on_a_packed_embedding(clips):
 
 def test_an_embedding_in_the_prompt_with_a_lora_on_the_packed_text_encoder(clips, tmp_path):
     packed, dense, values = clips
-    comfy.utils.save_torch_file({"clip_l": torch.randn(3, 768, generator=torch.Generator().manual_seed(5)) * 0.02},
+    comfy.utils.save_torch_file({"clip_l": torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5)) * 0.02},
                                 str(tmp_path / "my_style.safetensors"))
     lora, outputs = te_lora(values, 1), []
     for clip in (packed, dense):

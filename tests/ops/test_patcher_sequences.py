@@ -90,10 +90,7 @@ def memory(monkeypatch, one_thread):
         monkeypatch.setattr(host, "is_device_cpu", lambda device: device == CPU)
         monkeypatch.setattr(host, "vram_state", host.VRAMState.NORMAL_VRAM)
         monkeypatch.setattr(host, "get_free_memory", memory.free)
-    gc.collect()
-    gc.freeze()  # or each of many collections looks at all that tests before have left
     yield memory
-    gc.unfreeze()
     memory.total = 4 * GIB
     forget_models()
     gc.collect()

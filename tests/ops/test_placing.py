@@ -1,18 +1,18 @@
 """A budget for one model: what of it lies on its device, which layers, what is copied in each step, and what a store keeps."""
 import gc
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import pytest
 import torch
 from devtools.files import tiny_models
-from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.placing import place, place_clip
-from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.patcher.placing import PAGE
 from gpu_memory import larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
+from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 
 STATIC = pytest.mark.fake_gpus(devices=3, gib=4, late=True)
 DYNAMIC = pytest.mark.fake_gpus(devices=3, gib=4, late=True, dynamic=True)
@@ -96,14 +96,12 @@ def test_a_model_of_the_hosts_own_has_one_in_dynamic_vram(gpu):
 
 
 @STATIC
-def test_a_text_encoder_has_one_too(gpu, tmp_path):
-    write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
-    clip = load_text_encoder([str(tmp_path / "clip_l.gguf")])
-    tokens, size = clip.tokenize("a cloud"), clip.patcher.model_size()
-    expected = clip.encode_from_tokens(tokens)
+def test_a_text_encoder_has_one_too(gpu):
+    clip, _ = small_t5("Q8_0", 2, width=256)
+    size, expected = clip.patcher.model_size(), encode(clip)
     for part in (0.6, 0.2, 0, 1.5):
         placed = place_clip(clip, part * size)
-        assert torch.equal(placed.encode_from_tokens(tokens), expected)
+        assert torch.equal(encode(placed), expected)
         assert lies_on(placed.patcher.model) == placed.patcher.loaded_size() <= max(part * size, 4)  # a scale no layer has
     lies = place_clip(clip, 0).patcher.whereabouts()
     assert lies.size == size and lies.here == size
@@ -244,3 +242,54 @@ def check_larger_than_the_device(packed, values, room: float, gpu):
         placed = place(model, budget)
         load(placed)
         assert torch.equal(step(placed), expected)
+
+
+# --- what loading copies, to the byte; a text encoder is loaded by the run itself ---
+
+
+class Subject(NamedTuple):
+    """A packed model or text encoder, a LoRA for it, and the functions for one of its kind."""
+    model: Any
+    lora: dict
+    patched: Callable
+    place: Callable
+    run: Callable
+
+
+@pytest.fixture(params=["model", "text encoder"])
+def subject(request):
+    if request.param == "model":
+        with larger_flux("Q8_0") as (packed, values):
+            yield Subject(packed, lora_for(values, rank=8), patched, place, step)
+    else:
+        clip, values = small_t5("Q8_0", 10)
+        packed = {name: value for name, value in values.items() if "relative_attention_bias" not in name}
+        yield Subject(clip, lora_for_t5(packed, rank=8), patched_clip, place_clip, encode)
+
+
+def patcher_of(model):
+    return getattr(model, "patcher", model)
+
+
+def sent_by_each_load(model) -> int:
+    """Bytes that the host sends whenever it loads a model in dynamic VRAM: layers of up to 16 KiB, and buffers."""
+    patcher = patcher_of(model)
+    if not patcher.is_dynamic():
+        return 0
+    layers = [(size, module) for *_, size, _, module, _ in patcher._load_list() if hasattr(module, "comfy_cast_weights")]
+    return sum(size for size, _ in layers if size <= 1 << 14) + sum(buffer.nbytes for buffer in patcher.model.buffers())
+
+
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=STATIC), pytest.param("dynamic", marks=DYNAMIC)])
+def test_another_strength_sends_the_factors_once_and_no_weight(kind, subject, gpu):
+    factors = sum(tensor.nbytes for tensor in subject.lora.values() if tensor.ndim)
+    budget = factors + 1.2 * PAGE
+    strong, weak = (subject.place(subject.patched(subject.model, (subject.lora, strength)), budget) for strength in (1.0, 0.5))
+    load(patcher_of(strong))
+    subject.run(strong)  # in dynamic VRAM the first run brings in what then stays
+    streamed, small = copied_by(gpu, subject.run, strong), sent_by_each_load(strong)
+    assert streamed < 0.6 * patcher_of(strong).full_size()
+    assert small < 20_000
+    for placed, sent in ((strong, 0), (weak, factors), (weak, 0), (strong, factors)):
+        assert copied_by(gpu, load, patcher_of(placed)) == sent + small
+        assert copied_by(gpu, subject.run, placed) == streamed

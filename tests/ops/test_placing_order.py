@@ -80,7 +80,8 @@ def largest(patcher) -> int:
 def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_loras, share, gpu):
     patcher, values = model
     if with_loras:
-        patcher = patched(patcher, (lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5))
+        few = {name: value for name, value in values.items() if "img_attn" in name}  # its products take long
+        patcher = patched(patcher, (lora_for(values, seed=1), 0.8), (lora_for(few, "dora", seed=2), 0.5))
     expected = sample(patcher)
     budget = share * patcher.model_size()
     placed = place(patcher, budget)
