@@ -51,6 +51,8 @@ def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
         key = prefix + name
         weight = packed_weight(patcher, key)
         if weight is None:
+            if key in patcher.backup:  # patched already; the host would patch what is written again
+                state_dict[name] = comfy.utils.get_attr(patcher.model, key)
             continue
         layer, start = layer_of(patcher, key), name.removesuffix("weight")
         for part in layer._parameters.keys() - {"bias"}:

@@ -18,7 +18,7 @@ from featherweight.loaders.placing import place, place_clip
 from gpu_memory import lies_on, of_no_layer
 from hypothesis import strategies
 from hypothesis.stateful import (
-    RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test,
+    RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test,
 )
 from patched_models import (
     LIMIT, dense_flux, flux_file, forget_models, forward, lora_for, packed_flux, packed_layers,
@@ -179,6 +179,21 @@ def merged(model, other):
     return model
 
 
+OPERATIONS = {}  # name -> (whether a sequence may go on with it now, strategies for its arguments)
+
+
+def operation(when=lambda sequence: True, **arguments):
+    """Let sequences go on with this method.
+
+    Of several rules Hypothesis would leave out some in each example, and with few examples many.
+    """
+    def add(method):
+        OPERATIONS[method.__name__] = when, strategies.fixed_dictionaries(arguments)
+        return method
+
+    return add
+
+
 class PatcherSequence(RuleBasedStateMachine):
     """A packed model in the hands of the host."""
 
@@ -208,6 +223,12 @@ class PatcherSequence(RuleBasedStateMachine):
         self.stack, self.budget, self.hook_strength, self.hooks = stack, None, None, None
         self.outputs = {}
         self.begin_run()
+
+    @rule(data=strategies.data())
+    def go_on(self, data):
+        possible = [name for name, (when, _) in OPERATIONS.items() if when(self)]
+        name = data.draw(strategies.sampled_from(possible))
+        getattr(self, name)(**data.draw(OPERATIONS[name][1], label=name))
 
     # --- a model, or a text encoder ---
 
@@ -251,19 +272,18 @@ class PatcherSequence(RuleBasedStateMachine):
     def load_again(self):
         comfy.model_management.load_models_gpu([self.current])
 
-    @rule(stack=stacks | stacks | stacks | strategies.just(()))
+    @operation(stack=stacks | stacks | stacks | strategies.just(()))
     def apply_loras(self, stack):
         self.stack = stack
         self.begin_run()
 
-    @precondition(lambda self: self.stack)
-    @rule(strength=strengths)
+    @operation(when=lambda self: self.stack, strength=strengths)
     def change_strength(self, strength):
         *others, (kind, _) = self.stack
         self.stack = *others, (kind, strength)
         self.begin_run()
 
-    @rule(how=strategies.sampled_from(("clone", "unload", "forget", "force patches")))
+    @operation(how=strategies.sampled_from(("clone", "unload", "forget", "force patches")))
     def begin_again(self, how):
         """With a clone, unloaded by the host, opened anew, or with patches written into weights."""
         if how == "clone":
@@ -281,8 +301,9 @@ class PatcherSequence(RuleBasedStateMachine):
             gc.collect()
             self.begin_run()
 
-    @precondition(lambda self: not self.is_dynamic and not self.is_text_encoder)
-    @rule(strength=hook_strengths, mode=hook_modes)
+    @operation(
+        when=lambda self: not self.is_dynamic and not self.is_text_encoder,
+        strength=hook_strengths, mode=hook_modes)
     def change_hooks(self, strength, mode):
         self.current.set_hook_mode(mode)
         self.hook_strength = strength
@@ -290,16 +311,18 @@ class PatcherSequence(RuleBasedStateMachine):
         self.load_again()
         self.step()
 
-    @precondition(lambda self: fake_gpus.ON_FAKE_GPUS)
-    @rule(budget=budgets, stored=strategies.sampled_from((0, 0, 0.2, 2)))
+    @operation(
+        when=lambda self: fake_gpus.ON_FAKE_GPUS,
+        budget=budgets, stored=strategies.sampled_from((0, 0, 0.2, 2)))
     def change_budget(self, budget, stored):
         has_stores = not self.is_dynamic and self.packed is self.loaded
         stores = [(SECOND_GPU, stored * self.size)] if has_stores else []
         self.budget = None if budget is None else (budget * self.size, stores)
         self.begin_run()
 
-    @precondition(lambda self: self.hooks is None and not self.is_text_encoder)
-    @rule(how=strategies.sampled_from(("save", "merge")))
+    @operation(
+        when=lambda self: self.hooks is None and not self.is_text_encoder,
+        how=strategies.sampled_from(("save", "merge")))
     def take_weights(self, how):
         (self.save if how == "save" else self.merge_into_another)()
         self.step()
@@ -317,8 +340,9 @@ class PatcherSequence(RuleBasedStateMachine):
         assert (actual - expected).norm() < LIMIT * (expected - without).norm()
         self.load_again()
 
-    @precondition(lambda self: fake_gpus.ON_FAKE_GPUS and not self.is_text_encoder)
-    @rule(device=strategies.sampled_from((GPU, SECOND_GPU)))
+    @operation(
+        when=lambda self: fake_gpus.ON_FAKE_GPUS and not self.is_text_encoder,
+        device=strategies.sampled_from((GPU, SECOND_GPU)))
     def move(self, device):
         """As the host's Select Model Device does."""
         if device == SECOND_GPU and self.moved is None:
@@ -328,14 +352,15 @@ class PatcherSequence(RuleBasedStateMachine):
 
     # --- what the host does ---
 
-    @rule(share=strategies.sampled_from((0.02, 0.2, 0.5, 0.8, 1.2, 3)))
+    @operation(share=strategies.sampled_from((0.02, 0.2, 0.5, 0.8, 1.2, 3)))
     def other_programs_come_and_go(self, share):
         self.memory.total = share * self.size
         self.load_again()
         self.step()
 
-    @rule(how=strategies.sampled_from(("free", "unload in part", "evict", "put back")),
-          share=strategies.sampled_from((0.01, 0.1, 0.4, 0.9, 2)))
+    @operation(
+        how=strategies.sampled_from(("free", "unload in part", "evict", "put back")),
+        share=strategies.sampled_from((0.01, 0.1, 0.4, 0.9, 2)))
     def take_memory_in_the_run(self, how, share):
         device = self.current.load_device
         if how == "free":
@@ -349,7 +374,7 @@ class PatcherSequence(RuleBasedStateMachine):
             comfy.model_management.free_memory(1e30, device)
         self.step()
 
-    @rule(budget=strategies.sampled_from((None, 0.5)))
+    @operation(budget=strategies.sampled_from((None, 0.5)))
     def run_another_model(self, budget):
         other = self.other
         if budget is not None and fake_gpus.ON_FAKE_GPUS:
@@ -358,7 +383,7 @@ class PatcherSequence(RuleBasedStateMachine):
         assert (output - self.other_dense.output(())).norm() < 1e-5 * output.norm()
         self.step()
 
-    @rule(how=strategies.sampled_from(("cancel", "out of memory")))
+    @operation(how=strategies.sampled_from(("cancel", "out of memory")))
     def fail(self, how):
         (self.cancel if how == "cancel" or not fake_gpus.ON_FAKE_GPUS else self.run_out_of_memory)()
         self.current.cleanup()
