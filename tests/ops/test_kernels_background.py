@@ -18,7 +18,7 @@ from featherweight import child_process
 from featherweight.ops.kernels import background, cpp_backend, selector
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.tensor import packed_tensor
-from patched_models import packed_flux, run
+from patched_models import flux_file, packed_flux, run
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -58,6 +58,12 @@ class HeldCompiler:
 
     def let_go(self):
         self._go.touch()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_by_torch():
+    """The model's file stays for the tests of other files: a kernel would pack it otherwise."""
+    flux_file("Q4_K")
 
 
 @pytest.fixture
