@@ -2,8 +2,11 @@
 
 It runs as a user's: with the kernels of this machine.
 """
+import contextlib
+
 import pytest
 from fake_gpu_server import FakeGpuServer, Size
+from featherweight.ops import kernels
 
 from devtools import ROOT, fakegpu
 from devtools.files import demo_files
@@ -31,19 +34,30 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=marker.kwargs["reason"]))
 
 
-@pytest.fixture(scope="package", autouse=True)
+@contextlib.contextmanager
 def kernels_of_this_machine():
+    """Inside this block servers that start have them, and so has what is packed here for their models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FEATHERWEIGHT_KERNELS", raising=False)
+        patch.delenv(kernels.VARIABLE, raising=False)
+        patch.setattr(kernels, "_selectors", {})
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_a_user():
+    """Tests of other folders, which may follow in the same process, go without."""
+    with kernels_of_this_machine():
         yield
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory, kernels_of_this_machine):
+def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
-    demo_files.make_models(base)
     packs = {path.stem: path.read_text(encoding="utf-8") for path in PLANTED.glob("*.py")}
-    with servers.Server(base, extra_custom_nodes=packs) as running:
+    with contextlib.ExitStack() as stack:
+        with kernels_of_this_machine():
+            demo_files.make_models(base)
+            running = stack.enter_context(servers.Server(base, extra_custom_nodes=packs))
         yield running
 
 

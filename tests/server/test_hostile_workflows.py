@@ -210,7 +210,7 @@ def contents(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory, kernels_of_this_machine):
+def stranger(tmp_path_factory, as_a_user):
     found = Stranger(tmp_path_factory.mktemp("stranger"))
     yield found
     shutil.rmtree(found.audit.ray, ignore_errors=True)
