@@ -12,8 +12,8 @@ from devtools.host import server
 MODEL = demo_files.MODELS["Q4_K"]
 HOUSES = ("red", "yellow", "blue", "purple", "pink", "white")
 TREES, GROUNDS, HOURS = ("a pine", "an oak", "a palm"), ("grass", "snow", "sand"), ("noon", "dusk", "dawn", "night")
-# Ray on one machine: nothing is told outside, nothing beside what the tests need. That the process of a
-# node is gone is noticed soon; a slow one has 10 s for each answer.
+# Ray on one machine, without usage statistics, metrics and workers started in advance. A dead node is
+# noticed within seconds; a slow one has 10 s for each answer.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_METRICS_COLLECTION": "0", "RAY_DEDUP_LOGS": "0",
     "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0",

@@ -45,7 +45,7 @@ def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3, se
     while count < 256:
         blocks = generator.integers(0, 256, (16384, block_bytes), dtype=np.uint8)
         with np.errstate(all="ignore"):
-            peak = np.abs(gguf.quants.dequantize(blocks, ggml_type)).max(axis=-1)
+            peak = np.abs(dequantize(blocks, ggml_type)).max(axis=-1)
         accepted.append(blocks[(peak <= largest) & (peak >= smallest)])  # NaN compares false
         count += len(accepted[-1])
     return np.concatenate(accepted)
@@ -93,7 +93,8 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
     """Write float tensors as a GGUF file and return the values a reader should see.
 
     tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose blocks do not
-    divide the rows is replaced by F32. Returns name -> float32 array unpacked by gguf's reference.
+    divide the rows is replaced by F32. pack: as the function of this name. Returns name -> float32 array unpacked
+    by gguf's reference.
     """
     writer = gguf_writer(path, architecture)
     for key, value in (metadata or {}).items():

@@ -108,7 +108,7 @@ class Residency:
 
     @contextlib.contextmanager
     def unloading(self, patcher, memory_to_free: float):
-        """Inside this block the host unloads the right layers, told to free the bytes it yields."""
+        """Have the host unload the right layers inside this block. Yields the bytes to ask it to free."""
         if self.limit(patcher) is None:
             yield memory_to_free
             return

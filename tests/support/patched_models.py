@@ -14,7 +14,7 @@ import gguf
 import pytest
 import torch
 from devtools.files import tiny_models
-from devtools.files.gguf_files import pack, write_gguf
+from devtools.files.gguf_files import dequantize, pack, write_gguf
 from fake_gpus import ON_FAKE_GPUS
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
@@ -99,7 +99,7 @@ def packed_anyhow(values: torch.Tensor, format_name: str, seed: int = 0):
     """(packed tensor, its dense float32 values) of any shape; blocks may cross rows, as in a packed convolution."""
     stored = values.reshape(-1, FORMATS[format_name].block_length).numpy()
     data = pack(stored, format_name, seed)
-    dense = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name]).reshape(values.shape)
+    dense = dequantize(data, gguf.GGMLQuantizationType[format_name]).reshape(values.shape)
     return packed_tensor(FORMATS[format_name], torch.from_numpy(data), values.shape), torch.from_numpy(dense)
 
 

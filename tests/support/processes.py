@@ -40,4 +40,3 @@ def arrange(items: list[pytest.Item]):
         file = file_of(item.nodeid)
         if file.partition("/")[0] in REAL and file not in COMPUTING:
             item.add_marker(pytest.mark.flaky(reruns=1))
-

@@ -125,7 +125,9 @@ def random_weights(encoder: Encoder, towers: bool = False) -> Weights:
 @functools.lru_cache
 def shapes_of(encoder: Encoder, towers: bool = False) -> Mapping[str, tuple[int, ...]]:
     """The host's names of the weights in its shrunken model, see `random_weights`, and their shapes."""
-    with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):  # with it, layers have no weights until they load
+    with (small_towers(encoder),
+          # With it, layers have no weights until they load.
+          mock.patch.object(comfy.memory_management, "aimdo_enabled", False)):
         model = text_model(host_clip(encoder, {})).transformer
     return {name: tuple(value.shape) for name, value in model.state_dict().items()
             if encoder.mmproj or name.startswith(TOWERS) == towers}
