@@ -15,6 +15,7 @@ PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
 # Each runs whole files, and those that share a server together: see tests/support/processes.py.
 WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
                "--max-worker-restart", "0"]  # else what a process held that dies is waited for without end
+COMPILED_ONCE = {"PYTHONDONTWRITEBYTECODE": ""}  # or each of the tests' many processes compiles the pack and its tests
 
 
 def setup(arguments: list[str]) -> int:
@@ -36,9 +37,10 @@ def test(arguments: list[str]) -> int:
     named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments if not argument.startswith("-"))
     paths = [] if named else ["tests"]
     if named or "--heavy" in arguments:  # a heavy test may need all of the memory
-        tests = environment.run("-m", "pytest", *paths, *arguments)
+        tests = environment.run("-m", "pytest", *paths, *arguments, **COMPILED_ONCE)
     else:
-        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, *paths, *arguments, OMP_NUM_THREADS="1")
+        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, *paths, *arguments, OMP_NUM_THREADS="1",
+                                **COMPILED_ONCE)
     failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})" if failed else f"Done: everything passed ({took})")

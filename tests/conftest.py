@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "heavy" in item.keywords:
                 item.add_marker(skip)
-    processes.arrange(items)
     fake_gpus.forward(items)
+    processes.arrange(items)
 
 
 @pytest.hookimpl(optionalhook=True)

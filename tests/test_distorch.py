@@ -4,7 +4,7 @@ import torch
 from featherweight.nodes.legacy import distorch
 from featherweight.nodes.legacy.distorch import GIB, UnreadableError, by_expert_string, by_virtual_vram
 
-pytestmark = pytest.mark.fake_gpus(devices=2, gib=4)
+pytestmark = pytest.mark.fake_gpus
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
 SIZE = 6 * GIB
@@ -51,7 +51,7 @@ def test_a_string_that_cannot_be_read_is_told_by_its_part_and_what_was_expected(
 def test_what_a_device_that_is_not_here_would_keep_lies_with_the_cpu():
     plan, (note,) = by_expert_string("cuda:0,2gb;cuda:7,3gb;cuda:1,*", SIZE, FIRST)
     assert gib(plan) == {FIRST: 2, CPU: 3, SECOND: 1}
-    assert note == "There is no device cuda:7 here (found: gpu:0, gpu:1, cpu), so the cpu is used."
+    assert note == "There is no device cuda:7 here (found: gpu:0, gpu:1, gpu:2, cpu), so the cpu is used."
 
 
 @pytest.mark.parametrize("text", ["cuda:0,0.1%;cuda:1,33.3%;cpu,66.6%", "cuda:1,1%;cpu,1%", "cuda:1,7.000000001gb;cpu,0b",

@@ -13,11 +13,11 @@ from patched_models import (
     LIMIT, dense_flux, error_by_effect, flux_file, lora_for, packed_flux, packed_layers, patched,
 )
 
-ON_TWO_GPUS = [pytest.param(kind, marks=pytest.mark.fake_gpus(devices=2, dynamic=kind == "dynamic"))
+ON_GPUS = [pytest.param(kind, marks=pytest.mark.fake_gpus(dynamic=kind == "dynamic"))
                for kind in ("static", "dynamic")]
 GPU_OF = {"gpu:1": 1, "gpu:7": 0}  # what is chosen -> where it computes
 
-pytestmark = [pytest.mark.usefixtures("small_models"), pytest.mark.parametrize("vram", ON_TWO_GPUS)]
+pytestmark = [pytest.mark.usefixtures("small_models"), pytest.mark.parametrize("vram", ON_GPUS)]
 
 
 @pytest.fixture

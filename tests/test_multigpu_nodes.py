@@ -17,7 +17,7 @@ from pack_nodes import node_list
 from patched_models import flux_file, flux_inputs
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.fake_gpus(devices=3, gib=4, late=True)
+pytestmark = pytest.mark.fake_gpus
 
 CPU, FIRST, SECOND, THIRD = map(torch.device, ("cpu", "cuda:0", "cuda:1", "cuda:2"))
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}

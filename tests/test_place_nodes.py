@@ -14,8 +14,8 @@ from featherweight.nodes.place_text_encoder import PlaceTextEncoder
 from gpu_memory import larger_flux, sample, step
 from patched_models import packed_flux
 
-STATIC = pytest.mark.fake_gpus(devices=3, gib=4)
-DYNAMIC = pytest.mark.fake_gpus(devices=3, gib=4, dynamic=True)
+STATIC = pytest.mark.fake_gpus
+DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from featherweight.ops.patcher import PackedPatcher
 from patched_models import flux_file, packed_layers, run
 from safetensors.torch import save_file
 
-pytestmark = [pytest.mark.fake_gpus(devices=2, dynamic=True), pytest.mark.usefixtures("small_models", "in_folder")]
+pytestmark = [pytest.mark.fake_gpus(dynamic=True), pytest.mark.usefixtures("small_models", "in_folder")]
 
 OTHER_GPU = torch.device("cuda:1")
 CLIP_L = ("clip_l.gguf", "stable_diffusion")

@@ -9,7 +9,7 @@ from patched_models import (
     packed_layers, patched, run,
 )
 
-pytestmark = pytest.mark.fake_gpus(devices=2, late=True, dynamic=True)
+pytestmark = pytest.mark.fake_gpus(dynamic=True)
 
 
 @pytest.fixture(autouse=True)

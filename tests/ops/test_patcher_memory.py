@@ -9,7 +9,7 @@ from gpu_memory import lies_on, load, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, small_t5
 
-pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=True)
+pytestmark = pytest.mark.fake_gpus
 MIB = 1 << 20
 
 

@@ -38,7 +38,7 @@ FEW = 20  # of so few examples one that fails is told as it is; to shorten it ta
 ROUNDED = 200 * 512  # bytes by which used memory is rounded up, of so many tensors
 SCALE = 4  # bytes of a text encoder that are in no layer, and that the host leaves on the device
 KINDS = ("lora", "dora", "lokr", "loha", "oft")
-STATIC, DYNAMIC = pytest.mark.fake_gpus(devices=2), pytest.mark.fake_gpus(devices=2, dynamic=True)
+STATIC, DYNAMIC = pytest.mark.fake_gpus, pytest.mark.fake_gpus(dynamic=True)
 
 strengths = strategies.sampled_from((1.0, 0.4, -0.5))
 loras = strategies.tuples(strategies.sampled_from(KINDS), strengths)

@@ -14,8 +14,8 @@ from gpu_memory import larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 
-STATIC = pytest.mark.fake_gpus(devices=3, gib=4, late=True)
-DYNAMIC = pytest.mark.fake_gpus(devices=3, gib=4, late=True, dynamic=True)
+STATIC = pytest.mark.fake_gpus
+DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
 SECOND, THIRD = torch.device("cuda:1"), torch.device("cuda:2")
 BUDGETS = (0.5, 0.9, 0.25, 0.0, 2.0, 0.6)
 UNIT = 512  # bytes, in which a device counts what is used

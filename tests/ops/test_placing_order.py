@@ -13,8 +13,8 @@ from featherweight.ops.patcher.placing import PAGE, places_are_in_order
 from gpu_memory import larger_flux, lies_on
 from patched_models import flux_inputs, lora_for, patched
 
-STATIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True)
-DYNAMIC = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
+STATIC = pytest.mark.fake_gpus
+DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
-"""Tests that run on fake GPUs (`devtools/fakegpu`), in a process for each file, for torch must know them from its start.
+"""Tests that run on fake GPUs (`devtools/fakegpu`), in a process of their own, for torch must know them from its start.
 
-    pytestmark = pytest.mark.fake_gpus(devices=2, gib=4, late=True, dynamic=True)
+    pytestmark = pytest.mark.fake_gpus(devices=3, gib=4, late=True, dynamic=True)
 
-They are collected here and run there, all of a file at once when the first is asked for; each then has its outcome from
-there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. Where there are no fake GPUs the tests are
-skipped. On them the host computes as it does on a CPU, in float32.
+They are collected here and run there: all that run on the same GPUs at once, when the first is asked for. Each then has its
+outcome from there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. Where there are no fake GPUs the
+tests are skipped. On them the host computes as it does on a CPU, in float32.
 
 In such a process `import fakegpu` gives the counters.
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import processes
 import pytest
 
 from devtools import ROOT, fakegpu
@@ -27,17 +28,20 @@ OUTCOMES = "FEATHERWEIGHT_TEST_OUTCOMES"  # environment variable: where a proces
 # --- in the process that was asked for the tests ---
 
 
-class TestFile:
-    """The tests of one file that run on the same GPUs, and their outcomes once they have run.
+class TestGroup:
+    """The tests that run on the same GPUs, and their outcomes once they have run.
 
-    nodes: the tests, as pytest found them here.
+    Attributes:
+        name: Of the GPUs, such as "3x4-late-dynamic".
+        nodes: The tests, as pytest found them here.
     """
 
     __test__ = False
 
-    def __init__(self, devices: int = 1, gib: float = 4, late: bool = True, dynamic: bool = False):
+    def __init__(self, devices: int = 3, gib: float = 4, late: bool = True, dynamic: bool = False):
         self.arguments = devices, gib, late
         self.dynamic = dynamic
+        self.name = f"{devices}x{gib}" + "-late" * late + "-dynamic" * dynamic
         self.nodes = []
         self._outcomes = None
 
@@ -67,14 +71,14 @@ class TestFile:
 class ForwardedTest(pytest.Item):
     """A test that runs on fake GPUs."""
 
-    def __init__(self, *, test_file: TestFile, node: pytest.Item, **kwargs):
+    def __init__(self, *, group: TestGroup, node: pytest.Item, **kwargs):
         super().__init__(**kwargs)
-        self.test_file, self.node = test_file, node
+        self.group, self.node = group, node
         self.own_markers = node.own_markers
         self.keywords.update(dict(node.keywords.items()))
 
     def runtest(self):
-        found = self.test_file.outcome(_name(self.node))
+        found = self.group.outcome(self.node.nodeid)
         if found["outcome"] == "skipped":
             pytest.skip(found["text"])
         if found["outcome"] == "failed":
@@ -92,8 +96,8 @@ class FailedThere(Exception):
 
 
 def forward(items: list[pytest.Item]):
-    """Replace the tests of marked files by those that run on fake GPUs, or skip them where there are none."""
-    files = {}
+    """Replace the marked tests by those that run on fake GPUs, or skip them where there are none."""
+    groups = {}
     for index, item in enumerate(items):
         marker = item.get_closest_marker("fake_gpus")
         if marker is None or ON_FAKE_GPUS:
@@ -101,13 +105,11 @@ def forward(items: list[pytest.Item]):
         if fakegpu.why_not():
             item.add_marker(pytest.mark.skip(reason=fakegpu.why_not()))
             continue
-        test_file = files.setdefault((item.path, *sorted(marker.kwargs.items())), TestFile(**marker.kwargs))
-        test_file.nodes.append(item)
-        items[index] = ForwardedTest.from_parent(item.parent, name=item.name, test_file=test_file, node=item)
-
-
-def _name(item) -> str:
-    return item.nodeid.partition("::")[2]
+        group = TestGroup(**marker.kwargs)
+        group = groups.setdefault(group.name, group)
+        group.nodes.append(item)
+        name = processes.in_group(item.name, group.name) if "PYTEST_XDIST_WORKER" in os.environ else item.name
+        items[index] = ForwardedTest.from_parent(item.parent, name=name, group=group, node=item)
 
 
 # --- in a process on fake GPUs ---
@@ -119,7 +121,7 @@ def report(report: pytest.TestReport):
         text = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else report.longreprtext
         if report.failed:
             text = "\n".join([text, *(f"{title}\n{content}" for title, content in report.sections)])
-        line = {"name": _name(report), "outcome": report.outcome, "text": text.removeprefix("Skipped: ")}
+        line = {"name": report.nodeid, "outcome": report.outcome, "text": text.removeprefix("Skipped: ")}
         with open(os.environ[OUTCOMES], "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

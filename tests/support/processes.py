@@ -8,6 +8,12 @@ REAL = ("server", "machines")
 ALONE = ("server/test_hostile_workflows.py", "server/test_placing.py", "server/test_soak.py")
 # Files of tests that start nothing.
 COMPUTING = tuple(f"machines/test_{name}.py" for name in ("address", "batch_rows", "items", "page", "row_pool"))
+GROUP = " @ "  # before the name of a group, behind a test's id
+
+
+def in_group(name: str, group: str) -> str:
+    """Return the name of a test that one process runs together with others. name: its own."""
+    return f"{name}{GROUP}{group}"
 
 
 def file_of(name: str) -> str:
@@ -16,7 +22,10 @@ def file_of(name: str) -> str:
 
 
 def group_of(name: str) -> str:
-    """Return what the tests share that one process runs together: a folder or a file. name: a test's id."""
+    """Return what the tests share that one process runs together: a group, a folder or a file. name: a test's id."""
+    _, sign, group = name.rpartition(GROUP)
+    if sign:
+        return group
     file = file_of(name)
     folder = file.partition("/")[0]
     return folder if folder in REAL and file not in ALONE else file
@@ -34,8 +43,8 @@ def scheduler(config, log):
 
 
 def arrange(items: list[pytest.Item]):
-    """Put the groups of tests of real servers first, and have each of these tests run once more where it fails."""
-    items.sort(key=lambda item: group_of(item.nodeid) not in REAL)
+    """Put the groups that take longest first, and have each test of a real server run once more where it fails."""
+    items.sort(key=lambda item: (group_of(item.nodeid) not in REAL, GROUP not in item.nodeid))
     for item in items:
         file = file_of(item.nodeid)
         if file.partition("/")[0] in REAL and file not in COMPUTING:

@@ -75,7 +75,7 @@ def test_no_more_than_half_of_what_is_free_is_taken(free):
     assert [moments.blocks.device.type for moments in collector.moments.values()] == ["meta"] * 2 + ["cpu"] * 4
 
 
-@pytest.mark.fake_gpus(devices=1, gib=4, late=True)
+@pytest.mark.fake_gpus
 def test_moments_that_lie_on_the_cpu_are_those_that_would_lie_on_the_device():
     layers = {f"{number}.weight": torch.nn.Linear(512, 8, device="cuda") for number in range(4)}
     memory = 5 * nbytes_of([512], 256) // 2
