@@ -57,16 +57,17 @@ def _kill(process: subprocess.Popen):
             pass
 
 
-def is_forked() -> bool:
-    """Whether this process is a copy of the one that imported this module. What runs is not its own."""
-    return os.getpid() != _imported_by
+def is_ending() -> bool:
+    """Whether this process ends, or its main thread has: Python starts no thread and no process then, while the last
+    threads go on."""
+    return _ending or not threading.main_thread().is_alive()
 
 
 @atexit.register
 def end_all():
     """Kills what runs; nothing is started any more. A copy of the process that started it lets it run."""
     global _ending
-    if is_forked():
+    if os.getpid() != _imported_by:
         return
     with _starting:
         _ending = True

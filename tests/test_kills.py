@@ -54,7 +54,7 @@ def measured(folder: Path, source: Path, content: int):
 
 def judged(folder: Path, source: Path, content: int):
     for number in range(1 + 200 * content):
-        Verdicts(folder / "verdicts.jsonl").end(f"kernel {number}", "wrong", why="so")
+        Verdicts(folder / "verdicts.jsonl").add(f"kernel {number}", "wrong", why="so")
 
 
 def digests(folder: Path) -> frozenset:
@@ -64,7 +64,7 @@ def digests(folder: Path) -> frozenset:
 
 def known(folder: Path) -> bool:
     """Whether the file of the verdicts can be read and has the first of them."""
-    return "kernel 0" in Verdicts(folder / "verdicts.jsonl").results().verdicts
+    return "kernel 0" in Verdicts(folder / "verdicts.jsonl").results().lines
 
 
 def is_whole(path: Path) -> bool:

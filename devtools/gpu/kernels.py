@@ -21,6 +21,7 @@ from devtools.measure.weights import FORMAT_NAMES
 
 TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py", "tests/ops/test_kernels_nvrtc.py",
          "tests/ops/test_formats.py"]
+NO_RESULT = {"begun", "tried", "tried in part"}  # verdicts that say how far a trial is
 
 
 def try_all(options):
@@ -36,7 +37,8 @@ def try_all(options):
         while is_alive:
             trial.join(1)
             is_alive = trial.is_alive()
-            before, known = known, verdicts.results().verdicts
+            before, known = known, {name: line for name, line in verdicts.results().lines.items()
+                                    if line["verdict"] not in NO_RESULT}
             for name in known.keys() - before.keys():
                 yield name, in_words(known[name])
     counts = collections.Counter(line["verdict"] for line in known.values())

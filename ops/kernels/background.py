@@ -1,10 +1,13 @@
 """Threads in which kernels are compiled, checked and tried while torch does their work."""
 import atexit
+import concurrent.futures
+import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
-from ...child_process import end_all, is_forked
+from ...child_process import end_all, is_ending
 
 MAX_THREADS = 4  # that compute a result; the others wait for their turn
 CANCEL_CHECK_SECONDS = 0.05  # between two looks at whether the user cancelled
@@ -20,17 +23,10 @@ raise_if_cancelled: Callable[[], None] = _nothing
 
 _turns = threading.BoundedSemaphore(MAX_THREADS)
 _threads: set[threading.Thread] = set()
-ending = threading.Event()  # this process ends
-
-
-def is_ending() -> bool:
-    """Whether this process ends, or its main thread has: Python starts no thread and no process then, while the last
-    threads go on."""
-    return ending.is_set() or not threading.main_thread().is_alive()
 
 
 def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
-    """A thread that does not keep the process alive, but is waited for when it ends. `work` ends soon once `ending` is set."""
+    """A thread that does not keep the process alive, but is waited for when it ends. `work` ends soon then."""
     def run():
         try:
             work()
@@ -42,55 +38,37 @@ def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
     thread.start()
 
 
-class WriteOnceFuture:
-    """A result that is set once: by a thread, or before that by a caller who could not wait any longer.
+def compute_in_background(compute: Callable[[], object]) -> Future:
+    """What `compute` will return. It must not raise."""
+    future = Future()
 
-    Args:
-        compute: called once, must not raise.
-        in_background: False calls it at once, in this thread.
-    """
-
-    def __init__(self, compute: Callable[[], object], in_background: bool = True):
-        self.value = None
-        self._compute = compute
-        self._done, self._setting = threading.Event(), threading.Lock()
-        if in_background:
-            start_thread(self._run_in_turn)
-        else:
-            self.set(compute())
-
-    def _run_in_turn(self):
+    def run_in_turn():
         with _turns:
-            if not ending.is_set():
-                self.set(self._compute())
+            if not is_ending():
+                set_result(future, compute())
 
-    @property
-    def done(self) -> bool:
-        return self._done.is_set()
+    start_thread(run_in_turn)
+    return future
 
-    def set(self, value):
-        """The first value given stays."""
-        with self._setting:
-            if not self.done:
-                self.value = value
-                self._done.set()
 
-    def wait(self, seconds: float) -> bool:
-        """Whether it is set, after at most `seconds`. Raises what `raise_if_cancelled` raises."""
-        end = time.monotonic() + seconds
-        while not self.done and (left := end - time.monotonic()) > 0:
-            raise_if_cancelled()
-            self._done.wait(min(left, CANCEL_CHECK_SECONDS))
-        return self.done
+def set_result(future: Future, value: object):
+    """Gives a future its value, unless it has one."""
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        future.set_result(value)
+
+
+def wait(future: Future, seconds: float) -> bool:
+    """Whether it has its value, after at most `seconds`. Raises what `raise_if_cancelled` raises."""
+    end = time.monotonic() + seconds
+    while not future.done() and (left := end - time.monotonic()) > 0:
+        raise_if_cancelled()
+        concurrent.futures.wait([future], min(left, CANCEL_CHECK_SECONDS))
+    return future.done()
 
 
 @atexit.register
 def _wait_for_all():
-    """A thread that is within torch when the interpreter goes would end the process with an error. A copy of this process
-    has none of its threads."""
-    if is_forked():
-        return
-    ending.set()
+    """A thread that is within torch when the interpreter goes would end the process with an error."""
     end_all()
     end = time.monotonic() + EXIT_SECONDS
     for thread in list(_threads):

@@ -9,7 +9,6 @@ import torch
 from ..format import Format
 
 FORMAT = re.compile(r"\w{1,40}")
-ROWS_OF = ", rows "  # between the text of a case and the rows of a kernel
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -92,7 +91,7 @@ class Case(NamedTuple):
 
     def kernel_name(self, backend: str, kernel: Kernel) -> str:
         """What the verdict on a kernel for this case is kept under."""
-        return f"{self}{ROWS_OF}{kernel.min_tokens} to {kernel.max_tokens or 'any'} by {backend}"
+        return f"{self}, rows {kernel.min_tokens} to {kernel.max_tokens or 'any'} by {backend}"
 
     def as_json(self) -> list:
         return [self.capability, self.format, dtype_name(self.dtype), self.value_dtype and dtype_name(self.value_dtype)]

@@ -12,7 +12,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..format import Format
-from .background import WriteOnceFuture, is_ending
+from ...child_process import is_ending
+from .background import Future, compute_in_background, set_result, wait
 from .check import check
 from .kernel import Backend, Case, Kernel, WrongResult
 from .own_files import cache_folder, private_folder
@@ -41,11 +42,11 @@ class InProcessSelector:
 
     def __init__(self, device: torch.device, names: tuple[str, ...]):
         self.device, self.names = device, names
-        self._checks: dict[tuple, WriteOnceFuture] = {}
+        self._checks: dict[tuple, Future] = {}
         self._starting = threading.Lock()  # held for no longer than a thread takes to start
         self._waits = True
         self._compute_capability = None
-        self._backend = self._future(self._find_backend)
+        self._backend = self._compute(self._find_backend)
 
     def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
              value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
@@ -60,35 +61,40 @@ class InProcessSelector:
 
     def backend_names(self, seconds: float) -> list[str]:
         """Of what is used. Waits at most so long until that is known."""
-        self._backend.wait(seconds)
-        return [self._backend.value.name] if self._backend.value else []
+        is_known = wait(self._backend, seconds)
+        return [self._backend.result().name] if is_known and self._backend.result() else []
 
     @property
     def is_pending(self) -> bool:
         """Whether a backend may come to be used."""
-        return not self._backend.done
+        return not self._backend.done()
 
-    def _future(self, compute: Callable[[], object]) -> WriteOnceFuture:
+    def _compute(self, compute: Callable[[], object]) -> Future:
+        if self.names and self.device.type != "mps":
+            return compute_in_background(compute)
         # Torch's commands to an Apple GPU must come from one thread at a time, and its compiler is
         # quick.
-        return WriteOnceFuture(compute, in_background=self.names and self.device.type != "mps")
+        future = Future()
+        future.set_result(compute())
+        return future
 
-    def _value(self, future: WriteOnceFuture, capability: str):
+    def _value(self, future: Future, capability: str):
         """What a future gives, after waiting as long as the capability may.
 
         Where that was in vain it gives None: for now where kernels have torch's bits, else from now
         on, so that a picture is not made by torch in one run and by a kernel in the next.
         """
-        is_done = future.wait(WAIT_SECONDS[capability] if self._waits else 0)
-        if not is_done and capability != EXACT:
-            if self._waits:
-                self._waits = False
-                log.warning("[Featherweight] No kernel was ready on %s after %g seconds: until "
-                            "ComfyUI starts again, torch does the work of the kernels that are not "
-                            "ready when they are first needed.", self.device,
-                            WAIT_SECONDS[capability])
-            future.set(None)
-        return future.value
+        if wait(future, WAIT_SECONDS[capability] if self._waits else 0):
+            return future.result()
+        if capability == EXACT:
+            return None
+        if self._waits:
+            self._waits = False
+            log.warning("[Featherweight] No kernel was ready on %s after %g seconds: until ComfyUI "
+                        "starts again, torch does the work of the kernels that are not ready when "
+                        "they are first needed.", self.device, WAIT_SECONDS[capability])
+        set_result(future, None)
+        return future.result()
 
     def _find_backend(self) -> Backend | None:
         backend, reasons = None, []
@@ -112,12 +118,12 @@ class InProcessSelector:
                  backend.name if backend else f"torch{why}")
         return backend
 
-    def _check(self, backend: str, *case) -> WriteOnceFuture:
+    def _check(self, backend: str, *case) -> Future:
         if case not in self._checks:
             with self._starting:
                 if case not in self._checks:
                     is_right = functools.partial(self._is_right, backend, *case)
-                    self._checks[case] = self._future(is_right)
+                    self._checks[case] = self._compute(is_right)
         return self._checks[case]
 
     def _is_right(self, backend: str, kernel: Kernel, packed_format, dtype, value_dtype) -> bool:
@@ -168,8 +174,8 @@ class TrialedSelector:
     def note(self, cases: list[Case]):
         """Has what no trial has met tried at the next start of ComfyUI."""
         _, results = self._proven()
-        new = [case for case in cases if case not in self._asked and str(case) not in results.tried]
-        told = {case.format for case in self._asked if str(case) not in results.tried}
+        new = results.untried(case for case in cases if case not in self._asked)
+        told = {case.format for case in results.untried(self._asked)}
         self._asked.update(dict.fromkeys(cases))
         if names := sorted({case.format for case in new if case.format} - told):
             log.info("[Featherweight] Kernels for %s are not proven on %s yet: torch does their "
@@ -190,8 +196,7 @@ class TrialedSelector:
                 Case(capability, name, dtype, None) for name in MOST_USED
                 for dtype in (torch.bfloat16, torch.float16) for capability in ("unpack", "linear")]
             verdicts = Verdicts.of_device(self.device, self.names)
-            tried = verdicts.results().tried
-            if untried := [case for case in cases if str(case) not in tried]:
+            if untried := verdicts.results().untried(cases):
                 with FileLock(private_folder(cache_folder() / "trials") / "lock", timeout=0):
                     self._try(verdicts, untried)
         except Timeout:
@@ -211,15 +216,15 @@ class TrialedSelector:
             return
         log.info("[Featherweight] Kernels for packed weights are tried on %s in the background.",
                  name)
-        before = verdicts.results().verdicts
+        before = verdicts.results().lines
         untried = run_trial(self.device, self.names, verdicts, cases)
-        after = verdicts.results().verdicts
-        new = {kernel: line for kernel, line in after.items() if before.get(kernel) != line}
-        for kernel, line in new.items():
+        new = [line for kernel, line in verdicts.results().lines.items()
+               if before.get(kernel) != line]
+        for line in new:
             if line["verdict"] == "wrong":
-                report_wrong(kernel, self.device, line.get("why", ""))
+                report_wrong(line["name"], self.device, line.get("why", ""))
             elif "why" in line:
-                log.debug("[Featherweight] %s: %s, %s", kernel, line["verdict"], line["why"])
+                log.debug("[Featherweight] %s: %s, %s", *map(line.get, ("name", "verdict", "why")))
         words = [summary(new), *([f"{untried}, so the rest is tried when ComfyUI starts next"]
                                  if untried else []),
                  *(["used when ComfyUI starts next"] if self._read else [])]
@@ -234,10 +239,11 @@ class TrialedSelector:
     def _read_verdicts(self) -> tuple[list[Backend], Results]:
         try:
             results = Verdicts.of_device(self.device, self.names).results()
-            backends = [import_backend(name) for name in self.names if results.working(name)]
+            backends = [import_backend(name) for name in self.names
+                        if results.verdict(f"probe by {name}") == "works"]
         except Exception:  # a drive or driver may raise anything
             self._log_failure()
-            return [], Results({}, set(), None)
+            return [], Results({}, None)
         log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device),
                  " and ".join(backend.name for backend in backends) or "torch")
         return backends, results
@@ -260,11 +266,11 @@ def report_wrong(case: str, device: torch.device, error):
                 f"{platform.system()} {platform.release()}", error, ISSUES)
 
 
-def summary(verdicts: dict[str, dict]) -> str:
+def summary(lines: list[dict]) -> str:
     """What a trial has found out, in a few words."""
-    counts = collections.Counter(line["verdict"] for line in verdicts.values())
-    times = [line["seconds"] for name, line in verdicts.items()
-             if name.startswith(EXACT) and line["verdict"] == "right"]
+    counts = collections.Counter(line["verdict"] for line in lines)
+    times = [line["seconds"] for line in lines
+             if line["name"].startswith(EXACT) and line["verdict"] == "right"]
     proven = f"{counts['right']} kernels proven"
     words = [proven if counts["right"] else "no kernel is proven, torch does the work"]
     if times:
@@ -272,6 +278,6 @@ def summary(verdicts: dict[str, dict]) -> str:
         words.append(f"unpack {speedup:.1f} times as fast as torch")
     words += [f"{counts[verdict]} {verdict}"
               for verdict in ("slower", "wrong", "crashed", "hung", "killed") if counts[verdict]]
-    lost = [name for name, line in verdicts.items() if line["verdict"] in ("crashed", "hung")]
+    lost = [line["name"] for line in lines if line["verdict"] in ("crashed", "hung")]
     report = f" ({'; '.join(lost)}: please report this line at {ISSUES})" if lost else ""
     return ", ".join(words) + report

@@ -29,12 +29,11 @@ import torch
 from .. import int8_codes
 from ..format import Format
 from ..formats._names import format_named
-from ...child_process import end_all, end_process, start_process
-from .background import ending
+from ...child_process import end_all, end_process, is_ending, start_process
 from .check import check, random_tensors
 from .kernel import Backend, Case, Kernel, WrongResult
 from .registry import import_backend
-from .verdicts import Verdicts
+from .verdicts import RETRY_AFTER_S, Verdicts
 
 log = logging.getLogger(__name__)
 
@@ -80,20 +79,20 @@ def run_trial(device: torch.device, backends: tuple[str, ...], verdicts: Verdict
     """
     job = {"device": str(device), "backends": backends, "file": str(verdicts.path),
            "case_seconds": case_seconds, "cases": [case.as_json() for case in cases]}
-    if left := verdicts.results().unfinished:  # the computer may have stopped at it
-        verdicts.end(left["begin"], "killed", why="its process ended with an earlier ComfyUI")
     for _ in range(1 + MAX_RESTARTS):
+        started = time.time()
         status = _run_process(command, job, TRIAL_SECONDS + case_seconds)
         log.debug("[Featherweight] The trial on %s ended with %s.", device, status)
-        if (culprit := verdicts.results().unfinished) is None:
+        culprit = verdicts.results().unfinished
+        if culprit is None or culprit["at"] < started:  # of an earlier ComfyUI
             break
         verdict = "killed" if -status in FOREIGN_SIGNALS else "crashed"
         if time.time() - culprit["at"] >= case_seconds:
             verdict = "hung"
-        if ending.is_set():
+        if is_ending():
             verdict = "stopped"
-        verdicts.end(culprit["begin"], verdict, why=f"its process ended with {status}")
-        if ending.is_set():
+        verdicts.add(culprit["name"], verdict, why=f"its process ended with {status}")
+        if is_ending():
             break
     else:
         return f"{MAX_RESTARTS + 1} kernels ended their process"
@@ -150,31 +149,34 @@ class Trial:
         """Raises where torch can do nothing there, so that what is lost later a kernel has lost."""
         end = time.monotonic() + TRIAL_SECONDS
         self._touch_device()
-        for name in self.names:
-            if self._attempt(f"probe by {name}", lambda: self._probe(name)) == "works":
-                self.backends.append(import_backend(name))
-        tried = self.verdicts.results().tried
-        for case in self.cases:
-            if str(case) not in tried and time.monotonic() < end:
-                for backend, kernel, packed_format in self._kernels(case):
-                    self._attempt(case.kernel_name(backend.name, kernel),
-                                  lambda: self._prove(kernel, packed_format, case))
-                self.verdicts.append(tried=str(case))
+        probes = [self._attempt(f"probe by {name}", lambda: self._probe(name))
+                  for name in self.names]
+        self.backends = [import_backend(name) for name, verdict in zip(self.names, probes)
+                         if verdict == "works"]
+        for case in self.verdicts.results().untried(self.cases):
+            if time.monotonic() < end:
+                verdicts = {self._attempt(case.kernel_name(backend.name, kernel),
+                                          lambda: self._prove(kernel, packed_format, case))
+                            for backend, kernel, packed_format in self._kernels(case)}
+                if "stopped" not in verdicts:
+                    is_final = all(RETRY_AFTER_S[verdict] == math.inf
+                                   for verdict in verdicts.union(probes))
+                    self.verdicts.add(str(case), "tried" if is_final else "tried in part")
 
     def stop(self):
         """What is tried now is told to be no fault of the kernel's."""
         if name := self.kernel_name:
-            self.verdicts.end(name, "stopped", why="this process was told to end")
+            self.verdicts.add(name, "stopped", why="this process was told to end")
 
     def _attempt(self, name: str, prove: Callable[[], dict]) -> str:
         """The verdict, known or found out now."""
-        if known := self.verdicts.results().verdicts.get(name):
-            return known["verdict"]
+        if known := self.verdicts.results().verdict(name):
+            return known
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if free_bytes(self.device) < FREE_TO_GO_ON:
             os._exit(WITHOUT_MEMORY)
-        self.verdicts.begin(name)
+        self.verdicts.add(name, "begun")
         # Ends this process though a kernel should let no Python run.
         faulthandler.dump_traceback_later(self.case_seconds, exit=True)
         self.kernel_name = name
@@ -188,7 +190,7 @@ class Trial:
             verdict = {"verdict": "refused", "why": repr(error)[:500]}
             self._end_without_device()
         self.kernel_name = None
-        self.verdicts.end(name, **verdict)
+        self.verdicts.add(name, **verdict)
         return verdict["verdict"]
 
     def _probe(self, name: str) -> dict:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from ..bounded_json import read_json
-from .kernel import ROWS_OF, Backend, Case, Kernel
+from .kernel import Backend, Case, Kernel
 from .own_files import cache_folder, is_private, private_folder
 
 log = logging.getLogger(__name__)
@@ -29,12 +29,14 @@ log = logging.getLogger(__name__)
 MAX_FILE_BYTES = 4 << 20
 MAX_NOTES = 200  # cases; the latest count
 WEEK = 7 * 86400
-# Each verdict, with the seconds after which a kernel is tried again: a compiler may be installed,
-# and the machine may have more time and memory. "works": of a probe. "refused": the kernel or its
-# compiler raised something. "killed": another program ended the process, as a system without
-# memory does. "stopped": nothing is known of the kernel.
+# Each verdict, with the seconds after which it is forgotten: a compiler may be installed, and the
+# machine may have more time and memory. "begun": what is tried now, or has ended the process that
+# tried it, or the whole computer. "works": of a probe. "refused": the kernel or its compiler raised
+# something. "killed": another program ended the process, as a system without memory does.
+# "stopped": nothing is known of the kernel. "tried", "tried in part": of a case.
 RETRY_AFTER_S = {"works": math.inf, "right": math.inf, "slower": math.inf, "wrong": math.inf,
-                 "crashed": math.inf, "refused": WEEK, "hung": WEEK, "killed": WEEK, "stopped": 0}
+                 "crashed": math.inf, "refused": WEEK, "hung": WEEK, "killed": WEEK, "begun": WEEK,
+                 "stopped": 0, "tried": math.inf, "tried in part": WEEK}
 SOURCES = ("*_backend.py", "triton_*.py", "nvrtc.py", "cxx_text.py", "check*.py", "trial.py",
            "source/**/*")
 COMPILER_PACKAGES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm",
@@ -87,41 +89,15 @@ class JsonLines:
         return is_private(self.path.parent, stat.S_ISDIR) and is_private(self.path, stat.S_ISREG)
 
 
-class Results(NamedTuple):
-    """What the lines of `Verdicts` say.
-
-    verdicts: name of a kernel -> its last line.
-    tried: texts of the cases whose kernels all have a verdict.
-    unfinished: the last line of a kernel that a process began to try, where that has no end.
-    """
-    verdicts: dict[str, dict]
-    tried: set[str]
-    unfinished: dict | None
-
-    def working(self, backend: str) -> bool:
-        return self.verdicts.get(f"probe by {backend}", {}).get("verdict") == "works"
-
-    def kernels(self, case: Case, backends: Iterable[Backend]) -> list[Kernel]:
-        """Those that are right and faster than torch, the fastest first."""
-        time_ratios = {}
-        for backend in backends:
-            for kernel in backend.kernels:
-                line = self.verdicts.get(case.kernel_name(backend.name, kernel), {})
-                if line.get("verdict") == "right" and kernel.capability == case.capability:
-                    kernel_seconds, torch_seconds = line["seconds"]
-                    time_ratios[kernel] = kernel_seconds / torch_seconds
-        return sorted(time_ratios, key=time_ratios.get)
-
-
 class Verdicts(JsonLines):
     """Those about the kernels of one device, a line before and after each, and after each case:
 
-        {"begin": "unpack of Q4_K to float16, rows 1 to any by triton", "at": 1700000000.0}
-        {"end": the same, "at": 1700000002.0, "verdict": "right", "seconds": [kernel's, torch's]}
-        {"tried": "unpack of Q4_K to float16"}
+        {"name": "unpack of Q4_K to float16, rows 1 to any by triton", "verdict": "begun", "at": 1.7e9}
+        {"name": the same, "verdict": "right", "at": 1.7e9, "seconds": [kernel's, torch's]}
+        {"name": "unpack of Q4_K to float16", "verdict": "tried", "at": 1.7e9}
 
-    "verdict" is a key of `RETRY_AFTER_S`, "at" in seconds since 1970; what is neither right nor
-    slower than torch has a "why" in place of "seconds". A backend's probe is "probe by triton".
+    "verdict" is a key of `RETRY_AFTER_S`, "at" in seconds since 1970. What is right or slower than
+    torch has "seconds", what is neither may have a "why". A backend's probe is "probe by triton".
     """
 
     @classmethod
@@ -134,39 +110,53 @@ class Verdicts(JsonLines):
             verdicts.append(key=key)
         return verdicts
 
-    def begin(self, name: str):
-        self.append(begin=name, at=time.time())
+    def add(self, name: str, verdict: str, **more):
+        """Raises OSError."""
+        self.append(name=name, verdict=verdict, at=time.time(), **more)
 
-    def end(self, name: str, verdict: str, **more):
-        self.append(end=name, at=time.time(), verdict=verdict, **more)
+    def results(self) -> "Results":
+        """What is known now. Raises OSError."""
+        lines = [line for line in self.read() if is_verdict(line)]
+        latest = {line["name"]: line for line in lines}
+        return Results({name: line for name, line in latest.items()
+                        if time.time() - line["at"] < RETRY_AFTER_S[line["verdict"]]},
+                       lines[-1] if lines and lines[-1]["verdict"] == "begun" else None)
 
-    def results(self) -> Results:
-        """What is known now, without what is to be tried again. Raises OSError."""
-        verdicts, tried, unfinished = {}, set(), None
-        for line in self.read():
-            match line:
-                case {"begin": str(), "at": int() | float()}:
-                    unfinished = line
-                case {"end": str(name)} if is_verdict(line):
-                    verdicts[name] = line
-                    if unfinished and unfinished["begin"] == name:
-                        unfinished = None
-                case {"tried": str(case)}:
-                    tried.add(case)
-        for name, line in list(verdicts.items()):
-            if time.time() - line["at"] >= RETRY_AFTER_S[line["verdict"]]:
-                del verdicts[name]
-                tried = set() if name.startswith("probe") else tried - {name.partition(ROWS_OF)[0]}
-        return Results(verdicts, tried, unfinished)
+
+class Results(NamedTuple):
+    """What the lines of `Verdicts` say.
+
+    lines: the last one of each name, without what is to be tried again.
+    unfinished: the last line of all, where it says that something was begun.
+    """
+    lines: dict[str, dict]
+    unfinished: dict | None
+
+    def verdict(self, name: str) -> str | None:
+        return self.lines[name]["verdict"] if name in self.lines else None
+
+    def untried(self, cases: Iterable[Case]) -> list[Case]:
+        return [case for case in cases if str(case) not in self.lines]
+
+    def kernels(self, case: Case, backends: Iterable[Backend]) -> list[Kernel]:
+        """Those that are right and faster than torch, the fastest first."""
+        time_ratios = {}
+        for backend in backends:
+            for kernel in backend.kernels:
+                name = case.kernel_name(backend.name, kernel)
+                if self.verdict(name) == "right" and kernel.capability == case.capability:
+                    kernel_seconds, torch_seconds = self.lines[name]["seconds"]
+                    time_ratios[kernel] = kernel_seconds / torch_seconds
+        return sorted(time_ratios, key=time_ratios.get)
 
 
 def is_verdict(line: dict) -> bool:
-    """Whether a line that ends something is as `Verdicts` describes it."""
+    """Whether a line is as `Verdicts` describes it."""
     match line:
-        case {"verdict": "right" | "slower", "at": int() | float() as at,
+        case {"name": str(), "verdict": "right" | "slower", "at": int() | float() as at,
               "seconds": [int() | float() as kernel_seconds, int() | float() as torch_seconds]}:
             return all(0 < number < 1e15 for number in (at, kernel_seconds, torch_seconds))
-        case {"verdict": str(verdict), "at": int() | float() as at}:
+        case {"name": str(), "verdict": str(verdict), "at": int() | float() as at}:
             return (verdict in RETRY_AFTER_S and verdict not in ("right", "slower")
                     and 0 < at < 1e15 and isinstance(line.get("why", ""), str))
     return False

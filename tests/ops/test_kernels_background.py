@@ -14,7 +14,6 @@ import torch
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, int8, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight import child_process
 from featherweight.ops.kernels import background, cpp_backend, selector
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.tensor import packed_tensor
@@ -30,34 +29,32 @@ FIRST_SOURCE, OF_Q4_K, UNPACK_OF_Q4_K = (), ("FORMAT Q4_K",), ("FORMAT Q4_K", "v
 pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
 
 
-def wait_for_kernels(meanwhile=lambda: None):
+def wait_for_kernels():
     """Until no thread finds out about kernels: it would remember its own compiler in the midst of the next test."""
     while any(thread.name == KERNELS for thread in threading.enumerate()):  # one that ends may let another begin
-        meanwhile()
         time.sleep(0.05)
 
 
-def kill_compilers():
-    for process in list(child_process._running):
-        child_process._kill(process)
-
-
 class HeldCompiler:
-    """A compiler that compiles a source with all of some texts only after `let_go`."""
+    """A compiler that compiles a source with all of some texts only after `let_go`; after `end` it fails."""
 
     def __init__(self, folder: Path):
-        self.command, self.started, self._go = folder / "compiler", folder / "started", folder / "go"
+        self.command, self.started = folder / "compiler", folder / "started"
+        self._go, self._end = folder / "go", folder / "end"
 
     def hold(self, texts: tuple[str, ...]):
         has_all = " && ".join(["true", *(f"grep -qF '{text}' \"$file\"" for text in texts)])
         self.command.write_text(
             f'#!/bin/sh\nfor file; do case "$file" in *.cpp) if {has_all}; then\n'
-            f'echo $$ >> {self.started}; until [ -e {self._go} ]; do sleep 0.05; done\n'
+            f'echo $$ >> {self.started}; until [ -e {self._go} ]; do [ -e {self._end} ] && exit 1; sleep 0.05; done\n'
             f'fi;; esac; done\nexec {COMMAND} "$@"\n')
         self.command.chmod(0o755)
 
     def let_go(self):
         self._go.touch()
+
+    def end(self):
+        self._end.touch()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +74,8 @@ def compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "_selectors", {})
     cpp_backend._kernels.cache_clear()
     yield compiler
-    wait_for_kernels(meanwhile=kill_compilers)
+    compiler.end()
+    wait_for_kernels()
     cpp_backend._kernels.cache_clear()
 
 
@@ -195,46 +193,32 @@ def test_a_model_gives_the_same_values_before_and_after_its_kernels_come(compile
     assert all(torch.equal(result, first) for result in others)
 
 
-PROCESS = f"""
+ENDS = f"""
 import sys, time, types
 from pathlib import Path
-sys.path.insert(0, {str(Path(comfy.model_management.__file__).parents[1])!r})
-sys.argv[1:] = []
 pack = types.ModuleType("featherweight")
 pack.__path__ = [{str(PACK)!r}]
 sys.modules["featherweight"] = pack
 import torch
-"""
-ENDS_WITH_A_COMPILER = PROCESS + """
 from featherweight.ops import formats, kernels
 from featherweight.ops.format import FORMATS
-kernels.find("unpack", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
-while not Path({started!r}).is_file():
-    time.sleep(0.05)
-"""
-ENDS_WITHIN_TORCH = PROCESS + """
-from featherweight.ops.kernels.background import WriteOnceFuture
+from featherweight.ops.kernels.background import compute_in_background
 def products():
     end = time.monotonic() + 1
     while time.monotonic() < end:
         torch.ones(100, 100) @ torch.ones(100, 100)
-WriteOnceFuture(products)
+kernels.find("unpack", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
+while not Path(sys.argv[1]).is_file():
+    time.sleep(0.05)
+compute_in_background(products)
 time.sleep(0.1)
 """
 
 
-def ends(script: str):
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=LONG)
-
-
-def test_a_process_ends_without_error_while_a_thread_is_within_torch():
-    ends(ENDS_WITHIN_TORCH)
-
-
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
-def test_no_compiler_stays_when_the_process_ends(compiler, tmp_path):
+def test_a_process_ends_without_error_within_torch_and_no_compiler_stays(compiler, tmp_path):
     compiler.hold(FIRST_SOURCE)
-    ends(ENDS_WITH_A_COMPILER.format(started=str(compiler.started)))
+    subprocess.run([sys.executable, "-c", ENDS, str(compiler.started)], check=True, timeout=LONG)
     (group,) = compiler.started.read_text().split()
     end = time.monotonic() + LONG
     while any(line.split()[0] == group and "Z" not in line for line in processes()):

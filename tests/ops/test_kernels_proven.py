@@ -58,11 +58,11 @@ class Trials:
         self.cases.append(cases)
         assert self.go.wait(60)
         for name in backends:
-            verdicts.end(f"probe by {name}", "works")
+            verdicts.add(f"probe by {name}", "works")
         for name, share in self.proven.items():
-            verdicts.end(name, "right" if share < 1 else "slower", seconds=[share, 1.0])
+            verdicts.add(name, "right" if share < 1 else "slower", seconds=[share, 1.0])
         for case in cases:
-            verdicts.append(tried=str(case))
+            verdicts.add(str(case), "tried")
         return ""
 
     def prove(self, made: Made, case: Case, share: float = 0.5, rows=None):
@@ -316,9 +316,9 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
 
     def run(device, backends, verdicts, cases):
         right = UNPACK.kernel_name("fine", made.kernels[UNPACK][None])
-        verdicts.end(right, "right", seconds=[1, 3])
-        verdicts.end("a kernel", "crashed", why="its process ended")
-        verdicts.end("another kernel", "wrong", why="2 of 3 values differ")
+        verdicts.add(right, "right", seconds=[1, 3])
+        verdicts.add("a kernel", "crashed", why="its process ended")
+        verdicts.add("another kernel", "wrong", why="2 of 3 values differ")
         return "4 kernels ended their process"
 
     monkeypatch.setattr(selector, "run_trial", run)

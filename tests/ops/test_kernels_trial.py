@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import planted_backends
 import pytest
 import torch
-from featherweight import child_process
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats._names import format_named
@@ -31,135 +31,121 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes end otherw
 
 @pytest.fixture
 def verdicts(tmp_path, monkeypatch):
-    """Of a device of which nothing is known; each kernel that is tried has a line in `log`."""
+    """Of a device of which nothing is known."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv(planted_backends.LOG, str(tmp_path / "log"))
+    (tmp_path / "cache").mkdir(mode=0o700)
     return Verdicts(tmp_path / "cache" / "verdicts.jsonl")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path):
-    (tmp_path / "cache").mkdir(mode=0o700)
+@pytest.fixture
+def log_of_each(tmp_path, monkeypatch, verdicts):
+    """A planted backend that is to unpack Q4_0 writes a file of its name."""
+    monkeypatch.setenv(planted_backends.LOG, str(tmp_path))
 
 
 def name_of(case: Case, backend: str) -> str:
     return f"{case}, rows 1 to any by {backend}"
 
 
-def verdict(results, case: Case, backend: str) -> str | None:
-    return results.verdicts.get(name_of(case, backend), {}).get("verdict")
-
-
-EXPECTED = {"aborts": "crashed", "segfaults": "crashed", "leaves": "crashed", "is_killed": "killed",
-            "loops": "hung", "holds_on": "hung", "loses_the_device": "crashed",
-            "wrong_in_the_tail": "wrong", "wrong_at_odd_addresses": "wrong", "slow": "slower",
-            "refuses": "refused", "garbage": "right", "fine": "right"}
+EXPECTED = {"segfaults": "crashed", "leaves": "crashed", "is_killed": "killed", "loops": "hung",
+            "holds_on": "hung", "loses_the_device": "crashed", "wrong_in_the_tail": "wrong",
+            "wrong_at_odd_addresses": "wrong", "slow": "slower", "refuses": "refused",
+            "garbage": "right", "fine": "right", "known": "right", "stopped_the_computer": "begun"}
 HANGS = ("loops", "holds_on")
-ENDS_ITS_PROCESS = [name for name, verdict in EXPECTED.items()
-                    if verdict in ("crashed", "killed")]
-BACKENDS = (*(name for name in EXPECTED if name not in HANGS), "no_room", "no_probe")
+ENDS_ITS_PROCESS = ("loses_the_device_at_once", *(name for name, verdict in EXPECTED.items()
+                                                  if verdict in ("crashed", "killed")))
+BACKENDS = ("loses_the_device_at_once", "no_room", "no_probe",
+            *(name for name in EXPECTED if name not in HANGS))
+
+
+class Zoo(NamedTuple):
+    """verdicts: by backend, `None` for all that are in one file. reasons: why each trial of that left
+    something."""
+    verdicts: dict[str | None, Verdicts]
+    reasons: list[str]
+
+    def verdict(self, case: Case, name: str) -> str | None:
+        results = self.verdicts.get(name, self.verdicts[None]).results()
+        return results.verdict(name_of(case, name))
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """Of a device whose every backend misbehaves, and why each trial left something."""
+    """Of a device whose every backend misbehaves. Of two kernels something is known before:
+    `planted_backends` says what would happen if they were tried again."""
     folder = tmp_path_factory.mktemp("zoo")
     folder.chmod(0o700)
-    verdicts, of_each = Verdicts(folder / "verdicts.jsonl"), []
+    verdicts = {name: Verdicts(folder / f"{name}.jsonl") for name in (None, *HANGS)}
+    verdicts[None].add(name_of(Q4_0, "known"), "right", seconds=[1, 2])
+    verdicts[None].add(name_of(Q4_0, "stopped_the_computer"), "begun")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        threads = []
-        for name in HANGS:  # each beside the others, for it takes all the time that a kernel has
-            of_each.append(Verdicts(folder / f"{name}.jsonl"))
-            threads.append(threading.Thread(
-                target=run_planted, args=(CPU, [name], of_each[-1], [Q4_0, Q8_0])))
-            threads[-1].start()
+        # Each of these beside the others, for it takes all the time that a kernel has.
+        threads = [threading.Thread(target=run_planted,
+                                    args=(CPU, [name], verdicts[name], [Q4_0, Q8_0]))
+                   for name in HANGS]
+        for thread in threads:
+            thread.start()
         reasons = []
         while reasons[-1:] != [""]:
             assert len(reasons) < len(BACKENDS)
-            reasons.append(run_planted(CPU, BACKENDS, verdicts, [Q4_0, Q8_0]))
+            reasons.append(run_planted(CPU, BACKENDS, verdicts[None], [Q4_0, Q8_0]))
         for thread in threads:
             thread.join()
-    with open(verdicts.path, "a") as file:
-        file.writelines(one.path.read_text() for one in of_each)
-    return verdicts, reasons
+    return Zoo(verdicts, reasons)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_kernel_gets_its_verdict_and_takes_no_other_with_it(name, zoo):
-    results = zoo[0].results()
-    assert verdict(results, Q4_0, name) == EXPECTED[name]
-    assert verdict(results, Q8_0, name) == "right"
+    assert zoo.verdict(Q4_0, name) == EXPECTED[name] and zoo.verdict(Q8_0, name) == "right"
 
 
 def test_a_trial_is_started_again_three_times_at_most(zoo):
     trials, rest = divmod(len(ENDS_ITS_PROCESS), MAX_RESTARTS + 1)
-    assert rest and zoo[1] == [f"{MAX_RESTARTS + 1} kernels ended their process"] * trials + [""]
+    assert rest and zoo.reasons == [f"{MAX_RESTARTS + 1} kernels ended their process"] * trials + [""]
 
 
-def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_tried(zoo):
-    results = zoo[0].results()
-    probe = results.verdicts["probe by no_probe"]
-    assert probe["verdict"] == "refused" and "no driver" in probe["why"]
-    assert results.working("fine") and not results.working("no_probe")
-    assert not [name for name in results.verdicts if name.endswith("rows 1 to any by no_probe")]
+@pytest.mark.parametrize("name, verdict, why", [
+    ("no_probe", "refused", "no driver"),
+    ("loses_the_device_at_once", "crashed", "its process ended with")])
+def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_tried(
+        name, verdict, why, zoo):
+    results = zoo.verdicts[None].results()
+    probe = results.lines[f"probe by {name}"]
+    assert probe["verdict"] == verdict and why in probe["why"]
+    assert not [line for line in results.lines if line.endswith(f"rows 1 to any by {name}")]
+    assert results.verdict("probe by fine") == "works"
 
 
-@pytest.mark.parametrize("days, again", [
-    (0, {"no_room"}), (8, {"no_room", "refuses", "loops", "holds_on", "is_killed"})])
+@pytest.mark.parametrize("days, again, cases", [
+    (0, {"no_room"}, [Q4_0]),
+    (8, {"no_room", "refuses", *HANGS, "is_killed", "stopped_the_computer"}, [Q4_0, Q8_0])])
 def test_what_crashed_is_never_tried_again_and_what_may_mend_itself_is(
-        days, again, zoo, verdicts, tmp_path, monkeypatch):
+        days, again, cases, zoo, monkeypatch):
     now = time.time()
-    shutil.copy(zoo[0].path, verdicts.path)
     monkeypatch.setattr(time, "time", lambda: now + days * 86400)
-    results = verdicts.results()
-    assert (str(Q4_0) in results.tried) is False
-    unknown = {name for name in (*EXPECTED, "no_room") if verdict(results, Q4_0, name) is None}
-    assert unknown == again and verdict(results, Q8_0, "no_room") == "right"
+    unknown = {name for name in (*EXPECTED, "no_room") if zoo.verdict(Q4_0, name) is None}
+    assert unknown == again and zoo.verdict(Q8_0, "no_room") == "right"
+    assert zoo.verdicts[None].results().untried([Q4_0, Q8_0]) == cases
 
 
-def test_what_is_known_is_not_tried_again(verdicts, tmp_path):
-    verdicts.end("probe by fine", "works")
-    verdicts.end(name_of(Q4_0, "fine"), "right", seconds=[1, 2])
-    verdicts.append(tried=str(Q4_0))
-    assert run_planted(CPU, ("fine",), verdicts, [Q4_0, Q8_0]) == ""
-    assert verdicts.results().tried == {str(Q4_0), str(Q8_0)}
-    tried = (tmp_path / "log").read_text()
-    assert "Q8_0" in tried and "Q4_0" not in tried
+def test_where_memory_is_short_nothing_is_begun(verdicts, monkeypatch):
+    monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_GO_ON - 1)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    job = {"device": "cpu", "backends": ["cpp"], "file": str(verdicts.path), "case_seconds": 9,
+           "cases": [Q4_0.as_json()]}
+    with pytest.raises(SystemExit) as ended:
+        trial.Trial(job).run()
+    assert ended.value.code == trial.WITHOUT_MEMORY and verdicts.read() == []
 
 
-def test_a_probe_that_loses_the_device_takes_no_other_backend_with_it(verdicts):
-    run_planted(CPU, ("loses_the_device_at_once", "fine"), verdicts, [Q8_0])
-    results = verdicts.results()
-    assert results.verdicts["probe by loses_the_device_at_once"]["verdict"] == "crashed"
-    assert verdict(results, Q8_0, "fine") == "right"
-
-
-def test_where_memory_is_short_nothing_is_begun_and_the_rest_is_left(verdicts, monkeypatch):
-    start = planted_backends.START.replace(
-        "planted_backends.main()", "from featherweight.ops.kernels import trial;"
-        " trial.free_bytes = lambda device: 900; planted_backends.main()")
-    command = (*planted_backends.COMMAND[:2], start, *planted_backends.COMMAND[3:])
-    reason = run_trial(CPU, ("fine",), verdicts, [Q4_0], command)
-    assert reason == "less than 1.0 GB of it were free"
-    assert verdicts.results() == ({}, set(), None)
-
-
-def test_a_kernel_that_an_earlier_process_ended_at_is_gone_past(verdicts, tmp_path):
-    """As after a kernel that has stopped the whole computer."""
-    verdicts.begin("probe by fine")
-    verdicts.end("probe by fine", "works")
-    verdicts.begin(name_of(Q4_0, "fine"))
-    assert run_planted(CPU, ("fine",), verdicts, [Q4_0, Q8_0]) == ""
-    results = verdicts.results()
-    assert verdict(results, Q4_0, "fine") == "killed" and verdict(results, Q8_0, "fine") == "right"
-    assert "Q4_0" not in (tmp_path / "log").read_text()
-
-
-def test_a_process_that_does_not_start_blames_no_kernel(verdicts):
-    command = sys.executable, "-c", "raise SystemExit(9)"
-    reason = run_trial(CPU, ("fine",), verdicts, [Q4_0], command)
-    assert reason == "its process ended with 9" and verdicts.results() == ({}, set(), None)
+@pytest.mark.parametrize("status, reason", [
+    (trial.WITHOUT_MEMORY, "less than 1.0 GB of it were free"), (9, "its process ended with 9")])
+def test_a_process_that_ends_between_two_kernels_blames_none(status, reason, verdicts):
+    verdicts.add("a kernel", "begun")  # by an earlier process
+    command = sys.executable, "-c", f"raise SystemExit({status})"
+    assert run_trial(CPU, ("fine",), verdicts, [Q4_0], command) == reason
+    assert [line["verdict"] for line in verdicts.read()] == ["begun"]
 
 
 @pytest.mark.parametrize("sent, expected", [("SIGKILL", "killed"), ("SIGTERM", "killed"),
@@ -167,11 +153,11 @@ def test_a_process_that_does_not_start_blames_no_kernel(verdicts):
 def test_a_signal_of_another_program_is_no_crash_of_the_kernel(sent, expected, verdicts):
     script = ("import json, os, signal, sys, time; job = json.loads(sys.stdin.readline());"
               " signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # which nohup ignores
-              " line = {'begin': 'a kernel', 'at': time.time()};"
-              " open(job['file'], 'a').write(json.dumps(line));"
+              " line = {'name': 'a kernel', 'verdict': 'begun', 'at': time.time()};"
+              " open(job['file'], 'a').write('\\n' + json.dumps(line));"
               f" os.chmod(job['file'], 0o600); os.kill(os.getpid(), signal.{sent})")
     run_trial(CPU, ("fine",), verdicts, [Q4_0], (sys.executable, "-c", script))
-    assert verdicts.results().verdicts["a kernel"]["verdict"] == expected
+    assert verdicts.results().verdict("a kernel") == expected
 
 
 def test_a_kernel_is_found_again_by_the_name_of_its_format():
@@ -199,17 +185,19 @@ from featherweight.ops.kernels.background import start_thread
 from featherweight.ops.kernels.kernel import Case
 from featherweight.ops.kernels.trial import run_trial
 from featherweight.ops.kernels.verdicts import Verdicts
-log = Path(sys.argv[5])
-start_thread(lambda: run_trial(
-    torch.device("cpu"), (sys.argv[4],), Verdicts(Path(sys.argv[3])),
-    [Case("unpack", "Q4_0", torch.float32, None)], planted_backends.COMMAND, 10))
-while not (log.exists() and "Q4_0" in log.read_text()):
+folder, names = Path(sys.argv[3]), sys.argv[4:]
+for name in names:
+    start_thread(lambda name=name: run_trial(
+        torch.device("cpu"), (name,), Verdicts(folder / "cache" / name),
+        [Case("unpack", "Q4_0", torch.float32, None)], planted_backends.COMMAND, CASE_SECONDS))
+while not all((folder / name).exists() for name in names):
     time.sleep(0.05)
-"""
+""".replace("CASE_SECONDS", str(CASE_SECONDS))
 
 
-def start(name: str, verdicts: Verdicts, log: Path, more: str = "") -> subprocess.Popen:
-    arguments = [str(PACK), str(PACK / "tests" / "support"), str(verdicts.path), name, str(log)]
+def start(folder: Path, *names: str, more: str = "") -> subprocess.Popen:
+    """A process that has trials try these kernels, and does `more` once they do."""
+    arguments = [str(PACK), str(PACK / "tests" / "support"), str(folder), *names]
     return subprocess.Popen([sys.executable, "-c", PROCESS + more, *arguments],
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -226,34 +214,36 @@ def wait_for_end(pid: int):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", HANGS)
-def test_no_trial_outlives_the_process_that_asked_for_it(name, verdicts, tmp_path):
+def verdict_in(folder: Path, name: str) -> str | None:
+    return Verdicts(folder / "cache" / name).results().verdict(name_of(Q4_0, name))
+
+
+@pytest.mark.usefixtures("log_of_each")
+def test_no_trial_outlives_the_process_that_asked_for_it(tmp_path):
     """One whose kernel lets no Python run ends when the kernel's time is over."""
-    log = tmp_path / "log"
-    parent = start(name, verdicts, log, "print('tried', flush=True); time.sleep(600)")
+    parent = start(tmp_path, *HANGS, more="print('tried', flush=True); time.sleep(600)")
     assert parent.stdout.readline() == "tried\n"
     parent.kill()
     parent.communicate()
-    wait_for_end(int(log.read_text().split()[0]))
-    assert verdict(verdicts.results(), Q4_0, name) is None  # it is no fault of the kernel
+    for name in HANGS:
+        wait_for_end(int((tmp_path / name).read_text()))
+    assert verdict_in(tmp_path, "loops") is None  # it is no fault of the kernel
+    assert verdict_in(tmp_path, "holds_on") == "begun"
 
 
-def test_a_process_that_ends_ends_its_trial_without_error(verdicts, tmp_path):
-    log = tmp_path / "log"
-    parent = start("loops", verdicts, log)
+@pytest.mark.usefixtures("log_of_each")
+def test_a_process_that_ends_ends_its_trial_without_error(tmp_path):
+    parent = start(tmp_path, "loops")
     _, errors = parent.communicate(timeout=300)
     assert parent.returncode == 0 and not errors
-    wait_for_end(int(log.read_text().split()[0]))
-    results = verdicts.results()
-    assert verdict(results, Q4_0, "loops") is None and results.unfinished is None
+    wait_for_end(int((tmp_path / "loops").read_text()))
+    assert verdict_in(tmp_path, "loops") is None
 
 
 def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it():
-    script = ("import os, sys, time, types\n"
-              "pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]]\n"
-              "sys.modules['featherweight'] = pack\n"
-              "from featherweight import child_process\n"
-              "from featherweight.ops.kernels import background\n"
+    script = ("import os, sys, time\n"
+              "sys.path[:0] = [sys.argv[1]]\n"
+              "import child_process\n"
               "started = child_process.start_process('sleep', '3600')\n"
               "if os.fork() == 0:\n    sys.exit(0)\n"
               "os.wait(); time.sleep(0.3)\n"
@@ -262,7 +252,6 @@ def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it(
                                 text=True, timeout=300, check=True).stdout.split()
     assert state == "runs"
     wait_for_end(int(pid))
-    assert not child_process.is_forked()
 
 
 def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_start(tmp_path):
@@ -289,51 +278,52 @@ def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_
 # --- the real command, with real backends on this CPU ---
 
 
-def in_a_trial(verdicts: Verdicts, backend: str, cases: list[Case], before: str = "") -> dict:
-    """Name -> verdict."""
+def in_a_trial(verdicts: Verdicts, backends: tuple[str, ...], cases: list[Case], first: str = "",
+               before: str = "") -> dict:
+    """Name -> the last line. first, before: what the process does at its start, and before it tries
+    anything."""
     start = trial.START.replace("trial.main()",
                                 f"trial.ROWS, trial.COLUMNS = 16, 512;{before} trial.main()")
-    assert run_trial(CPU, (backend,), verdicts, cases,
-                     (sys.executable, "-c", start, str(PACK)), 240) == ""
+    assert run_trial(CPU, backends, verdicts, cases,
+                     (sys.executable, "-c", first + start, str(PACK)), 240) == ""
     results = verdicts.results()
-    assert results.tried == {str(case) for case in cases}
-    return {name: line["verdict"] for name, line in results.verdicts.items()}
+    assert not results.untried(cases)
+    return {name: line for name, line in results.lines.items() if "tried" not in line["verdict"]}
 
 
-def test_a_trial_needs_neither_the_host_nor_its_packages(verdicts):
-    script = ("import builtins; real = builtins.__import__\n"
-              "HOST = ('comfy', 'comfy_kitchen', 'comfy_aimdo', 'folder_paths', 'nodes')\n"
-              "def refused(name, *rest, **more):\n"
-              "    assert name.split('.')[0] not in HOST, name\n"
-              "    return real(name, *rest, **more)\n"
-              "builtins.__import__ = refused\n")
-    command = (sys.executable, "-c", script + trial.START, str(PACK))
-    assert run_trial(CPU, ("absent",), verdicts, [Q4_0], command) == ""
-    probe = verdicts.results().verdicts["probe by absent"]
-    assert probe["verdict"] == "refused" and "KeyError('absent')" in probe["why"]
+REFUSES_THE_HOST = """
+import builtins; real = builtins.__import__
+HOST = ('comfy', 'comfy_kitchen', 'comfy_aimdo', 'folder_paths', 'nodes')
+def refused(name, *rest, **more):
+    assert name.split('.')[0] not in HOST, name
+    return real(name, *rest, **more)
+builtins.__import__ = refused
+"""
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
-def test_the_kernels_of_a_cpu_are_right_in_a_trial(verdicts):
+def test_the_kernels_of_a_cpu_are_right_in_a_trial_which_needs_neither_the_host_nor_its_packages(
+        verdicts):
     cases = [Case("linear", "Q4_K", torch.bfloat16, torch.float16),
              Case("unpack", "Q4_K", torch.bfloat16, torch.float16),
              Case("unpack", "NF4_128", torch.float32, None),
              Case("int8_rows", "Q8_0", torch.int8, None),
              Case("int8_tokens", None, torch.bfloat16, None)]
-    found = in_a_trial(verdicts, "cpp", cases)
-    probe, *names = found
-    assert probe == "probe by cpp" and found[probe] == "works" and len(names) == 6
-    assert {found[name] for name in names} <= {"right", "slower"}
-    assert names[0].startswith("unpack")
-    assert "linear of Q4_K to bfloat16 by way of float16, rows 2 to 4 by cpp" in names
-    assert found["unpack of NF4_128 to float32, rows 1 to any by cpp"] == "right"
+    lines = in_a_trial(verdicts, ("absent", "cpp"), cases, REFUSES_THE_HOST)
+    assert "KeyError('absent')" in lines.pop("probe by absent")["why"]
+    assert lines.pop("probe by cpp")["verdict"] == "works" and len(lines) == 6
+    assert {line["verdict"] for line in lines.values()} <= {"right", "slower"}
+    assert next(iter(lines)).startswith("unpack")
+    assert "linear of Q4_K to bfloat16 by way of float16, rows 2 to 4 by cpp" in lines
+    assert lines["unpack of NF4_128 to float32, rows 1 to any by cpp"]["verdict"] == "right"
 
 
 def test_tritons_kernels_are_right_in_a_trial_in_its_interpreter(verdicts, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # A value takes ten thousand times as long.
-    found = in_a_trial(verdicts, "triton", [Case("unpack", "Q8_0", torch.float32, None)],
-                       " sys.modules['featherweight.ops.kernels.check'].MANY = 6144;")
-    assert found == {"probe by triton": "works",
-                     "unpack of Q8_0 to float32, rows 1 to any by triton": "slower"}
+    lines = in_a_trial(verdicts, ("triton",), [Case("unpack", "Q8_0", torch.float32, None)],
+                       before=" sys.modules['featherweight.ops.kernels.check'].MANY = 6144;")
+    assert {name: line["verdict"] for name, line in lines.items()} == {
+        "probe by triton": "works",
+        "unpack of Q8_0 to float32, rows 1 to any by triton": "slower"}

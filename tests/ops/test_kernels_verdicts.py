@@ -30,7 +30,7 @@ def verdicts(tmp_path, monkeypatch):
 
 
 def known(verdicts) -> dict[str, str]:
-    return {name: line["verdict"] for name, line in verdicts.results().verdicts.items()}
+    return {name: line["verdict"] for name, line in verdicts.results().lines.items()}
 
 
 def again() -> Verdicts:
@@ -39,44 +39,31 @@ def again() -> Verdicts:
 
 
 def test_a_verdict_is_known_to_the_next_process(verdicts):
-    verdicts.begin(NAME)
-    verdicts.end(NAME, "right", seconds=[0.001, 0.002])
-    verdicts.append(tried=str(UNPACK))
+    verdicts.add(NAME, "begun")
+    verdicts.add(NAME, "right", seconds=[0.001, 0.002])
+    verdicts.add(str(UNPACK), "tried")
     results = again().results()
-    assert results.verdicts[NAME]["seconds"] == [0.001, 0.002]
-    assert results.tried == {str(UNPACK)} and results.unfinished is None
+    assert results.lines[NAME]["seconds"] == [0.001, 0.002] and results.unfinished is None
+    assert results.untried([UNPACK, LINEAR]) == [LINEAR]
 
 
 def test_a_begin_without_an_end_names_the_kernel(verdicts):
-    verdicts.begin("one")
-    verdicts.end("one", "works")
-    verdicts.begin("two")
-    assert again().results().unfinished["begin"] == "two"
+    verdicts.add("one", "begun")
+    verdicts.add("one", "works")
+    verdicts.add("two", "begun")
+    assert again().results().unfinished["name"] == "two"
 
 
 @pytest.mark.parametrize("verdict", RETRY_AFTER_S)
-def test_what_may_mend_itself_is_tried_again_and_its_case_with_it(verdict, verdicts, monkeypatch):
-    verdicts.end(NAME, verdict, seconds=[1.0, 2.0])
-    verdicts.end(f"{LINEAR}, rows 1 to 1 by triton", "crashed")
-    for case in (UNPACK, LINEAR):
-        verdicts.append(tried=str(case))
+def test_what_may_mend_itself_is_forgotten_after_its_time(verdict, verdicts, monkeypatch):
+    verdicts.add(NAME, verdict, seconds=[1.0, 2.0])
+    verdicts.add("before", "crashed")
     forgotten = {0: verdict == "stopped", WEEK + 1: RETRY_AFTER_S[verdict] <= WEEK}
     for seconds, is_forgotten in forgotten.items():
         now = module.time.time() + seconds
         with monkeypatch.context() as patch:
             patch.setattr(module.time, "time", lambda now=now: now)
-            assert (NAME not in known(verdicts)) == is_forgotten
-            assert (str(UNPACK) not in verdicts.results().tried) == is_forgotten
-            assert str(LINEAR) in verdicts.results().tried
-
-
-def test_all_is_tried_again_where_a_backend_may_work_now(verdicts, monkeypatch):
-    verdicts.end("probe by triton", "refused", why="no compiler")
-    verdicts.append(tried=str(UNPACK))
-    assert verdicts.results().tried
-    now = module.time.time() + WEEK + 1
-    monkeypatch.setattr(module.time, "time", lambda: now)
-    assert verdicts.results() == ({}, set(), None)
+            assert known(verdicts) == ({} if is_forgotten else {NAME: verdict}) | {"before": "crashed"}
 
 
 def test_only_right_kernels_are_used_the_fastest_first(verdicts):
@@ -85,9 +72,9 @@ def test_only_right_kernels_are_used_the_fastest_first(verdicts):
                 Backend("nvrtc", print, tuple(kernels[2:]))]
     names = [UNPACK.kernel_name("triton", kernels[0]), UNPACK.kernel_name("triton", kernels[1]),
              UNPACK.kernel_name("nvrtc", kernels[2])]
-    verdicts.end(names[0], "right", seconds=[0.9, 1.0])
-    verdicts.end(names[1], "slower", seconds=[1.1, 1.0])
-    verdicts.end(names[2], "right", seconds=[0.5, 1.0])
+    verdicts.add(names[0], "right", seconds=[0.9, 1.0])
+    verdicts.add(names[1], "slower", seconds=[1.1, 1.0])
+    verdicts.add(names[2], "right", seconds=[0.5, 1.0])
     assert verdicts.results().kernels(UNPACK, backends) == [kernels[2], kernels[0]]
     assert verdicts.results().kernels(LINEAR, backends) == []
 
@@ -97,7 +84,7 @@ def test_who_reads_while_others_write_finds_whole_lines(verdicts):
     for writer in range(2):
         def write(writer=writer):
             for number in range(30):
-                again().end(f"{writer} {number}", "wrong", why="x" * 300)
+                again().add(f"{writer} {number}", "wrong", why="x" * 300)
 
         threads.append(threading.Thread(target=write))
         threads[-1].start()
@@ -107,29 +94,29 @@ def test_who_reads_while_others_write_finds_whole_lines(verdicts):
 
 
 DAMAGED = [b"", b"\0" * 300, b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000,
-           *(json.dumps({"end": NAME, "at": 1, "verdict": "right", "seconds": [1, 2]} | change
+           *(json.dumps({"name": NAME, "at": 1, "verdict": "right", "seconds": [1, 2]} | change
                         ).encode() for change in (
                  {"verdict": "splendid"}, {"verdict": None}, {"seconds": [0, 1]}, {"seconds": [1]},
                  {"seconds": ["1", 2]}, {"seconds": {}}, {"seconds": None}, {"at": "today"},
-                 {"at": 1e300}, {"end": 5}, {"end": [NAME]}, {"seconds": [1, 1e300]},
+                 {"at": 1e300}, {"name": 5}, {"name": [NAME]}, {"seconds": [1, 1e300]},
                  {"verdict": "wrong", "why": 5}))]
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_verdict_counts_as_none(line, verdicts):
-    verdicts.end("before", "wrong")
+    verdicts.add("before", "wrong")
     with open(verdicts.path, "ab") as file:
         file.write(b"\n" + line)
-    verdicts.end("after", "wrong")
+    verdicts.add("after", "wrong")
     assert known(verdicts) == {"before": "wrong", "after": "wrong"}
 
 
 def test_a_file_that_grew_too_large_is_begun_anew(verdicts):
-    verdicts.end("before", "wrong")
+    verdicts.add("before", "wrong")
     with open(verdicts.path, "ab") as file:
         file.write(b" " * MAX_FILE_BYTES)
     assert known(verdicts) == {}
-    verdicts.end("after", "wrong")
+    verdicts.add("after", "wrong")
     assert known(verdicts) == {"after": "wrong"} and verdicts.path.stat().st_size < 1000
 
 
@@ -152,19 +139,19 @@ def is_a_link(path):
 @pytest.mark.parametrize("spoil", [belongs_to_somebody_else, can_be_written_by_all, is_a_link])
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_what_somebody_else_may_have_written_is_not_believed(spoil, what, verdicts):
-    verdicts.end(NAME, "wrong")
+    verdicts.add(NAME, "wrong")
     before = verdicts.path.read_bytes()
     spoil(verdicts.path if what == "file" else verdicts.path.parent)
     assert known(verdicts) == {}
     with pytest.raises(PermissionError, match="remove it"):
-        verdicts.end(NAME, "right", seconds=[1, 2])
+        verdicts.add(NAME, "right", seconds=[1, 2])
     assert verdicts.path.read_bytes() == before
 
 
 def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    Verdicts.of_device(CPU, ("triton",)).end(NAME, "wrong")
+    Verdicts.of_device(CPU, ("triton",)).add(NAME, "wrong")
     assert known(again()) == {NAME: "wrong"}
 
 
@@ -256,7 +243,7 @@ def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdic
 
     monkeypatch.setattr(metadata, "version", version)
     first, backends = Verdicts.of_device(CPU, ("triton",)), ("triton",)
-    first.end(NAME, "wrong")
+    first.add(NAME, "wrong")
     assert known(again()) == {NAME: "wrong"}
     if changed == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")

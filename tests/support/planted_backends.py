@@ -18,7 +18,7 @@ START = ("import sys, types; pack = types.ModuleType('featherweight'); pack.__pa
          " sys.modules['featherweight'] = pack; sys.path.insert(0, sys.argv[2]); import planted_backends;"
          " planted_backends.main()")
 COMMAND = (sys.executable, "-c", START, str(PACK), str(PACK / "tests" / "support"))
-LOG = "PLANTED_BACKENDS_LOG"  # environment variable: a file that gets a line for each kernel that is tried
+LOG = "PLANTED_BACKENDS_LOG"  # environment variable: a folder, where each writes its process into a file of its name
 SLOWER = 0.002  # seconds that the reference takes longer than it needs
 
 
@@ -63,7 +63,7 @@ def loses_the_device(*_):
 
 def garbage(*arguments):
     for standard in (1, 2):
-        os.write(standard, b'}{ \xff\n[1]\n{"end": "probe by garbage", "verdict": "wrong", "at": 1}\n')
+        os.write(standard, b'}{ \xff\n[1]\n{"name": "probe by garbage", "verdict": "wrong", "at": 1}\n')
     right(*arguments)
 
 
@@ -73,7 +73,6 @@ def holds_on(*_):
 
 
 MISBEHAVE = {
-    "aborts": lambda *_: os.abort(),
     "segfaults": lambda *_: ctypes.string_at(0),
     "leaves": lambda *_: os._exit(0),
     "is_killed": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
@@ -84,6 +83,8 @@ MISBEHAVE = {
     "no_room": no_room,
     "loses_the_device": loses_the_device,
     "refuses": refuses,
+    "known": refuses,
+    "stopped_the_computer": loops,
     "garbage": garbage,
     "fine": lambda *arguments: right(*arguments),
     "holds_on": holds_on,
@@ -100,13 +101,11 @@ def right(packed_format, tensors, out, value_dtype, first):
 def backend(name: str):
     from featherweight.ops.kernels import Backend, Kernel
 
-    def logged(run):
-        def logged_run(packed_format, *arguments):
-            if LOG in os.environ:
-                with open(os.environ[LOG], "a") as file:
-                    file.write(f"{os.getpid()} {name} {packed_format.__name__}\n")
-            run(packed_format, *arguments)
-        return logged_run
+    def misbehave(*arguments):
+        if LOG in os.environ:
+            (Path(os.environ[LOG]) / f"{name}.part").write_text(str(os.getpid()))
+            (Path(os.environ[LOG]) / f"{name}.part").rename(Path(os.environ[LOG]) / name)
+        MISBEHAVE.get(name, right)(*arguments)
 
     def probe(device):
         if name == "no_probe":
@@ -114,8 +113,8 @@ def backend(name: str):
         if name == "loses_the_device_at_once":
             loses_the_device()
 
-    runs = {"Q8_0": right, "Q4_0": MISBEHAVE.get(name, right)}
-    return Backend(name, probe, tuple(Kernel("unpack", frozenset([packed]), frozenset([torch.float32]), logged(run))
+    runs = {"Q8_0": right, "Q4_0": misbehave}
+    return Backend(name, probe, tuple(Kernel("unpack", frozenset([packed]), frozenset([torch.float32]), run)
                                       for packed, run in runs.items()))
 
 

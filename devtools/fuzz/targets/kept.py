@@ -25,19 +25,20 @@ class VerdictFile(Target):
                    for least in (1, 2)]
         self.backend = Backend("triton", print, tuple(kernels))
         right, slower = (self.case.kernel_name("triton", kernel) for kernel in kernels)
-        self.verdicts.begin(right)
-        self.verdicts.end(right, "right", seconds=[0.5, 1.0])
-        self.verdicts.end(slower, "slower", seconds=[2.0, 1.5])
-        self.verdicts.append(tried=str(self.case))
-        self.verdicts.end("probe by nvrtc", "crashed", why="it crashed")
-        self.verdicts.begin("another")
+        self.verdicts.add(right, "begun")
+        self.verdicts.add(right, "right", seconds=[0.5, 1.0])
+        self.verdicts.add(slower, "slower", seconds=[2.0, 1.5])
+        self.verdicts.add(str(self.case), "tried")
+        self.verdicts.add("probe by nvrtc", "crashed", why="it crashed")
+        self.verdicts.add("another", "begun")
         return [self.verdicts.path.read_bytes()]
 
     def read(self, data):
         self.verdicts.path.write_bytes(data)
         results = self.verdicts.results()
         results.kernels(self.case, [self.backend])
-        results.working("triton")
+        results.verdict("probe by triton")
+        results.untried([self.case])
 
 
 class PackedCache(Target):
