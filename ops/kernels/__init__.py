@@ -26,10 +26,10 @@ from ..registration import contiguous
 from .background import start_thread
 from .kernel import Backend, Case, Kernel
 from .registry import PRIORITY
-from .selector import ISSUES, WAIT_SECONDS, InProcessSelector, TrialedSelector
+from .selector import InProcessSelector, TrialedSelector
+from .startup import try_kernels
 
-__all__ = ["ISSUES", "PRIORITY", "VARIABLE", "Backend", "Case", "Kernel", "backend_of", "find", "prepare", "start_trials",
-           "unpack_into", "used"]
+__all__ = ["PRIORITY", "VARIABLE", "Backend", "Case", "Kernel", "find", "prepare", "start_trials", "unpack_into", "used"]
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ _selecting = threading.Lock()  # held for no longer than a thread takes to start
 
 
 def _selector(device: torch.device) -> InProcessSelector | TrialedSelector:
-    if device.type == "mps":
-        device = torch.device("mps", 0)  # which is what its tensors lie on
+    device = _with_index(device)
     if device not in _selectors:
         with _selecting:
             if device not in _selectors:
@@ -51,18 +50,25 @@ def _selector(device: torch.device) -> InProcessSelector | TrialedSelector:
     return _selectors[device]
 
 
+def _with_index(device: torch.device) -> torch.device:
+    """As tensors name the device they lie on."""
+    return torch.device("mps", 0) if device.type == "mps" else device
+
+
 def _new_selector(device: torch.device) -> InProcessSelector | TrialedSelector:
-    """As the environment variable asks."""
-    names = PRIORITY.get(device.type, ())
-    asked = os.environ.get(VARIABLE, "").lower()
-    known = {"torch", "auto"}.union(*PRIORITY.values())
+    asked, known = os.environ.get(VARIABLE, "").lower(), {"torch", "auto"}.union(*PRIORITY.values())
     if asked and asked not in known:
         log.warning("[Featherweight] %s is %s; it can be %s. It counts as not set.", VARIABLE, asked, ", ".join(sorted(known)))
-    if asked == "torch" or not names:
-        return InProcessSelector(device, ())
-    if asked in names:
-        return InProcessSelector(device, (asked,))
-    return (TrialedSelector if device.type in TRIALED else InProcessSelector)(device, names)
+    names, need_trials = _backends(device)
+    return (TrialedSelector if need_trials else InProcessSelector)(device, names)
+
+
+def _backends(device: torch.device) -> tuple[tuple[str, ...], bool]:
+    """Names of what a device may use, as the environment variable asks, and whether trials say what of that."""
+    names, asked = PRIORITY.get(device.type, ()), os.environ.get(VARIABLE, "").lower()
+    if asked == "torch":
+        return (), False
+    return ((asked,), False) if asked in names else (names, device.type in TRIALED)
 
 
 def find(capability: str, device: torch.device, packed_format: type[Format] | None, dtype: torch.dtype,
@@ -80,13 +86,14 @@ def find(capability: str, device: torch.device, packed_format: type[Format] | No
 
 def start_trials(devices: Iterable[torch.device]):
     """Has the kernels of devices tried in the background, as far as they need it and it is not known what comes of it."""
-    start_thread(lambda: _try_kernels(list(devices)), "featherweight-trials")
+    start_thread(lambda: _try_kernels([*map(_with_index, devices)]), "featherweight-trials")
 
 
 def _try_kernels(devices: list[torch.device]):
-    for selector in map(_selector, devices):
-        if isinstance(selector, TrialedSelector):
-            selector.try_kernels()
+    for device in devices:
+        names, need_trials = _backends(device)
+        if need_trials:
+            try_kernels(device, names, lambda: device in _selectors)
 
 
 def prepare(device: torch.device, cases: Iterable[Case]):
@@ -96,15 +103,10 @@ def prepare(device: torch.device, cases: Iterable[Case]):
         selector.note(list(cases))
 
 
-def backend_of(device: torch.device) -> str:
-    """Name of the backend that a device uses, "torch" for none. Waits as the first product does."""
-    return " and ".join(_selector(device).backend_names(WAIT_SECONDS["linear"])) or "torch"
-
-
-def used(device: torch.device) -> str:
-    """What unpacks on a device, in words, as far as it is known now."""
+def used(device: torch.device, seconds: float = TOLD_AFTER_SECONDS) -> str:
+    """What unpacks on a device, in words, as far as it is known after so many seconds."""
     selector = _selector(device)
-    names = selector.backend_names(TOLD_AFTER_SECONDS)
+    names = selector.backend_names(seconds)
     return " and ".join(names) or ("torch until kernels are proven" if selector.is_pending else "torch")
 
 

@@ -5,7 +5,9 @@ few values, the beginning and the end of a range of rows, the work of one thread
 and odd addresses, with an addend and without. Not checked: weights of 2**31 values and more.
 """
 import itertools
+import logging
 import math
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,11 @@ from .. import int8_codes
 from ..format import FORMATS, Format
 from . import check_packing
 from .kernel import WrongResult
+from .verdicts import device_name
 
+log = logging.getLogger(__name__)
+
+ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 FEW, MANY = 1, 3 << 16  # values: MANY are several threads' work on a CPU, and that of many programs on a GPU
 NARROW, WIDE = 96, 1280  # columns, at least: several tiles of a kernel's and a part of one are WIDE
 ROWS = 13  # at least, of a weight: no multiple of what a kernel handles together
@@ -96,6 +102,14 @@ def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_
             check_case(kernel.run, case, packed_format, dtype, value_dtype, device)
         except WrongResult as error:
             raise WrongResult(f"{error} in the case {case}") from None
+
+
+def report_wrong(case: str, device: torch.device, error):
+    """Wrong values are our fault, and only who has that device can tell us of them."""
+    log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so "
+                "torch does its work, slower; please report this line at %s.", case,
+                device_name(device), torch.__version__,
+                f"{platform.system()} {platform.release()}", error, ISSUES)
 
 
 def probe(unpack, device: torch.device):

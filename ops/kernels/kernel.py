@@ -50,15 +50,14 @@ class Kernel:
     max_tokens: int | None = None
     min_compute_capability: tuple[int, int] = (0, 0)
 
-    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype,
-                compute_capability: tuple[int, int] | None) -> bool:
+    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
         """Whether its constraints let it run at all.
 
         Args:
-            compute_capability: the device's, None where there is no such thing.
+            capability: see `compute_capability`.
         """
         return (dtype in self.dtypes
-                and (compute_capability is None or compute_capability >= self.min_compute_capability)
+                and (capability is None or capability >= self.min_compute_capability)
                 and (packed_format is None or any(base.__name__ in self.formats for base in packed_format.__mro__)))
 
     def takes(self, tokens: int | None) -> bool:
@@ -111,3 +110,9 @@ class Case(NamedTuple):
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's of a device, None where there is no such thing."""
+    is_cuda = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_cuda else None

@@ -1,36 +1,28 @@
 """Per-device kernel selection: kernels checked in this process, or proven by trials before it."""
-import collections
 import functools
 import logging
-import math
-import platform
 import textwrap
 import threading
 from collections.abc import Callable
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..format import Format
-from ...child_process import is_ending
 from .background import Future, compute_in_background, set_result, wait
-from .check import check
-from .kernel import Backend, Case, Kernel, WrongResult
-from .own_files import cache_folder, private_folder
+from .check import check, report_wrong
+from .kernel import Backend, Case, Kernel, WrongResult, compute_capability
 from .registry import import_backend
-from .trial import FREE_TO_BEGIN, free_bytes, run_trial
+from .startup import is_trying, log_failure
 from .verdicts import Notes, Results, Verdicts, device_name
 
 log = logging.getLogger(__name__)
 
-ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 REASON_LENGTH = 400  # of why a backend does not work, in the log
 EXACT = "unpack"  # the capability whose kernels have the reference's bits
 # Seconds that the first call of a capability waits for a kernel that is checked in this process.
 # After the first wait in vain no other is made.
 WAIT_SECONDS = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20, "pack_blocks": 20,
                 "pack_columns": 20}
-MOST_USED = ("Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "NF4", "Q3_K")  # tried before any model came
 
 
 class InProcessSelector:
@@ -45,7 +37,7 @@ class InProcessSelector:
         self._checks: dict[tuple, Future] = {}
         self._starting = threading.Lock()  # held for no longer than a thread takes to start
         self._waits = True
-        self._compute_capability = None
+        self._compute_capability = compute_capability(device)
         self._backend = self._compute(self._find_backend)
 
     def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
@@ -111,8 +103,6 @@ class InProcessSelector:
                 log.debug("[Featherweight] %s does not work on %s: %r", name, self.device, error)
                 reason = textwrap.shorten(str(error) or repr(error), REASON_LENGTH)
                 reasons.append(f"{name}: {reason}")
-        if backend and self.device.type == "cuda" and torch.version.hip is None:
-            self._compute_capability = torch.cuda.get_device_capability(self.device)
         why = f", because no kernel works there ({'; '.join(reasons)})" if reasons else ""
         log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device),
                  backend.name if backend else f"torch{why}")
@@ -140,42 +130,51 @@ class InProcessSelector:
 
 
 class TrialedSelector:
-    """Uses the fastest of the kernels that trials had proven when one was first asked for.
+    """Uses the fastest of the kernels that trials had proven when this was made.
 
     What a trial finds out after that is for the next start of ComfyUI: a picture can be made again,
     bit for bit, and nobody waits. Torch works where that is faster or nothing is proven.
     """
 
     def __init__(self, device: torch.device, names: tuple[str, ...]):
-        self.device, self.names = device, names
-        self.is_pending = False  # a trial is under way
-        self._reading = threading.Lock()
-        self._read: tuple[list[Backend], Results] | None = None
+        self.device = device
+        self._results, self._backends = Results({}, None), []
         self._kernels: dict[tuple, list[Kernel]] = {}
         self._asked: dict[Case, None] = {}
+        try:
+            results = Verdicts.of_device(device, names).results()
+            self._backends = [import_backend(name) for name in names
+                              if results.verdict(f"probe by {name}") == "works"]
+            self._results = results
+        except Exception:  # a drive or driver may raise anything
+            log_failure(device)
+        log.info("[Featherweight] Packed weights on %s use %s.", device_name(device),
+                 " and ".join(backend.name for backend in self._backends) or "torch")
 
     def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
              value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
         key = capability, packed_format, dtype, value_dtype
         if key not in self._kernels:
-            backends, results = self._proven()
             case = case_of(*key)
-            self._kernels[key] = results.kernels(case, backends)
+            self._kernels[key] = self._results.kernels(case, self._backends)
             self.note([case])
         return next((kernel for kernel in self._kernels[key] if kernel.takes(tokens)), None)
 
     def backend_names(self, seconds: float) -> list[str]:
         """Of those that unpack what layers ask for. Waits for nothing."""
-        backends, results = self._proven()
         used = {kernel for case in list(self._asked) if case.capability == EXACT
-                for kernel in results.kernels(case, backends)[:1]}
-        return [backend.name for backend in backends if used.intersection(backend.kernels)]
+                for kernel in self._results.kernels(case, self._backends)[:1]}
+        return [backend.name for backend in self._backends if used.intersection(backend.kernels)]
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a trial is under way."""
+        return is_trying(self.device)
 
     def note(self, cases: list[Case]):
         """Has what no trial has met tried at the next start of ComfyUI."""
-        _, results = self._proven()
-        new = results.untried(case for case in cases if case not in self._asked)
-        told = {case.format for case in results.untried(self._asked)}
+        new = self._results.untried(case for case in cases if case not in self._asked)
+        told = {case.format for case in self._results.untried(self._asked)}
         self._asked.update(dict.fromkeys(cases))
         if names := sorted({case.format for case in new if case.format} - told):
             log.info("[Featherweight] Kernels for %s are not proven on %s yet: torch does their "
@@ -186,98 +185,7 @@ class TrialedSelector:
             except OSError as error:
                 log.debug("[Featherweight] What a model asks of kernels is not noted: %r", error)
 
-    def try_kernels(self):
-        """Tries what models on this machine have asked for, or what most do where none has, as far
-        as that has no verdict yet. To be called in the background.
-        """
-        self.is_pending = True
-        try:
-            cases = Notes().cases() or [
-                Case(capability, name, dtype, None) for name in MOST_USED
-                for dtype in (torch.bfloat16, torch.float16) for capability in ("unpack", "linear")]
-            verdicts = Verdicts.of_device(self.device, self.names)
-            if untried := verdicts.results().untried(cases):
-                with FileLock(private_folder(cache_folder() / "trials") / "lock", timeout=0):
-                    self._try(verdicts, untried)
-        except Timeout:
-            log.info("[Featherweight] Another trial of kernels is under way; what it leaves is "
-                     "tried on %s when ComfyUI starts next.", device_name(self.device))
-        except Exception:  # a drive or driver may raise anything
-            if not is_ending():  # when nothing is started any more
-                self._log_failure()
-        finally:
-            self.is_pending = False
-
-    def _try(self, verdicts: Verdicts, cases: list[Case]):
-        name = device_name(self.device)
-        if (free := free_bytes(self.device)) < FREE_TO_BEGIN:
-            log.info("[Featherweight] Kernels are tried on %s when ComfyUI starts with %.1f GB of "
-                     "it free; %.1f are.", name, FREE_TO_BEGIN / 1e9, free / 1e9)
-            return
-        log.info("[Featherweight] Kernels for packed weights are tried on %s in the background.",
-                 name)
-        before = verdicts.results().lines
-        untried = run_trial(self.device, self.names, verdicts, cases)
-        new = [line for kernel, line in verdicts.results().lines.items()
-               if before.get(kernel) != line]
-        for line in new:
-            if line["verdict"] == "wrong":
-                report_wrong(line["name"], self.device, line.get("why", ""))
-            elif "why" in line:
-                log.debug("[Featherweight] %s: %s, %s", *map(line.get, ("name", "verdict", "why")))
-        words = [summary(new), *([f"{untried}, so the rest is tried when ComfyUI starts next"]
-                                 if untried else []),
-                 *(["used when ComfyUI starts next"] if self._read else [])]
-        log.info("[Featherweight] %s: %s.", name, "; ".join(words))
-
-    def _proven(self) -> tuple[list[Backend], Results]:
-        """The backends that work here, and what was known of their kernels at the first call."""
-        with self._reading:
-            self._read = self._read or self._read_verdicts()
-            return self._read
-
-    def _read_verdicts(self) -> tuple[list[Backend], Results]:
-        try:
-            results = Verdicts.of_device(self.device, self.names).results()
-            backends = [import_backend(name) for name in self.names
-                        if results.verdict(f"probe by {name}") == "works"]
-        except Exception:  # a drive or driver may raise anything
-            self._log_failure()
-            return [], Results({}, None)
-        log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device),
-                 " and ".join(backend.name for backend in backends) or "torch")
-        return backends, results
-
-    def _log_failure(self):
-        log.warning("[Featherweight] Kernels are not tried on %s: torch does their work.",
-                    self.device, exc_info=True)
-
 
 def case_of(capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
             value_dtype: torch.dtype | None) -> Case:
     return Case(capability, packed_format and packed_format.__name__, dtype, value_dtype)
-
-
-def report_wrong(case: str, device: torch.device, error):
-    """Wrong values are our fault, and only who has that device can tell us of them."""
-    log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so "
-                "torch does its work, slower; please report this line at %s.", case,
-                device_name(device), torch.__version__,
-                f"{platform.system()} {platform.release()}", error, ISSUES)
-
-
-def summary(lines: list[dict]) -> str:
-    """What a trial has found out, in a few words."""
-    counts = collections.Counter(line["verdict"] for line in lines)
-    times = [line["seconds"] for line in lines
-             if line["name"].startswith(EXACT) and line["verdict"] == "right"]
-    proven = f"{counts['right']} kernels proven"
-    words = [proven if counts["right"] else "no kernel is proven, torch does the work"]
-    if times:
-        speedup = math.prod(torchs / kernels for kernels, torchs in times) ** (1 / len(times))
-        words.append(f"unpack {speedup:.1f} times as fast as torch")
-    words += [f"{counts[verdict]} {verdict}"
-              for verdict in ("slower", "wrong", "crashed", "hung", "killed") if counts[verdict]]
-    lost = [line["name"] for line in lines if line["verdict"] in ("crashed", "hung")]
-    report = f" ({'; '.join(lost)}: please report this line at {ISSUES})" if lost else ""
-    return ", ".join(words) + report

@@ -31,7 +31,7 @@ from ..format import Format
 from ..formats._names import format_named
 from ...child_process import end_all, end_process, is_ending, start_process
 from .check import check, random_tensors
-from .kernel import Backend, Case, Kernel, WrongResult
+from .kernel import Backend, Case, Kernel, WrongResult, compute_capability
 from .registry import import_backend
 from .verdicts import RETRY_AFTER_S, Verdicts
 
@@ -79,6 +79,8 @@ def run_trial(device: torch.device, backends: tuple[str, ...], verdicts: Verdict
     """
     job = {"device": str(device), "backends": backends, "file": str(verdicts.path),
            "case_seconds": case_seconds, "cases": [case.as_json() for case in cases]}
+    if free_bytes(device) < FREE_TO_BEGIN:
+        return without_memory(FREE_TO_BEGIN)
     for _ in range(1 + MAX_RESTARTS):
         started = time.time()
         status = _run_process(command, job, TRIAL_SECONDS + case_seconds)
@@ -97,8 +99,12 @@ def run_trial(device: torch.device, backends: tuple[str, ...], verdicts: Verdict
     else:
         return f"{MAX_RESTARTS + 1} kernels ended their process"
     if status == WITHOUT_MEMORY:
-        return f"less than {FREE_TO_GO_ON / 1e9:.1f} GB of it were free"
+        return without_memory(FREE_TO_GO_ON)
     return f"its process ended with {status}" if status else ""
+
+
+def without_memory(size: int) -> str:
+    return f"less than {size / 1e9:.1f} GB of it were free"
 
 
 def _run_process(command: tuple[str, ...], job: dict, seconds: float) -> int:
@@ -136,14 +142,12 @@ class Trial:
         self.cases = sorted(map(Case.of_json, job["cases"]),
                             key=lambda case: ORDER.index(case.capability))
         self.names, self.backends = job["backends"], []
-        self.compute_capability = None
+        self.compute_capability = compute_capability(self.device)
         self.kernel_name: str | None = None  # of what is tried now
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             share = MAX_DEVICE_BYTES / torch.cuda.mem_get_info(self.device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
-            if torch.version.hip is None:
-                self.compute_capability = torch.cuda.get_device_capability(self.device)
 
     def run(self):
         """Raises where torch can do nothing there, so that what is lost later a kernel has lost."""

@@ -229,7 +229,7 @@ def test_a_device_uses_it(backend, used_by_device):
     on_device = [tensor.to(used_by_device) for tensor in tensors]
     assert_same_bits(kernel_layer.unpack_into(fmt, on_device, out), reference(fmt, tensors))
     assert kernel_layer.used(used_by_device) == backend.name
-    assert kernel_layer.backend_of(used_by_device) == backend.name
+    assert kernel_layer.used(used_by_device, 120) == backend.name
 
 
 @pytest.mark.parametrize("backend, name, tokens", [

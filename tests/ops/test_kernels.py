@@ -10,7 +10,7 @@ from featherweight.ops import formats, int8, int8_codes, kernels, product  # noq
 from featherweight.ops.format import FORMATS
 from featherweight.ops.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels import Backend, Kernel, registry
-from featherweight.ops.kernels.check import probe
+from featherweight.ops.kernels.check import ISSUES, probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor import packed_tensor
@@ -91,7 +91,7 @@ def test_a_kernel_with_wrong_values_is_off_and_the_reference_used(run, use, capl
     reasons = [record for record in caplog.records if "Q4_0" in record.message]
     assert [record.levelno for record in reasons] == [logging.WARNING]
     for part in ("unpack of Q4_0 to float32 by made_up on cpu", "differ from the reference", f"torch {torch.__version__}",
-                 "[Featherweight]", kernels.ISSUES):
+                 "[Featherweight]", ISSUES):
         assert part in reasons[0].message
     assert "\n" not in reasons[0].message
 
@@ -218,14 +218,14 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
 
 def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
     use(backend(probe=lambda device: probe(lambda packed_format, tensors, out, *_: out.fill_(1), device)))
-    assert kernels.backend_of(CPU) == "torch"
+    assert kernels.used(CPU, 120) == "torch"
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "the probe by made_up" in warning.message and "please report this line at" in warning.message
 
 
 def test_the_address_for_reports_is_the_packs_own():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'"Bug Tracker" = "{kernels.ISSUES}"' in project
+    assert f'"Bug Tracker" = "{ISSUES}"' in project
 
 
 def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
@@ -345,13 +345,13 @@ def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
     else:
         monkeypatch.setenv(kernels.VARIABLE, asked)
     kernels.find("unpack", CPU, Q4_0, torch.float32)
-    assert kernels.backend_of(CPU) == (used or "torch")
+    assert kernels.used(CPU, 120) == (used or "torch")
 
 
 def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog):
     use(backend(unpack_kernel(unpack), name="first"))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
-    assert kernels.backend_of(CPU) == "first"
+    assert kernels.used(CPU, 120) == "first"
     assert "FEATHERWEIGHT_KERNELS is cuda; it can be auto, first, " in caplog.text
 
 

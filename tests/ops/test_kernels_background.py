@@ -119,7 +119,7 @@ def test_unpacking_waits_for_no_compiler(compiler, monkeypatch):
 def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(held, compiler, monkeypatch, caplog):
     compiler.hold(held)
     if held:
-        assert kernels.backend_of(CPU) == "cpp"
+        assert kernels.used(CPU, 120) == "cpp"
     patience(monkeypatch, 0.5)
     assert seconds_of(product_of) >= 0.5
     patience(monkeypatch, 2 * LONG)
@@ -173,7 +173,7 @@ def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
 def test_the_same_product_has_the_same_bits_whenever_its_kernels_come(tokens, in_time, compiler, monkeypatch):
     compiler.hold(UNPACK_OF_Q4_K if in_time else OF_Q4_K)
     patience(monkeypatch, LONG)
-    assert kernels.backend_of(CPU) == "cpp"
+    assert kernels.used(CPU, 120) == "cpp"
     if not in_time:
         patience(monkeypatch, 0.3)
     first = product_of("Q4_K", tokens)
@@ -187,7 +187,7 @@ def test_the_same_product_has_the_same_bits_whenever_its_kernels_come(tokens, in
 def test_a_model_gives_the_same_values_before_and_after_its_kernels_come(compiler, monkeypatch):
     compiler.hold(UNPACK_OF_Q4_K)
     patience(monkeypatch, LONG)
-    assert kernels.backend_of(CPU) == "cpp"
+    assert kernels.used(CPU, 120) == "cpp"
     patcher = packed_flux("Q4_K")
     first, *others = results_until_the_kernel_comes(compiler, lambda: run(patcher))
     assert all(torch.equal(result, first) for result in others)

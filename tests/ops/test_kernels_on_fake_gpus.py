@@ -14,7 +14,7 @@ import torch
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Case, background, selector
+from featherweight.ops.kernels import Case, background, startup, trial
 from featherweight.ops.kernels.check import random_tensors
 from featherweight.ops.kernels.verdicts import Notes
 from featherweight.ops.tensor import packed_tensor
@@ -63,10 +63,10 @@ def test_kernels_are_tried_where_there_is_room_and_used_from_the_next_start(
     monkeypatch.setitem(kernels.PRIORITY, "cuda", ("cpp",))
     gpu = restarted()
     Notes().add([UNPACK])
-    fakegpu.set_capacity(fakegpu.used() + selector.FREE_TO_BEGIN // 2)
+    fakegpu.set_capacity(fakegpu.used() + trial.FREE_TO_BEGIN // 2)
     try:
         kernels.start_trials([gpu])
-        wait_for("tried on cuda:0 (Fake GPU 0) when ComfyUI starts with 1.5 GB of it free; 0.", caplog)
+        wait_for("cuda:0 (Fake GPU 0): no kernel is proven, torch does the work; less than 1.5 GB", caplog)
         assert_unpacked(gpu)
     finally:
         fakegpu.set_capacity(4 << 30)
@@ -85,13 +85,13 @@ def test_comfyui_tries_kernels_as_it_starts_and_torch_works_where_none_does(
         restarted, monkeypatch, caplog):
     gpu = restarted()
     monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)  # put back
-    may_end, run_trial = threading.Event(), selector.run_trial
+    may_end, run_trial = threading.Event(), startup.run_trial
 
     def held(*arguments):
         assert may_end.wait(300)
         return run_trial(*arguments)
 
-    monkeypatch.setattr(selector, "run_trial", held)
+    monkeypatch.setattr(startup, "run_trial", held)
     asyncio.run(FeatherweightExtension().on_load())  # which does not wait for the trial
     may_end.set()
     wait_for("no kernel is proven, torch does the work", caplog)

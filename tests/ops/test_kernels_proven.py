@@ -10,8 +10,8 @@ import pytest
 import torch
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Backend, Case, Kernel, registry, selector
-from featherweight.ops.kernels.check import random_tensors
+from featherweight.ops.kernels import Backend, Case, Kernel, registry, startup
+from featherweight.ops.kernels.check import ISSUES, random_tensors
 from featherweight.ops.kernels.verdicts import Notes, Verdicts
 from featherweight.ops.tensor import packed_tensor
 from filelock import FileLock
@@ -82,7 +82,7 @@ def trials(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "TRIALED", {"cpu"})
     trials = Trials()
-    monkeypatch.setattr(selector, "run_trial", trials)
+    monkeypatch.setattr(startup, "run_trial", trials)
     return trials
 
 
@@ -140,7 +140,7 @@ def test_what_a_trial_has_proven_is_used_without_another_check(trials, restarted
     unpacked()
     multiplied()
     assert made.calls == {"unpack": 1, "linear": 1}
-    assert kernels.used(CPU) == kernels.backend_of(CPU) == "fine"
+    assert kernels.used(CPU) == "fine"
 
 
 def test_what_is_proven_after_the_first_call_is_for_the_next_start(trials, restarted, log):
@@ -218,7 +218,7 @@ def test_what_is_asked_for_by_name_needs_no_trial(asked, backend, trials, restar
     kernels.prepare(CPU, [UNPACK])
     unpacked()
     assert bool(trials.cases) == (backend is None) and bool(Notes().cases()) == (backend is None)
-    assert kernels.backend_of(CPU) == kernels.used(CPU) == (backend or "torch")
+    assert kernels.used(CPU) == (backend or "torch")
 
 
 def test_a_cpu_is_not_tried(trials, restarted, monkeypatch):
@@ -276,24 +276,11 @@ def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, r
     restarted(Made("fine"))
     started()
     (cases,) = trials.cases
-    assert {case.format for case in cases} == set(selector.MOST_USED) <= set(FORMATS)
+    assert {case.format for case in cases} == set(startup.MOST_USED) <= set(FORMATS)
     assert {(case.capability, case.dtype) for case in cases} == {
         (capability, dtype) for capability in ("unpack", "linear")
         for dtype in (torch.bfloat16, torch.float16)}
     assert len(cases) == 28
-
-
-def test_no_trial_begins_while_little_of_the_device_is_free_and_nobody_waits(
-        trials, restarted, monkeypatch, log):
-    restarted(Made("fine"))
-    monkeypatch.setattr(selector, "free_bytes", lambda device: selector.FREE_TO_BEGIN - 1)
-    started(UNPACK)
-    assert not trials.cases
-    assert log("when ComfyUI starts with 1.5 GB of it free")
-    monkeypatch.setattr(selector, "free_bytes", lambda device: selector.FREE_TO_BEGIN)
-    restarted(Made("fine"))
-    started()
-    assert trials.cases == [[UNPACK]]
 
 
 def test_who_meets_another_trial_begins_none_and_waits_for_nothing(
@@ -321,16 +308,16 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
         verdicts.add("another kernel", "wrong", why="2 of 3 values differ")
         return "4 kernels ended their process"
 
-    monkeypatch.setattr(selector, "run_trial", run)
+    monkeypatch.setattr(startup, "run_trial", run)
     restarted(made)
     started(UNPACK)
     (line,) = log("1 kernels proven")
     for words in ("unpack 3.0 times as fast as torch", "1 wrong", "1 crashed", "(a kernel: please",
-                  kernels.ISSUES, "4 kernels ended their process, so the rest is tried"):
+                  ISSUES, "4 kernels ended their process, so the rest is tried"):
         assert words in line
     (warning,) = [record.message for record in caplog.records if record.levelno > logging.INFO]
     assert "gives wrong values" in warning and "another kernel" in warning
-    assert "2 of 3 values differ" in warning and kernels.ISSUES in warning
+    assert "2 of 3 values differ" in warning and ISSUES in warning
 
 
 def test_where_no_kernel_works_the_log_says_so(trials, restarted, log):

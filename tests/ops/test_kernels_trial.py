@@ -130,6 +130,8 @@ def test_what_crashed_is_never_tried_again_and_what_may_mend_itself_is(
 
 
 def test_where_memory_is_short_nothing_is_begun(verdicts, monkeypatch):
+    monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_BEGIN - 1)
+    assert run_planted(CPU, ("fine",), verdicts, [Q4_0]) == "less than 1.5 GB of it were free"
     monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_GO_ON - 1)
     monkeypatch.setattr(os, "_exit", sys.exit)
     job = {"device": "cpu", "backends": ["cpp"], "file": str(verdicts.path), "case_seconds": 9,
@@ -261,11 +263,11 @@ def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_
               "sys.modules['featherweight'] = pack\n"
               "import torch\n"
               "from featherweight.ops import formats, kernels\n"
-              "from featherweight.ops.kernels import selector\n"
+              "from featherweight.ops.kernels import startup\n"
               "def run(*arguments):\n"
               "    while threading.main_thread().is_alive(): time.sleep(0.01)\n"
               "    raise RuntimeError('no new thread at interpreter shutdown')\n"
-              "selector.run_trial = run\n"
+              "startup.run_trial = run\n"
               "kernels.TRIALED = {'cpu'}\n"
               "kernels.start_trials([torch.device('cpu')])\n"
               "threading.Thread(target=time.sleep, args=[2]).start()\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy.model_management
 import torch
 from featherweight.ops import kernels
-from featherweight.ops.kernels import backend_of, selector
+from featherweight.ops.kernels import selector, used
 from featherweight.ops.scratch import shared_scratch
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def wait():
 
 def machine() -> str:
     """The GPU or the CPU, its threads, torch, and the kernels that packed weights use."""
-    what = f"torch {torch.__version__}, kernels: {backend_of(device())}"
+    what = f"torch {torch.__version__}, kernels: {used(device(), 20)}"
     if torch.accelerator.is_available():
         return f"{comfy.model_management.get_torch_device_name(device())}, {what}"
     cpuinfo = Path("/proc/cpuinfo")
