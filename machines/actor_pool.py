@@ -1,100 +1,108 @@
-"""The workers of one editor: actors of Ray that start with a run, stay for the next one and end when nothing comes."""
-import asyncio
+"""Actors of Ray that draw: how many each machine has room for, what each is given, and what is begun again where one ends."""
 import collections
 import contextlib
-import uuid
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .graph import changed, one_line
 from .joining import on_node
-from .place import MachineError
-from .worker import PromptWorker
 
-AHEAD = 2  # items that a worker holds while there are more than idle workers: one is drawn, one waits
-ATTEMPTS = 3  # times that an item, or a worker that starts, may be lost
+AHEAD = 2  # tasks that a worker has: one is drawn, one waits
+GATHER_SECONDS = 0.02  # after an answer, for those of other workers, so that a thousand of them are not asked each time
+LOOK_SECONDS = 2.0  # between two looks at the nodes
 
 
 @dataclass(frozen=True)
 class Share:
-    """What each worker gets. per_node: how many workers on a machine without GPUs, 0 for those with GPUs."""
+    """What each worker gets of its machine."""
     cpus: float
-    gpus: float = 0
-    per_node: int = 0
+    gpus: float = 0.0
+
+    def room(self, machine: Mapping[str, float]) -> int:
+        """For how many workers a machine, {"CPU": .., "GPU": ..}, has room; for as many as CPUs where they take nothing."""
+        counts = [machine.get("GPU", 0) // self.gpus] if self.gpus else []
+        if self.cpus or not self.gpus:
+            counts.append(machine.get("CPU", 0) // (self.cpus or 1))
+        return int(min(counts))
+
+    def capacity(self) -> dict[str, int]:
+        """Ray's nodes -> for how many workers each has room, of those that have any."""
+        counts = {node: self.room(machine) for node, machine in machine_resources().items()}
+        return {node: count for node, count in counts.items() if count}
+
+    def free(self) -> dict[str, int]:
+        """`capacity` without what is in use now."""
+        from ray._private.state import available_resources_per_node
+
+        return {node: self.room(machine) for node, machine in available_resources_per_node().items()}
+
+
+def share_out(machines: Iterable[Mapping[str, float]], gpus: float | None = None, cpus: float | None = None,
+              workers: int = 0) -> Share:
+    """The share of each worker, alike on all machines, so that all compute with the same number of threads.
+
+    Args:
+        machines: {"CPU": .., "GPU": ..} of each.
+        gpus: None for 1 where any machine has one.
+        cpus: None for those of the smallest machine, shared out among its GPUs, or among its part of the workers.
+        workers: how many there are to be, 0 for one on each GPU or else on each machine.
+    """
+    machines = list(machines)
+    if gpus is None:
+        gpus = 1.0 if any(machine.get("GPU") for machine in machines) else 0.0
+    if cpus is None:
+        able = [machine for machine in machines if machine.get("GPU" if gpus else "CPU")]
+        on_each = max(math.ceil(workers / max(len(able), 1)), 1)
+        cpus = min((machine.get("CPU", 0) / (max(machine["GPU"] // gpus, 1) if gpus else on_each) for machine in able),
+                   default=1.0)
+        if cpus >= 1 or not gpus:
+            cpus = max(cpus // 1, 1.0)
+    return Share(cpus, gpus)
+
+
+def machine_resources() -> dict[str, dict[str, float]]:
+    """Ray's nodes that are alive -> what each has, as {"CPU": 8.0, "GPU": 1.0}."""
+    import ray
+
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 @dataclass(eq=False)
 class Member:
-    """A worker. node: Ray's id of its machine, where it was chosen here. drawing: item -> id of its prompt."""
+    """A worker. calls: what Ray gave for each call -> its task, None for `Worker.ready`; in their order."""
     actor: object
-    node: str = ""
+    node: str
     is_ready: bool = False
-    drawing: dict[int, str] = field(default_factory=dict)
-
-
-def plan(machines: Sequence[dict[str, float]], workers: int = 0, on_cpu: bool = False) -> tuple[int, Share]:
-    """How many workers there are, and what each of them gets.
-
-    The CPUs of a machine are shared out among its workers, alike on all machines, so that all compute with the same number of
-    threads.
-
-    Args:
-        machines: {"CPU": .., "GPU": ..} of each.
-        workers: 0 for one on each GPU, or on each machine where none has a GPU.
-        on_cpu: whether GPUs are left unused.
-    """
-    gpus = [] if on_cpu else [machine for machine in machines if machine.get("GPU", 0) >= 1]
-    if gpus:
-        threads = min(machine.get("CPU", 0) / machine["GPU"] for machine in gpus)
-        most = int(sum(machine["GPU"] for machine in gpus))
-        return min(workers or most, most), Share(int(threads) if threads >= 1 else threads, 1)
-    with_cpus = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
-    if not with_cpus:
-        return 0, Share(0)
-    count = min(workers or len(with_cpus), sum(with_cpus))
-    per_node = -(-count // len(with_cpus))
-    return count, Share(max(1, min(with_cpus) // per_node), per_node=per_node)
+    calls: dict[object, dict | None] = field(default_factory=dict)
 
 
 class ActorPool:
-    """comfyui: where ComfyUI is on machines that do not name one."""
+    """Workers, which stay until they are ended.
 
-    def __init__(self, comfyui: str = ""):
-        self.comfyui, self.members, self.share, self.timer = comfyui, [], None, None
+    Args:
+        worker: their class.
+        given: what it is made with.
+        share: what each of them gets.
+        threads: how many calls of one run at once.
+    """
 
-    def take(self, count: int, share: Share) -> list[Member]:
-        """So many workers with this share; those that are there come first."""
-        if self.timer:
-            self.timer.cancel()
-        if share != self.share:
-            self.end_all()
-        self.share = share
-        self.members.sort(key=lambda member: not member.is_ready)
-        while len(self.members) < count:
-            self.start()
-        return self.members[:count]
-
-    def start(self) -> Member:
+    def __init__(self, worker: type, given: Sequence, share: Share, threads: int = 1):
         import ray
 
-        options, node = {"scheduling_strategy": "SPREAD"}, ""
-        if self.share.per_node:  # no resource of Ray says that a machine shall have no more
-            alive = [each["NodeID"] for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU", 0) >= 1]
-            counts = collections.Counter(member.node for member in self.members)
-            node = min(alive, key=counts.__getitem__, default="")
-            options = on_node(node) if node else options
-        options |= {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_concurrency": 64}
-        actor = ray.remote(PromptWorker).options(**options).remote(self.comfyui)
-        member = Member(actor, node)
-        self.members.append(member)
-        return member
+        self.actor, self.given, self.share, self.threads = ray.remote(worker), given, share, threads
+        self.members: list[Member] = []
+
+    def start(self, node: str):
+        options = {**on_node(node), "num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_concurrency": self.threads}
+        actor = self.actor.options(**options).remote(*self.given)
+        self.members.append(Member(actor, node, calls={actor.ready.remote(): None}))
 
     def end(self, member: Member):
         """Ends a worker, which may have ended already."""
         import ray
 
-        with contextlib.suppress(ValueError):
-            self.members.remove(member)
+        self.members.remove(member)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(member.actor)
 
@@ -102,121 +110,140 @@ class ActorPool:
         for member in list(self.members):
             self.end(member)
 
-    def end_later(self, seconds: float):
-        """Ends the workers after so many seconds without a run."""
-        self.timer = asyncio.get_running_loop().call_later(seconds, self.end_all)
-
 
 class Run:
-    """The items of one run on workers.
+    """Draws tasks on the workers of a pool, as many as the nodes have room for.
+
+    A subclass has
+
+    - `begin(member, task)`, which has a worker draw a task and returns what Ray gave for the call;
+    - `take(member, call, task)`, which takes what the call has answered, and drops it from `member.calls` when that was all;
+    - `give_up(task, error)`: its workers have ended `LOSSES` times;
+    - `never_starts(node, error)`: its workers have ended `FAILED_STARTS` times, one after another, while they started;
+    - `unfit(node, name, reason)`: a worker there, on a machine of that name, cannot draw.
 
     Args:
         pool: where the workers are from.
-        graph: the workflow; changes: for each item its changes to it; extra: see `Host.run`.
-        tell: is called with (item, event, data), the events of `PromptWorker.draw` and ("lost", None) for an item that goes to
-            another worker because its own has ended.
+        tasks: {"id", ...} each.
+        workers: (fewest, most): no more than tasks, but `fewest` in any case; most: 0 for as many as fit.
     """
+    WAIT_SECONDS = LOOK_SECONDS  # for answers, between two calls of `check`
 
-    def __init__(self, pool: ActorPool, graph: dict, changes: Sequence[dict], extra: dict, tell: Callable):
-        self.pool, self.graph, self.changes, self.extra, self.tell = pool, graph, changes, extra, tell
-        self.waiting, self.left = collections.deque(range(len(changes))), len(changes)
-        self.losses, self.failed_starts = collections.Counter(), 0
-        self.members, self.tasks, self.ended = [], set(), None
+    def __init__(self, pool: ActorPool, tasks: Iterable[dict], workers: tuple[int, int]):
+        self.pool, self.workers = pool, workers
+        self.waiting, self.returned = collections.deque(tasks), []  # returned: to go to another worker
+        self.left = len(self.waiting)
+        self.excluded: set[str] = set()  # nodes that take no part
+        self.losses = collections.Counter()  # id of a task -> workers that ended while they drew it
+        self.failed_starts = collections.Counter()  # of nodes
+        self.rests_until: dict[str, float] = {}  # node -> when it gets tasks again
 
-    async def run(self, count: int, share: Share):
-        """Draws all items on so many workers. When it raises or is cancelled, no item goes on. Raises MachineError."""
-        self.ended = asyncio.get_running_loop().create_future()
-        try:
-            for member in self.pool.take(count, share):
-                self.add(member)
-            self.assign()
-            await self.ended
-        finally:
-            for member in self.members:
-                for prompt_id in member.drawing.values():
-                    member.actor.cancel.remote(prompt_id)
-                member.drawing.clear()
-            for task in self.tasks:
-                task.cancel()
+    def draw(self):
+        """Draws all tasks."""
+        looked = -math.inf
+        while self.left:
+            self.check()
+            if time.monotonic() - looked > LOOK_SECONDS:
+                self._look()
+                looked = time.monotonic()
+            self._assign()
+            self._wait()
 
-    def add(self, member: Member):
-        self.members.append(member)
-        if not member.is_ready:
-            self.spawn(self.await_ready(member))
+    # --- what a subclass may add ---
 
-    def spawn(self, work):
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self._after)
+    def check(self):
+        """Is called now and then, and may raise."""
 
-    def _after(self, task: asyncio.Task):
-        self.tasks.discard(task)
-        if not task.cancelled() and task.exception() and not self.ended.done():
-            self.ended.set_exception(task.exception())
+    def look(self, usable: dict[str, int], has_excluded: bool):
+        """Is called with the nodes that can draw, and whether there are others."""
 
-    async def await_ready(self, member: Member):
-        from ray.exceptions import RayError, RayTaskError
+    def lost(self, task: dict):
+        """A task goes to another worker because its own has ended."""
 
-        try:
-            info, unfit = await member.actor.ready.remote()
-        except RayTaskError:
-            raise
-        except RayError as error:
-            self.failed_starts += 1
-            if self.failed_starts == ATTEMPTS:
-                raise MachineError(f"A worker ended {ATTEMPTS} times while its ComfyUI started: a machine may lack memory. Ray"
-                                   f" says: {one_line(error, 300)}") from error
-            self.replace(member)
+    def next_task(self, node: str) -> dict | None:
+        """Takes a task for a node from those that wait."""
+        if self.returned:
+            return self.returned.pop(0)
+        return self.waiting.popleft() if self.waiting else None
+
+    # --- the loop ---
+
+    def _look(self):
+        """Starts workers where there is room."""
+        capacity = self.pool.share.capacity()
+        usable = {node: count for node, count in capacity.items() if node not in self.excluded}
+        self.look(usable, bool(capacity) and not usable)
+        fewest, most = self.workers
+        target = min(sum(usable.values()), max(self.left, fewest), most or math.inf)
+        counts = collections.Counter(member.node for member in self.pool.members if member.node in usable)
+        free = self.pool.share.free() if counts.total() < target else {}
+        while counts.total() < target:  # first where no other program is, and on all nodes alike
+            node = min(usable, key=lambda node: (free.get(node, 0) <= 0, counts[node] / usable[node]))
+            self.pool.start(node)
+            counts[node] += 1
+            free[node] = free.get(node, 0) - 1
+
+    def _assign(self):
+        """Gives each idle worker a task, and then busy ones a second, if there are more than others could begin."""
+        now = time.monotonic()
+        members = self.pool.members[:self.workers[1] or None]
+        ready = [member for member in members if member.is_ready and self.rests_until.get(member.node, 0) <= now]
+        for held in range(AHEAD):
+            idle = sum(not member.calls or not member.is_ready for member in members)
+            for member in ready:
+                if len(member.calls) != held or held and len(self.waiting) + len(self.returned) <= idle:
+                    continue
+                if task := self.next_task(member.node):
+                    member.calls[self.begin(member, task)] = task
+
+    def _wait(self):
+        """Waits for answers, and takes all that have come."""
+        import ray
+
+        calls = [call for member in self.pool.members for call in member.calls]
+        if not calls:
+            time.sleep(min(self.WAIT_SECONDS, 0.5))
             return
-        if unfit:  # one that starts later may find it mended
+        if ray.wait(calls, timeout=self.WAIT_SECONDS)[0]:
+            answered = set(ray.wait(calls, num_returns=len(calls), timeout=GATHER_SECONDS)[0])
+            for member in list(self.pool.members):
+                for call in [call for call in member.calls if call in answered]:
+                    if call in member.calls:
+                        self._take(member, call)
+
+    def _take(self, member: Member, call):
+        import ray
+
+        task = member.calls[call]
+        try:
+            if task is None:
+                self._greet(member, *ray.get(call))
+                member.calls.pop(call)
+            else:
+                self.take(member, call, task)
+        except ray.exceptions.RayError as error:  # the worker has ended, or its node
+            self._lose(member, error)
+
+    def _greet(self, member: Member, info: dict, unfit: str):
+        if unfit:
             self.pool.end(member)
-            self.members.remove(member)
-            self.tell(self.waiting[0] if self.waiting else 0, "unfit", f"{info['name']}: {unfit}")
-            return
-        member.is_ready = True
-        self.assign()
-
-    def replace(self, member: Member):
-        self.pool.end(member)
-        if member in self.members:
-            self.members.remove(member)
-            self.add(self.pool.start())
-
-    def assign(self):
-        """Gives items to workers; none gets a second one that a worker without any could draw."""
-        idle = sum(not member.drawing for member in self.members)
-        while self.waiting:
-            ready = [member for member in self.members if member.is_ready and len(member.drawing) < AHEAD]
-            member = min(ready, key=lambda member: len(member.drawing), default=None)
-            if member is None or member.drawing and len(self.waiting) <= idle:
-                return
-            idle -= not member.drawing
-            item = self.waiting.popleft()
-            member.drawing[item] = str(uuid.uuid4())
-            self.spawn(self.draw(member, item))
-
-    async def draw(self, member: Member, item: int):
-        from ray.exceptions import RayError, RayTaskError
-
-        try:
-            stream = member.actor.draw.options(num_returns="streaming").remote(
-                changed(self.graph, self.changes[item]), self.extra, member.drawing[item])
-            async for ref in stream:
-                self.tell(item, *await ref)
-        except RayTaskError:
-            raise
-        except RayError as error:  # the actor, its machine or an object of it is gone
-            self.losses[item] += 1
-            if self.losses[item] == ATTEMPTS:
-                raise MachineError(
-                    f"Item {item + 1} was lost {ATTEMPTS} times, as its worker ended each time: a machine may lack memory."
-                    f" Ray says: {one_line(error, 300)}") from error
-            self.tell(item, "lost", None)
-            self.waiting.appendleft(item)
-            self.replace(member)
+            self.unfit(member.node, info["name"], unfit.rstrip("."))
         else:
-            self.left -= 1
-            if not self.left and not self.ended.done():
-                self.ended.set_result(None)
-        del member.drawing[item]
-        self.assign()
+            member.is_ready, self.failed_starts[member.node] = True, 0
+
+    def _lose(self, member: Member, error: Exception):
+        """Hands on what an ended worker had: the first of its tasks it was drawing, others it had not begun."""
+        tasks = list(member.calls.values())
+        self.pool.end(member)
+        if not member.is_ready:
+            self.failed_starts[member.node] += 1
+            if self.failed_starts[member.node] == self.FAILED_STARTS:
+                self.never_starts(member.node, error)
+            return
+        member.calls.clear()
+        self.losses[tasks[0]["id"]] += 1
+        if self.losses[tasks[0]["id"]] == self.LOSSES:
+            self.give_up(tasks.pop(0), error)
+        for task in tasks:
+            self.lost(task)
+        self.returned += tasks

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import by_value
+from .actor_pool import ActorPool, machine_resources, share_out
 from .check import Machine, check_machines, file_changes, report
 from .joining import ALONE, is_joined, join, local_environment, nearest, on_node
 from .place import MachineError, arguments, difference, find, majority, versions
 from .progress import Progress
-from .row_pool import RowPool
+from .row_run import RowRun
 from .rows import Table, changes_of, chunks, lines, look
 from .store import Store, StoreActor
 from .worker import RowRenderer, node_info
@@ -35,7 +36,7 @@ class Batch:
         rows: path of the lines.
         out: see `Store`.
         workers: (fewest, most), 0: as many as fit.
-        gpus, cpus: of each worker, None: by what the machines have, see `share`.
+        gpus, cpus: of each worker, None: by what the machines have, see `share_out`.
         address: of the cluster.
         shard: (i, n).
         comfyui: this command's own ComfyUI, or "".
@@ -83,10 +84,10 @@ class Batch:
         """Says of each machine what it is and lacks. Returns whether all can run it. Raises BatchError, OSError."""
         self.connect()
         machines, _ = self.compare_machines()
-        for node in self.capacity().keys() - machines.keys():
+        for node in self.share.capacity().keys() - machines.keys():
             machines[node] = Machine(f"Ray's node {node[:8]}", {}, f"did not answer within {VERSION_SECONDS} s")
         changes = file_changes(self.graph, changes_of(self.rows))
-        check_machines(machines, self.graph, changes, self.comfyui, bool(self.gpus))
+        check_machines(machines, self.graph, changes, self.comfyui, bool(self.share.gpus))
         self.say(report(machines.values()), flush=True)
         return all(machine.can_run() for machine in machines.values())
 
@@ -137,28 +138,11 @@ class Batch:
             raise BatchError(str(error)) from error
         by_value(ray.cloudpickle)
         self.home = ray.get_runtime_context().get_node_id()
-        self.gpus, self.cpus = share(self.resources().values(), self.gpus, self.cpus)
-
-    def resources(self) -> dict[str, dict[str, float]]:
-        """Ray's nodes that are alive -> what each has, as {"CPU": 8.0, "GPU": 1.0}."""
-        import ray
-
-        return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-
-    def capacity(self) -> dict[str, int]:
-        """Nodes -> for how many workers each has room, of those that have any."""
-        counts = {node: room(resources, self.gpus, self.cpus) for node, resources in self.resources().items()}
-        return {node: count for node, count in counts.items() if count}
-
-    def free(self) -> dict[str, int]:
-        """`capacity` without what is in use now."""
-        from ray._private.state import available_resources_per_node
-
-        return {node: room(resources, self.gpus, self.cpus) for node, resources in available_resources_per_node().items()}
+        self.share = share_out(machine_resources().values(), self.gpus, self.cpus)
 
     def no_capacity(self) -> str:
-        gpus = f" and {self.gpus:g} GPUs: give --gpus 0 for machines without." if self.gpus else ""
-        return f"No machine of the cluster has {self.cpus:g} free CPUs{gpus}"
+        gpus = f" and {self.share.gpus:g} GPUs: give --gpus 0 for machines without." if self.share.gpus else ""
+        return f"No machine of the cluster has {self.share.cpus:g} free CPUs{gpus}"
 
     def compare_machines(self) -> tuple[dict[str, Machine], dict[str, str]]:
         """Asks the machines for their versions. Starts no ComfyUI.
@@ -172,7 +156,7 @@ class Batch:
         import ray
 
         task = ray.remote(versions_here)
-        nodes = {task.options(**on_node(node)).remote(self.comfyui): node for node in self.capacity()}
+        nodes = {task.options(**on_node(node)).remote(self.comfyui): node for node in self.share.capacity()}
         ready, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=VERSION_SECONDS) if nodes else ([], [])
         machines = {}
         for ref in ready:
@@ -194,47 +178,19 @@ class Batch:
         self.connect()
         import ray
 
-        machines, expected = self.compare_machines()
-        excluded = {node for node, machine in machines.items() if machine.excluded}
-        for text in itertools.chain.from_iterable(machines[node].sentences() for node in excluded):
-            self.say(text, flush=True)
+        _, expected = self.compare_machines()
         writer = None
         if not self.store.files and not self.out.startswith("file://"):
             writer = ray.remote(StoreActor).options(max_restarts=-1, max_task_retries=-1, max_concurrency=16,
                                                     **on_node(self.home)).remote(self.out)
-        actor = ray.remote(self.worker)
-        given = (self.graph, self.out, self.home if writer else "", writer, self.comfyui, expected)
-
-        def start(node: str):
-            return actor.options(**{**on_node(node), "num_cpus": self.cpus, "num_gpus": self.gpus}).remote(*given)
-
+        pool = ActorPool(self.worker, (self.graph, self.out, self.home if writer else "", writer, self.comfyui, expected),
+                         self.share)
         progress = Progress(len(rows), self.say)
-        RowPool(start, self.capacity, self.free, excluded, self.workers, progress).render(rows)
+        try:
+            RowRun(pool, rows, self.workers, progress).draw()
+        finally:
+            pool.end_all()
         return progress.counts
-
-
-def share(machines, gpus: float | None, cpus: float | None) -> tuple[float, float]:
-    """(GPUs, CPUs) of each worker.
-
-    Args:
-        machines: {"CPU": ..., "GPU": ...} of each.
-        gpus: None for 1 where any machine has one.
-        cpus: None for all of the smallest machine, shared out among its GPUs.
-    """
-    machines = list(machines)
-    if gpus is None:
-        gpus = 1.0 if any(machine.get("GPU") for machine in machines) else 0.0
-    if cpus is None:
-        shares = [machine.get("CPU", 0) // max(machine["GPU"] // gpus if gpus else 1, 1)
-                  for machine in machines if machine.get("GPU" if gpus else "CPU")]
-        cpus = max(min(shares, default=1.0), 1.0)
-    return gpus, cpus
-
-
-def room(machine: dict[str, float], gpus: float, cpus: float) -> int:
-    """For how many workers a machine has room; where they take no CPU, as many as it has CPUs."""
-    count = machine.get("CPU", 0) // (cpus or 1)
-    return int(min(count, machine.get("GPU", 0) // gpus) if gpus else count)
 
 
 def versions_here(comfyui: str) -> tuple[str, dict[str, str], str]:

@@ -3,49 +3,83 @@
 ComfyUI (`machines/pool.py`) writes requests to its standard input, and it answers on its standard output, see `messages.py`. It
 ends when its input does, so it does not outlive ComfyUI, nor does a Ray that it started itself.
 """
-import asyncio
 import contextlib
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 
 from . import by_value
-from .actor_pool import ActorPool, Run, plan
+from .actor_pool import ActorPool, Share, machine_resources, share_out
 from .graph import GraphError, one_line
 from .joining import join, named_cluster
 from .messages import MessageError, read, write
 from .place import MachineError
+from .prompt_run import PromptRun
+from .worker import PromptWorker
 
 END_SECONDS = 5  # that Ray has to end after ComfyUI
+THREADS = 64  # of a worker: prompts that are cancelled, one that is drawn, and one that waits
+
+
+class Cancelled(Exception):
+    """ComfyUI has cancelled this run."""
 
 
 def install() -> str:
     return f'Run on Ray needs Ray. Install it with: "{sys.executable}" -m pip install ray'
 
 
+def plan(machines: list[dict[str, float]], workers: int = 0, on_cpu: bool = False) -> tuple[int, Share]:
+    """How many workers there are, and what each of them gets.
+
+    Args:
+        machines: {"CPU": .., "GPU": ..} of each.
+        workers: 0 for one on each GPU, or on each machine where none has a GPU.
+        on_cpu: whether GPUs are left unused.
+    """
+    share = share_out(machines, gpus=0.0 if on_cpu else None, workers=workers)
+    rooms = [room for room in map(share.room, machines) if room]
+    return min(workers or (sum(rooms) if share.gpus else len(rooms)), sum(rooms)), share
+
+
 class Driver:
     """say: takes a header and data for ComfyUI."""
 
     def __init__(self, say):
-        self.say, self.runs, self.pool = say, {}, None
+        self.say, self.pool = say, None
+        self.requests, self.cancelled = queue.SimpleQueue(), set()
 
-    def take(self, header: dict):
-        """Answers a request: {"op": "run", "number", ...} (see `run`), or {"op": "cancel", "number"}."""
-        request = dict(header)
-        op, number = request.pop("op"), request.pop("number")
-        if op == "run":
-            self.runs[number] = asyncio.ensure_future(self.answer(number, request))
-        elif number in self.runs:
-            self.runs[number].cancel()
+    def take(self, header: dict | None):
+        """Takes a request in any thread: {"op": "run", "number", ...} (see `run`), {"op": "cancel", "number"}, None to end."""
+        if header and header["op"] == "cancel":
+            self.cancelled.add(header["number"])
+        else:
+            self.requests.put(header)
 
-    async def answer(self, number: int, request: dict):
+    def serve(self):
+        """Answers requests one after another, and ends workers that have been idle for as long as the last run said."""
+        idle_seconds = None
+        while True:
+            try:
+                request = self.requests.get(timeout=idle_seconds)
+            except queue.Empty:
+                self.pool.end_all()
+                idle_seconds = None
+                continue
+            if request is None:
+                return
+            self.answer(request["number"], {name: request[name] for name in request.keys() - {"op", "number"}})
+            idle_seconds = request["idle_seconds"] if self.pool else None
+
+    def answer(self, number: int, request: dict):
         ended = {"number": number, "event": "done"}
         try:
-            await self.run(number, **request)
-        except asyncio.CancelledError:
+            self.run(number, **request)
+        except Cancelled:
             ended = {"number": number, "event": "cancelled"}
         except (MachineError, GraphError, MessageError) as error:
             ended = {"number": number, "event": "error", "message": str(error)}
@@ -53,18 +87,16 @@ class Driver:
             logging.exception("Run on Ray")
             ended = {"number": number, "event": "error",
                      "message": f"Ray failed: {type(error).__name__}: {one_line(error, 600)}"}
-        self.runs.pop(number, None)
+        self.cancelled.discard(number)
         self.say(ended)
 
-    async def run(self, number: int, graph: dict, changes: list[dict], extra: dict, workers: int, idle_seconds: float,
-                  comfyui: str, on_cpu: bool):
+    def run(self, number: int, graph: dict, changes: list[dict], extra: dict, workers: int, idle_seconds: float,
+            comfyui: str, on_cpu: bool):
         """Draws the items of a run.
 
-        Says {"number", "event", "item", "value"} for each event of `Run`, where a preview is the data, and for each picture
-        {"number", "event": "image", "item", "index", "of", "shape"} with its values as the data.
+        Says {"number", "event", "item", "value"} for each event of `PromptRun`, where a preview is the data, and for each
+        picture {"number", "event": "image", "item", "index", "of", "shape"} with its values as the data.
         """
-        import ray
-
         def tell(item: int, event: str, data):
             header = {"number": number, "event": event, "item": item}
             if event == "preview":
@@ -76,31 +108,33 @@ class Driver:
             else:
                 self.say({**header, "value": data})
 
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        size, share = plan(machines, workers, on_cpu)
+        def check():
+            if number in self.cancelled:
+                raise Cancelled
+
+        size, share = plan(list(machine_resources().values()), workers, on_cpu)
         size = min(size, len(changes))
         if not size:
             raise MachineError("The Ray cluster has no machine with a GPU or a CPU to run on.")
         self.say({"number": number, "event": "workers", "value": size})
-        self.pool = self.pool or ActorPool(comfyui)
-        try:
-            await Run(self.pool, graph, changes, extra, tell).run(size, share)
-        finally:
-            self.pool.end_later(idle_seconds)
+        if self.pool and self.pool.share != share:
+            self.pool.end_all()
+            self.pool = None
+        self.pool = self.pool or ActorPool(PromptWorker, (comfyui,), share, THREADS)
+        PromptRun(self.pool, graph, changes, extra, size, tell, check).draw()
 
 
 def main():
     """Connects to the cluster that the environment names, or else starts a Ray for this computer alone, and serves runs."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed here goes to the log
-    loop = asyncio.new_event_loop()
     driver = Driver(lambda header, data=b"": write(answers, header, data))
 
     def listen():
         with contextlib.suppress(MessageError):
             while (message := read(sys.stdin.buffer)) is not None:
-                loop.call_soon_threadsafe(driver.take, message[0])
-        loop.call_soon_threadsafe(loop.stop)
+                driver.take(message[0])
+        driver.take(None)
         time.sleep(END_SECONDS)  # a daemon's thread: there is no such time if all ends by itself
         if hasattr(os, "killpg"):
             os.killpg(os.getpgid(0), signal.SIGKILL)
@@ -117,6 +151,5 @@ def main():
         os._exit(1)  # a thread that waits for an address would hold this process
     by_value(ray.cloudpickle)
     driver.say({"number": None, "event": "joined"})
-    asyncio.set_event_loop(loop)
-    loop.run_forever()
+    driver.serve()
     ray.shutdown()

@@ -9,7 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 from devtools import ROOT
-from featherweight.machines.batch import Batch, room, share
+from featherweight.machines.actor_pool import Share, share_out
+from featherweight.machines.batch import Batch
 from featherweight.machines.graph import GraphError, changed, digest, read, upstream
 from featherweight.machines.place import MachineError, arguments, find, is_pack, own, versions
 from featherweight.machines.progress import Progress
@@ -320,17 +321,19 @@ def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
 
 @pytest.mark.parametrize("machine, gpus, cpus, count", [
     ({"memory": 1.0}, 0, 0, 0), ({"memory": 1.0}, 0, 1, 0), ({"CPU": 4.0}, 0, 0, 4), ({"CPU": 4.0}, 0, 2, 2),
-    ({"CPU": 4.0}, 1, 2, 0), ({"CPU": 8.0, "GPU": 2.0}, 1, 2, 2), ({"CPU": 8.0, "GPU": 2.0}, 0.25, 1, 8)])
+    ({"CPU": 4.0}, 1, 2, 0), ({"CPU": 8.0, "GPU": 2.0}, 1, 2, 2), ({"CPU": 8.0, "GPU": 2.0}, 0.25, 1, 8),
+    ({"GPU": 2.0}, 1, 0, 2), ({"GPU": 2.0}, 1, 1, 0)])
 def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(machine, gpus, cpus, count):
-    assert room(machine, gpus, cpus) == count
+    assert Share(cpus, gpus).room(machine) == count
 
 
 @pytest.mark.parametrize("machines, given, shared", [
-    ([], (None, None), (0, 1)), ([{"memory": 1.0}, {"CPU": 4.0}, {"CPU": 6.0}], (None, None), (0, 4)),
-    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (None, None), (1, 8)),
-    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (0, None), (0, 4)), ([{"CPU": 4.0}], (None, 0), (0, 0))])
+    ([], (None, None), Share(1)), ([{"memory": 1.0}, {"CPU": 4.0}, {"CPU": 6.0}], (None, None), Share(4)),
+    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (None, None), Share(8, 1)),
+    ([{"CPU": 6.0, "GPU": 4.0}], (None, None), Share(1, 1)), ([{"CPU": 2.0, "GPU": 4.0}], (None, None), Share(0.5, 1)),
+    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (0, None), Share(4)), ([{"CPU": 4.0}], (None, 0), Share(0))])
 def test_cpus_are_shared_out_alike_among_the_workers_of_all_machines(machines, given, shared):
-    assert share(machines, *given) == shared
+    assert share_out(machines, *given) == shared
 
 
 def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):

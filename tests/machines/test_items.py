@@ -5,7 +5,8 @@ import numpy
 import psutil
 import pytest
 from devtools.files import demo_files
-from featherweight.machines.actor_pool import Share, plan
+from featherweight.machines.actor_pool import Share
+from featherweight.machines.driver import plan
 from featherweight.machines.gathering import Gathering
 from featherweight.machines.graph import GraphError, with_result
 from featherweight.machines.items import items, varying
@@ -69,11 +70,12 @@ def test_what_varies_is_what_the_changes_reach():
     ([{"CPU": 16, "GPU": 2}, {"CPU": 6, "GPU": 1}, {"CPU": 64}], 0, False, 3, Share(6, 1)),
     ([{"CPU": 2, "GPU": 4}], 3, False, 3, Share(0.5, 1)),
     ([{"CPU": 2, "GPU": 4}], 10_000, False, 4, Share(0.5, 1)),
-    ([{"CPU": 16, "GPU": 2}], 0, True, 1, Share(16, per_node=1)),
-    ([{"CPU": 8}, {"CPU": 4}, {}], 0, False, 2, Share(4, per_node=1)),
-    ([{"CPU": 8}, {"CPU": 4}], 3, False, 3, Share(2, per_node=2)),
-    ([{"CPU": 8}], 10_000, False, 8, Share(1, per_node=8)),
-    ([{}], 2, False, 0, Share(0))])
+    ([{"CPU": 16, "GPU": 2}], 0, True, 1, Share(16)),
+    ([{"CPU": 8}, {"CPU": 4}, {}], 0, False, 2, Share(4)),
+    ([{"CPU": 8}, {"CPU": 4}], 3, False, 3, Share(2)),
+    ([{"CPU": 8}], 10_000, False, 8, Share(1)),
+    ([{"GPU": 2}], 0, False, 2, Share(0, 1)),
+    ([{}], 2, False, 0, Share(1))])
 def test_a_worker_for_each_gpu_or_else_for_each_machine(machines, workers, on_cpu, count, share):
     assert plan(machines, workers, on_cpu) == (count, share)
 

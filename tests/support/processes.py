@@ -7,7 +7,8 @@ REAL = ("server", "machines")
 # Of those, files of which each runs by itself: none shares its server with others.
 ALONE = ("server/test_hostile_workflows.py", "server/test_placing.py", "server/test_soak.py")
 # Files of tests that start nothing.
-COMPUTING = tuple(f"machines/test_{name}.py" for name in ("address", "batch_rows", "items", "page", "row_pool"))
+COMPUTING = tuple(f"machines/test_{name}.py" for name in (
+    "address", "batch_rows", "items", "page", "prompt_run", "row_run"))
 GROUP = " @ "  # before the name of a group, behind a test's id
 
 

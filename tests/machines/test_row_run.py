@@ -4,14 +4,15 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from featherweight.machines import row_pool
+from featherweight.machines import actor_pool, row_run
+from featherweight.machines.actor_pool import ActorPool, Member
 from featherweight.machines.progress import Progress
-from featherweight.machines.row_pool import RowPool
+from featherweight.machines.row_run import RowRun
 
 ray = pytest.importorskip("ray")
 
 
-class Cluster:
+class Cluster(ActorPool):
     """Nodes whose workers answer at once.
 
     Args:
@@ -23,13 +24,15 @@ class Cluster:
     def __init__(self, answer, nodes=("one", "two"), unfit=(), starts=True):
         self.answer, self.nodes, self.unfit, self.starts = answer, dict.fromkeys(nodes, 1), dict(unfit), starts
         self.free = self.nodes
-        self.said, self.began, self.started, self.ended = [], [], [], 0
+        self.share = SimpleNamespace(capacity=lambda: dict(self.nodes), free=lambda: dict(self.free))
+        self.members, self.said, self.began, self.started, self.ended = [], [], [], [], 0
 
     def start(self, node):
         self.started.append(node)
         info = {"name": node}, self.unfit.get(node, "")
-        return SimpleNamespace(ready=self.call(lambda: info if self.starts else None),
-                               render=self.call(lambda row: self.render(row, node)))
+        actor = SimpleNamespace(ready=self.call(lambda: info if self.starts else None),
+                                render=self.call(lambda row: self.render(row, node)))
+        self.members.append(Member(actor, node, calls={actor.ready.remote(): None}))
 
     def call(self, function):
         class Call:
@@ -49,11 +52,13 @@ class Cluster:
             raise ray.exceptions.ActorDiedError
         return answer
 
-    def draw(self, names, workers=(1, 0), excluded=()):
+    def draw(self, names, workers=(1, 0)):
         """Returns how the rows ended, as counts."""
         progress = Progress(len(names), lambda text, **_: self.said.append(text.strip()))
-        pool = RowPool(self.start, lambda: dict(self.nodes), lambda: dict(self.free), excluded, workers, progress)
-        pool.render([{"id": name} for name in names])
+        try:
+            RowRun(self, [{"id": name} for name in names], workers, progress).draw()
+        finally:
+            self.end_all()
         return dict(progress.counts)
 
     def ends(self, actor):
@@ -70,9 +75,10 @@ def cluster(monkeypatch):
         monkeypatch.setattr(ray, "kill", made.ends)
         return made
 
-    for name in ("LOOK_SECONDS", "MAX_REST_SECONDS"):
-        monkeypatch.setattr(row_pool, name, 0.01)
-    monkeypatch.setattr(row_pool, "GONE_SECONDS", 0.1)
+    monkeypatch.setattr(actor_pool, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(RowRun, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(row_run, "MAX_REST_SECONDS", 0.01)
+    monkeypatch.setattr(row_run, "GONE_SECONDS", 0.1)
     return make
 
 
@@ -119,7 +125,7 @@ def test_without_a_machine_the_rest_fails_after_a_while_with_a_sentence(cluster)
 
 
 def test_a_machine_that_comes_back_in_time_draws_the_rest(cluster, monkeypatch):
-    monkeypatch.setattr(row_pool, "GONE_SECONDS", 60)
+    monkeypatch.setattr(row_run, "GONE_SECONDS", 60)
     found = cluster(lambda name, node: "drawn", ())
     monkeypatch.setattr(time, "sleep", lambda seconds: found.nodes.update(one=1))
     assert found.draw("ab") == {"drawn": 2}
@@ -141,7 +147,7 @@ def test_a_row_whose_worker_always_ends_fails_and_no_other_does(cluster):
     found = cluster(lambda name, node: "drawn" if name != "b" else None)
     assert found.draw("abcd") == {"drawn": 3, "failed": 1}
     assert any(re.match(r"b: its worker ended \d+ times", text) for text in found.said)
-    assert sum(name == "b" for name, _ in found.began) == row_pool.LOSSES
+    assert sum(name == "b" for name, _ in found.began) == RowRun.LOSSES
 
 
 def test_what_waited_behind_a_row_that_ends_its_worker_is_not_blamed(cluster):
@@ -166,14 +172,8 @@ def test_where_all_are_unfit_every_row_fails_with_the_reason(cluster):
 def test_a_machine_whose_comfyui_never_starts_is_given_up(cluster):
     found = cluster(lambda name, node: "drawn", ("one",), starts=False)
     assert found.draw("a") == {"failed": 1}
-    assert len(found.started) == row_pool.FAILED_STARTS
+    assert len(found.started) == RowRun.FAILED_STARTS
     assert any("ended 10 times while ComfyUI started there" in text for text in found.said)
-
-
-def test_what_is_excluded_from_the_start_draws_nothing(cluster):
-    found = cluster(lambda name, node: "drawn")
-    assert found.draw("abc", excluded={"one"}) == {"drawn": 3}
-    assert found.started == ["two"]
 
 
 @pytest.mark.parametrize("workers, count", [((1, 0), 3), ((1, 2), 2), ((5, 0), 5), ((9, 9), 8)])

@@ -1,0 +1,69 @@
+"""Draws the items of *Run on Ray*: what their workers tell goes on to ComfyUI, and a run that ends frees them for the next."""
+import uuid
+from collections.abc import Callable, Sequence
+
+from .actor_pool import ActorPool, Member, Run
+from .graph import changed, one_line
+from .place import MachineError
+
+
+class PromptRun(Run):
+    """The items of one run, on workers of `PromptWorker`.
+
+    Args:
+        graph: the workflow; changes: for each item its changes to it; extra: see `Host.run`.
+        workers: at most so many.
+        tell: is called with (item, event, data), the events of `PromptWorker.draw` and ("lost", None) for an item that goes to
+            another worker because its own has ended.
+        check: is called ten times a second, and may raise.
+    """
+    LOSSES = FAILED_STARTS = 3
+    WAIT_SECONDS = 0.1
+
+    def __init__(self, pool: ActorPool, graph: dict, changes: Sequence[dict], extra: dict, workers: int, tell: Callable,
+                 check: Callable):
+        super().__init__(pool, [{"id": item, "changes": each} for item, each in enumerate(changes)], (1, workers))
+        pool.members.sort(key=lambda member: not member.is_ready)
+        self.graph, self.extra, self.tell, self.check = graph, extra, tell, check
+
+    def draw(self):
+        """Draws all items. When it raises, none goes on. Raises GraphError, MachineError."""
+        try:
+            super().draw()
+        finally:
+            for member in self.pool.members:
+                for call in [call for call, item in member.calls.items() if item]:
+                    member.actor.cancel.remote(member.calls.pop(call)["prompt_id"])
+
+    def begin(self, member: Member, item: dict):
+        item["prompt_id"] = str(uuid.uuid4())
+        return member.actor.draw.options(num_returns="streaming").remote(
+            changed(self.graph, item["changes"]), self.extra, item["prompt_id"])
+
+    def take(self, member: Member, call, item: dict):
+        import ray
+
+        try:
+            while True:
+                self.tell(item["id"], *ray.get(next(call)))
+                if not ray.wait([call], timeout=0)[0]:
+                    return
+        except StopIteration:
+            del member.calls[call]
+            self.left -= 1
+
+    def lost(self, item: dict):
+        self.tell(item["id"], "lost", None)
+
+    def give_up(self, item: dict, error: Exception):
+        raise MachineError(f"Item {item['id'] + 1} was lost {self.LOSSES} times, as its worker ended each time: a machine may"
+                           f" lack memory. Ray says: {one_line(error, 300)}")
+
+    def never_starts(self, node: str, error: Exception):
+        raise MachineError(f"A worker ended {self.FAILED_STARTS} times while its ComfyUI started: a machine may lack memory."
+                           f" Ray says: {one_line(error, 300)}")
+
+    def unfit(self, node: str, name: str, reason: str):
+        """Ends the run; a worker that starts later may find it mended."""
+        item = next((item["id"] for item in [*self.returned, *self.waiting]), 0)
+        self.tell(item, "unfit", f"{name}: {reason}.")
