@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     pack = types.ModuleType("featherweight")
     pack.__path__ = [str(ROOT)]
     sys.modules.setdefault("featherweight", pack)
-    from featherweight.machines.batch import Batch, BatchError
+    from featherweight.machines.batch import Batch
     from featherweight.machines.graph import read
     from featherweight.machines.place import MachineError, own
     from featherweight.machines.progress import duration
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         reason = f"{error.filename} cannot be opened: {error.strerror}." if error.filename and error.strerror else error
         print(f"Failed: {reason}", flush=True)
         return FAILED
-    except (ValueError, BatchError, MachineError) as error:
+    except (ValueError, MachineError) as error:
         print(f"Failed: {error}", flush=True)  # at once: Ray may end this process where its cluster went away
         return FAILED
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's answer to SIGTERM while it starts

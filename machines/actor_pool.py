@@ -1,4 +1,4 @@
-"""Actors of Ray that draw: how many each machine has room for, what each is given, and what is begun again where one ends."""
+"""Actors of Ray that draw: how many fit on a machine, what each draws, and what is drawn again."""
 import collections
 import contextlib
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from .joining import on_node
 
 AHEAD = 2  # tasks that a worker has: one is drawn, one waits
-GATHER_SECONDS = 0.02  # after an answer, for those of other workers, so that a thousand of them are not asked each time
+GATHER_SECONDS = 0.02  # after an answer, for others: so a thousand workers are not asked each time
 LOOK_SECONDS = 2.0  # between two looks at the nodes
 
 
@@ -20,7 +20,10 @@ class Share:
     gpus: float = 0.0
 
     def room(self, machine: Mapping[str, float]) -> int:
-        """For how many workers a machine, {"CPU": .., "GPU": ..}, has room; for as many as CPUs where they take nothing."""
+        """For how many workers a machine, {"CPU": .., "GPU": ..}, has room.
+
+        Where they take nothing, for as many as it has CPUs.
+        """
         counts = [machine.get("GPU", 0) // self.gpus] if self.gpus else []
         if self.cpus or not self.gpus:
             counts.append(machine.get("CPU", 0) // (self.cpus or 1))
@@ -35,17 +38,18 @@ class Share:
         """`capacity` without what is in use now."""
         from ray._private.state import available_resources_per_node
 
-        return {node: self.room(machine) for node, machine in available_resources_per_node().items()}
+        nodes = available_resources_per_node()
+        return {node: self.room(machine) for node, machine in nodes.items()}
 
 
-def share_out(machines: Iterable[Mapping[str, float]], gpus: float | None = None, cpus: float | None = None,
-              workers: int = 0) -> Share:
-    """The share of each worker, alike on all machines, so that all compute with the same number of threads.
+def share_out(machines: Iterable[Mapping[str, float]], gpus: float | None = None,
+              cpus: float | None = None, workers: int = 0) -> Share:
+    """The share of each worker, alike on all machines, so that all have as many threads.
 
     Args:
         machines: {"CPU": .., "GPU": ..} of each.
         gpus: None for 1 where any machine has one.
-        cpus: None for those of the smallest machine, shared out among its GPUs, or among its part of the workers.
+        cpus: None for those of the smallest machine, shared out among its GPUs, or its workers.
         workers: how many there are to be, 0 for one on each GPU or else on each machine.
     """
     machines = list(machines)
@@ -54,8 +58,9 @@ def share_out(machines: Iterable[Mapping[str, float]], gpus: float | None = None
     if cpus is None:
         able = [machine for machine in machines if machine.get("GPU" if gpus else "CPU")]
         on_each = max(math.ceil(workers / max(len(able), 1)), 1)
-        cpus = min((machine.get("CPU", 0) / (max(machine["GPU"] // gpus, 1) if gpus else on_each) for machine in able),
-                   default=1.0)
+        counts = [max(machine["GPU"] // gpus, 1) if gpus else on_each for machine in able]
+        shares = [machine.get("CPU", 0) / count for machine, count in zip(able, counts)]
+        cpus = min(shares, default=1.0)
         if cpus >= 1 or not gpus:
             cpus = max(cpus // 1, 1.0)
     return Share(cpus, gpus)
@@ -70,7 +75,7 @@ def machine_resources() -> dict[str, dict[str, float]]:
 
 @dataclass(eq=False)
 class Member:
-    """A worker. calls: what Ray gave for each call -> its task, None for `Worker.ready`; in their order."""
+    """A worker. calls: what Ray gave -> the call's task, None for `Worker.ready`; in their order."""
     actor: object
     node: str
     is_ready: bool = False
@@ -94,7 +99,8 @@ class ActorPool:
         self.members: list[Member] = []
 
     def start(self, node: str):
-        options = {**on_node(node), "num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_concurrency": self.threads}
+        options = {**on_node(node), "num_cpus": self.share.cpus, "num_gpus": self.share.gpus,
+                   "max_concurrency": self.threads}
         actor = self.actor.options(**options).remote(*self.given)
         self.members.append(Member(actor, node, calls={actor.ready.remote(): None}))
 
@@ -117,21 +123,25 @@ class Run:
     A subclass has
 
     - `begin(member, task)`, which has a worker draw a task and returns what Ray gave for the call;
-    - `take(member, call, task)`, which takes what the call has answered, and drops it from `member.calls` when that was all;
+    - `take(member, call, task)`, which takes what a call has answered, and drops it from
+      `member.calls` when that was all;
     - `give_up(task, error)`: its workers have ended `LOSSES` times;
-    - `never_starts(node, error)`: its workers have ended `FAILED_STARTS` times, one after another, while they started;
+    - `never_starts(node, error)`: its workers have ended `FAILED_STARTS` times, one after another,
+      while they started;
     - `unfit(node, name, reason)`: a worker there, on a machine of that name, cannot draw.
 
     Args:
         pool: where the workers are from.
         tasks: {"id", ...} each.
-        workers: (fewest, most): no more than tasks, but `fewest` in any case; most: 0 for as many as fit.
+        workers: (fewest, most): no more than tasks, but `fewest` in any case; most: 0 for as many
+            as fit.
     """
     WAIT_SECONDS = LOOK_SECONDS  # for answers, between two calls of `check`
 
     def __init__(self, pool: ActorPool, tasks: Iterable[dict], workers: tuple[int, int]):
         self.pool, self.workers = pool, workers
-        self.waiting, self.returned = collections.deque(tasks), []  # returned: to go to another worker
+        self.waiting = collections.deque(tasks)
+        self.returned: list[dict] = []  # to go to another worker
         self.left = len(self.waiting)
         self.excluded: set[str] = set()  # nodes that take no part
         self.losses = collections.Counter()  # id of a task -> workers that ended while they drew it
@@ -171,28 +181,33 @@ class Run:
     def _look(self):
         """Starts workers where there is room."""
         capacity = self.pool.share.capacity()
-        usable = {node: count for node, count in capacity.items() if node not in self.excluded}
+        usable = {node: room for node, room in capacity.items() if node not in self.excluded}
         self.look(usable, bool(capacity) and not usable)
         fewest, most = self.workers
         target = min(sum(usable.values()), max(self.left, fewest), most or math.inf)
-        counts = collections.Counter(member.node for member in self.pool.members if member.node in usable)
+        nodes = [member.node for member in self.pool.members]
+        counts = collections.Counter(node for node in nodes if node in usable)
         free = self.pool.share.free() if counts.total() < target else {}
         while counts.total() < target:  # first where no other program is, and on all nodes alike
-            node = min(usable, key=lambda node: (free.get(node, 0) <= 0, counts[node] / usable[node]))
+            node = min(usable, key=lambda node: (
+                free.get(node, 0) <= 0, counts[node] / usable[node]))
             self.pool.start(node)
             counts[node] += 1
             free[node] = free.get(node, 0) - 1
 
     def _assign(self):
-        """Gives each idle worker a task, and then busy ones a second, if there are more than others could begin."""
+        """Gives each idle worker a task, and busy ones a second if others could not begin it."""
         now = time.monotonic()
         members = self.pool.members[:self.workers[1] or None]
-        ready = [member for member in members if member.is_ready and self.rests_until.get(member.node, 0) <= now]
+        ready = [member for member in members
+                 if member.is_ready and self.rests_until.get(member.node, 0) <= now]
         for held in range(AHEAD):
             idle = sum(not member.calls or not member.is_ready for member in members)
             for member in ready:
-                if len(member.calls) != held or held and len(self.waiting) + len(self.returned) <= idle:
+                if len(member.calls) != held:
                     continue
+                if held and len(self.waiting) + len(self.returned) <= idle:
+                    break
                 if task := self.next_task(member.node):
                     member.calls[self.begin(member, task)] = task
 
@@ -232,7 +247,7 @@ class Run:
             member.is_ready, self.failed_starts[member.node] = True, 0
 
     def _lose(self, member: Member, error: Exception):
-        """Hands on what an ended worker had: the first of its tasks it was drawing, others it had not begun."""
+        """Hands on the tasks of an ended worker: the first it was drawing, others wait."""
         tasks = list(member.calls.values())
         self.pool.end(member)
         if not member.is_ready:

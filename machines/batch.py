@@ -15,16 +15,12 @@ from .place import MachineError, arguments, difference, find, majority, versions
 from .progress import Progress
 from .row_run import RowRun
 from .rows import Table, changes_of, chunks, lines, look
-from .store import Store, StoreActor
+from .store import Store
 from .worker import RowRenderer, node_info
 
 LOCAL_SCAN_ROWS = 20_000  # up to which the scan is quicker in this process than in tasks
 CHUNK = 5_000  # rows in one task of the scan
 VERSION_SECONDS = 60  # that a machine has to say its versions
-
-
-class BatchError(Exception):
-    """Why nothing can be drawn, and what to do, in one sentence."""
 
 
 @dataclass
@@ -62,7 +58,7 @@ class Batch:
             How many rows were "there", "drawn", and "failed" (of the lines that are no rows too).
 
         Raises:
-            BatchError, OSError, ValueError
+            MachineError, OSError, ValueError
         """
         self.store = Store(self.out)
         table = self.scan()
@@ -81,7 +77,7 @@ class Batch:
         return +counts
 
     def check(self) -> bool:
-        """Says of each machine what it is and lacks. Returns whether all can run it. Raises BatchError, OSError."""
+        """Says of each machine what it is and lacks. Returns whether all can run it. Raises MachineError, OSError."""
         self.connect()
         machines, _ = self.compare_machines()
         for node in self.share.capacity().keys() - machines.keys():
@@ -122,20 +118,15 @@ class Batch:
     # --- the cluster ---
 
     def connect(self):
-        """Joins the cluster, or starts one of this machine. Raises BatchError."""
-        try:
-            if not is_joined():
-                address = nearest(self.address)
-                os.environ.setdefault(ALONE, "0")
-                if address == "local":
-                    os.environ.update(local_environment(os.environ))
-                join(address)
-            import ray
-        except ImportError as error:
-            raise BatchError(f"Ray is missing ({error}). Install it for this Python: {sys.executable} -m pip install ray"
-                             ) from error
-        except MachineError as error:
-            raise BatchError(str(error)) from error
+        """Joins the cluster, or starts one of this machine. Raises MachineError."""
+        if not is_joined():
+            address = nearest(self.address)
+            os.environ.setdefault(ALONE, "0")
+            if address == "local":
+                os.environ.update(local_environment(os.environ))
+            join(address)
+        import ray
+
         by_value(ray.cloudpickle)
         self.home = ray.get_runtime_context().get_node_id()
         self.share = share_out(machine_resources().values(), self.gpus, self.cpus)
@@ -151,7 +142,7 @@ class Batch:
             (Ray's id -> machine, excluded where its versions are not those of most; the `versions` of most).
 
         Raises:
-            BatchError: no machine can take part.
+            MachineError: no machine can take part.
         """
         import ray
 
@@ -165,8 +156,8 @@ class Batch:
         expected = majority((machine.versions for machine in machines.values() if not machine.excluded),
                             versions(self.comfyui) if self.comfyui else None)
         if not expected:
-            raise BatchError("; ".join(f"{machine.name} {machine.excluded}" for machine in machines.values())
-                             or self.no_capacity())
+            raise MachineError("; ".join(f"{machine.name} {machine.excluded}" for machine in machines.values())
+                               or self.no_capacity())
         for machine in machines.values():
             machine.excluded = machine.excluded or difference(machine.versions, expected)
         return machines, expected
@@ -181,10 +172,12 @@ class Batch:
         _, expected = self.compare_machines()
         writer = None
         if not self.store.files and not self.out.startswith("file://"):
-            writer = ray.remote(StoreActor).options(max_restarts=-1, max_task_retries=-1, max_concurrency=16,
-                                                    **on_node(self.home)).remote(self.out)
-        pool = ActorPool(self.worker, (self.graph, self.out, self.home if writer else "", writer, self.comfyui, expected),
-                         self.share)
+            writer = ray.remote(Store).options(
+                max_restarts=-1, max_task_retries=-1, max_concurrency=16, **on_node(self.home)
+            ).remote(self.out)
+        home = self.home if writer else ""
+        given = (self.graph, self.out, home, writer, self.comfyui, expected)
+        pool = ActorPool(self.worker, given, self.share)
         progress = Progress(len(rows), self.say)
         try:
             RowRun(pool, rows, self.workers, progress).draw()

@@ -29,11 +29,8 @@ class Cancelled(Exception):
     """ComfyUI has cancelled this run."""
 
 
-def install() -> str:
-    return f'Run on Ray needs Ray. Install it with: "{sys.executable}" -m pip install ray'
-
-
-def plan(machines: list[dict[str, float]], workers: int = 0, on_cpu: bool = False) -> tuple[int, Share]:
+def plan(machines: list[dict[str, float]], workers: int = 0,
+         on_cpu: bool = False) -> tuple[int, Share]:
     """How many workers there are, and what each of them gets.
 
     Args:
@@ -54,14 +51,17 @@ class Driver:
         self.requests, self.cancelled = queue.SimpleQueue(), set()
 
     def take(self, header: dict | None):
-        """Takes a request in any thread: {"op": "run", "number", ...} (see `run`), {"op": "cancel", "number"}, None to end."""
+        """Takes a request in any thread.
+
+        header: {"op": "run", "number", ...} (see `run`), {"op": "cancel", "number"}, None to end.
+        """
         if header and header["op"] == "cancel":
             self.cancelled.add(header["number"])
         else:
             self.requests.put(header)
 
     def serve(self):
-        """Answers requests one after another, and ends workers that have been idle for as long as the last run said."""
+        """Answers requests in turn. Workers end when none comes for as long as the last one said."""
         idle_seconds = None
         while True:
             try:
@@ -72,7 +72,8 @@ class Driver:
                 continue
             if request is None:
                 return
-            self.answer(request["number"], {name: request[name] for name in request.keys() - {"op", "number"}})
+            given = {name: value for name, value in request.items() if name not in ("op", "number")}
+            self.answer(request["number"], given)
             idle_seconds = request["idle_seconds"] if self.pool else None
 
     def answer(self, number: int, request: dict):
@@ -90,12 +91,13 @@ class Driver:
         self.cancelled.discard(number)
         self.say(ended)
 
-    def run(self, number: int, graph: dict, changes: list[dict], extra: dict, workers: int, idle_seconds: float,
-            comfyui: str, on_cpu: bool):
+    def run(self, number: int, graph: dict, changes: list[dict], extra: dict, workers: int,
+            idle_seconds: float, comfyui: str, on_cpu: bool):
         """Draws the items of a run.
 
-        Says {"number", "event", "item", "value"} for each event of `PromptRun`, where a preview is the data, and for each
-        picture {"number", "event": "image", "item", "index", "of", "shape"} with its values as the data.
+        Says {"number", "event", "item", "value"} for each event of `PromptRun`, where a preview is
+        the data, and for each picture {"number", "event": "image", "item", "index", "of", "shape"}
+        with its values as the data.
         """
         def tell(item: int, event: str, data):
             header = {"number": number, "event": event, "item": item}
@@ -103,8 +105,8 @@ class Driver:
                 self.say(header, data)
             elif event == "images":
                 for index, image in enumerate(data):
-                    self.say({**header, "event": "image", "index": index, "of": len(data), "shape": image.shape},
-                             memoryview(image).cast("B"))
+                    position = {"index": index, "of": len(data), "shape": image.shape}
+                    self.say({**header, "event": "image", **position}, memoryview(image).cast("B"))
             else:
                 self.say({**header, "value": data})
 
@@ -143,12 +145,12 @@ def main():
     threading.Thread(target=listen, daemon=True).start()
     try:
         join(named_cluster() or "local")
-        import ray
-    except (ImportError, MachineError) as error:
-        message = str(error) if isinstance(error, MachineError) else f"{install()} ({error})"
+    except MachineError as error:
         with contextlib.suppress(OSError):  # ComfyUI may have ended meanwhile
-            driver.say({"number": None, "event": "error", "message": message})
+            driver.say({"number": None, "event": "error", "message": str(error)})
         os._exit(1)  # a thread that waits for an address would hold this process
+    import ray
+
     by_value(ray.cloudpickle)
     driver.say({"number": None, "event": "joined"})
     driver.serve()

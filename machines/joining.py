@@ -111,17 +111,19 @@ def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def join(address: str):
     """Be a driver of a cluster (HOST:PORT, or "auto" for this machine's), or of a Ray of one's own: "local".
 
-    For the latter the environment must be that of `local_environment`. Raises MachineError, and ImportError where there is no
-    Ray.
+    For the latter the environment must be that of `local_environment`. Raises MachineError.
     """
+    try:
+        import ray
+    except ImportError as error:
+        raise MachineError(f"Ray is missing ({error}). Install it for this Python: {sys.executable} -m"
+                           " pip install ray") from error
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options["include_dashboard"] = False
     else:
         check_form(address)
         _check_answers(address)
-    import ray
-
     on_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..child_process import end_process, start_process
-from .driver import install
 from .joining import ALONE, RAYS_OWN, VARIABLE, check_form, local_environment
 from .messages import MessageError, read, write
 from .place import MachineError
@@ -50,7 +49,7 @@ class Pool:
             MachineError: Ray is missing, or cannot be reached, or went away.
         """
         if importlib.util.find_spec("ray") is None:
-            raise MachineError(install())
+            raise MachineError(f'Run on Ray needs Ray. Install it with: "{sys.executable}" -m pip install ray')
         if is_cluster:
             check_form(self.cluster)
         with self.lock:

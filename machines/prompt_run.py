@@ -1,4 +1,4 @@
-"""Draws the items of *Run on Ray*: what their workers tell goes on to ComfyUI, and a run that ends frees them for the next."""
+"""What becomes of the items of *Run on Ray*: ComfyUI hears what their workers tell."""
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -13,16 +13,17 @@ class PromptRun(Run):
     Args:
         graph: the workflow; changes: for each item its changes to it; extra: see `Host.run`.
         workers: at most so many.
-        tell: is called with (item, event, data), the events of `PromptWorker.draw` and ("lost", None) for an item that goes to
-            another worker because its own has ended.
+        tell: is called with (item, event, data), the events of `PromptWorker.draw` and
+            ("lost", None) for an item that goes to another worker because its own has ended.
         check: is called ten times a second, and may raise.
     """
     LOSSES = FAILED_STARTS = 3
     WAIT_SECONDS = 0.1
 
-    def __init__(self, pool: ActorPool, graph: dict, changes: Sequence[dict], extra: dict, workers: int, tell: Callable,
-                 check: Callable):
-        super().__init__(pool, [{"id": item, "changes": each} for item, each in enumerate(changes)], (1, workers))
+    def __init__(self, pool: ActorPool, graph: dict, changes: Sequence[dict], extra: dict,
+                 workers: int, tell: Callable, check: Callable):
+        items = [{"id": number, "changes": each} for number, each in enumerate(changes)]
+        super().__init__(pool, items, (1, workers))
         pool.members.sort(key=lambda member: not member.is_ready)
         self.graph, self.extra, self.tell, self.check = graph, extra, tell, check
 
@@ -56,12 +57,13 @@ class PromptRun(Run):
         self.tell(item["id"], "lost", None)
 
     def give_up(self, item: dict, error: Exception):
-        raise MachineError(f"Item {item['id'] + 1} was lost {self.LOSSES} times, as its worker ended each time: a machine may"
-                           f" lack memory. Ray says: {one_line(error, 300)}")
+        raise MachineError(f"Item {item['id'] + 1} was lost {self.LOSSES} times, as its worker"
+                           " ended each time: a machine may lack memory. Ray says:"
+                           f" {one_line(error, 300)}")
 
     def never_starts(self, node: str, error: Exception):
-        raise MachineError(f"A worker ended {self.FAILED_STARTS} times while its ComfyUI started: a machine may lack memory."
-                           f" Ray says: {one_line(error, 300)}")
+        raise MachineError(f"A worker ended {self.FAILED_STARTS} times while its ComfyUI started: a"
+                           f" machine may lack memory. Ray says: {one_line(error, 300)}")
 
     def unfit(self, node: str, name: str, reason: str):
         """Ends the run; a worker that starts later may find it mended."""

@@ -1,4 +1,4 @@
-"""Draws rows on all nodes that can: what a node cannot draw another does, and what none can fails with its reason."""
+"""What becomes of the rows of a batch: what a machine cannot draw another does, or it fails."""
 import collections
 import time
 from collections.abc import Collection, Sequence
@@ -8,14 +8,18 @@ from .graph import one_line
 from .progress import Progress
 
 GONE_SECONDS = 600.0  # that a node has to come back, or a cluster to start another
-MAX_REST_SECONDS = 10  # of a node that refuses rows, so that it does not draw what others must draw again
+MAX_REST_SECONDS = 10  # of a node that refuses rows, which others must then draw
 
 
 class RowRun(Run):
-    """Rows, {"id", "changes", "stamp"}, on workers of `RowRenderer`. progress: is told each row's last answer, once."""
+    """Rows, {"id", "changes", "stamp"}, on workers of `RowRenderer`.
+
+    progress: is told each row's last answer, once.
+    """
     LOSSES, FAILED_STARTS = 6, 10
 
-    def __init__(self, pool: ActorPool, rows: Sequence[dict], workers: tuple[int, int], progress: Progress):
+    def __init__(self, pool: ActorPool, rows: Sequence[dict], workers: tuple[int, int],
+                 progress: Progress):
         super().__init__(pool, rows, workers)
         self.progress = progress
         self.reason = "no machine is left that could draw it"
@@ -50,8 +54,11 @@ class RowRun(Run):
         """Gives up rows that no node can draw."""
         if usable:
             self.gone_since = None
-            self.returned = [row for row in self.returned if not self._fail_if_refused_by(usable, row)]
-        elif not any(member.calls for member in self.pool.members) and (has_excluded or not self._waits_for_node()):
+            rows = self.returned
+            self.returned = [row for row in rows if not self._fail_if_refused_by(usable, row)]
+        elif any(member.calls for member in self.pool.members):
+            return
+        elif has_excluded or not self._waits_for_node():
             for row in [*self.returned, *self.waiting]:
                 self._fail(row, self.reasons.get(row["id"], self.reason))
             self.returned.clear()
@@ -62,7 +69,8 @@ class RowRun(Run):
         now = time.monotonic()
         if self.gone_since is None:
             self.gone_since = now
-            self.progress.tell(f"No machine is left that could draw the rest; waiting {GONE_SECONDS:g} s for one.")
+            self.progress.tell("No machine is left that could draw the rest; waiting"
+                               f" {GONE_SECONDS:g} s for one.")
         return now - self.gone_since < GONE_SECONDS
 
     def _refuse(self, node: str, row: dict, reason: str):
@@ -72,7 +80,8 @@ class RowRun(Run):
         self.refusing[row["id"]].add(node)
         self.reasons[row["id"]] = reason
         self.refusals[node] += 1
-        self.rests_until[node] = time.monotonic() + min(2 ** self.refusals[node] / 2, MAX_REST_SECONDS)
+        seconds = min(2 ** self.refusals[node] / 2, MAX_REST_SECONDS)
+        self.rests_until[node] = time.monotonic() + seconds
         if not self._fail_if_refused_by(self.pool.share.capacity().keys() - self.excluded, row):
             self.returned.append(row)
 
@@ -87,8 +96,8 @@ class RowRun(Run):
         self._exclude(node, f"{name} {reason}")
 
     def never_starts(self, node: str, error: Exception):
-        self._exclude(node, f"A machine's workers ended {self.FAILED_STARTS} times while ComfyUI started there: it may lack"
-                            f" memory ({one_line(error, 300)})")
+        self._exclude(node, f"A machine's workers ended {self.FAILED_STARTS} times while ComfyUI"
+                            f" started there: it may lack memory ({one_line(error, 300)})")
 
     def _exclude(self, node: str, reason: str):
         if node not in self.excluded:

@@ -142,21 +142,8 @@ def is_saved_name(row: str, name: str) -> bool:
     return name.startswith(f"{row}_") and not is_record and not re.search(r"[/\\]", name)
 
 
-class StoreActor:
-    """The store of the machine that the batch was called on, for workers elsewhere: an actor there."""
-
-    def __init__(self, out: str):
-        self.store = Store(out)
-
-    def done(self, row: str, stamp: str) -> bool:
-        return self.store.done(row, stamp)
-
-    def save(self, row: str, files: dict[str, bytes], record: dict):
-        self.store.save(row, files, record)
-
-
 class RemoteStore:
-    """What a worker uses of a store that lies on another machine. writer: the actor's handle."""
+    """What a worker uses of a store that lies on another machine. writer: an actor of `Store` there."""
 
     def __init__(self, writer):
         self.writer = writer

@@ -77,8 +77,8 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
 
         def drawn(some, numbers):
             for number in numbers:
-                asked = workflow(changes(number)["4.text"], number, steps=2)
-                streams = [each.stream.options(num_returns="streaming").remote(asked, {}, f"{number}") for each in some]
+                asked = graph.with_result(workflow(changes(number)["4.text"], number, steps=2), ["8", 0])
+                streams = [each.draw.options(num_returns="streaming").remote(asked, {}, f"{number}") for each in some]
                 ray.get([stream.completed() for stream in streams])
 
         drawn(workers, range(20))

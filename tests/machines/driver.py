@@ -17,7 +17,7 @@ import devtools.cluster  # noqa: E402, F401  before ray
 from devtools import product_module  # noqa: E402
 
 batch, worker, graph = (product_module(f"machines.{name}") for name in ("batch", "worker", "graph"))
-Answer, RowRenderer, digest, boot = product_module("machines.host").Answer, worker.RowRenderer, graph.digest, worker.boot
+Answer, RowRenderer, digest = product_module("machines.host").Answer, worker.RowRenderer, graph.digest
 
 
 def painted(asked: dict) -> bytes:
@@ -54,7 +54,7 @@ class Noting:
 def noting_renderer(log: str, is_painted: bool) -> type[RowRenderer]:
     class NotingRenderer(RowRenderer):
         def boot(self, comfyui):
-            return Noting(Painter() if is_painted else boot(comfyui), log)
+            return Noting(Painter() if is_painted else super().boot(comfyui), log)
 
     return NotingRenderer
 

@@ -1,8 +1,6 @@
 """What ends or fails in the midst of a batch costs time only: the driver, a worker, a machine, its disk, its files."""
-import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -51,13 +49,6 @@ def is_whole(out, lines, plain):
     assert unlike == []
 
 
-@contextlib.contextmanager
-def apart(bases, ray_folder, **options):
-    """A cluster of its own, to which this process is not connected."""
-    with running(bases, ray_folder, connect=False, **options) as found:
-        yield found
-
-
 def test_a_stopped_batch_says_how_to_go_on_and_a_killed_one_goes_on_too(cluster, tmp_path, plain):
     lines = rows(12)
     batch = Command(tmp_path, cluster.address, lines)
@@ -86,34 +77,6 @@ def test_forty_pictures_are_those_of_one_process(cluster, tmp_path, plain):
     is_whole(run.out, rows(40), plain)
 
 
-def test_workers_killed_at_random_cost_time_only(cluster, tmp_path, plain):
-    lines, chance = rows(40), random.Random(0)
-    batch = Command(tmp_path, cluster.address, lines)
-    process = batch.start()
-    for done in range(2, 32, 6):
-        batch.wait_for(done + chance.randrange(3), process)
-        time.sleep(chance.random())
-        worker = max(batch.records().values(), key=lambda record: record["seconds"])["worker"]
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(worker.split(":")[1]), signal.SIGKILL)
-    assert process.wait(900) == 0, batch.said()
-    is_whole(batch.out, lines, plain)
-
-
-def test_a_machine_that_goes_and_one_that_comes(bases, ray_folder, tmp_path, plain):
-    """Its rows are drawn elsewhere, and a machine that joins in the midst draws."""
-    bases = {**bases, "cellar": make_base(tmp_path / "cellar", bases["desk"] / "models")}
-    with apart(bases, ray_folder, started=["desk", "attic"]) as cluster:
-        batch = Command(tmp_path, cluster.address, lines := rows(60))
-        process = batch.start()
-        batch.wait_for(6, process)
-        cluster.remove("attic")
-        cluster.add("cellar")
-        assert process.wait(900) == 0, batch.said()
-        is_whole(batch.out, lines, plain)
-        assert "cellar" in {record["worker"].split(":")[0] for record in batch.records().values()}
-
-
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a small disk takes root's rights")
 def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_others_finish(bases, ray_folder, tmp_path, plain):
     full = tmp_path / "full"
@@ -124,7 +87,7 @@ def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_oth
     next((lacking / "models" / "loras").glob("*pumpkins*")).unlink()
     try:
         (full / "rest").write_bytes(b"0" * (60 << 10))
-        with apart({**bases, "cellar": lacking}, ray_folder, started=["desk"]) as cluster:
+        with running({**bases, "cellar": lacking}, ray_folder, connect=False, started=["desk"]) as cluster:
             cluster.add("attic", TMPDIR=str(full))
             cluster.add("cellar")
             batch = Command(tmp_path, cluster.address, lines := rows(24))

@@ -247,32 +247,3 @@ def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(bases, plain
             kill(found.process.pid)
         found.check()
         assert {json.loads(path.read_text())["worker"].split(":")[0] for path in found.out.glob("*.json")} >= {"node0", "node2"}
-
-
-@pytest.fixture
-def full_disk(tmp_path):
-    """A folder of temporary files in which 4 kB are free."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("may not mount a small disk here")
-    try:
-        (folder / "filler").write_bytes(bytes(60 << 10))
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.mark.heavy
-def test_a_machine_whose_disk_is_full_is_named_and_the_others_finish(bases, plain, ray_folder, full_disk, tmp_path):
-    with nodes(2, bases, ray_folder, late=1) as cluster:
-        cluster.add("node1", TMPDIR=str(full_disk))
-        found = batch_on(cluster, tmp_path, 12, False, plain)
-        found.start()
-        try:
-            assert found.finish() == {"drawn": 12}
-        finally:
-            kill(found.process.pid)
-        found.lost = 12  # what it began
-        found.check()
-        assert "node1 has no space left on its disk for node 9 (SaveImage)" in found.said()

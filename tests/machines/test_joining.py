@@ -145,5 +145,5 @@ def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, said, m
     monkeypatch.setattr(batch, "nearest", lambda address: "auto")
     monkeypatch.setattr(joining, "_check_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", Mock(side_effect=error))
-    with pytest.raises(batch.BatchError, match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):
+    with pytest.raises(MachineError, match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):
         batch.Batch({}, "", "").connect()
