@@ -26,7 +26,7 @@ THREADS = 64  # of a worker: prompts that are cancelled, one that is drawn, and 
 
 
 class Cancelled(Exception):
-    """ComfyUI has cancelled this run."""
+    """ComfyUI has cancelled this run, or ended."""
 
 
 def plan(machines: list[dict[str, float]], workers: int = 0,
@@ -48,13 +48,14 @@ class Driver:
 
     def __init__(self, say):
         self.say, self.pool = say, None
-        self.requests, self.cancelled = queue.SimpleQueue(), set()
+        self.requests, self.cancelled, self.is_ending = queue.SimpleQueue(), set(), False
 
     def take(self, header: dict | None):
         """Takes a request in any thread.
 
         header: {"op": "run", "number", ...} (see `run`), {"op": "cancel", "number"}, None to end.
         """
+        self.is_ending = header is None
         if header and header["op"] == "cancel":
             self.cancelled.add(header["number"])
         else:
@@ -111,7 +112,7 @@ class Driver:
                 self.say({**header, "value": data})
 
         def check():
-            if number in self.cancelled:
+            if self.is_ending or number in self.cancelled:
                 raise Cancelled
 
         size, share = plan(list(machine_resources().values()), workers, on_cpu)
@@ -153,5 +154,6 @@ def main():
 
     by_value(ray.cloudpickle)
     driver.say({"number": None, "event": "joined"})
-    driver.serve()
+    with contextlib.suppress(OSError):  # ComfyUI may have ended meanwhile
+        driver.serve()
     ray.shutdown()

@@ -1,7 +1,7 @@
 """What differs from item to item of *Run on Ray*: seeds count up, and each item has a line of text. Standard library only."""
 from collections.abc import Mapping, Sequence
 
-from .graph import GraphError, is_link
+from .graph import GraphError, is_link, texts, upstream
 
 SEEDS = ("seed", "noise_seed")
 TEXTS = ("text", "prompt", "text_g", "text_l", "clip_l", "t5xxl")
@@ -9,10 +9,16 @@ MARK = "%text%"
 LARGEST_SEED = 1 << 64
 
 
-def items(part: Mapping[str, dict], count: int, texts: str = "") -> list[dict[str, object]]:
-    """For each item its changes to a graph, {"7.seed": 6, "4.text": "a red house"}. texts: a line for each item, begun again
-    when they run out; empty lines do not count. Raises GraphError where the lines have no place to go."""
-    lines = [line.strip() for line in texts.splitlines() if line.strip()]
+def items(part: Mapping[str, dict], count: int, prompts: str = "") -> list[dict[str, object]]:
+    """For each item its changes to a graph, {"7.seed": 6, "4.text": "a red house"}.
+
+    Args:
+        prompts: a line for each item, begun again when they run out; empty lines do not count.
+
+    Raises:
+        GraphError: the lines have no place to go.
+    """
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     seeds, places = seed_places(part), text_places(part) if lines else {}
     return [{place: (value + index) % LARGEST_SEED for place, value in seeds.items()}
             | {place: value.replace(MARK, lines[index % len(lines)]) if MARK in value else lines[index % len(lines)]
@@ -41,13 +47,11 @@ def seed_places(part: Mapping[str, dict]) -> dict[str, int]:
 def text_places(part: Mapping[str, dict]) -> dict[str, str]:
     """Place -> text, of the inputs that a line goes to: those with %text% in them, else all texts of the one node that writes
     the prompt, and not the negative one. Raises GraphError."""
-    texts = {f"{node}.{name}": value for node, spec in part.items() for name, value in spec["inputs"].items()
-             if isinstance(value, str)}
-    marked = {place: value for place, value in texts.items() if MARK in value}
+    marked = {place: value for place, value in texts(part).items() if MARK in value}
     if marked:
         return marked
     positive, negative = _before(part, "positive", "negative"), _before(part, "negative", "positive")
-    prompts = {place: value for place, value in texts.items()
+    prompts = {place: value for place, value in texts(part).items()
                if place.partition(".")[2] in TEXTS and place.partition(".")[0] not in negative - positive}
     nodes = {place.partition(".")[0] for place in prompts}
     if len(nodes) != 1:
@@ -58,14 +62,9 @@ def text_places(part: Mapping[str, dict]) -> dict[str, str]:
 
 def _before(part: Mapping[str, dict], name: str, other: str) -> set[str]:
     """The nodes whose outputs reach an input of that name, and not only by way of one of the other name."""
-    waiting = [spec["inputs"][name][0] for spec in part.values() if is_link(spec["inputs"].get(name))]
-    found = set()
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [value[0] for key, value in part[node]["inputs"].items() if is_link(value) and key != other]
-    return found
+    without = {node: {**spec, "inputs": {**spec["inputs"], other: None}} for node, spec in part.items()}
+    links = [spec["inputs"].get(name) for spec in part.values()]
+    return {node for link in links if is_link(link) for node in upstream(without, link)}
 
 
 def varying(part: Mapping[str, dict], changes: Sequence[Mapping[str, object]]) -> set[str]:

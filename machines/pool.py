@@ -73,7 +73,8 @@ class Driver:
 
     def __init__(self, cluster: str, environment: Mapping[str, str]):
         self.cluster, self.message, self.has_joined = cluster, "", False
-        self.numbers, self.events, self.cancelled = itertools.count(), {}, {}
+        self.numbers, self.events = itertools.count(), {}
+        self.running, self.cancelled = set(), {}  # numbers; number -> when it was cancelled
         self.outbox, self.ending = queue.SimpleQueue(), threading.Lock()
         self.process = start_process(sys.executable, "-c", START, str(PACK), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                      env=driver_environment(cluster, environment))
@@ -89,6 +90,7 @@ class Driver:
     def run(self, request: dict, on_event: Callable, check: Callable):
         number = next(self.numbers)
         events = self.events[number] = queue.SimpleQueue()
+        self.running.add(number)
         self.outbox.put({**request, "op": "run", "number": number})
         try:
             while True:
@@ -119,7 +121,10 @@ class Driver:
             self.end()
             return
         self.cancelled[number] = time.monotonic()
-        self.outbox.put({"op": "cancel", "number": number})
+        if number in self.running:
+            self.outbox.put({"op": "cancel", "number": number})
+        else:  # it has ended meanwhile
+            self.cancelled.pop(number, None)
 
     def end(self):
         """Ends the process, with a Ray that it started."""
@@ -141,6 +146,7 @@ class Driver:
 
     def _put(self, number: int, header: dict, data: bytes):
         if header["event"] in ("done", "error", "cancelled"):
+            self.running.discard(number)
             self.cancelled.pop(number, None)
         if number in self.events:
             self.events[number].put((header, data))

@@ -33,6 +33,11 @@ OBEDIENT = DEAF.replace(": pass", """:
     event = {"run": "begins", "cancel": "cancelled"}[header["op"]]
     write(sys.stdout.buffer, {"number": header["number"], "event": event})
 """)
+HASTY = DEAF.replace(": pass", """:
+    header, _ = message
+    for event in ("failed", "done") if header["op"] == "run" else ():
+        write(sys.stdout.buffer, {"number": header["number"], "event": event})
+""")
 PARENT = """
 import sys, types
 pack = types.ModuleType("featherweight")
@@ -210,6 +215,23 @@ def test_a_cancelled_run_leaves_its_driver_for_the_next(monkeypatch):
         wait_until(lambda: not driver.cancelled)
     assert events == ["begins", "begins"] and driver.is_usable() and driver.process.poll() is None
     driver.end()
+
+
+def test_a_run_that_ends_while_it_is_cancelled_leaves_its_driver_for_the_next(monkeypatch):
+    monkeypatch.setattr(pool, "START", HASTY)
+    monkeypatch.setattr(pool, "CANCEL_SECONDS", 0)
+    drivers, processes = pool.Pool("auto"), set()
+
+    def stop(header, data):
+        wait_until(lambda: not drivers.drivers[True].running)
+        raise Interrupted
+
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            drivers.run(True, {}, stop, lambda: None)
+        processes.add(drivers.drivers[True].process.pid)
+    assert len(processes) == 1
+    drivers.drivers[True].end()
 
 
 def test_a_driver_that_does_not_cancel_is_ended_and_the_next_run_has_another(monkeypatch):
