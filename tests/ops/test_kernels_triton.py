@@ -74,12 +74,13 @@ def test_blocks_that_are_no_groups_are_left_to_the_reference():
 
 TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
 TARGETS |= {"gfx1100": ("hip", "gfx1100", 32), "gfx1201": ("hip", "gfx1201", 32), "gfx942": ("hip", "gfx942", 64)}
+MAIN_TARGETS = "sm_80", "gfx942"
 SHARED_MEMORY = 48 << 10  # that every GPU gives a program
 
 
 def cases():
-    """Each format for one target of each maker, a format of each kind for one more; the rest is heavy."""
-    usual = {("sm_80", "gfx942")[index % 2]: set(DECODED[index % 2::2]) for index in range(2)}
+    """Each format for one of the main targets, a format of one kind for each other; the rest is heavy."""
+    usual = {target: set(DECODED[index::2]) for index, target in enumerate(MAIN_TARGETS)}
     for index, target in enumerate(TARGETS):
         usual.setdefault(target, {ONE_OF_A_KIND[index % 3]})
     return [pytest.param(target, name, marks=() if name in usual[target] else pytest.mark.heavy)
@@ -123,7 +124,7 @@ def cache(tmp_path_factory):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("target, name", cases())
-def test_compiles_for(target, name, cache, monkeypatch):
+def test_compiles_for(target, name, cache, monkeypatch, request):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     rows, columns = 64, 4096
     packed_format = INT8.of_columns(columns) if name == "INT8" else FORMATS[name]
@@ -141,14 +142,19 @@ def test_compiles_for(target, name, cache, monkeypatch):
         results[kernel] = compiled.result
 
     launch(triton_backend.unpack, "_unpack", torch.zeros(rows, columns, dtype=torch.bfloat16), None, 0)
-    dtypes = (torch.float32, torch.bfloat16) if name in {*ONE_OF_A_KIND, "FP4"} else (torch.float16,)
+    all_kinds = request.config.getoption("--heavy")
+    of_a_kind = name in {*ONE_OF_A_KIND, "FP4"}
+    dtypes = (torch.bfloat16,) if of_a_kind else (torch.float16,)
+    if of_a_kind and (all_kinds or target in MAIN_TARGETS):
+        dtypes += torch.float32,
     for function, kernel, tokens, dtype in ((triton_backend.vector, "_vector", 1, torch.bfloat16),
                                             *((triton_backend.few_rows, "_few_rows", 3, dtype) for dtype in dtypes)):
         input, out = torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
         launch(function, kernel, input, torch.zeros(rows, dtype=dtype).expand(tokens, rows), out, None)
-    codes, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows)
-    launch(triton_backend.int8_rows, "_int8_rows", codes, scales, None, 0)
-    launch(triton_backend.int8_tokens, "_int8_tokens", torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
+    if of_a_kind or all_kinds:
+        codes, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows)
+        launch(triton_backend.int8_rows, "_int8_rows", codes, scales, None, 0)
+        launch(triton_backend.int8_tokens, "_int8_tokens", torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
     fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")  # a fused multiply-add in place of two roundings changes bits
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
     assert not fused.search(results["_unpack"].asm[assembly])
