@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from featherweight.ops.kernels import cpp_backend, own_files
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError
+from unsafe_files import each_reason
 
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 SOURCE = 'extern "C" int answer() { return 1; }\n'
-SOMEBODY = 12345  # the number of another user
 PACK = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
@@ -49,29 +49,6 @@ def folder(tmp_path):
 
 def answer(path: Path) -> int:
     return CppCompiler(COMMAND, path).library(SOURCE).answer()
-
-
-def belongs_to_somebody_else(path: Path):
-    if os.geteuid():
-        pytest.skip("only root can give a file away")
-    os.chown(path, SOMEBODY, -1, follow_symlinks=False)
-
-
-def can_be_written_by_all(path: Path):
-    path.chmod(0o777)
-
-
-def can_be_written_by_its_group(path: Path):
-    path.chmod(0o770)
-
-
-def is_a_link(path: Path):
-    path.rename(path.with_name("moved"))
-    path.symlink_to(path.with_name("moved"))
-
-
-each_reason = pytest.mark.parametrize(
-    "spoil", [belongs_to_somebody_else, can_be_written_by_all, can_be_written_by_its_group, is_a_link])
 
 
 def test_what_this_user_compiled_is_loaded_again(folder, caplog):

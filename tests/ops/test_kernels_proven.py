@@ -183,51 +183,40 @@ def test_the_fastest_is_used_for_each_range_of_rows_and_torch_where_it_is(trials
     assert kernels.used(CPU) == "fast"
 
 
-def test_a_backend_that_cannot_be_imported_any_more_leaves_the_work_to_torch(
-        trials, restarted, monkeypatch, log):
-    def gone():
-        raise ImportError("no triton")
+@pytest.mark.parametrize("broken", ["backend", "driver"])
+def test_what_does_not_work_any_more_leaves_the_work_to_torch(
+        broken, trials, restarted, monkeypatch, log):
+    def gone(*_):
+        raise RuntimeError("no driver")
 
     made = Made("fine")
     trials.prove_all(made)
     restarted(made)
     started(UNPACK)
-    monkeypatch.setitem(registry.IMPORTS, "fine", gone)
+    if broken == "backend":
+        monkeypatch.setitem(registry.IMPORTS, "fine", gone)
+    else:
+        monkeypatch.setattr(Verdicts, "of_device", gone)
+    started(LINEAR)
     unpacked()
     assert kernels.used(CPU) == "torch" and log("torch does their work")
 
 
-def test_a_driver_that_raises_leaves_the_work_to_torch(trials, restarted, monkeypatch, log):
-    def no_driver(*_):
-        raise RuntimeError("no driver")
-
-    restarted(Made("fine"))
-    monkeypatch.setattr(Verdicts, "of_device", no_driver)
-    started(UNPACK)
-    unpacked()
-    assert not trials.cases and log("torch does their work")
-
-
-@pytest.mark.parametrize("asked, backend", [("torch", "torch"), ("fine", "fine"), ("auto", None),
-                                            (None, None)])
-def test_what_is_asked_for_by_name_needs_no_trial(asked, backend, trials, restarted, monkeypatch):
+@pytest.mark.parametrize("asked, trialed, backend", [
+    ("torch", "cpu", "torch"), ("fine", "cpu", "fine"), ("auto", "cpu", None), (None, "cpu", None),
+    (None, "cuda", "fine")], ids=str)
+def test_a_cpu_and_what_is_asked_for_by_name_need_no_trial(
+        asked, trialed, backend, trials, restarted, monkeypatch):
+    """backend: what is used, None where trials say so."""
+    monkeypatch.setattr(kernels, "TRIALED", {trialed})
     restarted(Made("fine"))
     if asked:
         monkeypatch.setenv(kernels.VARIABLE, asked)
     started()
     kernels.prepare(CPU, [UNPACK])
     unpacked()
-    assert bool(trials.cases) == (backend is None) and bool(Notes().cases()) == (backend is None)
+    assert bool(trials.cases) == bool(Notes().cases()) == (backend is None)
     assert kernels.used(CPU) == (backend or "torch")
-
-
-def test_a_cpu_is_not_tried(trials, restarted, monkeypatch):
-    monkeypatch.setattr(kernels, "TRIALED", {"cuda", "mps"})
-    restarted(Made("fine"))
-    started()
-    kernels.prepare(CPU, [UNPACK])
-    multiplied()
-    assert not Notes().cases() and not trials.cases
 
 
 # --- what a load does, and the next start ---
@@ -318,9 +307,3 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
     (warning,) = [record.message for record in caplog.records if record.levelno > logging.INFO]
     assert "gives wrong values" in warning and "another kernel" in warning
     assert "2 of 3 values differ" in warning and ISSUES in warning
-
-
-def test_where_no_kernel_works_the_log_says_so(trials, restarted, log):
-    restarted(Made("fine"))
-    started(UNPACK)
-    assert log("no kernel is proven, torch does the work")

@@ -13,14 +13,13 @@ from featherweight.ops.kernels import verdicts as module
 from featherweight.ops.kernels.kernel import Backend, Case, Kernel
 from featherweight.ops.kernels.verdicts import (
     MAX_FILE_BYTES, MAX_NOTES, RETRY_AFTER_S, WEEK, Notes, Verdicts, device_key, source_hash)
+from unsafe_files import each_reason
 
 CPU = torch.device("cpu")
 UNPACK = Case("unpack", "Q4_K", torch.bfloat16, None)
 LINEAR = Case("linear", "NF4", torch.float16, torch.float32)
 TOKENS = Case("int8_tokens", None, torch.float16, None)
 NAME = f"{UNPACK}, rows 1 to any by triton"
-SOMEBODY = 12345  # the number of another user
-posix_only = pytest.mark.skipif(os.name != "posix", reason="Windows has other owners")
 
 
 @pytest.fixture
@@ -120,23 +119,8 @@ def test_a_file_that_grew_too_large_is_begun_anew(verdicts):
     assert known(verdicts) == {"after": "wrong"} and verdicts.path.stat().st_size < 1000
 
 
-def belongs_to_somebody_else(path):
-    if os.geteuid():
-        pytest.skip("only root can give a file away")
-    os.chown(path, SOMEBODY, -1, follow_symlinks=False)
-
-
-def can_be_written_by_all(path):
-    path.chmod(0o777)
-
-
-def is_a_link(path):
-    path.rename(path.with_name("moved"))
-    path.symlink_to(path.with_name("moved"))
-
-
-@posix_only
-@pytest.mark.parametrize("spoil", [belongs_to_somebody_else, can_be_written_by_all, is_a_link])
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other owners")
+@each_reason
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_what_somebody_else_may_have_written_is_not_believed(spoil, what, verdicts):
     verdicts.add(NAME, "wrong")
