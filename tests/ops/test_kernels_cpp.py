@@ -242,10 +242,10 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
         with product.unpacked_in_scratch(weight, torch.float32) as scratch:
             unpacked = scratch.clone()
         yield unpacked
-        yield product.unpack(weight, torch.bfloat16)
+        yield product.unpack(weight, torch.float32)
         yield product.embedding(torch.tensor([3, 0, 15]), weight, torch.float32)
         generator = torch.Generator().manual_seed(0)
-        for tokens in (1, 3, 40):
+        for tokens in (3, 40):
             input = torch.randn((tokens, columns), generator=generator)
             yield product.linear(input, weight)
             yield int8.linear(input, weight)
