@@ -15,8 +15,7 @@ import torch
 from .. import int8_codes
 from ..format import FORMATS, Format
 from . import check_packing
-from .kernel import WrongResult
-from .verdicts import device_name
+from .kernel import WrongResult, device_name
 
 log = logging.getLogger(__name__)
 

@@ -116,3 +116,8 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """CUDA's of a device, None where there is no such thing."""
     is_cuda = device.type == "cuda" and torch.version.hip is None
     return torch.cuda.get_device_capability(device) if is_cuda else None
+
+
+def device_name(device: torch.device) -> str:
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{device}{name}"

@@ -35,33 +35,21 @@ def is_private(path: Path, is_kind: Callable[[int], bool]) -> bool:
     return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def first_unsafe_dir(folder: Path) -> Path | None:
-    """The folder or its parent, where that is not private; None where both are, made if need be. Raises OSError."""
-    folder.parent.parent.mkdir(parents=True, exist_ok=True)
-    for part in (folder.parent, folder):
-        try:
-            part.mkdir(mode=0o700)
-        except FileExistsError:
-            if not part.is_dir():
-                raise
-        if not is_private(part, stat.S_ISDIR):
-            return part
-    return None
-
-
 def private_folder(folder: Path) -> Path:
     """This folder, made if need be. Where it cannot be made, or it or its parent is not private, one of this process.
 
     Raises OSError where nothing can be made.
     """
     try:
-        part = first_unsafe_dir(folder)
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for part in (folder.parent, folder):
+            part.mkdir(mode=0o700, exist_ok=True)
+            if not is_private(part, stat.S_ISDIR):
+                _warn_of(part)
+                return temporary_folder()
     except OSError as error:
         return _instead_of(str(folder), str(error))
-    if part is None:
-        return folder
-    _warn_of(part)
-    return temporary_folder()
+    return folder
 
 
 @functools.cache

@@ -10,19 +10,18 @@ import torch
 from ..format import Format
 from .background import Future, compute_in_background, set_result, wait
 from .check import check, report_wrong
-from .kernel import Backend, Case, Kernel, WrongResult, compute_capability
+from .kernel import Backend, Case, Kernel, WrongResult, compute_capability, device_name
 from .registry import import_backend
 from .startup import is_trying, log_failure
-from .verdicts import Notes, Results, Verdicts, device_name
+from .verdicts import Notes, Results, Verdicts
 
 log = logging.getLogger(__name__)
 
 REASON_LENGTH = 400  # of why a backend does not work, in the log
 EXACT = "unpack"  # the capability whose kernels have the reference's bits
-# Seconds that the first call of a capability waits for a kernel that is checked in this process.
-# After the first wait in vain no other is made.
-WAIT_SECONDS = {EXACT: 0, "linear": 20, "int8_rows": 20, "int8_tokens": 20, "pack_blocks": 20,
-                "pack_columns": 20}
+# Seconds that the first call waits for a kernel that is checked in this process, and for one with
+# the reference's bits. After the first wait in vain no other is made.
+WAIT_SECONDS, EXACT_WAIT_SECONDS = 20, 0
 
 
 class InProcessSelector:
@@ -76,7 +75,8 @@ class InProcessSelector:
         Where that was in vain it gives None: for now where kernels have torch's bits, else from now
         on, so that a picture is not made by torch in one run and by a kernel in the next.
         """
-        if wait(future, WAIT_SECONDS[capability] if self._waits else 0):
+        seconds = EXACT_WAIT_SECONDS if capability == EXACT else WAIT_SECONDS
+        if wait(future, seconds if self._waits else 0):
             return future.result()
         if capability == EXACT:
             return None
@@ -84,7 +84,7 @@ class InProcessSelector:
             self._waits = False
             log.warning("[Featherweight] No kernel was ready on %s after %g seconds: until ComfyUI "
                         "starts again, torch does the work of the kernels that are not ready when "
-                        "they are first needed.", self.device, WAIT_SECONDS[capability])
+                        "they are first needed.", self.device, seconds)
         set_result(future, None)
         return future.result()
 

@@ -9,10 +9,10 @@ from filelock import FileLock, Timeout
 
 from ...child_process import is_ending
 from .check import ISSUES, report_wrong
-from .kernel import Case
+from .kernel import Case, device_name
 from .own_files import cache_folder, private_folder
 from .trial import run_trial
-from .verdicts import Notes, Verdicts, device_name
+from .verdicts import Notes, Verdicts
 
 log = logging.getLogger(__name__)
 

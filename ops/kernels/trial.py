@@ -309,7 +309,7 @@ def _leave_no_dump():
 def main():
     job = json.loads(sys.stdin.readline())
     _leave_no_dump()
-    faulthandler.dump_traceback_later(job["case_seconds"], exit=True)
+    faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
     psutil.Process().nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", NICE))
     trial, status = Trial(job), 0
     threading.Thread(target=_end_with_input, args=(trial,), daemon=True).start()

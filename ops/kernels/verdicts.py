@@ -194,11 +194,6 @@ def device_key(device: torch.device, backends: tuple[str, ...]) -> dict[str, str
             "source": source_hash(Path(__file__).parent)}
 
 
-def device_name(device: torch.device) -> str:
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{device}{name}"
-
-
 def amd_architecture(device: torch.device) -> str:
     """What ROCm compiles for, "" without it. Devices of one name may differ in that, and variables
     may pretend another one."""

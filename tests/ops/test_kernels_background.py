@@ -81,9 +81,7 @@ def compiler(tmp_path, monkeypatch):
 
 def patience(monkeypatch, seconds: float):
     """How long a call waits for a kernel that differs from torch by rounding."""
-    exact = selector.WAIT_SECONDS[selector.EXACT]
-    monkeypatch.setattr(selector, "WAIT_SECONDS",
-                        dict.fromkeys(selector.WAIT_SECONDS, seconds) | {selector.EXACT: exact})
+    monkeypatch.setattr(selector, "WAIT_SECONDS", seconds)
 
 
 def weight(name="Q4_K", rows=16, columns=512):
@@ -111,7 +109,6 @@ def test_unpacking_waits_for_no_compiler(compiler, monkeypatch):
     compiler.hold(FIRST_SOURCE)
     patience(monkeypatch, 2 * LONG)
     assert seconds_of(lambda: product.unpack(weight(), torch.float32)) < LONG
-    assert selector.WAIT_SECONDS[selector.EXACT] == 0
     assert torch.equal(product.unpack(weight(), torch.float32), weight().dequantize())
 
 

@@ -192,7 +192,9 @@ for name in names:
     start_thread(lambda name=name: run_trial(
         torch.device("cpu"), (name,), Verdicts(folder / "cache" / name),
         [Case("unpack", "Q4_0", torch.float32, None)], planted_backends.COMMAND, CASE_SECONDS))
+end = time.monotonic() + 300
 while not all((folder / name).exists() for name in names):
+    assert time.monotonic() < end
     time.sleep(0.05)
 """.replace("CASE_SECONDS", str(CASE_SECONDS))
 

@@ -89,7 +89,7 @@ def _backend_with(run: Callable | None) -> str:
 def as_in_use():
     """Make this process as it is when a model has run for a while: the buffer of its layers, which is returned to be held, and
     the kernels, for which what is timed waits."""
-    selector.WAIT_SECONDS[selector.EXACT] = 60
+    selector.EXACT_WAIT_SECONDS = 60
     return shared_scratch()
 
 
