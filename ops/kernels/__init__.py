@@ -38,7 +38,7 @@ TRIALED = {"cuda", "mps"}  # kinds of devices whose kernels need a trial
 TOLD_AFTER_SECONDS = 5  # that a node waits to tell what its model uses
 
 _selectors: dict[torch.device, InProcessSelector | TrialedSelector] = {}
-_selecting = threading.Lock()  # held for no longer than a thread takes to start
+_selecting = threading.Lock()  # held while one is made, which waits for no kernel
 
 
 def _selector(device: torch.device) -> InProcessSelector | TrialedSelector:

@@ -180,10 +180,10 @@ class Trial:
             torch.cuda.empty_cache()
         if free_bytes(self.device) < FREE_TO_GO_ON:
             os._exit(WITHOUT_MEMORY)
+        self.kernel_name = name
         self.verdicts.add(name, "begun")
         # Ends this process though a kernel should let no Python run.
         faulthandler.dump_traceback_later(self.case_seconds, exit=True)
-        self.kernel_name = name
         try:
             verdict = prove()
         except WrongResult as error:
@@ -193,8 +193,8 @@ class Trial:
         except Exception as error:  # a compiler or driver may raise anything
             verdict = {"verdict": "refused", "why": repr(error)[:500]}
             self._end_without_device()
-        self.kernel_name = None
         self.verdicts.add(name, **verdict)
+        self.kernel_name = None
         return verdict["verdict"]
 
     def _probe(self, name: str) -> dict:
