@@ -1,6 +1,8 @@
 """Which kernels a device uses. The backends here are made for the tests, of plain torch on the CPU."""
+import inspect
 import logging
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,6 @@ from kernel_cases import wait_for_kernels
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
-FLOAT32 = frozenset([torch.float32])
 
 
 def unpack(packed_format, tensors, out, value_dtype, first):
@@ -60,8 +61,19 @@ def backend(*kernels, name="made_up", probe=lambda device: None):
     return Backend(name, probe, kernels)
 
 
-def unpack_kernel(run, name="Q4_0"):
-    return Kernel("unpack", frozenset([name]), FLOAT32, run)
+def kernel(capability: str, run, **constraints) -> Kernel:
+    names = [] if capability == "int8_tokens" else ["Q4_0"]
+    return Kernel(capability, frozenset(names), frozenset([dtype_of(capability)]), run, **constraints)
+
+
+def dtype_of(capability: str) -> torch.dtype:
+    return torch.int8 if capability == "int8_rows" else torch.float32
+
+
+def found(capability: str):
+    packed_format = None if capability == "int8_tokens" else Q4_0
+    tokens = 3 if capability == "linear" else None
+    return kernels.find(capability, CPU, packed_format, dtype_of(capability), tokens=tokens)
 
 
 def packed(rows=6, columns=64):
@@ -76,18 +88,16 @@ def test_a_kernel_that_is_right_is_used(use):
         calls.append(args)
         unpack(*args)
 
-    use(backend(unpack_kernel(recorded)))
+    use(backend(kernel("unpack", recorded)))
     values = product.unpack(packed(), torch.float32)
     assert calls[-1][2] is values
     assert torch.equal(values, packed().dequantize())
 
 
-@pytest.mark.parametrize("run", [unpack_from_the_start, unpack_rounded])
-def test_a_kernel_with_wrong_values_is_off_and_the_reference_used(run, use, caplog):
+def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_used(use, caplog):
     caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(unpack_kernel(run)))
+    use(backend(kernel("unpack", unpack_rounded)))
     assert torch.equal(product.unpack(packed(), torch.float32), packed().dequantize())
-    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
     reasons = [record for record in caplog.records if "Q4_0" in record.message]
     assert [record.levelno for record in reasons] == [logging.WARNING]
     for part in ("unpack of Q4_0 to float32 by made_up on cpu", "differ from the reference", f"torch {torch.__version__}",
@@ -96,113 +106,101 @@ def test_a_kernel_with_wrong_values_is_off_and_the_reference_used(run, use, capl
     assert "\n" not in reasons[0].message
 
 
-@pytest.mark.parametrize("run, found", [(multiply, True), (multiply_without_addend, False)])
-def test_a_product_is_used_only_if_it_is_right(run, found, use):
-    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, run, max_tokens=4)))
-    assert (kernels.find("linear", CPU, Q4_0, torch.float32, tokens=3) is run) == found
-    generator = torch.Generator().manual_seed(0)
-    input, bias = torch.randn((3, 64), generator=generator), torch.randn(6, generator=generator)
-    expected = torch.nn.functional.linear(input, packed().dequantize(), bias)
-    assert torch.allclose(product.linear(input, packed(), bias), expected, atol=1e-5)
+def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
+    encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
+    codes.clamp_(-126, 126)
+
+
+def encode_tokens_as_they_are(input, codes, scales):
+    int8_codes.quantise_into(input.float(), codes, scales)
+
+
+def encode_tokens_without_nan(input, codes, scales):
+    encode_tokens(input, codes, scales)
+    scales.nan_to_num_()
+
+
+@pytest.mark.parametrize("capability, run, is_right", [
+    ("unpack", unpack, True), ("unpack", unpack_from_the_start, False), ("unpack", unpack_rounded, False),
+    ("linear", multiply, True), ("linear", multiply_without_addend, False),
+    ("int8_rows", encode_rows, True), ("int8_rows", encode_rows_and_clip, False),
+    ("int8_tokens", encode_tokens, True), ("int8_tokens", encode_tokens_as_they_are, False),
+    ("int8_tokens", encode_tokens_without_nan, False)])
+def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
+    use(backend(kernel(capability, run)))
+    assert (found(capability) is run) == is_right
 
 
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
-WRONG_UNPACK = {
-    "in the tail": lambda tensors, out, first: out.numel() % Q4_0.block_length,
-    "of whole blocks": lambda tensors, out, first: out.numel() % Q4_0.block_length == 0,
-    "from odd addresses": lambda tensors, out, first: tensors[0].data_ptr() % 2,
-    "from even addresses": lambda tensors, out, first: tensors[0].data_ptr() % 2 == 0,
-    "from addresses of four bytes": lambda tensors, out, first: tensors[0].data_ptr() % 16 == 4,
-    "to odd addresses": lambda tensors, out, first: out.data_ptr() % 8,
-    "with several threads": lambda tensors, out, first: out.numel() >= SEVERAL_THREADS,
-    "in the tail of several threads": lambda tensors, out, first: out.numel() >= SEVERAL_THREADS and out.numel() % 32,
-    "with one thread": lambda tensors, out, first: out.numel() < SEVERAL_THREADS,
-    "from the first block": lambda tensors, out, first: first == 0,
-    "from a later block": lambda tensors, out, first: first,
-}
-WRONG_LINEAR = {
-    "without addend": lambda tensors, input, addend, out: addend is None,
-    "with a bias": lambda tensors, input, addend, out: addend is not None and addend.stride(0) == 0,
-    "with an addend of odd strides": lambda tensors, input, addend, out: addend is not None and addend.stride(0) == 1,
-    "with the most tokens": lambda tensors, input, addend, out: len(input) == 4,
-    "with the most tokens and no addend": lambda tensors, input, addend, out: len(input) == 4 and addend is None,
-    "with the fewest tokens": lambda tensors, input, addend, out: len(input) == 2,
-    "from odd addresses": lambda tensors, input, addend, out: tensors[0].data_ptr() % 2,
-    "of input at odd addresses": lambda tensors, input, addend, out: input.data_ptr() % 16,
-    "with several threads": lambda tensors, input, addend, out: out.shape[1] * input.shape[1] >= SEVERAL_THREADS,
-    "with one thread": lambda tensors, input, addend, out: out.shape[1] * input.shape[1] < SEVERAL_THREADS,
-    "with many columns": lambda tensors, input, addend, out: input.shape[1] > 1024 and input.shape[1] % 1024,
-    "with an odd number of rows": lambda tensors, input, addend, out: out.shape[1] % 2,
-}
-WRONG_ROWS = {
-    "with several threads": lambda tensors, codes, first: codes.numel() >= SEVERAL_THREADS,
-    "from a later row": lambda tensors, codes, first: first,
-    "from the first row": lambda tensors, codes, first: first == 0,
-    "from odd addresses": lambda tensors, codes, first: tensors[0].data_ptr() % 2,
-    "with many columns": lambda tensors, codes, first: codes.shape[1] > 1024 and codes.shape[1] % 1024,
-}
-WRONG_TOKENS = {
-    "with several threads": lambda input: input.numel() >= SEVERAL_THREADS,
-    "with one row": lambda input: len(input) == 1,
-    "from odd addresses": lambda input: input.data_ptr() % 16,
+RIGHT = {"unpack": unpack, "linear": multiply, "int8_rows": encode_rows, "int8_tokens": encode_tokens}
+SPOIL = {  # what is changed in the arguments of a right kernel, after it has run
+    "unpack": lambda given: given.out[-1].add_(1),
+    "linear": lambda given: given.out[-1, -1].add_(1),
+    "int8_rows": lambda given: given.codes[-1, -1].bitwise_xor_(64),
+    "int8_tokens": lambda given: given.scales[-1].mul_(1.01)}
+WRONG = {
+    "unpack": {
+        "in the tail": lambda given: given.out.numel() % Q4_0.block_length,
+        "of whole blocks": lambda given: given.out.numel() % Q4_0.block_length == 0,
+        "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
+        "from even addresses": lambda given: given.tensors[0].data_ptr() % 2 == 0,
+        "from addresses of four bytes": lambda given: given.tensors[0].data_ptr() % 16 == 4,
+        "to odd addresses": lambda given: given.out.data_ptr() % 8,
+        "with several threads": lambda given: given.out.numel() >= SEVERAL_THREADS,
+        "in the tail of several threads": lambda given: given.out.numel() >= SEVERAL_THREADS and given.out.numel() % 32,
+        "with one thread": lambda given: given.out.numel() < SEVERAL_THREADS,
+        "from the first block": lambda given: given.first == 0,
+        "from a later block": lambda given: given.first},
+    "linear": {
+        "without addend": lambda given: given.addend is None,
+        "with a bias": lambda given: given.addend is not None and given.addend.stride(0) == 0,
+        "with an addend of odd strides": lambda given: given.addend is not None and given.addend.stride(0) == 1,
+        "with the most tokens": lambda given: len(given.input) == 4,
+        "with the most tokens and no addend": lambda given: len(given.input) == 4 and given.addend is None,
+        "with the fewest tokens": lambda given: len(given.input) == 2,
+        "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
+        "of input at odd addresses": lambda given: given.input.data_ptr() % 16,
+        "with several threads": lambda given: given.out.shape[1] * given.input.shape[1] >= SEVERAL_THREADS,
+        "with one thread": lambda given: given.out.shape[1] * given.input.shape[1] < SEVERAL_THREADS,
+        "with many columns": lambda given: given.input.shape[1] > 1024 and given.input.shape[1] % 1024,
+        "with an odd number of rows": lambda given: given.out.shape[1] % 2},
+    "int8_rows": {
+        "with several threads": lambda given: given.codes.numel() >= SEVERAL_THREADS,
+        "from a later row": lambda given: given.first,
+        "from the first row": lambda given: given.first == 0,
+        "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
+        "with many columns": lambda given: given.codes.shape[1] > 1024 and given.codes.shape[1] % 1024},
+    "int8_tokens": {
+        "with several threads": lambda given: given.input.numel() >= SEVERAL_THREADS,
+        "with one row": lambda given: len(given.input) == 1,
+        "from odd addresses": lambda given: given.input.data_ptr() % 16},
 }
 
 
-def assert_found(use, caplog, kernel, packed_format, dtype, tokens=None):
-    use(backend(kernel))
-    assert kernels.find(kernel.capability, CPU, packed_format, dtype, tokens=tokens) is None
+@pytest.mark.parametrize("capability, where", [(capability, where) for capability in WRONG for where in WRONG[capability]])
+def test_a_kernel_that_is_wrong_only_somewhere_is_found_out(capability, where, use, caplog):
+    signature = inspect.signature(RIGHT[capability])
+
+    def wrong(*arguments):
+        RIGHT[capability](*arguments)
+        given = types.SimpleNamespace(**signature.bind(*arguments).arguments)
+        if WRONG[capability][where](given):
+            SPOIL[capability](given)
+
+    use(backend(kernel(capability, wrong, **({"min_tokens": 2, "max_tokens": 4} if capability == "linear" else {}))))
+    assert found(capability) is None
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "gives wrong values here" in warning.message and " in the case " in warning.message
 
 
-@pytest.mark.parametrize("where", WRONG_UNPACK)
-def test_an_unpack_kernel_that_is_wrong_only_somewhere_is_found(where, use, caplog):
-    def wrong(packed_format, tensors, out, value_dtype, first):
-        unpack(packed_format, tensors, out, value_dtype, first)
-        if WRONG_UNPACK[where](tensors, out, first):
-            out[-1] += 1
-
-    assert_found(use, caplog, unpack_kernel(wrong), Q4_0, torch.float32)
-
-
-def test_an_unpack_kernel_that_writes_beside_its_values_is_found(use, caplog):
+def test_an_unpack_kernel_that_writes_beside_its_values_is_found_out(use, caplog):
     def wrong(packed_format, tensors, out, value_dtype, first):
         unpack(packed_format, tensors, out, value_dtype, first)
         if out.storage_offset() + out.numel() < out.untyped_storage().nbytes() // 4:
             out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
 
-    assert_found(use, caplog, unpack_kernel(wrong), Q4_0, torch.float32)
-
-
-@pytest.mark.parametrize("where", WRONG_LINEAR)
-def test_a_product_that_is_wrong_only_somewhere_is_found(where, use, caplog):
-    def wrong(packed_format, tensors, input, addend, out, value_dtype):
-        multiply(packed_format, tensors, input, addend, out, value_dtype)
-        if WRONG_LINEAR[where](tensors, input, addend, out):
-            out[-1, -1] += 1
-
-    kernel = Kernel("linear", frozenset(["Q4_0"]), FLOAT32, wrong, min_tokens=2, max_tokens=4)
-    assert_found(use, caplog, kernel, Q4_0, torch.float32, 3)
-
-
-@pytest.mark.parametrize("where", WRONG_ROWS)
-def test_codes_of_a_weight_that_are_wrong_only_somewhere_are_found(where, use, caplog):
-    def wrong(packed_format, tensors, codes, scales, value_dtype, first):
-        encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
-        if WRONG_ROWS[where](tensors, codes, first):
-            codes[-1, -1] ^= 64
-
-    assert_found(use, caplog, Kernel("int8_rows", frozenset(["Q4_0"]), frozenset([torch.int8]), wrong), Q4_0, torch.int8)
-
-
-@pytest.mark.parametrize("where", WRONG_TOKENS)
-def test_codes_of_an_input_that_are_wrong_only_somewhere_are_found(where, use, caplog):
-    def wrong(input, codes, scales):
-        encode_tokens(input, codes, scales)
-        if WRONG_TOKENS[where](input):
-            scales[-1] *= 1.01
-
-    assert_found(use, caplog, Kernel("int8_tokens", frozenset(), FLOAT32, wrong), None, torch.float32)
+    use(backend(kernel("unpack", wrong)))
+    assert found("unpack") is None and "written beside the values" in caplog.text
 
 
 def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
@@ -210,7 +208,7 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
         raise RuntimeError("no such instruction")
 
     caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(unpack_kernel(refused)))
+    use(backend(kernel("unpack", refused)))
     assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
     (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
     assert reason.levelno == logging.DEBUG and "unpack of Q4_0 to float32 by made_up is off on cpu" in reason.message
@@ -228,30 +226,6 @@ def test_the_address_for_reports_is_the_packs_own():
     assert f'"Bug Tracker" = "{ISSUES}"' in project
 
 
-def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
-    encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
-    codes.clamp_(-126, 126)
-
-
-def encode_tokens_as_they_are(input, codes, scales):
-    int8_codes.quantise_into(input.float(), codes, scales)
-
-
-def encode_tokens_without_nan(input, codes, scales):
-    encode_tokens(input, codes, scales)
-    scales.nan_to_num_()
-
-
-@pytest.mark.parametrize("op, run, found", [
-    ("int8_rows", encode_rows, True), ("int8_rows", encode_rows_and_clip, False), ("int8_tokens", encode_tokens, True),
-    ("int8_tokens", encode_tokens_as_they_are, False), ("int8_tokens", encode_tokens_without_nan, False)])
-def test_codes_are_used_only_if_they_are_right(op, run, found, use):
-    rows = op == "int8_rows"
-    dtype = torch.int8 if rows else torch.float32
-    use(backend(Kernel(op, frozenset(["Q4_0"] if rows else []), frozenset([dtype]), run)))
-    assert (kernels.find(op, CPU, Q4_0 if rows else None, dtype) is run) == found
-
-
 def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
     called = []
     monkeypatch.setattr(int8, "multiplies_integers", lambda device: True)
@@ -261,14 +235,14 @@ def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
     exact = product.linear(input, weight)
     assert torch.equal(int8.linear(input, weight), exact)  # too few tokens to do without
     use(backend(
-        Kernel("int8_rows", frozenset(["Q4_0"]), frozenset([torch.int8]), lambda *args: (called.append(1), encode_rows(*args))),
-        Kernel("int8_tokens", frozenset(), FLOAT32, lambda *args: (called.append(2), encode_tokens(*args)))))
+        kernel("int8_rows", lambda *args: (called.append(1), encode_rows(*args))),
+        kernel("int8_tokens", lambda *args: (called.append(2), encode_tokens(*args)))))
     got = int8.linear(input, weight)
     assert called[-2:] == [2, 1] and 0.001 < (got - exact).norm() / exact.norm() < 0.03
 
 
 def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
-    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply)))
+    use(backend(kernel("linear", multiply)))
     generator = torch.Generator().manual_seed(0)
     input, bias, down, up = (torch.randn(shape, generator=generator) for shape in ((2, 64), (6,), (2, 64), (6, 2)))
     expected = torch.nn.functional.linear(input, packed().dequantize() + up @ down, bias)
@@ -277,7 +251,7 @@ def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
 
 
 def test_a_kernel_gets_only_what_it_accepts(use):
-    use(backend(unpack_kernel(unpack), Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply, min_tokens=2, max_tokens=4)))
+    use(backend(kernel("unpack", unpack), kernel("linear", multiply, min_tokens=2, max_tokens=4)))
     assert kernels.find("unpack", CPU, FORMATS["Q8_0"], torch.float32) is None
     assert kernels.find("unpack", CPU, Q4_0, torch.float16) is None
     found = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply for tokens in range(7)]
@@ -291,7 +265,7 @@ def test_a_kernel_is_checked_when_it_is_needed(use):
         calls.append(args)
         multiply(*args)
 
-    use(backend(Kernel("linear", frozenset(["Q4_0"]), FLOAT32, recorded, max_tokens=16)))
+    use(backend(kernel("linear", recorded, max_tokens=16)))
     kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17)
     assert not calls
     kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
@@ -310,14 +284,14 @@ def test_a_cpu_never_imports_triton(use, monkeypatch):
 
 
 def test_a_format_with_another_block_length_is_accepted_too():
-    kernel = unpack_kernel(unpack, "NF4")
-    assert kernel.accepts(FORMATS["NF4"].of_block_length(128), torch.float32, None)
-    assert not kernel.accepts(FORMATS["FP4"], torch.float32, None)
+    of_nf4 = Kernel("unpack", frozenset(["NF4"]), frozenset([torch.float32]), unpack)
+    assert of_nf4.accepts(FORMATS["NF4"].of_block_length(128), torch.float32, None)
+    assert not of_nf4.accepts(FORMATS["FP4"], torch.float32, None)
 
 
 def test_a_kernel_is_not_run_below_its_capability():
-    kernel = Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack, min_compute_capability=(8, 0))
-    accepted = [kernel.accepts(Q4_0, torch.float32, capability) for capability in ((7, 5), (8, 0), (12, 0), None)]
+    newer = kernel("unpack", unpack, min_compute_capability=(8, 0))
+    accepted = [newer.accepts(Q4_0, torch.float32, capability) for capability in ((7, 5), (8, 0), (12, 0), None)]
     assert accepted == [False, True, True, True]
 
 
@@ -326,7 +300,7 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
         raise RuntimeError("no driver")
 
     caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(unpack_kernel(unpack), name="broken", probe=no_driver), backend(unpack_kernel(unpack), name="working"))
+    use(backend(kernel("unpack", unpack), name="broken", probe=no_driver), backend(kernel("unpack", unpack), name="working"))
     for _ in range(3):
         product.unpack(packed(), torch.float32)
     assert [(record.levelno, record.message) for record in caplog.records] == [
@@ -339,7 +313,7 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
     (None, "first"), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"),
     ("triton", "first")], ids=str)  # the last is one for other devices
 def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
-    use(backend(unpack_kernel(unpack), name="first"), backend(unpack_kernel(unpack_rounded), name="second"))
+    use(backend(kernel("unpack", unpack), name="first"), backend(kernel("unpack", unpack_rounded), name="second"))
     if asked is None:
         monkeypatch.delenv(kernels.VARIABLE)
     else:
@@ -349,7 +323,7 @@ def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
 
 
 def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog):
-    use(backend(unpack_kernel(unpack), name="first"))
+    use(backend(kernel("unpack", unpack), name="first"))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
     assert kernels.used(CPU, 120) == "first"
     assert "FEATHERWEIGHT_KERNELS is cuda; it can be auto, first, " in caplog.text
@@ -362,7 +336,7 @@ def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog)
     lambda input, weight: input + product.embedding(torch.tensor([3, 1]), weight, torch.float32),
 ], ids=["linear", "unpack", "unpack_rows", "embedding"])
 def test_torch_compile_meets_no_choice_of_kernels(operation, use):
-    use(backend(unpack_kernel(unpack), Kernel("linear", frozenset(["Q4_0"]), FLOAT32, multiply)))
+    use(backend(kernel("unpack", unpack), kernel("linear", multiply)))
     weight, input = packed(), torch.randn((2, 64), generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(operation, fullgraph=True, backend="eager")(input, weight)
     assert torch.equal(compiled, operation(input, weight))
