@@ -1,7 +1,9 @@
 """The host, the pack and what every test may ask for."""
+import ctypes
 import functools
 import gc
 import os
+import sys
 from unittest import mock
 
 import comfyui_and_pack  # noqa: F401  first: puts both where they can be imported
@@ -16,8 +18,20 @@ import folder_paths  # noqa: E402
 import torch  # noqa: E402
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_KEPT = 1 << 30  # bytes
+
+
 def pytest_configure():
+    keep_freed_memory()
     os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")  # the reference; the tests of kernels ask for them
+
+
+def keep_freed_memory():
+    """Have glibc keep what large tensors were in: the system clears the pages of each new one."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 def pytest_addoption(parser):

@@ -18,9 +18,9 @@ class Gain:
         self.along = self.whole = 0.0
 
     def add(self, change: torch.Tensor, exact: torch.Tensor):
-        exact = exact.double()
-        self.along += (change.double() * exact).sum().item()
-        self.whole += exact.square().sum().item()
+        """Add what changed and what should have: a difference of two outputs, exact in float32, and its like."""
+        self.along += (change * exact).sum(dtype=torch.float64).item()
+        self.whole += exact.square().sum(dtype=torch.float64).item()
 
     @property
     def value(self) -> float:
@@ -41,6 +41,6 @@ def assert_full_strength(run, inputs, weight_change, norms=NORMS, base: float = 
         gain, strength = Gain(), norm * base
         exact = weight_change(strength) - weight_change(-strength)
         for input in inputs:
-            change = run(input, strength).double() - run(input, -strength).double()
+            change = run(input, strength).float() - run(input, -strength).float()
             gain.add(change, input.float() @ exact.t())
         gain.assert_full(f"a norm of {norm:.2%}")
