@@ -4,6 +4,7 @@ import sys
 import time
 
 RECENT = 200  # rows, for the rate
+LINE = 100  # characters, which cover what a line of progress has left on a terminal
 
 
 class Progress:
@@ -27,15 +28,18 @@ class Progress:
             self.say(self.line(now), end="\r" if self.on_terminal else "\n", flush=True)
 
     def tell(self, text: str):
-        self.say(text + " " * max(0, 100 - len(text)) * self.on_terminal, flush=True)
+        self.say(text.ljust(LINE) if self.on_terminal else text, flush=True)
 
     def line(self, now: float) -> str:
         """Rows, rate, workers, failures and time left."""
         done, failed = self.counts.total(), self.counts["failed"]
         rate = (len(self.times) - 1) / max(now - self.times[0], 1e-3)  # without the start of the workers
         busy = sum(now - seen < max(60, 3 * len(self.workers) / max(rate, 1e-6)) for seen in self.workers.values())
-        found = f"{done} of {self.total} rows, {busy} worker{'s' * (busy != 1)}, {failed} failed"
-        return f"{found}, {rate:.3g} a second, {duration((self.total - done) / rate)} left   " if rate else found
+        workers = "1 worker" if busy == 1 else f"{busy} workers"
+        counts = f"{done} of {self.total} rows, {workers}, {failed} failed"
+        if not rate:
+            return counts
+        return f"{counts}, {rate:.3g} a second, {duration((self.total - done) / rate)} left   "
 
 
 def duration(seconds: float) -> str:

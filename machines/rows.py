@@ -64,9 +64,11 @@ def row(line: bytes) -> tuple[str, dict]:
     if not isinstance(name, str):
         raise GraphError('has no "id", which names its pictures')
     size = len(name.encode(errors="surrogatepass"))
-    if not NAME.fullmatch(name) or size > NAME_BYTES:
-        raise GraphError(f"has the id {name[:200]!r}, which cannot be a file's name"
-                         + f": it takes {size} bytes, {NAME_BYTES} are allowed" * (size > NAME_BYTES))
+    if size > NAME_BYTES:
+        raise GraphError(f"has the id {name[:200]!r}, which cannot be a file's name: it takes {size}"
+                         f" bytes, {NAME_BYTES} are allowed")
+    if not NAME.fullmatch(name):
+        raise GraphError(f"has the id {name!r}, which cannot be a file's name")
     return name, changes
 
 

@@ -28,13 +28,12 @@ PATIENCE = 600  # seconds, on a machine that has much else to do
 PAINT = {"1": {"class_type": "Paint", "inputs": {"text": "", "seed": 0, "seconds": 0.05}}}
 
 
-def until(holds, seconds: float = PATIENCE):
+def until(holds):
     """Wait until it holds."""
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end, f"not in {seconds} s"
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, f"not in {PATIENCE} s"
         time.sleep(0.05)
-    return found
 
 
 def kill(pid: int):
@@ -192,7 +191,7 @@ def test_nothing_is_left_of_a_ray_of_its_own_when_the_batch_is_killed(tmp_path, 
     finally:
         kill(found.process.pid)
     found.process.wait()
-    until(lambda: not marked(str(tmp_path)), 10)
+    until(lambda: not marked(str(tmp_path)))
 
 
 # --- heavy ---

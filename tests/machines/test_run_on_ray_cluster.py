@@ -65,10 +65,9 @@ def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     waiting_thread, said = queued(second, on_cluster(seed=40, steps=60, workers=0))
     time.sleep(3)
     assert running_thread.is_alive() and waiting_thread.is_alive()
-    asked = time.monotonic()
     second.post("/interrupt", {})
     waiting_thread.join()
-    assert "interrupted" in said[0] and time.monotonic() - asked < 5
+    assert "interrupted" in said[0] and running_thread.is_alive()
     running_thread.join()
     assert found[0][0] == [pixels(plain(workflow(seed=30 + index, steps=60))) for index in range(COUNT)]
     assert pictures(second, on_cluster(count=1, seed=50))[0] == [pixels(plain(workflow(seed=50)))]
