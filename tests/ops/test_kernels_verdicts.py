@@ -10,7 +10,7 @@ import pytest
 import torch
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.kernels import verdicts as module
-from featherweight.ops.kernels.kernel import Backend, Case, Kernel
+from featherweight.ops.kernels.kernel import Case
 from featherweight.ops.kernels.verdicts import (
     MAX_FILE_BYTES, MAX_NOTES, RETRY_AFTER_S, WEEK, Notes, Verdicts, device_key, source_hash)
 from unsafe_files import each_reason
@@ -63,19 +63,6 @@ def test_what_may_mend_itself_is_forgotten_after_its_time(verdict, verdicts, mon
         with monkeypatch.context() as patch:
             patch.setattr(module.time, "time", lambda now=now: now)
             assert known(verdicts) == ({} if is_forgotten else {NAME: verdict}) | {"before": "crashed"}
-
-
-def test_only_right_kernels_are_used_the_fastest_first(verdicts):
-    kernels = [Kernel("unpack", frozenset(), frozenset(), print, least) for least in (1, 2, 3, 4)]
-    backends = [Backend("triton", print, tuple(kernels[:2])),
-                Backend("nvrtc", print, tuple(kernels[2:]))]
-    names = [UNPACK.kernel_name("triton", kernels[0]), UNPACK.kernel_name("triton", kernels[1]),
-             UNPACK.kernel_name("nvrtc", kernels[2])]
-    verdicts.add(names[0], "right", seconds=[0.9, 1.0])
-    verdicts.add(names[1], "slower", seconds=[1.1, 1.0])
-    verdicts.add(names[2], "right", seconds=[0.5, 1.0])
-    assert verdicts.results().kernels(UNPACK, backends) == [kernels[2], kernels[0]]
-    assert verdicts.results().kernels(LINEAR, backends) == []
 
 
 def test_who_reads_while_others_write_finds_whole_lines(verdicts):
