@@ -175,6 +175,14 @@ def results(name: str, case: Case, packed: bool, folder) -> list[dict[str, torch
     return found + saved
 
 
+@functools.cache
+def picture_without_nodes(family: str, latent: tuple | None, steps: int, cfg: float, noise_mask: bool) -> torch.Tensor:
+    """What the dense model draws for the cases with these settings."""
+    setting = Setting(Case(family, latent=latent, steps=steps, cfg=cfg, noise_mask=noise_mask), packed=False)
+    with torch.inference_mode():
+        return setting.sample(setting.model)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_node_does_to_a_packed_model_what_it_does_to_a_dense_one(name, files):
     if name not in host_nodes():
@@ -190,9 +198,7 @@ def test_a_node_does_to_a_packed_model_what_it_does_to_a_dense_one(name, files):
             assert (value - wanted).norm() <= case.limit * wanted.norm(), key
     assert any(packed) or name == "GetICLoRAParameters"
     if "MODEL" in host_nodes()[name].RETURN_TYPES:
-        setting = Setting(case, False)
-        with torch.inference_mode():
-            without = setting.sample(setting.model)
+        without = picture_without_nodes(case.family, case.latent, case.steps, case.cfg, case.noise_mask)
         found = next(outputs["MODEL"] for outputs in dense if "MODEL" in outputs)
         assert (relative(found, without) > 1e-3) == case.effect, relative(found, without)
 

@@ -112,23 +112,24 @@ def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, other
 
 UNPICKLING = """
 import sys, recipe_process
-_, host, pack, file, outputs = sys.argv
+_, host, pack, folder = sys.argv
 name = recipe_process.import_pack(host, pack)
-import torch
+import pathlib, torch
 torch.set_num_threads(1)
-blocks = torch.load(file, weights_only=False)
-bases = [type(module).__mro__[1] for module in {module for block in blocks for module in block.modules()}]
-with torch.no_grad():
-    found = [block(torch.ones(2, 256)) for block in blocks]
-torch.save([*found, sum(base.__module__.startswith(f"{name}.ops") for base in bases)], outputs)
+for file in pathlib.Path(folder).glob("*.blocks"):
+    blocks = torch.load(file, weights_only=False)
+    bases = [type(module).__mro__[1] for module in {module for block in blocks for module in block.modules()}]
+    with torch.no_grad():
+        outputs = [block(torch.ones(2, 256)) for block in blocks]
+    torch.save([*outputs, sum(base.__module__.startswith(f"{name}.ops") for base in bases)], file.with_suffix(".outputs"))
 """
+PICKLED = ("Q8_0", "NF4", "NF4_128", "INT8", "Q4_K_256_2x4")  # types of one file, and those made of a file's numbers
 
 
-@pytest.mark.parametrize("format_name", ["Q8_0", "NF4", "NF4_128", "INT8", "Q4_K_256_2x4"])
-def test_layers_unpickle_in_a_process_with_the_pack_in_another_folder(format_name, other, tmp_path):
+def blocks_of(format_name: str) -> list[torch.nn.Module]:
+    """Two models, the second with the layer of the first, and one with a LoRA, in it."""
     packed_format = INT8.of_columns(256) if format_name == "INT8" else format_named(format_name)
-    blocks = packed_format.block_length
-    count = 256 * 256 // blocks
+    count = 256 * 256 // packed_format.block_length
     codes = torch.randint(0, 60, (count, packed_format.block_bytes), dtype=torch.uint8)
     scale = torch.rand(count) / 30 if packed_format.scales_apart else None
     weight = packed_tensor(packed_format, codes, (256, 256), scale=scale)
@@ -137,13 +138,26 @@ def test_layers_unpickle_in_a_process_with_the_pack_in_another_folder(format_nam
         layer.load_state_dict({"weight": weight, "bias": torch.randn(256)})
     lora = LoRAAdapter(set(), (torch.randn(256, 4), torch.randn(4, 256), None, None, None, None))
     int8.lora = build_patches("w", [(0.5, lora, 1.0, None, None)], weight.shape, torch.device("cpu"), torch.float32)
-    modules = [torch.nn.Sequential(plain), torch.nn.Sequential(plain, torch.nn.ReLU(), int8)]
-    torch.save(modules, tmp_path / "blocks.pt")
-    command = [sys.executable, "-c", UNPICKLING, *map(str, (HOST, other, tmp_path / "blocks.pt", tmp_path / "outputs.pt"))]
+    return [torch.nn.Sequential(plain), torch.nn.Sequential(plain, torch.nn.ReLU(), int8)]
+
+
+@pytest.fixture(scope="module")
+def unpickled(other, tmp_path_factory):
+    """Format -> (the blocks that were pickled, what they gave in a process with the pack in another folder)."""
+    folder = tmp_path_factory.mktemp("pickles")
+    blocks = {name: blocks_of(name) for name in PICKLED}
+    for name, modules in blocks.items():
+        torch.save(modules, folder / f"{name}.blocks")
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK / "tests" / "support"), str(PACK)])}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    done = subprocess.run([sys.executable, "-c", UNPICKLING, *map(str, (HOST, other, folder))], capture_output=True, text=True,
+                          env=variables)
     assert done.returncode == 0, done.stderr
-    *outputs, count = torch.load(tmp_path / "outputs.pt", weights_only=False)
+    return {name: (modules, torch.load(folder / f"{name}.outputs", weights_only=False)) for name, modules in blocks.items()}
+
+
+@pytest.mark.parametrize("format_name", PICKLED)
+def test_layers_unpickle_in_a_process_with_the_pack_in_another_folder(format_name, unpickled):
+    modules, (*outputs, count) = unpickled[format_name]
     with torch.no_grad():
         assert all(torch.equal(output, module(torch.ones(2, 256))) for output, module in zip(outputs, modules, strict=True))
     assert count == 2  # the shared one once
