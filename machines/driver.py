@@ -48,7 +48,7 @@ class Driver:
 
     def __init__(self, say):
         self.say, self.pool = say, None
-        self.requests, self.cancelled, self.is_ending = queue.SimpleQueue(), set(), False
+        self.inbox, self.cancelled, self.is_ending = queue.SimpleQueue(), set(), False
 
     def take(self, header: dict | None):
         """Takes a request in any thread.
@@ -59,14 +59,14 @@ class Driver:
         if header and header["op"] == "cancel":
             self.cancelled.add(header["number"])
         else:
-            self.requests.put(header)
+            self.inbox.put(header)
 
     def serve(self):
         """Answers requests in turn. Workers end when none comes for as long as the last one said."""
         idle_seconds = None
         while True:
             try:
-                request = self.requests.get(timeout=idle_seconds)
+                request = self.inbox.get(timeout=idle_seconds)
             except queue.Empty:
                 self.pool.end_all()
                 idle_seconds = None
