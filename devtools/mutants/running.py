@@ -81,7 +81,8 @@ class Clone:
         self.temporary.mkdir()
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "--color=no", *arguments]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", "TMPDIR": str(self.temporary),
-                     "XDG_CACHE_HOME": str(self.temporary / "cache")}
+                     "XDG_CACHE_HOME": str(self.temporary / "cache"),
+                     "PYTHONDONTWRITEBYTECODE": "1"}  # which does not tell a fault from a file of its size and second
         with open(self.temporary.with_suffix(".log"), "w+b") as log:
             process = subprocess.Popen(command, cwd=self.tree, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                        start_new_session=True)  # or Ctrl-C would end the tests, as if they had failed
