@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
 
-def shard_of(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
     """(i, n) of "i/n"."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpus", type=float, help="of each worker; 1 where the machines have any, else 0")
     found.add_argument("--cpus", type=float, help="of each worker, which computes with as many threads")
     found.add_argument("--address", default="auto", help="of the Ray cluster; without one, Ray is started on this machine")
-    found.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N",
+    found.add_argument("--shard", type=parse_shard, default=(1, 1), metavar="I/N",
                        help="draw only the I-th of N parts of the rows, as each of several clusters does")
     found.add_argument("--check", action="store_true",
                        help="say what each machine is and which models and node packs of the workflow it lacks; draw nothing")
@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
     pack = types.ModuleType("featherweight")
     pack.__path__ = [str(ROOT)]
     sys.modules.setdefault("featherweight", pack)
-    from featherweight.machines.batch import Batch
-    from featherweight.machines.graph import read
-    from featherweight.machines.place import MachineError, own
-    from featherweight.machines.progress import duration
+    from featherweight.cluster.batch import Batch
+    from featherweight.cluster.graph import read
+    from featherweight.cluster.comfyui_install import MachineError, own_comfyui
+    from featherweight.cluster.batch_progress import duration
 
     if options.fetch_models:
         print("Failed: --fetch-models sends no files any more: share the models' folder among the machines or copy it, as"
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         graph = read(Path(options.workflow).read_text(encoding="utf-8"), options.workflow)
         batch = Batch(graph, options.rows, out, workers_of(options.workers), options.gpus, options.cpus, options.address,
-                      options.shard, own(str(ROOT)))
+                      options.shard, own_comfyui(str(ROOT)))
         if options.check:
             return DONE if batch.check() else FAILED
         counts = batch.run()

@@ -61,10 +61,10 @@ def find_host() -> Path:
     pack = types.ModuleType("featherweight")
     pack.__path__ = [str(ROOT)]
     sys.modules.setdefault("featherweight", pack)
-    from featherweight.machines.place import MachineError, own
+    from featherweight.cluster.comfyui_install import MachineError, own_comfyui
 
     try:
-        folder = own(str(ROOT))
+        folder = own_comfyui(str(ROOT))
     except MachineError as error:
         raise SystemExit(f"Failed: {error}") from error
     if not folder:

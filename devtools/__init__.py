@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 def product_module(name: str):
-    """A module of the pack, as `ops.packing`, for tools that also run where there is no host; named as in a test."""
+    """A module of the pack, as `ops.quantize`, for tools that also run where there is no host; named as in a test."""
     if "featherweight" not in sys.modules:
         sys.modules["featherweight"] = types.ModuleType("featherweight")
         sys.modules["featherweight"].__path__ = [str(ROOT)]

@@ -116,7 +116,7 @@ def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=
             found.add(name)
         if connect:
             ray.init(address=found.address, log_to_driver=False, logging_level="warning")
-            product_module("machines").by_value(ray.cloudpickle)
+            product_module("cluster").by_value(ray.cloudpickle)
         yield found
     finally:
         if connect:

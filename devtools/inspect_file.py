@@ -3,8 +3,8 @@ import argparse
 
 import devtools.measure  # noqa: F401  the host and the pack
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.inspect.picture import inspection_picture
-from featherweight.loaders.inspect.text import inspection_text
+from featherweight.loaders.inspect.inspection_chart import inspection_picture
+from featherweight.loaders.inspect.inspection_text import inspection_text
 from PIL import Image
 
 

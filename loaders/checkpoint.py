@@ -7,19 +7,19 @@ import comfy.sd
 import torch
 from comfy.model_detection import model_config_from_unet
 
-from ..ops.load_hooks import bare_parameters_unpacked
+from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
-from ..ops.tensor import is_packed
+from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_clip, wrap_model
-from .detection import answer, misfits_told, reject_non_diffusion
+from .detection import try_detect, explain_shape_errors, reject_non_diffusion
 from .devices import device_options
-from .diffusion import load_diffusion_model, model_of, read_weights, to_comfy_quant_layout
+from .diffusion import load_diffusion_model, build_model, read_weights, to_comfy_quant_layout
 from .files import open_weights
-from .files.container import WeightFile, WeightFileError, shown
-from .model_names import model_prefix
+from .files.container import WeightFile, WeightFileError, safe_repr
+from .comfy_keys import model_prefix
 from .progress import Progress
 from .reader_choice import needs_own_reader
-from .recipe import Recipe, loads
+from .recipe import Recipe, register_loader
 from .text_encoder import load_text_encoder
 from .vae import wrap_vae
 
@@ -79,17 +79,17 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None, out
 
 # Each part again, for recipes.
 
-@loads(MODEL)
+@register_loader(MODEL)
 def _model_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
     return load_checkpoint(path, output_clip=False, output_vae=False, **options)[0]
 
 
-@loads(CLIP)
+@register_loader(CLIP)
 def _clip_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
     return load_checkpoint(path, output_model=False, output_vae=False, **options)[1].patcher
 
 
-@loads(VAE)
+@register_loader(VAE)
 def _vae_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
     return load_checkpoint(path, output_model=False, output_clip=False, **options)[2].patcher
 
@@ -116,7 +116,7 @@ def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: boo
         clip = load_text_encoder(encoders, _clip_type(path, len(encoders)), embedding_directory,
                                  disable_dynamic=disable_dynamic, model_options=device_options(encoder_device))
     if outputs["output_vae"]:
-        with bare_parameters_unpacked():
+        with dequantize_plain_parameters():
             vae = (wrap_vae(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device)) if "vae" in folders
                    else _no_vae())
     return model, clip, vae
@@ -135,7 +135,7 @@ def _clip_type(path: str, encoders: int) -> str:
         pipeline = "" if has_unet else "Flux"
     known = next((kind for start, kind in CLIP_TYPES.items() if pipeline.lower().startswith(start)), None)
     if known is None and encoders > 1 and not has_unet:  # those with a U-Net are Stable Diffusion's and its relatives'
-        raise WeightFileError(f"{os.path.basename(path)} was saved from the pipeline {shown(pipeline)}, whose {encoders} text"
+        raise WeightFileError(f"{os.path.basename(path)} was saved from the pipeline {safe_repr(pipeline)}, whose {encoders} text"
                               " encoders are of no known set. Load its folders one by one: the model with Load Diffusion Model,"
                               " the text encoders with Load Text Encoder (Featherweight).")
     return known or "stable_diffusion"
@@ -152,7 +152,7 @@ def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, 
         parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute, device_options(device),
                        device_options(encoder_device))
     else:
-        model = model_of(file, state_dict, disable_dynamic=disable_dynamic, compute=compute,
+        model = build_model(file, state_dict, disable_dynamic=disable_dynamic, compute=compute,
                          model_options=device_options(device))
         parts = model, None, _no_vae()
     if packed and parts[0] is not None:
@@ -165,7 +165,7 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
            compute: str, model_options: dict, encoder_options: dict):
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_quant_layout(file, state_dict)
-    if answer(model_config_from_unet, state_dict, prefix, metadata=file.text_metadata) is None:
+    if try_detect(model_config_from_unet, state_dict, prefix, metadata=file.text_metadata) is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows ({len(file.entries)} tensors,"
             f" first {next(iter(file.entries), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
@@ -174,7 +174,7 @@ def _parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_dire
         encoder_options["custom_operations"] = operations_for(encoder, full_precision=True)
     model_options["custom_operations"] = operations_for(
         [name for name in state_dict if name.startswith(prefix)], compute=compute)
-    with misfits_told(file), bare_parameters_unpacked():
+    with explain_shape_errors(file), dequantize_plain_parameters():
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=file.text_metadata,
             model_options=model_options, te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)

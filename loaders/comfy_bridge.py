@@ -7,10 +7,10 @@ import comfy.sd
 import torch
 
 from ..ops.int8 import multiplies_integers
-from ..ops.needs import prepare_kernels
+from ..ops.kernel_warmup import prepare_kernels
 from ..ops.patcher import adopt
 from .files.container import FileChangeGuard, WeightFile
-from .held import load_summary
+from .model_summary import load_summary
 
 log = logging.getLogger(__name__)
 

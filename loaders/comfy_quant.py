@@ -19,8 +19,8 @@ from comfy.quant_ops import QUANT_ALGOS
 from comfy_kitchen.tensor import get_layout_class
 
 from ..ops.bounded_json import read_json
-from ..ops.tensor import QuantizedTensor
-from .files.container import WeightFile, WeightFileError, first_line, shown
+from ..ops.packed_layout import QuantizedTensor
+from .files.container import WeightFile, WeightFileError, first_line, safe_repr
 from .out_of_memory import is_out_of_memory
 
 MARK = ".comfy_quant"
@@ -124,7 +124,7 @@ def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _unread(file: WeightFile, layer: str, error: UnreadFormatError) -> WeightFileError:
     name = f"{layer}.weight"
-    return file.error_at(name, f"{shown(name)} is in a quantised format that this ComfyUI does not read ({error})",
+    return file.error_at(name, f"{safe_repr(name)} is in a quantised format that this ComfyUI does not read ({error})",
                          "Update ComfyUI, or get another conversion.")
 
 
@@ -138,7 +138,7 @@ def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[st
     if not isinstance(name, str):
         raise UnreadFormatError("its comfy_quant names none")
     if name not in QUANT_ALGOS:
-        raise UnreadFormatError(shown(name) + (f", which ComfyUI {READ_BY[name]} does" if name in READ_BY else ""))
+        raise UnreadFormatError(safe_repr(name) + (f", which ComfyUI {READ_BY[name]} does" if name in READ_BY else ""))
     return settings
 
 
@@ -156,7 +156,7 @@ def _weight(layer_class: type, layer: str, parts: dict[str, torch.Tensor]) -> Qu
         raise UnreadFormatError(f"{name}: {first_line(error)}") from error
     ignored = next((part for part in parts if part.startswith(f"{layer}.weight")), None)
     if ignored is not None:  # the host would leave it out, and compute with other values
-        raise UnreadFormatError(f"{name} with {shown(ignored.removeprefix(f'{layer}.'))}")
+        raise UnreadFormatError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}")
     return module.weight.detach()
 
 

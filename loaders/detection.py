@@ -15,32 +15,32 @@ from .out_of_memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 # What it raises for those: its detection and its tables look up, index and divide what a model of theirs would have.
-FOREIGN = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)
+DETECTION_ERRORS = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)
 
 
-def answer(ask: Callable, *arguments, **options) -> Any:
+def try_detect(ask: Callable, *arguments, **options) -> Any:
     """What one of the host's functions of detection or conversion gives for a model; None, as for one that it does not know,
     where names or shapes that it counts on are missing. A lack of memory says nothing of the model and goes on as an error.
     """
     try:
         return ask(*arguments, **options)
-    except FOREIGN as error:
+    except DETECTION_ERRORS as error:
         if is_out_of_memory(error):
             raise
         log.debug("[Featherweight] The host's %s does not know the model", getattr(ask, "__name__", ask), exc_info=True)
         return None
 
 
-def is_known(state_dict: dict[str, torch.Tensor]) -> bool:
+def is_diffusion_model(state_dict: dict[str, torch.Tensor]) -> bool:
     """Whether the host takes some of these weights, in its own names or those of diffusers' UNets, for a diffusion model's."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
     inside = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    return (answer(comfy.model_detection.detect_unet_config, inside or state_dict, "") is not None
-            or answer(comfy.model_detection.unet_config_from_diffusers_unet, inside or state_dict) is not None)
+    return (try_detect(comfy.model_detection.detect_unet_config, inside or state_dict, "") is not None
+            or try_detect(comfy.model_detection.unet_config_from_diffusers_unet, inside or state_dict) is not None)
 
 
 @contextlib.contextmanager
-def misfits_told(file: WeightFile):
+def explain_shape_errors(file: WeightFile):
     """Raise WeightFileError where the host builds no model of a file's weights, or one of other sizes than they have."""
     advice = "Download it again where a part of it may be missing, or get another conversion of the model."
     try:
@@ -51,13 +51,13 @@ def misfits_told(file: WeightFile):
         raise WeightFileError(f"{file.path.name}: ComfyUI knows the names of the weights, and cannot build a model of their"
                               f" sizes ({first_line(error)}). {advice}") from error
     except RuntimeError as error:
-        other = other_sizes(error)
+        other = shape_mismatch_text(error)
         if other is None:
             raise
         raise WeightFileError(f"{file.path.name}: {other} {advice}") from error
 
 
-def other_sizes(error: RuntimeError) -> str | None:
+def shape_mismatch_text(error: RuntimeError) -> str | None:
     """A sentence for what torch says where weights have other sizes than the model's of those names; None for other errors."""
     model, *mismatches = str(error).split("\n\t")
     if not mismatches or "loading state_dict for " not in model:

@@ -4,7 +4,7 @@ import re
 import comfy.model_management
 import torch
 
-from .files.container import named
+from .files.container import display_name
 
 DEFAULT = "default"
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def find_device(name: str | None, instead: str = "the default one") -> tuple[tor
     if match and int(match[1] or 0) < len(found):
         return found[int(match[1] or 0)], None
     there = ", ".join([*(f"gpu:{number}" for number in range(len(found))), "cpu"])
-    return None, f"There is no device {named(str(name))} here (found: {there}), so {instead} is used."
+    return None, f"There is no device {display_name(str(name))} here (found: {there}), so {instead} is used."
 
 
 def device_options(device: torch.device | None) -> dict[str, torch.device]:

@@ -8,26 +8,26 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..ops.load_hooks import bare_parameters_unpacked
+from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
-from ..ops.tensor import is_packed
+from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_model
 from .comfy_quant import as_tensors, reject_unread_layers
-from .detection import is_known, misfits_told, reject_non_diffusion
-from .diffusers_names import half_converted_refused
+from .detection import is_diffusion_model, explain_shape_errors, reject_non_diffusion
+from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .model_names import in_the_hosts_names, model_prefix
+from .comfy_keys import to_comfy_keys, model_prefix
 from .pack_on_load import Packed, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
-from .recipe import Recipe, loads
+from .recipe import Recipe, register_loader
 
 DIFFUSION_MODEL = "diffusion model"
 CHECKPOINT_PREFIX = "model.diffusion_model."
 
 
-@loads(DIFFUSION_MODEL)
+@register_loader(DIFFUSION_MODEL)
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
                          compute: str = "exact", disable_dynamic: bool = False, pack_to: str | None = None,
                          model_options: Mapping[str, Any] | None = None,
@@ -53,18 +53,18 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None, patc
     progress = Progress(stages=3 if pack_to else 2)
     state_dict, packed = read_weights(file, pack_to, progress)
     if extra:
-        state_dict |= _further_layers(extra, model_prefix(state_dict))
+        state_dict |= _extra_layers(extra, model_prefix(state_dict))
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
-    patcher = model_of(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic, devices)
+    patcher = build_model(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic, devices)
     if packed:
         packed.attach(patcher)
     progress.stage()
     return recipe.attach(patcher)
 
 
-def _further_layers(path: str, prefix: str) -> dict[str, torch.Tensor]:
+def _extra_layers(path: str, prefix: str) -> dict[str, torch.Tensor]:
     """The weights of a file with more layers of a model whose names begin with `prefix`; of a checkpoint, its model's."""
-    weights = in_the_hosts_names(open_weights(path).state_dict())
+    weights = to_comfy_keys(open_weights(path).state_dict())
     of_the_model = {name.removeprefix(CHECKPOINT_PREFIX): weight for name, weight in weights.items()
                     if name.startswith(CHECKPOINT_PREFIX)}
     return {prefix + name: weight for name, weight in (of_the_model or weights).items()}
@@ -88,9 +88,9 @@ def read_weights(file: WeightFile, pack_to: str | None,
     state_dict = file.state_dict(progress.track)
     if pack_to is None:
         reject_unread_layers(file, state_dict)
-        return in_the_hosts_names(state_dict), None
+        return to_comfy_keys(state_dict), None
     prefix = model_prefix(state_dict)
-    state_dict = in_the_hosts_names(as_tensors(file, state_dict, prefix), later=True)
+    state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), later=True)
     return state_dict, pack_weights(file, state_dict, pack_to, progress, prefix)
 
 
@@ -106,7 +106,7 @@ def to_comfy_quant_layout(file: WeightFile, state_dict: dict[str, torch.Tensor])
                                           metadata=file.text_metadata)[0]
 
 
-def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
+def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype: torch.dtype | None = None,
              patch_dtype: torch.dtype | None = None, compute: str = "exact", disable_dynamic: bool = False,
              model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
     """The diffusion model among the weights of a file.
@@ -117,8 +117,8 @@ def model_of(file: WeightFile, state_dict: dict[str, torch.Tensor], value_dtype:
     options = {**(model_options or {}),
                "custom_operations": operations_for(state_dict, value_dtype, patch_dtype, compute=compute)}
     patcher = None
-    if is_known(state_dict):
-        with misfits_told(file), bare_parameters_unpacked(), half_converted_refused(file, state_dict):
+    if is_diffusion_model(state_dict):
+        with explain_shape_errors(file), dequantize_plain_parameters(), reject_partial_conversion(file, state_dict):
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state_dict, model_options=options, metadata=file.text_metadata, disable_dynamic=disable_dynamic)
     if patcher is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ..ops.bounded_json import read_json
-from .files.container import FileState, WeightFileError, map_file, named, shown
+from .files.container import FileState, WeightFileError, map_file, display_name, safe_repr
 from .files.diffusers_folder import file_inside
 
 # Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF files.
@@ -77,7 +77,7 @@ def _class_in(folder: str | None) -> str:
         return ""
 
 
-def _leads_elsewhere(name: str) -> bool:
+def _is_unsafe_name(name: str) -> bool:
     """Whether a name begins with a drive or a machine, as Windows writes them, or no file can have it.
 
     What else begins with a root loses it.
@@ -125,7 +125,7 @@ def _is_inside(path: str, folder: str) -> bool:
                for follow in (os.path.abspath, os.path.realpath))
 
 
-def _lies_among_programs(path: str) -> bool:
+def _is_in_program_folder(path: str) -> bool:
     """Whether a path, its links followed, lies in custom_nodes."""
     registered = folder_paths.folder_names_and_paths
     programs = registered["custom_nodes"][0] if "custom_nodes" in registered else ()
@@ -145,23 +145,23 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT, coun
         key, _, name = name.partition("/")
         if not name or not is_for_models(key):
             raise WeightFileError(f"A name in the model folders begins with one of them, as diffusion_models/name does;"
-                                  f" {shown(key)} is none.")
+                                  f" {safe_repr(key)} is none.")
         directories = folder_paths.get_folder_paths(key)
         base = next((directory for directory in directories if os.path.basename(directory) == key), directories[0])
     if not os.path.basename(name):
-        raise WeightFileError(f"{shown(name)} is no name for a file. Give one, such as diffusion_models/my_model.")
-    folder, file, counter = _place_to_save(f"{name}_{label}", base)
+        raise WeightFileError(f"{safe_repr(name)} is no name for a file. Give one, such as diffusion_models/my_model.")
+    folder, file, counter = _output_folder(f"{name}_{label}", base)
     return os.path.join(folder, f"{file}_{counter:05}_{suffix}" if counted else f"{file}{suffix}")
 
 
-def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
+def _output_folder(name: str, base: str) -> tuple[str, str, int]:
     """(folder, which is made, beginning of the file's name, next free number) for a name as the host's nodes that save take it.
 
     A folder on the way may be a link to another drive. Raises WeightFileError for a name that leads out of the folder `base`,
     or that no file can have.
     """
-    text, (*folders, file) = named(name), name.split("/")
-    if os.path.isabs(name) or _leads_elsewhere(name) or ".." in folders:
+    text, (*folders, file) = display_name(name), name.split("/")
+    if os.path.isabs(name) or _is_unsafe_name(name) or ".." in folders:
         raise WeightFileError(f"{text} lies outside of {base}, where models are saved. Give a name inside it, without '..'.")
     if len(os.fsencode(file)) > LONGEST:
         raise WeightFileError(f"{text} is too long for the name of a file. Give a shorter one.")
@@ -170,7 +170,7 @@ def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
         rest.append(folder)
         if not _is_inside(os.path.realpath(os.path.join(start, *rest, "x")), os.path.realpath(start)):
             start, rest = os.path.join(start, *rest), []
-    if _lies_among_programs(os.path.join(start, *rest, "x")):
+    if _is_in_program_folder(os.path.join(start, *rest, "x")):
         raise WeightFileError(f"{text} lies in custom_nodes, which holds programs and no models. Give another name.")
     try:
         folder, file, counter, *_ = folder_paths.get_save_image_path("/".join([*rest, file]), start)
@@ -179,7 +179,7 @@ def _place_to_save(name: str, base: str) -> tuple[str, str, int]:
     return folder, file, counter
 
 
-class Replacements:
+class FileVersions:
     """How often model files have become others of their names since they were first asked about, with what is read beside them:
     the other parts of a split one, and the mmproj files."""
 
@@ -205,7 +205,7 @@ def _named_files(values: Iterable) -> set[str]:
     keys = [*(key for pair in GGUF_FOLDERS.items() for key in pair), "diffusers", "vae_approx"]
     keys = [key for key in keys if key in folder_paths.folder_names_and_paths]
     names = [value for value in values if isinstance(value, str) and value]
-    found = {find(key, name.replace("\\", "/")) for name in names if not _leads_elsewhere(name)
+    found = {find(key, name.replace("\\", "/")) for name in names if not _is_unsafe_name(name)
              for key in keys for find in (folder_paths.get_full_path, _folder_of)}
     for name in names:
         if name.endswith(SENSITIVITY):
@@ -217,12 +217,12 @@ def _named_files(values: Iterable) -> set[str]:
 def _state(path: str) -> list[tuple]:
     found = []
     with contextlib.suppress(OSError):  # gone since, or not to be read: the node says so when it runs
-        for file in _read_for(path):
+        for file in _paths_for(path):
             found.append((file, *FileState.from_status(os.stat(file))))
     return sorted(found)
 
 
-def _read_for(path: str) -> Iterable[str]:
+def _paths_for(path: str) -> Iterable[str]:
     """The files that may be read for one that was picked, or for a folder."""
     if os.path.isdir(path):
         return filter(os.path.isfile, (os.path.join(path, name) for pattern in ("*", "*/*")
@@ -252,15 +252,15 @@ def find_sensitivity(name: str) -> str:
     """
     name = name.replace("\\", "/")
     folders = _sensitivity_folders()
-    listed = (os.path.isabs(name) and not _leads_elsewhere(os.path.splitdrive(name)[1])
+    listed = (os.path.isabs(name) and not _is_unsafe_name(os.path.splitdrive(name)[1])
               and any(_is_inside(name, folder) for folder in folders))
     candidates = [name] if listed else []
-    if not listed and not _leads_elsewhere(name):
+    if not listed and not _is_unsafe_name(name):
         inside = os.path.relpath(os.path.join("/", name), "/")  # as the host does: no way out of the folders
         candidates = [os.path.join(directory, inside) for directory in folders]
     found = next((path for path in candidates if path.endswith(SENSITIVITY) and os.path.isfile(path)), None)
     if found is None:
-        raise WeightFileError(f"{named(name)} is in none of the folders of measurements ({', '.join(folders)}). Measure the"
+        raise WeightFileError(f"{display_name(name)} is in none of the folders of measurements ({', '.join(folders)}). Measure the"
                               " model, put the file there, or pick another one.")
     return found
 
@@ -272,9 +272,9 @@ def new_sensitivity_path(name: str) -> str:
     """
     name = name.replace("\\", "/").strip("/")
     if not os.path.basename(name):
-        raise WeightFileError(f"{shown(name)} is no name for a file. Give one, such as %model%.")
+        raise WeightFileError(f"{safe_repr(name)} is no name for a file. Give one, such as %model%.")
     prefix = os.path.join("sensitivity", name)
-    folder, file, counter = _place_to_save(prefix, folder_paths.get_output_directory())
+    folder, file, counter = _output_folder(prefix, folder_paths.get_output_directory())
     return os.path.join(folder, f"{file}_{counter:05}_{SENSITIVITY}")
 
 
@@ -291,27 +291,27 @@ def find_file(name: str, *keys: str) -> str:
     if not name:
         raise WeightFileError("No file is picked. Pick one; press R in ComfyUI to refresh the list.")
     if not isinstance(name, str):  # a prompt in API format may hold any JSON
-        raise WeightFileError(f"{shown(name)} is not the name of a file. Pick one from the list.")
-    for key in () if _leads_elsewhere(name) else keys:
+        raise WeightFileError(f"{safe_repr(name)} is not the name of a file. Pick one from the list.")
+    for key in () if _is_unsafe_name(name) else keys:
         for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
             path = folder_paths.get_full_path(key, spelling) or _find_folder(spelling, key)
             if path is not None:
                 return path
     folders = sorted({directory for key in keys for directory in folder_paths.get_folder_paths(key)})
     raise WeightFileError(
-        f"{named(name)} is in none of the model folders ({', '.join(folders)}). Put the file there, or pick another one;"
+        f"{display_name(name)} is in none of the model folders ({', '.join(folders)}). Put the file there, or pick another one;"
         " press R in ComfyUI to refresh the list.")
 
 
-MAY_BE_ELSEWHERE = ContextVar("whether the prompt that is asked about runs on other machines", default=False)
+FILES_MAY_BE_REMOTE = ContextVar("whether the prompt that is asked about runs on other machines", default=False)
 
 
-def all_there(*names: str | None, keys: Iterable[str]) -> bool | str:
+def validate_files(*names: str | None, keys: Iterable[str]) -> bool | str:
     """What a node's `validate_inputs` gives, so that nothing runs in vain before it: True, or the sentence of `find_file` about
     the first of these names that no folder of the keys holds. None comes by a link, and is looked for when the node runs, and
     so is every file of a prompt that runs on other machines.
     """
-    if MAY_BE_ELSEWHERE.get():
+    if FILES_MAY_BE_REMOTE.get():
         return True
     try:
         for name in names:
@@ -322,16 +322,16 @@ def all_there(*names: str | None, keys: Iterable[str]) -> bool | str:
     return True
 
 
-def find_saved(path: str) -> str:
+def resolve_saved_path(path: str) -> str:
     """The same path, as a node that saves gives it. Raises WeightFileError where no model lies there, in a folder of models.
 
     A workflow that somebody shared may name any path. Only files that end as models do, and folders, are looked into, and only
     where models are saved: in the output folder and in the host's folders for models.
     """
     folders = [folder_paths.get_output_directory(), *_model_folders()]
-    saved = (not _leads_elsewhere(os.path.splitdrive(path)[1]) and any(_is_inside(path, folder) for folder in folders)
-             and not _lies_among_programs(path) and (path.lower().endswith(SAVED) or os.path.isdir(path)))
+    saved = (not _is_unsafe_name(os.path.splitdrive(path)[1]) and any(_is_inside(path, folder) for folder in folders)
+             and not _is_in_program_folder(path) and (path.lower().endswith(SAVED) or os.path.isdir(path)))
     if not saved or not os.path.exists(path):
-        raise WeightFileError(f"{named(path)} is no model in ComfyUI's output or in its model folders. Connect the path that"
+        raise WeightFileError(f"{display_name(path)} is no model in ComfyUI's output or in its model folders. Connect the path that"
                               " Save Packed Model (Featherweight) gives, or pick a file.")
     return path

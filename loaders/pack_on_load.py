@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from ..ops.format import FORMATS, FormatError, TooLargeError
-from ..ops.packing import pack_tensor
-from ..ops.packing.relative_error import holds
-from ..ops.tensor import QuantizedTensor, is_packed
+from ..ops.quantize import pack_tensor
+from ..ops.quantize.relative_error import holds
+from ..ops.packed_layout import QuantizedTensor, is_packed
 from .comfy_quant import SMOOTHING
-from .diffusers_names import JoinedRows
+from .diffusers_keys import JoinedRows
 from .files import packed_cache
-from .files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, shown
-from .held import DONE, format_name
-from .packing.planning.families import family_of, half_type
+from .files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, safe_repr
+from .model_summary import PACK_STATS_KEY, format_name
+from .packing.planning.packing_rules import rules_for, half_type
 from .packing.planning.plan import plan_for_type
 from .progress import Progress
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # What a weight can be packed to while it is read, the finest first.
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4")
-WORTH_KEEPING = 20  # seconds that packing takes, from which on the node says how to keep what was packed
+MIN_CACHED_BYTES = 20  # seconds that packing takes, from which on the node says how to keep what was packed
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Packed:
 
     def attach(self, patcher):
         """Leave it with the host's ModelPatcher of the model, whose clones keep it. Returns that."""
-        patcher.set_attachments(DONE, self)
+        patcher.set_attachments(PACK_STATS_KEY, self)
         return patcher
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Packed:
             packed = f"packed from {' + '.join(self.sources)} before and kept"
         elif self.cache == "kept":
             packed += ", kept for the next time"
-        elif self.seconds >= WORTH_KEEPING and not packed_cache.is_on():
+        elif self.seconds >= MIN_CACHED_BYTES and not packed_cache.is_on():
             packed += f" (to keep it, name a folder in {packed_cache.FOLDER})"
         if self.unfit:
             packed += f"; {self.unfit[0]}" + (f"; {len(self.unfit) - 1} more as well" if self.unfit[1:] else "")
@@ -116,7 +116,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
                 continue
             smoothing = state_dict.pop(name.removesuffix(".weight") + SMOOTHING, None)
             if name not in wanted:
-                state_dict[name] = _narrowed(_read(tensor, smoothing), types[name])
+                state_dict[name] = _downcast(_read(tensor, smoothing), types[name])
             else:
                 sources[format_name(tensor.parts[0][0] if isinstance(tensor, JoinedRows) else tensor)] += tensor.numel()
                 weight = cached[name] if cached else _packed(file, name, _read(tensor, smoothing), types[name], guard)
@@ -124,7 +124,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
                 if is_packed(weight):
                     new_entry.write(name, weight)
                 else:
-                    unfit.append(f"{shown(name)} is {format_name(weight)}: its values do not fit into {types[name]}")
+                    unfit.append(f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into {types[name]}")
                     log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
                     new_entry.give_up("not every weight fits into its type")
             del tensor
@@ -142,7 +142,7 @@ def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
     """Name -> the type that the plan for `type_name` gives each weight."""
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
     halves = {name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()}
-    planned = plan_for_type(shapes, type_name, family_of(shapes), halves).types
+    planned = plan_for_type(shapes, type_name, rules_for(shapes), halves).types
     return {name: planned[name.removeprefix(prefix)] for name in weights}
 
 
@@ -172,12 +172,12 @@ def _packed(file: WeightFile, name: str, values: torch.Tensor, type_name: str, g
             return packed
     except FormatError as error:
         if not isinstance(error, TooLargeError):
-            raise file.error_at(name, f"{shown(name)} cannot be packed to {type_name}: {str(error).rstrip('.')}",
+            raise file.error_at(name, f"{safe_repr(name)} cannot be packed to {type_name}: {str(error).rstrip('.')}",
                                 "Get another copy of the model, or load it with 'pack to' as the file.") from error
-    return _narrowed(values, half_type(values.dtype))
+    return _downcast(values, half_type(values.dtype))
 
 
-def _narrowed(tensor: torch.Tensor, type_name: str) -> torch.Tensor:
+def _downcast(tensor: torch.Tensor, type_name: str) -> torch.Tensor:
     """A tensor that is not packed: in 16 bits as the file has it, otherwise as the plan says, or wider where that is needed."""
     if tensor.dtype in (torch.float16, torch.bfloat16) or type_name == "F32":
         return tensor

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .files.container import shown
+from .files.container import safe_repr
 
 # The host names the modules of a node pack by the pack's folder, which lies elsewhere on another machine. A recipe is pickled
 # under this name, by which every process with this pack finds this module.
@@ -16,7 +16,7 @@ PICKLED_IN = "_featherweight_recipe"
 LOADERS: dict[str, Callable] = {}
 
 
-def loads(kind: str) -> Callable[[Callable], Callable]:
+def register_loader(kind: str) -> Callable[[Callable], Callable]:
     """Registers the function, of paths and options (`disable_dynamic` among them) -> patcher, that recipes of a kind call."""
     def register(function: Callable) -> Callable:
         LOADERS[kind] = function
@@ -28,7 +28,7 @@ def loads(kind: str) -> Callable[[Callable], Callable]:
 class Recipe:
     """A call that loads the same model again and returns its patcher.
 
-    loader: the kind of model that a function was registered for by `loads`. paths: of the files and folders. options: what else
+    loader: the kind of model that a function was registered for by `register_loader`. paths: of the files and folders. options: what else
     that function takes, by name.
     """
 
@@ -42,8 +42,8 @@ class Recipe:
         return LOADERS[self.loader](*self.paths, **options)
 
     def __str__(self) -> str:
-        options = "".join(f", {name} {shown(value)}" for name, value in self.options.items() if value)
-        return f"{self.loader} from {' and '.join(map(shown, self.paths))}{options}"
+        options = "".join(f", {name} {safe_repr(value)}" for name, value in self.options.items() if value)
+        return f"{self.loader} from {' and '.join(map(safe_repr, self.paths))}{options}"
 
     def attach(self, patcher):
         """Leave the recipe with the host's ModelPatcher of the model it was loaded by. Returns it."""

@@ -14,23 +14,25 @@ import comfy.text_encoders.lt
 import comfy.utils
 import torch
 
-from ..ops.load_hooks import bare_parameters_unpacked
+from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
 from .comfy_bridge import wrap_clip
 from .comfy_quant import as_tensors, reject_unread_layers
-from .detection import is_known, other_sizes
+from .detection import is_diffusion_model, shape_mismatch_text
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import SENTENCEPIECE, TOKENIZER_NAMES, Weights, arch_of, unwrapped, without_prefix
-from .encoders.kinds import TEXT_ALONE, TITLES, TOKENIZER_OF, kind_of, refuse_misfits, refuse_missing_tokenizers
+from .encoders.encoder_sets import (
+    TEXT_ALONE, TITLES, TOKENIZER_OF, encoder_family, reject_wrong_encoders, reject_missing_tokenizers,
+)
 from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
-from .encoders.towers import missing_towers_left_out
+from .encoders.missing_towers import without_missing_towers
 from .files import open_weights
 from .files.container import FileState, WeightFile, WeightFileError
 from .pack_on_load import Packed, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
-from .recipe import Recipe, loads
+from .recipe import Recipe, register_loader
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
         weights.sort(key=lambda part: SENTENCEPIECE not in part)  # the host looks for the tokenizer in the first file
     model_options["custom_operations"] = operations_for(
         itertools.chain(*weights), full_precision=True)
-    with bare_parameters_unpacked(), missing_towers_left_out(paths), _other_sizes_told(paths):
+    with dequantize_plain_parameters(), without_missing_towers(paths), _explain_other_sizes(paths):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type, model_options=model_options,
             disable_dynamic=disable_dynamic)
@@ -85,7 +87,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion", emb
     return clip
 
 
-@loads(TEXT_ENCODER)
+@register_loader(TEXT_ENCODER)
 def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
     """The encoder again, for recipes."""
     return load_text_encoder(list(paths), **options).patcher
@@ -130,7 +132,7 @@ class _Encoder:
         weights, self.metadata = file.state_dict(progress.track), file.metadata
         if not pack_to:
             reject_unread_layers(file, weights)
-        self.weights = _of_encoder(weights)
+        self.weights = _encoder_of(weights)
         if self.path.is_dir():
             found = comfy.sd.detect_te_model(self.weights)
             self.weights |= saved_tokenizer(self.path, TOKENIZER_OF.get(found and found.name, SENTENCEPIECE))
@@ -186,7 +188,7 @@ class _Encoder:
         try:
             tokenizer = self._tokenizer()
         except KeyError as error:
-            if self.path.suffix.lower() != ".gguf":  # `refuse_missing_tokenizers` tells what is missing beside the weights
+            if self.path.suffix.lower() != ".gguf":  # `reject_missing_tokenizers` tells what is missing beside the weights
                 return self.arch.convert(self.weights, self.metadata)
             raise WeightFileError(f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is made. Get"
                                   " another conversion of the model.") from error
@@ -206,7 +208,7 @@ class _Encoder:
         return TOKENIZERS[state]
 
 
-def _of_encoder(weights: Weights) -> Weights:
+def _encoder_of(weights: Weights) -> Weights:
     """The weights of a file or folder under their encoder's own names, without those of what it is a part of."""
     weights = without_prefix(weights)
     return unwrapped(weights) if comfy.sd.detect_te_model(weights) is None else weights
@@ -218,31 +220,31 @@ def _check(paths: list[str], weights: list[Weights], clip_type: str):
     kinds = []
     for name, part in zip(names, weights):
         found = comfy.sd.detect_te_model(part)
-        kinds.append(found and kind_of(found.name, part))
+        kinds.append(found and encoder_family(found.name, part))
         # LTX-2 takes a projection from a file of its own or its whole checkpoint.
-        if found is None and not comfy.text_encoders.lt.sd_detect([part]) and is_known(part):
+        if found is None and not comfy.text_encoders.lt.sd_detect([part]) and is_diffusion_model(part):
             raise WeightFileError(f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion Model"
                                   " (Featherweight).")
     if not any(kinds):
         raise WeightFileError(
             f"{' and '.join(names)} hold{'' if names[1:] else 's'} no text encoder that this ComfyUI knows ({len(weights[0])}"
             f" tensors, first {next(iter(weights[0]), 'none')!r}). Update ComfyUI if the model is new, or pick another file.")
-    warning = refuse_misfits(names, kinds, clip_type)
+    warning = reject_wrong_encoders(names, kinds, clip_type)
     if warning:
         log.warning("[Featherweight] %s", warning)
-    refuse_missing_tokenizers(names, kinds, weights)
+    reject_missing_tokenizers(names, kinds, weights)
     for name, kind, part in zip(names, kinds, weights):
         log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(kind, kind),
                  sum(tensor.nbytes for tensor in part.values()))
 
 
 @contextlib.contextmanager
-def _other_sizes_told(paths: list[str]):
+def _explain_other_sizes(paths: list[str]):
     """Raise WeightFileError where the host takes weights by their names for a model of another size."""
     try:
         yield
     except RuntimeError as error:
-        other = other_sizes(error)
+        other = shape_mismatch_text(error)
         if other is None:
             raise
         names = " and ".join(map(os.path.basename, paths))

@@ -14,19 +14,19 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
-from ..ops.tensor import is_packed
+from ..ops.packed_layout import is_packed
 from .comfy_bridge import guard_of
 from .comfy_quant import reject_unread_layers
 from .files import open_weights
 from .files.container import WeightFileError
 from .reader_choice import needs_own_reader
-from .recipe import Recipe, loads
+from .recipe import Recipe, register_loader
 
 VAE = "VAE"
 
 NARROW = (torch.float16, torch.bfloat16)
 # Those known to take the dtype of what they compute from their input; others read it from a weight.
-KINDS = (AutoencodingEngine, TAESD, WanVAE)
+DTYPE_AGNOSTIC_VAES = (AutoencodingEngine, TAESD, WanVAE)
 
 
 class WatchedVAE(comfy.sd.VAE):
@@ -39,17 +39,17 @@ class WatchedVAE(comfy.sd.VAE):
 
 def wrap_vae(vae: comfy.sd.VAE) -> comfy.sd.VAE:
     """Return a VAE that the host has built of a file's weights, narrowed, and watched where they lie in the file."""
-    vae = narrowed(vae)
+    vae = downcast_weights(vae)
     guard = guard_of(vae.first_stage_model) if vae.first_stage_model is not None else None
     if guard is not None and guard.files:
         vae.__class__, vae.guard = WatchedVAE, guard
     return vae
 
 
-def narrowed(vae: comfy.sd.VAE) -> comfy.sd.VAE:
+def downcast_weights(vae: comfy.sd.VAE) -> comfy.sd.VAE:
     """Hold in 16 bits each float32 weight of a loaded VAE whose values have no more; it computes what it did. Returns `vae`."""
     model = vae.first_stage_model
-    if not isinstance(model, KINDS) or vae.patcher.is_dynamic():
+    if not isinstance(model, DTYPE_AGNOSTIC_VAES) or vae.patcher.is_dynamic():
         return vae
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -76,7 +76,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         metadata = file.text_metadata
     else:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    vae = made_of(weights, device, metadata)
+    vae = build_vae(weights, device, metadata)
     if vae.first_stage_model is None:
         raise WeightFileError(f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors, first"
                               f" {next(iter(weights), 'none')!r}). Pick another file, or update ComfyUI if the VAE is new.")
@@ -84,7 +84,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
     return wrap_vae(vae)
 
 
-def made_of(weights: Mapping[str, torch.Tensor], device: torch.device | None, metadata: Mapping | None) -> comfy.sd.VAE:
+def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None, metadata: Mapping | None) -> comfy.sd.VAE:
     """The host's VAE of a file's weights and metadata, for a device; on the CPU it stays there between runs too."""
     vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
     if device is not None and device.type == "cpu" and vae.first_stage_model is not None:
@@ -92,7 +92,7 @@ def made_of(weights: Mapping[str, torch.Tensor], device: torch.device | None, me
     return vae
 
 
-@loads(VAE)
+@register_loader(VAE)
 def _patcher(path: str, device: torch.device | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The VAE again, for recipes. disable_dynamic: the host has no such choice for a VAE."""
     return load_vae(path, device).patcher

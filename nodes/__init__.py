@@ -16,17 +16,17 @@ import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
 
 from ..loaders.devices import gpus
-from ..loaders.folders import Replacements, register_folders
+from ..loaders.folders import FileVersions, register_folders
 from ..ops.kernels import background, start_trials
 from . import help_pages
-from .elsewhere import watch_prompts
+from .remote_prompts import watch_prompts
 from .host_server import log_lack
 
 log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
 PICKERS = re.compile(r".*_name\d?|text_encoder_\d|mmproj|sensitivity")  # ids of inputs that name a file or a folder
-REPLACEMENTS = Replacements()  # as long as this ComfyUI, whose cache of what nodes gave it is for
+REPLACEMENTS = FileVersions()  # as long as this ComfyUI, whose cache of what nodes gave it is for
 
 
 class FeatherweightExtension(ComfyExtension):

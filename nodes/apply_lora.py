@@ -3,14 +3,14 @@ import os
 
 from comfy_api.latest import io
 
-from ..loaders.folders import all_there, find_file, list_files
+from ..loaders.folders import validate_files, find_file, list_files
 from ..loaders.lora.apply import apply_lora
 from ..loaders.lora.block_weights import parse_block_weights
-from ..loaders.lora.file import load_lora_file
-from ..loaders.lora.fit import check_lora
+from ..loaders.lora.lora_file import load_lora_file
+from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.model_blocks import weight_keys
 from ..loaders.lora.report import report_text
-from .numbers import refuse_infinite
+from .number_checks import reject_infinite
 
 FOLDERS = ("loras", "loras_gguf")
 APPLY, FAIL = "apply the rest", "fail"
@@ -54,12 +54,12 @@ class ApplyLora(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name=None, strength_model=1.0, strength_clip=1.0):
         applied = None not in (strength_model, strength_clip) and (strength_model, strength_clip) != (0, 0)
-        return not applied or all_there(lora_name, keys=FOLDERS)  # a strength by a link is not known yet
+        return not applied or validate_files(lora_name, keys=FOLDERS)  # a strength by a link is not known yet
 
     @classmethod
     def execute(cls, model, lora_name, strength_model=1.0, strength_clip=1.0, block_weights="", misfits=APPLY,
                 clip=None) -> io.NodeOutput:
-        refuse_infinite(strength_model=strength_model, strength_clip=strength_clip)
+        reject_infinite(strength_model=strength_model, strength_clip=strength_clip)
         if strength_model == 0 and strength_clip == 0:
             return io.NodeOutput(model, clip, f"{lora_name} is not applied: both strengths are 0.")
         factor = parse_block_weights(block_weights, weight_keys(model, clip))

@@ -3,12 +3,12 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import all_there, find_file, list_files
-from ..loaders.lora.file import load_lora_file
-from ..loaders.lora.fit import check_lora
-from ..loaders.lora.picture import report_picture
+from ..loaders.folders import validate_files, find_file, list_files
+from ..loaders.lora.lora_file import load_lora_file
+from ..loaders.lora.compatibility import check_lora
+from ..loaders.lora.report_chart import report_picture
 from ..loaders.lora.report import report_text
-from .shown import show_text
+from .node_text import show_text
 
 FOLDERS = ("loras", "loras_gguf")
 
@@ -38,7 +38,7 @@ class CheckLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None):
-        return all_there(lora_name, keys=FOLDERS)
+        return validate_files(lora_name, keys=FOLDERS)
 
     @classmethod
     def execute(cls, model, lora_name, clip=None) -> io.NodeOutput:

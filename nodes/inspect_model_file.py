@@ -1,11 +1,11 @@
 """Featherweight Inspect Model File."""
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import ENCODER, find_file, find_saved, list_files, list_model_folders, list_packages
+from ..loaders.folders import ENCODER, find_file, resolve_saved_path, list_files, list_model_folders, list_packages
 from ..loaders.inspect import inspect
-from ..loaders.inspect.picture import inspection_picture
-from ..loaders.inspect.text import inspection_text, summary
-from .shown import show_text
+from ..loaders.inspect.inspection_chart import inspection_picture
+from ..loaders.inspect.inspection_text import inspection_text, summary
+from .node_text import show_text
 
 FOLDERS = ("unet_gguf", "diffusion_models", "checkpoints_gguf", "checkpoints", "clip_gguf", "text_encoders", "loras_gguf",
            "loras", "vae")
@@ -60,7 +60,7 @@ class InspectModelFile(io.ComfyNode):
         if model is not None:
             source = model
         else:
-            source = find_file(file_name, *folders) if path is None else find_saved(path)
+            source = find_file(file_name, *folders) if path is None else resolve_saved_path(path)
         reference = find_file(reference_name, *folders) if reference_name != NONE else None
         found = inspect(source, reference)
         text = "\n\n".join(map(inspection_text, found))

@@ -2,9 +2,9 @@
 from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
-from ..loaders.folders import all_there, embedding_folders, find_file, list_files, list_packages
+from ..loaders.folders import validate_files, embedding_folders, find_file, list_files, list_packages
 from .load_diffusion_model import AS_THE_FILE, compute_input, disable_dynamic_vram_input, pack_to_input, packed_type
-from .shown import loaded
+from .node_text import loader_output
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
@@ -38,11 +38,11 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint_name=None):
-        return all_there(checkpoint_name, keys=FOLDERS)
+        return validate_files(checkpoint_name, keys=FOLDERS)
 
     @classmethod
     def execute(cls, checkpoint_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
         model, clip, vae = load_checkpoint(path, embedding_folders(), compute=compute, disable_dynamic=disable_dynamic_vram,
                                            pack_to=packed_type(pack_to))
-        return io.NodeOutput(*loaded(model=model, clip=clip, vae=vae))
+        return io.NodeOutput(*loader_output(model=model, clip=clip, vae=vae))

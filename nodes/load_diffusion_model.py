@@ -2,9 +2,9 @@
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import all_there, find_file, list_files, list_model_folders
+from ..loaders.folders import validate_files, find_file, list_files, list_model_folders
 from ..loaders.pack_on_load import TYPES
-from .shown import loaded
+from .node_text import loader_output
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 AS_THE_FILE = "as the file"
@@ -62,10 +62,10 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None):
-        return all_there(model_name, keys=FOLDERS)
+        return validate_files(model_name, keys=FOLDERS)
 
     @classmethod
     def execute(cls, model_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
         path = find_file(model_name, *FOLDERS)
         model = load_diffusion_model(path, compute=compute, disable_dynamic=disable_dynamic_vram, pack_to=packed_type(pack_to))
-        return io.NodeOutput(*loaded(model=model))
+        return io.NodeOutput(*loader_output(model=model))

@@ -2,11 +2,11 @@
 from comfy_api.latest import io
 
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
-from ..loaders.folders import ENCODER, all_there, embedding_folders, find_file, list_files, list_model_folders
+from ..loaders.folders import ENCODER, validate_files, embedding_folders, find_file, list_files, list_model_folders
 from ..loaders.text_encoder import AUTO, load_text_encoder
-from .choices import encoder_types
+from .combo_options import encoder_types
 from .load_diffusion_model import AS_THE_FILE, disable_dynamic_vram_input, pack_to_input, packed_type
-from .shown import loaded
+from .node_text import loader_output
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
@@ -57,7 +57,7 @@ class LoadTextEncoder(io.ComfyNode):
     def validate_inputs(cls, text_encoder_1=None, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
                         device=DEFAULT):
         names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
-        return all_there(*names, None if mmproj in (AUTO, NONE) else mmproj, keys=FOLDERS)
+        return validate_files(*names, None if mmproj in (AUTO, NONE) else mmproj, keys=FOLDERS)
 
     @classmethod
     def execute(cls, text_encoder_1, type, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
@@ -69,4 +69,4 @@ class LoadTextEncoder(io.ComfyNode):
         device, note = find_device(device)
         clip = load_text_encoder(paths, type, embedding_folders(), vision, device_options(device), disable_dynamic_vram,
                                  packed_type(pack_to))
-        return io.NodeOutput(*loaded(note, clip=clip))
+        return io.NodeOutput(*loader_output(note, clip=clip))

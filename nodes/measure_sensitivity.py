@@ -10,8 +10,8 @@ from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import report, summary
 from ..loaders.recipe import Recipe
 from ..loaders.sizes import size_text
-from .numbers import refuse_infinite
-from .shown import show_text
+from .number_checks import reject_infinite
+from .node_text import show_text
 
 
 class MeasureSensitivity(io.ComfyNode):
@@ -60,7 +60,7 @@ class MeasureSensitivity(io.ComfyNode):
     @classmethod
     def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
                 latent=()) -> io.NodeOutput:
-        refuse_infinite(cfg=cfg[0])
+        reject_infinite(cfg=cfg[0])
         model, name = model[0], (name[0].strip() or "%model%").replace("%model%", _name_of(model[0]))
         path = new_sensitivity_path(name)
         prompts = [[entry] for conditioning in positive or () if conditioning for entry in conditioning]

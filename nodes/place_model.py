@@ -7,10 +7,10 @@ import torch
 from comfy_api.latest import io
 
 from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
-from ..loaders.placing import SHARING, place, placed_text, planned_text
+from ..loaders.placement import SHARING, place, placed_text, planned_text
 from ..loaders.sizes import size_text
-from .numbers import refuse_nan
-from .shown import shower
+from .number_checks import reject_nan
+from .node_text import text_sender
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ def placing_inputs(what: str) -> list:
     ]
 
 
-def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb: float):
+def place_and_report(placing, part, gpu_weights: float, store: str, store_gb: float):
     """A model or text encoder placed by `placing`; the node tells what comes of it, now and in every run."""
-    refuse_nan(gpu_weights=gpu_weights, store_gb=store_gb)
-    show, remarks = shower(), []
+    reject_nan(gpu_weights=gpu_weights, store_gb=store_gb)
+    show, remarks = text_sender(), []
     compute = getattr(part, "patcher", part).load_device
     if compute != CPU:
         remarks += filter(None, [_budget_remark(compute, gpu_weights * GB), _store_remark(compute, store, store_gb)])
@@ -46,7 +46,7 @@ def shown_while_it_runs(placing, part, gpu_weights: float, store: str, store_gb:
         log.warning("[Featherweight] %s", remark)
     patcher = getattr(placed, "patcher", placed)
     if hasattr(patcher, "placement"):
-        patcher.tell = functools.partial(_tell, show, remarks, {})
+        patcher.tell = functools.partial(_report_placement, show, remarks, {})
     if getattr(patcher, "placement", None) is not None:
         remarks = [planned_text(patcher), *remarks]
     show("\n".join(remarks))
@@ -71,7 +71,7 @@ def _store_remark(compute: torch.device, store: str, store_gb: float) -> str | N
     return f"store_gb is {store_gb:g} GB, below 0; nothing is stored, as with 0." if store_gb < 0 and device != CPU else None
 
 
-def _tell(show, remarks: list[str], texts: dict, patcher, lies):
+def _report_placement(show, remarks: list[str], texts: dict, patcher, lies):
     """texts: device -> what lies there, of the GPUs that share the work of the model."""
     texts[patcher.load_device] = placed_text(patcher, lies)
     if not patcher.is_multigpu_base_clone:
@@ -103,4 +103,4 @@ class PlaceModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, gpu_weights, store=str(CPU), store_gb=ALL) -> io.NodeOutput:
-        return io.NodeOutput(shown_while_it_runs(place, model, gpu_weights, store, store_gb))
+        return io.NodeOutput(place_and_report(place, model, gpu_weights, store, store_gb))

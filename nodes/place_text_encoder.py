@@ -2,8 +2,8 @@
 from comfy_api.latest import io
 
 from ..loaders.devices import CPU
-from ..loaders.placing import place_clip
-from .place_model import ALL, placing_inputs, shown_while_it_runs
+from ..loaders.placement import place_clip
+from .place_model import ALL, placing_inputs, place_and_report
 
 
 class PlaceTextEncoder(io.ComfyNode):
@@ -28,4 +28,4 @@ class PlaceTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, gpu_weights, store=str(CPU), store_gb=ALL) -> io.NodeOutput:
-        return io.NodeOutput(shown_while_it_runs(place_clip, clip, gpu_weights, store, store_gb))
+        return io.NodeOutput(place_and_report(place_clip, clip, gpu_weights, store, store_gb))

@@ -11,15 +11,15 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL import Image
 
-from ..machines.gathering import Gathering
-from ..machines.graph import GraphError, classes, upstream, with_result
-from ..machines.items import items, varying
-from ..machines.joining import THIS_COMPUTER, choices, is_cluster, named_cluster
-from ..machines.place import MachineError, worker_environment
-from ..machines.pool import Pool
-from .shown import shower
+from ..cluster.image_collector import ImageCollector
+from ..cluster.graph import GraphError, classes, upstream, with_result
+from ..cluster.run_variants import make_variants, nodes_affected
+from ..cluster.ray_connection import THIS_COMPUTER, choices, is_cluster, named_cluster
+from ..cluster.comfyui_install import MachineError, worker_environment
+from ..cluster.driver_pool import DriverPool
+from .node_text import text_sender
 
-POOL = Pool(named_cluster())  # kept until ComfyUI ends, as are a Ray that it started and the models of the workers
+POOL = DriverPool(named_cluster())  # kept until ComfyUI ends, as are a Ray that it started and the models of the workers
 
 
 class RunOnRay(io.ComfyNode):
@@ -74,8 +74,8 @@ class RunOnRay(io.ComfyNode):
         part = upstream(cls.hidden.dynprompt, images)
         if "FeatherweightRunOnRay" in classes(part):
             raise GraphError("One Run on Ray is before another: its workers would wait for workers. Leave one of them out.")
-        changes = items(part, count, texts)
-        gathering, bar, show = Gathering(count, varying(part, changes)), comfy.utils.ProgressBar(count), shower()
+        changes = make_variants(part, count, texts)
+        gathering, bar, show = ImageCollector(count, nodes_affected(part, changes)), comfy.utils.ProgressBar(count), text_sender()
 
         def on_event(header, data):
             gathering.tell(header, data)

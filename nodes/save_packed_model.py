@@ -16,7 +16,7 @@ from ..loaders.packing.planning.file_plan import (
 from ..loaders.packing.save import save
 from ..loaders.packing.source import check_saveable, of_encoders, of_model, unsaved_parts
 from ..loaders.progress import Progress
-from .shown import show_text
+from .node_text import show_text
 
 SIZE = "size in GB"
 SAMPLES = 8  # pictures drawn for positive, at least; each of its prompts once

@@ -57,7 +57,7 @@ class GLoRA(NamedTuple):
     dora_scale: torch.Tensor | None = None
 
 
-class Turn(NamedTuple):
+class OrthogonalAdapter(NamedTuple):
     """OFT and BOFT turn the rows. blocks: (..., blocks, size, size). limit: of the turn's norm, where one is set."""
     blocks: torch.Tensor
     rescale: torch.Tensor | None = None
@@ -65,13 +65,13 @@ class Turn(NamedTuple):
     dora_scale: torch.Tensor | None = None
 
 
-PLACES = {LoRAAdapter: LoRA, LoHaAdapter: LoHa, LoKrAdapter: LoKr, GLoRAAdapter: GLoRA, OFTAdapter: Turn, BOFTAdapter: Turn}
+ADAPTER_FIELDS = {LoRAAdapter: LoRA, LoHaAdapter: LoHa, LoKrAdapter: LoKr, GLoRAAdapter: GLoRA, OFTAdapter: OrthogonalAdapter, BOFTAdapter: OrthogonalAdapter}
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)  # add to the weight what does not depend on it, unless they have a DoRA scale
 
 
-def parts_of(adapter: WeightAdapterBase) -> LoRA | LoHa | LoKr | GLoRA | Turn | None:
+def adapter_fields(adapter: WeightAdapterBase) -> LoRA | LoHa | LoKr | GLoRA | OrthogonalAdapter | None:
     """What an adapter holds, by name; None of a kind not known here."""
-    places = next((places for kind, places in PLACES.items() if isinstance(adapter, kind)), None)
+    places = next((places for kind, places in ADAPTER_FIELDS.items() if isinstance(adapter, kind)), None)
     return None if places is None else places(*adapter.weights[:len(places._fields)])
 
 
@@ -83,7 +83,7 @@ def adapter_tensors(value) -> list[torch.Tensor]:
     return [item for item in items if isinstance(item, torch.Tensor)]
 
 
-def moved(value, device: torch.device):
+def to_device(value, device: torch.device):
     """An adapter with its factors on `device`. Other patches may hold whole models and stay where they are."""
     if not isinstance(value, WeightAdapterBase):
         return value
@@ -102,12 +102,12 @@ def _tensors_to(value, device):
 
 def is_plain_lora(value) -> bool:
     """Whether a value can run as a low-rank branch, once it is known to be a sum."""
-    return type(value) is LoRAAdapter and parts_of(value).mid is None
+    return type(value) is LoRAAdapter and adapter_fields(value).mid is None
 
 
 def lora_factors(adapter: LoRAAdapter) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(up, down, the scale that its alpha gives) of a plain LoRA."""
-    lora = parts_of(adapter)
+    lora = adapter_fields(adapter)
     return lora.up, lora.down, alpha_scale(lora.alpha, lora.down.shape[0])
 
 
@@ -122,7 +122,7 @@ def is_sum(patch: tuple) -> bool:
     if strength_model != 1.0:
         return False
     if isinstance(value, WeightAdapterBase):
-        return type(value) in SUMS and parts_of(value).dora_scale is None
+        return type(value) in SUMS and adapter_fields(value).dora_scale is None
     if isinstance(value, list) or len(value) == 1:
         return True
     kind, data = value
@@ -134,7 +134,7 @@ def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
     strength, value, strength_model, offset, function = patch
     if offset is not None or function is not None:
         return None
-    parts = parts_of(value) if type(value) in SUMS else None
+    parts = adapter_fields(value) if type(value) in SUMS else None
     if isinstance(parts, LoRA) and parts[3:] == (None, None, None):
         part = LoRAAdapter(value.loaded_keys, tuple(parts._replace(up=parts.up[start:stop])))
     elif isinstance(parts, LoHa) and parts[5:] == (None, None, None):
@@ -150,7 +150,7 @@ def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
 
 def rank_of(value) -> int | None:
     """Rank of the factors; None where the change has none."""
-    parts = parts_of(value) if isinstance(value, WeightAdapterBase) else None
+    parts = adapter_fields(value) if isinstance(value, WeightAdapterBase) else None
     if isinstance(parts, LoRA):
         return parts.down.shape[0]
     if isinstance(parts, LoHa):
@@ -169,14 +169,14 @@ def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, in
     known; the host reads some GLoRAs in two ways, by it.
     """
     if isinstance(value, WeightAdapterBase):
-        return _adapter_shape(parts_of(value), target) if all(tensor.ndim > 1 for tensor in adapter_tensors(value)) else None
+        return _adapter_shape(adapter_fields(value), target) if all(tensor.ndim > 1 for tensor in adapter_tensors(value)) else None
     tensor = _whole_tensor(value)
     if tensor is None:
         return None, None
     return tensor.shape[0] if tensor.shape else 1, tensor.shape[1:].numel()
 
 
-def misfit(value, shape: Sequence[int], offset: tuple[int, int, int] | None = None) -> str | None:
+def shape_mismatch(value, shape: Sequence[int], offset: tuple[int, int, int] | None = None) -> str | None:
     """Why a value cannot be applied to a weight of `shape`, such as "its rank is 0"; None where it can.
 
     offset: (dimension, start, length) of the part of the weight that it is for.
@@ -200,11 +200,11 @@ def misfit(value, shape: Sequence[int], offset: tuple[int, int, int] | None = No
             return None
         made_for = tensor.shape
     if len(made_for) != len(target) or any(made not in (None, wanted) for made, wanted in zip(made_for, target)):
-        return f"it is made for a weight of {_told(made_for)}, not of {_told(target)}"
+        return f"it is made for a weight of {_describe(made_for)}, not of {_describe(target)}"
     return None
 
 
-def damage(value) -> str | None:
+def corruption(value) -> str | None:
     """Why a value can be applied to no weight whatever its shape, or None. Reads all of it."""
     tensors = adapter_tensors(value) if isinstance(value, WeightAdapterBase) else [_whole_tensor(value)]
     if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors if tensor is not None):
@@ -219,7 +219,7 @@ def _whole_tensor(value) -> torch.Tensor | None:
     return None
 
 
-def _told(shape: Sequence[int | None]) -> str:
+def _describe(shape: Sequence[int | None]) -> str:
     return " x ".join("any" if size is None else str(size) for size in shape)
 
 
@@ -237,7 +237,7 @@ def _adapter_shape(parts, target: Sequence[int] | None) -> tuple[int | None, int
         return first and second and (first[0] * second[0], first[1] * second[1])
     if isinstance(parts, GLoRA):
         return _glora_shape(parts, target)
-    if isinstance(parts, Turn):
+    if isinstance(parts, OrthogonalAdapter):
         *_, blocks, rows, columns = (1, *parts.blocks.shape)
         return (blocks * rows, None) if rows == columns else None
     return None, None

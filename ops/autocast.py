@@ -4,7 +4,7 @@ import functools
 import torch
 
 
-def obeys_autocast(run):
+def autocast_input(run):
     """A layer's method (self, input, ...) that gives under autocast what it gives without for an input in autocast's dtype.
 
     Autocast would cast only some of what the method does, and to the nearest what is patched, of which a weak LoRA is lost.

@@ -2,7 +2,7 @@
 
 A packed format stores a weight as equal blocks of bytes. Each block holds `block_length` consecutive
 values of one row. A format is one class in `ops/formats`; it registers by being defined. A format that can be written has
-`pack`, the plain arithmetic of its reference, or a `Grid` and `encode`, for the search of `ops.packing`, or all three.
+`pack`, the plain arithmetic of its reference, or a `Grid` and `encode`, for the search of `ops.quantize`, or all three.
 """
 import dataclasses
 import functools
@@ -134,7 +134,7 @@ class Format:
     ggml_type: int | None = None
     scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
     plain_dtype: torch.dtype | None = None  # of formats whose bytes are plain numbers
-    grid: Grid | None = None  # of formats that `ops.packing` searches the best blocks of
+    grid: Grid | None = None  # of formats that `ops.quantize` searches the best blocks of
     largest = torch.finfo(torch.float16).max  # the largest magnitude that every block can hold, of formats without a grid
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):

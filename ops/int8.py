@@ -8,10 +8,10 @@ import math
 
 import torch
 
-from . import int8_codes, kernels, product, registration, scratch
+from . import int8_codes, kernels, product, registration, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank
-from .tensor import QuantizedTensor
+from .packed_layout import QuantizedTensor
 
 # With fewer rows of the input the exact product is as fast, since most of the time goes into the weight; CUDA's integer product
 # takes no fewer. Without a kernel for the weight's codes torch makes them, in many passes. CUDA's numbers are estimates.
@@ -79,8 +79,8 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     codes, scales = _encoded_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))
     codes_and_sums = columns + tokens * 2 * torch.float32.itemsize  # bytes for each row of the weight
-    step = scratch.rows_within(scratch.limit(device), packed_format, columns, codes_and_sums, ROW_MULTIPLE)
-    with scratch.room(device) as take:
+    step = workspace.rows_within(workspace.workspace_bytes(device), packed_format, columns, codes_and_sums, ROW_MULTIPLE)
+    with workspace.workspace(device) as take:
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             weight = take((stop - start, columns), torch.int8)

@@ -6,13 +6,15 @@ import comfy.float
 import comfy.ops
 import torch
 
-from . import int8, product, rounding
-from .autocast import obeys_autocast
-from .lora import LayerPatches
+from . import int8, product, stochastic_rounding
+from .autocast import autocast_input
+from .layer_patches import LayerPatches
 from .low_rank import dense_linear
-from .packed import relabelled
-from .scratch import shared_scratch
-from .tensor import PickledWeight, QuantizedTensor, detached, fitted, guarded, held_narrow, is_packed, part_of
+from .packed_tensor import relabelled
+from .workspace import shared_workspace
+from .packed_layout import (
+    PickledWeight, QuantizedTensor, safe_detach, squeeze_to, for_state_dict, pack_16bit, is_packed, part_of,
+)
 
 
 class PackedLayer:
@@ -32,7 +34,7 @@ class PackedLayer:
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the file's own bytes replace these parameters at load
-        self._scratch = shared_scratch()
+        self._scratch = shared_workspace()
         self.lora = None  # the layer's own from the start: torch.compile would take its coming for a change of the layer
 
     def __copy__(self):
@@ -50,7 +52,7 @@ class PackedLayer:
         return *self.new, self.__dict__ | {"_parameters": parameters, "_scratch": None}
 
     def __setstate__(self, state):
-        super().__setstate__(state | {"_scratch": shared_scratch()})
+        super().__setstate__(state | {"_scratch": shared_workspace()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         assign = local_metadata.get("assign_to_params_buffers", False)
@@ -64,7 +66,7 @@ class PackedLayer:
                 value = torch.zeros((), dtype=param.dtype).expand(param.shape)  # takes no memory; whole encoders are missed
                 self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
                 continue
-            value = fitted(value, param.shape)
+            value = squeeze_to(value, param.shape)
             if value.shape != param.shape:
                 error_msgs.append(f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}.")
                 continue
@@ -73,7 +75,7 @@ class PackedLayer:
             elif is_packed(value):
                 value = product.unpack(value, param.dtype)  # a bias: the product takes it dense
             elif name == "weight":
-                value = held_narrow(value, value.dtype if assign else param.dtype)
+                value = pack_16bit(value, value.dtype if assign else param.dtype)
             elif not assign:
                 value = value.to(param.dtype)
             self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
@@ -83,14 +85,14 @@ class PackedLayer:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars=True)
         if not keep_vars:
-            destination |= {prefix + name: guarded(param) for name, param in self._parameters.items() if param is not None}
+            destination |= {prefix + name: for_state_dict(param) for name, param in self._parameters.items() if param is not None}
 
     def _apply(self, fn, recurse=True):
         # torch would rebuild the parameters in place, which unpacks them.
         for name, param in self._parameters.items():
             if param is not None and not param.is_meta:
                 with torch.inference_mode(param.is_inference()):  # the host frees memory outside of it, and runs inside
-                    self._parameters[name] = torch.nn.Parameter(detached(fn(param)), requires_grad=False)
+                    self._parameters[name] = torch.nn.Parameter(safe_detach(fn(param)), requires_grad=False)
         return self
 
     def cast_for(self, input: torch.Tensor):
@@ -114,13 +116,13 @@ class PackedLayer:
         if not isinstance(weight, QuantizedTensor):
             if not patched:
                 return weight
-            return rounding.dithered(self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)), dtype)
+            return stochastic_rounding.stochastic_round(self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)), dtype)
         if not patched:
             plain = product.plain_values(weight, dtype)
             return self.dense_weight(weight, dtype) if plain is None else plain
         if is_packed(weight) and self.lora.acts_on_rows and self.patch_dtype is None:
             return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
-        return rounding.dithered(self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)), dtype)
+        return stochastic_rounding.stochastic_round(self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)), dtype)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """The dense weight the host adds patches to."""
@@ -140,7 +142,7 @@ class PackedLayer:
 class PackedLinear(PackedLayer):
     has_branch = True
 
-    @obeys_autocast
+    @autocast_input
     def forward_comfy_cast_weights(self, input):
         weight, bias, offload_stream = self.cast_for(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
@@ -182,7 +184,7 @@ class _PackedConv(PackedLayer):
     def has_branch(self) -> bool:
         return self.groups == 1
 
-    @obeys_autocast
+    @autocast_input
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
         weight, bias, offload_stream = self.cast_for(input)
         out = self._conv_forward(input, weight, bias, *args, **kwargs)
@@ -199,14 +201,14 @@ class _PackedConv(PackedLayer):
         hidden = super()._conv_forward(input, low_rank.down.view(-1, *self.weight.shape[1:]), None, *args, **kwargs)
         for (row, row_end, rank, rank_end), up in low_rank.parts():
             change = torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
-            out[:, row:row_end] = rounding.weak_sum(out[:, row:row_end], change)
+            out[:, row:row_end] = stochastic_rounding.add_small(out[:, row:row_end], change)
         return out
 
     def _without_branch(self, input, weight, bias, *args, **kwargs):
         patched = self.lora is not None and self.lora.weight_patches
-        if patched or not is_packed(weight) or not product.scratch_serves(weight, input):
+        if patched or not is_packed(weight) or not product.fits_workspace(weight, input):
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias, *args, **kwargs)
-        with product.unpacked_in_scratch(weight, input.dtype, self.value_dtype) as dense:
+        with product.dequantize_into_workspace(weight, input.dtype, self.value_dtype) as dense:
             return super()._conv_forward(input, dense, bias, *args, **kwargs)
 
 
@@ -253,7 +255,7 @@ class MoEExperts(PackedLayer, _Experts):
             self._resident = None
             comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
 
-    @obeys_autocast
+    @autocast_input
     def expert_linear(self, input: torch.Tensor, expert: int) -> torch.Tensor:
         """The layer of one expert. input: (..., K). Returns (..., N)."""
         if self._resident is None:
@@ -272,7 +274,7 @@ class MoEExperts(PackedLayer, _Experts):
         """The dense weight of one expert in `dtype` with its part of the patches. weight: (N, K), packed or not."""
         patch_dtype = self.patch_dtype or torch.float32
         dense = self.dense_weight(weight, patch_dtype) if is_packed(weight) else weight.to(patch_dtype, copy=True)
-        return rounding.dithered(self.lora.patch_rows(dense[None], expert)[0], dtype)
+        return stochastic_rounding.stochastic_round(self.lora.patch_rows(dense[None], expert)[0], dtype)
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)

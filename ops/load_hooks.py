@@ -6,33 +6,33 @@ import torch
 
 from . import product
 from .layers import PackedLayer
-from .tensor import fitted, is_packed
+from .packed_layout import squeeze_to, is_packed
 
 
-def bare_parameters_unpacked() -> contextlib.AbstractContextManager:
+def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
     """While the host builds and loads a model: what its modules own outside of our layers is unpacked on the way in.
 
     Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model as plain tensors.
     """
-    return before_each_loads(lambda name, module: not isinstance(module, PackedLayer), _unpack_own_parameters)
+    return before_each_load(lambda name, module: not isinstance(module, PackedLayer), _unpack_own_parameters)
 
 
-def before_each_loads(chosen, hook) -> contextlib.AbstractContextManager:
+def before_each_load(chosen, hook) -> contextlib.AbstractContextManager:
     """While the host builds and loads a model: `hook` runs before a chosen module takes its part of the state dict.
 
     chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix, ...): as torch calls what
     `register_load_state_dict_pre_hook` is given.
     """
-    return _on_each_built(chosen, lambda module: module.register_load_state_dict_pre_hook(hook))
+    return _on_each_module(chosen, lambda module: module.register_load_state_dict_pre_hook(hook))
 
 
-def after_each_loads(chosen, hook) -> contextlib.AbstractContextManager:
+def after_each_load(chosen, hook) -> contextlib.AbstractContextManager:
     """The same for after that. hook(module, names): `names` has `missing_keys` and `unexpected_keys` of all that is loaded."""
-    return _on_each_built(chosen, lambda module: module.register_load_state_dict_post_hook(hook))
+    return _on_each_module(chosen, lambda module: module.register_load_state_dict_post_hook(hook))
 
 
 @contextlib.contextmanager
-def _on_each_built(chosen, register):
+def _on_each_module(chosen, register):
     hooks = []
 
     def on_submodule(parent, name, module):
@@ -54,4 +54,4 @@ def _unpack_own_parameters(module, state_dict, prefix, *args):
             continue
         if is_packed(value):
             value = product.unpack(value, param.dtype)
-        state_dict[prefix + name] = fitted(value, param.shape)
+        state_dict[prefix + name] = squeeze_to(value, param.shape)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .pickled import found_anywhere
+from .pickle_names import found_anywhere
 
 
 @found_anywhere

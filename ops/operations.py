@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import comfy.ops
 import torch
 
-from .host_formats import MixedEmbedding, MixedLinear
+from .comfy_quant_layers import MixedEmbedding, MixedLinear
 from .layers import PACKED_LAYERS, MoEExperts, PackedLayer
-from .pickled import found_anywhere
+from .pickle_names import found_anywhere
 
 
 def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,

@@ -9,10 +9,10 @@ import torch
 from comfy_kitchen.tensor import register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from . import kernels, registration, rounding, scratch
+from . import kernels, registration, stochastic_rounding, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank, dense_linear
-from .tensor import PackedLayout, QuantizedTensor, is_packed, packed_tensors
+from .packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 
 # On a CPU with few rows of input most of the time goes into the weight, and a slice that stays in the cache is read faster.
 FEW_TOKENS, CACHED_BYTES = 128, 16 << 20
@@ -57,11 +57,11 @@ def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[tor
     if packed_format.plain_dtype == input.dtype:
         weight = packed[0].view(input.dtype).view(rows, columns)
         return torch.nn.functional.linear(input, weight, bias) if added is None else added.addmm_(input, weight.t())
-    limit = scratch.limit(input.device)
+    limit = workspace.workspace_bytes(input.device)
     if input.device.type == "cpu" and tokens < FEW_TOKENS:
         limit = min(limit, CACHED_BYTES)
-    step = min(rows, scratch.rows_within(limit, packed_format, columns, columns * input.dtype.itemsize))
-    with scratch.room(input.device) as take:
+    step = min(rows, workspace.rows_within(limit, packed_format, columns, columns * input.dtype.itemsize))
+    with workspace.workspace(input.device) as take:
 
         def unpacked(start: int, stop: int) -> torch.Tensor:
             weight, first = take((stop - start, columns), input.dtype), start * columns // packed_format.block_length
@@ -126,7 +126,7 @@ def operands(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | 
 
 
 @register_layout_op(torch.ops.aten.linear.default, PackedLayout)
-def _linear_of_the_host(_, args, kwargs):
+def _comfy_linear(_, args, kwargs):
     """`torch.nn.functional.linear` in inference mode, as where the host multiplies with an embedding table to write text."""
     input, weight, bias = (*args, None)[:3]
     if isinstance(input, QuantizedTensor) or isinstance(bias, QuantizedTensor):
@@ -158,16 +158,16 @@ def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | 
     return packed_tensors(weight)[0].view(dtype).view(weight.shape)
 
 
-def scratch_serves(weight: QuantizedTensor, input: torch.Tensor) -> bool:
+def fits_workspace(weight: QuantizedTensor, input: torch.Tensor) -> bool:
     """Whether a weight is best taken from the scratch: on a CPU, where it must be unpacked and no gradient needs it later."""
     return (input.device.type == "cpu" and plain_values(weight, input.dtype) is None and not torch.compiler.is_compiling()
             and not (input.requires_grad and torch.is_grad_enabled()))
 
 
 @contextlib.contextmanager
-def unpacked_in_scratch(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None):
-    """Inside this block: the whole dense weight in `dtype`, without fresh pages for it; see `unpack` and `scratch_serves`."""
-    with scratch.room(weight.device) as take:
+def dequantize_into_workspace(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None):
+    """Inside this block: the whole dense weight in `dtype`, without fresh pages for it; see `unpack` and `fits_workspace`."""
+    with workspace.workspace(weight.device) as take:
         yield kernels.unpack_into(weight.layout_cls.format, packed_tensors(weight), take(weight.shape, dtype), value_dtype)
 
 
@@ -179,12 +179,12 @@ def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype
     packed_format, shape = weight.layout_cls.format, weight.shape
     columns = shape[1:].numel()
     row_bytes = columns * torch.float32.itemsize
-    step = min(shape[0], scratch.rows_within(scratch.SCRATCH_BYTES, packed_format, columns, row_bytes))
+    step = min(shape[0], workspace.rows_within(workspace.CPU_WORKSPACE_BYTES, packed_format, columns, row_bytes))
     tensors = packed_tensors(weight)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     for start in range(0, shape[0], step):
         rows = torch.ops.featherweight.unpack(
             tensors, packed_format.__name__, [min(step, shape[0] - start), *shape[1:]], torch.float32, value_dtype,
             start * columns // packed_format.block_length)
-        out[start:start + len(rows)] = rounding.dithered(change(rows, start), dtype)
+        out[start:start + len(rows)] = stochastic_rounding.stochastic_round(change(rows, start), dtype)
     return out

@@ -41,13 +41,13 @@ def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def fake_linear(input, packed, bias, format, rows, value_dtype, down, ups, slices):
-    _check(input.dtype.is_floating_point and input.ndim > 0, lambda: f"The input is {_told(input)}, not of floats in rows.")
+    _check(input.dtype.is_floating_point and input.ndim > 0, lambda: f"The input is {_describe(input)}, not of floats in rows.")
     columns = input.shape[-1]
     _check_weight(packed, format, rows * columns, f"a weight of {rows} x {columns}", whole=True)
     _check_value_dtype(value_dtype)
     if bias is not None:
         _check(tuple(bias.shape) == (rows,) and bias.dtype == input.dtype,
-               lambda: f"The bias is {_told(bias)}, not ({rows},) of {input.dtype}.")
+               lambda: f"The bias is {_describe(bias)}, not ({rows},) of {input.dtype}.")
     if down is None:
         _check(not ups and not slices, lambda: "A low-rank branch has up factors and no down factor.")
     else:
@@ -56,7 +56,7 @@ def fake_linear(input, packed, bias, format, rows, value_dtype, down, ups, slice
 
 
 def fake_embedding(ids, packed, format, columns, dtype):
-    _check(ids.dtype in (torch.int64, torch.int32), lambda: f"The ids are {_told(ids)}, not of int64 or int32.")
+    _check(ids.dtype in (torch.int64, torch.int32), lambda: f"The ids are {_describe(ids)}, not of int64 or int32.")
     packed_format = _check_weight(packed, format, columns, f"a row of {columns} values")
     _check(columns % packed_format.block_length == 0,
            lambda: f"A row of {columns} values is not whole blocks of {packed_format.block_length}, as {format} has them.")
@@ -74,7 +74,7 @@ def fake_unpack(packed, format, shape, dtype, value_dtype, first=0):
 def _check_branch(input, rows, down, ups, slices):
     for factor in (down, *ups):
         _check(factor.ndim == 2 and factor.dtype == input.dtype,
-               lambda: f"A low-rank factor is {_told(factor)}, not a matrix of {input.dtype}.")
+               lambda: f"A low-rank factor is {_describe(factor)}, not a matrix of {input.dtype}.")
     _check(down.shape[1] == input.shape[-1],
            lambda: f"The down factor is for {down.shape[1]} input features, the input has {input.shape[-1]}.")
     _check(len(slices) == 4 * len(ups),
@@ -84,7 +84,7 @@ def _check_branch(input, rows, down, ups, slices):
         _check(0 <= row <= row_end <= rows and 0 <= rank <= rank_end <= down.shape[0],
                lambda: f"A slice has rows {row} to {row_end} of {rows} and ranks {rank} to {rank_end} of {down.shape[0]}.")
         _check(tuple(up.shape) == (row_end - row, rank_end - rank),
-               lambda: f"An up factor is {_told(up)}, its slice has {row_end - row} rows and {rank_end - rank} ranks.")
+               lambda: f"An up factor is {_describe(up)}, its slice has {row_end - row} rows and {rank_end - rank} ranks.")
 
 
 def _format(name: str) -> type[Format]:
@@ -97,7 +97,7 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
     packed_format = _format(format)
     expected = 2 if packed_format.scales_apart else 1
     _check(len(packed) == expected, lambda: f"A weight in {format} has {expected} tensors, not {len(packed)}.")
-    _check(packed[0].dtype == torch.uint8, lambda: f"The bytes of a weight in {format} are {_told(packed[0])}, not of uint8.")
+    _check(packed[0].dtype == torch.uint8, lambda: f"The bytes of a weight in {format} are {_describe(packed[0])}, not of uint8.")
     length, size = packed_format.block_length, packed_format.block_bytes
     held = packed[0].numel() * length // size
     fits = packed[0].numel() == -(-values * size // length) if whole else held >= values
@@ -105,7 +105,7 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
     if packed_format.scales_apart:
         scales, blocks = packed[1], -(-values // length)
         _check(scales.dtype == torch.float32,
-               lambda: f"The scales of a weight in {format} are {_told(scales)}, not of float32.")
+               lambda: f"The scales of a weight in {format} are {_describe(scales)}, not of float32.")
         _check(len(scales) == blocks if whole else len(scales) >= blocks,
                lambda: f"{len(scales)} scales of {format} are not those of {what}, which has {blocks} blocks.")
     return packed_format
@@ -120,5 +120,5 @@ def _unpacked(packed, shape, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=packed[0].device)
 
 
-def _told(tensor: torch.Tensor) -> str:
+def _describe(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} of {tensor.dtype}"

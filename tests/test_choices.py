@@ -3,7 +3,7 @@ import comfy.sd
 import nodes as host_nodes
 import pytest
 from comfy_api.latest import io
-from featherweight.nodes.choices import choices_of, encoder_types
+from featherweight.nodes.combo_options import combo_options, encoder_types
 from pack_nodes import node_list
 
 TYPES = ["stable_diffusion", "flux", "one of tomorrow"]
@@ -44,15 +44,15 @@ KINDS = [Older, OlderWithOptions, Newer, NewerWithInputsForEach]
 
 @pytest.mark.parametrize("node", KINDS)
 def test_choices_are_read_from_either_kind_of_node(node):
-    assert choices_of(node, "type") == TYPES
-    assert choices_of(node, "device") == ["default", "cpu"]
-    assert choices_of(node, "clip_name") == choices_of(node, "of no node") == []
+    assert combo_options(node, "type") == TYPES
+    assert combo_options(node, "device") == ["default", "cpu"]
+    assert combo_options(node, "clip_name") == combo_options(node, "of no node") == []
 
 
 @pytest.mark.parametrize("node", KINDS)
 def test_our_loaders_offer_what_the_hosts_loader_offers(node, monkeypatch):
     monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "CLIPLoader", node)
-    found = {loader.GET_SCHEMA().node_id: choices_of(loader, "type") for loader in node_list()}
+    found = {loader.GET_SCHEMA().node_id: combo_options(loader, "type") for loader in node_list()}
     assert found["CLIPLoaderGGUF"] == TYPES
     assert found["FeatherweightLoadTextEncoder"][:3] == TYPES and "sdxl" in found["FeatherweightLoadTextEncoder"]
 
@@ -60,8 +60,8 @@ def test_our_loaders_offer_what_the_hosts_loader_offers(node, monkeypatch):
 @pytest.mark.parametrize("node_id", ["CLIPLoader", "DualCLIPLoader"])
 def test_the_installed_hosts_loaders_have_types(node_id):
     node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
-    types = choices_of(node, "type")
-    assert len(types) > 5 and "flux" in {*types, *choices_of(host_nodes.NODE_CLASS_MAPPINGS["DualCLIPLoader"], "type")}
+    types = combo_options(node, "type")
+    assert len(types) > 5 and "flux" in {*types, *combo_options(host_nodes.NODE_CLASS_MAPPINGS["DualCLIPLoader"], "type")}
     if not hasattr(node, "GET_SCHEMA"):
         assert types == node.INPUT_TYPES()["required"]["type"][0]
 

@@ -14,7 +14,7 @@ from featherweight.loaders import devices, folders
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.vae import load_vae
-from featherweight.nodes import load_text_encoder, shown
+from featherweight.nodes import load_text_encoder, node_text
 
 pytestmark = pytest.mark.fake_gpus
 
@@ -25,7 +25,7 @@ CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("
 def texts(monkeypatch):
     """What is shown on a node."""
     texts = []
-    monkeypatch.setattr(shown, "show_text", texts.append)
+    monkeypatch.setattr(node_text, "show_text", texts.append)
     return texts
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from featherweight.nodes.legacy import distorch
-from featherweight.nodes.legacy.distorch import GIB, UnreadableError, by_expert_string, by_virtual_vram
+from featherweight.nodes.legacy.distorch import GIB, UnreadableError, parse_allocation_string, allocate_virtual_vram
 
 pytestmark = pytest.mark.fake_gpus
 
@@ -19,7 +19,7 @@ def gib(plan) -> dict:
     (2.0, [FIRST], {FIRST: 6}), (1.5, [SECOND], {FIRST: 4.5, SECOND: 1.5}),
     (5.0, [SECOND, CPU], {FIRST: 1, SECOND: 4, CPU: 1})])
 def test_virtual_vram_lies_with_the_donors_and_the_rest_stays(virtual, donors, expected):
-    assert gib(by_virtual_vram(SIZE, virtual, FIRST, donors)) == expected
+    assert gib(allocate_virtual_vram(SIZE, virtual, FIRST, donors)) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -33,7 +33,7 @@ def test_virtual_vram_lies_with_the_donors_and_the_rest_stays(virtual, donors, e
     ("cpu , .9 ; cuda:1, 1.0", {SECOND: 4, CPU: 2}),  # the CPU is asked last
 ])
 def test_a_string_of_the_expert_mode_says_who_keeps_how_much(text, expected):
-    plan, notes = by_expert_string(text, SIZE, FIRST)
+    plan, notes = parse_allocation_string(text, SIZE, FIRST)
     assert not notes and sum(plan.values()) == SIZE
     assert {device: amount / GIB for device, amount in plan.items() if amount} == {
         device: pytest.approx(amount) if isinstance(amount, (int, float)) else amount for device, amount in expected.items()}
@@ -44,12 +44,12 @@ def test_a_string_of_the_expert_mode_says_who_keeps_how_much(text, expected):
     ("cuda:0,2tb;cpu,*", "'cuda:0,2tb'"), ("cuda:0,-1gb;cpu,*", "'cuda:0,-1gb'"), ("cuda:0,50%;cpu,*", "'cuda:0,50%'")])
 def test_a_string_that_cannot_be_read_is_told_by_its_part_and_what_was_expected(text, part):
     with pytest.raises(UnreadableError, match="expected") as error:
-        by_expert_string(text, SIZE, FIRST)
+        parse_allocation_string(text, SIZE, FIRST)
     assert str(error.value).startswith(f"{part}: expected")
 
 
 def test_what_a_device_that_is_not_here_would_keep_lies_with_the_cpu():
-    plan, (note,) = by_expert_string("cuda:0,2gb;cuda:7,3gb;cuda:1,*", SIZE, FIRST)
+    plan, (note,) = parse_allocation_string("cuda:0,2gb;cuda:7,3gb;cuda:1,*", SIZE, FIRST)
     assert gib(plan) == {FIRST: 2, CPU: 3, SECOND: 1}
     assert note == "There is no device cuda:7 here (found: gpu:0, gpu:1, gpu:2, cpu), so the cpu is used."
 
@@ -57,13 +57,13 @@ def test_what_a_device_that_is_not_here_would_keep_lies_with_the_cpu():
 @pytest.mark.parametrize("text", ["cuda:0,0.1%;cuda:1,33.3%;cpu,66.6%", "cuda:1,1%;cpu,1%", "cuda:1,7.000000001gb;cpu,0b",
                                   "cuda:0,0.333;cuda:1,0.0001"])
 def test_whole_bytes_are_shared_and_none_is_lost(text):
-    plan, _ = by_expert_string(text, SIZE + 1, FIRST)
+    plan, _ = parse_allocation_string(text, SIZE + 1, FIRST)
     assert sum(plan.values()) == SIZE + 1 and all(type(amount) is int for amount in plan.values())
 
 
 def test_halves_of_a_model_leave_nothing_on_the_device_that_computes():
-    assert by_expert_string("cuda:1,50%;cpu,50%", 5, FIRST)[0] == {FIRST: 0, SECOND: 3, CPU: 2}
+    assert parse_allocation_string("cuda:1,50%;cpu,50%", 5, FIRST)[0] == {FIRST: 0, SECOND: 3, CPU: 2}
 
 
 def test_amounts_are_binary():
-    assert distorch.GIB == 1 << 30 and gib(by_expert_string("cuda:0,1024k;cpu,*", SIZE, FIRST)[0])[FIRST] == 1 / 1024
+    assert distorch.GIB == 1 << 30 and gib(parse_allocation_string("cuda:0,1024k;cpu,*", SIZE, FIRST)[0])[FIRST] == 1 / 1024

@@ -3,7 +3,7 @@ import ast
 import re
 
 import pytest
-from featherweight.loaders.encoders.kinds import SETS, SINGLE
+from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import GGML_FORMATS
 from pack_nodes import node_list
@@ -31,7 +31,7 @@ def test_the_readme_has_a_row_for_every_node_of_ours():
 
 def test_the_map_of_the_readme_names_every_folder_and_nothing_that_is_gone():
     mapped = set(FILE_OR_FOLDER.findall(README.split("## Map")[1].split("```")[1]))
-    rooms = [ROOT / name for name in ("nodes", "machines", "loaders", "ops")]
+    rooms = [ROOT / name for name in ("nodes", "cluster", "loaders", "ops")]
     there = [path for folder in (ROOT, *rooms) for path in folder.iterdir()]
     assert mapped <= {path.name for path in there}
     assert {path.name for path in there if path.parent != ROOT and (path / "__init__.py").exists()} <= mapped
@@ -71,7 +71,7 @@ def test_the_list_of_text_encoders_has_types_that_there_are(language):
     page = (ROOT / "nodes" / "web" / "docs" / f"FeatherweightLoadTextEncoder{language}.md").read_text(encoding="utf-8")
     types = re.findall(r"^- \*\*[^*]+\*\* ?[(（](\w+)[)）][:：]", page, re.M)
     assert len(types) > 10
-    assert set(types) <= SINGLE.keys() | SETS[2].keys()
+    assert set(types) <= SINGLE_ENCODERS.keys() | ENCODER_SETS[2].keys()
 
 
 @pytest.mark.parametrize("make", model_sizes.TABLES, ids=lambda make: make.__name__)

@@ -6,7 +6,7 @@ import folder_paths
 import pytest
 from comfy_api.latest import io
 from featherweight.loaders import folders
-from featherweight.nodes import PICKERS, apply_lora, elsewhere, load_text_encoder
+from featherweight.nodes import PICKERS, apply_lora, remote_prompts, load_text_encoder
 from pack_nodes import node_list
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
@@ -41,15 +41,15 @@ def test_a_file_that_is_missing_is_told_before_anything_runs(node_id):
 
 
 @pytest.mark.parametrize("graph, is_told", [
-    ({"1": {"class_type": "UnetLoaderGGUF"}}, True), ({"1": {"class_type": elsewhere.RUN_ON_RAY}}, False),
+    ({"1": {"class_type": "UnetLoaderGGUF"}}, True), ({"1": {"class_type": remote_prompts.RUN_ON_RAY}}, False),
     (None, True), ({"1": None}, True), ([], True)])
 def test_files_of_a_prompt_that_runs_on_other_machines_need_not_be_here(graph, is_told):
     def asked():
         request = {"prompt": graph}
-        assert elsewhere.noted(request) is request
+        assert remote_prompts.on_prompt(request) is request
         return at_queue(NODES["UnetLoaderGGUF"], unet_name=MISSING)
 
-    assert elsewhere.RUN_ON_RAY in NODES
+    assert remote_prompts.RUN_ON_RAY in NODES
     assert (contextvars.copy_context().run(asked) is not True) is is_told
 
 

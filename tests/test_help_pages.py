@@ -62,7 +62,7 @@ def test_every_page_belongs_to_a_node():
 def messages_in_code() -> list[str]:
     """Every string of the pack, with a mark where a value is put in."""
     texts = []
-    folders = [(ROOT / folder).rglob("*.py") for folder in ("nodes", "machines", "loaders", "ops")]
+    folders = [(ROOT / folder).rglob("*.py") for folder in ("nodes", "cluster", "loaders", "ops")]
     for path in (*ROOT.glob("*_*.py"), *itertools.chain(*folders)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):

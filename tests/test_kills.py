@@ -15,7 +15,7 @@ from featherweight.loaders.files import packed_cache
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.source import of_file
 from featherweight.ops.kernels.verdicts import Verdicts
-from featherweight.ops.packing.moments import Moments
+from featherweight.ops.quantize.second_moments import SecondMoments
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 from saving import save
@@ -46,7 +46,7 @@ def kept(folder: Path, source: Path, content: int):
 
 
 def measured(folder: Path, source: Path, content: int):
-    moments = Moments.of(256)
+    moments = SecondMoments.of(256)
     moments.add(torch.full((64, 256), 1.0 + content))
     Sensitivity({"a.weight": {"Q4_K": 1.0}}, {"a.weight": (256, 256)}, {"content": content},
                 _moments=lambda name: moments).save(folder / "measured.sensitivity")

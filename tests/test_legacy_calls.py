@@ -14,7 +14,7 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from featherweight.loaders import folders
 from featherweight.nodes.legacy import gguf
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, OUTPUTS, VAE
 from pack_nodes import node_list
 

@@ -6,7 +6,7 @@ import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import folders
-from featherweight.nodes import shown
+from featherweight.nodes import node_text
 from featherweight.nodes.legacy.kjnodes import GGUFLoader
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -31,7 +31,7 @@ def files(tmp_path, monkeypatch):
 def texts(monkeypatch):
     """What is shown on the node."""
     texts = []
-    monkeypatch.setattr(shown, "show_text", texts.append)
+    monkeypatch.setattr(node_text, "show_text", texts.append)
     return texts
 
 

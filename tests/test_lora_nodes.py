@@ -4,8 +4,8 @@ import pytest
 import torch
 from featherweight.loaders import folders
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.lora.file import load_lora_file
-from featherweight.loaders.lora.fit import check_lora
+from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.block_weights import parse_block_weights, presets
 from featherweight.loaders.lora.model_blocks import block_of, described_blocks, weight_keys
 from featherweight.nodes.apply_lora import ApplyLora

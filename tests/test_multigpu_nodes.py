@@ -10,7 +10,7 @@ from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf, write_random_gguf
 from families import FAMILIES, random_weights
 from featherweight.loaders import folders
-from featherweight.nodes import shown
+from featherweight.nodes import node_text
 from featherweight.nodes.legacy.distorch import GIB
 from gpu_memory import lies_on
 from pack_nodes import node_list
@@ -49,7 +49,7 @@ def models(tmp_path_factory):
 def texts(monkeypatch):
     """What is shown on the nodes, and nothing stays loaded."""
     texts = []
-    monkeypatch.setattr(shown, "show_text", texts.append)
+    monkeypatch.setattr(node_text, "show_text", texts.append)
     yield texts
     comfy.model_management.unload_all_models()
 
@@ -116,7 +116,7 @@ def test_weights_lie_where_the_inputs_say_and_the_picture_is_the_same(node_id, i
 
 def test_a_loader_says_where_the_weights_will_lie_and_then_where_they_do(models, texts, monkeypatch):
     told = []
-    monkeypatch.setattr(shown, "shower", lambda: told.append)
+    monkeypatch.setattr(node_text, "text_sender", lambda: told.append)
     patcher, = run(DISTORCH2, unet_name="flux.gguf", compute_device="cuda:0",
                    expert_mode_allocations="cuda:0,1mb;cuda:2,512k;cuda:1,1mb;cpu,*")
     held, planned = texts[0].splitlines()

@@ -203,16 +203,16 @@ def test_a_run_that_is_stopped_keeps_no_result_of_what_it_ended(repository, tmp_
 
 def test_the_tests_of_a_source_are_named_after_it_or_say_its_names_then_the_nearest(tmp_path):
     write(tmp_path, ops__alpha="def one_of_its_names(): ID = 'NodeOfThisName'", ops__beta="from . import alpha",
-          ops__far="from .beta import x", machines__gamma="", tests__helper="from featherweight.ops import alpha",
+          ops__far="from .beta import x", cluster__gamma="", tests__helper="from featherweight.ops import alpha",
           tests__ops__test_alpha_of_rows="", tests__test_far="", tests__test_workflow="'NodeOfThisName'",
           tests__ops__test_x="from featherweight.ops.far import y", tests__ops__test_y="from helper import z",
-          tests__machines__test_z="START = 'from featherweight.machines import gamma'", tests__server__test_server="")
+          tests__cluster__test_z="START = 'from featherweight.cluster import gamma'", tests__server__test_server="")
     tests = TestMap(tmp_path)
     assert tests.tests_of("ops/alpha.py") == [
         "tests/ops/test_alpha_of_rows.py", "tests/test_workflow.py", "tests/ops/test_y.py", "tests/ops/test_x.py",
         "tests/server/test_server.py"]
     assert tests.tests_of("ops/far.py")[:2] == ["tests/test_far.py", "tests/ops/test_x.py"]
-    assert tests.tests_of("machines/gamma.py") == ["tests/machines/test_z.py", "tests/server/test_server.py"]
+    assert tests.tests_of("cluster/gamma.py") == ["tests/cluster/test_z.py", "tests/server/test_server.py"]
 
 
 def entry(number, outcome, replaced=False):

@@ -16,7 +16,7 @@ from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.pack_on_load import TYPES
 from featherweight.nodes import help_pages
-from featherweight.nodes.elsewhere import watch_prompts
+from featherweight.nodes.remote_prompts import watch_prompts
 from legacy_ids import INPUTS, NAME, OUTPUTS
 from pack_nodes import ids_in_source, node_list
 

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and its checkout")
 
 
-FOLDERS = {"nodes", "machines", "loaders", "ops", "locales", "example_workflows"}
+FOLDERS = {"nodes", "cluster", "loaders", "ops", "locales", "example_workflows"}
 FILES = {"__init__.py", "child_process.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
          "CHANGELOG.md"}
 

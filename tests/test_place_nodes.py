@@ -5,7 +5,7 @@ import pytest
 import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.placing import place, placed_text
+from featherweight.loaders.placement import place, placed_text
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.nodes import place_model
 from featherweight.nodes.legacy import multigpu

@@ -6,9 +6,9 @@ import comfy.cli_args
 import folder_paths
 import pytest
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files import drives, open_weights
+from featherweight.loaders.files import network_drives, open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.files.writing import WriteError
+from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.packing.source import SaveError
 from featherweight.nodes.save_packed_model import AS_ASKED, SIZE, SavePackedModel
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
@@ -40,7 +40,7 @@ def test_files_are_counted_and_nothing_is_overwritten_unless_asked(output):
 
 @pytest.mark.parametrize("how", ["map", "copy"])
 def test_a_model_is_not_saved_over_the_file_it_was_loaded_of(output, monkeypatch, how):
-    monkeypatch.setenv(drives.SWITCH, how)
+    monkeypatch.setenv(network_drives.FILES_ENV, how)
     path, _ = saved(packed_flux("Q4_K"), overwrite=True)
     before = path.read_bytes()
     with pytest.raises(WriteError, match=f"^{path} is a file of the model that is to be saved"):

@@ -15,15 +15,15 @@ from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import is_bare
-from featherweight.loaders.lora.file import load_lora_file
+from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.nodes.inspect_model_file import InspectModelFile
-from featherweight.nodes.shown import without_markup
+from featherweight.nodes.node_text import without_markup
 from featherweight.ops.bounded_json import read_json
 from safetensors.torch import save, save_file
 
 from devtools import ROOT
 
-ROOMS = ("nodes", "machines", "loaders", "ops")
+ROOMS = ("nodes", "cluster", "loaders", "ops")
 SOURCES = [*(ROOT / name for name in ("__init__.py", "child_process.py", "batch.py", "pack.py")),
            *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
 RUNNING = {"eval", "exec", "compile", "__import__"}
@@ -39,13 +39,13 @@ CALLS = (r"pickle\.(loads?|Unpickler)|(\w+\.)*(import_module|exec_module)"
 MAY_IMPORT = {
     ("child_process.py", "subprocess"): "starts all that this pack starts",
     ("ops/kernels/trial.py", "subprocess"): "constants, and the name of an error",
-    ("machines/pool.py", "subprocess"): "constants",
+    ("cluster/driver_pool.py", "subprocess"): "constants",
     ("nodes/help_pages.py", "aiohttp"): "answers the editor through ComfyUI's server",
-    ("machines/joining.py", "socket"): "asks whether anything listens at the address that the owner named",
-    ("machines/store.py", "urllib"): "makes a path of file:///, and connects to nothing",
+    ("cluster/ray_connection.py", "socket"): "asks whether anything listens at the address that the owner named",
+    ("cluster/picture_store.py", "urllib"): "makes a path of file:///, and connects to nothing",
 }
 # The owner's commands, whose processes are no ComfyUI: Ray reads its settings from the environment when it is imported.
-MAY_SET_VARIABLES = {"batch.py", "machines/batch.py"}
+MAY_SET_VARIABLES = {"batch.py", "cluster/batch.py"}
 
 links = pytest.mark.skipif(os.name == "nt", reason="links take rights there")
 
@@ -276,7 +276,7 @@ OUT = ["../../outside", "..\\..\\outside", "{base}/outside", "C:\\Windows\\x", "
 
 @pytest.mark.parametrize("name", OUT)
 @pytest.mark.parametrize("find", [lambda name: folders.find_file(f"{name}.gguf", "diffusion_models"),
-                                  lambda name: folders.find_saved(f"{name}.gguf"),
+                                  lambda name: folders.resolve_saved_path(f"{name}.gguf"),
                                   lambda name: folders.find_sensitivity(f"{name}.sensitivity")],
                                   ids=["file", "saved", "sensitivity"])
 def test_a_name_finds_nothing_outside_of_the_model_folders(base, find, name):
@@ -353,7 +353,7 @@ def test_a_link_that_the_owner_put_into_a_folder_leads_to_another_disk(base):
     for name, where in (("big/new/x", folders.OUTPUT), ("diffusion_models/big/old/x", folders.MODELS)):
         path = folders.new_model_path(name, "Q4_K", ".gguf", where)
         Path(path).write_bytes(b"x")
-        assert Path(path).resolve().is_relative_to(disk) and folders.find_saved(path) == path
+        assert Path(path).resolve().is_relative_to(disk) and folders.resolve_saved_path(path) == path
         assert folders.new_model_path(name, "Q4_K", ".gguf", where).endswith("x_Q4_K_00002_.gguf")
     (base / "output" / "sensitivity" / "big").symlink_to(disk)
     path = folders.new_sensitivity_path("big/m")
@@ -363,7 +363,7 @@ def test_a_link_that_the_owner_put_into_a_folder_leads_to_another_disk(base):
         with pytest.raises(WeightFileError, match="without '..'"):
             folders.new_model_path(name, "Q4_K", ".gguf")
         with pytest.raises(WeightFileError, match="is no model"):
-            folders.find_saved(str(base / "output" / name))
+            folders.resolve_saved_path(str(base / "output" / name))
 
 
 @links
@@ -377,7 +377,7 @@ def test_no_link_and_no_registered_folder_leads_to_where_programs_lie(base):
         with pytest.raises(WeightFileError, match="lies in custom_nodes"):
             folders.new_model_path(name, "Q4_K", ".gguf", where)
     with pytest.raises(WeightFileError, match="is no model"):
-        folders.find_saved(str(base / "output" / "nodes" / "pack" / "x.gguf"))
+        folders.resolve_saved_path(str(base / "output" / "nodes" / "pack" / "x.gguf"))
 
 
 def test_every_line_of_the_security_page_names_tests_that_there_are():

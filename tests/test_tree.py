@@ -9,11 +9,11 @@ import pytest
 
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(comfy.options.__file__).resolve().parent.parent
-LAYERS = ("nodes", "machines", "loaders", "ops", "child_process")  # each may import itself and those after it
+LAYERS = ("nodes", "cluster", "loaders", "ops", "child_process")  # each may import itself and those after it
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 # Formats, kernels, packing and readers of files know torch alone.
 WITHOUT_HOST = ("loaders/encoders/", "loaders/files/", "ops/bits.py", "ops/format.py", "ops/formats/",
-                "ops/kernels/", "ops/packing/")
+                "ops/kernels/", "ops/quantize/")
 SOURCES = [*sorted(PACK.glob("*_*.py")), *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))]
 
 

@@ -55,7 +55,7 @@ def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
     """Packed rows, uint8, of float32 `values`; random blocks of the same shape where nothing packs the type."""
     ggml_type = GGMLQuantizationType[type_name]
     if type_name in K_QUANTS:
-        packing, packed_format = product_module("ops.packing"), product_module("ops.format").FORMATS[type_name]
+        packing, packed_format = product_module("ops.quantize"), product_module("ops.format").FORMATS[type_name]
         packed = packing.pack_tensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)), packed_format)
         return packed._qdata.view(*values.shape[:-1], -1).numpy()
     try:

@@ -183,7 +183,7 @@ def _last_line(frame) -> str:
 
 
 def _is_ours(file: str) -> bool:
-    return any(f"{os.sep}{room}{os.sep}" in file[len(str(ROOT)):][:10] for room in ("loaders", "machines", "nodes", "ops"))
+    return any(f"{os.sep}{room}{os.sep}" in file[len(str(ROOT)):][:10] for room in ("cluster", "loaders", "nodes", "ops"))
 
 
 def _place(file: str, name: str) -> str:

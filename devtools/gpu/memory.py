@@ -26,7 +26,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.placing import place, placed_text
+from featherweight.loaders.placement import place, placed_text
 
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes

@@ -18,7 +18,7 @@ import comfy.supported_models
 import comfy.text_encoders.llama as llama
 import comfy.text_encoders.t5
 import torch
-from featherweight.loaders.packing.planning.families import Shapes, family_of
+from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_type
 from featherweight.ops.format import FORMATS
 
@@ -164,7 +164,7 @@ def bytes_of(shapes: Shapes, column: str) -> int:
     """Bytes of a file's tensors: dense with every matrix in FP8 or 16 bits, or packed as files are made here."""
     if column in DENSE:
         return sum(math.prod(shape) * (DENSE[column] if len(shape) == 2 else 2) for shape in shapes.values())
-    return plan_for_type(shapes, column, family_of(shapes)).nbytes(shapes)
+    return plan_for_type(shapes, column, rules_for(shapes)).nbytes(shapes)
 
 
 def lora_bytes(shapes: Shapes) -> int:

@@ -3,7 +3,7 @@ import functools
 
 import torch
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
+from featherweight.ops.quantize import pack_tensor
 
 from demo_model import scenes, text
 from demo_model.flux import Flux

@@ -16,11 +16,11 @@ from featherweight.loaders.files.safetensors_writer import safetensors_writer
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
-from featherweight.loaders.packing.planning.families import PLAIN_BYTES, family_of
+from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES, rules_for
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.packed_layout import packed_tensor
 
 from demo_model import scenes
 from devtools.files import demo_files, ggml_quantiser
@@ -51,7 +51,7 @@ class Maker:
     def __init__(self, tensors: dict[str, torch.Tensor], folder: Path, show=functools.partial(print, flush=True)):
         self.tensors, self.folder, self.show = {name: value.float() for name, value in tensors.items()}, folder, show
         self.shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        self.family = family_of(self.shapes)
+        self.family = rules_for(self.shapes)
         self.blocks = [name for name, shape in self.shapes.items() if self.family.may_be_packed(name, shape)]
 
     @functools.cache  # noqa: B019  as long as the one that measures

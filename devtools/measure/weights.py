@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
-from featherweight.ops.tensor import QuantizedTensor, packed_tensor
+from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
 
 from devtools.files.gguf_files import block_pool
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOMS = {"ops": ("ops",), "loaders": ("loaders",), "nodes and machines": ("nodes", "machines")}
+ROOMS = {"ops": ("ops",), "loaders": ("loaders",), "nodes and machines": ("nodes", "machines", "cluster")}
 LOGGERS = {"log", "logging"}
 
 # Each says the same of strings, small numbers and classes.

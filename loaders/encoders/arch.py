@@ -56,7 +56,7 @@ class Arch:
     @classmethod
     def convert(cls, weights: Weights, metadata: Mapping[str, Any]) -> Weights:
         """The weights under the host's names, as the host's model wants them. Those of an mmproj file are among them."""
-        return renamed(weights, cls.names)
+        return rename_keys(weights, cls.names)
 
     @classmethod
     def tokenizer(cls, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Weights:
@@ -111,7 +111,7 @@ def unwrapped(weights: Weights) -> Weights:
     return changed
 
 
-def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> Weights:
+def rename_keys(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> Weights:
     """The weights under the names of a table as `Arch.names`. Names that are not in it stay."""
     out = {}
     for name, tensor in weights.items():

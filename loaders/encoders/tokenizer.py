@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..files.container import shown
+from ..files.container import safe_repr
 
 MODEL, TOKENS, SCORES, TYPES, MERGES = (
     f"tokenizer.ggml.{key}" for key in ("model", "tokens", "scores", "token_type", "merges"))
@@ -71,7 +71,7 @@ class TokenizerError(ValueError):
 def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
     values = metadata[key]
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TokenizerError(f"{key} is {shown(values)}, expected a list of texts")
+        raise TokenizerError(f"{key} is {safe_repr(values)}, expected a list of texts")
     return values
 
 
@@ -80,7 +80,7 @@ def _check_numbers(tokens: list[str], lists: Mapping[str, Any]):
     for key, values in lists.items():
         if not isinstance(values, list) or len(values) != len(tokens) or not all(
                 isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            raise TokenizerError(f"{key} is {shown(values)}, expected a number for each of the {len(tokens)} tokens")
+            raise TokenizerError(f"{key} is {safe_repr(values)}, expected a number for each of the {len(tokens)} tokens")
 
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
@@ -89,7 +89,7 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
     tokens, scores, types = _texts(metadata, TOKENS), metadata[SCORES], metadata[TYPES]
     _check_numbers(tokens, {SCORES: scores, TYPES: types})
     if not all(type_ in range(NORMAL, BYTE + 1) for type_ in types):
-        raise TokenizerError(f"{TYPES} is {shown(types)}, expected numbers from {NORMAL} to {BYTE}")
+        raise TokenizerError(f"{TYPES} is {safe_repr(types)}, expected numbers from {NORMAL} to {BYTE}")
     roles = _roles(metadata, tokens)
     types = _piece_types([int(type_) for type_ in types], roles, kind)
     pieces = _pieces(tokens, scores, types)
@@ -98,7 +98,7 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:
         trainer += _field(field, (tokens[roles[role]] if role in roles else default).encode())
     charsmap = metadata.get(CHARSMAP_KEY, [])
     if not isinstance(charsmap, list) or not all(isinstance(value, int) for value in charsmap):
-        raise TokenizerError(f"{CHARSMAP_KEY} is {shown(charsmap)}, expected a list of bytes")
+        raise TokenizerError(f"{CHARSMAP_KEY} is {safe_repr(charsmap)}, expected a list of bytes")
     charsmap = bytes(value & 255 for value in charsmap)
     normalizer = (
         _field(CHARSMAP, charsmap)
@@ -115,7 +115,7 @@ def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
         if index is None and default in tokens:
             index = tokens.index(default)
         if index is not None and not isinstance(index, int):
-            raise TokenizerError(f"{key} is {shown(index)}, expected the number of a token")
+            raise TokenizerError(f"{key} is {safe_repr(index)}, expected the number of a token")
         if index is not None and 0 <= index < len(tokens):
             roles[role] = index
     if "unk" not in roles:
@@ -123,7 +123,7 @@ def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
     for role in ("bos", "eos"):
         index = roles.get(role)
         if index is not None and (index == roles["unk"] or tokens.index(tokens[index]) != index):
-            raise TokenizerError(f"{ROLES[role][0]} is {index}, which is {shown(tokens[index])} as token"
+            raise TokenizerError(f"{ROLES[role][0]} is {index}, which is {safe_repr(tokens[index])} as token"
                                  f" {tokens.index(tokens[index])} is, expected a token of its own")
     return roles
 

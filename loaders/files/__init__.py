@@ -5,7 +5,7 @@ from pathlib import Path
 from . import gguf, safetensors  # noqa: F401  each registers its container
 from .container import CONTAINERS, WeightFile, WeightFileError, map_file
 from .diffusers_folder import ModelFolder
-from .mistakes import mistaken_for
+from .wrong_format import sniff_wrong_format
 
 
 def open_weights(path: str | os.PathLike) -> WeightFile:
@@ -20,4 +20,4 @@ def open_weights(path: str | os.PathLike) -> WeightFile:
     for container in CONTAINERS.values():
         if container.recognises(head):
             return container(path)
-    raise WeightFileError(f"{path.name} is not a weight file that can be read here: {mistaken_for(head)}")
+    raise WeightFileError(f"{path.name} is not a weight file that can be read here: {sniff_wrong_format(head)}")

@@ -1,6 +1,6 @@
 """What bitsandbytes keeps in a file: the names it gives to the parts of a weight, and one packed tensor made of them.
 
-bitsandbytes keeps several tensors for one weight. `put_together` makes one packed tensor of them, per key, so that a host that
+bitsandbytes keeps several tensors for one weight. `join_parts` makes one packed tensor of them, per key, so that a host that
 knows the dense model finds weights of the shapes it expects:
 
 | in the file (weight `X` of [N, K]) | in the state dict |
@@ -17,9 +17,9 @@ import torch
 from ...ops.bounded_json import read_json
 from ...ops.format import FORMATS
 from ...ops.formats.bnb_int8 import INT8
-from ...ops.tensor import packed_tensor
-from .container import COUNTABLE, Track, WeightFile, WeightFileError, shown
-from .other_quantisers import OTHER_FORM
+from ...ops.packed_layout import packed_tensor
+from .container import COUNTABLE, ProgressIter, WeightFile, WeightFileError, safe_repr
+from .unsupported_quantizers import OTHER_FORM
 
 QUANT_TYPES = {"nf4": FORMATS["NF4"], "fp4": FORMATS["FP4"]}
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)  # bitsandbytes' `quant_storage`
@@ -56,7 +56,7 @@ def formats_in(file: WeightFile) -> dict[str, str]:
             if PART.sub("", name) not in packed or name in packed}
 
 
-def put_together(file: WeightFile, tensors: dict[str, torch.Tensor], track: Track = iter) -> dict[str, torch.Tensor]:
+def join_parts(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter = iter) -> dict[str, torch.Tensor]:
     """The tensors of a file with one packed tensor in place of the parts of each weight; changes `tensors` and returns it.
 
     track: goes over the names in place of a plain loop. Raises WeightFileError.
@@ -76,7 +76,7 @@ class _PartsOfWeights:
         """An error about the tensor `key`, in words that name its file."""
         return self.file.error_at(key, problem, advice)
 
-    def put_together(self, track: Track) -> dict[str, torch.Tensor]:
+    def put_together(self, track: ProgressIter) -> dict[str, torch.Tensor]:
         for key in track(list(self.entries)):
             if found := QUANT_STATE.fullmatch(key):
                 weight = found["weight"]
@@ -89,36 +89,36 @@ class _PartsOfWeights:
     def part(self, key: str, weight: str, what: str) -> torch.Tensor:
         """Takes one part of a weight out of the tensors."""
         if key not in self.tensors:
-            raise self.error(weight, f"{shown(key)} is missing, the {what} of {shown(weight)}")
+            raise self.error(weight, f"{safe_repr(key)} is missing, the {what} of {safe_repr(weight)}")
         return self.tensors.pop(key)
 
     def packed(self, key: str, weight: str, quant_type: str) -> torch.Tensor:
         """The packed tensor of a 4-bit weight; its parts are taken out of the tensors."""
         if quant_type not in QUANT_TYPES:
             known = " and ".join(QUANT_TYPES)
-            raise self.error(key, f"{shown(key)} names the quant_type {shown(quant_type)}; {known} are supported", OTHER_FORM)
+            raise self.error(key, f"{safe_repr(key)} names the quant_type {safe_repr(quant_type)}; {known} are supported", OTHER_FORM)
         if any(f"{weight}.quant_state.bitsandbytes__{other}" in self.tensors for other in QUANT_TYPES if other != quant_type):
-            raise self.error(key, f"{shown(weight)} has two quant_states")
+            raise self.error(key, f"{safe_repr(weight)} has two quant_states")
         state = self.quant_state(key, quant_type)
         packed_format = QUANT_TYPES[quant_type].of_block_length(state["blocksize"])
         shape = tuple(state["shape"])
         values = math.prod(shape)
         if weight not in self.tensors:
-            raise self.error(key, f"{shown(weight)} is missing, whose {shown(key)} is there")
+            raise self.error(key, f"{safe_repr(weight)} is missing, whose {safe_repr(key)} is there")
         stored = self.tensors[weight]
         if stored.dtype not in STORAGE_DTYPES:
-            raise self.error(key, f"{shown(weight)} has the type {self.entries[weight].format}, not one that bitsandbytes keeps"
+            raise self.error(key, f"{safe_repr(weight)} has the type {self.entries[weight].format}, not one that bitsandbytes keeps"
                                   f" 4-bit codes in")
         codes = stored.contiguous().view(-1).view(torch.uint8)
         needed = -(-values // 2)
         if not needed <= len(codes) < needed + stored.dtype.itemsize:
-            raise self.error(key, f"{shown(key)} gives {shown(weight)} the shape {shown(state['shape'])}, whose codes take"
+            raise self.error(key, f"{safe_repr(key)} gives {safe_repr(weight)} the shape {safe_repr(state['shape'])}, whose codes take"
                                   f" {needed} bytes, but it has {len(codes)}")
         blocks = -(-values // packed_format.block_length)
         absmax = self.absmax(weight, state, blocks)
         code = self.part(f"{weight}.quant_map", weight, "codebook")
         if code.shape != (16,) or not torch.equal(code.float(), torch.tensor(packed_format.codebook, dtype=torch.float32)):
-            raise self.error(key, f"{shown(f'{weight}.quant_map')} is not the codebook of {quant_type}", OTHER_FORM)
+            raise self.error(key, f"{safe_repr(f'{weight}.quant_map')} is not the codebook of {quant_type}", OTHER_FORM)
         return packed_tensor(packed_format, codes[:needed], shape, scale=absmax)
 
     def quant_state(self, key: str, quant_type: str) -> dict:
@@ -129,19 +129,19 @@ class _PartsOfWeights:
         except ValueError:
             state = None
         if not isinstance(state, dict):
-            raise self.error(key, f"{shown(key)} is not a JSON object")
+            raise self.error(key, f"{safe_repr(key)} is not a JSON object")
         missing = [field for field in ("quant_type", "blocksize", "shape") if field not in state]
         if missing:
-            raise self.error(key, f"{shown(key)} has no {' and no '.join(missing)}")
+            raise self.error(key, f"{safe_repr(key)} has no {' and no '.join(missing)}")
         if state["quant_type"] != quant_type:
-            raise self.error(key, f"{shown(key)} says quant_type {shown(state['quant_type'])} inside")
+            raise self.error(key, f"{safe_repr(key)} says quant_type {safe_repr(state['quant_type'])} inside")
         if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_LENGTHS:
-            raise self.error(key, f"{shown(key)} says blocksize {shown(state['blocksize'])}; bitsandbytes writes"
+            raise self.error(key, f"{safe_repr(key)} says blocksize {safe_repr(state['blocksize'])}; bitsandbytes writes"
                                   f" {', '.join(map(str, BLOCK_LENGTHS))}")
         shape = state["shape"]
         if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape) or (
                 math.prod(shape) > COUNTABLE):
-            raise self.error(key, f"{shown(key)} says shape {shown(shape)}, which no weight has")
+            raise self.error(key, f"{safe_repr(key)} says shape {safe_repr(shape)}, which no weight has")
         return state
 
     def absmax(self, weight: str, state: dict, blocks: int) -> torch.Tensor:
@@ -149,21 +149,21 @@ class _PartsOfWeights:
         key = f"{weight}.absmax"
         absmax = self.part(key, weight, "scales").view(-1)
         if len(absmax) != blocks:
-            raise self.error(key, f"{shown(key)} has {len(absmax)} scales, {shown(weight)} of shape {shown(state['shape'])} has"
+            raise self.error(key, f"{safe_repr(key)} has {len(absmax)} scales, {safe_repr(weight)} of shape {safe_repr(state['shape'])} has"
                                   f" {blocks} blocks of {state['blocksize']}")
         if absmax.is_floating_point():
             return absmax.float()
         if absmax.dtype != torch.uint8:
-            raise self.error(key, f"{shown(key)} has the type {self.entries[key].format}, expected F32, or U8 where it is"
+            raise self.error(key, f"{safe_repr(key)} has the type {self.entries[key].format}, expected F32, or U8 where it is"
                                   f" quantised itself")
         scales = self.part(f"{weight}.nested_absmax", weight, "scales of the scales").view(-1).float()
         code = self.part(f"{weight}.nested_quant_map", weight, "codebook of the scales").view(-1).float()
         length, offset = state.get("nested_blocksize"), state.get("nested_offset")
         if type(length) is not int or length < 1 or type(offset) is not float or not math.isfinite(offset):
-            raise self.error(key, f"{shown(key)} is quantised itself, but the quant_state of {shown(weight)} gives"
-                                  f" nested_blocksize {shown(length)} and nested_offset {shown(offset)}")
+            raise self.error(key, f"{safe_repr(key)} is quantised itself, but the quant_state of {safe_repr(weight)} gives"
+                                  f" nested_blocksize {safe_repr(length)} and nested_offset {safe_repr(offset)}")
         if len(scales) != -(-blocks // length) or len(code) != 256:
-            raise self.error(key, f"{shown(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
+            raise self.error(key, f"{safe_repr(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
                                   f" {len(code)} values in its nested_quant_map, expected {-(-blocks // length)} and 256")
         # bitsandbytes 0.50 `functional.dequantize_4bit`: each step rounds to float32.
         return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(offset, dtype=torch.float32))
@@ -173,16 +173,16 @@ class _PartsOfWeights:
         weight, scales = f"{layer}.weight", self.tensors.pop(key).view(-1)
         values = self.tensors.get(weight)
         if f"{layer}.comfy_quant" in self.tensors:
-            raise self.error(key, f"{shown(weight)} has both {shown(key)} and {shown(f'{layer}.comfy_quant')}")
+            raise self.error(key, f"{safe_repr(weight)} has both {safe_repr(key)} and {safe_repr(f'{layer}.comfy_quant')}")
         if values is None or values.dtype != torch.int8 or values.ndim != 2 or not values.numel():
             found = "missing" if values is None else f"{self.entries[weight].format} {list(values.shape)}"
-            raise self.error(key, f"{shown(weight)}, to which {shown(key)} belongs, is {found}, expected I8 [rows, columns]")
+            raise self.error(key, f"{safe_repr(weight)}, to which {safe_repr(key)} belongs, is {found}, expected I8 [rows, columns]")
         if len(scales) != len(values) or not scales.is_floating_point():
-            raise self.error(key, f"{shown(key)} has {len(scales)} scales of type {self.entries[key].format},"
-                                  f" {shown(weight)} has {len(values)} rows")
+            raise self.error(key, f"{safe_repr(key)} has {len(scales)} scales of type {self.entries[key].format},"
+                                  f" {safe_repr(weight)} has {len(values)} rows")
         order = [self.tensors.pop(name, None) for name in (f"{layer}.weight_format", f"{weight}.weight_format")]
         if any(tensor is not None and tensor.tolist() not in (0, [0]) for tensor in order):
-            raise self.error(key, f"{shown(weight)} is stored in tiles for one kind of GPU (its weight_format is not 0)",
+            raise self.error(key, f"{safe_repr(weight)} is stored in tiles for one kind of GPU (its weight_format is not 0)",
                              "Get a conversion made with bitsandbytes 0.45 or newer.")
         self.tensors[weight] = packed_tensor(
             INT8.of_columns(values.shape[1]), values.view(torch.uint8), values.shape, scale=scales.float() / 127)
@@ -191,7 +191,7 @@ class _PartsOfWeights:
         for pattern, what, advice in LEFTOVERS:
             name = next((name for name in self.tensors if re.search(pattern, name)), None)
             if name is not None:
-                raise self.error(name, f"{shown(name)} is {what}", advice)
+                raise self.error(name, f"{safe_repr(name)} is {what}", advice)
         for name, tensor in self.tensors.items():
             if tensor.dtype == torch.uint8 and tensor.shape[1:] == (1,) and name.endswith(".weight"):
-                raise self.error(name, f"{shown(name)} holds 4-bit codes of bitsandbytes, and its quant_state is missing")
+                raise self.error(name, f"{safe_repr(name)} holds 4-bit codes of bitsandbytes, and its quant_state is missing")

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ...ops.format import FORMATS
-from ...ops.read_only import guards_of, mark_read_only
-from ...ops.tensor import packed_tensor
-from .drives import is_copied
+from ...ops.read_only_memory import guards_of, mark_read_only
+from ...ops.packed_layout import packed_tensor
+from .network_drives import should_read_into_memory
 
 # Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
 PLAIN_DTYPES: dict[str, torch.dtype] = {
@@ -41,7 +41,7 @@ COUNTABLE = (1 << 60) - 1  # elements of a tensor whose bytes torch can count
 CONTAINERS: dict[bytes, type["WeightFile"]] = {}
 
 # Gives the items one by one while it shows how far that is.
-Track = Callable[[Collection], Iterable]
+ProgressIter = Callable[[Collection], Iterable]
 
 
 class WeightFileError(ValueError):
@@ -101,7 +101,7 @@ class WeightFile:
         self.metadata = metadata
         self.entries = entries
         self._buffers = tuple(buffers)
-        self._copied = tuple(map(is_copied, self.paths))
+        self._copied = tuple(map(should_read_into_memory, self.paths))
         self.states = tuple(buffer.state for buffer in self._buffers)
         self.guard = FileChangeGuard.over(buffer for buffer, copied in zip(self._buffers, self._copied) if not copied)
 
@@ -165,11 +165,11 @@ class WeightFile:
                 count = file.readinto(left)  # the system takes at most 2 GB at a time
                 if not count:
                     raise WeightFileError(f"{path.name} was cut short while it was read: {len(left)} bytes of the tensor"
-                                          f" {shown(entry.name)} are missing. Load it again when it is whole.")
+                                          f" {safe_repr(entry.name)} are missing. Load it again when it is whole.")
                 left = left[count:]
         return tensor
 
-    def state_dict(self, track: Track = iter) -> dict[str, torch.Tensor]:
+    def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain ones otherwise.
 
         Packed tensors show float32, the dtype their values have; a layer that takes one gives it the model's dtype.
@@ -314,12 +314,12 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
     return -(-values * packed.block_bytes // packed.block_length) + scales
 
 
-def named(text: str) -> str:
+def display_name(text: str) -> str:
     """A name that a workflow gives, as it may stand in a message: as it is, unless it is long or cannot be printed."""
-    return text if len(text) <= 200 and text.isprintable() else shown(text)
+    return text if len(text) <= 200 and text.isprintable() else safe_repr(text)
 
 
-def shown(value) -> str:
+def safe_repr(value) -> str:
     """A name or value from a file as it may stand in a message: escaped and of bounded length."""
     return _bounded(repr(value), 120)
 

@@ -10,8 +10,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ...ops.bounded_json import read_json
-from .container import WeightFileError, map_file, named, shown
-from .other_quantisers import OTHER_FORM
+from .container import WeightFileError, map_file, display_name, safe_repr
+from .unsupported_quantizers import OTHER_FORM
 from .safetensors import SafetensorsFile
 
 # Names that diffusers and transformers give to the weights; others are taken where there is one only.
@@ -39,7 +39,7 @@ class ModelFolder(SafetensorsFile):
         for name, file in index.items():
             entry = self.entries.get(name)
             if entry is None or self.paths[entry.part].name != file:
-                raise _error(folder, f"its index says that {shown(name)} is in {file}, where it is not. Download all files of"
+                raise _error(folder, f"its index says that {safe_repr(name)} is in {file}, where it is not. Download all files of"
                                      f" the folder again from one place.")
 
     @property
@@ -63,7 +63,7 @@ def file_inside(folder: Path, name: str) -> Path:
     real, place = os.path.realpath(folder / name), Path(os.path.realpath(folder))
     blobs = [parent.parent / "blobs" for parent in place.parents if parent.name == "snapshots"]
     if not any(real.startswith(os.path.join(inside, "")) for inside in (place, *blobs)):
-        raise _error(folder, f"its {shown(name)} is a link to {shown(real)}, outside of the folder. Put the file itself there.")
+        raise _error(folder, f"its {safe_repr(name)} is a link to {safe_repr(real)}, outside of the folder. Put the file itself there.")
     return folder / name
 
 
@@ -94,7 +94,7 @@ def _read_config(folder: Path) -> dict:
         unnamed = "bitsandbytes" if known.get("load_in_4bit") or known.get("load_in_8bit") else quantiser
         name = known.get("quant_method", unnamed)
         if name != "bitsandbytes":
-            raise _error(folder, f"its config.json says that the weights are quantised by {shown(name)}; of such folders"
+            raise _error(folder, f"its config.json says that the weights are quantised by {safe_repr(name)}; of such folders"
                                  f" bitsandbytes' are supported (4-bit NF4 and FP4, int8). {OTHER_FORM}")
     return config
 
@@ -133,7 +133,7 @@ def _files_of_index(folder: Path, name: str) -> tuple[list[Path], dict[str, str]
     files = sorted(set(index.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise _error(folder, f"{named(missing[0])} is missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of"
+        raise _error(folder, f"{display_name(missing[0])} is missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of"
                              f" the {len(files)} files its {name} lists. Download all of them into it.")
     return [file_inside(folder, file) for file in files], index
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...ops import formats  # noqa: F401  registers the packed formats
 from ...ops.format import FORMATS, GGML_FORMATS, Format
-from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, shown
+from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_split import all_parts
 
@@ -42,14 +42,14 @@ class GGUFFile(WeightFile):
         metadata = ChainMap(*(header.metadata for header in headers))
         if rotation := next((key for key in metadata if key.startswith(ROTATION)), None):
             raise WeightFileError(
-                f"{path.name}: its weights are rotated ({shown(rotation)} in its metadata), and only the llama.cpp of PrismML"
+                f"{path.name}: its weights are rotated ({safe_repr(rotation)} in its metadata), and only the llama.cpp of PrismML"
                 f" rotates the inputs of its layers to match. Get a conversion of the model that is not rotated.")
         formats_by_type = _formats_by_type(headers)
         entries: dict[str, Entry] = {}
         for part, header in enumerate(headers):
             for entry in _entries(header, metadata, part, formats_by_type):
                 if entry.name in entries:
-                    raise header.damaged(f"there are two tensors named {shown(entry.name)}")
+                    raise header.damaged(f"there are two tensors named {safe_repr(entry.name)}")
                 entries[entry.name] = entry
         paths, buffers = [header.path for header in headers], [header.buffer for header in headers]
         super().__init__(path, paths, buffers, metadata, entries)
@@ -114,19 +114,19 @@ def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part
     else:
         known = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]
         raise header.error(
-            f"tensor {shown(name)} has the ggml type {tensor.ggml_type} "
+            f"tensor {safe_repr(name)} has the ggml type {tensor.ggml_type} "
             f"({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot be read. Supported are "
             f"{', '.join(known)}. Get the model in one of these types, or update this pack."
         )
     row = shape[-1] if shape else 1
     if row % block_length:
         raise header.damaged(
-            f"tensor {shown(name)} of shape {shape} is {format_name}, whose blocks of {block_length} do not divide "
+            f"tensor {safe_repr(name)} of shape {shape} is {format_name}, whose blocks of {block_length} do not divide "
             f"its rows"
         )
     if tensor.offset % header.alignment:
         raise header.damaged(
-            f"tensor {shown(name)} lies at offset {tensor.offset}, not a multiple of the alignment {header.alignment}"
+            f"tensor {safe_repr(name)} lies at offset {tensor.offset}, not a multiple of the alignment {header.alignment}"
         )
 
     logical = _original_shape(header, name, shape, metadata)
@@ -148,7 +148,7 @@ def _original_shape(header: Header, name: str, shape: tuple[int, ...], metadata:
         or extent(original) > MAX_ELEMENTS
     ):
         raise header.error(
-            f"the metadata gives tensor {shown(name)} the shape {shown(original)}, which does not hold the "
+            f"the metadata gives tensor {safe_repr(name)} the shape {safe_repr(original)}, which does not hold the "
             f"{prod(shape)} elements of its stored shape {shape}. Get another conversion of the model."
         )
     return tuple(original)
@@ -165,7 +165,7 @@ def _check_layout(header: Header, entries: list[Entry]):
         if end > complete:
             last = max(entries, key=lambda entry: entry.offset + entry.nbytes)
             raise header.damaged(
-                f"tensor {shown(last.name)} is said to lie at bytes {last.offset} to {end}, outside the file of "
+                f"tensor {safe_repr(last.name)} is said to lie at bytes {last.offset} to {end}, outside the file of "
                 f"{header.size} bytes"
             )
         raise header.error(
@@ -174,4 +174,4 @@ def _check_layout(header: Header, entries: list[Entry]):
         )
     for before, after in pairwise(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))):
         if before.offset + before.nbytes > after.offset:
-            raise header.damaged(f"the tensors {shown(before.name)} and {shown(after.name)} overlap")
+            raise header.damaged(f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")

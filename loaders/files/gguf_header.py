@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .container import WeightFileError, map_file, shown
+from .container import WeightFileError, map_file, safe_repr
 
 MAGIC = b"GGUF"
 
@@ -167,9 +167,9 @@ class Header:
         for index in range(count):
             key = self._name(f"metadata entry {index}")
             if key in positions:
-                raise self.damaged(f"the metadata holds {shown(key)} twice")
+                raise self.damaged(f"the metadata holds {safe_repr(key)} twice")
             positions[key] = self.position
-            self._skip_value(f"the metadata value {shown(key)}")
+            self._skip_value(f"the metadata value {safe_repr(key)}")
         return positions
 
     def _skip_value(self, what: str):
@@ -198,18 +198,18 @@ class Header:
     def _read_alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.damaged(f"general.alignment is {shown(alignment)}; it must be a power of two")
+            raise self.damaged(f"general.alignment is {safe_repr(alignment)}; it must be a power of two")
         return alignment
 
     def _read_tensor(self, index: int) -> TensorInfo:
         name = self._name(f"tensor {index}")
-        what = f"the description of tensor {shown(name)}"
+        what = f"the description of tensor {safe_repr(name)}"
         (rank,) = self._read(U32, what)
         if rank > MAX_DIMENSIONS:
-            raise self.damaged(f"tensor {shown(name)} has {rank} dimensions; GGUF files hold at most {MAX_DIMENSIONS}")
+            raise self.damaged(f"tensor {safe_repr(name)} has {rank} dimensions; GGUF files hold at most {MAX_DIMENSIONS}")
         shape = self._read(struct.Struct(f"<{rank}Q"), what)[::-1]
         if extent(shape) > MAX_ELEMENTS:
-            raise self.damaged(f"tensor {shown(name)} of shape {shape} has more elements than any file can hold")
+            raise self.damaged(f"tensor {safe_repr(name)} of shape {shape} has more elements than any file can hold")
         (ggml_type,) = self._read(U32, what)
         (offset,) = self._read(U64, what)
         return TensorInfo(name, shape, ggml_type, offset)

@@ -2,7 +2,7 @@
 import os
 import re
 
-from .container import shown
+from .container import safe_repr
 from .gguf_header import Header
 
 
@@ -14,7 +14,7 @@ def all_parts(header: Header) -> list[Header]:
     names = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
     if names is None or not isinstance(count, int) or int(names[3]) != count:
         raise header.error(
-            f"it is one file of a model split into {shown(count)}, but its name does not end in -00001-of-0000N.gguf, "
+            f"it is one file of a model split into {safe_repr(count)}, but its name does not end in -00001-of-0000N.gguf, "
             f"by which the others are found. Give all of them the names they were published under."
         )
     paths = [path.with_name(f"{names[1]}{number:05d}-of-{names[3]}{names[4]}") for number in range(1, count + 1)]
@@ -29,13 +29,13 @@ def all_parts(header: Header) -> list[Header]:
         found = part.metadata.get("split.no"), part.metadata.get("split.count")
         if found != (number, count):
             raise part.error(
-                f"by its name it is file {number + 1} of {count}, but inside it says split.no {shown(found[0])} of "
-                f"split.count {shown(found[1])}. Give all files the names they were published under."
+                f"by its name it is file {number + 1} of {count}, but inside it says split.no {safe_repr(found[0])} of "
+                f"split.count {safe_repr(found[1])}. Give all files the names they were published under."
             )
     expected, found = headers[0].metadata.get("split.tensors.count"), sum(len(part.tensors) for part in headers)
     if expected is not None and expected != found:
         raise header.error(
-            f"the {count} files hold {found} tensors together, {shown(expected)} are expected. Download all of them "
+            f"the {count} files hold {found} tensors together, {safe_repr(expected)} are expected. Download all of them "
             f"again from one place."
         )
     return headers

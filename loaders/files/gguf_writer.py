@@ -12,14 +12,14 @@ from contextlib import AbstractContextManager
 import torch
 
 from ...ops.format import FORMATS
-from ...ops.tensor import is_packed
-from .container import nbytes_of, shown
+from ...ops.packed_layout import is_packed
+from .container import nbytes_of, safe_repr
 from .gguf import PLAIN_TYPES
 from .gguf_header import DEFAULT_ALIGNMENT, MAGIC
-from .writing import WeightsWriter, WriteError, new_weights
+from .atomic_file import WeightsWriter, WriteError, new_weights
 
-MOST_NAME_BYTES = 127  # ggml.h GGML_MAX_NAME, with its zero
-MOST_DIMENSIONS = 4  # ggml.h GGML_MAX_DIMS
+MAX_NAME_BYTES = 127  # ggml.h GGML_MAX_NAME, with its zero
+MAX_DIMENSIONS = 4  # ggml.h GGML_MAX_DIMS
 ROW = 256  # values in a row of a tensor whose own rows blocks do not divide
 QUANTIZATION_VERSION = 2  # ggml.h GGML_QNT_VERSION
 TYPE_NUMBERS = {name: number for number, name in PLAIN_TYPES.items()}
@@ -75,9 +75,9 @@ class _Layout:
 
     def __init__(self, tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str, Value]):
         self.tensors = dict(tensors)
-        long = [name for name in self.tensors if len(name.encode()) > MOST_NAME_BYTES]
+        long = [name for name in self.tensors if len(name.encode()) > MAX_NAME_BYTES]
         if long:
-            raise WriteError(f"GGUF readers take names of up to {MOST_NAME_BYTES} bytes; {shown(long[0])} has"
+            raise WriteError(f"GGUF readers take names of up to {MAX_NAME_BYTES} bytes; {safe_repr(long[0])} has"
                              f" {len(long[0].encode())}{f', and {len(long) - 1} more are too long' if long[1:] else ''}. Save"
                              " the model as safetensors (NF4) instead.")
         self.stored = {name: _stored_shape(*tensor) for name, tensor in self.tensors.items()}
@@ -112,7 +112,7 @@ def _stored_shape(shape: Sequence[int], type_name: str) -> Sequence[int]:
     if shape and shape[-1] % length:
         row = ROW if values % ROW == ROW % length == 0 else length
         return values // row, row
-    return shape if len(shape) <= MOST_DIMENSIONS else (*shape[:MOST_DIMENSIONS - 1], math.prod(shape[MOST_DIMENSIONS - 1:]))
+    return shape if len(shape) <= MAX_DIMENSIONS else (*shape[:MAX_DIMENSIONS - 1], math.prod(shape[MAX_DIMENSIONS - 1:]))
 
 
 def _dimensions(shape: Sequence[int]) -> bytes:

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from ...ops.format import FORMATS
-from ...ops.tensor import packed_tensor, packed_tensors
+from ...ops.packed_layout import packed_tensor, packed_tensors
 from ..sizes import size_text
 from .container import FileState, WeightFile, WeightFileError
 from .safetensors import SafetensorsFile
 from .safetensors_writer import file_size, safetensors_writer
-from .writing import WriteError, remove_stale_parts
+from .atomic_file import WriteError, remove_stale_parts
 
 log = logging.getLogger(__name__)
 

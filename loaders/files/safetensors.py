@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from ...ops.bounded_json import read_json
-from .bitsandbytes import put_together
-from .container import COUNTABLE, PLAIN_DTYPES, Entry, Track, WeightFile, WeightFileError, map_file, shown
-from .other_quantisers import refuse_other_quantisers
+from .bitsandbytes import join_parts
+from .container import COUNTABLE, PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, map_file, safe_repr
+from .unsupported_quantizers import reject_unsupported_quantizers
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more either
 
@@ -48,7 +48,7 @@ class SafetensorsFile(WeightFile):
             found, texts = _read_header(name, buffers[-1], part, self.dtypes)
             twice = next((key for key in found if key in entries), None)
             if twice is not None:
-                raise WeightFileError(f"{name.name}: {shown(twice)} is in {paths[entries[twice].part].name} too. Download "
+                raise WeightFileError(f"{name.name}: {safe_repr(twice)} is in {paths[entries[twice].part].name} too. Download "
                                       f"all files of the model again from one place.")
             entries |= found
             metadata.append(texts)
@@ -63,14 +63,14 @@ class SafetensorsFile(WeightFile):
         # weight behind it is at a multiple of 8. Copying them would take the memory of the model.
         return dtype.itemsize
 
-    def state_dict(self, track: Track = iter) -> dict[str, torch.Tensor]:
+    def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Name -> tensor, not copied, with each weight that bitsandbytes packed put together (`bitsandbytes.put_together`).
 
         Everything else is as it is in the file, quantised layers in the host's own form too. Packed tensors show
         float32. Scales that are quantised themselves are expanded to float32, which takes most of the time.
         """
-        tensors = put_together(self, super().state_dict(), track)
-        refuse_other_quantisers(self, tensors)
+        tensors = join_parts(self, super().state_dict(), track)
+        reject_unsupported_quantizers(self, tensors)
         return tensors
 
 
@@ -107,7 +107,7 @@ def _read_header(path: Path, buffer, part: int, dtypes: Mapping[str, torch.dtype
     try:
         header = read_json(buffer[8:start].decode(), object_pairs_hook=_unique)
     except ValueError as error:
-        raise damaged(f"the header is not readable ({shown(str(error))})") from None
+        raise damaged(f"the header is not readable ({safe_repr(str(error))})") from None
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     if not isinstance(header, dict) or not isinstance(metadata, dict):
         raise damaged("the header is not a JSON object of tensors")
@@ -123,20 +123,20 @@ def _read_header(path: Path, buffer, part: int, dtypes: Mapping[str, torch.dtype
         except (TypeError, KeyError, ValueError):
             numbers = False
         if not numbers:
-            raise damaged(f"the description of {shown(name)} is {shown(info)}, not a dtype, shape and two data_offsets")
+            raise damaged(f"the description of {safe_repr(name)} is {safe_repr(info)}, not a dtype, shape and two data_offsets")
         if not isinstance(dtype, str) or dtype not in dtypes:
-            raise WeightFileError(f"{path.name}: {shown(name)} has the type {shown(dtype)}, which cannot be read. Supported "
+            raise WeightFileError(f"{path.name}: {safe_repr(name)} has the type {safe_repr(dtype)}, which cannot be read. Supported "
                                   f"are {', '.join(dtypes)}. Get another conversion, or update this pack.")
         nbytes = math.prod(shape) * dtypes[dtype].itemsize
         if last - first != nbytes:
-            raise damaged(f"{shown(name)} of type {dtype} and shape {shape} takes {nbytes} bytes, {last - first} are given")
+            raise damaged(f"{safe_repr(name)} of type {dtype} and shape {shape} takes {nbytes} bytes, {last - first} are given")
         if start + last > size:
-            raise damaged(f"{shown(name)} should end at byte {start + last}, the file ends at byte {size}")
+            raise damaged(f"{safe_repr(name)} should end at byte {start + last}, the file ends at byte {size}")
         entries.append(Entry(name, tuple(shape), tuple(shape), dtype, start + first, nbytes, part))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     for before, after in pairwise(entries):
         if before.offset + before.nbytes > after.offset:
-            raise damaged(f"the tensors {shown(before.name)} and {shown(after.name)} overlap")
+            raise damaged(f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")
     return {entry.name: entry for entry in entries}, {key: str(value) for key, value in metadata.items()}
 
 

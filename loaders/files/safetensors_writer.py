@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager
 import torch
 
 from ...ops.format import FORMATS
-from ...ops.tensor import is_packed, packed_tensors
+from ...ops.packed_layout import is_packed, packed_tensors
 from .bitsandbytes import QUANT_TYPES
 from .container import PLAIN_DTYPES
 from .safetensors import SafetensorsFile
-from .writing import WeightsWriter, WriteError, new_weights
+from .atomic_file import WeightsWriter, WriteError, new_weights
 
 NAMES = {packed.__name__: quant_type for quant_type, packed in QUANT_TYPES.items()}
 DTYPES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}

@@ -9,7 +9,7 @@ import comfy.model_patcher
 from ..files.container import WeightFileError
 from .contents import Contents, of_file, of_model, package_parts
 from .difference import differences
-from .inspection import Inspection, what_it_is
+from .inspection import Inspection, identify
 
 __all__ = ["Contents", "Inspection", "inspect"]
 
@@ -38,7 +38,7 @@ def _inspected(path, reference) -> Inspection:
 
 
 def _compared(contents: Contents, reference) -> Inspection:
-    found = what_it_is(contents)
+    found = identify(contents)
     if reference is not None:
         try:
             found.reference = os.path.basename(reference)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ...ops.tensor import is_packed
+from ...ops.packed_layout import is_packed
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, without_prefix
 from ..files import open_weights
 from ..files.container import WeightFile
-from ..held import format_name
+from ..model_summary import format_name
 from ..recipe import Recipe
 
 # Folders of a package of diffusers that hold a model each.
@@ -80,7 +80,7 @@ def shapes_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
 
 
-def encoder_in_the_hosts_names(contents: Contents) -> tuple[dict[str, torch.Tensor], str]:
+def encoder_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], str]:
     """A text encoder's tensors without values under the host's names, and the family of its file's names, "" if the host's."""
     tensors = shapes_only(without_prefix(dict(contents.tensors)))
     arch = arch_of(tensors)

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ...ops.rows import dense, take_rows
-from ...ops.tensor import is_packed
+from ...ops.row_slicing import dense, take_rows
+from ...ops.packed_layout import is_packed
 from ..comfy_quant import MARK, as_tensors
 from ..encoders.arch import arch_of, without_prefix
 from ..files.container import FileChangeGuard
-from ..model_names import in_the_hosts_names
+from ..comfy_keys import to_comfy_keys
 from ..progress import Progress
 from .contents import Contents
 
@@ -25,7 +25,7 @@ def differences(contents: Contents, reference: Contents) -> dict[str, float]:
     Goes tensor by tensor, some rows at a time, in float32. The user can cancel it: the host's exception goes on. Raises
     WeightFileError for a weight in a format of the host's that it does not read, and where a file is written to meanwhile.
     """
-    contents, reference = _put_together(contents), _put_together(reference)
+    contents, reference = _join_parts(contents), _join_parts(reference)
     ours, theirs = (_without_wrapper(both.tensors) for both in (contents, reference))
     if len(ours.keys() & theirs.keys()) * 2 < min(len(ours), len(theirs)):  # named by different programs
         ours, theirs = _in_the_hosts_names(contents), _in_the_hosts_names(reference)
@@ -43,7 +43,7 @@ def differences(contents: Contents, reference: Contents) -> dict[str, float]:
     return {name: (wrong[name] / whole[name]) ** 0.5 if whole[name] else float(wrong[name] > 0) for name in shared}
 
 
-def _put_together(contents: Contents) -> Contents:
+def _join_parts(contents: Contents) -> Contents:
     """The same with one tensor for each weight that a file has in parts in the host's own formats."""
     if contents.file is None or not any(name.endswith(MARK) for name in contents.tensors):
         return contents
@@ -59,7 +59,7 @@ def _in_the_hosts_names(contents: Contents) -> dict[str, torch.Tensor]:
     """The tensors of a diffusion model or text encoder under the host's names; parts that it has joined are copies."""
     tensors = without_prefix(dict(contents.tensors))
     arch = arch_of(tensors)
-    return _without_wrapper(arch.convert(tensors, contents.metadata) if arch else in_the_hosts_names(dict(contents.tensors)))
+    return _without_wrapper(arch.convert(tensors, contents.metadata) if arch else to_comfy_keys(dict(contents.tensors)))
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[slice]:

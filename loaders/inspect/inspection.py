@@ -9,15 +9,15 @@ import comfy.model_detection
 import comfy.sd
 import torch
 
-from ..detection import answer
-from ..encoders.kinds import TITLES, kind_of
-from ..files.container import shown
+from ..detection import try_detect
+from ..encoders.encoder_sets import TITLES, encoder_family
+from ..files.container import safe_repr
 from ..lora.families import recognise
-from ..lora.file import OTHER_FILES, PAIRS, stems_of, weight_shapes
-from ..model_names import in_the_hosts_names
+from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
+from ..comfy_keys import to_comfy_keys
 from ..packing.planning.plan import Plan, PlanError
-from .contents import Contents, encoder_in_the_hosts_names, shapes_only
-from .needs import Card, cards, encoder_cards, needs
+from .contents import Contents, encoder_comfy_keys, shapes_only
+from .requirements import Card, cards, encoder_cards, needs
 
 MODEL, CHECKPOINT, ENCODER, LORA = "diffusion model", "checkpoint", "text encoder", "LoRA"
 PLAN_KEYS = ("featherweight.plan", "featherweight.recipe", "featherweight.sensitivity")
@@ -67,7 +67,7 @@ class Inspection:
         return f"{self.name} is {what}{f': {self.family}' if self.family else ''}."
 
 
-def what_it_is(contents: Contents) -> Inspection:
+def identify(contents: Contents) -> Inspection:
     """Everything that names, shapes and metadata say; no values are read."""
     sizes, counts, blocks = collections.Counter(), collections.Counter(), {}
     for name, tensor in contents.tensors.items():
@@ -79,7 +79,7 @@ def what_it_is(contents: Contents) -> Inspection:
     found = Inspection(
         contents.name, said=contents.said, nbytes=contents.nbytes, held=contents.held, patches=contents.patches,
         parameters=sum(map(math.prod, contents.shapes.values())),
-        types={kind: (counts[kind], size) for kind, size in sizes.most_common()}, blocks=in_order(blocks),
+        types={kind: (counts[kind], size) for kind, size in sizes.most_common()}, blocks=in_model_order(blocks),
         plan=_plan(contents.metadata))
     for told in (_lora, _mmproj, _diffusion_model, _encoder, _other):
         if told(contents, found):
@@ -88,7 +88,7 @@ def what_it_is(contents: Contents) -> Inspection:
 
 
 def _lora(contents: Contents, found: Inspection) -> bool:
-    stems = stems_of(contents.tensors)
+    stems = layer_names(contents.tensors)
     if not stems or len(stems) * 4 < len(contents.tensors) and contents.said != "adapter":
         return False
     found.kind, found.family = LORA, f"{len(stems)} layers"
@@ -117,7 +117,7 @@ def _mmproj(contents: Contents, found: Inspection) -> bool:
 
 
 def _diffusion_model(contents: Contents, found: Inspection) -> bool:
-    tensors = in_the_hosts_names(shapes_only(contents.tensors))
+    tensors = to_comfy_keys(shapes_only(contents.tensors))
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     whole = sum(name.startswith(prefix) for name in tensors) > 5
     config = contents.config or _config(tensors, prefix if whole else "", contents.metadata)
@@ -144,7 +144,7 @@ def _diffusion_model(contents: Contents, found: Inspection) -> bool:
 def _config(tensors: dict[str, torch.Tensor], prefix: str, metadata) -> Any:
     """The host's configuration of a diffusion model among tensors without values, None where there is none."""
     texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    return answer(comfy.model_detection.model_config_from_unet, tensors, prefix, metadata=texts)
+    return try_detect(comfy.model_detection.model_config_from_unet, tensors, prefix, metadata=texts)
 
 
 def _parts(contents: Contents, prefix: str) -> dict[str, int]:
@@ -157,7 +157,7 @@ def _parts(contents: Contents, prefix: str) -> dict[str, int]:
 
 
 def _encoder(contents: Contents, found: Inspection) -> bool:
-    tensors, arch = encoder_in_the_hosts_names(contents)
+    tensors, arch = encoder_comfy_keys(contents)
     try:
         kind = comfy.sd.detect_te_model(tensors)
     except (LookupError, AttributeError):
@@ -166,7 +166,7 @@ def _encoder(contents: Contents, found: Inspection) -> bool:
         return False
     found.kind = ENCODER
     if kind is not None:
-        name = kind_of(kind.name, tensors)
+        name = encoder_family(kind.name, tensors)
         found.family, found.host = TITLES.get(name, name), kind.name
     else:
         found.family = f"{arch}, of a size that this ComfyUI does not know" if arch else "none that this ComfyUI knows"
@@ -180,7 +180,7 @@ def _other(contents: Contents, found: Inspection) -> bool:
             found.kind, found.needs = kind.removeprefix("an ").removeprefix("a "), {"use": advice}
             return True
     found.kind = "weight file of no kind that is known here"
-    found.family = f"first tensor {shown(next(iter(contents.tensors), 'none'))}"
+    found.family = f"first tensor {safe_repr(next(iter(contents.tensors), 'none'))}"
     return True
 
 
@@ -213,7 +213,7 @@ def block_of(name: str) -> str:
     return ".".join([*before[-1:], found[1], found[2]])
 
 
-def in_order(blocks: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+def in_model_order(blocks: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     """Blocks of one kind one after the other, by their numbers; kinds in the order of the file."""
     kinds = list(dict.fromkeys(re.sub(r"\.\d+$", "", block) for block in blocks))
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from ..files.container import shown
+from ..files.container import safe_repr
 from .model_blocks import MODEL_PREFIX, block_numbers, block_of, described_blocks, is_text
 
 # A rule of the block-weight extensions' naming, for the blocks of a UNet.
@@ -69,16 +69,16 @@ def _read(text: str, keys: list[str], rules: list):
             name = rule[len("preset:"):].strip()
             found = next((rules_of for preset, rules_of in known.items() if preset.lower() == name.lower()), None)
             if found is None:
-                raise ValueError(f"Block weights: this model has no preset {shown(name)}; it has {', '.join(known)}.")
+                raise ValueError(f"Block weights: this model has no preset {safe_repr(name)}; it has {', '.join(known)}.")
             _read(found, keys, rules)
             continue
         name, equals, value = (part.strip() for part in rule.partition("="))
         factor = _number(value)
         if not equals or not name or factor is None:
-            raise ValueError(f"The block weight {shown(rule)} is not a rule such as double=0.5 or single.0-9=0.")
+            raise ValueError(f"The block weight {safe_repr(rule)} is not a rule such as double=0.5 or single.0-9=0.")
         matches = _matcher(name)
         if name not in ("all", "text") and not any(map(matches, keys)):
-            raise ValueError(f"The block weight {shown(rule)} names nothing in this model. Its blocks are"
+            raise ValueError(f"The block weight {safe_repr(rule)} names nothing in this model. Its blocks are"
                              f" {described_blocks(keys)}; the name of a layer inside them, such as {_layer_example(keys)},"
                              " works too.")
         rules.append((matches, factor))

@@ -37,7 +37,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Recognised:
+class FamilyMatch:
     """What layers look like: the families they may belong to, the likeliest first, and the width found."""
 
     names: tuple[str, ...]
@@ -47,12 +47,12 @@ class Recognised:
     def __str__(self) -> str:
         return " or ".join(self.names) + (f" ({self.width} {self.measure})" if self.width else "")
 
-    def shared(self, other: "Recognised | None") -> "Recognised | None":
+    def shared(self, other: "FamilyMatch | None") -> "FamilyMatch | None":
         """The families both may be, or None when they exclude each other."""
         if other is None or (self.width and other.width and self.width != other.width):
             return None
         names = tuple(name for name in self.names if name in other.names)
-        return Recognised(names, self.width, self.measure) if names else None
+        return FamilyMatch(names, self.width, self.measure) if names else None
 
 
 def _diffusers(block: str, mlp: int = 4) -> dict[str, tuple]:
@@ -233,7 +233,7 @@ PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|base_model\.m
 
 
 def recognise(shapes: Mapping[str, tuple[int | None, int | None]],
-              metadata: Mapping[str, str] | None = None) -> Recognised | None:
+              metadata: Mapping[str, str] | None = None) -> FamilyMatch | None:
     """The family that layers look like, or None.
 
     shapes: layer name, in any of the usual spellings, -> (rows, columns), None where unknown. metadata: of the file; what its
@@ -251,8 +251,8 @@ def recognise(shapes: Mapping[str, tuple[int | None, int | None]],
     exact = [row for row in families if any(depth == row[0].depth for layout, _, depth in found if layout is row[1])]
     families = _by_hint(exact or families, metadata or {})
     if families:
-        return Recognised(tuple(family.name for family, *_ in families), families[0][2], families[0][1].measure)
-    return Recognised(tuple(layout.name for layout, *_ in found), found[0][1], found[0][0].measure)
+        return FamilyMatch(tuple(family.name for family, *_ in families), families[0][2], families[0][1].measure)
+    return FamilyMatch(tuple(layout.name for layout, *_ in found), found[0][1], found[0][0].measure)
 
 
 def _explain(layout: Layout, shapes: Mapping[str, tuple]) -> tuple[int, int | None, tuple[int, int]]:

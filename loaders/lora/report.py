@@ -3,7 +3,7 @@ import collections
 import math
 from dataclasses import dataclass, field
 
-from .families import Recognised
+from .families import FamilyMatch
 
 MISSING = "missing in the model"
 
@@ -27,8 +27,8 @@ class LoraReport:
     unread: list[str]
     kinds: collections.Counter
     ranks: list[int]
-    family: Recognised | None
-    model_family: Recognised | None
+    family: FamilyMatch | None
+    model_family: FamilyMatch | None
     said: str
     metadata: dict[str, str]
     blocks: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ops.patcher.values import Patch
+from ...ops.patcher.patched_weights import Patch
 
 
 @dataclass(frozen=True)

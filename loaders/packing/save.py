@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 
 from ...ops.format import FORMATS, FormatError, TooLargeError
-from ...ops.packing import pack_tensor
-from ...ops.packing.moments import Moments
-from ...ops.packing.relative_error import RelativeError, values_of
-from ...ops.rounding import dithered, dithered_steps
-from ...ops.rows import join_rows
-from ...ops.tensor import is_packed
-from ..files.container import PLAIN_DTYPES, nbytes_of, shown
+from ...ops.quantize import pack_tensor
+from ...ops.quantize.second_moments import SecondMoments
+from ...ops.quantize.relative_error import RelativeError, values_of
+from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
+from ...ops.row_slicing import join_rows
+from ...ops.packed_layout import is_packed
+from ..files.container import PLAIN_DTYPES, nbytes_of, safe_repr
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from ..sizes import size_text
 from .calibration.sequential import SequentialCalibration
 from .lora_retention import LoraRetention, dot
-from .planning.families import bits_per_value, with_fallback
+from .planning.packing_rules import bits_per_value, with_fallback
 from .planning.file_plan import FilePlan, plain_type, written_name
 from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
@@ -38,7 +38,7 @@ WHOLE = 0.005  # a change whose share differs from 1 by no more is whole
 MAX_ENLARGED = 2.0  # factor of a change
 ATTEMPTS = 3
 FINER, HALF = "Q8_0", "F16"  # what a weight takes whose change does not arrive whole even then
-MOST_NOTES = 5  # on single weights
+MAX_NOTES = 5  # on single weights
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ class WeightPacker:
         """What of the changes has arrived, and what came out otherwise than planned."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
         lines += map(str, self.retention.shares())
-        lines += self.notes[:MOST_NOTES]
-        if len(self.notes) > MOST_NOTES:
-            lines.append(f"{len(self.notes) - MOST_NOTES} more weights came out finer than planned.")
+        lines += self.notes[:MAX_NOTES]
+        if len(self.notes) > MAX_NOTES:
+            lines.append(f"{len(self.notes) - MAX_NOTES} more weights came out finer than planned.")
         return lines
 
     def _as_it_is(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
@@ -200,7 +200,7 @@ class WeightPacker:
                     self.nbytes = nbytes
                     return other, attempt
         nbytes = self._nbytes_with(weight, type_name, "BF16")
-        raise SaveError(f"The values of {shown(weight.name)} do not fit into {type_name}, and with them in BF16 the file takes"
+        raise SaveError(f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in BF16 the file takes"
                         f" {size_text(nbytes, DIGITS)}, which is more than {size_text(max_bytes, DIGITS)}."
                         " Choose one type in place of a size.")
 
@@ -210,7 +210,7 @@ class WeightPacker:
         padding = ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
         return self.nbytes + more + padding
 
-    def _moments(self, weight: Weight, type_name: str) -> Moments | None:
+    def _moments(self, weight: Weight, type_name: str) -> SecondMoments | None:
         """What to pack a weight by. A change that is to arrive whole leaves no room for making up for other errors."""
         moments, sensitivity = None, self.plan.options.sensitivity
         if type_name not in PLAIN_DTYPES and self.calibration is not None and weight.name not in self.must_survive:
@@ -266,13 +266,13 @@ class WeightPacker:
             factor = min(factor / max(share, 0.1), MAX_ENLARGED)
             piece = pack(held + factor * change)
 
-    def _piece(self, values: torch.Tensor, weight: Weight, type_name: str, moments: Moments | None,
+    def _piece(self, values: torch.Tensor, weight: Weight, type_name: str, moments: SecondMoments | None,
                dither: bool = False) -> torch.Tensor | None:
         """Rows in a type, on the CPU; None where it cannot hold them. dither: only where the type is FINER."""
         if type_name in PLAIN_DTYPES:
             dtype = PLAIN_DTYPES[type_name]
             # A change below half a step of 16 bits would be gone, rounded to the nearest.
-            piece = dithered(values.clone(), dtype) if weight.patches else values.to(dtype)
+            piece = stochastic_round(values.clone(), dtype) if weight.patches else values.to(dtype)
             return piece.cpu() if piece.isfinite().all() else None
         device, packed_format = self.source.device, FORMATS[type_name]
         try:
@@ -283,7 +283,7 @@ class WeightPacker:
         except TooLargeError:
             return None
         except FormatError as error:
-            raise SaveError(f"{shown(weight.name)} cannot be packed to {type_name}: {error}") from error
+            raise SaveError(f"{safe_repr(weight.name)} cannot be packed to {type_name}: {error}") from error
 
 
 def _at_steps(values: torch.Tensor) -> torch.Tensor:
@@ -294,7 +294,7 @@ def _at_steps(values: torch.Tensor) -> torch.Tensor:
     blocks = values.reshape(-1, 32)
     largest, index = blocks.abs().max(1, keepdim=True)
     step = (largest / 127).half().float()
-    codes = dithered_steps(blocks, step).clamp_(-127, 127)
+    codes = stochastic_round_to_integers(blocks, step).clamp_(-127, 127)
     codes.scatter_(1, index, blocks.gather(1, index).sign() * 127)  # by which the format finds the step again
     return torch.where(step > 0, codes * step, 0.0).view(values.shape)
 
@@ -303,5 +303,5 @@ def _reject_bad_values(values: torch.Tensor, weight: Weight):
     """Raise SaveError for values that are no numbers."""
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
         what = "with its patches it has" if weight.patches else "it has"
-        raise SaveError(f"{shown(weight.name)} cannot be saved: {what} NaN or infinite values. Get the model again, or take"
+        raise SaveError(f"{safe_repr(weight.name)} cannot be saved: {what} NaN or infinite values. Get the model again, or take"
                         " off what changes it.")

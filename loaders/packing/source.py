@@ -14,21 +14,21 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ...ops.packed import relabelled
-from ...ops.patcher import values as patched_values
-from ...ops.patcher.values import Patch
-from ...ops.rows import take_rows
-from ...ops.tensor import QuantizedTensor, is_packed, packed_tensors
+from ...ops.packed_tensor import relabelled
+from ...ops.patcher import patched_weights as patched_values
+from ...ops.patcher.patched_weights import Patch
+from ...ops.row_slicing import take_rows
+from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ..comfy_quant import SMOOTHING, as_tensors
-from ..detection import answer, reject_non_diffusion
-from ..diffusers_names import JoinedRows
+from ..detection import try_detect, reject_non_diffusion
+from ..diffusers_keys import JoinedRows
 from ..files import open_weights
 from ..files.container import FileChangeGuard, WeightFileError, map_file
-from ..held import format_name
-from ..model_names import in_the_hosts_names, model_prefix
+from ..model_summary import format_name
+from ..comfy_keys import to_comfy_keys, model_prefix
 from ..recipe import Recipe
-from ..text import join_some
-from .planning.families import half_type
+from ..wording import join_some
+from .planning.packing_rules import half_type
 
 DIFFUSION_MODEL = "diffusion_model."
 # Encoders, by how the host's names for them begin, that it knows in a file by other names than those in its model.
@@ -107,7 +107,7 @@ class Weight:
         values = self.read(start, stop) if values is None else values
         if patches and (start, stop) != (0, self.shape[0] if self.shape else 1):
             patches = patched_values.rows_of_patches(patches, start, stop)
-        return patched_values.apply(patches, values, self.key) if patches else values
+        return patched_values.apply_patches(patches, values, self.key) if patches else values
 
 
 @dataclass
@@ -197,7 +197,7 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
     for key in patched_values.weight_names(patcher, prefix):
         name = key.removeprefix(prefix)
         weights[name] = Weight(name, key, tuple(patched_values.patched_shape(patcher, key)),
-                               patched_values.held_weight(patcher, key), patched_values.reader(patcher, key),
+                               patched_values.held_weight(patcher, key), patched_values.row_reader(patcher, key),
                                tuple(patched_values.patches_of(patcher, key)))
     return weights
 
@@ -255,10 +255,10 @@ def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) ->
     prefix = model_prefix(state_dict)
     markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
     state_dict = as_tensors(file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}, prefix)
-    tensors = in_the_hosts_names({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
+    tensors = to_comfy_keys({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
     tensors |= markers
     smoothings = {name.removesuffix(SMOOTHING): tensors.pop(name) for name in list(tensors) if name.endswith(SMOOTHING)}
-    model = answer(_empty_model, tensors) if loras else None
+    model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
     weights = {name: _weight_of_file(name, tensor, smoothings.get(name.removesuffix(".weight")), patches.get(name, ()))
                for name, tensor in tensors.items() if not name.endswith((".input_scale", ".scale_input"))}
@@ -323,8 +323,8 @@ def _patches_of(model, loras: Sequence[tuple[str, float]], name: str) -> tuple[d
                         " ComfyUI, or save it without a LoRA.")
     # Here, so that a model is saved on a ComfyUI without what LoRAs need.
     from ..lora.apply import apply_lora
-    from ..lora.file import load_lora_file
-    from ..lora.fit import check_lora
+    from ..lora.lora_file import load_lora_file
+    from ..lora.compatibility import check_lora
 
     notes = []
     for path, strength in loras:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from comfy_api.latest import io
 
-from ...loaders.folders import all_there
+from ...loaders.folders import validate_files
 
 
 class LegacyNode:
@@ -41,7 +41,7 @@ class LegacyNode:
     def validate_inputs(cls, unet_name=None, gguf_name=None, ckpt_name=None, clip_name=None, clip_name1=None, clip_name2=None,
                         clip_name3=None, clip_name4=None, device=None):
         """What is named here the host leaves to this: files, and a device, which may be another machine's."""
-        return all_there(unet_name, gguf_name, ckpt_name, clip_name, clip_name1, clip_name2, clip_name3, clip_name4,
+        return validate_files(unet_name, gguf_name, ckpt_name, clip_name, clip_name1, clip_name2, clip_name3, clip_name4,
                          keys=cls.folders)
 
     @classmethod

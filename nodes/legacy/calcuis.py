@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT
-from ..shown import loaded
+from ..node_text import loader_output
 from . import LegacyNode, make_node, vae_files
 from .gguf import (
     FOLDERS, ClipLoader, DualClipLoader, QuadrupleClipLoader, TripleClipLoader, clip_inputs, dtype_inputs, load_model,
@@ -20,7 +20,7 @@ class Loader(LegacyNode):
 
     @classmethod
     def load_model(cls, gguf_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
-        return loaded(model=load_model(gguf_name, dequant_dtype, patch_dtype))
+        return loader_output(model=load_model(gguf_name, dequant_dtype, patch_dtype))
 
 
 class VaeLoader(LegacyNode):
@@ -33,7 +33,7 @@ class VaeLoader(LegacyNode):
 
     @classmethod
     def load_vae(cls, vae_name) -> tuple:
-        return loaded(vae=vae_files.load(vae_name))
+        return loader_output(vae=vae_files.load(vae_name))
 
 
 # Id -> what its class derives from, its title, its inputs, its description.

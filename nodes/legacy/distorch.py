@@ -10,30 +10,30 @@ import comfy.model_management
 import torch
 
 from ...loaders.devices import CPU, find_device
-from ...loaders.files.container import shown
+from ...loaders.files.container import safe_repr
 
 GIB = 1 << 30
 MOST = 1e18  # of whatever a part asks for: an endless number shares nothing
 BYTES = {"g": GIB, "m": 1 << 20, "k": 1 << 10, "b": 1, "": 1}  # by the first letter of a unit
 AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([gmk]i?b?|b|%|)|\*", re.I)
 
-Plan = dict[torch.device, int]
+Allocation = dict[torch.device, int]
 
 
 class UnreadableError(ValueError):
     """A string of the expert mode that cannot be read: which part, and what was expected."""
 
     def __init__(self, part: str, expected: str):
-        super().__init__(f"{shown(part.strip())}: expected {expected}")
+        super().__init__(f"{safe_repr(part.strip())}: expected {expected}")
 
 
-def by_virtual_vram(size: int, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]) -> Plan:
+def allocate_virtual_vram(size: int, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]) -> Allocation:
     """Of a model of size bytes, virtual_vram_gb GiB go to the donors, to each in turn what its memory can hold."""
     left = min(size, max(0, virtual_vram_gb) * GIB)
     return _shared(size, compute, [(compute, size - left), *((donor, _memory(donor)) for donor in donors)])
 
 
-def by_expert_string(text: str, size: int, compute: torch.device) -> tuple[Plan, list[str]]:
+def parse_allocation_string(text: str, size: int, compute: torch.device) -> tuple[Allocation, list[str]]:
     """(plan, sentences about devices that are not here) by a string of the expert mode, for a model of size bytes.
 
     Each part is a device and an amount: bytes, filled in the order of the string, and the rest to the device of `*` or the CPU
@@ -67,7 +67,7 @@ def by_expert_string(text: str, size: int, compute: torch.device) -> tuple[Plan,
     return _shared(size, compute, wanted), notes
 
 
-def _shared(size: int, compute: torch.device, wanted: Sequence[tuple[torch.device, float]]) -> Plan:
+def _shared(size: int, compute: torch.device, wanted: Sequence[tuple[torch.device, float]]) -> Allocation:
     """To each device in turn what it wants of what is left, in whole bytes; the rest to the one that computes."""
     plan, left = {compute: 0}, size
     for device, amount in wanted:

@@ -13,10 +13,10 @@ from ...loaders.files import open_weights
 from ...loaders.folders import embedding_folders, find_file, list_files
 from ...loaders.reader_choice import needs_own_reader
 from ...loaders.text_encoder import load_text_encoder
-from ..choices import encoder_types
+from ..combo_options import encoder_types
 from ..load_diffusion_model import FOLDERS
 from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
-from ..shown import loaded
+from ..node_text import loader_output
 from . import LegacyNode, make_node
 
 # "default" and "target" both mean the dtype the model computes in: values are unpacked in float32 and rounded once.
@@ -54,7 +54,7 @@ class UnetLoader(LegacyNode):
 
     @classmethod
     def load_unet(cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
-        return loaded(model=load_model(unet_name, dequant_dtype, patch_dtype))
+        return loader_output(model=load_model(unet_name, dequant_dtype, patch_dtype))
 
 
 def clip_inputs(count: int, host_node: str | None = None) -> list:
@@ -84,7 +84,7 @@ class TextEncoderLoader(LegacyNode):
     @staticmethod
     def load(clip_type: str, *names: str, device: str = DEFAULT) -> tuple:
         device, note = find_device(device)
-        return loaded(note, clip=load_clip(clip_type, *names, device=device))
+        return loader_output(note, clip=load_clip(clip_type, *names, device=device))
 
     @staticmethod
     def load_data(ckpt_paths) -> list[dict]:

@@ -4,8 +4,8 @@ import comfy.ldm.modules.attention
 import torch
 from comfy_api.latest import io
 
-from ...loaders.folders import all_there, find_file, list_files
-from ..shown import loaded
+from ...loaders.folders import validate_files, find_file, list_files
+from ..node_text import loader_output
 from .gguf import CLIP_FOLDERS, FOLDERS, dtype_inputs, load_model, model_input
 
 NONE = "none"
@@ -41,7 +41,7 @@ class GGUFLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model_name=None, extra_model_name=NONE):
         extra = None if extra_model_name == NONE else extra_model_name
-        return all_there(model_name, extra, keys=(*FOLDERS, *CLIP_FOLDERS))
+        return validate_files(model_name, extra, keys=(*FOLDERS, *CLIP_FOLDERS))
 
     @classmethod
     def execute(cls, model_name, extra_model_name=NONE, dequant_dtype="default", patch_dtype="default", patch_on_device=False,
@@ -49,7 +49,7 @@ class GGUFLoader(io.ComfyNode):
         extra = None if extra_model_name in (NONE, None) else find_file(extra_model_name, *FOLDERS, *CLIP_FOLDERS)
         model = load_model(model_name, dequant_dtype, patch_dtype, extra=extra)
         notes = [accumulate_in_fp16(enable_fp16_accumulation), override_attention(model, attention_override)]
-        return io.NodeOutput(*loaded(*notes, model=model))
+        return io.NodeOutput(*loader_output(*notes, model=model))
 
 
 def accumulate_in_fp16(wanted: bool) -> str | None:

@@ -13,15 +13,15 @@ import torch
 from comfy_api.latest import io
 
 from ...loaders.devices import CPU, device_options, find_device, gpus
-from ...loaders.files.container import shown
-from ...loaders.folders import all_there
-from ...loaders.placing import place, place_clip
+from ...loaders.files.container import safe_repr
+from ...loaders.folders import validate_files
+from ...loaders.placement import place, place_clip
 from ...loaders.sizes import size_text
-from ..choices import choices_of
-from ..numbers import refuse_nan
-from ..shown import loaded
+from ..combo_options import combo_options
+from ..number_checks import reject_nan
+from ..node_text import loader_output
 from . import LegacyNode, make_node, vae_files
-from .distorch import UnreadableError, by_expert_string, by_virtual_vram
+from .distorch import UnreadableError, parse_allocation_string, allocate_virtual_vram
 from .gguf import CLIP_FOLDERS, FOLDERS, clip_inputs, dtype_inputs, load_clip, load_model, model_input
 from .nf4 import CHECKPOINT_FOLDERS, CheckpointLoader, checkpoint_input, load_parts
 
@@ -64,17 +64,17 @@ def _load_clip(device, type="stable_diffusion", **names) -> dict:
 
 
 def _weight_dtype_input():
-    offered = choices_of(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype") or ["default", *WEIGHT_DTYPES]
+    offered = combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype") or ["default", *WEIGHT_DTYPES]
     return io.Combo.Input("weight_dtype", options=offered, default="default", optional=True,
                           tooltip="As in ComfyUI's own loader, for files without packed weights.")
 
 
 def _clips(count: int, host_node: str | None = None) -> Wrapped:
     return Wrapped(functools.partial(clip_inputs, count, host_node), _load_clip,
-                   functools.partial(all_there, keys=CLIP_FOLDERS), (io.Clip.Output,), device="device")
+                   functools.partial(validate_files, keys=CLIP_FOLDERS), (io.Clip.Output,), device="device")
 
 
-_models_there = functools.partial(all_there, keys=FOLDERS)
+_models_there = functools.partial(validate_files, keys=FOLDERS)
 UNET_GGUF = Wrapped(lambda: [model_input()], _load_gguf, _models_there)
 UNET_GGUF_ADVANCED = Wrapped(lambda: [model_input(), *dtype_inputs()], _load_gguf, _models_there)
 UNET = Wrapped(lambda: [model_input(), _weight_dtype_input()], _load_unet, _models_there)
@@ -82,7 +82,7 @@ CLIP, DUAL_CLIP, TRIPLE_CLIP, QUADRUPLE_CLIP = _clips(1, "CLIPLoader"), _clips(2
 VAE = Wrapped(lambda: [vae_files.vae_name_input()], lambda device, vae_name: {"vae": vae_files.load(vae_name, device)},
               vae_files.is_there, (io.Vae.Output,))
 CHECKPOINT = Wrapped(lambda: [checkpoint_input()], lambda device, ckpt_name: load_parts(ckpt_name, device=device),
-                     functools.partial(all_there, keys=CHECKPOINT_FOLDERS), CheckpointLoader.outputs)
+                     functools.partial(validate_files, keys=CHECKPOINT_FOLDERS), CheckpointLoader.outputs)
 
 
 # --- the inputs of the families ---
@@ -139,7 +139,7 @@ class MultiGPULoader(LegacyNode):
         for own in cls.wrapped.inputs():
             value, offered = inputs.get(own.id), getattr(own, "options", None)
             if offered and "_name" not in own.id and value not in (None, *offered):
-                return f"{own.id} is {shown(value)}; it can be {', '.join(offered)}."
+                return f"{own.id} is {safe_repr(value)}; it can be {', '.join(offered)}."
         return cls.wrapped.is_there(*(value for name, value in inputs.items() if "_name" in name))
 
 
@@ -162,7 +162,7 @@ class DeviceLoader(MultiGPULoader):
             gib = cls.virtual_vram_gb if virtual_vram_gb is None else virtual_vram_gb
             first = next(iter(parts))
             parts[first] = placed(parts[first], gib, None if use_other_vram else [donor_device], expert_mode_allocations, notes)
-        return loaded(*notes, **parts)
+        return loader_output(*notes, **parts)
 
 
 class DisTorchLoader(DeviceLoader):
@@ -191,7 +191,7 @@ def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, 
     Appends to notes what cannot be so; prefix: that of the names of the inputs. Where the model computes on the CPU, all of it
     is there.
     """
-    refuse_nan(**{f"{prefix}virtual_vram_gb": virtual_vram_gb})
+    reject_nan(**{f"{prefix}virtual_vram_gb": virtual_vram_gb})
     patcher, expert = getattr(part, "patcher", part), expert.strip()
     if expert == "None":  # the host's text for a null
         expert = ""
@@ -200,7 +200,7 @@ def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, 
     compute, size, plan, asked = patcher.load_device, patcher.model_size(), None, f"{prefix}expert_mode_allocations"
     if expert:
         try:
-            plan, missing = by_expert_string(expert, size, compute)
+            plan, missing = parse_allocation_string(expert, size, compute)
             notes += missing
         except UnreadableError as error:
             notes.append(f"{prefix}expert_mode_allocations cannot be read at {error}. {prefix}virtual_vram_gb is used.")
@@ -211,7 +211,7 @@ def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, 
         others = [device or CPU for device, _ in found] if donors else [*(gpu for gpu in gpus() if gpu != compute), CPU]
         if virtual_vram_gb < 0:
             notes.append(f"{asked} is {virtual_vram_gb:g}, below 0: everything stays on {compute}, as with 0.")
-        plan = by_virtual_vram(size, virtual_vram_gb, compute, others)
+        plan = allocate_virtual_vram(size, virtual_vram_gb, compute, others)
         if compute in others and plan[compute] == size:
             notes.append(f"The donor {compute} is the device that computes, so everything stays there.")
     kept = plan.pop(compute)
@@ -250,7 +250,7 @@ class CheckpointLoaderAdvanced(MultiGPULoader):
     @classmethod
     def load_checkpoint(cls, ckpt_name, unet_device, clip_device, vae_device) -> tuple:
         parts, notes = _load_parts_on(ckpt_name, unet_device, clip_device, vae_device)
-        return loaded(*notes, **parts)
+        return loader_output(*notes, **parts)
 
 
 class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
@@ -279,7 +279,7 @@ class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
         clip = clip_virtual_vram_gb, [clip_donor_device], clip_expert_mode_allocations
         parts["model"] = placed(parts["model"], *unet, notes, "unet_")
         parts["clip"] = placed(parts["clip"], *clip, notes, "clip_")
-        return loaded(*notes, **parts)
+        return loader_output(*notes, **parts)
 
 
 class UnetLoaderLP(MultiGPULoader):
@@ -287,7 +287,7 @@ class UnetLoaderLP(MultiGPULoader):
 
     @classmethod
     def load_unet(cls, unet_name) -> tuple:
-        return loaded(model=load_model(unet_name))
+        return loader_output(model=load_model(unet_name))
 
 
 # Id -> what its class derives from, the loader that is wrapped, its title.

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ...loaders.checkpoint import load_checkpoint
 from ...loaders.folders import embedding_folders, find_file, list_files, list_model_folders
-from ..shown import loaded
+from ..node_text import loader_output
 from . import LegacyNode, make_node
 from .gguf import FOLDERS, load_model, model_input
 
@@ -38,7 +38,7 @@ class CheckpointLoader(LegacyNode):
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, bnb_dtype="default") -> tuple:
-        return loaded(**load_parts(ckpt_name))
+        return loader_output(**load_parts(ckpt_name))
 
 
 class UnetLoader(LegacyNode):
@@ -48,7 +48,7 @@ class UnetLoader(LegacyNode):
 
     @classmethod
     def load_unet(cls, unet_name, bnb_dtype="default") -> tuple:
-        return loaded(model=load_model(unet_name))
+        return loader_output(model=load_model(unet_name))
 
 
 class PackingCheckpointLoader(CheckpointLoader):
@@ -57,7 +57,7 @@ class PackingCheckpointLoader(CheckpointLoader):
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, load_dtype="default") -> tuple:
-        return loaded(**load_parts(ckpt_name, pack_to="NF4"))
+        return loader_output(**load_parts(ckpt_name, pack_to="NF4"))
 
 
 class PackingUnetLoader(LegacyNode):
@@ -68,7 +68,7 @@ class PackingUnetLoader(LegacyNode):
 
     @classmethod
     def load_checkpoint(cls, unet_name, load_dtype="default") -> tuple:
-        return loaded(model=load_model(unet_name, pack_to="NF4"))
+        return loader_output(model=load_model(unet_name, pack_to="NF4"))
 
 
 # Id -> what its class derives from, its title, its inputs, its description.

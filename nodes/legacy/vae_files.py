@@ -4,9 +4,9 @@ import nodes as host_nodes
 import torch
 from comfy_api.latest import io
 
-from ...loaders.folders import all_there, find_file, list_files
-from ...loaders.vae import load_vae, made_of
-from ..choices import choices_of
+from ...loaders.folders import validate_files, find_file, list_files
+from ...loaders.vae import load_vae, build_vae
+from ..combo_options import combo_options
 
 FOLDERS = ("vae_gguf", "vae", "vae_approx")
 PIXEL_SPACE = "pixel_space"  # the one name of the host's loader that stands for no weights
@@ -18,8 +18,8 @@ def vae_name_input():
 
 
 def is_there(vae_name: str | None = None) -> bool | str:
-    """For a node's `validate_inputs`, see `all_there`."""
-    return not _is_file(vae_name) or all_there(vae_name, keys=FOLDERS)
+    """For a node's `validate_inputs`, see `validate_files`."""
+    return not _is_file(vae_name) or validate_files(vae_name, keys=FOLDERS)
 
 
 def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
@@ -33,7 +33,7 @@ def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
     if device is None:
         return host().load_vae(vae_name)[0]
     weights = {"pixel_space_vae": torch.tensor(1.0)} if vae_name == PIXEL_SPACE else host.load_taesd(vae_name)
-    return made_of(weights, device, {"tae_latent_channels": 128} if vae_name == "taef2" else None)  # as the host's loader does
+    return build_vae(weights, device, {"tae_latent_channels": 128} if vae_name == "taef2" else None)  # as the host's loader does
 
 
 def _is_file(vae_name) -> bool:
@@ -41,4 +41,4 @@ def _is_file(vae_name) -> bool:
 
 
 def _of_the_host() -> list[str]:
-    return choices_of(host_nodes.NODE_CLASS_MAPPINGS["VAELoader"], "vae_name")
+    return combo_options(host_nodes.NODE_CLASS_MAPPINGS["VAELoader"], "vae_name")

@@ -27,7 +27,7 @@ from .background import start_thread
 from .kernel import Backend, Case, Kernel
 from .registry import PRIORITY
 from .selector import InProcessSelector, TrialedSelector
-from .startup import try_kernels
+from .trial_startup import try_kernels
 
 __all__ = ["PRIORITY", "VARIABLE", "Backend", "Case", "Kernel", "find", "prepare", "start_trials", "unpack_into", "used"]
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
 TRIALED = {"cuda", "mps"}  # kinds of devices whose kernels need a trial
-TOLD_AFTER_SECONDS = 5  # that a node waits to tell what its model uses
+LOG_AFTER_SECONDS = 5  # that a node waits to tell what its model uses
 
 _selectors: dict[torch.device, InProcessSelector | TrialedSelector] = {}
 _selecting = threading.Lock()  # held while one is made, which waits for no kernel
@@ -103,7 +103,7 @@ def prepare(device: torch.device, cases: Iterable[Case]):
         selector.note(list(cases))
 
 
-def used(device: torch.device, seconds: float = TOLD_AFTER_SECONDS) -> str:
+def used(device: torch.device, seconds: float = LOG_AFTER_SECONDS) -> str:
     """What unpacks on a device, in words, as far as it is known after so many seconds."""
     selector = _selector(device)
     names = selector.backend_names(seconds)

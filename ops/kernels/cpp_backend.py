@@ -25,10 +25,10 @@ from ..format import Format, Grid
 from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel
-from .check import probe
-from .own_files import cache_folder, is_private, private_folder, replace_durably, temporary_folder
+from .validation import probe
+from .private_files import cache_folder, is_private, private_folder, replace_durably, temporary_folder
 from ...child_process import run_process
-from .cxx_text import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
+from .kernel_source import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
 FLAGS_OF_X86 = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
-MOST_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
+MAX_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
 SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS  # what is older was left by a process that was killed
@@ -147,7 +147,7 @@ class CpuKernels:
             c_int(_threads(out.numel())))
 
     def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
-        """See `Kernel.run`; for up to `most_tokens` tokens, one of `MOST_TOKENS`."""
+        """See `Kernel.run`; for up to `most_tokens` tokens, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
         run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=_lanes(packed_format),
                              TOKENS=most_tokens)
@@ -236,7 +236,7 @@ def _kernels() -> CpuKernels:
 
 def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
     """The kernels as data. kernels: called when one runs."""
-    return (*unpack_and_linear(kernels, MOST_TOKENS),
+    return (*unpack_and_linear(kernels, MAX_TOKENS),
             Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
             Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")),
             *(Kernel(op, FORMAT_NAMES, frozenset([torch.float32]), method(kernels, op))

@@ -8,11 +8,11 @@ import functools
 import torch
 
 from .kernel import Backend, Kernel
-from .check import probe
-from .cxx_text import FORMAT_NAMES, TYPES, kernel_source
+from .validation import probe
+from .kernel_source import FORMAT_NAMES, TYPES, kernel_source
 
 CHUNK = 8  # values a thread handles, LANES in source/metal
-MOST_CHUNKS = 1 << 32  # of one launch: Metal counts threads in 32 bits
+MAX_CHUNKS = 1 << 32  # of one launch: Metal counts threads in 32 bits
 GROUP = 256  # threads
 
 
@@ -26,7 +26,7 @@ def _shader(packed_format, dtype, value_dtype):
 def unpack(packed_format, tensors, out, value_dtype, first):
     """See `Kernel.run`."""
     chunks, rest = divmod(out.numel(), CHUNK)
-    if rest or packed_format.block_length % CHUNK or not 0 < chunks < MOST_CHUNKS:  # odd shapes, and lookups of no rows
+    if rest or packed_format.block_length % CHUNK or not 0 < chunks < MAX_CHUNKS:  # odd shapes, and lookups of no rows
         packed_format.unpack_into(tensors, out, value_dtype, first)
         return
     packed = tensors[0].view(-1)[first * packed_format.block_bytes:]

@@ -9,9 +9,9 @@ import torch
 
 from ..format import Format
 from .kernel import Backend, Kernel
-from .check import probe
+from .validation import probe
 from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
-from .cxx_text import addresses, kernel_source, unpack_and_linear
+from .kernel_source import addresses, kernel_source, unpack_and_linear
 
 CHUNK = 8  # values a thread handles at a time, LANES in source/cuda
 UNPACK_THREADS = 256

@@ -30,7 +30,7 @@ from .. import int8_codes
 from ..format import Format
 from ..formats._names import format_named
 from ...child_process import end_all, end_process, is_ending, start_process
-from .check import check, random_tensors
+from .validation import check, random_tensors
 from .kernel import Backend, Case, Kernel, WrongResult, compute_capability
 from .registry import import_backend
 from .verdicts import RETRY_AFTER_S, Verdicts

@@ -22,7 +22,7 @@ import torch
 
 from ..bounded_json import read_json
 from .kernel import Backend, Case, Kernel
-from .own_files import cache_folder, is_private, private_folder
+from .private_files import cache_folder, is_private, private_folder
 
 log = logging.getLogger(__name__)
 

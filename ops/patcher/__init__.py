@@ -20,13 +20,11 @@ import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from ..lora import LayerPatches, fitting
-from . import values
-from .accounting import make_pinnable, nothing_to_plan, settled
-from .applying import (
-    AppliedPatches, build, factor_bytes, layer_of, packed_keys, packed_weight, runs_in_layer,
-)
-from .placing import Placement, Residency, Whereabouts, buffer_bytes
+from ..layer_patches import LayerPatches, usable_patches
+from . import patched_weights
+from .vram_accounting import make_pinnable, nothing_to_plan, accounted
+from .applied_patches import AppliedPatches, build, factor_bytes, layer_of, packed_keys, packed_weight, runs_in_layer
+from .residency import Placement, Residency, MemoryReport, buffer_bytes
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps them
 
@@ -35,7 +33,7 @@ class PackedPatcher:
     """The methods of `ModelPatcher` and `ModelPatcherDynamic` that would touch packed weights.
 
     placement: what of the model stays on its device; None leaves it to the host. tell: a function
-    that gets the patcher and its `Whereabouts` after each load and at the end of each run.
+    that gets the patcher and its `MemoryReport` after each load and at the end of each run.
     """
 
     placement: Placement | None = None
@@ -73,7 +71,7 @@ class PackedPatcher:
         patches = self.all_patches.get(key, [])
         if not runs_in_layer(self, key, patches):
             return patches
-        return fitting(key, patches, packed_weight(self, key).shape)
+        return usable_patches(key, patches, packed_weight(self, key).shape)
 
     @contextlib.contextmanager
     def _packed_patches_hidden(self):
@@ -90,13 +88,13 @@ class PackedPatcher:
             self.patches, self._hidden = self._hidden, None
 
     @contextlib.contextmanager
-    def meanwhile(self, **values):
+    def meanwhile(self, **patched_weights):
         """Inside this block these attributes have these values; elsewhere they are None."""
-        vars(self).update(values)
+        vars(self).update(patched_weights)
         try:
             yield
         finally:
-            vars(self).update(dict.fromkeys(values))
+            vars(self).update(dict.fromkeys(patched_weights))
 
     # --- memory ---
 
@@ -109,7 +107,7 @@ class PackedPatcher:
         weights = self.full_size() if limit is None else limit  # the host makes room for no more
         return weights + factor_bytes(self)
 
-    def whereabouts(self, expected: bool = False) -> Whereabouts:
+    def whereabouts(self, expected: bool = False) -> MemoryReport:
         """Return where the weights lie now. expected: where they will, once the model has run."""
         return self._residency.whereabouts(self, expected)
 
@@ -237,7 +235,7 @@ class PackedPatcher:
                 and nothing_to_plan(self, device_to, budget)):
             self.apply_hooks(self.forced_hooks, force_apply=True)
         else:
-            with settled(self, device_to), self._residency.planned(self, device_to, budget) as budget:
+            with accounted(self, device_to), self._residency.planned(self, device_to, budget) as budget:
                 super().load(device_to, budget, force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
@@ -369,7 +367,7 @@ class PackedPatcher:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         if return_weight:
             patches = self.fitting_patches(key)
-            return values.patched_weight(key, patches, weight.to(device_to), layer_of(self, key))
+            return patched_weights.patched_weight(key, patches, weight.to(device_to), layer_of(self, key))
         if force_cast:
             if key not in self.backup:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)
@@ -385,11 +383,11 @@ class PackedPatcher:
                 for key, (weight, *patches) in listed.items()}
 
     def model_state_dict(self, filter_prefix=None):
-        return values.patched_state_dict(self, super().model_state_dict(filter_prefix))
+        return patched_weights.patched_state_dict(self, super().model_state_dict(filter_prefix))
 
     def model_state_dict_for_saving(self, model=None, prefix=""):
         state_dict = super().model_state_dict_for_saving(model, prefix)
-        return values.file_state_dict(self, state_dict, prefix)
+        return patched_weights.file_state_dict(self, state_dict, prefix)
 
 
 @functools.cache

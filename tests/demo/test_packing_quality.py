@@ -11,9 +11,9 @@ from devtools.measure import packing_error, packing_quality
 from devtools.measure.packing_quality import Maker
 from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing.feedback import pack_with_feedback
-from featherweight.ops.packing.moments import Moments
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.quantize.error_feedback import pack_with_feedback
+from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.packed_layout import is_packed
 
 RECORDED = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("packing")
 # (way, size) -> dB that are to be reached on all held-out captions.
@@ -50,11 +50,11 @@ def seen() -> tuple[dict, dict]:
 def test_moments_from_a_file_pack_as_well_as_those_measured(kind, block):
     (weights, sums), off = seen(), []
     for name, exact in list(sums.items())[1::3]:  # four of nine are wider than a block
-        moments = Moments.of(len(exact), block)
+        moments = SecondMoments.of(len(exact), block)
         for part, span in zip(moments.blocks, moments.spans()):
             part.copy_(exact[span, span])
         moments.count = 8 * 2 * 64
-        from_file = Moments.from_tensors(moments.tensors())
+        from_file = SecondMoments.from_tensors(moments.tensors())
         reached = [packing_error.output_snr(weights[name], pack_with_feedback(weights[name], FORMATS[kind], given).dequantize(),
                                             exact) for given in (moments, from_file)]
         off.append(reached[0] - reached[1])

@@ -7,7 +7,7 @@ from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.lora.file import load_lora_file
+from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.packing.source import of_file
 from featherweight.loaders.packing.source import SaveError
 from host_formats import in_host_format

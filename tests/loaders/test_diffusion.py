@@ -16,7 +16,7 @@ from featherweight.loaders.files import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.layers import PackedLayer
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."
 # The types gguf's reference can unpack.

@@ -15,7 +15,7 @@ from families import (
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."
 

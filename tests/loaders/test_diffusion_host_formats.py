@@ -7,7 +7,7 @@ import pytest
 import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor import QuantizedTensor, is_packed
+from featherweight.ops.packed_layout import QuantizedTensor, is_packed
 from host_formats import HOST_FORMATS, is_nf4, write_mixed
 from patched_models import (
     LIMIT, Ledger, error_by_effect, kohya, lora_for, packed_layers, patched, relative, run, tiny_flux,

@@ -18,7 +18,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.reader_choice import needs_own_reader
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 from patched_models import KINDS as LORA_KINDS
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patched, relative, run
 from safetensors.torch import load_file, save_file

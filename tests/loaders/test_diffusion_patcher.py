@@ -6,7 +6,7 @@ import torch
 from families import FAMILIES, comfyui_gguf_style, deep_clone, host_patcher, inputs, random_weights, relative_error, run
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 
 FAMILY = FAMILIES["flux-schnell"]
 

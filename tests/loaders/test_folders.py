@@ -1,7 +1,7 @@
 """Model files that have become others of their names."""
 import folder_paths
 import pytest
-from featherweight.loaders.folders import Replacements
+from featherweight.loaders.folders import FileVersions
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def models(tmp_path, monkeypatch):
 def test_a_replaced_file_is_counted_and_an_untouched_one_is_not(models):
     (models / "a.gguf").write_bytes(b"1")
     (models / "b.gguf").write_bytes(b"1")
-    replacements = Replacements()
+    replacements = FileVersions()
     assert [replacements.count(["a.gguf", 5, None, "a text"]) for _ in range(2)] == [0, 0]
     assert replacements.count(["a.gguf", "b.gguf"]) == 0
     (models / "new").write_bytes(b"1")
@@ -29,7 +29,7 @@ def test_a_file_added_to_a_folder_counts(models):
     folder.mkdir()
     (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     (folder / "one.safetensors").write_bytes(b"1")
-    replacements = Replacements()
+    replacements = FileVersions()
     assert replacements.count(["package"]) == 0
     (folder / "two.safetensors").write_bytes(b"1")
     assert replacements.count(["package"]) == 1
@@ -42,7 +42,7 @@ def test_a_file_added_to_a_folder_counts(models):
 ])
 def test_what_is_read_beside_a_file_counts_and_no_other_does(picked, beside, models):
     (models / picked).write_bytes(b"1")
-    replacements = Replacements()
+    replacements = FileVersions()
     (models / "another-00002-of-00002.gguf").write_bytes(b"1")
     assert replacements.count([picked]) == 0
     (models / "a new one.gguf").write_bytes(b"1")
@@ -59,7 +59,7 @@ def test_a_part_of_a_package_counts(models, monkeypatch):
     file = models / "packages" / "flux" / "transformer" / "weights.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"1")
-    replacements = Replacements()
+    replacements = FileVersions()
     assert replacements.count(["flux"]) == 0
     file.write_bytes(b"12")
     assert replacements.count(["flux"]) == 1
@@ -68,7 +68,7 @@ def test_a_part_of_a_package_counts(models, monkeypatch):
 def test_a_measurement_counts(models):
     file = models / "flux.sensitivity"
     file.write_bytes(b"1")
-    replacements = Replacements()
+    replacements = FileVersions()
     assert [replacements.count([name]) for name in (file.name, str(file))] == [0, 0]
     file.write_bytes(b"12")
     assert [replacements.count([name]) for name in (file.name, str(file))] == [1, 1]
@@ -76,6 +76,6 @@ def test_a_measurement_counts(models):
 
 def test_the_number_is_that_of_every_machine(models):
     (models / "a.gguf").write_bytes(b"1")
-    first = Replacements().count(["a.gguf"])
+    first = FileVersions().count(["a.gguf"])
     (models / "a.gguf").write_bytes(b"22")
-    assert Replacements().count(["a.gguf"]) == first == 0
+    assert FileVersions().count(["a.gguf"]) == first == 0

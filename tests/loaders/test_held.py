@@ -9,7 +9,7 @@ from families import FAMILIES, full_width_shapes, host_model, host_patcher, rand
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.held import held_text, load_summary
+from featherweight.loaders.model_summary import memory_summary, load_summary
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import GGML_FORMATS
 from featherweight.ops.layers import PackedLayer
@@ -56,8 +56,8 @@ def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_pat
     assert_held_as_on_disk(path, patcher)
     file = open_weights(path)
     assert f"{file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes held" in load_summary(file, patcher)
-    assert type_name in held_text(patcher)
-    assert "F32" in (type_name, rest) or "F32" not in held_text(patcher)
+    assert type_name in memory_summary(patcher)
+    assert "F32" in (type_name, rest) or "F32" not in memory_summary(patcher)
 
 
 @pytest.mark.parametrize("name, type_name", [

@@ -18,14 +18,14 @@ from featherweight.loaders.diffusion import load_diffusion_model, read_weights
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.held import format_name, held_text
+from featherweight.loaders.model_summary import format_name, memory_summary
 from featherweight.loaders.pack_on_load import TYPES
 from featherweight.loaders.packing.source import of_file
 from featherweight.loaders.progress import Progress
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
-from featherweight.ops.tensor import is_packed, packed_tensors
+from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.packed_layout import is_packed, packed_tensors
 from host_formats import HOST_FORMATS, in_host_format
 from patched_models import LIMIT, error_by_effect, flux_file, folder, lora_for, patched, relative, run, tiny_flux
 from recipe_process import digest
@@ -141,10 +141,10 @@ def test_each_type_is_held_in_its_own_size():
 
 
 def test_the_node_says_what_was_packed_from_what():
-    text = held_text(packed_flux("BF16", "Q4_K"))
+    text = memory_summary(packed_flux("BF16", "Q4_K"))
     assert re.fullmatch(r"Q4_K \+ BF16 \+ F32, \d\.\d MB held, packed from BF16 in \d+ s", text)
-    assert "packed from FP8E4M3 in" in held_text(packed_flux(OLD, "Q8_0"))
-    assert "packed from BF16 in" in held_text(patched(packed_flux("BF16", "Q4_K"), (lora_for(tiny_flux()), 1.0)))
+    assert "packed from FP8E4M3 in" in memory_summary(packed_flux(OLD, "Q8_0"))
+    assert "packed from BF16 in" in memory_summary(patched(packed_flux("BF16", "Q4_K"), (lora_for(tiny_flux()), 1.0)))
 
 
 # --- what is packed already ------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_weights_that_are_packed_already_stay_bit_for_bit(format_name):
     assert len(packed) >= 18
     for name in packed:
         assert all(map(torch.equal, packed_tensors(found[name]), packed_tensors(expected[name])))
-    assert re.search(rf"held, nothing was packed; {format_name}.* stays as in the file$", held_text(ours))
+    assert re.search(rf"held, nothing was packed; {format_name}.* stays as in the file$", memory_summary(ours))
 
 
 @pytest.mark.parametrize("half", ["F16", "BF16", "F32"])
@@ -172,7 +172,7 @@ def test_what_a_gguf_holds_plain_is_packed_and_the_rest_stays(half, tmp_path):
             assert_same_bytes(value, torch.tensor(seen[name]), "Q5_K")
         elif "img_attn" in name and value.ndim == 2:
             assert all(map(torch.equal, packed_tensors(value), packed_tensors(weights_of(kept)[name])))
-    assert f"packed from {half} in" in held_text(ours) and held_text(ours).endswith("; Q4_K stays as in the file")
+    assert f"packed from {half} in" in memory_summary(ours) and memory_summary(ours).endswith("; Q4_K stays as in the file")
 
 
 # --- other files -----------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_a_text_encoder_is_packed_with_its_table_of_tokens(name, source, tmp_pat
         tables = [value for key, value in held.items() if key.endswith(("shared.weight", "token_embedding.weight"))]
         assert tables and all(table.layout_cls.format is FORMATS["Q8_0"] for table in tables)
         assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, seen))) < 0.08
-        assert "packed from" in held_text(clip.patcher)
+        assert "packed from" in memory_summary(clip.patcher)
         again = clip.patcher.cached_patcher_init[0]()
         assert digest(again) == digest(clip.patcher)
 
@@ -258,7 +258,7 @@ def test_of_two_text_encoders_what_is_packed_already_is_said(tmp_path):
         write(str(tmp_path / name), "F16", weights)
     write_gguf(tmp_path / "clip.gguf", load_file(tmp_path / "clip.safetensors"),
                lambda name, values: "Q5_0" if values.ndim == 2 else "F32")
-    text = held_text(load_text_encoder([str(tmp_path / "clip.gguf"), str(tmp_path / "t5.safetensors")], "sd3",
+    text = memory_summary(load_text_encoder([str(tmp_path / "clip.gguf"), str(tmp_path / "t5.safetensors")], "sd3",
                                        model_options=options, pack_to="Q8_0").patcher)
     assert "packed from F16 in" in text and "Q5_0 stays as in the file" in text
 
@@ -332,7 +332,7 @@ def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(dtype, type_
         told = f"'{name}' is BF16: its values do not fit into {type_name}"
         assert (told in caplog.text) == (type_name != "NF4")
     assert format_name(found["double_blocks.0.txt_mlp.0.weight"]) == type_name
-    assert ("do not fit into" in held_text(patcher)) == (type_name != "NF4")
+    assert ("do not fit into" in memory_summary(patcher)) == (type_name != "NF4")
     assert len(list((tmp_path / "cache").iterdir())) == (type_name == "NF4")  # an entry has all weights packed or is none
 
 

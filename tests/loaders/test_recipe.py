@@ -22,9 +22,9 @@ from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.lora import build_patches
+from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.packed_layout import packed_tensor
 from patched_models import flux_file
 from recipe_process import digest
 

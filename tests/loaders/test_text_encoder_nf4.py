@@ -11,7 +11,7 @@ from encoders.clip import CLIP_SMALL
 from encoders.encoder import TOKENS, in_gguf_names, seeded
 from families import relative_error
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")

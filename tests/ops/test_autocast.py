@@ -1,7 +1,7 @@
 """Under torch.autocast packed layers give what dense layers give: products in autocast's dtype."""
 import pytest
 import torch
-from featherweight.ops import scratch
+from featherweight.ops import workspace
 from featherweight.ops.operations import packed_operations
 from patched_layers import LAYERS, PATCHES, input_for, layer_and_twin
 from patched_models import packed_anyhow
@@ -20,7 +20,7 @@ def under_autocast(layer, input: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 @pytest.mark.parametrize("name, format_name", LAYERS)
 def test_it_is_the_layer_in_autocasts_dtype(name, format_name, kind, dtype, scratch_bytes, monkeypatch):
     """Bit for bit: so weak LoRAs have the strength that they have in that dtype."""
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", scratch_bytes)
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", scratch_bytes)
     layer, twin = layer_and_twin(name, format_name, kind, torch.float32)
     input = input_for(name)
     out = under_autocast(layer, input, dtype)

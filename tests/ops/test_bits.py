@@ -9,7 +9,7 @@ from featherweight.ops.bits import bit_planes, half, reinterpret, select, split_
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.kernels.check import random_tensors
+from featherweight.ops.kernels.validation import random_tensors
 
 CPU = torch.device("cpu")
 OTHERS = [INT8.of_columns(96), ColumnGroups.of(FORMATS["Q4_K"], 512, 4, 2), ColumnGroups.of(FORMATS["Q8_0"], 64, 2, 2)]

@@ -1,10 +1,10 @@
 """bitsandbytes' 4-bit formats: the values of files that the real bitsandbytes writes, bit for bit."""
 import pytest
 import torch
-from featherweight.ops import formats, product, scratch  # noqa: F401
+from featherweight.ops import formats, product, workspace  # noqa: F401
 from featherweight.ops.format import FORMATS, FormatError
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.tensor import packed_tensor, packed_tensors
+from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
@@ -63,7 +63,7 @@ def test_linear_and_embedding_equal_the_dense_weight(shape, monkeypatch):
     packed, expected, _ = packed_by_bitsandbytes(shape)
     input = torch.randn(3, shape[1])
     assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 4 * 2 * shape[1])
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 4 * 2 * shape[1])
     assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
     ids = torch.tensor([[0, 4], [2, 1]])
     assert torch.equal(product.embedding(ids, packed, torch.float32), expected[ids])

@@ -1,10 +1,10 @@
 """bitsandbytes' int8 format: the values of weights that the real bitsandbytes writes, bit for bit."""
 import pytest
 import torch
-from featherweight.ops import product, scratch
+from featherweight.ops import product, workspace
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.tensor import packed_tensor, packed_tensors
+from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -32,7 +32,7 @@ def test_linear_and_embedding_equal_the_dense_weight(shape, monkeypatch):
     packed, expected, _ = packed_by_bitsandbytes(shape)
     input = torch.randn(3, shape[1])
     assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 4 * 2 * shape[1])
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 4 * 2 * shape[1])
     assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
     ids = torch.tensor([[0, shape[0] - 1], [shape[0] // 2, 0]])
     assert torch.equal(product.embedding(ids, packed, torch.float32), expected[ids])

@@ -6,7 +6,7 @@ import torch
 from featherweight.ops import product
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.packed_layout import packed_tensor
 
 from devtools.files.gguf_files import pack
 

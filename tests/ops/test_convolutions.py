@@ -3,7 +3,7 @@ import comfy.lora
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from featherweight.ops.lora import build_patches
+from featherweight.ops.layer_patches import build_patches
 from patched_layers import CONVOLUTIONS, KERNELS, PATCHES, RANK, input_for, layer_and_twin
 from patched_models import relative
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from featherweight.ops import bits, formats, int8, int8_codes, packing, product  # noqa: F401
+from featherweight.ops import bits, formats, int8, int8_codes, quantize, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend
-from featherweight.ops.kernels.check import check, random_tensors
-from featherweight.ops.packing.moments import Moments
-from featherweight.ops.tensor import packed_tensor, packed_tensors
+from featherweight.ops.kernels.validation import check, random_tensors
+from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
@@ -67,14 +67,14 @@ def test_values_and_products_are_those_of_any_default_dtype(fmt, under):
     assert_same(under, work)
 
 
-@pytest.mark.parametrize("fmt", filter(packing.can_pack, EACH), ids=lambda fmt: fmt.__name__)
+@pytest.mark.parametrize("fmt", filter(quantize.can_pack, EACH), ids=lambda fmt: fmt.__name__)
 def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
     def work():
         dense = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1), dtype=torch.float32)
-        moments = Moments.of(COLUMNS)
+        moments = SecondMoments.of(COLUMNS)
         moments.add(input_of(torch.float32))
         ways = [{}, {"importance": torch.arange(1, COLUMNS + 1)}, {"moments": moments}]
-        return [part for way in ways for part in packed_tensors(packing.pack_tensor(dense, fmt, **way))]
+        return [part for way in ways for part in packed_tensors(quantize.pack_tensor(dense, fmt, **way))]
 
     assert_same(under, work)
 

@@ -10,9 +10,9 @@ import torch
 from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 from families import relative_error
 from featherweight.ops.format import FORMATS
-from featherweight.ops.lora import build_patches
+from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.packed_layout import packed_tensor
 
 from devtools.files.gguf_files import pack
 

@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.lora import build_patches
+from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.patcher import adopt
 from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
 

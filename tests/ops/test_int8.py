@@ -3,14 +3,14 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from devtools.measure.weights import snr
-from featherweight.ops import int8, int8_codes, kernels, product, scratch
+from featherweight.ops import int8, int8_codes, kernels, product, workspace
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.kernels.check import random_tensors
+from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.lora import build_patches
-from featherweight.ops.tensor import packed_tensor, packed_tensors
+from featherweight.ops.layer_patches import build_patches
+from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, ROWS = 80, 1024, 48
@@ -153,9 +153,9 @@ def test_a_large_weight_goes_through_the_product_in_slices(monkeypatch):
     whole = int8.linear(input, weight, normal(ROWS, seed=2))
     assert whole.shape == (2, TOKENS // 2, ROWS)
     taken = []
-    take = scratch.Scratch.take
-    monkeypatch.setattr(scratch.Scratch, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 20 * (COLUMNS + 8 * TOKENS))
+    take = workspace.Workspace.take
+    monkeypatch.setattr(workspace.Workspace, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 20 * (COLUMNS + 8 * TOKENS))
     assert torch.equal(int8.linear(input, weight, normal(ROWS, seed=2)), whole)
     assert taken == [(16, COLUMNS)] * 3
 

@@ -14,9 +14,9 @@ from featherweight.ops import product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend, registry
-from featherweight.ops.kernels.check import check, random_tensors
+from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.packed_layout import packed_tensor
 from kernel_backends import BACKENDS, CPUS, INTERPRETED, backend_on_cpu, device_of
 from kernel_cases import (
     ALL_FORMATS, CPU, DTYPES, ONE_OF_EACH_SOURCE, assert_same_bits, reference, shared_cache,

@@ -12,10 +12,10 @@ from featherweight.ops import formats, int8, int8_codes, kernels, product  # noq
 from featherweight.ops.format import FORMATS
 from featherweight.ops.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels import Backend, Kernel, registry
-from featherweight.ops.kernels.check import ISSUES, probe
+from featherweight.ops.kernels.validation import ISSUES, probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.packed_layout import packed_tensor
 from kernel_cases import wait_for_kernels
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, int8, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import background, cpp_backend, selector
-from featherweight.ops.kernels.check import random_tensors
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.packed_layout import packed_tensor
 from patched_models import flux_file, packed_flux, run
 
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops import int8, packing, product
+from featherweight.ops import int8, quantize, product
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import check_packing, cpp_backend
-from featherweight.ops.kernels.check import WrongResult, check, random_tensors
+from featherweight.ops.kernels import quantize_validation, cpp_backend
+from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.packed_layout import packed_tensor
 from kernel_backends import CPUS, backend_on_cpu
 from kernel_cases import ALL_FORMATS, assert_same_bits, reference, shared_cache, wait_for_kernels
 
@@ -43,7 +43,7 @@ def compiled_anew(tmp_path, monkeypatch):
 @pytest.fixture
 def few_blocks(one_thread, monkeypatch):
     """For kernels that take long; three threads have less to do each."""
-    monkeypatch.setattr(check_packing, "SEVERAL_THREADS", 1 << 14)
+    monkeypatch.setattr(quantize_validation, "SEVERAL_THREADS", 1 << 14)
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
 
 
@@ -142,11 +142,11 @@ def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatc
     values = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
     runs, run = [], cpp_backend._kernels().pack_blocks
     monkeypatch.setattr(cpp_backend._kernels(), "pack_blocks", lambda *arguments: (runs.append(1), run(*arguments)))
-    whole = packing.pack_tensor(values, FORMATS["Q4_K"])
+    whole = quantize.pack_tensor(values, FORMATS["Q4_K"])
     assert runs
-    monkeypatch.setattr(packing, "CPU_SLICE_VALUES", 1024)
-    assert torch.equal(packing.pack_tensor(values, FORMATS["Q4_K"])._qdata, whole._qdata)
-    assert torch.equal(packing.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1), whole._qdata.view(37, -1)[5:9])
+    monkeypatch.setattr(quantize, "CPU_SLICE_VALUES", 1024)
+    assert torch.equal(quantize.pack_tensor(values, FORMATS["Q4_K"])._qdata, whole._qdata)
+    assert torch.equal(quantize.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1), whole._qdata.view(37, -1)[5:9])
 
 
 def unpack_a_block(kernels):
@@ -239,7 +239,7 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
 
     def values(tensors):
         weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
-        with product.unpacked_in_scratch(weight, torch.float32) as scratch:
+        with product.dequantize_into_workspace(weight, torch.float32) as scratch:
             unpacked = scratch.clone()
         yield unpacked
         yield product.unpack(weight, torch.float32)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from featherweight.ops.kernels import cpp_backend, own_files
+from featherweight.ops.kernels import cpp_backend, private_files
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError
 from unsafe_files import each_reason
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reas
 @pytest.fixture(autouse=True)
 def new_process(caplog):
     """Nothing has been said yet, and no temporary folder made."""
-    caches = own_files.temporary_folder, own_files._instead_of, own_files._warn_of
+    caches = private_files.temporary_folder, private_files._instead_of, private_files._warn_of
     for cache in caches:
         cache.cache_clear()
     caplog.set_level(logging.INFO)
@@ -64,7 +64,7 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_have_written(folder, wh
     assert answer(folder) == answer(folder) == 1
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING and str(spoilt) in warning.message and "remove it" in warning.message
-    temporary = own_files.temporary_folder()
+    temporary = private_files.temporary_folder()
     assert temporary.stat().st_mode & 0o777 == 0o700 and list(temporary.glob("*.so"))
 
 
@@ -206,11 +206,11 @@ def a_home_that_cannot_be_made(monkeypatch, tmp_path):
 @pytest.mark.parametrize("home", [no_home, a_home_that_cannot_be_made])
 def test_without_a_home_kernels_are_kept_until_the_process_ends(home, monkeypatch, tmp_path, caplog):
     home(monkeypatch, tmp_path)
-    monkeypatch.setattr(own_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path))
     for _ in range(2):
-        folder = own_files.cache_folder() / "kernels"
+        folder = private_files.cache_folder() / "kernels"
         assert answer(folder) == 1
-    assert len(list(own_files.temporary_folder().rglob("*.so"))) == 1
+    assert len(list(private_files.temporary_folder().rglob("*.so"))) == 1
     (line,) = [record for record in caplog.records]
     assert line.levelno == logging.INFO and "cannot be used" in line.message and "XDG_CACHE_HOME" in line.message
 
@@ -230,7 +230,7 @@ def refuses_to_run(monkeypatch):
 
 
 def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(tmp_path, monkeypatch, refuses_to_run):
-    monkeypatch.setattr(own_files.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "other"),))
     (tmp_path / "temporary").mkdir()
     (tmp_path / "other").mkdir()
@@ -243,7 +243,7 @@ def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(tmp_path, m
 
 
 def test_where_no_folder_can_run_a_kernel_it_is_said_why(tmp_path, monkeypatch, refuses_to_run):
-    monkeypatch.setattr(own_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "missing"),))
     refuses_to_run(tmp_path)
     with pytest.raises(CppError, match="no folder can be written and run from; XDG_CACHE_HOME .* failed to map segment"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import metal_backend
-from featherweight.ops.kernels.check import check, random_tensors
+from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.kernels.metal_backend import BACKEND, unpack
-from featherweight.ops.kernels.cxx_text import TYPES, kernel_source
+from featherweight.ops.kernels.kernel_source import TYPES, kernel_source
 from kernel_backends import backend_on_cpu
 from kernel_cases import (
     ALL_FORMATS, ONE_OF_EACH_SOURCE, assert_same_bits, each_dtype, each_format, reference, shared_cache)

@@ -11,7 +11,7 @@ from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
-from featherweight.ops.kernels.cxx_text import SOURCES, source_files
+from featherweight.ops.kernels.kernel_source import SOURCES, source_files
 from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)

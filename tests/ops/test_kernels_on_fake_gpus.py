@@ -11,13 +11,13 @@ import time
 
 import pytest
 import torch
-from featherweight.loaders.held import unpacked_by
+from featherweight.loaders.model_summary import dequantize_backend_text
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import background, startup, trial
-from featherweight.ops.kernels.check import random_tensors
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.kernels import background, trial_startup, trial
+from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.packed_layout import packed_tensor
 from patched_models import packed_flux
 
 pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=False)
@@ -63,7 +63,7 @@ def test_what_a_model_asks_for_is_tried_where_there_is_room_and_used_from_the_ne
 
     monkeypatch.setitem(kernels.PRIORITY, "cuda", ("cpp",))
     gpu = restarted()
-    assert unpacked_by(packed_flux("Q4_K")) == "unpacked by torch"
+    assert dequantize_backend_text(packed_flux("Q4_K")) == "unpacked by torch"
     assert "Kernels for Q4_K are not proven on cuda:0 (Fake GPU 0) yet" in caplog.text
     fakegpu.set_capacity(fakegpu.used() + trial.FREE_TO_BEGIN // 2)
     try:
@@ -79,7 +79,7 @@ def test_what_a_model_asks_for_is_tried_where_there_is_room_and_used_from_the_ne
     assert kernels.find("unpack", gpu, FORMATS["Q4_K"], torch.float32) is None
     gpu = restarted()
     caplog.clear()
-    assert unpacked_by(packed_flux("Q4_K")) == "unpacked by cpp"
+    assert dequantize_backend_text(packed_flux("Q4_K")) == "unpacked by cpp"
     assert_unpacked(gpu)
     assert "not proven" not in caplog.text and "wrong values" not in caplog.text
 
@@ -88,13 +88,13 @@ def test_comfyui_tries_kernels_as_it_starts_and_torch_works_where_none_does(
         restarted, monkeypatch, caplog):
     gpu = restarted()
     monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)  # put back
-    may_end, run_trial = threading.Event(), startup.run_trial
+    may_end, run_trial = threading.Event(), trial_startup.run_trial
 
     def held(*arguments):
         assert may_end.wait(300)
         return run_trial(*arguments)
 
-    monkeypatch.setattr(startup, "run_trial", held)
+    monkeypatch.setattr(trial_startup, "run_trial", held)
     asyncio.run(FeatherweightExtension().on_load())  # which does not wait for the trial
     may_end.set()
     wait_for("no kernel is proven, torch does the work", caplog)

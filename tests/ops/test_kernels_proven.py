@@ -10,10 +10,10 @@ import pytest
 import torch
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import Backend, Case, Kernel, registry, startup
-from featherweight.ops.kernels.check import ISSUES, random_tensors
+from featherweight.ops.kernels import Backend, Case, Kernel, registry, trial_startup
+from featherweight.ops.kernels.validation import ISSUES, random_tensors
 from featherweight.ops.kernels.verdicts import Notes, Verdicts
-from featherweight.ops.tensor import packed_tensor
+from featherweight.ops.packed_layout import packed_tensor
 from filelock import FileLock
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def trials(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "TRIALED", {"cpu"})
     trials = Trials()
-    monkeypatch.setattr(startup, "run_trial", trials)
+    monkeypatch.setattr(trial_startup, "run_trial", trials)
     return trials
 
 
@@ -265,7 +265,7 @@ def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, r
     restarted(Made("fine"))
     started()
     (cases,) = trials.cases
-    assert {case.format for case in cases} == set(startup.MOST_USED) <= set(FORMATS)
+    assert {case.format for case in cases} == set(trial_startup.MOST_USED) <= set(FORMATS)
     assert {(case.capability, case.dtype) for case in cases} == {
         (capability, dtype) for capability in ("unpack", "linear")
         for dtype in (torch.bfloat16, torch.float16)}
@@ -297,7 +297,7 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
         verdicts.add("another kernel", "wrong", why="2 of 3 values differ")
         return "4 kernels ended their process"
 
-    monkeypatch.setattr(startup, "run_trial", run)
+    monkeypatch.setattr(trial_startup, "run_trial", run)
     restarted(made)
     started(UNPACK)
     (line,) = log("1 kernels proven")

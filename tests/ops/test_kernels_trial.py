@@ -262,11 +262,11 @@ def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_
               "sys.modules['featherweight'] = pack\n"
               "import torch\n"
               "from featherweight.ops import formats, kernels\n"
-              "from featherweight.ops.kernels import startup\n"
+              "from featherweight.ops.kernels import trial_startup\n"
               "def run(*arguments):\n"
               "    while threading.main_thread().is_alive(): time.sleep(0.01)\n"
               "    raise RuntimeError('no new thread at interpreter shutdown')\n"
-              "startup.run_trial = run\n"
+              "trial_startup.run_trial = run\n"
               "kernels.TRIALED = {'cpu'}\n"
               "kernels.start_trials([torch.device('cpu')])\n"
               "threading.Thread(target=time.sleep, args=[2]).start()\n")
@@ -324,7 +324,7 @@ def test_tritons_kernels_are_right_in_a_trial_in_its_interpreter(verdicts, monke
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # A value takes ten thousand times as long.
     lines = in_a_trial(verdicts, ("triton",), [Case("unpack", "Q8_0", torch.float32, None)],
-                       before=" sys.modules['featherweight.ops.kernels.check'].MANY = 6144;")
+                       before=" sys.modules['featherweight.ops.kernels.validation'].MANY = 6144;")
     assert {name: line["verdict"] for name, line in lines.items()} == {
         "probe by triton": "works",
         "unpack of Q8_0 to float32, rows 1 to any by triton": "slower"}

@@ -16,7 +16,7 @@ import torch
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels.check import misaligned_copy, random_tensors
+from featherweight.ops.kernels.validation import misaligned_copy, random_tensors
 from kernel_backends import INTERPRETED, ON_A_GPU, device_of
 from kernel_cases import CPU, assert_same_bits, reference
 

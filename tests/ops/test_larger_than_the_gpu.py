@@ -14,10 +14,10 @@ import torch
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.placing import place, place_clip
+from featherweight.loaders.placement import place, place_clip
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops import scratch
-from featherweight.ops.patcher.placing import PAGE
+from featherweight.ops import workspace
+from featherweight.ops.patcher.residency import PAGE
 from lora_models import pairs
 from patched_models import patched
 from small_encoders import encode, patched_clip
@@ -44,8 +44,8 @@ def gpu(one_thread, monkeypatch):
     """The counters of the device, on which nothing lies before and after."""
     import fakegpu
 
-    monkeypatch.setattr(scratch, "DEVICE_SCRATCH_BYTES", SLICE)
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", SLICE)
+    monkeypatch.setattr(workspace, "DEVICE_WORKSPACE_BYTES", SLICE)
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", SLICE)
     yield fakegpu
     fakegpu.set_capacity(GIB)
     comfy.model_management.unload_all_models()

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from comfy.ops import manual_cast
-from featherweight.ops import product, scratch
+from featherweight.ops import product, workspace
 from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.load_hooks import bare_parameters_unpacked
+from featherweight.ops.load_hooks import dequantize_plain_parameters
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.tensor import is_packed, packed_tensor
+from featherweight.ops.packed_layout import is_packed, packed_tensor
 from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
 
 from devtools.files.gguf_files import pack
@@ -70,10 +70,10 @@ def test_value_dtype_rounds_unpacked_values_before_use():
 @pytest.mark.parametrize("bias", [True, False])
 def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
     layer, dense, bias_values = packed_linear("Q8_0", rows=70, bias=bias)
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 16 * 512 * 4)
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 16 * 512 * 4)
     taken = []
-    take = scratch.Scratch.take
-    monkeypatch.setattr(scratch.Scratch, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
+    take = workspace.Workspace.take
+    monkeypatch.setattr(workspace.Workspace, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
     input = torch.randn(2, 3, 512)
     assert relative_error(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
     assert taken == [(16, 512)] * 4 + [(6, 512)]
@@ -81,23 +81,23 @@ def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
 
 def test_slices_end_between_blocks_where_blocks_cross_rows(monkeypatch):
     weight, dense = random_weight("Q4_K", (64, 320))
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 1)
     input = torch.randn(4, 320)
     assert relative_error(product.linear(input, weight), torch.nn.functional.linear(input, dense)) < 1e-6
 
 
 def test_the_scratch_is_reused_and_freed_with_the_last_layer(monkeypatch):
-    monkeypatch.setattr(scratch, "_scratches", weakref.WeakValueDictionary())  # models of other tests may still live
+    monkeypatch.setattr(workspace, "_workspaces", weakref.WeakValueDictionary())  # models of other tests may still live
     layer, *_ = packed_linear()
     with torch.no_grad():
         layer(torch.randn(1, 512))
         buffer = layer._scratch._buffer.data_ptr()
         layer(torch.randn(1, 512))
-    assert layer._scratch._buffer.data_ptr() == buffer and layer._scratch._buffer.nbytes <= scratch.SCRATCH_BYTES
+    assert layer._scratch._buffer.data_ptr() == buffer and layer._scratch._buffer.nbytes <= workspace.CPU_WORKSPACE_BYTES
     assert packed_linear()[0]._scratch is layer._scratch
     del layer
     gc.collect()
-    assert not scratch._scratches
+    assert not workspace._workspaces
 
 
 def test_gradients_flow_to_the_input():
@@ -214,7 +214,7 @@ def test_parameters_a_model_owns_outside_of_layers_are_unpacked_at_load(assign):
     table, dense_table = random_weight("Q8_0", (2, 64), 2)
     weight, _ = random_weight("Q8_0", (64, 64), 3)
     holder = torch.nn.Module()
-    with bare_parameters_unpacked():
+    with dequantize_plain_parameters():
         holder.model = ModelWithBareParameters()
         holder.model.load_state_dict(
             {"registers": registers, "table": table, "proj.weight": weight, "proj.bias": torch.zeros(64)}, assign=assign)

@@ -11,11 +11,11 @@ import torch
 import torch._dynamo.testing
 from comfy.ops import manual_cast
 from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
-from featherweight.ops import product, scratch
-from featherweight.ops.adapters import misfit
+from featherweight.ops import product, workspace
+from featherweight.ops.adapters import shape_mismatch
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.lora import LayerPatches, build_patches
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.layer_patches import LayerPatches, build_patches
+from featherweight.ops.packed_layout import is_packed
 from patched_models import (
     FORMAT_NAMES, KINDS, LIMIT, adapter, broken, error_by_effect, flux_file, flux_inputs, flux_pair, forget_models, lora_for,
     packed_anyhow, packed_layers, patched, relative, run,
@@ -279,7 +279,7 @@ def test_glora_of_two_ranks_is_left_out_where_the_host_cannot_scale_it():
         value = comfy.lora.load_lora(lora, {"x": "w"})["w"]
         with contextlib.nullcontext() if alpha is None else pytest.raises(UnboundLocalError):
             comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "w")
-        assert misfit(value, weight.shape) == (None if alpha is None else "its factors do not fit each other")
+        assert shape_mismatch(value, weight.shape) == (None if alpha is None else "its factors do not fit each other")
 
 
 def test_half_a_lokr_is_left_out(caplog):
@@ -293,8 +293,8 @@ def test_half_a_lokr_is_left_out(caplog):
 def test_a_diff_of_another_shape_is_left_out_even_of_as_many_values():
     diff = torch.ones(4, 4, 1, 1)
     for value in ((diff,), ("diff", (diff,)), ("set", (diff,))):
-        assert misfit(value, torch.Size((4, 4))) == "it is made for a weight of 4 x 4 x 1 x 1, not of 4 x 4"
-        assert misfit(value, diff.shape) is None
+        assert shape_mismatch(value, torch.Size((4, 4))) == "it is made for a weight of 4 x 4 x 1 x 1, not of 4 x 4"
+        assert shape_mismatch(value, diff.shape) is None
 
 
 @pytest.mark.parametrize("half", ["up", "down"])
@@ -319,7 +319,7 @@ def test_adapters_this_pack_does_not_know_are_the_hosts_to_judge():
     class Future(LoKrAdapter.__base__):
         loaded_keys, weights = set(), (torch.ones(2, 2),)
 
-    assert misfit(Future(), torch.Size((8, 6))) is None
+    assert shape_mismatch(Future(), torch.Size((8, 6))) is None
 
 
 # --- the branch ---
@@ -340,7 +340,7 @@ def test_slices_that_overlap_add_up(monkeypatch, scratch_bytes):
     weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8), (16, 48, 2), (33, 96, 3))
     input = torch.randn(5, 512)
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", scratch_bytes)
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", scratch_bytes)
     expected = torch.nn.functional.linear(input, patches(dense.clone()))
     base = torch.nn.functional.linear(input, dense)
     actual = product.linear(input, weight, None, None, patches.branch(input))
@@ -429,7 +429,7 @@ def test_patches_that_act_on_rows_take_the_weight_in_slices(kind, monkeypatch):
     layer = OPERATIONS.Linear(320, 96, bias=False, dtype=torch.float32)
     layer.load_state_dict({"weight": weight})
     layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"), torch.float32, branch=False)
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 20 * 320 * 4)
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 20 * 320 * 4)
     rows = []
     calculate = comfy.lora.calculate_weight
     monkeypatch.setattr(comfy.lora, "calculate_weight", lambda p, w, *a, **k: rows.append(len(w)) or calculate(p, w, *a, **k))

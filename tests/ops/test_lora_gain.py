@@ -12,14 +12,14 @@ from featherweight.loaders.files import open_weights
 from featherweight.ops import formats, int8  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels.check import random_tensors
-from featherweight.ops.lora import build_patches
+from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.operations import operations_for
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import adopt
-from featherweight.ops.rounding import dithered, weak_sum
-from featherweight.ops.tensor import QuantizedTensor, packed_tensor, relabelled
+from featherweight.ops.stochastic_rounding import stochastic_round, add_small
+from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor, relabelled
 from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
 from lora_gain import ALLOWED, NORMS, OUTPUTS, Gain, assert_full_strength
 from patched_models import adapter, flux_file, forget_models, lora_for, packed_flux, patched, run, tiny_flux
@@ -417,24 +417,24 @@ def test_in_what_nodes_read_and_save(format_name, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dithered_values_are_neighbours_and_right_on_average(dtype):
     values = torch.randn(1 << 23)
-    rounded = dithered(values.clone(), dtype).float()
+    rounded = stochastic_round(values.clone(), dtype).float()
     steps = torch.finfo(dtype).eps * values.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert ((rounded - values).abs() <= steps).all() and torch.equal(dithered(values.clone(), dtype).float(), rounded)
+    assert ((rounded - values).abs() <= steps).all() and torch.equal(stochastic_round(values.clone(), dtype).float(), rounded)
     assert abs((rounded - values).mean() / steps.mean()) < 2e-3
     grid = values.to(dtype).float()
     for share, allowed in ((0.01, 0.02), (0.1, 0.008), (0.4, 0.003)):  # of a step that is added to values on the grid
         change = share * torch.finfo(dtype).eps / 2 * grid * torch.rand(values.shape)
-        moved = dithered(grid + change, dtype).float() - grid
+        moved = stochastic_round(grid + change, dtype).float() - grid
         assert abs((moved * change).sum() / change.square().sum() - 1) < allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dithering_keeps_what_the_dtype_holds_and_what_is_not_finite(dtype):
     special = torch.tensor([0.0, -0.0, 1.0, -1.5, torch.inf, -torch.inf, torch.finfo(dtype).max])
-    assert torch.equal(dithered(special.clone(), dtype).float(), special)
-    assert dithered(torch.tensor([torch.nan, -torch.nan]), dtype).isnan().all()
+    assert torch.equal(stochastic_round(special.clone(), dtype).float(), special)
+    assert stochastic_round(torch.tensor([torch.nan, -torch.nan]), dtype).isnan().all()
     held = torch.randn(4096).to(dtype)
-    assert torch.equal(dithered(held.float(), dtype), held) and torch.equal(weak_sum(held, torch.zeros(4096)), held)
+    assert torch.equal(stochastic_round(held.float(), dtype), held) and torch.equal(add_small(held, torch.zeros(4096)), held)
 
 
 def floats(first: int, last: int) -> torch.Tensor:
@@ -447,20 +447,20 @@ def floats(first: int, last: int) -> torch.Tensor:
 def test_dithering_keeps_each_number_of_the_dtype_and_nan_of_any_bits(dtype):
     """CUDA writes NaN as 0x7FFFFFFF, and as 0x7FFF in 16 bits."""
     held = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
-    rounded, number = dithered(held.float(), dtype), ~held.isnan()
+    rounded, number = stochastic_round(held.float(), dtype), ~held.isnan()
     assert torch.equal(rounded.view(torch.int16)[number], held.view(torch.int16)[number])  # the sign of zero too
-    assert rounded[~number].isnan().all() and weak_sum(held[~number], torch.tensor(0.1)).isnan().all()
+    assert rounded[~number].isnan().all() and add_small(held[~number], torch.tensor(0.1)).isnan().all()
     for first in (0x7F800001, 0x7FC00000 - 5000, 0x7FFFFFFF - 70000):
-        assert dithered(floats(first, first + 70000), dtype).isnan().all()
+        assert stochastic_round(floats(first, first + 70000), dtype).isnan().all()
 
 
 @pytest.mark.parametrize("dtype, first, largest, last", [
     (torch.float16, 0x477FB000, 0x477FE000, 0x47802000), (torch.bfloat16, 0x7F7E0000, 0x7F7F0000, 0x7F800000)], ids=str)
 def test_dithering_rounds_what_is_above_the_largest_number_to_the_nearest(dtype, first, largest, last):
     above = floats(largest, last)  # of float16, 65504 to 65600; all that float32 has of bfloat16, and infinity
-    assert torch.equal(dithered(above.clone(), dtype), above.to(dtype))
+    assert torch.equal(stochastic_round(above.clone(), dtype), above.to(dtype))
     below = floats(first, largest)
-    rounded = dithered(below.clone(), dtype).float()
+    rounded = stochastic_round(below.clone(), dtype).float()
     assert rounded.isfinite().all() and ((rounded - below).abs() < torch.finfo(dtype).eps * below.abs()).all()
 
 
@@ -469,13 +469,13 @@ def test_dithering_keeps_the_mean_of_numbers_that_are_subnormal_in_float16():
     for size in (1e-3, 0.02, 0.3, 1.0, 7.7, 300.0, 1000.0):
         values = step * size * (0.5 + torch.rand(1 << 20))
         for signed in (values, -values):
-            rounded = dithered(signed.clone(), torch.float16).float()
+            rounded = stochastic_round(signed.clone(), torch.float16).float()
             assert ((rounded - signed).abs() < step).all()
             spread = min(size, 0.5) ** 0.5 / (1 << 10)  # of the mean of so many, in steps
             assert abs((rounded - signed).mean() / step) < 5 * spread + 1e-4, size
     grid = step * torch.randint(-1023, 1024, (1 << 20,))
     change = step * 0.05 * torch.rand(grid.shape)
-    moved = dithered(grid + change, torch.float16).float() - grid
+    moved = stochastic_round(grid + change, torch.float16).float() - grid
     assert abs((moved * change).sum() / change.square().sum() - 1) < 0.03
 
 
@@ -487,13 +487,13 @@ def test_the_choice_is_made_by_knuths_hash_of_the_values_own_bits(dtype, dropped
     bits = values.view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
     chance = (bits * 2654435769 & 0xFFFFFFFF) >> 32 - dropped
     expected = torch.from_numpy((bits + chance >> dropped << dropped).astype(np.uint32).view(np.float32))
-    for rounded in (dithered(values.clone(), dtype), dithered(values[:-1].clone().view(-1, 1).t(), dtype).flatten()):
+    for rounded in (stochastic_round(values.clone(), dtype), stochastic_round(values[:-1].clone().view(-1, 1).t(), dtype).flatten()):
         assert torch.equal(rounded.float(), expected[:len(rounded)])
 
 
 def test_float32_is_not_rounded():
     values = torch.randn(64)
-    assert torch.equal(dithered(values, torch.float32), values)
+    assert torch.equal(stochastic_round(values, torch.float32), values)
 
 
 def test_what_is_allowed_is_the_promise():

@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from featherweight.ops.patcher.order import Counter, Step
-from featherweight.ops.patcher.order import FASTEST, fields, fitting, hidden, in_order, spread
+from featherweight.ops.patcher.residency_order import ProfileRecorder, LayerProfile
+from featherweight.ops.patcher.residency_order import FASTEST, layer_entries, fitting, overlappable, residency_order, spread
 
 SPEEDS = (0.25, 0.5, 0.75, 1, 1.33, 2, 4)  # of the link, 1: all copies of a step take as long as its computing
 BUDGETS = (0.9, 0.75, 0.5, 0.25, 0.1)
@@ -19,7 +19,7 @@ class Model:
     """Layers in the order in which they run, and a step of them."""
 
     def __init__(self):
-        self.entries, self.work, self.one_row, self.step = [], [], set(), Step()
+        self.entries, self.work, self.one_row, self.step = [], [], set(), LayerProfile()
 
     def linear(self, inputs: int, outputs: int, rows: int, times: int = 1):
         self.add(inputs * outputs, rows * inputs * outputs, times)
@@ -40,8 +40,8 @@ class Model:
     def sizes(self) -> list[int]:
         return [entry[1] for entry in self.entries]
 
-    def left_out(self, room: float, step: Step | None) -> set[int]:
-        kept = fitting(in_order(self.entries, room, step), room)
+    def left_out(self, room: float, step: LayerProfile | None) -> set[int]:
+        kept = fitting(residency_order(self.entries, room, step), room)
         return {index for index in range(len(self.entries)) if str(index) not in kept}
 
     def time(self, left_out: set[int], speed: float) -> float:
@@ -54,22 +54,22 @@ class Model:
         return total + since
 
 
-def flux(image: int = 4096, text: int = 512, hidden: int = 3072) -> Model:
+def flux(image: int = 4096, text: int = 512, overlappable: int = 3072) -> Model:
     """Flux of 12 billion weights, at a picture of 1024 x 1024."""
     model = Model()
-    for inputs, rows in ((64, image), (256, 1), (hidden, 1), (768, 1), (4096, text)):
-        model.linear(inputs, hidden, rows)
+    for inputs, rows in ((64, image), (256, 1), (overlappable, 1), (768, 1), (4096, text)):
+        model.linear(inputs, overlappable, rows)
     for _ in range(19):
         for rows in (1, 1):
-            model.linear(hidden, 6 * hidden, rows)
+            model.linear(overlappable, 6 * overlappable, rows)
         for inputs, outputs in ((1, 3), (1, 1), (1, 4), (4, 1)):
             for rows in (image, text):
-                model.linear(inputs * hidden, outputs * hidden, rows)
+                model.linear(inputs * overlappable, outputs * overlappable, rows)
     for _ in range(38):
-        model.linear(hidden, 3 * hidden, 1)
-        model.linear(hidden, 7 * hidden, image + text)
-        model.linear(5 * hidden, hidden, image + text)
-    model.linear(hidden, 64, image)
+        model.linear(overlappable, 3 * overlappable, 1)
+        model.linear(overlappable, 7 * overlappable, image + text)
+        model.linear(5 * overlappable, overlappable, image + text)
+    model.linear(overlappable, 64, image)
     return model
 
 
@@ -177,7 +177,7 @@ def test_what_is_chosen_is_the_most_that_hides_at_the_slowest_speed():
 
         enough = [chosen for count in range(10) for chosen in itertools.combinations(range(9), count)
                   if sum(sizes[index] for index in chosen) >= needed]
-        best, found = min(map(speed_for, enough)), hidden(sizes, begins, needed)
+        best, found = min(map(speed_for, enough)), overlappable(sizes, begins, needed)
         if best < FASTEST * needed / max(begins):
             assert sum(sizes[index] for index in found) >= needed
             assert speed_for(found) <= 1.001 * max(best, needed / max(begins))
@@ -211,7 +211,7 @@ class Small(torch.nn.Module):
 
 def test_a_step_shows_how_often_layers_run_and_the_work_before_them():
     model = Small()
-    counter = Counter(model, torch.tensor([1.0]))
+    counter = ProfileRecorder(model, torch.tensor([1.0]))
     model(torch.zeros(5, 8))
     step = counter.stop()
     assert [step.times(name) for name in ("twice", "row", "never", "convolution")] == [2, 1, 0, 1]
@@ -224,10 +224,10 @@ def test_a_step_shows_how_often_layers_run_and_the_work_before_them():
 def test_where_most_is_compiled_a_step_shows_nothing(part):
     model = Small()
     model.get_submodule(part).compile(backend="eager")
-    counter = Counter(model, torch.tensor([1.0]))
+    counter = ProfileRecorder(model, torch.tensor([1.0]))
     model(torch.zeros(5, 8))
     step = counter.stop()
     assert [step.times(name) for name in ("twice", "row", "never")] == [1, 1, 1] and step.begin("row") == 0
     entries = [(0, 1 << 20, name, getattr(model, name), {}) for name in ("twice", "row", "never")]
-    assert [fields(entry).name for entry in in_order(entries, 1 << 20, step)] == [
-        fields(entry).name for entry in in_order(entries, 1 << 20, None)]
+    assert [layer_entries(entry).name for entry in residency_order(entries, 1 << 20, step)] == [
+        layer_entries(entry).name for entry in residency_order(entries, 1 << 20, None)]

@@ -17,7 +17,7 @@ from comfy_extras.nodes_model_merging import ModelSave
 from featherweight.ops.format import FORMATS
 from featherweight.ops.layers import PACKED_LAYERS
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.tensor import is_packed, packed_tensor
+from featherweight.ops.packed_layout import is_packed, packed_tensor
 from tensor_attempts import ATTEMPTS
 from patched_models import dense_flux, flux_file, forward, lora_for, packed_flux, packed_layers, patched, run
 from safetensors.torch import load_file

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from devtools.files.gguf_files import block_pool
-from featherweight.ops import packing
+from featherweight.ops import quantize
 from featherweight.ops.format import FORMATS, FormatError
 from featherweight.ops.grid_search import Search
-from featherweight.ops.packing import can_pack, pack_tensor
-from featherweight.ops.tensor import packed_tensors
+from featherweight.ops.quantize import can_pack, pack_tensor
+from featherweight.ops.packed_layout import packed_tensors
 from gguf import GGMLQuantizationType
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +22,7 @@ ERRORS = {
 GRIDS = {name: FORMATS[name] for name in ERRORS}
 each_grid = pytest.mark.parametrize("type_name", GRIDS)
 REFERENCES = [name for name, packed_format in FORMATS.items()
-              if packing._has_reference(packed_format) and not packed_format.scales_apart]
+              if quantize._has_reference(packed_format) and not packed_format.scales_apart]
 
 
 def reference_values(packed) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_what_lies_on_the_grid_stays_there(type_name):
 def test_a_part_is_packed_as_in_the_whole(type_name, monkeypatch):
     values = torch.from_numpy(normal(12))
     whole = packed_tensors(pack_tensor(values, FORMATS[type_name]))
-    monkeypatch.setattr(packing, "CPU_SLICE_VALUES", 512)
+    monkeypatch.setattr(quantize, "CPU_SLICE_VALUES", 512)
     sliced = packed_tensors(pack_tensor(values, FORMATS[type_name]))
     rows = packed_tensors(pack_tensor(values[3:5], FORMATS[type_name]))
     for part, again, some in zip(whole, sliced, rows):
@@ -298,20 +298,20 @@ def test_large_values_count_more_in_few_levels(type_name, emphasised):
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("type_name", ["Q4_K", "Q8_0", "NF4"])
 def test_threads_pack_what_one_thread_packs_and_are_as_many_as_before(type_name, inference):
-    weight = torch.randn(100, 3 * packing.CPU_SLICE_VALUES // 64, generator=torch.Generator().manual_seed(3))
-    alone = packed_tensors(packing.pack_tensor(weight, FORMATS[type_name]))
+    weight = torch.randn(100, 3 * quantize.CPU_SLICE_VALUES // 64, generator=torch.Generator().manual_seed(3))
+    alone = packed_tensors(quantize.pack_tensor(weight, FORMATS[type_name]))
     torch.set_num_threads(2)
     with torch.inference_mode(inference):
-        together = packed_tensors(packing.pack_tensor(weight, FORMATS[type_name]))
+        together = packed_tensors(quantize.pack_tensor(weight, FORMATS[type_name]))
     assert all(tensor.is_inference() == inference for tensor in together)
     assert torch.get_num_threads() == 2
     assert all(map(torch.equal, together, alone))
 
 
 def test_the_first_error_of_a_thread_ends_the_packing():
-    weight = torch.zeros(64, packing.CPU_SLICE_VALUES)
+    weight = torch.zeros(64, quantize.CPU_SLICE_VALUES)
     weight[-1, -1] = torch.nan
     torch.set_num_threads(2)
     with pytest.raises(FormatError, match="NaN or infinite"):
-        packing.pack_tensor(weight, FORMATS["Q8_0"])
+        quantize.pack_tensor(weight, FORMATS["Q8_0"])
     assert torch.get_num_threads() == 2

@@ -7,10 +7,10 @@ import pytest
 import torch
 from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.packing import damped, pack_tensor
-from featherweight.ops.packing.feedback import pack_with_feedback
-from featherweight.ops.packing.guard import better_of, output_errors
-from featherweight.ops.packing.moments import Moments
+from featherweight.ops.quantize import damped_hessian, pack_tensor
+from featherweight.ops.quantize.error_feedback import pack_with_feedback
+from featherweight.ops.quantize.method_choice import pick_lower_error, output_errors
+from featherweight.ops.quantize.second_moments import SecondMoments
 from gguf import GGMLQuantizationType
 from kernel_cases import cpu_kernels, shared_cache
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,8 +43,8 @@ def weight_of(rows: int, columns: int, seed: int = 5) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / 50
 
 
-def moments_of(tokens: torch.Tensor, block: int | None = None) -> Moments:
-    moments = Moments.of(tokens.shape[-1], block)
+def moments_of(tokens: torch.Tensor, block: int | None = None) -> SecondMoments:
+    moments = SecondMoments.of(tokens.shape[-1], block)
     half = len(tokens) // 2
     moments.add(tokens[:half], hold_out=False)
     moments.add(tokens[half:], hold_out=True)
@@ -98,7 +98,7 @@ def test_what_the_kernel_chooses_is_what_torch_chooses_but_for_ties(fmt, by, mon
     expected = pack_with_feedback(weight, fmt, moments).dequantize()
     losses = [0.0, 0.0]
     for index, span in enumerate(moments.spans()):
-        of_inputs = damped.Damped(moments, index, "cpu").moments
+        of_inputs = damped_hessian.DampedHessian(moments, index, "cpu").moments
         for which, values in enumerate((packed, expected)):
             off = values[:, span] - weight[:, span]
             losses[which] += float(((off @ of_inputs) * off).sum())
@@ -117,7 +117,7 @@ def test_a_weight_is_packed_by_one_means_whenever_a_kernel_comes(name, monkeypat
         return None if asked[1:] else real(op, *case, **more)
 
     weight, moments = weight_of(37, 512), moments_of(inputs(900, 512), 256)
-    monkeypatch.setattr(damped, "CPU_ROWS", 10)
+    monkeypatch.setattr(damped_hessian, "CPU_ROWS", 10)
     whole = pack_with_feedback(weight, FORMATS[name], moments)
     monkeypatch.setattr(kernels, "find", find)
     assert torch.equal(pack_with_feedback(weight, FORMATS[name], moments)._qdata, whole._qdata)
@@ -140,7 +140,7 @@ def test_the_bytes_are_those_of_the_format(fmt):
 def test_inputs_that_are_alike_in_all_columns_do_no_harm(fmt):
     """Without correlations there is nothing to feed back."""
     weight = weight_of(32, 512)
-    moments = Moments.of(512)
+    moments = SecondMoments.of(512)
     moments.blocks += torch.eye(512)
     moments.count = 512
     packed = pack_with_feedback(weight, fmt, moments)
@@ -163,7 +163,7 @@ HARD = {
 @pytest.mark.parametrize("tokens", HARD.values(), ids=HARD)
 @pytest.mark.parametrize("name, block", [("Q3_K", None), ("Q4_K", 256), ("NF4", None)])
 def test_any_moments_give_a_weight_near_the_one_given(name, tokens, block):
-    fmt, weight, moments = FORMATS[name], weight_of(16, 512), Moments.of(512, block)
+    fmt, weight, moments = FORMATS[name], weight_of(16, 512), SecondMoments.of(512, block)
     moments.add(tokens, hold_out=False)
     values = pack_with_feedback(weight, fmt, moments).dequantize()
     assert values.isfinite().all()
@@ -182,11 +182,11 @@ def test_moments_that_no_inputs_could_have_are_damped_until_they_can_be_factored
 
 def test_in_q3_k_tokens_count_beside_many_that_are_alike():
     """As the words of a prompt do beside its padding."""
-    weight, words, moments = weight_of(32, 256), inputs(4000, 256), Moments.of(256)
+    weight, words, moments = weight_of(32, 256), inputs(4000, 256), SecondMoments.of(256)
     moments.add(words, hold_out=False)
     moments.add(3 * words[:1].expand(36000, 256), hold_out=False)
     packed = pack_with_feedback(weight, FORMATS["Q3_K"], moments)
-    more_damped = pack_with_feedback(weight, FORMATS["Q3_K"], moments, damping=damped.DAMPING)
+    more_damped = pack_with_feedback(weight, FORMATS["Q3_K"], moments, damping=damped_hessian.DAMPING)
     assert output_error(weight, packed, words) < 0.8 * output_error(weight, more_damped, words)
 
 
@@ -194,24 +194,24 @@ def test_in_q3_k_tokens_count_beside_many_that_are_alike():
 def test_the_guard_keeps_what_has_less_error_for_tokens_held_out(fmt):
     weight, seen, others = weight_of(32, 512), inputs(40, 512), inputs(2000, 512, seed=7, power=0).flip(1)
     for held_out in (seen, others):
-        moments = Moments.of(512)
+        moments = SecondMoments.of(512)
         moments.add(seen, hold_out=False)
         moments.add(held_out, hold_out=True)
         candidates = [pack_with_feedback(weight, fmt, moments), pack_tensor(weight, fmt, importance=moments.importance)]
         true = [output_error(weight, candidate, held_out) for candidate in candidates]
         told = output_errors(weight, candidates, moments)
         assert told == pytest.approx(true, rel=0.3)
-        assert better_of(weight, candidates, moments) is candidates[true.index(min(true))]
+        assert pick_lower_error(weight, candidates, moments) is candidates[true.index(min(true))]
 
 
 def test_without_tokens_held_out_the_guard_judges_by_those_seen():
     weight, tokens = weight_of(32, 700 // 256 * 256), inputs(900, 512)
     for block in (None, 256):
-        moments = Moments.of(512, block)
+        moments = SecondMoments.of(512, block)
         moments.add(tokens)
         assert not moments.held_out_count
         candidates = [pack_tensor(weight, Q4_K), pack_with_feedback(weight, Q4_K, moments)]
-        assert better_of(weight, candidates, moments) is candidates[1]
+        assert pick_lower_error(weight, candidates, moments) is candidates[1]
 
 
 @each_format
@@ -227,7 +227,7 @@ def test_packing_by_moments_is_never_worse_than_by_importance(fmt):
 @each_format
 def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_together(fmt):
     weight, part = weight_of(24, 512), inputs(900, 256)
-    whole, blocks = Moments.of(512), Moments.of(512, 256)
+    whole, blocks = SecondMoments.of(512), SecondMoments.of(512, 256)
     for tokens in (torch.cat([part, torch.zeros_like(part)], 1), torch.cat([torch.zeros_like(part), part], 1)):
         whole.add(tokens, hold_out=False)
         blocks.add(tokens, hold_out=False)
@@ -239,7 +239,7 @@ def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_t
 def test_slices_of_rows_are_as_the_whole(name, monkeypatch):
     weight, moments = weight_of(37, 512), moments_of(inputs(900, 512))
     whole = pack_with_feedback(weight, FORMATS[name], moments)
-    monkeypatch.setattr(damped, "CPU_ROWS", 10)
+    monkeypatch.setattr(damped_hessian, "CPU_ROWS", 10)
     assert_alike(weight, whole, pack_with_feedback(weight, FORMATS[name], moments), inputs(900, 512))
 
 
@@ -266,12 +266,12 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["Q4_K", "NF4"])
 def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, monkeypatch):
-    monkeypatch.setattr(damped, "SLICE_BYTES", 5 * 4 * 256 * 32)
+    monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 256 * 32)
     moments = moments_of(inputs(300, 512), 256)
     weight = weight_of(130, 512)
     with Largest() as largest:
         packed = pack_with_feedback(weight, FORMATS[name], moments)
-        better_of(weight, [packed, packed], moments)
+        pick_lower_error(weight, [packed, packed], moments)
     assert largest.values == 256 * 256, "the moments of one block are more than a slice of 32 rows"
 
 
@@ -295,22 +295,22 @@ def test_numbers_that_are_not_finite_are_refused():
 ])
 def test_what_does_not_go_together_is_refused(weight, fmt, columns, message):
     with pytest.raises(FormatError, match=message):
-        pack_with_feedback(weight, FORMATS[fmt], Moments.of(columns))
+        pack_with_feedback(weight, FORMATS[fmt], SecondMoments.of(columns))
 
 
 # --- block after block ---
 
-def pair_of(dense: torch.Tensor, packed: torch.Tensor, block: int | None = None) -> Moments:
-    moments = Moments.of(dense.shape[1], block, pair=True)
+def pair_of(dense: torch.Tensor, packed: torch.Tensor, block: int | None = None) -> SecondMoments:
+    moments = SecondMoments.of(dense.shape[1], block, pair=True)
     half = len(dense) // 2
     moments.add(packed[:half], dense[:half], hold_out=False)
     moments.add(packed[half:], dense[half:], hold_out=True)
     return moments
 
 
-def corrected_target(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+def corrected_target(weight: torch.Tensor, moments: SecondMoments) -> torch.Tensor:
     """What to pack in place of a weight, so that errors of the layers before are made up for."""
-    return torch.cat([damped.Damped(moments, index, weight.device).target(weight[:, span])
+    return torch.cat([damped_hessian.DampedHessian(moments, index, weight.device).target(weight[:, span])
                       for index, span in enumerate(moments.spans())], 1)
 
 
@@ -333,6 +333,6 @@ def test_the_target_makes_up_for_errors_of_the_layers_before(block):
     candidates = [pack_with_feedback(weight, Q4_K, moments), pack_tensor(weight, Q4_K, importance=moments.importance)]
     off = [float((wanted - candidate.dequantize() @ packed[2000:].T).square().sum()) for candidate in candidates]
     assert off[0] < off[1] / 2
-    assert better_of(weight, candidates, moments) is candidates[0]
+    assert pick_lower_error(weight, candidates, moments) is candidates[0]
     told = output_errors(weight, candidates, moments)
     assert told == pytest.approx([part / float(wanted.square().sum()) for part in off], rel=0.3)

@@ -10,10 +10,10 @@ import torch
 from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError, powers_of_two
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.packing import _has_reference, can_pack, pack_tensor
-from featherweight.ops.packing.guard import output_errors
-from featherweight.ops.packing.moments import Moments
-from featherweight.ops.tensor import packed_tensor, packed_tensors
+from featherweight.ops.quantize import _has_reference, can_pack, pack_tensor
+from featherweight.ops.quantize.method_choice import output_errors
+from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 from kernel_cases import cpu_kernels, shared_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,8 +47,8 @@ def normal(rows: int = 4, columns: int = 512) -> torch.Tensor:
 
 
 @functools.cache
-def moments() -> Moments:
-    moments, generator = Moments.of(512, 256), torch.Generator().manual_seed(2)
+def moments() -> SecondMoments:
+    moments, generator = SecondMoments.of(512, 256), torch.Generator().manual_seed(2)
     for hold_out in (False, True):
         moments.add(torch.randn(600, 512, generator=generator) * torch.linspace(0.1, 2, 512), hold_out=hold_out)
     return moments

@@ -1,7 +1,7 @@
 """Second moments of a layer's inputs: what they sum, what is held out, and what a file keeps of them."""
 import pytest
 import torch
-from featherweight.ops.packing.moments import FILE_ROWS, SKETCH_ROWS, Moments
+from featherweight.ops.quantize.second_moments import FILE_ROWS, SKETCH_ROWS, SecondMoments
 
 WHOLE = 10**6
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -16,7 +16,7 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("columns, block", [(96, None), (512, 256), (700, 256), (700, WHOLE), (1100, 512)])
 def test_blocks_are_the_products_of_neighbouring_columns(columns, block):
-    moments, tokens = Moments.of(columns, block), inputs(300, columns)
+    moments, tokens = SecondMoments.of(columns, block), inputs(300, columns)
     moments.add(tokens[:200].view(2, 100, columns), hold_out=False)
     moments.add(tokens[200:].to(torch.float64), hold_out=False)
     whole, size = tokens.T @ tokens, moments.block
@@ -31,20 +31,20 @@ def test_blocks_are_the_products_of_neighbouring_columns(columns, block):
 
 def test_blocks_that_no_format_divides_are_refused():
     with pytest.raises(ValueError, match="multiple of 256"):
-        Moments.of(1000, 200)
+        SecondMoments.of(1000, 200)
 
 
 def test_inputs_of_another_layer_are_refused():
     with pytest.raises(ValueError, match=r"\(4, 128\) do not go with moments of 256 columns"):
-        Moments.of(256).add(torch.ones(4, 128))
+        SecondMoments.of(256).add(torch.ones(4, 128))
     with pytest.raises(ValueError, match="of a pair"):
-        Moments.of(256, pair=True).add(torch.ones(4, 256))
+        SecondMoments.of(256, pair=True).add(torch.ones(4, 256))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 20, 50])
 def test_tokens_held_out_are_a_quarter_and_come_from_every_step(steps):
     """Each call has one token, whose column says which step of the sampler it is of."""
-    moments = Moments.of(64)
+    moments = SecondMoments.of(64)
     for call in range(40 * steps):
         moments.add(torch.eye(64)[call % steps:call % steps + 1])
         assert moments.count, "the first call's tokens were held out"
@@ -56,7 +56,7 @@ def test_tokens_held_out_are_a_quarter_and_come_from_every_step(steps):
 
 @pytest.mark.parametrize("lengths", [(5000,), (100,) * 50, (1,) * 400, (77, 4096, 3)])
 def test_the_sketch_tells_the_error_that_any_matrix_makes_for_the_tokens_held_out(lengths):
-    tokens, moments = inputs(sum(lengths), 192), Moments.of(192)
+    tokens, moments = inputs(sum(lengths), 192), SecondMoments.of(192)
     for part in tokens.split(lengths):
         moments.add(part.bfloat16(), hold_out=True)
     assert moments.held_out_count == len(tokens) and not moments.count and not moments.blocks.any()
@@ -67,7 +67,7 @@ def test_the_sketch_tells_the_error_that_any_matrix_makes_for_the_tokens_held_ou
 
 @pytest.mark.parametrize("block", [None, 256])
 def test_merged_moments_are_those_of_all_tokens(block):
-    first, second, both = (Moments.of(512, block) for _ in range(3))
+    first, second, both = (SecondMoments.of(512, block) for _ in range(3))
     for moments, seed in ((first, 0), (second, 1)):
         for part in inputs(600, 512, seed).split(100):
             before = moments.held_out_count
@@ -80,12 +80,12 @@ def test_merged_moments_are_those_of_all_tokens(block):
     told, as_one = (float((errors @ moments.sketch.T).square().sum()) for moments in (first, both))
     assert told == pytest.approx(as_one, rel=0.3)
     with pytest.raises(ValueError, match="do not add"):
-        first.merge(Moments.of(256))
+        first.merge(SecondMoments.of(256))
 
 
 def test_tokens_merged_from_two_equal_runs_count_twice_in_the_sketch():
     """Rows with the same signs would add up to four times."""
-    runs = [Moments.of(64) for _ in range(2)]
+    runs = [SecondMoments.of(64) for _ in range(2)]
     for moments in runs:
         moments.add(inputs(4000, 64), hold_out=True)
     once = float(runs[0].sketch.square().sum())
@@ -95,11 +95,11 @@ def test_tokens_merged_from_two_equal_runs_count_twice_in_the_sketch():
 
 @pytest.mark.parametrize("columns, block", [(96, None), (700, 256)])
 def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
-    moments = Moments.of(columns, block)
+    moments = SecondMoments.of(columns, block)
     for seed in range(8):
         moments.add(inputs(200, columns, seed) * torch.logspace(-4, 3, columns))
     tensors = moments.tensors()
-    kept = Moments.from_tensors(tensors)
+    kept = SecondMoments.from_tensors(tensors)
     scale = moments.blocks.diagonal(dim1=-2, dim2=-1).sqrt()
     off = (kept.blocks - moments.blocks).abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2)).clamp(min=1e-30)
     assert off.max() < 0.01
@@ -107,7 +107,7 @@ def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
     assert (kept.columns, kept.count, kept.held_out_count, kept._calls) == (columns, moments.count, moments.held_out_count, 8)
     assert tensors["factor"].nbytes <= moments.blocks.nbytes / 8 and sum(map(torch.Tensor.numel, tensors.values())) == (
         4 + tensors["factor"].numel() + 2 * moments.blocks.shape[:2].numel() + (FILE_ROWS + 1) * columns)
-    again = Moments.from_tensors(kept.tensors())
+    again = SecondMoments.from_tensors(kept.tensors())
     torch.testing.assert_close(again.sketch, kept.sketch)
     assert again.blocks.isfinite().all()
     kept.add(inputs(4, columns))  # and a later run goes on
@@ -116,9 +116,9 @@ def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
 def test_what_comes_back_from_a_file_has_no_direction_of_negative_power():
     """Inputs that nearly lie in a plane: rounded correlations would have eigenvalues below zero, far beyond any damping."""
     plane = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 256)
-    moments = Moments.of(256)
+    moments = SecondMoments.of(256)
     moments.add(torch.randn(4000, 2, generator=torch.Generator().manual_seed(1)) @ plane, hold_out=False)
-    kept = Moments.from_tensors(moments.tensors()).blocks[0].double()
+    kept = SecondMoments.from_tensors(moments.tensors()).blocks[0].double()
     scale = kept.diagonal().sqrt()
     assert torch.linalg.eigvalsh(kept / scale / scale.unsqueeze(-1)).min() > -1e-5
     rounded = (moments.blocks[0].double() / scale / scale.unsqueeze(-1) * 127).round() / 127
@@ -126,32 +126,32 @@ def test_what_comes_back_from_a_file_has_no_direction_of_negative_power():
 
 
 def test_a_file_tells_the_error_that_any_matrix_makes_nearly_as_well():
-    tokens, moments = inputs(5000, 192), Moments.of(192)
+    tokens, moments = inputs(5000, 192), SecondMoments.of(192)
     moments.add(tokens, hold_out=True)
     errors = torch.randn(400, 192, generator=torch.Generator().manual_seed(1))
-    kept = Moments.from_tensors(moments.tensors())
+    kept = SecondMoments.from_tensors(moments.tensors())
     told, true = (float((errors @ part.T).square().sum()) for part in (kept.sketch, tokens))
     assert len(kept.sketch) == FILE_ROWS < SKETCH_ROWS and told == pytest.approx(true, rel=0.35)
 
 
 def test_columns_that_never_saw_anything_come_back_as_nothing():
-    moments = Moments.of(64)
+    moments = SecondMoments.of(64)
     moments.add(torch.nn.functional.pad(inputs(100, 60), (0, 4)))
-    kept = Moments.from_tensors(moments.tensors())
+    kept = SecondMoments.from_tensors(moments.tensors())
     assert not kept.blocks[0, 60:].any() and not kept.blocks[0, :, 60:].any() and kept.blocks[0, :60, :60].any()
-    assert not Moments.from_tensors(Moments.of(300, 256).tensors()).blocks.any()
+    assert not SecondMoments.from_tensors(SecondMoments.of(300, 256).tensors()).blocks.any()
 
 
 def test_moments_that_are_no_numbers_go_into_no_file():
-    moments = Moments.of(64)
+    moments = SecondMoments.of(64)
     moments.add(torch.full((3, 64), torch.inf))
     with pytest.raises(ValueError, match="NaN or infinite"):
         moments.tensors()
 
 
 def test_tensors_that_are_not_of_moments_are_refused():
-    tensors = Moments.of(96).tensors()
+    tensors = SecondMoments.of(96).tensors()
     for wrong in ({}, tensors | {"factor": tensors["factor"][:, 1:]}, tensors | {"sketch": torch.zeros(FILE_ROWS, 97)},
                   tensors | {"counts": tensors["counts"] + 100}):
         with pytest.raises(ValueError, match="not the tensors of a layer's moments"):
-            Moments.from_tensors(wrong)
+            SecondMoments.from_tensors(wrong)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from featherweight.loaders.packing.source import of_model
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor import QuantizedTensor
+from featherweight.ops.packed_layout import QuantizedTensor
 from patched_models import broken, flux_file, flux_pair, forget_models, lora_for, packed_layers, patched, run
 from safetensors.torch import load_file, save_file
 

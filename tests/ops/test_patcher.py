@@ -9,8 +9,8 @@ import comfy.utils
 import pytest
 import torch
 from featherweight.ops.layers import PackedLayer
-from featherweight.ops.patcher import PackedPatcher, applying
-from featherweight.ops.tensor import QuantizedTensor
+from featherweight.ops.patcher import PackedPatcher, applied_patches
+from featherweight.ops.packed_layout import QuantizedTensor
 from patched_models import (
     FORMAT_NAMES, LIMIT, Ledger, dense_flux, error_by_effect, flux_file, flux_pair, forget_models, forward,
     lora_for, packed_flux, packed_layers, patched, relative, run,
@@ -207,7 +207,7 @@ def test_a_failed_load_leaves_no_patch_behind(monkeypatch):
     without = run(dense)
     run(patched(packed, (first, 1.0)))
     second = patched(packed, (second, 1.0))
-    monkeypatch.setattr(applying, "build_patches", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(applied_patches, "build_patches", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(second)
     monkeypatch.undo()

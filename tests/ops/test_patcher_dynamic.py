@@ -3,7 +3,7 @@ import dynamic_vram
 import pytest
 import torch
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor import QuantizedTensor
+from featherweight.ops.packed_layout import QuantizedTensor
 from patched_models import (
     LIMIT, adapter, dense_flux, error_by_effect, flux_file, flux_inputs, forget_models, forward, lora_for, packed_flux,
     packed_layers, patched, run,

@@ -14,7 +14,7 @@ import fake_gpus
 import hypothesis
 import pytest
 import torch
-from featherweight.loaders.placing import place, place_clip
+from featherweight.loaders.placement import place, place_clip
 from gpu_memory import lies_on, of_no_layer
 from hypothesis import strategies
 from hypothesis.stateful import (

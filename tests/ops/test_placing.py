@@ -8,8 +8,8 @@ import comfy.sd
 import pytest
 import torch
 from devtools.files import tiny_models
-from featherweight.loaders.placing import place, place_clip
-from featherweight.ops.patcher.placing import PAGE
+from featherweight.loaders.placement import place, place_clip
+from featherweight.ops.patcher.residency import PAGE
 from gpu_memory import larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5

@@ -7,9 +7,9 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from featherweight.loaders.placing import place, placed_text
-from featherweight.ops.patcher.order import fitting, in_order
-from featherweight.ops.patcher.placing import PAGE, places_are_in_order
+from featherweight.loaders.placement import place, placed_text
+from featherweight.ops.patcher.residency_order import fitting, residency_order
+from featherweight.ops.patcher.residency import PAGE, places_are_in_order
 from gpu_memory import larger_flux, lies_on
 from patched_models import flux_inputs, lora_for, patched
 
@@ -90,9 +90,9 @@ def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_
     size, first_step, factors = placed.full_size(), placed.model.packed_residency.step, placed.model.packed_patches.nbytes
     assert {first_step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
     kept = {name: size for *_, size, name, _, params in placed._load_list() if on_device(params) == "cuda"}
-    ordered = in_order(placed._load_list(), placed.placement.gpu_bytes, first_step)
+    ordered = residency_order(placed._load_list(), placed.placement.gpu_bytes, first_step)
     assert kept.keys() == fitting(ordered, sum(kept.values())) != fitting(
-        in_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
+        residency_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
     assert factors <= lies_on(placed.model) == placed.loaded_size() <= max(budget, factors + 4096)
     assert copied_by(gpu, load, placed) == 0
     copied = placed.whereabouts().copied_per_step

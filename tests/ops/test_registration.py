@@ -5,7 +5,7 @@ import pytest
 import torch
 from featherweight.ops import formats, int8, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels.check import random_tensors
+from featherweight.ops.kernels.validation import random_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROWS, COLUMNS = 12, 512

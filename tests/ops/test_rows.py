@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from featherweight.ops.rows import dense, interleave_rows, join_rows, take_rows
+from featherweight.ops.row_slicing import dense, interleave_rows, join_rows, take_rows
 from featherweight.ops.format import FORMATS
-from featherweight.ops.tensor import is_packed, packed_tensor
+from featherweight.ops.packed_layout import is_packed, packed_tensor
 
 from devtools.files.gguf_files import pack
 

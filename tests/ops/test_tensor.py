@@ -7,7 +7,7 @@ import pytest
 import torch
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS, FormatError
-from featherweight.ops.tensor import is_packed, packed_tensor, relabelled
+from featherweight.ops.packed_layout import is_packed, packed_tensor, relabelled
 
 from devtools.files.gguf_files import pack
 

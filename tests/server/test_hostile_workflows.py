@@ -18,7 +18,7 @@ import uuid
 import pytest
 from audit import Audit, Listener, Untouched
 from featherweight.nodes import PICKERS
-from featherweight.ops.kernels.own_files import cache_folder
+from featherweight.ops.kernels.private_files import cache_folder
 
 from devtools.files import demo_files, tiny_models
 from devtools.files.gguf_files import write_gguf
@@ -336,7 +336,7 @@ def test_nor_does_one_on_ray_in_the_driver_and_its_workers(stranger, watch, node
         wait(watch.server)
     watch.assert_nothing()
     programs = " ".join(stranger.audit.programs().values())
-    assert "machines.driver" in programs and "default_worker.py" in programs
+    assert "cluster.driver" in programs and "default_worker.py" in programs
 
 
 @pytest.mark.parametrize("fault, value, found", [

@@ -124,14 +124,14 @@ class Audit:
 
     def is_known_program(self, texts: tuple[str, ...]) -> bool:
         """Whether it stands in the table of docs/security.md: a C++ compiler, and this Python with a text of the pack's own."""
-        from featherweight.machines import pool
+        from featherweight.cluster import driver_pool
         from featherweight.ops.kernels import cpp_backend
 
         command = texts[1]
         if os.path.basename(texts[0]) in ("c++", "g++", "clang++"):
             flags = " ".join(cpp_backend.FLAGS)
             return command.endswith("--version") or f" {flags} " in command and f" -o {self.own[1]}" in command
-        return command == f"{sys.executable} -c {pool.START} {pool.PACK}"
+        return command == f"{sys.executable} -c {driver_pool.START} {driver_pool.PACK}"
 
 
 def writes_file(texts: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from featherweight.ops.patcher import PackedPatcher
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "__init__.py", *(path for layer in ("nodes", "machines", "loaders", "ops")
+SOURCES = [ROOT / "__init__.py", *(path for layer in ("nodes", "cluster", "loaders", "ops")
                                    for path in sorted((ROOT / layer).rglob("*.py")))]
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_kitchen", "comfyui_version", "execution", "folder_paths",
                 "nodes", "server"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend
-from featherweight.ops.kernels.check import probe
+from featherweight.ops.kernels.validation import probe
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Backend
 from featherweight.ops.kernels.nvrtc import CudaError, Driver

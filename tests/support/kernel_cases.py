@@ -10,7 +10,7 @@ from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, selector
-from featherweight.ops.kernels.cxx_text import FORMAT_NAMES
+from featherweight.ops.kernels.kernel_source import FORMAT_NAMES
 from gguf import GGMLQuantizationType
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]

@@ -2,7 +2,7 @@
 import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from featherweight.ops.lora import build_patches
+from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.operations import packed_operations
 from host_formats import HOST_FORMATS, in_host_format
 from patched_models import packed_anyhow

@@ -22,7 +22,7 @@ from featherweight.ops.format import FORMATS
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.operations import operations_for
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor import QuantizedTensor, packed_tensor
+from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
 from host_formats import write_mixed
 
 FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsandbytes'

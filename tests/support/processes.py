@@ -3,11 +3,11 @@ import pytest
 
 # Folders of tests of real servers, browsers and Ray clusters: what they wait for may be late on a machine that has much else
 # to do. They share what they start, so all of a folder run in one process, and begin first, for they take longest.
-REAL = ("server", "machines")
+REAL = ("server", "cluster")
 # Of those, files of which each runs by itself: none shares its server with others.
 ALONE = ("server/test_hostile_workflows.py", "server/test_placing.py", "server/test_soak.py")
 # Files of tests that start nothing.
-COMPUTING = tuple(f"machines/test_{name}.py" for name in (
+COMPUTING = tuple(f"cluster/test_{name}.py" for name in (
     "address", "batch_rows", "items", "page", "prompt_run", "row_run"))
 GROUP = " @ "  # before the name of a group, behind a test's id
 

@@ -20,7 +20,7 @@ import torch
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.tensor import QuantizedTensor, packed_tensor
+from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
 
 from devtools.files.gguf_files import pack
 

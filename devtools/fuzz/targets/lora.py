@@ -26,8 +26,8 @@ class LoraTarget(Target):
     def prepare(self):
         import torch
         from featherweight.loaders.files.container import WeightFileError
-        from featherweight.loaders.lora.file import load_lora_file
-        from featherweight.loaders.lora.fit import check_lora
+        from featherweight.loaders.lora.lora_file import load_lora_file
+        from featherweight.loaders.lora.compatibility import check_lora
         from featherweight.loaders.lora.report import report_text
         self.load, self.check, self.report, self.own = load_lora_file, check_lora, report_text, (WeightFileError,)
         self.model = _small_flux(torch)

@@ -14,9 +14,9 @@ class RayAddress(Target):
     longest = 1 << 11
 
     def prepare(self):
-        from featherweight.machines import joining
-        from featherweight.machines.place import MachineError
-        self.joining, self.own = joining, (MachineError,)
+        from featherweight.cluster import ray_connection
+        from featherweight.cluster.comfyui_install import MachineError
+        self.joining, self.own = ray_connection, (MachineError,)
         return [b"\n\"this computer\"", b"head:6379\n\"the cluster\"", b"head:6379\nHEAD.:06379", b"\n127.0.0.1:6379",
                 b"[::1]:6379\n::1:6379", b"auto\nauto", b"head:6379\n{\"a\": [\"head:6379\"]}", b"192.168.1.1:6379\nhead:6379"]
 
@@ -49,9 +49,9 @@ class RayRequest(Target):
     damaged = staticmethod(json_damaged)
 
     def prepare(self):
-        from featherweight.machines import graph, items, messages
-        from featherweight.machines.place import MachineError
-        self.graph, self.items, self.messages = graph, items, messages
+        from featherweight.cluster import graph, run_variants, messages
+        from featherweight.cluster.comfyui_install import MachineError
+        self.graph, self.items, self.messages = graph, run_variants, messages
         self.own = (graph.GraphError, MachineError, messages.MessageError)
         nodes = {"1": ("Load", {"model_name": "a.gguf"}), "4": ("CLIPTextEncode", {"text": "a %text% house", "clip": ["1", 1]}),
                  "5": ("CLIPTextEncode", {"text": "bad", "clip": ["1", 1]}), "6": ("Seed", {"value": 5}),
@@ -92,7 +92,7 @@ class RayMessages(Target):
     name, reads = "ray_messages", "the stream between ComfyUI and the driver of Run on Ray"
 
     def prepare(self):
-        from featherweight.machines import messages
+        from featherweight.cluster import messages
         self.messages, self.own = messages, (messages.MessageError,)
         stream = io.BytesIO()
         for header, content in (({"number": None, "event": "joined"}, b""), ({"number": 1, "event": "preview"}, b"\xff\xd8")):
@@ -120,10 +120,10 @@ class RayPictures(Target):
     longest = 1 << 13
 
     def prepare(self):
-        from featherweight.machines.gathering import Gathering
-        from featherweight.machines.graph import GraphError
-        from featherweight.machines.place import MachineError
-        self.gathering, self.own = Gathering, (GraphError, MachineError)
+        from featherweight.cluster.image_collector import ImageCollector
+        from featherweight.cluster.graph import GraphError
+        from featherweight.cluster.comfyui_install import MachineError
+        self.gathering, self.own = ImageCollector, (GraphError, MachineError)
         events = [[{"event": "workers", "value": 2}, 0]]
         for item in range(2):
             events += [[{"event": "begins", "item": item, "value": "desk"}, 0],

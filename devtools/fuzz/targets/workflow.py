@@ -49,8 +49,8 @@ class ExpertString(TextTarget):
     name, reads = "expert_string", "where weights lie, as ComfyUI-MultiGPU's workflows write it"
 
     def prepare(self):
-        from featherweight.nodes.legacy.distorch import UnreadableError, by_expert_string
-        self.plan, self.own, self.compute = by_expert_string, (UnreadableError,), torch.device("cuda", 0)
+        from featherweight.nodes.legacy.distorch import UnreadableError, parse_allocation_string
+        self.plan, self.own, self.compute = parse_allocation_string, (UnreadableError,), torch.device("cuda", 0)
         return [b"cuda:0,2.5gb;cuda:1,8gb;cpu,*", b"cuda:0,25%;cpu,75%", b"cuda:0,0.1;cpu,0.5", b"gpu:1,300m;cpu,*"]
 
     def read(self, data):
@@ -82,7 +82,7 @@ class Names(TextTarget):
             folder_paths.folder_names_and_paths[key] = ([str(models / key)], folder_paths.supported_pt_extensions)
         self.models = models
         self.functions = {
-            "find": lambda name: folders.find_file(name, "diffusion_models", "loras", "vae"), "saved": folders.find_saved,
+            "find": lambda name: folders.find_file(name, "diffusion_models", "loras", "vae"), "saved": folders.resolve_saved_path,
             "sensitivity": folders.find_sensitivity,
             "new": lambda name: folders.new_model_path(name, "Q4_K", ".gguf"),
             "new_in_models": lambda name: folders.new_model_path(name, "Q4_K", ".gguf", folders.MODELS, False),
@@ -132,9 +132,9 @@ class Numbers(TextTarget):
     def prepare(self):
         from featherweight.loaders.devices import find_device
         from featherweight.loaders.sizes import size_text
-        from featherweight.nodes.legacy.distorch import by_virtual_vram
+        from featherweight.nodes.legacy.distorch import allocate_virtual_vram
         self.own, self.device = (), torch.device("cuda", 0)
-        self.find_device, self.by_virtual_vram, self.size_text = find_device, by_virtual_vram, size_text
+        self.find_device, self.by_virtual_vram, self.size_text = find_device, allocate_virtual_vram, size_text
         return [b'{"gpu_weights": 4.0, "virtual_vram_gb": 2.5, "device": "gpu:0"}',
                 b'{"gpu_weights": 0, "virtual_vram_gb": 0, "device": "cuda"}',
                 b'{"gpu_weights": 1000, "virtual_vram_gb": -1.5, "device": "cpu"}']

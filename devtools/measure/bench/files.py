@@ -11,9 +11,9 @@ import comfy.model_management
 import gguf
 import numpy as np
 import torch
-from featherweight.loaders.diffusion import model_of
+from featherweight.loaders.diffusion import build_model
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.model_names import in_the_hosts_names
+from featherweight.loaders.comfy_keys import to_comfy_keys
 
 from devtools.files.gguf_files import gguf_writer, write_all, write_random_gguf
 from devtools.files.tiny_models import flux_shapes
@@ -118,13 +118,13 @@ def flux_dev(sizes) -> dict[str, tuple]:
 def share_of_model(path: Path, share: float):
     """The model in a Flux file, with the first `share` of its blocks of both kinds."""
     file = open_weights(path)
-    kept, counts = in_the_hosts_names(file.state_dict()), {}
+    kept, counts = to_comfy_keys(file.state_dict()), {}
     found = {name: re.match(r"(\w+_blocks)\.(\d+)\.", name) for name in kept}
     for block in filter(None, found.values()):
         counts[block[1]] = max(counts.get(block[1], 0), int(block[2]) + 1)
     kept = {name: tensor for name, tensor in kept.items()
             if not found[name] or int(found[name][2]) < round(share * counts[found[name][1]])}
-    patcher = model_of(file, kept)
+    patcher = build_model(file, kept)
     if has_bfloat16():
         patcher.set_model_compute_dtype(torch.bfloat16)
     return patcher

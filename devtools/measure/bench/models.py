@@ -10,7 +10,7 @@ from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor import is_packed, packed_tensors
+from featherweight.ops.packed_layout import is_packed, packed_tensors
 
 from devtools.files.gguf_files import write_gguf, write_random_gguf
 from devtools.files.tiny_models import flux, flux_shapes

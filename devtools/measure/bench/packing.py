@@ -8,9 +8,9 @@ from unittest import mock
 
 import gguf
 import torch
-from featherweight.ops import kernels, packing
+from featherweight.ops import kernels, quantize
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing.moments import Moments
+from featherweight.ops.quantize.second_moments import SecondMoments
 
 from devtools.measure.bench.timing import device, side_by_side, wait
 
@@ -24,18 +24,18 @@ def bench_pack(options):
     memory to a file."""
     weight = torch.randn(options.sizes.weight, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16().to(device())
     part = weight.view(-1)[:IN_TORCH - IN_TORCH % weight.shape[1]].view(-1, weight.shape[1])
-    moments = Moments.of(part.shape[1], 256, part.device)
+    moments = SecondMoments.of(part.shape[1], 256, part.device)
     inputs = torch.randn(1024, part.shape[1], generator=torch.Generator().manual_seed(1)).to(part)
     for tokens, hold_out in zip(inputs.split(512), (False, True)):
         moments.add(tokens, hold_out=hold_out)
     with one_thread():
         for name in TYPES[::5] if options.quick else TYPES:
             packed_format, row = FORMATS[name], {}
-            if packing.kernel_for(packed_format, weight.device) is not None:
-                row["kernel seconds"] = seconds(lambda: packing.pack_tensor(weight, packed_format), weight, options.rounds)
+            if quantize.kernel_for(packed_format, weight.device) is not None:
+                row["kernel seconds"] = seconds(lambda: quantize.pack_tensor(weight, packed_format), weight, options.rounds)
             with mock.patch.object(kernels, "find", lambda *arguments: None):
-                row["torch seconds"] = seconds(lambda: packing.pack_tensor(part, packed_format), part, options.rounds)
-            row["feedback seconds"] = seconds(lambda: packing.pack_tensor(part, packed_format, moments=moments), part, 1)
+                row["torch seconds"] = seconds(lambda: quantize.pack_tensor(part, packed_format), part, options.rounds)
+            row["feedback seconds"] = seconds(lambda: quantize.pack_tensor(part, packed_format, moments=moments), part, 1)
             with contextlib.suppress(KeyError, NotImplementedError):
                 ggml_type, values = gguf.GGMLQuantizationType[name], part.float().cpu().numpy()
                 gguf.quants.quantize(values[:1], ggml_type)
@@ -50,7 +50,7 @@ def bench_pack(options):
 
 def write(path: Path, weight: torch.Tensor, name: str):
     with open(path, "wb") as file:
-        file.write(packing.pack_tensor(weight, FORMATS[name])._qdata.cpu().numpy().data)
+        file.write(quantize.pack_tensor(weight, FORMATS[name])._qdata.cpu().numpy().data)
         os.fsync(file.fileno())
 
 

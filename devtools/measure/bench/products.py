@@ -6,7 +6,7 @@ import torch
 from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.tensor import packed_tensors
+from featherweight.ops.packed_layout import packed_tensors
 
 from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
 from devtools.measure.weights import random_weight

@@ -13,7 +13,7 @@ import comfy.model_management
 import torch
 from featherweight.ops import kernels
 from featherweight.ops.kernels import selector, used
-from featherweight.ops.scratch import shared_scratch
+from featherweight.ops.workspace import shared_workspace
 
 @dataclass(frozen=True)
 class Sizes:
@@ -90,7 +90,7 @@ def as_in_use():
     """Make this process as it is when a model has run for a while: the buffer of its layers, which is returned to be held, and
     the kernels, for which what is timed waits."""
     selector.EXACT_WAIT_SECONDS = 60
-    return shared_scratch()
+    return shared_workspace()
 
 
 def wait():

@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..arch import Weights, renamed
-from ....ops.rows import take_rows
+from ..arch import Weights, rename_keys
+from ....ops.row_slicing import take_rows
 
 # A family adds its own, or says otherwise.
 DECODER_NAMES = {
@@ -59,7 +59,7 @@ def with_rotary_halves(weights: Weights) -> Weights:
     llama.cpp turns neighbouring rows of q and k together, the host those that are half a head apart. The host has no use
     for the output layer.
     """
-    weights = renamed(weights, DECODER_NAMES | {"output": None})
+    weights = rename_keys(weights, DECODER_NAMES | {"output": None})
     for name, tensor in weights.items():
         if name.endswith(("self_attn.q_proj.weight", "self_attn.k_proj.weight")):
             order = torch.arange(len(tensor)).view(-1, HEAD // 2, 2).transpose(1, 2).flatten()

@@ -1,6 +1,6 @@
 """The text part of CLIP: L, H and bigG. Files with the names of transformers, which are the host's, or of open_clip."""
-from ..arch import Arch, renamed
-from ....ops.rows import dense, take_rows
+from ..arch import Arch, rename_keys
+from ....ops.row_slicing import dense, take_rows
 
 LAYER = "text_model.encoder.layers.{}"
 FUSED = ".self_attn.in_proj."
@@ -33,7 +33,7 @@ class Clip(Arch):
 
     @classmethod
     def convert(cls, weights, metadata):
-        weights = renamed(weights, cls.names)
+        weights = rename_keys(weights, cls.names)
         fused = [name for name in weights if FUSED in name]
         for name in fused:
             tensor = weights.pop(name)

@@ -1,6 +1,6 @@
 """Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
-from ..arch import SENTENCEPIECE, Arch, renamed
-from ....ops.rows import dense
+from ..arch import SENTENCEPIECE, Arch, rename_keys
+from ....ops.row_slicing import dense
 from ..tokenizer import sentencepiece_model
 from ._decoder import DECODER_NAMES, with_attention_split
 
@@ -30,7 +30,7 @@ class Gemma2(Arch):
 
     @classmethod
     def convert(cls, weights, metadata):
-        return renamed(_as_the_host_reads(weights), cls.names)
+        return rename_keys(_as_the_host_reads(weights), cls.names)
 
     @classmethod
     def tokenizer(cls, weights, metadata):
@@ -70,7 +70,7 @@ class Gemma3(Gemma2):
             weights[PROJECTION.removesuffix(".weight")] = weights.pop(PROJECTION)
         down = weights.get("v.blk.0.ffn_down.weight")
         swapped = down is not None and down.shape[1] == len(weights["v.blk.0.ln1.weight"])
-        return renamed(weights, cls.names_of_first_towers if swapped else cls.names)
+        return rename_keys(weights, cls.names_of_first_towers if swapped else cls.names)
 
     @classmethod
     def vision_width(cls, weights, vision):

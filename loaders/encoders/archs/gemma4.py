@@ -4,8 +4,8 @@ import re
 
 import torch
 
-from ..arch import TOKENIZER_JSON, Arch, renamed
-from ....ops.rows import dense
+from ..arch import TOKENIZER_JSON, Arch, rename_keys
+from ....ops.row_slicing import dense
 from ..tokenizer import tokenizer_json
 from ._decoder import with_attention_split
 from .gemma import GEMMA_MARKS, GEMMA_NAMES, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM
@@ -103,9 +103,9 @@ class Gemma4(Arch):
             elif name.endswith("per_dim_scale"):
                 weights[name] = _inverse_of_softplus(dense(tensor))
         if f"{PATCH_NORM}.weight" not in weights:
-            return renamed(weights, cls.names)
+            return rename_keys(weights, cls.names)
         weights[POSITIONS] = dense(weights[POSITIONS]).transpose(0, 1)  # (2, positions, width) in the file
-        return renamed(weights, cls.without_towers)
+        return rename_keys(weights, cls.without_towers)
 
     @classmethod
     def tokenizer(cls, weights, metadata):

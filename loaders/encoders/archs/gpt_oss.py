@@ -1,8 +1,8 @@
 """GPT-OSS 20B, the text encoder of Lens. Its experts stay in llama.cpp's MXFP4."""
 import torch
 
-from ..arch import TOKENIZER_JSON, Arch, renamed
-from ....ops.rows import dense, interleave_rows
+from ..arch import TOKENIZER_JSON, Arch, rename_keys
+from ....ops.row_slicing import dense, interleave_rows
 from ..tokenizer import tokenizer_json
 from ._decoder import DECODER_NAMES
 
@@ -34,7 +34,7 @@ class GptOss(Arch):
             is_bias = name.endswith(".bias")
             weights[name.replace(GATE, ".ffn_gate_up_exps")] = (
                 torch.stack([dense(part) for part in parts], -1).flatten(-2) if is_bias else interleave_rows(parts))
-        return renamed(weights, cls.names)
+        return rename_keys(weights, cls.names)
 
     @classmethod
     def tokenizer(cls, weights, metadata):

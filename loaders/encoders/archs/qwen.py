@@ -1,8 +1,8 @@
 """Qwen2.5 and Qwen3, for text alone or with the vision towers of Qwen2.5-VL and Qwen3-VL."""
 import re
 
-from ..arch import Arch, Weights, renamed
-from ..towers import mark
+from ..arch import Arch, Weights, rename_keys
+from ..missing_towers import placeholder
 from . import qwen_vl
 from ._decoder import DECODER_NAMES
 
@@ -33,7 +33,7 @@ class Qwen25VL(Qwen25):
     @classmethod
     def convert(cls, weights, metadata):
         text, vision = qwen_vl.split_vision(weights)
-        return renamed(text, cls.names) | (qwen_vl.tower(vision, qwen_vl.QWEN25_VISION_NAMES) if vision else {})
+        return rename_keys(text, cls.names) | (qwen_vl.tower(vision, qwen_vl.QWEN25_VISION_NAMES) if vision else {})
 
     @classmethod
     def vision_width(cls, weights, vision):
@@ -67,7 +67,7 @@ class Qwen3VL(Qwen3):
     @classmethod
     def convert(cls, weights, metadata):
         text, vision = qwen_vl.split_vision(weights)
-        out = renamed(text, cls.names)
+        out = rename_keys(text, cls.names)
         if vision:
             visual = qwen_vl.tower(vision, qwen_vl.QWEN3_VISION_NAMES)
             return out | {name.replace("visual", cls.tower, 1): tensor for name, tensor in visual.items()}
@@ -91,8 +91,8 @@ class Qwen3VL(Qwen3):
     def _marks(cls, width: int) -> Weights:
         """What the host tells Qwen3-VL by, without memory: tensors of a tower that is not there."""
         merged = 4 * (1024 if width == 2560 else 1152)
-        return {f"{cls.tower}.deepstack_merger_list.0.norm.weight": mark(merged),
-                f"{cls.tower}.merger.linear_fc2.weight": mark(width, merged)}
+        return {f"{cls.tower}.deepstack_merger_list.0.norm.weight": placeholder(merged),
+                f"{cls.tower}.merger.linear_fc2.weight": placeholder(width, merged)}
 
 
 class Qwen3VL32B(Qwen3VL):

@@ -2,9 +2,9 @@
 import torch
 
 from ....ops.formats.column_groups import ColumnGroups
-from ....ops.tensor import is_packed, packed_tensor, packed_tensors
-from ..arch import Arch, Weights, renamed
-from ....ops.rows import dense, take_rows
+from ....ops.packed_layout import is_packed, packed_tensor, packed_tensors
+from ..arch import Arch, Weights, rename_keys
+from ....ops.row_slicing import dense, take_rows
 from . import qwen_vl
 from ._decoder import DECODER_NAMES
 
@@ -41,7 +41,7 @@ class Qwen35(Arch):
     @classmethod
     def convert(cls, weights, metadata):
         text, vision = qwen_vl.split_vision(weights)
-        out = _linear_attention_restored(renamed(_without_drafts(text), cls.names))
+        out = _linear_attention_restored(rename_keys(_without_drafts(text), cls.names))
         for name in out:
             if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
                 out[name] = out[name] - 1  # the host adds it

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..arch import Weights, renamed
-from ....ops.rows import dense, join_rows
+from ..arch import Weights, rename_keys
+from ....ops.row_slicing import dense, join_rows
 
 BLOCK = "visual.blocks.{}"
 
@@ -87,7 +87,7 @@ def tower(vision: Weights, names: Mapping[str, str | None]) -> Weights:
     for name in [name for name in vision if name.startswith("v.blk.") and ".attn_q." in name]:
         parts = [vision.pop(name.replace(".attn_q.", f".attn_{part}.")) for part in "qkv"]
         vision[name.replace(".attn_q.", ".attn_qkv.")] = join_rows(parts)
-    return renamed(_deepstack_in_order(_up_before_down(vision)), names)
+    return rename_keys(_deepstack_in_order(_up_before_down(vision)), names)
 
 
 def _up_before_down(vision: Weights) -> Weights:

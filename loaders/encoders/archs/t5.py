@@ -1,5 +1,5 @@
 """T5: XXL, XL, base, ByT5, UMT5 and the older forms without a gate. Encoders, or whole models, of which the encoder is kept."""
-from ..arch import SENTENCEPIECE, Arch, renamed
+from ..arch import SENTENCEPIECE, Arch, rename_keys
 from ._sentencepiece import sentencepiece
 
 LAYER = "encoder.block.{}.layer"
@@ -35,7 +35,7 @@ class T5(Arch):
         # The host takes a base model with a tokenizer for UMT5; `tokenizer` gives what UMT5 needs.
         others = ("dec.", "output.", "decoder.", "lm_head.", SENTENCEPIECE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
-        weights = renamed(weights, cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
+        weights = rename_keys(weights, cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
         # transformers saves the one embedding under either name, or both.
         embedding = weights.pop("encoder.embed_tokens.weight", None)
         return weights if embedding is None else {"shared.weight": embedding} | weights

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 from ....ops.format import FORMATS
-from ....ops.packed import PackedTensor
-from ....ops.packing import pack_tensor
-from ....ops.packing.guard import output_errors
-from ....ops.packing.moments import Moments
+from ....ops.packed_tensor import PackedTensor
+from ....ops.quantize import pack_tensor
+from ....ops.quantize.method_choice import output_errors
+from ....ops.quantize.second_moments import SecondMoments
 from ...progress import Progress
-from ..planning.families import HALVES
+from ..planning.packing_rules import HALVES
 from ..planning.plan import candidates
-from .collector import Collector, dense_weight, linear_layers, shapes_of
-from .sampling import SamplingRun, Step, load, random_conditioning, stop_where_cancelled
+from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
+from .sampling import SamplingRun, SamplingStep, load, random_conditioning, stop_where_cancelled
 from .sensitivity import Sensitivity
 
 # How thoroughly the costs are measured: how many kept steps are run for each layer, and whether for each of its types.
@@ -50,9 +50,9 @@ def measure(patcher, drawing: SamplingRun, thoroughness: str = DEFAULT,
         drawing = dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing, drawing.samples))
     progress = Progress(2)
     drawn = iter(progress.track(range(drawing.total)))
-    steps, picked = [], set(_picked(drawing, count))
+    steps, picked = [], set(_choose_layers(drawing, count))
 
-    def seen(number: int, step: Step):
+    def seen(number: int, step: SamplingStep):
         next(drawn, None)
         collector.next_step(number)
         if number in picked:
@@ -81,7 +81,7 @@ def measure(patcher, drawing: SamplingRun, thoroughness: str = DEFAULT,
     return Sensitivity(known.costs, shapes, about, _moments=collector.of)
 
 
-def _picked(drawing: SamplingRun, count: int) -> list[int]:
+def _choose_layers(drawing: SamplingRun, count: int) -> list[int]:
     """Numbers of the steps that are kept, spread over pictures and over noise levels."""
     order = torch.randperm(drawing.total, generator=torch.Generator().manual_seed(drawing.seed))
     return sorted(order[:count].tolist())
@@ -145,27 +145,27 @@ def run_type(shape: tuple[int, ...]) -> str | None:
     return next((kind for kind in RUN_TYPE.values() if kind in types_for(shape)), None)
 
 
-def packed(weight: torch.Tensor, kind: str, moments: Moments) -> PackedTensor:
+def quantize_layer(weight: torch.Tensor, kind: str, moments: SecondMoments) -> PackedTensor:
     return pack_tensor(weight, FORMATS[kind], moments=moments)
 
 
-def weight_errors(weight: torch.Tensor, moments: Moments, kinds: Sequence[str]) -> dict[str, float]:
+def weight_errors(weight: torch.Tensor, moments: SecondMoments, kinds: Sequence[str]) -> dict[str, float]:
     """Type -> power of a layer's output error over that of its output, for inputs like those seen, from at most `ROWS` rows.
 
     Without error feedback, which takes much longer and gains about the same in all types.
     """
-    rows = some_rows(weight)
+    rows = sample_rows(weight)
     plain = [pack_tensor(rows, FORMATS[kind], importance=moments.importance) for kind in kinds]
     return dict(zip(kinds, output_errors(rows, plain, moments), strict=True))
 
 
-def feedback_gain(weight: torch.Tensor, moments: Moments, kind: str, loss: float) -> float:
+def feedback_gain(weight: torch.Tensor, moments: SecondMoments, kind: str, loss: float) -> float:
     """What is left with error feedback of the loss without it."""
-    rows = some_rows(weight)
-    return output_errors(rows, [packed(rows, kind, moments)], moments)[0] / max(loss, TINY)
+    rows = sample_rows(weight)
+    return output_errors(rows, [quantize_layer(rows, kind, moments)], moments)[0] / max(loss, TINY)
 
 
-def some_rows(weight: torch.Tensor) -> torch.Tensor:
+def sample_rows(weight: torch.Tensor) -> torch.Tensor:
     return weight[::-(-len(weight) // ROWS)].contiguous()
 
 
@@ -192,7 +192,7 @@ class Costs:
     model: the host's BaseModel, loaded. steps: those that are run again for each layer.
     """
 
-    def __init__(self, model, steps: Sequence[Step]):
+    def __init__(self, model, steps: Sequence[SamplingStep]):
         self.model, self.steps = model, steps
         self.dense = self._outputs()
         self.power = [float(output.square().sum()) for output in self.dense]
@@ -211,18 +211,18 @@ class Costs:
         return sum(float((output - dense).square().sum()) / power
                    for output, dense, power in zip(outputs, self.dense, self.power, strict=True)) / len(self.steps)
 
-    def of_layer(self, layer: torch.nn.Module, weight: torch.Tensor, moments: Moments,
+    def of_layer(self, layer: torch.nn.Module, weight: torch.Tensor, moments: SecondMoments,
                  every_type: bool) -> dict[str, float]:
         """Type -> cost of a layer: each type run, or one of them run and the others scaled by the layer's own loss."""
         kinds = types_for(tuple(weight.shape))
         if every_type:
-            return {kind: self.output_error(layer, weight, packed(weight, kind, moments)) for kind in kinds}
+            return {kind: self.output_error(layer, weight, quantize_layer(weight, kind, moments)) for kind in kinds}
         losses, kind = weight_errors(weight, moments, kinds), run_type(tuple(weight.shape))
-        error = self.output_error(layer, weight, packed(weight, kind, moments))
+        error = self.output_error(layer, weight, quantize_layer(weight, kind, moments))
         return {other: error * loss / max(losses[kind], TINY) for other, loss in losses.items()}
 
 
-def losses_of_layer(weight: torch.Tensor, moments: Moments) -> dict[str, float]:
+def losses_of_layer(weight: torch.Tensor, moments: SecondMoments) -> dict[str, float]:
     """Costs without a run of the model: a layer's own relative losses, with error feedback."""
     shape = tuple(weight.shape)
     losses, kind = weight_errors(weight, moments, types_for(shape)), run_type(shape)

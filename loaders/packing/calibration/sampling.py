@@ -31,7 +31,7 @@ def free_memory(device: torch.device) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class SamplingStep:
     """What the sampler gives the model at one step of a picture.
 
     x: noisy latents (B, C, ...). sigma: noise levels, float (B,). given: the further arguments of the host's `apply_model`.
@@ -70,7 +70,7 @@ class SamplingRun:
         """How many steps there are at most."""
         return self.samples * self.steps
 
-    def run(self, patcher, seen: Callable[[int, Step], None]):
+    def run(self, patcher, seen: Callable[[int, SamplingStep], None]):
         """Draw; `seen` gets the number of each step and the step, before the model does. Nothing is changed on `patcher`."""
         patcher, count = patcher.clone(), 0
         wrapped = patcher.model_options.get("model_function_wrapper")
@@ -78,7 +78,7 @@ class SamplingRun:
         def watched(apply_model, call):
             nonlocal count
             stop_where_cancelled()
-            seen(count, Step(call["input"], call["timestep"], call["c"]))
+            seen(count, SamplingStep(call["input"], call["timestep"], call["c"]))
             count += 1
             if wrapped is not None:
                 return wrapped(apply_model, call)
@@ -112,7 +112,7 @@ def pictures_of(prompt: list) -> int:
     return max(len(text) for text, _ in prompt)
 
 
-class _Refused(Exception):
+class _StopProbe(Exception):
     """A layer got inputs of another width than it takes."""
 
     def __init__(self, given: int, wanted: int):
@@ -145,7 +145,7 @@ def _probe_widths(patcher, drawing: SamplingRun, masked: bool) -> dict[str, int]
                 prompts = [_noise(widths, 0, masked)]
                 dataclasses.replace(drawing, prompts=prompts, samples=1, steps=1).run(patcher, lambda *_: None)
             return widths
-        except _Refused as refused:
+        except _StopProbe as refused:
             # The pooled text may stand among other numbers in what a layer gets.
             unknown = [name for name in ("text", "pooled") if widths[name] == WIDTHS[name]
                        and (refused.given == widths[name] or name == "pooled")]
@@ -171,7 +171,7 @@ def _noise(widths: dict[str, int], seed: int, masked: bool, pictures: int = 1) -
 
 
 class _width_probe:
-    """While entered, layers of `module` raise `_Refused` for inputs of another width than theirs."""
+    """While entered, layers of `module` raise `_StopProbe` for inputs of another width than theirs."""
 
     def __init__(self, module: torch.nn.Module):
         self.module = module
@@ -188,4 +188,4 @@ class _width_probe:
     def check(layer, inputs):
         wanted = layer.in_features if isinstance(layer, torch.nn.Linear) else layer.normalized_shape[-1]
         if inputs and inputs[0].shape[-1] != wanted:
-            raise _Refused(inputs[0].shape[-1], wanted)
+            raise _StopProbe(inputs[0].shape[-1], wanted)

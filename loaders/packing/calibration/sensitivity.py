@@ -15,9 +15,9 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
-from ....ops.packing.moments import Moments
+from ....ops.quantize.second_moments import SecondMoments
 from ...files.container import FileState, first_line
-from ...files.writing import new_file
+from ...files.atomic_file import atomic_writer
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
@@ -40,9 +40,9 @@ class Sensitivity:
     shapes: dict[str, tuple[int, ...]]
     about: dict = field(default_factory=dict)
     file: str = "The measurement"
-    _moments: Callable[[str], Moments | None] = lambda name: None
+    _moments: Callable[[str], SecondMoments | None] = lambda name: None
 
-    def moments(self, name: str) -> Moments | None:
+    def moments(self, name: str) -> SecondMoments | None:
         """The moments of a matrix's inputs, on the CPU; None where there are none. Read from the file each time."""
         return self._moments(name)
 
@@ -68,7 +68,7 @@ class Sensitivity:
             f" and {len(missing) + len(others)} of {len(self.shapes)} layers do not fit. Measure this model, or pick its file.")
 
     def save(self, path: str | os.PathLike):
-        """Write the file: whole under its name or not at all. Raises WriteError, as `new_file`."""
+        """Write the file: whole under its name or not at all. Raises WriteError, as `atomic_writer`."""
         tensors, same_as, seen = {}, {}, {}
         for name in self.shapes:
             moments = self.moments(name)
@@ -82,9 +82,9 @@ class Sensitivity:
         about = {"format": FORMAT, "costs": self.costs, "shapes": self.shapes, "same_as": same_as, "about": self.about,
                  "digest": self.digest}
         data, path = safetensors.torch.save(tensors, {KEY: json.dumps(about)}), Path(path)
-        with contextlib.suppress(OSError):  # `new_file` says what is in the way
+        with contextlib.suppress(OSError):  # `atomic_writer` says what is in the way
             path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path, len(data), overwrite=True) as file:
+        with atomic_writer(path, len(data), overwrite=True) as file:
             file.write(data)
 
     @classmethod
@@ -99,13 +99,13 @@ class Sensitivity:
             same_as, shapes = about["same_as"], {name: tuple(shape) for name, shape in about["shapes"].items()}
             result = cls(about["costs"], shapes, about["about"], file)
 
-        def moments(name: str) -> Moments | None:
+        def moments(name: str) -> SecondMoments | None:
             owner = same_as.get(name, name)
             parts = {key.removeprefix(f"{owner}/"): key for key in names if key.rpartition("/")[0] == owner}
             if not parts:
                 return None
             with _opened(path) as opened:
-                read = Moments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
+                read = SecondMoments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
             if FileState.of(path) != state:
                 raise SensitivityError(f"{file} was written to or replaced while it was in use. Run this again, which reads it"
                                        " as it is now.")

@@ -1,7 +1,7 @@
 """Packing layer after layer, each so that it makes up for the errors of those before it.
 
 For each layer the model runs twice on calls that were recorded before: as it is, and with what is packed so far. The layer is
-then packed for the inputs that it has in the second run, towards the outputs of the first (`ops.packing.damped.Damped.target`).
+then packed for the inputs that it has in the second run, towards the outputs of the first (`ops.quantize.damped.Damped.target`).
 That takes two runs up to the layer for each call, so with N layers about N runs of the model for each call recorded.
 
 Nothing of the model is exchanged: what a packed layer would give takes the place of what the layer gave.
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from ....ops import product
-from ....ops.packed import PackedTensor
-from ....ops.packing.moments import Moments
-from .collector import SMALL, block_for, linear_layers
+from ....ops.packed_tensor import PackedTensor
+from ....ops.quantize.second_moments import SecondMoments
+from .moment_collector import SMALL, block_for, linear_layers
 from .sampling import SamplingRun, load, stop_where_cancelled
 
 CALLS = 32  # that are recorded of a drawing, spread over pictures and noise levels: a few MB each in main memory
@@ -68,14 +68,14 @@ class SequentialCalibration:
         self.module, self.layers, self.calls = module, layers, calls
         self.stages = _stages(module, layers, calls[0])
         self._packed: dict[str, tuple[PackedTensor, torch.Tensor | None]] = {}
-        self._latest: tuple[list[str], Moments | None] = ([], None)  # a stage, and what its layers see
+        self._latest: tuple[list[str], SecondMoments | None] = ([], None)  # a stage, and what its layers see
 
     @property
     def order(self) -> list[str]:
         """The names in the order in which the layers are to be packed; those that do not run are not among them."""
         return [name for stage in self.stages for name in stage]
 
-    def moments(self, name: str) -> Moments | None:
+    def moments(self, name: str) -> SecondMoments | None:
         """Moments, of a pair, of a layer's inputs with what is packed so far; None for layers that do not run.
 
         Layers that have the same input share them. Cancelled by the user, this raises what the host raises.
@@ -91,9 +91,9 @@ class SequentialCalibration:
         """From now on a layer counts as packed. weight: (N, K), bias: (N,), on any device."""
         self._packed[name] = weight, bias
 
-    def _seen(self, layer: torch.nn.Module) -> Moments:
+    def _seen(self, layer: torch.nn.Module) -> SecondMoments:
         device, columns = self.calls[0].device, layer.in_features
-        moments = Moments.of(columns, block_for([columns] * 2, MEMORY), device, pair=True)
+        moments = SecondMoments.of(columns, block_for([columns] * 2, MEMORY), device, pair=True)
         for call in self.calls:
             stop_where_cancelled()
             inputs = of_dense = _inputs(self.module, [layer], call)

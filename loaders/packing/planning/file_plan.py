@@ -9,11 +9,11 @@ from pathlib import Path
 from ....ops.format import FORMATS
 from ...files import gguf_writer, safetensors_writer
 from ...files.container import PLAIN_DTYPES, nbytes_of
-from ...files.writing import WriteError, check_writable
+from ...files.atomic_file import WriteError, check_writable
 from ...sizes import size_text
 from ..calibration.sensitivity import Sensitivity
 from ..source import Source, Weight
-from .families import HALVES, PLAIN_BYTES, Shapes, bits_per_value, divides_rows, family_of, with_fallback
+from .packing_rules import HALVES, PLAIN_BYTES, Shapes, bits_per_value, divides_rows, rules_for, with_fallback
 from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_small
 
 LORA_TYPE = "Q6_K"  # the least for weights with a LoRA that were rounded coarsely before
@@ -167,7 +167,7 @@ def make_plan(source: Source, wanted: str | int, options: SaveOptions, safetenso
     if isinstance(wanted, int):
         return _plan_for_size(source, wanted, least, options.sensitivity)
     shapes, types = source.shapes, {}
-    planned = None if wanted == KEEP_TYPES else plan_for_type(shapes, wanted, family_of(shapes), source.halves).types
+    planned = None if wanted == KEEP_TYPES else plan_for_type(shapes, wanted, rules_for(shapes), source.halves).types
     for name in shapes:
         weight = source.weights[name]
         if planned is None:
@@ -197,7 +197,7 @@ def _least_types(source: Source) -> dict[str, str]:
 def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str], sensitivity: Sensitivity | None) -> Plan:
     """The best types of at most `nbytes`. least: of weights whose LoRAs are to arrive whole, which take that."""
     shapes = source.shapes
-    family = family_of(shapes)
+    family = rules_for(shapes)
     fixed = {name: type_name for name, type_name in least.items() if family.may_be_packed(name, shapes[name])}
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
     fixed_bytes = Plan(fixed).nbytes(shapes)
@@ -248,7 +248,7 @@ def _gguf_metadata(shapes: Shapes, path: Path, plan: Plan) -> dict:
     for name, type_name in plan.types.items():
         sizes[type_name] += nbytes_of(type_name, shapes[name])
     main_type = sizes.most_common(1)[0][0] if sizes else ""
-    metadata = {"general.architecture": family_of(shapes).architecture, "general.name": path.stem,
+    metadata = {"general.architecture": rules_for(shapes).architecture, "general.name": path.stem,
                 "general.quantization_version": gguf_writer.QUANTIZATION_VERSION}
     if not metadata["general.architecture"]:
         del metadata["general.architecture"]

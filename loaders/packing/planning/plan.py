@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...files.container import nbytes_of
 from ...sizes import size_text, type_lines, unit_of
-from .families import Family, Shapes, divides_rows, with_fallback
+from .packing_rules import PackingRules, Shapes, divides_rows, with_fallback
 from .knapsack import choose_types
 
 # What a plan for a size chooses among, and what it loses, in dB of the weights' power over the error's: means over the
@@ -84,7 +84,7 @@ def candidates(shape: tuple[int, ...], half: str = "BF16") -> tuple[str, ...]:
     return (*packed, half)
 
 
-def plan_for_type(shapes: Shapes, type_name: str, family: Family, halves: Mapping[str, str] | None = None) -> Plan:
+def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules, halves: Mapping[str, str] | None = None) -> Plan:
     """Plan every matrix that may be packed in one type, or in what takes its place.
 
     NF4 and FP4 leave lookup tables exact, as Forge's files do.
@@ -104,7 +104,7 @@ def plan_for_type(shapes: Shapes, type_name: str, family: Family, halves: Mappin
     return Plan(types)
 
 
-def plan_for_size(shapes: Shapes, nbytes: int, family: Family, costs: Mapping[str, Mapping[str, float]] | None = None,
+def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules, costs: Mapping[str, Mapping[str, float]] | None = None,
                   halves: Mapping[str, str] | None = None) -> Plan:
     """Plan the best types of which all tensors together take at most `nbytes`.
 

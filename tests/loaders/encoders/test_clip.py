@@ -11,7 +11,7 @@ from families import relative_error
 from featherweight.loaders.encoders.arch import ARCHS, without_prefix
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

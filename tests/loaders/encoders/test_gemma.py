@@ -29,11 +29,11 @@ from featherweight.loaders.encoders.archs.gemma import Gemma2, Gemma3
 from featherweight.loaders.encoders.archs.gemma4 import Gemma4
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.ops.rows import dense, join_rows
+from featherweight.ops.row_slicing import dense, join_rows
 from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops import scratch
+from featherweight.ops import workspace
 from featherweight.ops.format import Format
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 
 from devtools.files.gguf_files import write_gguf
 
@@ -202,7 +202,7 @@ def test_no_embedding_table_is_unpacked_while_it_is_loaded_and_a_prompt_is_encod
 
 @pytest.mark.parametrize("name", NAMES)
 def test_text_is_written_as_by_the_dense_model_with_the_table_unpacked_in_slices(name, tmp_path, unpacked_values, monkeypatch):
-    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 1 << 20)
     encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
     with small_towers(encoder):
         weights = random_weights(encoder)

@@ -7,7 +7,7 @@ from devtools.files.bnb_files import write_bnb
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import ModelFolder
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 from safetensors.torch import load_file, save_file
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "quantization_config": {

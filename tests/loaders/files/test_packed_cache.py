@@ -12,9 +12,9 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.held import held_text
+from featherweight.loaders.model_summary import memory_summary
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
+from featherweight.ops.quantize import pack_tensor
 from patched_models import tiny_flux
 from recipe_process import digest
 from safetensors.torch import save_file
@@ -55,25 +55,25 @@ def load(path, type_name: str = "Q8_0"):
 @pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
 def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, folder, packings):
     first, text = load(source, type_name), "kept for the next time"
-    assert len(packings) == 13 and held_text(first).endswith(text)
+    assert len(packings) == 13 and memory_summary(first).endswith(text)
     second = load(source, type_name)
     assert len(packings) == 13 and digest(second) == digest(first)
-    assert held_text(second).endswith("packed from BF16 before and kept")
+    assert memory_summary(second).endswith("packed from BF16 before and kept")
     [entry] = folder.glob(packed_cache.NAMES)
     assert entry.stat().st_size < 1.1 * first.model_size()
 
 
 def test_nothing_is_kept_unless_a_folder_is_named(source, packings, monkeypatch):
     monkeypatch.delenv(packed_cache.FOLDER, raising=False)
-    assert "kept" not in held_text(load(source))
+    assert "kept" not in memory_summary(load(source))
     load(source)
     assert len(packings) == 26 and [path.name for path in source.parent.iterdir()] == [source.name]
 
 
 def test_packing_that_takes_long_says_how_to_keep_it(source, monkeypatch):
     monkeypatch.delenv(packed_cache.FOLDER, raising=False)
-    monkeypatch.setattr(pack_on_load, "WORTH_KEEPING", 0)
-    assert held_text(load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
+    monkeypatch.setattr(pack_on_load, "MIN_CACHED_BYTES", 0)
+    assert memory_summary(load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
 
 
 @pytest.mark.parametrize("change", ["time", "size", "type", "packers", "place"])
@@ -154,7 +154,7 @@ def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, mon
 
 def test_what_is_larger_than_the_limit_is_not_kept(source, folder, monkeypatch, caplog):
     monkeypatch.setenv(packed_cache.LIMIT, "0.001")
-    assert "kept" not in held_text(load(source))
+    assert "kept" not in memory_summary(load(source))
     assert list(folder.iterdir()) == [] and packed_cache.LIMIT in caplog.text
 
 
@@ -162,7 +162,7 @@ def test_what_is_larger_than_the_limit_leaves_what_is_kept_already(source, folde
     load(source, "Q4_K")
     [entry] = folder.iterdir()
     monkeypatch.setenv(packed_cache.LIMIT, str((entry.stat().st_size + 100) / 1e9))
-    assert "kept" not in held_text(load(source, "Q8_0"))
+    assert "kept" not in memory_summary(load(source, "Q8_0"))
     assert list(folder.iterdir()) == [entry]
 
 
@@ -171,7 +171,7 @@ def test_what_a_killed_process_left_takes_no_room(source, folder, monkeypatch):
     [entry] = folder.iterdir()
     left = entry.rename(entry.with_name(f"{entry.name}.99999999.featherweight.part"))
     monkeypatch.setenv(packed_cache.LIMIT, str(left.stat().st_size * 1.5 / 1e9))
-    assert held_text(load(source)).endswith("kept for the next time")
+    assert memory_summary(load(source)).endswith("kept for the next time")
     assert list(folder.iterdir()) == [entry]
 
 
@@ -222,6 +222,6 @@ def test_where_nothing_can_be_kept_the_model_loads_all_the_same(trouble, source,
         monkeypatch.setattr(finish, lambda writer: Path(writer.file._path).write_bytes(b"the other's"))
     with caplog.at_level(logging.WARNING):
         patcher = load(source)
-    assert "is not kept: " in caplog.text and "kept" not in held_text(patcher)
+    assert "is not kept: " in caplog.text and "kept" not in memory_summary(patcher)
     left = [path for path in folder.iterdir()] if folder.is_dir() else []
     assert [path.read_bytes() for path in left] == ([b"the other's"] if trouble == "another process was faster" else [])

@@ -13,7 +13,7 @@ from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import CONTAINERS, WeightFileError
 from featherweight.loaders.files.safetensors import SafetensorsFile
 from featherweight.ops.format import FORMATS
-from featherweight.ops.tensor import is_packed, packed_tensors
+from featherweight.ops.packed_layout import is_packed, packed_tensors
 from safetensors.torch import load_file, save_file
 
 functional = pytest.importorskip("bitsandbytes.functional")

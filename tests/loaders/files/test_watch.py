@@ -11,17 +11,17 @@ from encoders import ENCODERS
 from encoders.encoder import random_weights, small_towers, write_encoder
 from featherweight.loaders import pack_on_load
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files import drives, open_weights
+from featherweight.loaders.files import network_drives, open_weights
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import FileChangeGuard, WeightFileError, map_file
 from featherweight.loaders.inspect import difference, inspect
-from featherweight.loaders.lora.file import load_lora_file
+from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.packing.source import of_file
 from featherweight.loaders.packing.source import of_model
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
-from featherweight.ops.read_only import guards_of, is_read_only
-from featherweight.ops.tensor import is_packed, packed_tensors
+from featherweight.ops.read_only_memory import guards_of, is_read_only
+from featherweight.ops.packed_layout import is_packed, packed_tensors
 from patched_models import lora_for, tiny_flux
 from safetensors.torch import save_file
 from saving import save
@@ -256,7 +256,7 @@ def test_a_lora_of_gguf_lies_in_no_mapped_file(tmp_path):
 
 def mounts(monkeypatch, *entries):
     found = [types.SimpleNamespace(mountpoint=place, fstype=kind, opts=options) for place, kind, options in entries]
-    monkeypatch.setattr(drives.psutil, "disk_partitions", lambda all: found)
+    monkeypatch.setattr(network_drives.psutil, "disk_partitions", lambda all: found)
 
 
 @pytest.mark.parametrize("kind, options, is_share", [
@@ -264,14 +264,14 @@ def mounts(monkeypatch, *entries):
     ("fuse.ntfs-3g", "rw", False), ("fuseblk", "rw", False), ("NTFS", "rw,remote", True), ("NTFS", "rw,fixed", False)])
 def test_a_share_is_known_by_its_kind(tmp_path, monkeypatch, kind, options, is_share):
     mounts(monkeypatch, ("/", "ext4", "rw"), (str(tmp_path), kind, options), (f"{tmp_path}2", "nfs", "rw"))
-    assert drives.is_on_a_share(tmp_path / "model.gguf") == is_share
+    assert network_drives.is_on_a_share(tmp_path / "model.gguf") == is_share
 
 
 @pytest.mark.parametrize("switch, copied", [("map", False), ("copy", True), ("", True)])
 def test_the_environment_decides_before_the_drive(path, monkeypatch, switch, copied):
     mounts(monkeypatch, (str(path.parent), "nfs", "rw"))
-    monkeypatch.setenv(drives.SWITCH, switch)
-    assert drives.is_copied(path) == copied
+    monkeypatch.setenv(network_drives.FILES_ENV, switch)
+    assert network_drives.should_read_into_memory(path) == copied
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
@@ -283,7 +283,7 @@ def test_what_is_read_is_what_would_be_mapped_and_outlives_the_file(tmp_path, mo
         save_file({"odd": torch.arange(3, dtype=torch.uint8), "late": torch.arange(5, dtype=torch.float32)}, path)
     os.utime(path, ns=(0, 0))
     mapped = open_weights(path)
-    monkeypatch.setenv(drives.SWITCH, "copy")
+    monkeypatch.setenv(network_drives.FILES_ENV, "copy")
     file = open_weights(path)
     for name in file.entries:
         assert torch.equal(file.tensor(name), mapped.tensor(name))
@@ -296,13 +296,13 @@ def test_what_is_read_is_what_would_be_mapped_and_outlives_the_file(tmp_path, mo
 
 @pytest.mark.parametrize("change", [overwritten, overwritten_under_its_time, renamed_over])
 def test_a_file_that_changes_while_it_is_read_is_an_error(path, monkeypatch, change):
-    monkeypatch.setenv(drives.SWITCH, "copy")
+    monkeypatch.setenv(network_drives.FILES_ENV, "copy")
     with pytest.raises(WeightFileError, match=r"^model\.gguf was written to or replaced while it was read"):
         open_weights(path).state_dict(after(3, lambda: change(path)))
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(path, monkeypatch):
-    monkeypatch.setenv(drives.SWITCH, "copy")
+    monkeypatch.setenv(network_drives.FILES_ENV, "copy")
     file = open_weights(path)
     shortened(path)
     last = max(file.entries.values(), key=lambda entry: entry.offset).name

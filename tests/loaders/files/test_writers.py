@@ -10,9 +10,9 @@ from featherweight.loaders.files.container import PLAIN_DTYPES
 from featherweight.loaders.files.gguf_writer import FILE_TYPES, file_size, gguf_writer
 from featherweight.loaders.files.safetensors_writer import file_size as safetensors_size
 from featherweight.loaders.files.safetensors_writer import safetensors_writer
-from featherweight.loaders.files.writing import WriteError
+from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.tensor import is_packed, packed_tensor
+from featherweight.ops.packed_layout import is_packed, packed_tensor
 
 METADATA = {"general.architecture": "flux", "general.quantization_version": 2, "general.file_type": 14, "a.number": 0.5,
             "an.answer": True, "a.name": "größer"}

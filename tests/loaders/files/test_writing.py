@@ -8,8 +8,8 @@ import textwrap
 import time
 
 import pytest
-from featherweight.loaders.files import writing
-from featherweight.loaders.files.writing import WriteError, new_file
+from featherweight.loaders.files import atomic_file
+from featherweight.loaders.files.atomic_file import WriteError, atomic_writer
 
 PACKAGES = ("featherweight", "featherweight.loaders", "featherweight.loaders.files")
 
@@ -19,13 +19,13 @@ def left_in(folder) -> list[str]:
 
 
 def in_a_child(code: str, *arguments) -> subprocess.Popen:
-    """A process that runs `code` with `new_file` at hand."""
+    """A process that runs `code` with `atomic_writer` at hand."""
     start = textwrap.dedent(f"""
         import sys, types
         for name, folder in {[(name, sys.modules[name].__path__[0]) for name in PACKAGES]}:  # needs nothing else of the pack
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [folder]
-        from featherweight.loaders.files.writing import WriteError, new_file
+        from featherweight.loaders.files.atomic_file import WriteError, atomic_writer
     """)
     return subprocess.Popen([sys.executable, "-c", start + textwrap.dedent(code), *map(str, arguments)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -33,7 +33,7 @@ def in_a_child(code: str, *arguments) -> subprocess.Popen:
 
 def test_a_file_gets_its_name_when_it_is_whole_and_ends_where_it_was_written_last(tmp_path):
     path = tmp_path / "model.gguf"
-    with new_file(path, 1000) as file:
+    with atomic_writer(path, 1000) as file:
         assert left_in(tmp_path) == [f"model.gguf.{os.getpid()}.featherweight.part"]
         file.write(b"0123456789")
         file.seek(2)
@@ -45,7 +45,7 @@ def test_a_file_gets_its_name_when_it_is_whole_and_ends_where_it_was_written_las
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_whatever_ends_a_writer_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), new_file(tmp_path / "model.gguf", 1000) as file:
+    with pytest.raises(error), atomic_writer(tmp_path / "model.gguf", 1000) as file:
         file.write(b"half")
         raise error
     assert left_in(tmp_path) == []
@@ -54,13 +54,13 @@ def test_whatever_ends_a_writer_leaves_nothing(tmp_path, error):
 def test_a_name_that_exists_is_overwritten_only_when_asked(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"old")
-    with pytest.raises(WriteError, match="exists"), new_file(path, 10):
+    with pytest.raises(WriteError, match="exists"), atomic_writer(path, 10):
         raise AssertionError("the work began")
-    with pytest.raises(RuntimeError), new_file(path, 10, overwrite=True) as file:
+    with pytest.raises(RuntimeError), atomic_writer(path, 10, overwrite=True) as file:
         file.write(b"new")
         raise RuntimeError
     assert path.read_bytes() == b"old"
-    with new_file(path, 10, overwrite=True) as file:
+    with atomic_writer(path, 10, overwrite=True) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert left_in(tmp_path) == ["model.gguf"]
@@ -68,7 +68,7 @@ def test_a_name_that_exists_is_overwritten_only_when_asked(tmp_path):
 
 def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
     path = tmp_path / "model.gguf"
-    with pytest.raises(WriteError, match="has come to be"), new_file(path, 10) as file:
+    with pytest.raises(WriteError, match="has come to be"), atomic_writer(path, 10) as file:
         file.write(b"new")
         path.write_bytes(b"somebody else's")
     assert path.read_bytes() == b"somebody else's"
@@ -76,23 +76,23 @@ def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
 
 
 def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
-    usage = writing.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=5_000_000_000))
-    with pytest.raises(WriteError, match="takes 6.00 GB.* has 5.00 GB free"), new_file(tmp_path / "model.gguf", 6_000_000_000):
+    usage = atomic_file.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(atomic_file.shutil, "disk_usage", lambda path: usage._replace(free=5_000_000_000))
+    with pytest.raises(WriteError, match="takes 6.00 GB.* has 5.00 GB free"), atomic_writer(tmp_path / "model.gguf", 6_000_000_000):
         raise AssertionError("the work began")
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
-    with pytest.raises(WriteError, match="takes 62.00 KB.* has 2.00 MB free"), new_file(tmp_path / "model.gguf", 62_000):
+    monkeypatch.setattr(atomic_file.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    with pytest.raises(WriteError, match="takes 62.00 KB.* has 2.00 MB free"), atomic_writer(tmp_path / "model.gguf", 62_000):
         raise AssertionError("the work began")
     assert left_in(tmp_path) == []
 
 
 def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing.os, "access", lambda path, mode: False)  # whoever runs as root may write everywhere
-    with pytest.raises(WriteError, match="may not be written to"), new_file(tmp_path / "model.gguf", 10):
+    monkeypatch.setattr(atomic_file.os, "access", lambda path, mode: False)  # whoever runs as root may write everywhere
+    with pytest.raises(WriteError, match="may not be written to"), atomic_writer(tmp_path / "model.gguf", 10):
         raise AssertionError("the work began")
-    with pytest.raises(WriteError, match="does not exist"), new_file(tmp_path / "no" / "model.gguf", 10):
+    with pytest.raises(WriteError, match="does not exist"), atomic_writer(tmp_path / "no" / "model.gguf", 10):
         raise AssertionError("the work began")
-    with pytest.raises(WriteError, match="is a folder"), new_file(tmp_path, 10):
+    with pytest.raises(WriteError, match="is a folder"), atomic_writer(tmp_path, 10):
         raise AssertionError("the work began")
 
 
@@ -134,7 +134,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_f
         others = ["flux.v1.0.part", "model.safetensors.001.part", "notes.part", "wan.gguf.7.part"]  # downloads, and the like
         for name in others:
             (tmp_path / name).write_text("not ours")
-        with new_file(tmp_path / "next.gguf", 10) as file:
+        with atomic_writer(tmp_path / "next.gguf", 10) as file:
             file.write(b"next")
         assert left_in(tmp_path) == [f"alive.gguf.{alive.pid}.featherweight.part", *others[:2], "next.gguf", *others[2:]]
     finally:
@@ -145,7 +145,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_f
             child.stderr.close()
 
 
-posix = pytest.mark.skipif(writing.fcntl is None, reason="locks of POSIX")
+posix = pytest.mark.skipif(atomic_file.fcntl is None, reason="locks of POSIX")
 
 
 def before_next(monkeypatch, module, name: str, action):
@@ -161,16 +161,16 @@ def before_next(monkeypatch, module, name: str, action):
 
 
 @posix
-@pytest.mark.parametrize("module, name", [(writing.os, "replace"), (writing.fcntl, "flock")],
+@pytest.mark.parametrize("module, name", [(atomic_file.os, "replace"), (atomic_file.fcntl, "flock")],
                          ids=["before it has its name", "before it is locked"])
 def test_another_writer_in_the_folder_takes_no_file_away(tmp_path, monkeypatch, module, name):
     with contextlib.ExitStack() as stack:
         if name == "flock":
-            before_next(monkeypatch, module, name, lambda: writing.remove_stale_parts(tmp_path))
-        file = stack.enter_context(new_file(tmp_path / "model.gguf", 10))
+            before_next(monkeypatch, module, name, lambda: atomic_file.remove_stale_parts(tmp_path))
+        file = stack.enter_context(atomic_writer(tmp_path / "model.gguf", 10))
         file.write(b"whole")
         if name == "replace":
-            before_next(monkeypatch, module, name, lambda: writing.remove_stale_parts(tmp_path))
+            before_next(monkeypatch, module, name, lambda: atomic_file.remove_stale_parts(tmp_path))
     assert left_in(tmp_path) == ["model.gguf"] and (tmp_path / "model.gguf").read_bytes() == b"whole"
 
 
@@ -179,22 +179,22 @@ def test_a_cleaner_that_comes_late_takes_no_later_file_of_the_name_away(tmp_path
     path = tmp_path / "model.gguf"
     with contextlib.ExitStack() as second:
         first = contextlib.ExitStack()
-        first.enter_context(new_file(path, 10)).write(b"first")
+        first.enter_context(atomic_writer(path, 10)).write(b"first")
 
         def next_writer():
             first.close()
-            second.enter_context(new_file(path, 10, overwrite=True)).write(b"second")
+            second.enter_context(atomic_writer(path, 10, overwrite=True)).write(b"second")
 
-        before_next(monkeypatch, writing.fcntl, "flock", next_writer)
-        writing.remove_stale_parts(tmp_path)
+        before_next(monkeypatch, atomic_file.fcntl, "flock", next_writer)
+        atomic_file.remove_stale_parts(tmp_path)
     assert left_in(tmp_path) == ["model.gguf"] and path.read_bytes() == b"second"
 
 
 def test_without_locks_the_parts_of_living_writers_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "fcntl", None)  # as on Windows
-    monkeypatch.setattr(writing.psutil, "pid_exists", {7: True, 8: False, os.getpid(): True}.get)
+    monkeypatch.setattr(atomic_file, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(atomic_file.psutil, "pid_exists", {7: True, 8: False, os.getpid(): True}.get)
     for writer in (7, 8, os.getpid()):
         (tmp_path / f"model.gguf.{writer}.featherweight.part").touch()
-    with new_file(tmp_path / "next.gguf", 10) as file:
+    with atomic_writer(tmp_path / "next.gguf", 10) as file:
         file.write(b"next")
     assert left_in(tmp_path) == ["model.gguf.7.featherweight.part", "next.gguf"]

@@ -6,8 +6,8 @@ import torch
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.inspect.contents import of_file
 from featherweight.loaders.inspect.difference import differences
-from featherweight.loaders.inspect.picture import inspection_picture
-from featherweight.loaders.inspect.text import error_text, inspection_text
+from featherweight.loaders.inspect.inspection_chart import inspection_picture
+from featherweight.loaders.inspect.inspection_text import error_text, inspection_text
 from host_formats import HOST_FORMATS, in_host_format
 from safetensors.torch import save_file
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from featherweight.loaders.chart import BACKGROUND
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.encoders.kinds import TITLES
+from featherweight.loaders.encoders.encoder_sets import TITLES
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.contents import Contents
-from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, LORA, MODEL, block_of, in_order, what_it_is
-from featherweight.loaders.inspect.needs import CARDS, GIB, needs, working
-from featherweight.loaders.inspect.picture import color_of, inspection_picture
-from featherweight.loaders.inspect.text import inspection_text
+from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, LORA, MODEL, block_of, in_model_order, identify
+from featherweight.loaders.inspect.requirements import CARDS, GIB, needs, working
+from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
+from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.ops.format import GGML_FORMATS
 from safetensors.torch import save_file
 
@@ -45,7 +45,7 @@ def flux_file(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "ace-step-1.5"])  # not built without values
 def test_a_diffusion_model_is_recognised_without_reading_a_matrix(name):
-    found = what_it_is(contents_of(full_width_shapes(FAMILIES[name]), metadata=FAMILIES[name].metadata))
+    found = identify(contents_of(full_width_shapes(FAMILIES[name]), metadata=FAMILIES[name].metadata))
     assert found.kind == MODEL and found.family and found.host
     assert sum(count for count, _ in found.types.values()) == len(full_width_shapes(FAMILIES[name]))
 
@@ -61,7 +61,7 @@ def test_a_diffusion_model_is_recognised_without_reading_a_matrix(name):
     ("hunyuan-video", "CLIP-L and Llama 3 8B (type hunyuan_video)", "HunyuanVideo"),
 ])
 def test_what_else_a_model_needs(name, encoder, vae):
-    assert what_it_is(contents_of(full_width_shapes(FAMILIES[name]))).needs == {"text encoder": encoder, "VAE": vae}
+    assert identify(contents_of(full_width_shapes(FAMILIES[name]))).needs == {"text encoder": encoder, "VAE": vae}
 
 
 @pytest.mark.parametrize("model", [model for model in model_sizes.MODELS if model.working], ids=lambda model: model.name)
@@ -76,7 +76,7 @@ def test_memory_is_what_the_docs_say(model):
 
 def test_cards_say_what_fits_and_what_stays_outside():
     flux = next(model for model in model_sizes.MODELS if model.name.startswith("Flux.1"))
-    found = what_it_is(contents_of(flux.shapes()))
+    found = identify(contents_of(flux.shapes()))
     assert [card.gib for card in found.cards] == list(CARDS)
     assert [card.best for card in found.cards] == [model_sizes.best_fit(flux, gib).replace("partly", "") for gib in CARDS]
     assert all(card.missing == pytest.approx(found.held + model_sizes.gpu_bytes(flux, "BF16") - card.gib * GIB
@@ -89,7 +89,7 @@ def test_a_text_encoder_is_recognised(name):
     encoder = ENCODERS[name]
     with small_towers(encoder):
         shapes = {key: value.shape for key, value in text_model(host_clip(encoder, {})).transformer.state_dict().items()}
-    found = what_it_is(contents_of(shapes | encoder.markers))
+    found = identify(contents_of(shapes | encoder.markers))
     assert found.kind == ENCODER and found.cards
     assert found.family == TITLES[encoder.te_model.replace("T5", "UMT5") if name.startswith("umt5") else encoder.te_model]
 
@@ -113,18 +113,18 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_files_are_called_what_they_are(kind):
-    found = what_it_is(contents_of(OTHERS[kind]))
+    found = identify(contents_of(OTHERS[kind]))
     assert found.kind == kind and f"is a {kind}" in inspection_text(found)
     assert inspection_picture(found).shape[2] == 960
 
 
 def test_a_lora_says_what_it_is_for():
-    assert "3 layers, for Flux.1" in inspection_text(what_it_is(contents_of(OTHERS[LORA])))
+    assert "3 layers, for Flux.1" in inspection_text(identify(contents_of(OTHERS[LORA])))
 
 
 def test_a_checkpoint_says_what_is_in_it():
     shapes = {f"model.diffusion_model.{name}": shape for name, shape in tiny_models.flux_shapes(**SIZES).items()}
-    found = what_it_is(contents_of(shapes | {"first_stage_model.decoder.conv_in.weight": (64, 16, 3, 3)}))
+    found = identify(contents_of(shapes | {"first_stage_model.decoder.conv_in.weight": (64, 16, 3, 3)}))
     assert found.kind == CHECKPOINT and set(found.parts) == {MODEL, "VAE"}
     assert set(found.needs) == {"text encoder"}
     assert "in it: diffusion model" in inspection_text(found)
@@ -208,7 +208,7 @@ def test_tensors_belong_to_blocks(name, block):
 
 def test_blocks_stand_in_the_order_of_their_numbers():
     names = ["img_in", "double_blocks.10", "double_blocks.2", "final_layer", "double_blocks.0"]
-    assert list(in_order(dict.fromkeys(names, {}))) == [
+    assert list(in_model_order(dict.fromkeys(names, {}))) == [
         "img_in", "double_blocks.0", "double_blocks.2", "double_blocks.10", "final_layer"]
 
 

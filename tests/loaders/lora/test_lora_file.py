@@ -8,12 +8,12 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
-from featherweight.loaders.lora.file import load_lora_file
-from featherweight.loaders.lora.fit import check_lora
+from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.report import report_text
-from featherweight.loaders.lora.change import change_norm
+from featherweight.loaders.lora.weight_change import change_norm
 from featherweight.loaders.lora.families import LAYOUTS, recognise
-from featherweight.loaders.lora.picture import report_picture
+from featherweight.loaders.lora.report_chart import report_picture
 from safetensors.torch import save_file
 
 from lora_models import MODELS, empty_clip, empty_model, pairs, peft, weight_shapes

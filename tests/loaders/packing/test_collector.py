@@ -4,10 +4,10 @@ import functools
 import pytest
 import torch
 from devtools.measure import model_sizes
-from featherweight.loaders.packing.calibration import collector
-from featherweight.loaders.packing.calibration.collector import BLOCKS, MEMORY, Collector, nbytes_of
-from featherweight.loaders.packing.planning.families import family_of
-from featherweight.ops.packing.moments import Moments
+from featherweight.loaders.packing.calibration import moment_collector
+from featherweight.loaders.packing.calibration.moment_collector import BLOCKS, MEMORY, Collector, nbytes_of
+from featherweight.loaders.packing.planning.packing_rules import rules_for
+from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,7 +16,7 @@ TOKENS = 300  # enough that no input is kept to be compared with the next
 
 def layers_of(model: model_sizes.Model) -> dict[str, torch.nn.Module]:
     shapes = model.shapes()
-    family = family_of(shapes)
+    family = rules_for(shapes)
     return {name: torch.nn.Linear(shape[1], shape[0], bias=False, device="meta") for name, shape in shapes.items()
             if len(shape) == 2 and family.may_be_packed(name, shape)}
 
@@ -36,8 +36,8 @@ def model_named(start: str) -> model_sizes.Model:
 @pytest.fixture
 def free(monkeypatch):
     """Sets how many bytes are free on the meta device, from which nothing can be fetched."""
-    monkeypatch.setattr(Moments, "merge", lambda self, other: None)
-    return lambda nbytes: monkeypatch.setattr(collector, "free_memory", lambda device: nbytes)
+    monkeypatch.setattr(SecondMoments, "merge", lambda self, other: None)
+    return lambda nbytes: monkeypatch.setattr(moment_collector, "free_memory", lambda device: nbytes)
 
 
 @pytest.mark.parametrize("name, expected", [("Flux.1 dev", (256, False)), ("Flux.2 Klein 4B", (512, False)),
@@ -45,21 +45,21 @@ def free(monkeypatch):
 def test_the_moments_of_a_large_model_take_two_gigabytes_of_the_device(name, expected, free):
     free(24e9)
     layers = layers_of(model_named(name))
-    with Collector(layers) as collector:
+    with Collector(layers) as moment_collector:
         run(layers)
-    on_device = [moments for moments in collector.moments.values() if moments.blocks.device.type == "meta"]
+    on_device = [moments for moments in moment_collector.moments.values() if moments.blocks.device.type == "meta"]
     taken = sum(moments.blocks.nbytes + moments.sketch.nbytes for moments in on_device)
-    assert taken == sum(nbytes_of([moments.columns], collector.block) for moments in on_device) <= MEMORY == 2e9
+    assert taken == sum(nbytes_of([moments.columns], moment_collector.block) for moments in on_device) <= MEMORY == 2e9
     left = MEMORY - taken
-    beyond = [moments for moments in collector.moments.values() if moments.blocks.device.type == "cpu"]
-    assert all(nbytes_of([moments.columns], collector.block) > left for moments in beyond)
+    beyond = [moments for moments in moment_collector.moments.values() if moments.blocks.device.type == "cpu"]
+    assert all(nbytes_of([moments.columns], moment_collector.block) > left for moments in beyond)
     assert {layers[name].in_features for name in layers} == {moments.columns for moments in (*on_device, *beyond)}
-    assert (collector.block, bool(beyond)) == expected
+    assert (moment_collector.block, bool(beyond)) == expected
 
 
 def test_a_file_of_flux_takes_a_quarter_of_a_gigabyte():
     layers = layers_of(model_named("Flux.1 dev"))
-    of_width = functools.cache(lambda columns: sum(part.nbytes for part in Moments.of(columns, BLOCKS[-1]).tensors().values()))
+    of_width = functools.cache(lambda columns: sum(part.nbytes for part in SecondMoments.of(columns, BLOCKS[-1]).tensors().values()))
     modulations = {name for name in layers if "mod" in name}
     assert len(modulations) == 76
     nbytes = sum(of_width(layer.in_features) for name, layer in layers.items() if name not in modulations) + of_width(3072)
@@ -69,10 +69,10 @@ def test_a_file_of_flux_takes_a_quarter_of_a_gigabyte():
 def test_no_more_than_half_of_what_is_free_is_taken(free):
     layers = {f"{number}.weight": torch.nn.Linear(512, 8, device="meta") for number in range(6)}
     free(5 * nbytes_of([512], None))
-    with Collector(layers) as collector:
+    with Collector(layers) as moment_collector:
         for layer in layers.values():
             layer(torch.empty(1000, 512, device="meta"))
-    assert [moments.blocks.device.type for moments in collector.moments.values()] == ["meta"] * 2 + ["cpu"] * 4
+    assert [moments.blocks.device.type for moments in moment_collector.moments.values()] == ["meta"] * 2 + ["cpu"] * 4
 
 
 @pytest.mark.fake_gpus
@@ -84,11 +84,11 @@ def test_moments_that_lie_on_the_cpu_are_those_that_would_lie_on_the_device():
     collectors[1].block = collectors[0].block
     with torch.no_grad(), collectors[0], collectors[1]:
         for number, step in enumerate(inputs):
-            for collector in collectors:
-                collector.next_step(number)
+            for moment_collector in collectors:
+                moment_collector.next_step(number)
             for layer, given in zip(layers.values(), step):
                 layer(given)
-    bounded, free = (list(collector.moments.values()) for collector in collectors)
+    bounded, free = (list(moment_collector.moments.values()) for moment_collector in collectors)
     assert [moments.blocks.device.type for moments in bounded] == ["cuda", "cuda", "cpu", "cpu"]
     assert {moments.blocks.device.type for moments in free} == {"cuda"}
     for here, there in zip(bounded, free, strict=True):

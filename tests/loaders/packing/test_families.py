@@ -5,8 +5,8 @@ import gguf
 import pytest
 import torch
 from featherweight.loaders.files.container import nbytes_of
-from featherweight.loaders.packing.planning.families import (
-    FALLBACKS, FAMILIES, GENERAL, divides_rows, family_of, half_type, with_fallback,
+from featherweight.loaders.packing.planning.packing_rules import (
+    FALLBACKS, RULES_BY_FAMILY, GENERAL_RULES, divides_rows, rules_for, half_type, with_fallback,
 )
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 
@@ -54,19 +54,19 @@ def model(request):
 
 def test_the_family_of_each_model_is_told_by_its_names(model):
     name, shapes = model
-    assert family_of(shapes).name == FAMILY_OF[name]
-    assert any(family_of(shapes).may_be_packed(*tensor) for tensor in shapes.items())
+    assert rules_for(shapes).name == FAMILY_OF[name]
+    assert any(rules_for(shapes).may_be_packed(*tensor) for tensor in shapes.items())
 
 
 def test_every_family_here_is_one_of_the_hosts():
-    assert {family.name for family in FAMILIES} - {"text encoder"} == set(FAMILY_OF.values())
+    assert {family.name for family in RULES_BY_FAMILY} - {"text encoder"} == set(FAMILY_OF.values())
 
 
 @pytest.mark.parametrize("name", NEVER_PACKED)
 def test_first_and_last_layers_are_never_packed(name):
     shapes = {key: tuple(value.shape) for key, value in
               models.host_model(models.FAMILIES[name], models.FAMILIES[name].config, "meta").state_dict().items()}
-    family = family_of(shapes)
+    family = rules_for(shapes)
     for layer in NEVER_PACKED[name]:
         wide = (4096,) * len(shapes[layer])  # the sizes of a test must not be what keeps it
         assert not family.may_be_packed(layer, wide), layer
@@ -74,7 +74,7 @@ def test_first_and_last_layers_are_never_packed(name):
 
 def test_vectors_small_ones_convolutions_and_biases_are_never_packed(model):
     _, shapes = model
-    family = family_of(shapes)
+    family = rules_for(shapes)
     packed = [name for name, shape in shapes.items() if family.may_be_packed(name, shape)]
     assert all(len(shapes[name]) == 2 and shapes[name][0] * shapes[name][1] > 1024 for name in packed)
     assert not any(name.endswith((".bias", "scale_shift_table", "modulation")) for name in packed)
@@ -85,7 +85,7 @@ def test_text_encoders_pack_their_blocks_and_lookup_table(name):
     with small_towers(ENCODERS[name]):
         clip = host_clip(ENCODERS[name], {})
     shapes = {key: tuple(value.shape) for key, value in text_model(clip).transformer.state_dict().items()}
-    family = family_of(shapes)
+    family = rules_for(shapes)
     packed = {key for key, shape in shapes.items() if family.may_be_packed(key, (4096,) * len(shape))}
     assert family.name == "text encoder"
     assert any(re.search(r"(embed_tokens|shared|token_embedding|word_embeddings)\.weight$", key) for key in packed)
@@ -94,7 +94,7 @@ def test_text_encoders_pack_their_blocks_and_lookup_table(name):
 
 
 def test_what_is_kept_is_float32_where_it_is_small_and_16_bits_elsewhere():
-    flux, sdxl, wan = (next(family for family in FAMILIES if family.name == name) for name in ("flux", "sdxl", "wan"))
+    flux, sdxl, wan = (next(family for family in RULES_BY_FAMILY if family.name == name) for name in ("flux", "sdxl", "wan"))
     assert flux.exact_type("img_in.weight", (3072, 64), "BF16") == "BF16"
     assert flux.exact_type("img_in.bias", (3072,), "BF16") == "F32"
     assert flux.exact_type("x.weight", (32, 32), "F16") == "F32"
@@ -106,8 +106,8 @@ def test_what_is_kept_is_float32_where_it_is_small_and_16_bits_elsewhere():
 def test_an_unknown_model_packs_its_numbered_blocks_only():
     shapes = {"stages.3.mix.weight": (512, 512), "time_embed.0.weight": (512, 512), "entry.weight": (512, 512),
               "stages.3.conv.weight": (512, 512, 3, 3), "stages.3.norm.weight": (512,), "final.1.weight": (512, 512)}
-    assert family_of(shapes) is GENERAL
-    assert [name for name in shapes if GENERAL.may_be_packed(name, shapes[name])] == ["stages.3.mix.weight"]
+    assert rules_for(shapes) is GENERAL_RULES
+    assert [name for name in shapes if GENERAL_RULES.may_be_packed(name, shapes[name])] == ["stages.3.mix.weight"]
 
 
 def test_what_takes_a_types_place_is_as_in_llama_cpp():

@@ -14,7 +14,7 @@ import torch
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import TYPES
 from featherweight.loaders.packing.source import of_model
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 from patched_models import dense_flux, flux_file, lora_for, patched
 from saving import save
 

@@ -16,8 +16,8 @@ from comfy.model_base import ModelType
 from comfy.supported_models import SDXL
 from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.packed_layout import is_packed
 from host_formats import in_host_format
 from patched_models import lora_for, relative, tiny_flux
 from safetensors.torch import save_file

@@ -7,7 +7,7 @@ import re
 import gguf
 import pytest
 from featherweight.loaders.files.container import nbytes_of
-from featherweight.loaders.packing.planning.families import family_of
+from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.knapsack import choose_types
 from featherweight.loaders.packing.planning.plan import (
     LOSSES, Plan, PlanError, candidates, plan_for_size, plan_for_type, relative_loss,
@@ -76,7 +76,7 @@ def shapes(request):
 
 @pytest.mark.parametrize("type_name", ["Q2_K", "Q4_K", "Q8_0"])
 def test_a_plan_for_a_size_is_never_above_it_and_hardly_below(shapes, type_name):
-    family = family_of(shapes)
+    family = rules_for(shapes)
     budget = plan_for_type(shapes, type_name, family).nbytes(shapes) + 1_000_000
     plan = plan_for_size(shapes, budget, family)
     assert 0.995 * budget <= plan.nbytes(shapes) <= budget
@@ -91,14 +91,14 @@ def least_bytes(shapes, family) -> int:
 
 
 def test_a_plan_holds_the_same_parts_exact_whatever_it_is_for(shapes):
-    family = family_of(shapes)
+    family = rules_for(shapes)
     packed = {name for name, shape in shapes.items() if family.may_be_packed(name, shape)}
     for plan in (plan_for_type(shapes, "Q4_K", family), plan_for_size(shapes, least_bytes(shapes, family) * 11 // 10, family)):
         assert {name for name, kind in plan.types.items() if kind not in ("F32", "F16", "BF16")} == packed
 
 
 def test_the_least_is_reached_and_named_below(shapes):
-    family = family_of(shapes)
+    family = rules_for(shapes)
     least = least_bytes(shapes, family)
     assert plan_for_size(shapes, least, family).nbytes(shapes) == least
     with pytest.raises(PlanError, match=r"it takes [\d.]+ [GM]B\. Ask for that much or more\.$") as refused:
@@ -109,7 +109,7 @@ def test_the_least_is_reached_and_named_below(shapes):
 
 
 def test_every_type_of_a_plan_divides_the_rows(shapes):
-    family = family_of(shapes)
+    family = rules_for(shapes)
     plan = plan_for_size(shapes, least_bytes(shapes, family) * 2, family)
     for name, kind in plan.types.items():
         if kind not in ("F32", "F16", "BF16"):
@@ -121,7 +121,7 @@ SMALL = {f"double_blocks.{index}.img_mlp.{part}.weight": (512, 512) for index in
 
 
 def test_a_measured_tensor_that_moves_the_output_gets_the_larger_type():
-    family = family_of(SMALL)
+    family = rules_for(SMALL)
     budget = plan_for_type(SMALL, "Q4_K", family).nbytes(SMALL)
     moving = "double_blocks.2.img_mlp.0.weight"
     costs = {name: {"Q3_K": 1.0 if name == moving else 1e-3} for name in SMALL if "mlp" in name}
@@ -132,7 +132,7 @@ def test_a_measured_tensor_that_moves_the_output_gets_the_larger_type():
 
 def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
     costs = {name: {"Q3_K": 1e-3, "Q4_K": 1e-4, "Q8_0": 2e-4, "Q6_K": float("nan")} for name in SMALL if "mlp" in name}
-    family = family_of(SMALL)
+    family = rules_for(SMALL)
     roomy = sum(512 * 512 * 2 for _ in costs) + 10 ** 6
     plan = plan_for_size(SMALL, roomy, family, costs)
     assert {plan.types[name] for name in costs} == {"BF16"}
@@ -146,19 +146,19 @@ def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
 
 def test_a_tensor_without_a_measurement_takes_what_others_say():
     costs = {name: {"Q4_K": 1e-3} for name in list(SMALL)[:4]}
-    plan = plan_for_size(SMALL, plan_for_type(SMALL, "Q4_K", family_of(SMALL)).nbytes(SMALL), family_of(SMALL), costs)
+    plan = plan_for_size(SMALL, plan_for_type(SMALL, "Q4_K", rules_for(SMALL)).nbytes(SMALL), rules_for(SMALL), costs)
     assert set(plan.types) == set(SMALL)
 
 
 def test_nf4_packs_matrices_of_blocks_and_no_table():
     shapes = {"encoder.block.0.layer.0.SelfAttention.q.weight": (512, 512), "shared.weight": (4096, 512)}
-    family = family_of(shapes)
+    family = rules_for(shapes)
     assert plan_for_type(shapes, "NF4", family).types == dict(zip(shapes, ("NF4", "BF16")))
     assert plan_for_type(shapes, "Q4_K", family).types == dict(zip(shapes, ("Q4_K", "Q4_K")))
 
 
 def test_each_tensor_keeps_the_16_bit_type_of_its_source():
-    plan = plan_for_type(SMALL, "Q4_K", family_of(SMALL), halves={"img_in.weight": "F16"})
+    plan = plan_for_type(SMALL, "Q4_K", rules_for(SMALL), halves={"img_in.weight": "F16"})
     assert plan.types["img_in.weight"] == "F16"
 
 

@@ -11,7 +11,7 @@ import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.files.writing import WriteError
+from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, plan_file
 from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
@@ -19,8 +19,8 @@ from featherweight.loaders.packing.save import Saved
 from featherweight.loaders.packing.source import SaveError, Source, check_saveable, of_model, unsaved_parts
 from featherweight.loaders.sizes import size_text
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.packed_layout import is_packed
 from patched_models import KINDS, dense_flux, flux_pair, flux_file, lora_for, packed_flux, patched, relative, run, tiny_flux
 from saving import save
 

@@ -8,14 +8,14 @@ import torch
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.calibration import sequential
-from featherweight.loaders.packing.calibration.collector import Collector, linear_layers, shapes_of
+from featherweight.loaders.packing.calibration.moment_collector import Collector, linear_layers, shapes_of
 from featherweight.loaders.packing.calibration.measure import types_for
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
-from featherweight.loaders.packing.planning.families import bits_per_value
+from featherweight.loaders.packing.planning.packing_rules import bits_per_value
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import of_model
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 from patched_models import dense_flux, flux_inputs, lora_for, packed_flux, patched, relative, run, tiny_flux
 from saving import save
 

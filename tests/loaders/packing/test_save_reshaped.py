@@ -7,7 +7,7 @@ from devtools.files.gguf_files import pack
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import of_file
-from featherweight.ops.tensor import is_packed
+from featherweight.ops.packed_layout import is_packed
 from saving import save
 
 CONVOLUTION, LINEAR = "input_blocks.1.0.in_layers.2.weight", "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"

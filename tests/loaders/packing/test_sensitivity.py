@@ -12,17 +12,17 @@ from families import FAMILIES, host_patcher, random_weights, shrunken_detection
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.calibration import measure as measuring
 from featherweight.loaders.packing.calibration import sampling, sensitivity
-from featherweight.loaders.packing.calibration.collector import (
+from featherweight.loaders.packing.calibration.moment_collector import (
     Collector, block_for, dense_weight, linear_layers, nbytes_of, shapes_of,
 )
 from featherweight.loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, Costs, measure, types_for
 from featherweight.loaders.packing.calibration.sampling import SamplingRun, load, random_conditioning
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError, report, summary
-from featherweight.loaders.packing.planning.families import family_of
+from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_size
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
-from featherweight.ops.packing.moments import Moments
+from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.second_moments import SecondMoments
 from patched_models import packed_flux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -61,7 +61,7 @@ def test_a_model_is_measured_without_a_prompt_and_left_as_it_was(name, monkeypat
         assert all(0 < value < 1 for value in values) and values[-1] < 0.05 * values[0], key
         assert found.moments(key).columns == found.shapes[key][1]
     shapes = shapes_of(patcher.model)
-    plan_for_size(shapes, sum(3 * value.numel() for value in before.values()) // 2, family_of(shapes), found.costs)
+    plan_for_size(shapes, sum(3 * value.numel() for value in before.values()) // 2, rules_for(shapes), found.costs)
     assert hooks_in(patcher) == 0 and "model_function_wrapper" not in patcher.model_options
     after = patcher.model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -146,7 +146,7 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
 def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
     patcher, runs = patcher_of("wan2.1-t2v", monkeypatch), []
     monkeypatch.setattr(Costs, "output_error", lambda self, layer, weight, packed: runs.append(packed) or 1e-3)
-    monkeypatch.setattr(measuring, "packed", lambda weight, kind, moments: None)
+    monkeypatch.setattr(measuring, "quantize_layer", lambda weight, kind, moments: None)
     monkeypatch.setattr(measuring, "weight_errors", lambda weight, moments, kinds: dict.fromkeys(kinds, 1.0))
     monkeypatch.setattr(measuring, "feedback_gain", lambda *_: 1.0)
     for thoroughness, of_each in (("no runs", 0), ("one run per layer", 1), ("one run per layer and type", 7)):
@@ -241,7 +241,7 @@ def test_another_file_is_refused_in_one_sentence(content, tmp_path):
 
 @pytest.fixture
 def small_file(tmp_path):
-    moments = Moments.of(256)
+    moments = SecondMoments.of(256)
     moments.add(torch.randn(64, 256))
     path = tmp_path / "a.sensitivity"
     Sensitivity({"a.weight": {"Q3_K": 0.1}}, {"a.weight": (8, 256)}, _moments=lambda name: moments).save(path)

@@ -3,8 +3,8 @@ import pytest
 import torch
 from featherweight.loaders.packing.calibration.sequential import SequentialCalibration, recorded_calls
 from featherweight.ops.format import FORMATS
-from featherweight.ops.packing import pack_tensor
-from featherweight.ops.packing.moments import Moments
+from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")
 WIDTH = 256
@@ -83,7 +83,7 @@ def error(model: Model, weights) -> float:
 def packed_apart(model: Model, calls, formats):
     """Each layer for the inputs that it has in the dense model."""
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
-    moments = {name: Moments.of(WIDTH) for name in formats}
+    moments = {name: SecondMoments.of(WIDTH) for name in formats}
     handles = [layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0]))
                for name, layer in layers.items()]
     for call in calls:

@@ -21,13 +21,13 @@ from devtools.files.bnb_files import write_bnb  # noqa: E402
 from devtools.files.gguf_files import write_gguf  # noqa: E402
 from faults import ERRORS  # noqa: E402
 from featherweight.loaders.diffusion import load_diffusion_model  # noqa: E402
-from featherweight.loaders.files import drives  # noqa: E402
+from featherweight.loaders.files import network_drives  # noqa: E402
 from featherweight.loaders.files import packed_cache  # noqa: E402
-from featherweight.loaders.lora.file import load_lora_file  # noqa: E402
+from featherweight.loaders.lora.lora_file import load_lora_file  # noqa: E402
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity  # noqa: E402
 from featherweight.loaders.packing.source import of_file  # noqa: E402
 from featherweight.ops.kernels.verdicts import Verdicts  # noqa: E402
-from featherweight.ops.tensor import is_packed, packed_tensors  # noqa: E402
+from featherweight.ops.packed_layout import is_packed, packed_tensors  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from saving import save  # noqa: E402
 
@@ -48,11 +48,11 @@ def loaded(name: str, **options):
 
 
 def copied(folder: Path) -> str:
-    os.environ[drives.SWITCH] = drives.COPY
+    os.environ[network_drives.FILES_ENV] = network_drives.COPY
     try:
         return loaded("model.gguf")(folder)
     finally:
-        del os.environ[drives.SWITCH]
+        del os.environ[network_drives.FILES_ENV]
 
 
 def kept(folder: Path, name: str = "packed") -> str:

@@ -1,0 +1,51 @@
+"""What people pick or save in the place of a weight file, told by its first bytes."""
+import codecs
+
+ARCHIVE = "it is an archive. Unpack it and pick the model file inside."
+CHECKPOINT = (
+    "it is a torch checkpoint (.pt, .pth, .ckpt, .bin) or a zip archive. Unpack it if it is an archive; otherwise "
+    "use a ComfyUI loader, or get the model as GGUF."
+)
+LFS_POINTER = "it is a git-lfs pointer, text in place of the model. Run `git lfs pull`, or download the model itself."
+OLD_GGML = "it is in a ggml format older than GGUF. Get the model as GGUF."
+
+# First bytes of what people save under a model's name, and what to do about it.
+WRONG_FORMATS = {
+    b"version https://git-lfs": LFS_POINTER,
+    b"PK\x03\x04": CHECKPOINT,
+    b"\x80\x02": CHECKPOINT,
+    b"\x80\x03": CHECKPOINT,
+    b"\x80\x04": CHECKPOINT,
+    b"\x80\x05": CHECKPOINT,
+    b"\x1f\x8b": ARCHIVE,
+    b"7z\xbc\xaf": ARCHIVE,
+    b"Rar!": ARCHIVE,
+    b"lmgg": OLD_GGML,
+    b"fmgg": OLD_GGML,
+    b"tjgg": OLD_GGML,
+    b"algg": OLD_GGML,
+    b"FUGG": "it is a big-endian GGUF file. Get the little-endian version, which is the usual one.",
+}
+
+
+def sniff_wrong_format(head: bytes) -> str:
+    """What a file with these first bytes is in place of a weight file, and what to do about it."""
+    for magic, advice in WRONG_FORMATS.items():
+        if head.startswith(magic):
+            return advice
+    if not head.strip(b"\0"):
+        return "it begins with zeros, so its download never finished. Download it again."
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text[:1] == b"<":
+        return "it is a web page, not the model; the site may want you to log in first. Download the model itself."
+    if _is_text(text[:64]):  # which is not quoted: whoever asks may not be the one who may read it
+        return "it is a text file. Download the model itself."
+    return "it begins with neither 'GGUF' nor the header of a safetensors file. Download it again, or pick another file."
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # which may be cut within a letter
+    except UnicodeDecodeError:
+        return False
+    return text.translate(dict.fromkeys(map(ord, "\t\r\n"))).isprintable()

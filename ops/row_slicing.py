@@ -1,0 +1,78 @@
+"""Rows of weights, packed or not, taken and put together without unpacking them.
+
+Where the blocks of a packed format cross rows, and where parts have different formats, the result is dense.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .product import unpack
+from .packed_layout import is_packed, packed_tensor, packed_tensors
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The values of a tensor that may be packed, in the dtype it shows: float32 for what comes packed from a file."""
+    return unpack(tensor, tensor.dtype) if is_packed(tensor) else tensor
+
+
+def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    """`tensor[index]` along the first dimension. A slice of a packed tensor shares its bytes.
+
+    tensor: (R, ...). index: a slice without a step, or int64 (n,). Returns (n, ...) in the format and dtype of `tensor`.
+    """
+    count = len(range(*index.indices(len(tensor)))) if isinstance(index, slice) else len(index)
+    if isinstance(index, slice) and count == len(tensor):
+        return tensor
+    if not rows_are_whole_blocks(tensor):
+        return dense(tensor)[index]
+    packed_format = tensor.layout_cls.format
+    data, *scale = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
+    return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *scale)
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts, one below the other.
+
+    parts: each (R_i, ...), alike in all other dimensions. Returns (sum of R_i, ...) in the dtype of the first.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    packed_format = _common_format(parts, 1)
+    if packed_format is None:
+        return torch.cat([dense(part) for part in parts])
+    columns = parts[0].shape[1:].numel()
+    data, *scale = (torch.cat(piece) for piece in zip(*(_rows(part, columns) for part in parts)))
+    return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype, *scale)
+
+
+def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts in turn: the first of each, then the second of each, and so on.
+
+    parts: P tensors of one shape (..., R, K). Returns (..., P * R, K) in the dtype of the first.
+    """
+    *outer, rows, columns = parts[0].shape
+    shape = (*outer, len(parts) * rows, columns)
+    packed_format = _common_format(parts, -1)
+    if packed_format is None:
+        return torch.stack([dense(part) for part in parts], -2).reshape(shape)
+    count = parts[0].shape[:-1].numel()
+    pieces = zip(*(_rows(part, columns) for part in parts))
+    data, *scale = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1) for same in pieces)
+    return packed_tensor(packed_format, data, shape, parts[0].dtype, *(part.flatten() for part in scale))
+
+
+def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
+    """What a packed tensor holds, one row of `columns` values below the other."""
+    return tensor.layout_cls.format.rows(packed_tensors(tensor), columns, slice(None))
+
+
+def _common_format(parts: Sequence[Tensor], axis: int):
+    """The packed format of all parts, None where they differ or their rows cannot be moved as bytes."""
+    formats = {part.layout_cls.format if rows_are_whole_blocks(part, axis) else None for part in parts}
+    return formats.pop() if len(formats) == 1 else None
+
+
+def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> bool:
+    """Whether what is in the dimensions from `axis` on is whole blocks. False for tensors that are not packed."""
+    return is_packed(tensor) and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0

@@ -1,0 +1,187 @@
+"""A worker of Ray is a whole ComfyUI: it draws what a plain one draws, by code that it was sent."""
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+
+import pytest
+from devtools import ROOT
+from featherweight.cluster import embedded_comfyui
+from featherweight.cluster.graph import GraphError, with_result
+from featherweight.cluster.comfyui_install import MachineError
+from featherweight.cluster.worker import PromptWorker
+
+from .conftest import changes, workflow
+
+ray = pytest.importorskip("ray")
+LOADER = """
+import sys, types
+pack = types.ModuleType("featherweight")
+pack.__path__ = [{root!r}]
+sys.modules["featherweight"] = pack
+from featherweight.cluster import host
+{code}
+"""
+
+
+def answering_worker() -> type[PromptWorker]:
+    """A worker that gives what its ComfyUI answers too."""
+    class AnsweringWorker(PromptWorker):
+        async def answer(self, graph):
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.host.run, graph)
+
+    return AnsweringWorker
+
+
+@pytest.fixture(scope="module")
+def worker(cluster):
+    """On the machine whose pack has another name."""
+    actor = ray.remote(answering_worker()).options(num_cpus=1, max_concurrency=8, label_selector={
+        "ray.io/node-id": cluster.nodes["attic"].node_id}).remote()
+    yield actor
+    ray.kill(actor)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    """A process that lives may have a number that no process has here, as in another container with the same /tmp."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import time; made = host.make_scratch(); print(made[0], flush=True); time.sleep(1000)"
+    script = LOADER.format(code=code, root=str(ROOT))
+    killed, alive = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
+                                      env={**os.environ, "TMPDIR": str(tmp_path)}) for _ in range(2))
+    try:
+        folders = [process.stdout.readline().strip() for process in (killed, alive)]
+        killed.kill()
+        killed.wait()
+        other = tmp_path / f"{embedded_comfyui.SCRATCH}999999999-b"  # as that of the live one would be called there
+        os.rename(folders[1], other)
+        for name in (f"{embedded_comfyui.SCRATCH}of-a-person", "other"):
+            (tmp_path / name).mkdir()
+        embedded_comfyui.sweep_dead()
+        assert sorted(os.listdir(tmp_path)) == sorted([other.name, f"{embedded_comfyui.SCRATCH}of-a-person", "other"])
+    finally:
+        for process in (killed, alive):
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
+    found = embedded_comfyui.EmbeddedComfyUI.__new__(embedded_comfyui.EmbeddedComfyUI)
+    found.scratch = str(tmp_path)
+    (tmp_path / "output").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "output" / name).write_text(name)
+    outputs = {"9:1": {"images": [{"filename": "a"}]}, "9-1": {"images": [{"filename": "b"}]}}
+    assert found._files(outputs) == found._files(dict(reversed(outputs.items()))) == {"9-1_0": b"b", "9-1_1": b"a"}
+
+
+def begin(worker, graph, prompt_id="", extra=None):
+    """What is told of a prompt, as it comes."""
+    return worker.draw.options(num_returns="streaming").remote(
+        with_result(graph, ["8", 0]), extra or {}, prompt_id or str(uuid.uuid4()))
+
+
+def told(stream):
+    """All (event, data) of a stream that are still to come."""
+    return [ray.get(ref, timeout=300) for ref in stream]
+
+
+def drawn(worker, graph):
+    """(files, images) of a prompt's answer."""
+    answer = ray.get(worker.answer.remote(graph), timeout=300)
+    return answer.files, answer.images
+
+
+def test_a_worker_draws_what_a_plain_comfyui_draws(worker, plain):
+    texts = [changes(index) for index in range(3)]
+    graphs = [workflow(text["4.text"], text["7.seed"]) for text in texts]
+    files = [drawn(worker, graph)[0] for graph in graphs]
+    assert [list(found) for found in files] == [["9_0.png"]] * 3
+    assert [found["9_0.png"] for found in files] == [plain(graph) for graph in graphs]
+
+
+def test_a_worker_says_where_it_is(worker, cluster):
+    info, unfit = ray.get(worker.ready.remote(), timeout=300)
+    assert (info["name"], info["node"], unfit) == ("attic", cluster.nodes["attic"].node_id, "")
+
+
+def test_pictures_come_back_as_a_tensor(worker):
+    graph = workflow(save=False)
+    files, images = drawn(worker, with_result(graph, ["8", 0]))
+    assert files == {}
+    assert images.shape == (1, 128, 128, 3)
+    assert told(begin(worker, graph))[-1][1].tobytes() == images.numpy().tobytes()
+
+
+def test_a_graph_drawn_again_gives_its_files_again_byte_for_byte(worker):
+    """Though the host has its answer, not its files; another graph between them or not."""
+    found = [drawn(worker, workflow(seed=seed))[0] for seed in (11, 11, 12, 11)]
+    assert list(found[0]) == ["9_0.png"]
+    assert found[0] == found[1] == found[3] != found[2]
+
+
+@pytest.mark.parametrize("place, value, error, said", [
+    ("7.sampler_name", "no_such_sampler", GraphError, "node 7 .KSampler.*no_such_sampler"),
+    ("60.lora_name", "no_such_lora.safetensors", MachineError, "no file 'no_such_lora.safetensors' .60.lora_name"),
+    ("1.model_name", "no_such_model.gguf", MachineError, "no file 'no_such_model.gguf' .1.model_name")])
+def test_what_is_wrong_is_said_and_whose_fault_it_is(worker, place, value, error, said):
+    graph = workflow()
+    node, name = place.split(".")
+    graph[node]["inputs"][name] = value
+    with pytest.raises(error, match=said):
+        drawn(worker, graph)
+
+
+def test_a_class_that_is_not_there_is_the_machines_fault(worker):
+    graph = workflow()
+    graph["9"]["class_type"] = "SaveImageOfAnotherPack"
+    with pytest.raises(MachineError, match="no node 'SaveImageOfAnotherPack'"):
+        drawn(worker, graph)
+
+
+def test_cancelling_one_prompt_leaves_the_others(worker, plain):
+    """The first runs, the second waits: the second's cancel does not end the first, and the next picture is right."""
+    first = begin(worker, workflow(seed=21, steps=40))
+    for seed in (22, 23):  # waits; runs
+        other = begin(worker, workflow(seed=seed, steps=400), f"{seed}")
+        if seed == 23:
+            assert ray.get(next(other), timeout=300) == ("begins", "attic")
+        ray.get(worker.cancel.remote(f"{seed}"), timeout=300)
+        assert {event for event, _ in told(other)} <= {"begins", "progress"}  # and no pictures
+        if seed == 22:
+            assert told(first)[-1][0] == "images"
+    assert drawn(worker, workflow(seed=24))[0]["9_0.png"] == plain(workflow(seed=24))
+
+
+def test_prompts_are_drawn_in_the_order_they_came(worker):
+    """The host's queue takes prompts of one number by their names, which are random."""
+    def tasks_of(worker):
+        return worker.host.server.prompt_queue.get_tasks_remaining()
+
+    deadline, waiting = time.monotonic() + 300, []
+    for seed in range(25, 31):
+        graph = workflow(seed=seed, steps=2000 if seed == 25 else 2)  # the first until all are there
+        waiting.append(begin(worker, graph, f"{seed}").completed())
+        while ray.get(worker.__ray_call__.remote(tasks_of), timeout=300) < len(waiting):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    ray.get(worker.cancel.remote("25"), timeout=300)
+    ended, left = [], waiting
+    while left:
+        done, left = ray.wait(left, timeout=300)
+        assert done
+        ended += done
+    assert ended == waiting
+
+
+def test_progress_and_previews_come_while_it_draws(worker):
+    events = told(begin(worker, workflow(seed=31, steps=6), extra={"preview_method": "latent2rgb"}))
+    names = [event for event, _ in events]
+    assert names[0] == "begins" and names[-1] == "images"
+    assert names.count("progress") == 6
+    previews = [data for event, data in events if event == "preview"]
+    assert previews and all(data.startswith((b"\xff\xd8", b"\x89PNG")) for data in previews)
