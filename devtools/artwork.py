@@ -1,4 +1,8 @@
-"""python -m devtools.artwork: draws media/icon.png and media/banner.png, a feather made of packed blocks."""
+"""python -m devtools.artwork: draws media/icon.png and media/banner.png, a feather made of packed blocks.
+
+It also cuts docs/images/first_picture.png, the README's screenshot, out of the one that
+tests/server/test_browser.py leaves in .dev/screenshots.
+"""
 import math
 
 import numpy as np
@@ -7,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from devtools import ROOT
 
 MEDIA = ROOT / "media"
+SCREENSHOT = ROOT / ".dev" / "screenshots" / "picture.png"
+WORKFLOW = (404, 80, 1320, 752)  # left, top, right and bottom of the demo's workflow on it
 BACKGROUND, QUILL, TEXT, QUIET = "#14181f", "#e8edf2", "#f4f7fa", "#9fb0c0"
 LINES = (("Featherweight", 0.3, 0.155, TEXT), ("GGUF, NF4, FP4 and int8 models in ComfyUI,", 0.53, 0.062, QUIET),
          ("packed in memory, with exact LoRA", 0.62, 0.062, QUIET))  # text, top and height in heights of the banner, colour
@@ -64,3 +70,6 @@ if __name__ == "__main__":
     MEDIA.mkdir(exist_ok=True)
     icon().save(MEDIA / "icon.png", optimize=True)
     banner().save(MEDIA / "banner.png", optimize=True)
+    if SCREENSHOT.is_file():
+        picture = Image.open(SCREENSHOT).convert("RGB").crop(WORKFLOW).quantize(128)
+        picture.save(ROOT / "docs" / "images" / "first_picture.png", optimize=True)

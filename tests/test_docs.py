@@ -11,10 +11,14 @@ from pack_nodes import node_list
 from devtools import ROOT
 from devtools.host import environment
 from devtools.measure import model_sizes
+from devtools.workflows import WORKFLOWS
+from devtools.workflows.__main__ import index
 
-README, RECIPES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
-# Words of a text that are a file or the first folder of a path.
-FILE_OR_FOLDER = re.compile(r"(?<![\w/*])\w+(?:\.py\b|(?=/))")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.S) for name in (
+    "CONTRIBUTING.md", "docs/architecture.md"))
+ROOMS = ("nodes", "cluster", "loaders", "ops")
+HOST_NAMES = ("add_patches",)
 
 
 def test_the_readme_names_every_ggml_type():
@@ -29,24 +33,23 @@ def test_the_readme_has_a_row_for_every_node_of_ours():
             if schema.node_id.startswith("Featherweight") and f"\n| {schema.display_name} |" not in rows] == []
 
 
-def test_the_map_of_the_readme_names_every_folder_and_nothing_that_is_gone():
-    mapped = set(FILE_OR_FOLDER.findall(README.split("## Map")[1].split("```")[1]))
-    rooms = [ROOT / name for name in ("nodes", "cluster", "loaders", "ops")]
-    there = [path for folder in (ROOT, *rooms) for path in folder.iterdir()]
-    assert mapped <= {path.name for path in there}
-    assert {path.name for path in there if path.parent != ROOT and (path / "__init__.py").exists()} <= mapped
+def test_architecture_names_every_folder_and_nothing_that_is_gone():
+    paths = set(re.findall(r"`([\w/]+(?:/|\.py))`", ARCHITECTURE))
+    assert [path for path in paths if "/" in path and not (ROOT / path).exists()] == []
+    folders = {f"{path.parent.relative_to(ROOT).as_posix()}/" for room in ROOMS for path in (ROOT / room).glob("*/__init__.py")}
+    assert folders | {f"{room}/" for room in ROOMS} <= paths
 
 
-def test_the_way_of_a_weight_names_what_is_there():
-    way = README.split("each room once:")[1].split("A new format")[0]
-    steps = re.findall(r"^\d\. ", way, re.M)
-    files = [word for word in re.findall(r"`([^`]+)`", way) if word.endswith(".py")]
-    assert 0 < len(steps) <= 12 and len(files) >= 10
-    for step in re.split(r"^\d\. ", way, flags=re.M)[1:]:
+@pytest.mark.parametrize("way", re.findall(r"^## (The way of .*)$", ARCHITECTURE, re.M))
+def test_each_way_names_what_is_there(way):
+    steps = re.split(r"^\d\. ", ARCHITECTURE.split(f"## {way}")[1].split("\n## ")[0], flags=re.M)[1:]
+    assert len(steps) > 3
+    for step in steps:
         quoted = re.findall(r"`([^`]+)`", step)
         sources = "".join((ROOT / word).read_text(encoding="utf-8") for word in quoted if word.endswith(".py"))
-        for name in (word for word in quoted if not word.endswith(".py")):
-            assert re.search(rf"^(def|class) {name}\b", sources, re.M), name
+        for name in quoted:
+            assert name.endswith(".py") or "." in name or name in HOST_NAMES or re.search(
+                rf"^(def|class) {name}\b", sources, re.M), name
 
 
 def test_files_and_tests_that_the_recipes_name_are_there():
@@ -81,8 +84,9 @@ def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
     assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")],
-                         ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "example_workflows" / "README.md", *(ROOT / "docs").glob("*.md"),
+], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_within_the_repository_lead_somewhere(path):
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
         file, _, heading = link.partition("#")
@@ -90,3 +94,8 @@ def test_links_within_the_repository_lead_somewhere(path):
         assert target.exists(), link
         headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
         assert not heading or heading in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings], link
+
+
+def test_the_page_of_the_example_workflows_is_the_one_that_is_written():
+    page = (ROOT / "example_workflows" / "README.md").read_text(encoding="utf-8")
+    assert page == index([make() for make in WORKFLOWS])

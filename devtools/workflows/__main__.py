@@ -4,7 +4,14 @@ import tempfile
 
 from devtools.host.server import Server
 from devtools.workflows import FOLDER, WORKFLOWS
-from devtools.workflows.editor import as_ui
+from devtools.workflows.editor import Workflow, as_ui
+
+HEAD = """# Example workflows
+
+In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each workflow says which file goes into
+which folder and what memory it takes. `python -m devtools.workflows` writes them and this page, and
+`devtools/workflows/pictures.py` their pictures.
+"""
 
 
 def written(workflow: dict) -> str:
@@ -20,10 +27,22 @@ def written(workflow: dict) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def index(workflows: list[Workflow]) -> str:
+    """The page of the folder: a row for each workflow."""
+    rows = "\n".join(f"| {workflow.name} | {_first_paragraph(workflow.about)} |" for workflow in workflows)
+    return f"{HEAD}\n| workflow | what it shows |\n|---|---|\n{rows}\n"
+
+
+def _first_paragraph(text: str) -> str:
+    return " ".join(text.strip().split("\n\n")[0].split())
+
+
 def main():
+    workflows = [make() for make in WORKFLOWS]
+    (FOLDER / "README.md").write_text(index(workflows), encoding="utf-8")
     with tempfile.TemporaryDirectory() as base, Server(base) as server:
         object_info = server.object_info()
-    for workflow in (make() for make in WORKFLOWS):
+    for workflow in workflows:
         (FOLDER / f"{workflow.name}.json").write_text(written(as_ui(workflow, object_info)), encoding="utf-8")
         print(workflow.name)
 
