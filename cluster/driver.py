@@ -1,7 +1,7 @@
 """The process between ComfyUI and Ray: a cluster that goes away, or Ray itself, ends no ComfyUI, which imports no ray.
 
-ComfyUI (`cluster/driver_pool.py`) writes requests to its standard input, and it answers on its standard output, see `messages.py`. It
-ends when its input does, so it does not outlive ComfyUI, nor does a Ray that it started itself.
+ComfyUI (`cluster/driver_pool.py`) writes requests to its standard input, and it answers on its standard output, see
+`messages.py`. It ends when its input does, so it does not outlive ComfyUI, nor does a Ray that it started itself.
 """
 import contextlib
 import logging

@@ -149,8 +149,10 @@ class EmbeddedComfyUI:
         """
         prompt_id = prompt_id or str(uuid.uuid4())
         if any(node["class_type"] == RESULT_NODE for node in graph.values()):
-            graph = {name: {**node, "inputs": {**node["inputs"], "key": prompt_id}} if node["class_type"] == RESULT_NODE else node
-                     for name, node in graph.items()}
+            graph = {
+                name: {**node, "inputs": {**node["inputs"], "key": prompt_id}} if node["class_type"] == RESULT_NODE else node
+                for name, node in graph.items()
+            }
         listener = PromptListener(prompt_id, on_event, self._started)
         with self.lock:
             self.listeners[prompt_id] = listener

@@ -135,9 +135,11 @@ def _clip_type(path: str, encoders: int) -> str:
         pipeline = "" if has_unet else "Flux"
     known = next((kind for start, kind in CLIP_TYPES.items() if pipeline.lower().startswith(start)), None)
     if known is None and encoders > 1 and not has_unet:  # those with a U-Net are Stable Diffusion's and its relatives'
-        raise WeightFileError(f"{os.path.basename(path)} was saved from the pipeline {safe_repr(pipeline)}, whose {encoders} text"
-                              " encoders are of no known set. Load its folders one by one: the model with Load Diffusion Model,"
-                              " the text encoders with Load Text Encoder (Featherweight).")
+        raise WeightFileError(
+            f"{os.path.basename(path)} was saved from the pipeline {safe_repr(pipeline)}, whose {encoders} text"
+            " encoders are of no known set. Load its folders one by one: the model with Load Diffusion Model,"
+            " the text encoders with Load Text Encoder (Featherweight)."
+        )
     return known or "stable_diffusion"
 
 

@@ -88,9 +88,10 @@ def reject_partial_conversion(file: WeightFile, state_dict: dict[str, torch.Tens
         left, missing = sorted(names.unexpected_keys), names.missing_keys
         if left and missing:
             raise WeightFileError(
-                f"{file.path.name} makes only a part of a model in ComfyUI's names: {join_some(map(safe_repr, missing))} would be"
-                f" zeros, and for {join_some(map(safe_repr, left))} there is no place. Download it again where a part of it may be"
-                " missing; otherwise update ComfyUI, or get the model in ComfyUI's names.")
+                f"{file.path.name} makes only a part of a model in ComfyUI's names: {join_some(map(safe_repr, missing))} would"
+                f" be zeros, and for {join_some(map(safe_repr, left))} there is no place. Download it again where a part of it"
+                f" may be missing; otherwise update ComfyUI, or get the model in ComfyUI's names."
+            )
 
     if state_dict.keys() <= file.entries.keys():
         return contextlib.nullcontext()

@@ -260,8 +260,10 @@ def find_sensitivity(name: str) -> str:
         candidates = [os.path.join(directory, inside) for directory in folders]
     found = next((path for path in candidates if path.endswith(SENSITIVITY) and os.path.isfile(path)), None)
     if found is None:
-        raise WeightFileError(f"{display_name(name)} is in none of the folders of measurements ({', '.join(folders)}). Measure the"
-                              " model, put the file there, or pick another one.")
+        raise WeightFileError(
+            f"{display_name(name)} is in none of the folders of measurements ({', '.join(folders)}). Measure the"
+            " model, put the file there, or pick another one."
+        )
     return found
 
 
@@ -332,6 +334,8 @@ def resolve_saved_path(path: str) -> str:
     saved = (not _is_unsafe_name(os.path.splitdrive(path)[1]) and any(_is_inside(path, folder) for folder in folders)
              and not _is_in_program_folder(path) and (path.lower().endswith(SAVED) or os.path.isdir(path)))
     if not saved or not os.path.exists(path):
-        raise WeightFileError(f"{display_name(path)} is no model in ComfyUI's output or in its model folders. Connect the path that"
-                              " Save Packed Model (Featherweight) gives, or pick a file.")
+        raise WeightFileError(
+            f"{display_name(path)} is no model in ComfyUI's output or in its model folders. Connect the path that"
+            " Save Packed Model (Featherweight) gives, or pick a file."
+        )
     return path

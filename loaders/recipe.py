@@ -28,8 +28,8 @@ def register_loader(kind: str) -> Callable[[Callable], Callable]:
 class Recipe:
     """A call that loads the same model again and returns its patcher.
 
-    loader: the kind of model that a function was registered for by `register_loader`. paths: of the files and folders. options: what else
-    that function takes, by name.
+    loader: the kind of model that a function was registered for by `register_loader`. paths: of the files and folders. options:
+    what else that function takes, by name.
     """
 
     loader: str

@@ -20,8 +20,10 @@ def combo_options(node: type, name: str) -> list[str]:
 
 def encoder_types(*node_ids: str) -> list[str]:
     """The types that the host's own loaders of text encoders offer, in their order; all it knows where one offers none."""
-    offered = [combo_options(host_nodes.NODE_CLASS_MAPPINGS[node_id], "type") if node_id in host_nodes.NODE_CLASS_MAPPINGS else []
-               for node_id in node_ids]
+    offered = [
+        combo_options(host_nodes.NODE_CLASS_MAPPINGS[node_id], "type") if node_id in host_nodes.NODE_CLASS_MAPPINGS else []
+        for node_id in node_ids
+    ]
     if not all(offered):
         offered.append([clip_type.name.lower() for clip_type in comfy.sd.CLIPType])
     return list(dict.fromkeys(name for names in offered for name in names))

@@ -75,7 +75,11 @@ class RunOnRay(io.ComfyNode):
         if "FeatherweightRunOnRay" in classes(part):
             raise GraphError("One Run on Ray is before another: its workers would wait for workers. Leave one of them out.")
         changes = make_variants(part, count, texts)
-        gathering, bar, show = ImageCollector(count, nodes_affected(part, changes)), comfy.utils.ProgressBar(count), text_sender()
+        gathering, bar, show = (
+            ImageCollector(count, nodes_affected(part, changes)),
+            comfy.utils.ProgressBar(count),
+            text_sender(),
+        )
 
         def on_event(header, data):
             gathering.tell(header, data)

@@ -65,7 +65,14 @@ class OrthogonalAdapter(NamedTuple):
     dora_scale: torch.Tensor | None = None
 
 
-ADAPTER_FIELDS = {LoRAAdapter: LoRA, LoHaAdapter: LoHa, LoKrAdapter: LoKr, GLoRAAdapter: GLoRA, OFTAdapter: OrthogonalAdapter, BOFTAdapter: OrthogonalAdapter}
+ADAPTER_FIELDS = {
+    LoRAAdapter: LoRA,
+    LoHaAdapter: LoHa,
+    LoKrAdapter: LoKr,
+    GLoRAAdapter: GLoRA,
+    OFTAdapter: OrthogonalAdapter,
+    BOFTAdapter: OrthogonalAdapter,
+}
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)  # add to the weight what does not depend on it, unless they have a DoRA scale
 
 
@@ -169,7 +176,9 @@ def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, in
     known; the host reads some GLoRAs in two ways, by it.
     """
     if isinstance(value, WeightAdapterBase):
-        return _adapter_shape(adapter_fields(value), target) if all(tensor.ndim > 1 for tensor in adapter_tensors(value)) else None
+        return (
+            _adapter_shape(adapter_fields(value), target) if all(tensor.ndim > 1 for tensor in adapter_tensors(value)) else None
+        )
     tensor = _whole_tensor(value)
     if tensor is None:
         return None, None

@@ -85,7 +85,9 @@ class PackedLayer:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars=True)
         if not keep_vars:
-            destination |= {prefix + name: for_state_dict(param) for name, param in self._parameters.items() if param is not None}
+            destination |= {
+                prefix + name: for_state_dict(param) for name, param in self._parameters.items() if param is not None
+            }
 
     def _apply(self, fn, recurse=True):
         # torch would rebuild the parameters in place, which unpacks them.
@@ -116,13 +118,17 @@ class PackedLayer:
         if not isinstance(weight, QuantizedTensor):
             if not patched:
                 return weight
-            return stochastic_rounding.stochastic_round(self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)), dtype)
+            return stochastic_rounding.stochastic_round(
+                self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)), dtype
+            )
         if not patched:
             plain = product.plain_values(weight, dtype)
             return self.dense_weight(weight, dtype) if plain is None else plain
         if is_packed(weight) and self.lora.acts_on_rows and self.patch_dtype is None:
             return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
-        return stochastic_rounding.stochastic_round(self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)), dtype)
+        return stochastic_rounding.stochastic_round(
+            self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)), dtype
+        )
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """The dense weight the host adds patches to."""

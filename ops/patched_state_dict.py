@@ -8,8 +8,9 @@ import torch
 class PatchedWeights(MutableMapping, dict):
     """A state dict that gives packed weights dense, with their patches in them, whenever they are read.
 
-    In every way of reading a dict: lookups, `get`, `make_variants`, `values`, `dict(...)`, `**`. Going over `make_variants` or `values`
-    unpacks one weight at a time, `copy` and `|` none before they are read, and whoever only lists names or counts them none.
+    In every way of reading a dict: lookups, `get`, `make_variants`, `values`, `dict(...)`, `**`. Going over `make_variants` or
+    `values` unpacks one weight at a time, `copy` and `|` none before they are read, and whoever only lists names or counts them
+    none.
 
     weights: name -> tensor. lazy: the names of those that `dense` (name -> tensor) makes when they are read.
     """

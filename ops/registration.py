@@ -97,7 +97,9 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
     packed_format = _format(format)
     expected = 2 if packed_format.scales_apart else 1
     _check(len(packed) == expected, lambda: f"A weight in {format} has {expected} tensors, not {len(packed)}.")
-    _check(packed[0].dtype == torch.uint8, lambda: f"The bytes of a weight in {format} are {_describe(packed[0])}, not of uint8.")
+    _check(
+        packed[0].dtype == torch.uint8, lambda: f"The bytes of a weight in {format} are {_describe(packed[0])}, not of uint8."
+    )
     length, size = packed_format.block_length, packed_format.block_bytes
     held = packed[0].numel() * length // size
     fits = packed[0].numel() == -(-values * size // length) if whole else held >= values

@@ -95,7 +95,9 @@ def reject_wrong_encoders(names: Sequence[str], kinds: Sequence[str | None], cli
 
 
 def reject_missing_tokenizers(names: Sequence[str], kinds: Sequence[str | None], weights: Sequence[Mapping[str, torch.Tensor]]):
-    """Raise WeightFileError for an encoder whose tokenizer is in none of the files. names, kinds: as in `reject_wrong_encoders`."""
+    """Raise WeightFileError for an encoder whose tokenizer is in none of the files. names, kinds: as in
+    `reject_wrong_encoders`.
+    """
     for name, kind in zip(names, kinds):
         wanted = TOKENIZER_OF.get(kind)
         if wanted is not None and not any(wanted in part for part in weights):

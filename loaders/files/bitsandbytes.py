@@ -96,7 +96,9 @@ class _PartsOfWeights:
         """The packed tensor of a 4-bit weight; its parts are taken out of the tensors."""
         if quant_type not in QUANT_TYPES:
             known = " and ".join(QUANT_TYPES)
-            raise self.error(key, f"{safe_repr(key)} names the quant_type {safe_repr(quant_type)}; {known} are supported", OTHER_FORM)
+            raise self.error(
+                key, f"{safe_repr(key)} names the quant_type {safe_repr(quant_type)}; {known} are supported", OTHER_FORM
+            )
         if any(f"{weight}.quant_state.bitsandbytes__{other}" in self.tensors for other in QUANT_TYPES if other != quant_type):
             raise self.error(key, f"{safe_repr(weight)} has two quant_states")
         state = self.quant_state(key, quant_type)
@@ -107,13 +109,19 @@ class _PartsOfWeights:
             raise self.error(key, f"{safe_repr(weight)} is missing, whose {safe_repr(key)} is there")
         stored = self.tensors[weight]
         if stored.dtype not in STORAGE_DTYPES:
-            raise self.error(key, f"{safe_repr(weight)} has the type {self.entries[weight].format}, not one that bitsandbytes keeps"
-                                  f" 4-bit codes in")
+            raise self.error(
+                key,
+                f"{safe_repr(weight)} has the type {self.entries[weight].format}, not one that bitsandbytes keeps"
+                f" 4-bit codes in",
+            )
         codes = stored.contiguous().view(-1).view(torch.uint8)
         needed = -(-values // 2)
         if not needed <= len(codes) < needed + stored.dtype.itemsize:
-            raise self.error(key, f"{safe_repr(key)} gives {safe_repr(weight)} the shape {safe_repr(state['shape'])}, whose codes take"
-                                  f" {needed} bytes, but it has {len(codes)}")
+            raise self.error(
+                key,
+                f"{safe_repr(key)} gives {safe_repr(weight)} the shape {safe_repr(state['shape'])}, whose codes take"
+                f" {needed} bytes, but it has {len(codes)}",
+            )
         blocks = -(-values // packed_format.block_length)
         absmax = self.absmax(weight, state, blocks)
         code = self.part(f"{weight}.quant_map", weight, "codebook")
@@ -149,8 +157,11 @@ class _PartsOfWeights:
         key = f"{weight}.absmax"
         absmax = self.part(key, weight, "scales").view(-1)
         if len(absmax) != blocks:
-            raise self.error(key, f"{safe_repr(key)} has {len(absmax)} scales, {safe_repr(weight)} of shape {safe_repr(state['shape'])} has"
-                                  f" {blocks} blocks of {state['blocksize']}")
+            raise self.error(
+                key,
+                f"{safe_repr(key)} has {len(absmax)} scales, {safe_repr(weight)} of shape {safe_repr(state['shape'])} has"
+                f" {blocks} blocks of {state['blocksize']}",
+            )
         if absmax.is_floating_point():
             return absmax.float()
         if absmax.dtype != torch.uint8:
@@ -163,8 +174,11 @@ class _PartsOfWeights:
             raise self.error(key, f"{safe_repr(key)} is quantised itself, but the quant_state of {safe_repr(weight)} gives"
                                   f" nested_blocksize {safe_repr(length)} and nested_offset {safe_repr(offset)}")
         if len(scales) != -(-blocks // length) or len(code) != 256:
-            raise self.error(key, f"{safe_repr(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
-                                  f" {len(code)} values in its nested_quant_map, expected {-(-blocks // length)} and 256")
+            raise self.error(
+                key,
+                f"{safe_repr(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
+                f" {len(code)} values in its nested_quant_map, expected {-(-blocks // length)} and 256",
+            )
         # bitsandbytes 0.50 `functional.dequantize_4bit`: each step rounds to float32.
         return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(offset, dtype=torch.float32))
 
@@ -176,7 +190,9 @@ class _PartsOfWeights:
             raise self.error(key, f"{safe_repr(weight)} has both {safe_repr(key)} and {safe_repr(f'{layer}.comfy_quant')}")
         if values is None or values.dtype != torch.int8 or values.ndim != 2 or not values.numel():
             found = "missing" if values is None else f"{self.entries[weight].format} {list(values.shape)}"
-            raise self.error(key, f"{safe_repr(weight)}, to which {safe_repr(key)} belongs, is {found}, expected I8 [rows, columns]")
+            raise self.error(
+                key, f"{safe_repr(weight)}, to which {safe_repr(key)} belongs, is {found}, expected I8 [rows, columns]"
+            )
         if len(scales) != len(values) or not scales.is_floating_point():
             raise self.error(key, f"{safe_repr(key)} has {len(scales)} scales of type {self.entries[key].format},"
                                   f" {safe_repr(weight)} has {len(values)} rows")

@@ -39,8 +39,11 @@ class ModelFolder(SafetensorsFile):
         for name, file in index.items():
             entry = self.entries.get(name)
             if entry is None or self.paths[entry.part].name != file:
-                raise _error(folder, f"its index says that {safe_repr(name)} is in {file}, where it is not. Download all files of"
-                                     f" the folder again from one place.")
+                raise _error(
+                    folder,
+                    f"its index says that {safe_repr(name)} is in {file}, where it is not. Download all files of"
+                    f" the folder again from one place.",
+                )
 
     @property
     def kind(self) -> str:
@@ -63,7 +66,9 @@ def file_inside(folder: Path, name: str) -> Path:
     real, place = os.path.realpath(folder / name), Path(os.path.realpath(folder))
     blobs = [parent.parent / "blobs" for parent in place.parents if parent.name == "snapshots"]
     if not any(real.startswith(os.path.join(inside, "")) for inside in (place, *blobs)):
-        raise _error(folder, f"its {safe_repr(name)} is a link to {safe_repr(real)}, outside of the folder. Put the file itself there.")
+        raise _error(
+            folder, f"its {safe_repr(name)} is a link to {safe_repr(real)}, outside of the folder. Put the file itself there."
+        )
     return folder / name
 
 
@@ -133,8 +138,11 @@ def _files_of_index(folder: Path, name: str) -> tuple[list[Path], dict[str, str]
     files = sorted(set(index.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise _error(folder, f"{display_name(missing[0])} is missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of"
-                             f" the {len(files)} files its {name} lists. Download all of them into it.")
+        raise _error(
+            folder,
+            f"{display_name(missing[0])} is missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of"
+            f" the {len(files)} files its {name} lists. Download all of them into it.",
+        )
     return [file_inside(folder, file) for file in files], index
 
 

@@ -42,8 +42,9 @@ class GGUFFile(WeightFile):
         metadata = ChainMap(*(header.metadata for header in headers))
         if rotation := next((key for key in metadata if key.startswith(ROTATION)), None):
             raise WeightFileError(
-                f"{path.name}: its weights are rotated ({safe_repr(rotation)} in its metadata), and only the llama.cpp of PrismML"
-                f" rotates the inputs of its layers to match. Get a conversion of the model that is not rotated.")
+                f"{path.name}: its weights are rotated ({safe_repr(rotation)} in its metadata), and only the llama.cpp of"
+                f" PrismML rotates the inputs of its layers to match. Get a conversion of the model that is not rotated."
+            )
         formats_by_type = _formats_by_type(headers)
         entries: dict[str, Entry] = {}
         for part, header in enumerate(headers):

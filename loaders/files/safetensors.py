@@ -125,8 +125,10 @@ def _read_header(path: Path, buffer, part: int, dtypes: Mapping[str, torch.dtype
         if not numbers:
             raise damaged(f"the description of {safe_repr(name)} is {safe_repr(info)}, not a dtype, shape and two data_offsets")
         if not isinstance(dtype, str) or dtype not in dtypes:
-            raise WeightFileError(f"{path.name}: {safe_repr(name)} has the type {safe_repr(dtype)}, which cannot be read. Supported "
-                                  f"are {', '.join(dtypes)}. Get another conversion, or update this pack.")
+            raise WeightFileError(
+                f"{path.name}: {safe_repr(name)} has the type {safe_repr(dtype)}, which cannot be read. Supported "
+                f"are {', '.join(dtypes)}. Get another conversion, or update this pack."
+            )
         nbytes = math.prod(shape) * dtypes[dtype].itemsize
         if last - first != nbytes:
             raise damaged(f"{safe_repr(name)} of type {dtype} and shape {shape} takes {nbytes} bytes, {last - first} are given")

@@ -49,8 +49,10 @@ def _text_encoder_names(file, layers: set[str]) -> dict[str, str]:
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}.get(architecture)
     # llama.cpp permutes the rows of q and k of these, by a number of heads that an adapter does not hold.
     if known is None or architecture == "llama":
-        raise WeightFileError(f"{file.path.name} is a LoRA for a text encoder of kind {safe_repr(architecture or 'unnamed')}, which"
-                              " is not supported as GGUF. Get it as safetensors.")
+        raise WeightFileError(
+            f"{file.path.name} is a LoRA for a text encoder of kind {safe_repr(architecture or 'unnamed')}, which"
+            " is not supported as GGUF. Get it as safetensors."
+        )
     names = {}
     for name, (_, short) in gguf.get_tensor_name_map(known, max(blocks) + 1).mapping.items():
         if re.match(r"model\.layers\.|encoder\.block\.", name):

@@ -200,9 +200,11 @@ class WeightPacker:
                     self.nbytes = nbytes
                     return other, attempt
         nbytes = self._nbytes_with(weight, type_name, "BF16")
-        raise SaveError(f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in BF16 the file takes"
-                        f" {size_text(nbytes, DIGITS)}, which is more than {size_text(max_bytes, DIGITS)}."
-                        " Choose one type in place of a size.")
+        raise SaveError(
+            f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in BF16 the file takes"
+            f" {size_text(nbytes, DIGITS)}, which is more than {size_text(max_bytes, DIGITS)}."
+            " Choose one type in place of a size."
+        )
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """That the file takes at most with a weight in another type than planned."""

@@ -27,7 +27,9 @@ class UnreadableError(ValueError):
         super().__init__(f"{safe_repr(part.strip())}: expected {expected}")
 
 
-def allocate_virtual_vram(size: int, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]) -> Allocation:
+def allocate_virtual_vram(
+    size: int, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]
+) -> Allocation:
     """Of a model of size bytes, virtual_vram_gb GiB go to the donors, to each in turn what its memory can hold."""
     left = min(size, max(0, virtual_vram_gb) * GIB)
     return _shared(size, compute, [(compute, size - left), *((donor, _memory(donor)) for donor in donors)])

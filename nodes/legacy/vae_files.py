@@ -33,7 +33,8 @@ def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
     if device is None:
         return host().load_vae(vae_name)[0]
     weights = {"pixel_space_vae": torch.tensor(1.0)} if vae_name == PIXEL_SPACE else host.load_taesd(vae_name)
-    return build_vae(weights, device, {"tae_latent_channels": 128} if vae_name == "taef2" else None)  # as the host's loader does
+    # as the host's loader does
+    return build_vae(weights, device, {"tae_latent_channels": 128} if vae_name == "taef2" else None)
 
 
 def _is_file(vae_name) -> bool:

@@ -121,7 +121,10 @@ def test_of_as_many_machines_of_two_versions_those_like_the_one_that_asks_are_ta
 
 
 def test_where_all_can_run_it_that_is_said():
-    machines = [MachineReport("desk", NEWER, memory={"ram": 8_000_000_000, "gpus": [("A card", 7e9, 8e9)]}), MachineReport("shelf", NEWER)]
+    machines = [
+        MachineReport("desk", NEWER, memory={"ram": 8_000_000_000, "gpus": [("A card", 7e9, 8e9)]}),
+        MachineReport("shelf", NEWER),
+    ]
     assert report(machines).endswith("\n\nAll 2 machines can run it.")
     assert report(machines[:1]).endswith("\n\nThe machine can run it.")
     assert re.search(r"A card\s+7.0 of 8.0 GB \+ 8.0 GB RAM\s+yes", report(machines))

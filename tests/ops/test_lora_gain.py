@@ -487,7 +487,10 @@ def test_the_choice_is_made_by_knuths_hash_of_the_values_own_bits(dtype, dropped
     bits = values.view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
     chance = (bits * 2654435769 & 0xFFFFFFFF) >> 32 - dropped
     expected = torch.from_numpy((bits + chance >> dropped << dropped).astype(np.uint32).view(np.float32))
-    for rounded in (stochastic_round(values.clone(), dtype), stochastic_round(values[:-1].clone().view(-1, 1).t(), dtype).flatten()):
+    for rounded in (
+        stochastic_round(values.clone(), dtype),
+        stochastic_round(values[:-1].clone().view(-1, 1).t(), dtype).flatten(),
+    ):
         assert torch.equal(rounded.float(), expected[:len(rounded)])
 
 

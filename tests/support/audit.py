@@ -25,11 +25,13 @@ STARTING = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.sp
 CONNECTING = {"socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
               "urllib.Request"}
 # Of the system: what it is, how much memory it has, its time zone and its names of hosts.
-SYSTEM = re.compile(r"/proc/(\d+|self|thread-self)/(stat|statm|status|maps|smaps\w*|cgroup|mounts|mountinfo|fd|task|cmdline|io"
-                    r"|net|limits|oom_score_adj)(/.*)?|/proc(/(stat|meminfo|cpuinfo|vmstat|diskstats|loadavg|mounts|uptime|version"
-                    r"|filesystems|sys/.*|net/.*|driver.*|pressure/.*))?|/sys(/.*)?|/etc/(localtime|timezone|hosts|resolv.conf"
-                    r"|nsswitch.conf|ld.so.*|os-release|lsb-release|debian_version|host.conf|mime.types|gai.conf|ssl/.*|machine-id)"
-                    r"|/dev/(null|urandom|random|shm(/.*)?)|/(usr|lib|lib64|bin|sbin|run)(/.*)?")
+SYSTEM = re.compile(
+    r"/proc/(\d+|self|thread-self)/(stat|statm|status|maps|smaps\w*|cgroup|mounts|mountinfo|fd|task|cmdline|io"
+    r"|net|limits|oom_score_adj)(/.*)?|/proc(/(stat|meminfo|cpuinfo|vmstat|diskstats|loadavg|mounts|uptime|version"
+    r"|filesystems|sys/.*|net/.*|driver.*|pressure/.*))?|/sys(/.*)?|/etc/(localtime|timezone|hosts|resolv.conf"
+    r"|nsswitch.conf|ld.so.*|os-release|lsb-release|debian_version|host.conf|mime.types|gai.conf|ssl/.*|machine-id)"
+    r"|/dev/(null|urandom|random|shm(/.*)?)|/(usr|lib|lib64|bin|sbin|run)(/.*)?"
+)
 CLOUD = ("169.254.169.254", "metadata.google.internal")  # which Ray's dashboard asks whose machine it is on
 
 

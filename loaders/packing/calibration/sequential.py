@@ -1,8 +1,9 @@
 """Packing layer after layer, each so that it makes up for the errors of those before it.
 
 For each layer the model runs twice on calls that were recorded before: as it is, and with what is packed so far. The layer is
-then packed for the inputs that it has in the second run, towards the outputs of the first (`ops.quantize.damped.Damped.target`).
-That takes two runs up to the layer for each call, so with N layers about N runs of the model for each call recorded.
+then packed for the inputs that it has in the second run, towards the outputs of the first
+(`ops.quantize.damped.Damped.target`). That takes two runs up to the layer for each call, so with N layers about N runs of the
+model for each call recorded.
 
 Nothing of the model is exchanged: what a packed layer would give takes the place of what the layer gave.
 """

@@ -98,7 +98,9 @@ GENERAL_RULES = PackingRules("general", "", "", KEEP_EXACT)
 
 def rules_for(shapes: Shapes) -> PackingRules:
     """The family of a model by the names of its tensors, which are the host's without prefix; GENERAL for an unknown one."""
-    return next((family for family in RULES_BY_FAMILY if any(re.search(family.signature, name) for name in shapes)), GENERAL_RULES)
+    return next(
+        (family for family in RULES_BY_FAMILY if any(re.search(family.signature, name) for name in shapes)), GENERAL_RULES
+    )
 
 
 def half_type(dtype: torch.dtype) -> str:

@@ -21,7 +21,9 @@ def test_every_encoder_the_host_knows_has_a_title():
 def test_every_type_in_the_tables_is_one_of_the_hosts():
     assert SINGLE_ENCODERS.keys() <= set(types_of("CLIPLoader"))
     assert ENCODER_SETS[2].keys() <= set(types_of("DualCLIPLoader"))
-    kinds = set().union(*SINGLE_ENCODERS.values(), *(group for sets in ENCODER_SETS.values() for groups in sets.values() for group in groups))
+    kinds = set().union(
+        *SINGLE_ENCODERS.values(), *(group for sets in ENCODER_SETS.values() for groups in sets.values() for group in groups)
+    )
     assert kinds <= TITLES.keys()
 
 

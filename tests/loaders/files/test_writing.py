@@ -78,7 +78,10 @@ def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
 def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
     usage = atomic_file.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(atomic_file.shutil, "disk_usage", lambda path: usage._replace(free=5_000_000_000))
-    with pytest.raises(WriteError, match="takes 6.00 GB.* has 5.00 GB free"), atomic_writer(tmp_path / "model.gguf", 6_000_000_000):
+    with (
+        pytest.raises(WriteError, match="takes 6.00 GB.* has 5.00 GB free"),
+        atomic_writer(tmp_path / "model.gguf", 6_000_000_000),
+    ):
         raise AssertionError("the work began")
     monkeypatch.setattr(atomic_file.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
     with pytest.raises(WriteError, match="takes 62.00 KB.* has 2.00 MB free"), atomic_writer(tmp_path / "model.gguf", 62_000):

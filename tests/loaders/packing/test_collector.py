@@ -59,7 +59,9 @@ def test_the_moments_of_a_large_model_take_two_gigabytes_of_the_device(name, exp
 
 def test_a_file_of_flux_takes_a_quarter_of_a_gigabyte():
     layers = layers_of(model_named("Flux.1 dev"))
-    of_width = functools.cache(lambda columns: sum(part.nbytes for part in SecondMoments.of(columns, BLOCKS[-1]).tensors().values()))
+    of_width = functools.cache(
+        lambda columns: sum(part.nbytes for part in SecondMoments.of(columns, BLOCKS[-1]).tensors().values())
+    )
     modulations = {name for name in layers if "mod" in name}
     assert len(modulations) == 76
     nbytes = sum(of_width(layer.in_features) for name, layer in layers.items() if name not in modulations) + of_width(3072)
