@@ -17,7 +17,7 @@ import devtools.cluster  # noqa: E402, F401  before ray
 from devtools import product_module  # noqa: E402
 
 batch, worker, graph = (product_module(f"cluster.{name}") for name in ("batch", "worker", "graph"))
-Answer, RowRenderer, digest = product_module("cluster.embedded_comfyui").Answer, worker.RowRenderer, graph.digest
+PromptResult, RowRenderer, digest = product_module("cluster.embedded_comfyui").PromptResult, worker.RowRenderer, graph.digest
 
 
 def painted(asked: dict) -> bytes:
@@ -26,12 +26,12 @@ def painted(asked: dict) -> bytes:
 
 
 class Painter:
-    def run(self, asked: dict) -> Answer:
+    def run(self, asked: dict) -> PromptResult:
         given = asked["1"]["inputs"]
         if given["text"] == "crash":
             ctypes.string_at(0)
         time.sleep(given["seconds"])
-        return Answer({"1_0.png": painted(asked)})
+        return PromptResult({"1_0.png": painted(asked)})
 
 
 class Noting:
@@ -40,7 +40,7 @@ class Noting:
     def __init__(self, host, log: str):
         self.host, self.log = host, log
 
-    def run(self, asked: dict) -> Answer:
+    def run(self, asked: dict) -> PromptResult:
         self.note("begins", asked)
         answer = self.host.run(asked)
         self.note("ends", asked)

@@ -74,11 +74,11 @@ class RayRequest(Target):
             return
         whole = self.graph.read(json.dumps(request.get("prompt")))
         part = self.graph.upstream(whole, request["link"])
-        changes = self.items.items(part, count, texts)
-        assert len(changes) == count and self.items.varying(part, changes) <= part.keys()
+        changes = self.items.make_variants(part, count, texts)
+        assert len(changes) == count and self.items.nodes_affected(part, changes) <= part.keys()
         sent = self.graph.with_result(part, request["link"])
         for change in changes:
-            drawn = self.graph.changed(sent, change)
+            drawn = self.graph.apply_changes(sent, change)
             assert drawn.keys() == sent.keys() and self.graph.classes(drawn) == self.graph.classes(sent)
             self.graph.digest(drawn), self.graph.texts(drawn)
         stream = io.BytesIO()

@@ -106,7 +106,7 @@ def test_a_drive_that_gets_full_in_the_midst_leaves_nothing(tmp_path, set_aside)
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
         try:
-            with new_file(sys.argv[1], int(sys.argv[2])) as file:
+            with atomic_writer(sys.argv[1], int(sys.argv[2])) as file:
                 for _ in range(8):
                     file.write(bytes(1 << 18))
                 print("wrote all of it")
@@ -121,7 +121,7 @@ def test_a_drive_that_gets_full_in_the_midst_leaves_nothing(tmp_path, set_aside)
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_file_is_not(tmp_path):
     code = """
-        with new_file(sys.argv[1], 1000) as file:
+        with atomic_writer(sys.argv[1], 1000) as file:
             file.write(b"half")
             print("writing", flush=True)
             sys.stdin.read() if sys.stdin else None
