@@ -26,7 +26,7 @@ def setup(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Run the linter, then pytest with `launch_arguments`: the whole suite in a process for each core."""
+    """Run the linter, then pytest with `arguments`: the whole suite in a process for each core."""
     environment = prepare()
     fetch_llama_cpp(environment.python)
     fetch_chromium(environment.python)

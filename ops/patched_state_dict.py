@@ -8,7 +8,7 @@ import torch
 class PatchedWeights(MutableMapping, dict):
     """A state dict that gives packed weights dense, with their patches in them, whenever they are read.
 
-    In every way of reading a dict: lookups, `get`, `make_variants`, `values`, `dict(...)`, `**`. Going over `make_variants` or
+    In every way of reading a dict: lookups, `get`, `items`, `values`, `dict(...)`, `**`. Going over `items` or
     `values` unpacks one weight at a time, `copy` and `|` none before they are read, and whoever only lists names or counts them
     none.
 

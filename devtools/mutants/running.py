@@ -75,7 +75,7 @@ class Clone:
             limit: Seconds after which it is ended, with every process that it has started.
 
         Returns:
-            Its exit code, None after `workspace_bytes`, and what it said.
+            Its exit code, None after `limit`, and what it said.
         """
         shutil.rmtree(self.temporary, ignore_errors=True)  # a mutant's kernels and verdicts are no other's
         self.temporary.mkdir()
