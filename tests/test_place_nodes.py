@@ -22,7 +22,7 @@ DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
 def shown(monkeypatch, small_models):
     """The texts that the node shows."""
     texts = []
-    monkeypatch.setattr(place_model, "shower", lambda: texts.append)
+    monkeypatch.setattr(place_model, "text_sender", lambda: texts.append)
     return texts
 
 

@@ -26,10 +26,10 @@ sys.path[:] = [path for path in sys.path if path != sys.argv[1]]
 pack = types.ModuleType("featherweight")
 pack.__path__ = [sys.argv[1]]
 sys.modules["featherweight"] = pack
-from featherweight.cluster import batch, joining
-from featherweight.cluster.joining import join
+from featherweight.cluster import batch, ray_connection
+from featherweight.cluster.ray_connection import connect
 try:
-    join(sys.argv[2])
+    connect(sys.argv[2])
     import ray
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
@@ -142,7 +142,7 @@ def test_an_address_where_no_cluster_is_says_so(address, said):
     (ConnectionError(), "ConnectionError"), (ray.exceptions.RayError("no token."), "no token")])
 def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, said, monkeypatch):
     monkeypatch.setattr(batch, "is_joined", lambda: False)
-    monkeypatch.setattr(batch, "nearest", lambda address: "auto")
+    monkeypatch.setattr(batch, "resolve_address", lambda address: "auto")
     monkeypatch.setattr(ray_connection, "_check_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", Mock(side_effect=error))
     with pytest.raises(MachineError, match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):

@@ -24,7 +24,7 @@ PATIENCE = 120  # seconds, on a machine that has much else to do
 # Drivers without Ray: one that joins and does nothing else, and one that ends a run when it is told to.
 DEAF = """
 import sys; sys.path.insert(0, sys.argv.pop())
-from machines.messages import read, write
+from cluster.messages import read, write
 write(sys.stdout.buffer, {"number": None, "event": "joined"})
 while message := read(sys.stdin.buffer): pass
 """
@@ -43,8 +43,8 @@ import sys, types
 pack = types.ModuleType("featherweight")
 pack.__path__ = [sys.argv[1]]
 sys.modules["featherweight"] = pack
-from featherweight.cluster.pool import Pool
-Pool(sys.argv[2]).run(bool(sys.argv[2]), {}, print, lambda: print("waits", flush=True))
+from featherweight.cluster.driver_pool import DriverPool
+DriverPool(sys.argv[2]).run(bool(sys.argv[2]), {}, print, lambda: print("waits", flush=True))
 """
 
 

@@ -22,7 +22,7 @@ import sys, types
 pack = types.ModuleType("featherweight")
 pack.__path__ = [{root!r}]
 sys.modules["featherweight"] = pack
-from featherweight.cluster import host
+from featherweight.cluster import embedded_comfyui
 {code}
 """
 
@@ -48,7 +48,7 @@ def worker(cluster):
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
     """A process that lives may have a number that no process has here, as in another container with the same /tmp."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "import time; made = host.make_scratch(); print(made[0], flush=True); time.sleep(1000)"
+    code = "import time; made = embedded_comfyui.make_scratch(); print(made[0], flush=True); time.sleep(1000)"
     script = LOADER.format(code=code, root=str(ROOT))
     killed, alive = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                                       env={**os.environ, "TMPDIR": str(tmp_path)}) for _ in range(2))
