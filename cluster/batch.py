@@ -156,7 +156,7 @@ class Batch:
             with contextlib.suppress(ray.exceptions.RayError):
                 machines[nodes[ref]] = MachineReport(*ray.get(ref))
         expected = majority_versions((machine.versions for machine in machines.values() if not machine.excluded),
-                            installed_versions(self.comfyui) if self.comfyui else None)
+                                     installed_versions(self.comfyui) if self.comfyui else None)
         if not expected:
             raise MachineError("; ".join(f"{machine.name} {machine.excluded}" for machine in machines.values())
                                or self.no_capacity())

@@ -29,7 +29,7 @@ FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
 
 
 class Cancelled(Exception):
-    """The prompt was cancelled by `Host.cancel`."""
+    """The prompt was cancelled by `EmbeddedComfyUI.cancel`."""
 
 
 @dataclass
@@ -326,7 +326,7 @@ def sweep_dead():
 
 
 def result_node(results: dict):
-    """The class of the node that hands pictures to `Host.run`, by the prompt's name."""
+    """The class of the node that hands pictures to `EmbeddedComfyUI.run`, by the prompt's name."""
 
     class Result:
         RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "keep", True, "Featherweight"

@@ -78,7 +78,7 @@ def upstream(graph, link: list) -> dict[str, dict]:
 
 
 def with_result(graph: Mapping[str, dict], link: list) -> dict[str, dict]:
-    """A graph that hands the pictures of a link over as a tensor: `Answer.images` of `cluster/embedded_comfyui.py`."""
+    """A graph that hands the pictures of a link over as a tensor: `PromptResult.images` of `cluster/embedded_comfyui.py`."""
     name = "result"
     while name in graph:
         name += "_"

@@ -12,7 +12,7 @@ MAX_STEPS = 1 << 40  # of a node
 
 
 class ImageCollector:
-    """Takes the events of `Pool.run`.
+    """Takes the events of `DriverPool.run`.
 
     Args:
         count: how many items there are.

@@ -11,7 +11,7 @@ class PromptRun(Run):
     """The items of one run, on workers of `PromptWorker`.
 
     Args:
-        graph: the workflow; changes: for each item its changes to it; extra: see `Host.run`.
+        graph: the workflow; changes: for each item its changes to it; extra: see `EmbeddedComfyUI.run`.
         workers: at most so many.
         tell: is called with (item, event, data), the events of `PromptWorker.draw` and
             ("lost", None) for an item that goes to another worker because its own has ended.

@@ -68,7 +68,7 @@ class PromptWorker(Worker):
         machine lacks), or nothing where the prompt was cancelled.
 
         Args:
-            extra, prompt_id: see `Host.run`.
+            extra, prompt_id: see `EmbeddedComfyUI.run`.
         """
         name, events = self.info["name"], asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -17,7 +17,7 @@ HELD_OUT, STEP = 0.25, (math.sqrt(5) - 1) / 2
 STEP_OF_LARGEST = 1 / 127
 # Added to correlations so that they have a factor, and more where this is too little: below what packing adds to them.
 LEAST_DAMPING = 1e-5
-# Types of the tensors of a file, in the order of `Moments.from_tensors`.
+# Types of the tensors of a file, in the order of `SecondMoments.from_tensors`.
 KINDS = [torch.float32, torch.int8, torch.float32, torch.int8, torch.float32, torch.int64]
 
 
