@@ -121,5 +121,5 @@ def _join_rows(name: str, parts: list[tuple[torch.Tensor, int, int]]) -> torch.T
     """Rows `first` to `last` of each tensor, one below the other. Packed where all parts have one packed format."""
     joined = join_rows([take_rows(tensor, slice(first, last)) for tensor, first, last in parts])
     if not is_packed(joined) and any(is_packed(tensor) for tensor, _, _ in parts):
-        log.info("[Featherweight] %s is unpacked: its parts have different formats, or blocks across their borders.", name)
+        log.info("[Featherweight] %s is dequantised: its parts have different formats, or blocks across their borders.", name)
     return joined

@@ -46,9 +46,9 @@ def load_summary(file: WeightFile, patcher) -> str:
 
 
 def dequantize_backend_text(patcher) -> str | None:
-    """What unpacks a model's weights on its device: "unpacked by triton"; None where none of them must be unpacked."""
+    """What dequantises a model's weights on its device: "dequantised by triton"; None where none of them must be dequantised."""
     if any(is_packed(tensor) and tensor.layout_cls.format.plain_dtype is None for tensor in patcher.model.parameters()):
-        return f"unpacked by {kernels.used(patcher.load_device)}"
+        return f"dequantised by {kernels.used(patcher.load_device)}"
     return None
 
 

@@ -12,7 +12,7 @@ AS_THE_FILE = "as the file"
 
 def compute_input():
     return io.Combo.Input("compute", options=["exact", "int8"], default="exact", optional=True,
-                          tooltip="exact: the float product of the unpacked weights. int8: a faster, rougher product in whole"
+                          tooltip="exact: the float product of the dequantised weights. int8: a faster, rougher product in whole"
                                   " numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with VNNI; it adds an"
                                   " error of about 1.5 % in each layer. Elsewhere the same as exact.")
 

@@ -28,7 +28,7 @@ class MeasureSensitivity(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to measure, unpacked if you have it. It is not changed."),
+                io.Model.Input("model", tooltip="The model to measure, unquantised if you have it. It is not changed."),
                 io.Conditioning.Input("positive", optional=True,
                                       tooltip="Prompts of the kind you use; each entry of a combined one, and each of a list,"
                                               " is drawn by itself. Without any, random numbers take their place, which most"

@@ -1,4 +1,4 @@
-"""The base of every packed format: registry, block sizes, shape algebra, chunked unpacking.
+"""The base of every packed format: registry, block sizes, shape algebra, chunked dequantising.
 
 A packed format stores a weight as equal blocks of bytes. Each block holds `block_length` consecutive
 values of one row. A format is one class in `ops/formats`; it registers by being defined. A format that can be written has
@@ -11,8 +11,8 @@ import torch
 
 from . import bits
 
-# Values unpacked at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
-# makes unpacking a large weight about ten times faster than unpacking it whole. Smaller chunks lose to the cost
+# Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
+# makes dequantising a large weight about ten times faster than dequantising it whole. Smaller chunks lose to the cost
 # of starting an operation; larger ones gain little and can make malloc return its memory after every chunk.
 CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
@@ -157,7 +157,7 @@ class Format:
         raise NotImplementedError
 
     @classmethod
-    def unpack(cls, *blocks: torch.Tensor) -> torch.Tensor:
+    def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
         """Values of some blocks, given as `terms` takes them. Returns float32 (n, block_length)."""
         out = torch.empty((len(blocks[-1]), cls.block_length), dtype=torch.float32, device=blocks[-1].device)
         cls.write(out, *blocks)
@@ -165,21 +165,21 @@ class Format:
 
     @classmethod
     def write(cls, out: torch.Tensor, *blocks: torch.Tensor):
-        """`unpack` into `out`, contiguous, of any float dtype, rounding once from float32."""
+        """`dequantize` into `out`, contiguous, of any float dtype, rounding once from float32."""
         cls.terms(*blocks).write(out)
 
     @classmethod
     def pack(cls, values: torch.Tensor):
         """Blocks of some values, by the plain arithmetic of the format's reference, bit for bit.
 
-        values: float32 (n, block_length), contiguous and finite. Returns what `unpack` takes: uint8 (n, block_bytes), or codes
+        values: float32 (n, block_length), contiguous and finite. Returns what `dequantize` takes: uint8 (n, block_bytes), or codes
         and scales where they are apart. Raises FormatError for formats whose reference searches, or that none packs.
         """
         raise FormatError(f"{cls.__name__} has no plain arithmetic that packs it.")
 
     @classmethod
     def encode(cls, fit: Fit):
-        """The bytes of blocks whose numbers are known; the inverse of the layout in `unpack`, and in the form it takes."""
+        """The bytes of blocks whose numbers are known; the inverse of the layout in `dequantize`, and in the form it takes."""
         raise NotImplementedError
 
     @classmethod
@@ -200,9 +200,9 @@ class Format:
         return (*shape[:-1], shape[-1] // cls.block_length * cls.block_bytes)
 
     @classmethod
-    def unpack_into(cls, tensors: list[torch.Tensor], out: torch.Tensor, value_dtype: torch.dtype | None = None,
+    def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor, value_dtype: torch.dtype | None = None,
                     first: int = 0) -> torch.Tensor:
-        """Unpack blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
+        """Dequantise blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
 
         tensors: what the format holds of a whole weight, its packed bytes (uint8, contiguous, in any shape) first.
         out: any float dtype, contiguous, as many values as wanted from block `first` on, on the same device.
@@ -225,7 +225,7 @@ class Format:
 
     @classmethod
     def blocks(cls, tensors: list[torch.Tensor], first: int, last: int) -> tuple[torch.Tensor, ...]:
-        """What `unpack` takes for blocks `first` to `last` of a weight."""
+        """What `dequantize` takes for blocks `first` to `last` of a weight."""
         return (tensors[0].view(-1, cls.block_bytes)[first:last],)
 
     @classmethod

@@ -62,7 +62,7 @@ def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype:
         if encode is not None:
             return encode
     enough = tokens >= MIN_TOKENS_WITHOUT_KERNEL[device.type]
-    return functools.partial(int8_codes.encode_rows, unpack_into=kernels.unpack_into) if enough else None
+    return functools.partial(int8_codes.encode_rows, dequantize_into=kernels.dequantize_into) if enough else None
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str, rows: int,

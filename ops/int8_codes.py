@@ -63,23 +63,23 @@ def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 
 
 def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes: torch.Tensor, scales: torch.Tensor,
-                value_dtype: torch.dtype | None, first: int, unpack_into=None):
+                value_dtype: torch.dtype | None, first: int, dequantize_into=None):
     """Codes of rows of `W R`, W a packed weight.
 
-    tensors, value_dtype, first: see `Format.unpack_into`; block `first` begins a row. codes: int8 (n, K), n the rows wanted.
-    scales: float32 (n,). unpack_into(packed_format, tensors, out, value_dtype, first): what unpacks, by default the reference.
+    tensors, value_dtype, first: see `Format.dequantize_into`; block `first` begins a row. codes: int8 (n, K), n the rows wanted.
+    scales: float32 (n,). dequantize_into(packed_format, tensors, out, value_dtype, first): what dequantises, by default the reference.
     """
     rows, columns = codes.shape
-    unpack_into = unpack_into or _unpack_into
+    dequantize_into = dequantize_into or _dequantize_into
     whole = packed_format.block_length // math.gcd(packed_format.block_length, columns)  # rows that are whole blocks
     step = -(-_rows_at_once(columns, codes.device) // whole) * whole
     values = torch.empty((min(step, rows), columns), dtype=torch.float32, device=codes.device)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         chunk = values[:part.stop - start]
-        unpack_into(packed_format, tensors, chunk, value_dtype, first + start * columns // packed_format.block_length)
+        dequantize_into(packed_format, tensors, chunk, value_dtype, first + start * columns // packed_format.block_length)
         quantise_into(rotated(chunk), codes[part], scales[part])
 
 
-def _unpack_into(packed_format, tensors, out, value_dtype, first):
-    packed_format.unpack_into(tensors, out, value_dtype, first)
+def _dequantize_into(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, value_dtype, first)

@@ -19,7 +19,7 @@ def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.d
 
 
 def _cases(name: str, dtype: torch.dtype, value_dtype: torch.dtype | None, compute: str) -> list[Case]:
-    cases = [Case("unpack", name, dtype, None if value_dtype == dtype else value_dtype),
+    cases = [Case("dequantize", name, dtype, None if value_dtype == dtype else value_dtype),
              Case("linear", name, dtype, value_dtype)]
     if compute == "int8":
         cases += [Case("int8_rows", name, torch.int8, value_dtype), Case("int8_tokens", None, dtype, None)]

@@ -1,11 +1,11 @@
-"""Patches on a packed weight: a low-rank branch beside the product, or arithmetic on the unpacked weight.
+"""Patches on a packed weight: a low-rank branch beside the product, or arithmetic on the dequantised weight.
 
 The host keeps, per weight, a list of patches `(strength, value, strength_model, offset, function)` that it would apply in
 order. Packed bytes are never changed; one list becomes one `LayerPatches`:
 
 - plain LoRAs after the last patch that is not a sum become a branch, `y += (x A^T) B^T`, A and B concatenated over all
   LoRAs of the layer along their ranks;
-- everything else is applied to the unpacked weight each time the layer runs, by the host's own `calculate_weight`.
+- everything else is applied to the dequantised weight each time the layer runs, by the host's own `calculate_weight`.
 """
 import logging
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class LayerPatches:
     """What one layer adds to its packed weight of logical shape (N, K).
 
-    low_rank: the branch, of all plain LoRAs, or None. weight_patches: the host's patches for the unpacked weight, in order.
+    low_rank: the branch, of all plain LoRAs, or None. weight_patches: the host's patches for the dequantised weight, in order.
     key: the weight's name in the model.
     """
 
@@ -63,7 +63,7 @@ class LayerPatches:
         return low_rank
 
     def patch_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """An unpacked weight with the host's patches applied in order. `weight` may be changed in place."""
+        """A dequantised weight with the host's patches applied in order. `weight` may be changed in place."""
         if not self.weight_patches:
             return weight
         return comfy.lora.calculate_weight(self.weight_patches, weight, self.key, original_weights=self.original_weights)

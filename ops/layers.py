@@ -20,8 +20,8 @@ from .packed_layout import (
 class PackedLayer:
     """What the packed layers share. A mixin before one of the host's layer classes.
 
-    `value_dtype`: unpacked values are rounded to this dtype before they are cast to the compute dtype; None: not.
-    `patch_dtype`: dtype in which the host adds patches to an unpacked weight; None: the host's choice.
+    `value_dtype`: dequantised values are rounded to this dtype before they are cast to the compute dtype; None: not.
+    `patch_dtype`: dtype in which the host adds patches to a dequantised weight; None: the host's choice.
     `compute`: "exact", or "int8" for linear layers that multiply in whole numbers where they can.
     """
 
@@ -29,7 +29,7 @@ class PackedLayer:
     patch_dtype: torch.dtype | None = None
     compute = "exact"
     new: tuple  # (function, its arguments) that makes a layer of this class without anything in it
-    has_branch = False  # whether plain LoRAs run beside the product instead of on the unpacked weight
+    has_branch = False  # whether plain LoRAs run beside the product instead of on the dequantised weight
     lora: LayerPatches | None  # set and cleared by the patcher
 
     def __init__(self, *args, device=None, **kwargs):
@@ -73,7 +73,7 @@ class PackedLayer:
             if is_packed(value) and name == "weight":
                 value = relabelled(value, dtype=param.dtype)
             elif is_packed(value):
-                value = product.unpack(value, param.dtype)  # a bias: the product takes it dense
+                value = product.dequantize(value, param.dtype)  # a bias: the product takes it dense
             elif name == "weight":
                 value = pack_16bit(value, value.dtype if assign else param.dtype)
             elif not assign:
@@ -90,7 +90,7 @@ class PackedLayer:
             }
 
     def _apply(self, fn, recurse=True):
-        # torch would rebuild the parameters in place, which unpacks them.
+        # torch would rebuild the parameters in place, which dequantises them.
         for name, param in self._parameters.items():
             if param is not None and not param.is_meta:
                 with torch.inference_mode(param.is_inference()):  # the host frees memory outside of it, and runs inside
@@ -100,7 +100,7 @@ class PackedLayer:
     def cast_for(self, input: torch.Tensor):
         """(weight, bias, stream) on the device of `input`, as `comfy.ops.uncast_bias_weight` takes them back.
 
-        A packed weight keeps its dtype on the way to the device: any other would make the host unpack it. Functions on the
+        A packed weight keeps its dtype on the way to the device: any other would make the host dequantise it. Functions on the
         weight do need it dense.
         """
         packed = isinstance(self.weight, QuantizedTensor)
@@ -110,7 +110,7 @@ class PackedLayer:
 
     def dense_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
         """The values of a packed weight in `dtype`."""
-        return product.unpack(weight, dtype, self.value_dtype)
+        return product.dequantize(weight, dtype, self.value_dtype)
 
     def patched_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight in `dtype` with the patches that change the weight itself, from a packed or a dense one."""
@@ -125,7 +125,7 @@ class PackedLayer:
             plain = product.plain_values(weight, dtype)
             return self.dense_weight(weight, dtype) if plain is None else plain
         if is_packed(weight) and self.lora.acts_on_rows and self.patch_dtype is None:
-            return product.unpack_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
+            return product.dequantize_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
         return stochastic_rounding.stochastic_round(
             self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)), dtype
         )
@@ -244,7 +244,7 @@ class _Experts(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
 
 class MoEExperts(PackedLayer, _Experts):
-    """As many linear layers as there are experts, in one weight. Only those asked for are unpacked, one at a time, unless a
+    """As many linear layers as there are experts, in one weight. Only those asked for are dequantised, one at a time, unless a
     patch, such as a DoRA, needs the whole weight at once."""
 
     _resident = None

@@ -10,11 +10,11 @@ from .packed_layout import squeeze_to, is_packed
 
 
 def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model: what its modules own outside of our layers is unpacked on the way in.
+    """While the host builds and loads a model: what its modules own outside of our layers is dequantised on the way in.
 
     Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model as plain tensors.
     """
-    return before_each_load(lambda name, module: not isinstance(module, PackedLayer), _unpack_own_parameters)
+    return before_each_load(lambda name, module: not isinstance(module, PackedLayer), _dequantize_own_parameters)
 
 
 def before_each_load(chosen, hook) -> contextlib.AbstractContextManager:
@@ -47,11 +47,11 @@ def _on_each_module(chosen, register):
             registered.remove()
 
 
-def _unpack_own_parameters(module, state_dict, prefix, *args):
+def _dequantize_own_parameters(module, state_dict, prefix, *args):
     for name, param in itertools.chain(module._parameters.items(), module._buffers.items()):
         value = state_dict.get(prefix + name)
         if value is None or param is None:
             continue
         if is_packed(value):
-            value = product.unpack(value, param.dtype)
+            value = product.dequantize(value, param.dtype)
         state_dict[prefix + name] = squeeze_to(value, param.shape)

@@ -40,7 +40,7 @@ class PackedLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: PackedParams) -> torch.Tensor:
         out = torch.empty(params.orig_shape, dtype=params.orig_dtype, device=qdata.device)
-        return cls.format.unpack_into([qdata] if params.scale is None else [qdata, params.scale], out)
+        return cls.format.dequantize_into([qdata] if params.scale is None else [qdata, params.scale], out)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -68,7 +68,7 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape, dtype=
     """Wrap the bytes of a packed weight, without copying them.
 
     data: uint8, contiguous, the blocks of the weight in row order, in any shape. shape: logical shape. dtype: the float
-    dtype the tensor shows and unpacks to. scale: float32 (blocks,) for formats that keep scales apart. Raises FormatError
+    dtype the tensor shows and dequantises to. scale: float32 (blocks,) for formats that keep scales apart. Raises FormatError
     when the bytes are not those of `shape`.
     """
     shape = tuple(shape)

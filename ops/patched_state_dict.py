@@ -9,7 +9,7 @@ class PatchedWeights(MutableMapping, dict):
     """A state dict that gives packed weights dense, with their patches in them, whenever they are read.
 
     In every way of reading a dict: lookups, `get`, `items`, `values`, `dict(...)`, `**`. Going over `items` or
-    `values` unpacks one weight at a time, `copy` and `|` none before they are read, and whoever only lists names or counts them
+    `values` dequantises one weight at a time, `copy` and `|` none before they are read, and whoever only lists names or counts them
     none.
 
     weights: name -> tensor. lazy: the names of those that `dense` (name -> tensor) makes when they are read.
@@ -40,7 +40,7 @@ class PatchedWeights(MutableMapping, dict):
     def _apart(self, key: str, dense: torch.Tensor) -> torch.Tensor:
         """`dense` in a storage of a size that no other lazy weight has.
 
-        An unpacked weight may lie where the one before it lay. safetensors takes two of one address and size for one.
+        A dequantised weight may lie where the one before it lay. safetensors takes two of one address and size for one.
         """
         names = list(self._lazy)
         size = -(-dense.numel() // len(names)) * len(names) + names.index(key)

@@ -1,4 +1,4 @@
-"""Products with packed weights, as torch operators: `linear`, `embedding`, `unpack`.
+"""Products with packed weights, as torch operators: `linear`, `embedding`, `dequantize`.
 
 They run on every device, by a kernel of `kernels` where one serves and otherwise by torch, whose results the kernels are held
 to. Registered with torch, so `torch.compile(fullgraph=True)` takes a packed layer as it is.
@@ -37,7 +37,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
 
 def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor], rows: int,
                value_dtype: torch.dtype | None, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor | None:
-    """`input W^T + added`, or `+ bias` where nothing is added, by a kernel that unpacks as it multiplies; None without one."""
+    """`input W^T + added`, or `+ bias` where nothing is added, by a kernel that dequantises as it multiplies; None without one."""
     tokens, columns = input.shape
     if columns % packed_format.block_length:
         return None
@@ -52,7 +52,7 @@ def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[to
 
 def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor], rows: int,
               value_dtype: torch.dtype | None, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor:
-    """`input W^T + added`, or `+ bias` where nothing is added, W unpacked slice by slice of its rows. Overwrites `added`."""
+    """`input W^T + added`, or `+ bias` where nothing is added, W dequantised slice by slice of its rows. Overwrites `added`."""
     tokens, columns = input.shape
     if packed_format.plain_dtype == input.dtype:
         weight = packed[0].view(input.dtype).view(rows, columns)
@@ -63,58 +63,58 @@ def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[tor
     step = min(rows, workspace.rows_within(limit, packed_format, columns, columns * input.dtype.itemsize))
     with workspace.workspace(input.device) as take:
 
-        def unpacked(start: int, stop: int) -> torch.Tensor:
+        def dequantized(start: int, stop: int) -> torch.Tensor:
             weight, first = take((stop - start, columns), input.dtype), start * columns // packed_format.block_length
-            return kernels.unpack_into(packed_format, packed, weight, value_dtype, first)
+            return kernels.dequantize_into(packed_format, packed, weight, value_dtype, first)
 
         if added is None and step == rows:
-            return torch.nn.functional.linear(input, unpacked(0, rows), bias)
+            return torch.nn.functional.linear(input, dequantized(0, rows), bias)
         out = input.new_empty((tokens, rows)) if added is None else added
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             part = out[:, start:stop]
             if added is not None:
-                part.addmm_(input, unpacked(start, stop).t())
+                part.addmm_(input, dequantized(start, stop).t())
             elif bias is None:
-                torch.mm(input, unpacked(start, stop).t(), out=part)
+                torch.mm(input, dequantized(start, stop).t(), out=part)
             else:
-                torch.addmm(bias[start:stop], input, unpacked(start, stop).t(), out=part)
+                torch.addmm(bias[start:stop], input, dequantized(start, stop).t(), out=part)
     return out
 
 
 def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, columns: int, dtype: torch.dtype) -> torch.Tensor:
     packed_format = FORMATS[format]
     out = torch.empty((*ids.shape, columns), dtype=dtype, device=packed[0].device)
-    return kernels.unpack_into(packed_format, packed_format.rows(packed, columns, ids.flatten()), out)
+    return kernels.dequantize_into(packed_format, packed_format.rows(packed, columns, ids.flatten()), out)
 
 
-def _unpack(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
+def _dequantize(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
             value_dtype: torch.dtype | None, first: int = 0) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype, device=packed[0].device)
-    return kernels.unpack_into(FORMATS[format], packed, out, value_dtype, first)
+    return kernels.dequantize_into(FORMATS[format], packed, out, value_dtype, first)
 
 
 registration.register(f"linear{registration.LINEAR_SCHEMA}", _linear, registration.fake_linear)
 registration.register("embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
                       _embedding, registration.fake_embedding)
-registration.register("unpack(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType? value_dtype,"
+registration.register("dequantize(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType? value_dtype,"
                       " int first=0) -> Tensor",
-                      _unpack, registration.fake_unpack)
+                      _dequantize, registration.fake_dequantize)
 
 
 def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None,
            value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
-    """`input @ weight.T + bias` in the dtype of `input`, the weight unpacked slice by slice, plus a low-rank branch.
+    """`input @ weight.T + bias` in the dtype of `input`, the weight dequantised slice by slice, plus a low-rank branch.
 
     input: (..., K) float. weight: packed, logical shape (N, K), same device. bias: (N,) in input's dtype or None.
-    value_dtype: round the unpacked values to this dtype first (None: straight to input's). low_rank: in input's dtype.
+    value_dtype: round the dequantised values to this dtype first (None: straight to input's). low_rank: in input's dtype.
     Returns (..., N).
     """
     if input.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"A layer of {weight.shape[1]} input features was given {input.shape[-1]}: the model and what is fed"
                            " to it (often the text encoder's output) do not belong together.")
     if input.requires_grad and torch.is_grad_enabled():
-        return dense_linear(input, unpack(weight, input.dtype, value_dtype), bias, low_rank)
+        return dense_linear(input, dequantize(weight, input.dtype, value_dtype), bias, low_rank)
     return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank))
 
 
@@ -135,19 +135,19 @@ def _comfy_linear(_, args, kwargs):
 
 
 def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a packed table: only the rows asked for are unpacked.
+    """Rows of a packed table: only the rows asked for are dequantised.
 
     ids: integer, any shape, on the table's device. weight: packed, logical shape (rows, K). Returns (*ids.shape, K) in `dtype`.
     """
     packed_format = weight.layout_cls.format
     if weight.shape[1] % packed_format.block_length:  # blocks cross rows
-        return torch.nn.functional.embedding(ids, unpack(weight, dtype))
+        return torch.nn.functional.embedding(ids, dequantize(weight, dtype))
     return torch.ops.featherweight.embedding(ids, packed_tensors(weight), packed_format.__name__, weight.shape[1], dtype)
 
 
-def unpack(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> torch.Tensor:
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The whole dense weight in `dtype`, rounded once from float32 (or first to `value_dtype`)."""
-    return torch.ops.featherweight.unpack(
+    return torch.ops.featherweight.dequantize(
         packed_tensors(weight), weight.layout_cls.format.__name__, list(weight.shape), dtype, value_dtype)
 
 
@@ -159,19 +159,19 @@ def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | 
 
 
 def fits_workspace(weight: QuantizedTensor, input: torch.Tensor) -> bool:
-    """Whether a weight is best taken from the scratch: on a CPU, where it must be unpacked and no gradient needs it later."""
+    """Whether a weight is best taken from the scratch: on a CPU, where it must be dequantised and no gradient needs it later."""
     return (input.device.type == "cpu" and plain_values(weight, input.dtype) is None and not torch.compiler.is_compiling()
             and not (input.requires_grad and torch.is_grad_enabled()))
 
 
 @contextlib.contextmanager
 def dequantize_into_workspace(weight: QuantizedTensor, dtype: torch.dtype, value_dtype: torch.dtype | None = None):
-    """Inside this block: the whole dense weight in `dtype`, without fresh pages for it; see `unpack` and `fits_workspace`."""
+    """Inside this block: the whole dense weight in `dtype`, without fresh pages for it; see `dequantize` and `fits_workspace`."""
     with workspace.workspace(weight.device) as take:
-        yield kernels.unpack_into(weight.layout_cls.format, packed_tensors(weight), take(weight.shape, dtype), value_dtype)
+        yield kernels.dequantize_into(weight.layout_cls.format, packed_tensors(weight), take(weight.shape, dtype), value_dtype)
 
 
-def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype: torch.dtype | None = None) -> torch.Tensor:
+def dequantize_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The whole dense weight in `dtype`, each slice of its rows handed to `change` in float32 before it is rounded, dithered.
 
     change(rows, start): float32 rows of the weight from row `start` on -> the rows to keep.
@@ -183,7 +183,7 @@ def unpack_rows(weight: QuantizedTensor, dtype: torch.dtype, change, value_dtype
     tensors = packed_tensors(weight)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     for start in range(0, shape[0], step):
-        rows = torch.ops.featherweight.unpack(
+        rows = torch.ops.featherweight.dequantize(
             tensors, packed_format.__name__, [min(step, shape[0] - start), *shape[1:]], torch.float32, value_dtype,
             start * columns // packed_format.block_length)
         out[start:start + len(rows)] = stochastic_rounding.stochastic_round(change(rows, start), dtype)

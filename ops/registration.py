@@ -11,7 +11,7 @@ import torch
 from .format import FORMATS, Format
 
 # input: (..., K) float. packed: what a weight of logical shape (rows, K) holds, its bytes and, in some formats, its scales.
-# bias: (rows,). value_dtype: see `Format.unpack_into`. down, ups, slices: `LowRank.operands`; without a branch None and empty.
+# bias: (rows,). value_dtype: see `Format.dequantize_into`. down, ups, slices: `LowRank.operands`; without a branch None and empty.
 LINEAR_SCHEMA = ("(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, ScalarType? value_dtype, Tensor? down,"
                  " Tensor[] ups, int[] slices) -> Tensor")
 
@@ -60,15 +60,15 @@ def fake_embedding(ids, packed, format, columns, dtype):
     packed_format = _check_weight(packed, format, columns, f"a row of {columns} values")
     _check(columns % packed_format.block_length == 0,
            lambda: f"A row of {columns} values is not whole blocks of {packed_format.block_length}, as {format} has them.")
-    return _unpacked(packed, (*ids.shape, columns), dtype)
+    return _dequantized(packed, (*ids.shape, columns), dtype)
 
 
-def fake_unpack(packed, format, shape, dtype, value_dtype, first=0):
+def fake_dequantize(packed, format, shape, dtype, value_dtype, first=0):
     values = first * _format(format).block_length + math.prod(shape)
     behind = f" behind {first} blocks" if first else ""
     _check_weight(packed, format, values, f"a weight of {' x '.join(map(str, shape))}{behind}")
     _check_value_dtype(value_dtype)
-    return _unpacked(packed, shape, dtype)
+    return _dequantized(packed, shape, dtype)
 
 
 def _check_branch(input, rows, down, ups, slices):
@@ -117,8 +117,8 @@ def _check_value_dtype(dtype: torch.dtype | None):
     _check(dtype is None or dtype.is_floating_point, lambda: f"Values are rounded to a float dtype, not to {dtype}.")
 
 
-def _unpacked(packed, shape, dtype: torch.dtype) -> torch.Tensor:
-    _check(dtype.is_floating_point, lambda: f"A weight is unpacked to a float dtype, not to {dtype}.")
+def _dequantized(packed, shape, dtype: torch.dtype) -> torch.Tensor:
+    _check(dtype.is_floating_point, lambda: f"A weight is dequantised to a float dtype, not to {dtype}.")
     return torch.empty(shape, dtype=dtype, device=packed[0].device)
 
 

@@ -1,4 +1,4 @@
-"""Rows of weights, packed or not, taken and put together without unpacking them.
+"""Rows of weights, packed or not, taken and put together without dequantising them.
 
 Where the blocks of a packed format cross rows, and where parts have different formats, the result is dense.
 """
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .product import unpack
+from .product import dequantize
 from .packed_layout import is_packed, packed_tensor, packed_tensors
 
 
 def dense(tensor: Tensor) -> Tensor:
     """The values of a tensor that may be packed, in the dtype it shows: float32 for what comes packed from a file."""
-    return unpack(tensor, tensor.dtype) if is_packed(tensor) else tensor
+    return dequantize(tensor, tensor.dtype) if is_packed(tensor) else tensor
 
 
 def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:

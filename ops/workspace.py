@@ -1,4 +1,4 @@
-"""Where weights are unpacked to be used at once: a buffer on the CPU, and how much of a weight goes into it at a time."""
+"""Where weights are dequantised to be used at once: a buffer on the CPU, and how much of a weight goes into it at a time."""
 import contextlib
 import math
 import threading
@@ -9,13 +9,13 @@ import torch
 
 from .format import Format
 
-# A weight is unpacked into at most this many bytes at a time. Larger weights go through the product in slices of rows.
+# A weight is dequantised into at most this many bytes at a time. Larger weights go through the product in slices of rows.
 CPU_WORKSPACE_BYTES = 64 << 20
 DEVICE_WORKSPACE_BYTES = 256 << 20
 
 
 class Workspace:
-    """One reused CPU buffer for unpacked weights. Fresh pages for every weight would cost more than unpacking it.
+    """One reused CPU buffer for dequantised weights. Fresh pages for every weight would cost more than dequantising it.
 
     Elsewhere torch's caching allocator does the same, and gives the memory back when the host asks for it.
     """
@@ -62,7 +62,7 @@ def workspace(device: torch.device) -> Iterator[Callable[[tuple[int, ...], torch
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that an unpacked part of a weight may have."""
+    """Bytes that a dequantised part of a weight may have."""
     return CPU_WORKSPACE_BYTES if device.type == "cpu" else DEVICE_WORKSPACE_BYTES
 
 

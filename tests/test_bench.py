@@ -13,7 +13,7 @@ from devtools.measure.bench import __main__ as bench
 from devtools.measure.bench.picture import FASTER, SLOWER
 
 # Named here, so that a case that gets lost is missed. "memory" is a process of its own, as a part of "scale" is.
-CASES = ["shapes", "int8_error", "unpack", "nf4", "lora", "model", "step", "lora_error", "pack", "passes", "layer_passes",
+CASES = ["shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack", "passes", "layer_passes",
          "header", "load", "scale", pytest.param("memory", marks=pytest.mark.heavy)]
 
 

@@ -112,7 +112,7 @@ def test_kernels_that_are_timed_later_are_tried_before_all_others():
 
     first, second, others = turns(FORMATS, quick=False)
     assert {(case.capability, case.format) for case in first} == {
-        *((op, name) for op in ("unpack", "linear", "int8_rows") for name in FORMATS), ("int8_tokens", None)}
+        *((op, name) for op in ("dequantize", "linear", "int8_rows") for name in FORMATS), ("int8_tokens", None)}
     assert {case.dtype for case in first if case.capability != "int8_rows"} == {torch.bfloat16}
     assert {case.format for case in second} == {*FORMATS, None} and not {case.format for case in others} & {*FORMATS}
 
@@ -121,11 +121,11 @@ def test_a_time_says_which_backend_worked(monkeypatch):
     from devtools.measure.bench.table import line
     from devtools.measure.bench.timing import side_by_side
 
-    unpack = cpp_backend.BACKEND.kernels[0].run
-    monkeypatch.setattr(kernels, "find", lambda op, *case: unpack if op == "unpack" else None)
-    row = side_by_side({"dense": lambda: None, "packed": lambda: [kernels.find(op) for op in ("linear", "unpack")]}, 2)
-    assert row["packed"]["by"] == "linear by torch, unpack by cpp" and "by" not in row["dense"]
-    assert line("a row", row).endswith(", linear by torch, unpack by cpp")
+    dequantize = cpp_backend.BACKEND.kernels[0].run
+    monkeypatch.setattr(kernels, "find", lambda op, *case: dequantize if op == "dequantize" else None)
+    row = side_by_side({"dense": lambda: None, "packed": lambda: [kernels.find(op) for op in ("linear", "dequantize")]}, 2)
+    assert row["packed"]["by"] == "linear by torch, dequantize by cpp" and "by" not in row["dense"]
+    assert line("a row", row).endswith(", linear by torch, dequantize by cpp")
 
 
 @pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())

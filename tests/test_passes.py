@@ -1,8 +1,8 @@
-"""What a device has to do where torch unpacks and multiplies: how many kernels it launches and how many bytes they move."""
+"""What a device has to do where torch dequantises and multiplies: how many kernels it launches and how many bytes they move."""
 import pytest
 import torch
 from devtools.measure.bench.passes import every_format, low_rank
-from devtools.measure.passes import META, Passes, of_linear, of_unpacking
+from devtools.measure.passes import META, Passes, of_linear, of_dequantizing
 from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
 
 # Launches a chunk, and bytes a value of bfloat16. NF4: a lookup takes its index in int32 and gives float32, and the value is
@@ -36,18 +36,18 @@ def test_inputs_are_read_once_without_what_is_repeated_and_outputs_written():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @each_format
 def test_a_chunk_takes_few_launches_and_moves_few_bytes(fmt, dtype):
-    passes = of_unpacking(fmt, dtype)
+    passes = of_dequantizing(fmt, dtype)
     launches, nbytes = MOST.get(fmt.__name__, MOST_OF_ANY)
     assert 0 < passes.launches <= launches, passes.names
     assert passes.moved <= (nbytes + dtype.itemsize - 2) * DEVICE_CHUNK_VALUES, passes.names
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "NF4", "Q4_K", "BF16"])
-def test_a_product_is_one_launch_beside_unpacking_and_a_branch_three(name):
+def test_a_product_is_one_launch_beside_dequantizing_and_a_branch_three(name):
     rows, columns = 512, 1024  # one chunk
-    unpacking = 0 if name == "BF16" else of_unpacking(FORMATS[name]).launches
-    assert of_linear(FORMATS[name], rows, columns).launches == unpacking + 1
-    assert of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, 32, 1)).launches == unpacking + 4
+    dequantizing = 0 if name == "BF16" else of_dequantizing(FORMATS[name]).launches
+    assert of_linear(FORMATS[name], rows, columns).launches == dequantizing + 1
+    assert of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, 32, 1)).launches == dequantizing + 4
 
 
 def test_branches_on_all_rows_are_written_once_and_nothing_is_cleared_for_them():

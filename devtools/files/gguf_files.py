@@ -1,6 +1,6 @@
 """Real GGUF files for tests, demo and bench, written with the `gguf` package.
 
-`gguf.quants` can pack some types and unpack all, `ops/packing` packs the K-quants. For the other types, weights are drawn from
+`gguf.quants` can pack some types and dequantise all, `ops/packing` packs the K-quants. For the other types, weights are drawn from
 random blocks whose values (by gguf's own reference) are of a usual size, so no per-format knowledge is needed here.
 """
 import functools
@@ -93,7 +93,7 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
     """Write float tensors as a GGUF file and return the values a reader should see.
 
     tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose blocks do not
-    divide the rows is replaced by F32. pack: as the function of this name. Returns name -> float32 array unpacked
+    divide the rows is replaced by F32. pack: as the function of this name. Returns name -> float32 array dequantised
     by gguf's reference.
     """
     writer = gguf_writer(path, architecture)

@@ -13,13 +13,13 @@ INT8_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def bench_lora_ways(options):
-    """A LoRA beside the product of one weight in Q4_K, as it is; and added to the unpacked weight in float32, rounded once."""
+    """A LoRA beside the product of one weight in Q4_K, as it is; and added to the dequantised weight in float32, rounded once."""
     rows, columns = options.sizes.weight
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     weight = random_weight("Q4_K", (rows, columns)).to(device())
 
     def in_the_weight(input: torch.Tensor, branch: LowRank) -> torch.Tensor:
-        merged = product.unpack(weight, torch.float32)
+        merged = product.dequantize(weight, torch.float32)
         branch.add_to(merged)
         return dense_linear(input, merged.to(dtype))
 

@@ -56,7 +56,7 @@ def turns(names: list[str], quick: bool) -> list[list[Case]]:
 
 def cases_of(names: list[str], dtypes: list[torch.dtype]) -> list[Case]:
     """What layers of these formats may ask for."""
-    return [*(Case(op, name, dtype, None) for dtype in dtypes for name in names for op in ("unpack", "linear")),
+    return [*(Case(op, name, dtype, None) for dtype in dtypes for name in names for op in ("dequantize", "linear")),
             *(Case("int8_rows", name, torch.int8, None) for name in names),
             *(Case("int8_tokens", None, dtype, None) for dtype in dtypes)]
 

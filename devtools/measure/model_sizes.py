@@ -177,7 +177,7 @@ def gpu_bytes(model: Model, column: str) -> float:
     """Memory of a GPU that holds the whole model and runs a step of it."""
     shapes = model.shapes()
     largest = max(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-    scratch = 0 if column == "BF16" else 2 * largest  # where a weight is unpacked
+    scratch = 0 if column == "BF16" else 2 * largest  # where a weight is dequantised
     return bytes_of(shapes, column) + scratch + model.working() + SYSTEM
 
 
@@ -224,7 +224,7 @@ def accuracy_table() -> str:
 
 def gguf_values(weights: torch.Tensor, format_name: str) -> torch.Tensor:
     packed = torch.from_numpy(gguf_files.pack(weights.numpy(), format_name))
-    return FORMATS[format_name].unpack_into([packed], torch.empty_like(weights))
+    return FORMATS[format_name].dequantize_into([packed], torch.empty_like(weights))
 
 
 TABLES = (sizes_table, cards_table, accuracy_table)

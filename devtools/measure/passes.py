@@ -62,14 +62,14 @@ def held(packed_format: type[Format], values: int) -> list[torch.Tensor]:
     return [packed, torch.empty(blocks, device=META)] if packed_format.scales_apart else [packed]
 
 
-def of_unpacking(packed_format: type[Format], dtype: torch.dtype = torch.bfloat16,
+def of_dequantizing(packed_format: type[Format], dtype: torch.dtype = torch.bfloat16,
                  value_dtype: torch.dtype | None = None) -> Passes:
-    """The passes of one whole chunk, unpacked to `dtype`. Lookup tables are there already."""
+    """The passes of one whole chunk, dequantised to `dtype`. Lookup tables are there already."""
     values = DEVICE_CHUNK_VALUES // packed_format.block_length * packed_format.block_length
     tensors, out = held(packed_format, values), torch.empty(values, dtype=dtype, device=META)
-    packed_format.unpack_into(tensors, out, value_dtype)
+    packed_format.dequantize_into(tensors, out, value_dtype)
     with Passes() as passes:
-        packed_format.unpack_into(tensors, out, value_dtype)
+        packed_format.dequantize_into(tensors, out, value_dtype)
     return passes
 
 
@@ -80,7 +80,7 @@ def of_linear(packed_format: type[Format], rows: int, columns: int, low_rank: Lo
     added = torch.empty(rows, dtype=torch.bfloat16, device=META) if bias else None
     branch = (None, (), ()) if low_rank is None else low_rank.operands
     operands = input, held(packed_format, rows * columns), added, packed_format.__name__, rows, None, *branch
-    of_unpacking(packed_format)  # for the lookup tables
+    of_dequantizing(packed_format)  # for the lookup tables
     with Passes() as passes:
         product._linear(*operands)  # what the operator runs; the operator itself only gives shapes on `META`
     return passes

@@ -75,7 +75,7 @@ def sd15_lcm_on_cpu() -> Workflow:
             {"Picture": sampled(model, positive, negative, latent, (load, 2), steps=4, cfg=1.0, sampler_name="lcm",
                                 scheduler="sgm_uniform")}],
         about="A picture without a graphics card: four steps, each run once, because cfg is 1. Start ComfyUI with"
-              " `python main.py --cpu`. With a C++ compiler on the machine the packed weights are unpacked by compiled code;"
+              " `python main.py --cpu`. With a C++ compiler on the machine the packed weights are dequantised by compiled code;"
               " without one it is slower and gives the same picture.",
         memory="The model takes 1.5 GB of main memory, the text encoder 0.1 GB, the VAE 0.2 GB, the LoRA 0.1 GB. 4 GB that are"
                " free will do.",

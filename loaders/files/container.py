@@ -33,7 +33,7 @@ PLAIN_DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
 }
 
-# torch and the unpacking code assume that elements of up to 8 bytes lie at multiples of their size.
+# torch and the dequantising code assume that elements of up to 8 bytes lie at multiples of their size.
 ALIGNED = 8
 
 COUNTABLE = (1 << 60) - 1  # elements of a tensor whose bytes torch can count

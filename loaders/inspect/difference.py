@@ -13,7 +13,7 @@ from ..comfy_keys import to_comfy_keys
 from ..progress import Progress
 from .contents import Contents
 
-SLICE_VALUES = 1 << 22  # unpacked at a time: 16 MB as float32
+SLICE_VALUES = 1 << 22  # dequantised at a time: 16 MB as float32
 WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "model.")
 # Scales beside a weight in the host's own formats: it is multiplied by them.
 SCALES = ("_scale", ".scale_weight")
@@ -63,7 +63,7 @@ def _in_the_hosts_names(contents: Contents) -> dict[str, torch.Tensor]:
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[slice]:
-    """Rows to go through at a time: all where rows of one of the tensors cannot be had without unpacking the whole."""
+    """Rows to go through at a time: all where rows of one of the tensors cannot be had without dequantising the whole."""
     shape = tensors[0].shape
     step = max(1, SLICE_VALUES // max(1, shape[1:].numel()))
     if not all(_has_rows(tensor) for tensor in tensors):

@@ -111,7 +111,7 @@ def cards(config: Any, shapes: Shapes, held: int, packed: bool) -> tuple[str, li
     if step is None or not shapes:
         return "", []
     family = rules_for(shapes)
-    scratch = 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)  # a weight unpacked
+    scratch = 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)  # a weight dequantised
     sizes = {kind: plan_for_type(shapes, kind, family).nbytes(shapes) + (scratch if kind != "BF16" else 0) for kind in TYPES}
     beside = step[0] + SYSTEM
     found = []

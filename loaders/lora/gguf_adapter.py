@@ -33,7 +33,7 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
         if not KNOWN_PREFIX.match(layer):
             layer = f"diffusion_model.{layer.removeprefix('model.diffusion_model.')}"
         tensor = tensors[name]  # copied, so that patches lie in no mapped file
-        value = product.unpack(tensor, torch.float32) if is_packed(tensor) else tensor.to(torch.float32, copy=True)
+        value = product.dequantize(tensor, torch.float32) if is_packed(tensor) else tensor.to(torch.float32, copy=True)
         state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = value
         if alpha:  # llama.cpp 0.5.0 (src/llama-adapter.h, get_scale) takes 0 for none
             state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)

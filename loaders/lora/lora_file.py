@@ -47,7 +47,7 @@ UNREADABLE = (ValueError, TypeError, RuntimeError, OSError, EOFError, KeyError, 
 def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a LoRA: (name -> tensor, metadata). Raises WeightFileError, one plain sentence, for what is not one.
 
-    Safetensors files as the host reads them, torch files without what is no tensor (`torch_file`); GGUF adapters unpacked to
+    Safetensors files as the host reads them, torch files without what is no tensor (`torch_file`); GGUF adapters dequantised to
     float32 under names the host reads. A file in which some layers are damaged is returned as it is (`check_lora` names them);
     one without a sound layer is refused.
     """

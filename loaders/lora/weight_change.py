@@ -107,5 +107,5 @@ def _weight_norm(weight: torch.Tensor) -> float | None:
     elif weight.ndim == 2:
         values = product.embedding(rows, weight, torch.float32)
     else:
-        values = product.unpack(weight, torch.float32)[rows]
+        values = product.dequantize(weight, torch.float32)[rows]
     return values.float().norm().item() * math.sqrt(weight.shape[0] / len(rows))

@@ -1,6 +1,6 @@
 """What is to be saved: the weights of a model, text encoder or file, one at a time in float32, with everything that is on them.
 
-Names are the host's without prefix. Nothing is unpacked, patched or read before it is asked for. Of a file the host's model is
+Names are the host's without prefix. Nothing is dequantised, patched or read before it is asked for. Of a file the host's model is
 built without values, on the meta device, where LoRAs need to know its layers.
 """
 import math

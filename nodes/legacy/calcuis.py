@@ -58,7 +58,7 @@ NODE_CONFIG = {
         "The loader for the four text encoders of HiDream in workflows made with calcuis' gguf pack."),
     "VaeGGUF": (
         VaeLoader, "GGUF VAE Loader", lambda: [vae_files.vae_name_input()],
-        "The VAE loader of workflows made with calcuis' gguf pack. The weights of a GGUF file are unpacked."),
+        "The VAE loader of workflows made with calcuis' gguf pack. The weights of a GGUF file are dequantised."),
 }
 NODE_CLASS_MAPPINGS = {
     node_id: make_node(__name__, node_id, base, display_name, inputs=inputs, description=description, HELP_PAGE="LegacyCalcuis")

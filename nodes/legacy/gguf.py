@@ -19,7 +19,7 @@ from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 from ..node_text import loader_output
 from . import LegacyNode, make_node
 
-# "default" and "target" both mean the dtype the model computes in: values are unpacked in float32 and rounded once.
+# "default" and "target" both mean the dtype the model computes in: values are dequantised in float32 and rounded once.
 DTYPES = {"default": None, "target": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -32,10 +32,10 @@ def dtype_inputs() -> list:
     dtypes = list(DTYPES)
     return [
         io.Combo.Input("dequant_dtype", options=dtypes, default="default", optional=True,
-                       tooltip="Round unpacked weights to this dtype before they are used. default and target: straight to the"
+                       tooltip="Round dequantised weights to this dtype before they are used. default and target: straight to the"
                                " dtype the model computes in, which is the most exact."),
         io.Combo.Input("patch_dtype", options=dtypes, default="default", optional=True,
-                       tooltip="The dtype in which patches are added to an unpacked weight. default and target: ComfyUI's"
+                       tooltip="The dtype in which patches are added to a dequantised weight. default and target: ComfyUI's"
                                " choice."),
         io.Boolean.Input("patch_on_device", default=False, optional=True,
                          tooltip="Kept for old workflows. ComfyUI places patches by itself."),

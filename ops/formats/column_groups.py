@@ -1,7 +1,7 @@
 """Rows whose groups of columns a model has in another order than its file.
 
 A block of a K-quant holds 256 columns of a row, so smaller groups of columns cannot change places as bytes. The bytes stay as
-they are, and each row is put in order while it is unpacked.
+they are, and each row is put in order while it is dequantised.
 """
 import torch
 
@@ -25,5 +25,5 @@ class ColumnGroups(Format):
 
     @classmethod
     def write(cls, out: torch.Tensor, blocks: torch.Tensor):
-        values = cls.base.unpack(blocks.reshape(-1, cls.base.block_bytes)).view(len(blocks), cls.outer, cls.inner, -1)
+        values = cls.base.dequantize(blocks.reshape(-1, cls.base.block_bytes)).view(len(blocks), cls.outer, cls.inner, -1)
         out.view(len(blocks), cls.inner, cls.outer, -1).copy_(values.transpose(1, 2))

@@ -1,7 +1,7 @@
 """Plain 16-bit numbers: the layers of a packed model that its file left as they were.
 
 Such a weight is held as its file has it, also where the model computes in float32, and cast while its layer runs, as the
-packed formats are unpacked. float32 has all its values, so no `value_dtype` rounds them.
+packed formats are dequantised. float32 has all its values, so no `value_dtype` rounds them.
 """
 import torch
 
@@ -14,7 +14,7 @@ class _Plain(Format):
     block_length = 1
 
     @classmethod
-    def unpack(cls, blocks):
+    def dequantize(cls, blocks):
         return blocks.contiguous().view(cls.plain_dtype).float()
 
     @classmethod
@@ -22,7 +22,7 @@ class _Plain(Format):
         return values.to(cls.plain_dtype).view(torch.uint8)
 
     @classmethod
-    def unpack_into(cls, tensors, out, value_dtype=None, first=0):
+    def dequantize_into(cls, tensors, out, value_dtype=None, first=0):
         out.view(-1).copy_(tensors[0].view(-1).view(cls.plain_dtype)[first:first + out.numel()])
         return out
 

@@ -8,7 +8,7 @@ the kernels (`trial`): of those that are right it uses the fastest for each form
 proven when a kernel was first asked for is used until the process ends; what no trial has met is noted for the next start.
 
 A CPU's kernels, made for it by the machine's own compiler, and a backend that is asked for by name are compiled and checked in
-this process, in threads in the background. Kernels of "unpack" have the reference's bits: nobody waits for them, torch works
+this process, in threads in the background. Kernels of "dequantize" have the reference's bits: nobody waits for them, torch works
 until one is ready, and it is taken up at the next call. The others differ by rounding: the first call waits for one, as long as
 `WAIT_SECONDS` says and until the user cancels, and what is decided then stays until the process ends.
 
@@ -29,7 +29,7 @@ from .registry import PRIORITY
 from .selector import InProcessSelector, TrialedSelector
 from .trial_startup import try_kernels
 
-__all__ = ["PRIORITY", "VARIABLE", "Backend", "Case", "Kernel", "find", "prepare", "start_trials", "unpack_into", "used"]
+__all__ = ["PRIORITY", "VARIABLE", "Backend", "Case", "Kernel", "find", "prepare", "start_trials", "dequantize_into", "used"]
 
 log = logging.getLogger(__name__)
 
@@ -104,20 +104,20 @@ def prepare(device: torch.device, cases: Iterable[Case]):
 
 
 def used(device: torch.device, seconds: float = LOG_AFTER_SECONDS) -> str:
-    """What unpacks on a device, in words, as far as it is known after so many seconds."""
+    """What dequantises on a device, in words, as far as it is known after so many seconds."""
     selector = _selector(device)
     names = selector.backend_names(seconds)
     return " and ".join(names) or ("torch until kernels are proven" if selector.is_pending else "torch")
 
 
-def unpack_into(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,
+def dequantize_into(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,
                 value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
-    """`Format.unpack_into` by the fastest means of `out`'s device. tensors: may lie in pieces."""
+    """`Format.dequantize_into` by the fastest means of `out`'s device. tensors: may lie in pieces."""
     if value_dtype == out.dtype:
         value_dtype = None
     tensors = contiguous(tensors)
-    run = find("unpack", out.device, packed_format, out.dtype, value_dtype)
+    run = find("dequantize", out.device, packed_format, out.dtype, value_dtype)
     if run is None:
-        return packed_format.unpack_into(tensors, out, value_dtype, first)
+        return packed_format.dequantize_into(tensors, out, value_dtype, first)
     run(packed_format, tensors, out, value_dtype, first)
     return out

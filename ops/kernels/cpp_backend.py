@@ -28,7 +28,7 @@ from .kernel import Backend, Kernel
 from .validation import probe
 from .private_files import cache_folder, is_private, private_folder, replace_durably, temporary_folder
 from ...child_process import run_process
-from .kernel_source import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, unpack_and_linear
+from .kernel_source import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, dequantize_and_linear
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
 FLAGS_OF_X86 = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
-MAX_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the unpacked weight is faster
+MAX_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the dequantised weight is faster
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
 SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS  # what is older was left by a process that was killed
@@ -136,13 +136,13 @@ class CpuKernels:
             self._functions[key] = getattr(self._compiler.library(source), kernel)
         return self._functions[key]
 
-    def unpack(self, packed_format, tensors, out, value_dtype, first):
+    def dequantize(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`."""
         lanes = _lanes(packed_format)
         if out.numel() % lanes or not out.numel():  # small weights of odd shapes, and lookups of no rows
-            packed_format.unpack_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, value_dtype, first)
             return
-        run = self._function("unpack", packed_format, out.dtype, value_dtype, LANES=lanes)
+        run = self._function("dequantize", packed_format, out.dtype, value_dtype, LANES=lanes)
         run(*map(c_void_p, addresses(packed_format, tensors, first)), c_void_p(out.data_ptr()), c_longlong(out.numel()),
             c_int(_threads(out.numel())))
 
@@ -236,11 +236,11 @@ def _kernels() -> CpuKernels:
 
 def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
     """The kernels as data. kernels: called when one runs."""
-    return (*unpack_and_linear(kernels, MAX_TOKENS),
+    return (*dequantize_and_linear(kernels, MAX_TOKENS),
             Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
             Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")),
             *(Kernel(op, FORMAT_NAMES, frozenset([torch.float32]), method(kernels, op))
               for op in ("pack_blocks", "pack_columns")))
 
 
-BACKEND = Backend("cpp", lambda device: probe(_kernels().unpack, device), kernel_table(_kernels))
+BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device), kernel_table(_kernels))

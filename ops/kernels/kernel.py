@@ -20,13 +20,13 @@ class WrongResult(ArithmeticError):
 class Kernel:
     """One implementation of a capability, and its constraints.
 
-    capability: "unpack", "linear", "int8_rows", "int8_tokens", "pack_blocks" or "pack_columns". The constraints are formats,
+    capability: "dequantize", "linear", "int8_rows", "int8_tokens", "pack_blocks" or "pack_columns". The constraints are formats,
     names of formats; a format made of one of them (another block length) counts as it; none for "int8_tokens". dtypes: of the
-    values for "unpack" and where they are packed, of input and output for "linear", of the input for "int8_tokens", int8 for
+    values for "dequantize" and where they are packed, of input and output for "linear", of the input for "int8_tokens", int8 for
     "int8_rows". min_tokens, max_tokens: rows of the input that "linear" takes, both included; None: any.
     min_compute_capability: of CUDA; ROCm and others ignore it.
 
-    run, "unpack": run(packed_format, tensors, out, value_dtype, first), see `Format.unpack_into`: float32 arithmetic in the
+    run, "dequantize": run(packed_format, tensors, out, value_dtype, first), see `Format.dequantize_into`: float32 arithmetic in the
         reference's order, without fused multiply-add, so that the values have the reference's bits.
     run, "linear": run(packed_format, tensors, input, addend, out, value_dtype). out = input @ weight.T + addend, summed in
         float32 and rounded once. input: (M, K), contiguous, K a multiple of the block length. addend: (M, N) of any strides,
@@ -85,7 +85,7 @@ class Case(NamedTuple):
 
     @property
     def rounded_dtype(self) -> torch.dtype | None:
-        """As `kernels.unpack_into` hands `value_dtype` on."""
+        """As `kernels.dequantize_into` hands `value_dtype` on."""
         return None if self.value_dtype == self.dtype else self.value_dtype
 
     def kernel_name(self, backend: str, kernel: Kernel) -> str:
@@ -102,7 +102,7 @@ class Case(NamedTuple):
         match parts:
             case ["int8_tokens", None, str(dtype), None] if dtype in dtypes:
                 return cls("int8_tokens", None, dtypes[dtype], None)
-            case ["unpack" | "linear" | "int8_rows" as capability, str(name), str(dtype), str() | None as value_dtype]:
+            case ["dequantize" | "linear" | "int8_rows" as capability, str(name), str(dtype), str() | None as value_dtype]:
                 if FORMAT.fullmatch(name) and dtype in dtypes and value_dtype in (None, *dtypes):
                     return cls(capability, name, dtypes[dtype], dtypes.get(value_dtype))
         return None

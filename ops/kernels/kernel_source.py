@@ -64,11 +64,11 @@ def method(kernels: Callable[[], object], name: str) -> Callable[..., None]:
     return lambda *arguments: getattr(kernels(), name)(*arguments)
 
 
-def unpack_and_linear(kernels: Callable[[], object], most_tokens: Iterable[int]) -> tuple[Kernel, ...]:
+def dequantize_and_linear(kernels: Callable[[], object], most_tokens: Iterable[int]) -> tuple[Kernel, ...]:
     """The two kernels that every such backend has as methods: "linear", which takes the most tokens of its variant first, once
     for each of `most_tokens`."""
     dtypes, least, linear = frozenset(TYPES), 1, method(kernels, "linear")
-    table = [Kernel("unpack", FORMAT_NAMES, dtypes, method(kernels, "unpack"))]
+    table = [Kernel("dequantize", FORMAT_NAMES, dtypes, method(kernels, "dequantize"))]
     for most in most_tokens:
         table.append(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most))
         least = most + 1

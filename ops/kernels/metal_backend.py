@@ -19,19 +19,19 @@ GROUP = 256  # threads
 @functools.cache
 def _shader(packed_format, dtype, value_dtype):
     """The function that torch compiles, ready to be called with tensors."""
-    source = kernel_source("metal", "unpack", packed_format, dtype, value_dtype, LANES=CHUNK)
-    return torch.mps.compile_shader(source).unpack
+    source = kernel_source("metal", "dequantize", packed_format, dtype, value_dtype, LANES=CHUNK)
+    return torch.mps.compile_shader(source).dequantize
 
 
-def unpack(packed_format, tensors, out, value_dtype, first):
+def dequantize(packed_format, tensors, out, value_dtype, first):
     """See `Kernel.run`."""
     chunks, rest = divmod(out.numel(), CHUNK)
     if rest or packed_format.block_length % CHUNK or not 0 < chunks < MAX_CHUNKS:  # odd shapes, and lookups of no rows
-        packed_format.unpack_into(tensors, out, value_dtype, first)
+        packed_format.dequantize_into(tensors, out, value_dtype, first)
         return
     packed = tensors[0].view(-1)[first * packed_format.block_bytes:]
     scales = tensors[1][first:] if packed_format.scales_apart else packed
     _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks, group_size=GROUP)
 
 
-BACKEND = Backend("metal", lambda device: probe(unpack, device), (Kernel("unpack", FORMAT_NAMES, frozenset(TYPES), unpack),))
+BACKEND = Backend("metal", lambda device: probe(dequantize, device), (Kernel("dequantize", FORMAT_NAMES, frozenset(TYPES), dequantize),))

@@ -11,10 +11,10 @@ from ..format import Format
 from .kernel import Backend, Kernel
 from .validation import probe
 from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
-from .kernel_source import addresses, kernel_source, unpack_and_linear
+from .kernel_source import addresses, kernel_source, dequantize_and_linear
 
 CHUNK = 8  # values a thread handles at a time, LANES in source/cuda
-UNPACK_THREADS = 256
+DEQUANTIZE_THREADS = 256
 LINEAR_THREADS = 128
 # The most tokens "linear" takes -> rows of the weight that a warp takes. More rows load the input fewer times, but leave
 # fewer warps to hide the time of a load.
@@ -25,9 +25,9 @@ INPUT_ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Program:
-    """One kernel of `source/cuda`, "unpack" or "linear", for one format.
+    """One kernel of `source/cuda`, "dequantize" or "linear", for one format.
 
-    dtype: of the values for "unpack", of input and output for "linear". value_dtype: see `Kernel`. alignment: of the packed
+    dtype: of the values for "dequantize", of input and output for "linear". value_dtype: see `Kernel`. alignment: of the packed
     bytes' address, 1, 2 or 4. tokens: the most that "linear" takes; rows: of the weight, for each of its warps.
     """
     kernel: str
@@ -61,16 +61,16 @@ class CudaKernels:
             self._modules[key] = Module(self._driver, index, image)
         self._modules[key].launch(program.kernel, blocks, threads, torch.cuda.current_stream(device).cuda_stream, *arguments)
 
-    def unpack(self, packed_format, tensors, out, value_dtype, first):
+    def dequantize(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`."""
         chunks, rest = divmod(out.numel(), CHUNK)
         if rest or not chunks:  # small weights of odd shapes, and lookups of no rows
-            packed_format.unpack_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, value_dtype, first)
             return
         tensors = _aligned(packed_format, tensors)
         packed, scales = addresses(packed_format, tensors, first)
-        program = Program("unpack", packed_format, out.dtype, value_dtype, alignment(packed_format))
-        self._launch(program, -(-chunks // UNPACK_THREADS), UNPACK_THREADS, out.device,
+        program = Program("dequantize", packed_format, out.dtype, value_dtype, alignment(packed_format))
+        self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
                      c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()), c_longlong(chunks))
 
     def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
@@ -114,7 +114,7 @@ def _kernels() -> CudaKernels:
 
 def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """The kernels as data. kernels: called when one runs."""
-    return unpack_and_linear(kernels, LINEAR_ROWS)
+    return dequantize_and_linear(kernels, LINEAR_ROWS)
 
 
-BACKEND = Backend("nvrtc", lambda device: probe(_kernels().unpack, device), kernel_table(_kernels))
+BACKEND = Backend("nvrtc", lambda device: probe(_kernels().dequantize, device), kernel_table(_kernels))

@@ -63,7 +63,7 @@ def check_blocks(run, case: Blocks, packed_format: type[Format], dtype, value_dt
     for fit in (found, expected):
         parts = packed_format.encode(fit)
         parts = parts if isinstance(parts, tuple) else (parts,)
-        off = packed_format.unpack(*parts).view(values.shape).double() - values
+        off = packed_format.dequantize(*parts).view(values.shape).double() - values
         errors.append((weights * off.square()).sum(-1) / (weights * values.square()).sum(-1).clamp(min=1e-30))
     _compare(errors, 1.05 if case.emphasis else WORSE)  # the error is that without emphasis
 

@@ -18,7 +18,7 @@ from .verdicts import Notes, Results, Verdicts
 log = logging.getLogger(__name__)
 
 REASON_LENGTH = 400  # of why a backend does not work, in the log
-EXACT = "unpack"  # the capability whose kernels have the reference's bits
+EXACT = "dequantize"  # the capability whose kernels have the reference's bits
 # Seconds that the first call waits for a kernel that is checked in this process, and for one with
 # the reference's bits. After the first wait in vain no other is made.
 WAIT_SECONDS, EXACT_WAIT_SECONDS = 20, 0
@@ -161,7 +161,7 @@ class TrialedSelector:
         return next((kernel for kernel in self._kernels[key] if kernel.takes(tokens)), None)
 
     def backend_names(self, seconds: float) -> list[str]:
-        """Of those that unpack what layers ask for. Waits for nothing."""
+        """Of those that dequantise what layers ask for. Waits for nothing."""
         used = {kernel for case in list(self._asked) if case.capability == EXACT
                 for kernel in self._results.kernels(case, self._backends)[:1]}
         return [backend.name for backend in self._backends if used.intersection(backend.kernels)]

@@ -50,7 +50,7 @@ FOREIGN_SIGNALS = {getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIG
 NICE = 10
 SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX = 1, 2  # errhandlingapi.h
 
-ORDER = ("unpack", "linear", "int8_rows", "int8_tokens")  # the second is timed with the first
+ORDER = ("dequantize", "linear", "int8_rows", "int8_tokens")  # the second is timed with the first
 ROWS, COLUMNS = 3072, 3072  # of a weight that is timed, at least
 TOKENS = 256  # of the input of a kernel that takes any number; others get the most they take
 TURNS, CALLS = 5, 4  # the least time of so many turns counts, of so many calls each
@@ -240,15 +240,15 @@ class Trial:
             codes = values, empty(rows, dtype=torch.float32)
             return (lambda: kernel.run(*weight, *codes, case.value_dtype, 0),
                     lambda: int8_codes.encode_rows(*weight, *codes, case.value_dtype, 0))
-        if case.capability == "unpack":
+        if case.capability == "dequantize":
             return (lambda: kernel.run(*weight, values, value_dtype, 0),
-                    lambda: _unpack_by_torch(*weight, values, value_dtype, 0))
-        # Where no kernel multiplies, torch does with what the fastest one has unpacked.
-        unpack = case._replace(capability="unpack", value_dtype=value_dtype)
-        fastest = [kernel.run for kernel in self.verdicts.results().kernels(unpack, self.backends)]
-        unpack_into, out = [*fastest, _unpack_by_torch][0], empty(tokens, rows)
+                    lambda: _dequantize_by_torch(*weight, values, value_dtype, 0))
+        # Where no kernel multiplies, torch does with what the fastest one has dequantised.
+        dequantize = case._replace(capability="dequantize", value_dtype=value_dtype)
+        fastest = [kernel.run for kernel in self.verdicts.results().kernels(dequantize, self.backends)]
+        dequantize_into, out = [*fastest, _dequantize_by_torch][0], empty(tokens, rows)
         return (lambda: kernel.run(*weight, input, None, out, case.value_dtype),
-                lambda: (unpack_into(*weight, values, value_dtype, 0),
+                lambda: (dequantize_into(*weight, values, value_dtype, 0),
                          torch.nn.functional.linear(input, values)))
 
     def _seconds(self, *calls: Callable[[], object]) -> list[float]:
@@ -285,8 +285,8 @@ class Trial:
         torch.zeros(1, dtype=torch.float32, device=self.device).item()
 
 
-def _unpack_by_torch(packed_format, tensors, out, value_dtype, first):
-    packed_format.unpack_into(tensors, out, value_dtype, first)
+def _dequantize_by_torch(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, value_dtype, first)
 
 
 def _end_with_input(trial: Trial):

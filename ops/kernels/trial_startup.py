@@ -36,7 +36,7 @@ def try_kernels(device: torch.device, backends: tuple[str, ...], is_in_use: Call
     try:
         cases = Notes().cases() or [
             Case(capability, name, dtype, None) for name in MOST_USED
-            for dtype in (torch.bfloat16, torch.float16) for capability in ("unpack", "linear")]
+            for dtype in (torch.bfloat16, torch.float16) for capability in ("dequantize", "linear")]
         verdicts = Verdicts.of_device(device, backends)
         before = verdicts.results()
         if untried := before.untried(cases):
@@ -80,12 +80,12 @@ def summary(lines: list[dict]) -> str:
     """What a trial has found out, in a few words."""
     counts = collections.Counter(line["verdict"] for line in lines)
     times = [line["seconds"] for line in lines
-             if line["name"].startswith("unpack") and line["verdict"] == "right"]
+             if line["name"].startswith("dequantize") and line["verdict"] == "right"]
     proven = f"{counts['right']} kernels proven"
     words = [proven if counts["right"] else "no kernel is proven, torch does the work"]
     if times:
         speedup = math.prod(torchs / kernels for kernels, torchs in times) ** (1 / len(times))
-        words.append(f"unpack {speedup:.1f} times as fast as torch")
+        words.append(f"dequantize {speedup:.1f} times as fast as torch")
     words += [f"{counts[verdict]} {verdict}"
               for verdict in ("slower", "wrong", "crashed", "hung", "killed") if counts[verdict]]
     lost = [line["name"] for line in lines if line["verdict"] in ("crashed", "hung")]

@@ -1,4 +1,4 @@
-"""Kernels in Triton, for CUDA and ROCm: unpacking in one pass, the product with few rows straight from the packed bytes, and
+"""Kernels in Triton, for CUDA and ROCm: dequantising in one pass, the product with few rows straight from the packed bytes, and
 the codes of the int8 product.
 
 Tiles are fixed here instead of tuned on the user's machine, which would take longer than most pictures. Numbers that differ
@@ -15,7 +15,7 @@ from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from .kernel import Backend, Kernel, WrongResult
 from .triton_decode import DECODERS
 
-UNPACK_TILE = 4096  # values a program unpacks
+DEQUANTIZE_TILE = 4096  # values a program dequantises
 # One row of the input: a program sums rows of the weight this many at a time, this many columns at a time.
 VECTOR_TILE = (2, 1024)
 # Up to 16 rows, which is one tile of the matrix units.
@@ -35,7 +35,7 @@ def _rounded(values, DTYPE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["size", "values", "first"])
-def _unpack(data, size, scales, table, out, values, first,
+def _dequantize(data, size, scales, table, out, values, first,
             DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
             GROUPS: tl.constexpr):
     """`values` values of the weight from group `first` on. Each program takes GROUPS groups."""
@@ -139,7 +139,7 @@ def _store_codes(codes, values, scale, inside):
 def _int8_rows(data, size, scales, table, matrix, codes, code_scales, first, columns,
                DECODE: tl.constexpr, GROUP: tl.constexpr, BLOCK_LENGTH: tl.constexpr, VALUE_DTYPE: tl.constexpr,
                TILE: tl.constexpr, SIDE: tl.constexpr, TINY: tl.constexpr, LARGEST_CODE: tl.constexpr):
-    """A program codes one row; it unpacks and rotates it twice, since a row may not fit into registers."""
+    """A program codes one row; it dequantises and rotates it twice, since a row may not fit into registers."""
     row = tl.program_id(0).to(tl.int64)
     side = _side(matrix, SIDE)
     lane = tl.arange(0, TILE)
@@ -200,12 +200,12 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def unpack(packed_format, tensors, out, value_dtype, first):
+def dequantize(packed_format, tensors, out, value_dtype, first):
     weight, special = _weight_arguments(packed_format, tensors, value_dtype)
     group = special["GROUP"]
     with _on(out.device):
-        _unpack[(triton.cdiv(out.numel(), UNPACK_TILE),)](
-            *weight, out, out.numel(), first * (packed_format.block_length // group), GROUPS=UNPACK_TILE // group, **special)
+        _dequantize[(triton.cdiv(out.numel(), DEQUANTIZE_TILE),)](
+            *weight, out, out.numel(), first * (packed_format.block_length // group), GROUPS=DEQUANTIZE_TILE // group, **special)
 
 
 def vector(packed_format, tensors, input, addend, out, value_dtype):
@@ -261,7 +261,7 @@ def probe(device: torch.device):
 
 _formats = frozenset(DECODERS)
 BACKEND = Backend("triton", probe, (
-    Kernel("unpack", _formats, FLOATS, unpack),
+    Kernel("dequantize", _formats, FLOATS, dequantize),
     Kernel("linear", _formats, FLOATS, vector, max_tokens=1),
     Kernel("linear", _formats, FLOATS, few_rows, min_tokens=2, max_tokens=MAX_TOKENS),
     Kernel("int8_rows", _formats, frozenset([torch.int8]), int8_rows),

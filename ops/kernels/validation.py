@@ -31,8 +31,8 @@ CANARY = 7.0  # stands beside what a kernel may write
 
 
 @dataclass(frozen=True)
-class Unpack:
-    """Blocks of the weight, the first to unpack, how many values of the last one not to. packed_at, out_at: how many elements
+class Dequantize:
+    """Blocks of the weight, the first to dequantise, how many values of the last one not to. packed_at, out_at: how many elements
     behind an aligned address the weight's tensors and the values lie."""
     blocks: int
     first: int = 0
@@ -44,7 +44,7 @@ class Unpack:
 @dataclass(frozen=True)
 class Linear:
     """values, columns: of the weight, at least. addend: "none", "bias" or "matrix", whose strides are odd. packed_at, input_at:
-    as in `Unpack`."""
+    as in `Dequantize`."""
     tokens: int
     values: int
     columns: int
@@ -55,7 +55,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """values, columns: of the weight, at least; first: of the rows to code. packed_at: as in `Unpack`."""
+    """values, columns: of the weight, at least; first: of the rows to code. packed_at: as in `Dequantize`."""
     values: int
     columns: int
     first: int = 0
@@ -72,11 +72,11 @@ class Int8Tokens:
 
 def cases_of(kernel, packed_format: type[Format] | None) -> list:
     """What to check of a kernel, small cases first."""
-    if kernel.capability == "unpack":
+    if kernel.capability == "dequantize":
         length = packed_format.block_length
         many = -(-MANY // length) + 3
-        return [Unpack(5, 3, 0, 1, 1), Unpack(5, 1, 8 % length, 2), Unpack(5, 2, 16 % length, 4),
-                Unpack(5, 0, 3 % length, 0, 1), Unpack(many), Unpack(many, 1, 8 % length, 1)]
+        return [Dequantize(5, 3, 0, 1, 1), Dequantize(5, 1, 8 % length, 2), Dequantize(5, 2, 16 % length, 4),
+                Dequantize(5, 0, 3 % length, 0, 1), Dequantize(many), Dequantize(many, 1, 8 % length, 1)]
     if kernel.capability == "linear":
         ends = sorted({kernel.min_tokens, kernel.max_tokens or MAX_TOKENS})
         few = itertools.product(ends, (("none", 0), ("matrix", 1)))
@@ -93,7 +93,7 @@ def cases_of(kernel, packed_format: type[Format] | None) -> list:
 def check(kernel, packed_format: type[Format] | None, dtype: torch.dtype, value_dtype: torch.dtype | None,
           device: torch.device):
     """Raises WrongResult, or whatever the kernel raises, unless it gives the reference's results in all its cases."""
-    check_case = {"unpack": _check_unpack, "linear": _check_linear, "int8_rows": _check_int8_rows,
+    check_case = {"dequantize": _check_dequantize, "linear": _check_linear, "int8_rows": _check_int8_rows,
                   "int8_tokens": _check_int8_tokens, "pack_blocks": quantize_validation.check_blocks,
                   "pack_columns": quantize_validation.check_columns}[kernel.capability]
     for case in cases_of(kernel, packed_format):
@@ -111,23 +111,23 @@ def report_wrong(case: str, device: torch.device, error):
                 f"{platform.system()} {platform.release()}", error, ISSUES)
 
 
-def probe(unpack, device: torch.device):
-    """Unpacks one block. unpack: as `Kernel.run`. Raises WrongResult, or whatever it raises, where that fails."""
+def probe(dequantize, device: torch.device):
+    """Dequantises one block. dequantise: as `Kernel.run`. Raises WrongResult, or whatever it raises, where that fails."""
     packed_format = FORMATS["Q8_0"]
     block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
     out = torch.full((packed_format.block_length,), torch.nan, dtype=torch.float32, device=device)
-    unpack(packed_format, [block], out, None, 0)
+    dequantize(packed_format, [block], out, None, 0)
     if out.any():
-        raise WrongResult("a block of zeros was unpacked to something else")
+        raise WrongResult("a block of zeros was dequantised to something else")
 
 
-def _check_unpack(run, case, packed_format, dtype, value_dtype, device):
+def _check_dequantize(run, case, packed_format, dtype, value_dtype, device):
     tensors = random_tensors(packed_format, case.blocks, device)
     held = case.blocks * packed_format.block_length - case.left_out
     count = held - case.first * packed_format.block_length
     if any(base.__name__ == "Codebook4Bit" for base in packed_format.__mro__):  # its last block may be short
         tensors[0] = tensors[0][:-(-held // 2)]
-    expected = packed_format.unpack_into(tensors, torch.empty(count, dtype=dtype, device=device), value_dtype, case.first)
+    expected = packed_format.dequantize_into(tensors, torch.empty(count, dtype=dtype, device=device), value_dtype, case.first)
     around = torch.full((count + 32 + case.out_at,), CANARY, dtype=dtype, device=device)
     got = around[16 + case.out_at:][:count]
     run(packed_format, [misaligned_copy(tensor, case.packed_at) for tensor in tensors], got, value_dtype, case.first)
@@ -152,7 +152,7 @@ def _check_linear(run, case, packed_format, dtype, value_dtype, device):
     got = torch.full((case.tokens, rows), torch.nan, dtype=dtype, device=device)
     packed = [misaligned_copy(tensor, case.packed_at) for tensor in tensors]
     run(packed_format, packed, misaligned_copy(input, case.input_at), addend, got, value_dtype)
-    weight = packed_format.unpack_into(tensors, input.new_empty((rows, columns), dtype=torch.float32), value_dtype)
+    weight = packed_format.dequantize_into(tensors, input.new_empty((rows, columns), dtype=torch.float32), value_dtype)
     error = _product_error(input, weight, addend, got)
     if not error <= 1:  # NaN too
         error = min(error, _product_error(input, weight.to(dtype), addend, got))
@@ -165,7 +165,7 @@ def _check_int8_rows(run, case, packed_format, dtype, value_dtype, device):
     first = case.first * columns // packed_format.block_length
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device, calm=True)
     values = torch.empty((rows - case.first, columns), dtype=torch.float32, device=device)
-    packed_format.unpack_into(tensors, values, value_dtype, first)
+    packed_format.dequantize_into(tensors, values, value_dtype, first)
     packed = [misaligned_copy(tensor, case.packed_at) for tensor in tensors]
     _check_codes(values, lambda *out: run(packed_format, packed, *out, value_dtype, first))
 
@@ -234,7 +234,7 @@ def random_tensors(packed_format: type[Format], blocks: int, device: torch.devic
         return [data.to(device), torch.rand(blocks, generator=generator, dtype=torch.float32).to(device)]
     pool = torch.randint(0, 256, (1024 if calm else blocks + 16, packed_format.block_bytes), generator=generator,
                          dtype=torch.uint8)
-    values = packed_format.unpack(pool).abs()
+    values = packed_format.dequantize(pool).abs()
     if calm:
         pool = pool[values.amax(-1) <= MAX_ABS]  # NaN compares false
     else:  # nothing that one device takes for zero and another does not; this one may have done so already

@@ -92,9 +92,9 @@ class JsonLines:
 class Verdicts(JsonLines):
     """Those about the kernels of one device, a line before and after each, and after each case:
 
-        {"name": "unpack of Q4_K to float16, rows 1 to any by triton", "verdict": "begun", "at": 1.7e9}
+        {"name": "dequantize of Q4_K to float16, rows 1 to any by triton", "verdict": "begun", "at": 1.7e9}
         {"name": the same, "verdict": "right", "at": 1.7e9, "seconds": [kernel's, torch's]}
-        {"name": "unpack of Q4_K to float16", "verdict": "tried", "at": 1.7e9}
+        {"name": "dequantize of Q4_K to float16", "verdict": "tried", "at": 1.7e9}
 
     "verdict" is a key of `RETRY_AFTER_S`, "at" in seconds since 1970. What is right or slower than
     torch has "seconds", what is neither may have a "why". A backend's probe is "probe by triton".

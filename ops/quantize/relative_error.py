@@ -4,7 +4,7 @@ Types whose scales are float16 make zeros of values below its range, and packing
 """
 import torch
 
-from ..product import unpack
+from ..product import dequantize
 from ..row_slicing import take_rows
 from ..packed_layout import is_packed
 
@@ -44,4 +44,4 @@ def values_of(piece: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """float32 values of a piece, of its first rows only where that is enough."""
     if not is_packed(piece):
         return piece[:rows].float() if piece.ndim else piece.float()
-    return unpack(piece if rows is None else take_rows(piece, slice(0, rows)), torch.float32)
+    return dequantize(piece if rows is None else take_rows(piece, slice(0, rows)), torch.float32)

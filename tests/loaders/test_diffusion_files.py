@@ -173,7 +173,7 @@ def test_query_and_key_norms_named_scale(family, path, caplog):
     ("hunyuan-dit", "text_embedding_padding"),
     ("sd3.5", "pos_embed"),
 ], indirect=["family"])
-def test_parameters_outside_of_layers_are_unpacked_at_load(family, name, path, caplog):
+def test_parameters_outside_of_layers_are_dequantized_at_load(family, name, path, caplog):
     weights = random_weights(family)
     seen = write_gguf(path, weights, lambda key, values: "Q4_0" if key == name else "F32", metadata=family.metadata)
     patcher = load_without_complaint(path, caplog)

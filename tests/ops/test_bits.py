@@ -48,37 +48,37 @@ def test_values_are_the_same_by_few_passes_as_by_cheap_ones(fmt, dtype, value_dt
     tensors = usual_and_random(fmt)
     first, blocks = 3, tensors[0].numel() // fmt.block_bytes
     left_out = 5 if fmt.block_length > 5 else 0
-    values = fmt.unpack(*fmt.blocks(tensors, first, blocks)).view(-1)
+    values = fmt.dequantize(*fmt.blocks(tensors, first, blocks)).view(-1)
     values = values[:len(values) - left_out]
     expected = values.to(dtype if value_dtype is None or fmt.plain_dtype else value_dtype).to(dtype)
     here, elsewhere = torch.full_like(expected, torch.nan), torch.full_like(expected, torch.nan)
-    fmt.unpack_into(tensors, here, value_dtype, first)
+    fmt.dequantize_into(tensors, here, value_dtype, first)
     as_elsewhere()
-    fmt.unpack_into(tensors, elsewhere, value_dtype, first)
+    fmt.dequantize_into(tensors, elsewhere, value_dtype, first)
     assert same_bits(here, expected) and same_bits(elsewhere, expected)
 
 
 @each_format
-def test_nothing_that_is_unpacked_is_written_to(fmt, as_elsewhere):
+def test_nothing_that_is_dequantized_is_written_to(fmt, as_elsewhere):
     tensors = usual_and_random(fmt)
     before = [tensor.clone() for tensor in tensors]
     out = torch.empty(tensors[0].numel() // fmt.block_bytes * fmt.block_length)
-    fmt.unpack_into(tensors, out)
+    fmt.dequantize_into(tensors, out)
     as_elsewhere()
-    fmt.unpack_into(tensors, out)
+    fmt.dequantize_into(tensors, out)
     assert all(map(torch.equal, tensors, before))
 
 
 @pytest.mark.parametrize("odd", [1, 2])
 @each_format
-def test_bytes_at_any_address_are_unpacked_by_few_passes(fmt, odd, as_elsewhere):
+def test_bytes_at_any_address_are_dequantized_by_few_passes(fmt, odd, as_elsewhere):
     tensors = usual_and_random(fmt)
     values = tensors[0].numel() // fmt.block_bytes * fmt.block_length
-    expected = fmt.unpack_into(tensors, torch.empty(values))
+    expected = fmt.dequantize_into(tensors, torch.empty(values))
     odd = 2 * odd if fmt.plain_dtype else odd  # plain numbers lie at even addresses
     moved = torch.empty(tensors[0].numel() + odd, dtype=torch.uint8)[odd:].view(tensors[0].shape).copy_(tensors[0])
     as_elsewhere()
-    assert same_bits(fmt.unpack_into([moved, *tensors[1:]], torch.empty(values)), expected)
+    assert same_bits(fmt.dequantize_into([moved, *tensors[1:]], torch.empty(values)), expected)
 
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["CPU", "elsewhere"])

@@ -25,7 +25,7 @@ def packed_by_bitsandbytes(shape, quant_type="nf4", block_length=64):
 @pytest.mark.parametrize("block_length", [64, 128, 256])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_unpacks_to_bitsandbytes_values(shape, quant_type, block_length, monkeypatch):
+def test_dequantizes_to_bitsandbytes_values(shape, quant_type, block_length, monkeypatch):
     packed, expected, _ = packed_by_bitsandbytes(shape, quant_type, block_length)
     assert torch.equal(packed.dequantize(), expected)
     monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 2 * block_length)

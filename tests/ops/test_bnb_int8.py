@@ -20,7 +20,7 @@ def packed_by_bitsandbytes(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_unpacks_to_bitsandbytes_values(shape, monkeypatch):
+def test_dequantizes_to_bitsandbytes_values(shape, monkeypatch):
     packed, expected, theirs = packed_by_bitsandbytes(shape)
     assert torch.equal(packed.dequantize(), expected) and torch.allclose(expected, theirs, rtol=1e-6, atol=0)
     monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 2 * shape[1])

@@ -23,7 +23,7 @@ def test_values_are_those_of_the_packed_rows_in_the_new_order(name):
     expected = values.unflatten(1, (OUTER, INNER, WIDTH)).transpose(1, 2).flatten(1)
     reordered = ColumnGroups.of(FORMATS[name], COLUMNS, OUTER, INNER)
     weight = packed_tensor(reordered, torch.from_numpy(data), (ROWS, COLUMNS))
-    assert torch.equal(product.unpack(weight, torch.float32), expected)
+    assert torch.equal(product.dequantize(weight, torch.float32), expected)
     input = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(product.linear(input, weight), input @ expected.t())
     ids = torch.tensor([[7, 0], [ROWS - 1, 7]])

@@ -103,7 +103,7 @@ def tensor_bytes() -> int:
 
 
 def smallest_weight(patcher) -> int:
-    """Bytes of the smallest packed weight unpacked: more memory would be held if one were a constant of a graph."""
+    """Bytes of the smallest packed weight dequantised: more memory would be held if one were a constant of a graph."""
     return min(4 * layer.weight.numel() for layer in packed_layers(patcher))
 
 

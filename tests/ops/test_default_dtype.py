@@ -61,7 +61,7 @@ def input_of(dtype):
 def test_values_and_products_are_those_of_any_default_dtype(fmt, under):
     def work():
         weight, inputs = weight_of(fmt), [input_of(dtype) for dtype in (torch.float32, torch.bfloat16)]
-        return [product.unpack(weight, torch.float32), *(multiply(input, weight) for input in inputs
+        return [product.dequantize(weight, torch.float32), *(multiply(input, weight) for input in inputs
                                                          for multiply in (product.linear, int8.linear))]
 
     assert_same(under, work)
@@ -82,7 +82,7 @@ def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
 @pytest.mark.parametrize("op", dict.fromkeys(kernel.capability for kernel in cpp_backend.BACKEND.kernels))
 def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(op, under):
-    dtypes = {"unpack": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16, "int8_rows": torch.int8}
+    dtypes = {"dequantize": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16, "int8_rows": torch.int8}
     packed_format = None if op == "int8_tokens" else FORMATS["Q4_K"]
     for kernel in cpp_backend.BACKEND.kernels:
         if kernel.capability == op:

@@ -56,8 +56,8 @@ def patches_of(kind: str, seed: int = 0) -> list:
 
 
 @pytest.fixture
-def unpacked(monkeypatch):
-    """Numbers of blocks of MXFP4 that are unpacked meanwhile."""
+def dequantized(monkeypatch):
+    """Numbers of blocks of MXFP4 that are dequantised meanwhile."""
     counts, terms = [], FORMATS["MXFP4"].terms
     monkeypatch.setattr(FORMATS["MXFP4"], "terms", lambda blocks: counts.append(len(blocks)) or terms(blocks))
     return counts
@@ -65,7 +65,7 @@ def unpacked(monkeypatch):
 
 @pytest.mark.parametrize("is_resident", [True, False])
 @pytest.mark.parametrize("kinds", [(), ("lora",), ("loha",), ("diff", "lora"), ("set",)], ids="-".join)
-def test_only_the_experts_asked_for_are_unpacked(kinds, is_resident, unpacked):
+def test_only_the_experts_asked_for_are_dequantized(kinds, is_resident, dequantized):
     ours, hosts = banks("MXFP4")
     patches = [patch for seed, kind in enumerate(kinds) for patch in patches_of(kind, seed)]
     ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32, ours.has_branch)
@@ -74,10 +74,10 @@ def test_only_the_experts_asked_for_are_unpacked(kinds, is_resident, unpacked):
     with ours.bank_resident(input) if is_resident else contextlib.nullcontext(ours) as bank:
         for count, expert in enumerate((1, 4, 2), 1):
             assert relative_error(bank.expert_linear(input, expert), hosts.expert_linear(input, expert)) < 1e-6
-            assert sum(unpacked) * 32 == count * ROWS * COLUMNS
+            assert sum(dequantized) * 32 == count * ROWS * COLUMNS
 
 
-def test_a_patch_that_needs_the_whole_bank_is_computed_once_while_it_is_resident(unpacked):
+def test_a_patch_that_needs_the_whole_bank_is_computed_once_while_it_is_resident(dequantized):
     ours, hosts = banks("MXFP4")
     patches = patches_of("dora")
     ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32, ours.has_branch)
@@ -86,7 +86,7 @@ def test_a_patch_that_needs_the_whole_bank_is_computed_once_while_it_is_resident
     with ours.bank_resident(input) as bank:
         for expert in range(EXPERTS):
             assert relative_error(bank.expert_linear(input, expert), hosts.expert_linear(input, expert)) < 1e-6
-    assert sum(unpacked) * 32 == EXPERTS * ROWS * COLUMNS
+    assert sum(dequantized) * 32 == EXPERTS * ROWS * COLUMNS
 
 
 def test_dense_experts_take_patches_too():

@@ -86,10 +86,10 @@ def test_every_packed_type_of_gguf_has_a_format():
 
 @pytest.mark.skipif(not ggml_quantiser.available(), reason="llama.cpp's source or a C compiler is missing")
 @pytest.mark.parametrize("type_name", [*WITHOUT_REFERENCE, *(NEWER_TYPES.keys() - FORK_TYPES)])
-def test_what_gguf_lacks_unpacks_as_in_llama_cpp(type_name):
+def test_what_gguf_lacks_dequantizes_as_in_llama_cpp(type_name):
     blocks = random_blocks(FORMATS[type_name], 1000)
     expected = torch.from_numpy(ggml_quantiser.dequantize(blocks, type_name))
-    assert_same_bits(FORMATS[type_name].unpack(torch.from_numpy(blocks)), expected)
+    assert_same_bits(FORMATS[type_name].dequantize(torch.from_numpy(blocks)), expected)
 
 
 @each_format
@@ -99,9 +99,9 @@ def test_block_sizes_are_those_of_gguf(fmt):
 
 @pytest.mark.parametrize("device", DEVICES)
 @each_format
-def test_unpack_equals_the_reference(fmt, device):
+def test_dequantize_equals_the_reference(fmt, device):
     for blocks in (usual_blocks(fmt, 256), random_blocks(fmt, 1000)):
-        assert_same_bits(fmt.unpack(torch.from_numpy(blocks).to(device)), reference(fmt, blocks))
+        assert_same_bits(fmt.dequantize(torch.from_numpy(blocks).to(device)), reference(fmt, blocks))
 
 
 @each_format
@@ -114,7 +114,7 @@ def test_every_code_and_every_bit_lands_where_the_reference_puts_it(fmt):
     for position in range(size):
         single[position, :, position] = [0, 255, *(1 << bit for bit in range(8))]
     blocks = np.concatenate([uniform, mixed, single.reshape(-1, size)])
-    assert_same_bits(fmt.unpack(torch.from_numpy(blocks)), reference(fmt, blocks))
+    assert_same_bits(fmt.dequantize(torch.from_numpy(blocks)), reference(fmt, blocks))
 
 
 @each_format
@@ -124,27 +124,27 @@ def test_extreme_scales_equal_the_reference(fmt):
     for offset in range(fmt.block_bytes - 1):
         blocks[offset, :, offset:offset + 2] = np.array(extremes, dtype="<u2").view(np.uint8).reshape(-1, 2)
     blocks = blocks.reshape(-1, fmt.block_bytes)
-    assert_same_bits(fmt.unpack(torch.from_numpy(blocks)), reference(fmt, blocks))
+    assert_same_bits(fmt.dequantize(torch.from_numpy(blocks)), reference(fmt, blocks))
 
 
 @each_format
-def test_unpack_takes_many_one_and_no_rows_at_any_address(fmt):
+def test_dequantize_takes_many_one_and_no_rows_at_any_address(fmt):
     blocks = random_blocks(fmt, 50)
     wide = torch.zeros(50, fmt.block_bytes + 6, dtype=torch.uint8)
     strided = wide[:, 3:-3]
     strided.copy_(torch.from_numpy(blocks))
-    assert_same_bits(fmt.unpack(strided), reference(fmt, blocks))
-    assert_same_bits(fmt.unpack(strided[7:8]), reference(fmt, blocks[7:8]))
-    assert fmt.unpack(strided[:0]).shape == (0, fmt.block_length)
+    assert_same_bits(fmt.dequantize(strided), reference(fmt, blocks))
+    assert_same_bits(fmt.dequantize(strided[7:8]), reference(fmt, blocks[7:8]))
+    assert fmt.dequantize(strided[:0]).shape == (0, fmt.block_length)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @each_format
-def test_unpack_into_rounds_once_over_whole_and_partial_chunks(fmt, dtype, monkeypatch):
+def test_dequantize_into_rounds_once_over_whole_and_partial_chunks(fmt, dtype, monkeypatch):
     monkeypatch.setattr(base, "CPU_CHUNK_VALUES", 1024)
     blocks = usual_blocks(fmt, 2 * 1024 // fmt.block_length + 3).reshape(1, -1)
     out = torch.full((blocks.size // fmt.block_bytes, fmt.block_length), torch.nan, dtype=dtype)
-    assert fmt.unpack_into([torch.from_numpy(blocks)], out) is out
+    assert fmt.dequantize_into([torch.from_numpy(blocks)], out) is out
     assert_same_bits(out, reference(fmt, blocks.reshape(-1, fmt.block_bytes)).to(dtype))
 
 
@@ -163,9 +163,9 @@ class Calls(TorchDispatchMode):
 @each_format
 def test_lookup_tables_are_built_once(fmt):
     blocks = torch.from_numpy(random_blocks(fmt, 4))
-    fmt.unpack(blocks)
+    fmt.dequantize(blocks)
     with Calls() as calls:
-        fmt.unpack(blocks)
+        fmt.dequantize(blocks)
     assert calls.names, "the mode recorded nothing"
     assert not calls.names & {"arange", "lift_fresh", "lift_fresh_copy", "scalar_tensor", "full", "zeros", "ones"}
 
@@ -190,13 +190,13 @@ def test_q1_0_reads_signs_lowest_bit_first():
     block = torch.tensor([[0x00, 0x38, 0x01, 0x80, *[0] * 14]], dtype=torch.uint8)  # d = 0.5; bits 0 and 15
     expected = torch.full((1, 128), -0.5)
     expected[0, [0, 15]] = 0.5
-    assert_same_bits(FORMATS["Q1_0"].unpack(block), expected)
+    assert_same_bits(FORMATS["Q1_0"].dequantize(block), expected)
 
 
 def test_q8_k_reads_a_float32_scale_and_ignores_the_sums():
     block = torch.tensor([[0x00, 0x00, 0x80, 0x3E, *range(256), *[0xAB] * 32]], dtype=torch.uint8)  # d = 0.25
     expected = 0.25 * torch.cat([torch.arange(128), torch.arange(-128, 0)]).float()
-    assert_same_bits(FORMATS["Q8_K"].unpack(block), expected.view(1, 256))
+    assert_same_bits(FORMATS["Q8_K"].dequantize(block), expected.view(1, 256))
 
 
 @pytest.mark.parametrize("type_name", ["Q2_0", "PQ2_0"])
@@ -205,4 +205,4 @@ def test_q2_0_reads_neighbouring_values_from_a_byte_lowest_bits_first(type_name)
     block = torch.tensor([[0x00, 0x38, 0b11100100, *[0b01010101] * (fmt.block_bytes - 3)]], dtype=torch.uint8)  # d = 0.5
     expected = torch.zeros(1, fmt.block_length)
     expected[0, :4] = torch.tensor([-0.5, 0, 0.5, 1])
-    assert_same_bits(fmt.unpack(block), expected)
+    assert_same_bits(fmt.dequantize(block), expected)

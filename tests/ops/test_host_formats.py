@@ -95,7 +95,7 @@ def test_smoothing_of_the_input_is_not_smoothing_of_the_patch(kind, given):
     ours, host, values = layers("nvfp4", smoothing=smoothing)
     input = torch.randn(3, COLUMNS)
     if given == "dense":
-        ours._v = object()  # a layer of dynamic VRAM, which the host casts for the CPU by unpacking it
+        ours._v = object()  # a layer of dynamic VRAM, which the host casts for the CPU by dequantising it
     with torch.no_grad():
         assert relative(ours(input), host(input)) < 1e-6
         ours.lora, change = patches_of(kind)

@@ -207,7 +207,7 @@ def lora(strength=1.0, rank=4, rows=ROWS):
 
 @needs_vnni
 def test_a_lora_has_its_exact_effect_at_any_strength_and_token_count():
-    for tokens in (TOKENS, 4096):  # at the second, the exact product merges the LoRA into the unpacked weight
+    for tokens in (TOKENS, 4096):  # at the second, the exact product merges the LoRA into the dequantised weight
         layer, input = layer_of(normal_weight(ROWS, COLUMNS)), normal(tokens, COLUMNS)
         without = layer(input)
         for strength in (1.0, -0.5):

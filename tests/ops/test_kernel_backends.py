@@ -2,7 +2,7 @@
 device that uses it. C++ runs on this CPU, Triton where test_kernels_triton.py says. What is one
 backend's own is in a file of its name.
 
-What differs from another case in one respect only is heavy: each format is unpacked to float32 by
+What differs from another case in one respect only is heavy: each format is dequantised to float32 by
 each backend, each dtype and kernel meets a few formats.
 """
 import logging
@@ -69,7 +69,7 @@ def each(backends, formats, dtypes, is_usual):
     return pytest.mark.parametrize("backend, fmt, dtype", cases, indirect=["backend"])
 
 
-def is_usual_unpack(name, fmt, dtype):
+def is_usual_dequantize(name, fmt, dtype):
     if dtype != torch.float32:
         return fmt in TWO
     return name in MAIN or fmt in ONE_OF_EACH_SOURCE
@@ -87,46 +87,46 @@ def kernels_of(backend, capability, fmt=None):
     return kernels
 
 
-def unpack(backend, fmt, tensors, out, value_dtype=None):
+def dequantize(backend, fmt, tensors, out, value_dtype=None):
     """What the backend's kernel gives on its device. tensors, out: on the CPU, as the result is."""
     device = device_of(backend)
     values = out.to(device)
-    (kernel,) = kernels_of(backend, "unpack", fmt)
+    (kernel,) = kernels_of(backend, "dequantize", fmt)
     kernel.run(fmt, [tensor.to(device) for tensor in tensors], values, value_dtype, 0)
     return values.cpu()
 
 
-each_unpack = each(BACKENDS, ALL_FORMATS, DTYPES, is_usual_unpack)
+each_dequantize = each(BACKENDS, ALL_FORMATS, DTYPES, is_usual_dequantize)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("three_threads")
-@each_unpack
-def test_unpack_gives_the_values_of_gguf_and_bitsandbytes(backend, fmt, dtype):
+@each_dequantize
+def test_dequantize_gives_the_values_of_gguf_and_bitsandbytes(backend, fmt, dtype):
     tensors = random_tensors(fmt, 3 if fmt.block_length > 256 else 100, CPU)
     expected = reference(fmt, tensors)
-    out = unpack(backend, fmt, tensors, torch.empty(len(expected), dtype=dtype))
+    out = dequantize(backend, fmt, tensors, torch.empty(len(expected), dtype=dtype))
     assert_same_bits(out, expected.to(dtype))
 
 
-@each_unpack
-def test_unpack_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
-    check(*kernels_of(backend, "unpack", fmt), fmt, dtype, None, device)
+@each_dequantize
+def test_dequantize_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
+    check(*kernels_of(backend, "dequantize", fmt), fmt, dtype, None, device)
 
 
 @each(BACKENDS, TWO, DTYPES[1:], lambda name, fmt, dtype: fmt == TWO[dtype == torch.float16])
-def test_unpack_rounds_to_the_value_dtype_first(backend, fmt, dtype, device):
-    check(*kernels_of(backend, "unpack"), fmt, torch.float32, dtype, device)
+def test_dequantize_rounds_to_the_value_dtype_first(backend, fmt, dtype, device):
+    check(*kernels_of(backend, "dequantize"), fmt, torch.float32, dtype, device)
 
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
-def test_unpack_of_odd_weights_and_of_none(backend, shape):
+def test_dequantize_of_odd_weights_and_of_none(backend, shape):
     """Of NF4 the last block may be short."""
     fmt, count = FORMATS["NF4"], shape[0] * shape[1]
     packed, scales = random_tensors(fmt, -(-count // 64) or 1, CPU)
     tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
-    expected = fmt.unpack_into(tensors, torch.empty(shape, dtype=torch.float16))
-    assert_same_bits(unpack(backend, fmt, tensors, torch.empty_like(expected)), expected)
+    expected = fmt.dequantize_into(tensors, torch.empty(shape, dtype=torch.float16))
+    assert_same_bits(dequantize(backend, fmt, tensors, torch.empty_like(expected)), expected)
 
 
 @each(BACKENDS, [INT8.of_columns(32)], DTYPES[1:], lambda *case: True)
@@ -139,7 +139,7 @@ def test_values_are_rounded_once(backend, fmt, dtype):
     values = torch.cat([values, torch.tensor(edges)])
     codes = torch.ones(len(values), 32, dtype=torch.uint8)
     tensors = [codes.flatten(), values]
-    out = unpack(backend, fmt, tensors, torch.empty(len(values), 32, dtype=dtype))
+    out = dequantize(backend, fmt, tensors, torch.empty(len(values), 32, dtype=dtype))
     assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 32))
 
 
@@ -165,7 +165,7 @@ def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, 
     values = torch.randn(1 + tokens * columns, generator=generator).to(device, dtype)
     input = values[1:].view(tokens, columns)
     addend = torch.randn((rows, tokens), generator=generator).to(device, dtype).t()
-    weight = fmt.unpack_into(tensors, torch.empty(rows, columns))
+    weight = fmt.dequantize_into(tensors, torch.empty(rows, columns))
     for added in (addend, None):
         out = torch.full((tokens, rows), torch.nan, dtype=dtype, device=device)
         kernels[0].run(fmt, [tensor.to(device) for tensor in tensors], input, added, out, None)
@@ -224,10 +224,10 @@ def test_a_device_uses_it(backend, used_by_device):
     fmt = FORMATS["Q5_1"]
     tensors = random_tensors(fmt, 8, CPU)
     out = torch.empty(8 * 32, device=used_by_device)
-    run = kernel_layer.find("unpack", used_by_device, fmt, out.dtype)
-    assert run is kernels_of(backend, "unpack")[0].run
+    run = kernel_layer.find("dequantize", used_by_device, fmt, out.dtype)
+    assert run is kernels_of(backend, "dequantize")[0].run
     on_device = [tensor.to(used_by_device) for tensor in tensors]
-    assert_same_bits(kernel_layer.unpack_into(fmt, on_device, out), reference(fmt, tensors))
+    assert_same_bits(kernel_layer.dequantize_into(fmt, on_device, out), reference(fmt, tensors))
     assert kernel_layer.used(used_by_device) == backend.name
     assert kernel_layer.used(used_by_device, 120) == backend.name
 
@@ -241,7 +241,7 @@ def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one
     fmt, device = FORMATS[name], used_by_device
     rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
     tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
-    dense = fmt.unpack_into(tensors, torch.empty(rows, columns)).double()
+    dense = fmt.dequantize_into(tensors, torch.empty(rows, columns)).double()
     data, *scale = (tensor.to(device) for tensor in tensors)
     weight = packed_tensor(fmt, data, (rows, columns), torch.float32, *scale)
     input, bias, down, up = (torch.randn(shape, generator=generator) for shape in
@@ -271,10 +271,10 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
         monkeypatch.setattr(module, "kernel_source", changed)
     fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32, dtype=dtype)
     tensors = random_tensors(fmt, 8, CPU)
-    assert kernel_layer.find("unpack", CPU, fmt, dtype, value_dtype) is None
-    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out, value_dtype),
-                     fmt.unpack_into(tensors, torch.empty_like(out), value_dtype))
-    assert "unpack of Q4_0 to" in caplog.text
+    assert kernel_layer.find("dequantize", CPU, fmt, dtype, value_dtype) is None
+    assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out, value_dtype),
+                     fmt.dequantize_into(tensors, torch.empty_like(out), value_dtype))
+    assert "dequantize of Q4_0 to" in caplog.text
     assert ("values differ from the reference" if wrong == "7" else wrong) in caplog.text
 
 
@@ -286,7 +286,7 @@ def test_a_weak_lora_arrives(tokens):
     """Beside a bias, in a dtype whose step is larger than what the LoRA changes."""
     rows, columns, norm, dtype = 1024, 64, 0.0005, torch.float16
     weight = random_weight("Q8_0", (rows, columns))
-    dense = product.unpack(weight, torch.float32)
+    dense = product.dequantize(weight, torch.float32)
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(shape, generator=generator) for shape in ((rows, 4), (4, columns)))
     bias = (torch.randn(rows, generator=generator) * dense.std() * columns ** 0.5).to(dtype)

@@ -22,20 +22,20 @@ CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
 
 
-def unpack(packed_format, tensors, out, value_dtype, first):
-    packed_format.unpack_into(tensors, out, value_dtype, first)
+def dequantize(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, value_dtype, first)
 
 
-def unpack_from_the_start(packed_format, tensors, out, value_dtype, first):
-    packed_format.unpack_into(tensors, out, value_dtype)
+def dequantize_from_the_start(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, value_dtype)
 
 
-def unpack_rounded(packed_format, tensors, out, value_dtype, first):
-    packed_format.unpack_into(tensors, out, torch.bfloat16, first)
+def dequantize_rounded(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, torch.bfloat16, first)
 
 
 def multiply(packed_format, tensors, input, addend, out, value_dtype):
-    weight = packed_format.unpack_into(tensors, input.new_empty(out.shape[1], input.shape[1]), value_dtype)
+    weight = packed_format.dequantize_into(tensors, input.new_empty(out.shape[1], input.shape[1]), value_dtype)
     out.copy_(input @ weight.t() + (0 if addend is None else addend))
 
 
@@ -86,21 +86,21 @@ def test_a_kernel_that_is_right_is_used(use):
 
     def recorded(*args):
         calls.append(args)
-        unpack(*args)
+        dequantize(*args)
 
-    use(backend(kernel("unpack", recorded)))
-    values = product.unpack(packed(), torch.float32)
+    use(backend(kernel("dequantize", recorded)))
+    values = product.dequantize(packed(), torch.float32)
     assert calls[-1][2] is values
     assert torch.equal(values, packed().dequantize())
 
 
 def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_used(use, caplog):
     caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(kernel("unpack", unpack_rounded)))
-    assert torch.equal(product.unpack(packed(), torch.float32), packed().dequantize())
+    use(backend(kernel("dequantize", dequantize_rounded)))
+    assert torch.equal(product.dequantize(packed(), torch.float32), packed().dequantize())
     reasons = [record for record in caplog.records if "Q4_0" in record.message]
     assert [record.levelno for record in reasons] == [logging.WARNING]
-    for part in ("unpack of Q4_0 to float32 by made_up on cpu", "differ from the reference", f"torch {torch.__version__}",
+    for part in ("dequantize of Q4_0 to float32 by made_up on cpu", "differ from the reference", f"torch {torch.__version__}",
                  "[Featherweight]", ISSUES):
         assert part in reasons[0].message
     assert "\n" not in reasons[0].message
@@ -121,7 +121,7 @@ def encode_tokens_without_nan(input, codes, scales):
 
 
 @pytest.mark.parametrize("capability, run, is_right", [
-    ("unpack", unpack, True), ("unpack", unpack_from_the_start, False), ("unpack", unpack_rounded, False),
+    ("dequantize", dequantize, True), ("dequantize", dequantize_from_the_start, False), ("dequantize", dequantize_rounded, False),
     ("linear", multiply, True), ("linear", multiply_without_addend, False),
     ("int8_rows", encode_rows, True), ("int8_rows", encode_rows_and_clip, False),
     ("int8_tokens", encode_tokens, True), ("int8_tokens", encode_tokens_as_they_are, False),
@@ -132,14 +132,14 @@ def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
 
 
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
-RIGHT = {"unpack": unpack, "linear": multiply, "int8_rows": encode_rows, "int8_tokens": encode_tokens}
+RIGHT = {"dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows, "int8_tokens": encode_tokens}
 SPOIL = {  # what is changed in the arguments of a right kernel, after it has run
-    "unpack": lambda given: given.out[-1].add_(1),
+    "dequantize": lambda given: given.out[-1].add_(1),
     "linear": lambda given: given.out[-1, -1].add_(1),
     "int8_rows": lambda given: given.codes[-1, -1].bitwise_xor_(64),
     "int8_tokens": lambda given: given.scales[-1].mul_(1.01)}
 WRONG = {
-    "unpack": {
+    "dequantize": {
         "in the tail": lambda given: given.out.numel() % Q4_0.block_length,
         "of whole blocks": lambda given: given.out.numel() % Q4_0.block_length == 0,
         "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
@@ -193,14 +193,14 @@ def test_a_kernel_that_is_wrong_only_somewhere_is_found_out(capability, where, u
     assert "gives wrong values here" in warning.message and " in the case " in warning.message
 
 
-def test_an_unpack_kernel_that_writes_beside_its_values_is_found_out(use, caplog):
+def test_an_dequantize_kernel_that_writes_beside_its_values_is_found_out(use, caplog):
     def wrong(packed_format, tensors, out, value_dtype, first):
-        unpack(packed_format, tensors, out, value_dtype, first)
+        dequantize(packed_format, tensors, out, value_dtype, first)
         if out.storage_offset() + out.numel() < out.untyped_storage().nbytes() // 4:
             out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
 
-    use(backend(kernel("unpack", wrong)))
-    assert found("unpack") is None and "written beside the values" in caplog.text
+    use(backend(kernel("dequantize", wrong)))
+    assert found("dequantize") is None and "written beside the values" in caplog.text
 
 
 def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
@@ -208,10 +208,10 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
         raise RuntimeError("no such instruction")
 
     caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(kernel("unpack", refused)))
-    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
+    use(backend(kernel("dequantize", refused)))
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
-    assert reason.levelno == logging.DEBUG and "unpack of Q4_0 to float32 by made_up is off on cpu" in reason.message
+    assert reason.levelno == logging.DEBUG and "dequantize of Q4_0 to float32 by made_up is off on cpu" in reason.message
 
 
 def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
@@ -251,9 +251,9 @@ def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
 
 
 def test_a_kernel_gets_only_what_it_accepts(use):
-    use(backend(kernel("unpack", unpack), kernel("linear", multiply, min_tokens=2, max_tokens=4)))
-    assert kernels.find("unpack", CPU, FORMATS["Q8_0"], torch.float32) is None
-    assert kernels.find("unpack", CPU, Q4_0, torch.float16) is None
+    use(backend(kernel("dequantize", dequantize), kernel("linear", multiply, min_tokens=2, max_tokens=4)))
+    assert kernels.find("dequantize", CPU, FORMATS["Q8_0"], torch.float32) is None
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float16) is None
     found = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply for tokens in range(7)]
     assert found == [False, False, True, True, True, False, False]
 
@@ -279,18 +279,18 @@ def test_a_cpu_never_imports_triton(use, monkeypatch):
     use()
     module = f"{kernels.__name__}.triton_backend"
     monkeypatch.delitem(sys.modules, module, raising=False)
-    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is None
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     assert module not in sys.modules
 
 
 def test_a_format_with_another_block_length_is_accepted_too():
-    of_nf4 = Kernel("unpack", frozenset(["NF4"]), frozenset([torch.float32]), unpack)
+    of_nf4 = Kernel("dequantize", frozenset(["NF4"]), frozenset([torch.float32]), dequantize)
     assert of_nf4.accepts(FORMATS["NF4"].of_block_length(128), torch.float32, None)
     assert not of_nf4.accepts(FORMATS["FP4"], torch.float32, None)
 
 
 def test_a_kernel_is_not_run_below_its_capability():
-    newer = kernel("unpack", unpack, min_compute_capability=(8, 0))
+    newer = kernel("dequantize", dequantize, min_compute_capability=(8, 0))
     accepted = [newer.accepts(Q4_0, torch.float32, capability) for capability in ((7, 5), (8, 0), (12, 0), None)]
     assert accepted == [False, True, True, True]
 
@@ -300,9 +300,9 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
         raise RuntimeError("no driver")
 
     caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(kernel("unpack", unpack), name="broken", probe=no_driver), backend(kernel("unpack", unpack), name="working"))
+    use(backend(kernel("dequantize", dequantize), name="broken", probe=no_driver), backend(kernel("dequantize", dequantize), name="working"))
     for _ in range(3):
-        product.unpack(packed(), torch.float32)
+        product.dequantize(packed(), torch.float32)
     assert [(record.levelno, record.message) for record in caplog.records] == [
         (logging.DEBUG, "[Featherweight] broken does not work on cpu: RuntimeError('no driver')"),
         (logging.INFO, "[Featherweight] Packed weights on cpu use working."),
@@ -313,17 +313,17 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
     (None, "first"), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"),
     ("triton", "first")], ids=str)  # the last is one for other devices
 def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
-    use(backend(kernel("unpack", unpack), name="first"), backend(kernel("unpack", unpack_rounded), name="second"))
+    use(backend(kernel("dequantize", dequantize), name="first"), backend(kernel("dequantize", dequantize_rounded), name="second"))
     if asked is None:
         monkeypatch.delenv(kernels.VARIABLE)
     else:
         monkeypatch.setenv(kernels.VARIABLE, asked)
-    kernels.find("unpack", CPU, Q4_0, torch.float32)
+    kernels.find("dequantize", CPU, Q4_0, torch.float32)
     assert kernels.used(CPU, 120) == (used or "torch")
 
 
 def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog):
-    use(backend(kernel("unpack", unpack), name="first"))
+    use(backend(kernel("dequantize", dequantize), name="first"))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
     assert kernels.used(CPU, 120) == "first"
     assert "FEATHERWEIGHT_KERNELS is cuda; it can be auto, first, " in caplog.text
@@ -331,12 +331,12 @@ def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog)
 
 @pytest.mark.parametrize("operation", [
     lambda input, weight: product.linear(input, weight),
-    lambda input, weight: input @ product.unpack(weight, torch.float32).t(),
-    lambda input, weight: input @ product.unpack_rows(weight, torch.float32, lambda rows, start: rows * 2).t(),
+    lambda input, weight: input @ product.dequantize(weight, torch.float32).t(),
+    lambda input, weight: input @ product.dequantize_rows(weight, torch.float32, lambda rows, start: rows * 2).t(),
     lambda input, weight: input + product.embedding(torch.tensor([3, 1]), weight, torch.float32),
-], ids=["linear", "unpack", "unpack_rows", "embedding"])
+], ids=["linear", "dequantize", "dequantize_rows", "embedding"])
 def test_torch_compile_meets_no_choice_of_kernels(operation, use):
-    use(backend(kernel("unpack", unpack), kernel("linear", multiply)))
+    use(backend(kernel("dequantize", dequantize), kernel("linear", multiply)))
     weight, input = packed(), torch.randn((2, 64), generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(operation, fullgraph=True, backend="eager")(input, weight)
     assert torch.equal(compiled, operation(input, weight))

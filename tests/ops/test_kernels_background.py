@@ -24,7 +24,7 @@ COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 PACK = Path(__file__).parents[2]
 LONG = 300  # seconds that nothing here takes on any machine
 KERNELS = "featherweight-kernels"  # name of the threads that use a compiler
-FIRST_SOURCE, OF_Q4_K, UNPACK_OF_Q4_K = (), ("FORMAT Q4_K",), ("FORMAT Q4_K", "void unpack(")
+FIRST_SOURCE, OF_Q4_K, DEQUANTIZE_OF_Q4_K = (), ("FORMAT Q4_K",), ("FORMAT Q4_K", "void dequantize(")
 
 pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
 
@@ -101,15 +101,15 @@ def seconds_of(operation) -> float:
     return time.monotonic() - started
 
 
-def unpack_kernel():
-    return kernels.find("unpack", CPU, FORMATS["Q4_K"], torch.float32)
+def dequantize_kernel():
+    return kernels.find("dequantize", CPU, FORMATS["Q4_K"], torch.float32)
 
 
-def test_unpacking_waits_for_no_compiler(compiler, monkeypatch):
+def test_dequantizing_waits_for_no_compiler(compiler, monkeypatch):
     compiler.hold(FIRST_SOURCE)
     patience(monkeypatch, 2 * LONG)
-    assert seconds_of(lambda: product.unpack(weight(), torch.float32)) < LONG
-    assert torch.equal(product.unpack(weight(), torch.float32), weight().dequantize())
+    assert seconds_of(lambda: product.dequantize(weight(), torch.float32)) < LONG
+    assert torch.equal(product.dequantize(weight(), torch.float32), weight().dequantize())
 
 
 @pytest.mark.parametrize("held", [FIRST_SOURCE, OF_Q4_K], ids=["the first source", "a kernel"])
@@ -134,7 +134,7 @@ def test_a_compiler_that_hangs_on_one_format_holds_up_no_other(compiler, monkeyp
     held_up.start()
     product_of("Q8_0")
     assert kernels.find("linear", CPU, FORMATS["Q8_0"], torch.float32, tokens=3) is not None
-    product.unpack(weight("Q6_K"), torch.float32)
+    product.dequantize(weight("Q6_K"), torch.float32)
     assert held_up.is_alive()
 
 
@@ -155,11 +155,11 @@ def test_who_cancels_does_not_wait_for_the_compiler(compiler, monkeypatch):
 
 def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
     """Some before it does, and some after."""
-    assert unpack_kernel() is None
+    assert dequantize_kernel() is None
     results = [compute() for _ in range(2)]
     compiler.let_go()
     end = time.monotonic() + LONG
-    while unpack_kernel() is None:
+    while dequantize_kernel() is None:
         assert time.monotonic() < end
         results.append(compute())
     return results + [compute() for _ in range(3)]
@@ -167,11 +167,11 @@ def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("in_time", [False, True], ids=["the kernel comes too late", "the kernel comes in time"])
 def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(in_time, compiler, monkeypatch):
-    """One by a kernel, and one by torch with what a kernel has unpacked."""
+    """One by a kernel, and one by torch with what a kernel has dequantised."""
     def products():
         return torch.cat([product_of("Q4_K", tokens) for tokens in (3, 40)])
 
-    compiler.hold(UNPACK_OF_Q4_K if in_time else OF_Q4_K)
+    compiler.hold(DEQUANTIZE_OF_Q4_K if in_time else OF_Q4_K)
     patience(monkeypatch, LONG)
     assert kernels.used(CPU, 120) == "cpp"
     if not in_time:
@@ -184,7 +184,7 @@ def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(in_tim
 
 @pytest.mark.usefixtures("small_models")
 def test_a_model_gives_the_same_values_before_and_after_its_kernels_come(compiler, monkeypatch):
-    compiler.hold(UNPACK_OF_Q4_K)
+    compiler.hold(DEQUANTIZE_OF_Q4_K)
     patience(monkeypatch, LONG)
     assert kernels.used(CPU, 120) == "cpp"
     patcher = packed_flux("Q4_K")
@@ -206,7 +206,7 @@ def products():
     end = time.monotonic() + 1
     while time.monotonic() < end:
         torch.ones(100, 100) @ torch.ones(100, 100)
-kernels.find("unpack", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
+kernels.find("dequantize", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
 while not Path(sys.argv[1]).is_file():
     time.sleep(0.05)
 compute_in_background(products)

@@ -78,7 +78,7 @@ def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, mo
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         on_cpu = CpuKernels(CppCompiler(str(command), tmp_path / machine))
         with contextlib.nullcontext() if works else pytest.raises(CppError, match="what"):
-            on_cpu.unpack(fmt, tensors, torch.empty(64), None, 0)
+            on_cpu.dequantize(fmt, tensors, torch.empty(64), None, 0)
 
 
 # Each kind of grid has its own branches of the search; others of a kind compile as long again.
@@ -149,8 +149,8 @@ def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatc
     assert torch.equal(quantize.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1), whole._qdata.view(37, -1)[5:9])
 
 
-def unpack_a_block(kernels):
-    kernels.unpack(FORMATS["Q4_0"], random_tensors(FORMATS["Q4_0"], 1, CPU), torch.empty(32), None, 0)
+def dequantize_a_block(kernels):
+    kernels.dequantize(FORMATS["Q4_0"], random_tensors(FORMATS["Q4_0"], 1, CPU), torch.empty(32), None, 0)
 
 
 def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatc
     command.chmod(0o755)
 
     def compilations():
-        unpack_a_block(CpuKernels(CppCompiler(str(command), tmp_path / "kernels")))
+        dequantize_a_block(CpuKernels(CppCompiler(str(command), tmp_path / "kernels")))
         return sum("kernel.cpp" in line for line in calls.read_text().splitlines())
 
     assert [compilations(), compilations()] == [1, 1]
@@ -196,8 +196,8 @@ def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_p
     caplog.set_level(logging.INFO)
     fmt, out = FORMATS["Q5_1"], torch.empty(8 * 32)
     tensors = random_tensors(fmt, 8, CPU)
-    assert kernel_layer.find("unpack", CPU, fmt, out.dtype) is not None
-    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
+    assert kernel_layer.find("dequantize", CPU, fmt, out.dtype) is not None
+    assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out), reference(fmt, tensors))
     assert "Packed weights on cpu use cpp" in caplog.text
     assert list((tmp_path / "cache/featherweight/kernels").glob("*.so"))
 
@@ -219,7 +219,7 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
         monkeypatch.setattr(cpp_backend.tempfile, "TemporaryDirectory", full)
     fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32)
     tensors = random_tensors(fmt, 8, CPU)
-    assert_same_bits(kernel_layer.unpack_into(fmt, tensors, out), reference(fmt, tensors))
+    assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out), reference(fmt, tensors))
     (line,) = caplog.records
     assert line.levelno == logging.INFO and "\n" not in line.message
     assert line.message.startswith("[Featherweight] Packed weights on cpu use torch, because no kernel works there (cpp: ")
@@ -240,9 +240,9 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
     def values(tensors):
         weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
         with product.dequantize_into_workspace(weight, torch.float32) as scratch:
-            unpacked = scratch.clone()
-        yield unpacked
-        yield product.unpack(weight, torch.float32)
+            dequantized = scratch.clone()
+        yield dequantized
+        yield product.dequantize(weight, torch.float32)
         yield product.embedding(torch.tensor([3, 0, 15]), weight, torch.float32)
         generator = torch.Generator().manual_seed(0)
         for tokens in (3, 40):

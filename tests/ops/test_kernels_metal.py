@@ -9,7 +9,7 @@ import torch
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import metal_backend
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.kernels.metal_backend import BACKEND, unpack
+from featherweight.ops.kernels.metal_backend import BACKEND, dequantize
 from featherweight.ops.kernels.kernel_source import TYPES, kernel_source
 from kernel_backends import backend_on_cpu
 from kernel_cases import (
@@ -27,11 +27,11 @@ def on_cpu(tmp_path_factory):
         yield
 
 
-def test_unpack_of_blocks_that_are_no_whole_chunks():
+def test_dequantize_of_blocks_that_are_no_whole_chunks():
     fmt = FORMATS["NF4"].of_block_length(12)
     tensors = random_tensors(fmt, 8, CPU)
     out = torch.empty(96)
-    unpack(fmt, tensors, out, None, 0)
+    dequantize(fmt, tensors, out, None, 0)
     assert_same_bits(out, reference(fmt, tensors))
 
 
@@ -62,10 +62,10 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
     blocks = random_tensors(fmt, 256, CPU)[0]
     blocks[:, 0] = torch.arange(256)  # every scale
     flushed()
-    expected = fmt.unpack_into([blocks], torch.empty(256 * fmt.block_length, dtype=dtype))
+    expected = fmt.dequantize_into([blocks], torch.empty(256 * fmt.block_length, dtype=dtype))
     assert not expected[:2 * fmt.block_length].any() and expected[2 * fmt.block_length:].any()
     out = torch.empty_like(expected)
-    unpack(fmt, [blocks], out, None, 0)
+    dequantize(fmt, [blocks], out, None, 0)
     assert_same_bits(out, expected)
 
 
@@ -74,7 +74,7 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
 def test_no_pointer_strays_from_the_memory_it_points_into(fmt):
     """Of the compilers on every system only Clang keeps memories apart, as Metal's does."""
     for dtype in TYPES:
-        source = kernel_source("metal", "unpack", fmt, dtype, torch.float16, LANES=metal_backend.CHUNK)
+        source = kernel_source("metal", "dequantize", fmt, dtype, torch.float16, LANES=metal_backend.CHUNK)
         made = subprocess.run([CLANG, "-x", "c++", "-std=c++14", "-w", "-fsyntax-only", f"-I{ON_CPU}", "-"], input=source,
                               capture_output=True, text=True)
         assert not made.returncode, made.stderr

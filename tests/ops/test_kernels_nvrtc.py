@@ -68,7 +68,7 @@ def compile(compiler, capability):
 
 @each_capability("fmt", ALL_FORMATS, [*ONE_OF_EACH_SOURCE])
 def test_every_source_compiles_for_every_gpu(compile, fmt):
-    for kernel in ("unpack", "linear"):
+    for kernel in ("dequantize", "linear"):
         assert compile(Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))).startswith(ELF)
 
 
@@ -76,11 +76,11 @@ def test_every_source_compiles_for_every_gpu(compile, fmt):
 def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
     for tokens, rows in LINEAR_ROWS.items():
         assert compile(Program("linear", FORMATS["Q6_K"], dtype, None, 2, tokens, rows)).startswith(ELF)
-    assert compile(Program("unpack", FORMATS["Q6_K"], dtype, torch.float16, 1)).startswith(ELF)
+    assert compile(Program("dequantize", FORMATS["Q6_K"], dtype, torch.float16, 1)).startswith(ELF)
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
-    image = compiler.compile(Program("unpack", FORMATS["Q8_0"], torch.float16).source(), 999)
+    image = compiler.compile(Program("dequantize", FORMATS["Q8_0"], torch.float16).source(), 999)
     assert f".target sm_{max(compiler.architectures)}".encode() in image
 
 
@@ -93,7 +93,7 @@ def test_what_nvrtc_refuses_is_said(compiler):
 
 def test_blocks_that_are_no_whole_chunks_are_refused():
     with pytest.raises(CudaError, match="blocks of 12 values"):
-        Program("unpack", FORMATS["NF4"].of_block_length(12), torch.float32).source()
+        Program("dequantize", FORMATS["NF4"].of_block_length(12), torch.float32).source()
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
@@ -109,7 +109,7 @@ def test_a_missing_driver_is_said():
 
 
 def test_every_source_is_used():
-    basic = ("unpack", "linear")
+    basic = ("dequantize", "linear")
     kernels = {"cuda": basic, "metal": basic, "cpu": (*basic, "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")}
     used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]
             for path in source_files(platform, fmt, kernel)}

@@ -43,8 +43,8 @@ def weight(device):
     return packed_tensor(FORMATS["Q4_K"], tensors[0], (16, 512))
 
 
-def assert_unpacked(device):
-    values = product.unpack(weight(device), torch.float32)
+def assert_dequantized(device):
+    values = product.dequantize(weight(device), torch.float32)
     assert torch.equal(values.cpu(), weight("cpu").dequantize())
 
 
@@ -63,24 +63,24 @@ def test_what_a_model_asks_for_is_tried_where_there_is_room_and_used_from_the_ne
 
     monkeypatch.setitem(kernels.PRIORITY, "cuda", ("cpp",))
     gpu = restarted()
-    assert dequantize_backend_text(packed_flux("Q4_K")) == "unpacked by torch"
+    assert dequantize_backend_text(packed_flux("Q4_K")) == "dequantised by torch"
     assert "Kernels for Q4_K are not proven on cuda:0 (Fake GPU 0) yet" in caplog.text
     fakegpu.set_capacity(fakegpu.used() + trial.FREE_TO_BEGIN // 2)
     try:
         kernels.start_trials([gpu])
         wait_for("cuda:0 (Fake GPU 0): no kernel is proven, torch does the work; less than 1.5 GB", caplog)
-        assert_unpacked(gpu)
+        assert_dequantized(gpu)
     finally:
         fakegpu.set_capacity(4 << 30)
     gpu = restarted()
     kernels.start_trials([gpu])
-    assert_unpacked(gpu)
-    wait_for(" kernels proven, unpack", caplog)
-    assert kernels.find("unpack", gpu, FORMATS["Q4_K"], torch.float32) is None
+    assert_dequantized(gpu)
+    wait_for(" kernels proven, dequantize", caplog)
+    assert kernels.find("dequantize", gpu, FORMATS["Q4_K"], torch.float32) is None
     gpu = restarted()
     caplog.clear()
-    assert dequantize_backend_text(packed_flux("Q4_K")) == "unpacked by cpp"
-    assert_unpacked(gpu)
+    assert dequantize_backend_text(packed_flux("Q4_K")) == "dequantised by cpp"
+    assert_dequantized(gpu)
     assert "not proven" not in caplog.text and "wrong values" not in caplog.text
 
 
@@ -99,5 +99,5 @@ def test_comfyui_tries_kernels_as_it_starts_and_torch_works_where_none_does(
     may_end.set()
     wait_for("no kernel is proven, torch does the work", caplog)
     assert "are tried on cuda:0 (Fake GPU 0) in the background" in caplog.text
-    assert_unpacked(gpu)
+    assert_dequantized(gpu)
     assert kernels.used(gpu) == "torch"

@@ -19,28 +19,28 @@ from filelock import FileLock
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
 FLOAT32 = frozenset([torch.float32])
-UNPACK = Case("unpack", "Q4_0", torch.float32, None)
-LINEAR = UNPACK._replace(capability="linear")
+DEQUANTIZE = Case("dequantize", "Q4_0", torch.float32, None)
+LINEAR = DEQUANTIZE._replace(capability="linear")
 
 
 class Made:
-    """A backend whose calls are counted: unpacks, and multiplies 1 and 2 to 16 rows."""
+    """A backend whose calls are counted: dequantises, and multiplies 1 and 2 to 16 rows."""
 
     def __init__(self, name: str):
-        self.name, self.calls = name, {"unpack": 0, "linear": 0}
+        self.name, self.calls = name, {"dequantize": 0, "linear": 0}
 
-        def unpack(packed_format, tensors, out, value_dtype, first):
-            self.calls["unpack"] += 1
-            packed_format.unpack_into(tensors, out, value_dtype, first)
+        def dequantize(packed_format, tensors, out, value_dtype, first):
+            self.calls["dequantize"] += 1
+            packed_format.dequantize_into(tensors, out, value_dtype, first)
 
         def linear(packed_format, tensors, input, addend, out, value_dtype):
             self.calls["linear"] += 1
             weight = input.new_empty(out.shape[1], input.shape[1])
-            packed_format.unpack_into(tensors, weight, value_dtype)
+            packed_format.dequantize_into(tensors, weight, value_dtype)
             added = 0 if addend is None else addend
             out.copy_(input.double() @ weight.double().t() + added)
 
-        self.kernels = {UNPACK: {None: Kernel("unpack", frozenset(["Q4_0"]), FLOAT32, unpack)},
+        self.kernels = {DEQUANTIZE: {None: Kernel("dequantize", frozenset(["Q4_0"]), FLOAT32, dequantize)},
                         LINEAR: {rows: Kernel("linear", frozenset(["Q4_0"]), FLOAT32, linear, *rows)
                                  for rows in ((1, 1), (2, 16))}}
         self.backend = Backend(name, lambda device: None, tuple(
@@ -70,7 +70,7 @@ class Trials:
         self.proven[case.kernel_name(made.name, made.kernels[case][rows])] = share
 
     def prove_all(self, made: Made):
-        self.prove(made, UNPACK)
+        self.prove(made, DEQUANTIZE)
         for rows in made.kernels[LINEAR]:
             self.prove(made, LINEAR, 0.5, rows)
 
@@ -117,8 +117,8 @@ def ended():
             thread.join(60)
 
 
-def unpacked(dtype=torch.float32):
-    values = product.unpack(weight(), dtype)
+def dequantized(dtype=torch.float32):
+    values = product.dequantize(weight(), dtype)
     assert torch.equal(values, weight().dequantize().to(dtype))
 
 
@@ -136,10 +136,10 @@ def test_what_a_trial_has_proven_is_used_without_another_check(trials, restarted
     made = Made("fine")
     trials.prove_all(made)
     restarted(made)
-    started(UNPACK, LINEAR)
-    unpacked()
+    started(DEQUANTIZE, LINEAR)
+    dequantized()
     multiplied()
-    assert made.calls == {"unpack": 1, "linear": 1}
+    assert made.calls == {"dequantize": 1, "linear": 1}
     assert kernels.used(CPU) == "fine"
 
 
@@ -149,15 +149,15 @@ def test_what_is_proven_after_the_first_call_is_for_the_next_start(trials, resta
     trials.prove_all(made)
     trials.go.clear()
     restarted(made)
-    Notes().add([UNPACK, LINEAR])
+    Notes().add([DEQUANTIZE, LINEAR])
     kernels.start_trials([CPU])
     first = multiplied()
-    unpacked()
+    dequantized()
     assert kernels.used(CPU) == "torch until kernels are proven"
     trials.go.set()
     ended()
-    unpacked()
-    assert torch.equal(multiplied(), first) and made.calls == {"unpack": 0, "linear": 0}
+    dequantized()
+    assert torch.equal(multiplied(), first) and made.calls == {"dequantize": 0, "linear": 0}
     assert kernels.used(CPU) == "torch" and len(log("used when ComfyUI starts next")) == 1
     restarted(made)
     started()
@@ -169,17 +169,17 @@ def test_what_is_proven_after_the_first_call_is_for_the_next_start(trials, resta
 
 def test_the_fastest_is_used_for_each_range_of_rows_and_torch_where_it_is(trials, restarted):
     slow, fast = Made("slow"), Made("fast")
-    trials.prove(slow, UNPACK, 0.7)
-    trials.prove(fast, UNPACK, 0.4)
+    trials.prove(slow, DEQUANTIZE, 0.7)
+    trials.prove(fast, DEQUANTIZE, 0.4)
     trials.prove(slow, LINEAR, 0.5, (1, 1))
     trials.prove(fast, LINEAR, 0.6, (1, 1))
     trials.prove(fast, LINEAR, 1.5, (2, 16))
     restarted(slow, fast)
-    started(UNPACK, LINEAR)
-    assert kernels.find("unpack", CPU, Q4_0, torch.float32) is fast.kernels[UNPACK][None].run
+    started(DEQUANTIZE, LINEAR)
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is fast.kernels[DEQUANTIZE][None].run
     found = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) for tokens in (1, 2, 17)]
     assert found == [slow.kernels[LINEAR][1, 1].run, None, None]
-    kernels.prepare(CPU, [UNPACK])
+    kernels.prepare(CPU, [DEQUANTIZE])
     assert kernels.used(CPU) == "fast"
 
 
@@ -192,13 +192,13 @@ def test_what_does_not_work_any_more_leaves_the_work_to_torch(
     made = Made("fine")
     trials.prove_all(made)
     restarted(made)
-    started(UNPACK)
+    started(DEQUANTIZE)
     if broken == "backend":
         monkeypatch.setitem(registry.IMPORTS, "fine", gone)
     else:
         monkeypatch.setattr(Verdicts, "of_device", gone)
     started(LINEAR)
-    unpacked()
+    dequantized()
     assert kernels.used(CPU) == "torch" and log("torch does their work")
 
 
@@ -213,8 +213,8 @@ def test_a_cpu_and_what_is_asked_for_by_name_need_no_trial(
     if asked:
         monkeypatch.setenv(kernels.VARIABLE, asked)
     started()
-    kernels.prepare(CPU, [UNPACK])
-    unpacked()
+    kernels.prepare(CPU, [DEQUANTIZE])
+    dequantized()
     assert bool(trials.cases) == bool(Notes().cases()) == (backend is None)
     assert kernels.used(CPU) == (backend or "torch")
 
@@ -225,11 +225,11 @@ def test_a_cpu_and_what_is_asked_for_by_name_need_no_trial(
 def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trials, restarted, log):
     restarted(Made("fine"))
     for _ in range(2):
-        kernels.prepare(CPU, [UNPACK, LINEAR])
+        kernels.prepare(CPU, [DEQUANTIZE, LINEAR])
     multiplied()
-    unpacked(torch.float16)
+    dequantized(torch.float16)
     assert not trials.cases
-    assert set(Notes().cases()) == {UNPACK, LINEAR, Case("unpack", "Q4_0", torch.float16, None)}
+    assert set(Notes().cases()) == {DEQUANTIZE, LINEAR, Case("dequantize", "Q4_0", torch.float16, None)}
     (line,) = log("Kernels for")
     assert "Q4_0" in line and "until ComfyUI starts again" in line
 
@@ -239,25 +239,25 @@ def test_what_models_asked_for_is_tried_at_the_next_start_and_used_by_the_first_
     made = Made("fine")
     trials.prove_all(made)
     restarted(made)
-    kernels.prepare(CPU, [UNPACK, LINEAR])
+    kernels.prepare(CPU, [DEQUANTIZE, LINEAR])
     restarted(made)
     started()
-    assert trials.cases == [[UNPACK, LINEAR]]
-    kernels.prepare(CPU, [UNPACK, LINEAR])
+    assert trials.cases == [[DEQUANTIZE, LINEAR]]
+    kernels.prepare(CPU, [DEQUANTIZE, LINEAR])
     multiplied()
     assert made.calls["linear"] and kernels.used(CPU) == "fine"
     assert len(trials.cases) == len(log("are not proven")) == 1
 
 
-def test_a_model_of_a_new_format_is_not_said_to_be_unpacked_by_what_was_proven_for_others(
+def test_a_model_of_a_new_format_is_not_said_to_be_dequantized_by_what_was_proven_for_others(
         trials, restarted):
     made = Made("fine")
-    trials.prove(made, UNPACK)
+    trials.prove(made, DEQUANTIZE)
     restarted(made)
-    started(UNPACK)
-    kernels.prepare(CPU, [Case("unpack", "Q8_0", torch.float32, None)])
+    started(DEQUANTIZE)
+    kernels.prepare(CPU, [Case("dequantize", "Q8_0", torch.float32, None)])
     assert kernels.used(CPU) == "torch"
-    kernels.prepare(CPU, [UNPACK])
+    kernels.prepare(CPU, [DEQUANTIZE])
     assert kernels.used(CPU) == "fine"
 
 
@@ -267,7 +267,7 @@ def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, r
     (cases,) = trials.cases
     assert {case.format for case in cases} == set(trial_startup.MOST_USED) <= set(FORMATS)
     assert {(case.capability, case.dtype) for case in cases} == {
-        (capability, dtype) for capability in ("unpack", "linear")
+        (capability, dtype) for capability in ("dequantize", "linear")
         for dtype in (torch.bfloat16, torch.float16)}
     assert len(cases) == 28
 
@@ -276,14 +276,14 @@ def test_who_meets_another_trial_begins_none_and_waits_for_nothing(
         trials, restarted, tmp_path, log):
     """The lock is in the user's own folder: nobody else can hold it."""
     restarted(Made("fine"))
-    Notes().add([UNPACK])
+    Notes().add([DEQUANTIZE])
     with FileLock(tmp_path / "featherweight" / "trials" / "lock"):
         started()
     assert not trials.cases and log("Another trial of kernels is under way")
     assert (tmp_path / "featherweight" / "trials").stat().st_mode & 0o777 == 0o700
     restarted(Made("fine"))
     started()
-    assert trials.cases == [[UNPACK]]
+    assert trials.cases == [[DEQUANTIZE]]
 
 
 def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
@@ -291,7 +291,7 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
     made = Made("fine")
 
     def run(device, backends, verdicts, cases):
-        right = UNPACK.kernel_name("fine", made.kernels[UNPACK][None])
+        right = DEQUANTIZE.kernel_name("fine", made.kernels[DEQUANTIZE][None])
         verdicts.add(right, "right", seconds=[1, 3])
         verdicts.add("a kernel", "crashed", why="its process ended")
         verdicts.add("another kernel", "wrong", why="2 of 3 values differ")
@@ -299,9 +299,9 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
 
     monkeypatch.setattr(trial_startup, "run_trial", run)
     restarted(made)
-    started(UNPACK)
+    started(DEQUANTIZE)
     (line,) = log("1 kernels proven")
-    for words in ("unpack 3.0 times as fast as torch", "1 wrong", "1 crashed", "(a kernel: please",
+    for words in ("dequantize 3.0 times as fast as torch", "1 wrong", "1 crashed", "(a kernel: please",
                   ISSUES, "4 kernels ended their process, so the rest is tried"):
         assert words in line
     (warning,) = [record.message for record in caplog.records if record.levelno > logging.INFO]

@@ -22,7 +22,7 @@ from featherweight.ops.kernels.verdicts import Verdicts
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
-Q4_0, Q8_0 = (Case("unpack", name, torch.float32, None) for name in ("Q4_0", "Q8_0"))
+Q4_0, Q8_0 = (Case("dequantize", name, torch.float32, None) for name in ("Q4_0", "Q8_0"))
 CASE_SECONDS = 15  # on a machine that others use too
 run_planted = functools.partial(run_trial, command=planted_backends.COMMAND,
                                 case_seconds=CASE_SECONDS)
@@ -39,7 +39,7 @@ def verdicts(tmp_path, monkeypatch):
 
 @pytest.fixture
 def log_of_each(tmp_path, monkeypatch, verdicts):
-    """A planted backend that is to unpack Q4_0 writes a file of its name."""
+    """A planted backend that is to dequantise Q4_0 writes a file of its name."""
     monkeypatch.setenv(planted_backends.LOG, str(tmp_path))
 
 
@@ -188,7 +188,7 @@ folder, names = Path(sys.argv[3]), sys.argv[4:]
 for name in names:
     start_thread(lambda name=name: run_trial(
         torch.device("cpu"), (name,), Verdicts(folder / "cache" / name),
-        [Case("unpack", "Q4_0", torch.float32, None)], planted_backends.COMMAND, CASE_SECONDS))
+        [Case("dequantize", "Q4_0", torch.float32, None)], planted_backends.COMMAND, CASE_SECONDS))
 end = time.monotonic() + 300
 while not all((folder / name).exists() for name in names):
     assert time.monotonic() < end
@@ -306,25 +306,25 @@ builtins.__import__ = refused
 def test_the_kernels_of_a_cpu_are_right_in_a_trial_which_needs_neither_the_host_nor_its_packages(
         verdicts):
     cases = [Case("linear", "Q4_K", torch.bfloat16, torch.float16),
-             Case("unpack", "Q4_K", torch.bfloat16, torch.float16),
-             Case("unpack", "NF4_128", torch.float32, None),
+             Case("dequantize", "Q4_K", torch.bfloat16, torch.float16),
+             Case("dequantize", "NF4_128", torch.float32, None),
              Case("int8_rows", "Q8_0", torch.int8, None),
              Case("int8_tokens", None, torch.bfloat16, None)]
     lines = in_a_trial(verdicts, ("absent", "cpp"), cases, REFUSES_THE_HOST)
     assert "KeyError('absent')" in lines.pop("probe by absent")["why"]
     assert lines.pop("probe by cpp")["verdict"] == "works" and len(lines) == 6
     assert {line["verdict"] for line in lines.values()} <= {"right", "slower"}
-    assert next(iter(lines)).startswith("unpack")
+    assert next(iter(lines)).startswith("dequantize")
     assert "linear of Q4_K to bfloat16 by way of float16, rows 2 to 4 by cpp" in lines
-    assert lines["unpack of NF4_128 to float32, rows 1 to any by cpp"]["verdict"] == "right"
+    assert lines["dequantize of NF4_128 to float32, rows 1 to any by cpp"]["verdict"] == "right"
 
 
 def test_tritons_kernels_are_right_in_a_trial_in_its_interpreter(verdicts, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # A value takes ten thousand times as long.
-    lines = in_a_trial(verdicts, ("triton",), [Case("unpack", "Q8_0", torch.float32, None)],
+    lines = in_a_trial(verdicts, ("triton",), [Case("dequantize", "Q8_0", torch.float32, None)],
                        before=" sys.modules['featherweight.ops.kernels.validation'].MANY = 6144;")
     assert {name: line["verdict"] for name, line in lines.items()} == {
         "probe by triton": "works",
-        "unpack of Q8_0 to float32, rows 1 to any by triton": "slower"}
+        "dequantize of Q8_0 to float32, rows 1 to any by triton": "slower"}

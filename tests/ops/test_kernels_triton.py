@@ -44,21 +44,21 @@ runs_kernels = pytest.mark.skipif(not (INTERPRETED or ON_A_GPU), reason="runs in
 
 @runs_kernels
 @pytest.mark.parametrize("offset", [1, 2])
-def test_unpacks_bytes_at_any_address(offset, monkeypatch):
+def test_dequantizes_bytes_at_any_address(offset, monkeypatch):
     """A GPU refuses to load two bytes from an odd address."""
-    kernel, addresses = triton_backend._unpack, []
+    kernel, addresses = triton_backend._dequantize, []
 
     class Watched:
         def __getitem__(self, grid):
             return lambda *args, **options: (addresses.append(args[0].data_ptr()), kernel[grid](*args, **options))
 
-    monkeypatch.setattr(triton_backend, "_unpack", Watched())
+    monkeypatch.setattr(triton_backend, "_dequantize", Watched())
     device = device_of(triton_backend.BACKEND)
     blocks = random_tensors(FORMATS["Q4_K"], 5, device)[0]
     data = misaligned_copy(blocks, offset)
     assert data.data_ptr() % 4
     out = torch.empty(5 * 256, device=device)
-    triton_backend.unpack(FORMATS["Q4_K"], [data], out, None, 0)
+    triton_backend.dequantize(FORMATS["Q4_K"], [data], out, None, 0)
     assert_same_bits(out, reference(FORMATS["Q4_K"], [blocks.cpu()]))
     assert addresses and not any(address % 4 for address in addresses)
 
@@ -67,7 +67,7 @@ def test_unpacks_bytes_at_any_address(offset, monkeypatch):
 def test_blocks_that_are_no_groups_are_left_to_the_reference():
     fmt = FORMATS["NF4"].of_block_length(24)
     with pytest.raises(NotImplementedError, match="blocks of 24 values"):
-        triton_backend.unpack(fmt, random_tensors(fmt, 4, CPU), torch.empty(96), None, 0)
+        triton_backend.dequantize(fmt, random_tensors(fmt, 4, CPU), torch.empty(96), None, 0)
 
 
 # Without a GPU, compiled for all of them.
@@ -141,7 +141,7 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
         assert compiled.result.metadata.shared <= SHARED_MEMORY
         results[kernel] = compiled.result
 
-    launch(triton_backend.unpack, "_unpack", torch.zeros(rows, columns, dtype=torch.bfloat16), None, 0)
+    launch(triton_backend.dequantize, "_dequantize", torch.zeros(rows, columns, dtype=torch.bfloat16), None, 0)
     all_kinds = request.config.getoption("--heavy")
     of_a_kind = name in {*ONE_OF_A_KIND, "FP4"}
     dtypes = (torch.bfloat16,) if of_a_kind else (torch.float16,)
@@ -157,5 +157,5 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
         launch(triton_backend.int8_tokens, "_int8_tokens", torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
     fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")  # a fused multiply-add in place of two roundings changes bits
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
-    assert not fused.search(results["_unpack"].asm[assembly])
+    assert not fused.search(results["_dequantize"].asm[assembly])
     assert fused.search(results["_vector"].asm[assembly])

@@ -16,10 +16,10 @@ from featherweight.ops.kernels.verdicts import (
 from unsafe_files import each_reason
 
 CPU = torch.device("cpu")
-UNPACK = Case("unpack", "Q4_K", torch.bfloat16, None)
+DEQUANTIZE = Case("dequantize", "Q4_K", torch.bfloat16, None)
 LINEAR = Case("linear", "NF4", torch.float16, torch.float32)
 TOKENS = Case("int8_tokens", None, torch.float16, None)
-NAME = f"{UNPACK}, rows 1 to any by triton"
+NAME = f"{DEQUANTIZE}, rows 1 to any by triton"
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def again() -> Verdicts:
 def test_a_verdict_is_known_to_the_next_process(verdicts):
     verdicts.add(NAME, "begun")
     verdicts.add(NAME, "right", seconds=[0.001, 0.002])
-    verdicts.add(str(UNPACK), "tried")
+    verdicts.add(str(DEQUANTIZE), "tried")
     results = again().results()
     assert results.lines[NAME]["seconds"] == [0.001, 0.002] and results.unfinished is None
-    assert results.untried([UNPACK, LINEAR]) == [LINEAR]
+    assert results.untried([DEQUANTIZE, LINEAR]) == [LINEAR]
 
 
 def test_a_begin_without_an_end_names_the_kernel(verdicts):
@@ -130,16 +130,16 @@ def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(tmp_path, 
 
 
 def test_what_was_asked_for_is_read_again_and_written_once(verdicts):
-    Notes().add([UNPACK, LINEAR, TOKENS, UNPACK])
+    Notes().add([DEQUANTIZE, LINEAR, TOKENS, DEQUANTIZE])
     size = Notes().path.stat().st_size
     Notes().add([LINEAR])
-    assert Notes().cases() == [UNPACK, LINEAR, TOKENS] and Notes().path.stat().st_size == size
+    assert Notes().cases() == [DEQUANTIZE, LINEAR, TOKENS] and Notes().path.stat().st_size == size
     assert Notes().path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_latest_notes_count(verdicts):
     for number in range(MAX_NOTES + 20):
-        Notes().append(case=Case("unpack", f"Q{number}", torch.float32, None).as_json())
+        Notes().append(case=Case("dequantize", f"Q{number}", torch.float32, None).as_json())
     cases = Notes().cases()
     assert len(cases) == MAX_NOTES and cases[-1].format == f"Q{MAX_NOTES + 19}"
 
@@ -149,23 +149,23 @@ def test_a_capability_that_no_trial_knows_is_not_noted(verdicts):
     assert Notes().cases() == []
 
 
-CASE = ["unpack", "Q4_K", "bfloat16", None]
+CASE = ["dequantize", "Q4_K", "bfloat16", None]
 
 
 @pytest.mark.parametrize("case", [
-    [], CASE[:3], ["eval", *CASE[1:]], ["unpack", None, "bfloat16", None],
-    ["int8_tokens", "Q4_K", "float16", None], ["unpack", "../Q4_K", "bfloat16", None],
-    ["unpack", "Q" * 50, "bfloat16", None], ["unpack", "Q4_K", "load", None],
-    ["unpack", "Q4_K", "bfloat16", "hub"], ["unpack", 4, "bfloat16", None], {"unpack": 1}, None,
+    [], CASE[:3], ["eval", *CASE[1:]], ["dequantize", None, "bfloat16", None],
+    ["int8_tokens", "Q4_K", "float16", None], ["dequantize", "../Q4_K", "bfloat16", None],
+    ["dequantize", "Q" * 50, "bfloat16", None], ["dequantize", "Q4_K", "load", None],
+    ["dequantize", "Q4_K", "bfloat16", "hub"], ["dequantize", 4, "bfloat16", None], {"dequantize": 1}, None,
     [[], {}, [], {}]], ids=str)
 def test_a_damaged_case_counts_as_none(case, verdicts):
     Notes().append(case=case)
     Notes().append(case=CASE)
-    assert Notes().cases() == [UNPACK]
+    assert Notes().cases() == [DEQUANTIZE]
 
 
 def test_a_case_is_the_same_after_a_journey_as_json():
-    for case in (UNPACK, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8, torch.float32)):
+    for case in (DEQUANTIZE, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8, torch.float32)):
         assert Case.of_json(json.loads(json.dumps(case.as_json()))) == case
     assert str(LINEAR) == "linear of NF4 to float16 by way of float32"
 
@@ -234,7 +234,7 @@ def test_other_verdicts_are_for_other_sources(tmp_path):
     shutil.copytree(here, copy)
     assert source_hash(copy) == source_hash(here)
     hashes = {source_hash(copy)}
-    for name in ("triton_decode.py", "source/weight.h", "source/cuda/unpack.cu", "check.py"):
+    for name in ("triton_decode.py", "source/weight.h", "source/cuda/dequantize.cu", "check.py"):
         with open(copy / name, "a") as file:
             file.write("\n")
         hashes.add(source_hash(copy))

@@ -25,7 +25,7 @@ from small_encoders import encode, patched_clip
 GIB, MIB = 1 << 30, 1 << 20
 BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus(gib=1), id="static"),
         pytest.param(True, marks=pytest.mark.fake_gpus(gib=1, dynamic=True), id="dynamic")]
-SLICE = MIB  # of a layer that is unpacked at a time, on the CPU too: other slices give other last bits
+SLICE = MIB  # of a layer that is dequantised at a time, on the CPU too: other slices give other last bits
 COMPUTING = 32 * MIB  # bytes that a step takes beside weights and the buffers they travel through
 INPUTS = 100_000  # bytes that a step sends beside weights
 BY_LOADING = 100_000  # and what loading a second time does

@@ -61,7 +61,7 @@ def test_linear_in_half_precision_rounds_each_weight_once(dtype):
     assert torch.equal(layer(input), expected)
 
 
-def test_value_dtype_rounds_unpacked_values_before_use():
+def test_value_dtype_rounds_dequantized_values_before_use():
     layer, dense, bias = packed_linear("Q4_K", operations=packed_operations(value_dtype=torch.float16))
     input = torch.randn(3, 512)
     assert torch.equal(layer(input), torch.nn.functional.linear(input, dense.half().float(), bias))
@@ -122,21 +122,21 @@ def test_the_operators_have_right_fakes():
     operators, packed = torch.ops.featherweight, [weight._qdata]
     torch.library.opcheck(operators.linear.default, (torch.randn(2, 512), packed, None, "Q4_K", 64, None, None, [], []))
     torch.library.opcheck(operators.embedding.default, (torch.tensor([[1, 2]]), packed, "Q4_K", 512, torch.float32))
-    torch.library.opcheck(operators.unpack.default, (packed, "Q4_K", [64, 512], torch.bfloat16, None))
+    torch.library.opcheck(operators.dequantize.default, (packed, "Q4_K", [64, 512], torch.bfloat16, None))
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
-def test_embedding_gathers_rows_and_unpacks_only_those(format_name, monkeypatch):
+def test_embedding_gathers_rows_and_dequantizes_only_those(format_name, monkeypatch):
     weight, dense = random_weight(format_name, (100, 512))
     layer = OPERATIONS.Embedding(100, 512, dtype=torch.float32)
     layer.load_state_dict({"weight": weight})
-    unpacked = []
+    dequantized = []
     packed_format = FORMATS[format_name]
     terms = packed_format.terms
-    monkeypatch.setattr(packed_format, "terms", lambda blocks: unpacked.append(len(blocks)) or terms(blocks))
+    monkeypatch.setattr(packed_format, "terms", lambda blocks: dequantized.append(len(blocks)) or terms(blocks))
     ids = torch.tensor([[3, 99, 0], [3, 50, 1]])
     assert torch.equal(layer(ids), dense[ids])
-    assert sum(unpacked) == ids.numel() * 512 // packed_format.block_length
+    assert sum(dequantized) == ids.numel() * 512 // packed_format.block_length
     assert layer(ids, out_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -150,7 +150,7 @@ def test_embedding_of_rows_that_share_blocks_is_right():
 @pytest.mark.parametrize("name, kernel, input_shape", [
     ("Conv1d", (3,), (1, 64, 9)), ("Conv2d", (3, 3), (1, 64, 5, 6)), ("Conv3d", (1, 2, 2), (1, 64, 3, 4, 4)),
 ])
-def test_convolutions_unpack_as_they_run(name, kernel, input_shape):
+def test_convolutions_dequantize_as_they_run(name, kernel, input_shape):
     weight, dense = random_weight("Q8_0", (32, 64, *kernel))
     layer = getattr(OPERATIONS, name)(64, 32, kernel, dtype=torch.float32)
     layer.load_state_dict({"weight": weight, "bias": torch.ones(32)})
@@ -209,7 +209,7 @@ class ModelWithBareParameters(torch.nn.Module):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_parameters_a_model_owns_outside_of_layers_are_unpacked_at_load(assign):
+def test_parameters_a_model_owns_outside_of_layers_are_dequantized_at_load(assign):
     registers, dense_registers = random_weight("Q8_0", (4, 64), 1)
     table, dense_table = random_weight("Q8_0", (2, 64), 2)
     weight, _ = random_weight("Q8_0", (64, 64), 3)

@@ -74,7 +74,7 @@ def even_weight(format_name: str, shape: tuple[int, int]):
         data, _ = random_tensors(packed_format, count, CPU)
         return packed_tensor(packed_format, data, shape, torch.float32, torch.rand(count) / 100 + 0.01)
     pool = torch.randint(0, 256, (1 << 15, packed_format.block_bytes), dtype=torch.uint8)
-    peaks = packed_format.unpack(pool).abs().amax(-1)
+    peaks = packed_format.dequantize(pool).abs().amax(-1)
     pool = pool[(peaks > 0.03) & (peaks < 0.3)]  # NaN compares false
     return packed_tensor(packed_format, pool[torch.randint(0, len(pool), (count,))], shape)
 

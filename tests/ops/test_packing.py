@@ -272,9 +272,9 @@ def test_a_group_fits_under_super_scales_that_are_chosen(type_name):
         if minimum is not None:
             fit.minima[:, group:group + 1] = minimum
         expected = unit * levels - (0 if minimum is None else offset)
-        found = packed_format.unpack(packed_format.encode(fit))[:, part]
+        found = packed_format.dequantize(packed_format.encode(fit))[:, part]
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-8)
-    found = packed_format.unpack(packed_format.encode(fit))
+    found = packed_format.dequantize(packed_format.encode(fit))
     assert error(found.numpy(), values.numpy()) < 1.03 * ERRORS[type_name]
 
 

@@ -130,7 +130,7 @@ def test_the_bytes_are_those_of_the_format(fmt):
     weight, tokens = weight_of(8, 512), inputs(600, 512)
     packed = pack_with_feedback(weight, fmt, moments_of(tokens))
     if fmt.ggml_type is None:
-        pytest.skip("bitsandbytes' own unpacking is compared in test_bnb_4bit.py")
+        pytest.skip("bitsandbytes' own dequantising is compared in test_bnb_4bit.py")
     expected = gguf.quants.dequantize(packed._qdata.view(8, -1).numpy(), GGMLQuantizationType(fmt.ggml_type))
     assert torch.equal(packed.dequantize(), torch.from_numpy(np.ascontiguousarray(expected)))
     assert output_error(weight, packed, tokens) < 0.2

@@ -121,8 +121,8 @@ def test_every_reading_gives_dense_weights_with_their_patches(models, reading):
 
 
 @pytest.fixture
-def unpacked(monkeypatch):
-    """Names of the weights that were unpacked."""
+def dequantized(monkeypatch):
+    """Names of the weights that were dequantised."""
     names, read = [], PackedPatcher.patch_weight_to_device
 
     def counted(self, key, *args, **kwargs):
@@ -133,7 +133,7 @@ def unpacked(monkeypatch):
     return names
 
 
-def test_listing_counting_and_copying_unpack_nothing(models, unpacked):
+def test_listing_counting_and_copying_dequantize_nothing(models, dequantized):
     weights = models[0].model_state_dict()
     names = list(weights)
     assert len(weights) == len(weights.keys()) == len(names) and names[0] in weights and "another" not in weights
@@ -144,18 +144,18 @@ def test_listing_counting_and_copying_unpack_nothing(models, unpacked):
     del others[1][names[0]]
     assert [len(other) - len(weights) for other in others] == [1, -1, 1]
     others[0].clear()
-    assert not unpacked
+    assert not dequantized
 
 
-def test_going_over_the_items_unpacks_one_at_a_time(models, unpacked):
+def test_going_over_the_items_dequantizes_one_at_a_time(models, dequantized):
     patcher, count = models[0], len(packed_layers(models[0]))
     alive = []
     for name, weight in patcher.model_state_dict().items():
         alive = [reference for reference in alive if reference() is not None]
         assert len(alive) < 2
-        if name in unpacked:
+        if name in dequantized:
             alive.append(weakref.ref(weight))
-    assert count <= len(unpacked) == len(set(unpacked))
+    assert count <= len(dequantized) == len(set(dequantized))
 
 
 def test_what_was_put_in_is_what_is_read(models):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 ROWS, COLUMNS = 12, 512
 LINEAR = ("input", "packed", "bias", "format", "rows", "value_dtype", "down", "ups", "slices")
 EMBEDDING = ("ids", "packed", "format", "columns", "dtype")
-UNPACK = ("packed", "format", "shape", "dtype", "value_dtype", "first")
+DEQUANTIZE = ("packed", "format", "shape", "dtype", "value_dtype", "first")
 
 
 def packed(name="Q4_K", rows=ROWS):
@@ -32,10 +32,10 @@ def embedding_operands(**others):
     return [{**operands, **others}[name] for name in EMBEDDING]
 
 
-def unpack_operands(**others):
+def dequantize_operands(**others):
     operands = {"packed": packed(), "format": "Q4_K", "shape": [ROWS, COLUMNS], "dtype": torch.float16,
                 "value_dtype": torch.float32, "first": 0}
-    return [{**operands, **others}[name] for name in UNPACK]
+    return [{**operands, **others}[name] for name in DEQUANTIZE]
 
 
 def fake(operator, operands):
@@ -45,8 +45,8 @@ def fake(operator, operands):
 
 SOUND = [("linear", linear_operands(**others)) for others in (
     {}, {"format": "NF4"}, {"bias": None}, {"down": None, "ups": [], "slices": []}, {"value_dtype": torch.float16})]
-SOUND += [("embedding", embedding_operands()), ("unpack", unpack_operands()),
-          ("unpack", unpack_operands(shape=[ROWS - 2, COLUMNS], first=2 * COLUMNS // 256))]
+SOUND += [("embedding", embedding_operands()), ("dequantize", dequantize_operands()),
+          ("dequantize", dequantize_operands(shape=[ROWS - 2, COLUMNS], first=2 * COLUMNS // 256))]
 
 
 @pytest.mark.parametrize("name, operands", SOUND, ids=[f"{name}-{index}" for index, (name, _) in enumerate(SOUND)])
@@ -81,10 +81,10 @@ BROKEN_LINEAR = [
 OTHERS_BROKEN = [
     ("embedding", embedding_operands(ids=torch.ones(2)), "The ids are (2,) of torch.float32, not of int64 or int32."),
     ("embedding", embedding_operands(columns=320), "A row of 320 values is not whole blocks of 256, as Q4_K has them."),
-    ("embedding", embedding_operands(dtype=torch.int8), "A weight is unpacked to a float dtype, not to torch.int8."),
-    ("unpack", unpack_operands(shape=[ROWS + 1, COLUMNS]), "3456 bytes of Q4_K hold 6144 values, not a weight of 13 x 512."),
-    ("unpack", unpack_operands(first=1), "not a weight of 12 x 512 behind 1 blocks."),
-    ("unpack", unpack_operands(dtype=torch.int64), "A weight is unpacked to a float dtype, not to torch.int64."),
+    ("embedding", embedding_operands(dtype=torch.int8), "A weight is dequantised to a float dtype, not to torch.int8."),
+    ("dequantize", dequantize_operands(shape=[ROWS + 1, COLUMNS]), "3456 bytes of Q4_K hold 6144 values, not a weight of 13 x 512."),
+    ("dequantize", dequantize_operands(first=1), "not a weight of 12 x 512 behind 1 blocks."),
+    ("dequantize", dequantize_operands(dtype=torch.int64), "A weight is dequantised to a float dtype, not to torch.int64."),
 ]
 BROKEN = [*(("linear", linear_operands(**others), sentence) for others, sentence in BROKEN_LINEAR),
           *(("int8_linear", linear_operands(**others), sentence) for others, sentence in BROKEN_LINEAR[:1]), *OTHERS_BROKEN]

@@ -61,7 +61,7 @@ def test_rows_of_parts_are_interleaved_packed(format_name, shape):
     assert torch.equal(dense(woven), expected)
 
 
-def test_what_cannot_be_moved_as_bytes_is_unpacked():
+def test_what_cannot_be_moved_as_bytes_is_dequantized():
     nf4 = weight("NF4", (6, 96))  # blocks of 64 cross rows of 96
     assert torch.equal(take_rows(nf4, slice(1, 3)), dense(nf4)[1:3])
     mixed = [weight("Q8_0", (2, 256)), weight("Q4_K", (2, 256))]

@@ -14,11 +14,11 @@ from devtools.files.gguf_files import pack
 SHAPE = (6, 512)
 
 
-def gguf_can_unpack(packed_format) -> bool:
+def gguf_can_dequantize(packed_format) -> bool:
     return gguf.GGMLQuantizationType(packed_format.ggml_type) in gguf.quants._type_traits
 
 
-@pytest.fixture(params=[f for f in GGML_FORMATS.values() if gguf_can_unpack(f)], ids=lambda f: f.__name__)
+@pytest.fixture(params=[f for f in GGML_FORMATS.values() if gguf_can_dequantize(f)], ids=lambda f: f.__name__)
 def packed(request):
     values = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
     data = pack(values, request.param.__name__)

@@ -19,7 +19,7 @@ ALL = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "exampl
 EXAMPLES, SAVING = ([path for path, text in ALL.items() if (SAVER in text) == saves] for saves in (False, True))
 SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "x": 16, "y": 16,
          "sigmas": "1.0, 0.5, 0.0"}
-UNPACKED = "as the file"  # without *pack to*, other loaders than ours may read a file
+DEQUANTIZED = "as the file"  # without *pack to*, other loaders than ours may read a file
 READERS = ("CLIPTextEncode", "TextEncodeQwenImageEditPlus")
 STAND_INS = f'''
 import comfy.model_detection
@@ -133,7 +133,7 @@ def test_it_runs_with_small_models(path, server, object_info):
     assert {frame.shape for frame in frames} == {(128, 128, 3)} and max(frame.std(axis=(0, 1)).max() for frame in frames) > 2
 
     packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.endswith(".gguf")}
-    packed |= {spec["inputs"]["model_name"] for spec in prompt.values() if spec["inputs"].get("pack_to", UNPACKED) != UNPACKED}
+    packed |= {spec["inputs"]["model_name"] for spec in prompt.values() if spec["inputs"].get("pack_to", DEQUANTIZED) != DEQUANTIZED}
     assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}  # another workflow may have loaded it
     assert "lora key not loaded" not in server.log()[before:]
     for node, spec in prompt.items():

@@ -193,7 +193,7 @@ def changes() -> dict[str, str]:
 
 
 def _given(call: ast.Call | None) -> str | None:
-    """The parameters of a call, as in `POSITIONS`; those by position have no names of their own. None where it unpacks some."""
+    """The parameters of a call, as in `POSITIONS`; those by position have no names of their own. None where it has a star."""
     if call is None or any(isinstance(value, ast.Starred) for value in call.args):
         return None
     keywords = filter(None, (keyword.arg for keyword in call.keywords))

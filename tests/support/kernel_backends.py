@@ -63,7 +63,7 @@ class CudaCompiler:
 
     def compile(self, source: str, capability: int) -> bytes:
         assert capability == 86
-        kernel = "unpack" if " unpack(" in source else "linear"
+        kernel = "dequantize" if " dequantize(" in source else "linear"
         text = f'#include "kernel.h"\n{source}\nEXPORT({kernel})'
         return self.library(text).encode()
 
@@ -96,11 +96,11 @@ class MetalFunction:
 def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
     """In the place of `torch.mps.compile_shader`; its result has the kernel as an attribute."""
     try:
-        path = compiled(folder, f"{source}\nEXPORT(unpack)\n", "metal_on_cpu")
+        path = compiled(folder, f"{source}\nEXPORT(dequantize)\n", "metal_on_cpu")
     except RuntimeError as error:
         raise SyntaxError(str(error)) from None
     library = ctypes.CDLL(path)
-    library.unpack = MetalFunction(library)
+    library.dequantize = MetalFunction(library)
     return library
 
 
@@ -113,7 +113,7 @@ def triton_backend_here() -> Iterator[Backend]:
 
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:  # a value takes ten thousand times as long
-            patch.setattr(sys.modules[probe.__module__], "MANY", 3 * triton_backend.UNPACK_TILE // 2)
+            patch.setattr(sys.modules[probe.__module__], "MANY", 3 * triton_backend.DEQUANTIZE_TILE // 2)
         yield triton_backend.BACKEND
 
 
@@ -134,7 +134,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
             patch.setattr(cpp_backend, "FLAGS", (*cpp_backend.FLAGS, *options))
             patch.setattr(torch.cpu, "_is_avx512_supported", partial(lambda: 16 in lanes))
             kernels = CpuKernels(CppCompiler(COMPILER, cache / "featherweight" / "kernels"))
-            yield Backend("cpp", partial(probe, kernels.unpack),
+            yield Backend("cpp", partial(probe, kernels.dequantize),
                           cpp_backend.kernel_table(lambda: kernels))
         return
     if sys.platform != "linux":
@@ -153,5 +153,5 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
             kernels = nvrtc_backend.CudaKernels(compiler, Driver(compiler.library(driver)))
             stream = types.SimpleNamespace(cuda_stream=0)
             patch.setattr(torch.cuda, "current_stream", lambda device: stream)
-            yield Backend("nvrtc", partial(probe, kernels.unpack),
+            yield Backend("nvrtc", partial(probe, kernels.dequantize),
                           nvrtc_backend.kernel_table(lambda: kernels))

@@ -25,7 +25,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def wait_for_kernels(monkeypatch):
-    """The first call waits for every kernel, that of "unpack" too."""
+    """The first call waits for every kernel, that of "dequantize" too."""
     for name in ("WAIT_SECONDS", "EXACT_WAIT_SECONDS"):
         monkeypatch.setattr(selector, name, 120)
 

@@ -1,4 +1,4 @@
-"""Backends that misbehave, for the trial of kernels: of plain torch, on a CPU. Each unpacks Q8_0 rightly and does to Q4_0 what
+"""Backends that misbehave, for the trial of kernels: of plain torch, on a CPU. Each dequantises Q8_0 rightly and does to Q4_0 what
 its name says.
 
 A process that tries them is started with `COMMAND`; there the reference is slowed, so that what is right is faster too.
@@ -94,7 +94,7 @@ _planted = {}
 
 
 def right(packed_format, tensors, out, value_dtype, first):
-    reference = _references.get(packed_format.__name__, packed_format.unpack_into)
+    reference = _references.get(packed_format.__name__, packed_format.dequantize_into)
     reference(tensors, out, value_dtype, first)
 
 
@@ -114,7 +114,7 @@ def backend(name: str):
             loses_the_device()
 
     runs = {"Q8_0": right, "Q4_0": misbehave}
-    return Backend(name, probe, tuple(Kernel("unpack", frozenset([packed]), frozenset([torch.float32]), run)
+    return Backend(name, probe, tuple(Kernel("dequantize", frozenset([packed]), frozenset([torch.float32]), run)
                                       for packed, run in runs.items()))
 
 
@@ -137,12 +137,12 @@ def main():
     trial.ROWS, trial.COLUMNS = 16, 256
 
     def slowed(reference):
-        def unpack_into(*arguments):
+        def dequantize_into(*arguments):
             time.sleep(SLOWER)
             return reference(*arguments)
-        return unpack_into
+        return dequantize_into
 
     for name in ("Q4_0", "Q8_0"):
-        _references[name] = formats[name].unpack_into
-        formats[name].unpack_into = slowed(_references[name])
+        _references[name] = formats[name].dequantize_into
+        formats[name].dequantize_into = slowed(_references[name])
     trial.main()

@@ -20,8 +20,8 @@ class VerdictFile(Target):
         cache.mkdir(parents=True, mode=0o700)
         os.chmod(cache, stat.S_IRWXU)
         self.verdicts = Verdicts(cache / "verdicts.jsonl")
-        self.case = Case("unpack", "Q4_K", torch.float16, None)
-        kernels = [Kernel("unpack", frozenset(["Q4_K"]), frozenset([torch.float16]), print, least)
+        self.case = Case("dequantize", "Q4_K", torch.float16, None)
+        kernels = [Kernel("dequantize", frozenset(["Q4_K"]), frozenset([torch.float16]), print, least)
                    for least in (1, 2)]
         self.backend = Backend("triton", print, tuple(kernels))
         right, slower = (self.case.kernel_name("triton", kernel) for kernel in kernels)

@@ -18,7 +18,7 @@ from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, dev
 from devtools.measure.weights import FORMAT_NAMES
 
 CASES = {
-    "shapes": products.bench_shapes, "unpack": products.bench_unpack, "nf4": products.bench_nf4, "lora": products.bench_lora,
+    "shapes": products.bench_shapes, "dequantize": products.bench_dequantize, "nf4": products.bench_nf4, "lora": products.bench_lora,
     "model": models.bench_model, "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
     "int8_error": models.bench_int8_error, "pack": packing.bench_pack, "passes": passes.bench_passes,
     "layer_passes": passes.bench_layer_passes,

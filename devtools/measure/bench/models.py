@@ -28,7 +28,7 @@ def bench_model(options):
     shapes = flux_shapes(sizes.hidden, double_blocks, single_blocks, sizes.context)
     first, *others = options.formats
     weights = random_weights(shapes, first)
-    dense = {name: product.unpack(weight, dtype) if is_packed(weight) else weight for name, weight in weights.items()}
+    dense = {name: product.dequantize(weight, dtype) if is_packed(weight) else weight for name, weight in weights.items()}
     models = {"dense": comfy.sd.load_diffusion_model_state_dict(dense, model_options={"dtype": dtype})}
     models[first] = packed_model(weights)
     models |= {name: packed_model(random_weights(shapes, name)) for name in others}
@@ -118,8 +118,8 @@ def peer_loader(folder: Path):
 
 
 def bench_peer(options):
-    """One layer of a model in each pack, for each GGUF format: unpacking its whole weight, Featherweight's into a reused
-    buffer; and running it, with M = 1 row nearly all of the time going into unpacking. Takes --peer."""
+    """One layer of a model in each pack, for each GGUF format: dequantising its whole weight, Featherweight's into a reused
+    buffer; and running it, with M = 1 row nearly all of the time going into dequantising. Takes --peer."""
     sizes = options.sizes
     for name in options.formats if options.peer else ():
         if FORMATS[name].ggml_type is None:
@@ -133,19 +133,19 @@ def bench_peer(options):
             title = f"{name}, {sizes.hidden} x {4 * sizes.hidden}"
             with torch.no_grad():
                 for dtype in (torch.bfloat16, torch.float32):
-                    yield f"{title}, to {str(dtype).removeprefix('torch.')}", unpack_times(*layers.values(), dtype, options)
+                    yield f"{title}, to {str(dtype).removeprefix('torch.')}", dequantize_times(*layers.values(), dtype, options)
                 for tokens in (1, sizes.model_tokens):
                     rows = torch.randn(tokens, 4 * sizes.hidden, device=device())
                     variants = {pack: lambda rows=rows, layer=layer: layer(rows) for pack, layer in layers.items()}
                     yield f"{title}, M = {tokens}", side_by_side(variants, options.rounds)
 
 
-def unpack_times(ours, peers, dtype: torch.dtype, options) -> dict[str, dict]:
+def dequantize_times(ours, peers, dtype: torch.dtype, options) -> dict[str, dict]:
     """The whole weight of a layer of each pack in `dtype`; the peer's as its layer gets it while it runs."""
     weight, buffer = ours.weight, torch.empty(ours.weight.shape, dtype=dtype, device=device())
     packed_format, tensors = weight.layout_cls.format, packed_tensors(weight)
     return side_by_side({
-        "Featherweight": lambda: kernels.unpack_into(packed_format, tensors, buffer),
+        "Featherweight": lambda: kernels.dequantize_into(packed_format, tensors, buffer),
         options.peer.name: lambda: peers.get_weight(peers.weight, dtype),
     }, options.rounds)
 

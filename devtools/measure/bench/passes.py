@@ -6,16 +6,16 @@ from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.low_rank import LowRank, Slice
 
 from devtools.measure.bench.products import LORA_CASES
-from devtools.measure.passes import META, of_linear, of_unpacking
+from devtools.measure.passes import META, of_linear, of_dequantizing
 
 
 def bench_passes(options):
-    """Every format unpacked by torch on a device that is no CPU: launches of kernels for a chunk, and bytes that they read and
+    """Every format dequantised by torch on a device that is no CPU: launches of kernels for a chunk, and bytes that they read and
     write for a value. Rows of int8 are 4096 wide."""
     for packed_format in every_format():
         row = {}
         for dtype in (torch.bfloat16, torch.float32):
-            passes, name = of_unpacking(packed_format, dtype), str(dtype).removeprefix("torch.")
+            passes, name = of_dequantizing(packed_format, dtype), str(dtype).removeprefix("torch.")
             row |= {f"launches, {name}": passes.launches, f"bytes a value, {name}": passes.moved / DEVICE_CHUNK_VALUES}
         yield packed_format.__name__, row
 

@@ -1,4 +1,4 @@
-"""Cases on one weight: unpacking it, and the product with it."""
+"""Cases on one weight: dequantising it, and the product with it."""
 import importlib.util
 
 import gguf
@@ -41,7 +41,7 @@ def in_int8(tokens: int) -> bool:
     return int8.multiplies_integers(device()) and tokens >= int8.MIN_TOKENS[device().type]
 
 
-def bench_unpack(options):
+def bench_dequantize(options):
     """A whole weight to float32: by the kernels of this machine and by torch in chunks, both into one reused buffer; by torch
     all at once; by gguf's numpy reference."""
     shape = options.sizes.weight
@@ -50,9 +50,9 @@ def bench_unpack(options):
         packed_format = FORMATS[name]
         tensors = packed_tensors(random_weight(name, shape).to(device()))
         count = out.numel() // packed_format.block_length
-        variants = {"kernels": lambda: kernels.unpack_into(packed_format, tensors, out),
-                    "torch, chunks": lambda: packed_format.unpack_into(tensors, out),
-                    "torch, whole": lambda: packed_format.unpack(*packed_format.blocks(tensors, 0, count))}
+        variants = {"kernels": lambda: kernels.dequantize_into(packed_format, tensors, out),
+                    "torch, chunks": lambda: packed_format.dequantize_into(tensors, out),
+                    "torch, whole": lambda: packed_format.dequantize(*packed_format.blocks(tensors, 0, count))}
         if packed_format.ggml_type is not None and device().type == "cpu":
             variants["gguf (numpy)"] = lambda: gguf.quants.dequantize(tensors[0].numpy(), gguf.GGMLQuantizationType[name])
         yield name, side_by_side(variants, options.rounds)
@@ -71,8 +71,8 @@ def bench_nf4(options):
     codes, state = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
     yield "NF4", side_by_side({
         "copy_": lambda: out.copy_(dense),
-        "kernels": lambda: kernels.unpack_into(FORMATS["NF4"], [codes, state.absmax], out),
-        "torch, chunks": lambda: FORMATS["NF4"].unpack_into([codes, state.absmax], out),
+        "kernels": lambda: kernels.dequantize_into(FORMATS["NF4"], [codes, state.absmax], out),
+        "torch, chunks": lambda: FORMATS["NF4"].dequantize_into([codes, state.absmax], out),
         "bitsandbytes": lambda: functional.dequantize_4bit(codes, state),
     }, options.rounds)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from ....ops.quantize.second_moments import HELD_OUT, SKETCH_ROWS, STEP, SecondMoments
-from ....ops.product import unpack
+from ....ops.product import dequantize
 from ....ops.packed_layout import QuantizedTensor, is_packed
 from ..planning.packing_rules import rules_for
 from .sampling import free_memory
@@ -35,7 +35,7 @@ def dense_weight(layer: torch.nn.Module, device: torch.device | None = None) -> 
     """The weight of a layer as it lies there, float32 (N, K), packed or not; LoRAs that run beside it are not in it."""
     weight = layer.weight.detach() if device is None else layer.weight.detach().to(device)
     if is_packed(weight):
-        return unpack(weight, torch.float32)
+        return dequantize(weight, torch.float32)
     return (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).float()
 
 

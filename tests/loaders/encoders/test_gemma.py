@@ -175,20 +175,20 @@ def test_k_quants_give_the_hidden_states_of_their_values(name, tmp_path):
 
 
 @pytest.fixture
-def unpacked_values(monkeypatch):
-    """How many values each call has unpacked so far."""
-    counts, unpack_into = [], Format.unpack_into.__func__
+def dequantized_values(monkeypatch):
+    """How many values each call has dequantised so far."""
+    counts, dequantize_into = [], Format.dequantize_into.__func__
 
     def count(cls, tensors, out, *args, **kwargs):
         counts.append(out.numel())
-        return unpack_into(cls, tensors, out, *args, **kwargs)
+        return dequantize_into(cls, tensors, out, *args, **kwargs)
 
-    monkeypatch.setattr(Format, "unpack_into", classmethod(count))
+    monkeypatch.setattr(Format, "dequantize_into", classmethod(count))
     return counts
 
 
 @pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e4b"])  # the second has a table for each layer too
-def test_no_embedding_table_is_unpacked_while_it_is_loaded_and_a_prompt_is_encoded(name, tmp_path, unpacked_values):
+def test_no_embedding_table_is_dequantized_while_it_is_loaded_and_a_prompt_is_encoded(name, tmp_path, dequantized_values):
     encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
@@ -196,12 +196,12 @@ def test_no_embedding_table_is_unpacked_while_it_is_loaded_and_a_prompt_is_encod
         hidden_states(clip)
     tables = [tensor for name, tensor in text_model(clip).transformer.state_dict().items() if "embed_tokens" in name]
     assert tables and all(is_packed(table) and len(table) == 8192 for table in tables)
-    assert max(unpacked_values) < min(table.numel() for table in tables)
-    assert all(len(TOKENS) * table.shape[1] in unpacked_values for table in tables)
+    assert max(dequantized_values) < min(table.numel() for table in tables)
+    assert all(len(TOKENS) * table.shape[1] in dequantized_values for table in tables)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_is_written_as_by_the_dense_model_with_the_table_unpacked_in_slices(name, tmp_path, unpacked_values, monkeypatch):
+def test_text_is_written_as_by_the_dense_model_with_the_table_dequantized_in_slices(name, tmp_path, dequantized_values, monkeypatch):
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 1 << 20)
     encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
     with small_towers(encoder):
@@ -213,7 +213,7 @@ def test_text_is_written_as_by_the_dense_model_with_the_table_unpacked_in_slices
     with torch.inference_mode():  # as the host runs nodes
         packed, dense = (clip.generate(prompt, do_sample=False, max_length=6) for clip in clips)
     assert packed == dense
-    assert max(unpacked_values) <= 1 << 18
+    assert max(dequantized_values) <= 1 << 18
 
 
 def test_a_table_without_the_rows_that_have_no_token_is_enough(tmp_path):

@@ -48,21 +48,21 @@ def test_a_picture_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
     assert is_packed(tower.blocks[0].attn.qkv.weight) and is_packed(tower.blocks[0].attn.proj.weight)
 
 
-def unpacked(path):
+def dequantized(path):
     """A file with the same values as F32, as gguf-py reads them. Returns its path."""
     tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
                for tensor in gguf.GGUFReader(path).tensors}
-    write_gguf(path.with_name("unpacked.gguf"), tensors, type_of=lambda name, values: "F32", architecture=None)
-    return path.with_name("unpacked.gguf")
+    write_gguf(path.with_name("dequantized.gguf"), tensors, type_of=lambda name, values: "F32", architecture=None)
+    return path.with_name("dequantized.gguf")
 
 
 @pytest.mark.parametrize("name, packed_type", [
     ("qwen2.5-3b", "Q4_K"), ("qwen3-0.6b", "Q4_K"), ("qwen3-vl-4b", "Q4_K"), ("qwen3.5-4b", "Q4_K"), ("qwen3.5-27b", "Q6_K")])
-def test_k_quants_give_the_hidden_states_of_the_same_values_unpacked(name, packed_type, tmp_path):
+def test_k_quants_give_the_hidden_states_of_the_same_values_dequantized(name, packed_type, tmp_path):
     encoder, path = ALL[name], tmp_path / "encoder.gguf"
     with small_towers(encoder):
         write_encoder(path, encoder, random_weights(encoder), packed_type)
-        packed, plain = load(path, encoder), load(unpacked(path), encoder)
+        packed, plain = load(path, encoder), load(dequantized(path), encoder)
     layers = text_model(packed).transformer.model.layers
     assert all(is_packed(value) for value in layers.state_dict().values() if value.ndim == 2)
     assert relative_error(hidden_states(packed), hidden_states(plain)) < 1e-4

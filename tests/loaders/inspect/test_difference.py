@@ -84,7 +84,7 @@ def test_nf4_whose_blocks_cross_rows_and_fp8_with_its_scale(tmp_path):
     assert errors == pytest.approx({key: relative(expected[key].view(24, 40), weights[key]) for key in weights}, rel=1e-4)
 
 
-def test_a_weight_whose_rows_share_blocks_is_unpacked_once(tmp_path, monkeypatch):
+def test_a_weight_whose_rows_share_blocks_is_dequantized_once(tmp_path, monkeypatch):
     weight = torch.randn(24, 40)
     state, _ = bnb_files.quantised(weight, "nf4")[:2]
     save_file({f"a{end}": part for end, part in ((key.removeprefix("weight"), part) for key, part in state.items())},

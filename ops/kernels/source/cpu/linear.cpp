@@ -1,4 +1,4 @@
-// out = input weight^T for `tokens` rows of input, at most TOKENS, summed in float32. A weight is unpacked in registers.
+// out = input weight^T for `tokens` rows of input, at most TOKENS, summed in float32. A weight is dequantised in registers.
 //
 // input: (tokens, columns). out: (tokens, rows).
 extern "C" void linear(const float* input, Packed packed, Scales scales, float* out, int tokens, int rows, int columns,

@@ -1,5 +1,5 @@
 // The first `count` values of a weight, a multiple of LANES, in order.
-extern "C" void unpack(Packed packed, Scales scales, TYPE* out, long long count, int threads) {
+extern "C" void dequantize(Packed packed, Scales scales, TYPE* out, long long count, int threads) {
     long long blocks = count / BLOCK_LENGTH;
 #pragma omp parallel for num_threads(threads)
     for (long long block = 0; block < blocks; block++) {
