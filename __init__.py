@@ -11,7 +11,8 @@ except ImportError:  # the oldest do not say
 
 WEB_DIRECTORY = "./nodes/web"
 OLDEST_HOST = "0.24.0"  # of those that `dev.py matrix` runs
-IN_USE = "_featherweight_in_use"  # the name in sys.modules of the copy of this pack whose nodes the host has
+# the name in sys.modules of the copy of this pack whose nodes the host has
+IN_USE = "_featherweight_in_use"
 
 
 def _numbers(version: str) -> list[int]:
@@ -21,8 +22,9 @@ def _numbers(version: str) -> list[int]:
 def _obstacle() -> str | None:
     """Why the host gets no nodes from here, as one sentence."""
     if _numbers(host_version) < _numbers(OLDEST_HOST):
-        return (f"This is ComfyUI {host_version} and Featherweight needs {OLDEST_HOST} or newer: update ComfyUI. Until then"
-                " none of its nodes are there.")
+        return (
+            f"This is ComfyUI {host_version} and Featherweight needs {OLDEST_HOST} or newer:"
+            " update ComfyUI. Until then none of its nodes are there.")
     other = sys.modules.get(IN_USE)
     if other is not None and other.__name__ != __name__:
         used, unused = Path(other.__file__).parent, Path(__file__).parent
@@ -40,7 +42,8 @@ async def comfy_entrypoint():
     try:
         from .nodes import FeatherweightExtension
     except (ImportError, AttributeError, TypeError) as error:
-        raise ImportError(f"ComfyUI {host_version} lacks what all nodes of Featherweight need ({error}). Update both, with the"
-                          " packages in their requirements.txt.") from error
+        raise ImportError(
+            f"ComfyUI {host_version} lacks what all nodes of Featherweight need ({error}). Update"
+            " both, with the packages in their requirements.txt.") from error
     sys.modules[IN_USE] = sys.modules[__name__]
     return FeatherweightExtension()

@@ -14,14 +14,15 @@ _starting = threading.Lock()
 _ending = False
 
 
-def run_process(*command: str, seconds: float, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Its output. After `seconds`, and when this process ends, it is killed with all it has started. POSIX only. env: its
-    environment, if not that of this process.
+def run_process(*command: str, seconds: float,
+                env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Its output. After `seconds`, and when this process ends, it is killed with all it has
+    started. POSIX only. env: its environment, if not that of this process.
 
     Raises subprocess.TimeoutExpired, OSError.
     """
-    process = start_process(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=env)
+    process = start_process(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=env)
     try:
         output, errors = process.communicate(timeout=seconds)
     finally:
@@ -30,7 +31,8 @@ def run_process(*command: str, seconds: float, env: dict[str, str] | None = None
 
 
 def start_process(*command: str, **options) -> subprocess.Popen:
-    """A program that is killed when this process ends, at the latest. options: of `subprocess.Popen`. Raises OSError."""
+    """A program that is killed when this process ends, at the latest. options: of
+    `subprocess.Popen`. Raises OSError."""
     with _starting:
         if _ending:
             raise OSError(f"{command[0]} is not started: this process ends")
@@ -58,14 +60,15 @@ def _kill(process: subprocess.Popen):
 
 
 def is_ending() -> bool:
-    """Whether this process ends, or its main thread has: Python starts no thread and no process then, while the last
-    threads go on."""
+    """Whether this process ends, or its main thread has: Python starts no thread and no process
+    then, while the last threads go on."""
     return _ending or not threading.main_thread().is_alive()
 
 
 @atexit.register
 def end_all():
-    """Kills what runs; nothing is started any more. A copy of the process that started it lets it run."""
+    """Kills what runs; nothing is started any more. A copy of the process that started it lets it
+    run."""
     global _ending
     if os.getpid() != _imported_by:
         return

@@ -5,8 +5,8 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit("Failed: dev.py needs Python 3.10 or newer, this is %d.%d." % sys.version_info[:2])
 
-from devtools.commands import COMMANDS  # noqa: E402  the check above must come first
-from devtools.host.environment import SetupError  # noqa: E402
+from devtools.commands import COMMANDS
+from devtools.host.environment import SetupError
 
 USAGE = """usage: python3 dev.py COMMAND [arguments]
 

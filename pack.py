@@ -1,4 +1,5 @@
-"""Pack a model file without ComfyUI's editor: python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB [--lora FILE:0.8 ...]"""
+"""Pack a model file without ComfyUI's editor: python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB
+[--lora FILE:0.8 ...]"""
 import argparse
 import math
 import os
@@ -12,7 +13,16 @@ if sys.version_info < (3, 10):
     sys.exit("Failed: pack.py needs Python 3.10 or newer, this is %d.%d." % sys.version_info[:2])
 
 ROOT = Path(__file__).resolve().parent
-UNITS = {"": 1, "B": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
@@ -20,7 +30,9 @@ DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 def parse_size(text: str) -> int:
     """Return the bytes of a size as people write it: 5.9GB (10^9 bytes each), 5.9GiB, 620MB."""
     match = re.fullmatch(rf"\s*({NUMBER})\s*([KMG]?I?B?)\s*", text.upper())
-    unit = match and UNITS.get(match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B")
+    unit = match and UNITS.get(
+        match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B"
+    )
     size = float(match[1]) * unit if unit else 0
     if not 1 <= size < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; 5.9GB is one")
@@ -36,22 +48,47 @@ def parse_lora(text: str) -> tuple[str, float]:
         return path, float(strength)
     if re.fullmatch(r"[A-Za-z]", path) or os.path.exists(text):  # a drive, or a colon in the name
         return text, 1.0
-    raise argparse.ArgumentTypeError(f"{strength!r} in {text!r} is no strength; 0.8 is one, as in FILE:0.8")
+    raise argparse.ArgumentTypeError(
+        f"{strength!r} in {text!r} is no strength; 0.8 is one, as in FILE:0.8"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pack.py", description="Packs a diffusion model into a GGUF file, or into NF4 where OUT ends in .safetensors.")
-    parser.add_argument("source", help="a model file (safetensors, GGUF), or a folder that diffusers saved (.../transformer)")
+        prog="pack.py",
+        description="Packs a diffusion model into a GGUF file, or into NF4 where OUT ends in"
+                    " .safetensors.",
+    )
+    parser.add_argument(
+        "source",
+        help="a model file (safetensors, GGUF), or a folder that diffusers saved (.../transformer)",
+    )
     parser.add_argument("out", help="the file to write; it must not exist")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--type", help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, or 'as it is'")
-    wanted.add_argument("--size", type=parse_size, help="the size of the file, such as 5.9GB; never exceeded")
-    parser.add_argument("--lora", type=parse_lora, action="append", default=[], metavar="FILE[:STRENGTH]",
-                       help="put a LoRA into the model; may be given several times")
-    parser.add_argument("--sensitivity", metavar="FILE", help="what Measure Sensitivity (Featherweight) measured of this model")
-    parser.add_argument("--loras-as-asked", action="store_true",
-                       help="leave weights that were packed before and get a LoRA in the type asked for")
+    wanted.add_argument(
+        "--type", help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, or 'as it is'"
+    )
+    wanted.add_argument(
+        "--size", type=parse_size, help="the size of the file, such as 5.9GB; never exceeded"
+    )
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="put a LoRA into the model; may be given several times",
+    )
+    parser.add_argument(
+        "--sensitivity",
+        metavar="FILE",
+        help="what Measure Sensitivity (Featherweight) measured of this model",
+    )
+    parser.add_argument(
+        "--loras-as-asked",
+        action="store_true",
+        help="leave weights that were packed before and get a LoRA in the type asked for",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     return parser
 
@@ -68,7 +105,9 @@ def find_host() -> Path:
     except MachineError as error:
         raise SystemExit(f"Failed: {error}") from error
     if not folder:
-        raise SystemExit(f"Failed: no ComfyUI at {ROOT.parent.parent}. Set COMFYUI_PATH to its folder.")
+        raise SystemExit(
+            f"Failed: no ComfyUI at {ROOT.parent.parent}. Set COMFYUI_PATH to its folder."
+        )
     return Path(folder)
 
 
@@ -80,7 +119,7 @@ def start_host(host: Path):
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401  parses sys.argv once
+        import comfy.cli_args
     except ImportError as error:
         raise SystemExit(f"Failed: {error}. Run this with the Python that ComfyUI uses.") from error
     finally:
@@ -96,23 +135,42 @@ def progress(names: list, sizes: list[int]):
         done, now = done + size, time.monotonic()
         if now - shown > (0.2 if sys.stdout.isatty() else 30):
             shown, left = now, (now - started) * (whole - done) / done
-            print(f"{done / whole:4.0%}, {left / 60:.0f} min left" if left > 90 else f"{done / whole:4.0%}, {left:.0f} s left",
-                  end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            print(
+                f"{done / whole:4.0%}, {left / 60:.0f} min left"
+                if left > 90
+                else f"{done / whole:4.0%}, {left:.0f} s left",
+                end="\r" if sys.stdout.isatty() else "\n",
+                flush=True,
+            )
 
 
 def run(arguments: argparse.Namespace) -> int:
     start_host(find_host())
     import torch
-    from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, SaveOptions, plan_file
+
+    from featherweight.loaders.packing.planning.file_plan import (
+        KEEP_TYPES,
+        TYPES,
+        SaveOptions,
+        plan_file,
+    )
     from featherweight.loaders.packing.save import save
     from featherweight.loaders.packing.source import of_file
 
     if arguments.type and arguments.type not in (*TYPES, KEEP_TYPES):
-        print(f"Failed: {arguments.type!r} is no type that is packed here. There are {', '.join(TYPES)} and '{KEEP_TYPES}'.")
+        print(
+            f"Failed: {arguments.type!r} is no type that is packed here. There are"
+            f" {', '.join(TYPES)} and '{KEEP_TYPES}'."
+        )
         return USAGE
     ending = Path(arguments.out).suffix.lower()
-    if ending not in {"NF4": (".safetensors",), KEEP_TYPES: (".gguf", ".safetensors")}.get(arguments.type, (".gguf",)):
-        print("Failed: NF4 goes into a file that ends in .safetensors, all other types into one that ends in .gguf.")
+    if ending not in {"NF4": (".safetensors",), KEEP_TYPES: (".gguf", ".safetensors")}.get(
+        arguments.type, (".gguf",)
+    ):
+        print(
+            "Failed: NF4 goes into a file that ends in .safetensors, all other types into one that"
+            " ends in .gguf."
+        )
         return USAGE
     sensitivity = None
     if arguments.sensitivity:
@@ -121,7 +179,9 @@ def run(arguments: argparse.Namespace) -> int:
         sensitivity = Sensitivity.load(arguments.sensitivity)
     with torch.inference_mode():
         source = of_file(arguments.source, arguments.lora)
-        options = SaveOptions(sensitivity, not arguments.loras_as_asked, overwrite=arguments.overwrite)
+        options = SaveOptions(
+            sensitivity, not arguments.loras_as_asked, overwrite=arguments.overwrite
+        )
         plan = plan_file(source, arguments.out, arguments.type or arguments.size, options)
         print(plan.text, flush=True)
         saved = save(plan, progress)

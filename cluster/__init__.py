@@ -1,8 +1,8 @@
 """Many machines: a ComfyUI in a process of Ray, workflows that travel to it, and what comes back.
 
-Importing this takes neither ray nor torch nor ComfyUI. The code goes to the workers by value (`by_value`), so the pack may lie
-anywhere on each machine, or nowhere: functions that run there use names that their module imported at its top, and import
-nothing of this pack themselves.
+Importing this takes neither ray nor torch nor ComfyUI. The code goes to the workers by value
+(`by_value`), so the pack may lie anywhere on each machine, or nowhere: functions that run there use
+names that their module imported at its top, and import nothing of this pack themselves.
 """
 import sys
 

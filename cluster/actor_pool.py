@@ -75,7 +75,8 @@ def machine_resources() -> dict[str, dict[str, float]]:
 
 @dataclass(eq=False)
 class PoolWorker:
-    """A worker. calls: what Ray gave -> the call's task, None for `Worker.ready`; in their order."""
+    """A worker. calls: what Ray gave -> the call's task, None for `Worker.ready`; in their
+    order."""
     actor: object
     node: str
     is_ready: bool = False

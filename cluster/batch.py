@@ -1,4 +1,5 @@
-"""A batch: rows of changes to one workflow -> pictures in a folder or bucket, drawn by actors of Ray."""
+"""A batch: rows of changes to one workflow -> pictures in a folder or bucket, drawn by actors of
+Ray."""
 import collections
 import contextlib
 import itertools
@@ -9,15 +10,20 @@ from dataclasses import dataclass
 
 from . import by_value
 from .actor_pool import ActorPool, machine_resources, share_out
-from .preflight import MachineReport, check_machines, file_changes, report
-from .ray_connection import ALONE, is_joined, connect, local_environment, resolve_address, on_node
-from .comfyui_install import (
-    MachineError, launch_arguments, version_difference, find_comfyui, majority_versions, installed_versions,
-)
 from .batch_progress import Progress
-from .row_run import RowRun
 from .batch_rows import RowIndex, changes_of, chunks, lines, scan_rows
+from .comfyui_install import (
+    MachineError,
+    find_comfyui,
+    installed_versions,
+    launch_arguments,
+    majority_versions,
+    version_difference,
+)
 from .picture_store import Store
+from .preflight import MachineReport, check_machines, file_changes, report
+from .ray_connection import ALONE, connect, is_joined, local_environment, on_node, resolve_address
+from .row_run import RowRun
 from .worker import RowRenderer, node_info
 
 LOCAL_SCAN_ROWS = 20_000  # up to which the scan is quicker in this process than in tasks
@@ -69,7 +75,8 @@ class Batch:
         counts = collections.Counter({"there": table.there, "failed": len(table.bad)})
         if table.left:
             try:
-                counts += self.render([{"id": name, "changes": text, "stamp": stamp} for name, text, stamp, _ in table.left])
+                counts += self.render([{"id": name, "changes": text, "stamp": stamp}
+                                       for name, text, stamp, _ in table.left])
             except KeyboardInterrupt:
                 if is_joined():
                     sys.modules["ray"].shutdown()  # ends the workers, which may be writing
@@ -79,11 +86,13 @@ class Batch:
         return +counts
 
     def check(self) -> bool:
-        """Says of each machine what it is and lacks. Returns whether all can run it. Raises MachineError, OSError."""
+        """Says of each machine what it is and lacks. Returns whether all can run it. Raises
+        MachineError, OSError."""
         self.connect()
         machines, _ = self.compare_machines()
         for node in self.share.capacity().keys() - machines.keys():
-            machines[node] = MachineReport(f"Ray's node {node[:8]}", {}, f"did not answer within {VERSION_SECONDS} s")
+            machines[node] = MachineReport(f"Ray's node {node[:8]}", {},
+                                           f"did not answer within {VERSION_SECONDS} s")
         changes = file_changes(self.graph, changes_of(self.rows))
         check_machines(machines, self.graph, changes, self.comfyui, bool(self.share.gpus))
         self.say(report(machines.values()), flush=True)
@@ -104,10 +113,15 @@ class Batch:
         return table
 
     def scan_on_ray(self, parts: Iterator[list]) -> list:
-        """Scans lines, as many parts at once as there are processors where the store is, in their order."""
+        """Scans lines, as many parts at once as there are processors where the store is, in their
+        order."""
         import ray
 
-        where = {"num_cpus": 0, "scheduling_strategy": "SPREAD"} if self.store.files else on_node(self.home)
+        where = (
+            {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+            if self.store.files
+            else on_node(self.home)
+        )
         at_once = int(ray.cluster_resources().get("CPU", 1)) if self.store.files else os.cpu_count()
         task, graph = ray.remote(scan_rows).options(**where), ray.put(self.graph)
         scans, running = [], collections.deque()
@@ -134,14 +148,19 @@ class Batch:
         self.share = share_out(machine_resources().values(), self.gpus, self.cpus)
 
     def no_capacity(self) -> str:
-        gpus = f" and {self.share.gpus:g} GPUs: give --gpus 0 for machines without." if self.share.gpus else ""
+        gpus = (
+            f" and {self.share.gpus:g} GPUs: give --gpus 0 for machines without."
+            if self.share.gpus
+            else ""
+        )
         return f"No machine of the cluster has {self.share.cpus:g} free CPUs{gpus}"
 
     def compare_machines(self) -> tuple[dict[str, MachineReport], dict[str, str]]:
         """Asks the machines for their versions. Starts no ComfyUI.
 
         Returns:
-            (Ray's id -> machine, excluded where its versions are not those of most; the `installed_versions` of most).
+            (Ray's id -> machine, excluded where its versions are not those of most; the
+            `installed_versions` of most).
 
         Raises:
             MachineError: no machine can take part.
@@ -149,17 +168,25 @@ class Batch:
         import ray
 
         task = ray.remote(local_versions)
-        nodes = {task.options(**on_node(node)).remote(self.comfyui): node for node in self.share.capacity()}
-        ready, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=VERSION_SECONDS) if nodes else ([], [])
+        nodes = {
+            task.options(**on_node(node)).remote(self.comfyui): node
+            for node in self.share.capacity()
+        }
+        ready, _ = (
+            ray.wait(list(nodes), num_returns=len(nodes), timeout=VERSION_SECONDS)
+            if nodes
+            else ([], [])
+        )
         machines = {}
         for ref in ready:
             with contextlib.suppress(ray.exceptions.RayError):
                 machines[nodes[ref]] = MachineReport(*ray.get(ref))
-        expected = majority_versions((machine.versions for machine in machines.values() if not machine.excluded),
-                                     installed_versions(self.comfyui) if self.comfyui else None)
+        expected = majority_versions(
+            (machine.versions for machine in machines.values() if not machine.excluded),
+            installed_versions(self.comfyui) if self.comfyui else None)
         if not expected:
-            raise MachineError("; ".join(f"{machine.name} {machine.excluded}" for machine in machines.values())
-                               or self.no_capacity())
+            raise MachineError("; ".join(f"{machine.name} {machine.excluded}"
+                                         for machine in machines.values()) or self.no_capacity())
         for machine in machines.values():
             machine.excluded = machine.excluded or version_difference(machine.versions, expected)
         return machines, expected

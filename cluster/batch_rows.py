@@ -1,4 +1,5 @@
-"""The rows of a batch: lines of JSON, each of them a name and changes to one workflow, and which of them are done already."""
+"""The rows of a batch: lines of JSON, each of them a name and changes to one workflow, and which of
+them are done already."""
 import concurrent.futures
 import contextlib
 import hashlib
@@ -7,20 +8,24 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .graph import GraphError, canonical, apply_changes, digest
+from .graph import GraphError, apply_changes, canonical, digest
 from .picture_store import Store
 
-NAME = re.compile(r'[^./\\:*?"<>|\x00-\x1f\ud800-\udfff][^/\\:*?"<>|\x00-\x1f\ud800-\udfff]{0,149}(?<![. ])')
-NAME_BYTES = 180  # of an id; a file system takes 255, and node, number and what is half-written stand behind it
-READERS = {"bucket": 32, "folder": 8}  # at once: a bucket answers late, a disk gives more when it is asked for more
+NAME = re.compile(
+    r'[^./\\:*?"<>|\x00-\x1f\ud800-\udfff][^/\\:*?"<>|\x00-\x1f\ud800-\udfff]{0,149}(?<![. ])')
+# of an id; a file system takes 255, and node, number and what is half-written stand behind it
+NAME_BYTES = 180
+# at once: a bucket answers late, a disk gives more when it is asked for more
+READERS = {"bucket": 32, "folder": 8}
 
 
 @dataclass
 class RowScan:
     """What a look at some lines found.
 
-    names: (number of the line, the row's id) of every row. left: (id, changes as JSON, stamp, number of the line) of those to
-    be drawn. done: numbers of the others' lines. bad: (number of the line, what is wrong with it).
+    names: (number of the line, the row's id) of every row. left: (id, changes as JSON, stamp,
+    number of the line) of those to be drawn. done: numbers of the others' lines. bad: (number of
+    the line, what is wrong with it).
     """
     names: list[tuple[int, str]] = field(default_factory=list)
     left: list[tuple[str, str, str, int]] = field(default_factory=list)
@@ -65,8 +70,9 @@ def row(line: bytes) -> tuple[str, dict]:
         raise GraphError('has no "id", which names its pictures')
     size = len(name.encode(errors="surrogatepass"))
     if size > NAME_BYTES:
-        raise GraphError(f"has the id {name[:200]!r}, which cannot be a file's name: it takes {size}"
-                         f" bytes, {NAME_BYTES} are allowed")
+        raise GraphError(
+            f"has the id {name[:200]!r}, which cannot be a file's name: it takes {size}"
+            f" bytes, {NAME_BYTES} are allowed")
     if not NAME.fullmatch(name):
         raise GraphError(f"has the id {name!r}, which cannot be a file's name")
     return name, changes
@@ -80,7 +86,8 @@ def changes_of(path: str) -> Iterator[dict]:
 
 
 def scan_rows(out: str, graph: dict, some: list[tuple[int, bytes]]) -> RowScan:
-    """Which of these lines are to be drawn. out: see `Store`. graph: the workflow. Runs on any machine that sees the store."""
+    """Which of these lines are to be drawn. out: see `Store`. graph: the workflow. Runs on any
+    machine that sees the store."""
     found, store, workflow = RowScan(), Store(out), digest(graph)
     asked = []
     for number, line in some:
@@ -91,12 +98,16 @@ def scan_rows(out: str, graph: dict, some: list[tuple[int, bytes]]) -> RowScan:
             continue
         found.names.append((number, name))
         text = canonical(changes)
-        asked.append((name, text, hashlib.sha256(f"{workflow} {text}".encode()).hexdigest(), number))
+        asked.append(
+            (name, text, hashlib.sha256(f"{workflow} {text}".encode()).hexdigest(), number))
     at_once = READERS["bucket" if store.files else "folder"]
     with concurrent.futures.ThreadPoolExecutor(at_once) as readers:
         parts = chunks(asked, len(asked) // at_once + 1)
-        done = [one for part in readers.map(lambda some: [store.done(name, stamp) for name, _, stamp, _ in some], parts)
-                for one in part]
+        done = [
+            one for part in readers.map(
+                lambda some: [store.done(name, stamp) for name, _, stamp, _ in some], parts)
+            for one in part
+        ]
     for item, is_done in zip(asked, done):
         if is_done:
             found.done.append(item[3])
@@ -114,7 +125,8 @@ class RowIndex:
 
     def __init__(self, shard: tuple[int, int] = (1, 1)):
         self.shard = shard
-        self.first, self.names = {}, set()  # id, as file systems compare it -> number of its line; ids of this part
+        # id, as file systems compare it -> number of its line; ids of this part
+        self.first, self.names = {}, set()
         self.bad, self.left, self.there, self.count = [], [], 0, 0
 
     def add(self, found: RowScan):
@@ -127,7 +139,10 @@ class RowIndex:
         numbers = sorted({number for number, _ in (*found.names, *found.bad)})
         mine = set(numbers[(self.shard[0] - 1 - self.count) % self.shard[1]::self.shard[1]])
         self.count += len(numbers)
-        self.names.update(name for number, name in found.names if number not in twice and number in mine)
-        self.bad += [item for item in sorted({**dict(found.bad), **twice}.items()) if item[0] in mine]
+        self.names.update(name for number, name in found.names
+                          if number not in twice and number in mine)
+        self.bad += [
+            item for item in sorted({**dict(found.bad), **twice}.items()) if item[0] in mine
+        ]
         self.there += sum(number not in twice and number in mine for number in found.done)
         self.left += [item for item in found.left if item[3] not in twice and item[3] in mine]

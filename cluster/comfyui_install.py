@@ -1,4 +1,5 @@
-"""Where a machine's ComfyUI lies and how it is started there: what `ray start` had around it says so."""
+"""Where a machine's ComfyUI lies and how it is started there: what `ray start` had around it says
+so."""
 import argparse
 import collections
 import importlib.metadata
@@ -9,54 +10,90 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-# What is the server's own, or what a worker has of its own. Name -> the number of its values, as argparse says it.
+# What is the server's own, or what a worker has of its own. Name -> the number of its values, as
+# argparse says it.
 NOT_FOR_WORKERS = {
-    "--listen": "?", "--port": 1, "--tls-keyfile": 1, "--tls-certfile": 1, "--enable-cors-header": "?", "--max-upload-size": 1,
-    "--output-directory": 1, "--temp-directory": 1, "--database-url": 1, "--cuda-device": 1, "--default-device": 1,
-    "--front-end-version": 1, "--front-end-root": 1, "--verbose": "*", "--preview-method": 1,
-    **dict.fromkeys((
-        "--auto-launch", "--disable-auto-launch", "--windows-standalone-build", "--enable-manager", "--disable-manager-ui",
-        "--enable-manager-legacy-ui", "--enable-compress-response-body", "--log-stdout", "--dont-print-server",
-        "--quick-test-for-ci", "--multi-user", "--enable-assets", "--disable-api-nodes"), 0),
+    "--listen": "?",
+    "--port": 1,
+    "--tls-keyfile": 1,
+    "--tls-certfile": 1,
+    "--enable-cors-header": "?",
+    "--max-upload-size": 1,
+    "--output-directory": 1,
+    "--temp-directory": 1,
+    "--database-url": 1,
+    "--cuda-device": 1,
+    "--default-device": 1,
+    "--front-end-version": 1,
+    "--front-end-root": 1,
+    "--verbose": "*",
+    "--preview-method": 1,
+    **dict.fromkeys(
+        (
+            "--auto-launch",
+            "--disable-auto-launch",
+            "--windows-standalone-build",
+            "--enable-manager",
+            "--disable-manager-ui",
+            "--enable-manager-legacy-ui",
+            "--enable-compress-response-body",
+            "--log-stdout",
+            "--dont-print-server",
+            "--quick-test-for-ci",
+            "--multi-user",
+            "--enable-assets",
+            "--disable-api-nodes",
+        ),
+        0,
+    ),
 }
 FOLDERS = ("--base-directory", "--input-directory", "--user-directory", "--models-directory")
 PATHS = "--extra-model-paths-config"
 
 
 class MachineError(RuntimeError):
-    """What a machine lacks for a workflow, in one sentence that does not yet name the machine: another may have it."""
+    """What a machine lacks for a workflow, in one sentence that does not yet name the machine:
+    another may have it."""
 
 
 def find_comfyui(elsewhere: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """The folder of this machine's ComfyUI: COMFYUI_PATH in the environment of `ray start`, else the folder it was called in.
+    """The folder of this machine's ComfyUI: COMFYUI_PATH in the environment of `ray start`, else
+    the folder it was called in.
 
     elsewhere: one to take where neither has it, such as the driver's own. Raises MachineError.
     """
-    environment = os.environ if environment is None else environment  # a default would be the driver's, sent along by value
+    # a default would be the driver's, sent along by value
+    environment = os.environ if environment is None else environment
     folder = first_comfyui((os.getcwd(), environment.get("PWD", ""), elsewhere), environment)
     if not folder:
-        raise MachineError("no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or call that in its"
-                           " folder.")
+        raise MachineError(
+            "no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or call that"
+            " in its folder.")
     return folder
 
 
 def own_comfyui(pack: str, environment: Mapping[str, str] | None = None) -> str:
-    """The folder of the ComfyUI that a command of this pack uses, or "": COMFYUI_PATH, else the one that the pack is in.
+    """The folder of the ComfyUI that a command of this pack uses, or "": COMFYUI_PATH, else the one
+    that the pack is in.
 
     pack: the pack's folder. Raises MachineError.
     """
-    return first_comfyui((os.path.dirname(os.path.dirname(pack)), os.path.join(pack, ".dev", "host")),
-                         os.environ if environment is None else environment)
+    return first_comfyui(
+        (os.path.dirname(os.path.dirname(pack)), os.path.join(pack, ".dev", "host")),
+        os.environ if environment is None else environment)
 
 
 def first_comfyui(folders: Iterable[str], environment: Mapping[str, str]) -> str:
-    """COMFYUI_PATH, else the first of these folders that is a ComfyUI's, or "". Raises MachineError."""
+    """COMFYUI_PATH, else the first of these folders that is a ComfyUI's, or "". Raises
+    MachineError."""
     if named := environment.get("COMFYUI_PATH"):
         if not is_comfyui(named):
-            raise MachineError(f"COMFYUI_PATH is {named}, which has no main.py and comfy: set it to ComfyUI's folder (for a"
-                               " worker of Ray, before `ray start`).")
+            raise MachineError(
+                f"COMFYUI_PATH is {named}, which has no main.py and comfy: set it to ComfyUI's"
+                " folder (for a worker of Ray, before `ray start`).")
         return os.path.abspath(named)
-    return next((os.path.abspath(folder) for folder in folders if folder and is_comfyui(folder)), "")
+    return next((os.path.abspath(folder) for folder in folders if folder and is_comfyui(folder)),
+                "")
 
 
 def is_comfyui(folder: str) -> bool:
@@ -64,7 +101,8 @@ def is_comfyui(folder: str) -> bool:
 
 
 def launch_arguments(has_gpu: bool, environment: Mapping[str, str] | None = None) -> list[str]:
-    """What stands behind main.py there: COMFYUI_ARGUMENTS, and --cpu where Ray gave the worker no GPU (a Mac's aside).
+    """What stands behind main.py there: COMFYUI_ARGUMENTS, and --cpu where Ray gave the worker no
+    GPU (a Mac's aside).
 
     Raises MachineError.
     """
@@ -72,19 +110,26 @@ def launch_arguments(has_gpu: bool, environment: Mapping[str, str] | None = None
     try:
         given = shlex.split(text)
     except ValueError as error:
-        raise MachineError(f"COMFYUI_ARGUMENTS is {text}, which cannot be taken apart ({error}): set it to what stands behind"
-                           " main.py before `ray start`.") from error
+        raise MachineError(
+            f"COMFYUI_ARGUMENTS is {text}, which cannot be taken apart ({error}): set it to what"
+            " stands behind main.py before `ray start`.") from error
     return given if has_gpu or sys.platform == "darwin" or "--cpu" in given else ["--cpu", *given]
 
 
 def installed_versions(comfyui: str, given: list[str] = ()) -> dict[str, str]:
-    """{"ComfyUI", "torch", "Featherweight"} -> version, "" for one that is not there. Read from files: nothing is started.
+    """{"ComfyUI", "torch", "Featherweight"} -> version, "" for one that is not there. Read from
+    files: nothing is started.
 
     given: `launch_arguments`, which may say where the node packs lie.
     """
-    base = given[given.index("--base-directory") + 1] if "--base-directory" in given[:-1] else comfyui
-    return {"ComfyUI": _quoted(os.path.join(comfyui, "comfyui_version.py"), "__version__"), "torch": _installed("torch"),
-            "Featherweight": _pack_version(os.path.join(base, "custom_nodes"))}
+    base = (
+        given[given.index("--base-directory") + 1] if "--base-directory" in given[:-1] else comfyui
+    )
+    return {
+        "ComfyUI": _quoted(os.path.join(comfyui, "comfyui_version.py"),
+                           "__version__"), "torch": _installed("torch"),
+        "Featherweight": _pack_version(os.path.join(base, "custom_nodes"))
+    }
 
 
 def _installed(package: str) -> str:
@@ -119,7 +164,8 @@ def _pack_version(custom_nodes: str) -> str:
 
 
 def version_difference(own_comfyui: dict[str, str], others: dict[str, str]) -> str:
-    """Say which `installed_versions` differ: "has ComfyUI 0.24.0 where the others have 0.30.0", or "".
+    """Say which `installed_versions` differ: "has ComfyUI 0.24.0 where the others have 0.30.0", or
+    "".
 
     Builds of one version (+cu130) do not differ, nor does what is not known.
     """
@@ -131,13 +177,16 @@ def version_difference(own_comfyui: dict[str, str], others: dict[str, str]) -> s
     return ", ".join(texts)
 
 
-def majority_versions(machines: Iterable[dict[str, str]], own_comfyui: dict[str, str] | None = None) -> dict[str, str]:
-    """The `installed_versions` that most machines have, without builds; of two that as many have, one's own."""
+def majority_versions(machines: Iterable[dict[str, str]],
+                      own_comfyui: dict[str, str] | None = None) -> dict[str, str]:
+    """The `installed_versions` that most machines have, without builds; of two that as many have,
+    one's own."""
     def plain(each):
         return tuple((name, version.partition("+")[0]) for name, version in sorted(each.items()))
 
     counts = collections.Counter(map(plain, machines))
-    return dict(max(counts, key=lambda each: (counts[each], each == plain(own_comfyui or {})), default=()))
+    return dict(
+        max(counts, key=lambda each: (counts[each], each == plain(own_comfyui or {})), default=()))
 
 
 def worker_environment(comfyui: str, given: Sequence[str]) -> dict[str, str]:
@@ -147,14 +196,19 @@ def worker_environment(comfyui: str, given: Sequence[str]) -> dict[str, str]:
         comfyui: the folder of the ComfyUI that runs.
         given: what stands behind its main.py.
     """
-    return {"COMFYUI_PATH": os.path.abspath(comfyui), "COMFYUI_ARGUMENTS": shlex.join(worker_arguments(given))}
+    return {
+        "COMFYUI_PATH": os.path.abspath(comfyui),
+        "COMFYUI_ARGUMENTS": shlex.join(worker_arguments(given))
+    }
 
 
 def worker_arguments(given: Sequence[str]) -> list[str]:
-    """Arguments of a ComfyUI without those of its server, and with folders that mean the same from elsewhere."""
+    """Arguments of a ComfyUI without those of its server, and with folders that mean the same from
+    elsewhere."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, values in NOT_FOR_WORKERS.items():
-        parser.add_argument(name, **({"action": "store_true"} if values == 0 else {"nargs": values}))
+        parser.add_argument(name,
+                            **({"action": "store_true"} if values == 0 else {"nargs": values}))
     for name in FOLDERS:
         parser.add_argument(name, dest=name)
     parser.add_argument(PATHS, dest=PATHS, nargs="+", action="append", default=[])

@@ -1,7 +1,9 @@
-"""The process between ComfyUI and Ray: a cluster that goes away, or Ray itself, ends no ComfyUI, which imports no ray.
+"""The process between ComfyUI and Ray: a cluster that goes away, or Ray itself, ends no ComfyUI,
+which imports no ray.
 
-ComfyUI (`cluster/driver_pool.py`) writes requests to its standard input, and it answers on its standard output, see
-`messages.py`. It ends when its input does, so it does not outlive ComfyUI, nor does a Ray that it started itself.
+ComfyUI (`cluster/driver_pool.py`) writes requests to its standard input, and it answers on its
+standard output, see `messages.py`. It ends when its input does, so it does not outlive ComfyUI, nor
+does a Ray that it started itself.
 """
 import contextlib
 import logging
@@ -14,11 +16,11 @@ import time
 
 from . import by_value
 from .actor_pool import ActorPool, Share, machine_resources, share_out
-from .graph import GraphError, one_line
-from .ray_connection import connect, named_cluster
-from .messages import MessageError, read, write
 from .comfyui_install import MachineError
+from .graph import GraphError, one_line
+from .messages import MessageError, read, write
 from .prompt_run import PromptRun
+from .ray_connection import connect, named_cluster
 from .worker import PromptWorker
 
 END_SECONDS = 5  # that Ray has to end after ComfyUI
@@ -62,7 +64,8 @@ class Driver:
             self.inbox.put(header)
 
     def serve(self):
-        """Answers requests in turn. Workers end when none comes for as long as the last one said."""
+        """Answers requests in turn. Workers end when none comes for as long as the last one
+        said."""
         idle_seconds = None
         while True:
             try:
@@ -128,7 +131,8 @@ class Driver:
 
 
 def main():
-    """Connects to the cluster that the environment names, or else starts a Ray for this computer alone, and serves runs."""
+    """Connects to the cluster that the environment names, or else starts a Ray for this computer
+    alone, and serves runs."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed here goes to the log
     driver = Driver(lambda header, data=b"": write(answers, header, data))

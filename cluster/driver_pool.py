@@ -1,4 +1,5 @@
-"""Prompts for workers of Ray, from a ComfyUI: by way of a process (`cluster/driver.py`), so that no ray is imported here."""
+"""Prompts for workers of Ray, from a ComfyUI: by way of a process (`cluster/driver.py`), so that no
+ray is imported here."""
 import contextlib
 import importlib.util
 import itertools
@@ -12,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..child_process import end_process, start_process
-from .ray_connection import ALONE, RAYS_OWN, VARIABLE, check_form, local_environment
-from .messages import MessageError, read, write
 from .comfyui_install import MachineError
+from .messages import MessageError, read, write
+from .ray_connection import ALONE, RAYS_OWN, VARIABLE, check_form, local_environment
 
 PACK = Path(__file__).resolve().parent.parent
 START = "import sys; sys.path.insert(0, sys.argv.pop()); from cluster.driver import main; sys.path.pop(0); main()"
@@ -24,7 +25,8 @@ CANCEL_SECONDS = 10  # that a driver has to end a run
 
 
 class DriverPool:
-    """A driver's process for this computer and one for the cluster, each started by the first run that needs it.
+    """A driver's process for this computer and one for the cluster, each started by the first run
+    that needs it.
 
     They are kept until this process ends: with them go a Ray that they started and its workers.
 
@@ -35,7 +37,8 @@ class DriverPool:
     def __init__(self, cluster: str = ""):
         self.cluster, self.drivers, self.lock = cluster, {}, threading.Lock()
 
-    def run(self, is_cluster: bool, request: dict, on_event: Callable, check: Callable, environment: Mapping[str, str] = {}):
+    def run(self, is_cluster: bool, request: dict, on_event: Callable, check: Callable,
+            environment: Mapping[str, str] = {}):
         """Runs a request of `Driver.run` to its end.
 
         Args:
@@ -49,7 +52,8 @@ class DriverPool:
             MachineError: Ray is missing, or cannot be reached, or went away.
         """
         if importlib.util.find_spec("ray") is None:
-            raise MachineError(f'Run on Ray needs Ray. Install it with: "{sys.executable}" -m pip install ray')
+            raise MachineError(
+                f'Run on Ray needs Ray. Install it with: "{sys.executable}" -m pip install ray')
         if is_cluster:
             check_form(self.cluster)
         with self.lock:
@@ -57,13 +61,17 @@ class DriverPool:
             if driver is None or not driver.is_usable():
                 if driver:
                     driver.end()
-                driver = self.drivers[is_cluster] = DriverProcess(self.cluster if is_cluster else "", environment)
+                driver = self.drivers[is_cluster] = DriverProcess(
+                    self.cluster if is_cluster else "", environment)
         driver.run(request, on_event, check)
 
 
 def driver_environment(cluster: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a driver: this process's, with what Ray reads from it. cluster: its address, "" for none."""
-    variables = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", ALONE: "0", VARIABLE: cluster, **environment}
+    """The environment of a driver: this process's, with what Ray reads from it. cluster: its
+    address, "" for none."""
+    variables = {
+        **os.environ, "RAY_USAGE_STATS_ENABLED": "0", ALONE: "0", VARIABLE: cluster, **environment
+    }
     variables.pop(RAYS_OWN, None)
     return variables if cluster else {**variables, **local_environment(variables)}
 
@@ -76,7 +84,8 @@ class DriverProcess:
         self.numbers, self.events = itertools.count(), {}
         self.running, self.cancelled = set(), {}  # numbers; number -> when it was cancelled
         self.outbox, self.ending = queue.SimpleQueue(), threading.Lock()
-        self.process = start_process(sys.executable, "-c", START, str(PACK), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.process = start_process(sys.executable, "-c", START, str(PACK), stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE,
                                      env=driver_environment(cluster, environment))
         self.started = time.monotonic()
         for work in (self._read, self._write):
@@ -85,7 +94,9 @@ class DriverProcess:
     def is_usable(self) -> bool:
         """Whether it runs and has ended what was cancelled in time."""
         now = time.monotonic()
-        return not self.message and all(now - since < CANCEL_SECONDS for since in self.cancelled.values())
+        return not self.message and all(
+            now - since < CANCEL_SECONDS for since in self.cancelled.values()
+        )
 
     def run(self, request: dict, on_event: Callable, check: Callable):
         number = next(self.numbers)
@@ -101,8 +112,9 @@ class DriverProcess:
                     if self.message:
                         raise MachineError(self.message) from None
                     if not self.has_joined and time.monotonic() - self.started > JOIN_SECONDS:
-                        raise MachineError(f"Ray did not start within {JOIN_SECONDS} s. Look into the log of ComfyUI, and run"
-                                           " again.") from None
+                        raise MachineError(
+                            f"Ray did not start within {JOIN_SECONDS} s. Look into the log of"
+                            " ComfyUI, and run again.") from None
                     continue
                 if header["event"] == "error":
                     raise MachineError(header["message"])
@@ -134,7 +146,8 @@ class DriverProcess:
             end_process(self.process)
 
     def _write(self):
-        """Writes requests, in a thread of its own: a pipe takes 64 KiB, and the driver reads none while it joins."""
+        """Writes requests, in a thread of its own: a pipe takes 64 KiB, and the driver reads none
+        while it joins."""
         while (request := self.outbox.get()) is not None:
             try:
                 write(self.process.stdin, request)
@@ -164,8 +177,10 @@ class DriverProcess:
         except (MessageError, OSError, ValueError) as error:
             self.message = self.message or f"Ray's driver sent what is not a message: {error}."
         cluster = f" at {self.cluster}" if self.cluster else ""
-        self.message = self.message or (f"The connection to Ray{cluster} ended, as when its head node goes. Run again when it"
-                                        " is back.")
+        self.message = self.message or (
+            f"The connection to Ray{cluster} ended, as when its head node goes. Run again when it"
+            " is back."
+        )
         self.end()
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,5 @@
-"""A ComfyUI in this process, by the host's own start and without its web server: every node pack works, models stay loaded."""
+"""A ComfyUI in this process, by the host's own start and without its web server: every node pack
+works, models stay loaded."""
 import asyncio
 import contextlib
 import errno
@@ -17,14 +18,21 @@ from dataclasses import dataclass, field
 
 import filelock
 
-from .graph import RESULT_NODE, GraphError, classes, one_line, texts
 from .comfyui_install import MachineError, is_pack
+from .graph import RESULT_NODE, GraphError, classes, one_line, texts
 
 PREVIEW_WITH_METADATA = 4  # the host's `protocol.BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA`
 SCRATCH = "featherweight-worker-"
-LOCK = ".lock"  # in a scratch folder, held as long as its process lives, which has another number in another container
+# in a scratch folder, held as long as its process lives, which has another number in another
+# container
+LOCK = ".lock"
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError")
+OUT_OF_MEMORY = (
+    "MemoryError",
+    "OutOfMemoryError",
+    "torch.OutOfMemoryError",
+    "torch.cuda.OutOfMemoryError",
+)
 FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
 
 
@@ -34,7 +42,8 @@ class Cancelled(Exception):
 
 @dataclass
 class PromptResult:
-    """What a prompt gave. files: `<node>_<n>.<ext>` -> bytes, of what it saved, else of what it previewed.
+    """What a prompt gave. files: `<node>_<n>.<ext>` -> bytes, of what it saved, else of what it
+    previewed.
 
     images: what `graph.with_result` asked for, float32 (N, H, W, C), or None.
     """
@@ -43,11 +52,12 @@ class PromptResult:
 
 
 class PromptListener:
-    """Receives one prompt's events in the place of a browser's websocket, whose methods `PromptServer` awaits.
+    """Receives one prompt's events in the place of a browser's websocket, whose methods
+    `PromptServer` awaits.
 
     Args:
-        on_event: is called with (event, data) of this prompt and no other, in ComfyUI's loop, so it must return at once. event:
-            a name, with a dict, or a number, with bytes.
+        on_event: is called with (event, data) of this prompt and no other, in ComfyUI's loop, so it
+            must return at once. event: a name, with a dict, or a number, with bytes.
         started: is called with this listener when ComfyUI begins the prompt.
     """
 
@@ -80,15 +90,18 @@ class PromptListener:
 
 
 class EmbeddedComfyUI:
-    """ComfyUI, started once per process. comfyui: its folder. arguments: what stands behind main.py.
+    """ComfyUI, started once per process. comfyui: its folder. arguments: what stands behind
+    main.py.
 
-    What it writes goes to a folder of its own, which is empty again after each prompt. Raises MachineError.
+    What it writes goes to a folder of its own, which is empty again after each prompt. Raises
+    MachineError.
     """
 
     def __init__(self, comfyui: str, arguments: Sequence[str] = ()):
         sweep_dead()
         self.scratch, self.scratch_lock = make_scratch()
-        self.streams = sys.stdout, sys.stderr  # the host wraps their buffers; freed, those would close under it
+        # the host wraps their buffers; freed, those would close under it
+        self.streams = sys.stdout, sys.stderr
         self.results, self.listeners, self.lock = {}, {}, threading.Lock()
         failed = []
 
@@ -108,20 +121,27 @@ class EmbeddedComfyUI:
 
     def _boot(self, comfyui: str, arguments: Sequence[str]):
         os.makedirs(os.path.join(self.scratch, "output"))
-        sys.path[:] = [comfyui, *(path for path in sys.path if not is_pack(path))]  # whose nodes/ is none of the host
+        # whose nodes/ is none of the host
+        sys.path[:] = [comfyui, *(path for path in sys.path if not is_pack(path))]
         os.chdir(comfyui)
-        sys.argv = [os.path.join(comfyui, "main.py"), "--output-directory", os.path.join(self.scratch, "output"),
-                    "--temp-directory", self.scratch, "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
-                    "--disable-auto-launch", *arguments]
+        sys.argv = [
+            os.path.join(comfyui, "main.py"), "--output-directory",
+            os.path.join(self.scratch,
+                         "output"), "--temp-directory", self.scratch, "--database-url",
+            "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", *arguments
+        ]
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import main  # before torch: it sets up paths, devices and dynamic VRAM as `python main.py` does
+        # before torch: it sets up paths, devices and dynamic VRAM as `python main.py` does
+        import main
 
         self.loop, self.server, _ = main.start_comfyui()
-        self.server.last_prompt_id = self.server.last_node_id = None  # its progress hook asks for them outside of a prompt too
+        # its progress hook asks for them outside of a prompt too
+        self.server.last_prompt_id = self.server.last_node_id = None
         import execution
         import folder_paths
+
         import nodes
 
         nodes.NODE_CLASS_MAPPINGS[RESULT_NODE] = result_node(self.results)
@@ -150,18 +170,21 @@ class EmbeddedComfyUI:
         prompt_id = prompt_id or str(uuid.uuid4())
         if any(node["class_type"] == RESULT_NODE for node in graph.values()):
             graph = {
-                name: {**node, "inputs": {**node["inputs"], "key": prompt_id}} if node["class_type"] == RESULT_NODE else node
-                for name, node in graph.items()
+                name: {**node, "inputs": {**node["inputs"], "key": prompt_id}}
+                if node["class_type"] == RESULT_NODE else node for name, node in graph.items()
             }
         listener = PromptListener(prompt_id, on_event, self._started)
         with self.lock:
             self.listeners[prompt_id] = listener
         self.server.sockets[prompt_id] = listener
-        self.server.sockets_metadata[prompt_id] = {"feature_flags": {"supports_preview_metadata": True}}
+        self.server.sockets_metadata[prompt_id] = {
+            "feature_flags": {"supports_preview_metadata": True}
+        }
         try:
             entry = self._entry(graph, listener, dict(extra or {}))
             files = self._files(entry["outputs"])
-            if files is None:  # the host took the saving node's answer of an alike prompt, whose files are gone
+            # the host took the saving node's answer of an alike prompt, whose files are gone
+            if files is None:
                 self._forget()
                 listener.ended.clear()
                 files = self._files(self._entry(graph, listener, dict(extra or {}))["outputs"])
@@ -174,7 +197,8 @@ class EmbeddedComfyUI:
                 self._sweep()
 
     def validate(self, graph: dict, prompt_id: str = "check") -> list[str]:
-        """Has ComfyUI validate a graph. Returns its output nodes. Raises GraphError, MachineError."""
+        """Has ComfyUI validate a graph. Returns its output nodes. Raises GraphError,
+        MachineError."""
         valid, error, outputs, node_errors = asyncio.run_coroutine_threadsafe(
             self.validate_prompt(prompt_id, graph, None), self.loop).result()
         if not valid:
@@ -184,13 +208,15 @@ class EmbeddedComfyUI:
     def _entry(self, graph: dict, listener: PromptListener, extra: dict) -> dict:
         """The host's history of a prompt that went well."""
         prompt_id, queue = listener.prompt_id, self.server.prompt_queue
-        asked = self.server.trigger_on_prompt({"prompt": graph, "client_id": prompt_id, "extra_data": extra})
+        asked = self.server.trigger_on_prompt(
+            {"prompt": graph, "client_id": prompt_id, "extra_data": extra})
         graph, extra = asked["prompt"], {**asked.get("extra_data", {}), "client_id": prompt_id}
         outputs = self.validate(graph, prompt_id)
         with self.lock:
             if listener.cancelled:
                 raise Cancelled
-            number, self.server.number = self.server.number, self.server.number + 1  # first come, first served
+            # first come, first served
+            number, self.server.number = self.server.number, self.server.number + 1
             queue.put((number, prompt_id, graph, extra, outputs, {}))
         while not (listener.ended.wait(1) or queue.get_history(prompt_id)):
             pass
@@ -203,7 +229,8 @@ class EmbeddedComfyUI:
         return entry
 
     def _forget(self):
-        """Have the host drop the answers of its nodes that it keeps, so that the next prompt runs whole."""
+        """Have the host drop the answers of its nodes that it keeps, so that the next prompt runs
+        whole."""
         queue = self.server.prompt_queue
         with queue.mutex:
             queue.set_flag("unload_models", False)
@@ -224,10 +251,13 @@ class EmbeddedComfyUI:
         self._started(listener)
 
     def _started(self, listener: PromptListener):
-        """Interrupt a prompt that was cancelled: the host forgets an interruption when a prompt starts, so here once more."""
+        """Interrupt a prompt that was cancelled: the host forgets an interruption when a prompt
+        starts, so here once more."""
         queue = self.server.prompt_queue
         with queue.mutex:
-            if listener.cancelled and any(item[1] == listener.prompt_id for item in queue.currently_running.values()):
+            if listener.cancelled and any(
+                item[1] == listener.prompt_id for item in queue.currently_running.values()
+            ):
                 self.interrupt()
 
     # --- what went wrong ---
@@ -235,16 +265,23 @@ class EmbeddedComfyUI:
     def _refuse(self, graph: dict, error: dict, node_errors: dict):
         if error["type"] == "missing_node_type":
             missing = sorted(classes(graph) - self.node_classes.keys())
-            raise MachineError(f"has no node {' and none '.join(map(repr, missing))}: the pack it comes from is not"
-                               " installed or did not load.")
+            raise MachineError(
+                f"has no node {' and none '.join(map(repr, missing))}: the pack it comes from is"
+                " not installed or did not load.")
         self._lacks_files(graph)
         said = [f"node {name} ({found['class_type']}): {reason['message']}: {reason['details']}"
                 for name, found in (node_errors or {}).items() for reason in found["errors"]]
         raise GraphError(one_line("; ".join(said) or f"{error['message']}: {error['details']}"))
 
     def _fail(self, graph: dict, messages: Sequence):
-        data = next((data for event, data in messages if event in ("execution_error", "execution_interrupted")), {})
-        said, kind = str(data.get("exception_message", "it was interrupted")), data.get("exception_type", "")
+        data = next(
+            (data
+             for event, data in messages if event in ("execution_error", "execution_interrupted")),
+            {})
+        said, kind = (
+            str(data.get("exception_message", "it was interrupted")),
+            data.get("exception_type", ""),
+        )
         where = f"node {data.get('node_id')} ({data.get('node_type')})"
         if kind in OUT_OF_MEMORY:
             raise MachineError(f"has not enough memory for {where}: {one_line(said)}")
@@ -254,28 +291,43 @@ class EmbeddedComfyUI:
         raise GraphError(f"{where}: {one_line(said)}")
 
     def _lacks_files(self, graph: dict):
-        """Raises MachineError where the graph names a file that is in none of this ComfyUI's folders."""
-        missing = [f"{value!r} ({place})" for place, value in texts(graph).items() if FILE_NAME.fullmatch(value)
-                   and os.path.splitext(value)[1].lower() in self._suffixes() and not self._is_here(value)]
+        """Raises MachineError where the graph names a file that is in none of this ComfyUI's
+        folders."""
+        missing = [
+            f"{value!r} ({place})" for place, value in texts(graph).items()
+            if FILE_NAME.fullmatch(value)
+            and os.path.splitext(value)[1].lower() in self._suffixes() and not self._is_here(value)
+        ]
         if missing:
-            raise MachineError(f"has no file {' and none '.join(missing)} in the folders of its ComfyUI.")
+            raise MachineError(
+                f"has no file {' and none '.join(missing)} in the folders of its ComfyUI.")
 
     def _suffixes(self) -> set[str]:
-        pictures = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov", ".wav", ".mp3", ".flac"}
-        return pictures.union(*(suffixes for _, suffixes in self.folders.folder_names_and_paths.values() if suffixes)) - {""}
+        pictures = {
+            ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov", ".wav",
+            ".mp3", ".flac"
+        }
+        return pictures.union(
+            *(suffixes for _, suffixes in self.folders.folder_names_and_paths.values() if suffixes)
+        ) - {""}
 
     def _is_here(self, name: str) -> bool:
         name = name.removesuffix(" [input]")
-        folders = [folder for found, _ in self.folders.folder_names_and_paths.values() for folder in found]
-        return any(os.path.exists(os.path.join(folder, name)) for folder in [self.folders.get_input_directory(), *folders])
+        folders = [
+            folder for found, _ in self.folders.folder_names_and_paths.values() for folder in found
+        ]
+        return any(
+            os.path.exists(os.path.join(folder, name))
+            for folder in [self.folders.get_input_directory(), *folders])
 
     # --- what it wrote ---
 
     def _files(self, outputs: dict) -> dict[str, bytes] | None:
         """Name -> bytes of what nodes saved, or else previewed. None where one of them is gone."""
-        items = [(re.sub("[^A-Za-z0-9-]", "-", node), item) for node, found in sorted(outputs.items())
-                 for listed in found.values() if isinstance(listed, list)
-                 for item in listed if isinstance(item, dict) and item.get("filename") and item.get("type") != "input"]
+        items = [(re.sub("[^A-Za-z0-9-]", "-", node), item)
+                 for node, found in sorted(outputs.items()) for listed in found.values()
+                 if isinstance(listed, list) for item in listed
+                 if isinstance(item, dict) and item.get("filename") and item.get("type") != "input"]
         saved = [(node, item) for node, item in items if item.get("type", "output") == "output"]
         files, counts = {}, {}
         for node, item in saved or items:
@@ -287,7 +339,8 @@ class EmbeddedComfyUI:
             except FileNotFoundError:
                 return None
             count = counts[node] = counts.get(node, -1) + 1  # of 9:1 and 9-1 together
-            ending = os.path.splitext(path)[1].replace("_", "-")  # names of other rows have one before node and number
+            # names of other rows have one before node and number
+            ending = os.path.splitext(path)[1].replace("_", "-")
             files[f"{node}_{count}{ending}"] = data
         return files
 
@@ -295,7 +348,8 @@ class EmbeddedComfyUI:
         for name in ("output", "temp"):
             for entry in os.scandir(os.path.join(self.scratch, name)):
                 with contextlib.suppress(OSError):
-                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+                    shutil.rmtree(entry.path) if entry.is_dir(
+                        follow_symlinks=False) else os.unlink(entry.path)
 
     def close(self):
         """Remove the folder of what it wrote. The ComfyUI goes with its process."""
@@ -310,7 +364,8 @@ def make_scratch() -> tuple[str, filelock.BaseFileLock]:
         lock = filelock.FileLock(os.path.join(folder, LOCK), thread_local=False)
         with contextlib.suppress(FileNotFoundError):
             lock.acquire()
-            if os.path.exists(os.path.join(folder, LOCK)):  # else another process has swept it before it was locked
+            # else another process has swept it before it was locked
+            if os.path.exists(os.path.join(folder, LOCK)):
                 return folder, lock
             lock.release()
 
@@ -321,7 +376,9 @@ def sweep_dead():
         folders = [entry.path for entry in entries if entry.name.startswith(SCRATCH)]
     for folder in folders:
         if os.path.exists(os.path.join(folder, LOCK)):
-            with contextlib.suppress(filelock.Timeout, OSError), filelock.FileLock(os.path.join(folder, LOCK), timeout=0):
+            with contextlib.suppress(filelock.Timeout,
+                                     OSError), filelock.FileLock(os.path.join(folder, LOCK),
+                                                                 timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

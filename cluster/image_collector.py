@@ -1,12 +1,13 @@
-"""Pictures of items that are drawn on other machines, put together in their order, and how far they are."""
+"""Pictures of items that are drawn on other machines, put together in their order, and how far they
+are."""
 import math
 from collections.abc import Collection
 
 import numpy
 import psutil
 
-from .graph import GraphError, one_line
 from .comfyui_install import MachineError
+from .graph import GraphError, one_line
 
 MAX_STEPS = 1 << 40  # of a node
 
@@ -21,18 +22,23 @@ class ImageCollector:
 
     def __init__(self, count: int, nodes: Collection[str]):
         self.count, self.nodes = count, nodes
-        self.on, self.steps, self.workers = {}, {}, 0  # item -> the machine that draws it; item -> node -> its steps
-        self.images, self.batch, self.others = None, 0, {}  # of all items, `batch` each; items with another number of pictures
+        # item -> the machine that draws it; item -> node -> its steps
+        self.on, self.steps, self.workers = {}, {}, 0
+        # of all items, `batch` each; items with another number of pictures
+        self.images, self.batch, self.others = None, 0, {}
         self.received, self.done = {}, set()
 
     def tell(self, header: dict, data: bytes):
         """Takes a header of the driver and its data.
 
-        Raises GraphError and MachineError for an item that cannot be drawn, or not next to the others, and MachineError for
-        what is no event.
+        Raises GraphError and MachineError for an item that cannot be drawn, or not next to the
+        others, and MachineError for what is no event.
         """
         if not self._is_event(header, data):
-            raise MachineError(f"Ray's driver sent an event that cannot be read: {one_line(header, 200)}. Run again.")
+            raise MachineError(
+                f"Ray's driver sent an event that cannot be read: {one_line(header, 200)}. Run"
+                " again."
+            )
         event = header["event"]
         if event == "workers":
             self.workers = header["value"]
@@ -65,22 +71,37 @@ class ImageCollector:
             case _:
                 return False
         match header:
-            case {"event": "image", "index": int(index), "of": int(count), "shape": [int(height), int(width), int(channels)]}:
-                return 0 <= index < count and min(height, width, channels) > 0 and len(data) == 4 * height * width * channels
-            case {"event": "progress", "value": [str(), int() | float() as done, int() | float() as most]}:
+            case {
+                "event": "image", "index": int(index), "of": int(count),
+                "shape": [int(height), int(width), int(channels)]
+            }:
+                return (0 <= index < count and min(height, width, channels) > 0
+                        and len(data) == 4 * height * width * channels)
+            case {
+                "event": "progress",
+                "value": [str(), int() | float() as done,
+                          int() | float() as most]
+            }:
                 return 0 <= done <= MAX_STEPS and 0 <= most <= MAX_STEPS
             case {"event": "begins" | "failed" | "unfit", "value": str()}:
                 return True
         return event in ("lost", "preview")
 
     def _put(self, name: str, header: dict, data: bytes):
-        item, index, count, shape = header["item"], header["index"], header["of"], tuple(header["shape"])
+        item, index, count, shape = (
+            header["item"],
+            header["index"],
+            header["of"],
+            tuple(header["shape"]),
+        )
         if self.images is None:
             self._allocate(count, shape)
             self.first = item
         if shape != self.images.shape[1:]:
-            raise GraphError(f"{name} is {_size(shape)}, item {self.first + 1} is {_size(self.images.shape[1:])}: pictures of"
-                             " one run have one size. Set it for all of them, or run once for each size.")
+            raise GraphError(
+                f"{name} is {_size(shape)}, item {self.first + 1} is"
+                f" {_size(self.images.shape[1:])}: pictures of one run have one size. Set it for"
+                " all of them, or run once for each size.")
         if count == self.batch:
             target = self.images[item * count + index]
         else:
@@ -96,8 +117,9 @@ class ImageCollector:
         """Makes room for all pictures. Memory is used as they come."""
         size, free = 4 * math.prod(shape) * batch * self.count, psutil.virtual_memory().available
         if size > free:
-            raise GraphError(f"{self.count} items of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
-                             f" {free / 1e9:.1f} GB are free: draw fewer at once, or smaller ones.")
+            raise GraphError(
+                f"{self.count} items of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
+                f" {free / 1e9:.1f} GB are free: draw fewer at once, or smaller ones.")
         self.images, self.batch = _empty((batch * self.count, *shape)), batch
 
     def whole(self) -> numpy.ndarray:
@@ -111,17 +133,26 @@ class ImageCollector:
         return numpy.concatenate([self.others.get(index, part) for index, part in enumerate(parts)])
 
     def progress(self) -> tuple[int, int]:
-        """(steps done, steps in all). An item that has not told its steps is taken to have as many as the longest that has."""
-        sums = {index: (sum(value for value, _ in steps.values()), sum(most for _, most in steps.values()))
-                for index, steps in self.steps.items()}
+        """(steps done, steps in all). An item that has not told its steps is taken to have as many
+        as the longest that has."""
+        sums = {
+            index: (sum(value
+                        for value, _ in steps.values()), sum(most for _, most in steps.values()))
+            for index, steps in self.steps.items()
+        }
         most = max((total for _, total in sums.values()), default=1)
-        done = sum(most if index in self.done else min(sums.get(index, (0, 0))[0], most) for index in range(self.count))
+        done = sum(most if index in self.done else min(sums.get(index, (0, 0))[0], most)
+                   for index in range(self.count))
         return int(done), int(most * self.count)
 
     def text(self) -> str:
         """What the node shows."""
         if not self.on:
-            return "Waiting for Ray" if not self.workers else f"Waiting for workers, {self.workers} at most"
+            return (
+                "Waiting for Ray"
+                if not self.workers
+                else f"Waiting for workers, {self.workers} at most"
+            )
         machines = sorted(set(self.on.values()))
         drawing = len(self.on.keys() - self.done)
         return f"{len(self.done)} of {self.count} done, {drawing} in work\non {', '.join(machines)}"
@@ -131,8 +162,9 @@ def _empty(shape: tuple[int, ...]) -> numpy.ndarray:
     try:
         return numpy.empty(shape, numpy.float32)
     except (MemoryError, ValueError) as error:
-        raise GraphError(f"{shape[0]} pictures of {_size(shape[1:])} are more than the memory here holds: draw fewer at once,"
-                         " or smaller ones.") from error
+        raise GraphError(
+            f"{shape[0]} pictures of {_size(shape[1:])} are more than the memory here holds: draw"
+            " fewer at once, or smaller ones.") from error
 
 
 def _size(shape: tuple[int, ...]) -> str:

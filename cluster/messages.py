@@ -1,4 +1,5 @@
-"""Messages between ComfyUI and the process that is connected to Ray: a header in JSON and raw bytes, in a stream."""
+"""Messages between ComfyUI and the process that is connected to Ray: a header in JSON and raw
+bytes, in a stream."""
 import json
 import struct
 from typing import BinaryIO

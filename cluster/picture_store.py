@@ -6,8 +6,9 @@
 | `<id>.json` | {"stamp", "files", "changes", "seconds", "worker"}, written last: with the row's stamp in it the row is done |
 | `.<name>.<8 hex digits>.part` | a file of a folder while it is written; left by a process that was killed |
 
-A plain path is a folder of the machine that the batch is called on, and other machines' pictures come to it. What a URI names
-(s3://, gs://, abfs://, or file:// for a folder that all machines share) each machine writes by itself.
+A plain path is a folder of the machine that the batch is called on, and other machines' pictures
+come to it. What a URI names (s3://, gs://, abfs://, or file:// for a folder that all machines
+share) each machine writes by itself.
 """
 import json
 import os
@@ -26,12 +27,16 @@ def folder_of(out: str) -> str:
     if not out.startswith("file://"):
         return out
     if not out.startswith("file:///"):
-        raise ValueError(f"{out} does not name a folder: write file:/// and its whole path, such as file:///mnt/pictures.")
+        raise ValueError(
+            f"{out} does not name a folder: write file:/// and its whole path, such as"
+            " file:///mnt/pictures."
+        )
     return url2pathname(out.removeprefix("file://"))
 
 
 class Store:
-    """Files in one folder or bucket. out: an absolute path or a URI. OSError is raised as it comes, ValueError for no URI."""
+    """Files in one folder or bucket. out: an absolute path or a URI. OSError is raised as it comes,
+    ValueError for no URI."""
 
     def __init__(self, out: str):
         self.files, self.root = None, folder_of(out)
@@ -41,9 +46,11 @@ class Store:
 
                 self.files, self.root = url_to_fs(out)
             except ImportError as error:
-                raise ValueError(f"{out} needs a package that is missing ({error}). Install it:"
-                                 f" {sys.executable} -m pip install s3fs for s3://, gcsfs for gs://, adlfs for abfs://."
-                                 ) from error
+                raise ValueError(
+                    f"{out} needs a package that is missing ({error}). Install it:"
+                    f" {sys.executable} -m pip install s3fs for s3://, gcsfs for gs://, adlfs for"
+                    " abfs://."
+                ) from error
         else:
             os.makedirs(self.root, exist_ok=True)
 
@@ -61,7 +68,8 @@ class Store:
             return None
 
     def write(self, name: str, data: bytes):
-        """The whole file or nothing, on the disk when this returns; buckets keep that by themselves."""
+        """The whole file or nothing, on the disk when this returns; buckets keep that by
+        themselves."""
         if self.files:
             self.files.pipe_file(self.path(name), data)
             return
@@ -89,7 +97,8 @@ class Store:
             pass
 
     def has(self, names: list[str]) -> bool:
-        """Whether all of these are there. Of a bucket that is believed: a row's JSON is written after its files."""
+        """Whether all of these are there. Of a bucket that is believed: a row's JSON is written
+        after its files."""
         return bool(self.files) or all(os.path.exists(self.path(name)) for name in names)
 
     def done(self, row: str, stamp: str) -> bool:
@@ -106,11 +115,16 @@ class Store:
         return found if isinstance(found, dict) else {}
 
     def save(self, row: str, files: dict[str, bytes], record: dict):
-        """Put a row's files and then its record there, in the place of what an earlier version of the row had."""
+        """Put a row's files and then its record there, in the place of what an earlier version of
+        the row had."""
         names = {saved_name(row, name): data for name, data in files.items()}
-        old = [name for name in self.record(row).get("files", []) if isinstance(name, str) and is_saved_name(row, name)]
+        old = [
+            name for name in self.record(row).get("files", [])
+            if isinstance(name, str) and is_saved_name(row, name)
+        ]
         if old:  # until all is there the row is not done, and what may go is remembered
-            self.write(f"{row}.json", json.dumps({"stamp": "", "files": [*{*old, *names}]}).encode())
+            self.write(f"{row}.json",
+                       json.dumps({"stamp": "", "files": [*{*old, *names}]}).encode())
         for name, data in names.items():
             self.write(name, data)
         for name in {*old} - {*names}:
@@ -118,13 +132,17 @@ class Store:
         self.write(f"{row}.json", json.dumps({**record, "files": [*names]}).encode())
 
     def tidy(self, rows) -> int:
-        """Remove what was left half-written of these rows (a set of ids); how many files that were."""
+        """Remove what was left half-written of these rows (a set of ids); how many files that
+        were."""
         if self.files:
             return 0
         with os.scandir(self.root) as entries:
-            parts = [found for entry in entries if entry.name.endswith(".part") and (found := PART.fullmatch(entry.name))]
+            parts = [
+                found for entry in entries
+                if entry.name.endswith(".part") and (found := PART.fullmatch(entry.name))
+            ]
         own = [part[0] for part in parts if part[1].removesuffix(".json") in rows
-               or (picture := PICTURE.fullmatch(part[1])) and picture[1] in rows]
+               or ((picture := PICTURE.fullmatch(part[1])) and picture[1] in rows)]
         for name in own:
             _remove(self.path(name))
         return len(own)
@@ -137,13 +155,15 @@ def saved_name(row: str, name: str) -> str:
 
 
 def is_saved_name(row: str, name: str) -> bool:
-    """Whether it is a name that only a file of this row has. One that ends in .json may be the record of another row."""
+    """Whether it is a name that only a file of this row has. One that ends in .json may be the
+    record of another row."""
     is_record = name.casefold().endswith(".json") and not name.casefold().endswith("..json")
     return name.startswith(f"{row}_") and not is_record and not re.search(r"[/\\]", name)
 
 
 class RemoteStore:
-    """What a worker uses of a store that lies on another machine. writer: an actor of `Store` there."""
+    """What a worker uses of a store that lies on another machine. writer: an actor of `Store`
+    there."""
 
     def __init__(self, writer):
         self.writer = writer

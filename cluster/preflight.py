@@ -4,16 +4,17 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .graph import GraphError, apply_changes, one_line
-from .embedded_comfyui import FILE_NAME, EmbeddedComfyUI
-from .ray_connection import on_node
 from .comfyui_install import MachineError, launch_arguments
+from .embedded_comfyui import FILE_NAME, EmbeddedComfyUI
+from .graph import GraphError, apply_changes, one_line
+from .ray_connection import on_node
 from .worker import Worker
 
 CHECK_SECONDS = 600  # that a machine has to start its ComfyUI
 MAX_PROBLEMS = 10  # of a machine, that are said
 MAX_FILES = 10_000  # of an input, that rows name
-VISIBLE_GPUS = {"runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}}  # where none is taken
+# where none is taken
+VISIBLE_GPUS = {"runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}}
 COLUMNS = ("machine", "ComfyUI", "torch", "Featherweight", "GPU", "free memory", "can run it")
 
 
@@ -25,7 +26,8 @@ class MachineReport:
         versions: see `place.versions`.
         excluded: why it takes no part, or "".
         memory: see `memory`.
-        problems: what keeps it from running the workflow, as ends of sentences that begin with its name.
+        problems: what keeps it from running the workflow, as ends of sentences that begin with its
+        name.
     """
     name: str
     versions: dict[str, str]
@@ -42,15 +44,21 @@ class MachineReport:
         free = [f"{left / 1e9:.1f} of {total / 1e9:.1f} GB" for _, left, total in gpus]
         free.append(f"{ram / 1e9:.1f} GB RAM" if ram else "?")
         versions = [self.versions.get(name) or "?" for name in COLUMNS[1:4]]
-        return (self.name, *versions, ", ".join(name for name, *_ in gpus) or "none", " + ".join(free),
-                "yes" if self.can_run() else "no")
+        return (
+            self.name,
+            *versions,
+            ", ".join(name for name, *_ in gpus) or "none",
+            " + ".join(free),
+            "yes" if self.can_run() else "no",
+        )
 
     def sentences(self) -> list[str]:
         if self.excluded:
             return [f"{self.name} {self.excluded.rstrip('.')}: it takes no part."]
         more = len(self.problems) - MAX_PROBLEMS
-        return [f"{self.name} {problem.rstrip('.')}." for problem in self.problems[:MAX_PROBLEMS]] + (
-            [f"{self.name} has {more} more problems."] if more > 0 else [])
+        return [
+            f"{self.name} {problem.rstrip('.')}." for problem in self.problems[:MAX_PROBLEMS]
+        ] + ([f"{self.name} has {more} more problems."] if more > 0 else [])
 
 
 class Checker(Worker):
@@ -64,7 +72,8 @@ class Checker(Worker):
         return EmbeddedComfyUI(comfyui, launch_arguments(self.has_gpu))
 
     def check(self, graph: dict, changes: list[dict]) -> tuple[dict, list[str]]:
-        """Returns (`memory`, the machine's problems with a workflow, with each of these changes to it)."""
+        """Returns (`memory`, the machine's problems with a workflow, with each of these changes to
+        it)."""
         if self.unfit:
             return {}, [self.unfit]
         problems = {}
@@ -79,7 +88,8 @@ class Checker(Worker):
 
 
 def memory() -> dict:
-    """Memory of this machine, where a ComfyUI was started: {"ram": free bytes, "gpus": [(name, free bytes, all bytes)]}."""
+    """Memory of this machine, where a ComfyUI was started: {"ram": free bytes, "gpus": [(name, free
+    bytes, all bytes)]}."""
     import comfy.model_management
     import psutil
     import torch
@@ -94,7 +104,8 @@ def memory() -> dict:
 
 
 def file_changes(graph: Mapping[str, dict], rows: Iterable[dict]) -> list[dict[str, str]]:
-    """Changes to a workflow that together have each file in it that rows name, of an input the first `MAX_FILES`.
+    """Changes to a workflow that together have each file in it that rows name, of an input the
+    first `MAX_FILES`.
 
     Args:
         rows: changes to it, {"1.model_name": "flux.gguf"}. What is no file's name is not looked at.
@@ -112,12 +123,14 @@ def file_changes(graph: Mapping[str, dict], rows: Iterable[dict]) -> list[dict[s
                     names[path][value] += 1
     columns = {path: list(counts)[:MAX_FILES] for path, counts in names.items()}
     length = max(map(len, columns.values()), default=0)
-    found = [{path: column[index % len(column)] for path, column in columns.items()} for index in range(length)]
+    found = [{path: column[index % len(column)] for path, column in columns.items()}
+             for index in range(length)]
     has_own = any(counts.total() < count for counts in names.values())
     return [{}, *found] if has_own or not found else found
 
 
-def check_machines(machines: dict[str, MachineReport], graph: dict, changes: list[dict], comfyui: str, has_gpus: bool):
+def check_machines(machines: dict[str, MachineReport], graph: dict, changes: list[dict],
+                   comfyui: str, has_gpus: bool):
     """Asks each machine that takes part, by Ray's id, and notes what it answers.
 
     Args:
@@ -149,13 +162,17 @@ def check_machines(machines: dict[str, MachineReport], graph: dict, changes: lis
 
 
 def report(machines: Iterable[MachineReport]) -> str:
-    """A table of the machines, sentences for each that cannot run the workflow, and one that closes."""
+    """A table of the machines, sentences for each that cannot run the workflow, and one that
+    closes."""
     machines = list(machines)
     rows = [COLUMNS, *(machine.row() for machine in machines)]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
     able = sum(machine.can_run() for machine in machines)
     end = f"{able} of {len(machines)} machines can run it."
     if able == len(machines):
         end = f"All {able} machines can run it." if able > 1 else "The machine can run it."
-    return "\n".join([*table, "", *(text for machine in machines for text in machine.sentences()), end])
+    return "\n".join(
+        [*table, "", *(text for machine in machines for text in machine.sentences()), end])

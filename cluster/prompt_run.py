@@ -3,15 +3,16 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from .actor_pool import ActorPool, PoolWorker, Run
-from .graph import apply_changes, one_line
 from .comfyui_install import MachineError
+from .graph import apply_changes, one_line
 
 
 class PromptRun(Run):
     """The items of one run, on workers of `PromptWorker`.
 
     Args:
-        graph: the workflow; changes: for each item its changes to it; extra: see `EmbeddedComfyUI.run`.
+        graph: the workflow; changes: for each item its changes to it; extra: see
+        `EmbeddedComfyUI.run`.
         workers: at most so many.
         tell: is called with (item, event, data), the events of `PromptWorker.draw` and
             ("lost", None) for an item that goes to another worker because its own has ended.

@@ -4,8 +4,8 @@ import time
 from collections.abc import Collection, Sequence
 
 from .actor_pool import ActorPool, PoolWorker, Run
-from .graph import one_line
 from .batch_progress import Progress
+from .graph import one_line
 
 GONE_SECONDS = 600.0  # that a node has to come back, or a cluster to start another
 MAX_REST_SECONDS = 10  # of a node that refuses rows, which others must then draw

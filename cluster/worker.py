@@ -6,9 +6,15 @@ import os
 import platform
 import time
 
-from .graph import GraphError, apply_changes, one_line
+from .comfyui_install import (
+    MachineError,
+    find_comfyui,
+    installed_versions,
+    launch_arguments,
+    version_difference,
+)
 from .embedded_comfyui import PREVIEW_WITH_METADATA, Cancelled, EmbeddedComfyUI
-from .comfyui_install import MachineError, launch_arguments, version_difference, find_comfyui, installed_versions
+from .graph import GraphError, apply_changes, one_line
 from .picture_store import RemoteStore, Store
 
 CANCEL_SECONDS = 0.2  # between two attempts to cancel a prompt
@@ -33,13 +39,16 @@ class Worker:
         self.info, self.host, self.unfit = node_info(), None, ""
         try:
             folder = find_comfyui(comfyui)
-            self.unfit = version_difference(installed_versions(folder, launch_arguments(True)), expected or {})
+            self.unfit = version_difference(installed_versions(folder, launch_arguments(True)),
+                                            expected or {})
             if not self.unfit:
                 self.host = self.boot(folder)
         except MachineError as error:
             self.unfit = str(error)
         except Exception as error:  # one that is raised here would only end the actor
-            self.unfit = f"its ComfyUI did not start: {one_line(f'{type(error).__name__}: {error}')}"
+            self.unfit = (
+                f"its ComfyUI did not start: {one_line(f'{type(error).__name__}: {error}')}"
+            )
 
     def boot(self, comfyui: str) -> EmbeddedComfyUI:
         """Starts the ComfyUI of a folder in this process. Raises MachineError."""
@@ -58,7 +67,8 @@ class PromptWorker(Worker):
     def __init__(self, comfyui: str = ""):
         super().__init__(comfyui)
         self.running = set()
-        self.threads = concurrent.futures.ThreadPoolExecutor(64)  # prompts that wait in ComfyUI's queue
+        # prompts that wait in ComfyUI's queue
+        self.threads = concurrent.futures.ThreadPoolExecutor(64)
 
     async def draw(self, graph: dict, extra: dict, prompt_id: str):
         """Draws a prompt, as a stream of (event, data) in values that need no class of this pack.
@@ -160,4 +170,5 @@ class RowRenderer(Worker):
                 "stamp": row["stamp"], "changes": changes, "worker": self.name,
                 "seconds": round(time.monotonic() - started, 3)})
         except OSError as error:
-            raise MachineError(f"could not write the pictures: {getattr(error, 'cause', error)}") from error
+            raise MachineError(
+                f"could not write the pictures: {getattr(error, 'cause', error)}") from error

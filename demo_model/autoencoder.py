@@ -1,4 +1,5 @@
-"""An autoencoder with the layers and names of TAESD at 16 latent channels, narrow where pictures are large.
+"""An autoencoder with the layers and names of TAESD at 16 latent channels, narrow where pictures
+are large.
 
 ComfyUI builds every layer 64 wide: `widened` fills up with zeros, which changes no value.
 """
@@ -6,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-WIDTHS, HOST_WIDTH, CHANNELS = (16, 32, 48, 64), 64, 16  # at the size of the picture, a half, a quarter, an eighth
-# ComfyUI divides Flux's latents by this after moving them: with both in the file, the encoder's own output is the latent.
+# at the size of the picture, a half, a quarter, an eighth
+WIDTHS, HOST_WIDTH, CHANNELS = (16, 32, 48, 64), 64, 16
+# ComfyUI divides Flux's latents by this after moving them: with both in the file, the encoder's own
+# output is the latent.
 SCALE, SHIFT = 0.3611, 0.1159
 
 
@@ -18,7 +21,8 @@ def conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
 class Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width))
+        self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(),
+                                  conv(width, width))
 
     def forward(self, x):
         return functional.relu(self.conv(x) + x)
@@ -35,11 +39,25 @@ class Autoencoder(nn.Module):
     def __init__(self, widths: tuple = WIDTHS):
         super().__init__()
         first, *_, last = widths
-        encoder, decoder = [conv(3, first), Block(first)], [Clamp(), conv(CHANNELS, last), nn.ReLU()]
+        encoder, decoder = (
+            [conv(3, first), Block(first)],
+            [Clamp(), conv(CHANNELS, last), nn.ReLU()],
+        )
         for wide, narrow in zip(widths[1:], widths):
-            encoder += [conv(narrow, wide, stride=2, bias=False), Block(wide), Block(wide), Block(wide)]
+            encoder += [
+                conv(narrow, wide, stride=2, bias=False),
+                Block(wide),
+                Block(wide),
+                Block(wide)
+            ]
         for wide, narrow in zip(widths[:0:-1], widths[-2::-1]):
-            decoder += [Block(wide), Block(wide), Block(wide), nn.Upsample(scale_factor=2), conv(wide, narrow, bias=False)]
+            decoder += [
+                Block(wide),
+                Block(wide),
+                Block(wide),
+                nn.Upsample(scale_factor=2),
+                conv(wide, narrow, bias=False)
+            ]
         self.taesd_encoder = nn.Sequential(*encoder, conv(last, CHANNELS))
         self.taesd_decoder = nn.Sequential(*decoder, Block(first), conv(first, 3))
 
@@ -51,7 +69,8 @@ class Autoencoder(nn.Module):
 
 
 def initialise(model: Autoencoder):
-    """Blocks that at first do nothing, and three channels that carry the blurred colours through: a start with a picture."""
+    """Blocks that at first do nothing, and three channels that carry the blurred colours through: a
+    start with a picture."""
     blur = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
     contrast = 3.0  # gives the colours of the drawings a spread of about 1
 
@@ -73,7 +92,8 @@ def initialise(model: Autoencoder):
                 carry(layer, blur)
             inner = half is model.taesd_encoder
             carry(convs[0], point if inner else point / contrast, 0.0 if inner else 0.5)
-            carry(convs[-1], point * contrast if inner else point, -0.5 * contrast if inner else 0.0)
+            carry(convs[-1], point * contrast if inner else point,
+                  -0.5 * contrast if inner else 0.0)
 
 
 def widened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,11 +1,21 @@
-"""Flux at a small size, trainable: the layers, names and arithmetic of ComfyUI's, with few enough tokens for a CPU."""
+"""Flux at a small size, trainable: the layers, names and arithmetic of ComfyUI's, with few enough
+tokens for a CPU."""
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-HIDDEN, HEAD, AXES, THETA, DOUBLE, SINGLE, CONTEXT, CHANNELS = 256, 128, (16, 56, 56), 10000, 2, 2, 768, 16
+HIDDEN, HEAD, AXES, THETA, DOUBLE, SINGLE, CONTEXT, CHANNELS = (
+    256,
+    128,
+    (16, 56, 56),
+    10000,
+    2,
+    2,
+    768,
+    16,
+)
 
 
 def modulate(x, scale, shift):
@@ -41,7 +51,11 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.norm, self.proj = nn.Linear(HIDDEN, 3 * HIDDEN), HeadNorms(), nn.Linear(HIDDEN, HIDDEN)
+        self.qkv, self.norm, self.proj = (
+            nn.Linear(HIDDEN, 3 * HIDDEN),
+            HeadNorms(),
+            nn.Linear(HIDDEN, HIDDEN),
+        )
 
 
 class Embedder(nn.Module):
@@ -77,8 +91,10 @@ class DoubleBlock(nn.Module):
         for side in ("img", "txt"):
             setattr(self, f"{side}_mod", Modulation(6))
             setattr(self, f"{side}_attn", Attention())
-            setattr(self, f"{side}_mlp", nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU("tanh"),
-                                                       nn.Linear(4 * HIDDEN, HIDDEN)))
+            setattr(
+                self, f"{side}_mlp",
+                nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU("tanh"),
+                              nn.Linear(4 * HIDDEN, HIDDEN)))
 
     def forward(self, img, txt, vec, turns, bias):
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
@@ -101,7 +117,9 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, scale, shift)).split([3 * HIDDEN, 4 * HIDDEN], -1)
         mixed = attend(*heads(qkv, self.norm), turns, bias)
-        return x + gate * self.linear2(torch.cat([mixed, functional.gelu(mlp, approximate="tanh")], -1))
+        return x + gate * self.linear2(
+            torch.cat([mixed, functional.gelu(mlp, approximate="tanh")], -1)
+        )
 
 
 class FinalLayer(nn.Module):
@@ -120,15 +138,22 @@ class Flux(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.img_in, self.txt_in, self.time_in = nn.Linear(4 * CHANNELS, HIDDEN), nn.Linear(CONTEXT, HIDDEN), Embedder()
+        self.img_in, self.txt_in, self.time_in = (
+            nn.Linear(4 * CHANNELS, HIDDEN),
+            nn.Linear(CONTEXT, HIDDEN),
+            Embedder(),
+        )
         self.double_blocks = nn.ModuleList(DoubleBlock() for _ in range(DOUBLE))
         self.single_blocks = nn.ModuleList(SingleBlock() for _ in range(SINGLE))
         self.final_layer = FinalLayer()
 
     def forward(self, x, time, txt, bias):
-        """x: latents (N, 16, H, W). time: (N,), 1 is noise. txt: (N, tokens, 768). bias: added in attention, (N, tokens)."""
+        """x: latents (N, 16, H, W). time: (N,), 1 is noise. txt: (N, tokens, 768). bias: added in
+        attention, (N, tokens)."""
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        img = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        img = x.unflatten(3, (columns, 2)).unflatten(2,
+                                                     (rows, 2)).permute(0, 2, 4, 1, 3,
+                                                                        5).flatten(3).flatten(1, 2)
         turns = positions(txt.shape[1], rows, columns)
         bias = functional.pad(bias, (0, rows * columns))[:, None, None]
         img, txt, vec = self.img_in(img), self.txt_in(txt), self.time_in(waves(time))
@@ -138,7 +163,8 @@ class Flux(nn.Module):
         for block in self.single_blocks:
             both = block(both, vec, turns, bias)
         out = self.final_layer(both[:, txt.shape[1]:], vec)
-        return out.view(-1, rows, columns, CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        return out.view(-1, rows, columns, CHANNELS, 2, 2).permute(0, 3, 1, 4, 2,
+                                                                   5).reshape(x.shape)
 
 
 def waves(time):
@@ -148,16 +174,23 @@ def waves(time):
 
 
 def positions(words: int, rows: int, columns: int) -> torch.Tensor:
-    """Rotations of all tokens: words stand at 0, 0, 0 and patches at 0, row, column; complex (tokens, 64)."""
-    place = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    """Rotations of all tokens: words stand at 0, 0, 0 and patches at 0, row, column; complex
+    (tokens, 64)."""
+    place = torch.cartesian_prod(torch.zeros(1),
+                                 torch.arange(rows).float(),
+                                 torch.arange(columns).float())
     place = torch.cat([torch.zeros(words, 3), place])
-    angles = [place[:, axis, None] / THETA ** (torch.arange(0, size, 2) / size) for axis, size in enumerate(AXES)]
+    angles = [
+        place[:, axis, None] / THETA ** (torch.arange(0, size, 2) / size)
+        for axis, size in enumerate(AXES)
+    ]
     angles = torch.cat(angles, -1)
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def initialise(model: Flux):
-    """Blocks that at first do nothing, and heads that at first look at places: without, Flux learns places late."""
+    """Blocks that at first do nothing, and heads that at first look at places: without, Flux learns
+    places late."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

@@ -1,7 +1,8 @@
 """Says what a picture shows, by colours and shapes: no model is asked.
 
-The hour is read off the sky. Every pixel is then called by the nearest of the colours that the hour allows, and the tree and
-the thing in the sky are recognised by how well their outlines cover those of the drawn ones.
+The hour is read off the sky. Every pixel is then called by the nearest of the colours that the hour
+allows, and the tree and the thing in the sky are recognised by how well their outlines cover those
+of the drawn ones.
 """
 import functools
 import random
@@ -11,7 +12,12 @@ import numpy as np
 from . import scenes
 from .scenes import CHOICES, HOURS, SIZE, Scene
 
-SKY_ROWS, TREE_ROWS, WALL_ROWS, GROUND_ROWS = slice(0, 40), slice(34, 82), slice(70, 83), slice(108, 124)
+SKY_ROWS, TREE_ROWS, WALL_ROWS, GROUND_ROWS = (
+    slice(0, 40),
+    slice(34, 82),
+    slice(70, 83),
+    slice(108, 124),
+)
 FOLIAGE = list(scenes.FOLIAGE.values())
 OTHERS = [scenes.TRUNK, scenes.CHIMNEY, scenes.ROOF, scenes.DOOR]
 UNLIT = [*scenes.RAINBOW, scenes.GLOW, scenes.GLASS]
@@ -19,13 +25,17 @@ RECOGNISED = 0.5  # share of two outlines that both cover
 
 
 def choices_in(picture: np.ndarray) -> dict[str, str | None]:
-    """The value of each choice, None where nothing is recognised. picture: uint8 (SIZE, SIZE, 3)."""
+    """The value of each choice, None where nothing is recognised. picture: uint8 (SIZE, SIZE,
+    3)."""
     hour = _hour(picture)
     wall, side = _house(picture, hour)
     ground = np.median(picture[GROUND_ROWS].reshape(-1, 3), 0)
-    return {"wall": wall, "side": side, "tree": _best(_tree_mask(picture, hour), "tree"),
-            "ground": _nearest(ground, {name: _lit(colour, hour) for name, colour in scenes.GROUNDS.items()}),
-            "hour": hour, "body": _body(picture, hour)}
+    return {
+        "wall": wall, "side": side, "tree": _best(_tree_mask(picture, hour), "tree"),
+        "ground": _nearest(ground,
+                           {name: _lit(colour, hour) for name, colour in scenes.GROUNDS.items()}),
+        "hour": hour, "body": _body(picture, hour)
+    }
 
 
 def right(picture: np.ndarray, asked: dict[str, str]) -> dict[str, bool]:
@@ -45,7 +55,10 @@ def outlines(picture: np.ndarray) -> float:
 def pumpkins(picture: np.ndarray) -> float:
     """How many pixels of the foreground have the colour of pumpkins: what the second LoRA adds."""
     hour = _hour(picture)
-    colours = [_lit(colour, hour) for colour in (scenes.PUMPKIN, *scenes.GROUNDS.values(), scenes.STALK, scenes.INK)]
+    colours = [
+        _lit(colour, hour)
+        for colour in (scenes.PUMPKIN, *scenes.GROUNDS.values(), scenes.STALK, scenes.INK)
+    ]
     return float((_labels(picture[GROUND_ROWS, 32:96], np.array(colours)) == 0).sum())
 
 
@@ -58,13 +71,15 @@ def _nearest(colour, candidates: dict) -> str:
 
 
 def _labels(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Index of the nearest colour for each pixel. pixels: (H, W, 3). colours: (n, 3) or, one set a row, (H, n, 3)."""
+    """Index of the nearest colour for each pixel. pixels: (H, W, 3). colours: (n, 3) or, one set a
+    row, (H, n, 3)."""
     colours = colours[:, None] if colours.ndim == 3 else colours
     return np.square(pixels[..., None, :].astype(np.float32) - colours).sum(-1).argmin(-1)
 
 
 def _hour(picture: np.ndarray) -> str:
-    return _nearest(np.median(picture[:4].reshape(-1, 3), 0), {hour: colours[0] for hour, colours in HOURS.items()})
+    return _nearest(np.median(picture[:4].reshape(-1, 3), 0),
+                    {hour: colours[0] for hour, colours in HOURS.items()})
 
 
 @functools.lru_cache
@@ -75,7 +90,8 @@ def _sky(hour: str) -> np.ndarray:
 def _palette(rows: slice, hour: str, colours) -> np.ndarray:
     """For each row the colour of the sky, then the others."""
     sky = _sky(hour)[rows][:, None]
-    return np.concatenate([sky, np.broadcast_to(np.array(colours, np.float32), (len(sky), len(colours), 3))], 1)
+    return np.concatenate(
+        [sky, np.broadcast_to(np.array(colours, np.float32), (len(sky), len(colours), 3))], 1)
 
 
 def _house(picture: np.ndarray, hour: str) -> tuple[str | None, str | None]:
@@ -93,7 +109,8 @@ def _house(picture: np.ndarray, hour: str) -> tuple[str | None, str | None]:
 def _tree_mask(picture: np.ndarray, hour: str) -> np.ndarray:
     foliage = [_lit(colour, hour) for colour in FOLIAGE]
     others = [_lit(colour, hour) for colour in OTHERS + list(scenes.WALLS.values())]
-    return np.isin(_labels(picture[TREE_ROWS], _palette(TREE_ROWS, hour, foliage + others + UNLIT)), (1, 2, 3))
+    return np.isin(_labels(picture[TREE_ROWS], _palette(TREE_ROWS, hour, foliage + others + UNLIT)),
+                   (1, 2, 3))
 
 
 def _sky_mask(picture: np.ndarray, hour: str) -> np.ndarray:
@@ -130,7 +147,11 @@ def _best(mask: np.ndarray, field: str, among: tuple[str, ...] | None = None) ->
 @functools.lru_cache
 def _templates(field: str) -> dict[str, list[np.ndarray]]:
     """Masks of a few drawings of each value of a choice."""
-    plain = dict(wall="white", side="left", tree="pine", ground="sand", hour="noon", body="sun")
+    plain = {"wall": "white", "side": "left", "tree": "pine", "ground": "sand", "hour": "noon", "body": "sun"}
     mask = _tree_mask if field == "tree" else _sky_mask
-    return {value: [_centred(mask(scenes.draw(Scene(**plain | {field: value}), random.Random(seed)), "noon"))
-                    for seed in range(8)] for value in CHOICES[field]}
+    return {
+        value: [
+            _centred(mask(scenes.draw(Scene(**plain | {field: value}), random.Random(seed)),
+                          "noon")) for seed in range(8)
+        ] for value in CHOICES[field]
+    }

@@ -19,7 +19,8 @@ class Adapted(nn.Module):
 
 
 def add_lora(model: nn.Module, rank: int = RANK) -> dict[str, nn.Parameter]:
-    """Give each layer a branch; returns the factors, `layer.down` (rank, K) and `layer.up` (N, rank)."""
+    """Give each layer a branch; returns the factors, `layer.down` (rank, K) and `layer.up` (N,
+    rank)."""
     names = [name for name, layer in model.named_modules()
              if isinstance(layer, nn.Linear) and "blocks" in name and not name.endswith(".lin")]
     factors = {}
@@ -39,5 +40,7 @@ def file_tensors(factors: dict[str, torch.Tensor], kohya: bool) -> dict[str, tor
         if kohya:
             renamed[f"lora_unet_{layer.replace('.', '_')}.lora_{part}.weight"] = value.contiguous()
         else:
-            renamed[f"diffusion_model.{layer}.lora_{'A' if part == 'down' else 'B'}.weight"] = value.contiguous()
+            renamed[f"diffusion_model.{layer}.lora_{'A' if part == 'down' else 'B'}.weight"] = (
+                value.contiguous()
+            )
     return renamed

@@ -1,4 +1,5 @@
-"""The pictures that the model learns: a house by a tree, drawn by code from a caption's six choices.
+"""The pictures that the model learns: a house by a tree, drawn by code from a caption's six
+choices.
 
 Every picture is new: sizes, places and hills vary. Nothing is downloaded.
 """
@@ -15,12 +16,15 @@ SIZE = 128  # pixels, both ways
 FINER = 4  # drawn this many times larger, then reduced: smooth edges
 HELD_OUT = 256  # combinations that no training picture shows
 
-WALLS = {"red": (205, 48, 45), "yellow": (247, 202, 62), "blue": (45, 88, 200), "purple": (132, 68, 172),
-         "pink": (244, 132, 172), "white": (244, 242, 238)}
+WALLS = {
+    "red": (205, 48, 45), "yellow": (247, 202, 62), "blue": (45, 88, 200), "purple": (132, 68, 172),
+    "pink": (244, 132, 172), "white": (244, 242, 238)
+}
 SIDES = ("left", "right")
 TREES = ("pine", "oak", "palm")
 GROUNDS = {"grass": (112, 178, 76), "snow": (236, 242, 250), "sand": (232, 200, 138)}
-# hour -> colour of the sky at the top and at the horizon, and what the light does to every other colour
+# hour -> colour of the sky at the top and at the horizon, and what the light does to every other
+# colour
 HOURS = {"noon": ((84, 165, 235), (186, 226, 248), (1.0, 1.0, 1.0)),
          "dusk": ((226, 98, 82), (253, 190, 112), (1.0, 0.82, 0.76)),
          "dawn": ((232, 146, 190), (253, 216, 206), (1.0, 0.92, 0.96)),
@@ -53,22 +57,30 @@ class Scene:
     def phrases(self) -> list[str]:
         """What stands in a caption after the house."""
         article = "an" if self.tree == "oak" else "a"
-        return [f"{self.side} of {article} {self.tree} tree", f"on {self.ground}", f"at {self.hour}", f"under a {self.body}"]
+        return [
+            f"{self.side} of {article} {self.tree} tree", f"on {self.ground}", f"at {self.hour}",
+            f"under a {self.body}"
+        ]
 
 
-CHOICES = dict(zip((field.name for field in fields(Scene)), (tuple(WALLS), SIDES, TREES, tuple(GROUNDS), tuple(HOURS), BODIES)))
-WORDS = {word: name for name, words in CHOICES.items() for word in words}  # no word has two meanings
+CHOICES = dict(
+    zip((field.name for field in fields(Scene)),
+        (tuple(WALLS), SIDES, TREES, tuple(GROUNDS), tuple(HOURS), BODIES)))
+# no word has two meanings
+WORDS = {word: name for name, words in CHOICES.items() for word in words}
 
 
 def all_scenes() -> tuple[list[Scene], list[Scene]]:
-    """Scenes to train with, and the held-out ones. Always the same, and every pair of choices is among the first."""
+    """Scenes to train with, and the held-out ones. Always the same, and every pair of choices is
+    among the first."""
     scenes = [Scene(*choice) for choice in itertools.product(*CHOICES.values())]
     random.Random(0).shuffle(scenes)
     return scenes[HELD_OUT:], scenes[:HELD_OUT]
 
 
 def asked_for(prompt: str) -> dict[str, str]:
-    """The choices that a prompt makes, field -> value; the first word wins where two answer one question."""
+    """The choices that a prompt makes, field -> value; the first word wins where two answer one
+    question."""
     found = {}
     for word in prompt.lower().replace(",", " ").replace(".", " ").split():
         if word in WORDS:
@@ -79,12 +91,16 @@ def asked_for(prompt: str) -> dict[str, str]:
 @functools.lru_cache
 def sky(hour: str) -> Image.Image:
     top, horizon, _ = HOURS[hour]
-    ramp = np.concatenate([np.linspace(top, horizon, HORIZON * FINER), np.tile(horizon, ((SIZE - HORIZON) * FINER, 1))])
+    ramp = np.concatenate([
+        np.linspace(top, horizon, HORIZON * FINER),
+        np.tile(horizon, ((SIZE - HORIZON) * FINER, 1))
+    ])
     return Image.fromarray(np.repeat(ramp[:, None], SIZE * FINER, 1).round().astype(np.uint8))
 
 
 class Canvas:
-    """Draws in picture coordinates, under the light of an hour, and outlined where `outline` says so."""
+    """Draws in picture coordinates, under the light of an hour, and outlined where `outline` says
+    so."""
 
     def __init__(self, hour: str, outline: bool):
         self.hour, self.outline = hour, outline
@@ -101,11 +117,13 @@ class Canvas:
             self.draw.line([*points, points[0], points[1]], fill=INK, width=9, joint="curve")
 
     def box(self, left, top, right, bottom, colour, **options):
-        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, **options)
+        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour,
+                     **options)
 
     def ellipse(self, x, y, across, down, colour, **options):
         turns = [math.tau * i / 48 for i in range(48)]
-        self.polygon([(x + across * math.cos(t), y + down * math.sin(t)) for t in turns], colour, **options)
+        self.polygon([(x + across * math.cos(t), y + down * math.sin(t)) for t in turns], colour,
+                     **options)
 
     def union(self, circles, colour, **options):
         """Circles (x, y, radius) as one shape: all outlines first, then all fills."""
@@ -119,7 +137,8 @@ class Canvas:
         return np.asarray(self.image.reduce(FINER))
 
 
-def draw(scene: Scene, chance: random.Random, outline: bool = False, pumpkins: bool = False) -> np.ndarray:
+def draw(scene: Scene, chance: random.Random, outline: bool = False,
+         pumpkins: bool = False) -> np.ndarray:
     """A picture of the scene, uint8 (SIZE, SIZE, 3). outline, pumpkins: what the two LoRAs add."""
     canvas = Canvas(scene.hour, outline)
 
@@ -131,7 +150,9 @@ def draw(scene: Scene, chance: random.Random, outline: bool = False, pumpkins: b
     far = tuple(round(0.72 * near + 0.28 * sky) for near, sky in zip(ground, HOURS["noon"][1]))
     for colour, height, steepness in ((far, HORIZON - 2, 4), (ground, HORIZON + 8, 2.5)):
         phase, waves = vary(0, math.pi), vary(0.055, 0.012)
-        ridge = [(x, height + steepness * math.sin(phase + waves * x)) for x in range(-4, SIZE + 5, 4)]
+        ridge = [
+            (x, height + steepness * math.sin(phase + waves * x)) for x in range(-4, SIZE + 5, 4)
+        ]
         canvas.polygon([*ridge, (SIZE + 4, SIZE + 4), (-4, SIZE + 4)], colour)
     house, tree = (37, 97) if scene.side == "left" else (91, 31)
     _tree(canvas, scene.tree, vary(tree, 3), vary(104, 2), vary(1.14, 0.05))
@@ -153,12 +174,15 @@ def _body(canvas: Canvas, body: str, vary):
         canvas.polygon(outer + inner, (255, 250, 222), lit=False)
     elif body == "cloud":
         circles = [(-16, 4, 8), (-6, -3, 11), (7, -1, 10), (17, 4, 8), (0, 4, 8)]
-        canvas.union([(x + size * across, y + size * down, size * radius) for across, down, radius in circles], (255, 255, 255))
+        canvas.union([(x + size * across, y + size * down, size * radius)
+                      for across, down, radius in circles], (255, 255, 255))
     else:
         x, radius = vary(64, 5), vary(68, 1.5)
         for band, colour in enumerate(RAINBOW):
-            canvas.ellipse(x, 84, radius - 5 * band, radius - 5 * band, colour, lit=False, outlined=band == 0)
-        ends = [(x - radius + 20) * FINER, (104 - radius) * FINER, (x + radius - 20) * FINER, (64 + radius) * FINER]
+            canvas.ellipse(x, 84, radius - 5 * band, radius - 5 * band, colour, lit=False,
+                           outlined=band == 0)
+        ends = [(x - radius + 20) * FINER, (104 - radius) * FINER, (x + radius - 20) * FINER,
+                (64 + radius) * FINER]
         inside = Image.new("L", canvas.image.size)
         ImageDraw.Draw(inside).ellipse(ends, fill=255)
         canvas.image.paste(sky(canvas.hour), mask=inside)
@@ -171,16 +195,18 @@ def _tree(canvas: Canvas, kind: str, x: float, base: float, size: float):
     if kind == "pine":
         canvas.box(x - 3 * size, base - 10 * size, x + 3 * size, base, TRUNK)
         for bottom, width, height in ((8, 18, 22), (22, 14, 20), (35, 10, 20)):
-            canvas.polygon([(x - width * size, base - bottom * size), (x, base - (bottom + height) * size),
+            canvas.polygon([(x - width * size, base - bottom * size),
+                            (x, base - (bottom + height) * size),
                             (x + width * size, base - bottom * size)], foliage)
     elif kind == "oak":
-        canvas.polygon([(x - 4 * size, base), (x - 3 * size, base - 26 * size), (x + 3 * size, base - 26 * size),
-                        (x + 4 * size, base)], TRUNK)
+        canvas.polygon([(x - 4 * size, base), (x - 3 * size, base - 26 * size),
+                        (x + 3 * size, base - 26 * size), (x + 4 * size, base)], TRUNK)
         circles = [(-9, -27, 10), (9, -27, 10), (-6, -40, 11), (6, -40, 11), (0, -33, 12)]
-        canvas.union([(x + size * across, base + size * up, size * radius) for across, up, radius in circles], foliage)
+        canvas.union([(x + size * across, base + size * up, size * radius)
+                      for across, up, radius in circles], foliage)
     else:
-        canvas.polygon([(x - 3 * size, base), (x - 1 * size, base - 44 * size), (x + 3 * size, base - 44 * size),
-                        (x + 3 * size, base)], TRUNK)
+        canvas.polygon([(x - 3 * size, base), (x - 1 * size, base - 44 * size),
+                        (x + 3 * size, base - 44 * size), (x + 3 * size, base)], TRUNK)
         for turn in (-165, -120, -60, -15, 20, 160):
             _leaf(canvas, x + size, base - 44 * size, math.radians(turn), 20 * size, foliage)
 
@@ -188,7 +214,8 @@ def _tree(canvas: Canvas, kind: str, x: float, base: float, size: float):
 def _leaf(canvas: Canvas, x: float, y: float, turn: float, length: float, colour: tuple):
     """A palm leaf: it leaves the crown in the direction `turn` and bends down."""
     ahead, steps = (math.cos(turn), math.sin(turn)), [i / 8 for i in range(9)]
-    spine = [(x + ahead[0] * length * s, y + ahead[1] * length * s * 0.8 + 9 * s * s) for s in steps]
+    spine = [(x + ahead[0] * length * s, y + ahead[1] * length * s * 0.8 + 9 * s * s) for s in steps
+             ]
     width = [3.6 * math.sin(math.pi * min(1, 0.12 + 0.88 * s)) for s in steps]
     upper = [(px, py - w) for (px, py), w in zip(spine, width)]
     lower = [(px, py + w) for (px, py), w in zip(spine, width)]
@@ -197,10 +224,11 @@ def _leaf(canvas: Canvas, x: float, y: float, turn: float, length: float, colour
 
 def _house(canvas: Canvas, wall: tuple, hour: str, x: float, base: float, size: float):
     half, high = 20 * size, 30 * size
-    canvas.box(x + 8 * size, base - high - 19 * size, x + 14 * size, base - high - 2 * size, CHIMNEY)
+    canvas.box(x + 8 * size, base - high - 19 * size, x + 14 * size, base - high - 2 * size,
+               CHIMNEY)
     canvas.box(x - half, base - high, x + half, base, wall)
-    canvas.polygon([(x - half - 5 * size, base - high), (x, base - high - 20 * size), (x + half + 5 * size, base - high)],
-                   ROOF)
+    canvas.polygon([(x - half - 5 * size, base - high), (x, base - high - 20 * size),
+                    (x + half + 5 * size, base - high)], ROOF)
     canvas.box(x - 5 * size, base - 17 * size, x + 5 * size, base, DOOR)
     dark = hour in ("night", "dusk")
     for side in (-1, 1):
@@ -212,4 +240,3 @@ def _house(canvas: Canvas, wall: tuple, hour: str, x: float, base: float, size: 
 def _pumpkin(canvas: Canvas, x: float, y: float, radius: float):
     canvas.box(x - 1.3, y - radius - 2, x + 1.3, y - radius + 2, STALK)
     canvas.ellipse(x, y, radius * 1.15, radius * 0.92, PUMPKIN)
-

@@ -1,9 +1,10 @@
 """Tools for developers, none of which the pack itself uses; `dev.py` starts them.
 
-Rooms, each of which imports only itself and those before it: `host` (ComfyUI's environment, its server, a browser), `fakegpu`
-(GPUs that are memory of the host, to test on), `files` (writers of model files), `workflows` (the examples), `measure` (speed,
-memory, sizes, quality), `fuzz` (bad files by the hundred thousand), `gpu` (what only a GPU can show, in one command), `soak` (a
-server for hours, in one), `mutants` (faults planted in the pack, to see which the tests find).
+Rooms, each of which imports only itself and those before it: `host` (ComfyUI's environment, its
+server, a browser), `fakegpu` (GPUs that are memory of the host, to test on), `files` (writers of
+model files), `workflows` (the examples), `measure` (speed, memory, sizes, quality), `fuzz` (bad
+files by the hundred thousand), `gpu` (what only a GPU can show, in one command), `soak` (a server
+for hours, in one), `mutants` (faults planted in the pack, to see which the tests find).
 """
 import importlib
 import sys
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 def product_module(name: str):
-    """A module of the pack, as `ops.quantize`, for tools that also run where there is no host; named as in a test."""
+    """A module of the pack, as `ops.quantize`, for tools that also run where there is no host;
+    named as in a test."""
     if "featherweight" not in sys.modules:
         sys.modules["featherweight"] = types.ModuleType("featherweight")
         sys.modules["featherweight"].__path__ = [str(ROOT)]

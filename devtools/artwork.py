@@ -1,4 +1,5 @@
-"""python -m devtools.artwork: draws media/icon.png and media/banner.png, a feather made of packed blocks.
+"""python -m devtools.artwork: draws media/icon.png and media/banner.png, a feather made of packed
+blocks.
 
 It also cuts docs/images/first_picture.png, the README's screenshot, out of the one that
 tests/server/test_browser.py leaves in .dev/screenshots.
@@ -14,8 +15,12 @@ MEDIA = ROOT / "media"
 SCREENSHOT = ROOT / ".dev" / "screenshots" / "picture.png"
 WORKFLOW = (404, 80, 1320, 752)  # left, top, right and bottom of the demo's workflow on it
 BACKGROUND, QUILL, TEXT, QUIET = "#14181f", "#e8edf2", "#f4f7fa", "#9fb0c0"
-LINES = (("Featherweight", 0.3, 0.155, TEXT), ("GGUF, NF4, FP4 and int8 models in ComfyUI,", 0.53, 0.062, QUIET),
-         ("packed in memory, with exact LoRA", 0.62, 0.062, QUIET))  # text, top and height in heights of the banner, colour
+LINES = (
+    ("Featherweight", 0.3, 0.155, TEXT),
+    ("GGUF, NF4, FP4 and int8 models in ComfyUI,", 0.53, 0.062, QUIET),
+    # text, top and height in heights of the banner, colour
+    ("packed in memory, with exact LoRA", 0.62, 0.062, QUIET),
+)
 TIP, ROOT_COLOUR = np.array([126, 226, 208]), np.array([58, 110, 222])
 SMOOTH = 4  # pixels drawn for each pixel kept, along each side
 BARBS, BLOCK = 13, 0.043  # on each side of the quill; length of a block in heights of the feather
@@ -25,7 +30,8 @@ def icon(size: int = 400) -> Image.Image:
     """A square with rounded corners, transparent outside."""
     image = Image.new("RGBA", (size * SMOOTH,) * 2)
     canvas = ImageDraw.Draw(image)
-    canvas.rounded_rectangle((0, 0, *(side - 1 for side in image.size)), image.width * 0.18, BACKGROUND)
+    canvas.rounded_rectangle((0, 0, *(side - 1 for side in image.size)), image.width * 0.18,
+                             BACKGROUND)
     draw_feather(canvas, image.width * 0.49, image.height * 0.52, image.height * 0.94)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
@@ -46,9 +52,12 @@ def draw_feather(canvas: ImageDraw.ImageDraw, x: float, y: float, size: float):
     generator = np.random.default_rng(4)
 
     def place(along: float, across: float) -> np.ndarray:
-        """A point of the feather: along the quill from 0 (its end) to 1 (the tip), across it to the right."""
+        """A point of the feather: along the quill from 0 (its end) to 1 (the tip), across it to the
+        right."""
         bend = 0.1 * math.sin(math.pi * along) + across
-        turned = complex(along - 0.5, -bend) * complex(math.cos(math.pi * 0.28), math.sin(math.pi * 0.28))
+        turned = complex(along - 0.5, -bend) * complex(
+            math.cos(math.pi * 0.28), math.sin(math.pi * 0.28)
+        )
         return np.array([x + turned.real * size, y - turned.imag * size])
 
     for barb in range(BARBS):
@@ -61,7 +70,8 @@ def draw_feather(canvas: ImageDraw.ImageDraw, x: float, y: float, size: float):
                            for shift, across in ((0, low), (0, high), (0.046, high), (0.046, low))]
                 shade = 0.72 + generator.integers(0, 4) / 10  # one of four levels, as two bits hold
                 colour = (ROOT_COLOUR + (TIP - ROOT_COLOUR) * (barb + block) / (BARBS + 3)) * shade
-                canvas.polygon([tuple(corner) for corner in corners], tuple(colour.clip(0, 255).astype(int)))
+                canvas.polygon([tuple(corner) for corner in corners],
+                               tuple(colour.clip(0, 255).astype(int)))
     quill = [tuple(place(along, 0)) for along in np.linspace(0, 0.98, 60)]
     canvas.line(quill, QUILL, round(size * 0.014), joint="curve")
 

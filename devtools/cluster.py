@@ -1,4 +1,5 @@
-"""Ray clusters of several nodes on this machine, each with a ComfyUI folder, models and pack of its own."""
+"""Ray clusters of several nodes on this machine, each with a ComfyUI folder, models and pack of its
+own."""
 import contextlib
 import os
 import shutil
@@ -11,36 +12,60 @@ from devtools.host import server
 
 MODEL = demo_files.MODELS["Q4_K"]
 HOUSES = ("red", "yellow", "blue", "purple", "pink", "white")
-TREES, GROUNDS, HOURS = ("a pine", "an oak", "a palm"), ("grass", "snow", "sand"), ("noon", "dusk", "dawn", "night")
-# Ray on one machine, without usage statistics, metrics and workers started in advance. A dead node is
-# noticed within seconds; a slow one has 10 s for each answer.
+TREES, GROUNDS, HOURS = (
+    ("a pine", "an oak", "a palm"),
+    ("grass", "snow", "sand"),
+    ("noon", "dusk", "dawn", "night"),
+)
+# Ray on one machine, without usage statistics, metrics and workers started in advance. A dead node
+# is noticed within seconds; a slow one has 10 s for each answer.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_METRICS_COLLECTION": "0", "RAY_DEDUP_LOGS": "0",
     "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0",
     "RAY_health_check_period_ms": "300", "RAY_health_check_timeout_ms": "10000",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONDONTWRITEBYTECODE": "1", "FEATHERWEIGHT_KERNELS": "torch",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONDONTWRITEBYTECODE": "1",
+    "FEATHERWEIGHT_KERNELS": "torch"
 }
-os.environ.update({name: value for name, value in QUIET.items() if name.startswith("RAY_")})  # Ray reads some when imported
+# Ray reads some when imported
+os.environ.update({name: value for name, value in QUIET.items() if name.startswith("RAY_")})
 
 
-def workflow(text: str = "a red house", seed: int = 1, steps: int = 2, loras=("ink", "pumpkins"), save: bool = True) -> dict:
-    """The demo's picture, 128 x 128, with LoRAs, in API format: the prompt is 4.text, the seed 7.seed, 9 saves it."""
+def workflow(text: str = "a red house", seed: int = 1, steps: int = 2, loras=("ink", "pumpkins"),
+             save: bool = True) -> dict:
+    """The demo's picture, 128 x 128, with LoRAs, in API format: the prompt is 4.text, the seed
+    7.seed, 9 saves it."""
     graph = {
         "1": ("FeatherweightLoadDiffusionModel", {"model_name": MODEL, "compute": "exact"}),
-        "2": ("FeatherweightLoadTextEncoder", {"text_encoder_1": demo_files.ENCODER_NAME, "text_encoder_2": "none",
-              "text_encoder_3": "none", "text_encoder_4": "none", "mmproj": "none", "type": "stable_diffusion"}),
-        "3": ("VAELoader", {"vae_name": demo_files.VAE_NAME}),
+        "2": ("FeatherweightLoadTextEncoder", {
+            "text_encoder_1": demo_files.ENCODER_NAME, "text_encoder_2": "none",
+            "text_encoder_3": "none", "text_encoder_4": "none", "mmproj": "none",
+            "type": "stable_diffusion"
+        }), "3": ("VAELoader", {"vae_name": demo_files.VAE_NAME}),
         "4": ("CLIPTextEncode", {"text": text, "clip": ["2", 0]}),
-        "5": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
+        "5": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1})
     }
     source = ["1", 0]
     for index, name in enumerate(loras):
-        graph[f"6{index}"] = ("LoraLoaderModelOnly", {"model": source, "lora_name": demo_files.LORAS[name],
-                                                         "strength_model": 1.0})
+        graph[f"6{index}"] = (
+            "LoraLoaderModelOnly",
+            {"model": source, "lora_name": demo_files.LORAS[name], "strength_model": 1.0},
+        )
         source = [f"6{index}", 0]
-    graph["7"] = ("KSampler", {"model": source, "positive": ["4", 0], "negative": ["4", 0], "latent_image": ["5", 0],
-                               "seed": seed, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
-                               "denoise": 1.0})
+    graph["7"] = (
+        "KSampler",
+        {
+            "model": source,
+            "positive": ["4", 0],
+            "negative": ["4", 0],
+            "latent_image": ["5", 0],
+            "seed": seed,
+            "steps": steps,
+            "cfg": 1.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "denoise": 1.0,
+        },
+    )
     graph["8"] = ("VAEDecode", {"samples": ["7", 0], "vae": ["3", 0]})
     if save:
         graph["9"] = ("SaveImage", {"images": ["8", 0], "filename_prefix": "machines"})
@@ -54,7 +79,8 @@ def changes(index: int) -> dict:
 
 
 def make_base(base: Path, models: Path | None = None, pack: str = server.PACK) -> Path:
-    """A ComfyUI's folder with the demo's model and LoRAs (those of `models` where given), and the pack under a name."""
+    """A ComfyUI's folder with the demo's model and LoRAs (those of `models` where given), and the
+    pack under a name."""
     for name in ("models", "custom_nodes", "input", "output", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     if models is None:
@@ -67,7 +93,8 @@ def make_base(base: Path, models: Path | None = None, pack: str = server.PACK) -
 
 
 def model_paths(base: Path) -> Path:
-    """A file for `--extra-model-paths-config`, beside a ComfyUI's folder, with which another ComfyUI has its models."""
+    """A file for `--extra-model-paths-config`, beside a ComfyUI's folder, with which another
+    ComfyUI has its models."""
     path = base.parent / "paths.yaml"
     kinds = "".join(f"  {kind}: {kind}\n" for kind in demo_files.FILES)
     path.write_text(f"machines:\n  base_path: {base / 'models'}\n{kinds}", encoding="utf-8")
@@ -76,8 +103,10 @@ def model_paths(base: Path) -> Path:
 
 def environment(base: Path, name: str) -> dict[str, str]:
     """What `ray start` on such a machine has around it."""
-    return {**QUIET, "COMFYUI_PATH": str(server.HOST), "COMFYUI_ARGUMENTS": f"--base-directory '{base}'",
-            "FEATHERWEIGHT_MACHINE": name}
+    return {
+        **QUIET, "COMFYUI_PATH": str(server.HOST),
+        "COMFYUI_ARGUMENTS": f"--base-directory '{base}'", "FEATHERWEIGHT_MACHINE": name
+    }
 
 
 @dataclass
@@ -94,8 +123,8 @@ class Machines:
     def add(self, name: str, cpus: int = 1, **variables: str):
         """Start the node of that name; further environment variables for it."""
         self.nodes[name] = self.cluster.add_node(
-            num_cpus=cpus, node_ip_address="127.0.0.1", object_store_memory=150 << 20, include_dashboard=False,
-            env_vars={**environment(self.bases[name], name), **variables})
+            num_cpus=cpus, node_ip_address="127.0.0.1", object_store_memory=150 << 20,
+            include_dashboard=False, env_vars={**environment(self.bases[name], name), **variables})
 
     def remove(self, name: str):
         """As when a machine loses its power."""
@@ -104,7 +133,8 @@ class Machines:
 
 @contextlib.contextmanager
 def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=None):
-    """A cluster of a node for each base (or only of those named in `started`), to which this process is connected."""
+    """A cluster of a node for each base (or only of those named in `started`), to which this
+    process is connected."""
     import ray
     from ray.cluster_utils import Cluster
 

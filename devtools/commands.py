@@ -14,8 +14,10 @@ from devtools.host.environment import fetch_chromium, fetch_llama_cpp, prepare
 PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
 # Each runs whole files, and those that share a server together: see tests/support/processes.py.
 WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
-               "--max-worker-restart", "0"]  # else what a process held that dies is waited for without end
-COMPILED_ONCE = {"PYTHONDONTWRITEBYTECODE": ""}  # or each of the tests' many processes compiles the pack and its tests
+               # else what a process held that dies is waited for without end
+               "--max-worker-restart", "0"]
+# or each of the tests' many processes compiles the pack and its tests
+COMPILED_ONCE = {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 def setup(arguments: list[str]) -> int:
@@ -34,16 +36,18 @@ def test(arguments: list[str]) -> int:
     print("Linting", flush=True)
     lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")
     print("Running the tests", flush=True)
-    named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments if not argument.startswith("-"))
+    named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments
+                if not argument.startswith("-"))
     paths = [] if named else ["tests"]
     if named or "--heavy" in arguments:  # a heavy test may need all of the memory
         tests = environment.run("-m", "pytest", *paths, *arguments, **COMPILED_ONCE)
     else:
-        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, *paths, *arguments, OMP_NUM_THREADS="1",
-                                **COMPILED_ONCE)
+        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, *paths,
+                                *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
     failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
-    print(f"Failed: {' and '.join(failed)}, see above ({took})" if failed else f"Done: everything passed ({took})")
+    print(f"Failed: {' and '.join(failed)}, see above ({took})"
+          if failed else f"Done: everything passed ({took})")
     return 1 if failed else 0
 
 
@@ -112,5 +116,7 @@ def gpu(arguments: list[str]) -> int:
     return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
 
 
-COMMANDS = {"setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes,
-            "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz, "soak": soak}
+COMMANDS = {
+    "setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes,
+    "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz, "soak": soak
+}

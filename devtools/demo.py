@@ -1,4 +1,5 @@
-"""python3 dev.py demo: one prompt drawn by the same small model in every packing, on the real server."""
+"""python3 dev.py demo: one prompt drawn by the same small model in every packing, on the real
+server."""
 import argparse
 import io
 import json
@@ -28,8 +29,9 @@ MIX_WORKFLOW = FOLDER / "Featherweight demo packed to a size.json"
 LOADER = "FeatherweightLoadDiffusionModel"
 MODEL_NAME = demo_files.MODELS["Q8_0"]
 # The line our loader logs for each file it loads.
-LOADED = re.compile(r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \((?P<formats>[^)]*)\), "
-                    r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes held")
+LOADED = re.compile(
+    r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \((?P<formats>[^)]*)\), "
+    r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes held")
 
 
 def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) -> tuple[Run, dict]:
@@ -39,8 +41,9 @@ def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) ->
 
 
 def make_mix(server: Server, on_progress=None, **values) -> Run:
-    """Run the workflow that measures the dense model and saves it to a size, here that of the file of Q4_K, and put what it
-    saves among the models. The files F16 and Q4_K must be there. values: of widgets by their names, other than the shipped.
+    """Run the workflow that measures the dense model and saves it to a size, here that of the file
+    of Q4_K, and put what it saves among the models. The files F16 and Q4_K must be there. values:
+    of widgets by their names, other than the shipped.
     """
     models, saved = (server.base / folder / "diffusion_models" for folder in ("models", "output"))
     prompt = to_api(json.loads(MIX_WORKFLOW.read_text(encoding="utf-8")), server.object_info())
@@ -55,12 +58,17 @@ def make_mix(server: Server, on_progress=None, **values) -> Run:
 
 
 def draw_all(server: Server, prompt: str, seed: int, on_progress=None) -> dict[str, dict]:
-    """Run the workflow that draws side by side. Returns, by the title of each picture, the picture and what it took.
+    """Run the workflow that draws side by side. Returns, by the title of each picture, the picture
+    and what it took.
 
-    Models that need the package `bitsandbytes`, which wrote no file where it is missing, are left out.
+    Models that need the package `bitsandbytes`, which wrote no file where it is missing, are left
+    out.
     """
     workflow = json.loads(SIDE_BY_SIDE.read_text(encoding="utf-8"))
-    titles = {str(node["id"]): node["title"] for node in workflow["nodes"] if node["type"] == "PreviewImage"}
+    titles = {
+        str(node["id"]): node["title"] for node in workflow["nodes"]
+        if node["type"] == "PreviewImage"
+    }
     graph = to_api(workflow, server.object_info())
     if not demo_files.has_bitsandbytes():
         graph, titles = without(graph, titles, demo_files.MODELS["NF4"])
@@ -73,12 +81,14 @@ def draw_all(server: Server, prompt: str, seed: int, on_progress=None) -> dict[s
     held = {line["file"]: int(line["held"]) for line in LOADED.finditer(server.log())}
     results = {}
     for node, title in sorted(titles.items(), key=lambda pair: int(pair[0])):
-        picture = np.asarray(Image.open(io.BytesIO(server.image(run.outputs[node]["images"][0]))).convert("RGB"))
+        picture = np.asarray(
+            Image.open(io.BytesIO(server.image(run.outputs[node]["images"][0]))).convert("RGB"))
         sampler = upstream(graph, upstream(graph, node, "images"), "samples")
         model = upstream(graph, sampler, "model")
         while "model" in graph[model]["inputs"]:
             model = upstream(graph, model, "model")
-        file = next(value for value in graph[model]["inputs"].values() if value in demo_files.MODELS.values())
+        file = next(value for value in graph[model]["inputs"].values()
+                    if value in demo_files.MODELS.values())
         results[title] = {"picture": picture, "bytes": held.get(file) or dense_bytes(server),
                           "seconds": run.seconds_per_step(sampler) * STEPS}
     for title, result in results.items():
@@ -103,11 +113,15 @@ def without(graph: dict, titles: dict, file: str) -> tuple[dict, dict]:
 
 
 def dense_bytes(server: Server) -> int:
-    """What ComfyUI holds of the dense model: on a CPU it makes float32 of a float16 file. The host logs each model's dtype."""
+    """What ComfyUI holds of the dense model: on a CPU it makes float32 of a float16 file. The host
+    logs each model's dtype."""
     parts = server.log().split("model weight dtype torch.")[1:]
-    dtype = next(re.match(r"\w+", part)[0] for part in parts if not any(line["file"] in demo_files.MODELS.values()
-                                                                        for line in LOADED.finditer(part)))
-    return sum(value.numel() for value in demo_files.flux().values()) * getattr(torch, dtype).itemsize
+    dtype = next(
+        re.match(r"\w+", part)[0] for part in parts
+        if not any(line["file"] in demo_files.MODELS.values() for line in LOADED.finditer(part)))
+    return (
+        sum(value.numel() for value in demo_files.flux().values()) * getattr(torch, dtype).itemsize
+    )
 
 
 def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:
@@ -119,25 +133,38 @@ def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:
 def as_text(results: dict[str, dict]) -> str:
     lines = ["                     held      seconds   from dense   as asked"]
     for title, result in results.items():
-        off = "-" if title.startswith("dense") else "equal" if result["dense"] is None else f"{result['dense']:.1f} dB"
-        lines.append(f"  {title:<16} {result['bytes'] / 1e6:5.1f} MB   {result['seconds']:8.2f}   {off:>10}   "
-                     f"{sum(result['right'].values())} of {len(result['right'])}")
+        off = (
+            "-"
+            if title.startswith("dense")
+            else "equal"
+            if result["dense"] is None
+            else f"{result['dense']:.1f} dB"
+        )
+        lines.append(
+            f"  {title:<16} {result['bytes'] / 1e6:5.1f} MB   {result['seconds']:8.2f}   {off:>10}"
+            f"   {sum(result['right'].values())} of {len(result['right'])}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
     words = "; ".join(f"{name}: {', '.join(values)}" for name, values in scenes.CHOICES.items())
-    parser = argparse.ArgumentParser(prog="dev.py demo", epilog=f"The model knows these words. {words}.",
-                                     description="Draw a prompt on the real ComfyUI server with the same small model in every "
-                                                 "packing, side by side.")
+    parser = argparse.ArgumentParser(
+        prog="dev.py demo", epilog=f"The model knows these words. {words}.",
+        description="Draw a prompt on the real ComfyUI server with the same small model in every "
+        "packing, side by side.")
     parser.add_argument("--prompt", default=PROMPT, help="what to draw; by default %(default)r")
     parser.add_argument("--seed", type=int, default=1, help="another seed gives another picture")
-    parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU instead of the CPU")
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for sheet and report")
+    parser.add_argument("--gpu", action="store_true",
+                        help="let ComfyUI use a GPU instead of the CPU")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output",
+                        help="folder for sheet and report")
     options = parser.parse_args(arguments)
     base, started = ROOT / ".dev" / "demo", time.monotonic()
     if not scenes.asked_for(options.prompt):
-        print(f"Note: the prompt has no word that the model knows, so it draws anything. It knows {', '.join(scenes.WORDS)}.")
+        print(
+            f"Note: the prompt has no word that the model knows, so it draws anything. It knows"
+            f" {', '.join(scenes.WORDS)}."
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     print("Packing the model", flush=True)
     types = demo_files.recipes()
@@ -145,7 +172,10 @@ def main(arguments: list[str]) -> int:
     if "NF4" in types:
         demo_files.make_checkpoint(base)
     else:
-        print("Note: the NF4 pictures are left out, the package bitsandbytes that writes such files is not installed.")
+        print(
+            "Note: the NF4 pictures are left out, the package bitsandbytes that writes such files"
+            " is not installed."
+        )
 
     nodes = json.loads(SIDE_BY_SIDE.read_text(encoding="utf-8"))["nodes"]
     samplers = {str(node["id"]) for node in nodes if node["type"] == "KSampler"}
@@ -168,9 +198,13 @@ def main(arguments: list[str]) -> int:
     path = options.output / "sheet.png"
     sheet(results, options.prompt, f"{STEPS} steps on {device}").save(path)
     text = as_text(results)
-    facts = {title: {name: value for name, value in result.items() if name != "picture"} for title, result in results.items()}
+    facts = {
+        title: {name: value for name, value in result.items() if name != "picture"}
+        for title, result in results.items()
+    }
     facts = {"prompt": options.prompt, "seed": options.seed, "device": device, "models": facts}
-    (options.output / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (options.output / "report.json").write_text(
+        json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (options.output / "report.txt").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\nDone: {path} ({time.monotonic() - started:.0f} s, report beside it)")
     return 0

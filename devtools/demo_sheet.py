@@ -3,14 +3,16 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, GAP, TOP, BELOW = 256, 20, 76, 112  # pixels: a picture, around it, above all, for the text under a picture
+# pixels: a picture, around it, above all, for the text under a picture
+SIDE, GAP, TOP, BELOW = 256, 20, 76, 112
 COLUMNS = 5
 PAPER, INK, FAINT = "#f7f6f2", "#222222", "#666666"
 TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (24, 21, 17))
 
 
 def sheet(results: dict[str, dict], prompt: str, about: str) -> Image.Image:
-    """results: as `demo.draw_all` gives them. The dense model with LoRAs is only what the others are compared with."""
+    """results: as `demo.draw_all` gives them. The dense model with LoRAs is only what the others
+    are compared with."""
     shown = {title: result for title, result in results.items() if not title.startswith("dense +")}
     shown = dict(sorted(shown.items(), key=lambda pair: " + " in pair[0]))  # LoRAs last
     rows = -(-(len(shown) + 1) // COLUMNS)
@@ -38,4 +40,7 @@ def facts(title: str, result: dict) -> list[str]:
     held = f"{result['bytes'] / 1e6:.1f} MB held, {result['seconds']:.2f} s"
     if title == "dense":
         return [held, "the reference"]
-    return [held, "equal to dense" if result["dense"] is None else f"difference {result['dense']:.1f} dB"]
+    return [
+        held,
+        "equal to dense" if result["dense"] is None else f"difference {result['dense']:.1f} dB"
+    ]

@@ -1,7 +1,9 @@
-"""Trains everything from nothing: python -m devtools.train_demo, from the root, with the Python of `dev.py setup`.
+"""Trains everything from nothing: python -m devtools.train_demo, from the root, with the Python of
+`dev.py setup`.
 
-Stages follow each other, each goes on where it stopped, and each is one file in the work folder when it is done. The same
-seeds give the same order of pictures and noise; the results of two machines agree as far as their rounding does.
+Stages follow each other, each goes on where it stopped, and each is one file in the work folder
+when it is done. The same seeds give the same order of pictures and noise; the results of two
+machines agree as far as their rounding does.
 """
 import argparse
 import random
@@ -30,17 +32,19 @@ LORA = (1000, 16, 2e-3)
 PICTURES, LORA_PICTURES, AUTOENCODER_PICTURES = 8000, 1000, 2400
 # LoRAs are trained on these besides the dense model, which is twice as frequent as each
 PACKINGS = ("Q3_K", "Q2_K", "NF4", "FP4")
-STYLES = {"ink": dict(outline=True), "pumpkins": dict(pumpkins=True)}
+STYLES = {"ink": {"outline": True}, "pumpkins": {"pumpkins": True}}
 
 
 class Run:
-    """A training: steps with a learning rate that rises and falls, an average of the weights, checkpoints every minute."""
+    """A training: steps with a learning rate that rises and falls, an average of the weights,
+    checkpoints every minute."""
 
-    def __init__(self, path: Path, parameters: dict[str, torch.nn.Parameter], plan: tuple, average: float = 0.999):
+    def __init__(self, path: Path, parameters: dict[str, torch.nn.Parameter], plan: tuple,
+                 average: float = 0.999):
         self.path, self.parameters, self.average = path, parameters, average
         self.steps, self.batch, self.rate = plan
-        self.optimiser = torch.optim.AdamW(parameters.values(), lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01,
-                                           fused=True)
+        self.optimiser = torch.optim.AdamW(parameters.values(), lr=self.rate, betas=(0.9, 0.98),
+                                           weight_decay=0.01, fused=True)
         self.means = {name: value.detach().clone() for name, value in parameters.items()}
         self.step, self.spent = 0, 0.0
         if path.exists():
@@ -58,7 +62,8 @@ class Run:
         self.path.with_suffix(".part").replace(self.path)
 
     def train(self, batch_of, loss_of, threads: int):
-        """batch_of(generator): the tensors of a batch, from a generator that depends on the step only. loss_of(*tensors).
+        """batch_of(generator): the tensors of a batch, from a generator that depends on the step
+        only. loss_of(*tensors).
 
         Each thread takes an equal part of the batch by itself: nobody waits inside a layer.
         """
@@ -76,7 +81,9 @@ class Run:
             rate = self.rate * min(1, (self.step + 1) / rise, (self.steps - self.step) / fall)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-            parts = list(pool.map(gradients, zip(*(tensor.chunk(threads) for tensor in batch_of(generator)))))
+            parts = list(
+                pool.map(gradients,
+                         zip(*(tensor.chunk(threads) for tensor in batch_of(generator)))))
             total = list(parts[0][1])
             for _, more in parts[1:]:
                 torch._foreach_add_(total, more)
@@ -88,15 +95,23 @@ class Run:
             self.step += 1
             if self.step % 5 == 0:
                 keep = min(self.average ** 5, self.step / (self.step + 50))
-                torch._foreach_lerp_(list(self.means.values()), [p.detach() for p in parameters], 1 - keep)
+                torch._foreach_lerp_(list(self.means.values()), [p.detach() for p in parameters],
+                                     1 - keep)
             losses += [part[0] for part in parts]
             if time.monotonic() - saved > 60 or self.step == self.steps:
-                self.spent, clock, saved = self.spent + time.process_time() - clock, time.process_time(), time.monotonic()
+                self.spent, clock, saved = (
+                    self.spent + time.process_time() - clock,
+                    time.process_time(),
+                    time.monotonic(),
+                )
                 self.save()
             if self.step % 100 == 0:
                 now = self.spent + time.process_time() - clock
-                print(f"{self.path.stem} {self.step}/{self.steps}: loss {np.mean(losses):.5f}, "
-                      f"{now:.0f} s of processor time, {self.step * self.batch / now:.0f} pictures a second of it", flush=True)
+                print(
+                    f"{self.path.stem} {self.step}/{self.steps}: loss {np.mean(losses):.5f}, "
+                    f"{now:.0f} s of processor time, {self.step * self.batch / now:.0f} pictures a"
+                    " second of it",
+                    flush=True)
                 losses.clear()
 
 
@@ -115,25 +130,28 @@ def as_input(pictures) -> torch.Tensor:
 
 
 def train_autoencoder(work: Path, threads: int, only_decoder: bool = False):
-    """Train on squares of 64 pixels of all kinds of pictures. Latents are held to mean 0 and spread 1, with a little noise.
+    """Train on squares of 64 pixels of all kinds of pictures. Latents are held to mean 0 and spread
+    1, with a little noise.
 
     only_decoder: go on with the decoder alone, so that latents already made stay what they are.
     """
     pictures = as_input([picture for _, picture in drawings(
-        AUTOENCODER_PICTURES, 1, lambda i: dict(outline=i % 3 == 1, pumpkins=i % 4 == 1))])
+        AUTOENCODER_PICTURES, 1, lambda i: {"outline": i % 3 == 1, "pumpkins": i % 4 == 1})])
     torch.manual_seed(1)
     model = Autoencoder().to(memory_format=torch.channels_last)
     autoencoder.initialise(model)
     if only_decoder:
         model = load_autoencoder(work / "autoencoder.safetensors")
-        run = Run(work / "decoder.pt", dict(model.taesd_decoder.requires_grad_(True).named_parameters()), DECODER)
+        run = Run(work / "decoder.pt",
+                  dict(model.taesd_decoder.requires_grad_(True).named_parameters()), DECODER)
     else:
         run = Run(work / "autoencoder.pt", dict(model.named_parameters()), AUTOENCODER)
 
     def batch_of(generator):
         picks = torch.randint(len(pictures), (run.batch,), generator=generator)
         corners = torch.randint(scenes.SIZE - 64 + 1, (run.batch, 2), generator=generator).tolist()
-        crops = torch.stack([pictures[i, :, y:y + 64, x:x + 64] for i, (y, x) in zip(picks, corners)])
+        crops = torch.stack(
+            [pictures[i, :, y:y + 64, x:x + 64] for i, (y, x) in zip(picks, corners)])
         return crops, 0.05 * torch.randn(run.batch, CHANNELS, 8, 8, generator=generator)
 
     def loss_of(crops, noise):
@@ -149,7 +167,8 @@ def train_autoencoder(work: Path, threads: int, only_decoder: bool = False):
     with torch.no_grad():
         for name, value in run.means.items():
             run.parameters[name].copy_(value)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, work / f"{run.path.stem}.safetensors")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()},
+              work / f"{run.path.stem}.safetensors")
 
 
 def load_autoencoder(path: Path) -> Autoencoder:
@@ -161,16 +180,22 @@ def load_autoencoder(path: Path) -> Autoencoder:
 def encode(work: Path, threads: int, name: str, count: int, seed: int, options: dict):
     """Latents of new pictures, float16, and the number of each one's scene."""
     torch.set_num_threads(threads)
-    model, numbers = load_autoencoder(work / "autoencoder.safetensors"), {s: i for i, s in enumerate(scenes.all_scenes()[0])}
+    model, numbers = (
+        load_autoencoder(work / "autoencoder.safetensors"),
+        {s: i for i, s in enumerate(scenes.all_scenes()[0])},
+    )
     latents, shown, batch = [], [], []
     for scene, picture in drawings(count, seed, lambda index: options):
         shown.append(numbers[scene])
         batch.append(picture)
         if len(batch) == 100 or len(shown) == count:
             with torch.autocast("cpu", torch.bfloat16):
-                latents.append(model.encode(as_input(batch).to(memory_format=torch.channels_last)).half().contiguous())
+                latents.append(
+                    model.encode(
+                        as_input(batch).to(memory_format=torch.channels_last)).half().contiguous())
             batch.clear()
-    save_file({"latents": torch.cat(latents), "scenes": torch.tensor(shown)}, work / f"{name}.safetensors")
+    save_file({"latents": torch.cat(latents), "scenes": torch.tensor(shown)},
+              work / f"{name}.safetensors")
 
 
 class Texts:
@@ -181,7 +206,10 @@ class Texts:
 
     def batch(self, numbers: list[int], generator) -> tuple[torch.Tensor, torch.Tensor]:
         chances = torch.rand(len(numbers), 6, generator=generator).tolist()
-        pairs = [self.encoded(self.caption(self.scenes[n], chance)) for n, chance in zip(numbers, chances)]
+        pairs = [
+            self.encoded(self.caption(self.scenes[n], chance))
+            for n, chance in zip(numbers, chances)
+        ]
         return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
 
     @staticmethod
@@ -189,7 +217,10 @@ class Texts:
         if chance[0] > 0.25:
             return scene.caption()
         kept = sorted((c, phrase) for c, phrase in zip(chance[1:], scene.phrases()) if c < 0.7)
-        return " ".join([f"a {scene.wall} house" if chance[5] < 0.8 else "a house", *(phrase for _, phrase in kept)])
+        return " ".join([
+            f"a {scene.wall} house" if chance[5] < 0.8 else "a house",
+            *(phrase for _, phrase in kept)
+        ])
 
     def encoded(self, caption: str):
         if caption not in self.known:
@@ -198,8 +229,10 @@ class Texts:
         return self.known[caption]
 
 
-def train_flow(run: Run, model: Flux, data: dict[str, torch.Tensor], threads: int, before=lambda generator: None):
-    """The model sees latents between picture and noise, more often near the noise, and learns noise - picture.
+def train_flow(run: Run, model: Flux, data: dict[str, torch.Tensor], threads: int,
+               before=lambda generator: None):
+    """The model sees latents between picture and noise, more often near the noise, and learns noise
+    - picture.
 
     before(generator): what to do before each step.
     """
@@ -228,7 +261,8 @@ def train_flux(work: Path, threads: int):
     initialise(model)
     run = Run(work / "flux.pt", dict(model.named_parameters()), FLUX)
     train_flow(run, model, load_file(work / "latents.safetensors"), threads)
-    save_file({name: value.half().contiguous() for name, value in run.means.items()}, work / "flux.safetensors")
+    save_file({name: value.half().contiguous() for name, value in run.means.items()},
+              work / "flux.safetensors")
 
 
 def load_flux(path: Path) -> Flux:
@@ -238,7 +272,8 @@ def load_flux(path: Path) -> Flux:
 
 
 def train_lora(work: Path, threads: int, name: str):
-    """Train on the dense model and, as many people train theirs, on packed ones: each step on one of them, in any order."""
+    """Train on the dense model and, as many people train theirs, on packed ones: each step on one
+    of them, in any order."""
     torch.manual_seed(3)
     model = load_flux(work / "flux.safetensors")
     layers, dense = dict(model.named_parameters()), load_file(work / "flux.safetensors")
@@ -259,8 +294,10 @@ def train_lora(work: Path, threads: int, name: str):
 
 def stages(work: Path) -> dict[str, tuple]:
     """Name of what a stage makes -> (function, arguments)."""
-    plan = {"autoencoder": (train_autoencoder,), "latents": (encode, "latents", PICTURES, 4, {}), "flux": (train_flux,),
-            "decoder": (train_autoencoder, True)}
+    plan = {
+        "autoencoder": (train_autoencoder,), "latents": (encode, "latents", PICTURES, 4, {}),
+        "flux": (train_flux,), "decoder": (train_autoencoder, True)
+    }
     for seed, (name, options) in enumerate(STYLES.items(), start=5):
         plan |= {f"latents_{name}": (encode, f"latents_{name}", LORA_PICTURES, seed, options),
                  f"lora_{name}": (train_lora, name)}
@@ -268,8 +305,10 @@ def stages(work: Path) -> dict[str, tuple]:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m devtools.train_demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / ".dev" / "demo_model", help="folder for everything unfinished")
+    parser = argparse.ArgumentParser(prog="python -m devtools.train_demo",
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=ROOT / ".dev" / "demo_model",
+                        help="folder for everything unfinished")
     parser.add_argument("--until", choices=stages(ROOT), help="stop after this stage")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -278,21 +317,27 @@ def main():
         if not (options.work / f"{name}.safetensors").exists():
             started = time.process_time()
             function(options.work, options.threads, *arguments)
-            print(f"{name}: done, {time.process_time() - started:.0f} s of processor time in this run", flush=True)
+            print(
+                f"{name}: done, {time.process_time() - started:.0f} s of processor time in this"
+                " run",
+                flush=True)
         if name == options.until:
             return
     publish(options.work)
 
 
 def publish(work: Path):
-    """Copy what is shipped to `weights`: half precision, the Flux as GGUF, the autoencoder at the width of its training."""
+    """Copy what is shipped to `weights`: half precision, the Flux as GGUF, the autoencoder at the
+    width of its training."""
     WEIGHTS.mkdir(exist_ok=True)
     made = {"autoencoder": "decoder"} | {f"lora_{style}": f"lora_{style}" for style in STYLES}
     for name, stage in made.items():
-        save_file({key: value.half() for key, value in load_file(work / f"{stage}.safetensors").items()},
-                  WEIGHTS / f"{name}.safetensors")
+        save_file(
+            {key: value.half() for key, value in load_file(work / f"{stage}.safetensors").items()},
+            WEIGHTS / f"{name}.safetensors")
     write_gguf(WEIGHTS / "flux-F16.gguf", load_file(work / "flux.safetensors"),
-               lambda name, values: "F32" if values.ndim < 2 else "F16")  # vectors are F32 in everybody's GGUF files
+               # vectors are F32 in everybody's GGUF files
+               lambda name, values: "F32" if values.ndim < 2 else "F16")
 
 
 if __name__ == "__main__":

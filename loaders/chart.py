@@ -22,7 +22,8 @@ font = functools.cache(ImageFont.load_default)
 class Bar:
     """One row of a chart.
 
-    label: before the bar. parts: (first pixel, last pixel, color), counted from the bars' left side.
+    label: before the bar. parts: (first pixel, last pixel, color), counted from the bars' left
+    side.
     length: of the whole bar. value: behind it.
     """
 
@@ -52,7 +53,8 @@ class Chart:
             self.y += 26
 
     def bars(self, bars: Sequence[Bar], top: int, labels: int, width: int):
-        """Draw bars of at most `width` pixels from `top` down, `labels` pixels from the margin, over a grid."""
+        """Draw bars of at most `width` pixels from `top` down, `labels` pixels from the margin,
+        over a grid."""
         left, bottom = MARGIN + labels, top + len(bars) * ROW
         for quarter in range(QUARTERS + 1) if bars else ():
             x = left + width * quarter // QUARTERS
@@ -62,7 +64,8 @@ class Chart:
             self.draw.text((left - 10, y + ROW // 2), bar.label, TEXT, font(SMALL), anchor="rm")
             for first, last, color in bar.parts:
                 self.draw.rectangle((left + first, y + 3, left + last, y + ROW - 4), fill=color)
-            self.draw.text((left + bar.length + 8, y + ROW // 2), bar.value, FAINT, font(SMALL), anchor="lm")
+            self.draw.text((left + bar.length + 8, y + ROW // 2), bar.value, FAINT, font(SMALL),
+                           anchor="lm")
 
     def tensor(self) -> torch.Tensor:
         """The picture as the host takes it: (1, H, W, 3), float32, 0 to 1."""

@@ -1,4 +1,5 @@
-"""Models and text encoders that the host has built of a file's weights: packed weights stay packed."""
+"""Models and text encoders that the host has built of a file's weights: packed weights stay
+packed."""
 import itertools
 import logging
 
@@ -27,16 +28,17 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     patcher.model.packed_patches.watch = guard_of(patcher.model)
     prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
-        log.warning("[Featherweight] compute is int8, for which %s has no units that this pack uses"
-                    " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
-                    " as with exact.", patcher.load_device)
+        log.warning(
+            "[Featherweight] compute is int8, for which %s has no units that this pack uses"
+            " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
+            " as with exact.", patcher.load_device)
 
 
 class PackedCLIP(comfy.sd.CLIP):
     """The host's CLIP, which computes with the model of its patcher.
 
-    The host's node that chooses a device gives it another patcher with a model of its own, loads that
-    one, and would compute with the one before, from which it has taken the LoRAs.
+    The host's node that chooses a device gives it another patcher with a model of its own, loads
+    that one, and would compute with the one before, from which it has taken the LoRAs.
     """
 
     @property

@@ -12,12 +12,14 @@ from .files.safetensors import SafetensorsFile
 from .sizes import size_text
 
 PLAIN_NAMES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
-PACK_STATS_KEY = "featherweight_packed"  # under which a patcher keeps what was done to its weights while they were read
+# under which a patcher keeps what was done to its weights while they were read
+PACK_STATS_KEY = "featherweight_packed"
 SHOWN_FROM = 0.01  # of all bytes; biases and norms are less
 
 
 def memory_summary(patcher) -> str:
-    """The formats of a model's weights, those with the most bytes first, and all bytes: 'Q4_K + F32, 6.8 GB held'.
+    """The formats of a model's weights, those with the most bytes first, and all bytes: 'Q4_K +
+    F32, 6.8 GB held'.
 
     Behind it stands what was done to them while they were read: 'packed from BF16 in 41 s'.
 
@@ -28,7 +30,8 @@ def memory_summary(patcher) -> str:
         sizes[format_name(tensor)] += tensor.nbytes
     names = [name for name, size in sizes.most_common() if size >= SHOWN_FROM * sizes.total()]
     done = patcher.get_attachment(PACK_STATS_KEY)
-    size = patcher.full_size() if hasattr(patcher, "full_size") else patcher.model_size()  # which a placement makes smaller
+    # which a placement makes smaller
+    size = patcher.full_size() if hasattr(patcher, "full_size") else patcher.model_size()
     return f"{' + '.join(names)}, {size_text(size)} held{f', {done}' if done else ''}"
 
 
@@ -46,14 +49,18 @@ def load_summary(file: WeightFile, patcher) -> str:
 
 
 def dequantize_backend_text(patcher) -> str | None:
-    """What dequantises a model's weights on its device: "dequantised by triton"; None where none of them must be dequantised."""
-    if any(is_packed(tensor) and tensor.layout_cls.format.plain_dtype is None for tensor in patcher.model.parameters()):
+    """What dequantises a model's weights on its device: "dequantised by triton"; None where none of
+    them must be dequantised."""
+    if any(
+            is_packed(tensor) and tensor.layout_cls.format.plain_dtype is None
+            for tensor in patcher.model.parameters()):
         return f"dequantised by {kernels.used(patcher.load_device)}"
     return None
 
 
 def format_name(tensor: torch.Tensor) -> str:
-    """What a tensor is held in: a key of `FORMATS`, the host's name of one of its own, or "F32", "BF16" ..."""
+    """What a tensor is held in: a key of `FORMATS`, the host's name of one of its own, or "F32",
+    "BF16" ..."""
     if is_packed(tensor):
         return tensor.layout_cls.format.__name__
     layout = getattr(tensor, "_layout_cls", None)  # a tensor in a quantised format of the host

@@ -4,7 +4,8 @@ import re
 import torch
 
 # What torch says where the machine has none left, for which it has no class.
-MESSAGES = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
+MESSAGES = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory",
+                      re.IGNORECASE)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -7,9 +7,11 @@ STEPS = 100  # of a stage
 
 
 class Progress:
-    """A load of several stages, shown as if they took the same time: how long the host builds a model is not known before.
+    """A load of several stages, shown as if they took the same time: how long the host builds a
+    model is not known before.
 
-    Once the user has cancelled, each step raises the host's InterruptProcessingException, which is not an Exception.
+    Once the user has cancelled, each step raises the host's InterruptProcessingException, which is
+    not an Exception.
     """
 
     def __init__(self, stages: int):
@@ -21,7 +23,8 @@ class Progress:
         self._bar.update_absolute(round((self._over + part) * STEPS))
 
     def track(self, items: Collection, sizes: Sequence[int] | None = None) -> Iterator:
-        """Gives the items one by one and moves the bar by each; together they are a stage. sizes: of each, if they differ."""
+        """Gives the items one by one and moves the bar by each; together they are a stage. sizes:
+        of each, if they differ."""
         done, whole = 0, sum(sizes or ()) or len(items)
         for item, size in zip(items, sizes or [1] * len(items)):
             yield item

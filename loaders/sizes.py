@@ -10,7 +10,8 @@ def unit_of(size: float) -> tuple[int, str]:
 
 
 def size_text(size: float, digits: int = 1) -> str:
-    """A size in its unit: '6.8 GB' (of 10^9 bytes), '312.0 KB', '96 bytes'. digits: behind the point."""
+    """A size in its unit: '6.8 GB' (of 10^9 bytes), '312.0 KB', '96 bytes'. digits: behind the
+    point."""
     scale, name = unit_of(size)
     return f"{size / scale:.{digits if scale > 1 else 0}f} {name}"
 
@@ -30,5 +31,8 @@ def type_lines(types: Mapping[str, tuple[int, int]], digits: int = 1) -> list[st
     """
     total = sum(size for _, size in types.values()) or 1
     ranked = sorted(types.items(), key=lambda entry: -entry[1][1])
-    return [f"{name}: {count} tensor{'' if count == 1 else 's'}, {size_text(size, digits)} ({size / total:.1%})"
-            for name, (count, size) in ranked]
+    return [
+        f"{name}: {count} tensor{'' if count == 1 else 's'}, {size_text(size, digits)}"
+        f" ({size / total:.1%})"
+        for name, (count, size) in ranked
+    ]

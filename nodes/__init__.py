@@ -1,9 +1,10 @@
-"""The ComfyUI extension: the nodes of the files of this folder and of `legacy`, each of which has a line in `import_file`.
+"""The ComfyUI extension: the nodes of the files of this folder and of `legacy`, each of which has a
+line in `import_file`.
 
-A node file defines classes that derive directly from `io.ComfyNode`, or makes them of a table. One that fails to import or to
-state its schema, as on a host that lacks what it needs, is left out and named in the log. The others load. Ids that do not
-begin with "Featherweight" belong to packs that shared workflows were made with: they are left out while somebody else holds
-them.
+A node file defines classes that derive directly from `io.ComfyNode`, or makes them of a table. One
+that fails to import or to state its schema, as on a host that lacks what it needs, is left out and
+named in the log. The others load. Ids that do not begin with "Featherweight" belong to packs that
+shared workflows were made with: they are left out while somebody else holds them.
 """
 import logging
 import pkgutil
@@ -12,20 +13,22 @@ from pathlib import Path
 from types import ModuleType
 
 import comfy.model_management
-import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
+
+import nodes as host_nodes
 
 from ..loaders.devices import gpus
 from ..loaders.folders import FileVersions, register_folders
 from ..ops.kernels import background, start_trials
 from . import help_pages
-from .remote_prompts import watch_prompts
 from .host_server import log_lack
+from .remote_prompts import watch_prompts
 
 log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
-PICKERS = re.compile(r".*_name\d?|text_encoder_\d|mmproj|sensitivity")  # ids of inputs that name a file or a folder
+# ids of inputs that name a file or a folder
+PICKERS = re.compile(r".*_name\d?|text_encoder_\d|mmproj|sensitivity")
 REPLACEMENTS = FileVersions()  # as long as this ComfyUI, whose cache of what nodes gave it is for
 
 
@@ -33,7 +36,9 @@ class FeatherweightExtension(ComfyExtension):
     async def on_load(self):
         register_folders()
         watch_prompts()
-        background.raise_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
+        background.raise_if_cancelled = (
+            comfy.model_management.throw_exception_if_processing_interrupted
+        )
         start_trials(gpus())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -46,7 +51,9 @@ class FeatherweightExtension(ComfyExtension):
                 log.debug("[Featherweight] nodes/%s.py could not be loaded.", file, exc_info=True)
                 left_out.setdefault(str(error), []).append(re.sub(r"\W|_", " ", name))
             except Exception:
-                log.exception("[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", file)
+                log.exception(
+                    "[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", file
+                )
         for error, names in left_out.items():
             log_lack(error, f"these nodes are left out: {', '.join(names)}")
         found = [node for node in found if not taken(node.GET_SCHEMA().node_id)]
@@ -55,13 +62,18 @@ class FeatherweightExtension(ComfyExtension):
 
 
 def file_names() -> list[str]:
-    """The modules in this folder and in `legacy`, in the order in which the host gets their nodes."""
+    """The modules in this folder and in `legacy`, in the order in which the host gets their
+    nodes."""
     legacy = [str(Path(folder) / "legacy") for folder in __path__]
-    return sorted(file.name for file in (*pkgutil.iter_modules(__path__), *pkgutil.iter_modules(legacy, "legacy.")))
+    return sorted(
+        file.name
+        for file in (*pkgutil.iter_modules(__path__), *pkgutil.iter_modules(legacy, "legacy."))
+    )
 
 
 def import_file(name: str) -> ModuleType | None:
-    """The module of a file with nodes, None for one without. What runs is written here, not looked up by the name of a file."""
+    """The module of a file with nodes, None for one without. What runs is written here, not looked
+    up by the name of a file."""
     match name:
         case "apply_lora":
             from . import apply_lora as module
@@ -104,8 +116,13 @@ def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
     """Node classes a module defines, or makes of a table, each with a schema that can be stated."""
     if module is None:
         return []
-    found = [value for value in (*vars(module).values(), *getattr(module, "NODE_CLASS_MAPPINGS", {}).values())
-             if isinstance(value, type) and issubclass(value, io.ComfyNode) and value.__module__ == module.__name__]
+    found = [
+        value
+        for value in (*vars(module).values(), *getattr(module, "NODE_CLASS_MAPPINGS", {}).values())
+        if isinstance(value, type)
+        and issubclass(value, io.ComfyNode)
+        and value.__module__ == module.__name__
+    ]
     for node in found:
         node.GET_SCHEMA()
         if "fingerprint_inputs" not in vars(node):
@@ -114,12 +131,14 @@ def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
 
 
 def _replaced(cls, **inputs) -> int:
-    """What the host compares to know whether a node has to run again: its files may have become others of the same names."""
+    """What the host compares to know whether a node has to run again: its files may have become
+    others of the same names."""
     return REPLACEMENTS.count(value for name, value in inputs.items() if PICKERS.fullmatch(name))
 
 
 def taken(node_id: str) -> bool:
-    """Whether another pack holds a legacy id already. Displacing its class would break packs that call it."""
+    """Whether another pack holds a legacy id already. Displacing its class would break packs that
+    call it."""
     if node_id.startswith(OWN_PREFIX) or node_id not in host_nodes.NODE_CLASS_MAPPINGS:
         return False
     log.info("[Featherweight] %s is provided by another node pack and stays with it.", node_id)

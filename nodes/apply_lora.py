@@ -3,11 +3,11 @@ import os
 
 from comfy_api.latest import io
 
-from ..loaders.folders import validate_files, find_file, list_files
+from ..loaders.folders import find_file, list_files, validate_files
 from ..loaders.lora.apply import apply_lora
 from ..loaders.lora.block_weights import parse_block_weights
-from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.compatibility import check_lora
+from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.model_blocks import weight_keys
 from ..loaders.lora.report import report_text
 from .number_checks import reject_infinite
@@ -24,55 +24,113 @@ class ApplyLora(io.ComfyNode):
             node_id="FeatherweightApplyLora",
             display_name="Apply LoRA (Featherweight)",
             category="Featherweight",
-            description="Applies a LoRA to a model, packed or not, and to its text encoder: with a strength for each block if"
-                        " you like, and a report that says in a sentence whether the LoRA fits.",
-            search_aliases=["lora", "lora loader", "load lora", "apply lora", "lora block weight", "lbw", "gguf lora"],
+            description="Applies a LoRA to a model, packed or not, and to its text encoder: with a"
+            " strength for each block if you like, and a report that says in a sentence whether"
+            " the LoRA fits.",
+            search_aliases=[
+                "lora",
+                "lora loader",
+                "load lora",
+                "apply lora",
+                "lora block weight",
+                "lbw",
+                "gguf lora",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model the LoRA is applied to."),
-                io.Combo.Input("lora_name", options=list_files(*FOLDERS), display_name="lora",
-                               tooltip="A file in models/loras; GGUF adapters work too."),
-                io.Float.Input("strength_model", **strength,
-                               tooltip="How strongly the diffusion model is changed; may be negative."),
-                io.Float.Input("strength_clip", **strength,
-                               tooltip="How strongly the text encoder is changed; may be negative."),
-                io.String.Input("block_weights", default="", multiline=True,
-                                tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or preset:OUTALL; empty:"
-                                        " all blocks alike. The help page of this node has the list."),
-                io.Combo.Input("misfits", options=[APPLY, FAIL], default=APPLY,
-                               tooltip="What to do when some layers of the LoRA do not fit: apply the others, or stop with an"
-                                       " error that names them. A LoRA of which nothing fits is always an error."),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="The text encoder the LoRA is applied to, if it has layers for one."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=list_files(*FOLDERS),
+                    display_name="lora",
+                    tooltip="A file in models/loras; GGUF adapters work too.",
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    **strength,
+                    tooltip="How strongly the diffusion model is changed; may be negative.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    **strength,
+                    tooltip="How strongly the text encoder is changed; may be negative.",
+                ),
+                io.String.Input(
+                    "block_weights",
+                    default="",
+                    multiline=True,
+                    tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or"
+                    " preset:OUTALL; empty: all blocks alike. The help page of this node has the"
+                    " list.",
+                ),
+                io.Combo.Input(
+                    "misfits",
+                    options=[APPLY, FAIL],
+                    default=APPLY,
+                    tooltip="What to do when some layers of the LoRA do not fit: apply the others,"
+                    " or stop with an error that names them. A LoRA of which nothing fits is"
+                    " always an error.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder the LoRA is applied to, if it has layers for one.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),
                 io.Clip.Output(),
-                io.String.Output(display_name="report", tooltip="Whether and how the LoRA fits, the verdict first."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Whether and how the LoRA fits, the verdict first.",
+                ),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, lora_name=None, strength_model=1.0, strength_clip=1.0):
-        applied = None not in (strength_model, strength_clip) and (strength_model, strength_clip) != (0, 0)
-        return not applied or validate_files(lora_name, keys=FOLDERS)  # a strength by a link is not known yet
+        applied = None not in (strength_model, strength_clip) and (
+            strength_model,
+            strength_clip,
+        ) != (0, 0)
+        # a strength by a link is not known yet
+        return not applied or validate_files(lora_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, model, lora_name, strength_model=1.0, strength_clip=1.0, block_weights="", misfits=APPLY,
-                clip=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        lora_name,
+        strength_model=1.0,
+        strength_clip=1.0,
+        block_weights="",
+        misfits=APPLY,
+        clip=None,
+    ) -> io.NodeOutput:
         reject_infinite(strength_model=strength_model, strength_clip=strength_clip)
         if strength_model == 0 and strength_clip == 0:
             return io.NodeOutput(model, clip, f"{lora_name} is not applied: both strengths are 0.")
         factor = parse_block_weights(block_weights, weight_keys(model, clip))
-        report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)), measure=False)
-        strengths = f"model {strength_model:g}" + ("" if clip is None else f", text encoder {strength_clip:g}")
+        report = check_lora(
+            model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)), measure=False
+        )
+        strengths = f"model {strength_model:g}" + (
+            "" if clip is None else f", text encoder {strength_clip:g}"
+        )
         settings = {"strength": strengths}
         if block_weights.strip():
             settings["blocks"] = " ".join(block_weights.split())
         if report.fits == "no":
             raise ValueError(f"{lora_name} is not applied. {report.verdict}")
         if report.misfits and misfits == FAIL:
-            some = "; ".join(f"{layer}: {reason}" for layer, reason in list(report.misfits.items())[:3])
-            raise ValueError(f"{lora_name} is not applied, because misfits says fail. {report.verdict}"
-                             f" {len(report.misfits)} do not fit: {some}{' …' if len(report.misfits) > 3 else ''}")
+            some = "; ".join(
+                f"{layer}: {reason}" for layer, reason in list(report.misfits.items())[:3]
+            )
+            raise ValueError(
+                f"{lora_name} is not applied, because misfits says fail. {report.verdict}"
+                f" {len(report.misfits)} do not fit:"
+                f" {some}{' …' if len(report.misfits) > 3 else ''}"
+            )
         model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
-        return io.NodeOutput(model, clip, report_text(report, os.path.basename(lora_name), settings))
+        return io.NodeOutput(
+            model, clip, report_text(report, os.path.basename(lora_name), settings)
+        )

@@ -3,11 +3,11 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import validate_files, find_file, list_files
-from ..loaders.lora.lora_file import load_lora_file
+from ..loaders.folders import find_file, list_files, validate_files
 from ..loaders.lora.compatibility import check_lora
-from ..loaders.lora.report_chart import report_picture
+from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.report import report_text
+from ..loaders.lora.report_chart import report_picture
 from .node_text import show_text
 
 FOLDERS = ("loras", "loras_gguf")
@@ -20,19 +20,40 @@ class CheckLora(io.ComfyNode):
             node_id="FeatherweightCheckLora",
             display_name="Check LoRA (Featherweight)",
             category="Featherweight",
-            description="Says before anything runs whether a LoRA fits a model: which layers match, which do not and why, what"
-                        " model it looks made for, its kind and rank, and how much it changes each block.",
-            search_aliases=["lora", "lora check", "check lora", "lora info", "lora report", "lora compatibility"],
+            description="Says before anything runs whether a LoRA fits a model: which layers"
+            " match, which do not and why, what model it looks made for, its kind and rank, and"
+            " how much it changes each block.",
+            search_aliases=[
+                "lora",
+                "lora check",
+                "check lora",
+                "lora info",
+                "lora report",
+                "lora compatibility",
+            ],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model the LoRA is held against. It is not changed."),
-                io.Combo.Input("lora_name", options=list_files(*FOLDERS), display_name="lora",
-                               tooltip="A file in models/loras; GGUF adapters work too."),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder, to check the layers meant for it as well."),
+                io.Model.Input(
+                    "model", tooltip="The model the LoRA is held against. It is not changed."
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=list_files(*FOLDERS),
+                    display_name="lora",
+                    tooltip="A file in models/loras; GGUF adapters work too.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, to check the layers meant for it as well.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The report, the verdict first."),
-                io.Image.Output(display_name="picture", tooltip="How much the LoRA changes each block, as a bar chart."),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="How much the LoRA changes each block, as a bar chart.",
+                ),
             ],
         )
 

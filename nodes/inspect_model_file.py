@@ -1,20 +1,40 @@
 """Featherweight Inspect Model File."""
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import ENCODER, find_file, resolve_saved_path, list_files, list_model_folders, list_packages
+from ..loaders.folders import (
+    ENCODER,
+    find_file,
+    list_files,
+    list_model_folders,
+    list_packages,
+    resolve_saved_path,
+)
 from ..loaders.inspect import inspect
 from ..loaders.inspect.inspection_chart import inspection_picture
 from ..loaders.inspect.inspection_text import inspection_text, summary
 from .node_text import show_text
 
-FOLDERS = ("unet_gguf", "diffusion_models", "checkpoints_gguf", "checkpoints", "clip_gguf", "text_encoders", "loras_gguf",
-           "loras", "vae")
+FOLDERS = (
+    "unet_gguf",
+    "diffusion_models",
+    "checkpoints_gguf",
+    "checkpoints",
+    "clip_gguf",
+    "text_encoders",
+    "loras_gguf",
+    "loras",
+    "vae",
+)
 PACKAGES = ("diffusion_models", "checkpoints", "diffusers")
 NONE = "none"
 
 
 def every_file() -> list[str]:
-    folders = [*list_model_folders(*FOLDERS), *list_model_folders("text_encoders", kind=ENCODER), *list_packages(*PACKAGES)]
+    folders = [
+        *list_model_folders(*FOLDERS),
+        *list_model_folders("text_encoders", kind=ENCODER),
+        *list_packages(*PACKAGES),
+    ]
     return list(dict.fromkeys([*list_files(*FOLDERS), *folders]))
 
 
@@ -26,25 +46,56 @@ class InspectModelFile(io.ComfyNode):
             node_id="FeatherweightInspectModelFile",
             display_name="Inspect Model File (Featherweight)",
             category="Featherweight",
-            description="Says what a model file or a loaded model is: its kind and family, its tensors by type, which memory it"
-                        " fits, what else it needs, and how far each part is from a reference, as text and as a picture.",
-            search_aliases=["inspect", "model info", "gguf info", "file info", "gguf", "nf4", "what is this file", "compare"],
+            description="Says what a model file or a loaded model is: its kind and family, its"
+            " tensors by type, which memory it fits, what else it needs, and how far each part is"
+            " from a reference, as text and as a picture.",
+            search_aliases=[
+                "inspect",
+                "model info",
+                "gguf info",
+                "file info",
+                "gguf",
+                "nf4",
+                "what is this file",
+                "compare",
+            ],
             is_output_node=True,
             inputs=[
-                io.Combo.Input("file_name", options=[NONE, *files], display_name="file",
-                               tooltip="Any file in the folders of diffusion models, checkpoints, text encoders, LoRAs and"
-                                       " VAEs, or a folder that diffusers saved. Not used where a model is connected."),
-                io.Model.Input("model", optional=True, tooltip="A loaded model, in place of the file. It is not changed."),
-                io.Combo.Input("reference_name", options=[NONE, *files], display_name="reference", default=NONE, optional=True,
-                               tooltip="The same model in a more exact file, such as bf16: each tensor's error against it is"
-                                       " measured, which reads both files whole."),
-                io.String.Input("path", optional=True, force_input=True,
-                                tooltip="The file that Save Packed Model (Featherweight) gives. Where it is connected, it is"
-                                        " taken in place of the one picked."),
+                io.Combo.Input(
+                    "file_name",
+                    options=[NONE, *files],
+                    display_name="file",
+                    tooltip="Any file in the folders of diffusion models, checkpoints, text"
+                    " encoders, LoRAs and VAEs, or a folder that diffusers saved. Not used where a"
+                    " model is connected.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="A loaded model, in place of the file. It is not changed.",
+                ),
+                io.Combo.Input(
+                    "reference_name",
+                    options=[NONE, *files],
+                    display_name="reference",
+                    default=NONE,
+                    optional=True,
+                    tooltip="The same model in a more exact file, such as bf16: each tensor's"
+                    " error against it is measured, which reads both files whole.",
+                ),
+                io.String.Input(
+                    "path",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The file that Save Packed Model (Featherweight) gives. Where it is"
+                    " connected, it is taken in place of the one picked.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The report, what it is first."),
-                io.Image.Output(display_name="picture", tooltip="The bytes of each block, coloured by type."),
+                io.Image.Output(
+                    display_name="picture", tooltip="The bytes of each block, coloured by type."
+                ),
             ],
         )
 
@@ -56,7 +107,10 @@ class InspectModelFile(io.ComfyNode):
     def execute(cls, file_name, model=None, reference_name=NONE, path=None) -> io.NodeOutput:
         folders = dict.fromkeys([*FOLDERS, *PACKAGES])
         if model is None and path is None and file_name == NONE:
-            raise ValueError("Inspect Model File has nothing to inspect: pick a file, or connect a model or a path.")
+            raise ValueError(
+                "Inspect Model File has nothing to inspect: pick a file, or connect a model or a"
+                " path."
+            )
         if model is not None:
             source = model
         else:

@@ -2,8 +2,20 @@
 from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
-from ..loaders.folders import validate_files, embedding_folders, find_file, list_files, list_packages
-from .load_diffusion_model import AS_THE_FILE, compute_input, disable_dynamic_vram_input, pack_to_input, packed_type
+from ..loaders.folders import (
+    embedding_folders,
+    find_file,
+    list_files,
+    list_packages,
+    validate_files,
+)
+from .load_diffusion_model import (
+    AS_THE_FILE,
+    compute_input,
+    disable_dynamic_vram_input,
+    pack_to_input,
+    packed_type,
+)
 from .node_text import loader_output
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
@@ -16,23 +28,45 @@ class LoadCheckpoint(io.ComfyNode):
             node_id="FeatherweightLoadCheckpoint",
             display_name="Load Checkpoint (Featherweight)",
             category="Featherweight",
-            description="Loads model, text encoder and VAE from one bitsandbytes (NF4, FP4, int8) or GGUF file and keeps packed"
-                        " weights packed in memory. Other checkpoints load as with ComfyUI's own loader.",
-            search_aliases=["checkpoint", "load checkpoint", "checkpoint loader", "ckpt", "nf4", "fp4", "int8", "bitsandbytes",
-                            "bnb", "gguf", "quantized", "quantised"],
+            description="Loads model, text encoder and VAE from one bitsandbytes (NF4, FP4, int8)"
+            " or GGUF file and keeps packed weights packed in memory. Other checkpoints load as"
+            " with ComfyUI's own loader.",
+            search_aliases=[
+                "checkpoint",
+                "load checkpoint",
+                "checkpoint loader",
+                "ckpt",
+                "nf4",
+                "fp4",
+                "int8",
+                "bitsandbytes",
+                "bnb",
+                "gguf",
+                "quantized",
+                "quantised",
+            ],
             inputs=[
-                io.Combo.Input("checkpoint_name", options=[*list_files(*FOLDERS), *list_packages(*FOLDERS)],
-                               display_name="checkpoint",
-                               tooltip="A file in models/checkpoints, or a package of diffusers (a folder with transformer,"
-                                       " text_encoder, vae …) there or in models/diffusers."),
+                io.Combo.Input(
+                    "checkpoint_name",
+                    options=[*list_files(*FOLDERS), *list_packages(*FOLDERS)],
+                    display_name="checkpoint",
+                    tooltip="A file in models/checkpoints, or a package of diffusers (a folder"
+                    " with transformer, text_encoder, vae …) there or in models/diffusers.",
+                ),
                 compute_input(),
                 disable_dynamic_vram_input(),
                 pack_to_input("the diffusion model"),
             ],
             outputs=[
                 io.Model.Output(),
-                io.Clip.Output(tooltip="The text encoder. Without one in the file, the node that uses it says so."),
-                io.Vae.Output(tooltip="The autoencoder. Without one in the file, the node that uses it says so."),
+                io.Clip.Output(
+                    tooltip="The text encoder. Without one in the file, the node that uses it says"
+                            " so."
+                ),
+                io.Vae.Output(
+                    tooltip="The autoencoder. Without one in the file, the node that uses it says"
+                            " so."
+                ),
             ],
         )
 
@@ -41,8 +75,15 @@ class LoadCheckpoint(io.ComfyNode):
         return validate_files(checkpoint_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, checkpoint_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
+    def execute(
+        cls, checkpoint_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE
+    ) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
-        model, clip, vae = load_checkpoint(path, embedding_folders(), compute=compute, disable_dynamic=disable_dynamic_vram,
-                                           pack_to=packed_type(pack_to))
+        model, clip, vae = load_checkpoint(
+            path,
+            embedding_folders(),
+            compute=compute,
+            disable_dynamic=disable_dynamic_vram,
+            pack_to=packed_type(pack_to),
+        )
         return io.NodeOutput(*loader_output(model=model, clip=clip, vae=vae))

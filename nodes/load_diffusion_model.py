@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import validate_files, find_file, list_files, list_model_folders
+from ..loaders.folders import find_file, list_files, list_model_folders, validate_files
 from ..loaders.pack_on_load import TYPES
 from .node_text import loader_output
 
@@ -11,17 +11,29 @@ AS_THE_FILE = "as the file"
 
 
 def compute_input():
-    return io.Combo.Input("compute", options=["exact", "int8"], default="exact", optional=True,
-                          tooltip="exact: the float product of the dequantised weights. int8: a faster, rougher product in whole"
-                                  " numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with VNNI; it adds an"
-                                  " error of about 1.5 % in each layer. Elsewhere the same as exact.")
+    return io.Combo.Input(
+        "compute",
+        options=["exact", "int8"],
+        default="exact",
+        optional=True,
+        tooltip="exact: the float product of the dequantised weights. int8: a faster, rougher"
+        " product in whole numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with"
+        " VNNI; it adds an error of about 1.5 % in each layer. Elsewhere the same as exact.",
+    )
 
 
 def pack_to_input(what: str):
-    return io.Combo.Input("pack_to", options=[AS_THE_FILE, *TYPES], default=AS_THE_FILE, optional=True, display_name="pack to",
-                          tooltip=f"Pack the weights of {what} to this type while they are read, so that they take less memory:"
-                                  " of safetensors files in bf16, fp16, fp32 or fp8, diffusers folders and GGUF files in F16."
-                                  " Weights that are packed already stay as they are. LoRAs keep their full effect.")
+    return io.Combo.Input(
+        "pack_to",
+        options=[AS_THE_FILE, *TYPES],
+        default=AS_THE_FILE,
+        optional=True,
+        display_name="pack to",
+        tooltip=f"Pack the weights of {what} to this type while they are read, so that they take"
+        " less memory: of safetensors files in bf16, fp16, fp32 or fp8, diffusers folders and GGUF"
+        " files in F16. Weights that are packed already stay as they are. LoRAs keep their full"
+        " effect.",
+    )
 
 
 def packed_type(pack_to: str) -> str | None:
@@ -30,11 +42,16 @@ def packed_type(pack_to: str) -> str | None:
 
 
 def disable_dynamic_vram_input():
-    return io.Boolean.Input("disable_dynamic_vram", default=False, optional=True, advanced=True,
-                            display_name="disable dynamic VRAM",
-                            tooltip="Keep what is loaded here out of ComfyUI's dynamic VRAM: how much of it lies on the GPU is"
-                                    " then estimated before it runs. Try it where a model is slow or runs out of memory. Does"
-                                    " nothing where ComfyUI runs without dynamic VRAM.")
+    return io.Boolean.Input(
+        "disable_dynamic_vram",
+        default=False,
+        optional=True,
+        advanced=True,
+        display_name="disable dynamic VRAM",
+        tooltip="Keep what is loaded here out of ComfyUI's dynamic VRAM: how much of it lies on"
+        " the GPU is then estimated before it runs. Try it where a model is slow or runs out of"
+        " memory. Does nothing where ComfyUI runs without dynamic VRAM.",
+    )
 
 
 class LoadDiffusionModel(io.ComfyNode):
@@ -44,15 +61,30 @@ class LoadDiffusionModel(io.ComfyNode):
             node_id="FeatherweightLoadDiffusionModel",
             display_name="Load Diffusion Model (Featherweight)",
             category="Featherweight",
-            description="Loads a GGUF or bitsandbytes (NF4, FP4, int8) diffusion model and keeps its weights packed in memory."
-                        " Any model ComfyUI knows. Other files load as with ComfyUI's own loader.",
-            search_aliases=["gguf", "unet", "unet loader", "load gguf", "nf4", "fp4", "int8", "bitsandbytes", "bnb",
-                            "quantized", "quantised"],
+            description="Loads a GGUF or bitsandbytes (NF4, FP4, int8) diffusion model and keeps"
+            " its weights packed in memory. Any model ComfyUI knows. Other files load as with"
+            " ComfyUI's own loader.",
+            search_aliases=[
+                "gguf",
+                "unet",
+                "unet loader",
+                "load gguf",
+                "nf4",
+                "fp4",
+                "int8",
+                "bitsandbytes",
+                "bnb",
+                "quantized",
+                "quantised",
+            ],
             inputs=[
-                io.Combo.Input("model_name", options=[*list_files(*FOLDERS), *list_model_folders(*FOLDERS)],
-                               display_name="model",
-                               tooltip="A file in models/diffusion_models or models/unet, or a folder there that diffusers"
-                                       " saved (…/transformer)."),
+                io.Combo.Input(
+                    "model_name",
+                    options=[*list_files(*FOLDERS), *list_model_folders(*FOLDERS)],
+                    display_name="model",
+                    tooltip="A file in models/diffusion_models or models/unet, or a folder there"
+                    " that diffusers saved (…/transformer).",
+                ),
                 compute_input(),
                 disable_dynamic_vram_input(),
                 pack_to_input("the model"),
@@ -65,7 +97,14 @@ class LoadDiffusionModel(io.ComfyNode):
         return validate_files(model_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, model_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
+    def execute(
+        cls, model_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE
+    ) -> io.NodeOutput:
         path = find_file(model_name, *FOLDERS)
-        model = load_diffusion_model(path, compute=compute, disable_dynamic=disable_dynamic_vram, pack_to=packed_type(pack_to))
+        model = load_diffusion_model(
+            path,
+            compute=compute,
+            disable_dynamic=disable_dynamic_vram,
+            pack_to=packed_type(pack_to),
+        )
         return io.NodeOutput(*loader_output(model=model))

@@ -2,10 +2,22 @@
 from comfy_api.latest import io
 
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
-from ..loaders.folders import ENCODER, validate_files, embedding_folders, find_file, list_files, list_model_folders
+from ..loaders.folders import (
+    ENCODER,
+    embedding_folders,
+    find_file,
+    list_files,
+    list_model_folders,
+    validate_files,
+)
 from ..loaders.text_encoder import AUTO, load_text_encoder
 from .combo_options import encoder_types
-from .load_diffusion_model import AS_THE_FILE, disable_dynamic_vram_input, pack_to_input, packed_type
+from .load_diffusion_model import (
+    AS_THE_FILE,
+    disable_dynamic_vram_input,
+    pack_to_input,
+    packed_type,
+)
 from .node_text import loader_output
 
 FOLDERS = ("clip_gguf", "text_encoders")
@@ -17,36 +29,81 @@ class LoadTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         files = list_files(*FOLDERS)
-        encoders = [*[name for name in files if "mmproj" not in name.lower()], *list_model_folders(*FOLDERS, kind=ENCODER)]
+        encoders = [
+            *[name for name in files if "mmproj" not in name.lower()],
+            *list_model_folders(*FOLDERS, kind=ENCODER),
+        ]
 
         def further(number: int):
-            return io.Combo.Input(f"text_encoder_{number}", options=[NONE, *encoders], default=NONE, optional=True,
-                                  display_name=f"text encoder {number}", advanced=number > 2,
-                                  tooltip=f"The {ORDINALS[number]} text encoder of models that have several, such as CLIP-L"
-                                          " next to T5.")
+            return io.Combo.Input(
+                f"text_encoder_{number}",
+                options=[NONE, *encoders],
+                default=NONE,
+                optional=True,
+                display_name=f"text encoder {number}",
+                advanced=number > 2,
+                tooltip=f"The {ORDINALS[number]} text encoder of models that have several, such as"
+                " CLIP-L next to T5.",
+            )
 
         return io.Schema(
             node_id="FeatherweightLoadTextEncoder",
             display_name="Load Text Encoder (Featherweight)",
             category="Featherweight",
-            description="Loads one to four text encoders from GGUF, bitsandbytes (NF4, FP4, int8) and safetensors files in any"
-                        " mix, and keeps packed weights packed in memory.",
-            search_aliases=["clip", "clip loader", "load clip", "dual clip loader", "gguf", "clip gguf", "t5", "text encoder",
-                            "nf4", "fp4", "int8", "bitsandbytes", "bnb", "mmproj", "quantized", "quantised"],
+            description="Loads one to four text encoders from GGUF, bitsandbytes (NF4, FP4, int8)"
+            " and safetensors files in any mix, and keeps packed weights packed in memory.",
+            search_aliases=[
+                "clip",
+                "clip loader",
+                "load clip",
+                "dual clip loader",
+                "gguf",
+                "clip gguf",
+                "t5",
+                "text encoder",
+                "nf4",
+                "fp4",
+                "int8",
+                "bitsandbytes",
+                "bnb",
+                "mmproj",
+                "quantized",
+                "quantised",
+            ],
             inputs=[
-                io.Combo.Input("text_encoder_1", options=encoders, display_name="text encoder",
-                               tooltip="A file in models/text_encoders or models/clip, or a folder there that transformers"
-                                       " saved (…/text_encoder_2)."),
-                io.Combo.Input("type", options=encoder_types("CLIPLoader", "DualCLIPLoader"),
-                               tooltip="The kind of model the text is encoded for."),
-                further(2), further(3), further(4),
-                io.Combo.Input("mmproj", optional=True, advanced=True, default=AUTO,
-                               options=[AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]],
-                               tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3 …). auto: the one"
-                                       " that lies beside the encoder and fits."),
-                io.Combo.Input("device", options=device_choices(), default=DEFAULT, optional=True, advanced=True,
-                               tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model. gpu:N:"
-                                       " encode on that GPU, where there are several."),
+                io.Combo.Input(
+                    "text_encoder_1",
+                    options=encoders,
+                    display_name="text encoder",
+                    tooltip="A file in models/text_encoders or models/clip, or a folder there that"
+                    " transformers saved (…/text_encoder_2).",
+                ),
+                io.Combo.Input(
+                    "type",
+                    options=encoder_types("CLIPLoader", "DualCLIPLoader"),
+                    tooltip="The kind of model the text is encoded for.",
+                ),
+                further(2),
+                further(3),
+                further(4),
+                io.Combo.Input(
+                    "mmproj",
+                    optional=True,
+                    advanced=True,
+                    default=AUTO,
+                    options=[AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]],
+                    tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3"
+                    " …). auto: the one that lies beside the encoder and fits.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=device_choices(),
+                    default=DEFAULT,
+                    optional=True,
+                    advanced=True,
+                    tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion"
+                    " model. gpu:N: encode on that GPU, where there are several.",
+                ),
                 disable_dynamic_vram_input(),
                 pack_to_input("the text encoders"),
             ],
@@ -54,19 +111,51 @@ class LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_1=None, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
-                        device=DEFAULT):
-        names = [name for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4) if name != NONE]
+    def validate_inputs(
+        cls,
+        text_encoder_1=None,
+        text_encoder_2=NONE,
+        text_encoder_3=NONE,
+        text_encoder_4=NONE,
+        mmproj=AUTO,
+        device=DEFAULT,
+    ):
+        names = [
+            name
+            for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4)
+            if name != NONE
+        ]
         return validate_files(*names, None if mmproj in (AUTO, NONE) else mmproj, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, text_encoder_1, type, text_encoder_2=NONE, text_encoder_3=NONE, text_encoder_4=NONE, mmproj=AUTO,
-                device=DEFAULT, disable_dynamic_vram=False, pack_to=AS_THE_FILE) -> io.NodeOutput:
+    def execute(
+        cls,
+        text_encoder_1,
+        type,
+        text_encoder_2=NONE,
+        text_encoder_3=NONE,
+        text_encoder_4=NONE,
+        mmproj=AUTO,
+        device=DEFAULT,
+        disable_dynamic_vram=False,
+        pack_to=AS_THE_FILE,
+    ) -> io.NodeOutput:
         further = (name or NONE for name in (text_encoder_2, text_encoder_3, text_encoder_4))
         paths = [find_file(name, *FOLDERS) for name in (text_encoder_1, *further) if name != NONE]
         mmproj = mmproj or AUTO
-        vision = {AUTO: AUTO, NONE: None}[mmproj] if mmproj in (AUTO, NONE) else find_file(mmproj, *FOLDERS)
+        vision = (
+            {AUTO: AUTO, NONE: None}[mmproj]
+            if mmproj in (AUTO, NONE)
+            else find_file(mmproj, *FOLDERS)
+        )
         device, note = find_device(device)
-        clip = load_text_encoder(paths, type, embedding_folders(), vision, device_options(device), disable_dynamic_vram,
-                                 packed_type(pack_to))
+        clip = load_text_encoder(
+            paths,
+            type,
+            embedding_folders(),
+            vision,
+            device_options(device),
+            disable_dynamic_vram,
+            packed_type(pack_to),
+        )
         return io.NodeOutput(*loader_output(note, clip=clip))

@@ -10,8 +10,8 @@ from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import report, summary
 from ..loaders.recipe import Recipe
 from ..loaders.sizes import size_text
-from .number_checks import reject_infinite
 from .node_text import show_text
+from .number_checks import reject_infinite
 
 
 class MeasureSensitivity(io.ComfyNode):
@@ -21,39 +21,90 @@ class MeasureSensitivity(io.ComfyNode):
             node_id="FeatherweightMeasureSensitivity",
             display_name="Measure Sensitivity (Featherweight)",
             category="Featherweight",
-            description="Lets a model draw a little and writes down what its layers see and how much each of them suffers from"
-                        " being packed. Files packed with this measurement are far nearer to the model at the same size.",
-            search_aliases=["imatrix", "importance matrix", "calibrate", "calibration", "sensitivity", "quantize", "quantise",
-                            "gguf"],
+            description="Lets a model draw a little and writes down what its layers see and how"
+            " much each of them suffers from being packed. Files packed with this measurement are"
+            " far nearer to the model at the same size.",
+            search_aliases=[
+                "imatrix",
+                "importance matrix",
+                "calibrate",
+                "calibration",
+                "sensitivity",
+                "quantize",
+                "quantise",
+                "gguf",
+            ],
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to measure, unquantised if you have it. It is not changed."),
-                io.Conditioning.Input("positive", optional=True,
-                                      tooltip="Prompts of the kind you use; each entry of a combined one, and each of a list,"
-                                              " is drawn by itself. Without any, random numbers take their place, which most"
-                                              " models can be measured with, a little worse."),
-                io.Conditioning.Input("negative", optional=True, tooltip="Used where cfg is above 1."),
-                io.Latent.Input("latent", optional=True,
-                                tooltip="An empty latent of the size you use, or of a video's length. Without one: a picture of"
-                                        " 512 x 512, or one frame."),
-                io.Int.Input("samples", default=8, min=1, max=1024,
-                             tooltip="How many pictures are drawn; the prompts take turns. More than 64 gain little."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to measure, unquantised if you have it. It is not changed.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="Prompts of the kind you use; each entry of a combined one, and each"
+                    " of a list, is drawn by itself. Without any, random numbers take their place,"
+                    " which most models can be measured with, a little worse.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Used where cfg is above 1."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="An empty latent of the size you use, or of a video's length. Without"
+                    " one: a picture of 512 x 512, or one frame.",
+                ),
+                io.Int.Input(
+                    "samples",
+                    default=8,
+                    min=1,
+                    max=1024,
+                    tooltip="How many pictures are drawn; the prompts take turns. More than 64"
+                            " gain little.",
+                ),
                 io.Int.Input("steps", default=12, min=1, max=200, tooltip="Steps of each picture."),
-                io.Float.Input("cfg", default=1.0, min=1.0, max=30.0, step=0.1, tooltip="As you use it with this model."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-                             tooltip="Of the noise."),
-                io.Combo.Input("thoroughness", options=list(THOROUGHNESS), default=DEFAULT,
-                               tooltip="How the cost of packing a layer is told. no runs: from the layer's own error. one run"
-                                       " per layer: from what it does to the model's output. one run per layer and type: the"
-                                       " best, and seven times as long."),
-                io.String.Input("name", default="%model%",
-                                tooltip="The file's name in output/sensitivity; %model% is the model's own."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="As you use it with this model.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of the noise.",
+                ),
+                io.Combo.Input(
+                    "thoroughness",
+                    options=list(THOROUGHNESS),
+                    default=DEFAULT,
+                    tooltip="How the cost of packing a layer is told. no runs: from the layer's"
+                    " own error. one run per layer: from what it does to the model's output. one"
+                    " run per layer and type: the best, and seven times as long.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="%model%",
+                    tooltip="The file's name in output/sensitivity; %model% is the model's own.",
+                ),
             ],
             outputs=[
-                io.String.Output(display_name="sensitivity", tooltip="The file, for Save Packed Model (Featherweight)."),
-                io.String.Output(display_name="report",
-                                 tooltip="The layers that matter most, each with what packing it costs."),
+                io.String.Output(
+                    display_name="sensitivity",
+                    tooltip="The file, for Save Packed Model (Featherweight).",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The layers that matter most, each with what packing it costs.",
+                ),
             ],
         )
 
@@ -61,9 +112,14 @@ class MeasureSensitivity(io.ComfyNode):
     def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
                 latent=()) -> io.NodeOutput:
         reject_infinite(cfg=cfg[0])
-        model, name = model[0], (name[0].strip() or "%model%").replace("%model%", _name_of(model[0]))
+        model, name = (
+            model[0],
+            (name[0].strip() or "%model%").replace("%model%", _name_of(model[0])),
+        )
         path = new_sensitivity_path(name)
-        prompts = [[entry] for conditioning in positive or () if conditioning for entry in conditioning]
+        prompts = [
+            [entry] for conditioning in positive or () if conditioning for entry in conditioning
+        ]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
         drawing = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
         partial = f"{path.rsplit('_', 2)[0]}.part"  # without the number: the next run finds it

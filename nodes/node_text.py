@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from comfy.model_patcher import ModelPatcher
 
-from ..loaders.model_summary import memory_summary, dequantize_backend_text
+from ..loaders.model_summary import dequantize_backend_text, memory_summary
 from ..loaders.placement import placed_text, planned_text
 from .host_server import log_lack, running_server
 
@@ -22,8 +22,9 @@ def show_text(text: str):
 def text_sender() -> Callable[[str], None]:
     """A function that shows texts on the node that runs now, also later on, while others run.
 
-    Where none runs, as in a script that calls a node's method, nothing is shown. The host is asked for the node, not the schema
-    for a hidden unique_id: tools that write workflows as Python pass each hidden input to the node's method.
+    Where none runs, as in a script that calls a node's method, nothing is shown. The host is asked
+    for the node, not the schema for a hidden unique_id: tools that write workflows as Python pass
+    each hidden input to the node's method.
     """
     try:
         from comfy_execution.utils import get_executing_context
@@ -37,15 +38,17 @@ def text_sender() -> Callable[[str], None]:
 
 
 def without_markup(text: str) -> str:
-    """A text whose names, which come from files, make no link and no element in an editor that shows texts as HTML."""
+    """A text whose names, which come from files, make no link and no element in an editor that
+    shows texts as HTML."""
     return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
 
 
 def loader_output(*notes: str | None, **parts) -> tuple:
-    """The outputs of a loader, which shows what each of them holds. parts: by the keys of `TITLES`; None for one not there.
+    """The outputs of a loader, which shows what each of them holds. parts: by the keys of `TITLES`;
+    None for one not there.
 
-    A placed one tells where it lies, anew whenever it is loaded and at the end of each run. notes: sentences to show with it,
-    such as that a device is not there; None for one that is not needed.
+    A placed one tells where it lies, anew whenever it is loaded and at the end of each run. notes:
+    sentences to show with it, such as that a device is not there; None for one that is not needed.
     """
     show, texts = text_sender(), {}
     notes = list(dict.fromkeys(filter(None, notes)))
@@ -56,7 +59,9 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         if patcher is None:
             continue
         title = f"{TITLES[name]}: " if len(parts) > 1 else ""
-        held = title + ", ".join(filter(None, (memory_summary(patcher), dequantize_backend_text(patcher))))
+        held = title + ", ".join(
+            filter(None, (memory_summary(patcher), dequantize_backend_text(patcher)))
+        )
         placed = getattr(patcher, "placement", None) is not None
         texts[name] = f"{held}\n{planned_text(patcher)}" if placed else held
         if placed:
@@ -65,6 +70,8 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     return tuple(parts.values())
 
 
-def _on_placement(show, texts: dict[str, str], notes: list[str], name: str, held: str, patcher, lies):
+def _on_placement(
+    show, texts: dict[str, str], notes: list[str], name: str, held: str, patcher, lies
+):
     texts[name] = f"{held}\n{placed_text(patcher, lies)}"
     show("\n".join([*texts.values(), *notes]))

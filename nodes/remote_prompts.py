@@ -6,7 +6,8 @@ RUN_ON_RAY = "FeatherweightRunOnRay"
 
 
 def watch_prompts():
-    """Have each prompt looked at before the host judges it. Where there is no server, as in a script, nothing is done."""
+    """Have each prompt looked at before the host judges it. Where there is no server, as in a
+    script, nothing is done."""
     server = running_server()
     try:
         if server is not None:
@@ -16,8 +17,11 @@ def watch_prompts():
 
 
 def on_prompt(request: dict) -> dict:
-    """The request as it is. The host calls this in the task in which it then asks the prompt's nodes about their inputs."""
+    """The request as it is. The host calls this in the task in which it then asks the prompt's
+    nodes about their inputs."""
     graph = request.get("prompt")
     nodes = graph.values() if isinstance(graph, dict) else ()
-    FILES_MAY_BE_REMOTE.set(any(isinstance(node, dict) and node.get("class_type") == RUN_ON_RAY for node in nodes))
+    FILES_MAY_BE_REMOTE.set(
+        any(isinstance(node, dict) and node.get("class_type") == RUN_ON_RAY for node in nodes)
+    )
     return request

@@ -11,15 +11,16 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL import Image
 
-from ..cluster.image_collector import ImageCollector
-from ..cluster.graph import GraphError, classes, upstream, with_result
-from ..cluster.run_variants import make_variants, nodes_affected
-from ..cluster.ray_connection import THIS_COMPUTER, choices, is_cluster, named_cluster
 from ..cluster.comfyui_install import MachineError, worker_environment
 from ..cluster.driver_pool import DriverPool
+from ..cluster.graph import GraphError, classes, upstream, with_result
+from ..cluster.image_collector import ImageCollector
+from ..cluster.ray_connection import THIS_COMPUTER, choices, is_cluster, named_cluster
+from ..cluster.run_variants import make_variants, nodes_affected
 from .node_text import text_sender
 
-POOL = DriverPool(named_cluster())  # kept until ComfyUI ends, as are a Ray that it started and the models of the workers
+# kept until ComfyUI ends, as are a Ray that it started and the models of the workers
+POOL = DriverPool(named_cluster())
 
 
 class RunOnRay(io.ComfyNode):
@@ -29,30 +30,75 @@ class RunOnRay(io.ComfyNode):
             node_id="FeatherweightRunOnRay",
             display_name="Run on Ray (Featherweight)",
             category="Featherweight",
-            description="Draws several pictures at once: the nodes before this one run on other GPUs and other machines, once"
-                        " for each picture, each with another seed or text. Here nothing of them is loaded.",
-            search_aliases=["ray", "cluster", "distributed", "multi gpu", "multigpu", "parallel", "batch", "workers",
-                            "many machines", "run on ray"],
+            description="Draws several pictures at once: the nodes before this one run on other"
+            " GPUs and other machines, once for each picture, each with another seed or text. Here"
+            " nothing of them is loaded.",
+            search_aliases=[
+                "ray",
+                "cluster",
+                "distributed",
+                "multi gpu",
+                "multigpu",
+                "parallel",
+                "batch",
+                "workers",
+                "many machines",
+                "run on ray",
+            ],
             inputs=[
-                io.Image.Input("images", lazy=True, raw_link=True,
-                               tooltip="The pictures of one item. All nodes before this input run on the workers."),
-                io.Int.Input("count", default=4, min=1, max=10000,
-                             tooltip="How many items to draw. Each seed before this node counts up: the first item has the"
-                                     " seed itself, the next one more."),
-                io.String.Input("texts", default="", multiline=True, optional=True,
-                                tooltip="A line for each item, begun again when they run out. It takes the place of %text% in"
-                                        " any text before this node; where there is no %text%, of the whole prompt. Empty:"
-                                        " all items have the text that is there."),
-                io.Combo.Input("address", options=choices(POOL.cluster), default=THIS_COMPUTER, optional=True,
-                               tooltip="Where the pictures are drawn: on the GPUs of this computer, or on the Ray cluster that"
-                                       " is named in FEATHERWEIGHT_RAY_ADDRESS where ComfyUI is started."),
-                io.Int.Input("workers", default=0, min=0, max=10000, optional=True,
-                             tooltip="How many ComfyUI draw at the same time. 0: one on each GPU; where no machine has a GPU,"
-                                     " one on each machine."),
-                io.Float.Input("idle_minutes", default=10.0, min=0.0, max=10000.0, step=0.5, optional=True,
-                               display_name="idle minutes",
-                               tooltip="How long workers that have nothing to do keep their models for the next run. Then they"
-                                       " end and free the memory."),
+                io.Image.Input(
+                    "images",
+                    lazy=True,
+                    raw_link=True,
+                    tooltip="The pictures of one item. All nodes before this input run on the"
+                            " workers.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=4,
+                    min=1,
+                    max=10000,
+                    tooltip="How many items to draw. Each seed before this node counts up: the"
+                    " first item has the seed itself, the next one more.",
+                ),
+                io.String.Input(
+                    "texts",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="A line for each item, begun again when they run out. It takes the"
+                    " place of %text% in any text before this node; where there is no %text%, of"
+                    " the whole prompt. Empty: all items have the text that is there.",
+                ),
+                io.Combo.Input(
+                    "address",
+                    options=choices(POOL.cluster),
+                    default=THIS_COMPUTER,
+                    optional=True,
+                    tooltip="Where the pictures are drawn: on the GPUs of this computer, or on the"
+                    " Ray cluster that is named in FEATHERWEIGHT_RAY_ADDRESS where ComfyUI is"
+                    " started.",
+                ),
+                io.Int.Input(
+                    "workers",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="How many ComfyUI draw at the same time. 0: one on each GPU; where no"
+                    " machine has a GPU, one on each machine.",
+                ),
+                io.Float.Input(
+                    "idle_minutes",
+                    default=10.0,
+                    min=0.0,
+                    max=10000.0,
+                    step=0.5,
+                    optional=True,
+                    display_name="idle minutes",
+                    tooltip="How long workers that have nothing to do keep their models for the"
+                    " next run. Then they end and free the memory.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="The pictures of all items, in their order.")],
             hidden=[io.Hidden.dynprompt],
@@ -60,7 +106,8 @@ class RunOnRay(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, address=THIS_COMPUTER):
-        """Accepts what older workflows have in the place of a choice; any other value is refused before anything runs."""
+        """Accepts what older workflows have in the place of a choice; any other value is refused
+        before anything runs."""
         try:
             if address is not None:  # else another node will give it, and `execute` asks
                 is_cluster(address, POOL.cluster)
@@ -69,11 +116,16 @@ class RunOnRay(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, images, count, texts="", address=THIS_COMPUTER, workers=0, idle_minutes=10.0) -> io.NodeOutput:
+    def execute(
+        cls, images, count, texts="", address=THIS_COMPUTER, workers=0, idle_minutes=10.0
+    ) -> io.NodeOutput:
         on_cluster = is_cluster(address, POOL.cluster)
         part = upstream(cls.hidden.dynprompt, images)
         if "FeatherweightRunOnRay" in classes(part):
-            raise GraphError("One Run on Ray is before another: its workers would wait for workers. Leave one of them out.")
+            raise GraphError(
+                "One Run on Ray is before another: its workers would wait for workers. Leave one"
+                " of them out."
+            )
         changes = make_variants(part, count, texts)
         gathering, bar, show = (
             ImageCollector(count, nodes_affected(part, changes)),
@@ -93,10 +145,19 @@ class RunOnRay(io.ComfyNode):
 
         show(gathering.text())
         comfyui = os.path.dirname(folder_paths.__file__)
-        POOL.run(on_cluster, {
-            "graph": with_result(part, images), "changes": changes, "comfyui": comfyui,
-            "extra": {"preview_method": args.preview_method.value}, "workers": workers, "idle_seconds": idle_minutes * 60,
-            "on_cpu": args.cpu and not on_cluster,
-        }, on_event, comfy.model_management.throw_exception_if_processing_interrupted,
-            {} if on_cluster else worker_environment(comfyui, sys.argv[1:]))
+        POOL.run(
+            on_cluster,
+            {
+                "graph": with_result(part, images),
+                "changes": changes,
+                "comfyui": comfyui,
+                "extra": {"preview_method": args.preview_method.value},
+                "workers": workers,
+                "idle_seconds": idle_minutes * 60,
+                "on_cpu": args.cpu and not on_cluster,
+            },
+            on_event,
+            comfy.model_management.throw_exception_if_processing_interrupted,
+            {} if on_cluster else worker_environment(comfyui, sys.argv[1:]),
+        )
         return io.NodeOutput(torch.from_numpy(gathering.whole()))

@@ -11,7 +11,12 @@ from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import Sensitivity
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.planning.file_plan import (
-    KEEP_TYPES, TYPES, SaveOptions, plan_file, reject_own_files, suffix_for,
+    KEEP_TYPES,
+    TYPES,
+    SaveOptions,
+    plan_file,
+    reject_own_files,
+    suffix_for,
 )
 from ..loaders.packing.save import save
 from ..loaders.packing.source import check_saveable, of_encoders, of_model, unsaved_parts
@@ -30,81 +35,179 @@ class SavePackedModel(io.ComfyNode):
             node_id="FeatherweightSavePackedModel",
             display_name="Save Packed Model (Featherweight)",
             category="Featherweight",
-            description="Saves a model with everything on it, LoRAs and merges too, as a GGUF or an NF4 file: in one type, or"
-                        " in the best types for a size. The file loads here, in ComfyUI-GGUF and in"
-                        " stable-diffusion.cpp.",
-            search_aliases=["save model", "export model", "gguf", "convert", "quantize", "quantise", "nf4", "merge save",
-                            "bake lora", "lora merge", "clip", "checkpoint save"],
+            description="Saves a model with everything on it, LoRAs and merges too, as a GGUF or"
+            " an NF4 file: in one type, or in the best types for a size. The file loads here, in"
+            " ComfyUI-GGUF and in stable-diffusion.cpp.",
+            search_aliases=[
+                "save model",
+                "export model",
+                "gguf",
+                "convert",
+                "quantize",
+                "quantise",
+                "nf4",
+                "merge save",
+                "bake lora",
+                "lora merge",
+                "clip",
+                "checkpoint save",
+            ],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to save, packed or not, with all LoRAs and merges."),
-                io.Combo.Input("type", options=[*TYPES, KEEP_TYPES, SIZE], default="Q4_K",
-                               tooltip="The type of the large matrices; what must stay exact does. NF4 makes a"
-                                       " safetensors file, the others GGUF. as it is: each weight in the type it has. size in"
-                                       " GB: the best mix of types for the size below."),
-                io.Float.Input("size_gb", default=6.0, min=0.001, max=1000.0, step=0.001, display_name="size in GB",
-                               tooltip="With type 'size in GB': what the file may take at most, in GB of 10^9 bytes."),
-                io.String.Input("filename_prefix", default="diffusion_models/ComfyUI",
-                                tooltip="Folder and name; the type, a number and .gguf are added."
-                                        " %date:yyyy-MM-dd% and the like work as in Save Image."),
-                io.Combo.Input("folder", options=[OUTPUT, MODELS], default=OUTPUT,
-                               tooltip="output: ComfyUI's output folder, whose diffusion_models and text_encoders"
-                                       " it lists among the models. models: its model folders; the name begins with one."),
-                io.Combo.Input("loras", options=[WHOLE, AS_ASKED], default=WHOLE,
-                               tooltip="LoRAs on a model that is packed already. arrive whole: the weights they change"
-                                       " take Q6_K or more. in the type asked for: smaller, and the report says how much of"
-                                       " each LoRA is kept."),
-                io.Boolean.Input("overwrite", default=False,
-                                 tooltip="Write without a number, in place of a file of that name. Otherwise nothing is ever"
-                                         " overwritten."),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="Its text encoders are saved too, each in a file of its own in text_encoders."),
-                io.String.Input("sensitivity", default="", optional=True,
-                                tooltip="What Measure Sensitivity (Featherweight) measured of this model: its output, or a"
-                                        " file's name in output/sensitivity. All is packed far better with it. Empty: none."),
-                io.Conditioning.Input("positive", optional=True,
-                                      tooltip="Prompts of the kind you use. With them the model draws a little and its layers"
-                                              " are packed one after another, each making up for the errors of those before it:"
-                                              " nearer with one type, and slow."),
-                io.Latent.Input("latent", optional=True,
-                                tooltip="With positive: an empty latent of the size you use, or of a video's length. Without"
-                                        " one: a picture of 512 x 512, or one frame."),
+                io.Model.Input(
+                    "model", tooltip="The model to save, packed or not, with all LoRAs and merges."
+                ),
+                io.Combo.Input(
+                    "type",
+                    options=[*TYPES, KEEP_TYPES, SIZE],
+                    default="Q4_K",
+                    tooltip="The type of the large matrices; what must stay exact does. NF4 makes a"
+                    " safetensors file, the others GGUF. as it is: each weight in the type it has."
+                    " size in GB: the best mix of types for the size below.",
+                ),
+                io.Float.Input(
+                    "size_gb",
+                    default=6.0,
+                    min=0.001,
+                    max=1000.0,
+                    step=0.001,
+                    display_name="size in GB",
+                    tooltip="With type 'size in GB': what the file may take at most, in GB of 10^9"
+                            " bytes.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/ComfyUI",
+                    tooltip="Folder and name; the type, a number and .gguf are added."
+                    " %date:yyyy-MM-dd% and the like work as in Save Image.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=[OUTPUT, MODELS],
+                    default=OUTPUT,
+                    tooltip="output: ComfyUI's output folder, whose diffusion_models and"
+                    " text_encoders it lists among the models. models: its model folders; the name"
+                    " begins with one.",
+                ),
+                io.Combo.Input(
+                    "loras",
+                    options=[WHOLE, AS_ASKED],
+                    default=WHOLE,
+                    tooltip="LoRAs on a model that is packed already. arrive whole: the weights"
+                    " they change take Q6_K or more. in the type asked for: smaller, and the"
+                    " report says how much of each LoRA is kept.",
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="Write without a number, in place of a file of that name. Otherwise"
+                    " nothing is ever overwritten.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Its text encoders are saved too, each in a file of its own in"
+                            " text_encoders.",
+                ),
+                io.String.Input(
+                    "sensitivity",
+                    default="",
+                    optional=True,
+                    tooltip="What Measure Sensitivity (Featherweight) measured of this model: its"
+                    " output, or a file's name in output/sensitivity. All is packed far better"
+                    " with it. Empty: none.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="Prompts of the kind you use. With them the model draws a little and"
+                    " its layers are packed one after another, each making up for the errors of"
+                    " those before it: nearer with one type, and slow.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="With positive: an empty latent of the size you use, or of a video's"
+                    " length. Without one: a picture of 512 x 512, or one frame.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="path", tooltip="The file of the model."),
-                io.String.Output(display_name="report", tooltip="What the file holds, and how much of each LoRA arrived."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What the file holds, and how much of each LoRA arrived.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def execute(cls, model, type="Q4_K", size_gb=6.0, filename_prefix="diffusion_models/ComfyUI", folder=OUTPUT, loras=WHOLE,
-                overwrite=False, clip=None, sensitivity="", positive=None, latent=None, **hidden) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        type="Q4_K",
+        size_gb=6.0,
+        filename_prefix="diffusion_models/ComfyUI",
+        folder=OUTPUT,
+        loras=WHOLE,
+        overwrite=False,
+        clip=None,
+        sensitivity="",
+        positive=None,
+        latent=None,
+        **hidden,
+    ) -> io.NodeOutput:
         measured = Sensitivity.load(find_sensitivity(sensitivity)) if sensitivity else None
         for patcher in (model, *([] if clip is None else [clip.patcher])):
             check_saveable(patcher)
         whole = of_model(model)
         if unsaved := unsaved_parts(model):
-            whole.notes.append(f"Not in the file, since it is not a weight: {', '.join(unsaved)}. Put the nodes for it"
-                               " behind the loader of the file.")
+            whole.notes.append(
+                f"Not in the file, since it is not a weight: {', '.join(unsaved)}. Put the nodes"
+                " for it behind the loader of the file."
+            )
         if type == SIZE and not 0 < size_gb < float("inf"):
-            raise WeightFileError(f"size in GB is {size_gb}; give what the file may take at most, such as 6.")
-        wanted, label = (round(size_gb * 1e9), f"{size_gb:g}GB") if type == SIZE else (type, type.replace(" ", "_"))
-        jobs = [(whole, new_model_path(filename_prefix, label, suffix_for(whole, wanted), folder, not overwrite), wanted)]
+            raise WeightFileError(
+                f"size in GB is {size_gb}; give what the file may take at most, such as 6."
+            )
+        wanted, label = (
+            (round(size_gb * 1e9), f"{size_gb:g}GB")
+            if type == SIZE
+            else (type, type.replace(" ", "_"))
+        )
+        jobs = [
+            (
+                whole,
+                new_model_path(
+                    filename_prefix, label, suffix_for(whole, wanted), folder, not overwrite
+                ),
+                wanted,
+            )
+        ]
         own_name = os.path.basename(filename_prefix.replace("\\", "/"))
         for name, source in ({} if clip is None else of_encoders(clip)).items():
             prefix = os.path.join("text_encoders", f"{own_name}_{name}")
             label = "Q8_0" if type == SIZE else label  # the size is the model's
             kind = KEEP_TYPES if type == KEEP_TYPES else label
-            jobs.append((source, new_model_path(prefix, label, suffix_for(source, kind), folder, not overwrite), kind))
+            jobs.append(
+                (
+                    source,
+                    new_model_path(prefix, label, suffix_for(source, kind), folder, not overwrite),
+                    kind,
+                )
+            )
         for _, path, _ in jobs:
             reject_own_files(path, *(source for source, _, _ in jobs))
         progress = Progress(stages=len(jobs) + (2 if positive else 0))
         metadata, reports = cls._metadata(), []
         for source, path, wanted in jobs:
             is_model = source is whole
-            plan = plan_file(source, path, wanted,
-                             SaveOptions(measured if is_model else None, loras == WHOLE, metadata, overwrite))
+            plan = plan_file(
+                source,
+                path,
+                wanted,
+                SaveOptions(measured if is_model else None, loras == WHOLE, metadata, overwrite),
+            )
             show_text(plan.text)
             calibration = None
             if is_model and positive:

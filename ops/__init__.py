@@ -1,0 +1,1 @@
+"""Packed weights: their formats, layers, kernels, and the patcher that places them."""

@@ -1,14 +1,22 @@
-"""The host's patches for one weight: where each kind keeps what, the shape it is made for, and why it does not fit another.
+"""The host's patches for one weight: where each kind keeps what, the shape it is made for, and why
+it does not fit another.
 
-A value is an adapter of `comfy.weight_adapter`, whose tuple `weights` has places without names, or ("diff", (tensor,)) and
-its like. The host fails in the midst of a step, or logs an error at each, where the factors of an adapter do not fit.
+A value is an adapter of `comfy.weight_adapter`, whose tuple `weights` has places without names, or
+("diff", (tensor,)) and its like. The host fails in the midst of a step, or logs an error at each,
+where the factors of an adapter do not fit.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from comfy.weight_adapter import (
-    BOFTAdapter, GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter, WeightAdapterBase,
+    BOFTAdapter,
+    GLoRAAdapter,
+    LoHaAdapter,
+    LoKrAdapter,
+    LoRAAdapter,
+    OFTAdapter,
+    WeightAdapterBase,
 )
 
 
@@ -58,7 +66,8 @@ class GLoRA(NamedTuple):
 
 
 class OrthogonalAdapter(NamedTuple):
-    """OFT and BOFT turn the rows. blocks: (..., blocks, size, size). limit: of the turn's norm, where one is set."""
+    """OFT and BOFT turn the rows. blocks: (..., blocks, size, size). limit: of the turn's norm,
+    where one is set."""
     blocks: torch.Tensor
     rescale: torch.Tensor | None = None
     limit: float | None = None
@@ -73,12 +82,15 @@ ADAPTER_FIELDS = {
     OFTAdapter: OrthogonalAdapter,
     BOFTAdapter: OrthogonalAdapter,
 }
-SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)  # add to the weight what does not depend on it, unless they have a DoRA scale
+# add to the weight what does not depend on it, unless they have a DoRA scale
+SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
 
 
-def adapter_fields(adapter: WeightAdapterBase) -> LoRA | LoHa | LoKr | GLoRA | OrthogonalAdapter | None:
+def adapter_fields(
+        adapter: WeightAdapterBase) -> LoRA | LoHa | LoKr | GLoRA | OrthogonalAdapter | None:
     """What an adapter holds, by name; None of a kind not known here."""
-    places = next((places for kind, places in ADAPTER_FIELDS.items() if isinstance(adapter, kind)), None)
+    places = next((places for kind, places in ADAPTER_FIELDS.items() if isinstance(adapter, kind)),
+                  None)
     return None if places is None else places(*adapter.weights[:len(places._fields)])
 
 
@@ -86,12 +98,16 @@ def adapter_tensors(value) -> list[torch.Tensor]:
     """The factors of an adapter; none of other patches, which stay where they are."""
     if not isinstance(value, WeightAdapterBase):
         return []
-    items = [item for part in value.weights for item in (part if isinstance(part, (tuple, list)) else (part,))]
+    items = [
+        item for part in value.weights
+        for item in (part if isinstance(part, (tuple, list)) else (part,))
+    ]
     return [item for item in items if isinstance(item, torch.Tensor)]
 
 
 def to_device(value, device: torch.device):
-    """An adapter with its factors on `device`. Other patches may hold whole models and stay where they are."""
+    """An adapter with its factors on `device`. Other patches may hold whole models and stay where
+    they are."""
     if not isinstance(value, WeightAdapterBase):
         return value
     return type(value)(value.loaded_keys, _tensors_to(value.weights, device))
@@ -123,8 +139,8 @@ def alpha_scale(alpha: float | None, rank: int) -> float:
 
 
 def is_sum(patch: tuple) -> bool:
-    """Whether a patch `(strength, value, strength_model, offset, function)` only adds to the weight something that does not
-    depend on the weight."""
+    """Whether a patch `(strength, value, strength_model, offset, function)` only adds to the weight
+    something that does not depend on the weight."""
     _, value, strength_model, _, _ = patch
     if strength_model != 1.0:
         return False
@@ -137,7 +153,8 @@ def is_sum(patch: tuple) -> bool:
 
 
 def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
-    """The part of a patch that concerns some rows of the weight; None for a patch that needs the whole weight at once."""
+    """The part of a patch that concerns some rows of the weight; None for a patch that needs the
+    whole weight at once."""
     strength, value, strength_model, offset, function = patch
     if offset is not None or function is not None:
         return None
@@ -145,7 +162,8 @@ def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
     if isinstance(parts, LoRA) and parts[3:] == (None, None, None):
         part = LoRAAdapter(value.loaded_keys, tuple(parts._replace(up=parts.up[start:stop])))
     elif isinstance(parts, LoHa) and parts[5:] == (None, None, None):
-        part = LoHaAdapter(value.loaded_keys, tuple(parts._replace(a1=parts.a1[start:stop], a2=parts.a2[start:stop])))
+        part = LoHaAdapter(value.loaded_keys,
+                           tuple(parts._replace(a1=parts.a1[start:stop], a2=parts.a2[start:stop])))
     elif isinstance(value, tuple) and len(value) == 1:
         part = value if value[0] is None else (value[0][start:stop],)
     elif isinstance(value, tuple) and value[0] in ("diff", "set") and len(value[1]) == 1:
@@ -163,21 +181,25 @@ def rank_of(value) -> int | None:
     if isinstance(parts, LoHa):
         return parts.b1.shape[0]
     if isinstance(parts, LoKr):
-        return next((factor.shape[0] for factor in (parts.b2, parts.b1) if factor is not None), None)
+        return next((factor.shape[0] for factor in (parts.b2, parts.b1) if factor is not None),
+                    None)
     return _glora_order(parts, None)[0] if isinstance(parts, GLoRA) else None
 
 
 # --- what it is made for ---
 
 def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, int | None] | None:
-    """(rows, columns) of the weight a value is made for, further dimensions flattened, None for what it leaves open.
+    """(rows, columns) of the weight a value is made for, further dimensions flattened, None for
+    what it leaves open.
 
-    None instead of both: its factors contradict each other. target: shape of the weight it is to be applied to, where that is
-    known; the host reads some GLoRAs in two ways, by it.
+    None instead of both: its factors contradict each other. target: shape of the weight it is to be
+    applied to, where that is known; the host reads some GLoRAs in two ways, by it.
     """
     if isinstance(value, WeightAdapterBase):
         return (
-            _adapter_shape(adapter_fields(value), target) if all(tensor.ndim > 1 for tensor in adapter_tensors(value)) else None
+            _adapter_shape(adapter_fields(value), target)
+            if all(tensor.ndim > 1 for tensor in adapter_tensors(value))
+            else None
         )
     tensor = _whole_tensor(value)
     if tensor is None:
@@ -185,8 +207,10 @@ def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, in
     return tensor.shape[0] if tensor.shape else 1, tensor.shape[1:].numel()
 
 
-def shape_mismatch(value, shape: Sequence[int], offset: tuple[int, int, int] | None = None) -> str | None:
-    """Why a value cannot be applied to a weight of `shape`, such as "its rank is 0"; None where it can.
+def shape_mismatch(value, shape: Sequence[int],
+                   offset: tuple[int, int, int] | None = None) -> str | None:
+    """Why a value cannot be applied to a weight of `shape`, such as "its rank is 0"; None where it
+    can.
 
     offset: (dimension, start, length) of the part of the weight that it is for.
     """
@@ -208,21 +232,28 @@ def shape_mismatch(value, shape: Sequence[int], offset: tuple[int, int, int] | N
         if tensor is None:
             return None
         made_for = tensor.shape
-    if len(made_for) != len(target) or any(made not in (None, wanted) for made, wanted in zip(made_for, target)):
+    if len(made_for) != len(target) or any(
+        made not in (None, wanted) for made, wanted in zip(made_for, target)
+    ):
         return f"it is made for a weight of {_describe(made_for)}, not of {_describe(target)}"
     return None
 
 
 def corruption(value) -> str | None:
     """Why a value can be applied to no weight whatever its shape, or None. Reads all of it."""
-    tensors = adapter_tensors(value) if isinstance(value, WeightAdapterBase) else [_whole_tensor(value)]
-    if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors if tensor is not None):
+    tensors = (
+        adapter_tensors(value) if isinstance(value, WeightAdapterBase) else [_whole_tensor(value)]
+    )
+    if not all(
+        tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors if tensor is not None
+    ):
         return "it holds NaN or infinite values"
     return None
 
 
 def _whole_tensor(value) -> torch.Tensor | None:
-    """The tensor of a value that is as large as its weight. The host's nodes that only scale a weight have None there."""
+    """The tensor of a value that is as large as its weight. The host's nodes that only scale a
+    weight have None there."""
     if isinstance(value, tuple) and (len(value) == 1 or value[0] in ("diff", "set")):
         return value[0] if len(value) == 1 else value[1][0]
     return None
@@ -235,12 +266,18 @@ def _describe(shape: Sequence[int | None]) -> str:
 def _adapter_shape(parts, target: Sequence[int] | None) -> tuple[int | None, int | None] | None:
     if isinstance(parts, LoRA):
         up, down = parts.up.flatten(1), parts.down.flatten(1)
-        return _product_shape(up, down) if parts.mid is None else _product_shape(up.t(), down, parts.mid)
+        return (
+            _product_shape(up, down)
+            if parts.mid is None
+            else _product_shape(up.t(), down, parts.mid)
+        )
     if isinstance(parts, LoHa):
         first = _product_shape(parts.a1, parts.b1, parts.core1)
         return first if first == _product_shape(parts.a2, parts.b2, parts.core2) else None
     if isinstance(parts, LoKr):
-        first, second = ((whole.shape[0], whole.shape[1:].numel()) if whole is not None else _product_shape(*factors)
+        first, second = ((whole.shape[0],
+                          whole.shape[1:].numel()) if whole is not None else _product_shape(
+                              *factors)
                          for whole, factors in ((parts.w1, (parts.a1, parts.b1)),
                                                 (parts.w2, (parts.a2, parts.b2, parts.core))))
         return first and second and (first[0] * second[0], first[1] * second[1])
@@ -253,8 +290,8 @@ def _adapter_shape(parts, target: Sequence[int] | None) -> tuple[int | None, int
 
 
 def _glora_order(parts: GLoRA, target: Sequence[int] | None) -> tuple[int, bool]:
-    """(rank, whether it is an older one), as the host tells. Where the factors allow both, the weight's shape decides; as long
-    as that is not known, the rank is the smaller side."""
+    """(rank, whether it is an older one), as the host tells. Where the factors allow both, the
+    weight's shape decides; as long as that is not known, the rank is the smaller side."""
     a1, a2, b1, b2 = (factor.shape[:2] for factor in parts[:4])
     is_older, is_newer = a1[0] == a2[1] == b1[0] == b2[1], a1[1] == a2[0] == b1[1] == b2[0]
     if is_older and is_newer:
@@ -265,19 +302,27 @@ def _glora_order(parts: GLoRA, target: Sequence[int] | None) -> tuple[int, bool]
 def _glora_shape(parts: GLoRA, target: Sequence[int] | None) -> tuple[int, int] | None:
     rank, is_older = _glora_order(parts, target)
     a1, a2, b1, b2 = (factor.flatten(1) for factor in parts[:4])
-    of_weight, added = (_product_shape(*(pair[::-1] if is_older else pair)) for pair in ((a1, a2), (b1, b2)))
+    of_weight, added = (_product_shape(*(pair[::-1] if is_older else pair))
+                        for pair in ((a1, a2), (b1, b2)))
     if of_weight is None or added is None or of_weight[0] != of_weight[1]:
         return None
-    if parts.alpha is not None and b1.shape[0 if is_older else 1] != rank:  # of which rank alpha is, the host cannot tell
+    # of which rank alpha is, the host cannot tell
+    if parts.alpha is not None and b1.shape[0 if is_older else 1] != rank:
         return None
     channels = added[1] if is_older or target is None or len(target) < 3 else target[1]
     return added if of_weight[0] == channels or target is None else None
 
 
-def _product_shape(a: torch.Tensor | None, b: torch.Tensor | None, core: torch.Tensor | None = None) -> tuple[int, int] | None:
-    """Flattened shape of `a @ b`, or of a Tucker product of core (i, j, ...), a (i, rows), b (j, columns)."""
-    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or core is not None and core.ndim < 2:
+def _product_shape(a: torch.Tensor | None, b: torch.Tensor | None,
+                   core: torch.Tensor | None = None) -> tuple[int, int] | None:
+    """Flattened shape of `a @ b`, or of a Tucker product of core (i, j, ...), a (i, rows), b (j,
+    columns)."""
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or (core is not None and core.ndim < 2):
         return None
     if core is None:
         return (a.shape[0], b.shape[1]) if a.shape[1] == b.shape[0] else None
-    return (a.shape[1], b.shape[1] * core.shape[2:].numel()) if core.shape[:2] == (a.shape[0], b.shape[0]) else None
+    return (
+        (a.shape[1], b.shape[1] * core.shape[2:].numel())
+        if core.shape[:2] == (a.shape[0], b.shape[0])
+        else None
+    )

@@ -5,9 +5,11 @@ import torch
 
 
 def autocast_input(run):
-    """A layer's method (self, input, ...) that gives under autocast what it gives without for an input in autocast's dtype.
+    """A layer's method (self, input, ...) that gives under autocast what it gives without for an
+    input in autocast's dtype.
 
-    Autocast would cast only some of what the method does, and to the nearest what is patched, of which a weak LoRA is lost.
+    Autocast would cast only some of what the method does, and to the nearest what is patched, of
+    which a weak LoRA is lost.
     """
     @functools.wraps(run)
     def cast_once(self, input, *args, **kwargs):

@@ -1,8 +1,9 @@
 """The base of every packed format: registry, block sizes, shape algebra, chunked dequantising.
 
-A packed format stores a weight as equal blocks of bytes. Each block holds `block_length` consecutive
-values of one row. A format is one class in `ops/formats`; it registers by being defined. A format that can be written has
-`pack`, the plain arithmetic of its reference, or a `Grid` and `encode`, for the search of `ops.quantize`, or all three.
+A packed format stores a weight as equal blocks of bytes. Each block holds `block_length`
+consecutive values of one row. A format is one class in `ops/formats`; it registers by being
+defined. A format that can be written has `pack`, the plain arithmetic of its reference, or a `Grid`
+and `encode`, for the search of `ops.quantize`, or all three.
 """
 import dataclasses
 import functools
@@ -11,9 +12,10 @@ import torch
 
 from . import bits
 
-# Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache, which
-# makes dequantising a large weight about ten times faster than dequantising it whole. Smaller chunks lose to the cost
-# of starting an operation; larger ones gain little and can make malloc return its memory after every chunk.
+# Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache,
+# which makes dequantising a large weight about ten times faster than dequantising it whole. Smaller
+# chunks lose to the cost of starting an operation; larger ones gain little and can make malloc
+# return its memory after every chunk.
 CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
 DEVICE_CHUNK_VALUES = 1 << 24
@@ -23,7 +25,8 @@ GGML_FORMATS: dict[int, type["Format"]] = {}
 
 
 class FormatError(ValueError):
-    """A weight that cannot be held in the format asked for. The message says what was found and expected."""
+    """A weight that cannot be held in the format asked for. The message says what was found and
+    expected."""
 
 
 class TooLargeError(FormatError):
@@ -34,8 +37,9 @@ class TooLargeError(FormatError):
 class Grid:
     """What the values of a format are made of: value = (d * scale) * levels[code] - dmin * minimum.
 
-    A block of `length` values has groups of `group`. `d` and `dmin` belong to the block; `scale` and `minimum` are integers
-    of a group, from `scales[0]` to `scales[1]`. Where `scales` is None both are 1, and the block is one group.
+    A block of `length` values has groups of `group`. `d` and `dmin` belong to the block; `scale`
+    and `minimum` are integers of a group, from `scales[0]` to `scales[1]`. Where `scales` is None
+    both are 1, and the block is one group.
     """
 
     length: int
@@ -48,7 +52,9 @@ class Grid:
     @functools.cached_property
     def uniform(self) -> bool:
         """Whether the levels are neighbouring integers."""
-        return self.levels == tuple(range(round(self.levels[0]), round(self.levels[0]) + len(self.levels)))
+        return self.levels == tuple(
+            range(round(self.levels[0]), round(self.levels[0]) + len(self.levels))
+        )
 
     @property
     def signed(self) -> bool:
@@ -64,15 +70,21 @@ class Grid:
         """The largest magnitude that every block can hold, whatever its signs."""
         steps = max(map(abs, self.scales or (1,)))
         # The magnitude that a minimum reaches is added to, never below, what the levels reach.
-        return torch.finfo(self.scale_dtype).max * steps * (1 if self.minimum else min(-self.levels[0], self.levels[-1]))
+        return (
+            torch.finfo(self.scale_dtype).max
+            * steps
+            * (1 if self.minimum else min(-self.levels[0], self.levels[-1]))
+        )
 
 
 @dataclasses.dataclass
 class Fit:
     """What is stored of n blocks, before it is put into bytes. The numbers are those of `Grid`.
 
-    codes: uint8 (n, length), indices into the levels. d, dmin: float32 (n, 1), already rounded as they are stored.
-    scales, minima: integers in float32 (n, groups). dmin and minima are None for grids without a minimum.
+    codes: uint8 (n, length), indices into the levels. d, dmin: float32 (n, 1), already rounded as
+    they are stored.
+    scales, minima: integers in float32 (n, groups). dmin and minima are None for grids without a
+    minimum.
     """
 
     codes: torch.Tensor
@@ -92,10 +104,12 @@ class Fit:
 
 @dataclasses.dataclass
 class Terms:
-    """What the values of n blocks are made of: value = code * scale - minimum, in float32, each step rounded.
+    """What the values of n blocks are made of: value = code * scale - minimum, in float32, each
+    step rounded.
 
-    codes: n * block_length numbers in the order of the values, in any shape and of any strides, uint8, int8 or float32; those
-    of float32 may be overwritten. scales, minima: float32, broadcast to the shape of the codes; there may be no minima.
+    codes: n * block_length numbers in the order of the values, in any shape and of any strides,
+    uint8, int8 or float32; those of float32 may be overwritten. scales, minima: float32, broadcast
+    to the shape of the codes; there may be no minima.
     """
 
     codes: torch.Tensor
@@ -103,7 +117,8 @@ class Terms:
     minima: torch.Tensor | None = None
 
     def write(self, out: torch.Tensor):
-        """Write the values, rounded once from float32, to `out`, contiguous and of any float dtype."""
+        """Write the values, rounded once from float32, to `out`, contiguous and of any float
+        dtype."""
         out = out.view(self.codes.shape)
         if not bits.passes_are_cheap(out.device):
             if self.minima is None:
@@ -124,9 +139,10 @@ class Terms:
 class Format:
     """One way of packing floats into bytes.
 
-    Subclasses set `block_length` (values per block) and `block_bytes` (bytes per block), describe the byte
-    layout of a block in their docstring and implement `terms`, in the order of operations of ggml's reference, so that the
-    values are bit-exact with it. Defining one registers it under its class name, and under its ggml type id where it has one.
+    Subclasses set `block_length` (values per block) and `block_bytes` (bytes per block), describe
+    the byte layout of a block in their docstring and implement `terms`, in the order of operations
+    of ggml's reference, so that the values are bit-exact with it. Defining one registers it under
+    its class name, and under its ggml type id where it has one.
     """
 
     block_length: int
@@ -135,7 +151,8 @@ class Format:
     scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
     plain_dtype: torch.dtype | None = None  # of formats whose bytes are plain numbers
     grid: Grid | None = None  # of formats that `ops.quantize` searches the best blocks of
-    largest = torch.finfo(torch.float16).max  # the largest magnitude that every block can hold, of formats without a grid
+    # the largest magnitude that every block can hold, of formats without a grid
+    largest = torch.finfo(torch.float16).max
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -146,20 +163,25 @@ class Format:
             raise TypeError(f"The packed format {cls.__name__} is defined twice.")
         if ggml_type is not None:
             if ggml_type in GGML_FORMATS:
-                raise TypeError(f"ggml type {ggml_type} is claimed by {GGML_FORMATS[ggml_type].__name__} and {cls.__name__}.")
+                raise TypeError(
+                    f"ggml type {ggml_type} is claimed by {GGML_FORMATS[ggml_type].__name__} and"
+                    f" {cls.__name__}."
+                )
             GGML_FORMATS[ggml_type] = cls
         cls.ggml_type = ggml_type
         FORMATS[cls.__name__] = cls
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        """What the values of some blocks are made of. blocks: uint8 (n, block_bytes), rows may be strided."""
+        """What the values of some blocks are made of. blocks: uint8 (n, block_bytes), rows may be
+        strided."""
         raise NotImplementedError
 
     @classmethod
     def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
         """Values of some blocks, given as `terms` takes them. Returns float32 (n, block_length)."""
-        out = torch.empty((len(blocks[-1]), cls.block_length), dtype=torch.float32, device=blocks[-1].device)
+        out = torch.empty((len(blocks[-1]), cls.block_length), dtype=torch.float32,
+                          device=blocks[-1].device)
         cls.write(out, *blocks)
         return out
 
@@ -172,19 +194,22 @@ class Format:
     def pack(cls, values: torch.Tensor):
         """Blocks of some values, by the plain arithmetic of the format's reference, bit for bit.
 
-        values: float32 (n, block_length), contiguous and finite. Returns what `dequantize` takes: uint8 (n, block_bytes), or codes
-        and scales where they are apart. Raises FormatError for formats whose reference searches, or that none packs.
+        values: float32 (n, block_length), contiguous and finite. Returns what `dequantize` takes:
+        uint8 (n, block_bytes), or codes and scales where they are apart. Raises FormatError for
+        formats whose reference searches, or that none packs.
         """
         raise FormatError(f"{cls.__name__} has no plain arithmetic that packs it.")
 
     @classmethod
     def encode(cls, fit: Fit):
-        """The bytes of blocks whose numbers are known; the inverse of the layout in `dequantize`, and in the form it takes."""
+        """The bytes of blocks whose numbers are known; the inverse of the layout in `dequantize`,
+        and in the form it takes."""
         raise NotImplementedError
 
     @classmethod
     def constant(cls, name: str, device: torch.device) -> torch.Tensor:
-        """A small lookup table of the format on `device`, built on first use by the classmethod `name`."""
+        """A small lookup table of the format on `device`, built on first use by the classmethod
+        `name`."""
         key = (name, device)
         if key not in cls._constants:
             cls._constants[key] = getattr(cls, name)().to(device)
@@ -192,20 +217,25 @@ class Format:
 
     @classmethod
     def packed_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in bytes, uint8, of a weight of logical `shape`: only the last dimension changes."""
+        """Shape in bytes, uint8, of a weight of logical `shape`: only the last dimension
+        changes."""
         if not shape or shape[-1] % cls.block_length:
             raise FormatError(
-                f"{cls.__name__} packs rows in blocks of {cls.block_length} values; shape {tuple(shape)} does not divide."
+                f"{cls.__name__} packs rows in blocks of {cls.block_length} values; shape"
+                f" {tuple(shape)} does not divide."
             )
         return (*shape[:-1], shape[-1] // cls.block_length * cls.block_bytes)
 
     @classmethod
-    def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor, value_dtype: torch.dtype | None = None,
-                    first: int = 0) -> torch.Tensor:
-        """Dequantise blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s dtype.
+    def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+                        value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
+        """Dequantise blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s
+        dtype.
 
-        tensors: what the format holds of a whole weight, its packed bytes (uint8, contiguous, in any shape) first.
-        out: any float dtype, contiguous, as many values as wanted from block `first` on, on the same device.
+        tensors: what the format holds of a whole weight, its packed bytes (uint8, contiguous, in
+        any shape) first.
+        out: any float dtype, contiguous, as many values as wanted from block `first` on, on the
+        same device.
         value_dtype: round the values to this dtype before. Returns `out`.
         """
         values = out.view(-1)
@@ -218,7 +248,8 @@ class Format:
             if value_dtype is None and len(part) == (stop - block) * cls.block_length:
                 cls.write(part, *blocks)
             else:
-                whole = torch.empty((stop - block) * cls.block_length, dtype=value_dtype or out.dtype, device=out.device)
+                whole = torch.empty((stop - block) * cls.block_length, dtype=value_dtype
+                                    or out.dtype, device=out.device)
                 cls.write(whole, *blocks)
                 part.copy_(whole[:len(part)])
         return out
@@ -230,7 +261,8 @@ class Format:
 
     @classmethod
     def rows(cls, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:
-        """The tensors of some rows of a weight whose rows of `columns` values are whole blocks. index: a slice or ids."""
+        """The tensors of some rows of a weight whose rows of `columns` values are whole blocks.
+        index: a slice or ids."""
         return [tensors[0].view(-1, columns // cls.block_length * cls.block_bytes)[index]]
 
 
@@ -240,22 +272,26 @@ def inverse(scales: torch.Tensor) -> torch.Tensor:
 
 
 def powers_of_two(peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The power of two that brings each number of `peaks` near 1, and its inverse: products with them are exact.
+    """The power of two that brings each number of `peaks` near 1, and its inverse: products with
+    them are exact.
 
-    peaks: float32, finite, none below 0. Returns two float32 tensors of its shape. They are from 2**-126 to 2**126, so that
-    subnormal numbers come near 2**-23 at least.
+    peaks: float32, finite, none below 0. Returns two float32 tensors of its shape. They are from
+    2**-126 to 2**126, so that subnormal numbers come near 2**-23 at least.
     """
     exponents = (peaks.view(torch.int32) >> 23).clamp_(1, 253)
     return (254 - exponents << 23).view(torch.float32), (exponents << 23).view(torch.float32)
 
 
 def rounded_away(values: torch.Tensor) -> torch.Tensor:
-    """int8 of float32 `values`, overwritten: the nearest integer, halves away from zero, as C's roundf."""
+    """int8 of float32 `values`, overwritten: the nearest integer, halves away from zero, as C's
+    roundf."""
     # The largest float below a half: with a half itself, the float below a half would become 1.
-    values += torch.copysign(torch.tensor(0.49999997, dtype=torch.float32, device=values.device), values)
+    values += torch.copysign(torch.tensor(0.49999997, dtype=torch.float32, device=values.device),
+                             values)
     return values.to(torch.int8)
 
 
 def peaks(values: torch.Tensor) -> torch.Tensor:
-    """Of each row the value of largest magnitude with its sign, the first of equal ones. Returns (n, 1)."""
+    """Of each row the value of largest magnitude with its sign, the first of equal ones. Returns
+    (n, 1)."""
     return values.gather(-1, values.abs().argmax(-1, keepdim=True))

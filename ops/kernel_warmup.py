@@ -8,8 +8,8 @@ from .packed_layout import is_packed
 
 
 def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None):
-    """model: of packed layers, which will run on `device` and compute in `dtype`; None where that is not known yet. What is not
-    told here is found out when a layer first asks."""
+    """model: of packed layers, which will run on `device` and compute in `dtype`; None where that
+    is not known yet. What is not told here is found out when a layer first asks."""
     cases = {}
     for layer in model.modules() if dtype is not None else ():
         if isinstance(layer, PackedLinear) and is_packed(layer.weight):
@@ -18,9 +18,13 @@ def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.d
     kernels.prepare(device, cases)
 
 
-def _cases(name: str, dtype: torch.dtype, value_dtype: torch.dtype | None, compute: str) -> list[Case]:
+def _cases(name: str, dtype: torch.dtype, value_dtype: torch.dtype | None,
+           compute: str) -> list[Case]:
     cases = [Case("dequantize", name, dtype, None if value_dtype == dtype else value_dtype),
              Case("linear", name, dtype, value_dtype)]
     if compute == "int8":
-        cases += [Case("int8_rows", name, torch.int8, value_dtype), Case("int8_tokens", None, dtype, None)]
+        cases += [
+            Case("int8_rows", name, torch.int8, value_dtype),
+            Case("int8_tokens", None, dtype, None)
+        ]
     return cases

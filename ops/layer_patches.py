@@ -1,11 +1,13 @@
-"""Patches on a packed weight: a low-rank branch beside the product, or arithmetic on the dequantised weight.
+"""Patches on a packed weight: a low-rank branch beside the product, or arithmetic on the
+dequantised weight.
 
-The host keeps, per weight, a list of patches `(strength, value, strength_model, offset, function)` that it would apply in
-order. Packed bytes are never changed; one list becomes one `LayerPatches`:
+The host keeps, per weight, a list of patches `(strength, value, strength_model, offset, function)`
+that it would apply in order. Packed bytes are never changed; one list becomes one `LayerPatches`:
 
-- plain LoRAs after the last patch that is not a sum become a branch, `y += (x A^T) B^T`, A and B concatenated over all
-  LoRAs of the layer along their ranks;
-- everything else is applied to the dequantised weight each time the layer runs, by the host's own `calculate_weight`.
+- plain LoRAs after the last patch that is not a sum become a branch, `y += (x A^T) B^T`, A and B
+  concatenated over all LoRAs of the layer along their ranks;
+- everything else is applied to the dequantised weight each time the layer runs, by the host's own
+  `calculate_weight`.
 """
 import logging
 
@@ -13,7 +15,16 @@ import comfy.lora
 import torch
 
 from . import stochastic_rounding
-from .adapters import adapter_tensors, corruption, is_plain_lora, is_sum, lora_factors, shape_mismatch, to_device, rows_of
+from .adapters import (
+    adapter_tensors,
+    corruption,
+    is_plain_lora,
+    is_sum,
+    lora_factors,
+    rows_of,
+    shape_mismatch,
+    to_device,
+)
 from .low_rank import LowRank
 from .pickle_names import found_anywhere
 
@@ -24,11 +35,13 @@ log = logging.getLogger(__name__)
 class LayerPatches:
     """What one layer adds to its packed weight of logical shape (N, K).
 
-    low_rank: the branch, of all plain LoRAs, or None. weight_patches: the host's patches for the dequantised weight, in order.
+    low_rank: the branch, of all plain LoRAs, or None. weight_patches: the host's patches for the
+    dequantised weight, in order.
     key: the weight's name in the model.
     """
 
-    def __init__(self, key: str, low_rank: LowRank | None = None, weight_patches=(), original_weights=None):
+    def __init__(self, key: str, low_rank: LowRank | None = None, weight_patches=(),
+                 original_weights=None):
         self.key = key
         self.low_rank = low_rank
         self.weight_patches = list(weight_patches)
@@ -39,14 +52,17 @@ class LayerPatches:
     @property
     def nbytes(self) -> int:
         """Bytes of the factors: on the compute device, unless they are offloaded."""
-        adapters = sum(tensor.nbytes for patch in self.weight_patches for tensor in adapter_tensors(patch[1]))
+        adapters = sum(tensor.nbytes for patch in self.weight_patches
+                       for tensor in adapter_tensors(patch[1]))
         return adapters + (0 if self.low_rank is None else self.low_rank.nbytes)
 
     def offload(self, device: torch.device):
-        """Leave the compute device for good: from now on the factors travel there whenever the layer runs."""
+        """Leave the compute device for good: from now on the factors travel there whenever the
+        layer runs."""
         if self.low_rank is not None:
             self.low_rank = self.low_rank.to(device)
-        self.weight_patches = [(strength, to_device(value, device), *rest) for strength, value, *rest in self.weight_patches]
+        self.weight_patches = [(strength, to_device(value, device), *rest)
+                               for strength, value, *rest in self.weight_patches]
         self.offloaded = True
 
     def branch(self, input: torch.Tensor) -> LowRank | None:
@@ -59,14 +75,17 @@ class LayerPatches:
         elif (low_rank.down.dtype, low_rank.down.device) != (input.dtype, input.device):
             self.low_rank = low_rank = low_rank.to(input)
         if input.requires_grad and torch.is_grad_enabled() and low_rank.down.is_inference():
-            low_rank = low_rank.clone()  # torch keeps no tensor of its inference mode for a gradient
+            # torch keeps no tensor of its inference mode for a gradient
+            low_rank = low_rank.clone()
         return low_rank
 
     def patch_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """A dequantised weight with the host's patches applied in order. `weight` may be changed in place."""
+        """A dequantised weight with the host's patches applied in order. `weight` may be changed in
+        place."""
         if not self.weight_patches:
             return weight
-        return comfy.lora.calculate_weight(self.weight_patches, weight, self.key, original_weights=self.original_weights)
+        return comfy.lora.calculate_weight(self.weight_patches, weight, self.key,
+                                           original_weights=self.original_weights)
 
     def patch_rows(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """`patch_weight` of the weight's rows from `start` on; only where `acts_on_rows`."""
@@ -74,27 +93,34 @@ class LayerPatches:
         return comfy.lora.calculate_weight(patches, rows, self.key)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """A dense weight with every patch in it, the branch too; the protocol of the host's weight functions."""
+        """A dense weight with every patch in it, the branch too; the protocol of the host's weight
+        functions."""
         merged = self.patch_weight(weight.to(torch.float32, copy=True))
         if self.low_rank is not None:
             self.low_rank.add_to(merged)
         return stochastic_rounding.stochastic_round(merged, weight.dtype)
 
 
-def build_patches(key: str, patches: list, shape: torch.Size, device: torch.device, dtype: torch.dtype, branch: bool = True,
+def build_patches(key: str, patches: list, shape: torch.Size, device: torch.device,
+                  dtype: torch.dtype, branch: bool = True,
                   original_weights: dict | None = None) -> LayerPatches | None:
-    """Turn the host's patch list of one packed weight into what its layer runs; None when nothing is left to do.
+    """Turn the host's patch list of one packed weight into what its layer runs; None when nothing
+    is left to do.
 
-    shape: logical shape of the weight. device, dtype: of the branch's factors. branch: whether the layer has a branch
-    (Linear and convolutions have). Of `patches`, those that are `usable_patches`.
+    shape: logical shape of the weight. device, dtype: of the branch's factors. branch: whether the
+    layer has a branch (Linear and convolutions have). Of `patches`, those that are
+    `usable_patches`.
     """
     patches = usable_patches(key, patches, shape)
     cut = max((index + 1 for index, patch in enumerate(patches) if not is_sum(patch)), default=0)
     branch_patches, weight_patches = [], []
     for index, patch in enumerate(patches):
         strength, value, _, offset, function = patch
-        along = 0 if offset is None else offset[0]  # further dimensions are those of a convolution's kernel
-        if not (branch and index >= cut and along < 2 and is_plain_lora(value) and function is None):
+        # further dimensions are those of a convolution's kernel
+        along = 0 if offset is None else offset[0]
+        if not (
+            branch and index >= cut and along < 2 and is_plain_lora(value) and function is None
+        ):
             weight_patches.append((strength, to_device(value, device), *patch[2:]))
         elif strength != 0:
             branch_patches.append(patch)
@@ -105,11 +131,13 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
 
 
 def usable_patches(key: str, patches: list, shape: torch.Size) -> list:
-    """The patches that can be applied to a weight of `shape`; the others are left out, with one warning each."""
+    """The patches that can be applied to a weight of `shape`; the others are left out, with one
+    warning each."""
     return [patch for patch in patches if _fits(key, patch, shape)]
 
 
-def _low_rank(patches: list, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> LowRank:
+def _low_rank(patches: list, shape: torch.Size, device: torch.device,
+              dtype: torch.dtype) -> LowRank:
     """The sum of plain LoRAs, each on the rows or columns that its patch names."""
     rows, columns, kernel = shape[0], shape[1:].numel(), shape[2:].numel()
     loras = []
@@ -127,9 +155,11 @@ def _low_rank(patches: list, shape: torch.Size, device: torch.device, dtype: tor
 
 
 def _fits(key: str, patch: tuple, shape: torch.Size) -> bool:
-    """Whether a patch can be applied to a weight of `shape`; the host would log an error at every step instead."""
+    """Whether a patch can be applied to a weight of `shape`; the host would log an error at every
+    step instead."""
     _, value, _, offset, _ = patch
     reason = shape_mismatch(value, shape, offset) or corruption(value)
     if reason is not None:
-        log.warning("[Featherweight] A LoRA is left out of %s, which is %s: %s.", key, " x ".join(map(str, shape)), reason)
+        log.warning("[Featherweight] A LoRA is left out of %s, which is %s: %s.", key,
+                    " x ".join(map(str, shape)), reason)
     return reason is None

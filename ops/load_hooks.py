@@ -6,28 +6,33 @@ import torch
 
 from . import product
 from .layers import PackedLayer
-from .packed_layout import squeeze_to, is_packed
+from .packed_layout import is_packed, squeeze_to
 
 
 def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model: what its modules own outside of our layers is dequantised on the way in.
+    """While the host builds and loads a model: what its modules own outside of our layers is
+    dequantised on the way in.
 
-    Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model as plain tensors.
+    Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model
+    as plain tensors.
     """
-    return before_each_load(lambda name, module: not isinstance(module, PackedLayer), _dequantize_own_parameters)
+    return before_each_load(lambda name, module: not isinstance(module, PackedLayer),
+                            _dequantize_own_parameters)
 
 
 def before_each_load(chosen, hook) -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model: `hook` runs before a chosen module takes its part of the state dict.
+    """While the host builds and loads a model: `hook` runs before a chosen module takes its part of
+    the state dict.
 
-    chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix, ...): as torch calls what
-    `register_load_state_dict_pre_hook` is given.
+    chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix,
+    ...): as torch calls what `register_load_state_dict_pre_hook` is given.
     """
     return _on_each_module(chosen, lambda module: module.register_load_state_dict_pre_hook(hook))
 
 
 def after_each_load(chosen, hook) -> contextlib.AbstractContextManager:
-    """The same for after that. hook(module, names): `names` has `missing_keys` and `unexpected_keys` of all that is loaded."""
+    """The same for after that. hook(module, names): `names` has `missing_keys` and
+    `unexpected_keys` of all that is loaded."""
     return _on_each_module(chosen, lambda module: module.register_load_state_dict_post_hook(hook))
 
 

@@ -14,24 +14,34 @@ from .layers import PACKED_LAYERS, MoEExperts, PackedLayer
 from .pickle_names import found_anywhere
 
 
-def packed_operations(value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
-                      mixed: bool = False, full_precision: bool = False, compute: str = "exact") -> type:
-    """The class for the host's `custom_operations`. The two dtypes and `compute` are those of `PackedLayer`.
+def packed_operations(value_dtype: torch.dtype | None = None,
+                      patch_dtype: torch.dtype | None = None, mixed: bool = False,
+                      full_precision: bool = False, compute: str = "exact") -> type:
+    """The class for the host's `custom_operations`. The two dtypes and `compute` are those of
+    `PackedLayer`.
 
-    mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose products are the host's.
+    mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose
+    products are the host's.
     full_precision: those do not quantise their inputs, as in the host's text encoders.
     """
     options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute}
     base, layers = comfy.ops.manual_cast, list(PACKED_LAYERS)
     if mixed:
         quantised = types.SimpleNamespace(quant_config={"mixed_ops": True})
-        base = comfy.ops.pick_operations(None, None, model_config=quantised)  # knows what the device can compute in
+        # knows what the device can compute in
+        base = comfy.ops.pick_operations(None, None, model_config=quantised)
         base._full_precision_mm = full_precision
-        layers[:2] = (type("Linear", (MixedLinear, base.Linear), {}), type("Embedding", (MixedEmbedding, base.Embedding), {}))
+        layers[:2] = (
+            type("Linear", (MixedLinear, base.Linear), {}),
+            type("Embedding", (MixedEmbedding, base.Embedding), {}),
+        )
         layers.remove(MoEExperts)  # such a file has its experts in the host's format too
     made_by = value_dtype, patch_dtype, mixed, full_precision, compute
-    layers = {layer.__name__: type(layer.__name__, (layer,), options | {"new": (new_layer, (layer.__name__, *made_by))})
-              for layer in layers}
+    layers = {
+        layer.__name__: type(layer.__name__, (layer,),
+                             options | {"new": (new_layer, (layer.__name__, *made_by))})
+        for layer in layers
+    }
     return type("PackedOperations", (base,), layers)
 
 

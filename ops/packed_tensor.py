@@ -1,7 +1,7 @@
 """`PackedTensor`: the quantised tensor that nodes may handle like any other.
 
-What a node does to it gives what the dense tensor of its values gives, or one sentence that says why it cannot, and never a
-lost write or the end of the process.
+What a node does to it gives what the dense tensor of its values gives, or one sentence that says
+why it cannot, and never a lost write or the end of the process.
 """
 import contextlib
 import dataclasses
@@ -12,19 +12,23 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 _aten = torch.ops.aten
 _TO_WRITE = "give the layer a new Parameter made from its `dequantize()`, or add a patch to the model, as LoRA nodes do"
-_TO_SAVE = ("save the model with a node that saves models (ComfyUI's or KJNodes'), or take the dense tensor that its"
-            " `dequantize()` gives")
+_TO_SAVE = (
+    "save the model with a node that saves models (ComfyUI's or KJNodes'), or take the dense"
+    " tensor that its `dequantize()` gives")
 
 
 class PackedTensor(QuantizedTensor):
-    """A quantised tensor that can be read as the dense one it stands for, and neither written to nor read as memory.
+    """A quantised tensor that can be read as the dense one it stands for, and neither written to
+    nor read as memory.
 
-    Copies, moves and other float dtypes stay packed; every other operation gives dense values, views as `DensePart`. Raises
-    NotImplementedError, as torch does for tensors without memory of their own, for whatever writes to the values or asks for
-    their address: memory of the dense size, which is what others would read there, does not exist.
+    Copies, moves and other float dtypes stay packed; every other operation gives dense values,
+    views as `DensePart`. Raises NotImplementedError, as torch does for tensors without memory of
+    their own, for whatever writes to the values or asks for their address: memory of the dense
+    size, which is what others would read there, does not exist.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operations give what the dispatch below gives
+    # operations give what the dispatch below gives
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, qdata, layout_cls, params):
@@ -45,12 +49,19 @@ class PackedTensor(QuantizedTensor):
                 return func(target, source.dequantize(), *args[2:], **kwargs)
             _check_copy(target, source)
         elif func is _aten._has_compatible_shallow_copy_type.default:
-            return all(isinstance(tensor, QuantizedTensor) for tensor in args)  # no plain tensor takes this for its memory
+            # no plain tensor takes this for its memory
+            return all(isinstance(tensor, QuantizedTensor) for tensor in args)
         elif _writes(func):
-            if any(isinstance(tensor, QuantizedTensor) for tensor in _written(func._schema, args, kwargs)):
-                raise _refusal(f"{func._schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
+            if any(
+                    isinstance(tensor, QuantizedTensor)
+                    for tensor in _written(func._schema, args, kwargs)):
+                raise _refusal(f"{func._schema.name.removeprefix('aten::')} would write to",
+                               _TO_WRITE)
         elif func.overloadpacket in (_aten.to, _aten._to_copy) and not all(
-                value.is_floating_point for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
+            value.is_floating_point
+            for value in (*args, *kwargs.values())
+            if isinstance(value, torch.dtype)
+        ):
             return cls._dequant_and_fallback(func, args, kwargs)
         elif _views(func):
             with _mode_of(args[0]):
@@ -64,7 +75,8 @@ class PackedTensor(QuantizedTensor):
 
     @staticmethod
     def __tensor_unflatten__(inner_tensors, context, outer_size, outer_stride):
-        quantised = QuantizedTensor.__tensor_unflatten__(inner_tensors, context, outer_size, outer_stride)
+        quantised = QuantizedTensor.__tensor_unflatten__(inner_tensors, context, outer_size,
+                                                         outer_stride)
         return PackedTensor(quantised._qdata, quantised._layout_cls, quantised._params)
 
     @property
@@ -74,12 +86,15 @@ class PackedTensor(QuantizedTensor):
 
     @property
     def _inner(self) -> list[torch.Tensor]:
-        return [self._qdata, *(getattr(self._params, field) for field in self._params._tensor_fields())]
+        return [
+            self._qdata, *(getattr(self._params, field) for field in self._params._tensor_fields())
+        ]
 
     # --- reading ---
 
     def numpy(self, **kwargs):
-        """The values as an array of its own. It is read-only, since a write would not come back here."""
+        """The values as an array of its own. It is read-only, since a write would not come back
+        here."""
         return _read_only_array(self.dequantize(), kwargs)
 
     def tolist(self):
@@ -105,7 +120,8 @@ class PackedTensor(QuantizedTensor):
         return copied
 
     def __reduce_ex__(self, protocol):
-        """Files and other processes get the dense tensor, which needs nothing of ours to be read."""
+        """Files and other processes get the dense tensor, which needs nothing of ours to be
+        read."""
         return _parameter_like(self, self.dequantize()).__reduce_ex__(protocol)
 
     # --- what would write, or read memory ---
@@ -141,10 +157,12 @@ class PackedTensor(QuantizedTensor):
 
 
 class DensePart(torch.Tensor):
-    """A view of a packed tensor, as slices, `t()`, `view` and the like give it: its dense values, in memory of their own.
+    """A view of a packed tensor, as slices, `t()`, `view` and the like give it: its dense values,
+    in memory of their own.
 
-    Since a write there would not reach the weight, it raises NotImplementedError, and so do views of it. What is computed from
-    it is a plain tensor, and so is what conversions and copies give. A Parameter that is made of it is whoever made it's own.
+    Since a write there would not reach the weight, it raises NotImplementedError, and so do views
+    of it. What is computed from it is a plain tensor, and so is what conversions and copies give. A
+    Parameter that is made of it is whoever made it's own.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -161,9 +179,12 @@ class DensePart(torch.Tensor):
         if func is _aten._has_compatible_shallow_copy_type.default:
             return False  # no other tensor takes its place, nor it another's
         if _writes(func) and any(
-                isinstance(tensor, cls) and not _is_parameter(tensor) for tensor in _written(func._schema, args, kwargs)):
+            isinstance(tensor, cls) and not _is_parameter(tensor)
+            for tensor in _written(func._schema, args, kwargs)
+        ):
             raise _refusal(f"{func._schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
-        plain_args, plain_kwargs = torch.utils._pytree.tree_map_only(cls, lambda part: part._values, (args, kwargs))
+        plain_args, plain_kwargs = torch.utils._pytree.tree_map_only(cls, lambda part: part._values,
+                                                                     (args, kwargs))
         if _writes(func) or not _views(func) or _is_parameter(args[0]):
             return func(*plain_args, **plain_kwargs)
         with _mode_of(args[0]):
@@ -208,12 +229,14 @@ def _of_plain_values(name: str):
     return method
 
 
-for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous", "__dlpack__"):
+for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
+              "contiguous", "__dlpack__"):
     setattr(DensePart, _name, _of_plain_values(_name))
 
 
 def _parts(values):
-    """What an operation gave, with each plain tensor as a part; those of torch.compile stay as they are."""
+    """What an operation gave, with each plain tensor as a part; those of torch.compile stay as they
+    are."""
     if isinstance(values, (list, tuple)):
         return type(values)(map(_parts, values))
     return DensePart(values) if type(values) is torch.Tensor else values
@@ -233,10 +256,12 @@ def _read_only_array(values: torch.Tensor, kwargs: dict):
     return array
 
 
-def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None, shape=None) -> QuantizedTensor:
+def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None,
+               shape=None) -> QuantizedTensor:
     """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
     params = tensor._params
-    params = dataclasses.replace(params, orig_dtype=dtype or params.orig_dtype, orig_shape=tuple(shape or params.orig_shape))
+    params = dataclasses.replace(params, orig_dtype=dtype or params.orig_dtype,
+                                 orig_shape=tuple(shape or params.orig_shape))
     return type(tensor)(tensor._qdata, tensor._layout_cls, params)
 
 
@@ -252,7 +277,11 @@ def _views(func) -> bool:
 
 def _mode_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """The mode in which torch takes what is made for a view of `tensor`."""
-    return torch.inference_mode(tensor.is_inference()) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    return (
+        torch.inference_mode(tensor.is_inference())
+        if torch.is_inference_mode_enabled()
+        else contextlib.nullcontext()
+    )
 
 
 def _written(schema, args, kwargs):
@@ -265,20 +294,26 @@ def _written(schema, args, kwargs):
 
 def _check_copy(target: QuantizedTensor, source):
     """Raise NotImplementedError where `target.copy_(source)` cannot copy the bytes."""
-    if not isinstance(source, QuantizedTensor) or (source._layout_cls, source.shape) != (target._layout_cls, target.shape):
+    if not isinstance(source, QuantizedTensor) or (source._layout_cls, source.shape) != (
+        target._layout_cls,
+        target.shape,
+    ):
         raise _refusal("copy_ from a tensor that is not packed alike would write to", _TO_WRITE)
     if isinstance(target, PackedTensor) and not all(map(_is_writable, target._inner)):
         raise _refusal("copy_ would write to the file itself, beside", _TO_WRITE)
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether torch made the memory itself. Writing into the pages of a file, which come from outside, ends the process."""
+    """Whether torch made the memory itself. Writing into the pages of a file, which come from
+    outside, ends the process."""
     return tensor.device.type != "cpu" or tensor.untyped_storage().resizable()
 
 
 def _refusal(what: str, instead: str) -> NotImplementedError:
     return NotImplementedError(
-        f"A weight is held packed, in the bytes of its file, and {what} its dense values, which lie nowhere; {instead}.")
+        f"A weight is held packed, in the bytes of its file, and {what} its dense values, which"
+        f" lie nowhere; {instead}."
+    )
 
 
 def _refusing(name: str, what: str, instead: str):
@@ -289,24 +324,62 @@ def _refusing(name: str, what: str, instead: str):
     return method
 
 
-_OPERATORS = ("add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
-_IN_PLACE = {*(name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")),
-             *(f"__i{operator}__" for operator in _OPERATORS)} - {"copy_", "detach_", "requires_grad_"}
+_OPERATORS = (
+    "add",
+    "and",
+    "div",
+    "floordiv",
+    "lshift",
+    "mod",
+    "mul",
+    "or",
+    "pow",
+    "rshift",
+    "sub",
+    "truediv",
+    "xor",
+)
+_IN_PLACE = {
+    *(name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")),
+    *(f"__i{operator}__" for operator in _OPERATORS),
+} - {"copy_", "detach_", "requires_grad_"}
 for _name in _IN_PLACE:
     setattr(PackedTensor, _name, _refusing(_name, "would write to", _TO_WRITE))
 PackedTensor.__setitem__ = _refusing("an assignment to a part of it", "would write to", _TO_WRITE)
-for _name in ("data_ptr", "const_data_ptr", "storage", "_typed_storage", "__dlpack__", "share_memory_"):
+for _name in ("data_ptr", "const_data_ptr", "storage", "_typed_storage", "__dlpack__",
+              "share_memory_"):
     setattr(PackedTensor, _name, _refusing(_name, "asks for the memory of", _TO_SAVE))
 
 
 class _NoMemory(torch.UntypedStorage):
-    """The storage of a packed tensor: it says how large it would be, which torch.compile asks, and has no memory."""
+    """The storage of a packed tensor: it says how large it would be, which torch.compile asks, and
+    has no memory."""
 
 
-_HARMLESS = ("_cdata", "_expired", "_fix_weakref", "_free_weak_ref", "_shared_decref", "_weak_ref", "device", "element_size",
-             "is_cuda", "is_hpu", "is_pinned", "is_shared", "is_sparse", "is_sparse_csr", "nbytes", "resizable", "size", "type",
-             "untyped")
-for _name in (*(name for name in dir(torch.UntypedStorage) if not name.startswith("__")), "__copy__", "__deepcopy__",
-              "__getitem__", "__iter__", "__reduce_ex__", "__repr__", "__setitem__", "__str__"):
+_HARMLESS = (
+    "_cdata",
+    "_expired",
+    "_fix_weakref",
+    "_free_weak_ref",
+    "_shared_decref",
+    "_weak_ref",
+    "device",
+    "element_size",
+    "is_cuda",
+    "is_hpu",
+    "is_pinned",
+    "is_shared",
+    "is_sparse",
+    "is_sparse_csr",
+    "nbytes",
+    "resizable",
+    "size",
+    "type",
+    "untyped",
+)
+for _name in (*(name for name in dir(torch.UntypedStorage) if not name.startswith("__")),
+              "__copy__", "__deepcopy__", "__getitem__", "__iter__", "__reduce_ex__", "__repr__",
+              "__setitem__", "__str__"):
     if _name not in (*_HARMLESS, *vars(_NoMemory)):
-        setattr(_NoMemory, _name, _refusing(f"{_name} of its storage", "asks for the memory of", _TO_SAVE))
+        setattr(_NoMemory, _name,
+                _refusing(f"{_name} of its storage", "asks for the memory of", _TO_SAVE))

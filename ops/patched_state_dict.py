@@ -6,18 +6,26 @@ import torch
 
 
 class PatchedWeights(MutableMapping, dict):
-    """A state dict that gives packed weights dense, with their patches in them, whenever they are read.
+    """A state dict that gives packed weights dense, with their patches in them, whenever they are
+    read.
 
-    In every way of reading a dict: lookups, `get`, `items`, `values`, `dict(...)`, `**`. Going over `items` or
-    `values` dequantises one weight at a time, `copy` and `|` none before they are read, and whoever only lists names or counts them
-    none.
+    In every way of reading a dict: lookups, `get`, `items`, `values`, `dict(...)`, `**`. Going over
+    `items` or `values` dequantises one weight at a time, `copy` and `|` none before they are read,
+    and whoever only lists names or counts them none.
 
-    weights: name -> tensor. lazy: the names of those that `dense` (name -> tensor) makes when they are read.
+    weights: name -> tensor. lazy: the names of those that `dense` (name -> tensor) makes when they
+    are read.
     """
 
-    __len__, __contains__, __reversed__, clear = dict.__len__, dict.__contains__, dict.__reversed__, dict.clear
+    __len__, __contains__, __reversed__, clear = (
+        dict.__len__,
+        dict.__contains__,
+        dict.__reversed__,
+        dict.clear,
+    )
 
-    def __init__(self, weights: dict[str, torch.Tensor], lazy: Iterable[str], dense: Callable[[str], torch.Tensor]):
+    def __init__(self, weights: dict[str, torch.Tensor], lazy: Iterable[str],
+                 dense: Callable[[str], torch.Tensor]):
         dict.__init__(self, weights)
         self._lazy = dict.fromkeys(lazy)
         self._dense = dense
@@ -34,20 +42,23 @@ class PatchedWeights(MutableMapping, dict):
         self._lazy.pop(key, None)
         dict.__delitem__(self, key)
 
-    def __iter__(self):  # where a subclass has its own, dict(...) and ** ask `__getitem__` for each value
+    # where a subclass has its own, dict(...) and ** ask `__getitem__` for each value
+    def __iter__(self):
         return dict.__iter__(self)
 
     def _apart(self, key: str, dense: torch.Tensor) -> torch.Tensor:
         """`dense` in a storage of a size that no other lazy weight has.
 
-        A dequantised weight may lie where the one before it lay. safetensors takes two of one address and size for one.
+        A dequantised weight may lie where the one before it lay. safetensors takes two of one
+        address and size for one.
         """
         names = list(self._lazy)
         size = -(-dense.numel() // len(names)) * len(names) + names.index(key)
         return dense.new_empty(size)[:dense.numel()].view(dense.shape).copy_(dense)
 
     def copy(self) -> "PatchedWeights":
-        return PatchedWeights({key: dict.__getitem__(self, key) for key in self}, self._lazy, self._dense)
+        return PatchedWeights({key: dict.__getitem__(self, key) for key in self}, self._lazy,
+                              self._dense)
 
     __copy__ = copy
 

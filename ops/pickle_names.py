@@ -1,7 +1,7 @@
 """Names by which a pickle finds what is ours.
 
-The host names the modules of a node pack by the pack's folder, which lies elsewhere on another machine. What is pickled is
-found under one name in every process that has imported this pack.
+The host names the modules of a node pack by the pack's folder, which lies elsewhere on another
+machine. What is pickled is found under one name in every process that has imported this pack.
 """
 import sys
 import types

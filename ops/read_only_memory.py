@@ -1,4 +1,5 @@
-"""Tensors in memory that may not be written, such as a mapped file: torch itself does not remember."""
+"""Tensors in memory that may not be written, such as a mapped file: torch itself does not
+remember."""
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -17,7 +18,8 @@ def mark_read_only(tensor: torch.Tensor, guard: MemoryGuard):
 
 
 def is_read_only(tensor: torch.Tensor) -> bool:
-    """Whether this tensor, or the one it is a view of, was marked. Packed tensors: ask for their bytes."""
+    """Whether this tensor, or the one it is a view of, was marked. Packed tensors: ask for their
+    bytes."""
     return _guard(tensor) is not None
 
 

@@ -1,25 +1,28 @@
 """Rows of weights, packed or not, taken and put together without dequantising them.
 
-Where the blocks of a packed format cross rows, and where parts have different formats, the result is dense.
+Where the blocks of a packed format cross rows, and where parts have different formats, the result
+is dense.
 """
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .product import dequantize
 from .packed_layout import is_packed, packed_tensor, packed_tensors
+from .product import dequantize
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The values of a tensor that may be packed, in the dtype it shows: float32 for what comes packed from a file."""
+    """The values of a tensor that may be packed, in the dtype it shows: float32 for what comes
+    packed from a file."""
     return dequantize(tensor, tensor.dtype) if is_packed(tensor) else tensor
 
 
 def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     """`tensor[index]` along the first dimension. A slice of a packed tensor shares its bytes.
 
-    tensor: (R, ...). index: a slice without a step, or int64 (n,). Returns (n, ...) in the format and dtype of `tensor`.
+    tensor: (R, ...). index: a slice without a step, or int64 (n,). Returns (n, ...) in the format
+    and dtype of `tensor`.
     """
     count = len(range(*index.indices(len(tensor)))) if isinstance(index, slice) else len(index)
     if isinstance(index, slice) and count == len(tensor):
@@ -34,7 +37,8 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all parts, one below the other.
 
-    parts: each (R_i, ...), alike in all other dimensions. Returns (sum of R_i, ...) in the dtype of the first.
+    parts: each (R_i, ...), alike in all other dimensions. Returns (sum of R_i, ...) in the dtype of
+    the first.
     """
     if len(parts) == 1:
         return parts[0]
@@ -43,7 +47,8 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
     data, *scale = (torch.cat(piece) for piece in zip(*(_rows(part, columns) for part in parts)))
-    return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype, *scale)
+    return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]),
+                         parts[0].dtype, *scale)
 
 
 def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
@@ -58,8 +63,10 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack([dense(part) for part in parts], -2).reshape(shape)
     count = parts[0].shape[:-1].numel()
     pieces = zip(*(_rows(part, columns) for part in parts))
-    data, *scale = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1) for same in pieces)
-    return packed_tensor(packed_format, data, shape, parts[0].dtype, *(part.flatten() for part in scale))
+    data, *scale = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1)
+                    for same in pieces)
+    return packed_tensor(packed_format, data, shape, parts[0].dtype,
+                         *(part.flatten() for part in scale))
 
 
 def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
@@ -68,11 +75,18 @@ def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
 
 
 def _common_format(parts: Sequence[Tensor], axis: int):
-    """The packed format of all parts, None where they differ or their rows cannot be moved as bytes."""
-    formats = {part.layout_cls.format if rows_are_whole_blocks(part, axis) else None for part in parts}
+    """The packed format of all parts, None where they differ or their rows cannot be moved as
+    bytes."""
+    formats = {
+        part.layout_cls.format if rows_are_whole_blocks(part, axis) else None for part in parts
+    }
     return formats.pop() if len(formats) == 1 else None
 
 
 def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> bool:
-    """Whether what is in the dimensions from `axis` on is whole blocks. False for tensors that are not packed."""
-    return is_packed(tensor) and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0
+    """Whether what is in the dimensions from `axis` on is whole blocks. False for tensors that are
+    not packed."""
+    return (
+        is_packed(tensor)
+        and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0
+    )

@@ -1,30 +1,38 @@
 """Rounding to 16 bits, and to whole steps, that loses nothing weak on average.
 
-A value that already lies on the grid of bfloat16 swallows any change below half a step: rounded to the nearest, the sum is the
-old value again, and a weak LoRA is gone. Here a value between two steps goes to either, each as often as it is near, so that
-the mean of many values keeps the change. The choice is made by the value's own bits: the same value is always rounded alike,
-on every device and however a tensor is cut.
+A value that already lies on the grid of bfloat16 swallows any change below half a step: rounded to
+the nearest, the sum is the old value again, and a weak LoRA is gone. Here a value between two steps
+goes to either, each as often as it is near, so that the mean of many values keeps the change. The
+choice is made by the value's own bits: the same value is always rounded alike, on every device and
+however a tensor is cut.
 """
 import torch
 
-_MIX = -1640531527  # 2^32 divided by the golden ratio, as Knuth's multiplicative hash has it; odd, so that it is a bijection
+# 2^32 divided by the golden ratio, as Knuth's multiplicative hash has it; odd, so that it is a
+# bijection
+_MIX = -1640531527
 _CHANCE_BITS = 16
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
-# float16 is subnormal below 2^-14, in steps of 2^-24. There the hash, from -2^31 to 2^31 - 1, is the noise that is added before
-# the cast rounds: so much less than half a step that what lies on the grid stays, in what float32 makes of the sum too.
+# float16 is subnormal below 2^-14, in steps of 2^-24. There the hash, from -2^31 to 2^31 - 1, is
+# the noise that is added before the cast rounds: so much less than half a step that what lies on
+# the grid stays, in what float32 makes of the sum too.
 _LEAST_NORMAL, _NOISE = 2.0 ** -14, 2.0 ** -56 * (1 - 1.5 * 2.0 ** -13)
-_PIECE = 1 << 18  # values that a CPU rounds at a time: what it computes in between stays in its cache
+# values that a CPU rounds at a time: what it computes in between stays in its cache
+_PIECE = 1 << 18
 
 
 def stochastic_round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`values` in `dtype`, without bias for bfloat16 and float16; as `to` has it for all others, and the gradient for all.
+    """`values` in `dtype`, without bias for bfloat16 and float16; as `to` has it for all others,
+    and the gradient for all.
 
-    values: float32, any shape; may be overwritten. Infinities and NaN stay what they are; what is larger than the largest
-    finite number of `dtype` is rounded to the nearest.
+    values: float32, any shape; may be overwritten. Infinities and NaN stay what they are; what is
+    larger than the largest finite number of `dtype` is rounded to the nearest.
     """
     if dtype not in _DROPPED_BITS or values.dtype != torch.float32:
         return values.to(dtype)
-    return _StochasticRound.apply(values, dtype) if values.requires_grad else _by_bits(values, dtype)
+    return (
+        _StochasticRound.apply(values, dtype) if values.requires_grad else _by_bits(values, dtype)
+    )
 
 
 class _StochasticRound(torch.autograd.Function):
@@ -40,7 +48,8 @@ class _StochasticRound(torch.autograd.Function):
 
 
 def stochastic_round_to_integers(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Whole numbers of steps for values, without bias. values, step: float32, of shapes that go together. Returns float32."""
+    """Whole numbers of steps for values, without bias. values, step: float32, of shapes that go
+    together. Returns float32."""
     steps = values / step
     lower = steps.floor()
     chance = _upper(_hash(values), _CHANCE_BITS)
@@ -60,7 +69,12 @@ def _upper(hashes: torch.Tensor, count: int) -> torch.Tensor:
 def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty_like(values, dtype=dtype)
     pieces = [(values, out)]
-    if values.device.type == "cpu" and values.is_contiguous() and out.is_contiguous() and not torch.compiler.is_compiling():
+    if (
+        values.device.type == "cpu"
+        and values.is_contiguous()
+        and out.is_contiguous()
+        and not torch.compiler.is_compiling()
+    ):
         pieces = zip(values.view(-1).split(_PIECE), out.view(-1).split(_PIECE))
     for piece, rounded in pieces:
         rounded.copy_(_on_the_grid(piece, dtype))
@@ -82,7 +96,8 @@ def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def add_small(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """`value + change` in the dtype of `value`, where the change may be far below a step of the value."""
+    """`value + change` in the dtype of `value`, where the change may be far below a step of the
+    value."""
     if value.dtype.itemsize > 2:
         return value + change
     return stochastic_round(value.float() + change, value.dtype)

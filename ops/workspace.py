@@ -1,4 +1,5 @@
-"""Where weights are dequantised to be used at once: a buffer on the CPU, and how much of a weight goes into it at a time."""
+"""Where weights are dequantised to be used at once: a buffer on the CPU, and how much of a weight
+goes into it at a time."""
 import contextlib
 import math
 import threading
@@ -9,15 +10,18 @@ import torch
 
 from .format import Format
 
-# A weight is dequantised into at most this many bytes at a time. Larger weights go through the product in slices of rows.
+# A weight is dequantised into at most this many bytes at a time. Larger weights go through the
+# product in slices of rows.
 CPU_WORKSPACE_BYTES = 64 << 20
 DEVICE_WORKSPACE_BYTES = 256 << 20
 
 
 class Workspace:
-    """One reused CPU buffer for dequantised weights. Fresh pages for every weight would cost more than dequantising it.
+    """One reused CPU buffer for dequantised weights. Fresh pages for every weight would cost more
+    than dequantising it.
 
-    Elsewhere torch's caching allocator does the same, and gives the memory back when the host asks for it.
+    Elsewhere torch's caching allocator does the same, and gives the memory back when the host asks
+    for it.
     """
 
     def __init__(self):
@@ -51,8 +55,10 @@ def shared_workspace() -> Workspace:
 
 
 @contextlib.contextmanager
-def workspace(device: torch.device) -> Iterator[Callable[[tuple[int, ...], torch.dtype], torch.Tensor]]:
-    """Inside this block: take(shape, dtype) -> an uninitialised tensor on `device`, valid until the next call."""
+def workspace(
+        device: torch.device) -> Iterator[Callable[[tuple[int, ...], torch.dtype], torch.Tensor]]:
+    """Inside this block: take(shape, dtype) -> an uninitialised tensor on `device`, valid until the
+    next call."""
     if device.type != "cpu":
         yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
         return
@@ -66,10 +72,13 @@ def workspace_bytes(device: torch.device) -> int:
     return CPU_WORKSPACE_BYTES if device.type == "cpu" else DEVICE_WORKSPACE_BYTES
 
 
-def rows_within(nbytes: int, packed_format: type[Format], columns: int, row_bytes: int, multiple: int = 1) -> int:
-    """How many rows fit into `nbytes`, and as few as may be where none do, in slices that begin and end between blocks.
+def rows_within(nbytes: int, packed_format: type[Format], columns: int, row_bytes: int,
+                multiple: int = 1) -> int:
+    """How many rows fit into `nbytes`, and as few as may be where none do, in slices that begin and
+    end between blocks.
 
     row_bytes: what a row takes there. multiple: slices are a multiple of this many rows.
     """
-    whole = math.lcm(packed_format.block_length // math.gcd(packed_format.block_length, columns), multiple)
+    whole = math.lcm(packed_format.block_length // math.gcd(packed_format.block_length, columns),
+                     multiple)
     return max(1, nbytes // (row_bytes * whole)) * whole

@@ -6,17 +6,16 @@ import os
 import sys
 from unittest import mock
 
+import comfy.model_management
 import comfyui_and_pack  # noqa: F401  first: puts both where they can be imported
+import comfyui_version
 import fake_gpus
+import folder_paths
 import processes
 import pytest
+import torch
+
 from devtools.host.environment import HOST_VERSION
-
-import comfy.model_management  # noqa: E402
-import comfyui_version  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 1 << 30  # bytes
@@ -24,7 +23,8 @@ LARGEST_KEPT = 1 << 30  # bytes
 
 def pytest_configure():
     keep_freed_memory()
-    os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")  # the reference; the tests of kernels ask for them
+    # the reference; the tests of kernels ask for them
+    os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")
 
 
 def keep_freed_memory():
@@ -35,9 +35,11 @@ def keep_freed_memory():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--heavy", action="store_true", help="also run tests that need minutes or gigabytes")
-    parser.addoption("--fake-gpus", metavar="2x4-late-dynamic",
-                     help="the servers of tests/server run on fake GPUs and draw what the CPU draws")
+    parser.addoption("--heavy", action="store_true",
+                     help="also run tests that need minutes or gigabytes")
+    parser.addoption(
+        "--fake-gpus", metavar="2x4-late-dynamic",
+        help="the servers of tests/server run on fake GPUs and draw what the CPU draws")
 
 
 @pytest.hookimpl(trylast=True)  # of what was chosen
@@ -71,16 +73,22 @@ def pytest_runtest_logreport(report):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """What an older ComfyUI lacks is skipped on it; the one these tests were written with lacks nothing they name."""
+    """What an older ComfyUI lacks is skipped on it; the one these tests were written with lacks
+    nothing they name."""
     report = yield
-    if report.skipped and "this ComfyUI has no" in str(report.longrepr) and comfyui_version.__version__ == HOST_VERSION:
+    if (
+        report.skipped
+        and "this ComfyUI has no" in str(report.longrepr)
+        and comfyui_version.__version__ == HOST_VERSION
+    ):
         report.outcome = "failed"
     return report
 
 
 @pytest.fixture
 def one_thread():
-    """For tests whose operations are many and small: threads would only wait for each other, most of all on a busy machine."""
+    """For tests whose operations are many and small: threads would only wait for each other, most
+    of all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -91,24 +99,28 @@ def one_thread():
 def small_models():
     """For tests that run small models: on one thread, and nothing stays loaded in the host."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products this small only wait for other threads, most of all on a busy machine
+    # products this small only wait for other threads, most of all on a busy machine
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    gc.disable()  # a model that dies while the host unloads others makes the host lose count of them
+    # a model that dies while the host unloads others makes the host lose count of them
+    gc.disable()
     comfy.model_management.unload_all_models()
     gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def forgotten_folders():
-    """The host remembers what it listed, and looks again at folders that tests have removed since."""
+    """The host remembers what it listed, and looks again at folders that tests have removed
+    since."""
     yield
     folder_paths.filename_list_cache.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_tokenizers():
-    """The host reads a tokenizer from its folder for every encoder, which takes longer than a small encoder."""
+    """The host reads a tokenizer from its folder for every encoder, which takes longer than a small
+    encoder."""
     from transformers import PreTrainedTokenizerBase
 
     read = PreTrainedTokenizerBase.from_pretrained.__func__

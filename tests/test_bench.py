@@ -5,25 +5,33 @@ import sys
 import comfy.model_management
 import pytest
 import torch
-from featherweight.ops import int8
-from featherweight.ops.kernels import selector
 from PIL import Image
 
 from devtools.measure.bench import __main__ as bench
 from devtools.measure.bench.picture import FASTER, SLOWER
+from featherweight.ops import int8
+from featherweight.ops.kernels import selector
 
-# Named here, so that a case that gets lost is missed. "memory" is a process of its own, as a part of "scale" is.
-CASES = ["shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack", "passes", "layer_passes",
-         "header", "load", "scale", pytest.param("memory", marks=pytest.mark.heavy)]
+# Named here, so that a case that gets lost is missed. "memory" is a process of its own, as a part
+# of "scale" is.
+CASES = [
+    "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
+    "passes", "layer_passes", "header", "load", "scale",
+    pytest.param("memory", marks=pytest.mark.heavy)
+]
 
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
     left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", "memory"}
-    arguments = ["--quick", "--rounds", "1", "--out", str(folder), "--only", *(bench.CASES.keys() - left_out)]
+    arguments = [
+        "--quick", "--rounds", "1", "--out",
+        str(folder), "--only", *(bench.CASES.keys() - left_out)
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other slow a busy machine down
+        # threads that wait for each other slow a busy machine down
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(sys, "argv", ["bench", *arguments])
         patch.setattr(selector, "EXACT_WAIT_SECONDS", 0)
         bench.main()
@@ -48,14 +56,18 @@ def test_a_case_gives_figures_and_a_table(results, case):
 
 def test_the_picture_has_bars(results):
     with Image.open(results / "bench.png") as picture:
-        colours = {"#%02x%02x%02x" % colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+        colours = {
+            "#{:02x}{:02x}{:02x}".format(*colour) for _, colour in picture.convert("RGB").getcolors(1 << 20)
+        }
     assert colours & {FASTER, SLOWER}
 
 
 def test_packed_products_are_compared_with_dense_ones_for_every_shape_and_number_of_rows(results):
     rows = json.loads((results / "bench.json").read_text())["shapes"]["rows"]
     assert {"256 x 512, float32, M = 1", "256 x 512, float32, M = 16"} <= set(rows)
-    assert all(list(row) == ["dense", "Q8_0", "Q4_K", "NF4"] for title, row in rows.items() if not title.endswith("M = 128"))
+    assert all(
+        list(row) == ["dense", "Q8_0", "Q4_K", "NF4"] for title, row in rows.items()
+        if not title.endswith("M = 128"))
     if int8.multiplies_integers(torch.device("cpu")):
         assert list(rows["256 x 512, float32, M = 128"]) == ["dense", *(
             name for fmt in ("Q8_0", "Q4_K", "NF4") for name in (fmt, f"{fmt} int8"))]

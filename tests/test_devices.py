@@ -1,15 +1,17 @@
-"""Devices that a workflow names: taken where they are, and where they are not the default, with a sentence on the node."""
+"""Devices that a workflow names: taken where they are, and where they are not the default, with a
+sentence on the node."""
 
 import comfy.sd
 import folder_paths
 import pytest
 import torch
-from devtools.files import tiny_models
-from devtools.files.gguf_files import write_random_gguf
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from families import FAMILIES
 from families import random_weights as family_weights
+
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders import devices, folders
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
@@ -33,21 +35,27 @@ def texts(monkeypatch):
 def encoder(tmp_path, monkeypatch):
     """Name of a small text encoder in the host's folders, and small sizes for the host's own."""
     keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers"]
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {key: ([str(tmp_path)], {".safetensors"}) for key in keys})
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
+                        {key: ([str(tmp_path)], {".safetensors"}) for key in keys})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     folders.register_folders()
     case = ENCODERS["clip-l"]
     write_encoder(tmp_path / "clip_l.gguf", case, random_weights(case))
     load = load_text_encoder.load_text_encoder
-    monkeypatch.setattr(load_text_encoder, "load_text_encoder", lambda paths, kind, embeddings, vision, options, *rest: load(
-        paths, kind, embeddings, vision, {**case.model_options, **options}, *rest))
+    monkeypatch.setattr(
+        load_text_encoder,
+        "load_text_encoder", lambda paths, kind, embeddings, vision, options, *rest: load(
+            paths, kind, embeddings, vision, {**case.model_options, **options}, *rest))
     return "clip_l.gguf"
 
 
-NAMES = {"default": None, "cpu": CPU, "gpu:0": FIRST, "gpu:1": SECOND, "cuda:1": SECOND, "xpu:1": SECOND, "mps": FIRST}
+NAMES = {
+    "default": None, "cpu": CPU, "gpu:0": FIRST, "gpu:1": SECOND, "cuda:1": SECOND, "xpu:1": SECOND,
+    "mps": FIRST
+}
 
 
-@pytest.mark.parametrize("name, expected", NAMES.items())
+@pytest.mark.parametrize(("name", "expected"), NAMES.items())
 def test_a_device_goes_by_the_hosts_name_and_by_torchs(name, expected):
     assert devices.find_device(name) == (expected, None)
 
@@ -59,12 +67,16 @@ def test_a_device_that_is_not_here_is_the_default_one_and_that_is_said(name):
     assert note == f"There is no device {name} here (found: gpu:0, gpu:1, gpu:2, cpu), so the default one is used."
 
 
-@pytest.mark.parametrize("name, expected", [("default", FIRST), ("cpu", CPU), ("gpu:1", SECOND), ("gpu:5", FIRST)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("default", FIRST), ("cpu", CPU), ("gpu:1", SECOND), ("gpu:5", FIRST)]
+)
 def test_a_text_encoder_is_encoded_with_where_its_node_says(name, expected, encoder, texts):
-    clip, = load_text_encoder.LoadTextEncoder.execute(encoder, "stable_diffusion", device=name).result
+    clip, = load_text_encoder.LoadTextEncoder.execute(encoder, "stable_diffusion",
+                                                      device=name).result
     assert clip.patcher.load_device == expected
     assert ("no device gpu:5" in texts[-1]) == (name == "gpu:5") and "held" in texts[-1]
-    plain, = load_text_encoder.LoadTextEncoder.execute(encoder, "stable_diffusion", device="cpu").result
+    plain, = load_text_encoder.LoadTextEncoder.execute(encoder, "stable_diffusion",
+                                                       device="cpu").result
     assert torch.equal(hidden_states(clip).cpu(), hidden_states(plain))
 
 
@@ -77,27 +89,48 @@ def test_a_node_offers_the_devices_there_are_and_takes_a_workflow_that_names_ano
 
 @pytest.mark.parametrize("device", [None, CPU, SECOND])
 def test_models_and_vaes_are_loaded_for_a_device_and_loaded_again_for_it(device, tmp_path):
-    shapes = {name: value.shape for name, value in tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1).items()}
+    shapes = {
+        name: value.shape
+        for name, value in tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1).items()
+    }
     write_random_gguf(tmp_path / "flux.gguf", shapes, "Q8_0")
-    write_random_gguf(tmp_path / "vae.gguf", {name: value.shape for name, value in tiny_models.autoencoder().items()}, "Q8_0")
-    found = [load_diffusion_model(tmp_path / "flux.gguf", model_options=devices.device_options(device)),
-             load_vae(str(tmp_path / "vae.gguf"), device).patcher]
+    write_random_gguf(tmp_path / "vae.gguf",
+                      {name: value.shape for name, value in tiny_models.autoencoder().items()},
+                      "Q8_0")
+    found = [
+        load_diffusion_model(tmp_path / "flux.gguf", model_options=devices.device_options(device)),
+        load_vae(str(tmp_path / "vae.gguf"), device).patcher
+    ]
     found += [patcher.cached_patcher_init[0]() for patcher in found]
     assert {patcher.load_device for patcher in found} == {device or FIRST}
     assert {patcher.offload_device for patcher in found} == {CPU}
 
 
 @pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
-def test_the_parts_of_a_checkpoint_are_loaded_for_their_devices_and_loaded_again_for_them(suffix, tmp_path):
-    shapes = {f"model.diffusion_model.{name}": value.shape for name, value in family_weights(FAMILIES["sd1.5"]).items()}
-    shapes |= {f"cond_stage_model.transformer.{name}": shape for name, shape in tiny_models.clip_l_shapes().items()}
-    shapes |= {f"first_stage_model.{name}": value.shape for name, value in tiny_models.autoencoder().items()}
+def test_the_parts_of_a_checkpoint_are_loaded_for_their_devices_and_loaded_again_for_them(
+        suffix, tmp_path):
+    shapes = {
+        f"model.diffusion_model.{name}": value.shape
+        for name, value in family_weights(FAMILIES["sd1.5"]).items()
+    }
+    shapes |= {
+        f"cond_stage_model.transformer.{name}": shape
+        for name, shape in tiny_models.clip_l_shapes().items()
+    }
+    shapes |= {
+        f"first_stage_model.{name}": value.shape
+        for name, value in tiny_models.autoencoder().items()
+    }
     path = tmp_path / f"checkpoint.{suffix}"
     if suffix == "gguf":
         write_random_gguf(path, shapes, "Q8_0", None)
     else:
         from safetensors.torch import save_file
-        save_file({name: torch.zeros(tuple(shape), dtype=torch.float16) for name, shape in shapes.items()}, path)
+        save_file(
+            {
+                name: torch.zeros(tuple(shape), dtype=torch.float16)
+                for name, shape in shapes.items()
+            }, path)
     model, clip, vae = load_checkpoint(str(path), device=SECOND, encoder_device=CPU)
     assert isinstance(vae, comfy.sd.VAE) and vae.device == SECOND
     parts = [model, clip.patcher, vae.patcher]

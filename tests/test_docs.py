@@ -3,9 +3,6 @@ import ast
 import re
 
 import pytest
-from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
-from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.format import GGML_FORMATS
 from pack_nodes import node_list
 
 from devtools import ROOT
@@ -13,10 +10,13 @@ from devtools.host import environment
 from devtools.measure import model_sizes
 from devtools.workflows import WORKFLOWS
 from devtools.workflows.__main__ import index
+from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
+from featherweight.ops import formats  # noqa: F401
+from featherweight.ops.format import GGML_FORMATS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.S) for name in (
-    "CONTRIBUTING.md", "docs/architecture.md"))
+RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"),
+                                flags=re.S) for name in ("CONTRIBUTING.md", "docs/architecture.md"))
 ROOMS = ("nodes", "cluster", "loaders", "ops")
 HOST_NAMES = ("add_patches",)
 
@@ -29,24 +29,32 @@ def test_the_readme_names_every_ggml_type():
 def test_the_readme_has_a_row_for_every_node_of_ours():
     rows = README.split("## Nodes")[1].split("\n\n")[1]
     schemas = [node.GET_SCHEMA() for node in node_list()]
-    assert [schema.display_name for schema in schemas
-            if schema.node_id.startswith("Featherweight") and f"\n| {schema.display_name} |" not in rows] == []
+    assert [
+        schema.display_name
+        for schema in schemas
+        if schema.node_id.startswith("Featherweight") and f"\n| {schema.display_name} |" not in rows
+    ] == []
 
 
 def test_architecture_names_every_folder_and_nothing_that_is_gone():
     paths = set(re.findall(r"`([\w/]+(?:/|\.py))`", ARCHITECTURE))
     assert [path for path in paths if "/" in path and not (ROOT / path).exists()] == []
-    folders = {f"{path.parent.relative_to(ROOT).as_posix()}/" for room in ROOMS for path in (ROOT / room).glob("*/__init__.py")}
+    folders = {
+        f"{path.parent.relative_to(ROOT).as_posix()}/" for room in ROOMS
+        for path in (ROOT / room).glob("*/__init__.py")
+    }
     assert folders | {f"{room}/" for room in ROOMS} <= paths
 
 
 @pytest.mark.parametrize("way", re.findall(r"^## (The way of .*)$", ARCHITECTURE, re.M))
 def test_each_way_names_what_is_there(way):
-    steps = re.split(r"^\d\. ", ARCHITECTURE.split(f"## {way}")[1].split("\n## ")[0], flags=re.M)[1:]
+    steps = re.split(r"^\d\. ",
+                     ARCHITECTURE.split(f"## {way}")[1].split("\n## ")[0], flags=re.M)[1:]
     assert len(steps) > 3
     for step in steps:
         quoted = re.findall(r"`([^`]+)`", step)
-        sources = "".join((ROOT / word).read_text(encoding="utf-8") for word in quoted if word.endswith(".py"))
+        sources = "".join(
+            (ROOT / word).read_text(encoding="utf-8") for word in quoted if word.endswith(".py"))
         for name in quoted:
             assert name.endswith(".py") or "." in name or name in HOST_NAMES or re.search(
                 rf"^(def|class) {name}\b", sources, re.M), name
@@ -57,8 +65,11 @@ def test_files_and_tests_that_the_recipes_name_are_there():
     paths = [word for word in quoted if re.fullmatch(r"[a-z]\w*/[\w/.]+", word)]
     assert len(paths) > 10
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    defined = {node.name for path in (ROOT / "tests").rglob("test_*.py")
-               for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
+    defined = {
+        node.name for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
     files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     assert {word for word in quoted if word.startswith("test_")} <= defined | files
 
@@ -71,7 +82,8 @@ def test_what_the_environment_takes_is_said_alike():
 
 @pytest.mark.parametrize("language", ["", "/ja", "/ko", "/de"])
 def test_the_list_of_text_encoders_has_types_that_there_are(language):
-    page = (ROOT / "nodes" / "web" / "docs" / f"FeatherweightLoadTextEncoder{language}.md").read_text(encoding="utf-8")
+    page = (ROOT / "nodes" / "web" / "docs" /
+            f"FeatherweightLoadTextEncoder{language}.md").read_text(encoding="utf-8")
     types = re.findall(r"^- \*\*[^*]+\*\* ?[(（](\w+)[)）][:：]", page, re.M)
     assert len(types) > 10
     assert set(types) <= SINGLE_ENCODERS.keys() | ENCODER_SETS[2].keys()
@@ -84,16 +96,27 @@ def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
     assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "example_workflows" / "README.md", *(ROOT / "docs").glob("*.md"),
-], ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path",
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "example_workflows" / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+    ],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
 def test_links_within_the_repository_lead_somewhere(path):
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
         file, _, heading = link.partition("#")
         target = path.parent / file if file else path
         assert target.exists(), link
-        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
-        assert not heading or heading in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings], link
+        headings = (
+            re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
+        )
+        assert not heading or heading in [
+            re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings
+        ], link
 
 
 def test_the_page_of_the_example_workflows_is_the_one_that_is_written():

@@ -1,4 +1,5 @@
-"""The fake GPUs themselves: what a real one would refuse, count or leave to whoever forgets to wait."""
+"""The fake GPUs themselves: what a real one would refuse, count or leave to whoever forgets to
+wait."""
 import mmap
 
 import numpy as np
@@ -28,9 +29,9 @@ def counters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_computing_gives_the_bits_of_the_cpu(dtype):
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(16, 32, 3), torch.nn.GroupNorm(2, 32), torch.nn.SiLU(), torch.nn.Flatten(2), torch.nn.LayerNorm(36),
-        torch.nn.RMSNorm(36), torch.nn.Linear(36, 64)).to(dtype)
+    model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.GroupNorm(2, 32),
+                                torch.nn.SiLU(), torch.nn.Flatten(2), torch.nn.LayerNorm(36),
+                                torch.nn.RMSNorm(36), torch.nn.Linear(36, 64)).to(dtype)
     input = torch.randn(2, 16, 8, 8).to(dtype)
 
     def output(device):
@@ -44,7 +45,10 @@ def test_computing_gives_the_bits_of_the_cpu(dtype):
 def test_random_numbers_are_those_of_the_cpu():
     generator = torch.Generator("cuda:1").manual_seed(3)
     assert generator.device == torch.device("cuda:1")
-    state, expected = generator.get_state(), torch.randn(9, generator=torch.Generator().manual_seed(3))
+    state, expected = (
+        generator.get_state(),
+        torch.randn(9, generator=torch.Generator().manual_seed(3)),
+    )
     for _ in range(2):
         found = torch.randn(9, device="cuda:1", generator=generator)
         assert found.is_cuda and torch.equal(found.cpu(), expected)
@@ -75,7 +79,10 @@ def test_more_than_there_is_does_not_fit_and_loses_nothing(counters):
 
 
 def test_new_memory_holds_no_number():
-    assert torch.empty(1000, device="cuda").isnan().all() and torch.empty(9, device="cuda", dtype=torch.bfloat16).isnan().all()
+    assert (
+        torch.empty(1000, device="cuda").isnan().all()
+        and torch.empty(9, device="cuda", dtype=torch.bfloat16).isnan().all()
+    )
 
 
 def test_copies_are_counted_by_where_they_go(counters):
@@ -93,10 +100,19 @@ def test_a_file_mapped_for_reading_cannot_be_pinned_unless_the_driver_is_told(co
     assert pinned.is_pinned() and counters.pinned() == before + MIB
     (tmp_path / "file").write_bytes(bytes(MIB))
     pin, unpin = torch.cuda.cudart().cudaHostRegister, torch.cuda.cudart().cudaHostUnregister
-    with open(tmp_path / "file", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with open(tmp_path / "file", "rb") as file, mmap.mmap(file.fileno(), 0,
+                                                          access=mmap.ACCESS_READ) as mapped:
         address = np.frombuffer(mapped, np.uint8).ctypes.data
-        assert pin(address, MIB, 1) != 0 and counters.refused_pins() == refused + 1 and counters.pinned() == before + MIB
-        assert pin(address, MIB, 1 | READ_ONLY) == 0 and counters.pinned() == before + 2 * MIB and unpin(address) == 0
+        assert (
+            pin(address, MIB, 1) != 0
+            and counters.refused_pins() == refused + 1
+            and counters.pinned() == before + MIB
+        )
+        assert (
+            pin(address, MIB, 1 | READ_ONLY) == 0
+            and counters.pinned() == before + 2 * MIB
+            and unpin(address) == 0
+        )
     del pinned
     assert counters.pinned() == before
 
@@ -107,7 +123,10 @@ def test_a_file_mapped_for_reading_cannot_be_pinned_unless_the_driver_is_told(co
 @pytest.fixture
 def copying():
     """A stream, and a tensor that is being filled in it from pinned memory."""
-    stream, target = torch.cuda.Stream("cuda:0"), torch.zeros(MIB, dtype=torch.uint8, device="cuda:0")
+    stream, target = (
+        torch.cuda.Stream("cuda:0"),
+        torch.zeros(MIB, dtype=torch.uint8, device="cuda:0"),
+    )
     source = megabytes(1).pin_memory()
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
@@ -160,7 +179,10 @@ def test_an_event_stands_for_what_came_before_it(copying):
 def test_copies_that_block_have_arrived(copying):
     stream, target, source = copying
     with torch.cuda.stream(stream):
-        from_pageable, from_pinned = source.clone().to("cuda:0", non_blocking=True), source.to("cuda:0")
+        from_pageable, from_pinned = (
+            source.clone().to("cuda:0", non_blocking=True),
+            source.to("cuda:0"),
+        )
     assert arrived(from_pageable) and arrived(from_pinned)
 
 

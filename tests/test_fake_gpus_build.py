@@ -38,7 +38,8 @@ def test_a_compiler_that_refuses_is_quoted_and_leaves_nothing(tmp_path, monkeypa
     compiler.write_text("#!/bin/sh\necho 'driver.cpp:1: error: no' >&2\nexit 1\n")
     compiler.chmod(0o700)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(NoFakeGpus, match="could not be compiled for torch .*: driver.cpp:1: error: no"):
+    with pytest.raises(NoFakeGpus,
+                       match="could not be compiled for torch .*: driver.cpp:1: error: no"):
         fakegpu.libraries()
     assert {path.name for path in tmp_path.iterdir()} == {"c++", "lock"}
 
@@ -46,7 +47,8 @@ def test_a_compiler_that_refuses_is_quoted_and_leaves_nothing(tmp_path, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="they are built on Linux only")
 def test_what_is_built_is_kept(monkeypatch):
     built = []
-    monkeypatch.setattr(build, "_build", lambda compiler, folder: (built.append(folder), folder.mkdir()))
+    monkeypatch.setattr(build, "_build", lambda compiler, folder:
+                        (built.append(folder), folder.mkdir()))
     monkeypatch.setenv("CXX", "true")
     assert fakegpu.libraries() == fakegpu.libraries()
     build.libraries.cache_clear()
@@ -58,11 +60,21 @@ def test_any_command_runs_with_them(monkeypatch):
     if fakegpu.why_not():
         pytest.skip(fakegpu.why_not())
     look = "import torch; print(torch.cuda.device_count(), torch.ones(3, device='cuda:1').sum().item())"
-    command = [sys.executable, "-m", "devtools.fakegpu", "2x0.5", "--late", sys.executable, "-c", look]
-    assert subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True).stdout == "2 3.0\n"
+    command = [
+        sys.executable, "-m", "devtools.fakegpu", "2x0.5", "--late", sys.executable, "-c", look
+    ]
+    assert (
+        subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True).stdout
+        == "2 3.0\n"
+    )
 
 
 def test_what_tests_of_servers_run_on_is_read_and_a_wrong_word_is_named():
-    assert Size.read("2x0.5-dynamic-late") == (2, 0.5, True, True) and Size.read("1x4") == (1, 4, False, False)
+    assert Size.read("2x0.5-dynamic-late") == (2, 0.5, True, True) and Size.read("1x4") == (
+        1,
+        4,
+        False,
+        False,
+    )
     with pytest.raises(ValueError, match="'dynamo' is neither 'late' nor 'dynamic'"):
         Size.read("2x4-late-dynamo")

@@ -1,4 +1,5 @@
-"""`dev.py gpu`: every stage runs at a tiny size where there is no GPU, so that on one nothing but the device is new."""
+"""`dev.py gpu`: every stage runs at a tiny size where there is no GPU, so that on one nothing but
+the device is new."""
 import importlib
 import importlib.metadata
 import json
@@ -10,6 +11,8 @@ import zipfile
 
 import pytest
 import torch
+from PIL import Image
+
 from devtools import ROOT, fakegpu
 from devtools.gpu import bare
 from devtools.gpu.report import GOALS, Report
@@ -17,14 +20,17 @@ from devtools.gpu.stages import FORMATS, STAGES
 from devtools.host.environment import SetupError
 from featherweight.ops import kernels
 from featherweight.ops.kernels import cpp_backend
-from PIL import Image
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(folder, *arguments: str) -> str:
-    command = [sys.executable, "-m", "devtools.gpu", "--device", "cpu", "--out", str(folder), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    command = [
+        sys.executable, "-m", "devtools.gpu", "--device", "cpu", "--out",
+        str(folder), *arguments
+    ]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+                          check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,10 @@ def test_the_stage_of_tests_says_how_many_passed_and_which_failed(tmp_path, monk
     from devtools.gpu import kernels as stage
 
     tests = tmp_path / "test_made_up.py"
-    tests.write_text("import pytest\ndef test_one(): pass\ndef test_two(): pytest.skip()\ndef test_three(): assert 0\n")
+    tests.write_text(
+        "import pytest\ndef test_one(): pass\ndef test_two(): pytest.skip()\ndef test_three():"
+        " assert 0\n"
+    )
     monkeypatch.setattr(stage, "TESTS", [str(tests)])
     monkeypatch.setattr(stage, "ROOT", tmp_path)
     (row,) = STAGES["tests"].rows(quick=True, peer=None)
@@ -78,13 +87,17 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_run_goes_on(tmp_path):
     """Its row, which would come at its end, is not shown."""
     from devtools.gpu import __main__ as command
 
-    assert command._run(["tests", "--quick"], "--cpu", 0.5, pytest.fail, tmp_path / "log.txt") == "stopped"
+    assert (
+        command._run(["tests", "--quick"], "--cpu", 0.5, pytest.fail, tmp_path / "log.txt")
+        == "stopped"
+    )
 
 
 def test_a_stage_that_ends_with_an_error_says_so(tmp_path):
     from devtools.gpu import __main__ as command
 
-    assert command._run(["no such stage"], "--cpu", 60, None, tmp_path / "log.txt").startswith("ended with 2")
+    assert command._run(["no such stage"], "--cpu", 60, None,
+                        tmp_path / "log.txt").startswith("ended with 2")
     assert "invalid choice" in (tmp_path / "log.txt").read_text()
 
 
@@ -103,8 +116,12 @@ def test_the_report_says_which_figures_are_reached(tmp_path):
     for ratio, verdict in ((most - 0.01, "reached"), (most + 0.01, "missed")):
         report.add(stage, title, {"dense": {"median": 1.0, "min": 1.0, "max": 1.0},
                                   variant: {"median": ratio, "min": ratio, "max": ratio}})
-        assert report.goals()[0][3] == verdict and f"| {verdict} |" in (tmp_path / "gpu.md").read_text()
-    assert all(line[3] == "not measured" for line in report.goals() if line[0] != report.goals()[0][0])
+        assert (
+            report.goals()[0][3] == verdict
+            and f"| {verdict} |" in (tmp_path / "gpu.md").read_text()
+        )
+    assert all(line[3] == "not measured" for line in report.goals()
+               if line[0] != report.goals()[0][0])
 
 
 def test_kernels_that_are_timed_later_are_tried_before_all_others():
@@ -112,9 +129,13 @@ def test_kernels_that_are_timed_later_are_tried_before_all_others():
 
     first, second, others = turns(FORMATS, quick=False)
     assert {(case.capability, case.format) for case in first} == {
-        *((op, name) for op in ("dequantize", "linear", "int8_rows") for name in FORMATS), ("int8_tokens", None)}
+        *((op, name) for op in ("dequantize", "linear", "int8_rows") for name in FORMATS),
+        ("int8_tokens", None),
+    }
     assert {case.dtype for case in first if case.capability != "int8_rows"} == {torch.bfloat16}
-    assert {case.format for case in second} == {*FORMATS, None} and not {case.format for case in others} & {*FORMATS}
+    assert {case.format for case in second} == {*FORMATS, None} and not {
+        case.format for case in others
+    } & {*FORMATS}
 
 
 def test_a_time_says_which_backend_worked(monkeypatch):
@@ -122,8 +143,13 @@ def test_a_time_says_which_backend_worked(monkeypatch):
     from devtools.measure.bench.timing import side_by_side
 
     dequantize = cpp_backend.BACKEND.kernels[0].run
-    monkeypatch.setattr(kernels, "find", lambda op, *case: dequantize if op == "dequantize" else None)
-    row = side_by_side({"dense": lambda: None, "packed": lambda: [kernels.find(op) for op in ("linear", "dequantize")]}, 2)
+    monkeypatch.setattr(kernels, "find", lambda op, *case: dequantize
+                        if op == "dequantize" else None)
+    row = side_by_side(
+        {
+            "dense": lambda: None,
+            "packed": lambda: [kernels.find(op) for op in ("linear", "dequantize")]
+        }, 2)
     assert row["packed"]["by"] == "linear by torch, dequantize by cpp" and "by" not in row["dense"]
     assert line("a row", row).endswith(", linear by torch, dequantize by cpp")
 
@@ -131,11 +157,16 @@ def test_a_time_says_which_backend_worked(monkeypatch):
 @pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())
 @pytest.mark.parametrize("stage", ["dynamic VRAM", "static"])
 def test_a_model_larger_than_its_device_gives_the_same_bits_on_a_fake_gpu(stage):
-    variables = {"HOST_ARGUMENTS": f"--fp32-unet {STAGES[stage].arguments}", "FEATHERWEIGHT_KERNELS": "torch"}
+    variables = {
+        "HOST_ARGUMENTS": f"--fp32-unet {STAGES[stage].arguments}", "FEATHERWEIGHT_KERNELS": "torch"
+    }
     command = [sys.executable, "-m", "devtools.gpu.stage", stage, "--quick"]
-    output = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, **fakegpu.environment(1, 4, late=True), **variables},
-                            capture_output=True, text=True, check=True).stdout
-    rows = dict(json.loads(line.removeprefix("ROW ")) for line in output.splitlines() if line.startswith("ROW "))
+    output = subprocess.run(
+        command, cwd=ROOT, env={**ENVIRONMENT, **fakegpu.environment(1, 4, late=True), **variables},
+        capture_output=True, text=True, check=True).stdout
+    rows = dict(
+        json.loads(line.removeprefix("ROW ")) for line in output.splitlines()
+        if line.startswith("ROW "))
     assert rows["sizes"]["dynamic VRAM"] == (stage == "dynamic VRAM")
     compared = [row["same bits"] for row in rows.values() if "same bits" in row]
     assert len(compared) > 5 and all(compared)

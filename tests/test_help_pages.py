@@ -1,28 +1,32 @@
-"""Help pages: there in each language, about the inputs there are, quoting messages that the code has."""
+"""Help pages: there in each language, about the inputs there are, quoting messages that the code
+has."""
 import ast
 import itertools
 import re
 
 import pytest
-from featherweight.nodes import help_pages
 from pack_nodes import node_list
 
 from devtools import ROOT
+from featherweight.nodes import help_pages
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 DOCS = ROOT / "nodes" / "web" / "docs"
-# What the frontend asks for first is the page of its own language; the first of these it takes for all others.
+# What the frontend asks for first is the page of its own language; the first of these it takes for
+# all others.
 LANGUAGES = {"en": "{}.md", "ja": "{}/ja.md", "ko": "{}/ko.md", "de": "{}/de.md"}
 # Those of other packs share one.
 PAGES = {f"{node_id}-{language}": (node_id, DOCS / path.format(getattr(node, "HELP_PAGE", node_id)))
          for node_id, node in NODES.items() for language, path in LANGUAGES.items()}
 MESSAGE = ("message", "メッセージ", "메시지", "Meldung")
 each_page = pytest.mark.parametrize("page", PAGES)
-each_file = pytest.mark.parametrize("path", sorted({path for _, path in PAGES.values()}),
-                                    ids=lambda path: path.relative_to(DOCS).with_suffix("").as_posix())
+each_file = pytest.mark.parametrize(
+    "path", sorted({path for _, path in PAGES.values()}),
+    ids=lambda path: path.relative_to(DOCS).with_suffix("").as_posix())
 
 
-LEAD = re.compile(r"^- \*\*(.+?)\*\*(?: ?[(（].*?[)）])?[:：]", re.M)  # what an entry of a list is about
+# what an entry of a list is about
+LEAD = re.compile(r"^- \*\*(.+?)\*\*(?: ?[(（].*?[)）])?[:：]", re.M)
 
 
 def first_cells(text: str) -> list[str]:
@@ -46,13 +50,16 @@ def test_translations_have_the_same_headings_pictures_lists_and_tables(page):
     english = PAGES[f"{node_id}-en"][1].read_text(encoding="utf-8")
     text = path.read_text(encoding="utf-8")
     for pattern in (r"^#+ ", r"\]\(.*\)", r"^\|", r"^- ", r"^```"):
-        assert len(re.findall(pattern, text, re.M)) == len(re.findall(pattern, english, re.M)), pattern
+        assert len(re.findall(pattern, text, re.M)) == len(re.findall(pattern, english, re.M)), (
+            pattern
+        )
 
 
 @each_file
 def test_pictures_of_a_page_are_there(path):
     for picture in re.findall(r"\]\((.*?)\)", path.read_text(encoding="utf-8")):
-        assert (DOCS / picture).is_file()  # the frontend looks for them in the folder of the English pages
+        # the frontend looks for them in the folder of the English pages
+        assert (DOCS / picture).is_file()
 
 
 def test_every_page_belongs_to_a_node():
@@ -66,7 +73,8 @@ def messages_in_code() -> list[str]:
     for path in (*ROOT.glob("*_*.py"), *itertools.chain(*folders)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "…"
+                                     for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
     return texts
@@ -76,11 +84,14 @@ MESSAGES = messages_in_code()
 
 
 def quoted_messages(text: str) -> list[str]:
-    """What lists and tables under "message" are about, an ellipsis where a value is put in. Without one it is no quotation."""
+    """What lists and tables under "message" are about, an ellipsis where a value is put in. Without
+    one it is no quotation."""
     words = "|".join(MESSAGE)
     tables = re.findall(rf"^\| (?:{words}) \|.*\n\|---.*\n((?:\|.*(?:\n|$))*)", text, re.M)
     lists = re.findall(rf"^\*(?:{words})\*[:：].*\n\n((?:- .*(?:\n|$))*)", text, re.M)
-    leads = [*itertools.chain(*map(first_cells, tables)), *itertools.chain(*map(LEAD.findall, lists))]
+    leads = [
+        *itertools.chain(*map(first_cells, tables)), *itertools.chain(*map(LEAD.findall, lists))
+    ]
     return [lead for lead in leads if "…" in lead]
 
 
@@ -97,6 +108,7 @@ def test_messages_a_page_quotes_are_in_the_code(path):
 
 
 def test_messages_that_the_troubleshooting_page_calls_ours_are_in_the_code():
-    ours, _ = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split("## Messages of ComfyUI and torch")
+    ours, _ = (ROOT / "docs" / "troubleshooting.md").read_text(
+        encoding="utf-8").split("## Messages of ComfyUI and torch")
     assert len(quoted_messages(ours)) > 20
     assert not missing_in_code(ours)

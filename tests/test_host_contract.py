@@ -1,6 +1,8 @@
-"""What the pack relies on of ComfyUI is there in the installed one, and a hole in it would be noticed.
+"""What the pack relies on of ComfyUI is there in the installed one, and a hole in it would be
+noticed.
 
-The first test is the one to run on a new ComfyUI: it names what that has changed. `host_contract.py` beside this says how.
+The first test is the one to run on a new ComfyUI: it names what that has changed.
+`host_contract.py` beside this says how.
 """
 import ast
 import inspect
@@ -10,9 +12,19 @@ import comfy.model_patcher
 import comfy.sd
 import host_contract
 import pytest
-from featherweight.ops.patcher import PackedPatcher
-from host_contract import MARKS, MEMBERS, PATCHER, POSITIONS, SOURCES, TAKES_ANY, changes, used_names
+from host_contract import (
+    MARKS,
+    MEMBERS,
+    PATCHER,
+    POSITIONS,
+    SOURCES,
+    TAKES_ANY,
+    changes,
+    used_names,
+)
 from pack_nodes import hosts_server
+
+from featherweight.ops.patcher import PackedPatcher
 
 USED = used_names()
 
@@ -30,23 +42,37 @@ def test_the_installed_host_has_all_that_the_pack_uses():
 def test_what_is_given_by_position_is_listed_with_its_names():
     """So that a host that puts another parameter between them is noticed."""
     for name, calls in USED.items():
-        given = [sum(not isinstance(value, ast.Starred) for value in call.args) for _, call in calls if call]
-        if name.startswith(f"{PATCHER}.") or name in TAKES_ANY:  # what the patcher overrides has the host's names, see below
+        given = [
+            sum(not isinstance(value, ast.Starred) for value in call.args) for _, call in calls
+            if call
+        ]
+        # what the patcher overrides has the host's names, see below
+        if name.startswith(f"{PATCHER}.") or name in TAKES_ANY:
             continue
-        by_position, _, by_name = (words.split() for words in POSITIONS.get(name, "any").partition("*"))
-        assert max(given, default=0) <= len(by_position), f"{name} gets more by position than POSITIONS says"
+        by_position, _, by_name = (words.split()
+                                   for words in POSITIONS.get(name, "any").partition("*"))
+        assert max(given, default=0) <= len(by_position), (
+            f"{name} gets more by position than POSITIONS says"
+        )
         keywords = {keyword.arg for _, call in calls if call for keyword in call.keywords} - {None}
-        assert name not in POSITIONS or keywords <= {*by_position, *by_name}, f"{name} gets {keywords} by name"
+        assert name not in POSITIONS or keywords <= {*by_position, *by_name}, (
+            f"{name} gets {keywords} by name"
+        )
 
 
 def test_the_lists_have_nothing_that_no_source_uses():
-    assert POSITIONS.keys() <= USED.keys() and TAKES_ANY <= USED.keys()
+    assert POSITIONS.keys() <= USED.keys() and USED.keys() >= TAKES_ANY
     text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    words = [*(word for members in MEMBERS.values() for word in members), *" ".join(MARKS.values()).split()]
+    words = [
+        *(word for members in MEMBERS.values() for word in members),
+        *" ".join(MARKS.values()).split()
+    ]
     assert not [word for word in words if word not in text]
 
 
-@pytest.mark.parametrize("host", [comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic])
+@pytest.mark.parametrize(
+    "host", [comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic]
+)
 def test_what_the_patcher_overrides_takes_all_that_the_hosts_takes(host):
     for name, method in vars(PackedPatcher).items():
         theirs = getattr(host, name, None)
@@ -56,13 +82,20 @@ def test_what_the_patcher_overrides_takes_all_that_the_hosts_takes(host):
         by_name = {parameter.name for parameter in parameters if parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)} - {"self"}
         inspect.signature(method).bind("self", **dict.fromkeys(by_name))
-        ours = [parameter for parameter in inspect.signature(method).parameters]
+        ours = list(inspect.signature(method).parameters)
         if "args" not in ours:
             shared = [parameter.name for parameter in parameters][:len(ours)]
-            assert ours[:len(shared)] == shared or ours[-1] in ("dynamic", "kwargs") and ours[:-1] == shared[:len(ours) - 1]
+            assert (
+                ours[: len(shared)] == shared
+                or (ours[-1] in ("dynamic", "kwargs")
+                and ours[:-1] == shared[: len(ours) - 1])
+            )
 
 
-@pytest.mark.parametrize("module, name", [(comfy.lora, "load_lora"), (comfy.sd, "VAE"), (comfy.model_patcher, "LowVramPatch")])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(comfy.lora, "load_lora"), (comfy.sd, "VAE"), (comfy.model_patcher, "LowVramPatch")],
+)
 def test_a_name_that_is_gone_is_noticed_with_the_files_that_use_it(module, name, monkeypatch):
     monkeypatch.delattr(module, name)
     found = changes()
@@ -71,19 +104,29 @@ def test_a_name_that_is_gone_is_noticed_with_the_files_that_use_it(module, name,
     assert using and all(path in found[f"{module.__name__}.{name}"] for path in using)
 
 
-@pytest.mark.parametrize("name", [
-    *(name for name in USED if name.startswith(f"{PATCHER}.")), "comfy.sd.CLIP.patcher", "comfy.sd.CLIP.clone"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in USED if name.startswith(f"{PATCHER}.")),
+        "comfy.sd.CLIP.patcher",
+        "comfy.sd.CLIP.clone",
+    ],
+)
 def test_a_method_or_attribute_that_is_gone_is_noticed(name, monkeypatch):
     """A host in whose sources and classes the word does not occur."""
     word, source = name.rpartition(".")[2], host_contract.source
-    monkeypatch.setattr(host_contract, "source", lambda module: source(module).replace(word, "renamed"))
-    for cls in {comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic, comfy.sd.CLIP}:
+    monkeypatch.setattr(host_contract, "source",
+                        lambda module: source(module).replace(word, "renamed"))
+    for cls in {
+            comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic, comfy.sd.CLIP
+    }:
         if word in vars(cls):
             monkeypatch.delattr(cls, word)
     assert changes()[name].startswith("is gone")
 
 
-def load_clip_without_the_last(ckpt_paths, embedding_directory=None, clip_type=None, model_options={}):
+def load_clip_without_the_last(ckpt_paths, embedding_directory=None, clip_type=None,
+                               model_options={}):  # noqa: B006  as the host has it
     raise NotImplementedError
 
 
@@ -95,9 +138,15 @@ def load_lora_with_one_between(lora, device=None, to_load=None, log_missing=True
     raise NotImplementedError
 
 
-@pytest.mark.parametrize("module, name, other", [
-    (comfy.sd, "load_clip", load_clip_without_the_last), (comfy.lora, "load_lora", load_lora_with_one_more),
-    (comfy.lora, "load_lora", load_lora_with_one_between), (comfy.sd, "detect_te_model", lambda: None)])
+@pytest.mark.parametrize(
+    ("module", "name", "other"),
+    [
+        (comfy.sd, "load_clip", load_clip_without_the_last),
+        (comfy.lora, "load_lora", load_lora_with_one_more),
+        (comfy.lora, "load_lora", load_lora_with_one_between),
+        (comfy.sd, "detect_te_model", lambda: None),
+    ],
+)
 def test_other_parameters_are_noticed(module, name, other, monkeypatch):
     monkeypatch.setattr(module, name, other)
     (found, problem), = changes().items()

@@ -1,17 +1,26 @@
-"""The host's nodes that choose devices, on packed models with LoRAs: the same bits wherever, and the weights where it says."""
+"""The host's nodes that choose devices, on packed models with LoRAs: the same bits wherever, and
+the weights where it says."""
 import comfy.model_management
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
+from gpu_memory import sample
+from patched_models import (
+    LIMIT,
+    dense_flux,
+    error_by_effect,
+    flux_file,
+    lora_for,
+    packed_flux,
+    packed_layers,
+    patched,
+)
+
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
-from gpu_memory import sample
-from patched_models import (
-    LIMIT, dense_flux, error_by_effect, flux_file, lora_for, packed_flux, packed_layers, patched,
-)
 
 ON_GPUS = [pytest.param(kind, marks=pytest.mark.fake_gpus(dynamic=kind == "dynamic"))
                for kind in ("static", "dynamic")]
@@ -23,7 +32,8 @@ pytestmark = [pytest.mark.usefixtures("small_models"), pytest.mark.parametrize("
 @pytest.fixture
 def host():
     """The host's nodes."""
-    return pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has no nodes that choose devices")
+    return pytest.importorskip("comfy_extras.nodes_multigpu",
+                               reason="this ComfyUI has no nodes that choose devices")
 
 
 def used() -> list[int]:
@@ -39,7 +49,9 @@ def taken(used_before: list[int]) -> list[int]:
     """The GPUs of which a model has taken memory."""
     import fakegpu
 
-    return [index for index, before in enumerate(used_before) if fakegpu.used(index) > before + 100_000]
+    return [
+        index for index, before in enumerate(used_before) if fakegpu.used(index) > before + 100_000
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,8 @@ def always_one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=["Q4_K", "float8_e4m3fn"])  # a GGUF; NF4 beside a format of the host's
+# a GGUF; NF4 beside a format of the host's
+@pytest.fixture(scope="module", params=["Q4_K", "float8_e4m3fn"])
 def model(request, always_one_thread):
     """(packed model, a function that puts two LoRAs on, what the packed model gives with them)"""
     values = flux_file(request.param)[1]
@@ -62,19 +75,25 @@ def model(request, always_one_thread):
     return packed, lambda patcher: patched(patcher, *loras), reference
 
 
-@pytest.mark.parametrize("device, loras", [("gpu:1", "before"), ("gpu:1", "after"), ("cpu", "after"), ("gpu:7", "before")])
+@pytest.mark.parametrize(
+    ("device", "loras"),
+    [("gpu:1", "before"), ("gpu:1", "after"), ("cpu", "after"), ("gpu:7", "before")],
+)
 def test_a_model_computes_where_it_is_told_with_its_loras(model, host, vram, device, loras):
     packed, with_loras, reference = model
     before = used()
     chosen = packed if loras == "after" else with_loras(packed)
     chosen = host.SelectModelDeviceNode.execute(chosen, device)[0]
     chosen = with_loras(chosen) if loras == "after" else chosen
-    assert isinstance(chosen, PackedPatcher) and chosen.is_dynamic() == (vram == "dynamic" and device != "cpu")
+    assert isinstance(chosen, PackedPatcher) and chosen.is_dynamic() == (
+        vram == "dynamic" and device != "cpu"
+    )
     assert torch.equal(sample(chosen), reference)
     assert taken(before) == ([] if device == "cpu" else [GPU_OF[device]])
 
 
-@pytest.mark.parametrize("first, loras", [("default", "before"), ("gpu:1", "after")])  # where LoRAs are put on: before the node
+# where LoRAs are put on: before the node
+@pytest.mark.parametrize(("first", "loras"), [("default", "before"), ("gpu:1", "after")])
 def test_two_gpus_share_a_model_with_loras(model, host, vram, first, loras):
     packed, with_loras, reference = model
     before = used()
@@ -83,7 +102,10 @@ def test_two_gpus_share_a_model_with_loras(model, host, vram, first, loras):
     shared = host.MultiGPUCFGSplitNode.execute(shared, 2)[0]
     shared = with_loras(shared) if loras == "after" else shared
     other, = shared.get_additional_models_with_key("multigpu")
-    assert len(packed_layers(other)) == len(packed_layers(packed)) and other.load_device != shared.load_device
+    assert (
+        len(packed_layers(other)) == len(packed_layers(packed))
+        and other.load_device != shared.load_device
+    )
     for _ in range(2):
         assert torch.equal(sample(shared), reference)
     assert taken(before) == [0, 1]
@@ -99,14 +121,19 @@ def states(clip) -> torch.Tensor:
 def test_a_text_encoder_computes_where_it_is_told_with_its_lora(host, vram, device, tmp_path):
     encoder = ENCODERS["t5-xxl"]
     write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
-    clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type, model_options=encoder.model_options)
+    clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
+                             model_options=encoder.model_options)
     without, generator = states(clip), torch.Generator().manual_seed(1)
     patches = {}
     for name, layer in clip.cond_stage_model.named_modules():
         if isinstance(layer, PackedLayer) and layer.has_branch and layer.weight.ndim == 2:
             rows, columns = layer.weight.shape
-            up, down = torch.randn(rows, 4, generator=generator), torch.randn(4, columns, generator=generator)
-            patches[f"{name}.weight"] = LoRAAdapter(set(), (up, down * 0.2 * columns ** -0.5, 4.0, None, None, None))
+            up, down = (
+                torch.randn(rows, 4, generator=generator),
+                torch.randn(4, columns, generator=generator),
+            )
+            patches[f"{name}.weight"] = LoRAAdapter(
+                set(), (up, down * 0.2 * columns ** -0.5, 4.0, None, None, None))
     with_lora = clip.clone()
     with_lora.add_patches(patches, 1.0)
     expected = states(with_lora)

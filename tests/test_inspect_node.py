@@ -1,18 +1,19 @@
-"""Inspect Model File, the node and the command: every folder is listed, what is picked is told, nothing is a traceback."""
+"""Inspect Model File, the node and the command: every folder is listed, what is picked is told,
+nothing is a traceback."""
 import folder_paths
 import pytest
 import torch
-from featherweight.loaders import folders
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, every_file
 from safetensors.torch import save_file
 
 from devtools import inspect_file
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders import folders
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, every_file
 
-SIZES = dict(hidden=128, double_blocks=1, single_blocks=1)
+SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
 
 
 @pytest.fixture
@@ -25,24 +26,31 @@ def model_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     folders.register_folders()
-    save_file({"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}, tmp_path / "vae" / "vae.safetensors")
+    save_file({"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)},
+              tmp_path / "vae" / "vae.safetensors")
     (tmp_path / "diffusion_models" / "flux").mkdir()
     types = {"flux/packed.gguf": "Q8_0", "flux/dense.gguf": "F16"}
     for name, packed in types.items():
         write_gguf(tmp_path / "diffusion_models" / name, tiny_models.flux(**SIZES),
-                   lambda name, values: packed if values.ndim > 1 else "F32")  # noqa: B023
+                   lambda name, values: packed if values.ndim > 1 else "F32")
     (tmp_path / "text_encoders" / "broken.gguf").write_bytes(b"GGUF")
     return tmp_path
 
 
 def test_files_of_every_folder_are_listed(model_folders):
-    assert set(every_file()) == {"vae.safetensors", "flux/packed.gguf", "flux/dense.gguf", "broken.gguf"}
+    assert set(every_file()) == {
+        "vae.safetensors",
+        "flux/packed.gguf",
+        "flux/dense.gguf",
+        "broken.gguf",
+    }
     file = InspectModelFile.define_schema().inputs[0]
     assert file.options[0] == NONE and len(file.options) == len(set(file.options)) == 5
 
 
 def test_folders_of_models_and_of_text_encoders_are_listed(model_folders):
-    for name, said in (("diffusion_models/package/transformer", '"_class_name": "FluxTransformer2DModel"'),
+    for name, said in (("diffusion_models/package/transformer",
+                        '"_class_name": "FluxTransformer2DModel"'),
                        ("text_encoders/t5", '"architectures": ["T5EncoderModel"]')):
         (model_folders / name).mkdir(parents=True)
         (model_folders / name / "config.json").write_text(f"{{{said}}}")
@@ -54,25 +62,33 @@ def test_folders_of_models_and_of_text_encoders_are_listed(model_folders):
 def test_a_file_is_told_as_text_and_picture_and_shown_on_the_node(model_folders):
     output = InspectModelFile.execute("flux\\packed.gguf", reference_name="flux/dense.gguf")
     text, picture = output.args
-    assert text.startswith("packed.gguf is a diffusion model: Flux.1.") and "error against dense.gguf" in text
-    assert picture.shape[::3] == (1, 3) and 0 <= picture.min() and picture.max() <= 1
+    assert (
+        text.startswith("packed.gguf is a diffusion model: Flux.1.")
+        and "error against dense.gguf" in text
+    )
+    assert picture.shape[::3] == (1, 3) and picture.min() >= 0 and picture.max() <= 1
     assert output.ui["text"] == (text,) and len(output.ui["images"]) == 1
 
 
 def test_a_model_takes_the_place_of_the_file(model_folders):
     model = load_diffusion_model(str(model_folders / "diffusion_models/flux/packed.gguf"))
-    assert InspectModelFile.execute("vae.safetensors", model).args[0].startswith("packed.gguf is a diffusion model")
-    assert InspectModelFile.execute("vae.safetensors").args[0].startswith("vae.safetensors is a VAE")
+    assert InspectModelFile.execute("vae.safetensors",
+                                    model).args[0].startswith("packed.gguf is a diffusion model")
+    assert InspectModelFile.execute("vae.safetensors").args[0].startswith(
+        "vae.safetensors is a VAE")
 
 
-def test_a_saved_path_takes_the_place_of_the_file_and_no_other_folder_is_read(model_folders, tmp_path_factory):
+def test_a_saved_path_takes_the_place_of_the_file_and_no_other_folder_is_read(
+        model_folders, tmp_path_factory):
     saved = model_folders / "diffusion_models" / "flux" / "packed.gguf"
-    assert InspectModelFile.execute("vae.safetensors", path=str(saved)).args[0].startswith("packed.gguf is a diffusion model")
+    assert InspectModelFile.execute(
+        "vae.safetensors", path=str(saved)).args[0].startswith("packed.gguf is a diffusion model")
     outside = tmp_path_factory.mktemp("outside") / "packed.gguf"
     outside.write_bytes(saved.read_bytes())
     around = model_folders / "vae" / ".." / ".." / outside.parent.name / outside.name
     for path in (outside, around, model_folders / "vae" / "gone"):
-        with pytest.raises(WeightFileError, match="is no model in ComfyUI's output or in its model folders"):
+        with pytest.raises(WeightFileError,
+                           match="is no model in ComfyUI's output or in its model folders"):
             InspectModelFile.execute(NONE, path=str(path))
 
 

@@ -4,22 +4,24 @@ import logging
 import folder_paths
 import pytest
 import torch
+from families import deep_clone
+from patched_models import flux_file, lora_for, packed_layers, patched
+from patched_models import run as run_with
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from devtools.measure.weights import snr
-from families import deep_clone
 from featherweight.loaders import comfy_bridge, folders
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
 from featherweight.ops import int8
-from patched_models import flux_file, lora_for, packed_layers, patched
-from patched_models import run as run_with
 
 NODES = [LoadDiffusionModel, LoadCheckpoint]
 
 pytestmark = pytest.mark.usefixtures("small_models")
-needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no units for int8")
+needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")),
+                                reason="the CPU has no units for int8")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,8 @@ def values(request):
 def name(request, values, tmp_path, monkeypatch):
     """Of a small Flux that lies where both nodes look."""
     keys = {*folders.GGUF_FOLDERS.values(), "checkpoints", "diffusers", "embeddings"}
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {key: ([str(tmp_path)], {".gguf"}) for key in keys})
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
+                        {key: ([str(tmp_path)], {".gguf"}) for key in keys})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     folders.register_folders()
     path = flux_file(request.node.callspec.params["values"])[0]
@@ -48,7 +51,8 @@ def name(request, values, tmp_path, monkeypatch):
 def run(patcher):
     """What a step takes away, with tokens enough for products in whole numbers."""
     generator = torch.Generator().manual_seed(5)
-    latent, text = (torch.randn(shape, generator=generator) for shape in ((1, 16, 32, 32), (1, 80, 256)))
+    latent, text = (torch.randn(shape, generator=generator)
+                    for shape in ((1, 16, 32, 32), (1, 80, 256)))
     return latent - run_with(patcher, {"x": latent, "t": torch.tensor([0.5]), "c_crossattn": text})
 
 
@@ -59,7 +63,8 @@ def computes(patcher):
 @needs_vnni
 @pytest.mark.parametrize("node", NODES)
 def test_int8_is_near_exact_and_exact_is_the_default(name, node):
-    default, exact, whole = (node.execute(name, **options)[0] for options in ({}, {"compute": "exact"}, {"compute": "int8"}))
+    default, exact, whole = (node.execute(name, **options)[0]
+                             for options in ({}, {"compute": "exact"}, {"compute": "int8"}))
     expected, got = run(exact), run(whole)
     assert torch.equal(run(default), expected)
     assert 25 < snr(got, expected) < 60
@@ -67,11 +72,15 @@ def test_int8_is_near_exact_and_exact_is_the_default(name, node):
 
 @needs_vnni
 def test_a_lora_on_an_int8_model_has_the_effect_it_has_on_an_exact_one(name, values):
-    exact, whole = (LoadDiffusionModel.execute(name, compute=compute)[0] for compute in ("exact", "int8"))
+    exact, whole = (LoadDiffusionModel.execute(name, compute=compute)[0]
+                    for compute in ("exact", "int8"))
     lora = lora_for(values)
     error = snr(run(whole), run(exact))
     for strength in (1.0, 0.5):
-        assert snr(run(patched(whole, (lora, strength))), run(patched(exact, (lora, strength)))) > error - 3
+        assert (
+            snr(run(patched(whole, (lora, strength))), run(patched(exact, (lora, strength))))
+            > error - 3
+        )
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -88,7 +97,10 @@ def test_a_clone_for_another_device_computes_alike(name):
 
 
 def test_the_model_of_a_whole_checkpoint_computes_so(tmp_path):
-    tensors = {f"model.diffusion_model.{name}": values for name, values in tiny_models.flux(double_blocks=1).items()}
+    tensors = {
+        f"model.diffusion_model.{name}": values
+        for name, values in tiny_models.flux(double_blocks=1).items()
+    }
     write_gguf(tmp_path / "checkpoint.gguf", tensors, lambda name, values: "Q8_0")
     for compute in ("exact", "int8"):
         model, _, _ = load_checkpoint(str(tmp_path / "checkpoint.gguf"), compute=compute)
@@ -96,7 +108,8 @@ def test_the_model_of_a_whole_checkpoint_computes_so(tmp_path):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_device_without_int8_units_is_named_once_and_computes_exactly(name, node, monkeypatch, caplog):
+def test_a_device_without_int8_units_is_named_once_and_computes_exactly(
+        name, node, monkeypatch, caplog):
     for module in (comfy_bridge, int8):
         monkeypatch.setattr(module, "multiplies_integers", lambda device: False)
     patcher = node.execute(name, compute="int8")[0]

@@ -1,4 +1,5 @@
-"""A process that is killed while it writes leaves the old file or the whole new one, and the next writer removes the rest."""
+"""A process that is killed while it writes leaves the old file or the whole new one, and the next
+writer removes the rest."""
 import hashlib
 import os
 import random
@@ -10,15 +11,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from patched_models import tiny_flux
+from safetensors.torch import save_file
+from saving import save
+
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.source import of_file
 from featherweight.ops.kernels.verdicts import Verdicts
 from featherweight.ops.quantize.second_moments import SecondMoments
-from patched_models import tiny_flux
-from safetensors.torch import save_file
-from saving import save
 
 pytestmark = [pytest.mark.usefixtures("small_models"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and processes of POSIX")]
@@ -29,7 +31,9 @@ CONTENTS = (0, 1)  # what is written before, and what the killed process writes
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[Path]:
     """Two models of the same shapes, in bf16."""
-    paths = [tmp_path_factory.mktemp("sources") / f"dense {content}.safetensors" for content in CONTENTS]
+    paths = [
+        tmp_path_factory.mktemp("sources") / f"dense {content}.safetensors" for content in CONTENTS
+    ]
     for content, path in zip(CONTENTS, paths):
         save_file({name: tensor.bfloat16() for name, tensor in tiny_flux(content).items()}, path)
     return paths
@@ -59,7 +63,9 @@ def judged(folder: Path, source: Path, content: int):
 
 def digests(folder: Path) -> frozenset:
     """What is in the files of a folder; of parts of files nothing."""
-    return frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if is_whole(path))
+    return frozenset(
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
+        if is_whole(path))
 
 
 def known(folder: Path) -> bool:
@@ -72,15 +78,18 @@ def is_whole(path: Path) -> bool:
 
 
 class Writer(NamedTuple):
-    """write(folder, source, content). read: what a folder's files hold, as far as it is the same whenever they are written."""
+    """write(folder, source, content). read: what a folder's files hold, as far as it is the same
+    whenever they are written."""
 
     write: Callable
     read: Callable = digests
 
 
-WRITERS = {"GGUF": Writer(packed_as("Q8_0", ".gguf")), "NF4": Writer(packed_as("NF4", ".safetensors")),
-           "packed cache": Writer(kept),
-           "sensitivity": Writer(measured), "verdicts": Writer(judged, known)}
+WRITERS = {
+    "GGUF": Writer(packed_as("Q8_0", ".gguf")), "NF4": Writer(packed_as("NF4", ".safetensors")),
+    "packed cache": Writer(kept), "sensitivity": Writer(measured),
+    "verdicts": Writer(judged, known)
+}
 
 
 def in_a_child(write) -> int:
@@ -96,7 +105,8 @@ def in_a_child(write) -> int:
 
 
 def kill_in_the_midst(writer: Writer, folder: Path, sources: list[Path], seconds: float) -> bool:
-    """Write the first content, kill a process that writes the other, look, and write that. Returns whether it was killed."""
+    """Write the first content, kill a process that writes the other, look, and write that. Returns
+    whether it was killed."""
     with torch.inference_mode():
         writer.write(folder, sources[0], 0)
         old = writer.read(folder)
@@ -113,7 +123,8 @@ def kill_in_the_midst(writer: Writer, folder: Path, sources: list[Path], seconds
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_kill_leaves_the_old_file_or_the_whole_new_one(name, kills, sources, tmp_path, monkeypatch):
+def test_a_kill_leaves_the_old_file_or_the_whole_new_one(name, kills, sources, tmp_path,
+                                                         monkeypatch):
     writer, dice, killed = WRITERS[name], random.Random(f"{name} {kills}"), 0
 
     def folder_of(attempt: int) -> Path:
@@ -132,4 +143,5 @@ def test_a_kill_leaves_the_old_file_or_the_whole_new_one(name, kills, sources, t
         killed += kill_in_the_midst(writer, folder_of(attempt), sources, dice.uniform(0, took))
         if killed == kills:
             return
-    raise AssertionError(f"of {10 * kills} processes only {killed} had not ended before they were killed")
+    raise AssertionError(
+        f"of {10 * kills} processes only {killed} had not ended before they were killed")

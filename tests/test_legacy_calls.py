@@ -1,7 +1,8 @@
-"""Legacy ids called as Python, as scripts, servers and packs do that were written for the nodes of ComfyUI-GGUF and NF4 packs.
+"""Legacy ids called as Python, as scripts, servers and packs do that were written for the nodes of
+ComfyUI-GGUF and NF4 packs.
 
-What they do is written anew here in its few lines: exported workflows (ComfyUI-to-Python-Extension), ComfyUI-MultiGPU's
-wrappers, packs that look a loader up by its id.
+What they do is written anew here in its few lines: exported workflows
+(ComfyUI-to-Python-Extension), ComfyUI-MultiGPU's wrappers, packs that look a loader up by its id.
 """
 import contextlib
 import inspect
@@ -12,14 +13,14 @@ import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
-from featherweight.loaders import folders
-from featherweight.nodes.legacy import gguf
-from featherweight.ops.packed_layout import is_packed
 from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, OUTPUTS, VAE
 from pack_nodes import node_list
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders import folders
+from featherweight.nodes.legacy import gguf
+from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -27,29 +28,44 @@ NODE_CLASS_MAPPINGS = {node.GET_SCHEMA().node_id: node for node in node_list()}
 LEGACY = [node_id for node_id in NODE_CLASS_MAPPINGS if not node_id.startswith("Featherweight")]
 
 # Small encoders of the kinds that the host takes together; file name -> its key in ENCODERS.
-FILES = {"clip_l.gguf": "clip-l", "clip_g.gguf": "clip-g", "t5.gguf": "t5-xxl", "llama.gguf": "llama-3-8b"}
-VALUES = {**{f"clip_name{number}": name for number, name in enumerate(FILES, 1)}, "clip_name": "clip_l.gguf",
-          "vae_name": "vae.gguf"}
+FILES = {
+    "clip_l.gguf": "clip-l", "clip_g.gguf": "clip-g", "t5.gguf": "t5-xxl",
+    "llama.gguf": "llama-3-8b"
+}
+VALUES = {
+    **{
+        f"clip_name{number}": name for number, name in enumerate(FILES, 1)
+    }, "clip_name": "clip_l.gguf", "vae_name": "vae.gguf"
+}
 
 
 def inputs_of(node_id: str) -> dict:
     """Files for a node, and nothing but what it needs."""
-    inputs = {name: VALUES.get(name, "flux.gguf") if default is NAME else default for name, default in INPUTS[node_id].items()
-              if default is NAME or node_id.startswith("CheckpointLoaderAdvanced")}
+    inputs = {
+        name: VALUES.get(name, "flux.gguf") if default is NAME else default
+        for name, default in INPUTS[node_id].items()
+        if default is NAME or node_id.startswith("CheckpointLoaderAdvanced")
+    }
     if "type" in inputs:
-        inputs |= {"type": "flux", "clip_name2": "t5.gguf"} if "clip_name2" in inputs else {"type": "stable_diffusion"}
+        inputs |= (
+            {"type": "flux", "clip_name2": "t5.gguf"}
+            if "clip_name2" in inputs
+            else {"type": "stable_diffusion"}
+        )
     return inputs
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A small model under each name that `inputs_of` has, and small sizes for the host's encoders."""
+    """A small model under each name that `inputs_of` has, and small sizes for the host's
+    encoders."""
     base = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers", "vae_approx"]
         for key in keys:
             (base / key).mkdir()
-        patch.setattr(folder_paths, "folder_names_and_paths", {key: ([str(base / key)], {".safetensors"}) for key in keys})
+        patch.setattr(folder_paths, "folder_names_and_paths",
+                      {key: ([str(base / key)], {".safetensors"}) for key in keys})
         patch.setattr(folder_paths, "filename_list_cache", {})
         folders.register_folders()
         flux = tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1)
@@ -58,12 +74,15 @@ def models(tmp_path_factory):
         write_gguf(base / "vae" / "vae.gguf", tiny_models.autoencoder(), lambda name, values: "F16")
         sizes = {}
         for file, name in FILES.items():
-            write_encoder(base / "text_encoders" / file, ENCODERS[name], random_weights(ENCODERS[name]))
+            write_encoder(base / "text_encoders" / file, ENCODERS[name],
+                          random_weights(ENCODERS[name]))
             sizes |= ENCODERS[name].model_options
-        sizes["model_config"] = ENCODERS["clip-l"].model_options["model_config"]  # the host takes it for the first CLIP
+        # the host takes it for the first CLIP
+        sizes["model_config"] = ENCODERS["clip-l"].model_options["model_config"]
         load = gguf.load_text_encoder
-        patch.setattr(gguf, "load_text_encoder",
-                      lambda *args, model_options=None: load(*args, model_options={**sizes, **(model_options or {})}))
+        patch.setattr(
+            gguf, "load_text_encoder", lambda *args, model_options=None: load(
+                *args, model_options={**sizes, **(model_options or {})}))
         yield base
 
 
@@ -81,10 +100,14 @@ def exported(node_id, node, inputs):
 
 
 def exported_from_here(node_id, node, inputs):
-    """What an exporter makes of a workflow in a ComfyUI with this pack: it asks the class, and passes hidden inputs as well."""
+    """What an exporter makes of a workflow in a ComfyUI with this pack: it asks the class, and
+    passes hidden inputs as well."""
     loader = node()
     names = [name for section in node.INPUT_TYPES().values() for name in section]
-    values = {name: inputs.get(name, 7) for name in names if name in inputs or name in node.INPUT_TYPES().get("hidden", {})}
+    values = {
+        name: inputs.get(name, 7) for name in names
+        if name in inputs or name in node.INPUT_TYPES().get("hidden", {})
+    }
     return get_value_at_index(getattr(loader, loader.FUNCTION)(**values), 0)
 
 
@@ -99,7 +122,8 @@ def as_a_new_node(node_id, node, inputs):
 
 
 def wrapped(node_id, node, inputs):
-    """ComfyUI-MultiGPU: every input by position, those of the advanced loader on the plain one, types of its own."""
+    """ComfyUI-MultiGPU: every input by position, those of the advanced loader on the plain one,
+    types of its own."""
     loader = node()
     if METHODS[node_id] == "load_unet" and "GGUF" in node_id:
         return loader.load_unet(inputs["unet_name"], None, None, None)[0]
@@ -114,11 +138,12 @@ def wrapped(node_id, node, inputs):
 # ComfyUI-MultiGPU's and KJNodes' classes are called by exported scripts only, with names.
 CALLS = [(call, node_id, inference) for node_id in LEGACY for inference in (True, False)
          for call in (exported, exported_from_here, by_position, as_a_new_node, wrapped)
-         if node_id not in {**MULTIGPU, **KJ} or call is exported and inference]
+         if node_id not in {**MULTIGPU, **KJ} or (call is exported and inference)]
 
 
-@pytest.mark.parametrize("call, node_id, inference", [
-    pytest.param(*case, id=f"{case[1]}-{case[0].__name__}-{'inference' if case[2] else 'no'} mode") for case in CALLS])
+@pytest.mark.parametrize(("call", "node_id", "inference"), [
+    pytest.param(*case, id=f"{case[1]}-{case[0].__name__}-{'inference' if case[2] else 'no'}"
+                           " mode") for case in CALLS])
 def test_a_legacy_id_is_called_as_python(call, node_id, inference, models):
     with torch.inference_mode() if inference else contextlib.nullcontext():
         loaded = call(node_id, NODE_CLASS_MAPPINGS[node_id], inputs_of(node_id))
@@ -141,21 +166,28 @@ def test_the_method_of_a_legacy_id_gives_a_tuple_and_its_class_says_what_it_is(n
     assert type(values) is tuple and len(values) == len(node.RETURN_TYPES)
     types = node.INPUT_TYPES()
     known = inspect.signature(getattr(node(), node.FUNCTION)).parameters
-    assert {name for section in types.values() for name in section} <= known.keys() or node_id in {**MULTIGPU, **KJ}
+    assert {name for section in types.values() for name in section} <= known.keys() or node_id in {
+        **MULTIGPU,
+        **KJ,
+    }
     assert "hidden" not in types  # what exporters would pass
 
 
 @pytest.mark.parametrize("node_id", ["UnetLoaderGGUF", "UnetLoaderGGUFAdvanced"])
 def test_dtypes_reach_the_layers_from_either_loader(node_id, models):
-    model, = NODE_CLASS_MAPPINGS[node_id]().load_unet("flux.gguf", dequant_dtype="float16", patch_dtype="target")
+    model, = NODE_CLASS_MAPPINGS[node_id]().load_unet("flux.gguf", dequant_dtype="float16",
+                                                      patch_dtype="target")
     layer = model.model.diffusion_model.img_in
     assert (layer.value_dtype, layer.patch_dtype) == (torch.float16, None)
 
 
-@pytest.mark.parametrize("node_id", [node_id for node_id in LEGACY if METHODS[node_id] == "load_clip"])
+@pytest.mark.parametrize(
+    "node_id", [node_id for node_id in LEGACY if METHODS[node_id] == "load_clip"]
+)
 def test_a_text_encoder_loads_in_two_steps(node_id, models):
     loader, inputs = NODE_CLASS_MAPPINGS[node_id](), inputs_of(node_id)
-    clip_type = comfy.sd.CLIPType[inputs.pop("type", "sd3" if "Triple" in node_id else "hidream").upper()]
+    clip_type = comfy.sd.CLIPType[inputs.pop("type",
+                                             "sd3" if "Triple" in node_id else "hidream").upper()]
     paths = [folder_paths.get_full_path("clip_gguf", name) for name in inputs.values()]
     data = loader.load_data(paths)
     assert len(data) == len(paths) and any(map(is_packed, data[0].values()))

@@ -1,8 +1,10 @@
-"""The GGUF loader of KJNodes: further layers from a second file, attention, and the switch for fp16."""
+"""The GGUF loader of KJNodes: further layers from a second file, attention, and the switch for
+fp16."""
 import comfy.ldm.modules.attention
 import folder_paths
 import pytest
 import torch
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import folders
@@ -16,13 +18,17 @@ pytestmark = pytest.mark.usefixtures("small_models")
 def files(tmp_path, monkeypatch):
     """A Flux as one file, and the same in two, the second with the names of a checkpoint."""
     keys = [*folders.GGUF_FOLDERS.values(), "diffusers"]
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {key: ([str(tmp_path)], {".safetensors"}) for key in keys})
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
+                        {key: ([str(tmp_path)], {".safetensors"}) for key in keys})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     folders.register_folders()
     whole = tiny_models.flux(hidden=128, double_blocks=1, single_blocks=2)
     further = {name: value for name, value in whole.items() if name.startswith("single_blocks.1.")}
-    files = {"whole": whole, "first": {name: value for name, value in whole.items() if name not in further},
-             "further": {f"model.diffusion_model.{name}": value for name, value in further.items()}}
+    files = {
+        "whole": whole,
+        "first": {name: value for name, value in whole.items() if name not in further},
+        "further": {f"model.diffusion_model.{name}": value for name, value in further.items()}
+    }
     for name, tensors in files.items():
         write_gguf(tmp_path / f"{name}.gguf", tensors, lambda name, values: "Q8_0")
 
@@ -48,12 +54,15 @@ def test_layers_of_a_second_file_belong_to_the_model(files):
     expected, found = weights(load("whole")), load("first", extra_model_name="further.gguf")
     for patcher in (found, found.cached_patcher_init[0]()):
         both = weights(patcher)
-        assert both.keys() == expected.keys() and all(torch.equal(both[name], value) for name, value in expected.items())
+        assert both.keys() == expected.keys() and all(
+            torch.equal(both[name], value) for name, value in expected.items()
+        )
     assert weights(load("first")).keys() < expected.keys()
 
 
-@pytest.mark.parametrize("name, library", [("sdpa", "pytorch"), ("sageattn", "sage")])
-def test_attention_is_computed_by_the_library_that_is_picked_where_the_host_has_it(name, library, texts, monkeypatch):
+@pytest.mark.parametrize(("name", "library"), [("sdpa", "pytorch"), ("sageattn", "sage")])
+def test_attention_is_computed_by_the_library_that_is_picked_where_the_host_has_it(
+        name, library, texts, monkeypatch):
     registered, calls = comfy.ldm.modules.attention.REGISTERED_ATTENTION_FUNCTIONS, []
     monkeypatch.setitem(registered, library, lambda *args, **kwargs: calls.append(args))
     options = load("whole", attention_override=name).model_options["transformer_options"]
@@ -62,7 +71,9 @@ def test_attention_is_computed_by_the_library_that_is_picked_where_the_host_has_
     monkeypatch.delitem(registered, library)
     model = load("whole", attention_override=name)
     assert "optimized_attention_override" not in model.model_options.get("transformer_options", {})
-    assert f"This ComfyUI has no {name} installed, so attention_override has no effect." in texts[-1]
+    assert (
+        f"This ComfyUI has no {name} installed, so attention_override has no effect." in texts[-1]
+    )
 
 
 def test_the_switch_for_fp16_is_set_and_taken_back(monkeypatch):

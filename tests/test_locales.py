@@ -1,4 +1,5 @@
-"""What ComfyUI shows of the nodes in its other languages: tooltips and descriptions. Names stay as help and forums say them."""
+"""What ComfyUI shows of the nodes in its other languages: tooltips and descriptions. Names stay as
+help and forums say them."""
 import json
 import re
 
@@ -17,8 +18,14 @@ each_locale = pytest.mark.parametrize("locale", LOCALES)
 
 def english(schema) -> dict:
     """The texts of a node in the form that the host's `locales` have."""
-    texts = {"description": schema.description, "inputs": {each.id: {"tooltip": each.tooltip} for each in schema.inputs}}
-    outputs = {str(index): {"tooltip": each.tooltip} for index, each in enumerate(schema.outputs) if each.tooltip}
+    texts = {
+        "description": schema.description,
+        "inputs": {each.id: {"tooltip": each.tooltip} for each in schema.inputs}
+    }
+    outputs = {
+        str(index): {"tooltip": each.tooltip} for index, each in enumerate(schema.outputs)
+        if each.tooltip
+    }
     return texts | ({"outputs": outputs} if outputs else {})
 
 
@@ -37,14 +44,22 @@ def test_every_tooltip_and_description_is_translated_and_nothing_else(locale):
     assert flat(LOCALES[locale]).keys() == ENGLISH.keys()
     for key, text in flat(LOCALES[locale]).items():
         assert text.strip() and text != ENGLISH[key], key
-        assert not re.search(r"[{}@|]", text), f"{key}: the editor takes these characters for its own"
+        assert not re.search(r"[{}@|]", text), (
+            f"{key}: the editor takes these characters for its own"
+        )
 
 
 @each_locale
 def test_translations_name_the_folders_options_and_examples_of_the_original(locale):
     for key, text in flat(LOCALES[locale]).items():
         node_id, _, rest = key.partition(".")
-        input = next((each for each in SCHEMAS[node_id].inputs if rest == f"inputs.{each.id}.tooltip"), None)
-        named = set(re.findall(r"models/\w+|[\w.-]+=[\d.]+|preset:\w+|[A-Z]+[A-Z\d]{2,}|\d+\.\d+", ENGLISH[key]))
-        named |= {str(option) for option in getattr(input, "options", None) or () if f"{option}:" in ENGLISH[key]}
+        input = next(
+            (each for each in SCHEMAS[node_id].inputs if rest == f"inputs.{each.id}.tooltip"), None)
+        named = set(
+            re.findall(r"models/\w+|[\w.-]+=[\d.]+|preset:\w+|[A-Z]+[A-Z\d]{2,}|\d+\.\d+",
+                       ENGLISH[key]))
+        named |= {
+            str(option) for option in getattr(input, "options", None) or ()
+            if f"{option}:" in ENGLISH[key]
+        }
         assert not {word for word in named if word not in text}, key

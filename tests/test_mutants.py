@@ -86,7 +86,8 @@ def repository(tree):
 
 def commit(tree):
     for command in (["add", "ops", "tests"], ["commit", "-qm", "Toy"]):
-        subprocess.run(["git", "-c", "user.name=toy", "-c", "user.email=toy@localhost", *command], cwd=tree, check=True)
+        subprocess.run(["git", "-c", "user.name=toy", "-c", "user.email=toy@localhost", *command],
+                       cwd=tree, check=True)
 
 
 def is_running(pid):
@@ -116,7 +117,11 @@ def test_the_order_stays_where_lines_move_and_follows_from_the_seed(tree):
 def test_what_says_nothing_to_a_test_is_not_mutated(tree):
     spots = sampling.find_spots("ops/toy.py", TOY)
     assert {spot.place.text for spot in spots} == {
-        "if width is None or height < 0:", "return 0", "return width * height", "return value + value + 7"}
+        "if width is None or height < 0:",
+        "return 0",
+        "return width * height",
+        "return value + value + 7",
+    }
     assert {spot.place.occurrence for spot in spots if spot.place.text.endswith("+ 7")} == {0, 1}
 
 
@@ -126,7 +131,8 @@ def test_every_mutant_is_other_python(tree):
     assert TOY not in sources and len(set(sources)) == len(sources)
 
 
-def test_a_mutant_whose_line_went_is_replaced_by_the_next_and_one_whose_file_was_renamed_is_found(tree):
+def test_a_mutant_whose_line_went_is_replaced_by_the_next_and_one_whose_file_was_renamed_is_found(
+        tree):
     mutants = order(tree)
     sample = sampling.draw_sample(tree, 1, "", 4, ROOMS)
     (tree / "ops" / "toy.py").unlink()
@@ -144,7 +150,9 @@ def test_a_mutant_whose_line_went_is_replaced_by_the_next_and_one_whose_file_was
 def test_the_sample_in_the_tree_is_as_it_is_written(tmp_path):
     path = running.Path(sampling.__file__).with_name("sample.json")
     sample = json.loads(path.read_text(encoding="utf-8"))
-    assert {name: len(entries) for name, entries in sample["rooms"].items()} == dict.fromkeys(sampling.ROOMS, 100)
+    assert {name: len(entries) for name, entries in sample["rooms"].items()} == dict.fromkeys(
+        sampling.ROOMS, 100
+    )
     sampling.write_sample(tmp_path / "sample.json", sample)
     assert (tmp_path / "sample.json").read_bytes() == path.read_bytes()
 
@@ -168,26 +176,38 @@ def test_a_run_says_what_the_tests_kill_and_goes_on_where_it_was(repository, tmp
 
 
 def test_results_of_another_commit_are_not_mixed(tmp_path):
-    Results(tmp_path / "results.json", "a", 1).add_test("tests/test_toy.py", {"seconds": 1.0, "failing": []})
-    with pytest.raises(SystemExit, match="has results of commit a with seed 1, not of b with seed 1"):
+    Results(tmp_path / "results.json", "a", 1).add_test("tests/test_toy.py",
+                                                        {"seconds": 1.0, "failing": []})
+    with pytest.raises(SystemExit,
+                       match="has results of commit a with seed 1, not of b with seed 1"):
         Results(tmp_path / "results.json", "b", 1)
 
 
 def test_tests_that_run_in_a_circle_are_ended_with_what_they_started(tree, tmp_path):
     write(tree, tests__test_endless=ENDLESS.format(python=sys.executable, pid=tmp_path / "pid"))
-    assert running.Clone(tree, tmp_path / "t").run_tests("tests/test_endless.py", limit=10)[0] is None
+    assert (
+        running.Clone(tree, tmp_path / "t").run_tests("tests/test_endless.py", limit=10)[0] is None
+    )
     assert not is_running(int((tmp_path / "pid").read_text()))
 
 
 def test_a_run_that_is_stopped_keeps_no_result_of_what_it_ended(repository, tmp_path):
-    write(repository, tests__ops__test_toy=ENDLESS.format(python=sys.executable, pid=tmp_path / "pid"))
+    write(repository, tests__ops__test_toy=ENDLESS.format(python=sys.executable,
+                                                          pid=tmp_path / "pid"))
     commit(repository)
     sample, out = sampling.draw_sample(repository, 1, "", 1, ROOMS), tmp_path / "results.json"
     sampling.write_sample(tmp_path / "sample.json", sample)
-    call = ("import sys, json, pathlib; from devtools.mutants import __main__ as main, running; "
-            "main.ROOT = pathlib.Path(sys.argv[1]); main.ROOMS = {'ops': ('ops',)}; main.main(sys.argv[2:])")
-    process = subprocess.Popen([sys.executable, "-c", call, str(repository), "run", "--sample", str(tmp_path / "sample.json"),
-                                "--out", str(out)], cwd=running.Path(sampling.__file__).parents[2], start_new_session=True)
+    call = (
+        "import sys, json, pathlib; from devtools.mutants import __main__ as main, running; "
+        "main.ROOT = pathlib.Path(sys.argv[1]); main.ROOMS = {'ops': ('ops',)};"
+        " main.main(sys.argv[2:])"
+    )
+    process = subprocess.Popen([
+        sys.executable, "-c", call,
+        str(repository), "run", "--sample",
+        str(tmp_path / "sample.json"), "--out",
+        str(out)
+    ], cwd=running.Path(sampling.__file__).parents[2], start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
@@ -202,24 +222,39 @@ def test_a_run_that_is_stopped_keeps_no_result_of_what_it_ended(repository, tmp_
 
 
 def test_the_tests_of_a_source_are_named_after_it_or_say_its_names_then_the_nearest(tmp_path):
-    write(tmp_path, ops__alpha="def one_of_its_names(): ID = 'NodeOfThisName'", ops__beta="from . import alpha",
-          ops__far="from .beta import x", cluster__gamma="", tests__helper="from featherweight.ops import alpha",
-          tests__ops__test_alpha_of_rows="", tests__test_far="", tests__test_workflow="'NodeOfThisName'",
-          tests__ops__test_x="from featherweight.ops.far import y", tests__ops__test_y="from helper import z",
-          tests__cluster__test_z="START = 'from featherweight.cluster import gamma'", tests__server__test_server="")
+    write(tmp_path, ops__alpha="def one_of_its_names(): ID = 'NodeOfThisName'",
+          ops__beta="from . import alpha", ops__far="from .beta import x", cluster__gamma="",
+          tests__helper="from featherweight.ops import alpha", tests__ops__test_alpha_of_rows="",
+          tests__test_far="", tests__test_workflow="'NodeOfThisName'",
+          tests__ops__test_x="from featherweight.ops.far import y",
+          tests__ops__test_y="from helper import z",
+          tests__cluster__test_z="START = 'from featherweight.cluster import gamma'",
+          tests__server__test_server="")
     tests = TestMap(tmp_path)
     assert tests.tests_of("ops/alpha.py") == [
-        "tests/ops/test_alpha_of_rows.py", "tests/test_workflow.py", "tests/ops/test_y.py", "tests/ops/test_x.py",
-        "tests/server/test_server.py"]
+        "tests/ops/test_alpha_of_rows.py",
+        "tests/test_workflow.py",
+        "tests/ops/test_y.py",
+        "tests/ops/test_x.py",
+        "tests/server/test_server.py",
+    ]
     assert tests.tests_of("ops/far.py")[:2] == ["tests/test_far.py", "tests/ops/test_x.py"]
-    assert tests.tests_of("cluster/gamma.py") == ["tests/cluster/test_z.py", "tests/server/test_server.py"]
+    assert tests.tests_of("cluster/gamma.py") == [
+        "tests/cluster/test_z.py",
+        "tests/server/test_server.py",
+    ]
 
 
 def entry(number, outcome, replaced=False):
-    place = {"file": "ops/toy.py", "definition": "", "family": "AddNot", "text": f"if {number}:", "occurrence": 0}
+    place = {
+        "file": "ops/toy.py", "definition": "", "family": "AddNot", "text": f"if {number}:",
+        "occurrence": 0
+    }
     mutant = {**place, "operator": "AddNot", "variant": 0}
-    return {"room": "ops", "sampled": mutant, "mutant": mutant, "replaced": replaced, "line": number,
-            "outcome": outcome, "by": ""}
+    return {
+        "room": "ops", "sampled": mutant, "mutant": mutant, "replaced": replaced, "line": number,
+        "outcome": outcome, "by": ""
+    }
 
 
 def test_test_files_that_do_not_run_without_a_mutant_are_named(repository, tmp_path, capsys):
@@ -231,11 +266,21 @@ def test_test_files_that_do_not_run_without_a_mutant_are_named(repository, tmp_p
     assert "Not usable without a mutant either: tests/ops/test_toy.py" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("outcomes, fine, lost", [
-    ("killed survived", True, 0), ("survived killed", True, 1), ("survived survived", False, 1), ("timeout timeout", True, 0)])
+@pytest.mark.parametrize(
+    ("outcomes", "fine", "lost"),
+    [
+        ("killed survived", True, 0),
+        ("survived killed", True, 1),
+        ("survived survived", False, 1),
+        ("timeout timeout", True, 0),
+    ],
+)
 def test_a_comparison_names_what_survives_now(outcomes, fine, lost):
     before = {"commit": "a", "mutants": [entry(1, "killed"), entry(2, "survived")]}
-    after = {"commit": "b", "mutants": [entry(number, outcome) for number, outcome in enumerate(outcomes.split(), 1)]}
+    after = {
+        "commit": "b",
+        "mutants": [entry(number, outcome) for number, outcome in enumerate(outcomes.split(), 1)]
+    }
     report, not_lower = compare(before, after)
     assert not_lower == fine and f"\n{lost} killed before and surviving now" in report
     assert ("ops/toy.py:1 in the module, AddNot: if 1:" in report) == bool(lost)
@@ -244,4 +289,6 @@ def test_a_comparison_names_what_survives_now(outcomes, fine, lost):
 def test_a_mutant_that_took_the_place_of_another_is_not_called_lost():
     report, fine = compare({"commit": "a", "mutants": [entry(1, "killed")]},
                            {"commit": "b", "mutants": [entry(1, "survived", replaced=True)]})
-    assert not fine and "0 killed before and surviving now" in report and "1 of 1 replaced" in report
+    assert (
+        not fine and "0 killed before and surviving now" in report and "1 of 1 replaced" in report
+    )

@@ -6,49 +6,58 @@ import sys
 import types
 from pathlib import Path
 
-import featherweight.nodes
 import folder_paths
-import nodes as host_nodes
 import pytest
 import torch
 from comfy_api.latest import io
+from legacy_ids import INPUTS, NAME, OUTPUTS
+from pack_nodes import ids_in_source, node_list
+
+import featherweight.nodes
+import nodes as host_nodes
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.pack_on_load import TYPES
 from featherweight.nodes import help_pages
 from featherweight.nodes.remote_prompts import watch_prompts
-from legacy_ids import INPUTS, NAME, OUTPUTS
-from pack_nodes import ids_in_source, node_list
-
-from devtools.files import tiny_models
-from devtools.files.gguf_files import write_gguf
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 
 # Words that somebody types in the search box, and nodes they must find.
-OWN_LOADERS = ["FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint", "FeatherweightLoadTextEncoder"]
+OWN_LOADERS = [
+    "FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint", "FeatherweightLoadTextEncoder"
+]
 FOUND_BY = {
     "gguf": [*OWN_LOADERS, *(node_id for node_id in INPUTS if "GGUF" in node_id)],
-    "nf4": [*OWN_LOADERS, "CheckpointLoaderNF4", "UNETLoaderNF4"],
-    "int8": OWN_LOADERS,
-    "unet": ["FeatherweightLoadDiffusionModel", *(node_id for node_id in INPUTS if "UNET" in node_id.upper())],
-    "clip": ["FeatherweightLoadTextEncoder", *(node_id for node_id in INPUTS if "CLIP" in node_id.upper())],
-    "checkpoint": ["FeatherweightLoadCheckpoint", "CheckpointLoaderNF4"],
-    "lora": ["FeatherweightApplyLora", "FeatherweightCheckLora"],
+    "nf4": [*OWN_LOADERS, "CheckpointLoaderNF4", "UNETLoaderNF4"], "int8": OWN_LOADERS, "unet": [
+        "FeatherweightLoadDiffusionModel",
+        *(node_id for node_id in INPUTS if "UNET" in node_id.upper())
+    ], "clip": [
+        "FeatherweightLoadTextEncoder",
+        *(node_id for node_id in INPUTS if "CLIP" in node_id.upper())
+    ], "checkpoint": ["FeatherweightLoadCheckpoint", "CheckpointLoaderNF4"],
+    "lora": ["FeatherweightApplyLora", "FeatherweightCheckLora"]
 }
 
 
 @pytest.mark.parametrize("node_id", NODES)
 def test_every_node_says_what_it_is(node_id):
     schema = NODES[node_id].GET_SCHEMA()
-    assert schema.description and schema.display_name and schema.category.startswith("Featherweight")
+    assert (
+        schema.description and schema.display_name and schema.category.startswith("Featherweight")
+    )
 
 
 @pytest.mark.parametrize("word", FOUND_BY)
 def test_a_word_finds_the_nodes_for_it(word):
     schemas = [node.GET_SCHEMA() for node in NODES.values()]
-    found = {schema.node_id for schema in schemas
-             if any(word in text.lower() for text in (schema.node_id, schema.display_name, *schema.search_aliases))}
+    found = {
+        schema.node_id for schema in schemas
+        if any(word in text.lower()
+               for text in (schema.node_id, schema.display_name, *schema.search_aliases))
+    }
     assert found >= set(FOUND_BY[word])
 
 
@@ -61,12 +70,16 @@ def test_every_id_is_found_in_the_source_by_comfyui_manager():
     assert sorted(ids_in_source()) == sorted(NODES)
 
 
-# Inputs of our own loaders in the order in which workflows that people saved have their values. A later one comes last.
+# Inputs of our own loaders in the order in which workflows that people saved have their values. A
+# later one comes last.
 OWN_INPUTS = {
     "FeatherweightLoadDiffusionModel": ["model_name", "compute", "disable_dynamic_vram", "pack_to"],
-    "FeatherweightLoadCheckpoint": ["checkpoint_name", "compute", "disable_dynamic_vram", "pack_to"],
-    "FeatherweightLoadTextEncoder": ["text_encoder_1", "type", "text_encoder_2", "text_encoder_3", "text_encoder_4", "mmproj",
-                                     "device", "disable_dynamic_vram", "pack_to"],
+    "FeatherweightLoadCheckpoint": [
+        "checkpoint_name", "compute", "disable_dynamic_vram", "pack_to"
+    ], "FeatherweightLoadTextEncoder": [
+        "text_encoder_1", "type", "text_encoder_2", "text_encoder_3", "text_encoder_4", "mmproj",
+        "device", "disable_dynamic_vram", "pack_to"
+    ]
 }
 
 
@@ -75,7 +88,11 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
     inputs = NODES[node_id].GET_SCHEMA().inputs
     assert [input.id for input in inputs][:len(OWN_INPUTS[node_id])] == OWN_INPUTS[node_id]
     pack_to = next(input for input in inputs if input.id == "pack_to")
-    assert pack_to.optional and pack_to.default == "as the file" and pack_to.options == ["as the file", *TYPES]
+    assert (
+        pack_to.optional
+        and pack_to.default == "as the file"
+        and pack_to.options == ["as the file", *TYPES]
+    )
     parameters = inspect.signature(NODES[node_id].execute).parameters
     assert parameters["pack_to"].default == "as the file"
 
@@ -88,21 +105,27 @@ def test_legacy_nodes_take_the_inputs_and_have_the_defaults_that_shared_workflow
     for input in schema.inputs:
         default = INPUTS[node_id][input.id]
         assert default is NAME or input.default == default
-        assert input.optional or default is NAME or "Advanced" in node_id  # whose devices an API file names too
+        # whose devices an API file names too
+        assert input.optional or default is NAME or "Advanced" in node_id
 
 
 def test_legacy_nodes_are_those_of_the_table():
-    assert NODES.keys() - INPUTS.keys() == {node_id for node_id in NODES if node_id.startswith("Featherweight")}
+    assert NODES.keys() - INPUTS.keys() == {
+        node_id for node_id in NODES if node_id.startswith("Featherweight")
+    }
 
 
 def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
     monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "UnetLoaderGGUF", object)
-    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "FeatherweightLoadDiffusionModel", object)  # a reload of our own
+    # a reload of our own
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "FeatherweightLoadDiffusionModel", object)
     ids = {node.GET_SCHEMA().node_id for node in node_list()}
     assert ids == NODES.keys() - {"UnetLoaderGGUF"}
 
 
-@pytest.mark.parametrize("file, gone", [("apply_lora", "FeatherweightApplyLora"), ("legacy.kjnodes", "GGUFLoaderKJ")])
+@pytest.mark.parametrize(
+    ("file", "gone"), [("apply_lora", "FeatherweightApplyLora"), ("legacy.kjnodes", "GGUFLoaderKJ")]
+)
 @pytest.mark.parametrize("source", [
     "raise RuntimeError('broken on import')",
     "from comfy_api.latest import io\n"
@@ -111,40 +134,53 @@ def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
     "    def define_schema(cls):\n"
     "        raise RuntimeError('broken schema')\n",
 ])
-def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypatch, caplog, source, file, gone):
+def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypatch, caplog, source,
+                                                             file, gone):
     package, _, name = f"featherweight.nodes.{file}".rpartition(".")
     (tmp_path / f"{name}.py").write_text(source)
-    monkeypatch.setattr(sys.modules[package], "__path__", [str(tmp_path), *sys.modules[package].__path__])
+    monkeypatch.setattr(sys.modules[package], "__path__",
+                        [str(tmp_path), *sys.modules[package].__path__])
     monkeypatch.delitem(sys.modules, f"{package}.{name}")
     monkeypatch.delattr(sys.modules[package], name)
     assert {node.GET_SCHEMA().node_id for node in node_list()} == NODES.keys() - {gone}
     assert f"nodes/{file.replace('.', '/')}.py" in caplog.text
 
 
-def test_what_this_comfyui_lacks_is_one_sentence_with_the_nodes_that_go(tmp_path, monkeypatch, caplog):
+def test_what_this_comfyui_lacks_is_one_sentence_with_the_nodes_that_go(
+        tmp_path, monkeypatch, caplog):
     for name in ("apply_lora", "check_lora"):
         (tmp_path / f"{name}.py").write_text("from comfy.lora import moved_away")
         monkeypatch.delitem(sys.modules, f"featherweight.nodes.{name}")
         monkeypatch.delattr(featherweight.nodes, name)
-    monkeypatch.setattr(featherweight.nodes, "__path__", [str(tmp_path), *featherweight.nodes.__path__])
+    monkeypatch.setattr(featherweight.nodes, "__path__",
+                        [str(tmp_path), *featherweight.nodes.__path__])
     caplog.set_level(logging.INFO)
     ids = {node.GET_SCHEMA().node_id for node in node_list()}
     assert ids == NODES.keys() - {"FeatherweightApplyLora", "FeatherweightCheckLora"}
     record, = (record for record in caplog.records if "lora" in record.getMessage())
-    assert record.exc_info is None and "(cannot import name 'moved_away' from 'comfy.lora'" in record.getMessage()
+    assert (
+        record.exc_info is None
+        and "(cannot import name 'moved_away' from 'comfy.lora'" in record.getMessage()
+    )
     assert "So these nodes are left out: apply lora, check lora. Update both" in record.getMessage()
 
 
-@pytest.mark.parametrize("ask, consequence", [
+@pytest.mark.parametrize(("ask", "consequence"), [
     (lambda nodes: watch_prompts(), "Run on Ray needs the model files on this machine too"),
     (help_pages.serve, "nodes under the ids of other packs have no help page")])
-def test_a_server_that_lacks_a_method_costs_what_needs_it_and_no_more(ask, consequence, monkeypatch, caplog):
+def test_a_server_that_lacks_a_method_costs_what_needs_it_and_no_more(ask, consequence, monkeypatch,
+                                                                      caplog):
     nodes = node_list()
-    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=object())))
+    monkeypatch.setitem(
+        sys.modules, "server",
+        types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=object())))
     for _ in range(2):
         ask(nodes)
     record, = caplog.records
-    assert f"So {consequence}. Update both" in record.getMessage() and "has no attribute" in record.getMessage()
+    assert (
+        f"So {consequence}. Update both" in record.getMessage()
+        and "has no attribute" in record.getMessage()
+    )
     monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace())  # as in a script
     ask(nodes)
     assert len(caplog.records) == 1
@@ -152,8 +188,12 @@ def test_a_server_that_lacks_a_method_costs_what_needs_it_and_no_more(ask, conse
 
 def test_every_file_with_nodes_has_a_line_that_imports_it():
     folder = Path(featherweight.nodes.__file__).parent
-    files = {".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("[a-z]*.py")
-             if re.search(r"^class .*\bComfyNode\)|^NODE_CONFIG = ", path.read_text(encoding="utf-8"), re.M)}
+    files = {
+        ".".join(path.relative_to(folder).with_suffix("").parts)
+        for path in folder.rglob("[a-z]*.py")
+        if re.search(r"^class .*\bComfyNode\)|^NODE_CONFIG = ", path.read_text(
+            encoding="utf-8"), re.M)
+    }
     assert len(files) > 15 and files <= set(featherweight.nodes.file_names())
     for name in files:
         assert featherweight.nodes.import_file(name) is sys.modules[f"featherweight.nodes.{name}"]
@@ -200,7 +240,10 @@ def host_folders(tmp_path, monkeypatch):
 def test_gguf_folders_keep_directories_of_a_users_yaml_and_gain_the_hosts(host_folders, tmp_path):
     host_folders["unet_gguf"] = ([str(tmp_path / "mine")], set())
     folders.register_folders()
-    assert host_folders["unet_gguf"] == ([str(tmp_path / "mine"), str(tmp_path / "diffusion_models")], {".gguf"})
+    assert host_folders["unet_gguf"] == (
+        [str(tmp_path / "mine"), str(tmp_path / "diffusion_models")],
+        {".gguf"},
+    )
     assert host_folders["clip_gguf"] == ([str(tmp_path / "text_encoders")], {".gguf"})
 
 
@@ -214,7 +257,8 @@ def test_gguf_folders_do_not_write_into_lists_another_pack_shares(host_folders, 
     assert ".gguf" not in host_folders["diffusion_models"][1]
 
 
-def test_files_are_listed_gguf_first_and_found_under_another_systems_separator(host_folders, tmp_path):
+def test_files_are_listed_gguf_first_and_found_under_another_systems_separator(
+        host_folders, tmp_path):
     folders.register_folders()
     for name in ("b.safetensors", "flux/a.gguf"):
         path = tmp_path / "diffusion_models" / name
@@ -222,7 +266,11 @@ def test_files_are_listed_gguf_first_and_found_under_another_systems_separator(h
         path.touch()
     assert folders.list_files("unet_gguf", "diffusion_models") == ["flux/a.gguf", "b.safetensors"]
     expected = str(tmp_path / "diffusion_models" / "flux" / "a.gguf")
-    assert folders.find_file("flux\\a.gguf", "unet_gguf") == expected == folders.find_file("flux/a.gguf", "unet_gguf")
+    assert (
+        folders.find_file("flux\\a.gguf", "unet_gguf")
+        == expected
+        == folders.find_file("flux/a.gguf", "unet_gguf")
+    )
     with pytest.raises(WeightFileError, match="gone.gguf is in none of the model folders"):
         folders.find_file("gone.gguf", "unet_gguf")
 
@@ -263,15 +311,21 @@ def flux_file(host_folders, tmp_path):
     """Name of a model that lies in every folder of models."""
     folders.register_folders()
     path = tmp_path / "diffusion_models" / "flux.gguf"
-    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda name, values: "Q8_0")
+    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1),
+               lambda name, values: "Q8_0")
     (tmp_path / "checkpoints" / path.name).write_bytes(path.read_bytes())
     return path.name
 
 
-@pytest.mark.parametrize("dequant, patch, expected", [
-    ("default", "default", (None, None)), ("target", "target", (None, None)),
-    ("float16", "bfloat16", (torch.float16, torch.bfloat16)), ("bfloat16", "float32", (torch.bfloat16, torch.float32)),
-])
+@pytest.mark.parametrize(
+    ("dequant", "patch", "expected"),
+    [
+        ("default", "default", (None, None)),
+        ("target", "target", (None, None)),
+        ("float16", "bfloat16", (torch.float16, torch.bfloat16)),
+        ("bfloat16", "float32", (torch.bfloat16, torch.float32)),
+    ],
+)
 def test_the_advanced_loader_hands_its_dtypes_to_the_layers(flux_file, dequant, patch, expected):
     model = NODES["UnetLoaderGGUFAdvanced"].execute(flux_file, dequant, patch, True)[0]
     layer = model.model.diffusion_model.img_in
@@ -280,8 +334,11 @@ def test_the_advanced_loader_hands_its_dtypes_to_the_layers(flux_file, dequant, 
 
 
 # Nodes that need nothing but a file name to give a model.
-LOADERS = [node_id for node_id, node in NODES.items() if node.GET_SCHEMA().outputs[0].io_type == "MODEL"
-           and all(input.id.endswith("_name") for input in node.GET_SCHEMA().inputs if not input.optional)]
+LOADERS = [
+    node_id for node_id, node in NODES.items()
+    if node.GET_SCHEMA().outputs[0].io_type == "MODEL" and all(
+        input.id.endswith("_name") for input in node.GET_SCHEMA().inputs if not input.optional)
+]
 
 
 @pytest.mark.parametrize("node_id", LOADERS)

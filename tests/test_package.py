@@ -1,4 +1,5 @@
-"""What the registry gets: `comfy node pack` takes the files that git tracks, but for those that .comfyignore names."""
+"""What the registry gets: `comfy node pack` takes the files that git tracks, but for those that
+.comfyignore names."""
 import re
 import shutil
 import subprocess
@@ -12,24 +13,33 @@ tomllib = pytest.importorskip("tomllib")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and its checkout")
+in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"),
+                                   reason="needs git and its checkout")
 
 
 FOLDERS = {"nodes", "cluster", "loaders", "ops", "locales", "example_workflows"}
-FILES = {"__init__.py", "child_process.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md",
-         "CHANGELOG.md"}
+FILES = {
+    "__init__.py", "child_process.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt",
+    "LICENSE", "README.md", "CHANGELOG.md"
+}
 
 
 def tracked(*paths: str) -> set[str]:
-    return set(subprocess.run(["git", "ls-files", "-z", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
-               .stdout.split("\0")) - {""}
+    return set(
+        subprocess.run(
+            ["git", "ls-files", "-z", *paths], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\0")
+    ) - {""}
 
 
 @in_a_checkout
 def test_the_package_holds_all_that_the_pack_is_made_of():
     needed = tracked(*FOLDERS) | FILES
     assert needed <= set(packed_files())
-    assert {"ops/kernels/source/weight.h", "nodes/web/docs/FeatherweightLoadDiffusionModel/ja.md"} <= needed
+    assert {
+        "ops/kernels/source/weight.h",
+        "nodes/web/docs/FeatherweightLoadDiffusionModel/ja.md",
+    } <= needed
 
 
 @in_a_checkout
@@ -43,7 +53,10 @@ def test_the_package_holds_nothing_of_the_developers():
 def test_the_version_is_semantic_and_heads_the_changelog():
     version = PROJECT["project"]["version"]
     assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)", version)
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == version
+    assert (
+        re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+        == version
+    )
 
 
 def test_readme_project_file_and_pack_name_the_same_oldest_comfyui():

@@ -1,13 +1,19 @@
-"""What a device has to do where torch dequantises and multiplies: how many kernels it launches and how many bytes they move."""
+"""What a device has to do where torch dequantises and multiplies: how many kernels it launches and
+how many bytes they move."""
 import pytest
 import torch
+
 from devtools.measure.bench.passes import every_format, low_rank
-from devtools.measure.passes import META, Passes, of_linear, of_dequantizing
+from devtools.measure.passes import META, Passes, of_dequantizing, of_linear
 from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
 
-# Launches a chunk, and bytes a value of bfloat16. NF4: a lookup takes its index in int32 and gives float32, and the value is
-# rounded only when it is scaled, so no table of two values a byte needs less than 14.5.
-MOST = {"Q8_0": (2, 4), "NF4": (3, 15), "FP4": (3, 15), "Q4_0": (6, 10), "Q4_K": (13, 16), "Q6_K": (11, 17)}
+# Launches a chunk, and bytes a value of bfloat16. NF4: a lookup takes its index in int32 and gives
+# float32, and the value is rounded only when it is scaled, so no table of two values a byte needs
+# less than 14.5.
+MOST = {
+    "Q8_0": (2, 4), "NF4": (3, 15), "FP4": (3, 15), "Q4_0": (6, 10), "Q4_K": (13, 16),
+    "Q6_K": (11, 17)
+}
 MOST_OF_ANY = 20, 24
 each_format = pytest.mark.parametrize("fmt", every_format(), ids=lambda fmt: fmt.__name__)
 
@@ -47,10 +53,15 @@ def test_a_product_is_one_launch_beside_dequantizing_and_a_branch_three(name):
     rows, columns = 512, 1024  # one chunk
     dequantizing = 0 if name == "BF16" else of_dequantizing(FORMATS[name]).launches
     assert of_linear(FORMATS[name], rows, columns).launches == dequantizing + 1
-    assert of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, 32, 1)).launches == dequantizing + 4
+    assert (
+        of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, 32, 1)).launches
+        == dequantizing + 4
+    )
 
 
 def test_branches_on_all_rows_are_written_once_and_nothing_is_cleared_for_them():
-    of_whole, of_parts = (of_linear(FORMATS["Q8_0"], 768, 512, low_rank(768, 512, 48 // parts, parts)) for parts in (1, 3))
+    of_whole, of_parts = (of_linear(FORMATS["Q8_0"], 768, 512,
+                                    low_rank(768, 512, 48 // parts, parts)) for parts in (1, 3))
     assert of_parts.launches == of_whole.launches + 2
-    assert of_parts.moved - of_whole.moved < 4608 * 768 * 2 / 4  # what three products read more, and no pass over the output
+    # what three products read more, and no pass over the output
+    assert of_parts.moved - of_whole.moved < 4608 * 768 * 2 / 4

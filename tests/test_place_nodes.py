@@ -1,8 +1,12 @@
-"""Place Model and Place Text Encoder: what they show while models run, and what they say to what cannot be."""
+"""Place Model and Place Text Encoder: what they show while models run, and what they say to what
+cannot be."""
 import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
+from gpu_memory import larger_flux, sample, step
+from patched_models import packed_flux
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.placement import place, placed_text
@@ -11,8 +15,6 @@ from featherweight.nodes import place_model
 from featherweight.nodes.legacy import multigpu
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder
-from gpu_memory import larger_flux, sample, step
-from patched_models import packed_flux
 
 STATIC = pytest.mark.fake_gpus
 DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
@@ -43,7 +45,8 @@ def test_the_node_says_what_stays_and_what_each_step_costs(shown):
     assert shown[-1] == "1.9 of 4.0 MB on cuda:0\n2.1 MB copied per step; with 0.1 GB here nothing"
     stored, = PlaceModel.execute(model, 0.002, "gpu:1", 0.001).args
     assert torch.equal(run(stored), expected)
-    assert shown[-1].startswith("1.9 of 4.0 MB on cuda:0, 918.5 KB on cuda:1\n2.1 MB copied per step")
+    assert shown[-1].startswith(
+        "1.9 of 4.0 MB on cuda:0, 918.5 KB on cuda:1\n2.1 MB copied per step")
     stored = place(model, 2e6, [(torch.device("cuda", 1), 1e6), (torch.device("cuda", 2), 5e5)])
     assert torch.equal(run(stored), expected)
     assert placed_text(stored).startswith(
@@ -57,8 +60,13 @@ def test_the_node_says_in_dynamic_vram_what_is_copied(shown):
     with larger_flux("Q8_0") as (model, _):
         placed, = PlaceModel.execute(model, 0.036).args
         run(placed)
-        assert shown[0] == "at most 36.0 of 46.6 MB on cuda:0" and " of 46.6 MB on cuda:0\n" in shown[-1]
-        assert shown[-1].endswith("copied per step; with 0.1 GB here nothing") and not shown[-1].startswith(("0.0", "46"))
+        assert (
+            shown[0] == "at most 36.0 of 46.6 MB on cuda:0"
+            and " of 46.6 MB on cuda:0\n" in shown[-1]
+        )
+        assert shown[-1].endswith("copied per step; with 0.1 GB here nothing") and not shown[
+            -1
+        ].startswith(("0.0", "46"))
 
 
 @STATIC
@@ -68,14 +76,17 @@ def test_a_text_encoder_shows_it_too(shown, tmp_path):
     placed, = PlaceTextEncoder.execute(clip, 0.05).args
     tokens = clip.tokenize("a cloud")
     assert torch.equal(placed.encode_from_tokens(tokens), clip.encode_from_tokens(tokens))
-    assert shown[0] == "at most 50.0 of 131.7 MB on cuda:0" and " of 131.7 MB on cuda:0\n" in shown[1]
+    assert (
+        shown[0] == "at most 50.0 of 131.7 MB on cuda:0" and " of 131.7 MB on cuda:0\n" in shown[1]
+    )
 
 
 @DYNAMIC
 def test_a_text_encoder_in_dynamic_vram_shows_what_stays_when_it_has_run(shown, tmp_path):
     """Nothing tells when it has."""
     write_random_gguf(tmp_path / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
-    placed, = PlaceTextEncoder.execute(load_text_encoder([str(tmp_path / "clip_l.gguf")]), 0.05).args
+    placed, = PlaceTextEncoder.execute(load_text_encoder([str(tmp_path / "clip_l.gguf")]),
+                                       0.05).args
     placed.encode_from_tokens(placed.tokenize("a cloud"))
     assert placed.patcher.whereabouts().here > 32e6 and shown[1] == placed_text(placed.patcher)
 
@@ -83,19 +94,27 @@ def test_a_text_encoder_in_dynamic_vram_shows_what_stays_when_it_has_run(shown, 
 @pytest.fixture
 def share():
     """The host's node that lets two GPUs share the work of a model."""
-    nodes = pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has no nodes that choose devices")
+    nodes = pytest.importorskip("comfy_extras.nodes_multigpu",
+                                reason="this ComfyUI has no nodes that choose devices")
     return lambda model: nodes.MultiGPUCFGSplitNode.execute(model, 2)[0]
 
 
-@pytest.mark.parametrize("vram", [pytest.param("static", marks=STATIC), pytest.param("dynamic", marks=DYNAMIC)])
+@pytest.mark.parametrize(
+    "vram", [pytest.param("static", marks=STATIC), pytest.param("dynamic", marks=DYNAMIC)]
+)
 def test_of_two_gpus_that_share_a_model_each_has_the_budget_and_is_shown(vram, shown, share):
     with larger_flux("Q8_0") as (model, _):
         expected = sample(model)
         placed, = PlaceModel.execute(model, 0.036).args
         shared = share(placed)
         assert torch.equal(sample(shared), expected)
-        on_each = [placed_text(patcher) for patcher in (shared, *shared.get_additional_models_with_key("multigpu"))]
-        assert all(float(text.split()[0]) > 30 for text in on_each) and shown[-1] == "\n".join(on_each)
+        on_each = [
+            placed_text(patcher)
+            for patcher in (shared, *shared.get_additional_models_with_key("multigpu"))
+        ]
+        assert all(float(text.split()[0]) > 30 for text in on_each) and shown[-1] == "\n".join(
+            on_each
+        )
         assert " on cuda:0\n" in on_each[0] and " on cuda:1\n" in on_each[1]
         assert torch.equal(sample(placed), expected) and shown[-1] == on_each[0]
 
@@ -106,23 +125,31 @@ def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
     with larger_flux("Q8_0") as (model, _):
         shared = share(PlaceModel.execute(model, 0.036).args[0])
         expected = sample(shared)  # by which it has its places in dynamic VRAM
-        stored, = PlaceModel.execute(shared if order == "shared first" else model, 0.036, "gpu:1").args
+        stored, = PlaceModel.execute(shared if order == "shared first" else model, 0.036,
+                                     "gpu:1").args
         stored = stored if order == "shared first" else share(stored)
         assert torch.equal(sample(stored), expected)
-        there = [patcher.whereabouts() for patcher in (stored, *stored.get_additional_models_with_key("multigpu"))]
+        there = [
+            patcher.whereabouts()
+            for patcher in (stored, *stored.get_additional_models_with_key("multigpu"))
+        ]
         assert [lies.here // 1e6 for lies in there] == [35, 35]
         assert [sum(lies.stored.values()) // 1e6 for lies in there] == [10, 0]
 
 
 @STATIC
-@pytest.mark.parametrize("inputs, sentence", [
+@pytest.mark.parametrize(("inputs", "sentence"), [
     ((-1.0,), "gpu_weights is -1 GB, below 0; nothing stays, as with 0."),
-    ((48.0,), "gpu_weights is 48.0 GB, and cuda:0 has 4.3 GB in all; as much stays as ComfyUI finds room for."),
-    ((0.002, "gpu:5"), "There is no gpu:5 here for a store; what does not stay lies in the memory of the CPU."),
-    ((0.002, "gpu:0"), "The store gpu:0 is the device that computes; what does not stay lies in the memory of the CPU."),
+    ((48.0,), "gpu_weights is 48.0 GB, and cuda:0 has 4.3 GB in all; as much stays as ComfyUI"
+              " finds room for."),
+    ((0.002, "gpu:5"), "There is no gpu:5 here for a store; what does not stay lies in the memory"
+                       " of the CPU."),
+    ((0.002, "gpu:0"), "The store gpu:0 is the device that computes; what does not stay lies in"
+                       " the memory of the CPU."),
     ((0.002, "gpu:1", -1.0), "store_gb is -1 GB, below 0; nothing is stored, as with 0."),
 ])
-def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(inputs, sentence, shown, caplog):
+def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(inputs, sentence, shown,
+                                                                    caplog):
     model = packed_flux("Q8_0")
     expected = run(model)
     assert PlaceModel.validate_inputs(*inputs) is True
@@ -137,7 +164,8 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
     expected = run(model)
     model.cached_patcher_init = None
     placed, = PlaceModel.execute(model, 0.002, "gpu:1").args
-    assert shown[-1].endswith("its loader leaves no way; what does not stay lies in the memory of the CPU.")
+    assert shown[-1].endswith(
+        "its loader leaves no way; what does not stay lies in the memory of the CPU.")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
     notes = []
     placed = multigpu.placed(model, 1.0, ["cuda:1"], "", notes, "unet_")
@@ -148,7 +176,8 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
 @pytest.mark.parametrize("whose", ["another pack's loader (OfAnotherPack)", "ComfyUI-MultiGPU"])
 def test_what_another_pack_loads_or_places_in_its_own_way_stays_as_it_is(whose, shown):
     class OfAnotherPack(comfy.model_patcher.ModelPatcher):
-        def patch_weight_to_device(self, key, device_to=None, inplace_update=False):  # as ComfyUI-GGUF's
+        # as ComfyUI-GGUF's
+        def patch_weight_to_device(self, key, device_to=None, inplace_update=False):
             raise NotImplementedError
 
     model = packed_flux("Q8_0").clone()
@@ -160,13 +189,17 @@ def test_what_another_pack_loads_or_places_in_its_own_way_stays_as_it_is(whose, 
     placed, = PlaceModel.execute(model, 0.002).args
     vars(model.model).pop("_distorch_v2_meta", None)
     assert placed is model and type(placed) is kind
-    assert shown == [f"Where these weights lie is up to {whose}, so this node changes nothing. Load the file with a loader of"
-                     " ComfyUI or of this pack."]
+    assert shown == [
+        f"Where these weights lie is up to {whose}, so this node changes nothing. Load the file"
+        " with a loader of ComfyUI or of this pack."
+    ]
 
 
 def test_a_model_on_the_cpu_runs_as_it_is(shown):
     model = packed_flux("Q8_0")
     placed, = PlaceModel.execute(model, 0.002).args
-    assert shown == ["The model computes on the CPU, where all of its weights are: there is nothing to place."]
+    assert shown == [
+        "The model computes on the CPU, where all of its weights are: there is nothing to place."
+    ]
     comfy.model_management.load_models_gpu([placed])
     assert shown[-1].startswith("4.0 of 4.0 MB on cpu\n")

@@ -1,12 +1,15 @@
-"""What a prompt in API format may hold in place of an input of any node: each answer is a sentence, none is Python's."""
+"""What a prompt in API format may hold in place of an input of any node: each answer is a sentence,
+none is Python's."""
 import asyncio
 import math
 import re
 
 import execution
-import nodes as host_nodes
 import pytest
 from comfy_api.latest import io
+from pack_nodes import node_list
+
+import nodes as host_nodes
 from featherweight.loaders.devices import find_device
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes.apply_lora import ApplyLora
@@ -15,14 +18,15 @@ from featherweight.nodes.legacy import multigpu
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder
-from pack_nodes import node_list
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 MISSING = object()
 VALUES = (MISSING, None, 5, ["a", "b", "c"], {"__value__": ["a"]}, {"a": 1})
 # What Python says where a signature or a type does not fit.
-PYTHONS = re.compile(r"positional argument|keyword argument|expected string|object (is not|has no)|unhashable|must be str"
-                     r"|not supported between|argument of type|TypeError|AttributeError|KeyError")
+PYTHONS = re.compile(
+    r"positional argument|keyword argument|expected string|object (is not|has no)|unhashable|must"
+    r" be str"
+    r"|not supported between|argument of type|TypeError|AttributeError|KeyError")
 DEVICES = re.compile(r".*device|store")  # those of other machines are answered when the node runs
 
 
@@ -53,7 +57,8 @@ def registered(monkeypatch):
 
 
 def inputs_of(node_id: str) -> dict:
-    """A value for each input that the host accepts; files are left open, for there are none here."""
+    """A value for each input that the host accepts; files are left open, for there are none
+    here."""
     def value(input):
         if not isinstance(input, io.WidgetInput) or getattr(input, "force_input", False):
             return ["give", 0]
@@ -64,8 +69,11 @@ def inputs_of(node_id: str) -> dict:
 
 def errors_of(node_id: str, inputs: dict) -> list[dict]:
     """What the host finds wrong with this node in a prompt."""
-    prompt = {"node": {"class_type": node_id, "inputs": inputs}, "give": {"class_type": "Give", "inputs": {}},
-              "show": {"class_type": "Show", "inputs": {"value": ["node", 0]}}}
+    prompt = {
+        "node": {"class_type": node_id,
+                 "inputs": inputs}, "give": {"class_type": "Give", "inputs": {}},
+        "show": {"class_type": "Show", "inputs": {"value": ["node", 0]}}
+    }
     _, _, _, errors = asyncio.run(execution.validate_prompt("prompt", prompt, None))
     return [error for entry in errors.values() for error in entry["errors"]]
 
@@ -73,7 +81,7 @@ def errors_of(node_id: str, inputs: dict) -> list[dict]:
 CASES = [(node_id, name) for node_id in NODES for name in inputs_of(node_id)]
 
 
-@pytest.mark.parametrize("node_id, name", CASES)
+@pytest.mark.parametrize(("node_id", "name"), CASES)
 def test_any_value_of_an_input_is_taken_or_answered_in_a_sentence(node_id, name):
     input = next(input for input in NODES[node_id].GET_SCHEMA().inputs if input.id == name)
     for value in VALUES:
@@ -83,16 +91,23 @@ def test_any_value_of_an_input_is_taken_or_answered_in_a_sentence(node_id, name)
         errors = errors_of(node_id, inputs)
         for error in errors:
             text = f"{error['message']}: {error['details']}"
-            assert "exception" not in error["type"] and not PYTHONS.search(text.partition(name)[2]), text
+            assert "exception" not in error["type"] and not PYTHONS.search(
+                text.partition(name)[2]
+            ), text
         types = {error["type"] for error in errors if error["extra_info"].get("input_name") == name}
         if value is MISSING:
             assert ("required_input_missing" in types) is not input.optional
-        elif isinstance(input, io.Combo.Input) and value is not None and not answered_later(node_id, name):
+        elif (
+            isinstance(input, io.Combo.Input)
+            and value is not None
+            and not answered_later(node_id, name)
+        ):
             assert types, f"{name}: {value}"
 
 
 def answered_later(node_id: str, name: str) -> bool:
-    """Whether a value is looked at only when the node runs: devices of other machines, a file where a model is connected."""
+    """Whether a value is looked at only when the node runs: devices of other machines, a file where
+    a model is connected."""
     return DEVICES.fullmatch(name) is not None or node_id == "FeatherweightInspectModelFile"
 
 
@@ -104,22 +119,32 @@ def test_what_is_looked_at_when_a_node_runs_is_answered_in_a_sentence_too(value)
         InspectModelFile.execute(value)
 
 
-@pytest.mark.parametrize("name, run", [
-    ("gpu_weights", lambda: PlaceModel.execute(None, math.nan)),
-    ("gpu_weights", lambda: PlaceTextEncoder.execute(None, math.nan)),
-    ("store_gb", lambda: PlaceModel.execute(None, 4.0, "cpu", math.nan)),
-    ("virtual_vram_gb", lambda: multigpu.placed(None, math.nan, ["cpu"], "", [])),
-    ("strength_model", lambda: ApplyLora.execute(None, "lora.safetensors", math.nan)),
-    ("strength_clip", lambda: ApplyLora.execute(None, "lora.safetensors", 1.0, math.nan)),
-    ("cfg", lambda: MeasureSensitivity.execute([None], [1], [1], [math.nan], [0], ["no runs"], ["name"])),
-])
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("gpu_weights", lambda: PlaceModel.execute(None, math.nan)),
+        ("gpu_weights", lambda: PlaceTextEncoder.execute(None, math.nan)),
+        ("store_gb", lambda: PlaceModel.execute(None, 4.0, "cpu", math.nan)),
+        ("virtual_vram_gb", lambda: multigpu.placed(None, math.nan, ["cpu"], "", [])),
+        ("strength_model", lambda: ApplyLora.execute(None, "lora.safetensors", math.nan)),
+        ("strength_clip", lambda: ApplyLora.execute(None, "lora.safetensors", 1.0, math.nan)),
+        (
+            "cfg",
+            lambda: MeasureSensitivity.execute(
+                [None], [1], [1], [math.nan], [0], ["no runs"], ["name"]
+            ),
+        ),
+    ],
+)
 def test_a_number_that_is_none_is_refused_before_any_work(name, run):
     """The host lets NaN through: it is neither below the least nor above the most."""
     with pytest.raises(ValueError, match=f"{name} is not a number. Give one, such as 1."):
         run()
 
 
-@pytest.mark.parametrize("name, strengths", [("strength_model", (math.inf, 1.0)), ("strength_clip", (1.0, -math.inf))])
+@pytest.mark.parametrize(
+    ("name", "strengths"), [("strength_model", (math.inf, 1.0)), ("strength_clip", (1.0, -math.inf))]
+)
 def test_an_infinite_strength_is_refused(name, strengths):
     with pytest.raises(ValueError, match=f"{name} is infinite"):
         ApplyLora.execute(None, "lora.safetensors", *strengths)

@@ -1,4 +1,5 @@
-"""What scanners of ComfyUI's Registry find in the package: nothing that docs/registry-review.md does not explain."""
+"""What scanners of ComfyUI's Registry find in the package: nothing that docs/registry-review.md
+does not explain."""
 import re
 import shutil
 
@@ -10,36 +11,46 @@ from devtools.host.package import packed_files
 if not (ROOT / ".git").exists() or not shutil.which("git"):
     pytest.skip("needs git and its checkout", allow_module_level=True)
 PAGE = (ROOT / "docs" / "registry-review.md").read_text(encoding="utf-8")
-COMPILE = re.compile(r"\b(re|torch|_compiler)\.compile\(|def compile\(self, source: str, capability: int\)")
-# What the Registry's rules are known to look for: words, whatever they do there, in comments and texts too.
+COMPILE = re.compile(
+    r"\b(re|torch|_compiler)\.compile\(|def compile\(self, source: str, capability: int\)")
+# What the Registry's rules are known to look for: words, whatever they do there, in comments and
+# texts too.
 RULES = {
     "subprocess": r"\bsubprocess\b|os\.(system|popen|startfile|exec[lv]|spawn|posix_spawn|fork)|\bpty\b"
-                  r"|shell\s*=\s*True|find_library",
-    "environment, written": r"environb?\[[^]]*\]\s*=[^=]|del os\.environ|environb?\.(update|setdefault|pop|clear)"
-                            r"|putenv|unsetenv",
-    "environment, read": r"os\.environ|getenv",
-    "network": r"import socket|\bsocket\.|urllib|urlopen|http\.(client|server)|\brequests\.(get|post|request)|aiohttp|httpx"
-               r"|ftplib|smtplib|telnetlib|paramiko|import websocket",
+    r"|shell\s*=\s*True|find_library",
+    "environment, written": r"environb?\[[^]]*\]\s*=[^=]|del"
+                            r" os\.environ|environb?\.(update|setdefault|pop|clear)"
+    r"|putenv|unsetenv", "environment, read": r"os\.environ|getenv",
+    "network": r"import"
+               r" socket|\bsocket\.|urllib|urlopen|http\.(client|server)|\brequests\.(get|post|request)|aiohttp|httpx"
+    r"|ftplib|smtplib|telnetlib|paramiko|import websocket",
     "dynamic import": r"import_module|__import__|exec_module|\bimp\.load|SourceFileLoader|runpy",
     "evaluation": r"\b(eval|exec|execfile)\(|new Function|\bmarshal\b|CodeType",
     "pickles": r"pickle\.loads?\b|Unpickler|\bdill\b|joblib|shelve|allow_pickle=True",
-    "databases": r"sqlite3|psycopg|pymysql|pymongo|mysql",
-    "removal": r"rm -rf|\bformat [cC]:",
+    "databases": r"sqlite3|psycopg|pymysql|pymongo|mysql", "removal": r"rm -rf|\bformat [cC]:",
     "encoded": r"b64decode|b32decode|a85decode|unhexlify|bytes\.fromhex|codecs\.decode|zlib\.decompress|lzma|gzip",
-    "installation": r"pip install|pip\.main|ensurepip",
+    "installation": r"pip install|pip\.main|ensurepip"
 }
-TEXT_IN_A_MESSAGE = {"installation"}  # what an error advises; `test_advice_...` holds that it is nothing else
-ENDINGS = {".py", ".js", ".md", ".json", ".jsonl", ".toml", ".txt", ".jpg", ".png", ".h", ".cpp", ".cu", ".metal", ""}
+# what an error advises; `test_advice_...` holds that it is nothing else
+TEXT_IN_A_MESSAGE = {"installation"}
+ENDINGS = {
+    ".py", ".js", ".md", ".json", ".jsonl", ".toml", ".txt", ".jpg", ".png", ".h", ".cpp", ".cu",
+    ".metal", ""
+}
 
 
 def rows(heading: str) -> list[list[str]]:
     """Cells of the last table under a heading of the page, without its head."""
     table = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip().rpartition("|---|\n")[2]
-    return [[cell.strip().strip("`") for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| .*\|$", table, re.M)]
+    return [[cell.strip().strip("`") for cell in row.split("|")[1:-1]]
+            for row in re.findall(r"^\| .*\|$", table, re.M)]
 
 
 def sources() -> dict[str, str]:
-    return {path: (ROOT / path).read_text(encoding="utf-8") for path in packed_files() if path.endswith((".py", ".js"))}
+    return {
+        path: (ROOT / path).read_text(encoding="utf-8") for path in packed_files()
+        if path.endswith((".py", ".js"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +60,10 @@ def severe(tmp_path_factory):
     for path in packed_files():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, folder / path)
-    return [finding for finding in scanner.Scanner().scan(folder).findings if finding.severity.value in ("high", "critical")]
+    return [
+        finding for finding in scanner.Scanner().scan(folder).findings
+        if finding.severity.value in ("high", "critical")
+    ]
 
 
 def is_the_word_compile(finding) -> bool:
@@ -59,16 +73,22 @@ def is_the_word_compile(finding) -> bool:
 
 def test_nodesafe_finds_nothing_severe_that_is_not_explained(severe):
     explained = {(file, category) for file, category, *_ in rows("nodesafe 0.6.0")}
-    assert {(finding.file, finding.category) for finding in severe if not is_the_word_compile(finding)} == explained
+    assert {
+        (finding.file, finding.category) for finding in severe if not is_the_word_compile(finding)
+    } == explained
 
 
 def test_the_page_says_how_much_nodesafe_finds(severe):
-    assert f"| HIGH, all else | 17 | {sum(not is_the_word_compile(finding) for finding in severe)} |" in PAGE
+    assert (
+        f"| HIGH, all else | 17 | {sum(not is_the_word_compile(finding) for finding in severe)} |"
+        in PAGE
+    )
 
 
 def test_nothing_has_the_words_of_the_registrys_rules_that_is_not_explained():
     texts = sources()
-    found = {(rule, path) for rule, pattern in RULES.items() for path, text in texts.items() if re.search(pattern, text)}
+    found = {(rule, path) for rule, pattern in RULES.items() for path, text in texts.items()
+             if re.search(pattern, text)}
     found -= {("environment, read", path) for rule, path in found if rule == "environment, written"}
     assert len(texts) > 150
     explained = {(rule, file) for rule, file, *_ in rows("Words of the Registry's rules")}
@@ -79,11 +99,16 @@ def test_advice_to_install_something_is_a_text_and_no_call():
     for path, text in sources().items():
         for line in text.splitlines():
             advises = re.search(RULES["installation"], line)
-            assert not advises or re.search(r"""["'`#].*(pip install|ensurepip)""", line), (path, line)
+            assert not advises or re.search(r"""["'`#].*(pip install|ensurepip)""", line), (
+                path,
+                line,
+            )
 
 
 def test_one_call_starts_programs():
-    assert [(path, text.count("Popen(")) for path, text in sources().items() if "Popen(" in text] == [("child_process.py", 1)]
+    assert [
+        (path, text.count("Popen(")) for path, text in sources().items() if "Popen(" in text
+    ] == [("child_process.py", 1)]
 
 
 def test_the_package_holds_texts_and_pictures_alone():

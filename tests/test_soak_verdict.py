@@ -1,4 +1,5 @@
-"""The judgement of a soak: what it asks for follows from the seed, and a bound that is broken is told."""
+"""The judgement of a soak: what it asks for follows from the seed, and a bound that is broken is
+told."""
 import pytest
 
 from devtools.soak import verdict
@@ -7,18 +8,29 @@ from devtools.soak.run import Book
 
 
 def readings(**last) -> list[dict]:
-    """Twenty at rest; of what is named the value at the end, to which it grows from the warm-up on."""
-    rest = {"rss": 800.0, "private": 600.0, "tensors": 1.0, "mapped": 0, "open": 7, "threads": 6, "temporary": 0,
-            "seconds": 1.0}
+    """Twenty at rest; of what is named the value at the end, to which it grows from the warm-up
+    on."""
+    rest = {
+        "rss": 800.0, "private": 600.0, "tensors": 1.0, "mapped": 0, "open": 7, "threads": 6,
+        "temporary": 0, "seconds": 1.0
+    }
     return [{"prompts": 50 * number, "minutes": number, **rest,
              **{name: type(rest[name])(rest[name] + (value - rest[name]) * max(0, number - 5) / 14)
                 for name, value in last.items()}}
             for number in range(20)]
 
 
-@pytest.mark.parametrize("last, says", [
-    ({}, ""), ({"rss": 803}, ""), ({"rss": 840}, "Resident memory has grown by"), ({"open": 40}, "open files: 7 after"),
-    ({"mapped": 3}, "model files mapped: 0 after"), ({"temporary": 9}, "temporary files: 0 after")])
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ({}, ""),
+        ({"rss": 803}, ""),
+        ({"rss": 840}, "Resident memory has grown by"),
+        ({"open": 40}, "open files: 7 after"),
+        ({"mapped": 3}, "model files mapped: 0 after"),
+        ({"temporary": 9}, "temporary files: 0 after"),
+    ],
+)
 def test_a_bound_that_is_broken_is_told_in_a_sentence(last, says):
     book = Book(readings=readings(**last))
     assert "".join(verdict.broken(book))[:len(says) or None] == says

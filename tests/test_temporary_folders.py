@@ -29,10 +29,20 @@ def test_only_a_test_that_fails_leaves_its_folder(tmp_path, processes, failing):
     source, temporary = tmp_path / "test_source.py", tmp_path / "temporary"
     temporary.mkdir()
     source.write_text(SOURCE.format(failing=failing), encoding="utf-8")
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", str(CONFIGURATION), "--rootdir", str(tmp_path),
-                          "--noconftest", *processes, str(source)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                         env={**os.environ, "PYTEST_DEBUG_TEMPROOT": str(temporary), "PYTEST_ADDOPTS": ""})
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-c",
+            str(CONFIGURATION), "--rootdir",
+            str(tmp_path), "--noconftest", *processes,
+            str(source)
+        ], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTEST_DEBUG_TEMPROOT": str(temporary), "PYTEST_ADDOPTS": ""})
     assert run.returncode == (failing is not None), run.stdout + run.stderr
-    left = {path.parent.name for path in temporary.rglob("large") if path.parent.is_dir() and not path.parent.is_symlink()}
-    assert {name for name in left if "that_writes" in name} == (set() if failing is None else {f"test_that_writes_{failing}_0"})
+    left = {
+        path.parent.name for path in temporary.rglob("large")
+        if path.parent.is_dir() and not path.parent.is_symlink()
+    }
+    assert {name for name in left if "that_writes" in name} == (
+        set() if failing is None else {f"test_that_writes_{failing}_0"}
+    )
     assert failing is not None or left == set()

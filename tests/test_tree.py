@@ -9,12 +9,23 @@ import pytest
 
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(comfy.options.__file__).resolve().parent.parent
-LAYERS = ("nodes", "cluster", "loaders", "ops", "child_process")  # each may import itself and those after it
+# each may import itself and those after it
+LAYERS = ("nodes", "cluster", "loaders", "ops", "child_process")
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 # Formats, kernels, packing and readers of files know torch alone.
-WITHOUT_HOST = ("loaders/encoders/", "loaders/files/", "ops/bits.py", "ops/format.py", "ops/formats/",
-                "ops/kernels/", "ops/quantize/")
-SOURCES = [*sorted(PACK.glob("*_*.py")), *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))]
+WITHOUT_HOST = (
+    "loaders/encoders/",
+    "loaders/files/",
+    "ops/bits.py",
+    "ops/format.py",
+    "ops/formats/",
+    "ops/kernels/",
+    "ops/quantize/",
+)
+SOURCES = [
+    *sorted(PACK.glob("*_*.py")),
+    *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))
+]
 
 
 @functools.cache
@@ -23,7 +34,8 @@ def tree_of(path) -> ast.Module:
 
 
 def imports(path):
-    """(absolute module names, modules of this pack as dotted paths from its root) that a source file imports."""
+    """(absolute module names, modules of this pack as dotted paths from its root) that a source
+    file imports."""
     absolute, own = set(), set()
     package = path.relative_to(PACK).parent.parts
     for node in ast.walk(tree_of(path)):
@@ -35,7 +47,11 @@ def imports(path):
             assert node.level <= len(package) + 1, f"{path}: an import leaves the pack"
             base = [*package[:len(package) + 1 - node.level], *(node.module or "").split(".")]
             base = [part for part in base if part]
-            own |= {".".join(base)} if node.module else {".".join([*base, alias.name]) for alias in node.names}
+            own |= (
+                {".".join(base)}
+                if node.module
+                else {".".join([*base, alias.name]) for alias in node.names}
+            )
     return absolute, own
 
 
@@ -47,15 +63,23 @@ def test_imports_point_down():
         allowed = LAYERS[LAYERS.index(layer):] if layer in LAYERS else LAYERS
         assert {name.split(".")[0] for name in own} <= set(allowed), path
         if where.startswith("ops/formats/"):
-            assert all(name in ("ops.bits", "ops.format") or name.startswith("ops.formats") for name in own), path
-            assert {name.split(".")[0] for name in absolute} <= {"torch", "gguf"} | sys.stdlib_module_names, path
+            assert all(name in ("ops.bits", "ops.format") or name.startswith("ops.formats")
+                       for name in own), path
+            assert {name.split(".")[0] for name in absolute} <= {
+                "torch",
+                "gguf",
+            } | sys.stdlib_module_names, path
         if where in ("ops/bits.py", "ops/format.py"):
             assert own <= {"ops.bits"}, path
-            assert {name.split(".")[0] for name in absolute} <= {"torch"} | sys.stdlib_module_names, path
+            assert {name.split(".")[0] for name in absolute} <= {
+                "torch"
+            } | sys.stdlib_module_names, path
 
 
 def test_arithmetic_and_readers_of_files_do_not_use_the_host():
-    without = [path for path in SOURCES if path.relative_to(PACK).as_posix().startswith(WITHOUT_HOST)]
+    without = [
+        path for path in SOURCES if path.relative_to(PACK).as_posix().startswith(WITHOUT_HOST)
+    ]
     assert len(without) > 50
     for path in without:
         absolute, _ = imports(path)
@@ -67,13 +91,17 @@ def module_of(path) -> str:
 
 
 def imported_modules(path) -> set[str]:
-    """Modules of this pack that a file imports; `from . import name` is the module of that name where there is one."""
+    """Modules of this pack that a file imports; `from . import name` is the module of that name
+    where there is one."""
     package, found = path.relative_to(PACK).parent.parts, set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = ".".join([*package[:len(package) + 1 - node.level], *filter(None, [node.module])])
+            base = ".".join(
+                [*package[:len(package) + 1 - node.level], *filter(None, [node.module])])
             modules = {f"{base}.{alias.name}" for alias in node.names} & MODULES.keys()
-            found |= modules | ({base} & MODULES.keys() if len(modules) < len(node.names) else set())
+            found |= modules | (
+                {base} & MODULES.keys() if len(modules) < len(node.names) else set()
+            )
     return found - {module_of(path)}
 
 
@@ -81,14 +109,18 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 
 def circle(imported: dict[str, set[str]]) -> list[str]:
-    """Modules of which each imports the next, and the last the first; none where there is no such circle."""
+    """Modules of which each imports the next, and the last the first; none where there is no such
+    circle."""
     done = set()
 
     def walk(module, way):
         if module in way:
             return way[way.index(module):]
         if module not in done:
-            found = next(filter(None, (walk(other, [*way, module]) for other in sorted(imported.get(module, ())))), [])
+            found = next(
+                filter(None,
+                       (walk(other, [*way, module]) for other in sorted(imported.get(module, ())))),
+                [])
             done.add(module)
             return found
         return []
@@ -107,18 +139,28 @@ def test_no_files_import_each_other_in_a_circle():
 def test_ray_is_optional_and_starts_with_no_import():
     for path in SOURCES:
         tree = tree_of(path)
-        inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-                  for node in ast.walk(function)}
+        inside = {
+            id(node) for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+            for node in ast.walk(function)
+        }
         at_import = [node for node in ast.walk(tree)
                      if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside]
-        names = {alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in at_import if isinstance(node, ast.ImportFrom) and node.level == 0}
+        names = {
+            alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names
+        }
+        names |= {
+            node.module for node in at_import
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+        }
         assert not {name.split(".")[0] for name in names} & {"ray", "pyarrow"}, path
 
 
 @pytest.mark.parametrize("package", ["ops/formats", "loaders/encoders/archs"])
 def test_every_file_of_a_package_that_registers_its_files_has_a_line_that_imports_it(package):
-    files = {module_of(path) for path in (PACK / package).glob("*.py") if not path.name.startswith("_")}
+    files = {
+        module_of(path) for path in (PACK / package).glob("*.py") if not path.name.startswith("_")
+    }
     assert len(files) > 10 and files == imported_modules(PACK / package / "__init__.py")
 
 
@@ -126,19 +168,31 @@ def test_nothing_is_imported_by_a_name_that_is_put_together():
     """Explicit imports say to people, and to programs that read a package, what runs."""
     for path in SOURCES:
         source = path.read_text(encoding="utf-8")
-        assert "import_module" not in source and "__import__" not in source and "exec_module" not in source, path
+        assert (
+            "import_module" not in source
+            and "__import__" not in source
+            and "exec_module" not in source
+        ), path
 
 
 def test_own_modules_are_imported_relatively():
     for path in SOURCES:
         absolute, _ = imports(path)
-        assert not {name.split(".")[0] for name in absolute} & {"featherweight", "loaders", "ops", "devtools", "tests"}, path
+        assert not {name.split(".")[0] for name in absolute} & {
+            "featherweight",
+            "loaders",
+            "ops",
+            "devtools",
+            "tests",
+        }, path
 
 
 def test_requirements_are_those_of_the_project_file():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert (PACK / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1] == project["dependencies"]
+    assert (PACK / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1] == project[
+        "dependencies"
+    ]
 
 
 def test_every_example_workflow_has_its_picture():

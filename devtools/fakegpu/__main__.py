@@ -1,4 +1,5 @@
-"""Runs a command with fake GPUs: python -m devtools.fakegpu 2x4 [--late] COMMAND, for two of 4 GiB."""
+"""Runs a command with fake GPUs: python -m devtools.fakegpu 2x4 [--late] COMMAND, for two of 4
+GiB."""
 import os
 import subprocess
 import sys

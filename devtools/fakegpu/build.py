@@ -1,4 +1,5 @@
-"""Compiles the libraries of the fake GPUs, once for each source, torch and compiler, in ten seconds. They are kept in .dev."""
+"""Compiles the libraries of the fake GPUs, once for each source, torch and compiler, in ten
+seconds. They are kept in .dev."""
 import functools
 import hashlib
 import importlib.util
@@ -16,8 +17,23 @@ SOURCE = Path(__file__).with_name("source")
 KEPT = ROOT / ".dev" / "fakegpu"
 COMPILERS = ("c++", "g++")  # after the environment variable CXX
 # aimdo writes into the beginnings of functions, so none may be a mere jump to another.
-DRIVER = ("-std=c++20", "-O1", "-fPIC", "-shared", "-fno-optimize-sibling-calls", "-Wl,-soname,libcuda.so.1")
-DEVICE = ("-std=c++20", "-O0", "-fPIC", "-shared", "-w", "-DAT_PER_OPERATOR_HEADERS", "-Wl,-rpath,$ORIGIN")
+DRIVER = (
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-shared",
+    "-fno-optimize-sibling-calls",
+    "-Wl,-soname,libcuda.so.1",
+)
+DEVICE = (
+    "-std=c++20",
+    "-O0",
+    "-fPIC",
+    "-shared",
+    "-w",
+    "-DAT_PER_OPERATOR_HEADERS",
+    "-Wl,-rpath,$ORIGIN",
+)
 
 
 class NoFakeGpus(Exception):
@@ -36,12 +52,14 @@ def why_not() -> str:
 
 @functools.cache
 def libraries() -> Path:
-    """The folder with the libraries, built if need be, by one process at a time. Raises NoFakeGpus."""
+    """The folder with the libraries, built if need be, by one process at a time. Raises
+    NoFakeGpus."""
     if sys.platform != "linux":
         raise NoFakeGpus("fake GPUs are built on Linux only")
     if any(_torch().glob("lib/libc10_*.so")):  # of CUDA, ROCm or XPU
         raise NoFakeGpus("fake GPUs need a torch that was built for CPUs")
-    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
+    compiler = next(
+        filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
     if compiler is None:
         raise NoFakeGpus("fake GPUs need a C++ compiler, and there is none")
     folder = KEPT / _digest(compiler)
@@ -62,15 +80,18 @@ def _build(compiler: str, folder: Path):
         made.mkdir()
         driver, device = made / "libcuda.so.1", made / "libfakegpu.so"
         _compile(compiler, *DRIVER, "devices.cpp", "driver.cpp", "-o", driver)
-        _compile(compiler, *DEVICE, f"-I{torch / 'include'}", "streams.cpp", "torch_device.cpp", "torch_operators.cpp",
-                 "-o", device, f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", driver)
+        _compile(compiler, *DEVICE, f"-I{torch / 'include'}", "streams.cpp", "torch_device.cpp",
+                 "torch_operators.cpp", "-o", device, f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu",
+                 driver)
         made.rename(folder)
 
 
 def _compile(*command):
-    made = subprocess.run([str(part) for part in command], cwd=SOURCE, capture_output=True, text=True)
+    made = subprocess.run([str(part) for part in command], cwd=SOURCE, capture_output=True,
+                          text=True)
     if made.returncode:
-        error = next((line for line in made.stderr.splitlines() if "error" in line), made.stderr[:200])
+        error = next((line for line in made.stderr.splitlines() if "error" in line),
+                     made.stderr[:200])
         raise NoFakeGpus(f"fake GPUs could not be compiled for torch {version('torch')}: {error}")
 
 
@@ -79,6 +100,9 @@ def _torch() -> Path:
 
 
 def _digest(compiler: str) -> str:
-    parts = [version("torch"), sys.version, subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout,
-             *DRIVER, *DEVICE, *(path.read_text() for path in sorted(SOURCE.iterdir()))]
+    parts = [
+        version("torch"), sys.version,
+        subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout, *DRIVER,
+        *DEVICE, *(path.read_text() for path in sorted(SOURCE.iterdir()))
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

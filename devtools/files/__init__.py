@@ -1,1 +1,2 @@
-"""Model files as people have them, for tests, demo and bench: who writes them, and the tensors of small models."""
+"""Model files as people have them, for tests, demo and bench: who writes them, and the tensors of
+small models."""

@@ -1,15 +1,19 @@
-"""Files as people have them of bitsandbytes, for tests, demo and bench, written with the `bitsandbytes` package."""
+"""Files as people have them of bitsandbytes, for tests, demo and bench, written with the
+`bitsandbytes` package."""
 import torch
 from bitsandbytes import functional
 from safetensors.torch import save_file
 
 
-def write_bnb(path, tensors: dict[str, torch.Tensor], quant_type: str = "nf4", block_length: int = 64, nested: bool = False,
-              storage: torch.dtype = torch.uint8, prefix: str = "", keep=None) -> dict[str, torch.Tensor]:
-    """Write float tensors as a safetensors file with 4-bit weights and return the values a reader should see.
+def write_bnb(path, tensors: dict[str, torch.Tensor], quant_type: str = "nf4",
+              block_length: int = 64, nested: bool = False, storage: torch.dtype = torch.uint8,
+              prefix: str = "", keep=None) -> dict[str, torch.Tensor]:
+    """Write float tensors as a safetensors file with 4-bit weights and return the values a reader
+    should see.
 
-    keep(name, tensor): whether to leave one as it is; by default everything but matrices named `.weight`. storage: the
-    dtype that the codes are stored as. prefix: put before each name in the file. Returns name, without prefix -> float32.
+    keep(name, tensor): whether to leave one as it is; by default everything but matrices named
+    `.weight`. storage: the dtype that the codes are stored as. prefix: put before each name in the
+    file. Returns name, without prefix -> float32.
     """
     stored, seen = {}, {}
     for name, tensor in tensors.items():
@@ -26,25 +30,33 @@ def quantised(tensor: torch.Tensor, quant_type: str, block_length: int = 64, nes
               storage: torch.dtype = torch.uint8) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The tensors of one 4-bit weight by what their names end in, and its values in float32.
 
-    The values are the definition, code[nibble] * absmax: bitsandbytes' own `dequantize_4bit` is wrong on CPUs where the
-    blocks do not divide the rows.
+    The values are the definition, code[nibble] * absmax: bitsandbytes' own `dequantize_4bit` is
+    wrong on CPUs where the blocks do not divide the rows.
     """
-    codes, state = functional.quantize_4bit(
-        tensor, blocksize=block_length, compress_statistics=nested, quant_type=quant_type, quant_storage=storage)
+    codes, state = functional.quantize_4bit(tensor, blocksize=block_length,
+                                            compress_statistics=nested, quant_type=quant_type,
+                                            quant_storage=storage)
     absmax = state.absmax
     if nested:
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
     packed = codes.view(-1).view(torch.uint8).int()
     nibbles = torch.stack([packed >> 4, packed & 15], -1).view(-1)[:tensor.numel()]
-    values = state.code[nibbles.long()] * absmax.float().repeat_interleave(block_length)[:tensor.numel()]
-    return {"": codes} | {f".{part}": value for part, value in state.as_dict(packed=True).items()}, values.view(tensor.shape)
+    values = (
+        state.code[nibbles.long()]
+        * absmax.float().repeat_interleave(block_length)[: tensor.numel()]
+    )
+    return {"": codes} | {
+        f".{part}": value for part, value in state.as_dict(packed=True).items()
+    }, values.view(tensor.shape)
 
 
-def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "", keep=None) -> dict[str, torch.Tensor]:
-    """Write float tensors as a safetensors file with int8 weights (`SCB`) and return the values a reader should see.
+def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "",
+                   keep=None) -> dict[str, torch.Tensor]:
+    """Write float tensors as a safetensors file with int8 weights (`SCB`) and return the values a
+    reader should see.
 
-    keep(name, tensor): whether to leave one as it is; by default everything but matrices named `.weight`. prefix: put before
-    each name in the file. Returns name, without prefix -> float32.
+    keep(name, tensor): whether to leave one as it is; by default everything but matrices named
+    `.weight`. prefix: put before each name in the file. Returns name, without prefix -> float32.
     """
     stored, seen = {}, {}
     for name, tensor in tensors.items():
@@ -53,7 +65,10 @@ def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "", kee
         else:
             layer = name.removesuffix(".weight")
             weight, scales, _ = functional.int8_vectorwise_quant(tensor.half())
-            parts = {name: weight, f"{layer}.SCB": scales, f"{layer}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+            parts = {
+                name: weight, f"{layer}.SCB": scales,
+                f"{layer}.weight_format": torch.tensor(0, dtype=torch.uint8)
+            }
             seen[name] = weight * (scales / 127).view(-1, 1)
         stored |= {prefix + part: value.contiguous() for part, value in parts.items()}
     save_file(stored, str(path), {"format": "pt"})
@@ -64,13 +79,18 @@ def _not_a_matrix(name: str, tensor: torch.Tensor) -> bool:
     return tensor.ndim != 2 or not name.endswith(".weight")
 
 
-def write_random_bnb(path, shapes: dict[str, tuple], quant_type: str = "nf4", block_length: int = 64, largest: float = 0.05):
+def write_random_bnb(path, shapes: dict[str, tuple], quant_type: str = "nf4",
+                     block_length: int = 64, largest: float = 0.05):
     """Write a safetensors file of any size with random 4-bit weights.
 
-    shapes: name -> logical shape. What is no matrix named `.weight` is float32: zeros, or ones for the scale of a norm.
+    shapes: name -> logical shape. What is no matrix named `.weight` is float32: zeros, or ones for
+    the scale of a norm.
     largest: no value of a matrix is above.
     """
-    generator, code = torch.Generator().manual_seed(0), functional.get_4bit_type(quant_type, device="cpu")
+    generator, code = (
+        torch.Generator().manual_seed(0),
+        functional.get_4bit_type(quant_type, device="cpu"),
+    )
     stored = {}
     for name, shape in shapes.items():
         if len(shape) != 2 or not name.endswith(".weight"):
@@ -78,8 +98,10 @@ def write_random_bnb(path, shapes: dict[str, tuple], quant_type: str = "nf4", bl
             continue
         count = shape[0] * shape[1]
         absmax = torch.rand(-(-count // block_length), generator=generator) * largest
-        state = functional.QuantState(absmax, torch.Size(shape), code.clone(), block_length, quant_type, torch.float32)
-        codes = torch.randint(1 << 62, ((count + 15) // 16,), generator=generator).view(torch.uint8)[:(count + 1) // 2]
+        state = functional.QuantState(absmax, torch.Size(shape), code.clone(), block_length,
+                                      quant_type, torch.float32)
+        codes = torch.randint(1 << 62, ((count + 15) // 16,),
+                              generator=generator).view(torch.uint8)[:(count + 1) // 2]
         stored[name] = codes.view(-1, 1)
         stored |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
     save_file(stored, str(path), {"format": "pt"})

@@ -1,4 +1,5 @@
-"""The model files of the demo, from the weights in `demo_model/weights`: ComfyUI's own names, every packing."""
+"""The model files of the demo, from the weights in `demo_model/weights`: ComfyUI's own names, every
+packing."""
 import importlib.util
 from pathlib import Path
 
@@ -21,8 +22,14 @@ ENCODER_NAME = "featherweight_demo_clip_l_Q8_0.gguf"
 VAE_NAME = "featherweight_demo_vae.safetensors"
 LORAS = {name: f"featherweight_demo_lora_{name}.safetensors" for name in ("ink", "pumpkins")}
 CHECKPOINT_NAME = "featherweight_demo_nf4.safetensors"
-FILES = {"diffusion_models": list(MODELS.values()), "text_encoders": [ENCODER_NAME], "vae": [VAE_NAME],
-         "loras": list(LORAS.values()), "checkpoints": [CHECKPOINT_NAME]}  # folder below `models` -> names
+FILES = {
+    "diffusion_models": list(MODELS.values()),
+    "text_encoders": [ENCODER_NAME],
+    "vae": [VAE_NAME],
+    # folder below `models` -> names
+    "loras": list(LORAS.values()),
+    "checkpoints": [CHECKPOINT_NAME]
+}
 
 
 def has_bitsandbytes() -> bool:
@@ -41,10 +48,13 @@ def flux() -> dict[str, torch.Tensor]:
     return {tensor.name: torch.from_numpy(np.array(tensor.data)).half() for tensor in tensors}
 
 
-def write_model(path: Path, type_name: str, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Write the Flux, or other weights of its names, in one type as people publish it; return what a reader should see.
+def write_model(path: Path, type_name: str,
+                tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Write the Flux, or other weights of its names, in one type as people publish it; return what
+    a reader should see.
 
-    Everybody's GGUF files leave what stands before and after the blocks as it is; bitsandbytes packs every matrix.
+    Everybody's GGUF files leave what stands before and after the blocks as it is; bitsandbytes
+    packs every matrix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = flux() if tensors is None else tensors
@@ -54,7 +64,11 @@ def write_model(path: Path, type_name: str, tensors: dict[str, torch.Tensor] | N
     if type_name in ("NF4", "FP4", "int8"):
         from devtools.files.bnb_files import write_bnb, write_bnb_int8
 
-        return write_bnb_int8(path, tensors) if type_name == "int8" else write_bnb(path, tensors, type_name.lower())
+        return (
+            write_bnb_int8(path, tensors)
+            if type_name == "int8"
+            else write_bnb(path, tensors, type_name.lower())
+        )
     return write_gguf(path, tensors, lambda name, values: "F32" if values.ndim < 2 else
                       type_name if "blocks." in name else "F16")
 
@@ -69,11 +83,13 @@ def write_encoder(path: Path):
         if "token_embedding" in name:
             writer.add_tensor(name, pack(vectors.numpy(), "Q8_0")[picks.numpy()], raw_dtype=q8_0)
         elif len(shape) < 2:
-            writer.add_tensor(name, given[name].numpy() if name in given else np.zeros(shape, np.float32))
+            writer.add_tensor(name,
+                              given[name].numpy() if name in given else np.zeros(shape, np.float32))
         elif name in given:
             writer.add_tensor(name, pack(given[name].numpy(), "Q8_0"), raw_dtype=q8_0)
         else:
-            writer.add_tensor(name, np.zeros(gguf.quant_shape_to_byte_shape(shape, q8_0), np.uint8), raw_dtype=q8_0)
+            writer.add_tensor(name, np.zeros(gguf.quant_shape_to_byte_shape(shape, q8_0), np.uint8),
+                              raw_dtype=q8_0)
     write_all(writer)
 
 
@@ -82,7 +98,8 @@ def vae() -> dict[str, torch.Tensor]:
 
 
 def make_models(base: Path, types=("Q8_0",)):
-    """Write the demo's files into `base`/models: text encoder, VAE, LoRAs, and the Flux in each of the types."""
+    """Write the demo's files into `base`/models: text encoder, VAE, LoRAs, and the Flux in each of
+    the types."""
     models = base / "models"
     write_encoder(models / "text_encoders" / ENCODER_NAME)
     (models / "vae").mkdir(parents=True, exist_ok=True)
@@ -95,7 +112,8 @@ def make_models(base: Path, types=("Q8_0",)):
 
 
 def make_checkpoint(base: Path, name: str = CHECKPOINT_NAME, with_vae: bool = True) -> Path:
-    """Write an NF4 checkpoint of Flux and VAE, which takes the `bitsandbytes` package. Returns its path."""
+    """Write an NF4 checkpoint of Flux and VAE, which takes the `bitsandbytes` package. Returns its
+    path."""
     from devtools.files.bnb_files import write_bnb
 
     path = base / "models" / "checkpoints" / name

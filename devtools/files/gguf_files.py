@@ -1,7 +1,8 @@
 """Real GGUF files for tests, demo and bench, written with the `gguf` package.
 
-`gguf.quants` can pack some types and dequantise all, `ops/packing` packs the K-quants. For the other types, weights are drawn from
-random blocks whose values (by gguf's own reference) are of a usual size, so no per-format knowledge is needed here.
+`gguf.quants` can pack some types and dequantise all, `ops/packing` packs the K-quants. For the
+other types, weights are drawn from random blocks whose values (by gguf's own reference) are of a
+usual size, so no per-format knowledge is needed here.
 """
 import functools
 import math
@@ -18,7 +19,8 @@ from devtools.files import gguf_types  # noqa: F401  gguf takes the types that a
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
-AT_ONCE = 2**22  # values; gguf's reference goes by 16 rows, which takes ten times as long for short ones
+# values; gguf's reference goes by 16 rows, which takes ten times as long for short ones
+AT_ONCE = 2**22
 
 
 def quantize(values: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
@@ -35,9 +37,11 @@ def dequantize(packed: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarra
     return gguf.quants.dequantize(packed.reshape(1, -1), ggml_type).reshape(*packed.shape[:-1], -1)
 
 
-@functools.lru_cache(maxsize=None)
-def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3, seed: int = 0) -> np.ndarray:
-    """Random valid blocks, uint8 (n, block_bytes), whose largest value lies between the two bounds."""
+@functools.cache
+def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3,
+               seed: int = 0) -> np.ndarray:
+    """Random valid blocks, uint8 (n, block_bytes), whose largest value lies between the two
+    bounds."""
     ggml_type = GGMLQuantizationType[type_name]
     block_bytes = GGML_QUANT_SIZES[ggml_type][1]
     generator = np.random.default_rng([seed, int(ggml_type)])
@@ -52,11 +56,16 @@ def block_pool(type_name: str, largest: float = 0.25, smallest: float = 1e-3, se
 
 
 def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
-    """Packed rows, uint8, of float32 `values`; random blocks of the same shape where nothing packs the type."""
+    """Packed rows, uint8, of float32 `values`; random blocks of the same shape where nothing packs
+    the type."""
     ggml_type = GGMLQuantizationType[type_name]
     if type_name in K_QUANTS:
-        packing, packed_format = product_module("ops.quantize"), product_module("ops.format").FORMATS[type_name]
-        packed = packing.pack_tensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)), packed_format)
+        packing, packed_format = (
+            product_module("ops.quantize"),
+            product_module("ops.format").FORMATS[type_name],
+        )
+        packed = packing.pack_tensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)),
+                                     packed_format)
         return packed._qdata.view(*values.shape[:-1], -1).numpy()
     try:
         return quantize(values, ggml_type)
@@ -65,10 +74,12 @@ def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
 
 
 def random_rows(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
-    """Random blocks of the shape of `values`, uint8: for those who need values of a type, and not these ones."""
+    """Random blocks of the shape of `values`, uint8: for those who need values of a type, and not
+    these ones."""
     pool = block_pool(type_name)
     block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    picks = np.random.default_rng([seed, values.size]).integers(0, len(pool), values.size // block_length)
+    picks = np.random.default_rng([seed, values.size]).integers(0, len(pool),
+                                                                values.size // block_length)
     return pool[picks].reshape(*values.shape[:-1], values.shape[-1] // block_length * block_bytes)
 
 
@@ -88,13 +99,13 @@ def write_all(writer: gguf.GGUFWriter):
     writer.close()
 
 
-def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", metadata: dict | None = None,
-               pack=pack) -> dict:
+def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux",
+               metadata: dict | None = None, pack=pack) -> dict:
     """Write float tensors as a GGUF file and return the values a reader should see.
 
-    tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose blocks do not
-    divide the rows is replaced by F32. pack: as the function of this name. Returns name -> float32 array dequantised
-    by gguf's reference.
+    tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose
+    blocks do not divide the rows is replaced by F32. pack: as the function of this name. Returns
+    name -> float32 array dequantised by gguf's reference.
     """
     writer = gguf_writer(path, architecture)
     for key, value in (metadata or {}).items():
@@ -108,39 +119,51 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux", 
     for seed, (name, tensor) in enumerate(tensors.items()):
         values = np.asarray(tensor, dtype=np.float32)
         type_name = type_of(name, values)
-        if values.ndim == 0 or values.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0]:
+        if (
+            values.ndim == 0
+            or values.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0]
+        ):
             type_name = "F32"
         if values.ndim > 4:  # ggml stores at most four dimensions
             writer.add_array(f"comfy.gguf.orig_shape.{name}", list(values.shape))
-            values = values.reshape(-1, values.shape[-1]) if type_name != "F32" else values.reshape(-1)
+            values = (
+                values.reshape(-1, values.shape[-1]) if type_name != "F32" else values.reshape(-1)
+            )
         if type_name == "F32":
             writer.add_tensor(name, values)
             seen[name] = values.reshape(np.shape(tensor))
         else:
             ggml_type = GGMLQuantizationType[type_name]
-            packed = values.astype(np.float16) if type_name == "F16" else pack(values, type_name, seed)
+            packed = (
+                values.astype(np.float16) if type_name == "F16" else pack(values, type_name, seed)
+            )
             writer.add_tensor(name, packed, raw_dtype=ggml_type)
             seen[name] = dequantize(packed, ggml_type).reshape(np.shape(tensor))
     write_all(writer)
     return seen
 
 
-def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architecture: str | None = "flux"):
+def write_random_gguf(path, shapes: dict[str, tuple], type_name: str,
+                      architecture: str | None = "flux"):
     """Write a GGUF file of any size with random valid blocks of one type, a tensor at a time.
 
-    shapes: name -> logical shape. What has one dimension, or rows that blocks do not divide, is F32: zeros, or ones for
-    the scale of a norm. architecture: None for a file that names none.
+    shapes: name -> logical shape. What has one dimension, or rows that blocks do not divide, is
+    F32: zeros, or ones for the scale of a norm. architecture: None for a file that names none.
     """
     ggml_type = GGMLQuantizationType[type_name]
     block_length = GGML_QUANT_SIZES[ggml_type][0]
-    packed = {name: len(shape) > 1 and shape[-1] % block_length == 0 for name, shape in shapes.items()}
+    packed = {
+        name: len(shape) > 1 and shape[-1] % block_length == 0 for name, shape in shapes.items()
+    }
     pool = block_pool(type_name)
     generator = np.random.default_rng(0)
 
     def data_of(name: str) -> np.ndarray:
         shape = shapes[name]
         if not packed[name]:
-            return np.full(shape, name.endswith((".scale", "norm.weight", "norm1.weight", "norm2.weight")), np.float32)
+            return np.full(shape,
+                           name.endswith((".scale", "norm.weight", "norm1.weight", "norm2.weight")),
+                           np.float32)
         byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, ggml_type)
         picks = generator.integers(0, len(pool), byte_shape[0] * byte_shape[1] // pool.shape[1])
         return pool[picks].reshape(byte_shape)
@@ -149,7 +172,8 @@ def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architectu
     for name, shape in shapes.items():
         if packed[name]:
             byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, ggml_type)
-            writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), byte_shape[0] * byte_shape[1], raw_dtype=ggml_type)
+            writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8),
+                                   byte_shape[0] * byte_shape[1], raw_dtype=ggml_type)
         else:
             writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
     writer.write_header_to_file()
@@ -163,17 +187,22 @@ def write_random_gguf(path, shapes: dict[str, tuple], type_name: str, architectu
 def write_zeros_gguf(path, shapes: dict[str, tuple], type_name: str, rest: str):
     """Write a GGUF file of zeros, of its full size, that takes no room on disk.
 
-    shapes: name -> logical shape. Matrices whose rows blocks of `type_name` divide are of that type, the others of type `rest`.
+    shapes: name -> logical shape. Matrices whose rows blocks of `type_name` divide are of that
+    type, the others of type `rest`.
     """
     writer = gguf_writer(path, "none")
     for name, shape in shapes.items():
         if len(shape) > 4:  # ggml stores at most four dimensions
             writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
             shape = (math.prod(shape),)
-        fits = len(shape) == 2 and shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0] == 0
+        fits = (
+            len(shape) == 2
+            and shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0] == 0
+        )
         ggml_type = GGMLQuantizationType[type_name if fits else rest]
         block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        writer.add_tensor_info(name, shape, None, math.prod(shape) // block_length * block_bytes, ggml_type)
+        writer.add_tensor_info(name, shape, None,
+                               math.prod(shape) // block_length * block_bytes, ggml_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

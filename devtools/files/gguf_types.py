@@ -1,13 +1,16 @@
-"""The packed types of llama.cpp that the newest `gguf` package does not know yet, added to its tables.
+"""The packed types of llama.cpp that the newest `gguf` package does not know yet, added to its
+tables.
 
-Importing this module adds them, so that gguf's own writer and reader take them. A newer `gguf` that knows one is left alone.
+Importing this module adds them, so that gguf's own writer and reader take them. A newer `gguf` that
+knows one is left alone.
 """
 import gguf.quants
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 
-# Name -> number, values in a block, bytes of a block. Q2_0: ggml.h and ggml-common.h of llama.cpp b11192. PQ2_0: PrismML's.
+# Name -> number, values in a block, bytes of a block. Q2_0: ggml.h and ggml-common.h of llama.cpp
+# b11192. PQ2_0: PrismML's.
 NEWER_TYPES = {"Q2_0": (42, 64, 18), "PQ2_0": (142, 128, 34)}
 FORK_TYPES = {"PQ2_0", "PTQ1_0"}  # which llama.cpp itself does not have
 
@@ -18,7 +21,8 @@ def _add_type(name: str, number: int, block_length: int, block_bytes: int):
     member._name_, member._value_ = name, number
     type.__setattr__(GGMLQuantizationType, name, member)
     GGMLQuantizationType._member_names_.append(name)
-    GGMLQuantizationType._member_map_[name] = GGMLQuantizationType._value2member_map_[number] = member
+    GGMLQuantizationType._member_map_[name] = GGMLQuantizationType._value2member_map_[
+        number] = member
     GGML_QUANT_SIZES[member] = block_length, block_bytes
 
 

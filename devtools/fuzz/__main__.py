@@ -1,4 +1,5 @@
-"""python3 dev.py fuzz: every target in a process of its own, a table, a JSON file, one closing line."""
+"""python3 dev.py fuzz: every target in a process of its own, a table, a JSON file, one closing
+line."""
 import argparse
 import importlib.util
 import json
@@ -28,7 +29,8 @@ WHY = re.compile(r"FindingError: (.*?)(?=^Traceback|^==|\Z)", re.DOTALL | re.MUL
 
 @dataclass
 class Result:
-    """edges: covered of the pack's code, as Atheris counts them; None without it. finding: what ended it, "" for nothing."""
+    """edges: covered of the pack's code, as Atheris counts them; None without it. finding: what
+    ended it, "" for nothing."""
 
     target: str
     executions: int = 0
@@ -39,29 +41,36 @@ class Result:
 
 def child(*arguments) -> tuple[int, str]:
     """(exit status, output) of a process with a target."""
-    ended = subprocess.run([*CHILD, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace")
+    ended = subprocess.run([*CHILD, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, errors="replace")
     return ended.returncode, ended.stdout
 
 
-def fuzz(target: str, executions: int, seconds: float, seed: int, findings: Path, learnt: Path) -> Result:
-    """Fuzz one target until an input breaks a rule, which is kept in `findings`, as small as libFuzzer can make it.
+def fuzz(target: str, executions: int, seconds: float, seed: int, findings: Path,
+         learnt: Path) -> Result:
+    """Fuzz one target until an input breaks a rule, which is kept in `findings`, as small as
+    libFuzzer can make it.
 
     learnt: folder for the inputs that reached new lines; those of earlier runs are read first.
     """
     for folder in (findings / target, learnt / target):
         folder.mkdir(parents=True, exist_ok=True)
-    libfuzzer = ["-rss_limit_mb=0", "-malloc_limit_mb=0", "-len_control=0", "-print_pcs=0", "-print_final_stats=1",
-                 f"-timeout={STILL}", f"-artifact_prefix={findings / target}{os.sep}"]
+    libfuzzer = [
+        "-rss_limit_mb=0", "-malloc_limit_mb=0", "-len_control=0", "-print_pcs=0",
+        "-print_final_stats=1", f"-timeout={STILL}", f"-artifact_prefix={findings / target}{os.sep}"
+    ]
     started = time.monotonic()
-    code, output = child(target, *libfuzzer, f"-runs={executions}", f"-max_total_time={max(1, int(seconds))}",
-                         f"-seed={seed}", learnt / target, findings / target)
+    code, output = child(target, *libfuzzer, f"-runs={executions}",
+                         f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}",
+                         learnt / target, findings / target)
     result = Result(target, seconds=time.monotonic() - started)
     result.executions = int(last(DONE, output) or 0)
     result.edges = int(last(EDGES, output) or 0)
     if code:
         written = last(WRITTEN, output)
-        result.finding = f"{written or f'ended with {code}'}: {(last(WHY, output) or output[-1500:]).strip()}"
+        result.finding = (
+            f"{written or f'ended with {code}'}: {(last(WHY, output) or output[-1500:]).strip()}"
+        )
         if written:
             minimize(target, written, libfuzzer)
     return result
@@ -80,10 +89,12 @@ def minimize(target: str, path: str, libfuzzer: list[str]):
 
 
 def fuzz_without_atheris(target: str, executions: int, seed: int) -> Result:
-    """Fuzz one target by Hypothesis, which prints the smallest change that it came to and keeps no input."""
+    """Fuzz one target by Hypothesis, which prints the smallest change that it came to and keeps no
+    input."""
     started = time.monotonic()
     code, output = child("--hypothesis", target, executions, seed)
-    return Result(target, executions, time.monotonic() - started, finding=output[-3000:] if code else "")
+    return Result(target, executions,
+                  time.monotonic() - started, finding=output[-3000:] if code else "")
 
 
 def last(pattern: re.Pattern, text: str) -> str | None:
@@ -92,22 +103,35 @@ def last(pattern: re.Pattern, text: str) -> str | None:
 
 
 def table(results: list[Result]) -> str:
-    lines = [f"| {'target':<14} | executions |   a second | edges | reads |", "|---|---|---|---|---|"]
-    lines += [f"| {each.target:<14} | {each.executions:>10} | {each.executions / max(each.seconds, 1e-9):>10.0f} |"
-              f" {'-' if each.edges is None else each.edges:>5} | {TARGETS[each.target].reads} |" for each in results]
+    lines = [
+        f"| {'target':<14} | executions |   a second | edges | reads |", "|---|---|---|---|---|"
+    ]
+    lines += [
+        f"| {each.target:<14} | {each.executions:>10} |"
+        f" {each.executions / max(each.seconds, 1e-9):>10.0f} |"
+        f" {'-' if each.edges is None else each.edges:>5} | {TARGETS[each.target].reads} |"
+        for each in results
+    ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py fuzz",
-                                     description="Read bad files and hostile workflows until something breaks.")
-    parser.add_argument("--minutes", type=float, default=10, help="all targets together take at most; 10 unless told")
-    parser.add_argument("--executions", type=int, default=10**6, help="of all targets together at most; a million unless told")
-    parser.add_argument("--target", choices=[*TARGETS], action="append", help="only this one; may be given again")
+    parser = argparse.ArgumentParser(
+        prog="dev.py fuzz",
+        description="Read bad files and hostile workflows until something breaks.")
+    parser.add_argument("--minutes", type=float, default=10,
+                        help="all targets together take at most; 10 unless told")
+    parser.add_argument("--executions", type=int, default=10 ** 6,
+                        help="of all targets together at most; a million unless told")
+    parser.add_argument("--target", choices=[*TARGETS], action="append",
+                        help="only this one; may be given again")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--without-atheris", action="store_true", help="use Hypothesis, without coverage")
-    parser.add_argument("--findings", type=Path, default=CORPUS, help="folder for inputs that broke something")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results.json and what Atheris has learnt")
+    parser.add_argument("--without-atheris", action="store_true",
+                        help="use Hypothesis, without coverage")
+    parser.add_argument("--findings", type=Path, default=CORPUS,
+                        help="folder for inputs that broke something")
+    parser.add_argument("--out", type=Path, default=RESULTS,
+                        help="folder for results.json and what Atheris has learnt")
     options = parser.parse_args(arguments)
     atheris = not options.without_atheris and importlib.util.find_spec("atheris") is not None
     names, results, started = options.target or [*TARGETS], [], time.monotonic()
@@ -122,15 +146,22 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             result = fuzz_without_atheris(name, executions, options.seed)
         results.append(result)
-        print(f"{name}: {result.executions} executions in {result.seconds:.0f} s {result.finding}", flush=True)
-    total, findings = sum(each.executions for each in results), sum(bool(each.finding) for each in results)
+        print(f"{name}: {result.executions} executions in {result.seconds:.0f} s {result.finding}",
+              flush=True)
+    total, findings = (
+        sum(each.executions for each in results),
+        sum(bool(each.finding) for each in results),
+    )
     took = time.monotonic() - started
-    content = {"with": "atheris" if atheris else "hypothesis", "seed": options.seed, "seconds": took,
-               "executions": total, "targets": [asdict(each) for each in results]}
+    content = {
+        "with": "atheris" if atheris else "hypothesis", "seed": options.seed, "seconds": took,
+        "executions": total, "targets": [asdict(each) for each in results]
+    }
     (options.out / "results.json").write_text(json.dumps(content, indent=1))
     print(f"\n{table(results)}\n")
-    print(f"{'Failed' if findings else 'Done'}: {total} executions over {len(results)} targets in {took:.0f} s, {findings}"
-          f" findings ({os.path.relpath(options.out / 'results.json')})")
+    print(
+        f"{'Failed' if findings else 'Done'}: {total} executions over {len(results)} targets in"
+        f" {took:.0f} s, {findings} findings ({os.path.relpath(options.out / 'results.json')})")
     return 1 if findings else 0
 
 

@@ -1,11 +1,12 @@
 """Targets in this process, under the guard.
 
-    python -m devtools.fuzz.child TARGET [OPTION OF LIBFUZZER | FILE | FOLDER ...]    with Atheris
-    python -m devtools.fuzz.child --hypothesis TARGET EXECUTIONS SEED                 where Atheris has no wheel
-    python -m devtools.fuzz.child --replay EXECUTIONS < JOB    what is in files, and some new inputs
+    python -m devtools.fuzz.child TARGET [OPTION OF LIBFUZZER | FILE | FOLDER ...] with Atheris
+    python -m devtools.fuzz.child --hypothesis TARGET EXECUTIONS SEED where Atheris has no wheel
+    python -m devtools.fuzz.child --replay EXECUTIONS < JOB what is in files, and some new inputs
 
-JOB is JSON, target -> paths. A replay prints a line of JSON before each input, {"target", "input"}, and one with "finding"
-after each that broke a rule. In the other two the first finding ends the process.
+JOB is JSON, target -> paths. A replay prints a line of JSON before each input, {"target", "input"},
+and one with "finding" after each that broke a rule. In the other two the first finding ends the
+process.
 """
 import contextlib
 import json
@@ -20,10 +21,10 @@ import torch
 
 os.environ["FEATHERWEIGHT_KERNELS"] = "torch"  # nothing is compiled and tried beside what is read
 
-import devtools.measure  # noqa: E402, F401  the host and the pack
+import devtools.measure  # noqa: F401  the host and the pack
 
-from .guard import Finding, Guard  # noqa: E402
-from .targets import TARGETS, Target  # noqa: E402
+from .guard import Finding, Guard
+from .targets import TARGETS, Target
 
 CHANGES = [1, 1, 1, 2, 4]  # how often an input is damaged: one of these
 
@@ -81,12 +82,13 @@ def fuzz_with_atheris(name: str, arguments: list[str], folder: Path):
 
     # libFuzzer starts itself by its first argument to make an input smaller.
     command = f"{sys.executable} -m {__spec__.name} {name}"
-    atheris.Setup([command, f"-max_len={target.longest}", *arguments], lambda data: read(guard, target, data),
-                  custom_mutator=mutate)
+    atheris.Setup([command, f"-max_len={target.longest}", *arguments],
+                  lambda data: read(guard, target, data), custom_mutator=mutate)
     atheris.Fuzz()
 
 
-def fuzz_with_hypothesis(guard: Guard, target: Target, inputs: list[bytes], executions: int, seed: int):
+def fuzz_with_hypothesis(guard: Guard, target: Target, inputs: list[bytes], executions: int,
+                         seed: int):
     """Raises FindingError for the smallest change that Hypothesis comes to."""
     import hypothesis
     from hypothesis import strategies
@@ -131,7 +133,8 @@ def main(arguments: list[str]):
                 replay(json.load(sys.stdin), int(executions), Path(name))
             case ["--hypothesis", target, executions, seed]:
                 guard = Guard()
-                fuzz_with_hypothesis(guard, *prepared(target, Path(name), guard), int(executions), int(seed))
+                fuzz_with_hypothesis(guard, *prepared(target, Path(name), guard), int(executions),
+                                     int(seed))
             case [target, *options]:
                 fuzz_with_atheris(target, options, Path(name))
 

@@ -10,8 +10,8 @@
 | code | something compiled, executed or imported that is not a module of this installation | `compile`, `exec`, `import` |
 | pickle, network, process | a class for pickle; a socket; a program | `pickle.find_class`, `socket.*`, `subprocess.*` |
 
-What opens files without Python (Rust's safetensors, torch's reader of zip files) is not seen; they get paths that Python has
-looked at. The end of the process is seen by its parent.
+What opens files without Python (Rust's safetensors, torch's reader of zip files) is not seen; they
+get paths that Python has looked at. The end of the process is seen by its parent.
 """
 import os
 import re
@@ -35,8 +35,17 @@ SECONDS = 2.0
 TIMES, SPARE = 10, 1 << 19
 RESIDENT, ADDRESS_SPACE = 64 << 20, 1 << 30
 LONGEST = 4000  # characters of a message
-PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "ctypes.dlopen")
-WRITING = re.compile(r"os\.(mkdir|rename|remove|rmdir|symlink|link|chmod|chown|truncate|utime|mkfifo)$|shutil\.")
+PROGRAMS = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.startfile",
+    "ctypes.dlopen",
+)
+WRITING = re.compile(
+    r"os\.(mkdir|rename|remove|rmdir|symlink|link|chmod|chown|truncate|utime|mkfifo)$|shutil\.")
 SYSTEM = (os.devnull, "/proc/meminfo")  # which the host reads, to know how much memory there is
 READING = ("os.listdir", "os.scandir")
 
@@ -60,7 +69,13 @@ class Guard:
 
     def __init__(self):
         self.folder, self.armed, self.seen = "", False, []
-        installed = (sys.prefix, sys.base_prefix, ROOT, os.path.dirname(os.__file__), os.environ.get("COMFYUI_PATH") or ROOT)
+        installed = (
+            sys.prefix,
+            sys.base_prefix,
+            ROOT,
+            os.path.dirname(os.__file__),
+            os.environ.get("COMFYUI_PATH") or ROOT,
+        )
         self.installed = tuple({os.path.realpath(path) + os.sep for path in installed})
         sys.addaudithook(self._audit)
         self.settle()
@@ -71,12 +86,14 @@ class Guard:
         if resource is not None and sys.platform == "linux":
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             most = pages * resource.getpagesize() + ADDRESS_SPACE
-            resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            resource.setrlimit(resource.RLIMIT_AS,
+                               (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     def run(self, target: Target, data: bytes) -> Finding | None:
         """What went wrong while a target read `data`."""
         found = self._with_files(target, data)
-        if found is not None and found.kind == "memory":  # not what Python itself needed once, such as a larger table of names
+        # not what Python itself needed once, such as a larger table of names
+        if found is not None and found.kind == "memory":
             found = self._with_files(target, data)
         return found
 
@@ -112,10 +129,13 @@ class Guard:
         if took > SECONDS:
             return Finding("slow", "", f"took {took:.1f} s")
         if peak > TIMES * len(data) + SPARE:
-            return Finding("memory", "", f"{peak} bytes of Python's objects for an input of {len(data)} bytes")
+            return Finding("memory", "",
+                           f"{peak} bytes of Python's objects for an input of {len(data)} bytes")
         before, self.peak = self.peak, max(self.peak, _peak())
         if self.peak > before + RESIDENT:
-            return Finding("memory", "resident", f"{self.peak - before} bytes more resident for an input of {len(data)} bytes")
+            return Finding(
+                "memory", "resident",
+                f"{self.peak - before} bytes more resident for an input of {len(data)} bytes")
         return None
 
     def _audit(self, event: str, arguments: tuple):
@@ -125,7 +145,8 @@ class Guard:
         try:
             found = self._breach(event, arguments)
             if found:
-                self.seen.append(Finding(found[0], _last_line(sys._getframe()), f"{event}: {found[1]}"))
+                self.seen.append(
+                    Finding(found[0], _last_line(sys._getframe()), f"{event}: {found[1]}"))
         finally:
             self.armed = True
 
@@ -133,7 +154,9 @@ class Guard:
         if event == "open":
             path, mode, flags = arguments
             writes = any(letter in (mode or "") for letter in "wax+") or bool(
-                isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+                isinstance(flags, int)
+                and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            )
             if isinstance(path, int) or self._is_inside(path, writes):
                 return None
             return ("wrote" if writes else "opened"), os.fsdecode(path)
@@ -161,7 +184,11 @@ class Guard:
         if path in SYSTEM:
             return True
         real = os.path.realpath(os.fsdecode(path))
-        return (real + os.sep).startswith(self.folder + os.sep) or not writes and (real + os.sep).startswith(self.installed)
+        return (
+            (real + os.sep).startswith(self.folder + os.sep)
+            or (not writes
+            and (real + os.sep).startswith(self.installed))
+        )
 
     def _is_installed(self, file: str) -> bool:
         return file.startswith("<frozen ") or os.path.realpath(file).startswith(self.installed)
@@ -172,8 +199,9 @@ def _found(kind: str, error: Exception, why: str) -> Finding:
     ours = [frame for frame in frames if _is_ours(frame.filename)] or frames
     where = f"{type(error).__name__} at {_place(ours[-1].filename, ours[-1].name)}"
     text = f"{type(error).__module__}.{type(error).__name__}: {str(error)[:500]!a} ({why})"
-    return Finding(kind, where, text + "".join(f"\n  {_place(frame.filename, frame.name)}:{frame.lineno}"
-                                               for frame in frames[-8:]))
+    return Finding(
+        kind, where, text + "".join(f"\n  {_place(frame.filename, frame.name)}:{frame.lineno}"
+                                    for frame in frames[-8:]))
 
 
 def _last_line(frame) -> str:
@@ -183,7 +211,8 @@ def _last_line(frame) -> str:
 
 
 def _is_ours(file: str) -> bool:
-    return any(f"{os.sep}{room}{os.sep}" in file[len(str(ROOT)):][:10] for room in ("cluster", "loaders", "nodes", "ops"))
+    return any(f"{os.sep}{room}{os.sep}" in file[len(str(ROOT)):][:10]
+               for room in ("cluster", "loaders", "nodes", "ops"))
 
 
 def _place(file: str, name: str) -> str:
@@ -192,4 +221,9 @@ def _place(file: str, name: str) -> str:
 
 def _peak() -> int:
     """Bytes that were resident at most; 0 where the system does not say."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        if resource
+        else 0
+    )

@@ -1,4 +1,5 @@
-"""Damage to inputs, by a seeded `random.Random`: bytes, JSON, texts, safetensors files, and several files in one input."""
+"""Damage to inputs, by a seeded `random.Random`: bytes, JSON, texts, safetensors files, and several
+files in one input."""
 import copy
 import json
 import math
@@ -9,28 +10,37 @@ from collections.abc import Callable
 
 Mutate = Callable[[bytes, random.Random], bytes]
 
-INTERESTING = [0, 1, 2, 3, 7, 8, 9, 31, 32, 127, 255, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60,
-               2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 64, 2**64 - 1]
-# What a field of JSON may hold that its reader did not think of. Texts are put in as they are: JSON has no such numbers.
+INTERESTING = [
+    0, 1, 2, 3, 7, 8, 9, 31, 32, 127, 255, 2 ** 15, 2 ** 16 - 1, 2 ** 24, 2 ** 31 - 1, 2 ** 31,
+    2 ** 32 - 1, 2 ** 32, 2 ** 40, 2 ** 60, 2 ** 61, 2 ** 62, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 64,
+    2 ** 64 - 1
+]
+# What a field of JSON may hold that its reader did not think of. Texts are put in as they are: JSON
+# has no such numbers.
 HUGE = "9" * 400
 JSON_VALUES = [
-    None, True, False, 0, 1, -1, 2, 64, 2**31, 2**32, 2**53, 2**63, 2**64, -2**63, 0.0, 0.5, -1.5, 1e308, float("nan"),
+    None, True, False, 0, 1, -1, 2, 64, 2 ** 31, 2 ** 32, 2 ** 53, 2 ** 63, 2 ** 64, -2 ** 63, 0.0,
+    0.5, -1.5, 1e308,
+    float("nan"),
     float("inf"),
-    float("-inf"), 10**400, "", "a", "F32", "U8", "nf4", "\0", "\ud800", "../../../etc/passwd", "/etc/passwd",
-    "C:\\Windows\\win.ini",
-    "\\\\server\\share\\x", "<img src=x onerror=alert(1)>", "__class__", "F4", "F8_E8M0", "F6_E2M3", "C64", "BOOL", "I64", [],
-    {}, [[]], [0], [1, 2], {"a": 1}, [1] * 9, ["a"], [2**40, 2**40],
+    float("-inf"), 10 ** 400, "", "a", "F32", "U8", "nf4", "\0", "\ud800", "../../../etc/passwd",
+    "/etc/passwd", "C:\\Windows\\win.ini", "\\\\server\\share\\x", "<img src=x onerror=alert(1)>",
+    "__class__", "F4", "F8_E8M0", "F6_E2M3", "C64", "BOOL", "I64", [], {}, [[]], [0], [1,
+                                                                                       2], {"a": 1},
+    [1] * 9, ["a"], [2 ** 40, 2 ** 40]
 ]
 TEXT_VALUES = [
-    "", " ", "\0", "\n", "=", ",", ";", ":", "*", "%", "#", "-", ".", "..", "../", "..\\", "/", "\\", "//", "\\\\",
-    "/etc/passwd",
-    "C:\\", "c:x", "\\\\?\\C:\\x", "\\\\server\\share\\", "~", "$HOME", "%year%", "%date:yyyy%", "nan", "inf", "-inf", "1e309",
-    "0",
-    "-1", "1", "0.5", "٣", "²", "9" * 30, "9" * 5000, "a" * 300, "é", "\ud800", "\u202e", "<b>", "{}", "{0}", "%s", "'", '"',
-    "preset:", "all=", "text=0", "double.0-9=0.5", "single", "gpu:0", "cuda:1", "cpu", "gb", "25%", "NUL", "CON", "x" * 5000,
+    "", " ", "\0", "\n", "=", ",", ";", ":", "*", "%", "#", "-", ".", "..", "../", "..\\", "/",
+    "\\", "//", "\\\\", "/etc/passwd", "C:\\", "c:x", "\\\\?\\C:\\x", "\\\\server\\share\\", "~",
+    "$HOME", "%year%", "%date:yyyy%", "nan", "inf", "-inf", "1e309", "0", "-1", "1", "0.5", "٣",
+    "²", "9" * 30, "9" * 5000, "a" * 300, "é", "\ud800", "\u202e", "<b>", "{}", "{0}", "%s", "'",
+    '"', "preset:", "all=", "text=0", "double.0-9=0.5", "single", "gpu:0", "cuda:1", "cpu", "gb",
+    "25%", "NUL", "CON", "x" * 5000
 ]
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1,
-              "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
+ITEM_BYTES = {
+    "F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8
+}
 FILE = b"=== "  # before the name of each file where an input holds several
 
 
@@ -41,7 +51,8 @@ def bytes_damaged(data: bytes, chance: random.Random) -> bytes:
         at = chance.randrange(len(data) + 1)
         kind = chance.randrange(8)
         if kind == 0:
-            data[at:at + 1] = bytes([(data[at] if at < len(data) else 0) ^ 1 << chance.randrange(8)])
+            data[at:at + 1] = bytes([(data[at] if at < len(data) else 0) ^ 1 << chance.randrange(8)
+                                     ])
         elif kind == 1:
             data[at:at + 8] = chance.choice(INTERESTING).to_bytes(8, "little")
         elif kind == 2:
@@ -85,8 +96,10 @@ def json_damaged(data: bytes, chance: random.Random) -> bytes:
         return bytes_damaged(data, chance)
     if chance.random() < 0.03:  # what only text can hold
         depth = chance.choice([200, 3000, 30000])
-        return chance.choice([b"[" * depth, b'{"a":' * depth, b"[" + b"[]," * depth + b"1]", HUGE.encode(),
-                              b"[" + b"9" * 5000 + b"]"])
+        return chance.choice([
+            b"[" * depth, b'{"a":' * depth, b"[" + b"[]," * depth + b"1]",
+            HUGE.encode(), b"[" + b"9" * 5000 + b"]"
+        ])
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
         tree = copy.deepcopy(_with_a_change(tree, chance))
     return json.dumps(tree).encode()
@@ -116,7 +129,8 @@ def _with_a_change(tree, chance: random.Random):
 
 
 def safetensors_damaged(data: bytes, chance: random.Random) -> bytes:
-    """Other tensors in a sound file, the header as JSON with its length put right, the data behind it, or all as bytes."""
+    """Other tensors in a sound file, the header as JSON with its length put right, the data behind
+    it, or all as bytes."""
     length = int.from_bytes(data[:8], "little")
     if 8 + length > len(data) or chance.random() < 0.1:
         return bytes_damaged(data, chance)
@@ -131,21 +145,26 @@ def safetensors_damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 def _other_tensors(header: bytes, data: bytes, chance: random.Random) -> tuple[bytes, bytes] | None:
-    """(header, data) of a file that is whole, with a tensor of another shape, type, name or content, doubled or left out."""
+    """(header, data) of a file that is whole, with a tensor of another shape, type, name or
+    content, doubled or left out."""
     try:
         described = json.loads(header)
         metadata = described.pop("__metadata__", {})
-        parts = [(name, info["dtype"], list(info["shape"]), data[slice(*info["data_offsets"])]) for name,
-                 info in described.items()]
+        parts = [(name, info["dtype"], list(info["shape"]), data[slice(*info["data_offsets"])])
+                 for name, info in described.items()]
         for _ in range(chance.choice([1, 1, 2, 3])):
             at = chance.randrange(len(parts))
             parts[at:at + 1] = _other_tensor(*parts[at], [name for name, *_ in parts], chance)
         out, content = {"__metadata__": metadata}, b""
         for name, dtype, shape, values in parts:
-            size = math.prod(map(operator.index, shape)) * ITEM_BYTES[dtype]  # texts can be multiplied too
+            # texts can be multiplied too
+            size = math.prod(map(operator.index, shape)) * ITEM_BYTES[dtype]
             if not 0 <= size <= 4096:
                 return None
-            out[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(content), len(content) + size]}
+            out[name] = {
+                "dtype": dtype, "shape": shape, "data_offsets": [len(content),
+                                                                 len(content) + size]
+            }
             content += (values * (size // max(1, len(values)) + 1))[:size].ljust(size, b"\0")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -159,25 +178,35 @@ def _other_tensor(name: str, dtype: str, shape: list[int], values: bytes, names:
         return []
     if kind == 1:
         end = chance.choice(names).rpartition(".")[2]
-        return [(name, dtype, shape, values), (f"{name.rpartition('.')[0]}.{end}", dtype, shape, values)]
+        return [(name, dtype, shape, values),
+                (f"{name.rpartition('.')[0]}.{end}", dtype, shape, values)]
     if kind == 2:
         return [(name, chance.choice([*ITEM_BYTES]), shape, values)]
     if kind == 3:
-        return [(name, dtype, chance.choice([[], [0], [1], [2], [1, 1], [*shape, 1], [1, *shape], shape[::-1], shape[1:],
-                                             [4] * 5]), values)]
+        return [(name, dtype,
+                 chance.choice([[], [0], [1], [2], [1, 1], [*shape, 1], [1, *shape], shape[::-1],
+                                shape[1:], [4] * 5]), values)]
     if kind == 4 and shape:
         at = chance.randrange(len(shape))
-        return [(name, dtype, [*shape[:at], chance.choice([0, 1, 2, 3, 16, 64, 128, shape[at] * 2]), *shape[at + 1:]], values)]
+        return [(name, dtype, [
+            *shape[:at],
+            chance.choice([0, 1, 2, 3, 16, 64, 128, shape[at] * 2]), *shape[at + 1:]
+        ], values)]
     if kind == 5:
-        return [(text_damaged(name.encode("utf-8", "replace"), chance).decode("utf-8", "replace"), dtype, shape, values)]
+        return [(text_damaged(name.encode("utf-8", "replace"),
+                              chance).decode("utf-8", "replace"), dtype, shape, values)]
     if kind == 6:
-        return [(name, dtype, shape, chance.choice([b"\xff", b"\0", b"\x7f", b"\0\0\x80\x7f", b"\0\0\xc0\x7f",
-                                                    chance.randbytes(8)]))]
+        return [(name, dtype, shape,
+                 chance.choice([
+                     b"\xff", b"\0", b"\x7f", b"\0\0\x80\x7f", b"\0\0\xc0\x7f",
+                     chance.randbytes(8)
+                 ]))]
     return [(name, dtype, shape, bytes_damaged(values, chance))]
 
 
 def tensor_bytes_damaged(data: bytes, chance: random.Random) -> bytes:
-    """The JSON in it, such as a quant_state of bitsandbytes, changed to JSON of the same length where it fits; or any bytes."""
+    """The JSON in it, such as a quant_state of bitsandbytes, changed to JSON of the same length
+    where it fits; or any bytes."""
     places = [(found.start(), found.end()) for found in re.finditer(rb"\{\"[^{}]{10,}\}", data)]
     if not places or chance.random() < 0.3:
         return bytes_damaged(data, chance)
@@ -188,7 +217,8 @@ def tensor_bytes_damaged(data: bytes, chance: random.Random) -> bytes:
 
 def join_files(files: dict[str, bytes]) -> bytes:
     """Several files as one input. A content that begins with `-> ` is a link to what follows."""
-    return b"\n".join(FILE + name.encode("utf-8", "surrogatepass") + b"\n" + content for name, content in files.items())
+    return b"\n".join(FILE + name.encode("utf-8", "surrogatepass") + b"\n" + content
+                      for name, content in files.items())
 
 
 def split_files(data: bytes) -> dict[str, bytes]:
@@ -199,7 +229,8 @@ def split_files(data: bytes) -> dict[str, bytes]:
 
 
 def files_damaged(data: bytes, chance: random.Random, mutate: Callable[[str], Mutate]) -> bytes:
-    """One of several files changed by what `mutate` gives for its name, renamed, doubled, linked or left out."""
+    """One of several files changed by what `mutate` gives for its name, renamed, doubled, linked or
+    left out."""
     files = split_files(data)
     if not files:
         return bytes_damaged(data, chance)
@@ -209,8 +240,9 @@ def files_damaged(data: bytes, chance: random.Random, mutate: Callable[[str], Mu
     elif kind == 1:
         files[chance.choice(list(files))] = files[name]
     elif kind == 2:
-        files[name] = b"-> " + chance.choice([b"/etc/passwd", b"../outside", b"/dev/zero", b".", b"/",
-                                              *(map(str.encode, files))])
+        files[name] = b"-> " + chance.choice(
+            [b"/etc/passwd", b"../outside", b"/dev/zero", b".", b"/", *(map(str.encode, files))]
+        )
     elif kind == 3:
         files[text_damaged(name.encode(), chance).decode("utf-8", "replace")] = files.pop(name)
     else:

@@ -1,4 +1,5 @@
-"""python3 dev.py gpu: every stage in a process of its own, one after another; a crash or a hang costs its stage only."""
+"""python3 dev.py gpu: every stage in a process of its own, one after another; a crash or a hang
+costs its stage only."""
 import argparse
 import json
 import os
@@ -10,35 +11,46 @@ import threading
 import time
 from pathlib import Path
 
-os.environ["HOST_ARGUMENTS"] = "--cpu"  # the stages alone use the GPU: nothing of this process lies there
+# the stages alone use the GPU: nothing of this process lies there
+os.environ["HOST_ARGUMENTS"] = "--cpu"
 
-from devtools import ROOT  # noqa: E402
-from devtools.gpu.report import Report  # noqa: E402
-from devtools.gpu.stage import ROW  # noqa: E402
-from devtools.gpu.stages import STAGES  # noqa: E402
-from devtools.measure.bench.table import line  # noqa: E402
+from devtools import ROOT
+from devtools.gpu.report import Report
+from devtools.gpu.stage import ROW
+from devtools.gpu.stages import STAGES
+from devtools.measure.bench.table import line
 
 LAST = 5  # seconds kept for the picture
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python3 dev.py gpu", description="Everything that only a GPU can show.")
-    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu", help="cpu: rehearse every stage at a tiny size")
-    parser.add_argument("--quick", action="store_true", help="every stage at a tiny size, on the GPU too")
-    parser.add_argument("--minutes", type=float, default=9, help="after which the run ends, whatever is left to do")
+    parser = argparse.ArgumentParser(prog="python3 dev.py gpu",
+                                     description="Everything that only a GPU can show.")
+    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu",
+                        help="cpu: rehearse every stage at a tiny size")
+    parser.add_argument("--quick", action="store_true",
+                        help="every stage at a tiny size, on the GPU too")
+    parser.add_argument("--minutes", type=float, default=9,
+                        help="after which the run ends, whatever is left to do")
     parser.add_argument("--only", nargs="+", choices=STAGES)
-    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF")
+    parser.add_argument("--peer", type=Path,
+                        help="folder of another pack with the node UnetLoaderGGUF")
     parser.add_argument("--packed", help=argparse.SUPPRESS)  # which `dev.py` has used
-    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "gpu", help="folder for gpu.json, gpu.md and gpu.png")
+    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "gpu",
+                        help="folder for gpu.json, gpu.md and gpu.png")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes - LAST
     on_a_cpu = options.device == "cpu"
     if not on_a_cpu and not _has_gpu():
-        print("Failed: torch finds no GPU here. python3 dev.py gpu --device cpu rehearses the run on the CPU.")
+        print(
+            "Failed: torch finds no GPU here. python3 dev.py gpu --device cpu rehearses the run on"
+            " the CPU."
+        )
         return 1
     quick = ["--quick"] if on_a_cpu or options.quick else []
     report = Report(options.out, is_judged=not quick)
-    shutil.rmtree(options.out / "cache", ignore_errors=True)  # verdicts on kernels are found out anew, once for all stages
+    # verdicts on kernels are found out anew, once for all stages
+    shutil.rmtree(options.out / "cache", ignore_errors=True)
     for name in options.only or STAGES:
         stage = STAGES[name]
         left = min(stage.seconds, end - time.monotonic())
@@ -53,7 +65,8 @@ def main() -> int:
         report.end(name, f"{how} after {time.monotonic() - started:.0f} s")
         print(f"  {report.figures[name]['ended']}", flush=True)
     report.draw()
-    print("\n".join(f"{wanted:8s} {found:8s} {verdict:12s} {what}" for what, wanted, found, verdict in report.goals()))
+    print("\n".join(f"{wanted:8s} {found:8s} {verdict:12s} {what}"
+                    for what, wanted, found, verdict in report.goals()))
     print(f"Done: gpu.json, gpu.md and gpu.png in {options.out}")
     return 0
 
@@ -72,11 +85,14 @@ def _show(report: Report, stage: str, title: str, values: dict):
 
 
 def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: Path) -> str:
-    """Run a stage and show its rows as they come; how it ended. What else it prints goes into the log."""
-    child = subprocess.Popen([sys.executable, "-m", "devtools.gpu.stage", *arguments], cwd=ROOT, text=True, bufsize=1,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=os.name != "nt",
-                             env={**os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
-                                  "XDG_CACHE_HOME": str(log.parent / "cache")})
+    """Run a stage and show its rows as they come; how it ended. What else it prints goes into the
+    log."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "devtools.gpu.stage", *arguments], cwd=ROOT, text=True, bufsize=1,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=os.name != "nt", env={
+            **os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
+            "XDG_CACHE_HOME": str(log.parent / "cache")
+        })
     stopped = threading.Event()
 
     def stop():
@@ -97,7 +113,13 @@ def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: P
     finally:
         timer.cancel()
         _kill(child)
-    return "stopped" if stopped.is_set() else "done" if code == 0 else f"ended with {code}, see log.txt,"
+    return (
+        "stopped"
+        if stopped.is_set()
+        else "done"
+        if code == 0
+        else f"ended with {code}, see log.txt,"
+    )
 
 
 def _kill(child: subprocess.Popen):

@@ -9,25 +9,27 @@ import threading
 import xml.etree.ElementTree
 from pathlib import Path
 
-import devtools.measure  # noqa: F401  the host
 import torch
+
+import devtools.measure  # noqa: F401  the host
+from devtools import ROOT
+from devtools.measure.bench.timing import device
+from devtools.measure.weights import FORMAT_NAMES
 from featherweight.ops.kernels import PRIORITY, Case
 from featherweight.ops.kernels.trial import run_trial
 from featherweight.ops.kernels.verdicts import Verdicts
 
-from devtools import ROOT
-from devtools.measure.bench.timing import device
-from devtools.measure.weights import FORMAT_NAMES
-
-TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py", "tests/ops/test_kernels_nvrtc.py",
-         "tests/ops/test_formats.py"]
+TESTS = [
+    "tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py",
+    "tests/ops/test_kernels_nvrtc.py", "tests/ops/test_formats.py"
+]
 NO_RESULT = {"begun", "tried", "tried in part"}  # verdicts that say how far a trial is
 
 
 def try_all(options):
-    """Of each backend and kernel the verdict, with its time as a share of torch's; then how many there are of each. The
-    verdicts are those that the later stages use, and try nothing themselves; what these ask for most comes first,
-    for the stage may be stopped."""
+    """Of each backend and kernel the verdict, with its time as a share of torch's; then how many
+    there are of each. The verdicts are those that the later stages use, and try nothing themselves;
+    what these ask for most comes first, for the stage may be stopped."""
     backends = PRIORITY.get(device().type, ())
     verdicts, known = Verdicts.of_device(device(), backends), {}
     for cases in turns(options.formats, options.quick):
@@ -46,7 +48,8 @@ def try_all(options):
 
 
 def turns(names: list[str], quick: bool) -> list[list[Case]]:
-    """What layers of some formats may ask for in bfloat16 and of whole numbers; in other dtypes; then of all other formats."""
+    """What layers of some formats may ask for in bfloat16 and of whole numbers; in other dtypes;
+    then of all other formats."""
     if quick:
         return [cases_of(names[:1], [torch.float32])]
     dtypes = [torch.bfloat16, torch.float32, torch.float16]
@@ -56,9 +59,12 @@ def turns(names: list[str], quick: bool) -> list[list[Case]]:
 
 def cases_of(names: list[str], dtypes: list[torch.dtype]) -> list[Case]:
     """What layers of these formats may ask for."""
-    return [*(Case(op, name, dtype, None) for dtype in dtypes for name in names for op in ("dequantize", "linear")),
-            *(Case("int8_rows", name, torch.int8, None) for name in names),
-            *(Case("int8_tokens", None, dtype, None) for dtype in dtypes)]
+    return [
+        *(Case(op, name, dtype, None) for dtype in dtypes for name in names
+          for op in ("dequantize", "linear")),
+        *(Case("int8_rows", name, torch.int8, None) for name in names),
+        *(Case("int8_tokens", None, dtype, None) for dtype in dtypes)
+    ]
 
 
 def in_words(verdict: dict) -> dict[str, str]:
@@ -69,12 +75,15 @@ def in_words(verdict: dict) -> dict[str, str]:
 
 
 def run_tests(options):
-    """Of each file how many tests passed, failed and were skipped, and the names of those that failed."""
+    """Of each file how many tests passed, failed and were skipped, and the names of those that
+    failed."""
     for file in TESTS[:1] if options.quick else TESTS:
         with tempfile.TemporaryDirectory() as folder:
             heavy = [] if options.quick else ["--heavy"]
-            subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={folder}/tests.xml",
-                            *heavy, file], cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""})
+            subprocess.run([
+                sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                f"--junit-xml={folder}/tests.xml", *heavy, file
+            ], cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""})
             yield file, outcomes(Path(folder) / "tests.xml")
 
 
@@ -82,7 +91,13 @@ def outcomes(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {"passed": "none", "failed": "pytest ended, see log.txt"}
     suite = xml.etree.ElementTree.parse(path).find(".//testsuite")
-    failed = [case.get("name") for case in suite.iter("testcase") if {"failure", "error"} & {part.tag for part in case}]
+    failed = [
+        case.get("name") for case in suite.iter("testcase")
+        if {"failure", "error"} & {part.tag for part in case}
+    ]
     skipped = int(suite.get("skipped"))
-    return {"passed": str(int(suite.get("tests")) - len(failed) - skipped), "skipped": str(skipped),
-            "failed": f"{len(failed)}" + (f": {re.sub('[|]', '/', ', '.join(failed[:20]))}" if failed else "")}
+    return {
+        "passed": str(int(suite.get("tests")) - len(failed) - skipped), "skipped": str(skipped),
+        "failed": f"{len(failed)}" +
+        (f": {re.sub('[|]', '/', ', '.join(failed[:20]))}" if failed else "")
+    }

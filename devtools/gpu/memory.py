@@ -1,7 +1,8 @@
-"""A model larger than the memory it is left, on the real host and, in dynamic VRAM, the real comfy-aimdo.
+"""A model larger than the memory it is left, on the real host and, in dynamic VRAM, the real
+comfy-aimdo.
 
-What each step gives is held to the bits of the same model with all of the device to itself. Memory is what the driver says is
-used, of everything.
+What each step gives is held to the bits of the same model with all of the device to itself. Memory
+is what the driver says is used, of everything.
 """
 import contextlib
 import gc
@@ -13,32 +14,36 @@ from pathlib import Path
 
 import comfy_aimdo.control
 
-DYNAMIC = not {"--cpu", "--disable-dynamic-vram"} & set(os.environ.get("HOST_ARGUMENTS", "").split())
+DYNAMIC = not {"--cpu", "--disable-dynamic-vram"} & set(
+    os.environ.get("HOST_ARGUMENTS", "").split()
+)
 ON_FAKE_GPUS = "FAKEGPU" in os.environ  # where the tests' own process starts dynamic VRAM
 if DYNAMIC and not ON_FAKE_GPUS:
-    comfy_aimdo.control.init(nvml_pressure=False)  # before torch is asked for anything, as the host's main.py does
+    # before torch is asked for anything, as the host's main.py does
+    comfy_aimdo.control.init(nvml_pressure=False)
 
 # ruff: noqa: E402
-import devtools.measure  # noqa: F401  the host
 import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import torch
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.placement import place, placed_text
 
+import devtools.measure  # noqa: F401  the host
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
 from devtools.measure.bench.models import lora_file, packed_model, random_weights, step_of
 from devtools.measure.bench.timing import device, wait
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.placement import place, placed_text
 
 BLOCKS, TOKENS = (4, 8), 1024
 PART = 0.6  # of the model's bytes that the device is left for weights
 
 
 def walk(options):
-    """Rows: whether the step's bits are those of the model alone on the device, its seconds, the most memory that was used."""
+    """Rows: whether the step's bits are those of the model alone on the device, its seconds, the
+    most memory that was used."""
     if device().type != "cuda":
         yield "memory", {"measured": "on a CUDA device only"}
         return
@@ -48,12 +53,17 @@ def walk(options):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux.gguf"
         write_random_gguf(path, shapes, "Q8_0")
-        yield from Walk(load_diffusion_model(str(path)), packed_model(random_weights(shapes, "NF4")), shapes, options).rows()
+        yield from Walk(load_diffusion_model(str(path)),
+                        packed_model(random_weights(shapes, "NF4")), shapes, options).rows()
 
 
 def _start_dynamic():
     """What else the host's main.py does."""
-    if DYNAMIC and not ON_FAKE_GPUS and comfy_aimdo.control.init_devices([(device().index or 0, 0)]):
+    if (
+        DYNAMIC
+        and not ON_FAKE_GPUS
+        and comfy_aimdo.control.init_devices([(device().index or 0, 0)])
+    ):
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
 
@@ -63,8 +73,10 @@ class Walk:
         self.options, self.model, self.other = options, model, other
         self.size = model.model_size()
         first, second = (lora_file(shapes, 16, seed) for seed in (0, 1))
-        self.models = {"without LoRAs": model, "a LoRA": self.patched((first, 1.0)), "at 0.5": self.patched((first, 0.5)),
-                       "two LoRAs": self.patched((first, 1.0), (second, -0.7))}
+        self.models = {
+            "without LoRAs": model, "a LoRA": self.patched((first, 1.0)), "at 0.5": self.patched(
+                (first, 0.5)), "two LoRAs": self.patched((first, 1.0), (second, -0.7))
+        }
         self.expected, self.taken = {}, 0
 
     def patched(self, *loras):
@@ -81,11 +93,15 @@ class Walk:
             yield f"alone: {name}", row
         empty = self.unload()
         with self.less_memory():
-            for name in ("without LoRAs", "a LoRA", "at 0.5", "another model", "two LoRAs", "without LoRAs", "a LoRA"):
-                yield f"room for {PART:.0%}: {name}", self.compared(name, self.models.get(name, self.other))
+            for name in ("without LoRAs", "a LoRA", "at 0.5", "another model", "two LoRAs",
+                         "without LoRAs", "a LoRA"):
+                yield f"room for {PART:.0%}: {name}", self.compared(
+                    name, self.models.get(name, self.other))
             placed = place(self.models["two LoRAs"], 0.3 * self.size)
             row = self.compared("two LoRAs", placed)
-            yield "a budget of 30 %: two LoRAs", {**row, "says": placed_text(placed).replace("\n", ", ")}
+            yield "a budget of 30 %: two LoRAs", {
+                **row, "says": placed_text(placed).replace("\n", ", ")
+            }
         after = self.unload()
         yield "after unloading", {"more memory used than before": after - empty}
 
@@ -97,9 +113,11 @@ class Walk:
         """What a step gives; its time, loading apart, and the most memory that was used."""
         torch.manual_seed(1)
         outputs = []
-        run = step_of(model, min(TOKENS, self.options.sizes.model_tokens), self.options.sizes.context)
+        run = step_of(model, min(TOKENS, self.options.sizes.model_tokens),
+                      self.options.sizes.context)
         diffusion_model = model.model.diffusion_model
-        handle = diffusion_model.register_forward_hook(lambda module, inputs, output: outputs.append(output.clone()))
+        handle = diffusion_model.register_forward_hook(
+            lambda module, inputs, output: outputs.append(output.clone()))
         try:
             run.prepare()
             model.pre_run()
@@ -116,7 +134,8 @@ class Walk:
 
     @contextlib.contextmanager
     def watched(self):
-        """A list that gets the most memory of the device that was used, looked at a thousand times a second."""
+        """A list that gets the most memory of the device that was used, looked at a thousand times
+        a second."""
         most, done = [0], threading.Event()
 
         def look():
@@ -133,7 +152,8 @@ class Walk:
 
     @contextlib.contextmanager
     def less_memory(self):
-        """All but a part of the model's bytes, and what the host wants for activations, is taken."""
+        """All but a part of the model's bytes, and what the host wants for activations, is
+        taken."""
         wanted = int(PART * self.size + comfy.model_management.minimum_inference_memory())
         self.taken = max(0, torch.cuda.mem_get_info()[0] - wanted)
         taken = torch.empty(self.taken, dtype=torch.uint8, device=device())

@@ -1,17 +1,21 @@
-"""The report of a run, written anew after each row, so that one that is cut off leaves what it had."""
+"""The report of a run, written anew after each row, so that one that is cut off leaves what it
+had."""
 import json
 from pathlib import Path
 
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import markdown, ratios
 
-# (stage, row, variant, the most that its time may be of the row's first variant): what is to be reached on an NVIDIA GPU.
+# (stage, row, variant, the most that its time may be of the row's first variant): what is to be
+# reached on an NVIDIA GPU.
 GOALS = [
-    *(("shapes", "3072 x 12288, bfloat16, M = 4608", name, 1.10) for name in ("Q8_0", "Q4_K", "NF4")),
+    *(("shapes", "3072 x 12288, bfloat16, M = 4608", name, 1.10)
+      for name in ("Q8_0", "Q4_K", "NF4")),
     *(("shapes", "3072 x 12288, bfloat16, M = 1", name, 0.6) for name in ("Q8_0", "Q4_K", "NF4")),
-    *(("shapes", "3072 x 12288, bfloat16, M = 4608", f"{name} int8", 0.85) for name in ("Q8_0", "Q4_K", "NF4")),
-    *(("model", "2 + 4 blocks, bfloat16, 4096 tokens", name, 1.08) for name in ("Q8_0", "Q4_K", "NF4")),
-    ("step", "Featherweight", "2 of rank 16", 1.04),
+    *(("shapes", "3072 x 12288, bfloat16, M = 4608", f"{name} int8", 0.85)
+      for name in ("Q8_0", "Q4_K", "NF4")),
+    *(("model", "2 + 4 blocks, bfloat16, 4096 tokens", name, 1.08)
+      for name in ("Q8_0", "Q4_K", "NF4")), ("step", "Featherweight", "2 of rank 16", 1.04)
 ]
 
 
@@ -43,8 +47,9 @@ class Report:
         stages = {name: found for name, found in self.figures.items() if isinstance(found, dict)}
         ended = "\n".join(f"| {name} | {found['ended']} |" for name, found in stages.items())
         goals = "\n".join(f"| {' | '.join(row)} |" for row in self.goals())
-        return (f"{markdown(self.figures)}\n## Figures to reach\n\n| | wanted | found | |\n|---|---|---|---|\n{goals}\n\n"
-                f"## Stages\n\n| | |\n|---|---|\n{ended}\n")
+        return (
+            f"{markdown(self.figures)}\n## Figures to reach\n\n| | wanted | found |"
+            f" |\n|---|---|---|---|\n{goals}\n\n## Stages\n\n| | |\n|---|---|\n{ended}\n")
 
     def goals(self) -> list[tuple[str, str, str, str]]:
         """What is wanted, found, and whether it is reached; nothing of a run at a tiny size."""
@@ -54,6 +59,6 @@ class Report:
             found = ratios(row)[variant][0] if row and variant in row else None
             verdict = "not measured" if found is None else "reached" if found <= most else "missed"
             by = f" ({row[variant]['by']})" if found is not None and "by" in row[variant] else ""
-            lines.append((f"{stage}: {title}, {variant}{by}", f"×{most:.2f}", "" if found is None else f"×{found:.2f}",
-                          verdict))
+            lines.append((f"{stage}: {title}, {variant}{by}", f"×{most:.2f}",
+                          "" if found is None else f"×{found:.2f}", verdict))
         return lines

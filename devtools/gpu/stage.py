@@ -1,4 +1,5 @@
-"""One stage in a process of its own: python -m devtools.gpu.stage NAME [options]. A line that begins with ROW is a row."""
+"""One stage in a process of its own: python -m devtools.gpu.stage NAME [options]. A line that
+begins with ROW is a row."""
 import argparse
 import json
 import sys

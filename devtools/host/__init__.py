@@ -1,1 +1,2 @@
-"""The environment that everything runs in: ComfyUI itself, its server, a browser, the package of the registry."""
+"""The environment that everything runs in: ComfyUI itself, its server, a browser, the package of
+the registry."""

@@ -19,18 +19,22 @@ from devtools.host.server import Server
 
 WINDOW = (1700, 1400)
 # No first-run dialog, and nothing of the last visit.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "Comfy.Graph.CanvasInfo": False,
-            "Comfy.Minimap.Visible": False}
-# Opens a workflow as a file that is dropped on the page. The editor asks for the folders before it frames a node whose file is
-# missing, and so does this.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False,
+    "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False
+}
+# Opens a workflow as a file that is dropped on the page. The editor asks for the folders before it
+# frames a node whose file is missing, and so does this.
 OPEN = """(async (name, text) => {
   app.graph.clear()
   await app.handleFile(new File([text], name, {type: 'application/json'}))
   await comfyAPI.api.api.getFolderPaths()
   await new Promise(done => setTimeout(done, 200))
 })"""
-NODES = "[app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => graph.nodes)"  # also inside subgraphs
-UNKNOWN = "!(node.subgraph || node.type in LiteGraph.registered_node_types)"  # nodes that no pack has
+# also inside subgraphs
+NODES = "[app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => graph.nodes)"
+# nodes that no pack has
+UNKNOWN = "!(node.subgraph || node.type in LiteGraph.registered_node_types)"
 RED = "node.has_errors"  # unknown nodes, and those whose file is missing
 COMPLAINTS = "[...document.querySelectorAll('[data-testid=error-overlay], [role=dialog]')].map(box => box.innerText)"
 
@@ -42,8 +46,9 @@ class BrowserError(Exception):
 def find_chromium() -> str | None:
     """The program on the PATH, or the one that `dev.py test` has fetched."""
     on_path = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    fetched = (str(path) for path in sorted(BROWSERS.glob("chromium*/*/*")) if os.access(path, os.X_OK)
-               and path.name.removesuffix(".exe") in ("chrome", "headless_shell", "chrome-headless-shell"))
+    fetched = (str(path) for path in sorted(BROWSERS.glob("chromium*/*/*"))
+               if os.access(path, os.X_OK) and path.name.removesuffix(".exe") in (
+                   "chrome", "headless_shell", "chrome-headless-shell"))
     return next(filter(None, itertools.chain(on_path, fetched)), None)
 
 
@@ -58,11 +63,16 @@ class Browser:
         if program is None:
             raise BrowserError("There is no Chromium on the PATH.")
         width, height = self.window
-        self.profile, self.numbers = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), itertools.count(1)
-        self.process = subprocess.Popen(
-            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-             "--remote-debugging-port=0", f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
-             f"--window-size={width},{height}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.profile, self.numbers = (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True),
+            itertools.count(1),
+        )
+        self.process = subprocess.Popen([
+            program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--hide-scrollbars", "--remote-debugging-port=0",
+            f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
+            f"--window-size={width},{height}", "about:blank"
+        ], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             self._attach(self._first_tab())
         except BaseException:
@@ -91,7 +101,10 @@ class Browser:
                     return next(target for target in json.load(reply) if target["type"] == "page")
             except (OSError, IndexError, StopIteration):
                 continue
-        raise BrowserError(f"{self.process.args[0]} did not start. Run it with --headless=new --version to see why.")
+        raise BrowserError(
+            f"{self.process.args[0]} did not start. Run it with --headless=new --version to see"
+            " why."
+        )
 
     def _attach(self, tab: dict):
         """Send what follows to a tab."""
@@ -99,14 +112,19 @@ class Browser:
         self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=120)
         width, height = self.window
         self.call("Page.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=False)
 
     def call(self, method: str, **params):
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while (reply := json.loads(self.socket.recv())).get("id") != number:
-            if reply.get("method") == "Page.javascriptDialogOpening":  # whether to leave a workflow that is not saved
-                accept = {"id": next(self.numbers), "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+            # whether to leave a workflow that is not saved
+            if reply.get("method") == "Page.javascriptDialogOpening":
+                accept = {
+                    "id": next(self.numbers), "method": "Page.handleJavaScriptDialog",
+                    "params": {"accept": True}
+                }
                 self.socket.send(json.dumps(accept))
         if "error" in reply:
             raise BrowserError(f"{method}: {reply['error']['message']}")
@@ -114,7 +132,8 @@ class Browser:
 
     def evaluate(self, expression: str):
         """The value of a JavaScript expression, once its promise is kept."""
-        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True,
+                           returnByValue=True)
         if "exceptionDetails" in result:
             raise BrowserError(result["exceptionDetails"]["exception"].get("description"))
         return result["result"].get("value")
@@ -136,9 +155,11 @@ class Browser:
         time.sleep(1)  # what it draws last
 
     def close_editor(self):
-        """Go on in a new tab: an editor that is left open goes on drawing, and takes a fifth of a core."""
+        """Go on in a new tab: an editor that is left open goes on drawing, and takes a fifth of a
+        core."""
         old = self.tab
-        with urllib.request.urlopen(urllib.request.Request(f"{self.tabs}/new?about:blank", method="PUT")) as reply:
+        with urllib.request.urlopen(
+                urllib.request.Request(f"{self.tabs}/new?about:blank", method="PUT")) as reply:
             tab = json.load(reply)
         self.socket.close()
         self._attach(tab)
@@ -150,12 +171,17 @@ class Browser:
         self.evaluate(f"{OPEN}({json.dumps(name)}, {json.dumps(text)})")
 
     def types(self, condition: str = "true") -> list[str]:
-        """Types of the open workflow's nodes for which an expression in JavaScript about `node` is true."""
+        """Types of the open workflow's nodes for which an expression in JavaScript about `node` is
+        true."""
         return self.evaluate(f"{NODES}.filter(node => {condition}).map(node => node.type)")
 
-    def screenshot(self, left: float = 0, top: float = 0, width: float = WINDOW[0], height: float = WINDOW[1]) -> Image.Image:
+    def screenshot(self, left: float = 0, top: float = 0, width: float = WINDOW[0],
+                   height: float = WINDOW[1]) -> Image.Image:
         clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
-        return Image.open(io.BytesIO(base64.b64decode(self.call("Page.captureScreenshot", format="png", clip=clip)["data"])))
+        return Image.open(
+            io.BytesIO(
+                base64.b64decode(
+                    self.call("Page.captureScreenshot", format="png", clip=clip)["data"])))
 
     def click(self, x: float, y: float):
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
@@ -163,7 +189,8 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def click_on(self, element: str):
-        """Click into the middle of the element that an expression gives, once it is there and rests."""
+        """Click into the middle of the element that an expression gives, once it is there and
+        rests."""
         box = None
         while box != (box := self.wait_for(f"(box => box && [box.x, box.y, box.width, box.height])"
                                            f"(({element})?.getClientRects()[0])")):

@@ -1,7 +1,7 @@
 """Lets torchvision and torchaudio wheels built for CUDA be imported beside a CPU build of torch.
 
-Copied into the virtual environment's site-packages and imported by a `.pth` file at every start of its Python, so it
-must cost nothing until one of the two is imported.
+Copied into the virtual environment's site-packages and imported by a `.pth` file at every start of
+its Python, so it must cost nothing until one of the two is imported.
 """
 import importlib.abc
 import importlib.machinery
@@ -9,7 +9,8 @@ import sys
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Declares the operators torchvision expects, and stands in for torchaudio's extension module."""
+    """Declares the operators torchvision expects, and stands in for torchaudio's extension
+    module."""
 
     library = None
 
@@ -19,7 +20,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             # torchvision's own Python registers fakes for these two while it is imported.
             type(self).library = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
-                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                self.library.define(
+                    f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         elif name == "torchaudio._extension" and _torch_is_cpu():
             return importlib.machinery.ModuleSpec(name, self)
         return None
@@ -28,7 +30,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module):
-        module._IS_TORCHAUDIO_EXT_AVAILABLE = module._IS_ALIGN_AVAILABLE = module._IS_RIR_AVAILABLE = False
+        module._IS_TORCHAUDIO_EXT_AVAILABLE = module._IS_ALIGN_AVAILABLE = (
+            module._IS_RIR_AVAILABLE
+        ) = False
         module.fail_if_no_align = lambda function: function
         module._check_cuda_version = module.lazy_import_sox_ext = lambda: None
 

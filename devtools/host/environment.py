@@ -24,14 +24,16 @@ HOST_VERSION = "0.30.0"
 HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 HOST_FOLDER = "vendor/ComfyUI/"
 
-# llama.cpp's vocabularies with the ids it expects, and its source, for the tests of tokenizers; its quantiser, which
-# `devtools/files/ggml_quantiser.py` compiles.
+# llama.cpp's vocabularies with the ids it expects, and its source, for the tests of tokenizers; its
+# quantiser, which `devtools/files/ggml_quantiser.py` compiles.
 LLAMA_CPP = DEV / "llama.cpp"
 LLAMA_CPP_PACKAGE = "llama-cpp-python==0.3.36"
 LLAMA_CPP_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 LLAMA_CPP_FOLDER = "vendor/llama.cpp/"
-LLAMA_CPP_FILES = (r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
-                   r"|ggml/(src/(ggml-quants\.[ch]|ggml-common\.h|ggml-impl\.h|ggml-cpu/ggml-cpu-impl\.h)|include/.*\.h)$")
+LLAMA_CPP_FILES = (
+    r"models/ggml-vocab-(gemma-4|llama-bpe|llama-spm|phi-3|qwen2)\.gguf|src/llama-vocab\.cpp$"
+    r"|ggml/(src/(ggml-quants\.[ch]|ggml-common\.h|ggml-impl\.h|ggml-cpu/ggml-cpu-impl\.h)|include/.*\.h)$"
+)
 
 SIZE = "about 4.5 GB"  # of all under .dev, with a build of torch for CPUs
 BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the system has none
@@ -39,11 +41,17 @@ BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
-EXTRAS = ["torchvision==0.28.0", "torchaudio", "pytest", "pytest-rerunfailures", "pytest-xdist", "hypothesis",
-          "websocket-client", "ruff", "gguf>=0.19.0", "transformers<5.15"]
-# Compilers of GPU kernels: they need no GPU, and have no wheels for some systems. Ray: for the tests of many machines. Atheris:
-# a fuzzer guided by the lines it reaches. nodesafe: a scanner of node packs, whose findings docs/registry-review.md counts.
-OPTIONAL = ["atheris", "bitsandbytes", "nodesafe==0.6.0", "triton>=3.6", "nvidia-cuda-nvrtc-cu12", "ray>=2.55"]
+EXTRAS = [
+    "torchvision==0.28.0", "torchaudio", "pytest", "pytest-rerunfailures", "pytest-xdist",
+    "hypothesis", "websocket-client", "ruff", "gguf>=0.19.0", "transformers<5.15"
+]
+# Compilers of GPU kernels: they need no GPU, and have no wheels for some systems. Ray: for the
+# tests of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of
+# node packs, whose findings docs/registry-review.md counts.
+OPTIONAL = [
+    "atheris", "bitsandbytes", "nodesafe==0.6.0", "triton>=3.6", "nvidia-cuda-nvrtc-cu12",
+    "ray>=2.55"
+]
 
 
 class SetupError(Exception):
@@ -57,11 +65,14 @@ class Environment:
     python: Path
 
     def run(self, *arguments: str, **variables: str) -> int:
-        """Run this environment's Python from the repository root, output passed through; return its exit code.
+        """Run this environment's Python from the repository root, output passed through; return its
+        exit code.
 
         variables: environment variables to set.
         """
-        variables = {**os.environ, "COMFYUI_PATH": str(self.host), "PYTHONUNBUFFERED": "1", **variables}
+        variables = {
+            **os.environ, "COMFYUI_PATH": str(self.host), "PYTHONUNBUFFERED": "1", **variables
+        }
         return subprocess.call([str(self.python), *arguments], cwd=ROOT, env=variables)
 
 
@@ -70,7 +81,10 @@ def prepare() -> Environment:
     own_host = os.environ.get("COMFYUI_PATH")
     host = Path(own_host).expanduser().resolve() if own_host else DEV / "host"
     if own_host and not (host / "main.py").is_file():
-        raise SetupError(f"COMFYUI_PATH is {host}, which has no main.py. Set it to a ComfyUI's folder, or unset it.")
+        raise SetupError(
+            f"COMFYUI_PATH is {host}, which has no main.py. Set it to a ComfyUI's folder, or unset"
+            " it."
+        )
     if own_host and _can_import(sys.executable, "torch"):
         _require_tools(sys.executable)
         print(f"Using ComfyUI in {host} with {sys.executable}")
@@ -78,7 +92,11 @@ def prepare() -> Environment:
 
     python = DEV / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = DEV / "stamp"
-    if (host / "requirements.txt").is_file() and python.exists() and read(stamp) == _fingerprint(host):
+    if (
+        (host / "requirements.txt").is_file()
+        and python.exists()
+        and read(stamp) == _fingerprint(host)
+    ):
         print(f"Environment: {python.parent.parent} (ready)")
         return Environment(host, python)
 
@@ -89,8 +107,10 @@ def prepare() -> Environment:
         fetch_tree(host, python, f"ComfyUI {HOST_VERSION}", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
     _install_packages(host, python)
     _install_shim(python)
-    if not own_host:  # as pip does with packages: else each server compiles it where PYTHONDONTWRITEBYTECODE is set
-        subprocess.run([str(python), "-m", "compileall", "-q", str(host)], stdout=subprocess.DEVNULL)
+    # as pip does with packages: else each server compiles it where PYTHONDONTWRITEBYTECODE is set
+    if not own_host:
+        subprocess.run([str(python), "-m", "compileall", "-q",
+                        str(host)], stdout=subprocess.DEVNULL)
     stamp.write_text(_fingerprint(host))
     print(f"Environment ready after {time.monotonic() - started:.0f} s")
     return Environment(host, python)
@@ -127,29 +147,35 @@ def _make_venv(python: Path):
     folder = python.parent.parent
     print(f"Making a virtual environment in {folder}: all of {DEV} takes {SIZE}", flush=True)
     if subprocess.call([sys.executable, "-m", "venv", "--clear", str(folder)]):
-        raise SetupError("Python could not make a virtual environment (its message is above). "
-                         "On Debian and Ubuntu, install the package python3-venv, then run this again.")
+        raise SetupError(
+            "Python could not make a virtual environment (its message is above). "
+            "On Debian and Ubuntu, install the package python3-venv, then run this again.")
 
 
 def _unfinished(python: Path) -> Path:
-    """Mark of a pip that was killed: it takes half-copied packages for installed ones, so the next run starts over."""
+    """Mark of a pip that was killed: it takes half-copied packages for installed ones, so the next
+    run starts over."""
     return python.parent.parent / "unfinished"
 
 
 def pip(python: Path, *arguments: str, action: str = "install"):
-    quiet = [] if sys.stdout.isatty() else ["--quiet"]  # progress bars only where somebody watches them
+    # progress bars only where somebody watches them
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
     command = [str(python), "-m", "pip", action, "--disable-pip-version-check", *quiet, *arguments]
     if action == "install":
         _unfinished(python).touch()
     failed = subprocess.call(command)
     _unfinished(python).unlink(missing_ok=True)
     if failed:
-        raise SetupError("pip did not finish (its message is above). If it finds no matching torch, use another Python "
-                         "version; otherwise check the connection and run this again.")
+        raise SetupError(
+            "pip did not finish (its message is above). If it finds no matching torch, use another "
+            "Python version; otherwise check the connection and run this again.")
 
 
-def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str, folder: str, wanted: str = ""):
-    """Put what a pinned source archive has in `folder`, and whose path there matches `wanted`, at `target`.
+def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str, folder: str,
+               wanted: str = ""):
+    """Put what a pinned source archive has in `folder`, and whose path there matches `wanted`, at
+    `target`.
 
     A mark inside says which archive it came from, and what was wanted of it.
     """
@@ -161,8 +187,8 @@ def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str,
     archive = _find_archive(downloads, sha256)
     if archive is None:
         print(f"Downloading {what}", flush=True)
-        pip(python, "--ignore-requires-python", "--no-deps", "--no-binary", package.partition("==")[0],
-             "--dest", str(downloads), package, action="download")
+        pip(python, "--ignore-requires-python", "--no-deps", "--no-binary",
+            package.partition("==")[0], "--dest", str(downloads), package, action="download")
         archive = _find_archive(downloads, sha256)
     if archive is None:
         raise SetupError(f"The downloaded {package} is not the pinned archive (sha256 {sha256}). "
@@ -175,7 +201,11 @@ def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str,
         for member in tar:
             _, _, inner = member.name.partition(folder)
             file = partial / inner
-            if not inner or not member.isfile() or not file.resolve().is_relative_to(partial.resolve()):
+            if (
+                not inner
+                or not member.isfile()
+                or not file.resolve().is_relative_to(partial.resolve())
+            ):
                 continue
             if re.match(wanted, inner):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,23 +223,30 @@ def _find_archive(downloads: Path, sha256: str) -> Path | None:
 
 def fetch_llama_cpp(python: Path):
     try:
-        fetch_tree(LLAMA_CPP, python, "vocabularies of llama.cpp (77 MB)", LLAMA_CPP_PACKAGE, LLAMA_CPP_SHA256,
-                    LLAMA_CPP_FOLDER, LLAMA_CPP_FILES)
+        fetch_tree(LLAMA_CPP, python, "vocabularies of llama.cpp (77 MB)", LLAMA_CPP_PACKAGE,
+                   LLAMA_CPP_SHA256, LLAMA_CPP_FOLDER, LLAMA_CPP_FILES)
     except SetupError as error:
         print(f"Note: tests that compare with llama.cpp's vocabularies are skipped: {error}")
 
 
 def fetch_chromium(python: Path):
-    """A Chromium for the tests of the editor, where the system has none; it takes no rights of an administrator."""
+    """A Chromium for the tests of the editor, where the system has none; it takes no rights of an
+    administrator."""
     fetched = any(BROWSERS.glob("chromium*/INSTALLATION_COMPLETE"))  # which Playwright writes last
     if fetched or any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         return
     print("Downloading Chromium", flush=True)
-    steps = (["-m", "pip", "install", "--quiet", "playwright"], ["-m", "playwright", "install", "--only-shell", "chromium"])
+    steps = (
+        ["-m", "pip", "install", "--quiet", "playwright"],
+        ["-m", "playwright", "install", "--only-shell", "chromium"],
+    )
     for step in steps:
         variables = {**os.environ, "PLAYWRIGHT_BROWSERS_PATH": str(BROWSERS)}
         if subprocess.run([str(python), *step], capture_output=True, env=variables).returncode:
-            print("Note: tests of the editor are skipped: Chromium could not be downloaded. Install chromium to run them.")
+            print(
+                "Note: tests of the editor are skipped: Chromium could not be downloaded. Install"
+                " chromium to run them."
+            )
             return
 
 
@@ -223,22 +260,36 @@ def _install_packages(host: Path, python: Path):
     required = [line for line in theirs + ours if re.match(r"[\w.-]+", line)[0] not in apart]
     constraints = DEV / "constraints.txt"  # or pip replaces this torch by another build
     constraints.write_text(TORCH + "\n")
-    print(f"Installing the requirements of ComfyUI and of this pack ({len(required + EXTRAS)} packages)", flush=True)
+    print(
+        f"Installing the requirements of ComfyUI and of this pack ({len(required + EXTRAS)}"
+        " packages)",
+        flush=True)
     pip(python, "--constraint", str(constraints), *required, *EXTRAS)
     for package in OPTIONAL:
-        command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), package]
+        command = [
+            str(python), "-m", "pip", "install", "--quiet", "--constraint",
+            str(constraints), package
+        ]
         if subprocess.run(command, capture_output=True).returncode:
-            print(f"Note: {package} could not be installed; it is optional, tests that need it are skipped.")
+            print(
+                f"Note: {package} could not be installed; it is optional, tests that need it are"
+                " skipped."
+            )
 
 
 def _install_shim(python: Path):
-    """Let torchvision and torchaudio be imported beside a CPU build of torch, where they cannot load by themselves."""
+    """Let torchvision and torchaudio be imported beside a CPU build of torch, where they cannot
+    load by themselves."""
     query = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    site_packages = Path(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+    site_packages = Path(
+        subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
     hook = site_packages / f"{SHIM}.pth"
     hook.unlink(missing_ok=True)
     if not _can_import(python, "torchvision", "torchaudio"):
         shutil.copyfile(Path(__file__).with_name("cpu_torch_shim.py"), site_packages / f"{SHIM}.py")
         hook.write_text(f"import {SHIM}\n")
         if not _can_import(python, "torchvision", "torchaudio"):
-            print("Note: torchvision or torchaudio cannot be imported; nodes of ComfyUI that need them are missing.")
+            print(
+                "Note: torchvision or torchaudio cannot be imported; nodes of ComfyUI that need"
+                " them are missing."
+            )

@@ -1,4 +1,5 @@
-"""Runs the host's main.py and ends when the process that asked for it is gone: python run_host.py PID MAIN [arguments]
+"""Runs the host's main.py and ends when the process that asked for it is gone: python run_host.py
+PID MAIN [arguments]
 
 A server must not outlive a killed test run, whatever killed it, so the child watches the parent.
 """

@@ -37,9 +37,10 @@ class ServerError(Exception):
 class Run:
     """What one queued workflow gave.
 
-    outputs: node id -> its entry in the history, such as {"images": [{"filename", "subfolder", "type"}]}.
-    texts: node id -> progress texts the node sent. steps: node id -> monotonic time of each progress step. previews: files of
-    the pictures that nodes showed while they ran.
+    outputs: node id -> its entry in the history, such as {"images": [{"filename", "subfolder",
+    "type"}]}.
+    texts: node id -> progress texts the node sent. steps: node id -> monotonic time of each
+    progress step. previews: files of the pictures that nodes showed while they ran.
     """
     prompt_id: str
     outputs: dict = field(default_factory=dict)
@@ -49,14 +50,20 @@ class Run:
 
     @property
     def pictures(self) -> list[dict]:
-        """Entries of the pictures and videos, those that were saved before those that were only shown."""
+        """Entries of the pictures and videos, those that were saved before those that were only
+        shown."""
         entries = [entry for output in self.outputs.values() for entry in output.get("images", [])]
         return sorted(entries, key=lambda entry: entry["type"] != "output")
 
     def seconds_per_step(self, node_id: str) -> float | None:
-        """Median time between the steps of a node; the first, which also loads the model, is not counted."""
+        """Median time between the steps of a node; the first, which also loads the model, is not
+        counted."""
         times = self.steps.get(node_id, [])
-        return statistics.median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else None
+        return (
+            statistics.median(after - before for before, after in itertools.pairwise(times))
+            if len(times) > 1
+            else None
+        )
 
 
 class Server:
@@ -64,12 +71,13 @@ class Server:
 
     base: folder that gets models, custom_nodes, input, output, temp, user and server.log.
     extra_custom_nodes: name -> source text of a single-file pack to plant beside this one.
-    cpu: False lets the host use a GPU. arguments: further command-line arguments of the host. with_pack: False leaves
-    this pack out. env: further environment variables.
+    cpu: False lets the host use a GPU. arguments: further command-line arguments of the host.
+    with_pack: False leaves this pack out. env: further environment variables.
     """
 
     def __init__(self, base, host=HOST, cpu: bool = True, arguments=(), with_pack: bool = True,
-                 extra_custom_nodes: dict[str, str] | None = None, env: dict[str, str] | None = None):
+                 extra_custom_nodes: dict[str, str] | None = None,
+                 env: dict[str, str] | None = None):
         self.base, self.host = Path(base).resolve(), Path(host).resolve()
         self.log_path = self.base / "server.log"
         self.arguments = (["--cpu"] if cpu else []) + list(arguments)
@@ -99,7 +107,8 @@ class Server:
                    "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
                    "--disable-api-nodes", "--disable-auto-launch", *self.arguments]
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=subprocess.STDOUT,
                                             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env})
         try:
             self._wait_until_ready()
@@ -129,7 +138,9 @@ class Server:
             try:
                 pack.symlink_to(ROOT, target_is_directory=True)
             except OSError:  # Windows without the right to make links
-                shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__"))
+                shutil.copytree(
+                    ROOT, pack, ignore=shutil.ignore_patterns(".dev", ".git", "demo_output",
+                                                              "__pycache__"))
         for name, source in self.extra_custom_nodes.items():
             (custom_nodes / f"{name}.py").write_text(source, encoding="utf-8")
 
@@ -137,13 +148,19 @@ class Server:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"ComfyUI stopped while starting. The end of {self.log_path}:\n{self._log_tail()}")
+                raise ServerError(
+                    f"ComfyUI stopped while starting. The end of"
+                    f" {self.log_path}:\n{self._log_tail()}"
+                )
             try:
                 self.system_stats()
                 return
             except OSError:
                 time.sleep(0.1)
-        raise ServerError(f"ComfyUI did not answer in {timeout:.0f} s. The end of {self.log_path}:\n{self._log_tail()}")
+        raise ServerError(
+            f"ComfyUI did not answer in {timeout:.0f} s. The end of"
+            f" {self.log_path}:\n{self._log_tail()}"
+        )
 
     def _log_tail(self, lines: int = 20) -> str:
         return "\n".join(self.log().splitlines()[-lines:])
@@ -154,12 +171,16 @@ class Server:
 
     def get(self, path: str) -> bytes:
         """Body of GET `path`; urllib.error.HTTPError for a status other than 200."""
-        with urllib.request.urlopen(self.url + urllib.parse.quote(path, safe="/?&=%"), timeout=60) as reply:
+        with urllib.request.urlopen(self.url + urllib.parse.quote(path, safe="/?&=%"),
+                                    timeout=60) as reply:
             return reply.read()
 
     def post(self, path: str, value) -> bytes:
-        """Body of the answer to POST `path` with a value as JSON; urllib.error.HTTPError for a status other than 200."""
-        request = urllib.request.Request(self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        """Body of the answer to POST `path` with a value as JSON; urllib.error.HTTPError for a
+        status other than 200."""
+        request = urllib.request.Request(self.url + path,
+                                         json.dumps(value).encode(),
+                                         {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.read()
 
@@ -182,9 +203,14 @@ class Server:
         return np.asarray(Image.open(io.BytesIO(self.image(run.pictures[0]))), dtype=np.float32)
 
     def forget(self):
-        """Have the host drop what it keeps of earlier prompts, so that each node of the next one runs."""
+        """Have the host drop what it keeps of earlier prompts, so that each node of the next one
+        runs."""
         self.post("/free", {"free_memory": True})
-        self.queue({"1": {"class_type": "PreviewAny", "inputs": {"source": "freed, after this at the latest"}}})
+        self.queue({
+            "1": {
+                "class_type": "PreviewAny", "inputs": {"source": "freed, after this at the latest"}
+            }
+        })
 
     def another_client(self) -> "Server":
         """The same server as another browser has it."""
@@ -195,9 +221,9 @@ class Server:
     def queue(self, prompt: dict, on_progress=None, timeout: float = 600, on_queued=None) -> Run:
         """Run an API-format workflow to its end.
 
-        on_progress(node_id, value, maximum) is called for each step a node reports, and with (node_id, 0, 0) when a
-        node starts. on_queued(prompt_id) is called before the first of them. Raises ServerError with the node's own message
-        when the workflow is refused or fails.
+        on_progress(node_id, value, maximum) is called for each step a node reports, and with
+        (node_id, 0, 0) when a node starts. on_queued(prompt_id) is called before the first of them.
+        Raises ServerError with the node's own message when the workflow is refused or fails.
         """
         socket_url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
         connection = websocket.create_connection(socket_url, timeout=timeout)
@@ -205,7 +231,8 @@ class Server:
             run = Run(self._post_prompt(prompt))
             if on_queued is not None:
                 on_queued(run.prompt_id)
-            self._follow(connection, run, prompt, on_progress or (lambda *_: None), time.monotonic() + timeout)
+            self._follow(connection, run, prompt, on_progress or (lambda *_: None),
+                         time.monotonic() + timeout)
         finally:
             connection.close()
         run.outputs = self._history(run.prompt_id)["outputs"]
@@ -213,7 +240,8 @@ class Server:
 
     def _post_prompt(self, prompt: dict) -> str:
         try:
-            return json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client_id}))["prompt_id"]
+            return json.loads(self.post(
+                "/prompt", {"prompt": prompt, "client_id": self.client_id}))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise ServerError(_refusal(error.read(), prompt)) from None
 
@@ -223,9 +251,11 @@ class Server:
                 connection.settimeout(max(0.01, deadline - time.monotonic()))
                 message = connection.recv()
             except websocket.WebSocketTimeoutException:
-                raise ServerError(f"The workflow did not finish in time; see {self.log_path}.") from None
+                raise ServerError(
+                    f"The workflow did not finish in time; see {self.log_path}.") from None
             except (websocket.WebSocketException, OSError):
-                raise ServerError(f"ComfyUI went away. The end of {self.log_path}:\n{self._log_tail()}") from None
+                raise ServerError(
+                    f"ComfyUI went away. The end of {self.log_path}:\n{self._log_tail()}") from None
             if isinstance(message, bytes):
                 kind, length = struct.unpack(">II", message[:8])
                 if kind == 3:  # BinaryEventTypes.TEXT: length of the node id, node id, text
@@ -256,7 +286,8 @@ class Server:
             if prompt_id in history:
                 return history[prompt_id]
             time.sleep(0.05)
-        raise ServerError(f"ComfyUI finished the workflow but kept no history of it; see {self.log_path}.")
+        raise ServerError(
+            f"ComfyUI finished the workflow but kept no history of it; see {self.log_path}.")
 
 
 def _refusal(body: bytes, prompt: dict) -> str:

@@ -1,4 +1,5 @@
-"""Speed, memory, sizes and quality. Importing this puts the host and the pack where they can be imported."""
+"""Speed, memory, sizes and quality. Importing this puts the host and the pack where they can be
+imported."""
 import os
 import sys
 

@@ -1,7 +1,8 @@
-"""python -m devtools.measure.cluster_bench [memory] [speed] [scale] [resume]: what a batch on Ray takes, on clusters here.
+"""python -m devtools.measure.cluster_bench [memory] [speed] [scale] [resume]: what a batch on Ray
+takes, on clusters here.
 
-Leaves machines.json and machines.md. Linux only. Speed wants two cores that have nothing else to do, scale 12 GB of memory
-(fewer with --actors), resume a million small files of disk.
+Leaves machines.json and machines.md. Linux only. Speed wants two cores that have nothing else to
+do, scale 12 GB of memory (fewer with --actors), resume a million small files of disk.
 """
 import argparse
 import contextlib
@@ -17,19 +18,20 @@ from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
-from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow  # before ray: it reads the environment
-
-import ray  # noqa: E402
-from featherweight.cluster import batch, by_value, graph, worker
-from featherweight.cluster.embedded_comfyui import PromptResult
-from featherweight.cluster.batch_progress import Progress
-from featherweight.cluster.batch_rows import lines, scan_rows
-from featherweight.cluster.worker import RowRenderer
+import ray
 
 from devtools import ROOT
+
+# before ray: it reads the environment
+from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow
 from devtools.host.server import Server
 from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import machine
+from featherweight.cluster import batch, by_value, graph, worker
+from featherweight.cluster.batch_progress import Progress
+from featherweight.cluster.batch_rows import lines, scan_rows
+from featherweight.cluster.embedded_comfyui import PromptResult
+from featherweight.cluster.worker import RowRenderer
 
 STEPS = 12  # of a picture, which the figures are of
 PNG = 1_500_000  # bytes of a picture of 1024 x 1024
@@ -41,7 +43,10 @@ def machines(count: int, folder: Path):
     """A cluster of nodes with a CPU each and the demo's model, of which all have the same files."""
     names = [f"node{index}" for index in range(count)]
     first = make_base(folder / names[0])
-    bases = {name: first if name == names[0] else make_base(folder / name, first / "models") for name in names}
+    bases = {
+        name: first if name == names[0] else make_base(folder / name, first / "models")
+        for name in names
+    }
     with running(bases, folder / "ray") as found:
         yield found
 
@@ -58,7 +63,10 @@ def mappings(pid: int, below: str) -> dict[str, int]:
             mapped = entry.partition("/")[2]
             continue
         name, _, value = entry.partition(":")
-        private, is_file = name in ("Private_Clean", "Private_Dirty"), below.strip("/") in mapped and "/models/" in mapped
+        private, is_file = (
+            name in ("Private_Clean", "Private_Dirty"),
+            below.strip("/") in mapped and "/models/" in mapped,
+        )
         if private or (name == "Rss" and is_file):
             size = int(value.split()[0]) * 1024
             found["private"] += size * private
@@ -67,18 +75,25 @@ def mappings(pid: int, below: str) -> dict[str, int]:
 
 
 def measure_memory(options) -> Iterator[tuple[str, dict]]:
-    """Two workers, each on a node of its own with the same model files, resident; private: in no other process. Then what
-    more prompts take."""
+    """Two workers, each on a node of its own with the same model files, resident; private: in no
+    other process. Then what more prompts take."""
     with tempfile.TemporaryDirectory(prefix="fwm") as folder, machines(2, Path(folder)) as cluster:
         actor = ray.remote(worker.PromptWorker)
-        workers = [actor.options(num_cpus=1, max_concurrency=4, label_selector={"ray.io/node-id": node.node_id}).remote()
-                   for node in cluster.nodes.values()]
+        workers = [
+            actor.options(num_cpus=1, max_concurrency=4,
+                          label_selector={"ray.io/node-id": node.node_id}).remote()
+            for node in cluster.nodes.values()
+        ]
         pids = [info["pid"] for info, _ in ray.get([each.ready.remote() for each in workers])]
 
         def drawn(some, numbers):
             for number in numbers:
-                asked = graph.with_result(workflow(changes(number)["4.text"], number, steps=2), ["8", 0])
-                streams = [each.draw.options(num_returns="streaming").remote(asked, {}, f"{number}") for each in some]
+                asked = graph.with_result(workflow(changes(number)["4.text"], number, steps=2),
+                                          ["8", 0])
+                streams = [
+                    each.draw.options(num_returns="streaming").remote(asked, {}, f"{number}")
+                    for each in some
+                ]
                 ray.get([stream.completed() for stream in streams])
 
         drawn(workers, range(20))
@@ -87,39 +102,56 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
         before = mappings(pids[0], folder)["private"]
         drawn(workers[:1], range(20, 20 + options.prompts))
         after = mappings(pids[0], folder)["private"]
-        yield f"{options.prompts} prompts", {"private_before": before, "private_after": after, "growth": after - before}
+        yield f"{options.prompts} prompts", {
+            "private_before": before, "private_after": after, "growth": after - before
+        }
 
 
 # --- speed ---
 
 def plain_times(folder: Path, base: Path, count: int, servers: int) -> list[list[float]]:
-    """When each picture of plain ComfyUIs was ready. They draw at the same time, each on a thread; no queue is ever empty."""
+    """When each picture of plain ComfyUIs was ready. They draw at the same time, each on a thread;
+    no queue is ever empty."""
     with contextlib.ExitStack() as stack:
-        each_server = [stack.enter_context(Server(
-            folder / f"plain{servers}_{index}", env={**QUIET, "OMP_NUM_THREADS": "1"},
-            arguments=["--extra-model-paths-config", str(model_paths(base))])) for index in range(servers)]
-        asked = [graph.apply_changes(workflow(steps=STEPS), changes(index)) for index in range(count)]
-        names = [[json.loads(server.post("/prompt", {"prompt": each}))["prompt_id"] for each in asked]
-                 for server in each_server]
+        each_server = [
+            stack.enter_context(
+                Server(folder / f"plain{servers}_{index}", env={**QUIET, "OMP_NUM_THREADS": "1"},
+                       arguments=["--extra-model-paths-config",
+                                  str(model_paths(base))])) for index in range(servers)
+        ]
+        asked = [
+            graph.apply_changes(workflow(steps=STEPS), changes(index)) for index in range(count)
+        ]
+        names = [[
+            json.loads(server.post("/prompt", {"prompt": each}))["prompt_id"] for each in asked
+        ] for server in each_server]
         while any(len(server.get_json("/history")) < count for server in each_server):
             time.sleep(0.5)
         told = [server.get_json("/history") for server in each_server]
-    return [[data["timestamp"] / 1000 for name in each for event, data in history[name]["status"]["messages"] if event in ENDS]
-            for each, history in zip(names, told)]
+    return [[
+        data["timestamp"] / 1000 for name in each
+        for event, data in history[name]["status"]["messages"] if event in ENDS
+    ] for each, history in zip(names, told)]
 
 
 def intervals(ended: list[list[float]]) -> float:
-    """Median seconds between the pictures of a worker; its first, for which it loads the model, are not counted."""
-    return statistics.median(later - before for times in ended for before, later in zip(times[2:], times[3:]))
+    """Median seconds between the pictures of a worker; its first, for which it loads the model, are
+    not counted."""
+    return statistics.median(later - before for times in ended
+                             for before, later in itertools.pairwise(times))
 
 
-def batch_seconds(folder: Path, nodes: int, count: int, asked: dict, worker: type) -> tuple[float, float]:
-    """(seconds from picture to picture of a worker, pictures a second of all workers) of a batch."""
+def batch_seconds(folder: Path, nodes: int, count: int, asked: dict,
+                  worker: type) -> tuple[float, float]:
+    """(seconds from picture to picture of a worker, pictures a second of all workers) of a
+    batch."""
     folder.mkdir()
     out, rows = folder / "out", folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"id": f"{index:04}", **changes(index)}) + "\n" for index in range(count)))
+    rows.write_text("".join(
+        json.dumps({"id": f"{index:04}", **changes(index)}) + "\n" for index in range(count)))
     with machines(nodes, folder / "cluster") as cluster:
-        done = batch.Batch(asked, str(rows), str(out), address=cluster.address, cpus=1, gpus=0, worker=worker).run()
+        done = batch.Batch(asked, str(rows), str(out), address=cluster.address, cpus=1, gpus=0,
+                           worker=worker).run()
         assert done["drawn"] == count, done
     ended: dict[str, list[float]] = {}
     for path in sorted(out.glob("*.json"), key=lambda path: path.stat().st_mtime):
@@ -129,17 +161,21 @@ def batch_seconds(folder: Path, nodes: int, count: int, asked: dict, worker: typ
 
 
 def measure_speed(options) -> Iterator[tuple[str, dict]]:
-    """Pictures of the demo in 12 steps by a plain ComfyUI and by two at once, by one worker and by two, each on one thread.
-    Then with a sleep in the picture's place, as where a GPU draws and the processor's cores are free."""
+    """Pictures of the demo in 12 steps by a plain ComfyUI and by two at once, by one worker and by
+    two, each on one thread. Then with a sleep in the picture's place, as where a GPU draws and the
+    processor's cores are free."""
     with tempfile.TemporaryDirectory(prefix="fwm") as name:
         folder = Path(name)
         base = make_base(folder / "base")
         plain = intervals(plain_times(folder, base, options.pictures, 1))
         yield "plain", {"picture (ms)": 1000 * plain, "pictures a second": 1 / plain}
-        both = sum(1 / intervals([times]) for times in plain_times(folder, base, options.pictures, 2))
+        both = sum(1 / intervals([times])
+                   for times in plain_times(folder, base, options.pictures, 2))
         yield "two plain", {"pictures a second": both, "times one": both * plain}
         asked = workflow(steps=STEPS)
-        sleeping = {**asked, "1": {"class_type": "Sleep", "inputs": {"seconds": plain, "bytes": PNG}}}
+        sleeping = {
+            **asked, "1": {"class_type": "Sleep", "inputs": {"seconds": plain, "bytes": PNG}}
+        }
         numbers = itertools.count(1)
         for kind, what, worker in (("", asked, RowRenderer), (", asleep", sleeping, Sleeper)):
             rates = []
@@ -147,14 +183,17 @@ def measure_speed(options) -> Iterator[tuple[str, dict]]:
                 where = folder / str(next(numbers))  # short: Ray's sockets lie below it
                 own, rate = batch_seconds(where, nodes, nodes * options.pictures, what, worker)
                 rates.append(rate)
-                yield which + kind, {"picture (ms)": 1000 * own, "pictures a second": rate,
-                                     "overhead (ms)": 1000 * (own - plain), "times one": rate / rates[0]}
+                yield which + kind, {
+                    "picture (ms)": 1000 * own, "pictures a second": rate,
+                    "overhead (ms)": 1000 * (own - plain), "times one": rate / rates[0]
+                }
 
 
 # --- scale ---
 
 class Sleeping:
-    """In the place of a ComfyUI, as `Worker.boot`: a graph's node "1" says how many seconds it sleeps, and its file's size."""
+    """In the place of a ComfyUI, as `Worker.boot`: a graph's node "1" says how many seconds it
+    sleeps, and its file's size."""
 
     def __init__(self, comfyui: str):
         self.comfyui = comfyui
@@ -183,8 +222,13 @@ def cpu_seconds() -> float:
 
 
 def sleeping_rows(options) -> tuple[dict, list[dict]]:
-    asked = {"1": {"class_type": "Sleep", "inputs": {"seconds": options.sleep, "text": "", "seed": 0}}}
-    return asked, [{"id": f"{index:07}", "1.seed": index, "1.text": changes(index)["4.text"]} for index in range(options.tasks)]
+    asked = {
+        "1": {"class_type": "Sleep", "inputs": {"seconds": options.sleep, "text": "", "seed": 0}}
+    }
+    return asked, [
+        {"id": f"{index:07}", "1.seed": index, "1.text": changes(index)["4.text"]}
+        for index in range(options.tasks)
+    ]
 
 
 @contextlib.contextmanager
@@ -216,7 +260,8 @@ def figures_of(seen: list[tuple[float, float, str]], options) -> dict:
 
 
 def measure_scale(options) -> Iterator[tuple[str, dict]]:
-    """Rows with a sleep in the sampler's place; a worker of a batch saves a file and a record of each, on a RAM disk."""
+    """Rows with a sleep in the sampler's place; a worker of a batch saves a file and a record of
+    each, on a RAM disk."""
     asked, rows = sleeping_rows(options)
     with tempfile.TemporaryDirectory(prefix="fwm", dir="/dev/shm") as name:
         folder = Path(name)
@@ -224,7 +269,8 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
             table = folder / "rows.jsonl"
             table.write_text("".join(json.dumps(row) + "\n" for row in rows))
             with mock.patch.object(batch, "Progress", NotingProgress):
-                done = batch.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0, worker=Sleeper).run()
+                done = batch.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0,
+                                   worker=Sleeper).run()
             assert done == {"drawn": len(rows)}, done
             yield "batch.py", figures_of(NotingProgress.notes, options)
 
@@ -232,38 +278,51 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
 # --- resume ---
 
 def measure_resume(options) -> Iterator[tuple[str, dict]]:
-    """A batch of which every row is done, with a picture and a record of each in one folder of this disk."""
+    """A batch of which every row is done, with a picture and a record of each in one folder of this
+    disk."""
     options.sleep, options.tasks = 0, options.rows
     asked, rows = sleeping_rows(options)
-    with tempfile.TemporaryDirectory(prefix="fwm", dir=options.disk) as name:  # whose removal takes its time too
+    # whose removal takes its time too
+    with tempfile.TemporaryDirectory(prefix="fwm", dir=options.disk) as name:
         folder = Path(name)
         table, out = folder / "rows.jsonl", folder / "out"
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for row, text, stamp, _ in scan_rows(str(out), asked, list(lines(str(table)))).left:
             (out / f"{row}_9_0.png").touch()
-            (out / f"{row}.json").write_text(json.dumps({"stamp": stamp, "changes": json.loads(text), "worker": "node0:12345",
-                                                         "seconds": 1.234, "files": [f"{row}_9_0.png"]}))
+            (out / f"{row}.json").write_text(
+                json.dumps({
+                    "stamp": stamp, "changes": json.loads(text), "worker": "node0:12345",
+                    "seconds": 1.234, "files": [f"{row}_9_0.png"]
+                }))
         with many(options, folder):
             started, own = time.monotonic(), cpu_seconds()
             done = batch.Batch(asked, str(table), str(out), cpus=1, gpus=0).run()
             assert done == {"there": len(rows)}, done
-            yield f"{len(rows)} rows", {"seconds": time.monotonic() - started, "driver's CPU seconds": cpu_seconds() - own}
+            yield f"{len(rows)} rows", {
+                "seconds": time.monotonic() - started, "driver's CPU seconds": cpu_seconds() - own
+            }
 
 
-MEASURES = {"memory": measure_memory, "speed": measure_speed, "scale": measure_scale, "resume": measure_resume}
+MEASURES = {
+    "memory": measure_memory, "speed": measure_speed, "scale": measure_scale,
+    "resume": measure_resume
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m devtools.measure.cluster_bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m devtools.measure.cluster_bench",
+                                     description=__doc__)
     parser.add_argument("measures", nargs="*", metavar="MEASURE", default=list(MEASURES))
     parser.add_argument("--prompts", type=int, default=400, help="of memory")
     parser.add_argument("--pictures", type=int, default=30, help="of speed, for each worker")
     parser.add_argument("--actors", type=int, default=100, help="of scale")
     parser.add_argument("--tasks", type=int, default=100_000, help="of scale")
-    parser.add_argument("--sleep", type=float, default=0.2, help="of scale: seconds in the sampler's place")
+    parser.add_argument("--sleep", type=float, default=0.2,
+                        help="of scale: seconds in the sampler's place")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of resume")
     parser.add_argument("--disk", help="of resume: a folder of the disk to use")
-    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench",
+                        help="folder for the results")
     options = parser.parse_args()
     figures = {"machine": machine()}
     print(figures["machine"])

@@ -1,7 +1,8 @@
-"""Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py KIND FILE
+"""Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py
+KIND FILE
 
-model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a T5-XXL in GGUF.
-packing-TYPE: any diffusion model, packed to that type while it is loaded.
+model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a
+T5-XXL in GGUF. packing-TYPE: any diffusion model, packed to that type while it is loaded.
 Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
 import json
@@ -15,16 +16,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["HOST_ARGUMENTS"] = "--cpu"
-import devtools.measure  # noqa: E402, F401  puts the host and the pack on the path
+import devtools.measure  # noqa: F401  puts the host and the pack on the path
 
 
 def status(field: str) -> int:
-    """Bytes of one field of this process: VmHWM (peak), VmRSS (now), RssAnon (now, without file pages)."""
+    """Bytes of one field of this process: VmHWM (peak), VmRSS (now), RssAnon (now, without file
+    pages)."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 class PeakAnonymous:
-    """Peak of RssAnon inside a `with` block, sampled: the kernel keeps a peak only for the sum with file pages."""
+    """Peak of RssAnon inside a `with` block, sampled: the kernel keeps a peak only for the sum with
+    file pages."""
 
     def __enter__(self):
         self.start = self.peak = status("RssAnon")
@@ -46,10 +49,11 @@ class PeakAnonymous:
 
 def probe_model(path: str) -> dict:
     import comfy.model_management
-    import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
+    import comfy.sd
     import torch
-    from featherweight.loaders.files import open_weights
+
     from featherweight.loaders.diffusion import load_diffusion_model
+    from featherweight.loaders.files import open_weights
 
     before = status("VmRSS")
     with PeakAnonymous() as loading:
@@ -76,9 +80,9 @@ def probe_picture(path: str) -> dict:
     """512 x 512 pixels, 512 tokens of text, in bfloat16 on a CPU that has it."""
     import comfy.model_management
     import torch
-    from featherweight.loaders.diffusion import load_diffusion_model
 
     from devtools.measure.bench.timing import has_bfloat16
+    from featherweight.loaders.diffusion import load_diffusion_model
 
     started = time.perf_counter()
     patcher = load_diffusion_model(path)
@@ -87,19 +91,25 @@ def probe_picture(path: str) -> dict:
     comfy.model_management.load_models_gpu([patcher])
     loaded = time.perf_counter()
     context = patcher.model.diffusion_model.txt_in.in_features
-    inputs = {"c_crossattn": torch.randn(1, 512, context), "y": torch.randn(1, 768), "guidance": torch.tensor([3.5])}
+    inputs = {
+        "c_crossattn": torch.randn(1, 512, context), "y": torch.randn(1, 768),
+        "guidance": torch.tensor([3.5])
+    }
     with PeakAnonymous() as step, torch.no_grad():
-        picture = patcher.model.apply_model(torch.randn(1, 16, 64, 64), torch.tensor([0.5]), **inputs)
+        picture = patcher.model.apply_model(torch.randn(1, 16, 64, 64), torch.tensor([0.5]),
+                                            **inputs)
     return {
-        "file_bytes": Path(path).stat().st_size, "model_size": patcher.model_size(), "peak": status("VmHWM"),
-        "peak_anonymous": step.peak, "finite": picture.isfinite().all().item(),
-        "load_seconds": loaded - started, "step_seconds": time.perf_counter() - loaded,
+        "file_bytes": Path(path).stat().st_size, "model_size": patcher.model_size(),
+        "peak": status("VmHWM"), "peak_anonymous": step.peak,
+        "finite": picture.isfinite().all().item(), "load_seconds": loaded - started,
+        "step_seconds": time.perf_counter() - loaded
     }
 
 
 def probe_encoder(path: str) -> dict:
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
     import torch
+
     from featherweight.loaders.text_encoder import load_text_encoder
 
     before = status("VmRSS")
@@ -122,14 +132,16 @@ def probe_encoder(path: str) -> dict:
     second = encode("anvil " * 250)
     return {
         "weights_moved": sum(map(operator.ne, before_second, places())),
-        "file_bytes": Path(path).stat().st_size, "model_size": clip.patcher.model_size(), "resident_before": before,
-        "load_seconds": load_seconds, "peak_after_load": peak, "peak_after_encoding": status("VmHWM"),
-        "encode_seconds": [first[0], second[0]], "anonymous_growth": [first[1], second[1]],
+        "file_bytes": Path(path).stat().st_size, "model_size": clip.patcher.model_size(),
+        "resident_before": before, "load_seconds": load_seconds, "peak_after_load": peak,
+        "peak_after_encoding": status("VmHWM"), "encode_seconds": [first[0], second[0]],
+        "anonymous_growth": [first[1], second[1]]
     }
 
 
 def probe_packing(path: str, type_name: str) -> dict:
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
+
     from featherweight.loaders.diffusion import load_diffusion_model
     from featherweight.loaders.files import open_weights
 
@@ -139,13 +151,16 @@ def probe_packing(path: str, type_name: str) -> dict:
     with PeakAnonymous() as loading:
         patcher = load_diffusion_model(path, pack_to=type_name)
     return {
-        "tensor_bytes": file.tensor_bytes, "model_size": patcher.model_size(), "largest_dense_tensor": largest,
-        "peak_growth": status("VmHWM") - before, "anonymous_growth": loading.growth,
-        "file_pages_left": status("RssFile"), "seconds": time.perf_counter() - started,
+        "tensor_bytes": file.tensor_bytes, "model_size": patcher.model_size(),
+        "largest_dense_tensor": largest, "peak_growth": status("VmHWM") - before,
+        "anonymous_growth": loading.growth, "file_pages_left": status("RssFile"),
+        "seconds": time.perf_counter() - started
     }
 
 
 if __name__ == "__main__":
     probes = {"model": probe_model, "picture": probe_picture, "encoder": probe_encoder}
     kind, _, type_name = sys.argv[1].partition("-")
-    print(json.dumps(probe_packing(sys.argv[2], type_name) if type_name else probes[kind](sys.argv[2])))
+    print(
+        json.dumps(
+            probe_packing(sys.argv[2], type_name) if type_name else probes[kind](sys.argv[2])))

@@ -1,7 +1,9 @@
-"""python3 dev.py sizes: how many bytes popular models take in each format, and which format fits which GPU.
+"""python3 dev.py sizes: how many bytes popular models take in each format, and which format fits
+which GPU.
 
-Nothing is downloaded: the host's own classes are built on torch's meta device, and the shapes of their tensors counted by
-the rules that quantised files follow. Prints the tables of docs/choosing.md, with the accuracy of formats beside.
+Nothing is downloaded: the host's own classes are built on torch's meta device, and the shapes of
+their tensors counted by the rules that quantised files follow. Prints the tables of
+docs/choosing.md, with the accuracy of formats beside.
 """
 import functools
 import json
@@ -18,12 +20,12 @@ import comfy.supported_models
 import comfy.text_encoders.llama as llama
 import comfy.text_encoders.t5
 import torch
-from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
-from featherweight.loaders.packing.planning.plan import plan_for_type
-from featherweight.ops.format import FORMATS
 
 from devtools.files import gguf_files
 from devtools.measure.weights import snr
+from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
+from featherweight.loaders.packing.planning.plan import plan_for_type
+from featherweight.ops.format import FORMATS
 
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
@@ -38,8 +40,9 @@ SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
 class Model:
     """A published model.
 
-    shapes: makes name -> shape. encoder: whether it is a text encoder. working: what ComfyUI sets aside for one step beside the
-    weights, in bytes; None where it is not known. picture: the size it is for.
+    shapes: makes name -> shape. encoder: whether it is a text encoder. working: what ComfyUI sets
+    aside for one step beside the weights, in bytes; None where it is not known. picture: the size
+    it is for.
     """
 
     name: str
@@ -49,8 +52,10 @@ class Model:
     picture: str = ""
 
 
-def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, picture: str, **config) -> Model:
-    """supported: the host's entry in `supported_models`. latent: shape of its input for a picture of that size."""
+def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, picture: str,
+                    **config) -> Model:
+    """supported: the host's entry in `supported_models`. latent: shape of its input for a picture
+    of that size."""
 
     @functools.cache
     def build():
@@ -60,9 +65,11 @@ def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, p
         return model_config.get_model({}, "", device="meta")
 
     def working() -> float:
-        with mock.patch.object(comfy.model_management, "pytorch_attention_flash_attention", lambda: True):
+        with mock.patch.object(comfy.model_management, "pytorch_attention_flash_attention",
+                               return_value=True):
             needed = build().memory_required(latent)
-        return max(0.8 * GIB, needed) + 0.4 * GIB  # the least ComfyUI leaves free, and what it leaves to the system
+        # the least ComfyUI leaves free, and what it leaves to the system
+        return max(0.8 * GIB, needed) + 0.4 * GIB
 
     @functools.cache
     def shapes() -> Shapes:
@@ -93,63 +100,165 @@ def t5_config(name: str) -> dict:
 
 
 def flux2(name: str, hidden: int, depth: int, single: int, context: int, guidance: bool) -> Model:
-    return diffusion_model(
-        name, "Flux2", (1, 128, 64, 64), "1024²", image_model="flux2", in_channels=128, out_channels=128, patch_size=1,
-        context_in_dim=context, hidden_size=hidden, mlp_ratio=3.0, num_heads=hidden // 128, depth=depth,
-        depth_single_blocks=single, axes_dim=[32, 32, 32, 32], theta=2000, qkv_bias=False, vec_in_dim=None,
-        guidance_embed=guidance, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True, ops_bias=False,
-        default_ref_method="index", ref_index_scale=10.0)
+    return diffusion_model(name, "Flux2", (1, 128, 64, 64), "1024²", image_model="flux2",
+                           in_channels=128, out_channels=128, patch_size=1, context_in_dim=context,
+                           hidden_size=hidden, mlp_ratio=3.0, num_heads=hidden // 128, depth=depth,
+                           depth_single_blocks=single, axes_dim=[32, 32, 32, 32], theta=2000,
+                           qkv_bias=False, vec_in_dim=None, guidance_embed=guidance,
+                           txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True,
+                           ops_bias=False, default_ref_method="index", ref_index_scale=10.0)
 
 
 def sd3(name: str, depth: int, positions: int, attention: range | None) -> Model:
     return diffusion_model(
-        name, "SD3", (1, 16, 128, 128), "1024²", in_channels=16, out_channels=16, patch_size=2, depth=depth, input_size=None,
-        adm_in_channels=2048, num_patches=positions ** 2, pos_embed_max_size=positions, pos_embed_scaling_factor=None,
-        context_embedder_config={"target": "torch.nn.Linear",
-                                 "params": {"in_features": 4096, "out_features": 64 * depth}},
-        qk_norm="rms", x_block_self_attn_layers=list(attention or ()))
+        name, "SD3", (1, 16, 128, 128), "1024²", in_channels=16, out_channels=16, patch_size=2,
+        depth=depth, input_size=None, adm_in_channels=2048, num_patches=positions ** 2,
+        pos_embed_max_size=positions, pos_embed_scaling_factor=None, context_embedder_config={
+            "target": "torch.nn.Linear",
+            "params": {"in_features": 4096, "out_features": 64 * depth}
+        }, qk_norm="rms", x_block_self_attn_layers=list(attention or ()))
 
 
-def wan(name: str, dim: int, ffn: int, layers: int, latent: tuple[int, ...], picture: str, supported: str = "WAN21_T2V",
-        **config) -> Model:
-    return diffusion_model(name, supported, latent, picture, **{
-        **dict(image_model="wan2.1", model_type="t2v", dim=dim, out_dim=16, num_heads=dim // 128, ffn_dim=ffn,
-               num_layers=layers, in_dim=16, patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True,
-               cross_attn_norm=True, eps=1e-6), **config})
+def wan(name: str, dim: int, ffn: int, layers: int, latent: tuple[int, ...], picture: str,
+        supported: str = "WAN21_T2V", **config) -> Model:
+    return diffusion_model(
+        name,
+        supported,
+        latent,
+        picture,
+        **{
+            **{
+                "image_model": "wan2.1",
+                "model_type": "t2v",
+                "dim": dim,
+                "out_dim": 16,
+                "num_heads": dim // 128,
+                "ffn_dim": ffn,
+                "num_layers": layers,
+                "in_dim": 16,
+                "patch_size": (1, 2, 2),
+                "freq_dim": 256,
+                "window_size": (-1, -1),
+                "qk_norm": True,
+                "cross_attn_norm": True,
+                "eps": 1e-6,
+            },
+            **config,
+        },
+    )
 
 
 _480P, _480P_SHAPE = "832 × 480, 81 frames", (1, 16, 21, 60, 104)
 
 MODELS = (
     diffusion_model(
-        "Flux.1 dev, schnell, Kontext", "Flux", (1, 16, 128, 128), "1024²", image_model="flux", in_channels=16,
-        out_channels=16, patch_size=2, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=19,
-        depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, vec_in_dim=768, guidance_embed=True,
-        txt_ids_dims=[]),
+        "Flux.1 dev, schnell, Kontext",
+        "Flux",
+        (1, 16, 128, 128),
+        "1024²",
+        image_model="flux",
+        in_channels=16,
+        out_channels=16,
+        patch_size=2,
+        context_in_dim=4096,
+        hidden_size=3072,
+        mlp_ratio=4.0,
+        num_heads=24,
+        depth=19,
+        depth_single_blocks=38,
+        axes_dim=[16, 56, 56],
+        theta=10000,
+        qkv_bias=True,
+        vec_in_dim=768,
+        guidance_embed=True,
+        txt_ids_dims=[],
+    ),
     flux2("Flux.2 Klein 4B", 3072, 5, 20, 7680, guidance=False),
     flux2("Flux.2 Klein 9B", 4096, 8, 24, 12288, guidance=False),
     flux2("Flux.2 dev", 6144, 8, 48, 15360, guidance=True),
     sd3("SD3.5 Medium", 24, 384, range(13)),
     sd3("SD3.5 Large", 38, 192, None),
     diffusion_model(
-        "SDXL", "SDXL", (1, 4, 128, 128), "1024²", use_checkpoint=False, image_size=32, out_channels=4,
-        use_spatial_transformer=True, legacy=False, num_classes="sequential", adm_in_channels=2816, in_channels=4,
-        model_channels=320, num_res_blocks=[2, 2, 2], transformer_depth=[0, 0, 2, 2, 10, 10], channel_mult=[1, 2, 4],
-        transformer_depth_middle=10, use_linear_in_transformer=True, context_dim=2048,
-        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], use_temporal_attention=False,
-        use_temporal_resblock=False),
+        "SDXL",
+        "SDXL",
+        (1, 4, 128, 128),
+        "1024²",
+        use_checkpoint=False,
+        image_size=32,
+        out_channels=4,
+        use_spatial_transformer=True,
+        legacy=False,
+        num_classes="sequential",
+        adm_in_channels=2816,
+        in_channels=4,
+        model_channels=320,
+        num_res_blocks=[2, 2, 2],
+        transformer_depth=[0, 0, 2, 2, 10, 10],
+        channel_mult=[1, 2, 4],
+        transformer_depth_middle=10,
+        use_linear_in_transformer=True,
+        context_dim=2048,
+        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
+        use_temporal_attention=False,
+        use_temporal_resblock=False,
+    ),
     diffusion_model(
-        "Qwen-Image, Qwen-Image-Edit", "QwenImage", (1, 16, 1, 128, 128), "1024²", image_model="qwen_image", in_channels=64,
-        num_layers=60, num_attention_heads=24, joint_attention_dim=3584),
+        "Qwen-Image, Qwen-Image-Edit",
+        "QwenImage",
+        (1, 16, 1, 128, 128),
+        "1024²",
+        image_model="qwen_image",
+        in_channels=64,
+        num_layers=60,
+        num_attention_heads=24,
+        joint_attention_dim=3584,
+    ),
     diffusion_model(
-        "Z-Image", "ZImage", (1, 16, 128, 128), "1024²", image_model="lumina2", patch_size=2, in_channels=16, dim=3840,
-        cap_feat_dim=2560, n_layers=30, qk_norm=True, n_heads=30, n_kv_heads=30, axes_dims=[32, 48, 48],
-        axes_lens=[1536, 512, 512], rope_theta=256.0, ffn_dim_multiplier=8 / 3, z_image_modulation=True, time_scale=1000.0,
-        pad_tokens_multiple=32),
+        "Z-Image",
+        "ZImage",
+        (1, 16, 128, 128),
+        "1024²",
+        image_model="lumina2",
+        patch_size=2,
+        in_channels=16,
+        dim=3840,
+        cap_feat_dim=2560,
+        n_layers=30,
+        qk_norm=True,
+        n_heads=30,
+        n_kv_heads=30,
+        axes_dims=[32, 48, 48],
+        axes_lens=[1536, 512, 512],
+        rope_theta=256.0,
+        ffn_dim_multiplier=8 / 3,
+        z_image_modulation=True,
+        time_scale=1000.0,
+        pad_tokens_multiple=32,
+    ),
     wan("Wan 2.1 1.3B", 1536, 8960, 30, _480P_SHAPE, _480P),
-    wan("Wan 2.2 5B", 3072, 14336, 30, (1, 48, 31, 44, 80), "1280 × 704, 121 frames", "WAN22_T2V", in_dim=48, out_dim=48),
+    wan(
+        "Wan 2.2 5B",
+        3072,
+        14336,
+        30,
+        (1, 48, 31, 44, 80),
+        "1280 × 704, 121 frames",
+        "WAN22_T2V",
+        in_dim=48,
+        out_dim=48,
+    ),
     wan("Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)", 5120, 13824, 40, _480P_SHAPE, _480P),
-    wan("Wan 2.1 14B I2V", 5120, 13824, 40, _480P_SHAPE, _480P, "WAN21_I2V", model_type="i2v", in_dim=36),
+    wan(
+        "Wan 2.1 14B I2V",
+        5120,
+        13824,
+        40,
+        _480P_SHAPE,
+        _480P,
+        "WAN21_I2V",
+        model_type="i2v",
+        in_dim=36,
+    ),
     diffusion_model("LTX-2", "LTXAV", None, "", image_model="ltxav", num_layers=48),
     encoder("T5-XXL", comfy.text_encoders.t5.T5, t5_config("t5_config_xxl.json")),
     encoder("UMT5-XXL", comfy.text_encoders.t5.T5, t5_config("umt5_config_xxl.json")),
@@ -161,15 +270,20 @@ MODELS = (
 
 
 def bytes_of(shapes: Shapes, column: str) -> int:
-    """Bytes of a file's tensors: dense with every matrix in FP8 or 16 bits, or packed as files are made here."""
+    """Bytes of a file's tensors: dense with every matrix in FP8 or 16 bits, or packed as files are
+    made here."""
     if column in DENSE:
-        return sum(math.prod(shape) * (DENSE[column] if len(shape) == 2 else 2) for shape in shapes.values())
+        return sum(
+            math.prod(shape) * (DENSE[column] if len(shape) == 2 else 2)
+            for shape in shapes.values())
     return plan_for_type(shapes, column, rules_for(shapes)).nbytes(shapes)
 
 
 def lora_bytes(shapes: Shapes) -> int:
     """A LoRA of rank `RANK` on every matrix of the blocks, in 16 bits."""
-    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and re.search(r"\.\d+\.", name)]
+    matrices = [
+        shape for name, shape in shapes.items() if len(shape) == 2 and re.search(r"\.\d+\.", name)
+    ]
     return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
 
 
@@ -183,7 +297,8 @@ def gpu_bytes(model: Model, column: str) -> float:
 
 def best_fit(model: Model, card: int) -> str:
     """The largest format that fits a card whole."""
-    fitting = (column for column in COLUMNS if column not in ("FP8", "NF4") and gpu_bytes(model, column) <= card * GIB)
+    fitting = (column for column in COLUMNS
+               if column not in ("FP8", "NF4") and gpu_bytes(model, column) <= card * GIB)
     return next(fitting, "partly")
 
 
@@ -199,25 +314,33 @@ def sizes_table() -> str:
         shapes = model.shapes()
         parameters = sum(map(math.prod, shapes.values())) / 1e9
         sizes = [f"{bytes_of(shapes, column) / GB:.1f}" for column in COLUMNS]
-        rows.append([model.name, f"{parameters:.1f}", *sizes, "" if model.encoder else f"{lora_bytes(shapes) / GB:.2f}"])
+        rows.append([
+            model.name, f"{parameters:.1f}", *sizes,
+            "" if model.encoder else f"{lora_bytes(shapes) / GB:.2f}"
+        ])
     return table(["GB", "10⁹ parameters", *COLUMNS, f"LoRA, rank {RANK}"], rows)
 
 
 def cards_table() -> str:
     """The largest format of each diffusion model that fits a GPU whole."""
-    rows = [[model.name, model.picture, f"{model.working() / GIB:.1f}", *[best_fit(model, card) for card in CARDS]]
-            for model in MODELS if model.working]
+    rows = [[
+        model.name, model.picture, f"{model.working() / GIB:.1f}",
+        *[best_fit(model, card) for card in CARDS]
+    ] for model in MODELS if model.working]
     return table(["model", "for", "work, GiB", *[f"{card} GB" for card in CARDS]], rows)
 
 
 def accuracy_table() -> str:
-    """Signal to noise, in dB, of normally distributed weights after packing, for the formats that can be packed here."""
+    """Signal to noise, in dB, of normally distributed weights after packing, for the formats that
+    can be packed here."""
     from devtools.files import bnb_files  # needs bitsandbytes, which some systems do not have
 
     weights = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(0))
-    values = {"Q8_0": gguf_values(weights, "Q8_0"), "FP8": weights.to(torch.float8_e4m3fn).float(),
-              "Q5_0": gguf_values(weights, "Q5_0"), "Q4_0": gguf_values(weights, "Q4_0"),
-              "NF4": bnb_files.quantised(weights, "nf4")[1], "FP4": bnb_files.quantised(weights, "fp4")[1]}
+    values = {
+        "Q8_0": gguf_values(weights, "Q8_0"), "FP8": weights.to(torch.float8_e4m3fn).float(),
+        "Q5_0": gguf_values(weights, "Q5_0"), "Q4_0": gguf_values(weights, "Q4_0"),
+        "NF4": bnb_files.quantised(weights, "nf4")[1], "FP4": bnb_files.quantised(weights, "fp4")[1]
+    }
     noise = {name: snr(got, weights) for name, got in values.items()}
     return table(["", *values], [["dB", *[f"{decibels:.1f}" for decibels in noise.values()]]])
 

@@ -1,7 +1,9 @@
-"""python3 dev.py quality --packing: files made here beside files of the recipes in use, at equal bytes.
+"""python3 dev.py quality --packing: files made here beside files of the recipes in use, at equal
+bytes.
 
-The demo's Flux is measured on captions that it was trained on, packed in every way, written to a file, loaded from it, and
-draws the captions that it never saw. What stands before and behind the blocks is float16 in all of them.
+The demo's Flux is measured on captions that it was trained on, packed in every way, written to a
+file, loaded from it, and draws the captions that it never saw. What stands before and behind the
+blocks is float16 in all of them.
 """
 import functools
 import tempfile
@@ -9,6 +11,12 @@ import time
 from pathlib import Path
 
 import torch
+
+from demo_model import scenes
+from devtools.files import demo_files, ggml_quantiser
+from devtools.measure.quality import Painter
+from devtools.measure.weights import snr
+from devtools.workflows.demo import STEPS
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.files.gguf_writer import gguf_writer
@@ -19,14 +27,8 @@ from featherweight.loaders.packing.calibration.sequential import record_calibrat
 from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES, rules_for
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
 from featherweight.ops.format import FORMATS
-from featherweight.ops.quantize import pack_tensor
 from featherweight.ops.packed_layout import packed_tensor
-
-from demo_model import scenes
-from devtools.files import demo_files, ggml_quantiser
-from devtools.measure.quality import Painter
-from devtools.measure.weights import snr
-from devtools.workflows.demo import STEPS
+from featherweight.ops.quantize import pack_tensor
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
 IN_TURN = ("Q4_K", "Q3_K")
@@ -35,10 +37,12 @@ METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
 NAMES = {  # way of packing -> what the table calls it
     "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",
     "mix, no runs": "made here, mix by the layers' own losses", "uniform": "made here, one type",
-    "in turn": "made here, one type, layer after layer", "mix, in turn": "made here, mix by measurement, layer after layer",
-    "no prompt": "made here, one type, measured without a prompt", "plain": "made here, one type, nothing measured",
+    "in turn": "made here, one type, layer after layer",
+    "mix, in turn": "made here, mix by measurement, layer after layer",
+    "no prompt": "made here, one type, measured without a prompt",
+    "plain": "made here, one type, nothing measured",
     "llama.cpp, importance": "llama.cpp with an importance matrix", "llama.cpp": "llama.cpp",
-    "bitsandbytes": "plain arithmetic of the reference",
+    "bitsandbytes": "plain arithmetic of the reference"
 }
 
 MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer and type",
@@ -46,19 +50,28 @@ MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer
 
 
 class Maker:
-    """Packs the demo's model in every way. tensors: its weights. Its measurements are made when they are first needed."""
+    """Packs the demo's model in every way. tensors: its weights. Its measurements are made when
+    they are first needed."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], folder: Path, show=functools.partial(print, flush=True)):
-        self.tensors, self.folder, self.show = {name: value.float() for name, value in tensors.items()}, folder, show
+    def __init__(self, tensors: dict[str, torch.Tensor], folder: Path,
+                 show=functools.partial(print, flush=True)):
+        self.tensors, self.folder, self.show = (
+            {name: value.float() for name, value in tensors.items()},
+            folder,
+            show,
+        )
         self.shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         self.family = rules_for(self.shapes)
-        self.blocks = [name for name, shape in self.shapes.items() if self.family.may_be_packed(name, shape)]
+        self.blocks = [
+            name for name, shape in self.shapes.items() if self.family.may_be_packed(name, shape)
+        ]
 
     @functools.cache  # noqa: B019  as long as the one that measures
     def sensitivity(self, thoroughness: str, prompts: bool = True):
         started = time.process_time()
         found = measure(self.dense_model(), self.drawing(prompts), thoroughness)
-        self.show(f"measured, {thoroughness}: {time.process_time() - started:.0f} s of processor time")
+        self.show(
+            f"measured, {thoroughness}: {time.process_time() - started:.0f} s of processor time")
         return found
 
     def dense_model(self):
@@ -68,13 +81,17 @@ class Maker:
         return load_diffusion_model(str(path))
 
     def drawing(self, prompts: bool = True) -> SamplingRun:
-        """What the model draws to be measured: captions of the training, or as many pictures without any."""
+        """What the model draws to be measured: captions of the training, or as many pictures
+        without any."""
         given = []
         if prompts:
-            painter = Painter([scene.caption() for scene in scenes.all_scenes()[0][:CALIBRATION]], self.folder)
-            given = [[[torch.cat(painter.words[start:start + TOGETHER]), {}]] for start in range(0, CALIBRATION, TOGETHER)]
+            painter = Painter([scene.caption() for scene in scenes.all_scenes()[0][:CALIBRATION]],
+                              self.folder)
+            given = [[[torch.cat(painter.words[start:start + TOGETHER]), {}]]
+                     for start in range(0, CALIBRATION, TOGETHER)]
         latent = torch.zeros(1 if prompts else TOGETHER, 16, scenes.SIZE // 8, scenes.SIZE // 8)
-        return SamplingRun(given, {"samples": latent}, samples=CALIBRATION // TOGETHER, steps=STEPS, seed=5000)
+        return SamplingRun(given, {"samples": latent}, samples=CALIBRATION // TOGETHER, steps=STEPS,
+                           seed=5000)
 
     def plan(self, way: str, size: str) -> Plan:
         """Types of all tensors, as many bytes as with the type `size` everywhere or less."""
@@ -83,7 +100,8 @@ class Maker:
         if not way.startswith("mix"):
             return uniform
         nbytes = uniform.nbytes(self.shapes)
-        plan = plan_for_size(self.shapes, nbytes, self.family, self.sensitivity(MIXES[way]).costs, halves)
+        plan = plan_for_size(self.shapes, nbytes, self.family,
+                             self.sensitivity(MIXES[way]).costs, halves)
         assert 0.995 * nbytes <= plan.nbytes(self.shapes) <= nbytes
         return plan
 
@@ -91,7 +109,9 @@ class Maker:
         """A packed tensor of the weight `name`."""
         weight = self.tensors[name]
         if way.startswith("llama.cpp"):
-            importance = self._moments(way, name).importance.numpy() if "importance" in way else None
+            importance = (
+                self._moments(way, name).importance.numpy() if "importance" in way else None
+            )
             data = ggml_quantiser.pack(weight.numpy(), kind, importance)
             return packed_tensor(FORMATS[kind], torch.from_numpy(data), weight.shape)
         if way == "bitsandbytes":
@@ -109,14 +129,23 @@ class Maker:
         """A file of the model packed in this way."""
         plan = self.plan(way, size)
         packed = self._in_turn(plan) if way.endswith("in turn") else {}
-        writer, ending, metadata = (safetensors_writer, "safetensors", {}) if size == "NF4" else (gguf_writer, "gguf", METADATA)
+        writer, ending, metadata = (
+            (safetensors_writer, "safetensors", {})
+            if size == "NF4"
+            else (gguf_writer, "gguf", METADATA)
+        )
         path = self.folder / f"{way}-{size}.{ending}"
-        with writer(path, {name: (self.shapes[name], kind) for name, kind in plan.types.items()}, metadata) as file:
+        with writer(path, {name: (self.shapes[name], kind) for name, kind in plan.types.items()},
+                    metadata) as file:
             for name, kind in plan.types.items():
                 plain = {"F16": torch.float16, "F32": torch.float32}.get(kind)
                 tensor = packed.get(name)
                 if tensor is None:
-                    tensor = self.pack(way, name, kind) if plain is None else self.tensors[name].to(plain)
+                    tensor = (
+                        self.pack(way, name, kind)
+                        if plain is None
+                        else self.tensors[name].to(plain)
+                    )
                 file.write(name, kind, [tensor])
         return path, plan
 
@@ -124,21 +153,27 @@ class Maker:
         """The block matrices packed layer after layer, as the node does it."""
         calibration, packed = record_calibration(self.dense_model(), self.drawing()), {}
         for name in (name for name in calibration.order if plan.types[name] not in PLAIN_BYTES):
-            packed[name] = pack_tensor(self.tensors[name], FORMATS[plan.types[name]], moments=calibration.moments(name))
-            calibration.set_packed(name, packed[name], self.tensors.get(f"{name.removesuffix('weight')}bias"))
+            packed[name] = pack_tensor(self.tensors[name], FORMATS[plan.types[name]],
+                                       moments=calibration.moments(name))
+            calibration.set_packed(name, packed[name],
+                                   self.tensors.get(f"{name.removesuffix('weight')}bias"))
         return packed
 
 
 def rows(sizes=SIZES) -> list[tuple[str, str]]:
     """(way, size) of every row of the table."""
-    ways = ["mix", "uniform", *(["llama.cpp, importance", "llama.cpp"] if ggml_quantiser.available() else [])]
+    ways = [
+        "mix", "uniform",
+        *(["llama.cpp, importance", "llama.cpp"] if ggml_quantiser.available() else [])
+    ]
     table = [(way, size) for size in sizes for way in ways if way != "mix" or size != "Q2_K"]
     table += [*(("in turn", size) for size in IN_TURN), ("mix, in turn", "Q4_K")]
     table += [(way, "Q4_K") for way in ("mix, one run", "mix, no runs", "no prompt", "plain")]
     return [*table, ("uniform", "NF4"), ("bitsandbytes", "NF4")]
 
 
-def measure_packing(count: int, wanted=None, show=functools.partial(print, flush=True)) -> list[dict]:
+def measure_packing(count: int, wanted=None, show=functools.partial(print,
+                                                                    flush=True)) -> list[dict]:
     """The figures of each of `rows()`. count: of held-out captions, at most 256."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -155,8 +190,11 @@ def measure_packing(count: int, wanted=None, show=functools.partial(print, flush
             nbytes = sum(nbytes_of(plan.types[name], maker.shapes[name]) for name in maker.blocks)
             values = sum(maker.tensors[name].numel() for name in maker.blocks)
             kinds = [plan.types[name] for name in maker.blocks]
-            row = {"way": way, "size": size, "bytes": nbytes, "bits": 8 * nbytes / values, "snr": snr(latents, dense),
-                   "types": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
+            row = {
+                "way": way, "size": size, "bytes": nbytes, "bits": 8 * nbytes / values,
+                "snr": snr(latents, dense),
+                "types": {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+            }
             found.append(row)
             show(f"{' | '.join(cells(row))}   (packed in {packing:.0f} s of processor time)")
             path.unlink()
@@ -164,9 +202,15 @@ def measure_packing(count: int, wanted=None, show=functools.partial(print, flush
 
 
 def cells(row: dict) -> list[str]:
-    types = ", ".join(f"{count} {kind}" for kind, count in row["types"].items()) if len(row["types"]) > 1 else ""
-    return [f"{row['size']}, {row['bits']:.2f} bits", NAMES[row["way"]], f"{row['bytes'] / 1e6:.3f} MB",
-            f"{row['snr']:.1f} dB", types]
+    types = (
+        ", ".join(f"{count} {kind}" for kind, count in row["types"].items())
+        if len(row["types"]) > 1
+        else ""
+    )
+    return [
+        f"{row['size']}, {row['bits']:.2f} bits", NAMES[row["way"]], f"{row['bytes'] / 1e6:.3f} MB",
+        f"{row['snr']:.1f} dB", types
+    ]
 
 
 def measured(count: int) -> dict:
@@ -175,10 +219,12 @@ def measured(count: int) -> dict:
 
 
 def about(count: int) -> str:
-    return ("`python3 dev.py quality --packing`: files with the same bytes of the block matrices,"
-            f" {count} captions that training never saw, {STEPS} steps, latents against the dense model's."
-            f" Measured on {CALIBRATION} captions of the training. It is a small model of 26 block matrices, whose text stream"
-            " knows 22 words and whose modulation sees only time: what large models gain is not known.")
+    return (
+        "`python3 dev.py quality --packing`: files with the same bytes of the block matrices,"
+        f" {count} captions that training never saw, {STEPS} steps, latents against the dense"
+        f" model's. Measured on {CALIBRATION} captions of the training. It is a small model of 26"
+        " block matrices, whose text stream knows 22 words and whose modulation sees only time:"
+        " what large models gain is not known.")
 
 
 def markdown(found: dict) -> str:

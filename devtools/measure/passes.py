@@ -1,16 +1,19 @@
-"""What torch does on a device for an operation: launches of kernels, and bytes that they move. Counted, not timed.
+"""What torch does on a device for an operation: launches of kernels, and bytes that they move.
+Counted, not timed.
 
-The operation runs on torch's `meta` device, where tensors have no memory and code takes the way it takes on a GPU. Every
-operator that torch dispatches there is one launch of a kernel, but for views and fresh memory, which are none.
+The operation runs on torch's `meta` device, where tensors have no memory and code takes the way it
+takes on a GPU. Every operator that torch dispatches there is one launch of a kernel, but for views
+and fresh memory, which are none.
 """
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from featherweight.ops import product
 from featherweight.ops.format import DEVICE_CHUNK_VALUES, Format
 from featherweight.ops.low_rank import LowRank
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
 
@@ -18,7 +21,8 @@ META = torch.device("meta")
 class Passes(TorchDispatchMode):
     """Counts what runs inside.
 
-    launches: of kernels. moved: bytes that they read and write: each input once, without what is broadcast, and each output.
+    launches: of kernels. moved: bytes that they read and write: each input once, without what is
+    broadcast, and each output.
     names: of the operators, in order.
     """
 
@@ -30,7 +34,11 @@ class Passes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not func.is_view and "empty" not in func._schema.name and "_unsafe_view" not in func._schema.name:
+        if (
+            not func.is_view
+            and "empty" not in func._schema.name
+            and "_unsafe_view" not in func._schema.name
+        ):
             self.launches += 1
             self.moved += nbytes(_read(func, args, kwargs)) + nbytes(out)
             self.names.append(func._schema.name.removeprefix("aten::"))
@@ -50,9 +58,11 @@ def _read(func, args, kwargs) -> list:
 
 
 def nbytes(tensors) -> int:
-    """Bytes of the elements of all tensors in a structure; one that is repeated along a dimension counts once."""
-    return sum(math.prod(size for size, stride in zip(tensor.shape, tensor.stride()) if stride) * tensor.itemsize
-               for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))
+    """Bytes of the elements of all tensors in a structure; one that is repeated along a dimension
+    counts once."""
+    return sum(
+        math.prod(size for size, stride in zip(tensor.shape, tensor.stride()) if stride) *
+        tensor.itemsize for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))
 
 
 def held(packed_format: type[Format], values: int) -> list[torch.Tensor]:
@@ -73,14 +83,23 @@ def of_dequantizing(packed_format: type[Format], dtype: torch.dtype = torch.bflo
     return passes
 
 
-def of_linear(packed_format: type[Format], rows: int, columns: int, low_rank: LowRank | None = None, tokens: int = 4608,
-              bias: bool = True) -> Passes:
+def of_linear(packed_format: type[Format], rows: int, columns: int, low_rank: LowRank | None = None,
+              tokens: int = 4608, bias: bool = True) -> Passes:
     """The passes of one call of a linear layer in bfloat16. low_rank: on `META`."""
     input = torch.empty((tokens, columns), dtype=torch.bfloat16, device=META)
     added = torch.empty(rows, dtype=torch.bfloat16, device=META) if bias else None
     branch = (None, (), ()) if low_rank is None else low_rank.operands
-    operands = input, held(packed_format, rows * columns), added, packed_format.__name__, rows, None, *branch
+    operands = (
+        input,
+        held(packed_format, rows * columns),
+        added,
+        packed_format.__name__,
+        rows,
+        None,
+        *branch,
+    )
     of_dequantizing(packed_format)  # for the lookup tables
     with Passes() as passes:
-        product._linear(*operands)  # what the operator runs; the operator itself only gives shapes on `META`
+        # what the operator runs; the operator itself only gives shapes on `META`
+        product._linear(*operands)
     return passes

@@ -1,7 +1,7 @@
 """python3 dev.py quality: what each packing does to the demo's model, measured on its pictures.
 
-The trained Flux is packed in every format that can be written here and draws the captions that its training never saw, through
-ComfyUI's own sampler. Leaves quality.json, quality.md and quality.png.
+The trained Flux is packed in every format that can be written here and draws the captions that its
+training never saw, through ComfyUI's own sampler. Leaves quality.json, quality.md and quality.png.
 """
 import argparse
 import functools
@@ -15,8 +15,6 @@ import comfy.sample
 import comfy.sd
 import numpy as np
 import torch
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.text_encoder import load_text_encoder
 from safetensors.torch import load_file
 
 from demo_model import judge, scenes
@@ -26,6 +24,8 @@ from devtools.files import demo_files
 from devtools.measure import quality_picture
 from devtools.measure.weights import snr
 from devtools.workflows.demo import STEPS
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.text_encoder import load_text_encoder
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")
 BITSANDBYTES = {"NF4", "FP4", "int8"}
@@ -34,18 +34,27 @@ BATCH = 32
 
 
 class Painter:
-    """Draws prompts with a model, a batch at a time; the noise of each picture depends on its number only."""
+    """Draws prompts with a model, a batch at a time; the noise of each picture depends on its
+    number only."""
 
     def __init__(self, prompts: list[str], folder: Path):
         path = folder / demo_files.ENCODER_NAME
         demo_files.write_encoder(path)
         clip = load_text_encoder([str(path)], "stable_diffusion")
-        self.words = [clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu() for prompt in prompts]
-        self.noise = [torch.randn(1, 16, scenes.SIZE // 8, scenes.SIZE // 8, generator=torch.Generator().manual_seed(number))
-                      for number in range(len(prompts))]
-        self.autoencoder = Autoencoder()  # as narrow as it was trained: the same values as ComfyUI's, sooner
-        self.autoencoder.load_state_dict({name: value.float() for name, value in
-                                          load_file(demo_files.WEIGHTS / "autoencoder.safetensors").items()})
+        self.words = [
+            clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu() for prompt in prompts
+        ]
+        self.noise = [
+            torch.randn(1, 16, scenes.SIZE // 8, scenes.SIZE // 8,
+                        generator=torch.Generator().manual_seed(number))
+            for number in range(len(prompts))
+        ]
+        # as narrow as it was trained: the same values as ComfyUI's, sooner
+        self.autoencoder = Autoencoder()
+        self.autoencoder.load_state_dict({
+            name: value.float()
+            for name, value in load_file(demo_files.WEIGHTS / "autoencoder.safetensors").items()
+        })
 
     @torch.inference_mode()
     def latents(self, model, count: int) -> torch.Tensor:
@@ -54,18 +63,22 @@ class Painter:
         for start in range(0, count, BATCH):
             part = slice(start, min(start + BATCH, count))
             words, noise = torch.cat(self.words[part]), torch.cat(self.noise[part])
-            drawn = comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", [[words, {}]], [[words, {}]],
+            drawn = comfy.sample.sample(model, noise, STEPS, 1.0, "euler",
+                                        "simple", [[words, {}]], [[words, {}]],
                                         torch.zeros_like(noise), disable_pbar=True, seed=start)
             parts.append((drawn.float().cpu() - SHIFT) * SCALE)
         return torch.cat(parts)
 
     @torch.inference_mode()
     def predictions(self, model) -> torch.Tensor:
-        """What the model says of the same noise and half-drawn noise for the first prompts, (2 * BATCH, 16, H / 8, W / 8)."""
+        """What the model says of the same noise and half-drawn noise for the first prompts, (2 *
+        BATCH, 16, H / 8, W / 8)."""
         comfy.model_management.load_models_gpu([model])
         words, noise = torch.cat(self.words[:BATCH]), torch.cat(self.noise[:BATCH])
-        guesses = [model.model.apply_model(noise * sigma, torch.full((len(noise),), sigma), c_crossattn=words)
-                   for sigma in (1.0, 0.6)]
+        guesses = [
+            model.model.apply_model(noise * sigma, torch.full((len(noise),), sigma),
+                                    c_crossattn=words) for sigma in (1.0, 0.6)
+        ]
         return torch.cat(guesses).float().cpu()
 
     @torch.inference_mode()
@@ -78,17 +91,24 @@ class Painter:
 def accuracy(pictures: np.ndarray, asked: list[dict]) -> dict[str, float]:
     """Share of pictures that show all that was asked for, and of each choice."""
     right = [judge.right(picture, wanted) for picture, wanted in zip(pictures, asked)]
-    shares = {name: np.mean([entry[name] for entry in right if name in entry]) for name in scenes.CHOICES}
-    return {"all": float(np.mean([all(entry.values()) for entry in right]))} | {name: float(s) for name, s in shares.items()}
+    shares = {
+        name: np.mean([entry[name] for entry in right if name in entry]) for name in scenes.CHOICES
+    }
+    return {"all": float(np.mean([all(entry.values()) for entry in right]))} | {
+        name: float(s) for name, s in shares.items()
+    }
 
 
 def psnr(values: torch.Tensor, dense: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of latents against the dense model's, whose range is the peak."""
-    return float(20 * torch.log10(dense.max() - dense.min()) - 10 * torch.log10((values - dense).square().mean()))
+    """Peak signal-to-noise ratio in dB of latents against the dense model's, whose range is the
+    peak."""
+    return float(20 * torch.log10(dense.max() - dense.min()) -
+                 10 * torch.log10((values - dense).square().mean()))
 
 
 def along(change: torch.Tensor, dense: torch.Tensor) -> float:
-    """How much of the dense model's change another model makes: the length of its projection, in those lengths."""
+    """How much of the dense model's change another model makes: the length of its projection, in
+    those lengths."""
     return float((change * dense).sum() / dense.square().sum())
 
 
@@ -97,15 +117,20 @@ def with_lora(model, name: str):
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 
-def measure(formats, count: int, lora_count: int, show=functools.partial(print, flush=True)) -> dict[str, dict]:
-    """Format -> its figures. count: of prompts, at most 256. lora_count: of those that are drawn with each LoRA too."""
+def measure(formats, count: int, lora_count: int,
+            show=functools.partial(print, flush=True)) -> dict[str, dict]:
+    """Format -> its figures. count: of prompts, at most 256. lora_count: of those that are drawn
+    with each LoRA too."""
     captions = [scene.caption() for scene in scenes.all_scenes()[1][:count]]
     asked, results, dense = [scenes.asked_for(caption) for caption in captions], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         painter = Painter(captions, Path(folder))
         for name in formats:
             started = time.process_time()
-            path = Path(folder) / f"{name}.{'safetensors' if name in BITSANDBYTES | {'F16'} else 'gguf'}"
+            path = (
+                Path(folder)
+                / f"{name}.{'safetensors' if name in BITSANDBYTES | {'F16'} else 'gguf'}"
+            )
             demo_files.write_model(path, name)
             model = load_diffusion_model(str(path))
             latents = painter.latents(model, count)
@@ -115,11 +140,14 @@ def measure(formats, count: int, lora_count: int, show=functools.partial(print, 
             for lora, effect in EFFECTS.items():
                 patched = with_lora(model, lora)
                 after = painter.pictures(painter.latents(patched, lora_count))
-                row[f"effect_{lora}"] = float(np.mean([effect(b) - effect(a) for a, b in zip(pictures, after)]))
+                row[f"effect_{lora}"] = float(
+                    np.mean([effect(b) - effect(a) for a, b in zip(pictures, after)]))
                 changes[lora] = painter.predictions(patched) - plain
             dense = dense or {"row": row, "latents": latents, "changes": changes}
             if name != "F16":
-                row |= {"snr": snr(latents, dense["latents"]), "psnr": psnr(latents, dense["latents"])}
+                row |= {
+                    "snr": snr(latents, dense["latents"]), "psnr": psnr(latents, dense["latents"])
+                }
             for lora in EFFECTS:
                 row[f"kept_{lora}"] = along(changes[lora], dense["changes"][lora])
                 row[f"retention_{lora}"] = row[f"effect_{lora}"] / dense["row"][f"effect_{lora}"]
@@ -135,19 +163,26 @@ def line(name: str, row: dict) -> str:
 
 def cells(name: str, row: dict) -> list[str]:
     against = [f"{row['snr']:.1f} dB", f"{row['psnr']:.1f} dB"] if "snr" in row else ["", ""]
-    return ["dense (F16)" if name == "F16" else name, f"{row['bytes'] / 1e6:.2f} MB", *against,
-            f"{100 * row['accuracy']['all']:.1f} %",
-            *(f"{100 * row[f'kept_{lora}']:.1f} %, {100 * row[f'retention_{lora}']:.1f} %" for lora in EFFECTS)]
+    return [
+        "dense (F16)" if name == "F16" else name, f"{row['bytes'] / 1e6:.2f} MB", *against,
+        f"{100 * row['accuracy']['all']:.1f} %",
+        *(f"{100 * row[f'kept_{lora}']:.1f} %, {100 * row[f'retention_{lora}']:.1f} %"
+          for lora in EFFECTS)
+    ]
 
 
 def markdown(results: dict, about: str) -> str:
-    titles = ["", "held", "latent SNR", "latent PSNR", "all as asked", *(f"LoRA {name}: change, effect" for name in EFFECTS)]
+    titles = [
+        "", "held", "latent SNR", "latent PSNR", "all as asked",
+        *(f"LoRA {name}: change, effect" for name in EFFECTS)
+    ]
     rows = [titles, ["---"] * len(titles), *(cells(name, row) for name, row in results.items())]
     return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def write(folder: Path, found: dict):
-    """quality.json and quality.md. found: `about` and `formats`, and under `packing` the same of the second table."""
+    """quality.json and quality.md. found: `about` and `formats`, and under `packing` the same of
+    the second table."""
     text = markdown(found["formats"], found["about"])
     if "packing" in found:
         from devtools.measure import packing_quality
@@ -158,13 +193,18 @@ def write(folder: Path, found: dict):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python3 dev.py quality", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python3 dev.py quality",
+                                     description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="FORMAT")
-    parser.add_argument("--prompts", type=int, default=scenes.HELD_OUT, help="how many of the 256 captions never trained on")
-    parser.add_argument("--lora-prompts", type=int, default=64, help="how many of them are drawn with each LoRA too")
-    parser.add_argument("--packing", action="store_true",
-                        help="only the second table: files made here beside the recipes in use, at equal bytes")
-    parser.add_argument("--out", type=Path, default=ROOT / "demo_model", help="folder for the results")
+    parser.add_argument("--prompts", type=int, default=scenes.HELD_OUT,
+                        help="how many of the 256 captions never trained on")
+    parser.add_argument("--lora-prompts", type=int, default=64,
+                        help="how many of them are drawn with each LoRA too")
+    parser.add_argument(
+        "--packing", action="store_true",
+        help="only the second table: files made here beside the recipes in use, at equal bytes")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo_model",
+                        help="folder for the results")
     options = parser.parse_args()
     recorded = options.out / "quality.json"
     found = json.loads(recorded.read_text()) if recorded.is_file() else {"about": "", "formats": {}}
@@ -183,7 +223,9 @@ def main():
             f"{options.lora_prompts} of them. A LoRA's change: of the predictions for the same noise, along the dense " \
             "model's change. Its effect: on finished pictures, dark lines and pumpkins counted."
     write(options.out, found | {"about": about, "formats": results})
-    quality_picture.draw(results, about.replace("`", "").partition(" A LoRA's")[0]).save(options.out / "quality.png")
+    quality_picture.draw(results,
+                         about.replace("`", "").partition(" A LoRA's")[0]).save(
+                             options.out / "quality.png")
 
 
 if __name__ == "__main__":

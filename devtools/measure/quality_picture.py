@@ -1,7 +1,9 @@
-"""The figures of `dev.py quality` as a picture: a row for each format, a column of bars for each figure."""
+"""The figures of `dev.py quality` as a picture: a row for each format, a column of bars for each
+figure."""
 from PIL import Image, ImageDraw, ImageFont
 
-NAMES, COLUMN, LINE, TOP, MARGIN = 120, 250, 30, 96, 20  # pixels: the first column, the others, a row, above them, around all
+# pixels: the first column, the others, a row, above them, around all
+NAMES, COLUMN, LINE, TOP, MARGIN = 120, 250, 30, 96, 20
 BAR = 130
 PAPER, INK, FAINT, FILL = "#f7f6f2", "#222222", "#777777", "#2a9d8f"
 TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (18, 15, 13))

@@ -1,15 +1,16 @@
-"""Packed weights, of random blocks or of given values, and the ratio of signal to noise that tells how exact they are."""
+"""Packed weights, of random blocks or of given values, and the ratio of signal to noise that tells
+how exact they are."""
 import importlib.util
 import math
 
 import gguf
 import numpy as np
 import torch
+
+from devtools.files.gguf_files import block_pool
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
-
-from devtools.files.gguf_files import block_pool
 
 FORMAT_NAMES = [name for name, packed_format in FORMATS.items()
                 if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)]
@@ -17,7 +18,11 @@ FORMAT_NAMES = [name for name, packed_format in FORMATS.items()
 
 def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
     """A packed weight of random valid blocks."""
-    packed_format, generator, values = FORMATS[format_name], np.random.default_rng(0), math.prod(shape)
+    packed_format, generator, values = (
+        FORMATS[format_name],
+        np.random.default_rng(0),
+        math.prod(shape),
+    )
     scale = None
     if packed_format.ggml_type is None:
         data = torch.from_numpy(generator.integers(0, 256, values // 2, dtype=np.uint8))
@@ -31,7 +36,8 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
 
 
 def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | None:
-    """A weight of these values, float32 (N, K); None where neither the `gguf` package nor bitsandbytes packs it."""
+    """A weight of these values, float32 (N, K); None where neither the `gguf` package nor
+    bitsandbytes packs it."""
     packed_format = FORMATS[format_name]
     if packed_format.ggml_type is not None:
         try:
@@ -43,7 +49,8 @@ def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | N
         return None
     from bitsandbytes import functional
 
-    data, state = functional.quantize_4bit(values, blocksize=packed_format.block_length, quant_type=format_name.lower())
+    data, state = functional.quantize_4bit(values, blocksize=packed_format.block_length,
+                                           quant_type=format_name.lower())
     return packed_tensor(packed_format, data.flatten(), values.shape, torch.float32, state.absmax)
 
 

@@ -32,7 +32,10 @@ class TestMap:
                     self._helpers[".".join(parts[start:])].add(file)
         self._imported = {}
         self._distances = {test: self._walk(test) for test in self.tests}
-        self._words = {test: set(WORD.findall((tree / test).read_text(encoding="utf-8"))) for test in self.tests}
+        self._words = {
+            test: set(WORD.findall((tree / test).read_text(encoding="utf-8")))
+            for test in self.tests
+        }
         self._frequency = Counter(word for words in self._words.values() for word in words)
 
     def tests_of(self, source: str) -> list[str]:
@@ -44,11 +47,15 @@ class TestMap:
         """
         names, ranked = {name for name in self._names(source) if self._frequency[name] < COMMON}, []
         for test in self.tests:
-            score = sum(1 / self._frequency[name] for name in names & self._words[test]) + _named_after(test, source)
+            score = sum(
+                1 / self._frequency[name] for name in names & self._words[test]
+            ) + _named_after(test, source)
             distance = self._distances[test].get(source, FARTHEST + 1)
             near = distance <= FARTHEST or test.split("/")[1] in (source.split("/")[0], "server")
             if near or score > 0:
-                apart = distance - len(os.path.commonprefix([test.split("/")[1:-1], source.split("/")[:-1]]))
+                folders = [test.split("/")[1:-1], source.split("/")[:-1]]
+                shared = len(os.path.commonprefix(folders))  # noqa: RUF071  of lists
+                apart = distance - shared
                 ranked.append((-round(score, 1), apart, (self.tree / test).stat().st_size, test))
         return [test for *_, test in sorted(ranked)]
 
@@ -58,17 +65,26 @@ class TestMap:
         for node in ast.walk(ast.parse((self.tree / source).read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add(node.name)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and node.value.isidentifier()
+            ):
                 names.add(node.value)
         return names
 
     def _walk(self, test: str) -> dict[str, int]:
-        """Number of imports to each source; helpers of tests are of the test, a package's files of the package."""
+        """Number of imports to each source; helpers of tests are of the test, a package's files of
+        the package."""
         distances, waiting = {test: 0}, [test]
         for file in waiting:
             inside = file.startswith("tests/") or file.endswith("/__init__.py")
             for other in self._imports(file):
-                step = 0 if other.startswith("tests/") or (inside and not file.startswith("tests/")) else 1
+                step = (
+                    0
+                    if other.startswith("tests/") or (inside and not file.startswith("tests/"))
+                    else 1
+                )
                 distance = distances[file] + step
                 if distance <= FARTHEST and distance < distances.get(other, FARTHEST + 1):
                     distances[other] = distance
@@ -87,24 +103,33 @@ class TestMap:
                 for alias in node.names:
                     imported |= self._module(alias.name, [])
             elif isinstance(node, ast.ImportFrom):
-                base = ".".join([*package[:len(package) + 1 - node.level], *filter(None, [node.module])])
-                imported |= self._module(base if node.level else node.module, [alias.name for alias in node.names])
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # of a child process
+                base = ".".join(
+                    [*package[:len(package) + 1 - node.level], *filter(None, [node.module])])
+                imported |= self._module(base if node.level else node.module,
+                                         [alias.name for alias in node.names])
+            elif isinstance(node, ast.Constant) and isinstance(
+                node.value, str
+            ):  # of a child process
                 for module, names in MENTIONED.findall(node.value):
                     imported |= self._module(module, re.split(r", *", names))
         return imported - {file}
 
     def _module(self, module: str, names: list[str]) -> set[str]:
-        """The files of those of `names` that are modules themselves, and of `module` where another name is not."""
+        """The files of those of `names` that are modules themselves, and of `module` where another
+        name is not."""
         module = module.removeprefix("featherweight").removeprefix(".")
         inner = {f"{module}.{name}".strip(".") for name in names}
         inner = {name for name in inner if self._file(name)}
         modules = inner if inner and len(inner) == len(names) else inner | {module}
-        return {file for name in modules for file in [self._file(name), *self._helpers.get(name, ())] if file}
+        return {
+            file for name in modules for file in [self._file(name), *self._helpers.get(name, ())]
+            if file
+        }
 
     def _file(self, module: str) -> str | None:
         path = module.replace(".", "/")
-        return next((file for file in (f"{path}.py", f"{path}/__init__.py") if file in self.files), None)
+        return next((file for file in (f"{path}.py", f"{path}/__init__.py") if file in self.files),
+                    None)
 
 
 def _named_after(test: str, source: str) -> float:
@@ -118,4 +143,6 @@ def _named_after(test: str, source: str) -> float:
     inner = parents[-1] if parents else ""
     if path.stem != "__init__" and re.match(rf"test_({inner or room}_)?{path.stem}(_|$)", name):
         return 0.3 if folder == Path() else 1.0 if folder in path.parents else 0.0
-    return 0.5 if inner and folder in path.parents and re.match(rf"test_{inner}(_|$)", name) else 0.0
+    return (
+        0.5 if inner and folder in path.parents and re.match(rf"test_{inner}(_|$)", name) else 0.0
+    )

@@ -11,8 +11,8 @@ class Results:
     """A file of results, written after each of them, so that a run can go on where it was ended.
 
     Attributes:
-        tests: Of each test file without a mutant: its seconds, None where it cannot be used, and the
-            tests that fail.
+        tests: Of each test file without a mutant: its seconds, None where it cannot be used, and
+            the tests that fail.
         mutants: What became of each, with the sample's mutant that it is or that it replaces.
     """
 
@@ -24,12 +24,15 @@ class Results:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             if (content["commit"], content["seed"]) != (commit, seed):
-                raise SystemExit(f"Failed: {path} has results of commit {content['commit'][:12]} with seed {content['seed']}, "
-                                 f"not of {commit[:12]} with seed {seed}. Name another file with --out.")
+                raise SystemExit(
+                    f"Failed: {path} has results of commit {content['commit'][:12]} with seed "
+                    f"{content['seed']}, not of {commit[:12]} with seed {seed}. Name another file"
+                    " with --out.")
             self.tests, self.mutants = content["tests"], content["mutants"]
 
     def has(self, room: str, sampled: Mutant) -> bool:
-        return any(entry["room"] == room and entry["sampled"] == sampled.to_json() for entry in self.mutants)
+        return any(entry["room"] == room and entry["sampled"] == sampled.to_json()
+                   for entry in self.mutants)
 
     def add_test(self, file: str, entry: dict):
         with self._lock:
@@ -42,7 +45,9 @@ class Results:
             self._write()
 
     def content(self) -> dict:
-        return {"commit": self.commit, "seed": self.seed, "tests": self.tests, "mutants": self.mutants}
+        return {
+            "commit": self.commit, "seed": self.seed, "tests": self.tests, "mutants": self.mutants
+        }
 
     def _write(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +69,10 @@ def _shares(mutants: list[dict]) -> dict[str, tuple[int, int]]:
 def share_table(*runs: dict) -> str:
     """Return the share of killed mutants of each room, with a column for each run."""
     shares = [_shares(run["mutants"]) for run in runs]
-    lines = ["| room | " + " | ".join(f"killed at {run['commit'][:9]}" for run in runs) + " |", "|---" * (1 + len(runs)) + "|"]
+    lines = [
+        "| room | " + " | ".join(f"killed at {run['commit'][:9]}" for run in runs) + " |",
+        "|---" * (1 + len(runs)) + "|"
+    ]
     for room in dict.fromkeys(room for share in shares for room in share):
         cells = [f"{killed} of {number}" + (f" ({killed / number:.0%})" if number else "")
                  for killed, number in (share.get(room, (0, 0)) for share in shares)]
@@ -80,20 +88,29 @@ def compare(before: dict, after: dict) -> tuple[str, bool]:
     """
     killed_before = {_key(entry) for entry in before["mutants"]
                      if entry["outcome"] != "survived" and not entry["replaced"]}
-    lost = [entry for entry in after["mutants"]
-            if entry["outcome"] == "survived" and not entry["replaced"] and _key(entry) in killed_before]
+    lost = [
+        entry for entry in after["mutants"]
+        if entry["outcome"] == "survived" and not entry["replaced"] and _key(entry) in killed_before
+    ]
     lines = [share_table(before, after), ""]
     replaced = sum(entry["replaced"] for entry in after["mutants"])
-    lines += [f"{replaced} of {len(after['mutants'])} replaced by the next of the sample, as their code went."]
-    lines += [f"{len(lost)} killed before and surviving now{':' if lost else '.'}", *map(describe, lost)]
+    lines += [
+        f"{replaced} of {len(after['mutants'])} replaced by the next of the sample, as their code"
+        " went."
+    ]
+    lines += [
+        f"{len(lost)} killed before and surviving now{':' if lost else '.'}", *map(describe, lost)
+    ]
     shares = [_shares(run["mutants"]) for run in (before, after)]
     lower = [room for room, (killed, number) in shares[1].items()
              if killed * shares[0].get(room, (0, 1))[1] < shares[0].get(room, (0, 1))[0] * number]
     unlike = [room for room in shares[0].keys() | shares[1].keys()
               if shares[0].get(room, (0, 0))[1] != shares[1].get(room, (0, 0))[1]]
     if unlike:
-        lines.append(f"Not the same number of mutants in: {', '.join(sorted(unlike))}. Let both runs end.")
-    lines.append(f"Failed: a lower share in {', '.join(lower)}." if lower else "Done: no share is lower than before.")
+        lines.append(
+            f"Not the same number of mutants in: {', '.join(sorted(unlike))}. Let both runs end.")
+    lines.append(f"Failed: a lower share in {', '.join(lower)}."
+                 if lower else "Done: no share is lower than before.")
     return "\n".join(lines), not lower
 
 

@@ -29,9 +29,11 @@ SUMMARY = re.compile(r"^=*\s*(?:.*?(\d+) passed)?.* in ([\d.]+)s", re.MULTILINE)
 
 def resolve_commit(root: Path, revision: str) -> str:
     """Return the whole name of a commit."""
-    run = subprocess.run(["git", "rev-parse", "--verify", f"{revision}^{{commit}}"], cwd=root, capture_output=True, text=True)
+    run = subprocess.run(["git", "rev-parse", "--verify", f"{revision}^{{commit}}"], cwd=root,
+                         capture_output=True, text=True)
     if run.returncode:
-        raise SystemExit(f"Failed: {revision} is no commit of {root}. Name one that `git log` shows.")
+        raise SystemExit(
+            f"Failed: {revision} is no commit of {root}. Name one that `git log` shows.")
     return run.stdout.strip()
 
 
@@ -41,8 +43,12 @@ def clone(root: Path, commit: str) -> Iterator["Clone"]:
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
         tree = folder / "tree"
-        subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(root), str(tree)], check=True)
-        subprocess.run(["git", "-c", "advice.detachedHead=false", "checkout", "--quiet", commit], cwd=tree, check=True)
+        subprocess.run(
+            ["git", "clone", "--quiet", "--shared", "--no-checkout",
+             str(root),
+             str(tree)], check=True)
+        subprocess.run(["git", "-c", "advice.detachedHead=false", "checkout", "--quiet", commit],
+                       cwd=tree, check=True)
         if (root / ".dev").exists():
             (tree / ".dev").symlink_to((root / ".dev").resolve(), target_is_directory=True)
         yield Clone(tree, folder / "t")
@@ -77,15 +83,31 @@ class Clone:
         Returns:
             Its exit code, None after `limit`, and what it said.
         """
-        shutil.rmtree(self.temporary, ignore_errors=True)  # a mutant's kernels and verdicts are no other's
+        # a mutant's kernels and verdicts are no other's
+        shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "--color=no", *arguments]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", "TMPDIR": str(self.temporary),
-                     "XDG_CACHE_HOME": str(self.temporary / "cache"),
-                     "PYTHONDONTWRITEBYTECODE": "1"}  # which does not tell a fault from a file of its size and second
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "--color=no", *arguments
+        ]
+        variables = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTEST_ADDOPTS": "",
+            "TMPDIR": str(self.temporary),
+            "XDG_CACHE_HOME": str(self.temporary / "cache"),
+            # which does not tell a fault from a file of its size and second
+            "PYTHONDONTWRITEBYTECODE": "1"
+        }
         with open(self.temporary.with_suffix(".log"), "w+b") as log:
-            process = subprocess.Popen(command, cwd=self.tree, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                       start_new_session=True)  # or Ctrl-C would end the tests, as if they had failed
+            process = subprocess.Popen(
+                command,
+                cwd=self.tree,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # or Ctrl-C would end the tests, as if they had failed
+                start_new_session=True)
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -104,7 +126,8 @@ class Clone:
         self.end_processes()
 
     def end_processes(self):
-        """End what was started here and still runs: all that has this clone's temporary folder, daemons too."""
+        """End what was started here and still runs: all that has this clone's temporary folder,
+        daemons too."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("TMPDIR") == str(self.temporary):
@@ -112,13 +135,15 @@ class Clone:
 
 
 class Tests:
-    """The tests of a commit as they are without a fault; each file is measured when it is first asked for."""
+    """The tests of a commit as they are without a fault; each file is measured when it is first
+    asked for."""
 
     def __init__(self, tree: Path, results: Results):
         self._map, self._results, self._locks = TestMap(tree), results, defaultdict(threading.Lock)
 
     def choose(self, clone: Clone, source: str, budget: float) -> list[str]:
-        """List the test files for a mutant of `source`, fastest first: the nearest that fit into `budget` seconds."""
+        """List the test files for a mutant of `source`, fastest first: the nearest that fit into
+        `budget` seconds."""
         chosen, total, misses = {}, 0.0, 0
         for file in self._map.tests_of(source):
             seconds = self._measure(clone, file)["seconds"]
@@ -147,7 +172,10 @@ class Tests:
                 summary = SUMMARY.findall(output)
                 passed, seconds = summary[-1] if summary else ("", "0")
                 usable = code in (0, 1) and passed
-                entry = {"seconds": float(seconds) if usable else None, "failing": FAILED.findall(output) if usable else []}
+                entry = {
+                    "seconds": float(seconds) if usable else None,
+                    "failing": FAILED.findall(output) if usable else []
+                }
                 self._results.add_test(file, entry)
             return self._results.tests[file]
 
@@ -160,7 +188,8 @@ def run_on_mutant(clone: Clone, tests: Tests, file: str, source: str, budget: fl
         budget: Seconds of tests.
 
     Returns:
-        `outcome` (killed, timeout, survived), `by` (the test that failed), `tests` (their files), `seconds`.
+        `outcome` (killed, timeout, survived), `by` (the test that failed), `tests` (their files),
+        `seconds`.
     """
     chosen = tests.choose(clone, file, budget)
     started, code, output = time.monotonic(), 0, ""
@@ -171,11 +200,14 @@ def run_on_mutant(clone: Clone, tests: Tests, file: str, source: str, budget: fl
     outcome = "timeout" if code is None else "killed" if code else "survived"
     failed = FAILED.findall(output) if code else []
     by = failed[0] if failed else output.strip().rpartition("\n")[2][:200] if code else ""
-    return {"outcome": outcome, "by": by, "tests": chosen, "seconds": round(time.monotonic() - started, 1)}
+    return {
+        "outcome": outcome, "by": by, "tests": chosen,
+        "seconds": round(time.monotonic() - started, 1)
+    }
 
 
-def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS, budget: float = BUDGET, processes: int = 1,
-        limit: int | None = None) -> dict:
+def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
+        budget: float = BUDGET, processes: int = 1, limit: int | None = None) -> dict:
     """Run the tests on the sample's mutants that have no result yet.
 
     Args:
@@ -193,7 +225,11 @@ def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
     commit = resolve_commit(root, revision)
     results = Results(out, commit, sample["seed"])
     with contextlib.ExitStack() as stack:
-        clones, free, jobs = [stack.enter_context(clone(root, commit)) for _ in range(processes)], queue.SimpleQueue(), []
+        clones, free, jobs = (
+            [stack.enter_context(clone(root, commit)) for _ in range(processes)],
+            queue.SimpleQueue(),
+            [],
+        )
         for each in clones:
             free.put(each)
         tree = clones[0].tree
@@ -203,8 +239,10 @@ def run(root: Path, sample: dict, revision: str, out: Path, rooms: dict = ROOMS,
             pending = [(sampled, mutant) for sampled, mutant in fit_sample(sample, name, room)
                        if mutant and not results.has(name, sampled)]
             for sampled, mutant in pending[:limit]:
-                entry = {"room": name, "sampled": sampled.to_json(), "mutant": mutant.to_json(),
-                         "replaced": room.locate(sampled) is None, "line": room.spots[mutant.place].line}
+                entry = {
+                    "room": name, "sampled": sampled.to_json(), "mutant": mutant.to_json(),
+                    "replaced": room.locate(sampled) is None, "line": room.spots[mutant.place].line
+                }
                 jobs.append((entry, mutant.place.file, room.plant(mutant)))
 
         def work(entry: dict, file: str, source: str):

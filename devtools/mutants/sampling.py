@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOMS = {"ops": ("ops",), "loaders": ("loaders",), "nodes and machines": ("nodes", "machines", "cluster")}
+ROOMS = {
+    "ops": ("ops",), "loaders": ("loaders",), "nodes and machines": ("nodes", "machines", "cluster")
+}
 LOGGERS = {"log", "logging"}
 
 # Each says the same of strings, small numbers and classes.
@@ -95,7 +97,7 @@ def _load_operators() -> dict:
         from cosmic_ray.plugins import get_operator, operator_names
     except ImportError as error:
         raise SystemExit(f"Failed: mutants need cosmic-ray ({error}). "
-                         f"Run `.dev/venv/bin/python -m pip install cosmic-ray`, then this again.")
+                         f"Run `.dev/venv/bin/python -m pip install cosmic-ray`, then this again.") from None
     operators = {name.removeprefix("core/"): get_operator(name) for name in operator_names()}
     return {name: operator() for name, operator in operators.items()
             if not operator.arguments() and not name.endswith(EQUIVALENT)}
@@ -123,7 +125,8 @@ def find_spots(file: str, source: str) -> list[Spot]:
                     variant = sum(other == name for other, _ in positions[at])
                     positions[at][name, variant] = occurrence
     same, spots = Counter(), []
-    for (start, family, definition), occurrences in sorted(positions.items(), key=lambda item: item[0]):
+    for (start, family, definition), occurrences in sorted(positions.items(),
+                                                           key=lambda item: item[0]):
         key = (file, definition, family, lines[start[0] - 1].strip())
         spots.append(Spot(Place(*key, same[key]), start[0], occurrences))
         same[key] += 1
@@ -139,7 +142,8 @@ def _definition(node) -> str:
 
 
 def _silent_spans(source: str) -> list[tuple]:
-    """Where a mutation changes nothing that a test should look at, as (start, end) of line and column."""
+    """Where a mutation changes nothing that a test should look at, as (start, end) of line and
+    column."""
     silent = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -174,7 +178,9 @@ class Room:
     def __init__(self, tree: Path, folders: tuple[str, ...]):
         _load_operators()
         paths = [path for folder in folders for path in sorted((tree / folder).rglob("*.py"))]
-        self.sources = {path.relative_to(tree).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+        self.sources = {
+            path.relative_to(tree).as_posix(): path.read_text(encoding="utf-8") for path in paths
+        }
         spots = [spot for file, source in self.sources.items() for spot in find_spots(file, source)]
         self.spots = {spot.place: spot for spot in spots}
         self._places = defaultdict(list)  # that are alike but for their file
@@ -182,19 +188,26 @@ class Room:
             self._places[replace(place, file="")].append(place)
 
     def ordered(self, seed: int, after: str = "") -> Iterator[Mutant]:
-        """Every place in the order of its hash, with one mutation each; `after`: those beyond it."""
+        """Every place in the order of its hash, with one mutation each; `after`: those beyond
+        it."""
         places = sorted((place.hash(seed), place) for place in self.spots)
-        for order, place in ((order, place) for order, place in places if order > after):
-            variants = sorted(self.spots[place].occurrences, key=lambda each: place.hash(seed, *each))
+        for place in (place for order, place in places if order > after):
+            variants = sorted(self.spots[place].occurrences,
+                              key=lambda each: place.hash(seed, *each))
             usable = (Mutant(place, *each) for each in variants if self.plant(Mutant(place, *each)))
             if mutant := next(usable, None):
                 yield mutant
 
     def plant(self, mutant: Mutant) -> str | None:
-        """Return the source of the mutant's file with the fault in it; None where there is none such."""
+        """Return the source of the mutant's file with the fault in it; None where there is none
+        such."""
         spot = self.spots[mutant.place]
         occurrence = spot.occurrences.get((mutant.operator, mutant.variant))
-        return None if occurrence is None else mutate(self.sources[mutant.place.file], mutant.operator, occurrence)
+        return (
+            None
+            if occurrence is None
+            else mutate(self.sources[mutant.place.file], mutant.operator, occurrence)
+        )
 
     def locate(self, mutant: Mutant) -> Mutant | None:
         """Find a mutant of another version of the tree, whose file may have another name here."""
@@ -229,7 +242,10 @@ def fit_sample(sample: dict, name: str, room: Room) -> list[tuple[Mutant, Mutant
 
 def write_sample(path: Path, sample: dict):
     """Write a sample as JSON with a line for each mutant."""
-    rooms = [f'  {json.dumps(name)}: [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"
-             for name, entries in sample["rooms"].items()]
+    rooms = [
+        f'  {json.dumps(name)}: [\n' + ",\n".join(f"    {json.dumps(entry)}"
+                                                  for entry in entries) + "\n  ]"
+        for name, entries in sample["rooms"].items()
+    ]
     head = f' "seed": {sample["seed"]},\n "commit": {json.dumps(sample["commit"])},\n "rooms": {{\n'
     path.write_text("{\n" + head + ",\n".join(rooms) + "\n }\n}\n", encoding="utf-8")

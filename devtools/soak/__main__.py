@@ -17,12 +17,15 @@ CACHE_GB = 0.02  # of what is packed while loading: less than all of it, so that
 
 
 def server_for(base: Path, stock: bool = False) -> Server:
-    """A server in `base`, all of whose temporary files lie there; it keeps what it packs, in a cache that is too small."""
+    """A server in `base`, all of whose temporary files lie there; it keeps what it packs, in a
+    cache that is too small."""
     for name in ("tmp", "cache"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    env = {"TMPDIR": str(base / "tmp"), "XDG_CACHE_HOME": str(base / "cache"),
-           "FEATHERWEIGHT_PACKED_CACHE": str(base / "packed"), "FEATHERWEIGHT_PACKED_CACHE_GB": str(CACHE_GB),
-           "OMP_NUM_THREADS": "1"}  # products this small only wait for other threads
+    env = {
+        "TMPDIR": str(base / "tmp"), "XDG_CACHE_HOME": str(base / "cache"),
+        "FEATHERWEIGHT_PACKED_CACHE": str(base / "packed"),
+        "FEATHERWEIGHT_PACKED_CACHE_GB": str(CACHE_GB), "OMP_NUM_THREADS": "1"
+    }  # products this small only wait for other threads
     source = Path(planted.__file__).read_text(encoding="utf-8")
     return Server(base, with_pack=not stock, extra_custom_nodes={"soak": source}, env=env)
 
@@ -35,16 +38,22 @@ def soak(base: Path, prompts: int, minutes: float, every: int, seed: int = 1, st
         material.write(base)
         (base / "written.json").write_text(text)
     with server_for(base, stock) as server:
-        clients = [Client(server.another_client(), Asks(base, seed, number, stock, only), book) for number in range(CLIENTS)]
+        clients = [
+            Client(server.another_client(), Asks(base, seed, number, stock, only), book)
+            for number in range(CLIENTS)
+        ]
         return run(server, clients, book, prompts, minutes, every, show)
 
 
 def write(book: Book, out: Path, about: dict):
     out.mkdir(parents=True, exist_ok=True)
-    figures = {**about, "line": verdict.closing_line(book), "broken": verdict.broken(book), "prompts": book.prompts,
-               "outcomes": dict(sorted(book.outcomes.items())), "repeated": book.repeated, "pictures": len(book.pictures),
-               "growth": {name: verdict.growth(book.readings, name) for name in ("rss", "private", "objects")},
-               "readings": book.readings}
+    figures = {
+        **about, "line": verdict.closing_line(book), "broken": verdict.broken(book),
+        "prompts": book.prompts, "outcomes": dict(sorted(book.outcomes.items())),
+        "repeated": book.repeated, "pictures": len(book.pictures), "growth": {
+            name: verdict.growth(book.readings, name) for name in ("rss", "private", "objects")
+        }, "readings": book.readings
+    }
     (out / "soak.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     where = f"{about['machine']}, seed {about['seed']}, {about['started']}"
     verdict.plot(book.readings, figures["line"], where).save(out / "soak.png")
@@ -55,31 +64,43 @@ def machine() -> str:
     import torch
 
     memory = psutil.virtual_memory().total / 1e9
-    return (f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, {memory:.0f} GB, torch {torch.__version__}")
+    return (
+        f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, {memory:.0f} GB,"
+        f" torch {torch.__version__}"
+    )
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python3 dev.py soak", description="Drive the real server for hours, by two clients.")
+    parser = argparse.ArgumentParser(prog="python3 dev.py soak",
+                                     description="Drive the real server for hours, by two clients.")
     parser.add_argument("--minutes", type=float, default=120, help="after which it ends")
     parser.add_argument("--prompts", type=int, default=1_000_000, help="after which it ends")
-    parser.add_argument("--every", type=int, default=50, help="prompts from one reading to the next")
-    parser.add_argument("--seed", type=int, default=1, help="another one asks for other things in another order")
-    parser.add_argument("--stock", action="store_true", help="the same without this pack: what the host does by itself")
+    parser.add_argument("--every", type=int, default=50,
+                        help="prompts from one reading to the next")
+    parser.add_argument("--seed", type=int, default=1,
+                        help="another one asks for other things in another order")
+    parser.add_argument("--stock", action="store_true",
+                        help="the same without this pack: what the host does by itself")
     parser.add_argument("--only", nargs="+", default=(), metavar="KIND",
                         help="of the methods in devtools/soak/asks.py that ask")
-    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "soak", help="folder for soak.json, soak.png and the files")
+    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "soak",
+                        help="folder for soak.json, soak.png and the files")
     options = parser.parse_args(arguments)
-    started, about = time.strftime("%Y-%m-%d %H:%M"), {"machine": machine(), "seed": options.seed, "stock": options.stock}
+    started, about = (
+        time.strftime("%Y-%m-%d %H:%M"),
+        {"machine": machine(), "seed": options.seed, "stock": options.stock},
+    )
     print(f"Writing models and starting ComfyUI in {options.out / 'base'}", flush=True)
     book = Book()
 
     def show(reading: dict):
         write(book, options.out, {"started": started, **about})
-        print("  " + ", ".join(f"{name} {value:.4g}" for name, value in reading.items()), flush=True)
+        print("  " + ", ".join(f"{name} {value:.4g}" for name, value in reading.items()),
+              flush=True)
 
     try:
-        soak(options.out / "base", options.prompts, options.minutes, options.every, options.seed, options.stock,
-             tuple(options.only), show, book)
+        soak(options.out / "base", options.prompts, options.minutes, options.every, options.seed,
+             options.stock, tuple(options.only), show, book)
     except ServerError as error:
         book.mistakes.append(str(error))
     write(book, options.out, {"started": started, **about})

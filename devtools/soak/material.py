@@ -1,4 +1,5 @@
-"""The files of a soak: small models of several families in many formats, LoRAs, encoders, a checkpoint, and bad ones."""
+"""The files of a soak: small models of several families in many formats, LoRAs, encoders, a
+checkpoint, and bad ones."""
 import json
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,8 @@ LONG = "many layers.gguf"  # whose load can be cancelled
 
 @dataclass(frozen=True)
 class Family:
-    """latent: the host's node that makes an empty one, and its inputs. width, pooled: of the text. weights: in float32."""
+    """latent: the host's node that makes an empty one, and its inputs. width, pooled: of the text.
+    weights: in float32."""
 
     latent: tuple[str, dict]
     width: int
@@ -52,9 +54,12 @@ def of_the_host(supported: str, config: dict) -> dict[str, torch.Tensor]:
     model_config.custom_operations = comfy.ops.disable_weight_init
     generator = torch.Generator().manual_seed(0)
     weights = model_config.get_model({}, "", device="cpu").diffusion_model.state_dict()
-    return {name: torch.randn(value.shape, generator=generator) * (min(0.05, (value.shape[0] / value.numel()) ** 0.5))
-            if value.ndim > 1 else torch.full(value.shape, float("norm" in name and not name.endswith("bias")))
-            for name, value in weights.items()}
+    return {
+        name: torch.randn(value.shape, generator=generator) *
+        (min(0.05, (value.shape[0] / value.numel()) ** 0.5)) if value.ndim > 1 else torch.full(
+            value.shape, float("norm" in name and not name.endswith("bias")))
+        for name, value in weights.items()
+    }
 
 
 def flux(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -62,24 +67,32 @@ def flux(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def sd3() -> dict[str, torch.Tensor]:
-    return of_the_host("SD3", dict(
-        in_channels=16, out_channels=16, patch_size=2, depth=4, input_size=None, adm_in_channels=256, num_patches=64,
-        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 256, "out_features": 256}},
-        pos_embed_max_size=8, pos_embed_scaling_factor=None, qk_norm="rms", x_block_self_attn_layers=[0]))
+    return of_the_host(
+        "SD3",
+        {
+            "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 4, "input_size": None,
+            "adm_in_channels": 256, "num_patches": 64, "context_embedder_config": {
+                "target": "torch.nn.Linear", "params": {"in_features": 256, "out_features": 256}
+            }, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None, "qk_norm": "rms",
+            "x_block_self_attn_layers": [0]})
 
 
 def wan() -> dict[str, torch.Tensor]:
-    return of_the_host("WAN21_T2V", dict(
-        image_model="wan2.1", model_type="t2v", dim=256, out_dim=16, num_heads=2, ffn_dim=512, num_layers=1, in_dim=16,
-        patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True, cross_attn_norm=True, eps=1e-6))
+    return of_the_host(
+        "WAN21_T2V",
+        {"image_model": "wan2.1", "model_type": "t2v", "dim": 256, "out_dim": 16, "num_heads": 2, "ffn_dim": 512,
+             "num_layers": 1, "in_dim": 16, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
+             "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6})
 
 
 def sd15() -> dict[str, torch.Tensor]:
-    return of_the_host("SD15", dict(
-        use_checkpoint=False, image_size=32, use_spatial_transformer=True, legacy=False, in_channels=4, out_channels=4,
-        model_channels=320, use_temporal_resblock=False, use_temporal_attention=False, adm_in_channels=None, num_res_blocks=[1],
-        channel_mult=[1], transformer_depth=[1], transformer_depth_output=[0, 1], transformer_depth_middle=-2,
-        use_linear_in_transformer=False, context_dim=768))
+    return of_the_host(
+        "SD15",
+        {"use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
+             "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_resblock": False,
+             "use_temporal_attention": False, "adm_in_channels": None, "num_res_blocks": [1],
+             "channel_mult": [1], "transformer_depth": [1], "transformer_depth_output": [0, 1],
+             "transformer_depth_middle": -2, "use_linear_in_transformer": False, "context_dim": 768})
 
 
 SIZE = {"width": 64, "height": 64, "batch_size": 1}
@@ -89,8 +102,10 @@ FAMILIES = {
     "sd1.5": Family(("EmptyLatentImage", SIZE), 768, sd15),
     "wan": Family(("EmptyHunyuanLatentVideo", SIZE | {"length": 5}), 4096, wan),
 }
-TYPES = {"flux": ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "NF4", "FP4", "int8"), "sd3": ("Q5_0", "NF4"), "sd1.5": ("Q4_0", "NF4"),
-         "wan": ("Q6_K", "int8")}
+TYPES = {
+    "flux": ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "NF4", "FP4", "int8"), "sd3": ("Q5_0", "NF4"),
+    "sd1.5": ("Q4_0", "NF4"), "wan": ("Q6_K", "int8")
+}
 
 
 def file_name(family: str, kind: str) -> str:
@@ -99,8 +114,14 @@ def file_name(family: str, kind: str) -> str:
 
 def models() -> list[Model]:
     """Every way to load one of `write`'s models, the host's own for the dense ones first."""
-    found = [Model(family, STOCK, {"unet_name": file_name(family, "dense"), "weight_dtype": "default"}) for family in FAMILIES]
-    found += [Model("flux", STOCK, {"unet_name": file_name("flux", "dense"), "weight_dtype": "fp8_e4m3fn"})]
+    found = [
+        Model(family, STOCK, {"unet_name": file_name(family, "dense"), "weight_dtype": "default"})
+        for family in FAMILIES
+    ]
+    found += [
+        Model("flux", STOCK,
+              {"unet_name": file_name("flux", "dense"), "weight_dtype": "fp8_e4m3fn"})
+    ]
     found += [Model(family, OURS, {"model_name": file_name(family, kind), "compute": compute})
               for family, kinds in TYPES.items() for kind in kinds for compute in ("exact", "int8")
               if compute == "exact" or kind in ("Q8_0", "Q4_K", "NF4")]
@@ -120,16 +141,18 @@ def write(base: Path):
     bnb_files.write_random_bnb(models / "text_encoders" / ENCODERS[1], shapes)
     for family, kinds in TYPES.items():
         weights = FAMILIES[family].weights()
-        save_file({name: value.bfloat16().contiguous() for name, value in weights.items()}, bad / file_name(family, "dense"))
+        save_file({name: value.bfloat16().contiguous() for name, value in weights.items()},
+                  bad / file_name(family, "dense"))
         for kind in kinds:
             write_packed(bad / file_name(family, kind), weights, kind, family)
     for seed in (1, 2):
         write_packed(bad / CONTENTS.format(seed), flux(seed), "Q4_K", "flux")
     gguf_files.write_random_gguf(bad / LONG, tiny_models.flux_shapes(128, 40, 80, 256), "Q8_0")
     for part, name in zip(("blocks", "attn"), LORAS):
-        tensors = tiny_models.flux_lora(5, part, "lora_unet_{flat}", ".lora_down.weight", ".lora_up.weight", strength=0.3,
-                                        **FLUX)
-        save_file({key: torch.from_numpy(value) for key, value in tensors.items()}, models / "loras" / name)
+        tensors = tiny_models.flux_lora(5, part, "lora_unet_{flat}", ".lora_down.weight",
+                                        ".lora_up.weight", strength=0.3, **FLUX)
+        save_file({key: torch.from_numpy(value) for key, value in tensors.items()},
+                  models / "loras" / name)
     write_bad(bad)
 
 
@@ -139,8 +162,10 @@ def write_packed(path: Path, weights: dict[str, torch.Tensor], kind: str, family
     elif kind == "int8":
         bnb_files.write_bnb_int8(path, weights, keep=_small)
     else:
-        gguf_files.write_gguf(path, weights, lambda name, values: "F32" if values.ndim < 2 or values.size < 1 << 14 else kind,
-                              architecture=family.partition(".")[0])
+        gguf_files.write_gguf(
+            path, weights, lambda name, values: "F32"
+            if values.ndim < 2 or values.size < 1 << 14 else kind,
+            architecture=family.partition(".")[0])
 
 
 def _small(name: str, tensor: torch.Tensor) -> bool:
@@ -151,23 +176,32 @@ def write_bad(folder: Path):
     """Files that cannot be loaded, each of another kind."""
     good = (folder / file_name("flux", "Q8_0")).read_bytes()
     packed = (folder / file_name("flux", "NF4")).read_bytes()
-    files = {"bad empty.gguf": b"", "bad page.gguf": b"<!DOCTYPE html><html>Sign in</html>", "bad cut.gguf": good[:-1000],
-             "bad header.gguf": good[:200], "bad count.gguf": good[:8] + (1 << 62).to_bytes(8, "little") + good[16:],
-             "bad cut.safetensors": packed[:-1000], "bad header.safetensors": packed[:50],
-             "bad json.safetensors": (64).to_bytes(8, "little") + b"{" * 64}
+    files = {
+        "bad empty.gguf": b"", "bad page.gguf": b"<!DOCTYPE html><html>Sign in</html>",
+        "bad cut.gguf": good[:-1000], "bad header.gguf": good[:200],
+        "bad count.gguf": good[:8] + (1 << 62).to_bytes(8, "little") + good[16:],
+        "bad cut.safetensors": packed[:-1000], "bad header.safetensors": packed[:50],
+        "bad json.safetensors": (64).to_bytes(8, "little") + b"{" * 64
+    }
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    for kind, name in (("lora", "double_blocks.0.img_attn.proj.weight.lora_a"), ("unknown", "something.weight")):
-        gguf_files.write_gguf(folder / f"bad {kind}.gguf", {name: np.ones((4, 32), np.float32)}, lambda name, values: "Q8_0")
+    for kind, name in (("lora", "double_blocks.0.img_attn.proj.weight.lora_a"),
+                       ("unknown", "something.weight")):
+        gguf_files.write_gguf(folder / f"bad {kind}.gguf", {name: np.ones((4, 32), np.float32)},
+                              lambda name, values: "Q8_0")
 
 
 def bad_names(base: Path) -> list[str]:
     """The bad files, and one that is not there."""
-    return [*sorted(path.name for path in (base / "models" / "diffusion_models").glob("bad *")), "not there.gguf"]
+    return [
+        *sorted(path.name for path in (base / "models" / "diffusion_models").glob("bad *")),
+        "not there.gguf"
+    ]
 
 
 def replace(base: Path, client: int, content: int):
-    """Put one of two contents under the name of a client's replaced file, as a download does: at once."""
+    """Put one of two contents under the name of a client's replaced file, as a download does: at
+    once."""
     folder = base / "models" / "diffusion_models"
     part = folder / f"{REPLACED.format(client)}.new"
     shutil.copyfile(folder / CONTENTS.format(content), part)

@@ -1,7 +1,9 @@
-"""Nodes for the server of a soak, planted beside the pack: a prompt without a text encoder, what a picture is, and quiet.
+"""Nodes for the server of a soak, planted beside the pack: a prompt without a text encoder, what a
+picture is, and quiet.
 
-The tokenizer of CLIP is made once: each one that ComfyUI makes leaves some 10 MB behind, whatever loads the encoder, and beside
-that nothing of ours could be seen (`python -m devtools.soak.tokenizers` shows it).
+The tokenizer of CLIP is made once: each one that ComfyUI makes leaves some 10 MB behind, whatever
+loads the encoder, and beside that nothing of ours could be seen (`python -m
+devtools.soak.tokenizers` shows it).
 """
 import functools
 import gc
@@ -14,14 +16,19 @@ CLIPTokenizer.from_pretrained = functools.lru_cache(CLIPTokenizer.from_pretraine
 
 
 class SoakPrompt:
-    """Conditioning that a seed makes. turn: read by nobody; another one has the picture drawn again."""
+    """Conditioning that a seed makes. turn: read by nobody; another one has the picture drawn
+    again."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "soak", "make", ("CONDITIONING",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"width": ("INT", {"max": 1 << 16}), "pooled": ("INT", {"max": 1 << 16}), "seed": ("INT", {}),
-                             "turn": ("INT", {"max": 1 << 62})}}
+        return {
+            "required": {
+                "width": ("INT", {"max": 1 << 16}), "pooled": ("INT", {"max": 1 << 16}),
+                "seed": ("INT", {}), "turn": ("INT", {"max": 1 << 62})
+            }
+        }
 
     def make(self, width, pooled, seed, turn):
         generator = torch.Generator().manual_seed(seed)
@@ -44,7 +51,8 @@ class SoakDigest:
 
 
 class SoakQuiet:
-    """Collects what nothing refers to any more; shows how many objects and bytes of tensors Python still has."""
+    """Collects what nothing refers to any more; shows how many objects and bytes of tensors Python
+    still has."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "soak", "show", (), True
 
@@ -56,8 +64,11 @@ class SoakQuiet:
         while gc.collect():
             pass
         objects = gc.get_objects()
-        storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in objects
-                    if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta}
+        storages = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for value in objects
+            if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta
+        }
         return {"ui": {"text": [str(len(objects)), str(sum(storages.values()))]}}
 
 

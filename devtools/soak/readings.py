@@ -1,4 +1,5 @@
-"""What a server holds of the machine at a quiet moment: nothing runs, no model is loaded, what can be freed is."""
+"""What a server holds of the machine at a quiet moment: nothing runs, no model is loaded, what can
+be freed is."""
 import os
 import time
 from pathlib import Path
@@ -7,16 +8,19 @@ import psutil
 
 from devtools.host.server import Server
 
-TRIALS = 300  # seconds that kernels may take which are compiled and tried beside the prompts, with files of their own
+# seconds that kernels may take which are compiled and tried beside the prompts, with files of their
+# own
+TRIALS = 300
 
 
 def read(server: Server, turn: int) -> dict[str, float]:
     """Ask the server to let go of all it holds, and count what is left.
 
-    rss, private: MB of the process. tensors: MB of tensors that Python still has; objects: all that its collector knows.
-    mapped: files of the soak that are mapped. open: files that are open, its log among them; not the clients' sockets, which
-    close a moment after their answer. temporary: files in its temporary folders, and parts of files anywhere below its
-    folder. threads.
+    rss, private: MB of the process. tensors: MB of tensors that Python still has; objects: all that
+    its collector knows.
+    mapped: files of the soak that are mapped. open: files that are open, its log among them; not
+    the clients' sockets, which close a moment after their answer. temporary: files in its temporary
+    folders, and parts of files anywhere below its folder. threads.
     """
     end = time.monotonic() + TRIALS
     while temporary_files(server.base) and time.monotonic() < end:
@@ -30,13 +34,23 @@ def read(server: Server, turn: int) -> dict[str, float]:
     process = psutil.Process(server.process.pid)
     with process.oneshot():
         memory = process.memory_full_info()
-        mapped = {entry.path for entry in process.memory_maps() if entry.path.startswith(str(server.base / "models"))}
+        mapped = {
+            entry.path for entry in process.memory_maps()
+            if entry.path.startswith(str(server.base / "models"))
+        }
         files = len(process.open_files())
         threads = process.num_threads()
-    return {"rss": memory.rss / 1e6, "private": memory.uss / 1e6, "tensors": tensors / 1e6, "objects": objects,
-            "mapped": len(mapped), "open": files, "threads": threads, "temporary": temporary_files(server.base)}
+    return {
+        "rss": memory.rss / 1e6, "private": memory.uss / 1e6, "tensors": tensors / 1e6,
+        "objects": objects, "mapped": len(mapped), "open": files, "threads": threads,
+        "temporary": temporary_files(server.base)
+    }
 
 
 def temporary_files(base: Path) -> int:
-    found = [path for folder in ("temp", "tmp") for path in (base / folder).rglob("*") if path.is_file()]
-    return len(found) + sum(name.endswith(".part") for _, _, names in os.walk(base) for name in names)
+    found = [
+        path for folder in ("temp", "tmp") for path in (base / folder).rglob("*") if path.is_file()
+    ]
+    return len(found) + sum(
+        name.endswith(".part") for _, _, names in os.walk(base) for name in names
+    )

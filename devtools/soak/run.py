@@ -1,4 +1,5 @@
-"""Two clients that work through their prompts side by side, with a reading of the server after each round."""
+"""Two clients that work through their prompts side by side, with a reading of the server after each
+round."""
 import re
 import statistics
 import threading
@@ -20,8 +21,10 @@ SENTENCE = re.compile(r"[^\n]+[.)]")  # of a refusal: on one line
 class Book:
     """What a run has found.
 
-    outcomes: how many prompts of each kind ended how. mistakes: what should not have been, each in a line.
-    pictures: key -> digest of its first picture. repeated: how many pictures were compared. seconds: of each prompt.
+    outcomes: how many prompts of each kind ended how. mistakes: what should not have been, each in
+    a line.
+    pictures: key -> digest of its first picture. repeated: how many pictures were compared.
+    seconds: of each prompt.
     """
 
     outcomes: Counter = field(default_factory=Counter)
@@ -90,7 +93,8 @@ class Client:
         except ServerError as error:
             return self.ended(ask, str(error))
         self.server.post("/history", {"delete": [run.prompt_id]})
-        digest, = (text for output in run.outputs.values() for text in output.get("text", ())[:1] if len(text) == 64)
+        digest, = (text for output in run.outputs.values() for text in output.get("text", ())[:1]
+                   if len(text) == 64)
         if ask.kind == REFUSAL:
             self.book.mistake(ask, "it was not refused")
         self.book.picture(ask, digest)
@@ -101,24 +105,34 @@ class Client:
             return "cancelled"
         if ask.kind != REFUSAL:
             self.book.mistake(ask, message)
-        elif not (SENTENCE.fullmatch(message) and ask.says in message and "Traceback" not in message):
-            self.book.mistake(ask, f"a refusal that is not one sentence about {ask.says}: {message!r}")
+        elif not (
+            SENTENCE.fullmatch(message) and ask.says in message and "Traceback" not in message
+        ):
+            self.book.mistake(ask,
+                              f"a refusal that is not one sentence about {ask.says}: {message!r}")
         return "refused"
 
 
-def run(server: Server, clients: list[Client], book: Book, prompts: int, minutes: float, every: int, show) -> Book:
-    """Rounds of `every` prompts until there are `prompts` of them or the minutes are over. show: called with each reading."""
+def run(server: Server, clients: list[Client], book: Book, prompts: int, minutes: float, every: int,
+        show) -> Book:
+    """Rounds of `every` prompts until there are `prompts` of them or the minutes are over. show:
+    called with each reading."""
     started, before = time.monotonic(), 0
     end = started + 60 * minutes
     while book.prompts < prompts and time.monotonic() < end and server.process.poll() is None:
         count = min(every, prompts - book.prompts)
         with ThreadPoolExecutor(len(clients)) as pool:
-            for done in [pool.submit(client.work, -(-count // len(clients)), end) for client in clients]:
+            for done in [
+                    pool.submit(client.work, -(-count // len(clients)), end) for client in clients
+            ]:
                 done.result()
         if server.process.poll() is not None:
             book.mistakes.append(f"The server ended by itself after {book.prompts} prompts.")
             break
-        reading = {"prompts": book.prompts, "minutes": (time.monotonic() - started) / 60, **read(server, len(book.readings))}
+        reading = {
+            "prompts": book.prompts, "minutes": (time.monotonic() - started) / 60,
+            **read(server, len(book.readings))
+        }
         reading["seconds"] = statistics.median(book.seconds[before:] or [0])
         before = len(book.seconds)
         book.readings.append(reading)

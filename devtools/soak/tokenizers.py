@@ -1,4 +1,5 @@
-"""What ComfyUI's tokenizer of CLIP leaves behind each time it is made, without this pack: python -m devtools.soak.tokenizers"""
+"""What ComfyUI's tokenizer of CLIP leaves behind each time it is made, without this pack: python -m
+devtools.soak.tokenizers"""
 import gc
 
 import comfy.sd1_clip
@@ -13,5 +14,6 @@ if __name__ == "__main__":
         while gc.collect():
             pass
         sizes.append(psutil.Process().memory_info().rss / 1e6)
-    print(f"Done: resident memory {sizes[1]:.0f} MB after 2 tokenizers, {sizes[-1]:.0f} MB after {ROUNDS}, none of them kept:"
-          f" {(sizes[-1] - sizes[1]) / (ROUNDS - 2):.1f} MB each")
+    print(
+        f"Done: resident memory {sizes[1]:.0f} MB after 2 tokenizers, {sizes[-1]:.0f} MB after"
+        f" {ROUNDS}, none of them kept: {(sizes[-1] - sizes[1]) / (ROUNDS - 2):.1f} MB each")

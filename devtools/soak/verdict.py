@@ -7,22 +7,27 @@ from devtools.soak.run import Book
 
 GROWTH = 0.01  # of the resident memory after the warm-up
 ENOUGH = 16  # readings of which a growth can be told
-NAMES = {"rss": "resident memory, MB", "private": "private memory, MB", "tensors": "tensors that Python holds, MB",
-         "mapped": "model files mapped", "open": "open files", "threads": "threads", "temporary": "temporary files",
-         "seconds": "seconds per prompt (median)"}
+NAMES = {
+    "rss": "resident memory, MB", "private": "private memory, MB",
+    "tensors": "tensors that Python holds, MB", "mapped": "model files mapped",
+    "open": "open files", "threads": "threads", "temporary": "temporary files",
+    "seconds": "seconds per prompt (median)"
+}
 WIDTH, HEIGHT, GAP, LEFT = 560, 150, 24, 70  # pixels of a panel
 PAPER, PANEL, INK, FAINT, LINE = "#f4f4f2", "#ffffff", "#222222", "#8a8a8a", "#2a9d8f"
 
 
 def growth(readings: list[dict], name: str = "rss") -> float | None:
-    """What a value has grown by after the first quarter of the readings, relative: along the line that fits them best.
+    """What a value has grown by after the first quarter of the readings, relative: along the line
+    that fits them best.
 
     None of too few readings.
     """
     if len(readings) < ENOUGH:
         return None
     late = readings[len(readings) // 4:]
-    slope, start = statistics.linear_regression([reading["prompts"] for reading in late], [reading[name] for reading in late])
+    slope, start = statistics.linear_regression([reading["prompts"] for reading in late],
+                                                [reading[name] for reading in late])
     first, last = (start + slope * late[at]["prompts"] for at in (0, -1))
     return last / first - 1
 
@@ -32,29 +37,42 @@ def broken(book: Book) -> list[str]:
     found = list(book.mistakes)
     grown = growth(book.readings)
     if grown is not None and grown >= GROWTH:
-        found.append(f"Resident memory has grown by {grown:.1%} after the warm-up, of {GROWTH:.0%} that it may.")
+        found.append(
+            f"Resident memory has grown by {grown:.1%} after the warm-up, of {GROWTH:.0%} that it"
+            " may."
+        )
     late = book.readings[len(book.readings) // 4:]
     for name in ("mapped", "open", "temporary"):
         if late and late[-1][name] > late[0][name]:
-            found.append(f"{NAMES[name]}: {late[0][name]} after the warm-up, {late[-1][name]} at the end.")
+            found.append(
+                f"{NAMES[name]}: {late[0][name]} after the warm-up, {late[-1][name]} at the end.")
     return found
 
 
 def closing_line(book: Book) -> str:
     grown, last = growth(book.readings), book.readings[-1] if book.readings else None
-    memory = "too few readings to tell a growth" if grown is None else f"resident memory {grown:+.2%} after the warm-up"
+    memory = (
+        "too few readings to tell a growth"
+        if grown is None
+        else f"resident memory {grown:+.2%} after the warm-up"
+    )
     files = f", {last['mapped']} files mapped, {last['open']} open" if last else ""
     minutes = f" in {last['minutes']:.0f} minutes" if last else ""
     bad = broken(book)
-    return (f"{'Failed' if bad else 'Done'}: {book.prompts} prompts{minutes}, {book.repeated} repeated pictures compared, "
-            f"{len(book.mistakes)} mistakes, {memory}{files}")
+    return (
+        f"{'Failed' if bad else 'Done'}: {book.prompts} prompts{minutes}, {book.repeated} repeated "
+        f"pictures compared, {len(book.mistakes)} mistakes, {memory}{files}")
 
 
 def plot(readings: list[dict], title: str, subtitle: str) -> Image.Image:
     """Each value over the number of prompts."""
     rows = -(-len(NAMES) // 2)
     picture = Image.new("RGB", (GAP + 2 * (WIDTH + GAP), 60 + rows * (HEIGHT + GAP)), PAPER)
-    pen, font, small = ImageDraw.Draw(picture), ImageFont.load_default(16), ImageFont.load_default(12)
+    pen, font, small = (
+        ImageDraw.Draw(picture),
+        ImageFont.load_default(16),
+        ImageFont.load_default(12),
+    )
     pen.text((GAP, 12), title, INK, font)
     pen.text((GAP, 34), subtitle, FAINT, small)
     most = max((reading["prompts"] for reading in readings), default=1)
@@ -68,7 +86,8 @@ def plot(readings: list[dict], title: str, subtitle: str) -> Image.Image:
             pen.text((left + 8, y - 7), f"{value:.4g}", FAINT, small)
             pen.line((left + LEFT, y, left + WIDTH - 12, y), "#e6e6e6")
         points = [(left + LEFT + (WIDTH - LEFT - 12) * reading["prompts"] / most,
-                   top + HEIGHT - 20 - (HEIGHT - 50) * reading[name] / high) for reading in readings]
+                   top + HEIGHT - 20 - (HEIGHT - 50) * reading[name] / high)
+                  for reading in readings]
         pen.line(points, LINE, 2)
         pen.text((left + WIDTH - 110, top + HEIGHT - 16), f"{most} prompts", FAINT, small)
     return picture.quantize(16)

@@ -1,7 +1,18 @@
 """The example workflows. `python -m devtools.workflows`, from the root, writes them."""
 from devtools import ROOT
-from devtools.workflows import demo, flux, flux_with_pictures, packing, qwen_image, stable_diffusion, video
+from devtools.workflows import (
+    demo,
+    flux,
+    flux_with_pictures,
+    packing,
+    qwen_image,
+    stable_diffusion,
+    video,
+)
 
 FOLDER = ROOT / "example_workflows"
-WORKFLOWS = tuple(make for family in (demo, flux, flux_with_pictures, packing, stable_diffusion, qwen_image, video)
-                  for make in family.WORKFLOWS)
+WORKFLOWS = tuple(
+    make
+    for family in (demo, flux, flux_with_pictures, packing, stable_diffusion, qwen_image, video)
+    for make in family.WORKFLOWS
+)

@@ -15,7 +15,8 @@ which folder and what memory it takes. `python -m devtools.workflows` writes the
 
 
 def written(workflow: dict) -> str:
-    """A workflow as JSON with a node or a link in each line: half as large as with a value in each."""
+    """A workflow as JSON with a node or a link in each line: half as large as with a value in
+    each."""
     def text(value) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
@@ -29,7 +30,9 @@ def written(workflow: dict) -> str:
 
 def index(workflows: list[Workflow]) -> str:
     """The page of the folder: a row for each workflow."""
-    rows = "\n".join(f"| {workflow.name} | {_first_paragraph(workflow.about)} |" for workflow in workflows)
+    rows = "\n".join(
+        f"| {workflow.name} | {_first_paragraph(workflow.about)} |" for workflow in workflows
+    )
     return f"{HEAD}\n| workflow | what it shows |\n|---|---|\n{rows}\n"
 
 
@@ -43,7 +46,9 @@ def main():
     with tempfile.TemporaryDirectory() as base, Server(base) as server:
         object_info = server.object_info()
     for workflow in workflows:
-        (FOLDER / f"{workflow.name}.json").write_text(written(as_ui(workflow, object_info)), encoding="utf-8")
+        (FOLDER / f"{workflow.name}.json").write_text(
+            written(as_ui(workflow, object_info)), encoding="utf-8"
+        )
         print(workflow.name)
 
 

@@ -1,4 +1,5 @@
-"""Turns a workflow as the editor saves it (UI format, version 0.4) into what the server runs (API format)."""
+"""Turns a workflow as the editor saves it (UI format, version 0.4) into what the server runs (API
+format)."""
 
 WIDGET_TYPES = {"INT", "FLOAT", "FLOAT,INT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 NOTES = {"Note", "MarkdownNote"}
@@ -11,7 +12,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
     Raises ValueError for a node the server does not have, or one that this converter cannot follow.
     """
     nodes = {node["id"]: node for node in workflow["nodes"]}
-    links = {link[0]: (link[1], link[2]) for link in workflow["links"]}  # id -> (source node, its output)
+    # id -> (source node, its output)
+    links = {link[0]: (link[1], link[2]) for link in workflow["links"]}
     prompt = {}
     for node in nodes.values():
         if node["type"] in NOTES or node["type"] == "Reroute" or node.get("mode") == 2:
@@ -19,7 +21,9 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         if node["type"] not in object_info:
             raise ValueError(f"The server has no node {node['type']}.")
         if node.get("mode") == 4:
-            raise ValueError(f"Node {node['id']} ({node['type']}) is bypassed, which is not supported here.")
+            raise ValueError(
+                f"Node {node['id']} ({node['type']}) is bypassed, which is not supported here."
+            )
         inputs = _widget_values(node, object_info[node["type"]])
         for slot in node.get("inputs", []):
             if slot.get("link") is not None:
@@ -38,7 +42,11 @@ def _widget_values(node: dict, info: dict) -> dict:
     for section in ("required", "optional"):
         for name, spec in info["input"].get(section, {}).items():
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-            if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput") or not values:
+            if (
+                not (isinstance(kind, list) or kind in WIDGET_TYPES)
+                or options.get("forceInput")
+                or not values
+            ):
                 continue
             result[name] = values.pop(0)
             # The editor adds a widget of its own after a seed, and one after a picture.

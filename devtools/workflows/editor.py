@@ -17,15 +17,28 @@ OWN_VERSION = "0.1.0"  # which the workflows are written for
 WIDTH, NOTE_WIDTH = 380, 460
 TITLE, GAP, MARGIN, HEADING = 30, 30, 20, 50  # of a node; between nodes; around a group; its title
 HELD = 60  # by which a loader of this pack grows when it says what it holds
-TALL = {"CLIPTextEncode": 160, "SaveImage": 420, "PreviewAny": 200, "FeatherweightApplyLora": 290, "LoadImage": 330,
-        "PreviewImage": 300, "TextEncodeQwenImageEditPlus": 200, "SaveVideo": 380, "FeatherweightCheckLora": 420,
-        "FeatherweightMeasureSensitivity": 450, "FeatherweightSavePackedModel": 470, "FeatherweightInspectModelFile": 640,
-        "FeatherweightRunOnRay": 360}
+TALL = {
+    "CLIPTextEncode": 160,
+    "SaveImage": 420,
+    "PreviewAny": 200,
+    "FeatherweightApplyLora": 290,
+    "LoadImage": 330,
+    "PreviewImage": 300,
+    "TextEncodeQwenImageEditPlus": 200,
+    "SaveVideo": 380,
+    "FeatherweightCheckLora": 420,
+    "FeatherweightMeasureSensitivity": 450,
+    "FeatherweightSavePackedModel": 470,
+    "FeatherweightInspectModelFile": 640,
+    "FeatherweightRunOnRay": 360,
+}
 
 
 class File(NamedTuple):
-    """folder: below ComfyUI/models. repository, path: on Hugging Face; without, the workflow's text says where it comes from.
-    size: as a reader sees it. saved_as: its name or place in `folder`, where that is not the end of `path`."""
+    """folder: below ComfyUI/models. repository, path: on Hugging Face; without, the workflow's text
+    says where it comes from.
+    size: as a reader sees it. saved_as: its name or place in `folder`, where that is not the end of
+    `path`."""
 
     folder: str
     repository: str
@@ -44,7 +57,8 @@ class File(NamedTuple):
 
 @dataclass(eq=False)
 class Node:
-    """inputs: values of widgets, or a Node or (Node, output) that an input is linked to. files: those that its widgets name."""
+    """inputs: values of widgets, or a Node or (Node, output) that an input is linked to. files:
+    those that its widgets name."""
 
     type: str
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -54,8 +68,9 @@ class Node:
 
 @dataclass
 class Workflow:
-    """columns: from left to right, each with groups of nodes by their titles, from the top. A node comes after those that it
-    is linked to. about, memory, change, licence: the note's text, in Markdown."""
+    """columns: from left to right, each with groups of nodes by their titles, from the top. A node
+    comes after those that it is linked to. about, memory, change, licence: the note's text, in
+    Markdown."""
 
     name: str
     columns: list[dict[str, list[Node]]]
@@ -75,15 +90,24 @@ class Workflow:
     @property
     def note(self) -> str:
         links = "\n".join(map(_download, filter(lambda file: file.repository, self.files)))
-        parts = (f"# {self.name}", self.about, f"```\n{_tree(self.files)}\n```", f"**Memory.** {self.memory}",
-                 f"**To change.** {self.change}", self.licence, links and f"**Download**\n\n{links}")
+        parts = (
+            f"# {self.name}",
+            self.about,
+            f"```\n{_tree(self.files)}\n```",
+            f"**Memory.** {self.memory}",
+            f"**To change.** {self.change}",
+            self.licence,
+            links and f"**Download**\n\n{links}",
+        )
         return "\n\n".join(part.strip() for part in parts if part)
 
 
 def _download(file: File) -> str:
     """A link; the editor itself has a button for safetensors only."""
     name = file.path.rpartition("/")[2]
-    return f"- [{file.name}]({file.url})" + (f", renamed from `{name}`" if name != file.name else "")
+    return f"- [{file.name}]({file.url})" + (
+        f", renamed from `{name}`" if name != file.name else ""
+    )
 
 
 def _tree(files: list[File]) -> str:
@@ -118,31 +142,64 @@ def as_ui(workflow: Workflow, object_info: dict) -> dict:
             start, top = top, top + HEADING
             for node in group:
                 nodes.append(_node(node, number, links, object_info, [left, top + TITLE]))
-                top += TITLE + nodes[-1]["size"][1] + GAP + HELD * node.type.startswith("FeatherweightLoad")
+                top += (
+                    TITLE
+                    + nodes[-1]["size"][1]
+                    + GAP
+                    + HELD * node.type.startswith("FeatherweightLoad")
+                )
             top += MARGIN - GAP
             bounds = [left - MARGIN, start, WIDTH + 2 * MARGIN, top - start]
-            groups.append({"id": len(groups) + 1, "title": title, "bounding": bounds, "color": "#3f789e", "font_size": 24,
-                           "flags": {}})
+            groups.append(
+                {
+                    "id": len(groups) + 1,
+                    "title": title,
+                    "bounding": bounds,
+                    "color": "#3f789e",
+                    "font_size": 24,
+                    "flags": {},
+                }
+            )
             top += MARGIN
     for link, source, output, *_ in links:
         nodes[source - 1]["outputs"][output]["links"].append(link)
     return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{workflow.name}")), "revision": 0,
-        "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes, "links": links, "groups": groups,
-        "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [NOTE_WIDTH + 140, 120]}}, "version": 0.4,
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{workflow.name}")),
+        "revision": 0,
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": groups,
+        "config": {},
+        "extra": {"ds": {"scale": 0.7, "offset": [NOTE_WIDTH + 140, 120]}},
+        "version": 0.4,
     }
 
 
 def _note(workflow: Workflow) -> dict:
     lines = sum(1 + len(line) // 75 for line in workflow.note.splitlines())
     return {
-        "id": 1, "type": "MarkdownNote", "pos": [-NOTE_WIDTH - 2 * MARGIN, TITLE], "size": [NOTE_WIDTH, 100 + 12 * lines],
-        "flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {},
-        "widgets_values": [workflow.note], "color": "#222", "bgcolor": "#000", "title": "About this workflow",
+        "id": 1,
+        "type": "MarkdownNote",
+        "pos": [-NOTE_WIDTH - 2 * MARGIN, TITLE],
+        "size": [NOTE_WIDTH, 100 + 12 * lines],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "properties": {},
+        "widgets_values": [workflow.note],
+        "color": "#222",
+        "bgcolor": "#000",
+        "title": "About this workflow",
     }
 
 
-def _node(node: Node, number: dict[Node, int], links: list, object_info: dict, position: list[int]) -> dict:
+def _node(
+    node: Node, number: dict[Node, int], links: list, object_info: dict, position: list[int]
+) -> dict:
     """The node as the editor saves it; its links are added to `links`."""
     info = object_info[node.type]
     inputs = info["input"]["required"] | info["input"].get("optional", {})
@@ -167,16 +224,46 @@ def _node(node: Node, number: dict[Node, int], links: list, object_info: dict, p
         if linked:
             source, output = given if isinstance(given, tuple) else (given, 0)
             link = len(links) + 1
-            links.append([link, number[source], output, number[node], len(slots), object_info[source.type]["output"][output]])
-        slots.append({"name": name, "type": kind, "link": link} | ({"widget": {"name": name}} if widget else {}))
-    outputs = [{"name": name, "type": kind, "links": []} for name, kind in zip(info["output_name"], info["output"])]
+            links.append(
+                [
+                    link,
+                    number[source],
+                    output,
+                    number[node],
+                    len(slots),
+                    object_info[source.type]["output"][output],
+                ]
+            )
+        slots.append(
+            {"name": name, "type": kind, "link": link}
+            | ({"widget": {"name": name}} if widget else {})
+        )
+    outputs = [
+        {"name": name, "type": kind, "links": []}
+        for name, kind in zip(info["output_name"], info["output"])
+    ]
     height = 6 + 20 * max(len(slots), len(outputs)) + (8 + 24 * len(values) if values else 0)
     own = node.type.startswith("Featherweight")
-    properties = {"Node name for S&R": node.type, "cnr_id": "featherweight" if own else "comfy-core",
-                  "ver": OWN_VERSION if own else HOST_VERSION}
+    properties = {
+        "Node name for S&R": node.type,
+        "cnr_id": "featherweight" if own else "comfy-core",
+        "ver": OWN_VERSION if own else HOST_VERSION,
+    }
     if models := [file for file in node.files if file.repository]:
-        properties["models"] = [{"name": file.name, "url": file.url, "directory": file.folder} for file in models]
-    entry = {"id": number[node], "type": node.type, "pos": position, "size": [WIDTH, TALL.get(node.type, height)], "flags": {},
-             "order": number[node] - 1, "mode": 0, "inputs": slots, "outputs": outputs, "properties": properties,
-             "widgets_values": values}
+        properties["models"] = [
+            {"name": file.name, "url": file.url, "directory": file.folder} for file in models
+        ]
+    entry = {
+        "id": number[node],
+        "type": node.type,
+        "pos": position,
+        "size": [WIDTH, TALL.get(node.type, height)],
+        "flags": {},
+        "order": number[node] - 1,
+        "mode": 0,
+        "inputs": slots,
+        "outputs": outputs,
+        "properties": properties,
+        "widgets_values": values,
+    }
     return entry | ({"title": node.title} if node.title else {})

@@ -1,13 +1,19 @@
 """Nodes and files that several of the example workflows share."""
 from devtools.workflows.editor import File, Node
 
-FEATHER = "a white feather resting on a brass balance scale, soft morning light, shallow depth of field"
+FEATHER = (
+    "a white feather resting on a brass balance scale, soft morning light, shallow depth of field"
+)
 PICTURE = "example.png"  # comes with ComfyUI
 
 CLIP_L = File("text_encoders", "comfyanonymous/flux_text_encoders", "clip_l.safetensors", "0.2 GB")
-T5_GGUF = File("text_encoders", "city96/t5-v1_1-xxl-encoder-gguf", "t5-v1_1-xxl-encoder-Q4_K_M.gguf", "2.9 GB")
+T5_GGUF = File(
+    "text_encoders", "city96/t5-v1_1-xxl-encoder-gguf", "t5-v1_1-xxl-encoder-Q4_K_M.gguf", "2.9 GB"
+)
 QWEN3_4B = File("text_encoders", "unsloth/Qwen3-4B-GGUF", "Qwen3-4B-Q5_K_M.gguf", "2.9 GB")
-FLUX_VAE = File("vae", "Comfy-Org/Lumina_Image_2.0_Repackaged", "split_files/vae/ae.safetensors", "0.3 GB")
+FLUX_VAE = File(
+    "vae", "Comfy-Org/Lumina_Image_2.0_Repackaged", "split_files/vae/ae.safetensors", "0.3 GB"
+)
 
 
 def checkpoint(file: File) -> Node:
@@ -19,9 +25,13 @@ def diffusion_model(file: File, title: str = "") -> Node:
 
 
 def text_encoder(kind: str, *files: File, mmproj: File | None = None) -> Node:
-    inputs = {f"text_encoder_{number}": file.name for number, file in enumerate(files, start=1)} | {"type": kind}
+    inputs = {f"text_encoder_{number}": file.name for number, file in enumerate(files, start=1)} | {
+        "type": kind
+    }
     if mmproj:
-        return Node("FeatherweightLoadTextEncoder", inputs | {"mmproj": mmproj.name}, files=(*files, mmproj))
+        return Node(
+            "FeatherweightLoadTextEncoder", inputs | {"mmproj": mmproj.name}, files=(*files, mmproj)
+        )
     return Node("FeatherweightLoadTextEncoder", inputs, files=files)
 
 
@@ -52,8 +62,18 @@ def size(side: int = 1024, node: str = "EmptySD3LatentImage") -> Node:
 
 
 def sampled(model, positive, negative, latent, decoder, **settings) -> list[Node]:
-    """The nodes from the latent to a saved picture. settings: steps, cfg, sampler_name and scheduler of the KSampler."""
-    sampler = Node("KSampler", {"model": model, "positive": positive, "negative": negative, "latent_image": latent, **settings})
+    """The nodes from the latent to a saved picture. settings: steps, cfg, sampler_name and
+    scheduler of the KSampler."""
+    sampler = Node(
+        "KSampler",
+        {
+            "model": model,
+            "positive": positive,
+            "negative": negative,
+            "latent_image": latent,
+            **settings,
+        },
+    )
     return [sampler, *saved(sampler, decoder)]
 
 
@@ -62,11 +82,27 @@ def saved(samples, decoder) -> list[Node]:
     return [decode, Node("SaveImage", {"images": decode, "filename_prefix": "featherweight"})]
 
 
-def sampled_step_by_step(model, positive, negative, latent, sigmas, sampler_name: str = "euler") -> list[Node]:
+def sampled_step_by_step(
+    model, positive, negative, latent, sigmas, sampler_name: str = "euler"
+) -> list[Node]:
     """A sampler of parts, which comes last."""
-    guider = Node("CFGGuider", {"model": model, "positive": positive, "negative": negative, "cfg": 1.0})
+    guider = Node(
+        "CFGGuider", {"model": model, "positive": positive, "negative": negative, "cfg": 1.0}
+    )
     noise, method = Node("RandomNoise"), Node("KSamplerSelect", {"sampler_name": sampler_name})
-    return [guider, noise, method, sigmas, Node("SamplerCustomAdvanced", {
-        "noise": noise, "guider": guider, "sampler": method, "sigmas": sigmas, "latent_image": latent})]
-
-
+    return [
+        guider,
+        noise,
+        method,
+        sigmas,
+        Node(
+            "SamplerCustomAdvanced",
+            {
+                "noise": noise,
+                "guider": guider,
+                "sampler": method,
+                "sigmas": sigmas,
+                "latent_image": latent,
+            },
+        ),
+    ]

@@ -1,7 +1,8 @@
-"""Draws the thumbnails of the example workflows as the editor shows them: `python -m devtools.workflows.pictures [name ...]`.
+"""Draws the thumbnails of the example workflows as the editor shows them: `python -m
+devtools.workflows.pictures [name ...]`.
 
-It takes Chromium and `pillow`. The files that a workflow names need not be there: empty ones stand in for them, so that the
-editor has nothing to complain about.
+It takes Chromium and `pillow`. The files that a workflow names need not be there: empty ones stand
+in for them, so that the editor has nothing to complain about.
 """
 import shutil
 import sys
@@ -17,8 +18,10 @@ from devtools.workflows.parts import PICTURE
 
 WIDTH = 720  # pixels of a thumbnail
 WINDOW = (2700, 1800)  # the largest workflow fits in
-TOO_LARGE = {"Featherweight demo side by side": FOLDER.parent / "demo_model" / "sheet.png"}  # shown by what they make
-# Opens a workflow with its groups at the given corner of the window, small enough to fit; gives their size there.
+# shown by what they make
+TOO_LARGE = {"Featherweight demo side by side": FOLDER.parent / "demo_model" / "sheet.png"}
+# Opens a workflow with its groups at the given corner of the window, small enough to fit; gives
+# their size there.
 OPEN = """(async (workflow, left, top) => {
   await app.loadGraphData(workflow, true, true, null)
   await new Promise(resolve => setTimeout(resolve, 1500))
@@ -37,7 +40,12 @@ OPEN = """(async (workflow, left, top) => {
 
 def stand_in_files(base: Path):
     """Empty files of every name that the workflows use, and the picture that comes with ComfyUI."""
-    for file in (file for make in WORKFLOWS for file in make().files if file.name.endswith((".gguf", ".safetensors"))):
+    for file in (
+        file
+        for make in WORKFLOWS
+        for file in make().files
+        if file.name.endswith((".gguf", ".safetensors"))
+    ):
         path = base / "models" / file.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -57,11 +65,19 @@ def main(names: list[str]):
                 if path.stem in TOO_LARGE:
                     picture = Image.open(TOO_LARGE[path.stem])
                 else:
-                    size = browser.evaluate(f"{OPEN}({path.read_text(encoding='utf-8')}, {left}, {top})")
-                    picture = browser.screenshot(left - 15, top - 15, size[0] + 30, size[1] + 30).convert("RGB")
-                picture = picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
+                    size = browser.evaluate(
+                        f"{OPEN}({path.read_text(encoding='utf-8')}, {left}, {top})"
+                    )
+                    picture = browser.screenshot(
+                        left - 15, top - 15, size[0] + 30, size[1] + 30
+                    ).convert("RGB")
+                picture = picture.resize(
+                    (WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS
+                )
                 picture.save(path.with_suffix(".jpg"), quality=56, optimize=True, progressive=True)
-                print(f"{path.stem}: {picture.size}, {path.with_suffix('.jpg').stat().st_size} bytes")
+                print(
+                    f"{path.stem}: {picture.size}, {path.with_suffix('.jpg').stat().st_size} bytes"
+                )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,2 @@
-"""Text encoders: their families, tokenizers and vision towers, and which of them belong together."""
+"""Text encoders: their families, tokenizers and vision towers, and which of them belong
+together."""

@@ -1,7 +1,8 @@
-"""What a text encoder sees and hears through, where no file of it was given: left out of the host's model.
+"""What a text encoder sees and hears through, where no file of it was given: left out of the host's
+model.
 
-The host builds these towers whether a file has them or not. Gemma 3 12B, which LTX-2 uses for text alone, would hold 1.6 GB
-for one that cannot work.
+The host builds these towers whether a file has them or not. Gemma 3 12B, which LTX-2 uses for text
+alone, would hold 1.6 GB for one that cannot work.
 """
 import contextlib
 import os
@@ -12,11 +13,13 @@ import torch
 from ...ops.load_hooks import before_each_load
 from ..files.container import WeightFileError
 
-TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_projector", "visual"}  # the host's names
+# the host's names
+TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_projector", "visual"}
 
 
 class MissingTower(torch.nn.Module):
-    """A module in the place of a tower, whose use raises a WeightFileError about the missing file."""
+    """A module in the place of a tower, whose use raises a WeightFileError about the missing
+    file."""
 
     def __init__(self, names: str):
         super().__init__()
@@ -24,14 +27,18 @@ class MissingTower(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         raise WeightFileError(
-            f"{self.names} came without the part that sees or hears (mmproj), so no picture or sound can be shown to it. Pick"
-            " the mmproj file that was published with it in Load Text Encoder (Featherweight), or put it beside this file.")
+            f"{self.names} came without the part that sees or hears (mmproj), so no picture or"
+            " sound can be shown to it. Pick the mmproj file that was published with it in Load"
+            " Text Encoder (Featherweight), or put it beside this file."
+        )
 
-    patchify = forward  # what the host calls first where there is no tower but an embedding of pixels
+    # what the host calls first where there is no tower but an embedding of pixels
+    patchify = forward
 
 
 def placeholder(*shape: int) -> torch.Tensor:
-    """A tensor without memory of its own, put among an encoder's weights because the host tells the encoder by its shape."""
+    """A tensor without memory of its own, put among an encoder's weights because the host tells the
+    encoder by its shape."""
     return torch.zeros(1, dtype=torch.float32).expand(shape)
 
 
@@ -40,12 +47,16 @@ def is_placeholder(tensor: torch.Tensor) -> bool:
 
 
 def without_missing_towers(paths: Sequence[str]) -> contextlib.AbstractContextManager:
-    """A context in which the host builds and loads a text encoder of these files without the towers that they do not hold."""
+    """A context in which the host builds and loads a text encoder of these files without the towers
+    that they do not hold."""
     names = " and ".join(map(os.path.basename, paths))
 
     def leave_out(model, state_dict, prefix, *args):
         for name in TOWERS & {name for name, _ in model.named_children()}:
-            parts = {key: tensor for key, tensor in state_dict.items() if key.startswith(f"{prefix}{name}.")}
+            parts = {
+                key: tensor for key, tensor in state_dict.items()
+                if key.startswith(f"{prefix}{name}.")
+            }
             if all(map(is_placeholder, parts.values())):
                 setattr(model, name, MissingTower(names))
                 for key in parts:

@@ -1,4 +1,5 @@
-"""Weight files of every kind: `open_weights` reads them. Importing this package registers every container."""
+"""Weight files of every kind: `open_weights` reads them. Importing this package registers every
+container."""
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from .wrong_format import sniff_wrong_format
 
 
 def open_weights(path: str | os.PathLike) -> WeightFile:
-    """Open a weight file of any registered container, or a folder of diffusers or transformers (with `config.json`).
+    """Open a weight file of any registered container, or a folder of diffusers or transformers
+    (with `config.json`).
 
     Raises WeightFileError, and nothing else, for a bad one.
     """
@@ -20,4 +22,5 @@ def open_weights(path: str | os.PathLike) -> WeightFile:
     for container in CONTAINERS.values():
         if container.recognises(head):
             return container(path)
-    raise WeightFileError(f"{path.name} is not a weight file that can be read here: {sniff_wrong_format(head)}")
+    raise WeightFileError(
+        f"{path.name} is not a weight file that can be read here: {sniff_wrong_format(head)}")

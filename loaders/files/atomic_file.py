@@ -1,8 +1,10 @@
-"""Files that appear under their name whole, or not at all: what every writer of this folder stands on.
+"""Files that appear under their name whole, or not at all: what every writer of this folder stands
+on.
 
-The bytes go to `NAME.PID.featherweight.part` in the same folder and get their name when all of them are on the disk. Whatever
-ends a writer in between (an error, a cancel, a full disk) takes the temporary file with it. A killed process leaves it, and
-the next writer into that folder removes it: its lock is gone. A writer holds that lock until the file has its name.
+The bytes go to `NAME.PID.featherweight.part` in the same folder and get their name when all of them
+are on the disk. Whatever ends a writer in between (an error, a cancel, a full disk) takes the
+temporary file with it. A killed process leaves it, and the next writer into that folder removes it:
+its lock is gone. A writer holds that lock until the file has its name.
 """
 import contextlib
 import errno
@@ -29,15 +31,18 @@ FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 class WriteError(ValueError):
-    """A file that cannot be written. The message names the file, what is in the way and what to do."""
+    """A file that cannot be written. The message names the file, what is in the way and what to
+    do."""
 
 
 @contextlib.contextmanager
-def atomic_writer(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> Iterator[BinaryIO]:
+def atomic_writer(path: str | os.PathLike, nbytes: int,
+                  overwrite: bool = False) -> Iterator[BinaryIO]:
     """An open file, unbuffered, that becomes `path` when the block ends well.
 
-    nbytes: what the file will take at most; as much is set aside now, so that a full disk is an error before the work. The file
-    ends where it was written last. Raises WriteError where that cannot be, and for a `path` that exists, unless `overwrite`.
+    nbytes: what the file will take at most; as much is set aside now, so that a full disk is an
+    error before the work. The file ends where it was written last. Raises WriteError where that
+    cannot be, and for a `path` that exists, unless `overwrite`.
     """
     path = Path(path)
     check_writable(path, nbytes, overwrite)
@@ -53,7 +58,10 @@ def atomic_writer(path: str | os.PathLike, nbytes: int, overwrite: bool = False)
             file.truncate(max(file.tell(), 0))
             os.fsync(file.fileno())
             if not overwrite and path.exists():
-                raise WriteError(f"{path} has come to be while it was written here, and stays as it is. Pick another name.")
+                raise WriteError(
+                    f"{path} has come to be while it was written here, and stays as it is. Pick"
+                    " another name."
+                )
             if fcntl is None:
                 file.close()
             os.replace(part, path)
@@ -68,10 +76,12 @@ def atomic_writer(path: str | os.PathLike, nbytes: int, overwrite: bool = False)
 @contextlib.contextmanager
 def new_weights(path: str | os.PathLike, writer: type["WeightsWriter"], layout,
                 overwrite: bool = False) -> Iterator["WeightsWriter"]:
-    """A file that is there when the block ends well, with every tensor written in it, and otherwise not at all.
+    """A file that is there when the block ends well, with every tensor written in it, and otherwise
+    not at all.
 
-    layout: what the file will hold: `tensors` by name, the bytes of the whole file in `size`, and where the data starts in
-    `start`; `header(written)` gives what stands before that. Raises WriteError, as `atomic_writer`.
+    layout: what the file will hold: `tensors` by name, the bytes of the whole file in `size`, and
+    where the data starts in `start`; `header(written)` gives what stands before that. Raises
+    WriteError, as `atomic_writer`.
     """
     with atomic_writer(path, layout.size, overwrite) as file:
         open_writer = writer(file, layout)
@@ -80,7 +90,8 @@ def new_weights(path: str | os.PathLike, writer: type["WeightsWriter"], layout,
 
 
 class WeightsWriter:
-    """Takes the tensors of a file in their order, and puts the header before them when all is known that stands in it.
+    """Takes the tensors of a file in their order, and puts the header before them when all is known
+    that stands in it.
 
     written: of each tensor that the file has, what the layout's header tells of it.
     """
@@ -91,7 +102,11 @@ class WeightsWriter:
 
     def put(self, data: torch.Tensor) -> int:
         """Writes a tensor on the CPU where the last one ended. Returns its bytes."""
-        return self.file.write(data.contiguous().reshape(-1).view(torch.uint8).numpy()) if data.numel() else 0
+        return (
+            self.file.write(data.contiguous().reshape(-1).view(torch.uint8).numpy())
+            if data.numel()
+            else 0
+        )
 
     def finish(self):
         missing = self.layout.tensors.keys() - self.written.keys()
@@ -104,7 +119,8 @@ class WeightsWriter:
 
 
 def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False):
-    """Raise WriteError where a file of `nbytes` could not be written at `path`: before any work is done for it."""
+    """Raise WriteError where a file of `nbytes` could not be written at `path`: before any work is
+    done for it."""
     path = Path(path)
     if path.is_dir():
         raise WriteError(f"{path} is a folder. Give the name of a file.")
@@ -113,12 +129,15 @@ def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False
     if not path.parent.is_dir():
         raise WriteError(f"The folder {path.parent} does not exist. Make it, or pick another one.")
     if not os.access(path.parent, os.W_OK):
-        raise WriteError(f"The folder {path.parent} may not be written to by this user. Pick another one, or change its"
-                         " permissions.")
+        raise WriteError(
+            f"The folder {path.parent} may not be written to by this user. Pick another one, or"
+            " change its permissions.")
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + SPARE:
-        raise WriteError(f"{path.name} takes {size_text(nbytes, 2)}, the drive of {path.parent} has {size_text(free, 2)} free."
-                         " Make room, or pick a folder on another drive or a smaller type.")
+        raise WriteError(
+            f"{path.name} takes {size_text(nbytes, 2)}, the drive of {path.parent} has"
+            f" {size_text(free, 2)} free. Make room, or pick a folder on another drive or a"
+            " smaller type.")
 
 
 class _FriendlyFile:
@@ -149,8 +168,14 @@ def _explain_oserror(path: Path):
     try:
         yield
     except OSError as error:
-        advice = "Make room, or pick another drive" if error.errno in FULL else "Check the drive and its permissions"
-        raise WriteError(f"{path} cannot be written ({error.strerror}). {advice}; nothing is left of it.") from error
+        advice = (
+            "Make room, or pick another drive"
+            if error.errno in FULL
+            else "Check the drive and its permissions"
+        )
+        raise WriteError(
+            f"{path} cannot be written ({error.strerror}). {advice}; nothing is left of it."
+        ) from error
 
 
 def _open_locked(part: Path) -> BinaryIO:
@@ -198,7 +223,8 @@ def remove_stale_parts(folder: Path):
 def _remove_stale_part(part: Path, writer: int):
     """Remove a part unless its writer holds it. Raises OSError.
 
-    Where there are no locks, a writer has to close its part before it can give it its name; so all of a living one's stay.
+    Where there are no locks, a writer has to close its part before it can give it its name; so all
+    of a living one's stay.
 
     Args:
         part: the file.
@@ -210,7 +236,8 @@ def _remove_stale_part(part: Path, writer: int):
         return
     with open(part, "r+b") as file:  # drives that emulate this lock lock only what may be written
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _has_name(file, part):  # else its writer was done before the lock, and the name is a later writer's
+        # else its writer was done before the lock, and the name is a later writer's
+        if _has_name(file, part):
             part.unlink()
 
 

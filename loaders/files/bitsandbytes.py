@@ -1,7 +1,8 @@
-"""What bitsandbytes keeps in a file: the names it gives to the parts of a weight, and one packed tensor made of them.
+"""What bitsandbytes keeps in a file: the names it gives to the parts of a weight, and one packed
+tensor made of them.
 
-bitsandbytes keeps several tensors for one weight. `join_parts` makes one packed tensor of them, per key, so that a host that
-knows the dense model finds weights of the shapes it expects:
+bitsandbytes keeps several tensors for one weight. `join_parts` makes one packed tensor of them, per
+key, so that a host that knows the dense model finds weights of the shapes it expects:
 
 | in the file (weight `X` of [N, K]) | in the state dict |
 |---|---|
@@ -22,13 +23,18 @@ from .container import COUNTABLE, ProgressIter, WeightFile, WeightFileError, saf
 from .unsupported_quantizers import OTHER_FORM
 
 QUANT_TYPES = {"nf4": FORMATS["NF4"], "fp4": FORMATS["FP4"]}
-STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)  # bitsandbytes' `quant_storage`
-BLOCK_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `functional.quantize_4bit`
+# bitsandbytes' `quant_storage`
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+# bitsandbytes 0.50 `functional.quantize_4bit`
+BLOCK_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-QUANT_STATE = re.compile(r"(?P<weight>.+)(?<!absmax)(?<!quant_map)(?<!SCB)\.quant_state\.bitsandbytes__(?P<quant_type>\w+)")
+QUANT_STATE = re.compile(
+    r"(?P<weight>.+)(?<!absmax)(?<!quant_map)(?<!SCB)\.quant_state\.bitsandbytes__(?P<quant_type>\w+)"
+)
 SCALES_OF_INT8 = re.compile(r"(?P<layer>.+?)(\.weight)?\.SCB")
 
-# End of a name that only a file with packed weights has; files that the host reads itself have none.
+# End of a name that only a file with packed weights has; files that the host reads itself have
+# none.
 MARK = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
 # End of the name of a part that lies beside a 4-bit weight.
 PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
@@ -36,10 +42,16 @@ PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
 AGAIN = "Download the file again, or get another conversion."
 # End of a name that is left over where parts are missing, what that tensor is, and what to do.
 LEFTOVERS = (
-    (r"\.(nested_)?absmax$|\.(nested_)?quant_map$|\.quant_state(\..*)?$", "part of a bitsandbytes 4-bit weight whose other"
-     " parts are not in the file", "Download it again, or get another conversion."),
-    (r"\.SCB$|\.weight_format$", "part of a bitsandbytes int8 weight whose other parts are not in the file",
-     "Download it again, or get another conversion."),
+    (
+        r"\.(nested_)?absmax$|\.(nested_)?quant_map$|\.quant_state(\..*)?$",
+        "part of a bitsandbytes 4-bit weight whose other parts are not in the file",
+        "Download it again, or get another conversion.",
+    ),
+    (
+        r"\.SCB$|\.weight_format$",
+        "part of a bitsandbytes int8 weight whose other parts are not in the file",
+        "Download it again, or get another conversion.",
+    ),
 )
 
 
@@ -49,15 +61,18 @@ def has_packed_weights(names: Iterable[str]) -> bool:
 
 
 def formats_in(file: WeightFile) -> dict[str, str]:
-    """Name of each weight -> its format. What bitsandbytes keeps in several tensors is one weight."""
+    """Name of each weight -> its format. What bitsandbytes keeps in several tensors is one
+    weight."""
     states = filter(None, map(QUANT_STATE.fullmatch, file.entries))
     packed = {found["weight"]: found["quant_type"].upper() for found in states}
     return {name: packed.get(name, entry.format) for name, entry in file.entries.items()
             if PART.sub("", name) not in packed or name in packed}
 
 
-def join_parts(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-    """The tensors of a file with one packed tensor in place of the parts of each weight; changes `tensors` and returns it.
+def join_parts(file: WeightFile, tensors: dict[str, torch.Tensor],
+               track: ProgressIter = iter) -> dict[str, torch.Tensor]:
+    """The tensors of a file with one packed tensor in place of the parts of each weight; changes
+    `tensors` and returns it.
 
     track: goes over the names in place of a plain loop. Raises WeightFileError.
     """
@@ -65,7 +80,8 @@ def join_parts(file: WeightFile, tensors: dict[str, torch.Tensor], track: Progre
 
 
 class _PartsOfWeights:
-    """The tensors of a file while the parts of each weight are taken out and the packed weight is put in."""
+    """The tensors of a file while the parts of each weight are taken out and the packed weight is
+    put in."""
 
     def __init__(self, file: WeightFile, tensors: dict[str, torch.Tensor]):
         self.file = file
@@ -89,7 +105,8 @@ class _PartsOfWeights:
     def part(self, key: str, weight: str, what: str) -> torch.Tensor:
         """Takes one part of a weight out of the tensors."""
         if key not in self.tensors:
-            raise self.error(weight, f"{safe_repr(key)} is missing, the {what} of {safe_repr(weight)}")
+            raise self.error(weight,
+                             f"{safe_repr(key)} is missing, the {what} of {safe_repr(weight)}")
         return self.tensors.pop(key)
 
     def packed(self, key: str, weight: str, quant_type: str) -> torch.Tensor:
@@ -97,36 +114,43 @@ class _PartsOfWeights:
         if quant_type not in QUANT_TYPES:
             known = " and ".join(QUANT_TYPES)
             raise self.error(
-                key, f"{safe_repr(key)} names the quant_type {safe_repr(quant_type)}; {known} are supported", OTHER_FORM
-            )
-        if any(f"{weight}.quant_state.bitsandbytes__{other}" in self.tensors for other in QUANT_TYPES if other != quant_type):
+                key,
+                f"{safe_repr(key)} names the quant_type {safe_repr(quant_type)}; {known} are"
+                " supported",
+                OTHER_FORM)
+        if any(f"{weight}.quant_state.bitsandbytes__{other}" in self.tensors
+               for other in QUANT_TYPES if other != quant_type):
             raise self.error(key, f"{safe_repr(weight)} has two quant_states")
         state = self.quant_state(key, quant_type)
         packed_format = QUANT_TYPES[quant_type].of_block_length(state["blocksize"])
         shape = tuple(state["shape"])
         values = math.prod(shape)
         if weight not in self.tensors:
-            raise self.error(key, f"{safe_repr(weight)} is missing, whose {safe_repr(key)} is there")
+            raise self.error(key,
+                             f"{safe_repr(weight)} is missing, whose {safe_repr(key)} is there")
         stored = self.tensors[weight]
         if stored.dtype not in STORAGE_DTYPES:
             raise self.error(
                 key,
-                f"{safe_repr(weight)} has the type {self.entries[weight].format}, not one that bitsandbytes keeps"
-                f" 4-bit codes in",
-            )
+                f"{safe_repr(weight)} has the type {self.entries[weight].format}, not one that"
+                f" bitsandbytes keeps 4-bit codes in")
         codes = stored.contiguous().view(-1).view(torch.uint8)
         needed = -(-values // 2)
         if not needed <= len(codes) < needed + stored.dtype.itemsize:
             raise self.error(
                 key,
-                f"{safe_repr(key)} gives {safe_repr(weight)} the shape {safe_repr(state['shape'])}, whose codes take"
-                f" {needed} bytes, but it has {len(codes)}",
-            )
+                f"{safe_repr(key)} gives {safe_repr(weight)} the shape"
+                f" {safe_repr(state['shape'])}, whose codes take {needed} bytes, but it has"
+                f" {len(codes)}")
         blocks = -(-values // packed_format.block_length)
         absmax = self.absmax(weight, state, blocks)
         code = self.part(f"{weight}.quant_map", weight, "codebook")
-        if code.shape != (16,) or not torch.equal(code.float(), torch.tensor(packed_format.codebook, dtype=torch.float32)):
-            raise self.error(key, f"{safe_repr(f'{weight}.quant_map')} is not the codebook of {quant_type}", OTHER_FORM)
+        if code.shape != (16,) or not torch.equal(
+            code.float(), torch.tensor(packed_format.codebook, dtype=torch.float32)
+        ):
+            raise self.error(
+                key, f"{safe_repr(f'{weight}.quant_map')} is not the codebook of {quant_type}",
+                OTHER_FORM)
         return packed_tensor(packed_format, codes[:needed], shape, scale=absmax)
 
     def quant_state(self, key: str, quant_type: str) -> dict:
@@ -142,14 +166,22 @@ class _PartsOfWeights:
         if missing:
             raise self.error(key, f"{safe_repr(key)} has no {' and no '.join(missing)}")
         if state["quant_type"] != quant_type:
-            raise self.error(key, f"{safe_repr(key)} says quant_type {safe_repr(state['quant_type'])} inside")
+            raise self.error(
+                key, f"{safe_repr(key)} says quant_type {safe_repr(state['quant_type'])} inside")
         if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_LENGTHS:
-            raise self.error(key, f"{safe_repr(key)} says blocksize {safe_repr(state['blocksize'])}; bitsandbytes writes"
-                                  f" {', '.join(map(str, BLOCK_LENGTHS))}")
+            raise self.error(
+                key,
+                f"{safe_repr(key)} says blocksize {safe_repr(state['blocksize'])}; bitsandbytes"
+                f" writes {', '.join(map(str, BLOCK_LENGTHS))}")
         shape = state["shape"]
-        if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape) or (
-                math.prod(shape) > COUNTABLE):
-            raise self.error(key, f"{safe_repr(key)} says shape {safe_repr(shape)}, which no weight has")
+        if (
+            not isinstance(shape, list)
+            or not shape
+            or not all(type(size) is int and size > 0 for size in shape)
+            or (math.prod(shape) > COUNTABLE)
+        ):
+            raise self.error(
+                key, f"{safe_repr(key)} says shape {safe_repr(shape)}, which no weight has")
         return state
 
     def absmax(self, weight: str, state: dict, blocks: int) -> torch.Tensor:
@@ -159,49 +191,81 @@ class _PartsOfWeights:
         if len(absmax) != blocks:
             raise self.error(
                 key,
-                f"{safe_repr(key)} has {len(absmax)} scales, {safe_repr(weight)} of shape {safe_repr(state['shape'])} has"
-                f" {blocks} blocks of {state['blocksize']}",
-            )
+                f"{safe_repr(key)} has {len(absmax)} scales, {safe_repr(weight)} of shape"
+                f" {safe_repr(state['shape'])} has {blocks} blocks of {state['blocksize']}")
         if absmax.is_floating_point():
             return absmax.float()
         if absmax.dtype != torch.uint8:
-            raise self.error(key, f"{safe_repr(key)} has the type {self.entries[key].format}, expected F32, or U8 where it is"
-                                  f" quantised itself")
-        scales = self.part(f"{weight}.nested_absmax", weight, "scales of the scales").view(-1).float()
-        code = self.part(f"{weight}.nested_quant_map", weight, "codebook of the scales").view(-1).float()
+            raise self.error(
+                key,
+                f"{safe_repr(key)} has the type {self.entries[key].format}, expected F32, or U8"
+                f" where it is quantised itself")
+        scales = self.part(f"{weight}.nested_absmax", weight,
+                           "scales of the scales").view(-1).float()
+        code = self.part(f"{weight}.nested_quant_map", weight,
+                         "codebook of the scales").view(-1).float()
         length, offset = state.get("nested_blocksize"), state.get("nested_offset")
-        if type(length) is not int or length < 1 or type(offset) is not float or not math.isfinite(offset):
-            raise self.error(key, f"{safe_repr(key)} is quantised itself, but the quant_state of {safe_repr(weight)} gives"
-                                  f" nested_blocksize {safe_repr(length)} and nested_offset {safe_repr(offset)}")
+        if (
+            type(length) is not int
+            or length < 1
+            or type(offset) is not float
+            or not math.isfinite(offset)
+        ):
+            raise self.error(
+                key,
+                f"{safe_repr(key)} is quantised itself, but the quant_state of {safe_repr(weight)}"
+                f" gives nested_blocksize {safe_repr(length)} and nested_offset"
+                f" {safe_repr(offset)}")
         if len(scales) != -(-blocks // length) or len(code) != 256:
             raise self.error(
                 key,
-                f"{safe_repr(key)} of {blocks} scales in blocks of {length} has {len(scales)} nested_absmax and"
-                f" {len(code)} values in its nested_quant_map, expected {-(-blocks // length)} and 256",
+                f"{safe_repr(key)} of {blocks} scales in blocks of {length} has {len(scales)}"
+                f" nested_absmax and {len(code)} values in its nested_quant_map, expected"
+                f" {-(-blocks // length)} and 256"
             )
         # bitsandbytes 0.50 `functional.dequantize_4bit`: each step rounds to float32.
-        return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(torch.tensor(offset, dtype=torch.float32))
+        return (code[absmax.int()] * scales.repeat_interleave(length)[:blocks]).add_(
+            torch.tensor(offset, dtype=torch.float32))
 
     def int8_weight(self, key: str, layer: str):
         """Puts the packed tensor in place of an int8 weight and its scales."""
         weight, scales = f"{layer}.weight", self.tensors.pop(key).view(-1)
         values = self.tensors.get(weight)
         if f"{layer}.comfy_quant" in self.tensors:
-            raise self.error(key, f"{safe_repr(weight)} has both {safe_repr(key)} and {safe_repr(f'{layer}.comfy_quant')}")
-        if values is None or values.dtype != torch.int8 or values.ndim != 2 or not values.numel():
-            found = "missing" if values is None else f"{self.entries[weight].format} {list(values.shape)}"
             raise self.error(
-                key, f"{safe_repr(weight)}, to which {safe_repr(key)} belongs, is {found}, expected I8 [rows, columns]"
+                key,
+                f"{safe_repr(weight)} has both {safe_repr(key)} and"
+                f" {safe_repr(f'{layer}.comfy_quant')}"
+            )
+        if values is None or values.dtype != torch.int8 or values.ndim != 2 or not values.numel():
+            found = (
+                "missing"
+                if values is None
+                else f"{self.entries[weight].format} {list(values.shape)}"
+            )
+            raise self.error(
+                key,
+                f"{safe_repr(weight)}, to which {safe_repr(key)} belongs, is {found}, expected I8"
+                " [rows, columns]"
             )
         if len(scales) != len(values) or not scales.is_floating_point():
-            raise self.error(key, f"{safe_repr(key)} has {len(scales)} scales of type {self.entries[key].format},"
-                                  f" {safe_repr(weight)} has {len(values)} rows")
-        order = [self.tensors.pop(name, None) for name in (f"{layer}.weight_format", f"{weight}.weight_format")]
+            raise self.error(
+                key,
+                f"{safe_repr(key)} has {len(scales)} scales of type {self.entries[key].format},"
+                f" {safe_repr(weight)} has {len(values)} rows")
+        order = [
+            self.tensors.pop(name, None)
+            for name in (f"{layer}.weight_format", f"{weight}.weight_format")
+        ]
         if any(tensor is not None and tensor.tolist() not in (0, [0]) for tensor in order):
-            raise self.error(key, f"{safe_repr(weight)} is stored in tiles for one kind of GPU (its weight_format is not 0)",
-                             "Get a conversion made with bitsandbytes 0.45 or newer.")
-        self.tensors[weight] = packed_tensor(
-            INT8.of_columns(values.shape[1]), values.view(torch.uint8), values.shape, scale=scales.float() / 127)
+            raise self.error(
+                key,
+                f"{safe_repr(weight)} is stored in tiles for one kind of GPU (its weight_format is"
+                " not 0)",
+                "Get a conversion made with bitsandbytes 0.45 or newer.")
+        self.tensors[weight] = packed_tensor(INT8.of_columns(values.shape[1]),
+                                             values.view(torch.uint8), values.shape,
+                                             scale=scales.float() / 127)
 
     def refuse_leftovers(self):
         for pattern, what, advice in LEFTOVERS:
@@ -209,5 +273,13 @@ class _PartsOfWeights:
             if name is not None:
                 raise self.error(name, f"{safe_repr(name)} is {what}", advice)
         for name, tensor in self.tensors.items():
-            if tensor.dtype == torch.uint8 and tensor.shape[1:] == (1,) and name.endswith(".weight"):
-                raise self.error(name, f"{safe_repr(name)} holds 4-bit codes of bitsandbytes, and its quant_state is missing")
+            if (
+                tensor.dtype == torch.uint8
+                and tensor.shape[1:] == (1,)
+                and name.endswith(".weight")
+            ):
+                raise self.error(
+                    name,
+                    f"{safe_repr(name)} holds 4-bit codes of bitsandbytes, and its quant_state is"
+                    " missing"
+                )

@@ -1,7 +1,9 @@
-"""Weight files: the names, logical shapes, formats, bytes and metadata in a file, whatever its container.
+"""Weight files: the names, logical shapes, formats, bytes and metadata in a file, whatever its
+container.
 
-A container is one class in one file of this folder. It registers by being defined, is imported by `__init__.py`
-(`open_weights`), and is chosen by the first bytes of a file, never by the file's name.
+A container is one class in one file of this folder. It registers by being defined, is imported by
+`__init__.py` (`open_weights`), and is chosen by the first bytes of a file, never by the file's
+name.
 """
 import contextlib
 import math
@@ -17,8 +19,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ...ops.format import FORMATS
-from ...ops.read_only_memory import guards_of, mark_read_only
 from ...ops.packed_layout import packed_tensor
+from ...ops.read_only_memory import guards_of, mark_read_only
 from .network_drives import should_read_into_memory
 
 # Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
@@ -33,7 +35,8 @@ PLAIN_DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
 }
 
-# torch and the dequantising code assume that elements of up to 8 bytes lie at multiples of their size.
+# torch and the dequantising code assume that elements of up to 8 bytes lie at multiples of their
+# size.
 ALIGNED = 8
 
 COUNTABLE = (1 << 60) - 1  # elements of a tensor whose bytes torch can count
@@ -45,17 +48,18 @@ ProgressIter = Callable[[Collection], Iterable]
 
 
 class WeightFileError(ValueError):
-    """A file that cannot be read. The message names the file, what was found, what was expected and what to do."""
+    """A file that cannot be read. The message names the file, what was found, what was expected and
+    what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor lies and what it is.
 
-    shape: logical shape, outermost dimension first. stored_shape: the shape along whose last dimension the
-    blocks run; differs from `shape` only where the blocks do not divide the logical rows. format: name of a
-    packed format (a key of `FORMATS`) or of a plain dtype (a key of `PLAIN_DTYPES`). offset, nbytes: from
-    the start of the file `WeightFile.paths[part]`.
+    shape: logical shape, outermost dimension first. stored_shape: the shape along whose last
+    dimension the blocks run; differs from `shape` only where the blocks do not divide the logical
+    rows. format: name of a packed format (a key of `FORMATS`) or of a plain dtype (a key of
+    `PLAIN_DTYPES`). offset, nbytes: from the start of the file `WeightFile.paths[part]`.
     """
 
     name: str
@@ -68,12 +72,14 @@ class Entry:
 
 
 class WeightFile:
-    """One model's weights on disk, memory-mapped, or read from there (`drives`); its parts where a model is split over files.
+    """One model's weights on disk, memory-mapped, or read from there (`drives`); its parts where a
+    model is split over files.
 
-    path: as asked for. paths: every file read, in order. states: of these, as they were opened. metadata: key -> value.
-    entries: name -> Entry, in the order of the file. dtypes: the plain dtypes of the container by their names in it. guard:
-    raises where one of the mapped files is written to. The files stay open while this object or a tensor of it lives, and no
-    longer.
+    path: as asked for. paths: every file read, in order. states: of these, as they were opened.
+    metadata: key -> value.
+    entries: name -> Entry, in the order of the file. dtypes: the plain dtypes of the container by
+    their names in it. guard: raises where one of the mapped files is written to. The files stay
+    open while this object or a tensor of it lives, and no longer.
     """
 
     magic: ClassVar[bytes]
@@ -89,7 +95,8 @@ class WeightFile:
             return  # another way of finding the files of a container
         if cls.magic in CONTAINERS:
             claimed = CONTAINERS[cls.magic].__name__
-            raise TypeError(f"Files beginning with {cls.magic!r} are claimed by {claimed} and {cls.__name__}.")
+            raise TypeError(
+                f"Files beginning with {cls.magic!r} are claimed by {claimed} and {cls.__name__}.")
         CONTAINERS[cls.magic] = cls
 
     def __init__(
@@ -103,7 +110,9 @@ class WeightFile:
         self._buffers = tuple(buffers)
         self._copied = tuple(map(should_read_into_memory, self.paths))
         self.states = tuple(buffer.state for buffer in self._buffers)
-        self.guard = FileChangeGuard.over(buffer for buffer, copied in zip(self._buffers, self._copied) if not copied)
+        self.guard = FileChangeGuard.over(buffer
+                                          for buffer, copied in zip(self._buffers, self._copied)
+                                          if not copied)
 
     @classmethod
     def recognises(cls, head: bytes) -> bool:
@@ -126,18 +135,22 @@ class WeightFile:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def alignment(self, dtype: torch.dtype | None) -> int:
-        """What the offset of a tensor has to be a multiple of to be used where it is. dtype: None for packed bytes."""
+        """What the offset of a tensor has to be a multiple of to be used where it is. dtype: None
+        for packed bytes."""
         return ALIGNED
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The bytes of one tensor, not copied from the mapping (unless misaligned) and owning its own storage; or read.
+        """The bytes of one tensor, not copied from the mapping (unless misaligned) and owning its
+        own storage; or read.
 
-        Packed formats: uint8, `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype, `entry.shape`.
-        Read-only: the pages belong to the file, writing into them ends the process. Raises KeyError for an
-        unknown name, and WeightFileError where the file cannot be read any more.
+        Packed formats: uint8, `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype,
+        `entry.shape`. Read-only: the pages belong to the file, writing into them ends the process.
+        Raises KeyError for an unknown name, and WeightFileError where the file cannot be read any
+        more.
         """
         entry = self.entries[name]
-        if not entry.nbytes:  # a marker: some models are told apart by the presence of an empty tensor
+        # a marker: some models are told apart by the presence of an empty tensor
+        if not entry.nbytes:
             return torch.empty(entry.shape, dtype=self.dtypes.get(entry.format, torch.uint8))
         tensor = self._read(entry) if self._copied[entry.part] else self._mapped(entry)
         dtype = self.dtypes.get(entry.format)
@@ -164,28 +177,38 @@ class WeightFile:
             while left:
                 count = file.readinto(left)  # the system takes at most 2 GB at a time
                 if not count:
-                    raise WeightFileError(f"{path.name} was cut short while it was read: {len(left)} bytes of the tensor"
-                                          f" {safe_repr(entry.name)} are missing. Load it again when it is whole.")
+                    raise WeightFileError(
+                        f"{path.name} was cut short while it was read: {len(left)} bytes of the"
+                        f" tensor {safe_repr(entry.name)} are missing. Load it again when it is"
+                        " whole.")
                 left = left[count:]
         return tensor
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-        """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain ones otherwise.
+        """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain
+        ones otherwise.
 
-        Packed tensors show float32, the dtype their values have; a layer that takes one gives it the model's dtype.
-        track: goes over the entries in place of a plain loop, such as `Progress.track`. Raises WeightFileError where a file was
-        written to or replaced while it was read.
+        Packed tensors show float32, the dtype their values have; a layer that takes one gives it
+        the model's dtype.
+        track: goes over the entries in place of a plain loop, such as `Progress.track`. Raises
+        WeightFileError where a file was written to or replaced while it was read.
         """
         tensors = {entry.name: self._as_tensor(entry) for entry in track(self.entries.values())}
         self.guard()
         for path, state, copied in zip(self.paths, self.states, self._copied):
-            if copied and (now := FileState.of(path)) is not None and now.identity != state.identity:
-                raise WeightFileError(f"{path.name} was written to or replaced while it was read, so its weights are of two"
-                                      " files. Load it again when it is whole.")
+            if (
+                copied
+                and (now := FileState.of(path)) is not None
+                and now.identity != state.identity
+            ):
+                raise WeightFileError(
+                    f"{path.name} was written to or replaced while it was read, so its weights are"
+                    " of two files. Load it again when it is whole.")
         return tensors
 
     def let_go(self):
-        """Give back the memory of what was read of the files: it comes anew from the disk where it is read once more."""
+        """Give back the memory of what was read of the files: it comes anew from the disk where it
+        is read once more."""
         if hasattr(mmap, "MADV_DONTNEED"):  # other systems do it by themselves when memory is short
             for buffer in self._buffers:
                 buffer.madvise(mmap.MADV_DONTNEED)
@@ -197,14 +220,19 @@ class WeightFile:
 
     def _as_tensor(self, entry: Entry) -> torch.Tensor:
         data = self.tensor(entry.name)
-        return data if entry.format in self.dtypes else packed_tensor(FORMATS[entry.format], data, entry.shape)
+        return (
+            data
+            if entry.format in self.dtypes
+            else packed_tensor(FORMATS[entry.format], data, entry.shape)
+        )
 
 
 class FileState(NamedTuple):
     """What tells a file from others that have or had its name, and whether it was written to.
 
-    number: of the file on its drive. time: of the last write, which programs set as they like. change: time of the last change
-    to its bytes or to what the drive says of it, which none can set; on Windows the time it was made.
+    number: of the file on its drive. time: of the last write, which programs set as they like.
+    change: time of the last change to its bytes or to what the drive says of it, which none can
+    set; on Windows the time it was made.
     """
 
     device: int
@@ -223,23 +251,26 @@ class FileState(NamedTuple):
 
     @classmethod
     def from_status(cls, status: os.stat_result) -> "FileState":
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+                   status.st_ctime_ns)
 
     @property
     def identity(self) -> tuple[int, ...]:
         """What says in other sessions too that a path leads to the same bytes.
 
-        Without numbers that some drives give anew whenever they are mounted: there `change` tells a file that took the name of
-        another of the same size and time.
+        Without numbers that some drives give anew whenever they are mounted: there `change` tells a
+        file that took the name of another of the same size and time.
         """
         return (self.size, self.time, self.change) if os.name == "posix" else self[1:]
 
 
 @dataclass(frozen=True, slots=True)
 class FileChangeGuard:
-    """Says when mapped files are written to: their weights would be others, and one that is cut short ends the process.
+    """Says when mapped files are written to: their weights would be others, and one that is cut
+    short ends the process.
 
-    A file that another was renamed over, or that is gone, is mapped as it was and no change. files: path -> its state.
+    A file that another was renamed over, or that is gone, is mapped as it was and no change. files:
+    path -> its state.
     """
 
     files: tuple[tuple[Path, FileState], ...] = ()
@@ -250,7 +281,8 @@ class FileChangeGuard:
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor]) -> "FileChangeGuard":
-        """Return a guard of all mapped files that tensors lie in, whichever file they were loaded of."""
+        """Return a guard of all mapped files that tensors lie in, whichever file they were loaded
+        of."""
         return sum(guards_of(tensors), cls())
 
     def __add__(self, other: "FileChangeGuard") -> "FileChangeGuard":
@@ -262,13 +294,15 @@ class FileChangeGuard:
             now = FileState.of(path)
             if now is not None and now[:2] == before[:2] and now != before:
                 raise WeightFileError(
-                    f"{path.name} was written to after it was loaded ({before.size} bytes then, {now.size} now), and its"
-                    " weights are used where they lie in it. Run this again (queue the prompt), which loads the file as it is"
-                    " now; a new version that is moved into its place whole disturbs nothing.")
+                    f"{path.name} was written to after it was loaded ({before.size} bytes then,"
+                    f" {now.size} now), and its weights are used where they lie in it. Run this"
+                    " again (queue the prompt), which loads the file as it is now; a new version"
+                    " that is moved into its place whole disturbs nothing.")
 
 
 class MappedFile(mmap.mmap):
-    """A whole file, mapped read-only. path, state: of the file as it was opened. guard: raises where it is written to."""
+    """A whole file, mapped read-only. path, state: of the file as it was opened. guard: raises
+    where it is written to."""
 
     path: Path
     state: FileState
@@ -281,9 +315,11 @@ def map_file(path: str | os.PathLike) -> MappedFile:
     with reading(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise WeightFileError(f"{path} is a folder or a device, not a file; pick a weight file.")
+            raise WeightFileError(
+                f"{path} is a folder or a device, not a file; pick a weight file.")
         if not status.st_size:
-            raise WeightFileError(f"{path.name} is empty (0 bytes), so its download failed; download it again.")
+            raise WeightFileError(
+                f"{path.name} is empty (0 bytes), so its download failed; download it again.")
         with open(path, "rb") as file:
             mapped = MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.path, mapped.state = path, FileState.from_status(status)
@@ -297,11 +333,14 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise WeightFileError(f"{path} does not exist, or no longer; refresh the list (R) and pick again.") from error
+        raise WeightFileError(
+            f"{path} does not exist, or no longer; refresh the list (R) and pick again.") from error
     except PermissionError as error:
-        raise WeightFileError(f"{path} may not be read by this user; change the file's permissions.") from error
+        raise WeightFileError(
+            f"{path} may not be read by this user; change the file's permissions.") from error
     except OSError as error:
-        raise WeightFileError(f"{path} cannot be read ({error.strerror}); check the drive it lies on.") from error
+        raise WeightFileError(
+            f"{path} cannot be read ({error.strerror}); check the drive it lies on.") from error
 
 
 def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
@@ -315,7 +354,8 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
 
 
 def display_name(text: str) -> str:
-    """A name that a workflow gives, as it may stand in a message: as it is, unless it is long or cannot be printed."""
+    """A name that a workflow gives, as it may stand in a message: as it is, unless it is long or
+    cannot be printed."""
     return text if len(text) <= 200 and text.isprintable() else safe_repr(text)
 
 
@@ -325,8 +365,10 @@ def safe_repr(value) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, as a part of a sentence: one line of bounded length, which may hold names from a file."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(error).strip().split("\n")[0])
+    """What an exception says, as a part of a sentence: one line of bounded length, which may hold
+    names from a file."""
+    text = "".join(letter if letter.isprintable() else " "
+                   for letter in str(error).strip().split("\n")[0])
     return _bounded(text, 300).rstrip(".") or type(error).__name__
 
 

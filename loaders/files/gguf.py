@@ -18,20 +18,23 @@ from .gguf_split import all_parts
 
 PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 
-# ggml types that models are not stored in, or no longer (ggml.h): named so that the message is of use.
+# ggml types that models are not stored in, or no longer (ggml.h): named so that the message is of
+# use.
 UNSTORED_TYPES = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 143: "PTQ1_0 of PrismML",
 }
 Q2_0_TYPE = FORMATS["Q2_0"].ggml_type
-ROTATION = "prism.hadamard."  # what the metadata of models begins with whose layers rotate their input, too
+# what the metadata of models begins with whose layers rotate their input, too
+ROTATION = "prism.hadamard."
 
 
 class GGUFFile(WeightFile):
     """A GGUF model, of one file or split (`name-00001-of-00003.gguf`, opened by any of its parts).
 
-    Logical shapes are the stored ones reversed, or `comfy.gguf.orig_shape.<name>` where the metadata has it.
-    Of a key in several parts the first part's value counts. Raises WeightFileError.
+    Logical shapes are the stored ones reversed, or `comfy.gguf.orig_shape.<name>` where the
+    metadata has it. Of a key in several parts the first part's value counts. Raises
+    WeightFileError.
     """
 
     magic = MAGIC
@@ -42,8 +45,9 @@ class GGUFFile(WeightFile):
         metadata = ChainMap(*(header.metadata for header in headers))
         if rotation := next((key for key in metadata if key.startswith(ROTATION)), None):
             raise WeightFileError(
-                f"{path.name}: its weights are rotated ({safe_repr(rotation)} in its metadata), and only the llama.cpp of"
-                f" PrismML rotates the inputs of its layers to match. Get a conversion of the model that is not rotated."
+                f"{path.name}: its weights are rotated ({safe_repr(rotation)} in its metadata),"
+                f" and only the llama.cpp of PrismML rotates the inputs of its layers to match."
+                " Get a conversion of the model that is not rotated."
             )
         formats_by_type = _formats_by_type(headers)
         entries: dict[str, Entry] = {}
@@ -57,7 +61,8 @@ class GGUFFile(WeightFile):
 
     @property
     def kind(self) -> str:
-        """`general.type` where it says more than "model" ("adapter", "mmproj" ...), else `general.architecture`."""
+        """`general.type` where it says more than "model" ("adapter", "mmproj" ...), else
+        `general.architecture`."""
         kind = self.metadata.get("general.type", "model")
         return str(kind if kind != "model" else self.metadata.get("general.architecture", ""))
 
@@ -65,15 +70,17 @@ class GGUFFile(WeightFile):
 def _formats_by_type(headers: list[Header]) -> Mapping[int, type[Format]]:
     """Return the packed format of each ggml type in the files of one model.
 
-    The first files of PrismML give their PQ2_0 the number of Q2_0. Its tensors are smaller, and no file has gaps between
-    tensors, so the layout is the one whose sizes most tensors of that type have. Raises WeightFileError where both have them.
+    The first files of PrismML give their PQ2_0 the number of Q2_0. Its tensors are smaller, and no
+    file has gaps between tensors, so the layout is the one whose sizes most tensors of that type
+    have. Raises WeightFileError where both have them.
     """
     candidates = [FORMATS["Q2_0"], FORMATS["PQ2_0"]]
     matches = [0, 0]
     for header in headers:
         if not any(tensor.ggml_type == Q2_0_TYPE for tensor in header.tensors):
             continue
-        ends = sorted({*(tensor.offset for tensor in header.tensors), header.size - header.data_start})
+        ends = sorted(
+            {*(tensor.offset for tensor in header.tensors), header.size - header.data_start})
         for tensor in header.tensors:
             end = bisect_right(ends, tensor.offset)
             if tensor.ggml_type == Q2_0_TYPE and prod(tensor.shape) and end < len(ends):
@@ -82,8 +89,10 @@ def _formats_by_type(headers: list[Header]) -> Mapping[int, type[Format]]:
                     matches[index] += _fills(packed, tensor.shape, space, header.alignment)
     if matches[0] == matches[1] > 0:
         raise WeightFileError(
-            f"{headers[0].path.name}: its tensors of the ggml type {Q2_0_TYPE} are too small to tell whether they are in"
-            f" llama.cpp's Q2_0 or in PrismML's, which has the same number. Get the model in another type.")
+            f"{headers[0].path.name}: its tensors of the ggml type {Q2_0_TYPE} are too small to"
+            f" tell whether they are in llama.cpp's Q2_0 or in PrismML's, which has the same"
+            " number. Get the model in another type."
+        )
     return {**GGML_FORMATS, Q2_0_TYPE: candidates[matches[1] > matches[0]]}
 
 
@@ -97,7 +106,8 @@ def _fills(packed: type[Format], shape: tuple[int, ...], space: int, alignment: 
 
 def _entries(header: Header, metadata: Mapping[str, Any], part: int,
              formats_by_type: Mapping[int, type[Format]]) -> list[Entry]:
-    """The tensors of one file, with the logical shapes that `metadata` states, in the file's order."""
+    """The tensors of one file, with the logical shapes that `metadata` states, in the file's
+    order."""
     entries = [_entry(header, tensor, metadata, part, formats_by_type) for tensor in header.tensors]
     _check_layout(header, entries)
     return entries
@@ -111,32 +121,37 @@ def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part
         block_bytes = PLAIN_DTYPES[format_name].itemsize
     elif tensor.ggml_type in formats_by_type:
         packed = formats_by_type[tensor.ggml_type]
-        format_name, block_length, block_bytes = packed.__name__, packed.block_length, packed.block_bytes
+        format_name, block_length, block_bytes = (
+            packed.__name__,
+            packed.block_length,
+            packed.block_bytes,
+        )
     else:
         known = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]
         raise header.error(
             f"tensor {safe_repr(name)} has the ggml type {tensor.ggml_type} "
-            f"({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot be read. Supported are "
-            f"{', '.join(known)}. Get the model in one of these types, or update this pack."
-        )
+            f"({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot be read. Supported "
+            f"are {', '.join(known)}. Get the model in one of these types, or update this pack.")
     row = shape[-1] if shape else 1
     if row % block_length:
         raise header.damaged(
-            f"tensor {safe_repr(name)} of shape {shape} is {format_name}, whose blocks of {block_length} do not divide "
-            f"its rows"
-        )
+            f"tensor {safe_repr(name)} of shape {shape} is {format_name}, whose blocks of "
+            f"{block_length} do not divide its rows")
     if tensor.offset % header.alignment:
         raise header.damaged(
-            f"tensor {safe_repr(name)} lies at offset {tensor.offset}, not a multiple of the alignment {header.alignment}"
+            f"tensor {safe_repr(name)} lies at offset {tensor.offset}, not a multiple of the"
+            f" alignment {header.alignment}"
         )
 
     logical = _original_shape(header, name, shape, metadata)
     stored = logical if logical and logical[-1] % block_length == 0 else shape
     nbytes = prod(shape) // block_length * block_bytes
-    return Entry(name, logical, stored, format_name, header.data_start + tensor.offset, nbytes, part)
+    return Entry(name, logical, stored, format_name, header.data_start + tensor.offset, nbytes,
+                 part)
 
 
-def _original_shape(header: Header, name: str, shape: tuple[int, ...], metadata: Mapping[str, Any]) -> tuple[int, ...]:
+def _original_shape(header: Header, name: str, shape: tuple[int, ...],
+                    metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape before conversion, for tensors that ComfyUI-GGUF's converter had to reshape."""
     original = metadata.get(f"comfy.gguf.orig_shape.{name}")
     if original is None:
@@ -149,8 +164,9 @@ def _original_shape(header: Header, name: str, shape: tuple[int, ...], metadata:
         or extent(original) > MAX_ELEMENTS
     ):
         raise header.error(
-            f"the metadata gives tensor {safe_repr(name)} the shape {safe_repr(original)}, which does not hold the "
-            f"{prod(shape)} elements of its stored shape {shape}. Get another conversion of the model."
+            f"the metadata gives tensor {safe_repr(name)} the shape {safe_repr(original)}, which "
+            f"does not hold the {prod(shape)} elements of its stored shape {shape}. Get another"
+            " conversion of the model."
         )
     return tuple(original)
 
@@ -162,17 +178,18 @@ def _check_layout(header: Header, entries: list[Entry]):
     end = max(entry.offset + entry.nbytes for entry in entries)
     if end > header.size:
         # What a complete file needs tells a wrong offset from a file cut short.
-        complete = header.data_start + sum(-(-entry.nbytes // header.alignment) * header.alignment for entry in entries)
+        complete = header.data_start + sum(
+            -(-entry.nbytes // header.alignment) * header.alignment for entry in entries
+        )
         if end > complete:
             last = max(entries, key=lambda entry: entry.offset + entry.nbytes)
             raise header.damaged(
-                f"tensor {safe_repr(last.name)} is said to lie at bytes {last.offset} to {end}, outside the file of "
-                f"{header.size} bytes"
-            )
+                f"tensor {safe_repr(last.name)} is said to lie at bytes {last.offset} to {end}, "
+                f"outside the file of {header.size} bytes")
         raise header.error(
-            f"{end - header.size} bytes are missing: the tensors end at byte {end}, the file at byte {header.size}. "
-            f"Its download is probably incomplete; download it again."
-        )
+            f"{end - header.size} bytes are missing: the tensors end at byte {end}, the file at "
+            f"byte {header.size}. Its download is probably incomplete; download it again.")
     for before, after in pairwise(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))):
         if before.offset + before.nbytes > after.offset:
-            raise header.damaged(f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")
+            raise header.damaged(
+                f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")

@@ -1,4 +1,5 @@
-"""The header of a GGUF file, versions 2 and 3, little endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""The header of a GGUF file, versions 2 and 3, little endian
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
 | part | content |
 |---|---|
@@ -7,9 +8,9 @@
 | tensors | per tensor: string name, u32 rank, u64 dimensions (innermost first), u32 ggml type, u64 offset |
 | data | at the next multiple of `general.alignment`; offsets count from here |
 
-A string is u64 length and bytes; an array is u32 item type, u64 count and items. Opening a file reads only the
-header, walks over the metadata without decoding it, and checks every count and length against the bytes that
-are left, so a damaged file costs neither memory nor time.
+A string is u64 length and bytes; an array is u32 item type, u64 count and items. Opening a file
+reads only the header, walks over the metadata without decoding it, and checks every count and
+length against the bytes that are left, so a damaged file costs neither memory nor time.
 """
 import struct
 from collections.abc import Iterator, Mapping
@@ -34,13 +35,14 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 8  # ggml computes with four; converters store the five of video models too
 MAX_ELEMENTS = (1 << 63) - 1
 MAX_NAME_BYTES = (1 << 16) - 1  # of a metadata key, by the specification
-# Metadata entries, tensors and strings in one header. The largest headers known hold a million; without a bound
-# a damaged count makes us walk through gigabytes of weights.
+# Metadata entries, tensors and strings in one header. The largest headers known hold a million;
+# without a bound a damaged count makes us walk through gigabytes of weights.
 MAX_ITEMS = 1 << 24
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as the header describes it. shape: outermost dimension first. offset: from the start of the data."""
+    """A tensor as the header describes it. shape: outermost dimension first. offset: from the start
+    of the data."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,8 +53,9 @@ class TensorInfo(NamedTuple):
 class _Metadata(Mapping):
     """Key -> value, decoded from the mapped file at each access; nothing decoded is kept.
 
-    Integers, floats, bools and strings come as Python's own, arrays as lists of them. A byte that is not
-    UTF-8 reads as \\xNN, so a careless author name does not stop a model and distinct tokens stay distinct.
+    Integers, floats, bools and strings come as Python's own, arrays as lists of them. A byte that
+    is not UTF-8 reads as \\xNN, so a careless author name does not stop a model and distinct tokens
+    stay distinct.
     """
 
     def __init__(self, buffer, positions: dict[str, int]):
@@ -66,10 +69,14 @@ class _Metadata(Mapping):
             return self._number(SCALARS[kind], position)
         if kind == STRING:
             return next(self._strings(position, 1))
-        (kind, count), position = ARRAY_HEAD.unpack_from(self._buffer, position), position + ARRAY_HEAD.size
+        (kind, count), position = (
+            ARRAY_HEAD.unpack_from(self._buffer, position),
+            position + ARRAY_HEAD.size,
+        )
         if kind == STRING:
             return list(self._strings(position, count))
-        return list(struct.unpack_from(f"<{count}{SCALARS[kind].format[1:]}", self._buffer, position))
+        return list(
+            struct.unpack_from(f"<{count}{SCALARS[kind].format[1:]}", self._buffer, position))
 
     def _number(self, layout: struct.Struct, position: int):
         return layout.unpack_from(self._buffer, position)[0]
@@ -91,7 +98,8 @@ class _Metadata(Mapping):
 
 
 class Header:
-    """The header of one GGUF file: `metadata`, `tensors` and `data_start`, all checked against the file's size."""
+    """The header of one GGUF file: `metadata`, `tensors` and `data_start`, all checked against the
+    file's size."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -111,7 +119,8 @@ class Header:
         return WeightFileError(f"{self.path.name}: {problem}")
 
     def damaged(self, problem: str) -> WeightFileError:
-        return self.error(f"{problem}. The file is damaged or its download incomplete; download it again.")
+        return self.error(
+            f"{problem}. The file is damaged or its download incomplete; download it again.")
 
     def _skip(self, nbytes: int, what: str) -> int:
         """Position of the next `nbytes` bytes, which are passed over."""
@@ -137,12 +146,16 @@ class Header:
         left = self.size - self.position
         self.items += count
         if count * smallest > left or self.items > MAX_ITEMS:
-            raise self.damaged(f"{what} announces {count} {things}, more than {left} bytes can hold or any model has")
+            raise self.damaged(
+                f"{what} announces {count} {things}, more than {left} bytes can hold or any model"
+                " has"
+            )
 
     def _name(self, what: str) -> str:
         (length,) = self._read(U64, f"the name of {what}")
         if length > MAX_NAME_BYTES:
-            raise self.damaged(f"the name of {what} is {length} bytes long, at most {MAX_NAME_BYTES} are allowed")
+            raise self.damaged(
+                f"the name of {what} is {length} bytes long, at most {MAX_NAME_BYTES} are allowed")
         start = self._skip(length, f"the name of {what}")
         try:
             return str(self.buffer[start:start + length], "utf-8")
@@ -155,12 +168,14 @@ class Header:
             raise self.damaged("it does not begin with 'GGUF'")
         (version,) = self._read(U32, "the version")
         if version and version % (1 << 16) == 0:
-            raise self.error("it is a big-endian GGUF file. Get the little-endian version, which is the usual one.")
+            raise self.error(
+                "it is a big-endian GGUF file. Get the little-endian version, which is the usual"
+                " one."
+            )
         if version not in (2, 3):
             raise self.error(
-                f"it is GGUF version {version}; versions 2 and 3 are read. Get a newer conversion of the model, or "
-                f"update this pack."
-            )
+                f"it is GGUF version {version}; versions 2 and 3 are read. Get a newer conversion "
+                f"of the model, or update this pack.")
 
     def _read_metadata(self, count: int) -> dict[str, int]:
         positions: dict[str, int] = {}
@@ -183,12 +198,20 @@ class Header:
             self._check_count(count, "strings", 8, what)
             self._skip_strings(count, what)
         elif is_array and kind == ARRAY:
-            raise self.error(f"{what} is an array of arrays, which ggml does not read either. Get another conversion.")
+            raise self.error(
+                f"{what} is an array of arrays, which ggml does not read either. Get another"
+                " conversion."
+            )
         else:
             raise self.damaged(f"{what} has the unknown type {kind}; types 0 to 12 are read")
 
     def _skip_strings(self, count: int, what: str):
-        buffer, length_at, position, last = self.buffer, U64.unpack_from, self.position, self.size - 8
+        buffer, length_at, position, last = (
+            self.buffer,
+            U64.unpack_from,
+            self.position,
+            self.size - 8,
+        )
         for _ in range(count):
             if position > last:
                 raise self._truncated(what)
@@ -198,7 +221,8 @@ class Header:
     def _read_alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.damaged(f"general.alignment is {safe_repr(alignment)}; it must be a power of two")
+            raise self.damaged(
+                f"general.alignment is {safe_repr(alignment)}; it must be a power of two")
         return alignment
 
     def _read_tensor(self, index: int) -> TensorInfo:
@@ -206,10 +230,16 @@ class Header:
         what = f"the description of tensor {safe_repr(name)}"
         (rank,) = self._read(U32, what)
         if rank > MAX_DIMENSIONS:
-            raise self.damaged(f"tensor {safe_repr(name)} has {rank} dimensions; GGUF files hold at most {MAX_DIMENSIONS}")
+            raise self.damaged(
+                f"tensor {safe_repr(name)} has {rank} dimensions; GGUF files hold at most"
+                f" {MAX_DIMENSIONS}"
+            )
         shape = self._read(struct.Struct(f"<{rank}Q"), what)[::-1]
         if extent(shape) > MAX_ELEMENTS:
-            raise self.damaged(f"tensor {safe_repr(name)} of shape {shape} has more elements than any file can hold")
+            raise self.damaged(
+                f"tensor {safe_repr(name)} of shape {shape} has more elements than any file can"
+                " hold"
+            )
         (ggml_type,) = self._read(U32, what)
         (offset,) = self._read(U64, what)
         return TensorInfo(name, shape, ggml_type, offset)

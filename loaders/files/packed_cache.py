@@ -1,9 +1,11 @@
-"""What was packed while loading, kept for the next time: a safetensors file for each model, in a folder under a limit.
+"""What was packed while loading, kept for the next time: a safetensors file for each model, in a
+folder under a limit.
 
-Off until the environment names a folder (`FEATHERWEIGHT_PACKED_CACHE`). An entry is found by what it was made of: the files
-with their sizes and times, the type of each weight, and the version of the packers. The least recently used go first: the time
-of an empty file beside an entry says when it was last read. Nothing else in the folder is touched, and whatever is wrong with
-it, the model loads without it.
+Off until the environment names a folder (`FEATHERWEIGHT_PACKED_CACHE`). An entry is found by what
+it was made of: the files with their sizes and times, the type of each weight, and the version of
+the packers. The least recently used go first: the time of an empty file beside an entry says when
+it was last read. Nothing else in the folder is touched, and whatever is wrong with it, the model
+loads without it.
 
 | in an entry | content |
 |---|---|
@@ -24,10 +26,10 @@ import torch
 from ...ops.format import FORMATS
 from ...ops.packed_layout import packed_tensor, packed_tensors
 from ..sizes import size_text
+from .atomic_file import WriteError, remove_stale_parts
 from .container import FileState, WeightFile, WeightFileError
 from .safetensors import SafetensorsFile
 from .safetensors_writer import file_size, safetensors_writer
-from .atomic_file import WriteError, remove_stale_parts
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +52,14 @@ def entry_of(file: WeightFile, wanted: Wanted) -> Path | None:
         return None
     files = [(str(path.resolve()), state.identity) for path, state in zip(file.paths, file.states)]
     recipe = [PACKERS, files, sorted(wanted.items())]
-    return Path(os.environ[FOLDER]) / NAMES.replace("*", hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40])
+    return Path(os.environ[FOLDER]) / NAMES.replace(
+        "*", hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40]
+    )
 
 
 def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
-    """The packed weights of an entry, mapped from its file; None where there is none, or one that is damaged."""
+    """The packed weights of an entry, mapped from its file; None where there is none, or one that
+    is damaged."""
     if entry is None or not entry.is_file():
         return None
     try:
@@ -62,12 +67,18 @@ def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
         for part, expected in _all_parts(wanted).items():
             entry_of_part = file.entries[part]
             if (entry_of_part.shape, entry_of_part.format) != expected:
-                raise ValueError(f"{part} is {entry_of_part.format} {entry_of_part.shape}, expected {expected}")
-        weights = {name: _packed(file, name, type_name, shape) for name, (type_name, shape) in wanted.items()}
-        with contextlib.suppress(OSError):  # another user's, or on a drive that is only read: it is as good as any
+                raise ValueError(
+                    f"{part} is {entry_of_part.format} {entry_of_part.shape}, expected {expected}")
+        weights = {
+            name: _packed(file, name, type_name, shape)
+            for name, (type_name, shape) in wanted.items()
+        }
+        # another user's, or on a drive that is only read: it is as good as any
+        with contextlib.suppress(OSError):
             _used(entry).touch()  # not the entry itself, which others have mapped and watch
     except (WeightFileError, KeyError, ValueError, OSError) as error:
-        log.warning("[Featherweight] What was kept in %s cannot be used (%s) and is made anew.", entry, error)
+        log.warning("[Featherweight] What was kept in %s cannot be used (%s) and is made anew.",
+                    entry, error)
         with contextlib.suppress(OSError):
             entry.unlink()
         return None
@@ -78,14 +89,16 @@ def _used(entry: Path) -> Path:
     return entry.with_suffix(".used")
 
 
-def _packed(file: SafetensorsFile, name: str, type_name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _packed(file: SafetensorsFile, name: str, type_name: str, shape: tuple[int,
+                                                                           ...]) -> torch.Tensor:
     scale = file.tensor(f"{name}.scale") if FORMATS[type_name].scales_apart else None
     return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
 
 
 @contextlib.contextmanager
 def writing_entry(entry: Path | None, wanted: Wanted) -> Iterator["EntryWriter"]:
-    """What takes the packed weights one by one; they are an entry when the block ends well, all of them being there.
+    """What takes the packed weights one by one; they are an entry when the block ends well, all of
+    them being there.
 
     entry: None: nothing is kept.
     """
@@ -97,11 +110,13 @@ def writing_entry(entry: Path | None, wanted: Wanted) -> Iterator["EntryWriter"]
         writer.is_written = False
         log.warning("[Featherweight] What was packed is not kept: %s", error)
     if writer.is_written:
-        _make_room(entry.parent, 0, but=entry)  # another process may have filled it at the same time
+        # another process may have filled it at the same time
+        _make_room(entry.parent, 0, but=entry)
 
 
 class EntryWriter:
-    """Writes an entry, or gives up on it where it cannot be written. is_written: whether it is being kept."""
+    """Writes an entry, or gives up on it where it cannot be written. is_written: whether it is
+    being kept."""
 
     def __init__(self, entry: Path | None, wanted: Wanted):
         self.stack = contextlib.ExitStack()
@@ -113,8 +128,8 @@ class EntryWriter:
             entry.parent.mkdir(parents=True, exist_ok=True)
             size = file_size(tensors, {})
             if not _make_room(entry.parent, size):
-                log.warning("[Featherweight] %s are not kept in %s: its limit is %s (%s).", size_text(size), entry.parent,
-                            size_text(_limit()), LIMIT)
+                log.warning("[Featherweight] %s are not kept in %s: its limit is %s (%s).",
+                            size_text(size), entry.parent, size_text(_limit()), LIMIT)
                 return
             self.writer = self.stack.enter_context(safetensors_writer(entry, tensors, {}))
             self.is_written = True
@@ -127,7 +142,8 @@ class EntryWriter:
             return
         try:
             for part, tensor in zip((name, f"{name}.scale"), packed_tensors(weight)):
-                self.writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32", [tensor.cpu()])
+                self.writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32",
+                                  [tensor.cpu()])
         except WriteError as error:
             self.give_up(error)
 
@@ -159,12 +175,14 @@ def _limit() -> float:
     try:
         return float(text or LIMIT_GB) * 1e9
     except ValueError:
-        log.warning("[Featherweight] %s is %r, no number of GB; %g is taken.", LIMIT, text, LIMIT_GB)
+        log.warning("[Featherweight] %s is %r, no number of GB; %g is taken.", LIMIT, text,
+                    LIMIT_GB)
         return LIMIT_GB * 1e9
 
 
 def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
-    """Remove entries until `size` bytes more are within the limit. Returns whether they are. but: an entry that stays."""
+    """Remove entries until `size` bytes more are within the limit. Returns whether they are. but:
+    an entry that stays."""
     if size > _limit():
         return False
     remove_stale_parts(folder)
@@ -172,7 +190,8 @@ def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
     for path in (*folder.glob(NAMES), *folder.glob(f"{NAMES}.*.part")):
         with contextlib.suppress(OSError):  # another process may have removed it
             status, used = path.stat(), FileState.of(_used(path))
-            entries.append((max(status.st_mtime_ns, used.time if used else 0), status.st_size, path))
+            entries.append((max(status.st_mtime_ns,
+                                used.time if used else 0), status.st_size, path))
     left = sum(nbytes for _, nbytes, _ in entries)
     for _, nbytes, path in sorted(entries):
         if left + size <= _limit():

@@ -1,4 +1,5 @@
-"""safetensors files (https://github.com/huggingface/safetensors#format), with what quantisers keep in them (`bitsandbytes`).
+"""safetensors files (https://github.com/huggingface/safetensors#format), with what quantisers keep
+in them (`bitsandbytes`).
 
 | part | content |
 |---|---|
@@ -17,7 +18,16 @@ import torch
 
 from ...ops.bounded_json import read_json
 from .bitsandbytes import join_parts
-from .container import COUNTABLE, PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, map_file, safe_repr
+from .container import (
+    COUNTABLE,
+    PLAIN_DTYPES,
+    Entry,
+    ProgressIter,
+    WeightFile,
+    WeightFileError,
+    map_file,
+    safe_repr,
+)
 from .unsupported_quantizers import reject_unsupported_quantizers
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more either
@@ -26,20 +36,32 @@ SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.safetensors)", re.IGNORECASE)
 
 
 class SafetensorsFile(WeightFile):
-    """The weights of one safetensors file, or of one split in several (`name-00001-of-00003.safetensors`, opened by any).
+    """The weights of one safetensors file, or of one split in several
+    (`name-00001-of-00003.safetensors`, opened by any).
 
-    entries: the tensors as they lie in the files, before `state_dict` puts together what belongs together.
-    Raises WeightFileError.
+    entries: the tensors as they lie in the files, before `state_dict` puts together what belongs
+    together. Raises WeightFileError.
     """
 
     magic = b"{"
-    dtypes = PLAIN_DTYPES | {
-        "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    } | ({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {})  # torch 2.7
+    dtypes = (
+        PLAIN_DTYPES
+        | {
+            "U8": torch.uint8,
+            "U16": torch.uint16,
+            "U32": torch.uint32,
+            "U64": torch.uint64,
+            "BOOL": torch.bool,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2,
+            "C64": torch.complex64,
+        }
+        | ({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {})
+    )  # torch 2.7
 
     def __init__(self, path: str | Path, paths: Sequence[Path] | None = None):
-        """path: as asked for, named in errors. paths: the files to read, where they are not to be told from `path`."""
+        """path: as asked for, named in errors. paths: the files to read, where they are not to be
+        told from `path`."""
         path = Path(path)
         paths = _shards(path) if paths is None else paths
         buffers, metadata, entries = [], [], {}
@@ -48,8 +70,9 @@ class SafetensorsFile(WeightFile):
             found, texts = _read_header(name, buffers[-1], part, self.dtypes)
             twice = next((key for key in found if key in entries), None)
             if twice is not None:
-                raise WeightFileError(f"{name.name}: {safe_repr(twice)} is in {paths[entries[twice].part].name} too. Download "
-                                      f"all files of the model again from one place.")
+                raise WeightFileError(
+                    f"{name.name}: {safe_repr(twice)} is in {paths[entries[twice].part].name} too. "
+                    f"Download all files of the model again from one place.")
             entries |= found
             metadata.append(texts)
         super().__init__(path, paths, buffers, ChainMap(*metadata), entries)
@@ -59,15 +82,18 @@ class SafetensorsFile(WeightFile):
         return head[8:9] == cls.magic and int.from_bytes(head[:8], "little") < 1 << 32
 
     def alignment(self, dtype):
-        # Tensors lie without gaps, ordered by the size of their elements: one quant_state of an odd length, and no 4-bit
-        # weight behind it is at a multiple of 8. Copying them would take the memory of the model.
+        # Tensors lie without gaps, ordered by the size of their elements: one quant_state of an odd
+        # length, and no 4-bit weight behind it is at a multiple of 8. Copying them would take the
+        # memory of the model.
         return dtype.itemsize
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-        """Name -> tensor, not copied, with each weight that bitsandbytes packed put together (`bitsandbytes.put_together`).
+        """Name -> tensor, not copied, with each weight that bitsandbytes packed put together
+        (`bitsandbytes.put_together`).
 
-        Everything else is as it is in the file, quantised layers in the host's own form too. Packed tensors show
-        float32. Scales that are quantised themselves are expanded to float32, which takes most of the time.
+        Everything else is as it is in the file, quantised layers in the host's own form too. Packed
+        tensors show float32. Scales that are quantised themselves are expanded to float32, which
+        takes most of the time.
         """
         tensors = join_parts(self, super().state_dict(), track)
         reject_unsupported_quantizers(self, tensors)
@@ -85,20 +111,31 @@ def _shards(path: Path) -> list[Path]:
     names = SHARD.fullmatch(path.name)
     if names is None or not 1 <= int(names[3]) <= 1000 or int(names[2]) > int(names[3]):
         return [path]
-    paths = [path.with_name(f"{names[1]}{number:05d}-of-{names[3]}{names[4]}") for number in range(1, int(names[3]) + 1)]
+    paths = [
+        path.with_name(f"{names[1]}{number:05d}-of-{names[3]}{names[4]}")
+        for number in range(1,
+                            int(names[3]) + 1)
+    ]
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing and path.name not in missing:
         raise WeightFileError(
-            f"{path.name} is one file of a model split into {len(paths)}; {missing[0]} is missing beside it"
-            f"{f' and {len(missing) - 1} more are' if missing[1:] else ''}. Download all {len(paths)} into one folder.")
+            f"{path.name} is one file of a model split into {len(paths)}; {missing[0]} is missing"
+            f" beside it{f' and {len(missing) - 1} more are' if missing[1:] else ''}. Download all"
+            f" {len(paths)} into one folder."
+        )
     return [path] if missing else paths
 
 
-def _read_header(path: Path, buffer, part: int, dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of one file in the order of their data, and its metadata, all checked against the file's size."""
+def _read_header(path: Path, buffer, part: int,
+                 dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of one file in the order of their data, and its metadata, all checked against the
+    file's size."""
 
     def damaged(problem: str) -> WeightFileError:
-        return WeightFileError(f"{path.name}: {problem}. The file is damaged or its download incomplete; download it again.")
+        return WeightFileError(
+            f"{path.name}: {problem}. The file is damaged or its download incomplete; download it"
+            " again."
+        )
 
     size = len(buffer)
     start = 8 + int.from_bytes(buffer[:8], "little")
@@ -118,28 +155,41 @@ def _read_header(path: Path, buffer, part: int, dtypes: Mapping[str, torch.dtype
     for name, info in header.items():
         try:
             dtype, shape, (first, last) = info["dtype"], info["shape"], info["data_offsets"]
-            numbers = all(type(number) is int and 0 <= number <= COUNTABLE for number in [*shape, first, last])
+            numbers = all(
+                type(number) is int and 0 <= number <= COUNTABLE
+                for number in [*shape, first, last])
             numbers = numbers and math.prod(max(size, 1) for size in shape) <= COUNTABLE
         except (TypeError, KeyError, ValueError):
             numbers = False
         if not numbers:
-            raise damaged(f"the description of {safe_repr(name)} is {safe_repr(info)}, not a dtype, shape and two data_offsets")
+            raise damaged(
+                f"the description of {safe_repr(name)} is {safe_repr(info)}, not a dtype, shape"
+                " and two data_offsets"
+            )
         if not isinstance(dtype, str) or dtype not in dtypes:
             raise WeightFileError(
-                f"{path.name}: {safe_repr(name)} has the type {safe_repr(dtype)}, which cannot be read. Supported "
-                f"are {', '.join(dtypes)}. Get another conversion, or update this pack."
-            )
+                f"{path.name}: {safe_repr(name)} has the type {safe_repr(dtype)}, which cannot be "
+                f"read. Supported are {', '.join(dtypes)}. Get another conversion, or update this"
+                " pack.")
         nbytes = math.prod(shape) * dtypes[dtype].itemsize
         if last - first != nbytes:
-            raise damaged(f"{safe_repr(name)} of type {dtype} and shape {shape} takes {nbytes} bytes, {last - first} are given")
+            raise damaged(
+                f"{safe_repr(name)} of type {dtype} and shape {shape} takes {nbytes} bytes,"
+                f" {last - first} are given"
+            )
         if start + last > size:
-            raise damaged(f"{safe_repr(name)} should end at byte {start + last}, the file ends at byte {size}")
+            raise damaged(
+                f"{safe_repr(name)} should end at byte {start + last}, the file ends at byte {size}"
+            )
         entries.append(Entry(name, tuple(shape), tuple(shape), dtype, start + first, nbytes, part))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     for before, after in pairwise(entries):
         if before.offset + before.nbytes > after.offset:
-            raise damaged(f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")
-    return {entry.name: entry for entry in entries}, {key: str(value) for key, value in metadata.items()}
+            raise damaged(
+                f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")
+    return {entry.name: entry for entry in entries}, {
+        key: str(value) for key, value in metadata.items()
+    }
 
 
 def _unique(pairs: list[tuple]) -> dict:

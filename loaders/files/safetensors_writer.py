@@ -1,7 +1,9 @@
-"""safetensors files with 4-bit weights as bitsandbytes keeps them, written one tensor at a time (`safetensors` has the layout).
+"""safetensors files with 4-bit weights as bitsandbytes keeps them, written one tensor at a time
+(`safetensors` has the layout).
 
-A packed weight `X` is five tensors, as in Forge's checkpoints: `X` uint8 (bytes, 1), `X.absmax` float32, `X.quant_map`
-float32 (16,) and `X.quant_state.bitsandbytes__nf4`, JSON as uint8 (bitsandbytes 0.50 `functional.QuantState.as_dict`).
+A packed weight `X` is five tensors, as in Forge's checkpoints: `X` uint8 (bytes, 1), `X.absmax`
+float32, `X.quant_map` float32 (16,) and `X.quant_state.bitsandbytes__nf4`, JSON as uint8
+(bitsandbytes 0.50 `functional.QuantState.as_dict`).
 
 safetensors' own `save_file` wants all of a model in memory.
 """
@@ -15,10 +17,10 @@ import torch
 
 from ...ops.format import FORMATS
 from ...ops.packed_layout import is_packed, packed_tensors
+from .atomic_file import WeightsWriter, WriteError, new_weights
 from .bitsandbytes import QUANT_TYPES
 from .container import PLAIN_DTYPES
 from .safetensors import SafetensorsFile
-from .atomic_file import WeightsWriter, WriteError, new_weights
 
 NAMES = {packed.__name__: quant_type for quant_type, packed in QUANT_TYPES.items()}
 DTYPES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
@@ -26,13 +28,16 @@ ALIGNMENT = 8  # of the data, so that readers may use it where it lies
 WIDEST = 10 ** 15  # more than any offset
 
 
-def parts_of(name: str, shape: Sequence[int], type_name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tensors in the file that one weight is kept in: name -> (dtype, shape). Raises WriteError for other packed types."""
+def parts_of(name: str, shape: Sequence[int],
+             type_name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors in the file that one weight is kept in: name -> (dtype, shape). Raises WriteError
+    for other packed types."""
     if type_name in PLAIN_DTYPES or type_name in SafetensorsFile.dtypes:
         return {name: (type_name, tuple(shape))}
     if type_name not in NAMES:
-        raise WriteError(f"Safetensors files hold no weights of the type {type_name}, which {name} would have. Pick NF4, or a"
-                         " GGUF file.")
+        raise WriteError(
+            f"Safetensors files hold no weights of the type {type_name}, which {name} would have."
+            " Pick NF4, or a GGUF file.")
     values = math.prod(shape)
     state = _quant_state(shape, type_name)
     return {
@@ -49,14 +54,16 @@ def file_size(tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mappin
 
 
 def safetensors_writer(path: str | os.PathLike, tensors: Mapping[str, tuple[Sequence[int], str]],
-                       metadata: Mapping[str, str], overwrite: bool = False) -> AbstractContextManager["SafetensorsWriter"]:
+                       metadata: Mapping[str, str],
+                       overwrite: bool = False) -> AbstractContextManager["SafetensorsWriter"]:
     """As `gguf_writer`."""
     return new_weights(path, SafetensorsWriter, _Layout(tensors, metadata), overwrite)
 
 
 class SafetensorsWriter(WeightsWriter):
     def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
-        """The next tensor: packed tensors or plain ones on the CPU, rows below each other, of the type that is named."""
+        """The next tensor: packed tensors or plain ones on the CPU, rows below each other, of the
+        type that is named."""
         shape, _ = self.layout.tensors[name]
         parts = parts_of(name, shape, type_name)
         if len(parts) == 1:
@@ -74,10 +81,13 @@ class SafetensorsWriter(WeightsWriter):
         code_name, *others = parts
         state = torch.frombuffer(bytearray(_quant_state(shape, type_name)), dtype=torch.uint8)
         self._write(code_name, parts, codes())
-        for part, tensors in zip(others, (scales, [torch.tensor(FORMATS[type_name].codebook, dtype=torch.float32)], [state])):
+        for part, tensors in zip(
+                others,
+            (scales, [torch.tensor(FORMATS[type_name].codebook, dtype=torch.float32)], [state])):
             self._write(part, parts, tensors)
 
-    def _write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...]]], pieces: Iterable[torch.Tensor]):
+    def _write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...]]],
+               pieces: Iterable[torch.Tensor]):
         dtype, shape = parts[name]
         first = self.file.tell() - self.layout.start
         done, wanted = sum(map(self.put, pieces)), _nbytes(dtype, shape)
@@ -87,13 +97,23 @@ class SafetensorsWriter(WeightsWriter):
 
 
 class _Layout:
-    """What a file will hold, and where the data begins: behind a header that has room for the longest of its kind."""
+    """What a file will hold, and where the data begins: behind a header that has room for the
+    longest of its kind."""
 
-    def __init__(self, tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str, str]):
+    def __init__(self, tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str,
+                                                                                           str]):
         self.tensors = dict(tensors)
-        self.metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-        parts = {part: found for name, tensor in self.tensors.items() for part, found in parts_of(name, *tensor).items()}
-        longest = {part: _entry("F8_E4M3", shape, WIDEST, WIDEST) for part, (_, shape) in parts.items()}
+        self.metadata = {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in metadata.items()
+        }
+        parts = {
+            part: found for name, tensor in self.tensors.items()
+            for part, found in parts_of(name, *tensor).items()
+        }
+        longest = {
+            part: _entry("F8_E4M3", shape, WIDEST, WIDEST) for part, (_, shape) in parts.items()
+        }
         self.start = -(-(8 + len(self._json(longest))) // ALIGNMENT) * ALIGNMENT
         self.size = self.start + sum(_nbytes(*part) for part in parts.values())
 
@@ -102,7 +122,8 @@ class _Layout:
         return (self.start - 8).to_bytes(8, "little") + text.ljust(self.start - 8)
 
     def _json(self, entries: Mapping[str, dict]) -> bytes:
-        return json.dumps({"__metadata__": self.metadata, **entries}, separators=(",", ":")).encode()
+        return json.dumps({"__metadata__": self.metadata, **entries},
+                          separators=(",", ":")).encode()
 
 
 def _entry(dtype: str, shape: Sequence[int], first: int, last: int) -> dict:
@@ -115,6 +136,8 @@ def _nbytes(dtype: str, shape: Sequence[int]) -> int:
 
 def _quant_state(shape: Sequence[int], type_name: str) -> bytes:
     # The dtype is what readers compute in that have no dtype of their own.
-    state = {"quant_type": NAMES[type_name], "blocksize": FORMATS[type_name].block_length, "dtype": "bfloat16",
-             "shape": list(shape)}
+    state = {
+        "quant_type": NAMES[type_name], "blocksize": FORMATS[type_name].block_length,
+        "dtype": "bfloat16", "shape": list(shape)
+    }
     return json.dumps(state).encode()

@@ -1,4 +1,5 @@
-"""Files of quantisers that nothing here reads: told by what they keep beside a weight, and refused with a way out."""
+"""Files of quantisers that nothing here reads: told by what they keep beside a weight, and refused
+with a way out."""
 import re
 
 import torch
@@ -9,17 +10,33 @@ OTHER_FORM = "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of Comf
 
 # End of a tensor's name, what that tensor is, and what to do.
 UNSUPPORTED_QUANTIZERS = (
-    (r"\.(wscales|smooth_factor|smooth_factor_orig)$", "part of a weight quantised by nunchaku (SVDQuant)",
-     f"Use nunchaku's own nodes for it. {OTHER_FORM}"),
-    (r"\.(qweight|qzeros|g_idx)$", "part of a weight quantised by GPTQ or AWQ, which are not supported", OTHER_FORM),
-    (r"\._weight_(qdata|scale|zero_point)$", "part of a weight quantised by torchao, which is not supported", OTHER_FORM),
-    (r"\.weight\._(data|scale|shift|packed)$", "part of a weight quantised by quanto, which is not supported", OTHER_FORM),
+    (
+        r"\.(wscales|smooth_factor|smooth_factor_orig)$",
+        "part of a weight quantised by nunchaku (SVDQuant)",
+        f"Use nunchaku's own nodes for it. {OTHER_FORM}",
+    ),
+    (
+        r"\.(qweight|qzeros|g_idx)$",
+        "part of a weight quantised by GPTQ or AWQ, which are not supported",
+        OTHER_FORM,
+    ),
+    (
+        r"\._weight_(qdata|scale|zero_point)$",
+        "part of a weight quantised by torchao, which is not supported",
+        OTHER_FORM,
+    ),
+    (
+        r"\.weight\._(data|scale|shift|packed)$",
+        "part of a weight quantised by quanto, which is not supported",
+        OTHER_FORM,
+    ),
     (r"\.W_q$", "part of a weight quantised by HQQ, which is not supported", OTHER_FORM),
 )
 
 
 def reject_unsupported_quantizers(file: WeightFile, tensors: dict[str, torch.Tensor]):
-    """Raise WeightFileError where some of a file's tensors are what such a quantiser keeps beside a weight."""
+    """Raise WeightFileError where some of a file's tensors are what such a quantiser keeps beside a
+    weight."""
     for pattern, what, advice in UNSUPPORTED_QUANTIZERS:
         name = next((name for name in tensors if re.search(pattern, name)), None)
         if name is not None:

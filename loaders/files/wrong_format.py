@@ -3,9 +3,8 @@ import codecs
 
 ARCHIVE = "it is an archive. Unpack it and pick the model file inside."
 CHECKPOINT = (
-    "it is a torch checkpoint (.pt, .pth, .ckpt, .bin) or a zip archive. Unpack it if it is an archive; otherwise "
-    "use a ComfyUI loader, or get the model as GGUF."
-)
+    "it is a torch checkpoint (.pt, .pth, .ckpt, .bin) or a zip archive. Unpack it if it is an "
+    "archive; otherwise use a ComfyUI loader, or get the model as GGUF.")
 LFS_POINTER = "it is a git-lfs pointer, text in place of the model. Run `git lfs pull`, or download the model itself."
 OLD_GGML = "it is in a ggml format older than GGUF. Get the model as GGUF."
 
@@ -45,7 +44,8 @@ def sniff_wrong_format(head: bytes) -> str:
 
 def _is_text(head: bytes) -> bool:
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # which may be cut within a letter
+        # which may be cut within a letter
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
     return text.translate(dict.fromkeys(map(ord, "\t\r\n"))).isprintable()

@@ -1,6 +1,8 @@
-"""What a model file or a loaded model is: its kind, its tensors, what fits which memory, what else it needs.
+"""What a model file or a loaded model is: its kind, its tensors, what fits which memory, what else
+it needs.
 
-`inspect` is the door: for a file, a folder or a MODEL it gives an `Inspection`, also where that is nothing that can be read.
+`inspect` is the door: for a file, a folder or a MODEL it gives an `Inspection`, also where that is
+nothing that can be read.
 """
 import os
 
@@ -16,10 +18,11 @@ __all__ = ["Contents", "Inspection", "inspect"]
 
 def inspect(source: str | os.PathLike | comfy.model_patcher.ModelPatcher,
             reference: str | os.PathLike | None = None) -> list[Inspection]:
-    """What each model in `source` is: of one file or MODEL one, of a package of diffusers one for each folder in it.
+    """What each model in `source` is: of one file or MODEL one, of a package of diffusers one for
+    each folder in it.
 
-    reference: a file of the same model, to measure each tensor's error against. What cannot be read is no error here: its
-    Inspection says why. Cancelled by the user, the host's exception goes on.
+    reference: a file of the same model, to measure each tensor's error against. What cannot be read
+    is no error here: its Inspection says why. Cancelled by the user, the host's exception goes on.
     """
     if isinstance(source, comfy.model_patcher.ModelPatcher):
         return [_compared(of_model(source), reference)]

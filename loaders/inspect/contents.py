@@ -1,4 +1,5 @@
-"""The tensors of a file, a folder or a loaded model, under the names and in the shapes that the host reads."""
+"""The tensors of a file, a folder or a loaded model, under the names and in the shapes that the
+host reads."""
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,10 +22,11 @@ PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_
 
 @dataclass
 class Contents:
-    """tensors: name -> tensor, packed or plain, not copied. formats: name -> how it is kept, a key of `FORMATS` or a dtype's
-    name. metadata: of the file. said: what the file says it is, "" where nothing. nbytes: on disk, 0 for a MODEL. held:
-    bytes that the tensors take in memory. file: that they were read of. patches: weights of a MODEL that LoRAs or merges
-    change. config: the host's, of a MODEL.
+    """tensors: name -> tensor, packed or plain, not copied. formats: name -> how it is kept, a key
+    of `FORMATS` or a dtype's name. metadata: of the file. said: what the file says it is, "" where
+    nothing. nbytes: on disk, 0 for a MODEL. held: bytes that the tensors take in memory. file: that
+    they were read of. patches: weights of a MODEL that LoRAs or merges change. config: the host's,
+    of a MODEL.
     """
 
     name: str
@@ -47,9 +49,13 @@ def of_file(path: str | os.PathLike) -> Contents:
     """What is in a file or folder that `open_weights` reads. Raises WeightFileError."""
     file = open_weights(path)
     tensors = file.state_dict()
-    formats = {name: format_name(tensor) if is_packed(tensor) else file.entries[name].format if name in file.entries
-               else format_name(tensor) for name, tensor in tensors.items()}
-    return Contents(os.path.basename(os.path.normpath(path)), tensors, formats, file.metadata, file.kind, file.tensor_bytes,
+    formats = {
+        name: format_name(tensor) if is_packed(tensor) else
+        file.entries[name].format if name in file.entries else format_name(tensor)
+        for name, tensor in tensors.items()
+    }
+    return Contents(os.path.basename(os.path.normpath(path)), tensors, formats,
+                    file.metadata, file.kind, file.tensor_bytes,
                     sum(tensor.nbytes for tensor in tensors.values()), file=file)
 
 
@@ -58,9 +64,14 @@ def of_model(patcher) -> Contents:
     made_by = getattr(patcher, "cached_patcher_init", None)
     recipe = made_by[0] if made_by else None
     tensors = dict(patcher.model.diffusion_model.state_dict())
-    name = os.path.basename(recipe.paths[0]) if isinstance(recipe, Recipe) and recipe.paths else "MODEL"
-    return Contents(name, tensors, {key: format_name(tensor) for key, tensor in tensors.items()}, held=patcher.model_size(),
-                    patches=len(patcher.patches), config=patcher.model.model_config)
+    name = (
+        os.path.basename(recipe.paths[0])
+        if isinstance(recipe, Recipe) and recipe.paths
+        else "MODEL"
+    )
+    return Contents(name, tensors, {key: format_name(tensor) for key, tensor in tensors.items()},
+                    held=patcher.model_size(), patches=len(patcher.patches),
+                    config=patcher.model.model_config)
 
 
 def package_parts(path: str | os.PathLike) -> list[Path]:
@@ -72,21 +83,27 @@ def package_parts(path: str | os.PathLike) -> list[Path]:
 
 
 def shapes_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the same names, shapes and dtypes without values, for what looks at names and shapes.
+    """Tensors of the same names, shapes and dtypes without values, for what looks at names and
+    shapes.
 
     Vectors keep their values: the host's detection reads some.
     """
-    return {name: tensor if tensor.ndim < 2 and not is_packed(tensor)
-            else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    return {
+        name: tensor if tensor.ndim < 2 and not is_packed(tensor) else torch.empty(
+            tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+    }
 
 
 def encoder_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], str]:
-    """A text encoder's tensors without values under the host's names, and the family of its file's names, "" if the host's."""
+    """A text encoder's tensors without values under the host's names, and the family of its file's
+    names, "" if the host's."""
     tensors = shapes_only(without_prefix(dict(contents.tensors)))
     arch = arch_of(tensors)
     if arch is None:
         return tensors, ""
     try:
         return arch.convert(dict(tensors), contents.metadata), arch.__name__
-    except Exception:  # a converter that needs values: there are none here, and the family says enough
+    except (
+        Exception
+    ):  # a converter that needs values: there are none here, and the family says enough
         return tensors, arch.__name__

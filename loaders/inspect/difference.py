@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ...ops.row_slicing import dense, take_rows
 from ...ops.packed_layout import is_packed
+from ...ops.row_slicing import dense, take_rows
+from ..comfy_keys import to_comfy_keys
 from ..comfy_quant import MARK, as_tensors
 from ..encoders.arch import arch_of, without_prefix
 from ..files.container import FileChangeGuard
-from ..comfy_keys import to_comfy_keys
 from ..progress import Progress
 from .contents import Contents
 
@@ -20,16 +20,22 @@ SCALES = ("_scale", ".scale_weight")
 
 
 def differences(contents: Contents, reference: Contents) -> dict[str, float]:
-    """Name -> root of the sum of squares of the difference over that of the reference, of matrices and more in both.
+    """Name -> root of the sum of squares of the difference over that of the reference, of matrices
+    and more in both.
 
-    Goes tensor by tensor, some rows at a time, in float32. The user can cancel it: the host's exception goes on. Raises
-    WeightFileError for a weight in a format of the host's that it does not read, and where a file is written to meanwhile.
+    Goes tensor by tensor, some rows at a time, in float32. The user can cancel it: the host's
+    exception goes on. Raises WeightFileError for a weight in a format of the host's that it does
+    not read, and where a file is written to meanwhile.
     """
     contents, reference = _join_parts(contents), _join_parts(reference)
     ours, theirs = (_without_wrapper(both.tensors) for both in (contents, reference))
-    if len(ours.keys() & theirs.keys()) * 2 < min(len(ours), len(theirs)):  # named by different programs
+    # named by different programs
+    if len(ours.keys() & theirs.keys()) * 2 < min(len(ours), len(theirs)):
         ours, theirs = _in_the_hosts_names(contents), _in_the_hosts_names(reference)
-    shared = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape and ours[name].ndim > 1]
+    shared = [
+        name for name in ours
+        if name in theirs and ours[name].shape == theirs[name].shape and ours[name].ndim > 1
+    ]
     pieces = [(name, rows) for name in shared for rows in _slices(ours[name], theirs[name])]
     if not pieces:
         return {}
@@ -40,30 +46,38 @@ def differences(contents: Contents, reference: Contents) -> dict[str, float]:
         values, expected = (_values(name, rows, weights) for weights in (ours, theirs))
         wrong[name] += (values - expected).square_().sum(dtype=torch.float64).item()
         whole[name] += expected.square().sum(dtype=torch.float64).item()
-    return {name: (wrong[name] / whole[name]) ** 0.5 if whole[name] else float(wrong[name] > 0) for name in shared}
+    return {
+        name: (wrong[name] / whole[name]) ** 0.5 if whole[name] else float(wrong[name] > 0)
+        for name in shared
+    }
 
 
 def _join_parts(contents: Contents) -> Contents:
-    """The same with one tensor for each weight that a file has in parts in the host's own formats."""
+    """The same with one tensor for each weight that a file has in parts in the host's own
+    formats."""
     if contents.file is None or not any(name.endswith(MARK) for name in contents.tensors):
         return contents
     return dataclasses.replace(contents, tensors=as_tensors(contents.file, contents.tensors))
 
 
 def _without_wrapper(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = next((start for start in WRAPPERS if sum(name.startswith(start) for name in tensors) * 2 > len(tensors)), "")
+    prefix = next((start for start in WRAPPERS if sum(name.startswith(start)
+                                                      for name in tensors) * 2 > len(tensors)), "")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _in_the_hosts_names(contents: Contents) -> dict[str, torch.Tensor]:
-    """The tensors of a diffusion model or text encoder under the host's names; parts that it has joined are copies."""
+    """The tensors of a diffusion model or text encoder under the host's names; parts that it has
+    joined are copies."""
     tensors = without_prefix(dict(contents.tensors))
     arch = arch_of(tensors)
-    return _without_wrapper(arch.convert(tensors, contents.metadata) if arch else to_comfy_keys(dict(contents.tensors)))
+    return _without_wrapper(
+        arch.convert(tensors, contents.metadata) if arch else to_comfy_keys(dict(contents.tensors)))
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[slice]:
-    """Rows to go through at a time: all where rows of one of the tensors cannot be had without dequantising the whole."""
+    """Rows to go through at a time: all where rows of one of the tensors cannot be had without
+    dequantising the whole."""
     shape = tensors[0].shape
     step = max(1, SLICE_VALUES // max(1, shape[1:].numel()))
     if not all(_has_rows(tensor) for tensor in tensors):
@@ -89,8 +103,11 @@ def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torc
         return tensor.dequantize()[rows].float()
     values = dense(take_rows(tensor, rows)).float() if is_packed(tensor) else tensor[rows].float()
     layer = name.removesuffix(".weight")
-    scale = next((weights[key] for key in (name + SCALES[0], layer + SCALES[1]) if key in weights), None)
-    if scale is None or not tensor.dtype.itemsize == 1:
+    scale = next((weights[key] for key in (name + SCALES[0], layer + SCALES[1]) if key in weights),
+                 None)
+    if scale is None or tensor.dtype.itemsize != 1:
         return values
     scale = scale.float()
-    return values * (scale[rows].view(-1, *[1] * (values.ndim - 1)) if scale.numel() == len(tensor) else scale)
+    return values * (
+        scale[rows].view(-1, *[1] * (values.ndim - 1)) if scale.numel() == len(tensor) else scale
+    )

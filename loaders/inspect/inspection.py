@@ -9,12 +9,12 @@ import comfy.model_detection
 import comfy.sd
 import torch
 
+from ..comfy_keys import to_comfy_keys
 from ..detection import try_detect
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
 from ..lora.families import recognise
 from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
-from ..comfy_keys import to_comfy_keys
 from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_comfy_keys, shapes_only
 from .requirements import Card, cards, encoder_cards, needs
@@ -22,19 +22,23 @@ from .requirements import Card, cards, encoder_cards, needs
 MODEL, CHECKPOINT, ENCODER, LORA = "diffusion model", "checkpoint", "text encoder", "LoRA"
 PLAN_KEYS = ("featherweight.plan", "featherweight.recipe", "featherweight.sensitivity")
 MMPROJ = re.compile(r"^(v\.blk|mm|a\.blk)\.")
-ENCODER_SIGNS = re.compile(r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|(^|\.)embed_tokens\.|text_model\.encoder\.")
-VAE = re.compile(r"^(first_stage_model\.|vae\.)?("
-                 r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)")
+ENCODER_SIGNS = re.compile(
+    r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|(^|\.)embed_tokens\.|text_model\.encoder\.")
+VAE = re.compile(
+    r"^(first_stage_model\.|vae\.)?("
+    r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
+)
 PREFIXES_OF_PARTS = {"VAE": ("first_stage_model.", "vae."),
                      "text encoder": ("cond_stage_model.", "conditioner.", "text_encoders.")}
 
 
 @dataclass
 class Inspection:
-    """kind: MODEL, CHECKPOINT ..., "" for what cannot be read, which `problem` says. family: what people call the model; host:
-    the host's name of it. types: type -> (tensors, bytes). blocks: block -> type -> bytes. parts: of a checkpoint -> bytes.
-    needs: what goes with it -> which. cards: which memory it fits. plan: what a file made here says about itself. errors: name
-    -> relative error against `reference`; no_errors: why there are none.
+    """kind: MODEL, CHECKPOINT ..., "" for what cannot be read, which `problem` says. family: what
+    people call the model; host: the host's name of it. types: type -> (tensors, bytes). blocks:
+    block -> type -> bytes. parts: of a checkpoint -> bytes.
+    needs: what goes with it -> which. cards: which memory it fits. plan: what a file made here says
+    about itself. errors: name -> relative error against `reference`; no_errors: why there are none.
     """
 
     name: str
@@ -76,11 +80,11 @@ def identify(contents: Contents) -> Inspection:
         counts[kind] += 1
         of_block = blocks.setdefault(block_of(name), {})
         of_block[kind] = of_block.get(kind, 0) + tensor.nbytes
-    found = Inspection(
-        contents.name, said=contents.said, nbytes=contents.nbytes, held=contents.held, patches=contents.patches,
-        parameters=sum(map(math.prod, contents.shapes.values())),
-        types={kind: (counts[kind], size) for kind, size in sizes.most_common()}, blocks=in_model_order(blocks),
-        plan=_plan(contents.metadata))
+    found = Inspection(contents.name, said=contents.said, nbytes=contents.nbytes,
+                       held=contents.held, patches=contents.patches,
+                       parameters=sum(map(math.prod, contents.shapes.values())),
+                       types={kind: (counts[kind], size) for kind, size in sizes.most_common()},
+                       blocks=in_model_order(blocks), plan=_plan(contents.metadata))
     for told in (_lora, _mmproj, _diffusion_model, _encoder, _other):
         if told(contents, found):
             break
@@ -89,18 +93,23 @@ def identify(contents: Contents) -> Inspection:
 
 def _lora(contents: Contents, found: Inspection) -> bool:
     stems = layer_names(contents.tensors)
-    if not stems or len(stems) * 4 < len(contents.tensors) and contents.said != "adapter":
+    if not stems or (len(stems) * 4 < len(contents.tensors) and contents.said != "adapter"):
         return False
     found.kind, found.family = LORA, f"{len(stems)} layers"
-    family = recognise({stem: _factors(contents, stem, ends) for stem, ends in stems.items()}, contents.metadata)
+    family = recognise({stem: _factors(contents, stem, ends) for stem, ends in stems.items()},
+                       contents.metadata)
     if family:
         found.family += f", for {' or '.join(family.names)}"
-    found.needs = {"model": "the one it was trained for. Check LoRA (Featherweight) holds it against a loaded model."}
+    found.needs = {
+        "model": "the one it was trained for. Check LoRA (Featherweight) holds it against a loaded"
+                 " model."
+    }
     return True
 
 
 def _factors(contents: Contents, stem: str, ends: set[str]) -> tuple[int | None, int | None]:
-    """(rows, columns) of the weight that a layer of a LoRA changes, None where its kind does not say it at once."""
+    """(rows, columns) of the weight that a layer of a LoRA changes, None where its kind does not
+    say it at once."""
     for up, down in PAIRS:
         if {up, down} <= ends:
             rows, columns = (contents.tensors[stem + end].shape for end in (up, down))
@@ -112,7 +121,9 @@ def _mmproj(contents: Contents, found: Inspection) -> bool:
     if not any(map(MMPROJ.match, contents.tensors)):
         return False
     found.kind = "vision part (mmproj) of a text encoder"
-    found.needs = {"text encoder": "the one it was published with, in Load Text Encoder (Featherweight)"}
+    found.needs = {
+        "text encoder": "the one it was published with, in Load Text Encoder (Featherweight)"
+    }
     return True
 
 
@@ -127,9 +138,14 @@ def _diffusion_model(contents: Contents, found: Inspection) -> bool:
     rest = len(contents.tensors) - len(inside)
     found.kind = CHECKPOINT if rest else MODEL
     found.host = type(config).__name__
-    shapes = {name.removeprefix(prefix if whole else ""): tuple(tensor.shape) for name, tensor in tensors.items()
-              if not whole or name.startswith(prefix)}
-    marks = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
+    shapes = {
+        name.removeprefix(prefix if whole else ""): tuple(tensor.shape)
+        for name, tensor in tensors.items() if not whole or name.startswith(prefix)
+    }
+    marks = {
+        name: torch.empty(shape, dtype=torch.float32, device="meta")
+        for name, shape in shapes.items()
+    }
     family = recognise(weight_shapes(marks))
     found.family = " or ".join(family.names) if family else found.host
     if rest:
@@ -142,7 +158,8 @@ def _diffusion_model(contents: Contents, found: Inspection) -> bool:
 
 
 def _config(tensors: dict[str, torch.Tensor], prefix: str, metadata) -> Any:
-    """The host's configuration of a diffusion model among tensors without values, None where there is none."""
+    """The host's configuration of a diffusion model among tensors without values, None where there
+    is none."""
     texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
     return try_detect(comfy.model_detection.model_config_from_unet, tensors, prefix, metadata=texts)
 
@@ -150,8 +167,14 @@ def _config(tensors: dict[str, torch.Tensor], prefix: str, metadata) -> Any:
 def _parts(contents: Contents, prefix: str) -> dict[str, int]:
     sizes = collections.Counter()
     for name, tensor in contents.tensors.items():
-        part = MODEL if name.startswith(prefix) else next(
-            (part for part, starts in PREFIXES_OF_PARTS.items() if name.startswith(starts)), "other")
+        part = (
+            MODEL
+            if name.startswith(prefix)
+            else next(
+                (part for part, starts in PREFIXES_OF_PARTS.items() if name.startswith(starts)),
+                "other",
+            )
+        )
         sizes[part] += tensor.nbytes
     return dict(sizes)
 
@@ -169,8 +192,13 @@ def _encoder(contents: Contents, found: Inspection) -> bool:
         name = encoder_family(kind.name, tensors)
         found.family, found.host = TITLES.get(name, name), kind.name
     else:
-        found.family = f"{arch}, of a size that this ComfyUI does not know" if arch else "none that this ComfyUI knows"
-    found.cards = encoder_cards(contents.held, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        found.family = (
+            f"{arch}, of a size that this ComfyUI does not know"
+            if arch
+            else "none that this ComfyUI knows"
+        )
+    found.cards = encoder_cards(contents.held,
+                                {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return True
 
 
@@ -204,7 +232,8 @@ OUTSIDE = ("model", "encoder", "diffusion_model", "transformer", "text_model", "
 
 
 def block_of(name: str) -> str:
-    """The block a tensor belongs to, whatever the file is: `double_blocks.3`, `layers.7`, `img_in`."""
+    """The block a tensor belongs to, whatever the file is: `double_blocks.3`, `layers.7`,
+    `img_in`."""
     found = NUMBERED.search(name)
     if found is None:
         words = [word for word in name.split(".")[:-1] if word not in OUTSIDE]

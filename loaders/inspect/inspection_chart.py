@@ -3,7 +3,22 @@ import textwrap
 
 import torch
 
-from ..chart import BAD, BODY, FAINT, GOOD, HEADING_LENGTH, MARGIN, ROW, SMALL, TEXT, WIDTH, Bar, Chart, Color, font
+from ..chart import (
+    BAD,
+    BODY,
+    FAINT,
+    GOOD,
+    HEADING_LENGTH,
+    MARGIN,
+    ROW,
+    SMALL,
+    TEXT,
+    WIDTH,
+    Bar,
+    Chart,
+    Color,
+    font,
+)
 from ..sizes import size_text
 from .inspection import Inspection
 from .inspection_text import block_errors, cards_notes, cards_title, error_text
@@ -14,11 +29,12 @@ MOST_ROWS = 110
 LABEL_LENGTH = 30  # letters of a block's name that there is room for
 # From few bits, red, to many, blue; what is not packed is grey, lighter the wider it is.
 COLORS = {
-    "Q2_K": (214, 69, 65), "Q3_K": (238, 122, 72), "IQ4_XS": (246, 180, 82), "IQ4_NL": (214, 150, 60),
-    "Q4_K": (235, 217, 100), "Q4_0": (205, 190, 75), "Q4_1": (190, 176, 90), "NF4": (222, 160, 220),
-    "FP4": (190, 120, 190), "Q5_K": (135, 205, 110), "Q5_0": (100, 175, 85), "Q5_1": (85, 155, 80),
-    "Q6_K": (70, 185, 170), "Q8_0": (85, 150, 245), "INT8": (60, 110, 210), "F8_E4M3": (120, 120, 235),
-    "F8_E5M2": (140, 105, 215), "F16": (140, 146, 158), "BF16": (120, 126, 138), "F32": (200, 205, 214),
+    "Q2_K": (214, 69, 65), "Q3_K": (238, 122, 72), "IQ4_XS": (246, 180, 82),
+    "IQ4_NL": (214, 150, 60), "Q4_K": (235, 217, 100), "Q4_0": (205, 190, 75),
+    "Q4_1": (190, 176, 90), "NF4": (222, 160, 220), "FP4": (190, 120, 190), "Q5_K": (135, 205, 110),
+    "Q5_0": (100, 175, 85), "Q5_1": (85, 155, 80), "Q6_K": (70, 185, 170), "Q8_0": (85, 150, 245),
+    "INT8": (60, 110, 210), "F8_E4M3": (120, 120, 235), "F8_E5M2": (140, 105, 215),
+    "F16": (140, 146, 158), "BF16": (120, 126, 138), "F32": (200, 205, 214)
 }
 ORDER = {name: index for index, name in enumerate(COLORS)}
 OTHERS = ((150, 90, 60), (60, 120, 130), (120, 60, 110), (110, 130, 60))
@@ -28,19 +44,28 @@ def color_of(type_name: str) -> Color:
     """The same colour for a type in every picture."""
     if type_name in COLORS:
         return COLORS[type_name]
-    start = next((known for known in ("INT8", "NF4", "FP4") if type_name.upper().startswith(known)), None)
+    start = next((known for known in ("INT8", "NF4", "FP4") if type_name.upper().startswith(known)),
+                 None)
     return COLORS[start] if start else OTHERS[sum(map(ord, type_name)) % len(OTHERS)]
 
 
 def inspection_picture(inspection: Inspection) -> torch.Tensor:
-    """Title, types with their bytes, which cards it fits, and the blocks. Returns (1, H, W, 3), float32, 0 to 1."""
+    """Title, types with their bytes, which cards it fits, and the blocks. Returns (1, H, W, 3),
+    float32, 0 to 1."""
     title = textwrap.wrap(inspection.title, HEADING_LENGTH) or [""]
     blocks = dict(list(inspection.blocks.items())[:MOST_ROWS])
     more = len(inspection.blocks) - len(blocks)
     legend = _legend_lines(inspection.types)
     notes = cards_notes(inspection)
     errors = block_errors(inspection)
-    top = MARGIN + 26 * len(title) + 26 * len(legend) + 20 * len(notes) + (42 if blocks else 0) + (28 if notes else 0)
+    top = (
+        MARGIN
+        + 26 * len(title)
+        + 26 * len(legend)
+        + 20 * len(notes)
+        + (42 if blocks else 0)
+        + (28 if notes else 0)
+    )
     height = top + len(blocks) * ROW + (ROW if more else 0) + MARGIN
     chart = Chart(height, BAD if inspection.problem else GOOD)
     chart.heading(title)
@@ -52,7 +77,8 @@ def inspection_picture(inspection: Inspection) -> torch.Tensor:
         chart.y += 28
         for fits, note in notes:
             left = MARGIN + 3
-            chart.draw.ellipse((left, chart.y + 4, left + 8, chart.y + 12), fill=GOOD if fits else BAD)
+            chart.draw.ellipse((left, chart.y + 4, left + 8, chart.y + 12),
+                               fill=GOOD if fits else BAD)
             chart.text(note, FAINT, SMALL, x=21)
             chart.y += 20
     if blocks:
@@ -60,7 +86,8 @@ def inspection_picture(inspection: Inspection) -> torch.Tensor:
         chart.text(f"Bytes of each block by type{measured}", FAINT, BODY, down=8)
     chart.bars(_bars(blocks, errors), top, LABELS, BAR_WIDTH)
     if more:
-        chart.draw.text((MARGIN + LABELS, top + len(blocks) * ROW + 2), f"... and {more} more", FAINT, font(SMALL))
+        chart.draw.text((MARGIN + LABELS, top + len(blocks) * ROW + 2), f"... and {more} more",
+                        FAINT, font(SMALL))
     return chart.tensor()
 
 
@@ -83,7 +110,8 @@ def _draw_legend(chart: Chart, lines: list[list[tuple[str, str, int]]]):
         x = 0
         for type_name, label, width in entries:
             left = MARGIN + x
-            chart.draw.rectangle((left, chart.y + 4, left + 14, chart.y + 18), fill=color_of(type_name))
+            chart.draw.rectangle((left, chart.y + 4, left + 14, chart.y + 18),
+                                 fill=color_of(type_name))
             chart.text(label, TEXT, BODY, x=x + 21, down=3)
             x += width
         chart.y += 26

@@ -8,20 +8,24 @@ WORST = 5  # tensors named with their errors
 
 
 def summary(found: Inspection) -> str:
-    """A sentence and a few lines, for a node whose picture shows the types, the cards and the errors of each block."""
+    """A sentence and a few lines, for a node whose picture shows the types, the cards and the
+    errors of each block."""
     if found.problem:
         return found.problem
     return "\n".join([found.title, *_about_lines(found), *errors_lines(found)[:1]])
 
 
 def inspection_text(found: Inspection) -> str:
-    """A sentence, then a line for each thing that is known, each type, card and the largest errors."""
+    """A sentence, then a line for each thing that is known, each type, card and the largest
+    errors."""
     if found.problem:
         return found.problem
     lines = [found.title, "", *_about_lines(found), "", *type_lines(found.types)]
     if found.cards:
         lines += ["", cards_title(found), *(f"  {note}" for _, note in cards_notes(found))]
-    lines += [line for what, said in found.plan.items() for line in ("", f"made here, {what}: {said}")]
+    lines += [
+        line for what, said in found.plan.items() for line in ("", f"made here, {what}: {said}")
+    ]
     if found.reference:
         lines += ["", *errors_lines(found)]
     return "\n".join(lines)
@@ -29,19 +33,29 @@ def inspection_text(found: Inspection) -> str:
 
 def _about_lines(found: Inspection) -> list[str]:
     """A line `name: value` for each thing that is known of the whole."""
-    rows = {"file says": found.said, "ComfyUI's name": found.host, "parameters": _parameters(found),
-            "size": size_text(found.nbytes) if found.nbytes else "", "held in memory": size_text(found.held)}
+    rows = {
+        "file says": found.said, "ComfyUI's name": found.host, "parameters": _parameters(found),
+        "size": size_text(found.nbytes) if found.nbytes else "",
+        "held in memory": size_text(found.held)
+    }
     if found.parts:
         rows["in it"] = ", ".join(f"{part} {size_text(size)}" for part, size in found.parts.items())
     if found.patches:
-        rows["patched"] = f"{found.patches} weights are changed by LoRAs or merges, which lie beside them and are not counted"
-    rows |= {f"needs {what}" if what != "use" else what: which for what, which in found.needs.items()}
+        rows[
+            "patched"] = f"{found.patches} weights are changed by LoRAs or merges, which lie beside them and are not counted"
+    rows |= {
+        f"needs {what}" if what != "use" else what: which for what, which in found.needs.items()
+    }
     return [f"{name}: {value}" for name, value in rows.items() if value]
 
 
 def _parameters(found: Inspection) -> str:
     count = sum(tensors for tensors, _ in found.types.values())
-    number = f"{found.parameters / 1e9:.2f} billion" if found.parameters >= 1e9 else f"{found.parameters / 1e6:.2f} million"
+    number = (
+        f"{found.parameters / 1e9:.2f} billion"
+        if found.parameters >= 1e9
+        else f"{found.parameters / 1e6:.2f} million"
+    )
     return f"{number} in {count} tensors"
 
 
@@ -56,7 +70,11 @@ def cards_notes(found: Inspection) -> list[tuple[bool, str]]:
     """(whether it fits whole, a sentence) of the cards, those with the same sentence in one."""
     said = {}
     for card in found.cards:
-        fits = f"{size_text(card.missing)} of it stay in the computer's memory" if card.missing else "fits whole"
+        fits = (
+            f"{size_text(card.missing)} of it stay in the computer's memory"
+            if card.missing
+            else "fits whole"
+        )
         if card.best is not None:
             fits += f"; largest type that fits whole: {card.best or 'none'}"
         said.setdefault((not card.missing, fits), []).append(card.gib)
@@ -65,15 +83,19 @@ def cards_notes(found: Inspection) -> list[tuple[bool, str]]:
 
 
 def errors_lines(found: Inspection) -> list[str]:
-    """The relative errors against the reference: the mean, and the tensors with the largest. None without a reference."""
+    """The relative errors against the reference: the mean, and the tensors with the largest. None
+    without a reference."""
     if not found.reference:
         return []
     if not found.errors:
         return [f"error against {found.reference}: not measured. {found.no_errors}"]
     mean = sum(found.errors.values()) / len(found.errors)
     worst = sorted(found.errors.items(), key=lambda item: -item[1])[:WORST]
-    return [f"error against {found.reference}, mean over {len(found.errors)} tensors: {error_text(mean)}",
-            *(f"  {name}: {error_text(error)}" for name, error in worst)]
+    return [
+        f"error against {found.reference}, mean over {len(found.errors)} tensors:"
+        f" {error_text(mean)}",
+        *(f"  {name}: {error_text(error)}" for name, error in worst)
+    ]
 
 
 def error_text(error: float) -> str:

@@ -1,1 +1,2 @@
-"""LoRAs: read from a file, checked against a model before anything runs, and applied through the host's own patchers."""
+"""LoRAs: read from a file, checked against a model before anything runs, and applied through the
+host's own patchers."""

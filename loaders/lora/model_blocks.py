@@ -13,7 +13,12 @@ def block_of(key: str) -> str:
     first, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     # The middle of a UNet is one block of a few parts.
-    if name == key or not number.isdigit() or not BLOCK_LIST.search(first) or first == "middle_block":
+    if (
+        name == key
+        or not number.isdigit()
+        or not BLOCK_LIST.search(first)
+        or first == "middle_block"
+    ):
         return first
     return f"{first}.{number}"
 
@@ -24,7 +29,8 @@ def is_text(key: str) -> bool:
 
 
 def key_of(target) -> str:
-    """Key of the weight a patch is for; the host names some targets as (key, slice of the weight)."""
+    """Key of the weight a patch is for; the host names some targets as (key, slice of the
+    weight)."""
     return target if isinstance(target, str) else target[0]
 
 
@@ -35,7 +41,8 @@ def weight_keys(model, clip=None) -> list[str]:
 
 
 def block_numbers(keys: Iterable[str]) -> dict[str, list[int]]:
-    """Kind of block among the weights of these names -> the numbers of its blocks, sorted; none for a kind without numbers."""
+    """Kind of block among the weights of these names -> the numbers of its blocks, sorted; none for
+    a kind without numbers."""
     groups = {}
     for block in map(block_of, keys):
         kind, _, number = block.partition(".")
@@ -48,5 +55,6 @@ def block_numbers(keys: Iterable[str]) -> dict[str, list[int]]:
 def described_blocks(keys: Iterable[str]) -> str:
     """The blocks of a model in a line: `double_blocks.0-18, single_blocks.0-37, img_in, clip_l`."""
     groups = block_numbers(keys)
-    return ", ".join(name if not numbers else f"{name}.{min(numbers)}-{max(numbers)}" if len(numbers) > 1
-                     else f"{name}.{numbers[0]}" for name, numbers in groups.items())
+    return ", ".join(
+        name if not numbers else f"{name}.{min(numbers)}-{max(numbers)}" if len(numbers) >
+        1 else f"{name}.{numbers[0]}" for name, numbers in groups.items())

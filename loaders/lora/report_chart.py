@@ -13,7 +13,8 @@ BARS = ((92, 160, 255), (120, 200, 180), (200, 150, 255), (245, 170, 105), (160,
 
 
 def report_picture(report: LoraReport, title: str = "") -> torch.Tensor:
-    """A bar for each block, in the order of the model: norm of the change at strength 1 in percent of the block's weights.
+    """A bar for each block, in the order of the model: norm of the change at strength 1 in percent
+    of the block's weights.
 
     title: a line above it all, such as the file's name. Returns (1, H, W, 3), float32, 0 to 1.
     """
@@ -25,7 +26,11 @@ def report_picture(report: LoraReport, title: str = "") -> torch.Tensor:
         chart.text(title, FAINT, BODY)
         chart.y += 22
     chart.heading(verdict)
-    ranks = "" if not report.ranks else f", rank {'-'.join(map(str, dict.fromkeys((report.ranks[0], report.ranks[-1]))))}"
+    ranks = (
+        ""
+        if not report.ranks
+        else f", rank {'-'.join(map(str, dict.fromkeys((report.ranks[0], report.ranks[-1]))))}"
+    )
     matched = f"{', '.join(report.kinds)}{ranks}. {report.matched} of {report.layers} layers match."
     chart.text(matched, FAINT, BODY, down=4)
     measure = "percent of its weights" if relative else "absolute: the model holds no values"
@@ -37,7 +42,10 @@ def report_picture(report: LoraReport, title: str = "") -> torch.Tensor:
 
 def _shares(report: LoraReport) -> tuple[dict[str, float], bool]:
     """(block -> how much it is changed, whether all of these are parts of the blocks' weights)."""
-    known = {block: (change, norm) for block, (change, norm) in report.blocks.items() if change is not None}
+    known = {
+        block: (change, norm) for block, (change, norm) in report.blocks.items()
+        if change is not None
+    }
     shares = {block: change / norm if norm else change for block, (change, norm) in known.items()}
     return shares, all(norm is not None for _, norm in known.values())
 
@@ -50,5 +58,7 @@ def _bars(shares: dict[str, float], relative: bool) -> list[Bar]:
     for block, share in shares.items():
         color = BARS[min(groups.index(block.partition(".")[0]), len(BARS) - 1)]
         length = round(BAR_WIDTH * share / largest)
-        bars.append(Bar(block, [(0, max(1, length), color)], length, percent(share) if relative else f"{share:.3g}"))
+        bars.append(
+            Bar(block, [(0, max(1, length), color)], length,
+                percent(share) if relative else f"{share:.3g}"))
     return bars

@@ -1,6 +1,7 @@
 """How much a LoRA changes a weight, without ever making the change itself.
 
-Values are the host's: an adapter of `comfy.weight_adapter` with its tuple `weights`, or ("diff", (tensor,)) and its like.
+Values are the host's: an adapter of `comfy.weight_adapter` with its tuple `weights`, or ("diff",
+(tensor,)) and its like.
 """
 import collections
 import math
@@ -8,13 +9,15 @@ import math
 import torch
 
 from ...ops import product
-from ...ops.adapters import LoHa, LoKr, LoRA, alpha_scale, adapter_fields, rank_of
+from ...ops.adapters import LoHa, LoKr, LoRA, adapter_fields, alpha_scale, rank_of
 from ...ops.packed_layout import is_packed
 from .model_blocks import block_of, key_of
 
 SAMPLED_ROWS = 64
 
-CHANGE_TYPES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
+CHANGE_TYPES = {
+    "lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"
+}
 
 
 def change_type(value) -> str:
@@ -28,9 +31,11 @@ def change_type(value) -> str:
 
 
 def change_norm(value, weight_norm: float | None) -> float | None:
-    """Frobenius norm of what a value adds to a weight at strength 1; None where it is not known cheaply.
+    """Frobenius norm of what a value adds to a weight at strength 1; None where it is not known
+    cheaply.
 
-    weight_norm: of the weight, which OFT turns. A DoRA scale is left out of account. LoHa: estimated from some rows.
+    weight_norm: of the weight, which OFT turns. A DoRA scale is left out of account. LoHa:
+    estimated from some rows.
     """
     if isinstance(value, tuple):
         return value[1][0].float().norm().item() if value[0] == "diff" else None
@@ -42,12 +47,15 @@ def change_norm(value, weight_norm: float | None) -> float | None:
         return _scale(value) * _product_norm(parts.up.float().flatten(1), down.float().flatten(1))
     if isinstance(parts, LoHa) and parts.core1 is None:
         rows = _sampled_rows(parts.a1)
-        first, second = (a[rows].float() @ b.float() for a, b in ((parts.a1, parts.b1), (parts.a2, parts.b2)))
+        first, second = (a[rows].float() @ b.float()
+                         for a, b in ((parts.a1, parts.b1), (parts.a2, parts.b2)))
         sampled = (first * second).norm().item()
         return _scale(value) * sampled * math.sqrt(parts.a1.shape[0] / len(rows))
     if isinstance(parts, LoKr) and parts.core is None:
-        left, right = (_product_norm(up.float(), down.float()) if whole is None else whole.float().norm().item()
-                       for whole, up, down in ((parts.w1, parts.a1, parts.b1), (parts.w2, parts.a2, parts.b2)))
+        left, right = (_product_norm(up.float(), down.float())
+                       if whole is None else whole.float().norm().item()
+                       for whole, up, down in ((parts.w1, parts.a1, parts.b1), (parts.w2, parts.a2,
+                                                                                parts.b2)))
         return left * right * _scale(value)
     if value.name == "oft" and weight_norm is not None:
         blocks = parts.blocks.float()
@@ -61,10 +69,13 @@ def change_norm(value, weight_norm: float | None) -> float | None:
     return None
 
 
-def block_changes(patches: dict, weights: dict[str, torch.Tensor]) -> dict[str, tuple[float | None, float | None]]:
-    """Block -> (norm of what patches change in it at strength 1, norm of its weights); None for what is not known.
+def block_changes(patches: dict,
+                  weights: dict[str, torch.Tensor]) -> dict[str, tuple[float | None, float | None]]:
+    """Block -> (norm of what patches change in it at strength 1, norm of its weights); None for
+    what is not known.
 
-    patches: as the host's `add_patches` takes them. weights: the model's, by the keys the patches name.
+    patches: as the host's `add_patches` takes them. weights: the model's, by the keys the patches
+    name.
     """
     norms = {key: _weight_norm(weights[key]) for key in dict.fromkeys(map(key_of, patches))}
     changes, sizes = collections.defaultdict(list), collections.defaultdict(list)
@@ -72,7 +83,9 @@ def block_changes(patches: dict, weights: dict[str, torch.Tensor]) -> dict[str, 
         changes[block_of(key_of(target))].append(change_norm(value, norms[key_of(target)]))
     for key, norm in norms.items():
         sizes[block_of(key)].append(norm)
-    return {block: (_combined_norm(changes[block]), _combined_norm(sizes[block])) for block in changes}
+    return {
+        block: (_combined_norm(changes[block]), _combined_norm(sizes[block])) for block in changes
+    }
 
 
 def _scale(value) -> float:
@@ -98,7 +111,8 @@ def _sampled_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _weight_norm(weight: torch.Tensor) -> float | None:
-    """Frobenius norm of a weight, estimated from some of its rows; None for a weight without values."""
+    """Frobenius norm of a weight, estimated from some of its rows; None for a weight without
+    values."""
     if weight.is_meta or not weight.ndim:
         return None
     rows = _sampled_rows(weight).to(weight.device)

@@ -1,1 +1,2 @@
-"""Saving models as files of packed weights: `planning` chooses the types, `calibration` measures."""
+"""Saving models as files of packed weights: `planning` chooses the types, `calibration`
+measures."""

@@ -1,7 +1,8 @@
-"""What of each LoRA on a model arrives in the file: by least squares, over all tensors that were touched.
+"""What of each LoRA on a model arrives in the file: by least squares, over all tensors that were
+touched.
 
-With W what was held, d_i what the i-th change should add, and P what is packed, the gains g are those for which sum g_i d_i is
-nearest to P - W. A gain of 1 is all of it.
+With W what was held, d_i what the i-th change should add, and P what is packed, the gains g are
+those for which sum g_i d_i is nearest to P - W. A gain of 1 is all of it.
 """
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class LoraRetention:
     """Collects, tensor by tensor, what changes should have added and what has arrived."""
 
     def __init__(self, patches: Iterable[Sequence[Patch]]):
-        """patches: of each weight. Patches of one LoRA share the set of the names that were read of its file."""
+        """patches: of each weight. Patches of one LoRA share the set of the names that were read of
+        its file."""
         self.titles: dict[tuple, str] = {}
         counts = {"LoRA": 0, "merge": 0, "change": 0}
         for of_weight in patches:
@@ -43,8 +45,8 @@ class LoraRetention:
                     counts[key[0]] += 1
                     self.titles[key] = f"{key[0]} {counts[key[0]]} (strength {patch[0]:g})"
         self.index = {key: number for number, key in enumerate(self.titles)}
-        # A row for each change: its products with each change, with what arrived, the power of what was held, and how many
-        # weights it touches.
+        # A row for each change: its products with each change, with what arrived, the power of what
+        # was held, and how many weights it touches.
         self.sums = torch.zeros(len(self.index), len(self.index) + 3, dtype=torch.float64)
 
     def groups(self, patches: Sequence[Patch]) -> list[tuple[int, list[Patch]]]:
@@ -58,8 +60,8 @@ class LoraRetention:
                 groups.append((number, [patch]))
         return groups
 
-    def measure(self, held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]], packed: torch.Tensor,
-                is_first: bool) -> torch.Tensor:
+    def measure(self, held: torch.Tensor, changes: Sequence[tuple[int, torch.Tensor]],
+                packed: torch.Tensor, is_first: bool) -> torch.Tensor:
         """Return what some rows of a weight add to `sums`.
 
         Args:
@@ -81,8 +83,10 @@ class LoraRetention:
         products, arrived, power, layers = self.sums.split_with_sizes([len(self.index), 1, 1, 1], 1)
         gains = torch.linalg.lstsq(products, arrived, driver="gelsd").solution
         sizes = (products.diag().unsqueeze(1) / power.clamp_min(1e-30)).sqrt()
-        return [Share(title, int(count), gain.item(), size.item())
-                for title, count, gain, size in zip(self.titles.values(), layers, gains, sizes) if count]
+        return [
+            Share(title, int(count), gain.item(), size.item())
+            for title, count, gain, size in zip(self.titles.values(), layers, gains, sizes) if count
+        ]
 
 
 def patch_group(patch: Patch) -> tuple:

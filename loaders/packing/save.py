@@ -1,11 +1,14 @@
-"""A model to a file of packed weights, one weight at a time: read, patched, packed, looked at once more and written.
+"""A model to a file of packed weights, one weight at a time: read, patched, packed, looked at once
+more and written.
 
-In memory are at most two dense slices of one weight and what the packing of a slice needs, unless a patch can only be applied
-to a whole weight; and, with a calibration, all of the layers packed by it.
+In memory are at most two dense slices of one weight and what the packing of a slice needs, unless a
+patch can only be applied to a whole weight; and, with a calibration, all of the layers packed by
+it.
 
-A change of a weight that was rounded before may be swallowed by the steps of the type it is packed to: the values lie on those
-steps already. Where all of it is asked for, it is enlarged until what arrives of it is whole; where even Q8_0 swallows it,
-values between two steps go to either, each as often as it is near.
+A change of a weight that was rounded before may be swallowed by the steps of the type it is packed
+to: the values lie on those steps already. Where all of it is asked for, it is enlarged until what
+arrives of it is whole; where even Q8_0 swallows it, values between two steps go to either, each as
+often as it is near.
 """
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,20 +18,20 @@ from pathlib import Path
 import torch
 
 from ...ops.format import FORMATS, FormatError, TooLargeError
-from ...ops.quantize import pack_tensor
-from ...ops.quantize.second_moments import SecondMoments
-from ...ops.quantize.relative_error import RelativeError, values_of
-from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
-from ...ops.row_slicing import join_rows
 from ...ops.packed_layout import is_packed
+from ...ops.quantize import pack_tensor
+from ...ops.quantize.relative_error import RelativeError, values_of
+from ...ops.quantize.second_moments import SecondMoments
+from ...ops.row_slicing import join_rows
+from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ..files.container import PLAIN_DTYPES, nbytes_of, safe_repr
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from ..sizes import size_text
 from .calibration.sequential import SequentialCalibration
 from .lora_retention import LoraRetention, dot
-from .planning.packing_rules import bits_per_value, with_fallback
 from .planning.file_plan import FilePlan, plain_type, written_name
+from .planning.packing_rules import bits_per_value, with_fallback
 from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
 
@@ -45,7 +48,8 @@ MAX_NOTES = 5  # on single weights
 class Saved:
     """A file that was written.
 
-    types: name -> type, as it came out. table: of these. notes: what of the LoRAs has arrived and what people should know.
+    types: name -> type, as it came out. table: of these. notes: what of the LoRAs has arrived and
+    what people should know.
     """
 
     path: Path
@@ -71,8 +75,8 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
 
     Args:
         plan: of the file.
-        track: goes over the names, with the values of each, in place of a plain loop; what it raises
-            ends the work.
+        track: goes over the names, with the values of each, in place of a plain loop; what it
+            raises ends the work.
         calibration: of the source's model. Its linear layers are then packed first, each so that it
             makes up for the errors before it, and are in memory at once, packed.
 
@@ -106,8 +110,8 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
 class _Attempt:
     """A weight in one type.
 
-    pieces: of rows, on the CPU; None where the type cannot hold the values. swallows: whether a part
-    of its change does not arrive. retention: what its rows add to the sums of `LoraRetention`.
+    pieces: of rows, on the CPU; None where the type cannot hold the values. swallows: whether a
+    part of its change does not arrive. retention: what its rows add to the sums of `LoraRetention`.
     """
 
     pieces: list[torch.Tensor] | None = None
@@ -145,9 +149,14 @@ class WeightPacker:
                 _reject_bad_values(tensor, weight)
             return type_name, [tensor]
         attempt = self._attempt(weight, type_name)
-        if attempt.swallows and self.allow_finer and bits_per_value(type_name) < bits_per_value(FINER):
+        if (
+            attempt.swallows
+            and self.allow_finer
+            and bits_per_value(type_name) < bits_per_value(FINER)
+        ):
             finer = with_fallback(FINER, weight.shape, HALF)
-            self.notes.append(f"{weight.name} is {finer}: {type_name} would swallow a part of its change.")
+            self.notes.append(
+                f"{weight.name} is {finer}: {type_name} would swallow a part of its change.")
             type_name, attempt = finer, self._attempt(weight, finer)
         if attempt.swallows and type_name == FINER:
             attempt = self._attempt(weight, type_name, dither=True)
@@ -159,12 +168,14 @@ class WeightPacker:
         return type_name, attempt.pieces
 
     def pack_in_sequence(self, name: str) -> tuple[str, list[torch.Tensor]]:
-        """The same of a linear layer's weight, which counts as packed for those that come after it."""
+        """The same of a linear layer's weight, which counts as packed for those that come after
+        it."""
         type_name, pieces = self.pack(self.source.weights[name])
         weight = join_rows(pieces)
         if is_packed(weight):
             bias = self.source.weights.get(f"{name.removesuffix('weight')}bias")
-            self.calibration.set_packed(name, weight, None if bias is None else bias.patched(0, bias.shape[0]))
+            self.calibration.set_packed(name, weight,
+                                        None if bias is None else bias.patched(0, bias.shape[0]))
         return type_name, [weight]
 
     def report_lines(self) -> list[str]:
@@ -185,26 +196,32 @@ class WeightPacker:
     def _fall_back(self, weight: Weight, type_name: str) -> tuple[str, _Attempt]:
         """(type, the weight in it) for values that do not fit into `type_name`.
 
-        The 16 bits of its source; BF16 has room for almost all, F32 for the rest; and where the size
-        of the file has none for those, a smaller type may do. Raises SaveError where none does.
+        The 16 bits of its source; BF16 has room for almost all, F32 for the rest; and where the
+        size of the file has none for those, a smaller type may do. Raises SaveError where none
+        does.
         """
         max_bytes, bits = self.plan.max_bytes, bits_per_value(type_name)
         smaller = [] if max_bytes is None else [with_fallback(FINER, weight.shape, "BF16")]
         for other in dict.fromkeys((weight.half, "BF16", *smaller, "F32")):
             nbytes = self._nbytes_with(weight, type_name, other)
             is_larger = bits_per_value(other) > bits
-            if max_bytes is None or bits_per_value(other) == bits or is_larger and nbytes <= max_bytes:
+            if (
+                max_bytes is None
+                or bits_per_value(other) == bits
+                or (is_larger
+                and nbytes <= max_bytes)
+            ):
                 attempt = self._attempt(weight, other)
                 if attempt.pieces is not None:
-                    self.notes.append(f"{weight.name} is {other}: its values do not fit into {type_name}.")
+                    self.notes.append(
+                        f"{weight.name} is {other}: its values do not fit into {type_name}.")
                     self.nbytes = nbytes
                     return other, attempt
         nbytes = self._nbytes_with(weight, type_name, "BF16")
         raise SaveError(
-            f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in BF16 the file takes"
-            f" {size_text(nbytes, DIGITS)}, which is more than {size_text(max_bytes, DIGITS)}."
-            " Choose one type in place of a size."
-        )
+            f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in"
+            f" BF16 the file takes {size_text(nbytes, DIGITS)}, which is more than"
+            f" {size_text(max_bytes, DIGITS)}. Choose one type in place of a size.")
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """That the file takes at most with a weight in another type than planned."""
@@ -213,9 +230,14 @@ class WeightPacker:
         return self.nbytes + more + padding
 
     def _moments(self, weight: Weight, type_name: str) -> SecondMoments | None:
-        """What to pack a weight by. A change that is to arrive whole leaves no room for making up for other errors."""
+        """What to pack a weight by. A change that is to arrive whole leaves no room for making up
+        for other errors."""
         moments, sensitivity = None, self.plan.options.sensitivity
-        if type_name not in PLAIN_DTYPES and self.calibration is not None and weight.name not in self.must_survive:
+        if (
+            type_name not in PLAIN_DTYPES
+            and self.calibration is not None
+            and weight.name not in self.must_survive
+        ):
             moments = self.calibration.moments(weight.name)
         if moments is None and sensitivity is not None:
             moments = sensitivity.moments(weight.name)
@@ -232,18 +254,22 @@ class WeightPacker:
             if piece is None:
                 return _Attempt()
             if changes and not dither and weight.name in self.must_survive:
-                piece, swallows = self._enlarge(piece, held, values - held, lambda values: self._piece(
-                    values, weight, type_name, moments))
+                piece, swallows = self._enlarge(
+                    piece, held, values - held,
+                    lambda values: self._piece(values, weight, type_name, moments))
                 attempt.swallows = attempt.swallows or swallows
             attempt.pieces.append(piece)
             if changes:
-                attempt.retention.append(self.retention.measure(held, changes, values_of(piece), start == 0))
+                attempt.retention.append(
+                    self.retention.measure(held, changes, values_of(piece), start == 0))
             relative_error.add(values, piece)
         return attempt if relative_error.is_small else _Attempt()
 
-    def _patched(self, weight: Weight, start: int,
-                 stop: int) -> tuple[torch.Tensor | None, Sequence[tuple[int, torch.Tensor]], torch.Tensor]:
-        """(what is held, [(number of the change, what it adds)], the patched values) of some rows, float32."""
+    def _patched(
+            self, weight: Weight, start: int, stop: int
+    ) -> tuple[torch.Tensor | None, Sequence[tuple[int, torch.Tensor]], torch.Tensor]:
+        """(what is held, [(number of the change, what it adds)], the patched values) of some rows,
+        float32."""
         if not weight.patches:
             return None, [], weight.patched(start, stop)
         held = weight.read(start, stop)
@@ -258,7 +284,8 @@ class WeightPacker:
     @staticmethod
     def _enlarge(piece: torch.Tensor, held: torch.Tensor, change: torch.Tensor,
                  pack: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, bool]:
-        """(rows in which a change arrives whole, or the most that can be had of it, whether that is less)."""
+        """(rows in which a change arrives whole, or the most that can be had of it, whether that is
+        less)."""
         power, factor = dot(change, change), 1.0
         for attempt in range(ATTEMPTS + 1):
             share = dot(values_of(piece) - held, change) / power if power else 1.0
@@ -268,9 +295,10 @@ class WeightPacker:
             factor = min(factor / max(share, 0.1), MAX_ENLARGED)
             piece = pack(held + factor * change)
 
-    def _piece(self, values: torch.Tensor, weight: Weight, type_name: str, moments: SecondMoments | None,
-               dither: bool = False) -> torch.Tensor | None:
-        """Rows in a type, on the CPU; None where it cannot hold them. dither: only where the type is FINER."""
+    def _piece(self, values: torch.Tensor, weight: Weight, type_name: str,
+               moments: SecondMoments | None, dither: bool = False) -> torch.Tensor | None:
+        """Rows in a type, on the CPU; None where it cannot hold them. dither: only where the type
+        is FINER."""
         if type_name in PLAIN_DTYPES:
             dtype = PLAIN_DTYPES[type_name]
             # A change below half a step of 16 bits would be gone, rounded to the nearest.
@@ -279,17 +307,20 @@ class WeightPacker:
         device, packed_format = self.source.device, FORMATS[type_name]
         try:
             if dither:
-                return pack_tensor(_at_steps(values).to(device), packed_format, reference=True).to("cpu")
+                return pack_tensor(_at_steps(values).to(device), packed_format,
+                                   reference=True).to("cpu")
             options = {} if moments is None else {"moments": moments}
             return pack_tensor(values.to(device), packed_format, **options).to("cpu")
         except TooLargeError:
             return None
         except FormatError as error:
-            raise SaveError(f"{safe_repr(weight.name)} cannot be packed to {type_name}: {error}") from error
+            raise SaveError(
+                f"{safe_repr(weight.name)} cannot be packed to {type_name}: {error}") from error
 
 
 def _at_steps(values: torch.Tensor) -> torch.Tensor:
-    """Values that Q8_0 holds exactly, of each one of the two nearest, so that the mean of many keeps a change below a step.
+    """Values that Q8_0 holds exactly, of each one of the two nearest, so that the mean of many
+    keeps a change below a step.
 
     values: float32, rows that blocks of 32 divide.
     """
@@ -297,7 +328,8 @@ def _at_steps(values: torch.Tensor) -> torch.Tensor:
     largest, index = blocks.abs().max(1, keepdim=True)
     step = (largest / 127).half().float()
     codes = stochastic_round_to_integers(blocks, step).clamp_(-127, 127)
-    codes.scatter_(1, index, blocks.gather(1, index).sign() * 127)  # by which the format finds the step again
+    # by which the format finds the step again
+    codes.scatter_(1, index, blocks.gather(1, index).sign() * 127)
     return torch.where(step > 0, codes * step, 0.0).view(values.shape)
 
 
@@ -305,5 +337,6 @@ def _reject_bad_values(values: torch.Tensor, weight: Weight):
     """Raise SaveError for values that are no numbers."""
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
         what = "with its patches it has" if weight.patches else "it has"
-        raise SaveError(f"{safe_repr(weight.name)} cannot be saved: {what} NaN or infinite values. Get the model again, or take"
-                        " off what changes it.")
+        raise SaveError(
+            f"{safe_repr(weight.name)} cannot be saved: {what} NaN or infinite values. Get the"
+            " model again, or take off what changes it.")

@@ -1,7 +1,9 @@
-"""What is to be saved: the weights of a model, text encoder or file, one at a time in float32, with everything that is on them.
+"""What is to be saved: the weights of a model, text encoder or file, one at a time in float32, with
+everything that is on them.
 
-Names are the host's without prefix. Nothing is dequantised, patched or read before it is asked for. Of a file the host's model is
-built without values, on the meta device, where LoRAs need to know its layers.
+Names are the host's without prefix. Nothing is dequantised, patched or read before it is asked for.
+Of a file the host's model is built without values, on the meta device, where LoRAs need to know its
+layers.
 """
 import math
 import os
@@ -14,29 +16,31 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
+from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.packed_tensor import relabelled
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
 from ...ops.row_slicing import take_rows
-from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
+from ..comfy_keys import model_prefix, to_comfy_keys
 from ..comfy_quant import SMOOTHING, as_tensors
-from ..detection import try_detect, reject_non_diffusion
+from ..detection import reject_non_diffusion, try_detect
 from ..diffusers_keys import JoinedRows
 from ..files import open_weights
 from ..files.container import FileChangeGuard, WeightFileError, map_file
 from ..model_summary import format_name
-from ..comfy_keys import to_comfy_keys, model_prefix
 from ..recipe import Recipe
 from ..wording import join_some
 from .planning.packing_rules import half_type
 
 DIFFUSION_MODEL = "diffusion_model."
-# Encoders, by how the host's names for them begin, that it knows in a file by other names than those in its model.
+# Encoders, by how the host's names for them begin, that it knows in a file by other names than
+# those in its model.
 NAMES_IN_FILES = {
     "qwen35_": {"model": "model.language_model", "visual": "model.visual"},
     "qwen3vl_4b": {"visual": "model.visual"}, "qwen3vl_8b": {"visual": "model.visual"},
 }
-# What tells kinds of one architecture, beside the model's weights in a whole checkpoint; the host reads them in a model's file.
+# What tells kinds of one architecture, beside the model's weights in a whole checkpoint; the host
+# reads them in a model's file.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 ADVICE = "Take it off, or put it behind the loader of the new file instead."
 
@@ -49,9 +53,10 @@ class SaveError(ValueError):
 class Weight:
     """One tensor of a model.
 
-    name: in the host's names without prefix; key: in the model. shape: with its patches. tensor: as held, without patches.
-    read: first row, end row -> these rows without patches, float32. patches: the host's, in order. is_whole: whether `tensor`
-    is all of it; else it is a part, of the same dtype.
+    name: in the host's names without prefix; key: in the model. shape: with its patches. tensor: as
+    held, without patches.
+    read: first row, end row -> these rows without patches, float32. patches: the host's, in order.
+    is_whole: whether `tensor` is all of it; else it is a part, of the same dtype.
     """
 
     name: str
@@ -68,7 +73,8 @@ class Weight:
 
     @property
     def held_as(self) -> str:
-        """The type it is held in: a key of `FORMATS`, a plain type's name, or what the host calls one of its own."""
+        """The type it is held in: a key of `FORMATS`, a plain type's name, or what the host calls
+        one of its own."""
         return format_name(self.tensor)
 
     @property
@@ -78,21 +84,25 @@ class Weight:
 
     @property
     def is_number(self) -> bool:
-        """Whether it may be written in another type: whole numbers and markers without values are not."""
+        """Whether it may be written in another type: whole numbers and markers without values are
+        not."""
         return self.tensor.dtype.is_floating_point and self.values > 0
 
     def as_held(self) -> torch.Tensor:
-        """The tensor itself on the CPU, to be written bit for bit; packed 16-bit numbers as plain ones."""
+        """The tensor itself on the CPU, to be written bit for bit; packed 16-bit numbers as plain
+        ones."""
         tensor = self.tensor.detach()
         if not is_packed(tensor):
             return tensor.cpu()
         packed_format = tensor.layout_cls.format
         if packed_format.plain_dtype is None:
             return tensor.to("cpu")
-        return packed_tensors(tensor)[0].cpu().contiguous().view(packed_format.plain_dtype).view(self.shape)
+        return packed_tensors(tensor)[0].cpu().contiguous().view(packed_format.plain_dtype).view(
+            self.shape)
 
     def slices(self, most: int) -> list[tuple[int, int]]:
-        """Rows [first, end) of at most about `most` values each, whole blocks of every format; all of them where it must be."""
+        """Rows [first, end) of at most about `most` values each, whole blocks of every format; all
+        of them where it must be."""
         rows = self.shape[0] if self.shape else 1
         whole = self.values <= most or len(self.shape) < 2 or (
             self.patches and patched_values.rows_of_patches(self.patches, 0, 1) is None)
@@ -102,7 +112,8 @@ class Weight:
 
     def patched(self, start: int, stop: int, patches: Sequence[Patch] | None = None,
                 values: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows with the patches in them, float32. patches: only these; values: on these in place of the weight's own."""
+        """Rows with the patches in them, float32. patches: only these; values: on these in place of
+        the weight's own."""
         patches = self.patches if patches is None else patches
         values = self.read(start, stop) if values is None else values
         if patches and (start, stop) != (0, self.shape[0] if self.shape else 1):
@@ -112,15 +123,16 @@ class Weight:
 
 @dataclass
 class Source:
-    """A model to be saved. title: what it is, for people. notes: what people should know of what will not be in the file.
+    """A model to be saved. title: what it is, for people. notes: what people should know of what
+    will not be in the file.
 
-    guard: raises where a file is written to that weights are still to be read from. paths: of the files that they were loaded
-    of, none of which a new file may replace.
+    guard: raises where a file is written to that weights are still to be read from. paths: of the
+    files that they were loaded of, none of which a new file may replace.
     """
 
     title: str
     weights: dict[str, Weight]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
     guard: Callable[[], None] = lambda: None
@@ -151,9 +163,11 @@ def of_model(patcher, title: str = "model") -> Source:
 
 
 def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
-    """A CLIP: each encoder in it by its name in the host ("clip_l", "t5xxl"), as the host's own CLIPSave divides them.
+    """A CLIP: each encoder in it by its name in the host ("clip_l", "t5xxl"), as the host's own
+    CLIPSave divides them.
 
-    Beside its weights stands what the host builds its tokenizer from, where the host has none of its own for it.
+    Beside its weights stands what the host builds its tokenizer from, where the host has none of
+    its own for it.
     """
     weights = _weights_of(clip.patcher, "")
     parts: dict[str, dict[str, Weight]] = {}
@@ -167,7 +181,9 @@ def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
     for part, of_part in parts.items():
         tokenizer = clip.tokenizer if len(parts) == 1 else getattr(clip.tokenizer, part, None)
         of_part |= {name: _as_it_is(name, tensor) for name, tensor in _contents(tokenizer).items()}
-    return {part: _source(f"{title} {part}", of_part, clip.patcher) for part, of_part in parts.items()}
+    return {
+        part: _source(f"{title} {part}", of_part, clip.patcher) for part, of_part in parts.items()
+    }
 
 
 def _source(title: str, weights: dict[str, Weight], patcher) -> Source:
@@ -180,7 +196,10 @@ def _paths_loaded_of(patcher) -> list[str]:
     """Return the paths among what the host keeps beside a model to load it again by."""
     load, arguments, *_ = patcher.cached_patcher_init or (None, ())
     values = [*load.paths, *load.options.values()] if isinstance(load, Recipe) else arguments
-    values = [part for value in values for part in (value if isinstance(value, (list, tuple)) else (value,))]
+    values = [
+        part for value in values
+        for part in (value if isinstance(value, (list, tuple)) else (value,))
+    ]
     return [value for value in values if isinstance(value, str) and os.path.exists(value)]
 
 
@@ -197,7 +216,8 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
     for key in patched_values.weight_names(patcher, prefix):
         name = key.removeprefix(prefix)
         weights[name] = Weight(name, key, tuple(patched_values.patched_shape(patcher, key)),
-                               patched_values.held_weight(patcher, key), patched_values.row_reader(patcher, key),
+                               patched_values.held_weight(patcher, key),
+                               patched_values.row_reader(patcher, key),
                                tuple(patched_values.patches_of(patcher, key)))
     return weights
 
@@ -209,7 +229,8 @@ def _as_it_is(name: str, tensor: torch.Tensor) -> Weight:
 
 def _named(part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """The weights of an encoder under the names by which the host knows its file again."""
-    changes = next((changes for start, changes in NAMES_IN_FILES.items() if part.startswith(start)), {})
+    changes = next((changes for start, changes in NAMES_IN_FILES.items() if part.startswith(start)),
+                   {})
     named = {}
     for name, weight in weights.items():
         start, dot, rest = name.partition(".")
@@ -219,7 +240,8 @@ def _named(part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 
 def _contents(tokenizer) -> dict[str, torch.Tensor]:
-    """Name in files -> bytes (uint8) of what the host builds a tokenizer from, as its own CLIPSave writes them."""
+    """Name in files -> bytes (uint8) of what the host builds a tokenizer from, as its own CLIPSave
+    writes them."""
     state = {} if tokenizer is None else tokenizer.state_dict()
     return {name: _bytes_of(value) for name, value in state.items() if value is not None}
 
@@ -227,24 +249,32 @@ def _contents(tokenizer) -> dict[str, torch.Tensor]:
 def _bytes_of(value: torch.Tensor | bytes | str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.cpu().to(torch.uint8)
-    return torch.frombuffer(bytearray(value.encode() if isinstance(value, str) else value), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(value.encode() if isinstance(value, str) else value),
+                            dtype=torch.uint8)
 
 
 def _markers(patcher) -> Mapping[str, torch.Tensor]:
     """What the host tells kinds of one architecture by, as its own CheckpointSave writes it."""
     kind = getattr(getattr(patcher.model, "model_type", None), "name", "")
-    sampling = patcher.get_model_object("model_sampling") if hasattr(patcher.model, "model_sampling") else None
+    sampling = (
+        patcher.get_model_object("model_sampling")
+        if hasattr(patcher.model, "model_sampling")
+        else None
+    )
     markers = {"v_pred": torch.empty(0, dtype=torch.float32)} if kind == "V_PREDICTION" else {}
     if kind == "V_PREDICTION" and getattr(sampling, "zsnr", False):
         markers["ztsnr"] = torch.empty(0, dtype=torch.float32)
     if kind == "V_PREDICTION_EDM":
-        markers |= {f"edm_vpred.{name}": torch.tensor(float(getattr(sampling, name)), dtype=torch.float32)
-                    for name in ("sigma_max", "sigma_min")}
+        markers |= {
+            f"edm_vpred.{name}": torch.tensor(float(getattr(sampling, name)), dtype=torch.float32)
+            for name in ("sigma_max", "sigma_min")
+        }
     return markers
 
 
 def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) -> Source:
-    """The diffusion model in a file or folder, of a whole checkpoint that alone. loras: (path, strength), in order.
+    """The diffusion model in a file or folder, of a whole checkpoint that alone. loras: (path,
+    strength), in order.
 
     Raises WeightFileError and SaveError.
     """
@@ -254,23 +284,34 @@ def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) ->
     state_dict = file.state_dict()
     prefix = model_prefix(state_dict)
     markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
-    state_dict = as_tensors(file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}, prefix)
-    tensors = to_comfy_keys({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
+    state_dict = as_tensors(
+        file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
+        prefix)
+    tensors = to_comfy_keys(
+        {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
     tensors |= markers
-    smoothings = {name.removesuffix(SMOOTHING): tensors.pop(name) for name in list(tensors) if name.endswith(SMOOTHING)}
+    smoothings = {
+        name.removesuffix(SMOOTHING): tensors.pop(name) for name in list(tensors)
+        if name.endswith(SMOOTHING)
+    }
     model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
-    weights = {name: _weight_of_file(name, tensor, smoothings.get(name.removesuffix(".weight")), patches.get(name, ()))
-               for name, tensor in tensors.items() if not name.endswith((".input_scale", ".scale_input"))}
+    weights = {
+        name: _weight_of_file(name, tensor, smoothings.get(name.removesuffix(".weight")),
+                              patches.get(name, ())) for name, tensor in tensors.items()
+        if not name.endswith((".input_scale", ".scale_input"))
+    }
     missing = patches.keys() - weights.keys()
     if missing:
-        raise SaveError(f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another conversion of the"
-                        " model.")
+        raise SaveError(
+            f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another"
+            " conversion of the model.")
     return Source(os.path.basename(path), weights, notes=notes, let_go=file.let_go, guard=guard,
                   paths=(*file.paths, *(Path(lora) for lora, _ in loras)))
 
 
-def _weight_of_file(name: str, tensor, smoothing: torch.Tensor | None, patches: Sequence[Patch]) -> Weight:
+def _weight_of_file(name: str, tensor, smoothing: torch.Tensor | None,
+                    patches: Sequence[Patch]) -> Weight:
     joined = isinstance(tensor, JoinedRows)
     held = tensor.parts[0][0] if joined else tensor
 
@@ -306,7 +347,10 @@ def _joined(rows: JoinedRows, start: int, stop: int) -> torch.Tensor:
 
 def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
     """The host's model for these names and shapes, without values; None where it knows none."""
-    shapes = {name: torch.empty(tensor.shape, dtype=torch.float32, device="meta") for name, tensor in tensors.items()}
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
+        for name, tensor in tensors.items()
+    }
     config = comfy.model_detection.model_config_from_unet(shapes, "")
     if config is None:
         return None
@@ -316,15 +360,18 @@ def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def _patches_of(model, loras: Sequence[tuple[str, float]], name: str) -> tuple[dict[str, list[Patch]], list[str]]:
-    """(name of a weight -> the host's patches for it, what people should know of LoRAs that fit in part)."""
+def _patches_of(model, loras: Sequence[tuple[str, float]],
+                name: str) -> tuple[dict[str, list[Patch]], list[str]]:
+    """(name of a weight -> the host's patches for it, what people should know of LoRAs that fit in
+    part)."""
     if model is None:
-        raise SaveError(f"{name} is no model that this ComfyUI knows, so it cannot be told which layers a LoRA is for. Update"
-                        " ComfyUI, or save it without a LoRA.")
+        raise SaveError(
+            f"{name} is no model that this ComfyUI knows, so it cannot be told which layers a LoRA"
+            " is for. Update ComfyUI, or save it without a LoRA.")
     # Here, so that a model is saved on a ComfyUI without what LoRAs need.
     from ..lora.apply import apply_lora
-    from ..lora.lora_file import load_lora_file
     from ..lora.compatibility import check_lora
+    from ..lora.lora_file import load_lora_file
 
     notes = []
     for path, strength in loras:
@@ -334,29 +381,43 @@ def _patches_of(model, loras: Sequence[tuple[str, float]], name: str) -> tuple[d
         if report.fits != "yes":
             notes.append(f"{os.path.basename(path)}: {report.verdict}")
         model, _ = apply_lora(model, None, report, strength, 0)
-    return {key.removeprefix(DIFFUSION_MODEL): patches for key, patches in model.patches.items()}, notes
+    return {
+        key.removeprefix(DIFFUSION_MODEL): patches for key, patches in model.patches.items()
+    }, notes
 
 
 def check_saveable(patcher):
-    """Raise SaveError for what changes weights while the model runs and would be lost without a word."""
+    """Raise SaveError for what changes weights while the model runs and would be lost without a
+    word."""
     if patcher.injections:
-        raise SaveError(f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass LoRA"
-                        " is, which no file can hold. Load the LoRA with Load LoRA or Apply LoRA (Featherweight) instead.")
+        raise SaveError(
+            f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass"
+            " LoRA is, which no file can hold. Load the LoRA with Load LoRA or Apply LoRA"
+            " (Featherweight) instead."
+        )
     if patcher.hook_patches or patcher.forced_hooks or patcher.hook_backup:
-        raise SaveError("The model has LoRA hooks, whose strength follows a schedule; a file holds one strength. Load the LoRA"
-                        " with Load LoRA or Apply LoRA (Featherweight) instead.")
+        raise SaveError(
+            "The model has LoRA hooks, whose strength follows a schedule; a file holds one"
+            " strength. Load the LoRA with Load LoRA or Apply LoRA (Featherweight) instead.")
     if patcher.weight_wrapper_patches:
-        raise SaveError(f"Functions of another node change the weights {join_some(patcher.weight_wrapper_patches)} while the"
-                        f" model runs, which no file can hold. {ADVICE}")
-    replaced = [name for name, value in patcher.object_patches.items()
-                if name.startswith("diffusion_model") and (hasattr(value, "forward") or hasattr(value, "shape"))]
+        raise SaveError(
+            f"Functions of another node change the weights"
+            f" {join_some(patcher.weight_wrapper_patches)} while the model runs, which no file can"
+            f" hold. {ADVICE}")
+    replaced = [
+        name for name, value in patcher.object_patches.items()
+        if name.startswith("diffusion_model") and (
+            hasattr(value, "forward") or hasattr(value, "shape"))
+    ]
     if replaced:
-        raise SaveError(f"Another node has put parts of its own in the place of {join_some(replaced)}, which no file can hold."
-                        f" {ADVICE}")
+        raise SaveError(
+            f"Another node has put parts of its own in the place of {join_some(replaced)}, which"
+            f" no file can hold. {ADVICE}")
 
 
 def unsaved_parts(patcher) -> list[str]:
-    """Names of what else is on a model, and does not change its weights: a file of weights has no place for it."""
+    """Names of what else is on a model, and does not change its weights: a file of weights has no
+    place for it."""
     options = patcher.model_options
     names = [*patcher.object_patches]
     names += [name for name, value in options.items() if name != "transformer_options" and value]
@@ -365,5 +426,8 @@ def unsaved_parts(patcher) -> list[str]:
             names += [f"{name}: {part}" for part in value if value[part]]
         elif value:
             names.append(name)
-    names += [f"{kind}: {key}" for kind, of_kind in patcher.wrappers.items() for key, value in of_kind.items() if value]
+    names += [
+        f"{kind}: {key}" for kind, of_kind in patcher.wrappers.items()
+        for key, value in of_kind.items() if value
+    ]
     return list(dict.fromkeys(map(str, names)))

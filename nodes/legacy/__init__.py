@@ -1,10 +1,12 @@
-"""Node ids of other packs, with the same inputs in the same order, so that shared workflows open and run.
+"""Node ids of other packs, with the same inputs in the same order, so that shared workflows open
+and run.
 
-Each file is a pack. Its `NODE_CONFIG` is the table of its ids and of what differs between them; ComfyUI Manager reads the ids
-there, `make_node` makes the classes.
+Each file is a pack. Its `NODE_CONFIG` is the table of its ids and of what differs between them;
+ComfyUI Manager reads the ids there, `make_node` makes the classes.
 
-Scripts and other packs call these classes as Python: `NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So what runs
-has that name and those parameters, gives a tuple, and is the `FUNCTION`.
+Scripts and other packs call these classes as Python:
+`NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So what runs has that name and those
+parameters, gives a tuple, and is the `FUNCTION`.
 """
 from collections.abc import Callable
 
@@ -14,10 +16,11 @@ from ...loaders.folders import validate_files
 
 
 class LegacyNode:
-    """What the classes of the tables derive from, beside the host's. A subclass has the method that its `FUNCTION` names.
+    """What the classes of the tables derive from, beside the host's. A subclass has the method that
+    its `FUNCTION` names.
 
-    inputs: called on the class, makes the inputs. outputs: what makes the outputs. folders: keys of the folders in which its
-    files lie.
+    inputs: called on the class, makes the inputs. outputs: what makes the outputs. folders: keys of
+    the folders in which its files lie.
     """
 
     FUNCTION: str
@@ -33,23 +36,52 @@ class LegacyNode:
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(node_id=cls.node_id, display_name=cls.display_name, category=cls.category, description=cls.description,
-                         search_aliases=list(cls.search_aliases), is_deprecated=cls.is_deprecated,
-                         inputs=cls.inputs(), outputs=[output() for output in cls.outputs])
+        return io.Schema(
+            node_id=cls.node_id,
+            display_name=cls.display_name,
+            category=cls.category,
+            description=cls.description,
+            search_aliases=list(cls.search_aliases),
+            is_deprecated=cls.is_deprecated,
+            inputs=cls.inputs(),
+            outputs=[output() for output in cls.outputs],
+        )
 
     @classmethod
-    def validate_inputs(cls, unet_name=None, gguf_name=None, ckpt_name=None, clip_name=None, clip_name1=None, clip_name2=None,
-                        clip_name3=None, clip_name4=None, device=None):
-        """What is named here the host leaves to this: files, and a device, which may be another machine's."""
-        return validate_files(unet_name, gguf_name, ckpt_name, clip_name, clip_name1, clip_name2, clip_name3, clip_name4,
-                         keys=cls.folders)
+    def validate_inputs(
+        cls,
+        unet_name=None,
+        gguf_name=None,
+        ckpt_name=None,
+        clip_name=None,
+        clip_name1=None,
+        clip_name2=None,
+        clip_name3=None,
+        clip_name4=None,
+        device=None,
+    ):
+        """What is named here the host leaves to this: files, and a device, which may be another
+        machine's."""
+        return validate_files(
+            unet_name,
+            gguf_name,
+            ckpt_name,
+            clip_name,
+            clip_name1,
+            clip_name2,
+            clip_name3,
+            clip_name4,
+            keys=cls.folders,
+        )
 
     @classmethod
     def execute(cls, *args, **inputs) -> tuple:
         return getattr(cls, cls.FUNCTION)(*args, **inputs)
 
 
-def make_node(module: str, node_id: str, base: type[LegacyNode], display_name: str, **attributes) -> type[io.ComfyNode]:
+def make_node(
+    module: str, node_id: str, base: type[LegacyNode], display_name: str, **attributes
+) -> type[io.ComfyNode]:
     """The class of one id, as if it were written in the module of that name."""
     return type(node_id, (base, io.ComfyNode), {
         "__module__": module, "node_id": node_id, "display_name": display_name, **attributes})

@@ -1,17 +1,32 @@
-"""Node ids of calcuis' gguf pack. Four of them differ from ids of ComfyUI-GGUF in nothing but capital letters."""
+"""Node ids of calcuis' gguf pack. Four of them differ from ids of ComfyUI-GGUF in nothing but
+capital letters."""
 from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT
 from ..node_text import loader_output
 from . import LegacyNode, make_node, vae_files
 from .gguf import (
-    FOLDERS, ClipLoader, DualClipLoader, QuadrupleClipLoader, TripleClipLoader, clip_inputs, dtype_inputs, load_model,
-    model_input)
+    FOLDERS,
+    ClipLoader,
+    DualClipLoader,
+    QuadrupleClipLoader,
+    TripleClipLoader,
+    clip_inputs,
+    dtype_inputs,
+    load_model,
+    model_input,
+)
 
 
 def device_input():
-    return io.Combo.Input("device", options=[DEFAULT, "cpu"], default=DEFAULT, optional=True, advanced=True,
-                          tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model.")
+    return io.Combo.Input(
+        "device",
+        options=[DEFAULT, "cpu"],
+        default=DEFAULT,
+        optional=True,
+        advanced=True,
+        tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion model.",
+    )
 
 
 class Loader(LegacyNode):
@@ -19,7 +34,9 @@ class Loader(LegacyNode):
     folders = FOLDERS
 
     @classmethod
-    def load_model(cls, gguf_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
+    def load_model(
+        cls, gguf_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None
+    ) -> tuple:
         return loader_output(model=load_model(gguf_name, dequant_dtype, patch_dtype))
 
 
@@ -39,27 +56,61 @@ class VaeLoader(LegacyNode):
 # Id -> what its class derives from, its title, its inputs, its description.
 NODE_CONFIG = {
     "LoaderGGUF": (
-        Loader, "GGUF Loader", lambda: [model_input("gguf_name")],
-        "The loader of workflows made with calcuis' gguf pack. Same as Load Diffusion Model (Featherweight)."),
+        Loader,
+        "GGUF Loader",
+        lambda: [model_input("gguf_name")],
+        "The loader of workflows made with calcuis' gguf pack. Same as Load Diffusion Model"
+        " (Featherweight).",
+    ),
     "LoaderGGUFAdvanced": (
-        Loader, "GGUF Loader (Advanced)", lambda: [model_input("gguf_name"), *dtype_inputs()],
-        "The advanced loader of workflows made with calcuis' gguf pack, with a choice of dtypes."),
+        Loader,
+        "GGUF Loader (Advanced)",
+        lambda: [model_input("gguf_name"), *dtype_inputs()],
+        "The advanced loader of workflows made with calcuis' gguf pack, with a choice of dtypes.",
+    ),
     "ClipLoaderGGUF": (
-        ClipLoader, "GGUF CLIP Loader", lambda: [*clip_inputs(1, "CLIPLoader"), device_input()],
-        "The text encoder loader of workflows made with calcuis' gguf pack. Same as Load Text Encoder (Featherweight)."),
+        ClipLoader,
+        "GGUF CLIP Loader",
+        lambda: [*clip_inputs(1, "CLIPLoader"), device_input()],
+        "The text encoder loader of workflows made with calcuis' gguf pack. Same as Load Text"
+        " Encoder (Featherweight).",
+    ),
     "DualClipLoaderGGUF": (
-        DualClipLoader, "GGUF DualCLIP Loader", lambda: [*clip_inputs(2, "DualCLIPLoader"), device_input()],
-        "The loader for two text encoders of workflows made with calcuis' gguf pack."),
+        DualClipLoader,
+        "GGUF DualCLIP Loader",
+        lambda: [*clip_inputs(2, "DualCLIPLoader"), device_input()],
+        "The loader for two text encoders of workflows made with calcuis' gguf pack.",
+    ),
     "TripleClipLoaderGGUF": (
-        TripleClipLoader, "GGUF TripleCLIP Loader", lambda: clip_inputs(3),
-        "The loader for the three text encoders of SD3 in workflows made with calcuis' gguf pack."),
+        TripleClipLoader,
+        "GGUF TripleCLIP Loader",
+        lambda: clip_inputs(3),
+        "The loader for the three text encoders of SD3 in workflows made with calcuis' gguf pack.",
+    ),
     "QuadrupleClipLoaderGGUF": (
-        QuadrupleClipLoader, "GGUF QuadrupleCLIP Loader", lambda: clip_inputs(4),
-        "The loader for the four text encoders of HiDream in workflows made with calcuis' gguf pack."),
+        QuadrupleClipLoader,
+        "GGUF QuadrupleCLIP Loader",
+        lambda: clip_inputs(4),
+        "The loader for the four text encoders of HiDream in workflows made with calcuis' gguf"
+        " pack.",
+    ),
     "VaeGGUF": (
-        VaeLoader, "GGUF VAE Loader", lambda: [vae_files.vae_name_input()],
-        "The VAE loader of workflows made with calcuis' gguf pack. The weights of a GGUF file are dequantised."),
+        VaeLoader,
+        "GGUF VAE Loader",
+        lambda: [vae_files.vae_name_input()],
+        "The VAE loader of workflows made with calcuis' gguf pack. The weights of a GGUF file are"
+        " dequantised.",
+    ),
 }
 NODE_CLASS_MAPPINGS = {
-    node_id: make_node(__name__, node_id, base, display_name, inputs=inputs, description=description, HELP_PAGE="LegacyCalcuis")
-    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()}
+    node_id: make_node(
+        __name__,
+        node_id,
+        base,
+        display_name,
+        inputs=inputs,
+        description=description,
+        HELP_PAGE="LegacyCalcuis",
+    )
+    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()
+}

@@ -1,4 +1,5 @@
-"""Node ids of ComfyUI-GGUF; and the inputs and loading that other packs' nodes for such files have in common with them."""
+"""Node ids of ComfyUI-GGUF; and the inputs and loading that other packs' nodes for such files have
+in common with them."""
 from collections.abc import Sequence
 
 import comfy.sd
@@ -19,8 +20,15 @@ from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 from ..node_text import loader_output
 from . import LegacyNode, make_node
 
-# "default" and "target" both mean the dtype the model computes in: values are dequantised in float32 and rounded once.
-DTYPES = {"default": None, "target": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# "default" and "target" both mean the dtype the model computes in: values are dequantised in
+# float32 and rounded once.
+DTYPES = {
+    "default": None,
+    "target": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 def model_input(name: str = "unet_name", folders: Sequence[str] = ()):
@@ -31,19 +39,36 @@ def model_input(name: str = "unet_name", folders: Sequence[str] = ()):
 def dtype_inputs() -> list:
     dtypes = list(DTYPES)
     return [
-        io.Combo.Input("dequant_dtype", options=dtypes, default="default", optional=True,
-                       tooltip="Round dequantised weights to this dtype before they are used. default and target: straight to the"
-                               " dtype the model computes in, which is the most exact."),
-        io.Combo.Input("patch_dtype", options=dtypes, default="default", optional=True,
-                       tooltip="The dtype in which patches are added to a dequantised weight. default and target: ComfyUI's"
-                               " choice."),
-        io.Boolean.Input("patch_on_device", default=False, optional=True,
-                         tooltip="Kept for old workflows. ComfyUI places patches by itself."),
+        io.Combo.Input(
+            "dequant_dtype",
+            options=dtypes,
+            default="default",
+            optional=True,
+            tooltip="Round dequantised weights to this dtype before they are used. default and"
+            " target: straight to the dtype the model computes in, which is the most exact.",
+        ),
+        io.Combo.Input(
+            "patch_dtype",
+            options=dtypes,
+            default="default",
+            optional=True,
+            tooltip="The dtype in which patches are added to a dequantised weight. default and"
+            " target: ComfyUI's choice.",
+        ),
+        io.Boolean.Input(
+            "patch_on_device",
+            default=False,
+            optional=True,
+            tooltip="Kept for old workflows. ComfyUI places patches by itself.",
+        ),
     ]
 
 
-def load_model(name: str, dequant_dtype: str | None = None, patch_dtype: str | None = None, **options) -> ModelPatcher:
-    """A file of `FOLDERS`, with dtypes as the nodes offer them. options: others of `load_diffusion_model`."""
+def load_model(
+    name: str, dequant_dtype: str | None = None, patch_dtype: str | None = None, **options
+) -> ModelPatcher:
+    """A file of `FOLDERS`, with dtypes as the nodes offer them. options: others of
+    `load_diffusion_model`."""
     dtypes = (DTYPES[dtype or "default"] for dtype in (dequant_dtype, patch_dtype))
     return load_diffusion_model(find_file(name, *FOLDERS), *dtypes, **options)
 
@@ -53,7 +78,9 @@ class UnetLoader(LegacyNode):
     folders = FOLDERS
 
     @classmethod
-    def load_unet(cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None) -> tuple:
+    def load_unet(
+        cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None
+    ) -> tuple:
         return loader_output(model=load_model(unet_name, dequant_dtype, patch_dtype))
 
 
@@ -61,7 +88,9 @@ def clip_inputs(count: int, host_node: str | None = None) -> list:
     """Inputs for as many files, and one for the types that a node of the host's offers."""
     names = [f"clip_name{number}" for number in range(1, count + 1)] if count > 1 else ["clip_name"]
     tooltip = "A file in models/text_encoders or models/clip: GGUF, NF4 or any other, in any order."
-    inputs = [io.Combo.Input(name, options=list_files(*CLIP_FOLDERS), tooltip=tooltip) for name in names]
+    inputs = [
+        io.Combo.Input(name, options=list_files(*CLIP_FOLDERS), tooltip=tooltip) for name in names
+    ]
     if host_node:
         inputs.append(io.Combo.Input("type", options=encoder_types(host_node),
                                      tooltip="The kind of model the text is encoded for."))
@@ -69,13 +98,17 @@ def clip_inputs(count: int, host_node: str | None = None) -> list:
 
 
 def load_clip(clip_type: str, *names: str, device: torch.device | None = None) -> comfy.sd.CLIP:
-    """Files of `CLIP_FOLDERS` as one text encoder. device: where it runs; None: where the host has it."""
+    """Files of `CLIP_FOLDERS` as one text encoder. device: where it runs; None: where the host has
+    it."""
     paths = [find_file(name, *CLIP_FOLDERS) for name in names]
-    return load_text_encoder(paths, clip_type, embedding_folders(), model_options=device_options(device))
+    return load_text_encoder(
+        paths, clip_type, embedding_folders(), model_options=device_options(device)
+    )
 
 
 class TextEncoderLoader(LegacyNode):
-    """What the loaders of one to four files share: `load_clip`, or the same in two steps, `load_data` and `load_patcher`."""
+    """What the loaders of one to four files share: `load_clip`, or the same in two steps,
+    `load_data` and `load_patcher`."""
 
     FUNCTION = "load_clip"
     folders = CLIP_FOLDERS
@@ -88,13 +121,19 @@ class TextEncoderLoader(LegacyNode):
 
     @staticmethod
     def load_data(ckpt_paths) -> list[dict]:
-        """Name -> tensor of each file, by the file's own names. Packed weights are packed and lie in the mapped file."""
-        return [open_weights(path).state_dict() if needs_own_reader(path) else comfy.utils.load_torch_file(path, safe_load=True)
-                for path in ckpt_paths]
+        """Name -> tensor of each file, by the file's own names. Packed weights are packed and lie
+        in the mapped file."""
+        return [
+            open_weights(path).state_dict()
+            if needs_own_reader(path)
+            else comfy.utils.load_torch_file(path, safe_load=True)
+            for path in ckpt_paths
+        ]
 
     @staticmethod
     def load_patcher(clip_paths, clip_type: comfy.sd.CLIPType, clip_data=None) -> comfy.sd.CLIP:
-        """The text encoders in these files. clip_data is not looked at: what it lacks of the files is needed to load them."""
+        """The text encoders in these files. clip_data is not looked at: what it lacks of the files
+        is needed to load them."""
         return load_text_encoder(list(clip_paths), clip_type.name.lower(), embedding_folders())
 
 
@@ -113,36 +152,60 @@ class DualClipLoader(TextEncoderLoader):
 class TripleClipLoader(TextEncoderLoader):
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, type="sd3") -> tuple:
-        return cls.load("sd3", clip_name1, clip_name2, clip_name3)  # whatever type a caller names, there is one set of three
+        # whatever type a caller names, there is one set of three
+        return cls.load("sd3", clip_name1, clip_name2, clip_name3)
 
 
 class QuadrupleClipLoader(TextEncoderLoader):
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, clip_name4, type="hidream") -> tuple:
-        return cls.load("hidream", clip_name1, clip_name2, clip_name3, clip_name4)  # whatever type a caller names, as above
+        # whatever type a caller names, as above
+        return cls.load("hidream", clip_name1, clip_name2, clip_name3, clip_name4)
 
 
 # Id -> what its class derives from, its title, its inputs, its description.
 NODE_CONFIG = {
     "UnetLoaderGGUF": (
-        UnetLoader, "Unet Loader (GGUF)", lambda: [model_input()],
-        "The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (Featherweight)."),
+        UnetLoader,
+        "Unet Loader (GGUF)",
+        lambda: [model_input()],
+        "The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (Featherweight).",
+    ),
     "UnetLoaderGGUFAdvanced": (
-        UnetLoader, "Unet Loader (GGUF/Advanced)", lambda: [model_input(), *dtype_inputs()],
-        "The advanced loader of ComfyUI-GGUF workflows, with a choice of dtypes."),
+        UnetLoader,
+        "Unet Loader (GGUF/Advanced)",
+        lambda: [model_input(), *dtype_inputs()],
+        "The advanced loader of ComfyUI-GGUF workflows, with a choice of dtypes.",
+    ),
     "CLIPLoaderGGUF": (
-        ClipLoader, "CLIPLoader (GGUF)", lambda: clip_inputs(1, "CLIPLoader"),
-        "The text encoder loader of ComfyUI-GGUF workflows. Same as Load Text Encoder (Featherweight)."),
+        ClipLoader,
+        "CLIPLoader (GGUF)",
+        lambda: clip_inputs(1, "CLIPLoader"),
+        "The text encoder loader of ComfyUI-GGUF workflows. Same as Load Text Encoder"
+        " (Featherweight).",
+    ),
     "DualCLIPLoaderGGUF": (
-        DualClipLoader, "DualCLIPLoader (GGUF)", lambda: clip_inputs(2, "DualCLIPLoader"),
-        "The loader for two text encoders of ComfyUI-GGUF workflows."),
+        DualClipLoader,
+        "DualCLIPLoader (GGUF)",
+        lambda: clip_inputs(2, "DualCLIPLoader"),
+        "The loader for two text encoders of ComfyUI-GGUF workflows.",
+    ),
     "TripleCLIPLoaderGGUF": (
-        TripleClipLoader, "TripleCLIPLoader (GGUF)", lambda: clip_inputs(3),
-        "The loader for the three text encoders of SD3 in ComfyUI-GGUF workflows."),
+        TripleClipLoader,
+        "TripleCLIPLoader (GGUF)",
+        lambda: clip_inputs(3),
+        "The loader for the three text encoders of SD3 in ComfyUI-GGUF workflows.",
+    ),
     "QuadrupleCLIPLoaderGGUF": (
-        QuadrupleClipLoader, "QuadrupleCLIPLoader (GGUF)", lambda: clip_inputs(4),
-        "The loader for the four text encoders of HiDream in ComfyUI-GGUF workflows."),
+        QuadrupleClipLoader,
+        "QuadrupleCLIPLoader (GGUF)",
+        lambda: clip_inputs(4),
+        "The loader for the four text encoders of HiDream in ComfyUI-GGUF workflows.",
+    ),
 }
 NODE_CLASS_MAPPINGS = {
-    node_id: make_node(__name__, node_id, base, display_name, inputs=inputs, description=description)
-    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()}
+    node_id: make_node(
+        __name__, node_id, base, display_name, inputs=inputs, description=description
+    )
+    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()
+}

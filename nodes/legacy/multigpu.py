@@ -1,16 +1,19 @@
-"""Node ids of ComfyUI-MultiGPU: loaders with a device, and with virtual VRAM in its first and in its second form.
+"""Node ids of ComfyUI-MultiGPU: loaders with a device, and with virtual VRAM in its first and in
+its second form.
 
-An id is that of a loader and of a family, `UnetLoaderGGUF` + `DisTorch2MultiGPU`, and its class is made of both; three loaders
-are the pack's own. Some more of its loaders are no business of this one: for ControlNets, CLIP vision, other packs' models.
+An id is that of a loader and of a family, `UnetLoaderGGUF` + `DisTorch2MultiGPU`, and its class is
+made of both; three loaders are the pack's own. Some more of its loaders are no business of this
+one: for ControlNets, CLIP vision, other packs' models.
 """
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_management
-import nodes as host_nodes
 import torch
 from comfy_api.latest import io
+
+import nodes as host_nodes
 
 from ...loaders.devices import CPU, device_options, find_device, gpus
 from ...loaders.files.container import safe_repr
@@ -18,11 +21,19 @@ from ...loaders.folders import validate_files
 from ...loaders.placement import place, place_clip
 from ...loaders.sizes import size_text
 from ..combo_options import combo_options
-from ..number_checks import reject_nan
 from ..node_text import loader_output
+from ..number_checks import reject_nan
 from . import LegacyNode, make_node, vae_files
-from .distorch import UnreadableError, parse_allocation_string, allocate_virtual_vram
-from .gguf import CLIP_FOLDERS, FOLDERS, clip_inputs, dtype_inputs, load_clip, load_model, model_input
+from .distorch import UnreadableError, allocate_virtual_vram, parse_allocation_string
+from .gguf import (
+    CLIP_FOLDERS,
+    FOLDERS,
+    clip_inputs,
+    dtype_inputs,
+    load_clip,
+    load_model,
+    model_input,
+)
 from .nf4 import CHECKPOINT_FOLDERS, CheckpointLoader, checkpoint_input, load_parts
 
 # What UNETLoader's weight_dtype means to the host.
@@ -38,9 +49,9 @@ WEIGHT_DTYPES = {
 class Wrapped:
     """A loader that the pack wraps.
 
-    inputs, outputs: as in `LegacyNode`. load: of a device or None and the inputs by name -> its parts, by the keys of
-    `shown.TITLES`. is_there: of names of files -> True, or a sentence about one that is not there. device: what DisTorch2
-    calls its input for the device.
+    inputs, outputs: as in `LegacyNode`. load: of a device or None and the inputs by name -> its
+    parts, by the keys of `shown.TITLES`. is_there: of names of files -> True, or a sentence about
+    one that is not there. device: what DisTorch2 calls its input for the device.
     """
 
     inputs: Callable[[], list]
@@ -50,12 +61,22 @@ class Wrapped:
     device: str = "compute_device"
 
 
-def _load_gguf(device, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False) -> dict:
-    return {"model": load_model(unet_name, dequant_dtype, patch_dtype, model_options=device_options(device))}
+def _load_gguf(
+    device, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False
+) -> dict:
+    return {
+        "model": load_model(
+            unet_name, dequant_dtype, patch_dtype, model_options=device_options(device)
+        )
+    }
 
 
 def _load_unet(device, unet_name, weight_dtype="default") -> dict:
-    return {"model": load_model(unet_name, model_options=device_options(device) | WEIGHT_DTYPES.get(weight_dtype, {}))}
+    return {
+        "model": load_model(
+            unet_name, model_options=device_options(device) | WEIGHT_DTYPES.get(weight_dtype, {})
+        )
+    }
 
 
 def _load_clip(device, type="stable_diffusion", **names) -> dict:
@@ -64,25 +85,46 @@ def _load_clip(device, type="stable_diffusion", **names) -> dict:
 
 
 def _weight_dtype_input():
-    offered = combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype") or ["default", *WEIGHT_DTYPES]
+    offered = combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype") or [
+        "default",
+        *WEIGHT_DTYPES,
+    ]
     return io.Combo.Input("weight_dtype", options=offered, default="default", optional=True,
                           tooltip="As in ComfyUI's own loader, for files without packed weights.")
 
 
 def _clips(count: int, host_node: str | None = None) -> Wrapped:
-    return Wrapped(functools.partial(clip_inputs, count, host_node), _load_clip,
-                   functools.partial(validate_files, keys=CLIP_FOLDERS), (io.Clip.Output,), device="device")
+    return Wrapped(
+        functools.partial(clip_inputs, count, host_node),
+        _load_clip,
+        functools.partial(validate_files, keys=CLIP_FOLDERS),
+        (io.Clip.Output,),
+        device="device",
+    )
 
 
 _models_there = functools.partial(validate_files, keys=FOLDERS)
 UNET_GGUF = Wrapped(lambda: [model_input()], _load_gguf, _models_there)
 UNET_GGUF_ADVANCED = Wrapped(lambda: [model_input(), *dtype_inputs()], _load_gguf, _models_there)
 UNET = Wrapped(lambda: [model_input(), _weight_dtype_input()], _load_unet, _models_there)
-CLIP, DUAL_CLIP, TRIPLE_CLIP, QUADRUPLE_CLIP = _clips(1, "CLIPLoader"), _clips(2, "DualCLIPLoader"), _clips(3), _clips(4)
-VAE = Wrapped(lambda: [vae_files.vae_name_input()], lambda device, vae_name: {"vae": vae_files.load(vae_name, device)},
-              vae_files.is_there, (io.Vae.Output,))
-CHECKPOINT = Wrapped(lambda: [checkpoint_input()], lambda device, ckpt_name: load_parts(ckpt_name, device=device),
-                     functools.partial(validate_files, keys=CHECKPOINT_FOLDERS), CheckpointLoader.outputs)
+CLIP, DUAL_CLIP, TRIPLE_CLIP, QUADRUPLE_CLIP = (
+    _clips(1, "CLIPLoader"),
+    _clips(2, "DualCLIPLoader"),
+    _clips(3),
+    _clips(4),
+)
+VAE = Wrapped(
+    lambda: [vae_files.vae_name_input()],
+    lambda device, vae_name: {"vae": vae_files.load(vae_name, device)},
+    vae_files.is_there,
+    (io.Vae.Output,),
+)
+CHECKPOINT = Wrapped(
+    lambda: [checkpoint_input()],
+    lambda device, ckpt_name: load_parts(ckpt_name, device=device),
+    functools.partial(validate_files, keys=CHECKPOINT_FOLDERS),
+    CheckpointLoader.outputs,
+)
 
 
 # --- the inputs of the families ---
@@ -90,28 +132,58 @@ CHECKPOINT = Wrapped(lambda: [checkpoint_input()], lambda device, ckpt_name: loa
 def device_input(name: str, default: str | None = None, optional: bool = True):
     """default: None: the first GPU, where there is one."""
     names = ["cpu", *map(str, gpus())]
-    return io.Combo.Input(name, options=names, default=default or names[min(1, len(gpus()))], optional=optional,
-                          tooltip="The device that computes. One that this machine has not is ComfyUI's default one.")
+    return io.Combo.Input(
+        name,
+        options=names,
+        default=default or names[min(1, len(gpus()))],
+        optional=optional,
+        tooltip="The device that computes. One that this machine has not is ComfyUI's default one.",
+    )
 
 
-def virtual_vram_input(name: str = "virtual_vram_gb", default: float = 4.0, most: float = 128.0, optional: bool = True):
-    return io.Float.Input(name, default=default, min=0.0, max=most, step=0.1, optional=optional,
-                          tooltip="This many GiB of the model's weights lie elsewhere and are copied in at each step.")
+def virtual_vram_input(
+    name: str = "virtual_vram_gb", default: float = 4.0, most: float = 128.0, optional: bool = True
+):
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.0,
+        max=most,
+        step=0.1,
+        optional=optional,
+        tooltip="This many GiB of the model's weights lie elsewhere and are copied in at each"
+                " step.",
+    )
 
 
 def donor_input(name: str = "donor_device", optional: bool = True):
-    return io.Combo.Input(name, options=["cpu", *map(str, gpus())], default="cpu", optional=optional,
-                          tooltip="Where the weights of the virtual VRAM lie.")
+    return io.Combo.Input(
+        name,
+        options=["cpu", *map(str, gpus())],
+        default="cpu",
+        optional=optional,
+        tooltip="Where the weights of the virtual VRAM lie.",
+    )
 
 
 def expert_input(name: str = "expert_mode_allocations"):
-    return io.String.Input(name, default="", multiline=False, optional=True,
-                           tooltip="Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*), shares of the"
-                                   " model (cuda:0,25%;cpu,75%) or fractions of each device's memory.")
+    return io.String.Input(
+        name,
+        default="",
+        multiline=False,
+        optional=True,
+        tooltip="Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*), shares"
+        " of the model (cuda:0,25%;cpu,75%) or fractions of each device's memory.",
+    )
 
 
 def eject_input(default: bool = True):
-    return io.Boolean.Input("eject_models", default=default, optional=True, tooltip="Kept for old workflows. It has no effect.")
+    return io.Boolean.Input(
+        "eject_models",
+        default=default,
+        optional=True,
+        tooltip="Kept for old workflows. It has no effect.",
+    )
 
 
 # --- the families ---
@@ -119,8 +191,10 @@ def eject_input(default: bool = True):
 class MultiGPULoader(LegacyNode):
     HELP_PAGE = "LegacyMultiGPU"
     category = "Featherweight/legacy/MultiGPU"
-    description = ("A loader of workflows made with ComfyUI-MultiGPU, which is archived. In new workflows: the loaders and"
-                   " Place Model (Featherweight).")
+    description = (
+        "A loader of workflows made with ComfyUI-MultiGPU, which is archived. In new workflows:"
+        " the loaders and Place Model (Featherweight)."
+    )
     is_deprecated = True  # not offered for new workflows
     wrapped: Wrapped
 
@@ -135,7 +209,8 @@ class MultiGPULoader(LegacyNode):
 
     @classmethod
     def validate_inputs(cls, **inputs):
-        """The host looks at no input itself then: devices of other machines are resolved when the node runs."""
+        """The host looks at no input itself then: devices of other machines are resolved when the
+        node runs."""
         for own in cls.wrapped.inputs():
             value, offered = inputs.get(own.id), getattr(own, "options", None)
             if offered and "_name" not in own.id and value not in (None, *offered):
@@ -144,7 +219,8 @@ class MultiGPULoader(LegacyNode):
 
 
 class DeviceLoader(MultiGPULoader):
-    """virtual_vram_gb: what is taken where an API file says nothing; None: the loader has no virtual VRAM."""
+    """virtual_vram_gb: what is taken where an API file says nothing; None: the loader has no
+    virtual VRAM."""
 
     FUNCTION = "override"
     virtual_vram_gb: float | None = None
@@ -154,14 +230,30 @@ class DeviceLoader(MultiGPULoader):
         return [device_input("device")]
 
     @classmethod
-    def override(cls, *, device=None, compute_device=None, virtual_vram_gb=None, use_other_vram=False, donor_device="cpu",
-                 expert_mode_allocations="", eject_models=True, **inputs) -> tuple:
+    def override(
+        cls,
+        *,
+        device=None,
+        compute_device=None,
+        virtual_vram_gb=None,
+        use_other_vram=False,
+        donor_device="cpu",
+        expert_mode_allocations="",
+        eject_models=True,
+        **inputs,
+    ) -> tuple:
         device, note = find_device(device if device is not None else compute_device)
         parts, notes = cls.wrapped.load(device, **inputs), [note]
         if cls.virtual_vram_gb is not None:
             gib = cls.virtual_vram_gb if virtual_vram_gb is None else virtual_vram_gb
             first = next(iter(parts))
-            parts[first] = placed(parts[first], gib, None if use_other_vram else [donor_device], expert_mode_allocations, notes)
+            parts[first] = placed(
+                parts[first],
+                gib,
+                None if use_other_vram else [donor_device],
+                expert_mode_allocations,
+                notes,
+            )
         return loader_output(*notes, **parts)
 
 
@@ -170,10 +262,17 @@ class DisTorchLoader(DeviceLoader):
 
     @classmethod
     def further_inputs(cls) -> list:
-        return [*super().further_inputs(), virtual_vram_input(most=24.0),
-                io.Boolean.Input("use_other_vram", default=False, optional=True,
-                                 tooltip="The other GPUs take the weights of the virtual VRAM first, then the CPU."),
-                expert_input()]
+        return [
+            *super().further_inputs(),
+            virtual_vram_input(most=24.0),
+            io.Boolean.Input(
+                "use_other_vram",
+                default=False,
+                optional=True,
+                tooltip="The other GPUs take the weights of the virtual VRAM first, then the CPU.",
+            ),
+            expert_input(),
+        ]
 
 
 class DisTorch2Loader(DeviceLoader):
@@ -181,15 +280,28 @@ class DisTorch2Loader(DeviceLoader):
 
     @classmethod
     def further_inputs(cls) -> list:
-        return [device_input(cls.wrapped.device), virtual_vram_input(), donor_input(), expert_input(),
-                eject_input(default=cls.wrapped.device != "device")]
+        return [
+            device_input(cls.wrapped.device),
+            virtual_vram_input(),
+            donor_input(),
+            expert_input(),
+            eject_input(default=cls.wrapped.device != "device"),
+        ]
 
 
-def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, notes: list, prefix: str = ""):
-    """A MODEL, CLIP or VAE whose weights lie as the pack's inputs say. donors: names, None for all other GPUs and then the CPU.
+def placed(
+    part,
+    virtual_vram_gb: float,
+    donors: list[str] | None,
+    expert: str,
+    notes: list,
+    prefix: str = "",
+):
+    """A MODEL, CLIP or VAE whose weights lie as the pack's inputs say. donors: names, None for all
+    other GPUs and then the CPU.
 
-    Appends to notes what cannot be so; prefix: that of the names of the inputs. Where the model computes on the CPU, all of it
-    is there.
+    Appends to notes what cannot be so; prefix: that of the names of the inputs. Where the model
+    computes on the CPU, all of it is there.
     """
     reject_nan(**{f"{prefix}virtual_vram_gb": virtual_vram_gb})
     patcher, expert = getattr(part, "patcher", part), expert.strip()
@@ -197,29 +309,48 @@ def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, 
         expert = ""
     if patcher is None or patcher.load_device == CPU or not (expert or virtual_vram_gb):
         return part
-    compute, size, plan, asked = patcher.load_device, patcher.model_size(), None, f"{prefix}expert_mode_allocations"
+    compute, size, plan, asked = (
+        patcher.load_device,
+        patcher.model_size(),
+        None,
+        f"{prefix}expert_mode_allocations",
+    )
     if expert:
         try:
             plan, missing = parse_allocation_string(expert, size, compute)
             notes += missing
         except UnreadableError as error:
-            notes.append(f"{prefix}expert_mode_allocations cannot be read at {error}. {prefix}virtual_vram_gb is used.")
+            notes.append(
+                f"{prefix}expert_mode_allocations cannot be read at {error}."
+                f" {prefix}virtual_vram_gb is used."
+            )
     if plan is None:
         asked = f"{prefix}virtual_vram_gb"
         found = [find_device(name, "the cpu") for name in donors or []]
         notes += [note for _, note in found]
-        others = [device or CPU for device, _ in found] if donors else [*(gpu for gpu in gpus() if gpu != compute), CPU]
+        others = (
+            [device or CPU for device, _ in found]
+            if donors
+            else [*(gpu for gpu in gpus() if gpu != compute), CPU]
+        )
         if virtual_vram_gb < 0:
-            notes.append(f"{asked} is {virtual_vram_gb:g}, below 0: everything stays on {compute}, as with 0.")
+            notes.append(
+                f"{asked} is {virtual_vram_gb:g}, below 0: everything stays on {compute}, as with"
+                " 0."
+            )
         plan = allocate_virtual_vram(size, virtual_vram_gb, compute, others)
         if compute in others and plan[compute] == size:
-            notes.append(f"The donor {compute} is the device that computes, so everything stays there.")
+            notes.append(
+                f"The donor {compute} is the device that computes, so everything stays there."
+            )
     kept = plan.pop(compute)
     stores = [(device, amount) for device, amount in plan.items() if device != CPU and amount > 0]
     total = comfy.model_management.get_total_memory(compute)
     if kept > total:
-        notes.append(f"{asked} leaves {size_text(kept)} on the device that computes, and {compute} has {size_text(total)} in"
-                     " all; as much stays as ComfyUI finds room for.")
+        notes.append(
+            f"{asked} leaves {size_text(kept)} on the device that computes, and {compute} has"
+            f" {size_text(total)} in all; as much stays as ComfyUI finds room for."
+        )
     where = kept, stores, notes.append
     if part is patcher:
         return place(patcher, *where)
@@ -232,9 +363,14 @@ def placed(part, virtual_vram_gb: float, donors: list[str] | None, expert: str, 
 
 # --- the pack's own loaders ---
 
-def _load_parts_on(ckpt_name: str, unet_device: str, clip_device: str, vae_device: str) -> tuple[dict, list]:
-    """(the parts of a checkpoint, each for its device; sentences about devices that are not here)."""
-    (unet, *notes), (clip, *more), (vae, *most) = map(find_device, (unet_device, clip_device, vae_device))
+def _load_parts_on(
+    ckpt_name: str, unet_device: str, clip_device: str, vae_device: str
+) -> tuple[dict, list]:
+    """(the parts of a checkpoint, each for its device; sentences about devices that are not
+    here)."""
+    (unet, *notes), (clip, *more), (vae, *most) = map(
+        find_device, (unet_device, clip_device, vae_device)
+    )
     parts = load_parts(ckpt_name, output_vae=False, device=unet, encoder_device=clip)
     parts["vae"] = load_parts(ckpt_name, output_model=False, output_clip=False, device=vae)["vae"]
     return parts, [*notes, *more, *most]
@@ -245,7 +381,10 @@ class CheckpointLoaderAdvanced(MultiGPULoader):
 
     @classmethod
     def further_inputs(cls) -> list:
-        return [device_input(name, optional=False) for name in ("unet_device", "clip_device", "vae_device")]
+        return [
+            device_input(name, optional=False)
+            for name in ("unet_device", "clip_device", "vae_device")
+        ]
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, unet_device, clip_device, vae_device) -> tuple:
@@ -260,21 +399,42 @@ class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
     def further_inputs(cls) -> list:
         return [
             device_input("unet_compute_device", optional=False),
-            virtual_vram_input("unet_virtual_vram_gb", optional=False), donor_input("unet_donor_device", optional=False),
+            virtual_vram_input("unet_virtual_vram_gb", optional=False),
+            donor_input("unet_donor_device", optional=False),
             device_input("clip_compute_device", "cpu", optional=False),
-            virtual_vram_input("clip_virtual_vram_gb", 2.0, optional=False), donor_input("clip_donor_device", optional=False),
+            virtual_vram_input("clip_virtual_vram_gb", 2.0, optional=False),
+            donor_input("clip_donor_device", optional=False),
             device_input("vae_device", optional=False),
-            expert_input("unet_expert_mode_allocations"), expert_input("clip_expert_mode_allocations"),
-            io.Boolean.Input("high_precision_loras", default=True, optional=True,
-                             tooltip="Kept for old workflows. LoRAs keep their full precision."),
+            expert_input("unet_expert_mode_allocations"),
+            expert_input("clip_expert_mode_allocations"),
+            io.Boolean.Input(
+                "high_precision_loras",
+                default=True,
+                optional=True,
+                tooltip="Kept for old workflows. LoRAs keep their full precision.",
+            ),
             eject_input(),
         ]
 
     @classmethod
-    def load_checkpoint(cls, ckpt_name, unet_compute_device, unet_virtual_vram_gb, unet_donor_device, clip_compute_device,
-                        clip_virtual_vram_gb, clip_donor_device, vae_device, unet_expert_mode_allocations="",
-                        clip_expert_mode_allocations="", high_precision_loras=True, eject_models=True) -> tuple:
-        parts, notes = _load_parts_on(ckpt_name, unet_compute_device, clip_compute_device, vae_device)
+    def load_checkpoint(
+        cls,
+        ckpt_name,
+        unet_compute_device,
+        unet_virtual_vram_gb,
+        unet_donor_device,
+        clip_compute_device,
+        clip_virtual_vram_gb,
+        clip_donor_device,
+        vae_device,
+        unet_expert_mode_allocations="",
+        clip_expert_mode_allocations="",
+        high_precision_loras=True,
+        eject_models=True,
+    ) -> tuple:
+        parts, notes = _load_parts_on(
+            ckpt_name, unet_compute_device, clip_compute_device, vae_device
+        )
         unet = unet_virtual_vram_gb, [unet_donor_device], unet_expert_mode_allocations
         clip = clip_virtual_vram_gb, [clip_donor_device], clip_expert_mode_allocations
         parts["model"] = placed(parts["model"], *unet, notes, "unet_")
@@ -293,11 +453,23 @@ class UnetLoaderLP(MultiGPULoader):
 # Id -> what its class derives from, the loader that is wrapped, its title.
 NODE_CONFIG = {
     "UnetLoaderGGUFMultiGPU": (DeviceLoader, UNET_GGUF, "Unet Loader (GGUF, MultiGPU)"),
-    "UnetLoaderGGUFAdvancedMultiGPU": (DeviceLoader, UNET_GGUF_ADVANCED, "Unet Loader (GGUF/Advanced, MultiGPU)"),
+    "UnetLoaderGGUFAdvancedMultiGPU": (
+        DeviceLoader,
+        UNET_GGUF_ADVANCED,
+        "Unet Loader (GGUF/Advanced, MultiGPU)",
+    ),
     "CLIPLoaderGGUFMultiGPU": (DeviceLoader, CLIP, "CLIPLoader (GGUF, MultiGPU)"),
     "DualCLIPLoaderGGUFMultiGPU": (DeviceLoader, DUAL_CLIP, "DualCLIPLoader (GGUF, MultiGPU)"),
-    "TripleCLIPLoaderGGUFMultiGPU": (DeviceLoader, TRIPLE_CLIP, "TripleCLIPLoader (GGUF, MultiGPU)"),
-    "QuadrupleCLIPLoaderGGUFMultiGPU": (DeviceLoader, QUADRUPLE_CLIP, "QuadrupleCLIPLoader (GGUF, MultiGPU)"),
+    "TripleCLIPLoaderGGUFMultiGPU": (
+        DeviceLoader,
+        TRIPLE_CLIP,
+        "TripleCLIPLoader (GGUF, MultiGPU)",
+    ),
+    "QuadrupleCLIPLoaderGGUFMultiGPU": (
+        DeviceLoader,
+        QUADRUPLE_CLIP,
+        "QuadrupleCLIPLoader (GGUF, MultiGPU)",
+    ),
     "UNETLoaderMultiGPU": (DeviceLoader, UNET, "Load Diffusion Model (MultiGPU)"),
     "CLIPLoaderMultiGPU": (DeviceLoader, CLIP, "Load CLIP (MultiGPU)"),
     "DualCLIPLoaderMultiGPU": (DeviceLoader, DUAL_CLIP, "DualCLIPLoader (MultiGPU)"),
@@ -306,30 +478,88 @@ NODE_CONFIG = {
     "VAELoaderMultiGPU": (DeviceLoader, VAE, "Load VAE (MultiGPU)"),
     "CheckpointLoaderSimpleMultiGPU": (DeviceLoader, CHECKPOINT, "Load Checkpoint (MultiGPU)"),
     "CheckpointLoaderNF4MultiGPU": (DeviceLoader, CHECKPOINT, "Load NF4 Checkpoint (MultiGPU)"),
-    "CheckpointLoaderAdvancedMultiGPU": (CheckpointLoaderAdvanced, CHECKPOINT, "Checkpoint Loader Advanced (MultiGPU)"),
+    "CheckpointLoaderAdvancedMultiGPU": (
+        CheckpointLoaderAdvanced,
+        CHECKPOINT,
+        "Checkpoint Loader Advanced (MultiGPU)",
+    ),
     "CheckpointLoaderAdvancedDisTorch2MultiGPU": (
-        CheckpointLoaderAdvancedDisTorch2, CHECKPOINT, "Checkpoint Loader Advanced (DisTorch2)"),
+        CheckpointLoaderAdvancedDisTorch2,
+        CHECKPOINT,
+        "Checkpoint Loader Advanced (DisTorch2)",
+    ),
     "UNetLoaderLP": (UnetLoaderLP, UNET_GGUF, "UNet Loader (LP)"),
     "UnetLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, UNET_GGUF, "Unet Loader (GGUF, DisTorch)"),
-    "UnetLoaderGGUFAdvancedDisTorchMultiGPU": (DisTorchLoader, UNET_GGUF_ADVANCED, "Unet Loader (GGUF/Advanced, DisTorch)"),
+    "UnetLoaderGGUFAdvancedDisTorchMultiGPU": (
+        DisTorchLoader,
+        UNET_GGUF_ADVANCED,
+        "Unet Loader (GGUF/Advanced, DisTorch)",
+    ),
     "CLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, CLIP, "CLIPLoader (GGUF, DisTorch)"),
-    "DualCLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, DUAL_CLIP, "DualCLIPLoader (GGUF, DisTorch)"),
-    "TripleCLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, TRIPLE_CLIP, "TripleCLIPLoader (GGUF, DisTorch)"),
-    "QuadrupleCLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, QUADRUPLE_CLIP, "QuadrupleCLIPLoader (GGUF, DisTorch)"),
-    "UnetLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, UNET_GGUF, "Unet Loader (GGUF, DisTorch2)"),
-    "UnetLoaderGGUFAdvancedDisTorch2MultiGPU": (DisTorch2Loader, UNET_GGUF_ADVANCED, "Unet Loader (GGUF/Advanced, DisTorch2)"),
+    "DualCLIPLoaderGGUFDisTorchMultiGPU": (
+        DisTorchLoader,
+        DUAL_CLIP,
+        "DualCLIPLoader (GGUF, DisTorch)",
+    ),
+    "TripleCLIPLoaderGGUFDisTorchMultiGPU": (
+        DisTorchLoader,
+        TRIPLE_CLIP,
+        "TripleCLIPLoader (GGUF, DisTorch)",
+    ),
+    "QuadrupleCLIPLoaderGGUFDisTorchMultiGPU": (
+        DisTorchLoader,
+        QUADRUPLE_CLIP,
+        "QuadrupleCLIPLoader (GGUF, DisTorch)",
+    ),
+    "UnetLoaderGGUFDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        UNET_GGUF,
+        "Unet Loader (GGUF, DisTorch2)",
+    ),
+    "UnetLoaderGGUFAdvancedDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        UNET_GGUF_ADVANCED,
+        "Unet Loader (GGUF/Advanced, DisTorch2)",
+    ),
     "CLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, CLIP, "CLIPLoader (GGUF, DisTorch2)"),
-    "DualCLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, DUAL_CLIP, "DualCLIPLoader (GGUF, DisTorch2)"),
-    "TripleCLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, TRIPLE_CLIP, "TripleCLIPLoader (GGUF, DisTorch2)"),
-    "QuadrupleCLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, QUADRUPLE_CLIP, "QuadrupleCLIPLoader (GGUF, DisTorch2)"),
+    "DualCLIPLoaderGGUFDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        DUAL_CLIP,
+        "DualCLIPLoader (GGUF, DisTorch2)",
+    ),
+    "TripleCLIPLoaderGGUFDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        TRIPLE_CLIP,
+        "TripleCLIPLoader (GGUF, DisTorch2)",
+    ),
+    "QuadrupleCLIPLoaderGGUFDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        QUADRUPLE_CLIP,
+        "QuadrupleCLIPLoader (GGUF, DisTorch2)",
+    ),
     "UNETLoaderDisTorch2MultiGPU": (DisTorch2Loader, UNET, "Load Diffusion Model (DisTorch2)"),
     "CLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, CLIP, "Load CLIP (DisTorch2)"),
     "DualCLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, DUAL_CLIP, "DualCLIPLoader (DisTorch2)"),
-    "TripleCLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, TRIPLE_CLIP, "TripleCLIPLoader (DisTorch2)"),
-    "QuadrupleCLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, QUADRUPLE_CLIP, "QuadrupleCLIPLoader (DisTorch2)"),
+    "TripleCLIPLoaderDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        TRIPLE_CLIP,
+        "TripleCLIPLoader (DisTorch2)",
+    ),
+    "QuadrupleCLIPLoaderDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        QUADRUPLE_CLIP,
+        "QuadrupleCLIPLoader (DisTorch2)",
+    ),
     "VAELoaderDisTorch2MultiGPU": (DisTorch2Loader, VAE, "Load VAE (DisTorch2)"),
-    "CheckpointLoaderSimpleDisTorch2MultiGPU": (DisTorch2Loader, CHECKPOINT, "Load Checkpoint (DisTorch2)"),
+    "CheckpointLoaderSimpleDisTorch2MultiGPU": (
+        DisTorch2Loader,
+        CHECKPOINT,
+        "Load Checkpoint (DisTorch2)",
+    ),
 }
 NODE_CLASS_MAPPINGS = {
-    node_id: make_node(__name__, node_id, base, display_name, wrapped=wrapped, outputs=wrapped.outputs)
-    for node_id, (base, wrapped, display_name) in NODE_CONFIG.items()}
+    node_id: make_node(
+        __name__, node_id, base, display_name, wrapped=wrapped, outputs=wrapped.outputs
+    )
+    for node_id, (base, wrapped, display_name) in NODE_CONFIG.items()
+}

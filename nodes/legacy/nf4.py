@@ -1,4 +1,5 @@
-"""Node ids of the NF4 loader packs. Those of bananasss00's, SP_..., pack what is not packed yet to NF4."""
+"""Node ids of the NF4 loader packs. Those of bananasss00's, SP_..., pack what is not packed yet to
+NF4."""
 from comfy_api.latest import io
 
 from ...loaders.checkpoint import load_checkpoint
@@ -11,23 +12,40 @@ CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
 
 
 def checkpoint_input():
-    return io.Combo.Input("ckpt_name", options=list_files(*CHECKPOINT_FOLDERS), tooltip="A file in models/checkpoints.")
+    return io.Combo.Input(
+        "ckpt_name",
+        options=list_files(*CHECKPOINT_FOLDERS),
+        tooltip="A file in models/checkpoints.",
+    )
 
 
 def bnb_dtype_input():
-    return io.Combo.Input("bnb_dtype", options=["default", "nf4", "fp4"], default="default", optional=True,
-                          tooltip="Kept for old workflows. The file says which format its weights have.")
+    return io.Combo.Input(
+        "bnb_dtype",
+        options=["default", "nf4", "fp4"],
+        default="default",
+        optional=True,
+        tooltip="Kept for old workflows. The file says which format its weights have.",
+    )
 
 
 def load_dtype_input():
-    return io.Combo.Input("load_dtype", options=["default", "float8_e4m3fn", "float8_e5m2"], default="float8_e4m3fn",
-                          optional=True, tooltip="Kept for old workflows. Weights are packed from the file's own values.")
+    return io.Combo.Input(
+        "load_dtype",
+        options=["default", "float8_e4m3fn", "float8_e5m2"],
+        default="float8_e4m3fn",
+        optional=True,
+        tooltip="Kept for old workflows. Weights are packed from the file's own values.",
+    )
 
 
 def load_parts(ckpt_name: str, **options) -> dict:
-    """The parts of a file of `CHECKPOINT_FOLDERS`, by the keys of `shown.TITLES`. options: those of `load_checkpoint`."""
+    """The parts of a file of `CHECKPOINT_FOLDERS`, by the keys of `shown.TITLES`. options: those of
+    `load_checkpoint`."""
     path = find_file(ckpt_name, *CHECKPOINT_FOLDERS)
-    return dict(zip(("model", "clip", "vae"), load_checkpoint(path, embedding_folders(), **options)))
+    return dict(
+        zip(("model", "clip", "vae"), load_checkpoint(path, embedding_folders(), **options))
+    )
 
 
 class CheckpointLoader(LegacyNode):
@@ -74,18 +92,35 @@ class PackingUnetLoader(LegacyNode):
 # Id -> what its class derives from, its title, its inputs, its description.
 NODE_CONFIG = {
     "CheckpointLoaderNF4": (
-        CheckpointLoader, "Load NF4 Checkpoint", lambda: [checkpoint_input(), bnb_dtype_input()],
-        "The checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight)."),
+        CheckpointLoader,
+        "Load NF4 Checkpoint",
+        lambda: [checkpoint_input(), bnb_dtype_input()],
+        "The checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight).",
+    ),
     "UNETLoaderNF4": (
-        UnetLoader, "Load NF4 UNet", lambda: [model_input(folders=list_model_folders(*FOLDERS)), bnb_dtype_input()],
-        "The model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight)."),
+        UnetLoader,
+        "Load NF4 UNet",
+        lambda: [model_input(folders=list_model_folders(*FOLDERS)), bnb_dtype_input()],
+        "The model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight).",
+    ),
     "SP_CheckpointLoaderBNB": (
-        PackingCheckpointLoader, "SP_CheckpointLoaderBNB", lambda: [checkpoint_input(), load_dtype_input()],
-        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight) with pack to NF4."),
+        PackingCheckpointLoader,
+        "SP_CheckpointLoaderBNB",
+        lambda: [checkpoint_input(), load_dtype_input()],
+        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight) with pack"
+        " to NF4.",
+    ),
     "SP_UnetLoaderBNB": (
-        PackingUnetLoader, "SP_UnetLoaderBNB", lambda: [model_input(), load_dtype_input()],
-        "A model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight) with pack to NF4."),
+        PackingUnetLoader,
+        "SP_UnetLoaderBNB",
+        lambda: [model_input(), load_dtype_input()],
+        "A model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight) with pack"
+        " to NF4.",
+    ),
 }
 NODE_CLASS_MAPPINGS = {
-    node_id: make_node(__name__, node_id, base, display_name, inputs=inputs, description=description)
-    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()}
+    node_id: make_node(
+        __name__, node_id, base, display_name, inputs=inputs, description=description
+    )
+    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()
+}

@@ -1,5 +1,17 @@
 """Every packed format. Importing this package registers them all in `ops.format`."""
 from . import (  # noqa: F401  each registers what it defines
-    bnb_4bit, bnb_int8, column_groups, iq1, iq2, iq3, iq4, k_quants, legacy, micro_fp4, plain,
-    q1_0, q2_0, ternary,
+    bnb_4bit,
+    bnb_int8,
+    column_groups,
+    iq1,
+    iq2,
+    iq3,
+    iq4,
+    k_quants,
+    legacy,
+    micro_fp4,
+    plain,
+    q1_0,
+    q2_0,
+    ternary,
 )

@@ -1,4 +1,5 @@
-"""Formats whose codes name four or eight values at once: a point of a grid. The grids are gguf's own tables."""
+"""Formats whose codes name four or eight values at once: a point of a grid. The grids are gguf's
+own tables."""
 import torch
 
 from ..bits import bit_table
@@ -10,7 +11,8 @@ def grid_values(name: str) -> torch.Tensor:
     from gguf import quants  # here, so that importing the formats needs nothing but torch
 
     reference = getattr(quants, name)
-    packed = torch.frombuffer(bytearray.fromhex(reference.grid_hex.decode()), dtype=torch.uint8).int()
+    packed = torch.frombuffer(bytearray.fromhex(reference.grid_hex.decode()),
+                              dtype=torch.uint8).int()
     width = 2 if len(reference.grid_map) <= 4 else 4
     codes = torch.stack([packed >> shift & (1 << width) - 1 for shift in range(0, 8, width)], -1)
     return torch.tensor(reference.grid_map, dtype=torch.int8)[codes].view(reference.grid_shape)
@@ -32,7 +34,8 @@ class GridCodebook(Format):
 
     @staticmethod
     def even_signs() -> torch.Tensor:
-        """The signs of eight values for every 7-bit code: the eighth bit makes the number of minus signs even."""
+        """The signs of eight values for every 7-bit code: the eighth bit makes the number of minus
+        signs even."""
         from gguf import quants
 
         return bit_table(1, -1)[list(quants.IQ2_XXS.ksigns)]

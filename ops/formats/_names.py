@@ -6,7 +6,8 @@ from . import bnb_int8, column_groups
 
 
 def format_named(name: str) -> type[Format]:
-    """A format by its name in `FORMATS`, in a process that has not made it yet too; KeyError for one unknown here."""
+    """A format by its name in `FORMATS`, in a process that has not made it yet too; KeyError for
+    one unknown here."""
     of_rows = re.fullmatch(r"(\w+)_(\d+)_(\d+)x(\d+)", name)
     of_length = re.fullmatch(r"(\w+)_(\d+)", name)
     if name in FORMATS:

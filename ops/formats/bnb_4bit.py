@@ -1,7 +1,8 @@
-"""bitsandbytes' 4-bit formats: a codebook of 16 values, scaled by the largest magnitude of each block.
+"""bitsandbytes' 4-bit formats: a codebook of 16 values, scaled by the largest magnitude of each
+block.
 
-Sources: bitsandbytes 0.50 `functional.get_4bit_type`, `backends/default/ops.py`; the NF4 codebook is from QLoRA
-(https://arxiv.org/abs/2305.14314).
+Sources: bitsandbytes 0.50 `functional.get_4bit_type`, `backends/default/ops.py`; the NF4 codebook
+is from QLoRA (https://arxiv.org/abs/2305.14314).
 """
 import dataclasses
 
@@ -12,7 +13,8 @@ from ..format import FORMATS, Fit, Format, Grid, Terms
 
 
 class Codebook4Bit(Format):
-    """value = codebook[code] * absmax, blocks along the flattened weight; a block may cross rows, the last may be short.
+    """value = codebook[code] * absmax, blocks along the flattened weight; a block may cross rows,
+    the last may be short.
 
     | tensor | dtype, shape              | meaning                                       |
     |--------|---------------------------|-----------------------------------------------|
@@ -41,16 +43,22 @@ class Codebook4Bit(Format):
 
     @classmethod
     def blocks(cls, tensors, first, last):
-        return tensors[0].view(-1)[first * cls.block_bytes:last * cls.block_bytes], tensors[1][first:last]
+        return tensors[0].view(-1)[first * cls.block_bytes : last * cls.block_bytes], tensors[1][
+            first:last
+        ]
 
     @classmethod
     def rows(cls, tensors, columns, index):
         codes, absmax = tensors
-        return [codes.view(-1, columns // 2)[index], absmax.view(-1, columns // cls.block_length)[index].reshape(-1)]
+        return [
+            codes.view(-1, columns // 2)[index],
+            absmax.view(-1, columns // cls.block_length)[index].reshape(-1)
+        ]
 
     @classmethod
     def terms(cls, codes: torch.Tensor, absmax: torch.Tensor) -> Terms:
-        """codes: uint8 (bytes,), absmax: float32 (n,). Where the last block is short, zeros follow its values."""
+        """codes: uint8 (bytes,), absmax: float32 (n,). Where the last block is short, zeros follow
+        its values."""
         values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
         missing = len(absmax) * cls.block_length - len(values)
         if missing:
@@ -67,7 +75,8 @@ class Codebook4Bit(Format):
         absmax = values.abs().amax(-1, keepdim=True)
         levels = torch.tensor(cls.grid.levels, dtype=torch.float32, device=values.device)
         scaled = (values * (1 / absmax.clamp(min=1e-38))).clamp_(-1, 1)
-        codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+        codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2,
+                                out_int32=True).to(torch.uint8)
         return cls.encode(Fit(codes, absmax, torch.ones_like(absmax)))
 
     @classmethod
@@ -81,9 +90,22 @@ class NF4(Codebook4Bit):
 
     block_length, block_bytes = 64, 32
     codebook = (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
     )
     grid = Grid(64, 64, codebook, scale_dtype=torch.float32)
 
@@ -92,5 +114,6 @@ class FP4(Codebook4Bit):
     """Sign, two bits of exponent, one of mantissa; in twelfths."""
 
     block_length, block_bytes = 64, 32
-    codebook = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+    codebook = tuple(sign * value / 12 for sign in (1, -1)
+                     for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
     grid = Grid(64, 64, tuple(sorted(codebook)), scale_dtype=torch.float32)

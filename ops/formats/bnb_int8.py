@@ -1,6 +1,8 @@
-"""bitsandbytes' int8 format (LLM.int8, https://arxiv.org/abs/2208.07339), as its files hold weights.
+"""bitsandbytes' int8 format (LLM.int8, https://arxiv.org/abs/2208.07339), as its files hold
+weights.
 
-Source: bitsandbytes 0.50 `nn/modules.py` (`SCB`), `backends/default/ops.py` (`int8_vectorwise_quant`).
+Source: bitsandbytes 0.50 `nn/modules.py` (`SCB`), `backends/default/ops.py`
+(`int8_vectorwise_quant`).
 """
 import torch
 
@@ -22,7 +24,9 @@ class INT8(Format):
     def of_columns(cls, columns: int) -> type["INT8"]:
         """The format of weights of [N, columns]."""
         name = f"INT8_{columns}"
-        return FORMATS.get(name) or type(name, (INT8,), {"block_length": columns, "block_bytes": columns})
+        return FORMATS.get(name) or type(
+            name, (INT8,), {"block_length": columns, "block_bytes": columns}
+        )
 
     @classmethod
     def blocks(cls, tensors, first, last):
@@ -30,7 +34,10 @@ class INT8(Format):
 
     @classmethod
     def rows(cls, tensors, columns, index):
-        return [tensors[0].view(-1, columns)[index], tensors[1].view(-1, columns // cls.block_length)[index].view(-1)]
+        return [
+            tensors[0].view(-1, columns)[index],
+            tensors[1].view(-1, columns // cls.block_length)[index].view(-1)
+        ]
 
     @classmethod
     def terms(cls, codes: torch.Tensor, scale: torch.Tensor) -> Terms:

@@ -1,6 +1,7 @@
 """The formats near 1.6 and 1.8 bits: points of a ternary grid, shifted by an eighth.
 
-Sources: `block_iq1_*`, `iq1s_grid` in ggml-common.h, `dequantize_row_iq1_*` in ggml-quants.c, gguf-py 0.19.
+Sources: `block_iq1_*`, `iq1s_grid` in ggml-common.h, `dequantize_row_iq1_*` in ggml-quants.c,
+gguf-py 0.19.
 """
 import torch
 
@@ -10,13 +11,15 @@ from ._grid_codebook import grid_values
 
 
 def _shifted_grid() -> torch.Tensor:
-    """int64 (4096,), eight int8 values each: in eighths, the 2048 grid points plus one, then the same points minus one."""
+    """int64 (4096,), eight int8 values each: in eighths, the 2048 grid points plus one, then the
+    same points minus one."""
     points = 8 * grid_values("IQ1_S")
     return torch.cat([points + 1, points - 1]).view(torch.int64).view(-1)
 
 
 class IQ1_S(Format, ggml_type=19):
-    """value = (d * (2 * scale + 1)) * (grid[index] ± 0.125), one index per 8 values, one scale and sign per 32
+    """value = (d * (2 * scale + 1)) * (grid[index] ± 0.125), one index per 8 values, one scale and
+    sign per 32
 
     | offset | size | meaning                                                                                    |
     |--------|------|--------------------------------------------------------------------------------------------|
@@ -39,7 +42,8 @@ class IQ1_S(Format, ggml_type=19):
 
 
 class IQ1_M(Format, ggml_type=29):
-    """value = (d * (2 * scale + 1)) * (grid[index] ± 0.125), one index and sign per 8 values, one scale per 16
+    """value = (d * (2 * scale + 1)) * (grid[index] ± 0.125), one index and sign per 8 values, one
+    scale per 16
 
     | offset | size | meaning                                                                                      |
     |--------|------|----------------------------------------------------------------------------------------------|
@@ -55,8 +59,10 @@ class IQ1_M(Format, ggml_type=29):
     def terms(cls, blocks: torch.Tensor) -> Terms:
         packed = reinterpret(blocks[:, 48:], torch.int16)
         parts = (packed >> 12 & 15) << shifts(4, 4, blocks.device)
-        d = parts.sum(-1, keepdim=True, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+        d = parts.sum(-1, keepdim=True,
+                      dtype=torch.int32).to(torch.int16).view(torch.float16).float()
         scales = (2 * split_bits(packed, 3, 4) + 1).view(-1, 16) * d
-        index = torch.add(blocks[:, :32], split_bits(blocks[:, 32:48], 4, 2).view(-1, 32), alpha=256)
+        index = torch.add(blocks[:, :32],
+                          split_bits(blocks[:, 32:48], 4, 2).view(-1, 32), alpha=256)
         eighths = lookup(cls.constant("shifted_grid", blocks.device), index)
         return Terms(eighths.view(-1, 16, 16), scales.mul_(0.125).unsqueeze(-1))

@@ -1,7 +1,8 @@
 """The formats between 2.06 and 2.5 bits: points of a grid of eight magnitudes, times signs.
 
-Sources: `block_iq2_*`, `iq2*_grid`, `ksigns_iq2xs` in ggml-common.h, `dequantize_row_iq2_*` in ggml-quants.c,
-gguf-py 0.19 `quants.py`. In all of them value = (d * (0.5 + scale) * 0.25) * grid[index] * sign.
+Sources: `block_iq2_*`, `iq2*_grid`, `ksigns_iq2xs` in ggml-common.h, `dequantize_row_iq2_*` in
+ggml-quants.c, gguf-py 0.19 `quants.py`. In all of them value = (d * (0.5 + scale) * 0.25) *
+grid[index] * sign.
 """
 import torch
 
@@ -68,7 +69,8 @@ class IQ2_S(GridCodebook, ggml_type=22):
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        index = torch.add(blocks[:, 2:34], split_bits(blocks[:, 66:74], 2, 4).view(-1, 32), alpha=256)
+        index = torch.add(blocks[:, 2:34],
+                          split_bits(blocks[:, 66:74], 2, 4).view(-1, 32), alpha=256)
         scales = _scales(blocks[:, 74:], half(blocks, 0))
         values = lookup(cls.constant("points", blocks.device), index)
         values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 34:66]))
@@ -76,5 +78,6 @@ class IQ2_S(GridCodebook, ggml_type=22):
 
 
 def _scales(packed: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d * (0.5 + scale) * 0.25, float32 (n, 16, 1). packed: scales, uint8 (n, 8), two a byte. d: float32 (n, 1)."""
+    """d * (0.5 + scale) * 0.25, float32 (n, 16, 1). packed: scales, uint8 (n, 8), two a byte. d:
+    float32 (n, 1)."""
     return split_bits(packed, 4, 2).view(-1, 16).float().add_(0.5).mul_(d).mul_(0.25).unsqueeze(-1)

@@ -1,7 +1,7 @@
 """The formats near 3.06 and 3.4 bits: points of a grid of four magnitudes, times signs.
 
-Sources: `block_iq3_*`, `iq3*_grid`, `ksigns_iq2xs` in ggml-common.h, `dequantize_row_iq3_*` in ggml-quants.c,
-gguf-py 0.19 `quants.py`.
+Sources: `block_iq3_*`, `iq3*_grid`, `ksigns_iq2xs` in ggml-common.h, `dequantize_row_iq3_*` in
+ggml-quants.c, gguf-py 0.19 `quants.py`.
 """
 import torch
 
@@ -11,7 +11,8 @@ from ._grid_codebook import GridCodebook
 
 
 class IQ3_XXS(GridCodebook, ggml_type=18):
-    """value = (d * (0.5 + scale) * 0.5) * grid[index] * sign, one 7-bit sign code per 8 values, one scale per 32
+    """value = (d * (0.5 + scale) * 0.5) * grid[index] * sign, one 7-bit sign code per 8 values, one
+    scale per 32
 
     | offset | size | meaning                                                                   |
     |--------|------|---------------------------------------------------------------------------|
@@ -27,7 +28,9 @@ class IQ3_XXS(GridCodebook, ggml_type=18):
         words = reinterpret(blocks[:, 66:], torch.int32)
         scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.5)
         values = lookup(cls.constant("points", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
-        values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)).view(-1, 8, 32))
+        values.mul_(
+            lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7,
+                                                                         4)).view(-1, 8, 32))
         return Terms(values, scales.unsqueeze(-1))
 
 
@@ -47,7 +50,8 @@ class IQ3_S(GridCodebook, ggml_type=21):
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        index = torch.add(blocks[:, 2:66], split_bits(blocks[:, 66:74], 1, 8).view(-1, 64), alpha=256)
+        index = torch.add(blocks[:, 2:66],
+                          split_bits(blocks[:, 66:74], 1, 8).view(-1, 64), alpha=256)
         scales = (1 + 2 * split_bits(blocks[:, 106:], 4, 2).view(-1, 8)) * half(blocks, 0)
         values = lookup(cls.constant("points", blocks.device), index).view(-1, 8, 32)
         values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 74:106]).view(-1, 8, 32))

@@ -1,6 +1,7 @@
 """The 4-bit formats with a non-linear codebook.
 
-Sources: `block_iq4_*`, `kvalues_iq4nl` in ggml-common.h, `dequantize_row_iq4_*` in ggml-quants.c, gguf-py 0.19.
+Sources: `block_iq4_*`, `kvalues_iq4nl` in ggml-common.h, `dequantize_row_iq4_*` in ggml-quants.c,
+gguf-py 0.19.
 """
 import torch
 

@@ -1,7 +1,9 @@
-"""The K-quants: 256 values in groups of 16 or 32, whose scales are themselves quantised under float16 super-scales.
+"""The K-quants: 256 values in groups of 16 or 32, whose scales are themselves quantised under
+float16 super-scales.
 
-Sources: `block_q*_K` in ggml-common.h, `dequantize_row_q*_K` in ggml-quants.c, gguf-py 0.19 `quants.py`.
-Unless a table says otherwise, the fields of equal position in 32 neighbouring bytes hold 32 neighbouring values.
+Sources: `block_q*_K` in ggml-common.h, `dequantize_row_q*_K` in ggml-quants.c, gguf-py 0.19
+`quants.py`. Unless a table says otherwise, the fields of equal position in 32 neighbouring bytes
+hold 32 neighbouring values.
 """
 import torch
 
@@ -25,14 +27,18 @@ class Q2_K(Format, ggml_type=10):
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        scales, mins = (bit_planes(blocks[:, :16], 4) * half(blocks, 80, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
+        scales, mins = (bit_planes(blocks[:, :16], 4) *
+                        half(blocks, 80, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 16:80].view(-1, 2, 32), 2).view(-1, 16, 16)
         return Terms(codes, scales, mins)
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = fit.scales.to(torch.uint8) | fit.minima.to(torch.uint8) << 4
-        return torch.cat([scales, in_planes(fit.codes, 2, 32), half_bytes(fit.d), half_bytes(fit.dmin)], 1)
+        return torch.cat(
+            [scales, in_planes(fit.codes, 2, 32),
+             half_bytes(fit.d),
+             half_bytes(fit.dmin)], 1)
 
 
 class Q3_K(Format, ggml_type=11):
@@ -63,15 +69,19 @@ class Q3_K(Format, ggml_type=11):
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
         codes = in_planes(fit.codes >> 2, 1, 32), in_planes(fit.codes & 3, 2, 32)
-        return torch.cat([*codes, in_planes(scales & 15, 4, 8), in_planes(scales >> 4, 2, 4), half_bytes(fit.d)], 1)
+        return torch.cat(
+            [*codes,
+             in_planes(scales & 15, 4, 8),
+             in_planes(scales >> 4, 2, 4),
+             half_bytes(fit.d)], 1)
 
 
 def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
     """Eight 6-bit scales and eight 6-bit mins, uint8 (n, 2, 8), of Q4_K and Q5_K.
 
-    packed: uint8 (n, 12), three groups of four bytes; uppercase letters are scales, lowercase mins, most significant
-    bit first: EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD, eeaaaaaa ffbbbbbb ggcccccc hhdddddd, eeeeEEEE ffffFFFF ggggGGGG
-    hhhhHHHH.
+    packed: uint8 (n, 12), three groups of four bytes; uppercase letters are scales, lowercase mins,
+    most significant bit first: EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD, eeaaaaaa ffbbbbbb ggcccccc
+    hhdddddd, eeeeEEEE ffffFFFF ggggGGGG hhhhHHHH.
     """
     lanes = reinterpret(packed, torch.int32)[:, :2]
     low = bit_planes(packed[:, 8:], 4).view(torch.int32).squeeze(-1)
@@ -80,10 +90,13 @@ def _scales_and_mins(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _super_scales(fit: Fit) -> torch.Tensor:
-    """The first 16 bytes of a block of Q4_K or Q5_K: d, dmin, and the inverse of `_scales_and_mins`."""
+    """The first 16 bytes of a block of Q4_K or Q5_K: d, dmin, and the inverse of
+    `_scales_and_mins`."""
     scales, mins = fit.scales.to(torch.uint8), fit.minima.to(torch.uint8)
     first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, mins)]
-    return torch.cat([half_bytes(fit.d), half_bytes(fit.dmin), *first, scales[:, 4:] & 15 | mins[:, 4:] << 4], 1)
+    return torch.cat(
+        [half_bytes(fit.d),
+         half_bytes(fit.dmin), *first, scales[:, 4:] & 15 | mins[:, 4:] << 4], 1)
 
 
 class Q4_K(Format, ggml_type=12):
@@ -102,7 +115,8 @@ class Q4_K(Format, ggml_type=12):
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        scales, mins = (_scales_and_mins(blocks[:, 4:16]) * half(blocks, 0, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
+        scales, mins = (_scales_and_mins(blocks[:, 4:16]) *
+                        half(blocks, 0, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 16:].view(-1, 4, 32), 4).view(-1, 8, 32)
         return Terms(codes, scales, mins)
 
@@ -128,14 +142,19 @@ class Q5_K(Format, ggml_type=13):
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        scales, mins = (_scales_and_mins(blocks[:, 4:16]) * half(blocks, 0, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
+        scales, mins = (_scales_and_mins(blocks[:, 4:16]) *
+                        half(blocks, 0, 2).unsqueeze(-1)).unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 48:].view(-1, 4, 32), 4).view(-1, 8, 32)
         codes.add_(bit_planes(blocks[:, 16:48], 1), alpha=16)
         return Terms(codes, scales, mins)
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
-        return torch.cat([_super_scales(fit), in_planes(fit.codes >> 4, 1, 32), in_planes(fit.codes & 15, 4, 32)], 1)
+        return torch.cat([
+            _super_scales(fit),
+            in_planes(fit.codes >> 4, 1, 32),
+            in_planes(fit.codes & 15, 4, 32)
+        ], 1)
 
 
 class Q6_K(Format, ggml_type=14):

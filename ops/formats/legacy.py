@@ -1,7 +1,7 @@
 """ggml's first formats: 32 values under one float16 scale, with or without an offset.
 
-Sources: `block_q*` in ggml-common.h, `dequantize_row_q*` in ggml-quants.c, gguf-py 0.19 `quants.py`.
-The low nibbles of `qs` hold values 0..15, the high nibbles values 16..31.
+Sources: `block_q*` in ggml-common.h, `dequantize_row_q*` in ggml-quants.c, gguf-py 0.19
+`quants.py`. The low nibbles of `qs` hold values 0..15, the high nibbles values 16..31.
 """
 import torch
 
@@ -10,16 +10,19 @@ from ..format import Fit, Format, Grid, Terms, inverse, peaks, rounded_away
 
 
 def symmetric_fit(values: torch.Tensor, lowest: int) -> Fit:
-    """ggml's reference of the formats without an offset: the peak, with its sign, gets the lowest code."""
+    """ggml's reference of the formats without an offset: the peak, with its sign, gets the lowest
+    code."""
     d = peaks(values) / lowest
     codes = (values * inverse(d) + (0.5 - lowest)).clamp_(0, -2 * lowest - 1)
     return Fit(codes.to(torch.uint8), d, torch.ones_like(d))
 
 
 def offset_fit(values: torch.Tensor, largest: int) -> Fit:
-    """ggml's reference of the formats with an offset: the lowest value gets code 0, the highest code `largest`."""
+    """ggml's reference of the formats with an offset: the lowest value gets code 0, the highest
+    code `largest`."""
     lowest = values.amin(-1, keepdim=True)
-    d = (values.amax(-1, keepdim=True) - lowest) / values.new_tensor(largest)  # by a number, CUDA multiplies with its inverse
+    # by a number, CUDA multiplies with its inverse
+    d = (values.amax(-1, keepdim=True) - lowest) / values.new_tensor(largest)
     codes = ((values - lowest) * inverse(d) + 0.5).clamp_(0, largest)
     return Fit(codes.to(torch.uint8), d, torch.ones_like(d), -lowest, torch.ones_like(d))
 
@@ -87,7 +90,8 @@ class FiveBitCodes(Format):
 
     @classmethod
     def codes(cls, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Codes from `zero`, int8 (n, 32), of the fifth bits `qh`, uint8 (n, 4), and the nibbles `qs`, uint8 (n, 16)."""
+        """Codes from `zero`, int8 (n, 32), of the fifth bits `qh`, uint8 (n, 4), and the nibbles
+        `qs`, uint8 (n, 16)."""
         codes = bit_planes(low, 4).view(torch.int8).view(-1, 32)
         return codes.bitwise_or_(lookup(cls.constant("fifth_bits", low.device), high).view(-1, 32))
 

@@ -1,7 +1,8 @@
 """The microscaling 4-bit floats: E2M1 codes under small float scales.
 
-Sources: `block_mxfp4`, `block_nvfp4` in ggml-common.h, `dequantize_row_*` in ggml-quants.c, the scale conversions in
-ggml-impl.h, gguf-py 0.19 `quants.py`. As there, the E2M1 values are doubled and the scales halved.
+Sources: `block_mxfp4`, `block_nvfp4` in ggml-common.h, `dequantize_row_*` in ggml-quants.c, the
+scale conversions in ggml-impl.h, gguf-py 0.19 `quants.py`. As there, the E2M1 values are doubled
+and the scales halved.
 """
 import math
 
@@ -30,8 +31,10 @@ class MXFP4(NibbleCodebook, ggml_type=39):
 
     @staticmethod
     def scales() -> torch.Tensor:
-        """float32 (256,): the scale of every exponent; the two lowest are subnormal, none is NaN."""
-        return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)], dtype=torch.float32)
+        """float32 (256,): the scale of every exponent; the two lowest are subnormal, none is
+        NaN."""
+        return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)],
+                            dtype=torch.float32)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
@@ -41,7 +44,8 @@ class MXFP4(NibbleCodebook, ggml_type=39):
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
         peak = values.abs().amax(-1, keepdim=True)
-        exponents = torch.where(peak > 0, (peak.log2().floor() + 125).clamp(0, 255), 0).to(torch.uint8)
+        exponents = torch.where(peak > 0, (peak.log2().floor() + 125).clamp(0, 255),
+                                0).to(torch.uint8)
         scales = cls.constant("scales", values.device)[exponents.int()].unsqueeze(-1)
         levels = scales * torch.tensor(cls.values, dtype=torch.float32, device=values.device)
         codes = (levels - values.unsqueeze(-1)).abs().argmin(-1).to(torch.uint8)
@@ -62,12 +66,16 @@ class NVFP4(NibbleCodebook, ggml_type=40):
 
     @staticmethod
     def scales() -> torch.Tensor:
-        """float32 (256,): half the value of every E4M3 byte, its top bit ignored; the NaN 0x7F counts as zero."""
+        """float32 (256,): half the value of every E4M3 byte, its top bit ignored; the NaN 0x7F
+        counts as zero."""
         def half_value(byte: int) -> float:
             exponent, mantissa = byte >> 3 & 15, byte & 7
-            return math.ldexp(8 + mantissa, exponent - 11) if exponent else math.ldexp(mantissa, -10)
+            return (
+                math.ldexp(8 + mantissa, exponent - 11) if exponent else math.ldexp(mantissa, -10)
+            )
 
-        return torch.tensor([0.0 if byte == 0x7F else half_value(byte) for byte in range(256)], dtype=torch.float32)
+        return torch.tensor([0.0 if byte == 0x7F else half_value(byte) for byte in range(256)],
+                            dtype=torch.float32)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:

@@ -1,7 +1,8 @@
 """Plain 16-bit numbers: the layers of a packed model that its file left as they were.
 
-Such a weight is held as its file has it, also where the model computes in float32, and cast while its layer runs, as the
-packed formats are dequantised. float32 has all its values, so no `value_dtype` rounds them.
+Such a weight is held as its file has it, also where the model computes in float32, and cast while
+its layer runs, as the packed formats are dequantised. float32 has all its values, so no
+`value_dtype` rounds them.
 """
 import torch
 

@@ -13,7 +13,8 @@ class Q1_0(Format, ggml_type=41):
     | 0      | 2    | d, float16                          |
     | 2      | 16   | qs, value i at bit i, little endian |
 
-    Source: `block_q1_0` in ggml-common.h, `dequantize_row_q1_0` in ggml-quants.c; gguf-py 0.19 only knows the sizes.
+    Source: `block_q1_0` in ggml-common.h, `dequantize_row_q1_0` in ggml-quants.c; gguf-py 0.19 only
+    knows the sizes.
     """
 
     block_length, block_bytes = 128, 18

@@ -1,6 +1,7 @@
 """Two bits a value: -d, 0, d or 2 d, four neighbouring values a byte.
 
-Sources: `block_q2_0` in ggml-common.h and `dequantize_row_q2_0` in ggml-quants.c of llama.cpp b11192.
+Sources: `block_q2_0` in ggml-common.h and `dequantize_row_q2_0` in ggml-quants.c of llama.cpp
+b11192.
 """
 import torch
 
@@ -9,7 +10,8 @@ from ..format import Format, Terms
 
 
 class TwoBitCodes(Format):
-    """Base of the formats of one float16 scale and codes of two bits, which differ in how many values share the scale."""
+    """Base of the formats of one float16 scale and codes of two bits, which differ in how many
+    values share the scale."""
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
@@ -30,7 +32,8 @@ class Q2_0(TwoBitCodes, ggml_type=42):
 
 
 class PQ2_0(TwoBitCodes, ggml_type=142):
-    """value = d * (code - 1), in PrismML's llama.cpp, whose first files call it Q2_0 and number it 42
+    """value = d * (code - 1), in PrismML's llama.cpp, whose first files call it Q2_0 and number it
+    42
 
     | offset | size | meaning                                                           |
     |--------|------|-------------------------------------------------------------------|

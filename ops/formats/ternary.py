@@ -1,6 +1,7 @@
 """The ternary formats of BitNet: 256 values of -d, 0 or d.
 
-Sources: `block_tq*_0` in ggml-common.h, `dequantize_row_tq*_0` in ggml-quants.c, gguf-py 0.19 `quants.py`.
+Sources: `block_tq*_0` in ggml-common.h, `dequantize_row_tq*_0` in ggml-quants.c, gguf-py 0.19
+`quants.py`.
 """
 import torch
 
@@ -9,13 +10,15 @@ from ..format import Format, Terms, inverse, rounded_away
 
 
 def _digits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """d, float32 (n, 1), and uint8 digits 0 to 2: ggml's reference, which takes the largest magnitude for d."""
+    """d, float32 (n, 1), and uint8 digits 0 to 2: ggml's reference, which takes the largest
+    magnitude for d."""
     d = values.abs().amax(-1, keepdim=True)
     return d, rounded_away(values * inverse(d)).add_(1).view(torch.uint8)
 
 
 class TQ1_0(Format, ggml_type=34):
-    """value = d * (digit - 1). A byte b holds base-3 digits: digit i is (b * 3**i mod 256) * 3 >> 8.
+    """value = d * (digit - 1). A byte b holds base-3 digits: digit i is (b * 3**i mod 256) * 3 >>
+    8.
 
     | offset | size | meaning                                                                   |
     |--------|------|---------------------------------------------------------------------------|
@@ -36,7 +39,10 @@ class TQ1_0(Format, ggml_type=34):
     def terms(cls, blocks: torch.Tensor) -> Terms:
         moved = blocks[:, :52].unsqueeze(1) * cls.constant("powers", blocks.device)
         planes = (moved > 170).view(torch.int8).sub_((moved < 86).view(torch.int8))
-        digits = torch.cat([planes[..., :32].flatten(1), planes[..., 32:48].flatten(1), planes[:, :4, 48:].flatten(1)], -1)
+        digits = torch.cat([
+            planes[..., :32].flatten(1), planes[..., 32:48].flatten(1), planes[:, :4,
+                                                                               48:].flatten(1)
+        ], -1)
         return Terms(digits, half(blocks, 52))
 
     @classmethod
@@ -44,7 +50,8 @@ class TQ1_0(Format, ggml_type=34):
         d, digits = _digits(values)
 
         def numbers(first: int, last: int, width: int) -> torch.Tensor:
-            """Of runs of `width` digits the numbers that they write, highest first, in base 3 with five places."""
+            """Of runs of `width` digits the numbers that they write, highest first, in base 3 with
+            five places."""
             runs = digits[:, first:last].int().view(len(digits), -1, width)
             return sum(runs[:, i] * 3**(4 - i) for i in range(runs.shape[1]))
 

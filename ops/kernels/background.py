@@ -11,14 +11,16 @@ from ...child_process import end_all, is_ending
 
 MAX_THREADS = 4  # that compute a result; the others wait for their turn
 CANCEL_CHECK_SECONDS = 0.05  # between two looks at whether the user cancelled
-EXIT_SECONDS = 10  # that a process which ends waits for its threads, whose compilers are killed by then
+# that a process which ends waits for its threads, whose compilers are killed by then
+EXIT_SECONDS = 10
 
 
 def _nothing():
     pass
 
 
-# Called while somebody waits; it raises what ends the wait, where the user cancelled. The extension puts the host's here.
+# Called while somebody waits; it raises what ends the wait, where the user cancelled. The extension
+# puts the host's here.
 raise_if_cancelled: Callable[[], None] = _nothing
 
 _turns = threading.BoundedSemaphore(MAX_THREADS)
@@ -26,7 +28,8 @@ _threads: set[threading.Thread] = set()
 
 
 def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
-    """A thread that does not keep the process alive, but is waited for when it ends. `work` ends soon then."""
+    """A thread that does not keep the process alive, but is waited for when it ends. `work` ends
+    soon then."""
     def run():
         try:
             work()
@@ -58,7 +61,8 @@ def set_result(future: Future, value: object):
 
 
 def wait(future: Future, seconds: float) -> bool:
-    """Whether it has its value, after at most `seconds`. Raises what `raise_if_cancelled` raises."""
+    """Whether it has its value, after at most `seconds`. Raises what `raise_if_cancelled`
+    raises."""
     end = time.monotonic() + seconds
     while not future.done() and (left := end - time.monotonic()) > 0:
         raise_if_cancelled()
@@ -68,7 +72,8 @@ def wait(future: Future, seconds: float) -> bool:
 
 @atexit.register
 def _wait_for_all():
-    """A thread that is within torch when the interpreter goes would end the process with an error."""
+    """A thread that is within torch when the interpreter goes would end the process with an
+    error."""
     end_all()
     end = time.monotonic() + EXIT_SECONDS
     for thread in list(_threads):

@@ -1,7 +1,8 @@
 """Kernels for CPUs: C++ in `source/`, compiled by the compiler of the machine, where there is one.
 
-A kernel takes half a second to compile and is kept for later runs, in a folder that only this user can write. Its file has the
-digest of its bytes in its name, for a damaged library would end the process. Without a compiler torch does the work.
+A kernel takes half a second to compile and is kept for later runs, in a folder that only this user
+can write. Its file has the digest of its bytes in its name, for a damaged library would end the
+process. Without a compiler torch does the work.
 """
 import contextlib
 import ctypes
@@ -21,25 +22,50 @@ from pathlib import Path
 
 import torch
 
+from ...child_process import run_process
 from ..format import Format, Grid
 from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel
+from .kernel_source import (
+    FORMAT_NAMES,
+    TYPES,
+    addresses,
+    c_floats,
+    dequantize_and_linear,
+    kernel_source,
+    method,
+)
+from .private_files import (
+    cache_folder,
+    is_private,
+    private_folder,
+    replace_durably,
+    temporary_folder,
+)
 from .validation import probe
-from .private_files import cache_folder, is_private, private_folder, replace_durably, temporary_folder
-from ...child_process import run_process
-from .kernel_source import FORMAT_NAMES, TYPES, addresses, c_floats, kernel_source, method, dequantize_and_linear
 
 log = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 # Products and sums must not be contracted: the values are those of the reference, bit for bit.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-w",
+)
 FLAGS_OF_X86 = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
-MAX_TOKENS = (1, 4)  # of the variants of "linear". With more tokens torch's product of the dequantised weight is faster
+# of the variants of "linear". With more tokens torch's product of the dequantised weight is faster
+MAX_TOKENS = (1, 4)
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
-SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS  # what is older was left by a process that was killed
+# what is older was left by a process that was killed
+SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS
 OTHER_TEMPORARY = ("/var/tmp",)  # beside where temporary files lie
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
 
@@ -51,19 +77,27 @@ def cpp_compiler() -> str | None:
 
 
 class CppError(RuntimeError):
-    """There is no compiler, it refused a kernel, or no folder can hold one. The message says which."""
+    """There is no compiler, it refused a kernel, or no folder can hold one. The message says
+    which."""
 
 
 class CppCompiler:
-    """command: a C++ compiler that takes the options of GCC. folder: where compiled kernels are kept."""
+    """command: a C++ compiler that takes the options of GCC. folder: where compiled kernels are
+    kept."""
 
     def __init__(self, command: str, folder: Path):
         self.command = command
-        self._flags = (*FLAGS, *(FLAGS_OF_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()))
+        self._flags = (
+            *FLAGS,
+            *(FLAGS_OF_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
+        )
         self._machine = f"{run_process(command, '--version', seconds=COMPILE_SECONDS).stdout} {self._flags} {_cpu()}"
-        # Where libraries lie, the first that they can be loaded from; drives may refuse to run what is on them.
-        self._folders = [lambda: private_folder(folder), *(lambda parent=parent: temporary_folder(parent)
-                                                           for parent in (None, *OTHER_TEMPORARY))]
+        # Where libraries lie, the first that they can be loaded from; drives may refuse to run what
+        # is on them.
+        self._folders = [
+            lambda: private_folder(folder),
+            *(lambda parent=parent: temporary_folder(parent) for parent in (None, *OTHER_TEMPORARY))
+        ]
 
     def library(self, source: str) -> ctypes.CDLL:
         """The functions of a source. Compiled once for each source, compiler and kind of CPU."""
@@ -77,23 +111,28 @@ class CppCompiler:
             else:
                 self._folders = folders[index:]
                 return library
-        raise CppError(f"no folder can be written and run from; XDG_CACHE_HOME names another one: {'; '.join(errors)}")
+        raise CppError(
+            f"no folder can be written and run from; XDG_CACHE_HOME names another one:"
+            f" {'; '.join(errors)}"
+        )
 
     def _file(self, folder: Path, name: str, source: str) -> Path:
-        """The compiled library, compiled now where it is not there or damaged. Raises CppError, OSError."""
+        """The compiled library, compiled now where it is not there or damaged. Raises CppError,
+        OSError."""
         for path in folder.glob(f"{name}-*.so"):
             is_own = is_private(path, stat.S_ISREG)
             if is_own and path == _library_path(folder, name, path):
                 return path
             if is_own:
-                log.info("[Featherweight] The compiled kernel %s is damaged and is compiled again.", path)
+                log.info("[Featherweight] The compiled kernel %s is damaged and is compiled again.",
+                         path)
             path.unlink(missing_ok=True)
         _remove_what_was_left(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
             file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
             file.write_text(source, encoding="utf-8")
-            made = run_process(self.command, *self._flags, str(file), "-o", str(built), seconds=COMPILE_SECONDS,
-                               env={**os.environ, "TMPDIR": scratch})
+            made = run_process(self.command, *self._flags, str(file), "-o", str(built),
+                               seconds=COMPILE_SECONDS, env={**os.environ, "TMPDIR": scratch})
             if made.returncode:
                 raise CppError(f"{self.command}: {made.stderr[:2000]}")
             built.chmod(0o700)
@@ -119,7 +158,9 @@ def _cpu() -> str:
     """What decides which instructions `-march=native` uses."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.machine()]
-    return " ".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or lines[:1]))
+    return " ".join(
+        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}
+               or lines[:1]))
 
 
 class CpuKernels:
@@ -139,23 +180,25 @@ class CpuKernels:
     def dequantize(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`."""
         lanes = _lanes(packed_format)
-        if out.numel() % lanes or not out.numel():  # small weights of odd shapes, and lookups of no rows
+        # small weights of odd shapes, and lookups of no rows
+        if out.numel() % lanes or not out.numel():
             packed_format.dequantize_into(tensors, out, value_dtype, first)
             return
         run = self._function("dequantize", packed_format, out.dtype, value_dtype, LANES=lanes)
-        run(*map(c_void_p, addresses(packed_format, tensors, first)), c_void_p(out.data_ptr()), c_longlong(out.numel()),
-            c_int(_threads(out.numel())))
+        run(*map(c_void_p, addresses(packed_format, tensors, first)), c_void_p(out.data_ptr()),
+            c_longlong(out.numel()), c_int(_threads(out.numel())))
 
     def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
         """See `Kernel.run`; for up to `most_tokens` tokens, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        run = self._function("linear", packed_format, torch.float32, value_dtype, LANES=_lanes(packed_format),
-                             TOKENS=most_tokens)
+        run = self._function("linear", packed_format, torch.float32, value_dtype,
+                             LANES=_lanes(packed_format), TOKENS=most_tokens)
         input = input.float()
         is_whole = out.dtype == torch.float32 and addend is None
         sums = out if is_whole else torch.empty(out.shape, dtype=torch.float32, device="cpu")
-        run(c_void_p(input.data_ptr()), *map(c_void_p, addresses(packed_format, tensors)), c_void_p(sums.data_ptr()),
-            c_int(tokens), c_int(rows), c_int(columns), c_int(_threads(rows * columns)))
+        run(c_void_p(input.data_ptr()), *map(c_void_p, addresses(packed_format, tensors)),
+            c_void_p(sums.data_ptr()), c_int(tokens), c_int(rows), c_int(columns),
+            c_int(_threads(rows * columns)))
         if addend is not None:
             sums += addend
         if sums is not out:
@@ -163,9 +206,10 @@ class CpuKernels:
 
     def int8_rows(self, packed_format, tensors, codes, scales, value_dtype, first):
         """See `Kernel.run`."""
-        run = self._function("int8_rows", packed_format, torch.float32, value_dtype, LANES=_lanes(packed_format),
-                             **CODES)
-        run(*map(c_void_p, addresses(packed_format, tensors, first)), *_code_arguments(codes, scales))
+        run = self._function("int8_rows", packed_format, torch.float32, value_dtype,
+                             LANES=_lanes(packed_format), **CODES)
+        run(*map(c_void_p, addresses(packed_format, tensors, first)),
+            *_code_arguments(codes, scales))
 
     def int8_tokens(self, input, codes, scales):
         """See `Kernel.run`."""
@@ -174,28 +218,42 @@ class CpuKernels:
 
     def pack_blocks(self, packed_format, values, weights, fit, tries, rounds, sweeps, emphasis):
         """See `Kernel.run`."""
-        run = self._function("pack_blocks", None, torch.float32, LANES=_widest(), **_grid(packed_format.grid))
+        run = self._function("pack_blocks", None, torch.float32, LANES=_widest(),
+                             **_grid(packed_format.grid))
         tensors = (values, weights, fit.codes, fit.d, fit.dmin, fit.scales, fit.minima)
-        run(*map(_address, tensors), c_longlong(len(values)), *map(c_int, (tries, rounds, sweeps, emphasis)),
-            c_int(_threads(values.numel())))
+        run(*map(_address, tensors), c_longlong(len(values)),
+            *map(c_int, (tries, rounds, sweeps, emphasis)), c_int(_threads(values.numel())))
 
     def pack_columns(self, packed_format, values, shares, weights, chosen, tries, rounds):
         """See `Kernel.run`."""
         grid = packed_format.grid
         run = self._function("pack_columns", None, torch.float32, LANES=_widest(), **_grid(grid),
                              COLUMNS=columns_at_a_time(grid))
-        tensors = (values, shares, weights, chosen.levels, chosen.d, chosen.dmin, chosen.scales, chosen.minima)
+        tensors = (
+            values,
+            shares,
+            weights,
+            chosen.levels,
+            chosen.d,
+            chosen.dmin,
+            chosen.scales,
+            chosen.minima,
+        )
         columns, rows = values.shape
-        run(*map(_address, tensors), c_int(columns), c_longlong(rows), *map(c_int, (tries, rounds, _threads(values.numel()))))
+        run(*map(_address, tensors), c_int(columns), c_longlong(rows),
+            *map(c_int, (tries, rounds, _threads(values.numel()))))
 
 
 def _grid(grid: Grid) -> dict:
     """Constants of source/cpu/pack.h."""
     lowest, highest = grid.scales or (1, 1)
-    return {"LENGTH": grid.length, "GROUP": grid.group, "COUNT": len(grid.levels), "LEVELS": c_floats(grid.levels),
-            "UNIFORM": int(grid.uniform), "SIGNED": int(grid.signed), "MINIMUM": int(grid.minimum),
-            "INTEGERS": int(grid.scales is not None), "LOWEST_SCALE": lowest, "HIGHEST_SCALE": highest,
-            "HALF_SCALES": int(grid.scale_dtype == torch.float16)}
+    return {
+        "LENGTH": grid.length, "GROUP": grid.group, "COUNT": len(grid.levels),
+        "LEVELS": c_floats(grid.levels), "UNIFORM": int(grid.uniform), "SIGNED": int(grid.signed),
+        "MINIMUM": int(grid.minimum), "INTEGERS": int(grid.scales is not None),
+        "LOWEST_SCALE": lowest, "HIGHEST_SCALE": highest,
+        "HALF_SCALES": int(grid.scale_dtype == torch.float16)
+    }
 
 
 def _address(tensor: torch.Tensor | None) -> c_void_p:
@@ -204,8 +262,13 @@ def _address(tensor: torch.Tensor | None) -> c_void_p:
 
 def _code_arguments(codes, scales) -> tuple:
     rows, columns = codes.shape
-    return (c_void_p(codes.data_ptr()), c_void_p(scales.data_ptr()), c_longlong(rows), c_int(columns),
-            c_int(_threads(codes.numel())))
+    return (
+        c_void_p(codes.data_ptr()),
+        c_void_p(scales.data_ptr()),
+        c_longlong(rows),
+        c_int(columns),
+        c_int(_threads(codes.numel())),
+    )
 
 
 def _widest() -> int:
@@ -236,11 +299,16 @@ def _kernels() -> CpuKernels:
 
 def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
     """The kernels as data. kernels: called when one runs."""
-    return (*dequantize_and_linear(kernels, MAX_TOKENS),
-            Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
-            Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")),
-            *(Kernel(op, FORMAT_NAMES, frozenset([torch.float32]), method(kernels, op))
-              for op in ("pack_blocks", "pack_columns")))
+    return (
+        *dequantize_and_linear(kernels, MAX_TOKENS),
+        Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
+        Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")),
+        *(
+            Kernel(op, FORMAT_NAMES, frozenset([torch.float32]), method(kernels, op))
+            for op in ("pack_blocks", "pack_columns")
+        ),
+    )
 
 
-BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device), kernel_table(_kernels))
+BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device),
+                  kernel_table(_kernels))

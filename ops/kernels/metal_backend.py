@@ -1,15 +1,17 @@
-"""Kernels for Apple GPUs: Metal in `source/`, compiled by torch where it runs. It has not run on a Mac yet.
+"""Kernels for Apple GPUs: Metal in `source/`, compiled by torch where it runs. It has not run on a
+Mac yet.
 
-Apple GPUs take float32 subnormals for zero, in torch's operations as in a kernel: values are the reference's on that GPU, and
-differ from a CPU's where a scale is below 2**-118, which only MXFP4 and the formats with scales apart can have.
+Apple GPUs take float32 subnormals for zero, in torch's operations as in a kernel: values are the
+reference's on that GPU, and differ from a CPU's where a scale is below 2**-118, which only MXFP4
+and the formats with scales apart can have.
 """
 import functools
 
 import torch
 
 from .kernel import Backend, Kernel
-from .validation import probe
 from .kernel_source import FORMAT_NAMES, TYPES, kernel_source
+from .validation import probe
 
 CHUNK = 8  # values a thread handles, LANES in source/metal
 MAX_CHUNKS = 1 << 32  # of one launch: Metal counts threads in 32 bits
@@ -26,12 +28,15 @@ def _shader(packed_format, dtype, value_dtype):
 def dequantize(packed_format, tensors, out, value_dtype, first):
     """See `Kernel.run`."""
     chunks, rest = divmod(out.numel(), CHUNK)
-    if rest or packed_format.block_length % CHUNK or not 0 < chunks < MAX_CHUNKS:  # odd shapes, and lookups of no rows
+    # odd shapes, and lookups of no rows
+    if rest or packed_format.block_length % CHUNK or not 0 < chunks < MAX_CHUNKS:
         packed_format.dequantize_into(tensors, out, value_dtype, first)
         return
     packed = tensors[0].view(-1)[first * packed_format.block_bytes:]
     scales = tensors[1][first:] if packed_format.scales_apart else packed
-    _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks, group_size=GROUP)
+    _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks,
+                                                   group_size=GROUP)
 
 
-BACKEND = Backend("metal", lambda device: probe(dequantize, device), (Kernel("dequantize", FORMAT_NAMES, frozenset(TYPES), dequantize),))
+BACKEND = Backend("metal", lambda device: probe(dequantize, device),
+                  (Kernel("dequantize", FORMAT_NAMES, frozenset(TYPES), dequantize),))

@@ -1,4 +1,5 @@
-"""CUDA C++ compiled by NVRTC and run through the CUDA driver, both by ctypes: neither a compiler nor a toolkit is needed.
+"""CUDA C++ compiled by NVRTC and run through the CUDA driver, both by ctypes: neither a compiler
+nor a toolkit is needed.
 
 Torch's CUDA builds bring NVRTC along, and the driver's library comes with the GPU's driver.
 Sources: NVIDIA's NVRTC documentation, CUDA Driver API reference (both 12.9).
@@ -21,12 +22,16 @@ class CudaError(RuntimeError):
 
 
 def nvrtc_libraries() -> list[str]:
-    """Paths of NVRTC in torch and in NVIDIA's wheels, the one of torch's own CUDA version first, and at last the name that the
-    system may have it under. (To look for it by ctypes would start `ldconfig`, a compiler and `ld`.)"""
+    """Paths of NVRTC in torch and in NVIDIA's wheels, the one of torch's own CUDA version first,
+    and at last the name that the system may have it under. (To look for it by ctypes would start
+    `ldconfig`, a compiler and `ld`.)"""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(torch.__file__).parent / "lib"]
     for root in map(Path, spec.submodule_search_locations or () if spec else ()):
-        folders += [folder for place in ("*/lib", "*/bin", "*/bin/x86_64") for folder in sorted(root.glob(place))]
+        folders += [
+            folder for place in ("*/lib", "*/bin", "*/bin/x86_64")
+            for folder in sorted(root.glob(place))
+        ]
     pattern = "nvrtc64_*_0.dll" if ON_WINDOWS else "libnvrtc*.so*"
     found = dict.fromkeys(str(path) for folder in folders for path in sorted(folder.glob(pattern))
                           if "builtins" not in path.name and ".alt" not in path.name)
@@ -37,7 +42,8 @@ def nvrtc_libraries() -> list[str]:
 
 
 class Compiler:
-    """NVRTC. library: its path or name. `architectures`: compute capabilities it has code for, 75 for 7.5."""
+    """NVRTC. library: its path or name. `architectures`: compute capabilities it has code for, 75
+    for 7.5."""
 
     def __init__(self, library: str):
         if ON_WINDOWS:  # NVRTC loads this one by its name alone
@@ -59,23 +65,33 @@ class Compiler:
             raise CudaError(f"{name}: {self._nvrtc.nvrtcGetErrorString(status).decode()}")
 
     def compile(self, source: str, capability: int) -> bytes:
-        """Machine code for one compute capability, or PTX of the nearest older one where this NVRTC is older than the GPU.
+        """Machine code for one compute capability, or PTX of the nearest older one where this NVRTC
+        is older than the GPU.
 
         No product and sum are contracted into one rounding, nor are subnormal numbers flushed.
         """
         known = [architecture for architecture in self.architectures if architecture <= capability]
         if not known:
-            raise CudaError(f"NVRTC {self.version[0]}.{self.version[1]} has no code for compute capability {capability / 10}")
+            raise CudaError(
+                f"NVRTC {self.version[0]}.{self.version[1]} has no code for compute capability"
+                f" {capability / 10}"
+            )
         exact = capability in known
-        options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{max(known)}", "--fmad=false", "--std=c++17"]
+        options = [
+            f"--gpu-architecture={'sm' if exact else 'compute'}_{max(known)}", "--fmad=false",
+            "--std=c++17"
+        ]
         program = c_void_p()
-        self._call("nvrtcCreateProgram", byref(program), source.encode(), b"featherweight.cu", 0, None, None)
+        self._call("nvrtcCreateProgram", byref(program), source.encode(), b"featherweight.cu", 0,
+                   None, None)
         try:
             try:
                 self._call("nvrtcCompileProgram", program, len(options),
                            (c_char_p * len(options))(*(option.encode() for option in options)))
             except CudaError as error:
-                raise CudaError(f"{error}: {self._output(program, 'ProgramLog').rstrip(bytes(1)).decode()}") from None
+                raise CudaError(
+                    f"{error}: {self._output(program, 'ProgramLog').rstrip(bytes(1)).decode()}"
+                ) from None
             return self._output(program, "CUBIN" if exact else "PTX")
         finally:
             self._call("nvrtcDestroyProgram", byref(program))
@@ -89,12 +105,19 @@ class Compiler:
 
 
 class Driver:
-    """The CUDA driver. library: its path or name. Devices are torch's indices: both number the visible ones alike."""
+    """The CUDA driver. library: its path or name. Devices are torch's indices: both number the
+    visible ones alike."""
 
     def __init__(self, library: str = DRIVER):
         self._cuda = ctypes.CDLL(library)
         self._cuda.cuCtxPushCurrent_v2.argtypes = c_void_p,
-        self._cuda.cuLaunchKernel.argtypes = c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), c_void_p
+        self._cuda.cuLaunchKernel.argtypes = (
+            c_void_p,
+            *[c_uint] * 7,
+            c_void_p,
+            POINTER(c_void_p),
+            c_void_p,
+        )
         self.call("cuInit", 0)
         self._contexts: dict[int, c_void_p] = {}
 
@@ -103,7 +126,8 @@ class Driver:
         if status:
             message = c_char_p()
             self._cuda.cuGetErrorString(status, byref(message))
-            raise CudaError(f"{name}: {(message.value or b'error ' + str(status).encode()).decode()}")
+            raise CudaError(
+                f"{name}: {(message.value or b'error ' + str(status).encode()).decode()}")
 
     def capability(self, index: int) -> int:
         """75 for compute capability 7.5."""
@@ -140,8 +164,9 @@ class Module:
         """Start a kernel. stream: a CUstream. arguments: ctypes values of the kernel's types."""
         if name not in self._functions:
             function = c_void_p()
-            self._driver.in_context(self._index, "cuModuleGetFunction", byref(function), self._module, name.encode())
+            self._driver.in_context(self._index, "cuModuleGetFunction", byref(function),
+                                    self._module, name.encode())
             self._functions[name] = function
         addresses = (c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self._driver.in_context(self._index, "cuLaunchKernel", self._functions[name], blocks, 1, 1, threads, 1, 1, 0, stream,
-                                addresses, None)
+        self._driver.in_context(self._index, "cuLaunchKernel", self._functions[name], blocks, 1, 1,
+                                threads, 1, 1, 0, stream, addresses, None)

@@ -1,7 +1,8 @@
 """Kernels that pack against the torch reference, as `check` does for the others.
 
-Their sums are rounded otherwise, and where two choices are nearly as good another one is made: compared are the errors that are
-left, and what a kernel says of its own choices is compared with what these stand for.
+Their sums are rounded otherwise, and where two choices are nearly as good another one is made:
+compared are the errors that are left, and what a kernel says of its own choices is compared with
+what these stand for.
 """
 import functools
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from .kernel import WrongResult
 SEVERAL_THREADS = 1 << 17  # values that several threads pack, and torch in a tenth of a second
 EFFORT = (9, 2, 2)  # tries, rounds and sweeps of the search
 CANARY = 7.0  # stands beside what a kernel may write
-# The mean error may be so many times the reference's. Rows whose columns are chosen one after another go ways of their own
-# from the first choice on that is another.
+# The mean error may be so many times the reference's. Rows whose columns are chosen one after
+# another go ways of their own from the first choice on that is another.
 WORSE, WORSE_ROWS = 1.01, 1.02
 
 
@@ -38,7 +39,12 @@ class Rows:
 
 def _blocks(grid: Grid) -> list[Blocks]:
     many = max(37, SEVERAL_THREADS // grid.length)
-    return [Blocks(1, False, False), Blocks(37, False, True), Blocks(37, True, True), Blocks(many, True, False)]
+    return [
+        Blocks(1, False, False),
+        Blocks(37, False, True),
+        Blocks(37, True, True),
+        Blocks(many, True, False)
+    ]
 
 
 def _rows(grid: Grid) -> list[Rows]:
@@ -52,19 +58,30 @@ CASES = {"pack_blocks": _blocks, "pack_columns": _rows}
 def check_blocks(run, case: Blocks, packed_format: type[Format], dtype, value_dtype, device):
     grid, generator = packed_format.grid, torch.Generator().manual_seed(case.blocks)
     values = _values(case.blocks, grid.length, -16, generator)
-    weights = torch.rand(values.shape, generator=generator, dtype=torch.float32) if case.weighted else torch.ones_like(values)
+    weights = (
+        torch.rand(values.shape, generator=generator, dtype=torch.float32)
+        if case.weighted
+        else torch.ones_like(values)
+    )
     values, weights = values.to(device), weights.to(device)
     around = Fit.empty(grid, case.blocks + 1, device)
-    found = Fit(*(None if part is None else part.fill_(CANARY)[:-1] for part in vars(around).values()))
+    found = Fit(*(None if part is None else part.fill_(CANARY)[:-1]
+                  for part in vars(around).values()))
     run(packed_format, values, weights if case.weighted else None, found, *EFFORT, case.emphasis)
     if any(part is not None and (part[-1] != CANARY).any() for part in vars(around).values()):
         raise WrongResult("something was written beside the blocks")
-    expected, errors = Search(grid, device).fit(values, weights if case.weighted else None, *EFFORT, case.emphasis), []
+    expected, errors = (
+        Search(grid, device).fit(
+            values, weights if case.weighted else None, *EFFORT, case.emphasis
+        ),
+        [],
+    )
     for fit in (found, expected):
         parts = packed_format.encode(fit)
         parts = parts if isinstance(parts, tuple) else (parts,)
         off = packed_format.dequantize(*parts).view(values.shape).double() - values
-        errors.append((weights * off.square()).sum(-1) / (weights * values.square()).sum(-1).clamp(min=1e-30))
+        errors.append(
+            (weights * off.square()).sum(-1) / (weights * values.square()).sum(-1).clamp(min=1e-30))
     _compare(errors, 1.05 if case.emphasis else WORSE)  # the error is that without emphasis
 
 
@@ -73,21 +90,24 @@ def check_columns(run, case: Rows, packed_format: type[Format], dtype, value_dty
     grid, generator = packed_format.grid, torch.Generator().manual_seed(case.rows)
     search, columns = Search(grid, device), case.columns
     values = _values(case.rows, columns, -6, generator).T.contiguous().to(device)
-    shares = (torch.randn(columns, columns, generator=generator, dtype=torch.float32) / (4 * columns ** 0.5)).to(device)
+    shares = (torch.randn(columns, columns, generator=generator, dtype=torch.float32) /
+              (4 * columns ** 0.5)).to(device)
     weights = (0.1 + torch.rand(columns, generator=generator, dtype=torch.float32)).to(device)
     ways = functools.partial(choose_columns, search), functools.partial(run, packed_format)
     start = Columns.like(grid, values)
     for given, of_search in ((values, weights), (0.05 * values.roll(1, 0), None)):
         before, ends, errors = start.values(), [], []
         for choose in ways:
-            around = Columns.like(grid, torch.empty(columns + grid.length, case.rows, dtype=torch.float32, device=device))
+            around = Columns.like(
+                grid,
+                torch.empty(columns + grid.length, case.rows, dtype=torch.float32, device=device))
             for part, from_start in zip(around.parts(), start.parts()):
                 part.fill_(CANARY)[:len(from_start)] = from_start
             handed = torch.cat([given, torch.full_like(given[:1], CANARY)])
             chosen = around.part(0, columns)
             choose(handed[:-1], shares, of_search, chosen, *EFFORT[:2])
-            if any((part[len(inside):] != CANARY).any() for part, inside in zip((*around.parts(), handed),
-                                                                              (*chosen.parts(), given))):
+            if any((part[len(inside):] != CANARY).any()
+                   for part, inside in zip((*around.parts(), handed), (*chosen.parts(), given))):
                 raise WrongResult("something was written beside the columns")
             wanted = given.double() + shares.double().triu(1).T @ handed[:-1].double()
             if of_search is None:
@@ -103,9 +123,11 @@ def check_columns(run, case: Rows, packed_format: type[Format], dtype, value_dty
 
 
 def _values(rows: int, columns: int, smallest: int, generator: torch.Generator) -> torch.Tensor:
-    """Float32 (rows, columns): rows of sizes from 2**smallest on, and some that are all alike or zero, or have one large value.
+    """Float32 (rows, columns): rows of sizes from 2**smallest on, and some that are all alike or
+    zero, or have one large value.
 
-    Where scales are the smallest that float16 has, which of two is chosen makes much of a row's error.
+    Where scales are the smallest that float16 has, which of two is chosen makes much of a row's
+    error.
     """
     values = torch.randn((rows, columns), generator=generator, dtype=torch.float32)
     values *= 2.0 ** torch.randint(smallest, 6, (rows, 1), generator=generator)
@@ -119,4 +141,5 @@ def _compare(errors: list[torch.Tensor], allowed: float):
     """errors: of the kernel, and of the reference."""
     mean, expected = (part.mean().item() for part in errors)
     if not mean <= allowed * expected + 1e-9:
-        raise WrongResult(f"the mean error of packed blocks is {mean:.3g}, that of the reference {expected:.3g}")
+        raise WrongResult(
+            f"the mean error of packed blocks is {mean:.3g}, that of the reference {expected:.3g}")

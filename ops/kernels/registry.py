@@ -1,10 +1,12 @@
-"""The backends by name, each imported when a device of its kind is first used: one may take seconds, or not be installed."""
+"""The backends by name, each imported when a device of its kind is first used: one may take
+seconds, or not be installed."""
 from collections.abc import Callable
 
 from .kernel import Backend
 
 # Backends for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
-PRIORITY: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
+PRIORITY: dict[str, tuple[str,
+                          ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
 
 
 def _cpp() -> Backend:
@@ -27,7 +29,9 @@ def _metal() -> Backend:
     return metal_backend.BACKEND
 
 
-IMPORTS: dict[str, Callable[[], Backend]] = {"cpp": _cpp, "triton": _triton, "nvrtc": _nvrtc, "metal": _metal}
+IMPORTS: dict[str, Callable[[], Backend]] = {
+    "cpp": _cpp, "triton": _triton, "nvrtc": _nvrtc, "metal": _metal
+}
 
 
 def import_backend(name: str) -> Backend:

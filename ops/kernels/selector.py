@@ -9,10 +9,10 @@ import torch
 
 from ..format import Format
 from .background import Future, compute_in_background, set_result, wait
-from .validation import check, report_wrong
 from .kernel import Backend, Case, Kernel, WrongResult, compute_capability, device_name
 from .registry import import_backend
 from .trial_startup import is_trying, log_failure
+from .validation import check, report_wrong
 from .verdicts import Notes, Results, Verdicts
 
 log = logging.getLogger(__name__)

@@ -26,13 +26,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from ...child_process import end_all, end_process, is_ending, start_process
 from .. import int8_codes
 from ..format import Format
 from ..formats._names import format_named
-from ...child_process import end_all, end_process, is_ending, start_process
-from .validation import check, random_tensors
 from .kernel import Backend, Case, Kernel, WrongResult, compute_capability
 from .registry import import_backend
+from .validation import check, random_tensors
 from .verdicts import RETRY_AFTER_S, Verdicts
 
 log = logging.getLogger(__name__)
@@ -245,7 +245,9 @@ class Trial:
                     lambda: _dequantize_by_torch(*weight, values, value_dtype, 0))
         # Where no kernel multiplies, torch does with what the fastest one has dequantised.
         dequantize = case._replace(capability="dequantize", value_dtype=value_dtype)
-        fastest = [kernel.run for kernel in self.verdicts.results().kernels(dequantize, self.backends)]
+        fastest = [
+            kernel.run for kernel in self.verdicts.results().kernels(dequantize, self.backends)
+        ]
         dequantize_into, out = [*fastest, _dequantize_by_torch][0], empty(tokens, rows)
         return (lambda: kernel.run(*weight, input, None, out, case.value_dtype),
                 lambda: (dequantize_into(*weight, values, value_dtype, 0),

@@ -8,10 +8,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from ...child_process import is_ending
-from .validation import ISSUES, report_wrong
 from .kernel import Case, device_name
 from .private_files import cache_folder, private_folder
 from .trial import run_trial
+from .validation import ISSUES, report_wrong
 from .verdicts import Notes, Verdicts
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,16 @@
 """What each format's bytes mean, for Triton: one function per format, shared by every kernel.
 
-A weight is seen as groups of neighbouring values that share their scales. A decoder gives the values of some groups:
+A weight is seen as groups of neighbouring values that share their scales. A decoder gives the
+values of some groups:
 
     decode(data, size, scales, table, group, lane, BLOCK_LENGTH)
 
-data: the packed bytes, at an address that 4 divides; size: how many. scales: float32, of formats that keep them apart.
-table: the codebook, of formats that have one. group: int64 (G, 1), counted from the start of the weight. lane: int32 (1, L),
-0 to L - 1, the places in a group. Returns float32 (G, L), computed in the order of operations of the class in `ops/formats`,
-where the byte layouts stand. What depends on the group alone is loaded once per group.
+data: the packed bytes, at an address that 4 divides; size: how many. scales: float32, of formats
+that keep them apart.
+table: the codebook, of formats that have one. group: int64 (G, 1), counted from the start of the
+weight. lane: int32 (1, L), 0 to L - 1, the places in a group. Returns float32 (G, L), computed in
+the order of operations of the class in `ops/formats`, where the byte layouts stand. What depends on
+the group alone is loaded once per group.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +24,9 @@ from ..format import Format
 
 @dataclass(frozen=True)
 class Decoder:
-    """function: the jitted decoder. group: values in a group. table: (format, device) -> the codebook, or None. stages: turns
-    of a product's loop whose loads are in shared memory at once; None: as many as Triton takes."""
+    """function: the jitted decoder. group: values in a group. table: (format, device) -> the
+    codebook, or None. stages: turns of a product's loop whose loads are in shared memory at once;
+    None: as many as Triton takes."""
     function: Callable
     group: int
     table: Callable[[type[Format], torch.device], torch.Tensor] | None
@@ -69,7 +73,9 @@ def _q4_0(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 @triton.jit
 def _q4_1(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block = data + group * 20
-    return _bits(block + 4 + lane % 16, lane // 16 * 4, 15).to(tl.float32) * _half(block) + _half(block + 2)
+    return _bits(block + 4 + lane % 16, lane // 16 * 4, 15).to(tl.float32) * _half(block) + _half(
+        block + 2
+    )
 
 
 @triton.jit
@@ -120,14 +126,20 @@ def _q2_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 @triton.jit
 def _q3_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 16 * 110, (group % 16).to(tl.int32)
-    scale = _bits(block + 96 + part % 8, part // 8 * 4, 15) | _bits(block + 104 + part % 4, part // 4 * 2, 3) << 4
-    code = _two_bits(block + 32, part, lane) | _bits(block + part % 2 * 16 + lane, part // 2, 1) << 2
+    scale = (
+        _bits(block + 96 + part % 8, part // 8 * 4, 15)
+        | _bits(block + 104 + part % 4, part // 4 * 2, 3) << 4
+    )
+    code = (
+        _two_bits(block + 32, part, lane) | _bits(block + part % 2 * 16 + lane, part // 2, 1) << 2
+    )
     return (code - 4).to(tl.float32) * ((scale - 32).to(tl.float32) * _half(block + 108))
 
 
 @triton.jit
 def _scale_and_least(block, part):
-    """d * scale and dmin * min of part 0..7 of a block of Q4_K or Q5_K, see `k_quants._scales_and_mins`."""
+    """d * scale and dmin * min of part 0..7 of a block of Q4_K or Q5_K, see
+    `k_quants._scales_and_mins`."""
     first, third = block + 4 + part % 4, block + 12 + part % 4
     second = first + 4
     low = part < 4
@@ -141,7 +153,9 @@ def _scale_and_least(block, part):
 def _q4_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 8 * 144, (group % 8).to(tl.int32)
     scale, least = _scale_and_least(block, part)
-    return _bits(block + 16 + part // 2 * 32 + lane, part % 2 * 4, 15).to(tl.float32) * scale - least
+    return (
+        _bits(block + 16 + part // 2 * 32 + lane, part % 2 * 4, 15).to(tl.float32) * scale - least
+    )
 
 
 @_decodes("Q5_K", group=32)
@@ -149,7 +163,10 @@ def _q4_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 def _q5_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 8 * 176, (group % 8).to(tl.int32)
     scale, least = _scale_and_least(block, part)
-    code = _bits(block + 48 + part // 2 * 32 + lane, part % 2 * 4, 15) | _bits(block + 16 + lane, part, 1) << 4
+    code = (
+        _bits(block + 48 + part // 2 * 32 + lane, part % 2 * 4, 15)
+        | _bits(block + 16 + lane, part, 1) << 4
+    )
     return code.to(tl.float32) * scale - least
 
 
@@ -159,7 +176,9 @@ def _q6_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 16 * 210, (group % 16).to(tl.int32)
     low = _bits(block + part // 8 * 64 + part % 4 * 16 + lane, part % 8 // 4 * 4, 15)
     high = _bits(block + 128 + part // 8 * 32 + part % 2 * 16 + lane, part % 8 // 2 * 2, 3)
-    return ((low | high << 4) - 32).to(tl.float32) * (_signed(block + 192 + part) * _half(block + 208))
+    return ((low | high << 4) - 32).to(tl.float32) * (
+        _signed(block + 192 + part) * _half(block + 208)
+    )
 
 
 def _nibble_values(packed_format, device) -> torch.Tensor:
@@ -171,14 +190,19 @@ def _nibble_values(packed_format, device) -> torch.Tensor:
 @triton.jit
 def _iq4_nl(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block = data + group * 18
-    return tl.load(table + _bits(block + 2 + lane % 16, lane // 16 * 4, 15) * 2).to(tl.float32) * _half(block)
+    return tl.load(table + _bits(block + 2 + lane % 16, lane // 16 * 4, 15) * 2).to(
+        tl.float32
+    ) * _half(block)
 
 
 @_decodes("IQ4_XS", group=32, table=_nibble_values)
 @triton.jit
 def _iq4_xs(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 8 * 136, (group % 8).to(tl.int32)
-    scale = _bits(block + 4 + part // 2, part % 2 * 4, 15) | _bits(block + 2 + part // 4, part % 4 * 2, 3) << 4
+    scale = (
+        _bits(block + 4 + part // 2, part % 2 * 4, 15)
+        | _bits(block + 2 + part // 4, part % 4 * 2, 3) << 4
+    )
     code = _bits(block + 8 + part * 16 + lane % 16, lane // 16 * 4, 15)
     return tl.load(table + code * 2).to(tl.float32) * ((scale - 32).to(tl.float32) * _half(block))
 
@@ -188,8 +212,11 @@ def _iq4_xs(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 def _mxfp4(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block = data + group * 17
     exponent = tl.load(block).to(tl.int32)
-    scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1), exponent - 1 << 23).to(tl.float32, bitcast=True)
-    return tl.load(table + _bits(block + 1 + lane % 16, lane // 16 * 4, 15) * 2).to(tl.float32) * scale
+    scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1),
+                     exponent - 1 << 23).to(tl.float32, bitcast=True)
+    return (
+        tl.load(table + _bits(block + 1 + lane % 16, lane // 16 * 4, 15) * 2).to(tl.float32) * scale
+    )
 
 
 def _codebook(packed_format, device) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""The mixin over the host's model patchers that keeps packed weights packed while patches are applied.
+"""The mixin over the host's model patchers that keeps packed weights packed while patches are
+applied.
 
-Packed here are also weights in the host's own quantised formats, where they lie in one of our layers: the host would
-quantise them again with every patch.
+Packed here are also weights in the host's own quantised formats, where they lie in one of our
+layers: the host would quantise them again with every patch.
 
 `patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads
 a model, the patches of packed weights are out of its sight, and each packed layer gets them as
@@ -22,9 +23,17 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..layer_patches import LayerPatches, usable_patches
 from . import patched_weights
-from .vram_accounting import make_pinnable, nothing_to_plan, accounted
-from .applied_patches import AppliedPatches, build, factor_bytes, layer_of, packed_keys, packed_weight, runs_in_layer
-from .residency import Placement, Residency, MemoryReport, buffer_bytes
+from .applied_patches import (
+    AppliedPatches,
+    build,
+    factor_bytes,
+    layer_of,
+    packed_keys,
+    packed_weight,
+    runs_in_layer,
+)
+from .residency import MemoryReport, Placement, Residency, buffer_bytes
+from .vram_accounting import accounted, make_pinnable, nothing_to_plan
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps them
 
@@ -55,7 +64,8 @@ class PackedPatcher:
 
     def clone(self, *args, **kwargs):
         clone = adopt(super().clone(*args, **kwargs))
-        clone.size = self.size  # the host handed on model_size(), which counts this patcher's factors
+        # the host handed on model_size(), which counts this patcher's factors
+        clone.size = self.size
         clone.placement, clone.tell = self.placement, self.tell
         return clone
 
@@ -158,9 +168,11 @@ class PackedPatcher:
                 except Exception:
                     super().detach()
                     raise
-            extra_memory -= self.loaded_size() - before  # which the factors have taken of it, or left
+            # which the factors have taken of it, or left
+            extra_memory -= self.loaded_size() - before
         self._applied.evicted = False
-        loaded = super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+        loaded = super().partially_load(device_to, extra_memory,
+                                        force_patch_weights=force_patch_weights)
         self._residency.room = room
         self.tell_whereabouts(expected=True)
         return loaded
@@ -174,7 +186,8 @@ class PackedPatcher:
                 and self.model.device == device_to and force_cast == self.force_cast_weights)
 
     def _swap_patches(self, device_to):
-        """Exchange the applied patches for this patcher's where the weights lie; the host then finds nothing to do."""
+        """Exchange the applied patches for this patcher's where the weights lie; the host then
+        finds nothing to do."""
         self.unpatch_hooks()
         self.model.model_loaded_weight_memory -= self._applied.counted
         for key, backup in self.backup.items():
@@ -201,15 +214,18 @@ class PackedPatcher:
             elif key in self.patches:
                 self.patch_weight_to_device(key, device_to=device_to)
             if hasattr(module, f"{param}_function"):
-                setattr(module, f"{param}_function", functions + self.weight_wrapper_patches.get(key, []))
+                setattr(module, f"{param}_function",
+                        functions + self.weight_wrapper_patches.get(key, []))
 
-    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **dynamic):
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False,
+             full_load=False, **dynamic):
         if self.is_dynamic():
             self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
         else:
             self._load_static(device_to, lowvram_model_memory, force_patch_weights, full_load)
         if self.current_hooks is not None:
-            self.patch_hooks(self.current_hooks)  # the host applied them while our patches were hidden
+            # the host applied them while our patches were hidden
+            self.patch_hooks(self.current_hooks)
 
     def _load_static(self, device_to, budget, force_patch_weights, full_load):
         limit = self._residency.limit(self) if device_to == self.load_device else None
@@ -220,7 +236,8 @@ class PackedPatcher:
         built = self._applied.cache.get(self.patches_uuid, device_to)
         with self._packed_patches_hidden():
             if full_load:
-                super().load(device_to, budget, force_patch_weights=force_patch_weights, full_load=True)
+                super().load(device_to, budget, force_patch_weights=force_patch_weights,
+                             full_load=True)
                 self.model.model_loaded_weight_memory = self.full_size()  # not the factors
             else:
                 budget = max(1, budget - factor_bytes(self))
@@ -235,11 +252,13 @@ class PackedPatcher:
                 and nothing_to_plan(self, device_to, budget)):
             self.apply_hooks(self.forced_hooks, force_apply=True)
         else:
-            with accounted(self, device_to), self._residency.planned(self, device_to, budget) as budget:
+            with accounted(self, device_to), self._residency.planned(self, device_to,
+                                                                     budget) as budget:
                 super().load(device_to, budget, force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
-        # The host's `dirty` uploads every weight again. Only weights that it patches itself need that, and new slots.
+        # The host's `dirty` uploads every weight again. Only weights that it patches itself need
+        # that, and new slots.
         self._residency.drop_places_out_of_order(self, device_to)
         before = self._slots()
         built = self._applied.cache.get(self.patches_uuid, device_to)
@@ -255,9 +274,15 @@ class PackedPatcher:
         self._residency.limit_pages(self)
 
     def _slots(self) -> dict:
-        """Module -> (its device memory, whether the host patches what lies there), in dynamic VRAM."""
-        return {module: (module._v, any(getattr(module, f"{param}_lowvram_function", None) for param in ("weight", "bias")))
-                for module in self.model.modules() if hasattr(module, "_v")}
+        """Module -> (its device memory, whether the host patches what lies there), in dynamic
+        VRAM."""
+        return {
+            module: (module._v,
+                     any(
+                         getattr(module, f"{param}_lowvram_function", None)
+                         for param in ("weight", "bias"))) for module in self.model.modules()
+            if hasattr(module, "_v")
+        }
 
     # --- a run ---
 
@@ -289,7 +314,8 @@ class PackedPatcher:
         self._applied.clear(self)
 
     def restore_loaded_backups(self):
-        """Dynamic VRAM frees what a load has put on the device, also in the midst of a run, which goes on with its patches.
+        """Dynamic VRAM frees what a load has put on the device, also in the midst of a run, which
+        goes on with its patches.
 
         Returns the freed bytes. The host would put unpatched weights back.
         """
@@ -318,9 +344,11 @@ class PackedPatcher:
         return super().detach(unpatch_all)
 
     def _evict(self):
-        """Free the device of a model in the midst of a run, whose next step finds weights and patches on the offload device.
+        """Free the device of a model in the midst of a run, whose next step finds weights and
+        patches on the offload device.
 
-        The host would take the patches off with the weights, and the rest of the run would go on without them.
+        The host would take the patches off with the weights, and the rest of the run would go on
+        without them.
         """
         self.partially_unload_ram(1e32)
         self.partially_unload(self.offload_device, 1e32)
@@ -331,10 +359,12 @@ class PackedPatcher:
 
     # --- hooks, which exchange the patches of a model between two parts of its conditioning ---
 
-    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights,
+                                    memory_counter):
         if packed_weight(self, key) is None:
             self._make_writable(key)
-            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+            return super().patch_hook_weight_to_device(hooks, combined_patches, key,
+                                                       original_weights, memory_counter)
         patches = self.all_patches.get(key, []) + combined_patches[key]
         patches = build(self, key, patches, self.load_device, {key: original_weights.pop(key)})
         self._applied.replace_for_hooks(self, key, patches)
@@ -349,10 +379,12 @@ class PackedPatcher:
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
 
     def _make_writable(self, key: str):
-        """Hooks of the host write into dense weights where they lie, which may be in a mapped file."""
+        """Hooks of the host write into dense weights where they lie, which may be in a mapped
+        file."""
         if not self.is_dynamic() and key not in self.hook_backup:
             self.unpin_weight(key)
-            comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).clone())
+            comfy.utils.set_attr_param(self.model, key,
+                                       comfy.utils.get_attr(self.model, key).clone())
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         self._applied.restore_after_hooks(self, whitelist_keys_set)
@@ -360,19 +392,24 @@ class PackedPatcher:
 
     # --- patched weights ---
 
-    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False,
+                               force_cast=False):
         patches = self.all_patches.get(key, [])
         weight = packed_weight(self, key)
         if weight is None or not runs_in_layer(self, key, patches):
-            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight,
+                                                  force_cast)
         if return_weight:
             patches = self.fitting_patches(key)
-            return patched_weights.patched_weight(key, patches, weight.to(device_to), layer_of(self, key))
+            return patched_weights.patched_weight(key, patches, weight.to(device_to),
+                                                  layer_of(self, key))
         if force_cast:
             if key not in self.backup:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
-        elif patches and self._hidden is None:  # a loader that is not the host's asks weight by weight
+        elif (
+            patches and self._hidden is None
+        ):  # a loader that is not the host's asks weight by weight
             self._applied.apply_one(self, key, device_to)
         return weight
 
@@ -396,12 +433,14 @@ def _packed_class(cls: type) -> type:
 
 
 def is_adoptable(patcher) -> bool:
-    """Whether a patcher is the host's own or one of these. A class of another pack loads and patches weights in its own way."""
+    """Whether a patcher is the host's own or one of these. A class of another pack loads and
+    patches weights in its own way."""
     return isinstance(patcher, PackedPatcher) or type(patcher).__module__ == "comfy.model_patcher"
 
 
 def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """Make a patcher of the host, freshly loaded or cloned, keep packed weights packed. Returns it."""
+    """Make a patcher of the host, freshly loaded or cloned, keep packed weights packed. Returns
+    it."""
     if not isinstance(patcher, PackedPatcher):
         patcher.__class__ = _packed_class(type(patcher))
     model = patcher.model

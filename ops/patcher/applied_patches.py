@@ -4,8 +4,8 @@ import comfy.utils
 import torch
 
 from ..adapters import adapter_tensors, is_plain_lora
-from ..layers import PackedLayer
 from ..layer_patches import LayerPatches, build_patches
+from ..layers import PackedLayer
 from ..packed_layout import QuantizedTensor
 
 
@@ -120,7 +120,9 @@ class AppliedPatches:
         self._assign(patcher, key, built)
         if built is not None:
             self.layers[key] = built
-        change = (built.nbytes if built is not None else 0) - (before.nbytes if before is not None else 0)
+        change = (built.nbytes if built is not None else 0) - (
+            before.nbytes if before is not None else 0
+        )
         self.nbytes += change
         self.counted += change
         patcher.model.model_loaded_weight_memory += change
@@ -133,7 +135,8 @@ class AppliedPatches:
         self.cache.clear()
 
     def offload(self, patcher):
-        """Free the device of what packed layers run. They go on with it from the offload device, until the next load."""
+        """Free the device of what packed layers run. They go on with it from the offload device,
+        until the next load."""
         of_hooks = {layer_of(patcher, key).lora for key in self.before_hooks} - {None}
         for patches in {*self.layers.values(), *of_hooks}:
             patches.offload(patcher.offload_device)
@@ -151,9 +154,13 @@ class AppliedPatches:
                 self._assign(patcher, key, self.before_hooks.pop(key))
 
     def _assign(self, patcher, key: str, patches: LayerPatches | None):
-        """Let a layer run `patches`: in its product, or before the functions that wrap its weight."""
+        """Let a layer run `patches`: in its product, or before the functions that wrap its
+        weight."""
         layer = layer_of(patcher, key)
-        functions = [function for function in layer.weight_function if not isinstance(function, LayerPatches)]
+        functions = [
+            function for function in layer.weight_function
+            if not isinstance(function, LayerPatches)
+        ]
         if patches is not None and (functions or key in patcher.weight_wrapper_patches):
             layer.lora, layer.weight_function = None, [patches, *functions]
         else:

@@ -12,14 +12,15 @@ from comfy.model_patcher import LazyCastingParam
 
 from ..adapters import rows_of
 from ..layers import PackedLayer
+from ..packed_layout import QuantizedTensor, is_packed
 from ..packed_tensor import relabelled
 from ..patched_state_dict import PatchedWeights
-from ..stochastic_rounding import stochastic_round
 from ..row_slicing import rows_are_whole_blocks, take_rows
-from ..packed_layout import QuantizedTensor, is_packed
+from ..stochastic_rounding import stochastic_round
 from .applied_patches import layer_of, packed_weight
 
-QUANT_SIDE_KEYS = ("input_scale", "pre_quant_scale")  # what the host's quantised layers keep beside their weight
+# what the host's quantised layers keep beside their weight
+QUANT_SIDE_KEYS = ("input_scale", "pre_quant_scale")
 
 Patch = tuple  # (strength, value, strength_model, offset, function), as the host keeps them
 
@@ -69,19 +70,27 @@ def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
 
 
 def weight_names(patcher, prefix: str = "") -> list[str]:
-    """Names of a model's parameters and saved buffers below `prefix`, in order; a quantised weight is one."""
+    """Names of a model's parameters and saved buffers below `prefix`, in order; a quantised weight
+    is one."""
     model = patcher.model
     saved = model.state_dict().keys()
     found = dict(model.named_parameters(remove_duplicate=False))
-    found |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
+    found |= {
+        name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name in saved
+    }
     order = {name: index for index, name in enumerate(saved)}
-    names = [name for name in found if name.startswith(prefix) and not (
-        name.endswith(QUANT_SIDE_KEYS) and isinstance(found.get(f"{name.rpartition('.')[0]}.weight"), QuantizedTensor))]
+    names = [
+        name for name in found
+        if name.startswith(prefix) and not (name.endswith(QUANT_SIDE_KEYS) and isinstance(
+            found.get(f"{name.rpartition('.')[0]}.weight"), QuantizedTensor))
+    ]
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def held_weight(patcher, key: str) -> torch.Tensor:
-    """A weight as the model holds it without its patches, which the host may have written into it."""
+    """A weight as the model holds it without its patches, which the host may have written into
+    it."""
     if key in patcher.backup:
         return patcher.backup[key].weight
     if key in patcher.hook_backup:
@@ -90,22 +99,31 @@ def held_weight(patcher, key: str) -> torch.Tensor:
 
 
 def row_reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
-    """A function of (first row, end row) that gives these rows of the weight without its patches, in float32, a copy.
+    """A function of (first row, end row) that gives these rows of the weight without its patches,
+    in float32, a copy.
 
-    It looks for the weight whenever it is called: the host may load the model, and write patches into it, at any time.
+    It looks for the weight whenever it is called: the host may load the model, and write patches
+    into it, at any time.
     """
-    layer = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) if "." in key else patcher.model
+    layer = (
+        comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) if "." in key else patcher.model
+    )
 
     def rows(start: int, stop: int) -> torch.Tensor:
         weight = held_weight(patcher, key)
         if not isinstance(weight, QuantizedTensor):
-            return (weight[start:stop] if weight.ndim else weight).detach().to(torch.float32, copy=True)
+            return (weight[start:stop] if weight.ndim else weight).detach().to(
+                torch.float32, copy=True)
         whole = relabelled(weight, dtype=torch.float32)
         if is_packed(weight):
             part = take_rows(whole, slice(start, stop))
             if not is_packed(part):
                 return part.clone()
-            return layer.dense_weight(part, torch.float32) if isinstance(layer, PackedLayer) else part.dequantize()
+            return (
+                layer.dense_weight(part, torch.float32)
+                if isinstance(layer, PackedLayer)
+                else part.dequantize()
+            )
         dense, smoothing = whole.dequantize(), getattr(layer, "pre_quant_scale", None)
         return (dense if smoothing is None else dense * smoothing.to(dense))[start:stop].clone()
 
@@ -127,12 +145,14 @@ def patched_shape(patcher, key: str) -> torch.Size:
 
 
 def apply_patches(patches: Sequence[Patch], values: torch.Tensor, key: str) -> torch.Tensor:
-    """Values with the host's patches in them, by its own arithmetic. values: float32, may be overwritten."""
+    """Values with the host's patches in them, by its own arithmetic. values: float32, may be
+    overwritten."""
     return comfy.lora.calculate_weight(list(patches), values, key)
 
 
 def rows_of_patches(patches: Sequence[Patch], start: int, stop: int) -> list[Patch] | None:
-    """The part of each patch that concerns some rows of its weight; None where one of them needs the whole weight at once."""
+    """The part of each patch that concerns some rows of its weight; None where one of them needs
+    the whole weight at once."""
     parts = []
     for patch in patches:
         part = _rows_of(patch, start, stop)
@@ -144,13 +164,25 @@ def rows_of_patches(patches: Sequence[Patch], start: int, stop: int) -> list[Pat
 
 def _rows_of(patch: Patch, start: int, stop: int) -> list[Patch] | None:
     strength, value, strength_model, offset, function = patch
-    if isinstance(value, list) and offset is None and function is None:  # another model's weight, with patches of its own
+    # another model's weight, with patches of its own
+    if isinstance(value, list) and offset is None and function is None:
         (weight, convert), *others = value
         if isinstance(weight, QuantizedTensor) and not rows_are_whole_blocks(weight):
             return None
         inner = rows_of_patches(others, start, stop)
-        return None if inner is None else [
-            (strength, [(take_rows(weight, slice(start, stop)), convert), *inner], strength_model, None, None)]
+        return (
+            None
+            if inner is None
+            else [
+                (
+                    strength,
+                    [(take_rows(weight, slice(start, stop)), convert), *inner],
+                    strength_model,
+                    None,
+                    None,
+                )
+            ]
+        )
     if offset is None or offset[0] != 0:
         part = rows_of(patch, start, stop)
         return None if part is None else [part]

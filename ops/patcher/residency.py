@@ -4,8 +4,9 @@ Which layers stay, `order` says. The first step of a model's first run is counte
 next its layers are brought into the order that it asks for: between two steps no layer runs. A next
 run then finds all in its place.
 
-Outside dynamic VRAM the host still does the loading, of a list of layers that says what it is to keep. In dynamic VRAM, pages
-of 32 MiB stay, from the first on, and layers get their places in them in that order.
+Outside dynamic VRAM the host still does the loading, of a list of layers that says what it is to
+keep. In dynamic VRAM, pages of 32 MiB stay, from the first on, and layers get their places in them
+in that order.
 """
 import contextlib
 from dataclasses import dataclass
@@ -15,9 +16,16 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from .vram_accounting import bytes_on, move_out, offload_accounted
 from .applied_patches import factor_bytes
-from .residency_order import ProfileRecorder, LayerProfile, layer_entries, fitting, residency_order, is_table
+from .residency_order import (
+    LayerProfile,
+    ProfileRecorder,
+    fitting,
+    is_table,
+    layer_entries,
+    residency_order,
+)
+from .vram_accounting import bytes_on, move_out, offload_accounted
 
 PAGE = 32 << 20  # bytes; what comfy-aimdo counts in
 KEPT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
@@ -25,8 +33,9 @@ KEPT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
 
 @dataclass(frozen=True)
 class Placement:
-    """gpu_bytes: of weights and LoRAs that stay on the device that computes. stores: other devices, outside dynamic VRAM, each
-    with the bytes of the rest that it takes at most, filled in turn. What then remains lies in the memory of the CPU.
+    """gpu_bytes: of weights and LoRAs that stay on the device that computes. stores: other devices,
+    outside dynamic VRAM, each with the bytes of the rest that it takes at most, filled in turn.
+    What then remains lies in the memory of the CPU.
     """
 
     gpu_bytes: int
@@ -34,8 +43,9 @@ class Placement:
 
 
 class MemoryReport(NamedTuple):
-    """Bytes of a model's weights: all of them, those on the device that computes, those in each store that has some, those that
-    are copied to the device whenever they run, and how much that is in a step, in which layers run once, more often, or not.
+    """Bytes of a model's weights: all of them, those on the device that computes, those in each
+    store that has some, those that are copied to the device whenever they run, and how much that is
+    in a step, in which layers run once, more often, or not.
     """
     size: int
     here: int
@@ -73,7 +83,8 @@ class Residency:
         return limit if limit < patcher.full_size() else None
 
     def is_in_order(self, patcher) -> bool:
-        """Whether the layers lie as the last step that was counted, if any, and the budget say, or it does not matter."""
+        """Whether the layers lie as the last step that was counted, if any, and the budget say, or
+        it does not matter."""
         if not patcher.is_dynamic():
             return self.limit(patcher) is None or self.order == self._order(patcher)
         if patcher.placement is None or patcher.placement.gpu_bytes >= patcher.full_size():
@@ -99,8 +110,10 @@ class Residency:
         del entries  # which hold what lay there
         entries = [(KEPT if entry.name in kept else COPIED, *entry)
                    for entry in map(layer_entries, patcher._load_list())]
-        # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees none.
-        gaps = [(GAP, 0, str(number), torch.nn.Module(), {}) for number in range(comfy.model_management.NUM_STREAMS)]
+        # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees
+        # none.
+        gaps = [(GAP, 0, str(number), torch.nn.Module(), {})
+                for number in range(comfy.model_management.NUM_STREAMS)]
         with patcher.meanwhile(listed=[*entries, *gaps]):
             yield sum(size for rank, size, *_ in entries if rank == KEPT) + 0.5
         patcher.model.model_offload_buffer_memory = 0
@@ -108,13 +121,15 @@ class Residency:
 
     @contextlib.contextmanager
     def unloading(self, patcher, memory_to_free: float):
-        """Have the host unload the right layers inside this block. Yields the bytes to ask it to free."""
+        """Have the host unload the right layers inside this block. Yields the bytes to ask it to
+        free."""
         if self.limit(patcher) is None:
             yield memory_to_free
             return
         resident = [entry for entry in self.in_order(patcher, patcher._load_list())
                     if getattr(layer_entries(entry).module, "comfy_patched_weights", False)]
-        kept = fitting(resident, sum(layer_entries(entry).size for entry in resident) - memory_to_free)
+        kept = fitting(resident,
+                       sum(layer_entries(entry).size for entry in resident) - memory_to_free)
         leaving = [entry for entry in resident if layer_entries(entry).name not in kept]
         unpinned = []
         with patcher.meanwhile(listed=leaving, unpinned=unpinned):
@@ -152,7 +167,8 @@ class Residency:
         self.step, self._counter = self._counter.stop(), None
 
     def bring_into_order(self, patcher):
-        """Between two steps. With hooks, whose weights the host keeps where it needs them, the next load does it."""
+        """Between two steps. With hooks, whose weights the host keeps where it needs them, the next
+        load does it."""
         has_hooks = patcher.current_hooks is not None or patcher.cached_hook_patches
         if self.is_in_order(patcher) or patcher.model.packed_patches.evicted or has_hooks:
             return
@@ -172,7 +188,8 @@ class Residency:
     # --- stores ---
 
     def fill_stores(self, patcher):
-        """Move layers that are copied in whenever they run into the stores, the first ones first, and others out of them."""
+        """Move layers that are copied in whenever they run into the stores, the first ones first,
+        and others out of them."""
         room = _stores(patcher)
         if not room and not self.stored:
             return
@@ -216,7 +233,8 @@ class Residency:
         return staying
 
     def drop_places_out_of_order(self, patcher, device):
-        """Layers that got their places in dynamic VRAM before there was a placement get new ones."""
+        """Layers that got their places in dynamic VRAM before there was a placement get new
+        ones."""
         if patcher.placement is None or places_are_in_order(patcher):
             return
         for module in patcher.model.modules():
@@ -235,7 +253,8 @@ class Residency:
     # --- what lies where ---
 
     def whereabouts(self, patcher, expected: bool = False) -> MemoryReport:
-        """As the model is loaded now. expected: as it will be when it has run once, for dynamic VRAM is filled only then."""
+        """As the model is loaded now. expected: as it will be when it has run once, for dynamic
+        VRAM is filled only then."""
         here = bytes_on(patcher.model, patcher.load_device)
         stored = dict.fromkeys(_stores(patcher), 0)
         copied = per_step = coming = 0
@@ -246,7 +265,9 @@ class Residency:
             coming = min(_pages(patcher), patcher.get_free_memory(patcher.load_device) // PAGE)
         for field in map(layer_entries, patcher._load_list()):
             device = device_of(field.module)
-            if vbar is not None and _has_its_pages(field.module, vbar.base_addr, resident, expected, coming):
+            if vbar is not None and _has_its_pages(
+                field.module, vbar.base_addr, resident, expected, coming
+            ):
                 here += field.size
             elif device != patcher.load_device and not is_table(field.module):
                 copied += field.size
@@ -286,8 +307,10 @@ def _pages(patcher) -> int:
     return max(0, patcher.placement.gpu_bytes - patcher.model.model_loaded_weight_memory) // PAGE
 
 
-def _has_its_pages(module, base_addr: int, resident: list[int], expected: bool, coming: int) -> bool:
-    """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing; expected: or will.
+def _has_its_pages(module, base_addr: int, resident: list[int], expected: bool,
+                   coming: int) -> bool:
+    """Whether dynamic VRAM keeps a layer on the device, of which the model itself knows nothing;
+    expected: or will.
 
     resident: of each page whether it is there. coming: how many are expected, from the first on.
     """

@@ -1,20 +1,22 @@
 """Which layers of a model stay on its device, where not all of them do.
 
-A layer that does not stay is copied in whenever it runs. With the host's two streams its copy begins when computing reaches
-the copied layer before it: so the copy hides behind the products from there on, and how far ahead it begins is how far apart
-copied layers lie, which follows from the budget. Two copied layers beside each other hide behind nothing but the first one's
-product; a layer that multiplies a single row, as those that modulate the blocks of Flux, hides no other.
+A layer that does not stay is copied in whenever it runs. With the host's two streams its copy
+begins when computing reaches the copied layer before it: so the copy hides behind the products from
+there on, and how far ahead it begins is how far apart copied layers lie, which follows from the
+budget. Two copied layers beside each other hide behind nothing but the first one's product; a layer
+that multiplies a single row, as those that modulate the blocks of Flux, hides no other.
 
-Once a step has shown what runs and how much it multiplies, the layers that are left out are those whose copies need the
-slowest link to all hide behind computing. Each takes up a part of the step's work, from where its copy begins to where the
-layer itself does, and no two parts overlap: what is chosen is the set of such intervals with the most bytes (weighted interval
-scheduling: J. Kleinberg, E. Tardos, Algorithm Design, 2006, section 6.1). Where the link is faster, nothing is waited for;
-where it is slower, it always has something to copy. Layers that run more often than others stay before them, those that do
-not run at all after them.
+Once a step has shown what runs and how much it multiplies, the layers that are left out are those
+whose copies need the slowest link to all hide behind computing. Each takes up a part of the step's
+work, from where its copy begins to where the layer itself does, and no two parts overlap: what is
+chosen is the set of such intervals with the most bytes (weighted interval
+scheduling: J. Kleinberg, E. Tardos, Algorithm Design, 2006, section 6.1). Where the link is faster,
+nothing is waited for; where it is slower, it always has something to copy. Layers that run more
+often than others stay before them, those that do not run at all after them.
 
-Before there is such a step, layers stay in an order of which each beginning, and each end, is spread evenly over the model.
-First always come small ones, whose copies take as long as those of larger ones; last come packed tables, of which only the
-rows that are asked for travel.
+Before there is such a step, layers stay in an order of which each beginning, and each end, is
+spread evenly over the model. First always come small ones, whose copies take as long as those of
+larger ones; last come packed tables, of which only the rows that are asked for travel.
 
 A step is counted, not timed: a device works on while the host is done with its part, and the same
 step always shows the same.
@@ -33,11 +35,13 @@ from ..packed_layout import is_packed
 SMALL = 64 << 10  # bytes of a layer; those the host puts first in dynamic VRAM
 GOLDEN = (5 ** 0.5 - 1) / 2
 HALVINGS = 16  # of the range in which the speed of the link is looked for
-FASTEST = 1 << 10  # times the speed at which copying takes as long as computing; what it cannot hide nothing will
+# times the speed at which copying takes as long as computing; what it cannot hide nothing will
+FASTEST = 1 << 10
 
 
 class LayerProfile:
-    """How often each layer runs in a step, by its name, and the work before it runs first: multiplications by weights.
+    """How often each layer runs in a step, by its name, and the work before it runs first:
+    multiplications by weights.
 
     Where nothing is known, each runs once.
     """
@@ -60,20 +64,28 @@ class LayerProfile:
 
 
 class ProfileRecorder:
-    """Counts a step of a model from now until it is stopped. moment: the step's, which others differ from."""
+    """Counts a step of a model from now until it is stopped. moment: the step's, which others
+    differ from."""
 
     def __init__(self, model: torch.nn.Module, moment: torch.Tensor):
         self.moment = moment
         self._step = LayerProfile()
-        self._layers = {name: module for name, module in model.named_modules() if hasattr(module, "comfy_cast_weights")}
+        self._layers = {
+            name: module for name, module in model.named_modules()
+            if hasattr(module, "comfy_cast_weights")
+        }
         self._hooks = [module.register_forward_hook(functools.partial(_count, self._step, name))
                        for name, module in self._layers.items()]
 
     def stop(self) -> LayerProfile:
-        """The step; nothing of it where half of the weights or more ran out of sight, as in layers that were compiled."""
+        """The step; nothing of it where half of the weights or more ran out of sight, as in layers
+        that were compiled."""
         for hook in self._hooks:
             hook.remove()
-        sizes = {name: sum(map(torch.numel, module.parameters(recurse=False))) for name, module in self._layers.items()}
+        sizes = {
+            name: sum(map(torch.numel, module.parameters(recurse=False)))
+            for name, module in self._layers.items()
+        }
         seen = sum(size for name, size in sizes.items() if self._step.times(name))
         return self._step if 2 * seen > sum(sizes.values()) else LayerProfile()
 
@@ -84,9 +96,14 @@ def _count(step: LayerProfile, name: str, module, inputs, output):
 
 
 def _work(module, output) -> int:
-    """Multiplications by the weight of a layer of which each row gives one part of the output, at every place of it."""
+    """Multiplications by the weight of a layer of which each row gives one part of the output, at
+    every place of it."""
     shape = getattr(getattr(module, "weight", None), "shape", ())
-    return output.numel() // shape[0] * shape.numel() if len(shape) and isinstance(output, torch.Tensor) else 0
+    return (
+        output.numel() // shape[0] * shape.numel()
+        if len(shape) and isinstance(output, torch.Tensor)
+        else 0
+    )
 
 
 class LayerEntry(NamedTuple):
@@ -106,17 +123,25 @@ def is_table(module: torch.nn.Module) -> bool:
 
 
 def spread(count: int) -> list[int]:
-    """The numbers below `count` in an order of which each beginning, and each end, is spread evenly over them."""
+    """The numbers below `count` in an order of which each beginning, and each end, is spread evenly
+    over them."""
     return sorted(range(count), key=lambda number: number * GOLDEN % 1)
 
 
 def residency_order(entries: list[tuple], room: float, step: LayerProfile | None) -> list[tuple]:
-    """The host's entries, those first that are to stay before others. room: bytes for them. step: what one has shown."""
+    """The host's entries, those first that are to stay before others. room: bytes for them. step:
+    what one has shown."""
     first, others, tables = [], [], []
     for entry in entries:
         field = layer_entries(entry)
         travels = hasattr(field.module, "comfy_cast_weights")
-        group = first if not travels or field.size <= SMALL else tables if is_table(field.module) else others
+        group = (
+            first
+            if not travels or field.size <= SMALL
+            else tables
+            if is_table(field.module)
+            else others
+        )
         group.append(entry)
     ordered = [others[number] for number in spread(len(others))]
     if step is not None:
@@ -125,7 +150,8 @@ def residency_order(entries: list[tuple], room: float, step: LayerProfile | None
 
 
 def fitting(entries: list[tuple], room: float) -> set[str]:
-    """Names of the layers that stay, of entries in order, where there are so many bytes for them."""
+    """Names of the layers that stay, of entries in order, where there are so many bytes for
+    them."""
     kept = set()
     for field in map(layer_entries, entries):
         if field.size <= room:
@@ -135,15 +161,16 @@ def fitting(entries: list[tuple], room: float) -> set[str]:
 
 
 def _by_use(entries: list[tuple], room: float, step: LayerProfile) -> list[tuple]:
-    """Entries that run more often before others, and where there is room for some of those that run as often, as few times
-    as can be waited for the rest."""
+    """Entries that run more often before others, and where there is room for some of those that run
+    as often, as few times as can be waited for the rest."""
     ordered = []
-    for _, group in itertools.groupby(sorted(entries, key=lambda entry: -step.times(layer_entries(entry).name)),
-                                      key=lambda entry: step.times(layer_entries(entry).name)):
+    for _, group in itertools.groupby(
+            sorted(entries, key=lambda entry: -step.times(layer_entries(entry).name)),
+            key=lambda entry: step.times(layer_entries(entry).name)):
         group = list(group)
         size = sum(layer_entries(entry).size for entry in group)
-        running = sorted((step.begin(field.name), field.size, field.name) for field in map(layer_entries, group)
-                         if step.times(field.name))
+        running = sorted((step.begin(field.name), field.size, field.name)
+                         for field in map(layer_entries, group) if step.times(field.name))
         left_out = set()
         if 0 < room < size and running:
             begins, sizes, names = zip(*running)
@@ -154,10 +181,12 @@ def _by_use(entries: list[tuple], room: float, step: LayerProfile) -> list[tuple
 
 
 def overlappable(sizes: Sequence[int], begins: Sequence[float], needed: float) -> list[int]:
-    """The layers of at least `needed` bytes whose copies all hide behind computing at the slowest speed of the link.
+    """The layers of at least `needed` bytes whose copies all hide behind computing at the slowest
+    speed of the link.
 
-    sizes: bytes of each layer, in the order in which they run. begins: the work of a step before each, never less than that
-    before the one before it. Returns their numbers, in that order; fewer where no speed hides so much.
+    sizes: bytes of each layer, in the order in which they run. begins: the work of a step before
+    each, never less than that before the one before it. Returns their numbers, in that order; fewer
+    where no speed hides so much.
     """
     slow = needed / max(begins[-1], 1)
     fast = slow * FASTEST
@@ -171,11 +200,14 @@ def overlappable(sizes: Sequence[int], begins: Sequence[float], needed: float) -
 
 
 def _overlappable_at(speed: float, sizes: Sequence[int], begins: Sequence[float]) -> list[int]:
-    """The layers of the most bytes whose copies all hide behind computing. speed: bytes in a unit of work."""
-    most, last = [0], [None]  # of the first layers, by how many: bytes, and (the last one, what is chosen before it)
+    """The layers of the most bytes whose copies all hide behind computing. speed: bytes in a unit
+    of work."""
+    # of the first layers, by how many: bytes, and (the last one, what is chosen before it)
+    most, last = [0], [None]
     for index, (size, begin) in enumerate(zip(sizes, begins)):
         copy_begins = begin - size / speed
-        before = bisect.bisect_right(begins, copy_begins, hi=index)  # at most so many begin before the copy
+        # at most so many begin before the copy
+        before = bisect.bisect_right(begins, copy_begins, hi=index)
         with_it = most[before] + size
         if copy_begins >= 0 and with_it > most[-1]:
             most.append(with_it)

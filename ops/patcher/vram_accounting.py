@@ -1,13 +1,15 @@
-"""What the host counts as loaded lies on the device, and nothing more: outside dynamic VRAM, where it loads models in part.
+"""What the host counts as loaded lies on the device, and nothing more: outside dynamic VRAM, where
+it loads models in part.
 
-The host plans anew in each load which layers stay. Those that fall out of the plan it counts no more and leaves where they are;
-those it must cast anyway, as most of a text encoder, it does not even look at again. They add up until the device is full. And
-a byte less of free memory can give another plan, so that layers would travel in each prompt.
+The host plans anew in each load which layers stay. Those that fall out of the plan it counts no
+more and leaves where they are; those it must cast anyway, as most of a text encoder, it does not
+even look at again. They add up until the device is full. And a byte less of free memory can give
+another plan, so that layers would travel in each prompt.
 
 Weights that stay off the device are pinned, from where copies run while layers compute. A driver
 pins no memory that may not be written, such as a mapped file. A weight that is still there is
-copied first, as it is by a way to the device and back; where there is not enough memory, it stays in
-the file and is not pinned.
+copied first, as it is by a way to the device and back; where there is not enough memory, it stays
+in the file and is not pinned.
 """
 import contextlib
 
@@ -15,8 +17,8 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..read_only_memory import is_read_only
 from ..packed_layout import QuantizedTensor
+from ..read_only_memory import is_read_only
 from .applied_patches import packed_weight
 
 KEPT_FREE = 4  # one part in so many of the memory of the machine is not filled with copies
@@ -24,7 +26,8 @@ KEPT_FREE = 4  # one part in so many of the memory of the machine is not filled 
 
 @contextlib.contextmanager
 def accounted(patcher, device):
-    """Around the host's load to this device in part: afterwards the layers lie where it planned them."""
+    """Around the host's load to this device in part: afterwards the layers lie where it planned
+    them."""
     for module in patcher.model.modules():
         is_loaded = getattr(module, "comfy_patched_weights", False)
         # Or the host takes layers it must cast for some that are off the device already.
@@ -96,7 +99,11 @@ def bytes_on(model, device) -> int:
 
 
 def _nbytes(value) -> int:
-    parts = [getattr(value, name) for name in value.__tensor_flatten__()[0]] if isinstance(value, QuantizedTensor) else [value]
+    parts = (
+        [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        if isinstance(value, QuantizedTensor)
+        else [value]
+    )
     return sum(part.nbytes for part in parts)
 
 
@@ -116,9 +123,16 @@ def make_pinnable(patcher, key: str) -> bool:
 
 
 def _room_for(nbytes: int) -> bool:
-    """Whether the host pins at all, and so many bytes more, and the memory of the machine has room for a copy of them."""
-    if comfy.model_management.TOTAL_PINNED_MEMORY + nbytes > comfy.model_management.MAX_PINNED_MEMORY:
+    """Whether the host pins at all, and so many bytes more, and the memory of the machine has room
+    for a copy of them."""
+    if (
+        comfy.model_management.TOTAL_PINNED_MEMORY + nbytes
+        > comfy.model_management.MAX_PINNED_MEMORY
+    ):
         return False
     cpu = torch.device("cpu")
-    free, total = comfy.model_management.get_free_memory(cpu), comfy.model_management.get_total_memory(cpu)
+    free, total = (
+        comfy.model_management.get_free_memory(cpu),
+        comfy.model_management.get_total_memory(cpu),
+    )
     return free - nbytes > total / KEPT_FREE

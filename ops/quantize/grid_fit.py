@@ -10,16 +10,18 @@ TRIES, ROUNDS, SWEEPS = 9, 1, 1
 
 
 def kernel_for(packed_format: type[Format], device: torch.device):
-    """What `best_fit` takes for `run`: a kernel that searches the blocks of a format, or None: the reference does."""
+    """What `best_fit` takes for `run`: a kernel that searches the blocks of a format, or None: the
+    reference does."""
     return kernels.find("pack_blocks", device, packed_format, torch.float32)
 
 
-def best_fit(packed_format: type[Format], values: torch.Tensor, weights: torch.Tensor | None = None, emphasis: bool = False,
-             run=None) -> Fit:
-    """`Search.fit` of blocks, float32 (n, block_length), under weights of the same shape, or None: all equal.
+def best_fit(packed_format: type[Format], values: torch.Tensor, weights: torch.Tensor | None = None,
+             emphasis: bool = False, run=None) -> Fit:
+    """`Search.fit` of blocks, float32 (n, block_length), under weights of the same shape, or None:
+    all equal.
 
-    emphasis: see there. run: as `kernel_for` gives it. Its sums are rounded otherwise, so some blocks come out otherwise than
-    in torch, as good.
+    emphasis: see there. run: as `kernel_for` gives it. Its sums are rounded otherwise, so some
+    blocks come out otherwise than in torch, as good.
     """
     grid, device = packed_format.grid, values.device
     if run is None:

@@ -1,19 +1,24 @@
-"""Whether a type holds the values of a weight, by the power of the error of a sample of its rows over that of the values.
+"""Whether a type holds the values of a weight, by the power of the error of a sample of its rows
+over that of the values.
 
-Types whose scales are float16 make zeros of values below its range, and packing to them does not fail.
+Types whose scales are float16 make zeros of values below its range, and packing to them does not
+fail.
 """
 import torch
 
+from ..packed_layout import is_packed
 from ..product import dequantize
 from ..row_slicing import take_rows
-from ..packed_layout import is_packed
 
 SAMPLE_VALUES = 1 << 20  # of each piece
-LOST = 0.25  # power of a weight's error over its own; a type that loses more than Q2_K ever does cannot hold its values
+# power of a weight's error over its own; a type that loses more than Q2_K ever does cannot hold its
+# values
+LOST = 0.25
 
 
 class RelativeError:
-    """Adds up the error of the pieces of a weight, in float64, in which no float32 is too small or too large to be squared."""
+    """Adds up the error of the pieces of a weight, in float64, in which no float32 is too small or
+    too large to be squared."""
 
     def __init__(self):
         self.error = self.power = 0.0

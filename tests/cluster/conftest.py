@@ -4,7 +4,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from devtools.cluster import MODEL, QUIET, changes, environment, make_base, model_paths, running, workflow  # noqa: F401  for the tests
+
+from devtools.cluster import (
+    QUIET,
+    make_base,
+    model_paths,
+    running,
+)
 from devtools.host import server
 
 
@@ -13,7 +19,9 @@ def bases(tmp_path_factory):
     """Two machines' folders, by name: in the second the pack has another name."""
     folder = tmp_path_factory.mktemp("machines")
     first = make_base(folder / "desk")
-    return {"desk": first, "attic": make_base(folder / "attic", first / "models", "a-copy-elsewhere")}
+    return {
+        "desk": first, "attic": make_base(folder / "attic", first / "models", "a-copy-elsewhere")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -36,5 +44,7 @@ def cluster(bases, ray_folder):
 def plain(bases):
     """Draws as a plain ComfyUI on one thread does: graph -> bytes of what node 9 saved."""
     with server.Server(bases["desk"].parent / "plain", env={**QUIET, "OMP_NUM_THREADS": "1"},
-                       arguments=["--extra-model-paths-config", str(model_paths(bases["desk"]))]) as running_server:
-        yield lambda graph: running_server.image(running_server.queue(graph).outputs["9"]["images"][0])
+                       arguments=["--extra-model-paths-config",
+                                  str(model_paths(bases["desk"]))]) as running_server:
+        yield lambda graph: running_server.image(
+            running_server.queue(graph).outputs["9"]["images"][0])

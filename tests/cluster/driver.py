@@ -1,4 +1,5 @@
-"""A batch whose workers write down what they begin and end: python driver.py WORKFLOW ROWS OUT ADDRESS LOG [--painted]
+"""A batch whose workers write down what they begin and end: python driver.py WORKFLOW ROWS OUT
+ADDRESS LOG [--painted]
 
 --painted: in ComfyUI's place a painter without models or steps, for tests of what happens around it. Its workflow is one node:
 {"class_type": "Paint", "inputs": {"text", "seed", "seconds"}}, where the text "crash" ends its process.
@@ -13,11 +14,15 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-import devtools.cluster  # noqa: E402, F401  before ray
-from devtools import product_module  # noqa: E402
+import devtools.cluster  # noqa: F401  before ray
+from devtools import product_module
 
 batch, worker, graph = (product_module(f"cluster.{name}") for name in ("batch", "worker", "graph"))
-PromptResult, RowRenderer, digest = product_module("cluster.embedded_comfyui").PromptResult, worker.RowRenderer, graph.digest
+PromptResult, RowRenderer, digest = (
+    product_module("cluster.embedded_comfyui").PromptResult,
+    worker.RowRenderer,
+    graph.digest,
+)
 
 
 def painted(asked: dict) -> bytes:

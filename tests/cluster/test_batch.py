@@ -1,4 +1,5 @@
-"""A batch on two machines draws what one ComfyUI draws, once for each row, whatever ends in the midst."""
+"""A batch on two machines draws what one ComfyUI draws, once for each row, whatever ends in the
+midst."""
 import contextlib
 import json
 import os
@@ -6,6 +7,7 @@ import signal
 import sys
 
 import pytest
+
 from featherweight.cluster.batch import Batch
 from featherweight.cluster.batch_rows import scan_rows
 from featherweight.cluster.picture_store import Store
@@ -26,10 +28,13 @@ class Run:
 
     def __call__(self, lines, **options):
         path = self.folder / "rows.jsonl"
-        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+        path.write_text(
+            "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
+            encoding="utf-8")
         self.said = []
-        return dict(Batch(self.graph, str(path), str(self.out), address=self.address, cpus=1, gpus=0,
-                          say=lambda text, **_: self.said.append(text), **options).run())
+        return dict(
+            Batch(self.graph, str(path), str(self.out), address=self.address, cpus=1, gpus=0,
+                  say=lambda text, **_: self.said.append(text), **options).run())
 
     def names(self):
         return sorted(os.listdir(self.out))
@@ -48,7 +53,8 @@ def of(row):
 
 
 def killed_once(marker) -> type[RowRenderer]:
-    """A renderer whose process is killed when it has drawn a row and begins another, the first time that any does."""
+    """A renderer whose process is killed when it has drawn a row and begins another, the first time
+    that any does."""
     class KilledOnce(RowRenderer):
         has_drawn = False
 
@@ -83,7 +89,8 @@ OTHERS = ".other_9_0.png.0123abcd.part"  # half a file of another batch
 
 @pytest.fixture(scope="module")
 def first(cluster, museum, tmp_path_factory):
-    """A run that goes on where an earlier one was killed: row 0000 was drawn, and row 0004 too, but with another seed.
+    """A run that goes on where an earlier one was killed: row 0000 was drawn, and row 0004 too, but
+    with another seed.
 
     A worker is killed in the midst, and among the rows are some that nobody can draw.
     """
@@ -97,8 +104,11 @@ def first(cluster, museum, tmp_path_factory):
             store.save(name, {"9_0.png": EARLIER, "9_1.png": EARLIER}, {"stamp": stamp})
     for name in (OTHERS, ".0004_9_0.png.0123abcd.part"):
         (run.out / name).write_bytes(b"half")
-    bad = ['{"id": "broken"', '["no row"]', '{"id": "../x", "7.seed": 1}', {"id": "0003", "7.seed": 99},
-           {"id": "nowhere", "77.seed": 1}, {"id": "sampler", "7.sampler_name": "no_such_sampler"}]
+    bad = [
+        '{"id": "broken"', '["no row"]', '{"id": "../x", "7.seed": 1}',
+        {"id": "0003", "7.seed": 99}, {"id": "nowhere", "77.seed": 1},
+        {"id": "sampler", "7.sampler_name": "no_such_sampler"}
+    ]
     counts = run([*rows()[:5], *bad, *rows()[5:]], worker=killed_once(str(folder / "killed")))
     assert (folder / "killed").exists()
     return run, counts, list(run.said)
@@ -114,7 +124,9 @@ def test_every_row_is_there_once_and_byte_equal_to_one_comfyui(first, plain):
 
 
 def test_what_an_earlier_run_drew_is_left_as_it_is(first):
-    assert [(first[0].out / f"0000_9_{number}.png").read_bytes() for number in (0, 1)] == [EARLIER] * 2
+    assert [(first[0].out / f"0000_9_{number}.png").read_bytes() for number in (0, 1)] == [
+        EARLIER
+    ] * 2
 
 
 def test_both_machines_drew(first):
@@ -123,13 +135,24 @@ def test_both_machines_drew(first):
 
 
 def test_a_machine_of_another_version_is_left_out_and_named(first):
-    assert [said for said in first[2] if said.startswith("museum has ComfyUI 0.1.0 where the others have ")
-            and said.endswith("it takes no part.")]
+    assert [
+        said for said in first[2]
+        if said.startswith("museum has ComfyUI 0.1.0 where the others have ")
+        and said.endswith("it takes no part.")
+    ]
 
 
-@pytest.mark.parametrize("sentence", [
-    "Line 6 is no JSON", "Line 7 is no row", "Line 8 has the id '../x', which cannot be a file's name",
-    "Line 9 has the id '0003', as line 4 has", "Line 10 (nowhere): The workflow has no node 77", "sampler: node 7 (KSampler)"])
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Line 6 is no JSON",
+        "Line 7 is no row",
+        "Line 8 has the id '../x', which cannot be a file's name",
+        "Line 9 has the id '0003', as line 4 has",
+        "Line 10 (nowhere): The workflow has no node 77",
+        "sampler: node 7 (KSampler)",
+    ],
+)
 def test_a_bad_row_fails_alone_and_is_named(first, sentence):
     assert sum(said.startswith(sentence) for said in first[2]) == 1
 
@@ -143,6 +166,7 @@ def test_run_again_draws_nothing_and_starts_nothing(first, monkeypatch):
 
 def test_who_stops_a_batch_while_ray_is_imported_imports_it_no_second_time(tmp_path, monkeypatch):
     class Refused:
+        @staticmethod
         def find_spec(name, path, target=None):
             assert name != "ray"
 

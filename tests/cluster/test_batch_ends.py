@@ -1,4 +1,5 @@
-"""What ends or fails in the midst of a batch costs time only: the driver, a worker, a machine, its disk, its files."""
+"""What ends or fails in the midst of a batch costs time only: the driver, a worker, a machine, its
+disk, its files."""
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from devtools import ROOT
 from devtools.cluster import running
 
@@ -24,8 +26,13 @@ class Command:
         self.out, self.log = folder / "out", folder / "log"
         (folder / "workflow.json").write_text(json.dumps(workflow()), encoding="utf-8")
         (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-        self.command = [sys.executable, str(ROOT / "batch.py"), str(folder / "workflow.json"), str(folder / "rows.jsonl"),
-                        str(self.out), "--cpus", "1", "--gpus", "0", "--address", address]
+        self.command = [
+            sys.executable,
+            str(ROOT / "batch.py"),
+            str(folder / "workflow.json"),
+            str(folder / "rows.jsonl"),
+            str(self.out), "--cpus", "1", "--gpus", "0", "--address", address
+        ]
 
     def start(self):
         with open(self.log, "wb") as log:
@@ -36,7 +43,11 @@ class Command:
             time.sleep(0.05)
 
     def records(self):
-        return {path.stem: json.loads(path.read_text()) for path in self.out.glob("*.json")} if self.out.exists() else {}
+        return (
+            {path.stem: json.loads(path.read_text()) for path in self.out.glob("*.json")}
+            if self.out.exists()
+            else {}
+        )
 
     def said(self):
         return self.log.read_text(errors="replace")
@@ -44,8 +55,12 @@ class Command:
 
 def is_whole(out, lines, plain):
     """Every row's picture, byte for byte, and no other file."""
-    assert sorted(os.listdir(out)) == sorted(f"{row['id']}{end}" for row in lines for end in ("_9_0.png", ".json"))
-    unlike = [row["id"] for row in lines if (out / f"{row['id']}_9_0.png").read_bytes() != plain(of(row))]
+    assert sorted(os.listdir(out)) == sorted(
+        f"{row['id']}{end}" for row in lines for end in ("_9_0.png", ".json")
+    )
+    unlike = [
+        row["id"] for row in lines if (out / f"{row['id']}_9_0.png").read_bytes() != plain(of(row))
+    ]
     assert unlike == []
 
 
@@ -77,8 +92,10 @@ def test_forty_pictures_are_those_of_one_process(cluster, tmp_path, plain):
     is_whole(run.out, rows(40), plain)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a small disk takes root's rights")
-def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_others_finish(bases, ray_folder, tmp_path, plain):
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a small disk takes"
+                                                                            " root's rights")
+def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_others_finish(
+        bases, ray_folder, tmp_path, plain):
     full = tmp_path / "full"
     full.mkdir()
     if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]):
@@ -87,7 +104,8 @@ def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_oth
     next((lacking / "models" / "loras").glob("*pumpkins*")).unlink()
     try:
         (full / "rest").write_bytes(b"0" * (60 << 10))
-        with running({**bases, "cellar": lacking}, ray_folder, connect=False, started=["desk"]) as cluster:
+        with running({**bases, "cellar": lacking}, ray_folder, connect=False,
+                     started=["desk"]) as cluster:
             cluster.add("attic", TMPDIR=str(full))
             cluster.add("cellar")
             batch = Command(tmp_path, cluster.address, lines := rows(24))
@@ -95,7 +113,10 @@ def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_oth
         is_whole(batch.out, lines, plain)
         assert {record["worker"].split(":")[0] for record in batch.records().values()} == {"desk"}
         assert "attic has no space left on its disk" in batch.said()
-        assert "cellar has no file 'featherweight_demo_lora_pumpkins.safetensors' (61.lora_name)" in batch.said()
+        assert (
+            "cellar has no file 'featherweight_demo_lora_pumpkins.safetensors' (61.lora_name)"
+            in batch.said()
+        )
     finally:
         subprocess.call(["umount", "-l", str(full)])
 

@@ -8,15 +8,21 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+
 from devtools import ROOT
 from featherweight.cluster.actor_pool import Share, share_out
 from featherweight.cluster.batch import Batch
-from featherweight.cluster.graph import GraphError, apply_changes, digest, read, upstream
-from featherweight.cluster.comfyui_install import (
-    MachineError, launch_arguments, find_comfyui, is_pack, own_comfyui, installed_versions,
-)
 from featherweight.cluster.batch_progress import Progress
-from featherweight.cluster.batch_rows import RowScan, RowIndex, lines, scan_rows
+from featherweight.cluster.batch_rows import RowIndex, RowScan, lines, scan_rows
+from featherweight.cluster.comfyui_install import (
+    MachineError,
+    find_comfyui,
+    installed_versions,
+    is_pack,
+    launch_arguments,
+    own_comfyui,
+)
+from featherweight.cluster.graph import GraphError, apply_changes, digest, read, upstream
 from featherweight.cluster.picture_store import Store
 from featherweight.cluster.worker import RowRenderer
 
@@ -24,14 +30,17 @@ from .conftest import workflow
 
 
 def command(*launch_arguments, **options):
-    return subprocess.run([sys.executable, str(ROOT / "batch.py"), *map(str, launch_arguments)], capture_output=True, text=True,
-                          **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "batch.py"), *map(str, launch_arguments)], capture_output=True,
+        text=True, **options)
 
 
 # --- graphs ---
 
-@pytest.mark.parametrize("place, said", [
-    ("seed", "'seed' is no place"), ("99.seed", "no node 99"), ("7.sed", "Node 7 .KSampler. has no input 'sed', only model,"),
+@pytest.mark.parametrize(("place", "said"), [
+    ("seed", "'seed' is no place"), ("99.seed", "no node 99"), ("7.sed", "Node 7 .KSampler. has no"
+                                                                         " input 'sed', only"
+                                                                         " model,"),
     ("7.model", "'7.model' comes from another node, 61")])
 def test_a_change_of_what_is_not_there_says_so(place, said):
     with pytest.raises(GraphError, match=said):
@@ -66,7 +75,9 @@ def test_a_machine_without_comfyui_says_what_to_set(tmp_path, monkeypatch):
         find_comfyui(environment={})
     with pytest.raises(MachineError, match="no main.py"):
         find_comfyui(environment={"COMFYUI_PATH": str(tmp_path)})
-    with pytest.raises(MachineError, match="COMFYUI_ARGUMENTS is --lowvram 'x, which cannot be taken apart .No closing"):
+    with pytest.raises(
+            MachineError,
+            match="COMFYUI_ARGUMENTS is --lowvram 'x, which cannot be taken apart .No closing"):
         launch_arguments(True, {"COMFYUI_ARGUMENTS": "--lowvram 'x"})
 
 
@@ -78,9 +89,14 @@ def test_commands_and_workers_take_comfyui_by_one_rule(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "comfyui")
     assert own_comfyui(str(pack), {}) == find_comfyui(environment={}) == str(tmp_path / "comfyui")
     named = {"COMFYUI_PATH": str(tmp_path / "named")}
-    assert own_comfyui(str(pack), named) == find_comfyui(environment=named) == str(tmp_path / "named")
-    for ask in (lambda wrong: own_comfyui(str(pack), wrong), lambda wrong: find_comfyui(environment=wrong)):
-        with pytest.raises(MachineError, match="typo, which has no main.py and comfy: set it to ComfyUI's folder"):
+    assert (
+        own_comfyui(str(pack), named) == find_comfyui(environment=named) == str(tmp_path / "named")
+    )
+    for ask in (lambda wrong: own_comfyui(str(pack), wrong),
+                lambda wrong: find_comfyui(environment=wrong)):
+        with pytest.raises(
+                MachineError,
+                match="typo, which has no main.py and comfy: set it to ComfyUI's folder"):
             ask({"COMFYUI_PATH": str(tmp_path / "typo")})
     assert own_comfyui(str(tmp_path), {}) == ""
 
@@ -88,7 +104,8 @@ def test_commands_and_workers_take_comfyui_by_one_rule(tmp_path, monkeypatch):
 def test_a_disabled_copy_of_the_pack_does_not_count_as_installed(tmp_path):
     for name, version in (("a-copy.disabled", "0.1"), ("pack", "0.2")):
         (tmp_path / "custom_nodes" / name).mkdir(parents=True)
-        (tmp_path / "custom_nodes" / name / "pyproject.toml").write_text(f'name = "featherweight"\nversion = "{version}"\n')
+        (tmp_path / "custom_nodes" / name /
+         "pyproject.toml").write_text(f'name = "featherweight"\nversion = "{version}"\n')
     assert installed_versions(str(tmp_path))["Featherweight"] == "0.2"
     os.rename(tmp_path / "custom_nodes" / "pack", tmp_path / "custom_nodes" / "pack.disabled")
     assert installed_versions(str(tmp_path))["Featherweight"] == ""
@@ -97,7 +114,8 @@ def test_a_disabled_copy_of_the_pack_does_not_count_as_installed(tmp_path):
 def test_the_pack_is_told_from_other_packs_by_its_project_file(tmp_path):
     other = tmp_path / "custom_nodes" / "a-pack"
     other.mkdir(parents=True)
-    (other / "pyproject.toml").write_bytes('name = "gew\u00f6hnlich"\nversion = "9.9"\n'.encode("latin-1"))
+    (other / "pyproject.toml").write_bytes(
+        'name = "gew\u00f6hnlich"\nversion = "9.9"\n'.encode("latin-1"))
     assert installed_versions(str(tmp_path))["Featherweight"] == ""
     (tmp_path / "custom_nodes" / "pack").symlink_to(ROOT, target_is_directory=True)
     assert installed_versions(str(tmp_path))["Featherweight"] and not is_pack(str(other))
@@ -111,20 +129,42 @@ def record(store, name, found):
 
 
 def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
-    lines = [(index + 1, json.dumps({"id": f"{index}", "7.seed": index}).encode()) for index in range(4)]
+    lines = [
+        (index + 1, json.dumps({"id": f"{index}", "7.seed": index}).encode()) for index in range(4)
+    ]
     store = Store(str(tmp_path))
     for item in scan_rows(str(tmp_path), workflow(), lines).left[:3]:
         record(store, item[0], item)
     lines[1] = (2, b'{"id": "1", "7.seed": 99}')
     (tmp_path / "2_9_0.png").unlink()
     assert [item[0] for item in scan_rows(str(tmp_path), workflow(), lines).left] == ["1", "2", "3"]
-    assert len(scan_rows(str(tmp_path), workflow(steps=3), lines).left) == 4  # another workflow: all of them
+    # another workflow: all of them
+    assert len(scan_rows(str(tmp_path), workflow(steps=3), lines).left) == 4
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", ".hidden", "", "x" * 151, "c:d", "a.", "new\nline", None, 1.5, ["a"],
-                                  "\ud800", "a\ud800", "\u753b" * 61])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "a/b",
+        "a\\b",
+        ".hidden",
+        "",
+        "x" * 151,
+        "c:d",
+        "a.",
+        "new\nline",
+        None,
+        1.5,
+        ["a"],
+        "\ud800",
+        "a\ud800",
+        "\u753b" * 61,
+    ],
+)
 def test_an_id_that_is_no_file_name_is_refused(tmp_path, name):
-    found = scan_rows(str(tmp_path), workflow(), [(1, json.dumps({"id": name, "7.seed": 1}).encode())])
+    found = scan_rows(str(tmp_path), workflow(),
+                      [(1, json.dumps({"id": name, "7.seed": 1}).encode())])
     assert len(found.bad) == 1 and not found.left
 
 
@@ -139,7 +179,8 @@ def test_the_parts_of_all_shards_are_the_rows_each_once():
 
 def test_empty_lines_do_not_shift_the_parts(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n\n".join(json.dumps({"id": str(index)}) for index in range(10)), encoding="utf-8")
+    rows.write_text("\n\n".join(json.dumps({"id": str(index)}) for index in range(10)),
+                    encoding="utf-8")
     found = list(lines(str(rows)))
     for part in (1, 2):
         table = RowIndex((part, 2))
@@ -151,11 +192,18 @@ def test_empty_lines_do_not_shift_the_parts(tmp_path):
 def test_odd_rows_fail_alone(tmp_path):
     """Each is named, and none ends the batch, whatever the terminal can show."""
     rows = tmp_path / "rows.jsonl"
-    odd = ['{"id": "\\ud800"}', '{"id": "a", "\\ud800.x": 1}', "[" * 200_000, '{"id": "b", "4.text": ' + "[" * 200_000]
-    rows.write_text("\n".join([*odd, json.dumps({"id": "\u753b" * 80}), json.dumps({"id": "\u753b" * 61})]), encoding="utf-8")
+    odd = [
+        '{"id": "\\ud800"}', '{"id": "a", "\\ud800.x": 1}', "[" * 200_000,
+        '{"id": "b", "4.text": ' + "[" * 200_000
+    ]
+    rows.write_text(
+        "\n".join([*odd, json.dumps({"id": "\u753b" * 80}),
+                   json.dumps({"id": "\u753b" * 61})]), encoding="utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     found = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out", env=environment)
-    assert found.stdout.count("Line ") == 6 and "0 drawn, 0 there before, 6 failed" in found.stdout, found.stdout[-2000:]
+    assert (
+        found.stdout.count("Line ") == 6 and "0 drawn, 0 there before, 6 failed" in found.stdout
+    ), found.stdout[-2000:]
     assert not found.stderr
 
 
@@ -178,7 +226,9 @@ def test_a_row_whose_writing_ended_in_the_midst_is_not_done(tmp_path, monkeypatc
     store = Store(str(tmp_path))
     store.save("a", {"9_0.png": b"old", "9_1.png": b"old"}, {"stamp": "1"})
     write = Store.write
-    monkeypatch.setattr(Store, "write", lambda self, name, data: write(self, name, data) if name != "a_9_0.png" else 1 / 0)
+    monkeypatch.setattr(
+        Store, "write", lambda self, name, data: write(self, name, data)
+        if name != "a_9_0.png" else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
     monkeypatch.undo()
@@ -199,7 +249,8 @@ def test_json_that_a_row_saves_is_not_the_record_of_another_row(tmp_path):
 
 def test_a_row_of_an_earlier_version_that_saved_json_is_done_and_takes_no_record_away(tmp_path):
     store = Store(str(tmp_path))
-    (tmp_path / "a.json").write_text(json.dumps({"stamp": "1", "files": ["a_9_0.json", "a_9_1.png"]}), encoding="utf-8")
+    (tmp_path / "a.json").write_text(
+        json.dumps({"stamp": "1", "files": ["a_9_0.json", "a_9_1.png"]}), encoding="utf-8")
     (tmp_path / "a_9_1.png").touch()
     store.save("a_9_0", {"9_0.png": b"picture"}, {"stamp": "2"})
     assert store.done("a", "1")
@@ -211,7 +262,8 @@ def test_a_record_removes_files_of_its_row_only(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a_").mkdir()
     (tmp_path / "precious").touch()
-    (tmp_path / "out" / "a.json").write_text(json.dumps({"stamp": "1", "files": ["a_/../../precious", 5]}), encoding="utf-8")
+    (tmp_path / "out" / "a.json").write_text(
+        json.dumps({"stamp": "1", "files": ["a_/../../precious", 5]}), encoding="utf-8")
     Store(str(tmp_path / "out")).save("a", {"9_0.png": b"picture"}, {"stamp": "2"})
     assert (tmp_path / "precious").exists()
 
@@ -221,7 +273,11 @@ def test_only_half_files_of_own_rows_are_removed(tmp_path):
         (tmp_path / f".{name}.0123abcd.part").touch()
     (tmp_path / ".a_9_0.png.part").touch()
     assert Store(str(tmp_path)).tidy({"a"}) == 3
-    assert sorted(os.listdir(tmp_path)) == [".a_9.json.0123abcd.part", ".a_9_0.png.part", ".b_9_0.png.0123abcd.part"]
+    assert sorted(os.listdir(tmp_path)) == [
+        ".a_9.json.0123abcd.part",
+        ".a_9_0.png.part",
+        ".b_9_0.png.0123abcd.part",
+    ]
 
 
 def test_a_bucket_is_written_by_fsspec():
@@ -232,19 +288,25 @@ def test_a_bucket_is_written_by_fsspec():
     store.save("a", {"9_0.gz": b"what a workflow saved"}, {"stamp": "2"})
     assert store.done("a", "2") and not store.done("b", "2")
     assert Store(out).read("a_9_0.gz") == b"what a workflow saved"  # by the name unpacked
-    assert sorted(path.rpartition("/")[2] for path in store.files.find(store.root)) == ["a.json", "a_9_0.gz"]
+    assert sorted(path.rpartition("/")[2] for path in store.files.find(store.root)) == [
+        "a.json",
+        "a_9_0.gz",
+    ]
 
 
 def test_a_uri_of_a_folder_means_what_other_programs_mean_by_it(tmp_path):
     assert Store((tmp_path / "my pictures").as_uri()).root == str(tmp_path / "my pictures")
-    with pytest.raises(ValueError, match="file://share/pictures does not name a folder: write file:///"):
+    with pytest.raises(ValueError,
+                       match="file://share/pictures does not name a folder: write file:///"):
         Store("file://share/pictures")
 
 
 def test_a_bucket_whose_package_is_missing_says_what_to_install(monkeypatch):
     for name in ("s3fs", "fsspec", "fsspec.core"):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ValueError, match="s3://a/b needs a package that is missing .* -m pip install s3fs for s3://"):
+        with pytest.raises(
+                ValueError,
+                match="s3://a/b needs a package that is missing .* -m pip install s3fs for s3://"):
             Store("s3://a/b")
 
 
@@ -261,15 +323,19 @@ def test_another_command_for_the_same_rows_takes_nothing_away(tmp_path, monkeypa
 
 
 def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
-    """What Ray raises for another machine's trouble is an OSError too, with a traceback as its words."""
+    """What Ray raises for another machine's trouble is an OSError too, with a traceback as its
+    words."""
     cause = PermissionError(13, "Permission denied", "/pictures/a.png")
-    error = type("RayTaskError", (OSError,), {"cause": cause, "__str__": lambda self: "Traceback (most recent call last):"})()
+    error = type("RayTaskError", (OSError,),
+                 {"cause": cause, "__str__": lambda self: "Traceback (most recent call last):"})()
     worker = RowRenderer.__new__(RowRenderer)
     worker.info, worker.name = {"name": "attic"}, "attic:1"
     worker.store = SimpleNamespace(done=Mock(side_effect=error))
     answer = worker.render({"id": "a", "stamp": ""})
     assert answer["status"] == "refused"
-    assert re.fullmatch(r"attic could not write the pictures: .* Permission denied: '/pictures/a.png'", answer["message"])
+    assert re.fullmatch(
+        r"attic could not write the pictures: .* Permission denied: '/pictures/a.png'",
+        answer["message"])
 
 
 # --- what is said ---
@@ -281,7 +347,8 @@ def test_the_progress_line_has_rows_rate_workers_failures_and_time_left(monkeypa
     for index in range(5):
         clock[0] += 20
         status = "failed" if index == 2 else "drawn"
-        progress.add({"id": f"{index}", "status": status, "message": "why", "worker": f"w{index % 2}"})
+        progress.add(
+            {"id": f"{index}", "status": status, "message": "why", "worker": f"w{index % 2}"})
     assert said[0] == "1 of 100 rows, 1 worker, 0 failed"
     assert said[-1] == "5 of 100 rows, 2 workers, 1 failed, 0.05 a second, 32 min left"
     assert "2: why" in said
@@ -296,10 +363,14 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path):
         found = command(path, rows, tmp_path / "out")
         assert found.returncode == 1 and "Export (API)" in found.stdout and not found.stderr
     example = ROOT / "docs/batch/workflow_api.json"
-    for asked, missing in (((example, tmp_path / "none.jsonl"), "none.jsonl"), ((tmp_path / "none.json", rows), "none.json")):
+    for asked, missing in (((example, tmp_path / "none.jsonl"), "none.jsonl"),
+                           ((tmp_path / "none.json", rows), "none.json")):
         found = command(*asked, tmp_path / "out")
         assert found.returncode == 1 and not found.stderr
-        assert found.stdout == f"Failed: {tmp_path / missing} cannot be opened: No such file or directory.\n"
+        assert (
+            found.stdout
+            == f"Failed: {tmp_path / missing} cannot be opened: No such file or directory.\n"
+        )
     rows.write_text('{"id": "a", "99.seed": 1}\n', encoding="utf-8")
     found = command(example, rows, tmp_path / "out")
     assert "Line 1 (a): The workflow has no node 99, which '99.seed' names.\n" in found.stdout
@@ -309,7 +380,10 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path):
 def test_models_are_fetched_no_more_and_the_page_says_how_to_copy_them():
     found = command("workflow.json", "rows.jsonl", "out", "--check", "--fetch-models")
     assert found.returncode == 2 and not found.stderr and found.stdout.count("\n") == 1
-    assert "--fetch-models sends no files any more" in found.stdout and "docs/machines.md" in found.stdout
+    assert (
+        "--fetch-models sends no files any more" in found.stdout
+        and "docs/machines.md" in found.stdout
+    )
 
 
 def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
@@ -318,22 +392,41 @@ def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
     found = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out",
                     env={**os.environ, "COMFYUI_PATH": str(tmp_path / "typo")})
     assert found.returncode == 1 and not found.stderr
-    assert found.stdout.startswith(f"Failed: COMFYUI_PATH is {tmp_path / 'typo'}, which has no main.py and comfy: set it to")
+    assert found.stdout.startswith(
+        f"Failed: COMFYUI_PATH is {tmp_path / 'typo'}, which has no main.py and comfy: set it to")
 
 
-@pytest.mark.parametrize("machine, gpus, cpus, count", [
-    ({"memory": 1.0}, 0, 0, 0), ({"memory": 1.0}, 0, 1, 0), ({"CPU": 4.0}, 0, 0, 4), ({"CPU": 4.0}, 0, 2, 2),
-    ({"CPU": 4.0}, 1, 2, 0), ({"CPU": 8.0, "GPU": 2.0}, 1, 2, 2), ({"CPU": 8.0, "GPU": 2.0}, 0.25, 1, 8),
-    ({"GPU": 2.0}, 1, 0, 2), ({"GPU": 2.0}, 1, 1, 0)])
-def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(machine, gpus, cpus, count):
+@pytest.mark.parametrize(
+    ("machine", "gpus", "cpus", "count"),
+    [
+        ({"memory": 1.0}, 0, 0, 0),
+        ({"memory": 1.0}, 0, 1, 0),
+        ({"CPU": 4.0}, 0, 0, 4),
+        ({"CPU": 4.0}, 0, 2, 2),
+        ({"CPU": 4.0}, 1, 2, 0),
+        ({"CPU": 8.0, "GPU": 2.0}, 1, 2, 2),
+        ({"CPU": 8.0, "GPU": 2.0}, 0.25, 1, 8),
+        ({"GPU": 2.0}, 1, 0, 2),
+        ({"GPU": 2.0}, 1, 1, 0),
+    ],
+)
+def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(
+        machine, gpus, cpus, count):
     assert Share(cpus, gpus).room(machine) == count
 
 
-@pytest.mark.parametrize("machines, given, shared", [
-    ([], (None, None), Share(1)), ([{"memory": 1.0}, {"CPU": 4.0}, {"CPU": 6.0}], (None, None), Share(4)),
-    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (None, None), Share(8, 1)),
-    ([{"CPU": 6.0, "GPU": 4.0}], (None, None), Share(1, 1)), ([{"CPU": 2.0, "GPU": 4.0}], (None, None), Share(0.5, 1)),
-    ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (0, None), Share(4)), ([{"CPU": 4.0}], (None, 0), Share(0))])
+@pytest.mark.parametrize(
+    ("machines", "given", "shared"),
+    [
+        ([], (None, None), Share(1)),
+        ([{"memory": 1.0}, {"CPU": 4.0}, {"CPU": 6.0}], (None, None), Share(4)),
+        ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (None, None), Share(8, 1)),
+        ([{"CPU": 6.0, "GPU": 4.0}], (None, None), Share(1, 1)),
+        ([{"CPU": 2.0, "GPU": 4.0}], (None, None), Share(0.5, 1)),
+        ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], (0, None), Share(4)),
+        ([{"CPU": 4.0}], (None, 0), Share(0)),
+    ],
+)
 def test_cpus_are_shared_out_alike_among_the_workers_of_all_machines(machines, given, shared):
     assert share_out(machines, *given) == shared
 
@@ -350,8 +443,8 @@ def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
             running.append(chunk)
             return reads[-1]
 
-    ray = SimpleNamespace(remote=lambda scan_rows: Task(), put=lambda graph: graph, get=lambda ref: ref,
-                          cluster_resources=lambda: {"CPU": 2})
+    ray = SimpleNamespace(remote=lambda scan_rows: Task(), put=lambda graph: graph,
+                          get=lambda ref: ref, cluster_resources=lambda: {"CPU": 2})
     monkeypatch.setitem(sys.modules, "ray", ray)
     batch = Batch({}, "", str(tmp_path))
     batch.store = SimpleNamespace(files=True)
@@ -382,8 +475,10 @@ def test_a_finished_batch_needs_no_ray(tmp_path):
     blocked.mkdir()
     (blocked / "ray.py").write_text("raise ImportError('not here')", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(blocked)}
-    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out", env=environment)
+    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
+                    env=environment)
     assert found.returncode == 0 and "0 drawn, 12 there before, 0 failed" in found.stdout
     (tmp_path / "out" / "0003.json").unlink()
-    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out", env=environment)
+    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
+                    env=environment)
     assert found.returncode == 1 and "-m pip install ray\n" in found.stdout and not found.stderr

@@ -1,14 +1,22 @@
-"""Before a batch each machine's own ComfyUI says whether it can run it, and what it lacks by name."""
+"""Before a batch each machine's own ComfyUI says whether it can run it, and what it lacks by
+name."""
 import os
 import re
 
 import pytest
+
 from devtools.files import demo_files
 from featherweight.cluster import preflight
 from featherweight.cluster.batch import Batch
-from featherweight.cluster.preflight import Checker, MachineReport, check_machines, file_changes, report
+from featherweight.cluster.comfyui_install import majority_versions, version_difference
+from featherweight.cluster.preflight import (
+    Checker,
+    MachineReport,
+    check_machines,
+    file_changes,
+    report,
+)
 from featherweight.cluster.ray_connection import on_node
-from featherweight.cluster.comfyui_install import version_difference, majority_versions
 
 from .conftest import workflow
 
@@ -29,8 +37,12 @@ NODE_CLASS_MAPPINGS = {"LittleNode": Little}
 
 @pytest.fixture(scope="module")
 def checked(cluster, bases, tmp_path_factory):
-    """(whether all machines can run it, what is said). The desk lacks a node pack, attic a LoRA, and both a file of a row."""
-    lora, pack = bases["attic"] / "models" / "loras" / INK, bases["attic"] / "custom_nodes" / "little_pack.py"
+    """(whether all machines can run it, what is said). The desk lacks a node pack, attic a LoRA,
+    and both a file of a row."""
+    lora, pack = (
+        bases["attic"] / "models" / "loras" / INK,
+        bases["attic"] / "custom_nodes" / "little_pack.py",
+    )
     target = os.readlink(lora)
     lora.unlink()
     pack.write_text(PACK, encoding="utf-8")
@@ -38,7 +50,8 @@ def checked(cluster, bases, tmp_path_factory):
     rows.write_text('{"id": "a"}\n{"id": "b", "1.model_name": "no_such.gguf"}\n', encoding="utf-8")
     graph = workflow() | {"20": {"class_type": "LittleNode", "inputs": {"text": "a"}}}
     try:
-        batch = Batch(graph, str(rows), "", address=cluster.address, cpus=1, gpus=0, say=lambda text, **_: said.append(text))
+        batch = Batch(graph, str(rows), "", address=cluster.address, cpus=1, gpus=0,
+                      say=lambda text, **_: said.append(text))
         yield batch.check(), "\n".join(said)
     finally:
         pack.unlink()
@@ -57,16 +70,34 @@ def test_a_machine_is_named_with_the_files_and_nodes_that_it_lacks(checked):
 
 def test_the_table_says_what_each_machine_is(checked):
     head, *lines = checked[1].splitlines()
-    assert head.split() == ["machine", "ComfyUI", "torch", "Featherweight", "GPU", "free", "memory", "can", "run", "it"]
+    assert head.split() == [
+        "machine",
+        "ComfyUI",
+        "torch",
+        "Featherweight",
+        "GPU",
+        "free",
+        "memory",
+        "can",
+        "run",
+        "it",
+    ]
     versions = r"\d+\.\d+\.\d+\s+\d+\.\d+\.\d+\S*\s+\d+\.\d+\.\d+"
     for name in ("desk", "attic"):
-        assert sum(bool(re.fullmatch(rf"{name}\s+{versions}\s+none\s+[\d.]+ GB RAM\s+no", line)) for line in lines) == 1
+        assert (
+            sum(
+                bool(re.fullmatch(rf"{name}\s+{versions}\s+none\s+[\d.]+ GB RAM\s+no", line))
+                for line in lines
+            )
+            == 1
+        )
     assert lines[-1] == "0 of 2 machines can run it."
 
 
 @pytest.mark.heavy
 def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
-    """Older Rays hide them from a process that takes none for itself, as this variable of the machine does."""
+    """Older Rays hide them from a process that takes none for itself, as this variable of the
+    machine does."""
     class Seeing(Checker):
         def __init__(self, *_):
             self.seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
@@ -80,7 +111,9 @@ def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
     try:
         seen = []
         for has_gpus in (True, False):
-            machines = {cluster.nodes["cellar"].node_id: (machine := MachineReport("cellar", NEWER))}
+            machines = {
+                cluster.nodes["cellar"].node_id: (machine := MachineReport("cellar", NEWER))
+            }
             check_machines(machines, {}, [], "", has_gpus)
             seen += machine.problems
         assert seen == ["all", ""]
@@ -106,16 +139,23 @@ def test_a_machine_of_other_versions_is_left_out():
     expected = majority_versions([older, NEWER, NEWER])
     assert expected == NEWER
     shelf = MachineReport("shelf", older, version_difference(older, expected))
-    assert shelf.sentences() == ["shelf has ComfyUI 0.24.0 where the others have 0.30.0: it takes no part."]
+    assert shelf.sentences() == [
+        "shelf has ComfyUI 0.24.0 where the others have 0.30.0: it takes no part."
+    ]
     assert not shelf.can_run()
-    for alike in ({**NEWER, "torch": "2.13.0+cu130"}, {**NEWER, "Featherweight": ""}):  # another build; nothing known
+    # another build; nothing known
+    for alike in ({**NEWER, "torch": "2.13.0+cu130"}, {**NEWER, "Featherweight": ""}):
         assert version_difference(alike, expected) == ""
     assert majority_versions([older, {**NEWER, "torch": "2.13.0+cu130"}, NEWER]) == NEWER
 
 
 def test_of_as_many_machines_of_two_versions_those_like_the_one_that_asks_are_taken():
     older = {**NEWER, "ComfyUI": "0.24.0"}
-    assert majority_versions([older, NEWER], NEWER) == majority_versions([NEWER, older], NEWER) == NEWER
+    assert (
+        majority_versions([older, NEWER], NEWER)
+        == majority_versions([NEWER, older], NEWER)
+        == NEWER
+    )
     assert majority_versions([older, NEWER], older) == older
     assert majority_versions([]) == {}
 
@@ -131,18 +171,32 @@ def test_where_all_can_run_it_that_is_said():
 
 
 def test_of_many_problems_some_are_said_and_the_rest_counted():
-    sentences = MachineReport("attic", NEWER, problems=[f"has no file '{index}.gguf'." for index in range(25)]).sentences()
-    assert len(sentences) == preflight.MAX_PROBLEMS + 1 and sentences[-1] == "attic has 15 more problems."
+    sentences = MachineReport("attic", NEWER,
+                              problems=[f"has no file '{index}.gguf'." for index in range(25)
+                                        ]).sentences()
+    assert (
+        len(sentences) == preflight.MAX_PROBLEMS + 1
+        and sentences[-1] == "attic has 15 more problems."
+    )
 
 
 def test_what_is_asked_is_the_workflow_with_each_file_that_rows_name():
-    graph = {"1": {"class_type": "Load", "inputs": {"name": "a.gguf", "lora": "a.safetensors", "strength": 1.0}},
-             "2": {"class_type": "Text", "inputs": {"text": "a house", "model": ["1", 0]}}}
-    rows = [{"1.name": "b.gguf", "2.text": "a red house"}, {"1.name": "c.gguf", "9.name": "d.gguf"}, {"1.name": "b.gguf"}]
+    graph = {
+        "1": {
+            "class_type": "Load",
+            "inputs": {"name": "a.gguf", "lora": "a.safetensors", "strength": 1.0}
+        }, "2": {"class_type": "Text", "inputs": {"text": "a house", "model": ["1", 0]}}
+    }
+    rows = [{"1.name": "b.gguf", "2.text": "a red house"}, {"1.name": "c.gguf", "9.name": "d.gguf"},
+            {"1.name": "b.gguf"}]
 
     assert file_changes(graph, []) == [{}] == file_changes(graph, [{"2.text": "a tree"}])
     assert file_changes(graph, rows) == [{"1.name": "b.gguf"}, {"1.name": "c.gguf"}]
-    assert file_changes(graph, [*rows, {"2.text": "a tree"}]) == [{}, {"1.name": "b.gguf"}, {"1.name": "c.gguf"}]
+    assert file_changes(graph, [*rows, {"2.text": "a tree"}]) == [
+        {},
+        {"1.name": "b.gguf"},
+        {"1.name": "c.gguf"},
+    ]
     lora = {"1.lora": "x.safetensors"}
     assert file_changes(graph, [{"1.name": name, **lora} for name in ("b.gguf", "c.gguf")]) == [
         {"1.name": "b.gguf", **lora}, {"1.name": "c.gguf", **lora}]

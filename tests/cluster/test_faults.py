@@ -1,6 +1,8 @@
-"""What is killed in the midst of a batch costs time and nothing else: workers, machines, the batch itself.
+"""What is killed in the midst of a batch costs time and nothing else: workers, machines, the batch
+itself.
 
-Quick: a painter in ComfyUI's place. Heavy: twenty faults at random moments, with it and with the real one.
+Quick: a painter in ComfyUI's place. Heavy: twenty faults at random moments, with it and with the
+real one.
 """
 import collections
 import contextlib
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from devtools.host import server
 from featherweight.cluster.graph import apply_changes
 
@@ -42,20 +45,40 @@ def kill(pid: int):
 
 
 class Broken:
-    """A batch in a process of its own, and what breaks it. lost: how many rows may have been in flight when something ended."""
+    """A batch in a process of its own, and what breaks it. lost: how many rows may have been in
+    flight when something ended."""
 
-    def __init__(self, cluster, folder: Path, rows: list[dict], graph: dict, is_painted: bool, draws):
-        self.cluster, self.folder, self.rows, self.graph, self.draws = cluster, folder, rows, graph, draws
-        self.out, self.log, self.is_painted, self.lost = folder / "out", folder / "log", is_painted, 0
+    def __init__(self, cluster, folder: Path, rows: list[dict], graph: dict, is_painted: bool,
+                 draws):
+        self.cluster, self.folder, self.rows, self.graph, self.draws = (
+            cluster,
+            folder,
+            rows,
+            graph,
+            draws,
+        )
+        self.out, self.log, self.is_painted, self.lost = (
+            folder / "out",
+            folder / "log",
+            is_painted,
+            0,
+        )
         (folder / "workflow.json").write_text(json.dumps(graph), encoding="utf-8")
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows),
+                                           encoding="utf-8")
 
     def start(self, **variables: str):
-        command = [sys.executable, str(DRIVER), *(str(self.folder / name) for name in ("workflow.json", "rows.jsonl", "out")),
-                   self.cluster.address if self.cluster else "local", str(self.log), *["--painted"] * self.is_painted]
+        command = [
+            sys.executable,
+            str(DRIVER),
+            *(str(self.folder / name) for name in ("workflow.json", "rows.jsonl", "out")),
+            self.cluster.address if self.cluster else "local",
+            str(self.log), *["--painted"] * self.is_painted
+        ]
         with open(self.folder / "said", "ab") as said:
-            self.process = subprocess.Popen(command, stdout=said, stderr=said, cwd=self.folder, env={
-                **os.environ, **QUIET, "COMFYUI_PATH": str(server.HOST), **variables})
+            self.process = subprocess.Popen(
+                command, stdout=said, stderr=said, cwd=self.folder,
+                env={**os.environ, **QUIET, "COMFYUI_PATH": str(server.HOST), **variables})
 
     def said(self) -> str:
         return (self.folder / "said").read_text(encoding="utf-8")
@@ -75,8 +98,10 @@ class Broken:
         found = []
         for node in self.cluster.nodes.values():
             with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-                found += [process for process in psutil.Process(raylet(node)).children(recursive=True)
-                          if "Renderer" in process.cmdline()[0]]
+                found += [
+                    process for process in psutil.Process(raylet(node)).children(recursive=True)
+                    if "Renderer" in process.cmdline()[0]
+                ]
         return found
 
     def kill_worker(self, chance: random.Random):
@@ -117,10 +142,15 @@ class Broken:
 
     def check(self):
         """Every row once and right, nothing else, and no more drawn twice than was in flight."""
-        names = {f"{row['id']}{end}" for row in self.rows for end in (".json", "_1_0.png" if self.is_painted else "_9_0.png")}
+        names = {
+            f"{row['id']}{end}" for row in self.rows
+            for end in (".json", "_1_0.png" if self.is_painted else "_9_0.png")
+        }
         assert set(os.listdir(self.out)) == names
         for row in self.rows:
-            assert (self.out / f"{row['id']}_{'1' if self.is_painted else '9'}_0.png").read_bytes() == self.draws(row), row
+            assert (
+                self.out / f"{row['id']}_{'1' if self.is_painted else '9'}_0.png"
+            ).read_bytes() == self.draws(row), row
         counts = collections.Counter(line.split()[0] for line in self.log.read_text().splitlines())
         assert len(self.rows) <= counts["begins"] <= len(self.rows) + self.lost
 
@@ -131,11 +161,14 @@ def raylet(node) -> int:
 
 def batch_on(cluster, folder: Path, count: int, is_painted: bool, plain=None) -> Broken:
     graph = PAINT if is_painted else workflow()
-    rows = [{"id": f"{index:04}", **({"1.text": changes(index)["4.text"], "1.seed": index} if is_painted else changes(index))}
-            for index in range(count)]
+    rows = [{
+        "id": f"{index:04}",
+        **({"1.text": changes(index)["4.text"], "1.seed": index} if is_painted else changes(index))
+    } for index in range(count)]
 
     def draws(row):
-        asked = apply_changes(graph, {place: value for place, value in row.items() if place != "id"})
+        asked = apply_changes(graph,
+                              {place: value for place, value in row.items() if place != "id"})
         return painted(asked) if is_painted else plain(asked)
 
     return Broken(cluster, folder, rows, graph, is_painted, draws)
@@ -201,7 +234,8 @@ def nodes(count: int, bases: dict, folder: Path, late: int = 0):
     """That many machines, the last `late` of them not yet started."""
     first = next(iter(bases.values()))
     names = [f"node{index}" for index in range(count)]
-    with running(dict.fromkeys(names, first), folder, connect=False, started=names[:count - late]) as found:
+    with running(dict.fromkeys(names, first), folder, connect=False,
+                 started=names[:count - late]) as found:
         yield found
 
 
@@ -214,7 +248,7 @@ def test_twenty_faults_at_random_moments(count, is_painted, bases, plain, ray_fo
         found = batch_on(cluster, tmp_path, 1000 if is_painted else 80, is_painted, plain)
         found.start()
         try:
-            for index in range(20):
+            for _ in range(20):
                 found.more(chance.randrange(3))
                 time.sleep(chance.random() * 2)
                 if found.ended():  # all are drawn: begin anew
@@ -229,7 +263,8 @@ def test_twenty_faults_at_random_moments(count, is_painted, bases, plain, ray_fo
 
 
 @pytest.mark.heavy
-def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(bases, plain, ray_folder, tmp_path):
+def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(bases, plain, ray_folder,
+                                                                    tmp_path):
     with nodes(3, bases, ray_folder, late=1) as cluster:
         found = batch_on(cluster, tmp_path, 60, False, plain)
         found.start()
@@ -245,4 +280,7 @@ def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(bases, plain
         finally:
             kill(found.process.pid)
         found.check()
-        assert {json.loads(path.read_text())["worker"].split(":")[0] for path in found.out.glob("*.json")} >= {"node0", "node2"}
+        assert {
+            json.loads(path.read_text())["worker"].split(":")[0]
+            for path in found.out.glob("*.json")
+        } >= {"node0", "node2"}

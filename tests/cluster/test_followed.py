@@ -1,4 +1,5 @@
-"""docs/machines.md followed on two machines, each with an installation of its own and the pack at another path in it."""
+"""docs/machines.md followed on two machines, each with an installation of its own and the pack at
+another path in it."""
 import json
 import os
 import re
@@ -7,21 +8,27 @@ import subprocess
 import sys
 
 import pytest
+
 from devtools import ROOT
 from devtools.cluster import QUIET
 from devtools.files import demo_files
 from devtools.host import server
 
 PAGE = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
-LOOK, DRAW, *_ = re.findall(r"^python (custom_nodes/ComfyUI-Featherweight/batch\.py [^\n]*)$", PAGE, re.M)
-OWN = ("models", "output", "temp", "input", "user", "custom_nodes")  # folders that each installation has for itself
-NOT_INSTALLED = shutil.ignore_patterns(".*", "__pycache__", "tests", "demo_model", "media", "example_workflows")
+LOOK, DRAW, *_ = re.findall(r"^python (custom_nodes/ComfyUI-Featherweight/batch\.py [^\n]*)$", PAGE,
+                            re.M)
+# folders that each installation has for itself
+OWN = ("models", "output", "temp", "input", "user", "custom_nodes")
+NOT_INSTALLED = shutil.ignore_patterns(".*", "__pycache__", "tests", "demo_model", "media",
+                                       "example_workflows")
 
 
 def install(folder, pack: str):
     """A ComfyUI with this pack under a name, without models."""
-    shutil.copytree(server.HOST, folder, ignore=lambda path, names: {"__pycache__", ".git", "tests", "tests-unit"} | (
-        {*OWN} if os.path.samefile(path, server.HOST) else set()))
+    shutil.copytree(
+        server.HOST, folder,
+        ignore=lambda path, names: {"__pycache__", ".git", "tests", "tests-unit"} |
+        ({*OWN} if os.path.samefile(path, server.HOST) else set()))
     for name in OWN:
         (folder / name).mkdir()
     shutil.copytree(ROOT, folder / "custom_nodes" / pack, ignore=NOT_INSTALLED)
@@ -29,7 +36,8 @@ def install(folder, pack: str):
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory, ray_folder):
-    """(folder of the first ComfyUI, what the commands ended with and said). Models are copied after the first."""
+    """(folder of the first ComfyUI, what the commands ended with and said). Models are copied after
+    the first."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -46,12 +54,15 @@ def followed(tmp_path_factory, ray_folder):
         patch.delenv("COMFYUI_PATH", raising=False)
         cluster = Cluster()
         try:
-            for name, folder in (("desk", desk), ("attic", attic)):  # as `cd ComfyUI; ray start`, which refuses 127.0.0.1
-                cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=150 << 20,
-                                 include_dashboard=False, env_vars={"PWD": str(folder), "FEATHERWEIGHT_MACHINE": name})
+            # as `cd ComfyUI; ray start`, which refuses 127.0.0.1
+            for name, folder in (("desk", desk), ("attic", attic)):
+                cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1",
+                                 object_store_memory=150 << 20, include_dashboard=False,
+                                 env_vars={"PWD": str(folder), "FEATHERWEIGHT_MACHINE": name})
             for command in (LOOK, LOOK, DRAW, DRAW):
-                ended = subprocess.run([sys.executable, *command.split()], cwd=desk, capture_output=True, text=True,
-                                       timeout=900, env={**os.environ, "RAY_ADDRESS": cluster.address})
+                ended = subprocess.run([sys.executable, *command.split()], cwd=desk,
+                                       capture_output=True, text=True, timeout=900,
+                                       env={**os.environ, "RAY_ADDRESS": cluster.address})
                 said.append((ended.returncode, ended.stdout))
                 assert not ended.returncode or len(said) == 1, ended.stdout + ended.stderr
                 shutil.copytree(desk / "models", attic / "models", dirs_exist_ok=True)
@@ -66,14 +77,21 @@ def test_the_look_names_what_the_second_lacks_until_it_has_it(followed):
     assert (code, again) == (1, 0)
     assert re.search(r"^desk .* yes$", said, re.M) and re.search(r"^attic .* no$", said, re.M)
     assert re.search(r"^attic has no file 'featherweight_demo\S*' \(\d+\.\w+\)", said, re.M)
-    assert said.endswith("1 of 2 machines can run it.\n") and then.endswith("All 2 machines can run it.\n")
+    assert said.endswith("1 of 2 machines can run it.\n") and then.endswith(
+        "All 2 machines can run it.\n"
+    )
 
 
 @pytest.mark.heavy
 def test_both_draw_every_row_once_and_again_draws_nothing(followed):
     desk, [*_, (_, drawn), (_, again)] = followed
-    rows = [json.loads(line)["id"] for line in (desk / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    records = {path.stem: json.loads(path.read_text()) for path in (desk / "pictures").glob("*.json")}
+    rows = [
+        json.loads(line)["id"]
+        for line in (desk / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    records = {
+        path.stem: json.loads(path.read_text()) for path in (desk / "pictures").glob("*.json")
+    }
     assert sorted(records) == sorted(rows)
     assert {record["worker"].split(":")[0] for record in records.values()} == {"desk", "attic"}
     assert f"{len(rows)} drawn" in drawn and f"0 drawn, {len(rows)} there before" in again

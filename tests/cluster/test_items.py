@@ -1,16 +1,18 @@
-"""What differs from item to item, how many workers there are, and what comes together: without Ray."""
+"""What differs from item to item, how many workers there are, and what comes together: without
+Ray."""
 import types
 
 import numpy
 import psutil
 import pytest
+
 from devtools.files import demo_files
 from featherweight.cluster.actor_pool import Share
-from featherweight.cluster.driver import plan
-from featherweight.cluster.image_collector import ImageCollector
-from featherweight.cluster.graph import GraphError, with_result
-from featherweight.cluster.run_variants import make_variants, nodes_affected
 from featherweight.cluster.comfyui_install import MachineError, worker_arguments
+from featherweight.cluster.driver import plan
+from featherweight.cluster.graph import GraphError, with_result
+from featherweight.cluster.image_collector import ImageCollector
+from featherweight.cluster.run_variants import make_variants, nodes_affected
 
 
 def part(**nodes) -> dict:
@@ -20,9 +22,11 @@ def part(**nodes) -> dict:
 SAMPLED = part(
     model=("Load", {"model_name": demo_files.MODELS["Q4_K"]}),
     good=("CLIPTextEncode", {"text": "a house"}), bad=("CLIPTextEncode", {"text": "a blur"}),
-    control=("ControlNetApply", {"positive": ["good", 0], "negative": ["bad", 0]}),
-    sampler=("KSampler", {"seed": 7, "model": ["model", 0], "positive": ["control", 0], "negative": ["control", 1]}),
-    decode=("VAEDecode", {"samples": ["sampler", 0]}))
+    control=("ControlNetApply", {"positive": ["good", 0],
+                                 "negative": ["bad", 0]}), sampler=("KSampler", {
+                                     "seed": 7, "model": ["model", 0], "positive": ["control", 0],
+                                     "negative": ["control", 1]
+                                 }), decode=("VAEDecode", {"samples": ["sampler", 0]}))
 
 
 def test_seeds_count_up_and_begin_again_behind_the_largest():
@@ -42,7 +46,9 @@ def test_lines_go_to_the_prompt_and_never_to_the_negative_one():
     assert make_variants(SAMPLED, 3, "a tree\n\n a palm \n") == [
         {"sampler.seed": 7, "good.text": "a tree"}, {"sampler.seed": 8, "good.text": "a palm"},
         {"sampler.seed": 9, "good.text": "a tree"}]
-    shared = SAMPLED | part(control=("ControlNetApply", {"positive": ["good", 0], "negative": ["good", 0]}))
+    shared = SAMPLED | part(
+        control=("ControlNetApply", {"positive": ["good", 0], "negative": ["good", 0]})
+    )
     del shared["bad"]
     assert make_variants(shared, 1, "a tree")[0]["good.text"] == "a tree"
 
@@ -52,8 +58,13 @@ def test_lines_go_where_the_mark_is_if_it_is_anywhere():
     assert make_variants(marked, 1, "tree") == [{"sampler.seed": 7, "bad.text": "no tree, no tree"}]
 
 
-@pytest.mark.parametrize("more, said", [
-    (part(other=("CLIPTextEncode", {"text": "b"})), "2 nodes"), (part(good=("Load", {}), bad=("Load", {})), "no nodes")])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (part(other=("CLIPTextEncode", {"text": "b"})), "2 nodes"),
+        (part(good=("Load", {}), bad=("Load", {})), "no nodes"),
+    ],
+)
 def test_lines_that_have_no_place_or_several_are_refused(more, said):
     with pytest.raises(GraphError, match=f"{said} before it have a prompt: write %text%"):
         make_variants(SAMPLED | more, 2, "a tree")
@@ -61,11 +72,16 @@ def test_lines_that_have_no_place_or_several_are_refused(more, said):
 
 def test_what_varies_is_what_the_changes_reach():
     assert nodes_affected(SAMPLED, make_variants(SAMPLED, 2)) == {"sampler", "decode"}
-    assert nodes_affected(SAMPLED, make_variants(SAMPLED, 2, "a\nb")) == {"good", "control", "sampler", "decode"}
+    assert nodes_affected(SAMPLED, make_variants(SAMPLED, 2, "a\nb")) == {
+        "good",
+        "control",
+        "sampler",
+        "decode",
+    }
     assert nodes_affected(SAMPLED, make_variants(SAMPLED, 1)) == set(SAMPLED)
 
 
-@pytest.mark.parametrize("machines, workers, on_cpu, count, share", [
+@pytest.mark.parametrize(("machines", "workers", "on_cpu", "count", "share"), [
     ([{"CPU": 16, "GPU": 2}], 0, False, 2, Share(8, 1)),
     ([{"CPU": 16, "GPU": 2}, {"CPU": 6, "GPU": 1}, {"CPU": 64}], 0, False, 3, Share(6, 1)),
     ([{"CPU": 2, "GPU": 4}], 3, False, 3, Share(0.5, 1)),
@@ -82,17 +98,33 @@ def test_a_worker_for_each_gpu_or_else_for_each_machine(machines, workers, on_cp
 
 def test_the_node_for_the_result_takes_no_other_nodes_place():
     graph = with_result(part(result=("Load", {}), result_=("Load", {})), ["result", 0])
-    assert graph["result"]["class_type"] == graph["result_"]["class_type"] == "Load" and len(graph) == 3
+    assert (
+        graph["result"]["class_type"] == graph["result_"]["class_type"] == "Load"
+        and len(graph) == 3
+    )
 
 
 def test_workers_of_this_machine_have_its_arguments_without_the_servers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = ["--listen", "--port", "8188", "--base-directory", "base", "--cuda-device", "1", "--lowvram", "--reserve-vram", "2",
-             "--extra-model-paths-config", "a.yaml", "/b.yaml", "--extra-model-paths-config", "c.yaml",
-             "--output-directory", "out", "--verbose", "DEBUG", "--fast", "fp16_accumulation"]
+    given = [
+        "--listen", "--port", "8188", "--base-directory", "base", "--cuda-device", "1", "--lowvram",
+        "--reserve-vram", "2", "--extra-model-paths-config", "a.yaml", "/b.yaml",
+        "--extra-model-paths-config", "c.yaml", "--output-directory", "out", "--verbose", "DEBUG",
+        "--fast", "fp16_accumulation"
+    ]
     assert worker_arguments(given) == [
-        "--base-directory", str(tmp_path / "base"), "--extra-model-paths-config", str(tmp_path / "a.yaml"), "/b.yaml",
-        str(tmp_path / "c.yaml"), "--lowvram", "--reserve-vram", "2", "--fast", "fp16_accumulation"]
+        "--base-directory",
+        str(tmp_path / "base"),
+        "--extra-model-paths-config",
+        str(tmp_path / "a.yaml"),
+        "/b.yaml",
+        str(tmp_path / "c.yaml"),
+        "--lowvram",
+        "--reserve-vram",
+        "2",
+        "--fast",
+        "fp16_accumulation",
+    ]
 
 
 def tell(gathering, item, event, value=None):
@@ -101,8 +133,11 @@ def tell(gathering, item, event, value=None):
 
 def give(gathering, item, pictures):
     for index, image in enumerate(pictures):
-        gathering.tell({"item": item, "event": "image", "index": index, "of": len(pictures), "shape": list(image.shape)},
-                       image.tobytes())
+        gathering.tell(
+            {
+                "item": item, "event": "image", "index": index, "of": len(pictures), "shape": list(
+                    image.shape)
+            }, image.tobytes())
 
 
 def pictures(value=0.0, width=4, height=2, count=1):
@@ -151,21 +186,27 @@ def test_items_with_other_numbers_of_pictures_keep_their_order():
 
 
 def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1_000_000_000))
-    with pytest.raises(GraphError, match="10000 items of 256 x 512 take 15.7 GB of memory here, and 1.0 GB are free"):
+    monkeypatch.setattr(psutil, "virtual_memory",
+                        lambda: types.SimpleNamespace(available=1_000_000_000))
+    with pytest.raises(
+            GraphError,
+            match="10000 items of 256 x 512 take 15.7 GB of memory here, and 1.0 GB are free"):
         give(ImageCollector(10_000, ()), 0, pictures(width=256, height=512))
 
 
 def test_pictures_of_other_sizes_are_refused_in_a_sentence():
     gathering = ImageCollector(3, ())
     give(gathering, 1, pictures())
-    with pytest.raises(GraphError, match="Item 3 of 3 is 5 x 2, item 2 is 4 x 2: pictures of one run have one size"):
+    with pytest.raises(
+            GraphError,
+            match="Item 3 of 3 is 5 x 2, item 2 is 4 x 2: pictures of one run have one size"):
         give(gathering, 2, pictures(width=5))
 
 
-@pytest.mark.parametrize("event, value, error, message", [
+@pytest.mark.parametrize(("event", "value", "error", "message"), [
     ("failed", "node 7 (KSampler) has no such sampler.", GraphError, "Item 2 of 3 failed: node 7"),
-    ("unfit", "attic: has no file 'x.gguf'.", MachineError, "Item 2 of 3 cannot be drawn on attic: has no file")])
+    ("unfit", "attic: has no file 'x.gguf'.", MachineError, "Item 2 of 3 cannot be drawn on attic:"
+                                                            " has no file")])
 def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(event, value, error, message):
     with pytest.raises(error, match=message):
         tell(ImageCollector(3, ()), 1, event, value)
@@ -174,15 +215,31 @@ def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(event, value, err
 IMAGE = {"event": "image", "item": 0, "index": 0, "of": 1, "shape": [2, 4, 3]}
 
 
-@pytest.mark.parametrize("header", [
-    {}, {"event": "lost"}, {"event": "lost", "item": 3}, {"event": "lost", "item": -1}, {"event": "begins", "item": 0},
-    {"event": "unknown", "item": 0}, {"event": "workers", "value": "x"}, {"event": "progress", "item": 0, "value": ["n", 1]},
-    {"event": "progress", "item": 0, "value": ["n", float("nan"), 2]}, {"event": "progress", "item": 0, "value": [["n"], 1, 2]},
-    {**IMAGE, "index": 1}, {**IMAGE, "of": 0}, {**IMAGE, "shape": [2, 4]}, {**IMAGE, "shape": [2, 5, 3]},
-    {**IMAGE, "shape": [-2, -4, 3]}, {**IMAGE, "shape": [2.0, 4, 3]}])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"event": "lost"},
+        {"event": "lost", "item": 3},
+        {"event": "lost", "item": -1},
+        {"event": "begins", "item": 0},
+        {"event": "unknown", "item": 0},
+        {"event": "workers", "value": "x"},
+        {"event": "progress", "item": 0, "value": ["n", 1]},
+        {"event": "progress", "item": 0, "value": ["n", float("nan"), 2]},
+        {"event": "progress", "item": 0, "value": [["n"], 1, 2]},
+        {**IMAGE, "index": 1},
+        {**IMAGE, "of": 0},
+        {**IMAGE, "shape": [2, 4]},
+        {**IMAGE, "shape": [2, 5, 3]},
+        {**IMAGE, "shape": [-2, -4, 3]},
+        {**IMAGE, "shape": [2.0, 4, 3]},
+    ],
+)
 def test_what_is_no_event_is_one_sentence(header):
     gathering = ImageCollector(3, {"n"})
     gathering.tell(IMAGE, bytes(96))
-    with pytest.raises(MachineError, match="Ray's driver sent an event that cannot be read: .* Run again"):
+    with pytest.raises(MachineError,
+                       match="Ray's driver sent an event that cannot be read: .* Run again"):
         gathering.tell(header, bytes(96))
     assert gathering.progress() == (1, 3) and gathering.done == {0}

@@ -1,4 +1,5 @@
-"""How a program comes to Ray: a Ray of its own that nobody else reaches, and what is said where a cluster refuses it."""
+"""How a program comes to Ray: a Ray of its own that nobody else reaches, and what is said where a
+cluster refuses it."""
 import contextlib
 import json
 import os
@@ -11,12 +12,18 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+from process_tree import has, listening
+
 from devtools import ROOT
 from devtools.cluster import QUIET, workflow
 from featherweight.cluster import batch, ray_connection
-from featherweight.cluster.ray_connection import CLUSTER, is_cluster_raylet, connect, resolve_address
 from featherweight.cluster.comfyui_install import MachineError
-from process_tree import has, listening
+from featherweight.cluster.ray_connection import (
+    CLUSTER,
+    connect,
+    is_cluster_raylet,
+    resolve_address,
+)
 
 ray = pytest.importorskip("ray")
 PATIENCE = 120  # seconds, on a machine that has much else to do
@@ -49,8 +56,9 @@ def surroundings(folder, home, **variables) -> dict[str, str]:
 @contextlib.contextmanager
 def alone(environment, address="local"):
     """A program with a Ray of its own, or in a cluster: what it says first."""
-    process = subprocess.Popen([sys.executable, "-c", LOCAL, str(ROOT), address], env=environment, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOCAL, str(ROOT), address], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -60,14 +68,18 @@ def alone(environment, address="local"):
 
 @pytest.fixture(scope="module")
 def command(ray_folder, tmp_path_factory):
-    """batch.py on this computer alone, told to end when a worker draws: (addresses, its home, status, words)."""
+    """batch.py on this computer alone, told to end when a worker draws: (addresses, its home,
+    status, words)."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "workflow.json").write_text(json.dumps(workflow()), encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"id": "a", "7.seed": 1}\n', encoding="utf-8")
-    process = psutil.Popen(
-        [sys.executable, str(ROOT / "batch.py"), *(str(folder / name) for name in ("workflow.json", "rows.jsonl", "out")),
-         "--gpus", "0", "--cpus", "1", "--address", "local"],
-        env=surroundings(ray_folder, folder / "home"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = psutil.Popen([
+        sys.executable,
+        str(ROOT / "batch.py"), *(str(folder / name)
+                                  for name in ("workflow.json", "rows.jsonl", "out")), "--gpus",
+        "0", "--cpus", "1", "--address", "local"
+    ], env=surroundings(ray_folder, folder / "home"), stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)
     try:
         end = time.monotonic() + PATIENCE
         while not has(process, "RowRenderer"):
@@ -113,8 +125,15 @@ class Process:
         self.name, self.environ = lambda: name, lambda: environment
 
 
-@pytest.mark.parametrize("name, environment, found", [
-    ("raylet", {}, True), ("raylet.exe", {CLUSTER: "1"}, True), ("raylet", {CLUSTER: "0"}, False), ("python", {}, False)])
+@pytest.mark.parametrize(
+    ("name", "environment", "found"),
+    [
+        ("raylet", {}, True),
+        ("raylet.exe", {CLUSTER: "1"}, True),
+        ("raylet", {CLUSTER: "0"}, False),
+        ("python", {}, False),
+    ],
+)
 def test_a_cluster_is_told_from_a_ray_that_a_program_has_alone(name, environment, found):
     assert is_cluster_raylet(Process(name, environment)) is found
 
@@ -130,20 +149,24 @@ def test_a_machine_without_a_cluster_gets_a_ray_of_its_own(monkeypatch):
     assert resolve_address("auto") == "head:6379"
 
 
-@pytest.mark.parametrize("address, said", [
+@pytest.mark.parametrize(("address", "said"), [
     ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1 "), ("head", "head is not the address")])
 def test_an_address_where_no_cluster_is_says_so(address, said):
     with pytest.raises(MachineError, match=said):
         connect(address)
 
 
-@pytest.mark.parametrize("error, said", [
-    (RuntimeError("Version mismatch: the cluster has\n    Ray: 2.59.0"), "Version mismatch: the cluster has Ray: 2.59.0"),
+@pytest.mark.parametrize(("error", "said"), [
+    (RuntimeError("Version mismatch: the cluster has\n    Ray: 2.59.0"), "Version mismatch: the"
+                                                                         " cluster has Ray:"
+                                                                         " 2.59.0"),
     (ConnectionError(), "ConnectionError"), (ray.exceptions.RayError("no token."), "no token")])
 def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, said, monkeypatch):
     monkeypatch.setattr(batch, "is_joined", lambda: False)
     monkeypatch.setattr(batch, "resolve_address", lambda address: "auto")
     monkeypatch.setattr(ray_connection, "_check_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", Mock(side_effect=error))
-    with pytest.raises(MachineError, match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):
+    with pytest.raises(
+            MachineError,
+            match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):
         batch.Batch({}, "", "").connect()

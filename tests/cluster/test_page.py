@@ -1,10 +1,12 @@
-"""docs/machines.md: its commands, sentences and figures are those of the code, of Ray and of its own formula."""
+"""docs/machines.md: its commands, sentences and figures are those of the code, of Ray and of its
+own formula."""
 import re
 
 import pytest
+
 from devtools import ROOT
-from featherweight.cluster.preflight import MachineReport, report
 from featherweight.cluster.comfyui_install import installed_versions
+from featherweight.cluster.preflight import MachineReport, report
 
 PAGE = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
 GPUS, PROMPTS, SECONDS, SHARE, MODEL = 1000, 10 ** 6, 10, 0.94, 6.8e9
@@ -27,7 +29,8 @@ def test_what_it_costs_follows_from_its_formula():
     assert "T = boot + file / bandwidth + N · t / (W · e)" in PAGE
     drawing = PROMPTS * SECONDS / GPUS
     assert cell("drawing") == f"{drawing / SHARE / 3600:.1f} h ({drawing / 3600:.1f} h at e = 1)"
-    assert cell("work").startswith(f"{PROMPTS * SECONDS / SHARE / 3600:.0f}".replace("2955", "2 955") + " GPU hours")
+    assert cell("work").startswith(
+        f"{PROMPTS * SECONDS / SHARE / 3600:.0f}".replace("2955", "2 955") + " GPU hours")
     assert cell("boots of").startswith(f"{GPUS * 10 / 3600:.1f} GPU hours")
     assert cell("a 6.8 GB model to one") == f"{MODEL * 8 / 1e9:.0f} s"
     assert cell("the same to 1 000 machines").startswith(f"{GPUS * MODEL * 8 / 10e9 / 3600:.1f} h")
@@ -37,22 +40,32 @@ def test_ray_has_the_commands_and_options_that_the_page_gives():
     pytest.importorskip("ray")
     from ray.scripts import scripts
 
-    options = {name for command in (scripts.start, scripts.get_auth_token) for each in command.params for name in each.opts}
+    options = {
+        name for command in (scripts.start, scripts.get_auth_token) for each in command.params
+        for name in each.opts
+    }
     ours = set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) | {"--check", "--shard"}
-    named = set(re.findall(r"`(?:[^`]* )?(--[a-z][\w-]+)", PAGE)) | set(re.findall(r"ray start.*?(--[\w-]+)", PAGE))
-    elsewhere = {"--lowvram", "--base-directory", "--cpu", "--extra-model-paths-config"} | {"--local-dir"}  # ComfyUI's; hf's
+    named = set(re.findall(r"`(?:[^`]* )?(--[a-z][\w-]+)", PAGE)) | set(
+        re.findall(r"ray start.*?(--[\w-]+)", PAGE)
+    )
+    # ComfyUI's; hf's
+    elsewhere = {"--lowvram", "--base-directory", "--cpu", "--extra-model-paths-config"} | {
+        "--local-dir"
+    }
     assert len(named & options) >= 14
     assert named - options - ours - elsewhere == set()
 
 
 def test_the_page_has_a_row_for_each_option_of_the_command():
     source = (ROOT / "batch.py").read_text(encoding="utf-8")
-    options = set(re.findall(r'"(--[\w-]+)"', source)) - {"--fetch-models"}  # which says that it is gone
+    # which says that it is gone
+    options = set(re.findall(r'"(--[\w-]+)"', source)) - {"--fetch-models"}
     assert set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) & options == options
 
 
 def test_the_page_has_the_variables():
-    source = "".join((ROOT / "cluster" / name).read_text(encoding="utf-8") for name in ("comfyui_install.py", "worker.py"))
+    source = "".join((ROOT / "cluster" / name).read_text(encoding="utf-8")
+                     for name in ("comfyui_install.py", "worker.py"))
     for variable in ("COMFYUI_PATH", "COMFYUI_ARGUMENTS", "FEATHERWEIGHT_MACHINE"):
         assert f"`{variable}`" in PAGE and variable in source
 

@@ -1,4 +1,5 @@
-"""The process between ComfyUI and Ray: what is sent, what happens where no Ray answers, and that none is left."""
+"""The process between ComfyUI and Ray: what is sent, what happens where no Ray answers, and that
+none is left."""
 import contextlib
 import io
 import os
@@ -14,14 +15,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from devtools import ROOT
-from featherweight.cluster import messages, driver_pool
-from featherweight.cluster.comfyui_install import MachineError
 from process_tree import has
+
+from devtools import ROOT
+from featherweight.cluster import driver_pool, messages
+from featherweight.cluster.comfyui_install import MachineError
 
 pytest.importorskip("ray")
 PATIENCE = 120  # seconds, on a machine that has much else to do
-# Drivers without Ray: one that joins and does nothing else, and one that ends a run when it is told to.
+# Drivers without Ray: one that joins and does nothing else, and one that ends a run when it is told
+# to.
 DEAF = """
 import sys; sys.path.insert(0, sys.argv.pop())
 from cluster.messages import read, write
@@ -101,7 +104,10 @@ def test_a_message_is_json_and_bytes_and_one_that_is_cut_off_is_none():
     stream = io.BytesIO()
     messages.write(stream, {"op": "run", "graph": {"ü": [1, 2.5, None]}}, memoryview(b"x" * 1000))
     data = stream.getvalue()
-    assert messages.read(io.BytesIO(data)) == ({"op": "run", "graph": {"ü": [1, 2.5, None]}}, b"x" * 1000)
+    assert messages.read(io.BytesIO(data)) == (
+        {"op": "run", "graph": {"ü": [1, 2.5, None]}},
+        b"x" * 1000,
+    )
     assert [messages.read(io.BytesIO(data[:length])) for length in (0, 5, 12, 500)] == [None] * 4
 
 
@@ -111,15 +117,22 @@ def test_a_pickle_is_not_a_message(tmp_path):
             return Path.touch, (tmp_path / "was here",)
 
     data = pickle.dumps(Evil())
-    for stream in (data, struct.pack(">Q", len(data)) + data, messages.LENGTHS.pack(len(data), 0) + data):
+    for stream in (data, struct.pack(">Q", len(data)) + data,
+                   messages.LENGTHS.pack(len(data), 0) + data):
         with contextlib.suppress(messages.MessageError):
             assert messages.read(io.BytesIO(stream)) is None
     assert not (tmp_path / "was here").exists()
 
 
-@pytest.mark.parametrize("head, message", [
-    ((1 << 31, 0), "the header of a message has 2147483648 bytes"), ((0, 1 << 40), "the data of a message has 1099511627776"),
-    ((4, 0), "not valid JSON"), ((2, 0), "not a JSON object")])
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ((1 << 31, 0), "the header of a message has 2147483648 bytes"),
+        ((0, 1 << 40), "the data of a message has 1099511627776"),
+        ((4, 0), "not valid JSON"),
+        ((2, 0), "not a JSON object"),
+    ],
+)
 def test_what_is_too_large_or_no_json_is_refused_before_it_is_read(head, message):
     class Source(io.BytesIO):
         def read(self, size):
@@ -131,7 +144,8 @@ def test_what_is_too_large_or_no_json_is_refused_before_it_is_read(head, message
 
 
 def test_a_value_that_is_no_json_is_refused():
-    with pytest.raises(messages.MessageError, match="a value cannot be sent as JSON: Object of type bytes"):
+    with pytest.raises(messages.MessageError,
+                       match="a value cannot be sent as JSON: Object of type bytes"):
         messages.write(io.BytesIO(), {"graph": b"x"})
 
 
@@ -153,18 +167,24 @@ def test_where_no_ray_answers_is_one_sentence_and_nothing_is_left():
         said.append(refusal(pools[0]))  # by another driver
         assert time.monotonic() - started < PATIENCE
         for address, sentence in zip([*addresses, addresses[0]], said):
-            assert sentence.startswith(f"No Ray cluster answers at {address} ") and "\n" not in sentence
+            assert (
+                sentence.startswith(f"No Ray cluster answers at {address} ")
+                and "\n" not in sentence
+            )
         wait_until(lambda: not new_children(before))
-        assert all(drivers.drivers[True].process.returncode is not None for drivers in pools)  # nothing is left to be reaped
+        # nothing is left to be reaped
+        assert all(drivers.drivers[True].process.returncode is not None for drivers in pools)
 
 
 def test_cancel_works_while_a_driver_joins_and_ends_it():
     with listener() as address:
         before, drivers = children(), driver_pool.DriverPool(address)
         with pytest.raises(Interrupted):
-            drivers.run(True, {"graph": "x" * (1 << 20)}, print, after(0.5))  # more than a pipe takes
+            # more than a pipe takes
+            drivers.run(True, {"graph": "x" * (1 << 20)}, print, after(0.5))
         wait_until(lambda: not new_children(before))
-        wait_until(lambda: not any(thread.name == "Ray's driver" for thread in threading.enumerate()))
+        wait_until(
+            lambda: not any(thread.name == "Ray's driver" for thread in threading.enumerate()))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
@@ -172,8 +192,10 @@ def test_cancel_works_while_a_driver_joins_and_ends_it():
 def test_a_driver_ends_with_a_comfyui_that_is_killed(is_local, ray_folder, tmp_path):
     """While it joins too."""
     with listener() as address:
-        parent = subprocess.Popen([sys.executable, "-c", PARENT, str(ROOT), "" if is_local else address], cwd=tmp_path,
-                                  stdout=subprocess.PIPE, env={**os.environ, "RAY_TMPDIR": str(ray_folder)})
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT,
+             str(ROOT), "" if is_local else address], cwd=tmp_path, stdout=subprocess.PIPE,
+            env={**os.environ, "RAY_TMPDIR": str(ray_folder)})
         parent.stdout.readline()
         if is_local:
             wait_until(lambda: has(psutil.Process(parent.pid), "gcs_server"))
@@ -186,7 +208,8 @@ def test_a_driver_ends_with_a_comfyui_that_is_killed(is_local, ray_folder, tmp_p
 
 
 def test_a_driver_that_ends_is_reported_and_the_next_run_has_another(monkeypatch):
-    """As when the head of its cluster goes: the process that holds the connection ends, and this one does not."""
+    """As when the head of its cluster goes: the process that holds the connection ends, and this
+    one does not."""
     monkeypatch.setattr(driver_pool, "START", DEAF)
     drivers, ended = driver_pool.DriverPool("auto"), []
 
@@ -251,8 +274,15 @@ def test_a_driver_of_this_computer_gets_no_address_and_one_of_the_cluster_the_ow
     monkeypatch.setenv("RAY_ADDRESS", "head:1")
     monkeypatch.setenv("FEATHERWEIGHT_RAY_ADDRESS", "head:6379")
     before = dict(os.environ)
-    local, cluster = driver_pool.driver_environment("", {"COMFYUI_PATH": "x"}), driver_pool.driver_environment("head:6379", {})
-    assert "RAY_ADDRESS" not in local and local["FEATHERWEIGHT_RAY_ADDRESS"] == "" and local["COMFYUI_PATH"] == "x"
+    local, cluster = (
+        driver_pool.driver_environment("", {"COMFYUI_PATH": "x"}),
+        driver_pool.driver_environment("head:6379", {}),
+    )
+    assert (
+        "RAY_ADDRESS" not in local
+        and local["FEATHERWEIGHT_RAY_ADDRESS"] == ""
+        and local["COMFYUI_PATH"] == "x"
+    )
     assert local["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0" and len(local["RAY_AUTH_TOKEN"]) == 64
     assert cluster["FEATHERWEIGHT_RAY_ADDRESS"] == "head:6379" and "RAY_ADDRESS" not in cluster
     assert dict(os.environ) == before

@@ -1,7 +1,9 @@
-"""Items of Run on Ray on workers that only tell: what ComfyUI hears, and what becomes of workers. No Ray is started."""
+"""Items of Run on Ray on workers that only tell: what ComfyUI hears, and what becomes of workers.
+No Ray is started."""
 from types import SimpleNamespace
 
 import pytest
+
 from featherweight.cluster import actor_pool
 from featherweight.cluster.actor_pool import ActorPool, PoolWorker
 from featherweight.cluster.comfyui_install import MachineError
@@ -16,8 +18,8 @@ class Stopped(Exception):
 
 
 class Editor(ActorPool):
-    """Workers, two at most, which tell at once what `tells` gives for an item, (event, data) each. In it None stands for a
-    worker that ends.
+    """Workers, two at most, which tell at once what `tells` gives for an item, (event, data) each.
+    In it None stands for a worker that ends.
 
     unfit: what keeps workers from drawing.
     """
@@ -31,7 +33,8 @@ class Editor(ActorPool):
         self.started += 1
         draw = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.draw))
         actor = SimpleNamespace(draw=draw, cancel=SimpleNamespace(remote=self.cancelled.append))
-        self.members.append(PoolWorker(actor, node, calls={iter([({"name": "desk"}, self.unfit)]): None}))
+        self.members.append(
+            PoolWorker(actor, node, calls={iter([({"name": "desk"}, self.unfit)]): None}))
 
     def draw(self, graph, extra, prompt_id):
         item = graph["7"]["inputs"]["seed"]
@@ -69,7 +72,10 @@ def test_what_workers_tell_of_each_item_is_told_in_its_order(editor):
     found = editor(drawn)
     found.run(5)
     for item in range(5):
-        assert [event for event in found.told if event[0] == item] == [(item, "begins", "desk"), (item, "images", item)]
+        assert [event for event in found.told if event[0] == item] == [
+            (item, "begins", "desk"),
+            (item, "images", item),
+        ]
     assert len(found.told) == 10
 
 
@@ -78,18 +84,28 @@ def test_workers_stay_for_the_next_run_and_no_more_draw_than_are_asked_for(edito
     found.run(4)
     members = list(found.members)
     found.run(4, workers=1)
-    assert found.members == members and found.started == 2 and not any(member.calls for member in members)
+    assert (
+        found.members == members
+        and found.started == 2
+        and not any(member.calls for member in members)
+    )
 
 
 def test_an_item_whose_worker_ends_goes_to_another(editor):
     ends = [None]
     found = editor(lambda item: [("begins", "desk"), ends.pop()] if ends else drawn(item))
     found.run(1)
-    assert found.told == [(0, "begins", "desk"), (0, "lost", None), (0, "begins", "desk"), (0, "images", 0)]
+    assert found.told == [
+        (0, "begins", "desk"),
+        (0, "lost", None),
+        (0, "begins", "desk"),
+        (0, "images", 0),
+    ]
 
 
 def test_an_item_that_always_ends_its_worker_ends_the_run(editor):
-    with pytest.raises(MachineError, match="Item 1 was lost 3 times, as its worker ended each time"):
+    with pytest.raises(MachineError,
+                       match="Item 1 was lost 3 times, as its worker ended each time"):
         editor(lambda item: [None]).run(1)
 
 
@@ -114,8 +130,11 @@ def test_a_worker_that_cannot_draw_is_named_with_an_item_that_waits(editor):
 
 
 def test_a_cancelled_run_frees_its_workers_for_the_next(editor, monkeypatch):
-    found = editor(lambda item: iter(lambda: ("progress", None), 0) if not found.cancelled else drawn(item))
-    monkeypatch.setattr(ray, "wait", lambda calls, num_returns=1, timeout=None: (list(calls) if timeout else [], []))
+    found = editor(lambda item: iter(lambda: ("progress", None), 0)
+                   if not found.cancelled else drawn(item))
+    monkeypatch.setattr(
+        ray, "wait", lambda calls, num_returns=1, timeout=None: (list(calls)
+                                                                 if timeout else [], []))
 
     def check():
         if len(found.begun) == 3:  # two are drawn, one waits

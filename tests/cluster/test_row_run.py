@@ -1,9 +1,11 @@
-"""Rows on workers that only answer: who gets which row, what is begun again, and what is given up. No Ray is started."""
+"""Rows on workers that only answer: who gets which row, what is begun again, and what is given up.
+No Ray is started."""
 import re
 import time
 from types import SimpleNamespace
 
 import pytest
+
 from featherweight.cluster import actor_pool, row_run
 from featherweight.cluster.actor_pool import ActorPool, PoolWorker
 from featherweight.cluster.batch_progress import Progress
@@ -22,9 +24,15 @@ class Cluster(ActorPool):
     """
 
     def __init__(self, answer, nodes=("one", "two"), unfit=(), starts=True):
-        self.answer, self.nodes, self.unfit, self.starts = answer, dict.fromkeys(nodes, 1), dict(unfit), starts
+        self.answer, self.nodes, self.unfit, self.starts = (
+            answer,
+            dict.fromkeys(nodes, 1),
+            dict(unfit),
+            starts,
+        )
         self.free = self.nodes
-        self.share = SimpleNamespace(capacity=lambda: dict(self.nodes), free=lambda: dict(self.free))
+        self.share = SimpleNamespace(capacity=lambda: dict(self.nodes),
+                                     free=lambda: dict(self.free))
         self.members, self.said, self.began, self.started, self.ended = [], [], [], [], 0
 
     def start(self, node):
@@ -44,7 +52,12 @@ class Cluster(ActorPool):
     def render(self, row, node):
         self.began.append((row["id"], node))
         status = self.answer(row["id"], node)
-        return status and {"id": row["id"], "status": status, "message": f"{node} has no file", "worker": f"{node}:1"}
+        return status and {
+            "id": row["id"],
+            "status": status,
+            "message": f"{node} has no file",
+            "worker": f"{node}:1",
+        }
 
     def get(self, call):
         function, given = call.given
@@ -70,7 +83,8 @@ def cluster(monkeypatch):
     """Makes a `Cluster` that stands in Ray's place."""
     def make(*given, **options):
         made = Cluster(*given, **options)
-        monkeypatch.setattr(ray, "wait", lambda calls, num_returns=1, timeout=None: (list(calls), []))
+        monkeypatch.setattr(ray, "wait", lambda calls, num_returns=1, timeout=None:
+                            (list(calls), []))
         monkeypatch.setattr(ray, "get", made.get)
         monkeypatch.setattr(ray, "kill", made.ends)
         return made
@@ -100,7 +114,8 @@ def test_a_row_that_only_one_machine_can_draw_reaches_it(cluster):
     """Each machine lacks something, none everything."""
     able = {"a": "one", "b": "two", "c": "three"}
     for order in ("abc", "cba", "bca"):
-        found = cluster(lambda name, node: "drawn" if able[name] == node else "refused", ("one", "two", "three"))
+        found = cluster(lambda name, node: "drawn"
+                        if able[name] == node else "refused", ("one", "two", "three"))
         assert found.draw(order) == {"drawn": 3}
 
 
@@ -176,12 +191,15 @@ def test_a_machine_whose_comfyui_never_starts_is_given_up(cluster):
     assert any("ended 10 times while ComfyUI started there" in text for text in found.said)
 
 
-@pytest.mark.parametrize("workers, count", [((1, 0), 3), ((1, 2), 2), ((5, 0), 5), ((9, 9), 8)])
+@pytest.mark.parametrize(("workers", "count"), [((1, 0), 3), ((1, 2), 2), ((5, 0), 5), ((9, 9), 8)])
 def test_there_are_as_many_workers_as_rows_and_room_and_as_asked(cluster, workers, count):
     found = cluster(lambda name, node: "drawn")
     found.nodes = {"one": 4, "two": 4}
     assert found.draw("abc", workers) == {"drawn": 3}
-    assert len(found.started) == count and abs(found.started.count("one") - found.started.count("two")) <= 1
+    assert (
+        len(found.started) == count
+        and abs(found.started.count("one") - found.started.count("two")) <= 1
+    )
 
 
 def test_a_machine_that_another_program_uses_comes_last(cluster):

@@ -1,4 +1,5 @@
-"""The node Run on Ray on the real server, with nothing but this machine: what it draws, and what becomes of its workers."""
+"""The node Run on Ray on the real server, with nothing but this machine: what it draws, and what
+becomes of its workers."""
 import io
 import os
 import time
@@ -6,10 +7,11 @@ import time
 import numpy
 import psutil
 import pytest
-from devtools.cluster import MODEL, QUIET, changes, model_paths, workflow
-from devtools.host import server
 from PIL import Image
 from process_tree import has, listening
+
+from devtools.cluster import MODEL, QUIET, changes, model_paths, workflow
+from devtools.host import server
 
 pytest.importorskip("ray")
 COUNT = 4
@@ -24,9 +26,13 @@ NODE_CLASS_MAPPINGS = {"Address": Address}
 
 def on_ray(count=COUNT, seed=1, texts="", steps=2, **inputs):
     graph = workflow(seed=seed, steps=steps, save=False)
-    graph["10"] = {"class_type": "FeatherweightRunOnRay",
-                   "inputs": {"images": ["8", 0], "count": count, "texts": texts, "workers": 2, **inputs}}
-    graph["9"] = {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "ray"}}
+    graph["10"] = {
+        "class_type": "FeatherweightRunOnRay",
+        "inputs": {"images": ["8", 0], "count": count, "texts": texts, "workers": 2, **inputs}
+    }
+    graph["9"] = {
+        "class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "ray"}
+    }
     return graph
 
 
@@ -41,8 +47,8 @@ def pictures(running, graph, **options):
 
 
 def cancelled(running, graph, when) -> tuple[str, float]:
-    """(the server's words for a graph cancelled when a step of it was told and `when(steps)` is true, the share of node 10's
-    steps that were told until then)."""
+    """(the server's words for a graph cancelled when a step of it was told and `when(steps)` is
+    true, the share of node 10's steps that were told until then)."""
     steps, asked, said = [], [], []
 
     def step(node, value, maximum):
@@ -55,7 +61,9 @@ def cancelled(running, graph, when) -> tuple[str, float]:
         running.queue(graph, on_progress=step)
     except server.ServerError as error:
         said.append(str(error))
-    return said[0] if said else "", max(value / (maximum or 1) for node, value, maximum in steps if node == "10")
+    return said[0] if said else "", max(
+        value / (maximum or 1) for node, value, maximum in steps if node == "10"
+    )
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
@@ -77,9 +85,11 @@ def mapped(process: psutil.Process, name: str) -> bool:
 def editor(bases, ray_folder):
     """A server with the desk's models, which a relative path names."""
     base = bases["desk"].parent / "editor"
-    with server.Server(base, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
-            "--preview-method", "latent2rgb", "--extra-model-paths-config",
-            os.path.relpath(model_paths(bases["desk"]), server.HOST)], extra_custom_nodes={"address": ADDRESS}) as running:
+    with server.Server(
+            base, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
+                "--preview-method", "latent2rgb", "--extra-model-paths-config",
+                os.path.relpath(model_paths(bases["desk"]), server.HOST)
+            ], extra_custom_nodes={"address": ADDRESS}) as running:
         yield running
 
 
@@ -89,10 +99,14 @@ def test_this_machine_draws_what_the_graph_gives_once_per_item(editor, plain):
     steps = []
     found, run = pictures(editor, on_ray(texts="\n".join(texts), seed=5, steps=3),
                           on_progress=lambda *step: steps.append(step))
-    assert found == [pixels(plain(workflow(text, 5 + index, steps=3))) for index, text in enumerate(texts)]
+    assert found == [
+        pixels(plain(workflow(text, 5 + index, steps=3))) for index, text in enumerate(texts)
+    ]
     assert [step for step in steps if step[0] == "10"][-1][1:] == (3 * COUNT, 3 * COUNT)
     assert "4 of 4 done" in run.texts["10"][-1]
-    assert run.previews and all(len(Image.open(io.BytesIO(preview)).getcolors(1 << 20)) > 1 for preview in run.previews)
+    assert run.previews and all(
+        len(Image.open(io.BytesIO(preview)).getcolors(1 << 20)) > 1 for preview in run.previews
+    )
     host = psutil.Process(editor.process.pid)
     assert not mapped(host, MODEL)
     assert any(mapped(worker, MODEL) for worker in workers_of(host))
@@ -107,16 +121,20 @@ def test_no_process_of_that_ray_listens_on_a_network(editor):
 
 def test_cancel_frees_the_workers_and_the_next_picture_is_right(editor, plain):
     pids = {worker.pid for worker in workers_of(psutil.Process(editor.process.pid))}
-    said, share = cancelled(editor, on_ray(steps=2000, seed=50), lambda steps: any(value > 3 for _, value, _ in steps))
-    assert "interrupted" in said and share < 0.5  # of 8 000 steps, which take minutes; 0.001 where nothing else runs
+    said, share = cancelled(editor, on_ray(steps=2000, seed=50),
+                            lambda steps: any(value > 3 for _, value, _ in steps))
+    # of 8 000 steps, which take minutes; 0.001 where nothing else runs
+    assert "interrupted" in said and share < 0.5
     found, _ = pictures(editor, on_ray(count=1, seed=60))
     assert found == [pixels(plain(workflow(seed=60)))]
     assert {worker.pid for worker in workers_of(psutil.Process(editor.process.pid))} & pids
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"7.sampler_name": "no_such_sampler"}, "Value not in list"),  # by this ComfyUI, before anything runs
-    ({"1.model_name": "no_such_model.gguf"}, r"Item \d of 2 cannot be drawn on .*no file 'no_such_model.gguf'"),
+@pytest.mark.parametrize(("change", "said"), [
+    # by this ComfyUI, before anything runs
+    ({"7.sampler_name": "no_such_sampler"}, "Value not in list"),
+    ({"1.model_name": "no_such_model.gguf"}, r"Item \d of 2 cannot be drawn on .*no file"
+                                             r" 'no_such_model.gguf'"),
     ({"5.width": 16, "5.height": 16, "4.text": "x"}, None)])
 def test_what_is_wrong_is_said_in_one_sentence(editor, change, said):
     graph = on_ray(count=2)
@@ -130,10 +148,14 @@ def test_what_is_wrong_is_said_in_one_sentence(editor, change, said):
             editor.queue(graph)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:6379", "auto", "ray://somewhere:10001", "local", "x" * 10_000, 5, {"a": 1}])
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:6379", "auto", "ray://somewhere:10001", "local", "x" * 10_000, 5, {"a": 1}],
+)
 def test_an_address_in_a_workflow_is_refused_before_anything_starts(editor, address):
     before = {child.pid for child in psutil.Process(editor.process.pid).children()}
-    with pytest.raises(server.ServerError, match="A workflow may not name a Ray cluster, .* FEATHERWEIGHT_RAY_ADDRESS"):
+    with pytest.raises(server.ServerError,
+                       match="A workflow may not name a Ray cluster, .* FEATHERWEIGHT_RAY_ADDRESS"):
         editor.queue(on_ray(address=address))
     assert {child.pid for child in psutil.Process(editor.process.pid).children()} <= before
 
@@ -141,12 +163,16 @@ def test_an_address_in_a_workflow_is_refused_before_anything_starts(editor, addr
 def test_an_address_that_another_node_gives_is_refused_too(editor):
     graph = on_ray(address=["11", 0])
     graph["11"] = {"class_type": "Address", "inputs": {}}
-    with pytest.raises(server.ServerError, match="A workflow may not name a Ray cluster, and this one names '127.0.0.1:1'"):
+    with pytest.raises(
+            server.ServerError,
+            match="A workflow may not name a Ray cluster, and this one names '127.0.0.1:1'"):
         editor.queue(graph)
 
 
 def test_the_cluster_where_none_is_named_is_one_sentence(editor):
-    with pytest.raises(server.ServerError, match="No Ray cluster is named on this machine: set FEATHERWEIGHT_RAY_ADDRESS"):
+    with pytest.raises(
+            server.ServerError,
+            match="No Ray cluster is named on this machine: set FEATHERWEIGHT_RAY_ADDRESS"):
         editor.queue(on_ray(address="the cluster"))
 
 
@@ -160,7 +186,9 @@ def test_a_killed_worker_costs_nothing_but_time(editor, plain):
             killed[0].kill()
 
     found, run = pictures(editor, on_ray(seed=70, steps=6), on_progress=step)
-    assert killed and found == [pixels(plain(workflow(seed=70 + index, steps=6))) for index in range(COUNT)]
+    assert killed and found == [
+        pixels(plain(workflow(seed=70 + index, steps=6))) for index in range(COUNT)
+    ]
 
 
 @pytest.mark.heavy

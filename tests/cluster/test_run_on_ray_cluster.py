@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+
 from devtools.cluster import MODEL, QUIET, model_paths, running, workflow
 from devtools.host import server
 
@@ -16,9 +17,11 @@ pytestmark = pytest.mark.heavy
 
 @contextlib.contextmanager
 def editor_of(bases, ray_folder, name: str, address: str):
-    with server.Server(bases["desk"].parent / name, env={
-            **QUIET, "RAY_TMPDIR": str(ray_folder), "FEATHERWEIGHT_RAY_ADDRESS": address}, arguments=[
-            "--extra-model-paths-config", str(model_paths(bases["desk"]))]) as found:
+    with server.Server(
+            bases["desk"].parent / name,
+            env={**QUIET, "RAY_TMPDIR": str(ray_folder), "FEATHERWEIGHT_RAY_ADDRESS": address},
+            arguments=["--extra-model-paths-config",
+                       str(model_paths(bases["desk"]))]) as found:
         yield found
 
 
@@ -30,7 +33,8 @@ def editors(bases, ray_folder, cluster):
 
 
 def queued(editor, graph) -> tuple[threading.Thread, list]:
-    """A thread that runs a graph, and what will be in the list: (pixels, run) or the server's words."""
+    """A thread that runs a graph, and what will be in the list: (pixels, run) or the server's
+    words."""
     found = []
 
     def run():
@@ -50,13 +54,19 @@ def on_cluster(**inputs) -> dict:
 
 
 def test_two_editors_draw_one_after_the_other(cluster, editors, plain):
-    runs = [queued(editor, on_cluster(seed=seed, workers=0)) for editor, seed in zip(editors, (5, 15))]
+    runs = [
+        queued(editor, on_cluster(seed=seed, workers=0)) for editor, seed in zip(editors, (5, 15))
+    ]
     for thread, found in runs:
         thread.join()
         assert isinstance(found[0], tuple), found[0]
     for (_, found), seed in zip(runs, (5, 15)):
         assert found[0][0] == [pixels(plain(workflow(seed=seed + index))) for index in range(COUNT)]
-    assert {name for _, found in runs for name in found[0][1].texts["10"][-1].split("on ")[1].split(", ")} <= {"desk", "attic"}
+    assert {
+        name
+        for _, found in runs
+        for name in found[0][1].texts["10"][-1].split("on ")[1].split(", ")
+    } <= {"desk", "attic"}
 
 
 def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
@@ -69,22 +79,28 @@ def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     waiting_thread.join()
     assert "interrupted" in said[0] and running_thread.is_alive()
     running_thread.join()
-    assert found[0][0] == [pixels(plain(workflow(seed=30 + index, steps=60))) for index in range(COUNT)]
+    assert found[0][0] == [
+        pixels(plain(workflow(seed=30 + index, steps=60))) for index in range(COUNT)
+    ]
     assert pictures(second, on_cluster(count=1, seed=50))[0] == [pixels(plain(workflow(seed=50)))]
 
 
 def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
     path = next((bases["desk"] / "models").rglob(MODEL))
-    os.symlink(path, path.with_name("at the desk.gguf"))  # a hard link changes the file's times, which pictures note
+    # a hard link changes the file's times, which pictures note
+    os.symlink(path, path.with_name("at the desk.gguf"))
     graph = on_cluster(count=12, seed=60, steps=60, workers=0)  # until attic has begun
     graph["1"]["inputs"]["model_name"] = "at the desk.gguf"
-    with pytest.raises(server.ServerError, match=r"Item \d+ of 12 cannot be drawn on attic: has no file 'at the desk.gguf'"):
+    with pytest.raises(
+            server.ServerError,
+            match=r"Item \d+ of 12 cannot be drawn on attic: has no file 'at the desk.gguf'"):
         editors[0].queue(graph)
 
 
 def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
     with contextlib.ExitStack() as head:
-        address = head.enter_context(running(bases, ray_folder, connect=False, started=["desk"])).address
+        address = head.enter_context(running(bases, ray_folder, connect=False,
+                                             started=["desk"])).address
         with editor_of(bases, ray_folder, "three", address) as editor:
             found, _ = pictures(editor, on_cluster(count=1, seed=70, workers=1))
             assert found == [pixels(plain(workflow(seed=70)))]
@@ -96,4 +112,6 @@ def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):
             assert not thread.is_alive() and "Ray" in said[0]
             with pytest.raises(server.ServerError, match="No Ray cluster answers at"):
                 editor.queue(on_cluster(count=1, seed=73, workers=1))
-            assert pictures(editor, on_ray(count=1, seed=72, address="", workers=2))[0] == [pixels(plain(workflow(seed=72)))]
+            assert pictures(editor, on_ray(count=1, seed=72, address="", workers=2))[0] == [
+                pixels(plain(workflow(seed=72)))
+            ]

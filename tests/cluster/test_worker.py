@@ -8,10 +8,11 @@ import time
 import uuid
 
 import pytest
+
 from devtools import ROOT
 from featherweight.cluster import embedded_comfyui
-from featherweight.cluster.graph import GraphError, with_result
 from featherweight.cluster.comfyui_install import MachineError
+from featherweight.cluster.graph import GraphError, with_result
 from featherweight.cluster.worker import PromptWorker
 
 from .conftest import changes, workflow
@@ -31,7 +32,8 @@ def answering_worker() -> type[PromptWorker]:
     """A worker that gives what its ComfyUI answers too."""
     class AnsweringWorker(PromptWorker):
         async def answer(self, graph):
-            return await asyncio.get_running_loop().run_in_executor(self.threads, self.host.run, graph)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.host.run,
+                                                                    graph)
 
     return AnsweringWorker
 
@@ -46,22 +48,27 @@ def worker(cluster):
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
-    """A process that lives may have a number that no process has here, as in another container with the same /tmp."""
+    """A process that lives may have a number that no process has here, as in another container with
+    the same /tmp."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = "import time; made = embedded_comfyui.make_scratch(); print(made[0], flush=True); time.sleep(1000)"
     script = LOADER.format(code=code, root=str(ROOT))
-    killed, alive = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
-                                      env={**os.environ, "TMPDIR": str(tmp_path)}) for _ in range(2))
+    killed, alive = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                                      text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+                     for _ in range(2))
     try:
         folders = [process.stdout.readline().strip() for process in (killed, alive)]
         killed.kill()
         killed.wait()
-        other = tmp_path / f"{embedded_comfyui.SCRATCH}999999999-b"  # as that of the live one would be called there
+        # as that of the live one would be called there
+        other = tmp_path / f"{embedded_comfyui.SCRATCH}999999999-b"
         os.rename(folders[1], other)
         for name in (f"{embedded_comfyui.SCRATCH}of-a-person", "other"):
             (tmp_path / name).mkdir()
         embedded_comfyui.sweep_dead()
-        assert sorted(os.listdir(tmp_path)) == sorted([other.name, f"{embedded_comfyui.SCRATCH}of-a-person", "other"])
+        assert sorted(os.listdir(tmp_path)) == sorted(
+            [other.name, f"{embedded_comfyui.SCRATCH}of-a-person", "other"]
+        )
     finally:
         for process in (killed, alive):
             process.kill()
@@ -76,7 +83,11 @@ def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "output" / name).write_text(name)
     outputs = {"9:1": {"images": [{"filename": "a"}]}, "9-1": {"images": [{"filename": "b"}]}}
-    assert found._files(outputs) == found._files(dict(reversed(outputs.items()))) == {"9-1_0": b"b", "9-1_1": b"a"}
+    assert (
+        found._files(outputs)
+        == found._files(dict(reversed(outputs.items())))
+        == {"9-1_0": b"b", "9-1_1": b"a"}
+    )
 
 
 def begin(worker, graph, prompt_id="", extra=None):
@@ -124,10 +135,12 @@ def test_a_graph_drawn_again_gives_its_files_again_byte_for_byte(worker):
     assert found[0] == found[1] == found[3] != found[2]
 
 
-@pytest.mark.parametrize("place, value, error, said", [
+@pytest.mark.parametrize(("place", "value", "error", "said"), [
     ("7.sampler_name", "no_such_sampler", GraphError, "node 7 .KSampler.*no_such_sampler"),
-    ("60.lora_name", "no_such_lora.safetensors", MachineError, "no file 'no_such_lora.safetensors' .60.lora_name"),
-    ("1.model_name", "no_such_model.gguf", MachineError, "no file 'no_such_model.gguf' .1.model_name")])
+    ("60.lora_name", "no_such_lora.safetensors", MachineError, "no file 'no_such_lora.safetensors'"
+                                                               " .60.lora_name"),
+    ("1.model_name", "no_such_model.gguf", MachineError, "no file 'no_such_model.gguf'"
+                                                         " .1.model_name")])
 def test_what_is_wrong_is_said_and_whose_fault_it_is(worker, place, value, error, said):
     graph = workflow()
     node, name = place.split(".")
@@ -144,7 +157,8 @@ def test_a_class_that_is_not_there_is_the_machines_fault(worker):
 
 
 def test_cancelling_one_prompt_leaves_the_others(worker, plain):
-    """The first runs, the second waits: the second's cancel does not end the first, and the next picture is right."""
+    """The first runs, the second waits: the second's cancel does not end the first, and the next
+    picture is right."""
     first = begin(worker, workflow(seed=21, steps=40))
     for seed in (22, 23):  # waits; runs
         other = begin(worker, workflow(seed=seed, steps=400), f"{seed}")
@@ -164,7 +178,8 @@ def test_prompts_are_drawn_in_the_order_they_came(worker):
 
     deadline, waiting = time.monotonic() + 300, []
     for seed in range(25, 31):
-        graph = workflow(seed=seed, steps=2000 if seed == 25 else 2)  # the first until all are there
+        # the first until all are there
+        graph = workflow(seed=seed, steps=2000 if seed == 25 else 2)
         waiting.append(begin(worker, graph, f"{seed}").completed())
         while ray.get(worker.__ray_call__.remote(tasks_of), timeout=300) < len(waiting):
             assert time.monotonic() < deadline

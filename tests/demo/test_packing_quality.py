@@ -1,9 +1,11 @@
-"""Files made here are nearer to the dense model than those of the recipes in use, at equal bytes."""
+"""Files made here are nearer to the dense model than those of the recipes in use, at equal
+bytes."""
 import functools
 import json
 import statistics
 
 import pytest
+
 from demo_model import scenes
 from devtools import ROOT
 from devtools.files import demo_files
@@ -11,30 +13,40 @@ from devtools.measure import packing_error, packing_quality
 from devtools.measure.packing_quality import Maker
 from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
+from featherweight.ops.packed_layout import is_packed
 from featherweight.ops.quantize.error_feedback import pack_with_feedback
 from featherweight.ops.quantize.second_moments import SecondMoments
-from featherweight.ops.packed_layout import is_packed
 
-RECORDED = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("packing")
+RECORDED = json.loads(
+    (ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("packing")
 # (way, size) -> dB that are to be reached on all held-out captions.
-WANTED = {("uniform", "Q4_K"): 36, ("uniform", "Q3_K"): 28.5, ("no prompt", "Q4_K"): 34, ("mix", "Q3_K"): 36,
-          ("mix", "Q4_K"): 46, ("mix", "Q5_K"): 51, ("mix, one run", "Q4_K"): 45, ("uniform", "NF4"): 33,
-          ("in turn", "Q4_K"): 38, ("in turn", "Q3_K"): 31}
+WANTED = {("uniform", "Q4_K"): 36, ("uniform", "Q3_K"): 28.5, ("no prompt", "Q4_K"): 34,
+          ("mix", "Q3_K"): 36, ("mix", "Q4_K"): 46, ("mix", "Q5_K"): 51,
+          ("mix, one run", "Q4_K"): 45, ("uniform", "NF4"): 33, ("in turn", "Q4_K"): 38,
+          ("in turn", "Q3_K"): 31}
 
 
-@pytest.mark.parametrize("way, size", [("plain", "Q4_K"), ("bitsandbytes", "NF4")])
+@pytest.mark.parametrize(("way", "size"), [("plain", "Q4_K"), ("bitsandbytes", "NF4")])
 def test_a_file_of_the_table_has_the_types_that_it_says(way, size, tmp_path):
     maker = Maker(demo_files.flux(), tmp_path)
     path, plan = maker.write(way, size)
     tensors = open_weights(path).state_dict()
-    packed = {name for name, tensor in tensors.items() if is_packed(tensor) and tensor.layout_cls.format.__name__ == size}
+    packed = {
+        name for name, tensor in tensors.items()
+        if is_packed(tensor) and tensor.layout_cls.format.__name__ == size
+    }
     assert packed == set(maker.blocks) and len(packed) == 26
-    assert {plan.types[name] for name in maker.blocks} == {size} and {plan.types["img_in.weight"]} == {"F16"}
+    assert {plan.types[name] for name in maker.blocks} == {size} and {
+        plan.types["img_in.weight"]
+    } == {"F16"}
 
 
 def test_every_row_of_the_table_can_be_shown():
     for way, size in packing_quality.rows():
-        row = {"way": way, "size": size, "bytes": 3759616, "bits": 4.5, "snr": 36.04, "types": {"Q2_K": 9, "Q6_K": 7}}
+        row = {
+            "way": way, "size": size, "bytes": 3759616, "bits": 4.5, "snr": 36.04,
+            "types": {"Q2_K": 9, "Q6_K": 7}
+        }
         assert packing_quality.cells(row)[3:] == ["36.0 dB", "9 Q2_K, 7 Q6_K"]
 
 
@@ -46,7 +58,9 @@ def seen() -> tuple[dict, dict]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kind, block", [("Q3_K", 256), ("Q4_K", 256), ("Q5_K", 256), ("Q4_K", None)])
+@pytest.mark.parametrize(
+    ("kind", "block"), [("Q3_K", 256), ("Q4_K", 256), ("Q5_K", 256), ("Q4_K", None)]
+)
 def test_moments_from_a_file_pack_as_well_as_those_measured(kind, block):
     (weights, sums), off = seen(), []
     for name, exact in list(sums.items())[1::3]:  # four of nine are wider than a block
@@ -55,8 +69,12 @@ def test_moments_from_a_file_pack_as_well_as_those_measured(kind, block):
             part.copy_(exact[span, span])
         moments.count = 8 * 2 * 64
         from_file = SecondMoments.from_tensors(moments.tensors())
-        reached = [packing_error.output_snr(weights[name], pack_with_feedback(weights[name], FORMATS[kind], given).dequantize(),
-                                            exact) for given in (moments, from_file)]
+        reached = [
+            packing_error.output_snr(
+                weights[name],
+                pack_with_feedback(weights[name], FORMATS[kind], given).dequantize(), exact)
+            for given in (moments, from_file)
+        ]
         off.append(reached[0] - reached[1])
     assert statistics.mean(off) < 0.15, off  # dB; a single layer is off by up to 1, either way
 
@@ -66,7 +84,11 @@ def test_the_recorded_table_has_no_file_above_its_size():
     found = {(row["way"], row["size"]): row for row in RECORDED["rows"]}
     for (way, size), row in found.items():
         if way.startswith("mix"):
-            assert 0.995 * found["uniform", size]["bytes"] <= row["bytes"] <= found["uniform", size]["bytes"]
+            assert (
+                0.995 * found["uniform", size]["bytes"]
+                <= row["bytes"]
+                <= found["uniform", size]["bytes"]
+            )
         if ("llama.cpp", size) in found and way != "llama.cpp" and way != "plain":
             assert row["snr"] > found["llama.cpp", size]["snr"], (way, size)
 

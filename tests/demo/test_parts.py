@@ -1,8 +1,10 @@
-"""The trainable parts of the demo's model are what ComfyUI runs: text, Flux and autoencoder give the same values."""
+"""The trainable parts of the demo's model are what ComfyUI runs: text, Flux and autoencoder give
+the same values."""
 import comfy.sd
 import comfy.sd1_clip
 import pytest
 import torch
+
 from demo_model import scenes, text
 from demo_model.autoencoder import Autoencoder, widened
 from demo_model.flux import Flux, initialise
@@ -10,7 +12,10 @@ from demo_model.lora import RANK, add_lora, file_tensors
 from devtools.files.demo_files import ENCODER_NAME, write_encoder
 from featherweight.loaders.text_encoder import load_text_encoder
 
-PROMPTS = ["a red house left of a pine tree on grass at noon under a sun", "a blue house under a moon", "a house", "snow"]
+PROMPTS = [
+    "a red house left of a pine tree on grass at noon under a sun", "a blue house under a moon",
+    "a house", "snow"
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,11 @@ def test_every_word_is_one_token_with_its_number():
     tokenizer = comfy.sd1_clip.SDTokenizer()
     assert set(text.TOKENS) == set(scenes.WORDS)
     for word, token in text.TOKENS.items():
-        assert [pair[0] for pair in tokenizer.tokenize_with_weights(word)[0]][:3] == [49406, token, 49407], word
+        assert [pair[0] for pair in tokenizer.tokenize_with_weights(word)[0]][:3] == [
+            49406,
+            token,
+            49407,
+        ], word
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -36,7 +45,8 @@ def test_the_encoder_file_gives_what_training_sees(clip, prompt):
     values, words = encoded(clip, prompt)[0], prompt.split()
     assert values.shape == (77, 768)
     expected = text.encode(words)
-    assert torch.allclose(values[:text.SHORT], expected, atol=0.05), (values[:text.SHORT] - expected).abs().max()
+    assert torch.allclose(values[:text.SHORT], expected,
+                          atol=0.05), (values[:text.SHORT] - expected).abs().max()
     off = (values[text.SHORT:] - values[text.SHORT - 1]).abs().max()
     assert off < 1e-3, off  # all padding is alike
 
@@ -56,12 +66,17 @@ def test_flux_with_few_tokens_is_comfyuis_with_all(prompt):
         value.requires_grad_(False)
         if not value.any():  # modulations and the last layer, which start at nothing
             value.normal_(std=0.05)
-    theirs = comfy.sd.load_diffusion_model_state_dict(ours.state_dict(), model_options={"dtype": torch.float32}).model
+    theirs = comfy.sd.load_diffusion_model_state_dict(ours.state_dict(),
+                                                      model_options={"dtype": torch.float32}).model
     long = text.encode(words, text.LENGTH)
     x, time = torch.randn(2, 16, 16, 12), torch.tensor([0.9, 0.3])
     expected = theirs.diffusion_model(x, time, long.expand(2, -1, -1))
-    values = ours(x, time, text.encode(words).expand(2, -1, -1), text.bias(len(words)).expand(2, -1))
-    assert expected.std() > 0.1 and torch.allclose(values, expected, atol=1e-4), (values - expected).abs().max()
+    values = ours(x, time,
+                  text.encode(words).expand(2, -1, -1),
+                  text.bias(len(words)).expand(2, -1))
+    assert expected.std() > 0.1 and torch.allclose(values, expected, atol=1e-4), (
+        (values - expected).abs().max()
+    )
 
 
 def test_the_widened_autoencoder_is_comfyuis_and_changes_nothing():
@@ -81,7 +96,12 @@ def test_a_new_lora_changes_nothing_and_has_the_rank_it_says(kohya):
     torch.manual_seed(0)
     model = Flux()
     initialise(model)
-    inputs = torch.randn(1, 16, 4, 4), torch.tensor([0.5]), torch.randn(1, 3, 768), torch.zeros(1, 3)
+    inputs = (
+        torch.randn(1, 16, 4, 4),
+        torch.tensor([0.5]),
+        torch.randn(1, 3, 768),
+        torch.zeros(1, 3),
+    )
     before = model(*inputs)
     factors = add_lora(model)
     assert torch.equal(model(*inputs), before)

@@ -1,10 +1,13 @@
-"""The shipped weights draw what they are asked for, packed as well as dense, and LoRAs keep their effect on packed models.
+"""The shipped weights draw what they are asked for, packed as well as dense, and LoRAs keep their
+effect on packed models.
 
-The bounds leave room for the rounding of other platforms: pictures are judged by what they show, never by their pixels.
+The bounds leave room for the rounding of other platforms: pictures are judged by what they show,
+never by their pixels.
 """
 import json
 
 import pytest
+
 from demo_model import scenes
 from devtools import ROOT
 from devtools.files import demo_files
@@ -40,7 +43,10 @@ def test_packed_models_draw_what_is_asked_and_keep_loras():
 
 @pytest.mark.heavy
 def test_every_format_reaches_its_recorded_accuracy():
-    names = [name for name in RECORDED if name not in quality.BITSANDBYTES or demo_files.has_bitsandbytes()]
+    names = [
+        name for name in RECORDED
+        if name not in quality.BITSANDBYTES or demo_files.has_bitsandbytes()
+    ]
     for name, row in quality.measure(names, scenes.HELD_OUT, 64).items():
         assert row["accuracy"]["all"] >= RECORDED[name]["accuracy"]["all"] - 0.02, name
         for kept in ("kept_ink", "kept_pumpkins"):

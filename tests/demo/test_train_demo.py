@@ -1,4 +1,5 @@
-"""The training of the demo's model: it goes on where it stopped, on the same numbers, and its captions never lie."""
+"""The training of the demo's model: it goes on where it stopped, on the same numbers, and its
+captions never lie."""
 import pytest
 import torch
 
@@ -12,7 +13,8 @@ class Stopped(Exception):
 
 
 def trained(path, stop_at=None):
-    """The averaged weights of a small model after the plan, and its run; Stopped before step `stop_at`."""
+    """The averaged weights of a small model after the plan, and its run; Stopped before step
+    `stop_at`."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     run = train_demo.Run(path, dict(model.named_parameters()), PLAN, average=0.9)
@@ -43,7 +45,8 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
         run = train_demo.Run(tmp_path / f"{threads}.pt", dict(model.named_parameters()), PLAN)
-        run.train(lambda generator: (torch.randn(4, 3, generator=generator),), lambda x: model(x).square().mean(), threads)
+        run.train(lambda generator: (torch.randn(4, 3, generator=generator),),
+                  lambda x: model(x).square().mean(), threads)
         results.append(model.weight.detach())
     assert torch.allclose(*results, atol=1e-6)
 

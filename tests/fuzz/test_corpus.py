@@ -1,9 +1,11 @@
-"""Inputs that once broke something, read again, and a few new ones of each target: in one process of their own."""
+"""Inputs that once broke something, read again, and a few new ones of each target: in one process
+of their own."""
 import json
 import subprocess
 import sys
 
 import pytest
+
 from devtools import ROOT
 from devtools.fuzz.__main__ import CORPUS
 from devtools.fuzz.targets import TARGETS
@@ -14,8 +16,9 @@ NEW = 60  # inputs of each target beside those
 
 @pytest.fixture(scope="module")
 def replayed():
-    return subprocess.run([sys.executable, "-m", "devtools.fuzz.child", "--replay", str(NEW)], cwd=ROOT,
-                          input=json.dumps(FILES), capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "devtools.fuzz.child", "--replay",
+                           str(NEW)], cwd=ROOT, input=json.dumps(FILES), capture_output=True,
+                          text=True)
 
 
 def test_nothing_ends_the_process(replayed):
@@ -24,7 +27,9 @@ def test_nothing_ends_the_process(replayed):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_input_is_read_or_refused_in_a_sentence(replayed, target):
-    lines = [line for line in map(json.loads, replayed.stdout.splitlines()) if line["target"] == target]
+    lines = [
+        line for line in map(json.loads, replayed.stdout.splitlines()) if line["target"] == target
+    ]
     assert lines[-1].get("input") == "new"
     assert [line for line in lines if "finding" in line] == []
 

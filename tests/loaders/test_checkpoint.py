@@ -1,4 +1,5 @@
-"""Checkpoints with packed weights: model, text encoder and VAE are the host's, run as in the host, and stay packed."""
+"""Checkpoints with packed weights: model, text encoder and VAE are the host's, run as in the host,
+and stay packed."""
 import json
 
 import comfy.model_management
@@ -8,15 +9,16 @@ import torch
 from checkpoint_parts import ENCODER, MODEL, SD15, VAE, autoencoder, clip_l, flux, stable_diffusion
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
+from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
+from safetensors.torch import save_file
+
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import CLIP_TYPES, load_checkpoint
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.ops.patcher import PackedPatcher
-from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
-from safetensors.torch import save_file
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
-from devtools.files.bnb_files import write_bnb  # noqa: E402
+from devtools.files.bnb_files import write_bnb
 
 NO_VAE = "your checkpoint does not contain a valid VAE"
 
@@ -32,7 +34,8 @@ def path(tmp_path):
 def of_the_host(seen):
     """(model, CLIP, VAE) that the host makes of dense values, the text encoder in float32."""
     return comfy.sd.load_state_dict_guess_config(
-        {name: value.clone() for name, value in seen.items()}, te_model_options={"dtype": torch.float32})[:3]
+        {name: value.clone() for name, value in seen.items()},
+        te_model_options={"dtype": torch.float32})[:3]
 
 
 def encode(clip) -> torch.Tensor:
@@ -52,14 +55,19 @@ def test_a_weight_of_another_size_is_named(path):
     name = "single_blocks.0.linear2.weight"
     weights[MODEL + name] = weights[MODEL + name][:128].contiguous()
     write_bnb(path, weights)
-    with pytest.raises(WeightFileError, match=f"checkpoint.safetensors: .* those of Flux, their sizes are not: {name}"):
+    with pytest.raises(
+            WeightFileError,
+            match=f"checkpoint.safetensors: .* those of Flux, their sizes are not: {name}"):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])
 def test_a_flux_with_its_vae(quant_type, nested, path):
     weights = {MODEL + name: value for name, value in flux().items()}
-    weights |= {f"vae.{name}": value.bfloat16() if value.ndim else value for name, value in autoencoder().items()}
+    weights |= {
+        f"vae.{name}": value.bfloat16() if value.ndim else value
+        for name, value in autoencoder().items()
+    }
     seen = write_bnb(path, weights, quant_type, nested=nested)
     expected, _, expected_vae = of_the_host(seen)
     model, clip, vae = load_checkpoint(path)
@@ -85,16 +93,23 @@ def test_a_stable_diffusion_with_its_text_encoder(packed_encoder, path):
 def test_parts_in_fp8_and_bf16_load_as_they_are(path):
     family = FAMILIES["sd3.5"]
     weights = {MODEL + name: value for name, value in random_weights(family).items()}
-    weights |= {f"text_encoders.clip_l.{name}": value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
-                for name, value in clip_l().items()}
-    weights |= {VAE + name: value.bfloat16() if value.ndim else value for name, value in autoencoder().items()}
-    seen = write_bnb(path, weights, keep=lambda name, value: value.ndim != 2 or not name.startswith(MODEL))
+    weights |= {
+        f"text_encoders.clip_l.{name}": value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+        for name, value in clip_l().items()
+    }
+    weights |= {
+        VAE + name: value.bfloat16() if value.ndim else value
+        for name, value in autoencoder().items()
+    }
+    seen = write_bnb(path, weights,
+                     keep=lambda name, value: value.ndim != 2 or not name.startswith(MODEL))
     others = {name: value for name, value in weights.items() if not name.startswith(MODEL)}
     expected, expected_clip, expected_vae = of_the_host(seen | others)
     model, clip, vae = load_checkpoint(path)
     assert relative_error(run_family(model, family), run_family(expected, family)) < 1e-5
     assert packed_layers(model) and not packed_in(clip)
-    assert relative(encode(clip), encode(expected_clip)) < 1e-3  # the host rounds fp8 to fp16 by itself, not to float32
+    # the host rounds fp8 to fp16 by itself, not to float32
+    assert relative(encode(clip), encode(expected_clip)) < 1e-3
     assert torch.equal(decode(vae, 16), decode(expected_vae, 16))
 
 
@@ -103,7 +118,8 @@ def test_a_gguf_of_stable_diffusion_cpp(tmp_path):
     types = {1: "F16", 2: "Q8_0"}
     seen = write_gguf(path, {name: value.numpy() for name, value in stable_diffusion().items()},
                       lambda name, values: types.get(values.ndim, "F16"), architecture=None)
-    expected, expected_clip, expected_vae = of_the_host({name: torch.tensor(value) for name, value in seen.items()})
+    expected, expected_clip, expected_vae = of_the_host(
+        {name: torch.tensor(value) for name, value in seen.items()})
     model, clip, vae = load_checkpoint(path)
     assert relative_error(run_family(model, SD15), run_family(expected, SD15)) < 1e-5
     assert packed_layers(model) and packed_in(clip) > 70
@@ -112,16 +128,19 @@ def test_a_gguf_of_stable_diffusion_cpp(tmp_path):
 
 
 def test_loras_reach_model_and_text_encoder(path):
-    seen = write_bnb(path, stable_diffusion(), keep=lambda name, value: (
-        value.ndim != 2 or not name.endswith(".weight") or "embedding" in name or name.startswith(VAE)))
+    seen = write_bnb(
+        path, stable_diffusion(), keep=lambda name, value: (value.ndim != 2 or not name.endswith(
+            ".weight") or "embedding" in name or name.startswith(VAE)))
     model, clip, _ = load_checkpoint(path, output_vae=False)
     expected, expected_clip, _ = of_the_host(seen)
     layers = {name.removeprefix(ENCODER + "transformer."): value for name, value in seen.items()
               if name.startswith(ENCODER) and ".layers.0." in name and name.endswith("weight")}
     lora = lora_for(layers, layer_name=lambda name: "lora_te_" + name.replace(".", "_"), size=0.1)
-    lora |= lora_for({name.removeprefix(MODEL): value for name, value in seen.items()
-                      if name.startswith(MODEL) and "transformer_blocks" in name and name.endswith("weight")},
-                     layer_name=lambda name: "diffusion_model." + name)
+    lora |= lora_for(
+        {
+            name.removeprefix(MODEL): value for name, value in seen.items()
+            if name.startswith(MODEL) and "transformer_blocks" in name and name.endswith("weight")
+        }, layer_name=lambda name: "diffusion_model." + name)
     changed, changed_clip = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
     wanted, wanted_clip = comfy.sd.load_lora_for_models(expected, expected_clip, lora, 1.0, 1.0)
     without = run_family(expected, SD15)
@@ -133,8 +152,11 @@ def test_loras_reach_model_and_text_encoder(path):
 
 @pytest.mark.parametrize("parts", [{"transformer", "text_encoder", "vae"}, {"transformer"}])
 def test_a_package_of_diffusers(parts, tmp_path):
-    weights = {"transformer": flux(), "vae": autoencoder(),
-               "text_encoder": {name.removeprefix("transformer."): value for name, value in clip_l().items()}}
+    weights = {
+        "transformer": flux(), "vae": autoencoder(), "text_encoder": {
+            name.removeprefix("transformer."): value for name, value in clip_l().items()
+        }
+    }
     seen = {}
     for part in parts:
         (tmp_path / part).mkdir()
@@ -143,10 +165,16 @@ def test_a_package_of_diffusers(parts, tmp_path):
         seen[part] = write_bnb(tmp_path / part / "model.safetensors", weights[part], keep=keep)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     model, clip, vae = load_checkpoint(str(tmp_path))
-    assert relative(run(model), run(comfy.sd.load_diffusion_model_state_dict(dict(seen["transformer"])))) < 1e-5
+    assert (
+        relative(
+            run(model), run(comfy.sd.load_diffusion_model_state_dict(dict(seen["transformer"])))
+        )
+        < 1e-5
+    )
     assert len(packed_layers(model)) == 19
     if "vae" in parts:
-        expected = comfy.sd.load_text_encoder_state_dicts([dict(seen["text_encoder"])], clip_type=comfy.sd.CLIPType.FLUX,
+        expected = comfy.sd.load_text_encoder_state_dicts([dict(seen["text_encoder"])],
+                                                          clip_type=comfy.sd.CLIPType.FLUX,
                                                           model_options={"dtype": torch.float32})
         assert packed_in(clip) == 74 and relative(encode(clip), encode(expected)) < 1e-5
         assert torch.equal(decode(vae, 16), decode(comfy.sd.VAE(sd=dict(seen["vae"])), 16))
@@ -175,28 +203,48 @@ CLIP_L, CLIP_G = (f"text_model.encoder.layers.{layer}.mlp.fc1.weight" for layer 
 T5_XXL = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 
 
-@pytest.mark.parametrize("pipeline, wanted", [
-    ("HiDreamImagePipeline", "hidream wants"), ("StableDiffusion3Pipeline", "sd3 wants"), ("FluxPipeline", "flux wants"),
-    ("HunyuanVideo15Pipeline", "hunyuan_video_15 wants"), ("HunyuanVideoPipeline", "hunyuan_video wants"),
-    ("HunyuanImagePipeline", "hunyuan_image wants"), ("Kandinsky5T2VPipeline", "kandinsky5 wants"),
-    ("Kandinsky5T2IPipeline", "kandinsky5_image wants")])
-def test_all_text_encoders_of_a_package_are_taken_for_those_of_its_pipeline(pipeline, wanted, tmp_path):
-    fits = {"HiDreamImagePipeline": [CLIP_L, CLIP_G, T5_XXL], "StableDiffusion3Pipeline": [CLIP_L, CLIP_G]}
+@pytest.mark.parametrize(
+    ("pipeline", "wanted"),
+    [
+        ("HiDreamImagePipeline", "hidream wants"),
+        ("StableDiffusion3Pipeline", "sd3 wants"),
+        ("FluxPipeline", "flux wants"),
+        ("HunyuanVideo15Pipeline", "hunyuan_video_15 wants"),
+        ("HunyuanVideoPipeline", "hunyuan_video wants"),
+        ("HunyuanImagePipeline", "hunyuan_image wants"),
+        ("Kandinsky5T2VPipeline", "kandinsky5 wants"),
+        ("Kandinsky5T2IPipeline", "kandinsky5_image wants"),
+    ],
+)
+def test_all_text_encoders_of_a_package_are_taken_for_those_of_its_pipeline(
+        pipeline, wanted, tmp_path):
+    fits = {
+        "HiDreamImagePipeline": [CLIP_L, CLIP_G, T5_XXL],
+        "StableDiffusion3Pipeline": [CLIP_L, CLIP_G]
+    }
     unfit = "encoder.block.23.layer.1.DenseReluDense.wi.weight"
     with pytest.raises(WeightFileError, match=wanted):
-        load_checkpoint(package(tmp_path, pipeline, "transformer", *fits.get(pipeline, [T5_XXL]), unfit), output_model=False,
-                        output_vae=False)
+        load_checkpoint(
+            package(tmp_path, pipeline, "transformer", *fits.get(pipeline, [T5_XXL]), unfit),
+            output_model=False, output_vae=False)
 
 
 def test_every_type_of_a_pipeline_is_one_of_the_hosts():
-    newer = {"hunyuan_video_15", "kandinsky5", "kandinsky5_image", "longcat_image", "ideogram4", "krea2", "joyimage", "ovis"}
-    assert {kind.upper() for kind in set(CLIP_TYPES.values()) - newer} <= set(comfy.sd.CLIPType.__members__)
+    newer = {
+        "hunyuan_video_15", "kandinsky5", "kandinsky5_image", "longcat_image", "ideogram4", "krea2",
+        "joyimage", "ovis"
+    }
+    assert {kind.upper() for kind in set(CLIP_TYPES.values()) - newer} <= set(
+        comfy.sd.CLIPType.__members__
+    )
 
 
 def test_several_text_encoders_of_an_unknown_pipeline_are_not_guessed_at(tmp_path):
-    with pytest.raises(WeightFileError, match="was saved from the pipeline 'NewestPipeline', whose 2 text encoders are of no"):
-        load_checkpoint(package(tmp_path, "NewestPipeline", "transformer", CLIP_L, T5_XXL), output_model=False,
-                        output_vae=False)
+    with pytest.raises(
+            WeightFileError,
+            match="was saved from the pipeline 'NewestPipeline', whose 2 text encoders are of no"):
+        load_checkpoint(package(tmp_path, "NewestPipeline", "transformer", CLIP_L, T5_XXL),
+                        output_model=False, output_vae=False)
 
 
 def test_a_folder_that_is_no_package_is_refused(tmp_path):
@@ -216,7 +264,10 @@ def test_a_file_with_only_a_model(prefix, path):
 
 
 def test_a_checkpoint_without_packed_weights_is_the_hosts(path):
-    weights = {MODEL + name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in flux().items()}
+    weights = {
+        MODEL + name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+        for name, value in flux().items()
+    }
     save_file(weights, path)
     model, clip, vae = load_checkpoint(path)
     assert not isinstance(model, PackedPatcher) and clip is None
@@ -237,7 +288,10 @@ def test_the_host_can_have_each_part_once_more(path):
 
 def test_what_is_no_checkpoint_is_refused(path):
     for prefix, kind in ((MODEL, "no checkpoint"), ("", "no diffusion model")):
-        write_bnb(path, {f"{prefix}layers.{number}.weight": torch.randn(64, 64) for number in range(9)})
-        with pytest.raises(WeightFileError, match=f"checkpoint.safetensors holds {kind} that this ComfyUI knows") as error:
+        write_bnb(path,
+                  {f"{prefix}layers.{number}.weight": torch.randn(64, 64) for number in range(9)})
+        with pytest.raises(
+                WeightFileError,
+                match=f"checkpoint.safetensors holds {kind} that this ComfyUI knows") as error:
             load_checkpoint(path)
         assert "\n" not in str(error.value)

@@ -1,10 +1,15 @@
-"""Layers in ComfyUI's own quantised formats: those that this ComfyUI does not read are a sentence in every loader."""
+"""Layers in ComfyUI's own quantised formats: those that this ComfyUI does not read are a sentence
+in every loader."""
 import json
 import re
 
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
+from host_formats import HOST_FORMATS, in_host_format
+from patched_models import tiny_flux
+from safetensors.torch import save_file
+
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.comfy_quant import as_tensors
 from featherweight.loaders.diffusion import load_diffusion_model
@@ -14,9 +19,6 @@ from featherweight.loaders.packing.source import of_file
 from featherweight.loaders.reader_choice import needs_own_reader
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
-from host_formats import HOST_FORMATS, in_host_format
-from patched_models import tiny_flux
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -40,25 +42,32 @@ def as_bytes(settings) -> torch.Tensor:
 
 
 def asymmetric_parts(rows: int, columns: int, bits: int = 4) -> dict[str, torch.Tensor]:
-    """A layer in the form of asym_w4a8_int8, as comfy-kitchen 0.2.31 to 0.2.40 write it; of 6 bits without a codebook."""
+    """A layer in the form of asym_w4a8_int8, as comfy-kitchen 0.2.31 to 0.2.40 write it; of 6 bits
+    without a codebook."""
     generator = torch.Generator().manual_seed(0)
     parts = {
-        "weight": torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8, generator=generator),
-        "weight_s_rel": (torch.rand(rows, columns // 16, generator=generator) * 100).to(torch.float8_e4m3fn),
-        "weight_s_channel": torch.rand(rows, generator=generator) * 1e-3,
+        "weight": torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8,
+                                generator=generator),
+        "weight_s_rel": (torch.rand(rows, columns // 16, generator=generator) * 100).to(
+            torch.float8_e4m3fn), "weight_s_channel": torch.rand(rows, generator=generator) * 1e-3
     }
     if bits == 4:
         parts["weight_codebook"] = torch.linspace(-1, 1, 16)
     return parts
 
 
-def write_flux(path, parts: dict[str, torch.Tensor], settings=None, prefix: str = "", metadata=None) -> str:
-    """Write a small Flux with one layer in these parts. settings: what `comfy_quant` says of it; None: no such tensor."""
-    tensors = {name: values.bfloat16() for name, values in tiny_flux().items() if name != f"{LAYER}.weight"}
+def write_flux(path, parts: dict[str, torch.Tensor], settings=None, prefix: str = "",
+               metadata=None) -> str:
+    """Write a small Flux with one layer in these parts. settings: what `comfy_quant` says of it;
+    None: no such tensor."""
+    tensors = {
+        name: values.bfloat16() for name, values in tiny_flux().items() if name != f"{LAYER}.weight"
+    }
     tensors |= {f"{LAYER}.{part}": values for part, values in parts.items()}
     if settings is not None:
         tensors[f"{LAYER}.comfy_quant"] = as_bytes(settings)
-    save_file({prefix + name: values.contiguous() for name, values in tensors.items()}, path, metadata)
+    save_file({prefix + name: values.contiguous() for name, values in tensors.items()}, path,
+              metadata)
     return str(path)
 
 
@@ -76,13 +85,18 @@ def test_a_format_that_no_host_reads_is_named_by_every_loader(loader, tmp_path):
     prefix = CHECKPOINT if "checkpoint" in loader else ""
     parts = {"weight": torch.zeros(256, 640, dtype=torch.int8), "weight_scale": torch.ones(20, 256)}
     path = write_flux(tmp_path / "model.safetensors", parts, {"format": "svdquant_w4a4"}, prefix)
-    assert "model.safetensors" in error_of(LOADERS[loader], path) and "'svdquant_w4a4'" in error_of(LOADERS[loader], path)
+    assert "model.safetensors" in error_of(LOADERS[loader], path) and "'svdquant_w4a4'" in error_of(
+        LOADERS[loader], path
+    )
 
 
 @pytest.mark.skipif(ASYMMETRIC in QUANT_ALGOS, reason="this ComfyUI reads it")
-@pytest.mark.parametrize("loader", ["diffusion model", "diffusion model, packed", "diffusion model, packed into a file"])
+@pytest.mark.parametrize("loader", ["diffusion model", "diffusion model, packed", "diffusion"
+                                                                                  " model, packed"
+                                                                                  " into a file"])
 def test_a_format_of_a_newer_host_says_which_reads_it(loader, tmp_path):
-    path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280), {"format": ASYMMETRIC})
+    path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280),
+                      {"format": ASYMMETRIC})
     assert f"('{ASYMMETRIC}', which ComfyUI 0.33 does)" in error_of(LOADERS[loader], path)
 
 
@@ -94,11 +108,19 @@ def test_a_format_named_in_the_metadata_is_found_too(tmp_path):
     assert "'int8_blockwise'" in error_of(load_diffusion_model, path)
 
 
-@pytest.mark.parametrize("settings, reason", [
-    ({"convrot": True, "per_row": True}, "its comfy_quant names none"), ({"format": None}, "its comfy_quant names none"),
-    ([1], "its comfy_quant is not a JSON object"), ({"format": "a" * 5000}, "'aaa"),
-    ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "many"}, "int8_tensorwise: invalid literal"),
-])
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"convrot": True, "per_row": True}, "its comfy_quant names none"),
+        ({"format": None}, "its comfy_quant names none"),
+        ([1], "its comfy_quant is not a JSON object"),
+        ({"format": "a" * 5000}, "'aaa"),
+        (
+            {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "many"},
+            "int8_tensorwise: invalid literal",
+        ),
+    ],
+)
 def test_settings_that_no_host_can_use_are_a_sentence(settings, reason, tmp_path):
     parts = {"weight": torch.zeros(256, 1280, dtype=torch.int8), "weight_scale": torch.ones(256, 1)}
     path = write_flux(tmp_path / "model.safetensors", parts, settings)
@@ -115,10 +137,14 @@ def test_a_part_that_the_host_would_leave_out_is_named(loader, tmp_path):
 
 
 def test_an_unread_format_beside_packed_layers_is_named(tmp_path):
-    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes the file")
+    bnb_files = pytest.importorskip("devtools.files.bnb_files",
+                                    reason="bitsandbytes writes the file")
     name = "double_blocks.0.img_attn.proj"
     parts, _ = bnb_files.quantised(tiny_flux()[f"{name}.weight"], "nf4")
-    tensors = {key: values for key, values in tiny_flux().items() if key not in (f"{name}.weight", f"{LAYER}.weight")}
+    tensors = {
+        key: values for key, values in tiny_flux().items()
+        if key not in (f"{name}.weight", f"{LAYER}.weight")
+    }
     tensors |= {f"{name}.weight{part}": values for part, values in parts.items()}
     tensors |= {f"{LAYER}.weight": torch.zeros(256, 640, dtype=torch.int8),
                 f"{LAYER}.comfy_quant": as_bytes({"format": "mxfp4"})}
@@ -134,8 +160,13 @@ def test_what_the_host_reads_is_left_to_it(format_name, in_metadata, tmp_path):
     del parts["comfy_quant"]
     parts["input_scale"] = torch.tensor(0.5)  # which no format needs, and many files have
     settings = {"format": format_name}
-    metadata = {"_quantization_metadata": json.dumps({"layers": {LAYER: settings}})} if in_metadata else None
-    path = write_flux(tmp_path / "model.safetensors", parts, None if in_metadata else settings, metadata=metadata)
+    metadata = (
+        {"_quantization_metadata": json.dumps({"layers": {LAYER: settings}})}
+        if in_metadata
+        else None
+    )
+    path = write_flux(tmp_path / "model.safetensors", parts, None if in_metadata else settings,
+                      metadata=metadata)
     assert not needs_own_reader(path)
 
 
@@ -145,7 +176,8 @@ def test_asymmetric_weights_are_codes_times_rounded_scales_rotated_back(codebook
     parts = asymmetric_parts(256, 1280)
     if not codebook:
         del parts["weight_codebook"]
-    path = write_flux(tmp_path / "model.safetensors", parts, {"format": ASYMMETRIC, "params": {"group_size": 16}})
+    path = write_flux(tmp_path / "model.safetensors", parts,
+                      {"format": ASYMMETRIC, "params": {"group_size": 16}})
     file = open_weights(path)
     weight = as_tensors(file, file.state_dict())[f"{LAYER}.weight"].dequantize()
 
@@ -156,7 +188,9 @@ def test_asymmetric_weights_are_codes_times_rounded_scales_rotated_back(codebook
     integers = (values * scales).round().clamp(-127, 127)
     hadamard = torch.tensor([[1., 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
     for _ in range(3):  # 4 ** 4 columns
-        hadamard = torch.kron(hadamard, torch.tensor([[1., 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2)
+        hadamard = torch.kron(
+            hadamard,
+            torch.tensor([[1., 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2)
     unrotated = (integers * parts["weight_s_channel"][:, None]).view(256, 5, 256) @ hadamard.T
     torch.testing.assert_close(weight, unrotated.view(256, 1280), rtol=0, atol=1e-7)
 
@@ -166,8 +200,10 @@ def test_asymmetric_weights_are_codes_times_rounded_scales_rotated_back(codebook
 def test_asymmetric_weights_of_more_bits_than_the_host_knows_are_refused(loader, tmp_path):
     from comfy_kitchen.tensor import AsymW4A8Int8Layout
 
-    path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280, bits=6), {"format": ASYMMETRIC})
+    path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280, bits=6),
+                      {"format": ASYMMETRIC})
     if hasattr(AsymW4A8Int8Layout, "bits"):
         LOADERS[loader](path)
     else:
-        assert re.search(rf"\({ASYMMETRIC}: it has 6 bits a value\)", error_of(LOADERS[loader], path))
+        assert re.search(rf"\({ASYMMETRIC}: it has 6 bits a value\)",
+                         error_of(LOADERS[loader], path))

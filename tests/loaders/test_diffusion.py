@@ -1,4 +1,5 @@
-"""Every family of the host's diffusion models: packed files give the host's own model and the host's own numbers."""
+"""Every family of the host's diffusion models: packed files give the host's own model and the
+host's own numbers."""
 import dataclasses
 import logging
 
@@ -8,19 +9,29 @@ import gguf
 import pytest
 import torch
 from families import (
-    FAMILIES, comfyui_gguf_style, full_width_shapes, host_patcher, random_weights, relative_error, run, shrunken_detection,
+    FAMILIES,
+    comfyui_gguf_style,
+    full_width_shapes,
+    host_patcher,
+    random_weights,
+    relative_error,
+    run,
+    shrunken_detection,
     stable_diffusion_cpp_style,
 )
+
 from devtools.files.gguf_files import write_gguf, write_zeros_gguf
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."
 # The types gguf's reference can dequantise.
-PACKED = [packed.__name__ for number, packed in GGML_FORMATS.items() if number in gguf.quants._type_traits]
+PACKED = [
+    packed.__name__ for number, packed in GGML_FORMATS.items() if number in gguf.quants._type_traits
+]
 RUN = [name for name, family in FAMILIES.items() if family.latent]
 # ACE-Step 1.5 computes while it is built, so that its shapes cannot be had without its full memory.
 FULL_WIDTH = [name for name, family in FAMILIES.items()
@@ -38,7 +49,11 @@ def load(path, family, caplog):
     with caplog.at_level(logging.INFO):
         patcher = load_diffusion_model(str(path))
     complaints = ("unet missing", "unet unexpected", "left over keys")
-    assert not [record.getMessage() for record in caplog.records if record.getMessage().startswith(complaints)]
+    assert not [
+        record.getMessage()
+        for record in caplog.records
+        if record.getMessage().startswith(complaints)
+    ]
     model_class = type(patcher.model)
     assert f"{model_class.__module__}.{model_class.__qualname__}" == family.host_class
     return patcher
@@ -50,8 +65,12 @@ def packed_layers(patcher):
 
 
 def check_packed(patcher, path):
-    """What the file packs is packed in the model, bytes for bytes, and nothing else takes more than float32."""
-    layers = {name for name, module in patcher.model.diffusion_model.named_modules() if isinstance(module, PackedLayer)}
+    """What the file packs is packed in the model, bytes for bytes, and nothing else takes more than
+    float32."""
+    layers = {
+        name for name, module in patcher.model.diffusion_model.named_modules()
+        if isinstance(module, PackedLayer)
+    }
     expected, held = set(), 0
     for name, entry in open_weights(path).entries.items():
         layer = name.removeprefix(PREFIX).removesuffix(".weight")
@@ -82,9 +101,15 @@ def test_packed_file_runs_as_in_the_host(name, style, tmp_path, monkeypatch, cap
     weights = random_weights(family)
     stored = weights
     if style is stable_diffusion_cpp_style:
-        stored = {PREFIX + key: values.flatten(0, 1) if values.ndim == 5 else values for key, values in weights.items()}
+        stored = {
+            PREFIX + key: values.flatten(0, 1) if values.ndim == 5 else values
+            for key, values in weights.items()
+        }
     seen = write_gguf(path, stored, **style(), metadata=family.metadata)
-    seen = {key.removeprefix(PREFIX): values.reshape(weights[key.removeprefix(PREFIX)].shape) for key, values in seen.items()}
+    seen = {
+        key.removeprefix(PREFIX): values.reshape(weights[key.removeprefix(PREFIX)].shape)
+        for key, values in seen.items()
+    }
     check_same_as_host(path, seen, family, caplog)
 
 
@@ -96,19 +121,28 @@ def test_full_width_file_is_recognised_and_every_name_finds_its_place(name, tmp_
 
 
 @pytest.mark.parametrize("diffusers_names", [False, True])
-def test_full_size_sdxl_is_recognised_and_every_name_finds_its_place(diffusers_names, tmp_path, caplog):
+def test_full_size_sdxl_is_recognised_and_every_name_finds_its_place(diffusers_names, tmp_path,
+                                                                     caplog):
     base = FAMILIES["sdxl"]
-    config = {**base.config, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
-              "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10}
+    config = {
+        **base.config, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10
+    }
     family = dataclasses.replace(base, supported="SDXL", config=config)
     shapes = full_width_shapes(family)
     path = tmp_path / "model.gguf"
     names = {name: name for name in shapes}
     if diffusers_names:
-        names = {host: name for name, host in comfy.utils.unet_to_diffusers(config).items() if host in shapes}
+        names = {
+            host: name for name, host in comfy.utils.unet_to_diffusers(config).items()
+            if host in shapes
+        }
     write_zeros_gguf(path, {names[name]: shape for name, shape in shapes.items()}, "Q4_0", "F32")
     patcher = load(path, family, caplog)
-    assert len(packed_layers(patcher)) == sum(len(shape) == 2 and shape[-1] % 32 == 0 for shape in shapes.values())
+    assert len(packed_layers(patcher)) == sum(
+        len(shape) == 2 and shape[-1] % 32 == 0 for shape in shapes.values()
+    )
 
 
 @pytest.mark.parametrize("packed_type", PACKED)

@@ -9,12 +9,19 @@ import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import (
-    FAMILIES, comfyui_gguf_style, host_patcher, random_weights, relative_error, run, shrunken_detection,
+    FAMILIES,
+    comfyui_gguf_style,
+    host_patcher,
+    random_weights,
+    relative_error,
+    run,
+    shrunken_detection,
     stable_diffusion_cpp_style,
 )
+
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.ops.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."
@@ -44,7 +51,11 @@ def load_without_complaint(path, caplog):
     with caplog.at_level(logging.INFO):
         patcher = load_diffusion_model(path)
     complaints = ("unet missing", "unet unexpected", "left over keys")
-    assert not [record.getMessage() for record in caplog.records if record.getMessage().startswith(complaints)]
+    assert not [
+        record.getMessage()
+        for record in caplog.records
+        if record.getMessage().startswith(complaints)
+    ]
     return patcher
 
 
@@ -53,10 +64,16 @@ def layer_of(patcher, name):
 
 
 def rearranged(weights):
-    """Weights and metadata as ComfyUI-GGUF's converter stores those whose last dimension K-quants do not divide."""
+    """Weights and metadata as ComfyUI-GGUF's converter stores those whose last dimension K-quants
+    do not divide."""
     stored, shapes = {}, {}
     for name, values in weights.items():
-        if values.ndim > 1 and values.numel() >= 512 and values.numel() % 256 == 0 and values.shape[-1] % 256:
+        if (
+            values.ndim > 1
+            and values.numel() >= 512
+            and values.numel() % 256 == 0
+            and values.shape[-1] % 256
+        ):
             stored[name] = values.reshape(-1, 256)
             shapes[f"comfy.gguf.orig_shape.{name}"] = list(values.shape)
         else:
@@ -72,19 +89,30 @@ def test_weights_stored_in_rows_of_256_keep_their_shape(family, packed_type, pat
     seen = write_gguf(path, stored, **comfyui_gguf_style(packed_type), metadata=shapes)
     patcher = load_without_complaint(path, caplog)
     layers = patcher.model.diffusion_model
-    reshaped = [name for name in weights if weights[name].shape != stored[name].shape and name.endswith(".weight")]
-    assert {weights[name].ndim for name in reshaped} == ({5} if family is FAMILIES["wan2.1-t2v"] else {2, 4})
+    reshaped = [
+        name for name in weights
+        if weights[name].shape != stored[name].shape and name.endswith(".weight")
+    ]
+    assert {weights[name].ndim for name in reshaped} == (
+        {5} if family is FAMILIES["wan2.1-t2v"] else {2, 4}
+    )
     seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
     for name in reshaped:
-        assert is_packed(layers.get_parameter(name)) and layers.get_parameter(name).shape == weights[name].shape
+        assert (
+            is_packed(layers.get_parameter(name))
+            and layers.get_parameter(name).shape == weights[name].shape
+        )
 
 
 @families("sdxl")
 def test_linear_projections_of_sdxl_stored_as_convolutions(family, path, caplog):
     weights = random_weights(family)
-    stored = {PREFIX + name: values[:, :, None, None] if "proj_in.weight" in name or "proj_out.weight" in name else values
-              for name, values in weights.items()}
+    stored = {
+        PREFIX + name: values[:, :, None, None]
+        if "proj_in.weight" in name or "proj_out.weight" in name else values
+        for name, values in weights.items()
+    }
     assert sum(values.shape[2:] == (1, 1) for values in stored.values()) > 2
     seen = write_gguf(path, stored, **stable_diffusion_cpp_style())
     seen = {name.removeprefix(PREFIX): values for name, values in seen.items()}
@@ -109,7 +137,8 @@ def test_1x1_convolutions_stored_as_matrices(family, packed_type, path, caplog):
 
 @families("wan2.1-t2v", "hunyuan-video")
 def test_five_dimensions_as_comfyui_gguf_writes_them(family, path, caplog):
-    """Its fix_5d_tensors.py adds the patch embedding with all of its dimensions, against ggml's limit of four."""
+    """Its fix_5d_tensors.py adds the patch embedding with all of its dimensions, against ggml's
+    limit of four."""
     weights = random_weights(family)
     writer = gguf.GGUFWriter(path, "wan")
     for name, values in weights.items():
@@ -143,26 +172,43 @@ def test_packed_vectors(family, path, caplog):
 @pytest.mark.parametrize("packed_type", ["F32", "Q8_0"])
 def test_pad_tokens_without_their_first_dimension(family, packed_type, path, caplog):
     weights = random_weights(family)
-    stored = {name: values[0] if name.endswith("pad_token") else values for name, values in weights.items()}
-    seen = write_gguf(path, stored, lambda name, values: packed_type if values.ndim == 2 or "pad_token" in name else "F32")
+    stored = {
+        name: values[0] if name.endswith("pad_token") else values
+        for name, values in weights.items()
+    }
+    seen = write_gguf(
+        path, stored, lambda name, values: packed_type
+        if values.ndim == 2 or "pad_token" in name else "F32")
     seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
 
-@families("flux-schnell", "flux2", "chroma", "longcat-image", "hunyuan-video", "z-image", "lumina2", "kandinsky5")
+@families(
+    "flux-schnell",
+    "flux2",
+    "chroma",
+    "longcat-image",
+    "hunyuan-video",
+    "z-image",
+    "lumina2",
+    "kandinsky5",
+)
 def test_query_and_key_norms_named_scale(family, path, caplog):
     weights = random_weights(family)
-    names = {name: name.removesuffix("weight") + "scale" for name in weights
-             if name.endswith(("query_norm.weight", "key_norm.weight", "q_norm.weight", "k_norm.weight"))}
+    names = {
+        name: name.removesuffix("weight") + "scale" for name in weights
+        if name.endswith(("query_norm.weight", "key_norm.weight", "q_norm.weight", "k_norm.weight"))
+    }
     assert names
-    seen = write_gguf(path, {names.get(name, name): values for name, values in weights.items()}, **comfyui_gguf_style())
+    seen = write_gguf(path, {names.get(name, name): values for name, values in weights.items()},
+                      **comfyui_gguf_style())
     seen = {name: seen[names.get(name, name)] for name in weights}
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
 
-@pytest.mark.parametrize("family, name", [
+@pytest.mark.parametrize(("family", "name"), [
     ("ltxv", "transformer_blocks.0.scale_shift_table"),
     ("ltx-2", "video_embeddings_connector.learnable_registers"),
     ("hidream", "double_stream_blocks.0.block.ff_i.gate.weight"),
@@ -175,33 +221,44 @@ def test_query_and_key_norms_named_scale(family, path, caplog):
 ], indirect=["family"])
 def test_parameters_outside_of_layers_are_dequantized_at_load(family, name, path, caplog):
     weights = random_weights(family)
-    seen = write_gguf(path, weights, lambda key, values: "Q4_0" if key == name else "F32", metadata=family.metadata)
+    seen = write_gguf(path, weights, lambda key, values: "Q4_0"
+                      if key == name else "F32", metadata=family.metadata)
     patcher = load_without_complaint(path, caplog)
     value = patcher.model.diffusion_model.state_dict()[name]
     assert not is_packed(value) and value.dtype == torch.float32
-    assert torch.equal(value, torch.from_numpy(seen[name])) and not torch.equal(value, weights[name])
+    assert torch.equal(value, torch.from_numpy(seen[name])) and not torch.equal(
+        value, weights[name]
+    )
 
 
 def test_registers_of_ltx_2_reach_the_text_connector(path, monkeypatch, caplog):
     family = FAMILIES["ltx-2"]
-    seen = write_gguf(path, random_weights(family), **comfyui_gguf_style(), metadata=family.metadata)
+    seen = write_gguf(path, random_weights(family), **comfyui_gguf_style(),
+                      metadata=family.metadata)
     context = torch.randn(1, 7, 256, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        out, expected = (patcher.model.diffusion_model.preprocess_text_embeds(context, unprocessed=True)
-                         for patcher in (load_without_complaint(path, caplog), host_patcher(seen, family)))
+        out, expected = (patcher.model.diffusion_model.preprocess_text_embeds(
+            context, unprocessed=True) for patcher in (load_without_complaint(path, caplog),
+                                                       host_patcher(seen, family)))
     assert relative_error(out, expected) < 1e-5
 
 
 @families("sd1.5", "flux-dev")
 def test_whole_checkpoint_gives_its_diffusion_model(family, path, caplog):
     weights = {PREFIX + name: values for name, values in random_weights(family).items()}
-    others = {"first_stage_model.decoder.conv_in.weight": torch.ones(8, 4, 3, 3),
-              "first_stage_model.decoder.mid.attn_1.q.weight": torch.ones(64, 64),
-              "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(64, 64),
-              "cond_stage_model.1.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(64, 64),
-              "alphas_cumprod": torch.ones(1000)}
+    others = {
+        "first_stage_model.decoder.conv_in.weight": torch.ones(8, 4, 3, 3),
+        "first_stage_model.decoder.mid.attn_1.q.weight": torch.ones(64, 64),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": torch.
+        ones(64, 64),
+        "cond_stage_model.1.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(
+            64, 64), "alphas_cumprod": torch.ones(1000)
+    }
     seen = write_gguf(path, others | weights, **stable_diffusion_cpp_style())
-    seen = {name.removeprefix(PREFIX): values for name, values in seen.items() if name.startswith(PREFIX)}
+    seen = {
+        name.removeprefix(PREFIX): values for name, values in seen.items()
+        if name.startswith(PREFIX)
+    }
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
@@ -209,21 +266,37 @@ def test_whole_checkpoint_gives_its_diffusion_model(family, path, caplog):
 def as_in_diffusers(family):
     """The weights of a family as diffusers keeps them."""
     name = next(name for name, other in FAMILIES.items() if other is family)
-    return in_diffusers_names(random_weights(family), DIFFUSERS[name](family.config)), DIFFUSERS[name](family.config)
+    return in_diffusers_names(random_weights(family), DIFFUSERS[name](family.config)), DIFFUSERS[
+        name
+    ](family.config)
 
 
-@pytest.mark.parametrize("family, types", [
-    *((name, ["Q8_0"]) for name in DIFFUSERS), ("flux-dev", ["Q8_0", "Q4_0", "F16"]), ("flux-dev", ["Q6_K"]),
-], indirect=["family"])
+@pytest.mark.parametrize(
+    ("family", "types"),
+    [
+        *((name, ["Q8_0"]) for name in DIFFUSERS),
+        ("flux-dev", ["Q8_0", "Q4_0", "F16"]),
+        ("flux-dev", ["Q6_K"]),
+    ],
+    indirect=["family"],
+)
 def test_names_of_diffusers(family, types, path, caplog):
     weights, (stored, table) = random_weights(family), as_in_diffusers(family)
     turn = iter(range(len(stored)))
-    seen = write_gguf(path, stored, lambda key, values: types[next(turn) % len(types)] if values.ndim == 2 else "F16")
+    seen = write_gguf(
+        path, stored, lambda key, values: types[next(turn) % len(types)]
+        if values.ndim == 2 else "F16")
     patcher = load_without_complaint(path, caplog)
     packed = [module for module in patcher.model.diffusion_model.modules()
               if isinstance(module, torch.nn.Linear) and is_packed(module.weight)]
-    assert len(packed) >= (len([values for values in weights.values() if values.ndim == 2]) - 4 if len(types) == 1 else 1)
-    seen = {name: torch.from_numpy(values).reshape(stored[name].shape) for name, values in seen.items()}
+    assert len(packed) >= (
+        len([values for values in weights.values() if values.ndim == 2]) - 4
+        if len(types) == 1
+        else 1
+    )
+    seen = {
+        name: torch.from_numpy(values).reshape(stored[name].shape) for name, values in seen.items()
+    }
     expected = host_patcher(in_the_hosts_names(seen, weights, table), family)
     assert relative_error(run(patcher, family), run(expected, family)) < 1e-5
 
@@ -252,24 +325,32 @@ def test_diffusers_file_without_a_part_of_a_weight_is_refused(family, part, path
 @families("flux-dev")
 def test_diffusers_names_of_which_some_are_not_known_are_refused(family, path):
     stored, _ = as_in_diffusers(family)
-    write_gguf(path, {name.replace("timestep_embedder", "clock"): values for name, values in stored.items()},
-               **comfyui_gguf_style())
-    with pytest.raises(WeightFileError, match="'time_in.*would be zeros, and for 'time_text_embed.clock.linear_1.bias'"):
+    write_gguf(
+        path,
+        {name.replace("timestep_embedder", "clock"): values for name, values in stored.items()},
+        **comfyui_gguf_style())
+    with pytest.raises(
+            WeightFileError,
+            match="'time_in.*would be zeros, and for 'time_text_embed.clock.linear_1.bias'"):
         load_diffusion_model(path)
 
 
 @families("flux-schnell", "sd3.5")
 def test_a_weight_of_another_size_is_named(family, path):
     weights = dict(random_weights(family))
-    name = next(name for name, values in weights.items() if name.endswith("mlp.2.weight") or name.endswith("mlp.fc2.weight"))
+    name = next(name for name, values in weights.items()
+                if name.endswith("mlp.2.weight") or name.endswith("mlp.fc2.weight"))
     weights[name] = weights[name][:128]
     write_gguf(path, weights, **comfyui_gguf_style())
-    with pytest.raises(WeightFileError, match=f"model.gguf: the names of the weights .*, their sizes are not: {name}"):
+    with pytest.raises(
+            WeightFileError,
+            match=f"model.gguf: the names of the weights .*, their sizes are not: {name}"):
         load_diffusion_model(path)
 
 
 def refused(path, tensors, *said):
-    """Loading a file of these tensors fails with all of `said` in the message, and leaves loaded models alone."""
+    """Loading a file of these tensors fails with all of `said` in the message, and leaves loaded
+    models alone."""
     values = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
     write_gguf(path, values, lambda name, values: "F16", architecture=None)
     family = FAMILIES["flux-schnell"]
@@ -284,23 +365,26 @@ def refused(path, tensors, *said):
 
 
 def test_text_encoder_is_refused(path):
-    refused(path, {"token_embd.weight": (64, 32), "blk.0.attn_q.weight": (32, 32)}, "a text encoder", "token_embd.weight",
-            "Load Text Encoder (Featherweight)")
+    refused(path, {"token_embd.weight": (64, 32), "blk.0.attn_q.weight": (32, 32)},
+            "a text encoder", "token_embd.weight", "Load Text Encoder (Featherweight)")
 
 
 def test_t5_encoder_is_refused(path):
-    refused(path, {"enc.blk.0.attn_q.weight": (32, 32)}, "a text encoder", "enc.blk.0.attn_q.weight")
+    refused(path, {"enc.blk.0.attn_q.weight": (32, 32)}, "a text encoder",
+            "enc.blk.0.attn_q.weight")
 
 
 def test_mmproj_is_refused(path):
-    refused(path, {"v.blk.0.attn_q.weight": (32, 32), "mm.0.weight": (32, 32)}, "mmproj", "v.blk.0.attn_q.weight",
-            "Load Text Encoder (Featherweight)")
+    refused(path, {"v.blk.0.attn_q.weight": (32, 32), "mm.0.weight": (32, 32)}, "mmproj",
+            "v.blk.0.attn_q.weight", "Load Text Encoder (Featherweight)")
 
 
 def test_lora_is_refused(path):
     name = "double_blocks.0.img_attn.qkv"
-    refused(path, {f"{name}.lora_A.weight": (4, 32), f"{name}.lora_B.weight": (96, 4)}, "a LoRA", "lora_A", "LoRA loader")
+    refused(path, {f"{name}.lora_A.weight": (4, 32), f"{name}.lora_B.weight": (96, 4)}, "a LoRA",
+            "lora_A", "LoRA loader")
 
 
 def test_unknown_model_is_refused(path):
-    refused(path, {"layer.weight": (32, 32), "layer.scale": ()}, "no diffusion model", "'layer.weight'", "Update ComfyUI")
+    refused(path, {"layer.weight": (32, 32), "layer.scale": ()}, "no diffusion model",
+            "'layer.weight'", "Update ComfyUI")

@@ -5,13 +5,23 @@ import functools
 import comfy.sd
 import pytest
 import torch
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.packed_layout import QuantizedTensor, is_packed
 from host_formats import HOST_FORMATS, is_nf4, write_mixed
 from patched_models import (
-    LIMIT, Ledger, error_by_effect, kohya, lora_for, packed_layers, patched, relative, run, tiny_flux,
+    LIMIT,
+    Ledger,
+    error_by_effect,
+    kohya,
+    lora_for,
+    packed_layers,
+    patched,
+    relative,
+    run,
+    tiny_flux,
 )
+
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.ops.packed_layout import QuantizedTensor, is_packed
+from featherweight.ops.patcher import PackedPatcher
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 
@@ -26,7 +36,8 @@ def no_model_outlives_its_tests():
 
 @functools.cache
 def mixed_models(format_name: str, folder) -> tuple:
-    """(ours, the host's with NF4 dense and its own formats as they are, the host's all dense), and the dense values."""
+    """(ours, the host's with NF4 dense and its own formats as they are, the host's all dense), and
+    the dense values."""
     path = str(folder / f"{format_name}.safetensors")
     values, for_host = write_mixed(path, tiny_flux(), format_name)
     dense = {name: value.clone() for name, value in values.items()}
@@ -36,8 +47,11 @@ def mixed_models(format_name: str, folder) -> tuple:
 
 def codes(patcher) -> dict[str, torch.Tensor]:
     """Name -> codes of the quantised weights as they are now."""
-    return {name: value._qdata.clone() for name, value in patcher.model.diffusion_model.state_dict().items()
-            if isinstance(value, QuantizedTensor)}
+    return {
+        name: value._qdata.clone()
+        for name, value in patcher.model.diffusion_model.state_dict().items()
+        if isinstance(value, QuantizedTensor)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +64,13 @@ def beside_the_product(patcher, lora, strength):
     """The host's model with a LoRA as branches beside its layers, in plain torch."""
     handles = []
     for name, module in patcher.model.diffusion_model.named_modules():
-        up, down, alpha = (lora.get(f"{kohya(name)}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+        up, down, alpha = (lora.get(f"{kohya(name)}.{part}")
+                           for part in ("lora_up.weight", "lora_down.weight", "alpha"))
         if up is not None:
             delta = strength * alpha / len(down) * up @ down
-            handles.append(module.register_forward_hook(lambda _, inputs, out, delta=delta: out + inputs[0] @ delta.T))
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, inputs, out, delta=delta: out + inputs[0] @ delta.T))
     yield
     for handle in handles:
         handle.remove()
@@ -91,7 +108,10 @@ def test_other_patches_run_on_the_float_values(kind, format_name, folder):
 
 def test_a_switch_moves_and_copies_nothing(folder):
     ours, _, _, values = mixed_models("float8_e4m3fn", folder)
-    patchers = [patched(ours, (lora_for(values, seed=seed), strength)) for seed, strength in ((1, 1.0), (1, 0.5), (2, 0.7))]
+    patchers = [
+        patched(ours, (lora_for(values, seed=seed), strength))
+        for seed, strength in ((1, 1.0), (1, 0.5), (2, 0.7))
+    ]
     run(ours)
     with Ledger(ours) as ledger:
         for patcher in (*patchers, ours):
@@ -108,10 +128,17 @@ def test_saved_are_the_hosts_weights_as_they_were_and_patched_ones_dense(format_
     comfy.sd.save_checkpoint(path, saver)
     again = comfy.sd.load_diffusion_model(path)
     assert not isinstance(again, PackedPatcher)
-    stored = {key.removeprefix("model.diffusion_model."): value for key, value in comfy.utils.load_torch_file(path).items()}
-    expected = patched(dense, (lora, 1.0)).patch_weight_to_device(f"diffusion_model.{name}", return_weight=True)
+    stored = {
+        key.removeprefix("model.diffusion_model."): value
+        for key, value in comfy.utils.load_torch_file(path).items()
+    }
+    expected = patched(dense, (lora, 1.0)).patch_weight_to_device(f"diffusion_model.{name}",
+                                                                  return_weight=True)
     assert torch.allclose(stored[name].float(), expected, atol=1e-6)
-    assert not any(key.startswith(name.removesuffix("weight")) and not key.endswith(("weight", "bias")) for key in stored)
+    assert not any(
+        key.startswith(name.removesuffix("weight")) and not key.endswith(("weight", "bias"))
+        for key in stored
+    )
     for key in values.keys() - {name}:
         if values[key].ndim == 2:
             assert (f"{key.removesuffix('weight')}comfy_quant" in stored) == (not is_nf4(key))

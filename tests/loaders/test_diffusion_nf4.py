@@ -1,4 +1,5 @@
-"""Diffusion models that bitsandbytes packed: files and folders run as the host runs their values, and stay packed."""
+"""Diffusion models that bitsandbytes packed: files and folders run as the host runs their values,
+and stay packed."""
 import json
 import logging
 import os
@@ -13,24 +14,26 @@ import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, host_patcher, random_weights, relative_error
 from families import run as run_family
-from devtools.files import tiny_models
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.reader_choice import needs_own_reader
-from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.packed_layout import is_packed
 from patched_models import KINDS as LORA_KINDS
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patched, relative, run
 from safetensors.torch import load_file, save_file
 
+from devtools.files import tiny_models
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.reader_choice import needs_own_reader
+from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.patcher import PackedPatcher
+
 pytest.importorskip("bitsandbytes", reason="it writes the files")
-from devtools.files.bnb_files import write_bnb, write_bnb_int8  # noqa: E402
+from devtools.files.bnb_files import write_bnb, write_bnb_int8
 
 PREFIX = "model.diffusion_model."
 KINDS = {
     "NF4": {}, "NF4 with a prefix": {"prefix": PREFIX}, "NF4 double-quantised": {"nested": True},
-    "NF4 stored as bf16": {"storage": torch.bfloat16}, "NF4 in blocks of 128": {"block_length": 128},
-    "FP4": {"quant_type": "fp4"}, "FP4 double-quantised, prefix": {"quant_type": "fp4", "nested": True, "prefix": PREFIX},
+    "NF4 stored as bf16": {"storage": torch.bfloat16},
+    "NF4 in blocks of 128": {"block_length": 128}, "FP4": {"quant_type": "fp4"},
+    "FP4 double-quantised, prefix": {"quant_type": "fp4", "nested": True, "prefix": PREFIX}
 }
 
 
@@ -49,11 +52,13 @@ def flux(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def dense(seen):
-    return comfy.sd.load_diffusion_model_state_dict({name: value.clone() for name, value in seen.items()})
+    return comfy.sd.load_diffusion_model_state_dict(
+        {name: value.clone() for name, value in seen.items()})
 
 
 def as_in_diffusers(name: str):
-    """The weights of a family as diffusers keeps them, and a function that gives such values to the host's own model."""
+    """The weights of a family as diffusers keeps them, and a function that gives such values to the
+    host's own model."""
     family, weights = FAMILIES[name], random_weights(FAMILIES[name])
     table = DIFFUSERS[name](family.config)
     stored = {key: value.contiguous() for key, value in in_diffusers_names(weights, table).items()}
@@ -73,9 +78,12 @@ def write_folder(folder, tensors, shards: int, config=None, **kind):
         keys = list(stored)[part::shards]  # the parts of one weight lie in different files too
         save_file({key: stored[key] for key in keys}, folder / file)
         index |= dict.fromkeys(keys, file)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    config = config or {"_class_name": "FluxTransformer2DModel",
-                        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index}))
+    config = config or {
+        "_class_name": "FluxTransformer2DModel",
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return seen
 
@@ -90,7 +98,9 @@ def test_a_packed_file_runs_as_in_the_host_and_stays_packed(kind, path, caplog):
     assert len(packed_layers(patcher)) == 19
     # Double-quantised scales are held as float32: 4 bytes for 64 values in place of 1.
     values = sum(value.numel() for value in seen.values())
-    assert patcher.model_size() <= 1.02 * os.path.getsize(path) + (values / 64 * 3 if "double" in kind else 0)
+    assert patcher.model_size() <= 1.02 * os.path.getsize(path) + (
+        values / 64 * 3 if "double" in kind else 0
+    )
 
 
 WITHOUT_BITSANDBYTES = """
@@ -117,23 +127,36 @@ def test_bitsandbytes_is_not_needed(write, path):
 
 def test_of_a_whole_checkpoint_only_the_model_is_used(path, caplog):
     seen = write_bnb(path, flux(), prefix=PREFIX)
-    others = {f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
-    others["text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.weight"] = torch.ones(77, 768)
+    others = {
+        f"vae.{name}": torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()
+    }
+    others["text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.weight"] = (
+        torch.ones(77, 768)
+    )
     save_file(load_file(path) | others, path)
     patcher = load_diffusion_model(path)
     assert relative(run(patcher), run(dense(seen))) < 1e-5
     assert "missing" not in caplog.text
 
 
-@pytest.mark.parametrize("quant_type, nested", [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", None)])
+@pytest.mark.parametrize(
+    ("quant_type", "nested"),
+    [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", None)],
+)
 def test_loras_of_every_kind_are_exact(quant_type, nested, path):
-    seen = write_bnb_int8(path, flux()) if quant_type == "int8" else write_bnb(path, flux(), quant_type, nested=nested)
+    seen = (
+        write_bnb_int8(path, flux())
+        if quant_type == "int8"
+        else write_bnb(path, flux(), quant_type, nested=nested)
+    )
     patcher, reference = load_diffusion_model(path), dense(seen)
     without = run(reference)
     stacks = {kind: [(lora_for(seen, kind), 0.8)] for kind in LORA_KINDS}
     stacks["stack"] = [*stacks["lora"], *stacks["dora"]]
-    errors = {kind: error_by_effect(run(patched(patcher, *stack)), run(patched(reference, *stack)), without)
-              for kind, stack in stacks.items()}
+    errors = {
+        kind: error_by_effect(run(patched(patcher, *stack)), run(patched(reference, *stack)),
+                              without) for kind, stack in stacks.items()
+    }
     assert max(errors.values()) < LIMIT, errors
     assert len(packed_layers(patcher)) == 19
 
@@ -150,12 +173,15 @@ def test_the_host_can_have_the_model_once_more(path):
 @pytest.mark.parametrize("kind", ["NF4", "NF4 double-quantised", "FP4"])
 def test_a_folder_of_diffusers_runs_packed(name, kind, tmp_path):
     family, (stored, of_the_host) = FAMILIES[name], as_in_diffusers(name)
-    expected = of_the_host(write_folder(tmp_path / "package" / "transformer", stored, 3, **KINDS[kind]))
+    expected = of_the_host(
+        write_folder(tmp_path / "package" / "transformer", stored, 3, **KINDS[kind]))
     patcher = load_diffusion_model(tmp_path / "package" / "transformer")
     assert relative_error(run_family(patcher, family), run_family(expected, family)) < 1e-5
     matrices = [key for key, values in expected.model.diffusion_model.state_dict().items()
                 if values.ndim == 2 and key.endswith(".weight")]
-    dense_ones = [key for key in matrices if not is_packed(patcher.model.diffusion_model.get_parameter(key))]
+    dense_ones = [
+        key for key in matrices if not is_packed(patcher.model.diffusion_model.get_parameter(key))
+    ]
     assert not dense_ones
 
 
@@ -164,7 +190,9 @@ def test_int8_runs_the_float_product_of_its_values(prefix, path):
     seen = write_bnb_int8(path, flux(), prefix=prefix)
     patcher = load_diffusion_model(path)
     assert relative(run(patcher), run(dense(seen))) < 1e-6
-    assert len(packed_layers(patcher)) == 19 and patcher.model_size() <= 1.02 * os.path.getsize(path)
+    assert len(packed_layers(patcher)) == 19 and patcher.model_size() <= 1.02 * os.path.getsize(
+        path
+    )
 
 
 def test_int8_in_diffusers_names_stays_packed(path):
@@ -178,10 +206,17 @@ def test_int8_in_diffusers_names_stays_packed(path):
 
 
 def test_files_without_packed_weights_are_the_hosts(path):
-    save_file({name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in flux().items()}, path)
+    save_file(
+        {
+            name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+            for name, value in flux().items()
+        }, path)
     assert not needs_own_reader(path)
     patcher = load_diffusion_model(path)
-    assert not isinstance(patcher, PackedPatcher) and patcher.cached_patcher_init[0] is comfy.sd.load_diffusion_model
+    assert (
+        not isinstance(patcher, PackedPatcher)
+        and patcher.cached_patcher_init[0] is comfy.sd.load_diffusion_model
+    )
 
 
 def test_a_damaged_file_is_one_plain_error(path):
@@ -193,7 +228,10 @@ def test_a_damaged_file_is_one_plain_error(path):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["shared.weight", "text_model.embeddings.token_embedding.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["shared.weight", "text_model.embeddings.token_embedding.weight", "model.embed_tokens.weight"],
+)
 def test_a_text_encoder_is_named_for_what_it_is(name, path):
     write_bnb(path, {name: torch.randn(64, 64), "some.layer.weight": torch.randn(64, 64)})
     with pytest.raises(WeightFileError, match="model.safetensors is a text encoder"):
@@ -202,5 +240,6 @@ def test_a_text_encoder_is_named_for_what_it_is(name, path):
 
 def test_a_model_nobody_knows_is_refused(path):
     write_bnb(path, {"some.layer.weight": torch.randn(64, 64)})
-    with pytest.raises(WeightFileError, match="model.safetensors holds no diffusion model that this ComfyUI knows"):
+    with pytest.raises(WeightFileError,
+                       match="model.safetensors holds no diffusion model that this ComfyUI knows"):
         load_diffusion_model(path)

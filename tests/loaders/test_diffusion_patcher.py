@@ -1,9 +1,20 @@
-"""A loaded model in the host's hands: copied, moved in part, patched and put away, with its weights packed all along."""
+"""A loaded model in the host's hands: copied, moved in part, patched and put away, with its weights
+packed all along."""
 import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from families import FAMILIES, comfyui_gguf_style, deep_clone, host_patcher, inputs, random_weights, relative_error, run
+from families import (
+    FAMILIES,
+    comfyui_gguf_style,
+    deep_clone,
+    host_patcher,
+    inputs,
+    random_weights,
+    relative_error,
+    run,
+)
+
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.packed_layout import is_packed
@@ -38,8 +49,11 @@ def patcher(path):
 
 def packed_bytes(patcher):
     """Layer -> packed bytes of its weight."""
-    return {name: module.weight._qdata.clone() for name, module in patcher.model.diffusion_model.named_modules()
-            if isinstance(module, torch.nn.Linear) and is_packed(module.weight)}
+    return {
+        name: module.weight._qdata.clone()
+        for name, module in patcher.model.diffusion_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and is_packed(module.weight)
+    }
 
 
 def same_bytes(a, b):
@@ -47,13 +61,19 @@ def same_bytes(a, b):
 
 
 def lora():
-    """A LoRA for a double block's fused qkv and MLP and a single block's fused input, in kohya's names."""
+    """A LoRA for a double block's fused qkv and MLP and a single block's fused input, in kohya's
+    names."""
     generator = torch.Generator().manual_seed(3)
     weights = {}
-    for name, rows, columns in (("double_blocks_0_img_attn_qkv", 768, 256), ("double_blocks_0_txt_mlp_0", 1024, 256),
+    for name, rows, columns in (("double_blocks_0_img_attn_qkv", 768,
+                                 256), ("double_blocks_0_txt_mlp_0", 1024, 256),
                                 ("single_blocks_0_linear1", 1792, 256)):
-        weights[f"lora_unet_{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
-        weights[f"lora_unet_{name}.lora_down.weight"] = torch.randn(4, columns, generator=generator) * 0.2
+        weights[f"lora_unet_{name}.lora_up.weight"] = (
+            torch.randn(rows, 4, generator=generator) * 0.2
+        )
+        weights[f"lora_unet_{name}.lora_down.weight"] = (
+            torch.randn(4, columns, generator=generator) * 0.2
+        )
         weights[f"lora_unet_{name}.alpha"] = torch.tensor(2.0)
     return weights
 
@@ -63,7 +83,8 @@ def with_lora(patcher):
 
 
 def on_another_device(patcher):
-    """Loads to a device object of its own, so that the host sees the model move although all of it is the CPU."""
+    """Loads to a device object of its own, so that the host sees the model move although all of it
+    is the CPU."""
     patcher.load_device = torch.device("cpu:0")
     return patcher
 
@@ -129,11 +150,13 @@ def test_model_loaded_in_part_gives_the_same_numbers(patcher, dense, share):
 def test_host_loads_in_part_when_memory_is_short(patcher, dense, monkeypatch):
     before = packed_bytes(patcher)
     on_another_device(patcher)
-    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.LOW_VRAM)
+    monkeypatch.setattr(comfy.model_management, "vram_state",
+                        comfy.model_management.VRAMState.LOW_VRAM)
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
     free = int(patcher.model_size() * 0.7)
-    monkeypatch.setattr(comfy.model_management, "get_free_memory",
-                        lambda device=None, torch_free_too=False: (free, 0) if torch_free_too else free)
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda device=None, torch_free_too=False:
+        (free, 0) if torch_free_too else free)
     monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: 0)
     comfy.model_management.load_models_gpu([patcher])
     monkeypatch.undo()

@@ -2,18 +2,22 @@
 import folder_paths
 import pytest
 import torch
+from families import FAMILIES, random_weights
+from patched_models import flux_file, packed_layers, run
+from safetensors.torch import save_file
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from families import FAMILIES, random_weights
 from featherweight.loaders import folders
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
 from featherweight.nodes.load_text_encoder import LoadTextEncoder
 from featherweight.ops.patcher import PackedPatcher
-from patched_models import flux_file, packed_layers, run
-from safetensors.torch import save_file
 
-pytestmark = [pytest.mark.fake_gpus(dynamic=True), pytest.mark.usefixtures("small_models", "in_folder")]
+pytestmark = [
+    pytest.mark.fake_gpus(dynamic=True),
+    pytest.mark.usefixtures("small_models", "in_folder")
+]
 
 OTHER_GPU = torch.device("cuda:1")
 CLIP_L = ("clip_l.gguf", "stable_diffusion")
@@ -42,10 +46,14 @@ def models(tmp_path_factory):
     write_random_gguf(folder / "clip_l.gguf", shapes, "Q8_0")
     encoder = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(encoder, folder / "clip_l.safetensors")
-    parts = {f"model.diffusion_model.{name}": value for name, value in random_weights(FAMILIES["sd1.5"]).items()}
+    parts = {
+        f"model.diffusion_model.{name}": value
+        for name, value in random_weights(FAMILIES["sd1.5"]).items()
+    }
     parts |= {f"cond_stage_model.transformer.{name}": value for name, value in encoder.items()}
     save_file(parts, folder / "checkpoint.safetensors")
-    write_random_gguf(folder / "checkpoint.gguf", {name: value.shape for name, value in parts.items()}, "Q8_0", None)
+    write_random_gguf(folder / "checkpoint.gguf",
+                      {name: value.shape for name, value in parts.items()}, "Q8_0", None)
     return folder
 
 
@@ -71,7 +79,9 @@ def test_the_switch_keeps_a_model_and_what_is_made_of_it_out_of_dynamic_vram(loa
     _, patcher = loaded(load, disable_dynamic_vram=True)
     for found in (patcher, patcher.clone(), patcher.deepclone_multigpu(OTHER_GPU)):
         assert not found.is_dynamic()
-        assert isinstance(found, PackedPatcher) == bool(packed_layers(found)) == ("host" not in load)
+        assert (
+            isinstance(found, PackedPatcher) == bool(packed_layers(found)) == ("host" not in load)
+        )
     function, arguments, *which = patcher.cached_patcher_init
     again = function(*arguments)
     assert not (again[which[0]] if which else again).is_dynamic()
@@ -82,7 +92,10 @@ def test_a_model_kept_out_gives_what_it_gives_in_dynamic_vram():
     for kept_out in (False, True):
         _, patcher = loaded("diffusion model", disable_dynamic_vram=kept_out)
         outputs.append(run(patcher))
-        assert all(layer.weight.device == patcher.load_device for layer in packed_layers(patcher)) == kept_out
+        assert (
+            all(layer.weight.device == patcher.load_device for layer in packed_layers(patcher))
+            == kept_out
+        )
     assert torch.equal(*outputs)
 
 

@@ -1,12 +1,14 @@
 """Model files that have become others of their names."""
 import folder_paths
 import pytest
+
 from featherweight.loaders.folders import FileVersions
 
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".gguf", ".safetensors"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models",
+                        ([str(tmp_path)], {".gguf", ".safetensors"}))
     return tmp_path
 
 
@@ -18,7 +20,9 @@ def test_a_replaced_file_is_counted_and_an_untouched_one_is_not(models):
     assert replacements.count(["a.gguf", "b.gguf"]) == 0
     (models / "new").write_bytes(b"1")
     (models / "new").replace(models / "b.gguf")  # of the same size and content
-    assert [replacements.count(names) for names in (["a.gguf"], ["b.gguf"], ["b.gguf", "a.gguf"])] == [0, 1, 1]
+    assert [
+        replacements.count(names) for names in (["a.gguf"], ["b.gguf"], ["b.gguf", "a.gguf"])
+    ] == [0, 1, 1]
     (models / "b.gguf").unlink()
     (models / "b.gguf").write_bytes(b"12")
     assert replacements.count(["b.gguf"]) == 2
@@ -35,7 +39,7 @@ def test_a_file_added_to_a_folder_counts(models):
     assert replacements.count(["package"]) == 1
 
 
-@pytest.mark.parametrize("picked, beside", [
+@pytest.mark.parametrize(("picked", "beside"), [
     ("Encoder-Q4_K.gguf", "mmproj-Encoder-F16.gguf"), ("Encoder-Q4_K.gguf", "Encoder.MMPROJ.gguf"),
     ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf"),
     ("m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors")
@@ -55,7 +59,8 @@ def test_what_is_read_beside_a_file_counts_and_no_other_does(picked, beside, mod
 
 
 def test_a_part_of_a_package_counts(models, monkeypatch):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(models / "packages")], {"folder"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers",
+                        ([str(models / "packages")], {"folder"}))
     file = models / "packages" / "flux" / "transformer" / "weights.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"1")

@@ -1,4 +1,5 @@
-"""What loading and running takes in memory: a Flux with real layer sizes and fewer blocks, a whole one, and a whole T5-XXL."""
+"""What loading and running takes in memory: a Flux with real layer sizes and fewer blocks, a whole
+one, and a whole T5-XXL."""
 import json
 import subprocess
 import sys
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def figures(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "flux.gguf"
     double_blocks, single_blocks = request.param
-    shapes = flux_shapes(hidden=3072, double_blocks=double_blocks, single_blocks=single_blocks, context=4096)
+    shapes = flux_shapes(hidden=3072, double_blocks=double_blocks, single_blocks=single_blocks,
+                         context=4096)
     write_random_gguf(path, shapes, "Q8_0")
     return probed_once("model", path)
 
@@ -43,7 +45,9 @@ def test_the_model_holds_at_most_2_percent_more_than_the_files_tensors(figures):
 
 
 def test_loading_takes_at_most_400_mb_beside_the_file(figures):
-    assert figures["peak_after_load"] - figures["resident_before"] <= figures["file_bytes"] + 400 * MB
+    assert (
+        figures["peak_after_load"] - figures["resident_before"] <= figures["file_bytes"] + 400 * MB
+    )
     assert figures["anonymous_growth_load"] <= 400 * MB
 
 
@@ -51,10 +55,11 @@ def test_a_step_adds_at_most_one_layers_dense_size(figures):
     assert figures["anonymous_growth_step"] <= figures["largest_dense_layer"]
 
 
-@pytest.mark.parametrize("hidden, type_name, spare", [
+@pytest.mark.parametrize(("hidden", "type_name", "spare"), [
     pytest.param(1536, "Q8_0", 64 * MB, id="270 MB"),
     pytest.param(3072, "Q4_K", 300 * MB, id="1 GB", marks=pytest.mark.heavy)])
-def test_packing_while_loading_takes_two_dense_tensors_beside_what_is_held(hidden, type_name, spare, tmp_path):
+def test_packing_while_loading_takes_two_dense_tensors_beside_what_is_held(
+        hidden, type_name, spare, tmp_path):
     """Without letting go of what was read, the whole file would be in memory beside the result."""
     path, some = tmp_path / "flux.safetensors", (torch.randn(1 << 20) * 0.02).bfloat16()
     shapes = {name: torch.Size(shape) for name, shape in flux_shapes(hidden, 1, 1, 4096).items()}
@@ -62,15 +67,23 @@ def test_packing_while_loading_takes_two_dense_tensors_beside_what_is_held(hidde
                for name, shape in shapes.items()}, path)
     figures = probed_once(f"packing-{type_name}", path)
     allowed = figures["model_size"] + 2 * figures["largest_dense_tensor"] + spare
-    assert figures["peak_growth"] <= allowed < figures["model_size"] + figures["tensor_bytes"] - spare
+    assert (
+        figures["peak_growth"] <= allowed < figures["model_size"] + figures["tensor_bytes"] - spare
+    )
     assert figures["model_size"] <= 0.6 * figures["tensor_bytes"]
 
 
 def t5_xxl_shapes() -> dict[str, tuple]:
     """T5-XXL's encoder in llama.cpp's names: 4.76 billion values."""
-    shapes = {"token_embd.weight": (32128, 4096), "enc.output_norm.weight": (4096,), "enc.blk.0.attn_rel_b.weight": (32, 64)}
+    shapes = {
+        "token_embd.weight": (32128, 4096), "enc.output_norm.weight": (4096,),
+        "enc.blk.0.attn_rel_b.weight": (32, 64)
+    }
     for layer in range(24):
-        parts = {f"attn_{part}": (4096, 4096) for part in "qkvo"} | {"attn_norm": (4096,), "ffn_norm": (4096,)}
+        parts = {f"attn_{part}": (4096, 4096) for part in "qkvo"} | {
+            "attn_norm": (4096,),
+            "ffn_norm": (4096,),
+        }
         parts |= {"ffn_gate": (10240, 4096), "ffn_up": (10240, 4096), "ffn_down": (4096, 10240)}
         shapes |= {f"enc.blk.{layer}.{part}.weight": shape for part, shape in parts.items()}
     return shapes
@@ -82,9 +95,15 @@ def test_a_t5_xxl_takes_its_file_and_half_a_gigabyte_and_keeps_its_weights_where
     write_random_gguf(path, t5_xxl_shapes(), "Q4_K", architecture="t5encoder")
     figures = probed_once("encoder", path)
     assert figures["model_size"] <= 1.02 * figures["file_bytes"]
-    assert figures["peak_after_load"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
-    assert figures["peak_after_encoding"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
-    assert figures["weights_moved"] == 0 and figures["anonymous_growth"][1] <= 300 * MB  # activations and the scratch
+    assert (
+        figures["peak_after_load"] <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
+    )
+    assert (
+        figures["peak_after_encoding"]
+        <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
+    )
+    # activations and the scratch
+    assert figures["weights_moved"] == 0 and figures["anonymous_growth"][1] <= 300 * MB
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +111,8 @@ def scale(tmp_path_factory):
     """What the bench measures with a whole Flux.1-dev in Q4_K, and with parts of it."""
     folder = tmp_path_factory.mktemp("scale")
     arguments = ["--only", "scale", "--rounds", "2", "--out", str(folder)]
-    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=ROOT,
+                   check=True)
     return json.loads((folder / "bench.json").read_text())["scale"]["rows"]
 
 
@@ -109,9 +129,16 @@ def test_a_flux_dev_of_12_billion_parameters_makes_a_step_in_its_file_and_1_5_gb
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("row, variants", [
-    ("1/4 of the blocks", ("256 tokens", "1024 tokens")), ("256 tokens", ("1/4 of the blocks", "all"))])
-def test_a_step_of_four_times_the_tokens_or_blocks_takes_at_most_four_times_as_long(scale, row, variants):
+@pytest.mark.parametrize(
+    ("row", "variants"),
+    [
+        ("1/4 of the blocks", ("256 tokens", "1024 tokens")),
+        ("256 tokens", ("1/4 of the blocks", "all")),
+    ],
+)
+def test_a_step_of_four_times_the_tokens_or_blocks_takes_at_most_four_times_as_long(
+    scale, row, variants
+):
     one, four = (scale[row][name]["min"] for name in variants)
     assert four <= 1.25 * 4 * one
 
@@ -119,5 +146,6 @@ def test_a_step_of_four_times_the_tokens_or_blocks_takes_at_most_four_times_as_l
 @pytest.mark.heavy
 def test_the_same_flux_dev_in_q8_0_makes_a_step_in_its_file_and_1_5_gb(tmp_path):
     path = tmp_path / "flux-dev-q8_0.gguf"
-    write_random_gguf(path, flux_shapes(3072, 19, 38, 4096, guidance=True, pooled_text=True), "Q8_0")
+    write_random_gguf(path, flux_shapes(3072, 19, 38, 4096, guidance=True, pooled_text=True),
+                      "Q8_0")
     check_memory_of_a_picture(probed_once("picture", path), 11.9e9, 8.5)

@@ -6,19 +6,20 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.text_encoder import load_text_encoder
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf, write_random_gguf
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.text_encoder import load_text_encoder
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
 
 
 def model_file(path):
-    write_gguf(path, tiny_models.flux(**SIZES), lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+    write_gguf(path, tiny_models.flux(**SIZES), lambda name, values: "Q8_0"
+               if values.ndim == 2 else "F32")
 
 
 def nf4_file(path):
@@ -30,7 +31,11 @@ def nf4_file(path):
 
 
 def plain_file(path):
-    save_file({name: torch.from_numpy(value).bfloat16() for name, value in tiny_models.flux(**SIZES).items()}, path)
+    save_file(
+        {
+            name: torch.from_numpy(value).bfloat16()
+            for name, value in tiny_models.flux(**SIZES).items()
+        }, path)
 
 
 def encoder_file(path):
@@ -41,8 +46,9 @@ CASES = {
     "model.gguf": (model_file, load_diffusion_model),
     "checkpoint.safetensors": (nf4_file, load_checkpoint),
     "plain.safetensors": (plain_file, lambda path: load_diffusion_model(path, pack_to="Q8_0")),
-    "plain checkpoint.safetensors": (plain_file, lambda path: load_checkpoint(path, pack_to="Q8_0")[0]),
-    "encoder.gguf": (encoder_file, lambda path: load_text_encoder([path])),
+    "plain checkpoint.safetensors": (plain_file,
+                                     lambda path: load_checkpoint(path, pack_to="Q8_0")[0]),
+    "encoder.gguf": (encoder_file, lambda path: load_text_encoder([path]))
 }
 
 
@@ -90,13 +96,15 @@ def test_a_load_shows_its_way_from_nothing_to_all(load, shown):
     assert list(values) == sorted(values) and len(set(values)) > 20
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped where Linux shows it")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped where Linux"
+                                                                 " shows it")
 @pytest.mark.parametrize("after", ["the first step", "half", "the last but one"])
 def test_a_cancelled_load_leaves_nothing_behind(load, shown, after):
     load()
     steps = len(shown)
     shown.clear()
-    shown.cancel_after = {"the first step": 1, "half": steps // 2, "the last but one": steps - 1}[after]
+    shown.cancel_after = {"the first step": 1, "half": steps // 2,
+                          "the last but one": steps - 1}[after]
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         load()
     gc.collect()

@@ -1,4 +1,5 @@
-"""The recipe that each loader leaves with what it loads: called by the host, sent to another process, read by a person."""
+"""The recipe that each loader leaves with what it loads: called by the host, sent to another
+process, read by a person."""
 import copy
 import json
 import os
@@ -12,9 +13,12 @@ import recipe_process
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from comfyui_and_pack import HOST, PACK
+from families import FAMILIES, random_weights
+from patched_models import flux_file
+from recipe_process import digest
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from families import FAMILIES, random_weights
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.recipe import LOADERS, Recipe
@@ -25,8 +29,6 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.packed_layout import packed_tensor
-from patched_models import flux_file
-from recipe_process import digest
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -38,22 +40,33 @@ def models(tmp_path_factory):
     (folder / "flux.gguf").symlink_to(flux_file("Q8_0")[0])
     encoder = tiny_models.clip_l_shapes()
     write_random_gguf(folder / "clip_l.gguf", encoder, "Q8_0")
-    shapes = {f"model.diffusion_model.{name}": value.shape for name, value in random_weights(FAMILIES["sd1.5"]).items()}
+    shapes = {
+        f"model.diffusion_model.{name}": value.shape
+        for name, value in random_weights(FAMILIES["sd1.5"]).items()
+    }
     shapes |= {f"cond_stage_model.transformer.{name}": shape for name, shape in encoder.items()}
-    shapes |= {f"first_stage_model.{name}": value.shape for name, value in tiny_models.autoencoder().items()}
+    shapes |= {
+        f"first_stage_model.{name}": value.shape
+        for name, value in tiny_models.autoencoder().items()
+    }
     write_random_gguf(folder / "checkpoint.gguf", shapes, "Q8_0", None)
-    write_random_gguf(folder / "vae.gguf", {name: value.shape for name, value in tiny_models.autoencoder().items()}, "Q8_0")
+    write_random_gguf(folder / "vae.gguf",
+                      {name: value.shape for name, value in tiny_models.autoencoder().items()},
+                      "Q8_0")
     return folder
 
 
 # Kind of recipe -> what loads a model that has it, from the folder above.
 LOADS = {
-    "diffusion model": lambda models: load_diffusion_model(models / "flux.gguf", torch.float16, compute="int8"),
+    "diffusion model": lambda models: load_diffusion_model(models / "flux.gguf", torch.float16,
+                                                           compute="int8"),
     "text encoder": lambda models: load_text_encoder([str(models / "clip_l.gguf")]).patcher,
-    "diffusion model of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[0],
-    "text encoder of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[1].patcher,
-    "VAE of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[2].patcher,
-    "VAE": lambda models: load_vae(str(models / "vae.gguf")).patcher,
+    "diffusion model of a checkpoint": lambda models: load_checkpoint(
+        str(models / "checkpoint.gguf"))[0],
+    "text encoder of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[
+        1].patcher, "VAE of a checkpoint": lambda models: load_checkpoint(
+            str(models / "checkpoint.gguf"))[2].patcher,
+    "VAE": lambda models: load_vae(str(models / "vae.gguf")).patcher
 }
 
 
@@ -80,7 +93,10 @@ def test_a_recipe_loads_the_same_model_again(kind, models):
 def test_a_recipe_says_itself_in_one_line(models):
     path = str(models / "flux.gguf")
     patcher = load_diffusion_model(path, compute="int8", disable_dynamic=True)
-    assert str(recipe_of(patcher)) == f"diffusion model from {path!r}, compute 'int8', disable_dynamic True"
+    assert (
+        str(recipe_of(patcher))
+        == f"diffusion model from {path!r}, compute 'int8', disable_dynamic True"
+    )
     assert "\n" not in str(Recipe("text encoder", ("a\nb.gguf",), {"clip_type": "flux\n"}))
 
 
@@ -94,7 +110,8 @@ def other(tmp_path_factory):
     """The pack in another folder."""
     other = tmp_path_factory.mktemp("elsewhere v1.0") / "featherweight-copy"
     for folder in ("loaders", "ops", "nodes"):
-        shutil.copytree(PACK / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__", "docs"))
+        shutil.copytree(PACK / folder, other / folder,
+                        ignore=shutil.ignore_patterns("__pycache__", "docs"))
     for name in ("__init__.py", "child_process.py"):
         shutil.copyfile(PACK / name, other / name)
     return other
@@ -102,8 +119,14 @@ def other(tmp_path_factory):
 
 def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, other, tmp_path):
     patchers = [load(models) for load in LOADS.values()]
-    (tmp_path / "recipes.pickle").write_bytes(pickle.dumps([recipe_of(patcher) for patcher in patchers]))
-    command = [sys.executable, recipe_process.__file__, str(HOST), str(other), str(tmp_path / "recipes.pickle")]
+    (tmp_path / "recipes.pickle").write_bytes(
+        pickle.dumps([recipe_of(patcher) for patcher in patchers]))
+    command = [
+        sys.executable, recipe_process.__file__,
+        str(HOST),
+        str(other),
+        str(tmp_path / "recipes.pickle")
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -123,7 +146,8 @@ for file in pathlib.Path(folder).glob("*.blocks"):
         outputs = [block(torch.ones(2, 256)) for block in blocks]
     torch.save([*outputs, sum(base.__module__.startswith(f"{name}.ops") for base in bases)], file.with_suffix(".outputs"))
 """
-PICKLED = ("Q8_0", "NF4", "NF4_128", "INT8", "Q4_K_256_2x4")  # types of one file, and those made of a file's numbers
+# types of one file, and those made of a file's numbers
+PICKLED = ("Q8_0", "NF4", "NF4_128", "INT8", "Q4_K_256_2x4")
 
 
 def blocks_of(format_name: str) -> list[torch.nn.Module]:
@@ -133,31 +157,42 @@ def blocks_of(format_name: str) -> list[torch.nn.Module]:
     codes = torch.randint(0, 60, (count, packed_format.block_bytes), dtype=torch.uint8)
     scale = torch.rand(count) / 30 if packed_format.scales_apart else None
     weight = packed_tensor(packed_format, codes, (256, 256), scale=scale)
-    plain, int8 = (packed_operations(compute=compute).Linear(256, 256, dtype=torch.float32) for compute in ("exact", "int8"))
+    plain, int8 = (packed_operations(compute=compute).Linear(256, 256, dtype=torch.float32)
+                   for compute in ("exact", "int8"))
     for layer in (plain, int8):
         layer.load_state_dict({"weight": weight, "bias": torch.randn(256)})
     lora = LoRAAdapter(set(), (torch.randn(256, 4), torch.randn(4, 256), None, None, None, None))
-    int8.lora = build_patches("w", [(0.5, lora, 1.0, None, None)], weight.shape, torch.device("cpu"), torch.float32)
+    int8.lora = build_patches("w", [(0.5, lora, 1.0, None, None)], weight.shape,
+                              torch.device("cpu"), torch.float32)
     return [torch.nn.Sequential(plain), torch.nn.Sequential(plain, torch.nn.ReLU(), int8)]
 
 
 @pytest.fixture(scope="module")
 def unpickled(other, tmp_path_factory):
-    """Format -> (the blocks that were pickled, what they gave in a process with the pack in another folder)."""
+    """Format -> (the blocks that were pickled, what they gave in a process with the pack in another
+    folder)."""
     folder = tmp_path_factory.mktemp("pickles")
     blocks = {name: blocks_of(name) for name in PICKLED}
     for name, modules in blocks.items():
         torch.save(modules, folder / f"{name}.blocks")
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK / "tests" / "support"), str(PACK)])}
-    done = subprocess.run([sys.executable, "-c", UNPICKLING, *map(str, (HOST, other, folder))], capture_output=True, text=True,
-                          env=variables)
+    variables = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(PACK / "tests" / "support"),
+                                                     str(PACK)])
+    }
+    done = subprocess.run([sys.executable, "-c", UNPICKLING, *map(str, (HOST, other, folder))],
+                          capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
-    return {name: (modules, torch.load(folder / f"{name}.outputs", weights_only=False)) for name, modules in blocks.items()}
+    return {
+        name: (modules, torch.load(folder / f"{name}.outputs", weights_only=False))
+        for name, modules in blocks.items()
+    }
 
 
 @pytest.mark.parametrize("format_name", PICKLED)
 def test_layers_unpickle_in_a_process_with_the_pack_in_another_folder(format_name, unpickled):
     modules, (*outputs, count) = unpickled[format_name]
     with torch.no_grad():
-        assert all(torch.equal(output, module(torch.ones(2, 256))) for output, module in zip(outputs, modules, strict=True))
+        assert all(
+            torch.equal(output, module(torch.ones(2, 256)))
+            for output, module in zip(outputs, modules, strict=True))
     assert count == 2  # the shared one once

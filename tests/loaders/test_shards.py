@@ -1,16 +1,18 @@
-"""Models in several safetensors files of which a user picks one: the host's own loaders would read that one alone."""
+"""Models in several safetensors files of which a user picks one: the host's own loaders would read
+that one alone."""
 import comfy.sd
 import pytest
 import torch
 from checkpoint_parts import SD15, clip_l, stable_diffusion
 from families import relative_error
 from families import run as run_family
+from patched_models import relative, run, tiny_flux
+from safetensors.torch import save_file
+
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.text_encoder import load_text_encoder
-from patched_models import relative, run, tiny_flux
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -19,7 +21,8 @@ DIFFUSION_MODEL = {name: value.bfloat16() for name, value in tiny_flux().items()
 
 
 def scaled_fp8() -> dict[str, torch.Tensor]:
-    """The model in the older of the host's fp8 formats: a scale beside each weight, and a mark in the file."""
+    """The model in the older of the host's fp8 formats: a scale beside each weight, and a mark in
+    the file."""
     stored = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for name, value in DIFFUSION_MODEL.items():
         stored[name] = value
@@ -57,12 +60,16 @@ def test_any_of_the_files_of_a_plain_checkpoint_loads_all_of_it(tmp_path):
     *shards, whole = write(tmp_path, stable_diffusion())
     (expected, *_), (model, clip, vae) = load_checkpoint(whole), load_checkpoint(shards[0])
     assert relative_error(run_family(model, SD15), run_family(expected, SD15)) < 1e-5
-    of_clip = next(value for name, value in clip.cond_stage_model.state_dict().items() if "layers.7.mlp.fc1.weight" in name)
-    assert of_clip.any() and all(value.any() for value in vae.first_stage_model.state_dict().values() if value.ndim == 4)
+    of_clip = next(value for name, value in clip.cond_stage_model.state_dict().items()
+                   if "layers.7.mlp.fc1.weight" in name)
+    assert of_clip.any() and all(
+        value.any() for value in vae.first_stage_model.state_dict().values() if value.ndim == 4
+    )
 
 
 def test_a_file_without_the_others_of_its_model_names_them(tmp_path):
     write(tmp_path, DIFFUSION_MODEL)
     (tmp_path / SHARDS[1]).unlink()
-    with pytest.raises(WeightFileError, match=f"{SHARDS[1]} is missing beside it. Download all 2 into one folder"):
+    with pytest.raises(WeightFileError,
+                       match=f"{SHARDS[1]} is missing beside it. Download all 2 into one folder"):
         load_diffusion_model(str(tmp_path / SHARDS[0]))

@@ -1,11 +1,20 @@
 """Sizes as people read them: in GB, MB or KB, never as nothing where there is something."""
 import pytest
+
 from featherweight.loaders.sizes import part_text, size_text, type_lines
 
 
-@pytest.mark.parametrize("size, text, longer", [
-    (0, "0 bytes", "0 bytes"), (999, "999 bytes", "999 bytes"), (1000, "1.0 KB", "1.00 KB"), (2_048, "2.0 KB", "2.05 KB"),
-    (4_300_000, "4.3 MB", "4.30 MB"), (6_812_000_000, "6.8 GB", "6.81 GB")])
+@pytest.mark.parametrize(
+    ("size", "text", "longer"),
+    [
+        (0, "0 bytes", "0 bytes"),
+        (999, "999 bytes", "999 bytes"),
+        (1000, "1.0 KB", "1.00 KB"),
+        (2_048, "2.0 KB", "2.05 KB"),
+        (4_300_000, "4.3 MB", "4.30 MB"),
+        (6_812_000_000, "6.8 GB", "6.81 GB"),
+    ],
+)
 def test_a_size_is_given_in_the_unit_that_it_reaches(size, text, longer):
     assert size_text(size) == text and size_text(size, 2) == longer
 

@@ -8,22 +8,32 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from encoders import ENCODERS
-from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model, write_encoder
+from encoders.encoder import (
+    hidden_states,
+    host_clip,
+    random_weights,
+    small_towers,
+    text_model,
+    write_encoder,
+)
 from families import relative_error
+from safetensors.torch import save_file
+
+from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import text_encoder
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.packed_layout import is_packed
-from safetensors.torch import save_file
-
-from devtools.files.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-ONE_OF_EACH = {encoder.architecture: name for name, encoder in ENCODERS.items() if not encoder.unusable}.values()
-# The host cannot encode with these alone. See test_t5.py and test_clip.py (in pairs), test_gemma.py (its decoder).
+ONE_OF_EACH = {
+    encoder.architecture: name for name, encoder in ENCODERS.items() if not encoder.unusable
+}.values()
+# The host cannot encode with these alone. See test_t5.py and test_clip.py (in pairs), test_gemma.py
+# (its decoder).
 ELSEWHERE = {"BYT5_SMALL_GLYPH", "JINA_CLIP_2", "GEMMA_3_4B_VISION"}
 
 
@@ -35,30 +45,44 @@ def packed_and_dense(name, tmp_path):
         weights = random_weights(encoder)
         path = tmp_path / "encoder.gguf"
         write_encoder(path, encoder, weights)
-        packed = load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+        packed = load_text_encoder([str(path)], encoder.clip_type,
+                                   model_options=encoder.model_options)
         yield packed, host_clip(encoder, weights)
 
 
 def packed_layers(clip):
     """Name in the state dict -> layer."""
-    return {f"{name}.weight": layer for name, layer in clip.cond_stage_model.named_modules() if isinstance(layer, PackedLayer)}
+    return {
+        f"{name}.weight": layer for name, layer in clip.cond_stage_model.named_modules()
+        if isinstance(layer, PackedLayer)
+    }
 
 
 def places(clip):
     """Where the bytes of each packed weight lie in memory."""
-    return {name: value._qdata.data_ptr() for name, value in clip.patcher.model.named_parameters() if is_packed(value)}
+    return {
+        name: value._qdata.data_ptr() for name, value in clip.patcher.model.named_parameters()
+        if is_packed(value)
+    }
 
 
 def test_every_encoder_of_the_host_is_covered():
-    assert {model.name for model in comfy.sd.TEModel} <= {encoder.te_model for encoder in ENCODERS.values()} | ELSEWHERE
+    assert {model.name for model in comfy.sd.TEModel} <= {
+        encoder.te_model for encoder in ENCODERS.values()
+    } | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_of_llama_cpp_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
     with packed_and_dense(name, tmp_path) as (packed, dense):
         states = hidden_states(packed)
-        layers = [module for module in text_model(packed).transformer.modules() if isinstance(module, PackedLayer)]
-        assert layers and all(is_packed(layer.weight) for layer in layers if layer.weight.shape[-1] % 32 == 0)
+        layers = [
+            module for module in text_model(packed).transformer.modules()
+            if isinstance(module, PackedLayer)
+        ]
+        assert layers and all(
+            is_packed(layer.weight) for layer in layers if layer.weight.shape[-1] % 32 == 0
+        )
         assert relative_error(states, hidden_states(dense)) < 1e-4
 
 
@@ -71,8 +95,12 @@ def test_a_lora_on_an_encoder_is_as_on_the_dense_model(name, tmp_path):
         for key, layer in packed_layers(packed).items():
             if layer.has_branch and layer.weight.ndim == 2:
                 rows, columns = layer.weight.shape
-                up, down = torch.randn(rows, 4, generator=generator), torch.randn(4, columns, generator=generator)
-                patches[key] = LoRAAdapter(set(), (up, down * 0.2 * columns ** -0.5, 4.0, None, None, None))
+                up, down = (
+                    torch.randn(rows, 4, generator=generator),
+                    torch.randn(4, columns, generator=generator),
+                )
+                patches[key] = LoRAAdapter(
+                    set(), (up, down * 0.2 * columns ** -0.5, 4.0, None, None, None))
         before = places(packed)
         for clip in (packed, dense):
             assert len(clip.add_patches(patches, 1.0)) == len(patches) > 3
@@ -92,7 +120,9 @@ def test_a_second_prompt_moves_no_weight(tmp_path):
 
 def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(text_encoder, "arch_of", lambda weights, arch_of=text_encoder.arch_of: counting(arch_of(weights), made))
+    monkeypatch.setattr(
+        text_encoder, "arch_of",
+        lambda weights, arch_of=text_encoder.arch_of: counting(arch_of(weights), made))
     encoder = ENCODERS["umt5-xxl"]
     path = tmp_path / "encoder.gguf"
     write_encoder(path, encoder, random_weights(encoder))
@@ -103,10 +133,12 @@ def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monke
 
 def test_few_tokenizers_are_kept_and_none_keeps_its_file_mapped(tmp_path, monkeypatch):
     files = []
-    monkeypatch.setattr(text_encoder, "open_weights", lambda path: files.append(open_weights(path)) or files[-1])
+    monkeypatch.setattr(text_encoder, "open_weights",
+                        lambda path: files.append(open_weights(path)) or files[-1])
     encoder = ENCODERS["umt5-xxl of transformers"]
     markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items()}
-    save_file(random_weights(encoder) | markers | dict(encoder.extra), tmp_path / "model.safetensors")
+    save_file(
+        random_weights(encoder) | markers | dict(encoder.extra), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     for time in range(text_encoder.TOKENIZERS_KEPT + 1):
         os.utime(tmp_path, (time, time))
@@ -137,15 +169,18 @@ def test_a_damaged_mmproj_that_nobody_picked_is_named_and_does_no_harm(tmp_path,
         for other in tmp_path.glob("*mmproj*"):
             other.unlink()
         (tmp_path / "mmproj-encoder.gguf").write_bytes(b"GGUF")
-        assert load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+        assert load_text_encoder([str(path)], encoder.clip_type,
+                                 model_options=encoder.model_options)
     assert "mmproj-encoder.gguf" in caplog.text
 
 
 def test_a_part_of_a_diffusion_model_is_refused_in_a_sentence(tmp_path):
     """The host's detection looks for the rest of it."""
     path = tmp_path / "part of wan.gguf"
-    write_gguf(path, {"head.modulation": np.zeros((1, 2, 64), np.float32)}, lambda name, values: "F16")
-    with pytest.raises(WeightFileError, match="part of wan.gguf holds no text encoder that this ComfyUI knows"):
+    write_gguf(path, {"head.modulation": np.zeros((1, 2, 64), np.float32)},
+               lambda name, values: "F16")
+    with pytest.raises(WeightFileError,
+                       match="part of wan.gguf holds no text encoder that this ComfyUI knows"):
         load_text_encoder([str(path)], "wan")
 
 
@@ -155,6 +190,8 @@ def test_an_encoder_of_another_size_is_refused_in_a_sentence(tmp_path):
     name = next(name for name in weights if name.endswith("SelfAttention.q.weight"))
     weights[name] = torch.zeros(2 * weights[name].shape[0], weights[name].shape[1])
     write_encoder(path, encoder, weights)
-    with pytest.raises(WeightFileError, match=r"t5.gguf: the names .*, their sizes are not: .*SelfAttention.q.weight.*"
-                                              r" Get the size of the model that the workflow is for\.$"):
+    with pytest.raises(
+            WeightFileError,
+            match=r"t5.gguf: the names .*, their sizes are not: .*SelfAttention.q.weight.*"
+            r" Get the size of the model that the workflow is for\.$"):
         load_text_encoder([str(path)], encoder.clip_type)

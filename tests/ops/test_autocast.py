@@ -1,10 +1,11 @@
 """Under torch.autocast packed layers give what dense layers give: products in autocast's dtype."""
 import pytest
 import torch
-from featherweight.ops import workspace
-from featherweight.ops.operations import packed_operations
 from patched_layers import LAYERS, PATCHES, input_for, layer_and_twin
 from patched_models import packed_anyhow
+
+from featherweight.ops import workspace
+from featherweight.ops.operations import packed_operations
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -17,8 +18,9 @@ def under_autocast(layer, input: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 @pytest.mark.parametrize("scratch_bytes", [1 << 12, 1 << 26])  # the weight in slices, and at once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [None, *PATCHES])
-@pytest.mark.parametrize("name, format_name", LAYERS)
-def test_it_is_the_layer_in_autocasts_dtype(name, format_name, kind, dtype, scratch_bytes, monkeypatch):
+@pytest.mark.parametrize(("name", "format_name"), LAYERS)
+def test_it_is_the_layer_in_autocasts_dtype(name, format_name, kind, dtype, scratch_bytes,
+                                            monkeypatch):
     """Bit for bit: so weak LoRAs have the strength that they have in that dtype."""
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", scratch_bytes)
     layer, twin = layer_and_twin(name, format_name, kind, torch.float32)
@@ -52,5 +54,6 @@ def test_compiled_it_is_one_graph():
     input = input_for("Linear")
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert torch.equal(under_autocast(compiled, input, torch.bfloat16), under_autocast(layer, input, torch.bfloat16))
+    assert torch.equal(under_autocast(compiled, input, torch.bfloat16),
+                       under_autocast(layer, input, torch.bfloat16))
     torch._dynamo.reset()

@@ -1,10 +1,14 @@
-"""Fields of bytes and what is computed from them: the way of a CPU and the way of other devices give the same bits."""
+"""Fields of bytes and what is computed from them: the way of a CPU and the way of other devices
+give the same bits."""
 import numpy as np
 import pytest
 import torch
+
 from devtools.files.gguf_files import block_pool
-from featherweight.ops import bits
-from featherweight.ops import formats  # noqa: F401  registers them
+from featherweight.ops import (
+    bits,
+    formats,  # noqa: F401  registers them
+)
 from featherweight.ops.bits import bit_planes, half, reinterpret, select, split_bits
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
@@ -12,7 +16,11 @@ from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels.validation import random_tensors
 
 CPU = torch.device("cpu")
-OTHERS = [INT8.of_columns(96), ColumnGroups.of(FORMATS["Q4_K"], 512, 4, 2), ColumnGroups.of(FORMATS["Q8_0"], 64, 2, 2)]
+OTHERS = [
+    INT8.of_columns(96),
+    ColumnGroups.of(FORMATS["Q4_K"], 512, 4, 2),
+    ColumnGroups.of(FORMATS["Q8_0"], 64, 2, 2)
+]
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.__name__)
 
 
@@ -23,11 +31,13 @@ def as_elsewhere(monkeypatch):
 
 
 def usual_and_random(fmt) -> list[torch.Tensor]:
-    """What a weight holds: values of a usual size where gguf can tell, and all that bytes can say, infinite scales too."""
+    """What a weight holds: values of a usual size where gguf can tell, and all that bytes can say,
+    infinite scales too."""
     tensors = random_tensors(fmt, 64, CPU)
     if fmt.ggml_type is None:
         return tensors
-    every = np.random.default_rng(fmt.ggml_type).integers(0, 256, (64, fmt.block_bytes), dtype=np.uint8)
+    every = np.random.default_rng(fmt.ggml_type).integers(0, 256, (64, fmt.block_bytes),
+                                                          dtype=np.uint8)
     try:
         every = np.concatenate([every, np.resize(block_pool(fmt.__name__), every.shape)])
     except NotImplementedError:
@@ -37,13 +47,22 @@ def usual_and_random(fmt) -> list[torch.Tensor]:
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
     width = {4: torch.int32, 2: torch.int16}[found.dtype.itemsize]
-    return bool(((found.view(width) == expected.view(width)) | (found.isnan() & expected.isnan())).all())
+    return bool(
+        ((found.view(width) == expected.view(width)) | (found.isnan() & expected.isnan())).all())
 
 
-@pytest.mark.parametrize("dtype, value_dtype", [
-    (torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "value_dtype"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.bfloat16, torch.float16),
+    ],
+)
 @each_format
-def test_values_are_the_same_by_few_passes_as_by_cheap_ones(fmt, dtype, value_dtype, as_elsewhere, monkeypatch):
+def test_values_are_the_same_by_few_passes_as_by_cheap_ones(fmt, dtype, value_dtype, as_elsewhere,
+                                                            monkeypatch):
     monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 24 * fmt.block_length)
     tensors = usual_and_random(fmt)
     first, blocks = 3, tensors[0].numel() // fmt.block_bytes
@@ -76,7 +95,8 @@ def test_bytes_at_any_address_are_dequantized_by_few_passes(fmt, odd, as_elsewhe
     values = tensors[0].numel() // fmt.block_bytes * fmt.block_length
     expected = fmt.dequantize_into(tensors, torch.empty(values))
     odd = 2 * odd if fmt.plain_dtype else odd  # plain numbers lie at even addresses
-    moved = torch.empty(tensors[0].numel() + odd, dtype=torch.uint8)[odd:].view(tensors[0].shape).copy_(tensors[0])
+    moved = torch.empty(tensors[0].numel() + odd,
+                        dtype=torch.uint8)[odd:].view(tensors[0].shape).copy_(tensors[0])
     as_elsewhere()
     assert same_bits(fmt.dequantize_into([moved, *tensors[1:]], torch.empty(values)), expected)
 
@@ -86,11 +106,13 @@ def test_bytes_at_any_address_are_dequantized_by_few_passes(fmt, odd, as_elsewhe
 def test_bit_planes_equal_shift_and_mask_of_each_byte(width, everywhere, as_elsewhere):
     if everywhere:
         as_elsewhere()
-    for data in (torch.arange(256, dtype=torch.uint8).view(32, 8), torch.arange(256, dtype=torch.uint8).view(16, 16)[:, 3:11]):
+    for data in (torch.arange(256, dtype=torch.uint8).view(32, 8),
+                 torch.arange(256, dtype=torch.uint8).view(16, 16)[:, 3:11]):
         planes = bit_planes(data, width)
         assert planes.shape == (len(data), 8 // width, 8) and planes.dtype == torch.uint8
         for index in range(8 // width):
-            assert torch.equal(planes[:, index].int(), data.int() >> width * index & (1 << width) - 1)
+            assert torch.equal(planes[:, index].int(),
+                               data.int() >> width * index & (1 << width) - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
@@ -102,9 +124,11 @@ def test_split_bits_takes_words_of_any_size(dtype):
         assert torch.equal(fields[..., index], words.int() >> 2 * index & 3)
 
 
-@pytest.mark.parametrize("row_bytes, start", [(8, 0), (8, 4), (8, 2), (6, 0), (7, 1)])
-def test_numbers_are_a_view_of_their_bytes_only_where_each_may_be_read_where_it_lies(row_bytes, start):
-    data = torch.arange(70, dtype=torch.uint8)[start:start + 8 * row_bytes].view(8, row_bytes)[:, :4]
+@pytest.mark.parametrize(("row_bytes", "start"), [(8, 0), (8, 4), (8, 2), (6, 0), (7, 1)])
+def test_numbers_are_a_view_of_their_bytes_only_where_each_may_be_read_where_it_lies(
+        row_bytes, start):
+    data = torch.arange(70, dtype=torch.uint8)[start:start + 8 * row_bytes].view(8,
+                                                                                 row_bytes)[:, :4]
     numbers = reinterpret(data, torch.int32)
     assert torch.equal(numbers, data.clone().view(torch.int32))
     shared = numbers.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()

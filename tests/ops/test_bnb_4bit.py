@@ -1,6 +1,8 @@
-"""bitsandbytes' 4-bit formats: the values of files that the real bitsandbytes writes, bit for bit."""
+"""bitsandbytes' 4-bit formats: the values of files that the real bitsandbytes writes, bit for
+bit."""
 import pytest
 import torch
+
 from featherweight.ops import formats, product, workspace  # noqa: F401
 from featherweight.ops.format import FORMATS, FormatError
 from featherweight.ops.operations import packed_operations
@@ -9,17 +11,26 @@ from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
 
-SHAPES = {"whole rows": (12, 256), "blocks cross rows": (10, 96), "a short last block": (7, 72), "odd": (5, 45)}
+SHAPES = {
+    "whole rows": (12, 256), "blocks cross rows": (10, 96), "a short last block": (7, 72),
+    "odd": (5, 45)
+}
 
 
 def packed_by_bitsandbytes(shape, quant_type="nf4", block_length=64):
-    """A packed tensor of bitsandbytes' own bytes, and its values: bitsandbytes' code times its absmax, in float32."""
+    """A packed tensor of bitsandbytes' own bytes, and its values: bitsandbytes' code times its
+    absmax, in float32."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     data, state = functional.quantize_4bit(values, blocksize=block_length, quant_type=quant_type)
-    codes = torch.stack([data.flatten().int() >> 4, data.flatten().int() & 15], -1).flatten()[:values.numel()]
+    codes = torch.stack(
+        [data.flatten().int() >> 4, data.flatten().int() & 15], -1).flatten()[:values.numel()]
     scales = state.absmax.repeat_interleave(block_length)[:values.numel()]
     packed_format = FORMATS[quant_type.upper()].of_block_length(block_length)
-    return packed_tensor(packed_format, data, shape, scale=state.absmax), (state.code[codes.long()] * scales).view(shape), state
+    return (
+        packed_tensor(packed_format, data, shape, scale=state.absmax),
+        (state.code[codes.long()] * scales).view(shape),
+        state,
+    )
 
 
 @pytest.mark.parametrize("block_length", [64, 128, 256])
@@ -44,7 +55,8 @@ def test_equals_bitsandbytes_dequantize_where_that_is_right():
 
 
 def test_right_where_bitsandbytes_own_kernels_are_wrong():
-    """On CPUs with AVX512 they take the blocks to begin anew with each row. So nothing here calls them."""
+    """On CPUs with AVX512 they take the blocks to begin anew with each row. So nothing here calls
+    them."""
     packed, expected, state = packed_by_bitsandbytes((10, 96))
     input = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
     product_expected = torch.nn.functional.linear(input, expected)
@@ -62,9 +74,11 @@ def test_right_where_bitsandbytes_own_kernels_are_wrong():
 def test_linear_and_embedding_equal_the_dense_weight(shape, monkeypatch):
     packed, expected, _ = packed_by_bitsandbytes(shape)
     input = torch.randn(3, shape[1])
-    assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
+    assert torch.allclose(product.linear(input, packed),
+                          torch.nn.functional.linear(input, expected), atol=1e-5)
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 4 * 2 * shape[1])
-    assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
+    assert torch.allclose(product.linear(input, packed),
+                          torch.nn.functional.linear(input, expected), atol=1e-5)
     ids = torch.tensor([[0, 4], [2, 1]])
     assert torch.equal(product.embedding(ids, packed, torch.float32), expected[ids])
 
@@ -74,7 +88,9 @@ def test_a_layer_keeps_it_packed_with_its_scales_wherever_it_goes():
     layer = packed_operations().Linear(256, 12, bias=False, dtype=torch.float32)
     layer.load_state_dict({"weight": packed})
     layer.to("cpu:0").to(torch.bfloat16)
-    assert layer.weight.dtype == torch.bfloat16 and torch.equal(packed_tensors(layer.weight)[1], packed_tensors(packed)[1])
+    assert layer.weight.dtype == torch.bfloat16 and torch.equal(
+        packed_tensors(layer.weight)[1], packed_tensors(packed)[1]
+    )
     input = torch.randn(2, 256)
     assert torch.equal(layer.float()(input), torch.nn.functional.linear(input, expected))
 

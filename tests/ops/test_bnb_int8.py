@@ -1,6 +1,8 @@
-"""bitsandbytes' int8 format: the values of weights that the real bitsandbytes writes, bit for bit."""
+"""bitsandbytes' int8 format: the values of weights that the real bitsandbytes writes, bit for
+bit."""
 import pytest
 import torch
+
 from featherweight.ops import product, workspace
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.operations import packed_operations
@@ -12,17 +14,25 @@ SHAPES = [(12, 256), (7, 45), (1, 1)]
 
 
 def packed_by_bitsandbytes(shape):
-    """A packed tensor of bitsandbytes' own codes and scales, and its values: code times scale over 127, in float32."""
+    """A packed tensor of bitsandbytes' own codes and scales, and its values: code times scale over
+    127, in float32."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     codes, scales, _ = functional.int8_vectorwise_quant(values.half())
-    packed = packed_tensor(INT8.of_columns(shape[1]), codes.view(torch.uint8), shape, scale=scales / 127)
-    return packed, codes * (scales / 127).unsqueeze(-1), functional.int8_vectorwise_dequant(codes, scales)
+    packed = packed_tensor(INT8.of_columns(shape[1]), codes.view(torch.uint8), shape,
+                           scale=scales / 127)
+    return (
+        packed,
+        codes * (scales / 127).unsqueeze(-1),
+        functional.int8_vectorwise_dequant(codes, scales),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantizes_to_bitsandbytes_values(shape, monkeypatch):
     packed, expected, theirs = packed_by_bitsandbytes(shape)
-    assert torch.equal(packed.dequantize(), expected) and torch.allclose(expected, theirs, rtol=1e-6, atol=0)
+    assert torch.equal(packed.dequantize(), expected) and torch.allclose(
+        expected, theirs, rtol=1e-6, atol=0
+    )
     monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 2 * shape[1])
     assert torch.equal(packed.dequantize(), expected)
 
@@ -31,9 +41,11 @@ def test_dequantizes_to_bitsandbytes_values(shape, monkeypatch):
 def test_linear_and_embedding_equal_the_dense_weight(shape, monkeypatch):
     packed, expected, _ = packed_by_bitsandbytes(shape)
     input = torch.randn(3, shape[1])
-    assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
+    assert torch.allclose(product.linear(input, packed),
+                          torch.nn.functional.linear(input, expected), atol=1e-5)
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 4 * 2 * shape[1])
-    assert torch.allclose(product.linear(input, packed), torch.nn.functional.linear(input, expected), atol=1e-5)
+    assert torch.allclose(product.linear(input, packed),
+                          torch.nn.functional.linear(input, expected), atol=1e-5)
     ids = torch.tensor([[0, shape[0] - 1], [shape[0] // 2, 0]])
     assert torch.equal(product.embedding(ids, packed, torch.float32), expected[ids])
 
@@ -43,7 +55,8 @@ def test_rows_take_their_scales_along(index):
     packed, expected, _ = packed_by_bitsandbytes((12, 256))
     packed_format, wanted = packed.layout_cls.format, expected[index]
     codes, scale = packed_format.rows(packed_tensors(packed), 256, index)
-    assert torch.equal(packed_tensor(packed_format, codes, wanted.shape, scale=scale).dequantize(), wanted)
+    assert torch.equal(
+        packed_tensor(packed_format, codes, wanted.shape, scale=scale).dequantize(), wanted)
 
 
 def test_a_layer_keeps_it_packed_and_counts_its_scales():

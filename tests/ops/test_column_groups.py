@@ -3,20 +3,26 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
+from devtools.files.gguf_files import pack
 from featherweight.ops import product
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.packed_layout import packed_tensor
 
-from devtools.files.gguf_files import pack
-
 ROWS, OUTER, INNER, WIDTH = 300, 3, 2, 128
 COLUMNS = OUTER * INNER * WIDTH
 
 
-@pytest.mark.parametrize("name", [
-    fmt.__name__ for fmt in GGML_FORMATS.values()
-    if gguf.GGMLQuantizationType(fmt.ggml_type) in gguf.quants._type_traits and COLUMNS % fmt.block_length == 0])
+@pytest.mark.parametrize(
+    "name",
+    [
+        fmt.__name__
+        for fmt in GGML_FORMATS.values()
+        if gguf.GGMLQuantizationType(fmt.ggml_type) in gguf.quants._type_traits
+        and COLUMNS % fmt.block_length == 0
+    ],
+)
 def test_values_are_those_of_the_packed_rows_in_the_new_order(name):
     data = pack(np.random.default_rng(0).standard_normal((ROWS, COLUMNS), dtype=np.float32), name)
     values = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]))

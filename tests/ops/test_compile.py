@@ -1,7 +1,7 @@
 """torch.compile of packed Flux models: one graph, the same numbers, and weights that stay packed.
 
-Attention is PyTorch's, as on a GPU. The one that the host takes on a CPU asks how much memory is free and breaks the graph,
-with dense models too.
+Attention is PyTorch's, as on a GPU. The one that the host takes on a CPU asks how much memory is
+free and breaks the graph, with dense models too.
 """
 import gc
 
@@ -13,10 +13,20 @@ import pytest
 import torch
 import torch._inductor.cpp_builder
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from featherweight.loaders.diffusion import load_diffusion_model
-from patched_models import flux_file, flux_inputs, lora_for, packed_flux, packed_layers, patched, relative, tiny_flux
+from patched_models import (
+    flux_file,
+    flux_inputs,
+    lora_for,
+    packed_flux,
+    packed_layers,
+    patched,
+    relative,
+    tiny_flux,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+
+from featherweight.loaders.diffusion import load_diffusion_model
 
 HIDDEN, TOKENS, TEXT = 256, 16, 5
 
@@ -53,9 +63,13 @@ def parts_of(patcher) -> dict:
 
     positions = torch.arange(TEXT + TOKENS)[None, :, None].expand(-1, -1, 3).float()
     rotations, vector = model.pe_embedder(positions), random(1, HIDDEN)
-    return {"double": (model.double_blocks[0], (random(1, TOKENS, HIDDEN), random(1, TEXT, HIDDEN), vector, rotations)),
-            "single": (model.single_blocks[0], (random(1, TEXT + TOKENS, HIDDEN), vector, rotations)),
-            "model": (model, (random(1, 16, 8, 8), torch.tensor([0.5]), random(1, TEXT, 256)))}
+    return {
+        "double": (model.double_blocks[0], (random(1, TOKENS,
+                                                   HIDDEN), random(1, TEXT,
+                                                                   HIDDEN), vector, rotations)),
+        "single": (model.single_blocks[0], (random(1, TEXT + TOKENS, HIDDEN), vector, rotations)),
+        "model": (model, (random(1, 16, 8, 8), torch.tensor([0.5]), random(1, TEXT, 256)))
+    }
 
 
 def outputs(part, inputs) -> list[torch.Tensor]:
@@ -68,7 +82,7 @@ def outputs(part, inputs) -> list[torch.Tensor]:
 USUAL = {("Q8_0", None), ("Q4_K", None), ("NF4", None), ("Q4_K", "lora"), ("NF4", "dora")}
 
 
-@pytest.mark.parametrize("model, kind", [
+@pytest.mark.parametrize(("model", "kind"), [
     pytest.param(name, kind, marks=() if (name, kind) in USUAL else pytest.mark.heavy)
     for name in ("Q8_0", "Q4_K", "NF4") for kind in (None, "lora", "dora")], indirect=["model"])
 def test_blocks_and_the_model_are_one_graph_with_equal_numbers(model, kind):
@@ -78,7 +92,8 @@ def test_blocks_and_the_model_are_one_graph_with_equal_numbers(model, kind):
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([patcher])
     parts = parts_of(patcher)
-    for name in ("double", "single") if kind else ("model",):  # the sampler below runs the model with LoRAs
+    # the sampler below runs the model with LoRAs
+    for name in ("double", "single") if kind else ("model",):
         part, inputs = parts[name]
         backend = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(part, fullgraph=True, backend=backend)
@@ -87,23 +102,29 @@ def test_blocks_and_the_model_are_one_graph_with_equal_numbers(model, kind):
 
 
 def sample(patcher) -> torch.Tensor:
-    """Two steps, as the host's sampler runs them: wrappers of the model, such as a compiled one, are in place."""
+    """Two steps, as the host's sampler runs them: wrappers of the model, such as a compiled one,
+    are in place."""
     inputs = flux_inputs()
     conditioning = [[inputs["c_crossattn"], {}]]
     with torch.inference_mode():
-        return comfy.sample.sample(patcher, inputs["x"], 2, 1.0, "euler", "simple", conditioning, conditioning,
+        return comfy.sample.sample(patcher, inputs["x"], 2, 1.0, "euler",
+                                   "simple", conditioning, conditioning,
                                    torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True)
 
 
 def tensor_bytes() -> int:
     """Bytes of all plain tensors that live, each memory once."""
     gc.collect()
-    plain = (found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
-    return sum({found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in plain}.values())
+    plain = (found for found in gc.get_objects()
+             if type(found) in (torch.Tensor, torch.nn.Parameter))
+    return sum({
+        found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in plain
+    }.values())
 
 
 def smallest_weight(patcher) -> int:
-    """Bytes of the smallest packed weight dequantised: more memory would be held if one were a constant of a graph."""
+    """Bytes of the smallest packed weight dequantised: more memory would be held if one were a
+    constant of a graph."""
     return min(4 * layer.weight.numel() for layer in packed_layers(patcher))
 
 
@@ -133,7 +154,10 @@ def test_the_hosts_compile_node_with_loras_that_change_and_a_model_unloaded_betw
         compiled = TorchCompileModel.execute(plain, "aot_eager")[0]
     values = flux_file("Q4_K")[1]
     first, second = lora_for(values, seed=1), lora_for(values, seed=2)
-    stacks = {"none": (), "one": ((first, 1.0),), "weaker": ((first, 0.3),), "two": ((first, 0.3), (second, 0.6))}
+    stacks = {
+        "none": (), "one": ((first, 1.0),), "weaker": ((first, 0.3),),
+        "two": ((first, 0.3), (second, 0.6))
+    }
     expected = {name: sample(patched(plain, *stack)) for name, stack in stacks.items()}
     held, layers = tensor_bytes(), packed_layers(plain)
     pointers = [layer.weight._qdata.data_ptr() for layer in layers]

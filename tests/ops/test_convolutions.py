@@ -3,9 +3,10 @@ import comfy.lora
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from featherweight.ops.layer_patches import build_patches
 from patched_layers import CONVOLUTIONS, KERNELS, PATCHES, RANK, input_for, layer_and_twin
 from patched_models import relative
+
+from featherweight.ops.layer_patches import build_patches
 
 CPU = torch.device("cpu")
 
@@ -20,7 +21,7 @@ def lora_on(part: torch.Size) -> LoRAAdapter:
     return LoRAAdapter(set(), (*factors, None, None, None, None))
 
 
-@pytest.mark.parametrize("name, dimension", [
+@pytest.mark.parametrize(("name", "dimension"), [
     (name, dimension) for name in CONVOLUTIONS for dimension in range(2 + len(KERNELS[name]))])
 def test_a_lora_on_a_part_of_the_weight_has_its_effect_on_that_part(name, dimension):
     layer, twin = layer_and_twin(name, "Q8_0", None, torch.float32)
@@ -31,7 +32,12 @@ def test_a_lora_on_a_part_of_the_weight_has_its_effect_on_that_part(name, dimens
     added = comfy.lora.calculate_weight(patches, torch.zeros(shape), "weight")
     input = input_for(name)
     with torch.no_grad():
-        assert relative(layer(input) - twin(input), getattr(torch.nn.functional, name.lower())(input, added)) < 1e-5
+        assert (
+            relative(
+                layer(input) - twin(input), getattr(torch.nn.functional, name.lower())(input, added)
+            )
+            < 1e-5
+        )
     assert (layer.lora.low_rank is not None) == (dimension < 2)
 
 

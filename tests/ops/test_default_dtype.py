@@ -1,4 +1,5 @@
-"""Torch's default dtype is not ours: another program of the process changes it, transformers while it loads a model."""
+"""Torch's default dtype is not ours: another program of the process changes it, transformers while
+it loads a model."""
 import ast
 import os
 import shutil
@@ -7,26 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from featherweight.ops import bits, formats, int8, int8_codes, quantize, product  # noqa: F401
+
+from featherweight.ops import bits, formats, int8, int8_codes, product, quantize  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.quantize.second_moments import SecondMoments
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
 MAKE = {"empty", "zeros", "ones", "full", "tensor", "linspace", "logspace", "rand", "randn", "eye"}
 ROWS, COLUMNS = 16, 512
-EACH = [*(fmt for fmt in FORMATS.values() if not issubclass(fmt, INT8)), INT8.of_columns(COLUMNS)]  # other tests make others
+# other tests make others
+EACH = [*(fmt for fmt in FORMATS.values() if not issubclass(fmt, INT8)), INT8.of_columns(COLUMNS)]
 each_format = pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.__name__)
-has_compiler = sys.platform != "win32" and (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++"))
+has_compiler = sys.platform != "win32" and (
+    os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+)
 
 
 @pytest.fixture
 def under(monkeypatch, one_thread):
-    """under(dtype, work): what `work` returns where that is the default and nothing has been made before."""
+    """under(dtype, work): what `work` returns where that is the default and nothing has been made
+    before."""
     def under(dtype, work):
         for cache in (int8_codes.side_matrix, bits.shifts):
             cache.cache_clear()
@@ -45,24 +51,34 @@ def under(monkeypatch, one_thread):
 def assert_same(under, work):
     expected, found = under(torch.float32, work), under(torch.float16, work)
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
-    assert all(torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in zip(found, expected, strict=True))
+    assert all(
+        torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        for one, other in zip(found, expected, strict=True))
 
 
 def weight_of(fmt):
     tensors = random_tensors(fmt, ROWS * COLUMNS // fmt.block_length, CPU, calm=True)
-    return packed_tensor(fmt, tensors[0], (ROWS, COLUMNS), scale=tensors[1] if fmt.scales_apart else None)
+    return packed_tensor(fmt, tensors[0], (ROWS, COLUMNS),
+                         scale=tensors[1] if fmt.scales_apart else None)
 
 
 def input_of(dtype):
-    return torch.randn((5, COLUMNS), generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
+    return torch.randn((5, COLUMNS), generator=torch.Generator().manual_seed(0),
+                       dtype=torch.float32).to(dtype)
 
 
 @each_format
 def test_values_and_products_are_those_of_any_default_dtype(fmt, under):
     def work():
-        weight, inputs = weight_of(fmt), [input_of(dtype) for dtype in (torch.float32, torch.bfloat16)]
-        return [product.dequantize(weight, torch.float32), *(multiply(input, weight) for input in inputs
-                                                         for multiply in (product.linear, int8.linear))]
+        weight, inputs = (
+            weight_of(fmt),
+            [input_of(dtype) for dtype in (torch.float32, torch.bfloat16)],
+        )
+        return [
+            product.dequantize(weight, torch.float32),
+            *(multiply(input, weight) for input in inputs
+              for multiply in (product.linear, int8.linear))
+        ]
 
     assert_same(under, work)
 
@@ -70,23 +86,32 @@ def test_values_and_products_are_those_of_any_default_dtype(fmt, under):
 @pytest.mark.parametrize("fmt", filter(quantize.can_pack, EACH), ids=lambda fmt: fmt.__name__)
 def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
     def work():
-        dense = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+        dense = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1),
+                            dtype=torch.float32)
         moments = SecondMoments.of(COLUMNS)
         moments.add(input_of(torch.float32))
         ways = [{}, {"importance": torch.arange(1, COLUMNS + 1)}, {"moments": moments}]
-        return [part for way in ways for part in packed_tensors(quantize.pack_tensor(dense, fmt, **way))]
+        return [
+            part for way in ways for part in packed_tensors(quantize.pack_tensor(dense, fmt, **way))
+        ]
 
     assert_same(under, work)
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
-@pytest.mark.parametrize("op", dict.fromkeys(kernel.capability for kernel in cpp_backend.BACKEND.kernels))
+@pytest.mark.parametrize(
+    "op", dict.fromkeys(kernel.capability for kernel in cpp_backend.BACKEND.kernels)
+)
 def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(op, under):
-    dtypes = {"dequantize": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16, "int8_rows": torch.int8}
+    dtypes = {
+        "dequantize": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16,
+        "int8_rows": torch.int8
+    }
     packed_format = None if op == "int8_tokens" else FORMATS["Q4_K"]
     for kernel in cpp_backend.BACKEND.kernels:
         if kernel.capability == op:
-            under(torch.float16, lambda: check(kernel, packed_format, dtypes.get(op, torch.float32), None, CPU))
+            under(torch.float16,
+                  lambda: check(kernel, packed_format, dtypes.get(op, torch.float32), None, CPU))
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
@@ -102,14 +127,23 @@ def test_a_kernel_never_writes_into_memory_of_the_default_dtype(under, monkeypat
         return made[-1]
 
     monkeypatch.setattr(torch, "empty", watched)
-    under(torch.float16, lambda: linear.run(FORMATS["Q4_K"], tensors, input_of(torch.bfloat16)[:1], None, out, None))
+    under(
+        torch.float16, lambda: linear.run(FORMATS["Q4_K"], tensors,
+                                          input_of(torch.bfloat16)[:1], None, out, None))
     assert [tensor.dtype for tensor in made] == [torch.float32]
 
 
-@pytest.mark.parametrize("path", [path for layer in ("ops", "loaders") for path in sorted((PACK / layer).rglob("*.py"))],
-                         ids=lambda path: path.relative_to(PACK).as_posix())
+@pytest.mark.parametrize(
+    "path",
+    [path for layer in ("ops", "loaders") for path in sorted((PACK / layer).rglob("*.py"))],
+    ids=lambda path: path.relative_to(PACK).as_posix(),
+)
 def test_what_makes_a_tensor_says_of_which_dtype(path):
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
-             and isinstance(node.func, ast.Attribute) and node.func.attr in MAKE
-             and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"]
-    assert [node.lineno for node in calls if "dtype" not in {option.arg for option in node.keywords}] == []
+    calls = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in
+        MAKE and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+    ]
+    assert [
+        node.lineno for node in calls if "dtype" not in {option.arg for option in node.keywords}
+    ] == []

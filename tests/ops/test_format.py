@@ -1,5 +1,6 @@
 """The base of packed formats: registration and shape algebra."""
 import pytest
+
 from featherweight.ops.format import FORMATS, Format, FormatError
 
 

@@ -6,20 +6,22 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from devtools.files import ggml_quantiser
 from devtools.files.gguf_files import block_pool
 from devtools.files.gguf_types import FORK_TYPES, NEWER_TYPES
 from featherweight.ops import bits, formats
 from featherweight.ops import format as base
 from featherweight.ops.format import FORMATS, GGML_FORMATS
-from gguf import GGMLQuantizationType
-from gguf.constants import GGML_QUANT_SIZES
-from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICES = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
 each_format = pytest.mark.parametrize("fmt", GGML_FORMATS.values(), ids=lambda fmt: fmt.__name__)
 
-# Q8_1 holds activations during a dot product and is never in a file; gguf-py and ggml disagree about its size.
+# Q8_1 holds activations during a dot product and is never in a file; gguf-py and ggml disagree
+# about its size.
 NOT_A_FILE_FORMAT = {"Q8_1"}
 
 
@@ -54,7 +56,8 @@ def reference(fmt, blocks: np.ndarray) -> torch.Tensor:
 
 
 def random_blocks(fmt, count: int) -> np.ndarray:
-    return np.random.default_rng(fmt.ggml_type).integers(0, 256, (count, fmt.block_bytes), dtype=np.uint8)
+    return np.random.default_rng(fmt.ggml_type).integers(0, 256, (count, fmt.block_bytes),
+                                                         dtype=np.uint8)
 
 
 def usual_blocks(fmt, count: int) -> np.ndarray:
@@ -76,15 +79,19 @@ def assert_same_bits(values: torch.Tensor, expected: torch.Tensor):
 
 def test_every_packed_type_of_gguf_has_a_format():
     packed = {
-        int(ggml_type): ggml_type.name
-        for ggml_type in GGMLQuantizationType
-        if GGML_QUANT_SIZES[ggml_type][0] > 1 and ggml_type.name not in NOT_A_FILE_FORMAT | FORK_TYPES
+        int(ggml_type): ggml_type.name for ggml_type in GGMLQuantizationType
+        if GGML_QUANT_SIZES[ggml_type][0] > 1 and ggml_type.name not in NOT_A_FILE_FORMAT |
+        FORK_TYPES
     }
-    own_types = {number: fmt.__name__ for number, fmt in GGML_FORMATS.items() if fmt.__name__ not in FORK_TYPES}
+    own_types = {
+        number: fmt.__name__ for number, fmt in GGML_FORMATS.items()
+        if fmt.__name__ not in FORK_TYPES
+    }
     assert own_types == packed
 
 
-@pytest.mark.skipif(not ggml_quantiser.available(), reason="llama.cpp's source or a C compiler is missing")
+@pytest.mark.skipif(not ggml_quantiser.available(), reason="llama.cpp's source or a C compiler is"
+                                                           " missing")
 @pytest.mark.parametrize("type_name", [*WITHOUT_REFERENCE, *(NEWER_TYPES.keys() - FORK_TYPES)])
 def test_what_gguf_lacks_dequantizes_as_in_llama_cpp(type_name):
     blocks = random_blocks(FORMATS[type_name], 1000)
@@ -94,14 +101,17 @@ def test_what_gguf_lacks_dequantizes_as_in_llama_cpp(type_name):
 
 @each_format
 def test_block_sizes_are_those_of_gguf(fmt):
-    assert (fmt.block_length, fmt.block_bytes) == GGML_QUANT_SIZES[GGMLQuantizationType(fmt.ggml_type)]
+    assert (fmt.block_length, fmt.block_bytes) == GGML_QUANT_SIZES[
+        GGMLQuantizationType(fmt.ggml_type)
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @each_format
 def test_dequantize_equals_the_reference(fmt, device):
     for blocks in (usual_blocks(fmt, 256), random_blocks(fmt, 1000)):
-        assert_same_bits(fmt.dequantize(torch.from_numpy(blocks).to(device)), reference(fmt, blocks))
+        assert_same_bits(fmt.dequantize(torch.from_numpy(blocks).to(device)),
+                         reference(fmt, blocks))
 
 
 @each_format
@@ -119,10 +129,12 @@ def test_every_code_and_every_bit_lands_where_the_reference_puts_it(fmt):
 
 @each_format
 def test_extreme_scales_equal_the_reference(fmt):
-    extremes = (0x0000, 0x8000, 0x0001, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00)  # float16: zeros, subnormal, maxima, inf, NaN
+    # float16: zeros, subnormal, maxima, inf, NaN
+    extremes = (0x0000, 0x8000, 0x0001, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00)
     blocks = np.tile(usual_blocks(fmt, 1), (fmt.block_bytes - 1, len(extremes), 1))
     for offset in range(fmt.block_bytes - 1):
-        blocks[offset, :, offset:offset + 2] = np.array(extremes, dtype="<u2").view(np.uint8).reshape(-1, 2)
+        blocks[offset, :, offset:offset + 2] = np.array(extremes,
+                                                        dtype="<u2").view(np.uint8).reshape(-1, 2)
     blocks = blocks.reshape(-1, fmt.block_bytes)
     assert_same_bits(fmt.dequantize(torch.from_numpy(blocks)), reference(fmt, blocks))
 
@@ -167,34 +179,57 @@ def test_lookup_tables_are_built_once(fmt):
     with Calls() as calls:
         fmt.dequantize(blocks)
     assert calls.names, "the mode recorded nothing"
-    assert not calls.names & {"arange", "lift_fresh", "lift_fresh_copy", "scalar_tensor", "full", "zeros", "ones"}
+    assert not calls.names & {
+        "arange",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "scalar_tensor",
+        "full",
+        "zeros",
+        "ones",
+    }
 
 
 @pytest.mark.parametrize(
-    "path", [Path(base.__file__), Path(bits.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))],
-    ids=lambda path: path.stem)
+    "path",
+    [Path(base.__file__), Path(bits.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))],
+    ids=lambda path: path.stem,
+)
 def test_formats_import_only_torch_and_never_use_numpy(path):
     tree = ast.parse(path.read_text())
     for node in tree.body:
         if isinstance(node, ast.Import):
-            assert {name.name for name in node.names} <= {"torch", "math", "re", "dataclasses", "functools"}
+            assert {name.name for name in node.names} <= {
+                "torch",
+                "math",
+                "re",
+                "dataclasses",
+                "functools",
+            }
         elif isinstance(node, ast.ImportFrom):
             assert node.level, f"{path.name} imports {node.module}"
     for node in ast.walk(tree):
-        assert not (isinstance(node, ast.Import) and any(name.name.startswith("numpy") for name in node.names))
+        assert not (
+            isinstance(node, ast.Import)
+            and any(name.name.startswith("numpy") for name in node.names)
+        )
         assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("numpy"))
-        assert not (isinstance(node, ast.Attribute) and node.attr in ("numpy", "from_numpy", "__array__"))
+        assert not (
+            isinstance(node, ast.Attribute) and node.attr in ("numpy", "from_numpy", "__array__")
+        )
 
 
 def test_q1_0_reads_signs_lowest_bit_first():
-    block = torch.tensor([[0x00, 0x38, 0x01, 0x80, *[0] * 14]], dtype=torch.uint8)  # d = 0.5; bits 0 and 15
+    # d = 0.5; bits 0 and 15
+    block = torch.tensor([[0x00, 0x38, 0x01, 0x80, *[0] * 14]], dtype=torch.uint8)
     expected = torch.full((1, 128), -0.5)
     expected[0, [0, 15]] = 0.5
     assert_same_bits(FORMATS["Q1_0"].dequantize(block), expected)
 
 
 def test_q8_k_reads_a_float32_scale_and_ignores_the_sums():
-    block = torch.tensor([[0x00, 0x00, 0x80, 0x3E, *range(256), *[0xAB] * 32]], dtype=torch.uint8)  # d = 0.25
+    # d = 0.25
+    block = torch.tensor([[0x00, 0x00, 0x80, 0x3E, *range(256), *[0xAB] * 32]], dtype=torch.uint8)
     expected = 0.25 * torch.cat([torch.arange(128), torch.arange(-128, 0)]).float()
     assert_same_bits(FORMATS["Q8_K"].dequantize(block), expected.view(1, 256))
 
@@ -202,7 +237,9 @@ def test_q8_k_reads_a_float32_scale_and_ignores_the_sums():
 @pytest.mark.parametrize("type_name", ["Q2_0", "PQ2_0"])
 def test_q2_0_reads_neighbouring_values_from_a_byte_lowest_bits_first(type_name):
     fmt = FORMATS[type_name]
-    block = torch.tensor([[0x00, 0x38, 0b11100100, *[0b01010101] * (fmt.block_bytes - 3)]], dtype=torch.uint8)  # d = 0.5
+    # d = 0.5
+    block = torch.tensor([[0x00, 0x38, 0b11100100, *[0b01010101] * (fmt.block_bytes - 3)]],
+                         dtype=torch.uint8)
     expected = torch.zeros(1, fmt.block_length)
     expected[0, :4] = torch.tensor([-0.5, 0, 0.5, 1])
     assert_same_bits(fmt.dequantize(block), expected)

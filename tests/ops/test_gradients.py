@@ -1,11 +1,15 @@
-"""Gradients of the input through layers with patches: those of the dense layer with the patches in its weight."""
+"""Gradients of the input through layers with patches: those of the dense layer with the patches in
+its weight."""
 import pytest
 import torch
 from patched_layers import CONVOLUTIONS, LAYERS, PATCHES, input_for, layer_and_twin
 from patched_models import relative
 
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-DIFFERENTIABLE = [(name, format_name) for name, format_name in LAYERS if format_name != "convrot_w4a4"]  # in the host
+# in the host
+DIFFERENTIABLE = [
+    (name, format_name) for name, format_name in LAYERS if format_name != "convrot_w4a4"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +27,7 @@ def gradient(layer, input: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("kind", PATCHES)
-@pytest.mark.parametrize("name, format_name", DIFFERENTIABLE)
+@pytest.mark.parametrize(("name", "format_name"), DIFFERENTIABLE)
 def test_patches_are_part_of_the_gradient(name, format_name, kind, dtype):
     layer, twin = layer_and_twin(name, format_name, kind, dtype)
     input = input_for(name).to(dtype)
@@ -44,10 +48,13 @@ def test_a_convolution_gives_the_same_with_gradients_and_without(name, dtype):
 @pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("kind", PATCHES)
-@pytest.mark.parametrize("name, format_name", DIFFERENTIABLE)
-def test_patches_of_a_model_loaded_in_inference_mode_have_their_gradient(name, format_name, kind, dtype, offloaded):
+@pytest.mark.parametrize(("name", "format_name"), DIFFERENTIABLE)
+def test_patches_of_a_model_loaded_in_inference_mode_have_their_gradient(
+        name, format_name, kind, dtype, offloaded):
     """As the host loads models; nodes take gradients outside of it."""
-    expected = gradient(layer_and_twin(name, format_name, kind, dtype)[0], input_for(name).to(dtype))
+    expected = gradient(
+        layer_and_twin(name, format_name, kind, dtype)[0],
+        input_for(name).to(dtype))
     torch.manual_seed(0)
     with torch.inference_mode():
         layer, _ = layer_and_twin(name, format_name, kind, dtype)

@@ -6,10 +6,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.patcher import adopt
 from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
+
+from featherweight.ops.layer_patches import build_patches
+from featherweight.ops.operations import packed_operations
+from featherweight.ops.patcher import adopt
 
 OPERATIONS = packed_operations(mixed=True)
 ROWS, COLUMNS, RANK = 128, 256, 4
@@ -23,13 +24,18 @@ def same_inputs():
 def layers(format_name: str, dtype=torch.float32, smoothing=None, **config):
     """(our layer, the host's own of the same bytes, the dense float32 weight)"""
     generator = torch.Generator().manual_seed(0)
-    parts, values = in_host_format("weight", torch.randn(ROWS, COLUMNS, generator=generator) / 16, format_name, **config)
+    parts, values = in_host_format("weight",
+                                   torch.randn(ROWS, COLUMNS, generator=generator) / 16,
+                                   format_name, **config)
     parts["bias"] = torch.linspace(-1, 1, ROWS).to(dtype)
     if smoothing is not None:
         if "pre_quant_scale" not in QUANT_ALGOS[format_name]["parameters"]:
             pytest.skip("this ComfyUI does not smooth the input of a layer")
         parts["pre_quant_scale"], values = smoothing, values * smoothing
-    made = [OPERATIONS.Linear(COLUMNS, ROWS, dtype=dtype), host_operations(dtype).Linear(COLUMNS, ROWS, dtype=dtype)]
+    made = [
+        OPERATIONS.Linear(COLUMNS, ROWS, dtype=dtype),
+        host_operations(dtype).Linear(COLUMNS, ROWS, dtype=dtype)
+    ]
     for layer in made:
         layer.load_state_dict({name: value.clone() for name, value in parts.items()})
     return *made, values
@@ -42,13 +48,18 @@ def host_operations(dtype):
 def patches_of(kind: str, device="cpu", dtype=torch.float32, strength: float = 0.7):
     """(what a layer runs, the function that does the same to its dense weight)"""
     generator = torch.Generator().manual_seed(1)
-    up, down = torch.randn(ROWS, RANK, generator=generator) / 8, torch.randn(RANK, COLUMNS, generator=generator) / 8
+    up, down = (
+        torch.randn(ROWS, RANK, generator=generator) / 8,
+        torch.randn(RANK, COLUMNS, generator=generator) / 8,
+    )
     if kind == "lora":
         patch = (strength, LoRAAdapter(set(), (up, down, 2.0, None, None, None)), 1.0, None, None)
-        built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device), dtype)
+        built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device),
+                              dtype)
         return built, lambda weight: weight + strength * 2.0 / RANK * up @ down
     patch = (strength, ("diff", (up @ down,)), 0.5, None, None)
-    built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device), dtype)
+    built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device),
+                          dtype)
     return built, lambda weight: 0.5 * weight + strength * up @ down
 
 
@@ -76,7 +87,7 @@ def test_a_lora_adds_its_product_to_the_hosts(format_name):
     assert torch.equal(ours.weight._qdata, codes)
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("format_name", HOST_FORMATS)
 def test_patches_that_change_the_weight_run_in_float(format_name, dtype, limit):
     ours, _, values = layers(format_name, dtype)
@@ -95,11 +106,15 @@ def test_smoothing_of_the_input_is_not_smoothing_of_the_patch(kind, given):
     ours, host, values = layers("nvfp4", smoothing=smoothing)
     input = torch.randn(3, COLUMNS)
     if given == "dense":
-        ours._v = object()  # a layer of dynamic VRAM, which the host casts for the CPU by dequantising it
+        # a layer of dynamic VRAM, which the host casts for the CPU by dequantising it
+        ours._v = object()
     with torch.no_grad():
         assert relative(ours(input), host(input)) < 1e-6
         ours.lora, change = patches_of(kind)
-        assert relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias)) < 1e-6
+        assert (
+            relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias))
+            < 1e-6
+        )
 
 
 def test_a_wrapper_of_a_smoothed_weight_runs_as_in_the_host():
@@ -118,7 +133,10 @@ def test_a_file_that_asks_for_the_float_product_of_int8_gets_it():
     with torch.no_grad():
         assert relative(ours(input), expected) < 1e-6 < 1e-3 < relative(host(input), expected)
         ours.lora, change = patches_of("lora")
-        assert relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias)) < 1e-6
+        assert (
+            relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias))
+            < 1e-6
+        )
 
 
 @pytest.mark.parametrize("format_name", HOST_FORMATS)
@@ -129,7 +147,10 @@ def test_a_weight_the_host_patches_stays_dense(format_name):
         assert torch.equal(dense, values)
         ours.set_weight(dense + 1e-4)
         input = torch.randn(3, COLUMNS)
-        assert relative(ours(input), torch.nn.functional.linear(input, values + 1e-4, ours.bias)) < 1e-6
+        assert (
+            relative(ours(input), torch.nn.functional.linear(input, values + 1e-4, ours.bias))
+            < 1e-6
+        )
 
 
 # --- tables of embeddings ---
@@ -138,8 +159,13 @@ def test_a_weight_the_host_patches_stays_dense(format_name):
 def tables(format_name: str, dtype=torch.float32, seed: int = 0):
     """(our embedding, the host's own of the same bytes, the dense float32 values)"""
     generator = torch.Generator().manual_seed(seed)
-    parts, values = in_host_format("weight", torch.randn(ROWS, COLUMNS, generator=generator) / 16, format_name)
-    made = [operations.Embedding(ROWS, COLUMNS, dtype=dtype) for operations in (OPERATIONS, host_operations(dtype))]
+    parts, values = in_host_format("weight",
+                                   torch.randn(ROWS, COLUMNS, generator=generator) / 16,
+                                   format_name)
+    made = [
+        operations.Embedding(ROWS, COLUMNS, dtype=dtype)
+        for operations in (OPERATIONS, host_operations(dtype))
+    ]
     for table in made:
         table.load_state_dict({name: value.clone() for name, value in parts.items()})
     return *made, values
@@ -175,7 +201,8 @@ def lora_on_table(patcher):
     """(a clone with a LoRA on its table, what that adds to the values)"""
     up, down = torch.randn(ROWS, RANK) / 8, torch.randn(RANK, COLUMNS) / 8
     patcher = patcher.clone()
-    assert patcher.add_patches({"table.weight": LoRAAdapter(set(), (up, down, None, None, None, None))}, 0.7)
+    assert patcher.add_patches(
+        {"table.weight": LoRAAdapter(set(), (up, down, None, None, None, None))}, 0.7)
     return patcher, 0.7 * up @ down
 
 
@@ -199,7 +226,9 @@ def test_patches_on_a_table_run_are_read_and_are_saved(format_name, kind):
     for found in (ran, read, saved):
         assert relative(found - values, change) < 1e-6
     comfy.model_management.load_models_gpu([plain])
-    assert torch.equal(plain.model.table(ids), values) and torch.equal(plain.model.table.weight._qdata, codes)
+    assert torch.equal(plain.model.table(ids), values) and torch.equal(
+        plain.model.table.weight._qdata, codes
+    )
     assert torch.equal(dict(plain.model_state_dict().items())["table.weight"], values)
     assert plain.model_state_dict_for_saving()["table.weight"].dtype == codes.dtype
     comfy.model_management.unload_all_models()

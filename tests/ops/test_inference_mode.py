@@ -1,4 +1,5 @@
-"""Packed models in and out of torch's inference mode: the host runs workflows in it, and frees memory on request outside."""
+"""Packed models in and out of torch's inference mode: the host runs workflows in it, and frees
+memory on request outside."""
 import contextlib
 import itertools
 
@@ -12,8 +13,9 @@ pytestmark = pytest.mark.usefixtures("small_models")
 MODES = {"inside": torch.inference_mode, "outside": contextlib.nullcontext}
 
 
-@pytest.mark.parametrize("made, used, freed", list(itertools.product(MODES, repeat=3)))
-@pytest.mark.parametrize("format_name", ["Q4_K", "float8_e4m3fn"])  # a format of ours, and one of the host's beside NF4
+@pytest.mark.parametrize(("made", "used", "freed"), list(itertools.product(MODES, repeat=3)))
+# a format of ours, and one of the host's beside NF4
+@pytest.mark.parametrize("format_name", ["Q4_K", "float8_e4m3fn"])
 def test_a_model_is_used_again_after_it_was_unloaded(format_name, made, used, freed):
     with MODES[made]():
         plain = packed_flux(format_name)

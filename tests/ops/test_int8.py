@@ -1,15 +1,17 @@
-"""Products in whole numbers: what the codes are, how far the product is from the exact one, and where the exact one runs."""
+"""Products in whole numbers: what the codes are, how far the product is from the exact one, and
+where the exact one runs."""
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
+
 from devtools.measure.weights import snr
 from featherweight.ops import int8, int8_codes, kernels, product, workspace
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.operations import packed_operations
 from featherweight.ops.layer_patches import build_patches
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
@@ -19,7 +21,8 @@ PACKED = {packed.__name__: packed for packed in GGML_FORMATS.values()} | {
     "NF4 with blocks across rows": FORMATS["NF4"].of_block_length(4096),
     "Q4_K in another order": ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, 4, 8),
 }
-needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(CPU), reason="the CPU has no units for int8")
+needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(CPU),
+                                reason="the CPU has no units for int8")
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +46,13 @@ def weight_of(name="Q8_0", rows=ROWS, columns=COLUMNS):
 
 
 def normal_weight(rows=512, columns=3072):
-    """A weight of bitsandbytes' int8 with the values of a normal distribution, which it holds almost exactly."""
+    """A weight of bitsandbytes' int8 with the values of a normal distribution, which it holds
+    almost exactly."""
     values = normal(rows, columns, seed=1)
     scale = values.abs().amax(-1) / 127
     codes = (values / scale.unsqueeze(-1)).round().to(torch.int8)
-    return packed_tensor(INT8.of_columns(columns), codes.view(torch.uint8), (rows, columns), torch.float32, scale)
+    return packed_tensor(INT8.of_columns(columns), codes.view(torch.uint8), (rows, columns),
+                         torch.float32, scale)
 
 
 def encoded_rows(weight):
@@ -72,7 +77,8 @@ def encoded(values):
 
 def layer_of(weight, compute="int8", bias=None, dtype=torch.float32):
     rows, columns = weight.shape
-    layer = packed_operations(compute=compute).Linear(columns, rows, bias=bias is not None, dtype=dtype)
+    layer = packed_operations(compute=compute).Linear(columns, rows, bias=bias is not None,
+                                                      dtype=dtype)
     layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return layer
 
@@ -85,8 +91,11 @@ def test_the_rotation_is_orthogonal():
     assert torch.equal(rotation @ rotation.t(), torch.eye(256))
 
 
-@pytest.mark.parametrize("values", [torch.eye(256)[37:38], torch.ones(1, 256), 1 - 2 * (torch.arange(256) % 2).float()[None]],
-                         ids=["one value", "the same values", "alternating values"])
+@pytest.mark.parametrize(
+    "values",
+    [torch.eye(256)[37:38], torch.ones(1, 256), 1 - 2 * (torch.arange(256) % 2).float()[None]],
+    ids=["one value", "the same values", "alternating values"],
+)
 def test_the_rotation_spreads_evenly(values):
     assert len(int8_codes.rotated(values).abs().unique()) == 1
 
@@ -111,7 +120,8 @@ def test_rows_are_coded_from_any_block_on_and_in_chunks(monkeypatch):
     weight = weight_of("Q4_K")
     (codes, _), part = encoded_rows(weight), torch.empty(ROWS - 5, COLUMNS, dtype=torch.int8)
     monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 3 * COLUMNS)
-    int8_codes.encode_rows(PACKED["Q4_K"], packed_tensors(weight), part, torch.empty(ROWS - 5), None, 5 * COLUMNS // 256)
+    int8_codes.encode_rows(PACKED["Q4_K"], packed_tensors(weight), part, torch.empty(ROWS - 5),
+                           None, 5 * COLUMNS // 256)
     assert torch.equal(part, codes[5:])
 
 
@@ -137,7 +147,12 @@ def test_the_product_is_that_of_the_codes(name, dtype):
     input = normal(TOKENS, COLUMNS, dtype=dtype) / 64  # sums stay within float16
     codes, scales = int8._encoded_tokens(input)
     weight_codes, weight_scales = encoded_rows(weight)
-    exact = codes.double() @ weight_codes.double().t() * scales.double()[:, None] * weight_scales.double()
+    exact = (
+        codes.double()
+        @ weight_codes.double().t()
+        * scales.double()[:, None]
+        * weight_scales.double()
+    )
     for addend in (None, bias):
         expected = exact + (0 if addend is None else addend.double())
         got = int8.linear(input, weight, addend)
@@ -154,7 +169,8 @@ def test_a_large_weight_goes_through_the_product_in_slices(monkeypatch):
     assert whole.shape == (2, TOKENS // 2, ROWS)
     taken = []
     take = workspace.Workspace.take
-    monkeypatch.setattr(workspace.Workspace, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
+    monkeypatch.setattr(workspace.Workspace, "take",
+                        lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 20 * (COLUMNS + 8 * TOKENS))
     assert torch.equal(int8.linear(input, weight, normal(ROWS, seed=2)), whole)
     assert taken == [(16, COLUMNS)] * 3
@@ -167,8 +183,11 @@ def test_the_error_is_that_of_eight_bits():
 
 
 @needs_vnni
-@pytest.mark.parametrize("input", [with_outliers(), torch.nn.functional.gelu(normal(256, 3072)), normal(256, 3072) + 3],
-                         ids=["outliers", "gelu", "mean"])
+@pytest.mark.parametrize(
+    "input",
+    [with_outliers(), torch.nn.functional.gelu(normal(256, 3072)), normal(256, 3072) + 3],
+    ids=["outliers", "gelu", "mean"],
+)
 def test_the_error_is_no_larger_where_columns_are(input):
     weight = normal_weight()
     assert snr(int8.linear(input, weight), product.linear(input, weight)) > 37.5
@@ -202,12 +221,19 @@ def test_rows_of_zeros_give_the_bias():
 
 def lora(strength=1.0, rank=4, rows=ROWS):
     up, down = normal(rows, rank, seed=5) * 0.02, normal(rank, COLUMNS, seed=6) * COLUMNS ** -0.5
-    return (strength, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None), up @ down
+    return (
+        strength,
+        LoRAAdapter(set(), (up, down, None, None, None, None)),
+        1.0,
+        None,
+        None,
+    ), up @ down
 
 
 @needs_vnni
 def test_a_lora_has_its_exact_effect_at_any_strength_and_token_count():
-    for tokens in (TOKENS, 4096):  # at the second, the exact product merges the LoRA into the dequantised weight
+    # at the second, the exact product merges the LoRA into the dequantised weight
+    for tokens in (TOKENS, 4096):
         layer, input = layer_of(normal_weight(ROWS, COLUMNS)), normal(tokens, COLUMNS)
         without = layer(input)
         for strength in (1.0, -0.5):
@@ -233,8 +259,19 @@ def test_a_lora_on_some_rows_has_its_exact_effect():
 # --- where it runs ---
 
 
-@pytest.mark.parametrize("case", [
-    "columns", "rows", "tokens", "tokens without a kernel", "device", "gradient", "weight patch", "exact"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "columns",
+        "rows",
+        "tokens",
+        "tokens without a kernel",
+        "device",
+        "gradient",
+        "weight patch",
+        "exact",
+    ],
+)
 def test_elsewhere_the_product_is_exact(case, monkeypatch):
     rows, columns, tokens = ROWS, COLUMNS, TOKENS
     if case == "columns":
@@ -249,10 +286,14 @@ def test_elsewhere_the_product_is_exact(case, monkeypatch):
         monkeypatch.setattr(int8, "multiplies_integers", lambda device: False)
     weight, bias = weight_of("Q8_0", rows, columns), normal(rows, seed=2)
     input = normal(tokens, columns).requires_grad_(case == "gradient")
-    exact, layer = layer_of(weight, "exact", bias), layer_of(weight, "exact" if case == "exact" else "int8", bias)
+    exact, layer = (
+        layer_of(weight, "exact", bias),
+        layer_of(weight, "exact" if case == "exact" else "int8", bias),
+    )
     if case == "weight patch":
         patch = (1.0, (normal(rows, columns, seed=3),), 1.0, None, None)
-        exact.lora = layer.lora = build_patches("w.weight", [patch], weight.shape, CPU, torch.float32)
+        exact.lora = layer.lora = build_patches("w.weight", [patch], weight.shape, CPU,
+                                                torch.float32)
     assert torch.equal(layer(input), exact(input))
 
 
@@ -262,8 +303,10 @@ def test_only_linear_layers_asked_for_it_multiply_in_whole_numbers():
     exact = layer_of(weight, "exact")(input)
     assert not torch.equal(layer_of(weight)(input), exact)
     assert torch.equal(layer_of(weight, "exact")(input), exact)
-    experts = packed_operations(compute="int8").MoEExperts(1, COLUMNS, ROWS, bias=False, dtype=torch.float32)
-    experts.load_state_dict({"weight": packed_tensor(PACKED["Q8_0"], weight._qdata, (1, ROWS, COLUMNS))})
+    experts = packed_operations(compute="int8").MoEExperts(1, COLUMNS, ROWS, bias=False,
+                                                           dtype=torch.float32)
+    experts.load_state_dict(
+        {"weight": packed_tensor(PACKED["Q8_0"], weight._qdata, (1, ROWS, COLUMNS))})
     assert torch.equal(experts.expert_linear(input, 0), exact)
 
 
@@ -292,5 +335,16 @@ def test_compiled_fullgraph_agrees_with_eager_for_few_tokens_and_many():
 @needs_vnni
 def test_the_operator_has_a_right_fake():
     weight = weight_of()
-    arguments = (normal(2, TOKENS, COLUMNS), packed_tensors(weight), None, "Q8_0", ROWS, None, None, [], [])
-    torch.library.opcheck(torch.ops.featherweight.int8_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = (
+        normal(2, TOKENS, COLUMNS),
+        packed_tensors(weight),
+        None,
+        "Q8_0",
+        ROWS,
+        None,
+        None,
+        [],
+        [],
+    )
+    torch.library.opcheck(torch.ops.featherweight.int8_linear.default, arguments,
+                          test_utils=("test_schema", "test_faketensor"))

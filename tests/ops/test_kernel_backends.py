@@ -2,13 +2,27 @@
 device that uses it. C++ runs on this CPU, Triton where test_kernels_triton.py says. What is one
 backend's own is in a file of its name.
 
-What differs from another case in one respect only is heavy: each format is dequantised to float32 by
-each backend, each dtype and kernel meets a few formats.
+What differs from another case in one respect only is heavy: each format is dequantised to float32
+by each backend, each dtype and kernel meets a few formats.
 """
 import logging
 
 import pytest
 import torch
+from kernel_backends import BACKENDS, CPUS, INTERPRETED, backend_on_cpu, device_of
+from kernel_cases import (
+    ALL_FORMATS,
+    CPU,
+    DTYPES,
+    ONE_OF_EACH_SOURCE,
+    assert_same_bits,
+    reference,
+    shared_cache,
+    wait_for_kernels,
+)
+from lora_gain import assert_full_strength
+
+from devtools.measure.weights import random_weight
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops import product
 from featherweight.ops.format import FORMATS
@@ -17,14 +31,6 @@ from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend,
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.packed_layout import packed_tensor
-from kernel_backends import BACKENDS, CPUS, INTERPRETED, backend_on_cpu, device_of
-from kernel_cases import (
-    ALL_FORMATS, CPU, DTYPES, ONE_OF_EACH_SOURCE, assert_same_bits, reference, shared_cache,
-    wait_for_kernels,
-)
-from lora_gain import assert_full_strength
-
-from devtools.measure.weights import random_weight
 
 MAIN = ("cpp", "nvrtc", "metal", "triton")  # the others are cpp with fewer instructions
 WITH_PRODUCTS = [name for name in BACKENDS if name != "metal"]
@@ -66,7 +72,7 @@ def each(backends, formats, dtypes, is_usual):
             cases += [pytest.param(name, fmt, dtype, id=f"{name}-{fmt and fmt.__name__}-{dtype}",
                                    marks=() if is_usual(name, fmt, dtype) else pytest.mark.heavy)
                       for fmt in formats]
-    return pytest.mark.parametrize("backend, fmt, dtype", cases, indirect=["backend"])
+    return pytest.mark.parametrize(("backend", "fmt", "dtype"), cases, indirect=["backend"])
 
 
 def is_usual_dequantize(name, fmt, dtype):
@@ -191,7 +197,7 @@ def test_each_number_of_rows_has_one_product(backend):
 
 
 @each(WITH_CODES, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype: fmt == TWO[0]
-      or name == "cpp" and fmt in ONE_OF_EACH_SOURCE)
+      or (name == "cpp" and fmt in ONE_OF_EACH_SOURCE))
 def test_codes_of_a_weights_rows_are_right(backend, fmt, dtype, device):
     for value_dtype in (None, torch.float16):
         check(*kernels_of(backend, "int8_rows", fmt), fmt, dtype, value_dtype, device)
@@ -232,7 +238,7 @@ def test_a_device_uses_it(backend, used_by_device):
     assert kernel_layer.used(used_by_device, 120) == backend.name
 
 
-@pytest.mark.parametrize("backend, name, tokens", [
+@pytest.mark.parametrize(("backend", "name", "tokens"), [
     *((backend, name, tokens)
       for backend in MAIN[:3] for name in ("Q4_K", "NF4") for tokens in (3, 40)),
     ("triton", "NF4", 3)], indirect=["backend"])
@@ -257,7 +263,7 @@ def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one
 
 
 @of(MAIN[:3])
-@pytest.mark.parametrize("wrong, dtype, value_dtype", [
+@pytest.mark.parametrize(("wrong", "dtype", "value_dtype"), [
     ("7", torch.float16, torch.bfloat16), ("eight", torch.bfloat16, torch.float16)],
     ids=["wrong values", "no C++"])  # of which nothing else is compiled
 def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
@@ -278,7 +284,7 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
     assert ("values differ from the reference" if wrong == "7" else wrong) in caplog.text
 
 
-@pytest.mark.parametrize("backend, tokens", [
+@pytest.mark.parametrize(("backend", "tokens"), [
     pytest.param(backend, tokens, marks=() if backend == "cpp" else pytest.mark.heavy)
     for backend in MAIN[:3] for tokens in (1, 4, 40)], indirect=["backend"])
 @pytest.mark.usefixtures("used_by_device")

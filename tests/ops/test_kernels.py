@@ -1,4 +1,5 @@
-"""Which kernels a device uses. The backends here are made for the tests, of plain torch on the CPU."""
+"""Which kernels a device uses. The backends here are made for the tests, of plain torch on the
+CPU."""
 import inspect
 import logging
 import sys
@@ -7,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import wait_for_kernels
+
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels import Backend, Kernel, registry
-from featherweight.ops.kernels.validation import ISSUES, probe
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
+from featherweight.ops.kernels.validation import ISSUES, probe
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.packed_layout import packed_tensor
-from kernel_cases import wait_for_kernels
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
@@ -35,7 +37,8 @@ def dequantize_rounded(packed_format, tensors, out, value_dtype, first):
 
 
 def multiply(packed_format, tensors, input, addend, out, value_dtype):
-    weight = packed_format.dequantize_into(tensors, input.new_empty(out.shape[1], input.shape[1]), value_dtype)
+    weight = packed_format.dequantize_into(tensors, input.new_empty(out.shape[1], input.shape[1]),
+                                           value_dtype)
     out.copy_(input @ weight.t() + (0 if addend is None else addend))
 
 
@@ -63,7 +66,8 @@ def backend(*kernels, name="made_up", probe=lambda device: None):
 
 def kernel(capability: str, run, **constraints) -> Kernel:
     names = [] if capability == "int8_tokens" else ["Q4_0"]
-    return Kernel(capability, frozenset(names), frozenset([dtype_of(capability)]), run, **constraints)
+    return Kernel(capability, frozenset(names), frozenset([dtype_of(capability)]), run,
+                  **constraints)
 
 
 def dtype_of(capability: str) -> torch.dtype:
@@ -100,8 +104,8 @@ def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_us
     assert torch.equal(product.dequantize(packed(), torch.float32), packed().dequantize())
     reasons = [record for record in caplog.records if "Q4_0" in record.message]
     assert [record.levelno for record in reasons] == [logging.WARNING]
-    for part in ("dequantize of Q4_0 to float32 by made_up on cpu", "differ from the reference", f"torch {torch.__version__}",
-                 "[Featherweight]", ISSUES):
+    for part in ("dequantize of Q4_0 to float32 by made_up on cpu", "differ from the reference",
+                 f"torch {torch.__version__}", "[Featherweight]", ISSUES):
         assert part in reasons[0].message
     assert "\n" not in reasons[0].message
 
@@ -120,19 +124,31 @@ def encode_tokens_without_nan(input, codes, scales):
     scales.nan_to_num_()
 
 
-@pytest.mark.parametrize("capability, run, is_right", [
-    ("dequantize", dequantize, True), ("dequantize", dequantize_from_the_start, False), ("dequantize", dequantize_rounded, False),
-    ("linear", multiply, True), ("linear", multiply_without_addend, False),
-    ("int8_rows", encode_rows, True), ("int8_rows", encode_rows_and_clip, False),
-    ("int8_tokens", encode_tokens, True), ("int8_tokens", encode_tokens_as_they_are, False),
-    ("int8_tokens", encode_tokens_without_nan, False)])
+@pytest.mark.parametrize(
+    ("capability", "run", "is_right"),
+    [
+        ("dequantize", dequantize, True),
+        ("dequantize", dequantize_from_the_start, False),
+        ("dequantize", dequantize_rounded, False),
+        ("linear", multiply, True),
+        ("linear", multiply_without_addend, False),
+        ("int8_rows", encode_rows, True),
+        ("int8_rows", encode_rows_and_clip, False),
+        ("int8_tokens", encode_tokens, True),
+        ("int8_tokens", encode_tokens_as_they_are, False),
+        ("int8_tokens", encode_tokens_without_nan, False),
+    ],
+)
 def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
     use(backend(kernel(capability, run)))
     assert (found(capability) is run) == is_right
 
 
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
-RIGHT = {"dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows, "int8_tokens": encode_tokens}
+RIGHT = {
+    "dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows,
+    "int8_tokens": encode_tokens
+}
 SPOIL = {  # what is changed in the arguments of a right kernel, after it has run
     "dequantize": lambda given: given.out[-1].add_(1),
     "linear": lambda given: given.out[-1, -1].add_(1),
@@ -147,37 +163,44 @@ WRONG = {
         "from addresses of four bytes": lambda given: given.tensors[0].data_ptr() % 16 == 4,
         "to odd addresses": lambda given: given.out.data_ptr() % 8,
         "with several threads": lambda given: given.out.numel() >= SEVERAL_THREADS,
-        "in the tail of several threads": lambda given: given.out.numel() >= SEVERAL_THREADS and given.out.numel() % 32,
+        "in the tail of several threads": lambda given: given.out.numel(
+        ) >= SEVERAL_THREADS and given.out.numel() % 32,
         "with one thread": lambda given: given.out.numel() < SEVERAL_THREADS,
         "from the first block": lambda given: given.first == 0,
-        "from a later block": lambda given: given.first},
-    "linear": {
+        "from a later block": lambda given: given.first
+    }, "linear": {
         "without addend": lambda given: given.addend is None,
         "with a bias": lambda given: given.addend is not None and given.addend.stride(0) == 0,
-        "with an addend of odd strides": lambda given: given.addend is not None and given.addend.stride(0) == 1,
-        "with the most tokens": lambda given: len(given.input) == 4,
-        "with the most tokens and no addend": lambda given: len(given.input) == 4 and given.addend is None,
-        "with the fewest tokens": lambda given: len(given.input) == 2,
+        "with an addend of odd strides": lambda given: given.addend is not None and given.addend.
+        stride(0) == 1, "with the most tokens": lambda given: len(given.input) == 4,
+        "with the most tokens and no addend": lambda given: len(given.input) == 4 and given.addend
+        is None, "with the fewest tokens": lambda given: len(given.input) == 2,
         "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
         "of input at odd addresses": lambda given: given.input.data_ptr() % 16,
-        "with several threads": lambda given: given.out.shape[1] * given.input.shape[1] >= SEVERAL_THREADS,
-        "with one thread": lambda given: given.out.shape[1] * given.input.shape[1] < SEVERAL_THREADS,
-        "with many columns": lambda given: given.input.shape[1] > 1024 and given.input.shape[1] % 1024,
-        "with an odd number of rows": lambda given: given.out.shape[1] % 2},
-    "int8_rows": {
+        "with several threads": lambda given: given.out.shape[1] * given.input.shape[
+            1] >= SEVERAL_THREADS, "with one thread": lambda given: given.out.shape[
+                1] * given.input.shape[1] < SEVERAL_THREADS,
+        "with many columns": lambda given: given.input.shape[1] > 1024 and given.input.shape[
+            1] % 1024, "with an odd number of rows": lambda given: given.out.shape[1] % 2
+    }, "int8_rows": {
         "with several threads": lambda given: given.codes.numel() >= SEVERAL_THREADS,
         "from a later row": lambda given: given.first,
         "from the first row": lambda given: given.first == 0,
         "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
-        "with many columns": lambda given: given.codes.shape[1] > 1024 and given.codes.shape[1] % 1024},
-    "int8_tokens": {
+        "with many columns": lambda given: given.codes.shape[1] > 1024 and given.codes.shape[
+            1] % 1024
+    }, "int8_tokens": {
         "with several threads": lambda given: given.input.numel() >= SEVERAL_THREADS,
         "with one row": lambda given: len(given.input) == 1,
-        "from odd addresses": lambda given: given.input.data_ptr() % 16},
+        "from odd addresses": lambda given: given.input.data_ptr() % 16
+    }
 }
 
 
-@pytest.mark.parametrize("capability, where", [(capability, where) for capability in WRONG for where in WRONG[capability]])
+@pytest.mark.parametrize(
+    ("capability", "where"),
+    [(capability, where) for capability in WRONG for where in WRONG[capability]],
+)
 def test_a_kernel_that_is_wrong_only_somewhere_is_found_out(capability, where, use, caplog):
     signature = inspect.signature(RIGHT[capability])
 
@@ -187,7 +210,10 @@ def test_a_kernel_that_is_wrong_only_somewhere_is_found_out(capability, where, u
         if WRONG[capability][where](given):
             SPOIL[capability](given)
 
-    use(backend(kernel(capability, wrong, **({"min_tokens": 2, "max_tokens": 4} if capability == "linear" else {}))))
+    use(
+        backend(
+            kernel(capability, wrong,
+                   **({"min_tokens": 2, "max_tokens": 4} if capability == "linear" else {}))))
     assert found(capability) is None
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "gives wrong values here" in warning.message and " in the case " in warning.message
@@ -211,14 +237,22 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
     use(backend(kernel("dequantize", refused)))
     assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
-    assert reason.levelno == logging.DEBUG and "dequantize of Q4_0 to float32 by made_up is off on cpu" in reason.message
+    assert (
+        reason.levelno == logging.DEBUG
+        and "dequantize of Q4_0 to float32 by made_up is off on cpu" in reason.message
+    )
 
 
 def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
-    use(backend(probe=lambda device: probe(lambda packed_format, tensors, out, *_: out.fill_(1), device)))
+    use(
+        backend(probe=lambda device: probe(lambda packed_format, tensors, out, *_: out.fill_(1),
+                                           device)))
     assert kernels.used(CPU, 120) == "torch"
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "the probe by made_up" in warning.message and "please report this line at" in warning.message
+    assert (
+        "the probe by made_up" in warning.message
+        and "please report this line at" in warning.message
+    )
 
 
 def test_the_address_for_reports_is_the_packs_own():
@@ -244,17 +278,24 @@ def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
 def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
     use(backend(kernel("linear", multiply)))
     generator = torch.Generator().manual_seed(0)
-    input, bias, down, up = (torch.randn(shape, generator=generator) for shape in ((2, 64), (6,), (2, 64), (6, 2)))
+    input, bias, down, up = (torch.randn(shape, generator=generator)
+                             for shape in ((2, 64), (6,), (2, 64), (6, 2)))
     expected = torch.nn.functional.linear(input, packed().dequantize() + up @ down, bias)
-    result = product.linear(input, packed(), bias, low_rank=LowRank(down, (up,), (Slice(0, 6, 0, 2),)))
+    result = product.linear(input, packed(), bias, low_rank=LowRank(down, (up,),
+                                                                    (Slice(0, 6, 0, 2),)))
     assert torch.allclose(result, expected, atol=1e-4)
 
 
 def test_a_kernel_gets_only_what_it_accepts(use):
-    use(backend(kernel("dequantize", dequantize), kernel("linear", multiply, min_tokens=2, max_tokens=4)))
+    use(
+        backend(kernel("dequantize", dequantize),
+                kernel("linear", multiply, min_tokens=2, max_tokens=4)))
     assert kernels.find("dequantize", CPU, FORMATS["Q8_0"], torch.float32) is None
     assert kernels.find("dequantize", CPU, Q4_0, torch.float16) is None
-    found = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply for tokens in range(7)]
+    found = [
+        kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply
+        for tokens in range(7)
+    ]
     assert found == [False, False, True, True, True, False, False]
 
 
@@ -291,7 +332,10 @@ def test_a_format_with_another_block_length_is_accepted_too():
 
 def test_a_kernel_is_not_run_below_its_capability():
     newer = kernel("dequantize", dequantize, min_compute_capability=(8, 0))
-    accepted = [newer.accepts(Q4_0, torch.float32, capability) for capability in ((7, 5), (8, 0), (12, 0), None)]
+    accepted = [
+        newer.accepts(Q4_0, torch.float32, capability)
+        for capability in ((7, 5), (8, 0), (12, 0), None)
+    ]
     assert accepted == [False, True, True, True]
 
 
@@ -300,7 +344,8 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
         raise RuntimeError("no driver")
 
     caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(kernel("dequantize", dequantize), name="broken", probe=no_driver), backend(kernel("dequantize", dequantize), name="working"))
+    use(backend(kernel("dequantize", dequantize), name="broken", probe=no_driver),
+        backend(kernel("dequantize", dequantize), name="working"))
     for _ in range(3):
         product.dequantize(packed(), torch.float32)
     assert [(record.levelno, record.message) for record in caplog.records] == [
@@ -309,11 +354,12 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
     ]
 
 
-@pytest.mark.parametrize("asked, used", [
+@pytest.mark.parametrize(("asked", "used"), [
     (None, "first"), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"),
     ("triton", "first")], ids=str)  # the last is one for other devices
 def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
-    use(backend(kernel("dequantize", dequantize), name="first"), backend(kernel("dequantize", dequantize_rounded), name="second"))
+    use(backend(kernel("dequantize", dequantize), name="first"),
+        backend(kernel("dequantize", dequantize_rounded), name="second"))
     if asked is None:
         monkeypatch.delenv(kernels.VARIABLE)
     else:
@@ -329,12 +375,20 @@ def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog)
     assert "FEATHERWEIGHT_KERNELS is cuda; it can be auto, first, " in caplog.text
 
 
-@pytest.mark.parametrize("operation", [
-    lambda input, weight: product.linear(input, weight),
-    lambda input, weight: input @ product.dequantize(weight, torch.float32).t(),
-    lambda input, weight: input @ product.dequantize_rows(weight, torch.float32, lambda rows, start: rows * 2).t(),
-    lambda input, weight: input + product.embedding(torch.tensor([3, 1]), weight, torch.float32),
-], ids=["linear", "dequantize", "dequantize_rows", "embedding"])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda input, weight: product.linear(input, weight),
+        lambda input, weight: input @ product.dequantize(weight, torch.float32).t(),
+        lambda input, weight: (
+            input @ product.dequantize_rows(weight, torch.float32, lambda rows, start: rows * 2).t()
+        ),
+        lambda input, weight: (
+            input + product.embedding(torch.tensor([3, 1]), weight, torch.float32)
+        ),
+    ],
+    ids=["linear", "dequantize", "dequantize_rows", "embedding"],
+)
 def test_torch_compile_meets_no_choice_of_kernels(operation, use):
     use(backend(kernel("dequantize", dequantize), kernel("linear", multiply)))
     weight, input = packed(), torch.randn((2, 64), generator=torch.Generator().manual_seed(0))

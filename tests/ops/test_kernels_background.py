@@ -1,4 +1,5 @@
-"""Kernels are compiled while torch works: nobody waits for a compiler for long, and a picture stays the same meanwhile."""
+"""Kernels are compiled while torch works: nobody waits for a compiler for long, and a picture stays
+the same meanwhile."""
 import asyncio
 import os
 import shutil
@@ -11,32 +12,41 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
+from patched_models import flux_file, packed_flux, run
+
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, int8, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import background, cpp_backend, selector
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.packed_layout import packed_tensor
-from patched_models import flux_file, packed_flux, run
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 PACK = Path(__file__).parents[2]
 LONG = 300  # seconds that nothing here takes on any machine
 KERNELS = "featherweight-kernels"  # name of the threads that use a compiler
-FIRST_SOURCE, OF_Q4_K, DEQUANTIZE_OF_Q4_K = (), ("FORMAT Q4_K",), ("FORMAT Q4_K", "void dequantize(")
+FIRST_SOURCE, OF_Q4_K, DEQUANTIZE_OF_Q4_K = (
+    (),
+    ("FORMAT Q4_K",),
+    ("FORMAT Q4_K", "void dequantize("),
+)
 
-pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
+                                reason="needs a C++ compiler")
 
 
 def wait_for_kernels():
-    """Until no thread finds out about kernels: it would remember its own compiler in the midst of the next test."""
-    while any(thread.name == KERNELS for thread in threading.enumerate()):  # one that ends may let another begin
+    """Until no thread finds out about kernels: it would remember its own compiler in the midst of
+    the next test."""
+    # one that ends may let another begin
+    while any(thread.name == KERNELS for thread in threading.enumerate()):
         time.sleep(0.05)
 
 
 class HeldCompiler:
-    """A compiler that compiles a source with all of some texts only after `let_go`; after `end` it fails."""
+    """A compiler that compiles a source with all of some texts only after `let_go`; after `end` it
+    fails."""
 
     def __init__(self, folder: Path):
         self.command, self.started = folder / "compiler", folder / "started"
@@ -46,8 +56,8 @@ class HeldCompiler:
         has_all = " && ".join(["true", *(f"grep -qF '{text}' \"$file\"" for text in texts)])
         self.command.write_text(
             f'#!/bin/sh\nfor file; do case "$file" in *.cpp) if {has_all}; then\n'
-            f'echo $$ >> {self.started}; until [ -e {self._go} ]; do [ -e {self._end} ] && exit 1; sleep 0.05; done\n'
-            f'fi;; esac; done\nexec {COMMAND} "$@"\n')
+            f'echo $$ >> {self.started}; until [ -e {self._go} ]; do [ -e {self._end} ] && exit 1;'
+            f' sleep 0.05; done\nfi;; esac; done\nexec {COMMAND} "$@"\n')
         self.command.chmod(0o755)
 
     def let_go(self):
@@ -86,7 +96,8 @@ def patience(monkeypatch, seconds: float):
 
 def weight(name="Q4_K", rows=16, columns=512):
     packed_format = FORMATS[name]
-    tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, CPU, calm=True)
+    tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, CPU,
+                             calm=True)
     return packed_tensor(packed_format, tensors[0], (rows, columns))
 
 
@@ -113,7 +124,8 @@ def test_dequantizing_waits_for_no_compiler(compiler, monkeypatch):
 
 
 @pytest.mark.parametrize("held", [FIRST_SOURCE, OF_Q4_K], ids=["the first source", "a kernel"])
-def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(held, compiler, monkeypatch, caplog):
+def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(
+        held, compiler, monkeypatch, caplog):
     compiler.hold(held)
     if held:
         assert kernels.used(CPU, 120) == "cpp"
@@ -123,7 +135,10 @@ def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(held, co
     assert seconds_of(product_of) < LONG
     assert torch.equal(product_of(), torch.nn.functional.linear(
         torch.randn((3, 512), generator=torch.Generator().manual_seed(0)), weight().dequantize()))
-    (warning,) = [record.message for record in caplog.records if "[Featherweight] No kernel was ready" in record.message]
+    (warning,) = [
+        record.message for record in caplog.records
+        if "[Featherweight] No kernel was ready" in record.message
+    ]
     assert "until ComfyUI starts again" in warning
 
 
@@ -139,7 +154,8 @@ def test_a_compiler_that_hangs_on_one_format_holds_up_no_other(compiler, monkeyp
 
 
 def test_who_cancels_does_not_wait_for_the_compiler(compiler, monkeypatch):
-    monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)  # put back after the test
+    # put back after the test
+    monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)
     asyncio.run(FeatherweightExtension().on_load())
     compiler.hold(FIRST_SOURCE)
     patience(monkeypatch, LONG)
@@ -165,8 +181,11 @@ def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
     return results + [compute() for _ in range(3)]
 
 
-@pytest.mark.parametrize("in_time", [False, True], ids=["the kernel comes too late", "the kernel comes in time"])
-def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(in_time, compiler, monkeypatch):
+@pytest.mark.parametrize("in_time", [False, True], ids=["the kernel comes too late", "the kernel"
+                                                                                     " comes in"
+                                                                                     " time"])
+def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(
+        in_time, compiler, monkeypatch):
     """One by a kernel, and one by torch with what a kernel has dequantised."""
     def products():
         return torch.cat([product_of("Q4_K", tokens) for tokens in (3, 40)])
@@ -179,7 +198,9 @@ def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(in_tim
     first = products()
     results = results_until_the_kernel_comes(compiler, products)
     assert all(torch.equal(result, first) for result in results)
-    assert (kernels.find("linear", CPU, FORMATS["Q4_K"], torch.float32, tokens=3) is not None) == in_time
+    assert (
+        kernels.find("linear", CPU, FORMATS["Q4_K"], torch.float32, tokens=3) is not None
+    ) == in_time
 
 
 @pytest.mark.usefixtures("small_models")
@@ -223,9 +244,10 @@ def test_a_process_ends_without_error_within_torch_and_no_compiler_stays(compile
     while any(line.split()[0] == group and "Z" not in line for line in processes()):
         assert time.monotonic() < end, "a compiler runs on"
         time.sleep(0.05)
-    assert not [path for path in (tmp_path / "cache/featherweight/kernels").iterdir()]
+    assert not list((tmp_path / "cache/featherweight/kernels").iterdir())
 
 
 def processes() -> list[str]:
     """The group and the state of each on this machine."""
-    return subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout.splitlines()
+    return subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True,
+                          check=True).stdout.splitlines()

@@ -1,4 +1,5 @@
-"""What is the CPU backend's own: kernels that pack, and its compiler. The rest is in test_kernel_backends.py."""
+"""What is the CPU backend's own: kernels that pack, and its compiler. The rest is in
+test_kernel_backends.py."""
 import contextlib
 import errno
 import logging
@@ -9,20 +10,22 @@ import sys
 
 import pytest
 import torch
-from featherweight.ops import kernels as kernel_layer
-from featherweight.ops import int8, quantize, product
-from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import quantize_validation, cpp_backend
-from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
-from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
-from featherweight.ops.packed_layout import packed_tensor
 from kernel_backends import CPUS, backend_on_cpu
 from kernel_cases import ALL_FORMATS, assert_same_bits, reference, shared_cache, wait_for_kernels
+
+from featherweight.ops import int8, product, quantize
+from featherweight.ops import kernels as kernel_layer
+from featherweight.ops.format import FORMATS
+from featherweight.ops.kernels import cpp_backend, quantize_validation
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
+from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
+from featherweight.ops.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
-pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
+                                reason="needs a C++ compiler")
 
 
 @pytest.fixture(scope="module", params=CPUS)
@@ -35,7 +38,8 @@ def on_cpu(request, tmp_path_factory):
 @pytest.fixture
 def compiled_anew(tmp_path, monkeypatch):
     """The kernels for this CPU, of which none is compiled yet, compiled in a third of the time."""
-    monkeypatch.setattr(cpp_backend, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in cpp_backend.FLAGS))
+    monkeypatch.setattr(cpp_backend, "FLAGS",
+                        tuple(flag.replace("-O3", "-O1") for flag in cpp_backend.FLAGS))
     with backend_on_cpu("cpp", tmp_path) as backend:
         yield backend
 
@@ -56,13 +60,17 @@ def test_a_compiler_is_found_here():
 
 
 @pytest.mark.parametrize("on_cpu", ["cpp"], indirect=True)
-@pytest.mark.parametrize("op, fmt, dtype", [("int8_tokens", None, torch.float32), ("int8_rows", FORMATS["Q8_0"], torch.int8)])
+@pytest.mark.parametrize(
+    ("op", "fmt", "dtype"),
+    [("int8_tokens", None, torch.float32), ("int8_rows", FORMATS["Q8_0"], torch.int8)],
+)
 def test_codes_are_right_where_torch_rounds_what_it_multiplies(on_cpu, op, fmt, dtype, monkeypatch):
     """As a GPU does that is set to TF32, which has the ten bits of float16."""
     multiply = torch.mm
 
     def rounding(values, other):
-        return multiply(values.half().to(values.dtype) if values.dtype == torch.float32 else values, other)
+        return multiply(values.half().to(values.dtype) if values.dtype == torch.float32 else values,
+                        other)
 
     monkeypatch.setattr(torch, "mm", rounding)
     check(kernel_of(on_cpu, op), fmt, dtype, None, CPU)
@@ -70,7 +78,10 @@ def test_codes_are_right_where_torch_rounds_what_it_multiplies(on_cpu, op, fmt, 
 
 def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, monkeypatch):
     command = tmp_path / "compiler"
-    command.write_text(f'#!/bin/sh\ncase "$*" in *prefer-vector-width*) echo what? >&2; exit 1;; esac\nexec {COMMAND} "$@"\n')
+    command.write_text(
+        f'#!/bin/sh\ncase "$*" in *prefer-vector-width*) echo what? >&2; exit 1;; esac\nexec'
+        f' {COMMAND} "$@"\n'
+    )
     command.chmod(0o755)
     fmt = FORMATS["Q8_0"]
     tensors = random_tensors(fmt, 2, CPU)
@@ -83,8 +94,11 @@ def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, mo
 
 # Each kind of grid has its own branches of the search; others of a kind compile as long again.
 KINDS_OF_GRIDS = {"Q4_K", "Q3_K", "Q4_0", "Q4_1", "IQ4_XS", "NF4"}
-GRIDS = [pytest.param(fmt, id=fmt.__name__, marks=() if fmt.__name__ in KINDS_OF_GRIDS else pytest.mark.heavy)
-         for fmt in ALL_FORMATS if fmt.grid and fmt.block_length < 4096]
+GRIDS = [
+    pytest.param(fmt, id=fmt.__name__,
+                 marks=() if fmt.__name__ in KINDS_OF_GRIDS else pytest.mark.heavy)
+    for fmt in ALL_FORMATS if fmt.grid and fmt.block_length < 4096
+]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -98,21 +112,51 @@ def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
 # What tests/ops/test_packing_feedback.py has compiled for all instructions.
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("capability", ["pack_blocks", "pack_columns"])
-@pytest.mark.parametrize("on_cpu, name", [
-    ("cpp with AVX2", "NF4"), ("cpp without AVX", "Q4_K"), pytest.param("cpp with AVX2", "Q4_K", marks=pytest.mark.heavy),
-    pytest.param("cpp without AVX", "NF4", marks=pytest.mark.heavy)], indirect=["on_cpu"])  # the last compiles for ten seconds
+@pytest.mark.parametrize(
+    ("on_cpu", "name"),
+    [
+        ("cpp with AVX2", "NF4"),
+        ("cpp without AVX", "Q4_K"),
+        pytest.param("cpp with AVX2", "Q4_K", marks=pytest.mark.heavy),
+        # the last compiles for ten seconds
+        pytest.param("cpp without AVX", "NF4", marks=pytest.mark.heavy),
+    ],
+    indirect=["on_cpu"],
+)
 def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
     check(kernel_of(on_cpu, capability), FORMATS[name], torch.float32, None, CPU)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (("take_up(values, shares, columns, first, stop, columns);", ""), "not what the codes lack"),
-    (("share, values[column][v], values[later][v]", "share, values[column][0], values[later][v]"), "not what the codes lack"),
-    (("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]"), "mean error"),
-    (("values[first + i][vector]", "values[i][vector]"), "mean error"),
-    (("before = rounder[v].value(level[v]), wanted += before", "before = rounder[v].value(level[v])"), "mean error"),
-    (("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else"), "beside the columns|not what the codes lack"),
-], ids=range(6))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            ("take_up(values, shares, columns, first, stop, columns);", ""),
+            "not what the codes lack",
+        ),
+        (
+            (
+                "share, values[column][v], values[later][v]",
+                "share, values[column][0], values[later][v]",
+            ),
+            "not what the codes lack",
+        ),
+        (("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]"), "mean error"),
+        (("values[first + i][vector]", "values[i][vector]"), "mean error"),
+        (
+            (
+                "before = rounder[v].value(level[v]), wanted += before",
+                "before = rounder[v].value(level[v])",
+            ),
+            "mean error",
+        ),
+        (
+            ("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else"),
+            "beside the columns|not what the codes lack",
+        ),
+    ],
+    ids=range(6),
+)
 @pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_choice_of_columns_is_found_out(compiled_anew, wrong, message, monkeypatch):
     source = cpp_backend.kernel_source
@@ -127,12 +171,20 @@ def test_a_wrong_choice_of_columns_is_found_out(compiled_anew, wrong, message, m
         check(kernel_of(compiled_anew, "pack_columns"), FORMATS["Q3_K"], torch.float32, None, CPU)
 
 
-@pytest.mark.parametrize("wrong", [("step <= 1", "step < -1"), ("nearest_integer(between(scaled", "(between(scaled"),
-                                   ("best.d[lane];", "best.d[0];")], ids=lambda wrong: wrong[0])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("step <= 1", "step < -1"),
+        ("nearest_integer(between(scaled", "(between(scaled"),
+        ("best.d[lane];", "best.d[0];"),
+    ],
+    ids=lambda wrong: wrong[0],
+)
 @pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_search_is_found_out(compiled_anew, wrong, monkeypatch):
     source = cpp_backend.kernel_source
-    monkeypatch.setattr(cpp_backend, "kernel_source", lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
+    monkeypatch.setattr(cpp_backend, "kernel_source",
+                        lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
     with pytest.raises(WrongResult, match="mean error"):
         check(kernel_of(compiled_anew, "pack_blocks"), FORMATS["Q3_K"], torch.float32, None, CPU)
 
@@ -141,16 +193,20 @@ def test_a_wrong_search_is_found_out(compiled_anew, wrong, monkeypatch):
 def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatch):
     values = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
     runs, run = [], cpp_backend._kernels().pack_blocks
-    monkeypatch.setattr(cpp_backend._kernels(), "pack_blocks", lambda *arguments: (runs.append(1), run(*arguments)))
+    monkeypatch.setattr(cpp_backend._kernels(), "pack_blocks", lambda *arguments:
+                        (runs.append(1), run(*arguments)))
     whole = quantize.pack_tensor(values, FORMATS["Q4_K"])
     assert runs
     monkeypatch.setattr(quantize, "CPU_SLICE_VALUES", 1024)
     assert torch.equal(quantize.pack_tensor(values, FORMATS["Q4_K"])._qdata, whole._qdata)
-    assert torch.equal(quantize.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1), whole._qdata.view(37, -1)[5:9])
+    assert torch.equal(
+        quantize.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1),
+        whole._qdata.view(37, -1)[5:9])
 
 
 def dequantize_a_block(kernels):
-    kernels.dequantize(FORMATS["Q4_0"], random_tensors(FORMATS["Q4_0"], 1, CPU), torch.empty(32), None, 0)
+    kernels.dequantize(FORMATS["Q4_0"], random_tensors(FORMATS["Q4_0"], 1, CPU), torch.empty(32),
+                       None, 0)
 
 
 def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatch):
@@ -203,10 +259,12 @@ def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_p
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("obstacle, why", [
+@pytest.mark.parametrize(("obstacle", "why"), [
     ("no compiler", "there is no C++ compiler"), ("a compiler that fails", "false:"),
-    ("no place to write", "no folder can be written and run from; XDG_CACHE_HOME names another one")])
-def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why(obstacle, why, monkeypatch, tmp_path, caplog):
+    ("no place to write", "no folder can be written and run from; XDG_CACHE_HOME names another"
+                          " one")])
+def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why(
+        obstacle, why, monkeypatch, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     if obstacle == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -222,14 +280,16 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
     assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out), reference(fmt, tensors))
     (line,) = caplog.records
     assert line.levelno == logging.INFO and "\n" not in line.message
-    assert line.message.startswith("[Featherweight] Packed weights on cpu use torch, because no kernel works there (cpp: ")
+    assert line.message.startswith(
+        "[Featherweight] Packed weights on cpu use torch, because no kernel works there (cpp: ")
     assert why in line.message
 
 
 @pytest.mark.usefixtures("fresh", "compiled_before")
 @pytest.mark.parametrize("asked", ["torch", "cpp"])
 @pytest.mark.parametrize("name", ["Q4_K", "NF4"])
-def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece(name, asked, monkeypatch):
+def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece(
+        name, asked, monkeypatch):
     monkeypatch.setenv(kernel_layer.VARIABLE, asked)
     fmt, (rows, columns) = FORMATS[name], (16, 512)
     whole = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
@@ -238,7 +298,8 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
     assert not any(tensor.is_contiguous() for tensor in apart)
 
     def values(tensors):
-        weight = packed_tensor(fmt, tensors[0], (rows, columns), scale=tensors[1] if fmt.scales_apart else None)
+        weight = packed_tensor(fmt, tensors[0], (rows, columns),
+                               scale=tensors[1] if fmt.scales_apart else None)
         with product.dequantize_into_workspace(weight, torch.float32) as scratch:
             dequantized = scratch.clone()
         yield dequantized

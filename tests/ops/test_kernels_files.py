@@ -1,4 +1,5 @@
-"""Compiled kernels are loaded only from files that nobody but this user can have written, and that are whole."""
+"""Compiled kernels are loaded only from files that nobody but this user can have written, and that
+are whole."""
 import hashlib
 import logging
 import os
@@ -9,15 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+from unsafe_files import each_reason
+
 from featherweight.ops.kernels import cpp_backend, private_files
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError
-from unsafe_files import each_reason
 
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 SOURCE = 'extern "C" int answer() { return 1; }\n'
 PACK = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32", reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
+                                reason="needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,11 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_have_written(folder, wh
     spoil(spoilt)
     assert answer(folder) == answer(folder) == 1
     (warning,) = caplog.records
-    assert warning.levelno == logging.WARNING and str(spoilt) in warning.message and "remove it" in warning.message
+    assert (
+        warning.levelno == logging.WARNING
+        and str(spoilt) in warning.message
+        and "remove it" in warning.message
+    )
     temporary = private_files.temporary_folder()
     assert temporary.stat().st_mode & 0o777 == 0o700 and list(temporary.glob("*.so"))
 
@@ -74,7 +81,12 @@ def test_a_file_that_others_may_have_written_is_compiled_anew(folder, spoil, cap
     spoil(planted)
     assert answer(folder) == answer(folder) == 1
     (compiled,) = folder.glob("*.so")
-    assert compiled != planted and compiled.is_file() and not compiled.is_symlink() and compiled.stat().st_mode & 0o777 == 0o700
+    assert (
+        compiled != planted
+        and compiled.is_file()
+        and not compiled.is_symlink()
+        and compiled.stat().st_mode & 0o777 == 0o700
+    )
     assert not caplog.records
 
 
@@ -164,7 +176,11 @@ def test_a_kernel_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     folder = tmp_path / "featherweight" / "kernels"
     assert answer(folder) == 1
     built, renaming, synced_folder = done
-    assert built.endswith("kernel.so") and renaming == "kernel.so is kernels" and synced_folder == str(folder)
+    assert (
+        built.endswith("kernel.so")
+        and renaming == "kernel.so is kernels"
+        and synced_folder == str(folder)
+    )
 
 
 def test_what_a_compiler_that_was_killed_left_is_removed_later(tmp_path, monkeypatch):
@@ -204,20 +220,26 @@ def a_home_that_cannot_be_made(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("home", [no_home, a_home_that_cannot_be_made])
-def test_without_a_home_kernels_are_kept_until_the_process_ends(home, monkeypatch, tmp_path, caplog):
+def test_without_a_home_kernels_are_kept_until_the_process_ends(home, monkeypatch, tmp_path,
+                                                                caplog):
     home(monkeypatch, tmp_path)
     monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path))
     for _ in range(2):
         folder = private_files.cache_folder() / "kernels"
         assert answer(folder) == 1
     assert len(list(private_files.temporary_folder().rglob("*.so"))) == 1
-    (line,) = [record for record in caplog.records]
-    assert line.levelno == logging.INFO and "cannot be used" in line.message and "XDG_CACHE_HOME" in line.message
+    (line,) = list(caplog.records)
+    assert (
+        line.levelno == logging.INFO
+        and "cannot be used" in line.message
+        and "XDG_CACHE_HOME" in line.message
+    )
 
 
 @pytest.fixture
 def refuses_to_run(monkeypatch):
-    """refuses_to_run(folder, ...): libraries there are not loaded, as from a drive that is mounted noexec."""
+    """refuses_to_run(folder, ...): libraries there are not loaded, as from a drive that is mounted
+    noexec."""
     real = cpp_backend.ctypes.CDLL
 
     def refuse(*folders):
@@ -229,7 +251,8 @@ def refuses_to_run(monkeypatch):
     return refuse
 
 
-def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(tmp_path, monkeypatch, refuses_to_run):
+def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(tmp_path, monkeypatch,
+                                                                     refuses_to_run):
     monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "other"),))
     (tmp_path / "temporary").mkdir()
@@ -246,5 +269,7 @@ def test_where_no_folder_can_run_a_kernel_it_is_said_why(tmp_path, monkeypatch, 
     monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "missing"),))
     refuses_to_run(tmp_path)
-    with pytest.raises(CppError, match="no folder can be written and run from; XDG_CACHE_HOME .* failed to map segment"):
+    with pytest.raises(
+            CppError,
+            match="no folder can be written and run from; XDG_CACHE_HOME .* failed to map segment"):
         CppCompiler(COMMAND, tmp_path / "cache" / "kernels").library(SOURCE)

@@ -1,4 +1,5 @@
-"""What is Metal's own: subnormals, and pointers of different memories. The rest is in test_kernel_backends.py."""
+"""What is Metal's own: subnormals, and pointers of different memories. The rest is in
+test_kernel_backends.py."""
 import os
 import shutil
 import subprocess
@@ -6,14 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import metal_backend
-from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.kernels.metal_backend import BACKEND, dequantize
-from featherweight.ops.kernels.kernel_source import TYPES, kernel_source
 from kernel_backends import backend_on_cpu
 from kernel_cases import (
-    ALL_FORMATS, ONE_OF_EACH_SOURCE, assert_same_bits, each_dtype, each_format, reference, shared_cache)
+    ALL_FORMATS,
+    ONE_OF_EACH_SOURCE,
+    assert_same_bits,
+    each_dtype,
+    each_format,
+    reference,
+    shared_cache,
+)
+
+from featherweight.ops.format import FORMATS
+from featherweight.ops.kernels import metal_backend
+from featherweight.ops.kernels.kernel_source import TYPES, kernel_source
+from featherweight.ops.kernels.metal_backend import BACKEND, dequantize
+from featherweight.ops.kernels.validation import check, random_tensors
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")
 CLANG = os.environ.get("CLANG") or shutil.which("clang")
@@ -37,7 +46,8 @@ def test_dequantize_of_blocks_that_are_no_whole_chunks():
 
 @pytest.fixture
 def flushed():
-    """flushed(): from now on float32 subnormals are zero in torch and in the kernels, as on an Apple GPU."""
+    """flushed(): from now on float32 subnormals are zero in torch and in the kernels, as on an
+    Apple GPU."""
     def flush():
         if not torch.set_flush_denormal(True):
             pytest.skip("this CPU cannot take subnormals for zero")
@@ -74,9 +84,11 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
 def test_no_pointer_strays_from_the_memory_it_points_into(fmt):
     """Of the compilers on every system only Clang keeps memories apart, as Metal's does."""
     for dtype in TYPES:
-        source = kernel_source("metal", "dequantize", fmt, dtype, torch.float16, LANES=metal_backend.CHUNK)
-        made = subprocess.run([CLANG, "-x", "c++", "-std=c++14", "-w", "-fsyntax-only", f"-I{ON_CPU}", "-"], input=source,
-                              capture_output=True, text=True)
+        source = kernel_source("metal", "dequantize", fmt, dtype, torch.float16,
+                               LANES=metal_backend.CHUNK)
+        made = subprocess.run(
+            [CLANG, "-x", "c++", "-std=c++14", "-w", "-fsyntax-only", f"-I{ON_CPU}", "-"],
+            input=source, capture_output=True, text=True)
         assert not made.returncode, made.stderr
 
 

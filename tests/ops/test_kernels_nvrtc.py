@@ -1,4 +1,5 @@
-"""The CUDA sources compile for every GPU without one. What they compute is in test_kernel_backends.py."""
+"""The CUDA sources compile for every GPU without one. What they compute is in
+test_kernel_backends.py."""
 import shutil
 import subprocess
 import types
@@ -6,13 +7,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE
+
 from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
+from featherweight.ops.kernels.kernel_source import SOURCES, source_files
 from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
-from featherweight.ops.kernels.kernel_source import SOURCES, source_files
-from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 ELF = b"\x7fELF"
@@ -26,17 +28,48 @@ def compiler():
     return Compiler(libraries[0])
 
 
-@pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.cuda_nvrtc") is None, reason="no nvidia-cuda-nvrtc-cu12")
+@pytest.mark.skipif(
+    find_spec("nvidia") is None or find_spec("nvidia.cuda_nvrtc") is None,
+    reason="no nvidia-cuda-nvrtc-cu12",
+)
 def test_nvrtc_is_found_in_its_package():
     assert any("cuda_nvrtc" in library for library in nvrtc.nvrtc_libraries())
 
 
-@pytest.mark.parametrize("on_windows, files, found", [
-    (True, ["torch/lib/nvrtc64_120_0.dll", "torch/lib/nvrtc64_120_0.alt.dll", "torch/lib/nvrtc-builtins64_128.dll"], [0]),
-    (True, ["torch/c10.dll", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll", "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll"], [2, 1]),
-    (False, ["nvidia/cu13/lib/libnvrtc.so.13", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "nvidia/cu13/lib/libnvrtc.alt.so.13",
-             "nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.9"], [1, 0]),
-], ids=["Windows, in torch", "Windows, in packages", "Linux, in packages"])
+@pytest.mark.parametrize(
+    ("on_windows", "files", "found"),
+    [
+        (
+            True,
+            [
+                "torch/lib/nvrtc64_120_0.dll",
+                "torch/lib/nvrtc64_120_0.alt.dll",
+                "torch/lib/nvrtc-builtins64_128.dll",
+            ],
+            [0],
+        ),
+        (
+            True,
+            [
+                "torch/c10.dll",
+                "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll",
+                "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll",
+            ],
+            [2, 1],
+        ),
+        (
+            False,
+            [
+                "nvidia/cu13/lib/libnvrtc.so.13",
+                "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+                "nvidia/cu13/lib/libnvrtc.alt.so.13",
+                "nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.9",
+            ],
+            [1, 0],
+        ),
+    ],
+    ids=["Windows, in torch", "Windows, in packages", "Linux, in packages"],
+)
 def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path, monkeypatch):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -52,9 +85,11 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path,
 
 def each_capability(name, values, some):
     """Each value for the first GPU, one of `some` in turn for each other; the rest is heavy."""
-    cases = [pytest.param(value, capability, id=f"{getattr(value, '__name__', value)}-{capability}",
-                          marks=() if not turn or value == some[turn % len(some)] else pytest.mark.heavy)
-             for turn, capability in enumerate(CAPABILITIES) for value in values]
+    cases = [
+        pytest.param(value, capability, id=f"{getattr(value, '__name__', value)}-{capability}",
+                     marks=() if not turn or value == some[turn % len(some)] else pytest.mark.heavy)
+        for turn, capability in enumerate(CAPABILITIES) for value in values
+    ]
     return pytest.mark.parametrize(f"{name}, capability", cases)
 
 
@@ -75,7 +110,8 @@ def test_every_source_compiles_for_every_gpu(compile, fmt):
 @each_capability("dtype", DTYPES, DTYPES)
 def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
     for tokens, rows in LINEAR_ROWS.items():
-        assert compile(Program("linear", FORMATS["Q6_K"], dtype, None, 2, tokens, rows)).startswith(ELF)
+        assert compile(Program("linear", FORMATS["Q6_K"], dtype, None, 2, tokens,
+                               rows)).startswith(ELF)
     assert compile(Program("dequantize", FORMATS["Q6_K"], dtype, torch.float16, 1)).startswith(ELF)
 
 
@@ -110,7 +146,10 @@ def test_a_missing_driver_is_said():
 
 def test_every_source_is_used():
     basic = ("dequantize", "linear")
-    kernels = {"cuda": basic, "metal": basic, "cpu": (*basic, "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")}
+    kernels = {
+        "cuda": basic, "metal": basic,
+        "cpu": (*basic, "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
+    }
     used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]
             for path in source_files(platform, fmt, kernel)}
     assert used == {path for path in SOURCES.rglob("*") if path.is_file()}
@@ -119,5 +158,6 @@ def test_every_source_is_used():
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_no_rule_leaves_a_source_out_of_the_package():
     sources = sorted(str(path) for path in SOURCES.rglob("*") if path.is_file())
-    ignored = subprocess.run(["git", "check-ignore", "--no-index", *sources], cwd=SOURCES, capture_output=True, text=True)
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", *sources], cwd=SOURCES,
+                             capture_output=True, text=True)
     assert not ignored.stdout

@@ -1,4 +1,5 @@
-"""A GPU's kernels from the start of ComfyUI on: tried where there is room, used from the next start.
+"""A GPU's kernels from the start of ComfyUI on: tried where there is room, used from the next
+start.
 
 What is tried is C++ for the CPU, which can read what lies on a fake GPU; and what is for real ones,
 which cannot run here.
@@ -11,14 +12,15 @@ import time
 
 import pytest
 import torch
+from patched_models import packed_flux
+
 from featherweight.loaders.model_summary import dequantize_backend_text
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import background, trial_startup, trial
+from featherweight.ops.kernels import background, trial, trial_startup
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.packed_layout import packed_tensor
-from patched_models import packed_flux
 
 pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=False)
 needs_a_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))),
@@ -68,7 +70,8 @@ def test_what_a_model_asks_for_is_tried_where_there_is_room_and_used_from_the_ne
     fakegpu.set_capacity(fakegpu.used() + trial.FREE_TO_BEGIN // 2)
     try:
         kernels.start_trials([gpu])
-        wait_for("cuda:0 (Fake GPU 0): no kernel is proven, torch does the work; less than 1.5 GB", caplog)
+        wait_for("cuda:0 (Fake GPU 0): no kernel is proven, torch does the work; less than 1.5 GB",
+                 caplog)
         assert_dequantized(gpu)
     finally:
         fakegpu.set_capacity(4 << 30)

@@ -8,13 +8,14 @@ import threading
 
 import pytest
 import torch
+from filelock import FileLock
+
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import Backend, Case, Kernel, registry, trial_startup
 from featherweight.ops.kernels.validation import ISSUES, random_tensors
 from featherweight.ops.kernels.verdicts import Notes, Verdicts
 from featherweight.ops.packed_layout import packed_tensor
-from filelock import FileLock
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
@@ -40,9 +41,13 @@ class Made:
             added = 0 if addend is None else addend
             out.copy_(input.double() @ weight.double().t() + added)
 
-        self.kernels = {DEQUANTIZE: {None: Kernel("dequantize", frozenset(["Q4_0"]), FLOAT32, dequantize)},
-                        LINEAR: {rows: Kernel("linear", frozenset(["Q4_0"]), FLOAT32, linear, *rows)
-                                 for rows in ((1, 1), (2, 16))}}
+        self.kernels = {
+            DEQUANTIZE: {None: Kernel("dequantize", frozenset(["Q4_0"]), FLOAT32, dequantize)},
+            LINEAR: {
+                rows: Kernel("linear", frozenset(["Q4_0"]), FLOAT32, linear, *rows)
+                for rows in ((1, 1), (2, 16))
+            }
+        }
         self.backend = Backend(name, lambda device: None, tuple(
             kernel for kernels in self.kernels.values() for kernel in kernels.values()))
 
@@ -176,8 +181,12 @@ def test_the_fastest_is_used_for_each_range_of_rows_and_torch_where_it_is(trials
     trials.prove(fast, LINEAR, 1.5, (2, 16))
     restarted(slow, fast)
     started(DEQUANTIZE, LINEAR)
-    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is fast.kernels[DEQUANTIZE][None].run
-    found = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) for tokens in (1, 2, 17)]
+    assert (
+        kernels.find("dequantize", CPU, Q4_0, torch.float32) is fast.kernels[DEQUANTIZE][None].run
+    )
+    found = [
+        kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) for tokens in (1, 2, 17)
+    ]
     assert found == [slow.kernels[LINEAR][1, 1].run, None, None]
     kernels.prepare(CPU, [DEQUANTIZE])
     assert kernels.used(CPU) == "fast"
@@ -202,7 +211,7 @@ def test_what_does_not_work_any_more_leaves_the_work_to_torch(
     assert kernels.used(CPU) == "torch" and log("torch does their work")
 
 
-@pytest.mark.parametrize("asked, trialed, backend", [
+@pytest.mark.parametrize(("asked", "trialed", "backend"), [
     ("torch", "cpu", "torch"), ("fine", "cpu", "fine"), ("auto", "cpu", None), (None, "cpu", None),
     (None, "cuda", "fine")], ids=str)
 def test_a_cpu_and_what_is_asked_for_by_name_need_no_trial(
@@ -229,7 +238,11 @@ def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trial
     multiplied()
     dequantized(torch.float16)
     assert not trials.cases
-    assert set(Notes().cases()) == {DEQUANTIZE, LINEAR, Case("dequantize", "Q4_0", torch.float16, None)}
+    assert set(Notes().cases()) == {
+        DEQUANTIZE,
+        LINEAR,
+        Case("dequantize", "Q4_0", torch.float16, None),
+    }
     (line,) = log("Kernels for")
     assert "Q4_0" in line and "until ComfyUI starts again" in line
 
@@ -301,8 +314,9 @@ def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
     restarted(made)
     started(DEQUANTIZE)
     (line,) = log("1 kernels proven")
-    for words in ("dequantize 3.0 times as fast as torch", "1 wrong", "1 crashed", "(a kernel: please",
-                  ISSUES, "4 kernels ended their process, so the rest is tried"):
+    for words in ("dequantize 3.0 times as fast as torch", "1 wrong", "1 crashed",
+                  "(a kernel: please", ISSUES,
+                  "4 kernels ended their process, so the rest is tried"):
         assert words in line
     (warning,) = [record.message for record in caplog.records if record.levelno > logging.INFO]
     assert "gives wrong values" in warning and "another kernel" in warning

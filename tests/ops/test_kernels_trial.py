@@ -12,6 +12,7 @@ from typing import NamedTuple
 import planted_backends
 import pytest
 import torch
+
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats._names import format_named
@@ -59,8 +60,8 @@ BACKENDS = ("loses_the_device_at_once", "no_room", "no_probe",
 
 
 class Zoo(NamedTuple):
-    """verdicts: by backend, `None` for all that are in one file. reasons: why each trial of that left
-    something."""
+    """verdicts: by backend, `None` for all that are in one file. reasons: why each trial of that
+    left something."""
     verdicts: dict[str | None, Verdicts]
     reasons: list[str]
 
@@ -102,10 +103,12 @@ def test_each_kernel_gets_its_verdict_and_takes_no_other_with_it(name, zoo):
 
 def test_a_trial_is_started_again_three_times_at_most(zoo):
     trials, rest = divmod(len(ENDS_ITS_PROCESS), MAX_RESTARTS + 1)
-    assert rest and zoo.reasons == [f"{MAX_RESTARTS + 1} kernels ended their process"] * trials + [""]
+    assert rest and zoo.reasons == [f"{MAX_RESTARTS + 1} kernels ended their process"] * trials + [
+        ""
+    ]
 
 
-@pytest.mark.parametrize("name, verdict, why", [
+@pytest.mark.parametrize(("name", "verdict", "why"), [
     ("no_probe", "refused", "no driver"),
     ("loses_the_device_at_once", "crashed", "its process ended with")])
 def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_tried(
@@ -117,7 +120,7 @@ def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_trie
     assert results.verdict("probe by fine") == "works"
 
 
-@pytest.mark.parametrize("days, cases", [(0, [Q4_0]), (8, [Q4_0, Q8_0])])
+@pytest.mark.parametrize(("days", "cases"), [(0, [Q4_0]), (8, [Q4_0, Q8_0])])
 def test_a_case_is_tried_again_where_something_of_it_may_mend_itself(days, cases, zoo, monkeypatch):
     """A kernel without room at the next start, a backend that did not work after a week."""
     assert zoo.verdict(Q4_0, "no_room") is None and zoo.verdict(Q8_0, "no_room") == "right"
@@ -138,7 +141,7 @@ def test_where_memory_is_short_nothing_is_begun(verdicts, monkeypatch):
     assert ended.value.code == trial.WITHOUT_MEMORY and verdicts.read() == []
 
 
-@pytest.mark.parametrize("status, reason", [
+@pytest.mark.parametrize(("status", "reason"), [
     (trial.WITHOUT_MEMORY, "less than 1.0 GB of it were free"), (9, "its process ended with 9")])
 def test_a_process_that_ends_between_two_kernels_blames_none(status, reason, verdicts):
     verdicts.add("a kernel", "begun")  # by an earlier process
@@ -147,7 +150,7 @@ def test_a_process_that_ends_between_two_kernels_blames_none(status, reason, ver
     assert [line["verdict"] for line in verdicts.read()] == ["begun"]
 
 
-@pytest.mark.parametrize("sent, expected", [("SIGKILL", "killed"), ("SIGTERM", "killed"),
+@pytest.mark.parametrize(("sent", "expected"), [("SIGKILL", "killed"), ("SIGTERM", "killed"),
                                             ("SIGHUP", "killed"), ("SIGSEGV", "crashed")])
 def test_a_signal_of_another_program_is_no_crash_of_the_kernel(sent, expected, verdicts):
     script = ("import json, os, signal, sys, time; job = json.loads(sys.stdin.readline());"
@@ -270,9 +273,9 @@ def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_
               "kernels.TRIALED = {'cpu'}\n"
               "kernels.start_trials([torch.device('cpu')])\n"
               "threading.Thread(target=time.sleep, args=[2]).start()\n")
-    ended = subprocess.run([sys.executable, "-c", script, str(PACK)], capture_output=True, text=True,
-                           timeout=300, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path),
-                                                          "FEATHERWEIGHT_KERNELS": ""})
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(PACK)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "FEATHERWEIGHT_KERNELS": ""})
     assert ended.returncode == 0 and not ended.stderr
 
 

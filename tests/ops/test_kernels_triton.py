@@ -1,9 +1,11 @@
-"""What is Triton's own: addresses of bytes, and that the kernels compile for GPUs that are not here.
+"""What is Triton's own: addresses of bytes, and that the kernels compile for GPUs that are not
+here.
 
-What they compute is in test_kernel_backends.py, whose cases of Triton this file runs in a process of its
-own: on a GPU, or in Triton's interpreter, which must be chosen before triton is imported. There, products
-and stores in bfloat16 are wrong: the interpreter truncates where a GPU rounds. So bfloat16 runs on a GPU
-only, and is compiled everywhere.
+What they compute is in test_kernel_backends.py, whose cases of Triton this file runs in a process
+of its
+own: on a GPU, or in Triton's interpreter, which must be chosen before triton is imported. There,
+products and stores in bfloat16 are wrong: the interpreter truncates where a GPU rounds. So bfloat16
+runs on a GPU only, and is compiled everywhere.
 """
 import os
 import re
@@ -13,16 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_backends import INTERPRETED, ON_A_GPU, device_of
+from kernel_cases import CPU, assert_same_bits, reference
+
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.validation import misaligned_copy, random_tensors
-from kernel_backends import INTERPRETED, ON_A_GPU, device_of
-from kernel_cases import CPU, assert_same_bits, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from featherweight.ops.kernels import triton_backend  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from featherweight.ops.kernels import triton_backend  # noqa: E402
 
 DECODED = sorted(triton_backend.DECODERS)
 ONE_OF_A_KIND = ("Q6_K", "IQ4_XS", "NF4")  # plain blocks, with a codebook, with scales apart
@@ -32,14 +36,21 @@ SUITE = Path(__file__).with_name("test_kernel_backends.py")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_every_kernel_is_right_on_a_gpu_or_in_the_interpreter(request):
     heavy = ["--heavy"] * request.config.getoption("--heavy")
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *heavy, "-k", "triton", "-p", "no:xdist",
-               str(SUITE), *([] if ON_A_GPU else [__file__])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if ON_A_GPU else {"TRITON_INTERPRET": "1"})
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    command = [
+        sys.executable, "-m", "pytest", "-q", "--no-header", *heavy, "-k", "triton", "-p",
+        "no:xdist",
+        str(SUITE), *([] if ON_A_GPU else [__file__])
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | (
+        {} if ON_A_GPU else {"TRITON_INTERPRET": "1"}
+    )
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-runs_kernels = pytest.mark.skipif(not (INTERPRETED or ON_A_GPU), reason="runs in the interpreter's process")
+runs_kernels = pytest.mark.skipif(not (INTERPRETED or ON_A_GPU),
+                                  reason="runs in the interpreter's process")
 
 
 @runs_kernels
@@ -50,7 +61,8 @@ def test_dequantizes_bytes_at_any_address(offset, monkeypatch):
 
     class Watched:
         def __getitem__(self, grid):
-            return lambda *args, **options: (addresses.append(args[0].data_ptr()), kernel[grid](*args, **options))
+            return lambda *args, **options: (addresses.append(args[0].data_ptr()), kernel[grid]
+                                             (*args, **options))
 
     monkeypatch.setattr(triton_backend, "_dequantize", Watched())
     device = device_of(triton_backend.BACKEND)
@@ -73,13 +85,17 @@ def test_blocks_that_are_no_groups_are_left_to_the_reference():
 # Without a GPU, compiled for all of them.
 
 TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
-TARGETS |= {"gfx1100": ("hip", "gfx1100", 32), "gfx1201": ("hip", "gfx1201", 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS |= {
+    "gfx1100": ("hip", "gfx1100", 32), "gfx1201": ("hip", "gfx1201", 32),
+    "gfx942": ("hip", "gfx942", 64)
+}
 MAIN_TARGETS = "sm_80", "gfx942"
 SHARED_MEMORY = 48 << 10  # that every GPU gives a program
 
 
 def cases():
-    """Each format for one of the main targets, a format of one kind for each other; the rest is heavy."""
+    """Each format for one of the main targets, a format of one kind for each other; the rest is
+    heavy."""
     usual = {target: set(DECODED[index::2]) for index, target in enumerate(MAIN_TARGETS)}
     for index, target in enumerate(TARGETS):
         usual.setdefault(target, {ONE_OF_A_KIND[index % 3]})
@@ -98,19 +114,35 @@ class Compiled:
 
     def compile(self, *args, **options):
         names = self.kernel.arg_names
-        values = {**dict(zip(names, args)), **{name: options.pop(name) for name in list(options) if name in names}}
+        values = {
+            **dict(zip(names, args)),
+            **{name: options.pop(name) for name in list(options) if name in names}
+        }
         types, constants, aligned = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, values[parameter.name]
             if isinstance(value, torch.Tensor):
-                types[name] = "*" + {torch.uint8: "u8", torch.int8: "i8", torch.float32: "fp32", torch.float16: "fp16",
-                                     torch.bfloat16: "bf16"}[value.dtype]
+                types[name] = (
+                    "*"
+                    + {
+                        torch.uint8: "u8",
+                        torch.int8: "i8",
+                        torch.float32: "fp32",
+                        torch.float16: "fp16",
+                        torch.bfloat16: "bf16",
+                    }[value.dtype]
+                )
             else:
-                special = type(value) is not int or parameter.is_constexpr or value == 1 and not parameter.do_not_specialize
+                special = (
+                    type(value) is not int
+                    or parameter.is_constexpr
+                    or (value == 1
+                    and not parameter.do_not_specialize)
+                )
                 types[name] = "constexpr" if special else "i32"
             if types[name] == "constexpr":
                 constants[name] = value
-            elif types[name] != "i32" or value % 16 == 0 and not parameter.do_not_specialize:
+            elif types[name] != "i32" or (value % 16 == 0 and not parameter.do_not_specialize):
                 aligned[index,] = [["tt.divisibility", 16]]
         source = triton.compiler.ASTSource(self.kernel, types, constants, aligned)
         self.result = triton.compile(source, target=self.target, options=options)
@@ -123,13 +155,16 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("target, name", cases())
+@pytest.mark.parametrize(("target", "name"), cases())
 def test_compiles_for(target, name, cache, monkeypatch, request):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     rows, columns = 64, 4096
     packed_format = INT8.of_columns(columns) if name == "INT8" else FORMATS[name]
     blocks = rows * columns // packed_format.block_length
-    tensors = [torch.zeros(blocks * packed_format.block_bytes, dtype=torch.uint8), torch.zeros(blocks)]
+    tensors = [
+        torch.zeros(blocks * packed_format.block_bytes, dtype=torch.uint8),
+        torch.zeros(blocks)
+    ]
     results = {}
 
     def launch(function, kernel, *args):
@@ -141,21 +176,29 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
         assert compiled.result.metadata.shared <= SHARED_MEMORY
         results[kernel] = compiled.result
 
-    launch(triton_backend.dequantize, "_dequantize", torch.zeros(rows, columns, dtype=torch.bfloat16), None, 0)
+    launch(triton_backend.dequantize, "_dequantize", torch.zeros(rows, columns,
+                                                                 dtype=torch.bfloat16), None, 0)
     all_kinds = request.config.getoption("--heavy")
     of_a_kind = name in {*ONE_OF_A_KIND, "FP4"}
     dtypes = (torch.bfloat16,) if of_a_kind else (torch.float16,)
     if of_a_kind and (all_kinds or target in MAIN_TARGETS):
         dtypes += torch.float32,
     for function, kernel, tokens, dtype in ((triton_backend.vector, "_vector", 1, torch.bfloat16),
-                                            *((triton_backend.few_rows, "_few_rows", 3, dtype) for dtype in dtypes)):
-        input, out = torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
-        launch(function, kernel, input, torch.zeros(rows, dtype=dtype).expand(tokens, rows), out, None)
+                                            *((triton_backend.few_rows, "_few_rows", 3, dtype)
+                                              for dtype in dtypes)):
+        input, out = (
+            torch.zeros(tokens, columns, dtype=dtype),
+            torch.zeros(tokens, rows, dtype=dtype),
+        )
+        launch(function, kernel, input,
+               torch.zeros(rows, dtype=dtype).expand(tokens, rows), out, None)
     if of_a_kind or all_kinds:
         codes, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows)
         launch(triton_backend.int8_rows, "_int8_rows", codes, scales, None, 0)
-        launch(triton_backend.int8_tokens, "_int8_tokens", torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
-    fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")  # a fused multiply-add in place of two roundings changes bits
+        launch(triton_backend.int8_tokens, "_int8_tokens",
+               torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
+    # a fused multiply-add in place of two roundings changes bits
+    fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
     assert not fused.search(results["_dequantize"].asm[assembly])
     assert fused.search(results["_vector"].asm[assembly])

@@ -8,12 +8,21 @@ from importlib import metadata
 
 import pytest
 import torch
+from unsafe_files import each_reason
+
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.kernels import verdicts as module
 from featherweight.ops.kernels.kernel import Case
 from featherweight.ops.kernels.verdicts import (
-    MAX_FILE_BYTES, MAX_NOTES, RETRY_AFTER_S, WEEK, Notes, Verdicts, device_key, source_hash)
-from unsafe_files import each_reason
+    MAX_FILE_BYTES,
+    MAX_NOTES,
+    RETRY_AFTER_S,
+    WEEK,
+    Notes,
+    Verdicts,
+    device_key,
+    source_hash,
+)
 
 CPU = torch.device("cpu")
 DEQUANTIZE = Case("dequantize", "Q4_K", torch.bfloat16, None)
@@ -62,7 +71,9 @@ def test_what_may_mend_itself_is_forgotten_after_its_time(verdict, verdicts, mon
         now = module.time.time() + seconds
         with monkeypatch.context() as patch:
             patch.setattr(module.time, "time", lambda now=now: now)
-            assert known(verdicts) == ({} if is_forgotten else {NAME: verdict}) | {"before": "crashed"}
+            assert known(verdicts) == ({} if is_forgotten else {NAME: verdict}) | {
+                "before": "crashed"
+            }
 
 
 def test_who_reads_while_others_write_finds_whole_lines(verdicts):
@@ -152,12 +163,25 @@ def test_a_capability_that_no_trial_knows_is_not_noted(verdicts):
 CASE = ["dequantize", "Q4_K", "bfloat16", None]
 
 
-@pytest.mark.parametrize("case", [
-    [], CASE[:3], ["eval", *CASE[1:]], ["dequantize", None, "bfloat16", None],
-    ["int8_tokens", "Q4_K", "float16", None], ["dequantize", "../Q4_K", "bfloat16", None],
-    ["dequantize", "Q" * 50, "bfloat16", None], ["dequantize", "Q4_K", "load", None],
-    ["dequantize", "Q4_K", "bfloat16", "hub"], ["dequantize", 4, "bfloat16", None], {"dequantize": 1}, None,
-    [[], {}, [], {}]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        [],
+        CASE[:3],
+        ["eval", *CASE[1:]],
+        ["dequantize", None, "bfloat16", None],
+        ["int8_tokens", "Q4_K", "float16", None],
+        ["dequantize", "../Q4_K", "bfloat16", None],
+        ["dequantize", "Q" * 50, "bfloat16", None],
+        ["dequantize", "Q4_K", "load", None],
+        ["dequantize", "Q4_K", "bfloat16", "hub"],
+        ["dequantize", 4, "bfloat16", None],
+        {"dequantize": 1},
+        None,
+        [[], {}, [], {}],
+    ],
+    ids=str,
+)
 def test_a_damaged_case_counts_as_none(case, verdicts):
     Notes().append(case=case)
     Notes().append(case=CASE)
@@ -165,7 +189,8 @@ def test_a_damaged_case_counts_as_none(case, verdicts):
 
 
 def test_a_case_is_the_same_after_a_journey_as_json():
-    for case in (DEQUANTIZE, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8, torch.float32)):
+    for case in (DEQUANTIZE, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8,
+                                                  torch.float32)):
         assert Case.of_json(json.loads(json.dumps(case.as_json()))) == case
     assert str(LINEAR) == "linear of NF4 to float16 by way of float32"
 

@@ -1,5 +1,5 @@
-"""Models and text encoders larger than the GPU, with two LoRAs: the bits of the CPU, on a device that never holds more than it
-may, with a budget and without.
+"""Models and text encoders larger than the GPU, with two LoRAs: the bits of the CPU, on a device
+that never holds more than it may, with a budget and without.
 
 The heavy ones are of 3 GiB on a GPU of 1 GiB, and each takes minutes.
 """
@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import comfy.model_management
 import pytest
 import torch
+from lora_models import pairs
+from patched_models import patched
+from small_encoders import encode, patched_clip
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
@@ -18,14 +22,12 @@ from featherweight.loaders.placement import place, place_clip
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops import workspace
 from featherweight.ops.patcher.residency import PAGE
-from lora_models import pairs
-from patched_models import patched
-from small_encoders import encode, patched_clip
 
 GIB, MIB = 1 << 30, 1 << 20
 BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus(gib=1), id="static"),
         pytest.param(True, marks=pytest.mark.fake_gpus(gib=1, dynamic=True), id="dynamic")]
-SLICE = MIB  # of a layer that is dequantised at a time, on the CPU too: other slices give other last bits
+# of a layer that is dequantised at a time, on the CPU too: other slices give other last bits
+SLICE = MIB
 COMPUTING = 32 * MIB  # bytes that a step takes beside weights and the buffers they travel through
 INPUTS = 100_000  # bytes that a step sends beside weights
 BY_LOADING = 100_000  # and what loading a second time does
@@ -33,7 +35,8 @@ CPU = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")
 
 
 class Subject(NamedTuple):
-    """load: options of the host -> a model or text encoder with its LoRAs. run: it -> its output. place: see `place`."""
+    """load: options of the host -> a model or text encoder with its LoRAs. run: it -> its output.
+    place: see `place`."""
     load: Callable[[dict], Any]
     run: Callable[[Any], torch.Tensor]
     place: Callable[[Any, float], Any]
@@ -50,7 +53,8 @@ def gpu(one_thread, monkeypatch):
     fakegpu.set_capacity(GIB)
     comfy.model_management.unload_all_models()
     gc.collect()
-    comfy.model_management.reset_cast_buffers()  # which are as large as the largest layer that travelled
+    # which are as large as the largest layer that travelled
+    comfy.model_management.reset_cast_buffers()
 
 
 def loras(prefix: str, layers: dict[str, tuple]) -> list[tuple[dict, float]]:
@@ -63,10 +67,14 @@ def loras(prefix: str, layers: dict[str, tuple]) -> list[tuple[dict, float]]:
 
 
 def flux(path, sizes: dict) -> Subject:
-    layers = {name.removesuffix(".weight"): shape for name, shape in tiny_models.flux_shapes(**sizes).items() if len(shape) > 1}
+    layers = {
+        name.removesuffix(".weight"): shape
+        for name, shape in tiny_models.flux_shapes(**sizes).items() if len(shape) > 1
+    }
 
     def load(options: dict):
-        return patched(load_diffusion_model(str(path), model_options=options), *loras("diffusion_model.", layers))
+        return patched(load_diffusion_model(str(path), model_options=options),
+                       *loras("diffusion_model.", layers))
 
     return Subject(load, functools.partial(flux_step, context=sizes.get("context", 1024)), place)
 
@@ -78,7 +86,8 @@ def flux_step(patcher, context: int) -> torch.Tensor:
         return patcher.model.apply_model(
             x=torch.randn(1, 16, 8, 8, generator=generator).to(patcher.load_device),
             t=torch.tensor([0.5], device=patcher.load_device),
-            c_crossattn=torch.randn(1, 5, context, generator=generator).to(patcher.load_device)).float().cpu()
+            c_crossattn=torch.randn(1, 5, context,
+                                    generator=generator).to(patcher.load_device)).float().cpu()
 
 
 def write_flux(path, format_name: str, sizes: dict):
@@ -95,25 +104,35 @@ def write_flux(path, format_name: str, sizes: dict):
 
 
 def t5_shapes(layers: int, width: int, inner: int, heads: int, tokens: int) -> dict[str, tuple]:
-    """Shapes of a T5, in the names of transformers, and of the tensor by which the host knows the T5-XXL."""
+    """Shapes of a T5, in the names of transformers, and of the tensor by which the host knows the
+    T5-XXL."""
     shapes = {"shared.weight": (tokens, width), "encoder.final_layer_norm.weight": (width,),
               "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, heads)}
     for layer in map("encoder.block.{}.layer".format, range(layers)):
         shapes |= {f"{layer}.{part}.layer_norm.weight": (width,) for part in (0, 1)}
         shapes |= {f"{layer}.0.SelfAttention.{part}.weight": (64 * heads, width) for part in "qkv"}
         shapes |= {f"{layer}.0.SelfAttention.o.weight": (width, 64 * heads)}
-        shapes |= {f"{layer}.1.DenseReluDense.{part}.weight": (inner, width) for part in ("wi_0", "wi_1")}
+        shapes |= {
+            f"{layer}.1.DenseReluDense.{part}.weight": (inner, width) for part in ("wi_0", "wi_1")
+        }
         shapes |= {f"{layer}.1.DenseReluDense.wo.weight": (width, inner)}
     return {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 32)} | shapes
 
 
 def t5(path, shapes: dict[str, tuple], sizes: dict) -> Subject:
-    config = {"num_layers": sizes["layers"], "vocab_size": sizes["tokens"], "d_model": sizes["width"], "d_ff": sizes["inner"],
-              "d_kv": 64, "num_heads": sizes["heads"]}
-    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) > 1 and shape[1] > 32}
+    config = {
+        "num_layers": sizes["layers"], "vocab_size": sizes["tokens"], "d_model": sizes["width"],
+        "d_ff": sizes["inner"], "d_kv": 64, "num_heads": sizes["heads"]
+    }
+    layers = {
+        name.removesuffix(".weight"): shape for name, shape in shapes.items()
+        if len(shape) > 1 and shape[1] > 32
+    }
 
     def load(options: dict):
-        options = {**options, "dtype": torch.float32, "t5xxl_model_config": config, "model_config": config}
+        options = {
+            **options, "dtype": torch.float32, "t5xxl_model_config": config, "model_config": config
+        }
         return patched_clip(load_text_encoder([str(path)], "sd3", model_options=options), *loras(
             "text_encoders.t5xxl.transformer.", layers))
 
@@ -124,7 +143,8 @@ def t5(path, shapes: dict[str, tuple], sizes: dict) -> Subject:
 
 
 def check(subject: Subject, pages: int, inference: float, gpu, monkeypatch):
-    """pages: of weights that stay where there is a budget. inference: bytes that the host then keeps free for computing."""
+    """pages: of weights that stay where there is a budget. inference: bytes that the host then
+    keeps free for computing."""
     expected = subject.run(subject.load(CPU))
     assert expected.isfinite().all()
     comfy.model_management.unload_all_models()
@@ -132,14 +152,17 @@ def check(subject: Subject, pages: int, inference: float, gpu, monkeypatch):
 
     whole = subject.load({})
     gpu.reset()
-    assert torch.equal(subject.run(whole), expected)  # as ComfyUI is, which keeps more free for computing than there is
+    # as ComfyUI is, which keeps more free for computing than there is
+    assert torch.equal(subject.run(whole), expected)
     tell("no budget", gpu)
 
     monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: inference)
     monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 1)
     patcher = getattr(whole, "patcher", whole)
     model = patcher.model
-    beside = model.model_loaded_weight_memory if patcher.is_dynamic() else model.packed_patches.nbytes
+    beside = (
+        model.model_loaded_weight_memory if patcher.is_dynamic() else model.packed_patches.nbytes
+    )
     placed = subject.place(whole, pages * PAGE + beside)
     patcher = getattr(placed, "patcher", placed)
     if patcher.is_dynamic():
@@ -163,7 +186,11 @@ def largest(patcher) -> int:
 def buffers(patcher) -> int:
     """What layers travel through: one buffer for each stream, in dynamic VRAM of whole pages."""
     streams = comfy.model_management.NUM_STREAMS
-    return (streams + 1) * -(-largest(patcher) // PAGE) * PAGE if patcher.is_dynamic() else streams * largest(patcher)
+    return (
+        (streams + 1) * -(-largest(patcher) // PAGE) * PAGE
+        if patcher.is_dynamic()
+        else streams * largest(patcher)
+    )
 
 
 def tell(what: str, gpu):
@@ -173,7 +200,7 @@ def tell(what: str, gpu):
 
 @pytest.mark.parametrize("is_dynamic", BOTH)
 def test_a_text_encoder_runs_on_a_gpu_that_is_smaller(is_dynamic, gpu, monkeypatch, tmp_path):
-    sizes = dict(layers=22, width=512, inner=2048, heads=8, tokens=2560)
+    sizes = {"layers": 22, "width": 512, "inner": 2048, "heads": 8, "tokens": 2560}
     shapes = t5_shapes(**sizes)
     write_random_gguf(tmp_path / "t5.gguf", shapes, "Q8_0", None)
     gpu.set_capacity(gpu.used() + 90 * MIB)
@@ -182,11 +209,12 @@ def test_a_text_encoder_runs_on_a_gpu_that_is_smaller(is_dynamic, gpu, monkeypat
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("format_name, sizes", [
-    ("Q8_0", dict(hidden=3072, double_blocks=5, single_blocks=10)),
-    ("NF4", dict(hidden=3072, double_blocks=9, single_blocks=19))])
+@pytest.mark.parametrize(("format_name", "sizes"), [
+    ("Q8_0", {"hidden": 3072, "double_blocks": 5, "single_blocks": 10}),
+    ("NF4", {"hidden": 3072, "double_blocks": 9, "single_blocks": 19})])
 @pytest.mark.parametrize("is_dynamic", BOTH)
-def test_a_model_of_3_gib_runs_on_a_gpu_of_1(format_name, sizes, is_dynamic, gpu, monkeypatch, tmp_path):
+def test_a_model_of_3_gib_runs_on_a_gpu_of_1(format_name, sizes, is_dynamic, gpu, monkeypatch,
+                                             tmp_path):
     path = tmp_path / "flux.safetensors" if format_name == "NF4" else tmp_path / "flux.gguf"
     write_flux(path, format_name, sizes)
     check(flux(path, sizes), 8, 500 * MIB, gpu, monkeypatch)
@@ -195,7 +223,7 @@ def test_a_model_of_3_gib_runs_on_a_gpu_of_1(format_name, sizes, is_dynamic, gpu
 @pytest.mark.heavy
 @pytest.mark.parametrize("is_dynamic", BOTH)
 def test_a_text_encoder_of_3_gib_runs_on_a_gpu_of_1(is_dynamic, gpu, monkeypatch, tmp_path):
-    sizes = dict(layers=16, width=4096, inner=10240, heads=64, tokens=32128)
+    sizes = {"layers": 16, "width": 4096, "inner": 10240, "heads": 64, "tokens": 32128}
     shapes = t5_shapes(**sizes)
     write_random_gguf(tmp_path / "t5.gguf", shapes, "Q8_0", None)
     check(t5(tmp_path / "t5.gguf", shapes, sizes), 8, 500 * MIB, gpu, monkeypatch)

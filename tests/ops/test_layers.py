@@ -1,4 +1,5 @@
-"""The operations class: layers with packed weights compute what dense layers compute, and never keep a dense weight."""
+"""The operations class: layers with packed weights compute what dense layers compute, and never
+keep a dense weight."""
 import gc
 import weakref
 
@@ -7,30 +8,36 @@ import numpy as np
 import pytest
 import torch
 from comfy.ops import manual_cast
+from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
+
+from devtools.files.gguf_files import pack
 from featherweight.ops import product, workspace
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.load_hooks import dequantize_plain_parameters
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.packed_layout import is_packed, packed_tensor
-from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
-
-from devtools.files.gguf_files import pack
 
 OPERATIONS = packed_operations()
-FORMAT_NAMES = [f.__name__ for f in GGML_FORMATS.values() if gguf.GGMLQuantizationType(f.ggml_type) in gguf.quants._type_traits]
+FORMAT_NAMES = [
+    f.__name__ for f in GGML_FORMATS.values()
+    if gguf.GGMLQuantizationType(f.ggml_type) in gguf.quants._type_traits
+]
 
 
 def random_weight(format_name, shape, seed=0):
     """A packed weight and its dense float32 values by gguf's reference."""
     packed_format = FORMATS[format_name]
-    stored = shape if shape[-1] % packed_format.block_length == 0 else (-1, packed_format.block_length)
+    stored = (
+        shape if shape[-1] % packed_format.block_length == 0 else (-1, packed_format.block_length)
+    )
     values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32).reshape(stored)
     data = pack(values, format_name, seed)
     dense = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name]).reshape(shape)
     return packed_tensor(packed_format, torch.from_numpy(data), shape), torch.from_numpy(dense)
 
 
-def packed_linear(format_name="Q8_0", rows=48, columns=512, bias=True, dtype=torch.float32, operations=OPERATIONS):
+def packed_linear(format_name="Q8_0", rows=48, columns=512, bias=True, dtype=torch.float32,
+                  operations=OPERATIONS):
     weight, dense = random_weight(format_name, (rows, columns))
     layer = operations.Linear(columns, rows, bias=bias, dtype=dtype)
     state = {"weight": weight}
@@ -62,7 +69,8 @@ def test_linear_in_half_precision_rounds_each_weight_once(dtype):
 
 
 def test_value_dtype_rounds_dequantized_values_before_use():
-    layer, dense, bias = packed_linear("Q4_K", operations=packed_operations(value_dtype=torch.float16))
+    layer, dense, bias = packed_linear("Q4_K",
+                                       operations=packed_operations(value_dtype=torch.float16))
     input = torch.randn(3, 512)
     assert torch.equal(layer(input), torch.nn.functional.linear(input, dense.half().float(), bias))
 
@@ -73,9 +81,12 @@ def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 16 * 512 * 4)
     taken = []
     take = workspace.Workspace.take
-    monkeypatch.setattr(workspace.Workspace, "take", lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
+    monkeypatch.setattr(workspace.Workspace, "take",
+                        lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
     input = torch.randn(2, 3, 512)
-    assert relative_error(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
+    assert (
+        relative_error(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
+    )
     assert taken == [(16, 512)] * 4 + [(6, 512)]
 
 
@@ -83,17 +94,24 @@ def test_slices_end_between_blocks_where_blocks_cross_rows(monkeypatch):
     weight, dense = random_weight("Q4_K", (64, 320))
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 1)
     input = torch.randn(4, 320)
-    assert relative_error(product.linear(input, weight), torch.nn.functional.linear(input, dense)) < 1e-6
+    assert (
+        relative_error(product.linear(input, weight), torch.nn.functional.linear(input, dense))
+        < 1e-6
+    )
 
 
 def test_the_scratch_is_reused_and_freed_with_the_last_layer(monkeypatch):
-    monkeypatch.setattr(workspace, "_workspaces", weakref.WeakValueDictionary())  # models of other tests may still live
+    # models of other tests may still live
+    monkeypatch.setattr(workspace, "_workspaces", weakref.WeakValueDictionary())
     layer, *_ = packed_linear()
     with torch.no_grad():
         layer(torch.randn(1, 512))
         buffer = layer._scratch._buffer.data_ptr()
         layer(torch.randn(1, 512))
-    assert layer._scratch._buffer.data_ptr() == buffer and layer._scratch._buffer.nbytes <= workspace.CPU_WORKSPACE_BYTES
+    assert (
+        layer._scratch._buffer.data_ptr() == buffer
+        and layer._scratch._buffer.nbytes <= workspace.CPU_WORKSPACE_BYTES
+    )
     assert packed_linear()[0]._scratch is layer._scratch
     del layer
     gc.collect()
@@ -120,9 +138,12 @@ def test_compiled_fullgraph_agrees_with_eager(format_name):
 def test_the_operators_have_right_fakes():
     weight, _ = random_weight("Q4_K", (64, 512))
     operators, packed = torch.ops.featherweight, [weight._qdata]
-    torch.library.opcheck(operators.linear.default, (torch.randn(2, 512), packed, None, "Q4_K", 64, None, None, [], []))
-    torch.library.opcheck(operators.embedding.default, (torch.tensor([[1, 2]]), packed, "Q4_K", 512, torch.float32))
-    torch.library.opcheck(operators.dequantize.default, (packed, "Q4_K", [64, 512], torch.bfloat16, None))
+    torch.library.opcheck(operators.linear.default,
+                          (torch.randn(2, 512), packed, None, "Q4_K", 64, None, None, [], []))
+    torch.library.opcheck(operators.embedding.default,
+                          (torch.tensor([[1, 2]]), packed, "Q4_K", 512, torch.float32))
+    torch.library.opcheck(operators.dequantize.default,
+                          (packed, "Q4_K", [64, 512], torch.bfloat16, None))
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
@@ -133,7 +154,8 @@ def test_embedding_gathers_rows_and_dequantizes_only_those(format_name, monkeypa
     dequantized = []
     packed_format = FORMATS[format_name]
     terms = packed_format.terms
-    monkeypatch.setattr(packed_format, "terms", lambda blocks: dequantized.append(len(blocks)) or terms(blocks))
+    monkeypatch.setattr(packed_format, "terms",
+                        lambda blocks: dequantized.append(len(blocks)) or terms(blocks))
     ids = torch.tensor([[3, 99, 0], [3, 50, 1]])
     assert torch.equal(layer(ids), dense[ids])
     assert sum(dequantized) == ids.numel() * 512 // packed_format.block_length
@@ -147,9 +169,14 @@ def test_embedding_of_rows_that_share_blocks_is_right():
     assert torch.equal(layer(torch.tensor([0, 15, 7])), dense[[0, 15, 7]])
 
 
-@pytest.mark.parametrize("name, kernel, input_shape", [
-    ("Conv1d", (3,), (1, 64, 9)), ("Conv2d", (3, 3), (1, 64, 5, 6)), ("Conv3d", (1, 2, 2), (1, 64, 3, 4, 4)),
-])
+@pytest.mark.parametrize(
+    ("name", "kernel", "input_shape"),
+    [
+        ("Conv1d", (3,), (1, 64, 9)),
+        ("Conv2d", (3, 3), (1, 64, 5, 6)),
+        ("Conv3d", (1, 2, 2), (1, 64, 3, 4, 4)),
+    ],
+)
 def test_convolutions_dequantize_as_they_run(name, kernel, input_shape):
     weight, dense = random_weight("Q8_0", (32, 64, *kernel))
     layer = getattr(OPERATIONS, name)(64, 32, kernel, dtype=torch.float32)
@@ -164,14 +191,18 @@ def test_convolutions_dequantize_as_they_run(name, kernel, input_shape):
 
 def test_construction_allocates_no_weight():
     for layer in (OPERATIONS.Linear(1 << 20, 1 << 20), OPERATIONS.Embedding(1 << 20, 1 << 20),
-                  OPERATIONS.Conv2d(1 << 15, 1 << 15, 3), OPERATIONS.conv_nd(3, 1 << 12, 1 << 12, 3)):
+                  OPERATIONS.Conv2d(1 << 15, 1 << 15,
+                                    3), OPERATIONS.conv_nd(3, 1 << 12, 1 << 12, 3)):
         assert all(parameter.is_meta for parameter in layer.parameters())
 
 
 def test_a_module_move_keeps_the_packed_weight():
     layer, dense, bias = packed_linear("Q4_K")
     model = torch.nn.Sequential(layer).to(torch.bfloat16).to("cpu:0")
-    assert is_packed(model[0].weight) and model[0].weight.dtype == model[0].bias.dtype == torch.bfloat16
+    assert (
+        is_packed(model[0].weight)
+        and model[0].weight.dtype == model[0].bias.dtype == torch.bfloat16
+    )
 
 
 def test_a_missing_weight_is_zeros_that_take_no_memory():
@@ -183,10 +214,12 @@ def test_a_missing_weight_is_zeros_that_take_no_memory():
 
 def test_missing_unexpected_and_misshaped_tensors_are_reported_as_torch_does():
     layer = OPERATIONS.Linear(64, 8, dtype=torch.float32)
-    missing, unexpected = layer.load_state_dict({"bias": torch.zeros(8), "scale": torch.zeros(1)}, strict=False)
+    missing, unexpected = layer.load_state_dict({"bias": torch.zeros(8), "scale": torch.zeros(1)},
+                                                strict=False)
     assert missing == ["weight"] and unexpected == ["scale"]
     assert torch.equal(layer.weight, torch.zeros(8, 64))
-    with pytest.raises(RuntimeError, match=r"weight has shape \(8, 32\), the model expects \(8, 64\)"):
+    with pytest.raises(RuntimeError,
+                       match=r"weight has shape \(8, 32\), the model expects \(8, 64\)"):
         layer.load_state_dict({"weight": torch.zeros(8, 32), "bias": torch.zeros(8)})
 
 
@@ -217,11 +250,19 @@ def test_parameters_a_model_owns_outside_of_layers_are_dequantized_at_load(assig
     with dequantize_plain_parameters():
         holder.model = ModelWithBareParameters()
         holder.model.load_state_dict(
-            {"registers": registers, "table": table, "proj.weight": weight, "proj.bias": torch.zeros(64)}, assign=assign)
-    assert torch.equal(holder.model.registers, dense_registers.view(1, 4, 64)) and not is_packed(holder.model.registers)
+            {
+                "registers": registers, "table": table, "proj.weight": weight,
+                "proj.bias": torch.zeros(64)
+            }, assign=assign)
+    assert torch.equal(holder.model.registers, dense_registers.view(1, 4, 64)) and not is_packed(
+        holder.model.registers
+    )
     assert torch.equal(holder.model.table, dense_table)
     assert is_packed(holder.model.proj.weight)
-    assert not torch.nn.modules.module._global_module_registration_hooks and not holder.model._load_state_dict_pre_hooks
+    assert (
+        not torch.nn.modules.module._global_module_registration_hooks
+        and not holder.model._load_state_dict_pre_hooks
+    )
 
 
 def test_input_of_another_width_is_refused_with_a_reason():
@@ -236,34 +277,53 @@ def test_layers_in_the_hosts_own_formats_run_beside_packed_ones():
     scale = values.abs().max() / 448
     marker = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
     host = operations.Linear(128, 64, bias=True, dtype=torch.float32)
-    host.load_state_dict({"weight": (values / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "comfy_quant": marker,
-                          "bias": torch.ones(64)})
+    host.load_state_dict({
+        "weight": (values / scale).to(torch.float8_e4m3fn), "weight_scale": scale,
+        "comfy_quant": marker, "bias": torch.ones(64)
+    })
     packed, dense, bias = packed_linear("Q8_0", operations=operations)
     plain = operations.Linear(128, 64, bias=False, dtype=torch.float32)
     plain.load_state_dict({"weight": values})
     input = torch.randn(3, 128)
     with torch.no_grad():
-        assert relative_error(host(input), torch.nn.functional.linear(input, values, torch.ones(64))) < 0.1
+        assert (
+            relative_error(host(input), torch.nn.functional.linear(input, values, torch.ones(64)))
+            < 0.1
+        )
         assert relative_error(plain(input), torch.nn.functional.linear(input, values)) < 1e-6
         input = torch.randn(3, 512)
         assert relative_error(packed(input), torch.nn.functional.linear(input, dense, bias)) < 1e-6
-    assert is_packed(packed.weight) and not is_packed(host.weight) and host.weight.nbytes == values.numel()
+    assert (
+        is_packed(packed.weight)
+        and not is_packed(host.weight)
+        and host.weight.nbytes == values.numel()
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"compute": "int8"}, {"value_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"compute": "int8"}, {"value_dtype": torch.bfloat16}], ids=str
+)
 @pytest.mark.parametrize("plain", [torch.float16, torch.bfloat16], ids=str)
 def test_plain_16_bit_weights_keep_their_bytes_and_values_in_float32(plain, options):
     operations = packed_operations(**options)
-    weights = {"Linear": torch.randn(512, 768), "Conv2d": torch.randn(32, 16, 3, 3), "Embedding": torch.randn(64, 96)}
+    weights = {
+        "Linear": torch.randn(512, 768), "Conv2d": torch.randn(32, 16, 3, 3),
+        "Embedding": torch.randn(64, 96)
+    }
     layers = {"Linear": operations.Linear(768, 512, bias=False, dtype=torch.float32),
               "Conv2d": operations.Conv2d(16, 32, 3, bias=False, dtype=torch.float32),
               "Embedding": operations.Embedding(64, 96, dtype=torch.float32)}
-    inputs = {"Linear": torch.randn(600, 768), "Conv2d": torch.randn(1, 16, 9, 9), "Embedding": torch.tensor([[3, 63]])}
+    inputs = {
+        "Linear": torch.randn(600, 768), "Conv2d": torch.randn(1, 16, 9, 9),
+        "Embedding": torch.tensor([[3, 63]])
+    }
     for name, layer in layers.items():
         weight = weights[name].to(plain)
         layer.load_state_dict({"weight": weight})
-        dense = getattr(manual_cast, name)(*((64, 96) if name == "Embedding" else weight.shape[1::-1]), **(
-            {} if name == "Embedding" else {"bias": False} | ({"kernel_size": 3} if name == "Conv2d" else {})))
+        dense = getattr(manual_cast,
+                        name)(*((64, 96) if name == "Embedding" else weight.shape[1::-1]),
+                              **({} if name == "Embedding" else {"bias": False} |
+                                 ({"kernel_size": 3} if name == "Conv2d" else {})))
         dense.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
         assert layer.weight.dtype == torch.float32 and layer.weight.nbytes == weight.nbytes
         assert layer.weight._qdata.data_ptr() == weight.data_ptr()
@@ -271,7 +331,10 @@ def test_plain_16_bit_weights_keep_their_bytes_and_values_in_float32(plain, opti
 
 
 def test_a_convolution_of_16_bit_weights_has_its_gradient():
-    layer, input = OPERATIONS.Conv2d(16, 32, 3, bias=False, dtype=torch.float32), torch.randn(1, 16, 9, 9, requires_grad=True)
+    layer, input = (
+        OPERATIONS.Conv2d(16, 32, 3, bias=False, dtype=torch.float32),
+        torch.randn(1, 16, 9, 9, requires_grad=True),
+    )
     weight = torch.randn(32, 16, 3, 3).half()
     layer.load_state_dict({"weight": weight})
     layer(input).sum().backward()
@@ -284,7 +347,10 @@ def test_a_convolution_of_16_bit_weights_has_its_gradient():
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_16_bit_weights_are_held_as_they_are_and_used_where_they_lie(stored, dtype, assign):
-    weight, layer = torch.randn(8, 64).to(stored), packed_operations().Linear(64, 8, bias=False, dtype=dtype)
+    weight, layer = (
+        torch.randn(8, 64).to(stored),
+        packed_operations().Linear(64, 8, bias=False, dtype=dtype),
+    )
     layer.load_state_dict({"weight": weight}, assign=assign)
     assert is_packed(layer.weight) and layer.weight.dtype == (stored if assign else dtype)
     assert layer.weight.nbytes == weight.nbytes
@@ -292,7 +358,11 @@ def test_16_bit_weights_are_held_as_they_are_and_used_where_they_lie(stored, dty
     with torch.no_grad():
         assert torch.equal(layer(input), torch.nn.functional.linear(input, weight.to(dtype)))
     if stored == dtype:
-        assert product.plain_values(layer.weight, dtype).data_ptr() == layer.weight._qdata.data_ptr() == weight.data_ptr()
+        assert (
+            product.plain_values(layer.weight, dtype).data_ptr()
+            == layer.weight._qdata.data_ptr()
+            == weight.data_ptr()
+        )
 
 
 @pytest.mark.parametrize("gradient", [False, True])

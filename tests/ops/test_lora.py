@@ -1,4 +1,5 @@
-"""Patches on packed weights give what the host's own patching gives on dense weights of the same values, in float32."""
+"""Patches on packed weights give what the host's own patching gives on dense weights of the same
+values, in float32."""
 import contextlib
 import logging
 
@@ -11,15 +12,30 @@ import torch
 import torch._dynamo.testing
 from comfy.ops import manual_cast
 from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
+from patched_models import (
+    FORMAT_NAMES,
+    KINDS,
+    LIMIT,
+    adapter,
+    broken,
+    error_by_effect,
+    flux_file,
+    flux_inputs,
+    flux_pair,
+    forget_models,
+    lora_for,
+    packed_anyhow,
+    packed_layers,
+    patched,
+    relative,
+    run,
+)
+
 from featherweight.ops import product, workspace
 from featherweight.ops.adapters import shape_mismatch
-from featherweight.ops.operations import packed_operations
 from featherweight.ops.layer_patches import LayerPatches, build_patches
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.packed_layout import is_packed
-from patched_models import (
-    FORMAT_NAMES, KINDS, LIMIT, adapter, broken, error_by_effect, flux_file, flux_inputs, flux_pair, forget_models, lora_for,
-    packed_anyhow, packed_layers, patched, relative, run,
-)
 
 OPERATIONS = packed_operations()
 
@@ -52,10 +68,19 @@ def test_every_kind_of_lora_has_its_exact_effect(format_name, kind):
     assert_same_effect(format_name, (lora_for(flux_file(format_name)[1], kind), 0.9))
 
 
-@pytest.mark.parametrize("kinds", [
-    ("lora", "lora"), ("lora", "lora", "lora", "lora"), ("lora", "dora", "lora"), ("loha", "lora"), ("lora", "set", "lora"),
-    ("oft", "lora", "glora"), ("lora", "diff", "lokr"),
-], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("lora", "lora"),
+        ("lora", "lora", "lora", "lora"),
+        ("lora", "dora", "lora"),
+        ("loha", "lora"),
+        ("lora", "set", "lora"),
+        ("oft", "lora", "glora"),
+        ("lora", "diff", "lokr"),
+    ],
+    ids="-".join,
+)
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
 def test_stacked_loras_have_their_exact_effect_in_their_order(format_name, kinds):
     values = flux_file(format_name)[1]
@@ -64,7 +89,8 @@ def test_stacked_loras_have_their_exact_effect_in_their_order(format_name, kinds
 
 
 def diffusers_names():
-    """The host's table for this model: diffusers' name -> (the model's name, slice or None, ...)."""
+    """The host's table for this model: diffusers' name -> (the model's name, slice or None,
+    ...)."""
     config = flux_pair("Q8_0")[0].model.model_config.unet_config
     names = comfy.utils.flux_to_diffusers(config, output_prefix="")
     return {name.removesuffix(".weight"): target if isinstance(target, tuple) else (target, None)
@@ -89,8 +115,10 @@ def lora_by_diffusers_names(values, layer_name, up, down, alpha=False):
 STYLES = {
     "diffusers, PEFT": ("transformer.{}".format, "lora_B.weight", "lora_A.weight"),
     "DiffSynth": ("{}".format, "lora_B.default.weight", "lora_A.default.weight"),
-    "OneTrainer": (lambda name: "lora_transformer_" + name.replace(".", "_"), "lora_up.weight", "lora_down.weight", True),
-    "SimpleTuner LyCORIS": (lambda name: "lycoris_" + name.replace(".", "_"), "lora_up.weight", "lora_down.weight", True),
+    "OneTrainer": (lambda name: "lora_transformer_" + name.replace(".", "_"), "lora_up.weight",
+                   "lora_down.weight", True),
+    "SimpleTuner LyCORIS": (lambda name: "lycoris_" + name.replace(".", "_"), "lora_up.weight",
+                            "lora_down.weight", True)
 }
 
 
@@ -105,14 +133,17 @@ def test_loras_on_slices_of_fused_weights(format_name, style):
 
 def test_generic_names_as_ai_toolkit_writes_them():
     lora = {}
-    for name, tensor in lora_for(flux_file("Q4_K")[1], layer_name="diffusion_model.{}".format).items():
+    for name, tensor in lora_for(flux_file("Q4_K")[1],
+                                 layer_name="diffusion_model.{}".format).items():
         lora[name.replace("lora_up", "lora_B").replace("lora_down", "lora_A")] = tensor
     assert_same_effect("Q4_K", (lora, 0.8))
 
 
 def test_xlabs_names():
-    parts = {"img_attn.qkv": "qkv_lora1", "txt_attn.qkv": "qkv_lora2", "img_attn.proj": "proj_lora1",
-             "txt_attn.proj": "proj_lora2"}
+    parts = {
+        "img_attn.qkv": "qkv_lora1", "txt_attn.qkv": "qkv_lora2", "img_attn.proj": "proj_lora1",
+        "txt_attn.proj": "proj_lora2"
+    }
     values = flux_file("Q4_K")[1]
     lora = {}
     for seed, (layer, part) in enumerate(parts.items()):
@@ -120,7 +151,8 @@ def test_xlabs_names():
         for side in ("up", "down"):
             lora[f"double_blocks.0.processor.{part}.{side}.weight"] = factors[f"lora_{side}.weight"]
     single = values["single_blocks.0.linear1.weight"][:768]
-    for name, weight in (("qkv_lora", single), ("proj_lora", values["single_blocks.0.linear2.weight"])):
+    for name, weight in (("qkv_lora", single), ("proj_lora",
+                                                values["single_blocks.0.linear2.weight"])):
         factors = adapter("lora", weight, 9, size=2.0)
         for side in ("up", "down"):
             lora[f"single_blocks.0.processor.{name}.{side}.weight"] = factors[f"lora_{side}.weight"]
@@ -138,10 +170,13 @@ def test_slices_of_columns_functions_and_scaled_weights(strength_model):
 
     def lora(part, seed):
         factors = adapter("lora", part, seed, size=2.0)
-        return LoRAAdapter(set(), (factors["lora_up.weight"], factors["lora_down.weight"], 3.0, None, None, None))
+        return LoRAAdapter(
+            set(), (factors["lora_up.weight"], factors["lora_down.weight"], 3.0, None, None, None))
 
-    patches = [{(key, (1, 256, 512)): lora(weight[:, 256:768], 1)}, {(key, (0, 64, 128)): lora(weight[64:192], 2)},
-               {(key, None, lambda delta: delta.tril()): lora(weight, 3)}, {key: (torch.full_like(weight, 0.05),)}]
+    patches = [{(key, (1, 256, 512)): lora(weight[:, 256:768],
+                                           1)}, {(key, (0, 64, 128)): lora(weight[64:192], 2)},
+               {(key, None, lambda delta: delta.tril()): lora(weight, 3)},
+               {key: (torch.full_like(weight, 0.05),)}]
 
     def with_patches(patcher):
         patcher = patcher.clone()
@@ -158,15 +193,22 @@ def test_a_control_lora_reshapes_a_layer_and_gives_it_back():
     values = flux_file("Q8_0")[1]
     wide = torch.cat([values["img_in.weight"]] * 2, 1)
     lora = {}
-    for name, weight in (("img_in", wide), ("single_blocks.0.linear1", values["single_blocks.0.linear1.weight"])):
+    for name, weight in (("img_in", wide), ("single_blocks.0.linear1",
+                                            values["single_blocks.0.linear1.weight"])):
         factors = adapter("lora", weight, 1)
-        lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"] = factors["lora_down.weight"], factors["lora_up.weight"]
+        lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"] = (
+            factors["lora_down.weight"],
+            factors["lora_up.weight"],
+        )
         lora[f"{name}.lora_B.bias"] = torch.full((weight.shape[0],), 0.1)
     lora["single_blocks.0.norm.key_norm.scale"] = torch.linspace(0.8, 1.2, 128)
     count = len(packed_layers(packed))
     without, inputs = run(dense), flux_inputs(concat=True)
     controlled = patched(packed, (lora, 1.0))
-    assert error_by_effect(run(controlled, inputs), run(patched(dense, (lora, 1.0)), inputs), without) < LIMIT
+    assert (
+        error_by_effect(run(controlled, inputs), run(patched(dense, (lora, 1.0)), inputs), without)
+        < LIMIT
+    )
     assert len(packed_layers(packed)) == count - 1  # the host replaced the widened layer
     assert torch.equal(run(packed), without) and len(packed_layers(packed)) == count
     plain = lora_for(values)
@@ -180,10 +222,16 @@ def test_a_control_lora_reshapes_a_layer_and_gives_it_back():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "loha-dora"])
-@pytest.mark.parametrize("name, kernel, input_shape", [
-    ("Conv1d", (3,), (1, 32, 9)), ("Conv2d", (3, 3), (1, 32, 6, 5)), ("Conv2d", (1, 1), (1, 32, 6, 5)),
-    ("Conv3d", (1, 2, 2), (1, 32, 2, 4, 4)),
-], ids=["1d", "2d", "1x1", "3d"])
+@pytest.mark.parametrize(
+    ("name", "kernel", "input_shape"),
+    [
+        ("Conv1d", (3,), (1, 32, 9)),
+        ("Conv2d", (3, 3), (1, 32, 6, 5)),
+        ("Conv2d", (1, 1), (1, 32, 6, 5)),
+        ("Conv3d", (1, 2, 2), (1, 32, 2, 4, 4)),
+    ],
+    ids=["1d", "2d", "1x1", "3d"],
+)
 def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
     if kind == "locon" and len(kernel) != 2:
         pytest.skip("the host has mid weights of two-dimensional convolutions only")
@@ -193,7 +241,8 @@ def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
     lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, dense, 1).items()}
     value = comfy.lora.load_lora(lora, {"x": "w.weight"})["w.weight"]
     patches = [(0.9, value, 1.0, None, None)]
-    layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"), torch.float32, layer.has_branch)
+    layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"),
+                               torch.float32, layer.has_branch)
     merged = comfy.lora.calculate_weight(patches, dense.clone(), "w.weight")
     twin = getattr(manual_cast, name)(32, 64, kernel, dtype=torch.float32)
     twin.load_state_dict({"weight": merged, "bias": torch.ones(64)})
@@ -206,7 +255,7 @@ def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
 # --- what does not fit ---
 
 
-@pytest.mark.parametrize("kind, what", [
+@pytest.mark.parametrize(("kind", "what"), [
     (kind, what) for kind in ("lora", "dora", "loha", "lokr")
     for what in ("wrong rows", "wrong columns", "ranks that differ", "rank 0", "nan", "inf")
     if (kind, what) not in (("lokr", "wrong rows"),)
@@ -214,9 +263,13 @@ def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
   + [(kind, what) for kind in ("oft", "boft") for what in ("wrong blocks", "nan")])
 def test_a_lora_that_does_not_fit_is_left_out_with_one_warning_a_weight(kind, what, caplog):
     packed, dense = flux_pair("Q8_0")
-    values = {name: value for name, value in flux_file("Q8_0")[1].items() if name.startswith("double_blocks")}
+    values = {
+        name: value for name, value in flux_file("Q8_0")[1].items()
+        if name.startswith("double_blocks")
+    }
     good, bad = lora_for(values), broken(lora_for(values, kind, 1), what)
-    for name in [name for name in bad if name.endswith("diff_b")]:  # belongs to a dense bias: it does fit
+    # belongs to a dense bias: it does fit
+    for name in [name for name in bad if name.endswith("diff_b")]:
         del bad[name]
     without, good_alone = run(packed), run(patched(packed, (good, 0.8)))
     weights = sum(value.ndim > 1 for value in values.values())
@@ -227,20 +280,33 @@ def test_a_lora_that_does_not_fit_is_left_out_with_one_warning_a_weight(kind, wh
             actual = [run(patcher), run(patcher)]
         assert torch.equal(actual[0], expected) and torch.equal(actual[1], expected)
         assert len(caplog.records) == weights
-        assert all("left out of diffusion_model.double_blocks.0." in record.getMessage() for record in caplog.records)
+        assert all("left out of diffusion_model.double_blocks.0." in record.getMessage()
+                   for record in caplog.records)
 
 
 def test_the_warning_says_what_the_lora_is_made_for(caplog):
     weight = torch.ones(8, 6)
     value = LoRAAdapter(set(), (torch.ones(8, 2), torch.ones(2, 12), None, None, None, None))
-    assert build_patches("a.weight", [(1.0, value, 1.0, None, None)], weight.shape, "cpu", torch.float32) is None
-    assert "left out of a.weight, which is 8 x 6: it is made for a weight of 8 x 12, not of 8 x 6." in caplog.text
+    assert (
+        build_patches(
+            "a.weight", [(1.0, value, 1.0, None, None)], weight.shape, "cpu", torch.float32
+        )
+        is None
+    )
+    assert (
+        "left out of a.weight, which is 8 x 6: it is made for a weight of 8 x 12, not of 8 x 6."
+        in caplog.text
+    )
 
 
 def older_glora(factors: dict) -> dict:
-    """As LyCORIS wrote it at first: each factor is the other's turned, and they follow each other in the other order."""
+    """As LyCORIS wrote it at first: each factor is the other's turned, and they follow each other
+    in the other order."""
     names = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
-    return {f"{names[name[:2]]}.weight" if name[:2] in names else name: tensor for name, tensor in factors.items()}
+    return {
+        f"{names[name[:2]]}.weight" if name[:2] in names else name: tensor
+        for name, tensor in factors.items()
+    }
 
 
 GLORA_SHAPES = [(48, 64), (64, 48), (64, 64), (48, 64, 3, 3), (64, 64, 3, 3), (64, 48, 1, 1)]
@@ -249,16 +315,27 @@ GLORA_SHAPES = [(48, 64), (64, 48), (64, 64), (48, 64, 3, 3), (64, 64, 3, 3), (6
 @pytest.mark.parametrize("rank", [1, 4, 36, 48, 64, 80])
 @pytest.mark.parametrize("shape", GLORA_SHAPES, ids=str)
 @pytest.mark.parametrize("order", [dict, older_glora])
-def test_glora_of_any_rank_does_to_a_packed_weight_what_the_host_does_to_a_dense_one(order, shape, rank, caplog):
+def test_glora_of_any_rank_does_to_a_packed_weight_what_the_host_does_to_a_dense_one(
+        order, shape, rank, caplog):
     packed, dense = packed_anyhow(torch.randn(shape) / 8, "Q8_0")
     factors = adapter("glora", dense, 1, rank) | {"alpha": torch.tensor(rank / 2)}
     if len(shape) > 2 and order is dict:  # of a convolution the newer ones multiply the channels
         factors["b2.weight"] = factors["b2.weight"].view(rank, *shape[1:])
     elif len(shape) > 2:
         columns = dense[0].numel()
-        factors |= {"a1.weight": torch.randn(columns, rank) / 24, "a2.weight": torch.randn(rank, columns) / 24}
-    patch = (0.7, comfy.lora.load_lora(
-        {f"x.{name}": tensor for name, tensor in order(factors).items()}, {"x": "w"})["w"], 1.0, None, None)
+        factors |= {
+            "a1.weight": torch.randn(columns, rank) / 24,
+            "a2.weight": torch.randn(rank, columns) / 24
+        }
+    patch = (
+        0.7,
+        comfy.lora.load_lora(
+            {f"x.{name}": tensor for name, tensor in order(factors).items()}, {"x": "w"}
+        )["w"],
+        1.0,
+        None,
+        None,
+    )
     with caplog.at_level(logging.WARNING):
         expected = comfy.lora.calculate_weight([patch], dense.clone(), "w")
         host_failed = bool(caplog.records)
@@ -275,16 +352,24 @@ def test_glora_of_two_ranks_is_left_out_where_the_host_cannot_scale_it():
     factors, wider = adapter("glora", weight, 1, 4), adapter("glora", weight, 1, 6)
     factors |= {name: wider[name] for name in ("b1.weight", "b2.weight")}
     for alpha in (None, torch.tensor(2.0)):
-        lora = {f"x.{name}": tensor for name, tensor in (factors | ({} if alpha is None else {"alpha": alpha})).items()}
+        lora = {
+            f"x.{name}": tensor
+            for name, tensor in (factors | ({} if alpha is None else {"alpha": alpha})).items()
+        }
         value = comfy.lora.load_lora(lora, {"x": "w"})["w"]
         with contextlib.nullcontext() if alpha is None else pytest.raises(UnboundLocalError):
             comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "w")
-        assert shape_mismatch(value, weight.shape) == (None if alpha is None else "its factors do not fit each other")
+        assert shape_mismatch(value, weight.shape) == (
+            None if alpha is None else "its factors do not fit each other"
+        )
 
 
 def test_half_a_lokr_is_left_out(caplog):
     packed, _ = flux_pair("Q8_0")
-    lora = {name: tensor for name, tensor in lora_for(flux_file("Q8_0")[1], "lokr").items() if "w2_b" not in name}
+    lora = {
+        name: tensor for name, tensor in lora_for(flux_file("Q8_0")[1], "lokr").items()
+        if "w2_b" not in name
+    }
     without = run(packed)
     assert torch.equal(run(patched(packed, (lora, 1.0))), without)
     assert "its factors do not fit each other" in caplog.text
@@ -293,14 +378,20 @@ def test_half_a_lokr_is_left_out(caplog):
 def test_a_diff_of_another_shape_is_left_out_even_of_as_many_values():
     diff = torch.ones(4, 4, 1, 1)
     for value in ((diff,), ("diff", (diff,)), ("set", (diff,))):
-        assert shape_mismatch(value, torch.Size((4, 4))) == "it is made for a weight of 4 x 4 x 1 x 1, not of 4 x 4"
+        assert (
+            shape_mismatch(value, torch.Size((4, 4)))
+            == "it is made for a weight of 4 x 4 x 1 x 1, not of 4 x 4"
+        )
         assert shape_mismatch(value, diff.shape) is None
 
 
 @pytest.mark.parametrize("half", ["up", "down"])
 def test_half_a_pair_leaves_the_model_as_it_was(half):
     packed, _ = flux_pair("Q8_0")
-    lora = {name: tensor for name, tensor in lora_for(flux_file("Q8_0")[1]).items() if f"lora_{half}" not in name}
+    lora = {
+        name: tensor for name, tensor in lora_for(flux_file("Q8_0")[1]).items()
+        if f"lora_{half}" not in name
+    }
     without = run(packed)
     with contextlib.nullcontext() if half == "up" else pytest.raises(KeyError):  # the host's answer
         assert torch.equal(run(patched(packed, (lora, 1.0))), without)
@@ -330,12 +421,18 @@ def branch_of(rows, columns, *parts, seed=0):
     generator = torch.Generator().manual_seed(seed)
     patches = []
     for row, row_end, rank in parts:
-        factors = torch.randn(row_end - row, rank, generator=generator) / 150, torch.randn(rank, columns, generator=generator)
-        patches.append((1.0, LoRAAdapter(set(), (*factors, float(rank), None, None, None)), 1.0, (0, row, row_end - row), None))
-    return build_patches("x.weight", patches, torch.Size((rows, columns)), torch.device("cpu"), torch.float32)
+        factors = (
+            torch.randn(row_end - row, rank, generator=generator) / 150,
+            torch.randn(rank, columns, generator=generator),
+        )
+        patches.append((1.0, LoRAAdapter(set(), (*factors, float(rank), None, None, None)), 1.0,
+                        (0, row, row_end - row), None))
+    return build_patches("x.weight", patches, torch.Size((rows, columns)), torch.device("cpu"),
+                         torch.float32)
 
 
-@pytest.mark.parametrize("scratch_bytes", [1, 1 << 26])  # also in slices of rows that cut through the slices of the LoRA
+# also in slices of rows that cut through the slices of the LoRA
+@pytest.mark.parametrize("scratch_bytes", [1, 1 << 26])
 def test_slices_that_overlap_add_up(monkeypatch, scratch_bytes):
     weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8), (16, 48, 2), (33, 96, 3))
@@ -349,14 +446,23 @@ def test_slices_that_overlap_add_up(monkeypatch, scratch_bytes):
 
 def test_loras_on_whole_weights_and_on_slices_of_them_add_up_in_a_model():
     values = flux_file("Q4_K")[1]
-    assert_same_effect("Q4_K", (lora_for(values), 1.0), (lora_by_diffusers_names(values, *STYLES["diffusers, PEFT"]), 0.5))
+    assert_same_effect("Q4_K", (lora_for(values), 1.0),
+                       (lora_by_diffusers_names(values, *STYLES["diffusers, PEFT"]), 0.5))
 
 
 def test_the_operator_has_a_right_fake_with_a_branch():
     weight, _ = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, (0, 96, 4), (16, 48, 8))
     for bias in (None, torch.ones(96)):
-        arguments = (torch.randn(2, 512), [weight._qdata], bias, "Q8_0", 96, None, *patches.low_rank.operands)
+        arguments = (
+            torch.randn(2, 512),
+            [weight._qdata],
+            bias,
+            "Q8_0",
+            96,
+            None,
+            *patches.low_rank.operands,
+        )
         torch.library.opcheck(torch.ops.featherweight.linear.default, arguments)
 
 
@@ -370,7 +476,12 @@ def test_branches_give_the_same_with_gradients_and_without(slices):
     output = product.linear(input, weight, None, None, patches.branch(input))
     expected = torch.nn.functional.linear(twin, patches(dense))
     assert relative(output, expected) < 1e-5
-    assert relative(product.linear(input.detach(), weight, None, None, patches.branch(input)), expected) < 1e-5
+    assert (
+        relative(
+            product.linear(input.detach(), weight, None, None, patches.branch(input)), expected
+        )
+        < 1e-5
+    )
     output.sum().backward()
     expected.sum().backward()
     assert relative(input.grad, twin.grad) < 1e-6
@@ -385,9 +496,11 @@ def test_half_precision_is_as_good_as_the_hosts_merged_weight(dtype):
     patches = branch_of(256, 512, (0, 256, 16))
     input = torch.randn(64, 512)
     exact = torch.nn.functional.linear(input, patches(dense))
-    merged = comfy.float.stochastic_rounding(patches(dense.to(dtype).float()), dtype, seed=1)  # as the host patches
+    # as the host patches
+    merged = comfy.float.stochastic_rounding(patches(dense.to(dtype).float()), dtype, seed=1)
     host = torch.nn.functional.linear(input.to(dtype), merged).float()
-    actual = product.linear(input.to(dtype), weight, None, None, patches.branch(input.to(dtype))).float()
+    actual = product.linear(input.to(dtype), weight, None, None,
+                            patches.branch(input.to(dtype))).float()
     assert relative(actual, exact) < 1.1 * relative(host, exact)
 
 
@@ -401,10 +514,14 @@ def test_compiled_with_a_lora_there_is_no_graph_break_and_a_strength_recompiles_
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     frames = []
     with torch.no_grad():
-        for parts, seed in (((), 0), (((0, 96, 4),), 1), (((0, 96, 4),), 2), (((0, 96, 4),), 3), ((), 0)):
+        for parts, seed in (((), 0), (((0, 96, 4),), 1), (((0, 96, 4),), 2), (((0, 96, 4),), 3),
+                            ((), 0)):
             layer.lora = branch_of(96, 512, *parts, seed=seed) if parts else None
             merged = layer.lora(dense) if parts else dense
-            assert relative(compiled(input), torch.nn.functional.linear(input, merged, torch.ones(96))) < 1e-6
+            assert (
+                relative(compiled(input), torch.nn.functional.linear(input, merged, torch.ones(96)))
+                < 1e-6
+            )
             frames.append(counter.frame_count)
     assert frames == [1, 2, 2, 2, 2]
     torch._dynamo.reset()
@@ -415,7 +532,9 @@ def test_a_layer_that_runs_elsewhere_or_in_another_dtype_takes_its_factors_along
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.bfloat16, "meta")):
         input = torch.empty(1, 512, dtype=dtype, device=device)
         low_rank = patches.branch(input)
-        assert {(factor.dtype, factor.device.type) for factor in (low_rank.down, *low_rank.ups)} == {(dtype, device)}
+        assert {
+            (factor.dtype, factor.device.type) for factor in (low_rank.down, *low_rank.ups)
+        } == {(dtype, device)}
         assert patches.branch(input) is low_rank
     assert LayerPatches("x").branch(input) is None
 
@@ -428,11 +547,13 @@ def test_patches_that_act_on_rows_take_the_weight_in_slices(kind, monkeypatch):
     patches = [(0.9, value, 1.0, None, None)]
     layer = OPERATIONS.Linear(320, 96, bias=False, dtype=torch.float32)
     layer.load_state_dict({"weight": weight})
-    layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"), torch.float32, branch=False)
+    layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"),
+                               torch.float32, branch=False)
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 20 * 320 * 4)
     rows = []
     calculate = comfy.lora.calculate_weight
-    monkeypatch.setattr(comfy.lora, "calculate_weight", lambda p, w, *a, **k: rows.append(len(w)) or calculate(p, w, *a, **k))
+    monkeypatch.setattr(comfy.lora, "calculate_weight",
+                        lambda p, w, *a, **k: rows.append(len(w)) or calculate(p, w, *a, **k))
     input = torch.randn(2, 320)
     merged = calculate(patches, dense.clone(), "w.weight")
     assert relative(layer(input), torch.nn.functional.linear(input, merged)) < 1e-6

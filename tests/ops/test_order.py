@@ -1,13 +1,24 @@
-"""Which layers stay: on models of real sizes that hold no weights, whose steps are counted as a run would show them."""
+"""Which layers stay: on models of real sizes that hold no weights, whose steps are counted as a run
+would show them."""
 import itertools
 import random
 
 import pytest
 import torch
-from featherweight.ops.patcher.residency_order import ProfileRecorder, LayerProfile
-from featherweight.ops.patcher.residency_order import FASTEST, layer_entries, fitting, overlappable, residency_order, spread
 
-SPEEDS = (0.25, 0.5, 0.75, 1, 1.33, 2, 4)  # of the link, 1: all copies of a step take as long as its computing
+from featherweight.ops.patcher.residency_order import (
+    FASTEST,
+    LayerProfile,
+    ProfileRecorder,
+    fitting,
+    layer_entries,
+    overlappable,
+    residency_order,
+    spread,
+)
+
+# of the link, 1: all copies of a step take as long as its computing
+SPEEDS = (0.25, 0.5, 0.75, 1, 1.33, 2, 4)
 BUDGETS = (0.9, 0.75, 0.5, 0.25, 0.1)
 
 
@@ -45,7 +56,8 @@ class Model:
         return {index for index in range(len(self.entries)) if str(index) not in kept}
 
     def time(self, left_out: set[int], speed: float) -> float:
-        """Of a step, in its work. Each copy begins where computing reaches the copied layer before it."""
+        """Of a step, in its work. Each copy begins where computing reaches the copied layer before
+        it."""
         total = since = 0
         for index, (size, work) in enumerate(zip(self.sizes, self.work)):
             if index in left_out:
@@ -98,8 +110,9 @@ def unet(width: int = 128) -> Model:
             residual(inputs, channels, width // scale)
             transformer(channels, width // scale, depth)
     transformer(1280, width // 4, 10)
-    for channels, before, depth, scale in (
-            (1280, (2560, 2560, 1920), 10, 4), (640, (1920, 1280, 960), 2, 2), (320, (960, 640, 640), 0, 1)):
+    for channels, before, depth, scale in ((1280, (2560, 2560, 1920), 10, 4),
+                                           (640, (1920, 1280, 960), 2, 2), (320, (960, 640, 640), 0,
+                                                                            1)):
         for inputs in before:
             residual(inputs, channels, width // scale)
             transformer(channels, width // scale, depth)
@@ -119,7 +132,9 @@ def test_no_more_is_copied_than_the_budget_asks_for_and_less_is_waited_for(name,
     copied = sum(sizes[index] for index in left_out)
     assert 0 <= copied - (1 - budget) * total < min(sizes[index] for index in left_out)
     others = {"spread": model.left_out(budget * total, None)}
-    for title, order in (("first", range(len(sizes))), ("largest", sorted(range(len(sizes)), key=lambda index: -sizes[index]))):
+    for title, order in (("first", range(len(sizes))), ("largest",
+                                                        sorted(range(len(sizes)),
+                                                               key=lambda index: -sizes[index]))):
         kept = fitting([model.entries[index] for index in order], budget * total)
         others[title] = {index for index in range(len(sizes)) if str(index) not in kept}
     balanced = (1 - budget) * total / sum(model.work)
@@ -158,7 +173,8 @@ def test_layers_that_run_more_often_stay_and_those_that_do_not_run_do_not():
     for index in range(40):
         model.linear(1024, 1024 + index, 100, times=(0, 1, 2, 1)[index % 4])
     for part, copied in ((0.9, {0}), (0.75, {0}), (0.6, {0, 1}), (0.26, {0, 1}), (0.1, {0, 1, 2})):
-        left_out = model.left_out(part * sum(model.sizes) + 1024 * 1100 * (part == 0.75), model.step)
+        left_out = model.left_out(part * sum(model.sizes) + 1024 * 1100 * (part == 0.75),
+                                  model.step)
         assert {(0, 1, 2, 1)[index % 4] for index in left_out} == copied
 
 
@@ -172,11 +188,14 @@ def test_what_is_chosen_is_the_most_that_hides_at_the_slowest_speed():
         def speed_for(chosen):
             """The slowest at which all copies hide."""
             starts = [0, *(begins[index] for index in chosen)]
-            return max((size / (begin - start) if begin > start else float("inf") for size, begin, start in zip(
-                (sizes[index] for index in chosen), (begins[index] for index in chosen), starts)), default=0)
+            return max((size / (begin - start) if begin > start else float("inf")
+                        for size, begin, start in zip((sizes[index] for index in chosen), (
+                            begins[index] for index in chosen), starts)), default=0)
 
-        enough = [chosen for count in range(10) for chosen in itertools.combinations(range(9), count)
-                  if sum(sizes[index] for index in chosen) >= needed]
+        enough = [
+            chosen for count in range(10) for chosen in itertools.combinations(range(9), count)
+            if sum(sizes[index] for index in chosen) >= needed
+        ]
         best, found = min(map(speed_for, enough)), overlappable(sizes, begins, needed)
         if best < FASTEST * needed / max(begins):
             assert sum(sizes[index] for index in found) >= needed
@@ -188,7 +207,7 @@ def test_any_number_of_layers_that_stay_or_go_is_spread_over_the_model_before_a_
         order = spread(count)
         for kept in range(count + 1):
             for part in (sorted(order[:kept]), sorted(order[kept:])):
-                gaps = [after - before for before, after in zip(part, part[1:])]
+                gaps = [after - before for before, after in itertools.pairwise(part)]
                 assert max(gaps, default=0) <= 2 * count / max(1, len(part))
 
 
@@ -196,17 +215,25 @@ def test_any_number_of_layers_that_stay_or_go_is_spread_over_the_model_before_a_
 
 
 class Small(torch.nn.Module):
-    """Layers of which one runs twice, one for a single row, and one not at all; and a convolution."""
+    """Layers of which one runs twice, one for a single row, and one not at all; and a
+    convolution."""
 
     def __init__(self):
         super().__init__()
-        self.twice, self.row, self.never = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4), torch.nn.Linear(8, 2)
+        self.twice, self.row, self.never = (
+            torch.nn.Linear(8, 8),
+            torch.nn.Linear(8, 4),
+            torch.nn.Linear(8, 2),
+        )
         self.convolution = torch.nn.Conv2d(1, 3, 3, padding=1)
         for module in (self.twice, self.row, self.never, self.convolution):
             module.comfy_cast_weights = True
 
     def forward(self, input):
-        return self.row(self.twice(self.twice(input))[:1]).sum() + self.convolution(input[None, None]).sum()
+        return (
+            self.row(self.twice(self.twice(input))[:1]).sum()
+            + self.convolution(input[None, None]).sum()
+        )
 
 
 def test_a_step_shows_how_often_layers_run_and_the_work_before_them():
@@ -215,7 +242,11 @@ def test_a_step_shows_how_often_layers_run_and_the_work_before_them():
     model(torch.zeros(5, 8))
     step = counter.stop()
     assert [step.times(name) for name in ("twice", "row", "never", "convolution")] == [2, 1, 0, 1]
-    assert [step.begin(name) for name in ("twice", "row", "convolution")] == [0, 2 * 5 * 64, 2 * 5 * 64 + 32]
+    assert [step.begin(name) for name in ("twice", "row", "convolution")] == [
+        0,
+        2 * 5 * 64,
+        2 * 5 * 64 + 32,
+    ]
     model(torch.zeros(5, 8))
     assert step.times("twice") == 2
 
@@ -227,7 +258,9 @@ def test_where_most_is_compiled_a_step_shows_nothing(part):
     counter = ProfileRecorder(model, torch.tensor([1.0]))
     model(torch.zeros(5, 8))
     step = counter.stop()
-    assert [step.times(name) for name in ("twice", "row", "never")] == [1, 1, 1] and step.begin("row") == 0
+    assert [step.times(name) for name in ("twice", "row", "never")] == [1, 1, 1] and step.begin(
+        "row"
+    ) == 0
     entries = [(0, 1 << 20, name, getattr(model, name), {}) for name in ("twice", "row", "never")]
     assert [layer_entries(entry).name for entry in residency_order(entries, 1 << 20, step)] == [
         layer_entries(entry).name for entry in residency_order(entries, 1 << 20, None)]

@@ -1,4 +1,5 @@
-"""What other people's nodes do to packed weights: they get what a dense tensor gives, or one sentence, and end no process."""
+"""What other people's nodes do to packed weights: they get what a dense tensor gives, or one
+sentence, and end no process."""
 import collections
 import copy
 import io
@@ -14,26 +15,41 @@ import comfyui_and_pack
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelSave
+from patched_models import (
+    dense_flux,
+    flux_file,
+    forward,
+    lora_for,
+    packed_flux,
+    packed_layers,
+    patched,
+    run,
+)
+from safetensors.torch import load_file
+from tensor_attempts import ATTEMPTS
+
 from featherweight.ops.format import FORMATS
 from featherweight.ops.layers import PACKED_LAYERS
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.packed_layout import is_packed, packed_tensor
-from tensor_attempts import ATTEMPTS
-from patched_models import dense_flux, flux_file, forward, lora_for, packed_flux, packed_layers, patched, run
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-FORMAT_NAMES = ("Q8_0", "Q4_K", "INT8", "float8_e4m3fn")  # the last is the host's, in a file with NF4
-CHILD = {**os.environ, "PYTHONPATH": os.path.dirname(comfyui_and_pack.__file__), "PYTHONWARNINGS": "ignore"}
+# the last is the host's, in a file with NF4
+FORMAT_NAMES = ("Q8_0", "Q4_K", "INT8", "float8_e4m3fn")
+CHILD = {
+    **os.environ, "PYTHONPATH": os.path.dirname(comfyui_and_pack.__file__),
+    "PYTHONWARNINGS": "ignore"
+}
 
 
 def test_whatever_is_done_to_a_packed_tensor_works_as_on_a_dense_one_or_says_why_not():
-    """Each attribute of torch.Tensor, files, copies, writes of all kinds. The child is started again past one that ends it."""
+    """Each attribute of torch.Tensor, files, copies, writes of all kinds. The child is started
+    again past one that ends it."""
     faults, start = {}, 0
     while start < len(ATTEMPTS):
         child = subprocess.run([sys.executable, "-m", "tensor_attempts", str(start)], env=CHILD,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               capture_output=True, text=True)
         lines = [json.loads(line) for line in child.stdout.splitlines()]
         faults |= {ATTEMPTS[line["done"]]: line["faults"] for line in lines if line.get("faults")}
         if child.returncode:
@@ -66,16 +82,25 @@ def dense_values(format_name: str) -> dict:
     return dense_flux(format_name).model.state_dict()
 
 
-def test_the_state_dict_of_a_model_is_saved_right_or_not_at_all_and_its_file_not_written_to(tmp_path):
+def test_the_state_dict_of_a_model_is_saved_right_or_not_at_all_and_its_file_not_written_to(
+        tmp_path):
     """By another process, which a write to the pages of a file would end."""
-    child = subprocess.run([sys.executable, "-c", SAVING, tmp_path, *FORMAT_NAMES], env=CHILD, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-c", SAVING, tmp_path, *FORMAT_NAMES], env=CHILD,
+                           capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     saving, write = child.stdout.split("a write:")
-    assert saving.count("held packed") == saving.count("save the model with a node") == len(FORMAT_NAMES)
+    assert (
+        saving.count("held packed")
+        == saving.count("save the model with a node")
+        == len(FORMAT_NAMES)
+    )
     assert "copy_ would write to the file itself" in write
     assert not list(tmp_path.glob("*.safetensors"))
     for format_name in FORMAT_NAMES:
-        saved, expected = torch.load(tmp_path / f"{format_name}.pt", weights_only=True), dense_values(format_name)
+        saved, expected = (
+            torch.load(tmp_path / f"{format_name}.pt", weights_only=True),
+            dense_values(format_name),
+        )
         assert saved.keys() == expected.keys()
         for name, values in expected.items():
             assert torch.allclose(saved[name].float(), values.float(), atol=1e-6), name
@@ -85,7 +110,8 @@ def kjnodes_save(patcher, path):
     """As KJNodes' node saves a model."""
     comfy.model_management.load_models_gpu([patcher])
     state_dict = patcher.state_dict_for_saving(None, None, None)
-    comfy.utils.save_torch_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, str(path))
+    comfy.utils.save_torch_file({name: tensor.contiguous() for name, tensor in state_dict.items()},
+                                str(path))
 
 
 def the_hosts_save(patcher, path):
@@ -97,12 +123,17 @@ def the_hosts_save(patcher, path):
 
 
 @pytest.mark.parametrize("save", [kjnodes_save, the_hosts_save])
-@pytest.mark.parametrize("format_name", ("Q8_0", "INT8"))
+@pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
 def test_nodes_that_save_a_model_write_its_values(tmp_path, format_name, save):
     save(packed_flux(format_name), tmp_path / "saved.safetensors")
     saved = load_file(tmp_path / "saved.safetensors")
-    expected = {name: values for name, values in dense_values(format_name).items() if name.startswith("diffusion_model.")}
-    assert {f"model.{name}" for name in expected} == {name for name in saved if name.startswith("model.diffusion_model.")}
+    expected = {
+        name: values for name, values in dense_values(format_name).items()
+        if name.startswith("diffusion_model.")
+    }
+    assert {f"model.{name}" for name in expected} == {
+        name for name in saved if name.startswith("model.diffusion_model.")
+    }
     for name, values in expected.items():
         assert torch.equal(saved[f"model.{name}"].float(), values.float()), name
 
@@ -110,7 +141,9 @@ def test_nodes_that_save_a_model_write_its_values(tmp_path, format_name, save):
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
 def test_weights_loaded_into_another_module_are_the_values(format_name):
     packed, dense = packed_flux(format_name), dense_flux(format_name)
-    expected = {name: value.clone() for name, value in dense.model.diffusion_model.state_dict().items()}
+    expected = {
+        name: value.clone() for name, value in dense.model.diffusion_model.state_dict().items()
+    }
     for value in dense.model.diffusion_model.state_dict().values():
         value.zero_()
     dense.model.diffusion_model.load_state_dict(packed.model.diffusion_model.state_dict())
@@ -121,29 +154,36 @@ def test_weights_loaded_into_another_module_are_the_values(format_name):
 # --- parts of a weight ---
 
 PARTS = {
-    "[:4]": lambda w: w[:4], "[0]": lambda w: w[0], "[:, 3]": lambda w: w[:, 3], "[None]": lambda w: w[None],
-    "chunk": lambda w: w.chunk(2)[0], "split": lambda w: w.split(4)[1], "tensor_split": lambda w: w.tensor_split(3)[0],
-    "unbind": lambda w: w.unbind()[2], "the first of an iteration": lambda w: next(iter(w)), "select": lambda w: w.select(1, 2),
-    "narrow": lambda w: w.narrow(0, 1, 3), "diagonal": lambda w: w.diagonal(), "as_strided": lambda w: w.as_strided((4,), (1,)),
-    "view(-1)[:10]": lambda w: w.view(-1)[:10], "reshape": lambda w: w.reshape(4, -1), "flatten": lambda w: w.flatten(),
-    "t()": lambda w: w.t(), "T": lambda w: w.T, "permute": lambda w: w.permute(1, 0), "unsqueeze": lambda w: w.unsqueeze(0),
-    "expand": lambda w: w.expand(2, *w.shape), "a view of a view": lambda w: w.t()[2:8].view_as(w[:, 2:8].t()),
+    "[:4]": lambda w: w[:4], "[0]": lambda w: w[0], "[:, 3]": lambda w: w[:, 3],
+    "[None]": lambda w: w[None], "chunk": lambda w: w.chunk(2)[0], "split": lambda w: w.split(4)[1],
+    "tensor_split": lambda w: w.tensor_split(3)[0], "unbind": lambda w: w.unbind()[2],
+    "the first of an iteration": lambda w: next(iter(w)), "select": lambda w: w.select(1, 2),
+    "narrow": lambda w: w.narrow(0, 1, 3), "diagonal": lambda w: w.diagonal(),
+    "as_strided": lambda w: w.as_strided((4,), (1,)), "view(-1)[:10]": lambda w: w.view(-1)[:10],
+    "reshape": lambda w: w.reshape(4, -1), "flatten": lambda w: w.flatten(), "t()": lambda w: w.t(),
+    "T": lambda w: w.T, "permute": lambda w: w.permute(1, 0), "unsqueeze": lambda w: w.unsqueeze(0),
+    "expand": lambda w: w.expand(2, *w.shape),
+    "a view of a view": lambda w: w.t()[2:8].view_as(w[:, 2:8].t())
 }
 WRITES = {
-    "mul_": lambda part: part.mul_(2), "zero_": lambda part: part.zero_(), "fill_": lambda part: part.fill_(1),
-    "add_": lambda part: part.add_(1), "copy_": lambda part: part.copy_(torch.ones(part.shape)),
-    "+=": lambda part: part.__iadd__(1), "[0] = 1": lambda part: part.__setitem__(0, 1),
-    "[:] = 1": lambda part: part.__setitem__(slice(None), 1), "[...] = a tensor": lambda part: part.__setitem__(..., part + 1),
+    "mul_": lambda part: part.mul_(2), "zero_": lambda part: part.zero_(),
+    "fill_": lambda part: part.fill_(1), "add_": lambda part: part.add_(1),
+    "copy_": lambda part: part.copy_(torch.ones(part.shape)), "+=": lambda part: part.__iadd__(1),
+    "[0] = 1": lambda part: part.__setitem__(0, 1),
+    "[:] = 1": lambda part: part.__setitem__(slice(None), 1),
+    "[...] = a tensor": lambda part: part.__setitem__(..., part + 1),
     "a view of it": lambda part: part[0].mul_(2), "its data": lambda part: part.data.mul_(2),
-    "data =": lambda part: setattr(part, "data", part + 1), "out=": lambda part: torch.add(part + 1, 1, out=part),
-    "a foreach function": lambda part: torch._foreach_mul_([part], 2), "torch.nn.init": torch.nn.init.normal_,
+    "data =": lambda part: setattr(part, "data", part + 1),
+    "out=": lambda part: torch.add(part + 1, 1, out=part),
+    "a foreach function": lambda part: torch._foreach_mul_([part], 2),
+    "torch.nn.init": torch.nn.init.normal_,
     "relu, in place": lambda part: torch.nn.functional.relu(part, inplace=True),
-    "index_fill_": lambda part: part.index_fill_(0, torch.tensor([0]), 1.0),
+    "index_fill_": lambda part: part.index_fill_(0, torch.tensor([0]), 1.0)
 }
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["normal", "inference"])
-@pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
 @pytest.mark.parametrize("take", PARTS.values(), ids=PARTS)
 def test_a_write_to_a_part_is_refused_as_one_to_the_whole_is(take, format_name, mode):
     with mode():
@@ -169,20 +209,27 @@ def test_what_is_computed_from_a_part_is_plain(take, mode):
         weight = weight_in("Q8_0", (64, 64))
         expected = take(weight.dequantize())
         uses = {
-            "+": lambda part: part + 1, "clone": torch.clone, "contiguous": lambda part: part.contiguous(),
-            "to": lambda part: part.to(torch.float32), "to half": lambda part: part.to(torch.float16),
-            "float": lambda part: part.float(), "cpu": lambda part: part.cpu(), "cat": lambda part: torch.cat([part, part]),
-            "cat with others": lambda part: torch.cat([part.reshape(-1), weight.view(-1), torch.ones(3)]),
-            "sum": torch.sum, "deepcopy": copy.deepcopy, "pickle": lambda part: pickle.loads(pickle.dumps(part)),
+            "+": lambda part: part + 1, "clone": torch.clone,
+            "contiguous": lambda part: part.contiguous(), "to": lambda part: part.to(torch.float32),
+            "to half": lambda part: part.to(torch.float16), "float": lambda part: part.float(),
+            "cpu": lambda part: part.cpu(), "cat": lambda part: torch.cat([part, part]),
+            "cat with others": lambda part: torch.cat([
+                part.reshape(-1), weight.view(-1), torch.ones(3)
+            ]), "sum": torch.sum, "deepcopy": copy.deepcopy,
+            "pickle": lambda part: pickle.loads(pickle.dumps(part)),
             "copied into": lambda part: torch.zeros(part.shape).copy_(part),
             "index": lambda part: part[torch.zeros(1, dtype=torch.long)],
-            "empty_like": lambda part: torch.empty_like(part).zero_(),
+            "empty_like": lambda part: torch.empty_like(part).zero_()
         }
         for name, use in uses.items():
             result = use(take(weight))
             assert type(result) is torch.Tensor and torch.equal(result, use(expected)), name
         part = take(weight)
-        assert part.tolist() == expected.tolist() and str(part) == str(expected) and torch.equal(part, expected)
+        assert (
+            part.tolist() == expected.tolist()
+            and str(part) == str(expected)
+            and torch.equal(part, expected)
+        )
         assert not part.numpy().flags.writeable and (part.numpy() == expected.numpy()).all()
         take(weight).clone().mul_(2)
 
@@ -191,15 +238,22 @@ def test_what_is_computed_from_a_part_is_plain(take, mode):
 def test_a_parameter_that_is_made_of_a_part_is_its_makers_own(mode):
     with mode():
         weight = weight_in("Q8_0", (64, 64))
-        holder, expected = Holder(torch.nn.Parameter(weight[2:4], requires_grad=False)), weight.dequantize()[2:4]
+        holder, expected = (
+            Holder(torch.nn.Parameter(weight[2:4], requires_grad=False)),
+            weight.dequantize()[2:4],
+        )
         holder.weight.mul_(2)
         holder.weight.data[0] = 1
         assert torch.equal(holder.weight, torch.stack([torch.ones(64), expected[1] * 2]))
         holder.load_state_dict({"weight": expected})
         copied = copy.deepcopy(holder).half()
         copied.weight += 1
-        assert isinstance(copied.weight, torch.nn.Parameter) and copied.weight.dtype == torch.float16
-        assert torch.equal(copied.weight.float(), expected.half().add(1).float()) and torch.equal(holder.weight, expected)
+        assert (
+            isinstance(copied.weight, torch.nn.Parameter) and copied.weight.dtype == torch.float16
+        )
+        assert torch.equal(copied.weight.float(), expected.half().add(1).float()) and torch.equal(
+            holder.weight, expected
+        )
 
 
 # --- other ways of holding a weight ---
@@ -217,44 +271,55 @@ def test_after_free_memory_weights_are_handled_as_before(format_name):
     with torch.inference_mode():
         patcher = packed_flux(format_name)
         comfy.model_management.load_models_gpu([patcher])
-    comfy.model_management.unload_all_models()  # as the server does on request, outside of inference mode
+    # as the server does on request, outside of inference mode
+    comfy.model_management.unload_all_models()
     with torch.inference_mode():
         for layer in packed_layers(patcher):
             weight = layer.weight
             assert weight.is_inference()
             dense = weight.dequantize()
-            for use in (torch.Tensor.detach, torch.Tensor.t, lambda w: w[1:3], lambda w: w.view(-1), torch.nn.Parameter):
+            for use in (torch.Tensor.detach, torch.Tensor.t, lambda w: w[1:3], lambda w: w.view(-1),
+                        torch.nn.Parameter):
                 assert torch.equal(use(weight) * 1, use(dense)), use
-            assert torch.equal(Holder(weight).to(torch.float16).to("cpu").weight * 1, weight.to(torch.float16) * 1)
+            assert torch.equal(
+                Holder(weight).to(torch.float16).to("cpu").weight * 1,
+                weight.to(torch.float16) * 1)
 
 
-@pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
 def test_weights_made_outside_of_inference_mode_are_handled_inside(format_name):
     weight = torch.nn.Parameter(weight_in(format_name, (64, 64)), requires_grad=False)
     with torch.inference_mode():
-        for use in (torch.Tensor.detach, torch.Tensor.t, lambda w: w[1:3], lambda w: w.view(-1), torch.nn.Parameter):
+        for use in (torch.Tensor.detach, torch.Tensor.t, lambda w: w[1:3], lambda w: w.view(-1),
+                    torch.nn.Parameter):
             assert torch.equal(use(weight) * 1, use(weight.dequantize())), use
 
 
 # --- layers ---
 
-LAYERS = {"Linear": (64, 32), "Embedding": (32, 64), "Conv1d": (64, 32, 3), "Conv2d": (64, 32, 3), "Conv3d": (64, 32, 3),
-          "MoEExperts": (2, 64, 32)}
-INPUTS = {"Linear": torch.ones(2, 64), "Embedding": torch.tensor([1, 3]), "Conv1d": torch.ones(1, 64, 5),
-          "Conv2d": torch.ones(1, 64, 5, 5), "Conv3d": torch.ones(1, 64, 5, 5, 5)}
+LAYERS = {
+    "Linear": (64, 32), "Embedding": (32, 64), "Conv1d": (64, 32, 3), "Conv2d": (64, 32, 3),
+    "Conv3d": (64, 32, 3), "MoEExperts": (2, 64, 32)
+}
+INPUTS = {
+    "Linear": torch.ones(2, 64), "Embedding": torch.tensor([1, 3]), "Conv1d": torch.ones(1, 64, 5),
+    "Conv2d": torch.ones(1, 64, 5, 5), "Conv3d": torch.ones(1, 64, 5, 5, 5)
+}
 
 
 def weight_in(format_name, shape):
     """A packed weight of random codes and scales of a usual size."""
     packed_format, generator = FORMATS[format_name], torch.Generator().manual_seed(0)
     blocks = torch.Size(shape).numel() // packed_format.block_length
-    codes = torch.randint(0, 60, (blocks, packed_format.block_bytes), dtype=torch.uint8, generator=generator)
+    codes = torch.randint(0, 60, (blocks, packed_format.block_bytes), dtype=torch.uint8,
+                          generator=generator)
     scale = torch.rand(blocks, generator=generator) if packed_format.scales_apart else None
     return packed_tensor(packed_format, codes, shape, scale=scale)
 
 
 def layer_in(format_name, layer_class, bias=True):
-    layer = getattr(packed_operations(), layer_class.__name__)(*LAYERS[layer_class.__name__], dtype=torch.float32)
+    layer = getattr(packed_operations(), layer_class.__name__)(*LAYERS[layer_class.__name__],
+                                                               dtype=torch.float32)
     state = {"weight": weight_in(format_name, tuple(layer.weight.shape))}
     if getattr(layer, "bias", None) is not None:
         state["bias"] = torch.linspace(-1, 1, layer.bias.numel()).view(layer.bias.shape)
@@ -264,17 +329,24 @@ def layer_in(format_name, layer_class, bias=True):
 
 def output(layer, input):
     if input is None:
-        return torch.cat([layer.expert_linear(torch.ones(2, layer.weight.shape[-1]), expert) for expert in range(2)])
+        return torch.cat([
+            layer.expert_linear(torch.ones(2, layer.weight.shape[-1]), expert)
+            for expert in range(2)
+        ])
     return layer(input)
 
 
-@pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
 @pytest.mark.parametrize("layer_class", PACKED_LAYERS, ids=lambda layer_class: layer_class.__name__)
 def test_a_layer_is_copied(layer_class, format_name):
     layer = layer_in(format_name, layer_class)
     copied = copy.deepcopy(torch.nn.Sequential(layer))[0]
     input = INPUTS.get(layer_class.__name__)
-    assert is_packed(copied.weight) and isinstance(copied.weight, torch.nn.Parameter) and copied._scratch is layer._scratch
+    assert (
+        is_packed(copied.weight)
+        and isinstance(copied.weight, torch.nn.Parameter)
+        and copied._scratch is layer._scratch
+    )
     assert copied.weight._qdata.data_ptr() != layer.weight._qdata.data_ptr()
     assert torch.equal(output(copied, input), output(layer, input))
 
@@ -285,56 +357,77 @@ def through_torch_save(module):
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "torch.save": through_torch_save, "copy": copy.copy,
-          **{f"pickle {protocol}": lambda module, protocol=protocol: pickle.loads(pickle.dumps(module, protocol))
-             for protocol in (2, pickle.HIGHEST_PROTOCOL)}}
+COPIES = {
+    "deepcopy": copy.deepcopy, "torch.save": through_torch_save, "copy": copy.copy, **{
+        f"pickle {protocol}": lambda module, protocol=protocol: pickle.loads(
+            pickle.dumps(module, protocol)) for protocol in (2, pickle.HIGHEST_PROTOCOL)
+    }
+}
 
 
 @pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
 @pytest.mark.parametrize("layer_class", PACKED_LAYERS, ids=lambda layer_class: layer_class.__name__)
 def test_a_layer_is_pickled_as_the_hosts_are(layer_class, format_name, way):
     layer, input = layer_in(format_name, layer_class), INPUTS.get(layer_class.__name__)
     again = way(layer)
-    assert is_packed(again.weight) and isinstance(again.weight, torch.nn.Parameter) and again._scratch is layer._scratch
-    assert torch.equal(output(again, input), output(layer, input)) and again.state_dict().keys() == layer.state_dict().keys()
-    assert (again.value_dtype, again.patch_dtype, again.compute) == (layer.value_dtype, layer.patch_dtype, layer.compute)
+    assert (
+        is_packed(again.weight)
+        and isinstance(again.weight, torch.nn.Parameter)
+        and again._scratch is layer._scratch
+    )
+    assert (
+        torch.equal(output(again, input), output(layer, input))
+        and again.state_dict().keys() == layer.state_dict().keys()
+    )
+    assert (again.value_dtype, again.patch_dtype, again.compute) == (
+        layer.value_dtype,
+        layer.patch_dtype,
+        layer.compute,
+    )
     assert (again.weight is layer.weight) == (way is copy.copy)
 
 
-@pytest.mark.parametrize("format_name", ("Q8_0", "INT8"))
+@pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
 def test_a_model_is_pickled_with_its_weights_packed(format_name):
     patcher = patched(packed_flux(format_name), (lora_for(flux_file(format_name)[1]), 1.0))
     expected, model = run(patcher), patcher.model.diffusion_model
     file = pickle.dumps(model)
-    assert len(file) < 1.2 * sum(tensor.nbytes for tensor in model.parameters())  # and with the factors of the LoRA
+    # and with the factors of the LoRA
+    assert len(file) < 1.2 * sum(tensor.nbytes for tensor in model.parameters())
     patcher.model.diffusion_model = pickle.loads(file)
     assert len(packed_layers(patcher)) and torch.equal(forward(patcher), expected)
     patcher.model.diffusion_model = model
 
 
-@pytest.mark.parametrize("format_name", ("Q8_0", "NF4"))
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
 @pytest.mark.parametrize("layer_class", PACKED_LAYERS, ids=lambda layer_class: layer_class.__name__)
 def test_a_layer_takes_its_own_state_dict(layer_class, format_name):
     layer = layer_in(format_name, layer_class)
     expected = output(layer, INPUTS.get(layer_class.__name__))
     block = torch.nn.Sequential(layer)
-    assert block.state_dict().keys() == dict(block.named_parameters()).keys()  # scales apart are no weights
+    # scales apart are no weights
+    assert block.state_dict().keys() == dict(block.named_parameters()).keys()
     for options in ({}, {"assign": True}):
         block.load_state_dict(block.state_dict(), **options)
-        assert is_packed(layer.weight) and torch.equal(output(layer, INPUTS.get(layer_class.__name__)), expected)
+        assert is_packed(layer.weight) and torch.equal(
+            output(layer, INPUTS.get(layer_class.__name__)), expected
+        )
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
 def test_a_model_takes_its_own_state_dict(format_name):
     patcher = packed_flux(format_name)
     model = patcher.model.diffusion_model
-    before = {name: value.dequantize() if hasattr(value, "dequantize") and is_packed(value) else value
-              for name, value in model.state_dict().items()}
+    before = {
+        name: value.dequantize() if hasattr(value, "dequantize") and is_packed(value) else value
+        for name, value in model.state_dict().items()
+    }
     count = len(packed_layers(patcher))
     model.load_state_dict(model.state_dict())
     assert len(packed_layers(patcher)) == count
-    assert all(torch.equal(model.state_dict()[name] * 1, value * 1) for name, value in before.items())
+    assert all(
+        torch.equal(model.state_dict()[name] * 1, value * 1) for name, value in before.items())
 
 
 def held_bytes(patcher) -> int:
@@ -342,17 +435,31 @@ def held_bytes(patcher) -> int:
     tensors = []
     for tensor in (*patcher.model.parameters(), *patcher.model.buffers()):
         quantised = hasattr(tensor, "_qdata")
-        tensors += [tensor._qdata, *(getattr(tensor._params, field) for field in tensor._params._tensor_fields())] \
-            if quantised else [tensor]
+        tensors += (
+            [
+                tensor._qdata,
+                *(getattr(tensor._params, field) for field in tensor._params._tensor_fields()),
+            ]
+            if quantised
+            else [tensor]
+        )
     return sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
 def test_scales_that_lie_apart_are_counted_as_memory_and_are_no_weights(format_name):
     patcher = packed_flux(format_name)
-    assert patcher.model_size() == comfy.model_management.module_size(patcher.model) == held_bytes(patcher)
+    assert (
+        patcher.model_size()
+        == comfy.model_management.module_size(patcher.model)
+        == held_bytes(patcher)
+    )
     for names in (patcher.model.state_dict(), patcher.model_state_dict()):
-        assert not [name for name in names if "scale" in name.rpartition(".")[2] and "weight" in name.rpartition(".")[2]]
+        assert not [
+            name
+            for name in names
+            if "scale" in name.rpartition(".")[2] and "weight" in name.rpartition(".")[2]
+        ]
 
 
 def test_scales_of_nf4_are_counted():
@@ -364,11 +471,15 @@ def test_scales_of_nf4_are_counted():
 
 def test_what_the_host_pins_is_the_bytes(monkeypatch):
     pinned = collections.Counter()
-    monkeypatch.setattr(comfy.model_management, "pin_memory", lambda tensor: not pinned.update([tensor.data_ptr()]))
-    monkeypatch.setattr(comfy.model_management, "unpin_memory", lambda tensor: pinned.subtract([tensor.data_ptr()]))
-    monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 30)  # on a CPU the host pins nothing
+    monkeypatch.setattr(comfy.model_management, "pin_memory",
+                        lambda tensor: not pinned.update([tensor.data_ptr()]))
+    monkeypatch.setattr(comfy.model_management, "unpin_memory",
+                        lambda tensor: pinned.subtract([tensor.data_ptr()]))
+    # on a CPU the host pins nothing
+    monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 30)
     patcher = packed_flux("Q8_0")
-    name, layer = next((name, layer) for name, layer in patcher.model.named_modules() if layer in packed_layers(patcher))
+    name, layer = next((name, layer) for name, layer in patcher.model.named_modules()
+                       if layer in packed_layers(patcher))
     patcher.pin_weight_to_device(f"{name}.weight")
     assert pinned == {layer.weight._qdata.data_ptr(): 1} and patcher.pinned == {f"{name}.weight"}
     patcher.unpin_all_weights()

@@ -1,6 +1,8 @@
-"""Second moments of a layer's inputs: what they sum, what is held out, and what a file keeps of them."""
+"""Second moments of a layer's inputs: what they sum, what is held out, and what a file keeps of
+them."""
 import pytest
 import torch
+
 from featherweight.ops.quantize.second_moments import FILE_ROWS, SKETCH_ROWS, SecondMoments
 
 WHOLE = 10**6
@@ -10,11 +12,15 @@ pytestmark = pytest.mark.usefixtures("small_models")
 def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
     """Correlated inputs, some columns much larger than others."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(columns, columns, generator=generator) * torch.arange(1, columns + 1) ** -0.7
+    mixed = (
+        torch.randn(columns, columns, generator=generator) * torch.arange(1, columns + 1) ** -0.7
+    )
     return torch.randn(tokens, columns, generator=generator) @ mixed.T
 
 
-@pytest.mark.parametrize("columns, block", [(96, None), (512, 256), (700, 256), (700, WHOLE), (1100, 512)])
+@pytest.mark.parametrize(
+    ("columns", "block"), [(96, None), (512, 256), (700, 256), (700, WHOLE), (1100, 512)]
+)
 def test_blocks_are_the_products_of_neighbouring_columns(columns, block):
     moments, tokens = SecondMoments.of(columns, block), inputs(300, columns)
     moments.add(tokens[:200].view(2, 100, columns), hold_out=False)
@@ -24,8 +30,11 @@ def test_blocks_are_the_products_of_neighbouring_columns(columns, block):
     for index, start in enumerate(range(0, columns, size)):
         part = whole[start:start + size, start:start + size]
         width = len(part)
-        torch.testing.assert_close(moments.blocks[index, :width, :width], part, rtol=1e-4, atol=1e-3)
-        assert not moments.blocks[index, width:].any() and not moments.blocks[index, :, width:].any()
+        torch.testing.assert_close(moments.blocks[index, :width, :width], part, rtol=1e-4,
+                                   atol=1e-3)
+        assert (
+            not moments.blocks[index, width:].any() and not moments.blocks[index, :, width:].any()
+        )
     torch.testing.assert_close(moments.importance, tokens.square().mean(0), rtol=1e-4, atol=1e-4)
 
 
@@ -49,7 +58,8 @@ def test_tokens_held_out_are_a_quarter_and_come_from_every_step(steps):
         moments.add(torch.eye(64)[call % steps:call % steps + 1])
         assert moments.count, "the first call's tokens were held out"
     assert moments.held_out_count == pytest.approx(10 * steps, abs=2)
-    assert (moments.blocks.diagonal(dim1=-2, dim2=-1)[0, :steps] > 20).all(), "a step was hardly seen"
+    assert (moments.blocks.diagonal(dim1=-2, dim2=-1)[0, :steps]
+            > 20).all(), "a step was hardly seen"
     if 40 * steps <= 4 * SKETCH_ROWS:
         assert moments.sketch[:, :steps].any(0).all(), "a step was never held out"
 
@@ -93,7 +103,7 @@ def test_tokens_merged_from_two_equal_runs_count_twice_in_the_sketch():
     assert float(runs[0].sketch.square().sum()) == pytest.approx(2 * once, rel=0.25)
 
 
-@pytest.mark.parametrize("columns, block", [(96, None), (700, 256)])
+@pytest.mark.parametrize(("columns", "block"), [(96, None), (700, 256)])
 def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
     moments = SecondMoments.of(columns, block)
     for seed in range(8):
@@ -101,12 +111,25 @@ def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
     tensors = moments.tensors()
     kept = SecondMoments.from_tensors(tensors)
     scale = moments.blocks.diagonal(dim1=-2, dim2=-1).sqrt()
-    off = (kept.blocks - moments.blocks).abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2)).clamp(min=1e-30)
+    off = (kept.blocks - moments.blocks).abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2)).clamp(
+        min=1e-30
+    )
     assert off.max() < 0.01
     torch.testing.assert_close(kept.importance, moments.importance, rtol=1e-5, atol=1e-8)
-    assert (kept.columns, kept.count, kept.held_out_count, kept._calls) == (columns, moments.count, moments.held_out_count, 8)
-    assert tensors["factor"].nbytes <= moments.blocks.nbytes / 8 and sum(map(torch.Tensor.numel, tensors.values())) == (
-        4 + tensors["factor"].numel() + 2 * moments.blocks.shape[:2].numel() + (FILE_ROWS + 1) * columns)
+    assert (kept.columns, kept.count, kept.held_out_count, kept._calls) == (
+        columns,
+        moments.count,
+        moments.held_out_count,
+        8,
+    )
+    assert tensors["factor"].nbytes <= moments.blocks.nbytes / 8 and sum(
+        map(torch.Tensor.numel, tensors.values())
+    ) == (
+        4
+        + tensors["factor"].numel()
+        + 2 * moments.blocks.shape[:2].numel()
+        + (FILE_ROWS + 1) * columns
+    )
     again = SecondMoments.from_tensors(kept.tensors())
     torch.testing.assert_close(again.sketch, kept.sketch)
     assert again.blocks.isfinite().all()
@@ -114,10 +137,14 @@ def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
 
 
 def test_what_comes_back_from_a_file_has_no_direction_of_negative_power():
-    """Inputs that nearly lie in a plane: rounded correlations would have eigenvalues below zero, far beyond any damping."""
-    plane = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 256)
+    """Inputs that nearly lie in a plane: rounded correlations would have eigenvalues below zero,
+    far beyond any damping."""
+    plane = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -2, 1, 256
+    )
     moments = SecondMoments.of(256)
-    moments.add(torch.randn(4000, 2, generator=torch.Generator().manual_seed(1)) @ plane, hold_out=False)
+    moments.add(
+        torch.randn(4000, 2, generator=torch.Generator().manual_seed(1)) @ plane, hold_out=False)
     kept = SecondMoments.from_tensors(moments.tensors()).blocks[0].double()
     scale = kept.diagonal().sqrt()
     assert torch.linalg.eigvalsh(kept / scale / scale.unsqueeze(-1)).min() > -1e-5
@@ -138,7 +165,11 @@ def test_columns_that_never_saw_anything_come_back_as_nothing():
     moments = SecondMoments.of(64)
     moments.add(torch.nn.functional.pad(inputs(100, 60), (0, 4)))
     kept = SecondMoments.from_tensors(moments.tensors())
-    assert not kept.blocks[0, 60:].any() and not kept.blocks[0, :, 60:].any() and kept.blocks[0, :60, :60].any()
+    assert (
+        not kept.blocks[0, 60:].any()
+        and not kept.blocks[0, :, 60:].any()
+        and kept.blocks[0, :60, :60].any()
+    )
     assert not SecondMoments.from_tensors(SecondMoments.of(300, 256).tensors()).blocks.any()
 
 
@@ -151,7 +182,8 @@ def test_moments_that_are_no_numbers_go_into_no_file():
 
 def test_tensors_that_are_not_of_moments_are_refused():
     tensors = SecondMoments.of(96).tensors()
-    for wrong in ({}, tensors | {"factor": tensors["factor"][:, 1:]}, tensors | {"sketch": torch.zeros(FILE_ROWS, 97)},
+    for wrong in ({}, tensors | {"factor": tensors["factor"][:, 1:]},
+                  tensors | {"sketch": torch.zeros(FILE_ROWS, 97)},
                   tensors | {"counts": tensors["counts"] + 100}):
         with pytest.raises(ValueError, match="not the tensors of a layer's moments"):
             SecondMoments.from_tensors(wrong)

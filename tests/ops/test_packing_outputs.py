@@ -1,5 +1,7 @@
-"""What packing makes of a trained model's matrices, where nothing was measured: the error of their outputs."""
+"""What packing makes of a trained model's matrices, where nothing was measured: the error of their
+outputs."""
 import pytest
+
 from devtools.measure import packing_error
 
 

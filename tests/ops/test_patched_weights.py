@@ -10,11 +10,21 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from featherweight.loaders.packing.source import of_model
-from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.packed_layout import QuantizedTensor
-from patched_models import broken, flux_file, flux_pair, forget_models, lora_for, packed_layers, patched, run
+from patched_models import (
+    broken,
+    flux_file,
+    flux_pair,
+    forget_models,
+    lora_for,
+    packed_layers,
+    patched,
+    run,
+)
 from safetensors.torch import load_file, save_file
+
+from featherweight.loaders.packing.source import of_model
+from featherweight.ops.packed_layout import QuantizedTensor
+from featherweight.ops.patcher import PackedPatcher
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -37,7 +47,10 @@ def with_lora(patcher, format_name):
     return patched(patcher, (lora, 0.8))
 
 
-@pytest.fixture(params=[(name, loaded) for name in ("Q4_K", "float8_e4m3fn") for loaded in (False, True)], ids=str)
+@pytest.fixture(
+    params=[(name, loaded) for name in ("Q4_K", "float8_e4m3fn") for loaded in (False, True)],
+    ids=str,
+)
 def models(request):
     """(patcher of a packed model with a LoRA, weights of the host's dense model with it)"""
     format_name, loaded = request.param
@@ -136,9 +149,17 @@ def dequantized(monkeypatch):
 def test_listing_counting_and_copying_dequantize_nothing(models, dequantized):
     weights = models[0].model_state_dict()
     names = list(weights)
-    assert len(weights) == len(weights.keys()) == len(names) and names[0] in weights and "another" not in weights
-    assert isinstance(weights, dict) and weights.keys() & set(names) == set(names) == set(weights.keys())
-    assert list(reversed(weights)) == names[::-1] and weights.get("another") is None and bool(weights)
+    assert (
+        len(weights) == len(weights.keys()) == len(names)
+        and names[0] in weights
+        and "another" not in weights
+    )
+    assert isinstance(weights, dict) and weights.keys() & set(names) == set(names) == set(
+        weights.keys()
+    )
+    assert (
+        list(reversed(weights)) == names[::-1] and weights.get("another") is None and bool(weights)
+    )
     others = [weights.copy(), copy.copy(weights), weights | {"another": torch.ones(1)}]
     others[0]["another"] = torch.ones(1)
     del others[1][names[0]]
@@ -164,7 +185,9 @@ def test_what_was_put_in_is_what_is_read(models):
     mine = weights[name] * 2
     weights[name] = mine
     weights["another"] = mine
-    assert weights[name] is mine and weights.copy()[name] is mine and dict(weights)["another"] is mine
+    assert (
+        weights[name] is mine and weights.copy()[name] is mine and dict(weights)["another"] is mine
+    )
     del weights[name]
     assert name not in weights and name not in weights.copy()
 
@@ -174,26 +197,36 @@ def test_what_was_put_in_is_what_is_read(models):
 
 def test_saved_with_safetensors_as_it_is(models, tmp_path):
     patcher, expected = models
-    save_file(patcher.model_state_dict(PREFIX), tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    save_file(patcher.model_state_dict(PREFIX), tmp_path / "weights.safetensors",
+              metadata={"format": "pt"})
     saved = load_file(tmp_path / "weights.safetensors")
     assert saved.keys() == expected.keys()
-    assert all(torch.allclose(saved[name].float(), weight.float(), rtol=1e-5, atol=1e-6) for name, weight in expected.items())
+    assert all(
+        torch.allclose(saved[name].float(), weight.float(), rtol=1e-5, atol=1e-6)
+        for name, weight in expected.items())
 
 
 def test_loaded_into_another_model(models):
     patcher, expected = models
-    other = comfy.sd.load_diffusion_model_state_dict(
-        {name.removeprefix(PREFIX): torch.zeros_like(weight) for name, weight in expected.items()}).model
+    other = comfy.sd.load_diffusion_model_state_dict({
+        name.removeprefix(PREFIX): torch.zeros_like(weight) for name, weight in expected.items()
+    }).model
     other.load_state_dict(patcher.model_state_dict(), strict=False)
     loaded = other.state_dict()
-    assert all(torch.allclose(loaded[name], weight, rtol=1e-5, atol=1e-6) for name, weight in expected.items())
+    assert all(
+        torch.allclose(loaded[name], weight, rtol=1e-5, atol=1e-6)
+        for name, weight in expected.items())
 
 
 @pytest.fixture
 def base(models):
-    """The weights without the LoRA, as the models are read that packs compare: each loaded before."""
+    """The weights without the LoRA, as the models are read that packs compare: each loaded
+    before."""
     run(models[0].parent)
-    weights = {name: weight.float().clone() for name, weight in models[0].parent.model_state_dict(PREFIX).items()}
+    weights = {
+        name: weight.float().clone()
+        for name, weight in models[0].parent.model_state_dict(PREFIX).items()
+    }
     comfy.model_management.unload_all_models()
     return weights
 
@@ -239,17 +272,20 @@ def packed_again(patcher):
 
 
 TAKEN = {
-    "read": lambda patcher: dict(patcher.model_state_dict(PREFIX)),
-    "saved": lambda patcher: {name: weight.to("cpu") for name, weight in patcher.model_state_dict_for_saving().items()},
+    "read": lambda patcher: dict(patcher.model_state_dict(PREFIX)), "saved": lambda patcher:
+    {name: weight.to("cpu") for name, weight in patcher.model_state_dict_for_saving().items()},
     "merged": lambda patcher: dict(merged_with_another(patcher).model_state_dict(PREFIX)),
-    "packed": packed_again,
+    "packed": packed_again
 }
 
 
 @pytest.mark.parametrize("what", ["nan", "wrong rows"])
 @pytest.mark.parametrize("taken", TAKEN)
 def test_a_lora_that_is_left_out_of_pictures_is_left_out_of_the_weights(taken, what):
-    values = {name: value for name, value in flux_file("Q4_K")[1].items() if name.startswith("double_blocks")}
+    values = {
+        name: value for name, value in flux_file("Q4_K")[1].items()
+        if name.startswith("double_blocks")
+    }
     good, bad = lora_for(values), broken(lora_for(values, seed=1), what)
     packed, _ = flux_pair("Q4_K")
     expected = TAKEN[taken](patched(packed, (good, 0.8)))

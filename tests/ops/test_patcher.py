@@ -1,4 +1,5 @@
-"""The patcher keeps weights packed and exact through everything the host does to a patched model."""
+"""The patcher keeps weights packed and exact through everything the host does to a patched
+model."""
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
@@ -8,20 +9,35 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.patcher import PackedPatcher, applied_patches
-from featherweight.ops.packed_layout import QuantizedTensor
 from patched_models import (
-    FORMAT_NAMES, LIMIT, Ledger, dense_flux, error_by_effect, flux_file, flux_pair, forget_models, forward,
-    lora_for, packed_flux, packed_layers, patched, relative, run,
+    FORMAT_NAMES,
+    LIMIT,
+    Ledger,
+    dense_flux,
+    error_by_effect,
+    flux_file,
+    flux_pair,
+    forget_models,
+    forward,
+    lora_for,
+    packed_flux,
+    packed_layers,
+    patched,
+    relative,
+    run,
 )
+
+from featherweight.ops.layers import PackedLayer
+from featherweight.ops.packed_layout import QuantizedTensor
+from featherweight.ops.patcher import PackedPatcher, applied_patches
 
 # Two devices to the host, though tensors on both say "cpu": loading in part without a GPU.
 LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")
 
 
 COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19}  # packed layers; rows of one are shorter than a block
-both_kinds = pytest.mark.parametrize("format_name", COUNTS)  # a format of ours, and one of the host's beside NF4
+# a format of ours, and one of the host's beside NF4
+both_kinds = pytest.mark.parametrize("format_name", COUNTS)
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -39,9 +55,12 @@ def loras(format_name="Q4_K"):
     for seed, (name, value) in enumerate(values.items()):
         if value.ndim == 1:
             generator = torch.Generator().manual_seed(seed)
-            layer, _, param = name.replace(".scale", ".weight").rpartition(".")  # as the host names norms
+            # as the host names norms
+            layer, _, param = name.replace(".scale", ".weight").rpartition(".")
             suffix = "diff_b" if param == "bias" else "diff"
-            second[f"diffusion_model.{layer}.{suffix}"] = torch.randn(value.shape, generator=generator) * 0.1
+            second[f"diffusion_model.{layer}.{suffix}"] = (
+                torch.randn(value.shape, generator=generator) * 0.1
+            )
     return first, second
 
 
@@ -52,7 +71,8 @@ def loras(format_name="Q4_K"):
 def test_a_switch_moves_and_copies_no_base_weight(format_name):
     packed, dense = flux_pair(format_name)
     first, second = loras(format_name)
-    stacks = [((first, 1.0),), ((first, 0.5),), ((first, 0.5), (second, 0.7)), ((second, 0.7),), ((first, 1.0),)]
+    stacks = [((first, 1.0),), ((first, 0.5),), ((first, 0.5), (second, 0.7)), ((second, 0.7),),
+              ((first, 1.0),)]
     patchers = [patched(packed, *stack) for stack in stacks]
     expected = [run(patched(dense, *stack)) for stack in stacks]
     without = run(dense)
@@ -136,7 +156,8 @@ def test_a_loader_that_asks_for_each_weight_by_itself(format_name):
         for patcher in (packed, dense):
             patcher = patched(patcher, (first, 1.0), (second, 0.5))
             if with_wrapper:
-                patcher.add_weight_wrapper("diffusion_model.double_blocks.0.img_mlp.2.weight", lambda weight: weight.relu())
+                patcher.add_weight_wrapper("diffusion_model.double_blocks.0.img_mlp.2.weight",
+                                           lambda weight: weight.relu())
             (load if patcher.model is packed.model else lambda patcher: run(patcher))(patcher)
             outputs.append(forward(patcher))
         assert error_by_effect(*outputs, without) < LIMIT
@@ -151,11 +172,13 @@ def test_a_loader_that_asks_for_each_weight_by_itself(format_name):
 
 
 def test_what_a_loader_is_asked_for_reaches_it_by_name(monkeypatch):
-    """ComfyUI-MultiGPU's `partially_load` has another parameter where the host's has `force_patch_weights`."""
+    """ComfyUI-MultiGPU's `partially_load` has another parameter where the host's has
+    `force_patch_weights`."""
     packed, _ = flux_pair("Q8_0")
     asked = []
 
-    def partially_load(self, device_to, extra_memory=0, full_load=False, force_patch_weights=False, **kwargs):
+    def partially_load(self, device_to, extra_memory=0, full_load=False, force_patch_weights=False,
+                       **kwargs):
         asked.append((full_load, force_patch_weights))
         return 0
 
@@ -174,12 +197,14 @@ def test_factors_count_as_loaded_memory_and_are_freed(format_name):
     bare = packed.model_size()
     run(packed)
     assert packed.loaded_size() == bare
-    lora = sum(t.nbytes for name, t in first.items() if name.endswith(".weight") and layer_is_packed(packed, name))
+    lora = sum(t.nbytes for name, t in first.items()
+               if name.endswith(".weight") and layer_is_packed(packed, name))
     one, two = patched(packed, (first, 1.0)), patched(packed, (first, 1.0), (second, 0.5))
     assert one.model_size() == bare + lora and two.model_size() == bare + 2 * lora
     assert one.clone().model_size() == one.model_size() and packed.clone().model_size() == bare
     for _ in range(3):
-        for patcher, size in ((one, bare + lora), (two, bare + 2 * lora), (packed, bare), (two, bare + 2 * lora)):
+        for patcher, size in ((one, bare + lora), (two, bare + 2 * lora), (packed, bare),
+                              (two, bare + 2 * lora)):
             run(patcher)
             assert patcher.loaded_size() == patcher.model_size() == size
         comfy.model_management.unload_all_models()
@@ -188,8 +213,11 @@ def test_factors_count_as_loaded_memory_and_are_freed(format_name):
 
 
 def layer_is_packed(patcher, name):
-    layers = {f"lora_unet_{key.replace('.', '_')}" for key, module in patcher.model.diffusion_model.named_modules()
-              if isinstance(module, PackedLayer) and isinstance(module.weight, QuantizedTensor)}
+    layers = {
+        f"lora_unet_{key.replace('.', '_')}"
+        for key, module in patcher.model.diffusion_model.named_modules()
+        if isinstance(module, PackedLayer) and isinstance(module.weight, QuantizedTensor)
+    }
     return name.split(".")[0] in layers
 
 
@@ -198,7 +226,11 @@ def test_a_lora_stored_in_another_dtype_is_counted_as_it_is_held(format_name):
     packed, _ = flux_pair(format_name)
     half = patched(packed, ({name: t.half() for name, t in loras(format_name)[0].items()}, 1.0))
     run(half)
-    assert half.loaded_size() == half.model_size() == packed.model_size() + half.model.packed_patches.nbytes
+    assert (
+        half.loaded_size()
+        == half.model_size()
+        == packed.model_size() + half.model.packed_patches.nbytes
+    )
 
 
 def test_a_failed_load_leaves_no_patch_behind(monkeypatch):
@@ -242,7 +274,8 @@ def sample(patcher, positive_hooks, negative_hooks=None, steps=4):
     for hooks in (positive_hooks, negative_hooks):
         condition = [[torch.randn(1, 5, 256, generator=generator), {}]]
         conditions.append(comfy.hooks.set_hooks_for_conditioning(condition, hooks))
-    return comfy.sample.sample(patcher, noise, steps, 2.0, "euler", "simple", *conditions, latent, seed=1, disable_pbar=True)
+    return comfy.sample.sample(patcher, noise, steps, 2.0, "euler", "simple", *conditions, latent,
+                               seed=1, disable_pbar=True)
 
 
 @both_kinds
@@ -258,12 +291,14 @@ def test_lora_hooks_with_keyframes_through_the_sampler(monkeypatch, mode, partly
         if partly and isinstance(patcher, PackedPatcher):
             patcher = on_two_devices(patcher)
             load = type(patcher).partially_load
-            monkeypatch.setattr(type(patcher), "partially_load",
-                                lambda self, device, extra=0, **kwargs: load(self, device, 0.4 * self.model_size(), **kwargs))
+            monkeypatch.setattr(
+                type(patcher), "partially_load", lambda self, device, extra=0, **kwargs: load(
+                    self, device, 0.4 * self.model_size(), **kwargs))
         patcher.set_hook_mode(mode)
         if not hooked:
             return sample(patcher, None)
-        positive = lora_hook(second, 0.9, [(1.0, 0.0), (0.3, 0.4), (0.0, 0.8)]).clone_and_combine(lora_hook(first, 0.4, []))
+        positive = lora_hook(second, 0.9, [(1.0, 0.0), (0.3, 0.4),
+                                           (0.0, 0.8)]).clone_and_combine(lora_hook(first, 0.4, []))
         output = sample(patcher, positive, lora_hook(other, 0.7, [(0.2, 0.0), (1.0, 0.5)]))
         if isinstance(patcher, PackedPatcher):
             assert not patcher.hook_backup
@@ -284,7 +319,8 @@ def test_a_reshaping_lora_in_a_hook_is_left_out(caplog):
             "reshape_weight": torch.tensor([256, 128])}
     lora = {f"diffusion_model.img_in.{name}": tensor for name, tensor in lora.items()}
     without = sample(packed, None)
-    assert relative(sample(packed.clone(), lora_hook(lora, 1.0, [])), without) < 1e-6  # the host batches hooked steps apart
+    # the host batches hooked steps apart
+    assert relative(sample(packed.clone(), lora_hook(lora, 1.0, [])), without) < 1e-6
     assert "left out of diffusion_model.img_in.weight" in caplog.text
     assert torch.equal(sample(packed, None), without)
 
@@ -297,7 +333,8 @@ def test_a_model_as_a_lora_hook(other_is_packed, format_name):
     weights = comfy.hooks.get_patch_weights_from_model(other)
     without, results = sample(dense, None), []
     for patcher in (dense, packed):
-        hook = comfy.hooks.create_hook_model_as_lora(weights, None, strength_model=0.3, strength_clip=0.0)
+        hook = comfy.hooks.create_hook_model_as_lora(weights, None, strength_model=0.3,
+                                                     strength_clip=0.0)
         results.append(sample(patcher.clone(), hook))
     assert error_by_effect(results[1], results[0], without) < LIMIT
 
@@ -306,7 +343,9 @@ def test_a_model_as_a_lora_hook(other_is_packed, format_name):
 
 
 @both_kinds
-@pytest.mark.parametrize("base, other", [("packed", "packed"), ("packed", "dense"), ("dense", "packed")])
+@pytest.mark.parametrize(
+    ("base", "other"), [("packed", "packed"), ("packed", "dense"), ("dense", "packed")]
+)
 def test_model_merges(base, other, format_name):
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
@@ -314,12 +353,16 @@ def test_model_merges(base, other, format_name):
     others = dict(zip(("packed", "dense"), flux_pair("Q8_0", 1)))
     lora = lora_for(flux_file(format_name)[1])
     without = run(models["dense"])
-    expected = ModelMergeSimple().merge(patched(models["dense"], (lora, 0.3)), others["dense"], 0.7)[0]
+    expected = ModelMergeSimple().merge(patched(models["dense"], (lora, 0.3)), others["dense"],
+                                        0.7)[0]
     merged = ModelMergeSimple().merge(patched(models[base], (lora, 0.3)), others[other], 0.7)[0]
     assert error_by_effect(run(merged), run(expected), without) < LIMIT
     after = patched(merged, (lora, 0.5))
     assert error_by_effect(run(after), run(patched(expected, (lora, 0.5))), without) < LIMIT
-    assert torch.equal(run(models["packed"]), without) and len(packed_layers(models["packed"])) == COUNTS[format_name]
+    assert (
+        torch.equal(run(models["packed"]), without)
+        and len(packed_layers(models["packed"])) == COUNTS[format_name]
+    )
 
 
 @both_kinds
@@ -333,10 +376,13 @@ def test_a_saved_model_is_dense_with_its_patches_in_it(tmp_path, loaded, format_
         run(saver)
     comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), saver)
     comfy.sd.save_checkpoint(str(tmp_path / "dense.safetensors"), patched(dense, *stack))
-    saved, reference = (comfy.utils.load_torch_file(str(tmp_path / f"{name}.safetensors")) for name in ("saved", "dense"))
+    saved, reference = (comfy.utils.load_torch_file(str(tmp_path / f"{name}.safetensors"))
+                        for name in ("saved", "dense"))
     assert saved.keys() == reference.keys()
     for name, value in reference.items():
-        assert saved[name].dtype == value.dtype and torch.allclose(saved[name], value, rtol=1e-5, atol=1e-6), name
+        assert saved[name].dtype == value.dtype and torch.allclose(
+            saved[name], value, rtol=1e-5, atol=1e-6
+        ), name
     assert len(packed_layers(packed)) == COUNTS[format_name]
 
 

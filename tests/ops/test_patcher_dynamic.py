@@ -2,12 +2,24 @@
 import dynamic_vram
 import pytest
 import torch
-from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.packed_layout import QuantizedTensor
 from patched_models import (
-    LIMIT, adapter, dense_flux, error_by_effect, flux_file, flux_inputs, forget_models, forward, lora_for, packed_flux,
-    packed_layers, patched, run,
+    LIMIT,
+    adapter,
+    dense_flux,
+    error_by_effect,
+    flux_file,
+    flux_inputs,
+    forget_models,
+    forward,
+    lora_for,
+    packed_flux,
+    packed_layers,
+    patched,
+    run,
 )
+
+from featherweight.ops.packed_layout import QuantizedTensor
+from featherweight.ops.patcher import PackedPatcher
 
 pytestmark = pytest.mark.fake_gpus(dynamic=True)
 
@@ -31,7 +43,8 @@ def slots(patcher):
     return [module for module in patcher.model.modules() if hasattr(module, "_v")]
 
 
-@pytest.fixture(params=["Q4_K", "float8_e4m3fn"])  # a format of ours, and one of the host's beside NF4
+# a format of ours, and one of the host's beside NF4
+@pytest.fixture(params=["Q4_K", "float8_e4m3fn"])
 def models(request):
     """(dynamic packed patcher, dense patcher, dense output without patches, dense values)"""
     packed, dense = packed_flux(request.param), dense_flux(request.param)
@@ -40,7 +53,11 @@ def models(request):
 
 def test_loras_stack_switch_and_go(models, uploads):
     packed, dense, without, values = models
-    first, second, third = lora_for(values, seed=1), lora_for(values, seed=2), lora_for(values, "dora", seed=3)
+    first, second, third = (
+        lora_for(values, seed=1),
+        lora_for(values, seed=2),
+        lora_for(values, "dora", seed=3),
+    )
     second["diffusion_model.double_blocks.0.img_mlp.0.diff_b"] = torch.full((1024,), 0.1)
     assert torch.equal(step(packed), without) and len(slots(packed)) > 10
     every = len(uploads)
@@ -48,7 +65,8 @@ def test_loras_stack_switch_and_go(models, uploads):
     assert torch.equal(step(packed), without) and len(uploads) == every
     count = len(packed_layers(packed))
     bias_layer = packed.model.diffusion_model.double_blocks[0].img_mlp[0]
-    for stack in ([(first, 1.0)], [(first, 0.4)], [(first, 0.4), (second, 0.7)], [(third, 0.8), (first, 0.5)],
+    for stack in ([(first, 1.0)], [(first, 0.4)], [(first, 0.4), (second, 0.7)], [(third, 0.8),
+                                                                                  (first, 0.5)],
                   [(second, 1.0)], []):
         uploads.clear()
         actual, expected = step(patched(packed, *stack)), run(patched(dense, *stack))
@@ -56,7 +74,8 @@ def test_loras_stack_switch_and_go(models, uploads):
             assert error_by_effect(actual, expected, without) < LIMIT
         else:
             assert torch.equal(actual, without)
-        assert all(not isinstance(module.weight, QuantizedTensor) or module is bias_layer for module in uploads)
+        assert all(not isinstance(module.weight, QuantizedTensor) or module is bias_layer
+                   for module in uploads)
         assert len(packed_layers(packed)) == count
     assert not any(layer.lora for layer in packed_layers(packed))
 
@@ -67,7 +86,8 @@ def test_wrappers_see_the_patched_weight(models, uploads):
     outputs = []
     for patcher in (packed, dense):
         patcher = patched(patcher, (lora, 1.0))
-        patcher.add_weight_wrapper("diffusion_model.double_blocks.0.img_mlp.2.weight", lambda weight: weight.relu())
+        patcher.add_weight_wrapper("diffusion_model.double_blocks.0.img_mlp.2.weight",
+                                   lambda weight: weight.relu())
         outputs.append((step if patcher.is_dynamic() else run)(patcher))
     assert error_by_effect(*outputs, without) < LIMIT
     assert torch.equal(step(packed), without)
@@ -84,7 +104,12 @@ def test_a_reshaping_lora_replaces_the_layer_and_gives_it_back(uploads):
     count = len(packed_layers(packed))
     stack = (plain, 0.5), (control, 1.0)
     assert torch.equal(step(packed), without)
-    assert error_by_effect(step(patched(packed, *stack), inputs), run(patched(dense, *stack), inputs), without) < LIMIT
+    assert (
+        error_by_effect(
+            step(patched(packed, *stack), inputs), run(patched(dense, *stack), inputs), without
+        )
+        < LIMIT
+    )
     assert len(packed_layers(packed)) == count - 1
     for _ in range(2):
         assert torch.equal(step(packed), without) and len(packed_layers(packed)) == count
@@ -97,7 +122,10 @@ def test_a_layer_that_is_called_on_the_cpu_has_its_patches(models, uploads):
     patcher = patched(packed, *stack)
     step(patcher)
     found = set(packed_layers(packed))
-    layers = {name: layer for name, layer in packed.model.named_modules() if layer in found and "double" in name}
+    layers = {
+        name: layer for name, layer in packed.model.named_modules()
+        if layer in found and "double" in name
+    }
     inputs = {name: torch.randn(3, layer.in_features) for name, layer in layers.items()}
 
     def outputs(model):
@@ -116,7 +144,11 @@ def test_the_delegate_without_dynamic_vram_is_packed_and_patched(models, uploads
     expected = run(patched(dense, (lora, 1.0)))
     step(patcher)
     delegate = patcher.get_non_dynamic_delegate()
-    assert isinstance(delegate, PackedPatcher) and not delegate.is_dynamic() and delegate.model is not packed.model
+    assert (
+        isinstance(delegate, PackedPatcher)
+        and not delegate.is_dynamic()
+        and delegate.model is not packed.model
+    )
     assert error_by_effect(run(delegate), expected, without) < LIMIT
     assert len(packed_layers(delegate)) == len(packed_layers(packed))
     assert patcher.get_non_dynamic_delegate().model is delegate.model

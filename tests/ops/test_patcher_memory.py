@@ -1,4 +1,5 @@
-"""On a GPU: what the host counts as loaded lies there and nothing more, what it pins it can, and LoRAs are sent once."""
+"""On a GPU: what the host counts as loaded lies there and nothing more, what it pins it can, and
+LoRAs are sent once."""
 import gc
 import logging
 
@@ -33,9 +34,11 @@ MORE_ROOMS = (0.8, 0.5, *(0.4 + 0.06 * step for step in range(9)))
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
-@pytest.mark.parametrize("cast", [False, True])  # whether the host casts each weight, as it does to compute in another dtype
+# whether the host casts each weight, as it does to compute in another dtype
+@pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
-def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, cast, with_lora, gpu, request):
+def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, cast, with_lora, gpu,
+                                                          request):
     packed = packed_flux(format_name)
     stack = [(lora_for(flux_file(format_name)[1]), 1.0)] if with_lora else []
     patcher = patched(packed, *stack).clone()
@@ -71,17 +74,20 @@ def test_weights_that_stay_in_their_file_are_pinned(format_name, gpu, caplog):
     assert 0.9 * left < gpu.pinned() - before <= left
     gpu.reset()
     step(patcher)
-    assert gpu.copied().up > 0.9 * left  # from pinned memory, with `late` on: whoever does not wait computes with NaN
+    # from pinned memory, with `late` on: whoever does not wait computes with NaN
+    assert gpu.copied().up > 0.9 * left
 
 
 def test_a_weight_that_finds_no_room_for_a_copy_stays_in_its_file(gpu, monkeypatch):
     patcher = packed_flux("Q8_0")
     before, refused = gpu.pinned(), gpu.refused_pins()
     free = comfy.model_management.get_free_memory
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device=None, **options: 1 << 20 if
-                        device == torch.device("cpu") else free(device, **options))
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda device=None, **options: 1 << 20
+        if device == torch.device("cpu") else free(device, **options))
     load(patcher, 0.6 * patcher.model_size())
-    assert gpu.pinned() - before < 20_000 and gpu.refused_pins() == refused  # but for what lies in no file
+    # but for what lies in no file
+    assert gpu.pinned() - before < 20_000 and gpu.refused_pins() == refused
     assert step(patcher).isfinite().all()
 
 
@@ -92,7 +98,8 @@ def test_the_factors_of_loras_are_sent_once(room, gpu):
     strong, weak = (patched(packed, (lora, strength)) for strength in (1.0, 0.5))
     load(strong, room * packed.model_size())
     read = sum(tensor.nbytes for tensor in lora.values() if tensor.ndim)  # as the file has them
-    for patcher, factors in ((strong, 0), (strong.clone(), 0), (weak, read), (weak.clone(), 0), (strong, read)):
+    for patcher, factors in ((strong, 0), (strong.clone(), 0), (weak, read), (weak.clone(), 0),
+                             (strong, read)):
         gpu.reset()
         comfy.model_management.load_models_gpu([patcher])
         assert gpu.copied().up == factors

@@ -1,4 +1,5 @@
-"""LoRA on packed text encoders and on UNets with packed convolutions, under the names their LoRAs have."""
+"""LoRA on packed text encoders and on UNets with packed convolutions, under the names their LoRAs
+have."""
 import comfy.hooks
 import comfy.lora
 import comfy.model_management
@@ -7,12 +8,19 @@ import comfy.utils
 import pytest
 import torch
 from families import FAMILIES, inputs, random_weights
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.patcher import PackedPatcher, adopt
 from patched_models import (
-    LIMIT, adapter, error_by_effect, lora_for, packed_anyhow, packed_layers, relative, run,
+    LIMIT,
+    adapter,
+    error_by_effect,
+    lora_for,
+    packed_anyhow,
+    packed_layers,
+    relative,
+    run,
 )
 
+from featherweight.ops.operations import packed_operations
+from featherweight.ops.patcher import PackedPatcher, adopt
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -38,7 +46,8 @@ def unets(request):
     for state_dict, options in ((packed, {"custom_operations": packed_operations()}), (dense, {})):
         state_dict = {f"model.diffusion_model.{name}": value for name, value in state_dict.items()}
         patchers.append(comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options))
-    return adopt(patchers[0]), patchers[1], dense, inputs(family) | {"t": torch.tensor([14.0])}  # noise, more than picture
+    # noise, more than picture
+    return adopt(patchers[0]), patchers[1], dense, inputs(family) | {"t": torch.tensor([14.0])}
 
 
 def lcm_lora(patcher, values, kind="lora", layers=None, **options):
@@ -48,7 +57,8 @@ def lcm_lora(patcher, values, kind="lora", layers=None, **options):
     for seed, (name, target) in enumerate(names.items()):
         if target in values and values[target].ndim > 1 and (layers is None or layers in target):
             for suffix, tensor in adapter(kind, values[target], seed, **options).items():
-                lora[f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.{suffix}"] = tensor
+                lora[
+                    f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.{suffix}"] = tensor
     return lora
 
 
@@ -57,23 +67,31 @@ def test_loras_of_a_unet_with_packed_convolutions(unets, kind):
     packed, dense, values, arguments = unets
     lora = lcm_lora(packed, values, kind, size=0.15)
     assert any(".lora_mid" in name for name in lora) == (kind == "locon")
-    assert any("resnets_0_conv1." in name for name in lora) and any("attn2_to_k." in name for name in lora)
+    assert any("resnets_0_conv1." in name for name in lora) and any(
+        "attn2_to_k." in name for name in lora
+    )
     without, count = run(dense, arguments), len(packed_layers(packed))
     outputs = []
     for patcher in (packed, dense):
         patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 0.8, 0)
-        patched, _ = comfy.sd.load_lora_for_models(patched, None, lcm_lora(packed, values, size=0.1), 0.5, 0)
+        patched, _ = comfy.sd.load_lora_for_models(patched, None,
+                                                   lcm_lora(packed, values, size=0.1), 0.5, 0)
         outputs.append(run(patched, arguments))
     assert error_by_effect(*outputs, without) < LIMIT
     assert relative(run(packed, arguments), without) < 1e-6
-    assert len(packed_layers(packed)) == count and any(layer.weight.ndim == 4 for layer in packed_layers(packed))
+    assert len(packed_layers(packed)) == count and any(
+        layer.weight.ndim == 4 for layer in packed_layers(packed)
+    )
 
 
 # --- text encoders ---
 
 
 WIDTH = 128
-SMALL = {"num_hidden_layers": 3, "hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 4 * WIDTH}
+SMALL = {
+    "num_hidden_layers": 3, "hidden_size": WIDTH, "num_attention_heads": 2,
+    "intermediate_size": 4 * WIDTH
+}
 
 
 def clip_l_values():
@@ -88,8 +106,12 @@ def clip_l_values():
     def norm(name):
         values[f"{name}.weight"], values[f"{name}.bias"] = torch.ones(WIDTH), torch.zeros(WIDTH)
 
-    values["text_model.embeddings.token_embedding.weight"] = torch.randn(49408, WIDTH, generator=generator) * 0.02
-    values["text_model.embeddings.position_embedding.weight"] = torch.randn(77, WIDTH, generator=generator) * 0.02
+    values["text_model.embeddings.token_embedding.weight"] = (
+        torch.randn(49408, WIDTH, generator=generator) * 0.02
+    )
+    values["text_model.embeddings.position_embedding.weight"] = (
+        torch.randn(77, WIDTH, generator=generator) * 0.02
+    )
     for name in map("text_model.encoder.layers.{}".format, range(SMALL["num_hidden_layers"])):
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             linear(f"{name}.self_attn.{part}", WIDTH, WIDTH)
@@ -108,15 +130,18 @@ def clips():
     result = []
     sizes = {"model_config": dict(SMALL), "dtype": torch.float32}  # the host may add to it
     for state_dict, options in ((packed, {"custom_operations": packed_operations()}), (dense, {})):
-        result.append(comfy.sd.load_text_encoder_state_dicts(
-            [state_dict], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION, model_options=options | sizes))
+        result.append(
+            comfy.sd.load_text_encoder_state_dicts([state_dict],
+                                                   clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION,
+                                                   model_options=options | sizes))
     adopt(result[0].patcher)
     return (*result, dense)
 
 
 def te_lora(values, seed=0, prefix="lora_te", **options):
     layers = {name: value for name, value in values.items() if ".layers." in name}
-    return lora_for(layers, seed=seed, layer_name=lambda name: f"{prefix}_" + name.replace(".", "_"), **options)
+    return lora_for(layers, seed=seed,
+                    layer_name=lambda name: f"{prefix}_" + name.replace(".", "_"), **options)
 
 
 def encode(clip, text="a red fox"):
@@ -137,7 +162,9 @@ def test_text_encoder_loras(clips, prefix):
             for lora, strength in stack:
                 _, clip = comfy.sd.load_lora_for_models(None, clip, lora, 0, strength)
             outputs.append(encode(clip))
-        assert isinstance(clip.patcher, PackedPatcher) == (clip.patcher.model is packed.patcher.model)
+        assert isinstance(clip.patcher, PackedPatcher) == (
+            clip.patcher.model is packed.patcher.model
+        )
         assert error_by_effect(*outputs, without) < LIMIT
         assert len(packed_layers(packed.patcher)) == count
     assert relative(encode(packed), without) < 1e-6
@@ -145,8 +172,11 @@ def test_text_encoder_loras(clips, prefix):
 
 def test_a_lora_on_a_packed_embedding(clips):
     packed, dense, values = clips
-    lora = {f"text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.{suffix}": tensor for suffix, tensor
-            in adapter("lora", values["text_model.embeddings.token_embedding.weight"], 1, size=1.0).items()}
+    lora = {
+        f"text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.{suffix}": tensor
+        for suffix, tensor in adapter(
+            "lora", values["text_model.embeddings.token_embedding.weight"], 1, size=1.0).items()
+    }
     without, outputs = encode(dense), []
     for clip in (packed, dense):
         _, clip = comfy.sd.load_lora_for_models(None, clip, lora, 0, 1.0)
@@ -156,8 +186,9 @@ def test_a_lora_on_a_packed_embedding(clips):
 
 def test_an_embedding_in_the_prompt_with_a_lora_on_the_packed_text_encoder(clips, tmp_path):
     packed, dense, values = clips
-    comfy.utils.save_torch_file({"clip_l": torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5)) * 0.02},
-                                str(tmp_path / "my_style.safetensors"))
+    comfy.utils.save_torch_file(
+        {"clip_l": torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5)) * 0.02},
+        str(tmp_path / "my_style.safetensors"))
     lora, outputs = te_lora(values, 1), []
     for clip in (packed, dense):
         _, clip = comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.5)
@@ -181,10 +212,13 @@ def test_hooks_on_a_text_encoder_with_a_schedule(clips):
         for strength, start in ((1.0, 0.0), (0.2, 0.5)):
             frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
         hooks.set_keyframes_on_hooks(frames)
-        hooked, = SetClipHooks().apply_hooks(clip, apply_to_conds=False, schedule_clip=True, hooks=hooks)
+        hooked, = SetClipHooks().apply_hooks(clip, apply_to_conds=False, schedule_clip=True,
+                                             hooks=hooks)
         scheduled = hooked.encode_from_tokens_scheduled(hooked.tokenize("a red fox"))
         assert len(scheduled) == 2
-        outputs = [torch.cat([cond.flatten(), rest["pooled_output"].flatten()]) for cond, rest in scheduled]
+        outputs = [
+            torch.cat([cond.flatten(), rest["pooled_output"].flatten()]) for cond, rest in scheduled
+        ]
         results.append([*outputs, encode(clip)])
     for actual, expected, base in zip(*results, without):
         assert error_by_effect(actual, expected, base) < LIMIT
@@ -203,8 +237,10 @@ def test_hooks_on_a_text_encoder_for_the_whole_prompt(clips, loaded):
         if loaded:
             encode(clip)
         _, clip = comfy.sd.load_lora_for_models(None, clip, te_lora(values, 1, size=0.2), 0, 0.5)
-        hooks = comfy.hooks.create_hook_lora(lora=te_lora(values, 2, size=0.2), strength_model=0.0, strength_clip=0.8)
-        hooked, = SetClipHooks().apply_hooks(clip, apply_to_conds=False, schedule_clip=False, hooks=hooks)
+        hooks = comfy.hooks.create_hook_lora(lora=te_lora(values, 2, size=0.2), strength_model=0.0,
+                                             strength_clip=0.8)
+        hooked, = SetClipHooks().apply_hooks(clip, apply_to_conds=False, schedule_clip=False,
+                                             hooks=hooks)
         results.append([encode(hooked), encode(clip), encode(hooked)])
     for actual, expected in zip(*results):
         assert error_by_effect(actual, expected, without) < LIMIT
@@ -222,4 +258,5 @@ def test_a_saved_text_encoder_is_dense_with_its_patches_in_it(clips):
     assert saved[0].keys() == saved[1].keys()
     for name in saved[1]:
         if ".layers.0." in name or "token_embedding" in name:
-            assert torch.allclose(saved[0][name].to("cpu"), saved[1][name].to("cpu"), atol=1e-5), name
+            assert torch.allclose(saved[0][name].to("cpu"), saved[1][name].to("cpu"),
+                                  atol=1e-5), name

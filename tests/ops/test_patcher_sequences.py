@@ -14,17 +14,30 @@ import fake_gpus
 import hypothesis
 import pytest
 import torch
-from featherweight.loaders.placement import place, place_clip
 from gpu_memory import lies_on, of_no_layer
 from hypothesis import strategies
 from hypothesis.stateful import (
-    RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
 )
 from patched_models import (
-    LIMIT, dense_flux, flux_file, forget_models, forward, lora_for, packed_flux, packed_layers,
-    patched, run,
+    LIMIT,
+    dense_flux,
+    flux_file,
+    forget_models,
+    forward,
+    lora_for,
+    packed_flux,
+    packed_layers,
+    patched,
+    run,
 )
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
+
+from featherweight.loaders.placement import place, place_clip
 
 if fake_gpus.ON_FAKE_GPUS:
     import fakegpu
@@ -111,7 +124,9 @@ class DenseFlux:
 
     @functools.cache
     def lora(self, kind: str) -> dict:
-        values = {name: value for name, value in self.values.items() if self.part.get(kind, "") in name}
+        values = {
+            name: value for name, value in self.values.items() if self.part.get(kind, "") in name
+        }
         lora = self.lora_for(values, kind, seed=len(kind))
         if kind == "lora":  # also changes norms and biases, which the host patches by itself
             for seed, (name, value) in enumerate(self.values.items()):
@@ -410,7 +425,7 @@ class PatcherSequence(RuleBasedStateMachine):
         with pytest.raises(RuntimeError) as error:
             self.step()
         assert (comfy.model_management.is_oom(error.value)
-                or self.is_dynamic and "VRAM grow failed" in str(error.value))  # comfy-aimdo's
+                or (self.is_dynamic and "VRAM grow failed" in str(error.value)))  # comfy-aimdo's
 
     def unload(self):
         self.current.cleanup()
@@ -436,7 +451,8 @@ class PatcherSequence(RuleBasedStateMachine):
             return
         lies = lies_on(current.model, current.load_device)
         factors = current.model.packed_patches.nbytes
-        if not current.is_dynamic():  # what is in no layer stays uncounted after an eviction in a run
+        # what is in no layer stays uncounted after an eviction in a run
+        if not current.is_dynamic():
             assert lies - current.loaded_size() in (0, of_no_layer(current))
         if self.budget is not None:
             most = max(self.budget[0], factors + of_no_layer(current))
@@ -482,7 +498,7 @@ def more(*values):
     return pytest.param(*values, marks=pytest.mark.heavy)
 
 
-@pytest.mark.parametrize("format_name, examples", [
+@pytest.mark.parametrize(("format_name", "examples"), [
     ("Q8_0", 9), ("INT8", 2), ("float8_e4m3fn", 2),
     more("Q8_0", 80), more("Q4_K", 80), more("INT8", 80), more("float8_e4m3fn", 40)])
 def test_every_step_gives_what_the_dense_model_gives(format_name, examples, memory):
@@ -492,8 +508,9 @@ def test_every_step_gives_what_the_dense_model_gives(format_name, examples, memo
 
 def on_gpus(few: int):
     return pytest.mark.parametrize("examples", [
-        pytest.param(count, marks=[kind, *heavy]) for kind in (STATIC, DYNAMIC) for count, heavy in (
-            (few, []), (60, [pytest.mark.heavy]))])
+        pytest.param(count, marks=[kind, *heavy]) for kind in (STATIC, DYNAMIC)
+        for count, heavy in ((few, []), (60, [pytest.mark.heavy]))
+    ])
 
 
 @on_gpus(5)

@@ -1,4 +1,5 @@
-"""A budget for one model: what of it lies on its device, which layers, what is copied in each step, and what a store keeps."""
+"""A budget for one model: what of it lies on its device, which layers, what is copied in each step,
+and what a store keeps."""
 import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,12 +8,13 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from devtools.files import tiny_models
-from featherweight.loaders.placement import place, place_clip
-from featherweight.ops.patcher.residency import PAGE
 from gpu_memory import larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
+
+from devtools.files import tiny_models
+from featherweight.loaders.placement import place, place_clip
+from featherweight.ops.patcher.residency import PAGE
 
 STATIC = pytest.mark.fake_gpus
 DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
@@ -34,7 +36,8 @@ def gpu(one_thread):
 
 
 def beside(patcher) -> int:
-    """What lies on the device in any case: factors of LoRAs, and tables that are no layer's, such as that of sigmas."""
+    """What lies on the device in any case: factors of LoRAs, and tables that are no layer's, such
+    as that of sigmas."""
     factors = patcher.model.packed_patches.nbytes if hasattr(patcher.model, "packed_patches") else 0
     return factors + sum(buffer.nbytes for buffer in patcher.model.buffers())
 
@@ -68,12 +71,14 @@ def check_budgets(patcher, run, gpu):
 
 
 @STATIC
-@pytest.mark.parametrize("format_name, cast, with_lora", [
+@pytest.mark.parametrize(("format_name", "cast", "with_lora"), [
     ("Q8_0", False, True), ("Q8_0", True, False), ("INT8", False, False), ("INT8", True, True)])
-def test_no_more_than_the_budget_lies_on_the_gpu_and_the_rest_is_copied_once_a_step(format_name, cast, with_lora, gpu):
+def test_no_more_than_the_budget_lies_on_the_gpu_and_the_rest_is_copied_once_a_step(
+        format_name, cast, with_lora, gpu):
     packed = packed_flux(format_name)
     patcher = patched(packed, *[(lora_for(flux_file(format_name)[1]), 1.0)] * with_lora).clone()
-    patcher.force_cast_weights = cast  # whether the host casts each weight, as it does to compute in another dtype
+    # whether the host casts each weight, as it does to compute in another dtype
+    patcher.force_cast_weights = cast
     check_budgets(patcher, lambda: step(patcher), gpu)
 
 
@@ -86,13 +91,16 @@ def test_a_model_of_the_hosts_own_has_a_budget_too(gpu):
 @DYNAMIC
 def test_a_model_of_the_hosts_own_has_one_in_dynamic_vram(gpu):
     values = tiny_models.flux(0, hidden=512, double_blocks=2, single_blocks=6, context=256)
-    patcher = comfy.sd.load_diffusion_model_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        {name: torch.from_numpy(value) for name, value in values.items()})
     load(patcher)
     expected = step(patcher)
     for pages in (3, 0, 1):
         placed = place(patcher, pages * PAGE + 1e6)
         load(placed)
-        assert torch.equal(step(placed), expected) and placed._vbar_get().loaded_size() <= pages * PAGE
+        assert (
+            torch.equal(step(placed), expected) and placed._vbar_get().loaded_size() <= pages * PAGE
+        )
 
 
 @STATIC
@@ -102,7 +110,8 @@ def test_a_text_encoder_has_one_too(gpu):
     for part in (0.6, 0.2, 0, 1.5):
         placed = place_clip(clip, part * size)
         assert torch.equal(encode(placed), expected)
-        assert lies_on(placed.patcher.model) == placed.patcher.loaded_size() <= max(part * size, 4)  # a scale no layer has
+        # a scale no layer has
+        assert lies_on(placed.patcher.model) == placed.patcher.loaded_size() <= max(part * size, 4)
     lies = place_clip(clip, 0).patcher.whereabouts()
     assert lies.size == size and lies.here == size
 
@@ -112,8 +121,13 @@ def test_layers_that_are_copied_lie_between_those_that_stay(gpu):
     with larger_flux("Q8_0", hidden=128, double_blocks=4, single_blocks=8) as (packed, _):
         placed = place(packed, 0.5 * packed.model_size())
         load(placed)
-        layers = [module.weight.device.type == "cuda" for *_, size, _, module, _ in placed._load_list() if size > 1 << 16]
-        in_a_row = [len(copied) for copied in "".join(" " if here else "x" for here in layers).split()]
+        layers = [
+            module.weight.device.type == "cuda" for *_, size, _, module, _ in placed._load_list()
+            if size > 1 << 16
+        ]
+        in_a_row = [
+            len(copied) for copied in "".join(" " if here else "x" for here in layers).split()
+        ]
         assert len(layers) > 30 and max(in_a_row) <= 4 and len(in_a_row) > 8
 
 
@@ -138,8 +152,10 @@ def test_stores_keep_what_they_say_and_are_filled_in_turn(gpu):
     load(packed)
     expected, size = step(packed), packed.model_size()
     empty = {store: gpu.used(store.index) for store in stores}
-    for budget, *rooms in ((0.3, 0.4, 0), (0.3, 0.2, 0.3), (0.3, 5, 5), (0.1, 0.5, 5), (0, 0, 0.5), (0.6, 0, 0)):
-        placed = place(packed, budget * size, [(store, room * size) for store, room in zip(stores, rooms)])
+    for budget, *rooms in ((0.3, 0.4, 0), (0.3, 0.2, 0.3), (0.3, 5, 5), (0.1, 0.5, 5), (0, 0, 0.5),
+                           (0.6, 0, 0)):
+        placed = place(packed, budget * size,
+                       [(store, room * size) for store, room in zip(stores, rooms)])
         load(placed)
         lies, left = placed.whereabouts(), size - lies_on(placed.model)
         for store, room in zip(stores, rooms):
@@ -154,7 +170,9 @@ def test_stores_keep_what_they_say_and_are_filled_in_turn(gpu):
     for several in ([THIRD], [SECOND, THIRD]):
         placed = place(packed, 0.3 * size, [(store, size) for store in several])
         load(placed)
-        assert placed.whereabouts().stored.keys() == {several[0]} and torch.equal(step(placed), expected)
+        assert placed.whereabouts().stored.keys() == {several[0]} and torch.equal(
+            step(placed), expected
+        )
     comfy.model_management.unload_all_models()
     assert all(gpu.used(store.index) == empty[store] for store in stores)
     assert torch.equal((load(packed), step(packed))[1], expected)
@@ -189,7 +207,9 @@ def test_in_dynamic_vram_no_more_pages_lie_on_the_gpu_than_the_budget_has(gpu):
             assert torch.equal(step(placed), expected)
             gpu.reset()
             assert torch.equal(step(placed), expected)
-            assert placed._vbar_get().loaded_size() <= pages * PAGE and placed.loaded_size() <= budget
+            assert (
+                placed._vbar_get().loaded_size() <= pages * PAGE and placed.loaded_size() <= budget
+            )
             assert gpu.copied().up <= max(0, size - pages * PAGE) + 2 * largest(placed)
             lies = placed.whereabouts()
             assert lies.copied + lies.here == size
@@ -209,7 +229,13 @@ def test_stores_take_a_model_out_of_dynamic_vram(gpu):
     assert not placed.is_dynamic() and lies_on(placed.model) <= 0.3 * size
     stored = placed.whereabouts().stored
     assert stored == {store: lies_on(placed.model, store) for store in (SECOND, THIRD)}
-    assert 0.3 * size < stored[SECOND] <= 0.4 * size < sum(stored.values()) == placed.whereabouts().copied
+    assert (
+        0.3 * size
+        < stored[SECOND]
+        <= 0.4 * size
+        < sum(stored.values())
+        == placed.whereabouts().copied
+    )
     assert torch.equal(step(placed), expected)
 
 
@@ -221,17 +247,21 @@ def test_a_model_larger_than_the_device_runs_with_two_loras(gpu):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
-@pytest.mark.parametrize("is_dynamic", [pytest.param(False, marks=STATIC), pytest.param(True, marks=DYNAMIC)])
+@pytest.mark.parametrize(
+    "is_dynamic", [pytest.param(False, marks=STATIC), pytest.param(True, marks=DYNAMIC)]
+)
 def test_much_larger_models_run_too(format_name, is_dynamic, gpu):
     if format_name == "NF4":
         pytest.importorskip("bitsandbytes", reason="it writes the file")
-    with larger_flux(format_name, hidden=1024, double_blocks=6, single_blocks=8) as (packed, values):
+    with larger_flux(format_name, hidden=1024, double_blocks=6,
+                     single_blocks=8) as (packed, values):
         check_larger_than_the_device(packed, values, 0.35 * packed.full_size() + 2 * PAGE, gpu)
 
 
 def check_larger_than_the_device(packed, values, room: float, gpu):
     """room: bytes that the device has for weights, activations and buffers."""
-    model = patched(packed, (lora_for(values, seed=1, rank=2), 0.7), (lora_for(values, seed=2, rank=2), -0.4))
+    model = patched(packed, (lora_for(values, seed=1, rank=2), 0.7),
+                    (lora_for(values, seed=2, rank=2), -0.4))
     load(model)
     expected = step(model)
     comfy.model_management.unload_all_models()
@@ -263,7 +293,9 @@ def subject(request):
             yield Subject(packed, lora_for(values, rank=8), patched, place, step)
     else:
         clip, values = small_t5("Q8_0", 10)
-        packed = {name: value for name, value in values.items() if "relative_attention_bias" not in name}
+        packed = {
+            name: value for name, value in values.items() if "relative_attention_bias" not in name
+        }
         yield Subject(clip, lora_for_t5(packed, rank=8), patched_clip, place_clip, encode)
 
 
@@ -272,19 +304,26 @@ def patcher_of(model):
 
 
 def sent_by_each_load(model) -> int:
-    """Bytes that the host sends whenever it loads a model in dynamic VRAM: layers of up to 16 KiB, and buffers."""
+    """Bytes that the host sends whenever it loads a model in dynamic VRAM: layers of up to 16 KiB,
+    and buffers."""
     patcher = patcher_of(model)
     if not patcher.is_dynamic():
         return 0
-    layers = [(size, module) for *_, size, _, module, _ in patcher._load_list() if hasattr(module, "comfy_cast_weights")]
-    return sum(size for size, _ in layers if size <= 1 << 14) + sum(buffer.nbytes for buffer in patcher.model.buffers())
+    layers = [(size, module) for *_, size, _, module, _ in patcher._load_list()
+              if hasattr(module, "comfy_cast_weights")]
+    return sum(size for size, _ in layers if size <= 1 << 14) + sum(
+        buffer.nbytes for buffer in patcher.model.buffers()
+    )
 
 
-@pytest.mark.parametrize("kind", [pytest.param("static", marks=STATIC), pytest.param("dynamic", marks=DYNAMIC)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("static", marks=STATIC), pytest.param("dynamic", marks=DYNAMIC)]
+)
 def test_another_strength_sends_the_factors_once_and_no_weight(kind, subject, gpu):
     factors = sum(tensor.nbytes for tensor in subject.lora.values() if tensor.ndim)
     budget = factors + 1.2 * PAGE
-    strong, weak = (subject.place(subject.patched(subject.model, (subject.lora, strength)), budget) for strength in (1.0, 0.5))
+    strong, weak = (subject.place(subject.patched(subject.model, (subject.lora, strength)), budget)
+                    for strength in (1.0, 0.5))
     load(patcher_of(strong))
     subject.run(strong)  # in dynamic VRAM the first run brings in what then stays
     streamed, small = copied_by(gpu, subject.run, strong), sent_by_each_load(strong)

@@ -1,4 +1,5 @@
-"""A model with a budget in whole runs: after the first step its layers lie where that step has shown it to be best."""
+"""A model with a budget in whole runs: after the first step its layers lie where that step has
+shown it to be best."""
 import gc
 
 import comfy.hooks
@@ -7,11 +8,12 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from featherweight.loaders.placement import place, placed_text
-from featherweight.ops.patcher.residency_order import fitting, residency_order
-from featherweight.ops.patcher.residency import PAGE, places_are_in_order
 from gpu_memory import larger_flux, lies_on
 from patched_models import flux_inputs, lora_for, patched
+
+from featherweight.loaders.placement import place, placed_text
+from featherweight.ops.patcher.residency import PAGE, places_are_in_order
+from featherweight.ops.patcher.residency_order import fitting, residency_order
 
 STATIC = pytest.mark.fake_gpus
 DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
@@ -28,8 +30,11 @@ def gpu(one_thread):
 
 @pytest.fixture(scope="module")
 def model(request):
-    """(a Flux, its values): of 15 MB, packed or the host's own, or packed and of more than a page, as the parameter says."""
-    sizes = {"hidden": 512 if request.param == "larger" else 256, "double_blocks": 3, "single_blocks": 6}
+    """(a Flux, its values): of 15 MB, packed or the host's own, or packed and of more than a page,
+    as the parameter says."""
+    sizes = {
+        "hidden": 512 if request.param == "larger" else 256, "double_blocks": 3, "single_blocks": 6
+    }
     with larger_flux("Q8_0", **sizes) as (packed, values):
         if request.param == "host":
             packed = comfy.sd.load_diffusion_model_state_dict(dict(values))
@@ -38,14 +43,16 @@ def model(request):
 
 
 def sample(patcher, steps: int = 3, hooks=None, callback=None) -> torch.Tensor:
-    """Steps that run the model twice each: the conditions differ in length, so that the host never puts them together."""
+    """Steps that run the model twice each: the conditions differ in length, so that the host never
+    puts them together."""
     inputs = flux_inputs()
     text = inputs["c_crossattn"]
     options = {} if hooks is None else {"hooks": hooks}
     conditions = [[[part, options]] for part in (text, torch.cat([text, -text[:, :2]], 1))]
     with torch.inference_mode():
         return comfy.sample.sample(patcher, inputs["x"], steps, 2.0, "euler", "simple", *conditions,
-                                   torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True, callback=callback)
+                                   torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True,
+                                   callback=callback)
 
 
 def copied_by(gpu, function, *arguments) -> int:
@@ -66,7 +73,8 @@ def load(patcher):
 
 def on_device(params: dict) -> str:
     """The type of device on which a layer lies, from its entry in the host's list."""
-    return next((param.device.type for param in params.values()), "cuda")  # a layer without weights takes no room
+    # a layer without weights takes no room
+    return next((param.device.type for param in params.values()), "cuda")
 
 
 def largest(patcher) -> int:
@@ -75,21 +83,33 @@ def largest(patcher) -> int:
 
 @STATIC
 @pytest.mark.parametrize("share", [pytest.param(0.75, marks=pytest.mark.heavy), 0.3])
-@pytest.mark.parametrize("model, with_loras", [pytest.param("packed", False, marks=pytest.mark.heavy), ("packed", True),
-                                               ("host", False)], indirect=["model"])
+@pytest.mark.parametrize(
+    ("model", "with_loras"),
+    [pytest.param("packed", False, marks=pytest.mark.heavy), ("packed", True), ("host", False)],
+    indirect=["model"],
+)
 def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_loras, share, gpu):
     patcher, values = model
     if with_loras:
-        few = {name: value for name, value in values.items() if "img_attn" in name}  # its products take long
-        patcher = patched(patcher, (lora_for(values, seed=1), 0.8), (lora_for(few, "dora", seed=2), 0.5))
+        # its products take long
+        few = {name: value for name, value in values.items() if "img_attn" in name}
+        patcher = patched(patcher, (lora_for(values, seed=1), 0.8),
+                          (lora_for(few, "dora", seed=2), 0.5))
     expected = sample(patcher)
     budget = share * patcher.model_size()
     placed = place(patcher, budget)
     placed.model.packed_residency.step = None
     assert torch.equal(sample(placed), expected)
-    size, first_step, factors = placed.full_size(), placed.model.packed_residency.step, placed.model.packed_patches.nbytes
+    size, first_step, factors = (
+        placed.full_size(),
+        placed.model.packed_residency.step,
+        placed.model.packed_patches.nbytes,
+    )
     assert {first_step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
-    kept = {name: size for *_, size, name, _, params in placed._load_list() if on_device(params) == "cuda"}
+    kept = {
+        name: size for *_, size, name, _, params in placed._load_list()
+        if on_device(params) == "cuda"
+    }
     ordered = residency_order(placed._load_list(), placed.placement.gpu_bytes, first_step)
     assert kept.keys() == fitting(ordered, sum(kept.values())) != fitting(
         residency_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
@@ -97,7 +117,11 @@ def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_
     assert copied_by(gpu, load, placed) == 0
     copied = placed.whereabouts().copied_per_step
     assert 0 <= per_step(gpu, placed) - copied < 20_000
-    assert copied == 2 * (size - placed.whereabouts().here) <= 2 * (size + factors - budget + largest(placed))
+    assert (
+        copied
+        == 2 * (size - placed.whereabouts().here)
+        <= 2 * (size + factors - budget + largest(placed))
+    )
 
 
 @DYNAMIC
@@ -181,11 +205,15 @@ def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model
     def take(step, *_):
         if step == 0:
             host = comfy.model_management
-            host.free_memory(host.get_free_memory(placed.load_device) + part * size, placed.load_device)
+            host.free_memory(
+                host.get_free_memory(placed.load_device) + part * size, placed.load_device)
         left.append(lies_on(placed.model))
 
     assert torch.equal(sample(placed, callback=take), expected)
-    assert placed.model.packed_residency.step is not None and max(left) == left[0] < max(0.45, 1 - part) * size
+    assert (
+        placed.model.packed_residency.step is not None
+        and max(left) == left[0] < max(0.45, 1 - part) * size
+    )
 
 
 @STATIC
@@ -197,9 +225,13 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
     for part in (2, 0.5):
         placed = place(patcher, part * patcher.model_size())
         placed.model.packed_residency.step = None
-        placed.register_all_hook_patches(comfy.hooks.create_hook_lora(lora, 0.8, 0.0),
-                                         comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
-        outputs += [sample(placed, hooks=comfy.hooks.create_hook_lora(lora, 0.8, 0.0)), sample(placed)]
+        placed.register_all_hook_patches(
+            comfy.hooks.create_hook_lora(lora, 0.8, 0.0),
+            comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+        outputs += [
+            sample(placed, hooks=comfy.hooks.create_hook_lora(lora, 0.8, 0.0)),
+            sample(placed)
+        ]
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
     assert placed.model.packed_residency.is_in_order(placed) and copied_by(gpu, load, placed) == 0
 
@@ -221,7 +253,8 @@ def test_the_text_counts_what_a_step_copies_where_it_runs_the_model_twice(model)
 @STATIC
 @pytest.mark.parametrize("model", ["packed"], indirect=True)
 def test_a_copy_begins_when_computing_reaches_the_copied_layer_before_it(model, monkeypatch):
-    """What the order of the layers follows from: what a stream waits for last before a copy is queued there."""
+    """What the order of the layers follows from: what a stream waits for last before a copy is
+    queued there."""
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
     sample(placed)
@@ -241,7 +274,10 @@ def test_a_copy_begins_when_computing_reaches_the_copied_layer_before_it(model, 
 
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", wait)
     monkeypatch.setattr(host, "get_offload_stream", get)
-    hooks = [module.register_forward_pre_hook(lambda module, _: running.append(module)) for module in copied]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: running.append(module))
+        for module in copied
+    ]
     sample(placed, 1)
     for hook in hooks:
         hook.remove()

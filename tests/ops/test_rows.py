@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 import torch
-from featherweight.ops.row_slicing import dense, interleave_rows, join_rows, take_rows
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed, packed_tensor
 
 from devtools.files.gguf_files import pack
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packed_layout import is_packed, packed_tensor
+from featherweight.ops.row_slicing import dense, interleave_rows, join_rows, take_rows
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -16,9 +16,11 @@ def weight(format_name: str, shape: tuple[int, ...], seed: int = 0) -> torch.Ten
     if format_name == "F32":
         return torch.from_numpy(values)
     if format_name == "NF4":
-        codes, state = bitsandbytes.functional.quantize_4bit(torch.from_numpy(values), quant_type="nf4", blocksize=64)
+        codes, state = bitsandbytes.functional.quantize_4bit(torch.from_numpy(values),
+                                                             quant_type="nf4", blocksize=64)
         return packed_tensor(FORMATS["NF4"], codes, shape, scale=state.absmax)
-    return packed_tensor(FORMATS[format_name], torch.from_numpy(pack(values.reshape(-1, 256), format_name, seed)), shape)
+    return packed_tensor(FORMATS[format_name],
+                         torch.from_numpy(pack(values.reshape(-1, 256), format_name, seed)), shape)
 
 
 PACKED = ("Q8_0", "Q4_K", "MXFP4", "NF4")

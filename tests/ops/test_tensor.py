@@ -1,15 +1,16 @@
-"""A packed tensor behaves as the host expects of any tensor, and keeps the bytes of the file while it does."""
+"""A packed tensor behaves as the host expects of any tensor, and keeps the bytes of the file while
+it does."""
 import comfy.memory_management
 import comfy.model_management
 import gguf
 import numpy as np
 import pytest
 import torch
+
+from devtools.files.gguf_files import pack
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS, FormatError
 from featherweight.ops.packed_layout import is_packed, packed_tensor, relabelled
-
-from devtools.files.gguf_files import pack
 
 SHAPE = (6, 512)
 
@@ -18,12 +19,15 @@ def gguf_can_dequantize(packed_format) -> bool:
     return gguf.GGMLQuantizationType(packed_format.ggml_type) in gguf.quants._type_traits
 
 
-@pytest.fixture(params=[f for f in GGML_FORMATS.values() if gguf_can_dequantize(f)], ids=lambda f: f.__name__)
+@pytest.fixture(
+    params=[f for f in GGML_FORMATS.values() if gguf_can_dequantize(f)], ids=lambda f: f.__name__
+)
 def packed(request):
     values = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
     data = pack(values, request.param.__name__)
     tensor = packed_tensor(request.param, torch.from_numpy(data), SHAPE)
-    tensor.reference = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType(request.param.ggml_type)))
+    tensor.reference = torch.from_numpy(
+        gguf.quants.dequantize(data, gguf.GGMLQuantizationType(request.param.ggml_type)))
     return tensor
 
 
@@ -44,9 +48,11 @@ def test_falls_back_to_the_right_values_in_operations_it_does_not_know(packed):
 
 def test_copies_and_moves_stay_packed(packed):
     other = torch.device("cpu", 0)
-    for copy in (packed.clone(), packed.detach(), packed.to("cpu"), packed.to(other), packed.contiguous(),
-                 torch.nn.Parameter(packed, requires_grad=False)):
-        assert same_bytes(copy, packed) and copy.dtype == packed.dtype and copy.shape == packed.shape
+    for copy in (packed.clone(), packed.detach(), packed.to("cpu"), packed.to(other),
+                 packed.contiguous(), torch.nn.Parameter(packed, requires_grad=False)):
+        assert (
+            same_bytes(copy, packed) and copy.dtype == packed.dtype and copy.shape == packed.shape
+        )
 
 
 def test_another_dtype_is_another_label_on_the_same_bytes(packed):
@@ -82,7 +88,8 @@ def test_the_host_counts_its_bytes_and_its_state_dict_holds_it(packed):
 
 def test_packing_again_is_refused(packed):
     with pytest.raises(FormatError, match="packed again"):
-        type(packed).from_float(packed.reference, packed._layout_cls)  # the host, after it patched a weight
+        # the host, after it patched a weight
+        type(packed).from_float(packed.reference, packed._layout_cls)
 
 
 def test_bytes_of_another_shape_are_refused():

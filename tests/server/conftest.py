@@ -6,12 +6,12 @@ import contextlib
 
 import pytest
 from fake_gpu_server import FakeGpuServer, Size
-from featherweight.ops import kernels
 
 from devtools import ROOT, fakegpu
 from devtools.files import demo_files
 from devtools.host import server as servers
 from devtools.host.browser import Browser, find_chromium
+from featherweight.ops import kernels
 
 PLANTED = ROOT / "tests" / "support" / "planted_packs"  # other people's packs, beside this one
 
@@ -22,7 +22,8 @@ def pytest_configure(config):
         try:
             FakeGpuServer.size = Size.read(text)
         except ValueError as error:
-            raise pytest.UsageError(f"--fake-gpus {text}: expected something like 2x4-late-dynamic. {error}") from None
+            raise pytest.UsageError(
+                f"--fake-gpus {text}: expected something like 2x4-late-dynamic. {error}") from None
         if fakegpu.why_not():
             raise pytest.UsageError(fakegpu.why_not())
         servers.Server = FakeGpuServer
@@ -36,7 +37,8 @@ def pytest_collection_modifyitems(config, items):
 
 @contextlib.contextmanager
 def kernels_of_this_machine():
-    """Inside this block servers that start have them, and so has what is packed here for their models."""
+    """Inside this block servers that start have them, and so has what is packed here for their
+    models."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(kernels.VARIABLE, raising=False)
         patch.setattr(kernels, "_selectors", {})

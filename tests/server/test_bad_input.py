@@ -1,4 +1,5 @@
-"""Files that cannot be loaded: the node says why in plain words, nothing else changes, and the server goes on serving."""
+"""Files that cannot be loaded: the node says why in plain words, nothing else changes, and the
+server goes on serving."""
 import numpy as np
 import pytest
 
@@ -18,7 +19,8 @@ def plant(data: bytes, offset: int, planted: bytes) -> bytes:
 
 HUGE = (1 << 62).to_bytes(8, "little")
 
-# name -> (the file's bytes made from a good file's, what the message must say beside the file's name)
+# name -> (the file's bytes made from a good file's, what the message must say beside the file's
+# name)
 DAMAGED = {
     "empty": (lambda good: b"", "empty"),
     "web page": (lambda good: b"<!DOCTYPE html><html>Sign in</html>", "web page"),
@@ -33,10 +35,12 @@ DAMAGED = {
 
 ONE = {"weight": np.ones((4, 32), np.float32)}
 OTHER_KINDS = {
-    "text encoder": ({"blk.0.attn_q.weight": ONE["weight"], "token_embd.weight": ONE["weight"]}, "is a text encoder"),
+    "text encoder": ({"blk.0.attn_q.weight": ONE["weight"],
+                      "token_embd.weight": ONE["weight"]}, "is a text encoder"),
     "mmproj": ({"v.blk.0.attn_q.weight": ONE["weight"], "mm.0.weight": ONE["weight"]}, "mmproj"),
     "LoRA": ({"double_blocks.0.img_attn.proj.weight.lora_a": ONE["weight"]}, "is a LoRA"),
-    "unknown model": ({"something.weight": ONE["weight"]}, "no diffusion model that this ComfyUI knows"),
+    "unknown model": ({"something.weight": ONE["weight"]},
+                      "no diffusion model that this ComfyUI knows")
 }
 
 
@@ -58,7 +62,9 @@ def assert_still_serving(server):
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-@pytest.mark.parametrize("loader, key", [(demo.LOADER, "model_name"), ("UnetLoaderGGUF", "unet_name")])
+@pytest.mark.parametrize(
+    ("loader", "key"), [(demo.LOADER, "model_name"), ("UnetLoaderGGUF", "unet_name")]
+)
 def test_a_damaged_file_is_one_plain_error(server, case, loader, key):
     damage, message = DAMAGED[case]
     path = models(server) / f"damaged {case}.gguf"
@@ -81,8 +87,12 @@ def test_another_kind_of_file_is_named_for_what_it_is(server, case):
 
 def test_a_file_deleted_after_it_was_listed_is_refused(server):
     path = models(server) / "listed.gguf"
-    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda name, values: "Q8_0")
-    assert path.name in server.object_info()[demo.LOADER]["input"]["required"]["model_name"][1]["options"]
+    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1),
+               lambda name, values: "Q8_0")
+    assert (
+        path.name
+        in server.object_info()[demo.LOADER]["input"]["required"]["model_name"][1]["options"]
+    )
     path.unlink()
     with pytest.raises(ServerError, match="listed.gguf is in none of the model folders"):
         load(server, path.name)
@@ -93,8 +103,13 @@ def test_a_missing_file_of_a_second_stage_is_told_before_the_first_draws(server)
     sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
     inputs = prompt[sampler]["inputs"]
     inputs["seed"] += 1
-    prompt |= {"second": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "wan\\low noise.gguf"}},
-               "again": {"class_type": "KSampler", "inputs": inputs | {"model": ["second", 0], "latent_image": [sampler, 0]}}}
+    prompt |= {
+        "second": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "wan\\low noise.gguf"}},
+        "again": {
+            "class_type": "KSampler",
+            "inputs": inputs | {"model": ["second", 0], "latent_image": [sampler, 0]}
+        }
+    }
     decoder = next(spec for spec in prompt.values() if spec["class_type"] == "VAEDecode")
     decoder["inputs"]["samples"] = ["again", 0]
     seen = []

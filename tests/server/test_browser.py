@@ -1,4 +1,5 @@
-"""The real editor in Chromium: workflows open, run and show their picture, templates and help pages are there.
+"""The real editor in Chromium: workflows open, run and show their picture, templates and help pages
+are there.
 
 Each test leaves screenshots in `.dev/screenshots`.
 """
@@ -23,7 +24,8 @@ LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')"
 DOCS = ROOT / "nodes" / "web" / "docs"
-# Has the editor show the help pages of a language, which it need not have itself, each with a mark at its end.
+# Has the editor show the help pages of a language, which it need not have itself, each with a mark
+# at its end.
 IN_LANGUAGE = """(language => {
   window.fetchAnything ??= window.fetch
   window.marks = {}
@@ -82,12 +84,14 @@ def page(browser, server):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """A ComfyUI with only this pack, and with an empty file of every name that the workflows use."""
+    """A ComfyUI with only this pack, and with an empty file of every name that the workflows
+    use."""
     base = tmp_path_factory.mktemp("fresh")
     stand_in_files(base)
     for path in LEGACY:
         written = path.read_text(encoding="utf-8").replace(r"\\", "/")
-        for name, folder in itertools.product(re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
+        for name, folder in itertools.product(
+                re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
             touch(base, folder, name)
     with Server(base) as server:
         yield server
@@ -120,12 +124,15 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
     assert not page.types(RED)
     keep(page, "workflow")
     nodes = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))["nodes"]
-    sampler, latent = (next(node for node in nodes if node["type"] == kind) for kind in ("KSampler", "EmptySD3LatentImage"))
+    sampler, latent = (next(node for node in nodes if node["type"] == kind)
+                       for kind in ("KSampler", "EmptySD3LatentImage"))
     steps = "app.graph.nodes.find(node => node.type === 'KSampler').widgets.find(widget => widget.name === 'steps').value"
-    page.click(*page.wait_for(f"(place => Number.isFinite(place[1]) && place)({ARROW}('KSampler', 'steps'))"))
+    page.click(*page.wait_for(
+        f"(place => Number.isFinite(place[1]) && place)({ARROW}('KSampler', 'steps'))"))
     page.wait_for(f"{steps} === {sampler['widgets_values'][2] + 1}")
     page.click_on("document.querySelector('[data-testid=queue-button]')")
-    width, source = page.wait_for(f"(img => img?.naturalWidth && [img.naturalWidth, img.src])({SAVED}.imgs?.[0])", 600)
+    width, source = page.wait_for(
+        f"(img => img?.naturalWidth && [img.naturalWidth, img.src])({SAVED}.imgs?.[0])", 600)
     keep(page, "picture")
     assert width == latent["widgets_values"][0] and "filename=featherweight_demo" in source
     ran = list(server.get_json("/history").values())[-1]["prompt"][2]
@@ -133,14 +140,20 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
 
 
 def test_a_template_opens_from_the_template_browser(page):
-    page.click_on("[...document.querySelectorAll('button')].find(button => button.ariaLabel === 'Templates')")
-    page.click_on(f"[...document.querySelectorAll('[role=dialog] *')].find(item => item.textContent.trim() === '{PACK}'"
-                  " && !item.children.length)")
+    page.click_on(
+        "[...document.querySelectorAll('button')].find(button => button.ariaLabel === 'Templates')")
+    page.click_on(
+        f"[...document.querySelectorAll('[role=dialog] *')].find(item => item.textContent.trim()"
+        f" === '{PACK}' && !item.children.length)")
     names = sorted(path.stem for path in EXAMPLES)  # their folder lists them in no order
     cards = "[...document.querySelectorAll('[data-testid^=\"template-workflow-\"]')].map(card => card.dataset.testid.slice(18))"
-    shown = page.wait_for(f"(cards => cards.length > 5 && cards[0].includes('F') && cards)({cards})")  # more as one scrolls
+    # more as one scrolls
+    shown = page.wait_for(
+        f"(cards => cards.length > 5 && cards[0].includes('F') && cards)({cards})")
     assert shown == names[:len(shown)] and shown[0] == demo.WORKFLOW.stem
-    card = f"document.querySelector('[data-testid=\"template-workflow-{demo.LORA_WORKFLOW.stem}\"]')"
+    card = (
+        f"document.querySelector('[data-testid=\"template-workflow-{demo.LORA_WORKFLOW.stem}\"]')"
+    )
     page.wait_for(f"{card}?.querySelector('img')?.naturalWidth")
     keep(page, "templates")
     page.click_on(card)
@@ -150,7 +163,8 @@ def test_a_template_opens_from_the_template_browser(page):
 
 
 def becomes(editor, question, expected):
-    """Wait until the editor, which marks nodes a moment after it has opened a workflow, gives this answer."""
+    """Wait until the editor, which marks nodes a moment after it has opened a workflow, gives this
+    answer."""
     deadline = time.monotonic() + 60
     while (answer := question()) != expected:
         assert time.monotonic() < deadline, f"{answer} is not {expected}"
@@ -158,7 +172,8 @@ def becomes(editor, question, expected):
 
 
 def open_help(editor, type: str):
-    """Press the button above a node that opens its help page. The buttons move with the node, so a click may miss."""
+    """Press the button above a node that opens its help page. The buttons move with the node, so a
+    click may miss."""
     editor.evaluate(f"{SELECT}({json.dumps(type)})")
     for _ in range(5):
         editor.click_on("document.querySelector('[data-testid=info-button]')")
@@ -168,14 +183,22 @@ def open_help(editor, type: str):
     raise AssertionError(f"the help page of {type} does not open")
 
 
-def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_of_its_panel(editor, fresh):
+def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_of_its_panel(
+        editor, fresh):
     """At the width that the panel has when it opens, in each language."""
-    nodes = [node_id for node_id, node in fresh.object_info().items() if node["python_module"].endswith(PACK)]
+    nodes = [
+        node_id for node_id, node in fresh.object_info().items()
+        if node["python_module"].endswith(PACK)
+    ]
     pages = {path.stem for path in DOCS.glob("*.md")}
-    shown = [*sorted(pages & set(nodes)), "LoaderGGUF", "GGUFLoaderKJ", "UnetLoaderGGUFDisTorch2MultiGPU"]  # which share theirs
+    # which share theirs
+    shown = [
+        *sorted(pages & set(nodes)), "LoaderGGUF", "GGUFLoaderKJ", "UnetLoaderGGUFDisTorch2MultiGPU"
+    ]
     assert len(shown) == len(pages)
     editor.evaluate("app.graph.clear()")
-    editor.evaluate(f"{json.dumps(shown)}.forEach(type => app.graph.add(LiteGraph.createNode(type)))")
+    editor.evaluate(
+        f"{json.dumps(shown)}.forEach(type => app.graph.add(LiteGraph.createNode(type)))")
     first = "FeatherweightApplyLora"
     open_help(editor, first)
     text = editor.evaluate("document.querySelector('.node-help-content').innerText")
@@ -183,7 +206,8 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
     assert text.startswith(written.splitlines()[0].removeprefix("# ")) and "block_weights" in text
     keep(editor, "help")
     cut = {}
-    shown.sort(key=lambda node_id: node_id == first)  # the last: one that is shown is not fetched again
+    # the last: one that is shown is not fetched again
+    shown.sort(key=lambda node_id: node_id == first)
     for language in ("en", "ja", "ko", "de"):
         editor.evaluate(f"{IN_LANGUAGE}('{language}')")
         cut |= {f"{node_id} {language}": parts
@@ -216,16 +240,19 @@ def test_a_node_that_nobody_has_and_one_whose_file_is_missing_are_red(editor):
 
 @pytest.mark.skipif(os.name == "nt", reason="there a name cannot hold a backslash")
 def test_a_name_written_on_another_system_becomes_the_listed_one(editor, fresh):
-    """Also in a subgraph and where a refreshed list has the file; nodes of others are left as they are."""
+    """Also in a subgraph and where a refreshed list has the file; nodes of others are left as they
+    are."""
     values = f"{NODES}.flatMap(node => node.widgets ?? []).map(widget => widget.value).filter(value => /flux/.test(value))"
     subgraph = next(path for path in LEGACY if "subgraph" in path.stem).read_text(encoding="utf-8")
     for written, listed in ((r"linux\flux.safetensors", "linux/flux.safetensors"),
-                            ("windows/flux.safetensors", r"windows\flux.safetensors")):  # lists on Windows have backslashes
+                            # lists on Windows have backslashes
+                            ("windows/flux.safetensors", r"windows\flux.safetensors")):
         workflow = subgraph.replace(r"legacy\\flux-Q8_0.gguf", json.dumps(written)[1:-1])
         editor.open_workflow("subgraph.json", workflow)
         assert editor.evaluate(values) == [written, written]
         frame = editor.types("node.subgraph")[0]
-        becomes(editor, lambda: frame in editor.types(RED), True)  # older editors frame the node inside too
+        # older editors frame the node inside too
+        becomes(editor, lambda: frame in editor.types(RED), True)
         touch(fresh.base, "diffusion_models", listed)
         editor.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
         becomes(editor, lambda: editor.evaluate(values), [listed, listed])

@@ -1,4 +1,5 @@
-"""Beside other packs: one that owns the same ids keeps them, whichever loads first; loaders of many LoRAs work on ours."""
+"""Beside other packs: one that owns the same ids keeps them, whichever loads first; loaders of many
+LoRAs work on ours."""
 import json
 import shutil
 
@@ -11,8 +12,14 @@ from devtools.host.server import PACK, Server
 from devtools.workflows.api_format import to_api
 
 # What matters of ComfyUI-GGUF: it owns the ids, and makes two folder keys share one list.
-GGUF_IDS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "CLIPLoaderGGUF", "DualCLIPLoaderGGUF", "TripleCLIPLoaderGGUF",
-            "QuadrupleCLIPLoaderGGUF")
+GGUF_IDS = (
+    "UnetLoaderGGUF",
+    "UnetLoaderGGUFAdvanced",
+    "CLIPLoaderGGUF",
+    "DualCLIPLoaderGGUF",
+    "TripleCLIPLoaderGGUF",
+    "QuadrupleCLIPLoaderGGUF",
+)
 OTHER_PACK = f'''
 IDS = {GGUF_IDS}
 ''' + '''
@@ -36,17 +43,22 @@ NODE_CLASS_MAPPINGS = {name: type(name, (UnetLoaderGGUF,), {}) for name in IDS}
 '''
 
 def write_paths(folder, names) -> list[str]:
-    """The host's arguments for further folders of packs, which it reads after the first, in this order."""
+    """The host's arguments for further folders of packs, which it reads after the first, in this
+    order."""
     text = "".join(f"{name}:\n  custom_nodes: {(folder / name).as_posix()}\n" for name in names)
     (folder / "paths.yaml").write_text(text)
     return ["--extra-model-paths-config", str(folder / "paths.yaml")]
 
 
-@pytest.fixture(scope="module", params=[
-    (False, "zz.old copy", "Featherweight"), (True, PACK, "comfyui-featherweight")], ids=["other pack first", "ours first"])
+@pytest.fixture(
+    scope="module",
+    params=[(False, "zz.old copy", "Featherweight"), (True, PACK, "comfyui-featherweight")],
+    ids=["other pack first", "ours first"],
+)
 def beside(request, tmp_path_factory):
-    """(whether another pack loads after ours, folder of the copy of ours that loads first, folder of another copy of ours,
-    what the server says of its nodes, its log). The other pack owns some of our ids."""
+    """(whether another pack loads after ours, folder of the copy of ours that loads first, folder
+    of another copy of ours, what the server says of its nodes, its log). The other pack owns some
+    of our ids."""
     is_first, name, another = request.param
     folder = tmp_path_factory.mktemp("beside")
     base, late, last = folder / "base", folder / "late", folder / "last"
@@ -61,7 +73,8 @@ def beside(request, tmp_path_factory):
     model = base / "models" / "diffusion_models" / "listed.gguf"
     model.parent.mkdir(parents=True)
     model.touch()
-    with Server(base, with_pack=is_first, extra_custom_nodes=None if is_first else {"other_pack": OTHER_PACK},
+    with Server(base, with_pack=is_first,
+                extra_custom_nodes=None if is_first else {"other_pack": OTHER_PACK},
                 arguments=write_paths(folder, ("late", "last"))) as server:
         yield is_first, used, last / another, server.object_info(), server.log()
 
@@ -74,7 +87,10 @@ def test_another_packs_loader_stays_and_both_list_files(beside):
         assert (f"{name} is provided by another node pack" in log) == (not is_first)
     assert info["CheckpointLoaderNF4"]["category"].startswith("Featherweight")
     assert "listed.gguf" in info["UnetLoaderGGUF"]["input"]["required"]["unet_name"][0]
-    assert "listed.gguf" in info["FeatherweightLoadDiffusionModel"]["input"]["required"]["model_name"][1]["options"]
+    assert (
+        "listed.gguf"
+        in info["FeatherweightLoadDiffusionModel"]["input"]["required"]["model_name"][1]["options"]
+    )
 
 
 def test_of_two_copies_the_first_is_used_and_the_second_says_which_to_remove(beside):
@@ -83,7 +99,9 @@ def test_of_two_copies_the_first_is_used_and_the_second_says_which_to_remove(bes
     lines = [line for line in log.splitlines() if "installed twice" in line]
     assert len(lines) == 1 and "[Featherweight]" in lines[0]
     assert f"the nodes of {used} are in use, so remove the other folder, {unused}." in lines[0]
-    assert "FeatherweightLoadDiffusionModel" in ours and set(ours.values()) == {f"custom_nodes.{used.name}"}
+    assert "FeatherweightLoadDiffusionModel" in ours and set(ours.values()) == {
+        f"custom_nodes.{used.name}"
+    }
 
 
 def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(server):
@@ -94,13 +112,21 @@ def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(server):
     model = sampler["inputs"]["model"]
     many = {f"lora_{index}": {"on": True, "lora": name, "strength": strength}
             for index, (name, strength) in enumerate(strengths.items(), 1)}
-    chain = {f"chain{index}": {"class_type": "LoraLoaderModelOnly", "inputs": {
-        "model": model if index == 0 else [f"chain{index - 1}", 0], "lora_name": name, "strength_model": strength}}
-        for index, (name, strength) in enumerate(strengths.items())}
+    chain = {
+        f"chain{index}": {
+            "class_type": "LoraLoaderModelOnly", "inputs": {
+                "model": model if index == 0 else [f"chain{index - 1}", 0], "lora_name": name,
+                "strength_model": strength
+            }
+        } for index, (name, strength) in enumerate(strengths.items())
+    }
     added = {"none": ({}, model), "chain": (chain, [list(chain)[-1], 0])}
     for directly in (False, True):
         inputs = {"directly": directly, "model": model, **many}
-        added[f"many, {directly}"] = {"many": {"class_type": "ManyLoras", "inputs": inputs}}, ["many", 0]
+        added[f"many, {directly}"] = (
+            {"many": {"class_type": "ManyLoras", "inputs": inputs}},
+            ["many", 0],
+        )
     for name, (nodes, source) in added.items():
         sampler["inputs"] |= {"model": source, "steps": 2}
         pictures[name] = server.pixels(server.queue(plain | nodes))

@@ -1,9 +1,10 @@
-"""The demo: one prompt drawn side by side on the real server shows what was asked for, packed or not, with LoRAs or not."""
+"""The demo: one prompt drawn side by side on the real server shows what was asked for, packed or
+not, with LoRAs or not."""
 import json
 
 import pytest
-from demo_model import judge, scenes
 
+from demo_model import judge, scenes
 from devtools import demo
 from devtools.demo_sheet import COLUMNS, sheet
 from devtools.files import demo_files
@@ -13,7 +14,10 @@ PROMPT = "a yellow house right of a pine tree on snow at dusk under a cloud"
 
 
 of_the_mix = pytest.mark.not_on_fake_gpus(
-    reason="error feedback gives other last bits on another device, and the file that it packs another picture")
+    reason=
+    "error feedback gives other last bits on another device, and the file that it packs another"
+    " picture"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,10 @@ def test_every_picture_shows_what_was_asked_for(results):
 
 @of_the_mix
 def test_a_mix_made_here_is_nearer_to_the_dense_model_than_the_recipe_of_its_size(results, server):
-    files = [server.base / "models" / "diffusion_models" / demo_files.MODELS[name] for name in ("Q4_K", demo_files.MIX)]
+    files = [
+        server.base / "models" / "diffusion_models" / demo_files.MODELS[name]
+        for name in ("Q4_K", demo_files.MIX)
+    ]
     recipe, mix = (path.stat().st_size for path in files)
     assert 0.995 * recipe <= mix <= recipe
     assert results["mix"]["dense"] > results["Q4_K"]["dense"] + 1
@@ -43,7 +50,9 @@ def test_a_mix_made_here_is_nearer_to_the_dense_model_than_the_recipe_of_its_siz
 @of_the_mix
 def test_packed_models_hold_fewer_bytes(results):
     held = [results[title]["bytes"] for title in ("Q2_K", "Q4_K", "Q8_0", "dense")]
-    assert held == sorted(held) and held[0] * 5 < held[-1] == 4 * sum(value.numel() for value in demo_files.flux().values())
+    assert held == sorted(held) and held[0] * 5 < held[-1] == 4 * sum(
+        value.numel() for value in demo_files.flux().values()
+    )
     assert all(result["seconds"] > 0 for result in results.values())
 
 
@@ -52,7 +61,11 @@ def test_loras_show_on_packed_models_as_on_the_dense_one(results):
     lines = {title: judge.outlines(result["picture"]) for title, result in results.items()}
     assert lines["Q4_K + LoRA"] > 2 * lines["Q4_K"] and lines["dense + LoRA"] > 2 * lines["dense"]
     if "NF4" in results:
-        assert judge.pumpkins(results["NF4"]["picture"]) < 40 < judge.pumpkins(results["NF4 + two LoRAs"]["picture"])
+        assert (
+            judge.pumpkins(results["NF4"]["picture"])
+            < 40
+            < judge.pumpkins(results["NF4 + two LoRAs"]["picture"])
+        )
 
 
 @of_the_mix
@@ -66,9 +79,15 @@ def test_the_sheet_has_room_for_every_picture(results):
 def test_the_demo_goes_without_a_model_that_could_not_be_written(server):
     workflow = json.loads(demo.SIDE_BY_SIDE.read_text(encoding="utf-8"))
     graph = to_api(workflow, server.object_info())
-    titles = {str(node["id"]): node["title"] for node in workflow["nodes"] if node["type"] == "PreviewImage"}
+    titles = {
+        str(node["id"]): node["title"] for node in workflow["nodes"]
+        if node["type"] == "PreviewImage"
+    }
     fewer, left = demo.without(graph, titles, demo_files.MODELS["NF4"])
     assert set(titles.values()) - set(left.values()) == {"NF4", "NF4 + two LoRAs"}
     assert demo_files.MODELS["NF4"] not in json.dumps(fewer)
-    links = [value[0] for node in fewer.values() for value in node["inputs"].values() if isinstance(value, list)]
+    links = [
+        value[0] for node in fewer.values() for value in node["inputs"].values()
+        if isinstance(value, list)
+    ]
     assert set(links) <= fewer.keys()

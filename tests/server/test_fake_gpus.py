@@ -1,4 +1,5 @@
-"""The real server on fake GPUs, where copies come late: whatever lies where, pictures are those of the CPU byte for byte."""
+"""The real server on fake GPUs, where copies come late: whatever lies where, pictures are those of
+the CPU byte for byte."""
 import copy
 import io
 import json
@@ -14,17 +15,24 @@ from devtools.files import demo_files
 from devtools.host.server import Server
 from devtools.workflows.api_format import to_api
 
-pytestmark = [pytest.mark.heavy, pytest.mark.not_on_fake_gpus(reason="these servers choose their devices themselves")]
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.not_on_fake_gpus(reason="these servers choose their devices themselves")
+]
 
-GPUS = {  # name -> (GiB of each of two devices, arguments). Of 1.25 GiB the host keeps nearly all for activations
+# name -> (GiB of each of two devices, arguments). Of 1.25 GiB the host keeps nearly all for
+# activations
+GPUS = {
     "static": (4, ["--disable-dynamic-vram"]),
     "dynamic": (4, []),
     "static, little memory": (1.25, ["--disable-dynamic-vram"]),
     "dynamic, little memory": (0.2, []),
     "static, no room for weights": (4, ["--disable-dynamic-vram", "--novram"]),
 }
-WORKFLOWS = {"plain": demo.WORKFLOW, "two LoRAs": demo.LORA_WORKFLOW, "NF4 checkpoint": demo.NF4_WORKFLOW,
-             "side by side": demo.SIDE_BY_SIDE}
+WORKFLOWS = {
+    "plain": demo.WORKFLOW, "two LoRAs": demo.LORA_WORKFLOW, "NF4 checkpoint": demo.NF4_WORKFLOW,
+    "side by side": demo.SIDE_BY_SIDE
+}
 DEVICES = {  # name -> nodes between the model with its LoRAs and the sampler
     "on the second GPU": [("SelectModelDevice", {"device": "gpu:1"})],
     "on the CPU": [("SelectModelDevice", {"device": "cpu"})],
@@ -46,7 +54,10 @@ def base(tmp_path_factory):
 def graphs(server) -> dict[str, dict]:
     """Name -> a workflow as the server takes it."""
     info = server.object_info()
-    found = {name: to_api(json.loads(path.read_text(encoding="utf-8")), info) for name, path in WORKFLOWS.items()}
+    found = {
+        name: to_api(json.loads(path.read_text(encoding="utf-8")), info)
+        for name, path in WORKFLOWS.items()
+    }
     if not demo_files.has_bitsandbytes():
         del found["NF4 checkpoint"]
     for name in demo_files.MODELS.keys() - demo_files.recipes():
@@ -54,13 +65,15 @@ def graphs(server) -> dict[str, dict]:
     for name in ("plain", "two LoRAs", "NF4 checkpoint"):
         if name in found:
             found[f"{name} with cfg 2"] = with_cfg_2(found[name])
-    for node in (node for graph in found.values() for node in graph.values() if node["class_type"] == "KSampler"):
+    for node in (node for graph in found.values() for node in graph.values()
+                 if node["class_type"] == "KSampler"):
         node["inputs"]["steps"] = 3
     return found
 
 
 def with_cfg_2(graph: dict) -> dict:
-    """Two parts in each step, which devices can share. The host never puts them together, for one text is too long for that."""
+    """Two parts in each step, which devices can share. The host never puts them together, for one
+    text is too long for that."""
     graph = copy.deepcopy(graph)
     sampler = sampler_of(graph)
     negative = copy.deepcopy(graph[sampler["inputs"]["positive"][0]])
@@ -78,18 +91,24 @@ def sampler_of(graph: dict) -> dict:
 def expected(base):
     """What the CPU draws, by the names of `graphs`."""
     with Server(base, arguments=SAME, env=SAME_ENV, extra_custom_nodes=SAME_PACK) as server:
-        return {name: pictures(server, server.queue(graph)) for name, graph in graphs(server).items()}
+        return {
+            name: pictures(server, server.queue(graph)) for name, graph in graphs(server).items()
+        }
 
 
 @pytest.fixture(scope="module", params=GPUS)
 def server(request, base, expected):
     gib, arguments = GPUS[request.param]
     env = {**fakegpu.environment(2, gib, late=True), **SAME_ENV}
-    with Server(base, cpu=False, arguments=(*SAME, *arguments), env=env, extra_custom_nodes=SAME_PACK) as server:
+    with Server(base, cpu=False, arguments=(*SAME, *arguments), env=env,
+                extra_custom_nodes=SAME_PACK) as server:
         server.dynamic = "--disable-dynamic-vram" not in arguments
         yield server
         log = server.log()
-        assert "Fake GPU 1" in log and ("DynamicVRAM support detected and enabled" in log) == server.dynamic
+        assert (
+            "Fake GPU 1" in log
+            and ("DynamicVRAM support detected and enabled" in log) == server.dynamic
+        )
         assert "Pin error" not in log and "Traceback" not in log
 
 
@@ -107,20 +126,29 @@ def test_devices_draw_the_same(server, expected, where):
             continue
         sampler = sampler_of(graph)
         for index, (class_type, inputs) in enumerate(DEVICES[where]):
-            graph[f"device {index}"] = {"class_type": class_type, "inputs": {"model": sampler["inputs"]["model"], **inputs}}
+            graph[f"device {index}"] = {
+                "class_type": class_type, "inputs": {"model": sampler["inputs"]["model"], **inputs}
+            }
             sampler["inputs"]["model"] = [f"device {index}", 0]
         assert pixels(pictures(server, server.queue(graph))) == pixels(expected[name]), name
 
 
 def pixels(found: dict[str, list[bytes]]) -> dict[str, list[bytes]]:
     """Node -> what its pictures show, without the workflow that their files hold."""
-    return {node: [Image.open(io.BytesIO(file)).tobytes() for file in files] for node, files in found.items()}
+    return {
+        node: [Image.open(io.BytesIO(file)).tobytes() for file in files]
+        for node, files in found.items()
+    }
 
 
 @pytest.mark.parametrize("vram", ["late", "late-dynamic"])
 def test_the_tests_of_servers_pass_on_fake_gpus(vram):
     if fakegpu.why_not():
         pytest.skip(fakegpu.why_not())
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/server", "--fake-gpus", f"2x4-{vram}"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/server", "--fake-gpus",
+        f"2x4-{vram}"
+    ]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
     assert done.returncode == 0, done.stdout[-6000:]

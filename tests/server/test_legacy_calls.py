@@ -1,4 +1,5 @@
-"""Legacy ids called as Python in the real host: by a script that somebody exported, and by the nodes of another pack."""
+"""Legacy ids called as Python in the real host: by a script that somebody exported, and by the
+nodes of another pack."""
 import os
 import subprocess
 import sys
@@ -61,16 +62,24 @@ main()
 
 def graph(unet: str, clip: str) -> dict:
     return {
-        "1": {"class_type": unet, "inputs": {"unet_name": demo.MODEL_NAME}},
-        "2": {"class_type": clip, "inputs": {"clip_name": demo_files.ENCODER_NAME, "type": "stable_diffusion"}},
-        "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_files.VAE_NAME}},
-        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": "a blue house", "clip": ["2", 0]}},
-        "5": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
-        "6": {"class_type": "KSampler", "inputs": {
-            "seed": 1, "steps": 2, "cfg": 1, "sampler_name": "euler", "scheduler": "simple", "denoise": 1,
-            "model": ["1", 0], "positive": ["4", 0], "negative": ["4", 0], "latent_image": ["5", 0]}},
-        "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["3", 0]}},
-        "8": {"class_type": "SaveImage", "inputs": {"filename_prefix": "queued", "images": ["7", 0]}},
+        "1": {"class_type": unet, "inputs": {"unet_name": demo.MODEL_NAME}}, "2": {
+            "class_type": clip,
+            "inputs": {"clip_name": demo_files.ENCODER_NAME, "type": "stable_diffusion"}
+        }, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_files.VAE_NAME}},
+        "4": {"class_type": "CLIPTextEncode",
+              "inputs": {"text": "a blue house", "clip": ["2", 0]}}, "5": {
+                  "class_type": "EmptySD3LatentImage",
+                  "inputs": {"width": 128, "height": 128, "batch_size": 1}
+              }, "6": {
+                  "class_type": "KSampler", "inputs": {
+                      "seed": 1, "steps": 2, "cfg": 1, "sampler_name": "euler",
+                      "scheduler": "simple", "denoise": 1, "model": ["1", 0], "positive": ["4", 0],
+                      "negative": ["4", 0], "latent_image": ["5", 0]
+                  }
+              }, "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["3", 0]}},
+        "8": {
+            "class_type": "SaveImage", "inputs": {"filename_prefix": "queued", "images": ["7", 0]}
+        }
     }
 
 
@@ -93,7 +102,9 @@ def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(server):
     assert np.array_equal(wrapped, expected)
     assert "held" in texts["1"][-1] and texts == texts_of_wrappers  # shown on the node that runs
     env = {**os.environ, **server.env}
-    subprocess.run([sys.executable, "-c", EXPORTED, str(server.base), *server.arguments], cwd=HOST, check=True, timeout=300,
-                   env={**env, "PYTHONPATH": os.pathsep.join([str(HOST), env.get("PYTHONPATH", "")])})
+    subprocess.run(
+        [sys.executable, "-c", EXPORTED,
+         str(server.base), *server.arguments], cwd=HOST, check=True, timeout=300,
+        env={**env, "PYTHONPATH": os.pathsep.join([str(HOST), env.get("PYTHONPATH", "")])})
     path, = (server.base / "output").glob("exported*.png")
     assert np.array_equal(picture(path), expected)

@@ -1,4 +1,5 @@
-"""Workflows with the node ids of other packs on one and on two fake GPUs: every picture is the CPU's."""
+"""Workflows with the node ids of other packs on one and on two fake GPUs: every picture is the
+CPU's."""
 import json
 
 import pytest
@@ -9,7 +10,10 @@ from devtools import fakegpu
 from devtools.files import demo_files
 from devtools.workflows.api_format import to_api
 
-pytestmark = [pytest.mark.heavy, pytest.mark.not_on_fake_gpus(reason="these servers choose their devices themselves")]
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.not_on_fake_gpus(reason="these servers choose their devices themselves")
+]
 
 
 @pytest.fixture
@@ -34,9 +38,15 @@ def test_workflows_of_other_packs_run_on_the_devices_there_are(size, base):
             workflow = json.loads(path.read_text(encoding="utf-8"))
             if "definitions" in workflow:  # of subgraphs, which the editor resolves
                 continue
-            run = server.queue(to_api(workflow, info) if "nodes" in workflow else workflow)  # compares with the CPU's pictures
+            # compares with the CPU's pictures
+            run = server.queue(to_api(workflow, info) if "nodes" in workflow else workflow)
             assert any("images" in output for output in run.outputs.values())
-            told |= {line for texts in run.texts.values() for text in texts for line in text.splitlines()}
+            told |= {
+                line for texts in run.texts.values() for text in texts
+                for line in text.splitlines()
+            }
     assert any("There is no device cuda:3 here" in line for line in told)
-    assert any("There is no device cuda:1 here" in line for line in told) == (Server.size.devices == 1)
+    assert any("There is no device cuda:1 here" in line for line in told) == (
+        Server.size.devices == 1
+    )
     assert any("expert_mode_allocations cannot be read at 'cpu'" in line for line in told)

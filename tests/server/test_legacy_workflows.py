@@ -1,4 +1,5 @@
-"""Workflows as other people share them, with the node ids of other packs, open in the real editor and run."""
+"""Workflows as other people share them, with the node ids of other packs, open in the real editor
+and run."""
 import json
 import os
 
@@ -59,9 +60,17 @@ def test_the_editor_knows_every_node_finds_every_file_and_it_runs(path, server, 
     assert_makes_a_picture(server, prompt_of_the_editor(editor))
 
 
-@pytest.mark.parametrize("pack", [
-    {"cnr_id": "comfyui-gguf", "ver": "1.1.4"}, {"cnr_id": "ComfyUI-GGUF", "ver": "be2a083"}, {"cnr_id": "comfy-core"},
-    {"aux_id": "city96/ComfyUI-GGUF"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "pack",
+    [
+        {"cnr_id": "comfyui-gguf", "ver": "1.1.4"},
+        {"cnr_id": "ComfyUI-GGUF", "ver": "be2a083"},
+        {"cnr_id": "comfy-core"},
+        {"aux_id": "city96/ComfyUI-GGUF"},
+        {},
+    ],
+    ids=str,
+)
 def test_a_node_is_known_by_its_id_whatever_pack_the_file_names(pack, editor):
     workflow = read(next(path for path in FOR_THE_EDITOR if "old form" in path.stem))
     for node in workflow["nodes"]:
@@ -69,5 +78,6 @@ def test_a_node_is_known_by_its_id_whatever_pack_the_file_names(pack, editor):
             node["properties"] = {"Node name for S&R": node["type"], **pack}
     editor.open_workflow("pack.json", json.dumps(workflow))
     assert not editor.types(UNKNOWN)
-    loader = next(node for node in prompt_of_the_editor(editor).values() if node["class_type"] == "UnetLoaderGGUF")
+    loader = next(node for node in prompt_of_the_editor(editor).values()
+                  if node["class_type"] == "UnetLoaderGGUF")
     assert loader["inputs"] == {"unet_name": os.path.join("legacy", "flux-Q8_0.gguf")}

@@ -1,4 +1,5 @@
-"""Loaders on the real server: a bar while they load, what they hold as a text afterwards, and an end when cancelled."""
+"""Loaders on the real server: a bar while they load, what they hold as a text afterwards, and an
+end when cancelled."""
 import re
 
 import numpy as np
@@ -14,14 +15,15 @@ LOADERS = {
     "FeatherweightLoadDiffusionModel": {"model_name": demo.MODEL_NAME},
     "UnetLoaderGGUF": {"unet_name": demo.MODEL_NAME},
     "UnetLoaderGGUFAdvanced": {"unet_name": demo.MODEL_NAME},
-    "UNETLoaderNF4": {"unet_name": demo.MODEL_NAME},
-    "FeatherweightLoadTextEncoder": {"text_encoder_1": demo_files.ENCODER_NAME, "type": "stable_diffusion"},
-    "CLIPLoaderGGUF": {"clip_name": demo_files.ENCODER_NAME, "type": "stable_diffusion"},
+    "UNETLoaderNF4": {"unet_name": demo.MODEL_NAME}, "FeatherweightLoadTextEncoder": {
+        "text_encoder_1": demo_files.ENCODER_NAME, "type": "stable_diffusion"
+    }, "CLIPLoaderGGUF": {"clip_name": demo_files.ENCODER_NAME, "type": "stable_diffusion"}
 }
 
 
 def load(server, loader, inputs, on_progress=None):
-    """Queue one loader, as node 1, and a node that only shows what came out of it. The host has kept nothing of it before."""
+    """Queue one loader, as node 1, and a node that only shows what came out of it. The host has
+    kept nothing of it before."""
     server.forget()
     return server.queue({
         "1": {"class_type": loader, "inputs": inputs},
@@ -29,25 +31,33 @@ def load(server, loader, inputs, on_progress=None):
     }, on_progress)
 
 
-@pytest.mark.parametrize("loader, inputs", LOADERS.items())
+@pytest.mark.parametrize(("loader", "inputs"), LOADERS.items())
 def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs):
     seen = []
-    run = load(server, loader, inputs, lambda node, value, maximum: seen.append((node, value, maximum)))
+    run = load(server, loader, inputs, lambda node, value, maximum: seen.append(
+        (node, value, maximum)))
     bar = [(value, maximum) for node, value, maximum in seen if node == "1" and maximum]
     assert bar[0][0] == 0 and bar[-1][0] == bar[-1][1] > 0
     [text] = run.texts["1"]
-    found = re.fullmatch(r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB held, dequantised by (?:cpp|torch)", text)
-    held = [line for line in re.findall(r"Featherweight\] (.*) bytes held", server.log())
-            if line.startswith((demo.MODEL_NAME, demo_files.ENCODER_NAME)) and line.split()[0].strip(":") in inputs.values()]
+    found = re.fullmatch(
+        r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB held, dequantised by (?:cpp|torch)", text)
+    held = [
+        line for line in re.findall(r"Featherweight\] (.*) bytes held", server.log())
+        if line.startswith((demo.MODEL_NAME, demo_files.ENCODER_NAME))
+        and line.split()[0].strip(":") in inputs.values()
+    ]
     assert float(found[2]) == pytest.approx(int(held[-1].split()[-1]) / 1e6, rel=0.01)
 
 
 def test_a_checkpoint_shows_what_each_part_holds(server):
     pytest.importorskip("bitsandbytes", reason="it writes the file")
     path = demo_files.make_checkpoint(server.base)
-    for loader, key in (("FeatherweightLoadCheckpoint", "checkpoint_name"), ("CheckpointLoaderNF4", "ckpt_name")):
+    for loader, key in (("FeatherweightLoadCheckpoint", "checkpoint_name"), ("CheckpointLoaderNF4",
+                                                                             "ckpt_name")):
         [text] = load(server, loader, {key: path.name}).texts["1"]
-        assert re.fullmatch(r"Model: NF4[^\n]*, [\d.]+ MB held, dequantised by \w+\nVAE: F\w+, [\d.]+ MB held", text)
+        assert re.fullmatch(
+            r"Model: NF4[^\n]*, [\d.]+ MB held, dequantised by \w+\nVAE: F\w+, [\d.]+ MB held",
+            text)
 
 
 def test_a_model_in_bf16_is_packed_while_it_loads_and_draws_what_the_packed_file_draws(server):
@@ -59,7 +69,8 @@ def test_a_model_in_bf16_is_packed_while_it_loads_and_draws_what_the_packed_file
     loader["inputs"] |= {"model_name": path.name, "pack_to": "Q4_K"}
     run = server.queue(prompt)
     [text] = (text for texts in run.texts.values() for text in texts if "packed from" in text)
-    assert re.fullmatch(r"Q4_K \+ [^,]*, [\d.]+ MB held, packed from BF16 in \d+ s, dequantised by \w+", text)
+    assert re.fullmatch(
+        r"Q4_K \+ [^,]*, [\d.]+ MB held, packed from BF16 in \d+ s, dequantised by \w+", text)
     assert float(text.split(", ")[1].split()[0]) < path.stat().st_size / 1e6 * 0.6
     assert np.abs(server.pixels(run) - expected).mean() < 0.5 * expected.std()
 

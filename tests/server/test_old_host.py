@@ -10,19 +10,24 @@ from devtools.host.server import PACK, Server
 
 def test_an_older_host_is_told_what_the_pack_needs(tmp_path):
     with Server(tmp_path / "base", host_of_version(tmp_path / "host", "0.9.12")) as server:
-        ours = [name for name, node in server.object_info().items() if PACK in node["python_module"]]
+        ours = [
+            name for name, node in server.object_info().items() if PACK in node["python_module"]
+        ]
         log = server.log()
     assert not ours
     lines = [line for line in log.splitlines() if "[Featherweight]" in line]
-    assert len(lines) == 1 and f"This is ComfyUI 0.9.12 and Featherweight needs {OLDEST} or newer: update ComfyUI." in lines[0]
+    assert (
+        len(lines) == 1
+        and f"This is ComfyUI 0.9.12 and Featherweight needs {OLDEST} or newer: update ComfyUI."
+        in lines[0]
+    )
     assert "Traceback" not in log and "IMPORT FAILED" not in log
 
 
 def test_a_host_so_old_that_it_does_not_say_its_version_is_told_so_too(tmp_path):
     (tmp_path / "pack").symlink_to(ROOT)
     hidden = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules['comfyui_version'] = None; import pack; "
-    found = subprocess.run([sys.executable, "-c", hidden + "print(pack.NODE_CLASS_MAPPINGS)"], capture_output=True, text=True,
-                           check=True)
+    found = subprocess.run([sys.executable, "-c", hidden + "print(pack.NODE_CLASS_MAPPINGS)"],
+                           capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "{}"
     assert f"This is ComfyUI of an unknown version and Featherweight needs {OLDEST} or newer: update ComfyUI." in found.stderr
-

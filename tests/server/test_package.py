@@ -13,23 +13,35 @@ if not (ROOT / ".git").exists() or not shutil.which("git"):
 FOLDER = "featherweight"  # the project's name
 
 
-def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_and_the_templates(tmp_path, server):
+def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_and_the_templates(
+        tmp_path, server):
     """On the oldest ComfyUI that it is for, by the number."""
     for path in packed_files():
         target = tmp_path / "base" / "custom_nodes" / FOLDER / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, target)
-    with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST), with_pack=False) as packed:
+    with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST),
+                with_pack=False) as packed:
         assert "IMPORT FAILED" not in packed.log()
         info = packed.object_info()
-        nodes = {name for name, node in info.items() if node["python_module"] == f"custom_nodes.{FOLDER}"}
-        assert nodes == {name for name, node in server.object_info().items()
-                         if node["python_module"].startswith("custom_nodes.") and node["category"].startswith("Featherweight")}
+        nodes = {
+            name for name, node in info.items() if node["python_module"] == f"custom_nodes.{FOLDER}"
+        }
+        assert nodes == {
+            name
+            for name, node in server.object_info().items()
+            if node["python_module"].startswith("custom_nodes.")
+            and node["category"].startswith("Featherweight")
+        }
         for node in nodes:
             for page in (f"{node}.md", f"{node}/ja.md"):
                 assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
-        assert {f"/extensions/{FOLDER}/{name}.js" for name in ("model_names", "templates")} <= {*packed.get_json("/extensions")}
+        assert {f"/extensions/{FOLDER}/{name}.js" for name in ("model_names", "templates")} <= {
+            *packed.get_json("/extensions")
+        }
         assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]
         own = {node for node in nodes if node.startswith("Featherweight")}
-        assert {language: texts["nodeDefs"].keys() for language, texts in packed.get_json("/i18n").items()} == {
-            "ja": own, "ko": own}
+        assert {
+            language: texts["nodeDefs"].keys()
+            for language, texts in packed.get_json("/i18n").items()
+        } == {"ja": own, "ko": own}

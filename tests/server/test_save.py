@@ -1,4 +1,5 @@
-"""Save Packed Model on the real server: the plan while it works, a file the loaders list, and nothing left by a cancel."""
+"""Save Packed Model on the real server: the plan while it works, a file the loaders list, and
+nothing left by a cancel."""
 import pytest
 
 from devtools import demo
@@ -10,22 +11,30 @@ LORA = next(iter(demo_files.LORAS.values()))
 
 
 def save(server, model_name, on_progress=None, **inputs):
-    return server.queue({
-        "1": {"class_type": demo.LOADER, "inputs": {"model_name": model_name}},
-        "2": {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["1", 0], "lora_name": LORA, "strength_model": 0.5}},
-        "3": {"class_type": "FeatherweightSavePackedModel", "inputs": {
-            "model": ["2", 0], "type": "Q4_K", "size_gb": 1.0, "filename_prefix": "diffusion_models/made/%year%",
-            "folder": "output", "loras": "arrive whole", "overwrite": False, **inputs}},
-    }, on_progress)
+    return server.queue(
+        {
+            "1": {"class_type": demo.LOADER, "inputs": {"model_name": model_name}}, "2": {
+                "class_type": "LoraLoaderModelOnly",
+                "inputs": {"model": ["1", 0], "lora_name": LORA, "strength_model": 0.5}
+            }, "3": {
+                "class_type": "FeatherweightSavePackedModel", "inputs": {
+                    "model": ["2", 0], "type": "Q4_K", "size_gb": 1.0,
+                    "filename_prefix": "diffusion_models/made/%year%", "folder": "output",
+                    "loras": "arrive whole", "overwrite": False, **inputs
+                }
+            }
+        }, on_progress)
 
 
 def files_in(server) -> list[str]:
-    return sorted(path.name for path in (server.base / "output" / "diffusion_models" / "made").glob("*"))
+    return sorted(path.name
+                  for path in (server.base / "output" / "diffusion_models" / "made").glob("*"))
 
 
 def test_a_model_with_a_lora_is_saved_listed_and_loaded_again(server):
     seen = []
-    run = save(server, demo.MODEL_NAME, lambda node, value, maximum: seen.append((node, value, maximum)))
+    run = save(server, demo.MODEL_NAME, lambda node, value, maximum: seen.append(
+        (node, value, maximum)))
     [name] = files_in(server)
     assert name.endswith("_Q4_K_00001_.gguf") and name[:4].isdigit()
     plan, report = run.texts["3"]

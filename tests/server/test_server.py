@@ -1,15 +1,16 @@
-"""What only the real server can show: the pack imports, nodes and help pages are there, the demo makes a picture."""
+"""What only the real server can show: the pack imports, nodes and help pages are there, the demo
+makes a picture."""
 
 import numpy as np
 import pytest
 import torch
-from featherweight.ops import int8
 from pack_nodes import ids_in_source
 
 from devtools import demo
 from devtools.files import demo_files
 from devtools.host.server import PACK, ServerError
 from devtools.workflows.demo import STEPS
+from featherweight.ops import int8
 
 
 def test_every_pack_imports(server):
@@ -18,7 +19,9 @@ def test_every_pack_imports(server):
 
 def test_every_node_is_registered(server):
     info = server.object_info()
-    registered = {name for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
+    registered = {
+        name for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"
+    }
     assert demo.LOADER in registered
     assert registered == set(ids_in_source())
 
@@ -29,7 +32,8 @@ def test_every_node_has_a_help_page(server, node_id):
 
 
 def test_demo_workflow_makes_a_picture(server):
-    server.post("/free", {"unload_models": True, "free_memory": True})  # a test before may have drawn the same picture
+    # a test before may have drawn the same picture
+    server.post("/free", {"unload_models": True, "free_memory": True})
     progress = []
     run, prompt = demo.run_workflow(server, lambda *step: progress.append(step))
     pixels = server.pixels(run)
@@ -38,13 +42,15 @@ def test_demo_workflow_makes_a_picture(server):
     sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
     assert (sampler, STEPS, STEPS) in progress
 
-    line = next(line for line in demo.LOADED.finditer(server.log()) if line["file"] == demo.MODEL_NAME)
+    line = next(line for line in demo.LOADED.finditer(server.log())
+                if line["file"] == demo.MODEL_NAME)
     size = (server.base / "models" / "diffusion_models" / demo.MODEL_NAME).stat().st_size
     assert int(line["disk"]) == pytest.approx(size, rel=0.01)  # weights without the file's header
     assert int(line["held"]) == pytest.approx(size, rel=0.01)
     assert run.seconds_per_step(sampler) > 0
 
-    # Both the model and the text encoder are packed, and what is written in the prompt is seen in the picture.
+    # Both the model and the text encoder are packed, and what is written in the prompt is seen in
+    # the picture.
     assert f"{demo_files.ENCODER_NAME}: CLIP-L" in server.log()
     text = next(node for node in prompt.values() if node["class_type"] == "CLIPTextEncode")
     text["inputs"]["text"] = "a blue house at noon"
@@ -52,7 +58,8 @@ def test_demo_workflow_makes_a_picture(server):
 
 
 @pytest.mark.not_on_fake_gpus(reason="they have no units for int8")
-@pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no units for int8")
+@pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no"
+                                                                              " units for int8")
 def test_compute_int8_changes_the_picture_a_little(server):
     run, prompt = demo.run_workflow(server)
     loader = next(node for node in prompt.values() if node["class_type"] == demo.LOADER)
@@ -74,8 +81,9 @@ def test_a_refused_workflow_says_why(server):
     prompt = {
         "1": {"class_type": "VAELoader", "inputs": {"vae_name": "absent.safetensors"}},
         "2": {"class_type": "EmptySD3LatentImage", "inputs": latent},
-        "3": {"class_type": "VAEDecode", "inputs": {"vae": ["1", 0], "samples": ["2", 0]}},
-        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "refused"}},
+        "3": {"class_type": "VAEDecode", "inputs": {"vae": ["1", 0], "samples": ["2", 0]}}, "4": {
+            "class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "refused"}
+        }
     }
     with pytest.raises(ServerError, match="absent.safetensors"):
         server.queue(prompt)

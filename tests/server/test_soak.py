@@ -1,4 +1,5 @@
-"""What `dev.py soak` does for hours, for half a minute: repeated pictures are equal, no prompt is lost, nothing is left."""
+"""What `dev.py soak` does for hours, for half a minute: repeated pictures are equal, no prompt is
+lost, nothing is left."""
 import pytest
 
 from devtools.soak import material, verdict

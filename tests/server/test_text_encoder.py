@@ -1,4 +1,5 @@
-"""Text encoders through the real server: files that cannot be used are said in plain words, and the server goes on."""
+"""Text encoders through the real server: files that cannot be used are said in plain words, and the
+server goes on."""
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -27,16 +28,19 @@ def encode(server, loader, **inputs):
 
 
 def write_flux(path):
-    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1), lambda name, values: "Q8_0")
+    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1),
+               lambda name, values: "Q8_0")
 
 
 # name -> (writes the file, what the message must say beside the file's name)
 REFUSED = {
-    "mmproj alone": (lambda path: write_gguf(path, {"v.blk.0.attn_q.weight": ONE, "mm.0.weight": ONE}, lambda *_: "F32"),
-                     "is the vision part"),
-    "diffusion model": (write_flux, "is a diffusion model"),
-    "LoRA": (lambda path: write_gguf(path, {"lora_te1_mlp_fc1.lora_up.weight": ONE}, lambda *_: "F32"), "no text encoder"),
-    "damaged": (lambda path: path.write_bytes(b"GGUF" + bytes(5)), "version 0"),
+    "mmproj alone": (lambda path: write_gguf(
+        path, {"v.blk.0.attn_q.weight": ONE, "mm.0.weight": ONE}, lambda *_: "F32"),
+                     "is the vision part"), "diffusion model": (write_flux, "is a diffusion model"),
+    "LoRA": (
+        lambda path: write_gguf(path, {"lora_te1_mlp_fc1.lora_up.weight": ONE}, lambda *_: "F32"),
+        "no text encoder"),
+    "damaged": (lambda path: path.write_bytes(b"GGUF" + bytes(5)), "version 0")
 }
 
 
@@ -58,7 +62,8 @@ def test_an_encoder_that_does_not_fit_the_type_is_said_before_sampling(server):
 
 def test_the_same_encoder_twice_is_said_before_sampling(server):
     with pytest.raises(ServerError, match="are both CLIP-L"):
-        encode(server, "DualCLIPLoaderGGUF", clip_name1=ENCODER_NAME, clip_name2=ENCODER_NAME, type="flux")
+        encode(server, "DualCLIPLoaderGGUF", clip_name1=ENCODER_NAME, clip_name2=ENCODER_NAME,
+               type="flux")
 
 
 def test_an_encoder_that_is_gone_is_named(server):
@@ -68,26 +73,39 @@ def test_an_encoder_that_is_gone_is_named(server):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_plain_safetensors_encoder_loads_as_with_the_hosts_loader(server, encoders, loader):
-    tensors = {name: np.zeros(shape, np.float16) for name, shape in tiny_models.clip_l_shapes().items()}
+    tensors = {
+        name: np.zeros(shape, np.float16) for name, shape in tiny_models.clip_l_shapes().items()
+    }
     save_file(tensors, encoders / "plain.safetensors")
-    assert encode(server, loader, **{LOADERS[loader]: "plain.safetensors", "type": "stable_diffusion"}).outputs
+    assert encode(server, loader,
+                  **{LOADERS[loader]: "plain.safetensors", "type": "stable_diffusion"}).outputs
 
 
 def test_a_packed_language_model_writes_text_through_the_hosts_node(server, encoders):
     width, tokens = 1024, 151936  # Qwen3 0.6B, the smallest that writes
     shapes = {"token_embd.weight": (tokens, width), "output_norm.weight": (width,)}
     for layer in range(28):
-        parts = {"attn_q": (2048, width), "attn_k": (1024, width), "attn_v": (1024, width), "attn_output": (width, 2048)}
+        parts = {
+            "attn_q": (2048, width), "attn_k": (1024, width), "attn_v": (1024, width),
+            "attn_output": (width, 2048)
+        }
         parts |= {"ffn_gate": (3072, width), "ffn_up": (3072, width), "ffn_down": (width, 3072)}
-        parts |= {"attn_norm": (width,), "ffn_norm": (width,), "attn_q_norm": (128,), "attn_k_norm": (128,)}
+        parts |= {
+            "attn_norm": (width,), "ffn_norm": (width,), "attn_q_norm": (128,),
+            "attn_k_norm": (128,)
+        }
         shapes |= {f"blk.{layer}.{part}.weight": shape for part, shape in parts.items()}
     path = encoders / "qwen3.gguf"
     write_random_gguf(path, shapes, "Q4_K", architecture="qwen3")
     run = server.queue({
-        "1": {"class_type": "CLIPLoaderGGUF", "inputs": {"clip_name": path.name, "type": "stable_diffusion"}},
-        "2": {"class_type": "TextGenerate", "inputs": {
-            "clip": ["1", 0], "prompt": "a feather", "max_length": 3, "sampling_mode": "off"}},
-        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+        "1": {
+            "class_type": "CLIPLoaderGGUF",
+            "inputs": {"clip_name": path.name, "type": "stable_diffusion"}
+        }, "2": {
+            "class_type": "TextGenerate", "inputs": {
+                "clip": ["1", 0], "prompt": "a feather", "max_length": 3, "sampling_mode": "off"
+            }
+        }, "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}}
     })
     path.unlink()
     assert "".join(run.outputs["3"]["text"])

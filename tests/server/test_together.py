@@ -1,4 +1,5 @@
-"""What happens at the same time: prompts of two users, servers with one cache, cancels at any moment, files that change."""
+"""What happens at the same time: prompts of two users, servers with one cache, cancels at any
+moment, files that change."""
 import copy
 import json
 import os
@@ -64,7 +65,10 @@ def test_two_users_of_one_server_and_two_servers_with_one_cache_get_the_pictures
     packed = [changed(loading(graph, path.name, pack_to="Q8_0"), seed=seed) for seed in (1, 2)]
     alone = [picture(server, graph) for graph in packed]
     assert alone[0] != alone[1]
-    env = {"FEATHERWEIGHT_PACKED_CACHE": str(tmp_path / "packed"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env = {
+        "FEATHERWEIGHT_PACKED_CACHE": str(tmp_path / "packed"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache")
+    }
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "models").symlink_to(server.base / "models", target_is_directory=True)
@@ -80,7 +84,8 @@ def test_two_users_of_one_server_and_two_servers_with_one_cache_get_the_pictures
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("cancels", [5, 50])
-def test_a_cancel_at_any_moment_ends_the_prompt_or_comes_too_late_and_changes_no_other(server, graph, cancels):
+def test_a_cancel_at_any_moment_ends_the_prompt_or_comes_too_late_and_changes_no_other(
+        server, graph, cancels):
     started = time.monotonic()
     expected = picture(server, graph)
     took, dice = time.monotonic() - started, random.Random(cancels)
@@ -118,7 +123,8 @@ def test_a_file_that_is_replaced_or_cut_short_between_two_prompts_is_loaded_anew
     assert picture(server, graph) == expected
 
 
-def test_a_file_that_is_written_to_while_it_is_in_use_stops_the_run_and_the_next_one_is_right(server, graph):
+def test_a_file_that_is_written_to_while_it_is_in_use_stops_the_run_and_the_next_one_is_right(
+        server, graph):
     expected = picture(server, graph)
     path, graph = own_file(server, graph, "written to.gguf")
     size = path.stat().st_size
@@ -126,9 +132,13 @@ def test_a_file_that_is_written_to_while_it_is_in_use_stops_the_run_and_the_next
 
     def write(node, value, maximum):
         if node == sampler and value == 1:
-            with open(path, "ab") as file:  # cut short, it could end the server before the next step looks at it
+            # cut short, it could end the server before the next step looks at it
+            with open(path, "ab") as file:
                 file.write(b"more")
 
     said = refusal(server, changed(graph, steps=200, seed=2), write)
-    assert f"written to.gguf was written to after it was loaded ({size} bytes then, {size + 4} now)" in said
+    assert (
+        f"written to.gguf was written to after it was loaded ({size} bytes then, {size + 4} now)"
+        in said
+    )
     assert picture(server, graph) == expected

@@ -14,9 +14,12 @@ from devtools.host.server import Server
 from devtools.workflows.api_format import NOTES, to_api
 
 SAVER = "FeatherweightSavePackedModel"
-ALL = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "example_workflows").glob("*.json"))
-       if "demo" not in path.stem}
-EXAMPLES, SAVING = ([path for path, text in ALL.items() if (SAVER in text) == saves] for saves in (False, True))
+ALL = {
+    path: path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "example_workflows").glob("*.json")) if "demo" not in path.stem
+}
+EXAMPLES, SAVING = ([path for path, text in ALL.items() if (SAVER in text) == saves]
+                    for saves in (False, True))
 SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "x": 16, "y": 16,
          "sigmas": "1.0, 0.5, 0.0"}
 DEQUANTIZED = "as the file"  # without *pack to*, other loaders than ours may read a file
@@ -64,7 +67,8 @@ def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     (base / "input").mkdir()
     generator = np.random.default_rng(0)
-    Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).resize((160, 160)).save(base / "input" / "example.png")
+    Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).resize(
+        (160, 160)).save(base / "input" / "example.png")
     with Server(base, extra_custom_nodes={"stand_ins": STAND_INS}) as running:
         yield running
 
@@ -75,11 +79,17 @@ def object_info(server):
 
 
 def write_files(workflow, folder):
-    """The files that its loaders name, each in the folder that the loader looks in. Returns their names."""
-    folders = {"FeatherweightLoadCheckpoint": "checkpoints", "FeatherweightLoadDiffusionModel": "diffusion_models"}
+    """The files that its loaders name, each in the folder that the loader looks in. Returns their
+    names."""
+    folders = {
+        "FeatherweightLoadCheckpoint": "checkpoints",
+        "FeatherweightLoadDiffusionModel": "diffusion_models"
+    }
     written = []
     for node in (node for node in workflow["nodes"] if node["type"] not in NOTES):
-        places = {model["name"]: model["directory"] for model in node["properties"].get("models", [])}
+        places = {
+            model["name"]: model["directory"] for model in node["properties"].get("models", [])
+        }
         for name in set(map(str, node["widgets_values"])) & FILES.keys():
             path = folder / (places.get(name) or folders[node["type"]]) / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,30 +100,49 @@ def write_files(workflow, folder):
 
 
 def small(workflow, object_info, files):
-    """As the server takes it, with small sizes and few steps, and text of random values where the encoder has one size."""
+    """As the server takes it, with small sizes and few steps, and text of random values where the
+    encoder has one size."""
     prompt = to_api(workflow, object_info)
-    text = next((sizes for start, sizes in TEXT.items() if any(name.startswith(start) for name in files)), None)
+    text = next(
+        (sizes for start, sizes in TEXT.items() if any(name.startswith(start) for name in files)),
+        None)
     for node in prompt.values():
         values = node["inputs"]
         if text and node["class_type"] in READERS:
             pictures = {name: values[name] for name in ("vae", "image1") if name in values}
-            node.update(class_type="StandInText", inputs={"width": text[0], "pooled": text[1], **pictures})
+            node.update(class_type="StandInText",
+                        inputs={"width": text[0], "pooled": text[1], **pictures})
         elif node["class_type"] == "FluxKontextImageScale":  # about a million pixels
-            node.update(class_type="ImageScale", inputs={
-                "image": values["image"], "upscale_method": "area", "width": 128, "height": 128, "crop": "center"})
+            node.update(
+                class_type="ImageScale", inputs={
+                    "image": values["image"], "upscale_method": "area", "width": 128, "height": 128,
+                    "crop": "center"
+                })
         elif node["class_type"] == "KSamplerAdvanced":
             continue  # a part of four steps
         else:
-            values |= {name: value for name, value in SMALL.items() if name in values and not isinstance(values[name], list)}
+            values |= {
+                name: value for name, value in SMALL.items()
+                if name in values and not isinstance(values[name], list)
+            }
     return prompt
 
 
 LAST_BITS = pytest.mark.not_on_fake_gpus(
-    reason="one colour of one pixel is another by 1 of 255: operators there do not see how a part of a tensor lies in memory")
+    reason=
+    "one colour of one pixel is another by 1 of 255: operators there do not see how a part of a"
+    " tensor lies in memory"
+)
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, marks=[LAST_BITS] * (path.stem == "Stable Diffusion LCM on a CPU"))
-                                  for path in EXAMPLES], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[LAST_BITS] * (path.stem == "Stable Diffusion LCM on a CPU"))
+        for path in EXAMPLES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_it_runs_with_small_models(path, server, object_info):
     if "NF4" in path.stem or "4-bit" in path.stem:
         pytest.importorskip("bitsandbytes", reason="it writes the files")
@@ -130,11 +159,17 @@ def test_it_runs_with_small_models(path, server, object_info):
             frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
             assert ("sound" in path.stem) == bool(video.streams.audio)
         assert len(frames) == 9
-    assert {frame.shape for frame in frames} == {(128, 128, 3)} and max(frame.std(axis=(0, 1)).max() for frame in frames) > 2
+    assert {frame.shape for frame in frames} == {(128, 128, 3)} and max(
+        frame.std(axis=(0, 1)).max() for frame in frames
+    ) > 2
 
     packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.endswith(".gguf")}
-    packed |= {spec["inputs"]["model_name"] for spec in prompt.values() if spec["inputs"].get("pack_to", DEQUANTIZED) != DEQUANTIZED}
-    assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}  # another workflow may have loaded it
+    packed |= {
+        spec["inputs"]["model_name"] for spec in prompt.values()
+        if spec["inputs"].get("pack_to", DEQUANTIZED) != DEQUANTIZED
+    }
+    # another workflow may have loaded it
+    assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}
     assert "lora key not loaded" not in server.log()[before:]
     for node, spec in prompt.items():
         if spec["class_type"] in ("PreviewAny", "FeatherweightCheckLora"):
@@ -153,6 +188,10 @@ def test_it_saves_a_model_that_loads_with_small_models(path, server, object_info
     assert len(loras) == report.count("% of it is kept") > 1
     shares = [float(share) for share in re.findall(r"([\d.]+)% of it is kept", report)]
     assert all(98 < share < 102 for share in shares), report
-    written, = (server.base / "output" / "diffusion_models").glob(f"{saver['inputs']['filename_prefix'].rpartition('/')[2]}*")
-    again = {"1": {"class_type": "FeatherweightInspectModelFile", "inputs": {"file_name": written.name}}}
+    written, = (
+        server.base / "output" /
+        "diffusion_models").glob(f"{saver['inputs']['filename_prefix'].rpartition('/')[2]}*")
+    again = {
+        "1": {"class_type": "FeatherweightInspectModelFile", "inputs": {"file_name": written.name}}
+    }
     assert "Flux.1" in server.queue(again).outputs["1"]["text"][0].splitlines()[0]

@@ -30,9 +30,12 @@ def object_info(server):
 
 
 def schema_inputs(info) -> dict[str, tuple]:
-    """Name -> (type or list of choices, options) of the inputs of a node, in the order of the editor."""
+    """Name -> (type or list of choices, options) of the inputs of a node, in the order of the
+    editor."""
     inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
-    return {name: (kind, options[0] if options else {}) for name, (kind, *options) in inputs.items()}
+    return {
+        name: (kind, options[0] if options else {}) for name, (kind, *options) in inputs.items()
+    }
 
 
 def is_widget(kind, options) -> bool:
@@ -40,7 +43,8 @@ def is_widget(kind, options) -> bool:
 
 
 def widget_values(node, info) -> dict[str, object]:
-    """Name -> value of the widgets; fails where one has none. The editor leaves out what an older node has no widget for."""
+    """Name -> value of the widgets; fails where one has none. The editor leaves out what an older
+    node has no widget for."""
     values, found = list(node["widgets_values"]), {}
     for name, (kind, options) in schema_inputs(info).items():
         if is_widget(kind, options):
@@ -68,7 +72,8 @@ def note_of(workflow) -> str:
 
 
 def files_of(workflow) -> dict[str, str]:
-    """Path below `models` -> folder of the host (the first part of the path), by the tree that the note draws."""
+    """Path below `models` -> folder of the host (the first part of the path), by the tree that the
+    note draws."""
     found, parents = {}, []
     for line in note_of(workflow).splitlines():
         indent, branch, name = line.partition("── ")
@@ -82,27 +87,40 @@ def files_of(workflow) -> dict[str, str]:
 
 def where(name, workflow) -> str:
     """The path below `models` of a file that a loader names."""
-    return next((path for path, folder in files_of(workflow).items() if path == f"{folder}/{name}"), "")
+    return next((path for path, folder in files_of(workflow).items() if path == f"{folder}/{name}"),
+                "")
 
 
 @each(EXAMPLES)
 def test_nodes_and_links_fit_the_servers_nodes(path, object_info):
     workflow = read(path)
     nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in NOTES}
-    links = {link: (source, output, target, slot, kind) for link, source, output, target, slot, kind in workflow["links"]}
-    assert workflow["version"] == 0.4 and len(nodes) + 1 == len(workflow["nodes"]) and len(links) == len(workflow["links"])
+    links = {
+        link: (source, output, target, slot, kind)
+        for link, source, output, target, slot, kind in workflow["links"]
+    }
+    assert (
+        workflow["version"] == 0.4
+        and len(nodes) + 1 == len(workflow["nodes"])
+        and len(links) == len(workflow["links"])
+    )
     assert workflow["last_node_id"] == max(nodes) and workflow["last_link_id"] == max(links)
     linked_inputs = {(node["id"], slot): entry["link"] for node in nodes.values()
                      for slot, entry in enumerate(node["inputs"]) if entry["link"] is not None}
     linked_outputs = {(node["id"], slot): entry["links"] for node in nodes.values()
                       for slot, entry in enumerate(node["outputs"]) if entry["links"]}
-    assert linked_inputs == {(target, slot): link for link, (_, _, target, slot, _) in links.items()}
+    assert linked_inputs == {
+        (target, slot): link for link, (_, _, target, slot, _) in links.items()
+    }
     assert {link: place for place, of_output in linked_outputs.items() for link in of_output} == {
         link: (source, output) for link, (source, output, *_) in links.items()}
     for source, output, target, slot, kind in links.values():
         entry = nodes[target]["inputs"][slot]
         wanted, _ = schema_inputs(object_info[nodes[target]["type"]])[entry["name"]]
-        assert object_info[nodes[source]["type"]]["output"][output] == kind and wanted in (kind, "*")
+        assert object_info[nodes[source]["type"]]["output"][output] == kind and wanted in (
+            kind,
+            "*",
+        )
     for node in nodes.values():
         given = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
         needed = object_info[node["type"]]["input"].get("required", {})
@@ -119,14 +137,19 @@ def test_widgets_hold_values_that_the_server_takes(path, object_info):
         for name, value in widget_values(node, object_info[node["type"]]).items():
             kind, options = inputs[name]
             if isinstance(kind, list) or "COMBO" in kind:
-                given_by_the_user = is_file(value) or value in (PICTURE, "gpu:1")  # which two GPUs have
+                # which two GPUs have
+                given_by_the_user = is_file(value) or value in (PICTURE, "gpu:1")
                 assert given_by_the_user or value in choices(kind, options), (node["type"], name)
             elif kind in ("INT", "FLOAT", "FLOAT,INT"):
                 assert isinstance(value, (int, float)) and not isinstance(value, bool)
                 assert kind != "INT" or value == int(value), (node["type"], name)
-                assert options.get("min", value) <= value <= options.get("max", value), (node["type"], name)
+                assert options.get("min", value) <= value <= options.get("max", value), (
+                    node["type"],
+                    name,
+                )
             else:
-                assert isinstance(value, {"STRING": str, "BOOLEAN": bool}[kind]), (node["type"], name)
+                assert isinstance(value, {"STRING": str,
+                                          "BOOLEAN": bool}[kind]), (node["type"], name)
 
 
 @each(EXAMPLES)
@@ -142,7 +165,9 @@ def test_the_note_says_where_each_file_belongs(path, server, object_info):
         for model in node["properties"].get("models", []):  # what the editor offers to download
             assert where(model["name"], workflow) == f"{model['directory']}/{model['name']}"
             assert model["name"] in node["widgets_values"]
-            assert model["url"].startswith(SOURCE) and f"[{model['name']}]({model['url']})" in note_of(workflow)
+            assert model["url"].startswith(
+                SOURCE
+            ) and f"[{model['name']}]({model['url']})" in note_of(workflow)
 
 
 @each(EXAMPLES)
@@ -154,8 +179,13 @@ def test_the_thumbnail_is_a_small_picture(path):
 def test_workflows_are_what_their_description_gives(server, object_info):
     version = server.system_stats()["system"]["comfyui_version"]
     if version != HOST_VERSION:
-        pytest.skip(f"the workflows hold a value for each widget of ComfyUI {HOST_VERSION}, this is {version}")
-    written = {workflow.name: as_ui(workflow, object_info) for workflow in (make() for make in WORKFLOWS)}
+        pytest.skip(
+            f"the workflows hold a value for each widget of ComfyUI {HOST_VERSION}, this is"
+            f" {version}"
+        )
+    written = {
+        workflow.name: as_ui(workflow, object_info) for workflow in (make() for make in WORKFLOWS)
+    }
     assert {path.stem for path in EXAMPLES} == set(written)
     for name, workflow in written.items():
         path = ROOT / "example_workflows" / f"{name}.json"

@@ -1,7 +1,9 @@
-"""What a server and all processes behind it do while a stranger's workflows run, and what of that no workflow may bring about.
+"""What a server and all processes behind it do while a stranger's workflows run, and what of that
+no workflow may bring about.
 
-Python's audit events are written down by `audit_child` in every Python that is started; what opens files without Python (Rust's
-safetensors, torch) is seen by the kernel's inotify on the folders that nobody may touch; connections, by a listener.
+Python's audit events are written down by `audit_child` in every Python that is started; what opens
+files without Python (Rust's safetensors, torch) is seen by the kernel's inotify on the folders that
+nobody may touch; connections, by a listener.
 """
 import ctypes
 import json
@@ -19,20 +21,26 @@ from devtools import ROOT
 from devtools.host import server as servers
 
 CHILD = Path(__file__).with_name("audit_child")
-WRITING = {"os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.chown", "os.truncate",
-           "os.utime", "os.mkfifo", "os.mknod"}
-STARTING = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile"}
-CONNECTING = {"socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
-              "urllib.Request"}
+WRITING = {
+    "os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir", "os.chmod",
+    "os.chown", "os.truncate", "os.utime", "os.mkfifo", "os.mknod"
+}
+STARTING = {
+    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile"
+}
+CONNECTING = {
+    "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
+    "urllib.Request"
+}
 # Of the system: what it is, how much memory it has, its time zone and its names of hosts.
 SYSTEM = re.compile(
     r"/proc/(\d+|self|thread-self)/(stat|statm|status|maps|smaps\w*|cgroup|mounts|mountinfo|fd|task|cmdline|io"
     r"|net|limits|oom_score_adj)(/.*)?|/proc(/(stat|meminfo|cpuinfo|vmstat|diskstats|loadavg|mounts|uptime|version"
     r"|filesystems|sys/.*|net/.*|driver.*|pressure/.*))?|/sys(/.*)?|/etc/(localtime|timezone|hosts|resolv.conf"
     r"|nsswitch.conf|ld.so.*|os-release|lsb-release|debian_version|host.conf|mime.types|gai.conf|ssl/.*|machine-id)"
-    r"|/dev/(null|urandom|random|shm(/.*)?)|/(usr|lib|lib64|bin|sbin|run)(/.*)?"
-)
-CLOUD = ("169.254.169.254", "metadata.google.internal")  # which Ray's dashboard asks whose machine it is on
+    r"|/dev/(null|urandom|random|shm(/.*)?)|/(usr|lib|lib64|bin|sbin|run)(/.*)?")
+# which Ray's dashboard asks whose machine it is on
+CLOUD = ("169.254.169.254", "metadata.google.internal")
 
 
 @dataclass(frozen=True)
@@ -45,34 +53,53 @@ class Event:
 class Audit:
     """Folders in `base` and the rules for them.
 
-    mark: what is in every hostile value, and in nothing else. outside: a folder beside the server's that nobody may touch.
+    mark: what is in every hostile value, and in nothing else. outside: a folder beside the server's
+    that nobody may touch.
     """
 
     def __init__(self, base: Path, mark: str):
         self.base, self.mark = Path(base).resolve(), mark
-        self.server, self.outside, self.log = (self.base / name for name in ("server", "outside", "log"))
+        self.server, self.outside, self.log = (self.base / name
+                                               for name in ("server", "outside", "log"))
         self.own = [self.base / name for name in ("home", "cache", "tmp")]
         for folder in (self.server, self.outside, self.log, *self.own):
             folder.mkdir(parents=True)
         self.ray = Path(tempfile.mkdtemp(prefix="fwr"))  # whose sockets' paths may not be long
-        installed = (sys.prefix, sys.base_prefix, ROOT, ROOT / ".dev", servers.HOST, os.path.dirname(os.__file__))
-        self.readable = [*map(os.path.realpath, installed), *(str(path) for path in (self.server, self.ray, *self.own))]
-        writable = (*(self.server / name for name in ("models", "input", "output", "temp", "user")), self.ray, *self.own)
+        installed = (
+            sys.prefix,
+            sys.base_prefix,
+            ROOT,
+            ROOT / ".dev",
+            servers.HOST,
+            os.path.dirname(os.__file__),
+        )
+        self.readable = [
+            *map(os.path.realpath, installed),
+            *(str(path) for path in (self.server, self.ray, *self.own))
+        ]
+        writable = (
+            *(self.server / name for name in ("models", "input", "output", "temp", "user")),
+            self.ray,
+            *self.own,
+        )
         self.writable = [str(path) for path in writable]
 
     def environment(self) -> dict[str, str]:
         """Variables for the server."""
         home, cache, temporary = map(str, self.own)
-        return {"PYTHONPATH": str(CHILD), "AUDIT_LOG": str(self.log), "HOME": home, "XDG_CACHE_HOME": cache,
-                "TMPDIR": temporary, "RAY_TMPDIR": str(self.ray), "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
-                "PYTHONDONTWRITEBYTECODE": "1"}
+        return {
+            "PYTHONPATH": str(CHILD), "AUDIT_LOG": str(self.log), "HOME": home,
+            "XDG_CACHE_HOME": cache, "TMPDIR": temporary, "RAY_TMPDIR": str(self.ray),
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "PYTHONDONTWRITEBYTECODE": "1"
+        }
 
     def position(self) -> dict[str, int]:
         """Where the files of events end now."""
         return {path.name: path.stat().st_size for path in self.log.glob("*.log")}
 
-    def events(self, since: dict[str, int] = {}) -> list[Event]:
+    def events(self, since: dict[str, int] | None = None) -> list[Event]:
         """Those after a `position`."""
+        since = since or {}
         found = []
         for path in self.log.glob("*.log"):
             for line in path.read_bytes()[since.get(path.name, 0):].splitlines():
@@ -82,38 +109,63 @@ class Audit:
 
     def programs(self) -> dict[int, str]:
         """Process -> its command line, of each Python that was started."""
-        return {event.pid: event.texts[1] for event in self.events() if event.texts[:1] == ("program",)}
+        return {
+            event.pid: event.texts[1] for event in self.events() if event.texts[:1] == ("program",)
+        }
 
     def breaches(self, since: dict[str, int], host: int) -> list[str]:
-        """What no workflow may bring about, of what was done after a `position`. host: the process of ComfyUI."""
+        """What no workflow may bring about, of what was done after a `position`. host: the process
+        of ComfyUI."""
         events = dict.fromkeys(self.events(since))
         reasons = ((self.breach(event, event.pid == host), event) for event in events)
-        return [f"{reason}: {event.name} {' | '.join(event.texts)}"[:600] for reason, event in reasons if reason]
+        return [
+            f"{reason}: {event.name} {' | '.join(event.texts)}"[:600] for reason, event in reasons
+            if reason
+        ]
 
     def breach(self, event: Event, is_host: bool) -> str:
         """Which rule an event breaks, "" for none."""
         name, texts = event.name, event.texts
         is_marked = any(self.mark in text for text in texts)
         if name in ("open", "os.listdir", "os.scandir") or name in WRITING:
-            paths = [path for path in texts[:2 if name in ("os.rename", "os.link", "os.symlink") else 1] if path]
-            writes = name in WRITING or name == "open" and writes_file(texts)
-            lists_devices = name in ("os.listdir", "os.scandir") and not is_host and re.fullmatch(r"/dev(/\w+)?", texts[0])
+            paths = [
+                path for path in texts[:2 if name in ("os.rename", "os.link", "os.symlink") else 1]
+                if path
+            ]
+            writes = name in WRITING or (name == "open" and writes_file(texts))
+            lists_devices = (
+                name in ("os.listdir", "os.scandir")
+                and not is_host
+                and re.fullmatch(r"/dev(/\w+)?", texts[0])
+            )
             if any(not self.may(path, writes) for path in paths) and not lists_devices:
                 return "a file outside is written" if writes else "a file outside is opened"
             return ""
         if name in CONNECTING:
-            if is_marked or is_host and not texts[0].startswith(("/", "\0")):
+            if is_marked or (is_host and not texts[0].startswith(("/", "\0"))):
                 return "a connection"
-            return "" if is_local(texts[0]) or texts[0].split(" ")[0] in CLOUD else "a connection to another machine"
+            return (
+                ""
+                if is_local(texts[0]) or texts[0].split(" ")[0] in CLOUD
+                else "a connection to another machine"
+            )
         if name in STARTING:
             if is_marked:
                 return "a program with an argument"
             return "a program of its own" if is_host and not self.is_known_program(texts) else ""
         if name == "pickle.find_class":
-            return "a pickle" if is_marked or is_host or texts[0] in ("os", "posix", "nt", "subprocess") else ""
+            return (
+                "a pickle"
+                if is_marked or is_host or texts[0] in ("os", "posix", "nt", "subprocess")
+                else ""
+            )
         if name in ("os.putenv", "os.unsetenv"):
             return "a variable of the environment" if is_marked or is_host else ""
-        return f"{name} of a value" if is_marked and name in ("import", "exec", "compile", "ctypes.dlopen") else ""
+        return (
+            f"{name} of a value"
+            if is_marked and name in ("import", "exec", "compile", "ctypes.dlopen")
+            else ""
+        )
 
     def may(self, path: str, writes: bool) -> bool:
         real = os.path.realpath(path) if "\0" not in path else path
@@ -125,14 +177,19 @@ class Audit:
         return bool(SYSTEM.fullmatch(real))
 
     def is_known_program(self, texts: tuple[str, ...]) -> bool:
-        """Whether it stands in the table of docs/security.md: a C++ compiler, and this Python with a text of the pack's own."""
+        """Whether it stands in the table of docs/security.md: a C++ compiler, and this Python with
+        a text of the pack's own."""
         from featherweight.cluster import driver_pool
         from featherweight.ops.kernels import cpp_backend
 
         command = texts[1]
         if os.path.basename(texts[0]) in ("c++", "g++", "clang++"):
             flags = " ".join(cpp_backend.FLAGS)
-            return command.endswith("--version") or f" {flags} " in command and f" -o {self.own[1]}" in command
+            return (
+                command.endswith("--version")
+                or (f" {flags} " in command
+                and f" -o {self.own[1]}" in command)
+            )
         return command == f"{sys.executable} -c {driver_pool.START} {driver_pool.PACK}"
 
 
@@ -144,15 +201,20 @@ def writes_file(texts: tuple[str, ...]) -> bool:
 
 def is_local(address: str) -> bool:
     """address: as `audit_child` writes one, "('127.0.0.1', 80)" or a path."""
-    own = {"localhost", "127.0.0.1", "0.0.0.0", "::1", "::", "", "None", "b''", socket.gethostname()}
+    own = {
+        "localhost", "127.0.0.1", "0.0.0.0", "::1", "::", "", "None", "b''",
+        socket.gethostname()
+    }
     host = address.split(" ")[0]
     return address.startswith(("/", "\0")) or host in own
 
 
 class Untouched:
-    """Folders that nobody opens, reads, lists or writes inside a `with` block, whatever does it. Linux. `touched`: what was."""
+    """Folders that nobody opens, reads, lists or writes inside a `with` block, whatever does it.
+    Linux. `touched`: what was."""
 
-    EVENTS = 0x1 | 0x2 | 0x4 | 0x8 | 0x20 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400  # of inotify: all but closing what nobody wrote
+    # of inotify: all but closing what nobody wrote
+    EVENTS = 0x1 | 0x2 | 0x4 | 0x8 | 0x20 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400
     HEAD = struct.Struct("iIII")
 
     def __init__(self, *folders: Path):
@@ -161,8 +223,10 @@ class Untouched:
     def __enter__(self):
         libc = ctypes.CDLL(None, use_errno=True)
         self.descriptor = libc.inotify_init1(os.O_NONBLOCK)
-        self.watched = {libc.inotify_add_watch(self.descriptor, os.fsencode(folder), self.EVENTS): folder
-                        for folder in self.folders}
+        self.watched = {
+            libc.inotify_add_watch(self.descriptor, os.fsencode(folder), self.EVENTS): folder
+            for folder in self.folders
+        }
         assert self.descriptor >= 0 and min(self.watched) >= 0, os.strerror(ctypes.get_errno())
         return self
 
@@ -185,7 +249,8 @@ class Untouched:
 
 
 class Listener:
-    """Waits on 127.0.0.1 for connections, which nobody is to make. `port`; `count` of connections that came."""
+    """Waits on 127.0.0.1 for connections, which nobody is to make. `port`; `count` of connections
+    that came."""
 
     def __enter__(self):
         self.socket, self.count = socket.create_server(("127.0.0.1", 0)), 0

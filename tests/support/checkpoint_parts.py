@@ -3,8 +3,9 @@ import functools
 
 import comfy.sd1_clip
 import torch
-from devtools.files import tiny_models
 from families import FAMILIES, random_weights
+
+from devtools.files import tiny_models
 
 MODEL, ENCODER, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
 SD15 = FAMILIES["sd1.5"]
@@ -21,7 +22,8 @@ def autoencoder() -> dict[str, torch.Tensor]:
 
 @functools.cache
 def clip_l() -> dict[str, torch.Tensor]:
-    """CLIP-L, whose size the host holds fixed. Layers of one shape have equal values, which makes it quickly."""
+    """CLIP-L, whose size the host holds fixed. Layers of one shape have equal values, which makes
+    it quickly."""
     model, values = comfy.sd1_clip.SD1ClipModel(device="meta", dtype=torch.float32), {}
     weights = {}
     for name, param in model.clip_l.state_dict().items():
@@ -36,7 +38,10 @@ def clip_l() -> dict[str, torch.Tensor]:
 
 def with_prefixes(**parts):
     prefixes = {"model": MODEL, "encoder": ENCODER, "vae": VAE}
-    return {prefixes[part] + name: value for part, values in parts.items() for name, value in values.items()}
+    return {
+        prefixes[part] + name: value for part, values in parts.items()
+        for name, value in values.items()
+    }
 
 
 def stable_diffusion() -> dict[str, torch.Tensor]:

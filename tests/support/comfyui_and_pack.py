@@ -1,6 +1,8 @@
-"""Puts the real host on the path and this pack under the package name `featherweight`, for tests and their child processes.
+"""Puts the real host on the path and this pack under the package name `featherweight`, for tests
+and their child processes.
 
-The pack's own `__init__.py` is not executed: it is what the host runs, and the server tests cover it.
+The pack's own `__init__.py` is not executed: it is what the host runs, and the server tests cover
+it.
 """
 import os
 import sys
@@ -11,14 +13,15 @@ PACK = Path(__file__).resolve().parents[2]
 HOST = Path(os.environ.get("COMFYUI_PATH", PACK / ".dev" / "host"))
 
 if not (HOST / "comfy").is_dir():
-    raise FileNotFoundError(f"No ComfyUI at {HOST}. Run `python3 dev.py test`, or set COMFYUI_PATH.")
+    raise FileNotFoundError(
+        f"No ComfyUI at {HOST}. Run `python3 dev.py test`, or set COMFYUI_PATH.")
 
 sys.path.insert(0, str(HOST))
 _arguments, sys.argv = sys.argv, ["main.py", *os.environ.get("HOST_ARGUMENTS", "--cpu").split()]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402, F401  parses sys.argv once
+import comfy.cli_args  # noqa: E402  parses sys.argv once
 
 sys.argv = _arguments
 sys.path.insert(1, str(PACK))

@@ -1,4 +1,5 @@
-"""Dynamic VRAM, which the host uses on GPUs. For tests marked `fake_gpus(dynamic=True)`: comfy-aimdo is the real one."""
+"""Dynamic VRAM, which the host uses on GPUs. For tests marked `fake_gpus(dynamic=True)`:
+comfy-aimdo is the real one."""
 import comfy.ops
 import pytest
 

@@ -1,4 +1,5 @@
-"""Every server of `tests/server` on fake GPUs, beside one on the CPU that runs the same workflows and must draw the same.
+"""Every server of `tests/server` on fake GPUs, beside one on the CPU that runs the same workflows
+and must draw the same.
 
     pytest tests/server --fake-gpus 2x4-late-dynamic
 """
@@ -7,10 +8,13 @@ from typing import NamedTuple
 from devtools import ROOT, fakegpu
 from devtools.host.server import HOST, Run, Server
 
-# The same arithmetic on the CPU and on GPUs, which the host would run in other dtypes. The pack says what no argument does.
+# The same arithmetic on the CPU and on GPUs, which the host would run in other dtypes. The pack
+# says what no argument does.
 SAME = ("--fp32-unet", "--fp32-vae", "--fp32-text-enc", "--use-pytorch-cross-attention")
 SAME_ENV = {"FEATHERWEIGHT_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
-SAME_PACK = {"as_on_a_cpu": (ROOT / "tests" / "support" / "as_on_a_cpu.py").read_text(encoding="utf-8")}
+SAME_PACK = {
+    "as_on_a_cpu": (ROOT / "tests" / "support" / "as_on_a_cpu.py").read_text(encoding="utf-8")
+}
 
 
 class Size(NamedTuple):
@@ -32,23 +36,27 @@ class Size(NamedTuple):
 
 def pictures(server: Server, run: Run) -> dict[str, list[bytes]]:
     """Node -> the pictures and videos it made, as files."""
-    return {node: [server.image(entry) for entry in output["images"]] for node, output in run.outputs.items()
-            if "images" in output}
+    return {
+        node: [server.image(entry) for entry in output["images"]]
+        for node, output in run.outputs.items() if "images" in output
+    }
 
 
 class FakeGpuServer(Server):
-    """A server on fake GPUs in place of one on the CPU. Each workflow that it runs, its twin on the CPU runs too."""
+    """A server on fake GPUs in place of one on the CPU. Each workflow that it runs, its twin on the
+    CPU runs too."""
 
     size: Size  # set by whoever puts this class in the place of `Server`
 
-    def __init__(self, base, host=HOST, cpu: bool = True, arguments=(), with_pack: bool = True, extra_custom_nodes=None,
-                 env=None):
+    def __init__(self, base, host=HOST, cpu: bool = True, arguments=(), with_pack: bool = True,
+                 extra_custom_nodes=None, env=None):
         if not cpu:
             raise ValueError("this server chooses its devices itself")
         packs, env = {**(extra_custom_nodes or {}), **SAME_PACK}, {**(env or {}), **SAME_ENV}
         vram = () if self.size.dynamic else ("--disable-dynamic-vram",)
-        super().__init__(base, host, False, (*arguments, *SAME, *vram), with_pack, packs,
-                         {**env, **fakegpu.environment(self.size.devices, self.size.gib, self.size.late)})
+        super().__init__(
+            base, host, False, (*arguments, *SAME, *vram), with_pack, packs,
+            {**env, **fakegpu.environment(self.size.devices, self.size.gib, self.size.late)})
         folder = self.base / "cpu"
         own = [f"--{name}-directory={folder / name}" for name in ("output", "temp", "user")]
         self.twin = Server(base, host, True, (*arguments, *SAME, *own), with_pack, packs, env)
@@ -69,7 +77,15 @@ class FakeGpuServer(Server):
             for name in ("output", "temp", "user"):
                 (self.base / "cpu" / name).mkdir(parents=True)
             self.twin.__enter__()
-        expected, found = pictures(self.twin, self.twin.queue(prompt, timeout=timeout)), pictures(self, run)
-        different = [f"{node} ({prompt[node]['class_type']})" for node in expected if found.get(node) != expected[node]]
-        assert found.keys() == expected.keys() and not different, f"not the pictures of the CPU: {', '.join(different)}"
+        expected, found = (
+            pictures(self.twin, self.twin.queue(prompt, timeout=timeout)),
+            pictures(self, run),
+        )
+        different = [
+            f"{node} ({prompt[node]['class_type']})" for node in expected
+            if found.get(node) != expected[node]
+        ]
+        assert found.keys() == expected.keys() and not different, (
+            f"not the pictures of the CPU: {', '.join(different)}"
+        )
         return run

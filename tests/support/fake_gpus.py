@@ -1,10 +1,12 @@
-"""Tests that run on fake GPUs (`devtools/fakegpu`), in a process of their own, for torch must know them from its start.
+"""Tests that run on fake GPUs (`devtools/fakegpu`), in a process of their own, for torch must know
+them from its start.
 
     pytestmark = pytest.mark.fake_gpus(devices=3, gib=4, late=True, dynamic=True)
 
-They are collected here and run there: all that run on the same GPUs at once, when the first is asked for. Each then has its
-outcome from there. dynamic: whether the host has dynamic VRAM on, with the real comfy-aimdo. Where there are no fake GPUs the
-tests are skipped. On them the host computes as it does on a CPU, in float32.
+They are collected here and run there: all that run on the same GPUs at once, when the first is
+asked for. Each then has its outcome from there. dynamic: whether the host has dynamic VRAM on, with
+the real comfy-aimdo. Where there are no fake GPUs the tests are skipped. On them the host computes
+as it does on a CPU, in float32.
 
 In such a process `import fakegpu` gives the counters.
 """
@@ -22,7 +24,8 @@ from devtools import ROOT, fakegpu
 
 ON_FAKE_GPUS = "FAKEGPU" in os.environ
 AS_ON_A_CPU = "--fp32-unet --fp32-vae --fp32-text-enc --use-pytorch-cross-attention"
-OUTCOMES = "FEATHERWEIGHT_TEST_OUTCOMES"  # environment variable: where a process on fake GPUs writes them
+# environment variable: where a process on fake GPUs writes them
+OUTCOMES = "FEATHERWEIGHT_TEST_OUTCOMES"
 
 
 # --- in the process that was asked for the tests ---
@@ -48,18 +51,25 @@ class TestGroup:
     def outcome(self, name: str) -> dict:
         if self._outcomes is None:
             self._outcomes, self._output = self._run()
-        crashed = {"outcome": "failed", "text": f"The process on fake GPUs ended before this test.\n{self._output[-4000:]}"}
+        crashed = {
+            "outcome": "failed",
+            "text": f"The process on fake GPUs ended before this test.\n{self._output[-4000:]}"
+        }
         return self._outcomes.get(name, crashed)
 
     def _run(self) -> tuple[dict, str]:
-        nodes = [f"{node.path}::{node.nodeid.partition('::')[2]}" for node in self.nodes if not node.get_closest_marker("skip")]
+        nodes = [
+            f"{node.path}::{node.nodeid.partition('::')[2]}" for node in self.nodes
+            if not node.get_closest_marker("skip")
+        ]
         heavy = ["--heavy"] if self.nodes[0].config.getoption("--heavy") else []
         with tempfile.NamedTemporaryFile() as outcomes:
             vram = "" if self.dynamic else " --disable-dynamic-vram"
             variables = {"HOST_ARGUMENTS": AS_ON_A_CPU + vram, OUTCOMES: outcomes.name}
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *heavy, *nodes]
-            child = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env={**os.environ, **fakegpu.environment(*self.arguments), **variables})
+            child = subprocess.run(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env={**os.environ, **fakegpu.environment(*self.arguments), **variables})
             lines = Path(outcomes.name).read_text(encoding="utf-8").splitlines()
         found = {}
         for line in map(json.loads, lines):  # of a test's three phases the worst counts
@@ -85,7 +95,11 @@ class ForwardedTest(pytest.Item):
             raise FailedThere(found["text"])
 
     def repr_failure(self, excinfo):
-        return str(excinfo.value) if isinstance(excinfo.value, FailedThere) else super().repr_failure(excinfo)
+        return (
+            str(excinfo.value)
+            if isinstance(excinfo.value, FailedThere)
+            else super().repr_failure(excinfo)
+        )
 
     def reportinfo(self):
         return self.node.reportinfo()
@@ -96,7 +110,8 @@ class FailedThere(Exception):
 
 
 def forward(items: list[pytest.Item]):
-    """Replace the marked tests by those that run on fake GPUs, or skip them where there are none."""
+    """Replace the marked tests by those that run on fake GPUs, or skip them where there are
+    none."""
     groups = {}
     for index, item in enumerate(items):
         marker = item.get_closest_marker("fake_gpus")
@@ -108,7 +123,11 @@ def forward(items: list[pytest.Item]):
         group = TestGroup(**marker.kwargs)
         group = groups.setdefault(group.name, group)
         group.nodes.append(item)
-        name = processes.in_group(item.name, group.name) if "PYTEST_XDIST_WORKER" in os.environ else item.name
+        name = (
+            processes.in_group(item.name, group.name)
+            if "PYTEST_XDIST_WORKER" in os.environ
+            else item.name
+        )
         items[index] = ForwardedTest.from_parent(item.parent, name=name, group=group, node=item)
 
 
@@ -118,26 +137,33 @@ def forward(items: list[pytest.Item]):
 def report(report: pytest.TestReport):
     """Tell the process that asked for the tests."""
     if OUTCOMES in os.environ:
-        text = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else report.longreprtext
+        text = (
+            report.longrepr[2]
+            if report.skipped and isinstance(report.longrepr, tuple)
+            else report.longreprtext
+        )
         if report.failed:
             text = "\n".join([text, *(f"{title}\n{content}" for title, content in report.sections)])
-        line = {"name": report.nodeid, "outcome": report.outcome, "text": text.removeprefix("Skipped: ")}
+        line = {
+            "name": report.nodeid, "outcome": report.outcome, "text": text.removeprefix("Skipped: ")
+        }
         with open(os.environ[OUTCOMES], "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def start():
-    """Make the host's modules what its main.py makes of them where it finds a GPU, unless it is told not to."""
+    """Make the host's modules what its main.py makes of them where it finds a GPU, unless it is
+    told not to."""
     from comfy.cli_args import enables_dynamic_vram
 
     if enables_dynamic_vram():
         import comfy_aimdo.control
 
         comfy_aimdo.control.init(nvml_pressure=False)
+    import as_on_a_cpu  # noqa: F401
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
-    import as_on_a_cpu  # noqa: F401
 
     if enables_dynamic_vram():
         devices = comfy.model_management.get_all_torch_devices()

@@ -5,34 +5,41 @@ import tempfile
 import comfy.model_management
 import comfy.sample
 import torch
+from patched_models import flux_inputs, parts
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.adapters import adapter_tensors
-from patched_models import flux_inputs, parts
 
 
 def lies_on(model, device="cuda:0") -> int:
     """Bytes of weights and of LoRAs' factors that lie on a device."""
     tensors = [part for weight in (*model.parameters(), *model.buffers()) for part in parts(weight)]
-    tensors += [tensor for layer in model.packed_patches.layers.values() if layer.low_rank is not None
-                for tensor in (layer.low_rank.down, *layer.low_rank.ups)]
-    tensors += [tensor for layer in model.packed_patches.layers.values() for patch in layer.weight_patches
-                for tensor in adapter_tensors(patch[1])]
+    tensors += [
+        tensor for layer in model.packed_patches.layers.values() if layer.low_rank is not None
+        for tensor in (layer.low_rank.down, *layer.low_rank.ups)
+    ]
+    tensors += [
+        tensor for layer in model.packed_patches.layers.values() for patch in layer.weight_patches
+        for tensor in adapter_tensors(patch[1])
+    ]
     return sum(tensor.nbytes for tensor in tensors if tensor.device == torch.device(device))
 
 
 def of_no_layer(patcher) -> int:
     """Bytes of what is in no layer and so always lies on the device, such as a table of sigmas."""
     listed = {id(param) for *_, params in patcher._load_list() for param in params.values()}
-    return sum(tensor.nbytes for tensor in (*patcher.model.parameters(), *patcher.model.buffers()) if id(tensor) not in listed)
+    return sum(tensor.nbytes for tensor in (*patcher.model.parameters(), *patcher.model.buffers())
+               if id(tensor) not in listed)
 
 
 def load(patcher, room: float):
     """Load a model while this many bytes are free for weights, as other programs come and go."""
     import fakegpu
 
-    fakegpu.set_capacity(comfy.model_management.minimum_inference_memory() + room + fakegpu.used() - lies_on(patcher.model))
+    fakegpu.set_capacity(comfy.model_management.minimum_inference_memory() + room + fakegpu.used() -
+                         lies_on(patcher.model))
     comfy.model_management.load_models_gpu([patcher])
 
 
@@ -43,26 +50,34 @@ def step(patcher):
 
 
 def sample(patcher) -> torch.Tensor:
-    """Two steps of two parts each, which devices can share. Their lengths differ, so that the host never puts them together."""
+    """Two steps of two parts each, which devices can share. Their lengths differ, so that the host
+    never puts them together."""
     inputs = flux_inputs()
     text = inputs["c_crossattn"]
     conditions = [[[part, {}]] for part in (text, torch.cat([text, -text[:, :2]], 1))]
     with torch.inference_mode():
-        return comfy.sample.sample(patcher, inputs["x"], 2, 2.0, "euler", "simple", *conditions, torch.zeros_like(inputs["x"]),
-                                   seed=1, disable_pbar=True)
+        return comfy.sample.sample(patcher, inputs["x"], 2, 2.0, "euler", "simple", *conditions,
+                                   torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True)
 
 
 @contextlib.contextmanager
-def larger_flux(format_name: str, hidden: int = 512, double_blocks: int = 2, single_blocks: int = 6):
-    """(packed model, its dense values); without other sizes one of 45 million weights, more than a page of dynamic VRAM."""
+def larger_flux(format_name: str, hidden: int = 512, double_blocks: int = 2,
+                single_blocks: int = 6):
+    """(packed model, its dense values); without other sizes one of 45 million weights, more than a
+    page of dynamic VRAM."""
     with tempfile.TemporaryDirectory() as folder:
-        values = tiny_models.flux(0, hidden=hidden, double_blocks=double_blocks, single_blocks=single_blocks, context=256)
+        values = tiny_models.flux(0, hidden=hidden, double_blocks=double_blocks,
+                                  single_blocks=single_blocks, context=256)
         if format_name == "NF4":
             from devtools.files.bnb_files import write_bnb  # takes the bitsandbytes package
 
             path = f"{folder}/flux.safetensors"
-            seen = write_bnb(path, {name: torch.from_numpy(value) for name, value in values.items()})
+            seen = write_bnb(path,
+                             {name: torch.from_numpy(value) for name, value in values.items()})
         else:
             path = f"{folder}/flux.gguf"
-            seen = write_gguf(path, values, lambda name, value: format_name if value.ndim > 1 else "F32")
-        yield load_diffusion_model(path), {name: torch.as_tensor(value) for name, value in seen.items()}
+            seen = write_gguf(path, values, lambda name, value: format_name
+                              if value.ndim > 1 else "F32")
+        yield load_diffusion_model(path), {
+            name: torch.as_tensor(value) for name, value in seen.items()
+        }

@@ -12,17 +12,21 @@ import comfy.sd
 import pytest
 import torch
 from comfy_api.latest import io
-from devtools.files import tiny_models
-from devtools.files.gguf_files import write_gguf
 from families import FAMILIES, comfyui_gguf_style, random_weights, shrunken_detection
-from featherweight.loaders.diffusion import load_diffusion_model
 from patched_models import folder
 from safetensors.torch import save_file
 
+from devtools.files import tiny_models
+from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.diffusion import load_diffusion_model
+
 # Two levels of 320 and 640 channels, for nodes that look at the levels of a UNet.
-UNET = dataclasses.replace(FAMILIES["sd1.5"], latent=(1, 4, 16, 16), config={
-    **FAMILIES["sd1.5"].config, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1],
-    "transformer_depth_output": [0, 1, 0, 1], "transformer_depth_middle": 1})
+UNET = dataclasses.replace(
+    FAMILIES["sd1.5"], latent=(1, 4, 16, 16), config={
+        **FAMILIES["sd1.5"].config, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+        "transformer_depth": [1, 1], "transformer_depth_output": [0, 1, 0,
+                                                                  1], "transformer_depth_middle": 1
+    })
 MODELS = {**FAMILIES, "unet": UNET}
 # What conditioning holds beside the text, by family; a tuple is the shape of random values.
 EXTRAS = {
@@ -39,26 +43,32 @@ def seeded(*shape, seed: int = 1) -> torch.Tensor:
 
 @functools.cache
 def models(name: str, other: bool = False) -> tuple:
-    """(packed, dense) patchers of the same values, each loaded from a file. other: with other values."""
+    """(packed, dense) patchers of the same values, each loaded from a file. other: with other
+    values."""
     family, path = MODELS[name], f"{folder().name}/{name}-{other}"
     weights = random_weights(family)
     if other:
-        weights = {key: values.flip(0) if values.ndim > 1 else values for key, values in weights.items()}
+        weights = {
+            key: values.flip(0) if values.ndim > 1 else values for key, values in weights.items()
+        }
     seen = write_gguf(f"{path}.gguf", weights, **comfyui_gguf_style(), metadata=family.metadata)
     seen = {key: torch.as_tensor(values).contiguous() for key, values in seen.items()}
     save_file(seen, f"{path}.safetensors", metadata=dict(family.metadata))
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         shrunken_detection(family, patch)
-        return load_diffusion_model(f"{path}.gguf"), comfy.sd.load_diffusion_model(f"{path}.safetensors")
+        return load_diffusion_model(f"{path}.gguf"), comfy.sd.load_diffusion_model(
+            f"{path}.safetensors"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """How a node is called.
 
-    family: of the model, one of MODELS. inputs: those that are not given their default; a function gets the Setting. floats:
-    of all other numbers, in place of their defaults. latent: shape, if not the family's. effect: whether a sampled picture
-    must differ from that of the model without the node. noise_mask: whether a part of the picture is kept. limit: of the error.
+    family: of the model, one of MODELS. inputs: those that are not given their default; a function
+    gets the Setting. floats: of all other numbers, in place of their defaults. latent: shape, if
+    not the family's. effect: whether a sampled picture must differ from that of the model without
+    the node. noise_mask: whether a part of the picture is kept. limit: of the error.
     """
 
     family: str = "flux-schnell"
@@ -93,15 +103,20 @@ class Setting:
 
     def conditioning(self, seed: int) -> list:
         extra = EXTRAS.get(self.case.family, {}).items()
-        return [[seeded(*MODELS[self.case.family].context, seed=seed),
-                 {name: seeded(*value, seed=seed) if isinstance(value, tuple) else value for name, value in extra}]]
+        return [[
+            seeded(*MODELS[self.case.family].context, seed=seed), {
+                name: seeded(*value, seed=seed) if isinstance(value, tuple) else value
+                for name, value in extra
+            }
+        ]]
 
     def sigmas(self, model=None) -> torch.Tensor:
         sampling = (model or self.model).get_model_object("model_sampling")
         return comfy.samplers.calculate_sigmas(sampling, "simple", self.case.steps)
 
     def value(self, name: str, kind, options: dict):
-        """What an input is given: the case's own value, its default, or what its type stands for here."""
+        """What an input is given: the case's own value, its default, or what its type stands for
+        here."""
         if name in self.case.inputs:
             given = self.case.inputs[name]
             return given(self) if isinstance(given, Callable) else given
@@ -112,24 +127,36 @@ class Setting:
         if isinstance(kind, list) or kind == "COMBO":
             return (kind if isinstance(kind, list) else options["options"])[0]
         # The second of two models, and each conditioning, has values of its own.
-        seeds = {"positive": 2, "conditioning": 2, "cond1": 2, "negative": 3, "cond2": 5, "empty_conditioning": 6}
-        given = {"MODEL": lambda: self.other_model if name in ("model2", "model_negative") else self.model,
-                 "CONDITIONING": lambda: self.conditioning(seeds[name]),
-                 "LATENT": lambda: {"samples": self.latent}, "SIGMAS": self.sigmas, "BOOLEAN": lambda: False,
-                 "SAMPLER": lambda: comfy.samplers.sampler_object("euler")}
+        seeds = {
+            "positive": 2, "conditioning": 2, "cond1": 2, "negative": 3, "cond2": 5,
+            "empty_conditioning": 6
+        }
+        given = {
+            "MODEL": lambda: self.other_model
+            if name in ("model2", "model_negative") else self.model,
+            "CONDITIONING": lambda: self.conditioning(seeds[name]),
+            "LATENT": lambda: {"samples": self.latent}, "SIGMAS": self.sigmas,
+            "BOOLEAN": lambda: False, "SAMPLER": lambda: comfy.samplers.sampler_object("euler")
+        }
         return given[kind]()
 
     def sample(self, model, sampler=None) -> torch.Tensor:
         """A few steps of the host's sampler."""
-        mask = torch.linspace(0, 1, self.latent.shape[-1]).expand(1, *self.latent.shape[-2:]) if self.case.noise_mask else None
+        mask = (
+            torch.linspace(0, 1, self.latent.shape[-1]).expand(1, *self.latent.shape[-2:])
+            if self.case.noise_mask
+            else None
+        )
         sampler = sampler or comfy.samplers.sampler_object("euler")
-        return comfy.sample.sample_custom(
-            model, seeded(*self.latent.shape), self.case.cfg, sampler, self.sigmas(model),
-            self.conditioning(2), self.conditioning(3), self.latent, noise_mask=mask, disable_pbar=True, seed=1)
+        return comfy.sample.sample_custom(model, seeded(*self.latent.shape), self.case.cfg, sampler,
+                                          self.sigmas(model), self.conditioning(2),
+                                          self.conditioning(3), self.latent, noise_mask=mask,
+                                          disable_pbar=True, seed=1)
 
     def guided(self, guider) -> torch.Tensor:
         sampler = comfy.samplers.sampler_object("euler")
-        return guider.sample(seeded(*self.latent.shape), self.latent, sampler, self.sigmas(), disable_pbar=True, seed=1)
+        return guider.sample(seeded(*self.latent.shape), self.latent, sampler, self.sigmas(),
+                             disable_pbar=True, seed=1)
 
 
 def schema(node: type) -> dict[str, tuple]:
@@ -140,7 +167,8 @@ def schema(node: type) -> dict[str, tuple]:
 
 
 def execute(node: type, setting: Setting) -> list[tuple[str, Any]]:
-    """(type, value) of each output of a node, run as the host runs it. Optional inputs are those that the case names."""
+    """(type, value) of each output of a node, run as the host runs it. Optional inputs are those
+    that the case names."""
     required = node.INPUT_TYPES().get("required", {})
     inputs = {name: setting.value(name, *spec) for name, spec in schema(node).items()
               if name in required or name in setting.case.inputs}
@@ -156,9 +184,13 @@ def execute(node: type, setting: Setting) -> list[tuple[str, Any]]:
 
 
 def observed(kind: str, value, setting: Setting) -> dict[str, torch.Tensor]:
-    """Name -> numbers in which two outputs can be compared; a model, a guider and a sampler are run."""
-    runs = {"MODEL": setting.sample, "GUIDER": setting.guided, "LATENT": lambda latent: latent["samples"],
-            "SAMPLER": lambda sampler: setting.sample(setting.model, sampler)}
+    """Name -> numbers in which two outputs can be compared; a model, a guider and a sampler are
+    run."""
+    runs = {
+        "MODEL": setting.sample, "GUIDER": setting.guided,
+        "LATENT": lambda latent: latent["samples"],
+        "SAMPLER": lambda sampler: setting.sample(setting.model, sampler)
+    }
     if kind in runs:
         return {kind: runs[kind](value)}
     if kind in ("SIGMAS", "FLOAT"):
@@ -174,15 +206,19 @@ def observed(kind: str, value, setting: Setting) -> dict[str, torch.Tensor]:
 
 
 def lora(setting: Setting) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(values) for name, values in tiny_models.flux_lora(
-        seed=5, part="blocks", layer="lora_unet_{flat}", down=".lora_down.weight", up=".lora_up.weight", strength=0.3,
-        hidden=256, double_blocks=1, single_blocks=1, context=256).items()}
+    return {
+        name: torch.from_numpy(values) for name, values in tiny_models.flux_lora(
+            seed=5, part="blocks", layer="lora_unet_{flat}", down=".lora_down.weight",
+            up=".lora_up.weight", strength=0.3, hidden=256, double_blocks=1, single_blocks=1,
+            context=256).items()
+    }
 
 
 @functools.cache
 def vae() -> comfy.sd.VAE:
     with torch.inference_mode():
-        return comfy.sd.VAE({name: torch.from_numpy(values) for name, values in tiny_models.autoencoder().items()})
+        return comfy.sd.VAE(
+            {name: torch.from_numpy(values) for name, values in tiny_models.autoencoder().items()})
 
 
 class FrameVae:

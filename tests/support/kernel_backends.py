@@ -1,5 +1,5 @@
-"""The backends where there is no GPU: C++ as its platform compiles and starts it, by the same Python,
-on this CPU, and Triton in its interpreter; where there is a GPU, Triton on that."""
+"""The backends where there is no GPU: C++ as its platform compiles and starts it, by the same
+Python, on this CPU, and Triton in its interpreter; where there is a GPU, Triton on that."""
 import contextlib
 import ctypes
 import hashlib
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend
-from featherweight.ops.kernels.validation import probe
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Backend
 from featherweight.ops.kernels.nvrtc import CudaError, Driver
+from featherweight.ops.kernels.validation import probe
 
 HERE = Path(__file__).resolve().parents[1] / "ops"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -113,7 +114,8 @@ def triton_backend_here() -> Iterator[Backend]:
 
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:  # a value takes ten thousand times as long
-            patch.setattr(sys.modules[probe.__module__], "MANY", 3 * triton_backend.DEQUANTIZE_TILE // 2)
+            patch.setattr(sys.modules[probe.__module__], "MANY",
+                          3 * triton_backend.DEQUANTIZE_TILE // 2)
         yield triton_backend.BACKEND
 
 

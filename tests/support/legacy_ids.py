@@ -1,11 +1,13 @@
-"""Node ids of other packs as workflows rely on them: inputs in the order of their widgets, defaults, outputs, methods."""
+"""Node ids of other packs as workflows rely on them: inputs in the order of their widgets,
+defaults, outputs, methods."""
 
 FIRST_GPU = "cpu"  # the default device of ComfyUI-MultiGPU is the first GPU, and here there is none
 NAME = object()  # a file that is picked, or a type: no default that a workflow could rely on
 MODEL, CLIP, VAE, CHECKPOINT = ["MODEL"], ["CLIP"], ["VAE"], ["MODEL", "CLIP", "VAE"]
 
 _dtypes = {"dequant_dtype": "default", "patch_dtype": "default", "patch_on_device": False}
-_two, _three, _four = ({f"clip_name{number}": NAME for number in range(1, count + 1)} for count in (2, 3, 4))
+_two, _three, _four = ({f"clip_name{number}": NAME for number in range(1, count + 1)}
+                       for count in (2, 3, 4))
 
 # Id -> (input -> default, outputs, what scripts call).
 GGUF = {
@@ -17,10 +19,13 @@ GGUF = {
     "QuadrupleCLIPLoaderGGUF": (_four, CLIP, "load_clip"),
 }
 NF4 = {
-    "CheckpointLoaderNF4": ({"ckpt_name": NAME, "bnb_dtype": "default"}, CHECKPOINT, "load_checkpoint"),
+    "CheckpointLoaderNF4": ({"ckpt_name": NAME,
+                             "bnb_dtype": "default"}, CHECKPOINT, "load_checkpoint"),
     "UNETLoaderNF4": ({"unet_name": NAME, "bnb_dtype": "default"}, MODEL, "load_unet"),
-    "SP_CheckpointLoaderBNB": ({"ckpt_name": NAME, "load_dtype": "float8_e4m3fn"}, CHECKPOINT, "load_checkpoint"),
-    "SP_UnetLoaderBNB": ({"unet_name": NAME, "load_dtype": "float8_e4m3fn"}, MODEL, "load_checkpoint"),
+    "SP_CheckpointLoaderBNB": ({"ckpt_name": NAME,
+                                "load_dtype": "float8_e4m3fn"}, CHECKPOINT, "load_checkpoint"),
+    "SP_UnetLoaderBNB": ({"unet_name": NAME,
+                          "load_dtype": "float8_e4m3fn"}, MODEL, "load_checkpoint")
 }
 CALCUIS = {
     "LoaderGGUF": ({"gguf_name": NAME}, MODEL, "load_model"),
@@ -31,15 +36,20 @@ CALCUIS = {
     "QuadrupleClipLoaderGGUF": (_four, CLIP, "load_clip"),
     "VaeGGUF": ({"vae_name": NAME}, VAE, "load_vae"),
 }
-KJ = {"GGUFLoaderKJ": ({"model_name": NAME, "extra_model_name": "none", **_dtypes, "enable_fp16_accumulation": False,
-                        "attention_override": "none"}, MODEL, "EXECUTE_NORMALIZED")}
+KJ = {
+    "GGUFLoaderKJ": ({
+        "model_name": NAME, "extra_model_name": "none",
+        **_dtypes, "enable_fp16_accumulation": False, "attention_override": "none"
+    }, MODEL, "EXECUTE_NORMALIZED")
+}
 
 # What ComfyUI-MultiGPU wraps, beside the loaders of GGUF files.
 _PLAIN = {
     "UNETLoader": ({"unet_name": NAME, "weight_dtype": "default"}, MODEL),
-    "CLIPLoader": ({"clip_name": NAME, "type": NAME}, CLIP), "DualCLIPLoader": ({**_two, "type": NAME}, CLIP),
-    "TripleCLIPLoader": (_three, CLIP), "QuadrupleCLIPLoader": (_four, CLIP),
-    "VAELoader": ({"vae_name": NAME}, VAE), "CheckpointLoaderSimple": ({"ckpt_name": NAME}, CHECKPOINT),
+    "CLIPLoader": ({"clip_name": NAME, "type": NAME}, CLIP),
+    "DualCLIPLoader": ({**_two, "type": NAME}, CLIP), "TripleCLIPLoader": (_three, CLIP),
+    "QuadrupleCLIPLoader": (_four, CLIP), "VAELoader": ({"vae_name": NAME}, VAE),
+    "CheckpointLoaderSimple": ({"ckpt_name": NAME}, CHECKPOINT)
 }
 
 
@@ -48,24 +58,54 @@ def _wrapped(node_id: str, family: str, inputs: dict) -> dict:
     if family == "MultiGPU":
         return {**inputs, "device": FIRST_GPU}
     if family == "DisTorchMultiGPU":
-        return {**inputs, "device": FIRST_GPU, "virtual_vram_gb": 4.0, "use_other_vram": False, "expert_mode_allocations": ""}
+        return {
+            **inputs, "device": FIRST_GPU, "virtual_vram_gb": 4.0, "use_other_vram": False,
+            "expert_mode_allocations": ""
+        }
     clip = "CLIP" in node_id
-    return {**inputs, "device" if clip else "compute_device": FIRST_GPU, "virtual_vram_gb": 4.0, "donor_device": "cpu",
-            "expert_mode_allocations": "", "eject_models": not clip}
+    return {
+        **inputs, "device" if clip else "compute_device": FIRST_GPU, "virtual_vram_gb": 4.0,
+        "donor_device": "cpu", "expert_mode_allocations": "", "eject_models": not clip
+    }
 
 
-_FAMILIES = {"MultiGPU": {**GGUF, **_PLAIN, "CheckpointLoaderNF4": _PLAIN["CheckpointLoaderSimple"]}, "DisTorchMultiGPU": GGUF,
-             "DisTorch2MultiGPU": {**GGUF, **_PLAIN}}
-MULTIGPU = {f"{node_id}{family}": (_wrapped(node_id, family, inputs), outputs, "override")
-            for family, loaders in _FAMILIES.items() for node_id, (inputs, outputs, *_) in loaders.items()} | {
-    "CheckpointLoaderAdvancedMultiGPU": ({
-        "ckpt_name": NAME, "unet_device": FIRST_GPU, "clip_device": FIRST_GPU, "vae_device": FIRST_GPU},
-        CHECKPOINT, "load_checkpoint"),
-    "CheckpointLoaderAdvancedDisTorch2MultiGPU": ({
-        "ckpt_name": NAME, "unet_compute_device": FIRST_GPU, "unet_virtual_vram_gb": 4.0, "unet_donor_device": "cpu",
-        "clip_compute_device": "cpu", "clip_virtual_vram_gb": 2.0, "clip_donor_device": "cpu", "vae_device": FIRST_GPU,
-        "unet_expert_mode_allocations": "", "clip_expert_mode_allocations": "", "high_precision_loras": True,
-        "eject_models": True}, CHECKPOINT, "load_checkpoint"),
+_FAMILIES = {
+    "MultiGPU": {**GGUF, **_PLAIN, "CheckpointLoaderNF4": _PLAIN["CheckpointLoaderSimple"]},
+    "DisTorchMultiGPU": GGUF, "DisTorch2MultiGPU": {**GGUF, **_PLAIN}
+}
+MULTIGPU = {
+    f"{node_id}{family}": (_wrapped(node_id, family, inputs), outputs, "override")
+    for family, loaders in _FAMILIES.items()
+    for node_id, (inputs, outputs, *_) in loaders.items()
+} | {
+    "CheckpointLoaderAdvancedMultiGPU": (
+        {
+            "ckpt_name": NAME,
+            "unet_device": FIRST_GPU,
+            "clip_device": FIRST_GPU,
+            "vae_device": FIRST_GPU,
+        },
+        CHECKPOINT,
+        "load_checkpoint",
+    ),
+    "CheckpointLoaderAdvancedDisTorch2MultiGPU": (
+        {
+            "ckpt_name": NAME,
+            "unet_compute_device": FIRST_GPU,
+            "unet_virtual_vram_gb": 4.0,
+            "unet_donor_device": "cpu",
+            "clip_compute_device": "cpu",
+            "clip_virtual_vram_gb": 2.0,
+            "clip_donor_device": "cpu",
+            "vae_device": FIRST_GPU,
+            "unet_expert_mode_allocations": "",
+            "clip_expert_mode_allocations": "",
+            "high_precision_loras": True,
+            "eject_models": True,
+        },
+        CHECKPOINT,
+        "load_checkpoint",
+    ),
     "UNetLoaderLP": ({"unet_name": NAME}, MODEL, "load_unet"),
 }
 assert len(MULTIGPU) == 36

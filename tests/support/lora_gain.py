@@ -1,13 +1,17 @@
-"""How much of a LoRA arrives: the projection of what it changed on what it should change, which is 1 where nothing is lost.
+"""How much of a LoRA arrives: the projection of what it changed on what it should change, which is
+1 where nothing is lost.
 
-An error norm cannot see a weak LoRA that loses half its strength: what rounding the outputs makes hides it. The projection
-averages the rounding out over millions of outputs and leaves what is lost on each.
+An error norm cannot see a weak LoRA that loses half its strength: what rounding the outputs makes
+hides it. The projection averages the rounding out over millions of outputs and leaves what is lost
+on each.
 """
 import torch
 
-NORMS = (0.0005, 0.001, 0.003, 0.01, 0.05)  # of the change of the weight, divided by the norm of the weight
+# of the change of the weight, divided by the norm of the weight
+NORMS = (0.0005, 0.001, 0.003, 0.01, 0.05)
 ALLOWED = 0.005
-# Outputs over which the rounding of a dtype averages out, to a third of what is allowed at the least norm.
+# Outputs over which the rounding of a dtype averages out, to a third of what is allowed at the
+# least norm.
 OUTPUTS = {torch.bfloat16: 1 << 23, torch.float16: 1 << 19, torch.float32: 1 << 16}
 
 
@@ -18,7 +22,8 @@ class Gain:
         self.along = self.whole = 0.0
 
     def add(self, change: torch.Tensor, exact: torch.Tensor):
-        """Add what changed and what should have: a difference of two outputs, exact in float32, and its like."""
+        """Add what changed and what should have: a difference of two outputs, exact in float32, and
+        its like."""
         self.along += (change * exact).sum(dtype=torch.float64).item()
         self.whole += exact.square().sum(dtype=torch.float64).item()
 
@@ -33,8 +38,9 @@ class Gain:
 def assert_full_strength(run, inputs, weight_change, norms=NORMS, base: float = 1.0):
     """Every norm of `norms` has its effect.
 
-    run(input, strength) -> output. inputs: tensors (..., K). weight_change(strength): what that strength adds to the weight,
-    float32 (N, K). The strength goes from minus to plus its value, which doubles what is measured beside the rounding.
+    run(input, strength) -> output. inputs: tensors (..., K). weight_change(strength): what that
+    strength adds to the weight, float32 (N, K). The strength goes from minus to plus its value,
+    which doubles what is measured beside the rounding.
     base: norm of the weight divided by the norm of `weight_change(1)`.
     """
     for norm in norms:

@@ -6,8 +6,9 @@ import re
 import sys
 from pathlib import Path
 
-import featherweight.nodes
 import pytest
+
+import featherweight.nodes
 from featherweight.nodes import FeatherweightExtension
 
 
@@ -19,7 +20,8 @@ async def _load_extension():
 
 @contextlib.contextmanager
 def hosts_server():
-    """The host's module `server` is found: pytest puts a stand-in of that name in its place, for the folder tests/server."""
+    """The host's module `server` is found: pytest puts a stand-in of that name in its place, for
+    the folder tests/server."""
     with pytest.MonkeyPatch.context() as patch:
         if getattr(sys.modules.get("server"), "__file__", None) is None:
             patch.delitem(sys.modules, "server", raising=False)
@@ -32,19 +34,23 @@ def node_list():
 
 
 def ids_in_source() -> list[str]:
-    """What ComfyUI Manager finds: of each class that derives directly from `io.ComfyNode` the literal `node_id`, or its name
-    where it has none; and the literal keys of `NODE_CONFIG`, in a source from which it takes backslashes first.
+    """What ComfyUI Manager finds: of each class that derives directly from `io.ComfyNode` the
+    literal `node_id`, or its name where it has none; and the literal keys of `NODE_CONFIG`, in a
+    source from which it takes backslashes first.
     """
     found = []
     for path in sorted(Path(featherweight.nodes.__file__).parent.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef) and "io.ComfyNode" in map(ast.unparse, node.bases):
-                ids = [word.value.value for word in ast.walk(node)
-                       if isinstance(word, ast.keyword) and word.arg == "node_id" and isinstance(word.value, ast.Constant)]
+                ids = [
+                    word.value.value for word in ast.walk(node) if isinstance(word, ast.keyword)
+                    and word.arg == "node_id" and isinstance(word.value, ast.Constant)
+                ]
                 found += ids or [node.name]
         if "NODE_CONFIG = {" in source:
-            table, = (node.value for node in ast.parse(re.sub(r"""\\[^"']""", "", source)).body
-                      if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NODE_CONFIG")
+            table, = (
+                node.value for node in ast.parse(re.sub(r"""\\[^"']""", "", source)).body
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NODE_CONFIG")
             found += [key.value for key in table.keys]
     return found

@@ -1,11 +1,13 @@
-"""Single layers with patches, of every kind and in formats of ours and of the host's, beside the dense ones they stand for."""
+"""Single layers with patches, of every kind and in formats of ours and of the host's, beside the
+dense ones they stand for."""
 import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.operations import packed_operations
 from host_formats import HOST_FORMATS, in_host_format
 from patched_models import packed_anyhow
+
+from featherweight.ops.layer_patches import build_patches
+from featherweight.ops.operations import packed_operations
 
 ROWS, COLUMNS, RANK = 48, 256, 4
 KERNELS = {"Linear": (), "Conv1d": (3,), "Conv2d": (3, 3), "Conv3d": (1, 2, 2)}
@@ -19,11 +21,16 @@ def patches_for(kind: str, shape: torch.Size) -> list:
     one = (1,) * (len(shape) - 2)
     up, down = torch.randn(shape[0], RANK, *one) / 8, torch.randn(RANK, *shape[1:]) / 8
     lora = (1.0, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)
-    return [lora] if kind == "lora" else [(1.0, ("diff", (torch.randn(shape) / 8,)), 0.5, None, None), lora]
+    return (
+        [lora]
+        if kind == "lora"
+        else [(1.0, ("diff", (torch.randn(shape) / 8,)), 0.5, None, None), lora]
+    )
 
 
 def layer_and_twin(name: str, format_name: str, kind: str | None, dtype: torch.dtype, **options):
-    """(a layer with patches, or without, torch's function with the weight that they make in float32)"""
+    """(a layer with patches, or without, torch's function with the weight that they make in
+    float32)"""
     kernel = KERNELS[name]
     values, hosts = torch.randn(ROWS, COLUMNS, *kernel) / 8, format_name in HOST_FORMATS
     if hosts:
@@ -37,11 +44,16 @@ def layer_and_twin(name: str, format_name: str, kind: str | None, dtype: torch.d
     layer.load_state_dict(parts | {"bias": bias.to(dtype)})
     if kind is not None:
         patches = patches_for(kind, values.shape)
-        layer.lora = build_patches("weight", patches, values.shape, torch.device("cpu"), dtype, layer.has_branch)
+        layer.lora = build_patches("weight", patches, values.shape, torch.device("cpu"), dtype,
+                                   layer.has_branch)
         values = comfy.lora.calculate_weight(patches, values, "weight")
     function = getattr(torch.nn.functional, name.lower())
     return layer, lambda input: function(input, values, bias)
 
 
 def input_for(name: str) -> torch.Tensor:
-    return torch.randn(3, COLUMNS) if name == "Linear" else torch.randn(2, COLUMNS, *(size + 4 for size in KERNELS[name]))
+    return (
+        torch.randn(3, COLUMNS)
+        if name == "Linear"
+        else torch.randn(2, COLUMNS, *(size + 4 for size in KERNELS[name]))
+    )

@@ -1,4 +1,5 @@
-"""Small packed models beside the host's own dense ones of the same values, and LoRAs of every kind under their real names.
+"""Small packed models beside the host's own dense ones of the same values, and LoRAs of every kind
+under their real names.
 
 The dense model is the reference: the host patches it by itself, in float32.
 """
@@ -13,17 +14,18 @@ import comfy.utils
 import gguf
 import pytest
 import torch
+from fake_gpus import ON_FAKE_GPUS
+from host_formats import write_mixed
+
 from devtools.files import tiny_models
 from devtools.files.gguf_files import dequantize, pack, write_gguf
-from fake_gpus import ON_FAKE_GPUS
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.operations import operations_for
-from featherweight.ops.patcher import adopt
 from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
-from host_formats import write_mixed
+from featherweight.ops.patcher import adopt
 
 FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsandbytes'
 LIMIT = 1e-5  # of the effect that the patches have, in float32
@@ -49,7 +51,8 @@ def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Ten
     return _flux_file(format_name, seed)
 
 
-@functools.cache  # which takes a seed that is left out for another one: the file would be written while it is mapped
+# which takes a seed that is left out for another one: the file would be written while it is mapped
+@functools.cache
 def _flux_file(format_name: str, seed: int) -> tuple[str, dict[str, torch.Tensor]]:
     path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
     tensors = tiny_flux(seed)
@@ -67,11 +70,13 @@ def _flux_file(format_name: str, seed: int) -> tuple[str, dict[str, torch.Tensor
 
 
 def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
-    """The host's own dense model of the same values, on the CPU, where it applies patches in float32."""
+    """The host's own dense model of the same values, on the CPU, where it applies patches in
+    float32."""
     cpu = torch.device("cpu")
     options = {"load_device": cpu, "offload_device": cpu} if ON_FAKE_GPUS else {}
     options |= {} if dtype is None else {"dtype": dtype}
-    return comfy.sd.load_diffusion_model_state_dict(dict(flux_file(format_name, seed)[1]), model_options=options)
+    return comfy.sd.load_diffusion_model_state_dict(dict(flux_file(format_name, seed)[1]),
+                                                    model_options=options)
 
 
 def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
@@ -96,11 +101,14 @@ def forget_models():
 
 
 def packed_anyhow(values: torch.Tensor, format_name: str, seed: int = 0):
-    """(packed tensor, its dense float32 values) of any shape; blocks may cross rows, as in a packed convolution."""
+    """(packed tensor, its dense float32 values) of any shape; blocks may cross rows, as in a packed
+    convolution."""
     stored = values.reshape(-1, FORMATS[format_name].block_length).numpy()
     data = pack(stored, format_name, seed)
     dense = dequantize(data, gguf.GGMLQuantizationType[format_name]).reshape(values.shape)
-    return packed_tensor(FORMATS[format_name], torch.from_numpy(data), values.shape), torch.from_numpy(dense)
+    return packed_tensor(
+        FORMATS[format_name], torch.from_numpy(data), values.shape
+    ), torch.from_numpy(dense)
 
 
 # --- running and comparing ---
@@ -134,7 +142,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def error_by_effect(actual: torch.Tensor, expected: torch.Tensor, without: torch.Tensor) -> float:
-    """The error of a patched output divided by what the patches change; all three in float32 and of a usual size."""
+    """The error of a patched output divided by what the patches change; all three in float32 and of
+    a usual size."""
     assert 0.02 < relative(expected, without) < 3, relative(expected, without)
     return ((actual - expected).norm() / (expected - without).norm()).item()
 
@@ -152,7 +161,8 @@ def parts(weight):
 
 
 class Ledger:
-    """What the host does to base weights while a block runs: moves of layers, copies of packed tensors, storage kept."""
+    """What the host does to base weights while a block runs: moves of layers, copies of packed
+    tensors, storage kept."""
 
     def __init__(self, patcher):
         self.patcher = patcher
@@ -185,10 +195,25 @@ class Ledger:
 
 # --- LoRAs ---
 
-KINDS = ("lora", "locon", "dora", "dora-in", "loha", "loha-dora", "lokr", "lokr-dora", "oft", "boft", "glora", "diff", "set")
+KINDS = (
+    "lora",
+    "locon",
+    "dora",
+    "dora-in",
+    "loha",
+    "loha-dora",
+    "lokr",
+    "lokr-dora",
+    "oft",
+    "boft",
+    "glora",
+    "diff",
+    "set",
+)
 
 
-def adapter(kind: str, weight: torch.Tensor, seed: int, rank: int = RANK, size: float = 0.3) -> dict[str, torch.Tensor]:
+def adapter(kind: str, weight: torch.Tensor, seed: int, rank: int = RANK,
+            size: float = 0.3) -> dict[str, torch.Tensor]:
     """Tensors of one adapter for a dense weight, under the names that follow the layer's own.
 
     size: about the norm of what it adds, divided by the norm of the weight.
@@ -204,37 +229,58 @@ def adapter(kind: str, weight: torch.Tensor, seed: int, rank: int = RANK, size: 
     ones = (1,) * len(kernel)
     if kind in ("lora", "dora"):
         dora = dora or kind.removeprefix("lora")
-        tensors = {"lora_up.weight": normal(rows, rank, *ones, scale=spread),
-                   "lora_down.weight": normal(rank, columns, *kernel), "alpha": torch.tensor(float(rank) / 2)}
+        tensors = {
+            "lora_up.weight": normal(rows, rank, *ones, scale=spread),
+            "lora_down.weight": normal(rank, columns,
+                                       *kernel), "alpha": torch.tensor(float(rank) / 2)
+        }
     elif kind == "locon":
         if not kernel:
             return adapter("lora", weight, seed, rank, size)
-        tensors = {"lora_up.weight": normal(rows, rank, *ones, scale=spread),
-                   "lora_mid.weight": normal(rank, rank, *kernel),
-                   "lora_down.weight": normal(rank, columns, *ones, scale=0.5), "alpha": torch.tensor(float(rank) / 2)}
+        tensors = {
+            "lora_up.weight": normal(rows, rank, *ones,
+                                     scale=spread), "lora_mid.weight": normal(rank, rank, *kernel),
+            "lora_down.weight": normal(rank, columns, *ones,
+                                       scale=0.5), "alpha": torch.tensor(float(rank) / 2)
+        }
     elif kind == "loha":
-        tensors = {"hada_w1_a": normal(rows, rank, scale=spread), "hada_w1_b": normal(rank, weight[0].numel()),
-                   "hada_w2_a": normal(rows, rank, scale=0.5), "hada_w2_b": normal(rank, weight[0].numel()),
-                   "alpha": torch.tensor(float(rank) / 2)}
+        tensors = {
+            "hada_w1_a": normal(rows, rank,
+                                scale=spread), "hada_w1_b": normal(rank, weight[0].numel()),
+            "hada_w2_a": normal(rows, rank, scale=0.5),
+            "hada_w2_b": normal(rank, weight[0].numel()), "alpha": torch.tensor(float(rank) / 2)
+        }
     elif kind == "lokr":
-        tensors = {"lokr_w1": normal(4, 4, scale=spread), "lokr_w2_a": normal(rows // 4, rank, scale=0.5),
-                   "lokr_w2_b": normal(rank, weight[0].numel() // 4), "alpha": torch.tensor(float(rank))}
+        tensors = {
+            "lokr_w1": normal(4, 4, scale=spread), "lokr_w2_a": normal(rows // 4, rank, scale=0.5),
+            "lokr_w2_b": normal(rank, weight[0].numel() // 4), "alpha": torch.tensor(float(rank))
+        }
     elif kind == "oft":
-        tensors = {"oft_blocks": normal(rows // 8, 8, 8, scale=size / 8), "alpha": torch.tensor(0.0)}
+        tensors = {
+            "oft_blocks": normal(rows // 8, 8, 8, scale=size / 8), "alpha": torch.tensor(0.0)
+        }
     elif kind == "boft":
-        tensors = {"oft_blocks": normal(2, rows // 8, 8, 8, scale=size / 8), "alpha": torch.tensor(0.0)}
+        tensors = {
+            "oft_blocks": normal(2, rows // 8, 8, 8, scale=size / 8), "alpha": torch.tensor(0.0)
+        }
     elif kind == "glora":
-        tensors = {"a1.weight": normal(columns, rank, scale=size / columns ** 0.5),
-                   "a2.weight": normal(rank, columns, scale=1 / rank),
-                   "b1.weight": normal(rows, rank, scale=spread), "b2.weight": normal(rank, weight[0].numel())}
+        tensors = {
+            "a1.weight": normal(columns, rank, scale=size / columns ** 0.5),
+            "a2.weight": normal(rank, columns,
+                                scale=1 / rank), "b1.weight": normal(rows, rank, scale=spread),
+            "b2.weight": normal(rank, weight[0].numel())
+        }
     elif kind == "diff":
-        tensors = {"diff": normal(*weight.shape, scale=spread), "diff_b": normal(rows, scale=size / 4)}
+        tensors = {
+            "diff": normal(*weight.shape, scale=spread), "diff_b": normal(rows, scale=size / 4)
+        }
     elif kind == "set":
         tensors = {"set_weight": weight + normal(*weight.shape, scale=spread)}
     if dora:
         by_column = weight.transpose(0, 1).flatten(1).norm(dim=1)[None]
         norms = by_column if dora == "in" else weight.flatten(1).norm(dim=1)[:, None]
-        tensors["dora_scale"] = (norms * (1 + normal(*norms.shape, scale=size / 2))).reshape(*norms.shape, *ones)
+        tensors["dora_scale"] = (norms * (1 + normal(*norms.shape, scale=size / 2))).reshape(
+            *norms.shape, *ones)
     return tensors
 
 
@@ -242,8 +288,10 @@ def kohya(name: str) -> str:
     return "lora_unet_" + name.replace(".", "_")
 
 
-def lora_for(values: dict[str, torch.Tensor], kind: str = "lora", seed: int = 0, layer_name=kohya, **options) -> dict:
-    """A LoRA file for every matrix of a model of these dense values; layer_name: what its author calls a layer."""
+def lora_for(values: dict[str, torch.Tensor], kind: str = "lora", seed: int = 0, layer_name=kohya,
+             **options) -> dict:
+    """A LoRA file for every matrix of a model of these dense values; layer_name: what its author
+    calls a layer."""
     lora = {}
     for index, (name, weight) in enumerate(values.items()):
         if weight.ndim < 2:
@@ -266,7 +314,9 @@ def broken(lora: dict, kind: str) -> dict:
         tensor = lora[name]
         if kind == "wrong rows" and name.endswith(("up.weight", "w1_a", "w2_a", "diff")):
             lora[name] = torch.cat([tensor, tensor])
-        elif kind == "wrong columns" and name.endswith(("down.weight", "w1_b", "w2_b", "diff", "lokr_w1")):
+        elif kind == "wrong columns" and name.endswith(
+            ("down.weight", "w1_b", "w2_b", "diff", "lokr_w1")
+        ):
             lora[name] = torch.cat([tensor, tensor], 1)
         elif kind == "ranks that differ" and name.endswith(("down.weight", "w1_b", "w2_b")):
             lora[name] = torch.cat([tensor, tensor])
@@ -274,7 +324,9 @@ def broken(lora: dict, kind: str) -> dict:
             lora[name] = tensor[:, :0]
         elif kind == "rank 0" and name.endswith(("down.weight", "w1_b", "w2_b")):
             lora[name] = tensor[:0]
-        elif kind in ("nan", "inf") and name.endswith(("up.weight", "w1_a", "lokr_w1", "diff", "oft_blocks")):
+        elif kind in ("nan", "inf") and name.endswith(
+            ("up.weight", "w1_a", "lokr_w1", "diff", "oft_blocks")
+        ):
             tensor.view(-1)[7] = float(kind)
         elif kind == "wrong blocks" and name.endswith("oft_blocks"):
             lora[name] = torch.cat([tensor, tensor], -3)

@@ -1,7 +1,8 @@
-"""Backends that misbehave, for the trial of kernels: of plain torch, on a CPU. Each dequantises Q8_0 rightly and does to Q4_0 what
-its name says.
+"""Backends that misbehave, for the trial of kernels: of plain torch, on a CPU. Each dequantises
+Q8_0 rightly and does to Q4_0 what its name says.
 
-A process that tries them is started with `COMMAND`; there the reference is slowed, so that what is right is faster too.
+A process that tries them is started with `COMMAND`; there the reference is slowed, so that what is
+right is faster too.
 """
 import ctypes
 import functools
@@ -14,11 +15,13 @@ from pathlib import Path
 import torch
 
 PACK = Path(__file__).resolve().parents[2]
-START = ("import sys, types; pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
-         " sys.modules['featherweight'] = pack; sys.path.insert(0, sys.argv[2]); import planted_backends;"
-         " planted_backends.main()")
+START = (
+    "import sys, types; pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
+    " sys.modules['featherweight'] = pack; sys.path.insert(0, sys.argv[2]); import"
+    " planted_backends; planted_backends.main()")
 COMMAND = (sys.executable, "-c", START, str(PACK), str(PACK / "tests" / "support"))
-LOG = "PLANTED_BACKENDS_LOG"  # environment variable: a folder, where each writes its process into a file of its name
+# environment variable: a folder, where each writes its process into a file of its name
+LOG = "PLANTED_BACKENDS_LOG"
 SLOWER = 0.002  # seconds that the reference takes longer than it needs
 
 
@@ -53,7 +56,8 @@ def refuses(*_):
 
 
 def loses_the_device(*_):
-    """As after a fault on a CUDA device: whatever is done there from now on fails in this process."""
+    """As after a fault on a CUDA device: whatever is done there from now on fails in this
+    process."""
     def lost(*arguments, **options):
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -63,7 +67,8 @@ def loses_the_device(*_):
 
 def garbage(*arguments):
     for standard in (1, 2):
-        os.write(standard, b'}{ \xff\n[1]\n{"name": "probe by garbage", "verdict": "wrong", "at": 1}\n')
+        os.write(standard,
+                 b'}{ \xff\n[1]\n{"name": "probe by garbage", "verdict": "wrong", "at": 1}\n')
     right(*arguments)
 
 
@@ -114,8 +119,11 @@ def backend(name: str):
             loses_the_device()
 
     runs = {"Q8_0": right, "Q4_0": misbehave}
-    return Backend(name, probe, tuple(Kernel("dequantize", frozenset([packed]), frozenset([torch.float32]), run)
-                                      for packed, run in runs.items()))
+    return Backend(
+        name, probe,
+        tuple(
+            Kernel("dequantize", frozenset([packed]), frozenset([torch.float32]), run)
+            for packed, run in runs.items()))
 
 
 def plant():

@@ -24,5 +24,8 @@ def listening(process: psutil.Process) -> set[str]:
     found = set()
     for each in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            found |= {connection.laddr.ip for connection in each.net_connections() if connection.status == psutil.CONN_LISTEN}
+            found |= {
+                connection.laddr.ip for connection in each.net_connections()
+                if connection.status == psutil.CONN_LISTEN
+            }
     return {address.removeprefix("::ffff:") for address in found}

@@ -1,8 +1,10 @@
-"""How the processes of a run share its tests out, and which tests are run a second time where they fail."""
+"""How the processes of a run share its tests out, and which tests are run a second time where they
+fail."""
 import pytest
 
-# Folders of tests of real servers, browsers and Ray clusters: what they wait for may be late on a machine that has much else
-# to do. They share what they start, so all of a folder run in one process, and begin first, for they take longest.
+# Folders of tests of real servers, browsers and Ray clusters: what they wait for may be late on a
+# machine that has much else to do. They share what they start, so all of a folder run in one
+# process, and begin first, for they take longest.
 REAL = ("server", "cluster")
 # Of those, files of which each runs by itself: none shares its server with others.
 ALONE = ("server/test_hostile_workflows.py", "server/test_placing.py", "server/test_soak.py")
@@ -23,7 +25,8 @@ def file_of(name: str) -> str:
 
 
 def group_of(name: str) -> str:
-    """Return what the tests share that one process runs together: a group, a folder or a file. name: a test's id."""
+    """Return what the tests share that one process runs together: a group, a folder or a file.
+    name: a test's id."""
     _, sign, group = name.rpartition(GROUP)
     if sign:
         return group
@@ -44,7 +47,8 @@ def scheduler(config, log):
 
 
 def arrange(items: list[pytest.Item]):
-    """Put the groups that take longest first, and have each test of a real server run once more where it fails."""
+    """Put the groups that take longest first, and have each test of a real server run once more
+    where it fails."""
     items.sort(key=lambda item: (group_of(item.nodeid) not in REAL, GROUP not in item.nodeid))
     for item in items:
         file = file_of(item.nodeid)

@@ -1,6 +1,8 @@
-"""Another process with the pack in another folder: it unpickles recipes, loads by them, and prints what it got as JSON.
+"""Another process with the pack in another folder: it unpickles recipes, loads by them, and prints
+what it got as JSON.
 
-Run as `python recipe_process.py HOST PACK PICKLE`. The pack is imported as the host does it, under its folder's name.
+Run as `python recipe_process.py HOST PACK PICKLE`. The pack is imported as the host does it, under
+its folder's name.
 """
 import hashlib
 import importlib.util
@@ -11,7 +13,8 @@ from pathlib import Path
 
 
 def digest(patcher) -> list[str]:
-    """What tells one model from another: its class, the names, shapes and bytes of its weights, and how its layers compute."""
+    """What tells one model from another: its class, the names, shapes and bytes of its weights, and
+    how its layers compute."""
     import torch
 
     found = hashlib.sha256()
@@ -19,7 +22,10 @@ def digest(patcher) -> list[str]:
         weight = getattr(weight, "_qdata", weight).detach().contiguous()
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         found.update(weight.flatten().view(torch.uint8).numpy().tobytes())
-    ways = {str((layer.value_dtype, layer.compute)) for layer in patcher.model.modules() if hasattr(layer, "value_dtype")}
+    ways = {
+        str((layer.value_dtype, layer.compute)) for layer in patcher.model.modules()
+        if hasattr(layer, "value_dtype")
+    }
     return [type(patcher).__name__, type(patcher.model).__name__, found.hexdigest(), *sorted(ways)]
 
 
@@ -31,7 +37,9 @@ def import_pack(host: str, pack: str) -> str:
 
     comfy.options.enable_args_parsing()
     name = pack.replace(".", "_x_")
-    spec = importlib.util.spec_from_file_location(name, Path(pack) / "__init__.py", submodule_search_locations=[pack])
+    spec = importlib.util.spec_from_file_location(name,
+                                                  Path(pack) / "__init__.py",
+                                                  submodule_search_locations=[pack])
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
     for loader in ("checkpoint", "diffusion", "text_encoder"):
@@ -42,7 +50,7 @@ def import_pack(host: str, pack: str) -> str:
 def main(host: str, pack: str, recipes: str):
     import_pack(host, pack)
     found = []
-    for recipe in pickle.loads(Path(recipes).read_bytes()):  # noqa: S301  the test's own
+    for recipe in pickle.loads(Path(recipes).read_bytes()):
         found.append([str(recipe), *digest(recipe())])
     print(json.dumps(found))
 

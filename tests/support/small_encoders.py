@@ -7,17 +7,22 @@ import comfy.sd
 import torch
 from encoders import ENCODERS
 from encoders.encoder import TOKENS, random_weights, write_encoder
-from featherweight.loaders.text_encoder import load_text_encoder
 from patched_models import folder, lora_for
+
+from featherweight.loaders.text_encoder import load_text_encoder
 
 
 @functools.cache
 def _t5_file(format_name: str, layers: int, width: int) -> tuple[Path, dict, dict]:
-    """The path of the packed file, its dense values, and the host's options that make the encoder as small."""
+    """The path of the packed file, its dense values, and the host's options that make the encoder
+    as small."""
     config = {"num_layers": layers, "vocab_size": 256, "d_model": width,
               "d_ff": 4 * width, "d_kv": 64, "num_heads": width // 64}
     encoder = dataclasses.replace(ENCODERS["t5-xxl"], config=config)
-    path, values = Path(folder().name, f"t5-{format_name}-{layers}-{width}.gguf"), random_weights(encoder)
+    path, values = (
+        Path(folder().name, f"t5-{format_name}-{layers}-{width}.gguf"),
+        random_weights(encoder),
+    )
     write_encoder(path, encoder, values, format_name)
     return path, values, encoder.model_options
 
@@ -47,4 +52,5 @@ def patched_clip(clip: comfy.sd.CLIP, *loras) -> comfy.sd.CLIP:
 
 def encode(clip: comfy.sd.CLIP) -> torch.Tensor:
     """What a T5 makes of some tokens, on the CPU. The host loads the encoder for it."""
-    return clip.encode_from_tokens({"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in TOKENS]]}).cpu()
+    return clip.encode_from_tokens(
+        {"l": [], "g": [], "t5xxl": [[(token, 1.0) for token in TOKENS]]}).cpu()

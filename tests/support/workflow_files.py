@@ -1,4 +1,5 @@
-"""Small files in place of those that the example workflows name: real models, small or with few layers, and not trained."""
+"""Small files in place of those that the example workflows name: real models, small or with few
+layers, and not trained."""
 import json
 
 import comfy.ldm.lightricks.vae.audio_vae
@@ -17,30 +18,41 @@ from devtools.files.gguf_files import write_gguf
 FLUX_SIZES = {"hidden": 256, "double_blocks": 1, "single_blocks": 1, "context": 1024}
 # In the trainers' naming for one part of the model, in PEFT's for the other.
 LORAS = {
-    "first": {"seed": 11, "part": "double_blocks", "layer": "lora_unet_{flat}", "down": ".lora_down.weight",
-              "up": ".lora_up.weight"},
-    "second": {"seed": 12, "part": "single_blocks", "layer": "diffusion_model.{name}", "down": ".lora_A.weight",
-               "up": ".lora_B.weight"},
+    "first": {
+        "seed": 11, "part": "double_blocks", "layer": "lora_unet_{flat}",
+        "down": ".lora_down.weight", "up": ".lora_up.weight"
+    }, "second": {
+        "seed": 12, "part": "single_blocks", "layer": "diffusion_model.{name}",
+        "down": ".lora_A.weight", "up": ".lora_B.weight"
+    }
 }
 FIRST, SECOND = LORAS
 
 
 def flux(**sizes) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in tiny_models.flux(**FLUX_SIZES, **sizes).items()}
+    return {
+        name: torch.from_numpy(value)
+        for name, value in tiny_models.flux(**FLUX_SIZES, **sizes).items()
+    }
 
 
 def autoencoder(channels: int = tiny_models.LATENT_CHANNELS) -> dict[str, torch.Tensor]:
     values = {name: torch.from_numpy(value) for name, value in tiny_models.autoencoder().items()}
-    for name, axis in {"taesd_decoder.1.weight": 1, "taesd_encoder.14.weight": 0, "taesd_encoder.14.bias": 0}.items():
+    for name, axis in {
+            "taesd_decoder.1.weight": 1, "taesd_encoder.14.weight": 0, "taesd_encoder.14.bias": 0
+    }.items():
         values[name] = values[name].narrow(axis, 0, channels).contiguous()
     return values
 
 
 def flux_in_diffusers_names(flux: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of a Flux in the names of diffusers, which keeps q, k and v apart."""
-    names = comfy.utils.flux_to_diffusers({"depth": FLUX_SIZES["double_blocks"], "hidden_size": FLUX_SIZES["hidden"],
-                                           "depth_single_blocks": FLUX_SIZES["single_blocks"]})
-    source = {name.replace("_norm.scale", "_norm.weight"): value for name, value in flux.items()}  # the table's spelling
+    names = comfy.utils.flux_to_diffusers({
+        "depth": FLUX_SIZES["double_blocks"], "hidden_size": FLUX_SIZES["hidden"],
+        "depth_single_blocks": FLUX_SIZES["single_blocks"]
+    })
+    # the table's spelling
+    source = {name.replace("_norm.scale", "_norm.weight"): value for name, value in flux.items()}
     weights, done = {}, set()
     for name, target in names.items():
         layer, part, swap = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
@@ -65,8 +77,12 @@ def nf4_checkpoint(path):
 def nf4_folder(path):
     """As diffusers saves a model: its own names, and a config."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "quantization_config": {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}))
+    (path / "config.json").write_text(
+        json.dumps({
+            "_class_name": "FluxTransformer2DModel", "quantization_config": {
+                "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"
+            }
+        }))
     nf4(path / "diffusion_pytorch_model.safetensors", flux_in_diffusers_names(flux()))
 
 
@@ -80,31 +96,48 @@ def flux_gguf(path):
 
 def family_gguf(path, family: str, packed_type: str = "Q4_K"):
     """A model of `families`."""
-    write_gguf(path, random_weights(FAMILIES[family]), lambda name, values: packed_type if values.ndim == 2 else "F32",
-               metadata=FAMILIES[family].metadata)
+    write_gguf(path, random_weights(FAMILIES[family]), lambda name, values: packed_type
+               if values.ndim == 2 else "F32", metadata=FAMILIES[family].metadata)
 
 
 def stable_diffusion_gguf(path, family: str = "sd1.5", with_text_encoder: bool = True):
-    """As stable-diffusion.cpp: matrices packed, everything else in F16, nothing said about the architecture."""
-    weights = {f"model.diffusion_model.{name}": value for name, value in random_weights(FAMILIES[family]).items()}
-    weights |= {f"first_stage_model.{name}": value for name, value in autoencoder(channels=4).items()}
+    """As stable-diffusion.cpp: matrices packed, everything else in F16, nothing said about the
+    architecture."""
+    weights = {
+        f"model.diffusion_model.{name}": value
+        for name, value in random_weights(FAMILIES[family]).items()
+    }
+    weights |= {
+        f"first_stage_model.{name}": value for name, value in autoencoder(channels=4).items()
+    }
     generator = torch.Generator().manual_seed(1)
     for name, shape in tiny_models.clip_l_shapes().items() if with_text_encoder else ():
-        value = torch.randn(shape, generator=generator) * 0.03 + ("norm" in name and name.endswith("weight"))
+        value = torch.randn(shape, generator=generator) * 0.03 + (
+            "norm" in name and name.endswith("weight")
+        )
         weights[f"cond_stage_model.transformer.{name}"] = value
-    write_gguf(path, weights, lambda name, values: "Q8_0" if values.ndim == 2 else "F16", architecture=None)
+    write_gguf(path, weights, lambda name, values: "Q8_0"
+               if values.ndim == 2 else "F16", architecture=None)
 
 
 def controlnet(path):
     """For Flux, of the kind that is a shortened Flux in diffusers' names."""
-    weights = {name: value.clone() for name, value in flux_in_diffusers_names(flux(pooled_text=True)).items()
-               if not name.startswith(("norm_out", "proj_out")) and "to_qkv" not in name}
+    weights = {
+        name: value.clone()
+        for name, value in flux_in_diffusers_names(flux(pooled_text=True)).items()
+        if not name.startswith(("norm_out", "proj_out")) and "to_qkv" not in name
+    }
     hidden = FLUX_SIZES["hidden"]
-    layers = {"controlnet_blocks.0": hidden, "controlnet_single_blocks.0": hidden, "controlnet_x_embedder": 64}
+    layers = {
+        "controlnet_blocks.0": hidden, "controlnet_single_blocks.0": hidden,
+        "controlnet_x_embedder": 64
+    }
     generator = torch.Generator().manual_seed(2)
     for name, width in layers.items():
-        weights |= {f"{name}.weight": torch.randn(hidden, width, generator=generator) * width ** -0.5,
-                    f"{name}.bias": torch.zeros(hidden)}
+        weights |= {
+            f"{name}.weight": torch.randn(hidden, width, generator=generator) * width ** -0.5,
+            f"{name}.bias": torch.zeros(hidden)
+        }
     save_file(weights, path)
 
 
@@ -113,8 +146,10 @@ def flux_lora(path, name: str):
     save_file({name: torch.from_numpy(value) for name, value in factors.items()}, path)
 
 
-def lora(path, family: str, part: str, layer: str = "diffusion_model.{name}", ends=(".lora_A.weight", ".lora_B.weight")):
-    """For the matrices of a family whose names contain `part`. layer: their names; `{flat}` has underscores for dots."""
+def lora(path, family: str, part: str, layer: str = "diffusion_model.{name}",
+         ends=(".lora_A.weight", ".lora_B.weight")):
+    """For the matrices of a family whose names contain `part`. layer: their names; `{flat}` has
+    underscores for dots."""
     generator, factors = torch.Generator().manual_seed(3), {}
     for weight, value in random_weights(FAMILIES[family]).items():
         if part in weight and weight.endswith(".weight") and value.ndim == 2:
@@ -135,9 +170,13 @@ def vae(path, module: torch.nn.Module, config: dict | None = None):
     weights, generator = dict(module.state_dict()), torch.Generator().manual_seed(4)
     for name, value in module.named_parameters():
         if value.ndim > 1 and not name.endswith("gamma"):
-            weights[name] = torch.randn(value.shape, generator=generator) * (value.shape[0] / value.numel()) ** 0.5
+            weights[name] = (
+                torch.randn(value.shape, generator=generator)
+                * (value.shape[0] / value.numel()) ** 0.5
+            )
         else:
-            weights[name] = torch.full(value.shape, float(name.endswith(("gamma", "weight", "scale"))))
+            weights[name] = torch.full(value.shape,
+                                       float(name.endswith(("gamma", "weight", "scale"))))
     for name in (name for name in weights if "per_channel_statistics" in name):
         weights[name] = torch.full(weights[name].shape, float("std" in name))
     save_file({name: value.contiguous() for name, value in weights.items()}, path,
@@ -146,16 +185,22 @@ def vae(path, module: torch.nn.Module, config: dict | None = None):
 
 def flux2_vae(path):
     """Its encoder has one width; the decoder has a fourth of its own."""
-    config = {"double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
-              "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True}
-    module = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=config, embed_dim=32, decoder_ddconfig=config | {"ch": 32})
+    config = {
+        "double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3,
+        "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [],
+        "dropout": 0.0, "batch_norm_latent": True
+    }
+    module = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=config, embed_dim=32,
+                                                        decoder_ddconfig=config | {"ch": 32})
     vae(path, module)
 
 
 def wan_vae(path):
-    vae(path, comfy.ldm.wan.vae.WanVAE(
-        dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True],
-        image_channels=3, conv_out_channels=3, dropout=0.0))
+    vae(
+        path,
+        comfy.ldm.wan.vae.WanVAE(dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
+                                 attn_scales=[], temperal_downsample=[False, True, True],
+                                 image_channels=3, conv_out_channels=3, dropout=0.0))
 
 
 def wan22_vae(path):
@@ -165,18 +210,23 @@ def wan22_vae(path):
 def ltx_vae(path):
     one, twice = {"num_layers": 1}, {"residual": True, "multiplier": 2}
     config = {
-        "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128, "norm_layer": "pixel_norm", "patch_size": 4,
-        "latent_log_var": "uniform", "encoder_base_channels": 32, "decoder_base_channels": 32,
+        "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
+        "norm_layer": "pixel_norm", "patch_size": 4, "latent_log_var": "uniform",
+        "encoder_base_channels": 32, "decoder_base_channels": 32,
         "encoder_blocks": [["res_x", one], *[["compress_all_res", {"multiplier": 2}]] * 3],
-        "decoder_blocks": [*[["compress_all", twice]] * 3, ["res_x", one]]}
+        "decoder_blocks": [*[["compress_all", twice]] * 3, ["res_x", one]]
+    }
     module = comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE(config=config)
     vae(path, module, {"vae": config})
 
 
 def audio_vae(path):
-    coder = {"double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 256, "downsample_time": False, "in_channels": 2,
-             "out_ch": 2, "ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
-             "mid_block_add_attention": False, "norm_type": "pixel", "causality_axis": "height"}
+    coder = {
+        "double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 256,
+        "downsample_time": False, "in_channels": 2, "out_ch": 2, "ch": 128, "ch_mult": [1, 2, 4],
+        "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+        "mid_block_add_attention": False, "norm_type": "pixel", "causality_axis": "height"
+    }
     config = {"audio_vae": {"model": {"params": {"ddconfig": coder, "sampling_rate": 16000}}},
               "vocoder": {"upsample_initial_channel": 64}}
     module = comfy.ldm.lightricks.vae.audio_vae.AudioVAE({"config": config})
@@ -190,51 +240,47 @@ def of(write, *arguments, **named):
 
 # Name in a workflow -> what writes the small file.
 FILES = {
-    "flux1-dev-bnb-nf4-v2.safetensors": nf4_checkpoint,
-    "flux1-dev-bnb_nf4.safetensors": nf4,
-    "flux.1-dev-nf4-pkg/transformer": nf4_folder,
-    "flux1-dev.safetensors": flux_bf16,
-    "flux1-dev-Q4_K_S.gguf": flux_gguf,
-    "flux1-dev-Q8_0.gguf": flux_gguf,
-    "flux1-schnell-Q4_K_S.gguf": flux_gguf,
-    "flux1-kontext-dev-Q4_K_S.gguf": flux_gguf,
+    "flux1-dev-bnb-nf4-v2.safetensors": nf4_checkpoint, "flux1-dev-bnb_nf4.safetensors": nf4,
+    "flux.1-dev-nf4-pkg/transformer": nf4_folder, "flux1-dev.safetensors": flux_bf16,
+    "flux1-dev-Q4_K_S.gguf": flux_gguf, "flux1-dev-Q8_0.gguf": flux_gguf,
+    "flux1-schnell-Q4_K_S.gguf": flux_gguf, "flux1-kontext-dev-Q4_K_S.gguf": flux_gguf,
     "ae.safetensors": lambda path: save_file(autoencoder(), path),
     "FLUX.1-dev-ControlNet-Union-Pro-2.0.safetensors": controlnet,
-    "Hyper-FLUX.1-dev-8steps-lora.safetensors": of(flux_lora, FIRST),
-    "FLUX-dev-lora-add_details.safetensors": of(flux_lora, SECOND),
-    "flux-2-klein-4b-Q5_K_M.gguf": of(family_gguf, "flux2"),
-    "flux-2-klein-4b-outpaint-lora.safetensors": of(lora, "flux2", "attn.proj"),
-    "flux2-vae.safetensors": flux2_vae,
+    "Hyper-FLUX.1-dev-8steps-lora.safetensors": of(
+        flux_lora, FIRST), "FLUX-dev-lora-add_details.safetensors": of(flux_lora, SECOND),
+    "flux-2-klein-4b-Q5_K_M.gguf": of(family_gguf,
+                                      "flux2"), "flux-2-klein-4b-outpaint-lora.safetensors": of(
+                                          lora, "flux2",
+                                          "attn.proj"), "flux2-vae.safetensors": flux2_vae,
     "stable-diffusion-v1-5-pruned-emaonly-Q8_0.gguf": stable_diffusion_gguf,
-    "lcm-lora-sdv1-5.safetensors": of(unet_lora, "sd1.5"),
-    "stable-diffusion-xl-base-1.0-Q8_0.gguf": of(stable_diffusion_gguf, "sdxl", with_text_encoder=False),
-    "lcm-lora-sdxl.safetensors": of(unet_lora, "sdxl"),
-    "pixel-art-xl.safetensors": of(unet_lora, "sdxl"),
-    "sd3.5_large-Q4_0.gguf": of(family_gguf, "sd3.5", "Q4_0"),
-    "sd3.5_large_turbo-Q4_0.gguf": of(family_gguf, "sd3.5", "Q4_0"),
-    "sd3.5_medium-Q4_K_M.gguf": of(family_gguf, "sd3.5"),
-    "sd3.5_vae.safetensors": lambda path: save_file(autoencoder(), path),
-    "qwen-image-Q4_K_M.gguf": of(family_gguf, "qwen-image"),
-    "qwen-image-edit-2511-Q4_K_M.gguf": of(family_gguf, "qwen-image"),
-    "qwen_image_vae.safetensors": wan_vae,
-    "z-image-turbo-Q4_K_M.gguf": of(family_gguf, "z-image"),
-    "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
-    "wan2.2_vae.safetensors": wan22_vae,
-    "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
-    "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
-    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": of(lora, "wan2.1-t2v", "self_attn"),
-    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": of(lora, "wan2.1-t2v", "self_attn"),
-    "wan_2.1_vae.safetensors": wan_vae,
+    "lcm-lora-sdv1-5.safetensors": of(unet_lora,
+                                      "sd1.5"), "stable-diffusion-xl-base-1.0-Q8_0.gguf": of(
+                                          stable_diffusion_gguf, "sdxl", with_text_encoder=False),
+    "lcm-lora-sdxl.safetensors": of(unet_lora, "sdxl"), "pixel-art-xl.safetensors": of(
+        unet_lora, "sdxl"), "sd3.5_large-Q4_0.gguf": of(family_gguf, "sd3.5", "Q4_0"),
+    "sd3.5_large_turbo-Q4_0.gguf": of(family_gguf, "sd3.5", "Q4_0"), "sd3.5_medium-Q4_K_M.gguf": of(
+        family_gguf, "sd3.5"), "sd3.5_vae.safetensors": lambda path: save_file(autoencoder(), path),
+    "qwen-image-Q4_K_M.gguf": of(family_gguf, "qwen-image"), "qwen-image-edit-2511-Q4_K_M.gguf": of(
+        family_gguf,
+        "qwen-image"), "qwen_image_vae.safetensors": wan_vae, "z-image-turbo-Q4_K_M.gguf": of(
+            family_gguf, "z-image"), "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
+    "wan2.2_vae.safetensors": wan22_vae, "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": of(
+        family_gguf, "wan2.1-t2v"), "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": of(
+            family_gguf,
+            "wan2.1-t2v"), "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": of(
+                lora, "wan2.1-t2v",
+                "self_attn"), "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": of(
+                    lora, "wan2.1-t2v", "self_attn"), "wan_2.1_vae.safetensors": wan_vae,
     "ltx-2-19b-distilled_Q4_K_M.gguf": of(family_gguf, "ltx-2"),
-    "LTX2_video_vae_bf16.safetensors": ltx_vae,
-    "LTX2_audio_vae_bf16.safetensors": audio_vae,
+    "LTX2_video_vae_bf16.safetensors": ltx_vae, "LTX2_audio_vae_bf16.safetensors": audio_vae
 }
 # Widths that the host does not read from these files: the test's server is told them.
 FIXED = {family.config["image_model"]: {name: family.config[name] for name in family.fixed}
          for family in (FAMILIES["qwen-image"], FAMILIES["z-image"])}
-# Encoders of billions of weights exist in one size: a node of the test gives what they would, of this width and with this
-# many pooled values. The one of SD1.5 runs.
+# Encoders of billions of weights exist in one size: a node of the test gives what they would, of
+# this width and with this many pooled values. The one of SD1.5 runs.
 TEXT = {
-    "flux1": (1024, 0), "flux.1": (1024, 0), "flux-2": (256, 0), "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256),
-    "qwen-image": (256, 0), "z-image": (256, 0), "Wan2.2": (4096, 0), "ltx-2": (512, 0),
+    "flux1": (1024, 0), "flux.1": (1024, 0), "flux-2": (256, 0),
+    "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
+    "z-image": (256, 0), "Wan2.2": (4096, 0), "ltx-2": (512, 0)
 }

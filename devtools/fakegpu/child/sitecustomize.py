@@ -1,7 +1,8 @@
-"""With this folder on PYTHONPATH, a Python that has FAKEGPU in its environment gets fake GPUs. Its program notices nothing.
+"""With this folder on PYTHONPATH, a Python that has FAKEGPU in its environment gets fake GPUs. Its
+program notices nothing.
 
-Python imports this file by itself before anything else. The driver must be there before comfy-aimdo looks for one; torch's side
-waits until torch is imported, which many programs never do.
+Python imports this file by itself before anything else. The driver must be there before comfy-aimdo
+looks for one; torch's side waits until torch is imported, which many programs never do.
 """
 import importlib.abc
 import importlib.machinery

@@ -12,7 +12,8 @@ TARGETS: dict[str, type["Target"]] = {}
 
 
 class Target:
-    """reads: what of the pack. longest: bytes of an input. own: the errors that it may raise, known after `prepare`."""
+    """reads: what of the pack. longest: bytes of an input. own: the errors that it may raise, known
+    after `prepare`."""
 
     name: ClassVar[str]
     reads: ClassVar[str]

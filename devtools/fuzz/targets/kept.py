@@ -1,4 +1,5 @@
-"""What we keep ourselves, and others may have written: verdicts about kernels, packed weights, measurements."""
+"""What we keep ourselves, and others may have written: verdicts about kernels, packed weights,
+measurements."""
 import os
 import stat
 
@@ -14,6 +15,7 @@ class VerdictFile(Target):
 
     def prepare(self):
         import torch
+
         from featherweight.ops.kernels import Backend, Case, Kernel
         from featherweight.ops.kernels.verdicts import Verdicts
         cache = self.folder / "cache" / "verdicts"
@@ -21,8 +23,10 @@ class VerdictFile(Target):
         os.chmod(cache, stat.S_IRWXU)
         self.verdicts = Verdicts(cache / "verdicts.jsonl")
         self.case = Case("dequantize", "Q4_K", torch.float16, None)
-        kernels = [Kernel("dequantize", frozenset(["Q4_K"]), frozenset([torch.float16]), print, least)
-                   for least in (1, 2)]
+        kernels = [
+            Kernel("dequantize", frozenset(["Q4_K"]), frozenset([torch.float16]), print, least)
+            for least in (1, 2)
+        ]
         self.backend = Backend("triton", print, tuple(kernels))
         right, slower = (self.case.kernel_name("triton", kernel) for kernel in kernels)
         self.verdicts.add(right, "begun")
@@ -48,11 +52,14 @@ class PackedCache(Target):
 
     def prepare(self):
         import torch
-        from featherweight.loaders.files import packed_cache
         from safetensors.torch import save
+
+        from featherweight.loaders.files import packed_cache
         self.cache, self.entry = packed_cache, self.folder / "featherweight-0.safetensors"
-        parts = {part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind]) for part,
-                 (shape, kind) in packed_cache._all_parts(self.wanted).items()}
+        parts = {
+            part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind])
+            for part, (shape, kind) in packed_cache._all_parts(self.wanted).items()
+        }
         return [save(parts)]
 
     def read(self, data):
@@ -69,15 +76,22 @@ class SensitivityFile(Target):
 
     def prepare(self):
         import torch
-        from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError, report, summary
+
+        from featherweight.loaders.packing.calibration.sensitivity import (
+            Sensitivity,
+            SensitivityError,
+            report,
+            summary,
+        )
         from featherweight.ops.quantize.second_moments import SecondMoments
         self.load, self.texts, self.own = Sensitivity.load, (report, summary), (SensitivityError,)
-        inputs = torch.from_numpy(np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32))
+        inputs = torch.from_numpy(
+            np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32))
         moments = SecondMoments.of(64)
         moments.add(inputs)
         path = self.folder / "m.sensitivity"
-        Sensitivity({"a.weight": {"Q4_K": 0.01, "Q8_0": 0.001}}, {"a.weight": (8, 64)}, {"model": "any"},
-                    _moments=lambda name: moments).save(path)
+        Sensitivity({"a.weight": {"Q4_K": 0.01, "Q8_0": 0.001}}, {"a.weight": (8, 64)},
+                    {"model": "any"}, _moments=lambda name: moments).save(path)
         return [path.read_bytes()]
 
     def read(self, data):
@@ -90,5 +104,3 @@ class SensitivityFile(Target):
         for name in found.shapes:
             found.moments(name)
         found.check_is_for(found.shapes)
-
-

@@ -25,11 +25,18 @@ class LoraTarget(Target):
 
     def prepare(self):
         import torch
+
         from featherweight.loaders.files.container import WeightFileError
-        from featherweight.loaders.lora.lora_file import load_lora_file
         from featherweight.loaders.lora.compatibility import check_lora
+        from featherweight.loaders.lora.lora_file import load_lora_file
         from featherweight.loaders.lora.report import report_text
-        self.load, self.check, self.report, self.own = load_lora_file, check_lora, report_text, (WeightFileError,)
+
+        self.load, self.check, self.report, self.own = (
+            load_lora_file,
+            check_lora,
+            report_text,
+            (WeightFileError,),
+        )
         self.model = _small_flux(torch)
         return self.honest()
 
@@ -44,17 +51,28 @@ class LoraTarget(Target):
 
 
 class SafetensorsLora(LoraTarget):
-    name, reads, ending = "lora", "LoRA files in safetensors, held against a small Flux", ".safetensors"
+    name, reads, ending = (
+        "lora",
+        "LoRA files in safetensors, held against a small Flux",
+        ".safetensors",
+    )
     damaged = staticmethod(safetensors_damaged)
 
     def honest(self):
         from safetensors.torch import save
-        return [save({key: value.clone() for key, value in tensors.items()}, {"ss_base_model_version": "flux1"})
-                for tensors in _loras()]
+        return [
+            save({key: value.clone()
+                  for key, value in tensors.items()}, {"ss_base_model_version": "flux1"})
+            for tensors in _loras()
+        ]
 
 
 class TorchLora(LoraTarget):
-    name, reads, ending = "lora_torch", "LoRA files of torch (pickles, only with weights_only)", ".pt"
+    name, reads, ending = (
+        "lora_torch",
+        "LoRA files of torch (pickles, only with weights_only)",
+        ".pt",
+    )
 
     def honest(self):
         import torch
@@ -77,11 +95,20 @@ class AdapterGGUF(LoraTarget):
     def honest(self):
         from devtools.files.gguf_files import write_gguf
         path, out = self.folder / "honest.gguf", []
-        for names, kind, architecture, rank in ((LAYERS, "F16", "flux", 2), (("enc.blk.0.attn_q",), "Q8_0", "t5", 32)):
-            tensors = {f"{name}.weight.lora_{half}": np.full(shape, 0.1, np.float32) for name in names
-                       for half, shape in (("a", (rank, 128)), ("b", (128, rank)))}
-            write_gguf(path, tensors, lambda name, values: kind, architecture, {  # noqa: B023  called at once
-                "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 2})
+        for names, kind, architecture, rank in ((LAYERS, "F16", "flux", 2), (("enc.blk.0.attn_q",),
+                                                                             "Q8_0", "t5", 32)):
+            tensors = {
+                f"{name}.weight.lora_{half}": np.full(shape, 0.1, np.float32) for name in names
+                for half, shape in (("a", (rank, 128)), ("b", (128, rank)))
+            }
+            write_gguf(
+                path,
+                tensors,
+                lambda name, values: kind,
+                architecture,
+                {
+                    "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 2
+                })
             out.append(path.read_bytes())
         path.unlink()
         return out
@@ -93,12 +120,17 @@ def _loras() -> list[dict]:
     down, up = torch.full((2, 128), 0.01), torch.full((128, 2), 0.02)
     plain = {f"diffusion_model.{name}.lora_{half}.weight": value for name in LAYERS[:1] for half,
              value in (("A", down), ("B", up))}
-    kohya = {f"lora_unet_{LAYERS[0].replace('.', '_')}.{part}": value for part, value in (
-        ("lora_down.weight", down), ("lora_up.weight", up), ("alpha", torch.tensor(1.0)), ("dora_scale", torch.ones(128, 1)))}
+    kohya = {
+        f"lora_unet_{LAYERS[0].replace('.', '_')}.{part}": value
+        for part, value in (("lora_down.weight", down), ("lora_up.weight", up),
+                            ("alpha", torch.tensor(1.0)), ("dora_scale", torch.ones(128, 1)))
+    }
     loha = {f"lora_unet_{LAYERS[0].replace('.', '_')}.hada_{part}": value for part, value in (
         ("w1_a", up), ("w1_b", down), ("w2_a", up), ("w2_b", down))}
-    lokr = {f"lora_unet_{LAYERS[0].replace('.', '_')}.lokr_{part}": torch.full(shape, 0.1) for part, shape in (
-        ("w1", (2, 2)), ("w2_a", (64, 2)), ("w2_b", (2, 64)))}
+    lokr = {
+        f"lora_unet_{LAYERS[0].replace('.', '_')}.lokr_{part}": torch.full(shape, 0.1)
+        for part, shape in (("w1", (2, 2)), ("w2_a", (64, 2)), ("w2_b", (2, 64)))
+    }
     full = {f"diffusion_model.{LAYERS[0]}.diff_b": torch.zeros(128),
             f"diffusion_model.{LAYERS[0]}.set_weight": torch.zeros(4, 4),
             f"diffusion_model.{LAYERS[0]}.oft_blocks": torch.zeros(2, 4, 4),
@@ -111,10 +143,11 @@ def _small_flux(torch):
     import comfy.model_patcher
     import comfy.ops
     import comfy.supported_models
-    config = comfy.supported_models.Flux(dict(
-        image_model="flux", in_channels=16, out_channels=16, patch_size=2, context_in_dim=64, hidden_size=128, mlp_ratio=4.0,
-        num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, vec_in_dim=32,
-        guidance_embed=False, txt_ids_dims=[]))
+    config = comfy.supported_models.Flux(
+        {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "context_in_dim": 64,
+             "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1, "depth_single_blocks": 1,
+             "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "vec_in_dim": 32, "guidance_embed": False,
+             "txt_ids_dims": []})
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = comfy.ops.disable_weight_init
     model = config.get_model({}, "", device="cpu")

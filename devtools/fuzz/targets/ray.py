@@ -9,20 +9,32 @@ from .weights import as_text
 
 
 class RayAddress(Target):
-    """Input: the cluster that the owner named, a line break, and the value in the workflow, as JSON or as it is."""
-    name, reads = "ray_address", "the choice of a Ray: this computer, or the cluster that the owner named"
+    """Input: the cluster that the owner named, a line break, and the value in the workflow, as JSON
+    or as it is."""
+
+    name, reads = (
+        "ray_address",
+        "the choice of a Ray: this computer, or the cluster that the owner named",
+    )
     longest = 1 << 11
 
     def prepare(self):
         from featherweight.cluster import ray_connection
         from featherweight.cluster.comfyui_install import MachineError
         self.joining, self.own = ray_connection, (MachineError,)
-        return [b"\n\"this computer\"", b"head:6379\n\"the cluster\"", b"head:6379\nHEAD.:06379", b"\n127.0.0.1:6379",
-                b"[::1]:6379\n::1:6379", b"auto\nauto", b"head:6379\n{\"a\": [\"head:6379\"]}", b"192.168.1.1:6379\nhead:6379"]
+        return [
+            b"\n\"this computer\"", b"head:6379\n\"the cluster\"", b"head:6379\nHEAD.:06379",
+            b"\n127.0.0.1:6379", b"[::1]:6379\n::1:6379", b"auto\nauto",
+            b"head:6379\n{\"a\": [\"head:6379\"]}", b"192.168.1.1:6379\nhead:6379"
+        ]
 
     def damaged(self, data, chance: random.Random):
         cluster, _, value = data.partition(b"\n")
-        return cluster + b"\n" + (json_damaged if chance.random() < 0.3 else text_damaged)(value, chance)
+        return (
+            cluster
+            + b"\n"
+            + (json_damaged if chance.random() < 0.3 else text_damaged)(value, chance)
+        )
 
     def read(self, data):
         cluster, _, text = as_text(data).partition("\n")
@@ -32,9 +44,12 @@ class RayAddress(Target):
         except (ValueError, RecursionError):
             value = text
         chosen = value.strip() if isinstance(value, str) else repr(value)
-        if self.joining.is_cluster(value, cluster):  # what is joined is the owner's text, whatever this value is
-            assert cluster and (chosen == self.joining.THE_CLUSTER
-                                or plain(chosen).rpartition(":")[0] == plain(cluster).rpartition(":")[0])
+        # what is joined is the owner's text, whatever this value is
+        if self.joining.is_cluster(value, cluster):
+            assert cluster and (
+                chosen == self.joining.THE_CLUSTER
+                or plain(chosen).rpartition(":")[0] == plain(cluster).rpartition(":")[0]
+            )
         else:
             assert chosen in ("", self.joining.THIS_COMPUTER)
 
@@ -44,20 +59,31 @@ def plain(address: str) -> str:
 
 
 class RayRequest(Target):
-    """Input: JSON with a prompt, the link whose pictures are wanted, the number of items and their lines of text."""
-    name, reads = "ray_request", "a prompt on its way to Ray: what is before the node, and what differs from item to item"
+    """Input: JSON with a prompt, the link whose pictures are wanted, the number of items and their
+    lines of text."""
+
+    name, reads = (
+        "ray_request",
+        "a prompt on its way to Ray: what is before the node, and what differs from item to item",
+    )
     damaged = staticmethod(json_damaged)
 
     def prepare(self):
-        from featherweight.cluster import graph, run_variants, messages
+        from featherweight.cluster import graph, messages, run_variants
         from featherweight.cluster.comfyui_install import MachineError
         self.graph, self.items, self.messages = graph, run_variants, messages
         self.own = (graph.GraphError, MachineError, messages.MessageError)
-        nodes = {"1": ("Load", {"model_name": "a.gguf"}), "4": ("CLIPTextEncode", {"text": "a %text% house", "clip": ["1", 1]}),
-                 "5": ("CLIPTextEncode", {"text": "bad", "clip": ["1", 1]}), "6": ("Seed", {"value": 5}),
-                 "7": ("KSampler", {"model": ["1", 0], "positive": ["4", 0], "negative": ["5", 0], "seed": ["6", 0]}),
-                 "8": ("VAEDecode", {"samples": ["7", 0], "vae": ["1", 2]})}
-        prompt = {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+        nodes = {
+            "1": ("Load", {"model_name": "a.gguf"}),
+            "4": ("CLIPTextEncode", {"text": "a %text% house", "clip": ["1", 1]}),
+            "5": ("CLIPTextEncode", {"text": "bad", "clip": ["1", 1]}), "6": ("Seed", {"value": 5}),
+            "7": ("KSampler",
+                  {"model": ["1", 0], "positive": ["4", 0], "negative": ["5", 0],
+                   "seed": ["6", 0]}), "8": ("VAEDecode", {"samples": ["7", 0], "vae": ["1", 2]})
+        }
+        prompt = {
+            name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()
+        }
         other = json.loads(json.dumps(prompt).replace("%text% ", ""))
         return [json.dumps({"prompt": each, "link": ["8", 0], "count": 3, "texts": texts}).encode()
                 for each, texts in ((prompt, "red\nblue"), (other, "red\n\nblue"), (other, ""))]
@@ -79,7 +105,9 @@ class RayRequest(Target):
         sent = self.graph.with_result(part, request["link"])
         for change in changes:
             drawn = self.graph.apply_changes(sent, change)
-            assert drawn.keys() == sent.keys() and self.graph.classes(drawn) == self.graph.classes(sent)
+            assert drawn.keys() == sent.keys() and self.graph.classes(drawn) == self.graph.classes(
+                sent
+            )
             self.graph.digest(drawn), self.graph.texts(drawn)
         stream = io.BytesIO()
         self.messages.write(stream, {"op": "run", "number": 0, "graph": sent, "changes": changes})
@@ -95,7 +123,9 @@ class RayMessages(Target):
         from featherweight.cluster import messages
         self.messages, self.own = messages, (messages.MessageError,)
         stream = io.BytesIO()
-        for header, content in (({"number": None, "event": "joined"}, b""), ({"number": 1, "event": "preview"}, b"\xff\xd8")):
+        for header, content in (({"number": None,
+                                  "event": "joined"}, b""), ({"number": 1,
+                                                              "event": "preview"}, b"\xff\xd8")):
             messages.write(stream, header, content)
         return [stream.getvalue(), stream.getvalue()[:40]]
 
@@ -115,21 +145,26 @@ class RayMessages(Target):
 
 class RayPictures(Target):
     """Input: JSON, a list of [header, number of bytes of data]."""
-    name, reads = "ray_pictures", "what the driver of Run on Ray says: who draws, steps, and pictures"
+
+    name, reads = (
+        "ray_pictures",
+        "what the driver of Run on Ray says: who draws, steps, and pictures",
+    )
     damaged = staticmethod(json_damaged)
     longest = 1 << 13
 
     def prepare(self):
-        from featherweight.cluster.image_collector import ImageCollector
-        from featherweight.cluster.graph import GraphError
         from featherweight.cluster.comfyui_install import MachineError
+        from featherweight.cluster.graph import GraphError
+        from featherweight.cluster.image_collector import ImageCollector
         self.gathering, self.own = ImageCollector, (GraphError, MachineError)
         events = [[{"event": "workers", "value": 2}, 0]]
         for item in range(2):
             events += [[{"event": "begins", "item": item, "value": "desk"}, 0],
                        [{"event": "progress", "item": item, "value": ["7", 1, 2]}, 0],
                        [{"event": "lost", "item": item, "value": None}, 0],
-                       [{"event": "image", "item": item, "index": 0, "of": 1, "shape": [2, 2, 3]}, 48]]
+                       [{"event": "image", "item": item, "index": 0, "of": 1, "shape": [2, 2, 3]},
+                        48]]
         return [json.dumps(each).encode() for each in (
             events, [[{"event": "failed", "item": 0, "value": "why"}, 0]],
             [[{"event": "unfit", "item": 1, "value": "desk: why"}, 0]])]
@@ -145,5 +180,5 @@ class RayPictures(Target):
                 case [dict(header), int(size)]:
                     found.tell({"item": 0, **header}, bytes(min(max(size, 0), 1 << 12)))
                     done, total = found.progress()
-                    assert isinstance(found.text(), str) and 0 <= done <= total or total < 0
+                    assert (isinstance(found.text(), str) and 0 <= done <= total) or total < 0
         assert found.whole().shape[0] % 2 == 0

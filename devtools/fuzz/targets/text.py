@@ -10,7 +10,10 @@ WORDS = ["<unk>", "<s>", "</s>", "<pad>", "▁a", "b", "▁", "<0x41>"]
 
 
 class Tokenizer(WeightTarget):
-    name, reads = "tokenizer", "tokenizer metadata of GGUF text encoders: SentencePiece, tekken, tokenizer.json"
+    name, reads = (
+        "tokenizer",
+        "tokenizer metadata of GGUF text encoders: SentencePiece, tekken, tokenizer.json",
+    )
     damaged = staticmethod(gguf_damaged)
 
     def prepare(self):
@@ -27,21 +30,27 @@ class Tokenizer(WeightTarget):
             return {f"{name}.weight": np.ones((1, width), np.float32) for name in names}
 
         from devtools.files.gguf_files import write_gguf
-        plain = {f"tokenizer.ggml.{key}": value for key, value in {
-            "model": "t5", "tokens": WORDS, "scores": [0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5],
-            "token_type": [2, 3, 3, 3, 1, 4, 1, 6], "unknown_token_id": 0, "eos_token_id": 2, "padding_token_id": 3,
-            "precompiled_charsmap": [0, 0, 0, 0]}.items()}
+        plain = {
+            f"tokenizer.ggml.{key}": value for key, value in {
+                "model": "t5", "tokens": WORDS, "scores": [
+                    0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5
+                ], "token_type": [2, 3, 3, 3, 1, 4, 1, 6], "unknown_token_id": 0, "eos_token_id": 2,
+                "padding_token_id": 3, "precompiled_charsmap": [0, 0, 0, 0]
+            }.items()
+        }
         merges = plain | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b", "b c"],
                           "tokenizer.ggml.token_type": [3, 3, 3, 3, 1, 1, 1, 4]}
-        del plain["tokenizer.ggml.precompiled_charsmap"], merges["tokenizer.ggml.precompiled_charsmap"]
+        del plain["tokenizer.ggml.precompiled_charsmap"], merges[
+            "tokenizer.ggml.precompiled_charsmap"]
         umt5 = {"token_embd.weight": np.ones((1 << 17, 0), np.float32)}  # told by its rows
         mistral = {"blk.0.attn_k.weight": np.ones((0, 3072), np.float32)}  # told by its width
-        return [self.written(lambda path, rows=tensors,
-                             known=known: write_gguf(path, rows, lambda name, values: kind, "any", known))
-                for tensors, known, kind in (
-                    (rows("enc.blk.0.attn_q", "enc.blk.0.ffn_gate") | umt5, plain, "F16"),
-                    (rows("blk.0.attn_sinks", "token_embd"), merges, "F16"),
-                    (mistral, merges, "F16"))]
+        return [
+            self.written(lambda path, rows=tensors, known=known: write_gguf(
+                path, rows, lambda name, values: kind, "any", known))
+            for tensors, known, kind in ((rows("enc.blk.0.attn_q", "enc.blk.0.ffn_gate") | umt5,
+                                          plain, "F16"), (rows("blk.0.attn_sinks", "token_embd"),
+                                                          merges, "F16"), (mistral, merges, "F16"))
+        ]
 
     def read(self, data):
         path = self.folder / "encoder.gguf"
@@ -49,5 +58,6 @@ class Tokenizer(WeightTarget):
         self.kept.clear()
         weights = self.encoder(path).converted()
         if (model := weights.get("spiece_model")) is not None:
-            with contextlib.suppress(RuntimeError):  # SentencePiece's own, as with a model that the host reads from a file
+            # SentencePiece's own, as with a model that the host reads from a file
+            with contextlib.suppress(RuntimeError):
                 self.pieces(model)("a b <pad> ab A")

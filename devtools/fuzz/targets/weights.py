@@ -1,4 +1,5 @@
-"""Weight files: GGUF, whole and split, safetensors, what bitsandbytes keeps in them, folders of diffusers."""
+"""Weight files: GGUF, whole and split, safetensors, what bitsandbytes keeps in them, folders of
+diffusers."""
 import json
 import os
 import random
@@ -47,12 +48,23 @@ class GGUF(WeightTarget):
         from devtools.files.gguf_files import write_gguf
         rows = {"a.weight": np.ones((2, 64), np.float32), "b": np.ones(3, np.float32),
                 "conv": np.ones((2, 2, 1, 2, 32), np.float32)}
-        some = {"general.alignment": 32, "split.count": 1, "tokenizer.ggml.tokens": ["a", "b"], "numbers": [1.5, 2.5],
-                "note": "é"}
-        return [self.written(lambda path: write_gguf(path, rows, lambda name, values: kind, metadata=some))
-                for kind in ("Q8_0", "F16")] + [
-            self.written(lambda path: write_gguf(path, {"w": np.ones((1, 256), np.float32)}, lambda name, values: kind))
-            for kind in ("Q4_K", "IQ4_XS", "TQ1_0")]
+        some = {
+            "general.alignment": 32, "split.count": 1, "tokenizer.ggml.tokens": ["a", "b"],
+            "numbers": [1.5, 2.5], "note": "é"
+        }
+        return [
+            self.written(
+                lambda path: write_gguf(path, rows, lambda name, values: kind, metadata=some)
+            )
+            for kind in ("Q8_0", "F16")
+        ] + [
+            self.written(
+                lambda path: write_gguf(
+                    path, {"w": np.ones((1, 256), np.float32)}, lambda name, values: kind
+                )
+            )
+            for kind in ("Q4_K", "IQ4_XS", "TQ1_0")
+        ]
 
     def read(self, data):
         path = self.folder / "model.gguf"
@@ -61,7 +73,8 @@ class GGUF(WeightTarget):
 
 
 class FilesTarget(WeightTarget):
-    """Several files in one input. place: the folder that they are laid out in. links: whether there are links among them."""
+    """Several files in one input. place: the folder that they are laid out in. links: whether there
+    are links among them."""
 
     place: str = "files"
     links = False  # a link to a file outside of any folder of a model is its user's
@@ -94,8 +107,10 @@ class SplitGGUF(FilesTarget):
         for number in range(3):
             name = f"m-{number + 1:05d}-of-00003.gguf"
             known = {"split.no": number, "split.count": 3, "split.tensors.count": 3}
-            parts[name] = self.written(lambda path, number=number, known=known: write_gguf(
-                path, {f"t{number}": np.ones((1, 32), np.float32)}, lambda name, values: "Q8_0", metadata=known), name)
+            parts[name] = self.written(
+                lambda path, number=number, known=known: write_gguf(
+                    path, {f"t{number}": np.ones(
+                        (1, 32), np.float32)}, lambda name, values: "Q8_0", metadata=known), name)
         return [join_files(parts)]
 
     def damaged(self, data, chance):
@@ -113,9 +128,22 @@ class Safetensors(WeightTarget):
     def honest(self):
         import torch
         from safetensors.torch import save
-        kinds = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn)
+
+        kinds = (
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.uint8,
+            torch.int64,
+            torch.bool,
+            torch.float8_e4m3fn,
+        )
         tensors = {f"t.{kind}".replace("torch.", ""): torch.ones(2, 3).to(kind) for kind in kinds}
-        return [save(tensors, {"format": "pt"}), save({"a": torch.ones(()), "b": torch.ones(0, 3)}), save({"x": torch.ones(4)})]
+        return [
+            save(tensors, {"format": "pt"}),
+            save({"a": torch.ones(()), "b": torch.ones(0, 3)}),
+            save({"x": torch.ones(4)})
+        ]
 
     def read(self, data):
         path = self.folder / "model.safetensors"
@@ -124,22 +152,34 @@ class Safetensors(WeightTarget):
 
 
 class Bitsandbytes(Safetensors):
-    name, reads = "bitsandbytes", "what bitsandbytes keeps in a safetensors file: quant_state, absmax, SCB"
+    name, reads = (
+        "bitsandbytes",
+        "what bitsandbytes keeps in a safetensors file: quant_state, absmax, SCB",
+    )
 
     def honest(self):
         import torch
-        from featherweight.ops.format import FORMATS
         from safetensors.torch import save
+
+        from featherweight.ops.format import FORMATS
 
         def four_bit(kind: str, nested: bool, rows: int, columns: int) -> dict[str, torch.Tensor]:
             blocks = rows * columns // 64
-            state = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": [rows, columns]}
-            parts = {"": torch.zeros(rows * columns // 2, 1, dtype=torch.uint8), ".absmax": torch.ones(blocks),
-                     ".quant_map": torch.tensor(FORMATS[kind.upper()].codebook)}
+            state = {
+                "quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": [rows, columns]
+            }
+            parts = {
+                "": torch.zeros(rows * columns // 2, 1,
+                                dtype=torch.uint8), ".absmax": torch.ones(blocks),
+                ".quant_map": torch.tensor(FORMATS[kind.upper()].codebook)
+            }
             if nested:
                 state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
-                parts |= {".absmax": torch.zeros(blocks, dtype=torch.uint8), ".nested_absmax": torch.ones(-(-blocks // 256)),
-                          ".nested_quant_map": torch.ones(256)}
+                parts |= {
+                    ".absmax": torch.zeros(blocks, dtype=torch.uint8),
+                    ".nested_absmax": torch.ones(-(-blocks // 256)),
+                    ".nested_quant_map": torch.ones(256)
+                }
             state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
             return {f"a.weight{part}": value for part,
                     value in parts.items()} | {f"a.weight.quant_state.bitsandbytes__{kind}": state}
@@ -164,16 +204,34 @@ class Folder(FilesTarget):
     def honest(self):
         import torch
         from safetensors.torch import save
-        config = json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 1, "quantization_config": {
-            "quant_method": "bitsandbytes", "load_in_4bit": True}}).encode()
-        shards = {f"m-0000{number}-of-00002.safetensors": save({f"t{number}": torch.ones(2)}) for number in (1, 2)}
-        index = {"metadata": {}, "weight_map": {"t1": "m-00001-of-00002.safetensors", "t2": "m-00002-of-00002.safetensors"}}
-        return [join_files({"config.json": config, "m.safetensors.index.json": json.dumps(index).encode(), **shards}),
-                join_files({"config.json": b'{"architectures": ["T5EncoderModel"]}',
-                            "model.safetensors": save({"x": torch.ones(1)})})]
+        config = json.dumps({
+            "_class_name": "FluxTransformer2DModel", "num_layers": 1,
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        }).encode()
+        shards = {
+            f"m-0000{number}-of-00002.safetensors": save({f"t{number}": torch.ones(2)})
+            for number in (1, 2)
+        }
+        index = {
+            "metadata": {}, "weight_map": {
+                "t1": "m-00001-of-00002.safetensors", "t2": "m-00002-of-00002.safetensors"
+            }
+        }
+        return [
+            join_files({
+                "config.json": config, "m.safetensors.index.json": json.dumps(index).encode(),
+                **shards
+            }),
+            join_files({
+                "config.json": b'{"architectures": ["T5EncoderModel"]}',
+                "model.safetensors": save({"x": torch.ones(1)})
+            })
+        ]
 
     def damaged(self, data, chance: random.Random):
-        return files_damaged(data, chance, lambda name: json_damaged if name.endswith(".json") else safetensors_damaged)
+        return files_damaged(
+            data, chance, lambda name: json_damaged
+            if name.endswith(".json") else safetensors_damaged)
 
     def read(self, data):
         assert isinstance(self.class_in(str(self.folder / self.place)), str)
@@ -192,4 +250,3 @@ def _is_utf8(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-

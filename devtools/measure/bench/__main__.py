@@ -1,7 +1,7 @@
 """python3 dev.py bench: speed and memory, side by side in one run.
 
-Each case runs its variants in turn, round after round, so that a noisy machine disturbs all of them alike: read the ratios,
-not the milliseconds. Leaves bench.json, bench.md and bench.png.
+Each case runs its variants in turn, round after round, so that a noisy machine disturbs all of them
+alike: read the ratios, not the milliseconds. Leaves bench.json, bench.md and bench.png.
 """
 import argparse
 import json
@@ -18,11 +18,13 @@ from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, dev
 from devtools.measure.weights import FORMAT_NAMES
 
 CASES = {
-    "shapes": products.bench_shapes, "dequantize": products.bench_dequantize, "nf4": products.bench_nf4, "lora": products.bench_lora,
-    "model": models.bench_model, "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
-    "int8_error": models.bench_int8_error, "pack": packing.bench_pack, "passes": passes.bench_passes,
-    "layer_passes": passes.bench_layer_passes,
-    "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory, "scale": files.bench_scale,
+    "shapes": products.bench_shapes, "dequantize": products.bench_dequantize,
+    "nf4": products.bench_nf4, "lora": products.bench_lora, "model": models.bench_model,
+    "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
+    "int8_error": models.bench_int8_error, "pack": packing.bench_pack,
+    "passes": passes.bench_passes, "layer_passes": passes.bench_layer_passes,
+    "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory,
+    "scale": files.bench_scale
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
 if sys.platform != "linux":
@@ -31,19 +33,27 @@ if sys.platform != "linux":
 
 def main():
     parser = argparse.ArgumentParser(prog="python3 dev.py bench", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=CASES, help=f"cases to run; by default all but {', '.join(LARGE)}, peer")
-    parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, default=["Q8_0", "Q4_K", "NF4"], metavar="FORMAT")
-    parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"), help="size of the model in `model`")
+    parser.add_argument("--only", nargs="+", choices=CASES,
+                        help=f"cases to run; by default all but {', '.join(LARGE)}, peer")
+    parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES,
+                        default=["Q8_0", "Q4_K", "NF4"], metavar="FORMAT")
+    parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"),
+                        help="size of the model in `model`")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer", type=Path, help="folder of another pack with the node UnetLoaderGGUF")
-    parser.add_argument("--quick", action="store_true", help="every case at a tiny size, to see that it runs")
-    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench", help="folder for the results")
+    parser.add_argument("--peer", type=Path,
+                        help="folder of another pack with the node UnetLoaderGGUF")
+    parser.add_argument("--quick", action="store_true",
+                        help="every case at a tiny size, to see that it runs")
+    parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench",
+                        help="folder for the results")
     options = parser.parse_args()
     options.sizes = QUICK if options.quick else Sizes() if device().type == "cpu" else ON_A_GPU
     if options.quick:
         torch.set_num_threads(1)  # so small an operation only waits for other threads
     left_out = set() if options.quick else LARGE
-    cases = options.only or [name for name in CASES if name not in left_out and (options.peer or name != "peer")]
+    cases = options.only or [
+        name for name in CASES if name not in left_out and (options.peer or name != "peer")
+    ]
 
     scratch = as_in_use()
     figures = {"machine": machine()}

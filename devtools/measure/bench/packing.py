@@ -8,21 +8,38 @@ from unittest import mock
 
 import gguf
 import torch
+
+from devtools.measure.bench.timing import device, side_by_side, wait
 from featherweight.ops import kernels, quantize
 from featherweight.ops.format import FORMATS
 from featherweight.ops.quantize.second_moments import SecondMoments
 
-from devtools.measure.bench.timing import device, side_by_side, wait
-
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "NF4", "FP4")
+TYPES = (
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q3_K",
+    "Q2_K",
+    "IQ4_XS",
+    "IQ4_NL",
+    "Q5_1",
+    "Q5_0",
+    "Q4_1",
+    "Q4_0",
+    "NF4",
+    "FP4",
+)
 IN_TORCH = 1 << 22  # values that torch packs of a larger weight, since it takes longer
 
 
 def bench_pack(options):
-    """Seconds for 100 M bfloat16 weights and one thread: by a kernel where there is a compiler, in torch, and by the gguf
-    package where it packs the type; and by error feedback in blocks of 256 columns, with the guard. Q8_0 also from values in
-    memory to a file."""
-    weight = torch.randn(options.sizes.weight, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16().to(device())
+    """Seconds for 100 M bfloat16 weights and one thread: by a kernel where there is a compiler, in
+    torch, and by the gguf package where it packs the type; and by error feedback in blocks of 256
+    columns, with the guard. Q8_0 also from values in memory to a file."""
+    weight = torch.randn(options.sizes.weight,
+                         generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16().to(
+                             device())
     part = weight.view(-1)[:IN_TORCH - IN_TORCH % weight.shape[1]].view(-1, weight.shape[1])
     moments = SecondMoments.of(part.shape[1], 256, part.device)
     inputs = torch.randn(1024, part.shape[1], generator=torch.Generator().manual_seed(1)).to(part)
@@ -32,19 +49,25 @@ def bench_pack(options):
         for name in TYPES[::5] if options.quick else TYPES:
             packed_format, row = FORMATS[name], {}
             if quantize.kernel_for(packed_format, weight.device) is not None:
-                row["kernel seconds"] = seconds(lambda: quantize.pack_tensor(weight, packed_format), weight, options.rounds)
-            with mock.patch.object(kernels, "find", lambda *arguments: None):
-                row["torch seconds"] = seconds(lambda: quantize.pack_tensor(part, packed_format), part, options.rounds)
-            row["feedback seconds"] = seconds(lambda: quantize.pack_tensor(part, packed_format, moments=moments), part, 1)
+                row["kernel seconds"] = seconds(lambda: quantize.pack_tensor(weight, packed_format),
+                                                weight, options.rounds)
+            with mock.patch.object(kernels, "find", return_value=None):
+                row["torch seconds"] = seconds(lambda: quantize.pack_tensor(part, packed_format),
+                                               part, options.rounds)
+            row["feedback seconds"] = seconds(
+                lambda: quantize.pack_tensor(part, packed_format, moments=moments), part, 1)
             with contextlib.suppress(KeyError, NotImplementedError):
                 ggml_type, values = gguf.GGMLQuantizationType[name], part.float().cpu().numpy()
                 gguf.quants.quantize(values[:1], ggml_type)
-                row["gguf package seconds"] = seconds(lambda: gguf.quants.quantize(values, ggml_type), part, options.rounds)
+                row["gguf package seconds"] = seconds(
+                    lambda: gguf.quants.quantize(values, ggml_type), part, options.rounds)
             yield name, row
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "weight"
-            row = {f"{way} seconds": seconds(lambda: write(path, weight, name), weight, options.rounds)
-                   for way, name in (("to a file", "Q8_0"), ("as bfloat16", "BF16"))}
+            row = {
+                f"{way} seconds": seconds(lambda: write(path, weight, name), weight, options.rounds)
+                for way, name in (("to a file", "Q8_0"), ("as bfloat16", "BF16"))
+            }
         yield "Q8_0, packed and written", row
 
 
@@ -55,7 +78,8 @@ def write(path: Path, weight: torch.Tensor, name: str):
 
 
 def seconds(run, weight: torch.Tensor, rounds: int) -> float:
-    """The median of some runs, for 100 M weights. Of processor time on a CPU, which other programs do not lengthen."""
+    """The median of some runs, for 100 M weights. Of processor time on a CPU, which other programs
+    do not lengthen."""
     clock = time.process_time if weight.device.type == "cpu" else time.perf_counter
     found = side_by_side({"": run}, min(rounds, 3), clock)[""]["median"]
     wait()

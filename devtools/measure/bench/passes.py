@@ -1,47 +1,62 @@
-"""Cases that are counted and not timed: what a device has to do where torch does the work of the kernels."""
+"""Cases that are counted and not timed: what a device has to do where torch does the work of the
+kernels."""
 import torch
+
+from devtools.measure.bench.products import LORA_CASES
+from devtools.measure.passes import META, of_dequantizing, of_linear
 from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.low_rank import LowRank, Slice
 
-from devtools.measure.bench.products import LORA_CASES
-from devtools.measure.passes import META, of_linear, of_dequantizing
-
 
 def bench_passes(options):
-    """Every format dequantised by torch on a device that is no CPU: launches of kernels for a chunk, and bytes that they read and
-    write for a value. Rows of int8 are 4096 wide."""
+    """Every format dequantised by torch on a device that is no CPU: launches of kernels for a
+    chunk, and bytes that they read and write for a value. Rows of int8 are 4096 wide."""
     for packed_format in every_format():
         row = {}
         for dtype in (torch.bfloat16, torch.float32):
             passes, name = of_dequantizing(packed_format, dtype), str(dtype).removeprefix("torch.")
-            row |= {f"launches, {name}": passes.launches, f"bytes a value, {name}": passes.moved / DEVICE_CHUNK_VALUES}
+            row |= {
+                f"launches, {name}": passes.launches,
+                f"bytes a value, {name}": passes.moved / DEVICE_CHUNK_VALUES
+            }
         yield packed_format.__name__, row
 
 
 def every_format() -> list:
     """All formats, and one of each kind that is made for a weight's shape."""
     made = INT8.of_columns(4096), ColumnGroups.of(FORMATS["Q4_K"], 4096, 16, 2)
-    return list({packed_format.__name__: packed_format for packed_format in (*FORMATS.values(), *made)}.values())
+    return list({
+        packed_format.__name__: packed_format for packed_format in (*FORMATS.values(), *made)
+    }.values())
 
 
 def bench_layer_passes(options):
-    """A linear layer with a bias in bfloat16, on a device that is no CPU and by torch: launches of kernels for a call, without
-    LoRAs and with LoRAs, on the whole weight and on the three thirds of its rows, as on a Flux's q, k and v in one weight."""
+    """A linear layer with a bias in bfloat16, on a device that is no CPU and by torch: launches of
+    kernels for a call, without LoRAs and with LoRAs, on the whole weight and on the three thirds of
+    its rows, as on a Flux's q, k and v in one weight."""
     rows, columns = options.sizes.weight
     for name in ("BF16", *options.formats):
         launches = {"no LoRA": of_linear(FORMATS[name], rows, columns).launches}
         for title, (count, rank) in LORA_CASES.items():
-            launches[title] = of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, count * rank, 1)).launches
-        launches["on thirds"] = of_linear(FORMATS[name], rows, columns, low_rank(rows, columns, 16, 3)).launches
-        yield f"{name}, {rows} x {columns}", {f"launches, {title}": number for title, number in launches.items()}
+            launches[title] = of_linear(FORMATS[name], rows, columns,
+                                        low_rank(rows, columns, count * rank, 1)).launches
+        launches["on thirds"] = of_linear(FORMATS[name], rows, columns,
+                                          low_rank(rows, columns, 16, 3)).launches
+        yield f"{name}, {rows} x {columns}", {
+            f"launches, {title}": number for title, number in launches.items()
+        }
 
 
 def low_rank(rows: int, columns: int, ranks: int, parts: int) -> LowRank:
     """A branch without memory: LoRAs of `ranks` on each of `parts` equal parts of the rows."""
     height = rows // parts
     down = torch.empty((parts * ranks, columns), dtype=torch.bfloat16, device=META)
-    ups = tuple(torch.empty((height, ranks), dtype=torch.bfloat16, device=META) for _ in range(parts))
-    return LowRank(down, ups, tuple(Slice(part * height, (part + 1) * height, part * ranks, (part + 1) * ranks)
-                                    for part in range(parts)))
+    ups = tuple(
+        torch.empty((height, ranks), dtype=torch.bfloat16, device=META) for _ in range(parts))
+    return LowRank(
+        down, ups,
+        tuple(
+            Slice(part * height, (part + 1) * height, part * ranks, (part + 1) * ranks)
+            for part in range(parts)))

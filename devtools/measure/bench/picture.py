@@ -1,15 +1,24 @@
-"""The ratios of a run as a picture: bars from the line at 1, to the left what is faster than the first variant of its row."""
+"""The ratios of a run as a picture: bars from the line at 1, to the left what is faster than the
+first variant of its row."""
 import math
 
 from PIL import Image, ImageDraw, ImageFont
 
 from devtools.measure.bench.table import is_timing, ratios, span
 
-WIDTH, MARGIN, GAP, LINE, SPACE = 640, 24, 20, 22, 8  # pixels: a panel, inside it, between panels, from bar to bar, row to row
+# pixels: a panel, inside it, between panels, from bar to bar, row to row
+WIDTH, MARGIN, GAP, LINE, SPACE = 640, 24, 20, 22, 8
 NAMES = 210  # where bars begin, and what comes before them
 VALUES = 150  # kept free on the right
 COLUMNS = 2
-PAPER, PANEL, INK, FAINT, FASTER, SLOWER = "#f4f4f2", "#ffffff", "#222222", "#8a8a8a", "#2a9d8f", "#d9773f"
+PAPER, PANEL, INK, FAINT, FASTER, SLOWER = (
+    "#f4f4f2",
+    "#ffffff",
+    "#222222",
+    "#8a8a8a",
+    "#2a9d8f",
+    "#d9773f",
+)
 TITLE, TEXT, SMALL = (ImageFont.load_default(size) for size in (19, 15, 13))
 
 
@@ -22,8 +31,11 @@ def draw(figures: dict) -> Image.Image:
     size = (GAP + len(columns) * (WIDTH + GAP), header + max(map(height, columns)))
     picture = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(picture)
-    pen.text((GAP, 20), "Time relative to the first variant of each row (grey): left of 1 is faster", INK, TITLE)
-    pen.text((GAP, 52), f"{figures['machine']}. Medians; thin lines go from the least to the most.", FAINT, TEXT)
+    pen.text((GAP, 20),
+             "Time relative to the first variant of each row (grey): left of 1 is faster", INK,
+             TITLE)
+    pen.text((GAP, 52), f"{figures['machine']}. Medians; thin lines go from the least to the most.",
+             FAINT, TEXT)
     for index, column in enumerate(columns):
         top = header
         for image in column:
@@ -37,18 +49,21 @@ def height(column: list[Image.Image]) -> int:
 
 
 def each_panel(figures: dict):
-    """(title, {row: variants}) of the cases that measure time; rows of the same shape and dtype have a panel of their own."""
+    """(title, {row: variants}) of the cases that measure time; rows of the same shape and dtype
+    have a panel of their own."""
     panels: dict[str, dict] = {}
     for case, found in figures.items():
         for title, row in found["rows"].items() if isinstance(found, dict) else ():
             if is_timing(row):
                 group, _, rest = title.rpartition(", M = ")
-                panels.setdefault(f"{case}: {group}" if group else case, {})[f"M = {rest}" if group else title] = row
+                panels.setdefault(f"{case}: {group}" if group else case,
+                                  {})[f"M = {rest}" if group else title] = row
     return panels.items()
 
 
 def panel(title: str, rows: dict) -> Image.Image:
-    """One box: a grey line for each row with its first variant, and a bar for each other variant."""
+    """One box: a grey line for each row with its first variant, and a bar for each other
+    variant."""
     found = {name: ratios(row) for name, row in rows.items()}
     every = [value for row in found.values() for bounds in row.values() for value in bounds]
     low, high = math.log(min([0.8, *every])), math.log(max([1.25, *every]))
@@ -68,9 +83,11 @@ def panel(title: str, rows: dict) -> Image.Image:
         pen.line((x(1), top, x(1), top + LINE * len(found[name])), FAINT)
         for variant, (ratio, least, most) in found[name].items():
             pen.text((NAMES - 10, top + LINE // 2), variant, INK, TEXT, anchor="rm")
-            pen.rectangle((min(x(1), x(ratio)), top + 4, max(x(1), x(ratio)), top + LINE - 5), FASTER if ratio < 1 else SLOWER)
+            pen.rectangle((min(x(1), x(ratio)), top + 4, max(x(1), x(ratio)), top + LINE - 5),
+                          FASTER if ratio < 1 else SLOWER)
             pen.line((x(least), top + LINE // 2, x(most), top + LINE // 2), INK)
-            pen.text((max(x(1), x(most)) + 8, top + LINE // 2), f"{ratio:.2f}", INK, TEXT, anchor="lm")
+            pen.text((max(x(1), x(most)) + 8, top + LINE // 2), f"{ratio:.2f}", INK, TEXT,
+                     anchor="lm")
             top += LINE
         top += SPACE
     return image

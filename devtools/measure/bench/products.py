@@ -3,20 +3,21 @@ import importlib.util
 
 import gguf
 import torch
+
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+from devtools.measure.weights import random_weight
 from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.packed_layout import packed_tensors
 
-from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
-from devtools.measure.weights import random_weight
-
 LORA_CASES = {"2 of rank 16": (2, 16), "4 of rank 32": (4, 32)}
 
 
 def bench_shapes(options):
-    """The product with a packed weight against `F.linear` with a dense one, in bfloat16 and in float32, for each layer shape
-    N x K and M rows of input. int8: with `compute` int8, for as many rows as it takes."""
+    """The product with a packed weight against `F.linear` with a dense one, in bfloat16 and in
+    float32, for each layer shape N x K and M rows of input. int8: with `compute` int8, for as many
+    rows as it takes."""
     dtypes = [torch.bfloat16, torch.float32] if has_bfloat16() else [torch.float32]
     for shape in options.sizes.shapes:
         dense = {dtype: torch.randn(shape, dtype=dtype, device=device()) for dtype in dtypes}
@@ -25,15 +26,23 @@ def bench_shapes(options):
             variants = {}
             for dtype in dtypes:
                 rows = torch.randn(count, shape[1], dtype=dtype, device=device())
-                variants[dtype, "dense"] = lambda rows=rows, dtype=dtype: torch.nn.functional.linear(rows, dense[dtype])
+                variants[dtype,
+                         "dense"] = lambda rows=rows, dtype=dtype: torch.nn.functional.linear(
+                             rows, dense[dtype])
                 for name, weight in packed.items():
-                    variants[dtype, name] = lambda rows=rows, weight=weight: product.linear(rows, weight)
+                    variants[dtype,
+                             name] = lambda rows=rows, weight=weight: product.linear(rows, weight)
                     if in_int8(count):
-                        variants[dtype, f"{name} int8"] = lambda rows=rows, weight=weight: int8.linear(rows, weight)
+                        variants[dtype,
+                                 f"{name} int8"] = lambda rows=rows, weight=weight: int8.linear(
+                                     rows, weight)
             times = side_by_side(variants, options.rounds)
             for dtype in dtypes:
                 row = {name: taken for (of, name), taken in times.items() if of == dtype}
-                yield f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, M = {count}", row
+                yield (
+                    f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, M = {count}",
+                    row,
+                )
 
 
 def in_int8(tokens: int) -> bool:
@@ -42,25 +51,29 @@ def in_int8(tokens: int) -> bool:
 
 
 def bench_dequantize(options):
-    """A whole weight to float32: by the kernels of this machine and by torch in chunks, both into one reused buffer; by torch
-    all at once; by gguf's numpy reference."""
+    """A whole weight to float32: by the kernels of this machine and by torch in chunks, both into
+    one reused buffer; by torch all at once; by gguf's numpy reference."""
     shape = options.sizes.weight
     out = torch.empty(shape, device=device())
     for name in options.formats:
         packed_format = FORMATS[name]
         tensors = packed_tensors(random_weight(name, shape).to(device()))
         count = out.numel() // packed_format.block_length
-        variants = {"kernels": lambda: kernels.dequantize_into(packed_format, tensors, out),
-                    "torch, chunks": lambda: packed_format.dequantize_into(tensors, out),
-                    "torch, whole": lambda: packed_format.dequantize(*packed_format.blocks(tensors, 0, count))}
+        variants = {
+            "kernels": lambda: kernels.dequantize_into(packed_format, tensors, out),
+            "torch, chunks": lambda: packed_format.dequantize_into(tensors, out),
+            "torch, whole": lambda: packed_format.dequantize(*packed_format.blocks(
+                tensors, 0, count))
+        }
         if packed_format.ggml_type is not None and device().type == "cpu":
-            variants["gguf (numpy)"] = lambda: gguf.quants.dequantize(tensors[0].numpy(), gguf.GGMLQuantizationType[name])
+            variants["gguf (numpy)"] = lambda: gguf.quants.dequantize(
+                tensors[0].numpy(), gguf.GGMLQuantizationType[name])
         yield name, side_by_side(variants, options.rounds)
 
 
 def bench_nf4(options):
-    """An NF4 weight in blocks of 64 to bfloat16 into a reused buffer, by the kernels of this machine and by torch, beside
-    copying it dense and bitsandbytes' own."""
+    """An NF4 weight in blocks of 64 to bfloat16 into a reused buffer, by the kernels of this
+    machine and by torch, beside copying it dense and bitsandbytes' own."""
     if not importlib.util.find_spec("bitsandbytes"):
         print("  bitsandbytes is not installed")
         return
@@ -78,7 +91,8 @@ def bench_nf4(options):
 
 
 def bench_lora(options):
-    """The product of one weight in Q4_K and a bias, without LoRAs and with LoRAs on it, in bfloat16 where the device has it."""
+    """The product of one weight in Q4_K and a bias, without LoRAs and with LoRAs on it, in bfloat16
+    where the device has it."""
     rows, columns = options.sizes.weight
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     weight = random_weight("Q4_K", (rows, columns)).to(device())
@@ -88,7 +102,12 @@ def bench_lora(options):
         variants = {"no LoRA": lambda input=input: product.linear(input, weight, bias)}
         for title, (count, rank) in LORA_CASES.items():
             ranks = count * rank
-            down, up = (torch.randn(shape, dtype=dtype, device=device()) for shape in ((ranks, columns), (rows, ranks)))
+            down, up = (torch.randn(shape, dtype=dtype, device=device())
+                        for shape in ((ranks, columns), (rows, ranks)))
             branch = LowRank(down, (up,), (Slice(0, rows, 0, ranks),))
-            variants[title] = lambda input=input, branch=branch: product.linear(input, weight, bias, None, branch)
-        yield f"{rows} x {columns}, {str(dtype).removeprefix('torch.')}, M = {tokens}", side_by_side(variants, options.rounds)
+            variants[title] = lambda input=input, branch=branch: product.linear(
+                input, weight, bias, None, branch)
+        yield (
+            f"{rows} x {columns}, {str(dtype).removeprefix('torch.')}, M = {tokens}",
+            side_by_side(variants, options.rounds),
+        )

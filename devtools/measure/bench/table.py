@@ -1,12 +1,14 @@
-"""What the cases give as text. A row is {variant: {"median", "min", "max"}} in seconds, the first variant being what the
-others are compared with, and "by" a text where kernels were asked for; or {name: value}: an int is bytes, launches if its name
-says so, or a bool; a float is seconds if its name says so; text is text."""
+"""What the cases give as text. A row is {variant: {"median", "min", "max"}} in seconds, the first
+variant being what the others are compared with, and "by" a text where kernels were asked for; or
+{name: value}: an int is bytes, launches if its name says so, or a bool; a float is seconds if its
+name says so; text is text."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 
 def gathered(cases: Mapping[str, Callable], names: Sequence[str], options) -> dict[str, dict]:
-    """Run cases by their names and print each row as it comes: name -> {"about": what it measures, "rows": {row: values}}."""
+    """Run cases by their names and print each row as it comes: name -> {"about": what it measures,
+    "rows": {row: values}}."""
     figures = {}
     for name in names:
         about = " ".join(cases[name].__doc__.split())
@@ -25,7 +27,10 @@ def is_timing(row: dict) -> bool:
 def ratios(row: dict) -> dict[str, tuple[float, float, float]]:
     """Median, least and most of each variant but the first, over the median of the first."""
     (_, first), *others = row.items()
-    return {name: tuple(times[key] / first["median"] for key in ("median", "min", "max")) for name, times in others}
+    return {
+        name: tuple(times[key] / first["median"] for key in ("median", "min", "max"))
+        for name, times in others
+    }
 
 
 def cells(row: dict) -> dict[str, str]:
@@ -35,12 +40,16 @@ def cells(row: dict) -> dict[str, str]:
     shown = {name: span(times) for name, times in row.items()}
     for name, (ratio, _, _) in ratios(row).items():
         shown[name] += f", ×{ratio:.2f}"
-    return {name: ", ".join(filter(None, [cell, row[name].get("by")])) for name, cell in shown.items()}
+    return {
+        name: ", ".join(filter(None, [cell, row[name].get("by")])) for name, cell in shown.items()
+    }
 
 
 def span(times: dict) -> str:
     """Median and, in brackets, least and most: 1.42 s (1.38-1.60)."""
-    scale, unit, digits = (1, "s", 2) if times["median"] >= 1 else (1e3, "ms", 1 if times["median"] >= 0.01 else 3)
+    scale, unit, digits = (
+        (1, "s", 2) if times["median"] >= 1 else (1e3, "ms", 1 if times["median"] >= 0.01 else 3)
+    )
     low, median, high = (f"{times[key] * scale:.{digits}f}" for key in ("min", "median", "max"))
     return f"{median} {unit} ({low}-{high})"
 
@@ -61,7 +70,10 @@ def line(title: str, row: dict) -> str:
 
 def markdown(figures: dict) -> str:
     """Every case as tables, rows of the same variants in one."""
-    parts = [f"Machine: {figures['machine']}. Times are medians (least-most); × is the ratio to the first column."]
+    parts = [
+        f"Machine: {figures['machine']}. Times are medians (least-most); × is the ratio to the"
+        " first column."
+    ]
     for case, found in figures.items():
         if not isinstance(found, dict):
             continue
@@ -69,7 +81,9 @@ def markdown(figures: dict) -> str:
         tables: dict[tuple, list[str]] = {}
         for title, row in found["rows"].items():
             shown = cells(row)
-            tables.setdefault(tuple(shown), []).append(f"| {title} | {' | '.join(shown.values())} |")
+            tables.setdefault(tuple(shown),
+                              []).append(f"| {title} | {' | '.join(shown.values())} |")
         for names, lines in tables.items():
-            parts.append("\n".join([f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names), *lines]))
+            parts.append("\n".join(
+                [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names), *lines]))
     return "\n\n".join(parts) + "\n"

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+
 from featherweight.ops import kernels
 from featherweight.ops.kernels import selector, used
 from featherweight.ops.workspace import shared_workspace
 
+
 @dataclass(frozen=True)
 class Sizes:
-    """How large the cases are. Shapes are (N, K), tokens are M, blocks are (double, single) blocks of a Flux."""
+    """How large the cases are. Shapes are (N, K), tokens are M, blocks are (double, single) blocks
+    of a Flux."""
 
     shapes: tuple[tuple[int, int], ...] = ((3072, 3072), (3072, 12288), (3072, 9216), (4096, 10240))
     tokens: tuple[int, ...] = (1, 16, 64, 256, 1024)
@@ -34,14 +37,14 @@ class Sizes:
 
 
 ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
-QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256, context=1024,
-              lora_tokens=(1, 128), model_tokens=16, model_blocks=(1, 1), file_blocks=(1, 1), scale_blocks=(4, 4),
-              scale_tokens=16, vocabulary=512)
+QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256,
+              context=1024, lora_tokens=(1, 128), model_tokens=16, model_blocks=(1, 1),
+              file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512)
 
 
 def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[str, dict]:
-    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to warm up; and "by", where it
-    asks for kernels: which operations ran by which backend.
+    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to
+    warm up; and "by", where it asks for kernels: which operations ran by which backend.
 
     A variant's attribute `prepare`, if it has one, is called before each run and not timed.
     """
@@ -59,13 +62,16 @@ def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[s
                 times[name].append(clock() - started)
             elif found:
                 asked[name] = {"by": ", ".join(found)}
-    return {name: {"median": statistics.median(t), "min": min(t), "max": max(t), **asked.get(name, {})}
-            for name, t in times.items()}
+    return {
+        name: {"median": statistics.median(t), "min": min(t), "max": max(t), **asked.get(name, {})}
+        for name, t in times.items()
+    }
 
 
 @contextlib.contextmanager
 def kernels_asked_for() -> Iterator[dict[str, None]]:
-    """The operations that ask for a kernel meanwhile, each with the backend that it gets: "linear by triton"."""
+    """The operations that ask for a kernel meanwhile, each with the backend that it gets: "linear
+    by triton"."""
     found, find = {}, kernels.find
 
     def watched(op: str, *case, **more):
@@ -81,14 +87,17 @@ def kernels_asked_for() -> Iterator[dict[str, None]]:
 
 
 def _backend_with(run: Callable | None) -> str:
-    modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend") for names in kernels.PRIORITY.values() for name in names)
-    return next((module.BACKEND.name for module in modules
-                 if module and any(kernel.run is run for kernel in module.BACKEND.kernels)), "torch")
+    modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend")
+               for names in kernels.PRIORITY.values() for name in names)
+    return next((module.BACKEND.name
+                 for module in modules if module and any(kernel.run is run
+                                                         for kernel in module.BACKEND.kernels)),
+                "torch")
 
 
 def as_in_use():
-    """Make this process as it is when a model has run for a while: the buffer of its layers, which is returned to be held, and
-    the kernels, for which what is timed waits."""
+    """Make this process as it is when a model has run for a while: the buffer of its layers, which
+    is returned to be held, and the kernels, for which what is timed waits."""
     selector.EXACT_WAIT_SECONDS = 60
     return shared_workspace()
 

@@ -1,4 +1,15 @@
 """Families of text encoders, one file each. Importing this package registers all of them."""
 from . import (  # noqa: F401  each registers what it defines
-    clip, gemma, gemma4, gpt_oss, jina, llama, mistral, qwen, qwen35, qwen_vl, t5, t5gemma,
+    clip,
+    gemma,
+    gemma4,
+    gpt_oss,
+    jina,
+    llama,
+    mistral,
+    qwen,
+    qwen35,
+    qwen_vl,
+    t5,
+    t5gemma,
 )

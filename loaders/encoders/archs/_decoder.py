@@ -1,11 +1,12 @@
-"""What all decoders have in llama.cpp's files: the names, and the row order of those with Llama's rotary embedding."""
+"""What all decoders have in llama.cpp's files: the names, and the row order of those with Llama's
+rotary embedding."""
 import re
 from collections.abc import Collection, Mapping
 
 import torch
 
-from ..arch import Weights, rename_keys
 from ....ops.row_slicing import take_rows
+from ..arch import Weights, rename_keys
 
 # A family adds its own, or says otherwise.
 DECODER_NAMES = {
@@ -31,7 +32,8 @@ HEAD = 128  # width of an attention head in all models that the host has
 
 
 def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int]) -> bool:
-    """Whether these are a decoder of one of these widths, with nothing in a layer but what all decoders have."""
+    """Whether these are a decoder of one of these widths, with nothing in a layer but what all
+    decoders have."""
     key = weights.get("blk.0.attn_k.weight")
     if key is None or key.ndim != 2 or key.shape[0] % HEAD or key.shape[1] not in widths:
         return False
@@ -39,16 +41,19 @@ def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int
 
 
 def with_attention_split(weights: Mapping[str, torch.Tensor]) -> Weights:
-    """The weights under the file's names, with q, k and v apart where the converter was asked to put them together."""
+    """The weights under the file's names, with q, k and v apart where the converter was asked to
+    put them together."""
     split = {}
     for name, tensor in weights.items():
         if not re.fullmatch(r"blk\.\d+\.attn_qkv\.weight", name):
             split[name] = tensor
             continue
         layer = name.removesuffix("attn_qkv.weight")
-        queries = weights[f"{layer}attn_output.weight"].shape[1]  # where their rows end, and below those of the keys
+        # where their rows end, and below those of the keys
+        queries = weights[f"{layer}attn_output.weight"].shape[1]
         keys = (len(tensor) + queries) // 2
-        for part, rows in (("q", slice(0, queries)), ("k", slice(queries, keys)), ("v", slice(keys, len(tensor)))):
+        for part, rows in (("q", slice(0, queries)), ("k", slice(queries, keys)),
+                           ("v", slice(keys, len(tensor)))):
             split[f"{layer}attn_{part}.weight"] = take_rows(tensor, rows)
     return split
 
@@ -56,8 +61,8 @@ def with_attention_split(weights: Mapping[str, torch.Tensor]) -> Weights:
 def with_rotary_halves(weights: Weights) -> Weights:
     """The weights of a plain decoder under the host's names, and with its rotary embedding.
 
-    llama.cpp turns neighbouring rows of q and k together, the host those that are half a head apart. The host has no use
-    for the output layer.
+    llama.cpp turns neighbouring rows of q and k together, the host those that are half a head
+    apart. The host has no use for the output layer.
     """
     weights = rename_keys(weights, DECODER_NAMES | {"output": None})
     for name, tensor in weights.items():

@@ -1,6 +1,7 @@
-"""The text part of CLIP: L, H and bigG. Files with the names of transformers, which are the host's, or of open_clip."""
-from ..arch import Arch, rename_keys
+"""The text part of CLIP: L, H and bigG. Files with the names of transformers, which are the host's,
+or of open_clip."""
 from ....ops.row_slicing import dense, take_rows
+from ..arch import Arch, rename_keys
 
 LAYER = "text_model.encoder.layers.{}"
 FUSED = ".self_attn.in_proj."
@@ -9,8 +10,8 @@ FUSED = ".self_attn.in_proj."
 class Clip(Arch):
     """open_clip keeps the rows of query, key and value in one weight and the projection transposed.
 
-    stable-diffusion.cpp names both its own way and changes neither; where query, key and value are one weight, the
-    projection is open_clip's too.
+    stable-diffusion.cpp names both its own way and changes neither; where query, key and value are
+    one weight, the projection is open_clip's too.
     """
 
     follows = "ComfyUI 0.30, comfy.utils.clip_text_transformers_convert; stable-diffusion.cpp 2026-08, src/name_conversion.cpp"
@@ -29,7 +30,8 @@ class Clip(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        return any(f"{layer}.weight" in weights for layer in ("transformer.resblocks.0.mlp.c_fc", f"{LAYER}.mlp.fc1".format(0)))
+        return any(f"{layer}.weight" in weights
+                   for layer in ("transformer.resblocks.0.mlp.c_fc", f"{LAYER}.mlp.fc1".format(0)))
 
     @classmethod
     def convert(cls, weights, metadata):
@@ -39,7 +41,9 @@ class Clip(Arch):
             tensor = weights.pop(name)
             rows = len(tensor) // 3
             for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                weights[name.replace("in_proj", part)] = take_rows(tensor, slice(number * rows, (number + 1) * rows))
+                weights[name.replace("in_proj",
+                                     part)] = take_rows(tensor,
+                                                        slice(number * rows, (number + 1) * rows))
         transposed = weights.pop("text_projection", None)
         converted = weights.pop("text_model.text_projection", None)
         if converted is not None and fused:

@@ -1,6 +1,6 @@
 """Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
-from ..arch import SENTENCEPIECE, Arch, rename_keys
 from ....ops.row_slicing import dense
+from ..arch import SENTENCEPIECE, Arch, rename_keys
 from ..tokenizer import sentencepiece_model
 from ._decoder import DECODER_NAMES, with_attention_split
 
@@ -15,7 +15,10 @@ GEMMA_NAMES = {
     "output": None,  # the embedding table once more
 }
 # What other models with these norms lack: OLMo 2 the norm before attention, GLM 4 the gate.
-GEMMA_MARKS = {f"blk.0.{name}.weight" for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "ffn_gate")}
+GEMMA_MARKS = {
+    f"blk.0.{name}.weight"
+    for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "ffn_gate")
+}
 QUERY_NORM, LAYER_SCALE = "blk.0.attn_q_norm.weight", "blk.0.layer_output_scale.weight"
 PROJECTION, PROJECTION_NORM = "mm.input_projection.weight", "mm.soft_emb_norm.weight"
 
@@ -26,7 +29,7 @@ class Gemma2(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        return GEMMA_MARKS <= weights.keys() and QUERY_NORM not in weights
+        return weights.keys() >= GEMMA_MARKS and QUERY_NORM not in weights
 
     @classmethod
     def convert(cls, weights, metadata):
@@ -54,14 +57,20 @@ class Gemma3(Gemma2):
         "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
         "mm.input_projection": "multi_modal_projector.mm_input_projection_weight",
     }
-    # The first mmproj files have these the other way round (llama.cpp 0.5.0, tools/mtmd/clip.cpp, is_ffn_swapped).
+    # The first mmproj files have these the other way round (llama.cpp 0.5.0, tools/mtmd/clip.cpp,
+    # is_ffn_swapped).
     names_of_first_towers = {
-        **names, "v.blk.{}.ffn_up": names["v.blk.{}.ffn_down"], "v.blk.{}.ffn_down": names["v.blk.{}.ffn_up"]}
+        **names, "v.blk.{}.ffn_up": names["v.blk.{}.ffn_down"],
+        "v.blk.{}.ffn_down": names["v.blk.{}.ffn_up"]
+    }
     sees = True
 
     @classmethod
     def recognises(cls, weights):
-        return GEMMA_MARKS | {QUERY_NORM} <= weights.keys() and not {LAYER_SCALE, "altup_proj.weight"} & weights.keys()
+        return (
+            GEMMA_MARKS | {QUERY_NORM} <= weights.keys()
+            and not {LAYER_SCALE, "altup_proj.weight"} & weights.keys()
+        )
 
     @classmethod
     def convert(cls, weights, metadata):

@@ -1,11 +1,12 @@
-"""Gemma 4 E2B, E4B, 31B and 12B, with what they see and hear through. The 12B has no towers: it embeds pixels and samples."""
+"""Gemma 4 E2B, E4B, 31B and 12B, with what they see and hear through. The 12B has no towers: it
+embeds pixels and samples."""
 import math
 import re
 
 import torch
 
-from ..arch import TOKENIZER_JSON, Arch, rename_keys
 from ....ops.row_slicing import dense
+from ..arch import TOKENIZER_JSON, Arch, rename_keys
 from ..tokenizer import tokenizer_json
 from ._decoder import with_attention_split
 from .gemma import GEMMA_MARKS, GEMMA_NAMES, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM
@@ -50,7 +51,11 @@ class Gemma4(Arch):
         "blk.{}.proj": f"{LAYER}.per_layer_projection",
         "blk.{}.post_norm": f"{LAYER}.post_per_layer_input_norm",
         **{name: f"{target}.linear" for name, target in LIMITED.items()},
-        **{f"{name}.{limit}": f"{target}.{limit}" for name, target in LIMITED.items() for limit in LIMITS},
+        **{
+            f"{name}.{limit}": f"{target}.{limit}"
+            for name, target in LIMITED.items()
+            for limit in LIMITS
+        },
         "v.patch_embd": "vision_model.patch_embedder.input_proj",
         "v.position_embd": "vision_model.patch_embedder.position_embedding_table",
         "v.blk.{}.ln1": f"{SEEN}.input_layernorm",
@@ -96,7 +101,10 @@ class Gemma4(Arch):
 
     @classmethod
     def convert(cls, weights, metadata):
-        weights = {WITHOUT_ENDING.sub(r"\1", name): tensor for name, tensor in with_attention_split(weights).items()}
+        weights = {
+            WITHOUT_ENDING.sub(r"\1", name): tensor
+            for name, tensor in with_attention_split(weights).items()
+        }
         for name, tensor in weights.items():
             if name in (PATCHES, f"{PATCH_NORM}.weight", f"{PATCH_NORM}.bias"):
                 weights[name] = _channels_last(dense(tensor))
@@ -104,7 +112,8 @@ class Gemma4(Arch):
                 weights[name] = _inverse_of_softplus(dense(tensor))
         if f"{PATCH_NORM}.weight" not in weights:
             return rename_keys(weights, cls.names)
-        weights[POSITIONS] = dense(weights[POSITIONS]).transpose(0, 1)  # (2, positions, width) in the file
+        # (2, positions, width) in the file
+        weights[POSITIONS] = dense(weights[POSITIONS]).transpose(0, 1)
         return rename_keys(weights, cls.without_towers)
 
     @classmethod
@@ -115,13 +124,17 @@ class Gemma4(Arch):
     def vision_width(cls, weights, vision):
         if PROJECTION not in vision or PROJECTION_NORM in vision:
             return None
-        if f"{PATCH_NORM}.weight" in vision and not {POSITIONS, f"{POSITIONS}.weight"} & vision.keys():
+        if (
+            f"{PATCH_NORM}.weight" in vision
+            and not {POSITIONS, f"{POSITIONS}.weight"} & vision.keys()
+        ):
             return None
         return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[0]
 
 
 def _channels_last(values: torch.Tensor) -> torch.Tensor:
-    """Weights of the pixels of a square patch, colour by colour, as the host has them: (..., 3 * size * size) pixel by pixel.
+    """Weights of the pixels of a square patch, colour by colour, as the host has them: (..., 3 *
+    size * size) pixel by pixel.
 
     values: (rows, 3, size, size), (rows, 3 * size * size) or (3 * size * size,).
     """

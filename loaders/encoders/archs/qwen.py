@@ -33,11 +33,17 @@ class Qwen25VL(Qwen25):
     @classmethod
     def convert(cls, weights, metadata):
         text, vision = qwen_vl.split_vision(weights)
-        return rename_keys(text, cls.names) | (qwen_vl.tower(vision, qwen_vl.QWEN25_VISION_NAMES) if vision else {})
+        return rename_keys(text, cls.names) | (
+            qwen_vl.tower(vision, qwen_vl.QWEN25_VISION_NAMES) if vision else {}
+        )
 
     @classmethod
     def vision_width(cls, weights, vision):
-        return (_width(weights), qwen_vl.width_given(vision)) if qwen_vl.is_qwen25_tower(vision) else None
+        return (
+            (_width(weights), qwen_vl.width_given(vision))
+            if qwen_vl.is_qwen25_tower(vision)
+            else None
+        )
 
 
 class Qwen3(Arch):
@@ -53,12 +59,22 @@ class Qwen3(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        return ({"blk.0.attn_q_norm.weight", "blk.0.attn_q.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_norm.weight"}
-                <= weights.keys() and "blk.0.post_attention_norm.weight" not in weights and _width(weights) in cls.widths)
+        return (
+            {
+                "blk.0.attn_q_norm.weight",
+                "blk.0.attn_q.weight",
+                "blk.0.ffn_gate.weight",
+                "blk.0.ffn_norm.weight",
+            }
+            <= weights.keys()
+            and "blk.0.post_attention_norm.weight" not in weights
+            and _width(weights) in cls.widths
+        )
 
 
 class Qwen3VL(Qwen3):
-    """Qwen3 4B and 8B, whose text models and Qwen3-VL's are of one shape. The host takes one with a tower for Qwen3-VL."""
+    """Qwen3 4B and 8B, whose text models and Qwen3-VL's are of one shape. The host takes one with a
+    tower for Qwen3-VL."""
 
     widths = (2560, 4096)
     sees = True
@@ -70,21 +86,29 @@ class Qwen3VL(Qwen3):
         out = rename_keys(text, cls.names)
         if vision:
             visual = qwen_vl.tower(vision, qwen_vl.QWEN3_VISION_NAMES)
-            return out | {name.replace("visual", cls.tower, 1): tensor for name, tensor in visual.items()}
+            return out | {
+                name.replace("visual", cls.tower, 1): tensor for name, tensor in visual.items()
+            }
         return out | cls._marks(_width(weights)) if cls._is_qwen3_vl(metadata) else out
 
     @classmethod
     def vision_width(cls, weights, vision):
-        return (_width(weights), qwen_vl.width_given(vision)) if qwen_vl.is_qwen3_tower(vision, deepstack=True) else None
+        return (
+            (_width(weights), qwen_vl.width_given(vision))
+            if qwen_vl.is_qwen3_tower(vision, deepstack=True)
+            else None
+        )
 
     @classmethod
     def wants_vision(cls, metadata):
-        """No where a file says that it is Qwen3: with the tower of a Qwen3-VL beside it, the host would take it for one."""
+        """No where a file says that it is Qwen3: with the tower of a Qwen3-VL beside it, the host
+        would take it for one."""
         return not any(key.startswith("qwen3.") for key in metadata)
 
     @classmethod
     def _is_qwen3_vl(cls, metadata) -> bool:
-        """Whether a file without a tower is of Qwen3-VL by its metadata. The host turns its positions at a speed of its own."""
+        """Whether a file without a tower is of Qwen3-VL by its metadata. The host turns its
+        positions at a speed of its own."""
         return any(key.endswith(".n_deepstack_layers") for key in metadata)
 
     @classmethod
@@ -96,7 +120,8 @@ class Qwen3VL(Qwen3):
 
 
 class Qwen3VL32B(Qwen3VL):
-    """Qwen3-VL 32B, of which the host runs the first 50 layers. It would take one without a tower for a Mistral."""
+    """Qwen3-VL 32B, of which the host runs the first 50 layers. It would take one without a tower
+    for a Mistral."""
 
     widths = (5120,)
     tower = "visual"
@@ -112,7 +137,8 @@ class Qwen3VL32B(Qwen3VL):
             layer = re.match(r"blk\.(\d+)\.", name)
             return int(layer[1]) < cls.layers if layer else not name.startswith("output.")
 
-        return super().convert({name: tensor for name, tensor in weights.items() if runs(name)}, metadata)
+        return super().convert({name: tensor for name, tensor in weights.items() if runs(name)},
+                               metadata)
 
     @classmethod
     def _is_qwen3_vl(cls, metadata):

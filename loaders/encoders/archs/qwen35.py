@@ -1,10 +1,11 @@
-"""Qwen3.5, whose layers are linear attention (a gated delta rule) but for every fourth, with or without its vision tower."""
+"""Qwen3.5, whose layers are linear attention (a gated delta rule) but for every fourth, with or
+without its vision tower."""
 import torch
 
 from ....ops.formats.column_groups import ColumnGroups
 from ....ops.packed_layout import is_packed, packed_tensor, packed_tensors
-from ..arch import Arch, Weights, rename_keys
 from ....ops.row_slicing import dense, take_rows
+from ..arch import Arch, Weights, rename_keys
 from . import qwen_vl
 from ._decoder import DECODER_NAMES
 
@@ -16,7 +17,10 @@ LINEAR = f"{LAYER}.linear_attn"
 class Qwen35(Arch):
     follows = "llama.cpp 0.5.0, conversion/qwen.py (Qwen3NextModel, _LinearAttentionVReorderBase)"
     names = {
-        **{name: target and target.replace("model.", f"{TEXT}.", 1) for name, target in DECODER_NAMES.items()},
+        **{
+            name: target and target.replace("model.", f"{TEXT}.", 1)
+            for name, target in DECODER_NAMES.items()
+        },
         "blk.{}.post_attention_norm": f"{LAYER}.post_attention_layernorm",
         "blk.{}.attn_q_norm": f"{LAYER}.self_attn.q_norm",
         "blk.{}.attn_k_norm": f"{LAYER}.self_attn.k_norm",
@@ -35,7 +39,10 @@ class Qwen35(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        marks = {"blk.0.ssm_a", "blk.0.ssm_alpha.weight", "blk.0.attn_qkv.weight", "blk.0.ffn_gate.weight"}
+        marks = {
+            "blk.0.ssm_a", "blk.0.ssm_alpha.weight", "blk.0.attn_qkv.weight",
+            "blk.0.ffn_gate.weight"
+        }
         return marks <= weights.keys() and weights["token_embd.weight"].shape[1] in cls.widths
 
     @classmethod
@@ -58,7 +65,8 @@ class Qwen35(Arch):
 
 
 def _without_drafts(weights: Weights) -> Weights:
-    """The weights without the layers that guess further tokens (`nextn`), which the host has no use for."""
+    """The weights without the layers that guess further tokens (`nextn`), which the host has no use
+    for."""
     drafts = tuple({name.split("nextn.")[0] for name in weights if ".nextn." in name})
     return {name: tensor for name, tensor in weights.items() if not name.startswith(drafts)}
 
@@ -66,14 +74,16 @@ def _without_drafts(weights: Weights) -> Weights:
 def _linear_attention_restored(weights: Weights) -> Weights:
     """The weights of linear attention as before the conversion, under the host's names.
 
-    The file has -exp(A_log) for A_log, the convolution without its dimension of size 1, and the value heads, where there are
-    several to a key head, in another order: the first of each key head, then the second of each, and so on.
+    The file has -exp(A_log) for A_log, the convolution without its dimension of size 1, and the
+    value heads, where there are several to a key head, in another order: the first of each key
+    head, then the second of each, and so on.
     """
     first = LINEAR.format(0)
     heads, width = len(weights[f"{first}.A_log"]), len(weights[f"{first}.norm.weight"])
     keys = (len(weights[f"{first}.in_proj_qkv.weight"]) - heads * width) // 2
     shared = heads * width // keys  # value heads to a key head
-    order = torch.arange(heads).view(shared, -1).t().flatten()  # where each head of the model lies in the file
+    # where each head of the model lies in the file
+    order = torch.arange(heads).view(shared, -1).t().flatten()
     values = (width * order[:, None] + torch.arange(width)).flatten()
     mixed = torch.cat([torch.arange(2 * keys), 2 * keys + values])
     rows = {"A_log": order, "dt.bias": order, "in_proj_a.weight": order, "in_proj_b.weight": order,
@@ -94,9 +104,12 @@ def _linear_attention_restored(weights: Weights) -> Weights:
 
 
 def _columns_reordered(tensor: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
-    """The columns, seen as (outer, inner, n), as (inner, outer, n). Packed bytes stay where they are."""
+    """The columns, seen as (outer, inner, n), as (inner, outer, n). Packed bytes stay where they
+    are."""
     rows, columns = tensor.shape
-    packed_format = tensor.layout_cls.format if is_packed(tensor) and len(packed_tensors(tensor)) == 1 else None
+    packed_format = (
+        tensor.layout_cls.format if is_packed(tensor) and len(packed_tensors(tensor)) == 1 else None
+    )
     if packed_format is None or columns % packed_format.block_length:
         return dense(tensor).view(rows, outer, inner, -1).transpose(1, 2).reshape(rows, columns)
     reordered = ColumnGroups.of(packed_format, columns, outer, inner)

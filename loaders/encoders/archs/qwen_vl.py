@@ -1,4 +1,5 @@
-"""The vision towers of Qwen: mmproj files of llama.cpp, whose tensors lie among those of the text model.
+"""The vision towers of Qwen: mmproj files of llama.cpp, whose tensors lie among those of the text
+model.
 
 Names and changes follow llama.cpp 0.5.0, conversion/qwenvl.py and conversion/qwen3vl.py.
 """
@@ -6,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..arch import Weights, rename_keys
 from ....ops.row_slicing import dense, join_rows
+from ..arch import Weights, rename_keys
 
 BLOCK = "visual.blocks.{}"
 
@@ -43,11 +44,18 @@ QWEN3_VISION_NAMES = {  # Qwen3-VL and Qwen3.5
 
 
 # What is read of every tower.
-READ = {"v.patch_embd.weight", "v.patch_embd.weight.1", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight", "mm.2.weight"}
+READ = {
+    "v.patch_embd.weight", "v.patch_embd.weight.1", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight",
+    "mm.2.weight"
+}
 
 
 def is_qwen25_tower(vision: Mapping[str, torch.Tensor]) -> bool:
-    return _is_whole(vision) and "v.blk.0.ffn_gate.weight" in vision and "v.position_embd.weight" not in vision
+    return (
+        _is_whole(vision)
+        and "v.blk.0.ffn_gate.weight" in vision
+        and "v.position_embd.weight" not in vision
+    )
 
 
 def is_qwen3_tower(vision: Mapping[str, torch.Tensor], deepstack: bool) -> bool:
@@ -82,7 +90,9 @@ def tower(vision: Weights, names: Mapping[str, str | None]) -> Weights:
     vision = dict(vision)
     if "v.patch_embd.weight.1" in vision:
         # The convolution over two frames is stored as one convolution for each.
-        frames = [dense(vision.pop(name)) for name in ("v.patch_embd.weight", "v.patch_embd.weight.1")]
+        frames = [
+            dense(vision.pop(name)) for name in ("v.patch_embd.weight", "v.patch_embd.weight.1")
+        ]
         vision["v.patch_embd.weight"] = torch.stack(frames, 2)
     for name in [name for name in vision if name.startswith("v.blk.") and ".attn_q." in name]:
         parts = [vision.pop(name.replace(".attn_q.", f".attn_{part}.")) for part in "qkv"]
@@ -91,17 +101,25 @@ def tower(vision: Weights, names: Mapping[str, str | None]) -> Weights:
 
 
 def _up_before_down(vision: Weights) -> Weights:
-    """Old converters called the two matrices of a block's network by each other's name; `clip.cpp` swaps them as well."""
+    """Old converters called the two matrices of a block's network by each other's name; `clip.cpp`
+    swaps them as well."""
     width = vision["v.blk.0.ln1.weight"].shape[0]
     if vision["v.blk.0.ffn_down.weight"].shape[1] != width:
         return vision
     swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-    return {".".join(swapped.get(part, part) for part in name.split(".")): tensor for name, tensor in vision.items()}
+    return {
+        ".".join(swapped.get(part, part) for part in name.split(".")): tensor
+        for name, tensor in vision.items()
+    }
 
 
 def _deepstack_in_order(vision: Weights) -> Weights:
     """The mergers numbered from 0; the file numbers them by the layer whose output they take."""
     layers = sorted({int(name.split(".")[2]) for name in vision if name.startswith("v.deepstack.")})
     place = {f"v.deepstack.{layer}.": f"v.deepstack.{index}." for index, layer in enumerate(layers)}
-    return {next((new + name[len(old):] for old, new in place.items() if name.startswith(old)), name): tensor
-            for name, tensor in vision.items()}
+    return {
+        next(
+            (new + name[len(old) :] for old, new in place.items() if name.startswith(old)), name
+        ): tensor
+        for name, tensor in vision.items()
+    }

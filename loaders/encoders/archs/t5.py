@@ -1,4 +1,5 @@
-"""T5: XXL, XL, base, ByT5, UMT5 and the older forms without a gate. Encoders, or whole models, of which the encoder is kept."""
+"""T5: XXL, XL, base, ByT5, UMT5 and the older forms without a gate. Encoders, or whole models, of
+which the encoder is kept."""
 from ..arch import SENTENCEPIECE, Arch, rename_keys
 from ._sentencepiece import sentencepiece
 
@@ -7,7 +8,8 @@ UMT5_TOKENS = 100_000  # T5 has 32128, ByT5 1510, UMT5 256384
 
 
 class T5(Arch):
-    """Exports of llama.cpp, and files with the names of transformers, which are the host's but for the embedding's."""
+    """Exports of llama.cpp, and files with the names of transformers, which are the host's but for
+    the embedding's."""
 
     follows = "llama.cpp 0.5.0, conversion/t5.py"
     names = {
@@ -28,14 +30,16 @@ class T5(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        return any(name in weights for name in ("enc.blk.0.attn_q.weight", f"{LAYER}.0.SelfAttention.q.weight".format(0)))
+        return any(name in weights for name in ("enc.blk.0.attn_q.weight",
+                                                f"{LAYER}.0.SelfAttention.q.weight".format(0)))
 
     @classmethod
     def convert(cls, weights, metadata):
         # The host takes a base model with a tokenizer for UMT5; `tokenizer` gives what UMT5 needs.
         others = ("dec.", "output.", "decoder.", "lm_head.", SENTENCEPIECE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
-        weights = rename_keys(weights, cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
+        weights = rename_keys(weights,
+                              cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
         # transformers saves the one embedding under either name, or both.
         embedding = weights.pop("encoder.embed_tokens.weight", None)
         return weights if embedding is None else {"shared.weight": embedding} | weights
@@ -44,4 +48,5 @@ class T5(Arch):
     def tokenizer(cls, weights, metadata):
         names = ("token_embd.weight", "shared.weight", "encoder.embed_tokens.weight")
         tokens = next((len(weights[name]) for name in names if name in weights), 0)
-        return sentencepiece(weights, metadata) if tokens > UMT5_TOKENS else {}  # the host has that of the others
+        # the host has that of the others
+        return sentencepiece(weights, metadata) if tokens > UMT5_TOKENS else {}

@@ -6,7 +6,8 @@ MARK = "encoder.layers.0.pre_self_attn_layernorm.weight"
 
 
 class T5Gemma(Arch):
-    """A whole model (`model.encoder.…`), of which the encoder is kept, or an encoder alone (`encoder.…`)."""
+    """A whole model (`model.encoder.…`), of which the encoder is kept, or an encoder alone
+    (`encoder.…`)."""
 
     follows = "transformers 5.23, models/t5gemma"
     names = {}
@@ -18,7 +19,10 @@ class T5Gemma(Arch):
     @classmethod
     def convert(cls, weights, metadata):
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        return {f"model.{name}": tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+        return {
+            f"model.{name}": tensor for name, tensor in weights.items()
+            if name.startswith("encoder.")
+        }
 
     @classmethod
     def tokenizer(cls, weights, metadata):

@@ -1,7 +1,9 @@
-"""Measuring a model: what its layers' inputs are, and how much each layer moves its output when it is packed in each type.
+"""Measuring a model: what its layers' inputs are, and how much each layer moves its output when it
+is packed in each type.
 
-The model runs a little. Then a layer's error runs beside it: while the model takes the steps that were kept, what is added to
-the layer's output is its input times the difference between packed and given weight. Nothing of the model is exchanged.
+The model runs a little. Then a layer's error runs beside it: while the model takes the steps that
+were kept, what is added to the layer's output is its input times the difference between packed and
+given weight. Nothing of the model is exchanged.
 """
 import contextlib
 import dataclasses
@@ -25,12 +27,17 @@ from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
 from .sampling import SamplingRun, SamplingStep, load, random_conditioning, stop_where_cancelled
 from .sensitivity import Sensitivity
 
-# How thoroughly the costs are measured: how many kept steps are run for each layer, and whether for each of its types.
-THOROUGHNESS = {"no runs": (0, False), "one run per layer": (4, False), "one run per layer and type": (4, True)}
+# How thoroughly the costs are measured: how many kept steps are run for each layer, and whether for
+# each of its types.
+THOROUGHNESS = {
+    "no runs": (0, False), "one run per layer": (4, False), "one run per layer and type": (4, True)
+}
 DEFAULT = "one run per layer"
-LIKE = 1e-3  # how much the model's outputs may differ for a partial measurement to be one of the same
+# how much the model's outputs may differ for a partial measurement to be one of the same
+LIKE = 1e-3
 
-RUN_TYPE = {256: "Q3_K", 32: "IQ4_NL"}  # of the one run of each layer, by the length of a block: an error well above rounding
+# of the one run of each layer, by the length of a block: an error well above rounding
+RUN_TYPE = {256: "Q3_K", 32: "IQ4_NL"}
 ROWS = 256  # of a layer, from which its own loss in each type is told
 TINY = 1e-30  # in place of a loss of nothing
 
@@ -38,16 +45,19 @@ TINY = 1e-30  # in place of a loss of nothing
 @torch.no_grad()
 def measure(patcher, drawing: SamplingRun, thoroughness: str = DEFAULT,
             partial: str | os.PathLike | None = None) -> Sensitivity:
-    """Draws a few pictures, with the moments of every layer's inputs collected, then packs one layer after another.
+    """Draws a few pictures, with the moments of every layer's inputs collected, then packs one
+    layer after another.
 
-    patcher: the host's ModelPatcher; it and its model are left as they were, whatever ends this. drawing: without prompts it
-    draws from noise for a prompt. partial: a file that keeps the costs measured so far, from which the same measurement goes
-    on; whoever has saved the result removes it. Raises WeightFileError where the model needs a prompt.
+    patcher: the host's ModelPatcher; it and its model are left as they were, whatever ends this.
+    drawing: without prompts it draws from noise for a prompt. partial: a file that keeps the costs
+    measured so far, from which the same measurement goes on; whoever has saved the result removes
+    it. Raises WeightFileError where the model needs a prompt.
     """
     layers = linear_layers(patcher.model)
     count, every_type = THOROUGHNESS[thoroughness]
     if not drawing.prompts:
-        drawing = dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing, drawing.samples))
+        drawing = dataclasses.replace(
+            drawing, prompts=random_conditioning(patcher, drawing, drawing.samples))
     progress = Progress(2)
     drawn = iter(progress.track(range(drawing.total)))
     steps, picked = [], set(_choose_layers(drawing, count))
@@ -76,8 +86,11 @@ def measure(patcher, drawing: SamplingRun, thoroughness: str = DEFAULT,
                                  else costs.of_layer(layer, weight, moments, every_type))
         known.write()
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
-    about = {"model": type(patcher.model).__name__, "samples": drawing.samples, "steps": drawing.steps, "seed": drawing.seed,
-             "cfg": drawing.cfg, "thoroughness": thoroughness, "columns_of_a_block": collector.block}
+    about = {
+        "model": type(patcher.model).__name__, "samples": drawing.samples, "steps": drawing.steps,
+        "seed": drawing.seed, "cfg": drawing.cfg, "thoroughness": thoroughness,
+        "columns_of_a_block": collector.block
+    }
     return Sensitivity(known.costs, shapes, about, _moments=collector.of)
 
 
@@ -88,7 +101,8 @@ def _choose_layers(drawing: SamplingRun, count: int) -> list[int]:
 
 
 def _digest(value) -> str:
-    """Of tensors, and whatever else the host's CONDITIONING and LATENT hold, in lists and dictionaries."""
+    """Of tensors, and whatever else the host's CONDITIONING and LATENT hold, in lists and
+    dictionaries."""
     digest = hashlib.sha256()
 
     def add(part):
@@ -100,7 +114,8 @@ def _digest(value) -> str:
                 add(item)
         elif isinstance(part, torch.Tensor) and not part.is_nested:
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(
+                torch.uint8).numpy().tobytes())
         elif part is None or isinstance(part, (str, int, float)):
             digest.update(f"{part!r};".encode())
         else:
@@ -111,13 +126,19 @@ def _digest(value) -> str:
 
 
 class _Partial:
-    """Costs measured so far, in a file: they are taken from it only where model and settings are the same."""
+    """Costs measured so far, in a file: they are taken from it only where model and settings are
+    the same."""
 
-    def __init__(self, path, layers, drawing: SamplingRun, thoroughness: str, power: list[float], sums: list[float]):
-        """sums: of the values of some weights, by which another model of the same layers is told."""
+    def __init__(self, path, layers, drawing: SamplingRun, thoroughness: str, power: list[float],
+                 sums: list[float]):
+        """sums: of the values of some weights, by which another model of the same layers is
+        told."""
         self.path = None if path is None else Path(path)
-        self.key = [thoroughness, drawing.samples, drawing.steps, drawing.seed, drawing.cfg, list(layers), sums,
-                    _digest([drawing.prompts, drawing.negative, drawing.latent])]
+        self.key = [
+            thoroughness, drawing.samples, drawing.steps, drawing.seed, drawing.cfg,
+            list(layers), sums,
+            _digest([drawing.prompts, drawing.negative, drawing.latent])
+        ]
         self.power = power
         self.costs: dict[str, dict[str, float]] = {}
         try:
@@ -130,9 +151,11 @@ class _Partial:
 
     def write(self):
         if self.path:
-            with contextlib.suppress(OSError):  # a drive that is full costs what could be gone on from, not the measurement
+            # a drive that is full costs what could be gone on from, not the measurement
+            with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps({"key": self.key, "power": self.power, "costs": self.costs}))
+                self.path.write_text(
+                    json.dumps({"key": self.key, "power": self.power, "costs": self.costs}))
 
 
 def types_for(shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -149,8 +172,10 @@ def quantize_layer(weight: torch.Tensor, kind: str, moments: SecondMoments) -> P
     return pack_tensor(weight, FORMATS[kind], moments=moments)
 
 
-def weight_errors(weight: torch.Tensor, moments: SecondMoments, kinds: Sequence[str]) -> dict[str, float]:
-    """Type -> power of a layer's output error over that of its output, for inputs like those seen, from at most `ROWS` rows.
+def weight_errors(weight: torch.Tensor, moments: SecondMoments,
+                  kinds: Sequence[str]) -> dict[str, float]:
+    """Type -> power of a layer's output error over that of its output, for inputs like those seen,
+    from at most `ROWS` rows.
 
     Without error feedback, which takes much longer and gains about the same in all types.
     """
@@ -170,7 +195,8 @@ def sample_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 class AddedDelta:
-    """While entered, `change`, (N, K), is part of the weight of a linear layer, which is not touched."""
+    """While entered, `change`, (N, K), is part of the weight of a linear layer, which is not
+    touched."""
 
     def __init__(self, layer: torch.nn.Module, change: torch.Tensor):
         self.layer, self.change = layer, change
@@ -204,19 +230,27 @@ class Costs:
             outputs.append(step.run(self.model))
         return outputs
 
-    def output_error(self, layer: torch.nn.Module, weight: torch.Tensor, packed_weight: PackedTensor) -> float:
-        """Power of the change of the model's output over that of the output, the mean of the steps."""
+    def output_error(self, layer: torch.nn.Module, weight: torch.Tensor,
+                     packed_weight: PackedTensor) -> float:
+        """Power of the change of the model's output over that of the output, the mean of the
+        steps."""
         with AddedDelta(layer, packed_weight.dequantize() - weight):
             outputs = self._outputs()
-        return sum(float((output - dense).square().sum()) / power
-                   for output, dense, power in zip(outputs, self.dense, self.power, strict=True)) / len(self.steps)
+        return sum(
+            float((output - dense).square().sum()) / power
+            for output, dense, power in zip(outputs, self.dense, self.power, strict=True)
+        ) / len(self.steps)
 
     def of_layer(self, layer: torch.nn.Module, weight: torch.Tensor, moments: SecondMoments,
                  every_type: bool) -> dict[str, float]:
-        """Type -> cost of a layer: each type run, or one of them run and the others scaled by the layer's own loss."""
+        """Type -> cost of a layer: each type run, or one of them run and the others scaled by the
+        layer's own loss."""
         kinds = types_for(tuple(weight.shape))
         if every_type:
-            return {kind: self.output_error(layer, weight, quantize_layer(weight, kind, moments)) for kind in kinds}
+            return {
+                kind: self.output_error(layer, weight, quantize_layer(weight, kind, moments))
+                for kind in kinds
+            }
         losses, kind = weight_errors(weight, moments, kinds), run_type(tuple(weight.shape))
         error = self.output_error(layer, weight, quantize_layer(weight, kind, moments))
         return {other: error * loss / max(losses[kind], TINY) for other, loss in losses.items()}

@@ -1,7 +1,9 @@
-"""What was measured of a model: second moments of its layers' inputs, and what each layer's error costs. One file.
+"""What was measured of a model: second moments of its layers' inputs, and what each layer's error
+costs. One file.
 
-Anyone who has a model of the same layers can use it. A column of a layer's inputs takes 156 bytes, in blocks of 256 columns:
-the 1.52 million of Flux.1-dev, shared ones counted once, 0.24 GB (computed, not measured). The costs take 60 KB of that.
+Anyone who has a model of the same layers can use it. A column of a layer's inputs takes 156 bytes,
+in blocks of 256 columns: the 1.52 million of Flux.1-dev, shared ones counted once, 0.24 GB
+(computed, not measured). The costs take 60 KB of that.
 """
 import contextlib
 import hashlib
@@ -16,24 +18,27 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from ....ops.quantize.second_moments import SecondMoments
-from ...files.container import FileState, first_line
 from ...files.atomic_file import atomic_writer
+from ...files.container import FileState, first_line
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
-SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")  # types that reports name, smallest first
+# types that reports name, smallest first
+SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
 
 
 class SensitivityError(ValueError):
-    """A sensitivity file that cannot be used. The message names the file, what is wrong and what to do."""
+    """A sensitivity file that cannot be used. The message names the file, what is wrong and what to
+    do."""
 
 
 @dataclass
 class Sensitivity:
-    """costs: name of a matrix -> packed type -> power of the change of the model's output over that of the output.
+    """costs: name of a matrix -> packed type -> power of the change of the model's output over that
+    of the output.
 
-    shapes: name -> shape (N, K) of the matrices measured, in the host's names without prefix. about: what was run, in words
-    and numbers. file: name of the file it came from, for messages.
+    shapes: name -> shape (N, K) of the matrices measured, in the host's names without prefix.
+    about: what was run, in words and numbers. file: name of the file it came from, for messages.
     """
 
     costs: dict[str, dict[str, float]]
@@ -43,7 +48,8 @@ class Sensitivity:
     _moments: Callable[[str], SecondMoments | None] = lambda name: None
 
     def moments(self, name: str) -> SecondMoments | None:
-        """The moments of a matrix's inputs, on the CPU; None where there are none. Read from the file each time."""
+        """The moments of a matrix's inputs, on the CPU; None where there are none. Read from the
+        file each time."""
         return self._moments(name)
 
     @property
@@ -53,34 +59,46 @@ class Sensitivity:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
     def check_is_for(self, shapes: Mapping[str, tuple[int, ...]]):
-        """Raises SensitivityError where a model of these parameters is not the one that was measured.
+        """Raises SensitivityError where a model of these parameters is not the one that was
+        measured.
 
         shapes: name -> logical shape, in the host's names without prefix.
         """
         missing = [name for name in self.shapes if name not in shapes]
-        others = [name for name, shape in self.shapes.items() if name in shapes and tuple(shapes[name]) != tuple(shape)]
+        others = [
+            name for name, shape in self.shapes.items()
+            if name in shapes and tuple(shapes[name]) != tuple(shape)
+        ]
         if not missing and not others:
             return
         name = (others or missing)[0]
         difference = f"is {tuple(shapes[name])} there" if others else "is not there"
         raise SensitivityError(
-            f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])} {difference},"
-            f" and {len(missing) + len(others)} of {len(self.shapes)} layers do not fit. Measure this model, or pick its file.")
+            f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])}"
+            f" {difference}, and {len(missing) + len(others)} of {len(self.shapes)} layers do not"
+            " fit. Measure this model, or pick its file."
+        )
 
     def save(self, path: str | os.PathLike):
-        """Write the file: whole under its name or not at all. Raises WriteError, as `atomic_writer`."""
+        """Write the file: whole under its name or not at all. Raises WriteError, as
+        `atomic_writer`."""
         tensors, same_as, seen = {}, {}, {}
         for name in self.shapes:
             moments = self.moments(name)
             if moments is None:
                 continue
-            owner = seen.setdefault(id(moments), name)  # layers that share their inputs share the moments
+            # layers that share their inputs share the moments
+            owner = seen.setdefault(id(moments), name)
             if owner != name:
                 same_as[name] = owner
                 continue
-            tensors |= {f"{name}/{part}": value.contiguous() for part, value in moments.tensors().items()}
-        about = {"format": FORMAT, "costs": self.costs, "shapes": self.shapes, "same_as": same_as, "about": self.about,
-                 "digest": self.digest}
+            tensors |= {
+                f"{name}/{part}": value.contiguous() for part, value in moments.tensors().items()
+            }
+        about = {
+            "format": FORMAT, "costs": self.costs, "shapes": self.shapes, "same_as": same_as,
+            "about": self.about, "digest": self.digest
+        }
         data, path = safetensors.torch.save(tensors, {KEY: json.dumps(about)}), Path(path)
         with contextlib.suppress(OSError):  # `atomic_writer` says what is in the way
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,21 +112,30 @@ class Sensitivity:
         with _opened(path) as opened:
             about, names = json.loads((opened.metadata() or {})[KEY]), set(opened.keys())
             if about["format"] != FORMAT:
-                raise SensitivityError(f"{file} is of format {about['format']}, this version reads {FORMAT}. Update this pack,"
-                                       " or measure again.")
-            same_as, shapes = about["same_as"], {name: tuple(shape) for name, shape in about["shapes"].items()}
+                raise SensitivityError(
+                    f"{file} is of format {about['format']}, this version reads {FORMAT}. Update"
+                    " this pack, or measure again.")
+            same_as, shapes = (
+                about["same_as"],
+                {name: tuple(shape) for name, shape in about["shapes"].items()},
+            )
             result = cls(about["costs"], shapes, about["about"], file)
 
         def moments(name: str) -> SecondMoments | None:
             owner = same_as.get(name, name)
-            parts = {key.removeprefix(f"{owner}/"): key for key in names if key.rpartition("/")[0] == owner}
+            parts = {
+                key.removeprefix(f"{owner}/"): key for key in names
+                if key.rpartition("/")[0] == owner
+            }
             if not parts:
                 return None
             with _opened(path) as opened:
-                read = SecondMoments.from_tensors({part: opened.get_tensor(key) for part, key in parts.items()})
+                read = SecondMoments.from_tensors(
+                    {part: opened.get_tensor(key) for part, key in parts.items()})
             if FileState.of(path) != state:
-                raise SensitivityError(f"{file} was written to or replaced while it was in use. Run this again, which reads it"
-                                       " as it is now.")
+                raise SensitivityError(
+                    f"{file} was written to or replaced while it was in use. Run this again, which"
+                    " reads it as it is now.")
             return read
 
         result._moments = moments
@@ -124,7 +151,10 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
             yield opened
     except SensitivityError:
         raise
-    except (OSError, RuntimeError) as error:  # the second is torch's word for a file that it cannot open or map
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # the second is torch's word for a file that it cannot open or map
         raise _unreadable(file, error) from error
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         try:
@@ -132,14 +162,18 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
         except OSError as reason:
             raise _unreadable(file, reason) from reason
         if is_sensitivity:
-            raise SensitivityError(f"{file} is damaged or was not copied whole. Copy it again, or measure again.") from error
-        raise SensitivityError(f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes"
-                               " one.") from error
+            raise SensitivityError(
+                f"{file} is damaged or was not copied whole. Copy it again, or measure again."
+            ) from error
+        raise SensitivityError(
+            f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes one."
+        ) from error
 
 
 def _unreadable(file: str, error: Exception) -> SensitivityError:
     reason = getattr(error, "strerror", None) or first_line(error)
-    return SensitivityError(f"{file} cannot be read: {reason}. Pick another file, or measure again.")
+    return SensitivityError(
+        f"{file} cannot be read: {reason}. Pick another file, or measure again.")
 
 
 def _begins_as_sensitivity(path: str | os.PathLike) -> bool:
@@ -148,8 +182,12 @@ def _begins_as_sensitivity(path: str | os.PathLike) -> bool:
 
 
 def report(sensitivity: Sensitivity, count: int = 12) -> str:
-    """What packing one layer costs the output, in each type that was measured, for the `count` layers that matter most."""
-    lines = [f"{len(sensitivity.costs)} layers; signal to error of the output in dB with one layer packed, the worst first:"]
+    """What packing one layer costs the output, in each type that was measured, for the `count`
+    layers that matter most."""
+    lines = [
+        f"{len(sensitivity.costs)} layers; signal to error of the output in dB with one layer"
+        " packed, the worst first:"
+    ]
     for name, costs in _ranked(sensitivity)[:count]:
         values = ", ".join(f"{kind} {_decibels(costs[kind])}" for kind in SHOWN if kind in costs)
         lines.append(f"{name.removesuffix('.weight')}: {values}")
@@ -158,8 +196,14 @@ def report(sensitivity: Sensitivity, count: int = 12) -> str:
 
 def summary(sensitivity: Sensitivity, count: int = 7) -> str:
     """The same in lines short enough for a node: one type, the smallest that was measured."""
-    kind = next((kind for kind in SHOWN if any(kind in costs for costs in sensitivity.costs.values())), None)
-    lines = [f"With one layer in {kind}, the worst first:", "signal to error of the output in dB"] if kind else []
+    kind = next(
+        (kind for kind in SHOWN if any(kind in costs for costs in sensitivity.costs.values())),
+        None)
+    lines = (
+        [f"With one layer in {kind}, the worst first:", "signal to error of the output in dB"]
+        if kind
+        else []
+    )
     lines += [f"{name.removesuffix('.weight')}: {_decibels(costs[kind])}"
               for name, costs in _ranked(sensitivity)[:count] if kind in costs]
     return "\n".join([f"{len(sensitivity.costs)} layers measured", *lines])

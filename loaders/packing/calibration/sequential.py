@@ -1,11 +1,12 @@
 """Packing layer after layer, each so that it makes up for the errors of those before it.
 
-For each layer the model runs twice on calls that were recorded before: as it is, and with what is packed so far. The layer is
-then packed for the inputs that it has in the second run, towards the outputs of the first
-(`ops.quantize.damped.Damped.target`). That takes two runs up to the layer for each call, so with N layers about N runs of the
-model for each call recorded.
+For each layer the model runs twice on calls that were recorded before: as it is, and with what is
+packed so far. The layer is then packed for the inputs that it has in the second run, towards the
+outputs of the first (`ops.quantize.damped.Damped.target`). That takes two runs up to the layer for
+each call, so with N layers about N runs of the model for each call recorded.
 
-Nothing of the model is exchanged: what a packed layer would give takes the place of what the layer gave.
+Nothing of the model is exchanged: what a packed layer would give takes the place of what the layer
+gave.
 """
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,15 +20,20 @@ from ....ops.quantize.second_moments import SecondMoments
 from .moment_collector import SMALL, block_for, linear_layers
 from .sampling import SamplingRun, load, stop_where_cancelled
 
-CALLS = 32  # that are recorded of a drawing, spread over pictures and noise levels: a few MB each in main memory
-MEMORY = 256 << 20  # bytes of the moments of one layer up to which their blocks are wider than they must be
+# that are recorded of a drawing, spread over pictures and noise levels: a few MB each in main
+# memory
+CALLS = 32
+# bytes of the moments of one layer up to which their blocks are wider than they must be
+MEMORY = 256 << 20
 FREE = 2 << 30  # bytes that are kept free beside the model for them and for packing
-PREFETCHED = "prefetch_dynamic_vbars"  # option of the host: weights are fetched ahead, which a run that ends early would leave
+# option of the host: weights are fetched ahead, which a run that ends early would leave
+PREFETCHED = "prefetch_dynamic_vbars"
 
 
 @dataclass
 class Call:
-    """What a module was called with, the tensors as copies on the CPU, and the device that they were on."""
+    """What a module was called with, the tensors as copies on the CPU, and the device that they
+    were on."""
 
     args: tuple
     kwargs: dict
@@ -39,7 +45,8 @@ class _StopForward(Exception):
 
 
 @contextlib.contextmanager
-def recorded_calls(module: torch.nn.Module, wanted: Callable[[], bool] = lambda: True) -> Iterator[list[Call]]:
+def recorded_calls(module: torch.nn.Module,
+                   wanted: Callable[[], bool] = lambda: True) -> Iterator[list[Call]]:
     """Inside this block, what `module` is called with goes into the list while `wanted` says so."""
     calls = []
 
@@ -48,7 +55,11 @@ def recorded_calls(module: torch.nn.Module, wanted: Callable[[], bool] = lambda:
             device = next(part.device for part in args if isinstance(part, torch.Tensor))
             options = kwargs.get("transformer_options")
             if options:
-                kwargs = kwargs | {"transformer_options": {key: value for key, value in options.items() if key != PREFETCHED}}
+                kwargs = kwargs | {
+                    "transformer_options": {
+                        key: value for key, value in options.items() if key != PREFETCHED
+                    }
+                }
             calls.append(Call(_copied_to(args, "cpu"), _copied_to(kwargs, "cpu"), device))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
@@ -61,25 +72,31 @@ def recorded_calls(module: torch.nn.Module, wanted: Callable[[], bool] = lambda:
 class SequentialCalibration:
     """The moments of one layer after another, with what is packed so far.
 
-    module: runs on the device it is on, and is as it was whenever no method is at work. layers: name of its weight -> linear
-    layer in it. calls: of `recorded_calls`, many enough to hold some out (8 or more).
+    module: runs on the device it is on, and is as it was whenever no method is at work. layers:
+    name of its weight -> linear layer in it. calls: of `recorded_calls`, many enough to hold some
+    out (8 or more).
     """
 
-    def __init__(self, module: torch.nn.Module, layers: Mapping[str, torch.nn.Module], calls: Sequence[Call]):
+    def __init__(self, module: torch.nn.Module, layers: Mapping[str, torch.nn.Module],
+                 calls: Sequence[Call]):
         self.module, self.layers, self.calls = module, layers, calls
         self.stages = _stages(module, layers, calls[0])
         self._packed: dict[str, tuple[PackedTensor, torch.Tensor | None]] = {}
-        self._latest: tuple[list[str], SecondMoments | None] = ([], None)  # a stage, and what its layers see
+        # a stage, and what its layers see
+        self._latest: tuple[list[str], SecondMoments | None] = ([], None)
 
     @property
     def order(self) -> list[str]:
-        """The names in the order in which the layers are to be packed; those that do not run are not among them."""
+        """The names in the order in which the layers are to be packed; those that do not run are
+        not among them."""
         return [name for stage in self.stages for name in stage]
 
     def moments(self, name: str) -> SecondMoments | None:
-        """Moments, of a pair, of a layer's inputs with what is packed so far; None for layers that do not run.
+        """Moments, of a pair, of a layer's inputs with what is packed so far; None for layers that
+        do not run.
 
-        Layers that have the same input share them. Cancelled by the user, this raises what the host raises.
+        Layers that have the same input share them. Cancelled by the user, this raises what the host
+        raises.
         """
         stage = next((stage for stage in self.stages if name in stage), None)
         if stage is None:
@@ -111,8 +128,12 @@ class SequentialCalibration:
 
 def record_calibration(patcher, drawing: SamplingRun, count: int = CALLS,
             track: Callable[[Collection], Iterator] = iter) -> SequentialCalibration:
-    """Draws with the host's ModelPatcher, which is left loaded, and records `count` calls. track: goes over the steps."""
-    picked = {round((index + 0.5) * drawing.total / count - 0.5) for index in range(min(count, drawing.total))}
+    """Draws with the host's ModelPatcher, which is left loaded, and records `count` calls. track:
+    goes over the steps."""
+    picked = {
+        round((index + 0.5) * drawing.total / count - 0.5)
+        for index in range(min(count, drawing.total))
+    }
     steps, number = iter(track(range(drawing.total))), -1
 
     def seen(at: int, step):
@@ -129,10 +150,12 @@ def record_calibration(patcher, drawing: SamplingRun, count: int = CALLS,
 
 
 def _stages(module, layers: Mapping[str, torch.nn.Module], call: Call) -> list[list[str]]:
-    """Names of the layers in the order in which they first run; those with the same input together."""
+    """Names of the layers in the order in which they first run; those with the same input
+    together."""
     names = {layer: name for name, layer in layers.items()}
     stages: list[list[str]] = []
-    latest: dict[torch.Size, tuple[torch.Tensor, list[str]]] = {}  # shape -> the last input of that shape, and whose it was
+    # shape -> the last input of that shape, and whose it was
+    latest: dict[torch.Size, tuple[torch.Tensor, list[str]]] = {}
     seen = set()
 
     def see(layer, tensor):
@@ -140,7 +163,9 @@ def _stages(module, layers: Mapping[str, torch.nn.Module], call: Call) -> list[l
             return
         seen.add(layer)
         before, stage = latest.get(tensor.shape, (None, None))
-        if before is not tensor and (before is None or tensor.numel() > SMALL or not torch.equal(before, tensor)):
+        if before is not tensor and (
+            before is None or tensor.numel() > SMALL or not torch.equal(before, tensor)
+        ):
             stage = []
             stages.append(stage)
         stage.append(names[layer])
@@ -150,7 +175,8 @@ def _stages(module, layers: Mapping[str, torch.nn.Module], call: Call) -> list[l
     return stages
 
 
-def _inputs(module, layers: Iterable[torch.nn.Module], call: Call) -> list[tuple[torch.nn.Module, torch.Tensor]]:
+def _inputs(module, layers: Iterable[torch.nn.Module],
+            call: Call) -> list[tuple[torch.nn.Module, torch.Tensor]]:
     """The layers, as they ran, and what entered each of them first. The run ends after the last."""
     inputs, waiting = [], set(layers)
 
@@ -166,9 +192,13 @@ def _inputs(module, layers: Iterable[torch.nn.Module], call: Call) -> list[tuple
 
 
 @torch.inference_mode()
-def _watched(module, layers: Iterable[torch.nn.Module], call: Call, see: Callable[[torch.nn.Module, torch.Tensor], None]):
-    """Run a module; `see` gets each of the layers and its input before it runs, and may end the run with `_StopForward`."""
-    handles = [layer.register_forward_pre_hook(lambda layer, args: see(layer, args[0])) for layer in layers]
+def _watched(module, layers: Iterable[torch.nn.Module], call: Call,
+             see: Callable[[torch.nn.Module, torch.Tensor], None]):
+    """Run a module; `see` gets each of the layers and its input before it runs, and may end the run
+    with `_StopForward`."""
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, args: see(layer, args[0])) for layer in layers
+    ]
     try:
         module(*_copied_to(call.args, call.device), **_copied_to(call.kwargs, call.device))
     except _StopForward:
@@ -180,11 +210,13 @@ def _watched(module, layers: Iterable[torch.nn.Module], call: Call, see: Callabl
 
 @contextlib.contextmanager
 def _as_packed(layer: torch.nn.Module, weight: PackedTensor, bias: torch.Tensor | None):
-    """Inside this block a linear layer gives what it would with these, which are on its device only while it runs."""
+    """Inside this block a linear layer gives what it would with these, which are on its device only
+    while it runs."""
 
     def replace(layer, args, output):
         input = args[0].to(output.dtype)
-        return product.linear(input, weight.to(input.device), None if bias is None else bias.to(input))
+        return product.linear(input, weight.to(input.device),
+                              None if bias is None else bias.to(input))
 
     handle = layer.register_forward_hook(replace)
     try:

@@ -1,4 +1,5 @@
-"""A file before it is written: the types of its tensors, its size, and what is refused before any work."""
+"""A file before it is written: the types of its tensors, its size, and what is refused before any
+work."""
 import os
 import time
 from collections import Counter
@@ -8,27 +9,39 @@ from pathlib import Path
 
 from ....ops.format import FORMATS
 from ...files import gguf_writer, safetensors_writer
-from ...files.container import PLAIN_DTYPES, nbytes_of
 from ...files.atomic_file import WriteError, check_writable
+from ...files.container import PLAIN_DTYPES, nbytes_of
 from ...sizes import size_text
 from ..calibration.sensitivity import Sensitivity
 from ..source import Source, Weight
-from .packing_rules import HALVES, PLAIN_BYTES, Shapes, bits_per_value, divides_rows, rules_for, with_fallback
+from .packing_rules import (
+    HALVES,
+    PLAIN_BYTES,
+    Shapes,
+    bits_per_value,
+    divides_rows,
+    rules_for,
+    with_fallback,
+)
 from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_small
 
 LORA_TYPE = "Q6_K"  # the least for weights with a LoRA that were rounded coarsely before
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")  # what people are offered, the finest first
+# what people are offered, the finest first
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")
 KEEP_TYPES = "as it is"  # in place of a type: each weight in the type it is held in
-COARSE_BITS = 3.0  # bits a weight up to which a type has lost so much that saving it again is worth a warning
-NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")  # `.scale` in the files of the field
+# bits a weight up to which a type has lost so much that saving it again is worth a warning
+COARSE_BITS = 3.0
+# `.scale` in the files of the field
+NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")
 
 
 @dataclass(frozen=True)
 class SaveOptions:
     """How a model is saved.
 
-    sensitivity: a measurement of this model. keep_loras: weights that were rounded coarsely before and
-    have LoRAs take at least LORA_TYPE, in which these arrive whole. metadata: texts for the file.
+    sensitivity: a measurement of this model. keep_loras: weights that were rounded coarsely before
+    and have LoRAs take at least LORA_TYPE, in which these arrive whole. metadata: texts for the
+    file.
     overwrite: whether the file may replace one of its name.
     """
 
@@ -42,8 +55,8 @@ class SaveOptions:
 class FilePlan:
     """A file that can be written.
 
-    wanted: what was asked for, as `plan_file` takes it. types: name of each weight that is written as
-    numbers -> its type. tensors: name in the file -> (shape, type), of all. metadata: all of the
+    wanted: what was asked for, as `plan_file` takes it. types: name of each weight that is written
+    as numbers -> its type. tensors: name in the file -> (shape, type), of all. metadata: all of the
     file's. nbytes: the size of the file, which it keeps within where `wanted` is one.
     """
 
@@ -75,11 +88,14 @@ class FilePlan:
     def text(self) -> str:
         """The plan in short lines, as the node shows it."""
         size = f"{size_text(self.nbytes, DIGITS)}, not written yet"
-        return "\n".join([self.path.name, size, Plan(self.types).text(self.source.shapes), *self.notes])
+        return "\n".join(
+            [self.path.name, size,
+             Plan(self.types).text(self.source.shapes), *self.notes])
 
     @property
     def must_survive(self) -> set[str]:
-        """Names of weights with LoRAs that are to arrive whole and may be swallowed by the weight's type.
+        """Names of weights with LoRAs that are to arrive whole and may be swallowed by the weight's
+        type.
 
         The values of these lie on its steps, or nearly. In a type that is coarser than the one they
         are held in and than LORA_TYPE, they are rounded as those of a dense model are.
@@ -95,7 +111,8 @@ class FilePlan:
         return names
 
 
-def plan_file(source: Source, path: str | os.PathLike, wanted: str | int, options: SaveOptions | None = None) -> FilePlan:
+def plan_file(source: Source, path: str | os.PathLike, wanted: str | int,
+              options: SaveOptions | None = None) -> FilePlan:
     """Plan a file of a source.
 
     Args:
@@ -121,17 +138,22 @@ def plan_file(source: Source, path: str | os.PathLike, wanted: str | int, option
 
 
 def reject_own_files(path: str | os.PathLike, *sources: Source):
-    """Raise WriteError where a new file would replace one that these models were loaded of, under whatever name."""
+    """Raise WriteError where a new file would replace one that these models were loaded of, under
+    whatever name."""
     for own in {own for source in sources for own in source.paths}:
         if os.path.exists(path) and os.path.exists(own) and os.path.samefile(path, own):
-            raise WriteError(f"{path} is a file of the model that is to be saved, or of a LoRA on it, and is not overwritten."
-                             " Give the new file another name.")
+            raise WriteError(
+                f"{path} is a file of the model that is to be saved, or of a LoRA on it, and is"
+                " not overwritten. Give the new file another name.")
 
 
 def suffix_for(source: Source, wanted: str | int) -> str:
-    """What the name of a file ends in that holds the types: .safetensors for NF4, and as it is for a model held so."""
+    """What the name of a file ends in that holds the types: .safetensors for NF4, and as it is for
+    a model held so."""
     held = {weight.held_as for weight in source.weights.values()}
-    in_safetensors = wanted == "NF4" or wanted == KEEP_TYPES and held & safetensors_writer.NAMES.keys()
+    in_safetensors = (
+        wanted == "NF4" or (wanted == KEEP_TYPES and held & safetensors_writer.NAMES.keys())
+    )
     return ".safetensors" if in_safetensors else ".gguf"
 
 
@@ -140,7 +162,8 @@ def is_safetensors(path: Path) -> bool:
 
 
 def written_name(name: str) -> str:
-    """A weight's name in files: the host's, but for the norms that readers other than it know by an older name."""
+    """A weight's name in files: the host's, but for the norms that readers other than it know by an
+    older name."""
     return f"{name.removesuffix('weight')}scale" if name.endswith(NORM_SCALE) else name
 
 
@@ -148,10 +171,12 @@ def plain_type(weight: Weight, safetensors: bool) -> str:
     """The type of a tensor that is written as it is."""
     if safetensors:
         return safetensors_writer.DTYPES[weight.tensor.dtype]
-    return next((name for name, dtype in PLAIN_DTYPES.items() if dtype == weight.tensor.dtype), "I8")
+    return next((name for name, dtype in PLAIN_DTYPES.items() if dtype == weight.tensor.dtype),
+                "I8")
 
 
-def make_plan(source: Source, wanted: str | int, options: SaveOptions, safetensors: bool = False) -> Plan:
+def make_plan(source: Source, wanted: str | int, options: SaveOptions,
+              safetensors: bool = False) -> Plan:
     """Choose the types of a source's weights.
 
     Args:
@@ -167,7 +192,11 @@ def make_plan(source: Source, wanted: str | int, options: SaveOptions, safetenso
     if isinstance(wanted, int):
         return _plan_for_size(source, wanted, least, options.sensitivity)
     shapes, types = source.shapes, {}
-    planned = None if wanted == KEEP_TYPES else plan_for_type(shapes, wanted, rules_for(shapes), source.halves).types
+    planned = (
+        None
+        if wanted == KEEP_TYPES
+        else plan_for_type(shapes, wanted, rules_for(shapes), source.halves).types
+    )
     for name in shapes:
         weight = source.weights[name]
         if planned is None:
@@ -175,7 +204,12 @@ def make_plan(source: Source, wanted: str | int, options: SaveOptions, safetenso
             continue
         types[name] = planned[name]
         is_exact = planned[name] in PLAIN_BYTES
-        if (is_exact or weight.held_as == wanted) and name not in least and not safetensors and _is_ggml(weight):
+        if (
+            (is_exact or weight.held_as == wanted)
+            and name not in least
+            and not safetensors
+            and _is_ggml(weight)
+        ):
             types[name] = weight.held_as  # what stays exact is no more exact than it is held
     for name, type_name in least.items():
         if bits_per_value(types[name]) < bits_per_value(type_name):
@@ -194,11 +228,16 @@ def _least_types(source: Source) -> dict[str, str]:
     return types
 
 
-def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str], sensitivity: Sensitivity | None) -> Plan:
-    """The best types of at most `nbytes`. least: of weights whose LoRAs are to arrive whole, which take that."""
+def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
+                   sensitivity: Sensitivity | None) -> Plan:
+    """The best types of at most `nbytes`. least: of weights whose LoRAs are to arrive whole, which
+    take that."""
     shapes = source.shapes
     family = rules_for(shapes)
-    fixed = {name: type_name for name, type_name in least.items() if family.may_be_packed(name, shapes[name])}
+    fixed = {
+        name: type_name for name, type_name in least.items()
+        if family.may_be_packed(name, shapes[name])
+    }
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
     fixed_bytes = Plan(fixed).nbytes(shapes)
     costs = None if sensitivity is None else sensitivity.costs
@@ -207,8 +246,11 @@ def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str], sensit
     except PlanError as error:
         if not fixed:
             raise
-        more = (f" {len(fixed)} weights with a LoRA on them take {LORA_TYPE}, {size_text(fixed_bytes, DIGITS)}, so that"
-                " the LoRA arrives whole; choose otherwise under 'LoRAs', or begin with a model that is not packed.")
+        more = (
+            f" {len(fixed)} weights with a LoRA on them take {LORA_TYPE},"
+            f" {size_text(fixed_bytes, DIGITS)}, so that the LoRA arrives whole; choose otherwise"
+            " under 'LoRAs', or begin with a model that is not packed."
+        )
         raise too_small(nbytes, error.short_by, more) from error
     return Plan({name: fixed.get(name) or chosen[name] for name in shapes})
 
@@ -231,11 +273,14 @@ def _plan_within(source: Source, path: Path, nbytes: int, options: SaveOptions) 
         budget -= file.nbytes - nbytes
 
 
-def _lay_out(source: Source, path: Path, wanted: str | int, options: SaveOptions, plan: Plan) -> FilePlan:
+def _lay_out(source: Source, path: Path, wanted: str | int, options: SaveOptions,
+             plan: Plan) -> FilePlan:
     """The file of a plan."""
     safetensors = is_safetensors(path)
-    tensors = {written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
-               for name, weight in source.weights.items()}
+    tensors = {
+        written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
+        for name, weight in source.weights.items()
+    }
     metadata = {**options.metadata, "featherweight.plan": plan.json()}
     if not safetensors:
         metadata = _gguf_metadata(source.shapes, path, plan) | metadata
@@ -261,12 +306,16 @@ def _warnings(source: Source) -> list[str]:
     values = Counter()
     for weight in source.weights.values():
         values[weight.held_as] += weight.values
-    coarse = [type_name for type_name in values
-              if bits_per_value(type_name) < COARSE_BITS and values[type_name] > 0.1 * values.total()]
+    coarse = [
+        type_name for type_name in values
+        if bits_per_value(type_name) < COARSE_BITS and values[type_name] > 0.1 * values.total()
+    ]
     if not coarse:
         return []
-    return [f"Caution: the model's weights are {' and '.join(coarse)} already. What was lost of them comes back in no type:"
-            " begin with the original model if you can."]
+    return [
+        f"Caution: the model's weights are {' and '.join(coarse)} already. What was lost of them"
+        " comes back in no type: begin with the original model if you can."
+    ]
 
 
 def _is_ggml(weight: Weight) -> bool:
@@ -277,7 +326,7 @@ def _is_ggml(weight: Weight) -> bool:
     held_as = weight.held_as
     if held_as not in FORMATS or FORMATS[held_as].ggml_type is None or held_as in HALVES:
         return False
-    return divides_rows(held_as, weight.shape) or weight.is_whole and not weight.patches
+    return divides_rows(held_as, weight.shape) or (weight.is_whole and not weight.patches)
 
 
 def _own_type(weight: Weight, safetensors: bool) -> str:

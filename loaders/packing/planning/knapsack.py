@@ -1,8 +1,9 @@
 """Types per tensor under a budget of bytes: the least sum of costs.
 
-Each tensor has a few types, each with bytes and a cost. Tensor after tensor, the best sums are kept: of all sums whose bytes
-fall into one of `STEPS` equal steps, the cheapest. The steps do not know the budget, so a larger budget never has a dearer
-plan. Where the steps are finer than the differences in bytes, what is found is the optimum.
+Each tensor has a few types, each with bytes and a cost. Tensor after tensor, the best sums are
+kept: of all sums whose bytes fall into one of `STEPS` equal steps, the cheapest. The steps do not
+know the budget, so a larger budget never has a dearer plan. Where the steps are finer than the
+differences in bytes, what is found is the optimum.
 """
 from collections.abc import Mapping
 
@@ -15,10 +16,12 @@ def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, M
                  budget: int) -> dict[str, str]:
     """Name -> type with the least sum of costs among plans of at most `budget` bytes.
 
-    costs, sizes: name -> type -> cost (finite, in a unit that adds up) and bytes, of the same types. Raises ValueError when
-    the smallest types together are above the budget.
+    costs, sizes: name -> type -> cost (finite, in a unit that adds up) and bytes, of the same
+    types. Raises ValueError when the smallest types together are above the budget.
     """
-    options = {name: sorted(of_types, key=sizes[name].__getitem__) for name, of_types in costs.items()}
+    options = {
+        name: sorted(of_types, key=sizes[name].__getitem__) for name, of_types in costs.items()
+    }
     least = sum(sizes[name][types[0]] for name, types in options.items())
     most = sum(sizes[name][types[-1]] for name, types in options.items())
     if least > budget:
@@ -38,16 +41,19 @@ def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, M
         steps.append((best // len(types), best % len(types)))
     at = torch.where(above <= budget - least, total, torch.inf).argmin()
     chosen = {}
-    for (name, types), (before, number) in zip(reversed(options.items()), reversed(steps), strict=True):
+    for (name, types), (before, number) in zip(reversed(options.items()), reversed(steps),
+                                               strict=True):
         chosen[name] = types[number[at]]
         at = before[at]
     return {name: chosen[name] for name in costs}
 
 
 def _cheapest(sums: torch.Tensor, totals: torch.Tensor, step: int) -> torch.Tensor:
-    """Indices of the cheapest sum of each step of bytes, the smaller of equals, without those dearer than a smaller one.
+    """Indices of the cheapest sum of each step of bytes, the smaller of equals, without those
+    dearer than a smaller one.
 
-    sums: int64 (n,), bytes above the least. totals: float64 (n,), costs. Returns int64, ascending by bytes; the least is one.
+    sums: int64 (n,), bytes above the least. totals: float64 (n,), costs. Returns int64, ascending
+    by bytes; the least is one.
     """
     steps = sums // step
     count = int(steps.max()) + 1

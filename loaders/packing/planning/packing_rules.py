@@ -1,7 +1,8 @@
 """Which tensors of a model may be packed, told by names and shapes, and which types fit their rows.
 
-The lists of what stays are those of the converters of the field (ComfyUI-GGUF's `tools/convert.py` and `lcpp.patch`), so that
-files made here hold the same parts exact: what maps a model's inputs and outputs, its tables, and what is small.
+The lists of what stays are those of the converters of the field (ComfyUI-GGUF's `tools/convert.py`
+and `lcpp.patch`), so that files made here hold the same parts exact: what maps a model's inputs and
+outputs, its tables, and what is small.
 """
 import math
 import re
@@ -15,26 +16,34 @@ from ....ops.format import FORMATS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What llama.cpp takes instead where blocks of 256 do not divide a row (`llama-quant.cpp`, tensor_type_fallback).
-FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"}
+# What llama.cpp takes instead where blocks of 256 do not divide a row (`llama-quant.cpp`,
+# tensor_type_fallback).
+FALLBACKS = {
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL"
+}
 HALVES = ("F16", "BF16")
 PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SMALL = 1024  # values; a tensor of no more gains nothing from being packed
 NUMBERED = re.compile(r"(^|\.)\d+\.")
-# Tables and gates that are added to or multiplied with a stream: float32 in the files of the field, whatever their shape.
+# Tables and gates that are added to or multiplied with a stream: float32 in the files of the field,
+# whatever their shape.
 PRECISE = re.compile(r"(^|\.)(modulation|scale_shift_table|emb_pos|ff_i\.gate\.weight)$")
 # Of a model that no family here knows: what stands before, between and behind its blocks.
-KEEP_EXACT = r"embed|^\w*_in\.|^proj_(in|out)\.|^final|^head\.|^adaln_single\.|relative_attention_bias"
+KEEP_EXACT = (
+    r"embed|^\w*_in\.|^proj_(in|out)\.|^final|^head\.|^adaln_single\.|relative_attention_bias"
+)
 
 
 @dataclass(frozen=True)
 class PackingRules:
     """Models whose tensors have the same names.
 
-    architecture: `general.architecture` of a GGUF file, as ComfyUI-GGUF and stable-diffusion.cpp know it; "" where they know
-    none. signature: matches a name that only this family has, in the names of the host without prefix. exact: matches the
-    start or middle of names that are never packed. convolutions: the type of weights of three and more dimensions, None for the
-    one that the source has. embedding: matches lookup tables that may be packed; None where there are none.
+    architecture: `general.architecture` of a GGUF file, as ComfyUI-GGUF and stable-diffusion.cpp
+    know it; "" where they know none. signature: matches a name that only this family has, in the
+    names of the host without prefix. exact: matches the start or middle of names that are never
+    packed. convolutions: the type of weights of three and more dimensions, None for the one that
+    the source has. embedding: matches lookup tables that may be packed; None where there are none.
     """
 
     name: str
@@ -46,14 +55,20 @@ class PackingRules:
 
     def may_be_packed(self, name: str, shape: tuple[int, ...], embeddings: bool = True) -> bool:
         """Whether a tensor is one of the block matrices, or a lookup table that may be packed."""
-        if len(shape) != 2 or math.prod(shape) <= SMALL or name.endswith("bias") or PRECISE.search(name):
+        if (
+            len(shape) != 2
+            or math.prod(shape) <= SMALL
+            or name.endswith("bias")
+            or PRECISE.search(name)
+        ):
             return False
         if self.embedding and re.search(self.embedding, name):
             return embeddings
         return bool(NUMBERED.search(name)) and not re.search(self.exact, name)
 
     def exact_type(self, name: str, shape: tuple[int, ...], half: str) -> str:
-        """"F32", "F16" or "BF16" for a tensor that is not packed. half: the 16-bit type of the source."""
+        """"F32", "F16" or "BF16" for a tensor that is not packed. half: the 16-bit type of the
+        source."""
         if len(shape) < 2 or math.prod(shape) <= SMALL or PRECISE.search(name):
             return "F32"
         return (self.convolutions if len(shape) > 2 else None) or half
@@ -61,52 +76,67 @@ class PackingRules:
 
 EXACT_IN_UNETS = r"^(class|time|add)_embedding\.|^time_embed\.|^label_emb\.|^conv_(in|out)\.|^input_blocks\.0\.0\.|^out\."
 RULES_BY_FAMILY = (
-    PackingRules("flux2", "flux", r"^double_stream_modulation_img\.", r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
+    PackingRules("flux2", "flux", r"^double_stream_modulation_img\.",
+                 r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
     PackingRules("chroma", "flux", r"^distilled_guidance_layer\.",
                  r"^(txt|img)_in(_patch)?\.|^final_layer\.|^distilled_guidance_layer\.|^nerf_"),
-    PackingRules("hyvid", "hyvid", r"^txt_in\.individual_token_refiner\.",
-                 r"^(txt|img|time|time_r|vector|guidance|byt5|vision)_in\.|^final_layer\.|^cond_type_embedding"),
+    PackingRules(
+        "hyvid", "hyvid", r"^txt_in\.individual_token_refiner\.",
+        r"^(txt|img|time|time_r|vector|guidance|byt5|vision)_in\.|^final_layer\.|^cond_type_embedding"
+    ),
     PackingRules("flux", "flux", r"^double_blocks\.\d+\.img_attn\.norm\.key_norm\.",
                  r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
-    PackingRules("sd3", "sd3", r"^joint_blocks\.\d+\.context_block\.",
-                 r"^final_layer\.|time_text_embed|^(context|t|y|x)_embedder\.|^proj_out\.|^pos_embed|^context_processor\."),
-    PackingRules("sdxl", "sdxl", r"^label_emb\.", EXACT_IN_UNETS, "F16"),
+    PackingRules(
+        "sd3", "sd3", r"^joint_blocks\.\d+\.context_block\.",
+        r"^final_layer\.|time_text_embed|^(context|t|y|x)_embedder\.|^proj_out\.|^pos_embed|^context_processor\."
+    ), PackingRules("sdxl", "sdxl", r"^label_emb\.", EXACT_IN_UNETS, "F16"),
     PackingRules("sd1", "sd1", r"^input_blocks\.0\.0\.weight$", EXACT_IN_UNETS, "F16"),
-    PackingRules("wan", "wan", r"^head\.modulation$",
-                 r"modulation$|^patch_embedding|^(text|time)_(embedding|projection)\.|^img_emb\.|^head\."),
-    PackingRules("ltxv", "ltxv", r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$",
-                 r"adaln_single\.|caption_projection\.|patchify_proj\.|proj_out\.|scale_shift_table|embeddings_connector\."),
+    PackingRules(
+        "wan", "wan", r"^head\.modulation$",
+        r"modulation$|^patch_embedding|^(text|time)_(embedding|projection)\.|^img_emb\.|^head\."),
+    PackingRules(
+        "ltxv", "ltxv", r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$",
+        r"adaln_single\.|caption_projection\.|patchify_proj\.|proj_out\.|scale_shift_table|embeddings_connector\."
+    ),
     PackingRules("lumina2", "lumina2", r"^cap_embedder\.1\.weight$",
                  r"^(t|x|cap|siglip)_embedder\.|^final_layer\.|^(context|noise|siglip)_refiner\."),
     PackingRules("hidream", "hidream", r"^caption_projection\.0\.linear\.weight$",
                  r"^(p|t|x)_embedder\.|^final_layer\.|ff_i\.gate\.|^caption_projection\."),
-    PackingRules("qwen_image", "qwen_image", r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
+    PackingRules("qwen_image", "qwen_image",
+                 r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
                  r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\."),
-    PackingRules("aura", "aura", r"^double_layers\.0\.attn\.w1q\.weight$",
-                 r"^(t_embedder|init_x_linear|cond_seq_linear|modF|final_linear)\b|^positional_encoding|^register_tokens"),
-    PackingRules("cosmos", "cosmos", r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
+    PackingRules(
+        "aura", "aura", r"^double_layers\.0\.attn\.w1q\.weight$",
+        r"^(t_embedder|init_x_linear|cond_seq_linear|modF|final_linear)\b|^positional_encoding|^register_tokens"
+    ),
+    PackingRules("cosmos", "cosmos",
+                 r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
                  r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\."),
-    PackingRules("text encoder", "",
-                 r"^(encoder\.block\.0\.layer\.0\.|((text_)?model\.)?(language_model\.|encoder\.)?layers\.\d+\.(self_attn|attn)\.|"
-                 r"encoder\.layer\.0\.attention\.)|(^|\.)text_model\.embeddings\.token_embedding\.",
-                 r"relative_attention_bias|position_embedding|^text_projection|^(model\.)?visual\.|vision|multi_modal|token_type",
-                 embedding=r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"),
-)
+    PackingRules(
+        "text encoder", "",
+        r"^(encoder\.block\.0\.layer\.0\.|((text_)?model\.)?(language_model\.|encoder\.)?layers\.\d+\.(self_attn|attn)\.|"
+        r"encoder\.layer\.0\.attention\.)|(^|\.)text_model\.embeddings\.token_embedding\.",
+        r"relative_attention_bias|position_embedding|^text_projection|^(model\.)?visual\.|vision|multi_modal|token_type",
+        embedding=r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"
+    ))
 GENERAL_RULES = PackingRules("general", "", "", KEEP_EXACT)
 
 
 def rules_for(shapes: Shapes) -> PackingRules:
-    """The rules of a model by the names of its tensors, the host's without prefix; GENERAL_RULES for an unknown one."""
+    """The rules of a model by the names of its tensors, the host's without prefix; GENERAL_RULES
+    for an unknown one."""
     return next(
-        (family for family in RULES_BY_FAMILY if any(re.search(family.signature, name) for name in shapes)), GENERAL_RULES
-    )
+        (family
+         for family in RULES_BY_FAMILY if any(re.search(family.signature, name)
+                                              for name in shapes)), GENERAL_RULES)
 
 
 def half_type(dtype: torch.dtype) -> str:
-    """Return the 16-bit type for a tensor of `dtype` that is not packed, as the converters of the field choose it.
+    """Return the 16-bit type for a tensor of `dtype` that is not packed, as the converters of the
+    field choose it.
 
-    BF16 for bfloat16, and for fp8, whose values it holds. F16 for float16 and float32: it rounds a float32 to an eighth of the
-    error of BF16, and the few tensors beyond its range are kept wider.
+    BF16 for bfloat16, and for fp8, whose values it holds. F16 for float16 and float32: it rounds a
+    float32 to an eighth of the error of BF16, and the few tensors beyond its range are kept wider.
     """
     return "F16" if dtype in (torch.float16, torch.float32) else "BF16"
 

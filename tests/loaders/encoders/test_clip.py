@@ -1,13 +1,15 @@
-"""CLIP's text part as programs write it: open_clip, stable-diffusion.cpp, and the places inside of larger files."""
+"""CLIP's text part as programs write it: open_clip, stable-diffusion.cpp, and the places inside of
+larger files."""
 import dataclasses
 
 import pytest
 import torch
-from devtools.files.gguf_files import write_gguf
 from encoders import ENCODERS
 from encoders.clip import CLIP_SMALL
 from encoders.encoder import TOKENS, as_it_is, host_clip, random_weights, rounded, text_model
 from families import relative_error
+
+from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import ARCHS, without_prefix
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
@@ -23,20 +25,23 @@ OPEN_CLIP = {
     "text_projection.weight": "text_projection",
 }
 OPEN_CLIP_LAYER = {
-    "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
-    "self_attn.in_proj.weight": "attn.in_proj_weight", "self_attn.in_proj.bias": "attn.in_proj_bias",
-    "self_attn.out_proj.": "attn.out_proj.",
+    "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.", "self_attn.in_proj.weight": "attn.in_proj_weight",
+    "self_attn.in_proj.bias": "attn.in_proj_bias", "self_attn.out_proj.": "attn.out_proj."
 }
 
 
 def fused(weights):
-    """Query, key and value one below the other, the projection transposed: as open_clip keeps them."""
+    """Query, key and value one below the other, the projection transposed: as open_clip keeps
+    them."""
     out = {}
     for name, tensor in weights.items():
         if name == "text_projection.weight":
             out[name] = tensor.t().contiguous()
         elif "q_proj" in name:
-            parts = [weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            parts = [
+                weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")
+            ]
             out[name.replace("q_proj", "in_proj")] = torch.cat(parts)
         elif "k_proj" not in name and "v_proj" not in name:
             out[name] = tensor
@@ -47,13 +52,18 @@ def of_open_clip(weights):
     def renamed(name):
         for ours, theirs in OPEN_CLIP_LAYER.items():
             name = name.replace(ours, theirs)
-        return OPEN_CLIP.get(name, name.replace("text_model.encoder.layers.", "transformer.resblocks."))
+        return OPEN_CLIP.get(name,
+                             name.replace("text_model.encoder.layers.", "transformer.resblocks."))
     return {renamed(name): tensor for name, tensor in fused(weights).items()}
 
 
 def of_stable_diffusion_cpp(weights):
-    """src/name_conversion.cpp of stable-diffusion.cpp 2026-08 moves the projection and drops what its name ends in."""
-    return {name.replace("text_projection.weight", "text_model.text_projection"): tensor for name, tensor in weights.items()}
+    """src/name_conversion.cpp of stable-diffusion.cpp 2026-08 moves the projection and drops what
+    its name ends in."""
+    return {
+        name.replace("text_projection.weight", "text_model.text_projection"): tensor
+        for name, tensor in weights.items()
+    }
 
 
 FORMS = {
@@ -64,8 +74,9 @@ FORMS = {
 }
 PREFIXES = [
     "cond_stage_model.transformer.", "cond_stage_model.1.transformer.", "cond_stage_model.model.",
-    "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.", "text_encoders.clip_l.transformer.",
-    "te.", "te.1.", "te1.", "te2.", "text_encoder.", "text_encoder_2.", "clip_l.", "clip_g.transformer.",
+    "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.",
+    "text_encoders.clip_l.transformer.", "te.", "te.1.", "te1.", "te2.", "text_encoder.",
+    "text_encoder_2.", "clip_l.", "clip_g.transformer."
 ]
 
 
@@ -78,13 +89,17 @@ def states(clip, tokens=TOKENS):
 
 
 def markers(encoder, weights):
-    return {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
+    return {
+        name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights
+    }
 
 
 def write(path, encoder, weights, form=as_it_is, prefix="", packed_type="Q8_0"):
-    """Everything that has whole blocks is packed, norms and biases too: a converter may well do so."""
+    """Everything that has whole blocks is packed, norms and biases too: a converter may well do
+    so."""
     stored = form(weights | markers(encoder, weights))
-    write_gguf(path, {prefix + name: value for name, value in stored.items()}, lambda name, values: packed_type, None)
+    write_gguf(path, {prefix + name: value for name, value in stored.items()},
+               lambda name, values: packed_type, None)
     return str(path)
 
 
@@ -107,16 +122,22 @@ def test_every_form_gives_what_the_dense_model_gives(name, form, tmp_path):
     clip = load(write(tmp_path / "clip.gguf", encoder, weights, FORMS[form]), encoder)
     for found, expected in zip(states(clip), states(host_clip(encoder, weights))):
         assert relative_error(found, expected) < 1e-4
-    matrices = {name for name, value in text_model(clip).transformer.state_dict().items() if value.ndim == 2}
+    matrices = {
+        name for name, value in text_model(clip).transformer.state_dict().items() if value.ndim == 2
+    }
     transposed = {"text_projection.weight"} if "open_clip" in form else set()
-    assert {name for name in matrices if not is_packed(text_model(clip).transformer.get_parameter(name))} == transposed
+    assert {
+        name for name in matrices if not is_packed(text_model(clip).transformer.get_parameter(name))
+    } == transposed
 
 
 def test_query_key_and_value_are_rows_of_the_packed_weight(tmp_path):
     """The host's own conversion of the values, in a format whose blocks are as long as a row."""
-    encoder = dataclasses.replace(ENCODERS["clip-g"], config={**CLIP_SMALL, "hidden_size": 256, "intermediate_size": 256})
+    encoder = dataclasses.replace(
+        ENCODERS["clip-g"], config={**CLIP_SMALL, "hidden_size": 256, "intermediate_size": 256})
     stored = of_open_clip(random_weights(encoder) | markers(encoder, {}))
-    seen = write_gguf(tmp_path / "clip.gguf", stored, lambda name, values: "Q4_K" if values.ndim == 2 else "F32", "pig")
+    seen = write_gguf(tmp_path / "clip.gguf", stored, lambda name, values: "Q4_K"
+                      if values.ndim == 2 else "F32", "pig")
     expected = host_clip(encoder, {name: torch.from_numpy(values) for name, values in seen.items()})
     for found, state in zip(states(load(str(tmp_path / "clip.gguf"), encoder)), states(expected)):
         assert relative_error(found, state) < 1e-4
@@ -125,20 +146,30 @@ def test_query_key_and_value_are_rows_of_the_packed_weight(tmp_path):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("form", ["transformers", "open_clip"])
 def test_the_place_in_a_larger_file_is_taken_off_the_names(form, prefix, tmp_path):
-    encoder, weights = ENCODERS["clip-l"], {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(32, 32)}
+    encoder, weights = (
+        ENCODERS["clip-l"],
+        {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(32, 32)},
+    )
     path = write(tmp_path / "clip.gguf", encoder, weights, FORMS[form], prefix)
     assert set(without_prefix(open_weights(path).state_dict())) == set(FORMS[form](weights))
 
 
 def test_several_encoders_in_a_file_are_not_mixed():
-    weights = {f"conditioner.embedders.{place}.transformer.text_model.x": torch.zeros(1) for place in (0, 1)}
+    weights = {
+        f"conditioner.embedders.{place}.transformer.text_model.x": torch.zeros(1)
+        for place in (0, 1)
+    }
     assert without_prefix(weights) == weights
 
 
 def test_long_clip_takes_long_prompts(tmp_path):
-    encoder = dataclasses.replace(ENCODERS["clip-l"], config={**CLIP_SMALL, "max_position_embeddings": 248})
+    encoder = dataclasses.replace(ENCODERS["clip-l"],
+                                  config={**CLIP_SMALL, "max_position_embeddings": 248})
     weights = exact(encoder)
-    clips = load(write(tmp_path / "clip.gguf", encoder, weights), encoder), host_clip(encoder, weights)
+    clips = (
+        load(write(tmp_path / "clip.gguf", encoder, weights), encoder),
+        host_clip(encoder, weights),
+    )
     prompt = "a (red:1.3) fox " * 50
     (found, pooled), (expected, expected_pooled) = (
         clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for clip in clips)
@@ -150,5 +181,6 @@ def test_long_clip_takes_long_prompts(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_one_family_knows_them(name, form):
     encoder = ENCODERS[name]
-    weights = FORMS[form](markers(encoder, {}) | {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(32, 32)})
+    weights = FORMS[form](markers(encoder, {}) |
+                          {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(32, 32)})
     assert [arch.__name__ for arch in ARCHS if arch.recognises(weights)] == ["Clip"]

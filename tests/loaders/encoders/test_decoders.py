@@ -6,14 +6,23 @@ import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import (
-    hidden_states, host_clip, random_weights, rounded, shapes_of, small_towers, text_model, write_encoder)
+    hidden_states,
+    host_clip,
+    random_weights,
+    rounded,
+    shapes_of,
+    small_towers,
+    text_model,
+    write_encoder,
+)
 from families import relative_error
+from safetensors.torch import save_file
+
 from featherweight.loaders.encoders.arch import ARCHS, arch_of
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.packed_layout import is_packed
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -63,18 +72,35 @@ def test_rows_packed_with_k_quants_go_back_to_where_they_were(tmp_path):
         assert is_packed(converted[name])
         values = torch.from_numpy(seen[f"blk.1.attn_{projection}.weight"])
         assert torch.equal(converted[name].dequantize()[stored[name].flatten()], values)
-    dense = {name: tensor.dequantize() if is_packed(tensor) else tensor for name, tensor in converted.items()}
-    assert relative_error(hidden_states(load(tmp_path / "encoder.gguf", LLAMA)), hidden_states(host_clip(LLAMA, dense))) < 1e-4
+    dense = {
+        name: tensor.dequantize() if is_packed(tensor) else tensor
+        for name, tensor in converted.items()
+    }
+    assert (
+        relative_error(
+            hidden_states(load(tmp_path / "encoder.gguf", LLAMA)),
+            hidden_states(host_clip(LLAMA, dense)),
+        )
+        < 1e-4
+    )
 
 
 def test_hunyuan_video_takes_llama_beside_clip(tmp_path):
-    encoder = dataclasses.replace(LLAMA, config={**LLAMA.config, "num_hidden_layers": 4})  # the host takes the last but two
+    # the host takes the last but two
+    encoder = dataclasses.replace(LLAMA, config={**LLAMA.config, "num_hidden_layers": 4})
     weights = random_weights(encoder)
     write_encoder(tmp_path / "llava.gguf", encoder, weights)
-    clip_l = {f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(256, 64) for layer in range(2)}
+    clip_l = {
+        f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(256, 64)
+        for layer in range(2)
+    }
     save_file(clip_l, tmp_path / "clip_l.safetensors")
-    small = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2}
-    clip = load_text_encoder([str(tmp_path / "clip_l.safetensors"), str(tmp_path / "llava.gguf")], "hunyuan_video",
+    small = {
+        "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2,
+        "num_hidden_layers": 2
+    }
+    clip = load_text_encoder([str(tmp_path / "clip_l.safetensors"),
+                              str(tmp_path / "llava.gguf")], "hunyuan_video",
                              model_options={**encoder.model_options, "clip_l_model_config": small})
     expected = hidden_states(host_clip(encoder, weights))
     clip.cond_stage_model.clip_l = None
@@ -94,8 +120,10 @@ def test_ministral_writes_what_the_dense_model_writes(tmp_path):
 @pytest.fixture
 def experts_in_mxfp4(tmp_path):
     """(path of a GPT-OSS whose matrices are MXFP4, their dense values under the host's names)"""
-    weights = {name: rounded(values, "MXFP4") if values.ndim > 1 and name.endswith("weight") else values
-               for name, values in random_weights(GPT_OSS).items()}
+    weights = {
+        name: rounded(values, "MXFP4") if values.ndim > 1 and name.endswith("weight") else values
+        for name, values in random_weights(GPT_OSS).items()
+    }
     write_encoder(tmp_path / "encoder.gguf", GPT_OSS, weights, packed_type="MXFP4")
     return tmp_path / "encoder.gguf", weights
 
@@ -123,13 +151,19 @@ def test_a_patch_on_experts_is_exact(experts_in_mxfp4):
 def test_a_file_without_its_tokenizer_is_refused(tmp_path):
     encoder = dataclasses.replace(GPT_OSS, metadata={})
     write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
-    with pytest.raises(WeightFileError, match=r"encoder\.gguf has no tokenizer\.ggml\.tokens in its metadata"):
+    with pytest.raises(WeightFileError,
+                       match=r"encoder\.gguf has no tokenizer\.ggml\.tokens in its metadata"):
         load(tmp_path / "encoder.gguf", encoder)
 
 
 def test_a_llama_of_another_width_is_refused(tmp_path):
-    shapes = {"q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 2048)}
-    weights = {f"model.layers.0.self_attn.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    shapes = {
+        "q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 2048)
+    }
+    weights = {
+        f"model.layers.0.self_attn.{name}.weight": torch.zeros(shape)
+        for name, shape in shapes.items()
+    }
     encoder = dataclasses.replace(LLAMA, changed=lambda weights: weights)
     write_encoder(tmp_path / "llama-1b.gguf", encoder, weights)
     with pytest.raises(WeightFileError, match="holds no text encoder that this ComfyUI knows"):

@@ -1,45 +1,62 @@
-"""Folders of transformers: language models inside of one that sees, and the tokenizers beside the weights."""
+"""Folders of transformers: language models inside of one that sees, and the tokenizers beside the
+weights."""
 import json
 
 import pytest
 import torch
-from devtools.files.bnb_files import write_bnb
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, host_clip, random_weights, small_towers
 from encoders.llama import BYTE_LETTERS, SPECIAL
 from families import relative_error
+from safetensors.torch import save_file
+
+from devtools.files.bnb_files import write_bnb
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.text_encoder import load_text_encoder
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
 GEMMA, MISTRAL = ENCODERS["gemma-3-12b"], ENCODERS["mistral-3-24b"]
-FILES = {"spiece_model": "tokenizer.model", "tekken_model": "tekken.json", "tokenizer_json": "tokenizer.json"}
+FILES = {
+    "spiece_model": "tokenizer.model", "tekken_model": "tekken.json",
+    "tokenizer_json": "tokenizer.json"
+}
 # The host's names -> those of `…ForConditionalGeneration` in older and newer files.
 WHOLES = {
-    "older": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-              "vision_model.": "vision_tower.vision_model."},
-    "newer": {"model.": "model.language_model.", "vision_model.": "model.vision_tower.vision_model.",
-              "multi_modal_projector.": "model.multi_modal_projector."},
+    "older": {
+        "model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+        "vision_model.": "vision_tower.vision_model."
+    }, "newer": {
+        "model.": "model.language_model.", "vision_model.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector."
+    }
 }
 # Mistral's vocabulary of `encoders.llama` as transformers writes it.
 TOKENIZER_JSON = {
-    "added_tokens": [{"id": rank, "content": token, "special": True} for rank, token in enumerate(SPECIAL)],
-    "model": {"type": "BPE", "merges": [["a", "b"]],
-              "vocab": {token: rank for rank, token in enumerate([*SPECIAL, *BYTE_LETTERS, "ab"])}},
+    "added_tokens": [{"id": rank, "content": token, "special": True}
+                     for rank, token in enumerate(SPECIAL)],
+    "model": {
+        "type": "BPE", "merges": [["a", "b"]],
+        "vocab": {token: rank for rank, token in enumerate([*SPECIAL, *BYTE_LETTERS, "ab"])}
+    }
 }
 
 
 def as_a_part(weights, names):
-    return {next((new + name[len(old):] for old, new in names.items() if name.startswith(old)), name): tensor
-            for name, tensor in weights.items()}
+    return {
+        next(
+            (new + name[len(old) :] for old, new in names.items() if name.startswith(old)), name
+        ): tensor
+        for name, tensor in weights.items()
+    }
 
 
 def all_weights(encoder):
     """Its weights, those of its tower, and the tensors by which the host knows it."""
     weights = random_weights(encoder) | random_weights(encoder, towers=True)
-    return weights | {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
+    return weights | {
+        name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights
+    }
 
 
 def write_folder(path, encoder, weights, tokenizer=True, nf4=False):
@@ -72,7 +89,10 @@ def test_a_language_model_inside_of_one_that_sees_is_found(encoder, names, nf4, 
         expected = host_clip(encoder, {own: seen[name] for own, name in zip(weights, wrapped)})
         assert clip.tokenize("ab ba") == expected.tokenize("ab ba")
         assert relative_error(hidden_states(clip), hidden_states(expected)) < 1e-4
-        tower = {name: value for name, value in clip.cond_stage_model.state_dict().items() if ".vision_model." in f".{name}"}
+        tower = {
+            name: value for name, value in clip.cond_stage_model.state_dict().items()
+            if ".vision_model." in f".{name}"
+        }
         assert all(torch.equal(value.float(), expected.cond_stage_model.state_dict()[name].float())
                    for name, value in tower.items()) and bool(tower) == (encoder is GEMMA)
 
@@ -84,7 +104,12 @@ def test_an_encoder_that_the_host_knows_by_the_names_of_the_whole_keeps_them(tmp
         write_folder(tmp_path / "text_encoder", encoder, weights)
         clip = load(tmp_path / "text_encoder", encoder)
         assert any(name.startswith("model.language_model.") for name in weights)
-        assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, random_weights(encoder)))) < 1e-4
+        assert (
+            relative_error(
+                hidden_states(clip), hidden_states(host_clip(encoder, random_weights(encoder)))
+            )
+            < 1e-4
+        )
 
 
 def test_mistral_takes_a_text_apart_by_its_tokenizer_json_as_by_its_tekken_json(tmp_path):
@@ -93,7 +118,9 @@ def test_mistral_takes_a_text_apart_by_its_tokenizer_json_as_by_its_tekken_json(
     (tmp_path / "text_encoder" / "tekken.json").unlink()
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER_JSON))
-    assert load(tmp_path / "text_encoder", MISTRAL).tokenize("ab ba über") == before.tokenize("ab ba über")
+    assert load(tmp_path / "text_encoder", MISTRAL).tokenize("ab ba über") == before.tokenize(
+        "ab ba über"
+    )
 
 
 @pytest.mark.parametrize("content", [
@@ -102,7 +129,8 @@ def test_mistral_takes_a_text_apart_by_its_tokenizer_json_as_by_its_tekken_json(
 def test_a_tokenizer_json_of_which_mistral_can_make_nothing_is_told(content, tmp_path):
     write_folder(tmp_path / "text_encoder", MISTRAL, all_weights(MISTRAL), tokenizer=False)
     (tmp_path / "text_encoder" / "tokenizer.json").write_text(content)
-    with pytest.raises(WeightFileError, match="of its tokenizer.json no tokenizer of Mistral can be made"):
+    with pytest.raises(WeightFileError,
+                       match="of its tokenizer.json no tokenizer of Mistral can be made"):
         load(tmp_path / "text_encoder", MISTRAL)
 
 
@@ -110,8 +138,11 @@ def test_a_tokenizer_json_of_which_mistral_can_make_nothing_is_told(content, tmp
 def test_an_encoder_without_the_tokenizer_that_the_host_needs_is_told(name, tmp_path):
     encoder = ENCODERS[name]
     with small_towers(encoder):
-        write_folder(tmp_path / "encoder", encoder, encoder.published(all_weights(encoder)), tokenizer=False)
-        with pytest.raises(WeightFileError, match=f"encoder is .* without its tokenizer.*{FILES[next(iter(encoder.extra))]}"):
+        write_folder(tmp_path / "encoder", encoder, encoder.published(all_weights(encoder)),
+                     tokenizer=False)
+        with pytest.raises(
+                WeightFileError,
+                match=f"encoder is .* without its tokenizer.*{FILES[next(iter(encoder.extra))]}"):
             load(tmp_path / "encoder", encoder)
 
 
@@ -121,4 +152,6 @@ def test_the_tokenizer_in_a_folder_is_that_of_a_file(name, tmp_path):
     with small_towers(encoder):
         weights = encoder.published(all_weights(encoder))
         write_folder(tmp_path / "encoder", encoder, weights)
-        assert load(tmp_path / "encoder", encoder).tokenize("ab ba") == host_clip(encoder, weights).tokenize("ab ba")
+        assert load(tmp_path / "encoder", encoder).tokenize("ab ba") == host_clip(
+            encoder, weights
+        ).tokenize("ab ba")

@@ -1,4 +1,5 @@
-"""Gemma 2, 3 and 4: what their converters change, what they see and hear through, the files of LTX-2."""
+"""Gemma 2, 3 and 4: what their converters change, what they see and hear through, the files of
+LTX-2."""
 import dataclasses
 import re
 
@@ -24,18 +25,18 @@ from encoders.encoder import (
 from encoders.gemma import GEMMA_3_4B_VISION, gemma3_mmproj
 from encoders.gemma4 import gemma4_mmproj, unified_mmproj
 from families import relative_error
+
+from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import arch_of
 from featherweight.loaders.encoders.archs.gemma import Gemma2, Gemma3
 from featherweight.loaders.encoders.archs.gemma4 import Gemma4
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.ops.row_slicing import dense, join_rows
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops import workspace
 from featherweight.ops.format import Format
 from featherweight.ops.packed_layout import is_packed
-
-from devtools.files.gguf_files import write_gguf
+from featherweight.ops.row_slicing import dense, join_rows
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -49,14 +50,16 @@ def picture():
 
 
 SENSES = {  # encoder, the mmproj file of its tower, what it is shown
-    "gemma-3-4b": (GEMMA_3_4B_VISION, gemma3_mmproj, picture),
-    "gemma-3-12b": (ENCODERS["gemma-3-12b"], gemma3_mmproj, picture),
-    "gemma-4-e2b": (ENCODERS["gemma-4-e2b"], gemma4_mmproj, picture),
-    "gemma-4-e4b": (ENCODERS["gemma-4-e4b"], gemma4_mmproj, picture),
-    "gemma-4-e4b-hears": (ENCODERS["gemma-4-e4b"], gemma4_mmproj, lambda: {"type": "audio", "data": SOUND}),
-    "gemma-4-31b": (ENCODERS["gemma-4-31b"], gemma4_mmproj, picture),
-    "gemma-4-12b": (ENCODERS["gemma-4-12b"], unified_mmproj, picture),
-    "gemma-4-12b-hears": (ENCODERS["gemma-4-12b"], unified_mmproj, lambda: {"type": "audio", "data": SAMPLES}),
+    "gemma-3-4b": (GEMMA_3_4B_VISION, gemma3_mmproj,
+                   picture), "gemma-3-12b": (ENCODERS["gemma-3-12b"], gemma3_mmproj, picture),
+    "gemma-4-e2b": (ENCODERS["gemma-4-e2b"], gemma4_mmproj,
+                    picture), "gemma-4-e4b": (ENCODERS["gemma-4-e4b"], gemma4_mmproj, picture),
+    "gemma-4-e4b-hears": (ENCODERS["gemma-4-e4b"], gemma4_mmproj,
+                          lambda: {"type": "audio", "data": SOUND}),
+    "gemma-4-31b": (ENCODERS["gemma-4-31b"], gemma4_mmproj,
+                    picture), "gemma-4-12b": (ENCODERS["gemma-4-12b"], unified_mmproj, picture),
+    "gemma-4-12b-hears": (ENCODERS["gemma-4-12b"], unified_mmproj,
+                          lambda: {"type": "audio", "data": SAMPLES})
 }
 
 
@@ -72,17 +75,20 @@ def tower_weights(encoder):
 
 
 def write_mmproj(path, tensors):
-    write_gguf(path, tensors, type_of=lambda name, values: "Q8_0" if values.ndim == 2 else "F32", architecture="clip")
+    write_gguf(path, tensors, type_of=lambda name, values: "Q8_0"
+               if values.ndim == 2 else "F32", architecture="clip")
 
 
 @pytest.mark.parametrize("name", SENSES)
-def test_what_an_mmproj_file_beside_the_encoder_lets_it_perceive_equals_that_of_the_dense_model(name, tmp_path):
+def test_what_an_mmproj_file_beside_the_encoder_lets_it_perceive_equals_that_of_the_dense_model(
+        name, tmp_path):
     encoder, mmproj_of, seen = SENSES[name]
     with small_towers(encoder):
         weights, tower = random_weights(encoder), tower_weights(encoder)
         write_encoder(tmp_path / "gemma.gguf", ENCODERS[name.removesuffix("-hears")], weights)
         write_mmproj(tmp_path / "mmproj-gemma.gguf", mmproj_of(tower))
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
         expected = hidden_states(host_clip(encoder, weights | tower), [3, seen(), 17])
         assert relative_error(hidden_states(clip, [3, seen(), 17]), expected) < 1e-4
         assert expected.shape[1] > 3
@@ -100,13 +106,17 @@ def test_a_model_that_wants_text_alone_gets_the_encoder_without_the_tower_beside
     assert relative_error(states, hidden_states(host_clip(ENCODERS["gemma-3-4b"], weights))) < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in SENSES if name != "gemma-3-4b"])  # the host has another class without tower
+# the host has another class without tower
+@pytest.mark.parametrize("name", [name for name in SENSES if name != "gemma-3-4b"])
 def test_an_encoder_without_its_mmproj_file_has_no_tower_and_says_so(name, tmp_path):
     encoder, _, seen = SENSES[name]
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
-    assert not [name for name in text_model(clip).transformer.state_dict() if name.startswith(TOWERS)]
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
+    assert not [
+        name for name in text_model(clip).transformer.state_dict() if name.startswith(TOWERS)
+    ]
     with pytest.raises(WeightFileError, match="came without the part that sees"):
         hidden_states(clip, [3, seen(), 17])
 
@@ -118,25 +128,33 @@ def test_the_first_mmproj_files_of_gemma_3_have_two_layers_the_other_way_round(t
         write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], weights)
         swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
         stored = gemma3_mmproj(tower).items()
-        write_mmproj(tmp_path / "tower.gguf", {
-            ".".join(swap.get(part, part) for part in name.split(".")): values for name, values in stored})
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, mmproj=str(tmp_path / "tower.gguf"),
+        write_mmproj(
+            tmp_path / "tower.gguf", {
+                ".".join(swap.get(part, part) for part in name.split(".")): values
+                for name, values in stored
+            })
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                                 mmproj=str(tmp_path / "tower.gguf"),
                                  model_options=encoder.model_options)
         expected = hidden_states(host_clip(encoder, weights | tower), [3, picture(), 17])
         assert relative_error(hidden_states(clip, [3, picture(), 17]), expected) < 1e-4
 
 
-@pytest.mark.parametrize("name, encoder, mmproj_of, shape", [
+@pytest.mark.parametrize(("name", "encoder", "mmproj_of", "shape"), [
     ("gemma-3-4b", GEMMA_3_4B_VISION, gemma3_mmproj, (64, 512)),
     ("gemma-4-31b", ENCODERS["gemma-4-31b"], gemma4_mmproj, (512, 64)),
 ])
 def test_a_tower_of_another_width_is_told(name, encoder, mmproj_of, shape, tmp_path):
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", ENCODERS[name], random_weights(encoder))
-        tower = mmproj_of(tower_weights(encoder)) | {"mm.input_projection.weight": torch.zeros(shape)}
+        tower = mmproj_of(tower_weights(encoder)) | {
+            "mm.input_projection.weight": torch.zeros(shape)
+        }
         write_mmproj(tmp_path / "tower.gguf", tower)
-        with pytest.raises(WeightFileError, match="tower.gguf gives pictures a width of 512, gemma.gguf has 256"):
-            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, mmproj=str(tmp_path / "tower.gguf"))
+        with pytest.raises(WeightFileError,
+                           match="tower.gguf gives pictures a width of 512, gemma.gguf has 256"):
+            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                              mmproj=str(tmp_path / "tower.gguf"))
 
 
 def test_a_tower_of_gemma_3_does_not_fit_gemma_4(tmp_path):
@@ -146,18 +164,24 @@ def test_a_tower_of_gemma_3_does_not_fit_gemma_4(tmp_path):
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
         with pytest.raises(WeightFileError, match="tower.gguf fits none of gemma.gguf"):
-            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, mmproj=str(tmp_path / "tower.gguf"))
+            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                              mmproj=str(tmp_path / "tower.gguf"))
 
 
 NAMES = ["gemma-2-2b", "gemma-3-4b", "gemma-4-e4b"]
 
 
 @pytest.mark.parametrize("architecture", ["pig", "llama", None])
-@pytest.mark.parametrize("name, family", [("gemma-2-2b", Gemma2), ("gemma-3-4b", Gemma3), ("gemma-4-e4b", Gemma4)])
-def test_the_family_is_known_by_its_tensors_whatever_the_file_says(name, family, architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "family"), [("gemma-2-2b", Gemma2), ("gemma-3-4b", Gemma3), ("gemma-4-e4b", Gemma4)]
+)
+def test_the_family_is_known_by_its_tensors_whatever_the_file_says(
+    name, family, architecture, tmp_path
+):
     encoder = ENCODERS[name]
     with small_towers(encoder):
-        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder), architecture=architecture)
+        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder),
+                      architecture=architecture)
     assert arch_of(open_weights(tmp_path / "gemma.gguf").state_dict()) is family
 
 
@@ -169,9 +193,13 @@ def test_k_quants_give_the_hidden_states_of_their_values(name, tmp_path):
         weights = random_weights(encoder)
         stored = write_encoder(tmp_path / "gemma.gguf", encoder, weights, "Q4_K")
         for host_name in [host_name for host_name, values in weights.items() if values.ndim == 2]:
-            weights[host_name] = torch.from_numpy(stored[names.get_name(host_name, try_suffixes=(".weight",))])
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
-        assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+            weights[host_name] = torch.from_numpy(stored[names.get_name(
+                host_name, try_suffixes=(".weight",))])
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
+        assert (
+            relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+        )
 
 
 @pytest.fixture
@@ -187,28 +215,40 @@ def dequantized_values(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e4b"])  # the second has a table for each layer too
-def test_no_embedding_table_is_dequantized_while_it_is_loaded_and_a_prompt_is_encoded(name, tmp_path, dequantized_values):
-    encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
+# the second has a table for each layer too
+@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e4b"])
+def test_no_embedding_table_is_dequantized_while_it_is_loaded_and_a_prompt_is_encoded(
+        name, tmp_path, dequantized_values):
+    encoder = dataclasses.replace(ENCODERS[name],
+                                  config={**ENCODERS[name].config, "vocab_size": 8192})
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
         hidden_states(clip)
-    tables = [tensor for name, tensor in text_model(clip).transformer.state_dict().items() if "embed_tokens" in name]
+    tables = [
+        tensor for name, tensor in text_model(clip).transformer.state_dict().items()
+        if "embed_tokens" in name
+    ]
     assert tables and all(is_packed(table) and len(table) == 8192 for table in tables)
     assert max(dequantized_values) < min(table.numel() for table in tables)
     assert all(len(TOKENS) * table.shape[1] in dequantized_values for table in tables)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_is_written_as_by_the_dense_model_with_the_table_dequantized_in_slices(name, tmp_path, dequantized_values, monkeypatch):
+def test_text_is_written_as_by_the_dense_model_with_the_table_dequantized_in_slices(
+        name, tmp_path, dequantized_values, monkeypatch):
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 1 << 20)
-    encoder = dataclasses.replace(ENCODERS[name], config={**ENCODERS[name].config, "vocab_size": 8192})
+    encoder = dataclasses.replace(ENCODERS[name],
+                                  config={**ENCODERS[name].config, "vocab_size": 8192})
     with small_towers(encoder):
         weights = random_weights(encoder)
         write_encoder(tmp_path / "gemma.gguf", encoder, weights)
-        clips = [load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options),
-                 host_clip(encoder, weights)]
+        clips = [
+            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                              model_options=encoder.model_options),
+            host_clip(encoder, weights)
+        ]
     prompt = {encoder.config_of: [[(token, 1.0) for token in TOKENS]]}
     with torch.inference_mode():  # as the host runs nodes
         packed, dense = (clip.generate(prompt, do_sample=False, max_length=6) for clip in clips)
@@ -222,7 +262,8 @@ def test_a_table_without_the_rows_that_have_no_token_is_enough(tmp_path):
     tokens = 251  # of 256
     write_encoder(tmp_path / "gemma.gguf", encoder, weights | {
         "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:tokens]})
-    clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+    clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                             model_options=encoder.model_options)
     assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
 
 
@@ -232,18 +273,26 @@ def test_layers_that_share_keys_and_values_need_none_of_their_own(name, tmp_path
     first_shared = encoder.config["num_hidden_layers"] - encoder.config["num_kv_shared_layers"]
     with small_towers(encoder):
         weights = random_weights(encoder)
-        kept = {name: values for name, values in weights.items()
-                if not (".self_attn." in name and name.split(".")[4] in ("k_proj", "v_proj", "k_norm")
-                        and int(name.split(".")[2]) >= first_shared)}
+        kept = {
+            name: values for name, values in weights.items()
+            if not (".self_attn." in name and name.split(".")[4] in
+                    ("k_proj", "v_proj", "k_norm") and int(name.split(".")[2]) >= first_shared)
+        }
         assert len(weights) - len(kept) > 9
         write_encoder(tmp_path / "gemma.gguf", encoder, kept)
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
-        assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
+        assert (
+            relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+        )
 
 
 def test_a_gemma_of_a_size_that_the_host_does_not_have_is_told(tmp_path):
-    write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], random_weights(ENCODERS["gemma-3-4b"]))
-    with pytest.raises(WeightFileError, match=r"gemma.gguf: the names .* are those of Gemma3_4B, .* the model expects"):
+    write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"],
+                  random_weights(ENCODERS["gemma-3-4b"]))
+    with pytest.raises(
+            WeightFileError,
+            match=r"gemma.gguf: the names .* are those of Gemma3_4B, .* the model expects"):
         load_text_encoder([str(tmp_path / "gemma.gguf")], "lumina2",
                           model_options={"gemma3_4b_model_config": {"num_hidden_layers": 6}})
 
@@ -287,9 +336,11 @@ def test_a_file_without_the_vocabulary_is_told(name, tmp_path):
 
 @pytest.fixture
 def ltx(monkeypatch):
-    """Gemma 3 12B, and the projection of LTX-2.3, whose sizes are fixed in the host, as small: 7 hidden states of 256."""
+    """Gemma 3 12B, and the projection of LTX-2.3, whose sizes are fixed in the host, as small: 7
+    hidden states of 256."""
     projection = lt.DualLinearProjection
-    monkeypatch.setattr(lt, "DualLinearProjection", lambda *sizes, **options: projection(7 * 256, 64, 32, **options))
+    monkeypatch.setattr(lt, "DualLinearProjection",
+                        lambda *sizes, **options: projection(7 * 256, 64, 32, **options))
     encoder = ENCODERS["gemma-3-12b"]
     with small_towers(encoder):
         yield encoder
@@ -300,7 +351,10 @@ def projection_weights():
     for kind, width in (("video", 64), ("audio", 32)):
         layer = f"text_embedding_projection.{kind}_aggregate_embed"
         shapes |= {f"{layer}.weight": (width, 7 * 256), f"{layer}.bias": (width,)}
-    return {name: rounded(values) if values.ndim == 2 else values for name, values in seeded(shapes).items()}
+    return {
+        name: rounded(values) if values.ndim == 2 else values
+        for name, values in seeded(shapes).items()
+    }
 
 
 def encoded(clip):
@@ -314,41 +368,55 @@ def test_the_projection_of_ltx_2_comes_from_a_second_file(ending, first, ltx, tm
     paths = [tmp_path / "gemma.gguf", tmp_path / f"projection.{ending}"]
     write_encoder(paths[0], ltx, weights)
     if ending == "gguf":
-        write_gguf(paths[1], projection, lambda name, values: "Q8_0" if values.ndim == 2 else "F32", None)
+        write_gguf(paths[1], projection, lambda name, values: "Q8_0"
+                   if values.ndim == 2 else "F32", None)
     else:
         safetensors.torch.save_file(projection, paths[1])
     paths.sort(key=lambda path: path.stem != first)
     clip = load_text_encoder(list(map(str, paths)), "ltxv", model_options=ltx.model_options)
-    assert is_packed(clip.cond_stage_model.text_embedding_projection.audio_aggregate_embed.weight) == (ending == "gguf")
-    dense = comfy.sd.load_text_encoder_state_dicts(
-        [weights | {name: torch.zeros(shape) for name, shape in ltx.markers.items() if name not in weights} | dict(ltx.extra),
-         projection], clip_type=comfy.sd.CLIPType.LTXV, model_options=ltx.model_options)
+    assert is_packed(
+        clip.cond_stage_model.text_embedding_projection.audio_aggregate_embed.weight
+    ) == (ending == "gguf")
+    dense = comfy.sd.load_text_encoder_state_dicts([
+        weights |
+        {name: torch.zeros(shape)
+         for name, shape in ltx.markers.items() if name not in weights} | dict(ltx.extra),
+        projection
+    ], clip_type=comfy.sd.CLIPType.LTXV, model_options=ltx.model_options)
     assert relative_error(encoded(clip), encoded(dense)) < 1e-4
 
 
 def test_the_projection_of_ltx_2_may_lie_in_the_whole_checkpoint(ltx, tmp_path):
     write_encoder(tmp_path / "gemma.gguf", ltx, random_weights(ltx))
     projection = projection_weights()
-    blocks = {f"transformer_blocks.{index}.attn2.to_k.weight": torch.zeros(64, 64) for index in range(6)}
+    blocks = {
+        f"transformer_blocks.{index}.attn2.to_k.weight": torch.zeros(64, 64) for index in range(6)
+    }
     model = {"adaln_single.emb.timestep_embedder.linear_1.bias": torch.zeros(64), **blocks}
-    checkpoint = projection | {f"model.diffusion_model.{name}": values for name, values in model.items()}
+    checkpoint = projection | {
+        f"model.diffusion_model.{name}": values for name, values in model.items()
+    }
     safetensors.torch.save_file(checkpoint, tmp_path / "ltx-2.safetensors")
-    clip = load_text_encoder([str(tmp_path / "gemma.gguf"), str(tmp_path / "ltx-2.safetensors")], "ltxv",
+    clip = load_text_encoder([str(tmp_path / "gemma.gguf"),
+                              str(tmp_path / "ltx-2.safetensors")], "ltxv",
                              model_options=ltx.model_options)
     loaded = clip.cond_stage_model.state_dict()
     assert all(torch.equal(loaded[name], values) for name, values in projection.items())
 
 
-@pytest.mark.parametrize("name, lacking", [
+@pytest.mark.parametrize(("name", "lacking"), [
     ("gemma-3-12b", "v.blk.0.ln1.weight"), ("gemma-3-12b", "mm.soft_emb_norm.weight"),
     ("gemma-4-12b", "v.position_embd.weight"), ("gemma-4-e2b", "mm.input_projection.weight")])
-def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(name, lacking, tmp_path, caplog):
+def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(name, lacking, tmp_path,
+                                                                    caplog):
     encoder, mmproj_of, _ = SENSES[name]
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
         stored = mmproj_of(tower_weights(encoder))
-        write_mmproj(tmp_path / "mmproj-other.gguf", {name: value for name, value in stored.items() if name != lacking})
+        write_mmproj(tmp_path / "mmproj-other.gguf",
+                     {name: value for name, value in stored.items() if name != lacking})
         assert lacking in stored
         with caplog.at_level("INFO"):
-            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type, model_options=encoder.model_options)
+            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
+                              model_options=encoder.model_options)
     assert "has no mmproj file beside it that fits" in caplog.text

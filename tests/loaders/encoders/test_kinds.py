@@ -1,12 +1,18 @@
-"""Text encoders and the types of models they are picked for: what is refused, and in which words."""
+"""Text encoders and the types of models they are picked for: what is refused, and in which
+words."""
 import comfy.sd
-import nodes as host_nodes
 import pytest
 import torch
-from featherweight.loaders.files.container import WeightFileError
+
+import nodes as host_nodes
 from featherweight.loaders.encoders.encoder_sets import (
-    ENCODER_SETS, SINGLE_ENCODERS, TITLES, encoder_family, reject_wrong_encoders,
+    ENCODER_SETS,
+    SINGLE_ENCODERS,
+    TITLES,
+    encoder_family,
+    reject_wrong_encoders,
 )
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes.combo_options import combo_options
 
 
@@ -22,14 +28,17 @@ def test_every_type_in_the_tables_is_one_of_the_hosts():
     assert SINGLE_ENCODERS.keys() <= set(types_of("CLIPLoader"))
     assert ENCODER_SETS[2].keys() <= set(types_of("DualCLIPLoader"))
     kinds = set().union(
-        *SINGLE_ENCODERS.values(), *(group for sets in ENCODER_SETS.values() for groups in sets.values() for group in groups)
-    )
+        *SINGLE_ENCODERS.values(),
+        *(group for sets in ENCODER_SETS.values() for groups in sets.values() for group in groups))
     assert kinds <= TITLES.keys()
 
 
 def test_umt5_is_told_from_t5_by_its_vocabulary():
     assert encoder_family("T5_XXL", {"shared.weight": torch.empty(32128, 1)}) == "T5_XXL"
-    assert encoder_family("T5_XXL", {"shared.weight": torch.empty(256384, 1, device="meta")}) == "UMT5_XXL"
+    assert (
+        encoder_family("T5_XXL", {"shared.weight": torch.empty(256384, 1, device="meta")})
+        == "UMT5_XXL"
+    )
     assert encoder_family("CLIP_L", {}) == "CLIP_L"
 
 
@@ -39,7 +48,10 @@ def test_every_encoder_of_a_type_is_taken(clip_type):
         assert reject_wrong_encoders(["file.gguf"], [kind], clip_type) == ""
 
 
-@pytest.mark.parametrize("count, clip_type", [(count, clip_type) for count, sets in ENCODER_SETS.items() for clip_type in sets])
+@pytest.mark.parametrize(
+    ("count", "clip_type"),
+    [(count, clip_type) for count, sets in ENCODER_SETS.items() for clip_type in sets],
+)
 def test_every_set_of_a_type_is_taken_in_any_order(count, clip_type):
     kinds = []
     for group in ENCODER_SETS[count][clip_type]:
@@ -50,14 +62,20 @@ def test_every_set_of_a_type_is_taken_in_any_order(count, clip_type):
 
 
 REFUSED = {
-    "a language model for Flux": (
-        ["l.gguf", "qwen.gguf"], ["CLIP_L", "QWEN25_7B"], "flux", "qwen.gguf is Qwen2.5 7B; flux wants CLIP-L and T5-XXL."),
-    "UMT5 for Flux": (["l.gguf", "umt5.gguf"], ["CLIP_L", "UMT5_XXL"], "flux", "umt5.gguf is UMT5-XXL"),
+    "a language model for Flux": (["l.gguf", "qwen.gguf"], ["CLIP_L", "QWEN25_7B"], "flux",
+                                  "qwen.gguf is Qwen2.5 7B; flux wants CLIP-L and T5-XXL."),
+    "UMT5 for Flux": (["l.gguf", "umt5.gguf"], ["CLIP_L",
+                                                "UMT5_XXL"], "flux", "umt5.gguf is UMT5-XXL"),
     "T5 for Wan": (["t5.gguf"], ["T5_XXL"], "wan", "t5.gguf is T5-XXL; wan wants UMT5-XXL."),
-    "CLIP for a type of language models": (["l.gguf"], ["CLIP_L"], "qwen_image", "wants Qwen2.5 7B"),
-    "no encoder beside one": (["l.gguf", "vae.safetensors"], ["CLIP_L", None], "flux", "vae.safetensors is no text encoder"),
-    "the same twice": (["a.gguf", "b.gguf"], ["CLIP_L", "CLIP_L"], "flux", "a.gguf and b.gguf are both CLIP-L"),
-    "Llama in three": (["l", "g", "llama.gguf"], ["CLIP_L", "CLIP_G", "LLAMA3_8"], "sd3", "llama.gguf is Llama 3 8B"),
+    "CLIP for a type of language models": (["l.gguf"], ["CLIP_L"], "qwen_image",
+                                           "wants Qwen2.5 7B"),
+    "no encoder beside one": (["l.gguf", "vae.safetensors"], ["CLIP_L", None], "flux",
+                              "vae.safetensors is no text encoder"),
+    "the same twice": (["a.gguf",
+                        "b.gguf"], ["CLIP_L",
+                                    "CLIP_L"], "flux", "a.gguf and b.gguf are both CLIP-L"),
+    "Llama in three": (["l", "g", "llama.gguf"], ["CLIP_L", "CLIP_G",
+                                                  "LLAMA3_8"], "sd3", "llama.gguf is Llama 3 8B")
 }
 
 
@@ -75,14 +93,22 @@ def test_the_advice_names_the_types_an_encoder_is_for():
 
 
 def test_a_language_model_under_another_type_of_language_models_is_only_warned_of():
-    assert "z.gguf is Qwen3 4B; qwen_image wants Qwen2.5 7B." == reject_wrong_encoders(["z.gguf"], ["QWEN3_4B"], "qwen_image")
+    assert reject_wrong_encoders(
+        ["z.gguf"], ["QWEN3_4B"], "qwen_image"
+    ) == "z.gguf is Qwen3 4B; qwen_image wants Qwen2.5 7B."
     assert reject_wrong_encoders(["z.gguf"], ["QWEN3_4B"], "stable_diffusion") == ""
 
 
 @pytest.mark.parametrize("kind", ["GEMMA_2_2B", "QWEN3_4B", "CLIP_H", "T5_XXL_OLD"])
 def test_what_the_host_takes_for_what_it_is_under_any_type_is_only_warned_of(kind):
-    assert reject_wrong_encoders(["file.gguf"], [kind], "wan") == f"file.gguf is {TITLES[kind]}; wan wants UMT5-XXL."
+    assert (
+        reject_wrong_encoders(["file.gguf"], [kind], "wan")
+        == f"file.gguf is {TITLES[kind]}; wan wants UMT5-XXL."
+    )
 
 
 def test_types_nobody_wrote_down_are_left_to_the_host():
-    assert reject_wrong_encoders(["l.gguf", "x.gguf"], ["CLIP_L", "QWEN3_4B"], "a_type_of_next_year") == ""
+    assert (
+        reject_wrong_encoders(["l.gguf", "x.gguf"], ["CLIP_L", "QWEN3_4B"], "a_type_of_next_year")
+        == ""
+    )

@@ -4,8 +4,19 @@ import gguf
 import pytest
 import torch
 from encoders import qwen, qwen35, qwen_vl
-from encoders.encoder import TOKENS, TOWERS, hidden_states, host_clip, random_weights, small_towers, text_model, write_encoder
+from encoders.encoder import (
+    TOKENS,
+    TOWERS,
+    hidden_states,
+    host_clip,
+    random_weights,
+    small_towers,
+    text_model,
+    write_encoder,
+)
 from families import relative_error
+
+from devtools.files.gguf_files import dequantize, write_gguf
 from featherweight.loaders.encoders.arch import arch_of
 from featherweight.loaders.encoders.archs.qwen import Qwen3VL, Qwen3VL32B, Qwen25VL
 from featherweight.loaders.encoders.archs.qwen35 import Qwen35
@@ -14,16 +25,17 @@ from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.packed_layout import is_packed
 
-from devtools.files.gguf_files import dequantize, write_gguf
-
 pytestmark = pytest.mark.usefixtures("small_models")
 
-SEEING = {**qwen_vl.ENCODERS, **{name: qwen35.ENCODERS[name] for name in ("qwen3.5-0.8b", "qwen3.5-4b")}}
+SEEING = {
+    **qwen_vl.ENCODERS, **{name: qwen35.ENCODERS[name] for name in ("qwen3.5-0.8b", "qwen3.5-4b")}
+}
 ALL = {**qwen.ENCODERS, **qwen_vl.ENCODERS, **qwen35.ENCODERS}
 
 
 def load(path, encoder, **options):
-    return load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options, **options)
+    return load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options,
+                             **options)
 
 
 def picture(height=160, width=128):
@@ -45,20 +57,33 @@ def test_a_picture_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
     tokens[3] = {"type": "image", "data": 1 - tokens[3]["data"]}
     assert relative_error(seen, hidden_states(clip, tokens)) > 1e-2
     tower = text_model(clip).transformer.visual
-    assert is_packed(tower.blocks[0].attn.qkv.weight) and is_packed(tower.blocks[0].attn.proj.weight)
+    assert is_packed(tower.blocks[0].attn.qkv.weight) and is_packed(
+        tower.blocks[0].attn.proj.weight
+    )
 
 
 def dequantized(path):
     """A file with the same values as F32, as gguf-py reads them. Returns its path."""
     tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
                for tensor in gguf.GGUFReader(path).tensors}
-    write_gguf(path.with_name("dequantized.gguf"), tensors, type_of=lambda name, values: "F32", architecture=None)
+    write_gguf(path.with_name("dequantized.gguf"), tensors, type_of=lambda name, values: "F32",
+               architecture=None)
     return path.with_name("dequantized.gguf")
 
 
-@pytest.mark.parametrize("name, packed_type", [
-    ("qwen2.5-3b", "Q4_K"), ("qwen3-0.6b", "Q4_K"), ("qwen3-vl-4b", "Q4_K"), ("qwen3.5-4b", "Q4_K"), ("qwen3.5-27b", "Q6_K")])
-def test_k_quants_give_the_hidden_states_of_the_same_values_dequantized(name, packed_type, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "packed_type"),
+    [
+        ("qwen2.5-3b", "Q4_K"),
+        ("qwen3-0.6b", "Q4_K"),
+        ("qwen3-vl-4b", "Q4_K"),
+        ("qwen3.5-4b", "Q4_K"),
+        ("qwen3.5-27b", "Q6_K"),
+    ],
+)
+def test_k_quants_give_the_hidden_states_of_the_same_values_dequantized(
+    name, packed_type, tmp_path
+):
     encoder, path = ALL[name], tmp_path / "encoder.gguf"
     with small_towers(encoder):
         write_encoder(path, encoder, random_weights(encoder), packed_type)
@@ -73,34 +98,58 @@ def test_plain_weights_are_reordered_as_packed_ones_are(tmp_path):
     with small_towers(encoder):
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights, "F32")
-        assert relative_error(hidden_states(load(path, encoder)), hidden_states(host_clip(encoder, weights))) < 1e-4
+        assert (
+            relative_error(
+                hidden_states(load(path, encoder)), hidden_states(host_clip(encoder, weights))
+            )
+            < 1e-4
+        )
 
 
 def a_file(width: int, layers: int) -> dict[str, torch.Tensor]:
     """The tensors by which Qwen3 is told, each layer with one of them."""
-    names = ["attn_q.weight", "attn_q_norm.weight", "attn_norm.weight", "ffn_gate.weight", "ffn_norm.weight"]
+    names = [
+        "attn_q.weight", "attn_q_norm.weight", "attn_norm.weight", "ffn_gate.weight",
+        "ffn_norm.weight"
+    ]
     layer = {name: torch.zeros(width if "norm" in name else (1, width)) for name in names}
-    weights = {f"blk.{number}.{name}": tensor for number in range(layers) for name, tensor in layer.items()}
-    return {"token_embd.weight": torch.zeros(1, width), "output.weight": torch.zeros(1, width), **weights}
+    weights = {
+        f"blk.{number}.{name}": tensor for number in range(layers)
+        for name, tensor in layer.items()
+    }
+    return {
+        "token_embd.weight": torch.zeros(1, width), "output.weight": torch.zeros(1, width),
+        **weights
+    }
 
 
-@pytest.mark.parametrize("width, layers, says_so, te_model", [
+@pytest.mark.parametrize(("width", "layers", "says_so", "te_model"), [
     (2560, 36, False, "QWEN3_4B"), (2560, 36, True, "QWEN3VL_4B"), (4096, 36, False, "QWEN3_8B"),
     (4096, 36, True, "QWEN3VL_8B"), (5120, 64, False, "QWEN3VL_32B")])
-def test_qwen3_vl_without_its_tower_is_what_its_metadata_and_size_say(width, layers, says_so, te_model):
+def test_qwen3_vl_without_its_tower_is_what_its_metadata_and_size_say(width, layers, says_so,
+                                                                      te_model):
     weights = a_file(width, layers)
     metadata = {"qwen3vl.n_deepstack_layers": 3} if says_so else {}
     converted = arch_of(weights).convert(weights, metadata)
     assert comfy.sd.detect_te_model(converted).name == te_model
-    assert sum(tensor.untyped_storage().nbytes() for name, tensor in converted.items() if "visual" in name) < 100
+    assert (
+        sum(
+            tensor.untyped_storage().nbytes()
+            for name, tensor in converted.items()
+            if "visual" in name
+        )
+        < 100
+    )
 
 
 def test_qwen3_is_not_given_the_tower_of_a_qwen3_vl_in_its_folder(tmp_path):
     encoder, path = ALL["qwen3-vl-4b"], tmp_path / "encoder.gguf"
     with small_towers(encoder):
-        write_encoder(path, encoder, random_weights(encoder), architecture="qwen3", metadata={"qwen3.block_count": 3})
+        write_encoder(path, encoder, random_weights(encoder), architecture="qwen3",
+                      metadata={"qwen3.block_count": 3})
         options = qwen.ENCODERS["qwen3-4b"].model_options | encoder.model_options
-        alone, asked_for = (load_text_encoder([str(path)], "lumina2", model_options=options, mmproj=mmproj)
+        alone, asked_for = (load_text_encoder([str(path)], "lumina2", model_options=options,
+                                              mmproj=mmproj)
                             for mmproj in ("auto", str(path.with_name("mmproj-encoder.gguf"))))
     assert not hasattr(text_model(alone).transformer, "visual")
     assert hasattr(text_model(asked_for).transformer, "visual")
@@ -109,7 +158,8 @@ def test_qwen3_is_not_given_the_tower_of_a_qwen3_vl_in_its_folder(tmp_path):
 @pytest.mark.parametrize("name", [name for name, encoder in ALL.items() if encoder.towers])
 def test_without_its_tower_an_encoder_reads_and_says_why_it_cannot_see(name, tmp_path):
     encoder, path = ALL[name], tmp_path / "encoder.gguf"
-    deepstack = {"qwen3vl.n_deepstack_layers": 3} if name.startswith("qwen3-vl") else {}  # by which a file says what it is
+    # by which a file says what it is
+    deepstack = {"qwen3vl.n_deepstack_layers": 3} if name.startswith("qwen3-vl") else {}
     with small_towers(encoder):
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights, metadata={**encoder.metadata, **deepstack})
@@ -135,7 +185,10 @@ def test_qwen3_vl_without_its_tower_reads_as_it_does_with_one(name, tmp_path):
 
 def test_of_qwen3_vl_32b_the_layers_that_the_host_runs_are_kept():
     weights = a_file(5120, 64)
-    layers = {int(name.split(".")[2]) for name in arch_of(weights).convert(weights, {}) if "layers." in name}
+    layers = {
+        int(name.split(".")[2]) for name in arch_of(weights).convert(weights, {})
+        if "layers." in name
+    }
     assert layers == set(range(50))
 
 
@@ -146,16 +199,24 @@ def test_sizes_that_the_host_does_not_know_are_of_no_family():
 
 def tower_of(encoder):
     with small_towers(encoder):
-        return {name: tensor for name, tensor in random_weights(encoder).items() if name.startswith(TOWERS)}
+        return {
+            name: tensor for name, tensor in random_weights(encoder).items()
+            if name.startswith(TOWERS)
+        }
 
 
 def test_towers_of_old_converters_are_the_same():
     tower = tower_of(ALL["qwen2.5-vl-7b"])
     stored = qwen_vl.qwen25_mmproj(tower)
     text = {"token_embd.weight": torch.zeros(1, 3584)}
-    swapped = {name.replace("ffn_up", "x").replace("ffn_down", "ffn_up").replace("x", "ffn_down"): tensor
-               for name, tensor in stored.items()}
-    fused = {name: tensor for name, tensor in stored.items() if ".attn_q." not in name and ".attn_k." not in name}
+    swapped = {
+        name.replace("ffn_up", "x").replace("ffn_down", "ffn_up").replace("x", "ffn_down"): tensor
+        for name, tensor in stored.items()
+    }
+    fused = {
+        name: tensor for name, tensor in stored.items()
+        if ".attn_q." not in name and ".attn_k." not in name
+    }
     for name in [name for name in fused if ".attn_v." in name]:
         parts = [stored[name.replace("attn_v", f"attn_{part}")] for part in "qkv"]
         fused[name.replace("attn_v", "attn_qkv")] = torch.cat(parts)
@@ -168,19 +229,28 @@ def test_towers_of_old_converters_are_the_same():
 
 def test_layers_that_guess_further_tokens_are_left_out():
     names = ["blk.0.ssm_a", "blk.0.ssm_norm.weight", "blk.0.attn_qkv.weight"]
-    weights = {name: torch.ones(128 * 3 if "qkv" in name else 128 if "norm" in name else 1) for name in names}
+    weights = {
+        name: torch.ones(128 * 3 if "qkv" in name else 128 if "norm" in name else 1)
+        for name in names
+    }
     drafts = {"blk.1.nextn.eh_proj.weight": torch.zeros(1), "blk.1.attn_q.weight": torch.zeros(1)}
-    assert not any("layers.1." in name or "nextn" in name for name in Qwen35.convert(weights | drafts, {}))
+    assert not any(
+        "layers.1." in name or "nextn" in name for name in Qwen35.convert(weights | drafts, {})
+    )
 
 
-@pytest.mark.parametrize("name, other", [("qwen3-vl-4b", "qwen3-vl-8b"), ("qwen3.5-2b", "qwen3.5-4b")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("qwen3-vl-4b", "qwen3-vl-8b"), ("qwen3.5-2b", "qwen3.5-4b")]
+)
 def test_a_tower_of_another_size_is_refused(name, other, tmp_path):
     for folder, encoder in ((name, ALL[name]), (other, ALL[other])):
         (tmp_path / folder).mkdir()
         with small_towers(encoder):
             write_encoder(tmp_path / folder / "encoder.gguf", encoder, random_weights(encoder))
-    with pytest.raises(WeightFileError, match=r"mmproj-encoder.gguf gives pictures a width of .*encoder.gguf has"):
-        load(tmp_path / name / "encoder.gguf", ALL[name], mmproj=str(tmp_path / other / "mmproj-encoder.gguf"))
+    with pytest.raises(WeightFileError,
+                       match=r"mmproj-encoder.gguf gives pictures a width of .*encoder.gguf has"):
+        load(tmp_path / name / "encoder.gguf", ALL[name],
+             mmproj=str(tmp_path / other / "mmproj-encoder.gguf"))
 
 
 def test_a_tower_is_seen_through_with_its_place_in_a_larger_file_before_its_names(tmp_path):
@@ -189,15 +259,21 @@ def test_a_tower_is_seen_through_with_its_place_in_a_larger_file_before_its_name
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights)
         tower = {name: tensor for name, tensor in weights.items() if name.startswith(TOWERS)}
-        stored = {f"text_encoders.llm.{name}": tensor for name, tensor in encoder.mmproj(tower).items()}
-        write_gguf(tmp_path / "tower.gguf", stored, type_of=lambda name, values: "F32", architecture=None)
+        stored = {
+            f"text_encoders.llm.{name}": tensor for name, tensor in encoder.mmproj(tower).items()
+        }
+        write_gguf(tmp_path / "tower.gguf", stored, type_of=lambda name, values: "F32",
+                   architecture=None)
         clip = load(path, encoder, mmproj=str(tmp_path / "tower.gguf"))
     tokens = [*TOKENS[:3], picture()]
     assert hidden_states(clip, tokens).shape[1] > len(tokens)
 
 
 def test_a_family_takes_the_towers_of_its_own_kind_and_width():
-    families = {"qwen2.5-vl-7b": Qwen25VL, "qwen3-vl-4b": Qwen3VL, "qwen3-vl-32b": Qwen3VL32B, "qwen3.5-2b": Qwen35}
+    families = {
+        "qwen2.5-vl-7b": Qwen25VL, "qwen3-vl-4b": Qwen3VL, "qwen3-vl-32b": Qwen3VL32B,
+        "qwen3.5-2b": Qwen35
+    }
     mmprojs = {name: ALL[name].mmproj(tower_of(ALL[name])) for name in families}
     for name, family in families.items():
         text = {"token_embd.weight": torch.zeros(1, ALL[name].config["hidden_size"])}
@@ -206,7 +282,10 @@ def test_a_family_takes_the_towers_of_its_own_kind_and_width():
 
 
 # What is read of a tower; a file of another model may lack any of it, or have it in another shape.
-LACKING = ["v.patch_embd.weight", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight", "v.blk.1.attn_k.weight", "mm.2.weight"]
+LACKING = [
+    "v.patch_embd.weight", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight", "v.blk.1.attn_k.weight",
+    "mm.2.weight"
+]
 
 
 @pytest.mark.parametrize("change", ["lacks", "is flat"])
@@ -216,13 +295,15 @@ def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(name, change
     with small_towers(encoder):
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights)
-        own = encoder.mmproj({name: tensor for name, tensor in weights.items() if name.startswith(TOWERS)})
+        own = encoder.mmproj(
+            {name: tensor for name, tensor in weights.items() if name.startswith(TOWERS)})
         (tmp_path / "mmproj-encoder.gguf").unlink()
         for number, lacking in enumerate(LACKING if change == "lacks" else ["mm.2.weight"]):
             if lacking in own:
                 stored = {name: tensor for name, tensor in own.items() if name != lacking}
                 stored |= {} if change == "lacks" else {lacking: torch.zeros(())}
-                write_gguf(tmp_path / f"mmproj-{number}.gguf", stored, type_of=lambda name, values: "F32", architecture=None)
+                write_gguf(tmp_path / f"mmproj-{number}.gguf", stored,
+                           type_of=lambda name, values: "F32", architecture=None)
         blind = load(path, encoder)
     with pytest.raises(WeightFileError, match="came without the part that sees"):
         hidden_states(blind, [*TOKENS[:3], picture()])

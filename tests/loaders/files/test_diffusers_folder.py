@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from devtools.files.bnb_files import write_bnb
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import ModelFolder
 from featherweight.ops.packed_layout import is_packed
-from safetensors.torch import load_file, save_file
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "quantization_config": {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
@@ -28,16 +29,21 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sharded(folder):
-    """The same with weights in two files, the parts of one weight in both. Gives the folder and the values."""
+    """The same with weights in two files, the parts of one weight in both. Gives the folder and the
+    values."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"{name}.weight": torch.randn(12, 96, generator=generator) for name in "abc"} | {"a.bias": torch.ones(12)}
+    tensors = {f"{name}.weight": torch.randn(12, 96, generator=generator) for name in "abc"} | {
+        "a.bias": torch.ones(12)
+    }
     seen = write_bnb(folder / "all", tensors, nested=True)
     stored = load_file(folder / "all")
     (folder / "all").unlink()
     weight_map = {name: SHARDS[number % 2] for number, name in enumerate(stored)}
     for shard in SHARDS:
-        save_file({name: stored[name] for name, file in weight_map.items() if file == shard}, str(folder / shard))
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+        save_file({name: stored[name] for name, file in weight_map.items() if file == shard},
+                  str(folder / shard))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return folder, seen
 
 
@@ -45,19 +51,29 @@ def test_a_sharded_folder_is_read_as_one_model(sharded):
     path, seen = sharded
     file = open_weights(path)
     found = file.state_dict()
-    assert type(file) is ModelFolder and file.config == CONFIG and file.kind == "FluxTransformer2DModel"
+    assert (
+        type(file) is ModelFolder
+        and file.config == CONFIG
+        and file.kind == "FluxTransformer2DModel"
+    )
     assert file.path == path and [part.name for part in file.paths] == SHARDS
     assert file.tensor_bytes == sum(entry.nbytes for entry in file.entries.values()) > 0
     assert set(found) == set(seen)
     for name, expected in seen.items():
-        assert torch.equal(found[name].dequantize() if is_packed(found[name]) else found[name], expected)
+        assert torch.equal(found[name].dequantize() if is_packed(found[name]) else found[name],
+                           expected)
 
 
-@pytest.mark.parametrize("name", [f"{NAME}.safetensors", "model.safetensors", "flux-nf4.safetensors"])
+@pytest.mark.parametrize(
+    "name", [f"{NAME}.safetensors", "model.safetensors", "flux-nf4.safetensors"]
+)
 def test_a_folder_of_one_file_is_read(folder, name):
     seen = write_bnb(folder / name, {"a.weight": torch.randn(8, 64)}, "fp4")
     file = open_weights(str(folder))
-    assert torch.equal(file.state_dict()["a.weight"].dequantize(), seen["a.weight"]) and file.metadata["format"] == "pt"
+    assert (
+        torch.equal(file.state_dict()["a.weight"].dequantize(), seen["a.weight"])
+        and file.metadata["format"] == "pt"
+    )
 
 
 def test_the_usual_file_is_taken_where_a_variant_lies_beside_it(folder):
@@ -75,20 +91,29 @@ def test_a_variant_in_shards_is_read_where_it_is_the_only_one(folder, variant):
     (folder / index).write_text(json.dumps({"weight_map": dict(zip("ab", shards))}))
     assert set(open_weights(folder).state_dict()) == {"a", "b"}
     save_file({"c": torch.zeros(1)}, str(folder / "whole.safetensors"))
-    (folder / "other.safetensors.index.json").write_text(json.dumps({"weight_map": {"c": "whole.safetensors"}}))
+    (folder / "other.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"c": "whole.safetensors"}}))
     assert set(open_weights(folder).state_dict()) == {"c"}
 
 
-@pytest.mark.parametrize("config, kind", [
-    ({"architectures": ["T5EncoderModel"]}, "T5EncoderModel"), ({"architectures": []}, ""), ({}, ""),
-    ({"quantization_config": {"load_in_8bit": True}}, ""), ({"quantization_config": None}, "")])
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
+        ({"architectures": []}, ""),
+        ({}, ""),
+        ({"quantization_config": {"load_in_8bit": True}}, ""),
+        ({"quantization_config": None}, ""),
+    ],
+)
 def test_configs_of_plain_and_older_models_are_read(folder, config, kind):
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
     assert open_weights(folder).kind == kind
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input
+# ------------------------------------------------------------------------------------------------------
 
 def refused(path, message):
     with pytest.raises(WeightFileError, match=message) as error:
@@ -96,25 +121,49 @@ def refused(path, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("quantiser, named", [
-    ({"quant_method": "gptq", "bits": 4}, "'gptq'"), ({"quant_method": "awq"}, "'awq'"), ("gptq", "'gptq'"),
-    ({"quant_method": "torchao"}, "'torchao'"), ({"quant_method": "quanto"}, "'quanto'"), ({"quant_method": ["x"]}, r"\['x'\]"),
-    ({"bits": 4}, "'bits'")])
+@pytest.mark.parametrize(
+    ("quantiser", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ({"quant_method": "awq"}, "'awq'"),
+        ("gptq", "'gptq'"),
+        ({"quant_method": "torchao"}, "'torchao'"),
+        ({"quant_method": "quanto"}, "'quanto'"),
+        ({"quant_method": ["x"]}, r"\['x'\]"),
+        ({"bits": 4}, "'bits'"),
+    ],
+)
 def test_another_quantiser_is_named(folder, quantiser, named):
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantiser}))
     save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
-    refused(folder, rf"transformer: its config.json says .* quantised by .*{named}.* bitsandbytes' are supported")
+    refused(
+        folder,
+        rf"transformer: its config.json says .* quantised by .*{named}.* bitsandbytes' are"
+        " supported"
+    )
 
 
-@pytest.mark.parametrize("text, found", [("{", "not a JSON object"), ("[]", "not a JSON object"), ("", "empty"),
-                                         ("\xff", "not a JSON object"), ('{"a": ' * 9000, "not a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{", "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ("", "empty"),
+        ("\xff", "not a JSON object"),
+        ('{"a": ' * 9000, "not a JSON object"),
+    ],
+)
 def test_a_config_that_is_not_json_is_refused(folder, text, found):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     refused(folder, f"transformer: its config.json is {found}")
 
 
 def test_a_folder_without_a_config_is_refused_and_its_models_are_named(folder):
-    refused(folder.parent, "is a folder without the config.json of a model. Pick one of the folders in it: transformer.")
+    refused(
+        folder.parent,
+        "is a folder without the config.json of a model. Pick one of the folders in it:"
+        " transformer."
+    )
     (folder / "config.json").unlink()
     refused(folder, "is a folder without the config.json of a model. Pick a weight file.")
 
@@ -140,16 +189,32 @@ def test_several_files_without_an_index_are_refused(folder, shards):
     refused(folder, r"it has .*, and no \*.safetensors.index.json")
 
 
-@pytest.mark.parametrize("names", [("a.safetensors.index.json", "b.safetensors.index.json"),
-                                   ("a.safetensors.index.fp16.json", "a.safetensors.index.bf16.json")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.safetensors.index.json", "b.safetensors.index.json"),
+        ("a.safetensors.index.fp16.json", "a.safetensors.index.bf16.json"),
+    ],
+)
 def test_several_indices_are_refused(folder, names):
     for name in names:
         (folder / name).write_text("{}")
     refused(folder, "several indices")
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}',
-                                   '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": "config.json"}}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../a.safetensors"}}',
+        '{"weight_map": {"a": "config.json"}}',
+    ],
+)
 def test_an_index_that_lists_no_files_is_refused(folder, index):
     (folder / INDEX).write_text(index)
     refused(folder, rf"transformer: its {INDEX} (is not a JSON object|has no weight_map)")

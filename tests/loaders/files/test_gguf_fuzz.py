@@ -1,4 +1,5 @@
-"""Damaged GGUF headers: WeightFileError or a correct file, in bounded memory and steps, never anything else."""
+"""Damaged GGUF headers: WeightFileError or a correct file, in bounded memory and steps, never
+anything else."""
 import random
 import struct
 import sys
@@ -8,11 +9,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGML_QUANT_SIZES
+
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.ops.format import GGML_FORMATS
-from gguf import GGMLQuantizationType, GGUFValueType
-from gguf.constants import GGML_QUANT_SIZES
 
 # Peak of Python's own allocations over the file size, and what a handful of objects cost anyway.
 MEMORY_FACTOR, MEMORY_CONSTANT = 10, 100_000
@@ -20,23 +22,28 @@ MEMORY_FACTOR, MEMORY_CONSTANT = 10, 100_000
 STEPS_FACTOR, STEPS_CONSTANT = 10, 10_000
 
 INTERESTING = [
-    0, 1, 2, 3, 7, 8, 9, 127, 255, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**61, 2**62,
-    2**63 - 1, 2**63, 2**64 - 64, 2**64 - 1,
+    0, 1, 2, 3, 7, 8, 9, 127, 255, 2 ** 15, 2 ** 16 - 1, 2 ** 24, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1,
+    2 ** 32, 2 ** 40, 2 ** 61, 2 ** 62, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 64, 2 ** 64 - 1
 ]
 
 
 def honest_files(folder) -> list[tuple[bytes, int]]:
-    """(content, length of the header) of files with every metadata type, every tensor type and original shapes."""
+    """(content, length of the header) of files with every metadata type, every tensor type and
+    original shapes."""
     metadata = {
         "tokenizer.ggml.tokens": (GGUFValueType.STRING, [f"token {index}" for index in range(20)]),
-        "tokenizer.ggml.scores": (GGUFValueType.FLOAT32, [0.5] * 8), "bytes": (GGUFValueType.UINT8, list(range(20))),
+        "tokenizer.ggml.scores": (GGUFValueType.FLOAT32, [0.5] * 8), "bytes": (GGUFValueType.UINT8,
+                                                                               list(range(20))),
         "bools": (GGUFValueType.BOOL, [True, False]), "wide": (GGUFValueType.INT64, [1, -1]),
         "comfy.gguf.orig_shape.conv.weight": (GGUFValueType.INT32, [2, 2, 1, 2, 32]),
-        "comfy.gguf.orig_shape.crossed": (GGUFValueType.INT32, [64, 4]),
+        "comfy.gguf.orig_shape.crossed": (GGUFValueType.INT32, [64, 4])
     }
-    types = ["F32", "F16", "BF16", "I8", "I64", *(packed.__name__ for packed in GGML_FORMATS.values())]
+    types = [
+        "F32", "F16", "BF16", "I8", "I64", *(packed.__name__ for packed in GGML_FORMATS.values())
+    ]
     contents = []
-    for index, (chosen, keys) in enumerate([(types, metadata), (["F32", "Q8_0"], {}), (["F16"], metadata)]):
+    for index, (chosen, keys) in enumerate([(types, metadata), (["F32", "Q8_0"], {}),
+                                            (["F16"], metadata)]):
         path = folder / f"honest{index}.gguf"
         writer = gguf.GGUFWriter(str(path), "flux")
         writer.add_uint32("general.alignment", 32)
@@ -45,7 +52,8 @@ def honest_files(folder) -> list[tuple[bytes, int]]:
         for key, (kind, values) in keys.items():
             writer.add_key_value(key, values, GGUFValueType.ARRAY, sub_type=kind)
         writer.add_tensor("conv.weight", np.ones((4, 64), np.float32))
-        writer.add_tensor("crossed", np.zeros((8, 34), np.uint8), raw_dtype=GGMLQuantizationType.Q8_0)
+        writer.add_tensor("crossed", np.zeros((8, 34), np.uint8),
+                          raw_dtype=GGMLQuantizationType.Q8_0)
         for name in chosen:
             _, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
             blocks = np.random.default_rng(0).integers(0, 256, (2, nbytes), dtype=np.uint8)
@@ -54,7 +62,8 @@ def honest_files(folder) -> list[tuple[bytes, int]]:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        contents.append((path.read_bytes(), min(entry.offset for entry in open_weights(path).entries.values())))
+        contents.append(
+            (path.read_bytes(), min(entry.offset for entry in open_weights(path).entries.values())))
     return contents
 
 
@@ -120,7 +129,8 @@ def check(path, content: bytes) -> bool:
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     try:
-        file, tensors = guarded(STEPS_CONSTANT + STEPS_FACTOR * len(content), lambda: read_everything(path))
+        file, tensors = guarded(STEPS_CONSTANT + STEPS_FACTOR * len(content),
+                                lambda: read_everything(path))
     except WeightFileError as error:
         file, tensors = None, []
         assert path.name in str(error) and len(str(error)) < 1500
@@ -128,7 +138,8 @@ def check(path, content: bytes) -> bool:
         peak = tracemalloc.get_traced_memory()[1] - before
     assert peak <= MEMORY_CONSTANT + MEMORY_FACTOR * len(content)
     end = 0
-    tensors = [(entry, tensor) for entry, tensor in tensors if entry.nbytes]  # an empty one lies nowhere
+    # an empty one lies nowhere
+    tensors = [(entry, tensor) for entry, tensor in tensors if entry.nbytes]
     for entry, tensor in sorted(tensors, key=lambda pair: pair[0].offset):
         assert end <= entry.offset and entry.offset + entry.nbytes <= len(content)
         end = entry.offset + entry.nbytes
@@ -146,35 +157,41 @@ def fuzz(folder, cases: int, seed: int) -> int:
     tracemalloc.start()
     try:
         assert all(check(folder / "honest.gguf", content) for content, _ in honest)
-        return sum(check(folder / "mutated.gguf", mutated(*chance.choice(honest), chance)) for _ in range(cases))
+        return sum(
+            check(folder / "mutated.gguf", mutated(*chance.choice(honest), chance))
+            for _ in range(cases))
     finally:
         tracemalloc.stop()
 
 
 def test_mutated_headers_are_refused_or_read_right(tmp_path):
     accepted = fuzz(tmp_path, 2000, seed=1)
-    assert 100 < accepted < 1500  # neither are all mutations harmless nor do all hit the first field
+    # neither are all mutations harmless nor do all hit the first field
+    assert 100 < accepted < 1500
 
 
-@pytest.mark.parametrize("width, value", [(8, 2**64 - 1), (8, 2**40), (4, 2**32 - 1), (4, 0)])
+@pytest.mark.parametrize(("width", "value"), [(8, 2**64 - 1), (8, 2**40), (4, 2**32 - 1), (4, 0)])
 def test_a_huge_number_at_every_byte_of_the_header(tmp_path, width, value):
     content, header = honest_files(tmp_path)[1]
     tracemalloc.start()
     try:
         for at in range(4, header - width):
-            check(tmp_path / "planted.gguf", content[:at] + value.to_bytes(width, "little") + content[at + width:])
+            check(tmp_path / "planted.gguf",
+                  content[:at] + value.to_bytes(width, "little") + content[at + width:])
     finally:
         tracemalloc.stop()
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     content, header = honest_files(tmp_path)[1]
-    last = max(entry.offset + entry.nbytes for entry in open_weights(tmp_path / "honest1.gguf").entries.values())
+    last = max(entry.offset + entry.nbytes
+               for entry in open_weights(tmp_path / "honest1.gguf").entries.values())
     tracemalloc.start()
     try:
         lengths = [*range(header), *range(header, last, 16)]
         assert not any(check(tmp_path / "cut.gguf", content[:length]) for length in lengths)
-        assert check(tmp_path / "cut.gguf", content[:last])  # the padding after the last tensor may be absent
+        # the padding after the last tensor may be absent
+        assert check(tmp_path / "cut.gguf", content[:last])
     finally:
         tracemalloc.stop()
 

@@ -1,23 +1,24 @@
-"""What was packed is kept where a folder is named for it: found again, never stale, never above its limit, never in the way."""
-import logging
+"""What was packed is kept where a folder is named for it: found again, never stale, never above its
+limit, never in the way."""
 import errno
+import logging
 import os
 from pathlib import Path
 
 import comfy.model_management
 import pytest
 import torch
+from patched_models import tiny_flux
+from recipe_process import digest
+from safetensors.torch import save_file
+
 from featherweight.loaders import pack_on_load
 from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files import open_weights
-from featherweight.loaders.files import packed_cache
+from featherweight.loaders.files import open_weights, packed_cache
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.model_summary import memory_summary
 from featherweight.ops.format import FORMATS
 from featherweight.ops.quantize import pack_tensor
-from patched_models import tiny_flux
-from recipe_process import digest
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -73,7 +74,8 @@ def test_nothing_is_kept_unless_a_folder_is_named(source, packings, monkeypatch)
 def test_packing_that_takes_long_says_how_to_keep_it(source, monkeypatch):
     monkeypatch.delenv(packed_cache.FOLDER, raising=False)
     monkeypatch.setattr(pack_on_load, "MIN_CACHED_BYTES", 0)
-    assert memory_summary(load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
+    assert memory_summary(
+        load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
 
 
 @pytest.mark.parametrize("change", ["time", "size", "type", "packers", "place"])
@@ -99,16 +101,24 @@ def test_another_model_of_the_same_size_and_time_is_another_entry(source, folder
     save_file({name: values.bfloat16() for name, values in tiny_flux(1).items()}, new)
     os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
     os.replace(new, source)
-    assert (source.stat().st_size, source.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert (source.stat().st_size, source.stat().st_mtime_ns) == (
+        status.st_size,
+        status.st_mtime_ns,
+    )
     assert digest(load(source)) != first and len(packings) == 26
 
 
 def test_an_entry_belongs_to_the_file_that_was_opened(source, folder):
-    """Another file that takes its name while it is packed does not find what was packed of the first."""
+    """Another file that takes its name while it is packed does not find what was packed of the
+    first."""
     file, wanted = open_weights(source), {"a": ("Q8_0", (4, 32))}
     opened = packed_cache.entry_of(file, wanted)
     os.utime(source, (1, 1))
-    assert packed_cache.entry_of(file, wanted) == opened != packed_cache.entry_of(open_weights(source), wanted)
+    assert (
+        packed_cache.entry_of(file, wanted)
+        == opened
+        != packed_cache.entry_of(open_weights(source), wanted)
+    )
 
 
 def test_an_entry_is_watched_while_its_model_is_in_use_and_others_may_read_it(source, folder):
@@ -130,7 +140,8 @@ def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, pac
     if damage == "of another model":
         save_file({"a": torch.zeros(1)}, entry)
     else:
-        entry.write_bytes({"cut short": content[:-1000], "zeros": bytes(4096), "empty": b""}[damage])
+        entry.write_bytes({"cut short": content[:-1000], "zeros": bytes(4096),
+                           "empty": b""}[damage])
     assert digest(load(source)) == expected and len(packings) == 26
     assert entry.name in caplog.text and entry.read_bytes() == content
 
@@ -148,7 +159,12 @@ def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, mon
     load(source, "Q4_K")
     left = sorted(folder.glob(packed_cache.NAMES))
     assert [path.name for path in folder.glob("*.used")] == [q8_0.with_suffix(".used").name]
-    assert q8_0 in left and q6_k not in left and len(left) == 2 and (folder / "mine.safetensors").exists()
+    assert (
+        q8_0 in left
+        and q6_k not in left
+        and len(left) == 2
+        and (folder / "mine.safetensors").exists()
+    )
     assert sum(entry.stat().st_size for entry in left) <= sum(sizes) + 100
 
 
@@ -188,7 +204,8 @@ def test_an_entry_whose_time_cannot_be_set_is_read_and_stays(tmp_path, monkeypat
     assert packed_cache.read(entry, wanted) is not None and entry.exists()
 
 
-def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(source, folder, monkeypatch, caplog):
+def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(source, folder, monkeypatch,
+                                                                   caplog):
     monkeypatch.setenv(packed_cache.LIMIT, "lots")
     load(source)
     assert "'lots', no number of GB" in caplog.text and len(list(folder.iterdir())) == 1
@@ -209,19 +226,26 @@ def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("trouble", ["a file in its place", "a full disk", "another process was faster"])
-def test_where_nothing_can_be_kept_the_model_loads_all_the_same(trouble, source, folder, monkeypatch, caplog):
+@pytest.mark.parametrize("trouble", ["a file in its place", "a full disk", "another process was"
+                                                                           " faster"])
+def test_where_nothing_can_be_kept_the_model_loads_all_the_same(trouble, source, folder,
+                                                                monkeypatch, caplog):
     if trouble == "a file in its place":
         folder.write_text("")
     elif trouble == "a full disk":
         def full(*arguments):
             raise packed_cache.WriteError("The disk is full.")
-        monkeypatch.setattr("featherweight.loaders.files.safetensors_writer.SafetensorsWriter.write", full)
+
+        monkeypatch.setattr(
+            "featherweight.loaders.files.safetensors_writer.SafetensorsWriter.write", full)
     else:
         finish = "featherweight.loaders.files.safetensors_writer.SafetensorsWriter.finish"
-        monkeypatch.setattr(finish, lambda writer: Path(writer.file._path).write_bytes(b"the other's"))
+        monkeypatch.setattr(finish,
+                            lambda writer: Path(writer.file._path).write_bytes(b"the other's"))
     with caplog.at_level(logging.WARNING):
         patcher = load(source)
     assert "is not kept: " in caplog.text and "kept" not in memory_summary(patcher)
-    left = [path for path in folder.iterdir()] if folder.is_dir() else []
-    assert [path.read_bytes() for path in left] == ([b"the other's"] if trouble == "another process was faster" else [])
+    left = list(folder.iterdir()) if folder.is_dir() else []
+    assert [path.read_bytes() for path in left] == (
+        [b"the other's"] if trouble == "another process was faster" else []
+    )

@@ -1,4 +1,5 @@
-"""A mapped file that others write to is noticed before it is read again; what lies on a network share is read, not mapped."""
+"""A mapped file that others write to is noticed before it is read again; what lies on a network
+share is read, not mapped."""
 import os
 import types
 from unittest import mock
@@ -9,31 +10,30 @@ import torch
 from checkpoint_parts import autoencoder
 from encoders import ENCODERS
 from encoders.encoder import random_weights, small_towers, write_encoder
-from featherweight.loaders import pack_on_load
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files import network_drives, open_weights
-from featherweight.loaders.files import packed_cache
-from featherweight.loaders.files.container import FileChangeGuard, WeightFileError, map_file
-from featherweight.loaders.inspect import difference, inspect
-from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.packing.source import of_file
-from featherweight.loaders.packing.source import of_model
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.loaders.vae import load_vae
-from featherweight.ops.read_only_memory import guards_of, is_read_only
-from featherweight.ops.packed_layout import is_packed, packed_tensors
 from patched_models import lora_for, tiny_flux
 from safetensors.torch import save_file
 from saving import save
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders import pack_on_load
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import network_drives, open_weights, packed_cache
+from featherweight.loaders.files.container import FileChangeGuard, WeightFileError, map_file
+from featherweight.loaders.inspect import difference, inspect
+from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.packing.source import of_file, of_model
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.vae import load_vae
+from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.ops.read_only_memory import guards_of, is_read_only
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
 
 def write(path, seed=0):
-    write_gguf(path, tiny_models.flux(seed, hidden=128, double_blocks=1, single_blocks=1, context=128),
+    write_gguf(path,
+               tiny_models.flux(seed, hidden=128, double_blocks=1, single_blocks=1, context=128),
                lambda name, values: "F32" if values.ndim < 2 else "Q8_0")
 
 
@@ -68,16 +68,22 @@ def renamed_over(path):
     os.replace(path.with_name("new.gguf"), path)
 
 
-WRITTEN_TO = [shortened, overwritten, pytest.param(overwritten_under_its_time, marks=pytest.mark.skipif(
-    os.name == "nt", reason="it tells no time of a change"))]
+WRITTEN_TO = [
+    shortened, overwritten,
+    pytest.param(overwritten_under_its_time,
+                 marks=pytest.mark.skipif(os.name == "nt", reason="it tells no time of a change"))
+]
 
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
-def test_a_step_of_a_model_whose_file_was_written_to_is_an_error_and_not_the_end_of_the_process(path, change):
+def test_a_step_of_a_model_whose_file_was_written_to_is_an_error_and_not_the_end_of_the_process(
+        path, change):
     patcher = load_diffusion_model(str(path))
     patcher.prepare_state(torch.ones(1), {})
     change(path)
-    with pytest.raises(WeightFileError, match=r"^model\.gguf was written to after it was loaded \(\d+ bytes then, \d+ now\)"):
+    with pytest.raises(
+            WeightFileError,
+            match=r"^model\.gguf was written to after it was loaded \(\d+ bytes then, \d+ now\)"):
         patcher.clone().prepare_state(torch.ones(1), {})
 
 
@@ -115,7 +121,8 @@ def test_a_text_encoder_is_watched_where_it_encodes(path):
 
 
 def after(count: int, action):
-    """A function that passes on a loop's items, and does something before the one of this number."""
+    """A function that passes on a loop's items, and does something before the one of this
+    number."""
     def track(items, *sizes):
         for index, item in enumerate(items):
             if index == count:
@@ -149,7 +156,8 @@ def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name, cha
         write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
         for path in tmp_path.iterdir():
             os.utime(path, ns=(0, 0))
-        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type, model_options=encoder.model_options)
+        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
     clip.patcher.model.packed_patches.watch()
     change(tmp_path / name)
     with pytest.raises(WeightFileError, match=f"^{name} was written to"):
@@ -166,8 +174,9 @@ def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name, cha
 def test_a_vae_that_lies_in_its_file_is_watched(tmp_path, monkeypatch, use, change):
     """As it does in dynamic VRAM, where the host assigns the weights of a file."""
     load = torch.nn.Module.load_state_dict
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda module, weights, strict=True, assign=False: load(
-        module, weights, strict, assign=True))
+    monkeypatch.setattr(
+        torch.nn.Module, "load_state_dict", lambda module, weights, strict=True, assign=False: load(
+            module, weights, strict, assign=True))
     write_gguf(tmp_path / "vae.gguf", autoencoder(), lambda name, values: "F32")
     os.utime(tmp_path / "vae.gguf", ns=(0, 0))
     vae = load_vae(str(tmp_path / "vae.gguf"))
@@ -178,13 +187,17 @@ def test_a_vae_that_lies_in_its_file_is_watched(tmp_path, monkeypatch, use, chan
 
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
-@pytest.mark.parametrize("read", [of_file, lambda path: of_model(load_diffusion_model(str(path)))], ids=["file", "model"])
+@pytest.mark.parametrize(
+    "read", [of_file, lambda path: of_model(load_diffusion_model(str(path)))], ids=["file", "model"]
+)
 @pytest.mark.parametrize("moment", [3, -1], ids=["in the midst", "in the end"])
-def test_a_model_whose_file_is_written_to_while_it_is_saved_becomes_no_file(path, change, read, moment):
+def test_a_model_whose_file_is_written_to_while_it_is_saved_becomes_no_file(
+        path, change, read, moment):
     source, out = read(path), path.with_name("out.gguf")
     out.write_bytes(b"what was there")
     with pytest.raises(WeightFileError, match=r"^model\.gguf was written to"):
-        save(source, out, "Q4_0", overwrite=True, track=after(moment % len(source.weights), lambda: change(path)))
+        save(source, out, "Q4_0", overwrite=True, track=after(moment % len(source.weights),
+                                                              lambda: change(path)))
     assert out.read_bytes() == b"what was there" and sorted(path.parent.iterdir()) == [path, out]
 
 
@@ -210,7 +223,8 @@ def test_a_lora_that_is_written_to_while_it_is_packed_in_is_an_error(tmp_path, c
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
 @pytest.mark.parametrize("moment", [3, 13], ids=["in the midst", "in the end"])
-def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_nothing(tmp_path, monkeypatch, change, moment):
+def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_nothing(
+        tmp_path, monkeypatch, change, moment):
     monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
     path, pack, count = tmp_path / "model.safetensors", pack_on_load.pack_tensor, []
     save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, path)
@@ -231,13 +245,15 @@ def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_n
 @pytest.mark.parametrize("change", WRITTEN_TO)
 def test_a_file_that_is_written_to_while_it_is_compared_is_said_to_be(path, monkeypatch, change):
     write(path.with_name("other.gguf"), seed=1)
-    monkeypatch.setattr(difference.Progress, "track", lambda self, items: after(3, lambda: change(path))(items))
+    monkeypatch.setattr(difference.Progress, "track",
+                        lambda self, items: after(3, lambda: change(path))(items))
     [inspection] = inspect(str(path.with_name("other.gguf")), str(path))
     assert inspection.no_errors.startswith("model.gguf was written to")
 
 
 def test_what_is_packed_from_a_file_needs_it_no_more(tmp_path):
-    save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, tmp_path / "model.safetensors")
+    save_file({name: values.bfloat16() for name, values in tiny_flux().items()},
+              tmp_path / "model.safetensors")
     patcher = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to="Q8_0")
     mapped = [name for name, tensor in patcher.model.named_parameters()
               if is_read_only(packed_tensors(tensor)[0] if is_packed(tensor) else tensor)]
@@ -245,8 +261,12 @@ def test_what_is_packed_from_a_file_needs_it_no_more(tmp_path):
 
 
 def test_a_lora_of_gguf_lies_in_no_mapped_file(tmp_path):
-    lora = {f"double_blocks.0.img_attn.proj.weight.lora_{half}": np.ones((4, 4), np.float32) for half in "ab"}
-    write_gguf(tmp_path / "lora.gguf", lora, lambda name, values: "F32", metadata={"general.type": "adapter"})
+    lora = {
+        f"double_blocks.0.img_attn.proj.weight.lora_{half}": np.ones((4, 4), np.float32)
+        for half in "ab"
+    }
+    write_gguf(tmp_path / "lora.gguf", lora, lambda name, values: "F32",
+               metadata={"general.type": "adapter"})
     tensors, _ = load_lora_file(str(tmp_path / "lora.gguf"))
     assert tensors and not guards_of(tensors.values())
 
@@ -255,19 +275,34 @@ def test_a_lora_of_gguf_lies_in_no_mapped_file(tmp_path):
 
 
 def mounts(monkeypatch, *entries):
-    found = [types.SimpleNamespace(mountpoint=place, fstype=kind, opts=options) for place, kind, options in entries]
+    found = [
+        types.SimpleNamespace(mountpoint=place, fstype=kind, opts=options)
+        for place, kind, options in entries
+    ]
     monkeypatch.setattr(network_drives.psutil, "disk_partitions", lambda all: found)
 
 
-@pytest.mark.parametrize("kind, options, is_share", [
-    ("ext4", "rw", False), ("nfs4", "rw", True), ("cifs", "rw", True), ("9p", "rw", True), ("fuse.sshfs", "rw", True),
-    ("fuse.ntfs-3g", "rw", False), ("fuseblk", "rw", False), ("NTFS", "rw,remote", True), ("NTFS", "rw,fixed", False)])
+@pytest.mark.parametrize(
+    ("kind", "options", "is_share"),
+    [
+        ("ext4", "rw", False),
+        ("nfs4", "rw", True),
+        ("cifs", "rw", True),
+        ("9p", "rw", True),
+        ("fuse.sshfs", "rw", True),
+        ("fuse.ntfs-3g", "rw", False),
+        ("fuseblk", "rw", False),
+        ("NTFS", "rw,remote", True),
+        ("NTFS", "rw,fixed", False),
+    ],
+)
 def test_a_share_is_known_by_its_kind(tmp_path, monkeypatch, kind, options, is_share):
-    mounts(monkeypatch, ("/", "ext4", "rw"), (str(tmp_path), kind, options), (f"{tmp_path}2", "nfs", "rw"))
+    mounts(monkeypatch, ("/", "ext4", "rw"), (str(tmp_path), kind, options),
+           (f"{tmp_path}2", "nfs", "rw"))
     assert network_drives.is_on_a_share(tmp_path / "model.gguf") == is_share
 
 
-@pytest.mark.parametrize("switch, copied", [("map", False), ("copy", True), ("", True)])
+@pytest.mark.parametrize(("switch", "copied"), [("map", False), ("copy", True), ("", True)])
 def test_the_environment_decides_before_the_drive(path, monkeypatch, switch, copied):
     mounts(monkeypatch, (str(path.parent), "nfs", "rw"))
     monkeypatch.setenv(network_drives.FILES_ENV, switch)
@@ -280,7 +315,11 @@ def test_what_is_read_is_what_would_be_mapped_and_outlives_the_file(tmp_path, mo
     if kind == "gguf":
         write(path)
     else:
-        save_file({"odd": torch.arange(3, dtype=torch.uint8), "late": torch.arange(5, dtype=torch.float32)}, path)
+        save_file(
+            {
+                "odd": torch.arange(3, dtype=torch.uint8), "late": torch.arange(
+                    5, dtype=torch.float32)
+            }, path)
     os.utime(path, ns=(0, 0))
     mapped = open_weights(path)
     monkeypatch.setenv(network_drives.FILES_ENV, "copy")
@@ -297,7 +336,8 @@ def test_what_is_read_is_what_would_be_mapped_and_outlives_the_file(tmp_path, mo
 @pytest.mark.parametrize("change", [overwritten, overwritten_under_its_time, renamed_over])
 def test_a_file_that_changes_while_it_is_read_is_an_error(path, monkeypatch, change):
     monkeypatch.setenv(network_drives.FILES_ENV, "copy")
-    with pytest.raises(WeightFileError, match=r"^model\.gguf was written to or replaced while it was read"):
+    with pytest.raises(WeightFileError,
+                       match=r"^model\.gguf was written to or replaced while it was read"):
         open_weights(path).state_dict(after(3, lambda: change(path)))
 
 

@@ -8,6 +8,7 @@ import textwrap
 import time
 
 import pytest
+
 from featherweight.loaders.files import atomic_file
 from featherweight.loaders.files.atomic_file import WriteError, atomic_writer
 
@@ -27,8 +28,9 @@ def in_a_child(code: str, *arguments) -> subprocess.Popen:
             sys.modules[name].__path__ = [folder]
         from featherweight.loaders.files.atomic_file import WriteError, atomic_writer
     """)
-    return subprocess.Popen([sys.executable, "-c", start + textwrap.dedent(code), *map(str, arguments)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", start + textwrap.dedent(code), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_file_gets_its_name_when_it_is_whole_and_ends_where_it_was_written_last(tmp_path):
@@ -77,23 +79,29 @@ def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
 
 def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
     usage = atomic_file.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(atomic_file.shutil, "disk_usage", lambda path: usage._replace(free=5_000_000_000))
+    monkeypatch.setattr(atomic_file.shutil, "disk_usage",
+                        lambda path: usage._replace(free=5_000_000_000))
     with (
         pytest.raises(WriteError, match="takes 6.00 GB.* has 5.00 GB free"),
         atomic_writer(tmp_path / "model.gguf", 6_000_000_000),
     ):
         raise AssertionError("the work began")
-    monkeypatch.setattr(atomic_file.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
-    with pytest.raises(WriteError, match="takes 62.00 KB.* has 2.00 MB free"), atomic_writer(tmp_path / "model.gguf", 62_000):
+    monkeypatch.setattr(atomic_file.shutil, "disk_usage",
+                        lambda path: usage._replace(free=2_000_000))
+    with pytest.raises(WriteError, match="takes 62.00 KB.* has 2.00 MB free"), atomic_writer(
+            tmp_path / "model.gguf", 62_000):
         raise AssertionError("the work began")
     assert left_in(tmp_path) == []
 
 
 def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic_file.os, "access", lambda path, mode: False)  # whoever runs as root may write everywhere
-    with pytest.raises(WriteError, match="may not be written to"), atomic_writer(tmp_path / "model.gguf", 10):
+    # whoever runs as root may write everywhere
+    monkeypatch.setattr(atomic_file.os, "access", lambda path, mode: False)
+    with pytest.raises(WriteError,
+                       match="may not be written to"), atomic_writer(tmp_path / "model.gguf", 10):
         raise AssertionError("the work began")
-    with pytest.raises(WriteError, match="does not exist"), atomic_writer(tmp_path / "no" / "model.gguf", 10):
+    with pytest.raises(WriteError,
+                       match="does not exist"), atomic_writer(tmp_path / "no" / "model.gguf", 10):
         raise AssertionError("the work began")
     with pytest.raises(WriteError, match="is a folder"), atomic_writer(tmp_path, 10):
         raise AssertionError("the work began")
@@ -119,7 +127,8 @@ def test_a_drive_that_gets_full_in_the_midst_leaves_nothing(tmp_path, set_aside)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_file_is_not(tmp_path):
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_file_is_not(
+        tmp_path):
     code = """
         with atomic_writer(sys.argv[1], 1000) as file:
             file.write(b"half")
@@ -134,12 +143,18 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_f
         killed.send_signal(signal.SIGKILL)
         killed.wait(timeout=60)
         time.sleep(0.1)
-        others = ["flux.v1.0.part", "model.safetensors.001.part", "notes.part", "wan.gguf.7.part"]  # downloads, and the like
+        # downloads, and the like
+        others = ["flux.v1.0.part", "model.safetensors.001.part", "notes.part", "wan.gguf.7.part"]
         for name in others:
             (tmp_path / name).write_text("not ours")
         with atomic_writer(tmp_path / "next.gguf", 10) as file:
             file.write(b"next")
-        assert left_in(tmp_path) == [f"alive.gguf.{alive.pid}.featherweight.part", *others[:2], "next.gguf", *others[2:]]
+        assert left_in(tmp_path) == [
+            f"alive.gguf.{alive.pid}.featherweight.part",
+            *others[:2],
+            "next.gguf",
+            *others[2:],
+        ]
     finally:
         for child in (killed, alive):
             child.kill()
@@ -152,7 +167,8 @@ posix = pytest.mark.skipif(atomic_file.fcntl is None, reason="locks of POSIX")
 
 
 def before_next(monkeypatch, module, name: str, action):
-    """Let the next call of a function do something else first, as another process may at that moment."""
+    """Let the next call of a function do something else first, as another process may at that
+    moment."""
     function = getattr(module, name)
 
     def call(*arguments):
@@ -164,8 +180,11 @@ def before_next(monkeypatch, module, name: str, action):
 
 
 @posix
-@pytest.mark.parametrize("module, name", [(atomic_file.os, "replace"), (atomic_file.fcntl, "flock")],
-                         ids=["before it has its name", "before it is locked"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(atomic_file.os, "replace"), (atomic_file.fcntl, "flock")],
+    ids=["before it has its name", "before it is locked"],
+)
 def test_another_writer_in_the_folder_takes_no_file_away(tmp_path, monkeypatch, module, name):
     with contextlib.ExitStack() as stack:
         if name == "flock":
@@ -174,7 +193,9 @@ def test_another_writer_in_the_folder_takes_no_file_away(tmp_path, monkeypatch, 
         file.write(b"whole")
         if name == "replace":
             before_next(monkeypatch, module, name, lambda: atomic_file.remove_stale_parts(tmp_path))
-    assert left_in(tmp_path) == ["model.gguf"] and (tmp_path / "model.gguf").read_bytes() == b"whole"
+    assert (
+        left_in(tmp_path) == ["model.gguf"] and (tmp_path / "model.gguf").read_bytes() == b"whole"
+    )
 
 
 @posix
@@ -195,7 +216,8 @@ def test_a_cleaner_that_comes_late_takes_no_later_file_of_the_name_away(tmp_path
 
 def test_without_locks_the_parts_of_living_writers_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_file, "fcntl", None)  # as on Windows
-    monkeypatch.setattr(atomic_file.psutil, "pid_exists", {7: True, 8: False, os.getpid(): True}.get)
+    monkeypatch.setattr(atomic_file.psutil, "pid_exists", {7: True, 8: False,
+                                                           os.getpid(): True}.get)
     for writer in (7, 8, os.getpid()):
         (tmp_path / f"model.gguf.{writer}.featherweight.part").touch()
     with atomic_writer(tmp_path / "next.gguf", 10) as file:

@@ -1,26 +1,29 @@
-"""The error of each tensor against a reference file: right, in slices, whatever holds the tensors, and cancellable."""
+"""The error of each tensor against a reference file: right, in slices, whatever holds the tensors,
+and cancellable."""
 import comfy.model_management
 import gguf
 import pytest
 import torch
-from featherweight.loaders.inspect import difference, inspect
-from featherweight.loaders.inspect.contents import of_file
-from featherweight.loaders.inspect.difference import differences
-from featherweight.loaders.inspect.inspection_chart import inspection_picture
-from featherweight.loaders.inspect.inspection_text import error_text, inspection_text
 from host_formats import HOST_FORMATS, in_host_format
 from safetensors.torch import save_file
 
 from devtools.files import bnb_files, tiny_models
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.inspect import difference, inspect
+from featherweight.loaders.inspect.contents import of_file
+from featherweight.loaders.inspect.difference import differences
+from featherweight.loaders.inspect.inspection_chart import inspection_picture
+from featherweight.loaders.inspect.inspection_text import error_text, inspection_text
 
-SIZES = dict(hidden=128, double_blocks=1, single_blocks=1)
+SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
 WEIGHT = "double_blocks.0.img_mlp.0.weight"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return {name: torch.as_tensor(values).clone() for name, values in tiny_models.flux(**SIZES).items()}
+    return {
+        name: torch.as_tensor(values).clone() for name, values in tiny_models.flux(**SIZES).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,9 @@ def test_errors_are_those_of_the_packed_values(packed, dense, model):
     errors = differences(of_file(path), of_file(dense))
     assert errors.keys() == {name for name, tensor in model.items() if tensor.ndim > 1}
     for name, error in errors.items():
-        assert error == pytest.approx(relative(torch.as_tensor(values[name]), model[name]), rel=1e-4)
+        assert error == pytest.approx(
+            relative(torch.as_tensor(values[name]), model[name]), rel=1e-4
+        )
     assert 0.03 < errors[WEIGHT] < 0.2
 
 
@@ -63,42 +68,65 @@ def test_a_model_against_itself_is_exact(dense):
 
 def test_errors_are_in_report_and_picture(packed, dense):
     found, plain = inspect(packed[0], dense)[0], inspect(packed[0])[0]
-    assert f"error against dense.safetensors, mean over {len(found.errors)} tensors: " in inspection_text(found)
+    assert (
+        f"error against dense.safetensors, mean over {len(found.errors)} tensors: "
+        in inspection_text(found)
+    )
     assert not torch.equal(inspection_picture(found), inspection_picture(plain))
 
 
 def test_nf4_whose_blocks_cross_rows_and_fp8_with_its_scale(tmp_path):
-    weights = {f"double_blocks.{index}.w.weight": torch.randn(24, 40, generator=torch.Generator().manual_seed(index))
-               for index in range(2)}
+    weights = {
+        f"double_blocks.{index}.w.weight": torch.randn(
+            24, 40, generator=torch.Generator().manual_seed(index)) for index in range(2)
+    }
     save_file(weights, tmp_path / "dense.safetensors")
     tensors, expected = {}, {}
     name, other = weights
     state, expected[name] = bnb_files.quantised(weights[name], "nf4")[:2]
-    tensors |= {f"{name}{end}": part for end, part in ((key.removeprefix("weight"), part) for key, part in state.items())}
+    tensors |= {
+        f"{name}{end}": part
+        for end, part in ((key.removeprefix("weight"), part) for key, part in state.items())
+    }
     scale = weights[other].abs().max() / 448
     tensors[other] = (weights[other] / scale).to(torch.float8_e4m3fn)
     tensors[other.removesuffix("weight") + "weight_scale"] = scale
     expected[other] = tensors[other].float() * scale
     save_file(tensors, tmp_path / "packed.safetensors")
-    errors = differences(of_file(tmp_path / "packed.safetensors"), of_file(tmp_path / "dense.safetensors"))
-    assert errors == pytest.approx({key: relative(expected[key].view(24, 40), weights[key]) for key in weights}, rel=1e-4)
+    errors = differences(of_file(tmp_path / "packed.safetensors"),
+                         of_file(tmp_path / "dense.safetensors"))
+    assert errors == pytest.approx(
+        {key: relative(expected[key].view(24, 40), weights[key]) for key in weights}, rel=1e-4
+    )
 
 
 def test_a_weight_whose_rows_share_blocks_is_dequantized_once(tmp_path, monkeypatch):
     weight = torch.randn(24, 40)
     state, _ = bnb_files.quantised(weight, "nf4")[:2]
-    save_file({f"a{end}": part for end, part in ((key.removeprefix("weight"), part) for key, part in state.items())},
-              tmp_path / "packed.safetensors")
+    save_file(
+        {
+            f"a{end}": part
+            for end, part in ((key.removeprefix("weight"), part) for key, part in state.items())
+        }, tmp_path / "packed.safetensors")
     save_file({"a": weight}, tmp_path / "dense.safetensors")
     taken, take_rows = [], difference.take_rows
-    monkeypatch.setattr(difference, "take_rows", lambda tensor, rows: taken.append(rows) or take_rows(tensor, rows))
+    monkeypatch.setattr(difference, "take_rows",
+                        lambda tensor, rows: taken.append(rows) or take_rows(tensor, rows))
     monkeypatch.setattr(difference, "SLICE_VALUES", 80)
-    assert len(differences(of_file(tmp_path / "packed.safetensors"), of_file(tmp_path / "dense.safetensors"))) == 1
+    assert (
+        len(
+            differences(
+                of_file(tmp_path / "packed.safetensors"), of_file(tmp_path / "dense.safetensors")
+            )
+        )
+        == 1
+    )
     assert taken == [slice(0, 24)]
 
 
 def test_a_checkpoints_prefix_is_no_other_model(packed, model, tmp_path):
-    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in model.items()}, tmp_path / "all.safetensors")
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in model.items()},
+              tmp_path / "all.safetensors")
     errors = differences(of_file(packed[0]), of_file(tmp_path / "all.safetensors"))
     assert len(errors) == sum(tensor.ndim > 1 for tensor in model.values())
 
@@ -140,7 +168,9 @@ def test_the_user_can_cancel(packed, dense, monkeypatch):
         inspect(packed[0], dense)
 
 
-@pytest.mark.parametrize("error, text", [(0.0, "exact"), (0.0712, "7.1 %"), (0.3, "30 %"), (1.2e-4, "0.012 %")])
+@pytest.mark.parametrize(
+    ("error", "text"), [(0.0, "exact"), (0.0712, "7.1 %"), (0.3, "30 %"), (1.2e-4, "0.012 %")]
+)
 def test_errors_are_said_in_percent(error, text):
     assert error_text(error) == text
 

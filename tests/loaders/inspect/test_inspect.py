@@ -1,35 +1,47 @@
-"""What a file or a model is: kind, family, types, what it needs, and a sentence for whatever cannot be read."""
+"""What a file or a model is: kind, family, types, what it needs, and a sentence for whatever cannot
+be read."""
 import json
 import struct
 
 import comfy.model_detection
 import pytest
 import torch
-from featherweight.loaders.chart import BACKGROUND
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.encoders.encoder_sets import TITLES
-from featherweight.loaders.inspect import inspect
-from featherweight.loaders.inspect.contents import Contents
-from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, LORA, MODEL, block_of, in_model_order, identify
-from featherweight.loaders.inspect.requirements import CARDS, GIB, needs, working
-from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
-from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.ops.format import GGML_FORMATS
+from encoders import ENCODERS
+from encoders.encoder import host_clip, random_weights, small_towers, text_model, write_encoder
+from families import FAMILIES, full_width_shapes
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from devtools.measure import model_sizes
-from encoders import ENCODERS
-from encoders.encoder import host_clip, random_weights, small_towers, text_model, write_encoder
-from families import FAMILIES, full_width_shapes
+from featherweight.loaders.chart import BACKGROUND
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.encoders.encoder_sets import TITLES
+from featherweight.loaders.inspect import inspect
+from featherweight.loaders.inspect.contents import Contents
+from featherweight.loaders.inspect.inspection import (
+    CHECKPOINT,
+    ENCODER,
+    LORA,
+    MODEL,
+    block_of,
+    identify,
+    in_model_order,
+)
+from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
+from featherweight.loaders.inspect.inspection_text import inspection_text
+from featherweight.loaders.inspect.requirements import CARDS, GIB, needs, working
+from featherweight.ops.format import GGML_FORMATS
 
-SIZES = dict(hidden=128, double_blocks=2, single_blocks=3)
+SIZES = {"hidden": 128, "double_blocks": 2, "single_blocks": 3}
 
 
 def contents_of(shapes, name="model.safetensors", **said):
     """A file whose matrices have no values: whoever reads one fails."""
-    tensors = {key: torch.empty(tuple(shape), device="meta" if len(shape) > 1 else "cpu") for key, shape in shapes.items()}
+    tensors = {
+        key: torch.empty(tuple(shape), device="meta" if len(shape) > 1 else "cpu")
+        for key, shape in shapes.items()
+    }
     return Contents(name, tensors, dict.fromkeys(tensors, "F32"), **said,
                     held=sum(tensor.nbytes for tensor in tensors.values()))
 
@@ -38,33 +50,45 @@ def contents_of(shapes, name="model.safetensors", **said):
 def flux_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("flux") / "flux.gguf"
     types = {"img": "Q8_0", "txt": "Q4_0", "lin": "Q5_0"}
-    write_gguf(path, tiny_models.flux(**SIZES), lambda name, values: next(
-        (kind for word, kind in types.items() if f".{word}" in name and "blocks." in name and values.ndim > 1), "F32"))
+    write_gguf(
+        path, tiny_models.flux(**SIZES), lambda name, values: next(
+            (kind for word, kind in types.items()
+             if f".{word}" in name and "blocks." in name and values.ndim > 1), "F32"))
     return path
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "ace-step-1.5"])  # not built without values
+# not built without values
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "ace-step-1.5"])
 def test_a_diffusion_model_is_recognised_without_reading_a_matrix(name):
-    found = identify(contents_of(full_width_shapes(FAMILIES[name]), metadata=FAMILIES[name].metadata))
+    found = identify(
+        contents_of(full_width_shapes(FAMILIES[name]), metadata=FAMILIES[name].metadata))
     assert found.kind == MODEL and found.family and found.host
     assert sum(count for count, _ in found.types.values()) == len(full_width_shapes(FAMILIES[name]))
 
 
-@pytest.mark.parametrize("name, encoder, vae", [
+@pytest.mark.parametrize(("name", "encoder", "vae"), [
     ("flux-dev", "CLIP-L and T5-XXL (type flux)", "Flux (ae.safetensors)"),
-    ("sd1.5", "CLIP-L (type stable_diffusion)", "SD 1.5"), ("sdxl", "CLIP-L and CLIP-G (type sdxl)", "SDXL"),
-    ("sd3.5", "CLIP-L and CLIP-G and T5-XXL (type sd3)", "SD3"), ("wan2.1-i2v", "UMT5-XXL (type wan)", "Wan 2.1"),
-    ("wan2.2-ti2v", "UMT5-XXL (type wan)", "Wan 2.2"), ("qwen-image", "Qwen2.5 7B (type qwen_image)", "Qwen-Image"),
+    ("sd1.5", "CLIP-L (type stable_diffusion)", "SD 1.5"), ("sdxl", "CLIP-L and CLIP-G (type"
+                                                                    " sdxl)", "SDXL"),
+    ("sd3.5", "CLIP-L and CLIP-G and T5-XXL (type sd3)", "SD3"), ("wan2.1-i2v", "UMT5-XXL (type"
+                                                                                " wan)", "Wan 2.1"),
+    ("wan2.2-ti2v", "UMT5-XXL (type wan)", "Wan 2.2"), ("qwen-image", "Qwen2.5 7B (type"
+                                                                      " qwen_image)", "Qwen-Image"),
     ("z-image", "Qwen3 4B (type lumina2)", "Flux (ae.safetensors)"),
     ("chroma", "T5-XXL (type chroma)", "Flux (ae.safetensors)"),
     ("lumina2", "Gemma 2 2B (type lumina2)", "Flux (ae.safetensors)"),
     ("hunyuan-video", "CLIP-L and Llama 3 8B (type hunyuan_video)", "HunyuanVideo"),
 ])
 def test_what_else_a_model_needs(name, encoder, vae):
-    assert identify(contents_of(full_width_shapes(FAMILIES[name]))).needs == {"text encoder": encoder, "VAE": vae}
+    assert identify(contents_of(full_width_shapes(FAMILIES[name]))).needs == {
+        "text encoder": encoder,
+        "VAE": vae,
+    }
 
 
-@pytest.mark.parametrize("model", [model for model in model_sizes.MODELS if model.working], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [model for model in model_sizes.MODELS if model.working], ids=lambda model: model.name
+)
 def test_memory_is_what_the_docs_say(model):
     tensors = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     config = comfy.model_detection.model_config_from_unet(tensors, "")
@@ -78,20 +102,35 @@ def test_cards_say_what_fits_and_what_stays_outside():
     flux = next(model for model in model_sizes.MODELS if model.name.startswith("Flux.1"))
     found = identify(contents_of(flux.shapes()))
     assert [card.gib for card in found.cards] == list(CARDS)
-    assert [card.best for card in found.cards] == [model_sizes.best_fit(flux, gib).replace("partly", "") for gib in CARDS]
-    assert all(card.missing == pytest.approx(found.held + model_sizes.gpu_bytes(flux, "BF16") - card.gib * GIB
-                                             - model_sizes.bytes_of(flux.shapes(), "BF16"), rel=1e-6) for card in found.cards)
-    assert "card of 6" in inspection_text(found) and "stay in the computer's memory" in inspection_text(found)
+    assert [card.best for card in found.cards] == [
+        model_sizes.best_fit(flux, gib).replace("partly", "") for gib in CARDS
+    ]
+    assert all(card.missing == pytest.approx(
+        found.held + model_sizes.gpu_bytes(flux, "BF16") - card.gib * GIB -
+        model_sizes.bytes_of(flux.shapes(), "BF16"), rel=1e-6) for card in found.cards)
+    assert "card of 6" in inspection_text(
+        found
+    ) and "stay in the computer's memory" in inspection_text(found)
 
 
-@pytest.mark.parametrize("name", ["t5-xxl", "umt5-xxl", "clip-l", "clip-g", "qwen3-4b", "gemma-3-12b"])
+@pytest.mark.parametrize(
+    "name", ["t5-xxl", "umt5-xxl", "clip-l", "clip-g", "qwen3-4b", "gemma-3-12b"]
+)
 def test_a_text_encoder_is_recognised(name):
     encoder = ENCODERS[name]
     with small_towers(encoder):
-        shapes = {key: value.shape for key, value in text_model(host_clip(encoder, {})).transformer.state_dict().items()}
+        shapes = {
+            key: value.shape
+            for key, value in text_model(host_clip(encoder, {})).transformer.state_dict().items()
+        }
     found = identify(contents_of(shapes | encoder.markers))
     assert found.kind == ENCODER and found.cards
-    assert found.family == TITLES[encoder.te_model.replace("T5", "UMT5") if name.startswith("umt5") else encoder.te_model]
+    assert (
+        found.family
+        == TITLES[
+            encoder.te_model.replace("T5", "UMT5") if name.startswith("umt5") else encoder.te_model
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", ["t5-xxl", "qwen3-4b"])
@@ -102,12 +141,14 @@ def test_a_text_encoder_in_llama_cpps_names_is_recognised(name, tmp_path):
 
 
 OTHERS = {
-    LORA: {f"lora_unet_double_blocks_{index}_img_attn_proj.lora_{part}.weight": shape for index in range(3)
-           for part, shape in (("down", (4, 3072)), ("up", (3072, 4)))},
-    "VAE": {"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
-    "vision part (mmproj) of a text encoder": {"v.blk.0.attn_q.weight": (64, 64), "mm.0.weight": (64, 64)},
-    "ControlNet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
-    "weight file of no kind that is known here": {"one.weight": (4, 4), "two.bias": (4,)},
+    LORA: {
+        f"lora_unet_double_blocks_{index}_img_attn_proj.lora_{part}.weight": shape
+        for index in range(3) for part, shape in (("down", (4, 3072)), ("up", (3072, 4)))
+    }, "VAE": {"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
+    "vision part (mmproj) of a text encoder": {
+        "v.blk.0.attn_q.weight": (64, 64), "mm.0.weight": (64, 64)
+    }, "ControlNet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
+    "weight file of no kind that is known here": {"one.weight": (4, 4), "two.bias": (4,)}
 }
 
 
@@ -123,8 +164,12 @@ def test_a_lora_says_what_it_is_for():
 
 
 def test_a_checkpoint_says_what_is_in_it():
-    shapes = {f"model.diffusion_model.{name}": shape for name, shape in tiny_models.flux_shapes(**SIZES).items()}
-    found = identify(contents_of(shapes | {"first_stage_model.decoder.conv_in.weight": (64, 16, 3, 3)}))
+    shapes = {
+        f"model.diffusion_model.{name}": shape
+        for name, shape in tiny_models.flux_shapes(**SIZES).items()
+    }
+    found = identify(
+        contents_of(shapes | {"first_stage_model.decoder.conv_in.weight": (64, 16, 3, 3)}))
     assert found.kind == CHECKPOINT and set(found.parts) == {MODEL, "VAE"}
     assert set(found.needs) == {"text encoder"}
     assert "in it: diffusion model" in inspection_text(found)
@@ -134,7 +179,9 @@ def test_a_file_and_the_model_loaded_from_it_are_the_same(flux_file):
     from_file, = inspect(flux_file)
     model = load_diffusion_model(str(flux_file))
     from_model, = inspect(model)
-    assert from_file.types == from_model.types and from_file.host == from_model.host == "FluxSchnell"
+    assert (
+        from_file.types == from_model.types and from_file.host == from_model.host == "FluxSchnell"
+    )
     assert from_file.name == from_model.name == "flux.gguf"
     assert from_model.held == model.model_size()
 
@@ -180,10 +227,12 @@ def test_what_cannot_be_read_says_why_in_a_sentence(name, tmp_path, flux_file):
 
 
 def test_a_package_of_diffusers_is_inspected_part_by_part(tmp_path):
-    for part, shapes in (("transformer", {"img_in.weight": (8, 8)}), ("vae", {"decoder.conv_in.weight": (8, 4, 3, 3)})):
+    for part, shapes in (("transformer", {"img_in.weight": (8, 8)}),
+                         ("vae", {"decoder.conv_in.weight": (8, 4, 3, 3)})):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
-        save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / part / "model.safetensors")
+        save_file({name: torch.zeros(shape) for name, shape in shapes.items()},
+                  tmp_path / part / "model.safetensors")
     assert [found.name for found in inspect(tmp_path)] == ["transformer", "vae"]
     assert inspect(tmp_path)[1].kind == "VAE"
 
@@ -191,24 +240,35 @@ def test_a_package_of_diffusers_is_inspected_part_by_part(tmp_path):
 def test_a_file_made_here_says_how(tmp_path):
     path = tmp_path / "made.gguf"
     plan = json.dumps({"types": {"Q8_0": ["a", "b"], "F32": ["c"]}})
-    write_gguf(path, tiny_models.flux(**SIZES), lambda name, values: "F32", metadata={"featherweight.plan": plan})
+    write_gguf(path, tiny_models.flux(**SIZES), lambda name, values: "F32",
+               metadata={"featherweight.plan": plan})
     assert "made here, plan: Q8_0 2, F32 1" in inspection_text(inspect(path)[0])
 
 
-@pytest.mark.parametrize("name, block", [
-    ("double_blocks.3.img_attn.qkv.weight", "double_blocks.3"),
-    ("model.diffusion_model.single_blocks.0.linear1.bias", "single_blocks.0"),
-    ("img_in.weight", "img_in"), ("model.layers.7.mlp.up_proj.weight", "layers.7"), ("blk.5.attn_q.weight", "blk.5"),
-    ("encoder.block.2.layer.0.SelfAttention.q.weight", "block.2"), ("token_embd.weight", "token_embd"),
-    ("txt_in.individual_token_refiner.blocks.1.mlp.0.weight", "individual_token_refiner.blocks.1"), ("scale", "scale"),
-])
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("double_blocks.3.img_attn.qkv.weight", "double_blocks.3"),
+        ("model.diffusion_model.single_blocks.0.linear1.bias", "single_blocks.0"),
+        ("img_in.weight", "img_in"),
+        ("model.layers.7.mlp.up_proj.weight", "layers.7"),
+        ("blk.5.attn_q.weight", "blk.5"),
+        ("encoder.block.2.layer.0.SelfAttention.q.weight", "block.2"),
+        ("token_embd.weight", "token_embd"),
+        (
+            "txt_in.individual_token_refiner.blocks.1.mlp.0.weight",
+            "individual_token_refiner.blocks.1",
+        ),
+        ("scale", "scale"),
+    ],
+)
 def test_tensors_belong_to_blocks(name, block):
     assert block_of(name) == block
 
 
 def test_blocks_stand_in_the_order_of_their_numbers():
     names = ["img_in", "double_blocks.10", "double_blocks.2", "final_layer", "double_blocks.0"]
-    assert list(in_model_order(dict.fromkeys(names, {}))) == [
+    assert list(in_model_order({name: {} for name in names})) == [
         "img_in", "double_blocks.0", "double_blocks.2", "double_blocks.10", "final_layer"]
 
 
@@ -220,7 +280,10 @@ def test_the_picture_has_the_colour_of_each_type(flux_file):
 
 
 def test_common_types_have_colours_of_their_own():
-    common = ["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "NF4", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "F8_E4M3"]
+    common = [
+        "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "NF4", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32",
+        "F8_E4M3"
+    ]
     assert len({color_of(kind) for kind in common}) == len(common)
     assert color_of("NF4_128") == color_of("NF4")
     assert all(len(color_of(packed.__name__)) == 3 for packed in GGML_FORMATS.values())

@@ -1,4 +1,5 @@
-"""LoRA files: what they are recognised as, what fits a model, and what is refused in plain words."""
+"""LoRA files: what they are recognised as, what fits a model, and what is refused in plain
+words."""
 import comfy.lora
 import comfy.utils
 import gguf
@@ -6,21 +7,21 @@ import numpy as np
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.lora.apply import apply_lora
-from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.lora.compatibility import check_lora
-from featherweight.loaders.lora.report import report_text
-from featherweight.loaders.lora.weight_change import change_norm
-from featherweight.loaders.lora.families import LAYOUTS, recognise
-from featherweight.loaders.lora.report_chart import report_picture
+from lora_models import MODELS, empty_clip, empty_model, pairs, peft, weight_shapes
 from safetensors.torch import save_file
 
-from lora_models import MODELS, empty_clip, empty_model, pairs, peft, weight_shapes
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.lora.apply import apply_lora
+from featherweight.loaders.lora.compatibility import check_lora
+from featherweight.loaders.lora.families import LAYOUTS, recognise
+from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.lora.report import report_text
+from featherweight.loaders.lora.report_chart import report_picture
+from featherweight.loaders.lora.weight_change import change_norm
 
 PREFIX = "diffusion_model."
-SMALL_FLUX = dict(hidden_size=128, num_heads=1, depth=2, depth_single_blocks=2, context_in_dim=64, vec_in_dim=None,
-                  guidance_embed=False)
+SMALL_FLUX = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64,
+                  "vec_in_dim": None, "guidance_embed": False}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,10 @@ def small_flux():
 
 
 def block_shapes(model, *parts):
-    return {name.removeprefix(PREFIX): shape for name, shape in weight_shapes(model.model, *parts or ("blocks.",)).items()}
+    return {
+        name.removeprefix(PREFIX): shape
+        for name, shape in weight_shapes(model.model, *parts or ("blocks.",)).items()
+    }
 
 
 def kohya(shapes):
@@ -47,11 +51,19 @@ def diffusers_flux(model):
     """Flux layers under diffusers' names, where q, k and v are layers of their own."""
     weights = dict(model.model.named_parameters())
     shapes = {}
-    for name, target in comfy.utils.flux_to_diffusers(model.model.model_config.unet_config, PREFIX).items():
+    for name, target in comfy.utils.flux_to_diffusers(model.model.model_config.unet_config,
+                                                      PREFIX).items():
         key, offset = (target, None) if isinstance(target, str) else (target[0], target[1])
         # Names of Flux.2 and of LyCORIS stand for the same layers again.
-        if "transformer_blocks" in name and name.endswith(".weight") and key in weights and weights[key].ndim > 1 \
-                and "linear_" not in name and "to_qkv_mlp" not in name and not name.endswith("attn.to_out.weight"):
+        if (
+            "transformer_blocks" in name
+            and name.endswith(".weight")
+            and key in weights
+            and weights[key].ndim > 1
+            and "linear_" not in name
+            and "to_qkv_mlp" not in name
+            and not name.endswith("attn.to_out.weight")
+        ):
             rows = weights[key].shape[0] if offset is None else offset[2]
             shapes[f"transformer.{name.removesuffix('.weight')}"] = (rows, weights[key].shape[1])
     return shapes
@@ -60,10 +72,12 @@ def diffusers_flux(model):
 def unet_names(model, *parts):
     """UNet layers under diffusers' names, as LoRA trainers write them."""
     weights = dict(model.model.named_parameters())
-    return {name.removesuffix(".weight"): weights[PREFIX + key].shape
-            for name, key in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()
-            if name.endswith(".weight") and PREFIX + key in weights and weights[PREFIX + key].ndim > 1
-            and any(part in name for part in parts)}
+    return {
+        name.removesuffix(".weight"): weights[PREFIX + key].shape
+        for name, key in comfy.utils.unet_to_diffusers(
+            model.model.model_config.unet_config).items() if name.endswith(".weight") and PREFIX +
+        key in weights and weights[PREFIX + key].ndim > 1 and any(part in name for part in parts)
+    }
 
 
 def xlabs(model):
@@ -81,15 +95,16 @@ def text_names(prefix, module):
 
 
 STYLES = {
-    "kohya": lambda model: pairs(kohya(block_shapes(model)), alpha=True),
-    "BFL": lambda model: pairs({PREFIX + name: shape for name, shape in block_shapes(model).items()}),
-    "PEFT": lambda model: peft({PREFIX + name: shape for name, shape in block_shapes(model).items()}),
+    "kohya": lambda model: pairs(kohya(block_shapes(model)), alpha=True), "BFL": lambda model:
+    pairs({PREFIX + name: shape for name, shape in block_shapes(model).items()}), "PEFT": lambda
+    model: peft({PREFIX + name: shape for name, shape in block_shapes(model).items()}),
     "PEFT, saved by itself": lambda model: peft(
         {f"base_model.model.{name}": shape for name, shape in block_shapes(model).items()}),
     "diffusers": lambda model: peft(diffusers_flux(model)),
-    "diffusers, saved by PEFT": lambda model: peft(
-        {f"base_model.model.{name.removeprefix('transformer.')}": shape for name, shape in diffusers_flux(model).items()}),
-    "XLabs": xlabs,
+    "diffusers, saved by PEFT": lambda model: peft({
+        f"base_model.model.{name.removeprefix('transformer.')}": shape
+        for name, shape in diffusers_flux(model).items()
+    }), "XLabs": xlabs
 }
 
 
@@ -98,13 +113,21 @@ def test_key_styles_of_flux_are_recognised(style, small_flux):
     lora = STYLES[style](small_flux)
     report = check_lora(small_flux, None, lora)
     layers = sum(key.endswith(("up.weight", "lora_B.weight")) for key in lora)
-    assert (report.matched, report.layers, report.misfits, report.unread) == (layers, layers, {}, [])
+    assert (report.matched, report.layers, report.misfits, report.unread) == (
+        layers,
+        layers,
+        {},
+        [],
+    )
     assert report.fits == "yes" and report.kinds == {"LoRA": layers} and report.ranks == [1]
 
 
 @pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
-@pytest.mark.parametrize("parts", [("attentions",), ("attentions", "resnets", "samplers", "time_emb", "conv")],
-                         ids=["kohya", "LCM"])
+@pytest.mark.parametrize(
+    "parts",
+    [("attentions",), ("attentions", "resnets", "samplers", "time_emb", "conv")],
+    ids=["kohya", "LCM"],
+)
 def test_key_styles_of_unets_are_recognised(models, name, parts):
     model = models(name)
     shapes = unet_names(model, *parts)
@@ -113,8 +136,14 @@ def test_key_styles_of_unets_are_recognised(models, name, parts):
     assert report.family.names == (name,) == report.model_family.names
 
 
-@pytest.mark.parametrize("name, prefixes", [("SD1.5", {"lora_te": "clip_l"}), ("SD1.5", {"lora_te1": "clip_l"}),
-                                            ("SDXL", {"lora_te1": "clip_l", "lora_te2": "clip_g"})])
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("SD1.5", {"lora_te": "clip_l"}),
+        ("SD1.5", {"lora_te1": "clip_l"}),
+        ("SDXL", {"lora_te1": "clip_l", "lora_te2": "clip_g"}),
+    ],
+)
 def test_text_encoder_layers_are_recognised_and_not_missed_without_one(models, name, prefixes):
     model, clip = models(name), empty_clip(name)
     shapes = {key: shape for prefix, part in prefixes.items()
@@ -131,25 +160,39 @@ def test_text_encoder_layers_are_recognised_and_not_missed_without_one(models, n
 def lora_of(models, name):
     if name.startswith("SD"):
         return pairs(kohya(unet_names(models(name), "attentions")))
-    return pairs(kohya(block_shapes(models(name), "double_blocks.0.", "double_blocks.4.", "single_blocks.19.")))
+    return pairs(
+        kohya(
+            block_shapes(models(name), "double_blocks.0.", "double_blocks.4.",
+                         "single_blocks.19.")))
 
 
-WRONG = [("Flux.2 Klein 4B", "Flux.2 dev"), ("Flux.2 Klein 9B", "Flux.2 dev"), ("Flux.2 dev", "Flux.2 Klein 4B"),
-         ("Flux.1", "Flux.2 dev"), ("Flux.2 dev", "Flux.1"), ("SDXL", "SD1.5"), ("SD1.5", "SDXL"), ("Flux.1", "SDXL")]
+WRONG = [("Flux.2 Klein 4B", "Flux.2 dev"), ("Flux.2 Klein 9B", "Flux.2 dev"),
+         ("Flux.2 dev", "Flux.2 Klein 4B"), ("Flux.1", "Flux.2 dev"), ("Flux.2 dev", "Flux.1"),
+         ("SDXL", "SD1.5"), ("SD1.5", "SDXL"), ("Flux.1", "SDXL")]
 
 
-@pytest.mark.parametrize("made_for, model", WRONG, ids=lambda name: name)
+@pytest.mark.parametrize(("made_for", "model"), WRONG, ids=lambda name: name)
 def test_a_lora_of_another_family_is_told_in_a_sentence(models, made_for, model):
     report = check_lora(models(model), None, lora_of(models, made_for), measure=False)
-    assert made_for in report.family.names and model in report.model_family.names and not report.related
-    assert made_for in report.verdict and f"the model is {model}" in report.verdict and "\n" not in report.verdict
+    assert (
+        made_for in report.family.names
+        and model in report.model_family.names
+        and not report.related
+    )
+    assert (
+        made_for in report.verdict
+        and f"the model is {model}" in report.verdict
+        and "\n" not in report.verdict
+    )
     assert report.fits == "no" or "not what it was trained for" in report.verdict
 
 
 def test_the_sentence_names_families_and_widths(models):
     report = check_lora(models("Flux.2 dev"), None, lora_of(models, "Flux.2 Klein 4B"))
-    assert report.verdict == ("This LoRA is made for Flux.2 Klein 4B (3072 wide); the model is Flux.2 dev (6144 wide):"
-                              " it cannot be used.")
+    assert report.verdict == (
+        "This LoRA is made for Flux.2 Klein 4B (3072 wide); the model is Flux.2 dev (6144 wide):"
+        " it cannot be used."
+    )
     assert "it is made for a weight of 9216 x 3072, not of 18432 x 6144" in report_text(report)
     assert report_picture(report).std() > 0
 
@@ -161,7 +204,9 @@ def test_a_lora_of_every_layer_is_told_apart_from_all_other_families(models, nam
         shapes = unet_names(model, "attentions")
     else:
         shapes = block_shapes(model)
-    assert recognise({key: (shape[0], shape[1:].numel()) for key, shape in shapes.items()}).names == (name,)
+    assert recognise(
+        {key: (shape[0], shape[1:].numel()) for key, shape in shapes.items()}
+    ).names == (name,)
 
 
 def test_names_of_families_are_unique():
@@ -177,7 +222,8 @@ def test_metadata_decides_between_families_that_the_layers_leave_open():
 
 
 def saved(tmp_path, tensors, name="lora.safetensors", **metadata):
-    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / name, metadata or None)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / name, metadata
+              or None)
     return tmp_path / name
 
 
@@ -186,18 +232,19 @@ GOOD = pairs({LAYER: (128, 128)}, rank=2)
 UP, DOWN = f"{LAYER}.lora_up.weight", f"{LAYER}.lora_down.weight"
 REFUSED = {
     "half a pair": ({UP: GOOD[UP]}, "half a pair .*lora_down.weight.* missing"),
-    "rank 0": ({UP: torch.zeros(128, 0), DOWN: torch.zeros(0, 128)}, "rank 0"),
-    "NaN": (GOOD | {UP: GOOD[UP] * torch.nan}, "NaN or infinite"),
+    "rank 0": ({UP: torch.zeros(128, 0), DOWN: torch.zeros(0, 128)},
+               "rank 0"), "NaN": (GOOD | {UP: GOOD[UP] * torch.nan}, "NaN or infinite"),
     "Inf": (GOOD | {DOWN: GOOD[DOWN] / 0}, "NaN or infinite"),
-    "ranks differ": (GOOD | {DOWN: torch.zeros(3, 128)}, "do not belong together"),
-    "checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}, "a whole checkpoint"),
-    "model": ({f"double_blocks.{block}.img_attn.proj.weight": torch.zeros(128, 128) for block in range(3)},
-              r"a whole diffusion model \(.*128 wide\)"),
-    "text encoder": ({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(4, 4)}, "a text encoder"),
-    "embedding": ({"emb_params": torch.zeros(4, 768)}, "an embedding"),
-    "VAE": ({"decoder.conv_in.weight": torch.zeros(4, 4)}, "a VAE"),
-    "something": ({"something": torch.zeros(4)}, "has no LoRA in it"),
-    "nothing": ({}, "holds no tensors"),
+    "ranks differ": (GOOD | {DOWN: torch.zeros(3, 128)}, "do not belong together"), "checkpoint": ({
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)
+    }, "a whole checkpoint"), "model": ({
+        f"double_blocks.{block}.img_attn.proj.weight": torch.zeros(128, 128) for block in range(3)
+    }, r"a whole diffusion model \(.*128 wide\)"), "text encoder": ({
+        "text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(4, 4)
+    }, "a text encoder"), "embedding": ({"emb_params": torch.zeros(4, 768)}, "an embedding"),
+    "VAE": ({"decoder.conv_in.weight": torch.zeros(4, 4)},
+            "a VAE"), "something": ({"something": torch.zeros(4)},
+                                    "has no LoRA in it"), "nothing": ({}, "holds no tensors")
 }
 
 
@@ -209,8 +256,15 @@ def test_what_is_no_lora_is_refused_in_one_sentence(case, tmp_path):
     assert str(error.value).startswith("lora.safetensors ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("cut, message", [(0, "is empty"), (7, "damaged or incomplete"), (60, "damaged or incomplete"),
-                                          (-50, "damaged or incomplete")])
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (0, "is empty"),
+        (7, "damaged or incomplete"),
+        (60, "damaged or incomplete"),
+        (-50, "damaged or incomplete"),
+    ],
+)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_truncated_file_is_refused(tmp_path, cut, message, suffix):
     path = tmp_path / f"lora{suffix}"
@@ -232,7 +286,8 @@ def test_a_web_page_and_a_missing_file_are_named(tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_good_file_is_read_with_its_metadata(tmp_path, suffix):
     path = tmp_path / f"lora{suffix}"
-    torch.save(GOOD, path) if suffix == ".pt" else save_file(GOOD, path, {"ss_base_model_version": "flux1"})
+    torch.save(GOOD, path) if suffix == ".pt" else save_file(GOOD, path,
+                                                             {"ss_base_model_version": "flux1"})
     tensors, metadata = load_lora_file(path)
     assert tensors.keys() == GOOD.keys() and torch.equal(tensors[UP], GOOD[UP])
     assert metadata == ({} if suffix == ".pt" else {"ss_base_model_version": "flux1"})
@@ -248,9 +303,16 @@ def test_layers_that_are_damaged_are_named_and_the_others_apply(small_flux, tmp_
     lora |= pairs({"lora_unet_nowhere": (4, 4)}) | {"stray": torch.zeros(1)}
     tensors, metadata = load_lora_file(saved(tmp_path, lora))
     report = check_lora(small_flux, None, tensors, metadata)
-    assert report.fits == "partly" and report.matched == len(stems) - 3 and report.layers == len(stems) + 1
+    assert (
+        report.fits == "partly"
+        and report.matched == len(stems) - 3
+        and report.layers == len(stems) + 1
+    )
     assert "half a pair" in report.misfits[stems[0]] and "NaN" in report.misfits[stems[1]]
-    assert "made for a weight of" in report.misfits[stems[2]] and report.misfits["lora_unet_nowhere"] == "missing in the model"
+    assert (
+        "made for a weight of" in report.misfits[stems[2]]
+        and report.misfits["lora_unet_nowhere"] == "missing in the model"
+    )
     assert report.unread == ["stray"]
     patched, _ = apply_lora(small_flux, None, report, 1.0, 1.0)
     assert len(patched.patches) == report.matched and not small_flux.patches
@@ -260,15 +322,21 @@ def test_layers_that_are_damaged_are_named_and_the_others_apply(small_flux, tmp_
 def test_a_layer_of_pefts_dora_does_not_fit(end, small_flux):
     lora = peft({PREFIX + name: shape for name, shape in block_shapes(small_flux).items()})
     stems = [key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight")]
-    lora[f"{stems[0]}.lora_magnitude_vector{end}"] = torch.ones(lora[f"{stems[0]}.lora_B.weight"].shape[0])
+    lora[f"{stems[0]}.lora_magnitude_vector{end}"] = torch.ones(
+        lora[f"{stems[0]}.lora_B.weight"].shape[0])
     report = check_lora(small_flux, None, lora)
-    assert report.fits == "partly" and report.matched == len(stems) - 1 and list(report.misfits) == stems[:1]
+    assert (
+        report.fits == "partly"
+        and report.matched == len(stems) - 1
+        and list(report.misfits) == stems[:1]
+    )
     assert "DoRA as PEFT" in report.misfits[stems[0]] and f"{stems[0]}.weight" not in report.patches
 
 
 def test_the_host_computes_another_dora_than_peft():
     """The day it fails, `lora_magnitude_vector` can be read as `dora_scale`."""
-    weight, up, down = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in ((6, 8), (6, 2), (2, 8)))
+    weight, up, down = (torch.randn(shape, generator=torch.Generator().manual_seed(7))
+                        for shape in ((6, 8), (6, 2), (2, 8)))
     changed = weight.double() + up.double() @ down.double()
     magnitudes = weight.double().norm(dim=1, keepdim=True) * 1.1
     peft_weight = magnitudes * changed / changed.norm(dim=1, keepdim=True)
@@ -277,7 +345,7 @@ def test_the_host_computes_another_dora_than_peft():
     assert (hosts.double() - peft_weight).norm() > 0.1 * (peft_weight - weight.double()).norm()
 
 
-@pytest.mark.parametrize("alpha, strength", [(0.0, 1.0), (8.0, 2.0)])
+@pytest.mark.parametrize(("alpha", "strength"), [(0.0, 1.0), (8.0, 2.0)])
 def test_an_alpha_of_zero_in_a_gguf_adapter_is_none(alpha, strength, small_flux, tmp_path):
     name, (rows, columns) = next(iter(block_shapes(small_flux, "single_blocks").items()))
     writer = gguf.GGUFWriter(str(tmp_path / "adapter.gguf"), "flux")
@@ -285,14 +353,17 @@ def test_an_alpha_of_zero_in_a_gguf_adapter_is_none(alpha, strength, small_flux,
     writer.add_float32("adapter.lora.alpha", alpha)
     writer.add_tensor(f"{name}.weight.lora_a", np.ones((4, columns), np.float32))
     writer.add_tensor(f"{name}.weight.lora_b", np.ones((rows, 4), np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    (patch,) = check_lora(small_flux, None, *load_lora_file(tmp_path / "adapter.gguf")).patches.values()
-    changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], torch.zeros(rows, columns), "weight")
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(
+    ), writer.close()
+    (patch,) = check_lora(small_flux, None,
+                          *load_lora_file(tmp_path / "adapter.gguf")).patches.values()
+    changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)],
+                                          torch.zeros(rows, columns), "weight")
     torch.testing.assert_close(changed, torch.full((rows, columns), 4 * strength))
 
 
 def test_a_gguf_adapter_reads_like_the_same_lora_as_safetensors(small_flux, tmp_path):
-    layers = {name: shape for name, shape in block_shapes(small_flux, "single_blocks").items()}
+    layers = dict(block_shapes(small_flux, "single_blocks").items())
     lora = peft({PREFIX + name: shape for name, shape in layers.items()}, rank=4)
     writer = gguf.GGUFWriter(str(tmp_path / "adapter.gguf"), "flux")
     writer.add_type("adapter")
@@ -300,12 +371,16 @@ def test_a_gguf_adapter_reads_like_the_same_lora_as_safetensors(small_flux, tmp_
     writer.add_float32("adapter.lora.alpha", 8.0)
     for name in layers:
         writer.add_tensor(f"{name}.weight.lora_a", lora[f"{PREFIX}{name}.lora_A.weight"].numpy())
-        writer.add_tensor(f"{name}.weight.lora_b", lora[f"{PREFIX}{name}.lora_B.weight"].numpy().astype(np.float16))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+        writer.add_tensor(f"{name}.weight.lora_b",
+                          lora[f"{PREFIX}{name}.lora_B.weight"].numpy().astype(np.float16))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(
+    ), writer.close()
     tensors, metadata = load_lora_file(tmp_path / "adapter.gguf")
     assert metadata["general.type"] == "adapter"
     for key, value in lora.items():
-        torch.testing.assert_close(tensors[key], value.half().float() if "lora_B" in key else value, rtol=0, atol=0)
+        torch.testing.assert_close(tensors[key],
+                                   value.half().float() if "lora_B" in key else value, rtol=0,
+                                   atol=0)
     report = check_lora(small_flux, None, tensors, metadata)
     assert report.fits == "yes" and report.matched == len(layers)
     assert next(iter(report.patches.values())).weights[2] == 8.0
@@ -314,21 +389,27 @@ def test_a_gguf_adapter_reads_like_the_same_lora_as_safetensors(small_flux, tmp_
 def test_a_gguf_model_picked_as_a_lora_is_refused(tmp_path):
     writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "flux")
     writer.add_tensor("img_in.weight", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    with pytest.raises(WeightFileError, match="model.gguf is a GGUF file of kind 'flux' without a LoRA"):
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(
+    ), writer.close()
+    with pytest.raises(WeightFileError,
+                       match="model.gguf is a GGUF file of kind 'flux' without a LoRA"):
         load_lora_file(tmp_path / "model.gguf")
 
 
 def test_a_gguf_adapter_of_a_text_encoder_gets_its_librarys_names(tmp_path):
     for architecture, name, expected in (
         ("qwen3", "blk.1.attn_q", "text_encoders.transformer.model.layers.1.self_attn.q_proj"),
-        ("t5encoder", "enc.blk.0.ffn_down", "text_encoders.transformer.encoder.block.0.layer.1.DenseReluDense.wo"),
-    ):
+        ("t5encoder", "enc.blk.0.ffn_down",
+         "text_encoders.transformer.encoder.block.0.layer.1.DenseReluDense.wo")):
         writer = gguf.GGUFWriter(str(tmp_path / "adapter.gguf"), architecture)
         for half, shape in (("a", (2, 8)), ("b", (8, 2))):
             writer.add_tensor(f"{name}.weight.lora_{half}", np.ones(shape, np.float32))
-        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-        assert load_lora_file(tmp_path / "adapter.gguf")[0].keys() == {f"{expected}.lora_A.weight", f"{expected}.lora_B.weight"}
+        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(
+        ), writer.close()
+        assert load_lora_file(tmp_path / "adapter.gguf")[0].keys() == {
+            f"{expected}.lora_A.weight",
+            f"{expected}.lora_B.weight",
+        }
 
 
 def other_kinds():
@@ -339,21 +420,26 @@ def other_kinds():
     alpha = {".alpha": torch.tensor(2.0)}
     return {
         "LoRA": {".lora_up.weight": rand(128, 4), ".lora_down.weight": rand(4, 128), **alpha},
-        "DoRA": {".lora_up.weight": rand(128, 4), ".lora_down.weight": rand(4, 128), ".dora_scale": rand(128, 1)},
-        "LoHa": {".hada_w1_a": rand(128, 3), ".hada_w1_b": rand(3, 128), ".hada_w2_a": rand(128, 3), ".hada_w2_b": rand(3, 128),
-                 **alpha},
-        "LoKr": {".lokr_w1": rand(8, 8), ".lokr_w2_a": rand(16, 2), ".lokr_w2_b": rand(2, 16), **alpha},
-        "OFT": {".oft_blocks": rand(8, 16, 16)},
-        "BOFT": {".oft_blocks": rand(2, 8, 16, 16), **alpha},
-        "GLoRA": {".a1.weight": rand(4, 128), ".a2.weight": rand(128, 4), ".b1.weight": rand(4, 128),
-                  ".b2.weight": rand(128, 4)},
-        "full difference": {".diff": rand(128, 128)},
+        "DoRA": {
+            ".lora_up.weight": rand(128, 4), ".lora_down.weight": rand(4, 128),
+            ".dora_scale": rand(128, 1)
+        }, "LoHa": {
+            ".hada_w1_a": rand(128, 3), ".hada_w1_b": rand(3, 128), ".hada_w2_a": rand(128, 3),
+            ".hada_w2_b": rand(3, 128), **alpha
+        }, "LoKr": {
+            ".lokr_w1": rand(8, 8), ".lokr_w2_a": rand(16, 2), ".lokr_w2_b": rand(2, 16), **alpha
+        }, "OFT": {".oft_blocks": rand(8, 16, 16)},
+        "BOFT": {".oft_blocks": rand(2, 8, 16, 16), **alpha}, "GLoRA": {
+            ".a1.weight": rand(4, 128), ".a2.weight": rand(128, 4), ".b1.weight": rand(4, 128),
+            ".b2.weight": rand(128, 4)
+        }, "full difference": {".diff": rand(128, 128)}
     }
 
 
 @pytest.mark.parametrize("kind", other_kinds())
 def test_kinds_are_named_and_their_change_is_what_the_host_does(kind, small_flux):
-    report = check_lora(small_flux, None, {LAYER + end: value for end, value in other_kinds()[kind].items()})
+    report = check_lora(small_flux, None,
+                        {LAYER + end: value for end, value in other_kinds()[kind].items()})
     assert (report.fits, report.kinds) == ("yes", {kind: 1})
     value = next(iter(report.patches.values()))
     weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(5)) * 0.1
@@ -363,4 +449,6 @@ def test_kinds_are_named_and_their_change_is_what_the_host_does(kind, small_flux
     patch = (1.0, value, 1.0, None, None)
     expected = comfy.lora.calculate_weight([patch], weight.clone(), "key") - weight
     # LoHa samples half of these rows; OFT is exact for weights without a direction.
-    assert norm == pytest.approx(expected.norm().item(), rel=0.15 if kind in ("LoHa", "OFT") else 1e-4)
+    assert norm == pytest.approx(
+        expected.norm().item(), rel=0.15 if kind in ("LoHa", "OFT") else 1e-4
+    )

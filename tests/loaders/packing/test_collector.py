@@ -1,11 +1,18 @@
-"""What is collected of a model's inputs takes no more room than is given to it, on the device and in the file."""
+"""What is collected of a model's inputs takes no more room than is given to it, on the device and
+in the file."""
 import functools
 
 import pytest
 import torch
+
 from devtools.measure import model_sizes
 from featherweight.loaders.packing.calibration import moment_collector
-from featherweight.loaders.packing.calibration.moment_collector import BLOCKS, MEMORY, Collector, nbytes_of
+from featherweight.loaders.packing.calibration.moment_collector import (
+    BLOCKS,
+    MEMORY,
+    Collector,
+    nbytes_of,
+)
 from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.ops.quantize.second_moments import SecondMoments
 
@@ -17,8 +24,10 @@ TOKENS = 300  # enough that no input is kept to be compared with the next
 def layers_of(model: model_sizes.Model) -> dict[str, torch.nn.Module]:
     shapes = model.shapes()
     family = rules_for(shapes)
-    return {name: torch.nn.Linear(shape[1], shape[0], bias=False, device="meta") for name, shape in shapes.items()
-            if len(shape) == 2 and family.may_be_packed(name, shape)}
+    return {
+        name: torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
+        for name, shape in shapes.items() if len(shape) == 2 and family.may_be_packed(name, shape)
+    }
 
 
 def run(layers: dict[str, torch.nn.Module], device="meta"):
@@ -37,34 +46,55 @@ def model_named(start: str) -> model_sizes.Model:
 def free(monkeypatch):
     """Sets how many bytes are free on the meta device, from which nothing can be fetched."""
     monkeypatch.setattr(SecondMoments, "merge", lambda self, other: None)
-    return lambda nbytes: monkeypatch.setattr(moment_collector, "free_memory", lambda device: nbytes)
+    return lambda nbytes: monkeypatch.setattr(moment_collector, "free_memory", lambda device: nbytes
+                                              )
 
 
-@pytest.mark.parametrize("name, expected", [("Flux.1 dev", (256, False)), ("Flux.2 Klein 4B", (512, False)),
-                                            ("Wan 2.1 14B I2V", (256, True))])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Flux.1 dev", (256, False)),
+        ("Flux.2 Klein 4B", (512, False)),
+        ("Wan 2.1 14B I2V", (256, True)),
+    ],
+)
 def test_the_moments_of_a_large_model_take_two_gigabytes_of_the_device(name, expected, free):
     free(24e9)
     layers = layers_of(model_named(name))
     with Collector(layers) as moment_collector:
         run(layers)
-    on_device = [moments for moments in moment_collector.moments.values() if moments.blocks.device.type == "meta"]
+    on_device = [
+        moments for moments in moment_collector.moments.values()
+        if moments.blocks.device.type == "meta"
+    ]
     taken = sum(moments.blocks.nbytes + moments.sketch.nbytes for moments in on_device)
-    assert taken == sum(nbytes_of([moments.columns], moment_collector.block) for moments in on_device) <= MEMORY == 2e9
+    assert (
+        taken
+        == sum(nbytes_of([moments.columns], moment_collector.block) for moments in on_device)
+        <= MEMORY
+        == 2e9
+    )
     left = MEMORY - taken
-    beyond = [moments for moments in moment_collector.moments.values() if moments.blocks.device.type == "cpu"]
+    beyond = [
+        moments for moments in moment_collector.moments.values()
+        if moments.blocks.device.type == "cpu"
+    ]
     assert all(nbytes_of([moments.columns], moment_collector.block) > left for moments in beyond)
-    assert {layers[name].in_features for name in layers} == {moments.columns for moments in (*on_device, *beyond)}
+    assert {layers[name].in_features for name in layers} == {
+        moments.columns for moments in (*on_device, *beyond)
+    }
     assert (moment_collector.block, bool(beyond)) == expected
 
 
 def test_a_file_of_flux_takes_a_quarter_of_a_gigabyte():
     layers = layers_of(model_named("Flux.1 dev"))
-    of_width = functools.cache(
-        lambda columns: sum(part.nbytes for part in SecondMoments.of(columns, BLOCKS[-1]).tensors().values())
-    )
+    of_width = functools.cache(lambda columns: sum(
+        part.nbytes for part in SecondMoments.of(columns, BLOCKS[-1]).tensors().values()))
     modulations = {name for name in layers if "mod" in name}
     assert len(modulations) == 76
-    nbytes = sum(of_width(layer.in_features) for name, layer in layers.items() if name not in modulations) + of_width(3072)
+    nbytes = sum(
+        of_width(layer.in_features) for name, layer in layers.items() if name not in modulations
+    ) + of_width(3072)
     assert 0.2e9 < nbytes < 0.25e9
 
 
@@ -74,7 +104,9 @@ def test_no_more_than_half_of_what_is_free_is_taken(free):
     with Collector(layers) as moment_collector:
         for layer in layers.values():
             layer(torch.empty(1000, 512, device="meta"))
-    assert [moments.blocks.device.type for moments in moment_collector.moments.values()] == ["meta"] * 2 + ["cpu"] * 4
+    assert [moments.blocks.device.type for moments in moment_collector.moments.values()] == [
+        "meta"
+    ] * 2 + ["cpu"] * 4
 
 
 @pytest.mark.fake_gpus
@@ -94,7 +126,10 @@ def test_moments_that_lie_on_the_cpu_are_those_that_would_lie_on_the_device():
     assert [moments.blocks.device.type for moments in bounded] == ["cuda", "cuda", "cpu", "cpu"]
     assert {moments.blocks.device.type for moments in free} == {"cuda"}
     for here, there in zip(bounded, free, strict=True):
-        assert (here.count, here.held_out_count) == (there.count, there.held_out_count) and here.held_out_count > 6
+        assert (here.count, here.held_out_count) == (
+            there.count,
+            there.held_out_count,
+        ) and here.held_out_count > 6
         torch.testing.assert_close(here.blocks.cpu(), there.blocks.cpu(), rtol=1e-4, atol=1e-3)
         power = [float(moments.sketch.square().sum()) for moments in (here, there)]
         assert power[0] == pytest.approx(power[1], rel=0.3)

@@ -1,7 +1,9 @@
-"""Files that are saved here, in the hands of the packages that other people load them with: bit for bit the same values.
+"""Files that are saved here, in the hands of the packages that other people load them with: bit for
+bit the same values.
 
-Neither is on the package index as something that can be installed in a minute, so these tests run where they are:
-COMFYUI_GGUF_PATH is the folder of a clone of ComfyUI-GGUF; stable_diffusion_cpp is the Python package of stable-diffusion.cpp.
+Neither is on the package index as something that can be installed in a minute, so these tests run
+where they are: COMFYUI_GGUF_PATH is the folder of a clone of ComfyUI-GGUF; stable_diffusion_cpp is
+the Python package of stable-diffusion.cpp.
 """
 import importlib
 import os
@@ -11,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from patched_models import dense_flux, flux_file, lora_for, patched
+from saving import save
+
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import TYPES
 from featherweight.loaders.packing.source import of_model
 from featherweight.ops.packed_layout import is_packed
-from patched_models import dense_flux, flux_file, lora_for, patched
-from saving import save
 
 pytestmark = pytest.mark.usefixtures("small_models")
 PEER = os.environ.get("COMFYUI_GGUF_PATH")
@@ -29,7 +32,8 @@ def saved(tmp_path, wanted) -> Path:
     """A small Flux with a LoRA on it."""
     source = of_model(patched(dense_flux("BF16"), (lora_for(flux_file("BF16")[1]), 0.5)))
     whole = sum(weight.values for weight in source.weights.values())
-    return save(source, tmp_path / "model.gguf", int(whole * 0.8) if wanted == SIZE else wanted).path
+    return save(source, tmp_path / "model.gguf",
+                int(whole * 0.8) if wanted == SIZE else wanted).path
 
 
 def values_in(path: Path) -> dict[str, torch.Tensor]:
@@ -60,7 +64,9 @@ def test_comfyui_gguf_reads_the_same_names_shapes_and_values(saved):
 def test_stable_diffusion_cpp_reads_the_same_names_shapes_and_values(saved, tmp_path):
     reader = pytest.importorskip("stable_diffusion_cpp.stable_diffusion_cpp")
     out = tmp_path / "converted.gguf"
-    assert reader.convert(str(saved).encode(), b"", str(out).encode(), reader.GGMLType.SD_TYPE_F32, b"", False)
+    assert reader.convert(
+        str(saved).encode(), b"",
+        str(out).encode(), reader.GGMLType.SD_TYPE_F32, b"", False)
     theirs, ours = values_in(out), values_in(saved)
     assert theirs.keys() == ours.keys()
     for name, values in theirs.items():

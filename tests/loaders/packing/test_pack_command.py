@@ -1,4 +1,5 @@
-"""pack.py: what the node does, from a command line, in little memory, and nothing left by whatever ends it."""
+"""pack.py: what the node does, from a command line, in little memory, and nothing left by whatever
+ends it."""
 import importlib.util
 import json
 import math
@@ -14,16 +15,16 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy.supported_models import SDXL
-from featherweight.loaders.files import open_weights
-from featherweight.ops.format import FORMATS
-from featherweight.ops.quantize import pack_tensor
-from featherweight.ops.packed_layout import is_packed
 from host_formats import in_host_format
 from patched_models import lora_for, relative, tiny_flux
 from safetensors.torch import save_file
 
 from devtools import ROOT
 from devtools.files import tiny_models
+from featherweight.loaders.files import open_weights
+from featherweight.ops.format import FORMATS
+from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.quantize import pack_tensor
 
 spec = importlib.util.spec_from_file_location("pack_command", ROOT / "pack.py")
 command = importlib.util.module_from_spec(spec)
@@ -37,8 +38,9 @@ BLOCK = "double_blocks.0.img_mlp.0.weight"
 def start(*arguments) -> subprocess.Popen:
     """The command as people run it."""
     environment = os.environ | {"COMFYUI_PATH": str(HOST), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, ROOT / "pack.py", *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, ROOT / "pack.py", *map(str, arguments)],
+                            env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -66,7 +68,8 @@ def source(tmp_path_factory):
         save_file(lora_for(tiny_flux(), seed=seed, size=0.1), folder / f"lora {seed}.safetensors")
     scaled = dict(weights)
     scaled |= in_host_format(BLOCK, scaled.pop(BLOCK).float(), "float8_e4m3fn")[0]
-    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in scaled.items()}, folder / "fp8.safetensors")
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in scaled.items()},
+              folder / "fp8.safetensors")
     return folder
 
 
@@ -77,16 +80,23 @@ def values_in(path) -> dict[str, torch.Tensor]:
 
 def test_a_file_with_loras_is_packed_and_the_last_line_says_what_came_out(source, tmp_path, pack):
     code, said = pack(source / "model.safetensors", tmp_path / "a.gguf", "--type", "Q8_0", "--lora",
-                            f"{source / 'lora 1.safetensors'}:0.13", "--lora", source / "lora 2.safetensors")
+                      f"{source / 'lora 1.safetensors'}:0.13", "--lora",
+                      source / "lora 2.safetensors")
     last = said.strip().split("\n")[-1]
-    assert code == 0 and re.fullmatch(rf"Done: {tmp_path / 'a.gguf'}: [\d.]+ MB in \d+ s", last), said
-    assert [float(share) for share in re.findall(r"LoRA \d \(strength [\d.]+\): ([\d.]+)%", said)] == [
-        pytest.approx(100, abs=1)] * 2
+    assert code == 0 and re.fullmatch(rf"Done: {tmp_path / 'a.gguf'}: [\d.]+ MB in \d+ s", last), (
+        said
+    )
+    assert [
+        float(share) for share in re.findall(r"LoRA \d \(strength [\d.]+\): ([\d.]+)%", said)
+    ] == [pytest.approx(100, abs=1)] * 2
     change, layer = 0, "lora_unet_double_blocks_0_img_mlp_0"
     for seed, strength in ((1, 0.13), (2, 1.0)):
         lora = lora_for(tiny_flux(), seed=seed, size=0.1)
-        change += strength * 0.5 * lora[f"{layer}.lora_up.weight"] @ lora[f"{layer}.lora_down.weight"]
-    expected = pack_tensor(tiny_flux()[BLOCK].bfloat16().float() + change, FORMATS["Q8_0"]).dequantize()
+        change += (
+            strength * 0.5 * lora[f"{layer}.lora_up.weight"] @ lora[f"{layer}.lora_down.weight"]
+        )
+    expected = pack_tensor(tiny_flux()[BLOCK].bfloat16().float() + change,
+                           FORMATS["Q8_0"]).dequantize()
     assert relative(values_in(tmp_path / "a.gguf")[BLOCK], expected) < 1e-4
 
 
@@ -100,19 +110,37 @@ def test_scaled_fp8_in_a_checkpoint_is_packed_by_its_values(source, tmp_path, pa
     assert all(torch.equal(again[name], tensor) for name, tensor in values.items())
 
 
-@pytest.mark.parametrize("marks, kind, settings", [
-    ({"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, ModelType.V_PREDICTION,
-     {"zsnr": True}),
-    ({"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}, ModelType.EDM, {}),
-    ({"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.01)}, ModelType.V_PREDICTION_EDM,
-     {"sigma_max": 120, "sigma_min": 0.01}),
-    ({}, ModelType.EPS, {})])
-def test_what_a_whole_checkpoint_predicts_is_known_of_its_model_too(tmp_path, pack, marks, kind, settings):
-    model = {"label_emb.0.0.weight": (64, 64), "input_blocks.0.0.weight": (32, 4, 3, 3), "out.0.bias": (32,),
-             "out.2.weight": (4, 32, 3, 3), "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": (64, 256),
-             "time_embed.0.weight": (64, 64)}
-    save_file({f"model.diffusion_model.{name}": torch.rand(shape) for name, shape in model.items()} | marks,
-              tmp_path / "whole.safetensors")
+@pytest.mark.parametrize(
+    ("marks", "kind", "settings"),
+    [
+        (
+            {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)},
+            ModelType.V_PREDICTION,
+            {"zsnr": True},
+        ),
+        (
+            {"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)},
+            ModelType.EDM,
+            {},
+        ),
+        (
+            {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.01)},
+            ModelType.V_PREDICTION_EDM,
+            {"sigma_max": 120, "sigma_min": 0.01},
+        ),
+        ({}, ModelType.EPS, {}),
+    ],
+)
+def test_what_a_whole_checkpoint_predicts_is_known_of_its_model_too(tmp_path, pack, marks, kind,
+                                                                    settings):
+    model = {
+        "label_emb.0.0.weight": (64, 64), "input_blocks.0.0.weight": (32, 4, 3, 3),
+        "out.0.bias": (32,), "out.2.weight": (4, 32, 3, 3),
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": (64, 256),
+        "time_embed.0.weight": (64, 64)
+    }
+    save_file({f"model.diffusion_model.{name}": torch.rand(shape)
+               for name, shape in model.items()} | marks, tmp_path / "whole.safetensors")
     assert pack(tmp_path / "whole.safetensors", tmp_path / "a.gguf", "--type", "Q8_0")[0] == 0
     found = open_weights(tmp_path / "a.gguf").state_dict()
     assert found.keys() == model.keys() | marks.keys()
@@ -128,32 +156,58 @@ def test_a_lora_that_fits_in_part_is_said_to(source, tmp_path, pack):
     save_file(lora, tmp_path / "part.safetensors")
     code, said = pack(source / "model.safetensors", tmp_path / "a.gguf", "--type", "Q8_0", "--lora",
                       tmp_path / "part.safetensors")
-    assert code == 0 and re.search(r"part\.safetensors: .*fits in part: 18 of 19 layers match", said), said
+    assert code == 0 and re.search(
+        r"part\.safetensors: .*fits in part: 18 of 19 layers match", said
+    ), said
 
 
-@pytest.mark.parametrize("arguments, code, message", [
-    (["--size", "2.2MB"], 0, "Done: "), (["--size", "1MB"], 1, "Failed: .*too small"), (["--size", "lots"], 2, "no size"),
-    (["--type", "Q9"], 2, "no type"), (["--type", "NF4"], 2, "ends in .safetensors"), ([], 2, "required"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--size", "2.2MB"], 0, "Done: "),
+        (["--size", "1MB"], 1, "Failed: .*too small"),
+        (["--size", "lots"], 2, "no size"),
+        (["--type", "Q9"], 2, "no type"),
+        (["--type", "NF4"], 2, "ends in .safetensors"),
+        ([], 2, "required"),
+    ],
+)
 def test_sizes_and_mistakes(source, tmp_path, pack, arguments, code, message):
     found, said = pack(source / "model.safetensors", tmp_path / "a.gguf", *arguments)
     assert found == code and re.search(message, said), said
     assert [path.stat().st_size <= 2_200_000 for path in tmp_path.iterdir()] == [True] * (code == 0)
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1_0", "1e3", "0x1", "\u0663", "", " ", "9" * 400, "strong"])
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "-inf", "1_0", "1e3", "0x1", "\u0663", "", " ", "9" * 400, "strong"]
+)
 def test_a_strength_or_size_is_a_plain_finite_number(source, tmp_path, pack, text):
     arguments = [source / "model.safetensors", tmp_path / "a.gguf"]
-    code, said = pack(*arguments, "--type", "Q8_0", "--lora", f"{source / 'lora 1.safetensors'}:{text}")
-    assert code == 2 and said.endswith(" is no strength; 0.8 is one, as in FILE:0.8\n") and "lora 1.safetensors" in said
+    code, said = pack(*arguments, "--type", "Q8_0", "--lora",
+                      f"{source / 'lora 1.safetensors'}:{text}")
+    assert (
+        code == 2
+        and said.endswith(" is no strength; 0.8 is one, as in FILE:0.8\n")
+        and "lora 1.safetensors" in said
+    )
     code, said = pack(*arguments, f"--size={text}GB")
-    assert code == 2 and said.endswith(" is no size; 5.9GB is one\n") and list(tmp_path.iterdir()) == []
+    assert (
+        code == 2
+        and said.endswith(" is no size; 5.9GB is one\n")
+        and list(tmp_path.iterdir()) == []
+    )
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("a.safetensors:0.8", ("a.safetensors", 0.8)), ("a.safetensors:-.5", ("a.safetensors", -0.5)),
-    (r"C:\a.safetensors:+2.", (r"C:\a.safetensors", 2.0)), (r"C:\a.safetensors", (r"C:\a.safetensors", 1.0)),
-    ("a.safetensors", ("a.safetensors", 1.0))])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("a.safetensors:-.5", ("a.safetensors", -0.5)),
+        (r"C:\a.safetensors:+2.", (r"C:\a.safetensors", 2.0)),
+        (r"C:\a.safetensors", (r"C:\a.safetensors", 1.0)),
+        ("a.safetensors", ("a.safetensors", 1.0)),
+    ],
+)
 def test_a_lora_is_a_file_with_or_without_a_strength(text, expected):
     assert command.parse_lora(text) == expected
 
@@ -164,7 +218,10 @@ def test_a_lora_may_have_a_colon_in_its_name(tmp_path):
     assert command.parse_lora(f"{tmp_path}/style: old") == (f"{tmp_path}/style: old", 1.0)
 
 
-@pytest.mark.parametrize("out, wanted", [("o.bin", "Q8_0"), ("o", "as it is"), ("o.safetensors", "Q8_0"), ("o.gguf", "NF4")])
+@pytest.mark.parametrize(
+    ("out", "wanted"),
+    [("o.bin", "Q8_0"), ("o", "as it is"), ("o.safetensors", "Q8_0"), ("o.gguf", "NF4")],
+)
 def test_a_file_has_the_ending_of_what_it_is(source, tmp_path, pack, out, wanted):
     code, said = pack(source / "model.safetensors", tmp_path / out, "--type", wanted)
     assert code == 2 and "ends in .gguf" in said and list(tmp_path.iterdir()) == []
@@ -198,15 +255,21 @@ def another_part_of_it(path, model):
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
-@pytest.mark.parametrize("target", [the_file_itself, a_link_to_it, another_name_of_it, a_lora, another_part_of_it])
+@pytest.mark.parametrize(
+    "target", [the_file_itself, a_link_to_it, another_name_of_it, a_lora, another_part_of_it]
+)
 def test_no_file_that_a_model_is_made_of_is_overwritten(tmp_path, pack, target, options):
-    path, model = tmp_path / "model.safetensors", {name: tensor.bfloat16() for name, tensor in tiny_flux().items()}
+    path, model = (
+        tmp_path / "model.safetensors",
+        {name: tensor.bfloat16() for name, tensor in tiny_flux().items()},
+    )
     save_file(model, path)
     save_file(lora_for(tiny_flux(), size=0.1), tmp_path / "lora.safetensors")
     out = target(path, model)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     source = path if path.exists() else tmp_path / "part-00001-of-00002.safetensors"
-    code, said = pack(source, out, "--type", "NF4", "--lora", tmp_path / "lora.safetensors", *options)
+    code, said = pack(source, out, "--type", "NF4", "--lora", tmp_path / "lora.safetensors",
+                      *options)
     expected = rf"Failed: {out} is a file of the model that is to be saved, .* another name\.\n"
     assert code == 1 and re.fullmatch(expected, said), said
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -214,21 +277,31 @@ def test_no_file_that_a_model_is_made_of_is_overwritten(tmp_path, pack, target, 
 
 def test_files_that_are_none_are_refused_in_a_sentence(source, tmp_path, pack):
     (tmp_path / "old.gguf").write_text("old")
-    for model, out, more in ((tmp_path / "no.safetensors", "a.gguf", []), (source / "lora 1.safetensors", "a.gguf", []),
-                             (source / "model.safetensors", "old.gguf", []), (source / "model.safetensors", "no/a.gguf", []),
-                             (source / "model.safetensors", "a.gguf", ["--lora", source / "model.safetensors"])):
+    for model, out, more in ((tmp_path / "no.safetensors", "a.gguf",
+                              []), (source / "lora 1.safetensors", "a.gguf",
+                                    []), (source / "model.safetensors", "old.gguf",
+                                          []), (source / "model.safetensors", "no/a.gguf", []),
+                             (source / "model.safetensors", "a.gguf",
+                              ["--lora", source / "model.safetensors"])):
         code, said = pack(model, tmp_path / out, "--type", "Q8_0", *more)
         assert code == 1 and said.startswith("Failed: ") and said.count("\n") == 1, said
     assert [path.name for path in tmp_path.iterdir()] == ["old.gguf"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("how, moments", [(signal.SIGINT, 1), (signal.SIGKILL, 1),
-                                          pytest.param(signal.SIGKILL, 12, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    ("how", "moments"),
+    [
+        (signal.SIGINT, 1),
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 12, marks=pytest.mark.heavy),
+    ],
+)
 def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(tmp_path, pack, how, moments):
     shapes = tiny_models.flux_shapes(256, 8, 8)
     path, out = tmp_path / "model.safetensors", tmp_path / "out"
-    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, path)
+    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+              path)
     out.mkdir()
     for moment in range(moments):
         process = start(path, out / "a.gguf", "--type", "Q3_K")
@@ -256,7 +329,9 @@ def sparse_safetensors(path, shapes: dict[str, tuple]):
     """A bf16 file of zeros that takes no room on the disk."""
     header, at = {}, 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + 2 * math.prod(shape)]}
+        header[name] = {
+            "dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + 2 * math.prod(shape)]
+        }
         at += 2 * math.prod(shape)
     text = json.dumps(header).encode()
     with open(path, "wb") as file:
@@ -266,9 +341,10 @@ def sparse_safetensors(path, shapes: dict[str, tuple]):
 
 @pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("width, double, single", [(3072, 6, 6), (6144, 1, 2)])
+@pytest.mark.parametrize(("width", "double", "single"), [(3072, 6, 6), (6144, 1, 2)])
 def test_memory_is_bounded_whatever_the_size_of_the_file(tmp_path, width, double, single):
-    """The layers of Flux.1 dev, fewer of them but more bytes than are allowed; and larger matrices than any of its."""
+    """The layers of Flux.1 dev, fewer of them but more bytes than are allowed; and larger matrices
+    than any of its."""
     path = tmp_path / "model.safetensors"
     sparse_safetensors(path, tiny_models.flux_shapes(width, double, single))
     process, peak = start(path, tmp_path / "a.gguf", "--type", "Q8_0"), 0

@@ -6,14 +6,20 @@ import re
 
 import gguf
 import pytest
-from featherweight.loaders.files.container import nbytes_of
-from featherweight.loaders.packing.planning.packing_rules import rules_for
-from featherweight.loaders.packing.planning.knapsack import choose_types
-from featherweight.loaders.packing.planning.plan import (
-    LOSSES, Plan, PlanError, candidates, plan_for_size, plan_for_type, relative_loss,
-)
 
 from devtools.measure.model_sizes import MODELS
+from featherweight.loaders.files.container import nbytes_of
+from featherweight.loaders.packing.planning.knapsack import choose_types
+from featherweight.loaders.packing.planning.packing_rules import rules_for
+from featherweight.loaders.packing.planning.plan import (
+    LOSSES,
+    Plan,
+    PlanError,
+    candidates,
+    plan_for_size,
+    plan_for_type,
+    relative_loss,
+)
 
 
 def random_case(seed, tensors=5, sizes_up_to=300):
@@ -35,8 +41,13 @@ def total(table, chosen):
 @pytest.mark.parametrize("seed", range(12))
 def test_the_mix_is_the_best_of_all(seed):
     costs, sizes = random_case(seed)
-    every = [dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))]
-    least, most = min(total(sizes, plan) for plan in every), max(total(sizes, plan) for plan in every)
+    every = [
+        dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))
+    ]
+    least, most = (
+        min(total(sizes, plan) for plan in every),
+        max(total(sizes, plan) for plan in every),
+    )
     for budget in (least, (2 * least + most) // 3, (least + most) // 2, most, most + 5):
         chosen = choose_types(costs, sizes, budget)
         assert total(sizes, chosen) <= budget
@@ -46,7 +57,9 @@ def test_the_mix_is_the_best_of_all(seed):
 
 def test_coarse_steps_stay_near_the_best_and_below_the_budget():
     costs, sizes = random_case(3, tensors=6, sizes_up_to=10 ** 9)
-    every = [dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))]
+    every = [
+        dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))
+    ]
     budget = sum(total(sizes, plan) for plan in every) // len(every)
     chosen = choose_types(costs, sizes, budget)
     assert total(sizes, chosen) <= budget
@@ -56,8 +69,12 @@ def test_coarse_steps_stay_near_the_best_and_below_the_budget():
 
 def test_a_larger_budget_is_never_dearer():
     costs, sizes = random_case(7, tensors=40, sizes_up_to=10 ** 7)
-    least, most = (sum(kind(of_types.values()) for of_types in sizes.values()) for kind in (min, max))
-    spent = [total(costs, choose_types(costs, sizes, least + (most - least) * part // 40)) for part in range(41)]
+    least, most = (sum(kind(of_types.values()) for of_types in sizes.values())
+                   for kind in (min, max))
+    spent = [
+        total(costs, choose_types(costs, sizes, least + (most - least) * part // 40))
+        for part in range(41)
+    ]
     assert spent == sorted(spent, reverse=True) and spent[0] > spent[-1]
 
 
@@ -66,7 +83,10 @@ def test_a_budget_below_the_smallest_types_is_refused():
         choose_types({"a": {"x": 1.0}}, {"a": {"x": 7}}, 6)
 
 
-REAL = [model for model in MODELS if model.name.startswith(("Flux.1", "SD3.5 Large", "SDXL", "Wan 2.1 1.3B", "Z-Image", "T5"))]
+REAL = [
+    model for model in MODELS
+    if model.name.startswith(("Flux.1", "SD3.5 Large", "SDXL", "Wan 2.1 1.3B", "Z-Image", "T5"))
+]
 
 
 @pytest.fixture(scope="module", params=REAL, ids=lambda model: model.name)
@@ -93,15 +113,20 @@ def least_bytes(shapes, family) -> int:
 def test_a_plan_holds_the_same_parts_exact_whatever_it_is_for(shapes):
     family = rules_for(shapes)
     packed = {name for name, shape in shapes.items() if family.may_be_packed(name, shape)}
-    for plan in (plan_for_type(shapes, "Q4_K", family), plan_for_size(shapes, least_bytes(shapes, family) * 11 // 10, family)):
-        assert {name for name, kind in plan.types.items() if kind not in ("F32", "F16", "BF16")} == packed
+    for plan in (plan_for_type(shapes, "Q4_K", family),
+                 plan_for_size(shapes,
+                               least_bytes(shapes, family) * 11 // 10, family)):
+        assert {
+            name for name, kind in plan.types.items() if kind not in ("F32", "F16", "BF16")
+        } == packed
 
 
 def test_the_least_is_reached_and_named_below(shapes):
     family = rules_for(shapes)
     least = least_bytes(shapes, family)
     assert plan_for_size(shapes, least, family).nbytes(shapes) == least
-    with pytest.raises(PlanError, match=r"it takes [\d.]+ [GM]B\. Ask for that much or more\.$") as refused:
+    with pytest.raises(PlanError,
+                       match=r"it takes [\d.]+ [GM]B\. Ask for that much or more\.$") as refused:
         plan_for_size(shapes, least - 1, family)
     number, unit = re.search(r"takes ([\d.]+) ([GM])B", str(refused.value)).groups()
     named = round(float(number) * {"G": 1e9, "M": 1e6}[unit])
@@ -116,8 +141,11 @@ def test_every_type_of_a_plan_divides_the_rows(shapes):
             assert shapes[name][-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0] == 0
 
 
-SMALL = {f"double_blocks.{index}.img_mlp.{part}.weight": (512, 512) for index in range(4) for part in (0, 2)} | {
-    "double_blocks.0.img_attn.norm.key_norm.weight": (64,), "img_in.weight": (512, 64)}
+SMALL = {
+    f"double_blocks.{index}.img_mlp.{part}.weight": (512, 512)
+    for index in range(4)
+    for part in (0, 2)
+} | {"double_blocks.0.img_attn.norm.key_norm.weight": (64,), "img_in.weight": (512, 64)}
 
 
 def test_a_measured_tensor_that_moves_the_output_gets_the_larger_type():
@@ -131,7 +159,10 @@ def test_a_measured_tensor_that_moves_the_output_gets_the_larger_type():
 
 
 def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
-    costs = {name: {"Q3_K": 1e-3, "Q4_K": 1e-4, "Q8_0": 2e-4, "Q6_K": float("nan")} for name in SMALL if "mlp" in name}
+    costs = {
+        name: {"Q3_K": 1e-3, "Q4_K": 1e-4, "Q8_0": 2e-4, "Q6_K": float("nan")} for name in SMALL
+        if "mlp" in name
+    }
     family = rules_for(SMALL)
     roomy = sum(512 * 512 * 2 for _ in costs) + 10 ** 6
     plan = plan_for_size(SMALL, roomy, family, costs)
@@ -140,18 +171,25 @@ def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
     plan = plan_for_size(SMALL, budget, family, costs)
     left = budget - plan.nbytes(SMALL)
     for name in costs:  # no larger type fits any more
-        larger = [nbytes_of(kind, SMALL[name]) for kind in candidates(SMALL[name]) if LOSSES[kind] > LOSSES[plan.types[name]]]
+        larger = [
+            nbytes_of(kind, SMALL[name]) for kind in candidates(SMALL[name])
+            if LOSSES[kind] > LOSSES[plan.types[name]]
+        ]
         assert not larger or min(larger) - nbytes_of(plan.types[name], SMALL[name]) > left
 
 
 def test_a_tensor_without_a_measurement_takes_what_others_say():
     costs = {name: {"Q4_K": 1e-3} for name in list(SMALL)[:4]}
-    plan = plan_for_size(SMALL, plan_for_type(SMALL, "Q4_K", rules_for(SMALL)).nbytes(SMALL), rules_for(SMALL), costs)
+    plan = plan_for_size(SMALL,
+                         plan_for_type(SMALL, "Q4_K", rules_for(SMALL)).nbytes(SMALL),
+                         rules_for(SMALL), costs)
     assert set(plan.types) == set(SMALL)
 
 
 def test_nf4_packs_matrices_of_blocks_and_no_table():
-    shapes = {"encoder.block.0.layer.0.SelfAttention.q.weight": (512, 512), "shared.weight": (4096, 512)}
+    shapes = {
+        "encoder.block.0.layer.0.SelfAttention.q.weight": (512, 512), "shared.weight": (4096, 512)
+    }
     family = rules_for(shapes)
     assert plan_for_type(shapes, "NF4", family).types == dict(zip(shapes, ("NF4", "BF16")))
     assert plan_for_type(shapes, "Q4_K", family).types == dict(zip(shapes, ("Q4_K", "Q4_K")))

@@ -1,4 +1,5 @@
-"""A saved model is what was asked for, bit for bit what any reader gets, with everything on it that was on the model."""
+"""A saved model is what was asked for, bit for bit what any reader gets, with everything on it that
+was on the model."""
 import functools
 import re
 
@@ -9,6 +10,20 @@ import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from patched_models import (
+    KINDS,
+    dense_flux,
+    flux_file,
+    flux_pair,
+    lora_for,
+    packed_flux,
+    patched,
+    relative,
+    run,
+    tiny_flux,
+)
+from saving import save
+
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.atomic_file import WriteError
@@ -16,13 +31,17 @@ from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, plan_file
 from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
 from featherweight.loaders.packing.save import Saved
-from featherweight.loaders.packing.source import SaveError, Source, check_saveable, of_model, unsaved_parts
+from featherweight.loaders.packing.source import (
+    SaveError,
+    Source,
+    check_saveable,
+    of_model,
+    unsaved_parts,
+)
 from featherweight.loaders.sizes import size_text
 from featherweight.ops.format import FORMATS
-from featherweight.ops.quantize import pack_tensor
 from featherweight.ops.packed_layout import is_packed
-from patched_models import KINDS, dense_flux, flux_pair, flux_file, lora_for, packed_flux, patched, relative, run, tiny_flux
-from saving import save
+from featherweight.ops.quantize import pack_tensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 BLOCK = "double_blocks.0.img_mlp.0.weight"  # a matrix that is packed
@@ -53,10 +72,16 @@ def values_in(path) -> dict[str, torch.Tensor]:
 
 def exact_values(patcher) -> dict[str, torch.Tensor]:
     """What the weights of a dense float32 model are with their patches, by the host."""
-    weights = {name.removeprefix("diffusion_model."): (name, tensor) for name, tensor in patcher.model.state_dict().items()
-               if name.startswith("diffusion_model.")}
-    return {name: comfy.lora.calculate_weight(patcher.patches.get(key, []), tensor.detach().float().clone(), key)
-            for name, (key, tensor) in weights.items()}
+    weights = {
+        name.removeprefix("diffusion_model."): (name, tensor)
+        for name, tensor in patcher.model.state_dict().items()
+        if name.startswith("diffusion_model.")
+    }
+    return {
+        name: comfy.lora.calculate_weight(patcher.patches.get(key, []),
+                                          tensor.detach().float().clone(), key)
+        for name, (key, tensor) in weights.items()
+    }
 
 
 def in_the_hosts_names(file: tuple) -> dict[str, torch.Tensor]:
@@ -64,21 +89,32 @@ def in_the_hosts_names(file: tuple) -> dict[str, torch.Tensor]:
 
 
 def held(patcher) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("diffusion_model."): tensor for name, tensor in patcher.model.state_dict().items()}
+    return {
+        name.removeprefix("diffusion_model."): tensor
+        for name, tensor in patcher.model.state_dict().items()
+    }
 
 
 # --- round trips ---
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4"])
-def test_a_file_holds_what_packing_the_weight_gives_and_everything_else_as_the_plan_says(tmp_path, kind):
+def test_a_file_holds_what_packing_the_weight_gives_and_everything_else_as_the_plan_says(
+        tmp_path, kind):
     path = tmp_path / ("a.safetensors" if kind == "NF4" else "a.gguf")
     saved = save(of_model(dense_model()), path, kind)
-    assert isinstance(saved, Saved) and saved.nbytes == path.stat().st_size and saved.types[BLOCK] == kind
+    assert (
+        isinstance(saved, Saved)
+        and saved.nbytes == path.stat().st_size
+        and saved.types[BLOCK] == kind
+    )
     values = values_in(path)
     assert values.keys() == weights().keys()
     for name, weight in weights().items():
-        expected = pack_tensor(weight, FORMATS[kind]).dequantize() if saved.types[name] == kind else (
-            weight if saved.types[name] == "F32" else weight.half().float())
+        expected = (
+            pack_tensor(weight, FORMATS[kind]).dequantize()
+            if saved.types[name] == kind
+            else (weight if saved.types[name] == "F32" else weight.half().float())
+        )
         assert torch.equal(values[name], expected), name
     assert relative(run(load_diffusion_model(str(path))), run(dense_model())) < 0.1
 
@@ -92,13 +128,19 @@ def test_gguf_py_reads_the_same_values_under_the_names_of_the_field(tmp_path):
         read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(np.ravel(read), values[name].flatten().numpy()), name
     names = {tensor.name for tensor in reader.tensors}
-    assert NORM.replace("weight", "scale") in names and not any("query_norm.weight" in name for name in names)
-    fields = {key: reader.get_field(key).contents() for key in ("general.architecture", "general.file_type", "general.name")}
+    assert NORM.replace("weight", "scale") in names and not any(
+        "query_norm.weight" in name for name in names
+    )
+    fields = {
+        key: reader.get_field(key).contents()
+        for key in ("general.architecture", "general.file_type", "general.name")
+    }
     assert fields == {"general.architecture": "flux", "general.file_type": 14, "general.name": "a"}
 
 
 @pytest.mark.parametrize("format_name", ["Q4_K", "Q8_0", "IQ4_XS", "Q2_K"])
-def test_weights_without_a_patch_in_the_wanted_type_are_copied_bit_for_bit(tmp_path, format_name, monkeypatch):
+def test_weights_without_a_patch_in_the_wanted_type_are_copied_bit_for_bit(
+        tmp_path, format_name, monkeypatch):
     packed = packed_flux(format_name)
     monkeypatch.setattr(packing, "pack_tensor", None)
     save(of_model(packed), tmp_path / "a.gguf", format_name)
@@ -126,15 +168,27 @@ def test_a_size_is_that_of_the_whole_file_and_never_exceeded(tmp_path, size):
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
-@pytest.mark.parametrize("base, metadata", [(None, {}), (None, {"workflow": "x" * 300_000}), ("Q4_K", {})])
+@pytest.mark.parametrize(
+    ("base", "metadata"), [(None, {}), (None, {"workflow": "x" * 300_000}), ("Q4_K", {})]
+)
 def test_the_size_that_a_refusal_names_can_be_asked_for(tmp_path, base, metadata):
-    model = dense_model() if base is None else patched(packed_flux(base), (lora_for(weights(), size=0.02), 1.0))
+    model = (
+        dense_model()
+        if base is None
+        else patched(packed_flux(base), (lora_for(weights(), size=0.02), 1.0))
+    )
     for asked in (100_000, 1_400_000):
-        with pytest.raises(PlanError, match=f"A size of {size_text(asked, DIGITS)} is too small") as refused:
+        with pytest.raises(PlanError,
+                           match=f"A size of {size_text(asked, DIGITS)} is too small") as refused:
             save(of_model(model), tmp_path / "a.gguf", asked, metadata=metadata)
         named = round(float(re.search(r"it takes ([\d.]+) MB", str(refused.value))[1]) * 1e6)
         assert ("with a LoRA on them take Q6_K" in str(refused.value)) == (base is not None)
-        assert save(of_model(model), tmp_path / "a.gguf", named, metadata=metadata, overwrite=True).nbytes <= named
+        assert (
+            save(
+                of_model(model), tmp_path / "a.gguf", named, metadata=metadata, overwrite=True
+            ).nbytes
+            <= named
+        )
         with pytest.raises(PlanError, match="too small"):
             save(of_model(model), tmp_path / "b.gguf", named - 20_000, metadata=metadata)
 
@@ -142,11 +196,14 @@ def test_the_size_that_a_refusal_names_can_be_asked_for(tmp_path, base, metadata
 def test_a_size_is_not_exceeded_for_values_that_no_packed_type_holds(tmp_path):
     source = of_model(dense_model())
     source.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 1e-12
-    with pytest.raises(SaveError, match=f"{BLOCK}' do not fit into .* in BF16 the file takes 2... MB, .* than 2.00 MB. Choose"):
+    with pytest.raises(
+            SaveError, match=
+            f"{BLOCK}' do not fit into .* in BF16 the file takes 2... MB, .* than 2.00 MB. Choose"):
         save(source, tmp_path / "a.gguf", 2_000_000)
     assert list(tmp_path.iterdir()) == []
     one_type = save(source, tmp_path / "a.gguf", "Q4_K")
-    source.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 3e-6  # Q8_0 has the steps for them
+    # Q8_0 has the steps for them
+    source.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 3e-6
     small = save(source, tmp_path / "b.gguf", 2_000_000)
     assert one_type.types[BLOCK] == "BF16" and small.nbytes <= 2_000_000
 
@@ -155,22 +212,32 @@ def test_a_size_is_not_exceeded_for_values_that_no_packed_type_holds(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_patches_of_every_kind_are_applied_in_float32_and_packed_once(tmp_path, kind):
-    model = patched(dense_model(), (lora_for(weights(), kind, seed=3), 0.7), (lora_for(weights(), "lora", seed=4), 0.2))
+    model = patched(dense_model(), (lora_for(weights(), kind, seed=3), 0.7),
+                    (lora_for(weights(), "lora", seed=4), 0.2))
     saved = save(of_model(model), tmp_path / "a.gguf", "Q8_0")
     values, exact = values_in(saved.path), exact_values(model)
     for name, weight in exact.items():
-        expected = pack_tensor(weight, FORMATS["Q8_0"]).dequantize() if saved.types[name] == "Q8_0" else weight
-        assert relative(values[name], expected) < (1e-6 if saved.types[name] in ("Q8_0", "F32") else 0.005), name
+        expected = (
+            pack_tensor(weight, FORMATS["Q8_0"]).dequantize()
+            if saved.types[name] == "Q8_0"
+            else weight
+        )
+        assert relative(values[name], expected) < (
+            1e-6 if saved.types[name] in ("Q8_0", "F32") else 0.005
+        ), name
 
 
-@pytest.mark.parametrize("most", [1 << 24, 1 << 14, 320 * 256])  # the last: slices that begin inside of a LoRA's rows
+# the last: slices that begin inside of a LoRA's rows
+@pytest.mark.parametrize("most", [1 << 24, 1 << 14, 320 * 256])
 def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monkeypatch):
     layers = {"double_blocks.0.img_attn.qkv": (256 * 3, 256)}
     lora = {}  # in the names of diffusers, so that each is on some rows of the fused weight
     for index, part in enumerate(("to_q", "to_k", "to_v")):
         torch.manual_seed(index)
         lora[f"transformer.transformer_blocks.0.attn.{part}.lora_A.weight"] = torch.randn(4, 256)
-        lora[f"transformer.transformer_blocks.0.attn.{part}.lora_B.weight"] = torch.randn(256, 4) * 0.01
+        lora[f"transformer.transformer_blocks.0.attn.{part}.lora_B.weight"] = (
+            torch.randn(256, 4) * 0.01
+        )
     model = patched(dense_model(), (lora, 1.0), (lora_for(weights(), seed=5), 0.5))
     assert len(model.patches[f"diffusion_model.{next(iter(layers))}.weight"]) == 4
     model = ModelMergeSimple().merge(model, packed_flux("Q4_K", seed=2), 0.6)[0]
@@ -179,23 +246,37 @@ def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monk
     values = values_in(saved.path)
     exact = exact_values(model)
     for name in exact:
-        packed = pack_tensor(exact[name], FORMATS["Q8_0"]).dequantize() if saved.types[name] == "Q8_0" else exact[name]
-        assert relative(values[name], packed) < (1e-4 if saved.types[name] in ("Q8_0", "F32") else 0.005), name
+        packed = (
+            pack_tensor(exact[name], FORMATS["Q8_0"]).dequantize()
+            if saved.types[name] == "Q8_0"
+            else exact[name]
+        )
+        assert relative(values[name], packed) < (
+            1e-4 if saved.types[name] in ("Q8_0", "F32") else 0.005
+        ), name
     slices = of_model(model).weights["single_blocks.0.linear1.weight"].slices(most)
-    assert len(slices) == (1 if most > 1 << 20 else -(-slices[-1][1] // slices[0][1])) and slices[-1][1] == 1792
+    assert (
+        len(slices) == (1 if most > 1 << 20 else -(-slices[-1][1] // slices[0][1]))
+        and slices[-1][1] == 1792
+    )
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0"])
 def test_two_loras_at_different_strengths_arrive_whole_and_add_no_error(tmp_path, kind):
-    """The gain of each LoRA by least squares over all weights, and the error beside that of packing alone."""
-    loras = [(lora_for(weights(), seed=seed, size=0.1), strength) for seed, strength in ((1, 0.13), (2, 1.0))]
+    """The gain of each LoRA by least squares over all weights, and the error beside that of packing
+    alone."""
+    loras = [(lora_for(weights(), seed=seed, size=0.1), strength)
+             for seed, strength in ((1, 0.13), (2, 1.0))]
     model = patched(dense_model(), *loras)
     plain, exact = exact_values(dense_model()), exact_values(model)
     values = values_in(save(of_model(model), tmp_path / "a.gguf", kind).path)
     alone = values_in(save(of_model(dense_model()), tmp_path / "b.gguf", kind).path)
     names = [name for name, weight in plain.items() if weight.ndim > 1]
-    changes = [{name: exact_values(patched(dense_model(), lora))[name] - plain[name] for name in names} for lora in loras]
-    columns = torch.stack([torch.cat([change[name].flatten() for name in names]) for change in changes], -1).double()
+    changes = [{
+        name: exact_values(patched(dense_model(), lora))[name] - plain[name] for name in names
+    } for lora in loras]
+    columns = torch.stack(
+        [torch.cat([change[name].flatten() for name in names]) for change in changes], -1).double()
     arrived = torch.cat([(values[name] - plain[name]).flatten() for name in names]).double()
     gains = torch.linalg.lstsq(columns, arrived.unsqueeze(-1)).solution.flatten()
     assert (gains - 1).abs().max() <= 0.01, gains
@@ -205,45 +286,75 @@ def test_two_loras_at_different_strengths_arrive_whole_and_add_no_error(tmp_path
 def error(values: dict, exact: dict) -> float:
     """Of all matrices together."""
     names = [name for name, weight in exact.items() if weight.ndim > 1]
-    return relative(*(torch.cat([weights[name].flatten() for name in names]) for weights in (values, exact)))
+    return relative(*(torch.cat([weights[name].flatten() for name in names])
+                      for weights in (values, exact)))
 
 
 def shares(text: str) -> list[float]:
-    return [float(line.split(": ")[1].split("%")[0]) for line in text.splitlines() if "of it is kept" in line]
+    return [
+        float(line.split(": ")[1].split("%")[0]) for line in text.splitlines()
+        if "of it is kept" in line
+    ]
 
 
-@pytest.mark.parametrize("base, kind", [(None, "Q8_0"), ("Q4_K", "Q4_K"), ("Q4_K", "Q8_0"), ("Q2_K", "Q3_K"), ("Q8_0", "Q4_K")])
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [(None, "Q8_0"), ("Q4_K", "Q4_K"), ("Q4_K", "Q8_0"), ("Q2_K", "Q3_K"), ("Q8_0", "Q4_K")],
+)
 def test_a_lora_on_a_dense_or_packed_base_keeps_at_least_99_percent_of_itself(tmp_path, base, kind):
     model = dense_model() if base is None else packed_flux(base)
-    saved = save(of_model(patched(model, (lora_for(weights(), size=0.02), 1.0))), tmp_path / "a.gguf", kind)
-    assert all(99 <= share <= 101 for share in shares(saved.text)) and len(shares(saved.text)) == 1, saved.text
+    saved = save(of_model(patched(model, (lora_for(weights(), size=0.02), 1.0))),
+                 tmp_path / "a.gguf", kind)
+    assert (
+        all(99 <= share <= 101 for share in shares(saved.text)) and len(shares(saved.text)) == 1
+    ), saved.text
     assert saved.types[BLOCK] == ("Q6_K" if base in ("Q4_K", "Q2_K") and kind != "Q8_0" else kind)
 
 
 @pytest.mark.parametrize("size", [0.02, 0.005, 0.002, 0.0005])
-@pytest.mark.parametrize("base, kind", [("Q8_0", "Q8_0"), ("Q8_0", "Q6_K"), ("Q6_K", "Q8_0"), ("Q6_K", "Q6_K"),
-                                        ("Q8_0", KEEP_TYPES),
-                                        ("Q4_K", "Q4_K"), ("BF16", KEEP_TYPES), ("F16", KEEP_TYPES)])
-def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(tmp_path, base, kind, size):
-    """By least squares over what the file's reader gives, at changes far below the steps of the base's type."""
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [
+        ("Q8_0", "Q8_0"),
+        ("Q8_0", "Q6_K"),
+        ("Q6_K", "Q8_0"),
+        ("Q6_K", "Q6_K"),
+        ("Q8_0", KEEP_TYPES),
+        ("Q4_K", "Q4_K"),
+        ("BF16", KEEP_TYPES),
+        ("F16", KEEP_TYPES),
+    ],
+)
+def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(
+        tmp_path, base, kind, size):
+    """By least squares over what the file's reader gives, at changes far below the steps of the
+    base's type."""
     if base in ("BF16", "F16"):
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[base]
-        model = comfy.sd.load_diffusion_model_state_dict({name: tensor.to(dtype) for name, tensor in weights().items()})
+        model = comfy.sd.load_diffusion_model_state_dict(
+            {name: tensor.to(dtype) for name, tensor in weights().items()})
     else:
         model = packed_flux(base)
-    plain = {name: tensor.dequantize() if is_packed(tensor) else tensor.float() for name, tensor in held(model).items()}
+    plain = {
+        name: tensor.dequantize() if is_packed(tensor) else tensor.float()
+        for name, tensor in held(model).items()
+    }
     lora = lora_for(weights(), seed=7, size=size)
     saved = save(of_model(patched(model, (lora, 1.0))), tmp_path / "a.gguf", kind)
     values = values_in(saved.path)
     arrived = whole = count = 0.0
     for name in (name for name, weight in weights().items() if weight.ndim > 1):
         layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        change = (0.5 * lora[f"{layer}.lora_up.weight"] @ lora[f"{layer}.lora_down.weight"]).double()
+        change = (0.5 *
+                  lora[f"{layer}.lora_up.weight"] @ lora[f"{layer}.lora_down.weight"]).double()
         arrived += ((values[name] - plain[name]).double() * change).sum().item()
         whole += change.square().sum().item()
         count += change.numel()
-    chance = 0.01 / (size * count ** 0.5)  # of values that go to either side of a step of Q8_0, 0.025 of their spread apart
-    assert abs(arrived / whole - 1) <= 0.01 + 3 * chance, f"{arrived / whole:.3f} of the LoRA arrives"
+    # of values that go to either side of a step of Q8_0, 0.025 of their spread apart
+    chance = 0.01 / (size * count ** 0.5)
+    assert abs(arrived / whole - 1) <= 0.01 + 3 * chance, (
+        f"{arrived / whole:.3f} of the LoRA arrives"
+    )
     assert base in ("BF16", "F16") or saved.types[BLOCK] in ("Q6_K", "Q8_0")
 
 
@@ -251,7 +362,10 @@ def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
     lora, packed = (lora_for(weights(), size=0.005), 1.0), packed_flux("Q4_K")
     saved = save(of_model(patched(packed, lora)), tmp_path / "a.gguf", "Q4_K", keep_loras=False)
     values, exact = values_in(saved.path), exact_values(patched(dense_flux("Q4_K"), lora))
-    base = {name: tensor.dequantize() if is_packed(tensor) else tensor.float() for name, tensor in held(packed).items()}
+    base = {
+        name: tensor.dequantize() if is_packed(tensor) else tensor.float()
+        for name, tensor in held(packed).items()
+    }
     change = {name: exact[name] - base[name] for name in exact if exact[name].ndim > 1}
     gain = sum(((values[name] - base[name]) * change[name]).sum() for name in change) / sum(
         part.square().sum() for part in change.values())
@@ -266,8 +380,12 @@ def test_a_merge_of_two_packed_models_is_packed_once(tmp_path):
     values = values_in(saved.path)
     for name, weight in in_the_hosts_names(flux_file("Q4_K")).items():
         mean = 0.3 * weight + 0.7 * in_the_hosts_names(flux_file("Q5_K", 1))[name]
-        expected = pack_tensor(mean, FORMATS["Q8_0"]).dequantize() if saved.types[name] == "Q8_0" else mean
-        assert relative(values[name], expected) < (1e-3 if saved.types[name] == "Q8_0" else 0.005), name
+        expected = (
+            pack_tensor(mean, FORMATS["Q8_0"]).dequantize() if saved.types[name] == "Q8_0" else mean
+        )
+        assert relative(values[name], expected) < (
+            1e-3 if saved.types[name] == "Q8_0" else 0.005
+        ), name
     assert shares(saved.text) == [pytest.approx(100, abs=0.5)]
 
 
@@ -299,12 +417,23 @@ def test_values_that_are_no_numbers_are_refused_with_the_name_of_the_weight(tmp_
 def test_values_beyond_a_type_take_one_that_holds_them(tmp_path):
     half = {name: tensor.half() for name, tensor in weights().items()}
     model = comfy.sd.load_diffusion_model_state_dict(half, model_options={"dtype": torch.float16})
-    large = patched(model, ({"diffusion_model.img_in.diff": torch.full_like(weights()["img_in.weight"], 1e6)}, 1.0))
+    large = patched(
+        model,
+        ({"diffusion_model.img_in.diff": torch.full_like(weights()["img_in.weight"], 1e6)}, 1.0))
     tiny = with_value(0.0)
     tiny.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 1e-12
-    first, second = save(of_model(large), tmp_path / "a.gguf", "Q4_K"), save(tiny, tmp_path / "b.gguf", "Q4_K")
-    assert first.types["img_in.weight"] == second.types[BLOCK] == "BF16" and first.types[BLOCK] == "Q4_K"
-    assert "img_in.weight is BF16: its values do not fit into F16." in first.text and f"{BLOCK} is BF16" in second.text
+    first, second = (
+        save(of_model(large), tmp_path / "a.gguf", "Q4_K"),
+        save(tiny, tmp_path / "b.gguf", "Q4_K"),
+    )
+    assert (
+        first.types["img_in.weight"] == second.types[BLOCK] == "BF16"
+        and first.types[BLOCK] == "Q4_K"
+    )
+    assert (
+        "img_in.weight is BF16: its values do not fit into F16." in first.text
+        and f"{BLOCK} is BF16" in second.text
+    )
     assert values_in(first.path)["img_in.weight"].mean() == pytest.approx(1e6, rel=0.01)
     assert relative(values_in(second.path)[BLOCK], weights()[BLOCK] * 1e-12) < 0.01
 
@@ -312,7 +441,8 @@ def test_values_beyond_a_type_take_one_that_holds_them(tmp_path):
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
     spoilt = dict(weights())
-    for size, name in zip((1e-24, 3e-22, 1e-21, 1e-41), (name for name in weights() if name.endswith("mlp.0.weight"))):
+    for size, name in zip((1e-24, 3e-22, 1e-21, 1e-41),
+                          (name for name in weights() if name.endswith("mlp.0.weight"))):
         spoilt[name] = weights()[name].clone()
         spoilt[name][3] *= size
     saved = save(of_model(comfy.sd.load_diffusion_model_state_dict(dict(spoilt))),
@@ -322,8 +452,15 @@ def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
     assert relative(found[BLOCK], spoilt[BLOCK]) < 0.35
 
 
-@pytest.mark.parametrize("size, in_block, in_outer", [(1e-24, "BF16", "BF16"), (1e-41, "F32", "F32"), (1e20, "BF16", "BF16"),
-                                                      (3.4e38, "F32", "F32")])
+@pytest.mark.parametrize(
+    ("size", "in_block", "in_outer"),
+    [
+        (1e-24, "BF16", "BF16"),
+        (1e-41, "F32", "F32"),
+        (1e20, "BF16", "BF16"),
+        (3.4e38, "F32", "F32"),
+    ],
+)
 def test_values_of_any_magnitude_are_in_a_type_that_holds_them(tmp_path, size, in_block, in_outer):
     """In GGUF, where the scales of every packed type are float16."""
     source = of_model(dense_model())
@@ -371,15 +508,20 @@ def test_what_no_file_can_hold_is_refused_by_name_and_what_changes_no_weight_is_
     hooked.hook_patches["hook"] = {}
     wrapped.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight)
     replaced.add_object_patch("diffusion_model.img_in", torch.nn.Linear(2, 2))
-    for model, named in ((bypass, "bypass_lora"), (hooked, "hooks"), (wrapped, "diffusion_model.img_in.weight"),
-                         (replaced, "diffusion_model.img_in")):
+    for model, named in ((bypass, "bypass_lora"), (hooked, "hooks"),
+                         (wrapped, "diffusion_model.img_in.weight"), (replaced,
+                                                                      "diffusion_model.img_in")):
         with pytest.raises(SaveError, match=named):
             check_saveable(model)
     sampled.add_object_patch("model_sampling", object())
     sampled.set_model_attn1_patch(lambda *args: args)
     sampled.add_wrapper_with_key("diffusion_model", "cache", lambda *args: args)
     check_saveable(sampled)
-    assert unsaved_parts(sampled) == ["model_sampling", "patches: attn1_patch", "diffusion_model: cache"]
+    assert unsaved_parts(sampled) == [
+        "model_sampling",
+        "patches: attn1_patch",
+        "diffusion_model: cache",
+    ]
 
 
 def test_a_model_of_two_bits_comes_with_a_warning(tmp_path):

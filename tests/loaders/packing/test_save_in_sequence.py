@@ -1,23 +1,37 @@
-"""A model whose layers are packed in turn as it is saved: the file is nearer to it than with each layer packed apart, and it is
-left as it was whatever ends it."""
+"""A model whose layers are packed in turn as it is saved: the file is nearer to it than with each
+layer packed apart, and it is left as it was whatever ends it."""
 import functools
 
 import comfy.model_management
 import pytest
 import torch
+from patched_models import (
+    dense_flux,
+    flux_inputs,
+    lora_for,
+    packed_flux,
+    patched,
+    relative,
+    run,
+    tiny_flux,
+)
+from saving import save
+
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.calibration import sequential
-from featherweight.loaders.packing.calibration.moment_collector import Collector, linear_layers, shapes_of
 from featherweight.loaders.packing.calibration.measure import types_for
+from featherweight.loaders.packing.calibration.moment_collector import (
+    Collector,
+    linear_layers,
+    shapes_of,
+)
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
 from featherweight.loaders.packing.planning.packing_rules import bits_per_value
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import of_model
 from featherweight.ops.packed_layout import is_packed
-from patched_models import dense_flux, flux_inputs, lora_for, packed_flux, patched, relative, run, tiny_flux
-from saving import save
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -40,11 +54,15 @@ def in_place(patcher):
 
 def prompt(seed: int) -> list:
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, 5, WIDTH, generator=generator), {"pooled_output": torch.randn(1, 256, generator=generator)}]]
+    return [[
+        torch.randn(1, 5, WIDTH, generator=generator),
+        {"pooled_output": torch.randn(1, 256, generator=generator)}
+    ]]
 
 
 def drawing() -> SamplingRun:
-    return SamplingRun([prompt(1), prompt(2)], {"samples": torch.zeros(1, 16, 16, 16)}, samples=3, steps=4)
+    return SamplingRun([prompt(1), prompt(2)], {"samples": torch.zeros(1, 16, 16, 16)}, samples=3,
+                       steps=4)
 
 
 class Apart:
@@ -70,7 +88,9 @@ def state_of(model) -> dict[str, torch.Tensor]:
 
 
 def hooks_in(model) -> int:
-    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in model.model.modules())
+    return sum(
+        len(layer._forward_pre_hooks) + len(layer._forward_hooks)
+        for layer in model.model.modules())
 
 
 def error_of(path, wanted) -> float:
@@ -80,13 +100,24 @@ def error_of(path, wanted) -> float:
 
 
 def wanted_of(model) -> list:
-    inputs = [flux_inputs() | {"x": torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(seed)),
-                               "c_crossattn": prompt(seed)[0][0]} for seed in (100, 101)]
+    inputs = [
+        flux_inputs() | {
+            "x": torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(seed)),
+            "c_crossattn": prompt(seed)[0][0]
+        } for seed in (100, 101)
+    ]
     return [(one, run(model, one)) for one in inputs]
 
 
-@pytest.mark.parametrize("kind", [kind if "LoRA" in kind and kind != "ordinary with a LoRA"
-                                  else pytest.param(kind, marks=pytest.mark.heavy) for kind in MODELS])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        if "LoRA" in kind and kind != "ordinary with a LoRA"
+        else pytest.param(kind, marks=pytest.mark.heavy)
+        for kind in MODELS
+    ],
+)
 def test_the_file_is_nearer_to_the_model_than_with_its_layers_packed_apart(kind, tmp_path):
     model = MODELS[kind]()
     apart, turned = (tmp_path / f"{name}.gguf" for name in ("apart", "turned"))
@@ -98,13 +129,17 @@ def test_the_file_is_nearer_to_the_model_than_with_its_layers_packed_apart(kind,
     assert hooks_in(model) == 0
     save(of_model(model), apart, "Q3_K", sensitivity=sensitivity)
     entries = [open_weights(path).entries for path in (turned, apart)]
-    assert [entry.format for entry in entries[0].values()] == [entry.format for entry in entries[1].values()]
+    assert [entry.format for entry in entries[0].values()] == [
+        entry.format for entry in entries[1].values()
+    ]
     assert list(saved.types.values()).count("Q3_K") > 8
     wanted = wanted_of(model)
     assert error_of(turned, wanted) < 0.95 * error_of(apart, wanted)
     comfy.model_management.unload_all_models()
     after = state_of(model)
-    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(value, after[name]) for name, value in before.items()
+    )
 
 
 @pytest.mark.parametrize("at", ["a step", "a layer", "a run"])
@@ -129,32 +164,45 @@ def test_a_cancel_leaves_the_model_as_it_was_and_no_file(at, monkeypatch, tmp_pa
     if at == "a run":
         monkeypatch.setattr(sequential, "_as_packed", interrupted)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        save(of_model(model), tmp_path / "a.gguf", "Q3_K", track=tracked if at == "a layer" else None,
+        save(of_model(model), tmp_path / "a.gguf", "Q3_K",
+             track=tracked if at == "a layer" else None,
              calibrate=calibration_of(model, **{"track": tracked} if at == "a step" else {}))
-    assert hooks_in(model) == 0 and not list(tmp_path.iterdir()) and "model_function_wrapper" not in model.model_options
+    assert (
+        hooks_in(model) == 0
+        and not list(tmp_path.iterdir())
+        and "model_function_wrapper" not in model.model_options
+    )
     for inputs, output in wanted:
         assert torch.equal(run(model, inputs), output)
 
 
 def test_a_plan_that_cannot_be_ends_it_before_anything_is_drawn(tmp_path):
     with pytest.raises(PlanError):
-        save(of_model(packed_flux("Q8_0")), tmp_path / "a.gguf", 1000, calibrate=lambda: pytest.fail("it drew"))
+        save(of_model(packed_flux("Q8_0")), tmp_path / "a.gguf", 1000,
+             calibrate=lambda: pytest.fail("it drew"))
 
 
 def test_a_mix_for_a_size_is_packed_in_turn_too(tmp_path):
     model = packed_flux("Q8_0")
-    costs = {name: {kind: 1 / bits_per_value(kind) ** 4 for kind in types_for(shape)}
-             for name, shape in shapes_of(model.model).items() if name in linear_layers(model.model)}
+    costs = {
+        name: {kind: 1 / bits_per_value(kind) ** 4 for kind in types_for(shape)}
+        for name, shape in shapes_of(model.model).items() if name in linear_layers(model.model)
+    }
     sensitivity = Apart(model, costs)
     turned, apart = (tmp_path / f"{name}.gguf" for name in ("turned", "apart"))
     made = [save(of_model(model), path, 2_500_000, sensitivity=sensitivity, calibrate=calibrate)
             for path, calibrate in ((turned, calibration_of(model)), (apart, None))]
-    assert made[0].types == made[1].types and turned.stat().st_size == apart.stat().st_size <= 2_500_000
+    assert (
+        made[0].types == made[1].types
+        and turned.stat().st_size == apart.stat().st_size <= 2_500_000
+    )
     assert error_of(turned, wanted := wanted_of(model)) < error_of(apart, wanted)
 
 
 def test_a_change_that_is_to_arrive_whole_does(tmp_path):
     model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
     saved = save(of_model(model), tmp_path / "a.gguf", "Q4_K", calibrate=calibration_of(model))
-    share = next(float(line.split("(strength 1): ")[1].split("%")[0]) for line in saved.notes if "strength 1" in line)
+    share = next(
+        float(line.split("(strength 1): ")[1].split("%")[0]) for line in saved.notes
+        if "strength 1" in line)
     assert 99 <= share <= 101

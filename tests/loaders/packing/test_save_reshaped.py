@@ -1,16 +1,21 @@
-"""Weights whose rows a type's blocks do not divide, as ComfyUI-GGUF's files of SD1, SDXL and Wan have them, are saved anew."""
+"""Weights whose rows a type's blocks do not divide, as ComfyUI-GGUF's files of SD1, SDXL and Wan
+have them, are saved anew."""
 import gguf
 import numpy as np
 import pytest
 import torch
+from saving import save
+
 from devtools.files.gguf_files import pack
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import of_file
 from featherweight.ops.packed_layout import is_packed
-from saving import save
 
-CONVOLUTION, LINEAR = "input_blocks.1.0.in_layers.2.weight", "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+CONVOLUTION, LINEAR = (
+    "input_blocks.1.0.in_layers.2.weight",
+    "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight",
+)
 SHAPES = {CONVOLUTION: (64, 32, 3, 3), LINEAR: (64, 320)}
 
 
@@ -22,7 +27,8 @@ def reshaped(request, tmp_path):
     for name, shape in SHAPES.items():
         rows = random.standard_normal(shape, dtype=np.float32).reshape(-1, 256)
         writer.add_array(f"comfy.gguf.orig_shape.{name}", [*shape])
-        writer.add_tensor(name, pack(rows, request.param), raw_dtype=gguf.GGMLQuantizationType[request.param])
+        writer.add_tensor(name, pack(rows, request.param),
+                          raw_dtype=gguf.GGMLQuantizationType[request.param])
     writer.add_tensor("label_emb.0.0.weight", random.standard_normal((64, 64)).astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -48,7 +54,8 @@ def read_by_gguf_py(path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_unpatched_they_are_saved_as_they_came_and_every_reader_reads_them(reshaped, tmp_path, same):
+def test_unpatched_they_are_saved_as_they_came_and_every_reader_reads_them(
+        reshaped, tmp_path, same):
     path, kind = reshaped
     saved = save(of_file(path), tmp_path / "a.gguf", kind if same else KEEP_TYPES)
     assert saved.types[CONVOLUTION] == kind and saved.types[LINEAR] == kind
@@ -69,5 +76,8 @@ def test_with_a_patch_they_are_saved_in_a_type_that_fits_their_rows(reshaped, tm
     before, ours, theirs = values_in(path), values_in(saved.path), read_by_gguf_py(saved.path)
     for name, added in change.items():
         expected = before[name] + added
-        assert torch.equal(ours[name], theirs[name]) and (ours[name] - expected).norm() < 0.1 * expected.norm(), name
+        assert (
+            torch.equal(ours[name], theirs[name])
+            and (ours[name] - expected).norm() < 0.1 * expected.norm()
+        ), name
     assert saved.types[CONVOLUTION] in ("F16", "BF16")

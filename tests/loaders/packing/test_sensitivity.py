@@ -1,5 +1,5 @@
-"""Measuring leaves a model as it was, sees what its layers see, tells costs as an exchanged weight would, and goes on where it
-was cancelled; its file is for models with these layers only."""
+"""Measuring leaves a model as it was, sees what its layers see, tells costs as an exchanged weight
+would, and goes on where it was cancelled; its file is for models with these layers only."""
 import dataclasses
 import functools
 import json
@@ -9,28 +9,58 @@ import comfy.model_management
 import pytest
 import torch
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
+from patched_models import packed_flux
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.calibration import measure as measuring
 from featherweight.loaders.packing.calibration import sampling, sensitivity
-from featherweight.loaders.packing.calibration.moment_collector import (
-    Collector, block_for, dense_weight, linear_layers, nbytes_of, shapes_of,
+from featherweight.loaders.packing.calibration.measure import (
+    DEFAULT,
+    THOROUGHNESS,
+    Costs,
+    measure,
+    types_for,
 )
-from featherweight.loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, Costs, measure, types_for
-from featherweight.loaders.packing.calibration.sampling import SamplingRun, load, random_conditioning
-from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError, report, summary
+from featherweight.loaders.packing.calibration.moment_collector import (
+    Collector,
+    block_for,
+    dense_weight,
+    linear_layers,
+    nbytes_of,
+    shapes_of,
+)
+from featherweight.loaders.packing.calibration.sampling import (
+    SamplingRun,
+    load,
+    random_conditioning,
+)
+from featherweight.loaders.packing.calibration.sensitivity import (
+    Sensitivity,
+    SensitivityError,
+    report,
+    summary,
+)
 from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_size
 from featherweight.ops.format import FORMATS
 from featherweight.ops.quantize import pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
-from patched_models import packed_flux
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
 MEASURED = ("flux-dev", "sd1.5", "wan2.1-t2v")
-NO_PROMPT = ("flux2", "chroma", "sd3.5", "hunyuan-video", "ltxv", "lumina2", "qwen-image", "aura-flow")
+NO_PROMPT = (
+    "flux2",
+    "chroma",
+    "sd3.5",
+    "hunyuan-video",
+    "ltxv",
+    "lumina2",
+    "qwen-image",
+    "aura-flow",
+)
 PROMPT = [[torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(0)), {}]]  # Wan's
 
 
@@ -45,7 +75,9 @@ def small_drawing(name: str, **options) -> SamplingRun:
 
 
 def hooks_in(patcher) -> int:
-    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in patcher.model.modules())
+    return sum(
+        len(layer._forward_pre_hooks) + len(layer._forward_hooks)
+        for layer in patcher.model.modules())
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -61,7 +93,9 @@ def test_a_model_is_measured_without_a_prompt_and_left_as_it_was(name, monkeypat
         assert all(0 < value < 1 for value in values) and values[-1] < 0.05 * values[0], key
         assert found.moments(key).columns == found.shapes[key][1]
     shapes = shapes_of(patcher.model)
-    plan_for_size(shapes, sum(3 * value.numel() for value in before.values()) // 2, rules_for(shapes), found.costs)
+    plan_for_size(shapes,
+                  sum(3 * value.numel() for value in before.values()) // 2, rules_for(shapes),
+                  found.costs)
     assert hooks_in(patcher) == 0 and "model_function_wrapper" not in patcher.model_options
     after = patcher.model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -72,13 +106,15 @@ def test_random_numbers_take_the_place_of_a_prompt(name, monkeypatch):
     patcher, drawing = patcher_of(name, monkeypatch), small_drawing(name, steps=1)
     layers = linear_layers(patcher.model)
     with Collector(layers) as collector:
-        dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing, 1)).run(patcher, lambda *_: None)
+        dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing,
+                                                                 1)).run(patcher, lambda *_: None)
     assert layers and all(collector.of(layer).count for layer in layers) and hooks_in(patcher) == 0
 
 
 def test_a_model_with_several_texts_is_refused_without_a_prompt(monkeypatch):
     patcher = patcher_of("hidream", monkeypatch)
-    with pytest.raises(WeightFileError, match="HiDream cannot be measured without a prompt.*Connect positive"):
+    with pytest.raises(WeightFileError,
+                       match="HiDream cannot be measured without a prompt.*Connect positive"):
         measure(patcher, small_drawing("hidream"))
     assert hooks_in(patcher) == 0
 
@@ -100,11 +136,15 @@ def test_moments_are_those_of_what_enters_a_layer(monkeypatch):
         held_out.update([number] if collector.hold_out else [])
 
     with handle, Collector(layers) as collector:
-        dataclasses.replace(small_drawing("wan2.1-t2v", steps=8), prompts=[PROMPT]).run(patcher, next_step)
-    fitted = torch.cat([part for number, parts in seen.items() if number not in held_out for part in parts])
+        dataclasses.replace(small_drawing("wan2.1-t2v", steps=8),
+                            prompts=[PROMPT]).run(patcher, next_step)
+    fitted = torch.cat(
+        [part for number, parts in seen.items() if number not in held_out for part in parts])
     moments = collector.of(name)
     assert 0 < len(held_out) < 4 and 0 not in held_out
-    assert moments.count == len(fitted) and moments.held_out_count == 4 * 2 * len(held_out) == 8 * len(held_out)
+    assert moments.count == len(fitted) and moments.held_out_count == 4 * 2 * len(
+        held_out
+    ) == 8 * len(held_out)
     torch.testing.assert_close(moments.blocks[0].double(), fitted.T @ fitted, rtol=1e-4, atol=1e-2)
 
 
@@ -113,14 +153,20 @@ def test_layers_with_the_same_input_share_their_moments(monkeypatch):
     found = measure(patcher, small_drawing("wan2.1-t2v", steps=2), "no runs")
     q, k, v, o = (found.moments(f"blocks.0.self_attn.{part}.weight") for part in "qkvo")
     assert q is k is v and o is not q
-    assert found.moments("blocks.0.cross_attn.k.weight") is found.moments("blocks.0.cross_attn.v.weight") is not q
+    assert (
+        found.moments("blocks.0.cross_attn.k.weight")
+        is found.moments("blocks.0.cross_attn.v.weight")
+        is not q
+    )
 
 
 def test_blocks_are_as_wide_as_memory_allows():
     flux = [3072] * 6 + [12288] * 2 + [15360]
     assert block_for([256, 1024]) is None and block_for(flux, 4 << 30) is None
     assert block_for(flux, 150 << 20) == 512 and block_for(flux, 1) == 256
-    assert nbytes_of([1024], None) == 4 * 1024 * (1024 + 64) and nbytes_of([1000], 256) == 4 * (1024 * 256 + 1000 * 64)
+    assert nbytes_of([1024], None) == 4 * 1024 * (1024 + 64) and nbytes_of([1000], 256) == 4 * (
+        1024 * 256 + 1000 * 64
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -128,15 +174,20 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
     patcher = packed_flux("Q8_0") if packed else patcher_of("flux-dev", monkeypatch)
     steps, layers = [], linear_layers(patcher.model)
     width, latent = 256, {"samples": torch.zeros(1, 16, 8, 8)}
-    prompt = [[torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)), {"pooled_output": torch.randn(1, 256)}]]
-    SamplingRun([prompt], latent, samples=1, steps=2).run(patcher, lambda number, step: steps.append(step))
+    prompt = [[
+        torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)),
+        {"pooled_output": torch.randn(1, 256)}
+    ]]
+    SamplingRun([prompt], latent, samples=1, steps=2).run(patcher,
+                                                          lambda number, step: steps.append(step))
     load(patcher)
     with torch.no_grad():
         measured, name = Costs(patcher.model, steps), "double_blocks.0.img_mlp.2.weight"
         weight = dense_weight(layers[name])
         q3 = pack_tensor(weight, FORMATS["Q3_K"])
         cost = measured.output_error(layers[name], weight, q3)
-        layers[name].weight = torch.nn.Parameter(q3 if packed else q3.dequantize(), requires_grad=False)
+        layers[name].weight = torch.nn.Parameter(q3 if packed else q3.dequantize(),
+                                                 requires_grad=False)
         outputs = [step.run(patcher.model) for step in steps]
     expected = sum(((output - dense).square().sum() / dense.square().sum()).item()
                    for output, dense in zip(outputs, measured.dense)) / len(steps)
@@ -145,11 +196,14 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
 
 def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
     patcher, runs = patcher_of("wan2.1-t2v", monkeypatch), []
-    monkeypatch.setattr(Costs, "output_error", lambda self, layer, weight, packed: runs.append(packed) or 1e-3)
+    monkeypatch.setattr(Costs, "output_error",
+                        lambda self, layer, weight, packed: runs.append(packed) or 1e-3)
     monkeypatch.setattr(measuring, "quantize_layer", lambda weight, kind, moments: None)
-    monkeypatch.setattr(measuring, "weight_errors", lambda weight, moments, kinds: dict.fromkeys(kinds, 1.0))
+    monkeypatch.setattr(measuring, "weight_errors",
+                        lambda weight, moments, kinds: dict.fromkeys(kinds, 1.0))
     monkeypatch.setattr(measuring, "feedback_gain", lambda *_: 1.0)
-    for thoroughness, of_each in (("no runs", 0), ("one run per layer", 1), ("one run per layer and type", 7)):
+    for thoroughness, of_each in (("no runs", 0), ("one run per layer", 1),
+                                  ("one run per layer and type", 7)):
         runs.clear()
         found = measure(patcher, small_drawing("wan2.1-t2v", steps=1), thoroughness)
         assert len(runs) == of_each * len(found.costs)
@@ -177,7 +231,8 @@ def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_p
     before, count[0] = count[0], 4
     found = measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
     assert count[0] - 4 == len(found.costs) - max(0, before - 1)
-    measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)  # as after a save for which the drive was too full
+    # as after a save for which the drive was too full
+    measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
     assert count[0] - 4 == len(found.costs) - max(0, before - 1)
 
 
@@ -190,19 +245,25 @@ def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("other", ["prompt", "negative", "latent", "weights"])
-def test_a_partial_measurement_without_runs_is_of_its_prompts_latent_and_model_only(monkeypatch, tmp_path, other):
+def test_a_partial_measurement_without_runs_is_of_its_prompts_latent_and_model_only(
+        monkeypatch, tmp_path, other):
     patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
     drawing = dataclasses.replace(small_drawing("wan2.1-t2v", steps=2), prompts=[PROMPT])
     measure(patcher, drawing, "no runs", partial)
     known = json.loads(partial.read_text())
-    partial.write_text(json.dumps(known | {"costs": {name: {"Q3_K": 7.0} for name in known["costs"]}}))
-    assert all(found == {"Q3_K": 7.0} for found in measure(patcher, drawing, "no runs", partial).costs.values())
+    partial.write_text(
+        json.dumps(known | {"costs": {name: {"Q3_K": 7.0} for name in known["costs"]}}))
+    assert all(found == {"Q3_K": 7.0}
+               for found in measure(patcher, drawing, "no runs", partial).costs.values())
     others = [[PROMPT[0][0] + 1, *PROMPT[0][1:]]]
     if other == "weights":
         next(iter(linear_layers(patcher.model).values())).weight.data.mul_(1.5)
     latent = {"samples": drawing.latent["samples"] + 0.5}
-    drawing = dataclasses.replace(drawing, **{"prompt": {"prompts": [others]}, "negative": {"negative": others},
-                                              "latent": {"latent": latent}, "weights": {}}[other])
+    drawing = dataclasses.replace(
+        drawing, **{
+            "prompt": {"prompts": [others]}, "negative": {"negative": others},
+            "latent": {"latent": latent}, "weights": {}
+        }[other])
     found = measure(patcher, drawing, "no runs", partial)
     assert all(found != {"Q3_K": 7.0} for found in found.costs.values())
 
@@ -213,17 +274,26 @@ def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp
     found.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["wan.sensitivity"]
     loaded, shapes = Sensitivity.load(path), shapes_of(patcher.model)
-    assert (loaded.costs, loaded.shapes, loaded.about, loaded.digest) == (found.costs, found.shapes, found.about, found.digest)
+    assert (loaded.costs, loaded.shapes, loaded.about, loaded.digest) == (
+        found.costs,
+        found.shapes,
+        found.about,
+        found.digest,
+    )
     for name in found.shapes:
         torch.testing.assert_close(loaded.moments(name).importance, found.moments(name).importance)
     assert loaded.moments("patch_embedding.weight") is None
     loaded.check_is_for(shapes)
-    with pytest.raises(SensitivityError, match=r"wan.sensitivity was measured on another.*ffn.0.weight of \(512, 256\) is"):
+    with pytest.raises(
+            SensitivityError,
+            match=r"wan.sensitivity was measured on another.*ffn.0.weight of \(512, 256\) is"):
         loaded.check_is_for(shapes | {"blocks.0.ffn.0.weight": (512, 512)})
     with pytest.raises(SensitivityError, match=r"is not there, and 10 of 10 layers do not fit"):
         loaded.check_is_for({"a.0.weight": (512, 512)})
     for lines in (report(loaded).splitlines(), summary(loaded).splitlines()):
-        assert any(re.match(r"blocks.*ffn.0: .*[0-9]", line) for line in lines) and "dB" in "".join(lines)
+        assert any(re.match(r"blocks.*ffn.0: .*[0-9]", line) for line in lines) and "dB" in "".join(
+            lines
+        )
         assert not any("  " in line for line in lines)  # columns, which no node keeps
     assert all(len(line) < 50 for line in summary(loaded).splitlines())
 
@@ -244,7 +314,8 @@ def small_file(tmp_path):
     moments = SecondMoments.of(256)
     moments.add(torch.randn(64, 256))
     path = tmp_path / "a.sensitivity"
-    Sensitivity({"a.weight": {"Q3_K": 0.1}}, {"a.weight": (8, 256)}, _moments=lambda name: moments).save(path)
+    Sensitivity({"a.weight": {"Q3_K": 0.1}}, {"a.weight": (8, 256)},
+                _moments=lambda name: moments).save(path)
     return path
 
 
@@ -254,7 +325,9 @@ def test_a_file_that_is_not_whole_is_refused_in_one_sentence(left, small_file):
     loaded = Sensitivity.load(small_file)
     small_file.write_bytes(whole[:left])
     for read in (lambda: Sensitivity.load(small_file), lambda: loaded.moments("a.weight")):
-        with pytest.raises(SensitivityError, match="^a.sensitivity is damaged or was not copied whole. Copy it again"):
+        with pytest.raises(
+                SensitivityError,
+                match="^a.sensitivity is damaged or was not copied whole. Copy it again"):
             read()
     small_file.unlink()
     with pytest.raises(SensitivityError, match="^a.sensitivity cannot be read: No such file"):
@@ -263,7 +336,9 @@ def test_a_file_that_is_not_whole_is_refused_in_one_sentence(left, small_file):
 
 def test_a_file_of_another_format_is_refused_in_one_sentence(small_file, monkeypatch):
     monkeypatch.setattr(sensitivity, "FORMAT", 7)
-    with pytest.raises(SensitivityError, match="^a.sensitivity is of format 2, this version reads 7. Update this pack, or"):
+    with pytest.raises(
+            SensitivityError,
+            match="^a.sensitivity is of format 2, this version reads 7. Update this pack, or"):
         Sensitivity.load(small_file)
 
 
@@ -271,7 +346,8 @@ def test_a_file_without_the_parts_of_a_layer_is_refused_in_one_sentence(small_fi
     whole = load_file(small_file)
     with safe_open(small_file, "pt") as opened:
         about = opened.metadata()
-    save_file({name: value for name, value in whole.items() if "steps" not in name}, small_file, about)
+    save_file({name: value for name, value in whole.items() if "steps" not in name}, small_file,
+              about)
     with pytest.raises(SensitivityError, match="^a.sensitivity is damaged"):
         Sensitivity.load(small_file).moments("a.weight")
 
@@ -303,5 +379,6 @@ def test_a_measurement_that_is_written_to_while_it_is_in_use_is_an_error(tmp_pat
     with open(path, "ab") as file:
         file.truncate(path.stat().st_size - 1)
         file.write(b"\0")
-    with pytest.raises(SensitivityError, match=r"^flux\.sensitivity was written to or replaced while it was in use"):
+    with pytest.raises(SensitivityError,
+                       match=r"^flux\.sensitivity was written to or replaced while it was in use"):
         found.moments(name)

@@ -1,7 +1,12 @@
-"""Packing layer after layer: it makes up for the errors of the layers before, and the model is left as it was."""
+"""Packing layer after layer: it makes up for the errors of the layers before, and the model is left
+as it was."""
 import pytest
 import torch
-from featherweight.loaders.packing.calibration.sequential import SequentialCalibration, recorded_calls
+
+from featherweight.loaders.packing.calibration.sequential import (
+    SequentialCalibration,
+    recorded_calls,
+)
 from featherweight.ops.format import FORMATS
 from featherweight.ops.quantize import pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
@@ -63,13 +68,15 @@ def pack_in_sequence(model: Model, formats, calls, progress=lambda name: None):
     calibration, packed = SequentialCalibration(model, layers, calls), {}
     for name in calibration.order:
         progress(name)
-        packed[name] = pack_tensor(layers[name].weight, formats[name], moments=calibration.moments(name))
+        packed[name] = pack_tensor(layers[name].weight, formats[name],
+                                   moments=calibration.moments(name))
         calibration.set_packed(name, packed[name], layers[name].bias)
     return packed
 
 
 def error(model: Model, weights) -> float:
-    """Squared error of the output for calls that nothing was fitted to, as a part of the output's square."""
+    """Squared error of the output for calls that nothing was fitted to, as a part of the output's
+    square."""
     own = {name: value.clone() for name, value in model.state_dict().items()}
     calls = [arguments(seed) for seed in range(100, 104)]
     wanted = [model(*args, **kwargs) for args, kwargs in calls]
@@ -84,20 +91,28 @@ def packed_apart(model: Model, calls, formats):
     """Each layer for the inputs that it has in the dense model."""
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
     moments = {name: SecondMoments.of(WIDTH) for name in formats}
-    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0]))
-               for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0]))
+        for name, layer in layers.items()
+    ]
     for call in calls:
         model(*call.args, **call.kwargs)
     for handle in handles:
         handle.remove()
-    return {name: pack_tensor(layers[name].weight, fmt, moments=moments[name] if moments[name].count else None)
-            for name, fmt in formats.items()}
+    return {
+        name: pack_tensor(layers[name].weight, fmt,
+                          moments=moments[name] if moments[name].count else None)
+        for name, fmt in formats.items()
+    }
 
 
 def test_the_output_is_nearer_than_with_each_layer_packed_apart():
     model = Model()
     calls, formats = calls_of(model), formats_of(model)
-    in_sequence, apart = pack_in_sequence(model, formats, calls), packed_apart(model, calls, formats)
+    in_sequence, apart = (
+        pack_in_sequence(model, formats, calls),
+        packed_apart(model, calls, formats),
+    )
     assert error(model, in_sequence) < 0.9 * error(model, apart)
 
 
@@ -141,9 +156,16 @@ def test_small_inputs_of_equal_values_are_one_input_too():
     model = Modulated().requires_grad_(False)
     with recorded_calls(model) as calls:
         model(torch.randn(TOKENS, WIDTH), torch.randn(1, WIDTH))
-    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    layers = {
+        f"{name}.weight": layer for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
     stages = SequentialCalibration(model, layers, calls).stages
-    assert stages == [["shifts.0.weight", "shifts.1.weight"], ["mixes.0.weight"], ["mixes.1.weight"]]
+    assert stages == [
+        ["shifts.0.weight", "shifts.1.weight"],
+        ["mixes.0.weight"],
+        ["mixes.1.weight"],
+    ]
 
 
 @pytest.mark.parametrize("stop_at", [None, 0, 4])

@@ -1,4 +1,5 @@
-"""CLIP under transformers' names. Those of stable-diffusion.cpp and open_clip: tests/loaders/encoders/test_clip.py."""
+"""CLIP under transformers' names. Those of stable-diffusion.cpp and open_clip:
+tests/loaders/encoders/test_clip.py."""
 from .encoder import Encoder
 
 CLIP_SMALL = {
@@ -8,7 +9,10 @@ CLIP_SMALL = {
 LAYER = "text_model.encoder.layers.{}.mlp.fc1.weight"
 
 ENCODERS = {
-    "clip-l": Encoder("CLIP_L", "stable_diffusion", None, CLIP_SMALL, "clip_l", {LAYER.format(0): (128, 64)}),
-    "clip-h": Encoder("CLIP_H", "stable_diffusion", None, CLIP_SMALL, "clip_h", {LAYER.format(22): (32, 32)}),
-    "clip-g": Encoder("CLIP_G", "stable_diffusion", None, CLIP_SMALL, "clip_g", {LAYER.format(30): (32, 32)}),
+    "clip-l": Encoder("CLIP_L", "stable_diffusion", None, CLIP_SMALL, "clip_l",
+                      {LAYER.format(0): (128, 64)}),
+    "clip-h": Encoder("CLIP_H", "stable_diffusion", None, CLIP_SMALL, "clip_h",
+                      {LAYER.format(22): (32, 32)}),
+    "clip-g": Encoder("CLIP_G", "stable_diffusion", None, CLIP_SMALL, "clip_g",
+                      {LAYER.format(30): (32, 32)})
 }

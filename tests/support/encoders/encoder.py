@@ -1,7 +1,9 @@
-"""The host's text encoders at sizes a test can afford, as files of llama.cpp and as the host's own models.
+"""The host's text encoders at sizes a test can afford, as files of llama.cpp and as the host's own
+models.
 
-The host takes an encoder by the names of its tensors and the widths of some. What it does not read is shrunken. Names in GGUF
-files are those of gguf-py; what else a converter changes is stated here for each encoder.
+The host takes an encoder by the names of its tensors and the widths of some. What it does not read
+is shrunken. Names in GGUF files are those of gguf-py; what else a converter changes is stated here
+for each encoder.
 """
 import contextlib
 import dataclasses
@@ -37,15 +39,21 @@ def as_it_is(weights: Weights) -> Weights:
 class Encoder:
     """One text encoder of the host.
 
-    te_model: the name the host detects. clip_type: as in a loader. architecture: gguf-py's; None for files with the host's
-    names. config: what of the host's configuration is shrunken. config_of: the host's name before `_model_config` or `_config`.
-    markers: names and shapes of tensors that the detection reads; those that the shrunken model lacks are written as zeros.
-    changed: what the converter does to the weights before it names them, host's names -> names that gguf-py knows.
-    metadata: what the file says beside its tensors. published: the names in the host's model -> those in the files that the
-    host loads. towers: dictionaries of the host that configure what an encoder sees and hears through, and what of each is
-    shrunken (see `small_towers`). mmproj: the weights of the tower -> the tensors of the mmproj file that stands beside the
-    encoder. extra: what the host's loader needs beside the weights (a tokenizer), which files with the host's names hold too.
-    options: more of the host's `model_options`. problem: what keeps the host from loading it with the installed packages.
+    te_model: the name the host detects. clip_type: as in a loader. architecture: gguf-py's; None
+    for files with the host's names. config: what of the host's configuration is shrunken.
+    config_of: the host's name before `_model_config` or `_config`.
+    markers: names and shapes of tensors that the detection reads; those that the shrunken model
+    lacks are written as zeros.
+    changed: what the converter does to the weights before it names them, host's names -> names that
+    gguf-py knows.
+    metadata: what the file says beside its tensors. published: the names in the host's model ->
+    those in the files that the host loads. towers: dictionaries of the host that configure what an
+    encoder sees and hears through, and what of each is shrunken (see `small_towers`). mmproj: the
+    weights of the tower -> the tensors of the mmproj file that stands beside the encoder. extra:
+    what the host's loader needs beside the weights (a tokenizer), which files with the host's names
+    hold too.
+    options: more of the host's `model_options`. problem: what keeps the host from loading it with
+    the installed packages.
     """
 
     te_model: str
@@ -72,8 +80,12 @@ class Encoder:
 
     @property
     def model_options(self) -> dict[str, Any]:
-        # The host puts the last into the place of the first for CLIP, with the length of its position embedding.
-        config = {f"{self.config_of}{ending}": dict(self.config) for ending in ("_model_config", "_config")}
+        # The host puts the last into the place of the first for CLIP, with the length of its
+        # position embedding.
+        config = {
+            f"{self.config_of}{ending}": dict(self.config)
+            for ending in ("_model_config", "_config")
+        }
         return {**config, "dtype": torch.float32, **self.options, "model_config": dict(self.config)}
 
 
@@ -87,7 +99,8 @@ def small_towers(encoder: Encoder):
 
 
 def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Float32 weights: matrices that keep the size of what they multiply, norms and other factors about one."""
+    """Float32 weights: matrices that keep the size of what they multiply, norms and other factors
+    about one."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in shapes.items():
@@ -99,32 +112,43 @@ def seeded(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 
 def host_clip(encoder: Encoder, weights: Weights) -> comfy.sd.CLIP:
-    """What the host makes of dense weights under the names in its model. Skips the test where it cannot load the encoder."""
+    """What the host makes of dense weights under the names in its model. Skips the test where it
+    cannot load the encoder."""
     if encoder.unusable:
         pytest.skip(encoder.unusable)
     weights = encoder.published(weights)
-    markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
-    return comfy.sd.load_text_encoder_state_dicts(
-        [weights | markers | dict(encoder.extra)],
-        clip_type=getattr(comfy.sd.CLIPType, encoder.clip_type.upper()), model_options=encoder.model_options)
+    markers = {
+        name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights
+    }
+    return comfy.sd.load_text_encoder_state_dicts([weights | markers | dict(encoder.extra)],
+                                                  clip_type=getattr(comfy.sd.CLIPType,
+                                                                    encoder.clip_type.upper()),
+                                                  model_options=encoder.model_options)
 
 
 def text_model(clip: comfy.sd.CLIP) -> SDClipModel | LensGptOssClipModel:
-    return next(module for module in clip.cond_stage_model.modules() if isinstance(module, (SDClipModel, LensGptOssClipModel)))
+    return next(module for module in clip.cond_stage_model.modules()
+                if isinstance(module, (SDClipModel, LensGptOssClipModel)))
 
 
 def random_weights(encoder: Encoder, towers: bool = False) -> Weights:
-    """Seeded weights under all names of the host's shrunken model; matrices have values that Q8_0 holds exactly.
+    """Seeded weights under all names of the host's shrunken model; matrices have values that Q8_0
+    holds exactly.
 
-    towers: those of the towers, in place of those of the text model. With an mmproj file they are always among them.
+    towers: those of the towers, in place of those of the text model. With an mmproj file they are
+    always among them.
     """
     weights = seeded(shapes_of(encoder, towers))
-    return {name: rounded(values) if values.ndim in (2, 3) else values for name, values in weights.items()}
+    return {
+        name: rounded(values) if values.ndim in (2, 3) else values
+        for name, values in weights.items()
+    }
 
 
 @functools.lru_cache
 def shapes_of(encoder: Encoder, towers: bool = False) -> Mapping[str, tuple[int, ...]]:
-    """The host's names of the weights in its shrunken model, see `random_weights`, and their shapes."""
+    """The host's names of the weights in its shrunken model, see `random_weights`, and their
+    shapes."""
     with (small_towers(encoder),
           # With it, layers have no weights until they load.
           mock.patch.object(comfy.memory_management, "aimdo_enabled", False)):
@@ -134,23 +158,30 @@ def shapes_of(encoder: Encoder, towers: bool = False) -> Mapping[str, tuple[int,
 
 
 def rounded(values: torch.Tensor, packed_type: str = "Q8_0") -> torch.Tensor:
-    """What is left of a matrix after it was packed; packed once more as Q8_0 or MXFP4 it does not change."""
+    """What is left of a matrix after it was packed; packed once more as Q8_0 or MXFP4 it does not
+    change."""
     if values.shape[-1] % 32:
         return values
     ggml_type = gguf.GGMLQuantizationType[packed_type]
     return torch.from_numpy(dequantize(quantize(values.numpy(), ggml_type), ggml_type))
 
 
-def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0", architecture: str | None = "",
+def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "Q8_0",
+                  architecture: str | None = "",
                   metadata: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Write a GGUF file as llama.cpp does, and its mmproj file: matrices packed, the rest F32. Returns what `write_gguf` does.
+    """Write a GGUF file as llama.cpp does, and its mmproj file: matrices packed, the rest F32.
+    Returns what `write_gguf` does.
 
     packed_type: matrices of a K-quant have other values than `weights`, drawn at random.
     architecture: what the file says it is; None: nothing. metadata: in place of the encoder's.
     """
     def write(path, tensors, **options):
-        is_matrix = {name: tensor.ndim in (2, 3) and name.endswith(".weight") for name, tensor in tensors.items()}
-        return write_gguf(path, tensors, lambda name, values: packed_type if is_matrix[name] else "F32",
+        is_matrix = {
+            name: tensor.ndim in (2, 3) and name.endswith(".weight")
+            for name, tensor in tensors.items()
+        }
+        return write_gguf(path, tensors, lambda name, values: packed_type
+                          if is_matrix[name] else "F32",
                           pack=random_rows if packed_type in K_QUANTS else pack, **options)
 
     if encoder.mmproj:
@@ -158,7 +189,9 @@ def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "
         weights = {name: tensor for name, tensor in weights.items() if name not in tower}
         write(path.with_name(f"mmproj-{path.name}"), encoder.mmproj(tower), architecture="clip")
     weights = encoder.published(weights)
-    markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights}
+    markers = {
+        name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights
+    }
     stored = encoder.changed(weights | markers)
     if encoder.architecture is None:
         stored = stored | dict(encoder.extra)
@@ -166,7 +199,8 @@ def write_encoder(path, encoder: Encoder, weights: Weights, packed_type: str = "
         stored = in_gguf_names(stored, encoder.architecture)
     if architecture == "":
         architecture = gguf.MODEL_ARCH_NAMES.get(encoder.architecture)
-    return write(path, stored, architecture=architecture, metadata=encoder.metadata if metadata is None else metadata)
+    return write(path, stored, architecture=architecture,
+                 metadata=encoder.metadata if metadata is None else metadata)
 
 
 @functools.lru_cache

@@ -1,4 +1,5 @@
-"""Faults of the system, injected into every call on a file that this pack makes: `preload.cpp` and the process that runs it."""
+"""Faults of the system, injected into every call on a file that this pack makes: `preload.cpp` and
+the process that runs it."""
 import errno
 import shutil
 import subprocess
@@ -17,5 +18,8 @@ def compiled(folder: Path) -> Path:
     if sys.platform != "linux" or compiler is None:
         pytest.skip("it takes Linux and a C++ compiler")
     built = folder / "faults.so"
-    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", built, FOLDER / "preload.cpp", "-ldl"], check=True)
+    subprocess.run([
+        compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", built, FOLDER / "preload.cpp",
+        "-ldl"
+    ], check=True)
     return built

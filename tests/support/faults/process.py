@@ -1,7 +1,8 @@
-"""Runs what reads and writes files, with each of its calls failing once: python process.py LIBRARY FOLDER MOST, as JSON lines.
+"""Runs what reads and writes files, with each of its calls failing once: python process.py LIBRARY
+FOLDER MOST, as JSON lines.
 
-A line for each kind of work and error: how many calls there are, how many of them were made to fail (MOST of them, spread over
-all), and what went wrong.
+A line for each kind of work and error: how many calls there are, how many of them were made to fail
+(MOST of them, spread over all), and what went wrong.
 """
 import ctypes
 import gc
@@ -13,23 +14,25 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import comfyui_and_pack  # noqa: E402, F401  the host and the pack
+import comfyui_and_pack  # noqa: F401  the host and the pack
+import torch
+from safetensors.torch import save_file
+from saving import save
 
-import torch  # noqa: E402
-from devtools.files import tiny_models  # noqa: E402
-from devtools.files.bnb_files import write_bnb  # noqa: E402
-from devtools.files.gguf_files import write_gguf  # noqa: E402
-from faults import ERRORS  # noqa: E402
-from featherweight.loaders.diffusion import load_diffusion_model  # noqa: E402
-from featherweight.loaders.files import network_drives  # noqa: E402
-from featherweight.loaders.files import packed_cache  # noqa: E402
-from featherweight.loaders.lora.lora_file import load_lora_file  # noqa: E402
-from featherweight.loaders.packing.calibration.sensitivity import Sensitivity  # noqa: E402
-from featherweight.loaders.packing.source import of_file  # noqa: E402
-from featherweight.ops.kernels.verdicts import Verdicts  # noqa: E402
-from featherweight.ops.packed_layout import is_packed, packed_tensors  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from saving import save  # noqa: E402
+from devtools.files import tiny_models
+from devtools.files.bnb_files import write_bnb
+from devtools.files.gguf_files import write_gguf
+from faults import ERRORS
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import (
+    network_drives,
+    packed_cache,
+)
+from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
+from featherweight.loaders.packing.source import of_file
+from featherweight.ops.kernels.verdicts import Verdicts
+from featherweight.ops.packed_layout import is_packed, packed_tensors
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 128}
 NUMBERS = itertools.count()
@@ -44,7 +47,8 @@ def digest(tensors) -> str:
 
 
 def loaded(name: str, **options):
-    return lambda folder: digest(load_diffusion_model(str(folder / name), **options).model.diffusion_model.parameters())
+    return lambda folder: digest(
+        load_diffusion_model(str(folder / name), **options).model.diffusion_model.parameters())
 
 
 def copied(folder: Path) -> str:
@@ -80,7 +84,8 @@ def lora(folder: Path) -> str:
 
 
 def measured(folder: Path) -> str:
-    Sensitivity({"a.weight": {"Q4_K": 1.0}}, {"a.weight": (256, 256)}).save(folder / "made" / "a.sensitivity")
+    Sensitivity({"a.weight": {"Q4_K": 1.0}},
+                {"a.weight": (256, 256)}).save(folder / "made" / "a.sensitivity")
     return json.dumps(Sensitivity.load(folder / "made" / "a.sensitivity").costs)
 
 
@@ -94,20 +99,27 @@ def judged(folder: Path) -> str:
         return "['kernel']"
 
 
-WORK = {"load GGUF": loaded("model.gguf"), "load GGUF, copied": copied, "load NF4": loaded("nf4.safetensors"),
-        "pack while loading": loaded("dense.safetensors", pack_to="Q8_0"), "packed cache": kept,
-        "write packed cache": kept_anew,
-        "save GGUF": saved("a.gguf", "Q8_0"), "save NF4": saved("a.safetensors", "NF4"), "LoRA": lora,
-        "sensitivity": measured, "verdicts": judged}
+WORK = {
+    "load GGUF": loaded("model.gguf"), "load GGUF, copied": copied,
+    "load NF4": loaded("nf4.safetensors"),
+    "pack while loading": loaded("dense.safetensors", pack_to="Q8_0"), "packed cache": kept,
+    "write packed cache": kept_anew, "save GGUF": saved("a.gguf", "Q8_0"),
+    "save NF4": saved("a.safetensors",
+                      "NF4"), "LoRA": lora, "sensitivity": measured, "verdicts": judged
+}
 
 
 def write(folder: Path):
     weights = {name: torch.from_numpy(value) for name, value in tiny_models.flux(**SIZES).items()}
-    write_gguf(folder / "model.gguf", weights, lambda name, values: "F32" if values.ndim < 2 else "Q8_0")
+    write_gguf(folder / "model.gguf", weights, lambda name, values: "F32"
+               if values.ndim < 2 else "Q8_0")
     write_bnb(folder / "nf4.safetensors", weights)
-    save_file({name: value.bfloat16() for name, value in weights.items()}, folder / "dense.safetensors")
-    tensors = tiny_models.flux_lora(5, "blocks", "lora_unet_{flat}", ".lora_down.weight", ".lora_up.weight", **SIZES)
-    save_file({name: torch.from_numpy(value) for name, value in tensors.items()}, folder / "lora.safetensors")
+    save_file({name: value.bfloat16() for name, value in weights.items()},
+              folder / "dense.safetensors")
+    tensors = tiny_models.flux_lora(5, "blocks", "lora_unet_{flat}", ".lora_down.weight",
+                                    ".lora_up.weight", **SIZES)
+    save_file({name: torch.from_numpy(value) for name, value in tensors.items()},
+              folder / "lora.safetensors")
     (folder / "made").mkdir(mode=0o700)
 
 
@@ -122,12 +134,17 @@ def outcome(faults, work, folder: Path, nth: int = 0, number: int = 0) -> str:
 
 
 def wrong_with(expected: str, *arguments) -> str:
-    """What is wrong with how a work took a fault: "" where it said one sentence, or did what it should all the same."""
+    """What is wrong with how a work took a fault: "" where it said one sentence, or did what it
+    should all the same."""
     try:
         found = outcome(*arguments)
     except ValueError as error:
         text = str(error)
-        return "" if "\n" not in text and text.endswith((".", ")")) and len(text) < 500 else f"no sentence: {text!r}"
+        return (
+            ""
+            if "\n" not in text and text.endswith((".", ")")) and len(text) < 500
+            else f"no sentence: {text!r}"
+        )
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "" if found == expected else "another result"
@@ -143,16 +160,28 @@ def main(library: str, folder: str, most: str):
         work(folder)
         calls = faults.counted()
         for error, number in ERRORS.items():
-            wrong, failing = [], sorted({1 + calls * part // int(most) for part in range(int(most))}) if calls else []
+            wrong, failing = (
+                [],
+                sorted({1 + calls * part // int(most) for part in range(int(most))})
+                if calls
+                else [],
+            )
             for nth in failing:
                 gc.collect()
                 problem = wrong_with(expected, faults, work, folder, nth, number)
                 left = [path.name for path in folder.rglob("*") if path.suffix in (".part", ".new")]
-                problem = problem or (left and f"left behind: {left}") or wrong_with(expected, faults, work, folder)
+                problem = (
+                    problem
+                    or (left and f"left behind: {left}")
+                    or wrong_with(expected, faults, work, folder)
+                )
                 if problem:
                     wrong.append(f"call {nth} of {calls}: {problem}")
-            print(json.dumps({"work": name, "error": error, "calls": calls, "failed": len(failing), "wrong": wrong}),
-                  flush=True)
+            print(
+                json.dumps({
+                    "work": name, "error": error, "calls": calls, "failed": len(failing),
+                    "wrong": wrong
+                }), flush=True)
 
 
 if __name__ == "__main__":

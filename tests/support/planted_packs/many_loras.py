@@ -1,7 +1,9 @@
-"""A node that takes any number of LoRAs as inputs of its own naming, and applies each as the host's node does."""
+"""A node that takes any number of LoRAs as inputs of its own naming, and applies each as the host's
+node does."""
 import comfy.sd
 import comfy.utils
 import folder_paths
+
 from nodes import LoraLoader
 
 
@@ -20,17 +22,23 @@ class ManyLoras:
 
     @classmethod
     def INPUT_TYPES(s):
-        return {"required": {"directly": ("BOOLEAN",)}, "optional": Flexible(model=("MODEL",), clip=("CLIP",)), "hidden": {}}
+        return {
+            "required": {"directly": ("BOOLEAN",)},
+            "optional": Flexible(model=("MODEL",), clip=("CLIP",)), "hidden": {}
+        }
 
     def load(self, directly, model=None, clip=None, **loras):
         for name, entry in loras.items():
             if not (name.startswith("lora_") and entry["on"]):
                 continue
             if directly:
-                lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", entry["lora"]), safe_load=True)
-                model, clip = comfy.sd.load_lora_for_models(model, clip, lora, entry["strength"], entry["strength"])
+                lora = comfy.utils.load_torch_file(
+                    folder_paths.get_full_path("loras", entry["lora"]), safe_load=True)
+                model, clip = comfy.sd.load_lora_for_models(model, clip, lora, entry["strength"],
+                                                            entry["strength"])
             else:
-                model, clip = LoraLoader().load_lora(model, clip, entry["lora"], entry["strength"], entry["strength"])
+                model, clip = LoraLoader().load_lora(model, clip, entry["lora"], entry["strength"],
+                                                     entry["strength"])
         return model, clip
 
 

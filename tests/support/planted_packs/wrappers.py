@@ -11,7 +11,8 @@ class WrappedUnet:
         return {"required": {"unet_name": ("STRING",)}}
 
     def load_unet(self, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None):
-        return ALL["UnetLoaderGGUF"]().load_unet(unet_name, dequant_dtype, patch_dtype, patch_on_device)
+        return ALL["UnetLoaderGGUF"]().load_unet(unet_name, dequant_dtype, patch_dtype,
+                                                 patch_on_device)
 
 
 class WrappedClip:

@@ -1,4 +1,5 @@
-"""The fake GPUs of this process, as tests see them: what lies on them, what was copied, what is pinned.
+"""The fake GPUs of this process, as tests see them: what lies on them, what was copied, what is
+pinned.
 
 Only in processes that were started with fake GPUs (see `devtools/fakegpu`). Sizes are in bytes.
 """
@@ -8,7 +9,8 @@ from . import native, torch_cuda  # noqa: F401  sitecustomize uses them
 
 
 class Copied(NamedTuple):
-    """Bytes copied to a device from the host, to the host, on the device, and to it from other devices."""
+    """Bytes copied to a device from the host, to the host, on the device, and to it from other
+    devices."""
     up: int
     down: int
     on: int
@@ -20,7 +22,8 @@ def count() -> int:
 
 
 def used(device: int = 0) -> int:
-    """Everything that is taken of a device: weights, activations, buffers, and the pages of dynamic VRAM."""
+    """Everything that is taken of a device: weights, activations, buffers, and the pages of dynamic
+    VRAM."""
     return native.driver.fake_used(device)
 
 
@@ -46,7 +49,8 @@ def pinned() -> int:
 
 
 def refused_pins() -> int:
-    """How often memory could not be pinned because it may not be written; each is a warning in a user's log."""
+    """How often memory could not be pinned because it may not be written; each is a warning in a
+    user's log."""
     return native.driver.fake_refused_pins()
 
 
@@ -55,7 +59,8 @@ def capacity(device: int = 0) -> int:
 
 
 def set_capacity(nbytes: float, device: int = 0):
-    """Make a device larger or smaller, as when other programs come and go. What lies on it stays."""
+    """Make a device larger or smaller, as when other programs come and go. What lies on it
+    stays."""
     native.driver.fake_set_capacity(device, int(nbytes))
 
 

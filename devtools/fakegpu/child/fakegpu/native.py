@@ -1,4 +1,5 @@
-"""The two libraries, loaded where the whole process finds them, and the signatures of their functions (`source/devices.h`)."""
+"""The two libraries, loaded where the whole process finds them, and the signatures of their
+functions (`source/devices.h`)."""
 import ctypes
 import os
 from ctypes import c_bool, c_int, c_int64, c_size_t, c_uint64, c_void_p
@@ -57,7 +58,8 @@ def load_driver():
 
 
 def load_device(torch_init: str):
-    """Torch's side. torch_init: path of torch's `__init__.py`, which has not run: torch asks once what devices there are."""
+    """Torch's side. torch_init: path of torch's `__init__.py`, which has not run: torch asks once
+    what devices there are."""
     global device
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(Path(torch_init).with_name("lib") / name), mode=ctypes.RTLD_GLOBAL)

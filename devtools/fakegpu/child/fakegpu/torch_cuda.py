@@ -1,4 +1,5 @@
-"""What `torch.cuda` is in a process with fake GPUs: the functions that a torch without CUDA lacks, for one that has it."""
+"""What `torch.cuda` is in a process with fake GPUs: the functions that a torch without CUDA lacks,
+for one that has it."""
 import contextlib
 import sys
 import types
@@ -10,7 +11,8 @@ CUDA_VERSION = "12.8"
 
 
 def install(torch):
-    """Replace what ComfyUI, its packages and this pack use of `torch.cuda`. torch: the module, freshly imported."""
+    """Replace what ComfyUI, its packages and this pack use of `torch.cuda`. torch: the module,
+    freshly imported."""
 
     def index_of(device=None) -> int:
         if isinstance(device, int):
@@ -47,7 +49,10 @@ def install(torch):
             return True
 
         def __eq__(self, other):
-            return isinstance(other, Stream) and (other.stream_id, other.device) == (self.stream_id, self.device)
+            return isinstance(other, Stream) and (other.stream_id, other.device) == (
+                self.stream_id,
+                self.device,
+            )
 
         def __hash__(self):
             return hash(self.stream_id)
@@ -60,7 +65,8 @@ def install(torch):
             return self._entered.__exit__(*error)
 
     class Event:
-        """A place in a stream: what was put there before it was recorded arrives when somebody waits for it."""
+        """A place in a stream: what was put there before it was recorded arrives when somebody
+        waits for it."""
 
         def __init__(self, *args, **kwargs):
             self._moment = None
@@ -117,7 +123,10 @@ def install(torch):
         native.device.fake_set_stream(stream.device.index, stream.stream_id)
 
     def mem_get_info(device=None):
-        total, used = native.driver.fake_capacity(index_of(device)), native.driver.fake_used(index_of(device))
+        total, used = (
+            native.driver.fake_capacity(index_of(device)),
+            native.driver.fake_used(index_of(device)),
+        )
         return max(0, total - used), total
 
     def memory_allocated(device=None):
@@ -129,44 +138,53 @@ def install(torch):
 
     def properties(device=None):
         index = index_of(device)
-        return types.SimpleNamespace(
-            name=f"Fake GPU {index}", major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=1, gcnArchName="",
-            total_memory=native.driver.fake_capacity(index), is_integrated=0)
+        return types.SimpleNamespace(name=f"Fake GPU {index}", major=CAPABILITY[0],
+                                     minor=CAPABILITY[1], multi_processor_count=1, gcnArchName="",
+                                     total_memory=native.driver.fake_capacity(index),
+                                     is_integrated=0)
 
     cudart = types.SimpleNamespace(
-        cudaHostRegister=lambda pointer, size, flags: native.driver.cuMemHostRegister(pointer, size, flags),
+        cudaHostRegister=lambda pointer, size, flags: native.driver.cuMemHostRegister(
+            pointer, size, flags),
         cudaHostUnregister=lambda pointer: native.driver.cuMemHostUnregister(pointer))
 
     replacements = {
-        "Stream": Stream, "Event": Event, "device": DeviceContext, "stream": stream_context, "set_stream": set_stream,
-        "current_stream": current_stream, "default_stream": default_stream,
-        "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": lambda: None,
-        "device_count": lambda: native.driver.fake_count(), "current_device": lambda: native.driver.fake_current(),
+        "Stream": Stream, "Event": Event, "device": DeviceContext, "stream": stream_context,
+        "set_stream": set_stream, "current_stream": current_stream,
+        "default_stream": default_stream, "is_available": lambda: True,
+        "is_initialized": lambda: True, "_lazy_init": lambda: None,
+        "device_count": lambda: native.driver.fake_count(),
+        "current_device": lambda: native.driver.fake_current(),
         "set_device": lambda device: native.driver.fake_exchange(index_of(device)) and None,
         "synchronize": lambda device=None: native.device.fake_finish_all(),
-        "get_device_properties": properties, "get_device_name": lambda device=None: properties(device).name,
-        "get_device_capability": lambda device=None: CAPABILITY, "is_bf16_supported": lambda *args, **options: True,
-        "mem_get_info": mem_get_info, "memory_stats": memory_stats, "memory_allocated": memory_allocated,
+        "get_device_properties": properties,
+        "get_device_name": lambda device=None: properties(device).name,
+        "get_device_capability": lambda device=None: CAPABILITY,
+        "is_bf16_supported": lambda *args, **options: True, "mem_get_info": mem_get_info,
+        "memory_stats": memory_stats, "memory_allocated": memory_allocated,
         "memory_reserved": memory_allocated,
         "max_memory_allocated": lambda device=None: native.driver.fake_peak(index_of(device)),
         "max_memory_reserved": lambda device=None: native.driver.fake_peak(index_of(device)),
         "reset_peak_memory_stats": lambda device=None: native.driver.fake_reset_peaks(),
-        "memory_summary": lambda *args, **options: "fake GPUs", "get_allocator_backend": lambda: "native",
+        "memory_summary": lambda *args, **options: "fake GPUs",
+        "get_allocator_backend": lambda: "native",
         "set_per_process_memory_fraction": lambda fraction, device=None: None,
         "empty_cache": lambda: None, "ipc_collect": lambda: None, "cudart": lambda: cudart,
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: False
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
     torch.cuda.memory.memory_summary = torch.cuda.memory_summary
-    torch._C._cuda_getCurrentRawStream = lambda device: native.device.fake_stream(device)  # bitsandbytes asks for it
+    # bitsandbytes asks for it
+    torch._C._cuda_getCurrentRawStream = lambda device: native.device.fake_stream(device)
     torch.version.cuda = CUDA_VERSION
     _let_torchvision_be_imported()
 
 
 def _let_torchvision_be_imported():
-    """The shim of the developers' environment helps a torch without CUDA, as this one still is, whatever its version says."""
+    """The shim of the developers' environment helps a torch without CUDA, as this one still is,
+    whatever its version says."""
     shim = sys.modules.get("featherweight_cpu_torch_shim")
     if shim is not None:
         shim._torch_is_cpu = lambda: True
