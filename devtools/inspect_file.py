@@ -1,9 +1,10 @@
 """python3 dev.py inspect FILE: what a model file is, as the node Inspect Model File says it."""
 import argparse
 
+import devtools.measure  # noqa: F401  the host and the pack
+
 from PIL import Image
 
-import devtools.measure  # noqa: F401  the host and the pack
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_chart import inspection_picture
 from featherweight.loaders.inspect.inspection_text import inspection_text

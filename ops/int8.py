@@ -13,7 +13,7 @@ import torch
 from . import int8_codes, kernels, product, registration, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank
-from .packed_layout import QuantizedTensor
+from .packed_tensor import PackedTensor
 
 # With fewer rows of the input the exact product is as fast, since most of the time goes into the
 # weight; CUDA's integer product takes no fewer. Without a kernel for the weight's codes torch makes
@@ -142,7 +142,7 @@ def _finish(sums: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
 registration.register(f"int8_linear{registration.LINEAR_SCHEMA}", _linear, registration.fake_linear)
 
 
-def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None,
+def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
            value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
     """`product.linear` in whole numbers, where the device, the shapes and the rows of the input
     allow it, else as it is.

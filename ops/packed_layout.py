@@ -5,6 +5,7 @@ bytes of the file. The host's model detection, memory accounting, offloading, pi
 state dicts work on it as on any tensor.
 """
 import dataclasses
+from typing import TypeGuard
 
 import torch
 from comfy_kitchen.tensor import (
@@ -117,19 +118,19 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
                          weight.contiguous().view(-1).view(torch.uint8), weight.shape, dtype)
 
 
-def packed_tensors(tensor: QuantizedTensor) -> list[torch.Tensor]:
+def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
     """What a packed tensor holds: its bytes and, where the format keeps them apart, its scales."""
     return (
         [tensor._qdata] if tensor._params.scale is None else [tensor._qdata, tensor._params.scale]
     )
 
 
-def is_packed(tensor) -> bool:
+def is_packed(tensor) -> TypeGuard[PackedTensor]:
     """Whether a tensor is one of ours (the host has quantised tensors of its own)."""
     return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
 
 
-def part_of(tensor: QuantizedTensor, index: int) -> QuantizedTensor:
+def part_of(tensor: PackedTensor, index: int) -> PackedTensor:
     """`tensor[index]`, which shares the bytes. What it holds must be whole blocks."""
     packed_format, shape = tensor.layout_cls.format, tensor.shape[1:]
     data, *scale = packed_format.rows(packed_tensors(tensor), shape.numel(),

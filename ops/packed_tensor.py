@@ -6,9 +6,13 @@ why it cannot, and never a lost write or the end of the process.
 import contextlib
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from .packed_layout import PackedLayout, PackedParams
 
 _aten = torch.ops.aten
 _TO_WRITE = "give the layer a new Parameter made from its `dequantize()`, or add a patch to the model, as LoRA nodes do"
@@ -26,6 +30,14 @@ class PackedTensor(QuantizedTensor):
     their own, for whatever writes to the values or asks for their address: memory of the dense
     size, which is what others would read there, does not exist.
     """
+
+    if TYPE_CHECKING:
+
+        @property
+        def layout_cls(self) -> type[PackedLayout]: ...
+
+        @property
+        def params(self) -> PackedParams: ...
 
     # operations give what the dispatch below gives
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -256,8 +268,8 @@ def _read_only_array(values: torch.Tensor, kwargs: dict):
     return array
 
 
-def relabelled(tensor: QuantizedTensor, dtype: torch.dtype | None = None,
-               shape=None) -> QuantizedTensor:
+def relabelled(tensor: PackedTensor, dtype: torch.dtype | None = None,
+               shape=None) -> PackedTensor:
     """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
     params = tensor._params
     params = dataclasses.replace(params, orig_dtype=dtype or params.orig_dtype,

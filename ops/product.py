@@ -14,6 +14,7 @@ from . import kernels, registration, stochastic_rounding, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank, dense_linear
 from .packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
+from .packed_tensor import PackedTensor
 
 # On a CPU with few rows of input most of the time goes into the weight, and a slice that stays in
 # the cache is read faster.
@@ -119,7 +120,7 @@ registration.register(
     " value_dtype, int first=0) -> Tensor", _dequantize, registration.fake_dequantize)
 
 
-def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None,
+def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
            value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
     """`input @ weight.T + bias` in the dtype of `input`, the weight dequantised slice by slice,
     plus a low-rank branch.
@@ -138,7 +139,7 @@ def linear(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | No
     return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank))
 
 
-def operands(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None,
+def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
              value_dtype: torch.dtype | None, low_rank: LowRank | None) -> tuple:
     """What `registration.LINEAR_SCHEMA` takes."""
     branch = (None, (), ()) if low_rank is None else low_rank.operands
@@ -163,7 +164,7 @@ def _comfy_linear(_, args, kwargs):
     return linear(input, weight, bias)
 
 
-def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows of a packed table: only the rows asked for are dequantised.
 
     ids: integer, any shape, on the table's device. weight: packed, logical shape (rows, K). Returns
@@ -176,7 +177,7 @@ def embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) ->
                                              weight.shape[1], dtype)
 
 
-def dequantize(weight: QuantizedTensor, dtype: torch.dtype,
+def dequantize(weight: PackedTensor, dtype: torch.dtype,
                value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The whole dense weight in `dtype`, rounded once from float32 (or first to `value_dtype`)."""
     return torch.ops.featherweight.dequantize(packed_tensors(weight),
@@ -184,7 +185,7 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype,
                                               dtype, value_dtype)
 
 
-def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
+def plain_values(weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The values of a weight whose bytes are numbers of `dtype`, as they lie, not to be written to;
     None of all others."""
     if not is_packed(weight) or weight.layout_cls.format.plain_dtype != dtype:
@@ -192,7 +193,7 @@ def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | 
     return packed_tensors(weight)[0].view(dtype).view(weight.shape)
 
 
-def fits_workspace(weight: QuantizedTensor, input: torch.Tensor) -> bool:
+def fits_workspace(weight: PackedTensor, input: torch.Tensor) -> bool:
     """Whether a weight is best taken from the scratch: on a CPU, where it must be dequantised and
     no gradient needs it later."""
     return (
@@ -204,7 +205,7 @@ def fits_workspace(weight: QuantizedTensor, input: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def dequantize_into_workspace(weight: QuantizedTensor, dtype: torch.dtype,
+def dequantize_into_workspace(weight: PackedTensor, dtype: torch.dtype,
                               value_dtype: torch.dtype | None = None):
     """Inside this block: the whole dense weight in `dtype`, without fresh pages for it; see
     `dequantize` and `fits_workspace`."""
@@ -213,7 +214,7 @@ def dequantize_into_workspace(weight: QuantizedTensor, dtype: torch.dtype,
                                       take(weight.shape, dtype), value_dtype)
 
 
-def dequantize_rows(weight: QuantizedTensor, dtype: torch.dtype, change,
+def dequantize_rows(weight: PackedTensor, dtype: torch.dtype, change,
                     value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The whole dense weight in `dtype`, each slice of its rows handed to `change` in float32
     before it is rounded, dithered.

@@ -6,8 +6,9 @@ import os
 import sys
 from unittest import mock
 
-import comfy.model_management
 import comfyui_and_pack  # noqa: F401  first: puts both where they can be imported
+
+import comfy.model_management
 import comfyui_version
 import fake_gpus
 import folder_paths

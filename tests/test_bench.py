@@ -2,13 +2,14 @@
 import json
 import sys
 
+from devtools.measure.bench import __main__ as bench
+from devtools.measure.bench.picture import FASTER, SLOWER
+
 import comfy.model_management
 import pytest
 import torch
 from PIL import Image
 
-from devtools.measure.bench import __main__ as bench
-from devtools.measure.bench.picture import FASTER, SLOWER
 from featherweight.ops import int8
 from featherweight.ops.kernels import selector
 

@@ -2,12 +2,13 @@
 import ast
 import re
 
+from devtools.measure import model_sizes
+
 import pytest
 from pack_nodes import node_list
 
 from devtools import ROOT
 from devtools.host import environment
-from devtools.measure import model_sizes
 from devtools.workflows import WORKFLOWS
 from devtools.workflows.__main__ import index
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS

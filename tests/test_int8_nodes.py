@@ -1,6 +1,8 @@
 """`compute` of the loader nodes, from the node to the model's output."""
 import logging
 
+from devtools.measure.weights import snr
+
 import folder_paths
 import pytest
 import torch
@@ -10,7 +12,6 @@ from patched_models import run as run_with
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from devtools.measure.weights import snr
 from featherweight.loaders import comfy_bridge, folders
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.nodes.load_checkpoint import LoadCheckpoint

@@ -1,10 +1,11 @@
 """What a device has to do where torch dequantises and multiplies: how many kernels it launches and
 how many bytes they move."""
+from devtools.measure.bench.passes import every_format, low_rank
+from devtools.measure.passes import META, Passes, of_dequantizing, of_linear
+
 import pytest
 import torch
 
-from devtools.measure.bench.passes import every_format, low_rank
-from devtools.measure.passes import META, Passes, of_dequantizing, of_linear
 from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
 
 # Launches a chunk, and bytes a value of bfloat16. NF4: a lookup takes its index in int32 and gives

@@ -91,11 +91,18 @@ def module_of(path) -> str:
 
 
 def imported_modules(path) -> set[str]:
-    """Modules of this pack that a file imports; `from . import name` is the module of that name
-    where there is one."""
+    """Modules of this pack that a file imports, except for type checkers alone.
+
+    `from . import name` is the module of that name where there is one.
+    """
     package, found = path.relative_to(PACK).parent.parts, set()
+    typing_only = {
+        imported for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for imported in node.body
+    }
     for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and node.level and node not in typing_only:
             base = ".".join(
                 [*package[:len(package) + 1 - node.level], *filter(None, [node.module])])
             modules = {f"{base}.{alias.name}" for alias in node.names} & MODULES.keys()

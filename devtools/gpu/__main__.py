@@ -14,11 +14,12 @@ from pathlib import Path
 # the stages alone use the GPU: nothing of this process lies there
 os.environ["HOST_ARGUMENTS"] = "--cpu"
 
+from devtools.measure.bench.table import line
+
 from devtools import ROOT
 from devtools.gpu.report import Report
 from devtools.gpu.stage import ROW
 from devtools.gpu.stages import STAGES
-from devtools.measure.bench.table import line
 
 LAST = 5  # seconds kept for the picture
 

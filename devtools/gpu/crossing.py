@@ -1,10 +1,11 @@
 """Where one of two ways overtakes another: LoRAs beside the product or in the weight, exact or in
 whole numbers."""
-import torch
-
 import devtools.measure  # noqa: F401  the host
 from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
 from devtools.measure.weights import random_weight
+
+import torch
+
 from featherweight.ops import int8, product
 from featherweight.ops.low_rank import LowRank, Slice, dense_linear
 

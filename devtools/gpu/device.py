@@ -3,11 +3,11 @@ import importlib.util
 import shutil
 import subprocess
 
-import comfy.model_management
-import torch
-
 import devtools.measure  # noqa: F401  the host
 from devtools.measure.bench.timing import device, side_by_side
+
+import comfy.model_management
+import torch
 
 
 def describe(options):

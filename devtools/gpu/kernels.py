@@ -9,12 +9,13 @@ import threading
 import xml.etree.ElementTree
 from pathlib import Path
 
-import torch
-
 import devtools.measure  # noqa: F401  the host
-from devtools import ROOT
 from devtools.measure.bench.timing import device
 from devtools.measure.weights import FORMAT_NAMES
+
+import torch
+
+from devtools import ROOT
 from featherweight.ops.kernels import PRIORITY, Case
 from featherweight.ops.kernels.trial import run_trial
 from featherweight.ops.kernels.verdicts import Verdicts

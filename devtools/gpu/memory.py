@@ -23,17 +23,18 @@ if DYNAMIC and not ON_FAKE_GPUS:
     comfy_aimdo.control.init(nvml_pressure=False)
 
 # ruff: noqa: E402
+import devtools.measure  # noqa: F401  the host
+from devtools.measure.bench.models import lora_file, packed_model, random_weights, step_of
+from devtools.measure.bench.timing import device, wait
+
 import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import torch
 
-import devtools.measure  # noqa: F401  the host
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
-from devtools.measure.bench.models import lora_file, packed_model, random_weights, step_of
-from devtools.measure.bench.timing import device, wait
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.placement import place, placed_text
 

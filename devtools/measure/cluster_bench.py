@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
+# before ray: it reads the environment
+from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow
+from devtools.measure.bench.table import gathered, markdown
+from devtools.measure.bench.timing import machine
+
 import ray
 
 from devtools import ROOT
-
-# before ray: it reads the environment
-from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow
 from devtools.host.server import Server
-from devtools.measure.bench.table import gathered, markdown
-from devtools.measure.bench.timing import machine
 from featherweight.cluster import batch, by_value, graph, worker
 from featherweight.cluster.batch_progress import Progress
 from featherweight.cluster.batch_rows import lines, scan_rows

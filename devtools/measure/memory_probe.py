@@ -78,10 +78,11 @@ def probe_model(path: str) -> dict:
 
 def probe_picture(path: str) -> dict:
     """512 x 512 pixels, 512 tokens of text, in bfloat16 on a CPU that has it."""
+    from devtools.measure.bench.timing import has_bfloat16
+
     import comfy.model_management
     import torch
 
-    from devtools.measure.bench.timing import has_bfloat16
     from featherweight.loaders.diffusion import load_diffusion_model
 
     started = time.perf_counter()

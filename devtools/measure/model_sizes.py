@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from devtools.measure.weights import snr
+
 import comfy.model_management
 import comfy.ops
 import comfy.supported_models
@@ -22,7 +24,6 @@ import comfy.text_encoders.t5
 import torch
 
 from devtools.files import gguf_files
-from devtools.measure.weights import snr
 from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_type
 from featherweight.ops.format import FORMATS

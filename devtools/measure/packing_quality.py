@@ -10,12 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from devtools.measure.quality import Painter
+from devtools.measure.weights import snr
+
 import torch
 
 from demo_model import scenes
 from devtools.files import demo_files, ggml_quantiser
-from devtools.measure.quality import Painter
-from devtools.measure.weights import snr
 from devtools.workflows.demo import STEPS
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import nbytes_of

@@ -10,6 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from devtools.measure import quality_picture
+from devtools.measure.weights import snr
+
 import comfy.model_management
 import comfy.sample
 import comfy.sd
@@ -21,8 +24,6 @@ from demo_model import judge, scenes
 from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
 from devtools import ROOT
 from devtools.files import demo_files
-from devtools.measure import quality_picture
-from devtools.measure.weights import snr
 from devtools.workflows.demo import STEPS
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.text_encoder import load_text_encoder

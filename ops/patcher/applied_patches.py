@@ -7,6 +7,7 @@ from ..adapters import adapter_tensors, is_plain_lora
 from ..layer_patches import LayerPatches, build_patches
 from ..layers import PackedLayer
 from ..packed_layout import QuantizedTensor
+from ..packed_tensor import PackedTensor
 
 
 def layer_of(patcher, key: str) -> torch.nn.Module:
@@ -14,7 +15,7 @@ def layer_of(patcher, key: str) -> torch.nn.Module:
     return comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
 
 
-def packed_weight(patcher, key: str) -> QuantizedTensor | None:
+def packed_weight(patcher, key: str) -> PackedTensor | None:
     """Return the packed weight named `key`, or None where no packed layer has one of that name."""
     if not key.endswith(".weight"):
         return None

@@ -3,14 +3,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import pytest
-
 from devtools.cluster import (
     QUIET,
     make_base,
     model_paths,
     running,
 )
+
+import pytest
+
 from devtools.host import server
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import devtools.cluster  # noqa: F401  before ray
+
 from devtools import product_module
 
 batch, worker, graph = (product_module(f"cluster.{name}") for name in ("batch", "worker", "graph"))

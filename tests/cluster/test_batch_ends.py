@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 
+from devtools.cluster import running
+
 import pytest
 
 from devtools import ROOT
-from devtools.cluster import running
 
 from .conftest import changes, make_base, workflow
 from .test_batch import Run, of, rows

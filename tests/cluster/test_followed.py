@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
+from devtools.cluster import QUIET
+
 import pytest
 
 from devtools import ROOT
-from devtools.cluster import QUIET
 from devtools.files import demo_files
 from devtools.host import server
 

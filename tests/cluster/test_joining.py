@@ -10,12 +10,13 @@ import sys
 import time
 from unittest.mock import Mock
 
+from devtools.cluster import QUIET, workflow
+
 import psutil
 import pytest
 from process_tree import has, listening
 
 from devtools import ROOT
-from devtools.cluster import QUIET, workflow
 from featherweight.cluster import batch, ray_connection
 from featherweight.cluster.comfyui_install import MachineError
 from featherweight.cluster.ray_connection import (

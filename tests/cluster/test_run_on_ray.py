@@ -4,13 +4,14 @@ import io
 import os
 import time
 
+from devtools.cluster import MODEL, QUIET, changes, model_paths, workflow
+
 import numpy
 import psutil
 import pytest
 from PIL import Image
 from process_tree import has, listening
 
-from devtools.cluster import MODEL, QUIET, changes, model_paths, workflow
 from devtools.host import server
 
 pytest.importorskip("ray")

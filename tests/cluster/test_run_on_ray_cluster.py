@@ -4,9 +4,10 @@ import os
 import threading
 import time
 
+from devtools.cluster import MODEL, QUIET, model_paths, running, workflow
+
 import pytest
 
-from devtools.cluster import MODEL, QUIET, model_paths, running, workflow
 from devtools.host import server
 
 from .test_run_on_ray import COUNT, on_ray, pictures, pixels

@@ -4,13 +4,14 @@ import functools
 import json
 import statistics
 
+from devtools.measure import packing_error, packing_quality
+from devtools.measure.packing_quality import Maker
+
 import pytest
 
 from demo_model import scenes
 from devtools import ROOT
 from devtools.files import demo_files
-from devtools.measure import packing_error, packing_quality
-from devtools.measure.packing_quality import Maker
 from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
 from featherweight.ops.packed_layout import is_packed

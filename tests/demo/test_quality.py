@@ -6,12 +6,13 @@ never by their pixels.
 """
 import json
 
+from devtools.measure import quality
+
 import pytest
 
 from demo_model import scenes
 from devtools import ROOT
 from devtools.files import demo_files
-from devtools.measure import quality
 
 RECORDED = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8"))["formats"]
 LOSS = {"F16": 0, "Q8_0": 0.005, "Q4_K": 0.02, "NF4": 0.02}  # of accuracy, against dense

@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 
+import comfyui_and_pack
+
 import comfy.model_management
 import comfy.sd
-import comfyui_and_pack
 import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from devtools.measure.bench.files import probed
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,7 +14,6 @@ from safetensors.torch import save_file
 from devtools import ROOT
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
-from devtools.measure.bench.files import probed
 
 MB = 1 << 20
 

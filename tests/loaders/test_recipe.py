@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 
+from comfyui_and_pack import HOST, PACK
+
 import pytest
 import recipe_process
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from comfyui_and_pack import HOST, PACK
 from families import FAMILIES, random_weights
 from patched_models import flux_file
 from recipe_process import digest

@@ -1,10 +1,11 @@
 """Products in whole numbers: what the codes are, how far the product is from the exact one, and
 where the exact one runs."""
+from devtools.measure.weights import snr
+
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from devtools.measure.weights import snr
 from featherweight.ops import int8, int8_codes, kernels, product, workspace
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8

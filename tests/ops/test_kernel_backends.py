@@ -7,6 +7,8 @@ by each backend, each dtype and kernel meets a few formats.
 """
 import logging
 
+from devtools.measure.weights import random_weight
+
 import pytest
 import torch
 from kernel_backends import BACKENDS, CPUS, INTERPRETED, backend_on_cpu, device_of
@@ -22,7 +24,6 @@ from kernel_cases import (
 )
 from lora_gain import assert_full_strength
 
-from devtools.measure.weights import random_weight
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops import product
 from featherweight.ops.format import FORMATS

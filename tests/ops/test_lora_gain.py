@@ -3,6 +3,8 @@ of layer and format."""
 import functools
 import math
 
+from devtools.measure.weights import random_weight
+
 import comfy.lora
 import comfy.sd
 import numpy as np
@@ -23,7 +25,6 @@ from patched_models import (
 )
 
 from devtools.files.gguf_files import write_gguf
-from devtools.measure.weights import random_weight
 from featherweight.loaders.files import open_weights
 from featherweight.ops import formats, int8  # noqa: F401
 from featherweight.ops.format import FORMATS

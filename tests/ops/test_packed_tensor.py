@@ -9,9 +9,10 @@ import pickle
 import subprocess
 import sys
 
+import comfyui_and_pack
+
 import comfy.model_management
 import comfy.utils
-import comfyui_and_pack
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelSave

@@ -1,8 +1,8 @@
 """What packing makes of a trained model's matrices, where nothing was measured: the error of their
 outputs."""
-import pytest
-
 from devtools.measure import packing_error
+
+import pytest
 
 
 @pytest.fixture(scope="module")

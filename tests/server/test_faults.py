@@ -2,11 +2,12 @@
 have drawn."""
 import os
 
+from devtools.cluster import workflow
+
 import faults
 import pytest
 from safetensors.torch import save_file
 
-from devtools.cluster import workflow
 from devtools.files import demo_files
 from devtools.host.server import Server, ServerError
 

@@ -16,6 +16,7 @@ import types
 import warnings
 
 import comfyui_and_pack  # noqa: F401  puts the host on the path
+
 import numpy as np
 import safetensors.torch
 import torch

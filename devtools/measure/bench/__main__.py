@@ -8,14 +8,15 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
-from devtools import ROOT
 from devtools.measure.bench import files, models, packing, passes, products
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
 from devtools.measure.weights import FORMAT_NAMES
+
+import torch
+
+from devtools import ROOT
 
 CASES = {
     "shapes": products.bench_shapes, "dequantize": products.bench_dequantize,

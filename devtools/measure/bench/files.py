@@ -7,6 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from devtools.measure.bench.models import packs, step_of
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+
 import comfy.model_management
 import gguf
 import numpy as np
@@ -14,8 +17,6 @@ import torch
 
 from devtools.files.gguf_files import gguf_writer, write_all, write_random_gguf
 from devtools.files.tiny_models import flux_shapes
-from devtools.measure.bench.models import packs, step_of
-from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
 from featherweight.loaders.comfy_keys import to_comfy_keys
 from featherweight.loaders.diffusion import build_model
 from featherweight.loaders.files import open_weights

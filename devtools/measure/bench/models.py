@@ -2,15 +2,16 @@
 import tempfile
 from pathlib import Path
 
+from devtools.measure.bench.products import LORA_CASES
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+from devtools.measure.weights import packed_weight, random_weight, snr
+
 import comfy.model_management
 import comfy.sd
 import torch
 
 from devtools.files.gguf_files import write_gguf, write_random_gguf
 from devtools.files.tiny_models import flux, flux_shapes
-from devtools.measure.bench.products import LORA_CASES
-from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
-from devtools.measure.weights import packed_weight, random_weight, snr
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from devtools.measure.bench.timing import device, side_by_side, wait
+
 import gguf
 import torch
 
-from devtools.measure.bench.timing import device, side_by_side, wait
 from featherweight.ops import kernels, quantize
 from featherweight.ops.format import FORMATS
 from featherweight.ops.quantize.second_moments import SecondMoments

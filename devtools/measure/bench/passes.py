@@ -1,9 +1,10 @@
 """Cases that are counted and not timed: what a device has to do where torch does the work of the
 kernels."""
-import torch
-
 from devtools.measure.bench.products import LORA_CASES
 from devtools.measure.passes import META, of_dequantizing, of_linear
+
+import torch
+
 from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups

@@ -2,9 +2,9 @@
 first variant of its row."""
 import math
 
-from PIL import Image, ImageDraw, ImageFont
-
 from devtools.measure.bench.table import is_timing, ratios, span
+
+from PIL import Image, ImageDraw, ImageFont
 
 # pixels: a panel, inside it, between panels, from bar to bar, row to row
 WIDTH, MARGIN, GAP, LINE, SPACE = 640, 24, 20, 22, 8

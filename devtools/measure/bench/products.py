@@ -1,11 +1,12 @@
 """Cases on one weight: dequantising it, and the product with it."""
 import importlib.util
 
+from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+from devtools.measure.weights import random_weight
+
 import gguf
 import torch
 
-from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
-from devtools.measure.weights import random_weight
 from featherweight.ops import int8, kernels, product
 from featherweight.ops.format import FORMATS
 from featherweight.ops.low_rank import LowRank, Slice

@@ -3,6 +3,8 @@ be read."""
 import json
 import struct
 
+from devtools.measure import model_sizes
+
 import comfy.model_detection
 import pytest
 import torch
@@ -13,7 +15,6 @@ from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from devtools.measure import model_sizes
 from featherweight.loaders.chart import BACKGROUND
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.encoders.encoder_sets import TITLES

@@ -2,10 +2,11 @@
 in the file."""
 import functools
 
+from devtools.measure import model_sizes
+
 import pytest
 import torch
 
-from devtools.measure import model_sizes
 from featherweight.loaders.packing.calibration import moment_collector
 from featherweight.loaders.packing.calibration.moment_collector import (
     BLOCKS,

@@ -4,10 +4,11 @@ import json
 import random
 import re
 
+from devtools.measure.model_sizes import MODELS
+
 import gguf
 import pytest
 
-from devtools.measure.model_sizes import MODELS
 from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.packing.planning.knapsack import choose_types
 from featherweight.loaders.packing.planning.packing_rules import rules_for

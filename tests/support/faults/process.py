@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import comfyui_and_pack  # noqa: F401  the host and the pack
+
 import torch
 from safetensors.torch import save_file
 from saving import save
