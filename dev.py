@@ -1,4 +1,4 @@
-"""One command for everything a developer does here: python3 dev.py demo | test | bench | quality | sizes | inspect | matrix
+"""One command for everything a developer does here: python3 dev.py demo | test | lint | bench | quality | sizes | inspect | matrix
 | gpu | fuzz | soak | setup"""
 import sys
 
@@ -11,7 +11,8 @@ from devtools.host.environment import SetupError
 USAGE = """usage: python3 dev.py COMMAND [arguments]
 
   demo [--prompt TEXT] [--gpu] draw with a small model in every packing, on the real ComfyUI server
-  test [--heavy] [pytest ...]  run the linter and every test
+  test [--heavy] [pytest ...]  run the linters and every test
+  lint                         check style (ruff) and types (pyright)
   bench [arguments]            measure speed and memory side by side
   quality [--packing]          measure what each packing does to the pictures of the demo; --packing: files made here
   sizes                        count the bytes of popular models in each format, for docs/choosing.md

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from devtools import ROOT
 from devtools.gpu import bare
-from devtools.host.environment import fetch_chromium, fetch_llama_cpp, prepare
+from devtools.host.environment import Environment, fetch_chromium, fetch_llama_cpp, prepare
 
 PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
 # Each runs whole files, and those that share a server together: see tests/support/processes.py.
@@ -18,6 +18,8 @@ WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
                "--max-worker-restart", "0"]
 # or each of the tests' many processes compiles the pack and its tests
 COMPILED_ONCE = {"PYTHONDONTWRITEBYTECODE": ""}
+# The oldest Python the pack runs on, and the one that ComfyUI's own builds bring.
+CHECKED_PYTHONS = ["3.10", "3.13"]
 
 
 def setup(arguments: list[str]) -> int:
@@ -27,14 +29,32 @@ def setup(arguments: list[str]) -> int:
     return 0
 
 
+def lint(arguments: list[str]) -> int:
+    """Check style and types."""
+    return _lint(prepare())
+
+
+def _lint(environment: Environment) -> int:
+    """Run ruff over everything and pyright over `ops` and `loaders`. Returns 0 without a complaint.
+
+    ComfyUI and what it is installed with are the environment's own, wherever they lie.
+    """
+    codes = [environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")]
+    for version in CHECKED_PYTHONS:
+        codes.append(environment.run(
+            "-m", "pyright", "--pythonpath", str(environment.python), "--pythonversion", version,
+            PYTHONPATH=str(environment.host)))
+    return 1 if any(codes) else 0
+
+
 def test(arguments: list[str]) -> int:
-    """Run the linter, then pytest with `arguments`: the whole suite in a process for each core."""
+    """Lint, then run pytest with `arguments`: the whole suite in a process for each core."""
     environment = prepare()
     fetch_llama_cpp(environment.python)
     fetch_chromium(environment.python)
     started = time.monotonic()
     print("Linting", flush=True)
-    lint = environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")
+    lint_code = _lint(environment)
     print("Running the tests", flush=True)
     named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments
                 if not argument.startswith("-"))
@@ -44,7 +64,7 @@ def test(arguments: list[str]) -> int:
     else:
         tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, *paths,
                                 *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
-    failed = [name for name, code in (("the linter", lint), ("tests", tests)) if code]
+    failed = [name for name, code in (("the linters", lint_code), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})"
           if failed else f"Done: everything passed ({took})")
@@ -117,6 +137,6 @@ def gpu(arguments: list[str]) -> int:
 
 
 COMMANDS = {
-    "setup": setup, "test": test, "demo": demo, "bench": bench, "quality": quality, "sizes": sizes,
-    "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz, "soak": soak
+    "setup": setup, "test": test, "lint": lint, "demo": demo, "bench": bench, "quality": quality,
+    "sizes": sizes, "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz, "soak": soak
 }

@@ -41,9 +41,11 @@ BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the
 TORCH = "torch==2.13.0"
 # gguf: the pack runs with an older one too, the tests compare with its newest formats.
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
+# ruff, pyright: a newer one may have new rules.
 EXTRAS = [
     "torchvision==0.28.0", "torchaudio", "pytest", "pytest-rerunfailures", "pytest-xdist",
-    "hypothesis", "websocket-client", "ruff", "gguf>=0.19.0", "transformers<5.15"
+    "hypothesis", "websocket-client", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "gguf>=0.19.0",
+    "transformers<5.15"
 ]
 # Compilers of GPU kernels: they need no GPU, and have no wheels for some systems. Ray: for the
 # tests of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of
@@ -134,7 +136,8 @@ def _can_import(python, *modules: str) -> bool:
 
 def _require_tools(python: str):
     needed = {"gguf": "gguf", "pytest": "pytest", "pytest_rerunfailures": "pytest-rerunfailures",
-              "xdist": "pytest-xdist", "websocket": "websocket-client", "ruff": "ruff"}
+              "xdist": "pytest-xdist", "websocket": "websocket-client", "ruff": "ruff",
+              "pyright": "'pyright[nodejs]'"}
     missing = [package for module, package in needed.items() if not _can_import(python, module)]
     if missing:
         raise SetupError(f"{python} lacks {', '.join(missing)}. "
