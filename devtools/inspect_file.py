@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = inspect(options.file, options.reference)
     print("\n\n".join(map(inspection_text, found)))
     if options.picture:
-        picture = inspection_picture(max(found, key=lambda part: part.held))[0]
+        picture = inspection_picture(max(found, key=lambda part: part.memory_bytes))[0]
         Image.fromarray((picture.numpy() * 255).round().astype("uint8")).save(options.picture)
     return 1 if any(part.problem for part in found) else 0
 

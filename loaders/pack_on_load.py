@@ -119,11 +119,11 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     types = _types_for(weights, type_name, prefix)
     wanted = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
               if types[name] not in PLAIN_DTYPES and not is_packed(tensor)}
-    entry = packed_cache.entry_of(file, wanted)
+    entry = packed_cache.entry_path(file, wanted)
     cached = packed_cache.read(entry, wanted)
     guard = _guard_of(state_dict)
     sources, unchanged, unfit = collections.Counter(), collections.Counter(), []
-    with packed_cache.writing_entry(None if cached else entry, wanted) as new_entry:
+    with packed_cache.entry_writer(None if cached else entry, wanted) as new_entry:
         for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
             guard()
             tensor = weights.pop(name)
@@ -152,7 +152,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
                     log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
                     new_entry.give_up("not every weight fits into its type")
             del tensor
-            file.let_go()
+            file.drop_pages()
         guard()
     cache = "read" if cached else "kept" if new_entry.is_written else ""
     packed = Packed(tuple(name for name, _ in sources.most_common()),

@@ -118,7 +118,7 @@ class InspectModelFile(io.ComfyNode):
         reference = find_file(reference_name, *folders) if reference_name != NONE else None
         found = inspect(source, reference)
         text = "\n\n".join(map(inspection_text, found))
-        picture = inspection_picture(max(found, key=lambda part: part.held))
+        picture = inspection_picture(max(found, key=lambda part: part.memory_bytes))
         show_text("\n\n".join(map(summary, found)))
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(text, picture, ui=shown)

@@ -120,7 +120,7 @@ class WeightFile:
         return head.startswith(cls.magic)
 
     @property
-    def kind(self) -> str:
+    def declared_type(self) -> str:
         """What the file says it is, for error texts only; "" where it says nothing."""
         return ""
 
@@ -206,7 +206,7 @@ class WeightFile:
                     " of two files. Load it again when it is whole.")
         return tensors
 
-    def let_go(self):
+    def drop_pages(self):
         """Give back the memory of what was read of the files: it comes anew from the disk where it
         is read once more."""
         if hasattr(mmap, "MADV_DONTNEED"):  # other systems do it by themselves when memory is short

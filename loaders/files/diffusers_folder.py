@@ -50,7 +50,7 @@ class ModelFolder(SafetensorsFile):
                     f" Download all files of the folder again from one place.")
 
     @property
-    def kind(self) -> str:
+    def declared_type(self) -> str:
         """The class the model is of in diffusers or transformers, "" where the config does not
         say."""
         architectures = self.config.get("architectures")

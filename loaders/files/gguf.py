@@ -60,7 +60,7 @@ class GGUFFile(WeightFile):
         super().__init__(path, paths, buffers, metadata, entries)
 
     @property
-    def kind(self) -> str:
+    def declared_type(self) -> str:
         """`general.type` where it says more than "model" ("adapter", "mmproj" ...), else
         `general.architecture`."""
         kind = self.metadata.get("general.type", "model")

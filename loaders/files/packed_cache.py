@@ -46,7 +46,7 @@ def is_on() -> bool:
     return bool(os.environ.get(FOLDER))
 
 
-def entry_of(file: WeightFile, wanted: Wanted) -> Path | None:
+def entry_path(file: WeightFile, wanted: Wanted) -> Path | None:
     """Where these weights of a file are kept once they are packed; None where nothing is kept."""
     if not is_on() or not wanted:
         return None
@@ -96,7 +96,7 @@ def _packed(file: SafetensorsFile, name: str, type_name: str, shape: tuple[int,
 
 
 @contextlib.contextmanager
-def writing_entry(entry: Path | None, wanted: Wanted) -> Iterator["EntryWriter"]:
+def entry_writer(entry: Path | None, wanted: Wanted) -> Iterator["EntryWriter"]:
     """What takes the packed weights one by one; they are an entry when the block ends well, all of
     them being there.
 

@@ -9,8 +9,8 @@ import os
 import comfy.model_patcher
 
 from ..files.container import WeightFileError
-from .contents import Contents, of_file, of_model, package_parts
-from .difference import differences
+from .contents import Contents, file_contents, model_contents, package_parts
+from .difference import relative_errors
 from .inspection import Inspection, identify
 
 __all__ = ["Contents", "Inspection", "inspect"]
@@ -25,7 +25,7 @@ def inspect(source: str | os.PathLike | comfy.model_patcher.ModelPatcher,
     is no error here: its Inspection says why. Cancelled by the user, the host's exception goes on.
     """
     if isinstance(source, comfy.model_patcher.ModelPatcher):
-        return [_compared(of_model(source), reference)]
+        return [_compared(model_contents(source), reference)]
     parts = package_parts(source)
     if parts:
         return [_inspected(part, None) for part in parts]
@@ -34,7 +34,7 @@ def inspect(source: str | os.PathLike | comfy.model_patcher.ModelPatcher,
 
 def _inspected(path, reference) -> Inspection:
     try:
-        contents = of_file(path)
+        contents = file_contents(path)
     except WeightFileError as error:
         return Inspection(os.path.basename(path), problem=str(error))
     return _compared(contents, reference)
@@ -45,7 +45,7 @@ def _compared(contents: Contents, reference) -> Inspection:
     if reference is not None:
         try:
             found.reference = os.path.basename(reference)
-            found.errors = differences(contents, of_file(reference))
+            found.errors = relative_errors(contents, file_contents(reference))
             if not found.errors:
                 found.no_errors = f"{found.reference} has no tensor of the same name and shape; pick a file of the same model."
         except WeightFileError as error:

@@ -23,8 +23,8 @@ PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_
 @dataclass
 class Contents:
     """tensors: name -> tensor, packed or plain, not copied. formats: name -> how it is kept, a key
-    of `FORMATS` or a dtype's name. metadata: of the file. said: what the file says it is, "" where
-    nothing. nbytes: on disk, 0 for a MODEL. held: bytes that the tensors take in memory. file: that
+    of `FORMATS` or a dtype's name. metadata: of the file. declared_type: what the file says it is, "" where
+    nothing. nbytes: on disk, 0 for a MODEL. memory_bytes: bytes that the tensors take in memory. file: that
     they were read of. patches: weights of a MODEL that LoRAs or merges change. config: the host's,
     of a MODEL.
     """
@@ -33,9 +33,9 @@ class Contents:
     tensors: dict[str, torch.Tensor]
     formats: dict[str, str]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    said: str = ""
+    declared_type: str = ""
     nbytes: int = 0
-    held: int = 0
+    memory_bytes: int = 0
     patches: int = 0
     config: Any = None
     file: WeightFile | None = None
@@ -45,7 +45,7 @@ class Contents:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
-def of_file(path: str | os.PathLike) -> Contents:
+def file_contents(path: str | os.PathLike) -> Contents:
     """What is in a file or folder that `open_weights` reads. Raises WeightFileError."""
     file = open_weights(path)
     tensors = file.state_dict()
@@ -55,11 +55,11 @@ def of_file(path: str | os.PathLike) -> Contents:
         for name, tensor in tensors.items()
     }
     return Contents(os.path.basename(os.path.normpath(path)), tensors, formats,
-                    file.metadata, file.kind, file.tensor_bytes,
+                    file.metadata, file.declared_type, file.tensor_bytes,
                     sum(tensor.nbytes for tensor in tensors.values()), file=file)
 
 
-def of_model(patcher) -> Contents:
+def model_contents(patcher) -> Contents:
     """What a loaded MODEL holds. patcher: the host's ModelPatcher of a diffusion model."""
     made_by = getattr(patcher, "cached_patcher_init", None)
     recipe = made_by[0] if made_by else None
@@ -70,7 +70,7 @@ def of_model(patcher) -> Contents:
         else "MODEL"
     )
     return Contents(name, tensors, {key: format_name(tensor) for key, tensor in tensors.items()},
-                    held=patcher.model_size(), patches=len(patcher.patches),
+                    memory_bytes=patcher.model_size(), patches=len(patcher.patches),
                     config=patcher.model.model_config)
 
 

@@ -19,7 +19,7 @@ WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "model.")
 SCALES = ("_scale", ".scale_weight")
 
 
-def differences(contents: Contents, reference: Contents) -> dict[str, float]:
+def relative_errors(contents: Contents, reference: Contents) -> dict[str, float]:
     """Name -> root of the sum of squares of the difference over that of the reference, of matrices
     and more in both.
 

@@ -17,7 +17,7 @@ from ..lora.families import recognise
 from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
 from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_comfy_keys, shapes_only
-from .requirements import Card, cards, encoder_cards, needs
+from .requirements import Card, fit_cards, fit_encoder_cards, required_models
 
 MODEL, CHECKPOINT, ENCODER, LORA = "diffusion model", "checkpoint", "text encoder", "LoRA"
 PLAN_KEYS = ("featherweight.plan", "featherweight.recipe", "featherweight.sensitivity")
@@ -34,7 +34,7 @@ PREFIXES_OF_PARTS = {"VAE": ("first_stage_model.", "vae."),
 
 @dataclass
 class Inspection:
-    """kind: MODEL, CHECKPOINT ..., "" for what cannot be read, which `problem` says. family: what
+    """model_type: MODEL, CHECKPOINT ..., "" for what cannot be read, which `problem` says. family: what
     people call the model; host: the host's name of it. types: type -> (tensors, bytes). blocks:
     block -> type -> bytes. parts: of a checkpoint -> bytes.
     needs: what goes with it -> which. cards: which memory it fits. plan: what a file made here says
@@ -42,21 +42,21 @@ class Inspection:
     """
 
     name: str
-    kind: str = ""
+    model_type: str = ""
     family: str = ""
     host: str = ""
     problem: str = ""
-    said: str = ""
+    declared_type: str = ""
     parameters: int = 0
     nbytes: int = 0
-    held: int = 0
+    memory_bytes: int = 0
     patches: int = 0
     types: dict[str, tuple[int, int]] = field(default_factory=dict)
     blocks: dict[str, dict[str, int]] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)
     needs: dict[str, str] = field(default_factory=dict)
     cards: list[Card] = field(default_factory=list)
-    picture: str = ""  # what the memory is counted for: "1024²"
+    resolution: str = ""  # what the memory is counted for: "1024²"
     plan: dict[str, str] = field(default_factory=dict)
     reference: str = ""
     errors: dict[str, float] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Inspection:
         """One sentence on what it is."""
         if self.problem:
             return self.problem
-        what = f"{'an' if self.kind[:1] in 'aeiou' else 'a'} {self.kind}"
+        what = f"{'an' if self.model_type[:1] in 'aeiou' else 'a'} {self.model_type}"
         return f"{self.name} is {what}{f': {self.family}' if self.family else ''}."
 
 
@@ -78,10 +78,10 @@ def identify(contents: Contents) -> Inspection:
         kind = contents.formats[name]
         sizes[kind] += tensor.nbytes
         counts[kind] += 1
-        of_block = blocks.setdefault(block_of(name), {})
+        of_block = blocks.setdefault(block_name(name), {})
         of_block[kind] = of_block.get(kind, 0) + tensor.nbytes
-    found = Inspection(contents.name, said=contents.said, nbytes=contents.nbytes,
-                       held=contents.held, patches=contents.patches,
+    found = Inspection(contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
+                       memory_bytes=contents.memory_bytes, patches=contents.patches,
                        parameters=sum(map(math.prod, contents.shapes.values())),
                        types={kind: (counts[kind], size) for kind, size in sizes.most_common()},
                        blocks=in_model_order(blocks), plan=_plan(contents.metadata))
@@ -93,9 +93,9 @@ def identify(contents: Contents) -> Inspection:
 
 def _lora(contents: Contents, found: Inspection) -> bool:
     stems = layer_names(contents.tensors)
-    if not stems or (len(stems) * 4 < len(contents.tensors) and contents.said != "adapter"):
+    if not stems or (len(stems) * 4 < len(contents.tensors) and contents.declared_type != "adapter"):
         return False
-    found.kind, found.family = LORA, f"{len(stems)} layers"
+    found.model_type, found.family = LORA, f"{len(stems)} layers"
     family = recognise({stem: _factors(contents, stem, ends) for stem, ends in stems.items()},
                        contents.metadata)
     if family:
@@ -120,7 +120,7 @@ def _factors(contents: Contents, stem: str, ends: set[str]) -> tuple[int | None,
 def _mmproj(contents: Contents, found: Inspection) -> bool:
     if not any(map(MMPROJ.match, contents.tensors)):
         return False
-    found.kind = "vision part (mmproj) of a text encoder"
+    found.model_type = "vision part (mmproj) of a text encoder"
     found.needs = {
         "text encoder": "the one it was published with, in Load Text Encoder (Featherweight)"
     }
@@ -136,7 +136,7 @@ def _diffusion_model(contents: Contents, found: Inspection) -> bool:
         return False
     inside = [name for name in contents.tensors if not whole or name.startswith(prefix)]
     rest = len(contents.tensors) - len(inside)
-    found.kind = CHECKPOINT if rest else MODEL
+    found.model_type = CHECKPOINT if rest else MODEL
     found.host = type(config).__name__
     shapes = {
         name.removeprefix(prefix if whole else ""): tuple(tensor.shape)
@@ -150,10 +150,10 @@ def _diffusion_model(contents: Contents, found: Inspection) -> bool:
     found.family = " or ".join(family.names) if family else found.host
     if rest:
         found.parts = _parts(contents, prefix)
-    found.needs = {name: what for name, what in needs(config).items() if name not in found.parts}
-    held = sum(contents.tensors[name].nbytes for name in inside)
+    found.needs = {name: what for name, what in required_models(config).items() if name not in found.parts}
+    memory_bytes = sum(contents.tensors[name].nbytes for name in inside)
     packed = any(contents.formats[name] not in ("F32", "F16", "BF16") for name in inside)
-    found.picture, found.cards = cards(config, shapes, held, packed)
+    found.resolution, found.cards = fit_cards(config, shapes, memory_bytes, packed)
     return True
 
 
@@ -187,7 +187,7 @@ def _encoder(contents: Contents, found: Inspection) -> bool:
         kind = None
     if kind is None and not arch and not any(map(ENCODER_SIGNS.search, contents.tensors)):
         return False
-    found.kind = ENCODER
+    found.model_type = ENCODER
     if kind is not None:
         name = encoder_family(kind.name, tensors)
         found.family, found.host = TITLES.get(name, name), kind.name
@@ -197,7 +197,7 @@ def _encoder(contents: Contents, found: Inspection) -> bool:
             if arch
             else "none that this ComfyUI knows"
         )
-    found.cards = encoder_cards(contents.held,
+    found.cards = fit_encoder_cards(contents.memory_bytes,
                                 {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return True
 
@@ -205,9 +205,9 @@ def _encoder(contents: Contents, found: Inspection) -> bool:
 def _other(contents: Contents, found: Inspection) -> bool:
     for pattern, kind, advice in (*OTHER_FILES, (VAE, "a VAE", "Load it with Load VAE.")):
         if any(re.search(pattern, name) for name in contents.tensors):
-            found.kind, found.needs = kind.removeprefix("an ").removeprefix("a "), {"use": advice}
+            found.model_type, found.needs = kind.removeprefix("an ").removeprefix("a "), {"use": advice}
             return True
-    found.kind = "weight file of no kind that is known here"
+    found.model_type = "weight file of no kind that is known here"
     found.family = f"first tensor {safe_repr(next(iter(contents.tensors), 'none'))}"
     return True
 
@@ -231,7 +231,7 @@ NUMBERED = re.compile(r"(?:^|\.)((?:\w*_)?(?:blocks?|layers?|blk|refiner|resbloc
 OUTSIDE = ("model", "encoder", "diffusion_model", "transformer", "text_model", "language_model")
 
 
-def block_of(name: str) -> str:
+def block_name(name: str) -> str:
     """The block a tensor belongs to, whatever the file is: `double_blocks.3`, `layers.7`,
     `img_in`."""
     found = NUMBERED.search(name)

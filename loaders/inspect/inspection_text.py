@@ -2,7 +2,7 @@
 import collections
 
 from ..sizes import size_text, type_lines
-from .inspection import ENCODER, Inspection, block_of
+from .inspection import ENCODER, Inspection, block_name
 
 WORST = 5  # tensors named with their errors
 
@@ -34,9 +34,9 @@ def inspection_text(found: Inspection) -> str:
 def _about_lines(found: Inspection) -> list[str]:
     """A line `name: value` for each thing that is known of the whole."""
     rows = {
-        "file says": found.said, "ComfyUI's name": found.host, "parameters": _parameters(found),
+        "file says": found.declared_type, "ComfyUI's name": found.host, "parameters": _parameters(found),
         "size": size_text(found.nbytes) if found.nbytes else "",
-        "held in memory": size_text(found.held)
+        "held in memory": size_text(found.memory_bytes)
     }
     if found.parts:
         rows["in it"] = ", ".join(f"{part} {size_text(size)}" for part, size in found.parts.items())
@@ -61,9 +61,9 @@ def _parameters(found: Inspection) -> str:
 
 def cards_title(found: Inspection) -> str:
     """What the memory is counted for."""
-    if found.kind == ENCODER:
+    if found.model_type == ENCODER:
         return "memory, where it runs before the model:"
-    return f"memory for {found.picture}, text encoders and VAE not counted:"
+    return f"memory for {found.resolution}, text encoders and VAE not counted:"
 
 
 def cards_notes(found: Inspection) -> list[tuple[bool, str]]:
@@ -107,5 +107,5 @@ def block_errors(found: Inspection) -> dict[str, float]:
     """Block -> mean relative error of its tensors."""
     of_block = collections.defaultdict(list)
     for name, error in found.errors.items():
-        of_block[block_of(name)].append(error)
+        of_block[block_name(name)].append(error)
     return {block: sum(errors) / len(errors) for block, errors in of_block.items()}

@@ -66,7 +66,7 @@ class Card:
     best: str | None
 
 
-def needs(config: Any) -> dict[str, str]:
+def required_models(config: Any) -> dict[str, str]:
     """What goes with a diffusion model: "text encoder" and "VAE" -> what people call them. config:
     the host's of the model."""
     names = [cls.__name__ for cls in type(config).__mro__]
@@ -96,7 +96,7 @@ def _encoders(clip_type: str, count: int) -> str:
     return " and ".join(filter(None, titles))
 
 
-def working(config: Any) -> tuple[float, str] | None:
+def step_memory(config: Any) -> tuple[float, str] | None:
     """(bytes that the host sets aside for a step beside the weights, for which picture). None where
     that is not known.
 
@@ -120,10 +120,10 @@ def working(config: Any) -> tuple[float, str] | None:
     return max(LEAST, area * 2 * 0.01 * config.memory_usage_factor * 2 ** 20) + LEFT, picture
 
 
-def cards(config: Any, shapes: Shapes, held: int, packed: bool) -> tuple[str, list[Card]]:
-    """For which picture, and how a diffusion model that holds `held` bytes fits each of CARDS.
+def fit_cards(config: Any, shapes: Shapes, memory_bytes: int, packed: bool) -> tuple[str, list[Card]]:
+    """For which picture, and how a diffusion model that holds `memory_bytes` bytes fits each of CARDS.
     shapes: see `rules_for`."""
-    step = working(config)
+    step = step_memory(config)
     if step is None or not shapes:
         return "", []
     family = rules_for(shapes)
@@ -137,15 +137,15 @@ def cards(config: Any, shapes: Shapes, held: int, packed: bool) -> tuple[str, li
     found = []
     for gib in CARDS:
         best = next((kind for kind in TYPES if sizes[kind] + beside <= gib * GIB), "")
-        missing = held + (scratch if packed else 0) + beside - gib * GIB
+        missing = memory_bytes + (scratch if packed else 0) + beside - gib * GIB
         found.append(Card(gib, max(0, round(missing)), best))
     return step[1], found
 
 
-def encoder_cards(held: int, shapes: Shapes) -> list[Card]:
+def fit_encoder_cards(memory_bytes: int, shapes: Shapes) -> list[Card]:
     """How a text encoder fits: it runs alone, before the model."""
     scratch = 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)
     return [
-        Card(gib, max(0, round(held + scratch + LEAST + LEFT + SYSTEM - gib * GIB)), None)
+        Card(gib, max(0, round(memory_bytes + scratch + LEAST + LEFT + SYSTEM - gib * GIB)), None)
         for gib in CARDS
     ]

@@ -20,7 +20,8 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
     file = open_weights(path)
     pairs = {name: match for name in file.entries if (match := PAIR.match(name))}
     if not pairs:
-        what = f"a GGUF file of kind {safe_repr(file.kind)}" if file.kind else "a GGUF model"
+        declared = file.declared_type
+        what = f"a GGUF file of type {safe_repr(declared)}" if declared else "a GGUF model"
         raise WeightFileError(
             f"{file.path.name} is {what} without a LoRA in it (its first tensor is"
             f" {safe_repr(next(iter(file.entries), 'none'))}). Pick it in a model or text encoder"

@@ -92,7 +92,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
         for name in track(names, [source.weights[name].values for name in names]):
             source.guard()
             packed[name] = packer.pack_in_sequence(name)
-            source.let_go()
+            source.drop_pages()
     open_writer = safetensors_writer if plan.is_safetensors else gguf_writer
     with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite) as writer:
         sizes = [max(1, weight.values) for weight in source.weights.values()]
@@ -100,7 +100,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
             source.guard()
             type_name, pieces = packed.pop(name, None) or packer.pack(source.weights[name])
             writer.write(written_name(name), type_name, pieces)
-            source.let_go()
+            source.drop_pages()
         source.guard()
     return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
                  Plan(packer.types).text(source.shapes), [*packer.report_lines(), *plan.notes])

@@ -134,7 +134,7 @@ class Source:
     weights: dict[str, Weight]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=list)
-    let_go: Callable[[], None] = lambda: None
+    drop_pages: Callable[[], None] = lambda: None
     guard: Callable[[], None] = lambda: None
     paths: Collection[Path] = ()
 
@@ -306,7 +306,7 @@ def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) ->
         raise SaveError(
             f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another"
             " conversion of the model.")
-    return Source(os.path.basename(path), weights, notes=notes, let_go=file.let_go, guard=guard,
+    return Source(os.path.basename(path), weights, notes=notes, drop_pages=file.drop_pages, guard=guard,
                   paths=(*file.paths, *(Path(lora) for lora, _ in loras)))
 
 

@@ -86,7 +86,7 @@ def test_a_lack_of_memory_is_no_unknown_model(tmp_path, monkeypatch, name, error
 
 
 def test_a_few_weights_of_a_model_are_inspected_and_read(path):
-    assert all(found.kind for found in inspect(path)) and of_file(path).weights
+    assert all(found.model_type for found in inspect(path)) and of_file(path).weights
 
 
 def test_a_lora_on_a_few_weights_of_a_model_is_refused_in_a_sentence(path, tmp_path):

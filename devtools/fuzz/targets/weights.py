@@ -34,7 +34,7 @@ class WeightTarget(Target):
         tensors = file.state_dict()
         for entry in file.entries.values():
             assert file.tensor(entry.name).nbytes == entry.nbytes
-        assert isinstance(file.kind, str)
+        assert isinstance(file.declared_type, str)
         for value in dict(file.metadata).values():
             assert value is not None
         return tensors

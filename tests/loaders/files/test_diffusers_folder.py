@@ -54,7 +54,7 @@ def test_a_sharded_folder_is_read_as_one_model(sharded):
     assert (
         type(file) is ModelFolder
         and file.config == CONFIG
-        and file.kind == "FluxTransformer2DModel"
+        and file.declared_type == "FluxTransformer2DModel"
     )
     assert file.path == path and [part.name for part in file.paths] == SHARDS
     assert file.tensor_bytes == sum(entry.nbytes for entry in file.entries.values()) > 0
@@ -109,7 +109,7 @@ def test_a_variant_in_shards_is_read_where_it_is_the_only_one(folder, variant):
 def test_configs_of_plain_and_older_models_are_read(folder, config, kind):
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
-    assert open_weights(folder).kind == kind
+    assert open_weights(folder).declared_type == kind
 
 
 # --- bad input

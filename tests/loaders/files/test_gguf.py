@@ -222,7 +222,7 @@ def test_a_file_of_metadata_alone_is_read(tmp_path):
     path.write_bytes(
         build(metadata=[entry("general.architecture", 8, text("llama"))], data=0, alignment=1))
     file = open_weights(path)
-    assert file.entries == {} and file.tensor_bytes == 0 and file.kind == "llama"
+    assert file.entries == {} and file.tensor_bytes == 0 and file.declared_type == "llama"
 
 
 def test_tensors_share_the_mapping_and_own_their_storage(tmp_path):
@@ -349,7 +349,7 @@ def test_a_large_vocabulary_is_decoded_only_on_access(tmp_path):
     tracemalloc.start()
     file = open_weights(path)
     assert (
-        file.kind == "gemma3"
+        file.declared_type == "gemma3"
         and "tokenizer.ggml.tokens" in file.metadata
         and len(file.metadata) == 4
     )
@@ -382,7 +382,7 @@ def test_kind_is_the_type_or_the_architecture(tmp_path, architecture, general_ty
     metadata = {key: value for key, value in stated.items() if value}
     path.write_bytes(build(metadata=[entry(key, 8, text(value))
                                      for key, value in metadata.items()]))
-    assert open_weights(path).kind == kind
+    assert open_weights(path).declared_type == kind
 
 
 # --- original shapes

@@ -147,7 +147,7 @@ def check(path, content: bytes) -> bool:
         assert found == content[entry.offset:end]
     if file is not None:
         dict(file.metadata)
-        assert isinstance(file.kind, str)
+        assert isinstance(file.declared_type, str)
     return file is not None
 
 

@@ -112,12 +112,12 @@ def test_an_entry_belongs_to_the_file_that_was_opened(source, folder):
     """Another file that takes its name while it is packed does not find what was packed of the
     first."""
     file, wanted = open_weights(source), {"a": ("Q8_0", (4, 32))}
-    opened = packed_cache.entry_of(file, wanted)
+    opened = packed_cache.entry_path(file, wanted)
     os.utime(source, (1, 1))
     assert (
-        packed_cache.entry_of(file, wanted)
+        packed_cache.entry_path(file, wanted)
         == opened
-        != packed_cache.entry_of(open_weights(source), wanted)
+        != packed_cache.entry_path(open_weights(source), wanted)
     )
 
 
@@ -194,7 +194,7 @@ def test_what_a_killed_process_left_takes_no_room(source, folder, monkeypatch):
 def test_an_entry_whose_time_cannot_be_set_is_read_and_stays(tmp_path, monkeypatch):
     """Another user's, or one on a drive that is only read."""
     entry, wanted = tmp_path / packed_cache.NAMES.replace("*", "0"), {"a": ("Q8_0", (4, 32))}
-    with packed_cache.writing_entry(entry, wanted) as writer:
+    with packed_cache.entry_writer(entry, wanted) as writer:
         writer.write("a", pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"]))
 
     def refused(path, *arguments, **options):

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from devtools.files import bnb_files, tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.inspect import difference, inspect
-from featherweight.loaders.inspect.contents import of_file
-from featherweight.loaders.inspect.difference import differences
+from featherweight.loaders.inspect.contents import file_contents
+from featherweight.loaders.inspect.difference import relative_errors
 from featherweight.loaders.inspect.inspection_chart import inspection_picture
 from featherweight.loaders.inspect.inspection_text import error_text, inspection_text
 
@@ -45,7 +45,7 @@ def relative(values, expected):
 
 def test_errors_are_those_of_the_packed_values(packed, dense, model):
     path, values = packed
-    errors = differences(of_file(path), of_file(dense))
+    errors = relative_errors(file_contents(path), file_contents(dense))
     assert errors.keys() == {name for name, tensor in model.items() if tensor.ndim > 1}
     for name, error in errors.items():
         assert error == pytest.approx(
@@ -55,9 +55,10 @@ def test_errors_are_those_of_the_packed_values(packed, dense, model):
 
 
 def test_slices_of_rows_give_what_whole_tensors_give(packed, dense, monkeypatch):
-    whole = differences(of_file(packed[0]), of_file(dense))
+    whole = relative_errors(file_contents(packed[0]), file_contents(dense))
     monkeypatch.setattr(difference, "SLICE_VALUES", 300)
-    assert differences(of_file(packed[0]), of_file(dense)) == pytest.approx(whole, rel=1e-6)
+    sliced = relative_errors(file_contents(packed[0]), file_contents(dense))
+    assert sliced == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_model_against_itself_is_exact(dense):
@@ -93,8 +94,8 @@ def test_nf4_whose_blocks_cross_rows_and_fp8_with_its_scale(tmp_path):
     tensors[other.removesuffix("weight") + "weight_scale"] = scale
     expected[other] = tensors[other].float() * scale
     save_file(tensors, tmp_path / "packed.safetensors")
-    errors = differences(of_file(tmp_path / "packed.safetensors"),
-                         of_file(tmp_path / "dense.safetensors"))
+    errors = relative_errors(file_contents(tmp_path / "packed.safetensors"),
+                         file_contents(tmp_path / "dense.safetensors"))
     assert errors == pytest.approx(
         {key: relative(expected[key].view(24, 40), weights[key]) for key in weights}, rel=1e-4
     )
@@ -113,21 +114,15 @@ def test_a_weight_whose_rows_share_blocks_is_dequantized_once(tmp_path, monkeypa
     monkeypatch.setattr(difference, "take_rows",
                         lambda tensor, rows: taken.append(rows) or take_rows(tensor, rows))
     monkeypatch.setattr(difference, "SLICE_VALUES", 80)
-    assert (
-        len(
-            differences(
-                of_file(tmp_path / "packed.safetensors"), of_file(tmp_path / "dense.safetensors")
-            )
-        )
-        == 1
-    )
+    packed_contents = file_contents(tmp_path / "packed.safetensors")
+    assert len(relative_errors(packed_contents, file_contents(tmp_path / "dense.safetensors"))) == 1
     assert taken == [slice(0, 24)]
 
 
 def test_a_checkpoints_prefix_is_no_other_model(packed, model, tmp_path):
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in model.items()},
               tmp_path / "all.safetensors")
-    errors = differences(of_file(packed[0]), of_file(tmp_path / "all.safetensors"))
+    errors = relative_errors(file_contents(packed[0]), file_contents(tmp_path / "all.safetensors"))
     assert len(errors) == sum(tensor.ndim > 1 for tensor in model.values())
 
 
@@ -143,7 +138,8 @@ def test_another_programs_names_are_the_same_model(tmp_path):
     hosts["shared.weight"] = theirs["token_embd.weight"] = torch.randn(64, width)
     save_file(hosts, tmp_path / "host.safetensors")
     write_gguf(tmp_path / "t5.gguf", theirs, lambda name, values: "F32", architecture="t5")
-    errors = differences(of_file(tmp_path / "t5.gguf"), of_file(tmp_path / "host.safetensors"))
+    contents = file_contents(tmp_path / "t5.gguf")
+    errors = relative_errors(contents, file_contents(tmp_path / "host.safetensors"))
     assert len(errors) == 4 and set(errors.values()) == {0.0}
 
 
@@ -177,7 +173,7 @@ def test_errors_are_said_in_percent(error, text):
 
 def test_the_fixture_is_read_as_gguf_reads_it(packed):
     names = {tensor.name for tensor in gguf.GGUFReader(packed[0]).tensors}
-    assert set(of_file(packed[0]).tensors) == names
+    assert set(file_contents(packed[0]).tensors) == names
 
 
 @pytest.mark.parametrize("format_name", HOST_FORMATS)

@@ -25,13 +25,13 @@ from featherweight.loaders.inspect.inspection import (
     ENCODER,
     LORA,
     MODEL,
-    block_of,
+    block_name,
     identify,
     in_model_order,
 )
 from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.inspect.requirements import CARDS, GIB, needs, working
+from featherweight.loaders.inspect.requirements import CARDS, GIB, required_models, step_memory
 from featherweight.ops.format import GGML_FORMATS
 
 SIZES = {"hidden": 128, "double_blocks": 2, "single_blocks": 3}
@@ -44,7 +44,7 @@ def contents_of(shapes, name="model.safetensors", **said):
         for key, shape in shapes.items()
     }
     return Contents(name, tensors, dict.fromkeys(tensors, "F32"), **said,
-                    held=sum(tensor.nbytes for tensor in tensors.values()))
+                    memory_bytes=sum(tensor.nbytes for tensor in tensors.values()))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def flux_file(tmp_path_factory):
 def test_a_diffusion_model_is_recognised_without_reading_a_matrix(name):
     found = identify(
         contents_of(full_width_shapes(FAMILIES[name]), metadata=FAMILIES[name].metadata))
-    assert found.kind == MODEL and found.family and found.host
+    assert found.model_type == MODEL and found.family and found.host
     assert sum(count for count, _ in found.types.values()) == len(full_width_shapes(FAMILIES[name]))
 
 
@@ -93,10 +93,10 @@ def test_what_else_a_model_needs(name, encoder, vae):
 def test_memory_is_what_the_docs_say(model):
     tensors = {name: torch.empty(shape, device="meta") for name, shape in model.shapes().items()}
     config = comfy.model_detection.model_config_from_unet(tensors, "")
-    set_aside, picture = working(config)
+    set_aside, picture = step_memory(config)
     assert set_aside == pytest.approx(model.working(), rel=1e-6)
     assert picture.replace("1024 × 1024", "1024²") == model.picture
-    assert needs(config)["text encoder"]
+    assert required_models(config)["text encoder"]
 
 
 def test_cards_say_what_fits_and_what_stays_outside():
@@ -107,7 +107,7 @@ def test_cards_say_what_fits_and_what_stays_outside():
         model_sizes.best_fit(flux, gib).replace("partly", "") for gib in CARDS
     ]
     assert all(card.missing == pytest.approx(
-        found.held + model_sizes.gpu_bytes(flux, "BF16") - card.gib * GIB -
+        found.memory_bytes + model_sizes.gpu_bytes(flux, "BF16") - card.gib * GIB -
         model_sizes.bytes_of(flux.shapes(), "BF16"), rel=1e-6) for card in found.cards)
     assert "card of 6" in inspection_text(
         found
@@ -125,7 +125,7 @@ def test_a_text_encoder_is_recognised(name):
             for key, value in text_model(host_clip(encoder, {})).transformer.state_dict().items()
         }
     found = identify(contents_of(shapes | encoder.markers))
-    assert found.kind == ENCODER and found.cards
+    assert found.model_type == ENCODER and found.cards
     assert (
         found.family
         == TITLES[
@@ -138,7 +138,7 @@ def test_a_text_encoder_is_recognised(name):
 def test_a_text_encoder_in_llama_cpps_names_is_recognised(name, tmp_path):
     write_encoder(tmp_path / "encoder.gguf", ENCODERS[name], random_weights(ENCODERS[name]))
     found, = inspect(tmp_path / "encoder.gguf")
-    assert found.kind == ENCODER and found.family == TITLES[ENCODERS[name].te_model]
+    assert found.model_type == ENCODER and found.family == TITLES[ENCODERS[name].te_model]
 
 
 OTHERS = {
@@ -156,7 +156,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_files_are_called_what_they_are(kind):
     found = identify(contents_of(OTHERS[kind]))
-    assert found.kind == kind and f"is a {kind}" in inspection_text(found)
+    assert found.model_type == kind and f"is a {kind}" in inspection_text(found)
     assert inspection_picture(found).shape[2] == 960
 
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_says_what_is_in_it():
     }
     found = identify(
         contents_of(shapes | {"first_stage_model.decoder.conv_in.weight": (64, 16, 3, 3)}))
-    assert found.kind == CHECKPOINT and set(found.parts) == {MODEL, "VAE"}
+    assert found.model_type == CHECKPOINT and set(found.parts) == {MODEL, "VAE"}
     assert set(found.needs) == {"text encoder"}
     assert "in it: diffusion model" in inspection_text(found)
 
@@ -184,7 +184,7 @@ def test_a_file_and_the_model_loaded_from_it_are_the_same(flux_file):
         from_file.types == from_model.types and from_file.host == from_model.host == "FluxSchnell"
     )
     assert from_file.name == from_model.name == "flux.gguf"
-    assert from_model.held == model.model_size()
+    assert from_model.memory_bytes == model.model_size()
 
 
 def test_patches_of_a_model_are_named(flux_file):
@@ -223,7 +223,8 @@ def test_what_cannot_be_read_says_why_in_a_sentence(name, tmp_path, flux_file):
     write, words = BAD_FILES[name]
     write(tmp_path / name, flux_file)
     found, = inspect(tmp_path / name)
-    assert words in inspection_text(found) and "\n" not in inspection_text(found) and not found.kind
+    text = inspection_text(found)
+    assert words in text and "\n" not in text and not found.model_type
     assert inspection_picture(found).shape[0] == 1
 
 
@@ -235,7 +236,7 @@ def test_a_package_of_diffusers_is_inspected_part_by_part(tmp_path):
         save_file({name: torch.zeros(shape) for name, shape in shapes.items()},
                   tmp_path / part / "model.safetensors")
     assert [found.name for found in inspect(tmp_path)] == ["transformer", "vae"]
-    assert inspect(tmp_path)[1].kind == "VAE"
+    assert inspect(tmp_path)[1].model_type == "VAE"
 
 
 def test_a_file_made_here_says_how(tmp_path):
@@ -264,7 +265,7 @@ def test_a_file_made_here_says_how(tmp_path):
     ],
 )
 def test_tensors_belong_to_blocks(name, block):
-    assert block_of(name) == block
+    assert block_name(name) == block
 
 
 def test_blocks_stand_in_the_order_of_their_numbers():

@@ -392,7 +392,7 @@ def test_a_gguf_model_picked_as_a_lora_is_refused(tmp_path):
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(
     ), writer.close()
     with pytest.raises(WeightFileError,
-                       match="model.gguf is a GGUF file of kind 'flux' without a LoRA"):
+                       match="model.gguf is a GGUF file of type 'flux' without a LoRA"):
         load_lora_file(tmp_path / "model.gguf")
 
 
