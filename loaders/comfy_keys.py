@@ -4,7 +4,7 @@ import re
 import torch
 from comfy.model_detection import unet_prefix_from_state_dict
 
-from ..ops.packed_layout import is_packed, relabelled
+from ..ops.packed_layout import is_packed, relabel
 from .diffusers_keys import from_diffusers
 
 
@@ -57,4 +57,4 @@ def _undo_converters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def _reshaped(tensor: torch.Tensor, shape) -> torch.Tensor:
-    return relabelled(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)
+    return relabel(tensor, shape=shape) if is_packed(tensor) else tensor.reshape(shape)

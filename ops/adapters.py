@@ -152,7 +152,7 @@ def is_sum(patch: tuple) -> bool:
     return kind == "diff" and not (len(data) > 1 and data[1]["pad_weight"])
 
 
-def rows_of(patch: tuple, start: int, stop: int) -> tuple | None:
+def slice_patch(patch: tuple, start: int, stop: int) -> tuple | None:
     """The part of a patch that concerns some rows of the weight; None for a patch that needs the
     whole weight at once."""
     strength, value, strength_model, offset, function = patch

@@ -59,7 +59,7 @@ def bit_planes(data: torch.Tensor, width: int) -> torch.Tensor:
     return planes.bitwise_and_(mask).view(torch.uint8)
 
 
-def in_planes(fields: torch.Tensor, width: int, run: int) -> torch.Tensor:
+def join_planes(fields: torch.Tensor, width: int, run: int) -> torch.Tensor:
     """Bytes that hold 8 / width fields each; the inverse of `bit_planes` on runs of `run` bytes.
 
     fields: uint8 (n, F), below 2 ** width. Each `run` bytes hold the next 8 / width runs of as many

@@ -7,7 +7,7 @@ from . import stochastic_rounding
 from .autocast import autocast_input
 from .layers import Embedding, PackedLayer, PackedLinear
 from .packed_layout import QuantizedTensor, is_packed
-from .packed_tensor import relabelled
+from .packed_tensor import relabel
 
 
 class MixedLayer:
@@ -37,14 +37,14 @@ class MixedLayer:
         self._super_past_ours._load_from_state_dict(state_dict, prefix, *args)
         # its embedding asks the operations class for the dtype, which has none
         if self._is_the_hosts:
-            self.weight = torch.nn.Parameter(relabelled(self.weight, dtype=dtype),
+            self.weight = torch.nn.Parameter(relabel(self.weight, dtype=dtype),
                                              requires_grad=False)
 
     def state_dict(self, *args, **kwargs):
         # whole tensors, of which other models can make patches
         return torch.nn.Module.state_dict(self, *args, **kwargs)
 
-    def quantised_parts(self, prefix: str) -> dict[str, torch.Tensor]:
+    def quantized_parts(self, prefix: str) -> dict[str, torch.Tensor]:
         """What files keep of a weight in a format of the host: codes, scales and the name of the
         format."""
         parts = self._super_past_ours.state_dict(prefix=prefix)
@@ -54,7 +54,7 @@ class MixedLayer:
     def dense_weight(self, weight, dtype):
         if is_packed(weight):
             return super().dense_weight(weight, dtype)
-        return self._smoothed(relabelled(weight, dtype=dtype).dequantize())
+        return self._smoothed(relabel(weight, dtype=dtype).dequantize())
 
     def patched_weight(self, weight, dtype):
         # so it comes in dynamic VRAM, on a CPU

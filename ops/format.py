@@ -282,7 +282,7 @@ def powers_of_two(peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (254 - exponents << 23).view(torch.float32), (exponents << 23).view(torch.float32)
 
 
-def rounded_away(values: torch.Tensor) -> torch.Tensor:
+def round_half_away(values: torch.Tensor) -> torch.Tensor:
     """int8 of float32 `values`, overwritten: the nearest integer, halves away from zero, as C's
     roundf."""
     # The largest float below a half: with a half itself, the float below a half would become 1.

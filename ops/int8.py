@@ -94,7 +94,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     if encode is None:
         return torch.ops.featherweight.linear(input, packed, bias, format, rows, value_dtype, down,
                                               ups, slices)
-    low_rank = LowRank.of_operands(down, ups, slices)
+    low_rank = LowRank.from_operands(down, ups, slices)
     added = None if low_rank is None else low_rank.product(flat, rows)
     codes, scales = _encoded_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))

@@ -34,7 +34,7 @@ def side_matrix(device: torch.device) -> torch.Tensor:
     return (signs.unsqueeze(-1) * matrix / math.sqrt(SIDE)).to(device)
 
 
-def rotated(values: torch.Tensor) -> torch.Tensor:
+def rotate(values: torch.Tensor) -> torch.Tensor:
     """`values @ R`. values: float32 or float64 (n, K), contiguous, K a multiple of 256. Returns the
     same dtype and shape."""
     side = side_matrix(values.device).to(values.dtype)
@@ -42,7 +42,7 @@ def rotated(values: torch.Tensor) -> torch.Tensor:
     return torch.bmm(side.t().expand(half.shape), half).view(values.shape)
 
 
-def quantise_into(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor):
+def quantize_into(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor):
     """Symmetric codes of each row: values ~ codes * scales.
 
     values: float32 (n, K), overwritten. codes: int8 (n, K). scales: float32 (n,), NaN where a row
@@ -65,7 +65,7 @@ def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
     step = _rows_at_once(input.shape[1], input.device)
     for start in range(0, len(input), step):
         part = slice(start, start + step)
-        quantise_into(rotated(input[part].float()), codes[part], scales[part])
+        quantize_into(rotate(input[part].float()), codes[part], scales[part])
 
 
 def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes: torch.Tensor,
@@ -89,7 +89,7 @@ def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes:
         chunk = values[:part.stop - start]
         dequantize_into(packed_format, tensors, chunk, value_dtype,
                         first + start * columns // packed_format.block_length)
-        quantise_into(rotated(chunk), codes[part], scales[part])
+        quantize_into(rotate(chunk), codes[part], scales[part])
 
 
 def _dequantize_into(packed_format, tensors, out, value_dtype, first):

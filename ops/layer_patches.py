@@ -21,17 +21,17 @@ from .adapters import (
     is_plain_lora,
     is_sum,
     lora_factors,
-    rows_of,
     shape_mismatch,
+    slice_patch,
     to_device,
 )
 from .low_rank import LowRank
-from .pickle_names import found_anywhere
+from .pickle_names import stable_pickle_name
 
 log = logging.getLogger(__name__)
 
 
-@found_anywhere
+@stable_pickle_name
 class LayerPatches:
     """What one layer adds to its packed weight of logical shape (N, K).
 
@@ -47,7 +47,8 @@ class LayerPatches:
         self.weight_patches = list(weight_patches)
         self.original_weights = original_weights
         self.offloaded = False
-        self.acts_on_rows = all(rows_of(patch, 0, 1) is not None for patch in self.weight_patches)
+        self.acts_on_rows = all(
+            slice_patch(patch, 0, 1) is not None for patch in self.weight_patches)
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +90,7 @@ class LayerPatches:
 
     def patch_rows(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """`patch_weight` of the weight's rows from `start` on; only where `acts_on_rows`."""
-        patches = [rows_of(patch, start, start + len(rows)) for patch in self.weight_patches]
+        patches = [slice_patch(patch, start, start + len(rows)) for patch in self.weight_patches]
         return comfy.lora.calculate_weight(patches, rows, self.key)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ def _low_rank(patches: list, shape: torch.Size, device: torch.device,
             first, last = offset[1] * kernel, (offset[1] + offset[2]) * kernel
             down = torch.nn.functional.pad(down, (first, columns - last))
         loras.append((up * (strength * scale), down, row_range))
-    return LowRank.of_factors(loras, rows, dtype)
+    return LowRank.from_factors(loras, rows, dtype)
 
 
 def _fits(key: str, patch: tuple, shape: torch.Size) -> bool:

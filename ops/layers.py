@@ -16,11 +16,11 @@ from .packed_layout import (
     for_state_dict,
     is_packed,
     pack_16bit,
-    part_of,
     safe_detach,
+    select_packed,
     squeeze_to,
 )
-from .packed_tensor import relabelled
+from .packed_tensor import relabel
 from .workspace import shared_workspace
 
 
@@ -88,7 +88,7 @@ class PackedLayer:
                 )
                 continue
             if is_packed(value) and name == "weight":
-                value = relabelled(value, dtype=param.dtype)
+                value = relabel(value, dtype=param.dtype)
             elif is_packed(value):
                 value = product.dequantize(value, param.dtype)  # a bias: the product takes it dense
             elif name == "weight":
@@ -308,7 +308,7 @@ class MoEExperts(PackedLayer, _Experts):
                 return self.expert_linear(input, expert)
         weight, bias = self._resident
         bias = None if bias is None else bias[expert].to(input.dtype)
-        weight = part_of(weight, expert) if is_packed(weight) else weight[expert]
+        weight = select_packed(weight, expert) if is_packed(weight) else weight[expert]
         if self.lora is not None and self.lora.acts_on_rows:
             weight = self._patched_expert(weight, expert, input.dtype)
         if is_packed(weight):

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from .pickle_names import found_anywhere
+from .pickle_names import stable_pickle_name
 
 
-@found_anywhere
+@stable_pickle_name
 class Slice(NamedTuple):
     """Rows of the output [row, row_end), to which the ranks [rank, rank_end) of the down factor
     contribute."""
@@ -20,7 +20,7 @@ class Slice(NamedTuple):
     rank_end: int
 
 
-@found_anywhere
+@stable_pickle_name
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """What `y += (x A^T) B^T` adds to a layer of logical weight shape (N, K), B in slices of rows
@@ -35,7 +35,7 @@ class LowRank:
     slices: tuple[Slice, ...]
 
     @staticmethod
-    def of_factors(loras: Iterable[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]], rows: int,
+    def from_factors(loras: Iterable[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]], rows: int,
                    dtype: torch.dtype) -> "LowRank":
         """Factors (up, down, (first row, end row)) of one or more LoRAs as one. LoRAs on the same
         rows, or on rows that overlap, share one up factor.
@@ -65,7 +65,7 @@ class LowRank:
                        tuple(slices))
 
     @staticmethod
-    def of_operands(down: torch.Tensor | None, ups: list[torch.Tensor],
+    def from_operands(down: torch.Tensor | None, ups: list[torch.Tensor],
                     slices: list[int]) -> "LowRank | None":
         """The inverse of `operands`."""
         if down is None:

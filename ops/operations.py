@@ -11,7 +11,7 @@ import torch
 
 from .comfy_quant_layers import MixedEmbedding, MixedLinear
 from .layers import PACKED_LAYERS, MoEExperts, PackedLayer
-from .pickle_names import found_anywhere
+from .pickle_names import stable_pickle_name
 
 
 def packed_operations(value_dtype: torch.dtype | None = None,
@@ -55,7 +55,7 @@ def operations_for(keys: Iterable[str], *dtypes: torch.dtype | None, full_precis
 _operations = functools.cache(packed_operations)  # the same classes for all layers of a pickle
 
 
-@found_anywhere
+@stable_pickle_name
 def new_layer(name: str, *made_by) -> PackedLayer:
     """A layer without anything in it, of a class that `packed_operations(*made_by)` has."""
     layer_class = getattr(_operations(*made_by), name)

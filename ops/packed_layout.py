@@ -18,8 +18,8 @@ from comfy_kitchen.tensor import (
 from .format import Format, FormatError
 from .formats import plain  # the package registers every format
 from .formats._names import format_named
-from .packed_tensor import PackedTensor, relabelled
-from .pickle_names import found_anywhere
+from .packed_tensor import PackedTensor, relabel
+from .pickle_names import stable_pickle_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def is_packed(tensor) -> TypeGuard[PackedTensor]:
     return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
 
 
-def part_of(tensor: PackedTensor, index: int) -> PackedTensor:
+def select_packed(tensor: PackedTensor, index: int) -> PackedTensor:
     """`tensor[index]`, which shares the bytes. What it holds must be whole blocks."""
     packed_format, shape = tensor.layout_cls.format, tensor.shape[1:]
     data, *scale = packed_format.rows(packed_tensors(tensor), shape.numel(),
@@ -174,14 +174,14 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-@found_anywhere
+@stable_pickle_name
 def packed_weight(format_name: str, shape, dtype: torch.dtype, data: torch.Tensor, *scale:
                   torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(packed_tensor(format_named(format_name), data, shape, dtype, *scale),
                               requires_grad=False)
 
 
-@found_anywhere
+@stable_pickle_name
 def host_weight(*parts) -> torch.nn.Parameter:
     """A weight in a format of the host."""
     return torch.nn.Parameter(QuantizedTensor(*parts), requires_grad=False)
@@ -190,7 +190,7 @@ def host_weight(*parts) -> torch.nn.Parameter:
 def safe_detach(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor.detach()`, which fails in inference mode with a quantised tensor that was made
     outside of it."""
-    return relabelled(tensor) if isinstance(tensor, QuantizedTensor) else tensor.detach()
+    return relabel(tensor) if isinstance(tensor, QuantizedTensor) else tensor.detach()
 
 
 def for_state_dict(tensor: torch.Tensor) -> torch.Tensor:
@@ -207,5 +207,5 @@ def squeeze_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     if value.shape == shape or [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
         return value
     if is_packed(value):
-        return relabelled(value, shape=shape)
+        return relabel(value, shape=shape)
     return value.reshape(shape)

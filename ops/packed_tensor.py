@@ -54,7 +54,7 @@ class PackedTensor(QuantizedTensor):
         run = super().__torch_dispatch__
         if func is _aten.detach.default:
             with torch.inference_mode(args[0].is_inference()):  # torch takes no other for a view
-                return relabelled(args[0])
+                return relabel(args[0])
         if func is _aten.copy_.default:
             target, source = args[:2]
             if not isinstance(target, QuantizedTensor):
@@ -268,7 +268,7 @@ def _read_only_array(values: torch.Tensor, kwargs: dict):
     return array
 
 
-def relabelled(tensor: PackedTensor, dtype: torch.dtype | None = None,
+def relabel(tensor: PackedTensor, dtype: torch.dtype | None = None,
                shape=None) -> PackedTensor:
     """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
     params = tensor._params

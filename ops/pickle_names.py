@@ -10,7 +10,7 @@ _FOUND_IN = types.ModuleType("_featherweight_layers", __doc__)
 sys.modules[_FOUND_IN.__name__] = _FOUND_IN
 
 
-def found_anywhere(item):
+def stable_pickle_name(item):
     """A function or class that pickles find wherever the pack lies; to be used as a decorator."""
     item.__module__ = _FOUND_IN.__name__
     setattr(_FOUND_IN, item.__qualname__, item)

@@ -25,7 +25,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             rows: int, value_dtype: torch.dtype | None, down: torch.Tensor | None,
             ups: list[torch.Tensor], slices: list[int]) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
-    low_rank = LowRank.of_operands(down, ups, slices)
+    low_rank = LowRank.from_operands(down, ups, slices)
     # The low-rank branch goes into the sum of the large product, which is rounded once: added to
     # something already rounded a weak LoRA would be lost, in the bias too. So the bias comes last.
     added = None if low_rank is None else low_rank.product(flat, rows)

@@ -17,7 +17,7 @@ import comfy.ops
 import torch
 
 from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
-from ...ops.packed_tensor import relabelled
+from ...ops.packed_tensor import relabel
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
 from ...ops.row_slicing import take_rows
@@ -328,10 +328,10 @@ def _weight_of_file(name: str, tensor, smoothing: torch.Tensor | None,
 def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Rows in float32, a copy."""
     if is_packed(tensor):
-        part = take_rows(relabelled(tensor, dtype=torch.float32), slice(start, stop))
+        part = take_rows(relabel(tensor, dtype=torch.float32), slice(start, stop))
         return part.dequantize() if is_packed(part) else part.clone()
     if isinstance(tensor, QuantizedTensor):
-        return relabelled(tensor, dtype=torch.float32).dequantize()[start:stop].clone()
+        return relabel(tensor, dtype=torch.float32).dequantize()[start:stop].clone()
     return (tensor[start:stop] if tensor.ndim else tensor).to(torch.float32, copy=True)
 
 

@@ -5,7 +5,7 @@ gguf-py 0.19.
 """
 import torch
 
-from ..bits import half, half_bytes, in_planes, split_bits
+from ..bits import half, half_bytes, join_planes, split_bits
 from ..format import Fit, Grid, Terms
 from ._nibble_codebook import NibbleCodebook
 
@@ -31,7 +31,7 @@ class IQ4_NL(NibbleCodebook, ggml_type=20):
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
-        return torch.cat([half_bytes(fit.d), in_planes(fit.codes, 4, 16)], 1)
+        return torch.cat([half_bytes(fit.d), join_planes(fit.codes, 4, 16)], 1)
 
 
 class IQ4_XS(NibbleCodebook, ggml_type=23):
@@ -59,5 +59,5 @@ class IQ4_XS(NibbleCodebook, ggml_type=23):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
-        bytes_of_scales = [in_planes(scales >> 4, 2, 1), in_planes(scales & 15, 4, 1)]
-        return torch.cat([half_bytes(fit.d), *bytes_of_scales, in_planes(fit.codes, 4, 16)], 1)
+        bytes_of_scales = [join_planes(scales >> 4, 2, 1), join_planes(scales & 15, 4, 1)]
+        return torch.cat([half_bytes(fit.d), *bytes_of_scales, join_planes(fit.codes, 4, 16)], 1)

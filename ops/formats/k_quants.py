@@ -7,7 +7,7 @@ hold 32 neighbouring values.
 """
 import torch
 
-from ..bits import bit_planes, half, half_bytes, in_planes, reinterpret
+from ..bits import bit_planes, half, half_bytes, join_planes, reinterpret
 from ..format import Fit, Format, Grid, Terms
 
 
@@ -36,7 +36,7 @@ class Q2_K(Format, ggml_type=10):
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = fit.scales.to(torch.uint8) | fit.minima.to(torch.uint8) << 4
         return torch.cat(
-            [scales, in_planes(fit.codes, 2, 32),
+            [scales, join_planes(fit.codes, 2, 32),
              half_bytes(fit.d),
              half_bytes(fit.dmin)], 1)
 
@@ -68,11 +68,11 @@ class Q3_K(Format, ggml_type=11):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
-        codes = in_planes(fit.codes >> 2, 1, 32), in_planes(fit.codes & 3, 2, 32)
+        codes = join_planes(fit.codes >> 2, 1, 32), join_planes(fit.codes & 3, 2, 32)
         return torch.cat(
             [*codes,
-             in_planes(scales & 15, 4, 8),
-             in_planes(scales >> 4, 2, 4),
+             join_planes(scales & 15, 4, 8),
+             join_planes(scales >> 4, 2, 4),
              half_bytes(fit.d)], 1)
 
 
@@ -122,7 +122,7 @@ class Q4_K(Format, ggml_type=12):
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
-        return torch.cat([_super_scales(fit), in_planes(fit.codes, 4, 32)], 1)
+        return torch.cat([_super_scales(fit), join_planes(fit.codes, 4, 32)], 1)
 
 
 class Q5_K(Format, ggml_type=13):
@@ -152,8 +152,8 @@ class Q5_K(Format, ggml_type=13):
     def encode(cls, fit: Fit) -> torch.Tensor:
         return torch.cat([
             _super_scales(fit),
-            in_planes(fit.codes >> 4, 1, 32),
-            in_planes(fit.codes & 15, 4, 32)
+            join_planes(fit.codes >> 4, 1, 32),
+            join_planes(fit.codes & 15, 4, 32)
         ], 1)
 
 
@@ -181,7 +181,7 @@ class Q6_K(Format, ggml_type=14):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = fit.scales.to(torch.int8).view(torch.uint8)
-        codes = in_planes(fit.codes & 15, 4, 64), in_planes(fit.codes >> 4, 2, 32)
+        codes = join_planes(fit.codes & 15, 4, 64), join_planes(fit.codes >> 4, 2, 32)
         return torch.cat([*codes, scales, half_bytes(fit.d)], 1)
 
 

@@ -5,8 +5,8 @@ Sources: `block_q*` in ggml-common.h, `dequantize_row_q*` in ggml-quants.c, gguf
 """
 import torch
 
-from ..bits import bit_planes, bit_table, half, half_bytes, in_planes, lookup
-from ..format import Fit, Format, Grid, Terms, inverse, peaks, rounded_away
+from ..bits import bit_planes, bit_table, half, half_bytes, join_planes, lookup
+from ..format import Fit, Format, Grid, Terms, inverse, peaks, round_half_away
 
 
 def symmetric_fit(values: torch.Tensor, lowest: int) -> Fit:
@@ -50,7 +50,7 @@ class Q4_0(Format, ggml_type=2):
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
-        return torch.cat([half_bytes(fit.d), in_planes(fit.codes, 4, 16)], 1)
+        return torch.cat([half_bytes(fit.d), join_planes(fit.codes, 4, 16)], 1)
 
 
 class Q4_1(Format, ggml_type=3):
@@ -76,7 +76,8 @@ class Q4_1(Format, ggml_type=3):
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
-        return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), in_planes(fit.codes, 4, 16)], 1)
+        scales = half_bytes(fit.d), half_bytes(-fit.dmin)
+        return torch.cat([*scales, join_planes(fit.codes, 4, 16)], 1)
 
 
 class FiveBitCodes(Format):
@@ -98,8 +99,8 @@ class FiveBitCodes(Format):
     @staticmethod
     def code_bytes(codes: torch.Tensor) -> torch.Tensor:
         """`qh` and `qs`, uint8 (n, 20), of codes, uint8 (n, 32)."""
-        high = in_planes((codes >> 4).view(-1, 4, 8).transpose(1, 2).reshape(-1, 32), 1, 4)
-        return torch.cat([high, in_planes(codes & 15, 4, 16)], 1)
+        high = join_planes((codes >> 4).view(-1, 4, 8).transpose(1, 2).reshape(-1, 32), 1, 4)
+        return torch.cat([high, join_planes(codes & 15, 4, 16)], 1)
 
 
 class Q5_0(FiveBitCodes, ggml_type=6):
@@ -174,7 +175,7 @@ class Q8_0(Format, ggml_type=8):
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
         d = values.abs().amax(-1, keepdim=True).div_(values.new_tensor(127))  # as in `offset_fit`
-        return torch.cat([half_bytes(d), rounded_away(values * inverse(d)).view(torch.uint8)], 1)
+        return torch.cat([half_bytes(d), round_half_away(values * inverse(d)).view(torch.uint8)], 1)
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..bits import in_planes, select
+from ..bits import join_planes, select
 from ..format import Terms
 from ._nibble_codebook import NibbleCodebook
 
@@ -49,7 +49,7 @@ class MXFP4(NibbleCodebook, ggml_type=39):
         scales = cls.constant("scales", values.device)[exponents.int()].unsqueeze(-1)
         levels = scales * torch.tensor(cls.values, dtype=torch.float32, device=values.device)
         codes = (levels - values.unsqueeze(-1)).abs().argmin(-1).to(torch.uint8)
-        return torch.cat([exponents, in_planes(codes, 4, 16)], 1)
+        return torch.cat([exponents, join_planes(codes, 4, 16)], 1)
 
 
 class NVFP4(NibbleCodebook, ggml_type=40):

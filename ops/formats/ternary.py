@@ -5,15 +5,15 @@ Sources: `block_tq*_0` in ggml-common.h, `dequantize_row_tq*_0` in ggml-quants.c
 """
 import torch
 
-from ..bits import bit_planes, half, half_bytes, in_planes
-from ..format import Format, Terms, inverse, rounded_away
+from ..bits import bit_planes, half, half_bytes, join_planes
+from ..format import Format, Terms, inverse, round_half_away
 
 
 def _digits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """d, float32 (n, 1), and uint8 digits 0 to 2: ggml's reference, which takes the largest
     magnitude for d."""
     d = values.abs().amax(-1, keepdim=True)
-    return d, rounded_away(values * inverse(d)).add_(1).view(torch.uint8)
+    return d, round_half_away(values * inverse(d)).add_(1).view(torch.uint8)
 
 
 class TQ1_0(Format, ggml_type=34):
@@ -78,4 +78,4 @@ class TQ2_0(Format, ggml_type=35):
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
         d, codes = _digits(values)
-        return torch.cat([in_planes(codes, 2, 32), half_bytes(d)], 1)
+        return torch.cat([join_planes(codes, 2, 32), half_bytes(d)], 1)

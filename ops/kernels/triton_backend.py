@@ -107,7 +107,7 @@ def _few_rows(data, size, scales, table, input, addend, out, tokens, rows, colum
 
 @triton.jit
 def _rotated(values, side, TILE: tl.constexpr, SIDE: tl.constexpr):
-    """See `int8_codes.rotated`. values: float32 (TILE,). side: float32 (SIDE, SIDE)."""
+    """See `int8_codes.rotate`. values: float32 (TILE,). side: float32 (SIDE, SIDE)."""
     half = tl.dot(tl.reshape(values, (TILE // SIDE, SIDE)), side, input_precision="ieee")
     half = tl.permute(tl.reshape(half, (TILE // SIDE // SIDE, SIDE, SIDE)), (0, 2, 1))
     whole = tl.dot(tl.reshape(half, (TILE // SIDE, SIDE)), side, input_precision="ieee")

@@ -226,8 +226,8 @@ def _check_codes(values, encode):
     encode(codes, scales)
     codes, scales = codes.cpu(), scales.cpu()
     expected = torch.empty_like(scales)
-    rows = int8_codes.rotated(values.cpu().double())
-    int8_codes.quantise_into(rows.float(), torch.empty_like(codes), expected)
+    rows = int8_codes.rotate(values.cpu().double())
+    int8_codes.quantize_into(rows.float(), torch.empty_like(codes), expected)
     wrong = (~torch.isclose(scales, expected, rtol=1e-5, atol=0,
                             equal_nan=True)).nonzero().flatten().tolist()
     if wrong:

@@ -10,10 +10,10 @@ import comfy.utils
 import torch
 from comfy.model_patcher import LazyCastingParam
 
-from ..adapters import rows_of
+from ..adapters import slice_patch
 from ..layers import PackedLayer
 from ..packed_layout import QuantizedTensor, is_packed
-from ..packed_tensor import relabelled
+from ..packed_tensor import relabel
 from ..patched_state_dict import PatchedWeights
 from ..row_slicing import rows_are_whole_blocks, take_rows
 from ..stochastic_rounding import stochastic_round
@@ -62,7 +62,7 @@ def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
             shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             state_dict[name] = LazyCastingParam(patcher, key, shape)
         else:
-            state_dict |= layer.quantised_parts(start)
+            state_dict |= layer.quantized_parts(start)
     return state_dict
 
 
@@ -114,7 +114,7 @@ def row_reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
         if not isinstance(weight, QuantizedTensor):
             return (weight[start:stop] if weight.ndim else weight).detach().to(
                 torch.float32, copy=True)
-        whole = relabelled(weight, dtype=torch.float32)
+        whole = relabel(weight, dtype=torch.float32)
         if is_packed(weight):
             part = take_rows(whole, slice(start, stop))
             if not is_packed(part):
@@ -184,11 +184,11 @@ def _rows_of(patch: Patch, start: int, stop: int) -> list[Patch] | None:
             ]
         )
     if offset is None or offset[0] != 0:
-        part = rows_of(patch, start, stop)
+        part = slice_patch(patch, start, stop)
         return None if part is None else [part]
     _, at, length = offset
     first, last = max(start, at), min(stop, at + length)
     if first >= last:
         return []
-    part = rows_of((strength, value, strength_model, None, function), first - at, last - at)
+    part = slice_patch((strength, value, strength_model, None, function), first - at, last - at)
     return None if part is None else [(*part[:3], (0, first - start, last - first), None)]

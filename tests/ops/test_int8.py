@@ -72,7 +72,7 @@ def with_outliers(tokens=256, columns=3072):
 def encoded(values):
     """codes * scales of the rows of `values`, not rotated."""
     codes, scales = torch.empty(values.shape, dtype=torch.int8), torch.empty(len(values))
-    int8_codes.quantise_into(values.clone(), codes, scales)
+    int8_codes.quantize_into(values.clone(), codes, scales)
     return codes * scales.unsqueeze(-1)
 
 
@@ -88,7 +88,7 @@ def layer_of(weight, compute="int8", bias=None, dtype=torch.float32):
 
 
 def test_the_rotation_is_orthogonal():
-    rotation = int8_codes.rotated(torch.eye(256))
+    rotation = int8_codes.rotate(torch.eye(256))
     assert torch.equal(rotation @ rotation.t(), torch.eye(256))
 
 
@@ -98,20 +98,20 @@ def test_the_rotation_is_orthogonal():
     ids=["one value", "the same values", "alternating values"],
 )
 def test_the_rotation_spreads_evenly(values):
-    assert len(int8_codes.rotated(values).abs().unique()) == 1
+    assert len(int8_codes.rotate(values).abs().unique()) == 1
 
 
 def test_groups_of_columns_are_rotated_apart():
     values = normal(3, 512)
-    parts = [int8_codes.rotated(part.contiguous()) for part in values.split(256, 1)]
-    assert torch.allclose(int8_codes.rotated(values), torch.cat(parts, 1), atol=1e-6)
+    parts = [int8_codes.rotate(part.contiguous()) for part in values.split(256, 1)]
+    assert torch.allclose(int8_codes.rotate(values), torch.cat(parts, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_rows_of_a_weight_are_coded_to_half_a_step(name):
     weight = weight_of(name)
     codes, scales = encoded_rows(weight)
-    rows = int8_codes.rotated(weight.dequantize())
+    rows = int8_codes.rotate(weight.dequantize())
     assert torch.allclose(scales, rows.abs().amax(1) / 127, rtol=1e-5)
     assert (codes - rows / scales[:, None]).abs().max() <= 0.5 + 1e-2
     assert (codes.abs().amax(1) == 127).all()
@@ -133,7 +133,7 @@ def test_rows_of_zeros_have_codes_of_zero():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_rows_that_are_not_finite_have_no_scale(value):
     values, scales = torch.tensor([[1.0, value], [1.0, 2.0]]), torch.empty(2)
-    int8_codes.quantise_into(values, torch.empty((2, 2), dtype=torch.int8), scales)
+    int8_codes.quantize_into(values, torch.empty((2, 2), dtype=torch.int8), scales)
     assert scales.isnan().tolist() == [True, False]
 
 

@@ -116,7 +116,7 @@ def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, fir
 
 
 def encode_tokens_as_they_are(input, codes, scales):
-    int8_codes.quantise_into(input.float(), codes, scales)
+    int8_codes.quantize_into(input.float(), codes, scales)
 
 
 def encode_tokens_without_nan(input, codes, scales):

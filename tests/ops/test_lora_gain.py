@@ -33,7 +33,7 @@ from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.operations import operations_for, packed_operations
-from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor, relabelled
+from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor, relabel
 from featherweight.ops.patcher import adopt
 from featherweight.ops.stochastic_rounding import add_small, stochastic_round
 
@@ -76,7 +76,7 @@ def layer_of(weight, dtype, kind: str = "Linear", bias: bool = True, compute: st
 def values_of(weight) -> torch.Tensor:
     """In float32, of a weight that is packed, in a format of the host, or dense."""
     return (
-        relabelled(weight, torch.float32).dequantize()
+        relabel(weight, torch.float32).dequantize()
         if isinstance(weight, QuantizedTensor)
         else weight.float()
     )
@@ -280,7 +280,7 @@ def test_of_factors_that_are_out_of_balance(times, dtype, way):
 @pytest.mark.parametrize("times", [1e-5, 1e5])
 def test_of_factors_that_are_out_of_balance_on_a_convolution(times):
     shape = 256, 64, 3, 3
-    layer = layer_of(relabelled(random_weight("Q8_0", (256, 64 * 9)), shape=shape), torch.float16,
+    layer = layer_of(relabel(random_weight("Q8_0", (256, 64 * 9)), shape=shape), torch.float16,
                      "Conv2d")
     value = out_of_balance(times, 256, 64 * 9)
     up, down, *others = value.weights
@@ -299,7 +299,7 @@ def test_balancing_changes_no_product():
         torch.randn(5, 64) * torch.logspace(15, -30, 5)[:, None],
     )
     up[:, 1], down[3] = 0, 0
-    both = LowRank.of_factors([(up, down, (0, 96))], 96, torch.float32)
+    both = LowRank.from_factors([(up, down, (0, 96))], 96, torch.float32)
     (_, of_rows), = both.parts()
     for rank in range(5):
         assert torch.equal(of_rows[:, rank, None].double() @ both.down[rank, None].double(),
@@ -361,7 +361,7 @@ def test_of_every_kind_on_the_weight_side(kind, format_name, dtype):
 def test_on_convolutions(name, kernel, size, kind):
     weight = random_weight("Q8_0", (512, 64 * torch.Size(kernel).numel()))
     dense = values_of(weight).view(512, 64, *kernel)
-    weight = relabelled(weight, shape=dense.shape)
+    weight = relabel(weight, shape=dense.shape)
     layer = layer_of(weight, torch.bfloat16, name)
     lora = {f"x.{suffix}": tensor for suffix, tensor in adapter(kind, dense, 1, size=0.05).items()}
     run, weight_change, base = with_patch(layer, comfy.lora.load_lora(lora, {"x": "w"})["w"])
@@ -406,7 +406,7 @@ def test_on_embeddings(kind, format_name):
 
 def test_on_experts():
     experts, rows, columns = 4, 1024, 1024
-    weight = relabelled(random_weight("MXFP4", (experts * rows, columns)),
+    weight = relabel(random_weight("MXFP4", (experts * rows, columns)),
                         shape=(experts, rows, columns))
     layer = packed_operations().MoEExperts(experts, columns, rows, bias=False, dtype=torch.bfloat16)
     layer.load_state_dict({"weight": weight})

@@ -10,7 +10,7 @@ import torch
 from devtools.files.gguf_files import pack
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS, FormatError
-from featherweight.ops.packed_layout import is_packed, packed_tensor, relabelled
+from featherweight.ops.packed_layout import is_packed, packed_tensor, relabel
 
 SHAPE = (6, 512)
 
@@ -56,10 +56,10 @@ def test_copies_and_moves_stay_packed(packed):
 
 
 def test_another_dtype_is_another_label_on_the_same_bytes(packed):
-    for half in (packed.to(torch.bfloat16), packed.half(), relabelled(packed, dtype=torch.float16)):
+    for half in (packed.to(torch.bfloat16), packed.half(), relabel(packed, dtype=torch.float16)):
         assert half.dtype in (torch.bfloat16, torch.float16) and same_bytes(half, packed)
         assert torch.equal(half.dequantize(), packed.reference.to(half.dtype))
-    assert relabelled(packed, dtype=torch.float16)._qdata.data_ptr() == packed._qdata.data_ptr()
+    assert relabel(packed, dtype=torch.float16)._qdata.data_ptr() == packed._qdata.data_ptr()
 
 
 def test_travels_through_the_hosts_gathered_buffers(packed):
@@ -74,7 +74,7 @@ def test_travels_through_the_hosts_gathered_buffers(packed):
 
 
 def test_copy_into_an_empty_one_keeps_the_destinations_dtype(packed):
-    destination = torch.empty_like(relabelled(packed, dtype=torch.bfloat16))
+    destination = torch.empty_like(relabel(packed, dtype=torch.bfloat16))
     destination.copy_(packed)
     assert same_bytes(destination, packed) and destination.dtype == torch.bfloat16
 
