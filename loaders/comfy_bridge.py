@@ -25,7 +25,7 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
         compute: of the layers; a warning tells where the device has no units for "int8".
     """
     log.info("[Featherweight] %s", load_summary(file, adopt(patcher)))
-    patcher.model.packed_patches.watch = guard_of(patcher.model)
+    patcher.model.packed_patches.check_source = guard_of(patcher.model)
     prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning(
@@ -50,7 +50,7 @@ class PackedCLIP(comfy.sd.CLIP):
         """The host sets here the model of the patcher that it sets too."""
 
     def load_model(self, *args, **kwargs):
-        self.patcher.model.packed_patches.watch()  # the host calls this before it encodes
+        self.patcher.model.packed_patches.check_source()  # the host calls this before it encodes
         return super().load_model(*args, **kwargs)
 
     def clone(self, *args, **kwargs):
@@ -65,7 +65,7 @@ def _as_packed_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 
 def wrap_clip(clip: comfy.sd.CLIP):
     """Make a text encoder's patcher keep packed weights packed, on every device."""
-    adopt(clip.patcher).model.packed_patches.watch = guard_of(clip.patcher.model)
+    adopt(clip.patcher).model.packed_patches.check_source = guard_of(clip.patcher.model)
     prepare_kernels(clip.patcher.model, clip.patcher.load_device, None)
     _as_packed_clip(clip)
 

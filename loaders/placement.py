@@ -99,8 +99,8 @@ def planned_text(patcher) -> str:
 def placed_text(patcher, lies: MemoryReport | None = None) -> str:
     """Where they lie, '4.0 of 6.8 GB on cuda:0', what each step copies, and what more room would
     save. lies: if not as now."""
-    lies = lies or patcher.whereabouts()
-    text = f"{part_text(lies.here, lies.size)} on {patcher.load_device}"
+    lies = lies or patcher.memory_report()
+    text = f"{part_text(lies.on_device, lies.size)} on {patcher.load_device}"
     text += "".join(f", {size_text(size)} on {device}" for device, size in lies.stored.items())
     if lies.copied:
         text += f"\n{size_text(lies.copied_per_step)} copied per step{_hint(patcher, lies)}"
@@ -114,8 +114,8 @@ def _hint(patcher, lies: MemoryReport) -> str:
         comfy.model_management.get_free_memory(patcher.load_device)
         - comfy.model_management.minimum_inference_memory()
     )
-    budget = min(lies.size + TENTH_GB - 1, lies.here + free) // TENTH_GB * TENTH_GB
-    if budget - lies.here < min(TENTH_GB, lies.copied):
+    budget = min(lies.size + TENTH_GB - 1, lies.on_device + free) // TENTH_GB * TENTH_GB
+    if budget - lies.on_device < min(TENTH_GB, lies.copied):
         return ""
-    left = max(0, 1 - (budget - lies.here) / lies.copied) * lies.copied_per_step
+    left = max(0, 1 - (budget - lies.on_device) / lies.copied) * lies.copied_per_step
     return f"; with {budget / 1e9:.1f} GB here {size_text(left) if left else 'nothing'}"

@@ -65,7 +65,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         placed = getattr(patcher, "placement", None) is not None
         texts[name] = f"{held}\n{planned_text(patcher)}" if placed else held
         if placed:
-            patcher.tell = functools.partial(_on_placement, show, texts, notes, name, held)
+            patcher.on_placement = functools.partial(_on_placement, show, texts, notes, name, held)
     show_text("\n".join([*texts.values(), *notes]))
     return tuple(parts.values())
 

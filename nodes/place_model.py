@@ -76,7 +76,7 @@ def place_and_report(placing, part, gpu_weights: float, store: str, store_gb: fl
         log.warning("[Featherweight] %s", remark)
     patcher = getattr(placed, "patcher", placed)
     if hasattr(patcher, "placement"):
-        patcher.tell = functools.partial(_report_placement, show, remarks, {})
+        patcher.on_placement = functools.partial(_report_placement, show, remarks, {})
     if getattr(patcher, "placement", None) is not None:
         remarks = [planned_text(patcher), *remarks]
     show("\n".join(remarks))

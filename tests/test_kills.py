@@ -50,7 +50,7 @@ def kept(folder: Path, source: Path, content: int):
 
 
 def measured(folder: Path, source: Path, content: int):
-    moments = SecondMoments.of(256)
+    moments = SecondMoments.zeros(256)
     moments.add(torch.full((64, 256), 1.0 + content))
     Sensitivity({"a.weight": {"Q4_K": 1.0}}, {"a.weight": (256, 256)}, {"content": content},
                 _moments=lambda name: moments).save(folder / "measured.sensitivity")

@@ -20,7 +20,7 @@ import torch
 from ...ops.format import FORMATS, FormatError, TooLargeError
 from ...ops.packed_layout import is_packed
 from ...ops.quantize import pack_tensor
-from ...ops.quantize.relative_error import RelativeError, values_of
+from ...ops.quantize.relative_error import RelativeError, float_values
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.row_slicing import join_rows
 from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
@@ -261,7 +261,7 @@ class WeightPacker:
             attempt.pieces.append(piece)
             if changes:
                 attempt.retention.append(
-                    self.retention.measure(held, changes, values_of(piece), start == 0))
+                    self.retention.measure(held, changes, float_values(piece), start == 0))
             relative_error.add(values, piece)
         return attempt if relative_error.is_small else _Attempt()
 
@@ -288,7 +288,7 @@ class WeightPacker:
         less)."""
         power, factor = dot(change, change), 1.0
         for attempt in range(ATTEMPTS + 1):
-            share = dot(values_of(piece) - held, change) / power if power else 1.0
+            share = dot(float_values(piece) - held, change) / power if power else 1.0
             is_largest = factor == MAX_ENLARGED and share < 1
             if abs(share - 1) <= WHOLE or attempt == ATTEMPTS or is_largest:
                 return piece, abs(share - 1) > 2 * WHOLE

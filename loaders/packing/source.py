@@ -105,7 +105,7 @@ class Weight:
         of them where it must be."""
         rows = self.shape[0] if self.shape else 1
         whole = self.values <= most or len(self.shape) < 2 or (
-            self.patches and patched_values.rows_of_patches(self.patches, 0, 1) is None)
+            self.patches and patched_values.slice_patches(self.patches, 0, 1) is None)
         # Blocks of NF4 run on over the rows; 64 rows are whole blocks of all of them.
         step = rows if whole else max(1, most // (self.values // rows) // 64) * 64
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -117,7 +117,7 @@ class Weight:
         patches = self.patches if patches is None else patches
         values = self.read(start, stop) if values is None else values
         if patches and (start, stop) != (0, self.shape[0] if self.shape else 1):
-            patches = patched_values.rows_of_patches(patches, start, stop)
+            patches = patched_values.slice_patches(patches, start, stop)
         return patched_values.apply_patches(patches, values, self.key) if patches else values
 
 
@@ -216,9 +216,9 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
     for key in patched_values.weight_names(patcher, prefix):
         name = key.removeprefix(prefix)
         weights[name] = Weight(name, key, tuple(patched_values.patched_shape(patcher, key)),
-                               patched_values.held_weight(patcher, key),
+                               patched_values.unpatched_weight(patcher, key),
                                patched_values.row_reader(patcher, key),
-                               tuple(patched_values.patches_of(patcher, key)))
+                               tuple(patched_values.effective_patches(patcher, key)))
     return weights
 
 

@@ -46,7 +46,7 @@ class PackedPatcher:
     """
 
     placement: Placement | None = None
-    tell = None
+    on_placement = None
     _hidden = None  # all patches, while `patches` holds only those the host may see
 
     # While the host loads or unloads:
@@ -66,7 +66,7 @@ class PackedPatcher:
         clone = adopt(super().clone(*args, **kwargs))
         # the host handed on model_size(), which counts this patcher's factors
         clone.size = self.size
-        clone.placement, clone.tell = self.placement, self.tell
+        clone.placement, clone.on_placement = self.placement, self.on_placement
         return clone
 
     # --- patches ---
@@ -76,7 +76,7 @@ class PackedPatcher:
         """Patches by names of weights, those too that are hidden from the host for the moment."""
         return self.patches if self._hidden is None else self._hidden
 
-    def fitting_patches(self, key: str) -> list:
+    def effective_patches(self, key: str) -> list:
         """Return the patches of a weight but for those that its packed layer leaves out."""
         patches = self.all_patches.get(key, [])
         if not runs_in_layer(self, key, patches):
@@ -117,13 +117,13 @@ class PackedPatcher:
         weights = self.full_size() if limit is None else limit  # the host makes room for no more
         return weights + factor_bytes(self)
 
-    def whereabouts(self, expected: bool = False) -> MemoryReport:
+    def memory_report(self, expected: bool = False) -> MemoryReport:
         """Return where the weights lie now. expected: where they will, once the model has run."""
-        return self._residency.whereabouts(self, expected)
+        return self._residency.memory_report(self, expected)
 
-    def tell_whereabouts(self, expected: bool = False):
-        if self.tell is not None:
-            self.tell(self, self.whereabouts(expected))
+    def report_placement(self, expected: bool = False):
+        if self.on_placement is not None:
+            self.on_placement(self, self.memory_report(expected))
 
     def _load_list(self, for_dynamic=False, default_device=None):
         if self.listed is not None:
@@ -174,7 +174,7 @@ class PackedPatcher:
         loaded = super().partially_load(device_to, extra_memory,
                                         force_patch_weights=force_patch_weights)
         self._residency.room = room
-        self.tell_whereabouts(expected=True)
+        self.report_placement(expected=True)
         return loaded
 
     def _can_swap(self, device_to, force_patch_weights) -> bool:
@@ -288,7 +288,7 @@ class PackedPatcher:
 
     def prepare_state(self, timestep, model_options):
         """The host calls it before it runs a model, once or more in each step."""
-        self._applied.watch()
+        self._applied.check_source()
         self._residency.before_step(self, timestep)
         super().prepare_state(timestep, model_options)
 
@@ -298,7 +298,7 @@ class PackedPatcher:
         super().cleanup()
         if self._applied.evicted:  # the host no longer knows the model as loaded
             self.detach()
-        self.tell_whereabouts()
+        self.report_placement()
 
     # --- unloading ---
 
@@ -400,7 +400,7 @@ class PackedPatcher:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight,
                                                   force_cast)
         if return_weight:
-            patches = self.fitting_patches(key)
+            patches = self.effective_patches(key)
             return patched_weights.patched_weight(key, patches, weight.to(device_to),
                                                   layer_of(self, key))
         if force_cast:
@@ -416,7 +416,7 @@ class PackedPatcher:
     def get_key_patches(self, filter_prefix=None):
         """Return weights and their patches, as other models take them to be merged with."""
         listed = super().get_key_patches(filter_prefix)
-        return {key: [weight, *(self.fitting_patches(key) if patches else ())]
+        return {key: [weight, *(self.effective_patches(key) if patches else ())]
                 for key, (weight, *patches) in listed.items()}
 
     def model_state_dict(self, filter_prefix=None):

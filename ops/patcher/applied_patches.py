@@ -89,7 +89,7 @@ def _always_unchanged():
 class AppliedPatches:
     """What is applied to the packed layers of one model now.
 
-    layers: weight name -> LayerPatches. before_hooks: what hooks have replaced for the moment.
+    layers: weight name -> LayerPatches. saved_by_hooks: what hooks have replaced for the moment.
     nbytes: of the factors in `layers`. counted: of these, the bytes in the host's
     `model_loaded_weight_memory`. evicted: the host has taken the model off the device in the midst
     of a run. watch: raises where what holds the weights is no longer what was loaded; called before
@@ -97,10 +97,10 @@ class AppliedPatches:
     """
 
     def __init__(self):
-        self.layers, self.before_hooks = {}, {}
+        self.layers, self.saved_by_hooks = {}, {}
         self.nbytes = self.counted = 0
         self.evicted = False
-        self.watch = _always_unchanged
+        self.check_source = _always_unchanged
         self.cache = FactorCache()
 
     def apply_all(self, patcher, device, built: dict[str, LayerPatches] | None = None):
@@ -130,29 +130,29 @@ class AppliedPatches:
 
     def clear(self, patcher):
         """Free what packed layers run; the host sets its own counter of loaded memory."""
-        for key in self.layers.keys() | self.before_hooks.keys():
+        for key in self.layers.keys() | self.saved_by_hooks.keys():
             self._assign(patcher, key, None)
-        self.layers, self.before_hooks, self.nbytes, self.counted = {}, {}, 0, 0
+        self.layers, self.saved_by_hooks, self.nbytes, self.counted = {}, {}, 0, 0
         self.cache.clear()
 
     def offload(self, patcher):
         """Free the device of what packed layers run. They go on with it from the offload device,
         until the next load."""
-        of_hooks = {layer_of(patcher, key).lora for key in self.before_hooks} - {None}
+        of_hooks = {layer_of(patcher, key).lora for key in self.saved_by_hooks} - {None}
         for patches in {*self.layers.values(), *of_hooks}:
             patches.offload(patcher.offload_device)
         self.counted = 0
 
     def replace_for_hooks(self, patcher, key: str, patches: LayerPatches | None):
         """Let a layer run `patches` until `restore_after_hooks`."""
-        self.before_hooks.setdefault(key, self.layers.get(key))
+        self.saved_by_hooks.setdefault(key, self.layers.get(key))
         self._assign(patcher, key, patches)
 
     def restore_after_hooks(self, patcher, keys=None):
         """Give layers back what they ran before hooks: those of `keys`, or all."""
-        for key in list(self.before_hooks):
+        for key in list(self.saved_by_hooks):
             if not keys or key in keys:
-                self._assign(patcher, key, self.before_hooks.pop(key))
+                self._assign(patcher, key, self.saved_by_hooks.pop(key))
 
     def _assign(self, patcher, key: str, patches: LayerPatches | None):
         """Let a layer run `patches`: in its product, or before the functions that wrap its

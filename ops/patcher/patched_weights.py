@@ -88,7 +88,7 @@ def weight_names(patcher, prefix: str = "") -> list[str]:
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
-def held_weight(patcher, key: str) -> torch.Tensor:
+def unpatched_weight(patcher, key: str) -> torch.Tensor:
     """A weight as the model holds it without its patches, which the host may have written into
     it."""
     if key in patcher.backup:
@@ -110,7 +110,7 @@ def row_reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
     )
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        weight = held_weight(patcher, key)
+        weight = unpatched_weight(patcher, key)
         if not isinstance(weight, QuantizedTensor):
             return (weight[start:stop] if weight.ndim else weight).detach().to(
                 torch.float32, copy=True)
@@ -130,16 +130,16 @@ def row_reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
     return rows
 
 
-def patches_of(patcher, key: str) -> Sequence[Patch]:
+def effective_patches(patcher, key: str) -> Sequence[Patch]:
     """A weight's patches as they run."""
-    if hasattr(patcher, "fitting_patches"):
-        return patcher.fitting_patches(key)
+    if hasattr(patcher, "effective_patches"):
+        return patcher.effective_patches(key)
     return patcher.patches.get(key, ())
 
 
 def patched_shape(patcher, key: str) -> torch.Size:
     """The shape of a weight with its patches, some of which put a larger one in its place."""
-    weight = held_weight(patcher, key)
+    weight = unpatched_weight(patcher, key)
     patches = patcher.patches.get(key, [])
     return comfy.lora.calculate_shape(patches, weight, key) if patches else weight.shape
 
@@ -150,26 +150,26 @@ def apply_patches(patches: Sequence[Patch], values: torch.Tensor, key: str) -> t
     return comfy.lora.calculate_weight(list(patches), values, key)
 
 
-def rows_of_patches(patches: Sequence[Patch], start: int, stop: int) -> list[Patch] | None:
+def slice_patches(patches: Sequence[Patch], start: int, stop: int) -> list[Patch] | None:
     """The part of each patch that concerns some rows of its weight; None where one of them needs
     the whole weight at once."""
     parts = []
     for patch in patches:
-        part = _rows_of(patch, start, stop)
+        part = _slice_patch(patch, start, stop)
         if part is None:
             return None
         parts += part
     return parts
 
 
-def _rows_of(patch: Patch, start: int, stop: int) -> list[Patch] | None:
+def _slice_patch(patch: Patch, start: int, stop: int) -> list[Patch] | None:
     strength, value, strength_model, offset, function = patch
     # another model's weight, with patches of its own
     if isinstance(value, list) and offset is None and function is None:
         (weight, convert), *others = value
         if isinstance(weight, QuantizedTensor) and not rows_are_whole_blocks(weight):
             return None
-        inner = rows_of_patches(others, start, stop)
+        inner = slice_patches(others, start, stop)
         return (
             None
             if inner is None

@@ -20,15 +20,15 @@ from .applied_patches import factor_bytes
 from .residency_order import (
     LayerProfile,
     ProfileRecorder,
-    fitting,
     is_table,
     layer_entries,
+    layers_that_fit,
     residency_order,
 )
 from .vram_accounting import bytes_on, move_out, offload_accounted
 
 PAGE = 32 << 20  # bytes; what comfy-aimdo counts in
-KEPT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
+RESIDENT, GAP, COPIED = 0, -1, -2  # what the host's plan begins with comes first
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MemoryReport(NamedTuple):
     in a step, in which layers run once, more often, or not.
     """
     size: int
-    here: int
+    on_device: int
     stored: dict[torch.device, int]
     copied: int
     copied_per_step: int
@@ -63,16 +63,16 @@ class Residency:
     """
 
     def __init__(self):
-        self.step = self.order = None
+        self.profile = self.order = None
         self.room = float("inf")
         self.stored = False
-        self._counter = None  # in the first step: what counts it
+        self._recorder = None  # in the first step: what counts it
 
     # --- which layers stay ---
 
     def in_order(self, patcher, entries: list) -> list:
         """Return entries of the host's list, those layers first that are to stay before others."""
-        return residency_order(entries, patcher.placement.gpu_bytes, self.step)
+        return residency_order(entries, patcher.placement.gpu_bytes, self.profile)
 
     def limit(self, patcher) -> int | None:
         """Return the bytes that may stay on the device outside dynamic VRAM; None: all of them."""
@@ -93,7 +93,7 @@ class Residency:
 
     def _order(self, patcher) -> tuple:
         """What the order of the layers follows from."""
-        return patcher.placement.gpu_bytes, self.step
+        return patcher.placement.gpu_bytes, self.profile
 
     @contextlib.contextmanager
     def planned(self, patcher, device, budget: float):
@@ -104,18 +104,18 @@ class Residency:
         entries = [layer_entries(entry) for entry in self.in_order(patcher, patcher._load_list())]
         listed = sum(entry.size for entry in entries if device_of(entry.module) == device)
         unlisted = bytes_on(patcher.model, device) - listed
-        kept = fitting(entries, max(0, budget - unlisted))
+        kept = layers_that_fit(entries, max(0, budget - unlisted))
         for name in [entry.name for entry in entries if entry.name not in kept]:
             move_out(patcher, name)  # before others come
         del entries  # which hold what lay there
-        entries = [(KEPT if entry.name in kept else COPIED, *entry)
+        entries = [(RESIDENT if entry.name in kept else COPIED, *entry)
                    for entry in map(layer_entries, patcher._load_list())]
         # The host keeps a layer if those its streams may hold next fit too. In the gaps it sees
         # none.
         gaps = [(GAP, 0, str(number), torch.nn.Module(), {})
                 for number in range(comfy.model_management.NUM_STREAMS)]
         with patcher.meanwhile(listed=[*entries, *gaps]):
-            yield sum(size for rank, size, *_ in entries if rank == KEPT) + 0.5
+            yield sum(size for rank, size, *_ in entries if rank == RESIDENT) + 0.5
         patcher.model.model_offload_buffer_memory = 0
         self.order = self._order(patcher)
 
@@ -128,8 +128,8 @@ class Residency:
             return
         resident = [entry for entry in self.in_order(patcher, patcher._load_list())
                     if getattr(layer_entries(entry).module, "comfy_patched_weights", False)]
-        kept = fitting(resident,
-                       sum(layer_entries(entry).size for entry in resident) - memory_to_free)
+        resident_bytes = sum(layer_entries(entry).size for entry in resident)
+        kept = layers_that_fit(resident, resident_bytes - memory_to_free)
         leaving = [entry for entry in resident if layer_entries(entry).name not in kept]
         unpinned = []
         with patcher.meanwhile(listed=leaving, unpinned=unpinned):
@@ -142,29 +142,29 @@ class Residency:
 
     def before_step(self, patcher, timestep: torch.Tensor):
         """The host calls it before it runs a model, once or more in each step."""
-        if self._counter is not None and not torch.equal(timestep, self._counter.moment):
+        if self._recorder is not None and not torch.equal(timestep, self._recorder.timestep):
             self._end_counting()
             self.bring_into_order(patcher)
-        if self._counter is None and self._is_unknown(patcher):
-            self._counter = ProfileRecorder(patcher.model, timestep.clone())
+        if self._recorder is None and self._is_unknown(patcher):
+            self._recorder = ProfileRecorder(patcher.model, timestep.clone())
 
     def after_run(self, patcher, failed: bool):
-        if self._counter is None:
+        if self._recorder is None:
             return
         self._end_counting()
         if failed:
-            self.step = None  # it was no whole step
+            self.profile = None  # it was no whole step
         elif not patcher.is_dynamic():  # which would be empty then, and a load brings nothing
             self.bring_into_order(patcher)
 
     def _is_unknown(self, patcher) -> bool:
         """Whether a part of the model is copied, and no step has shown what runs."""
-        return (patcher.placement is not None and self.step is None
+        return (patcher.placement is not None and self.profile is None
                 and (patcher.is_dynamic() or patcher.model.model_lowvram)
-                and patcher.whereabouts().copied > 0)
+                and patcher.memory_report().copied > 0)
 
     def _end_counting(self):
-        self.step, self._counter = self._counter.stop(), None
+        self.profile, self._recorder = self._recorder.stop(), None
 
     def bring_into_order(self, patcher):
         """Between two steps. With hooks, whose weights the host keeps where it needs them, the next
@@ -183,7 +183,7 @@ class Residency:
             except Exception:
                 patcher.detach()
                 raise
-        patcher.tell_whereabouts(expected=True)
+        patcher.report_placement(expected=True)
 
     # --- stores ---
 
@@ -252,13 +252,13 @@ class Residency:
 
     # --- what lies where ---
 
-    def whereabouts(self, patcher, expected: bool = False) -> MemoryReport:
+    def memory_report(self, patcher, expected: bool = False) -> MemoryReport:
         """As the model is loaded now. expected: as it will be when it has run once, for dynamic
         VRAM is filled only then."""
-        here = bytes_on(patcher.model, patcher.load_device)
+        on_device = bytes_on(patcher.model, patcher.load_device)
         stored = dict.fromkeys(_stores(patcher), 0)
         copied = per_step = coming = 0
-        step = self.step or LayerProfile()
+        step = self.profile or LayerProfile()
         vbar = patcher._vbar_get() if patcher.is_dynamic() else None
         resident = [] if vbar is None else vbar.get_residency()
         if vbar is not None and expected and patcher.placement is not None:
@@ -268,14 +268,14 @@ class Residency:
             if vbar is not None and _has_its_pages(
                 field.module, vbar.base_addr, resident, expected, coming
             ):
-                here += field.size
+                on_device += field.size
             elif device != patcher.load_device and not is_table(field.module):
                 copied += field.size
-                per_step += field.size * step.times(field.name)
+                per_step += field.size * step.runs(field.name)
             if device in stored:
                 stored[device] += field.size
         stored = {device: size for device, size in stored.items() if size}
-        return MemoryReport(patcher.full_size(), here, stored, copied, per_step)
+        return MemoryReport(patcher.full_size(), on_device, stored, copied, per_step)
 
 
 def device_of(module) -> torch.device | None:

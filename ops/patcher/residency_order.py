@@ -56,19 +56,19 @@ class LayerProfile:
         self._begins.setdefault(name, self._work)
         self._work += work
 
-    def times(self, name: str) -> int:
+    def runs(self, name: str) -> int:
         return self._times.get(name, 0) if self._times else 1
 
-    def begin(self, name: str) -> int:
+    def work_before(self, name: str) -> int:
         return self._begins.get(name, 0)
 
 
 class ProfileRecorder:
-    """Counts a step of a model from now until it is stopped. moment: the step's, which others
+    """Counts a step of a model from now until it is stopped. timestep: the step's, which others
     differ from."""
 
-    def __init__(self, model: torch.nn.Module, moment: torch.Tensor):
-        self.moment = moment
+    def __init__(self, model: torch.nn.Module, timestep: torch.Tensor):
+        self.timestep = timestep
         self._step = LayerProfile()
         self._layers = {
             name: module for name, module in model.named_modules()
@@ -86,7 +86,7 @@ class ProfileRecorder:
             name: sum(map(torch.numel, module.parameters(recurse=False)))
             for name, module in self._layers.items()
         }
-        seen = sum(size for name, size in sizes.items() if self._step.times(name))
+        seen = sum(size for name, size in sizes.items() if self._step.runs(name))
         return self._step if 2 * seen > sum(sizes.values()) else LayerProfile()
 
 
@@ -122,7 +122,7 @@ def is_table(module: torch.nn.Module) -> bool:
     return isinstance(module, Embedding) and is_packed(module.weight)
 
 
-def spread(count: int) -> list[int]:
+def golden_ratio_order(count: int) -> list[int]:
     """The numbers below `count` in an order of which each beginning, and each end, is spread evenly
     over them."""
     return sorted(range(count), key=lambda number: number * GOLDEN % 1)
@@ -143,13 +143,13 @@ def residency_order(entries: list[tuple], room: float, step: LayerProfile | None
             else others
         )
         group.append(entry)
-    ordered = [others[number] for number in spread(len(others))]
+    ordered = [others[number] for number in golden_ratio_order(len(others))]
     if step is not None:
         ordered = _by_use(ordered, room - sum(layer_entries(entry).size for entry in first), step)
     return [*first, *ordered, *tables]
 
 
-def fitting(entries: list[tuple], room: float) -> set[str]:
+def layers_that_fit(entries: list[tuple], room: float) -> set[str]:
     """Names of the layers that stay, of entries in order, where there are so many bytes for
     them."""
     kept = set()
@@ -165,12 +165,12 @@ def _by_use(entries: list[tuple], room: float, step: LayerProfile) -> list[tuple
     as often, as few times as can be waited for the rest."""
     ordered = []
     for _, group in itertools.groupby(
-            sorted(entries, key=lambda entry: -step.times(layer_entries(entry).name)),
-            key=lambda entry: step.times(layer_entries(entry).name)):
+            sorted(entries, key=lambda entry: -step.runs(layer_entries(entry).name)),
+            key=lambda entry: step.runs(layer_entries(entry).name)):
         group = list(group)
         size = sum(layer_entries(entry).size for entry in group)
-        running = sorted((step.begin(field.name), field.size, field.name)
-                         for field in map(layer_entries, group) if step.times(field.name))
+        running = sorted((step.work_before(field.name), field.size, field.name)
+                         for field in map(layer_entries, group) if step.runs(field.name))
         left_out = set()
         if 0 < room < size and running:
             begins, sizes, names = zip(*running)

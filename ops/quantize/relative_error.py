@@ -29,7 +29,7 @@ class RelativeError:
             values, piece = values.view(1), piece.view(1)
         count = max(1, SAMPLE_VALUES * len(values) // values.numel())
         sample = values[:count].double()
-        self.error += (values_of(piece, count) - sample).square_().sum().item()
+        self.error += (float_values(piece, count) - sample).square_().sum().item()
         self.power += sample.square_().sum().item()
 
     @property
@@ -45,7 +45,7 @@ def holds(piece: torch.Tensor, values: torch.Tensor) -> bool:
     return relative_error.is_small
 
 
-def values_of(piece: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+def float_values(piece: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """float32 values of a piece, of its first rows only where that is enough."""
     if not is_packed(piece):
         return piece[:rows].float() if piece.ndim else piece.float()

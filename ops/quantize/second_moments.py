@@ -52,8 +52,8 @@ class SecondMoments:
         self.count, self.held_out_count, self._calls = count, held_out_count, calls
 
     @classmethod
-    def of(cls, columns: int, block: int | None = None, device="cpu",
-           pair: bool = False) -> "SecondMoments":
+    def zeros(cls, columns: int, block: int | None = None, device="cpu",
+              pair: bool = False) -> "SecondMoments":
         """Of no tokens yet. block: columns of a block, a multiple of 256; None: all, which takes
         columns**2 * 4 bytes."""
         size = columns if block is None or block >= columns else block
@@ -170,7 +170,7 @@ class SecondMoments:
 
     # --- files ---
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def to_tensors(self) -> dict[str, torch.Tensor]:
         """What a file needs to hold, on the CPU: about columns * (block / 2 + 28) bytes. Not for a
         pair.
 
@@ -214,7 +214,7 @@ class SecondMoments:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], device="cpu") -> "SecondMoments":
-        """The inverse of `tensors`. Raises ValueError where they do not fit together."""
+        """The inverse of `to_tensors`. Raises ValueError where they do not fit together."""
         try:
             scales, factor, steps, sketch, widths = (tensors[name].to(device)
                                                      for name in ("scales", "factor", "steps",

@@ -65,11 +65,11 @@ def seen() -> tuple[dict, dict]:
 def test_moments_from_a_file_pack_as_well_as_those_measured(kind, block):
     (weights, sums), off = seen(), []
     for name, exact in list(sums.items())[1::3]:  # four of nine are wider than a block
-        moments = SecondMoments.of(len(exact), block)
+        moments = SecondMoments.zeros(len(exact), block)
         for part, span in zip(moments.blocks, moments.spans()):
             part.copy_(exact[span, span])
         moments.count = 8 * 2 * 64
-        from_file = SecondMoments.from_tensors(moments.tensors())
+        from_file = SecondMoments.from_tensors(moments.to_tensors())
         reached = [
             packing_error.output_snr(
                 weights[name],

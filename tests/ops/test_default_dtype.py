@@ -88,7 +88,7 @@ def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
     def work():
         dense = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1),
                             dtype=torch.float32)
-        moments = SecondMoments.of(COLUMNS)
+        moments = SecondMoments.zeros(COLUMNS)
         moments.add(input_of(torch.float32))
         ways = [{}, {"importance": torch.arange(1, COLUMNS + 1)}, {"moments": moments}]
         return [

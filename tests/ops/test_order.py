@@ -10,11 +10,11 @@ from featherweight.ops.patcher.residency_order import (
     FASTEST,
     LayerProfile,
     ProfileRecorder,
-    fitting,
+    golden_ratio_order,
     layer_entries,
+    layers_that_fit,
     overlappable,
     residency_order,
-    spread,
 )
 
 # of the link, 1: all copies of a step take as long as its computing
@@ -52,7 +52,7 @@ class Model:
         return [entry[1] for entry in self.entries]
 
     def left_out(self, room: float, step: LayerProfile | None) -> set[int]:
-        kept = fitting(residency_order(self.entries, room, step), room)
+        kept = layers_that_fit(residency_order(self.entries, room, step), room)
         return {index for index in range(len(self.entries)) if str(index) not in kept}
 
     def time(self, left_out: set[int], speed: float) -> float:
@@ -135,7 +135,7 @@ def test_no_more_is_copied_than_the_budget_asks_for_and_less_is_waited_for(name,
     for title, order in (("first", range(len(sizes))), ("largest",
                                                         sorted(range(len(sizes)),
                                                                key=lambda index: -sizes[index]))):
-        kept = fitting([model.entries[index] for index in order], budget * total)
+        kept = layers_that_fit([model.entries[index] for index in order], budget * total)
         others[title] = {index for index in range(len(sizes)) if str(index) not in kept}
     balanced = (1 - budget) * total / sum(model.work)
     for speed in SPEEDS:
@@ -204,7 +204,7 @@ def test_what_is_chosen_is_the_most_that_hides_at_the_slowest_speed():
 
 def test_any_number_of_layers_that_stay_or_go_is_spread_over_the_model_before_a_step_is_known():
     for count in (8, 19, 57, 304):
-        order = spread(count)
+        order = golden_ratio_order(count)
         for kept in range(count + 1):
             for part in (sorted(order[:kept]), sorted(order[kept:])):
                 gaps = [after - before for before, after in itertools.pairwise(part)]
@@ -241,14 +241,14 @@ def test_a_step_shows_how_often_layers_run_and_the_work_before_them():
     counter = ProfileRecorder(model, torch.tensor([1.0]))
     model(torch.zeros(5, 8))
     step = counter.stop()
-    assert [step.times(name) for name in ("twice", "row", "never", "convolution")] == [2, 1, 0, 1]
-    assert [step.begin(name) for name in ("twice", "row", "convolution")] == [
+    assert [step.runs(name) for name in ("twice", "row", "never", "convolution")] == [2, 1, 0, 1]
+    assert [step.work_before(name) for name in ("twice", "row", "convolution")] == [
         0,
         2 * 5 * 64,
         2 * 5 * 64 + 32,
     ]
     model(torch.zeros(5, 8))
-    assert step.times("twice") == 2
+    assert step.runs("twice") == 2
 
 
 @pytest.mark.parametrize("part", ["", "twice"])
@@ -258,7 +258,8 @@ def test_where_most_is_compiled_a_step_shows_nothing(part):
     counter = ProfileRecorder(model, torch.tensor([1.0]))
     model(torch.zeros(5, 8))
     step = counter.stop()
-    assert [step.times(name) for name in ("twice", "row", "never")] == [1, 1, 1] and step.begin(
+    runs = [step.runs(name) for name in ("twice", "row", "never")]
+    assert runs == [1, 1, 1] and step.work_before(
         "row"
     ) == 0
     entries = [(0, 1 << 20, name, getattr(model, name), {}) for name in ("twice", "row", "never")]

@@ -55,7 +55,7 @@ def weight_of(rows: int, columns: int, seed: int = 5) -> torch.Tensor:
 
 
 def moments_of(tokens: torch.Tensor, block: int | None = None) -> SecondMoments:
-    moments = SecondMoments.of(tokens.shape[-1], block)
+    moments = SecondMoments.zeros(tokens.shape[-1], block)
     half = len(tokens) // 2
     moments.add(tokens[:half], hold_out=False)
     moments.add(tokens[half:], hold_out=True)
@@ -165,7 +165,7 @@ def test_the_bytes_are_those_of_the_format(fmt):
 def test_inputs_that_are_alike_in_all_columns_do_no_harm(fmt):
     """Without correlations there is nothing to feed back."""
     weight = weight_of(32, 512)
-    moments = SecondMoments.of(512)
+    moments = SecondMoments.zeros(512)
     moments.blocks += torch.eye(512)
     moments.count = 512
     packed = pack_with_feedback(weight, fmt, moments)
@@ -190,7 +190,7 @@ HARD = {
 @pytest.mark.parametrize("tokens", HARD.values(), ids=HARD)
 @pytest.mark.parametrize(("name", "block"), [("Q3_K", None), ("Q4_K", 256), ("NF4", None)])
 def test_any_moments_give_a_weight_near_the_one_given(name, tokens, block):
-    fmt, weight, moments = FORMATS[name], weight_of(16, 512), SecondMoments.of(512, block)
+    fmt, weight, moments = FORMATS[name], weight_of(16, 512), SecondMoments.zeros(512, block)
     moments.add(tokens, hold_out=False)
     values = pack_with_feedback(weight, fmt, moments).dequantize()
     assert values.isfinite().all()
@@ -209,7 +209,7 @@ def test_moments_that_no_inputs_could_have_are_damped_until_they_can_be_factored
 
 def test_in_q3_k_tokens_count_beside_many_that_are_alike():
     """As the words of a prompt do beside its padding."""
-    weight, words, moments = weight_of(32, 256), inputs(4000, 256), SecondMoments.of(256)
+    weight, words, moments = weight_of(32, 256), inputs(4000, 256), SecondMoments.zeros(256)
     moments.add(words, hold_out=False)
     moments.add(3 * words[:1].expand(36000, 256), hold_out=False)
     packed = pack_with_feedback(weight, FORMATS["Q3_K"], moments)
@@ -226,7 +226,7 @@ def test_the_guard_keeps_what_has_less_error_for_tokens_held_out(fmt):
         inputs(2000, 512, seed=7, power=0).flip(1),
     )
     for held_out in (seen, others):
-        moments = SecondMoments.of(512)
+        moments = SecondMoments.zeros(512)
         moments.add(seen, hold_out=False)
         moments.add(held_out, hold_out=True)
         candidates = [
@@ -242,7 +242,7 @@ def test_the_guard_keeps_what_has_less_error_for_tokens_held_out(fmt):
 def test_without_tokens_held_out_the_guard_judges_by_those_seen():
     weight, tokens = weight_of(32, 700 // 256 * 256), inputs(900, 512)
     for block in (None, 256):
-        moments = SecondMoments.of(512, block)
+        moments = SecondMoments.zeros(512, block)
         moments.add(tokens)
         assert not moments.held_out_count
         candidates = [pack_tensor(weight, Q4_K), pack_with_feedback(weight, Q4_K, moments)]
@@ -265,7 +265,7 @@ def test_packing_by_moments_is_never_worse_than_by_importance(fmt):
 @each_format
 def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_together(fmt):
     weight, part = weight_of(24, 512), inputs(900, 256)
-    whole, blocks = SecondMoments.of(512), SecondMoments.of(512, 256)
+    whole, blocks = SecondMoments.zeros(512), SecondMoments.zeros(512, 256)
     for tokens in (torch.cat([part, torch.zeros_like(part)],
                              1), torch.cat([torch.zeros_like(part), part], 1)):
         whole.add(tokens, hold_out=False)
@@ -346,13 +346,13 @@ def test_numbers_that_are_not_finite_are_refused():
 )
 def test_what_does_not_go_together_is_refused(weight, fmt, columns, message):
     with pytest.raises(FormatError, match=message):
-        pack_with_feedback(weight, FORMATS[fmt], SecondMoments.of(columns))
+        pack_with_feedback(weight, FORMATS[fmt], SecondMoments.zeros(columns))
 
 
 # --- block after block ---
 
 def pair_of(dense: torch.Tensor, packed: torch.Tensor, block: int | None = None) -> SecondMoments:
-    moments = SecondMoments.of(dense.shape[1], block, pair=True)
+    moments = SecondMoments.zeros(dense.shape[1], block, pair=True)
     half = len(dense) // 2
     moments.add(packed[:half], dense[:half], hold_out=False)
     moments.add(packed[half:], dense[half:], hold_out=True)

@@ -57,7 +57,7 @@ def normal(rows: int = 4, columns: int = 512) -> torch.Tensor:
 
 @functools.cache
 def moments() -> SecondMoments:
-    moments, generator = SecondMoments.of(512, 256), torch.Generator().manual_seed(2)
+    moments, generator = SecondMoments.zeros(512, 256), torch.Generator().manual_seed(2)
     for hold_out in (False, True):
         moments.add(
             torch.randn(600, 512, generator=generator) * torch.linspace(0.1, 2, 512),

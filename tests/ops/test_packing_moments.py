@@ -22,7 +22,7 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
     ("columns", "block"), [(96, None), (512, 256), (700, 256), (700, WHOLE), (1100, 512)]
 )
 def test_blocks_are_the_products_of_neighbouring_columns(columns, block):
-    moments, tokens = SecondMoments.of(columns, block), inputs(300, columns)
+    moments, tokens = SecondMoments.zeros(columns, block), inputs(300, columns)
     moments.add(tokens[:200].view(2, 100, columns), hold_out=False)
     moments.add(tokens[200:].to(torch.float64), hold_out=False)
     whole, size = tokens.T @ tokens, moments.block
@@ -40,20 +40,20 @@ def test_blocks_are_the_products_of_neighbouring_columns(columns, block):
 
 def test_blocks_that_no_format_divides_are_refused():
     with pytest.raises(ValueError, match="multiple of 256"):
-        SecondMoments.of(1000, 200)
+        SecondMoments.zeros(1000, 200)
 
 
 def test_inputs_of_another_layer_are_refused():
     with pytest.raises(ValueError, match=r"\(4, 128\) do not go with moments of 256 columns"):
-        SecondMoments.of(256).add(torch.ones(4, 128))
+        SecondMoments.zeros(256).add(torch.ones(4, 128))
     with pytest.raises(ValueError, match="of a pair"):
-        SecondMoments.of(256, pair=True).add(torch.ones(4, 256))
+        SecondMoments.zeros(256, pair=True).add(torch.ones(4, 256))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 20, 50])
 def test_tokens_held_out_are_a_quarter_and_come_from_every_step(steps):
     """Each call has one token, whose column says which step of the sampler it is of."""
-    moments = SecondMoments.of(64)
+    moments = SecondMoments.zeros(64)
     for call in range(40 * steps):
         moments.add(torch.eye(64)[call % steps:call % steps + 1])
         assert moments.count, "the first call's tokens were held out"
@@ -66,7 +66,7 @@ def test_tokens_held_out_are_a_quarter_and_come_from_every_step(steps):
 
 @pytest.mark.parametrize("lengths", [(5000,), (100,) * 50, (1,) * 400, (77, 4096, 3)])
 def test_the_sketch_tells_the_error_that_any_matrix_makes_for_the_tokens_held_out(lengths):
-    tokens, moments = inputs(sum(lengths), 192), SecondMoments.of(192)
+    tokens, moments = inputs(sum(lengths), 192), SecondMoments.zeros(192)
     for part in tokens.split(lengths):
         moments.add(part.bfloat16(), hold_out=True)
     assert moments.held_out_count == len(tokens) and not moments.count and not moments.blocks.any()
@@ -77,7 +77,7 @@ def test_the_sketch_tells_the_error_that_any_matrix_makes_for_the_tokens_held_ou
 
 @pytest.mark.parametrize("block", [None, 256])
 def test_merged_moments_are_those_of_all_tokens(block):
-    first, second, both = (SecondMoments.of(512, block) for _ in range(3))
+    first, second, both = (SecondMoments.zeros(512, block) for _ in range(3))
     for moments, seed in ((first, 0), (second, 1)):
         for part in inputs(600, 512, seed).split(100):
             before = moments.held_out_count
@@ -90,12 +90,12 @@ def test_merged_moments_are_those_of_all_tokens(block):
     told, as_one = (float((errors @ moments.sketch.T).square().sum()) for moments in (first, both))
     assert told == pytest.approx(as_one, rel=0.3)
     with pytest.raises(ValueError, match="do not add"):
-        first.merge(SecondMoments.of(256))
+        first.merge(SecondMoments.zeros(256))
 
 
 def test_tokens_merged_from_two_equal_runs_count_twice_in_the_sketch():
     """Rows with the same signs would add up to four times."""
-    runs = [SecondMoments.of(64) for _ in range(2)]
+    runs = [SecondMoments.zeros(64) for _ in range(2)]
     for moments in runs:
         moments.add(inputs(4000, 64), hold_out=True)
     once = float(runs[0].sketch.square().sum())
@@ -105,10 +105,10 @@ def test_tokens_merged_from_two_equal_runs_count_twice_in_the_sketch():
 
 @pytest.mark.parametrize(("columns", "block"), [(96, None), (700, 256)])
 def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
-    moments = SecondMoments.of(columns, block)
+    moments = SecondMoments.zeros(columns, block)
     for seed in range(8):
         moments.add(inputs(200, columns, seed) * torch.logspace(-4, 3, columns))
-    tensors = moments.tensors()
+    tensors = moments.to_tensors()
     kept = SecondMoments.from_tensors(tensors)
     scale = moments.blocks.diagonal(dim1=-2, dim2=-1).sqrt()
     off = (kept.blocks - moments.blocks).abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2)).clamp(
@@ -130,7 +130,7 @@ def test_a_file_keeps_moments_in_an_eighth_of_the_bytes(columns, block):
         + 2 * moments.blocks.shape[:2].numel()
         + (FILE_ROWS + 1) * columns
     )
-    again = SecondMoments.from_tensors(kept.tensors())
+    again = SecondMoments.from_tensors(kept.to_tensors())
     torch.testing.assert_close(again.sketch, kept.sketch)
     assert again.blocks.isfinite().all()
     kept.add(inputs(4, columns))  # and a later run goes on
@@ -142,10 +142,10 @@ def test_what_comes_back_from_a_file_has_no_direction_of_negative_power():
     plane = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(
         -2, 1, 256
     )
-    moments = SecondMoments.of(256)
+    moments = SecondMoments.zeros(256)
     moments.add(
         torch.randn(4000, 2, generator=torch.Generator().manual_seed(1)) @ plane, hold_out=False)
-    kept = SecondMoments.from_tensors(moments.tensors()).blocks[0].double()
+    kept = SecondMoments.from_tensors(moments.to_tensors()).blocks[0].double()
     scale = kept.diagonal().sqrt()
     assert torch.linalg.eigvalsh(kept / scale / scale.unsqueeze(-1)).min() > -1e-5
     rounded = (moments.blocks[0].double() / scale / scale.unsqueeze(-1) * 127).round() / 127
@@ -153,35 +153,35 @@ def test_what_comes_back_from_a_file_has_no_direction_of_negative_power():
 
 
 def test_a_file_tells_the_error_that_any_matrix_makes_nearly_as_well():
-    tokens, moments = inputs(5000, 192), SecondMoments.of(192)
+    tokens, moments = inputs(5000, 192), SecondMoments.zeros(192)
     moments.add(tokens, hold_out=True)
     errors = torch.randn(400, 192, generator=torch.Generator().manual_seed(1))
-    kept = SecondMoments.from_tensors(moments.tensors())
+    kept = SecondMoments.from_tensors(moments.to_tensors())
     told, true = (float((errors @ part.T).square().sum()) for part in (kept.sketch, tokens))
     assert len(kept.sketch) == FILE_ROWS < SKETCH_ROWS and told == pytest.approx(true, rel=0.35)
 
 
 def test_columns_that_never_saw_anything_come_back_as_nothing():
-    moments = SecondMoments.of(64)
+    moments = SecondMoments.zeros(64)
     moments.add(torch.nn.functional.pad(inputs(100, 60), (0, 4)))
-    kept = SecondMoments.from_tensors(moments.tensors())
+    kept = SecondMoments.from_tensors(moments.to_tensors())
     assert (
         not kept.blocks[0, 60:].any()
         and not kept.blocks[0, :, 60:].any()
         and kept.blocks[0, :60, :60].any()
     )
-    assert not SecondMoments.from_tensors(SecondMoments.of(300, 256).tensors()).blocks.any()
+    assert not SecondMoments.from_tensors(SecondMoments.zeros(300, 256).to_tensors()).blocks.any()
 
 
 def test_moments_that_are_no_numbers_go_into_no_file():
-    moments = SecondMoments.of(64)
+    moments = SecondMoments.zeros(64)
     moments.add(torch.full((3, 64), torch.inf))
     with pytest.raises(ValueError, match="NaN or infinite"):
-        moments.tensors()
+        moments.to_tensors()
 
 
 def test_tensors_that_are_not_of_moments_are_refused():
-    tensors = SecondMoments.of(96).tensors()
+    tensors = SecondMoments.zeros(96).to_tensors()
     for wrong in ({}, tensors | {"factor": tensors["factor"][:, 1:]},
                   tensors | {"sketch": torch.zeros(FILE_ROWS, 97)},
                   tensors | {"counts": tensors["counts"] + 100}):

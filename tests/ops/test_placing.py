@@ -112,8 +112,8 @@ def test_a_text_encoder_has_one_too(gpu):
         assert torch.equal(encode(placed), expected)
         # a scale no layer has
         assert lies_on(placed.patcher.model) == placed.patcher.loaded_size() <= max(part * size, 4)
-    lies = place_clip(clip, 0).patcher.whereabouts()
-    assert lies.size == size and lies.here == size
+    lies = place_clip(clip, 0).patcher.memory_report()
+    assert lies.size == size and lies.on_device == size
 
 
 @STATIC
@@ -157,7 +157,7 @@ def test_stores_keep_what_they_say_and_are_filled_in_turn(gpu):
         placed = place(packed, budget * size,
                        [(store, room * size) for store, room in zip(stores, rooms)])
         load(placed)
-        lies, left = placed.whereabouts(), size - lies_on(placed.model)
+        lies, left = placed.memory_report(), size - lies_on(placed.model)
         for store, room in zip(stores, rooms):
             stored = lies.stored.get(store, 0)
             assert stored == lies_on(placed.model, store) <= room * size
@@ -165,12 +165,12 @@ def test_stores_keep_what_they_say_and_are_filled_in_turn(gpu):
             assert room == 0 or stored > min(room * size, left) - largest(placed)
             left -= stored
         assert torch.equal(step(placed), expected) and copied_by(gpu, load, placed) == 0
-        assert placed.whereabouts() == lies
-    assert not placed.whereabouts().stored
+        assert placed.memory_report() == lies
+    assert not placed.memory_report().stored
     for several in ([THIRD], [SECOND, THIRD]):
         placed = place(packed, 0.3 * size, [(store, size) for store in several])
         load(placed)
-        assert placed.whereabouts().stored.keys() == {several[0]} and torch.equal(
+        assert placed.memory_report().stored.keys() == {several[0]} and torch.equal(
             step(placed), expected
         )
     comfy.model_management.unload_all_models()
@@ -186,7 +186,7 @@ def test_what_a_store_has_no_room_for_lies_in_the_next(gpu):
     gpu.set_capacity(gpu.used(1) + 0.3 * size, 1)
     placed = place(packed, 0.2 * size, [(SECOND, size), (THIRD, 0.2 * size)])
     load(placed)
-    stored = placed.whereabouts().stored
+    stored = placed.memory_report().stored
     for store, room in ((SECOND, 0.3), (THIRD, 0.2)):
         assert room * size - largest(placed) < stored[store] <= room * size
     assert torch.equal(step(placed), expected)
@@ -211,8 +211,8 @@ def test_in_dynamic_vram_no_more_pages_lie_on_the_gpu_than_the_budget_has(gpu):
                 placed._vbar_get().loaded_size() <= pages * PAGE and placed.loaded_size() <= budget
             )
             assert gpu.copied().up <= max(0, size - pages * PAGE) + 2 * largest(placed)
-            lies = placed.whereabouts()
-            assert lies.copied + lies.here == size
+            lies = placed.memory_report()
+            assert lies.copied + lies.on_device == size
             assert abs(gpu.copied().up - lies.copied) < 1e5
             assert copied_by(gpu, load, placed) <= 1e5
         weaker = place(weaker, budget)
@@ -227,14 +227,14 @@ def test_stores_take_a_model_out_of_dynamic_vram(gpu):
     placed = place(packed, 0.3 * size, [(SECOND, 0.4 * size), (THIRD, size)])
     load(placed)
     assert not placed.is_dynamic() and lies_on(placed.model) <= 0.3 * size
-    stored = placed.whereabouts().stored
+    stored = placed.memory_report().stored
     assert stored == {store: lies_on(placed.model, store) for store in (SECOND, THIRD)}
     assert (
         0.3 * size
         < stored[SECOND]
         <= 0.4 * size
         < sum(stored.values())
-        == placed.whereabouts().copied
+        == placed.memory_report().copied
     )
     assert torch.equal(step(placed), expected)
 

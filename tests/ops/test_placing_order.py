@@ -13,7 +13,7 @@ from patched_models import flux_inputs, lora_for, patched
 
 from featherweight.loaders.placement import place, placed_text
 from featherweight.ops.patcher.residency import PAGE, places_are_in_order
-from featherweight.ops.patcher.residency_order import fitting, residency_order
+from featherweight.ops.patcher.residency_order import layers_that_fit, residency_order
 
 STATIC = pytest.mark.fake_gpus
 DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
@@ -98,28 +98,28 @@ def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_
     expected = sample(patcher)
     budget = share * patcher.model_size()
     placed = place(patcher, budget)
-    placed.model.packed_residency.step = None
+    placed.model.packed_residency.profile = None
     assert torch.equal(sample(placed), expected)
     size, first_step, factors = (
         placed.full_size(),
-        placed.model.packed_residency.step,
+        placed.model.packed_residency.profile,
         placed.model.packed_patches.nbytes,
     )
-    assert {first_step.times(name) for *_, name, _, _ in placed._load_list()} == {2}
+    assert {first_step.runs(name) for *_, name, _, _ in placed._load_list()} == {2}
     kept = {
         name: size for *_, size, name, _, params in placed._load_list()
         if on_device(params) == "cuda"
     }
     ordered = residency_order(placed._load_list(), placed.placement.gpu_bytes, first_step)
-    assert kept.keys() == fitting(ordered, sum(kept.values())) != fitting(
+    assert kept.keys() == layers_that_fit(ordered, sum(kept.values())) != layers_that_fit(
         residency_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
     assert factors <= lies_on(placed.model) == placed.loaded_size() <= max(budget, factors + 4096)
     assert copied_by(gpu, load, placed) == 0
-    copied = placed.whereabouts().copied_per_step
+    copied = placed.memory_report().copied_per_step
     assert 0 <= per_step(gpu, placed) - copied < 20_000
     assert (
         copied
-        == 2 * (size - placed.whereabouts().here)
+        == 2 * (size - placed.memory_report().on_device)
         <= 2 * (size + factors - budget + largest(placed))
     )
 
@@ -133,12 +133,12 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
         patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
     expected, size = sample(patcher), patcher.full_size()
     placed = place(patcher, PAGE + patcher.model.model_loaded_weight_memory)
-    placed.model.packed_residency.step = None
+    placed.model.packed_residency.profile = None
     assert torch.equal(sample(placed), expected)
-    assert placed.model.packed_residency.step is not None and places_are_in_order(placed)
+    assert placed.model.packed_residency.profile is not None and places_are_in_order(placed)
     assert placed._vbar_get().loaded_size() <= PAGE
     assert copied_by(gpu, load, placed) <= 1e5
-    copied = placed.whereabouts().copied_per_step
+    copied = placed.memory_report().copied_per_step
     assert abs(per_step(gpu, placed) - copied) < 1e5
     assert copied <= 2 * (size - PAGE + 2 * largest(placed))
 
@@ -148,7 +148,7 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
 def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(model, gpu):
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_residency.step = None
+    placed.model.packed_residency.profile = None
     before, peaks = [], []
 
     def after_step(step, *_):
@@ -173,7 +173,7 @@ def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(m
 def test_a_step_that_was_cancelled_shows_nothing_and_the_only_one_of_a_run_does(model):
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_residency.step = None
+    placed.model.packed_residency.profile = None
 
     def cancel(*_):
         raise comfy.model_management.InterruptProcessingException
@@ -183,11 +183,11 @@ def test_a_step_that_was_cancelled_shows_nothing_and_the_only_one_of_a_run_does(
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(placed)
     hook.remove()
-    assert placed.model.packed_residency.step is None and not module._forward_hooks
+    assert placed.model.packed_residency.profile is None and not module._forward_hooks
     first = sample(placed, 1)
-    step = placed.model.packed_residency.step
-    assert step.times("diffusion_model.single_blocks.3.linear1") == 2 and not module._forward_hooks
-    assert torch.equal(sample(placed, 1), first) and placed.model.packed_residency.step is step
+    step = placed.model.packed_residency.profile
+    assert step.runs("diffusion_model.single_blocks.3.linear1") == 2 and not module._forward_hooks
+    assert torch.equal(sample(placed, 1), first) and placed.model.packed_residency.profile is step
 
 
 @STATIC
@@ -199,7 +199,7 @@ def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model
     patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
     expected, size = sample(patcher), patcher.model_size()
     placed = place(patcher, 0.7 * size)
-    placed.model.packed_residency.step = None
+    placed.model.packed_residency.profile = None
     left = []
 
     def take(step, *_):
@@ -211,7 +211,7 @@ def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model
 
     assert torch.equal(sample(placed, callback=take), expected)
     assert (
-        placed.model.packed_residency.step is not None
+        placed.model.packed_residency.profile is not None
         and max(left) == left[0] < max(0.45, 1 - part) * size
     )
 
@@ -224,7 +224,7 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
     outputs = []
     for part in (2, 0.5):
         placed = place(patcher, part * patcher.model_size())
-        placed.model.packed_residency.step = None
+        placed.model.packed_residency.profile = None
         placed.register_all_hook_patches(
             comfy.hooks.create_hook_lora(lora, 0.8, 0.0),
             comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
@@ -241,11 +241,11 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
 def test_the_text_counts_what_a_step_copies_where_it_runs_the_model_twice(model):
     patcher, _ = model
     placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_residency.step = None
+    placed.model.packed_residency.profile = None
     load(placed)
     once = placed_text(placed)
     sample(placed)
-    lies = placed.whereabouts()
+    lies = placed.memory_report()
     assert f"{lies.copied_per_step / 1e6:.1f} MB copied per step" in placed_text(placed) != once
     assert lies.copied_per_step == 2 * lies.copied
 

@@ -87,7 +87,7 @@ class SensitivityFile(Target):
         self.load, self.texts, self.own = Sensitivity.load, (report, summary), (SensitivityError,)
         inputs = torch.from_numpy(
             np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32))
-        moments = SecondMoments.of(64)
+        moments = SecondMoments.zeros(64)
         moments.add(inputs)
         path = self.folder / "m.sensitivity"
         Sensitivity({"a.weight": {"Q4_K": 0.01, "Q8_0": 0.001}}, {"a.weight": (8, 64)},

@@ -42,7 +42,7 @@ def bench_pack(options):
                          generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16().to(
                              device())
     part = weight.view(-1)[:IN_TORCH - IN_TORCH % weight.shape[1]].view(-1, weight.shape[1])
-    moments = SecondMoments.of(part.shape[1], 256, part.device)
+    moments = SecondMoments.zeros(part.shape[1], 256, part.device)
     inputs = torch.randn(1024, part.shape[1], generator=torch.Generator().manual_seed(1)).to(part)
     for tokens, hold_out in zip(inputs.split(512), (False, True)):
         moments.add(tokens, hold_out=hold_out)

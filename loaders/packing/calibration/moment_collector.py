@@ -112,7 +112,7 @@ class Collector:
                 self.same_as[name] = owner
                 return
             self.same_as.pop(name, None)
-            self.moments[name] = SecondMoments.of(inputs.shape[-1], self.block,
+            self.moments[name] = SecondMoments.zeros(inputs.shape[-1], self.block,
                                                   self._home_for(inputs))
         self._latest[inputs.shape] = (
             (lambda: inputs) if inputs.numel() <= SMALL else weakref.ref(inputs),
@@ -122,7 +122,7 @@ class Collector:
         if moments.blocks.device == inputs.device:
             moments.add(inputs, hold_out=self.hold_out)
         else:
-            on_device = SecondMoments.of(moments.columns, self.block, inputs.device)
+            on_device = SecondMoments.zeros(moments.columns, self.block, inputs.device)
             on_device.add(inputs, hold_out=self.hold_out)
             moments.merge(on_device)
 

@@ -93,7 +93,7 @@ class Sensitivity:
                 same_as[name] = owner
                 continue
             tensors |= {
-                f"{name}/{part}": value.contiguous() for part, value in moments.tensors().items()
+                f"{name}/{part}": value.contiguous() for part, value in moments.to_tensors().items()
             }
         about = {
             "format": FORMAT, "costs": self.costs, "shapes": self.shapes, "same_as": same_as,

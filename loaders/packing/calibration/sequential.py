@@ -111,7 +111,7 @@ class SequentialCalibration:
 
     def _seen(self, layer: torch.nn.Module) -> SecondMoments:
         device, columns = self.calls[0].device, layer.in_features
-        moments = SecondMoments.of(columns, block_for([columns] * 2, MEMORY), device, pair=True)
+        moments = SecondMoments.zeros(columns, block_for([columns] * 2, MEMORY), device, pair=True)
         for call in self.calls:
             stop_where_cancelled()
             inputs = of_dense = _inputs(self.module, [layer], call)

@@ -111,7 +111,7 @@ def test_a_text_encoder_is_watched_where_it_encodes(path):
     from featherweight.loaders.comfy_bridge import PackedCLIP
 
     clip = mock.Mock(patcher=mock.Mock())
-    clip.patcher.model.packed_patches.watch = FileChangeGuard.over([map_file(path)])
+    clip.patcher.model.packed_patches.check_source = FileChangeGuard.over([map_file(path)])
     overwritten(path)
     with pytest.raises(WeightFileError, match="was written to"):
         PackedCLIP.load_model(clip)
@@ -158,7 +158,7 @@ def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name, cha
             os.utime(path, ns=(0, 0))
         clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
                                  model_options=encoder.model_options)
-    clip.patcher.model.packed_patches.watch()
+    clip.patcher.model.packed_patches.check_source()
     change(tmp_path / name)
     with pytest.raises(WeightFileError, match=f"^{name} was written to"):
         clip.load_model()
@@ -257,7 +257,7 @@ def test_what_is_packed_from_a_file_needs_it_no_more(tmp_path):
     patcher = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to="Q8_0")
     mapped = [name for name, tensor in patcher.model.named_parameters()
               if is_read_only(packed_tensors(tensor)[0] if is_packed(tensor) else tensor)]
-    assert bool(mapped) == bool(patcher.model.packed_patches.watch.files)
+    assert bool(mapped) == bool(patcher.model.packed_patches.check_source.files)
 
 
 def test_a_lora_of_gguf_lies_in_no_mapped_file(tmp_path):

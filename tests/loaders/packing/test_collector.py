@@ -90,7 +90,7 @@ def test_the_moments_of_a_large_model_take_two_gigabytes_of_the_device(name, exp
 def test_a_file_of_flux_takes_a_quarter_of_a_gigabyte():
     layers = layers_of(model_named("Flux.1 dev"))
     of_width = functools.cache(lambda columns: sum(
-        part.nbytes for part in SecondMoments.of(columns, BLOCKS[-1]).tensors().values()))
+        part.nbytes for part in SecondMoments.zeros(columns, BLOCKS[-1]).to_tensors().values()))
     modulations = {name for name in layers if "mod" in name}
     assert len(modulations) == 76
     nbytes = sum(

@@ -311,7 +311,7 @@ def test_another_file_is_refused_in_one_sentence(content, tmp_path):
 
 @pytest.fixture
 def small_file(tmp_path):
-    moments = SecondMoments.of(256)
+    moments = SecondMoments.zeros(256)
     moments.add(torch.randn(64, 256))
     path = tmp_path / "a.sensitivity"
     Sensitivity({"a.weight": {"Q3_K": 0.1}}, {"a.weight": (8, 256)},

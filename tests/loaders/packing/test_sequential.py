@@ -90,7 +90,7 @@ def error(model: Model, weights) -> float:
 def packed_apart(model: Model, calls, formats):
     """Each layer for the inputs that it has in the dense model."""
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
-    moments = {name: SecondMoments.of(WIDTH) for name in formats}
+    moments = {name: SecondMoments.zeros(WIDTH) for name in formats}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0]))
         for name, layer in layers.items()
