@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         plan_file,
     )
     from featherweight.loaders.packing.save import save
-    from featherweight.loaders.packing.source import of_file
+    from featherweight.loaders.packing.source import source_of_file
 
     if arguments.type and arguments.type not in (*TYPES, KEEP_TYPES):
         print(
@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         sensitivity = Sensitivity.load(arguments.sensitivity)
     with torch.inference_mode():
-        source = of_file(arguments.source, arguments.lora)
+        source = source_of_file(arguments.source, arguments.lora)
         options = SaveOptions(
             sensitivity, not arguments.loras_as_asked, overwrite=arguments.overwrite
         )

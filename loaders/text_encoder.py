@@ -25,8 +25,8 @@ from .encoders.arch import (
     TOKENIZER_NAMES,
     Weights,
     arch_of,
-    unwrapped,
-    without_prefix,
+    strip_prefix,
+    unwrap_language_model,
 )
 from .encoders.encoder_sets import (
     TEXT_ALONE,
@@ -36,7 +36,7 @@ from .encoders.encoder_sets import (
     reject_missing_tokenizers,
     reject_wrong_encoders,
 )
-from .encoders.missing_towers import without_missing_towers
+from .encoders.missing_towers import omit_missing_towers
 from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
 from .files import open_weights
@@ -95,7 +95,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         weights.sort(key=lambda part: SENTENCEPIECE not in part)
     model_options["custom_operations"] = operations_for(
         itertools.chain(*weights), full_precision=True)
-    with dequantize_plain_parameters(), without_missing_towers(paths), _explain_other_sizes(paths):
+    with dequantize_plain_parameters(), omit_missing_towers(paths), _explain_other_sizes(paths):
         clip = comfy.sd.load_text_encoder_state_dicts(weights,
                                                       embedding_directory=embedding_directory,
                                                       clip_type=host_type,
@@ -179,7 +179,7 @@ class _Encoder:
         fit."""
         if self.arch is None:
             return False
-        tower = without_prefix(vision.state_dict())
+        tower = strip_prefix(vision.state_dict())
         try:
             widths = self.arch.vision_width(self.weights, tower)
         except (
@@ -265,8 +265,8 @@ class _Encoder:
 def _encoder_of(weights: Weights) -> Weights:
     """The weights of a file or folder under their encoder's own names, without those of what it is
     a part of."""
-    weights = without_prefix(weights)
-    return unwrapped(weights) if comfy.sd.detect_te_model(weights) is None else weights
+    weights = strip_prefix(weights)
+    return unwrap_language_model(weights) if comfy.sd.detect_te_model(weights) is None else weights
 
 
 def _check(paths: list[str], weights: list[Weights], clip_type: str):

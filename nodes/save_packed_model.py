@@ -19,7 +19,12 @@ from ..loaders.packing.planning.file_plan import (
     suffix_for,
 )
 from ..loaders.packing.save import save
-from ..loaders.packing.source import check_saveable, of_encoders, of_model, unsaved_parts
+from ..loaders.packing.source import (
+    check_saveable,
+    source_of_encoders,
+    source_of_model,
+    unsaved_parts,
+)
 from ..loaders.progress import Progress
 from .node_text import show_text
 
@@ -160,7 +165,7 @@ class SavePackedModel(io.ComfyNode):
         measured = Sensitivity.load(find_sensitivity(sensitivity)) if sensitivity else None
         for patcher in (model, *([] if clip is None else [clip.patcher])):
             check_saveable(patcher)
-        whole = of_model(model)
+        whole = source_of_model(model)
         if unsaved := unsaved_parts(model):
             whole.notes.append(
                 f"Not in the file, since it is not a weight: {', '.join(unsaved)}. Put the nodes"
@@ -185,7 +190,7 @@ class SavePackedModel(io.ComfyNode):
             )
         ]
         own_name = os.path.basename(filename_prefix.replace("\\", "/"))
-        for name, source in ({} if clip is None else of_encoders(clip)).items():
+        for name, source in ({} if clip is None else source_of_encoders(clip)).items():
             prefix = os.path.join("text_encoders", f"{own_name}_{name}")
             label = "Q8_0" if type == SIZE else label  # the size is the model's
             kind = KEEP_TYPES if type == KEEP_TYPES else label

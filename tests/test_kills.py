@@ -18,7 +18,7 @@ from saving import save
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
-from featherweight.loaders.packing.source import of_file
+from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
 from featherweight.ops.quantize.second_moments import SecondMoments
 
@@ -41,7 +41,7 @@ def sources(tmp_path_factory) -> list[Path]:
 
 def packed_as(kind: str, suffix: str):
     def write(folder: Path, source: Path, content: int):
-        save(of_file(source), folder / f"packed{suffix}", kind, overwrite=True)
+        save(source_of_file(source), folder / f"packed{suffix}", kind, overwrite=True)
     return write
 
 

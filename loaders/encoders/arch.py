@@ -102,7 +102,7 @@ def arch_of(weights: Mapping[str, torch.Tensor]) -> type[Arch] | None:
     return next((arch for arch in ARCHS if arch.recognises(weights)), None)
 
 
-def without_prefix(weights: Weights) -> Weights:
+def strip_prefix(weights: Weights) -> Weights:
     """The weights of one encoder that a program wrote with its place in a larger file before the
     names.
 
@@ -115,7 +115,7 @@ def without_prefix(weights: Weights) -> Weights:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
-def unwrapped(weights: Weights) -> Weights:
+def unwrap_language_model(weights: Weights) -> Weights:
     """The weights of a language model that transformers saved as a part of one that sees, under the
     host's names.
 

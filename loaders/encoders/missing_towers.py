@@ -46,7 +46,7 @@ def is_placeholder(tensor: torch.Tensor) -> bool:
     return 0 in tensor.stride()
 
 
-def without_missing_towers(paths: Sequence[str]) -> contextlib.AbstractContextManager:
+def omit_missing_towers(paths: Sequence[str]) -> contextlib.AbstractContextManager:
     """A context in which the host builds and loads a text encoder of these files without the towers
     that they do not hold."""
     names = " and ".join(map(os.path.basename, paths))

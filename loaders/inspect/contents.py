@@ -10,7 +10,7 @@ import torch
 
 from ...ops.packed_layout import is_packed
 from ..encoders import archs  # noqa: F401  registers the families
-from ..encoders.arch import arch_of, without_prefix
+from ..encoders.arch import arch_of, strip_prefix
 from ..files import open_weights
 from ..files.container import WeightFile
 from ..model_summary import format_name
@@ -97,7 +97,7 @@ def shapes_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def encoder_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], str]:
     """A text encoder's tensors without values under the host's names, and the family of its file's
     names, "" if the host's."""
-    tensors = shapes_only(without_prefix(dict(contents.tensors)))
+    tensors = shapes_only(strip_prefix(dict(contents.tensors)))
     arch = arch_of(tensors)
     if arch is None:
         return tensors, ""

@@ -8,7 +8,7 @@ from ...ops.packed_layout import is_packed
 from ...ops.row_slicing import dense, take_rows
 from ..comfy_keys import to_comfy_keys
 from ..comfy_quant import MARK, as_tensors
-from ..encoders.arch import arch_of, without_prefix
+from ..encoders.arch import arch_of, strip_prefix
 from ..files.container import FileChangeGuard
 from ..progress import Progress
 from .contents import Contents
@@ -69,7 +69,7 @@ def _without_wrapper(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 def _in_the_hosts_names(contents: Contents) -> dict[str, torch.Tensor]:
     """The tensors of a diffusion model or text encoder under the host's names; parts that it has
     joined are copies."""
-    tensors = without_prefix(dict(contents.tensors))
+    tensors = strip_prefix(dict(contents.tensors))
     arch = arch_of(tensors)
     return _without_wrapper(
         arch.convert(tensors, contents.metadata) if arch else to_comfy_keys(dict(contents.tensors)))

@@ -154,7 +154,7 @@ class Source:
         return [name for name, weight in self.weights.items() if weight.patches]
 
 
-def of_model(patcher, title: str = "model") -> Source:
+def source_of_model(patcher, title: str = "model") -> Source:
     """A MODEL: the host's ModelPatcher, packed by this pack or ordinary, with its patches."""
     weights = _weights_of(patcher, DIFFUSION_MODEL)
     for name, tensor in _markers(patcher).items():
@@ -162,7 +162,7 @@ def of_model(patcher, title: str = "model") -> Source:
     return _source(title, weights, patcher)
 
 
-def of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
+def source_of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
     """A CLIP: each encoder in it by its name in the host ("clip_l", "t5xxl"), as the host's own
     CLIPSave divides them.
 
@@ -272,7 +272,7 @@ def _markers(patcher) -> Mapping[str, torch.Tensor]:
     return markers
 
 
-def of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) -> Source:
+def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) -> Source:
     """The diffusion model in a file or folder, of a whole checkpoint that alone. loras: (path,
     strength), in order.
 

@@ -15,7 +15,7 @@ from featherweight.loaders.comfy_quant import as_tensors
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.packing.source import of_file
+from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.reader_choice import needs_own_reader
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
@@ -27,7 +27,7 @@ CHECKPOINT = "model.diffusion_model."
 LOADERS = {
     "diffusion model": load_diffusion_model,
     "diffusion model, packed": lambda path: load_diffusion_model(path, pack_to="Q8_0"),
-    "diffusion model, packed into a file": of_file,
+    "diffusion model, packed into a file": source_of_file,
     "checkpoint": load_checkpoint,
     "checkpoint, packed": lambda path: load_checkpoint(path, pack_to="Q8_0"),
     "text encoder": lambda path: load_text_encoder([path]),

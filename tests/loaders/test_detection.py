@@ -12,7 +12,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.packing.source import SaveError, of_file
+from featherweight.loaders.packing.source import SaveError, source_of_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -82,11 +82,11 @@ def test_a_lack_of_memory_is_no_unknown_model(tmp_path, monkeypatch, name, error
         name,
         (lambda **options: SimpleNamespace(Linear=Layer)) if name.startswith("comfy.ops") else fail)
     with pytest.raises(type(error)):
-        load_lora_file(str(path)) if "torch_file" in name else of_file(path)
+        load_lora_file(str(path)) if "torch_file" in name else source_of_file(path)
 
 
 def test_a_few_weights_of_a_model_are_inspected_and_read(path):
-    assert all(found.model_type for found in inspect(path)) and of_file(path).weights
+    assert all(found.model_type for found in inspect(path)) and source_of_file(path).weights
 
 
 def test_a_lora_on_a_few_weights_of_a_model_is_refused_in_a_sentence(path, tmp_path):
@@ -94,4 +94,4 @@ def test_a_lora_on_a_few_weights_of_a_model_is_refused_in_a_sentence(path, tmp_p
     save_file({f"diffusion_model.txt_in.lora_{end}.weight": torch.ones(4, 4) for end in "AB"}, lora)
     with pytest.raises(SaveError,
                        match="is no model that this ComfyUI knows|lora.safetensors is not applied"):
-        of_file(path, [(str(lora), 1.0)])
+        source_of_file(path, [(str(lora), 1.0)])

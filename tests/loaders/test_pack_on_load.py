@@ -44,7 +44,7 @@ from featherweight.loaders.files import open_weights, packed_cache
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.model_summary import format_name, memory_summary
 from featherweight.loaders.pack_on_load import TYPES
-from featherweight.loaders.packing.source import of_file
+from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.format import FORMATS
@@ -476,7 +476,7 @@ def test_a_file_packed_pack_on_load_is_what_pack_py_makes_of_it(dtype, tmp_path)
     path = tmp_path / "model.safetensors"
     flux_with(path, dtype,
               **{"img_mlp.0": 1e4, "txt_attn.qkv": 1e-24 if dtype != torch.float16 else 1e-2})
-    save(of_file(path), tmp_path / "model.gguf", "Q4_K")
+    save(source_of_file(path), tmp_path / "model.gguf", "Q4_K")
     saved = weights_of(load_diffusion_model(str(tmp_path / "model.gguf")))
     loaded = weights_of(load_diffusion_model(str(path), pack_to="Q4_K"))
     assert loaded.keys() == saved.keys()

@@ -22,7 +22,7 @@ from patched_models import (
 )
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders.packing.source import of_model
+from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.packed_layout import QuantizedTensor
 from featherweight.ops.patcher import PackedPatcher
 
@@ -267,7 +267,7 @@ def merged_with_another(patcher):
 
 
 def packed_again(patcher):
-    weights = of_model(patcher).weights.values()
+    weights = source_of_model(patcher).weights.values()
     return {PREFIX + weight.name: weight.patched(0, weight.shape[0]) for weight in weights}
 
 

@@ -45,7 +45,7 @@ class _StopForward(Exception):
 
 
 @contextlib.contextmanager
-def recorded_calls(module: torch.nn.Module,
+def record_calls(module: torch.nn.Module,
                    wanted: Callable[[], bool] = lambda: True) -> Iterator[list[Call]]:
     """Inside this block, what `module` is called with goes into the list while `wanted` says so."""
     calls = []
@@ -73,7 +73,7 @@ class SequentialCalibration:
     """The moments of one layer after another, with what is packed so far.
 
     module: runs on the device it is on, and is as it was whenever no method is at work. layers:
-    name of its weight -> linear layer in it. calls: of `recorded_calls`, many enough to hold some
+    name of its weight -> linear layer in it. calls: of `record_calls`, many enough to hold some
     out (8 or more).
     """
 
@@ -141,7 +141,7 @@ def record_calibration(patcher, drawing: SamplingRun, count: int = CALLS,
         next(steps, None)
         number = at
 
-    with recorded_calls(patcher.model.diffusion_model, lambda: number in picked) as calls:
+    with record_calls(patcher.model.diffusion_model, lambda: number in picked) as calls:
         drawing.run(patcher, seen)
     for _ in steps:  # a sampler may take fewer
         pass

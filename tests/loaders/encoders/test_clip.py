@@ -10,7 +10,7 @@ from encoders.encoder import TOKENS, as_it_is, host_clip, random_weights, rounde
 from families import relative_error
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.encoders.arch import ARCHS, without_prefix
+from featherweight.loaders.encoders.arch import ARCHS, strip_prefix
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.packed_layout import is_packed
@@ -151,7 +151,7 @@ def test_the_place_in_a_larger_file_is_taken_off_the_names(form, prefix, tmp_pat
         {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(32, 32)},
     )
     path = write(tmp_path / "clip.gguf", encoder, weights, FORMS[form], prefix)
-    assert set(without_prefix(open_weights(path).state_dict())) == set(FORMS[form](weights))
+    assert set(strip_prefix(open_weights(path).state_dict())) == set(FORMS[form](weights))
 
 
 def test_several_encoders_in_a_file_are_not_mixed():
@@ -159,7 +159,7 @@ def test_several_encoders_in_a_file_are_not_mixed():
         f"conditioner.embedders.{place}.transformer.text_model.x": torch.zeros(1)
         for place in (0, 1)
     }
-    assert without_prefix(weights) == weights
+    assert strip_prefix(weights) == weights
 
 
 def test_long_clip_takes_long_prompts(tmp_path):

@@ -24,7 +24,7 @@ from families import relative_error
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.encoders.arch import ARCHS, arch_of, without_prefix
+from featherweight.loaders.encoders.arch import ARCHS, arch_of, strip_prefix
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
@@ -128,7 +128,7 @@ def test_the_place_in_a_larger_file_is_taken_off_the_names(name, prefix):
     stored = (
         weights if "transformers" in name else in_gguf_names(weights, ENCODERS[name].architecture)
     )
-    found = without_prefix({prefix + name: tensor for name, tensor in stored.items()})
+    found = strip_prefix({prefix + name: tensor for name, tensor in stored.items()})
     assert set(arch_of(found).convert(found, {})) == set(weights)
 
 

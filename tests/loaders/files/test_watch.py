@@ -22,7 +22,7 @@ from featherweight.loaders.files import network_drives, open_weights, packed_cac
 from featherweight.loaders.files.container import FileChangeGuard, WeightFileError, map_file
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.packing.source import of_file, of_model
+from featherweight.loaders.packing.source import source_of_file, source_of_model
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
 from featherweight.ops.packed_layout import is_packed, packed_tensors
@@ -188,7 +188,8 @@ def test_a_vae_that_lies_in_its_file_is_watched(tmp_path, monkeypatch, use, chan
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
 @pytest.mark.parametrize(
-    "read", [of_file, lambda path: of_model(load_diffusion_model(str(path)))], ids=["file", "model"]
+    "read", [source_of_file, lambda path: source_of_model(load_diffusion_model(str(path)))],
+    ids=["file", "model"]
 )
 @pytest.mark.parametrize("moment", [3, -1], ids=["in the midst", "in the end"])
 def test_a_model_whose_file_is_written_to_while_it_is_saved_becomes_no_file(
@@ -205,8 +206,9 @@ def test_a_model_whose_file_is_replaced_while_it_is_saved_is_saved_as_it_was(pat
     if os.name == "nt":
         pytest.skip("Windows lets nobody do so while the file is mapped")
     out = path.with_name("out.gguf")
-    expected = save(of_file(path), out, "Q4_0").path.read_bytes()
-    save(of_file(path), out, "Q4_0", overwrite=True, track=after(3, lambda: renamed_over(path)))
+    expected = save(source_of_file(path), out, "Q4_0").path.read_bytes()
+    save(source_of_file(path), out, "Q4_0", overwrite=True,
+         track=after(3, lambda: renamed_over(path)))
     assert out.read_bytes() == expected
 
 
@@ -215,7 +217,7 @@ def test_a_lora_that_is_written_to_while_it_is_packed_in_is_an_error(tmp_path, c
     save_file(tiny_flux(), tmp_path / "model.safetensors")
     lora = tmp_path / "lora.safetensors"
     save_file(lora_for(tiny_flux()), lora)
-    source = of_file(tmp_path / "model.safetensors", [(str(lora), 1.0)])
+    source = source_of_file(tmp_path / "model.safetensors", [(str(lora), 1.0)])
     with pytest.raises(WeightFileError, match=r"^lora\.safetensors was written to"):
         save(source, tmp_path / "out.gguf", "Q8_0", track=after(3, lambda: change(lora)))
     assert not (tmp_path / "out.gguf").exists()

@@ -18,7 +18,7 @@ from saving import save
 
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import TYPES
-from featherweight.loaders.packing.source import of_model
+from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -30,7 +30,7 @@ each_file = pytest.mark.parametrize("wanted", [*(name for name in TYPES if name 
 @pytest.fixture
 def saved(tmp_path, wanted) -> Path:
     """A small Flux with a LoRA on it."""
-    source = of_model(patched(dense_flux("BF16"), (lora_for(flux_file("BF16")[1]), 0.5)))
+    source = source_of_model(patched(dense_flux("BF16"), (lora_for(flux_file("BF16")[1]), 0.5)))
     whole = sum(weight.values for weight in source.weights.values())
     return save(source, tmp_path / "model.gguf",
                 int(whole * 0.8) if wanted == SIZE else wanted).path

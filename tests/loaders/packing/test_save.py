@@ -35,7 +35,7 @@ from featherweight.loaders.packing.source import (
     SaveError,
     Source,
     check_saveable,
-    of_model,
+    source_of_model,
     unsaved_parts,
 )
 from featherweight.loaders.sizes import size_text
@@ -101,7 +101,7 @@ def held(patcher) -> dict[str, torch.Tensor]:
 def test_a_file_holds_what_packing_the_weight_gives_and_everything_else_as_the_plan_says(
         tmp_path, kind):
     path = tmp_path / ("a.safetensors" if kind == "NF4" else "a.gguf")
-    saved = save(of_model(dense_model()), path, kind)
+    saved = save(source_of_model(dense_model()), path, kind)
     assert (
         isinstance(saved, Saved)
         and saved.nbytes == path.stat().st_size
@@ -120,7 +120,7 @@ def test_a_file_holds_what_packing_the_weight_gives_and_everything_else_as_the_p
 
 
 def test_gguf_py_reads_the_same_values_under_the_names_of_the_field(tmp_path):
-    saved = save(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K")
+    saved = save(source_of_model(dense_model()), tmp_path / "a.gguf", "Q4_K")
     reader = gguf.GGUFReader(saved.path)
     values = values_in(saved.path)
     for tensor in reader.tensors:
@@ -143,28 +143,28 @@ def test_weights_without_a_patch_in_the_wanted_type_are_copied_bit_for_bit(
         tmp_path, format_name, monkeypatch):
     packed = packed_flux(format_name)
     monkeypatch.setattr(packing, "pack_tensor", None)
-    save(of_model(packed), tmp_path / "a.gguf", format_name)
+    save(source_of_model(packed), tmp_path / "a.gguf", format_name)
     found = open_weights(tmp_path / "a.gguf").state_dict()
     for name, tensor in held(packed).items():
         if is_packed(tensor):
             assert torch.equal(found[name]._qdata.view(-1), tensor._qdata.view(-1)), name
-    save(of_model(packed), tmp_path / "b.gguf", KEEP_TYPES)
+    save(source_of_model(packed), tmp_path / "b.gguf", KEEP_TYPES)
     assert torch.equal(run(load_diffusion_model(str(tmp_path / "b.gguf"))), run(packed))
 
 
 def test_as_it_is_keeps_the_type_of_each_weight(tmp_path):
-    saved = save(of_model(packed_flux("Q5_K")), tmp_path / "a.gguf", KEEP_TYPES)
+    saved = save(source_of_model(packed_flux("Q5_K")), tmp_path / "a.gguf", KEEP_TYPES)
     with_lora = patched(packed_flux("Q5_K"), (lora_for({BLOCK: weights()[BLOCK]}), 1.0))
-    touched = save(of_model(with_lora), tmp_path / "b.gguf", KEEP_TYPES)
+    touched = save(source_of_model(with_lora), tmp_path / "b.gguf", KEEP_TYPES)
     assert saved.types[BLOCK] == "Q5_K" and touched.types == saved.types | {BLOCK: "Q6_K"}
 
 
 @pytest.mark.parametrize("size", [2_000_000, 2_600_000, 4_000_000])
 def test_a_size_is_that_of_the_whole_file_and_never_exceeded(tmp_path, size):
-    saved = save(of_model(dense_model()), tmp_path / "a.gguf", size)
+    saved = save(source_of_model(dense_model()), tmp_path / "a.gguf", size)
     assert 0.96 * size < saved.nbytes <= size  # few matrices, so that no mix comes nearer
     with pytest.raises(PlanError, match="too small"):
-        save(of_model(dense_model()), tmp_path / "b.gguf", 1_000_000)
+        save(source_of_model(dense_model()), tmp_path / "b.gguf", 1_000_000)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
@@ -180,21 +180,22 @@ def test_the_size_that_a_refusal_names_can_be_asked_for(tmp_path, base, metadata
     for asked in (100_000, 1_400_000):
         with pytest.raises(PlanError,
                            match=f"A size of {size_text(asked, DIGITS)} is too small") as refused:
-            save(of_model(model), tmp_path / "a.gguf", asked, metadata=metadata)
+            save(source_of_model(model), tmp_path / "a.gguf", asked, metadata=metadata)
         named = round(float(re.search(r"it takes ([\d.]+) MB", str(refused.value))[1]) * 1e6)
         assert ("with a LoRA on them take Q6_K" in str(refused.value)) == (base is not None)
         assert (
             save(
-                of_model(model), tmp_path / "a.gguf", named, metadata=metadata, overwrite=True
+                source_of_model(model), tmp_path / "a.gguf", named, metadata=metadata,
+                overwrite=True
             ).nbytes
             <= named
         )
         with pytest.raises(PlanError, match="too small"):
-            save(of_model(model), tmp_path / "b.gguf", named - 20_000, metadata=metadata)
+            save(source_of_model(model), tmp_path / "b.gguf", named - 20_000, metadata=metadata)
 
 
 def test_a_size_is_not_exceeded_for_values_that_no_packed_type_holds(tmp_path):
-    source = of_model(dense_model())
+    source = source_of_model(dense_model())
     source.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 1e-12
     with pytest.raises(
             SaveError, match=
@@ -214,7 +215,7 @@ def test_a_size_is_not_exceeded_for_values_that_no_packed_type_holds(tmp_path):
 def test_patches_of_every_kind_are_applied_in_float32_and_packed_once(tmp_path, kind):
     model = patched(dense_model(), (lora_for(weights(), kind, seed=3), 0.7),
                     (lora_for(weights(), "lora", seed=4), 0.2))
-    saved = save(of_model(model), tmp_path / "a.gguf", "Q8_0")
+    saved = save(source_of_model(model), tmp_path / "a.gguf", "Q8_0")
     values, exact = values_in(saved.path), exact_values(model)
     for name, weight in exact.items():
         expected = (
@@ -242,7 +243,7 @@ def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monk
     assert len(model.patches[f"diffusion_model.{next(iter(layers))}.weight"]) == 4
     model = ModelMergeSimple().merge(model, packed_flux("Q4_K", seed=2), 0.6)[0]
     monkeypatch.setattr(packing, "SLICE_VALUES", most)
-    saved = save(of_model(model), tmp_path / "a.gguf", "Q8_0")
+    saved = save(source_of_model(model), tmp_path / "a.gguf", "Q8_0")
     values = values_in(saved.path)
     exact = exact_values(model)
     for name in exact:
@@ -254,7 +255,7 @@ def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monk
         assert relative(values[name], packed) < (
             1e-4 if saved.types[name] in ("Q8_0", "F32") else 0.005
         ), name
-    slices = of_model(model).weights["single_blocks.0.linear1.weight"].slices(most)
+    slices = source_of_model(model).weights["single_blocks.0.linear1.weight"].slices(most)
     assert (
         len(slices) == (1 if most > 1 << 20 else -(-slices[-1][1] // slices[0][1]))
         and slices[-1][1] == 1792
@@ -269,8 +270,8 @@ def test_two_loras_at_different_strengths_arrive_whole_and_add_no_error(tmp_path
              for seed, strength in ((1, 0.13), (2, 1.0))]
     model = patched(dense_model(), *loras)
     plain, exact = exact_values(dense_model()), exact_values(model)
-    values = values_in(save(of_model(model), tmp_path / "a.gguf", kind).path)
-    alone = values_in(save(of_model(dense_model()), tmp_path / "b.gguf", kind).path)
+    values = values_in(save(source_of_model(model), tmp_path / "a.gguf", kind).path)
+    alone = values_in(save(source_of_model(dense_model()), tmp_path / "b.gguf", kind).path)
     names = [name for name, weight in plain.items() if weight.ndim > 1]
     changes = [{
         name: exact_values(patched(dense_model(), lora))[name] - plain[name] for name in names
@@ -303,7 +304,7 @@ def shares(text: str) -> list[float]:
 )
 def test_a_lora_on_a_dense_or_packed_base_keeps_at_least_99_percent_of_itself(tmp_path, base, kind):
     model = dense_model() if base is None else packed_flux(base)
-    saved = save(of_model(patched(model, (lora_for(weights(), size=0.02), 1.0))),
+    saved = save(source_of_model(patched(model, (lora_for(weights(), size=0.02), 1.0))),
                  tmp_path / "a.gguf", kind)
     assert (
         all(99 <= share <= 101 for share in shares(saved.text)) and len(shares(saved.text)) == 1
@@ -340,7 +341,7 @@ def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(
         for name, tensor in held(model).items()
     }
     lora = lora_for(weights(), seed=7, size=size)
-    saved = save(of_model(patched(model, (lora, 1.0))), tmp_path / "a.gguf", kind)
+    saved = save(source_of_model(patched(model, (lora, 1.0))), tmp_path / "a.gguf", kind)
     values = values_in(saved.path)
     arrived = whole = count = 0.0
     for name in (name for name, weight in weights().items() if weight.ndim > 1):
@@ -360,7 +361,8 @@ def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(
 
 def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
     lora, packed = (lora_for(weights(), size=0.005), 1.0), packed_flux("Q4_K")
-    saved = save(of_model(patched(packed, lora)), tmp_path / "a.gguf", "Q4_K", keep_loras=False)
+    source = source_of_model(patched(packed, lora))
+    saved = save(source, tmp_path / "a.gguf", "Q4_K", keep_loras=False)
     values, exact = values_in(saved.path), exact_values(patched(dense_flux("Q4_K"), lora))
     base = {
         name: tensor.dequantize() if is_packed(tensor) else tensor.float()
@@ -376,7 +378,7 @@ def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
 def test_a_merge_of_two_packed_models_is_packed_once(tmp_path):
     first, second = packed_flux("Q4_K"), packed_flux("Q5_K", seed=1)
     merged = ModelMergeSimple().merge(first, second, 0.3)[0]
-    saved = save(of_model(merged), tmp_path / "a.gguf", "Q8_0")
+    saved = save(source_of_model(merged), tmp_path / "a.gguf", "Q8_0")
     values = values_in(saved.path)
     for name, weight in in_the_hosts_names(flux_file("Q4_K")).items():
         mean = 0.3 * weight + 0.7 * in_the_hosts_names(flux_file("Q5_K", 1))[name]
@@ -391,9 +393,9 @@ def test_a_merge_of_two_packed_models_is_packed_once(tmp_path):
 
 def test_a_loaded_model_is_saved_with_its_patches_once(tmp_path):
     model = patched(dense_model(), (lora_for(weights(), seed=1), 1.0))
-    save(of_model(model), tmp_path / "a.gguf", "Q8_0")
+    save(source_of_model(model), tmp_path / "a.gguf", "Q8_0")
     run(model)  # now the host has written the patches into the weights
-    save(of_model(model), tmp_path / "b.gguf", "Q8_0")
+    save(source_of_model(model), tmp_path / "b.gguf", "Q8_0")
     first, second = (values_in(tmp_path / name) for name in ("a.gguf", "b.gguf"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -403,7 +405,7 @@ def test_a_loaded_model_is_saved_with_its_patches_once(tmp_path):
 def with_value(value: float, name: str = BLOCK) -> Source:
     spoilt = weights() | {name: weights()[name].clone()}
     spoilt[name].view(-1)[1000 % spoilt[name].numel()] = value
-    return of_model(comfy.sd.load_diffusion_model_state_dict(spoilt))
+    return source_of_model(comfy.sd.load_diffusion_model_state_dict(spoilt))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -423,7 +425,7 @@ def test_values_beyond_a_type_take_one_that_holds_them(tmp_path):
     tiny = with_value(0.0)
     tiny.weights[BLOCK].read = lambda start, stop: weights()[BLOCK][start:stop] * 1e-12
     first, second = (
-        save(of_model(large), tmp_path / "a.gguf", "Q4_K"),
+        save(source_of_model(large), tmp_path / "a.gguf", "Q4_K"),
         save(tiny, tmp_path / "b.gguf", "Q4_K"),
     )
     assert (
@@ -445,7 +447,7 @@ def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
                           (name for name in weights() if name.endswith("mlp.0.weight"))):
         spoilt[name] = weights()[name].clone()
         spoilt[name][3] *= size
-    saved = save(of_model(comfy.sd.load_diffusion_model_state_dict(dict(spoilt))),
+    saved = save(source_of_model(comfy.sd.load_diffusion_model_state_dict(dict(spoilt))),
                  tmp_path / f"a.{'safetensors' if kind == 'NF4' else 'gguf'}", kind)
     found = values_in(saved.path)
     assert saved.types[BLOCK] == kind and all(values.isfinite().all() for values in found.values())
@@ -463,7 +465,7 @@ def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
 )
 def test_values_of_any_magnitude_are_in_a_type_that_holds_them(tmp_path, size, in_block, in_outer):
     """In GGUF, where the scales of every packed type are float16."""
-    source = of_model(dense_model())
+    source = source_of_model(dense_model())
     for name in (BLOCK, "img_in.weight"):
         values = weights()[name].clamp(-1, 1) / weights()[name].clamp(-1, 1).abs().max() * size
         source.weights[name].read = lambda start, stop, values=values: values[start:stop]
@@ -489,14 +491,14 @@ def test_a_cancel_at_any_weight_leaves_nothing(tmp_path, at):
             yield name
 
     with pytest.raises(Cancelled):
-        save(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K", track=track)
+        save(source_of_model(dense_model()), tmp_path / "a.gguf", "Q4_K", track=track)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_file_is_refused_before_any_work(tmp_path):
     (tmp_path / "a.gguf").write_text("old")
     with pytest.raises(WriteError, match="exists"):
-        plan_file(of_model(dense_model()), tmp_path / "a.gguf", "Q4_K")
+        plan_file(source_of_model(dense_model()), tmp_path / "a.gguf", "Q4_K")
 
 
 def test_what_no_file_can_hold_is_refused_by_name_and_what_changes_no_weight_is_named():
@@ -525,14 +527,15 @@ def test_what_no_file_can_hold_is_refused_by_name_and_what_changes_no_weight_is_
 
 
 def test_a_model_of_two_bits_comes_with_a_warning(tmp_path):
-    assert "Caution" in save(of_model(packed_flux("Q2_K")), tmp_path / "a.gguf", "Q4_K").text
-    assert "Caution" not in save(of_model(packed_flux("Q4_K")), tmp_path / "b.gguf", "Q2_K").text
+    coarse, fine = source_of_model(packed_flux("Q2_K")), source_of_model(packed_flux("Q4_K"))
+    assert "Caution" in save(coarse, tmp_path / "a.gguf", "Q4_K").text
+    assert "Caution" not in save(fine, tmp_path / "b.gguf", "Q2_K").text
 
 
 @pytest.mark.parametrize("format_name", ["INT8", "float8_e4m3fn", "mxfp8", "nvfp4"])
 def test_the_hosts_quantised_layers_are_saved_by_their_values(tmp_path, format_name):
     packed, dense = flux_pair(format_name)
-    saved = save(of_model(packed), tmp_path / "a.gguf", "Q8_0")
+    saved = save(source_of_model(packed), tmp_path / "a.gguf", "Q8_0")
     values, exact = values_in(saved.path), exact_values(dense)
     assert values.keys() == exact.keys()
     for name, weight in exact.items():

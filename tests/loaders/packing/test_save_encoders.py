@@ -9,7 +9,7 @@ from encoders.t5 import spiece_model
 from families import relative_error
 from saving import save
 
-from featherweight.loaders.packing.source import Weight, of_encoders
+from featherweight.loaders.packing.source import Weight, source_of_encoders
 from featherweight.loaders.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -44,7 +44,7 @@ def test_a_saved_encoder_loads_again_and_takes_a_text_apart_as_before(name, kind
         write_encoder(path, encoder, weights)
         clip = load_text_encoder([str(path)], encoder.clip_type,
                                  model_options=encoder.model_options)
-        (source,) = of_encoders(clip).values()
+        (source,) = source_of_encoders(clip).values()
         save(with_markers(source, encoder, weights), saved, kind)
         again = load_text_encoder([str(saved)], encoder.clip_type,
                                   model_options=encoder.model_options, mmproj=None)
@@ -66,7 +66,8 @@ def test_of_two_encoders_each_is_saved_with_its_own_tokenizer():
         [markers[0] | dict(gemma.extra), markers[1] | {"spiece_model": spiece_model()}],
         clip_type=CLIPType.NEWBIE, model_options={"_model_config": small, "dtype": torch.float32})
     found = {
-        part: source.weights["spiece_model"].tensor for part, source in of_encoders(clip).items()
+        part: source.weights["spiece_model"].tensor
+        for part, source in source_of_encoders(clip).items()
     }
     assert found.keys() == {"gemma", "jina"}
     assert torch.equal(found["gemma"], gemma.extra["spiece_model"]) and torch.equal(

@@ -30,7 +30,7 @@ from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
 from featherweight.loaders.packing.planning.packing_rules import bits_per_value
 from featherweight.loaders.packing.planning.plan import PlanError
-from featherweight.loaders.packing.source import of_model
+from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -124,10 +124,10 @@ def test_the_file_is_nearer_to_the_model_than_with_its_layers_packed_apart(kind,
     sensitivity = Apart(model)
     comfy.model_management.unload_all_models()
     before = state_of(model)
-    source = of_model(model)  # before the host loads the model and writes its patches into it
+    source = source_of_model(model)  # before the host loads the model with its patches
     saved = save(source, turned, "Q3_K", calibrate=calibration_of(model))
     assert hooks_in(model) == 0
-    save(of_model(model), apart, "Q3_K", sensitivity=sensitivity)
+    save(source_of_model(model), apart, "Q3_K", sensitivity=sensitivity)
     entries = [open_weights(path).entries for path in (turned, apart)]
     assert [entry.format for entry in entries[0].values()] == [
         entry.format for entry in entries[1].values()
@@ -164,7 +164,7 @@ def test_a_cancel_leaves_the_model_as_it_was_and_no_file(at, monkeypatch, tmp_pa
     if at == "a run":
         monkeypatch.setattr(sequential, "_as_packed", interrupted)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        save(of_model(model), tmp_path / "a.gguf", "Q3_K",
+        save(source_of_model(model), tmp_path / "a.gguf", "Q3_K",
              track=tracked if at == "a layer" else None,
              calibrate=calibration_of(model, **{"track": tracked} if at == "a step" else {}))
     assert (
@@ -178,7 +178,7 @@ def test_a_cancel_leaves_the_model_as_it_was_and_no_file(at, monkeypatch, tmp_pa
 
 def test_a_plan_that_cannot_be_ends_it_before_anything_is_drawn(tmp_path):
     with pytest.raises(PlanError):
-        save(of_model(packed_flux("Q8_0")), tmp_path / "a.gguf", 1000,
+        save(source_of_model(packed_flux("Q8_0")), tmp_path / "a.gguf", 1000,
              calibrate=lambda: pytest.fail("it drew"))
 
 
@@ -190,7 +190,8 @@ def test_a_mix_for_a_size_is_packed_in_turn_too(tmp_path):
     }
     sensitivity = Apart(model, costs)
     turned, apart = (tmp_path / f"{name}.gguf" for name in ("turned", "apart"))
-    made = [save(of_model(model), path, 2_500_000, sensitivity=sensitivity, calibrate=calibrate)
+    made = [save(source_of_model(model), path, 2_500_000, sensitivity=sensitivity,
+                 calibrate=calibrate)
             for path, calibrate in ((turned, calibration_of(model)), (apart, None))]
     assert (
         made[0].types == made[1].types
@@ -201,7 +202,8 @@ def test_a_mix_for_a_size_is_packed_in_turn_too(tmp_path):
 
 def test_a_change_that_is_to_arrive_whole_does(tmp_path):
     model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
-    saved = save(of_model(model), tmp_path / "a.gguf", "Q4_K", calibrate=calibration_of(model))
+    saved = save(source_of_model(model), tmp_path / "a.gguf", "Q4_K",
+                 calibrate=calibration_of(model))
     share = next(
         float(line.split("(strength 1): ")[1].split("%")[0]) for line in saved.notes
         if "strength 1" in line)

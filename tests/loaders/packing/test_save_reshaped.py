@@ -9,7 +9,7 @@ from saving import save
 from devtools.files.gguf_files import pack
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
-from featherweight.loaders.packing.source import of_file
+from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.packed_layout import is_packed
 
 CONVOLUTION, LINEAR = (
@@ -57,7 +57,7 @@ def read_by_gguf_py(path) -> dict[str, torch.Tensor]:
 def test_unpatched_they_are_saved_as_they_came_and_every_reader_reads_them(
         reshaped, tmp_path, same):
     path, kind = reshaped
-    saved = save(of_file(path), tmp_path / "a.gguf", kind if same else KEEP_TYPES)
+    saved = save(source_of_file(path), tmp_path / "a.gguf", kind if same else KEEP_TYPES)
     assert saved.types[CONVOLUTION] == kind and saved.types[LINEAR] == kind
     before, ours, theirs = values_in(path), values_in(saved.path), read_by_gguf_py(saved.path)
     assert before.keys() == ours.keys() == theirs.keys()
@@ -68,7 +68,7 @@ def test_unpatched_they_are_saved_as_they_came_and_every_reader_reads_them(
 @pytest.mark.parametrize("wanted", ["Q4_K", "Q8_0", KEEP_TYPES, 100_000])
 def test_with_a_patch_they_are_saved_in_a_type_that_fits_their_rows(reshaped, tmp_path, wanted):
     path, _ = reshaped
-    source, change = of_file(path), {}
+    source, change = source_of_file(path), {}
     for name, shape in SHAPES.items():
         change[name] = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1
         source.weights[name].patches = ((1.0, ("diff", (change[name],)), 1.0, None, None),)

@@ -5,7 +5,7 @@ import torch
 
 from featherweight.loaders.packing.calibration.sequential import (
     SequentialCalibration,
-    recorded_calls,
+    record_calls,
 )
 from featherweight.ops.format import FORMATS
 from featherweight.ops.quantize import pack_tensor
@@ -51,7 +51,7 @@ def arguments(seed: int) -> tuple[tuple, dict]:
 
 
 def calls_of(model: Model, count: int = 8):
-    with recorded_calls(model) as calls:
+    with record_calls(model) as calls:
         for seed in range(count):
             args, kwargs = arguments(seed)
             model(*args, **kwargs)
@@ -154,7 +154,7 @@ def test_small_inputs_of_equal_values_are_one_input_too():
             return x
 
     model = Modulated().requires_grad_(False)
-    with recorded_calls(model) as calls:
+    with record_calls(model) as calls:
         model(torch.randn(TOKENS, WIDTH), torch.randn(1, WIDTH))
     layers = {
         f"{name}.weight": layer for name, layer in model.named_modules()

@@ -31,7 +31,7 @@ from featherweight.loaders.files import (
 )
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
-from featherweight.loaders.packing.source import of_file
+from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
 from featherweight.ops.packed_layout import is_packed, packed_tensors
 
@@ -75,7 +75,8 @@ def kept_anew(folder: Path) -> str:
 
 def saved(name: str, kind: str):
     def run(folder: Path) -> str:
-        save(of_file(folder / "dense.safetensors"), folder / "made" / name, kind, overwrite=True)
+        source = source_of_file(folder / "dense.safetensors")
+        save(source, folder / "made" / name, kind, overwrite=True)
         return lambda: hashlib.sha256((folder / "made" / name).read_bytes()).hexdigest()
     return run
 
