@@ -147,7 +147,8 @@ def _best(mask: np.ndarray, field: str, among: tuple[str, ...] | None = None) ->
 @functools.lru_cache
 def _templates(field: str) -> dict[str, list[np.ndarray]]:
     """Masks of a few drawings of each value of a choice."""
-    plain = {"wall": "white", "side": "left", "tree": "pine", "ground": "sand", "hour": "noon", "body": "sun"}
+    plain = {"wall": "white", "side": "left", "tree": "pine", "ground": "sand", "hour": "noon",
+             "body": "sun"}
     mask = _tree_mask if field == "tree" else _sky_mask
     return {
         value: [

@@ -74,7 +74,8 @@ def workflow(text: str = "a red house", seed: int = 1, steps: int = 2, loras=("i
 
 def changes(index: int) -> dict:
     """What makes the index-th picture."""
-    text = f"a {HOUSES[index % 6]} house left of {TREES[index % 3]} tree on {GROUNDS[index // 2 % 3]} at {HOURS[index % 4]}"
+    house, tree, hour = HOUSES[index % 6], TREES[index % 3], HOURS[index % 4]
+    text = f"a {house} house left of {tree} tree on {GROUNDS[index // 2 % 3]} at {hour}"
     return {"4.text": text, "7.seed": index}
 
 

@@ -27,9 +27,11 @@ def sheet(results: dict[str, dict], prompt: str, about: str) -> Image.Image:
         for line, text in enumerate(facts(title, result)):
             pen.text((left, top + SIDE + 36 + 22 * line), text, FAINT, SMALL)
     left, top = GAP + (len(shown) % COLUMNS) * (SIDE + GAP), TOP + (rows - 1) * (SIDE + BELOW)
-    words = "The same model, prompt and seed each time; only the packing of the weights differs. Differences are " \
-            "peak signal-to-noise ratios against the dense model with the same LoRAs: more is closer. The mix of types was " \
-            "made here, to the size of Q4_K's file."
+    words = (
+        "The same model, prompt and seed each time; only the packing of the weights differs."
+        " Differences are peak signal-to-noise ratios against the dense model with the same LoRAs:"
+        " more is closer. The mix of types was made here, to the size of Q4_K's file."
+    )
     for line, text in enumerate([*textwrap.wrap(words, 30), "", *textwrap.wrap(about, 30)]):
         pen.text((left, top + 24 * line), text, FAINT, SMALL)
     return picture

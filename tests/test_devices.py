@@ -64,7 +64,8 @@ def test_a_device_goes_by_the_hosts_name_and_by_torchs(name, expected):
 def test_a_device_that_is_not_here_is_the_default_one_and_that_is_said(name):
     device, note = devices.find_device(name)
     assert device is None
-    assert note == f"There is no device {name} here (found: gpu:0, gpu:1, gpu:2, cpu), so the default one is used."
+    assert note == (f"There is no device {name} here (found: gpu:0, gpu:1, gpu:2, cpu), so the"
+                    " default one is used.")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def test_any_command_runs_with_them(monkeypatch):
     monkeypatch.undo()
     if fakegpu.why_not():
         pytest.skip(fakegpu.why_not())
-    look = "import torch; print(torch.cuda.device_count(), torch.ones(3, device='cuda:1').sum().item())"
+    look = ("import torch;"
+            " print(torch.cuda.device_count(), torch.ones(3, device='cuda:1').sum().item())")
     command = [
         sys.executable, "-m", "devtools.fakegpu", "2x0.5", "--late", sys.executable, "-c", look
     ]

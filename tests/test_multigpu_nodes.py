@@ -207,12 +207,14 @@ def test_more_than_the_gpu_has_is_told_by_what_was_written_on_the_node(
     fakegpu.set_capacity(1 << 20)
     run(DISTORCH2, unet_name="flux.gguf", **inputs)
     fakegpu.set_capacity(4 << 30)
-    sentence = rf"{asked} leaves 3\.\d MB on the device that computes, and cuda:0 has 1\.0 MB in all; as much stays as ComfyUI"
+    sentence = (rf"{asked} leaves 3\.\d MB on the device that computes, and cuda:0 has 1\.0 MB in"
+                " all; as much stays as ComfyUI")
     assert re.search(f"^{sentence} finds room for\\.$", texts[0], re.M)
 
 
 @pytest.mark.parametrize(
-    ("device", "expected_device"), [("cuda:1", SECOND), ("cpu", CPU), ("cuda:9", FIRST), (None, FIRST)]
+    ("device", "expected_device"),
+    [("cuda:1", SECOND), ("cpu", CPU), ("cuda:9", FIRST), (None, FIRST)]
 )
 def test_a_vae_decodes_where_its_node_says(device, expected_device, models):
     vae, = run("VAELoaderMultiGPU", vae_name="vae.gguf", **({"device": device} if device else {}))
@@ -226,7 +228,8 @@ def test_a_vae_decodes_where_its_node_says(device, expected_device, models):
     ("device", "expected_device"), [("cuda:1", SECOND), ("cpu", CPU), (None, FIRST)]
 )
 @pytest.mark.parametrize(
-    ("name", "latent"), [("taef1", torch.zeros(1, 16, 4, 4)), ("pixel_space", torch.zeros(1, 3, 8, 8))]
+    ("name", "latent"),
+    [("taef1", torch.zeros(1, 16, 4, 4)), ("pixel_space", torch.zeros(1, 3, 8, 8))]
 )
 def test_so_does_one_that_is_no_file(name, latent, device, expected_device, models):
     vae, = run("VAELoaderMultiGPU", vae_name=name, **({"device": device} if device else {}))

@@ -54,7 +54,8 @@ import subprocess
 
 
 def test():
-    process = subprocess.Popen([{python!r}, "-c", "import time; time.sleep(90)"], start_new_session=True)
+    command = [{python!r}, "-c", "import time; time.sleep(90)"]
+    process = subprocess.Popen(command, start_new_session=True)
     path = pathlib.Path('{pid}')
     path.with_suffix(".partial").write_text(str(process.pid))
     path.with_suffix(".partial").rename(path)

@@ -143,7 +143,8 @@ def test_a_number_that_is_none_is_refused_before_any_work(name, run):
 
 
 @pytest.mark.parametrize(
-    ("name", "strengths"), [("strength_model", (math.inf, 1.0)), ("strength_clip", (1.0, -math.inf))]
+    ("name", "strengths"),
+    [("strength_model", (math.inf, 1.0)), ("strength_clip", (1.0, -math.inf))]
 )
 def test_an_infinite_strength_is_refused(name, strengths):
     with pytest.raises(ValueError, match=f"{name} is infinite"):

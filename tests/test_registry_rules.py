@@ -16,19 +16,20 @@ COMPILE = re.compile(
 # What the Registry's rules are known to look for: words, whatever they do there, in comments and
 # texts too.
 RULES = {
-    "subprocess": r"\bsubprocess\b|os\.(system|popen|startfile|exec[lv]|spawn|posix_spawn|fork)|\bpty\b"
-    r"|shell\s*=\s*True|find_library",
-    "environment, written": r"environb?\[[^]]*\]\s*=[^=]|del"
-                            r" os\.environ|environb?\.(update|setdefault|pop|clear)"
-    r"|putenv|unsetenv", "environment, read": r"os\.environ|getenv",
-    "network": r"import"
-               r" socket|\bsocket\.|urllib|urlopen|http\.(client|server)|\brequests\.(get|post|request)|aiohttp|httpx"
-    r"|ftplib|smtplib|telnetlib|paramiko|import websocket",
+    "subprocess": r"\bsubprocess\b|os\.(system|popen|startfile|exec[lv]|spawn|posix_spawn|fork)"
+    r"|\bpty\b|shell\s*=\s*True|find_library",
+    "environment, written": r"environb?\[[^]]*\]\s*=[^=]|del os\.environ"
+    r"|environb?\.(update|setdefault|pop|clear)|putenv|unsetenv",
+    "environment, read": r"os\.environ|getenv",
+    "network": r"import socket|\bsocket\.|urllib|urlopen|http\.(client|server)"
+    r"|\brequests\.(get|post|request)|aiohttp|httpx|ftplib|smtplib|telnetlib|paramiko"
+    r"|import websocket",
     "dynamic import": r"import_module|__import__|exec_module|\bimp\.load|SourceFileLoader|runpy",
     "evaluation": r"\b(eval|exec|execfile)\(|new Function|\bmarshal\b|CodeType",
     "pickles": r"pickle\.loads?\b|Unpickler|\bdill\b|joblib|shelve|allow_pickle=True",
     "databases": r"sqlite3|psycopg|pymysql|pymongo|mysql", "removal": r"rm -rf|\bformat [cC]:",
-    "encoded": r"b64decode|b32decode|a85decode|unhexlify|bytes\.fromhex|codecs\.decode|zlib\.decompress|lzma|gzip",
+    "encoded": r"b64decode|b32decode|a85decode|unhexlify|bytes\.fromhex|codecs\.decode"
+    r"|zlib\.decompress|lzma|gzip",
     "installation": r"pip install|pip\.main|ensurepip"
 }
 # what an error advises; `test_advice_...` holds that it is nothing else

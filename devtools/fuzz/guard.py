@@ -2,13 +2,14 @@
 
 | kind | what it is | how it is seen |
 |---|---|---|
-| foreign | an error that is not one of the target's own, or one whose text is no sentence | raised |
+| foreign | an error that is not one of the target's own, or that is not a sentence | raised |
 | slow | more than 2 s of this process's time | `time.process_time` |
 | memory | more than ten times the input and `SPARE` of Python's objects | `tracemalloc` |
-| memory | `RESIDENT` bytes more than before, of torch's too | the process's peak, and a limit on its address space |
-| opened, wrote | a path outside of the target's folder, its links followed | audit events `open`, `os.*` |
-| code | something compiled, executed or imported that is not a module of this installation | `compile`, `exec`, `import` |
-| pickle, network, process | a class for pickle; a socket; a program | `pickle.find_class`, `socket.*`, `subprocess.*` |
+| memory | `RESIDENT` bytes more than before, of torch's too | peak, address space |
+| opened, wrote | a path outside of the target's folder, links followed | audit: `open`, `os.*` |
+| code | compiled, executed or imported, not of this installation | `compile`, `exec`, `import` |
+| pickle | a class for pickle | `pickle.find_class` |
+| network, process | a socket; a program | `socket.*`, `subprocess.*` |
 
 What opens files without Python (Rust's safetensors, torch's reader of zip files) is not seen; they
 get paths that Python has looked at. The end of the process is seen by its parent.
@@ -216,7 +217,8 @@ def _is_ours(file: str) -> bool:
 
 
 def _place(file: str, name: str) -> str:
-    return f"{os.path.relpath(file, ROOT) if file.startswith(str(ROOT)) else os.path.basename(file)}, {name}"
+    is_here = file.startswith(str(ROOT))
+    return f"{os.path.relpath(file, ROOT) if is_here else os.path.basename(file)}, {name}"
 
 
 def _peak() -> int:

@@ -36,7 +36,10 @@ NODES = "[app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => 
 # nodes that no pack has
 UNKNOWN = "!(node.subgraph || node.type in LiteGraph.registered_node_types)"
 RED = "node.has_errors"  # unknown nodes, and those whose file is missing
-COMPLAINTS = "[...document.querySelectorAll('[data-testid=error-overlay], [role=dialog]')].map(box => box.innerText)"
+COMPLAINTS = (
+    "[...document.querySelectorAll('[data-testid=error-overlay], [role=dialog]')]"
+    ".map(box => box.innerText)"
+)
 
 
 class BrowserError(Exception):

@@ -54,8 +54,12 @@ def machines(count: int, folder: Path):
 # --- memory ---
 
 def mappings(pid: int, below: str) -> dict[str, int]:
-    """Bytes of a process's pages: {"files"} below a folder that are resident, {"files_private"} no other process has, and
-    {"private"} of everything."""
+    """Bytes of a process's resident pages.
+
+    Returns:
+        "files": of files below a folder; "files_private": of these, what no other process has;
+        "private": of everything.
+    """
     found = dict.fromkeys(("files", "files_private", "private"), 0)
     mapped = ""
     for entry in Path(f"/proc/{pid}/smaps").read_text().splitlines():

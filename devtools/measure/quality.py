@@ -220,9 +220,12 @@ def main():
     if not demo_files.has_bitsandbytes():
         formats = [name for name in formats if name not in BITSANDBYTES]
     results = measure(formats, options.prompts, min(options.lora_prompts, options.prompts))
-    about = f"`python3 dev.py quality`: {options.prompts} captions that training never saw, {STEPS} steps; each LoRA on " \
-            f"{options.lora_prompts} of them. A LoRA's change: of the predictions for the same noise, along the dense " \
-            "model's change. Its effect: on finished pictures, dark lines and pumpkins counted."
+    about = (
+        f"`python3 dev.py quality`: {options.prompts} captions that training never saw, {STEPS}"
+        f" steps; each LoRA on {options.lora_prompts} of them. A LoRA's change: of the predictions"
+        " for the same noise, along the dense model's change. Its effect: on finished pictures,"
+        " dark lines and pumpkins counted."
+    )
     write(options.out, found | {"about": about, "formats": results})
     quality_picture.draw(results,
                          about.replace("`", "").partition(" A LoRA's")[0]).save(

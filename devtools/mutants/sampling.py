@@ -96,8 +96,10 @@ def _load_operators() -> dict:
         import cosmic_ray.mutating  # noqa: F401  it imports more than the plugins do
         from cosmic_ray.plugins import get_operator, operator_names
     except ImportError as error:
-        raise SystemExit(f"Failed: mutants need cosmic-ray ({error}). "
-                         f"Run `.dev/venv/bin/python -m pip install cosmic-ray`, then this again.") from None
+        raise SystemExit(
+            f"Failed: mutants need cosmic-ray ({error}). "
+            "Run `.dev/venv/bin/python -m pip install cosmic-ray`, then this again."
+        ) from None
     operators = {name.removeprefix("core/"): get_operator(name) for name in operator_names()}
     return {name: operator() for name, operator in operators.items()
             if not operator.arguments() and not name.endswith(EQUIVALENT)}

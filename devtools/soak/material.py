@@ -78,21 +78,20 @@ def sd3() -> dict[str, torch.Tensor]:
 
 
 def wan() -> dict[str, torch.Tensor]:
-    return of_the_host(
-        "WAN21_T2V",
-        {"image_model": "wan2.1", "model_type": "t2v", "dim": 256, "out_dim": 16, "num_heads": 2, "ffn_dim": 512,
-             "num_layers": 1, "in_dim": 16, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
-             "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6})
+    return of_the_host("WAN21_T2V", {"image_model": "wan2.1", "model_type": "t2v", "dim": 256,
+                       "out_dim": 16, "num_heads": 2, "ffn_dim": 512, "num_layers": 1, "in_dim": 16,
+                       "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
+                       "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6})
 
 
 def sd15() -> dict[str, torch.Tensor]:
-    return of_the_host(
-        "SD15",
-        {"use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
-             "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_resblock": False,
-             "use_temporal_attention": False, "adm_in_channels": None, "num_res_blocks": [1],
-             "channel_mult": [1], "transformer_depth": [1], "transformer_depth_output": [0, 1],
-             "transformer_depth_middle": -2, "use_linear_in_transformer": False, "context_dim": 768})
+    return of_the_host("SD15", {"use_checkpoint": False, "image_size": 32,
+                       "use_spatial_transformer": True, "legacy": False, "in_channels": 4,
+                       "out_channels": 4, "model_channels": 320, "use_temporal_resblock": False,
+                       "use_temporal_attention": False, "adm_in_channels": None,
+                       "num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [1],
+                       "transformer_depth_output": [0, 1], "transformer_depth_middle": -2,
+                       "use_linear_in_transformer": False, "context_dim": 768})
 
 
 SIZE = {"width": 64, "height": 64, "batch_size": 1}

@@ -8,7 +8,8 @@ from devtools.workflows.editor import Workflow, as_ui
 
 HEAD = """# Example workflows
 
-In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each workflow says which file goes into
+In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each \
+workflow says which file goes into
 which folder and what memory it takes. `python -m devtools.workflows` writes them and this page, and
 `devtools/workflows/pictures.py` their pictures.
 """

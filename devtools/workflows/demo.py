@@ -9,12 +9,13 @@ MEASURED = ("a red house right of a pine tree on snow at noon under a rainbow",
             "a blue house left of a palm tree on sand at dawn under a cloud",
             "a yellow house right of an oak tree on grass at night under a moon",
             "a white house left of a pine tree on grass at dusk under a sun")
-KNOWS = """It draws a house by a tree and knows 22 words: `red yellow blue purple pink white` of the house, `left right` of \
-the tree, `pine oak palm`, `grass snow sand`, `noon dusk dawn night`, `sun moon cloud rainbow`. Every other word is ignored."""
+KNOWS = """It draws a house by a tree and knows 22 words: `red yellow blue purple pink white` of \
+the house, `left right` of the tree, `pine oak palm`, `grass snow sand`, `noon dusk dawn night`, \
+`sun moon cloud rainbow`. Every other word is ignored."""
 MEMORY = "under 10 MB for the model, 0.1 GB for the text encoder."
 SOURCE = (
-    "`python3 dev.py demo`, in a clone of this pack's repository, makes the files. To run this workflow here, copy them \
-from `.dev/demo/models`:"
+    "`python3 dev.py demo`, in a clone of this pack's repository, makes the files. To run this \
+workflow here, copy them from `.dev/demo/models`:"
 )
 
 
@@ -88,8 +89,8 @@ def demo() -> Workflow:
         "Featherweight demo",
         columns,
         f"""
-A small Flux trained for this demo and its text encoder (CLIP-L), both stored as GGUF (Q8_0) and run with their weights kept \
-packed.
+A small Flux trained for this demo and its text encoder (CLIP-L), both stored as GGUF (Q8_0) and \
+run with their weights kept packed.
 
 {SOURCE}
 """,
@@ -112,10 +113,11 @@ def two_loras() -> Workflow:
         "Featherweight demo two LoRAs",
         columns,
         f"""
-Model and text encoder are stored as GGUF (Q8_0) and stay packed. The first LoRA, applied by ComfyUI's own loader, outlines \
-everything in ink. The second, applied by **Apply LoRA (Featherweight)** with a little less strength in the first block \
-(`double.0=0.9`), puts pumpkins in front of the house. **Check LoRA (Featherweight)** says whether the second one fits and \
-shows how much it changes each block.
+Model and text encoder are stored as GGUF (Q8_0) and stay packed. The first LoRA, applied by \
+ComfyUI's own loader, outlines everything in ink. The second, applied by **Apply LoRA \
+(Featherweight)** with a little less strength in the first block (`double.0=0.9`), puts pumpkins \
+in front of the house. **Check LoRA (Featherweight)** says whether the second one fits and shows \
+how much it changes each block.
 
 {SOURCE}
 """,
@@ -138,8 +140,9 @@ def nf4_checkpoint() -> Workflow:
         "Featherweight demo NF4 checkpoint",
         columns,
         f"""
-Model and VAE in one file, the model's weights packed as NF4 (bitsandbytes) and kept packed while it runs. A LoRA that \
-outlines everything in ink is applied on top, exactly, without touching the packed weights.
+Model and VAE in one file, the model's weights packed as NF4 (bitsandbytes) and kept packed while \
+it runs. A LoRA that outlines everything in ink is applied on top, exactly, without touching the \
+packed weights.
 
 {SOURCE}
 
@@ -175,9 +178,9 @@ def side_by_side() -> Workflow:
         "Featherweight demo side by side",
         columns,
         f"""
-One small Flux in six forms, with the same prompt and seed: dense (float16), Q8_0, Q4_K, a mix of types made by \
-*Featherweight demo packed to a size* in a file as large as that of Q4_K, NF4 and Q2_K, and with one or two LoRAs on top: \
-outlines in ink, and pumpkins.
+One small Flux in six forms, with the same prompt and seed: dense (float16), Q8_0, Q4_K, a mix of \
+types made by *Featherweight demo packed to a size* in a file as large as that of Q4_K, NF4 and \
+Q2_K, and with one or two LoRAs on top: outlines in ink, and pumpkins.
 
 {SOURCE}
 """,
@@ -231,16 +234,18 @@ def packed_to_a_size() -> Workflow:
         "Featherweight demo packed to a size",
         columns,
         f"""
-The dense model draws a few pictures, and what its layers see and how much each suffers from being packed is written into a \
-small file, once for a model. Then it is saved to a size: each matrix gets the type with which the error of the whole is least \
-at 5 MB. **Inspect Model File (Featherweight)** shows what each block has become and how far it is from the dense one.
+The dense model draws a few pictures, and what its layers see and how much each suffers from being \
+packed is written into a small file, once for a model. Then it is saved to a size: each matrix \
+gets the type with which the error of the whole is least at 5 MB. **Inspect Model File \
+(Featherweight)** shows what each block has become and how far it is from the dense one.
 
 {SOURCE}
 """,
         MEMORY,
-        """The size: at 0.0043 GB most of the model is in 2 bits. The prompts: a model is measured best on what it is \
-used for, and some dozens of prompts are enough. `thoroughness`: *one run per layer and type* takes seven times as long and \
-chooses a little better. With another model, put its loader, text encoder and latent in place of these.""",
+        """The size: at 0.0043 GB most of the model is in 2 bits. The prompts: a model is \
+measured best on what it is used for, and some dozens of prompts are enough. `thoroughness`: *one \
+run per layer and type* takes seven times as long and chooses a little better. With another model, \
+put its loader, text encoder and latent in place of these.""",
     )
 
 
@@ -260,8 +265,9 @@ def on_ray() -> Workflow:
         "Featherweight demo on Ray",
         columns,
         f"""
-Everything before **Run on Ray (Featherweight)** is one picture. The node has it drawn once for each line of *texts*, each \
-with the next seed, on all GPUs of this computer at the same time, or on other computers. Here no model is loaded.
+Everything before **Run on Ray (Featherweight)** is one picture. The node has it drawn once for \
+each line of *texts*, each with the next seed, on all GPUs of this computer at the same time, or \
+on other computers. Here no model is loaded.
 
 It needs Ray, in the Python of ComfyUI: `python -m pip install ray`.
 
@@ -269,9 +275,9 @@ It needs Ray, in the Python of ComfyUI: `python -m pip install ray`.
 """,
         "what one picture takes, on each GPU that draws, and 0.6 GB for each ComfyUI there.",
         f"""`count` and `texts`: with no \
-lines, all pictures have the prompt on the left and differ by their seed. `address`: *the cluster*, to draw on several \
-computers, where ComfyUI was started with its address in FEATHERWEIGHT_RAY_ADDRESS; each needs the files in its own \
-folders. {KNOWS}""",
+lines, all pictures have the prompt on the left and differ by their seed. `address`: *the \
+cluster*, to draw on several computers, where ComfyUI was started with its address in \
+FEATHERWEIGHT_RAY_ADDRESS; each needs the files in its own folders. {KNOWS}""",
     )
 
 

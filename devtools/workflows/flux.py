@@ -171,14 +171,16 @@ def nf4_package() -> Workflow:
         "Flux.1 dev 4-bit package on 8 GB",
         text_to_picture({"Load": [encoders, model, decoder]}, model, encoders, decoder),
         about=f"""
-Text encoder and model as diffusers saves them, both in 4 bits: folders, not files. The prompt is encoded first, then the \
-text encoder makes room for the model.
+Text encoder and model as diffusers saves them, both in 4 bits: folders, not files. The prompt is \
+encoded first, then the text encoder makes room for the model.
 
 Get the two folders, from inside `ComfyUI/models`:
 
 ```
-hf download hf-internal-testing/{PACKAGE} --include "text_encoder_2/*" --local-dir text_encoders/{PACKAGE}
-hf download hf-internal-testing/{PACKAGE} --include "transformer/*" --local-dir diffusion_models/{PACKAGE}
+hf download hf-internal-testing/{PACKAGE} --include "text_encoder_2/*" --local-dir \
+text_encoders/{PACKAGE}
+hf download hf-internal-testing/{PACKAGE} --include "transformer/*" --local-dir \
+diffusion_models/{PACKAGE}
 ```
 """,
         memory=f"A T5 in NF4 takes 2.9 GB; up to 6.3 GB where its feed-forward outputs were left"

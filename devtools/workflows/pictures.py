@@ -28,7 +28,8 @@ OPEN = """(async (workflow, left, top) => {
   const boxes = app.graph.groups.map(group => group.boundingRect ?? group._bounding)
   const low = [0, 1].map(axis => Math.min(...boxes.map(box => box[axis])))
   const high = [0, 1].map(axis => Math.max(...boxes.map(box => box[axis] + box[axis + 2])))
-  const scale = Math.min(1, ...[0, 1].map(axis => ([innerWidth, innerHeight][axis] - 2 * top) / (high[axis] - low[axis])))
+  const space = [innerWidth - 2 * top, innerHeight - 2 * top]
+  const scale = Math.min(1, ...[0, 1].map(axis => space[axis] / (high[axis] - low[axis])))
   app.canvas.ds.scale = scale
   app.canvas.ds.offset = [left / scale - low[0], top / scale - low[1]]
   app.canvas.deselectAll?.()

@@ -100,7 +100,8 @@ def sd15_gguf() -> Workflow:
         " of 4 GB. Only matrices are packed in such a file, the convolutions are 16 bits wide, so"
         " that Q4_0 is little smaller: 1.6 GB.",
         change="""
-Another checkpoint of SD1.5 as GGUF. To make one from a checkpoint you have, with the program of stable-diffusion.cpp:
+Another checkpoint of SD1.5 as GGUF. To make one from a checkpoint you have, with the program of \
+stable-diffusion.cpp:
 
 ```
 sd -M convert -m model.safetensors -o model-Q8_0.gguf --type q8_0

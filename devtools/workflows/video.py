@@ -9,7 +9,10 @@ from devtools.workflows.parts import (
     vae,
 )
 
-MOVING = "a white feather drifts down onto a brass balance scale, which tips slowly, soft morning light, fixed camera"
+MOVING = (
+    "a white feather drifts down onto a brass balance scale, which tips slowly, soft morning"
+    " light, fixed camera"
+)
 NEGATIVE = "blurry, overexposed, still picture, text, watermark, low quality, deformed"
 WAN_LORAS = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
 

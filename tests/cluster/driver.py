@@ -1,8 +1,9 @@
 """A batch whose workers write down what they begin and end: python driver.py WORKFLOW ROWS OUT
 ADDRESS LOG [--painted]
 
---painted: in ComfyUI's place a painter without models or steps, for tests of what happens around it. Its workflow is one node:
-{"class_type": "Paint", "inputs": {"text", "seed", "seconds"}}, where the text "crash" ends its process.
+--painted: in ComfyUI's place a painter without models or steps, for tests of what happens around
+it. Its workflow is one node: {"class_type": "Paint", "inputs": {"text", "seed", "seconds"}}. The
+text "crash" ends its process.
 """
 import argparse
 import ctypes

@@ -51,7 +51,8 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkey
     """A process that lives may have a number that no process has here, as in another container with
     the same /tmp."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "import time; made = embedded_comfyui.make_scratch(); print(made[0], flush=True); time.sleep(1000)"
+    code = ("import time; made = embedded_comfyui.make_scratch(); print(made[0], flush=True);"
+            " time.sleep(1000)")
     script = LOADER.format(code=code, root=str(ROOT))
     killed, alive = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
                                       text=True, env={**os.environ, "TMPDIR": str(tmp_path)})

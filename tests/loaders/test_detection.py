@@ -16,7 +16,8 @@ from featherweight.loaders.packing.source import SaveError, source_of_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-UNKNOWN = "model.safetensors( holds no .* that this ComfyUI knows|: .* cannot build a model|: .* their sizes are not)"
+UNKNOWN = ("model.safetensors( holds no .* that this ComfyUI knows|: .* cannot build a model"
+           "|: .* their sizes are not)")
 PARTS = {
     "flux": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,), "img_in.weight": (64, 64)},
     "flux of diffusers": {"x_embedder.weight": ()}, "flux 2 of diffusers": {

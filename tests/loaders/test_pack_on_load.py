@@ -228,7 +228,7 @@ def test_what_a_gguf_holds_plain_is_packed_and_the_rest_stays(half, tmp_path):
 
 
 # --- other files
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_shards_and_a_folder_are_what_the_one_file_is(tmp_path):
     path, seen = flux_in("BF16")
@@ -366,7 +366,7 @@ def test_formats_that_the_metadata_of_a_file_name_are_read(tmp_path):
 
 
 # --- recipes and errors
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_the_recipe_packs_again_to_the_same_bytes():
     ours = packed_flux("BF16", "Q4_K")

@@ -142,10 +142,12 @@ import pathlib, torch
 torch.set_num_threads(1)
 for file in pathlib.Path(folder).glob("*.blocks"):
     blocks = torch.load(file, weights_only=False)
-    bases = [type(module).__mro__[1] for module in {module for block in blocks for module in block.modules()}]
+    modules = {module for block in blocks for module in block.modules()}
+    bases = [type(module).__mro__[1] for module in modules]
     with torch.no_grad():
         outputs = [block(torch.ones(2, 256)) for block in blocks]
-    torch.save([*outputs, sum(base.__module__.startswith(f"{name}.ops") for base in bases)], file.with_suffix(".outputs"))
+    ours = sum(base.__module__.startswith(f"{name}.ops") for base in bases)
+    torch.save([*outputs, ours], file.with_suffix(".outputs"))
 """
 # types of one file, and those made of a file's numbers
 PICKLED = ("Q8_0", "NF4", "NF4_128", "INT8", "Q4_K_256_2x4")

@@ -135,7 +135,8 @@ sys.modules["featherweight"] = pack
 from featherweight.ops.kernels.cpp_backend import CppCompiler
 for folder in sys.argv[4:]:
     for _ in range(2):
-        print("answer", CppCompiler(sys.argv[2], Path(folder)).library(sys.argv[3]).answer(), flush=True)
+        library = CppCompiler(sys.argv[2], Path(folder)).library(sys.argv[3])
+        print("answer", library.answer(), flush=True)
 """
 
 
@@ -149,7 +150,8 @@ def test_damaged_kernels_are_compiled_again_and_end_no_process(tmp_path):
         folder = tmp_path / damage.__name__ / "kernels"
         shutil.copytree(whole.parent, folder.parent)
         (folder / compiled.name).write_bytes(damage(compiled.read_bytes()))
-        line = f"[Featherweight] The compiled kernel {folder / compiled.name} is damaged and is compiled again."
+        line = (f"[Featherweight] The compiled kernel {folder / compiled.name} is damaged and is"
+                " compiled again.")
         expected += [line, "answer 1", "answer 1"]
         folders.append(str(folder))
     command = [sys.executable, "-c", LOADS, str(PACK), COMMAND, SOURCE, *folders]

@@ -121,7 +121,8 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(
-    ("name", "operands", "sentence"), BROKEN, ids=[f"{name}: {sentence}" for name, _, sentence in BROKEN]
+    ("name", "operands", "sentence"), BROKEN,
+    ids=[f"{name}: {sentence}" for name, _, sentence in BROKEN]
 )
 def test_a_fake_says_what_is_wrong(name, operands, sentence):
     with pytest.raises(RuntimeError, match=re.escape(sentence)) as error:

@@ -32,7 +32,8 @@ IN_LANGUAGE = """(language => {
   window.fetch = async (url, ...rest) => {
     const page = /^(.*\\/docs\\/)(\\w+)(\\/en)?\\.md$/.exec(url)
     if (!page) return fetchAnything(url, ...rest)
-    const reply = await fetchAnything(language === 'en' ? url : `${page[1]}${page[2]}/${language}.md`, ...rest)
+    const source = language === 'en' ? url : `${page[1]}${page[2]}/${language}.md`
+    const reply = await fetchAnything(source, ...rest)
     if (!reply.ok) return reply
     marks[page[2]] = `page ${Object.keys(marks).length} ${language}.`
     return new Response(`${await reply.text()}\\n\\n${marks[page[2]]}\\n`, reply)
@@ -57,7 +58,8 @@ CUT_PAGES = f"""(async types => {{
   const cut = {{}}, end = performance.now() + 100000
   for (const type of types) {{
     {SELECT}(type)
-    while (!(type in marks && document.querySelector('.node-help-content')?.innerText.includes(marks[type]))) {{
+    const shown = () => document.querySelector('.node-help-content')?.innerText
+    while (!(type in marks && shown()?.includes(marks[type]))) {{
       if (performance.now() > end) throw new Error(`the help page of ${{type}} does not come`)
       await new Promise(done => setTimeout(done, 20))
     }}
@@ -69,7 +71,8 @@ CUT_PAGES = f"""(async types => {{
 # Where on the page the right arrow of a number is.
 ARROW = """((type, name) => {
   const node = app.graph.nodes.find(node => node.type === type), {scale, offset} = app.canvas.ds
-  const widget = node.widgets.find(widget => widget.name === name), box = app.canvas.canvas.getBoundingClientRect()
+  const widget = node.widgets.find(widget => widget.name === name)
+  const box = app.canvas.canvas.getBoundingClientRect()
   return [box.x + (node.pos[0] + node.size[0] - 25 + offset[0]) * scale,
           box.y + (node.pos[1] + widget.last_y + 10 + offset[1]) * scale]
 })"""
@@ -126,7 +129,8 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
     nodes = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))["nodes"]
     sampler, latent = (next(node for node in nodes if node["type"] == kind)
                        for kind in ("KSampler", "EmptySD3LatentImage"))
-    steps = "app.graph.nodes.find(node => node.type === 'KSampler').widgets.find(widget => widget.name === 'steps').value"
+    steps = ("app.graph.nodes.find(node => node.type === 'KSampler')"
+             ".widgets.find(widget => widget.name === 'steps').value")
     page.click(*page.wait_for(
         f"(place => Number.isFinite(place[1]) && place)({ARROW}('KSampler', 'steps'))"))
     page.wait_for(f"{steps} === {sampler['widgets_values'][2] + 1}")
@@ -146,7 +150,8 @@ def test_a_template_opens_from_the_template_browser(page):
         f"[...document.querySelectorAll('[role=dialog] *')].find(item => item.textContent.trim()"
         f" === '{PACK}' && !item.children.length)")
     names = sorted(path.stem for path in EXAMPLES)  # their folder lists them in no order
-    cards = "[...document.querySelectorAll('[data-testid^=\"template-workflow-\"]')].map(card => card.dataset.testid.slice(18))"
+    cards = ("[...document.querySelectorAll('[data-testid^=\"template-workflow-\"]')]"
+             ".map(card => card.dataset.testid.slice(18))")
     # more as one scrolls
     shown = page.wait_for(
         f"(cards => cards.length > 5 && cards[0].includes('F') && cards)({cards})")
@@ -242,7 +247,8 @@ def test_a_node_that_nobody_has_and_one_whose_file_is_missing_are_red(editor):
 def test_a_name_written_on_another_system_becomes_the_listed_one(editor, fresh):
     """Also in a subgraph and where a refreshed list has the file; nodes of others are left as they
     are."""
-    values = f"{NODES}.flatMap(node => node.widgets ?? []).map(widget => widget.value).filter(value => /flux/.test(value))"
+    values = (f"{NODES}.flatMap(node => node.widgets ?? []).map(widget => widget.value)"
+              ".filter(value => /flux/.test(value))")
     subgraph = next(path for path in LEGACY if "subgraph" in path.stem).read_text(encoding="utf-8")
     for written, listed in ((r"linux\flux.safetensors", "linux/flux.safetensors"),
                             # lists on Windows have backslashes

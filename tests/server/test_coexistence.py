@@ -26,7 +26,8 @@ IDS = {GGUF_IDS}
 import folder_paths
 
 for key, host_key in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
-    folder_paths.folder_names_and_paths[key] = (folder_paths.folder_names_and_paths[host_key][0], {".gguf"})
+    folders = folder_paths.folder_names_and_paths[host_key][0]
+    folder_paths.folder_names_and_paths[key] = (folders, {".gguf"})
 
 
 class UnetLoaderGGUF:

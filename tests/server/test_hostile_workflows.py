@@ -51,14 +51,19 @@ class Faulty:
         return {"required": {"fault": ("STRING", {}), "value": ("STRING", {})}}
     def run(self, fault, value):
         try:
-            {"open": lambda: open(value), "write": lambda: open(value + ".new", "w").close(), "list": lambda: os.listdir(value),
+            {"open": lambda: open(value), "write": lambda: open(value + ".new", "w").close(),
+             "list": lambda: os.listdir(value),
              "connect": lambda: socket.create_connection(("127.0.0.1", int(value)), 1),
              "resolve": lambda: socket.getaddrinfo(value, 80),
-             "start": lambda: subprocess.run(["true", value]), "system": lambda: os.system("true " + value),
+             "start": lambda: subprocess.run(["true", value]),
+             "system": lambda: os.system("true " + value),
              "another program": lambda: subprocess.run(["true"]),
-             "variable": lambda: os.environ.update(X=value), "unpickle": lambda: pickle.load(open(value, "rb")),
-             "evaluate": lambda: eval(repr(value)), "import": lambda: __import__(value), "remove": lambda: os.remove(value),
-             "library": lambda: __import__("ctypes").CDLL(value), "link": lambda: os.symlink("x", value + ".link"),
+             "variable": lambda: os.environ.update(X=value),
+             "unpickle": lambda: pickle.load(open(value, "rb")),
+             "evaluate": lambda: eval(repr(value)), "import": lambda: __import__(value),
+             "remove": lambda: os.remove(value),
+             "library": lambda: __import__("ctypes").CDLL(value),
+             "link": lambda: os.symlink("x", value + ".link"),
              "wait": lambda: [time.sleep(0.1) for _ in iter(lambda: os.path.exists(value), True)],
              "native": lambda: __import__("ctypes").CDLL(None).open(value.encode(), 0)}[fault]()
         except Exception:
@@ -426,7 +431,8 @@ def test_a_node_that_breaks_the_rule_is_seen(stranger, watch, fault, value, foun
                                        models=stranger.audit.server / "models" / "loras")
     with watch:
         watch.server.queue({"1": node("Faulty", {"fault": fault, "value": value})})
-    assert any(found in breach for breach in watch.breaches) or (found == "touched" and watch.touched)
+    is_seen = any(found in breach for breach in watch.breaches)
+    assert is_seen or (found == "touched" and watch.touched)
     assert watch.connections == (fault == "connect")
     with pytest.raises(AssertionError):
         watch.assert_nothing()

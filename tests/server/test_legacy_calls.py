@@ -17,7 +17,8 @@ import asyncio, sys
 sys.argv = ["main.py", "--base-directory", *sys.argv[1:], "--disable-api-nodes"]
 import comfy.options
 comfy.options.enable_args_parsing()
-import utils.extra_config  # for the user's folders of models; older hosts find it only before `nodes` is imported
+# for the user's folders of models; older hosts find it only before `nodes` is imported
+import utils.extra_config
 import torch
 
 
@@ -44,17 +45,24 @@ def main():
         unetloadergguf = NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]()
         unetloadergguf_1 = unetloadergguf.load_unet(unet_name="{demo.MODEL_NAME}")
         cliploadergguf = NODE_CLASS_MAPPINGS["CLIPLoaderGGUF"]()
-        cliploadergguf_2 = cliploadergguf.load_clip(clip_name="{demo_files.ENCODER_NAME}", type="stable_diffusion")
+        cliploadergguf_2 = cliploadergguf.load_clip(
+            clip_name="{demo_files.ENCODER_NAME}", type="stable_diffusion")
         vaeloader_3 = VAELoader().load_vae(vae_name="{demo_files.VAE_NAME}")
-        cliptextencode_4 = CLIPTextEncode().encode(text="a blue house", clip=get_value_at_index(cliploadergguf_2, 0))
+        cliptextencode_4 = CLIPTextEncode().encode(
+            text="a blue house", clip=get_value_at_index(cliploadergguf_2, 0))
         emptysd3latentimage = NODE_CLASS_MAPPINGS["EmptySD3LatentImage"]()
-        emptysd3latentimage_5 = emptysd3latentimage.EXECUTE_NORMALIZED(width=128, height=128, batch_size=1)
+        emptysd3latentimage_5 = emptysd3latentimage.EXECUTE_NORMALIZED(
+            width=128, height=128, batch_size=1)
         ksampler_6 = KSampler().sample(
             seed=1, steps=2, cfg=1, sampler_name="euler", scheduler="simple", denoise=1,
-            model=get_value_at_index(unetloadergguf_1, 0), positive=get_value_at_index(cliptextencode_4, 0),
-            negative=get_value_at_index(cliptextencode_4, 0), latent_image=get_value_at_index(emptysd3latentimage_5, 0))
-        vaedecode_7 = VAEDecode().decode(samples=get_value_at_index(ksampler_6, 0), vae=get_value_at_index(vaeloader_3, 0))
-        SaveImage().save_images(filename_prefix="exported", images=get_value_at_index(vaedecode_7, 0))
+            model=get_value_at_index(unetloadergguf_1, 0),
+            positive=get_value_at_index(cliptextencode_4, 0),
+            negative=get_value_at_index(cliptextencode_4, 0),
+            latent_image=get_value_at_index(emptysd3latentimage_5, 0))
+        vaedecode_7 = VAEDecode().decode(
+            samples=get_value_at_index(ksampler_6, 0), vae=get_value_at_index(vaeloader_3, 0))
+        SaveImage().save_images(
+            filename_prefix="exported", images=get_value_at_index(vaedecode_7, 0))
 
 
 main()

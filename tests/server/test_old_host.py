@@ -26,8 +26,10 @@ def test_an_older_host_is_told_what_the_pack_needs(tmp_path):
 
 def test_a_host_so_old_that_it_does_not_say_its_version_is_told_so_too(tmp_path):
     (tmp_path / "pack").symlink_to(ROOT)
-    hidden = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules['comfyui_version'] = None; import pack; "
+    hidden = (f"import sys; sys.path.insert(0, {str(tmp_path)!r});"
+              " sys.modules['comfyui_version'] = None; import pack; ")
     found = subprocess.run([sys.executable, "-c", hidden + "print(pack.NODE_CLASS_MAPPINGS)"],
                            capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "{}"
-    assert f"This is ComfyUI of an unknown version and Featherweight needs {OLDEST} or newer: update ComfyUI." in found.stderr
+    assert ("This is ComfyUI of an unknown version and Featherweight needs"
+            f" {OLDEST} or newer: update ComfyUI.") in found.stderr

@@ -44,7 +44,7 @@ WRONG = {  # node -> (what it is given, what it says)
 }
 FORGETTER = '''
 class ForgetLoader:
-    """A model of which the host does not know how it was loaded, as some packs' loaders leave it."""
+    """A model of which the host does not know how it was loaded, as some packs leave it."""
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
 
     @classmethod

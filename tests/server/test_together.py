@@ -58,7 +58,7 @@ def refusal(server, graph: dict, on_progress=None) -> str:
     return str(error.value)
 
 
-def test_two_users_of_one_server_and_two_servers_with_one_cache_get_the_pictures_they_would_get_alone(
+def test_two_users_of_one_server_and_two_servers_with_one_cache_get_the_pictures_of_one_alone(
         server, graph, tmp_path):
     path = server.base / "models" / "diffusion_models" / "dense to pack.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in demo_files.flux().items()}, path)

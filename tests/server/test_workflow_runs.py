@@ -47,7 +47,8 @@ class StandInText:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {{"required": {{"width": ("INT", {{"max": 9999}}), "pooled": ("INT", {{"max": 9999}})}},
+        number = ("INT", {{"max": 9999}})
+        return {{"required": {{"width": number, "pooled": number}},
                 "optional": {{"vae": ("VAE",), "image1": ("IMAGE",)}}}}
 
     def run(self, width, pooled, vae=None, image1=None):

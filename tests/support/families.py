@@ -157,16 +157,17 @@ def stable_diffusion_cpp_style(packed_type: str = "Q4_0",
     return {"type_of": lambda name, values: types.get(values.ndim, "F16"), "architecture": None}
 
 
-_FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "context_in_dim": 256,
-             "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
-             "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "vec_in_dim": None,
-             "guidance_embed": False, "txt_ids_dims": []}
+_FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2,
+         "context_in_dim": 256, "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
+         "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True,
+         "vec_in_dim": None, "guidance_embed": False, "txt_ids_dims": []}
 
 _FLUX2 = {"image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1,
-              "context_in_dim": 256, "hidden_size": 256, "mlp_ratio": 3.0, "num_heads": 2, "depth": 1,
-              "depth_single_blocks": 1, "axes_dim": [32, 32, 32, 32], "theta": 2000, "qkv_bias": False,
-              "vec_in_dim": None, "guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True,
-              "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0}
+          "context_in_dim": 256, "hidden_size": 256, "mlp_ratio": 3.0, "num_heads": 2, "depth": 1,
+          "depth_single_blocks": 1, "axes_dim": [32, 32, 32, 32], "theta": 2000, "qkv_bias": False,
+          "vec_in_dim": None, "guidance_embed": True, "txt_ids_dims": [3],
+          "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+          "default_ref_method": "index", "ref_index_scale": 10.0}
 
 _CHROMA = {name: value for name, value in _FLUX.items() if name != "guidance_embed"} | {
     "image_model": "chroma",
@@ -178,45 +179,45 @@ _CHROMA = {name: value for name, value in _FLUX.items() if name != "guidance_emb
     "n_layers": 1,
 }
 
-_SD3 = {
-    "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 4, "input_size": None, "adm_in_channels": 256,
-    "num_patches": 64, "context_embedder_config": {
-        "target": "torch.nn.Linear", "params": {"in_features": 256, "out_features": 256}
-    }, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None, "qk_norm": "rms",
-    "x_block_self_attn_layers": [0]}
+_SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 4, "input_size": None,
+        "adm_in_channels": 256, "num_patches": 64,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 256,
+        "out_features": 256}}, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None,
+        "qk_norm": "rms", "x_block_self_attn_layers": [0]}
 
-_UNET = {"use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
-             "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_resblock": False,
-             "use_temporal_attention": False}
+_UNET = {"use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True,
+         "legacy": False, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+         "use_temporal_resblock": False, "use_temporal_attention": False}
 
-_WAN = {"image_model": "wan2.1", "model_type": "t2v", "dim": 256, "out_dim": 16, "num_heads": 2, "ffn_dim": 512,
-            "num_layers": 1, "in_dim": 16, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
-            "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6}
+_WAN = {"image_model": "wan2.1", "model_type": "t2v", "dim": 256, "out_dim": 16, "num_heads": 2,
+        "ffn_dim": 512, "num_layers": 1, "in_dim": 16, "patch_size": (1, 2, 2), "freq_dim": 256,
+        "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6}
 
-_HUNYUAN_VIDEO = {"image_model": "hunyuan_video", "in_channels": 16, "patch_size": [1, 2,
-                                                                               2], "out_channels": 16,
-                      "vec_in_dim": 768, "axes_dim": [16, 56, 56], "meanflow": False, "context_in_dim": 256,
-                      "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
-                      "theta": 256, "qkv_bias": True, "byt5": False, "guidance_embed": True,
-                      "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}
+_HUNYUAN_VIDEO = {"image_model": "hunyuan_video", "in_channels": 16, "patch_size": [1, 2, 2],
+                  "out_channels": 16, "vec_in_dim": 768, "axes_dim": [16, 56, 56],
+                  "meanflow": False, "context_in_dim": 256, "hidden_size": 256, "mlp_ratio": 4.0,
+                  "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "theta": 256,
+                  "qkv_bias": True, "byt5": False, "guidance_embed": True,
+                  "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}
 
-_LUMINA = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "cap_feat_dim": 256,
-               "n_layers": 2, "qk_norm": True}
+_LUMINA = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256,
+           "cap_feat_dim": 256, "n_layers": 2, "qk_norm": True}
 
-_COSMOS = {"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16,
-               "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256, "num_blocks": 1, "num_heads": 2,
-               "concat_padding_mask": True, "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d",
-               "pos_emb_interpolation": "crop", "use_adaln_lora": True, "adaln_lora_dim": 256}
+_COSMOS = {"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16,
+           "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256,
+           "num_blocks": 1, "num_heads": 2, "concat_padding_mask": True,
+           "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d", "pos_emb_interpolation": "crop",
+           "use_adaln_lora": True, "adaln_lora_dim": 256}
 
 _COSMOS2 = dict(_COSMOS, pos_emb_learnable=True, min_fps=1, max_fps=30,
                 extra_per_block_abs_pos_emb=False, rope_h_extrapolation_ratio=4.0,
                 rope_w_extrapolation_ratio=4.0, rope_enable_fps_modulation=False)
 
 _LTX2 = {"attention_head_dim": 8, "cross_attention_dim": 256, "audio_attention_head_dim": 8,
-             "audio_cross_attention_dim": 256, "caption_channels": 256, "connector_attention_head_dim": 64,
-             "connector_num_attention_heads": 4, "connector_num_layers": 1, "apply_gated_attention": True,
-             "cross_attention_adaln": True, "caption_proj_before_connector": True,
-             "connector_apply_gated_attention": True}
+         "audio_cross_attention_dim": 256, "caption_channels": 256,
+         "connector_attention_head_dim": 64, "connector_num_attention_heads": 4,
+         "connector_num_layers": 1, "apply_gated_attention": True, "cross_attention_adaln": True,
+         "caption_proj_before_connector": True, "connector_apply_gated_attention": True}
 
 FAMILIES = {
     "flux-schnell": Family(
@@ -431,14 +432,9 @@ FAMILIES = {
         context=(1, 7, 256),
         extra={"c_concat": (1, 33, 2, 4, 4), "txt_byt5": (1, 5, 1472), "clip_fea": (1, 5, 1152)},
     ),
-    "ltxv": Family(
-        "comfy.model_base.LTXV",
-        "LTXV",
-        {"image_model": "ltxv", "num_layers": 1, "attention_head_dim": 8, "cross_attention_dim": 256},
-        latent=(1, 128, 2, 4, 4),
-        context=(1, 7, 4096),
-        extra={"attention_mask": None, "frame_rate": 25},
-    ),
+    "ltxv": Family("comfy.model_base.LTXV", "LTXV", {"image_model": "ltxv", "num_layers": 1,
+                   "attention_head_dim": 8, "cross_attention_dim": 256}, latent=(1, 128, 2, 4, 4),
+                   context=(1, 7, 4096), extra={"attention_mask": None, "frame_rate": 25},),
     "ltx-2": Family(  # with the additions of 2.3; its sizes come from the file's metadata
         "comfy.model_base.LTXAV",
         "LTXAV",

@@ -8,17 +8,18 @@ import comfy.sdxl_clip
 import comfy.supported_models
 import torch
 
-_UNET = {"use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
-             "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_resblock": False,
-             "use_temporal_attention": False}
-_FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "context_in_dim": 4096,
-             "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38,
-             "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "vec_in_dim": 768, "guidance_embed": True,
-             "txt_ids_dims": []}
-_FLUX2 = {"image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "mlp_ratio": 3.0,
-              "axes_dim": [32, 32, 32, 32], "theta": 2000, "qkv_bias": False, "vec_in_dim": None,
-              "guidance_embed": False, "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True,
-              "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0}
+_UNET = {"use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True,
+         "legacy": False, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+         "use_temporal_resblock": False, "use_temporal_attention": False}
+_FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2,
+         "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24,
+         "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000,
+         "qkv_bias": True, "vec_in_dim": 768, "guidance_embed": True, "txt_ids_dims": []}
+_FLUX2 = {"image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1,
+          "mlp_ratio": 3.0, "axes_dim": [32, 32, 32, 32], "theta": 2000, "qkv_bias": False,
+          "vec_in_dim": None, "guidance_embed": False, "txt_ids_dims": [3],
+          "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+          "default_ref_method": "index", "ref_index_scale": 10.0}
 
 # name -> (class in comfy.supported_models, its configuration as the host's detection reads it from
 # the published files)

@@ -94,7 +94,8 @@ def attribute_attempts(name: str) -> list:
 
     calls = [functools.partial(call, arguments=arguments) for arguments in ARGUMENTS]
     taken = [attempt for attempt in calls if outcome(attempt, torch.rand(SHAPE))[1] is None]
-    return [*dict.fromkeys(taken[:1] + taken[-1:] or calls[:1]), functools.partial(as_a_function, value)]
+    chosen = dict.fromkeys(taken[:1] + taken[-1:] or calls[:1])
+    return [*chosen, functools.partial(as_a_function, value)]
 
 
 def as_a_function(function, tensor):

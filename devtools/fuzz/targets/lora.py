@@ -143,11 +143,12 @@ def _small_flux(torch):
     import comfy.model_patcher
     import comfy.ops
     import comfy.supported_models
-    config = comfy.supported_models.Flux(
-        {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "context_in_dim": 64,
-             "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1, "depth_single_blocks": 1,
-             "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "vec_in_dim": 32, "guidance_embed": False,
-             "txt_ids_dims": []})
+    config = comfy.supported_models.Flux({"image_model": "flux", "in_channels": 16,
+                                         "out_channels": 16, "patch_size": 2, "context_in_dim": 64,
+                                         "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1,
+                                         "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56,
+                                         56], "theta": 10000, "qkv_bias": True, "vec_in_dim": 32,
+                                         "guidance_embed": False, "txt_ids_dims": []})
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = comfy.ops.disable_weight_init
     model = config.get_model({}, "", device="cpu")

@@ -113,7 +113,7 @@ def test_configs_of_plain_and_older_models_are_read(folder, config, kind):
 
 
 # --- bad input
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def refused(path, message):
     with pytest.raises(WeightFileError, match=message) as error:

@@ -83,7 +83,7 @@ def build(*tensors: bytes, metadata=(), data=128, version=3, tensor_count=None, 
 
 
 # --- what is read
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("type_name", [*PLAIN_DTYPES, *PACKED])
 def test_every_type_reads_as_the_bytes_that_were_written(tmp_path, type_name):
@@ -177,7 +177,8 @@ def test_both_layouts_of_type_42_are_told_apart_by_the_sizes_of_the_tensors(tmp_
 def test_tensors_of_type_42_that_fit_both_layouts_are_refused(tmp_path):
     path = tmp_path / "model.gguf"
     write_type_42(path, "PQ2_0", {"a": (1, 128), "b": (2, 256)})
-    message = r"model.gguf: its tensors of the ggml type 42 are too small to tell .* PrismML's.* Get the model in another type"
+    message = (r"model.gguf: its tensors of the ggml type 42 are too small to tell .* PrismML's.*"
+               " Get the model in another type")
     with pytest.raises(WeightFileError, match=message):
         open_weights(path)
 
@@ -282,7 +283,7 @@ def test_the_file_is_released_with_its_last_tensor(tmp_path):
 
 
 # --- metadata
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_metadata_of_every_type_equals_ggufs(tmp_path):
     path = tmp_path / "model.gguf"
@@ -426,7 +427,7 @@ def test_a_plain_tensor_takes_any_original_shape(tmp_path):
 
 
 # --- split files
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def write_split(folder, small_first_shard=False):
     path = str(folder / "model.gguf")

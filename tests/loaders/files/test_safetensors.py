@@ -257,7 +257,7 @@ def test_the_file_is_released_with_its_last_tensor(tmp_path):
 
 
 # --- bad input
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 NF4_STATE = "a.weight.quant_state.bitsandbytes__nf4"
 INT8 = {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.SCB": torch.ones(4)}

@@ -21,9 +21,10 @@ def left_in(folder) -> list[str]:
 
 def in_a_child(code: str, *arguments) -> subprocess.Popen:
     """A process that runs `code` with `atomic_writer` at hand."""
+    packages = [(name, sys.modules[name].__path__[0]) for name in PACKAGES]
     start = textwrap.dedent(f"""
         import sys, types
-        for name, folder in {[(name, sys.modules[name].__path__[0]) for name in PACKAGES]}:  # needs nothing else of the pack
+        for name, folder in {packages}:  # needs nothing else of the pack
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [folder]
         from featherweight.loaders.files.atomic_file import WriteError, atomic_writer

@@ -20,8 +20,8 @@ from featherweight.loaders.lora.report_chart import report_picture
 from featherweight.loaders.lora.weight_change import change_norm
 
 PREFIX = "diffusion_model."
-SMALL_FLUX = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64,
-                  "vec_in_dim": None, "guidance_embed": False}
+SMALL_FLUX = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2,
+              "context_in_dim": 64, "vec_in_dim": None, "guidance_embed": False}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ except ImportError:  # ComfyUI 0.24 has none
     qwen3vl = None
 
 QWEN25_TOWER = qwen_vl.Qwen2VLVisionTransformer
-QWEN3_TOWER = {"hidden_size": 128, "intermediate_size": 256, "depth": 3, "deepstack_visual_indexes": [0, 2]}
+QWEN3_TOWER = {"hidden_size": 128, "intermediate_size": 256, "depth": 3,
+               "deepstack_visual_indexes": [0, 2]}
 LAST_LAYER = "model.layers.49.self_attn.q_proj.weight"
 MERGED = 4 * 128  # a merger takes four patches of the tower's width
 
