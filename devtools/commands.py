@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from devtools import ROOT
-from devtools.gpu import bare
+from devtools.gpu import offline_bundle
 from devtools.host.environment import Environment, fetch_chromium, fetch_llama_cpp, prepare
 
 PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
@@ -128,11 +128,11 @@ def gpu(arguments: list[str]) -> int:
     parser.add_argument("--peer", type=Path)
     own, _ = parser.parse_known_args(arguments)
     if own.pack:
-        bare.pack(own.pack, own.peer)
+        offline_bundle.pack(own.pack, own.peer)
         return 0
     if not own.packed:
         return prepare().run("-m", "devtools.gpu", *arguments)
-    environment, site = bare.environment(own.packed)
+    environment, site = offline_bundle.environment(own.packed)
     return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
 
 

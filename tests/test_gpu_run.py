@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from devtools import ROOT, fakegpu
-from devtools.gpu import bare
+from devtools.gpu import offline_bundle
 from devtools.gpu.report import GOALS, Report
 from devtools.gpu.stages import FORMATS, STAGES
 from devtools.host.environment import SetupError
@@ -183,14 +183,14 @@ def wheel(folder, name: str, version: str):
 
 def test_a_bare_machine_gets_what_it_lacks_and_the_versions_that_comfyui_asks_for(tmp_path):
     packed = tmp_path / "packed"
-    (packed / bare.WHEELS).mkdir(parents=True)
+    (packed / offline_bundle.WHEELS).mkdir(parents=True)
     (tmp_path / "requirements.txt").write_text("pytest==0.0.1\n")
-    with tarfile.open(packed / bare.HOST, "w:xz") as archive:
+    with tarfile.open(packed / offline_bundle.HOST, "w:xz") as archive:
         archive.add(tmp_path / "requirements.txt", "requirements.txt")
-    wheel(packed / bare.WHEELS, "not_installed_here", "1.0")
-    wheel(packed / bare.WHEELS, "pytest", "0.0.1")
-    wheel(packed / bare.WHEELS, "numpy", "0.0.1")
-    environment, site = bare.environment(packed)
+    wheel(packed / offline_bundle.WHEELS, "not_installed_here", "1.0")
+    wheel(packed / offline_bundle.WHEELS, "pytest", "0.0.1")
+    wheel(packed / offline_bundle.WHEELS, "numpy", "0.0.1")
+    environment, site = offline_bundle.environment(packed)
     assert (environment.host / "requirements.txt").is_file()
     assert sorted(os.listdir(site)) == ["not_installed_here", "pytest"]
     assert importlib.metadata.version("numpy") != "0.0.1"
@@ -198,11 +198,13 @@ def test_a_bare_machine_gets_what_it_lacks_and_the_versions_that_comfyui_asks_fo
 
 def test_a_folder_that_was_not_packed_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(SetupError, match="dev.py gpu --pack"):
-        bare.environment(tmp_path)
+        offline_bundle.environment(tmp_path)
 
 
 @pytest.mark.heavy
 def test_what_a_bare_machine_lacks_is_small(tmp_path):
-    bare.pack(tmp_path / "packed")
-    names = {file.name.split("-")[0] for file in (tmp_path / "packed" / bare.WHEELS).iterdir()}
+    offline_bundle.pack(tmp_path / "packed")
+    names = {
+        file.name.split("-")[0] for file in (tmp_path / "packed" / offline_bundle.WHEELS).iterdir()
+    }
     assert {"gguf", "comfy_kitchen", "comfy_aimdo"} <= names

@@ -1,7 +1,7 @@
 """What a device has to do where torch dequantises and multiplies: how many kernels it launches and
 how many bytes they move."""
-from devtools.measure.bench.passes import every_format, low_rank
-from devtools.measure.passes import META, Passes, of_dequantizing, of_linear
+from devtools.measure.bench.memory_passes import every_format, low_rank
+from devtools.measure.memory_passes import META, Passes, of_dequantizing, of_linear
 
 import pytest
 import torch

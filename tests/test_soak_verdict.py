@@ -3,8 +3,8 @@ told."""
 import pytest
 
 from devtools.soak import verdict
-from devtools.soak.asks import Asks
-from devtools.soak.run import Book
+from devtools.soak.requests import Asks
+from devtools.soak.run import RunLog
 
 
 def readings(**last) -> list[dict]:
@@ -32,19 +32,23 @@ def readings(**last) -> list[dict]:
     ],
 )
 def test_a_bound_that_is_broken_is_told_in_a_sentence(last, says):
-    book = Book(readings=readings(**last))
-    assert "".join(verdict.broken(book))[:len(says) or None] == says
-    assert verdict.closing_line(book).startswith("Failed: " if says else "Done: ")
-    assert verdict.plot(book.readings, "title", "subtitle").size[0] > 1000
+    run_log = RunLog(readings=readings(**last))
+    assert "".join(verdict.broken(run_log))[:len(says) or None] == says
+    assert verdict.closing_line(run_log).startswith("Failed: " if says else "Done: ")
+    assert verdict.plot(run_log.readings, "title", "subtitle").size[0] > 1000
 
 
 def test_a_picture_that_is_another_the_second_time_is_a_mistake(tmp_path):
     (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
-    asks, book = Asks(tmp_path, seed=1, client=0), Book()
+    asks, run_log = Asks(tmp_path, seed=1, client=0), RunLog()
     ask = asks.number(0)
     for digest in ("a", "a", "b"):
-        book.picture(ask, digest)
-    assert book.repeated == 2 and len(book.mistakes) == 1 and "another picture" in book.mistakes[0]
+        run_log.picture(ask, digest)
+    assert (
+        run_log.repeated == 2
+        and len(run_log.mistakes) == 1
+        and "another picture" in run_log.mistakes[0]
+    )
 
 
 @pytest.mark.parametrize("stock", [False, True])

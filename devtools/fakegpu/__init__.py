@@ -1,5 +1,4 @@
-"""Fake GPUs: any program sees N devices of M GiB that are memory of the host, where there is a C++
-compiler.
+"""Fake GPUs: any program sees N devices of M GiB that are memory of the host. Needs a C++ compiler.
 
     python -m devtools.fakegpu 2x4 [--late] python main.py ...
 
@@ -8,10 +7,13 @@ pinned, copies that come late where nobody waits for them, and comfy-aimdo, whos
 on this driver. Counted are: used bytes, their peak, copies, pins. Not real are: kernels (the CPU
 computes, to the same bits), speed, torch's caching allocator, graphs.
 
-    source/ the two libraries: libcuda.so.1 (devices.cpp, driver.cpp) and torch's side of it
-    (streams.cpp, torch_*.cpp) build.py compiles them when they are first asked for child/ goes on
-    PYTHONPATH: sitecustomize.py loads them in every Python started so, `import fakegpu` reads the
-    counters
+| path | holds |
+|---|---|
+| `source/` | libcuda.so.1 (devices.cpp, driver.cpp) and torch's side (streams.cpp, torch_*.cpp) |
+| `build.py` | compiles them on first use |
+| `child/` | goes on PYTHONPATH: its sitecustomize.py loads them in every Python started so |
+
+In such a process `import fakegpu` reads the counters.
 """
 import os
 from pathlib import Path

@@ -18,7 +18,7 @@ from .targets import TARGETS
 
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 RESULTS = ROOT / ".dev" / "fuzz"
-CHILD = [sys.executable, "-m", "devtools.fuzz.child"]
+WORKER = [sys.executable, "-m", "devtools.fuzz.worker"]
 STILL = 120  # seconds that one input may take; the machine may be busy
 SMALLER = 60  # seconds in which a finding is made smaller
 DONE = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
@@ -39,9 +39,9 @@ class Result:
     finding: str = ""
 
 
-def child(*arguments) -> tuple[int, str]:
+def run_worker(*arguments) -> tuple[int, str]:
     """(exit status, output) of a process with a target."""
-    ended = subprocess.run([*CHILD, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+    ended = subprocess.run([*WORKER, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True, errors="replace")
     return ended.returncode, ended.stdout
 
@@ -60,7 +60,7 @@ def fuzz(target: str, executions: int, seconds: float, seed: int, findings: Path
         "-print_final_stats=1", f"-timeout={STILL}", f"-artifact_prefix={findings / target}{os.sep}"
     ]
     started = time.monotonic()
-    code, output = child(target, *libfuzzer, f"-runs={executions}",
+    code, output = run_worker(target, *libfuzzer, f"-runs={executions}",
                          f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}",
                          learnt / target, findings / target)
     result = Result(target, seconds=time.monotonic() - started)
@@ -79,7 +79,7 @@ def fuzz(target: str, executions: int, seconds: float, seed: int, findings: Path
 def minimize(target: str, path: str, libfuzzer: list[str]):
     """Make an input smaller for as long as `SMALLER`. libFuzzer starts a process for each step."""
     process = subprocess.Popen(
-        [*CHILD, target, *libfuzzer, "-minimize_crash=1", f"-exact_artifact_path={path}", path],
+        [*WORKER, target, *libfuzzer, "-minimize_crash=1", f"-exact_artifact_path={path}", path],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         process.wait(SMALLER)
@@ -92,7 +92,7 @@ def fuzz_without_atheris(target: str, executions: int, seed: int) -> Result:
     """Fuzz one target by Hypothesis, which prints the smallest change that it came to and keeps no
     input."""
     started = time.monotonic()
-    code, output = child("--hypothesis", target, executions, seed)
+    code, output = run_worker("--hypothesis", target, executions, seed)
     return Result(target, executions,
                   time.monotonic() - started, finding=output[-3000:] if code else "")
 

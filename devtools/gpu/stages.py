@@ -58,9 +58,9 @@ STAGES = {
     "peer": Stage("One layer in each pack.", 30, f"{BENCH}.models:bench_peer"), "LoRA": Stage(
         "LoRAs beside the product, and added to the dequantised weight: where one overtakes the"
         " other.",
-        25, "devtools.gpu.crossing:bench_lora_ways"), "int8": Stage(
+        25, "devtools.gpu.breakeven:bench_lora_ways"), "int8": Stage(
             "`compute` int8 beside the exact product: from how many rows on it is faster.", 25,
-            "devtools.gpu.crossing:bench_int8_rows"),
+            "devtools.gpu.breakeven:bench_int8_rows"),
     "dynamic VRAM": Stage(
         "A model larger than the memory it is left, with LoRAs, a budget and another model: the"
         " same bits?",

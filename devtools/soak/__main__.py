@@ -8,9 +8,9 @@ from pathlib import Path
 
 from devtools import ROOT
 from devtools.host.server import Server, ServerError
-from devtools.soak import material, planted, verdict
-from devtools.soak.asks import Asks
-from devtools.soak.run import Book, Client, run
+from devtools.soak import fixtures, probe_nodes, verdict
+from devtools.soak.requests import Asks
+from devtools.soak.run import Client, RunLog, run
 
 CLIENTS = 2
 CACHE_GB = 0.02  # of what is packed while loading: less than all of it, so that entries come and go
@@ -26,37 +26,38 @@ def server_for(base: Path, stock: bool = False) -> Server:
         "FEATHERWEIGHT_PACKED_CACHE": str(base / "packed"),
         "FEATHERWEIGHT_PACKED_CACHE_GB": str(CACHE_GB), "OMP_NUM_THREADS": "1"
     }  # products this small only wait for other threads
-    source = Path(planted.__file__).read_text(encoding="utf-8")
+    source = Path(probe_nodes.__file__).read_text(encoding="utf-8")
     return Server(base, with_pack=not stock, extra_custom_nodes={"soak": source}, env=env)
 
 
 def soak(base: Path, prompts: int, minutes: float, every: int, seed: int = 1, stock: bool = False,
-         only: tuple[str, ...] = (), show=lambda reading: None, book: Book | None = None) -> Book:
-    """Write the files into `base`, if they are not there, and run. book: is filled as it goes."""
-    book = book or Book()
-    if text := material.stamp(base):
-        material.write(base)
+         only: tuple[str, ...] = (), show=lambda reading: None,
+         run_log: RunLog | None = None) -> RunLog:
+    """Write the files into `base`, if they are not there, and run; `run_log` grows as it goes."""
+    run_log = run_log or RunLog()
+    if text := fixtures.stamp(base):
+        fixtures.write(base)
         (base / "written.json").write_text(text)
     with server_for(base, stock) as server:
         clients = [
-            Client(server.another_client(), Asks(base, seed, number, stock, only), book)
+            Client(server.another_client(), Asks(base, seed, number, stock, only), run_log)
             for number in range(CLIENTS)
         ]
-        return run(server, clients, book, prompts, minutes, every, show)
+        return run(server, clients, run_log, prompts, minutes, every, show)
 
 
-def write(book: Book, out: Path, about: dict):
+def write(run_log: RunLog, out: Path, about: dict):
     out.mkdir(parents=True, exist_ok=True)
     figures = {
-        **about, "line": verdict.closing_line(book), "broken": verdict.broken(book),
-        "prompts": book.prompts, "outcomes": dict(sorted(book.outcomes.items())),
-        "repeated": book.repeated, "pictures": len(book.pictures), "growth": {
-            name: verdict.growth(book.readings, name) for name in ("rss", "private", "objects")
-        }, "readings": book.readings
+        **about, "line": verdict.closing_line(run_log), "broken": verdict.broken(run_log),
+        "prompts": run_log.prompts, "outcomes": dict(sorted(run_log.outcomes.items())),
+        "repeated": run_log.repeated, "pictures": len(run_log.pictures), "growth": {
+            name: verdict.growth(run_log.readings, name) for name in ("rss", "private", "objects")
+        }, "readings": run_log.readings
     }
     (out / "soak.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     where = f"{about['machine']}, seed {about['seed']}, {about['started']}"
-    verdict.plot(book.readings, figures["line"], where).save(out / "soak.png")
+    verdict.plot(run_log.readings, figures["line"], where).save(out / "soak.png")
 
 
 def machine() -> str:
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stock", action="store_true",
                         help="the same without this pack: what the host does by itself")
     parser.add_argument("--only", nargs="+", default=(), metavar="KIND",
-                        help="of the methods in devtools/soak/asks.py that ask")
+                        help="of the methods in devtools/soak/requests.py that ask")
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "soak",
                         help="folder for soak.json, soak.png and the files")
     options = parser.parse_args(arguments)
@@ -91,22 +92,22 @@ def main(arguments: list[str]) -> int:
         {"machine": machine(), "seed": options.seed, "stock": options.stock},
     )
     print(f"Writing models and starting ComfyUI in {options.out / 'base'}", flush=True)
-    book = Book()
+    run_log = RunLog()
 
     def show(reading: dict):
-        write(book, options.out, {"started": started, **about})
+        write(run_log, options.out, {"started": started, **about})
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in reading.items()),
               flush=True)
 
     try:
         soak(options.out / "base", options.prompts, options.minutes, options.every, options.seed,
-             options.stock, tuple(options.only), show, book)
+             options.stock, tuple(options.only), show, run_log)
     except ServerError as error:
-        book.mistakes.append(str(error))
-    write(book, options.out, {"started": started, **about})
-    print("\n".join(f"  {line}" for line in verdict.broken(book)[:20]))
-    print(f"{verdict.closing_line(book)} (soak.json and soak.png in {options.out})")
-    return 1 if verdict.broken(book) else 0
+        run_log.mistakes.append(str(error))
+    write(run_log, options.out, {"started": started, **about})
+    print("\n".join(f"  {line}" for line in verdict.broken(run_log)[:20]))
+    print(f"{verdict.closing_line(run_log)} (soak.json and soak.png in {options.out})")
+    return 1 if verdict.broken(run_log) else 0
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from devtools.host.server import Server, ServerError
-from devtools.soak.asks import CANCEL, FREE, REFUSAL, Ask, Asks
-from devtools.soak.readings import read
+from devtools.soak.metrics import read
+from devtools.soak.requests import CANCEL, FREE, REFUSAL, Ask, Asks
 
 LOST = 300  # seconds after which a prompt is taken for lost
 INTERRUPTED = re.compile(r"\w+ was interrupted\.")
@@ -18,7 +18,7 @@ SENTENCE = re.compile(r"[^\n]+[.)]")  # of a refusal: on one line
 
 
 @dataclass
-class Book:
+class RunLog:
     """What a run has found.
 
     outcomes: how many prompts of each kind ended how. mistakes: what should not have been, each in
@@ -57,8 +57,8 @@ class Book:
 
 
 class Client:
-    def __init__(self, server: Server, asks: Asks, book: Book):
-        self.server, self.asks, self.book, self.index = server, asks, book, 0
+    def __init__(self, server: Server, asks: Asks, run_log: RunLog):
+        self.server, self.asks, self.run_log, self.index = server, asks, run_log, 0
 
     def work(self, count: int, end: float):
         """Ask `count` times, or until the time is up."""
@@ -69,10 +69,10 @@ class Client:
             self.index += 1
             started = time.monotonic()
             try:
-                self.book.note(ask, self.ask(ask), time.monotonic() - started)
+                self.run_log.note(ask, self.ask(ask), time.monotonic() - started)
             except Exception as error:  # the server is gone, or did not answer: the prompt is lost
-                self.book.note(ask, "lost", time.monotonic() - started)
-                self.book.mistake(ask, f"lost: {error}")
+                self.run_log.note(ask, "lost", time.monotonic() - started)
+                self.run_log.mistake(ask, f"lost: {error}")
                 if self.server.process.poll() is not None:
                     return
 
@@ -96,45 +96,45 @@ class Client:
         digest, = (text for output in run.outputs.values() for text in output.get("text", ())[:1]
                    if len(text) == 64)
         if ask.kind == REFUSAL:
-            self.book.mistake(ask, "it was not refused")
-        self.book.picture(ask, digest)
+            self.run_log.mistake(ask, "it was not refused")
+        self.run_log.picture(ask, digest)
         return "drawn"
 
     def ended(self, ask: Ask, message: str) -> str:
         if ask.kind == CANCEL and INTERRUPTED.fullmatch(message):
             return "cancelled"
         if ask.kind != REFUSAL:
-            self.book.mistake(ask, message)
+            self.run_log.mistake(ask, message)
         elif not (
             SENTENCE.fullmatch(message) and ask.says in message and "Traceback" not in message
         ):
-            self.book.mistake(ask,
+            self.run_log.mistake(ask,
                               f"a refusal that is not one sentence about {ask.says}: {message!r}")
         return "refused"
 
 
-def run(server: Server, clients: list[Client], book: Book, prompts: int, minutes: float, every: int,
-        show) -> Book:
+def run(server: Server, clients: list[Client], run_log: RunLog, prompts: int, minutes: float,
+        every: int, show) -> RunLog:
     """Rounds of `every` prompts until there are `prompts` of them or the minutes are over. show:
     called with each reading."""
     started, before = time.monotonic(), 0
     end = started + 60 * minutes
-    while book.prompts < prompts and time.monotonic() < end and server.process.poll() is None:
-        count = min(every, prompts - book.prompts)
+    while run_log.prompts < prompts and time.monotonic() < end and server.process.poll() is None:
+        count = min(every, prompts - run_log.prompts)
         with ThreadPoolExecutor(len(clients)) as pool:
             for done in [
                     pool.submit(client.work, -(-count // len(clients)), end) for client in clients
             ]:
                 done.result()
         if server.process.poll() is not None:
-            book.mistakes.append(f"The server ended by itself after {book.prompts} prompts.")
+            run_log.mistakes.append(f"The server ended by itself after {run_log.prompts} prompts.")
             break
         reading = {
-            "prompts": book.prompts, "minutes": (time.monotonic() - started) / 60,
-            **read(server, len(book.readings))
+            "prompts": run_log.prompts, "minutes": (time.monotonic() - started) / 60,
+            **read(server, len(run_log.readings))
         }
-        reading["seconds"] = statistics.median(book.seconds[before:] or [0])
-        before = len(book.seconds)
-        book.readings.append(reading)
+        reading["seconds"] = statistics.median(run_log.seconds[before:] or [0])
+        before = len(run_log.seconds)
+        run_log.readings.append(reading)
         show(reading)
-    return book
+    return run_log

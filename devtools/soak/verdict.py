@@ -3,7 +3,7 @@ import statistics
 
 from PIL import Image, ImageDraw, ImageFont
 
-from devtools.soak.run import Book
+from devtools.soak.run import RunLog
 
 GROWTH = 0.01  # of the resident memory after the warm-up
 ENOUGH = 16  # readings of which a growth can be told
@@ -32,16 +32,16 @@ def growth(readings: list[dict], name: str = "rss") -> float | None:
     return last / first - 1
 
 
-def broken(book: Book) -> list[str]:
+def broken(run_log: RunLog) -> list[str]:
     """The bounds that do not hold, each in a sentence."""
-    found = list(book.mistakes)
-    grown = growth(book.readings)
+    found = list(run_log.mistakes)
+    grown = growth(run_log.readings)
     if grown is not None and grown >= GROWTH:
         found.append(
             f"Resident memory has grown by {grown:.1%} after the warm-up, of {GROWTH:.0%} that it"
             " may."
         )
-    late = book.readings[len(book.readings) // 4:]
+    late = run_log.readings[len(run_log.readings) // 4:]
     for name in ("mapped", "open", "temporary"):
         if late and late[-1][name] > late[0][name]:
             found.append(
@@ -49,8 +49,8 @@ def broken(book: Book) -> list[str]:
     return found
 
 
-def closing_line(book: Book) -> str:
-    grown, last = growth(book.readings), book.readings[-1] if book.readings else None
+def closing_line(run_log: RunLog) -> str:
+    grown, last = growth(run_log.readings), run_log.readings[-1] if run_log.readings else None
     memory = (
         "too few readings to tell a growth"
         if grown is None
@@ -58,10 +58,10 @@ def closing_line(book: Book) -> str:
     )
     files = f", {last['mapped']} files mapped, {last['open']} open" if last else ""
     minutes = f" in {last['minutes']:.0f} minutes" if last else ""
-    bad = broken(book)
+    bad = broken(run_log)
     return (
-        f"{'Failed' if bad else 'Done'}: {book.prompts} prompts{minutes}, {book.repeated} repeated "
-        f"pictures compared, {len(book.mistakes)} mistakes, {memory}{files}")
+        f"{'Failed' if bad else 'Done'}: {run_log.prompts} prompts{minutes}, {run_log.repeated} "
+        f"repeated pictures compared, {len(run_log.mistakes)} mistakes, {memory}{files}")
 
 
 def plot(readings: list[dict], title: str, subtitle: str) -> Image.Image:

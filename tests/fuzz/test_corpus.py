@@ -16,7 +16,7 @@ NEW = 60  # inputs of each target beside those
 
 @pytest.fixture(scope="module")
 def replayed():
-    return subprocess.run([sys.executable, "-m", "devtools.fuzz.child", "--replay",
+    return subprocess.run([sys.executable, "-m", "devtools.fuzz.worker", "--replay",
                            str(NEW)], cwd=ROOT, input=json.dumps(FILES), capture_output=True,
                           text=True)
 

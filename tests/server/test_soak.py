@@ -2,7 +2,7 @@
 lost, nothing is left."""
 import pytest
 
-from devtools.soak import material, verdict
+from devtools.soak import fixtures, verdict
 from devtools.soak.__main__ import soak
 
 pytestmark = pytest.mark.not_on_fake_gpus(reason="it measures the memory of a server on the CPU")
@@ -11,20 +11,20 @@ pytestmark = pytest.mark.not_on_fake_gpus(reason="it measures the memory of a se
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("soak")
-    material.write(base)
-    (base / "written.json").write_text(material.stamp(base))
+    fixtures.write(base)
+    (base / "written.json").write_text(fixtures.stamp(base))
     return base
 
 
 def test_some_prompts_of_every_kind(base):
-    book = soak(base, prompts=24, minutes=15, every=8, seed=81)  # of which each kind has one
-    assert verdict.broken(book) == []
-    assert book.prompts == 24 and book.repeated and len(book.readings) == 3
-    assert book.readings[-1]["mapped"] == book.readings[-1]["temporary"] == 0
+    run_log = soak(base, prompts=24, minutes=15, every=8, seed=81)  # of which each kind has one
+    assert verdict.broken(run_log) == []
+    assert run_log.prompts == 24 and run_log.repeated and len(run_log.readings) == 3
+    assert run_log.readings[-1]["mapped"] == run_log.readings[-1]["temporary"] == 0
 
 
 @pytest.mark.heavy
 def test_two_thousand_prompts(base):
-    book = soak(base, prompts=2000, minutes=120, every=50, seed=2)
-    assert verdict.broken(book) == []
-    assert verdict.growth(book.readings) < verdict.GROWTH
+    run_log = soak(base, prompts=2000, minutes=120, every=50, seed=2)
+    assert verdict.broken(run_log) == []
+    assert verdict.growth(run_log.readings) < verdict.GROWTH

@@ -47,4 +47,4 @@ class Target:
         raise NotImplementedError
 
 
-from . import kept, lora, ray, text, weights, workflow  # noqa: E402, F401  each registers its targets
+from . import cache_files, lora, ray, text, weights, workflow  # noqa: E402, F401  each registers its targets

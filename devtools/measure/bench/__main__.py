@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from devtools.measure.bench import files, models, packing, passes, products
+from devtools.measure.bench import files, memory_passes, models, packing, products
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
@@ -23,7 +23,7 @@ CASES = {
     "nf4": products.bench_nf4, "lora": products.bench_lora, "model": models.bench_model,
     "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
     "int8_error": models.bench_int8_error, "pack": packing.bench_pack,
-    "passes": passes.bench_passes, "layer_passes": passes.bench_layer_passes,
+    "passes": memory_passes.bench_passes, "layer_passes": memory_passes.bench_layer_passes,
     "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory,
     "scale": files.bench_scale
 }

@@ -1,12 +1,13 @@
 """Targets in this process, under the guard.
 
-    python -m devtools.fuzz.child TARGET [OPTION OF LIBFUZZER | FILE | FOLDER ...] with Atheris
-    python -m devtools.fuzz.child --hypothesis TARGET EXECUTIONS SEED where Atheris has no wheel
-    python -m devtools.fuzz.child --replay EXECUTIONS < JOB what is in files, and some new inputs
+    python -m devtools.fuzz.worker TARGET [OPTION OF LIBFUZZER | FILE | FOLDER ...]
+    python -m devtools.fuzz.worker --hypothesis TARGET EXECUTIONS SEED
+    python -m devtools.fuzz.worker --replay EXECUTIONS < JOB
 
-JOB is JSON, target -> paths. A replay prints a line of JSON before each input, {"target", "input"},
-and one with "finding" after each that broke a rule. In the other two the first finding ends the
-process.
+The first mutates with Atheris, the second with Hypothesis, where Atheris has no wheel; the third
+reads what is in files, and some new inputs. JOB is JSON, target -> paths. A replay prints a line of
+JSON before each input, {"target", "input"}, and one with "finding" after each that broke a rule. In
+the other two the first finding ends the process.
 """
 import contextlib
 import json

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devtools.files import demo_files
-from devtools.soak import material
-from devtools.soak.material import FAMILIES, LORAS, OURS, Model
+from devtools.soak import fixtures
+from devtools.soak.fixtures import FAMILIES, LORAS, OURS, Model
 
 PICTURE, REFUSAL, CANCEL, FREE = "picture", "refusal", "cancel", "free"
 PROMPTS = (
@@ -50,9 +50,9 @@ class Asks:
                  only: tuple[str, ...] = ()):
         self.base, self.seed, self.client, self.stock = base, seed, client, stock
         self.models = [
-            model for model in material.models() if not stock or model.loader == material.STOCK
+            model for model in fixtures.models() if not stock or model.loader == fixtures.STOCK
         ]
-        self.bad = material.bad_names(base)
+        self.bad = fixtures.bad_names(base)
         self.content = 0
         usual = {self.draw: 10, self.with_loras: 5, self.cancelled_sampling: 2, self.freed: 1}
         ours = {
@@ -124,7 +124,7 @@ class Asks:
         """A picture of words, by the demo's model, with a text encoder and a VAE."""
         graph, encoder, words = (
             Graph(),
-            self.dice.choice(material.ENCODERS),
+            self.dice.choice(fixtures.ENCODERS),
             self.dice.choice(PROMPTS),
         )
         model = graph.add(OURS, model_name=demo_files.MODELS["Q8_0"])
@@ -159,16 +159,16 @@ class Asks:
                       filename_prefix=f"diffusion_models/saved by {self.client}", overwrite=True)
             return link
 
-        return self.draw(Model("flux", OURS, {"model_name": material.file_name("flux", "Q8_0")}),
+        return self.draw(Model("flux", OURS, {"model_name": fixtures.file_name("flux", "Q8_0")}),
                          change, "saved")
 
     def replaced(self) -> Ask:
         """A file that has become another one since the last prompt."""
         self.content = 3 - self.content if self.content else 1
-        model = Model("flux", OURS, {"model_name": material.REPLACED.format(self.client)})
+        model = Model("flux", OURS, {"model_name": fixtures.REPLACED.format(self.client)})
         content = self.content
         ask = self.draw(model, key=f"content {content}",
-                        before=lambda: material.replace(self.base, self.client, content))
+                        before=lambda: fixtures.replace(self.base, self.client, content))
         return Ask(**{**ask.__dict__, "key": ask.key.replace(model.name, "replaced")})
 
     def refused(self) -> Ask:
@@ -179,7 +179,7 @@ class Asks:
         return self.draw(kind=CANCEL, cancel=("KSampler", self.dice.randrange(1, 8)), steps=8)
 
     def cancelled_load(self) -> Ask:
-        return self.draw(Model("flux", OURS, {"model_name": material.LONG}), kind=CANCEL, steps=1,
+        return self.draw(Model("flux", OURS, {"model_name": fixtures.LONG}), kind=CANCEL, steps=1,
                          cancel=(OURS, self.dice.randrange(40)))
 
     def freed(self) -> Ask:

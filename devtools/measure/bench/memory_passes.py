@@ -1,7 +1,7 @@
 """Cases that are counted and not timed: what a device has to do where torch does the work of the
 kernels."""
 from devtools.measure.bench.products import LORA_CASES
-from devtools.measure.passes import META, of_dequantizing, of_linear
+from devtools.measure.memory_passes import META, of_dequantizing, of_linear
 
 import torch
 
