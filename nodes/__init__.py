@@ -1,10 +1,10 @@
-"""The ComfyUI extension: the nodes of the files of this folder and of `legacy`, each of which has a
-line in `import_file`.
+"""The ComfyUI extension, which registers the nodes of this folder and of `legacy`.
 
-A node file defines classes that derive directly from `io.ComfyNode`, or makes them of a table. One
-that fails to import or to state its schema, as on a host that lacks what it needs, is left out and
-named in the log. The others load. Ids that do not begin with "Featherweight" belong to packs that
-shared workflows were made with: they are left out while somebody else holds them.
+A node file defines classes that derive directly from `io.ComfyNode`, or makes them from a table,
+and has a line in `import_file`. A file that fails to import or to define its schema, for example on
+a host that lacks something, is left out and named in the log; the others load. Ids that do not
+begin with "Featherweight" belong to packs that shared workflows were made with. They are left out
+while another pack has registered them.
 """
 import logging
 import pkgutil
@@ -28,11 +28,13 @@ log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
 # ids of inputs that name a file or a folder
-PICKERS = re.compile(r".*_name\d?|text_encoder_\d|mmproj|sensitivity")
-REPLACEMENTS = FileVersions()  # as long as this ComfyUI, whose cache of what nodes gave it is for
+FILE_INPUTS = re.compile(r".*_name\d?|text_encoder_\d|mmproj|sensitivity")
+FILE_VERSIONS = FileVersions()  # lives as long as ComfyUI's cache of node outputs
 
 
 class FeatherweightExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes of this pack."""
+
     async def on_load(self):
         register_folders()
         watch_prompts()
@@ -42,12 +44,12 @@ class FeatherweightExtension(ComfyExtension):
         start_trials(gpus())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        found, left_out = [], {}
+        nodes, left_out = [], {}
         for name in file_names():
             file = name.replace(".", "/")
             try:
-                found += find_nodes(import_file(name))
-            except (ImportError, AttributeError, TypeError) as error:  # what a changed host gives
+                nodes += find_nodes(import_file(name))
+            except (ImportError, AttributeError, TypeError) as error:  # a changed host raises these
                 log.debug("[Featherweight] nodes/%s.py could not be loaded.", file, exc_info=True)
                 left_out.setdefault(str(error), []).append(re.sub(r"\W|_", " ", name))
             except Exception:
@@ -56,14 +58,13 @@ class FeatherweightExtension(ComfyExtension):
                 )
         for error, names in left_out.items():
             log_lack(error, f"these nodes are left out: {', '.join(names)}")
-        found = [node for node in found if not taken(node.GET_SCHEMA().node_id)]
-        help_pages.serve(found)
-        return found
+        nodes = [node for node in nodes if not is_taken(node.GET_SCHEMA().node_id)]
+        help_pages.serve(nodes)
+        return nodes
 
 
 def file_names() -> list[str]:
-    """The modules in this folder and in `legacy`, in the order in which the host gets their
-    nodes."""
+    """Returns the modules of this folder and of `legacy`, in the order of registration."""
     legacy = [str(Path(folder) / "legacy") for folder in __path__]
     return sorted(
         file.name
@@ -72,8 +73,10 @@ def file_names() -> list[str]:
 
 
 def import_file(name: str) -> ModuleType | None:
-    """The module of a file with nodes, None for one without. What runs is written here, not looked
-    up by the name of a file."""
+    """Imports a module with nodes; returns None for a module without any.
+
+    The imports are written out, so that the name of a file cannot choose what is imported.
+    """
     match name:
         case "apply_lora":
             from . import apply_lora as module
@@ -113,32 +116,40 @@ def import_file(name: str) -> ModuleType | None:
 
 
 def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
-    """Node classes a module defines, or makes of a table, each with a schema that can be stated."""
+    """Returns the node classes that a module defines or makes from a table.
+
+    Raises whatever a class raises that cannot define its schema on this host.
+    """
     if module is None:
         return []
-    found = [
+    nodes = [
         value
         for value in (*vars(module).values(), *getattr(module, "NODE_CLASS_MAPPINGS", {}).values())
         if isinstance(value, type)
         and issubclass(value, io.ComfyNode)
         and value.__module__ == module.__name__
     ]
-    for node in found:
+    for node in nodes:
         node.GET_SCHEMA()
         if "fingerprint_inputs" not in vars(node):
-            node.fingerprint_inputs = classmethod(_replaced)
-    return found
+            node.fingerprint_inputs = classmethod(_count_file_versions)
+    return nodes
 
 
-def _replaced(cls, **inputs) -> int:
-    """What the host compares to know whether a node has to run again: its files may have become
-    others of the same names."""
-    return REPLACEMENTS.count(value for name, value in inputs.items() if PICKERS.fullmatch(name))
+def _count_file_versions(cls, **inputs) -> int:
+    """Returns a number that changes when one of a node's files is replaced under the same name.
+
+    The host compares it to decide whether the node has to run again.
+    """
+    names = (value for name, value in inputs.items() if FILE_INPUTS.fullmatch(name))
+    return FILE_VERSIONS.count(names)
 
 
-def taken(node_id: str) -> bool:
-    """Whether another pack holds a legacy id already. Displacing its class would break packs that
-    call it."""
+def is_taken(node_id: str) -> bool:
+    """Returns whether another pack has registered a legacy id.
+
+    Its class stays registered, because other packs may call it.
+    """
     if node_id.startswith(OWN_PREFIX) or node_id not in host_nodes.NODE_CLASS_MAPPINGS:
         return False
     log.info("[Featherweight] %s is provided by another node pack and stays with it.", node_id)

@@ -1,4 +1,4 @@
-"""Featherweight Apply LoRA."""
+"""The node Apply LoRA (Featherweight)."""
 import os
 
 from comfy_api.latest import io
@@ -17,6 +17,8 @@ APPLY, FAIL = "apply the rest", "fail"
 
 
 class ApplyLora(io.ComfyNode):
+    """Applies a LoRA to a model and a text encoder, and reports how it fits."""
+
     @classmethod
     def define_schema(cls):
         strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
@@ -24,9 +26,9 @@ class ApplyLora(io.ComfyNode):
             node_id="FeatherweightApplyLora",
             display_name="Apply LoRA (Featherweight)",
             category="Featherweight",
-            description="Applies a LoRA to a model, packed or not, and to its text encoder: with a"
-            " strength for each block if you like, and a report that says in a sentence whether"
-            " the LoRA fits.",
+            description="Applies a LoRA to a model, packed or not, and to its text encoder. Each"
+            " block can have a strength of its own, and a report says in one sentence whether the"
+            " LoRA fits.",
             search_aliases=[
                 "lora",
                 "lora loader",
@@ -59,16 +61,16 @@ class ApplyLora(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or"
-                    " preset:OUTALL; empty: all blocks alike. The help page of this node has the"
-                    " list.",
+                    " preset:OUTALL. Empty: the same strength for all blocks. The help page of"
+                    " this node lists the rules.",
                 ),
                 io.Combo.Input(
                     "misfits",
                     options=[APPLY, FAIL],
                     default=APPLY,
-                    tooltip="What to do when some layers of the LoRA do not fit: apply the others,"
-                    " or stop with an error that names them. A LoRA of which nothing fits is"
-                    " always an error.",
+                    tooltip="What to do when some layers of the LoRA do not fit. apply the rest:"
+                    " apply the other layers. fail: stop with an error that names the layers. A"
+                    " LoRA without any matching layer is always an error.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -88,12 +90,10 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None, strength_model=1.0, strength_clip=1.0):
-        applied = None not in (strength_model, strength_clip) and (
-            strength_model,
-            strength_clip,
-        ) != (0, 0)
-        # a strength by a link is not known yet
-        return not applied or validate_files(lora_name, keys=FOLDERS)
+        strengths = (strength_model, strength_clip)
+        if None in strengths or strengths == (0, 0):  # None: a link, its value is not known yet
+            return True
+        return validate_files(lora_name, keys=FOLDERS)
 
     @classmethod
     def execute(
@@ -113,22 +113,21 @@ class ApplyLora(io.ComfyNode):
         report = check_lora(
             model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)), measure=False
         )
-        strengths = f"model {strength_model:g}" + (
-            "" if clip is None else f", text encoder {strength_clip:g}"
-        )
+        strengths = f"model {strength_model:g}"
+        if clip is not None:
+            strengths += f", text encoder {strength_clip:g}"
         settings = {"strength": strengths}
         if block_weights.strip():
             settings["blocks"] = " ".join(block_weights.split())
         if report.fits == "no":
             raise ValueError(f"{lora_name} is not applied. {report.verdict}")
         if report.misfits and misfits == FAIL:
-            some = "; ".join(
-                f"{layer}: {reason}" for layer, reason in list(report.misfits.items())[:3]
-            )
+            count = len(report.misfits)
+            examples = [f"{layer}: {reason}" for layer, reason in report.misfits.items()][:3]
+            ellipsis = " …" if count > len(examples) else ""
             raise ValueError(
-                f"{lora_name} is not applied, because misfits says fail. {report.verdict}"
-                f" {len(report.misfits)} do not fit:"
-                f" {some}{' …' if len(report.misfits) > 3 else ''}"
+                f"{lora_name} is not applied, because misfits is set to fail. {report.verdict}"
+                f" {count} do not fit: {'; '.join(examples)}{ellipsis}"
             )
         model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
         return io.NodeOutput(

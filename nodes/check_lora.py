@@ -1,4 +1,4 @@
-"""Featherweight Check LoRA."""
+"""The node Check LoRA (Featherweight)."""
 import os
 
 from comfy_api.latest import io, ui
@@ -14,14 +14,16 @@ FOLDERS = ("loras", "loras_gguf")
 
 
 class CheckLora(io.ComfyNode):
+    """Compares a LoRA with a model and shows what fits, as text and as a chart."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightCheckLora",
             display_name="Check LoRA (Featherweight)",
             category="Featherweight",
-            description="Says before anything runs whether a LoRA fits a model: which layers"
-            " match, which do not and why, what model it looks made for, its kind and rank, and"
+            description="Says whether a LoRA fits a model before you run it: which layers match,"
+            " which do not and why, which model it was probably made for, its kind and rank, and"
             " how much it changes each block.",
             search_aliases=[
                 "lora",
@@ -34,7 +36,7 @@ class CheckLora(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model the LoRA is held against. It is not changed."
+                    "model", tooltip="The model to compare the LoRA with. It is not changed."
                 ),
                 io.Combo.Input(
                     "lora_name",
@@ -45,7 +47,7 @@ class CheckLora(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder, to check the layers meant for it as well.",
+                    tooltip="The text encoder. The LoRA's layers for it are checked as well.",
                 ),
             ],
             outputs=[
@@ -67,5 +69,5 @@ class CheckLora(io.ComfyNode):
         report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)))
         text, picture = report_text(report, name), report_picture(report, name)
         show_text(text)
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(text, picture, ui=shown)
+        previews = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(text, picture, ui=previews)

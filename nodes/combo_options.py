@@ -1,44 +1,36 @@
-"""The choices that the host's own nodes offer, whichever way they are written in."""
+"""The options that the host's own nodes offer, in either way of defining a node."""
 import comfy.sd
 
 import nodes as host_nodes
 
 
 def combo_options(node: type, name: str) -> list[str]:
-    """The choices of one input of a node; none where it has no such input, or one without choices.
+    """Returns the options of one input of a node; none if it has no such input or no options.
 
-    A newer node has a schema of inputs with their `options`. An older one has them in the place of
-    the input's type, `(["a", "b"], {...})`, or as the newer ones are shown to older code,
+    A newer node has a schema of inputs with their `options`. An older one has them in place of the
+    input's type, `(["a", "b"], {...})`, or as newer nodes are shown to older code,
     `("COMBO", {"options": ["a", "b"]})`.
     """
     if hasattr(node, "GET_SCHEMA"):
-        offered = next(
-            (
-                getattr(input, "options", None)
-                for input in node.GET_SCHEMA().inputs
-                if input.id == name
-            ),
-            None,
-        )
+        inputs = (input for input in node.GET_SCHEMA().inputs if input.id == name)
+        options = getattr(next(inputs, None), "options", None)
     else:
         sections = node.INPUT_TYPES()
-        kind, *options = (sections.get("required", {}) | sections.get("optional", {})).get(
-            name, (None,)
-        )
-        offered = (
-            kind
-            if isinstance(kind, (list, tuple))
-            else options[0].get("options")
-            if options
-            else None
-        )
-    # one that brings inputs of its own has a key
-    return [getattr(choice, "key", choice) for choice in offered or []]
+        inputs = sections.get("required", {}) | sections.get("optional", {})
+        input_type, *settings = inputs.get(name, (None,))
+        if isinstance(input_type, (list, tuple)):
+            options = input_type
+        else:
+            options = settings[0].get("options") if settings else None
+    # an option that brings inputs of its own has a key
+    return [getattr(option, "key", option) for option in options or []]
 
 
 def encoder_types(*node_ids: str) -> list[str]:
-    """The types that the host's own loaders of text encoders offer, in their order; all it knows
-    where one offers none."""
+    """Returns the types that the host's text encoder loaders offer, in their order.
+
+    If one of them offers none, all types that the host knows are added.
+    """
     offered = [
         combo_options(host_nodes.NODE_CLASS_MAPPINGS[node_id], "type")
         if node_id in host_nodes.NODE_CLASS_MAPPINGS

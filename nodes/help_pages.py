@@ -1,7 +1,7 @@
-"""Help pages that nodes share: one text for the ids of a pack, under the title of each node.
+"""Help pages that several nodes share: one text, served under the title of each node.
 
-The editor asks for a page by the id of its node. Some ids differ in nothing but capital letters,
-which files cannot do on every system, so shared pages are served by a route and not as files.
+The editor asks for a page by the id of its node. Some ids differ only in capital letters, which
+file names on some systems cannot, so shared pages are served by a route and not as files.
 """
 import re
 from pathlib import Path
@@ -14,9 +14,8 @@ PACK = Path(__file__).parent.parent
 DOCS = Path(__file__).parent / "web" / "docs"
 
 
-def page(node: type[io.ComfyNode], locale: str = "") -> str | None:
-    """The text of a node whose class names a page in `HELP_PAGE`; None where that has no such
-    translation."""
+def page_text(node: type[io.ComfyNode], locale: str = "") -> str | None:
+    """Returns the page that a node class names in `HELP_PAGE`; None without that translation."""
     file = DOCS / (f"{node.HELP_PAGE}/{locale}.md" if locale else f"{node.HELP_PAGE}.md")
     if not re.fullmatch(r"[\w-]*", locale) or not file.is_file():
         return None
@@ -25,8 +24,7 @@ def page(node: type[io.ComfyNode], locale: str = "") -> str | None:
 
 
 def serve(nodes: list[type[io.ComfyNode]]):
-    """Give the host's server the shared pages of these nodes. Where there is no server, as in a
-    script, nothing is done."""
+    """Adds routes for the shared pages of these nodes to the host's server, if it runs."""
     pages = {node.GET_SCHEMA().node_id: node for node in nodes if hasattr(node, "HELP_PAGE")}
     server = running_server()
     if server is None or not pages:
@@ -39,12 +37,10 @@ def serve(nodes: list[type[io.ComfyNode]]):
 
     async def answer(request):
         node = pages.get(request.match_info["node_id"])
-        text = page(node, request.match_info.get("locale", "")) if node else None
-        return (
-            web.Response(status=404)
-            if text is None
-            else web.Response(text=text, content_type="text/markdown")
-        )
+        text = page_text(node, request.match_info.get("locale", "")) if node else None
+        if text is None:
+            return web.Response(status=404)
+        return web.Response(text=text, content_type="text/markdown")
 
     ids = "|".join(pages)
     get(f"/extensions/{PACK.name}/docs/{{node_id:{ids}}}.md")(answer)

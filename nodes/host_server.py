@@ -1,4 +1,4 @@
-"""The host's server, and the sentence for what this host lacks."""
+"""The host's server, and the log line about what a host lacks."""
 import functools
 import logging
 import sys
@@ -7,15 +7,21 @@ log = logging.getLogger(__name__)
 
 
 def running_server():
-    """Return the host's `PromptServer`, or None where none runs, as in a script: importing it would
-    start half of one."""
+    """Returns the host's `PromptServer`, or None where none runs, as in a script.
+
+    The module is looked up and not imported: importing it would start half a server.
+    """
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-@functools.cache  # a node asks each time it runs
+@functools.cache  # nodes call it at each run
 def log_lack(problem: str, consequence: str):
-    """Log once what goes without something of the host's. problem: Python's sentence, which has the
-    name."""
+    """Logs once that this host lacks something.
+
+    Args:
+        problem: Python's error text, which contains the missing name.
+        consequence: a clause that says what does not work.
+    """
     log.error(
         "[Featherweight] This ComfyUI lacks what this version of Featherweight relies on (%s). So"
         " %s. Update both, with the packages in their requirements.txt.",

@@ -1,4 +1,4 @@
-"""Featherweight Inspect Model File."""
+"""The node Inspect Model File (Featherweight)."""
 from comfy_api.latest import io, ui
 
 from ..loaders.folders import (
@@ -29,7 +29,8 @@ PACKAGES = ("diffusion_models", "checkpoints", "diffusers")
 NONE = "none"
 
 
-def every_file() -> list[str]:
+def list_all_files() -> list[str]:
+    """Returns the names of all files, model folders and packages that can be inspected."""
     folders = [
         *list_model_folders(*FOLDERS),
         *list_model_folders("text_encoders", kind=ENCODER),
@@ -39,16 +40,18 @@ def every_file() -> list[str]:
 
 
 class InspectModelFile(io.ComfyNode):
+    """Describes a model file or a loaded model, as text and as a chart."""
+
     @classmethod
     def define_schema(cls):
-        files = every_file()
+        files = list_all_files()
         return io.Schema(
             node_id="FeatherweightInspectModelFile",
             display_name="Inspect Model File (Featherweight)",
             category="Featherweight",
             description="Says what a model file or a loaded model is: its kind and family, its"
-            " tensors by type, which memory it fits, what else it needs, and how far each part is"
-            " from a reference, as text and as a picture.",
+            " tensors by type, the memory it fits, the other files it needs, and how far each part"
+            " is from a reference. The report is a text and a picture.",
             search_aliases=[
                 "inspect",
                 "model info",
@@ -66,13 +69,13 @@ class InspectModelFile(io.ComfyNode):
                     options=[NONE, *files],
                     display_name="file",
                     tooltip="Any file in the folders of diffusion models, checkpoints, text"
-                    " encoders, LoRAs and VAEs, or a folder that diffusers saved. Not used where a"
+                    " encoders, LoRAs and VAEs, or a folder that diffusers saved. Not used while a"
                     " model is connected.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A loaded model, in place of the file. It is not changed.",
+                    tooltip="A loaded model, inspected instead of the file. It is not changed.",
                 ),
                 io.Combo.Input(
                     "reference_name",
@@ -80,19 +83,22 @@ class InspectModelFile(io.ComfyNode):
                     display_name="reference",
                     default=NONE,
                     optional=True,
-                    tooltip="The same model in a more exact file, such as bf16: each tensor's"
-                    " error against it is measured, which reads both files whole.",
+                    tooltip="The same model in a more exact file, such as bf16. The error of each"
+                    " tensor against it is measured, for which both files are read completely.",
                 ),
                 io.String.Input(
                     "path",
                     optional=True,
                     force_input=True,
-                    tooltip="The file that Save Packed Model (Featherweight) gives. Where it is"
-                    " connected, it is taken in place of the one picked.",
+                    tooltip="The path output of Save Packed Model (Featherweight). If connected,"
+                    " that file is inspected instead of the one picked.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="report", tooltip="The report, what it is first."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The report. Its first line says what the file is.",
+                ),
                 io.Image.Output(
                     display_name="picture", tooltip="The bytes of each block, coloured by type."
                 ),
@@ -101,7 +107,7 @@ class InspectModelFile(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file_name=None, reference_name=NONE):
-        return True  # neither is looked at where a model is connected
+        return True  # the names are not used while a model is connected
 
     @classmethod
     def execute(cls, file_name, model=None, reference_name=NONE, path=None) -> io.NodeOutput:
@@ -116,9 +122,9 @@ class InspectModelFile(io.ComfyNode):
         else:
             source = find_file(file_name, *folders) if path is None else resolve_saved_path(path)
         reference = find_file(reference_name, *folders) if reference_name != NONE else None
-        found = inspect(source, reference)
-        text = "\n\n".join(map(inspection_text, found))
-        picture = inspection_picture(max(found, key=lambda part: part.memory_bytes))
-        show_text("\n\n".join(map(summary, found)))
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(text, picture, ui=shown)
+        inspections = inspect(source, reference)
+        text = "\n\n".join(map(inspection_text, inspections))
+        picture = inspection_picture(max(inspections, key=lambda part: part.memory_bytes))
+        show_text("\n\n".join(map(summary, inspections)))
+        previews = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(text, picture, ui=previews)

@@ -1,4 +1,4 @@
-"""Featherweight Load Checkpoint."""
+"""The node Load Checkpoint (Featherweight)."""
 from comfy_api.latest import io
 
 from ..loaders.checkpoint import load_checkpoint
@@ -22,15 +22,17 @@ FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
 
 class LoadCheckpoint(io.ComfyNode):
+    """Loads a diffusion model, a text encoder and a VAE from one file or diffusers package."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightLoadCheckpoint",
             display_name="Load Checkpoint (Featherweight)",
             category="Featherweight",
-            description="Loads model, text encoder and VAE from one bitsandbytes (NF4, FP4, int8)"
-            " or GGUF file and keeps packed weights packed in memory. Other checkpoints load as"
-            " with ComfyUI's own loader.",
+            description="Loads a model, its text encoder and its VAE from one bitsandbytes (NF4,"
+            " FP4, int8) or GGUF file and keeps packed weights packed in memory. Other checkpoints"
+            " load as with ComfyUI's own loader.",
             search_aliases=[
                 "checkpoint",
                 "load checkpoint",
@@ -50,8 +52,8 @@ class LoadCheckpoint(io.ComfyNode):
                     "checkpoint_name",
                     options=[*list_files(*FOLDERS), *list_packages(*FOLDERS)],
                     display_name="checkpoint",
-                    tooltip="A file in models/checkpoints, or a package of diffusers (a folder"
-                    " with transformer, text_encoder, vae …) there or in models/diffusers.",
+                    tooltip="A file in models/checkpoints, or a diffusers package (a folder with"
+                    " transformer, text_encoder, vae …) there or in models/diffusers.",
                 ),
                 compute_input(),
                 disable_dynamic_vram_input(),
@@ -60,12 +62,12 @@ class LoadCheckpoint(io.ComfyNode):
             outputs=[
                 io.Model.Output(),
                 io.Clip.Output(
-                    tooltip="The text encoder. Without one in the file, the node that uses it says"
-                            " so."
+                    tooltip="The text encoder. If the file has none, the node that uses this"
+                    " output says so."
                 ),
                 io.Vae.Output(
-                    tooltip="The autoencoder. Without one in the file, the node that uses it says"
-                            " so."
+                    tooltip="The autoencoder. If the file has none, the node that uses this output"
+                    " says so."
                 ),
             ],
         )

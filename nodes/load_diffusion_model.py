@@ -1,4 +1,4 @@
-"""Featherweight Load Diffusion Model."""
+"""The node Load Diffusion Model (Featherweight)."""
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
@@ -11,59 +11,64 @@ AS_THE_FILE = "as the file"
 
 
 def compute_input():
+    """Returns the input that chooses the arithmetic of packed layers."""
     return io.Combo.Input(
         "compute",
         options=["exact", "int8"],
         default="exact",
         optional=True,
-        tooltip="exact: the float product of the dequantised weights. int8: a faster, rougher"
-        " product in whole numbers, for packed weights on NVIDIA GPUs from Turing on and CPUs with"
-        " VNNI; it adds an error of about 1.5 % in each layer. Elsewhere the same as exact.",
+        tooltip="exact: the float product with the dequantised weights. int8: a faster, less exact"
+        " integer product for packed weights, on NVIDIA GPUs from Turing on and on CPUs with VNNI;"
+        " it adds an error of about 1.5 % to each layer. On other devices it is the same as exact.",
     )
 
 
 def pack_to_input(what: str):
+    """Returns the input for packing while loading. what: the part that is packed, for the text."""
     return io.Combo.Input(
         "pack_to",
         options=[AS_THE_FILE, *TYPES],
         default=AS_THE_FILE,
         optional=True,
         display_name="pack to",
-        tooltip=f"Pack the weights of {what} to this type while they are read, so that they take"
-        " less memory: of safetensors files in bf16, fp16, fp32 or fp8, diffusers folders and GGUF"
-        " files in F16. Weights that are packed already stay as they are. LoRAs keep their full"
-        " effect.",
+        tooltip=f"Packs the weights of {what} to this type while they are read, so that they take"
+        " less memory. Works for safetensors files in bf16, fp16, fp32 or fp8, diffusers folders"
+        " and GGUF files in F16. Weights that are already packed stay as they are. LoRAs keep"
+        " their full effect.",
     )
 
 
 def packed_type(pack_to: str) -> str | None:
-    """What the loaders take for a choice of that input."""
+    """Returns the loaders' `pack_to` for an option of that input."""
     return None if pack_to == AS_THE_FILE else pack_to
 
 
 def disable_dynamic_vram_input():
+    """Returns the input that keeps one model out of dynamic VRAM."""
     return io.Boolean.Input(
         "disable_dynamic_vram",
         default=False,
         optional=True,
         advanced=True,
         display_name="disable dynamic VRAM",
-        tooltip="Keep what is loaded here out of ComfyUI's dynamic VRAM: how much of it lies on"
-        " the GPU is then estimated before it runs. Try it where a model is slow or runs out of"
-        " memory. Does nothing where ComfyUI runs without dynamic VRAM.",
+        tooltip="Keeps what is loaded here out of ComfyUI's dynamic VRAM. ComfyUI then estimates"
+        " before each run how much of it fits on the GPU. Try it if a model is slow or runs out of"
+        " memory. Has no effect if ComfyUI runs without dynamic VRAM.",
     )
 
 
 class LoadDiffusionModel(io.ComfyNode):
+    """Loads a diffusion model and keeps its packed weights packed."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightLoadDiffusionModel",
             display_name="Load Diffusion Model (Featherweight)",
             category="Featherweight",
-            description="Loads a GGUF or bitsandbytes (NF4, FP4, int8) diffusion model and keeps"
-            " its weights packed in memory. Any model ComfyUI knows. Other files load as with"
-            " ComfyUI's own loader.",
+            description="Loads a GGUF or bitsandbytes (NF4, FP4, int8) diffusion model of any"
+            " kind that ComfyUI knows and keeps its weights packed in memory. Other files load as"
+            " with ComfyUI's own loader.",
             search_aliases=[
                 "gguf",
                 "unet",
@@ -82,8 +87,8 @@ class LoadDiffusionModel(io.ComfyNode):
                     "model_name",
                     options=[*list_files(*FOLDERS), *list_model_folders(*FOLDERS)],
                     display_name="model",
-                    tooltip="A file in models/diffusion_models or models/unet, or a folder there"
-                    " that diffusers saved (…/transformer).",
+                    tooltip="A file in models/diffusion_models or models/unet, or a folder that"
+                    " diffusers saved there (…/transformer).",
                 ),
                 compute_input(),
                 disable_dynamic_vram_input(),

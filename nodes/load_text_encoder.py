@@ -1,4 +1,4 @@
-"""Featherweight Load Text Encoder."""
+"""The node Load Text Encoder (Featherweight)."""
 from comfy_api.latest import io
 
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
@@ -26,15 +26,17 @@ ORDINALS = {2: "second", 3: "third", 4: "fourth"}
 
 
 class LoadTextEncoder(io.ComfyNode):
+    """Loads one to four text encoders as one CLIP and keeps their packed weights packed."""
+
     @classmethod
     def define_schema(cls):
         files = list_files(*FOLDERS)
         encoders = [
-            *[name for name in files if "mmproj" not in name.lower()],
+            *(name for name in files if "mmproj" not in name.lower()),
             *list_model_folders(*FOLDERS, kind=ENCODER),
         ]
 
-        def further(number: int):
+        def further_input(number: int):
             return io.Combo.Input(
                 f"text_encoder_{number}",
                 options=[NONE, *encoders],
@@ -75,17 +77,17 @@ class LoadTextEncoder(io.ComfyNode):
                     "text_encoder_1",
                     options=encoders,
                     display_name="text encoder",
-                    tooltip="A file in models/text_encoders or models/clip, or a folder there that"
-                    " transformers saved (…/text_encoder_2).",
+                    tooltip="A file in models/text_encoders or models/clip, or a folder that"
+                    " transformers saved there (…/text_encoder_2).",
                 ),
                 io.Combo.Input(
                     "type",
                     options=encoder_types("CLIPLoader", "DualCLIPLoader"),
                     tooltip="The kind of model the text is encoded for.",
                 ),
-                further(2),
-                further(3),
-                further(4),
+                further_input(2),
+                further_input(3),
+                further_input(4),
                 io.Combo.Input(
                     "mmproj",
                     optional=True,
@@ -93,7 +95,7 @@ class LoadTextEncoder(io.ComfyNode):
                     default=AUTO,
                     options=[AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]],
                     tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3"
-                    " …). auto: the one that lies beside the encoder and fits.",
+                    " …). auto: the matching file in the encoder's folder.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -102,7 +104,7 @@ class LoadTextEncoder(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="cpu: encode on the CPU and leave the GPU's memory to the diffusion"
-                    " model. gpu:N: encode on that GPU, where there are several.",
+                    " model. gpu:N: encode on that GPU, if there are several.",
                 ),
                 disable_dynamic_vram_input(),
                 pack_to_input("the text encoders"),
@@ -120,11 +122,8 @@ class LoadTextEncoder(io.ComfyNode):
         mmproj=AUTO,
         device=DEFAULT,
     ):
-        names = [
-            name
-            for name in (text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4)
-            if name != NONE
-        ]
+        names = [text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4]
+        names = [name for name in names if name != NONE]
         return validate_files(*names, None if mmproj in (AUTO, NONE) else mmproj, keys=FOLDERS)
 
     @classmethod
@@ -142,12 +141,12 @@ class LoadTextEncoder(io.ComfyNode):
     ) -> io.NodeOutput:
         further = (name or NONE for name in (text_encoder_2, text_encoder_3, text_encoder_4))
         paths = [find_file(name, *FOLDERS) for name in (text_encoder_1, *further) if name != NONE]
-        mmproj = mmproj or AUTO
-        vision = (
-            {AUTO: AUTO, NONE: None}[mmproj]
-            if mmproj in (AUTO, NONE)
-            else find_file(mmproj, *FOLDERS)
-        )
+        if mmproj == NONE:
+            vision = None
+        elif mmproj in (AUTO, "", None):
+            vision = AUTO
+        else:
+            vision = find_file(mmproj, *FOLDERS)
         device, note = find_device(device)
         clip = load_text_encoder(
             paths,

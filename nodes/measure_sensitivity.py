@@ -1,4 +1,4 @@
-"""Featherweight Measure Sensitivity."""
+"""The node Measure Sensitivity (Featherweight)."""
 import contextlib
 import os
 
@@ -15,15 +15,17 @@ from .number_checks import reject_infinite
 
 
 class MeasureSensitivity(io.ComfyNode):
+    """Measures what the layers of a model see and what packing each of them costs."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightMeasureSensitivity",
             display_name="Measure Sensitivity (Featherweight)",
             category="Featherweight",
-            description="Lets a model draw a little and writes down what its layers see and how"
-            " much each of them suffers from being packed. Files packed with this measurement are"
-            " far nearer to the model at the same size.",
+            description="Runs a model for a few pictures and records the inputs of its layers and"
+            " the error that packing each of them causes. Files packed with this measurement are"
+            " much closer to the model at the same size.",
             search_aliases=[
                 "imatrix",
                 "importance matrix",
@@ -44,26 +46,26 @@ class MeasureSensitivity(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Prompts of the kind you use; each entry of a combined one, and each"
-                    " of a list, is drawn by itself. Without any, random numbers take their place,"
-                    " which most models can be measured with, a little worse.",
+                    tooltip="Prompts of the kind you use. Each entry of a combined conditioning and"
+                    " of a list is drawn by itself. If nothing is connected, random numbers are"
+                    " used instead, which most models accept; the result is a little worse.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Used where cfg is above 1."
+                    "negative", optional=True, tooltip="Used if cfg is above 1."
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="An empty latent of the size you use, or of a video's length. Without"
-                    " one: a picture of 512 x 512, or one frame.",
+                    tooltip="An empty latent of the size you use, or of a video's length. If"
+                    " nothing is connected: a picture of 512 x 512, or one frame.",
                 ),
                 io.Int.Input(
                     "samples",
                     default=8,
                     min=1,
                     max=1024,
-                    tooltip="How many pictures are drawn; the prompts take turns. More than 64"
-                            " gain little.",
+                    tooltip="How many pictures are drawn; the prompts take turns. More than 64 gain"
+                    " little.",
                 ),
                 io.Int.Input("steps", default=12, min=1, max=200, tooltip="Steps of each picture."),
                 io.Float.Input(
@@ -72,7 +74,7 @@ class MeasureSensitivity(io.ComfyNode):
                     min=1.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="As you use it with this model.",
+                    tooltip="The cfg that you use with this model.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -80,20 +82,21 @@ class MeasureSensitivity(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the noise.",
+                    tooltip="The seed of the noise.",
                 ),
                 io.Combo.Input(
                     "thoroughness",
                     options=list(THOROUGHNESS),
                     default=DEFAULT,
-                    tooltip="How the cost of packing a layer is told. no runs: from the layer's"
-                    " own error. one run per layer: from what it does to the model's output. one"
-                    " run per layer and type: the best, and seven times as long.",
+                    tooltip="How the cost of packing a layer is measured. no runs: from the layer's"
+                    " own error. one run per layer: from its effect on the model's output. one run"
+                    " per layer and type: the best, and takes seven times as long.",
                 ),
                 io.String.Input(
                     "name",
                     default="%model%",
-                    tooltip="The file's name in output/sensitivity; %model% is the model's own.",
+                    tooltip="The file's name in output/sensitivity. %model% stands for the name of"
+                    " the model.",
                 ),
             ],
             outputs=[
@@ -103,7 +106,7 @@ class MeasureSensitivity(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="The layers that matter most, each with what packing it costs.",
+                    tooltip="The layers that matter most, each with the cost of packing it.",
                 ),
             ],
         )
@@ -112,18 +115,16 @@ class MeasureSensitivity(io.ComfyNode):
     def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
                 latent=()) -> io.NodeOutput:
         reject_infinite(cfg=cfg[0])
-        model, name = (
-            model[0],
-            (name[0].strip() or "%model%").replace("%model%", _name_of(model[0])),
-        )
+        model = model[0]
+        name = (name[0].strip() or "%model%").replace("%model%", _model_name(model))
         path = new_sensitivity_path(name)
         prompts = [
             [entry] for conditioning in positive or () if conditioning for entry in conditioning
         ]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
-        drawing = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
+        run = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
         partial = f"{path.rsplit('_', 2)[0]}.part"  # without the number: the next run finds it
-        sensitivity = measure(model, drawing, thoroughness[0], partial)
+        sensitivity = measure(model, run, thoroughness[0], partial)
         sensitivity.save(path)
         with contextlib.suppress(OSError):
             os.unlink(partial)
@@ -133,8 +134,8 @@ class MeasureSensitivity(io.ComfyNode):
         return io.NodeOutput(path, text, ui=ui.PreviewText(text))
 
 
-def _name_of(model) -> str:
-    """The name of the file a model was loaded from, or of its kind."""
+def _model_name(model) -> str:
+    """Returns the name of the file that a model was loaded from, else of the model's class."""
     recipe = (getattr(model, "cached_patcher_init", None) or (None,))[0]
     if isinstance(recipe, Recipe):
         return os.path.splitext(os.path.basename(recipe.paths[0].rstrip("/\\")))[0]

@@ -1,4 +1,4 @@
-"""Texts that nodes show on themselves in the editor."""
+"""Texts that the editor shows on nodes."""
 import functools
 import logging
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..loaders.model_summary import dequantize_backend_text, memory_summary
 from ..loaders.placement import placed_text, planned_text
+from ..ops.patcher.residency import MemoryReport
 from .host_server import log_lack, running_server
 
 log = logging.getLogger(__name__)
@@ -15,16 +16,16 @@ TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE"}
 
 
 def show_text(text: str):
-    """Show a text on the node that runs."""
+    """Shows a text on the node that runs now."""
     text_sender()(text)
 
 
 def text_sender() -> Callable[[str], None]:
-    """A function that shows texts on the node that runs now, also later on, while others run.
+    """Returns a function that shows texts on the node that runs now, even after it has run.
 
-    Where none runs, as in a script that calls a node's method, nothing is shown. The host is asked
-    for the node, not the schema for a hidden unique_id: tools that write workflows as Python pass
-    each hidden input to the node's method.
+    If no node runs, as in a script that calls a node's method, the function does nothing. The node
+    comes from the host and not from a hidden unique_id in the schema, because tools that write
+    workflows as Python pass each hidden input to the node's method.
     """
     try:
         from comfy_execution.utils import get_executing_context
@@ -38,19 +39,22 @@ def text_sender() -> Callable[[str], None]:
 
 
 def without_markup(text: str) -> str:
-    """A text whose names, which come from files, make no link and no element in an editor that
-    shows texts as HTML."""
+    """Escapes a text, whose names may come from files, for an editor that shows HTML and links."""
     return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
 
 
 def loader_output(*notes: str | None, **parts) -> tuple:
-    """The outputs of a loader, which shows what each of them holds. parts: by the keys of `TITLES`;
-    None for one not there.
+    """Returns the outputs of a loader and shows on the node what each of them holds.
 
-    A placed one tells where it lies, anew whenever it is loaded and at the end of each run. notes:
-    sentences to show with it, such as that a device is not there; None for one that is not needed.
+    A part that was placed updates the text with its placement whenever it is loaded and at the end
+    of each run.
+
+    Args:
+        notes: sentences to show and log, for example about a missing device; None is skipped.
+        parts: the outputs in their order, by keys of `TITLES`; None for a missing part.
     """
-    show, texts = text_sender(), {}
+    show = text_sender()
+    texts = {}
     notes = list(dict.fromkeys(filter(None, notes)))
     for note in notes:
         log.warning("[Featherweight] %s", note)
@@ -59,19 +63,24 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         if patcher is None:
             continue
         title = f"{TITLES[name]}: " if len(parts) > 1 else ""
-        held = title + ", ".join(
-            filter(None, (memory_summary(patcher), dequantize_backend_text(patcher)))
-        )
-        placed = getattr(patcher, "placement", None) is not None
-        texts[name] = f"{held}\n{planned_text(patcher)}" if placed else held
-        if placed:
-            patcher.on_placement = functools.partial(_on_placement, show, texts, notes, name, held)
+        summaries = (memory_summary(patcher), dequantize_backend_text(patcher))
+        summary = title + ", ".join(filter(None, summaries))
+        texts[name] = summary
+        if getattr(patcher, "placement", None) is not None:
+            texts[name] += f"\n{planned_text(patcher)}"
+            patcher.on_placement = functools.partial(_on_placement, show, texts, notes, name, summary)
     show_text("\n".join([*texts.values(), *notes]))
     return tuple(parts.values())
 
 
 def _on_placement(
-    show, texts: dict[str, str], notes: list[str], name: str, held: str, patcher, lies
+    show: Callable[[str], None],
+    texts: dict[str, str],
+    notes: list[str],
+    name: str,
+    summary: str,
+    patcher: ModelPatcher,
+    report: MemoryReport,
 ):
-    texts[name] = f"{held}\n{placed_text(patcher, lies)}"
+    texts[name] = f"{summary}\n{placed_text(patcher, report)}"
     show("\n".join([*texts.values(), *notes]))

@@ -1,17 +1,17 @@
-"""Numbers of a prompt, which may hold NaN and infinity: JSON as Python reads it has them."""
+"""Checks of numbers in prompts. Python's JSON reader accepts NaN and infinity."""
 import math
 
 
 def reject_nan(**inputs: float):
-    """Raise ValueError for an input that is not a number, named as in `inputs`."""
+    """Raises ValueError for an input that is NaN. inputs: values by the names for the message."""
     for name, value in inputs.items():
         if math.isnan(value):
-            raise ValueError(f"{name} is not a number. Give one, such as 1.")
+            raise ValueError(f"{name} is not a number; expected one such as 1.")
 
 
 def reject_infinite(**inputs: float):
-    """Raise ValueError for an input that is not a number, or infinite."""
+    """Raises ValueError for an input that is NaN or infinite, as `reject_nan` does."""
     reject_nan(**inputs)
     for name, value in inputs.items():
         if math.isinf(value):
-            raise ValueError(f"{name} is infinite. Give a number such as 1.")
+            raise ValueError(f"{name} is infinite; expected a number such as 1.")

@@ -1,6 +1,7 @@
-"""Featherweight Place Model."""
+"""The node Place Model (Featherweight)."""
 import functools
 import logging
+from collections.abc import Callable
 
 import comfy.model_management
 import torch
@@ -9,6 +10,7 @@ from comfy_api.latest import io
 from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
 from ..loaders.placement import SHARING, place, placed_text, planned_text
 from ..loaders.sizes import size_text
+from ..ops.patcher.residency import MemoryReport
 from .node_text import text_sender
 from .number_checks import reject_nan
 
@@ -19,7 +21,10 @@ ALL = 1000.0
 
 
 def placing_inputs(what: str) -> list:
-    """The inputs that say where the weights of a model or text encoder lie."""
+    """Returns the inputs that place the weights of a model or text encoder.
+
+    what: the part that is placed, for the tooltips.
+    """
     return [
         io.Float.Input(
             "gpu_weights",
@@ -28,8 +33,8 @@ def placing_inputs(what: str) -> list:
             max=ALL,
             step=0.1,
             display_name="GPU weights in GB",
-            tooltip=f"GB of {what}'s weights that stay on the GPU. The rest is copied in layer by"
-            " layer, in each step: the same picture, slower. 0: none stays.",
+            tooltip=f"How many GB of {what}'s weights stay on the GPU. The rest is copied there"
+            " layer by layer in each step: the same picture, slower. 0: none stay.",
         ),
         io.Combo.Input(
             "store",
@@ -40,9 +45,9 @@ def placing_inputs(what: str) -> list:
             default=str(CPU),
             optional=True,
             advanced=True,
-            tooltip="Where the rest lies. gpu:N: in the memory of another GPU, which computes"
-            f" nothing then, for which {what} is taken out of dynamic VRAM; what it does not hold"
-            " lies in the memory of the CPU.",
+            tooltip="Where the rest is kept. gpu:N: in the memory of another GPU, which does not"
+            f" compute; {what} is then taken out of dynamic VRAM. What that GPU cannot hold is kept"
+            " in CPU memory.",
         ),
         io.Float.Input(
             "store_gb",
@@ -53,25 +58,32 @@ def placing_inputs(what: str) -> list:
             optional=True,
             advanced=True,
             display_name="store in GB",
-            tooltip="GB of the store that are filled at most, where it is a GPU.",
+            tooltip="How many GB of the store are filled at most, if it is a GPU.",
         ),
     ]
 
 
-def place_and_report(placing, part, gpu_weights: float, store: str, store_gb: float):
-    """A model or text encoder placed by `placing`; the node tells what comes of it, now and in
-    every run."""
+def place_and_report(
+    place_part: Callable, part, gpu_weights: float, store: str, store_gb: float
+):
+    """Returns a placed clone of a model or text encoder; the node shows the placement at each run.
+
+    Args:
+        place_part: `place` or `place_clip`.
+        part: a MODEL or CLIP.
+        gpu_weights: GB of 10^9 bytes that stay on the device that computes.
+        store: the name of the device that keeps the rest.
+        store_gb: GB of 10^9 bytes that the store keeps at most.
+    """
     reject_nan(gpu_weights=gpu_weights, store_gb=store_gb)
-    show, remarks = text_sender(), []
+    show = text_sender()
+    remarks = []
     compute = getattr(part, "patcher", part).load_device
     if compute != CPU:
-        remarks += filter(
-            None,
-            [_budget_remark(compute, gpu_weights * GB), _store_remark(compute, store, store_gb)],
-        )
-    placed = placing(
-        part, gpu_weights * GB, [(find_device(store)[0] or CPU, store_gb * GB)], remarks.append
-    )
+        checks = (_check_budget(compute, gpu_weights * GB), _check_store(compute, store, store_gb))
+        remarks += filter(None, checks)
+    stores = [(find_device(store)[0] or CPU, store_gb * GB)]
+    placed = place_part(part, gpu_weights * GB, stores, remarks.append)
     for remark in remarks:
         log.warning("[Featherweight] %s", remark)
     patcher = getattr(placed, "patcher", placed)
@@ -83,56 +95,58 @@ def place_and_report(placing, part, gpu_weights: float, store: str, store_gb: fl
     return placed
 
 
-def _budget_remark(compute: torch.device, gpu_bytes: float) -> str | None:
+def _check_budget(compute: torch.device, gpu_bytes: float) -> str | None:
     total = comfy.model_management.get_total_memory(compute)
     if gpu_bytes < 0:
-        return f"gpu_weights is {gpu_bytes / GB:g} GB, below 0; nothing stays, as with 0."
-    return (
-        None
-        if gpu_bytes <= total
-        else (
-            f"gpu_weights is {size_text(gpu_bytes)}, and {compute} has {size_text(total)} in all;"
-            " as much stays as ComfyUI finds room for."
+        return f"gpu_weights is {gpu_bytes / GB:g} GB, which is below 0; it is treated as 0."
+    if gpu_bytes > total:
+        return (
+            f"gpu_weights is {size_text(gpu_bytes)}, but {compute} has {size_text(total)} in total;"
+            " ComfyUI keeps as much there as fits."
         )
-    )
+    return None
 
 
-def _store_remark(compute: torch.device, store: str, store_gb: float) -> str | None:
+def _check_store(compute: torch.device, store: str, store_gb: float) -> str | None:
     device, missing = find_device(store)
     if missing:
-        return f"There is no {store} here for a store; what does not stay lies in the memory of the CPU."
+        return f"store is {store}, but this machine has no such device; CPU memory is used."
     if device == compute:
-        return f"The store {store} is the device that computes; what does not stay lies in the memory of the CPU."
-    return (
-        f"store_gb is {store_gb:g} GB, below 0; nothing is stored, as with 0."
-        if store_gb < 0 and device != CPU
-        else None
-    )
+        return f"store is {store}, which is the device that computes; CPU memory is used."
+    if store_gb < 0 and device != CPU:
+        return f"store_gb is {store_gb:g} GB, which is below 0; it is treated as 0."
+    return None
 
 
-def _report_placement(show, remarks: list[str], texts: dict, patcher, lies):
-    """texts: device -> what lies there, of the GPUs that share the work of the model."""
-    texts[patcher.load_device] = placed_text(patcher, lies)
+def _report_placement(
+    show: Callable[[str], None],
+    remarks: list[str],
+    texts: dict[torch.device, str],
+    patcher,
+    report: MemoryReport,
+):
+    """Shows the placement. texts: one for each of the GPUs that share the model's work."""
+    texts[patcher.load_device] = placed_text(patcher, report)
     if not patcher.is_multigpu_base_clone:
-        there = {
-            patcher.load_device,
-            *(clone.load_device for clone in patcher.get_additional_models_with_key(SHARING)),
-        }
-        for device in texts.keys() - there:
+        clones = patcher.get_additional_models_with_key(SHARING)
+        devices = {patcher.load_device, *(clone.load_device for clone in clones)}
+        for device in texts.keys() - devices:
             del texts[device]
     show("\n".join([*(texts[device] for device in sorted(texts, key=str)), *remarks]))
 
 
 class PlaceModel(io.ComfyNode):
+    """Sets how much of a diffusion model stays on the GPU, and where the rest is kept."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightPlaceModel",
             display_name="Place Model (Featherweight)",
             category="Featherweight",
-            description="Says how much of a model stays on the GPU, and where the rest lies. Each"
-            " model has a budget of its own, with and without dynamic VRAM, packed or not. The"
-            " node shows what it comes to.",
+            description="Sets how much of a model stays on the GPU, and where the rest is kept."
+            " Each model has a budget of its own, with and without dynamic VRAM, packed or not."
+            " The node shows the result.",
             search_aliases=[
                 "gpu weights",
                 "vram",
@@ -154,7 +168,7 @@ class PlaceModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, gpu_weights=None, store=None, store_gb=None):
-        # what this machine has not is said when the node runs, and the picture comes all the same
+        # devices that this machine lacks are reported when the node runs; the model still runs
         return True
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Featherweight Place Text Encoder."""
+"""The node Place Text Encoder (Featherweight)."""
 from comfy_api.latest import io
 
 from ..loaders.devices import CPU
@@ -7,15 +7,17 @@ from .place_model import ALL, place_and_report, placing_inputs
 
 
 class PlaceTextEncoder(io.ComfyNode):
+    """Sets how much of a text encoder stays on the GPU, and where the rest is kept."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightPlaceTextEncoder",
             display_name="Place Text Encoder (Featherweight)",
             category="Featherweight",
-            description="Says how much of a text encoder stays on the GPU, and where the rest"
-            " lies. It runs once for each prompt, so little is lost where it leaves the GPU to the"
-            " diffusion model.",
+            description="Sets how much of a text encoder stays on the GPU, and where the rest is"
+            " kept. A text encoder runs once for each prompt, so leaving the GPU to the diffusion"
+            " model costs little time.",
             search_aliases=[
                 "gpu weights",
                 "vram",
@@ -37,7 +39,7 @@ class PlaceTextEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, gpu_weights=None, store=None, store_gb=None):
-        # what this machine has not is said when the node runs, and the picture comes all the same
+        # devices that this machine lacks are reported when the node runs; the model still runs
         return True
 
     @classmethod

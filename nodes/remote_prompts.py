@@ -1,4 +1,4 @@
-"""Prompts that run on other machines: model files that are not here may be there."""
+"""Prompts that run on other machines, where model files may exist that are missing here."""
 from ..loaders.folders import FILES_MAY_BE_REMOTE
 from .host_server import log_lack, running_server
 
@@ -6,8 +6,7 @@ RUN_ON_RAY = "FeatherweightRunOnRay"
 
 
 def watch_prompts():
-    """Have each prompt looked at before the host judges it. Where there is no server, as in a
-    script, nothing is done."""
+    """Registers `on_prompt` with the host's server, if it runs."""
     server = running_server()
     try:
         if server is not None:
@@ -17,8 +16,10 @@ def watch_prompts():
 
 
 def on_prompt(request: dict) -> dict:
-    """The request as it is. The host calls this in the task in which it then asks the prompt's
-    nodes about their inputs."""
+    """Notes whether a prompt has a Run on Ray node; returns the request unchanged.
+
+    The host calls this in the task in which it then validates the inputs of the prompt's nodes.
+    """
     graph = request.get("prompt")
     nodes = graph.values() if isinstance(graph, dict) else ()
     FILES_MAY_BE_REMOTE.set(

@@ -1,4 +1,4 @@
-"""Featherweight Run on Ray."""
+"""The node Run on Ray (Featherweight)."""
 import io as streams
 import os
 import sys
@@ -19,20 +19,22 @@ from ..cluster.ray_connection import THIS_COMPUTER, choices, is_cluster, named_c
 from ..cluster.run_variants import make_variants, nodes_affected
 from .node_text import text_sender
 
-# kept until ComfyUI ends, as are a Ray that it started and the models of the workers
+# lives until ComfyUI ends, with the Ray that it started and the models of the workers
 POOL = DriverPool(named_cluster())
 
 
 class RunOnRay(io.ComfyNode):
+    """Runs the nodes before it on workers of Ray, once for each seed or text."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightRunOnRay",
             display_name="Run on Ray (Featherweight)",
             category="Featherweight",
-            description="Draws several pictures at once: the nodes before this one run on other"
-            " GPUs and other machines, once for each picture, each with another seed or text. Here"
-            " nothing of them is loaded.",
+            description="Draws several pictures at once. The nodes before this one run on other"
+            " GPUs and machines, once for each picture, each time with another seed or text. This"
+            " ComfyUI loads none of their models.",
             search_aliases=[
                 "ray",
                 "cluster",
@@ -51,7 +53,7 @@ class RunOnRay(io.ComfyNode):
                     lazy=True,
                     raw_link=True,
                     tooltip="The pictures of one item. All nodes before this input run on the"
-                            " workers.",
+                    " workers.",
                 ),
                 io.Int.Input(
                     "count",
@@ -66,9 +68,9 @@ class RunOnRay(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="A line for each item, begun again when they run out. It takes the"
-                    " place of %text% in any text before this node; where there is no %text%, of"
-                    " the whole prompt. Empty: all items have the text that is there.",
+                    tooltip="One line for each item; if there are too few, they start over. A line"
+                    " replaces %text% in the texts before this node, or the whole prompt if no"
+                    " text has %text%. Empty: all items keep the workflow's text.",
                 ),
                 io.Combo.Input(
                     "address",
@@ -76,8 +78,7 @@ class RunOnRay(io.ComfyNode):
                     default=THIS_COMPUTER,
                     optional=True,
                     tooltip="Where the pictures are drawn: on the GPUs of this computer, or on the"
-                    " Ray cluster that is named in FEATHERWEIGHT_RAY_ADDRESS where ComfyUI is"
-                    " started.",
+                    " Ray cluster named by FEATHERWEIGHT_RAY_ADDRESS when ComfyUI was started.",
                 ),
                 io.Int.Input(
                     "workers",
@@ -85,8 +86,8 @@ class RunOnRay(io.ComfyNode):
                     min=0,
                     max=10000,
                     optional=True,
-                    tooltip="How many ComfyUI draw at the same time. 0: one on each GPU; where no"
-                    " machine has a GPU, one on each machine.",
+                    tooltip="How many ComfyUI processes draw at the same time. 0: one on each GPU,"
+                    " or one on each machine if no machine has a GPU.",
                 ),
                 io.Float.Input(
                     "idle_minutes",
@@ -96,20 +97,22 @@ class RunOnRay(io.ComfyNode):
                     step=0.5,
                     optional=True,
                     display_name="idle minutes",
-                    tooltip="How long workers that have nothing to do keep their models for the"
-                    " next run. Then they end and free the memory.",
+                    tooltip="How long idle workers keep their models for the next run. Then they"
+                    " end and free the memory.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="The pictures of all items, in their order.")],
+            outputs=[io.Image.Output(tooltip="The pictures of all items, in order.")],
             hidden=[io.Hidden.dynprompt],
         )
 
     @classmethod
     def validate_inputs(cls, address=THIS_COMPUTER):
-        """Accepts what older workflows have in the place of a choice; any other value is refused
-        before anything runs."""
+        """Returns an error text for an address that may not be used, before anything runs.
+
+        Older workflows may have the address of the named cluster in place of an option.
+        """
         try:
-            if address is not None:  # else another node will give it, and `execute` asks
+            if address is not None:  # None: another node gives it, and `execute` checks it
                 is_cluster(address, POOL.cluster)
         except MachineError as error:
             return str(error)
@@ -120,35 +123,33 @@ class RunOnRay(io.ComfyNode):
         cls, images, count, texts="", address=THIS_COMPUTER, workers=0, idle_minutes=10.0
     ) -> io.NodeOutput:
         on_cluster = is_cluster(address, POOL.cluster)
-        part = upstream(cls.hidden.dynprompt, images)
-        if "FeatherweightRunOnRay" in classes(part):
+        graph = upstream(cls.hidden.dynprompt, images)
+        if "FeatherweightRunOnRay" in classes(graph):
             raise GraphError(
-                "One Run on Ray is before another: its workers would wait for workers. Leave one"
-                " of them out."
+                "One Run on Ray is before another, so its workers would wait for other workers."
+                " Remove one of them."
             )
-        changes = make_variants(part, count, texts)
-        gathering, bar, show = (
-            ImageCollector(count, nodes_affected(part, changes)),
-            comfy.utils.ProgressBar(count),
-            text_sender(),
-        )
+        changes = make_variants(graph, count, texts)
+        collector = ImageCollector(count, nodes_affected(graph, changes))
+        bar = comfy.utils.ProgressBar(count)
+        show = text_sender()
 
-        def on_event(header, data):
-            gathering.tell(header, data)
+        def on_event(header: dict, data: bytes):
+            collector.tell(header, data)
             if header["event"] == "preview":
                 picture = Image.open(streams.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
-                bar.update_absolute(*gathering.progress(), ("JPEG", picture, None))
+                bar.update_absolute(*collector.progress(), ("JPEG", picture, None))
             elif header["event"] == "progress":
-                bar.update_absolute(*gathering.progress())
+                bar.update_absolute(*collector.progress())
             else:
-                show(gathering.text())
+                show(collector.text())
 
-        show(gathering.text())
+        show(collector.text())
         comfyui = os.path.dirname(folder_paths.__file__)
         POOL.run(
             on_cluster,
             {
-                "graph": with_result(part, images),
+                "graph": with_result(graph, images),
                 "changes": changes,
                 "comfyui": comfyui,
                 "extra": {"preview_method": args.preview_method.value},
@@ -160,4 +161,4 @@ class RunOnRay(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted,
             {} if on_cluster else worker_environment(comfyui, sys.argv[1:]),
         )
-        return io.NodeOutput(torch.from_numpy(gathering.whole()))
+        return io.NodeOutput(torch.from_numpy(collector.whole()))

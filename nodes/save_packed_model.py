@@ -1,4 +1,4 @@
-"""Featherweight Save Packed Model."""
+"""The node Save Packed Model (Featherweight)."""
 import json
 import os
 
@@ -29,20 +29,22 @@ from ..loaders.progress import Progress
 from .node_text import show_text
 
 SIZE = "size in GB"
-SAMPLES = 8  # pictures drawn for positive, at least; each of its prompts once
+MIN_SAMPLES = 8  # pictures drawn for positive; each of its prompts is drawn at least once
 WHOLE, AS_ASKED = "arrive whole", "in the type asked for"
 
 
 class SavePackedModel(io.ComfyNode):
+    """Saves a model with its LoRAs and merges as a GGUF or NF4 file."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightSavePackedModel",
             display_name="Save Packed Model (Featherweight)",
             category="Featherweight",
-            description="Saves a model with everything on it, LoRAs and merges too, as a GGUF or"
-            " an NF4 file: in one type, or in the best types for a size. The file loads here, in"
-            " ComfyUI-GGUF and in stable-diffusion.cpp.",
+            description="Saves a model with all its LoRAs and merges as a GGUF or an NF4 file, in"
+            " one type or in the best types for a size. The file loads here, in ComfyUI-GGUF and"
+            " in stable-diffusion.cpp.",
             search_aliases=[
                 "save model",
                 "export model",
@@ -66,9 +68,9 @@ class SavePackedModel(io.ComfyNode):
                     "type",
                     options=[*TYPES, KEEP_TYPES, SIZE],
                     default="Q4_K",
-                    tooltip="The type of the large matrices; what must stay exact does. NF4 makes a"
-                    " safetensors file, the others GGUF. as it is: each weight in the type it has."
-                    " size in GB: the best mix of types for the size below.",
+                    tooltip="The type of the large matrices; parts that must stay exact do so. NF4"
+                    " makes a safetensors file, the others GGUF. as it is: each weight keeps its"
+                    " type. size in GB: the best mix of types for the size below.",
                 ),
                 io.Float.Input(
                     "size_gb",
@@ -77,70 +79,71 @@ class SavePackedModel(io.ComfyNode):
                     max=1000.0,
                     step=0.001,
                     display_name="size in GB",
-                    tooltip="With type 'size in GB': what the file may take at most, in GB of 10^9"
-                            " bytes.",
+                    tooltip="With type 'size in GB': the largest size the file may have, in GB of"
+                    " 10^9 bytes.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",
-                    tooltip="Folder and name; the type, a number and .gguf are added."
+                    tooltip="Folder and name. The type, a number and .gguf are added."
                     " %date:yyyy-MM-dd% and the like work as in Save Image.",
                 ),
                 io.Combo.Input(
                     "folder",
                     options=[OUTPUT, MODELS],
                     default=OUTPUT,
-                    tooltip="output: ComfyUI's output folder, whose diffusion_models and"
-                    " text_encoders it lists among the models. models: its model folders; the name"
-                    " begins with one.",
+                    tooltip="output: ComfyUI's output folder. Files in its diffusion_models and"
+                    " text_encoders are listed among the models. models: the model folders; the"
+                    " name begins with one of them.",
                 ),
                 io.Combo.Input(
                     "loras",
                     options=[WHOLE, AS_ASKED],
                     default=WHOLE,
-                    tooltip="LoRAs on a model that is packed already. arrive whole: the weights"
-                    " they change take Q6_K or more. in the type asked for: smaller, and the"
+                    tooltip="For LoRAs on a model that is already packed. arrive whole: the weights"
+                    " they change take Q6_K or more. in the type asked for: a smaller file; the"
                     " report says how much of each LoRA is kept.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Write without a number, in place of a file of that name. Otherwise"
-                    " nothing is ever overwritten.",
+                    tooltip="Adds no number and replaces a file of the same name. Otherwise nothing"
+                    " is ever overwritten.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
                     tooltip="Its text encoders are saved too, each in a file of its own in"
-                            " text_encoders.",
+                    " text_encoders.",
                 ),
                 io.String.Input(
                     "sensitivity",
                     default="",
                     optional=True,
-                    tooltip="What Measure Sensitivity (Featherweight) measured of this model: its"
-                    " output, or a file's name in output/sensitivity. All is packed far better"
-                    " with it. Empty: none.",
+                    tooltip="A measurement of this model by Measure Sensitivity (Featherweight):"
+                    " its output, or the name of a file in output/sensitivity. The model is packed"
+                    " much better with it. Empty: none.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Prompts of the kind you use. With them the model draws a little and"
-                    " its layers are packed one after another, each making up for the errors of"
-                    " those before it: nearer with one type, and slow.",
+                    tooltip="Prompts of the kind you use. With them the model draws a few pictures"
+                    " and its layers are packed one after another, each compensating for the"
+                    " errors of those before it. With one type the result is closer to the model;"
+                    " it is slow.",
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
                     tooltip="With positive: an empty latent of the size you use, or of a video's"
-                    " length. Without one: a picture of 512 x 512, or one frame.",
+                    " length. If nothing is connected: a picture of 512 x 512, or one frame.",
                 ),
             ],
             outputs=[
                 io.String.Output(display_name="path", tooltip="The file of the model."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What the file holds, and how much of each LoRA arrived.",
+                    tooltip="What the file holds, and how much of each LoRA is in it.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -165,60 +168,48 @@ class SavePackedModel(io.ComfyNode):
         measured = Sensitivity.load(find_sensitivity(sensitivity)) if sensitivity else None
         for patcher in (model, *([] if clip is None else [clip.patcher])):
             check_saveable(patcher)
-        whole = source_of_model(model)
+        model_source = source_of_model(model)
         if unsaved := unsaved_parts(model):
-            whole.notes.append(
-                f"Not in the file, since it is not a weight: {', '.join(unsaved)}. Put the nodes"
-                " for it behind the loader of the file."
+            model_source.notes.append(
+                f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
+                " for it after the loader of the file."
             )
         if type == SIZE and not 0 < size_gb < float("inf"):
             raise WeightFileError(
-                f"size in GB is {size_gb}; give what the file may take at most, such as 6."
+                f"size in GB is {size_gb}; expected the largest size the file may have, such as 6."
             )
-        wanted, label = (
-            (round(size_gb * 1e9), f"{size_gb:g}GB")
-            if type == SIZE
-            else (type, type.replace(" ", "_"))
-        )
-        jobs = [
-            (
-                whole,
-                new_model_path(
-                    filename_prefix, label, suffix_for(whole, wanted), folder, not overwrite
-                ),
-                wanted,
-            )
-        ]
+
+        def new_job(source, prefix: str, label: str, target: str | int) -> tuple:
+            suffix = suffix_for(source, target)
+            return source, new_model_path(prefix, label, suffix, folder, not overwrite), target
+
+        if type == SIZE:
+            target, label = round(size_gb * 1e9), f"{size_gb:g}GB"
+        else:
+            target, label = type, type.replace(" ", "_")
+        jobs = [new_job(model_source, filename_prefix, label, target)]
         own_name = os.path.basename(filename_prefix.replace("\\", "/"))
         for name, source in ({} if clip is None else source_of_encoders(clip)).items():
             prefix = os.path.join("text_encoders", f"{own_name}_{name}")
             label = "Q8_0" if type == SIZE else label  # the size is the model's
-            kind = KEEP_TYPES if type == KEEP_TYPES else label
-            jobs.append(
-                (
-                    source,
-                    new_model_path(prefix, label, suffix_for(source, kind), folder, not overwrite),
-                    kind,
-                )
-            )
+            jobs.append(new_job(source, prefix, label, type if type == KEEP_TYPES else label))
         for _, path, _ in jobs:
             reject_own_files(path, *(source for source, _, _ in jobs))
         progress = Progress(stages=len(jobs) + (2 if positive else 0))
-        metadata, reports = cls._metadata(), []
-        for source, path, wanted in jobs:
-            is_model = source is whole
-            plan = plan_file(
-                source,
-                path,
-                wanted,
-                SaveOptions(measured if is_model else None, loras == WHOLE, metadata, overwrite),
+        metadata = cls._metadata()
+        reports = []
+        for source, path, target in jobs:
+            is_model = source is model_source
+            options = SaveOptions(
+                measured if is_model else None, loras == WHOLE, metadata, overwrite
             )
+            plan = plan_file(source, path, target, options)
             show_text(plan.text)
             calibration = None
             if is_model and positive:
                 prompts = [[entry] for entry in positive]
-                drawing = SamplingRun(prompts, latent, samples=max(SAMPLES, len(prompts)))
-                calibration = record_calibration(model, drawing, track=progress.track)
+                run = SamplingRun(prompts, latent, samples=max(MIN_SAMPLES, len(prompts)))
+                calibration = record_calibration(model, run, track=progress.track)
             reports.append(save(plan, progress.track, calibration).text)
         text = "\n\n".join(reports)
         show_text(text)
@@ -226,7 +217,7 @@ class SavePackedModel(io.ComfyNode):
 
     @classmethod
     def _metadata(cls) -> dict[str, str]:
-        """The workflow, as the host's nodes that save leave it in their files."""
+        """Returns the workflow, as the host's nodes write it into the files they save."""
         hidden = getattr(cls, "hidden", None)
         if args.disable_metadata or hidden is None:
             return {}

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from pack_nodes import node_list
 
 from featherweight.loaders import folders
-from featherweight.nodes import PICKERS, apply_lora, load_text_encoder, remote_prompts
+from featherweight.nodes import FILE_INPUTS, apply_lora, load_text_encoder, remote_prompts
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 NOT_LOOKED_AT = {"FeatherweightInspectModelFile"}  # where a model is connected it needs no file
@@ -19,7 +19,7 @@ MISSING = "wan\\\\low noise.gguf"
 def pickers(node) -> list[str]:
     return [
         input.id for input in node.GET_SCHEMA().inputs
-        if isinstance(input, io.Combo.Input) and PICKERS.fullmatch(input.id)
+        if isinstance(input, io.Combo.Input) and FILE_INPUTS.fullmatch(input.id)
     ]
 
 
@@ -99,8 +99,8 @@ def test_none_and_auto_are_no_files():
     ("UnetLoaderGGUFAdvancedDisTorch2MultiGPU", "patch_dtype", "x"),
 ])
 def test_a_choice_that_a_node_does_not_offer_is_told_before_anything_runs(node_id, input, value):
-    assert at_queue(NODES[node_id],
-                    **{input: value}).startswith(f"{input} is '{value}'; it can be ")
+    message = at_queue(NODES[node_id], **{input: value})
+    assert message.startswith(f"{input} is '{value}', expected one of: ")
     assert (
         at_queue(NODES[node_id], **{input: None, "device": "cuda:7", "compute_device": 3}) is True
     )

@@ -11,7 +11,7 @@ from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import folders
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, every_file
+from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, list_all_files
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
 
@@ -38,7 +38,7 @@ def model_folders(tmp_path, monkeypatch):
 
 
 def test_files_of_every_folder_are_listed(model_folders):
-    assert set(every_file()) == {
+    assert set(list_all_files()) == {
         "vae.safetensors",
         "flux/packed.gguf",
         "flux/dense.gguf",
@@ -55,7 +55,7 @@ def test_folders_of_models_and_of_text_encoders_are_listed(model_folders):
         (model_folders / name).mkdir(parents=True)
         (model_folders / name / "config.json").write_text(f"{{{said}}}")
         save_file({"shared.weight": torch.zeros(8, 8)}, model_folders / name / "model.safetensors")
-    assert {"package", "package/transformer", "t5"} <= set(every_file())
+    assert {"package", "package/transformer", "t5"} <= set(list_all_files())
     assert InspectModelFile.execute("t5").args[0].startswith("t5 is a text encoder")
 
 

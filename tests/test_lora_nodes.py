@@ -186,7 +186,7 @@ def test_misfits_are_left_out_or_refused_as_asked(loras, packed_flux):
     assert "lora_unet_nowhere: missing in the model" in text and len(model.patches) == 20
     with pytest.raises(
             ValueError,
-            match="misfits says fail.*1 do not fit: lora_unet_nowhere: missing") as error:
+            match="misfits is set to fail.*1 do not fit: lora_unet_nowhere: missing") as error:
         ApplyLora.execute(packed_flux, "part.safetensors", misfits="fail")
     assert "\n" not in str(error.value) and not packed_flux.patches
 

@@ -140,14 +140,13 @@ def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
 
 @STATIC
 @pytest.mark.parametrize(("inputs", "sentence"), [
-    ((-1.0,), "gpu_weights is -1 GB, below 0; nothing stays, as with 0."),
-    ((48.0,), "gpu_weights is 48.0 GB, and cuda:0 has 4.3 GB in all; as much stays as ComfyUI"
-              " finds room for."),
-    ((0.002, "gpu:5"), "There is no gpu:5 here for a store; what does not stay lies in the memory"
-                       " of the CPU."),
-    ((0.002, "gpu:0"), "The store gpu:0 is the device that computes; what does not stay lies in"
-                       " the memory of the CPU."),
-    ((0.002, "gpu:1", -1.0), "store_gb is -1 GB, below 0; nothing is stored, as with 0."),
+    ((-1.0,), "gpu_weights is -1 GB, which is below 0; it is treated as 0."),
+    ((48.0,), "gpu_weights is 48.0 GB, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much"
+              " there as fits."),
+    ((0.002, "gpu:5"),
+     "store is gpu:5, but this machine has no such device; CPU memory is used."),
+    ((0.002, "gpu:0"), "store is gpu:0, which is the device that computes; CPU memory is used."),
+    ((0.002, "gpu:1", -1.0), "store_gb is -1 GB, which is below 0; it is treated as 0."),
 ])
 def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(inputs, sentence, shown,
                                                                     caplog):
@@ -169,7 +168,7 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
         "its loader leaves no way; what does not stay lies in the memory of the CPU.")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
     notes = []
-    placed = multigpu.placed(model, 1.0, ["cuda:1"], "", notes, "unet_")
+    placed = multigpu.place_part(model, 1.0, ["cuda:1"], "", notes, "unet_")
     assert notes[-1].startswith("Weights on other GPUs need the model outside dynamic VRAM, so")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
 

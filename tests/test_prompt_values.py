@@ -125,7 +125,7 @@ def test_what_is_looked_at_when_a_node_runs_is_answered_in_a_sentence_too(value)
         ("gpu_weights", lambda: PlaceModel.execute(None, math.nan)),
         ("gpu_weights", lambda: PlaceTextEncoder.execute(None, math.nan)),
         ("store_gb", lambda: PlaceModel.execute(None, 4.0, "cpu", math.nan)),
-        ("virtual_vram_gb", lambda: multigpu.placed(None, math.nan, ["cpu"], "", [])),
+        ("virtual_vram_gb", lambda: multigpu.place_part(None, math.nan, ["cpu"], "", [])),
         ("strength_model", lambda: ApplyLora.execute(None, "lora.safetensors", math.nan)),
         ("strength_clip", lambda: ApplyLora.execute(None, "lora.safetensors", 1.0, math.nan)),
         (
@@ -138,7 +138,7 @@ def test_what_is_looked_at_when_a_node_runs_is_answered_in_a_sentence_too(value)
 )
 def test_a_number_that_is_none_is_refused_before_any_work(name, run):
     """The host lets NaN through: it is neither below the least nor above the most."""
-    with pytest.raises(ValueError, match=f"{name} is not a number. Give one, such as 1."):
+    with pytest.raises(ValueError, match=f"{name} is not a number; expected one such as 1."):
         run()
 
 

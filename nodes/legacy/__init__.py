@@ -1,12 +1,11 @@
-"""Node ids of other packs, with the same inputs in the same order, so that shared workflows open
-and run.
+"""Node ids of other packs, with the same inputs in the same order, so that shared workflows run.
 
-Each file is a pack. Its `NODE_CONFIG` is the table of its ids and of what differs between them;
-ComfyUI Manager reads the ids there, `make_node` makes the classes.
+Each file is a pack. Its `NODE_CONFIG` is a table of the pack's ids and of what differs between
+them. ComfyUI Manager reads the ids there, and `make_node` makes the classes.
 
 Scripts and other packs call these classes as Python:
-`NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So what runs has that name and those
-parameters, gives a tuple, and is the `FUNCTION`.
+`NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So the method that runs has the original
+name and parameters, returns a tuple, and is the `FUNCTION`.
 """
 from collections.abc import Callable
 
@@ -16,11 +15,14 @@ from ...loaders.folders import validate_files
 
 
 class LegacyNode:
-    """What the classes of the tables derive from, beside the host's. A subclass has the method that
-    its `FUNCTION` names.
+    """Base of the classes in the tables, next to the host's own base class.
 
-    inputs: called on the class, makes the inputs. outputs: what makes the outputs. folders: keys of
-    the folders in which its files lie.
+    A subclass defines the method that its `FUNCTION` names.
+
+    Attributes:
+        inputs: called on the class, makes the inputs.
+        outputs: what makes the outputs.
+        folders: keys of the folders that its files lie in.
     """
 
     FUNCTION: str
@@ -60,8 +62,11 @@ class LegacyNode:
         clip_name4=None,
         device=None,
     ):
-        """What is named here the host leaves to this: files, and a device, which may be another
-        machine's."""
+        """Checks the files that are named.
+
+        The host does not check inputs that are parameters here. `device` is one of them, because a
+        workflow may name a device of another machine.
+        """
         return validate_files(
             unet_name,
             gguf_name,
@@ -82,6 +87,6 @@ class LegacyNode:
 def make_node(
     module: str, node_id: str, base: type[LegacyNode], display_name: str, **attributes
 ) -> type[io.ComfyNode]:
-    """The class of one id, as if it were written in the module of that name."""
-    return type(node_id, (base, io.ComfyNode), {
-        "__module__": module, "node_id": node_id, "display_name": display_name, **attributes})
+    """Makes the class of one id, as if it were written in the module of that name."""
+    attributes |= {"__module__": module, "node_id": node_id, "display_name": display_name}
+    return type(node_id, (base, io.ComfyNode), attributes)

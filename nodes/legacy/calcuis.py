@@ -1,5 +1,7 @@
-"""Node ids of calcuis' gguf pack. Four of them differ from ids of ComfyUI-GGUF in nothing but
-capital letters."""
+"""Node ids of calcuis' gguf pack.
+
+Four of them differ from ids of ComfyUI-GGUF only in capital letters.
+"""
 from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT
@@ -19,6 +21,7 @@ from .gguf import (
 
 
 def device_input():
+    """Returns the input that chooses where a text encoder runs."""
     return io.Combo.Input(
         "device",
         options=[DEFAULT, "cpu"],
@@ -30,6 +33,8 @@ def device_input():
 
 
 class Loader(LegacyNode):
+    """Loads a diffusion model."""
+
     FUNCTION = "load_model"
     folders = FOLDERS
 
@@ -41,19 +46,21 @@ class Loader(LegacyNode):
 
 
 class VaeLoader(LegacyNode):
+    """Loads a VAE."""
+
     FUNCTION = "load_vae"
     outputs = (io.Vae.Output,)
 
     @classmethod
     def validate_inputs(cls, vae_name=None):
-        return vae_files.is_there(vae_name)
+        return vae_files.validate(vae_name)
 
     @classmethod
     def load_vae(cls, vae_name) -> tuple:
         return loader_output(vae=vae_files.load(vae_name))
 
 
-# Id -> what its class derives from, its title, its inputs, its description.
+# id: (base class, title, inputs, description)
 NODE_CONFIG = {
     "LoaderGGUF": (
         Loader,
@@ -98,8 +105,8 @@ NODE_CONFIG = {
         VaeLoader,
         "GGUF VAE Loader",
         lambda: [vae_files.vae_name_input()],
-        "The VAE loader of workflows made with calcuis' gguf pack. The weights of a GGUF file are"
-        " dequantised.",
+        "The VAE loader of workflows made with calcuis' gguf pack. It dequantises the weights of a"
+        " GGUF file.",
     ),
 }
 NODE_CLASS_MAPPINGS = {

@@ -1,5 +1,4 @@
-"""Node ids of ComfyUI-GGUF; and the inputs and loading that other packs' nodes for such files have
-in common with them."""
+"""Node ids of ComfyUI-GGUF, with the inputs and loading that the other packs' nodes share."""
 from collections.abc import Sequence
 
 import comfy.sd
@@ -20,7 +19,7 @@ from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 from ..node_text import loader_output
 from . import LegacyNode, make_node
 
-# "default" and "target" both mean the dtype the model computes in: values are dequantised in
+# "default" and "target" both mean the dtype that the model computes in: values are dequantised in
 # float32 and rounded once.
 DTYPES = {
     "default": None,
@@ -32,11 +31,16 @@ DTYPES = {
 
 
 def model_input(name: str = "unet_name", folders: Sequence[str] = ()):
-    return io.Combo.Input(name, options=[*list_files(*FOLDERS), *folders],
-                          tooltip="A file in models/diffusion_models or models/unet.")
+    """Returns the input for a diffusion model. folders: model folders that are offered too."""
+    return io.Combo.Input(
+        name,
+        options=[*list_files(*FOLDERS), *folders],
+        tooltip="A file in models/diffusion_models or models/unet.",
+    )
 
 
 def dtype_inputs() -> list:
+    """Returns the inputs of ComfyUI-GGUF's advanced loader."""
     dtypes = list(DTYPES)
     return [
         io.Combo.Input(
@@ -44,8 +48,8 @@ def dtype_inputs() -> list:
             options=dtypes,
             default="default",
             optional=True,
-            tooltip="Round dequantised weights to this dtype before they are used. default and"
-            " target: straight to the dtype the model computes in, which is the most exact.",
+            tooltip="Rounds dequantised weights to this dtype before they are used. default and"
+            " target: directly to the dtype that the model computes in, which is the most exact.",
         ),
         io.Combo.Input(
             "patch_dtype",
@@ -53,7 +57,7 @@ def dtype_inputs() -> list:
             default="default",
             optional=True,
             tooltip="The dtype in which patches are added to a dequantised weight. default and"
-            " target: ComfyUI's choice.",
+            " target: ComfyUI chooses it.",
         ),
         io.Boolean.Input(
             "patch_on_device",
@@ -67,13 +71,21 @@ def dtype_inputs() -> list:
 def load_model(
     name: str, dequant_dtype: str | None = None, patch_dtype: str | None = None, **options
 ) -> ModelPatcher:
-    """A file of `FOLDERS`, with dtypes as the nodes offer them. options: others of
-    `load_diffusion_model`."""
+    """Loads a diffusion model.
+
+    Args:
+        name: a file or folder in `FOLDERS`.
+        dequant_dtype: a key of `DTYPES`.
+        patch_dtype: a key of `DTYPES`.
+        options: further arguments of `load_diffusion_model`.
+    """
     dtypes = (DTYPES[dtype or "default"] for dtype in (dequant_dtype, patch_dtype))
     return load_diffusion_model(find_file(name, *FOLDERS), *dtypes, **options)
 
 
 class UnetLoader(LegacyNode):
+    """Loads a diffusion model."""
+
     FUNCTION = "load_unet"
     folders = FOLDERS
 
@@ -85,21 +97,35 @@ class UnetLoader(LegacyNode):
 
 
 def clip_inputs(count: int, host_node: str | None = None) -> list:
-    """Inputs for as many files, and one for the types that a node of the host's offers."""
+    """Returns the inputs of a text encoder loader.
+
+    Args:
+        count: how many files it takes, 1 to 4.
+        host_node: the host's node with the same types; None: no type input.
+    """
     names = [f"clip_name{number}" for number in range(1, count + 1)] if count > 1 else ["clip_name"]
     tooltip = "A file in models/text_encoders or models/clip: GGUF, NF4 or any other, in any order."
     inputs = [
         io.Combo.Input(name, options=list_files(*CLIP_FOLDERS), tooltip=tooltip) for name in names
     ]
     if host_node:
-        inputs.append(io.Combo.Input("type", options=encoder_types(host_node),
-                                     tooltip="The kind of model the text is encoded for."))
+        type_input = io.Combo.Input(
+            "type",
+            options=encoder_types(host_node),
+            tooltip="The kind of model the text is encoded for.",
+        )
+        inputs.append(type_input)
     return inputs
 
 
 def load_clip(clip_type: str, *names: str, device: torch.device | None = None) -> comfy.sd.CLIP:
-    """Files of `CLIP_FOLDERS` as one text encoder. device: where it runs; None: where the host has
-    it."""
+    """Loads text encoders as one CLIP.
+
+    Args:
+        clip_type: an option of the type input.
+        names: files in `CLIP_FOLDERS`.
+        device: where it runs; None: where the host decides.
+    """
     paths = [find_file(name, *CLIP_FOLDERS) for name in names]
     return load_text_encoder(
         paths, clip_type, embedding_folders(), model_options=device_options(device)
@@ -107,8 +133,10 @@ def load_clip(clip_type: str, *names: str, device: torch.device | None = None) -
 
 
 class TextEncoderLoader(LegacyNode):
-    """What the loaders of one to four files share: `load_clip`, or the same in two steps,
-    `load_data` and `load_patcher`."""
+    """Base of the loaders for one to four text encoders.
+
+    Callers use `load_clip`, or the two steps `load_data` and `load_patcher`.
+    """
 
     FUNCTION = "load_clip"
     folders = CLIP_FOLDERS
@@ -121,8 +149,10 @@ class TextEncoderLoader(LegacyNode):
 
     @staticmethod
     def load_data(ckpt_paths) -> list[dict]:
-        """Name -> tensor of each file, by the file's own names. Packed weights are packed and lie
-        in the mapped file."""
+        """Returns a state dict of each file, with the file's own keys.
+
+        Packed weights stay packed and are mapped from the file.
+        """
         return [
             open_weights(path).state_dict()
             if needs_own_reader(path)
@@ -132,38 +162,48 @@ class TextEncoderLoader(LegacyNode):
 
     @staticmethod
     def load_patcher(clip_paths, clip_type: comfy.sd.CLIPType, clip_data=None) -> comfy.sd.CLIP:
-        """The text encoders in these files. clip_data is not looked at: what it lacks of the files
-        is needed to load them."""
+        """Loads the text encoders in these files.
+
+        clip_data is not used, because it lacks metadata that is needed to load them.
+        """
         return load_text_encoder(list(clip_paths), clip_type.name.lower(), embedding_folders())
 
 
 class ClipLoader(TextEncoderLoader):
+    """Loads one text encoder."""
+
     @classmethod
     def load_clip(cls, clip_name, type="stable_diffusion", device=DEFAULT) -> tuple:
         return cls.load(type, clip_name, device=device)
 
 
 class DualClipLoader(TextEncoderLoader):
+    """Loads two text encoders."""
+
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, type, device=DEFAULT) -> tuple:
         return cls.load(type, clip_name1, clip_name2, device=device)
 
 
 class TripleClipLoader(TextEncoderLoader):
+    """Loads the three text encoders of SD3."""
+
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, type="sd3") -> tuple:
-        # whatever type a caller names, there is one set of three
+        # there is only one set of three, whatever type a caller names
         return cls.load("sd3", clip_name1, clip_name2, clip_name3)
 
 
 class QuadrupleClipLoader(TextEncoderLoader):
+    """Loads the four text encoders of HiDream."""
+
     @classmethod
     def load_clip(cls, clip_name1, clip_name2, clip_name3, clip_name4, type="hidream") -> tuple:
-        # whatever type a caller names, as above
+        # there is only one set of four, whatever type a caller names
         return cls.load("hidream", clip_name1, clip_name2, clip_name3, clip_name4)
 
 
-# Id -> what its class derives from, its title, its inputs, its description.
+# id: (base class, title, inputs, description)
 NODE_CONFIG = {
     "UnetLoaderGGUF": (
         UnetLoader,

@@ -1,5 +1,4 @@
-"""The GGUF loader of ComfyUI-KJNodes, with the same inputs in the same order, so that shared
-workflows open and run."""
+"""The GGUF loader of ComfyUI-KJNodes."""
 import comfy.cli_args
 import comfy.ldm.modules.attention
 import torch
@@ -10,11 +9,13 @@ from ..node_text import loader_output
 from .gguf import CLIP_FOLDERS, FOLDERS, dtype_inputs, load_model, model_input
 
 NONE = "none"
-# as the host calls them
+# option: the host's name of the attention function
 ATTENTION = {"sdpa": "pytorch", "sageattn": "sage", "xformers": "xformers", "flashattn": "flash"}
 
 
 class GGUFLoader(io.ComfyNode):
+    """Loads a diffusion model, with further layers and an attention function if asked for."""
+
     HELP_PAGE = "LegacyLoaders"
 
     @classmethod
@@ -33,22 +34,22 @@ class GGUFLoader(io.ComfyNode):
                     optional=True,
                     options=[*list_files(*FOLDERS), *connectors, NONE],
                     tooltip="A file with further layers of the model, such as VACE's, or LTX-2's"
-                            " connector.",
+                    " connector.",
                 ),
                 *dtype_inputs(),
                 io.Boolean.Input(
                     "enable_fp16_accumulation",
                     default=False,
                     optional=True,
-                    tooltip="Let CUDA sum products of fp16 in fp16, in everything that runs after"
-                    " this: faster and rougher.",
+                    tooltip="Lets CUDA accumulate fp16 products in fp16, in everything that runs"
+                    " after this node: faster and less exact.",
                 ),
                 io.Combo.Input(
                     "attention_override",
                     options=[NONE, *ATTENTION],
                     default=NONE,
                     optional=True,
-                    tooltip="Compute the model's attention by this library, where ComfyUI has it.",
+                    tooltip="Computes the model's attention with this library, if it is installed.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -83,32 +84,38 @@ class GGUFLoader(io.ComfyNode):
         return io.NodeOutput(*loader_output(*notes, model=model))
 
 
-def accumulate_in_fp16(wanted: bool) -> str | None:
-    """Set torch's switch for everything that runs after this. Returns why it cannot be set, where
-    it is wanted."""
+def accumulate_in_fp16(enable: bool) -> str | None:
+    """Sets torch's switch for everything that runs after this.
+
+    Returns why the switch has no effect, if it is to be enabled, else None.
+    """
     switches = torch.backends.cuda.matmul
-    if not hasattr(switches, "allow_fp16_accumulation"):
-        return (
-            "enable_fp16_accumulation needs PyTorch 2.7.1 or newer; it has no effect."
-            if wanted
-            else None
-        )
-    # as ComfyUI was started
-    at_start = comfy.cli_args.PerformanceFeature.Fp16Accumulation in comfy.cli_args.args.fast
-    switches.allow_fp16_accumulation = wanted or at_start
+    if hasattr(switches, "allow_fp16_accumulation"):
+        at_start = comfy.cli_args.PerformanceFeature.Fp16Accumulation in comfy.cli_args.args.fast
+        switches.allow_fp16_accumulation = enable or at_start
+        return None
+    if enable:
+        return "enable_fp16_accumulation needs PyTorch 2.7.1 or newer; it has no effect."
     return None
 
 
 def override_attention(model, name: str) -> str | None:
-    """Make a model compute attention by a library. Returns why not, where ComfyUI has not got
-    it."""
+    """Sets the attention function of a model.
+
+    Args:
+        model: a patcher of the host's.
+        name: a key of `ATTENTION`; any other name changes nothing.
+
+    Returns:
+        Why the function cannot be used, else None.
+    """
     if name not in ATTENTION:
         return None
-    chosen = comfy.ldm.modules.attention.get_attention_function(ATTENTION[name], None)
-    if chosen is None:
+    attention = comfy.ldm.modules.attention.get_attention_function(ATTENTION[name], None)
+    if attention is None:
         return f"This ComfyUI has no {name} installed, so attention_override has no effect."
     options = model.model_options.setdefault("transformer_options", {})
-    options["optimized_attention_override"] = lambda replaced, *args, **kwargs: chosen(
-        *args, **kwargs
+    options["optimized_attention_override"] = lambda original, *args, **kwargs: (
+        attention(*args, **kwargs)
     )
     return None

@@ -1,9 +1,8 @@
-"""Node ids of ComfyUI-MultiGPU: loaders with a device, and with virtual VRAM in its first and in
-its second form.
+"""Node ids of ComfyUI-MultiGPU: loaders with a device, or with virtual VRAM (DisTorch, DisTorch2).
 
-An id is that of a loader and of a family, `UnetLoaderGGUF` + `DisTorch2MultiGPU`, and its class is
-made of both; three loaders are the pack's own. Some more of its loaders are no business of this
-one: for ControlNets, CLIP vision, other packs' models.
+An id joins a loader and a family, as in `UnetLoaderGGUF` + `DisTorch2MultiGPU`, and its class is
+made from both. Three loaders are the pack's own. Its loaders for ControlNets, CLIP vision and other
+packs' models are not provided here.
 """
 import functools
 from collections.abc import Callable
@@ -36,9 +35,10 @@ from .gguf import (
 )
 from .nf4 import CHECKPOINT_FOLDERS, CheckpointLoader, checkpoint_input, load_parts
 
-# What UNETLoader's weight_dtype means to the host.
+# UNETLoader's weight_dtype: the host's model options
 WEIGHT_DTYPES = {
-    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn}, "fp8_e5m2": {"dtype": torch.float8_e5m2},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
 }
 
@@ -46,17 +46,21 @@ WEIGHT_DTYPES = {
 # --- the loaders ---
 
 @dataclass(frozen=True)
-class Wrapped:
+class WrappedLoader:
     """A loader that the pack wraps.
 
-    inputs, outputs: as in `LegacyNode`. load: of a device or None and the inputs by name -> its
-    parts, by the keys of `shown.TITLES`. is_there: of names of files -> True, or a sentence about
-    one that is not there. device: what DisTorch2 calls its input for the device.
+    Attributes:
+        inputs: as in `LegacyNode`.
+        load: takes a device or None, and the inputs by name; returns the loaded parts by the keys
+            of `node_text.TITLES`.
+        validate: takes names of files; returns True, or a sentence about a missing one.
+        outputs: as in `LegacyNode`.
+        device: DisTorch2's name of its device input.
     """
 
     inputs: Callable[[], list]
     load: Callable[..., dict]
-    is_there: Callable[..., bool | str]
+    validate: Callable[..., bool | str]
     outputs: tuple = (io.Model.Output,)
     device: str = "compute_device"
 
@@ -85,16 +89,18 @@ def _load_clip(device, type="stable_diffusion", **names) -> dict:
 
 
 def _weight_dtype_input():
-    offered = combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype") or [
-        "default",
-        *WEIGHT_DTYPES,
-    ]
-    return io.Combo.Input("weight_dtype", options=offered, default="default", optional=True,
-                          tooltip="As in ComfyUI's own loader, for files without packed weights.")
+    options = combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype")
+    return io.Combo.Input(
+        "weight_dtype",
+        options=options or ["default", *WEIGHT_DTYPES],
+        default="default",
+        optional=True,
+        tooltip="As in ComfyUI's own loader, for files without packed weights.",
+    )
 
 
-def _clips(count: int, host_node: str | None = None) -> Wrapped:
-    return Wrapped(
+def _clip_loader(count: int, host_node: str | None = None) -> WrappedLoader:
+    return WrappedLoader(
         functools.partial(clip_inputs, count, host_node),
         _load_clip,
         functools.partial(validate_files, keys=CLIP_FOLDERS),
@@ -103,23 +109,23 @@ def _clips(count: int, host_node: str | None = None) -> Wrapped:
     )
 
 
-_models_there = functools.partial(validate_files, keys=FOLDERS)
-UNET_GGUF = Wrapped(lambda: [model_input()], _load_gguf, _models_there)
-UNET_GGUF_ADVANCED = Wrapped(lambda: [model_input(), *dtype_inputs()], _load_gguf, _models_there)
-UNET = Wrapped(lambda: [model_input(), _weight_dtype_input()], _load_unet, _models_there)
-CLIP, DUAL_CLIP, TRIPLE_CLIP, QUADRUPLE_CLIP = (
-    _clips(1, "CLIPLoader"),
-    _clips(2, "DualCLIPLoader"),
-    _clips(3),
-    _clips(4),
+_validate_models = functools.partial(validate_files, keys=FOLDERS)
+UNET_GGUF = WrappedLoader(lambda: [model_input()], _load_gguf, _validate_models)
+UNET_GGUF_ADVANCED = WrappedLoader(
+    lambda: [model_input(), *dtype_inputs()], _load_gguf, _validate_models
 )
-VAE = Wrapped(
+UNET = WrappedLoader(lambda: [model_input(), _weight_dtype_input()], _load_unet, _validate_models)
+CLIP = _clip_loader(1, "CLIPLoader")
+DUAL_CLIP = _clip_loader(2, "DualCLIPLoader")
+TRIPLE_CLIP = _clip_loader(3)
+QUADRUPLE_CLIP = _clip_loader(4)
+VAE = WrappedLoader(
     lambda: [vae_files.vae_name_input()],
     lambda device, vae_name: {"vae": vae_files.load(vae_name, device)},
-    vae_files.is_there,
+    vae_files.validate,
     (io.Vae.Output,),
 )
-CHECKPOINT = Wrapped(
+CHECKPOINT = WrappedLoader(
     lambda: [checkpoint_input()],
     lambda device, ckpt_name: load_parts(ckpt_name, device=device),
     functools.partial(validate_files, keys=CHECKPOINT_FOLDERS),
@@ -130,54 +136,62 @@ CHECKPOINT = Wrapped(
 # --- the inputs of the families ---
 
 def device_input(name: str, default: str | None = None, optional: bool = True):
-    """default: None: the first GPU, where there is one."""
+    """Returns the input for the device that computes. default: None for the first GPU, if any."""
     names = ["cpu", *map(str, gpus())]
     return io.Combo.Input(
         name,
         options=names,
         default=default or names[min(1, len(gpus()))],
         optional=optional,
-        tooltip="The device that computes. One that this machine has not is ComfyUI's default one.",
+        tooltip="The device that computes. If this machine does not have it, ComfyUI's default"
+        " device is used.",
     )
 
 
 def virtual_vram_input(
-    name: str = "virtual_vram_gb", default: float = 4.0, most: float = 128.0, optional: bool = True
+    name: str = "virtual_vram_gb",
+    default: float = 4.0,
+    maximum: float = 128.0,
+    optional: bool = True,
 ):
+    """Returns the input for virtual VRAM, in GiB."""
     return io.Float.Input(
         name,
         default=default,
         min=0.0,
-        max=most,
+        max=maximum,
         step=0.1,
         optional=optional,
-        tooltip="This many GiB of the model's weights lie elsewhere and are copied in at each"
-                " step.",
+        tooltip="This many GiB of the model's weights are kept on the donors and are copied in at"
+        " each step.",
     )
 
 
 def donor_input(name: str = "donor_device", optional: bool = True):
+    """Returns the input for the device that keeps the weights of the virtual VRAM."""
     return io.Combo.Input(
         name,
         options=["cpu", *map(str, gpus())],
         default="cpu",
         optional=optional,
-        tooltip="Where the weights of the virtual VRAM lie.",
+        tooltip="The device that keeps the weights of the virtual VRAM.",
     )
 
 
 def expert_input(name: str = "expert_mode_allocations"):
+    """Returns the input for an expert-mode string."""
     return io.String.Input(
         name,
         default="",
         multiline=False,
         optional=True,
-        tooltip="Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*), shares"
-        " of the model (cuda:0,25%;cpu,75%) or fractions of each device's memory.",
+        tooltip="Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*),"
+        " percentages of the model (cuda:0,25%;cpu,75%) or fractions of each device's memory.",
     )
 
 
 def eject_input(default: bool = True):
+    """Returns an input that old workflows have and that has no effect."""
     return io.Boolean.Input(
         "eject_models",
         default=default,
@@ -189,14 +203,16 @@ def eject_input(default: bool = True):
 # --- the families ---
 
 class MultiGPULoader(LegacyNode):
+    """Base of the pack's loaders. `wrapped` is the loader that a class wraps."""
+
     HELP_PAGE = "LegacyMultiGPU"
     category = "Featherweight/legacy/MultiGPU"
     description = (
-        "A loader of workflows made with ComfyUI-MultiGPU, which is archived. In new workflows:"
+        "A loader of workflows made with ComfyUI-MultiGPU, which is archived. In new workflows use"
         " the loaders and Place Model (Featherweight)."
     )
     is_deprecated = True  # not offered for new workflows
-    wrapped: Wrapped
+    wrapped: WrappedLoader
 
     @classmethod
     def inputs(cls) -> list:
@@ -204,23 +220,29 @@ class MultiGPULoader(LegacyNode):
 
     @classmethod
     def further_inputs(cls) -> list:
-        """Those behind the inputs of the loader that is wrapped."""
+        """Returns the inputs after those of the wrapped loader."""
         return []
 
     @classmethod
     def validate_inputs(cls, **inputs):
-        """The host looks at no input itself then: devices of other machines are resolved when the
-        node runs."""
+        """Checks the inputs of the wrapped loader.
+
+        The host itself checks no input of a node with `**inputs` here, so a workflow may name
+        devices of another machine; they are resolved when the node runs.
+        """
         for own in cls.wrapped.inputs():
-            value, offered = inputs.get(own.id), getattr(own, "options", None)
-            if offered and "_name" not in own.id and value not in (None, *offered):
-                return f"{own.id} is {safe_repr(value)}; it can be {', '.join(offered)}."
-        return cls.wrapped.is_there(*(value for name, value in inputs.items() if "_name" in name))
+            value = inputs.get(own.id)
+            options = getattr(own, "options", None)
+            if options and "_name" not in own.id and value not in (None, *options):
+                return f"{own.id} is {safe_repr(value)}, expected one of: {', '.join(options)}."
+        return cls.wrapped.validate(*(value for name, value in inputs.items() if "_name" in name))
 
 
 class DeviceLoader(MultiGPULoader):
-    """virtual_vram_gb: what is taken where an API file says nothing; None: the loader has no
-    virtual VRAM."""
+    """A loader with a device.
+
+    virtual_vram_gb: GiB for API files without that input; None: the loader has no virtual VRAM.
+    """
 
     FUNCTION = "override"
     virtual_vram_gb: float | None = None
@@ -243,39 +265,40 @@ class DeviceLoader(MultiGPULoader):
         **inputs,
     ) -> tuple:
         device, note = find_device(device if device is not None else compute_device)
-        parts, notes = cls.wrapped.load(device, **inputs), [note]
+        notes = [note]
+        parts = cls.wrapped.load(device, **inputs)
         if cls.virtual_vram_gb is not None:
             gib = cls.virtual_vram_gb if virtual_vram_gb is None else virtual_vram_gb
+            donors = None if use_other_vram else [donor_device]
             first = next(iter(parts))
-            parts[first] = placed(
-                parts[first],
-                gib,
-                None if use_other_vram else [donor_device],
-                expert_mode_allocations,
-                notes,
-            )
+            parts[first] = place_part(parts[first], gib, donors, expert_mode_allocations, notes)
         return loader_output(*notes, **parts)
 
 
 class DisTorchLoader(DeviceLoader):
+    """A loader with virtual VRAM in its first form."""
+
     virtual_vram_gb = 0.0
 
     @classmethod
     def further_inputs(cls) -> list:
         return [
             *super().further_inputs(),
-            virtual_vram_input(most=24.0),
+            virtual_vram_input(maximum=24.0),
             io.Boolean.Input(
                 "use_other_vram",
                 default=False,
                 optional=True,
-                tooltip="The other GPUs take the weights of the virtual VRAM first, then the CPU.",
+                tooltip="Keeps the weights of the virtual VRAM on the other GPUs first, then on the"
+                " CPU.",
             ),
             expert_input(),
         ]
 
 
 class DisTorch2Loader(DeviceLoader):
+    """A loader with virtual VRAM in its second form."""
+
     virtual_vram_gb = 4.0
 
     @classmethod
@@ -289,75 +312,80 @@ class DisTorch2Loader(DeviceLoader):
         ]
 
 
-def placed(
+def place_part(
     part,
     virtual_vram_gb: float,
     donors: list[str] | None,
-    expert: str,
+    expert_string: str,
     notes: list,
     prefix: str = "",
 ):
-    """A MODEL, CLIP or VAE whose weights lie as the pack's inputs say. donors: names, None for all
-    other GPUs and then the CPU.
+    """Places the weights of a loaded part as the pack's inputs say, and returns the part.
 
-    Appends to notes what cannot be so; prefix: that of the names of the inputs. Where the model
-    computes on the CPU, all of it is there.
+    A part that computes on the CPU stays there completely.
+
+    Args:
+        part: a MODEL, CLIP or VAE.
+        virtual_vram_gb: GiB that go to the donors.
+        donors: names of devices; None: all other GPUs, then the CPU.
+        expert_string: an allocation, used instead of virtual_vram_gb if it is not empty.
+        notes: sentences about what cannot be done are appended.
+        prefix: of the names of the inputs, for these sentences.
     """
-    reject_nan(**{f"{prefix}virtual_vram_gb": virtual_vram_gb})
-    patcher, expert = getattr(part, "patcher", part), expert.strip()
-    if expert == "None":  # the host's text for a null
-        expert = ""
-    if patcher is None or patcher.load_device == CPU or not (expert or virtual_vram_gb):
+    vram_name = f"{prefix}virtual_vram_gb"
+    reject_nan(**{vram_name: virtual_vram_gb})
+    patcher = getattr(part, "patcher", part)
+    expert_string = expert_string.strip()
+    if expert_string == "None":  # the host's text for a null
+        expert_string = ""
+    if patcher is None or patcher.load_device == CPU or not (expert_string or virtual_vram_gb):
         return part
-    compute, size, plan, asked = (
-        patcher.load_device,
-        patcher.model_size(),
-        None,
-        f"{prefix}expert_mode_allocations",
-    )
-    if expert:
+    compute = patcher.load_device
+    size = patcher.model_size()
+    allocation = None
+    if expert_string:
+        input_name = f"{prefix}expert_mode_allocations"
         try:
-            plan, missing = parse_allocation_string(expert, size, compute)
+            allocation, missing = parse_allocation_string(expert_string, size, compute)
             notes += missing
         except UnreadableError as error:
             notes.append(
-                f"{prefix}expert_mode_allocations cannot be read at {error}."
-                f" {prefix}virtual_vram_gb is used."
+                f"{prefix}expert_mode_allocations cannot be read at {error}. {vram_name} is used."
             )
-    if plan is None:
-        asked = f"{prefix}virtual_vram_gb"
-        found = [find_device(name, "the cpu") for name in donors or []]
-        notes += [note for _, note in found]
-        others = (
-            [device or CPU for device, _ in found]
-            if donors
-            else [*(gpu for gpu in gpus() if gpu != compute), CPU]
-        )
+    if allocation is None:
+        input_name = vram_name
+        if donors:
+            matches = [find_device(name, "the cpu") for name in donors]
+            notes += [note for _, note in matches]
+            donor_devices = [device or CPU for device, _ in matches]
+        else:
+            donor_devices = [*(gpu for gpu in gpus() if gpu != compute), CPU]
         if virtual_vram_gb < 0:
             notes.append(
-                f"{asked} is {virtual_vram_gb:g}, below 0: everything stays on {compute}, as with"
-                " 0."
+                f"{vram_name} is {virtual_vram_gb:g}, which is below 0; it is treated as 0, so"
+                f" everything stays on {compute}."
             )
-        plan = allocate_virtual_vram(size, virtual_vram_gb, compute, others)
-        if compute in others and plan[compute] == size:
+        allocation = allocate_virtual_vram(size, virtual_vram_gb, compute, donor_devices)
+        if compute in donor_devices and allocation[compute] == size:
             notes.append(
                 f"The donor {compute} is the device that computes, so everything stays there."
             )
-    kept = plan.pop(compute)
-    stores = [(device, amount) for device, amount in plan.items() if device != CPU and amount > 0]
+    kept = allocation.pop(compute)
+    stores = [(device, amount) for device, amount in allocation.items()
+              if device != CPU and amount > 0]
     total = comfy.model_management.get_total_memory(compute)
     if kept > total:
         notes.append(
-            f"{asked} leaves {size_text(kept)} on the device that computes, and {compute} has"
-            f" {size_text(total)} in all; as much stays as ComfyUI finds room for."
+            f"{input_name} leaves {size_text(kept)} on the device that computes, but {compute} has"
+            f" {size_text(total)} in total; ComfyUI keeps as much there as fits."
         )
-    where = kept, stores, notes.append
+    placement = kept, stores, notes.append
     if part is patcher:
-        return place(patcher, *where)
+        return place(patcher, *placement)
     if hasattr(part, "cond_stage_model"):
-        return place_clip(part, *where)
-    part.patcher = place(patcher, *where)
-    part.first_stage_model = part.patcher.model  # another one, where it was loaded again
+        return place_clip(part, *placement)
+    part.patcher = place(patcher, *placement)
+    part.first_stage_model = part.patcher.model  # a new one, if it was loaded again
     return part
 
 
@@ -366,17 +394,21 @@ def placed(
 def _load_parts_on(
     ckpt_name: str, unet_device: str, clip_device: str, vae_device: str
 ) -> tuple[dict, list]:
-    """(the parts of a checkpoint, each for its device; sentences about devices that are not
-    here)."""
-    (unet, *notes), (clip, *more), (vae, *most) = map(
-        find_device, (unet_device, clip_device, vae_device)
-    )
+    """Loads the parts of a checkpoint, each for its device.
+
+    Returns (the parts by the keys of `node_text.TITLES`, sentences about missing devices or None).
+    """
+    unet, unet_note = find_device(unet_device)
+    clip, clip_note = find_device(clip_device)
+    vae, vae_note = find_device(vae_device)
     parts = load_parts(ckpt_name, output_vae=False, device=unet, encoder_device=clip)
     parts["vae"] = load_parts(ckpt_name, output_model=False, output_clip=False, device=vae)["vae"]
-    return parts, [*notes, *more, *most]
+    return parts, [unet_note, clip_note, vae_note]
 
 
 class CheckpointLoaderAdvanced(MultiGPULoader):
+    """Loads a checkpoint, with a device for each part."""
+
     FUNCTION = "load_checkpoint"
 
     @classmethod
@@ -393,6 +425,8 @@ class CheckpointLoaderAdvanced(MultiGPULoader):
 
 
 class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
+    """Loads a checkpoint, with a device for each part and virtual VRAM for two of them."""
+
     FUNCTION = "load_checkpoint"
 
     @classmethod
@@ -437,12 +471,14 @@ class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
         )
         unet = unet_virtual_vram_gb, [unet_donor_device], unet_expert_mode_allocations
         clip = clip_virtual_vram_gb, [clip_donor_device], clip_expert_mode_allocations
-        parts["model"] = placed(parts["model"], *unet, notes, "unet_")
-        parts["clip"] = placed(parts["clip"], *clip, notes, "clip_")
+        parts["model"] = place_part(parts["model"], *unet, notes, "unet_")
+        parts["clip"] = place_part(parts["clip"], *clip, notes, "clip_")
         return loader_output(*notes, **parts)
 
 
 class UnetLoaderLP(MultiGPULoader):
+    """Loads a diffusion model, without further inputs."""
+
     FUNCTION = "load_unet"
 
     @classmethod
@@ -450,7 +486,7 @@ class UnetLoaderLP(MultiGPULoader):
         return loader_output(model=load_model(unet_name))
 
 
-# Id -> what its class derives from, the loader that is wrapped, its title.
+# id: (base class, the loader that is wrapped, title)
 NODE_CONFIG = {
     "UnetLoaderGGUFMultiGPU": (DeviceLoader, UNET_GGUF, "Unet Loader (GGUF, MultiGPU)"),
     "UnetLoaderGGUFAdvancedMultiGPU": (

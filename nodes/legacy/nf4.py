@@ -1,5 +1,7 @@
-"""Node ids of the NF4 loader packs. Those of bananasss00's, SP_..., pack what is not packed yet to
-NF4."""
+"""Node ids of the NF4 loader packs.
+
+Those of bananasss00's pack, SP_..., pack the weights of files that are not packed yet to NF4.
+"""
 from comfy_api.latest import io
 
 from ...loaders.checkpoint import load_checkpoint
@@ -12,6 +14,7 @@ CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
 
 
 def checkpoint_input():
+    """Returns the input for a checkpoint."""
     return io.Combo.Input(
         "ckpt_name",
         options=list_files(*CHECKPOINT_FOLDERS),
@@ -20,16 +23,18 @@ def checkpoint_input():
 
 
 def bnb_dtype_input():
+    """Returns an input that old workflows have and that has no effect."""
     return io.Combo.Input(
         "bnb_dtype",
         options=["default", "nf4", "fp4"],
         default="default",
         optional=True,
-        tooltip="Kept for old workflows. The file says which format its weights have.",
+        tooltip="Kept for old workflows. The file defines the format of its weights.",
     )
 
 
 def load_dtype_input():
+    """Returns an input that old workflows have and that has no effect."""
     return io.Combo.Input(
         "load_dtype",
         options=["default", "float8_e4m3fn", "float8_e5m2"],
@@ -40,8 +45,10 @@ def load_dtype_input():
 
 
 def load_parts(ckpt_name: str, **options) -> dict:
-    """The parts of a file of `CHECKPOINT_FOLDERS`, by the keys of `shown.TITLES`. options: those of
-    `load_checkpoint`."""
+    """Loads the parts of a file in `CHECKPOINT_FOLDERS`, by the keys of `node_text.TITLES`.
+
+    options: further arguments of `load_checkpoint`.
+    """
     path = find_file(ckpt_name, *CHECKPOINT_FOLDERS)
     return dict(
         zip(("model", "clip", "vae"), load_checkpoint(path, embedding_folders(), **options))
@@ -49,6 +56,8 @@ def load_parts(ckpt_name: str, **options) -> dict:
 
 
 class CheckpointLoader(LegacyNode):
+    """Loads a checkpoint."""
+
     FUNCTION = "load_checkpoint"
     folders = CHECKPOINT_FOLDERS
     outputs = (io.Model.Output, io.Clip.Output, io.Vae.Output)
@@ -60,6 +69,8 @@ class CheckpointLoader(LegacyNode):
 
 
 class UnetLoader(LegacyNode):
+    """Loads a diffusion model."""
+
     FUNCTION = "load_unet"
     folders = FOLDERS
     search_aliases = CheckpointLoader.search_aliases
@@ -70,6 +81,8 @@ class UnetLoader(LegacyNode):
 
 
 class PackingCheckpointLoader(CheckpointLoader):
+    """Loads a checkpoint and packs its diffusion model to NF4."""
+
     HELP_PAGE = "LegacyLoaders"
     search_aliases = ("nf4", "bitsandbytes", "bnb")
 
@@ -79,8 +92,10 @@ class PackingCheckpointLoader(CheckpointLoader):
 
 
 class PackingUnetLoader(LegacyNode):
+    """Loads a diffusion model and packs it to NF4."""
+
     HELP_PAGE = "LegacyLoaders"
-    FUNCTION = "load_checkpoint"  # so it is called there
+    FUNCTION = "load_checkpoint"  # the name in the original pack
     folders = FOLDERS
     search_aliases = PackingCheckpointLoader.search_aliases
 
@@ -89,7 +104,7 @@ class PackingUnetLoader(LegacyNode):
         return loader_output(model=load_model(unet_name, pack_to="NF4"))
 
 
-# Id -> what its class derives from, its title, its inputs, its description.
+# id: (base class, title, inputs, description)
 NODE_CONFIG = {
     "CheckpointLoaderNF4": (
         CheckpointLoader,
@@ -107,15 +122,15 @@ NODE_CONFIG = {
         PackingCheckpointLoader,
         "SP_CheckpointLoaderBNB",
         lambda: [checkpoint_input(), load_dtype_input()],
-        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight) with pack"
-        " to NF4.",
+        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight) with pack to"
+        " set to NF4.",
     ),
     "SP_UnetLoaderBNB": (
         PackingUnetLoader,
         "SP_UnetLoaderBNB",
         lambda: [model_input(), load_dtype_input()],
-        "A model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight) with pack"
-        " to NF4.",
+        "A model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight) with pack to"
+        " set to NF4.",
     ),
 }
 NODE_CLASS_MAPPINGS = {

@@ -22,7 +22,7 @@ from audit import Audit, Listener, Untouched
 from devtools.files import demo_files, tiny_models
 from devtools.files.gguf_files import write_gguf
 from devtools.host.server import PACK, Server
-from featherweight.nodes import PICKERS
+from featherweight.nodes import FILE_INPUTS
 from featherweight.ops.kernels.private_files import cache_folder
 
 pytestmark = [pytest.mark.not_on_fake_gpus(reason="they have a sitecustomize of their own"),
@@ -371,7 +371,7 @@ def loaders(stranger, nodes: dict, port: int) -> list[dict]:
     found, turn = [], 0
     for kind, each in nodes.items():
         place = LINKS.get((each["output"] or [""])[0])
-        named = [name for name in inputs_of(each) if PICKERS.fullmatch(name)]
+        named = [name for name in inputs_of(each) if FILE_INPUTS.fullmatch(name)]
         if place in ("model", "clip", "vae") and named:
             texts, turn = stranger.texts(port), turn + 1
             honest = inputs_of(each)

@@ -26,21 +26,17 @@ SIZES = {"hidden": 512, "double_blocks": 2, "single_blocks": 6, "context": 768}
 # MB of the model, of the text encoder, and of the largest layer
 SIZE, TEXT_SIZE, LARGEST = 48.2, 131.7, 4.0
 WRONG = {  # node -> (what it is given, what it says)
-    "below 0": ({"gpu_weights": -1.0}, "gpu_weights is -1 GB, below 0; nothing stays, as with 0."),
-    "above": ({
-        "gpu_weights": 48.0
-    }, "gpu_weights is 48.0 GB, and cuda:0 has 4.3 GB in all; as much stays as ComfyUI finds room"
-       " for."
-              ),
-    "absent": ({
-        "store": "gpu:5"
-    }, "There is no gpu:5 here for a store; what does not stay lies in the memory of the CPU."),
-    "itself": ({
-        "store": "gpu:0"
-    }, "The store gpu:0 is the device that computes; what does not stay lies in the memory of the"
-       " CPU."
-               ), "store below 0": ({"store": "gpu:1", "store_gb": -1.0},
-                                    "store_gb is -1 GB, below 0; nothing is stored, as with 0.")
+    "below 0": ({"gpu_weights": -1.0},
+                "gpu_weights is -1 GB, which is below 0; it is treated as 0."),
+    "above": ({"gpu_weights": 48.0},
+              "gpu_weights is 48.0 GB, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much there"
+              " as fits."),
+    "absent": ({"store": "gpu:5"},
+               "store is gpu:5, but this machine has no such device; CPU memory is used."),
+    "itself": ({"store": "gpu:0"},
+               "store is gpu:0, which is the device that computes; CPU memory is used."),
+    "store below 0": ({"store": "gpu:1", "store_gb": -1.0},
+                      "store_gb is -1 GB, which is below 0; it is treated as 0."),
 }
 FORGETTER = '''
 class ForgetLoader:
