@@ -58,17 +58,18 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     notes = list(dict.fromkeys(filter(None, notes)))
     for note in notes:
         log.warning("[Featherweight] %s", note)
-    for name, part in parts.items():
+    for key, part in parts.items():
         patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
         if patcher is None:
             continue
-        title = f"{TITLES[name]}: " if len(parts) > 1 else ""
+        title = f"{TITLES[key]}: " if len(parts) > 1 else ""
         summaries = (memory_summary(patcher), dequantize_backend_text(patcher))
         summary = title + ", ".join(filter(None, summaries))
-        texts[name] = summary
+        texts[key] = summary
         if getattr(patcher, "placement", None) is not None:
-            texts[name] += f"\n{planned_text(patcher)}"
-            patcher.on_placement = functools.partial(_on_placement, show, texts, notes, name, summary)
+            texts[key] += f"\n{planned_text(patcher)}"
+            update = functools.partial(_on_placement, show, texts, notes, key, summary)
+            patcher.on_placement = update
     show_text("\n".join([*texts.values(), *notes]))
     return tuple(parts.values())
 
@@ -77,10 +78,10 @@ def _on_placement(
     show: Callable[[str], None],
     texts: dict[str, str],
     notes: list[str],
-    name: str,
+    key: str,
     summary: str,
     patcher: ModelPatcher,
     report: MemoryReport,
 ):
-    texts[name] = f"{summary}\n{placed_text(patcher, report)}"
+    texts[key] = f"{summary}\n{placed_text(patcher, report)}"
     show("\n".join([*texts.values(), *notes]))
