@@ -151,9 +151,13 @@ class Flux(nn.Module):
         """x: latents (N, 16, H, W). time: (N,), 1 is noise. txt: (N, tokens, 768). bias: added in
         attention, (N, tokens)."""
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        img = x.unflatten(3, (columns, 2)).unflatten(2,
-                                                     (rows, 2)).permute(0, 2, 4, 1, 3,
-                                                                        5).flatten(3).flatten(1, 2)
+        img = (
+            x.unflatten(3, (columns, 2))
+            .unflatten(2, (rows, 2))
+            .permute(0, 2, 4, 1, 3, 5)
+            .flatten(3)
+            .flatten(1, 2)
+        )
         turns = positions(txt.shape[1], rows, columns)
         bias = functional.pad(bias, (0, rows * columns))[:, None, None]
         img, txt, vec = self.img_in(img), self.txt_in(txt), self.time_in(waves(time))
@@ -163,8 +167,9 @@ class Flux(nn.Module):
         for block in self.single_blocks:
             both = block(both, vec, turns, bias)
         out = self.final_layer(both[:, txt.shape[1]:], vec)
-        return out.view(-1, rows, columns, CHANNELS, 2, 2).permute(0, 3, 1, 4, 2,
-                                                                   5).reshape(x.shape)
+        return (
+            out.view(-1, rows, columns, CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        )
 
 
 def waves(time):

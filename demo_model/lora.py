@@ -11,7 +11,7 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
         self.base = base
-        self.down = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features ** 0.5)
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
         self.up = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):

@@ -127,7 +127,7 @@ def dense_bytes(server: Server) -> int:
 def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:
     """Peak signal-to-noise ratio in dB; None for equal pictures."""
     error = np.square(picture.astype(np.float64) - dense).mean()
-    return 10 * np.log10(255 ** 2 / error) if error else None
+    return 10 * np.log10(255**2 / error) if error else None
 
 
 def as_text(results: dict[str, dict]) -> str:

@@ -94,7 +94,7 @@ class Run:
             self.optimiser.step()
             self.step += 1
             if self.step % 5 == 0:
-                keep = min(self.average ** 5, self.step / (self.step + 50))
+                keep = min(self.average**5, self.step / (self.step + 50))
                 torch._foreach_lerp_(list(self.means.values()), [p.detach() for p in parameters],
                                      1 - keep)
             losses += [part[0] for part in parts]

@@ -100,8 +100,10 @@ def test_a_file_mapped_for_reading_cannot_be_pinned_unless_the_driver_is_told(co
     assert pinned.is_pinned() and counters.pinned() == before + MIB
     (tmp_path / "file").write_bytes(bytes(MIB))
     pin, unpin = torch.cuda.cudart().cudaHostRegister, torch.cuda.cudart().cudaHostUnregister
-    with open(tmp_path / "file", "rb") as file, mmap.mmap(file.fileno(), 0,
-                                                          access=mmap.ACCESS_READ) as mapped:
+    with (
+        open(tmp_path / "file", "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
         address = np.frombuffer(mapped, np.uint8).ctypes.data
         assert (
             pin(address, MIB, 1) != 0

@@ -123,8 +123,9 @@ def kill_in_the_midst(writer: Writer, folder: Path, sources: list[Path], seconds
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_kill_leaves_the_old_file_or_the_whole_new_one(name, kills, sources, tmp_path,
-                                                         monkeypatch):
+def test_a_kill_leaves_the_old_file_or_the_whole_new_one(
+    name, kills, sources, tmp_path, monkeypatch
+):
     writer, dice, killed = WRITERS[name], random.Random(f"{name} {kills}"), 0
 
     def folder_of(attempt: int) -> Path:

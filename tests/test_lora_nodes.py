@@ -108,8 +108,9 @@ def test_block_weights_change_the_strength_of_each_block(packed_flux, flux_lora,
     ("double=nan", "is not a rule"),
     ("preset:OUTALL", "no preset 'OUTALL'; it has no-text, .*double-only"),
 ])
-def test_a_rule_that_means_nothing_is_named_with_what_there_is(packed_flux, flux_lora, rules,
-                                                               message):
+def test_a_rule_that_means_nothing_is_named_with_what_there_is(
+    packed_flux, flux_lora, rules, message
+):
     with pytest.raises(ValueError, match=message) as error:
         ApplyLora.execute(packed_flux, flux_lora, 1.0, 1.0, rules)
     assert "\n" not in str(error.value)

@@ -121,8 +121,9 @@ PLACED = [
 
 
 @pytest.mark.parametrize(("node_id", "inputs", "where"), PLACED)
-def test_weights_lie_where_the_inputs_say_and_the_picture_is_the_same(node_id, inputs, where,
-                                                                      expected, texts):
+def test_weights_lie_where_the_inputs_say_and_the_picture_is_the_same(
+    node_id, inputs, where, expected, texts
+):
     size, picture = expected
     amounts = {HALF: size / 2 / GIB, ALL: size / GIB}
     patcher, = run(node_id, unet_name="flux.gguf",

@@ -177,8 +177,9 @@ def test_a_run_says_what_the_tests_kill_and_goes_on_where_it_was(repository, tmp
 
 
 def test_results_of_another_commit_are_not_mixed(tmp_path):
-    Results(tmp_path / "results.json", "a", 1).add_test("tests/test_toy.py",
-                                                        {"seconds": 1.0, "failing": []})
+    Results(tmp_path / "results.json", "a", 1).add_test(
+        "tests/test_toy.py", {"seconds": 1.0, "failing": []}
+    )
     with pytest.raises(SystemExit,
                        match="has results of commit a with seed 1, not of b with seed 1"):
         Results(tmp_path / "results.json", "b", 1)
@@ -193,8 +194,9 @@ def test_tests_that_run_in_a_circle_are_ended_with_what_they_started(tree, tmp_p
 
 
 def test_a_run_that_is_stopped_keeps_no_result_of_what_it_ended(repository, tmp_path):
-    write(repository, tests__ops__test_toy=ENDLESS.format(python=sys.executable,
-                                                          pid=tmp_path / "pid"))
+    write(
+        repository, tests__ops__test_toy=ENDLESS.format(python=sys.executable, pid=tmp_path / "pid")
+    )
     commit(repository)
     sample, out = sampling.draw_sample(repository, 1, "", 1, ROOMS), tmp_path / "results.json"
     sampling.write_sample(tmp_path / "sample.json", sample)

@@ -134,8 +134,9 @@ def test_legacy_ids_stand_back_when_another_pack_holds_them(monkeypatch):
     "    def define_schema(cls):\n"
     "        raise RuntimeError('broken schema')\n",
 ])
-def test_a_node_file_that_fails_is_named_and_the_others_load(tmp_path, monkeypatch, caplog, source,
-                                                             file, gone):
+def test_a_node_file_that_fails_is_named_and_the_others_load(
+    tmp_path, monkeypatch, caplog, source, file, gone
+):
     package, _, name = f"featherweight.nodes.{file}".rpartition(".")
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.setattr(sys.modules[package], "__path__",
@@ -168,8 +169,9 @@ def test_what_this_comfyui_lacks_is_one_sentence_with_the_nodes_that_go(
 @pytest.mark.parametrize(("ask", "consequence"), [
     (lambda nodes: watch_prompts(), "Run on Ray needs the model files on this machine too"),
     (help_pages.serve, "nodes under the ids of other packs have no help page")])
-def test_a_server_that_lacks_a_method_costs_what_needs_it_and_no_more(ask, consequence, monkeypatch,
-                                                                      caplog):
+def test_a_server_that_lacks_a_method_costs_what_needs_it_and_no_more(
+    ask, consequence, monkeypatch, caplog
+):
     nodes = node_list()
     monkeypatch.setitem(
         sys.modules, "server",

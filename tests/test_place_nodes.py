@@ -148,8 +148,9 @@ def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
     ((0.002, "gpu:0"), "store is gpu:0, which is the device that computes; CPU memory is used."),
     ((0.002, "gpu:1", -1.0), "store_gb is -1 GB, which is below 0; it is treated as 0."),
 ])
-def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(inputs, sentence, shown,
-                                                                    caplog):
+def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(
+    inputs, sentence, shown, caplog
+):
     model = packed_flux("Q8_0")
     expected = run(model)
     assert PlaceModel.validate_inputs(*inputs) is True

@@ -154,10 +154,10 @@ def starters() -> set[str]:
                 and where != "child_process.py"
             ):
                 found |= {
-                    f"{where}::{scope.name}" for node in ast.walk(scope)
-                    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("run_process",
-                                                                                 "start_process",
-                                                                                 "ray.init")
+                    f"{where}::{scope.name}"
+                    for node in ast.walk(scope)
+                    if isinstance(node, ast.Call)
+                    and ast.unparse(node.func) in ("run_process", "start_process", "ray.init")
                 }
                 found |= {
                     f"{where}::{scope.name}" for node in ast.walk(scope)
@@ -475,8 +475,10 @@ def test_a_link_that_the_owner_put_into_a_folder_leads_to_another_disk(base):
     (disk / "old").mkdir(parents=True)
     (base / "output" / "big").symlink_to(disk)
     (base / "models" / "diffusion_models" / "big").symlink_to(disk)
-    for name, where in (("big/new/x", folders.OUTPUT), ("diffusion_models/big/old/x",
-                                                        folders.MODELS)):
+    for name, where in (
+        ("big/new/x", folders.OUTPUT),
+        ("diffusion_models/big/old/x", folders.MODELS),
+    ):
         path = folders.new_model_path(name, "Q4_K", ".gguf", where)
         Path(path).write_bytes(b"x")
         assert (

@@ -78,8 +78,9 @@ def random_rows(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray
     these ones."""
     pool = block_pool(type_name)
     block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    picks = np.random.default_rng([seed, values.size]).integers(0, len(pool),
-                                                                values.size // block_length)
+    picks = np.random.default_rng([seed, values.size]).integers(
+        0, len(pool), values.size // block_length
+    )
     return pool[picks].reshape(*values.shape[:-1], values.shape[-1] // block_length * block_bytes)
 
 

@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Read bad files and hostile workflows until something breaks.")
     parser.add_argument("--minutes", type=float, default=10,
                         help="all targets together take at most; 10 unless told")
-    parser.add_argument("--executions", type=int, default=10 ** 6,
+    parser.add_argument("--executions", type=int, default=10**6,
                         help="of all targets together at most; a million unless told")
     parser.add_argument("--target", choices=[*TARGETS], action="append",
                         help="only this one; may be given again")

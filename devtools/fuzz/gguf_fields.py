@@ -115,7 +115,7 @@ def _changed(field: Field, chance: random.Random) -> Field:
         else:
             sizes[at] = chance.choice([*INTERESTING, sizes[0] * 2, sizes[0] + 1])
         return replace(field, content=struct.pack(f"<{len(sizes)}Q",
-                                                  *(size % 2 ** 64 for size in sizes)))
+                                                  *(size % 2**64 for size in sizes)))
     if part == "type":
         return replace(field, content=chance.randrange(45).to_bytes(4, "little"))
     if part in ("value", "magic") and chance.random() < 0.6:

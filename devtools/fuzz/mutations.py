@@ -11,23 +11,23 @@ from collections.abc import Callable
 Mutate = Callable[[bytes, random.Random], bytes]
 
 INTERESTING = [
-    0, 1, 2, 3, 7, 8, 9, 31, 32, 127, 255, 2 ** 15, 2 ** 16 - 1, 2 ** 24, 2 ** 31 - 1, 2 ** 31,
-    2 ** 32 - 1, 2 ** 32, 2 ** 40, 2 ** 60, 2 ** 61, 2 ** 62, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 64,
-    2 ** 64 - 1
+    0, 1, 2, 3, 7, 8, 9, 31, 32, 127, 255, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31,
+    2**32 - 1, 2**32, 2**40, 2**60, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 64,
+    2**64 - 1
 ]
 # What a field of JSON may hold that its reader did not think of. Texts are put in as they are: JSON
 # has no such numbers.
 HUGE = "9" * 400
 JSON_VALUES = [
-    None, True, False, 0, 1, -1, 2, 64, 2 ** 31, 2 ** 32, 2 ** 53, 2 ** 63, 2 ** 64, -2 ** 63, 0.0,
+    None, True, False, 0, 1, -1, 2, 64, 2**31, 2**32, 2**53, 2**63, 2**64, -2**63, 0.0,
     0.5, -1.5, 1e308,
     float("nan"),
     float("inf"),
-    float("-inf"), 10 ** 400, "", "a", "F32", "U8", "nf4", "\0", "\ud800", "../../../etc/passwd",
+    float("-inf"), 10**400, "", "a", "F32", "U8", "nf4", "\0", "\ud800", "../../../etc/passwd",
     "/etc/passwd", "C:\\Windows\\win.ini", "\\\\server\\share\\x", "<img src=x onerror=alert(1)>",
-    "__class__", "F4", "F8_E8M0", "F6_E2M3", "C64", "BOOL", "I64", [], {}, [[]], [0], [1,
-                                                                                       2], {"a": 1},
-    [1] * 9, ["a"], [2 ** 40, 2 ** 40]
+    "__class__", "F4", "F8_E8M0", "F6_E2M3", "C64", "BOOL", "I64", [], {}, [[]], [0], [1, 2],
+    {"a": 1},
+    [1] * 9, ["a"], [2**40, 2**40]
 ]
 TEXT_VALUES = [
     "", " ", "\0", "\n", "=", ",", ";", ":", "*", "%", "#", "-", ".", "..", "../", "..\\", "/",
@@ -162,8 +162,9 @@ def _other_tensors(header: bytes, data: bytes, chance: random.Random) -> tuple[b
             if not 0 <= size <= 4096:
                 return None
             out[name] = {
-                "dtype": dtype, "shape": shape, "data_offsets": [len(content),
-                                                                 len(content) + size]
+                "dtype": dtype,
+                "shape": shape,
+                "data_offsets": [len(content), len(content) + size],
             }
             content += (values * (size // max(1, len(values)) + 1))[:size].ljust(size, b"\0")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -42,7 +42,7 @@ def describe(options):
         taken = side_by_side({"product": lambda left=left: left @ left},
                              options.rounds)["product"]["median"]
         yield f"{side} squared, {str(dtype).removeprefix('torch.')}", {
-            "TFLOP a second": 2 * side ** 3 / taken / 1e12
+            "TFLOP a second": 2 * side**3 / taken / 1e12
         }
 
 

@@ -139,8 +139,10 @@ class Server:
                 pack.symlink_to(ROOT, target_is_directory=True)
             except OSError:  # Windows without the right to make links
                 shutil.copytree(
-                    ROOT, pack, ignore=shutil.ignore_patterns(".dev", ".git", "demo_output",
-                                                              "__pycache__"))
+                    ROOT,
+                    pack,
+                    ignore=shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__"),
+                )
         for name, source in self.extra_custom_nodes.items():
             (custom_nodes / f"{name}.py").write_text(source, encoding="utf-8")
 

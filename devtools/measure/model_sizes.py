@@ -32,7 +32,7 @@ DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
 COLUMNS = (*DENSE, *PACKED)
 RANK = 32  # of the LoRA whose size is counted
-GB, GIB = 1e9, 2 ** 30
+GB, GIB = 1e9, 2**30
 CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
 SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
 
@@ -113,7 +113,7 @@ def flux2(name: str, hidden: int, depth: int, single: int, context: int, guidanc
 def sd3(name: str, depth: int, positions: int, attention: range | None) -> Model:
     return diffusion_model(
         name, "SD3", (1, 16, 128, 128), "1024²", in_channels=16, out_channels=16, patch_size=2,
-        depth=depth, input_size=None, adm_in_channels=2048, num_patches=positions ** 2,
+        depth=depth, input_size=None, adm_in_channels=2048, num_patches=positions**2,
         pos_embed_max_size=positions, pos_embed_scaling_factor=None, context_embedder_config={
             "target": "torch.nn.Linear",
             "params": {"in_features": 4096, "out_features": 64 * depth}

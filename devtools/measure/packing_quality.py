@@ -173,8 +173,9 @@ def rows(sizes=SIZES) -> list[tuple[str, str]]:
     return [*table, ("uniform", "NF4"), ("bitsandbytes", "NF4")]
 
 
-def measure_packing(count: int, wanted=None, show=functools.partial(print,
-                                                                    flush=True)) -> list[dict]:
+def measure_packing(
+    count: int, wanted=None, show=functools.partial(print, flush=True)
+) -> list[dict]:
     """The figures of each of `rows()`. count: of held-out captions, at most 256."""
     found = []
     with tempfile.TemporaryDirectory() as folder:

@@ -127,8 +127,9 @@ def find_spots(file: str, source: str) -> list[Spot]:
                     variant = sum(other == name for other, _ in positions[at])
                     positions[at][name, variant] = occurrence
     same, spots = Counter(), []
-    for (start, family, definition), occurrences in sorted(positions.items(),
-                                                           key=lambda item: item[0]):
+    for (start, family, definition), occurrences in sorted(
+        positions.items(), key=lambda item: item[0]
+    ):
         key = (file, definition, family, lines[start[0] - 1].strip())
         spots.append(Spot(Place(*key, same[key]), start[0], occurrences))
         same[key] += 1

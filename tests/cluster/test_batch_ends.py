@@ -93,10 +93,12 @@ def test_forty_pictures_are_those_of_one_process(cluster, tmp_path, plain):
     is_whole(run.out, rows(40), plain)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a small disk takes"
-                                                                            " root's rights")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a small disk takes root's rights"
+)
 def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_others_finish(
-        bases, ray_folder, tmp_path, plain):
+    bases, ray_folder, tmp_path, plain
+):
     full = tmp_path / "full"
     full.mkdir()
     if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]):

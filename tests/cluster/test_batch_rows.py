@@ -37,11 +37,15 @@ def command(*launch_arguments, **options):
 
 # --- graphs ---
 
-@pytest.mark.parametrize(("place", "said"), [
-    ("seed", "'seed' is no place"), ("99.seed", "no node 99"), ("7.sed", "Node 7 .KSampler. has no"
-                                                                         " input 'sed', only"
-                                                                         " model,"),
-    ("7.model", "'7.model' comes from another node, 61")])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("seed", "'seed' is no place"),
+        ("99.seed", "no node 99"),
+        ("7.sed", "Node 7 .KSampler. has no input 'sed', only model,"),
+        ("7.model", "'7.model' comes from another node, 61"),
+    ],
+)
 def test_a_change_of_what_is_not_there_says_so(place, said):
     with pytest.raises(GraphError, match=said):
         apply_changes(workflow(), {place: 1})

@@ -263,8 +263,9 @@ def test_twenty_faults_at_random_moments(count, is_painted, bases, plain, ray_fo
 
 
 @pytest.mark.heavy
-def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(bases, plain, ray_folder,
-                                                                    tmp_path):
+def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(
+    bases, plain, ray_folder, tmp_path
+):
     with nodes(3, bases, ray_folder, late=1) as cluster:
         found = batch_on(cluster, tmp_path, 60, False, plain)
         found.start()

@@ -157,11 +157,17 @@ def test_an_address_where_no_cluster_is_says_so(address, said):
         connect(address)
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (RuntimeError("Version mismatch: the cluster has\n    Ray: 2.59.0"), "Version mismatch: the"
-                                                                         " cluster has Ray:"
-                                                                         " 2.59.0"),
-    (ConnectionError(), "ConnectionError"), (ray.exceptions.RayError("no token."), "no token")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Version mismatch: the cluster has\n    Ray: 2.59.0"),
+            "Version mismatch: the cluster has Ray: 2.59.0",
+        ),
+        (ConnectionError(), "ConnectionError"),
+        (ray.exceptions.RayError("no token."), "no token"),
+    ],
+)
 def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, said, monkeypatch):
     monkeypatch.setattr(batch, "is_joined", lambda: False)
     monkeypatch.setattr(batch, "resolve_address", lambda address: "auto")

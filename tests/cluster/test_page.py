@@ -9,7 +9,7 @@ from featherweight.cluster.comfyui_install import installed_versions
 from featherweight.cluster.preflight import MachineReport, report
 
 PAGE = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
-GPUS, PROMPTS, SECONDS, SHARE, MODEL = 1000, 10 ** 6, 10, 0.94, 6.8e9
+GPUS, PROMPTS, SECONDS, SHARE, MODEL = 1000, 10**6, 10, 0.94, 6.8e9
 
 
 def cell(start: str) -> str:

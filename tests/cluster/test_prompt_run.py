@@ -133,8 +133,8 @@ def test_a_cancelled_run_frees_its_workers_for_the_next(editor, monkeypatch):
     found = editor(lambda item: iter(lambda: ("progress", None), 0)
                    if not found.cancelled else drawn(item))
     monkeypatch.setattr(
-        ray, "wait", lambda calls, num_returns=1, timeout=None: (list(calls)
-                                                                 if timeout else [], []))
+        ray, "wait", lambda calls, num_returns=1, timeout=None: (list(calls) if timeout else [], [])
+    )
 
     def check():
         if len(found.begun) == 3:  # two are drawn, one waits

@@ -32,8 +32,9 @@ def answering_worker() -> type[PromptWorker]:
     """A worker that gives what its ComfyUI answers too."""
     class AnsweringWorker(PromptWorker):
         async def answer(self, graph):
-            return await asyncio.get_running_loop().run_in_executor(self.threads, self.host.run,
-                                                                    graph)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.threads, self.host.run, graph
+            )
 
     return AnsweringWorker
 

@@ -173,9 +173,11 @@ def test_a_package_of_diffusers(parts, tmp_path):
     )
     assert len(packed_layers(model)) == 19
     if "vae" in parts:
-        expected = comfy.sd.load_text_encoder_state_dicts([dict(seen["text_encoder"])],
-                                                          clip_type=comfy.sd.CLIPType.FLUX,
-                                                          model_options={"dtype": torch.float32})
+        expected = comfy.sd.load_text_encoder_state_dicts(
+            [dict(seen["text_encoder"])],
+            clip_type=comfy.sd.CLIPType.FLUX,
+            model_options={"dtype": torch.float32},
+        )
         assert packed_in(clip) == 74 and relative(encode(clip), encode(expected)) < 1e-5
         assert torch.equal(decode(vae, 16), decode(comfy.sd.VAE(sd=dict(seen["vae"])), 16))
         again = clip.patcher.cached_patcher_init

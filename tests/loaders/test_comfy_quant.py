@@ -91,9 +91,9 @@ def test_a_format_that_no_host_reads_is_named_by_every_loader(loader, tmp_path):
 
 
 @pytest.mark.skipif(ASYMMETRIC in QUANT_ALGOS, reason="this ComfyUI reads it")
-@pytest.mark.parametrize("loader", ["diffusion model", "diffusion model, packed", "diffusion"
-                                                                                  " model, packed"
-                                                                                  " into a file"])
+@pytest.mark.parametrize(
+    "loader", ["diffusion model", "diffusion model, packed", "diffusion model, packed into a file"]
+)
 def test_a_format_of_a_newer_host_says_which_reads_it(loader, tmp_path):
     path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280),
                       {"format": ASYMMETRIC})

@@ -121,8 +121,9 @@ def test_full_width_file_is_recognised_and_every_name_finds_its_place(name, tmp_
 
 
 @pytest.mark.parametrize("diffusers_names", [False, True])
-def test_full_size_sdxl_is_recognised_and_every_name_finds_its_place(diffusers_names, tmp_path,
-                                                                     caplog):
+def test_full_size_sdxl_is_recognised_and_every_name_finds_its_place(
+    diffusers_names, tmp_path, caplog
+):
     base = FAMILIES["sdxl"]
     config = {
         **base.config, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4],

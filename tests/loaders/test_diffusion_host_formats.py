@@ -132,8 +132,9 @@ def test_saved_are_the_hosts_weights_as_they_were_and_patched_ones_dense(format_
         key.removeprefix("model.diffusion_model."): value
         for key, value in comfy.utils.load_torch_file(path).items()
     }
-    expected = patched(dense, (lora, 1.0)).patch_weight_to_device(f"diffusion_model.{name}",
-                                                                  return_weight=True)
+    expected = patched(dense, (lora, 1.0)).patch_weight_to_device(
+        f"diffusion_model.{name}", return_weight=True
+    )
     assert torch.allclose(stored[name].float(), expected, atol=1e-6)
     assert not any(
         key.startswith(name.removesuffix("weight")) and not key.endswith(("weight", "bias"))

@@ -112,8 +112,9 @@ def test_each_family_in_16_bits_holds_what_its_file_holds(name, type_name, tmp_p
         for type_name in WIDTHS
     ],
 )
-def test_a_model_in_16_bits_gives_every_bit_of_the_dense_one(name, type_name, tmp_path,
-                                                             monkeypatch):
+def test_a_model_in_16_bits_gives_every_bit_of_the_dense_one(
+    name, type_name, tmp_path, monkeypatch
+):
     family = FAMILIES[name]
     shrunken_detection(family, monkeypatch)
     path = tmp_path / "model.gguf"

@@ -403,8 +403,9 @@ def flux_with(path, dtype, **factors: float) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("type_name", TYPES)
-def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(dtype, type_name, tmp_path,
-                                                                    monkeypatch, caplog):
+def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(
+    dtype, type_name, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
     tensors = flux_with(tmp_path / "model.safetensors", dtype,
                         **{"img_attn.qkv": 1e-24, "img_mlp.0": 1e20})

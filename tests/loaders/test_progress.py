@@ -96,8 +96,9 @@ def test_a_load_shows_its_way_from_nothing_to_all(load, shown):
     assert list(values) == sorted(values) and len(set(values)) > 20
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped where Linux"
-                                                                 " shows it")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="reads what is mapped where Linux shows it"
+)
 @pytest.mark.parametrize("after", ["the first step", "half", "the last but one"])
 def test_a_cancelled_load_leaves_nothing_behind(load, shown, after):
     load()

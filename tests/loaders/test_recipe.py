@@ -59,15 +59,20 @@ def models(tmp_path_factory):
 
 # Kind of recipe -> what loads a model that has it, from the folder above.
 LOADS = {
-    "diffusion model": lambda models: load_diffusion_model(models / "flux.gguf", torch.float16,
-                                                           compute="int8"),
+    "diffusion model": lambda models: load_diffusion_model(
+        models / "flux.gguf", torch.float16, compute="int8"
+    ),
     "text encoder": lambda models: load_text_encoder([str(models / "clip_l.gguf")]).patcher,
     "diffusion model of a checkpoint": lambda models: load_checkpoint(
-        str(models / "checkpoint.gguf"))[0],
-    "text encoder of a checkpoint": lambda models: load_checkpoint(str(models / "checkpoint.gguf"))[
-        1].patcher, "VAE of a checkpoint": lambda models: load_checkpoint(
-            str(models / "checkpoint.gguf"))[2].patcher,
-    "VAE": lambda models: load_vae(str(models / "vae.gguf")).patcher
+        str(models / "checkpoint.gguf")
+    )[0],
+    "text encoder of a checkpoint": lambda models: (
+        load_checkpoint(str(models / "checkpoint.gguf"))[1].patcher
+    ),
+    "VAE of a checkpoint": lambda models: (
+        load_checkpoint(str(models / "checkpoint.gguf"))[2].patcher
+    ),
+    "VAE": lambda models: load_vae(str(models / "vae.gguf")).patcher,
 }
 
 

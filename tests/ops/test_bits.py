@@ -36,8 +36,9 @@ def usual_and_random(fmt) -> list[torch.Tensor]:
     tensors = random_tensors(fmt, 64, CPU)
     if fmt.ggml_type is None:
         return tensors
-    every = np.random.default_rng(fmt.ggml_type).integers(0, 256, (64, fmt.block_bytes),
-                                                          dtype=np.uint8)
+    every = np.random.default_rng(fmt.ggml_type).integers(
+        0, 256, (64, fmt.block_bytes), dtype=np.uint8
+    )
     try:
         every = np.concatenate([every, np.resize(block_pool(fmt.__name__), every.shape)])
     except NotImplementedError:
@@ -61,8 +62,9 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
     ],
 )
 @each_format
-def test_values_are_the_same_by_few_passes_as_by_cheap_ones(fmt, dtype, value_dtype, as_elsewhere,
-                                                            monkeypatch):
+def test_values_are_the_same_by_few_passes_as_by_cheap_ones(
+    fmt, dtype, value_dtype, as_elsewhere, monkeypatch
+):
     monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 24 * fmt.block_length)
     tensors = usual_and_random(fmt)
     first, blocks = 3, tensors[0].numel() // fmt.block_bytes
@@ -127,8 +129,9 @@ def test_split_bits_takes_words_of_any_size(dtype):
 @pytest.mark.parametrize(("row_bytes", "start"), [(8, 0), (8, 4), (8, 2), (6, 0), (7, 1)])
 def test_numbers_are_a_view_of_their_bytes_only_where_each_may_be_read_where_it_lies(
         row_bytes, start):
-    data = torch.arange(70, dtype=torch.uint8)[start:start + 8 * row_bytes].view(8,
-                                                                                 row_bytes)[:, :4]
+    data = torch.arange(70, dtype=torch.uint8)[start : start + 8 * row_bytes].view(8, row_bytes)[
+        :, :4
+    ]
     numbers = reinterpret(data, torch.int32)
     assert torch.equal(numbers, data.clone().view(torch.int32))
     shared = numbers.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()

@@ -64,11 +64,12 @@ def parts_of(patcher) -> dict:
     positions = torch.arange(TEXT + TOKENS)[None, :, None].expand(-1, -1, 3).float()
     rotations, vector = model.pe_embedder(positions), random(1, HIDDEN)
     return {
-        "double": (model.double_blocks[0], (random(1, TOKENS,
-                                                   HIDDEN), random(1, TEXT,
-                                                                   HIDDEN), vector, rotations)),
+        "double": (
+            model.double_blocks[0],
+            (random(1, TOKENS, HIDDEN), random(1, TEXT, HIDDEN), vector, rotations),
+        ),
         "single": (model.single_blocks[0], (random(1, TEXT + TOKENS, HIDDEN), vector, rotations)),
-        "model": (model, (random(1, 16, 8, 8), torch.tensor([0.5]), random(1, TEXT, 256)))
+        "model": (model, (random(1, 16, 8, 8), torch.tensor([0.5]), random(1, TEXT, 256))),
     }
 
 

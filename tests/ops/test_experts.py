@@ -26,9 +26,9 @@ def banks(format_name, bias=True):
     dense = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name]))
     biases = {"bias": torch.linspace(-1, 1, EXPERTS * ROWS).view(EXPERTS, ROWS)} if bias else {}
     ours = packed_operations().MoEExperts(EXPERTS, COLUMNS, ROWS, bias=bias, dtype=torch.float32)
-    hosts = comfy.ops.mixed_precision_ops({},
-                                          torch.float32).MoEExperts(EXPERTS, COLUMNS, ROWS,
-                                                                    bias=bias)
+    hosts = comfy.ops.mixed_precision_ops({}, torch.float32).MoEExperts(
+        EXPERTS, COLUMNS, ROWS, bias=bias
+    )
     ours.load_state_dict(
         {"weight": packed_tensor(FORMATS[format_name], torch.from_numpy(data), SHAPE), **biases})
     hosts.load_state_dict({"weight": dense, **biases})

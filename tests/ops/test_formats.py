@@ -56,8 +56,9 @@ def reference(fmt, blocks: np.ndarray) -> torch.Tensor:
 
 
 def random_blocks(fmt, count: int) -> np.ndarray:
-    return np.random.default_rng(fmt.ggml_type).integers(0, 256, (count, fmt.block_bytes),
-                                                         dtype=np.uint8)
+    return np.random.default_rng(fmt.ggml_type).integers(
+        0, 256, (count, fmt.block_bytes), dtype=np.uint8
+    )
 
 
 def usual_blocks(fmt, count: int) -> np.ndarray:
@@ -90,8 +91,9 @@ def test_every_packed_type_of_gguf_has_a_format():
     assert own_types == packed
 
 
-@pytest.mark.skipif(not ggml_quantiser.available(), reason="llama.cpp's source or a C compiler is"
-                                                           " missing")
+@pytest.mark.skipif(
+    not ggml_quantiser.available(), reason="llama.cpp's source or a C compiler is missing"
+)
 @pytest.mark.parametrize("type_name", [*WITHOUT_REFERENCE, *(NEWER_TYPES.keys() - FORK_TYPES)])
 def test_what_gguf_lacks_dequantizes_as_in_llama_cpp(type_name):
     blocks = random_blocks(FORMATS[type_name], 1000)
@@ -133,8 +135,9 @@ def test_extreme_scales_equal_the_reference(fmt):
     extremes = (0x0000, 0x8000, 0x0001, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00)
     blocks = np.tile(usual_blocks(fmt, 1), (fmt.block_bytes - 1, len(extremes), 1))
     for offset in range(fmt.block_bytes - 1):
-        blocks[offset, :, offset:offset + 2] = np.array(extremes,
-                                                        dtype="<u2").view(np.uint8).reshape(-1, 2)
+        blocks[offset, :, offset : offset + 2] = (
+            np.array(extremes, dtype="<u2").view(np.uint8).reshape(-1, 2)
+        )
     blocks = blocks.reshape(-1, fmt.block_bytes)
     assert_same_bits(fmt.dequantize(torch.from_numpy(blocks)), reference(fmt, blocks))
 

@@ -304,8 +304,9 @@ def test_only_linear_layers_asked_for_it_multiply_in_whole_numbers():
     exact = layer_of(weight, "exact")(input)
     assert not torch.equal(layer_of(weight)(input), exact)
     assert torch.equal(layer_of(weight, "exact")(input), exact)
-    experts = packed_operations(compute="int8").MoEExperts(1, COLUMNS, ROWS, bias=False,
-                                                           dtype=torch.float32)
+    experts = packed_operations(compute="int8").MoEExperts(
+        1, COLUMNS, ROWS, bias=False, dtype=torch.float32
+    )
     experts.load_state_dict(
         {"weight": packed_tensor(PACKED["Q8_0"], weight._qdata, (1, ROWS, COLUMNS))})
     assert torch.equal(experts.expert_linear(input, 0), exact)

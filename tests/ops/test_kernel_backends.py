@@ -142,7 +142,7 @@ def test_values_are_rounded_once(backend, fmt, dtype):
              1 + 3 * 2 ** -8, 2.0 ** -25, 3.39e38]
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-24, 16, (991,), generator=generator)
-    values = torch.randn(991, generator=generator) * 2.0 ** exponents
+    values = torch.randn(991, generator=generator) * 2.0**exponents
     values = torch.cat([values, torch.tensor(edges)])
     codes = torch.ones(len(values), 32, dtype=torch.uint8)
     tensors = [codes.flatten(), values]
@@ -296,7 +296,7 @@ def test_a_weak_lora_arrives(tokens):
     dense = product.dequantize(weight, torch.float32)
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(shape, generator=generator) for shape in ((rows, 4), (4, columns)))
-    bias = (torch.randn(rows, generator=generator) * dense.std() * columns ** 0.5).to(dtype)
+    bias = (torch.randn(rows, generator=generator) * dense.std() * columns**0.5).to(dtype)
 
     def run(input, strength):
         low_rank = LowRank(down.to(dtype), ((strength * up).to(dtype),), (Slice(0, rows, 0, 4),))

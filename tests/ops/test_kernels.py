@@ -281,8 +281,9 @@ def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
     input, bias, down, up = (torch.randn(shape, generator=generator)
                              for shape in ((2, 64), (6,), (2, 64), (6, 2)))
     expected = torch.nn.functional.linear(input, packed().dequantize() + up @ down, bias)
-    result = product.linear(input, packed(), bias, low_rank=LowRank(down, (up,),
-                                                                    (Slice(0, 6, 0, 2),)))
+    result = product.linear(
+        input, packed(), bias, low_rank=LowRank(down, (up,), (Slice(0, 6, 0, 2),))
+    )
     assert torch.allclose(result, expected, atol=1e-4)
 
 

@@ -181,9 +181,9 @@ def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
     return results + [compute() for _ in range(3)]
 
 
-@pytest.mark.parametrize("in_time", [False, True], ids=["the kernel comes too late", "the kernel"
-                                                                                     " comes in"
-                                                                                     " time"])
+@pytest.mark.parametrize(
+    "in_time", [False, True], ids=["the kernel comes too late", "the kernel comes in time"]
+)
 def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(
         in_time, compiler, monkeypatch):
     """One by a kernel, and one by torch with what a kernel has dequantised."""

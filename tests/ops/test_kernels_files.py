@@ -222,8 +222,9 @@ def a_home_that_cannot_be_made(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("home", [no_home, a_home_that_cannot_be_made])
-def test_without_a_home_kernels_are_kept_until_the_process_ends(home, monkeypatch, tmp_path,
-                                                                caplog):
+def test_without_a_home_kernels_are_kept_until_the_process_ends(
+    home, monkeypatch, tmp_path, caplog
+):
     home(monkeypatch, tmp_path)
     monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path))
     for _ in range(2):
@@ -253,8 +254,9 @@ def refuses_to_run(monkeypatch):
     return refuse
 
 
-def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(tmp_path, monkeypatch,
-                                                                     refuses_to_run):
+def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(
+    tmp_path, monkeypatch, refuses_to_run
+):
     monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "other"),))
     (tmp_path / "temporary").mkdir()

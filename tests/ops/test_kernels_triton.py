@@ -176,8 +176,13 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
         assert compiled.result.metadata.shared <= SHARED_MEMORY
         results[kernel] = compiled.result
 
-    launch(triton_backend.dequantize, "_dequantize", torch.zeros(rows, columns,
-                                                                 dtype=torch.bfloat16), None, 0)
+    launch(
+        triton_backend.dequantize,
+        "_dequantize",
+        torch.zeros(rows, columns, dtype=torch.bfloat16),
+        None,
+        0,
+    )
     all_kinds = request.config.getoption("--heavy")
     of_a_kind = name in {*ONE_OF_A_KIND, "FP4"}
     dtypes = (torch.bfloat16,) if of_a_kind else (torch.float16,)

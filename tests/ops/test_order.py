@@ -38,7 +38,7 @@ class Model:
             self.one_row.add(len(self.work) - 1)
 
     def convolution(self, inputs: int, outputs: int, width: int, kernel: int = 3):
-        self.add(inputs * outputs * kernel ** 2, width ** 2 * inputs * outputs * kernel ** 2)
+        self.add(inputs * outputs * kernel**2, width**2 * inputs * outputs * kernel**2)
 
     def add(self, size: int, work: int, times: int = 1):
         name = str(len(self.entries))
@@ -99,10 +99,10 @@ def unet(width: int = 128) -> Model:
     def transformer(channels, width, depth):
         for _ in range(depth):
             for outputs in (1, 1, 1, 1, 1, 1, 8):
-                model.linear(channels, outputs * channels, width ** 2)
+                model.linear(channels, outputs * channels, width**2)
             for _ in range(2):
                 model.linear(2048, channels, 77)
-            model.linear(4 * channels, channels, width ** 2)
+            model.linear(4 * channels, channels, width**2)
 
     model.convolution(4, 320, width)
     for channels, before, depth, scale in ((320, 320, 0, 1), (640, 320, 2, 2), (1280, 640, 10, 4)):
@@ -110,9 +110,11 @@ def unet(width: int = 128) -> Model:
             residual(inputs, channels, width // scale)
             transformer(channels, width // scale, depth)
     transformer(1280, width // 4, 10)
-    for channels, before, depth, scale in ((1280, (2560, 2560, 1920), 10, 4),
-                                           (640, (1920, 1280, 960), 2, 2), (320, (960, 640, 640), 0,
-                                                                            1)):
+    for channels, before, depth, scale in (
+        (1280, (2560, 2560, 1920), 10, 4),
+        (640, (1920, 1280, 960), 2, 2),
+        (320, (960, 640, 640), 0, 1),
+    ):
         for inputs in before:
             residual(inputs, channels, width // scale)
             transformer(channels, width // scale, depth)
@@ -132,9 +134,10 @@ def test_no_more_is_copied_than_the_budget_asks_for_and_less_is_waited_for(name,
     copied = sum(sizes[index] for index in left_out)
     assert 0 <= copied - (1 - budget) * total < min(sizes[index] for index in left_out)
     others = {"spread": model.left_out(budget * total, None)}
-    for title, order in (("first", range(len(sizes))), ("largest",
-                                                        sorted(range(len(sizes)),
-                                                               key=lambda index: -sizes[index]))):
+    for title, order in (
+        ("first", range(len(sizes))),
+        ("largest", sorted(range(len(sizes)), key=lambda index: -sizes[index])),
+    ):
         kept = layers_that_fit([model.entries[index] for index in order], budget * total)
         others[title] = {index for index in range(len(sizes)) if str(index) not in kept}
     balanced = (1 - budget) * total / sum(model.work)

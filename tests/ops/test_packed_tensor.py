@@ -319,8 +319,9 @@ def weight_in(format_name, shape):
 
 
 def layer_in(format_name, layer_class, bias=True):
-    layer = getattr(packed_operations(), layer_class.__name__)(*LAYERS[layer_class.__name__],
-                                                               dtype=torch.float32)
+    layer = getattr(packed_operations(), layer_class.__name__)(
+        *LAYERS[layer_class.__name__], dtype=torch.float32
+    )
     state = {"weight": weight_in(format_name, tuple(layer.weight.shape))}
     if getattr(layer, "bias", None) is not None:
         state["bias"] = torch.linspace(-1, 1, layer.bias.numel()).view(layer.bias.shape)

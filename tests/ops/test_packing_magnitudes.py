@@ -202,7 +202,7 @@ def test_a_row_of_tiny_values_changes_no_bit_of_the_others(by, type_name, size):
 def test_a_power_of_two_changes_no_code(by, type_name, way, exponent):
     codes, absmax = packed_tensors(pack_tensor(normal(), FORMATS[type_name], **options(way)))
     scaled, of_scaled = packed_tensors(
-        pack_tensor(normal() * 2.0 ** exponent, FORMATS[type_name], **options(way)))
+        pack_tensor(normal() * 2.0**exponent, FORMATS[type_name], **options(way)))
     assert torch.equal(scaled, codes) and torch.equal(of_scaled, absmax * 2.0**exponent)
 
 

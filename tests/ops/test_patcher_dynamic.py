@@ -65,9 +65,14 @@ def test_loras_stack_switch_and_go(models, uploads):
     assert torch.equal(step(packed), without) and len(uploads) == every
     count = len(packed_layers(packed))
     bias_layer = packed.model.diffusion_model.double_blocks[0].img_mlp[0]
-    for stack in ([(first, 1.0)], [(first, 0.4)], [(first, 0.4), (second, 0.7)], [(third, 0.8),
-                                                                                  (first, 0.5)],
-                  [(second, 1.0)], []):
+    for stack in (
+        [(first, 1.0)],
+        [(first, 0.4)],
+        [(first, 0.4), (second, 0.7)],
+        [(third, 0.8), (first, 0.5)],
+        [(second, 1.0)],
+        [],
+    ):
         uploads.clear()
         actual, expected = step(patched(packed, *stack)), run(patched(dense, *stack))
         if stack:

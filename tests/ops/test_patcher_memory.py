@@ -37,8 +37,9 @@ MORE_ROOMS = (0.8, 0.5, *(0.4 + 0.06 * step for step in range(9)))
 # whether the host casts each weight, as it does to compute in another dtype
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
-def test_what_is_counted_lies_on_the_gpu_and_nothing_more(format_name, cast, with_lora, gpu,
-                                                          request):
+def test_what_is_counted_lies_on_the_gpu_and_nothing_more(
+    format_name, cast, with_lora, gpu, request
+):
     packed = packed_flux(format_name)
     stack = [(lora_for(flux_file(format_name)[1]), 1.0)] if with_lora else []
     patcher = patched(packed, *stack).clone()

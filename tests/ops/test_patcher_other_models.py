@@ -100,7 +100,7 @@ def clip_l_values():
     values = {}
 
     def linear(name, rows, columns):
-        values[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) / columns ** 0.5
+        values[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) / columns**0.5
         values[f"{name}.bias"] = torch.randn(rows, generator=generator) * 0.02
 
     def norm(name):

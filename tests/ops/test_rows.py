@@ -16,8 +16,9 @@ def weight(format_name: str, shape: tuple[int, ...], seed: int = 0) -> torch.Ten
     if format_name == "F32":
         return torch.from_numpy(values)
     if format_name == "NF4":
-        codes, state = bitsandbytes.functional.quantize_4bit(torch.from_numpy(values),
-                                                             quant_type="nf4", blocksize=64)
+        codes, state = bitsandbytes.functional.quantize_4bit(
+            torch.from_numpy(values), quant_type="nf4", blocksize=64
+        )
         return packed_tensor(FORMATS["NF4"], codes, shape, scale=state.absmax)
     return packed_tensor(FORMATS[format_name],
                          torch.from_numpy(pack(values.reshape(-1, 256), format_name, seed)), shape)

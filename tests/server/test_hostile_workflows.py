@@ -140,8 +140,8 @@ class Stranger:
     def others(self) -> list:
         return [
             float("inf"),
-            float("nan"), -1, 2 ** 63, 10 ** 400, 1e308, True, None, [], {}, [MARK], {"a": MARK},
-            ["nowhere", 0], ["model", MARK], ["model", 10 ** 9], ["model", 0],
+            float("nan"), -1, 2**63, 10**400, 1e308, True, None, [], {}, [MARK], {"a": MARK},
+            ["nowhere", 0], ["model", MARK], ["model", 10**9], ["model", 0],
             {"__value__": ["model", 0]}, {"__value__": MARK}
         ]
 

@@ -52,8 +52,10 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs):
 def test_a_checkpoint_shows_what_each_part_holds(server):
     pytest.importorskip("bitsandbytes", reason="it writes the file")
     path = demo_files.make_checkpoint(server.base)
-    for loader, key in (("FeatherweightLoadCheckpoint", "checkpoint_name"), ("CheckpointLoaderNF4",
-                                                                             "ckpt_name")):
+    for loader, key in (
+        ("FeatherweightLoadCheckpoint", "checkpoint_name"),
+        ("CheckpointLoaderNF4", "ckpt_name"),
+    ):
         [text] = load(server, loader, {key: path.name}).texts["1"]
         assert re.fullmatch(
             r"Model: NF4[^\n]*, [\d.]+ MB held, dequantised by \w+\nVAE: F\w+, [\d.]+ MB held",

@@ -68,9 +68,9 @@ def test_a_lora_of_another_model_is_refused_and_the_server_goes_on(server, plain
     assert np.array_equal(server.pixels(demo.run_workflow(server)[0]), plain)
 
 
-@pytest.mark.parametrize(("case", "message"), [("cut", "damaged or incomplete"), ("model", "a whole"
-                                                                                       " diffusion"
-                                                                                       " model")])
+@pytest.mark.parametrize(
+    ("case", "message"), [("cut", "damaged or incomplete"), ("model", "a whole diffusion model")]
+)
 def test_a_file_that_is_no_lora_is_refused(server, case, message):
     folder = server.base / "models" / "loras"
     good, path = folder / FIRST, folder / f"{case}.safetensors"

@@ -58,8 +58,9 @@ def test_demo_workflow_makes_a_picture(server):
 
 
 @pytest.mark.not_on_fake_gpus(reason="they have no units for int8")
-@pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no"
-                                                                              " units for int8")
+@pytest.mark.skipif(
+    not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no units for int8"
+)
 def test_compute_int8_changes_the_picture_a_little(server):
     run, prompt = demo.run_workflow(server)
     loader = next(node for node in prompt.values() if node["class_type"] == demo.LOADER)

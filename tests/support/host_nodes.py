@@ -22,11 +22,17 @@ from featherweight.loaders.diffusion import load_diffusion_model
 
 # Two levels of 320 and 640 channels, for nodes that look at the levels of a UNet.
 UNET = dataclasses.replace(
-    FAMILIES["sd1.5"], latent=(1, 4, 16, 16), config={
-        **FAMILIES["sd1.5"].config, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
-        "transformer_depth": [1, 1], "transformer_depth_output": [0, 1, 0,
-                                                                  1], "transformer_depth_middle": 1
-    })
+    FAMILIES["sd1.5"],
+    latent=(1, 4, 16, 16),
+    config={
+        **FAMILIES["sd1.5"].config,
+        "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2],
+        "transformer_depth": [1, 1],
+        "transformer_depth_output": [0, 1, 0, 1],
+        "transformer_depth_middle": 1,
+    },
+)
 MODELS = {**FAMILIES, "unet": UNET}
 # What conditioning holds beside the text, by family; a tuple is the shape of random values.
 EXTRAS = {

@@ -77,6 +77,7 @@ def reference(fmt, tensors) -> torch.Tensor:
     if issubclass(fmt, INT8):
         values = tensors[0].view(torch.int8).float()
     else:
-        values = torch.tensor(fmt.codebook)[torch.stack([tensors[0] >> 4, tensors[0] & 15],
-                                                        -1).flatten().long()]
+        values = torch.tensor(fmt.codebook)[
+            torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()
+        ]
     return values * tensors[1].repeat_interleave(fmt.block_length)

@@ -73,9 +73,11 @@ def weight_shapes(module: torch.nn.Module, *parts: str) -> dict[str, torch.Size]
     """Name without `.weight` -> shape of the matrices and kernels whose names contain one of
     `parts`."""
     return {
-        name.removesuffix(".weight"): param.shape for name, param in module.named_parameters()
-        if param.ndim > 1 and name.endswith(".weight") and (not parts or any(part in name
-                                                                             for part in parts))
+        name.removesuffix(".weight"): param.shape
+        for name, param in module.named_parameters()
+        if param.ndim > 1
+        and name.endswith(".weight")
+        and (not parts or any(part in name for part in parts))
     }
 
 

@@ -265,7 +265,7 @@ def adapter(kind: str, weight: torch.Tensor, seed: int, rank: int = RANK,
         }
     elif kind == "glora":
         tensors = {
-            "a1.weight": normal(columns, rank, scale=size / columns ** 0.5),
+            "a1.weight": normal(columns, rank, scale=size / columns**0.5),
             "a2.weight": normal(rank, columns,
                                 scale=1 / rank), "b1.weight": normal(rows, rank, scale=spread),
             "b2.weight": normal(rank, weight[0].numel())

@@ -190,8 +190,9 @@ def flux2_vae(path):
         "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [],
         "dropout": 0.0, "batch_norm_latent": True
     }
-    module = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=config, embed_dim=32,
-                                                        decoder_ddconfig=config | {"ch": 32})
+    module = comfy.ldm.models.autoencoder.AutoencoderKL(
+        ddconfig=config, embed_dim=32, decoder_ddconfig=config | {"ch": 32}
+    )
     vae(path, module)
 
 

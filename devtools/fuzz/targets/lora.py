@@ -95,8 +95,10 @@ class AdapterGGUF(LoraTarget):
     def honest(self):
         from devtools.files.gguf_files import write_gguf
         path, out = self.folder / "honest.gguf", []
-        for names, kind, architecture, rank in ((LAYERS, "F16", "flux", 2), (("enc.blk.0.attn_q",),
-                                                                             "Q8_0", "t5", 32)):
+        for names, kind, architecture, rank in (
+            (LAYERS, "F16", "flux", 2),
+            (("enc.blk.0.attn_q",), "Q8_0", "t5", 32),
+        ):
             tensors = {
                 f"{name}.weight.lora_{half}": np.full(shape, 0.1, np.float32) for name in names
                 for half, shape in (("a", (rank, 128)), ("b", (128, rank)))

@@ -123,9 +123,10 @@ class RayMessages(Target):
         from featherweight.cluster import messages
         self.messages, self.own = messages, (messages.MessageError,)
         stream = io.BytesIO()
-        for header, content in (({"number": None,
-                                  "event": "joined"}, b""), ({"number": 1,
-                                                              "event": "preview"}, b"\xff\xd8")):
+        for header, content in (
+            ({"number": None, "event": "joined"}, b""),
+            ({"number": 1, "event": "preview"}, b"\xff\xd8"),
+        ):
             messages.write(stream, header, content)
         return [stream.getvalue(), stream.getvalue()[:40]]
 

@@ -45,11 +45,16 @@ class Tokenizer(WeightTarget):
         umt5 = {"token_embd.weight": np.ones((1 << 17, 0), np.float32)}  # told by its rows
         mistral = {"blk.0.attn_k.weight": np.ones((0, 3072), np.float32)}  # told by its width
         return [
-            self.written(lambda path, rows=tensors, known=known: write_gguf(
-                path, rows, lambda name, values: kind, "any", known))
-            for tensors, known, kind in ((rows("enc.blk.0.attn_q", "enc.blk.0.ffn_gate") | umt5,
-                                          plain, "F16"), (rows("blk.0.attn_sinks", "token_embd"),
-                                                          merges, "F16"), (mistral, merges, "F16"))
+            self.written(
+                lambda path, rows=tensors, known=known: write_gguf(
+                    path, rows, lambda name, values: kind, "any", known
+                )
+            )
+            for tensors, known, kind in (
+                (rows("enc.blk.0.attn_q", "enc.blk.0.ffn_gate") | umt5, plain, "F16"),
+                (rows("blk.0.attn_sinks", "token_embd"), merges, "F16"),
+                (mistral, merges, "F16"),
+            )
         ]
 
     def read(self, data):

@@ -108,11 +108,13 @@ class Names(TextTarget):
         self.models = models
         self.functions = {
             "find": lambda name: folders.find_file(name, "diffusion_models", "loras", "vae"),
-            "saved": folders.resolve_saved_path, "sensitivity": folders.find_sensitivity,
+            "saved": folders.resolve_saved_path,
+            "sensitivity": folders.find_sensitivity,
             "new": lambda name: folders.new_model_path(name, "Q4_K", ".gguf"),
-            "new_in_models": lambda name: folders.new_model_path(name, "Q4_K", ".gguf", folders.
-                                                                 MODELS, False),
-            "new_sensitivity": folders.new_sensitivity_path
+            "new_in_models": lambda name: folders.new_model_path(
+                name, "Q4_K", ".gguf", folders.MODELS, False
+            ),
+            "new_sensitivity": folders.new_sensitivity_path,
         }
         names = {
             "find": ["flux/a.gguf", "flux\\a.gguf", "package", "../../outside.gguf"],

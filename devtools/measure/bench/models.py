@@ -82,9 +82,9 @@ def bench_step(options):
             for title, (count, rank) in LORA_CASES.items():
                 model = models["no LoRA"]
                 for seed in range(count):
-                    model, _ = comfy.sd.load_lora_for_models(model, None,
-                                                             lora_file(shapes, rank, seed), 1.0,
-                                                             0.0)
+                    model, _ = comfy.sd.load_lora_for_models(
+                        model, None, lora_file(shapes, rank, seed), 1.0, 0.0
+                    )
                 models[title] = model
             tokens = min(256, sizes.model_tokens)
             variants = {

@@ -89,10 +89,14 @@ def kernels_asked_for() -> Iterator[dict[str, None]]:
 def _backend_with(run: Callable | None) -> str:
     modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend")
                for names in kernels.PRIORITY.values() for name in names)
-    return next((module.BACKEND.name
-                 for module in modules if module and any(kernel.run is run
-                                                         for kernel in module.BACKEND.kernels)),
-                "torch")
+    return next(
+        (
+            module.BACKEND.name
+            for module in modules
+            if module and any(kernel.run is run for kernel in module.BACKEND.kernels)
+        ),
+        "torch",
+    )
 
 
 def as_in_use():

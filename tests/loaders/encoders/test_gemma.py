@@ -407,8 +407,9 @@ def test_the_projection_of_ltx_2_may_lie_in_the_whole_checkpoint(ltx, tmp_path):
 @pytest.mark.parametrize(("name", "lacking"), [
     ("gemma-3-12b", "v.blk.0.ln1.weight"), ("gemma-3-12b", "mm.soft_emb_norm.weight"),
     ("gemma-4-12b", "v.position_embd.weight"), ("gemma-4-e2b", "mm.input_projection.weight")])
-def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(name, lacking, tmp_path,
-                                                                    caplog):
+def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(
+    name, lacking, tmp_path, caplog
+):
     encoder, mmproj_of, _ = SENSES[name]
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))

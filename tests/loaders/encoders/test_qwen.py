@@ -126,8 +126,9 @@ def a_file(width: int, layers: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("width", "layers", "says_so", "te_model"), [
     (2560, 36, False, "QWEN3_4B"), (2560, 36, True, "QWEN3VL_4B"), (4096, 36, False, "QWEN3_8B"),
     (4096, 36, True, "QWEN3VL_8B"), (5120, 64, False, "QWEN3VL_32B")])
-def test_qwen3_vl_without_its_tower_is_what_its_metadata_and_size_say(width, layers, says_so,
-                                                                      te_model):
+def test_qwen3_vl_without_its_tower_is_what_its_metadata_and_size_say(
+    width, layers, says_so, te_model
+):
     weights = a_file(width, layers)
     metadata = {"qwen3vl.n_deepstack_layers": 3} if says_so else {}
     converted = arch_of(weights).convert(weights, metadata)

@@ -180,12 +180,18 @@ GEMMA = {
 def test_a_unigram_model_gives_the_ids_of_the_one_it_was_made_of(options, tmp_path):
     model = trained(**UMT5 | options)
     tokens, types, scores = vocabulary_of(model, 1000)
-    metadata = metadata_of(tmp_path / "t5.gguf", "t5", tokens, types, scores, roles=[("eos", 1),
-                                                                                     ("unk", 2),
-                                                                                     ("pad", 0)],
-                           pre="default", add_space_prefix=options.get("add_dummy_prefix", True),
-                           precompiled_charsmap=charsmap_of(model),
-                           remove_extra_whitespaces=options.get("remove_extra_whitespaces", True))
+    metadata = metadata_of(
+        tmp_path / "t5.gguf",
+        "t5",
+        tokens,
+        types,
+        scores,
+        roles=[("eos", 1), ("unk", 2), ("pad", 0)],
+        pre="default",
+        add_space_prefix=options.get("add_dummy_prefix", True),
+        precompiled_charsmap=charsmap_of(model),
+        remove_extra_whitespaces=options.get("remove_extra_whitespaces", True),
+    )
     same_ids(SPieceTokenizer(model), SPieceTokenizer(sentencepiece_model(metadata)))
 
 
@@ -235,9 +241,15 @@ def test_a_gemma_file_gives_the_ids_of_its_model_though_the_converter_changed_it
 def test_the_hosts_model_of_pile_t5_survives_a_gguf_file(tmp_path):
     model = (HOST_TOKENIZERS / "t5_pile_tokenizer" / "tokenizer.model").read_bytes()
     tokens, types, scores = vocabulary_of(model, 32128)
-    metadata = metadata_of(tmp_path / "t5.gguf", "llama", tokens, types, scores, roles=[("bos", 1),
-                                                                                        ("eos", 2)],
-                           pre="default")
+    metadata = metadata_of(
+        tmp_path / "t5.gguf",
+        "llama",
+        tokens,
+        types,
+        scores,
+        roles=[("bos", 1), ("eos", 2)],
+        pre="default",
+    )
     same_ids(SPieceTokenizer(model), SPieceTokenizer(sentencepiece_model(metadata)))
 
 
@@ -261,11 +273,18 @@ def test_t5_gets_the_ids_of_the_hosts_own_tokenizer(tmp_path):
     types = [CONTROL, CONTROL, UNKNOWN] + [NORMAL] * (len(tokens) - 3)
     charsmap = next(part["precompiled_charsmap"] for part in content["normalizer"]["normalizers"]
                     if len(part) == 2)
-    metadata = metadata_of(tmp_path / "t5.gguf", "t5", tokens, types, scores, roles=[("eos", 1),
-                                                                                     ("unk", 2),
-                                                                                     ("pad", 0)],
-                           pre="default", add_space_prefix=True, remove_extra_whitespaces=True,
-                           precompiled_charsmap=base64.b64decode(charsmap))
+    metadata = metadata_of(
+        tmp_path / "t5.gguf",
+        "t5",
+        tokens,
+        types,
+        scores,
+        roles=[("eos", 1), ("unk", 2), ("pad", 0)],
+        pre="default",
+        add_space_prefix=True,
+        remove_extra_whitespaces=True,
+        precompiled_charsmap=base64.b64decode(charsmap),
+    )
     original = tokenizers.Tokenizer.from_str(json.dumps(content))
     rebuilt = SPieceTokenizer(sentencepiece_model(metadata))
     for text in TEXTS[:-1]:  # in the last one Hugging Face cuts out "</s>", SentencePiece does not
@@ -354,13 +373,21 @@ def host_reader(model: torch.Tensor, path: Path) -> tokenizers.Tokenizer:
 HOST_READS = "vocab" in inspect.signature(MistralConverter).parameters
 
 
-@pytest.mark.parametrize("read", [
-    pytest.param(host_reader, marks=pytest.mark.skipif(not HOST_READS, reason="the host needs a"
-                                                                              " transformers"
-                                                                              " before 5.15")),
-    pytest.param(transformers_reader, marks=pytest.mark.skipif(HOST_READS, reason="needs"
-                                                                                  " transformers"
-                                                                                  " 5.15"))])
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(
+            host_reader,
+            marks=pytest.mark.skipif(
+                not HOST_READS, reason="the host needs a transformers before 5.15"
+            ),
+        ),
+        pytest.param(
+            transformers_reader,
+            marks=pytest.mark.skipif(HOST_READS, reason="needs transformers 5.15"),
+        ),
+    ],
+)
 def test_mistral_gets_a_tekken_file(read, llama3, tmp_path):
     vocabulary = list(llama3["model"]["vocab"])
     special = list(

@@ -291,8 +291,8 @@ def test_metadata_of_every_type_equals_ggufs(tmp_path):
     samples = {
         GGUFValueType.UINT8: [0, 255], GGUFValueType.INT8: [-128, 127],
         GGUFValueType.UINT16: [0, 65535], GGUFValueType.INT16: [-32768, 5],
-        GGUFValueType.UINT32: [1, 2 ** 32 - 1], GGUFValueType.INT32: [-2 ** 31, 7],
-        GGUFValueType.UINT64: [3, 2 ** 64 - 1], GGUFValueType.INT64: [-2 ** 63, 9],
+        GGUFValueType.UINT32: [1, 2**32 - 1], GGUFValueType.INT32: [-2**31, 7],
+        GGUFValueType.UINT64: [3, 2**64 - 1], GGUFValueType.INT64: [-2**63, 9],
         GGUFValueType.FLOAT32: [0.1, -1e30], GGUFValueType.FLOAT64: [0.1, float("-inf")],
         GGUFValueType.BOOL: [True, False], GGUFValueType.STRING: ["", "größe 漢字 \0 x"]
     }
@@ -493,10 +493,13 @@ def split_metadata(number, tensors):
     ]
 
 
-@pytest.mark.parametrize(("second_name", "stated", "message"), [
-    ("a", 2, "there are two tensors named 'a'"), ("b", 3, "the 2 files hold 2 tensors together, 3"
-                                                          " are expected"),
-])
+@pytest.mark.parametrize(
+    ("second_name", "stated", "message"),
+    [
+        ("a", 2, "there are two tensors named 'a'"),
+        ("b", 3, "the 2 files hold 2 tensors together, 3 are expected"),
+    ],
+)
 def test_parts_that_do_not_belong_together_are_refused(tmp_path, second_name, stated, message):
     (tmp_path / "m-00001-of-00002.gguf").write_bytes(
         build(info("a", [32]), metadata=split_metadata(0, stated)))
@@ -517,7 +520,7 @@ BAD_HEADERS = {
     "only the magic": (b"GGUF", ["ends at byte 4", "download"
                                  ]), "truncated counts": (build()[:20], ["ends at byte 20"]),
     "tensor count": (build(tensor_count=HUGE), [f"announces {HUGE} tensors", "damaged"]),
-    "metadata count": (build(metadata_count=2 ** 40), [f"announces {2**40} metadata entries"]),
+    "metadata count": (build(metadata_count=2**40), [f"announces {2**40} metadata entries"]),
     "metadata count within the file": (build(metadata_count=2, data=64), ["metadata"]),
     "key length": (build(metadata=[struct.pack("<Q", HUGE)]),
                    ["name of metadata entry 0",
@@ -532,11 +535,11 @@ BAD_HEADERS = {
                       "value 'a'", "unknown type 77"
                   ]), "string length": (build(metadata=[entry("a", 8, struct.pack("<Q", HUGE))]),
                                         ["value 'a'", "ends at byte"]),
-    "string length, signed": (build(metadata=[entry("a", 8, struct.pack("<Q", 2 ** 63))]), [
+    "string length, signed": (build(metadata=[entry("a", 8, struct.pack("<Q", 2**63))]), [
         "value 'a'", "ends at byte"
-    ]), "array length": (build(metadata=[entry("a", 9, array(4, 2 ** 62))]), [
+    ]), "array length": (build(metadata=[entry("a", 9, array(4, 2**62))]), [
         "value 'a'", "ends at byte"
-    ]), "string array length": (build(metadata=[entry("a", 9, array(8, 2 ** 61))]), [
+    ]), "string array length": (build(metadata=[entry("a", 9, array(8, 2**61))]), [
         f"'a' announces {2**61} strings"
     ]), "string in an array": (build(
         metadata=[entry("a", 9, array(8, 2,
@@ -546,19 +549,19 @@ BAD_HEADERS = {
         "'a' is an array of arrays"
     ]), "name not UTF-8": (build(info("a", [32]), info(b"\xc3\x28", [32])),
                            ["tensor 1",
-                            "not UTF-8"]), "name length": (build(struct.pack("<Q", 2 ** 40)),
-                                                           ["tensor 0", str(2 ** 40)]),
+                            "not UTF-8"]), "name length": (build(struct.pack("<Q", 2**40)),
+                                                           ["tensor 0", str(2**40)]),
     "name twice": (build(info("a", [16]), info("a", [16], offset=64)),
-                   ["two tensors named 'a'"]), "empty but vast": (build(info("a", [2 ** 63, 0])), [
+                   ["two tensors named 'a'"]), "empty but vast": (build(info("a", [2**63, 0])), [
                        "'a' of shape (0, 9223372036854775808)"
                    ]), "nine dimensions": (build(info("a", [2] * 9)), [
                        "'a' has 9 dimensions",
                        "at most 8"
-                   ]), "many dimensions": (build(text("a") + struct.pack("<I", 2 ** 32 - 1)), [
+                   ]), "many dimensions": (build(text("a") + struct.pack("<I", 2**32 - 1)), [
                        "'a' has 4294967295 dimensions"
-                   ]), "too many elements": (build(info("a", [2 ** 33, 2 ** 33])), [
-                       "'a'", str(2 ** 33), "more elements"
-                   ]), "wrapping to zero elements": (build(info("a", [2 ** 32, 2 ** 32])),
+                   ]), "too many elements": (build(info("a", [2**33, 2**33])), [
+                       "'a'", str(2**33), "more elements"
+                   ]), "wrapping to zero elements": (build(info("a", [2**32, 2**32])),
                                                      ["'a'", "more elements"]),
     "unknown type": (build(info("a", [32], 99)),
                      ["'a'", "ggml type 99", "unknown", "F32", "BF16",
@@ -579,9 +582,9 @@ BAD_HEADERS = {
         "general.alignment is '32'"
     ]), "offset not aligned": (build(info("a", [16], offset=4)), [
         "'a'", "offset 4", "alignment 32"
-    ]), "offset outside": (build(info("a", [16]), info("b", [16], offset=2 ** 20)), [
-        "'b'", str(2 ** 20 + 96), "outside"
-    ]), "offset wrapping": (build(info("a", [16], offset=2 ** 64 - 32)), ["'a'", "outside"]),
+    ]), "offset outside": (build(info("a", [16]), info("b", [16], offset=2**20)), [
+        "'b'", str(2**20 + 96), "outside"
+    ]), "offset wrapping": (build(info("a", [16], offset=2**64 - 32)), ["'a'", "outside"]),
     "overlap": (build(info("a", [16]), info("b", [16], offset=32)),
                 ["'a' and 'b' overlap"]), "truncated data": (build(info("a", [32]), data=100), [
                     "28 bytes are missing", "incomplete", "download it again"
@@ -646,18 +649,23 @@ def test_a_count_cannot_make_us_walk_through_the_weights(tmp_path):
 
 
 MISTAKEN = {
-    "empty": (b"", "is empty"), "safetensors": (struct.pack("<Q", 2) + b"{}", "safetensors"),
+    "empty": (b"", "is empty"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "safetensors"),
     "zip": (b"PK\3\4" + bytes(60), "torch checkpoint"),
-    "pickle": (b"\x80\x02}q\0.", "torch checkpoint"), "web page": (b"\n<!DOCTYPE html><html>",
-                                                                   "web page"),
-    "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n",
-                    "git-lfs pointer"), "big-endian": (b"FUGG" + bytes(20), "big-endian"),
+    "pickle": (b"\x80\x02}q\0.", "torch checkpoint"),
+    "web page": (b"\n<!DOCTYPE html><html>", "web page"),
+    "lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n",
+        "git-lfs pointer",
+    ),
+    "big-endian": (b"FUGG" + bytes(20), "big-endian"),
     "ggml": (b"tjgg" + bytes(20), "older than GGUF"),
-    "gzip": (b"\x1f\x8b\x08" + bytes(20), "archive"), "zeros": (bytes(4096), "never finished"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(20), "archive"),
+    "zeros": (bytes(4096), "never finished"),
     "error message": (b"Invalid username or password.\n", "it is a text file. Download"),
     "text cut within a letter": (b"x" + "é".encode() * 99, "it is a text file"),
-    "one byte": (b"\xff", "begins with neither 'GGUF'"), "unknown": (b"\x93NUMPY\x01\x00",
-                                                                     "begins with neither 'GGUF'")
+    "one byte": (b"\xff", "begins with neither 'GGUF'"),
+    "unknown": (b"\x93NUMPY\x01\x00", "begins with neither 'GGUF'"),
 }
 
 

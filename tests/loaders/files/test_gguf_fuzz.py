@@ -22,8 +22,8 @@ MEMORY_FACTOR, MEMORY_CONSTANT = 10, 100_000
 STEPS_FACTOR, STEPS_CONSTANT = 10, 10_000
 
 INTERESTING = [
-    0, 1, 2, 3, 7, 8, 9, 127, 255, 2 ** 15, 2 ** 16 - 1, 2 ** 24, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1,
-    2 ** 32, 2 ** 40, 2 ** 61, 2 ** 62, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 64, 2 ** 64 - 1
+    0, 1, 2, 3, 7, 8, 9, 127, 255, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1,
+    2**32, 2**40, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 64, 2**64 - 1
 ]
 
 
@@ -32,11 +32,12 @@ def honest_files(folder) -> list[tuple[bytes, int]]:
     original shapes."""
     metadata = {
         "tokenizer.ggml.tokens": (GGUFValueType.STRING, [f"token {index}" for index in range(20)]),
-        "tokenizer.ggml.scores": (GGUFValueType.FLOAT32, [0.5] * 8), "bytes": (GGUFValueType.UINT8,
-                                                                               list(range(20))),
-        "bools": (GGUFValueType.BOOL, [True, False]), "wide": (GGUFValueType.INT64, [1, -1]),
+        "tokenizer.ggml.scores": (GGUFValueType.FLOAT32, [0.5] * 8),
+        "bytes": (GGUFValueType.UINT8, list(range(20))),
+        "bools": (GGUFValueType.BOOL, [True, False]),
+        "wide": (GGUFValueType.INT64, [1, -1]),
         "comfy.gguf.orig_shape.conv.weight": (GGUFValueType.INT32, [2, 2, 1, 2, 32]),
-        "comfy.gguf.orig_shape.crossed": (GGUFValueType.INT32, [64, 4])
+        "comfy.gguf.orig_shape.crossed": (GGUFValueType.INT32, [64, 4]),
     }
     types = [
         "F32", "F16", "BF16", "I8", "I64", *(packed.__name__ for packed in GGML_FORMATS.values())

@@ -204,8 +204,9 @@ def test_an_entry_whose_time_cannot_be_set_is_read_and_stays(tmp_path, monkeypat
     assert packed_cache.read(entry, wanted) is not None and entry.exists()
 
 
-def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(source, folder, monkeypatch,
-                                                                   caplog):
+def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(
+    source, folder, monkeypatch, caplog
+):
     monkeypatch.setenv(packed_cache.LIMIT, "lots")
     load(source)
     assert "'lots', no number of GB" in caplog.text and len(list(folder.iterdir())) == 1
@@ -226,10 +227,12 @@ def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("trouble", ["a file in its place", "a full disk", "another process was"
-                                                                           " faster"])
-def test_where_nothing_can_be_kept_the_model_loads_all_the_same(trouble, source, folder,
-                                                                monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "trouble", ["a file in its place", "a full disk", "another process was faster"]
+)
+def test_where_nothing_can_be_kept_the_model_loads_all_the_same(
+    trouble, source, folder, monkeypatch, caplog
+):
     if trouble == "a file in its place":
         folder.write_text("")
     elif trouble == "a full disk":

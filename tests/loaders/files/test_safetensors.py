@@ -309,8 +309,8 @@ BAD_WEIGHTS = {
                         parts_of(),
                         shape="16x64"), "says shape '16x64'"), "an immense shape": (with_state(
                             parts_of(),
-                            shape=[10 ** 4000,
-                                   10 ** 4000]), "says shape"), "another block size": (with_state(
+                            shape=[10**4000,
+                                   10**4000]), "says shape"), "another block size": (with_state(
                                        parts_of(),
                                        blocksize=128), "has 16 scales, .* has 8 blocks of 128"),
     "an odd block size": (with_state(parts_of(), blocksize=65),

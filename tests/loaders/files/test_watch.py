@@ -197,8 +197,13 @@ def test_a_model_whose_file_is_written_to_while_it_is_saved_becomes_no_file(
     source, out = read(path), path.with_name("out.gguf")
     out.write_bytes(b"what was there")
     with pytest.raises(WeightFileError, match=r"^model\.gguf was written to"):
-        save(source, out, "Q4_0", overwrite=True, track=after(moment % len(source.weights),
-                                                              lambda: change(path)))
+        save(
+            source,
+            out,
+            "Q4_0",
+            overwrite=True,
+            track=after(moment % len(source.weights), lambda: change(path)),
+        )
     assert out.read_bytes() == b"what was there" and sorted(path.parent.iterdir()) == [path, out]
 
 

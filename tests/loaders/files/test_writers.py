@@ -179,8 +179,10 @@ def test_what_gguf_does_not_hold_is_refused_before_the_work(tmp_path):
     for tensors, message in (({"x" * 128: ((2,), "F32")}, "up to 127 bytes"),
                              ({"w": ((2, 64), "NF4")}, "no weights of the type NF4"),
                              ({"w": ((2, 100), "Q4_K")}, "does not divide")):
-        with pytest.raises(WriteError, match=message), gguf_writer(tmp_path / "a.gguf", tensors,
-                                                                   {}):
+        with (
+            pytest.raises(WriteError, match=message),
+            gguf_writer(tmp_path / "a.gguf", tensors, {}),
+        ):
             raise AssertionError("the work began")
     with gguf_writer(tmp_path / "a.gguf", {"x" * 127: ((2,), "F32")}, {}) as writer:
         writer.write("x" * 127, "F32", [torch.ones(2)])

@@ -217,8 +217,9 @@ def test_a_cleaner_that_comes_late_takes_no_later_file_of_the_name_away(tmp_path
 
 def test_without_locks_the_parts_of_living_writers_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_file, "fcntl", None)  # as on Windows
-    monkeypatch.setattr(atomic_file.psutil, "pid_exists", {7: True, 8: False,
-                                                           os.getpid(): True}.get)
+    monkeypatch.setattr(
+        atomic_file.psutil, "pid_exists", {7: True, 8: False, os.getpid(): True}.get
+    )
     for writer in (7, 8, os.getpid()):
         (tmp_path / f"model.gguf.{writer}.featherweight.part").touch()
     with atomic_writer(tmp_path / "next.gguf", 10) as file:

@@ -67,19 +67,22 @@ def test_a_diffusion_model_is_recognised_without_reading_a_matrix(name):
     assert sum(count for count, _ in found.types.values()) == len(full_width_shapes(FAMILIES[name]))
 
 
-@pytest.mark.parametrize(("name", "encoder", "vae"), [
-    ("flux-dev", "CLIP-L and T5-XXL (type flux)", "Flux (ae.safetensors)"),
-    ("sd1.5", "CLIP-L (type stable_diffusion)", "SD 1.5"), ("sdxl", "CLIP-L and CLIP-G (type"
-                                                                    " sdxl)", "SDXL"),
-    ("sd3.5", "CLIP-L and CLIP-G and T5-XXL (type sd3)", "SD3"), ("wan2.1-i2v", "UMT5-XXL (type"
-                                                                                " wan)", "Wan 2.1"),
-    ("wan2.2-ti2v", "UMT5-XXL (type wan)", "Wan 2.2"), ("qwen-image", "Qwen2.5 7B (type"
-                                                                      " qwen_image)", "Qwen-Image"),
-    ("z-image", "Qwen3 4B (type lumina2)", "Flux (ae.safetensors)"),
-    ("chroma", "T5-XXL (type chroma)", "Flux (ae.safetensors)"),
-    ("lumina2", "Gemma 2 2B (type lumina2)", "Flux (ae.safetensors)"),
-    ("hunyuan-video", "CLIP-L and Llama 3 8B (type hunyuan_video)", "HunyuanVideo"),
-])
+@pytest.mark.parametrize(
+    ("name", "encoder", "vae"),
+    [
+        ("flux-dev", "CLIP-L and T5-XXL (type flux)", "Flux (ae.safetensors)"),
+        ("sd1.5", "CLIP-L (type stable_diffusion)", "SD 1.5"),
+        ("sdxl", "CLIP-L and CLIP-G (type sdxl)", "SDXL"),
+        ("sd3.5", "CLIP-L and CLIP-G and T5-XXL (type sd3)", "SD3"),
+        ("wan2.1-i2v", "UMT5-XXL (type wan)", "Wan 2.1"),
+        ("wan2.2-ti2v", "UMT5-XXL (type wan)", "Wan 2.2"),
+        ("qwen-image", "Qwen2.5 7B (type qwen_image)", "Qwen-Image"),
+        ("z-image", "Qwen3 4B (type lumina2)", "Flux (ae.safetensors)"),
+        ("chroma", "T5-XXL (type chroma)", "Flux (ae.safetensors)"),
+        ("lumina2", "Gemma 2 2B (type lumina2)", "Flux (ae.safetensors)"),
+        ("hunyuan-video", "CLIP-L and Llama 3 8B (type hunyuan_video)", "HunyuanVideo"),
+    ],
+)
 def test_what_else_a_model_needs(name, encoder, vae):
     assert identify(contents_of(full_width_shapes(FAMILIES[name]))).needs == {
         "text encoder": encoder,

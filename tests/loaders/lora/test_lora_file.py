@@ -286,8 +286,9 @@ def test_a_web_page_and_a_missing_file_are_named(tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_good_file_is_read_with_its_metadata(tmp_path, suffix):
     path = tmp_path / f"lora{suffix}"
-    torch.save(GOOD, path) if suffix == ".pt" else save_file(GOOD, path,
-                                                             {"ss_base_model_version": "flux1"})
+    torch.save(GOOD, path) if suffix == ".pt" else save_file(
+        GOOD, path, {"ss_base_model_version": "flux1"}
+    )
     tensors, metadata = load_lora_file(path)
     assert tensors.keys() == GOOD.keys() and torch.equal(tensors[UP], GOOD[UP])
     assert metadata == ({} if suffix == ".pt" else {"ss_base_model_version": "flux1"})

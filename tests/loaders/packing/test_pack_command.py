@@ -131,8 +131,9 @@ def test_scaled_fp8_in_a_checkpoint_is_packed_by_its_values(source, tmp_path, pa
         ({}, ModelType.EPS, {}),
     ],
 )
-def test_what_a_whole_checkpoint_predicts_is_known_of_its_model_too(tmp_path, pack, marks, kind,
-                                                                    settings):
+def test_what_a_whole_checkpoint_predicts_is_known_of_its_model_too(
+    tmp_path, pack, marks, kind, settings
+):
     model = {
         "label_emb.0.0.weight": (64, 64), "input_blocks.0.0.weight": (32, 4, 3, 3),
         "out.0.bias": (32,), "out.2.weight": (4, 32, 3, 3),

@@ -57,7 +57,7 @@ def test_the_mix_is_the_best_of_all(seed):
 
 
 def test_coarse_steps_stay_near_the_best_and_below_the_budget():
-    costs, sizes = random_case(3, tensors=6, sizes_up_to=10 ** 9)
+    costs, sizes = random_case(3, tensors=6, sizes_up_to=10**9)
     every = [
         dict(zip(costs, kinds)) for kinds in itertools.product(*(costs[name] for name in costs))
     ]
@@ -69,7 +69,7 @@ def test_coarse_steps_stay_near_the_best_and_below_the_budget():
 
 
 def test_a_larger_budget_is_never_dearer():
-    costs, sizes = random_case(7, tensors=40, sizes_up_to=10 ** 7)
+    costs, sizes = random_case(7, tensors=40, sizes_up_to=10**7)
     least, most = (sum(kind(of_types.values()) for of_types in sizes.values())
                    for kind in (min, max))
     spent = [
@@ -165,7 +165,7 @@ def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
         if "mlp" in name
     }
     family = rules_for(SMALL)
-    roomy = sum(512 * 512 * 2 for _ in costs) + 10 ** 6
+    roomy = sum(512 * 512 * 2 for _ in costs) + 10**6
     plan = plan_for_size(SMALL, roomy, family, costs)
     assert {plan.types[name] for name in costs} == {"BF16"}
     budget = plan_for_type(SMALL, "Q8_0", family).nbytes(SMALL)

@@ -352,7 +352,7 @@ def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(
         whole += change.square().sum().item()
         count += change.numel()
     # of values that go to either side of a step of Q8_0, 0.025 of their spread apart
-    chance = 0.01 / (size * count ** 0.5)
+    chance = 0.01 / (size * count**0.5)
     assert abs(arrived / whole - 1) <= 0.01 + 3 * chance, (
         f"{arrived / whole:.3f} of the LoRA arrives"
     )
@@ -510,9 +510,12 @@ def test_what_no_file_can_hold_is_refused_by_name_and_what_changes_no_weight_is_
     hooked.hook_patches["hook"] = {}
     wrapped.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight)
     replaced.add_object_patch("diffusion_model.img_in", torch.nn.Linear(2, 2))
-    for model, named in ((bypass, "bypass_lora"), (hooked, "hooks"),
-                         (wrapped, "diffusion_model.img_in.weight"), (replaced,
-                                                                      "diffusion_model.img_in")):
+    for model, named in (
+        (bypass, "bypass_lora"),
+        (hooked, "hooks"),
+        (wrapped, "diffusion_model.img_in.weight"),
+        (replaced, "diffusion_model.img_in"),
+    ):
         with pytest.raises(SaveError, match=named):
             check_saveable(model)
     sampled.add_object_patch("model_sampling", object())

@@ -106,8 +106,9 @@ def test_random_numbers_take_the_place_of_a_prompt(name, monkeypatch):
     patcher, drawing = patcher_of(name, monkeypatch), small_drawing(name, steps=1)
     layers = linear_layers(patcher.model)
     with Collector(layers) as collector:
-        dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing,
-                                                                 1)).run(patcher, lambda *_: None)
+        dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing, 1)).run(
+            patcher, lambda *_: None
+        )
     assert layers and all(collector.of(layer).count for layer in layers) and hooks_in(patcher) == 0
 
 
@@ -178,8 +179,9 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
         torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)),
         {"pooled_output": torch.randn(1, 256)}
     ]]
-    SamplingRun([prompt], latent, samples=1, steps=2).run(patcher,
-                                                          lambda number, step: steps.append(step))
+    SamplingRun([prompt], latent, samples=1, steps=2).run(
+        patcher, lambda number, step: steps.append(step)
+    )
     load(patcher)
     with torch.no_grad():
         measured, name = Costs(patcher.model, steps), "double_blocks.0.img_mlp.2.weight"

@@ -120,10 +120,11 @@ def host_clip(encoder: Encoder, weights: Weights) -> comfy.sd.CLIP:
     markers = {
         name: torch.zeros(shape) for name, shape in encoder.markers.items() if name not in weights
     }
-    return comfy.sd.load_text_encoder_state_dicts([weights | markers | dict(encoder.extra)],
-                                                  clip_type=getattr(comfy.sd.CLIPType,
-                                                                    encoder.clip_type.upper()),
-                                                  model_options=encoder.model_options)
+    return comfy.sd.load_text_encoder_state_dicts(
+        [weights | markers | dict(encoder.extra)],
+        clip_type=getattr(comfy.sd.CLIPType, encoder.clip_type.upper()),
+        model_options=encoder.model_options,
+    )
 
 
 def text_model(clip: comfy.sd.CLIP) -> SDClipModel | LensGptOssClipModel:

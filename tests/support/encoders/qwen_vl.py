@@ -98,12 +98,16 @@ def qwen3_vl(size: str, clip_type: str, width: int, prefix: str, published, mark
 
 ENCODERS = {
     "qwen2.5-vl-7b": Encoder(
-        "QWEN25_7B", "qwen_image", gguf.MODEL_ARCH.QWEN2VL,
+        "QWEN25_7B",
+        "qwen_image",
+        gguf.MODEL_ARCH.QWEN2VL,
         {**SMALL, "hidden_size": 3584, "num_attention_heads": 4, "num_key_value_heads": 4},
-        "qwen25_7b", {KEYS: (512,)}, towers=[
-            (vars(qwen_vl), {"Qwen2VLVisionTransformer": small_qwen25_tower})
-        ], mmproj=qwen25_mmproj), "qwen3-vl-4b": qwen3_vl("4B", "krea2", 2560, "model.visual",
-                                                          in_model),
+        "qwen25_7b",
+        {KEYS: (512,)},
+        towers=[(vars(qwen_vl), {"Qwen2VLVisionTransformer": small_qwen25_tower})],
+        mmproj=qwen25_mmproj,
+    ),
+    "qwen3-vl-4b": qwen3_vl("4B", "krea2", 2560, "model.visual", in_model),
     "qwen3-vl-8b": qwen3_vl("8B", "boogu", 4096, "model.visual", in_model),
-    "qwen3-vl-32b": qwen3_vl("32B", "minimax", 5120, "visual", with_head, {LAST_LAYER: (32, 32)})
+    "qwen3-vl-32b": qwen3_vl("32B", "minimax", 5120, "visual", with_head, {LAST_LAYER: (32, 32)}),
 }

@@ -34,8 +34,9 @@ class ManyLoras:
             if directly:
                 lora = comfy.utils.load_torch_file(
                     folder_paths.get_full_path("loras", entry["lora"]), safe_load=True)
-                model, clip = comfy.sd.load_lora_for_models(model, clip, lora, entry["strength"],
-                                                            entry["strength"])
+                model, clip = comfy.sd.load_lora_for_models(
+                    model, clip, lora, entry["strength"], entry["strength"]
+                )
             else:
                 model, clip = LoraLoader().load_lora(model, clip, entry["lora"], entry["strength"],
                                                      entry["strength"])
