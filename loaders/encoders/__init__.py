@@ -1,2 +1,1 @@
-"""Text encoders: their families, tokenizers and vision towers, and which of them belong
-together."""
+"""Text encoders: families, tokenizers, vision towers, and the sets that go together."""

@@ -1,8 +1,7 @@
-"""What a text encoder sees and hears through, where no file of it was given: left out of the host's
-model.
+"""Leaves vision and audio towers out of the host's text encoder where no file holds them.
 
 The host builds these towers whether a file has them or not. Gemma 3 12B, which LTX-2 uses for text
-alone, would hold 1.6 GB for one that cannot work.
+alone, would take 1.6 GB for a tower that cannot work.
 """
 import contextlib
 import os
@@ -18,8 +17,10 @@ TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_project
 
 
 class MissingTower(torch.nn.Module):
-    """A module in the place of a tower, whose use raises a WeightFileError about the missing
-    file."""
+    """Takes the place of a tower and raises WeightFileError when it is used.
+
+    names: of the encoder's files.
+    """
 
     def __init__(self, names: str):
         super().__init__()
@@ -27,28 +28,27 @@ class MissingTower(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         raise WeightFileError(
-            f"{self.names} came without the part that sees or hears (mmproj), so no picture or"
-            " sound can be shown to it. Pick the mmproj file that was published with it in Load"
-            " Text Encoder (Featherweight), or put it beside this file."
+            f"{self.names} came without a vision or audio tower (mmproj), so it cannot take"
+            " pictures or sound. Pick the mmproj file that was published with it in Load Text"
+            " Encoder (Featherweight), or put it next to this file."
         )
 
-    # what the host calls first where there is no tower but an embedding of pixels
+    # What the host calls first on an encoder that embeds pixels and has no tower.
     patchify = forward
 
 
 def placeholder(*shape: int) -> torch.Tensor:
-    """A tensor without memory of its own, put among an encoder's weights because the host tells the
-    encoder by its shape."""
+    """Returns zeros without memory, for a weight by whose shape the host detects an encoder."""
     return torch.zeros(1, dtype=torch.float32).expand(shape)
 
 
 def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor comes from `placeholder`."""
     return 0 in tensor.stride()
 
 
 def omit_missing_towers(paths: Sequence[str]) -> contextlib.AbstractContextManager:
-    """A context in which the host builds and loads a text encoder of these files without the towers
-    that they do not hold."""
+    """Inside this block the host builds the encoder of these files without towers they lack."""
     names = " and ".join(map(os.path.basename, paths))
 
     def leave_out(model, state_dict, prefix, *args):

@@ -1,5 +1,5 @@
 """Families of text encoders, one file each. Importing this package registers all of them."""
-from . import (  # noqa: F401  each registers what it defines
+from . import (  # noqa: F401  importing a module registers its families
     clip,
     gemma,
     gemma4,

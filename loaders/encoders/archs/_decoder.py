@@ -1,5 +1,4 @@
-"""What all decoders have in llama.cpp's files: the names, and the row order of those with Llama's
-rotary embedding."""
+"""What decoders share in llama.cpp's files: names, fused attention, rows for rotary embedding."""
 import re
 from collections.abc import Collection, Mapping
 
@@ -8,7 +7,7 @@ import torch
 from ....ops.row_slicing import take_rows
 from ..arch import Weights, rename_keys
 
-# A family adds its own, or says otherwise.
+# A family adds its own names or replaces some of these.
 DECODER_NAMES = {
     "token_embd": "model.embed_tokens",
     "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
@@ -32,8 +31,7 @@ HEAD = 128  # width of an attention head in all models that the host has
 
 
 def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int]) -> bool:
-    """Whether these are a decoder of one of these widths, with nothing in a layer but what all
-    decoders have."""
+    """Returns whether this is a decoder of one of these widths whose layers hold nothing else."""
     key = weights.get("blk.0.attn_k.weight")
     if key is None or key.ndim != 2 or key.shape[0] % HEAD or key.shape[1] not in widths:
         return False
@@ -41,28 +39,26 @@ def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int
 
 
 def with_attention_split(weights: Mapping[str, torch.Tensor]) -> Weights:
-    """The weights under the file's names, with q, k and v apart where the converter was asked to
-    put them together."""
+    """Splits q, k and v where the converter was asked to fuse them; names stay the file's."""
     split = {}
     for name, tensor in weights.items():
         if not re.fullmatch(r"blk\.\d+\.attn_qkv\.weight", name):
             split[name] = tensor
             continue
         layer = name.removesuffix("attn_qkv.weight")
-        # where their rows end, and below those of the keys
-        queries = weights[f"{layer}attn_output.weight"].shape[1]
-        keys = (len(tensor) + queries) // 2
-        for part, rows in (("q", slice(0, queries)), ("k", slice(queries, keys)),
-                           ("v", slice(keys, len(tensor)))):
-            split[f"{layer}attn_{part}.weight"] = take_rows(tensor, rows)
+        q_end = weights[f"{layer}attn_output.weight"].shape[1]
+        k_end = (len(tensor) + q_end) // 2
+        rows = {"q": slice(0, q_end), "k": slice(q_end, k_end), "v": slice(k_end, len(tensor))}
+        for part, part_rows in rows.items():
+            split[f"{layer}attn_{part}.weight"] = take_rows(tensor, part_rows)
     return split
 
 
 def with_rotary_halves(weights: Weights) -> Weights:
-    """The weights of a plain decoder under the host's names, and with its rotary embedding.
+    """Converts a plain decoder to the host's names and the row order of its rotary embedding.
 
-    llama.cpp turns neighbouring rows of q and k together, the host those that are half a head
-    apart. The host has no use for the output layer.
+    llama.cpp rotates neighbouring rows of q and k as pairs, the host rows half a head apart. The
+    host does not use the output layer.
     """
     weights = rename_keys(weights, DECODER_NAMES | {"output": None})
     for name, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""The tokenizer of encoders for which the host wants a SentencePiece model from their file."""
+"""The tokenizer of encoders whose SentencePiece model the host reads from their file."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +9,13 @@ from ..tokenizer import sentencepiece_model
 
 
 def sentencepiece(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Weights:
-    """The model that a file holds as a tensor, as files for the host do, or else one made of
-    llama.cpp's metadata.
+    """Returns the SentencePiece model among the weights, or one made from llama.cpp's metadata.
 
-    A converter to GGUF may have kept the bytes of that tensor as numbers of any type. Raises
-    KeyError with the key that the metadata lack.
+    A converter to GGUF may have stored the bytes of that tensor as another dtype.
+
+    Raises:
+        KeyError: with the key that the metadata lack.
     """
-    own = weights.get(SENTENCEPIECE)
-    return {SENTENCEPIECE: sentencepiece_model(metadata) if own is None else own.to(torch.uint8)}
+    stored = weights.get(SENTENCEPIECE)
+    model = sentencepiece_model(metadata) if stored is None else stored.to(torch.uint8)
+    return {SENTENCEPIECE: model}

@@ -1,5 +1,5 @@
-"""The text part of CLIP: L, H and bigG. Files with the names of transformers, which are the host's,
-or of open_clip."""
+"""The text part of CLIP L, H and bigG, with the names of open_clip or of transformers and the host.
+"""
 from ....ops.row_slicing import dense, take_rows
 from ..arch import Arch, rename_keys
 
@@ -8,13 +8,17 @@ FUSED = ".self_attn.in_proj."
 
 
 class Clip(Arch):
-    """open_clip keeps the rows of query, key and value in one weight and the projection transposed.
+    """CLIP's text encoder.
 
-    stable-diffusion.cpp names both its own way and changes neither; where query, key and value are
-    one weight, the projection is open_clip's too.
+    open_clip fuses query, key and value in one weight and stores the projection transposed.
+    stable-diffusion.cpp renames both and changes neither, so a fused weight tells that the
+    projection is transposed too.
     """
 
-    follows = "ComfyUI 0.30, comfy.utils.clip_text_transformers_convert; stable-diffusion.cpp 2026-08, src/name_conversion.cpp"
+    follows = (
+        "ComfyUI 0.30, comfy.utils.clip_text_transformers_convert;"
+        " stable-diffusion.cpp 2026-08, src/name_conversion.cpp"
+    )
     names = {
         "token_embedding": "text_model.embeddings.token_embedding",
         "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -40,10 +44,9 @@ class Clip(Arch):
         for name in fused:
             tensor = weights.pop(name)
             rows = len(tensor) // 3
-            for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                weights[name.replace("in_proj",
-                                     part)] = take_rows(tensor,
-                                                        slice(number * rows, (number + 1) * rows))
+            for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
+                part_rows = slice(index * rows, (index + 1) * rows)
+                weights[name.replace("in_proj", part)] = take_rows(tensor, part_rows)
         transposed = weights.pop("text_projection", None)
         converted = weights.pop("text_model.text_projection", None)
         if converted is not None and fused:

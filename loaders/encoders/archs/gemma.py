@@ -14,8 +14,9 @@ GEMMA_NAMES = {
     "blk.{}.post_ffw_norm": f"{LAYER}.post_feedforward_layernorm",
     "output": None,  # the embedding table once more
 }
-# What other models with these norms lack: OLMo 2 the norm before attention, GLM 4 the gate.
-GEMMA_MARKS = {
+# Tensors that tell Gemma from other models with these norms: OLMo 2 has no norm before attention,
+# GLM 4 no gate.
+GEMMA_TENSORS = {
     f"blk.0.{name}.weight"
     for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "ffn_gate")
 }
@@ -24,16 +25,18 @@ PROJECTION, PROJECTION_NORM = "mm.input_projection.weight", "mm.soft_emb_norm.we
 
 
 class Gemma2(Arch):
+    """Gemma 2 2B."""
+
     follows = "llama.cpp 0.5.0, conversion/gemma.py"
     names = GEMMA_NAMES
 
     @classmethod
     def recognises(cls, weights):
-        return weights.keys() >= GEMMA_MARKS and QUERY_NORM not in weights
+        return weights.keys() >= GEMMA_TENSORS and QUERY_NORM not in weights
 
     @classmethod
     def convert(cls, weights, metadata):
-        return rename_keys(_as_the_host_reads(weights), cls.names)
+        return rename_keys(_with_host_norms(weights), cls.names)
 
     @classmethod
     def tokenizer(cls, weights, metadata):
@@ -41,6 +44,8 @@ class Gemma2(Arch):
 
 
 class Gemma3(Gemma2):
+    """Gemma 3 4B and 12B."""
+
     names = {
         **GEMMA_NAMES,
         "v.patch_embd": "vision_model.embeddings.patch_embedding",
@@ -57,25 +62,26 @@ class Gemma3(Gemma2):
         "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
         "mm.input_projection": "multi_modal_projector.mm_input_projection_weight",
     }
-    # The first mmproj files have these the other way round (llama.cpp 0.5.0, tools/mtmd/clip.cpp,
+    # The first mmproj files have these two swapped (llama.cpp 0.5.0, tools/mtmd/clip.cpp,
     # is_ffn_swapped).
     names_of_first_towers = {
-        **names, "v.blk.{}.ffn_up": names["v.blk.{}.ffn_down"],
-        "v.blk.{}.ffn_down": names["v.blk.{}.ffn_up"]
+        **names,
+        "v.blk.{}.ffn_up": names["v.blk.{}.ffn_down"],
+        "v.blk.{}.ffn_down": names["v.blk.{}.ffn_up"],
     }
     sees = True
 
     @classmethod
     def recognises(cls, weights):
         return (
-            GEMMA_MARKS | {QUERY_NORM} <= weights.keys()
+            GEMMA_TENSORS | {QUERY_NORM} <= weights.keys()
             and not {LAYER_SCALE, "altup_proj.weight"} & weights.keys()
         )
 
     @classmethod
     def convert(cls, weights, metadata):
-        weights = _as_the_host_reads(weights)
-        if PROJECTION in weights:  # the host has no module of this name, and so no `.weight`
+        weights = _with_host_norms(weights)
+        if PROJECTION in weights:  # a bare parameter in the host, without `.weight`
             weights[PROJECTION.removesuffix(".weight")] = weights.pop(PROJECTION)
         down = weights.get("v.blk.0.ffn_down.weight")
         swapped = down is not None and down.shape[1] == len(weights["v.blk.0.ln1.weight"])
@@ -88,7 +94,12 @@ class Gemma3(Gemma2):
         return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[1]
 
 
-def _as_the_host_reads(weights):
-    # The converter adds 1 to the scales of these norms, and the host does so while it runs.
-    return {name: dense(tensor) - 1 if name.endswith("norm.weight") else tensor
-            for name, tensor in with_attention_split(weights).items()}
+def _with_host_norms(weights):
+    """Takes 1 off the scales of the norms: the converter adds it, and so does the host at run time.
+
+    Splits fused attention as well.
+    """
+    return {
+        name: dense(tensor) - 1 if name.endswith("norm.weight") else tensor
+        for name, tensor in with_attention_split(weights).items()
+    }

@@ -1,4 +1,4 @@
-"""GPT-OSS 20B, the text encoder of Lens. Its experts stay in llama.cpp's MXFP4."""
+"""GPT-OSS 20B, the text encoder of Lens. Its experts stay in MXFP4."""
 import torch
 
 from ....ops.row_slicing import dense, interleave_rows
@@ -10,16 +10,20 @@ GATE, UP = ".ffn_gate_exps", ".ffn_up_exps"
 
 
 class GptOss(Arch):
+    """GPT-OSS 20B."""
+
     follows = "llama.cpp 0.5.0, conversion/gpt_oss.py"
     names = {
         **{
-            name: target and target.removeprefix("model.") for name, target in DECODER_NAMES.items(
-            )
-        }, "blk.{}.post_attention_norm": "layers.{}.post_attention_layernorm",
+            name: target and target.removeprefix("model.")
+            for name, target in DECODER_NAMES.items()
+        },
+        "blk.{}.post_attention_norm": "layers.{}.post_attention_layernorm",
         "blk.{}.ffn_gate_inp": "layers.{}.mlp.router",
         "blk.{}.ffn_gate_up_exps": "layers.{}.mlp.experts.gate_up_proj",
         "blk.{}.ffn_down_exps": "layers.{}.mlp.experts.down_proj",
-        "blk.{}.attn_sinks": "layers.{}.self_attn.sinks", "output": None
+        "blk.{}.attn_sinks": "layers.{}.self_attn.sinks",
+        "output": None,
     }
 
     @classmethod
@@ -28,7 +32,7 @@ class GptOss(Arch):
 
     @classmethod
     def convert(cls, weights, metadata):
-        """The host's experts have the rows of gate and up in turn; llama.cpp keeps them apart."""
+        """Interleaves the rows of the experts' gate and up, which llama.cpp stores apart."""
         weights = {
             name.removesuffix(".weight") if "attn_sinks" in name else name: tensor
             for name, tensor in weights.items()

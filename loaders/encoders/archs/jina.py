@@ -1,9 +1,11 @@
-"""The text part of Jina CLIP v2, of which llama.cpp has no export: files with the host's names."""
+"""The text part of Jina CLIP v2: files with the host's names, since llama.cpp exports none."""
 from ..arch import Arch
 from ._sentencepiece import sentencepiece
 
 
 class JinaClip2(Arch):
+    """Jina CLIP v2, which needs a family for its tokenizer alone."""
+
     follows = "ComfyUI 0.30, comfy/text_encoders/jina_clip_2.py"
     names = {}
 

@@ -1,4 +1,4 @@
-"""Llama 3 8B, which LLaVA-Llama-3 has inside too: the text encoder of HunyuanVideo and HiDream."""
+"""Llama 3 8B, also inside LLaVA-Llama-3: the text encoder of HunyuanVideo and HiDream."""
 from ..arch import Arch
 from ._decoder import is_plain_decoder, with_rotary_halves
 
@@ -6,6 +6,8 @@ WIDTH = 4096
 
 
 class Llama(Arch):
+    """Llama 3 8B."""
+
     follows = "llama.cpp 0.5.0, conversion/llama.py"
 
     @classmethod

@@ -1,6 +1,6 @@
 """Mistral Small 3 24B, whole or cut after 30 layers for Flux 2, and Ministral 3 3B.
 
-llama.cpp writes them as `llama` or, later, as `mistral3`; the weights are the same.
+llama.cpp calls them `llama` or, in newer versions, `mistral3`; the weights are the same.
 """
 from ..arch import TEKKEN, Arch
 from ..tokenizer import tekken_model
@@ -10,6 +10,8 @@ SMALL_3, MINISTRAL_3 = 5120, 3072  # widths
 
 
 class Mistral(Arch):
+    """Mistral Small 3 24B and Ministral 3 3B."""
+
     follows = "llama.cpp 0.5.0, conversion/mistral.py and mistral3.py"
 
     @classmethod

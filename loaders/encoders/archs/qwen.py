@@ -1,4 +1,4 @@
-"""Qwen2.5 and Qwen3, for text alone or with the vision towers of Qwen2.5-VL and Qwen3-VL."""
+"""Qwen2.5 and Qwen3, alone or with the vision towers of Qwen2.5-VL and Qwen3-VL."""
 import re
 
 from ..arch import Arch, Weights, rename_keys
@@ -25,7 +25,7 @@ class Qwen25(Arch):
 
 
 class Qwen25VL(Qwen25):
-    """Qwen2.5 7B, whose text model and Qwen2.5-VL's are of one shape."""
+    """Qwen2.5 7B and Qwen2.5-VL 7B, whose text models have the same shapes."""
 
     width, keys = 3584, 512
     sees = True
@@ -33,17 +33,16 @@ class Qwen25VL(Qwen25):
     @classmethod
     def convert(cls, weights, metadata):
         text, vision = qwen_vl.split_vision(weights)
-        return rename_keys(text, cls.names) | (
-            qwen_vl.tower(vision, qwen_vl.QWEN25_VISION_NAMES) if vision else {}
-        )
+        weights = rename_keys(text, cls.names)
+        if vision:
+            weights |= qwen_vl.convert_tower(vision, qwen_vl.QWEN25_VISION_NAMES)
+        return weights
 
     @classmethod
     def vision_width(cls, weights, vision):
-        return (
-            (_width(weights), qwen_vl.width_given(vision))
-            if qwen_vl.is_qwen25_tower(vision)
-            else None
-        )
+        if not qwen_vl.is_qwen25_tower(vision):
+            return None
+        return _width(weights), qwen_vl.output_width(vision)
 
 
 class Qwen3(Arch):
@@ -59,22 +58,21 @@ class Qwen3(Arch):
 
     @classmethod
     def recognises(cls, weights):
+        required = {
+            f"blk.0.{name}.weight" for name in ("attn_q_norm", "attn_q", "ffn_gate", "ffn_norm")
+        }
         return (
-            {
-                "blk.0.attn_q_norm.weight",
-                "blk.0.attn_q.weight",
-                "blk.0.ffn_gate.weight",
-                "blk.0.ffn_norm.weight",
-            }
-            <= weights.keys()
+            required <= weights.keys()
             and "blk.0.post_attention_norm.weight" not in weights
             and _width(weights) in cls.widths
         )
 
 
 class Qwen3VL(Qwen3):
-    """Qwen3 4B and 8B, whose text models and Qwen3-VL's are of one shape. The host takes one with a
-    tower for Qwen3-VL."""
+    """Qwen3 and Qwen3-VL 4B and 8B, whose text models have the same shapes.
+
+    The host takes one with a tower for Qwen3-VL.
+    """
 
     widths = (2560, 4096)
     sees = True
@@ -83,45 +81,53 @@ class Qwen3VL(Qwen3):
     @classmethod
     def convert(cls, weights, metadata):
         text, vision = qwen_vl.split_vision(weights)
-        out = rename_keys(text, cls.names)
+        converted = rename_keys(text, cls.names)
         if vision:
-            visual = qwen_vl.tower(vision, qwen_vl.QWEN3_VISION_NAMES)
-            return out | {
-                name.replace("visual", cls.tower, 1): tensor for name, tensor in visual.items()
+            tower = qwen_vl.convert_tower(vision, qwen_vl.QWEN3_VISION_NAMES)
+            return converted | {
+                name.replace("visual", cls.tower, 1): tensor for name, tensor in tower.items()
             }
-        return out | cls._marks(_width(weights)) if cls._is_qwen3_vl(metadata) else out
+        if cls._is_qwen3_vl(metadata):
+            return converted | cls._placeholders(_width(weights))
+        return converted
 
     @classmethod
     def vision_width(cls, weights, vision):
-        return (
-            (_width(weights), qwen_vl.width_given(vision))
-            if qwen_vl.is_qwen3_tower(vision, deepstack=True)
-            else None
-        )
+        if not qwen_vl.is_qwen3_tower(vision, deepstack=True):
+            return None
+        return _width(weights), qwen_vl.output_width(vision)
 
     @classmethod
     def wants_vision(cls, metadata):
-        """No where a file says that it is Qwen3: with the tower of a Qwen3-VL beside it, the host
-        would take it for one."""
+        """Returns False for a file that says it is Qwen3.
+
+        With the tower of a Qwen3-VL the host would take it for a Qwen3-VL.
+        """
         return not any(key.startswith("qwen3.") for key in metadata)
 
     @classmethod
     def _is_qwen3_vl(cls, metadata) -> bool:
-        """Whether a file without a tower is of Qwen3-VL by its metadata. The host turns its
-        positions at a speed of its own."""
+        """Returns whether the metadata of a file without a tower are of a Qwen3-VL.
+
+        The host gives it another base frequency of rotary embedding than Qwen3.
+        """
         return any(key.endswith(".n_deepstack_layers") for key in metadata)
 
     @classmethod
-    def _marks(cls, width: int) -> Weights:
-        """What the host tells Qwen3-VL by, without memory: tensors of a tower that is not there."""
+    def _placeholders(cls, width: int) -> Weights:
+        """Returns placeholders for the tensors of the tower by which the host detects Qwen3-VL."""
         merged = 4 * (1024 if width == 2560 else 1152)
-        return {f"{cls.tower}.deepstack_merger_list.0.norm.weight": placeholder(merged),
-                f"{cls.tower}.merger.linear_fc2.weight": placeholder(width, merged)}
+        return {
+            f"{cls.tower}.deepstack_merger_list.0.norm.weight": placeholder(merged),
+            f"{cls.tower}.merger.linear_fc2.weight": placeholder(width, merged),
+        }
 
 
 class Qwen3VL32B(Qwen3VL):
-    """Qwen3-VL 32B, of which the host runs the first 50 layers. It would take one without a tower
-    for a Mistral."""
+    """Qwen3-VL 32B, cut to the 50 layers that the host runs.
+
+    The host would take one without a tower for a Mistral.
+    """
 
     widths = (5120,)
     tower = "visual"
@@ -133,12 +139,12 @@ class Qwen3VL32B(Qwen3VL):
 
     @classmethod
     def convert(cls, weights, metadata):
-        def runs(name: str) -> bool:
+        def is_used(name: str) -> bool:
             layer = re.match(r"blk\.(\d+)\.", name)
             return int(layer[1]) < cls.layers if layer else not name.startswith("output.")
 
-        return super().convert({name: tensor for name, tensor in weights.items() if runs(name)},
-                               metadata)
+        used = {name: tensor for name, tensor in weights.items() if is_used(name)}
+        return super().convert(used, metadata)
 
     @classmethod
     def _is_qwen3_vl(cls, metadata):

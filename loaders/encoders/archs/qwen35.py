@@ -1,5 +1,7 @@
-"""Qwen3.5, whose layers are linear attention (a gated delta rule) but for every fourth, with or
-without its vision tower."""
+"""Qwen3.5, with or without its vision tower.
+
+Three of four layers are linear attention (a gated delta rule).
+"""
 import torch
 
 from ....ops.formats.column_groups import ColumnGroups
@@ -15,6 +17,8 @@ LINEAR = f"{LAYER}.linear_attn"
 
 
 class Qwen35(Arch):
+    """Qwen3.5 0.8B to 27B."""
+
     follows = "llama.cpp 0.5.0, conversion/qwen.py (Qwen3NextModel, _LinearAttentionVReorderBase)"
     names = {
         **{
@@ -39,78 +43,77 @@ class Qwen35(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        marks = {
+        required = {
             "blk.0.ssm_a", "blk.0.ssm_alpha.weight", "blk.0.attn_qkv.weight",
             "blk.0.ffn_gate.weight"
         }
-        return marks <= weights.keys() and weights["token_embd.weight"].shape[1] in cls.widths
+        return required <= weights.keys() and weights["token_embd.weight"].shape[1] in cls.widths
 
     @classmethod
     def convert(cls, weights, metadata):
         text, vision = qwen_vl.split_vision(weights)
-        out = _linear_attention_restored(rename_keys(_without_drafts(text), cls.names))
-        for name in out:
+        converted = _restore_linear_attention(rename_keys(_without_drafts(text), cls.names))
+        for name in converted:
             if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
-                out[name] = out[name] - 1  # the host adds it
+                converted[name] = converted[name] - 1  # the host adds it
         if vision:
-            visual = qwen_vl.tower(vision, qwen_vl.QWEN3_VISION_NAMES)
-            out |= {f"model.{name}": tensor for name, tensor in visual.items()}
-        return out
+            tower = qwen_vl.convert_tower(vision, qwen_vl.QWEN3_VISION_NAMES)
+            converted |= {f"model.{name}": tensor for name, tensor in tower.items()}
+        return converted
 
     @classmethod
     def vision_width(cls, weights, vision):
         if not qwen_vl.is_qwen3_tower(vision, deepstack=False):
             return None
-        return weights["token_embd.weight"].shape[1], qwen_vl.width_given(vision)
+        return weights["token_embd.weight"].shape[1], qwen_vl.output_width(vision)
 
 
 def _without_drafts(weights: Weights) -> Weights:
-    """The weights without the layers that guess further tokens (`nextn`), which the host has no use
-    for."""
+    """Returns the weights without the layers that predict further tokens (`nextn`)."""
     drafts = tuple({name.split("nextn.")[0] for name in weights if ".nextn." in name})
     return {name: tensor for name, tensor in weights.items() if not name.startswith(drafts)}
 
 
-def _linear_attention_restored(weights: Weights) -> Weights:
-    """The weights of linear attention as before the conversion, under the host's names.
+def _restore_linear_attention(weights: Weights) -> Weights:
+    """Undoes the converter's changes to linear attention, under the host's names.
 
-    The file has -exp(A_log) for A_log, the convolution without its dimension of size 1, and the
-    value heads, where there are several to a key head, in another order: the first of each key
-    head, then the second of each, and so on.
+    The file stores -exp(A_log) for A_log, the convolution without its dimension of size 1, and the
+    value heads, where a key head has several, in another order: the first one of every key head,
+    then the second of every key head, and so on.
     """
     first = LINEAR.format(0)
     heads, width = len(weights[f"{first}.A_log"]), len(weights[f"{first}.norm.weight"])
-    keys = (len(weights[f"{first}.in_proj_qkv.weight"]) - heads * width) // 2
-    shared = heads * width // keys  # value heads to a key head
-    # where each head of the model lies in the file
-    order = torch.arange(heads).view(shared, -1).t().flatten()
-    values = (width * order[:, None] + torch.arange(width)).flatten()
-    mixed = torch.cat([torch.arange(2 * keys), 2 * keys + values])
-    rows = {"A_log": order, "dt.bias": order, "in_proj_a.weight": order, "in_proj_b.weight": order,
-            "in_proj_z.weight": values, "in_proj_qkv.weight": mixed, "conv1d.weight": mixed}
-    out = {}
+    key_rows = (len(weights[f"{first}.in_proj_qkv.weight"]) - heads * width) // 2
+    per_key = heads * width // key_rows  # value heads of a key head
+    # the file's index of each head of the model
+    order = torch.arange(heads).view(per_key, -1).t().flatten()
+    value_rows = (width * order[:, None] + torch.arange(width)).flatten()
+    qkv_rows = torch.cat([torch.arange(2 * key_rows), 2 * key_rows + value_rows])
+    rows = {
+        "A_log": order, "dt.bias": order, "in_proj_a.weight": order, "in_proj_b.weight": order,
+        "in_proj_z.weight": value_rows, "in_proj_qkv.weight": qkv_rows, "conv1d.weight": qkv_rows
+    }
+    restored = {}
     for name, tensor in weights.items():
         part = name.rpartition("linear_attn.")[2]
-        if shared > 1 and part in rows:
+        if per_key > 1 and part in rows:
             tensor = take_rows(tensor, rows[part])
-        elif shared > 1 and part == "out_proj.weight":
-            tensor = _columns_reordered(tensor, shared, heads // shared)
+        elif per_key > 1 and part == "out_proj.weight":
+            tensor = _reorder_columns(tensor, per_key, heads // per_key)
         if part == "A_log":
             tensor = tensor.neg().log()
         elif part == "conv1d.weight":
             tensor = dense(tensor).unsqueeze(1)
-        out[name.replace("linear_attn.dt.bias", "linear_attn.dt_bias")] = tensor
-    return out
+        restored[name.replace("linear_attn.dt.bias", "linear_attn.dt_bias")] = tensor
+    return restored
 
 
-def _columns_reordered(tensor: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
-    """The columns, seen as (outer, inner, n), as (inner, outer, n). Packed bytes stay where they
-    are."""
+def _reorder_columns(tensor: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
+    """Transposes the columns from (outer, inner, n) to (inner, outer, n); packed bytes stay put."""
     rows, columns = tensor.shape
-    packed_format = (
-        tensor.layout_cls.format if is_packed(tensor) and len(packed_tensors(tensor)) == 1 else None
-    )
-    if packed_format is None or columns % packed_format.block_length:
-        return dense(tensor).view(rows, outer, inner, -1).transpose(1, 2).reshape(rows, columns)
-    reordered = ColumnGroups.of(packed_format, columns, outer, inner)
-    return packed_tensor(reordered, tensor._qdata, (rows, columns), tensor.dtype)
+    if is_packed(tensor) and len(packed_tensors(tensor)) == 1:
+        packed_format = tensor.layout_cls.format
+        if columns % packed_format.block_length == 0:
+            reordered = ColumnGroups.of(packed_format, columns, outer, inner)
+            return packed_tensor(reordered, tensor._qdata, (rows, columns), tensor.dtype)
+    return dense(tensor).view(rows, outer, inner, -1).transpose(1, 2).reshape(rows, columns)

@@ -1,7 +1,6 @@
-"""The vision towers of Qwen: mmproj files of llama.cpp, whose tensors lie among those of the text
-model.
+"""Qwen's vision towers: converts the tensors of llama.cpp's mmproj files to the host's.
 
-Names and changes follow llama.cpp 0.5.0, conversion/qwenvl.py and conversion/qwen3vl.py.
+Names and layouts follow llama.cpp 0.5.0, conversion/qwenvl.py and conversion/qwen3vl.py.
 """
 from collections.abc import Mapping
 
@@ -43,66 +42,84 @@ QWEN3_VISION_NAMES = {  # Qwen3-VL and Qwen3.5
 }
 
 
-# What is read of every tower.
-READ = {
+# Tensors that are read from every tower.
+REQUIRED = {
     "v.patch_embd.weight", "v.patch_embd.weight.1", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight",
     "mm.2.weight"
 }
 
 
 def is_qwen25_tower(vision: Mapping[str, torch.Tensor]) -> bool:
+    """Returns whether these are the weights of a Qwen2.5-VL's tower."""
     return (
-        _is_whole(vision)
+        _is_complete(vision)
         and "v.blk.0.ffn_gate.weight" in vision
         and "v.position_embd.weight" not in vision
     )
 
 
 def is_qwen3_tower(vision: Mapping[str, torch.Tensor], deepstack: bool) -> bool:
-    """Whether these are the weights of a Qwen3-VL's tower or a Qwen3.5's.
+    """Returns whether these are the weights of a Qwen3-VL's tower or a Qwen3.5's.
 
-    deepstack: of the one that also hands features of inner layers to the text model (Qwen3-VL).
+    Args:
+        vision: of the mmproj file.
+        deepstack: True for Qwen3-VL, which also gives the text model features of inner layers.
     """
     has_deepstack = any(name.startswith("v.deepstack.") for name in vision)
-    return _is_whole(vision) and "v.position_embd.weight" in vision and has_deepstack == deepstack
+    return (
+        _is_complete(vision)
+        and "v.position_embd.weight" in vision
+        and has_deepstack == deepstack
+    )
 
 
-def _is_whole(vision: Mapping[str, torch.Tensor]) -> bool:
-    """Whether all is there that `tower` and `width_given` read."""
-    queries = [name for name in vision if name.startswith("v.blk.") and ".attn_q." in name]
-    parts = {name.replace(".attn_q.", f".attn_{part}.") for name in queries for part in "kv"}
-    return READ | parts <= vision.keys()
+def _is_complete(vision: Mapping[str, torch.Tensor]) -> bool:
+    """Returns whether everything that `convert_tower` and `output_width` read is in the file."""
+    parts = {
+        name.replace(".attn_q.", f".attn_{part}.") for name in _queries(vision) for part in "kv"
+    }
+    return REQUIRED | parts <= vision.keys()
 
 
-def width_given(vision: Mapping[str, torch.Tensor]) -> int:
-    """The width of what a tower gives to the text model."""
+def _queries(vision: Mapping[str, torch.Tensor]) -> list[str]:
+    """Returns the names of the query projections that are stored apart from keys and values."""
+    return [name for name in vision if name.startswith("v.blk.") and ".attn_q." in name]
+
+
+def output_width(vision: Mapping[str, torch.Tensor]) -> int:
+    """Returns the width of what a tower gives to the text model."""
     return vision["mm.2.weight"].shape[0]
 
 
 def split_vision(weights: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights]:
-    """(weights of the text model, weights of the vision tower), under the file's names."""
+    """Returns the weights of the text model and those of the tower, under the file's names."""
     vision = {name: tensor for name, tensor in weights.items() if name.startswith(("v.", "mm."))}
     return {name: tensor for name, tensor in weights.items() if name not in vision}, vision
 
 
-def tower(vision: Weights, names: Mapping[str, str | None]) -> Weights:
-    """The weights of a tower under the host's names, `visual.` first. names: as `Arch.names`."""
+def convert_tower(vision: Weights, names: Mapping[str, str | None]) -> Weights:
+    """Converts the weights of a tower to the host's names, which begin with `visual.`.
+
+    Args:
+        vision: of the mmproj file.
+        names: a table like `Arch.names`.
+    """
     vision = dict(vision)
     if "v.patch_embd.weight.1" in vision:
-        # The convolution over two frames is stored as one convolution for each.
+        # The file splits the convolution over two frames into one per frame.
         frames = [
             dense(vision.pop(name)) for name in ("v.patch_embd.weight", "v.patch_embd.weight.1")
         ]
         vision["v.patch_embd.weight"] = torch.stack(frames, 2)
-    for name in [name for name in vision if name.startswith("v.blk.") and ".attn_q." in name]:
+    for name in _queries(vision):
         parts = [vision.pop(name.replace(".attn_q.", f".attn_{part}.")) for part in "qkv"]
         vision[name.replace(".attn_q.", ".attn_qkv.")] = join_rows(parts)
-    return rename_keys(_deepstack_in_order(_up_before_down(vision)), names)
+    return rename_keys(_renumber_deepstack(_unswap_ffn(vision)), names)
 
 
-def _up_before_down(vision: Weights) -> Weights:
-    """Old converters called the two matrices of a block's network by each other's name; `clip.cpp`
-    swaps them as well."""
+def _unswap_ffn(vision: Weights) -> Weights:
+    """Swaps `ffn_up` and `ffn_down` where an old converter swapped their names, as `clip.cpp` does.
+    """
     width = vision["v.blk.0.ln1.weight"].shape[0]
     if vision["v.blk.0.ffn_down.weight"].shape[1] != width:
         return vision
@@ -113,13 +130,15 @@ def _up_before_down(vision: Weights) -> Weights:
     }
 
 
-def _deepstack_in_order(vision: Weights) -> Weights:
-    """The mergers numbered from 0; the file numbers them by the layer whose output they take."""
-    layers = sorted({int(name.split(".")[2]) for name in vision if name.startswith("v.deepstack.")})
-    place = {f"v.deepstack.{layer}.": f"v.deepstack.{index}." for index, layer in enumerate(layers)}
-    return {
-        next(
-            (new + name[len(old) :] for old, new in place.items() if name.startswith(old)), name
-        ): tensor
-        for name, tensor in vision.items()
-    }
+def _renumber_deepstack(vision: Weights) -> Weights:
+    """Numbers the mergers from 0; the file numbers them by the layer that they read."""
+    prefix = "v.deepstack."
+    layers = sorted({int(name.split(".")[2]) for name in vision if name.startswith(prefix)})
+    numbers = {str(layer): str(index) for index, layer in enumerate(layers)}
+    renamed = {}
+    for name, tensor in vision.items():
+        if name.startswith(prefix):
+            layer, dot, rest = name.removeprefix(prefix).partition(".")
+            name = f"{prefix}{numbers.get(layer, layer)}{dot}{rest}"
+        renamed[name] = tensor
+    return renamed

@@ -1,5 +1,7 @@
-"""T5: XXL, XL, base, ByT5, UMT5 and the older forms without a gate. Encoders, or whole models, of
-which the encoder is kept."""
+"""T5 XXL, XL and base, ByT5, UMT5, and older T5 without a gate.
+
+Of a whole model the encoder is kept.
+"""
 from ..arch import SENTENCEPIECE, Arch, rename_keys
 from ._sentencepiece import sentencepiece
 
@@ -8,8 +10,10 @@ UMT5_TOKENS = 100_000  # T5 has 32128, ByT5 1510, UMT5 256384
 
 
 class T5(Arch):
-    """Exports of llama.cpp, and files with the names of transformers, which are the host's but for
-    the embedding's."""
+    """T5, exported by llama.cpp or with the names of transformers.
+
+    Those are the host's, except for the embedding's.
+    """
 
     follows = "llama.cpp 0.5.0, conversion/t5.py"
     names = {
@@ -26,20 +30,20 @@ class T5(Arch):
         "enc.blk.{}.ffn_down": f"{LAYER}.1.DenseReluDense.wo",
         "enc.output_norm": "encoder.final_layer_norm",
     }
-    ungated = {**names, "enc.blk.{}.ffn_up": f"{LAYER}.1.DenseReluDense.wi"}
+    names_without_gate = {**names, "enc.blk.{}.ffn_up": f"{LAYER}.1.DenseReluDense.wi"}
 
     @classmethod
     def recognises(cls, weights):
-        return any(name in weights for name in ("enc.blk.0.attn_q.weight",
-                                                f"{LAYER}.0.SelfAttention.q.weight".format(0)))
+        names = ("enc.blk.0.attn_q.weight", f"{LAYER}.0.SelfAttention.q.weight".format(0))
+        return any(name in weights for name in names)
 
     @classmethod
     def convert(cls, weights, metadata):
         # The host takes a base model with a tokenizer for UMT5; `tokenizer` gives what UMT5 needs.
-        others = ("dec.", "output.", "decoder.", "lm_head.", SENTENCEPIECE)
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
-        weights = rename_keys(weights,
-                              cls.names if "enc.blk.0.ffn_gate.weight" in weights else cls.ungated)
+        unused = ("dec.", "output.", "decoder.", "lm_head.", SENTENCEPIECE)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
+        is_gated = "enc.blk.0.ffn_gate.weight" in weights
+        weights = rename_keys(weights, cls.names if is_gated else cls.names_without_gate)
         # transformers saves the one embedding under either name, or both.
         embedding = weights.pop("encoder.embed_tokens.weight", None)
         return weights if embedding is None else {"shared.weight": embedding} | weights
@@ -48,5 +52,5 @@ class T5(Arch):
     def tokenizer(cls, weights, metadata):
         names = ("token_embd.weight", "shared.weight", "encoder.embed_tokens.weight")
         tokens = next((len(weights[name]) for name in names if name in weights), 0)
-        # the host has that of the others
+        # The host brings the tokenizers of T5 and ByT5.
         return sentencepiece(weights, metadata) if tokens > UMT5_TOKENS else {}

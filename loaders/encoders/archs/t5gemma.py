@@ -1,20 +1,19 @@
-"""T5-Gemma, of which llama.cpp has no export: files with the names of transformers."""
+"""T5-Gemma: files with the names of transformers, since llama.cpp exports none."""
 from ..arch import Arch
 from ._sentencepiece import sentencepiece
 
-MARK = "encoder.layers.0.pre_self_attn_layernorm.weight"
+FIRST_NORM = "encoder.layers.0.pre_self_attn_layernorm.weight"
 
 
 class T5Gemma(Arch):
-    """A whole model (`model.encoder.…`), of which the encoder is kept, or an encoder alone
-    (`encoder.…`)."""
+    """The encoder of T5-Gemma, alone (`encoder.…`) or in a whole model (`model.encoder.…`)."""
 
     follows = "transformers 5.23, models/t5gemma"
     names = {}
 
     @classmethod
     def recognises(cls, weights):
-        return MARK in weights or f"model.{MARK}" in weights
+        return FIRST_NORM in weights or f"model.{FIRST_NORM}" in weights
 
     @classmethod
     def convert(cls, weights, metadata):

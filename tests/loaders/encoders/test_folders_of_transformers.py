@@ -130,7 +130,7 @@ def test_a_tokenizer_json_of_which_mistral_can_make_nothing_is_told(content, tmp
     write_folder(tmp_path / "text_encoder", MISTRAL, all_weights(MISTRAL), tokenizer=False)
     (tmp_path / "text_encoder" / "tokenizer.json").write_text(content)
     with pytest.raises(WeightFileError,
-                       match="of its tokenizer.json no tokenizer of Mistral can be made"):
+                       match="its tokenizer.json cannot be converted to Mistral's tekken.json"):
         load(tmp_path / "text_encoder", MISTRAL)
 
 

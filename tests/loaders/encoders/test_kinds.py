@@ -70,7 +70,7 @@ REFUSED = {
     "CLIP for a type of language models": (["l.gguf"], ["CLIP_L"], "qwen_image",
                                            "wants Qwen2.5 7B"),
     "no encoder beside one": (["l.gguf", "vae.safetensors"], ["CLIP_L", None], "flux",
-                              "vae.safetensors is no text encoder"),
+                              "vae.safetensors is not a text encoder"),
     "the same twice": (["a.gguf",
                         "b.gguf"], ["CLIP_L",
                                     "CLIP_L"], "flux", "a.gguf and b.gguf are both CLIP-L"),
