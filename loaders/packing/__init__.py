@@ -1,2 +1,1 @@
-"""Saving models as files of packed weights: `planning` chooses the types, `calibration`
-measures."""
+"""Saves models as files of packed weights: `planning` chooses types, `calibration` measures."""

@@ -1,1 +1,1 @@
-"""What runs of a model say about packing it."""
+"""Runs a model to measure what packing its layers costs, and to pack them in sequence."""

@@ -1,16 +1,15 @@
-"""Measuring a model: what its layers' inputs are, and how much each layer moves its output when it
-is packed in each type.
+"""Measures a model: its layers' inputs, and what packing each layer does to the model's output.
 
-The model runs a little. Then a layer's error runs beside it: while the model takes the steps that
-were kept, what is added to the layer's output is its input times the difference between packed and
-given weight. Nothing of the model is exchanged.
+The model draws a little. Then some of its steps run again for each layer, with the layer's input
+times the difference between its packed and its own weight added to the layer's output. The model's
+weights are not replaced.
 """
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,82 +26,89 @@ from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
 from .sampling import SamplingRun, SamplingStep, load, random_conditioning, stop_where_cancelled
 from .sensitivity import Sensitivity
 
-# How thoroughly the costs are measured: how many kept steps are run for each layer, and whether for
-# each of its types.
+# How costs are measured -> (steps that run again for each layer, whether they do for each type).
 THOROUGHNESS = {
     "no runs": (0, False), "one run per layer": (4, False), "one run per layer and type": (4, True)
 }
 DEFAULT = "one run per layer"
-# how much the model's outputs may differ for a partial measurement to be one of the same
-LIKE = 1e-3
+# The relative difference of the model's outputs up to which a partial measurement is continued.
+TOLERANCE = 1e-3
 
-# of the one run of each layer, by the length of a block: an error well above rounding
-RUN_TYPE = {256: "Q3_K", 32: "IQ4_NL"}
-ROWS = 256  # of a layer, from which its own loss in each type is told
-TINY = 1e-30  # in place of a loss of nothing
+# Types for one run per layer, in blocks of 256 or 32: their error is well above rounding.
+RUN_TYPES = ("Q3_K", "IQ4_NL")
+SAMPLE_ROWS = 256  # rows of a weight from which its own error in each type is estimated
+TINY = 1e-30  # replaces an error of 0 in a division
 
 
 @torch.no_grad()
-def measure(patcher, drawing: SamplingRun, thoroughness: str = DEFAULT,
+def measure(patcher, sampling: SamplingRun, thoroughness: str = DEFAULT,
             partial: str | os.PathLike | None = None) -> Sensitivity:
-    """Draws a few pictures, with the moments of every layer's inputs collected, then packs one
-    layer after another.
+    """Draws pictures while it collects the moments of layers' inputs, then packs layer by layer.
 
-    patcher: the host's ModelPatcher; it and its model are left as they were, whatever ends this.
-    drawing: without prompts it draws from noise for a prompt. partial: a file that keeps the costs
-    measured so far, from which the same measurement goes on; whoever has saved the result removes
-    it. Raises WeightFileError where the model needs a prompt.
+    Args:
+        patcher: the host's ModelPatcher; it and its model are restored, however this ends.
+        sampling: how pictures are drawn; without prompts, random conditioning takes their place.
+        thoroughness: a key of THOROUGHNESS.
+        partial: a file for the costs measured so far, from which the same measurement continues.
+            The caller removes it once the result is saved.
+
+    Raises:
+        WeightFileError: where the model needs a prompt.
     """
     layers = linear_layers(patcher.model)
     count, every_type = THOROUGHNESS[thoroughness]
-    if not drawing.prompts:
-        drawing = dataclasses.replace(
-            drawing, prompts=random_conditioning(patcher, drawing, drawing.samples))
+    if not sampling.prompts:
+        prompts = random_conditioning(patcher, sampling, sampling.samples)
+        sampling = dataclasses.replace(sampling, prompts=prompts)
     progress = Progress(2)
-    drawn = iter(progress.track(range(drawing.total)))
-    steps, picked = [], set(_choose_layers(drawing, count))
+    ticks = iter(progress.track(range(sampling.total)))
+    steps: list[SamplingStep] = []
+    chosen = _choose_steps(sampling, count)
 
-    def seen(number: int, step: SamplingStep):
-        next(drawn, None)
+    def on_step(number: int, step: SamplingStep):
+        next(ticks, None)
         collector.next_step(number)
-        if number in picked:
+        if number in chosen:
             steps.append(step)
 
     with Collector(layers) as collector:
-        drawing.run(patcher, seen)
-    for _ in drawn:  # a sampler may take fewer steps
+        sampling.run(patcher, on_step)
+    for _ in ticks:  # a sampler may take fewer steps
         pass
     load(patcher)
     costs = Costs(patcher.model, steps) if count else None
-    some = [*layers.values()][::max(1, len(layers) // 4)]
-    sums = [dense_weight(layer, patcher.load_device).double().sum().item() for layer in some]
-    known = _Partial(partial, layers, drawing, thoroughness, costs.power if costs else [], sums)
+    some_layers = [*layers.values()][::max(1, len(layers) // 4)]
+    sums = [dense_weight(layer, patcher.load_device).double().sum().item() for layer in some_layers]
+    power = costs.power if costs else []
+    measured = _PartialCosts(partial, layers, sampling, thoroughness, power, sums)
     for name, layer in progress.track(list(layers.items())):
-        moments = collector.of(name)
-        if name not in known.costs and moments is not None and types_for(tuple(layer.weight.shape)):
+        moments = collector.moments_of(name)
+        has_types = bool(types_for(tuple(layer.weight.shape)))
+        if name not in measured.costs and moments is not None and has_types:
             stop_where_cancelled()
             weight = dense_weight(layer, patcher.load_device)
-            known.costs[name] = (losses_of_layer(weight, moments) if costs is None
-                                 else costs.of_layer(layer, weight, moments, every_type))
-        known.write()
+            if costs is None:
+                measured.costs[name] = estimate_costs(weight, moments)
+            else:
+                measured.costs[name] = costs.measure_layer(layer, weight, moments, every_type)
+        measured.write()
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
     about = {
-        "model": type(patcher.model).__name__, "samples": drawing.samples, "steps": drawing.steps,
-        "seed": drawing.seed, "cfg": drawing.cfg, "thoroughness": thoroughness,
+        "model": type(patcher.model).__name__, "samples": sampling.samples, "steps": sampling.steps,
+        "seed": sampling.seed, "cfg": sampling.cfg, "thoroughness": thoroughness,
         "columns_of_a_block": collector.block
     }
-    return Sensitivity(known.costs, shapes, about, _moments=collector.of)
+    return Sensitivity(measured.costs, shapes, about, _moments=collector.moments_of)
 
 
-def _choose_layers(drawing: SamplingRun, count: int) -> list[int]:
-    """Numbers of the steps that are kept, spread over pictures and over noise levels."""
-    order = torch.randperm(drawing.total, generator=torch.Generator().manual_seed(drawing.seed))
-    return sorted(order[:count].tolist())
+def _choose_steps(sampling: SamplingRun, count: int) -> set[int]:
+    """Returns the numbers of the steps that run again, spread over pictures and noise levels."""
+    order = torch.randperm(sampling.total, generator=torch.Generator().manual_seed(sampling.seed))
+    return set(order[:count].tolist())
 
 
 def _digest(value) -> str:
-    """Of tensors, and whatever else the host's CONDITIONING and LATENT hold, in lists and
-    dictionaries."""
+    """Hashes what the host's CONDITIONING and LATENT hold: tensors and others, nested."""
     digest = hashlib.sha256()
 
     def add(part):
@@ -125,33 +131,34 @@ def _digest(value) -> str:
     return digest.hexdigest()
 
 
-class _Partial:
-    """Costs measured so far, in a file: they are taken from it only where model and settings are
-    the same."""
+class _PartialCosts:
+    """Costs measured so far, read from a file where its model and settings are the same.
 
-    def __init__(self, path, layers, drawing: SamplingRun, thoroughness: str, power: list[float],
-                 sums: list[float]):
-        """sums: of the values of some weights, by which another model of the same layers is
-        told."""
+    path: of the file, None for no file. power: of the model's outputs. sums: of the values of some
+    weights, which tell models with the same layers apart.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, layers: Mapping[str, torch.nn.Linear],
+                 sampling: SamplingRun, thoroughness: str, power: list[float], sums: list[float]):
         self.path = None if path is None else Path(path)
         self.key = [
-            thoroughness, drawing.samples, drawing.steps, drawing.seed, drawing.cfg,
+            thoroughness, sampling.samples, sampling.steps, sampling.seed, sampling.cfg,
             list(layers), sums,
-            _digest([drawing.prompts, drawing.negative, drawing.latent])
+            _digest([sampling.prompts, sampling.negative, sampling.latent])
         ]
         self.power = power
         self.costs: dict[str, dict[str, float]] = {}
         try:
             saved = json.loads(self.path.read_text()) if self.path else {}
             if saved.get("key") == self.key and len(saved["power"]) == len(power) and all(
-                    abs(old - new) <= LIKE * new for old, new in zip(saved["power"], power)):
+                    abs(old - new) <= TOLERANCE * new for old, new in zip(saved["power"], power)):
                 self.costs = saved["costs"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # nothing to go on from
+            pass  # there is nothing to continue
 
     def write(self):
+        """Writes the file. One that cannot be written does not end the measurement."""
         if self.path:
-            # a drive that is full costs what could be gone on from, not the measurement
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.write_text(
@@ -159,47 +166,60 @@ class _Partial:
 
 
 def types_for(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The packed types that a plan for a size chooses among for a matrix, smallest first."""
-    return tuple(kind for kind in candidates(shape) if kind not in HALVES)
+    """Returns the packed types among which a plan for a size chooses, smallest first."""
+    return tuple(type_name for type_name in candidates(shape) if type_name not in HALVES)
 
 
-def run_type(shape: tuple[int, ...]) -> str | None:
-    """The type of the one run of a matrix, None where no packed type fits it."""
-    return next((kind for kind in RUN_TYPE.values() if kind in types_for(shape)), None)
+def run_type(types: Sequence[str]) -> str:
+    """Returns the type for one run per layer among those of a matrix (`types_for`, not empty)."""
+    return next(type_name for type_name in RUN_TYPES if type_name in types)
 
 
-def quantize_layer(weight: torch.Tensor, kind: str, moments: SecondMoments) -> PackedTensor:
-    return pack_tensor(weight, FORMATS[kind], moments=moments)
+def quantize_layer(weight: torch.Tensor, type_name: str, moments: SecondMoments) -> PackedTensor:
+    """Packs a layer's weight with error feedback by the moments of its inputs."""
+    return pack_tensor(weight, FORMATS[type_name], moments=moments)
 
 
 def weight_errors(weight: torch.Tensor, moments: SecondMoments,
-                  kinds: Sequence[str]) -> dict[str, float]:
-    """Type -> power of a layer's output error over that of its output, for inputs like those seen,
-    from at most `ROWS` rows.
+                  types: Sequence[str]) -> dict[str, float]:
+    """Estimates the relative error of a layer's output in each type, from at most SAMPLE_ROWS rows.
 
     Without error feedback, which takes much longer and gains about the same in all types.
+
+    Args:
+        weight: float32 (N, K).
+        moments: of the layer's inputs.
+        types: keys of FORMATS.
+
+    Returns:
+        Type -> power of the error over the power of the output.
     """
     rows = sample_rows(weight)
-    plain = [pack_tensor(rows, FORMATS[kind], importance=moments.importance) for kind in kinds]
-    return dict(zip(kinds, output_errors(rows, plain, moments), strict=True))
+    packed = [
+        pack_tensor(rows, FORMATS[type_name], importance=moments.importance) for type_name in types
+    ]
+    return dict(zip(types, output_errors(rows, packed, moments), strict=True))
 
 
-def feedback_gain(weight: torch.Tensor, moments: SecondMoments, kind: str, loss: float) -> float:
-    """What is left with error feedback of the loss without it."""
+def feedback_gain(weight: torch.Tensor, moments: SecondMoments, type_name: str,
+                  error: float) -> float:
+    """Returns the error with error feedback over `error`, the one without it."""
     rows = sample_rows(weight)
-    return output_errors(rows, [quantize_layer(rows, kind, moments)], moments)[0] / max(loss, TINY)
+    packed = quantize_layer(rows, type_name, moments)
+    return output_errors(rows, [packed], moments)[0] / max(error, TINY)
 
 
 def sample_rows(weight: torch.Tensor) -> torch.Tensor:
-    return weight[::-(-len(weight) // ROWS)].contiguous()
+    """Returns at most SAMPLE_ROWS rows of a weight, evenly spaced."""
+    return weight[::-(-len(weight) // SAMPLE_ROWS)].contiguous()
 
 
 class AddedDelta:
-    """While entered, `change`, (N, K), is part of the weight of a linear layer, which is not
-    touched."""
+    """Adds `change`, (N, K), to the weight of a linear layer while entered, by a forward hook."""
 
-    def __init__(self, layer: torch.nn.Module, change: torch.Tensor):
-        self.layer, self.change = layer, change
+    def __init__(self, layer: torch.nn.Linear, change: torch.Tensor):
+        self.layer = layer
+        self.change = change
 
     def __enter__(self):
         self.handle = self.layer.register_forward_hook(self._add)
@@ -215,11 +235,12 @@ class AddedDelta:
 class Costs:
     """Measures what the errors of layers do to the model's output.
 
-    model: the host's BaseModel, loaded. steps: those that are run again for each layer.
+    model: the host's BaseModel, loaded. steps: run again for each layer.
     """
 
     def __init__(self, model, steps: Sequence[SamplingStep]):
-        self.model, self.steps = model, steps
+        self.model = model
+        self.steps = steps
         self.dense = self._outputs()
         self.power = [float(output.square().sum()) for output in self.dense]
 
@@ -230,10 +251,15 @@ class Costs:
             outputs.append(step.run(self.model))
         return outputs
 
-    def output_error(self, layer: torch.nn.Module, weight: torch.Tensor,
+    def output_error(self, layer: torch.nn.Linear, weight: torch.Tensor,
                      packed_weight: PackedTensor) -> float:
-        """Power of the change of the model's output over that of the output, the mean of the
-        steps."""
+        """Returns the power of the output's error over that of the output, the mean of the steps.
+
+        Args:
+            layer: whose weight is packed.
+            weight: the layer's own, float32 (N, K).
+            packed_weight: the same, packed.
+        """
         with AddedDelta(layer, packed_weight.dequantize() - weight):
             outputs = self._outputs()
         return sum(
@@ -241,24 +267,37 @@ class Costs:
             for output, dense, power in zip(outputs, self.dense, self.power, strict=True)
         ) / len(self.steps)
 
-    def of_layer(self, layer: torch.nn.Module, weight: torch.Tensor, moments: SecondMoments,
-                 every_type: bool) -> dict[str, float]:
-        """Type -> cost of a layer: each type run, or one of them run and the others scaled by the
-        layer's own loss."""
-        kinds = types_for(tuple(weight.shape))
+    def measure_layer(self, layer: torch.nn.Linear, weight: torch.Tensor, moments: SecondMoments,
+                      every_type: bool) -> dict[str, float]:
+        """Returns type -> cost of a layer.
+
+        Args:
+            layer: of the model.
+            weight: the layer's, float32 (N, K).
+            moments: of the layer's inputs.
+            every_type: True runs the model for every type; False for one, whose result the layer's
+                own errors scale to the others.
+        """
+        types = types_for(tuple(weight.shape))
         if every_type:
             return {
-                kind: self.output_error(layer, weight, quantize_layer(weight, kind, moments))
-                for kind in kinds
+                type_name: self.output_error(
+                    layer, weight, quantize_layer(weight, type_name, moments))
+                for type_name in types
             }
-        losses, kind = weight_errors(weight, moments, kinds), run_type(tuple(weight.shape))
-        error = self.output_error(layer, weight, quantize_layer(weight, kind, moments))
-        return {other: error * loss / max(losses[kind], TINY) for other, loss in losses.items()}
+        errors = weight_errors(weight, moments, types)
+        measured = run_type(types)
+        cost = self.output_error(layer, weight, quantize_layer(weight, measured, moments))
+        return {
+            type_name: cost * error / max(errors[measured], TINY)
+            for type_name, error in errors.items()
+        }
 
 
-def losses_of_layer(weight: torch.Tensor, moments: SecondMoments) -> dict[str, float]:
-    """Costs without a run of the model: a layer's own relative losses, with error feedback."""
-    shape = tuple(weight.shape)
-    losses, kind = weight_errors(weight, moments, types_for(shape)), run_type(shape)
-    gain = feedback_gain(weight, moments, kind, losses[kind])
-    return {kind: gain * loss for kind, loss in losses.items()}
+def estimate_costs(weight: torch.Tensor, moments: SecondMoments) -> dict[str, float]:
+    """Returns type -> cost without runs of the model: a layer's own error, with error feedback."""
+    types = types_for(tuple(weight.shape))
+    errors = weight_errors(weight, moments, types)
+    measured = run_type(types)
+    gain = feedback_gain(weight, moments, measured, errors[measured])
+    return {type_name: gain * error for type_name, error in errors.items()}

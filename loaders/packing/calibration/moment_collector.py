@@ -1,4 +1,5 @@
-"""Second moments of the inputs of a model's layers, collected while it runs."""
+"""Collects second moments of the inputs of a model's layers while it runs."""
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 
@@ -10,22 +11,21 @@ from ....ops.quantize.second_moments import HELD_OUT, SKETCH_ROWS, STEP, SecondM
 from ..planning.packing_rules import rules_for
 from .sampling import free_memory
 
-# Bytes that all moments of a model together take where the model runs, at most: up to there their
-# blocks are wider than they must be, and what is beyond lies in main memory.
+# Bytes that all moments of a model may take on its device. Blocks are as wide as this allows; what
+# does not fit with the narrowest goes to main memory.
 MEMORY = 2_000_000_000
-# columns of a block, the first that fits; None: whole matrices
+# Columns of a block, the first that fits; None for whole matrices.
 BLOCKS = (None, 2048, 1024, 512, 256)
-SMALL = 1 << 18  # values of an input that is worth keeping to find those that are given it again
+SMALL = 1 << 18  # values of an input that is kept to recognise layers that get an equal one
 
 
 def shapes_of(model) -> dict[str, tuple[int, ...]]:
-    """Name -> logical shape of the parameters of the host's BaseModel, in its names without
-    prefix."""
+    """Returns name, without prefix -> logical shape of the parameters of the host's BaseModel."""
     return {name: tuple(value.shape) for name, value in model.diffusion_model.named_parameters()}
 
 
-def linear_layers(model) -> dict[str, torch.nn.Module]:
-    """Name of its weight -> each linear layer that may be packed, in the order of the model."""
+def linear_layers(model) -> dict[str, torch.nn.Linear]:
+    """Returns name of the weight -> linear layer that may be packed, in the order of the model."""
     shapes = shapes_of(model)
     family = rules_for(shapes)
     layers = {f"{name}.weight": layer for name, layer in model.diffusion_model.named_modules()
@@ -36,9 +36,13 @@ def linear_layers(model) -> dict[str, torch.nn.Module]:
     }
 
 
-def dense_weight(layer: torch.nn.Module, device: torch.device | None = None) -> torch.Tensor:
-    """The weight of a layer as it lies there, float32 (N, K), packed or not; LoRAs that run beside
-    it are not in it."""
+def dense_weight(layer: torch.nn.Linear, device: torch.device | None = None) -> torch.Tensor:
+    """Returns the weight of a layer, packed or not, as float32 (N, K), without LoRA branches.
+
+    Args:
+        layer: of the model.
+        device: None for where the weight is.
+    """
     weight = layer.weight.detach() if device is None else layer.weight.detach().to(device)
     if is_packed(weight):
         return dequantize(weight, torch.float32)
@@ -46,74 +50,90 @@ def dense_weight(layer: torch.nn.Module, device: torch.device | None = None) -> 
 
 
 def block_for(columns: Iterable[int], memory: int = MEMORY) -> int | None:
-    """The columns of a block with which the moments of inputs of so many columns take at most
-    `memory` bytes, or the fewest there are; None where whole matrices do."""
+    """Chooses the widest blocks with which moments fit into memory, else the narrowest.
+
+    Args:
+        columns: of the inputs of each layer.
+        memory: bytes for the moments of all of them.
+
+    Returns:
+        Columns of a block, None for whole matrices.
+    """
     columns = list(columns)
     return next((block for block in BLOCKS if nbytes_of(columns, block) <= memory), BLOCKS[-1])
 
 
 def nbytes_of(columns: Iterable[int], block: int | None) -> int:
-    """Bytes of the moments of inputs of so many columns: float32, in blocks, and the sketches of
-    held-out tokens."""
-    sizes = [(width, min(width, block or width)) for width in columns]
-    return sum(4 * (-(-width // size) * size * size + SKETCH_ROWS * width) for width, size in sizes)
+    """Returns the bytes of the moments and sketches of layers' inputs, float32.
+
+    Args:
+        columns: of the inputs of each layer.
+        block: columns of a block, None for whole matrices.
+    """
+    total = 0
+    for width in columns:
+        size = min(width, block or width)
+        total += 4 * (-(-width // size) * size * size + SKETCH_ROWS * width)
+    return total
 
 
 class Collector:
-    """Collects while it is entered, and leaves the layers as they were.
+    """Collects moments while entered, by forward hooks that it removes at the end.
 
-    layers: name -> layer. Layers that are given the same tensor share their moments, as queries,
-    keys and values do and what sees one vector an image. memory: bytes of the moments that may lie
-    where the model runs, less where it has no room for twice as much; the others lie on the CPU,
-    and get each call's moments from there.
+    Layers that get the same input share their moments: queries, keys and values, and all that see
+    one vector an image. Moments that do not fit on the device lie on the CPU; those of each call
+    are computed on the device and added there.
+
+    layers: name -> layer. memory: bytes of moments on the model's device, at most half of what is
+    free on it.
     """
 
-    def __init__(self, layers: Mapping[str, torch.nn.Module], memory: int = MEMORY):
+    def __init__(self, layers: Mapping[str, torch.nn.Linear], memory: int = MEMORY):
         self.layers = layers
-        columns = [layer.in_features for layer in layers.values()]
-        self.block = block_for(columns, memory)
+        self.block = block_for([layer.in_features for layer in layers.values()], memory)
         self.memory = memory
-        self._left: float | None = None  # of it; None before the first inputs
+        self._remaining: float | None = None  # of the memory; None before the first inputs
         self.moments: dict[str, SecondMoments] = {}
         self.same_as: dict[str, str] = {}
         self.hold_out = False
-        # shape -> the input of that shape, and whose it was
-        self._latest: dict[torch.Size, tuple[Callable, str]] = {}
+        # shape -> the latest input of that shape, and the name of its layer
+        self._latest: dict[torch.Size, tuple[Callable[[], torch.Tensor | None], str]] = {}
         self._handles = []
 
     def __enter__(self):
-        self._handles = [
-            layer.register_forward_pre_hook(
-                lambda layer, inputs, name=name: self._see(name, inputs[0]))
-            for name, layer in self.layers.items()
-        ]
+        for name, layer in self.layers.items():
+            self._handles.append(
+                layer.register_forward_pre_hook(functools.partial(self._on_inputs, name)))
         return self
 
     def __exit__(self, *_):
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         self._latest.clear()
 
-    def of(self, name: str) -> SecondMoments | None:
-        """The moments of a layer's inputs, or None for one that never ran."""
+    def moments_of(self, name: str) -> SecondMoments | None:
+        """Returns the moments of a layer's inputs, None for a layer that never ran."""
         return self.moments.get(self.same_as.get(name, name))
 
     def next_step(self, number: int):
-        """Another step of a picture begins. About every fourth step's tokens are held out, never
-        the first's."""
+        """Starts a step of a picture. The tokens of about every fourth are held out, never step 0.
+        """
         self.hold_out = (0.5 + number * STEP) % 1 < HELD_OUT
         self._latest.clear()
 
     @torch.no_grad()
-    def _see(self, name: str, inputs: torch.Tensor):
+    def _on_inputs(self, name: str, layer: torch.nn.Module, args: tuple):
+        inputs = args[0]
         if name not in self.moments:
-            latest, owner = self._latest.get(inputs.shape, (None, None))
-            if latest is not None and _same(latest(), inputs):
-                self.same_as[name] = owner
-                return
+            if inputs.shape in self._latest:
+                latest, owner = self._latest[inputs.shape]
+                if _is_same(latest(), inputs):
+                    self.same_as[name] = owner
+                    return
             self.same_as.pop(name, None)
             self.moments[name] = SecondMoments.zeros(inputs.shape[-1], self.block,
-                                                  self._home_for(inputs))
+                                                  self._reserve(inputs))
         self._latest[inputs.shape] = (
             (lambda: inputs) if inputs.numel() <= SMALL else weakref.ref(inputs),
             name,
@@ -126,19 +146,18 @@ class Collector:
             on_device.add(inputs, hold_out=self.hold_out)
             moments.merge(on_device)
 
-    def _home_for(self, inputs: torch.Tensor) -> torch.device:
-        """Where the moments of a layer with these inputs are to lie, which counts as taken from
-        then on."""
-        if self._left is None:
-            self._left = min(self.memory, free_memory(inputs.device) / 2)
+    def _reserve(self, inputs: torch.Tensor) -> torch.device:
+        """Reserves memory for the moments of these inputs and returns their device."""
+        if self._remaining is None:
+            self._remaining = min(self.memory, free_memory(inputs.device) / 2)
         nbytes = nbytes_of([inputs.shape[-1]], self.block)
-        if nbytes > self._left:
+        if nbytes > self._remaining:
             return torch.device("cpu")
-        self._left -= nbytes
+        self._remaining -= nbytes
         return inputs.device
 
 
-def _same(seen: torch.Tensor | None, inputs: torch.Tensor) -> bool:
-    return seen is inputs or (
-        seen is not None and inputs.numel() <= SMALL and torch.equal(seen, inputs)
+def _is_same(latest: torch.Tensor | None, inputs: torch.Tensor) -> bool:
+    return latest is inputs or (
+        latest is not None and inputs.numel() <= SMALL and torch.equal(latest, inputs)
     )

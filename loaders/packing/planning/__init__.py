@@ -1,1 +1,1 @@
-"""Which type each tensor of a model takes."""
+"""Chooses the type of each tensor of a model."""

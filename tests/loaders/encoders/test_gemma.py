@@ -117,7 +117,7 @@ def test_an_encoder_without_its_mmproj_file_has_no_tower_and_says_so(name, tmp_p
     assert not [
         name for name in text_model(clip).transformer.state_dict() if name.startswith(TOWERS)
     ]
-    with pytest.raises(WeightFileError, match="came without the part that sees"):
+    with pytest.raises(WeightFileError, match="came without a vision or audio tower"):
         hidden_states(clip, [3, seen(), 17])
 
 

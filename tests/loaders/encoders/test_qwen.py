@@ -169,7 +169,7 @@ def test_without_its_tower_an_encoder_reads_and_says_why_it_cannot_see(name, tmp
     assert not any("visual" in name for name, _ in text_model(blind).named_parameters())
     assert not any("visual" in name for name in blind.patcher.model_state_dict())
     assert blind.patcher.model_size() <= 1.02 * open_weights(path).tensor_bytes
-    with pytest.raises(WeightFileError, match="encoder.gguf came without the part that sees"):
+    with pytest.raises(WeightFileError, match="encoder.gguf came without a vision or audio tower"):
         hidden_states(blind, [*TOKENS, picture()])
 
 
@@ -306,5 +306,5 @@ def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(name, change
                 write_gguf(tmp_path / f"mmproj-{number}.gguf", stored,
                            type_of=lambda name, values: "F32", architecture=None)
         blind = load(path, encoder)
-    with pytest.raises(WeightFileError, match="came without the part that sees"):
+    with pytest.raises(WeightFileError, match="came without a vision or audio tower"):
         hidden_states(blind, [*TOKENS[:3], picture()])

@@ -72,7 +72,7 @@ class Apart:
         self.costs = costs
         with Collector(linear_layers(model.model)) as self.collector:
             drawing().run(model, lambda number, step: self.collector.next_step(number))
-        self.moments = self.collector.of
+        self.moments = self.collector.moments_of
 
     def check_is_for(self, shapes):
         pass

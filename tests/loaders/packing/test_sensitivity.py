@@ -109,7 +109,8 @@ def test_random_numbers_take_the_place_of_a_prompt(name, monkeypatch):
         dataclasses.replace(drawing, prompts=random_conditioning(patcher, drawing, 1)).run(
             patcher, lambda *_: None
         )
-    assert layers and all(collector.of(layer).count for layer in layers) and hooks_in(patcher) == 0
+    assert layers and all(collector.moments_of(layer).count for layer in layers)
+    assert hooks_in(patcher) == 0
 
 
 def test_a_model_with_several_texts_is_refused_without_a_prompt(monkeypatch):
@@ -141,7 +142,7 @@ def test_moments_are_those_of_what_enters_a_layer(monkeypatch):
                             prompts=[PROMPT]).run(patcher, next_step)
     fitted = torch.cat(
         [part for number, parts in seen.items() if number not in held_out for part in parts])
-    moments = collector.of(name)
+    moments = collector.moments_of(name)
     assert 0 < len(held_out) < 4 and 0 not in held_out
     assert moments.count == len(fitted) and moments.held_out_count == 4 * 2 * len(
         held_out
@@ -215,15 +216,15 @@ def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
 @pytest.mark.parametrize("at", ["a step", "a layer"])
 def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_path):
     patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
-    count, of_layer = [0], Costs.of_layer
+    count, measure_layer = [0], Costs.measure_layer
 
     def interrupted(self, *args):
         count[0] += 1
         if count[0] == 4:
             comfy.model_management.interrupt_current_processing()
-        return of_layer(self, *args)
+        return measure_layer(self, *args)
 
-    monkeypatch.setattr(Costs, "of_layer", interrupted)
+    monkeypatch.setattr(Costs, "measure_layer", interrupted)
     monkeypatch.setattr(measuring, "random_conditioning", lambda *_: [PROMPT])
     if at == "a step":
         comfy.model_management.interrupt_current_processing()
@@ -241,7 +242,7 @@ def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_p
 def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_path):
     patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
     measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
-    monkeypatch.setattr(Costs, "of_layer", lambda *args: {"Q3_K": 7.0})
+    monkeypatch.setattr(Costs, "measure_layer", lambda *args: {"Q3_K": 7.0})
     found = measure(patcher, small_drawing("wan2.1-t2v", seed=2), partial=partial)
     assert all(of_types == {"Q3_K": 7.0} for of_types in found.costs.values())
 
