@@ -1,5 +1,7 @@
-"""Draw many rows of one workflow, on one machine or a Ray cluster: python3 batch.py
-WORKFLOW_API.json ROWS.jsonl OUT"""
+"""Renders many rows of one workflow, on one machine or on a Ray cluster.
+
+    python3 batch.py WORKFLOW_API.json ROWS.jsonl OUT
+"""
 import argparse
 import os
 import re
@@ -17,78 +19,82 @@ DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n"."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part; 2/3 is one, the second of three")
-    return int(found[1]), int(found[2])
+    """Returns (i, n) of "i/n"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"invalid shard {text!r}, expected I/N such as 2/3")
+    return int(match[1]), int(match[2])
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(
         prog="batch.py",
-        description="Draws a workflow once for each row of changes to it. Run again, it goes on"
-                    " where it was.",
+        description="Renders a workflow once for each row of changes to it. Run the same command"
+                    " again to continue where it stopped.",
     )
-    found.add_argument(
+    parser.add_argument(
         "workflow", help="the workflow in API format (in ComfyUI's menu: File > Export (API))"
     )
-    found.add_argument(
+    parser.add_argument(
         "rows", help='a file of lines such as {"id": "0001", "4.text": "a red house", "7.seed": 5}'
     )
-    found.add_argument(
+    parser.add_argument(
         "out",
-        help="the folder for the pictures, on this machine; one that all machines share is"
-        " file:///..., and a bucket that all can write s3://, gs:// or abfs://",
+        help="the folder for the pictures: a path on this machine, file:///... for a folder that"
+        " all machines share, or a bucket that all can write to: s3://, gs:// or abfs://",
     )
-    found.add_argument("--workers", nargs=2, type=int, default=(1, 0), metavar=("MIN", "MAX"),
-                       help="how many at once; 0 as MAX: as many as the machines have room for")
-    found.add_argument(
-        "--gpus", type=float, help="of each worker; 1 where the machines have any, else 0"
+    parser.add_argument("--workers", nargs=2, type=int, default=(1, 0), metavar=("MIN", "MAX"),
+                        help="how many run at once; MAX 0: as many as fit on the machines")
+    parser.add_argument(
+        "--gpus", type=float, help="GPUs of each worker; default: 1 if any machine has one, else 0"
     )
-    found.add_argument(
-        "--cpus", type=float, help="of each worker, which computes with as many threads"
+    parser.add_argument(
+        "--cpus", type=float, help="processors of each worker, which uses as many threads"
     )
-    found.add_argument(
+    parser.add_argument(
         "--address",
         default="auto",
-        help="of the Ray cluster; without one, Ray is started on this machine",
+        help="the address of the Ray cluster; default: the cluster that this machine belongs to,"
+        " else Ray is started here",
     )
-    found.add_argument(
+    parser.add_argument(
         "--shard",
         type=parse_shard,
         default=(1, 1),
         metavar="I/N",
-        help="draw only the I-th of N parts of the rows, as each of several clusters does",
+        help="render only the I-th of N parts of the rows, when several clusters share them",
     )
-    found.add_argument(
+    parser.add_argument(
         "--check",
         action="store_true",
-        help="say what each machine is and which models and node packs of the workflow it lacks;"
-             " draw nothing",
+        help="list the machines, and the models and node packs of the workflow that each lacks;"
+             " render nothing",
     )
-    # of earlier versions
-    found.add_argument("--fetch-models", action="store_true", help=argparse.SUPPRESS)
-    return found
+    # an option of earlier versions, which gets a message of its own
+    parser.add_argument("--fetch-models", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
-def workers_of(given: list[int]) -> tuple[int, int]:
-    """(fewest, most) as given. Raises ValueError."""
-    fewest, most = given
-    if fewest < 1 or 0 != most < fewest:
+def check_workers(limits: list[int]) -> tuple[int, int]:
+    """Returns (minimum, maximum) as given. Raises ValueError."""
+    minimum, maximum = limits
+    if minimum < 1 or 0 != maximum < minimum:
         raise ValueError(
-            f"--workers {fewest} {most}: at least 1, and as many or more behind it, or 0 for all"
-            " that fit."
+            f"--workers {minimum} {maximum}: MIN must be at least 1, and MAX at least MIN, or 0 for"
+            " as many as fit."
         )
-    return fewest, most
+    return minimum, maximum
 
 
 def stop(*_):
+    """Ends the batch on SIGTERM as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 def run(options: argparse.Namespace) -> int:
-    # Ray would send it to each worker
+    """Runs the command. Returns its exit code."""
+    # Ray sends sys.path to each worker
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     pack = types.ModuleType("featherweight")
     pack.__path__ = [str(ROOT)]
@@ -106,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
         )
         return USAGE
     started = time.monotonic()
-    # what ends and is drawn again is no error here
+    # a worker that ends is replaced, so Ray's own messages about it would mislead
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     signal.signal(signal.SIGTERM, stop)
     out = options.out if "://" in options.out else os.path.abspath(options.out)
@@ -116,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
             graph,
             options.rows,
             out,
-            workers_of(options.workers),
+            check_workers(options.workers),
             options.gpus,
             options.cpus,
             options.address,
@@ -135,22 +141,21 @@ def run(options: argparse.Namespace) -> int:
         print(f"Failed: {reason}", flush=True)
         return FAILED
     except (ValueError, MachineError) as error:
-        # at once: Ray may end this process where its cluster went away
+        # flushed at once: Ray may end this process when its cluster is lost
         print(f"Failed: {error}", flush=True)
         return FAILED
-    except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's answer to SIGTERM while it starts
+    except (KeyboardInterrupt, SystemExit):  # Ray turns a SIGTERM while it starts into SystemExit
         print(f"\nStopped. What is in {options.out} stays; run this again to go on.", flush=True)
         return STOPPED
-    there = counts["there"]
     print(
-        f"Done in {duration(time.monotonic() - started)}: {counts['drawn']} drawn, {there} there"
-        f" before, {counts['failed']} failed, in {options.out}",
+        f"Done in {duration(time.monotonic() - started)}: {counts['drawn']} drawn,"
+        f" {counts['done']} already done, {counts['failed']} failed, in {options.out}",
         flush=True,
     )
     return FAILED if counts["failed"] else DONE
 
 
 if __name__ == "__main__":
-    # a row may hold what this terminal has no letters for
+    # a row may hold characters that this terminal cannot show
     sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(run(parser().parse_args()))
+    sys.exit(run(make_parser().parse_args()))

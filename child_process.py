@@ -1,6 +1,6 @@
-"""Starts other programs, each of which ends when this process does, at the latest.
+"""Starts other programs, which are killed at the latest when this process ends.
 
-The only file that starts any. docs/security.md lists who asks for which, with which arguments.
+No other file starts any. docs/security.md lists the callers and their arguments.
 """
 import atexit
 import os
@@ -10,16 +10,22 @@ import threading
 
 _imported_by = os.getpid()
 _running: set[subprocess.Popen] = set()
-_starting = threading.Lock()
+_lock = threading.Lock()
 _ending = False
 
 
 def run_process(*command: str, seconds: float,
                 env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Its output. After `seconds`, and when this process ends, it is killed with all it has
-    started. POSIX only. env: its environment, if not that of this process.
+    """Runs a program to its end and returns its output. POSIX only.
 
-    Raises subprocess.TimeoutExpired, OSError.
+    Args:
+        command: the program and its arguments.
+        seconds: after this time, and when this process ends, the program is killed together with
+            all that it has started.
+        env: its environment, None for that of this process.
+
+    Raises:
+        subprocess.TimeoutExpired, OSError
     """
     process = start_process(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=env)
@@ -31,25 +37,32 @@ def run_process(*command: str, seconds: float,
 
 
 def start_process(*command: str, **options) -> subprocess.Popen:
-    """A program that is killed when this process ends, at the latest. options: of
-    `subprocess.Popen`. Raises OSError."""
-    with _starting:
+    """Starts a program, which is killed at the latest when this process ends.
+
+    Args:
+        command: the program and its arguments.
+        options: those of `subprocess.Popen`.
+
+    Raises:
+        OSError
+    """
+    with _lock:
         if _ending:
-            raise OSError(f"{command[0]} is not started: this process ends")
+            raise OSError(f"{command[0]} was not started: this process is ending")
         process = subprocess.Popen(command, start_new_session=True, **options)
         _running.add(process)
     return process
 
 
 def end_process(process: subprocess.Popen):
-    """Kills it with all it has started (on Windows alone) where it runs, and waits for its end."""
+    """Kills a program with all that it has started (on Windows it alone), and waits for its end."""
     _kill(process)
     process.wait()
     _running.discard(process)
 
 
 def _kill(process: subprocess.Popen):
-    if process.returncode is None:  # so the number is still its own
+    if process.returncode is None:  # not reaped yet, so its process id cannot be another program's
         if not hasattr(os, "killpg"):
             process.kill()
             return
@@ -60,19 +73,20 @@ def _kill(process: subprocess.Popen):
 
 
 def is_ending() -> bool:
-    """Whether this process ends, or its main thread has: Python starts no thread and no process
-    then, while the last threads go on."""
+    """Returns whether this process or its main thread is ending.
+
+    From then on Python starts no thread and no process, though threads that run go on.
+    """
     return _ending or not threading.main_thread().is_alive()
 
 
 @atexit.register
 def end_all():
-    """Kills what runs; nothing is started any more. A copy of the process that started it lets it
-    run."""
+    """Kills all programs, and lets none start any more. Does nothing in a fork of this process."""
     global _ending
     if os.getpid() != _imported_by:
         return
-    with _starting:
+    with _lock:
         _ending = True
         for process in list(_running):
             _kill(process)

@@ -1,5 +1,7 @@
-"""One command for everything a developer does here: python3 dev.py demo | test | lint | bench | quality | sizes | inspect | matrix
-| gpu | fuzz | soak | setup"""
+"""Runs what a developer of this pack needs: tests, measurements, the demo.
+
+    python3 dev.py COMMAND [arguments]
+"""
 import sys
 
 if sys.version_info < (3, 10):
@@ -10,26 +12,38 @@ from devtools.host.environment import SetupError
 
 USAGE = """usage: python3 dev.py COMMAND [arguments]
 
-  demo [--prompt TEXT] [--gpu] draw with a small model in every packing, on the real ComfyUI server
-  test [--heavy] [pytest ...]  run the linters and every test
-  lint                         check style (ruff) and types (pyright)
-  bench [arguments]            measure speed and memory side by side
-  quality [--packing]          measure what each packing does to the pictures of the demo; --packing: files made here
-  sizes                        count the bytes of popular models in each format, for docs/choosing.md
-  inspect FILE [--reference FILE] [--picture OUT.png]  say what a model file is, what it needs and which memory it fits
-  matrix [--host V] [--newest] [pytest ...]  run the server tests on each ComfyUI the pack is for, or on one version, or
-                               on the ComfyUI in a folder V, or with the newest versions of ComfyUI's own packages
-  gpu [--device cpu]           measure what only a GPU can show, in nine minutes; --pack FOLDER: for a machine without packages
-  fuzz [--minutes N] [--executions N] [--target NAME]  read bad files and hostile workflows until something breaks
-  soak [--minutes N] [--prompts N]  drive the real server for hours, by two clients; JSON, a plot and one closing line
-  setup                        only make the environment that the others use
+  demo [--prompt TEXT] [--gpu]   render a prompt with a small model in every packing, on the real
+                                 ComfyUI server
+  test [--heavy] [pytest ...]    run the linters and every test
+  lint                           check style (ruff) and types (pyright)
+  bench [arguments]              measure speed and memory side by side
+  quality [--packing]            measure what each packing does to the demo's pictures;
+                                 --packing: with files packed here
+  sizes                          count the bytes of popular models in each format, for
+                                 docs/choosing.md
+  inspect FILE [--reference FILE] [--picture OUT.png]
+                                 say what a model file is, what it needs and which memory it fits
+  matrix [--host V] [--newest] [pytest ...]
+                                 run the server tests on every ComfyUI the pack supports; --host:
+                                 on one version, or on the ComfyUI in a folder; --newest: with the
+                                 newest versions of ComfyUI's own packages
+  gpu [--device cpu]             measure what only a GPU can show, in nine minutes; --pack FOLDER:
+                                 prepare it for a machine without a package index
+  fuzz [--minutes N] [--executions N] [--target NAME]
+                                 read bad files and hostile workflows until something breaks
+  soak [--minutes N] [--prompts N]
+                                 run the real server for hours with two clients; leaves JSON and a
+                                 plot
+  setup                          only make the environment that the others use
 
-Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself, about 4.5 GB (more
-where pip chooses a GPU build of torch). To use an existing ComfyUI, set COMFYUI_PATH to its folder and run dev.py
-with its Python; if that Python has no torch, the environment under .dev is used."""
+Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself,
+about 4.5 GB (more where pip chooses a GPU build of torch). To use an existing ComfyUI, set
+COMFYUI_PATH to its folder and run dev.py with its Python; if that Python has no torch, the
+environment under .dev is used."""
 
 
 def main(arguments: list[str]) -> int:
+    """Runs a command with its arguments. Returns its exit code."""
     if not arguments or arguments[0] not in COMMANDS:
         print(USAGE)
         return 0 if arguments in (["-h"], ["--help"]) else 2

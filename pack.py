@@ -1,5 +1,7 @@
-"""Pack a model file without ComfyUI's editor: python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB
-[--lora FILE:0.8 ...]"""
+"""Packs a model file without ComfyUI's editor.
+
+    python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB [--lora FILE:0.8 ...]
+"""
 import argparse
 import math
 import os
@@ -28,19 +30,19 @@ DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size as people write it: 5.9GB (10^9 bytes each), 5.9GiB, 620MB."""
+    """Returns the bytes of a size as people write it: 5.9GB (10^9 bytes each), 5.9GiB, 620MB."""
     match = re.fullmatch(rf"\s*({NUMBER})\s*([KMG]?I?B?)\s*", text.upper())
     unit = match and UNITS.get(
         match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B"
     )
     size = float(match[1]) * unit if unit else 0
     if not 1 <= size < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; 5.9GB is one")
+        raise argparse.ArgumentTypeError(f"invalid size {text!r}, for example 5.9GB")
     return round(size)
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """Return (path, strength) of FILE:STRENGTH, and of FILE alone the strength 1."""
+    """Returns (path, strength) of FILE:STRENGTH, or of FILE, whose strength is 1."""
     path, colon, strength = text.rpartition(":")
     if not (colon and path):
         return text, 1.0
@@ -49,11 +51,12 @@ def parse_lora(text: str) -> tuple[str, float]:
     if re.fullmatch(r"[A-Za-z]", path) or os.path.exists(text):  # a drive, or a colon in the name
         return text, 1.0
     raise argparse.ArgumentTypeError(
-        f"{strength!r} in {text!r} is no strength; 0.8 is one, as in FILE:0.8"
+        f"invalid strength {strength!r} in {text!r}, for example FILE:0.8"
     )
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="pack.py",
         description="Packs a diffusion model into a GGUF file, or into NF4 where OUT ends in"
@@ -61,14 +64,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
-        help="a model file (safetensors, GGUF), or a folder that diffusers saved (.../transformer)",
+        help="a model file (safetensors, GGUF), or a diffusers folder (.../transformer)",
     )
     parser.add_argument("out", help="the file to write; it must not exist")
-    wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument(
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
         "--type", help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, or 'as it is'"
     )
-    wanted.add_argument(
+    target.add_argument(
         "--size", type=parse_size, help="the size of the file, such as 5.9GB; never exceeded"
     )
     parser.add_argument(
@@ -77,24 +80,25 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="put a LoRA into the model; may be given several times",
+        help="a LoRA to merge into the model; may be given several times",
     )
     parser.add_argument(
         "--sensitivity",
         metavar="FILE",
-        help="what Measure Sensitivity (Featherweight) measured of this model",
+        help="a file that Measure Sensitivity (Featherweight) saved for this model",
     )
     parser.add_argument(
         "--loras-as-asked",
         action="store_true",
-        help="leave weights that were packed before and get a LoRA in the type asked for",
+        help="keep weights that are packed already and get a LoRA in the given type, not a finer"
+        " one",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser
 
 
 def find_host() -> Path:
-    """The folder of ComfyUI: COMFYUI_PATH, or the one in whose custom_nodes this file lies."""
+    """Returns ComfyUI's folder: COMFYUI_PATH, else the one whose custom_nodes hold this file."""
     pack = types.ModuleType("featherweight")
     pack.__path__ = [str(ROOT)]
     sys.modules.setdefault("featherweight", pack)
@@ -112,7 +116,7 @@ def find_host() -> Path:
 
 
 def start_host(host: Path):
-    """Make ComfyUI's modules and this pack importable, on the CPU and without a server."""
+    """Makes ComfyUI's modules and this pack importable, on the CPU and without a server."""
     sys.path[:] = [str(host), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
     try:
@@ -127,24 +131,24 @@ def start_host(host: Path):
 
 
 def progress(names: list, sizes: list[int]):
-    """Gives the names one by one and says how far that is."""
-    started = shown = time.monotonic()
-    done, whole = 0, sum(sizes)
+    """Yields the names and prints how much of the total size is done."""
+    started = printed = time.monotonic()
+    on_terminal = sys.stdout.isatty()
+    done, total = 0, sum(sizes)
     for name, size in zip(names, sizes):
         yield name
-        done, now = done + size, time.monotonic()
-        if now - shown > (0.2 if sys.stdout.isatty() else 30):
-            shown, left = now, (now - started) * (whole - done) / done
-            print(
-                f"{done / whole:4.0%}, {left / 60:.0f} min left"
-                if left > 90
-                else f"{done / whole:4.0%}, {left:.0f} s left",
-                end="\r" if sys.stdout.isatty() else "\n",
-                flush=True,
-            )
+        done += size
+        now = time.monotonic()
+        if now - printed > (0.2 if on_terminal else 30):
+            printed = now
+            seconds = (now - started) * (total - done) / done
+            remaining = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+            print(f"{done / total:4.0%}, {remaining} left", end="\r" if on_terminal else "\n",
+                  flush=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Packs the file. Returns the exit code of the command."""
     start_host(find_host())
     import torch
 
@@ -159,17 +163,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.type and arguments.type not in (*TYPES, KEEP_TYPES):
         print(
-            f"Failed: {arguments.type!r} is no type that is packed here. There are"
-            f" {', '.join(TYPES)} and '{KEEP_TYPES}'."
+            f"Failed: unknown type {arguments.type!r}, expected {', '.join(TYPES)} or"
+            f" '{KEEP_TYPES}'."
         )
         return USAGE
-    ending = Path(arguments.out).suffix.lower()
-    if ending not in {"NF4": (".safetensors",), KEEP_TYPES: (".gguf", ".safetensors")}.get(
-        arguments.type, (".gguf",)
-    ):
+    suffixes = {"NF4": [".safetensors"], KEEP_TYPES: [".gguf", ".safetensors"]}
+    if Path(arguments.out).suffix.lower() not in suffixes.get(arguments.type, [".gguf"]):
         print(
-            "Failed: NF4 goes into a file that ends in .safetensors, all other types into one that"
-            " ends in .gguf."
+            f"Failed: {arguments.out} has the wrong suffix: NF4 goes into a file that ends in"
+            " .safetensors, every other type into one that ends in .gguf."
         )
         return USAGE
     sensitivity = None
@@ -190,9 +192,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the command with its arguments. Returns its exit code."""
     try:
         return run(make_parser().parse_args(arguments))
-    except ValueError as error:  # refusals are, with one plain sentence
+    except ValueError as error:  # such as WeightFileError, whose text is written for people
         print(f"Failed: {error}")
         return FAILED
     except KeyboardInterrupt:

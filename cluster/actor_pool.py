@@ -1,4 +1,4 @@
-"""Actors of Ray that draw: how many fit on a machine, what each draws, and what is drawn again."""
+"""Starts Ray actors that render, gives them tasks and repeats the tasks of those that end."""
 import collections
 import contextlib
 import math
@@ -8,58 +8,62 @@ from dataclasses import dataclass, field
 
 from .ray_connection import on_node
 
-AHEAD = 2  # tasks that a worker has: one is drawn, one waits
+TASKS_PER_WORKER = 2  # one is rendered, one waits
 GATHER_SECONDS = 0.02  # after an answer, for others: so a thousand workers are not asked each time
-LOOK_SECONDS = 2.0  # between two looks at the nodes
+NODE_POLL_SECONDS = 2.0  # between two queries of the cluster's nodes
 
 
 @dataclass(frozen=True)
 class Share:
-    """What each worker gets of its machine."""
+    """The CPUs and GPUs that each worker gets of its machine."""
     cpus: float
     gpus: float = 0.0
 
-    def room(self, machine: Mapping[str, float]) -> int:
-        """For how many workers a machine, {"CPU": .., "GPU": ..}, has room.
+    def worker_count(self, resources: Mapping[str, float]) -> int:
+        """Returns how many workers fit on a machine.
 
-        Where they take nothing, for as many as it has CPUs.
+        Workers that take neither CPUs nor GPUs are as many as the machine has CPUs.
+
+        Args:
+            resources: of the machine, {"CPU": 8.0, "GPU": 1.0}.
         """
-        counts = [machine.get("GPU", 0) // self.gpus] if self.gpus else []
+        counts = [resources.get("GPU", 0) // self.gpus] if self.gpus else []
         if self.cpus or not self.gpus:
-            counts.append(machine.get("CPU", 0) // (self.cpus or 1))
+            counts.append(resources.get("CPU", 0) // (self.cpus or 1))
         return int(min(counts))
 
     def capacity(self) -> dict[str, int]:
-        """Ray's nodes -> for how many workers each has room, of those that have any."""
-        counts = {node: self.room(machine) for node, machine in machine_resources().items()}
+        """Returns Ray's node id -> number of workers that fit, for nodes where any fit."""
+        counts = {node: self.worker_count(resources)
+                  for node, resources in machine_resources().items()}
         return {node: count for node, count in counts.items() if count}
 
     def free(self) -> dict[str, int]:
-        """`capacity` without what is in use now."""
+        """Returns Ray's node id -> number of workers that fit into what is not in use now."""
         from ray._private.state import available_resources_per_node
 
         nodes = available_resources_per_node()
-        return {node: self.room(machine) for node, machine in nodes.items()}
+        return {node: self.worker_count(resources) for node, resources in nodes.items()}
 
 
 def share_out(machines: Iterable[Mapping[str, float]], gpus: float | None = None,
               cpus: float | None = None, workers: int = 0) -> Share:
-    """The share of each worker, alike on all machines, so that all have as many threads.
+    """Returns the share of each worker, the same on all machines, so all have as many threads.
 
     Args:
-        machines: {"CPU": .., "GPU": ..} of each.
-        gpus: None for 1 where any machine has one.
-        cpus: None for those of the smallest machine, shared out among its GPUs, or its workers.
-        workers: how many there are to be, 0 for one on each GPU or else on each machine.
+        machines: resources of each, {"CPU": 8.0, "GPU": 1.0}.
+        gpus: of a worker; None for 1 if any machine has one, else 0.
+        cpus: of a worker; None for those of the smallest machine, divided by its GPUs or workers.
+        workers: how many there will be, 0 for one on each GPU or else on each machine.
     """
     machines = list(machines)
     if gpus is None:
-        gpus = 1.0 if any(machine.get("GPU") for machine in machines) else 0.0
+        gpus = 1.0 if any(resources.get("GPU") for resources in machines) else 0.0
     if cpus is None:
-        able = [machine for machine in machines if machine.get("GPU" if gpus else "CPU")]
+        able = [resources for resources in machines if resources.get("GPU" if gpus else "CPU")]
         on_each = max(math.ceil(workers / max(len(able), 1)), 1)
-        counts = [max(machine["GPU"] // gpus, 1) if gpus else on_each for machine in able]
-        shares = [machine.get("CPU", 0) / count for machine, count in zip(able, counts)]
+        counts = [max(resources["GPU"] // gpus, 1) if gpus else on_each for resources in able]
+        shares = [resources.get("CPU", 0) / count for resources, count in zip(able, counts)]
         cpus = min(shares, default=1.0)
         if cpus >= 1 or not gpus:
             cpus = max(cpus // 1, 1.0)
@@ -67,7 +71,7 @@ def share_out(machines: Iterable[Mapping[str, float]], gpus: float | None = None
 
 
 def machine_resources() -> dict[str, dict[str, float]]:
-    """Ray's nodes that are alive -> what each has, as {"CPU": 8.0, "GPU": 1.0}."""
+    """Returns Ray's node id -> resources, {"CPU": 8.0, "GPU": 1.0}, of the nodes that are alive."""
     import ray
 
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
@@ -75,8 +79,14 @@ def machine_resources() -> dict[str, dict[str, float]]:
 
 @dataclass(eq=False)
 class PoolWorker:
-    """A worker. calls: what Ray gave -> the call's task, None for `Worker.ready`; in their
-    order."""
+    """A worker of a pool.
+
+    Args:
+        actor: its handle.
+        node: Ray's id of its node.
+        is_ready: whether its ComfyUI has started.
+        calls: Ray's reference or stream -> its task, None for `Worker.ready`, oldest first.
+    """
     actor: object
     node: str
     is_ready: bool = False
@@ -84,25 +94,28 @@ class PoolWorker:
 
 
 class ActorPool:
-    """Workers, which stay until they are ended.
+    """Workers that stay from run to run until they are ended.
 
     Args:
         worker: their class.
-        given: what it is made with.
+        arguments: of its constructor.
         share: what each of them gets.
         threads: how many calls of one run at once.
     """
 
-    def __init__(self, worker: type, given: Sequence, share: Share, threads: int = 1):
+    def __init__(self, worker: type, arguments: Sequence, share: Share, threads: int = 1):
         import ray
 
-        self.actor, self.given, self.share, self.threads = ray.remote(worker), given, share, threads
+        self.actor = ray.remote(worker)
+        self.arguments = arguments
+        self.share = share
+        self.threads = threads
         self.members: list[PoolWorker] = []
 
     def start(self, node: str):
         options = {**on_node(node), "num_cpus": self.share.cpus, "num_gpus": self.share.gpus,
                    "max_concurrency": self.threads}
-        actor = self.actor.options(**options).remote(*self.given)
+        actor = self.actor.options(**options).remote(*self.arguments)
         self.members.append(PoolWorker(actor, node, calls={actor.ready.remote(): None}))
 
     def end(self, member: PoolWorker):
@@ -119,57 +132,61 @@ class ActorPool:
 
 
 class Run:
-    """Draws tasks on the workers of a pool, as many as the nodes have room for.
+    """Renders tasks on the workers of a pool, as many as fit on the nodes.
 
-    A subclass has
+    A subclass defines
 
-    - `begin(member, task)`, which has a worker draw a task and returns what Ray gave for the call;
-    - `take(member, call, task)`, which takes what a call has answered, and drops it from
+    - LOSSES: how many workers may end while they render a task before it is given up;
+    - FAILED_STARTS: how many workers of a node may end in a row while they start;
+    - `start_task(member, task)`, which starts a task on a worker and returns what Ray returned;
+    - `on_answer(member, call, task)`, which takes what a call has answered, and drops the call from
       `member.calls` when that was all;
-    - `give_up(task, error)`: its workers have ended `LOSSES` times;
-    - `never_starts(node, error)`: its workers have ended `FAILED_STARTS` times, one after another,
-      while they started;
-    - `unfit(node, name, reason)`: a worker there, on a machine of that name, cannot draw.
+    - `give_up(task, error)`, called when `LOSSES` workers have ended;
+    - `on_failed_starts(node, error)`, called when `FAILED_STARTS` workers have ended;
+    - `on_unusable(node, name, reason)`, called when a worker on a machine of that name cannot
+      render.
 
     Args:
-        pool: where the workers are from.
+        pool: its workers.
         tasks: {"id", ...} each.
-        workers: (fewest, most): no more than tasks, but `fewest` in any case; most: 0 for as many
-            as fit.
+        workers: (minimum, maximum); no more than there are tasks, but the minimum in any case.
+            maximum 0: as many as fit.
     """
-    WAIT_SECONDS = LOOK_SECONDS  # for answers, between two calls of `check`
+    WAIT_SECONDS = NODE_POLL_SECONDS  # for answers, between two calls of `check`
 
     def __init__(self, pool: ActorPool, tasks: Iterable[dict], workers: tuple[int, int]):
-        self.pool, self.workers = pool, workers
+        self.pool = pool
+        self.workers = workers
         self.waiting = collections.deque(tasks)
-        self.returned: list[dict] = []  # to go to another worker
-        self.left = len(self.waiting)
+        self.returned: list[dict] = []  # for other workers, before those that wait
+        self.remaining = len(self.waiting)
         self.excluded: set[str] = set()  # nodes that take no part
-        self.losses = collections.Counter()  # id of a task -> workers that ended while they drew it
-        self.failed_starts = collections.Counter()  # of nodes
-        self.rests_until: dict[str, float] = {}  # node -> when it gets tasks again
+        self.losses = collections.Counter()  # task's id -> workers that ended while rendering it
+        self.failed_starts = collections.Counter()  # by node, in a row
+        self.paused_until: dict[str, float] = {}  # node -> time when it gets tasks again
 
     def draw(self):
-        """Draws all tasks."""
-        looked = -math.inf
-        while self.left:
+        """Renders all tasks."""
+        polled = -math.inf
+        while self.remaining:
             self.check()
-            if time.monotonic() - looked > LOOK_SECONDS:
-                self._look()
-                looked = time.monotonic()
+            if time.monotonic() - polled > NODE_POLL_SECONDS:
+                self._start_workers()
+                polled = time.monotonic()
             self._assign()
             self._wait()
 
-    # --- what a subclass may add ---
+    # --- what a subclass may override ---
 
     def check(self):
-        """Is called now and then, and may raise."""
+        """Is called now and then, and may raise to end the run."""
 
-    def look(self, usable: dict[str, int], has_excluded: bool):
-        """Is called with the nodes that can draw, and whether there are others."""
+    def on_capacity(self, usable: dict[str, int], has_excluded: bool):
+        """Is called with the nodes that can render, and whether all nodes there are, are excluded.
+        """
 
-    def lost(self, task: dict):
-        """A task goes to another worker because its own has ended."""
+    def on_lost(self, task: dict):
+        """Is called when a task goes to another worker because its own has ended."""
 
     def next_task(self, node: str) -> dict | None:
         """Takes a task for a node from those that wait."""
@@ -179,17 +196,17 @@ class Run:
 
     # --- the loop ---
 
-    def _look(self):
-        """Starts workers where there is room."""
+    def _start_workers(self):
+        """Starts workers where they fit, first where no other program runs, and spread evenly."""
         capacity = self.pool.share.capacity()
-        usable = {node: room for node, room in capacity.items() if node not in self.excluded}
-        self.look(usable, bool(capacity) and not usable)
-        fewest, most = self.workers
-        target = min(sum(usable.values()), max(self.left, fewest), most or math.inf)
+        usable = {node: count for node, count in capacity.items() if node not in self.excluded}
+        self.on_capacity(usable, bool(capacity) and not usable)
+        minimum, maximum = self.workers
+        target = min(sum(usable.values()), max(self.remaining, minimum), maximum or math.inf)
         nodes = [member.node for member in self.pool.members]
         counts = collections.Counter(node for node in nodes if node in usable)
         free = self.pool.share.free() if counts.total() < target else {}
-        while counts.total() < target:  # first where no other program is, and on all nodes alike
+        while counts.total() < target:
             node = min(usable, key=lambda node: (
                 free.get(node, 0) <= 0, counts[node] / usable[node]))
             self.pool.start(node)
@@ -197,20 +214,20 @@ class Run:
             free[node] = free.get(node, 0) - 1
 
     def _assign(self):
-        """Gives each idle worker a task, and busy ones a second if others could not begin it."""
+        """Gives each idle worker a task, and a busy one a second that no idle one can begin."""
         now = time.monotonic()
         members = self.pool.members[:self.workers[1] or None]
         ready = [member for member in members
-                 if member.is_ready and self.rests_until.get(member.node, 0) <= now]
-        for held in range(AHEAD):
+                 if member.is_ready and self.paused_until.get(member.node, 0) <= now]
+        for busy_with in range(TASKS_PER_WORKER):
             idle = sum(not member.calls or not member.is_ready for member in members)
             for member in ready:
-                if len(member.calls) != held:
+                if len(member.calls) != busy_with:
                     continue
-                if held and len(self.waiting) + len(self.returned) <= idle:
+                if busy_with and len(self.waiting) + len(self.returned) <= idle:
                     break
                 if task := self.next_task(member.node):
-                    member.calls[self.begin(member, task)] = task
+                    member.calls[self.start_task(member, task)] = task
 
     def _wait(self):
         """Waits for answers, and takes all that have come."""
@@ -225,41 +242,43 @@ class Run:
             for member in list(self.pool.members):
                 for call in [call for call in member.calls if call in answered]:
                     if call in member.calls:
-                        self._take(member, call)
+                        self._take_answer(member, call)
 
-    def _take(self, member: PoolWorker, call):
+    def _take_answer(self, member: PoolWorker, call):
         import ray
 
         task = member.calls[call]
         try:
             if task is None:
-                self._greet(member, *ray.get(call))
+                self._on_ready(member, *ray.get(call))
                 member.calls.pop(call)
             else:
-                self.take(member, call, task)
-        except ray.exceptions.RayError as error:  # the worker has ended, or its node
-            self._lose(member, error)
+                self.on_answer(member, call, task)
+        except ray.exceptions.RayError as error:  # the worker or its node has ended
+            self._on_end(member, error)
 
-    def _greet(self, member: PoolWorker, info: dict, unfit: str):
-        if unfit:
+    def _on_ready(self, member: PoolWorker, info: dict, problem: str):
+        if problem:
             self.pool.end(member)
-            self.unfit(member.node, info["name"], unfit.rstrip("."))
+            self.on_unusable(member.node, info["name"], problem.rstrip("."))
         else:
-            member.is_ready, self.failed_starts[member.node] = True, 0
+            member.is_ready = True
+            self.failed_starts[member.node] = 0
 
-    def _lose(self, member: PoolWorker, error: Exception):
-        """Hands on the tasks of an ended worker: the first it was drawing, others wait."""
+    def _on_end(self, member: PoolWorker, error: Exception):
+        """Returns the tasks of an ended worker. Only the first, which it rendered, counts a loss.
+        """
         tasks = list(member.calls.values())
         self.pool.end(member)
         if not member.is_ready:
             self.failed_starts[member.node] += 1
             if self.failed_starts[member.node] == self.FAILED_STARTS:
-                self.never_starts(member.node, error)
+                self.on_failed_starts(member.node, error)
             return
         member.calls.clear()
         self.losses[tasks[0]["id"]] += 1
         if self.losses[tasks[0]["id"]] == self.LOSSES:
             self.give_up(tasks.pop(0), error)
         for task in tasks:
-            self.lost(task)
+            self.on_lost(task)
         self.returned += tasks

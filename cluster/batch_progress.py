@@ -1,46 +1,54 @@
-"""What a batch says while it runs."""
+"""Prints how far a batch is."""
 import collections
 import sys
 import time
+from collections.abc import Callable
 
 RECENT = 200  # rows, for the rate
-LINE = 100  # characters, which cover what a line of progress has left on a terminal
+LINE = 100  # characters, enough to cover a line of progress that is on a terminal
 
 
 class Progress:
-    """Counts answers of `RowRenderer`, says what failed, and now and then how far it is. total:
-    rows to draw."""
+    """Counts answers of `RowRenderer`, prints failures and now and then a line of progress.
 
-    def __init__(self, total: int, say=print):
-        self.total, self.say, self.counts = total, say, collections.Counter()
-        self.times, self.workers, self.shown = collections.deque(maxlen=RECENT), {}, 0.0
+    Args:
+        total: rows to render.
+        say: prints a text, with the arguments of `print`.
+    """
+
+    def __init__(self, total: int, say: Callable[..., None] = print):
+        self.total = total
+        self.say = say
+        self.counts = collections.Counter()  # by status
+        self.times = collections.deque(maxlen=RECENT)  # when answers came
+        self.workers: dict[str, float] = {}  # name -> when it answered last
+        self.printed = 0.0
         self.on_terminal = sys.stdout.isatty()
 
     def add(self, answer: dict):
-        """An answer that is a row's last."""
+        """Counts a row's last answer."""
         now = time.monotonic()
         self.counts[answer["status"]] += 1
         self.times.append(now)
         self.workers[answer["worker"]] = now
         if answer["status"] == "failed":
-            self.tell(f"{answer['id']}: {answer['message']}")
-        if (
-            now - self.shown > (0.5 if self.on_terminal else 10)
-            or self.counts.total() == self.total
-        ):
-            self.shown = now
+            self.log(f"{answer['id']}: {answer['message']}")
+        is_last = self.counts.total() == self.total
+        if is_last or now - self.printed > (0.5 if self.on_terminal else 10):
+            self.printed = now
             self.say(self.line(now), end="\r" if self.on_terminal else "\n", flush=True)
 
-    def tell(self, text: str):
+    def log(self, text: str):
+        """Prints a line over the line of progress."""
         self.say(text.ljust(LINE) if self.on_terminal else text, flush=True)
 
     def line(self, now: float) -> str:
-        """Rows, rate, workers, failures and time left."""
+        """Returns the line of progress: rows, workers, failures, rate and time left."""
         done, failed = self.counts.total(), self.counts["failed"]
-        # without the start of the workers
+        # from the first answer on, without the start of the workers
         rate = (len(self.times) - 1) / max(now - self.times[0], 1e-3)
-        busy = sum(now - seen < max(60, 3 * len(self.workers) / max(rate, 1e-6))
-                   for seen in self.workers.values())
+        idle_seconds = max(60, 3 * len(self.workers) / max(rate, 1e-6))
+        busy = sum(now - answered < idle_seconds for answered in self.workers.values())
         workers = "1 worker" if busy == 1 else f"{busy} workers"
         counts = f"{done} of {self.total} rows, {workers}, {failed} failed"
         if not rate:
@@ -49,11 +57,9 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 40 s, 12 min, 3.2 h."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    """Returns a time as people write it: 40 s, 12 min, 3.2 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,8 +1,11 @@
-"""The rows of a batch: lines of JSON, each of them a name and changes to one workflow, and which of
-them are done already."""
+"""Reads the rows of a batch and scans which of them are done already.
+
+A row is a line of JSON: an id and changes to the workflow.
+"""
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -13,38 +16,38 @@ from .picture_store import Store
 
 NAME = re.compile(
     r'[^./\\:*?"<>|\x00-\x1f\ud800-\udfff][^/\\:*?"<>|\x00-\x1f\ud800-\udfff]{0,149}(?<![. ])')
-# of an id; a file system takes 255, and node, number and what is half-written stand behind it
-NAME_BYTES = 180
-# at once: a bucket answers late, a disk gives more when it is asked for more
-READERS = {"bucket": 32, "folder": 8}
+NAME_BYTES = 180  # of an id; file systems allow 255, and node, number and ".part" follow the id
+READERS = {"bucket": 32, "folder": 8}  # threads: buckets are slow to answer, disks like a queue
 
 
 @dataclass
 class RowScan:
-    """What a look at some lines found.
+    """The result of scanning some lines.
 
-    names: (number of the line, the row's id) of every row. left: (id, changes as JSON, stamp,
-    number of the line) of those to be drawn. done: numbers of the others' lines. bad: (number of
-    the line, what is wrong with it).
+    Args:
+        names: (line number, row's id) of every row.
+        pending: (row's id, changes as JSON, stamp, line number) of the rows to render.
+        done: line numbers of the rows that are done.
+        invalid: (line number, what is wrong with the line).
     """
     names: list[tuple[int, str]] = field(default_factory=list)
-    left: list[tuple[str, str, str, int]] = field(default_factory=list)
+    pending: list[tuple[str, str, str, int]] = field(default_factory=list)
     done: list[int] = field(default_factory=list)
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    invalid: list[tuple[int, str]] = field(default_factory=list)
 
 
-def lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each line that is not empty."""
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, line) of each line that is not empty."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, line.removeprefix(b"\xef\xbb\xbf")
 
 
-def chunks(found: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last of them shorter."""
+def chunks(items: Iterable, size: int) -> Iterator[list]:
+    """Yields lists of `size` items, the last of them shorter."""
     chunk = []
-    for item in found:
+    for item in items:
         chunk.append(item)
         if len(chunk) == size:
             yield chunk
@@ -53,16 +56,17 @@ def chunks(found: Iterable, size: int) -> Iterator[list]:
         yield chunk
 
 
-def row(line: bytes) -> tuple[str, dict]:
-    """(id, changes) of a line. Raises GraphError."""
+def parse_row(line: bytes) -> tuple[str, dict]:
+    """Returns (id, changes) of a line. Raises GraphError."""
     try:
         changes = json.loads(line)
     except ValueError as error:
-        raise GraphError(f"is no JSON: {error}") from error
+        raise GraphError(f"is not valid JSON: {error}") from error
     except RecursionError as error:
-        raise GraphError("has lists or objects too deep inside each other") from error
+        raise GraphError("has lists or objects that are nested too deep") from error
     if not isinstance(changes, dict):
-        raise GraphError('is no row; {"id": "0001", "4.text": "a red house"} is one')
+        raise GraphError(
+            'is not a row: expected an object such as {"id": "0001", "4.text": "a red house"}')
     name = changes.pop("id", None)
     if type(name) is int:
         name = str(name)
@@ -78,71 +82,86 @@ def row(line: bytes) -> tuple[str, dict]:
     return name, changes
 
 
-def changes_of(path: str) -> Iterator[dict]:
-    """The changes of each line that is a row."""
-    for _, line in lines(path):
+def read_changes(path: str) -> Iterator[dict]:
+    """Yields the changes of each line that is a row."""
+    for _, line in read_lines(path):
         with contextlib.suppress(GraphError):
-            yield row(line)[1]
+            yield parse_row(line)[1]
 
 
-def scan_rows(out: str, graph: dict, some: list[tuple[int, bytes]]) -> RowScan:
-    """Which of these lines are to be drawn. out: see `Store`. graph: the workflow. Runs on any
-    machine that sees the store."""
-    found, store, workflow = RowScan(), Store(out), digest(graph)
-    asked = []
-    for number, line in some:
+def scan_rows(out: str, graph: dict, lines: list[tuple[int, bytes]]) -> RowScan:
+    """Finds which rows are done. Runs on any machine that sees the store.
+
+    Args:
+        out: see `Store`.
+        graph: the workflow.
+        lines: (number, line) each.
+    """
+    scan = RowScan()
+    store = Store(out)
+    workflow = digest(graph)
+    rows = []
+    for number, line in lines:
         try:
-            name, changes = row(line)
+            name, changes = parse_row(line)
         except GraphError as error:
-            found.bad.append((number, str(error)))
+            scan.invalid.append((number, str(error)))
             continue
-        found.names.append((number, name))
+        scan.names.append((number, name))
         text = canonical(changes)
-        asked.append(
-            (name, text, hashlib.sha256(f"{workflow} {text}".encode()).hexdigest(), number))
-    at_once = READERS["bucket" if store.files else "folder"]
-    with concurrent.futures.ThreadPoolExecutor(at_once) as readers:
-        parts = chunks(asked, len(asked) // at_once + 1)
-        done = [
-            one for part in readers.map(
-                lambda some: [store.done(name, stamp) for name, _, stamp, _ in some], parts)
-            for one in part
-        ]
-    for item, is_done in zip(asked, done):
+        stamp = hashlib.sha256(f"{workflow} {text}".encode()).hexdigest()
+        rows.append((name, text, stamp, number))
+
+    def are_done(chunk: list) -> list[bool]:
+        return [store.is_done(name, stamp) for name, _, stamp, _ in chunk]
+
+    threads = READERS["bucket" if store.bucket else "folder"]
+    with concurrent.futures.ThreadPoolExecutor(threads) as readers:
+        results = readers.map(are_done, chunks(rows, len(rows) // threads + 1))
+        done = list(itertools.chain.from_iterable(results))
+    for row, is_done in zip(rows, done):
+        name, text, _, number = row
         if is_done:
-            found.done.append(item[3])
+            scan.done.append(number)
             continue
         try:
-            apply_changes(graph, json.loads(item[1]))
-            found.left.append(item)
+            apply_changes(graph, json.loads(text))
+            scan.pending.append(row)
         except GraphError as error:
-            found.bad.append((item[3], f"({item[0]}): {error}"))
-    return found
+            scan.invalid.append((number, f"({name}): {error}"))
+    return scan
 
 
 class RowIndex:
-    """All rows of a batch, put together from looks. shard: (i, n), of n parts the i-th, from 1."""
+    """All rows of one shard of a batch, put together from scans.
+
+    Args:
+        shard: (i, n): the i-th of n parts, from 1.
+    """
 
     def __init__(self, shard: tuple[int, int] = (1, 1)):
         self.shard = shard
-        # id, as file systems compare it -> number of its line; ids of this part
-        self.first, self.names = {}, set()
-        self.bad, self.left, self.there, self.count = [], [], 0, 0
+        self.lines: dict[str, int] = {}  # id, as file systems compare it -> number of its line
+        self.names: set[str] = set()  # ids of this shard
+        self.invalid: list[tuple[int, str]] = []
+        self.pending: list[tuple[str, str, str, int]] = []
+        self.done = 0
+        self.count = 0  # lines of all shards
 
-    def add(self, found: RowScan):
-        """The next lines' look, in their order."""
-        twice = {}
-        for number, name in found.names:
-            first = self.first.setdefault(name.casefold(), number)
+    def add(self, scan: RowScan):
+        """Adds the scan of the next lines, in the order of the file."""
+        repeated = {}
+        for number, name in scan.names:
+            first = self.lines.setdefault(name.casefold(), number)
             if first != number:
-                twice[number] = f"has the id {name!r}, as line {first} has"
-        numbers = sorted({number for number, _ in (*found.names, *found.bad)})
-        mine = set(numbers[(self.shard[0] - 1 - self.count) % self.shard[1]::self.shard[1]])
+                repeated[number] = f"has the id {name!r}, as line {first} has"
+        numbers = sorted({number for number, _ in (*scan.names, *scan.invalid)})
+        index, count = self.shard
+        own = set(numbers[(index - 1 - self.count) % count::count])
         self.count += len(numbers)
-        self.names.update(name for number, name in found.names
-                          if number not in twice and number in mine)
-        self.bad += [
-            item for item in sorted({**dict(found.bad), **twice}.items()) if item[0] in mine
-        ]
-        self.there += sum(number not in twice and number in mine for number in found.done)
-        self.left += [item for item in found.left if item[3] not in twice and item[3] in mine]
+        own_rows = own - repeated.keys()
+        self.names.update(name for number, name in scan.names if number in own_rows)
+        invalid = {**dict(scan.invalid), **repeated}
+        self.invalid += [(number, invalid[number]) for number in sorted(invalid) if number in own]
+        self.done += len(own_rows.intersection(scan.done))
+        self.pending += [row for row in scan.pending if row[3] in own_rows]

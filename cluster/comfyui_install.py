@@ -1,5 +1,4 @@
-"""Where a machine's ComfyUI lies and how it is started there: what `ray start` had around it says
-so."""
+"""Finds this node's ComfyUI and its arguments from the environment `ray start` was run in."""
 import argparse
 import collections
 import importlib.metadata
@@ -10,8 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-# What is the server's own, or what a worker has of its own. Name -> the number of its values, as
-# argparse says it.
+# arguments of the server alone, and those a worker sets itself: name -> argparse's `nargs`
 NOT_FOR_WORKERS = {
     "--listen": "?",
     "--port": 1,
@@ -52,31 +50,43 @@ PATHS = "--extra-model-paths-config"
 
 
 class MachineError(RuntimeError):
-    """What a machine lacks for a workflow, in one sentence that does not yet name the machine:
-    another may have it."""
-
-
-def find_comfyui(elsewhere: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """The folder of this machine's ComfyUI: COMFYUI_PATH in the environment of `ray start`, else
-    the folder it was called in.
-
-    elsewhere: one to take where neither has it, such as the driver's own. Raises MachineError.
+    """A machine cannot run a workflow, though another may. Its message does not name the machine.
     """
-    # a default would be the driver's, sent along by value
+
+
+def find_comfyui(fallback_comfyui: str = "", environment: Mapping[str, str] | None = None) -> str:
+    """Returns the folder of this machine's ComfyUI.
+
+    That is COMFYUI_PATH in the environment of `ray start`, else the folder `ray start` was run in.
+
+    Args:
+        fallback_comfyui: a folder to try last, such as the driver's own ComfyUI.
+        environment: None for this process's.
+
+    Raises:
+        MachineError
+    """
+    # not a default value, which would be the driver's, sent along by value
     environment = os.environ if environment is None else environment
-    folder = first_comfyui((os.getcwd(), environment.get("PWD", ""), elsewhere), environment)
+    folder = first_comfyui((os.getcwd(), environment.get("PWD", ""), fallback_comfyui), environment)
     if not folder:
         raise MachineError(
-            "no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or call that"
-            " in its folder.")
+            "no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or run `ray"
+            " start` in its folder.")
     return folder
 
 
 def own_comfyui(pack: str, environment: Mapping[str, str] | None = None) -> str:
-    """The folder of the ComfyUI that a command of this pack uses, or "": COMFYUI_PATH, else the one
-    that the pack is in.
+    """Returns the folder of the ComfyUI that a command of this pack uses, or "".
 
-    pack: the pack's folder. Raises MachineError.
+    That is COMFYUI_PATH, else the ComfyUI that the pack is in.
+
+    Args:
+        pack: the pack's folder.
+        environment: None for this process's.
+
+    Raises:
+        MachineError
     """
     return first_comfyui(
         (os.path.dirname(os.path.dirname(pack)), os.path.join(pack, ".dev", "host")),
@@ -84,8 +94,11 @@ def own_comfyui(pack: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def first_comfyui(folders: Iterable[str], environment: Mapping[str, str]) -> str:
-    """COMFYUI_PATH, else the first of these folders that is a ComfyUI's, or "". Raises
-    MachineError."""
+    """Returns COMFYUI_PATH, else the first of the folders that is a ComfyUI's, or "".
+
+    Raises:
+        MachineError: COMFYUI_PATH is not a ComfyUI's folder.
+    """
     if named := environment.get("COMFYUI_PATH"):
         if not is_comfyui(named):
             raise MachineError(
@@ -97,60 +110,72 @@ def first_comfyui(folders: Iterable[str], environment: Mapping[str, str]) -> str
 
 
 def is_comfyui(folder: str) -> bool:
+    """Returns whether a folder is a ComfyUI's."""
     return all(os.path.exists(os.path.join(folder, part)) for part in ("main.py", "comfy"))
 
 
 def launch_arguments(has_gpu: bool, environment: Mapping[str, str] | None = None) -> list[str]:
-    """What stands behind main.py there: COMFYUI_ARGUMENTS, and --cpu where Ray gave the worker no
-    GPU (a Mac's aside).
+    """Returns the arguments of main.py: COMFYUI_ARGUMENTS, with --cpu for a worker without a GPU.
 
-    Raises MachineError.
+    Args:
+        has_gpu: whether Ray gave the worker a GPU. On a Mac, where Ray knows none, it does not
+            matter.
+        environment: None for this process's.
+
+    Raises:
+        MachineError
     """
     text = (os.environ if environment is None else environment).get("COMFYUI_ARGUMENTS", "")
     try:
-        given = shlex.split(text)
+        arguments = shlex.split(text)
     except ValueError as error:
         raise MachineError(
-            f"COMFYUI_ARGUMENTS is {text}, which cannot be taken apart ({error}): set it to what"
-            " stands behind main.py before `ray start`.") from error
-    return given if has_gpu or sys.platform == "darwin" or "--cpu" in given else ["--cpu", *given]
+            f"COMFYUI_ARGUMENTS is {text}, which cannot be taken apart ({error}): set it to the"
+            " arguments of main.py before `ray start`.") from error
+    needs_cpu = not has_gpu and sys.platform != "darwin" and "--cpu" not in arguments
+    return ["--cpu", *arguments] if needs_cpu else arguments
 
 
-def installed_versions(comfyui: str, given: list[str] = ()) -> dict[str, str]:
-    """{"ComfyUI", "torch", "Featherweight"} -> version, "" for one that is not there. Read from
-    files: nothing is started.
+def installed_versions(comfyui: str, arguments: Sequence[str] = ()) -> dict[str, str]:
+    """Returns {"ComfyUI", "torch", "Featherweight"} -> version, "" for what is not installed.
 
-    given: `launch_arguments`, which may say where the node packs lie.
+    Reads files and starts nothing.
+
+    Args:
+        comfyui: its folder.
+        arguments: `launch_arguments`, which may name the folder of the node packs.
     """
-    base = (
-        given[given.index("--base-directory") + 1] if "--base-directory" in given[:-1] else comfyui
-    )
+    base = comfyui
+    if "--base-directory" in arguments[:-1]:
+        base = arguments[arguments.index("--base-directory") + 1]
     return {
-        "ComfyUI": _quoted(os.path.join(comfyui, "comfyui_version.py"),
-                           "__version__"), "torch": _installed("torch"),
-        "Featherweight": _pack_version(os.path.join(base, "custom_nodes"))
+        "ComfyUI": _read_string(os.path.join(comfyui, "comfyui_version.py"), "__version__"),
+        "torch": _package_version("torch"),
+        "Featherweight": _pack_version(os.path.join(base, "custom_nodes")),
     }
 
 
-def _installed(package: str) -> str:
+def _package_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def _quoted(path: str, name: str) -> str:
+def _read_string(path: str, name: str) -> str:
+    """Returns "x" of the line `name = "x"` in a file, or ""."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:  # other packs' too
-            found = re.search(rf'^{name}\s*=\s*"([^"]+)"', file.read(), re.M)
-            return found[1] if found else ""
+        # errors: the files of other packs may have any encoding
+        with open(path, encoding="utf-8", errors="replace") as file:
+            match = re.search(rf'^{name}\s*=\s*"([^"]+)"', file.read(), re.M)
+            return match[1] if match else ""
     except OSError:
         return ""
 
 
 def is_pack(folder: str) -> bool:
-    """Whether a folder is a copy of this pack, of any version."""
-    return _quoted(os.path.join(folder, "pyproject.toml"), "name") == "featherweight"
+    """Returns whether a folder is a copy of this pack, of any version."""
+    return _read_string(os.path.join(folder, "pyproject.toml"), "name") == "featherweight"
 
 
 def _pack_version(custom_nodes: str) -> str:
@@ -160,59 +185,72 @@ def _pack_version(custom_nodes: str) -> str:
     except OSError:
         return ""
     projects = (os.path.join(folder, "pyproject.toml") for folder in folders if is_pack(folder))
-    return next((version for path in projects if (version := _quoted(path, "version"))), "")
+    return next((version for path in projects if (version := _read_string(path, "version"))), "")
 
 
-def version_difference(own_comfyui: dict[str, str], others: dict[str, str]) -> str:
-    """Say which `installed_versions` differ: "has ComfyUI 0.24.0 where the others have 0.30.0", or
-    "".
+def version_difference(versions: dict[str, str], expected: dict[str, str]) -> str:
+    """Returns "has ComfyUI 0.24.0 where the others have 0.30.0" where versions differ, else "".
 
-    Builds of one version (+cu130) do not differ, nor does what is not known.
+    Builds of one version (+cu130) do not differ, nor does a version that is not known.
+
+    Args:
+        versions: `installed_versions` of a machine.
+        expected: those of the others.
     """
     texts = []
-    for name, version in own_comfyui.items():
-        pair = [each.partition("+")[0] for each in (version, others.get(name, ""))]
-        if all(pair) and pair[0] != pair[1]:
-            texts.append(f"has {name} {pair[0]} where the others have {pair[1]}")
+    for name, version in versions.items():
+        own, other = _without_build(version), _without_build(expected.get(name, ""))
+        if own and other and own != other:
+            texts.append(f"has {name} {own} where the others have {other}")
     return ", ".join(texts)
 
 
 def majority_versions(machines: Iterable[dict[str, str]],
-                      own_comfyui: dict[str, str] | None = None) -> dict[str, str]:
-    """The `installed_versions` that most machines have, without builds; of two that as many have,
-    one's own."""
-    def plain(each):
-        return tuple((name, version.partition("+")[0]) for name, version in sorted(each.items()))
+                      own_versions: dict[str, str] | None = None) -> dict[str, str]:
+    """Returns the versions that most machines have, without builds; {} for no machines.
 
-    counts = collections.Counter(map(plain, machines))
-    return dict(
-        max(counts, key=lambda each: (counts[each], each == plain(own_comfyui or {})), default=()))
+    Args:
+        machines: `installed_versions` of each.
+        own_versions: those that win a tie.
+    """
+    def as_key(versions: dict[str, str]) -> tuple[tuple[str, str], ...]:
+        return tuple((name, _without_build(version)) for name, version in sorted(versions.items()))
+
+    counts = collections.Counter(map(as_key, machines))
+    own = as_key(own_versions or {})
+    return dict(max(counts, key=lambda key: (counts[key], key == own), default=()))
 
 
-def worker_environment(comfyui: str, given: Sequence[str]) -> dict[str, str]:
-    """Variables for workers of this machine that shall be as its running ComfyUI.
+def _without_build(version: str) -> str:
+    return version.partition("+")[0]
+
+
+def worker_environment(comfyui: str, arguments: Sequence[str]) -> dict[str, str]:
+    """Returns variables that make this machine's workers run as its running ComfyUI does.
 
     Args:
         comfyui: the folder of the ComfyUI that runs.
-        given: what stands behind its main.py.
+        arguments: those of its main.py.
     """
     return {
         "COMFYUI_PATH": os.path.abspath(comfyui),
-        "COMFYUI_ARGUMENTS": shlex.join(worker_arguments(given))
+        "COMFYUI_ARGUMENTS": shlex.join(worker_arguments(arguments))
     }
 
 
-def worker_arguments(given: Sequence[str]) -> list[str]:
-    """Arguments of a ComfyUI without those of its server, and with folders that mean the same from
-    elsewhere."""
+def worker_arguments(arguments: Sequence[str]) -> list[str]:
+    """Returns ComfyUI's arguments without those of its server, and with absolute paths."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, values in NOT_FOR_WORKERS.items():
-        parser.add_argument(name,
-                            **({"action": "store_true"} if values == 0 else {"nargs": values}))
+    for name, nargs in NOT_FOR_WORKERS.items():
+        if nargs == 0:
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, nargs=nargs)
     for name in FOLDERS:
         parser.add_argument(name, dest=name)
     parser.add_argument(PATHS, dest=PATHS, nargs="+", action="append", default=[])
-    found, rest = parser.parse_known_args(given)
-    folders = [[name, os.path.abspath(vars(found)[name])] for name in FOLDERS if vars(found)[name]]
-    files = [os.path.abspath(path) for path in itertools.chain(*vars(found)[PATHS])]
-    return [*itertools.chain(*folders), *([PATHS, *files] if files else []), *rest]
+    namespace, others = parser.parse_known_args(arguments)
+    options = vars(namespace)
+    folders = [[name, os.path.abspath(options[name])] for name in FOLDERS if options[name]]
+    files = [os.path.abspath(path) for path in itertools.chain(*options[PATHS])]
+    return [*itertools.chain(*folders), *([PATHS, *files] if files else []), *others]

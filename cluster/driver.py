@@ -1,9 +1,8 @@
-"""The process between ComfyUI and Ray: a cluster that goes away, or Ray itself, ends no ComfyUI,
-which imports no ray.
+"""The driver: a process between ComfyUI and Ray, so that no failure of Ray ends ComfyUI.
 
-ComfyUI (`cluster/driver_pool.py`) writes requests to its standard input, and it answers on its
-standard output, see `messages.py`. It ends when its input does, so it does not outlive ComfyUI, nor
-does a Ray that it started itself.
+ComfyUI (`cluster/driver_pool.py`) imports no ray. It writes requests to the driver's standard input
+and reads events from its standard output, see `messages.py`. The driver ends when its input does,
+so neither it nor a Ray that it started outlives ComfyUI.
 """
 import contextlib
 import logging
@@ -13,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from . import by_value
 from .actor_pool import ActorPool, Share, machine_resources, share_out
@@ -23,39 +23,50 @@ from .prompt_run import PromptRun
 from .ray_connection import connect, named_cluster
 from .worker import PromptWorker
 
-END_SECONDS = 5  # that Ray has to end after ComfyUI
-THREADS = 64  # of a worker: prompts that are cancelled, one that is drawn, and one that waits
+END_SECONDS = 5  # for Ray to end after ComfyUI
+THREADS = 64  # of a worker: for prompts that are being cancelled, one that runs and one that waits
 
 
 class Cancelled(Exception):
     """ComfyUI has cancelled this run, or ended."""
 
 
-def plan(machines: list[dict[str, float]], workers: int = 0,
-         on_cpu: bool = False) -> tuple[int, Share]:
-    """How many workers there are, and what each of them gets.
+def plan_workers(machines: list[dict[str, float]], workers: int = 0,
+                 on_cpu: bool = False) -> tuple[int, Share]:
+    """Returns how many workers to start and what each of them gets.
 
     Args:
-        machines: {"CPU": .., "GPU": ..} of each.
-        workers: 0 for one on each GPU, or on each machine where none has a GPU.
+        machines: resources of each, {"CPU": 8.0, "GPU": 1.0}.
+        workers: 0 for one on each GPU, or on each machine if none has a GPU.
         on_cpu: whether GPUs are left unused.
     """
     share = share_out(machines, gpus=0.0 if on_cpu else None, workers=workers)
-    rooms = [room for room in map(share.room, machines) if room]
-    return min(workers or (sum(rooms) if share.gpus else len(rooms)), sum(rooms)), share
+    counts = [count for count in map(share.worker_count, machines) if count]
+    if not workers:
+        workers = sum(counts) if share.gpus else len(counts)
+    return min(workers, sum(counts)), share
 
 
 class Driver:
-    """say: takes a header and data for ComfyUI."""
+    """Serves the requests of ComfyUI.
 
-    def __init__(self, say):
-        self.say, self.pool = say, None
-        self.inbox, self.cancelled, self.is_ending = queue.SimpleQueue(), set(), False
+    Args:
+        send: sends ComfyUI a header, and bytes of data if there are any.
+    """
 
-    def take(self, header: dict | None):
-        """Takes a request in any thread.
+    def __init__(self, send: Callable[..., None]):
+        self.send = send
+        self.pool: ActorPool | None = None
+        self.inbox = queue.SimpleQueue()
+        self.cancelled: set[int] = set()
+        self.is_ending = False
 
-        header: {"op": "run", "number", ...} (see `run`), {"op": "cancel", "number"}, None to end.
+    def accept(self, header: dict | None):
+        """Accepts a request in any thread.
+
+        Args:
+            header: {"op": "run", "number", ...} (see `run`), {"op": "cancel", "number"}, or None
+                to end.
         """
         self.is_ending = header is None
         if header and header["op"] == "cancel":
@@ -64,8 +75,7 @@ class Driver:
             self.inbox.put(header)
 
     def serve(self):
-        """Answers requests in turn. Workers end when none comes for as long as the last one
-        said."""
+        """Answers requests in turn, and ends workers that were idle for the last request's time."""
         idle_seconds = None
         while True:
             try:
@@ -76,73 +86,85 @@ class Driver:
                 continue
             if request is None:
                 return
-            given = {name: value for name, value in request.items() if name not in ("op", "number")}
-            self.answer(request["number"], given)
+            arguments = {
+                name: value for name, value in request.items() if name not in ("op", "number")
+            }
+            self.answer(request["number"], arguments)
             idle_seconds = request["idle_seconds"] if self.pool else None
 
-    def answer(self, number: int, request: dict):
-        ended = {"number": number, "event": "done"}
+    def answer(self, number: int, arguments: dict):
+        """Runs a request and sends its last event: done, cancelled or error."""
+        header = {"number": number, "event": "done"}
         try:
-            self.run(number, **request)
+            self.run(number, **arguments)
         except Cancelled:
-            ended = {"number": number, "event": "cancelled"}
+            header["event"] = "cancelled"
         except (MachineError, GraphError, MessageError) as error:
-            ended = {"number": number, "event": "error", "message": str(error)}
+            header |= {"event": "error", "message": str(error)}
         except Exception as error:
             logging.exception("Run on Ray")
-            ended = {"number": number, "event": "error",
-                     "message": f"Ray failed: {type(error).__name__}: {one_line(error, 600)}"}
+            message = f"Ray failed: {type(error).__name__}: {one_line(error, 600)}"
+            header |= {"event": "error", "message": message}
         self.cancelled.discard(number)
-        self.say(ended)
+        self.send(header)
 
     def run(self, number: int, graph: dict, changes: list[dict], extra: dict, workers: int,
             idle_seconds: float, comfyui: str, on_cpu: bool):
-        """Draws the items of a run.
+        """Renders the items of a run.
 
-        Says {"number", "event", "item", "value"} for each event of `PromptRun`, where a preview is
-        the data, and for each picture {"number", "event": "image", "item", "index", "of", "shape"}
-        with its values as the data.
+        Sends {"number", "event", "item", "value"} for each event of `PromptRun`, with a preview as
+        data, and for each image {"number", "event": "image", "item", "index", "of", "shape"} with
+        its float32 values as data.
+
+        Args:
+            number: of the run.
+            graph: the workflow.
+            changes: for each item, its changes to the workflow.
+            extra: see `EmbeddedComfyUI.run`.
+            workers: how many to start, see `plan_workers`.
+            idle_seconds: after which idle workers end.
+            comfyui: the fallback of `find_comfyui`.
+            on_cpu: whether GPUs are left unused.
         """
-        def tell(item: int, event: str, data):
+        def on_event(item: int, event: str, data):
             header = {"number": number, "event": event, "item": item}
             if event == "preview":
-                self.say(header, data)
+                self.send(header, data)
             elif event == "images":
                 for index, image in enumerate(data):
                     position = {"index": index, "of": len(data), "shape": image.shape}
-                    self.say({**header, "event": "image", **position}, memoryview(image).cast("B"))
+                    self.send({**header, "event": "image", **position}, memoryview(image).cast("B"))
             else:
-                self.say({**header, "value": data})
+                self.send({**header, "value": data})
 
         def check():
             if self.is_ending or number in self.cancelled:
                 raise Cancelled
 
-        size, share = plan(list(machine_resources().values()), workers, on_cpu)
-        size = min(size, len(changes))
-        if not size:
+        count, share = plan_workers(list(machine_resources().values()), workers, on_cpu)
+        count = min(count, len(changes))
+        if not count:
             raise MachineError("The Ray cluster has no machine with a GPU or a CPU to run on.")
-        self.say({"number": number, "event": "workers", "value": size})
+        self.send({"number": number, "event": "workers", "value": count})
         if self.pool and self.pool.share != share:
             self.pool.end_all()
             self.pool = None
         self.pool = self.pool or ActorPool(PromptWorker, (comfyui,), share, THREADS)
-        PromptRun(self.pool, graph, changes, extra, size, tell, check).draw()
+        PromptRun(self.pool, graph, changes, extra, count, on_event, check).draw()
 
 
 def main():
-    """Connects to the cluster that the environment names, or else starts a Ray for this computer
-    alone, and serves runs."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed here goes to the log
-    driver = Driver(lambda header, data=b"": write(answers, header, data))
+    """Connects to the cluster that the environment names, or a private Ray, and serves runs."""
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what this process prints goes to the log
+    driver = Driver(lambda header, data=b"": write(output, header, data))
 
     def listen():
         with contextlib.suppress(MessageError):
             while (message := read(sys.stdin.buffer)) is not None:
-                driver.take(message[0])
-        driver.take(None)
-        time.sleep(END_SECONDS)  # a daemon's thread: there is no such time if all ends by itself
+                driver.accept(message[0])
+        driver.accept(None)
+        time.sleep(END_SECONDS)  # cut short if all ends by itself, as this is a daemon thread
         if hasattr(os, "killpg"):
             os.killpg(os.getpgid(0), signal.SIGKILL)
         os._exit(1)
@@ -152,12 +174,12 @@ def main():
         connect(named_cluster() or "local")
     except MachineError as error:
         with contextlib.suppress(OSError):  # ComfyUI may have ended meanwhile
-            driver.say({"number": None, "event": "error", "message": str(error)})
-        os._exit(1)  # a thread that waits for an address would hold this process
+            driver.send({"number": None, "event": "error", "message": str(error)})
+        os._exit(1)  # a thread that still waits for an address would keep this process alive
     import ray
 
     by_value(ray.cloudpickle)
-    driver.say({"number": None, "event": "joined"})
+    driver.send({"number": None, "event": "joined"})
     with contextlib.suppress(OSError):  # ComfyUI may have ended meanwhile
         driver.serve()
     ray.shutdown()

@@ -1,8 +1,11 @@
-"""A ComfyUI in this process, by the host's own start and without its web server: every node pack
-works, models stay loaded."""
+"""Runs ComfyUI in this process, without its web server.
+
+It is started by ComfyUI's own code, so every node pack works, and models stay loaded.
+"""
 import asyncio
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -21,19 +24,26 @@ import filelock
 from .comfyui_install import MachineError, is_pack
 from .graph import RESULT_NODE, GraphError, classes, one_line, texts
 
-PREVIEW_WITH_METADATA = 4  # the host's `protocol.BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA`
+PREVIEW_WITH_METADATA = 4  # ComfyUI's `protocol.BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA`
 SCRATCH = "featherweight-worker-"
-# in a scratch folder, held as long as its process lives, which has another number in another
-# container
+# a file in a scratch folder, locked while its process lives; a process id would not do, as it is
+# another one in another container
 LOCK = ".lock"
-FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 OUT_OF_MEMORY = (
     "MemoryError",
     "OutOfMemoryError",
     "torch.OutOfMemoryError",
     "torch.cuda.OutOfMemoryError",
 )
+MEDIA_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov", ".wav", ".mp3",
+    ".flac",
+}
 FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
+
+
+OnEvent = Callable[[str | int, dict | bytes], object]
 
 
 class Cancelled(Exception):
@@ -42,28 +52,36 @@ class Cancelled(Exception):
 
 @dataclass
 class PromptResult:
-    """What a prompt gave. files: `<node>_<n>.<ext>` -> bytes, of what it saved, else of what it
-    previewed.
+    """The result of a prompt.
 
-    images: what `graph.with_result` asked for, float32 (N, H, W, C), or None.
+    Args:
+        files: `<node>_<n>.<ext>` -> bytes of the files it saved, or else previewed.
+        images: of the node of `graph.with_result`, float32 (N, H, W, C), or None.
     """
     files: dict[str, bytes] = field(default_factory=dict)
     images: object = None
 
 
 class PromptListener:
-    """Receives one prompt's events in the place of a browser's websocket, whose methods
-    `PromptServer` awaits.
+    """Receives one prompt's websocket events: progress, previews, completion.
+
+    It takes the place of a browser's websocket, whose methods `PromptServer` awaits.
 
     Args:
-        on_event: is called with (event, data) of this prompt and no other, in ComfyUI's loop, so it
-            must return at once. event: a name, with a dict, or a number, with bytes.
-        started: is called with this listener when ComfyUI begins the prompt.
+        prompt_id: events of other prompts are ignored.
+        on_event: is called with (event, data): a name and a dict, or a number and bytes. It runs in
+            ComfyUI's event loop, so it must return at once.
+        on_start: is called with this listener when ComfyUI begins the prompt.
     """
 
-    def __init__(self, prompt_id: str, on_event: Callable | None, started: Callable):
-        self.prompt_id, self.on_event, self.started = prompt_id, on_event, started
-        self.ended, self.cancelled, self.running = threading.Event(), False, False
+    def __init__(self, prompt_id: str, on_event: OnEvent | None,
+                 on_start: Callable[["PromptListener"], None]):
+        self.prompt_id = prompt_id
+        self.on_event = on_event
+        self.on_start = on_start
+        self.ended = threading.Event()
+        self.cancelled = False
+        self.running = False
 
     async def send_json(self, message: dict):
         event, data = message["type"], message["data"]
@@ -71,73 +89,85 @@ class PromptListener:
             return
         if event == "execution_start":
             self.running = True
-            self.started(self)
+            self.on_start(self)
         if self.on_event:
             self.on_event(event, data)
-        if event == "executing" and data.get("node") is None:  # after the history has it
+        # sent after the prompt was added to the history
+        if event == "executing" and data.get("node") is None:
             self.running = False
             self.ended.set()
 
     async def send_bytes(self, message: bytes):
         if self.on_event and self.running:
             event, data = struct.unpack(">I", message[:4])[0], bytes(message[4:])
-            if event != PREVIEW_WITH_METADATA or self._is_mine(data):
+            if event != PREVIEW_WITH_METADATA or self._is_own(data):
                 self.on_event(event, data)
 
-    def _is_mine(self, data: bytes) -> bool:
+    def _is_own(self, data: bytes) -> bool:
         length = struct.unpack(">I", data[:4])[0]
         return json.loads(data[4:4 + length]).get("prompt_id", self.prompt_id) == self.prompt_id
 
 
 class EmbeddedComfyUI:
-    """ComfyUI, started once per process. comfyui: its folder. arguments: what stands behind
-    main.py.
+    """ComfyUI, started once per process.
 
-    What it writes goes to a folder of its own, which is empty again after each prompt. Raises
-    MachineError.
+    It writes to a folder of its own, which is emptied after each prompt.
+
+    Args:
+        comfyui: its folder.
+        arguments: those of main.py.
+
+    Raises:
+        MachineError: it did not start.
     """
 
     def __init__(self, comfyui: str, arguments: Sequence[str] = ()):
         sweep_dead()
         self.scratch, self.scratch_lock = make_scratch()
-        # the host wraps their buffers; freed, those would close under it
+        # ComfyUI wraps their buffers, which close when the streams are freed
         self.streams = sys.stdout, sys.stderr
-        self.results, self.listeners, self.lock = {}, {}, threading.Lock()
-        failed = []
+        self.results: dict[str, object] = {}  # prompt id -> images of its result node
+        self.listeners: dict[str, PromptListener] = {}  # by prompt id
+        self.lock = threading.Lock()
+        errors = []
 
-        def boot():  # its event loop must not be that of the thread that asks
+        def boot():  # in a thread: its event loop must not be the caller's
             try:
                 self._boot(comfyui, arguments)
             except BaseException as error:
-                failed.append(error)
+                errors.append(error)
 
         thread = threading.Thread(target=boot, name="ComfyUI starts")
         thread.start()
         thread.join()
-        if failed:
+        if errors:
             self.close()
-            said = one_line(f"{type(failed[0]).__name__}: {failed[0]}")
-            raise MachineError(f"ComfyUI in {comfyui} did not start: {said}") from failed[0]
+            message = one_line(f"{type(errors[0]).__name__}: {errors[0]}")
+            raise MachineError(f"ComfyUI in {comfyui} did not start: {message}") from errors[0]
 
     def _boot(self, comfyui: str, arguments: Sequence[str]):
-        os.makedirs(os.path.join(self.scratch, "output"))
-        # whose nodes/ is none of the host
+        output = os.path.join(self.scratch, "output")
+        os.makedirs(output)
+        # without this pack, whose nodes/ would hide ComfyUI's nodes.py
         sys.path[:] = [comfyui, *(path for path in sys.path if not is_pack(path))]
         os.chdir(comfyui)
         sys.argv = [
-            os.path.join(comfyui, "main.py"), "--output-directory",
-            os.path.join(self.scratch,
-                         "output"), "--temp-directory", self.scratch, "--database-url",
-            "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", *arguments
+            os.path.join(comfyui, "main.py"),
+            "--output-directory", output,
+            "--temp-directory", self.scratch,
+            "--database-url", "sqlite:///:memory:",
+            "--disable-api-nodes",
+            "--disable-auto-launch",
+            *arguments,
         ]
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        # before torch: it sets up paths, devices and dynamic VRAM as `python main.py` does
+        # before torch, as it sets up paths, devices and dynamic VRAM
         import main
 
         self.loop, self.server, _ = main.start_comfyui()
-        # its progress hook asks for them outside of a prompt too
+        # the progress hook reads them outside of a prompt too
         self.server.last_prompt_id = self.server.last_node_id = None
         import execution
         import folder_paths
@@ -145,27 +175,30 @@ class EmbeddedComfyUI:
         import nodes
 
         nodes.NODE_CLASS_MAPPINGS[RESULT_NODE] = result_node(self.results)
-        self.validate_prompt, self.folders = execution.validate_prompt, folder_paths
-        self.interrupt, self.node_classes = nodes.interrupt_processing, nodes.NODE_CLASS_MAPPINGS
-        threading.Thread(target=self._publish, daemon=True, name="ComfyUI tells").start()
+        self.validate_prompt = execution.validate_prompt
+        self.folders = folder_paths
+        self.interrupt = nodes.interrupt_processing
+        self.node_classes = nodes.NODE_CLASS_MAPPINGS
+        threading.Thread(target=self._publish, daemon=True, name="ComfyUI's events").start()
 
     def _publish(self):
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(self.server.publish_loop())
 
-    def run(self, graph: dict, on_event: Callable | None = None, prompt_id: str | None = None,
+    def run(self, graph: dict, on_event: OnEvent | None = None, prompt_id: str | None = None,
             extra: dict | None = None) -> PromptResult:
-        """Runs a graph to its end. Prompts of several threads wait for each other.
+        """Runs a graph to its end. Prompts of several threads run one after another.
 
         Args:
+            graph: the workflow.
             on_event: see `PromptListener`.
-            prompt_id: a name for `cancel`, new each time.
+            prompt_id: a name for `cancel`, a new one each time.
             extra: ComfyUI's extra data, such as {"preview_method": "auto"}.
 
         Raises:
-            GraphError: the workflow is at fault, on any machine.
-            MachineError: this machine is.
-            Cancelled: by `cancel`.
+            GraphError: the workflow fails on any machine.
+            MachineError: this machine cannot run it.
+            Cancelled: `cancel` was called.
         """
         prompt_id = prompt_id or str(uuid.uuid4())
         if any(node["class_type"] == RESULT_NODE for node in graph.values()):
@@ -173,7 +206,7 @@ class EmbeddedComfyUI:
                 name: {**node, "inputs": {**node["inputs"], "key": prompt_id}}
                 if node["class_type"] == RESULT_NODE else node for name, node in graph.items()
             }
-        listener = PromptListener(prompt_id, on_event, self._started)
+        listener = PromptListener(prompt_id, on_event, self._interrupt_if_cancelled)
         with self.lock:
             self.listeners[prompt_id] = listener
         self.server.sockets[prompt_id] = listener
@@ -181,42 +214,48 @@ class EmbeddedComfyUI:
             "feature_flags": {"supports_preview_metadata": True}
         }
         try:
-            entry = self._entry(graph, listener, dict(extra or {}))
-            files = self._files(entry["outputs"])
-            # the host took the saving node's answer of an alike prompt, whose files are gone
+            files = self._read_files(self._execute(graph, listener, dict(extra or {})))
+            # ComfyUI used the saving node's cached output of an equal prompt, whose files are gone
             if files is None:
-                self._forget()
+                self._clear_cache()
                 listener.ended.clear()
-                files = self._files(self._entry(graph, listener, dict(extra or {}))["outputs"])
+                files = self._read_files(self._execute(graph, listener, dict(extra or {})))
             return PromptResult(files or {}, self.results.pop(prompt_id, None))
         finally:
             self.results.pop(prompt_id, None)
-            for kept in (self.listeners, self.server.sockets, self.server.sockets_metadata):
-                kept.pop(prompt_id, None)
+            self.listeners.pop(prompt_id, None)
+            self.server.sockets.pop(prompt_id, None)
+            self.server.sockets_metadata.pop(prompt_id, None)
             if not self.listeners:
-                self._sweep()
+                self._clear_outputs()
 
     def validate(self, graph: dict, prompt_id: str = "check") -> list[str]:
-        """Has ComfyUI validate a graph. Returns its output nodes. Raises GraphError,
-        MachineError."""
+        """Validates a graph by ComfyUI's own code and returns the ids of its output nodes.
+
+        Raises:
+            GraphError: the workflow fails on any machine.
+            MachineError: this machine cannot run it.
+        """
         valid, error, outputs, node_errors = asyncio.run_coroutine_threadsafe(
             self.validate_prompt(prompt_id, graph, None), self.loop).result()
         if not valid:
-            self._refuse(graph, error, node_errors)
+            self._raise_invalid(graph, error, node_errors)
         return outputs
 
-    def _entry(self, graph: dict, listener: PromptListener, extra: dict) -> dict:
-        """The host's history of a prompt that went well."""
-        prompt_id, queue = listener.prompt_id, self.server.prompt_queue
-        asked = self.server.trigger_on_prompt(
+    def _execute(self, graph: dict, listener: PromptListener, extra: dict) -> dict:
+        """Queues a prompt, waits for its end and returns its outputs by node."""
+        prompt_id = listener.prompt_id
+        queue = self.server.prompt_queue
+        request = self.server.trigger_on_prompt(
             {"prompt": graph, "client_id": prompt_id, "extra_data": extra})
-        graph, extra = asked["prompt"], {**asked.get("extra_data", {}), "client_id": prompt_id}
+        graph = request["prompt"]
+        extra = {**request.get("extra_data", {}), "client_id": prompt_id}
         outputs = self.validate(graph, prompt_id)
         with self.lock:
             if listener.cancelled:
                 raise Cancelled
-            # first come, first served
-            number, self.server.number = self.server.number, self.server.number + 1
+            number = self.server.number  # the queue's priority: first come, first served
+            self.server.number += 1
             queue.put((number, prompt_id, graph, extra, outputs, {}))
         while not (listener.ended.wait(1) or queue.get_history(prompt_id)):
             pass
@@ -225,12 +264,12 @@ class EmbeddedComfyUI:
         if listener.cancelled:
             raise Cancelled
         if entry["status"]["status_str"] != "success":
-            self._fail(graph, entry["status"]["messages"])
-        return entry
+            self._raise_failed(graph, entry["status"]["messages"])
+        return entry["outputs"]
 
-    def _forget(self):
-        """Have the host drop the answers of its nodes that it keeps, so that the next prompt runs
-        whole."""
+    def _clear_cache(self):
+        """Makes ComfyUI drop the cached outputs of nodes, so that the next prompt runs all nodes.
+        """
         queue = self.server.prompt_queue
         with queue.mutex:
             queue.set_flag("unload_models", False)
@@ -239,7 +278,7 @@ class EmbeddedComfyUI:
             time.sleep(0.01)
 
     def cancel(self, prompt_id: str):
-        """End a prompt whether it waits or runs, and no other; `run` raises Cancelled."""
+        """Ends one prompt, whether it waits or runs; its `run` raises Cancelled."""
         queue = self.server.prompt_queue
         with self.lock:
             listener = self.listeners.get(prompt_id)
@@ -248,11 +287,13 @@ class EmbeddedComfyUI:
             listener.cancelled = True
             if queue.delete_queue_item(lambda item: item[1] == prompt_id):
                 listener.ended.set()
-        self._started(listener)
+        self._interrupt_if_cancelled(listener)
 
-    def _started(self, listener: PromptListener):
-        """Interrupt a prompt that was cancelled: the host forgets an interruption when a prompt
-        starts, so here once more."""
+    def _interrupt_if_cancelled(self, listener: PromptListener):
+        """Interrupts a cancelled prompt if it runs.
+
+        Called by `cancel` and when a prompt starts, as ComfyUI then resets an interruption.
+        """
         queue = self.server.prompt_queue
         with queue.mutex:
             if listener.cancelled and any(
@@ -260,76 +301,71 @@ class EmbeddedComfyUI:
             ):
                 self.interrupt()
 
-    # --- what went wrong ---
+    # --- errors ---
 
-    def _refuse(self, graph: dict, error: dict, node_errors: dict):
+    def _raise_invalid(self, graph: dict, error: dict, node_errors: dict):
+        """Raises what ComfyUI's validation says: MachineError or GraphError."""
         if error["type"] == "missing_node_type":
             missing = sorted(classes(graph) - self.node_classes.keys())
             raise MachineError(
-                f"has no node {' and none '.join(map(repr, missing))}: the pack it comes from is"
-                " not installed or did not load.")
-        self._lacks_files(graph)
-        said = [f"node {name} ({found['class_type']}): {reason['message']}: {reason['details']}"
-                for name, found in (node_errors or {}).items() for reason in found["errors"]]
-        raise GraphError(one_line("; ".join(said) or f"{error['message']}: {error['details']}"))
+                f"has no node {' and no '.join(map(repr, missing))}: the pack it comes from is not"
+                " installed or did not load.")
+        self._check_files(graph)
+        reasons = [f"node {name} ({node['class_type']}): {reason['message']}: {reason['details']}"
+                   for name, node in (node_errors or {}).items() for reason in node["errors"]]
+        raise GraphError(one_line("; ".join(reasons) or f"{error['message']}: {error['details']}"))
 
-    def _fail(self, graph: dict, messages: Sequence):
-        data = next(
-            (data
-             for event, data in messages if event in ("execution_error", "execution_interrupted")),
-            {})
-        said, kind = (
-            str(data.get("exception_message", "it was interrupted")),
-            data.get("exception_type", ""),
-        )
-        where = f"node {data.get('node_id')} ({data.get('node_type')})"
-        if kind in OUT_OF_MEMORY:
-            raise MachineError(f"has not enough memory for {where}: {one_line(said)}")
-        if any(f"[Errno {number}]" in said or os.strerror(number) in said for number in FULL):
-            raise MachineError(f"has no space left on its disk for {where}: {one_line(said)}")
-        self._lacks_files(graph)
-        raise GraphError(f"{where}: {one_line(said)}")
+    def _raise_failed(self, graph: dict, messages: Sequence):
+        """Raises what ended a prompt: MachineError or GraphError. messages: of its history."""
+        events = ("execution_error", "execution_interrupted")
+        data = next((data for event, data in messages if event in events), {})
+        reason = str(data.get("exception_message", "it was interrupted"))
+        node = f"node {data.get('node_id')} ({data.get('node_type')})"
+        if data.get("exception_type") in OUT_OF_MEMORY:
+            raise MachineError(f"has not enough memory for {node}: {one_line(reason)}")
+        if any(f"[Errno {number}]" in reason or os.strerror(number) in reason
+               for number in DISK_FULL):
+            raise MachineError(f"has no space left on its disk for {node}: {one_line(reason)}")
+        self._check_files(graph)
+        raise GraphError(f"{node}: {one_line(reason)}")
 
-    def _lacks_files(self, graph: dict):
-        """Raises MachineError where the graph names a file that is in none of this ComfyUI's
-        folders."""
+    def _check_files(self, graph: dict):
+        """Raises MachineError if the graph names files that are missing from ComfyUI's folders."""
+        suffixes = self._suffixes()
         missing = [
-            f"{value!r} ({place})" for place, value in texts(graph).items()
+            f"{value!r} ({path})" for path, value in texts(graph).items()
             if FILE_NAME.fullmatch(value)
-            and os.path.splitext(value)[1].lower() in self._suffixes() and not self._is_here(value)
+            and os.path.splitext(value)[1].lower() in suffixes and not self._has_file(value)
         ]
         if missing:
             raise MachineError(
-                f"has no file {' and none '.join(missing)} in the folders of its ComfyUI.")
+                f"has no file {' and no '.join(missing)} in the folders of its ComfyUI.")
 
     def _suffixes(self) -> set[str]:
-        pictures = {
-            ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov", ".wav",
-            ".mp3", ".flac"
-        }
-        return pictures.union(
-            *(suffixes for _, suffixes in self.folders.folder_names_and_paths.values() if suffixes)
-        ) - {""}
+        """Returns the suffixes of models and media."""
+        folders = self.folders.folder_names_and_paths.values()
+        return MEDIA_SUFFIXES.union(*(suffixes for _, suffixes in folders if suffixes)) - {""}
 
-    def _is_here(self, name: str) -> bool:
+    def _has_file(self, name: str) -> bool:
         name = name.removesuffix(" [input]")
-        folders = [
-            folder for found, _ in self.folders.folder_names_and_paths.values() for folder in found
-        ]
+        model_folders = itertools.chain.from_iterable(
+            paths for paths, _ in self.folders.folder_names_and_paths.values())
         return any(
             os.path.exists(os.path.join(folder, name))
-            for folder in [self.folders.get_input_directory(), *folders])
+            for folder in [self.folders.get_input_directory(), *model_folders])
 
-    # --- what it wrote ---
+    # --- the files it writes ---
 
-    def _files(self, outputs: dict) -> dict[str, bytes] | None:
-        """Name -> bytes of what nodes saved, or else previewed. None where one of them is gone."""
+    def _read_files(self, outputs: dict) -> dict[str, bytes] | None:
+        """Returns name -> bytes of the files nodes saved, or else previewed; None if one is gone.
+        """
         items = [(re.sub("[^A-Za-z0-9-]", "-", node), item)
-                 for node, found in sorted(outputs.items()) for listed in found.values()
-                 if isinstance(listed, list) for item in listed
+                 for node, output in sorted(outputs.items()) for values in output.values()
+                 if isinstance(values, list) for item in values
                  if isinstance(item, dict) and item.get("filename") and item.get("type") != "input"]
         saved = [(node, item) for node, item in items if item.get("type", "output") == "output"]
-        files, counts = {}, {}
+        files: dict[str, bytes] = {}
+        counts: dict[str, int] = {}  # by node as the name has it, so of 9:1 and 9-1 together
         for node, item in saved or items:
             folder = os.path.join(self.scratch, "output" if saved else "temp")
             path = os.path.join(folder, item.get("subfolder") or "", item["filename"])
@@ -338,55 +374,59 @@ class EmbeddedComfyUI:
                     data = file.read()
             except FileNotFoundError:
                 return None
-            count = counts[node] = counts.get(node, -1) + 1  # of 9:1 and 9-1 together
-            # names of other rows have one before node and number
-            ending = os.path.splitext(path)[1].replace("_", "-")
-            files[f"{node}_{count}{ending}"] = data
+            count = counts[node] = counts.get(node, -1) + 1
+            # the store's names have underscores only before the node and before the number
+            suffix = os.path.splitext(path)[1].replace("_", "-")
+            files[f"{node}_{count}{suffix}"] = data
         return files
 
-    def _sweep(self):
+    def _clear_outputs(self):
         for name in ("output", "temp"):
             for entry in os.scandir(os.path.join(self.scratch, name)):
                 with contextlib.suppress(OSError):
-                    shutil.rmtree(entry.path) if entry.is_dir(
-                        follow_symlinks=False) else os.unlink(entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path)
+                    else:
+                        os.unlink(entry.path)
 
     def close(self):
-        """Remove the folder of what it wrote. The ComfyUI goes with its process."""
+        """Removes the scratch folder. The ComfyUI itself ends with its process."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch_lock.release()
 
 
 def make_scratch() -> tuple[str, filelock.BaseFileLock]:
-    """(a new folder for what a ComfyUI writes, its lock, held)."""
+    """Makes a folder that a ComfyUI writes to. Returns it and its lock, which is held."""
     while True:
         folder = tempfile.mkdtemp(prefix=SCRATCH)
         lock = filelock.FileLock(os.path.join(folder, LOCK), thread_local=False)
         with contextlib.suppress(FileNotFoundError):
             lock.acquire()
-            # else another process has swept it before it was locked
+            # otherwise another process removed it before it was locked
             if os.path.exists(os.path.join(folder, LOCK)):
                 return folder, lock
             lock.release()
 
 
 def sweep_dead():
-    """Remove what processes that were killed left of their folders for what ComfyUI writes."""
+    """Removes the scratch folders of processes that were killed."""
     with os.scandir(tempfile.gettempdir()) as entries:
         folders = [entry.path for entry in entries if entry.name.startswith(SCRATCH)]
     for folder in folders:
-        if os.path.exists(os.path.join(folder, LOCK)):
-            with contextlib.suppress(filelock.Timeout,
-                                     OSError), filelock.FileLock(os.path.join(folder, LOCK),
-                                                                 timeout=0):
+        path = os.path.join(folder, LOCK)
+        if os.path.exists(path):
+            with contextlib.suppress(filelock.Timeout, OSError), filelock.FileLock(path, timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def result_node(results: dict):
-    """The class of the node that hands pictures to `EmbeddedComfyUI.run`, by the prompt's name."""
+    """Returns the class of the node that puts its images into `results` under the prompt's id."""
 
     class Result:
-        RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "keep", True, "Featherweight"
+        RETURN_TYPES = ()
+        FUNCTION = "keep"
+        OUTPUT_NODE = True
+        CATEGORY = "Featherweight"
 
         @classmethod
         def INPUT_TYPES(cls):
@@ -394,7 +434,7 @@ def result_node(results: dict):
 
         @classmethod
         def IS_CHANGED(cls, **_):
-            return float("nan")  # always anew
+            return float("nan")  # differs from itself, so the node always runs
 
         def keep(self, images, key):
             results[key] = images

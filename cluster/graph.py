@@ -1,34 +1,40 @@
-"""Workflows in API format: {"4": {"class_type": "CLIPTextEncode", "inputs": {"text": "...", "clip":
-["2", 0]}}, ...}
+"""Reads, changes and compares workflows in API format. Standard library only.
 
-A place in one is "4.text", a link [node, output]. Standard library only.
+A workflow is {"4": {"class_type": "CLIPTextEncode", "inputs": {"text": "...", "clip": ["2", 0]}},
+...}. The path of an input is "4.text"; a link is [node, output].
 """
 import hashlib
 import json
 from collections.abc import Mapping
 
-# the class of the node that `with_result` adds; `cluster/embedded_comfyui.py` has it
+# the class of the node that `with_result` adds; `cluster/embedded_comfyui.py` defines it
 RESULT_NODE = "FeatherweightResult"
 
 
 class GraphError(ValueError):
-    """What is wrong with a workflow or with a row of changes to it, in one sentence: it fails alike
-    on every machine."""
+    """A workflow or a row of changes to it is wrong, and would fail on every machine."""
 
 
 def read(text: str, name: str = "The workflow") -> dict[str, dict]:
-    """A workflow from the text of a file in API format. Raises GraphError."""
+    """Parses a workflow.
+
+    Args:
+        text: of a file in API format, or of what is posted to a server.
+        name: what messages call it.
+
+    Raises:
+        GraphError
+    """
     try:
         graph = json.loads(text)
     except ValueError as error:
-        raise GraphError(f"{name} is no JSON: {error}.") from error
+        raise GraphError(f"{name} is not valid JSON: {error}.") from error
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise GraphError(
             f"{name} is in the editor's format. Export it in API format: in ComfyUI's menu, File >"
             " Export (API)."
         )
-    # what is posted to a server
-    if isinstance(graph, dict) and isinstance(graph.get("prompt"), dict):
+    if isinstance(graph, dict) and isinstance(graph.get("prompt"), dict):  # posted to a server
         graph = graph["prompt"]
     if not (
         isinstance(graph, dict)
@@ -41,41 +47,48 @@ def read(text: str, name: str = "The workflow") -> dict[str, dict]:
         )
     ):
         raise GraphError(
-            f"{name} is no workflow in API format, which has a class_type and inputs for each"
-            f" node. In ComfyUI's menu: File > Export (API).")
+            f"{name} is not in API format, which has a class_type and inputs for each node. Export"
+            " it: in ComfyUI's menu, File > Export (API).")
     return graph
 
 
 def apply_changes(graph: Mapping[str, dict], changes: Mapping[str, object]) -> dict[str, dict]:
-    """A copy of a graph with {"4.text": ...} put into it; what is not changed is shared. Raises
-    GraphError."""
-    found = dict(graph)
-    for place, value in changes.items():
-        node, dot, name = place.partition(".")
+    """Returns a copy of a graph with changed inputs; unchanged nodes are shared.
+
+    Args:
+        changes: input path -> value, {"4.text": "a red house"}.
+
+    Raises:
+        GraphError
+    """
+    changed = dict(graph)
+    for path, value in changes.items():
+        node, dot, name = path.partition(".")
         if not dot or not name:
             raise GraphError(
-                f"{place!r} is no place in the workflow; \"4.text\" is one: node, dot, input.")
+                f"{path!r} is not an input of the workflow: write node, dot, input, such as"
+                " \"4.text\".")
         if node not in graph:
-            raise GraphError(f"The workflow has no node {node}, which {place!r} names.")
-        inputs = found[node]["inputs"]
+            raise GraphError(f"The workflow has no node {node}, which {path!r} names.")
+        inputs = changed[node]["inputs"]
         if name not in inputs:
             raise GraphError(
                 f"Node {node} ({graph[node]['class_type']}) has no input {name!r}, only"
                 f" {', '.join(inputs) or 'none'}.")
         if is_link(inputs[name]) and not is_link(value):
             raise GraphError(
-                f"{place!r} comes from another node, {inputs[name][0]}: change that one's input.")
-        found[node] = {**found[node], "inputs": {**inputs, name: value}}
-    return found
+                f"{path!r} comes from another node, {inputs[name][0]}: change that one's input.")
+        changed[node] = {**changed[node], "inputs": {**inputs, name: value}}
+    return changed
 
 
-def one_line(said, most: int = 1000) -> str:
-    """An exception or a text as part of one sentence, at most so many characters."""
-    return " ".join(str(said).split())[:most]
+def one_line(value: object, limit: int = 1000) -> str:
+    """Returns an exception or a text on one line, of at most `limit` characters."""
+    return " ".join(str(value).split())[:limit]
 
 
-def is_link(value) -> bool:
-    """Whether an input's value is another node's output."""
+def is_link(value: object) -> bool:
+    """Returns whether an input's value is another node's output."""
     return (
         isinstance(value, list)
         and len(value) == 2
@@ -85,8 +98,15 @@ def is_link(value) -> bool:
 
 
 def upstream(graph, link: list) -> dict[str, dict]:
-    """What is before a link [node, output]. graph: a mapping, or the host's DynamicPrompt. Raises
-    GraphError."""
+    """Returns the nodes that a link depends on.
+
+    Args:
+        graph: a mapping, or ComfyUI's DynamicPrompt.
+        link: [node, output].
+
+    Raises:
+        GraphError
+    """
     def node_of(name: str) -> dict:
         try:
             return graph.get_node(name) if hasattr(graph, "get_node") else graph[name]
@@ -94,19 +114,18 @@ def upstream(graph, link: list) -> dict[str, dict]:
             raise GraphError(
                 f"The workflow has no node {name}, though another is connected to it.") from None
 
-    found, waiting = {}, [link[0]]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
+    nodes, pending = {}, [link[0]]
+    while pending:
+        name = pending.pop()
+        if name not in nodes:
             node = node_of(name)
-            found[name] = {"class_type": node["class_type"], "inputs": dict(node["inputs"])}
-            waiting += [value[0] for value in node["inputs"].values() if is_link(value)]
-    return found
+            nodes[name] = {"class_type": node["class_type"], "inputs": dict(node["inputs"])}
+            pending += [value[0] for value in node["inputs"].values() if is_link(value)]
+    return nodes
 
 
 def with_result(graph: Mapping[str, dict], link: list) -> dict[str, dict]:
-    """A graph that hands the pictures of a link over as a tensor: `PromptResult.images` of
-    `cluster/embedded_comfyui.py`."""
+    """Adds a node that makes a link's pictures `PromptResult.images`."""
     name = "result"
     while name in graph:
         name += "_"
@@ -114,23 +133,23 @@ def with_result(graph: Mapping[str, dict], link: list) -> dict[str, dict]:
 
 
 def digest(graph: Mapping[str, dict]) -> str:
-    """sha256 (hex) of what a graph computes: titles, positions and order do not count."""
-    meant = {name: [node["class_type"], node["inputs"]] for name, node in graph.items()}
-    return hashlib.sha256(canonical(meant).encode()).hexdigest()
+    """Returns the sha256 (hex) of what a graph computes, without titles, positions and order."""
+    nodes = {name: [node["class_type"], node["inputs"]] for name, node in graph.items()}
+    return hashlib.sha256(canonical(nodes).encode()).hexdigest()
 
 
-def canonical(value) -> str:
-    """JSON that is alike for alike values."""
+def canonical(value: object) -> str:
+    """Returns JSON that is the same for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def classes(graph: Mapping[str, dict]) -> set[str]:
-    """The classes of nodes that a graph names."""
+    """Returns the classes of a graph's nodes."""
     return {node["class_type"] for node in graph.values()}
 
 
 def texts(graph: Mapping[str, dict]) -> dict[str, str]:
-    """Place -> text, of every input that is one: names of files are among them."""
+    """Returns input path -> text of every input that is a text, names of files included."""
     return {
         f"{name}.{key}": value for name, node in graph.items()
         for key, value in node["inputs"].items() if isinstance(value, str)

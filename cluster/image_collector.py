@@ -1,5 +1,4 @@
-"""Pictures of items that are drawn on other machines, put together in their order, and how far they
-are."""
+"""Collects the images that workers render, in the order of their items, and tracks progress."""
 import math
 from collections.abc import Collection
 
@@ -9,30 +8,39 @@ import psutil
 from .comfyui_install import MachineError
 from .graph import GraphError, one_line
 
-MAX_STEPS = 1 << 40  # of a node
+MAX_STEPS = 1 << 40  # of a node; more are not an event
 
 
 class ImageCollector:
-    """Takes the events of `DriverPool.run`.
+    """Collects images and progress from the events of `DriverPool.run`.
 
     Args:
         count: how many items there are.
-        nodes: those whose steps count.
+        nodes: those whose steps count as progress.
     """
 
     def __init__(self, count: int, nodes: Collection[str]):
-        self.count, self.nodes = count, nodes
-        # item -> the machine that draws it; item -> node -> its steps
-        self.on, self.steps, self.workers = {}, {}, 0
-        # of all items, `batch` each; items with another number of pictures
-        self.images, self.batch, self.others = None, 0, {}
-        self.received, self.done = {}, set()
+        self.count = count
+        self.nodes = nodes
+        self.workers = 0
+        self.machines: dict[int, str] = {}  # item -> name of the machine that renders it
+        self.steps: dict[int, dict[str, tuple]] = {}  # item -> node -> (steps done, steps in all)
+        self.images: numpy.ndarray | None = None  # of all items, `batch` each, (N, H, W, C)
+        self.batch = 0
+        self.other_batches: dict[int, numpy.ndarray] = {}  # items with another number of images
+        self.received: dict[int, int] = {}  # item -> number of images that have come
+        self.done: set[int] = set()  # items whose images have all come
 
-    def tell(self, header: dict, data: bytes):
-        """Takes a header of the driver and its data.
+    def receive(self, header: dict, data: bytes):
+        """Takes an event of the driver.
 
-        Raises GraphError and MachineError for an item that cannot be drawn, or not next to the
-        others, and MachineError for what is no event.
+        Args:
+            header: of the message, see `Driver.run`.
+            data: float32 values of an image.
+
+        Raises:
+            GraphError: the workflow is wrong, or its images have several sizes.
+            MachineError: a machine cannot render it, or the event cannot be read.
         """
         if not self._is_event(header, data):
             raise MachineError(
@@ -46,21 +54,21 @@ class ImageCollector:
         index, value = header["item"], header.get("value")
         name = f"Item {index + 1} of {self.count}"
         if event == "begins":
-            self.on[index] = value
+            self.machines[index] = value
         elif event == "lost":
-            self.on.pop(index, None)
+            self.machines.pop(index, None)
             self.steps.pop(index, None)
             self.received.pop(index, None)
         elif event == "progress":
-            node, done, most = value
-            if node in self.nodes and most > 1:
-                self.steps.setdefault(index, {})[node] = done, most
+            node, done, total = value
+            if node in self.nodes and total > 1:
+                self.steps.setdefault(index, {})[node] = done, total
         elif event == "failed":
             raise GraphError(f"{name} failed: {value}")
-        elif event == "unfit":
+        elif event == "unusable":
             raise MachineError(f"{name} cannot be drawn on {value}")
         elif event == "image":
-            self._put(name, header, data)
+            self._add_image(name, header, data)
 
     def _is_event(self, header: dict, data: bytes) -> bool:
         match header:
@@ -79,21 +87,18 @@ class ImageCollector:
                         and len(data) == 4 * height * width * channels)
             case {
                 "event": "progress",
-                "value": [str(), int() | float() as done,
-                          int() | float() as most]
+                "value": [str(), int() | float() as done, int() | float() as total]
             }:
-                return 0 <= done <= MAX_STEPS and 0 <= most <= MAX_STEPS
-            case {"event": "begins" | "failed" | "unfit", "value": str()}:
+                return 0 <= done <= MAX_STEPS and 0 <= total <= MAX_STEPS
+            case {"event": "begins" | "failed" | "unusable", "value": str()}:
                 return True
         return event in ("lost", "preview")
 
-    def _put(self, name: str, header: dict, data: bytes):
-        item, index, count, shape = (
-            header["item"],
-            header["index"],
-            header["of"],
-            tuple(header["shape"]),
-        )
+    def _add_image(self, name: str, header: dict, data: bytes):
+        item = header["item"]
+        index = header["index"]
+        count = header["of"]
+        shape = tuple(header["shape"])
         if self.images is None:
             self._allocate(count, shape)
             self.first = item
@@ -105,60 +110,63 @@ class ImageCollector:
         if count == self.batch:
             target = self.images[item * count + index]
         else:
-            if len(self.others.get(item, ())) != count:
-                self.others[item] = _empty((count, *shape))
-            target = self.others[item][index]
+            if len(self.other_batches.get(item, ())) != count:
+                self.other_batches[item] = _empty((count, *shape))
+            target = self.other_batches[item][index]
         target[...] = numpy.frombuffer(data, numpy.float32).reshape(shape)
         self.received[item] = self.received.get(item, 0) + 1
         if self.received[item] == count:
             self.done.add(item)
 
     def _allocate(self, batch: int, shape: tuple[int, ...]):
-        """Makes room for all pictures. Memory is used as they come."""
-        size, free = 4 * math.prod(shape) * batch * self.count, psutil.virtual_memory().available
+        """Allocates the array of all images, whose memory the system gives as they come."""
+        size = 4 * math.prod(shape) * batch * self.count
+        free = psutil.virtual_memory().available
         if size > free:
             raise GraphError(
                 f"{self.count} items of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
                 f" {free / 1e9:.1f} GB are free: draw fewer at once, or smaller ones.")
-        self.images, self.batch = _empty((batch * self.count, *shape)), batch
+        self.images = _empty((batch * self.count, *shape))
+        self.batch = batch
 
-    def whole(self) -> numpy.ndarray:
-        """The pictures of all items, (N, H, W, C). Raises GraphError where an item has none."""
+    def all_images(self) -> numpy.ndarray:
+        """Returns the images of all items, float32 (N, H, W, C).
+
+        Raises:
+            GraphError: an item has none.
+        """
         missing = next((index for index in range(self.count) if index not in self.done), None)
         if missing is not None:
             raise GraphError(f"Item {missing + 1} of {self.count} gave no picture.")
-        if not self.others:
+        if not self.other_batches:
             return self.images
         parts = numpy.split(self.images, self.count)
-        return numpy.concatenate([self.others.get(index, part) for index, part in enumerate(parts)])
+        return numpy.concatenate(
+            [self.other_batches.get(index, part) for index, part in enumerate(parts)])
 
     def progress(self) -> tuple[int, int]:
-        """(steps done, steps in all). An item that has not told its steps is taken to have as many
-        as the longest that has."""
-        sums = {
-            index: (sum(value
-                        for value, _ in steps.values()), sum(most for _, most in steps.values()))
-            for index, steps in self.steps.items()
-        }
-        most = max((total for _, total in sums.values()), default=1)
-        done = sum(most if index in self.done else min(sums.get(index, (0, 0))[0], most)
-                   for index in range(self.count))
-        return int(done), int(most * self.count)
+        """Returns (steps done, steps in all). Every item counts as many steps as the longest."""
+        done = {index: sum(count for count, _ in steps.values())
+                for index, steps in self.steps.items()}
+        totals = (sum(total for _, total in steps.values()) for steps in self.steps.values())
+        longest = max(totals, default=1)
+        done_in_all = sum(longest if index in self.done else min(done.get(index, 0), longest)
+                          for index in range(self.count))
+        return int(done_in_all), int(longest * self.count)
 
-    def text(self) -> str:
-        """What the node shows."""
-        if not self.on:
-            return (
-                "Waiting for Ray"
-                if not self.workers
-                else f"Waiting for workers, {self.workers} at most"
-            )
-        machines = sorted(set(self.on.values()))
-        drawing = len(self.on.keys() - self.done)
-        return f"{len(self.done)} of {self.count} done, {drawing} in work\non {', '.join(machines)}"
+    def status_text(self) -> str:
+        """Returns the text on the node."""
+        if not self.workers and not self.machines:
+            return "Waiting for Ray"
+        if not self.machines:
+            return f"Waiting for workers, {self.workers} at most"
+        names = ", ".join(sorted(set(self.machines.values())))
+        running = len(self.machines.keys() - self.done)
+        return f"{len(self.done)} of {self.count} done, {running} in work\non {names}"
 
 
 def _empty(shape: tuple[int, ...]) -> numpy.ndarray:
+    """Returns a new float32 array. Raises GraphError."""
     try:
         return numpy.empty(shape, numpy.float32)
     except (MemoryError, ValueError) as error:

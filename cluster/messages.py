@@ -1,5 +1,4 @@
-"""Messages between ComfyUI and the process that is connected to Ray: a header in JSON and raw
-bytes, in a stream."""
+"""Reads and writes the messages between ComfyUI and the driver: a JSON header and raw bytes."""
 import json
 import struct
 from typing import BinaryIO
@@ -26,7 +25,7 @@ def write(stream: BinaryIO, header: dict, data: bytes | memoryview = b""):
 
 
 def read(stream: BinaryIO) -> tuple[dict, bytes] | None:
-    """The next message, or None at the end of the stream. Raises MessageError."""
+    """Returns the next (header, data), or None at the end of the stream. Raises MessageError."""
     head = stream.read(LENGTHS.size)
     if len(head) < LENGTHS.size:
         return None

@@ -1,4 +1,4 @@
-"""Before a batch: each machine's own ComfyUI is asked whether it can run the workflow."""
+"""Checks before a batch whether each machine's ComfyUI can run the workflow."""
 import collections
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ from .graph import GraphError, apply_changes, one_line
 from .ray_connection import on_node
 from .worker import Worker
 
-CHECK_SECONDS = 600  # that a machine has to start its ComfyUI
-MAX_PROBLEMS = 10  # of a machine, that are said
-MAX_FILES = 10_000  # of an input, that rows name
-# where none is taken
+CHECK_SECONDS = 600  # for a machine to start its ComfyUI and answer
+MAX_PROBLEMS = 10  # that are printed for a machine
+MAX_FILES = 10_000  # that are checked for an input
+# shows an actor the GPUs of its node though it reserves none
 VISIBLE_GPUS = {"runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}}
 COLUMNS = ("machine", "ComfyUI", "torch", "Featherweight", "GPU", "free memory", "can run it")
 
@@ -23,11 +23,11 @@ class MachineReport:
     """A machine of the cluster.
 
     Args:
-        versions: see `place.versions`.
+        name: of the machine.
+        versions: see `installed_versions`.
         excluded: why it takes no part, or "".
         memory: see `memory`.
-        problems: what keeps it from running the workflow, as ends of sentences that begin with its
-        name.
+        problems: why it cannot run the workflow, as sentences without their first word, its name.
     """
     name: str
     versions: dict[str, str]
@@ -39,30 +39,35 @@ class MachineReport:
         return not self.excluded and not self.problems
 
     def row(self) -> tuple[str, ...]:
-        """Its cells of the table."""
-        gpus, ram = self.memory.get("gpus", []), self.memory.get("ram")
-        free = [f"{left / 1e9:.1f} of {total / 1e9:.1f} GB" for _, left, total in gpus]
-        free.append(f"{ram / 1e9:.1f} GB RAM" if ram else "?")
+        """Returns the machine's cells of the table."""
+        gpus = self.memory.get("gpus", [])
+        ram = self.memory.get("ram")
+        sizes = [f"{free / 1e9:.1f} of {total / 1e9:.1f} GB" for _, free, total in gpus]
+        sizes.append(f"{ram / 1e9:.1f} GB RAM" if ram else "?")
         versions = [self.versions.get(name) or "?" for name in COLUMNS[1:4]]
         return (
             self.name,
             *versions,
             ", ".join(name for name, *_ in gpus) or "none",
-            " + ".join(free),
+            " + ".join(sizes),
             "yes" if self.can_run() else "no",
         )
 
     def sentences(self) -> list[str]:
+        """Returns why the machine cannot run the workflow, [] if it can."""
         if self.excluded:
             return [f"{self.name} {self.excluded.rstrip('.')}: it takes no part."]
-        more = len(self.problems) - MAX_PROBLEMS
-        return [
+        sentences = [
             f"{self.name} {problem.rstrip('.')}." for problem in self.problems[:MAX_PROBLEMS]
-        ] + ([f"{self.name} has {more} more problems."] if more > 0 else [])
+        ]
+        more = len(self.problems) - MAX_PROBLEMS
+        if more > 0:
+            sentences.append(f"{self.name} has {more} more problems.")
+        return sentences
 
 
 class Checker(Worker):
-    """A ComfyUI that is asked and draws nothing."""
+    """A ComfyUI that validates workflows and renders nothing."""
 
     def __init__(self, comfyui: str, has_gpu: bool):
         self.has_gpu = has_gpu
@@ -72,14 +77,21 @@ class Checker(Worker):
         return EmbeddedComfyUI(comfyui, launch_arguments(self.has_gpu))
 
     def check(self, graph: dict, changes: list[dict]) -> tuple[dict, list[str]]:
-        """Returns (`memory`, the machine's problems with a workflow, with each of these changes to
-        it)."""
-        if self.unfit:
-            return {}, [self.unfit]
-        problems = {}
-        for each in changes:
+        """Validates a workflow with each of some changes.
+
+        Args:
+            graph: the workflow.
+            changes: one or more changes to it, see `file_changes`.
+
+        Returns:
+            (`memory`, why this machine cannot run it).
+        """
+        if self.problem:
+            return {}, [self.problem]
+        problems = {}  # a set that keeps its order
+        for change in changes:
             try:
-                self.host.validate(apply_changes(graph, each))
+                self.host.validate(apply_changes(graph, change))
             except MachineError as error:
                 problems[str(error)] = None
             except GraphError as error:
@@ -88,8 +100,10 @@ class Checker(Worker):
 
 
 def memory() -> dict:
-    """Memory of this machine, where a ComfyUI was started: {"ram": free bytes, "gpus": [(name, free
-    bytes, all bytes)]}."""
+    """Returns the memory of this machine, in whose process a ComfyUI runs.
+
+    That is {"ram": free bytes, "gpus": [(name, free bytes, bytes in all)]}.
+    """
     import comfy.model_management
     import psutil
     import torch
@@ -104,14 +118,15 @@ def memory() -> dict:
 
 
 def file_changes(graph: Mapping[str, dict], rows: Iterable[dict]) -> list[dict[str, str]]:
-    """Changes to a workflow that together have each file in it that rows name, of an input the
-    first `MAX_FILES`.
+    """Returns a few changes to a workflow that together name every file that rows name.
 
     Args:
-        rows: changes to it, {"1.model_name": "flux.gguf"}. What is no file's name is not looked at.
+        graph: the workflow.
+        rows: changes to it, {"1.model_name": "flux.gguf"}. Values that are not names of files are
+            ignored, and so are the files of an input after the first `MAX_FILES`.
 
     Returns:
-        {} among them where the workflow is drawn with its own files too.
+        The changes; {} is the first of them if a row has the workflow's own files.
     """
     names, count = collections.defaultdict(collections.Counter), 0
     for changes in rows:
@@ -123,29 +138,31 @@ def file_changes(graph: Mapping[str, dict], rows: Iterable[dict]) -> list[dict[s
                     names[path][value] += 1
     columns = {path: list(counts)[:MAX_FILES] for path, counts in names.items()}
     length = max(map(len, columns.values()), default=0)
-    found = [{path: column[index % len(column)] for path, column in columns.items()}
-             for index in range(length)]
+    combined = [{path: column[index % len(column)] for path, column in columns.items()}
+                for index in range(length)]
     has_own = any(counts.total() < count for counts in names.values())
-    return [{}, *found] if has_own or not found else found
+    return [{}, *combined] if has_own or not combined else combined
 
 
 def check_machines(machines: dict[str, MachineReport], graph: dict, changes: list[dict],
                    comfyui: str, has_gpus: bool):
-    """Asks each machine that takes part, by Ray's id, and notes what it answers.
+    """Sets `memory` and `problems` of each machine that takes part.
 
     Args:
+        machines: Ray's node id -> machine.
+        graph: the workflow.
         changes: see `file_changes`.
         comfyui: see `Worker`.
-        has_gpus: whether their GPUs take part.
+        has_gpus: whether workers use GPUs.
     """
     import ray
 
-    actor = ray.remote(Checker)
+    checker = ray.remote(Checker)
     options = VISIBLE_GPUS if has_gpus else {}
-    actors = {node: actor.options(**on_node(node), **options).remote(comfyui, has_gpus)
+    actors = {node: checker.options(**on_node(node), **options).remote(comfyui, has_gpus)
               for node, machine in machines.items() if not machine.excluded}
     try:
-        answers = {node: each.check.remote(graph, changes) for node, each in actors.items()}
+        answers = {node: actor.check.remote(graph, changes) for node, actor in actors.items()}
         if answers:
             ray.wait(list(answers.values()), num_returns=len(answers), timeout=CHECK_SECONDS)
         for node, answer in answers.items():
@@ -157,13 +174,12 @@ def check_machines(machines: dict[str, MachineReport], graph: dict, changes: lis
             except ray.exceptions.RayError as error:
                 machine.problems = [f"could not be asked: {one_line(error, 300)}"]
     finally:
-        for each in actors.values():
-            ray.kill(each)
+        for actor in actors.values():
+            ray.kill(actor)
 
 
 def report(machines: Iterable[MachineReport]) -> str:
-    """A table of the machines, sentences for each that cannot run the workflow, and one that
-    closes."""
+    """Returns a table of the machines, what each of them lacks, and a closing line."""
     machines = list(machines)
     rows = [COLUMNS, *(machine.row() for machine in machines)]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -171,8 +187,8 @@ def report(machines: Iterable[MachineReport]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     ]
     able = sum(machine.can_run() for machine in machines)
-    end = f"{able} of {len(machines)} machines can run it."
+    summary = f"{able} of {len(machines)} machines can run it."
     if able == len(machines):
-        end = f"All {able} machines can run it." if able > 1 else "The machine can run it."
-    return "\n".join(
-        [*table, "", *(text for machine in machines for text in machine.sentences()), end])
+        summary = f"All {able} machines can run it." if able > 1 else "The machine can run it."
+    sentences = [sentence for machine in machines for sentence in machine.sentences()]
+    return "\n".join([*table, "", *sentences, summary])

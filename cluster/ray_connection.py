@@ -1,9 +1,8 @@
-"""Which Ray a program draws on, and its way there: the cluster that the machine's owner named, or
-one of its own.
+"""Connects to the Ray cluster that the machine's owner named, or starts a private local Ray.
 
 A workflow may be a stranger's, and whoever owns a Ray cluster runs programs on all machines that
-join it. So no address is ever taken from a workflow. A Ray of its own is on this machine and for
-the program alone.
+join it. So no address is ever taken from a workflow. A private Ray runs on this machine and serves
+this program alone.
 """
 import concurrent.futures
 import logging
@@ -21,30 +20,34 @@ import psutil
 from .comfyui_install import MachineError
 from .graph import one_line
 
-VARIABLE = "FEATHERWEIGHT_RAY_ADDRESS"
-RAYS_OWN = "RAY_ADDRESS"  # what Ray's own commands read
+ADDRESS_ENV = "FEATHERWEIGHT_RAY_ADDRESS"
+RAY_ADDRESS_ENV = "RAY_ADDRESS"  # which Ray's own commands read
 THIS_COMPUTER, THE_CLUSTER = "this computer", "the cluster"
 QUOTED = 100  # characters of an address in a message
-CONNECT_SECONDS = 3  # in which something must listen at a cluster's address
-ANSWER_SECONDS = 4  # in which it must answer as Ray does
-# "0", on every system: Ray listens on 127.0.0.1. Read when ray is imported
-CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# "0": who asks Ray after its end starts no other one. Read when ray is imported
-ALONE = "RAY_ENABLE_AUTO_CONNECT"
-# without one Ray 2.60 writes ~/.ray/auth_token, which this user's next cluster asks of everybody
-TOKEN = "RAY_AUTH_TOKEN"
+CONNECT_SECONDS = 3  # for something to accept a connection at a cluster's address
+ANSWER_SECONDS = 4  # for it to answer as Ray does
+# Ray reads the next two when it is imported. "0", on every system: Ray listens on 127.0.0.1 alone
+MULTI_NODE_ENV = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# "0": a call of Ray after its end does not start another one
+AUTO_CONNECT_ENV = "RAY_ENABLE_AUTO_CONNECT"
+# without one Ray 2.60 writes ~/.ray/auth_token, and this user's next cluster asks others for it
+TOKEN_ENV = "RAY_AUTH_TOKEN"
 
 
 def named_cluster(environment: Mapping[str, str] | None = None) -> str:
-    """The address that the machine's owner gave where ComfyUI is started, "" where none is
-    named."""
+    """Returns the address of the cluster that the machine's owner named, or "".
+
+    Args:
+        environment: that ComfyUI was started in; None for this process's.
+    """
     environment = os.environ if environment is None else environment
-    address = environment.get(VARIABLE, "").strip() or environment.get(RAYS_OWN, "").strip()
+    address = environment.get(ADDRESS_ENV, "").strip()
+    address = address or environment.get(RAY_ADDRESS_ENV, "").strip()
     return "" if address == "local" else address
 
 
-def check_form(address: str):
-    """Raises MachineError for what is neither HOST:PORT nor "auto"."""
+def check_address(address: str):
+    """Raises MachineError unless an address is HOST:PORT or "auto"."""
     host_and_port = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", address)
     if address != "auto" and not (host_and_port and 1 <= int(host_and_port[1]) < 65536):
         raise MachineError(
@@ -52,22 +55,26 @@ def check_form(address: str):
             " start --head` prints it there, or auto for the cluster that this machine belongs to.")
 
 
-def choices(cluster: str) -> list[str]:
-    """What the node offers, on a machine whose owner named this cluster or none ("")."""
+def address_options(cluster: str) -> list[str]:
+    """Returns the options of the node's input `address`.
+
+    Args:
+        cluster: the address that the owner named, or "".
+    """
     return [THIS_COMPUTER, THE_CLUSTER] if cluster else [THIS_COMPUTER]
 
 
 def is_cluster(choice: object, cluster: str) -> bool:
-    """Whether a workflow draws on the owner's cluster, and not on this computer.
+    """Returns whether a workflow runs on the owner's cluster, and not on this computer.
 
     Args:
         choice: any value of the node's input `address`. Older workflows have an address there, or
-        "" for this computer.
+            "" for this computer.
         cluster: the address that the owner named, or "".
 
     Raises:
-        MachineError: the value is an address that the owner did not name, or asks for a cluster
-        where none is named.
+        MachineError: the value is an address that the owner did not name, or "the cluster" though
+            the owner named none.
     """
     text = choice.strip() if isinstance(choice, str) else repr(choice)
     if text in ("", THIS_COMPUTER):
@@ -92,43 +99,52 @@ def _normalized(address: str) -> tuple[str, str]:
 
 
 def is_joined() -> bool:
-    """Whether this process is a driver already. Imports no ray."""
+    """Returns whether this process is connected to Ray. Does not import ray."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def resolve_address(address: str) -> str:
-    """`auto` made definite: RAY_ADDRESS, else "auto" where this machine is in a cluster, else
-    "local"."""
+    """Returns the address that a batch connects to.
+
+    Args:
+        address: "auto" for RAY_ADDRESS, else "auto" if a cluster runs on this machine, else
+            "local"; any other address is returned as it is.
+    """
     if address != "auto":
         return address
-    return os.environ.get(RAYS_OWN) or (
-        "auto" if any(map(is_cluster_raylet, psutil.process_iter())) else "local"
-    )
+    if named := os.environ.get(RAY_ADDRESS_ENV):
+        return named
+    return "auto" if any(map(is_cluster_raylet, psutil.process_iter())) else "local"
 
 
 def is_cluster_raylet(process: psutil.Process) -> bool:
-    """Whether it is the raylet of a machine that `ray start` put into a cluster, and not of a Ray
-    that a program has alone."""
+    """Returns whether a process is the raylet of a cluster, not of a program's private Ray."""
     try:
-        return process.name().startswith("raylet") and process.environ().get(CLUSTER) != "0"
+        return process.name().startswith("raylet") and process.environ().get(MULTI_NODE_ENV) != "0"
     except (psutil.Error, OSError):  # it has ended, or is another user's
         return False
 
 
 def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of a program with a Ray of its own, which no other machine and no other user can
-    reach.
+    """Returns variables with which a private Ray is out of reach of other machines and users.
 
-    Ray reads them when it is imported. environment: the program's variables otherwise.
+    They must be set before ray is imported.
+
+    Args:
+        environment: the program's other variables.
     """
-    return {CLUSTER: "0", TOKEN: environment.get(TOKEN) or secrets.token_hex(32)}
+    return {MULTI_NODE_ENV: "0", TOKEN_ENV: environment.get(TOKEN_ENV) or secrets.token_hex(32)}
 
 
 def connect(address: str):
-    """Be a driver of a cluster (HOST:PORT, or "auto" for this machine's), or of a Ray of one's own:
-    "local".
+    """Makes this process a driver of Ray.
 
-    For the latter the environment must be that of `local_environment`. Raises MachineError.
+    Args:
+        address: of a cluster (HOST:PORT, or "auto" for this machine's), or "local" for a private
+            Ray, for which the environment must have the variables of `local_environment`.
+
+    Raises:
+        MachineError
     """
     try:
         import ray
@@ -140,19 +156,19 @@ def connect(address: str):
     if address == "local":
         options["include_dashboard"] = False
     else:
-        check_form(address)
+        check_address(address)
         _check_answers(address)
-    on_end = signal.getsignal(signal.SIGTERM)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise MachineError(_refused(address, error)) from error
-    if callable(on_end) and threading.current_thread() is threading.main_thread():
-        # Ray puts its own in its place, which ends the process without a word
-        signal.signal(signal.SIGTERM, on_end)
+        raise MachineError(_refusal_message(address, error)) from error
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        # Ray has replaced the handler by one that ends the process without a message
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def _refused(address: str, error: Exception) -> str:
+def _refusal_message(address: str, error: Exception) -> str:
     reason = one_line(error, 600).rstrip(".") or type(error).__name__
     if address == "local":
         return f"Ray did not start on this machine: {reason}"
@@ -163,48 +179,48 @@ def _refused(address: str, error: Exception) -> str:
 
 
 def _check_answers(address: str):
-    """Raises MachineError within `CONNECT_SECONDS` + `ANSWER_SECONDS` where no Ray is: `ray.init`
-    would try for minutes."""
-    # the address is then one that Ray noted on this machine, where nothing may be any more
-    if address == "auto":
+    """Raises MachineError if no Ray answers at an address.
+
+    It does so within `CONNECT_SECONDS` + `ANSWER_SECONDS`; `ray.init` would try for minutes.
+    """
+    if address == "auto":  # Ray's note of the address, which may be out of date
         from ray._private.services import canonicalize_bootstrap_address
 
         try:
             address = canonicalize_bootstrap_address("auto")
         except ConnectionError as error:
-            raise MachineError(_unanswered("auto", one_line(error, 300))) from error
+            raise MachineError(_no_answer_message("auto", one_line(error, 300))) from error
     host, _, port = address.rpartition(":")
     try:
-        _within(
-            CONNECT_SECONDS, lambda: socket.create_connection(
-                (host.strip("[]"), int(port)), CONNECT_SECONDS).close())
+        _within(CONNECT_SECONDS, lambda: socket.create_connection(
+            (host.strip("[]"), int(port)), CONNECT_SECONDS).close())
     except OSError as error:
-        raise MachineError(_unanswered(address, error)) from error
+        raise MachineError(_no_answer_message(address, error)) from error
     import ray
     from ray._raylet import GcsClient
 
     try:
         _within(ANSWER_SECONDS, lambda: GcsClient(address=address))
     except TimeoutError as error:
-        raise MachineError(
-            _unanswered(
-                address,
-                f"what listens there is not Ray, or took over {ANSWER_SECONDS} s")) from error
+        reason = f"what listens there is not Ray, or took over {ANSWER_SECONDS} s"
+        raise MachineError(_no_answer_message(address, reason)) from error
     except ray.exceptions.AuthenticationError as error:
-        raise MachineError(_refused(address, error)) from error
+        raise MachineError(_refusal_message(address, error)) from error
     except ray.exceptions.RayError as error:
-        raise MachineError(_unanswered(address, one_line(error, 300))) from error
+        raise MachineError(_no_answer_message(address, one_line(error, 300))) from error
 
 
-def _unanswered(address: str, reason) -> str:
+def _no_answer_message(address: str, reason: object) -> str:
     return (
         f"No Ray cluster answers at {address} ({reason}): is `ray start --head` running there, and"
         f" `ray start --address={address}` here?")
 
 
-def _within(seconds: float, call: Callable):
-    """What a call returns or raises; TimeoutError after so many seconds, while a thread goes on
-    waiting for it."""
+def _within(seconds: float, call: Callable[[], object]) -> object:
+    """Returns or raises what a call does. Raises TimeoutError when it takes longer.
+
+    The call then goes on in its thread.
+    """
     outcome = concurrent.futures.Future()
 
     def run():
@@ -216,14 +232,12 @@ def _within(seconds: float, call: Callable):
     threading.Thread(target=run, daemon=True).start()
     try:
         return outcome.result(seconds)
-    except (
-        concurrent.futures.TimeoutError
-    ) as error:  # another class than the built-in one before Python 3.11
+    except concurrent.futures.TimeoutError as error:  # not the built-in one before Python 3.11
         raise TimeoutError(str(error) or f"no answer within {seconds} s") from error
 
 
 def on_node(node: str) -> dict:
-    """Options of a task or an actor that runs on that node or not at all, however busy it is."""
+    """Returns options of a task or actor that runs on a node only, however busy that is."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}

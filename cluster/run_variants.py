@@ -1,40 +1,55 @@
-"""What differs from item to item of *Run on Ray*: seeds count up, and each item has a line of text.
-Standard library only."""
+"""Makes the variants of *Run on Ray*: seeds count up, and each item has a line of text.
+
+Standard library only.
+"""
 from collections.abc import Mapping, Sequence
 
 from .graph import GraphError, is_link, texts, upstream
 
-SEEDS = ("seed", "noise_seed")
-TEXTS = ("text", "prompt", "text_g", "text_l", "clip_l", "t5xxl")
-MARK = "%text%"
-LARGEST_SEED = 1 << 64
+SEED_INPUTS = ("seed", "noise_seed")
+TEXT_INPUTS = ("text", "prompt", "text_g", "text_l", "clip_l", "t5xxl")
+PLACEHOLDER = "%text%"
+SEED_COUNT = 1 << 64
 
 
 def make_variants(part: Mapping[str, dict], count: int,
                   prompts: str = "") -> list[dict[str, object]]:
-    """For each item its changes to a graph, {"7.seed": 6, "4.text": "a red house"}.
+    """Returns for each item its changes to a graph, {"7.seed": 6, "4.text": "a red house"}.
 
     Args:
-        prompts: a line for each item, begun again when they run out; empty lines do not count.
+        part: the graph.
+        count: how many items there are.
+        prompts: a line for each item, repeated from the first when they run out; empty lines do
+            not count.
 
     Raises:
-        GraphError: the lines have no place to go.
+        GraphError: the graph has no text that the lines could go to, or several.
     """
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-    seeds, places = seed_places(part), text_places(part) if lines else {}
-    return [{place: (value + index) % LARGEST_SEED for place, value in seeds.items()} | {
-        place: value.replace(MARK, lines[index % len(lines)])
-        if MARK in value else lines[index % len(lines)] for place, value in places.items()
-    } for index in range(count)]
+    seeds = seed_inputs(part)
+    prompt_texts = prompt_inputs(part) if lines else {}
+    variants = []
+    for index in range(count):
+        changes: dict[str, object] = {
+            path: (seed + index) % SEED_COUNT for path, seed in seeds.items()
+        }
+        for path, text in prompt_texts.items():
+            line = lines[index % len(lines)]
+            changes[path] = text.replace(PLACEHOLDER, line) if PLACEHOLDER in text else line
+        variants.append(changes)
+    return variants
 
 
-def seed_places(part: Mapping[str, dict]) -> dict[str, int]:
-    """Place -> seed of the first item. A seed that comes from a node with one whole number is that
-    number."""
-    found = {}
+def seed_inputs(part: Mapping[str, dict]) -> dict[str, int]:
+    """Returns input path -> seed of the first item.
+
+    A seed that comes from a node with one whole number is that number.
+    """
+    seeds = {}
     for node, spec in part.items():
-        for name in SEEDS:
-            value, place = spec["inputs"].get(name), f"{node}.{name}"
+        for name in SEED_INPUTS:
+            value = spec["inputs"].get(name)
+            path = f"{node}.{name}"
             if is_link(value):
                 source = value[0]
                 numbers = {
@@ -44,37 +59,48 @@ def seed_places(part: Mapping[str, dict]) -> dict[str, int]:
                 if len(numbers) != 1:
                     continue
                 (key, value), = numbers.items()
-                place = f"{source}.{key}"
+                path = f"{source}.{key}"
             if type(value) is int:
-                found[place] = value
-    return found
+                seeds[path] = value
+    return seeds
 
 
-def text_places(part: Mapping[str, dict]) -> dict[str, str]:
-    """Place -> text, of the inputs that a line goes to: those with %text% in them, else all texts
-    of the one node that writes the prompt, and not the negative one. Raises GraphError."""
-    marked = {place: value for place, value in texts(part).items() if MARK in value}
+def prompt_inputs(part: Mapping[str, dict]) -> dict[str, str]:
+    """Returns input path -> text of the inputs that a line goes to.
+
+    Those are the texts with %text% in them, else all texts of the one node that has the prompt,
+    which is not the node of the negative prompt alone.
+
+    Raises:
+        GraphError: no node has a prompt, or several have.
+    """
+    marked = {path: text for path, text in texts(part).items() if PLACEHOLDER in text}
     if marked:
         return marked
-    positive, negative = (
-        _ancestors(part, "positive", "negative"),
-        _ancestors(part, "negative", "positive"),
-    )
+    positive = _ancestors(part, "positive", "negative")
+    negative = _ancestors(part, "negative", "positive")
     prompts = {
-        place: value for place, value in texts(part).items()
-        if place.partition(".")[2] in TEXTS and place.partition(".")[0] not in negative - positive
+        path: text for path, text in texts(part).items()
+        if _name_of(path) in TEXT_INPUTS and _node_of(path) not in negative - positive
     }
-    nodes = {place.partition(".")[0] for place in prompts}
+    nodes = {_node_of(path) for path in prompts}
     if len(nodes) != 1:
         raise GraphError(
             f"Run on Ray has lines of text, and {len(nodes) or 'no'} nodes before it have a"
-            f" prompt: write {MARK} into the text that a line is to go to.")
+            f" prompt: write {PLACEHOLDER} into the text that a line is to go to.")
     return prompts
 
 
+def _node_of(path: str) -> str:
+    return path.partition(".")[0]
+
+
+def _name_of(path: str) -> str:
+    return path.partition(".")[2]
+
+
 def _ancestors(part: Mapping[str, dict], name: str, other: str) -> set[str]:
-    """The nodes whose outputs reach an input of that name, and not only by way of one of the other
-    name."""
+    """Returns the nodes that an input called `name` depends on, not only through one of `other`."""
     without = {
         node: {**spec, "inputs": {**spec["inputs"], other: None}} for node, spec in part.items()
     }
@@ -83,15 +109,18 @@ def _ancestors(part: Mapping[str, dict], name: str, other: str) -> set[str]:
 
 
 def nodes_affected(part: Mapping[str, dict], changes: Sequence[Mapping[str, object]]) -> set[str]:
-    """The nodes that run anew for each item: those changed and all behind them. Every node, where
-    nothing differs."""
-    found = {place.partition(".")[0] for change in changes for place in change}
-    if len(changes) < 2 or not found:
+    """Returns the nodes that run for each item: the changed ones and all that depend on them.
+
+    Those are all nodes where the items do not differ.
+    """
+    affected = {_node_of(path) for change in changes for path in change}
+    if len(changes) < 2 or not affected:
         return set(part)
-    grown = True
-    while grown:
-        behind = {node for node, spec in part.items()
-                  if any(is_link(value) and value[0] in found for value in spec["inputs"].values())}
-        grown = not behind <= found
-        found |= behind
-    return found
+    while True:
+        dependent = {
+            node for node, spec in part.items()
+            if any(is_link(value) and value[0] in affected for value in spec["inputs"].values())
+        }
+        if dependent <= affected:
+            return affected
+        affected |= dependent

@@ -15,7 +15,7 @@ from ..cluster.comfyui_install import MachineError, worker_environment
 from ..cluster.driver_pool import DriverPool
 from ..cluster.graph import GraphError, classes, upstream, with_result
 from ..cluster.image_collector import ImageCollector
-from ..cluster.ray_connection import THIS_COMPUTER, choices, is_cluster, named_cluster
+from ..cluster.ray_connection import THIS_COMPUTER, address_options, is_cluster, named_cluster
 from ..cluster.run_variants import make_variants, nodes_affected
 from .node_text import text_sender
 
@@ -74,7 +74,7 @@ class RunOnRay(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "address",
-                    options=choices(POOL.cluster),
+                    options=address_options(POOL.cluster),
                     default=THIS_COMPUTER,
                     optional=True,
                     tooltip="Where the pictures are drawn: on the GPUs of this computer, or on the"
@@ -135,16 +135,16 @@ class RunOnRay(io.ComfyNode):
         show = text_sender()
 
         def on_event(header: dict, data: bytes):
-            collector.tell(header, data)
+            collector.receive(header, data)
             if header["event"] == "preview":
                 picture = Image.open(streams.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
                 bar.update_absolute(*collector.progress(), ("JPEG", picture, None))
             elif header["event"] == "progress":
                 bar.update_absolute(*collector.progress())
             else:
-                show(collector.text())
+                show(collector.status_text())
 
-        show(collector.text())
+        show(collector.status_text())
         comfyui = os.path.dirname(folder_paths.__file__)
         POOL.run(
             on_cluster,
@@ -161,4 +161,4 @@ class RunOnRay(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted,
             {} if on_cluster else worker_environment(comfyui, sys.argv[1:]),
         )
-        return io.NodeOutput(torch.from_numpy(collector.whole()))
+        return io.NodeOutput(torch.from_numpy(collector.all_images()))

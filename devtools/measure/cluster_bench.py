@@ -29,7 +29,7 @@ from devtools import ROOT
 from devtools.host.server import Server
 from featherweight.cluster import batch, by_value, graph, worker
 from featherweight.cluster.batch_progress import Progress
-from featherweight.cluster.batch_rows import lines, scan_rows
+from featherweight.cluster.batch_rows import read_lines, scan_rows
 from featherweight.cluster.embedded_comfyui import PromptResult
 from featherweight.cluster.worker import RowRenderer
 
@@ -291,7 +291,7 @@ def measure_resume(options) -> Iterator[tuple[str, dict]]:
         folder = Path(name)
         table, out = folder / "rows.jsonl", folder / "out"
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for row, text, stamp, _ in scan_rows(str(out), asked, list(lines(str(table)))).left:
+        for row, text, stamp, _ in scan_rows(str(out), asked, list(read_lines(str(table)))).pending:
             (out / f"{row}_9_0.png").touch()
             (out / f"{row}.json").write_text(
                 json.dumps({
@@ -301,7 +301,7 @@ def measure_resume(options) -> Iterator[tuple[str, dict]]:
         with many(options, folder):
             started, own = time.monotonic(), cpu_seconds()
             done = batch.Batch(asked, str(table), str(out), cpus=1, gpus=0).run()
-            assert done == {"there": len(rows)}, done
+            assert done == {"done": len(rows)}, done
             yield f"{len(rows)} rows", {
                 "seconds": time.monotonic() - started, "driver's CPU seconds": cpu_seconds() - own
             }

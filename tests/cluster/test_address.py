@@ -6,8 +6,8 @@ from featherweight.cluster.comfyui_install import MachineError
 from featherweight.cluster.ray_connection import (
     THE_CLUSTER,
     THIS_COMPUTER,
-    check_form,
-    choices,
+    address_options,
+    check_address,
     is_cluster,
     named_cluster,
 )
@@ -22,8 +22,8 @@ def test_the_owner_names_the_cluster_in_the_environment(environment, address):
 
 
 def test_the_cluster_is_offered_where_one_is_named():
-    assert choices("") == [THIS_COMPUTER]
-    assert choices("head:6379") == [THIS_COMPUTER, THE_CLUSTER]
+    assert address_options("") == [THIS_COMPUTER]
+    assert address_options("head:6379") == [THIS_COMPUTER, THE_CLUSTER]
 
 
 @pytest.mark.parametrize("value", ["", " ", THIS_COMPUTER])
@@ -80,11 +80,11 @@ def test_every_other_value_is_refused_in_a_sentence_that_says_where_it_belongs(v
     "head", "head:", ":6379", "head:0", "head:99999", "ray://head:10001", "a b:1", "head:1/../2"])
 def test_what_is_no_address_is_refused_before_anything_connects(address):
     with pytest.raises(MachineError, match="is not the address of a Ray cluster: write HOST:6379"):
-        check_form(address)
+        check_address(address)
 
 
 @pytest.mark.parametrize(
     "address", ["auto", "head:6379", "192.168.1.10:6379", "[fe80::1]:6379", "a_b.local:1"]
 )
 def test_an_address_is_a_host_and_a_port_or_auto(address):
-    check_form(address)
+    check_address(address)

@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 
+from devtools.cluster import changes, workflow
+
 import pytest
 
 from featherweight.cluster.batch import Batch
 from featherweight.cluster.batch_rows import scan_rows
 from featherweight.cluster.picture_store import Store
 from featherweight.cluster.worker import RowRenderer
-
-from .conftest import changes, workflow
 
 ray = pytest.importorskip("ray")
 COUNT = 8
@@ -99,7 +99,7 @@ def first(cluster, museum, tmp_path_factory):
     earlier[4]["7.seed"] = 444
     store = Store(str(run.out))
     lines = [(number, json.dumps(row).encode()) for number, row in enumerate(earlier, 1)]
-    for name, _, stamp, _ in scan_rows(str(run.out), run.graph, lines).left:
+    for name, _, stamp, _ in scan_rows(str(run.out), run.graph, lines).pending:
         if name in ("0000", "0004"):
             store.save(name, {"9_0.png": EARLIER, "9_1.png": EARLIER}, {"stamp": stamp})
     for name in (OTHERS, ".0004_9_0.png.0123abcd.part"):
@@ -116,7 +116,7 @@ def first(cluster, museum, tmp_path_factory):
 
 def test_every_row_is_there_once_and_byte_equal_to_one_comfyui(first, plain):
     run, counts, _ = first
-    assert counts == {"there": 1, "drawn": COUNT - 1, "failed": 6}
+    assert counts == {"done": 1, "drawn": COUNT - 1, "failed": 6}
     names = {f"{row['id']}{end}" for row in rows() for end in ("_9_0.png", ".json")}
     assert run.names() == sorted(names | {"0000_9_1.png", OTHERS})
     for row in rows()[1:]:
@@ -145,8 +145,8 @@ def test_a_machine_of_another_version_is_left_out_and_named(first):
 @pytest.mark.parametrize(
     "sentence",
     [
-        "Line 6 is no JSON",
-        "Line 7 is no row",
+        "Line 6 is not valid JSON",
+        "Line 7 is not a row: expected an object",
         "Line 8 has the id '../x', which cannot be a file's name",
         "Line 9 has the id '0003', as line 4 has",
         "Line 10 (nowhere): The workflow has no node 77",
@@ -160,7 +160,7 @@ def test_a_bad_row_fails_alone_and_is_named(first, sentence):
 def test_run_again_draws_nothing_and_starts_nothing(first, monkeypatch):
     monkeypatch.setattr(Batch, "connect", None)
     before = {name: (first[0].out / name).stat().st_mtime_ns for name in first[0].names()}
-    assert first[0](rows()) == {"there": COUNT}
+    assert first[0](rows()) == {"done": COUNT}
     assert {name: (first[0].out / name).stat().st_mtime_ns for name in first[0].names()} == before
 
 

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 
-from devtools.cluster import running
+from devtools.cluster import changes, make_base, running, workflow
 
 import pytest
 
 from devtools import ROOT
 
-from .conftest import changes, make_base, workflow
 from .test_batch import Run, of, rows
 
 ray = pytest.importorskip("ray")

@@ -7,13 +7,15 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+from devtools.cluster import workflow
+
 import pytest
 
 from devtools import ROOT
 from featherweight.cluster.actor_pool import Share, share_out
 from featherweight.cluster.batch import Batch
 from featherweight.cluster.batch_progress import Progress
-from featherweight.cluster.batch_rows import RowIndex, RowScan, lines, scan_rows
+from featherweight.cluster.batch_rows import RowIndex, RowScan, read_lines, scan_rows
 from featherweight.cluster.comfyui_install import (
     MachineError,
     find_comfyui,
@@ -26,8 +28,6 @@ from featherweight.cluster.graph import GraphError, apply_changes, digest, read,
 from featherweight.cluster.picture_store import Store
 from featherweight.cluster.worker import RowRenderer
 
-from .conftest import workflow
-
 
 def command(*launch_arguments, **options):
     return subprocess.run(
@@ -37,15 +37,10 @@ def command(*launch_arguments, **options):
 
 # --- graphs ---
 
-@pytest.mark.parametrize(
-    ("place", "said"),
-    [
-        ("seed", "'seed' is no place"),
-        ("99.seed", "no node 99"),
-        ("7.sed", "Node 7 .KSampler. has no input 'sed', only model,"),
-        ("7.model", "'7.model' comes from another node, 61"),
-    ],
-)
+@pytest.mark.parametrize(("place", "said"), [
+    ("seed", "'seed' is not an input of the workflow: write node, dot, input"),
+    ("99.seed", "no node 99"), ("7.sed", "Node 7 .KSampler. has no input 'sed', only model,"),
+    ("7.model", "'7.model' comes from another node, 61")])
 def test_a_change_of_what_is_not_there_says_so(place, said):
     with pytest.raises(GraphError, match=said):
         apply_changes(workflow(), {place: 1})
@@ -137,13 +132,13 @@ def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
         (index + 1, json.dumps({"id": f"{index}", "7.seed": index}).encode()) for index in range(4)
     ]
     store = Store(str(tmp_path))
-    for item in scan_rows(str(tmp_path), workflow(), lines).left[:3]:
+    for item in scan_rows(str(tmp_path), workflow(), lines).pending[:3]:
         record(store, item[0], item)
     lines[1] = (2, b'{"id": "1", "7.seed": 99}')
     (tmp_path / "2_9_0.png").unlink()
-    assert [item[0] for item in scan_rows(str(tmp_path), workflow(), lines).left] == ["1", "2", "3"]
+    assert [item[0] for item in scan_rows(str(tmp_path), workflow(), lines).pending] == ["1", "2", "3"]
     # another workflow: all of them
-    assert len(scan_rows(str(tmp_path), workflow(steps=3), lines).left) == 4
+    assert len(scan_rows(str(tmp_path), workflow(steps=3), lines).pending) == 4
 
 
 @pytest.mark.parametrize(
@@ -169,28 +164,28 @@ def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
 def test_an_id_that_is_no_file_name_is_refused(tmp_path, name):
     found = scan_rows(str(tmp_path), workflow(),
                       [(1, json.dumps({"id": name, "7.seed": 1}).encode())])
-    assert len(found.bad) == 1 and not found.left
+    assert len(found.invalid) == 1 and not found.pending
 
 
 def test_the_parts_of_all_shards_are_the_rows_each_once():
     found = RowScan(names=[(number, str(number)) for number in range(1, 12)],
-                   left=[(str(number), "{}", "", number) for number in range(1, 12)])
+                   pending=[(str(number), "{}", "", number) for number in range(1, 12)])
     tables = [RowIndex((part, 3)) for part in (1, 2, 3)]
     for table in tables:
         table.add(found)
-    assert sorted(int(item[0]) for table in tables for item in table.left) == list(range(1, 12))
+    assert sorted(int(item[0]) for table in tables for item in table.pending) == list(range(1, 12))
 
 
 def test_empty_lines_do_not_shift_the_parts(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n\n".join(json.dumps({"id": str(index)}) for index in range(10)),
                     encoding="utf-8")
-    found = list(lines(str(rows)))
+    found = list(read_lines(str(rows)))
     for part in (1, 2):
         table = RowIndex((part, 2))
         for some in (found[:3], found[3:]):
             table.add(scan_rows(str(tmp_path), workflow(), some))
-        assert [int(item[0]) % 2 for item in table.left] == [part - 1] * 5
+        assert [int(item[0]) % 2 for item in table.pending] == [part - 1] * 5
 
 
 def test_odd_rows_fail_alone(tmp_path):
@@ -206,16 +201,17 @@ def test_odd_rows_fail_alone(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     found = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out", env=environment)
     assert (
-        found.stdout.count("Line ") == 6 and "0 drawn, 0 there before, 6 failed" in found.stdout
+        found.stdout.count("Line ") == 6 and "0 drawn, 0 already done, 6 failed" in found.stdout
     ), found.stdout[-2000:]
     assert not found.stderr
 
 
 def test_ids_that_a_file_system_takes_for_one_are_refused():
     table = RowIndex()
-    table.add(RowScan(names=[(1, "A"), (2, "a")], left=[("A", "{}", "", 1), ("a", "{}", "", 2)]))
-    assert [item[0] for item in table.left] == ["A"]
-    assert table.bad == [(2, "has the id 'a', as line 1 has")]
+    table.add(RowScan(names=[(1, "A"), (2, "a")],
+                      pending=[("A", "{}", "", 1), ("a", "{}", "", 2)]))
+    assert [item[0] for item in table.pending] == ["A"]
+    assert table.invalid == [(2, "has the id 'a', as line 1 has")]
 
 
 def test_a_row_drawn_again_leaves_no_file_of_its_earlier_version(tmp_path):
@@ -223,7 +219,7 @@ def test_a_row_drawn_again_leaves_no_file_of_its_earlier_version(tmp_path):
     store.save("a", {f"9_{n}.png": b"old" for n in range(3)}, {"stamp": "1"})
     store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.png"]
-    assert store.done("a", "2") and not store.done("a", "1")
+    assert store.is_done("a", "2") and not store.is_done("a", "1")
 
 
 def test_a_row_whose_writing_ended_in_the_midst_is_not_done(tmp_path, monkeypatch):
@@ -236,7 +232,7 @@ def test_a_row_whose_writing_ended_in_the_midst_is_not_done(tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
     monkeypatch.undo()
-    assert not store.done("a", "1") and not store.done("a", "2")
+    assert not store.is_done("a", "1") and not store.is_done("a", "2")
     store.save("a", {"9_0.png": b"new"}, {"stamp": "2"})
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.png"]
 
@@ -245,7 +241,7 @@ def test_json_that_a_row_saves_is_not_the_record_of_another_row(tmp_path):
     store = Store(str(tmp_path))
     store.save("a_9_0", {"9_0.png": b"picture"}, {"stamp": "1"})
     store.save("a", {"9_0.json": b"{}", "9_1.JSON": b"{}"}, {"stamp": "2"})
-    assert store.done("a_9_0", "1") and store.done("a", "2")
+    assert store.is_done("a_9_0", "1") and store.is_done("a", "2")
     assert store.read("a_9_0..json") == b"{}" and (tmp_path / "a_9_1..JSON").is_file()
     store.save("a", {"9_0.png": b"picture"}, {"stamp": "3"})
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a_9_0.json", "a_9_0.png", "a_9_0_9_0.png"]
@@ -257,9 +253,9 @@ def test_a_row_of_an_earlier_version_that_saved_json_is_done_and_takes_no_record
         json.dumps({"stamp": "1", "files": ["a_9_0.json", "a_9_1.png"]}), encoding="utf-8")
     (tmp_path / "a_9_1.png").touch()
     store.save("a_9_0", {"9_0.png": b"picture"}, {"stamp": "2"})
-    assert store.done("a", "1")
+    assert store.is_done("a", "1")
     store.save("a", {"9_0.png": b"picture"}, {"stamp": "3"})
-    assert store.done("a_9_0", "2") and not (tmp_path / "a_9_1.png").exists()
+    assert store.is_done("a_9_0", "2") and not (tmp_path / "a_9_1.png").exists()
 
 
 def test_a_record_removes_files_of_its_row_only(tmp_path):
@@ -276,7 +272,7 @@ def test_only_half_files_of_own_rows_are_removed(tmp_path):
     for name in ("a_9_0.png", "a_9_1..json", "a.json", "b_9_0.png", "a_9.json"):
         (tmp_path / f".{name}.0123abcd.part").touch()
     (tmp_path / ".a_9_0.png.part").touch()
-    assert Store(str(tmp_path)).tidy({"a"}) == 3
+    assert Store(str(tmp_path)).remove_parts({"a"}) == 3
     assert sorted(os.listdir(tmp_path)) == [
         ".a_9.json.0123abcd.part",
         ".a_9_0.png.part",
@@ -290,9 +286,9 @@ def test_a_bucket_is_written_by_fsspec():
     assert store.read("a.json") is None
     store.save("a", {"9_0.png": b"old", "9_1.png": b"old"}, {"stamp": "1"})
     store.save("a", {"9_0.gz": b"what a workflow saved"}, {"stamp": "2"})
-    assert store.done("a", "2") and not store.done("b", "2")
+    assert store.is_done("a", "2") and not store.is_done("b", "2")
     assert Store(out).read("a_9_0.gz") == b"what a workflow saved"  # by the name unpacked
-    assert sorted(path.rpartition("/")[2] for path in store.files.find(store.root)) == [
+    assert sorted(path.rpartition("/")[2] for path in store.bucket.find(store.root)) == [
         "a.json",
         "a_9_0.gz",
     ]
@@ -319,11 +315,11 @@ def test_another_command_for_the_same_rows_takes_nothing_away(tmp_path, monkeypa
 
     def other(descriptor):
         fsync(descriptor)
-        tidied.append(len(tidied) < 2 and Store(str(tmp_path)).tidy({"a"}))
+        tidied.append(len(tidied) < 2 and Store(str(tmp_path)).remove_parts({"a"}))
 
     monkeypatch.setattr(os, "fsync", other)
     store.save("a", {"9_0.png": b"picture"}, {"stamp": "1"})
-    assert store.done("a", "1") and tidied == [1, 1, False, False]
+    assert store.is_done("a", "1") and tidied == [1, 1, False, False]
 
 
 def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
@@ -334,7 +330,7 @@ def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
                  {"cause": cause, "__str__": lambda self: "Traceback (most recent call last):"})()
     worker = RowRenderer.__new__(RowRenderer)
     worker.info, worker.name = {"name": "attic"}, "attic:1"
-    worker.store = SimpleNamespace(done=Mock(side_effect=error))
+    worker.store = SimpleNamespace(is_done=Mock(side_effect=error))
     answer = worker.render({"id": "a", "stamp": ""})
     assert answer["status"] == "refused"
     assert re.fullmatch(
@@ -416,7 +412,7 @@ def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
 )
 def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(
         machine, gpus, cpus, count):
-    assert Share(cpus, gpus).room(machine) == count
+    assert Share(cpus, gpus).worker_count(machine) == count
 
 
 @pytest.mark.parametrize(
@@ -451,7 +447,7 @@ def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
                           get=lambda ref: ref, cluster_resources=lambda: {"CPU": 2})
     monkeypatch.setitem(sys.modules, "ray", ray)
     batch = Batch({}, "", str(tmp_path))
-    batch.store = SimpleNamespace(files=True)
+    batch.store = SimpleNamespace(bucket=True)
 
     def chunks():
         for index in range(5):
@@ -466,14 +462,14 @@ def test_the_example_is_whole(tmp_path):
     graph = read((ROOT / "docs/batch/workflow_api.json").read_text(encoding="utf-8"))
     lines = list(enumerate((ROOT / "docs/batch/rows.jsonl").read_bytes().splitlines(), start=1))
     found = scan_rows(str(tmp_path), graph, lines)
-    assert len(found.left) == len(lines) == 12 and not found.bad
+    assert len(found.pending) == len(lines) == 12 and not found.invalid
 
 
 def test_a_finished_batch_needs_no_ray(tmp_path):
     example = ROOT / "docs" / "batch"
     graph = read((example / "workflow_api.json").read_text(encoding="utf-8"))
     lines = list(enumerate((example / "rows.jsonl").read_bytes().splitlines(), start=1))
-    for item in scan_rows(str(tmp_path / "out"), graph, lines).left:
+    for item in scan_rows(str(tmp_path / "out"), graph, lines).pending:
         record(Store(str(tmp_path / "out")), item[0], item)
     blocked = tmp_path / "without"
     blocked.mkdir()
@@ -481,7 +477,7 @@ def test_a_finished_batch_needs_no_ray(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(blocked)}
     found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
                     env=environment)
-    assert found.returncode == 0 and "0 drawn, 12 there before, 0 failed" in found.stdout
+    assert found.returncode == 0 and "0 drawn, 12 already done, 0 failed" in found.stdout
     (tmp_path / "out" / "0003.json").unlink()
     found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
                     env=environment)

@@ -3,6 +3,8 @@ name."""
 import os
 import re
 
+from devtools.cluster import workflow
+
 import pytest
 
 from devtools.files import demo_files
@@ -17,8 +19,6 @@ from featherweight.cluster.preflight import (
     report,
 )
 from featherweight.cluster.ray_connection import on_node
-
-from .conftest import workflow
 
 ray = pytest.importorskip("ray")
 INK = demo_files.LORAS["ink"]
@@ -64,7 +64,7 @@ def test_a_machine_is_named_with_the_files_and_nodes_that_it_lacks(checked):
     assert not can_all_run
     assert sorted(line for line in said.splitlines() if " has no " in line) == [
         f"attic has no file {ink} in the folders of its ComfyUI.",
-        f"attic has no file {model} and none {ink} in the folders of its ComfyUI.",
+        f"attic has no file {model} and no {ink} in the folders of its ComfyUI.",
         "desk has no node 'LittleNode': the pack it comes from is not installed or did not load."]
 
 

@@ -16,13 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+from devtools.cluster import QUIET, changes, running, workflow
+
 import psutil
 import pytest
 
 from devtools.host import server
 from featherweight.cluster.graph import apply_changes
 
-from .conftest import QUIET, changes, running, workflow
 from .driver import painted
 
 pytest.importorskip("ray")

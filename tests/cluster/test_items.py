@@ -9,7 +9,7 @@ import pytest
 from devtools.files import demo_files
 from featherweight.cluster.actor_pool import Share
 from featherweight.cluster.comfyui_install import MachineError, worker_arguments
-from featherweight.cluster.driver import plan
+from featherweight.cluster.driver import plan_workers
 from featherweight.cluster.graph import GraphError, with_result
 from featherweight.cluster.image_collector import ImageCollector
 from featherweight.cluster.run_variants import make_variants, nodes_affected
@@ -93,7 +93,7 @@ def test_what_varies_is_what_the_changes_reach():
     ([{"GPU": 2}], 0, False, 2, Share(0, 1)),
     ([{}], 2, False, 0, Share(1))])
 def test_a_worker_for_each_gpu_or_else_for_each_machine(machines, workers, on_cpu, count, share):
-    assert plan(machines, workers, on_cpu) == (count, share)
+    assert plan_workers(machines, workers, on_cpu) == (count, share)
 
 
 def test_the_node_for_the_result_takes_no_other_nodes_place():
@@ -127,13 +127,13 @@ def test_workers_of_this_machine_have_its_arguments_without_the_servers(tmp_path
     ]
 
 
-def tell(gathering, item, event, value=None):
-    gathering.tell({"item": item, "event": event, "value": value}, b"")
+def tell(collector, item, event, value=None):
+    collector.receive({"item": item, "event": event, "value": value}, b"")
 
 
-def give(gathering, item, pictures):
+def give(collector, item, pictures):
     for index, image in enumerate(pictures):
-        gathering.tell(
+        collector.receive(
             {
                 "item": item, "event": "image", "index": index, "of": len(pictures), "shape": list(
                     image.shape)
@@ -145,44 +145,44 @@ def pictures(value=0.0, width=4, height=2, count=1):
 
 
 def test_the_bar_counts_the_steps_of_all_items():
-    gathering = ImageCollector(3, {"sampler"})
-    tell(gathering, 0, "begins", "desk")
-    tell(gathering, 0, "progress", ("model", 300, 600))  # loading, which the others need not do
-    tell(gathering, 0, "progress", ("sampler", 1, 10))
-    assert gathering.progress() == (1, 30)
-    tell(gathering, 1, "progress", ("sampler", 4, 10))
-    give(gathering, 0, pictures())
-    assert gathering.progress() == (14, 30)
-    tell(gathering, 1, "lost")
-    assert gathering.progress() == (10, 30)
-    assert gathering.text() == "1 of 3 done, 0 in work\non desk"
+    collector = ImageCollector(3, {"sampler"})
+    tell(collector, 0, "begins", "desk")
+    tell(collector, 0, "progress", ("model", 300, 600))  # loading, which the others need not do
+    tell(collector, 0, "progress", ("sampler", 1, 10))
+    assert collector.progress() == (1, 30)
+    tell(collector, 1, "progress", ("sampler", 4, 10))
+    give(collector, 0, pictures())
+    assert collector.progress() == (14, 30)
+    tell(collector, 1, "lost")
+    assert collector.progress() == (10, 30)
+    assert collector.status_text() == "1 of 3 done, 0 in work\non desk"
 
 
 def test_pictures_lie_in_the_order_of_their_items_in_one_array():
-    gathering = ImageCollector(3, ())
+    collector = ImageCollector(3, ())
     for item in (2, 0, 1):
-        give(gathering, item, pictures(item, count=2))
-    assert gathering.whole() is gathering.images
-    assert gathering.whole()[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+        give(collector, item, pictures(item, count=2))
+    assert collector.all_images() is collector.images
+    assert collector.all_images()[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_pictures_of_a_lost_item_are_replaced_by_those_of_the_next_attempt():
-    gathering = ImageCollector(2, ())
-    give(gathering, 0, pictures(1, count=2))
+    collector = ImageCollector(2, ())
+    give(collector, 0, pictures(1, count=2))
     header = {"item": 1, "event": "image", "index": 0, "of": 2, "shape": [2, 4, 3]}
-    gathering.tell(header, pictures(5)[0].tobytes())
-    tell(gathering, 1, "lost")
+    collector.receive(header, pictures(5)[0].tobytes())
+    tell(collector, 1, "lost")
     with pytest.raises(GraphError, match="Item 2 of 2 gave no picture"):
-        gathering.whole()
-    give(gathering, 1, pictures(2, count=2))
-    assert gathering.whole()[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
+        collector.all_images()
+    give(collector, 1, pictures(2, count=2))
+    assert collector.all_images()[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
 
 
 def test_items_with_other_numbers_of_pictures_keep_their_order():
-    gathering = ImageCollector(3, ())
+    collector = ImageCollector(3, ())
     for item, count in ((1, 2), (2, 1), (0, 3)):
-        give(gathering, item, pictures(item, count=count))
-    assert gathering.whole()[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 2]
+        give(collector, item, pictures(item, count=count))
+    assert collector.all_images()[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
@@ -195,17 +195,17 @@ def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
 
 
 def test_pictures_of_other_sizes_are_refused_in_a_sentence():
-    gathering = ImageCollector(3, ())
-    give(gathering, 1, pictures())
+    collector = ImageCollector(3, ())
+    give(collector, 1, pictures())
     with pytest.raises(
             GraphError,
             match="Item 3 of 3 is 5 x 2, item 2 is 4 x 2: pictures of one run have one size"):
-        give(gathering, 2, pictures(width=5))
+        give(collector, 2, pictures(width=5))
 
 
 @pytest.mark.parametrize(("event", "value", "error", "message"), [
     ("failed", "node 7 (KSampler) has no such sampler.", GraphError, "Item 2 of 3 failed: node 7"),
-    ("unfit", "attic: has no file 'x.gguf'.", MachineError, "Item 2 of 3 cannot be drawn on attic:"
+    ("unusable", "attic: has no file 'x.gguf'.", MachineError, "Item 2 of 3 cannot be drawn on attic:"
                                                             " has no file")])
 def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(event, value, error, message):
     with pytest.raises(error, match=message):
@@ -237,9 +237,9 @@ IMAGE = {"event": "image", "item": 0, "index": 0, "of": 1, "shape": [2, 4, 3]}
     ],
 )
 def test_what_is_no_event_is_one_sentence(header):
-    gathering = ImageCollector(3, {"n"})
-    gathering.tell(IMAGE, bytes(96))
+    collector = ImageCollector(3, {"n"})
+    collector.receive(IMAGE, bytes(96))
     with pytest.raises(MachineError,
                        match="Ray's driver sent an event that cannot be read: .* Run again"):
-        gathering.tell(header, bytes(96))
-    assert gathering.progress() == (1, 3) and gathering.done == {0}
+        collector.receive(header, bytes(96))
+    assert collector.progress() == (1, 3) and collector.done == {0}

@@ -20,7 +20,7 @@ from devtools import ROOT
 from featherweight.cluster import batch, ray_connection
 from featherweight.cluster.comfyui_install import MachineError
 from featherweight.cluster.ray_connection import (
-    CLUSTER,
+    MULTI_NODE_ENV,
     connect,
     is_cluster_raylet,
     resolve_address,
@@ -49,7 +49,7 @@ except RuntimeError as error:
 def surroundings(folder, home, **variables) -> dict[str, str]:
     """What a person's shell has around it, who has set nothing of Ray's."""
     kept = {name: value for name, value in {**os.environ, **QUIET}.items()
-            if name != CLUSTER and not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+            if name != MULTI_NODE_ENV and not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     home.mkdir(exist_ok=True)
     return {**kept, "RAY_TMPDIR": str(folder), "HOME": str(home), **variables}
 
@@ -115,7 +115,7 @@ def test_a_batch_that_is_told_to_end_says_how_to_go_on(command):
 
 @pytest.mark.heavy  # Ray knocks for 20 s
 def test_a_cluster_that_asks_for_a_token_says_so(ray_folder, tmp_path):
-    environment = surroundings(ray_folder, tmp_path / "home", **{CLUSTER: "0"})
+    environment = surroundings(ray_folder, tmp_path / "home", **{MULTI_NODE_ENV: "0"})
     with alone(environment) as address, alone(environment, address) as said:
         assert said.startswith(f"The Ray cluster at {address} cannot be used from here: ")
         assert "copy that file here and set RAY_AUTH_MODE=token" in said
@@ -130,8 +130,8 @@ class Process:
     ("name", "environment", "found"),
     [
         ("raylet", {}, True),
-        ("raylet.exe", {CLUSTER: "1"}, True),
-        ("raylet", {CLUSTER: "0"}, False),
+        ("raylet.exe", {MULTI_NODE_ENV: "1"}, True),
+        ("raylet", {MULTI_NODE_ENV: "0"}, False),
         ("python", {}, False),
     ],
 )

@@ -59,7 +59,7 @@ def editor(monkeypatch):
     monkeypatch.setattr(ray, "wait", lambda calls, num_returns=1, timeout=None: (list(calls), []))
     monkeypatch.setattr(ray, "get", answer)
     monkeypatch.setattr(ray, "kill", lambda actor: None)
-    monkeypatch.setattr(actor_pool, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(actor_pool, "NODE_POLL_SECONDS", 0.01)
     monkeypatch.setattr(PromptRun, "WAIT_SECONDS", 0.01)
     return Editor
 
@@ -126,7 +126,7 @@ def test_a_worker_that_cannot_draw_is_named_with_an_item_that_waits(editor):
 
     with pytest.raises(Stopped):
         found.run(1, check=check)
-    assert found.told == [(0, "unfit", "desk: no ComfyUI was found.")]
+    assert found.told == [(0, "unusable", "desk: no ComfyUI was found.")]
 
 
 def test_a_cancelled_run_frees_its_workers_for_the_next(editor, monkeypatch):

@@ -89,10 +89,10 @@ def cluster(monkeypatch):
         monkeypatch.setattr(ray, "kill", made.ends)
         return made
 
-    monkeypatch.setattr(actor_pool, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(actor_pool, "NODE_POLL_SECONDS", 0.01)
     monkeypatch.setattr(RowRun, "WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(row_run, "MAX_REST_SECONDS", 0.01)
-    monkeypatch.setattr(row_run, "GONE_SECONDS", 0.1)
+    monkeypatch.setattr(row_run, "MAX_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(row_run, "NO_NODE_SECONDS", 0.1)
     return make
 
 
@@ -140,7 +140,7 @@ def test_without_a_machine_the_rest_fails_after_a_while_with_a_sentence(cluster)
 
 
 def test_a_machine_that_comes_back_in_time_draws_the_rest(cluster, monkeypatch):
-    monkeypatch.setattr(row_run, "GONE_SECONDS", 60)
+    monkeypatch.setattr(row_run, "NO_NODE_SECONDS", 60)
     found = cluster(lambda name, node: "drawn", ())
     monkeypatch.setattr(time, "sleep", lambda seconds: found.nodes.update(one=1))
     assert found.draw("ab") == {"drawn": 2}

@@ -7,6 +7,8 @@ import tempfile
 import time
 import uuid
 
+from devtools.cluster import changes, workflow
+
 import pytest
 
 from devtools import ROOT
@@ -14,8 +16,6 @@ from featherweight.cluster import embedded_comfyui
 from featherweight.cluster.comfyui_install import MachineError
 from featherweight.cluster.graph import GraphError, with_result
 from featherweight.cluster.worker import PromptWorker
-
-from .conftest import changes, workflow
 
 ray = pytest.importorskip("ray")
 LOADER = """
@@ -86,8 +86,8 @@ def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
         (tmp_path / "output" / name).write_text(name)
     outputs = {"9:1": {"images": [{"filename": "a"}]}, "9-1": {"images": [{"filename": "b"}]}}
     assert (
-        found._files(outputs)
-        == found._files(dict(reversed(outputs.items())))
+        found._read_files(outputs)
+        == found._read_files(dict(reversed(outputs.items())))
         == {"9-1_0": b"b", "9-1_1": b"a"}
     )
 

@@ -38,7 +38,7 @@ class RayAddress(Target):
 
     def read(self, data):
         cluster, _, text = as_text(data).partition("\n")
-        cluster = self.joining.named_cluster({self.joining.VARIABLE: cluster})
+        cluster = self.joining.named_cluster({self.joining.ADDRESS_ENV: cluster})
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -158,7 +158,7 @@ class RayPictures(Target):
         from featherweight.cluster.comfyui_install import MachineError
         from featherweight.cluster.graph import GraphError
         from featherweight.cluster.image_collector import ImageCollector
-        self.gathering, self.own = ImageCollector, (GraphError, MachineError)
+        self.collector, self.own = ImageCollector, (GraphError, MachineError)
         events = [[{"event": "workers", "value": 2}, 0]]
         for item in range(2):
             events += [[{"event": "begins", "item": item, "value": "desk"}, 0],
@@ -168,18 +168,19 @@ class RayPictures(Target):
                         48]]
         return [json.dumps(each).encode() for each in (
             events, [[{"event": "failed", "item": 0, "value": "why"}, 0]],
-            [[{"event": "unfit", "item": 1, "value": "desk: why"}, 0]])]
+            [[{"event": "unusable", "item": 1, "value": "desk: why"}, 0]])]
 
     def read(self, data):
         try:
             events = json.loads(data)
         except (ValueError, RecursionError):
             return
-        found = self.gathering(2, {"7"})
+        collector = self.collector(2, {"7"})
         for event in events if isinstance(events, list) else ():
             match event:
                 case [dict(header), int(size)]:
-                    found.tell({"item": 0, **header}, bytes(min(max(size, 0), 1 << 12)))
-                    done, total = found.progress()
-                    assert (isinstance(found.text(), str) and 0 <= done <= total) or total < 0
-        assert found.whole().shape[0] % 2 == 0
+                    collector.receive({"item": 0, **header}, bytes(min(max(size, 0), 1 << 12)))
+                    done, total = collector.progress()
+                    assert isinstance(collector.status_text(), str)
+                    assert 0 <= done <= total or total < 0
+        assert collector.all_images().shape[0] % 2 == 0
