@@ -1,5 +1,4 @@
-"""Which Ray a workflow may draw on: the owner of the machine names it, and no value of a workflow
-does."""
+"""The owner of the machine names the Ray cluster; no value of a workflow can."""
 import pytest
 
 from featherweight.cluster.comfyui_install import MachineError

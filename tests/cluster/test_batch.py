@@ -1,5 +1,5 @@
-"""A batch on two machines draws what one ComfyUI draws, once for each row, whatever ends in the
-midst."""
+"""A batch on two machines renders what one ComfyUI does, once per row, even if a worker is killed.
+"""
 import contextlib
 import json
 import os
@@ -20,21 +20,24 @@ COUNT = 8
 
 
 class Run:
-    """A batch in a folder: its rows, what it said, and what is in OUT."""
+    """A batch in a folder: its rows, the lines it prints, and what is in OUT."""
 
     def __init__(self, folder, address, graph=None):
-        self.folder, self.address, self.graph, self.said = folder, address, graph or workflow(), []
+        self.folder = folder
+        self.address = address
+        self.graph = graph or workflow()
         self.out = folder / "out"
+        self.printed = []
 
     def __call__(self, lines, **options):
         path = self.folder / "rows.jsonl"
         path.write_text(
             "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
             encoding="utf-8")
-        self.said = []
+        self.printed = []
         return dict(
             Batch(self.graph, str(path), str(self.out), address=self.address, cpus=1, gpus=0,
-                  say=lambda text, **_: self.said.append(text), **options).run())
+                  say=lambda text, **_: self.printed.append(text), **options).run())
 
     def names(self):
         return sorted(os.listdir(self.out))
@@ -47,14 +50,17 @@ def rows(count=COUNT):
     return [{"id": f"{index:04}", **changes(index)} for index in range(count)]
 
 
-def of(row):
-    """The workflow of a row."""
+def graph_of(row):
+    """Returns the workflow of a row."""
     return workflow(row["4.text"], row["7.seed"])
 
 
 def killed_once(marker) -> type[RowRenderer]:
-    """A renderer whose process is killed when it has drawn a row and begins another, the first time
-    that any does."""
+    """Returns a renderer class; the first worker to begin a second row kills itself.
+
+    Args:
+        marker: a file that the killed worker leaves.
+    """
     class KilledOnce(RowRenderer):
         has_drawn = False
 
@@ -71,7 +77,7 @@ def killed_once(marker) -> type[RowRenderer]:
 
 @pytest.fixture(scope="module")
 def museum(cluster, tmp_path_factory):
-    """A machine with another ComfyUI."""
+    """Adds a machine that has another version of ComfyUI."""
     folder = tmp_path_factory.mktemp("museum")
     (folder / "comfy").mkdir()
     (folder / "main.py").touch()
@@ -84,15 +90,15 @@ def museum(cluster, tmp_path_factory):
 
 
 EARLIER = b"what an earlier run drew"
-OTHERS = ".other_9_0.png.0123abcd.part"  # half a file of another batch
+OTHER_PART = ".other_9_0.png.0123abcd.part"  # a half-written file of another batch
 
 
 @pytest.fixture(scope="module")
 def first(cluster, museum, tmp_path_factory):
-    """A run that goes on where an earlier one was killed: row 0000 was drawn, and row 0004 too, but
-    with another seed.
+    """Returns (run, counts, printed lines) of a run that continues an earlier one.
 
-    A worker is killed in the midst, and among the rows are some that nobody can draw.
+    That had rendered row 0000, and row 0004 with another seed. A worker is killed during the run,
+    and some of the rows are invalid.
     """
     folder = tmp_path_factory.mktemp("batch")
     run, earlier = Run(folder, cluster.address), rows()
@@ -102,7 +108,7 @@ def first(cluster, museum, tmp_path_factory):
     for name, _, stamp, _ in scan_rows(str(run.out), run.graph, lines).pending:
         if name in ("0000", "0004"):
             store.save(name, {"9_0.png": EARLIER, "9_1.png": EARLIER}, {"stamp": stamp})
-    for name in (OTHERS, ".0004_9_0.png.0123abcd.part"):
+    for name in (OTHER_PART, ".0004_9_0.png.0123abcd.part"):
         (run.out / name).write_bytes(b"half")
     bad = [
         '{"id": "broken"', '["no row"]', '{"id": "../x", "7.seed": 1}',
@@ -111,16 +117,16 @@ def first(cluster, museum, tmp_path_factory):
     ]
     counts = run([*rows()[:5], *bad, *rows()[5:]], worker=killed_once(str(folder / "killed")))
     assert (folder / "killed").exists()
-    return run, counts, list(run.said)
+    return run, counts, list(run.printed)
 
 
 def test_every_row_is_there_once_and_byte_equal_to_one_comfyui(first, plain):
     run, counts, _ = first
     assert counts == {"done": 1, "drawn": COUNT - 1, "failed": 6}
     names = {f"{row['id']}{end}" for row in rows() for end in ("_9_0.png", ".json")}
-    assert run.names() == sorted(names | {"0000_9_1.png", OTHERS})
+    assert run.names() == sorted(names | {"0000_9_1.png", OTHER_PART})
     for row in rows()[1:]:
-        assert (run.out / f"{row['id']}_9_0.png").read_bytes() == plain(of(row)), row
+        assert (run.out / f"{row['id']}_9_0.png").read_bytes() == plain(graph_of(row)), row
 
 
 def test_what_an_earlier_run_drew_is_left_as_it_is(first):
@@ -136,9 +142,9 @@ def test_both_machines_drew(first):
 
 def test_a_machine_of_another_version_is_left_out_and_named(first):
     assert [
-        said for said in first[2]
-        if said.startswith("museum has ComfyUI 0.1.0 where the others have ")
-        and said.endswith("it takes no part.")
+        line for line in first[2]
+        if line.startswith("museum has ComfyUI 0.1.0 where the others have ")
+        and line.endswith("it takes no part.")
     ]
 
 
@@ -154,7 +160,7 @@ def test_a_machine_of_another_version_is_left_out_and_named(first):
     ],
 )
 def test_a_bad_row_fails_alone_and_is_named(first, sentence):
-    assert sum(said.startswith(sentence) for said in first[2]) == 1
+    assert sum(line.startswith(sentence) for line in first[2]) == 1
 
 
 def test_run_again_draws_nothing_and_starts_nothing(first, monkeypatch):

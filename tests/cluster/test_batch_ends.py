@@ -1,5 +1,4 @@
-"""What ends or fails in the midst of a batch costs time only: the driver, a worker, a machine, its
-disk, its files."""
+"""A batch survives the end or failure of its driver, a worker, a machine or a disk."""
 import json
 import os
 import signal
@@ -13,14 +12,14 @@ import pytest
 
 from devtools import ROOT
 
-from .test_batch import Run, of, rows
+from .test_batch import Run, graph_of, rows
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.heavy
 
 
 class Command:
-    """batch.py as a person calls it. `records`: of the rows that are done."""
+    """batch.py as a person calls it."""
 
     def __init__(self, folder, address, lines):
         self.out, self.log = folder / "out", folder / "log"
@@ -43,25 +42,23 @@ class Command:
             time.sleep(0.05)
 
     def records(self):
-        return (
-            {path.stem: json.loads(path.read_text()) for path in self.out.glob("*.json")}
-            if self.out.exists()
-            else {}
-        )
+        """Returns id -> record of the rows that are done."""
+        if not self.out.exists():
+            return {}
+        return {path.stem: json.loads(path.read_text()) for path in self.out.glob("*.json")}
 
-    def said(self):
+    def output(self):
         return self.log.read_text(errors="replace")
 
 
-def is_whole(out, lines, plain):
-    """Every row's picture, byte for byte, and no other file."""
+def check_pictures(out, lines, plain):
+    """Asserts that a folder has every row's picture, byte for byte, and no other file."""
     assert sorted(os.listdir(out)) == sorted(
         f"{row['id']}{end}" for row in lines for end in ("_9_0.png", ".json")
     )
-    unlike = [
-        row["id"] for row in lines if (out / f"{row['id']}_9_0.png").read_bytes() != plain(of(row))
-    ]
-    assert unlike == []
+    different = [row["id"] for row in lines
+                 if (out / f"{row['id']}_9_0.png").read_bytes() != plain(graph_of(row))]
+    assert different == []
 
 
 def test_a_stopped_batch_says_how_to_go_on_and_a_killed_one_goes_on_too(cluster, tmp_path, plain):
@@ -71,7 +68,7 @@ def test_a_stopped_batch_says_how_to_go_on_and_a_killed_one_goes_on_too(cluster,
     batch.wait_for(2, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130
-    assert "Stopped. What is in" in batch.said() and "go on" in batch.said()
+    assert "Stopped. What is in" in batch.output() and "go on" in batch.output()
     first = batch.records()
     assert 2 <= len(first) < 12
     assert not [name for name in os.listdir(batch.out) if name.endswith(".part")]
@@ -80,8 +77,8 @@ def test_a_stopped_batch_says_how_to_go_on_and_a_killed_one_goes_on_too(cluster,
     process.kill()
     process.wait()
     second = batch.records()
-    assert batch.start().wait(600) == 0, batch.said()
-    is_whole(batch.out, lines, plain)
+    assert batch.start().wait(600) == 0, batch.output()
+    check_pictures(batch.out, lines, plain)
     last = batch.records()
     assert all(last[name] == record for name, record in {**first, **second}.items())  # drawn once
 
@@ -89,15 +86,13 @@ def test_a_stopped_batch_says_how_to_go_on_and_a_killed_one_goes_on_too(cluster,
 def test_forty_pictures_are_those_of_one_process(cluster, tmp_path, plain):
     run = Run(tmp_path, cluster.address)
     assert run(rows(40)) == {"drawn": 40}
-    is_whole(run.out, rows(40), plain)
+    check_pictures(run.out, rows(40), plain)
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a small disk takes root's rights"
-)
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
+                    reason="mounting a small disk takes root's rights")
 def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_others_finish(
-    bases, ray_folder, tmp_path, plain
-):
+        bases, ray_folder, tmp_path, plain):
     full = tmp_path / "full"
     full.mkdir()
     if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]):
@@ -111,18 +106,18 @@ def test_a_machine_with_a_full_disk_and_one_without_a_lora_are_named_and_the_oth
             cluster.add("attic", TMPDIR=str(full))
             cluster.add("cellar")
             batch = Command(tmp_path, cluster.address, lines := rows(24))
-            assert batch.start().wait(900) == 0, batch.said()
-        is_whole(batch.out, lines, plain)
+            assert batch.start().wait(900) == 0, batch.output()
+        check_pictures(batch.out, lines, plain)
         assert {record["worker"].split(":")[0] for record in batch.records().values()} == {"desk"}
-        assert "attic has no space left on its disk" in batch.said()
+        assert "attic has no space left on its disk" in batch.output()
         assert (
             "cellar has no file 'featherweight_demo_lora_pumpkins.safetensors' (61.lora_name)"
-            in batch.said()
+            in batch.output()
         )
     finally:
         subprocess.call(["umount", "-l", str(full)])
 
 
 def test_changes_make_other_pictures():
-    """What the tests above compare is not all one picture."""
+    """The pictures that the tests above compare differ from each other."""
     assert len({json.dumps(changes(index)) for index in range(60)}) == 60

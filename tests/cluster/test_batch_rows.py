@@ -1,4 +1,4 @@
-"""The parts of a batch that need no Ray: rows, the store, the passes, and the command."""
+"""The parts of a batch that need no Ray: workflows, rows, the store, progress and the command."""
 import json
 import os
 import re
@@ -29,21 +29,20 @@ from featherweight.cluster.picture_store import Store
 from featherweight.cluster.worker import RowRenderer
 
 
-def command(*launch_arguments, **options):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "batch.py"), *map(str, launch_arguments)], capture_output=True,
-        text=True, **options)
+def command(*arguments, **options):
+    return subprocess.run([sys.executable, str(ROOT / "batch.py"), *map(str, arguments)],
+                          capture_output=True, text=True, **options)
 
 
 # --- graphs ---
 
-@pytest.mark.parametrize(("place", "said"), [
+@pytest.mark.parametrize(("path", "message"), [
     ("seed", "'seed' is not an input of the workflow: write node, dot, input"),
     ("99.seed", "no node 99"), ("7.sed", "Node 7 .KSampler. has no input 'sed', only model,"),
     ("7.model", "'7.model' comes from another node, 61")])
-def test_a_change_of_what_is_not_there_says_so(place, said):
-    with pytest.raises(GraphError, match=said):
-        apply_changes(workflow(), {place: 1})
+def test_a_change_of_what_is_not_there_says_so(path, message):
+    with pytest.raises(GraphError, match=message):
+        apply_changes(workflow(), {path: 1})
 
 
 def test_changing_leaves_the_original_as_it_is():
@@ -91,20 +90,21 @@ def test_commands_and_workers_take_comfyui_by_one_rule(tmp_path, monkeypatch):
     assert (
         own_comfyui(str(pack), named) == find_comfyui(environment=named) == str(tmp_path / "named")
     )
-    for ask in (lambda wrong: own_comfyui(str(pack), wrong),
-                lambda wrong: find_comfyui(environment=wrong)):
-        with pytest.raises(
-                MachineError,
-                match="typo, which has no main.py and comfy: set it to ComfyUI's folder"):
-            ask({"COMFYUI_PATH": str(tmp_path / "typo")})
+    wrong = {"COMFYUI_PATH": str(tmp_path / "typo")}
+    message = "typo, which has no main.py and comfy: set it to ComfyUI's folder"
+    with pytest.raises(MachineError, match=message):
+        own_comfyui(str(pack), wrong)
+    with pytest.raises(MachineError, match=message):
+        find_comfyui(environment=wrong)
     assert own_comfyui(str(tmp_path), {}) == ""
 
 
 def test_a_disabled_copy_of_the_pack_does_not_count_as_installed(tmp_path):
     for name, version in (("a-copy.disabled", "0.1"), ("pack", "0.2")):
-        (tmp_path / "custom_nodes" / name).mkdir(parents=True)
-        (tmp_path / "custom_nodes" / name /
-         "pyproject.toml").write_text(f'name = "featherweight"\nversion = "{version}"\n')
+        folder = tmp_path / "custom_nodes" / name
+        folder.mkdir(parents=True)
+        project = f'name = "featherweight"\nversion = "{version}"\n'
+        (folder / "pyproject.toml").write_text(project)
     assert installed_versions(str(tmp_path))["Featherweight"] == "0.2"
     os.rename(tmp_path / "custom_nodes" / "pack", tmp_path / "custom_nodes" / "pack.disabled")
     assert installed_versions(str(tmp_path))["Featherweight"] == ""
@@ -122,9 +122,10 @@ def test_the_pack_is_told_from_other_packs_by_its_project_file(tmp_path):
 
 # --- rows and store ---
 
-def record(store, name, found):
-    """A row's record, done with the stamp that the look gave it."""
-    return store.save(name, {"9_0.png": b"picture"}, {"stamp": found[2]})
+def save_picture(store, row):
+    """Saves a picture of a row of `RowScan.pending`, so that the row is done."""
+    name, _, stamp, _ = row
+    store.save(name, {"9_0.png": b"picture"}, {"stamp": stamp})
 
 
 def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
@@ -133,11 +134,12 @@ def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
     ]
     store = Store(str(tmp_path))
     for item in scan_rows(str(tmp_path), workflow(), lines).pending[:3]:
-        record(store, item[0], item)
+        save_picture(store, item)
     lines[1] = (2, b'{"id": "1", "7.seed": 99}')
     (tmp_path / "2_9_0.png").unlink()
-    assert [item[0] for item in scan_rows(str(tmp_path), workflow(), lines).pending] == ["1", "2", "3"]
-    # another workflow: all of them
+    pending = scan_rows(str(tmp_path), workflow(), lines).pending
+    assert [item[0] for item in pending] == ["1", "2", "3"]
+    # with another workflow none is done
     assert len(scan_rows(str(tmp_path), workflow(steps=3), lines).pending) == 4
 
 
@@ -162,34 +164,34 @@ def test_what_is_done_is_not_left_and_what_was_changed_is(tmp_path):
     ],
 )
 def test_an_id_that_is_no_file_name_is_refused(tmp_path, name):
-    found = scan_rows(str(tmp_path), workflow(),
-                      [(1, json.dumps({"id": name, "7.seed": 1}).encode())])
-    assert len(found.invalid) == 1 and not found.pending
+    line = json.dumps({"id": name, "7.seed": 1}).encode()
+    scan = scan_rows(str(tmp_path), workflow(), [(1, line)])
+    assert len(scan.invalid) == 1 and not scan.pending
 
 
 def test_the_parts_of_all_shards_are_the_rows_each_once():
-    found = RowScan(names=[(number, str(number)) for number in range(1, 12)],
+    scan = RowScan(names=[(number, str(number)) for number in range(1, 12)],
                    pending=[(str(number), "{}", "", number) for number in range(1, 12)])
-    tables = [RowIndex((part, 3)) for part in (1, 2, 3)]
-    for table in tables:
-        table.add(found)
-    assert sorted(int(item[0]) for table in tables for item in table.pending) == list(range(1, 12))
+    shards = [RowIndex((part, 3)) for part in (1, 2, 3)]
+    for index in shards:
+        index.add(scan)
+    assert sorted(int(item[0]) for index in shards for item in index.pending) == list(range(1, 12))
 
 
 def test_empty_lines_do_not_shift_the_parts(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n\n".join(json.dumps({"id": str(index)}) for index in range(10)),
                     encoding="utf-8")
-    found = list(read_lines(str(rows)))
+    lines = list(read_lines(str(rows)))
     for part in (1, 2):
-        table = RowIndex((part, 2))
-        for some in (found[:3], found[3:]):
-            table.add(scan_rows(str(tmp_path), workflow(), some))
-        assert [int(item[0]) % 2 for item in table.pending] == [part - 1] * 5
+        index = RowIndex((part, 2))
+        for chunk in (lines[:3], lines[3:]):
+            index.add(scan_rows(str(tmp_path), workflow(), chunk))
+        assert [int(item[0]) % 2 for item in index.pending] == [part - 1] * 5
 
 
 def test_odd_rows_fail_alone(tmp_path):
-    """Each is named, and none ends the batch, whatever the terminal can show."""
+    """Each is reported and none ends the batch, even on a terminal that cannot show its letters."""
     rows = tmp_path / "rows.jsonl"
     odd = [
         '{"id": "\\ud800"}', '{"id": "a", "\\ud800.x": 1}', "[" * 200_000,
@@ -199,19 +201,19 @@ def test_odd_rows_fail_alone(tmp_path):
         "\n".join([*odd, json.dumps({"id": "\u753b" * 80}),
                    json.dumps({"id": "\u753b" * 61})]), encoding="utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    found = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out", env=environment)
+    result = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out", env=environment)
     assert (
-        found.stdout.count("Line ") == 6 and "0 drawn, 0 already done, 6 failed" in found.stdout
-    ), found.stdout[-2000:]
-    assert not found.stderr
+        result.stdout.count("Line ") == 6 and "0 drawn, 0 already done, 6 failed" in result.stdout
+    ), result.stdout[-2000:]
+    assert not result.stderr
 
 
 def test_ids_that_a_file_system_takes_for_one_are_refused():
-    table = RowIndex()
-    table.add(RowScan(names=[(1, "A"), (2, "a")],
+    index = RowIndex()
+    index.add(RowScan(names=[(1, "A"), (2, "a")],
                       pending=[("A", "{}", "", 1), ("a", "{}", "", 2)]))
-    assert [item[0] for item in table.pending] == ["A"]
-    assert table.invalid == [(2, "has the id 'a', as line 1 has")]
+    assert [item[0] for item in index.pending] == ["A"]
+    assert index.invalid == [(2, "has the id 'a', as line 1 has")]
 
 
 def test_a_row_drawn_again_leaves_no_file_of_its_earlier_version(tmp_path):
@@ -311,20 +313,19 @@ def test_a_bucket_whose_package_is_missing_says_what_to_install(monkeypatch):
 
 
 def test_another_command_for_the_same_rows_takes_nothing_away(tmp_path, monkeypatch):
-    store, fsync, tidied = Store(str(tmp_path)), os.fsync, []
+    store, fsync, removed = Store(str(tmp_path)), os.fsync, []
 
     def other(descriptor):
         fsync(descriptor)
-        tidied.append(len(tidied) < 2 and Store(str(tmp_path)).remove_parts({"a"}))
+        removed.append(len(removed) < 2 and Store(str(tmp_path)).remove_parts({"a"}))
 
     monkeypatch.setattr(os, "fsync", other)
     store.save("a", {"9_0.png": b"picture"}, {"stamp": "1"})
-    assert store.is_done("a", "1") and tidied == [1, 1, False, False]
+    assert store.is_done("a", "1") and removed == [1, 1, False, False]
 
 
 def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
-    """What Ray raises for another machine's trouble is an OSError too, with a traceback as its
-    words."""
+    """Ray raises another machine's OSError as an OSError too, whose text is a traceback."""
     cause = PermissionError(13, "Permission denied", "/pictures/a.png")
     error = type("RayTaskError", (OSError,),
                  {"cause": cause, "__str__": lambda self: "Traceback (most recent call last):"})()
@@ -338,20 +339,20 @@ def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
         answer["message"])
 
 
-# --- what is said ---
+# --- progress ---
 
 def test_the_progress_line_has_rows_rate_workers_failures_and_time_left(monkeypatch):
-    clock, said = [100.0], []
+    clock, printed = [100.0], []
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    progress = Progress(100, lambda text, **_: said.append(text.strip()))
+    progress = Progress(100, lambda text, **_: printed.append(text.strip()))
     for index in range(5):
         clock[0] += 20
         status = "failed" if index == 2 else "drawn"
         progress.add(
             {"id": f"{index}", "status": status, "message": "why", "worker": f"w{index % 2}"})
-    assert said[0] == "1 of 100 rows, 1 worker, 0 failed"
-    assert said[-1] == "5 of 100 rows, 2 workers, 1 failed, 0.05 a second, 32 min left"
-    assert "2: why" in said
+    assert printed[0] == "1 of 100 rows, 1 worker, 0 failed"
+    assert printed[-1] == "5 of 100 rows, 2 workers, 1 failed, 0.05 a second, 32 min left"
+    assert "2: why" in printed
 
 
 # --- the command ---
@@ -360,39 +361,39 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("", encoding="utf-8")
     for path in sorted((ROOT / "example_workflows").glob("*.json"))[:1]:
-        found = command(path, rows, tmp_path / "out")
-        assert found.returncode == 1 and "Export (API)" in found.stdout and not found.stderr
+        result = command(path, rows, tmp_path / "out")
+        assert result.returncode == 1 and "Export (API)" in result.stdout and not result.stderr
     example = ROOT / "docs/batch/workflow_api.json"
-    for asked, missing in (((example, tmp_path / "none.jsonl"), "none.jsonl"),
+    for files, missing in (((example, tmp_path / "none.jsonl"), "none.jsonl"),
                            ((tmp_path / "none.json", rows), "none.json")):
-        found = command(*asked, tmp_path / "out")
-        assert found.returncode == 1 and not found.stderr
+        result = command(*files, tmp_path / "out")
+        assert result.returncode == 1 and not result.stderr
         assert (
-            found.stdout
+            result.stdout
             == f"Failed: {tmp_path / missing} cannot be opened: No such file or directory.\n"
         )
     rows.write_text('{"id": "a", "99.seed": 1}\n', encoding="utf-8")
-    found = command(example, rows, tmp_path / "out")
-    assert "Line 1 (a): The workflow has no node 99, which '99.seed' names.\n" in found.stdout
+    result = command(example, rows, tmp_path / "out")
+    assert "Line 1 (a): The workflow has no node 99, which '99.seed' names.\n" in result.stdout
     assert command("a", "b", "c", "--shard", "3/2").returncode == 2
 
 
 def test_models_are_fetched_no_more_and_the_page_says_how_to_copy_them():
-    found = command("workflow.json", "rows.jsonl", "out", "--check", "--fetch-models")
-    assert found.returncode == 2 and not found.stderr and found.stdout.count("\n") == 1
+    result = command("workflow.json", "rows.jsonl", "out", "--check", "--fetch-models")
+    assert result.returncode == 2 and not result.stderr and result.stdout.count("\n") == 1
     assert (
-        "--fetch-models sends no files any more" in found.stdout
-        and "docs/machines.md" in found.stdout
+        "--fetch-models sends no files any more" in result.stdout
+        and "docs/machines.md" in result.stdout
     )
 
 
 def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a"}', encoding="utf-8")
-    found = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out",
+    result = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out",
                     env={**os.environ, "COMFYUI_PATH": str(tmp_path / "typo")})
-    assert found.returncode == 1 and not found.stderr
-    assert found.stdout.startswith(
+    assert result.returncode == 1 and not result.stderr
+    assert result.stdout.startswith(
         f"Failed: COMFYUI_PATH is {tmp_path / 'typo'}, which has no main.py and comfy: set it to")
 
 
@@ -416,7 +417,7 @@ def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(
 
 
 @pytest.mark.parametrize(
-    ("machines", "given", "shared"),
+    ("machines", "requested", "shared"),
     [
         ([], (None, None), Share(1)),
         ([{"memory": 1.0}, {"CPU": 4.0}, {"CPU": 6.0}], (None, None), Share(4)),
@@ -427,12 +428,12 @@ def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(
         ([{"CPU": 4.0}], (None, 0), Share(0)),
     ],
 )
-def test_cpus_are_shared_out_alike_among_the_workers_of_all_machines(machines, given, shared):
-    assert share_out(machines, *given) == shared
+def test_cpus_are_shared_out_alike_among_the_workers_of_all_machines(machines, requested, shared):
+    assert share_out(machines, *requested) == shared
 
 
 def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
-    """And not all of them before the first."""
+    """Not all of them are read before the first task starts."""
     reads, running = [], []
 
     class Task:
@@ -461,8 +462,8 @@ def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
 def test_the_example_is_whole(tmp_path):
     graph = read((ROOT / "docs/batch/workflow_api.json").read_text(encoding="utf-8"))
     lines = list(enumerate((ROOT / "docs/batch/rows.jsonl").read_bytes().splitlines(), start=1))
-    found = scan_rows(str(tmp_path), graph, lines)
-    assert len(found.pending) == len(lines) == 12 and not found.invalid
+    scan = scan_rows(str(tmp_path), graph, lines)
+    assert len(scan.pending) == len(lines) == 12 and not scan.invalid
 
 
 def test_a_finished_batch_needs_no_ray(tmp_path):
@@ -470,15 +471,15 @@ def test_a_finished_batch_needs_no_ray(tmp_path):
     graph = read((example / "workflow_api.json").read_text(encoding="utf-8"))
     lines = list(enumerate((example / "rows.jsonl").read_bytes().splitlines(), start=1))
     for item in scan_rows(str(tmp_path / "out"), graph, lines).pending:
-        record(Store(str(tmp_path / "out")), item[0], item)
+        save_picture(Store(str(tmp_path / "out")), item)
     blocked = tmp_path / "without"
     blocked.mkdir()
     (blocked / "ray.py").write_text("raise ImportError('not here')", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(blocked)}
-    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
+    result = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
                     env=environment)
-    assert found.returncode == 0 and "0 drawn, 12 already done, 0 failed" in found.stdout
+    assert result.returncode == 0 and "0 drawn, 12 already done, 0 failed" in result.stdout
     (tmp_path / "out" / "0003.json").unlink()
-    found = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
+    result = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
                     env=environment)
-    assert found.returncode == 1 and "-m pip install ray\n" in found.stdout and not found.stderr
+    assert result.returncode == 1 and "-m pip install ray\n" in result.stdout and not result.stderr

@@ -1,5 +1,4 @@
-"""Before a batch each machine's own ComfyUI says whether it can run it, and what it lacks by
-name."""
+"""Before a batch each machine's ComfyUI says whether it can run it, and names what it lacks."""
 import os
 import re
 
@@ -37,32 +36,33 @@ NODE_CLASS_MAPPINGS = {"LittleNode": Little}
 
 @pytest.fixture(scope="module")
 def checked(cluster, bases, tmp_path_factory):
-    """(whether all machines can run it, what is said). The desk lacks a node pack, attic a LoRA,
-    and both a file of a row."""
-    lora, pack = (
-        bases["attic"] / "models" / "loras" / INK,
-        bases["attic"] / "custom_nodes" / "little_pack.py",
-    )
+    """Yields (whether all machines can run it, the printed report).
+
+    The desk lacks a node pack, the attic a LoRA, and both a file of a row.
+    """
+    lora = bases["attic"] / "models" / "loras" / INK
+    pack = bases["attic"] / "custom_nodes" / "little_pack.py"
     target = os.readlink(lora)
     lora.unlink()
     pack.write_text(PACK, encoding="utf-8")
-    rows, said = tmp_path_factory.mktemp("check") / "rows.jsonl", []
+    printed = []
+    rows = tmp_path_factory.mktemp("check") / "rows.jsonl"
     rows.write_text('{"id": "a"}\n{"id": "b", "1.model_name": "no_such.gguf"}\n', encoding="utf-8")
     graph = workflow() | {"20": {"class_type": "LittleNode", "inputs": {"text": "a"}}}
     try:
         batch = Batch(graph, str(rows), "", address=cluster.address, cpus=1, gpus=0,
-                      say=lambda text, **_: said.append(text))
-        yield batch.check(), "\n".join(said)
+                      say=lambda text, **_: printed.append(text))
+        yield batch.check(), "\n".join(printed)
     finally:
         pack.unlink()
         os.symlink(target, lora)
 
 
 def test_a_machine_is_named_with_the_files_and_nodes_that_it_lacks(checked):
-    can_all_run, said = checked
+    can_all_run, text = checked
     ink, model = f"'{INK}' (60.lora_name)", "'no_such.gguf' (1.model_name)"
     assert not can_all_run
-    assert sorted(line for line in said.splitlines() if " has no " in line) == [
+    assert sorted(line for line in text.splitlines() if " has no " in line) == [
         f"attic has no file {ink} in the folders of its ComfyUI.",
         f"attic has no file {model} and no {ink} in the folders of its ComfyUI.",
         "desk has no node 'LittleNode': the pack it comes from is not installed or did not load."]
@@ -70,53 +70,36 @@ def test_a_machine_is_named_with_the_files_and_nodes_that_it_lacks(checked):
 
 def test_the_table_says_what_each_machine_is(checked):
     head, *lines = checked[1].splitlines()
-    assert head.split() == [
-        "machine",
-        "ComfyUI",
-        "torch",
-        "Featherweight",
-        "GPU",
-        "free",
-        "memory",
-        "can",
-        "run",
-        "it",
-    ]
+    columns = " ".join(head.split())
+    assert columns == "machine ComfyUI torch Featherweight GPU free memory can run it"
     versions = r"\d+\.\d+\.\d+\s+\d+\.\d+\.\d+\S*\s+\d+\.\d+\.\d+"
     for name in ("desk", "attic"):
-        assert (
-            sum(
-                bool(re.fullmatch(rf"{name}\s+{versions}\s+none\s+[\d.]+ GB RAM\s+no", line))
-                for line in lines
-            )
-            == 1
-        )
+        row = rf"{name}\s+{versions}\s+none\s+[\d.]+ GB RAM\s+no"
+        assert len([line for line in lines if re.fullmatch(row, line)]) == 1
     assert lines[-1] == "0 of 2 machines can run it."
 
 
 @pytest.mark.heavy
 def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
-    """Older Rays hide them from a process that takes none for itself, as this variable of the
-    machine does."""
-    class Seeing(Checker):
+    """Older Rays hide GPUs from a process that reserves none, as this variable makes newer ones do.
+    """
+    class VisibleDevices(Checker):
         def __init__(self, *_):
-            self.seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+            self.visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
         def check(self, *_):
-            return {}, [self.seen]
+            return {}, [self.visible]
 
-    monkeypatch.setattr(preflight, "Checker", Seeing)
+    monkeypatch.setattr(preflight, "Checker", VisibleDevices)
     cluster.bases["cellar"] = bases["desk"]
     cluster.add("cellar", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1")
     try:
-        seen = []
+        visible = []
         for has_gpus in (True, False):
-            machines = {
-                cluster.nodes["cellar"].node_id: (machine := MachineReport("cellar", NEWER))
-            }
-            check_machines(machines, {}, [], "", has_gpus)
-            seen += machine.problems
-        assert seen == ["all", ""]
+            machine = MachineReport("cellar", NEWER)
+            check_machines({cluster.nodes["cellar"].node_id: machine}, {}, [], "", has_gpus)
+            visible += machine.problems
+        assert visible == ["all", ""]
     finally:
         cluster.remove("cellar")
         del cluster.bases["cellar"]
@@ -143,7 +126,7 @@ def test_a_machine_of_other_versions_is_left_out():
         "shelf has ComfyUI 0.24.0 where the others have 0.30.0: it takes no part."
     ]
     assert not shelf.can_run()
-    # another build; nothing known
+    # another build, and a version that is not known
     for alike in ({**NEWER, "torch": "2.13.0+cu130"}, {**NEWER, "Featherweight": ""}):
         assert version_difference(alike, expected) == ""
     assert majority_versions([older, {**NEWER, "torch": "2.13.0+cu130"}, NEWER]) == NEWER
@@ -171,13 +154,10 @@ def test_where_all_can_run_it_that_is_said():
 
 
 def test_of_many_problems_some_are_said_and_the_rest_counted():
-    sentences = MachineReport("attic", NEWER,
-                              problems=[f"has no file '{index}.gguf'." for index in range(25)
-                                        ]).sentences()
-    assert (
-        len(sentences) == preflight.MAX_PROBLEMS + 1
-        and sentences[-1] == "attic has 15 more problems."
-    )
+    problems = [f"has no file '{index}.gguf'." for index in range(25)]
+    sentences = MachineReport("attic", NEWER, problems=problems).sentences()
+    assert len(sentences) == preflight.MAX_PROBLEMS + 1
+    assert sentences[-1] == "attic has 15 more problems."
 
 
 def test_what_is_asked_is_the_workflow_with_each_file_that_rows_name():
@@ -185,7 +165,8 @@ def test_what_is_asked_is_the_workflow_with_each_file_that_rows_name():
         "1": {
             "class_type": "Load",
             "inputs": {"name": "a.gguf", "lora": "a.safetensors", "strength": 1.0}
-        }, "2": {"class_type": "Text", "inputs": {"text": "a house", "model": ["1", 0]}}
+        },
+        "2": {"class_type": "Text", "inputs": {"text": "a house", "model": ["1", 0]}}
     }
     rows = [{"1.name": "b.gguf", "2.text": "a red house"}, {"1.name": "c.gguf", "9.name": "d.gguf"},
             {"1.name": "b.gguf"}]

@@ -1,8 +1,7 @@
-"""What is killed in the midst of a batch costs time and nothing else: workers, machines, the batch
-itself.
+"""A batch whose workers, machines or driver are killed loses time and nothing else.
 
-Quick: a painter in ComfyUI's place. Heavy: twenty faults at random moments, with it and with the
-real one.
+The quick tests have a painter in place of ComfyUI; the heavy ones also run ComfyUI itself, with
+twenty faults at random moments.
 """
 import collections
 import contextlib
@@ -14,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from devtools.cluster import QUIET, changes, running, workflow
@@ -28,15 +28,14 @@ from .driver import painted
 
 pytest.importorskip("ray")
 DRIVER = Path(__file__).with_name("driver.py")
-PATIENCE = 600  # seconds, on a machine that has much else to do
+TIMEOUT = 600  # seconds, on a busy machine
 PAINT = {"1": {"class_type": "Paint", "inputs": {"text": "", "seed": 0, "seconds": 0.05}}}
 
 
-def until(holds):
-    """Wait until it holds."""
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end, f"not in {PATIENCE} s"
+def wait_until(condition):
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, f"not in {TIMEOUT} s"
         time.sleep(0.05)
 
 
@@ -45,25 +44,29 @@ def kill(pid: int):
         os.kill(pid, signal.SIGKILL)
 
 
-class Broken:
-    """A batch in a process of its own, and what breaks it. lost: how many rows may have been in
-    flight when something ended."""
+class FaultyBatch:
+    """A batch in a process of its own, and the faults that tests cause in it.
+
+    Args:
+        cluster: None for a private Ray.
+        folder: for all files of the batch.
+        rows: of the batch.
+        graph: the workflow.
+        is_painted: whether workers run a painter in place of ComfyUI.
+        draw: returns the expected picture of a row.
+    """
 
     def __init__(self, cluster, folder: Path, rows: list[dict], graph: dict, is_painted: bool,
-                 draws):
-        self.cluster, self.folder, self.rows, self.graph, self.draws = (
-            cluster,
-            folder,
-            rows,
-            graph,
-            draws,
-        )
-        self.out, self.log, self.is_painted, self.lost = (
-            folder / "out",
-            folder / "log",
-            is_painted,
-            0,
-        )
+                 draw: Callable[[dict], bytes]):
+        self.cluster = cluster
+        self.folder = folder
+        self.rows = rows
+        self.graph = graph
+        self.is_painted = is_painted
+        self.draw = draw
+        self.out = folder / "out"
+        self.log = folder / "log"
+        self.lost = 0  # how many rows may have been in flight when something ended
         (folder / "workflow.json").write_text(json.dumps(graph), encoding="utf-8")
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows),
                                            encoding="utf-8")
@@ -74,15 +77,17 @@ class Broken:
             str(DRIVER),
             *(str(self.folder / name) for name in ("workflow.json", "rows.jsonl", "out")),
             self.cluster.address if self.cluster else "local",
-            str(self.log), *["--painted"] * self.is_painted
+            str(self.log),
         ]
-        with open(self.folder / "said", "ab") as said:
+        if self.is_painted:
+            command.append("--painted")
+        with open(self.folder / "output", "ab") as output:
             self.process = subprocess.Popen(
-                command, stdout=said, stderr=said, cwd=self.folder,
+                command, stdout=output, stderr=output, cwd=self.folder,
                 env={**os.environ, **QUIET, "COMFYUI_PATH": str(server.HOST), **variables})
 
-    def said(self) -> str:
-        return (self.folder / "said").read_text(encoding="utf-8")
+    def output(self) -> str:
+        return (self.folder / "output").read_text(encoding="utf-8")
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -90,33 +95,33 @@ class Broken:
     def done(self) -> int:
         return len(list(self.out.glob("*.json"))) if self.out.exists() else 0
 
-    def more(self, count: int = 1):
-        """Wait until so many more rows are done, or all of them."""
-        aim = min(self.done() + count, len(self.rows))
-        until(lambda: self.done() >= aim or self.ended())
+    def wait_for_rows(self, count: int = 1):
+        """Waits until `count` more rows are done, or all of them."""
+        target = min(self.done() + count, len(self.rows))
+        wait_until(lambda: self.done() >= target or self.ended())
 
     def workers(self) -> list[psutil.Process]:
-        found = []
+        workers = []
         for node in self.cluster.nodes.values():
             with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-                found += [
+                workers += [
                     process for process in psutil.Process(raylet(node)).children(recursive=True)
                     if "Renderer" in process.cmdline()[0]
                 ]
-        return found
+        return workers
 
     def kill_worker(self, chance: random.Random):
-        if found := self.workers():
+        if workers := self.workers():
             self.lost += 1
-            kill(chance.choice(found).pid)
+            kill(chance.choice(workers).pid)
 
     def kill_machine(self, chance: random.Random):
-        """The raylet of any machine but the one where the batch is called; it comes back."""
+        """Kills the raylet of a machine, not of the one that runs the driver, and restarts it."""
         name = chance.choice(list(self.cluster.nodes)[1:])
         self.lost += 1
         kill(raylet(self.cluster.nodes[name]))
         self.cluster.remove(name)
-        self.more(chance.randrange(3))
+        self.wait_for_rows(chance.randrange(3))
         self.cluster.add(name)
 
     def kill_driver(self, chance: random.Random):
@@ -125,33 +130,29 @@ class Broken:
         self.process.wait()
         self.start()
 
-    def again(self):
-        """Everything anew."""
+    def restart(self):
+        """Runs the batch from its beginning."""
         shutil.rmtree(self.out)
         self.log.unlink()
         self.lost = 0
         self.start()
 
     def finish(self) -> dict:
-        self.process.wait(PATIENCE)
-        assert self.process.returncode == 0, self.said()[-3000:]
+        self.process.wait(TIMEOUT)
+        assert self.process.returncode == 0, self.output()[-3000:]
         return self.counts()
 
     def counts(self) -> dict:
-        """What the batch counted at its end; Ray may have said something behind it."""
-        return json.loads([line for line in self.said().splitlines() if line.startswith("{")][-1])
+        """Returns the counts that the batch printed; Ray may have printed something after them."""
+        return json.loads([line for line in self.output().splitlines() if line.startswith("{")][-1])
 
     def check(self):
-        """Every row once and right, nothing else, and no more drawn twice than was in flight."""
-        names = {
-            f"{row['id']}{end}" for row in self.rows
-            for end in (".json", "_1_0.png" if self.is_painted else "_9_0.png")
-        }
+        """Asserts that every row has its picture and that only rows in flight were repeated."""
+        picture = "_1_0.png" if self.is_painted else "_9_0.png"
+        names = {f"{row['id']}{end}" for row in self.rows for end in (".json", picture)}
         assert set(os.listdir(self.out)) == names
         for row in self.rows:
-            assert (
-                self.out / f"{row['id']}_{'1' if self.is_painted else '9'}_0.png"
-            ).read_bytes() == self.draws(row), row
+            assert (self.out / f"{row['id']}{picture}").read_bytes() == self.draw(row), row
         counts = collections.Counter(line.split()[0] for line in self.log.read_text().splitlines())
         assert len(self.rows) <= counts["begins"] <= len(self.rows) + self.lost
 
@@ -160,84 +161,87 @@ def raylet(node) -> int:
     return node.all_processes["raylet"][0].process.pid
 
 
-def batch_on(cluster, folder: Path, count: int, is_painted: bool, plain=None) -> Broken:
+def batch_on(cluster, folder: Path, count: int, is_painted: bool, plain=None) -> FaultyBatch:
     graph = PAINT if is_painted else workflow()
-    rows = [{
-        "id": f"{index:04}",
-        **({"1.text": changes(index)["4.text"], "1.seed": index} if is_painted else changes(index))
-    } for index in range(count)]
+    rows = []
+    for index in range(count):
+        change = changes(index)
+        if is_painted:
+            change = {"1.text": change["4.text"], "1.seed": index}
+        rows.append({"id": f"{index:04}", **change})
 
-    def draws(row):
-        asked = apply_changes(graph,
-                              {place: value for place, value in row.items() if place != "id"})
-        return painted(asked) if is_painted else plain(asked)
+    def draw(row):
+        change = {path: value for path, value in row.items() if path != "id"}
+        changed = apply_changes(graph, change)
+        return painted(changed) if is_painted else plain(changed)
 
-    return Broken(cluster, folder, rows, graph, is_painted, draws)
+    return FaultyBatch(cluster, folder, rows, graph, is_painted, draw)
 
 
 def test_a_worker_a_machine_and_the_batch_itself_are_killed(cluster, tmp_path):
-    found, chance = batch_on(cluster, tmp_path, 60, is_painted=True), random.Random(1)
-    found.start()
+    batch = batch_on(cluster, tmp_path, 60, is_painted=True)
+    chance = random.Random(1)
+    batch.start()
     try:
-        for fault in (found.kill_worker, found.kill_machine, found.kill_driver):
-            found.more(5)
+        for fault in (batch.kill_worker, batch.kill_machine, batch.kill_driver):
+            batch.wait_for_rows(5)
             fault(chance)
-        assert "failed" not in found.finish()
+        assert "failed" not in batch.finish()
     finally:
-        kill(found.process.pid)
-    found.check()
+        kill(batch.process.pid)
+    batch.check()
 
 
 @pytest.mark.heavy
 def test_a_row_that_ends_its_worker_each_time_fails_alone(cluster, tmp_path):
-    found = batch_on(cluster, tmp_path, 12, is_painted=True)
-    rows = [*found.rows[:5], {"id": "crash", "1.text": "crash"}, *found.rows[5:]]
+    batch = batch_on(cluster, tmp_path, 12, is_painted=True)
+    rows = [*batch.rows[:5], {"id": "crash", "1.text": "crash"}, *batch.rows[5:]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found.start()
+    batch.start()
     try:
-        found.process.wait(PATIENCE)
+        batch.process.wait(TIMEOUT)
     finally:
-        kill(found.process.pid)
-    said = found.said().splitlines()
-    assert found.counts() == {"drawn": 12, "failed": 1}, said
-    assert [line for line in said if line.startswith("crash: its worker ended")]
-    found.lost = 20
-    found.check()
+        kill(batch.process.pid)
+    lines = batch.output().splitlines()
+    assert batch.counts() == {"drawn": 12, "failed": 1}, lines
+    assert [line for line in lines if line.startswith("crash: its worker ended")]
+    batch.lost = 20
+    batch.check()
 
 
 def marked(value: str) -> list[psutil.Process]:
-    """Processes that were started with this mark around them."""
-    found = []
+    """Returns the processes whose environment variable MARK has a value."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get("MARK") == value and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 @pytest.mark.heavy
 def test_nothing_is_left_of_a_ray_of_its_own_when_the_batch_is_killed(tmp_path, ray_folder):
-    found = batch_on(None, tmp_path, 2000, is_painted=True)
-    found.start(MARK=str(tmp_path), RAY_TMPDIR=str(ray_folder))
+    batch = batch_on(None, tmp_path, 2000, is_painted=True)
+    batch.start(MARK=str(tmp_path), RAY_TMPDIR=str(ray_folder))
     try:
-        found.more(3)
+        batch.wait_for_rows(3)
         assert len(marked(str(tmp_path))) > 3
     finally:
-        kill(found.process.pid)
-    found.process.wait()
-    until(lambda: not marked(str(tmp_path)))
+        kill(batch.process.pid)
+    batch.process.wait()
+    wait_until(lambda: not marked(str(tmp_path)))
 
 
 # --- heavy ---
 
 @contextlib.contextmanager
 def nodes(count: int, bases: dict, folder: Path, late: int = 0):
-    """That many machines, the last `late` of them not yet started."""
+    """Yields a cluster of `count` machines, the last `late` of them not yet started."""
     first = next(iter(bases.values()))
     names = [f"node{index}" for index in range(count)]
     with running(dict.fromkeys(names, first), folder, connect=False,
-                 started=names[:count - late]) as found:
-        yield found
+                 started=names[:count - late]) as cluster:
+        yield cluster
 
 
 @pytest.mark.heavy
@@ -246,21 +250,21 @@ def nodes(count: int, bases: dict, folder: Path, late: int = 0):
 def test_twenty_faults_at_random_moments(count, is_painted, bases, plain, ray_folder, tmp_path):
     chance = random.Random(count)
     with nodes(count, bases, ray_folder) as cluster:
-        found = batch_on(cluster, tmp_path, 1000 if is_painted else 80, is_painted, plain)
-        found.start()
+        batch = batch_on(cluster, tmp_path, 1000 if is_painted else 80, is_painted, plain)
+        batch.start()
         try:
             for _ in range(20):
-                found.more(chance.randrange(3))
+                batch.wait_for_rows(chance.randrange(3))
                 time.sleep(chance.random() * 2)
-                if found.ended():  # all are drawn: begin anew
-                    assert found.process.returncode == 0, found.said()[-3000:]
-                    found.check()
-                    found.again()
-                chance.choice([found.kill_worker, found.kill_machine, found.kill_driver])(chance)
-            found.finish()
+                if batch.ended():  # all rows are done: start from the beginning
+                    assert batch.process.returncode == 0, batch.output()[-3000:]
+                    batch.check()
+                    batch.restart()
+                chance.choice([batch.kill_worker, batch.kill_machine, batch.kill_driver])(chance)
+            batch.finish()
         finally:
-            kill(found.process.pid)
-        found.check()
+            kill(batch.process.pid)
+        batch.check()
 
 
 @pytest.mark.heavy
@@ -268,21 +272,21 @@ def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(
     bases, plain, ray_folder, tmp_path
 ):
     with nodes(3, bases, ray_folder, late=1) as cluster:
-        found = batch_on(cluster, tmp_path, 60, False, plain)
-        found.start()
+        batch = batch_on(cluster, tmp_path, 60, False, plain)
+        batch.start()
         try:
-            found.more(2)
+            batch.wait_for_rows(2)
             cluster.add("node2")
-            found.more(2)
-            found.lost += 1
+            batch.wait_for_rows(2)
+            batch.lost += 1
             cluster.remove("node1")
-            found.more(6)
+            batch.wait_for_rows(6)
             cluster.add("node1")
-            found.finish()
+            batch.finish()
         finally:
-            kill(found.process.pid)
-        found.check()
+            kill(batch.process.pid)
+        batch.check()
         assert {
             json.loads(path.read_text())["worker"].split(":")[0]
-            for path in found.out.glob("*.json")
+            for path in batch.out.glob("*.json")
         } >= {"node0", "node2"}

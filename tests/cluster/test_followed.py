@@ -1,5 +1,4 @@
-"""docs/machines.md followed on two machines, each with an installation of its own and the pack at
-another path in it."""
+"""docs/machines.md works on two machines with their own ComfyUI and different paths of the pack."""
 import json
 import os
 import re
@@ -18,14 +17,14 @@ from devtools.host import server
 PAGE = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
 LOOK, DRAW, *_ = re.findall(r"^python (custom_nodes/ComfyUI-Featherweight/batch\.py [^\n]*)$", PAGE,
                             re.M)
-# folders that each installation has for itself
+# folders of each installation that start empty
 OWN = ("models", "output", "temp", "input", "user", "custom_nodes")
 NOT_INSTALLED = shutil.ignore_patterns(".*", "__pycache__", "tests", "demo_model", "media",
                                        "example_workflows")
 
 
 def install(folder, pack: str):
-    """A ComfyUI with this pack under a name, without models."""
+    """Copies ComfyUI without models, with this pack under a name."""
     shutil.copytree(
         server.HOST, folder,
         ignore=lambda path, names: {"__pycache__", ".git", "tests", "tests-unit"} |
@@ -37,8 +36,10 @@ def install(folder, pack: str):
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory, ray_folder):
-    """(folder of the first ComfyUI, what the commands ended with and said). Models are copied after
-    the first."""
+    """Returns (folder of the first ComfyUI, (exit code, output) of each command of the page).
+
+    Models are copied to the second machine after the first command.
+    """
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -48,39 +49,38 @@ def followed(tmp_path_factory, ray_folder):
     demo_files.make_models(desk, types=("Q4_K",))
     for name in ("workflow_api.json", "rows.jsonl"):
         shutil.copy(ROOT / "docs" / "batch" / name, desk)
-    said = []
+    results = []
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**QUIET, "RAY_TMPDIR": str(ray_folder)}.items():
             patch.setenv(name, value)
         patch.delenv("COMFYUI_PATH", raising=False)
         cluster = Cluster()
         try:
-            # as `cd ComfyUI; ray start`, which refuses 127.0.0.1
+            # as `cd ComfyUI; ray start`, which does not accept 127.0.0.1
             for name, folder in (("desk", desk), ("attic", attic)):
                 cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1",
                                  object_store_memory=150 << 20, include_dashboard=False,
                                  env_vars={"PWD": str(folder), "FEATHERWEIGHT_MACHINE": name})
             for command in (LOOK, LOOK, DRAW, DRAW):
-                ended = subprocess.run([sys.executable, *command.split()], cwd=desk,
-                                       capture_output=True, text=True, timeout=900,
-                                       env={**os.environ, "RAY_ADDRESS": cluster.address})
-                said.append((ended.returncode, ended.stdout))
-                assert not ended.returncode or len(said) == 1, ended.stdout + ended.stderr
+                result = subprocess.run([sys.executable, *command.split()], cwd=desk,
+                                        capture_output=True, text=True, timeout=900,
+                                        env={**os.environ, "RAY_ADDRESS": cluster.address})
+                results.append((result.returncode, result.stdout))
+                assert not result.returncode or len(results) == 1, result.stdout + result.stderr
                 shutil.copytree(desk / "models", attic / "models", dirs_exist_ok=True)
         finally:
             cluster.shutdown()
-    return desk, said
+    return desk, results
 
 
 @pytest.mark.heavy
 def test_the_look_names_what_the_second_lacks_until_it_has_it(followed):
-    _, [(code, said), (again, then), *_] = followed
-    assert (code, again) == (1, 0)
-    assert re.search(r"^desk .* yes$", said, re.M) and re.search(r"^attic .* no$", said, re.M)
-    assert re.search(r"^attic has no file 'featherweight_demo\S*' \(\d+\.\w+\)", said, re.M)
-    assert said.endswith("1 of 2 machines can run it.\n") and then.endswith(
-        "All 2 machines can run it.\n"
-    )
+    _, [(code, text), (second_code, second_text), *_] = followed
+    assert (code, second_code) == (1, 0)
+    assert re.search(r"^desk .* yes$", text, re.M) and re.search(r"^attic .* no$", text, re.M)
+    assert re.search(r"^attic has no file 'featherweight_demo\S*' \(\d+\.\w+\)", text, re.M)
+    assert text.endswith("1 of 2 machines can run it.\n")
+    assert second_text.endswith("All 2 machines can run it.\n")
 
 
 @pytest.mark.heavy

@@ -1,5 +1,4 @@
-"""What differs from item to item, how many workers there are, and what comes together: without
-Ray."""
+"""Run on Ray's variants of a workflow, numbers of workers and collected images, without Ray."""
 import types
 
 import numpy
@@ -16,17 +15,17 @@ from featherweight.cluster.run_variants import make_variants, nodes_affected
 
 
 def part(**nodes) -> dict:
-    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+    return {name: {"class_type": class_type, "inputs": inputs}
+            for name, (class_type, inputs) in nodes.items()}
 
 
 SAMPLED = part(
     model=("Load", {"model_name": demo_files.MODELS["Q4_K"]}),
     good=("CLIPTextEncode", {"text": "a house"}), bad=("CLIPTextEncode", {"text": "a blur"}),
-    control=("ControlNetApply", {"positive": ["good", 0],
-                                 "negative": ["bad", 0]}), sampler=("KSampler", {
-                                     "seed": 7, "model": ["model", 0], "positive": ["control", 0],
-                                     "negative": ["control", 1]
-                                 }), decode=("VAEDecode", {"samples": ["sampler", 0]}))
+    control=("ControlNetApply", {"positive": ["good", 0], "negative": ["bad", 0]}),
+    sampler=("KSampler", {
+        "seed": 7, "model": ["model", 0], "positive": ["control", 0], "negative": ["control", 1]}),
+    decode=("VAEDecode", {"samples": ["sampler", 0]}))
 
 
 def test_seeds_count_up_and_begin_again_behind_the_largest():
@@ -59,14 +58,14 @@ def test_lines_go_where_the_mark_is_if_it_is_anywhere():
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (part(other=("CLIPTextEncode", {"text": "b"})), "2 nodes"),
         (part(good=("Load", {}), bad=("Load", {})), "no nodes"),
     ],
 )
-def test_lines_that_have_no_place_or_several_are_refused(more, said):
-    with pytest.raises(GraphError, match=f"{said} before it have a prompt: write %text%"):
+def test_lines_that_have_no_place_or_several_are_refused(more, message):
+    with pytest.raises(GraphError, match=f"{message} before it have a prompt: write %text%"):
         make_variants(SAMPLED | more, 2, "a tree")
 
 
@@ -106,13 +105,13 @@ def test_the_node_for_the_result_takes_no_other_nodes_place():
 
 def test_workers_of_this_machine_have_its_arguments_without_the_servers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = [
+    arguments = [
         "--listen", "--port", "8188", "--base-directory", "base", "--cuda-device", "1", "--lowvram",
         "--reserve-vram", "2", "--extra-model-paths-config", "a.yaml", "/b.yaml",
         "--extra-model-paths-config", "c.yaml", "--output-directory", "out", "--verbose", "DEBUG",
         "--fast", "fp16_accumulation"
     ]
-    assert worker_arguments(given) == [
+    assert worker_arguments(arguments) == [
         "--base-directory",
         str(tmp_path / "base"),
         "--extra-model-paths-config",
@@ -127,17 +126,15 @@ def test_workers_of_this_machine_have_its_arguments_without_the_servers(tmp_path
     ]
 
 
-def tell(collector, item, event, value=None):
+def receive(collector, item, event, value=None):
     collector.receive({"item": item, "event": event, "value": value}, b"")
 
 
-def give(collector, item, pictures):
+def receive_images(collector, item, pictures):
     for index, image in enumerate(pictures):
-        collector.receive(
-            {
-                "item": item, "event": "image", "index": index, "of": len(pictures), "shape": list(
-                    image.shape)
-            }, image.tobytes())
+        header = {"item": item, "event": "image", "index": index, "of": len(pictures),
+                  "shape": list(image.shape)}
+        collector.receive(header, image.tobytes())
 
 
 def pictures(value=0.0, width=4, height=2, count=1):
@@ -146,14 +143,14 @@ def pictures(value=0.0, width=4, height=2, count=1):
 
 def test_the_bar_counts_the_steps_of_all_items():
     collector = ImageCollector(3, {"sampler"})
-    tell(collector, 0, "begins", "desk")
-    tell(collector, 0, "progress", ("model", 300, 600))  # loading, which the others need not do
-    tell(collector, 0, "progress", ("sampler", 1, 10))
+    receive(collector, 0, "begins", "desk")
+    receive(collector, 0, "progress", ("model", 300, 600))  # loading, which the others need not do
+    receive(collector, 0, "progress", ("sampler", 1, 10))
     assert collector.progress() == (1, 30)
-    tell(collector, 1, "progress", ("sampler", 4, 10))
-    give(collector, 0, pictures())
+    receive(collector, 1, "progress", ("sampler", 4, 10))
+    receive_images(collector, 0, pictures())
     assert collector.progress() == (14, 30)
-    tell(collector, 1, "lost")
+    receive(collector, 1, "lost")
     assert collector.progress() == (10, 30)
     assert collector.status_text() == "1 of 3 done, 0 in work\non desk"
 
@@ -161,27 +158,27 @@ def test_the_bar_counts_the_steps_of_all_items():
 def test_pictures_lie_in_the_order_of_their_items_in_one_array():
     collector = ImageCollector(3, ())
     for item in (2, 0, 1):
-        give(collector, item, pictures(item, count=2))
+        receive_images(collector, item, pictures(item, count=2))
     assert collector.all_images() is collector.images
     assert collector.all_images()[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_pictures_of_a_lost_item_are_replaced_by_those_of_the_next_attempt():
     collector = ImageCollector(2, ())
-    give(collector, 0, pictures(1, count=2))
+    receive_images(collector, 0, pictures(1, count=2))
     header = {"item": 1, "event": "image", "index": 0, "of": 2, "shape": [2, 4, 3]}
     collector.receive(header, pictures(5)[0].tobytes())
-    tell(collector, 1, "lost")
+    receive(collector, 1, "lost")
     with pytest.raises(GraphError, match="Item 2 of 2 gave no picture"):
         collector.all_images()
-    give(collector, 1, pictures(2, count=2))
+    receive_images(collector, 1, pictures(2, count=2))
     assert collector.all_images()[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
 
 
 def test_items_with_other_numbers_of_pictures_keep_their_order():
     collector = ImageCollector(3, ())
     for item, count in ((1, 2), (2, 1), (0, 3)):
-        give(collector, item, pictures(item, count=count))
+        receive_images(collector, item, pictures(item, count=count))
     assert collector.all_images()[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 2]
 
 
@@ -191,25 +188,25 @@ def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
     with pytest.raises(
             GraphError,
             match="10000 items of 256 x 512 take 15.7 GB of memory here, and 1.0 GB are free"):
-        give(ImageCollector(10_000, ()), 0, pictures(width=256, height=512))
+        receive_images(ImageCollector(10_000, ()), 0, pictures(width=256, height=512))
 
 
 def test_pictures_of_other_sizes_are_refused_in_a_sentence():
     collector = ImageCollector(3, ())
-    give(collector, 1, pictures())
+    receive_images(collector, 1, pictures())
     with pytest.raises(
             GraphError,
             match="Item 3 of 3 is 5 x 2, item 2 is 4 x 2: pictures of one run have one size"):
-        give(collector, 2, pictures(width=5))
+        receive_images(collector, 2, pictures(width=5))
 
 
 @pytest.mark.parametrize(("event", "value", "error", "message"), [
     ("failed", "node 7 (KSampler) has no such sampler.", GraphError, "Item 2 of 3 failed: node 7"),
-    ("unusable", "attic: has no file 'x.gguf'.", MachineError, "Item 2 of 3 cannot be drawn on attic:"
-                                                            " has no file")])
+    ("unusable", "attic: has no file 'x.gguf'.", MachineError,
+     "Item 2 of 3 cannot be drawn on attic: has no file")])
 def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(event, value, error, message):
     with pytest.raises(error, match=message):
-        tell(ImageCollector(3, ()), 1, event, value)
+        receive(ImageCollector(3, ()), 1, event, value)
 
 
 IMAGE = {"event": "image", "item": 0, "index": 0, "of": 1, "shape": [2, 4, 3]}

@@ -1,5 +1,4 @@
-"""How a program comes to Ray: a Ray of its own that nobody else reaches, and what is said where a
-cluster refuses it."""
+"""Connecting to Ray: a private Ray is out of reach of others, and a refusal is one message."""
 import contextlib
 import json
 import os
@@ -27,7 +26,7 @@ from featherweight.cluster.ray_connection import (
 )
 
 ray = pytest.importorskip("ray")
-PATIENCE = 120  # seconds, on a machine that has much else to do
+TIMEOUT = 120  # seconds, on a busy machine
 LOCAL = """
 import sys, types
 sys.path[:] = [path for path in sys.path if path != sys.argv[1]]
@@ -46,17 +45,17 @@ except RuntimeError as error:
 """
 
 
-def surroundings(folder, home, **variables) -> dict[str, str]:
-    """What a person's shell has around it, who has set nothing of Ray's."""
-    kept = {name: value for name, value in {**os.environ, **QUIET}.items()
-            if name != MULTI_NODE_ENV and not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+def plain_environment(folder, home, **variables) -> dict[str, str]:
+    """Returns the environment of a person who has set no variables of Ray."""
+    environment = {name: value for name, value in {**os.environ, **QUIET}.items()
+                   if name != MULTI_NODE_ENV and not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     home.mkdir(exist_ok=True)
-    return {**kept, "RAY_TMPDIR": str(folder), "HOME": str(home), **variables}
+    return {**environment, "RAY_TMPDIR": str(folder), "HOME": str(home), **variables}
 
 
 @contextlib.contextmanager
-def alone(environment, address="local"):
-    """A program with a Ray of its own, or in a cluster: what it says first."""
+def connected(environment, address="local"):
+    """Yields the first line of a program that connects to a private Ray, or to a cluster."""
     process = subprocess.Popen(
         [sys.executable, "-c", LOCAL, str(ROOT), address], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -64,33 +63,34 @@ def alone(environment, address="local"):
         yield process.stdout.readline().strip()
     finally:
         process.stdin.close()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
 @pytest.fixture(scope="module")
 def command(ray_folder, tmp_path_factory):
-    """batch.py on this computer alone, told to end when a worker draws: (addresses, its home,
-    status, words)."""
+    """Runs batch.py on this computer alone, and sends it SIGTERM when a worker runs.
+
+    Yields (addresses it listened on, its home folder, exit code, output).
+    """
     folder = tmp_path_factory.mktemp("alone")
     (folder / "workflow.json").write_text(json.dumps(workflow()), encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"id": "a", "7.seed": 1}\n', encoding="utf-8")
+    files = [str(folder / name) for name in ("workflow.json", "rows.jsonl", "out")]
     process = psutil.Popen([
-        sys.executable,
-        str(ROOT / "batch.py"), *(str(folder / name)
-                                  for name in ("workflow.json", "rows.jsonl", "out")), "--gpus",
-        "0", "--cpus", "1", "--address", "local"
-    ], env=surroundings(ray_folder, folder / "home"), stdout=subprocess.PIPE,
+        sys.executable, str(ROOT / "batch.py"), *files, "--gpus", "0", "--cpus", "1",
+        "--address", "local"
+    ], env=plain_environment(ray_folder, folder / "home"), stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True)
     try:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while not has(process, "RowRenderer"):
             assert process.is_running() and time.monotonic() < end
             time.sleep(0.1)
         time.sleep(1)
-        found = listening(process)
+        addresses = listening(process)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=PATIENCE)
-        yield found, folder / "home", process.returncode, said
+        output, _ = process.communicate(timeout=TIMEOUT)
+        yield addresses, folder / "home", process.returncode, output
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -102,23 +102,23 @@ def test_a_batch_on_one_computer_listens_to_no_network(command):
 
 
 def test_a_batch_on_one_computer_leaves_no_token_behind(command):
-    """Or this user's next cluster would ask other machines for it."""
+    """With a token, this user's next cluster would ask other machines for it."""
     assert not list(command[1].rglob("*token*"))
 
 
 def test_a_batch_that_is_told_to_end_says_how_to_go_on(command):
-    _, _, status, said = command
-    assert status == 130, said
-    assert "Stopped. What is in" in said and "Traceback" not in said
-    assert "SIGTERM" not in said  # Ray says so where its own handler ends the process
+    _, _, code, output = command
+    assert code == 130, output
+    assert "Stopped. What is in" in output and "Traceback" not in output
+    assert "SIGTERM" not in output  # Ray prints it when its own handler ends the process
 
 
-@pytest.mark.heavy  # Ray knocks for 20 s
+@pytest.mark.heavy  # Ray retries for 20 s
 def test_a_cluster_that_asks_for_a_token_says_so(ray_folder, tmp_path):
-    environment = surroundings(ray_folder, tmp_path / "home", **{MULTI_NODE_ENV: "0"})
-    with alone(environment) as address, alone(environment, address) as said:
-        assert said.startswith(f"The Ray cluster at {address} cannot be used from here: ")
-        assert "copy that file here and set RAY_AUTH_MODE=token" in said
+    environment = plain_environment(ray_folder, tmp_path / "home", **{MULTI_NODE_ENV: "0"})
+    with connected(environment) as address, connected(environment, address) as text:
+        assert text.startswith(f"The Ray cluster at {address} cannot be used from here: ")
+        assert "copy that file here and set RAY_AUTH_MODE=token" in text
 
 
 class Process:
@@ -127,7 +127,7 @@ class Process:
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "found"),
+    ("name", "environment", "expected"),
     [
         ("raylet", {}, True),
         ("raylet.exe", {MULTI_NODE_ENV: "1"}, True),
@@ -135,45 +135,38 @@ class Process:
         ("python", {}, False),
     ],
 )
-def test_a_cluster_is_told_from_a_ray_that_a_program_has_alone(name, environment, found):
-    assert is_cluster_raylet(Process(name, environment)) is found
+def test_a_cluster_is_told_from_a_ray_that_a_program_has_alone(name, environment, expected):
+    assert is_cluster_raylet(Process(name, environment)) is expected
 
 
 def test_a_machine_without_a_cluster_gets_a_ray_of_its_own(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    found = []
-    monkeypatch.setattr(psutil, "process_iter", lambda: found)
+    processes = []
+    monkeypatch.setattr(psutil, "process_iter", lambda: processes)
     assert resolve_address("auto") == "local"
-    found.append(Process("raylet", {}))
+    processes.append(Process("raylet", {}))
     assert resolve_address("auto") == "auto" and resolve_address("head:6379") == "head:6379"
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert resolve_address("auto") == "head:6379"
 
 
-@pytest.mark.parametrize(("address", "said"), [
+@pytest.mark.parametrize(("address", "message"), [
     ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1 "), ("head", "head is not the address")])
-def test_an_address_where_no_cluster_is_says_so(address, said):
-    with pytest.raises(MachineError, match=said):
+def test_an_address_where_no_cluster_is_says_so(address, message):
+    with pytest.raises(MachineError, match=message):
         connect(address)
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            RuntimeError("Version mismatch: the cluster has\n    Ray: 2.59.0"),
-            "Version mismatch: the cluster has Ray: 2.59.0",
-        ),
-        (ConnectionError(), "ConnectionError"),
-        (ray.exceptions.RayError("no token."), "no token"),
-    ],
-)
-def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, said, monkeypatch):
+@pytest.mark.parametrize(("error", "message"), [
+    (RuntimeError("Version mismatch: the cluster has\n    Ray: 2.59.0"),
+     "Version mismatch: the cluster has Ray: 2.59.0"),
+    (ConnectionError(), "ConnectionError"), (ray.exceptions.RayError("no token."), "no token")])
+def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, message, monkeypatch):
     monkeypatch.setattr(batch, "is_joined", lambda: False)
     monkeypatch.setattr(batch, "resolve_address", lambda address: "auto")
     monkeypatch.setattr(ray_connection, "_check_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", Mock(side_effect=error))
     with pytest.raises(
             MachineError,
-            match=f"The Ray cluster at auto cannot be used from here: {said}. If its first"):
+            match=f"The Ray cluster at auto cannot be used from here: {message}. If its first"):
         batch.Batch({}, "", "").connect()

@@ -1,5 +1,4 @@
-"""docs/machines.md: its commands, sentences and figures are those of the code, of Ray and of its
-own formula."""
+"""The commands, messages and figures in docs/machines.md are those of the code and of Ray."""
 import re
 
 import pytest
@@ -13,7 +12,7 @@ GPUS, PROMPTS, SECONDS, SHARE, MODEL = 1000, 10**6, 10, 0.94, 6.8e9
 
 
 def cell(start: str) -> str:
-    """The second cell of the row of a table that begins so."""
+    """Returns the second cell of a table's row, given the start of the first."""
     row, = re.findall(rf"^\| {re.escape(start)}[^|]*\| ([^|]+) \|", PAGE, re.M)
     return row
 
@@ -21,8 +20,8 @@ def cell(start: str) -> str:
 def test_the_sentences_of_a_look_are_those_of_the_code():
     attic = MachineReport("attic", {}, problems=[
         "has no file 'flux1-dev-Q4_K_S.gguf' (1.model_name) in the folders of its ComfyUI."])
-    said = report([MachineReport("desk", {}), attic]).partition("\n\n")[2]
-    assert f"\n{said}\n" in PAGE
+    sentences = report([MachineReport("desk", {}), attic]).partition("\n\n")[2]
+    assert f"\n{sentences}\n" in PAGE
 
 
 def test_what_it_costs_follows_from_its_formula():
@@ -41,24 +40,22 @@ def test_ray_has_the_commands_and_options_that_the_page_gives():
     from ray.scripts import scripts
 
     options = {
-        name for command in (scripts.start, scripts.get_auth_token) for each in command.params
-        for name in each.opts
+        name for command in (scripts.start, scripts.get_auth_token) for option in command.params
+        for name in option.opts
     }
     ours = set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) | {"--check", "--shard"}
     named = set(re.findall(r"`(?:[^`]* )?(--[a-z][\w-]+)", PAGE)) | set(
         re.findall(r"ray start.*?(--[\w-]+)", PAGE)
     )
-    # ComfyUI's; hf's
-    elsewhere = {"--lowvram", "--base-directory", "--cpu", "--extra-model-paths-config"} | {
-        "--local-dir"
-    }
+    comfyui = {"--lowvram", "--base-directory", "--cpu", "--extra-model-paths-config"}
+    hugging_face = {"--local-dir"}
     assert len(named & options) >= 14
-    assert named - options - ours - elsewhere == set()
+    assert named - options - ours - comfyui - hugging_face == set()
 
 
 def test_the_page_has_a_row_for_each_option_of_the_command():
     source = (ROOT / "batch.py").read_text(encoding="utf-8")
-    # which says that it is gone
+    # without an option that only prints that it is gone
     options = set(re.findall(r'"(--[\w-]+)"', source)) - {"--fetch-models"}
     assert set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.M)) & options == options
 

@@ -1,5 +1,4 @@
-"""The process between ComfyUI and Ray: what is sent, what happens where no Ray answers, and that
-none is left."""
+"""The driver process between ComfyUI and Ray: its messages, its errors and its end."""
 import contextlib
 import io
 import os
@@ -22,9 +21,9 @@ from featherweight.cluster import driver_pool, messages
 from featherweight.cluster.comfyui_install import MachineError
 
 pytest.importorskip("ray")
-PATIENCE = 120  # seconds, on a machine that has much else to do
-# Drivers without Ray: one that joins and does nothing else, and one that ends a run when it is told
-# to.
+TIMEOUT = 120  # seconds, on a busy machine
+# Drivers without Ray: one ignores requests, one cancels a run on request, and one ends each run at
+# once.
 DEAF = """
 import sys; sys.path.insert(0, sys.argv.pop())
 from cluster.messages import read, write
@@ -57,7 +56,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def listener(answer: bytes = b""):
-    """The address of a program that is not Ray: it takes connections and sends them this."""
+    """Yields the address of a server that is not Ray, and sends `answer` to each connection."""
     connections = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         def accept():
@@ -82,7 +81,7 @@ def new_children(before) -> list[psutil.Process]:
     return [child for child in children() if child not in before]
 
 
-def wait_until(condition, seconds=PATIENCE):
+def wait_until(condition, seconds=TIMEOUT):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -90,7 +89,7 @@ def wait_until(condition, seconds=PATIENCE):
 
 
 def after(seconds: float):
-    """What raises when it is called that long from now."""
+    """Returns a function that raises Interrupted when it is called after some seconds."""
     start = time.monotonic()
 
     def check():
@@ -150,29 +149,26 @@ def test_a_value_that_is_no_json_is_refused():
 
 
 def refusal(drivers: driver_pool.DriverPool) -> str:
-    """What is said where no Ray answers."""
+    """Returns the message of a run on a cluster that does not answer."""
     with pytest.raises(MachineError) as error:
         drivers.run(True, {}, print, lambda: None)
     return str(error.value)
 
 
 def test_where_no_ray_answers_is_one_sentence_and_nothing_is_left():
-    """Ten seconds after it began, where nothing else runs; `ray.init` would try for minutes."""
+    """It takes ten seconds on an idle machine; `ray.init` would try for minutes."""
     with listener() as silent, listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as web:
         before, started = children(), time.monotonic()
         addresses = ["127.0.0.1:1", "192.0.2.1:6379", silent, web]
         pools = [driver_pool.DriverPool(address) for address in addresses]
         with ThreadPoolExecutor() as threads:
-            said = list(threads.map(refusal, pools))
-        said.append(refusal(pools[0]))  # by another driver
-        assert time.monotonic() - started < PATIENCE
-        for address, sentence in zip([*addresses, addresses[0]], said):
-            assert (
-                sentence.startswith(f"No Ray cluster answers at {address} ")
-                and "\n" not in sentence
-            )
+            errors = list(threads.map(refusal, pools))
+        errors.append(refusal(pools[0]))  # from a second driver
+        assert time.monotonic() - started < TIMEOUT
+        for address, error in zip([*addresses, addresses[0]], errors):
+            assert error.startswith(f"No Ray cluster answers at {address} ") and "\n" not in error
         wait_until(lambda: not new_children(before))
-        # nothing is left to be reaped
+        # no process is left that was not waited for
         assert all(drivers.drivers[True].process.returncode is not None for drivers in pools)
 
 
@@ -180,7 +176,7 @@ def test_cancel_works_while_a_driver_joins_and_ends_it():
     with listener() as address:
         before, drivers = children(), driver_pool.DriverPool(address)
         with pytest.raises(Interrupted):
-            # more than a pipe takes
+            # more than fits into a pipe
             drivers.run(True, {"graph": "x" * (1 << 20)}, print, after(0.5))
         wait_until(lambda: not new_children(before))
         wait_until(
@@ -190,7 +186,7 @@ def test_cancel_works_while_a_driver_joins_and_ends_it():
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
 @pytest.mark.parametrize("is_local", [False, True])
 def test_a_driver_ends_with_a_comfyui_that_is_killed(is_local, ray_folder, tmp_path):
-    """While it joins too."""
+    """It also ends while it connects."""
     with listener() as address:
         parent = subprocess.Popen(
             [sys.executable, "-c", PARENT,
@@ -204,12 +200,11 @@ def test_a_driver_ends_with_a_comfyui_that_is_killed(is_local, ray_folder, tmp_p
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
+        assert psutil.wait_procs(processes, timeout=TIMEOUT)[1] == []
 
 
 def test_a_driver_that_ends_is_reported_and_the_next_run_has_another(monkeypatch):
-    """As when the head of its cluster goes: the process that holds the connection ends, and this
-    one does not."""
+    """When the head of a cluster ends, so does the driver, but not ComfyUI's process."""
     monkeypatch.setattr(driver_pool, "START", DEAF)
     drivers, ended = driver_pool.DriverPool("auto"), []
 
@@ -274,15 +269,10 @@ def test_a_driver_of_this_computer_gets_no_address_and_one_of_the_cluster_the_ow
     monkeypatch.setenv("RAY_ADDRESS", "head:1")
     monkeypatch.setenv("FEATHERWEIGHT_RAY_ADDRESS", "head:6379")
     before = dict(os.environ)
-    local, cluster = (
-        driver_pool.driver_environment("", {"COMFYUI_PATH": "x"}),
-        driver_pool.driver_environment("head:6379", {}),
-    )
-    assert (
-        "RAY_ADDRESS" not in local
-        and local["FEATHERWEIGHT_RAY_ADDRESS"] == ""
-        and local["COMFYUI_PATH"] == "x"
-    )
+    local = driver_pool.driver_environment("", {"COMFYUI_PATH": "x"})
+    cluster = driver_pool.driver_environment("head:6379", {})
+    assert "RAY_ADDRESS" not in local
+    assert local["FEATHERWEIGHT_RAY_ADDRESS"] == "" and local["COMFYUI_PATH"] == "x"
     assert local["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0" and len(local["RAY_AUTH_TOKEN"]) == 64
     assert cluster["FEATHERWEIGHT_RAY_ADDRESS"] == "head:6379" and "RAY_ADDRESS" not in cluster
     assert dict(os.environ) == before

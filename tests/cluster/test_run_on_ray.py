@@ -1,5 +1,5 @@
-"""The node Run on Ray on the real server, with nothing but this machine: what it draws, and what
-becomes of its workers."""
+"""The node Run on Ray on the real server with this machine alone: its pictures and its workers."""
+import contextlib
 import io
 import os
 import time
@@ -42,40 +42,42 @@ def pixels(png: bytes) -> bytes:
 
 
 def pictures(running, graph, **options):
-    """(pixels of what node 9 saved, the run)."""
+    """Returns (pixels of the pictures that node 9 saved, the run)."""
     run = running.queue(graph, **options)
     return [pixels(running.image(image)) for image in run.outputs["9"]["images"]], run
 
 
 def cancelled(running, graph, when) -> tuple[str, float]:
-    """(the server's words for a graph cancelled when a step of it was told and `when(steps)` is
-    true, the share of node 10's steps that were told until then)."""
-    steps, asked, said = [], [], []
+    """Runs a graph, and cancels it once `when` is true of the steps so far.
+
+    Returns:
+        (the server's error or "", the share of node 10's steps until then).
+    """
+    steps, message, is_cancelled = [], "", False
 
     def step(node, value, maximum):
+        nonlocal is_cancelled
         steps.append((node, value, maximum))
-        if when(steps) and not asked:
-            asked.append(True)
+        if when(steps) and not is_cancelled:
+            is_cancelled = True
             running.post("/interrupt", {})
 
     try:
         running.queue(graph, on_progress=step)
     except server.ServerError as error:
-        said.append(str(error))
-    return said[0] if said else "", max(
-        value / (maximum or 1) for node, value, maximum in steps if node == "10"
-    )
+        message = str(error)
+    shares = [value / (maximum or 1) for node, value, maximum in steps if node == "10"]
+    return message, max(shares)
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Workers of Run on Ray that a process has started, by way of others."""
-    found = []
+    """Returns the workers of Run on Ray among the descendants of a process."""
+    workers = []
     for child in process.children(recursive=True):
-        try:
-            found += [child] * child.cmdline()[0].startswith("ray::PromptWorker")
-        except (psutil.NoSuchProcess, IndexError):
-            pass
-    return found
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            if child.cmdline()[0].startswith("ray::PromptWorker"):
+                workers.append(child)
+    return workers
 
 
 def mapped(process: psutil.Process, name: str) -> bool:
@@ -84,7 +86,7 @@ def mapped(process: psutil.Process, name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def editor(bases, ray_folder):
-    """A server with the desk's models, which a relative path names."""
+    """Yields a server with the desk's models, through a relative path."""
     base = bases["desk"].parent / "editor"
     with server.Server(
             base, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
@@ -95,12 +97,12 @@ def editor(bases, ray_folder):
 
 
 def test_this_machine_draws_what_the_graph_gives_once_per_item(editor, plain):
-    """And loads nothing itself, shows steps and previews of all items and who draws."""
+    """It loads nothing itself, and shows steps and previews of all items and the workers' names."""
     texts = [changes(index)["4.text"] for index in range(COUNT)]
     steps = []
-    found, run = pictures(editor, on_ray(texts="\n".join(texts), seed=5, steps=3),
-                          on_progress=lambda *step: steps.append(step))
-    assert found == [
+    images, run = pictures(editor, on_ray(texts="\n".join(texts), seed=5, steps=3),
+                           on_progress=lambda *step: steps.append(step))
+    assert images == [
         pixels(plain(workflow(text, 5 + index, steps=3))) for index, text in enumerate(texts)
     ]
     assert [step for step in steps if step[0] == "10"][-1][1:] == (3 * COUNT, 3 * COUNT)
@@ -114,7 +116,7 @@ def test_this_machine_draws_what_the_graph_gives_once_per_item(editor, plain):
 
 
 def test_no_process_of_that_ray_listens_on_a_network(editor):
-    """Nor one of its workers, which are there now."""
+    """Its workers, which run now, do not either."""
     host = psutil.Process(editor.process.pid)
     assert workers_of(host) and has(host, "raylet")
     assert set().union(*map(listening, host.children())) == {"127.0.0.1"}
@@ -122,30 +124,30 @@ def test_no_process_of_that_ray_listens_on_a_network(editor):
 
 def test_cancel_frees_the_workers_and_the_next_picture_is_right(editor, plain):
     pids = {worker.pid for worker in workers_of(psutil.Process(editor.process.pid))}
-    said, share = cancelled(editor, on_ray(steps=2000, seed=50),
-                            lambda steps: any(value > 3 for _, value, _ in steps))
-    # of 8 000 steps, which take minutes; 0.001 where nothing else runs
-    assert "interrupted" in said and share < 0.5
-    found, _ = pictures(editor, on_ray(count=1, seed=60))
-    assert found == [pixels(plain(workflow(seed=60)))]
+    message, share = cancelled(editor, on_ray(steps=2000, seed=50),
+                               lambda steps: any(value > 3 for _, value, _ in steps))
+    # of 8 000 steps, which take minutes; 0.001 on an idle machine
+    assert "interrupted" in message and share < 0.5
+    images, _ = pictures(editor, on_ray(count=1, seed=60))
+    assert images == [pixels(plain(workflow(seed=60)))]
     assert {worker.pid for worker in workers_of(psutil.Process(editor.process.pid))} & pids
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    # by this ComfyUI, before anything runs
+@pytest.mark.parametrize(("change", "message"), [
+    # from this ComfyUI, before anything runs
     ({"7.sampler_name": "no_such_sampler"}, "Value not in list"),
-    ({"1.model_name": "no_such_model.gguf"}, r"Item \d of 2 cannot be drawn on .*no file"
-                                             r" 'no_such_model.gguf'"),
+    ({"1.model_name": "no_such_model.gguf"},
+     r"Item \d of 2 cannot be drawn on .*no file 'no_such_model.gguf'"),
     ({"5.width": 16, "5.height": 16, "4.text": "x"}, None)])
-def test_what_is_wrong_is_said_in_one_sentence(editor, change, said):
+def test_what_is_wrong_is_said_in_one_sentence(editor, change, message):
     graph = on_ray(count=2)
-    for place, value in change.items():
-        node, name = place.split(".")
+    for path, value in change.items():
+        node, name = path.split(".")
         graph[node]["inputs"][name] = value
-    if said is None:
+    if message is None:
         assert len(pictures(editor, graph)[0]) == 2
     else:
-        with pytest.raises(server.ServerError, match=said):
+        with pytest.raises(server.ServerError, match=message):
             editor.queue(graph)
 
 
@@ -186,8 +188,8 @@ def test_a_killed_worker_costs_nothing_but_time(editor, plain):
             killed.append(workers_of(host)[0])
             killed[0].kill()
 
-    found, run = pictures(editor, on_ray(seed=70, steps=6), on_progress=step)
-    assert killed and found == [
+    images, run = pictures(editor, on_ray(seed=70, steps=6), on_progress=step)
+    assert killed and images == [
         pixels(plain(workflow(seed=70 + index, steps=6))) for index in range(COUNT)
     ]
 
@@ -200,12 +202,12 @@ def test_idle_workers_end_and_others_come_when_there_is_work(editor, plain):
     while workers_of(host) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert workers_of(host) == []
-    found, _ = pictures(editor, on_ray(count=1, seed=81, idle_minutes=10.0))
-    assert found == [pixels(plain(workflow(seed=81)))]
+    images, _ = pictures(editor, on_ray(count=1, seed=81, idle_minutes=10.0))
+    assert images == [pixels(plain(workflow(seed=81)))]
 
 
 def test_ray_ends_with_the_editor(bases, ray_folder, editor):
-    """Though it is killed."""
+    """It ends even if the editor is killed."""
     children = psutil.Process(editor.process.pid).children(recursive=True)
     assert has(psutil.Process(editor.process.pid), "gcs_server")
     editor.process.kill()

@@ -167,7 +167,7 @@ def test_a_lora_that_fits_in_part_is_said_to(source, tmp_path, pack):
     [
         (["--size", "2.2MB"], 0, "Done: "),
         (["--size", "1MB"], 1, "Failed: .*too small"),
-        (["--size", "lots"], 2, "no size"),
+        (["--size", "lots"], 2, "invalid size"),
         (["--type", "Q9"], 2, "unknown type 'Q9', expected Q8_0"),
         (["--type", "NF4"], 2, "ends in .safetensors"),
         ([], 2, "required"),
